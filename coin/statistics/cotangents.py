@@ -1,0 +1,91 @@
+"""The cotangents whose squared vector-Jacobian products add up to each kind of Fisher diagonal."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from coin.errors import ConfigurationError, DataError
+from coin.statistics.kinds import CotangentDistribution, FisherKind
+
+
+def check_options(kind: FisherKind, labels: Tensor | None, cotangents: int | None) -> None:
+    """Check that the options belong to the kind.
+
+    Raises:
+        ConfigurationError: `labels` without the empirical kind or the reverse; `cotangents` without Monte Carlo, or
+            below 1.
+    """
+    if (kind is FisherKind.empirical) != (labels is not None):
+        found = "no labels" if labels is None else "labels"
+        raise ConfigurationError(
+            f"found {found} for the {kind} Fisher; labels belong to the empirical kind, and only to it"
+        )
+    if cotangents is not None and kind is not FisherKind.monte_carlo:
+        raise ConfigurationError(
+            f"found cotangents={cotangents} for the {kind} Fisher; only monte_carlo takes a number"
+        )
+    if cotangents is not None and cotangents < 1:
+        raise ConfigurationError(f"found cotangents={cotangents}, expected at least 1")
+
+
+def number_of_cotangents(kind: FisherKind, classes: int, cotangents: int | None) -> int:
+    """Return V, the number of backward passes per sample."""
+    if kind is FisherKind.empirical:
+        return 1
+    return (cotangents or 1) if kind is FisherKind.monte_carlo else classes
+
+
+def make_cotangents(
+    kind: FisherKind,
+    logits: Tensor,
+    *,
+    labels: Tensor | None = None,
+    cotangents: int | None = None,
+    distribution: CotangentDistribution = CotangentDistribution.orthogonal,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return cotangents U [V, B, C] at logits [B, C] with diag F = Σ_v (Uᵥ · ∂f/∂θ)² for every sample.
+
+    exact: the rows of the identity. monte_carlo: see `CotangentDistribution`. categorical: √p_c (e_c − p).
+    empirical: e_y − p, the gradient of log p(y|x).
+
+    Raises:
+        ConfigurationError: More orthogonal cotangents than classes.
+        DataError: A label outside [0, C), or another number of labels than samples.
+    """
+    samples, classes = logits.shape
+    identity = torch.eye(classes, dtype=logits.dtype, device=logits.device)
+    if kind is FisherKind.exact:
+        return identity[:, None].expand(classes, samples, classes)
+    if kind is FisherKind.monte_carlo:
+        drawn = [_draw(classes, cotangents or 1, distribution, generator) for _ in range(samples)]
+        return torch.stack(drawn, 1).to(logits)
+    probabilities = logits.softmax(-1)
+    if kind is FisherKind.categorical:
+        scores = identity[:, None] - probabilities  # [C, B, C]
+        return probabilities.T.sqrt()[..., None] * scores
+    if labels is None or labels.shape != (samples,):
+        found = "none" if labels is None else list(labels.shape)
+        raise DataError(f"found labels of shape {found}, expected [{samples}]: one for every sample, in their order")
+    if bool(((labels < 0) | (labels >= classes)).any()):
+        raise DataError(f"found a label outside [0, {classes}); check that the labels belong to this network")
+    return (identity[labels.to(logits.device)] - probabilities)[None]
+
+
+def _draw(classes: int, number: int, distribution: CotangentDistribution, generator: torch.Generator | None) -> Tensor:
+    """Draw one sample's cotangents [k, C]; one draw per sample, so that batch sizes do not change the numbers."""
+    device = generator.device if generator is not None else torch.device("cpu")
+    if distribution is CotangentDistribution.rademacher:
+        signs = torch.randint(0, 2, (number, classes), generator=generator, device=device)
+        return (2.0 * signs.double() - 1.0) / math.sqrt(number)
+    if number > classes:
+        raise ConfigurationError(
+            f"found cotangents={number} for {classes} classes, expected at most {classes}; "
+            "take fewer or distribution='rademacher'"
+        )
+    gaussian = torch.randn(classes, number, generator=generator, device=device, dtype=torch.float64)
+    # The sign of R's diagonal makes the factor Haar-distributed; without it QR's convention would bias the rows.
+    q, r = torch.linalg.qr(gaussian)
+    rows: Tensor = (q * r.diagonal().sign()).T
+    return rows * math.sqrt(classes / number)

@@ -1,0 +1,91 @@
+"""The Fisher diagonal of a network over calibration data."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from coin.errors import ConfigurationError, DataError
+from coin.statistics.cotangents import check_options, make_cotangents
+from coin.statistics.guard import as_input, evaluating
+from coin.statistics.kinds import CotangentDistribution, FisherKind
+from coin.statistics.per_sample import add_per_sample_squares
+from coin.statistics.sums import Sums
+
+DEFAULT_MEMORY_MIB = 1024
+"""What a Fisher pass may take at its peak beyond the network and the accumulators, in MiB, unless the user says."""
+
+
+def fisher_sums(
+    network: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    kind: FisherKind = FisherKind.exact,
+    labels: Tensor | None = None,
+    cotangents: int | None = None,
+    distribution: CotangentDistribution = CotangentDistribution.orthogonal,
+    generator: torch.Generator | None = None,
+    memory_mib: int = DEFAULT_MEMORY_MIB,
+    progress: Callable[[int], None] | None = None,
+) -> Sums:
+    """Return the sum over samples of the per-sample Fisher diagonal, for the parameters that require gradients.
+
+    Args:
+        network: Maps [B, …] to logits [B, C]; run in eval mode and left as found.
+        batches: Input batches [B, …], of any sizes.
+        kind: Which diagonal.
+        labels: True classes [P] in the order of the samples, for the empirical kind.
+        cotangents: k for the Monte Carlo kind (1 if None).
+        distribution: How Monte Carlo draws them.
+        generator: Source of Monte Carlo's randomness; torch's global one if None.
+        memory_mib: Bound on the working memory in MiB; batches are cut to fit, the numbers do not change.
+        progress: Called with the number of samples done after every cut.
+
+    Raises:
+        ConfigurationError: Options that do not belong together, or no memory.
+        DataError: An empty pass, labels that do not fit, or logits that are not [B, C].
+    """
+    kind, distribution = FisherKind(kind), CotangentDistribution(distribution)
+    check_options(kind, labels, cotangents)
+    if memory_mib < 1:
+        raise ConfigurationError(f"found memory_mib={memory_mib}, expected at least 1")
+    with evaluating(network):
+        parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        count, passes = 0, 0.0
+        for batch in batches:
+            inputs = as_input(batch, network)
+            wanted = None if labels is None else labels[count : count + len(inputs)]
+            with torch.no_grad():
+                logits = network(inputs)
+            if logits.ndim != 2 or len(logits) != len(inputs):
+                raise DataError(f"the network's output is {list(logits.shape)}, expected logits [{len(inputs)}, C]")
+            rows = make_cotangents(
+                kind, logits, labels=wanted, cotangents=cotangents, distribution=distribution, generator=generator
+            )
+            add_per_sample_squares(network, inputs, rows, parameters, totals)
+            count += len(inputs)
+            passes += len(inputs) * (1.0 + 2.0 * len(rows))
+            if progress is not None:
+                progress(len(inputs))
+    return Sums(totals, count, passes)
+
+
+def fisher_diagonal(
+    network: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    kind: FisherKind = FisherKind.exact,
+    labels: Tensor | None = None,
+    cotangents: int | None = None,
+    distribution: CotangentDistribution = CotangentDistribution.orthogonal,
+    generator: torch.Generator | None = None,
+    memory_mib: int = DEFAULT_MEMORY_MIB,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Return the Fisher diagonal, the mean over samples of what `fisher_sums` adds up; the same arguments."""
+    sums = fisher_sums(
+        network, batches, kind=kind, labels=labels, cotangents=cotangents, distribution=distribution,
+        generator=generator, memory_mib=memory_mib, progress=progress,
+    )  # fmt: skip
+    return sums.mean()

@@ -1,0 +1,42 @@
+"""Leave the caller's network as found: mode, buffers, gradients, and Lightning's inference mode."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
+    """Run a block with the network in eval mode, at full precision, with gradients possible.
+
+    Works inside a caller's `torch.no_grad`, `torch.inference_mode` and autocast, which are suspended. Every module's
+    mode is restored one by one, and a buffer that the block wrote to gets its old values back.
+    """
+    modes = {module: module.training for module in network.modules()}
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    device = next((p.device.type for p in network.parameters()), "cpu")
+    try:
+        for module in modes:
+            module.training = False
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, old in buffers:
+                if not torch.equal(buffer, old):
+                    buffer.copy_(old)
+
+
+def as_input(batch: Tensor, network: nn.Module) -> Tensor:
+    """Return a batch as an ordinary tensor on the network's device, in its floating-point type.
+
+    Integer inputs (tokens) keep their type. Inference tensors, which autograd refuses, are copied.
+    """
+    reference = next(network.parameters(), None)
+    if reference is not None:
+        batch = batch.to(reference.device, reference.dtype if batch.is_floating_point() else batch.dtype)
+    return batch.clone() if batch.is_inference() else batch.detach()
