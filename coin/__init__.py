@@ -1,0 +1,1 @@
+"""Erasure-coded neural networks."""

@@ -1,0 +1,33 @@
+"""The one family of exceptions that ``coin`` raises for a user's mistake.
+
+Every message is one line: what was found, what was expected, what to do. The command line prints it as
+``coin: error: …`` and exits with status 2; a library caller catches `CoinError`.
+"""
+
+
+class CoinError(Exception):
+    """Base class of everything that ``coin`` raises on purpose."""
+
+
+class ConfigurationError(CoinError, ValueError):
+    """An option has a value that cannot be used."""
+
+
+class DataError(CoinError, ValueError):
+    """A data set is missing, unreadable or does not fit the experiment."""
+
+
+class StateError(CoinError, ValueError):
+    """Named tensors that must match do not: a name, a shape, a type, or a value that is not finite."""
+
+
+class FileError(CoinError, OSError):
+    """A file of an experiment is missing, damaged or belongs to something else."""
+
+
+class DecodingError(CoinError, ValueError):
+    """A code cannot decode the erasure that is asked of it."""
+
+
+class NumericalError(CoinError, ArithmeticError):
+    """A computation broke down: a singular system, a result that is not finite."""

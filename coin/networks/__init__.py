@@ -1,0 +1,37 @@
+"""Architectures by name, their heads and features, BatchNorm policies, and networks as files."""
+
+from coin.networks.batchnorm import BatchNormPolicy, average_buffers, freeze_statistics, has_batchnorm, recalibrate
+from coin.networks.files import (
+    NetworkFile,
+    fill_network,
+    initial_network,
+    load_network,
+    read_weights,
+    save_network,
+    widen_network,
+)
+from coin.networks.heads import features_and_logits, head_name, pad_head, pad_logits, replace_head
+from coin.networks.registry import NetworkConfig, build_network, network_names
+
+__all__ = [
+    "BatchNormPolicy",
+    "NetworkConfig",
+    "NetworkFile",
+    "average_buffers",
+    "build_network",
+    "features_and_logits",
+    "fill_network",
+    "freeze_statistics",
+    "has_batchnorm",
+    "head_name",
+    "initial_network",
+    "load_network",
+    "network_names",
+    "pad_head",
+    "pad_logits",
+    "read_weights",
+    "recalibrate",
+    "replace_head",
+    "save_network",
+    "widen_network",
+]

@@ -1,0 +1,164 @@
+"""Networks as safetensors files that say what they are, and state dicts from elsewhere, checked name by name."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from coin.errors import FileError, StateError
+from coin.networks.heads import head_name, pad_head
+from coin.networks.registry import NetworkConfig, build_network
+from coin.state import State, load_state, save_state
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """A network read from a file, and what the file says of itself.
+
+    Attributes:
+        network: The network, in eval mode.
+        config: Its architecture.
+        num_classes: The number of its logits.
+        provenance: Everything that was written with it.
+    """
+
+    network: nn.Module
+    config: NetworkConfig
+    num_classes: int
+    provenance: dict[str, Any]
+
+
+def save_network(
+    path: Path, network: nn.Module, config: NetworkConfig, num_classes: int, provenance: Mapping[str, Any]
+) -> None:
+    """Write a network's parameters and buffers with its architecture and its provenance.
+
+    Raises:
+        StateError: A tensor is not finite.
+        FileError: The file cannot be written.
+    """
+    save_state(path, network.state_dict(), {**provenance, "network": asdict(config), "num_classes": num_classes})
+
+
+def load_network(path: Path) -> NetworkFile:
+    """Read a network that `save_network` wrote.
+
+    Raises:
+        FileError: The file is missing or damaged, or does not hold a network.
+        StateError: Its tensors do not fit the architecture it names.
+    """
+    state, provenance = load_state(path)
+    try:
+        # Pretrained weights are about to be overwritten: never download them to read a file.
+        config = NetworkConfig(**{**provenance["network"], "weights": None})
+        num_classes = int(provenance["num_classes"])
+    except (KeyError, TypeError) as error:
+        raise FileError(
+            f"'{path}' holds no network (no 'network' in its metadata); give an expert or a coded model"
+        ) from error
+    network = build_network(config, num_classes)
+    fill_network(network, state, str(path))
+    return NetworkFile(network.eval(), config, num_classes, provenance)
+
+
+def fill_network(network: nn.Module, state: State, source: str) -> None:
+    """Copy a state dict into a network, name by name and shape by shape.
+
+    Raises:
+        StateError: A name is missing or superfluous or a shape differs; the message says which, and in what `source`.
+    """
+    own = network.state_dict()
+    if missing := sorted(own.keys() - state.keys()):
+        raise StateError(
+            f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); it is of another architecture"
+        )
+    if extra := sorted(state.keys() - own.keys()):
+        raise StateError(
+            f"'{source}' has a tensor '{extra[0]}' too many ({len(extra)} in all); it is of another architecture"
+        )
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise StateError(
+                f"'{source}' has tensor '{name}' of shape {list(state[name].shape)}, expected {list(tensor.shape)}; "
+                "it has another architecture or another number of classes"
+            )
+    network.load_state_dict(dict(state))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a network's tensors from a file of any of the kinds that people have.
+
+    Understood are ``coin``'s own files, any flat safetensors state dict, and Lightning or plain PyTorch checkpoints
+    (read with ``weights_only=True``; a Lightning checkpoint's ``network.`` prefix is dropped).
+
+    Raises:
+        FileError: The file is missing or damaged, or holds more than tensors.
+    """
+    if not path.is_file():
+        raise FileError(f"found no file '{path}', expected a network's weights; check the path")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+        raise FileError(
+            f"cannot read '{path}' ({str(error).splitlines()[0]}); it is damaged or no checkpoint"
+        ) from error
+    except Exception as error:  # pickle's own errors share no base class
+        raise FileError(
+            f"cannot read '{path}' without unpickling objects; save its state_dict as safetensors"
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise FileError(f"'{path}' holds no state dict, expected tensors by name; save the network's state_dict()")
+    if any(name.startswith("network.") for name in state):
+        state = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
+    return state
+
+
+def initial_network(config: NetworkConfig, num_classes: int, checkpoint: Path | None, *, seed: int = 0) -> nn.Module:
+    """Build the shared initialisation that all experts of one class count start from.
+
+    Args:
+        config: The architecture.
+        num_classes: The number of logits.
+        checkpoint: A base checkpoint to start from, or none for `config.weights` (or random weights). Its head is
+            taken over when its class count agrees; otherwise the head is the one that `seed` gives.
+        seed: Of whatever is random in the initialisation.
+
+    Raises:
+        FileError: The checkpoint is missing or damaged.
+        StateError: It is of another architecture.
+    """
+    if checkpoint is None:
+        return build_network(config, num_classes, seed=seed)
+    network = build_network(NetworkConfig(config.name, config.image_size, None, config.options), num_classes, seed=seed)
+    state = read_weights(checkpoint)
+    own = network.state_dict()
+    head = head_name(network)
+    for name in (f"{head}.weight", f"{head}.bias"):
+        if (
+            name in own
+            and name in state
+            and state[name].shape != own[name].shape
+            and state[name].shape[1:] == own[name].shape[1:]
+        ):
+            state[name] = own[name]
+    fill_network(network, state, str(checkpoint))
+    return network
+
+
+def widen_network(file: NetworkFile, num_outputs: int) -> nn.Module:
+    """Return a file's network with its head padded by zeros to `num_outputs` logits (the same one if it fits)."""
+    if file.num_classes == num_outputs:
+        return file.network
+    network = build_network(file.config, num_outputs)
+    fill_network(
+        network, pad_head(file.network.state_dict(), head_name(file.network), num_outputs), "the padded network"
+    )
+    return network.eval()

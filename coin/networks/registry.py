@@ -1,0 +1,125 @@
+"""Networks by name: ``small_resnet`` and every classification architecture of torchvision."""
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import nn
+from torchvision import models
+
+from coin.errors import ConfigurationError, FileError
+from coin.networks.heads import head_name, replace_head
+from coin.networks.small_resnet import SmallResNet
+
+_OWN = {"small_resnet": SmallResNet}
+# These return their auxiliary logits beside the main ones while training, unless they are built without.
+_AUXILIARY = {"googlenet", "inception_v3"}
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Which network an experiment uses.
+
+    Args:
+        name: ``small_resnet`` or a classification architecture of torchvision (``resnet50``, ``vit_b_16``, …).
+        image_size: Height and width of the input images, in pixels.
+        weights: torchvision's name of pretrained weights, such as ``IMAGENET1K_V2``; null for random ones.
+        options: Further arguments of the network's constructor.
+    """
+
+    name: str = "resnet50"
+    image_size: int = 32
+    weights: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name not in network_names():
+            close = difflib.get_close_matches(self.name, network_names(), n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else "; torchvision.models.list_models() lists the others"
+            raise ConfigurationError(
+                f"found network.name '{self.name}', expected small_resnet or a torchvision classifier{hint}"
+            )
+        if self.image_size < 1:
+            raise ConfigurationError(f"found network.image_size {self.image_size}, expected at least 1 pixel")
+        if self.weights is not None:
+            if self.name in _OWN:
+                raise ConfigurationError(f"'{self.name}' has no pretrained weights; set network.weights=null")
+            known = [entry.name for entry in models.get_model_weights(self.name)]
+            if self.weights not in known:
+                raise ConfigurationError(
+                    f"found network.weights '{self.weights}', expected null or one of {', '.join(known)} "
+                    f"for {self.name}"
+                )
+
+
+def network_names() -> list[str]:
+    """Return every name that `build_network` knows."""
+    return [*_OWN, *models.list_models(module=models)]
+
+
+def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> nn.Module:
+    """Build a network with a head of `num_classes` outputs.
+
+    The same arguments give the same weights, whatever the state of the global random generators, which are left as
+    found.
+
+    Args:
+        config: Architecture, image size and pretrained weights.
+        num_classes: The number of logits.
+        seed: Of the random initialisation: the whole network's, or with pretrained weights the head's.
+
+    Raises:
+        ConfigurationError: The options do not fit the architecture.
+        FileError: Pretrained weights could not be downloaded or read.
+    """
+    if num_classes < 1:
+        raise ConfigurationError(f"found {num_classes} classes, expected at least 1")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.name in _OWN:
+            return _constructed(config, _OWN[config.name], num_classes=num_classes, **config.options)
+        options = dict(config.options)
+        if config.name in _AUXILIARY:
+            options.setdefault("aux_logits", False)
+            if config.weights is None:
+                options.setdefault("init_weights", True)
+        family = config.name.split("_")[0]
+        if family == "vit":
+            options.setdefault("image_size", config.image_size)
+        elif family == "maxvit":
+            options.setdefault("input_size", (config.image_size, config.image_size))
+        if config.weights is None:
+            network = _constructed(
+                config, models.get_model, config.name, weights=None, num_classes=num_classes, **options
+            )
+        else:
+            network = _pretrained(config, options)
+            replace_head(network, num_classes)
+    return network
+
+
+def _pretrained(config: NetworkConfig, options: dict[str, Any]) -> nn.Module:
+    try:
+        return _constructed(config, models.get_model, config.name, weights=config.weights, **options)
+    except (URLError, OSError, RuntimeError) as error:
+        # torch.hub raises RuntimeError for a wrong checksum, the rest for a network that is not there.
+        raise FileError(
+            f"cannot download the weights {config.weights} of {config.name} ({str(error).splitlines()[0]}); "
+            f"copy them to {torch.hub.get_dir()}/checkpoints, or set network.weights=null, or give trained weights as "
+            "base.checkpoint"
+        ) from error
+
+
+def _constructed(config: NetworkConfig, builder: Any, *arguments: Any, **options: Any) -> nn.Module:
+    try:
+        network = builder(*arguments, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigurationError(
+            f"cannot build {config.name} for images of {config.image_size} pixels with options {config.options}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    assert isinstance(network, nn.Module)
+    head_name(network)
+    return network

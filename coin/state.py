@@ -1,0 +1,224 @@
+"""Named tensors: checks, arithmetic, and safetensors files that say where they came from.
+
+Parameters, buffers and statistics all travel as ``Mapping[str, Tensor]``. Names and shapes are checked before any
+arithmetic, so that a mistake ends in one line that names the tensor.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coin.errors import FileError, StateError
+
+State = Mapping[str, Tensor]
+
+_METADATA_KEY = "coin"
+
+
+def check_same_layout(states: Sequence[State], names: Sequence[str] | None = None) -> None:
+    """Check that all states hold the same tensor names with the same shapes.
+
+    Args:
+        states: At least one state.
+        names: What to call each state in the message; ``state 0``, ``state 1``, … otherwise.
+
+    Raises:
+        StateError: A name is missing or superfluous, or a shape differs; the message names the first such tensor.
+    """
+    if not states:
+        raise StateError("found no states, expected at least one")
+    called = list(names) if names is not None else [f"state {i}" for i in range(len(states))]
+    first = states[0]
+    for other, name in zip(states[1:], called[1:], strict=True):
+        if missing := sorted(first.keys() - other.keys()):
+            raise StateError(f"{name} has no tensor '{missing[0]}', which {called[0]} has ({len(missing)} missing)")
+        if extra := sorted(other.keys() - first.keys()):
+            raise StateError(f"{name} has a tensor '{extra[0]}', which {called[0]} has not ({len(extra)} superfluous)")
+        for key, tensor in first.items():
+            if other[key].shape != tensor.shape:
+                raise StateError(
+                    f"tensor '{key}' is {list(other[key].shape)} in {name} but {list(tensor.shape)} in {called[0]}"
+                )
+
+
+def check_finite(state: State, what: str) -> None:
+    """Check that no floating-point tensor holds a NaN or an infinity.
+
+    Raises:
+        StateError: Naming the first tensor that does, and `what` it belongs to.
+    """
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise StateError(f"{what} is not finite: tensor '{key}' holds a NaN or an infinity")
+
+
+def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Return Σ_i w_i · state_i, tensor by tensor.
+
+    Floating-point tensors are summed in their own type; integer ones (BatchNorm's ``num_batches_tracked``) are
+    taken as the maximum over the states, since a weighted count has no meaning.
+
+    Raises:
+        StateError: The states' names or shapes differ.
+    """
+    check_same_layout(states)
+    if len(states) != len(weights):
+        raise StateError(f"found {len(weights)} weights for {len(states)} states, expected one each")
+    result: dict[str, Tensor] = {}
+    for key, first in states[0].items():
+        if first.is_floating_point():
+            total = first * weights[0]
+            for state, weight in zip(states[1:], weights[1:], strict=True):
+                total.add_(state[key], alpha=weight)
+            result[key] = total
+        else:
+            result[key] = torch.stack([state[key] for state in states]).amax(0)
+    return result
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, renamed onto it when the block ends without an error.
+
+    A reader therefore sees the old file or the whole new one, whenever the writer is killed.
+
+    Raises:
+        FileError: The folder or the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise FileError(
+            f"cannot write '{path}': {error.strerror or error}; free the space or choose a folder you can write to"
+        ) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes the file private to its owner; results are meant to be read by others.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except OSError as error:
+        raise FileError(
+            f"cannot write '{path}': {error.strerror or error}; free the space or choose a folder you can write to"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` by way of a temporary name."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions of the packages a result depends on, and the git revision of ``coin`` where it is known."""
+    found = {}
+    for package in ("coded-coin", "torch", "torchvision", "lightning", "torchmetrics", "wandb", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    try:
+        revision = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        revision = "unknown"
+    found["git"] = revision
+    return found
+
+
+def save_state(path: Path, state: State, provenance: Mapping[str, Any]) -> None:
+    """Write named tensors and one JSON value that says what made them.
+
+    Args:
+        path: The file, written under a temporary name and renamed.
+        state: Tensors of any shape and type; they are copied to contiguous CPU memory.
+        provenance: Anything that JSON holds; `versions()` is added under ``versions``.
+
+    Raises:
+        StateError: A floating-point tensor is not finite: such a file is never written.
+        FileError: The file cannot be written.
+    """
+    check_finite(state, f"the state for '{path}'")
+    metadata = {_METADATA_KEY: json.dumps({**provenance, "versions": versions()}, sort_keys=True)}
+    tensors = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise FileError(
+                f"cannot write '{path}': {error}; free the space or choose a folder you can write to"
+            ) from error
+
+
+def load_provenance(path: Path) -> dict[str, Any]:
+    """Return the JSON value that `save_state` wrote with a file, without reading its tensors.
+
+    Raises:
+        FileError: The file is missing, damaged, or was not written by ``coin``.
+    """
+    with _opened(path) as file:
+        return _provenance(file.metadata(), path)
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the provenance of a file that `save_state` wrote.
+
+    Raises:
+        FileError: The file is missing, damaged, or was not written by ``coin``.
+    """
+    with _opened(path) as file:
+        provenance = _provenance(file.metadata(), path)
+        return {key: file.get_tensor(key) for key in file.keys()}, provenance  # noqa: SIM118 (not a dict)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise FileError(f"found no file '{path}', expected a safetensors file; check the path or make it first")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"'{path}' is not a whole safetensors file ({error}); make it again") from error
+
+
+def _provenance(metadata: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads((metadata or {})[_METADATA_KEY])
+    except (KeyError, ValueError) as error:
+        raise FileError(
+            f"'{path}' does not say what made it (no '{_METADATA_KEY}' metadata); make it with coin"
+        ) from error
+    if not isinstance(value, dict):
+        raise FileError(f"'{path}' has '{_METADATA_KEY}' metadata of type {type(value).__name__}, expected an object")
+    return value
