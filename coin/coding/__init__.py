@@ -1,0 +1,29 @@
+"""The code and its decoders: pure functions of outputs."""
+
+from coin.coding.answers import Answers
+from coin.coding.code import Code, check_erasure
+from coin.coding.decoders import (
+    Decoder,
+    DecoderKind,
+    FeatureRidgeDecoder,
+    LinearDecoder,
+    RidgeDecoder,
+    decode_linear,
+    make_decoder,
+)
+from coin.coding.ridge import RidgeFit, fit_ridge
+
+__all__ = [
+    "Answers",
+    "Code",
+    "Decoder",
+    "DecoderKind",
+    "FeatureRidgeDecoder",
+    "LinearDecoder",
+    "RidgeDecoder",
+    "RidgeFit",
+    "check_erasure",
+    "decode_linear",
+    "fit_ridge",
+    "make_decoder",
+]

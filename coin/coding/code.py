@@ -1,0 +1,153 @@
+"""The code: which weighted sums of the experts' outputs the coded models stand for."""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from coin.errors import ConfigurationError, DecodingError
+
+MAX_AMPLIFICATION = 1e6
+"""An erasure whose noise amplification is larger than this counts as one that cannot be decoded."""
+
+_ROW_SUM_TOLERANCE = 1e-6
+
+
+class Code:
+    """An R×N matrix of coding weights, one convex row per coded model.
+
+    Coded model r stands for ``Σ_i matrix[r, i] · f_i``. A code of R rows promises to decode every erasure of up to
+    R experts (of up to N where R > N); one that cannot is refused here rather than at the first loss. For R = 1
+    that means every weight is positive: an expert with weight 0 leaves no trace in the coded model.
+
+    Args:
+        matrix: Coding weights ``[R, N]``, R ≥ 1 and N ≥ 1; rows non-negative with sum 1 (within 1e-6). Kept in
+            float64 with its rows divided by their exact sums.
+
+    Raises:
+        ConfigurationError: The matrix is not a rectangle of finite numbers, a weight is negative, or a row does not
+            sum to 1.
+        DecodingError: Some erasure of up to R experts cannot be decoded; the message names the first.
+    """
+
+    def __init__(self, matrix: Sequence[Sequence[float]] | Tensor) -> None:
+        self.matrix: Tensor = _validated(matrix)
+        """Coding weights ``[R, N]``, float64."""
+        # Leaving experts out of an erasure leaves columns out of B_E, which cannot lower its smallest singular
+        # value: the largest erasures are the hardest, so they are the only ones to try.
+        for erased in combinations(range(self.num_experts), self.max_erasures):
+            amplification = self.amplification(erased)
+            if not amplification <= MAX_AMPLIFICATION:
+                raise DecodingError(
+                    f"the code cannot decode the loss of experts {_listed(erased)}: its columns for them have a noise "
+                    f"amplification of {amplification:.3g}, expected at most {MAX_AMPLIFICATION:.0e}; give every "
+                    f"expert a weight and every {self.max_erasures} experts linearly independent columns"
+                )
+
+    @property
+    def num_coded(self) -> int:
+        """R, the number of coded models."""
+        return self.matrix.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        """N, the number of experts."""
+        return self.matrix.shape[1]
+
+    @property
+    def max_erasures(self) -> int:
+        """The largest number of lost experts that the code decodes: min(R, N)."""
+        return min(self.num_coded, self.num_experts)
+
+    def erasures(self) -> list[tuple[int, ...]]:
+        """Return every erasure the code promises to decode, smallest first, experts in ascending order."""
+        sizes = range(1, self.max_erasures + 1)
+        return [erased for size in sizes for erased in combinations(range(self.num_experts), size)]
+
+    def encode(self, outputs: Tensor) -> Tensor:
+        """Return what ideal coded models would answer, ``Σ_i matrix[r, i] · outputs[i]``.
+
+        Args:
+            outputs: The experts' outputs ``[N, ...]``, usually logits ``[N, B, C]``.
+
+        Returns:
+            ``[R, ...]`` in the type of `outputs`.
+
+        Raises:
+            ConfigurationError: The first dimension is not N.
+        """
+        if outputs.shape[0] != self.num_experts:
+            raise ConfigurationError(f"found outputs of {outputs.shape[0]} experts, the code is for {self.num_experts}")
+        coded: Tensor = torch.tensordot(self.matrix.to(outputs), outputs, dims=1)
+        return coded
+
+    def amplification(self, erased: Sequence[int]) -> float:
+        """Return by how much the linear decoder may enlarge an error of the coded models' outputs.
+
+        The decoding map of the erasure E is the pseudo-inverse of B_E = ``matrix[:, E]``, so an error e of the coded
+        outputs becomes B_E⁺e in the lost experts' outputs and the answer is ‖B_E⁺‖₂ = 1/σ_min(B_E). One row and one
+        lost expert j: 1/β_j.
+
+        Returns:
+            The noise amplification, dimensionless; infinity if the erasure cannot be decoded.
+
+        Raises:
+            DecodingError: `erased` is empty or names an expert twice or one that does not exist.
+        """
+        erased = check_erasure(erased, self.num_experts)
+        if len(erased) > self.num_coded:
+            return float("inf")
+        smallest = float(torch.linalg.svdvals(self.matrix[:, list(erased)])[-1])
+        return 1.0 / smallest if smallest > 0 else float("inf")
+
+    def worst_amplification(self) -> float:
+        """Return the largest noise amplification over all erasures that the code promises to decode."""
+        return max(self.amplification(erased) for erased in combinations(range(self.num_experts), self.max_erasures))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Code) and torch.equal(self.matrix, other.matrix)
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(tuple, self.matrix.tolist())))
+
+    def __repr__(self) -> str:
+        return f"Code({self.matrix.tolist()})"
+
+
+def check_erasure(erased: Sequence[int], num_experts: int) -> tuple[int, ...]:
+    """Return `erased` as a tuple after checking that it names different, existing experts, at least one.
+
+    Raises:
+        DecodingError: It does not.
+    """
+    found = tuple(erased)
+    if not found:
+        raise DecodingError("found an empty erasure, expected at least one lost expert")
+    if len(set(found)) != len(found):
+        raise DecodingError(f"the erasure {list(found)} names an expert twice, expected each once")
+    if outside := [expert for expert in found if not 0 <= expert < num_experts]:
+        raise DecodingError(f"found expert {outside[0]} in the erasure, expected indices from 0 to {num_experts - 1}")
+    return found
+
+
+def _validated(matrix: Sequence[Sequence[float]] | Tensor) -> Tensor:
+    try:
+        weights = torch.as_tensor(matrix, dtype=torch.float64).detach().cpu().clone()
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"the code is not a matrix of numbers ({error}); give R rows of N weights") from error
+    if weights.ndim != 2 or 0 in weights.shape:
+        raise ConfigurationError(f"the code has shape {list(weights.shape)}, expected R rows of N weights")
+    for index, row in enumerate(weights):
+        if not bool(torch.isfinite(row).all()):
+            raise ConfigurationError(f"row {index} of the code is not finite: {row.tolist()}")
+        if bool((row < 0).any()):
+            raise ConfigurationError(f"row {index} of the code has a negative weight: {row.tolist()}")
+        total = float(row.sum())
+        if abs(total - 1) > _ROW_SUM_TOLERANCE:
+            raise ConfigurationError(f"row {index} of the code sums to {total:.8g}, expected 1: {row.tolist()}")
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _listed(erased: Sequence[int]) -> str:
+    return ", ".join(map(str, erased))

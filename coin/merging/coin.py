@@ -1,0 +1,83 @@
+"""COIN: the closed form with the diagonal Fisher."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from coin.errors import ConfigurationError
+from coin.merging.inputs import MergeInputs, Requirement
+from coin.merging.method import MergeMethod, weighted_mean
+from coin.networks.batchnorm import BatchNormPolicy
+
+
+class Coin(MergeMethod):
+    """The KL barycentre of the experts with each KL replaced by its diagonal second-order form.
+
+    θ = (Σ_i β_i F_i + λ)⁻¹ (Σ_i β_i F_i θ_i + λ Σ_i β_i θ_i), entry by entry, with F_i the diagonal of the Fisher of
+    the outputs and λ = damping × the mean of Σ_i β_i F_i over all entries of all parameters. Damping therefore pulls
+    towards the β-average, never towards zero. Where every F_i is exactly zero the β-average stands.
+
+    It is computed as the β-average plus (Σβ_iF_i + λ)⁻¹ Σβ_iF_i(θ_i − Σβ_kθ_k), in float64: experts that agree in an
+    entry leave it alone, however small their Fisher.
+
+    Source: arXiv 2409.01420, section III, the closed form of the diagonal approximation; Matena and Raffel, *Merging
+    models with Fisher-weighted averaging* (NeurIPS 2022), eq. 3, for the same form with the categorical Fisher.
+
+    Args:
+        damping: λ relative to the mean of Σβ_iF_i, dimensionless, at least 0.
+        fisher_kind: Which Fisher it wants; None for the experiment's. The method itself never computes one.
+        fisher_data: On which data, ``own`` or ``pooled``; None for the experiment's.
+        batchnorm: Policy for BatchNorm statistics.
+        label: Name of this variant in results.
+
+    Raises:
+        ConfigurationError: `damping` is negative or not finite.
+    """
+
+    name = "coin"
+    requires = frozenset({Requirement.FISHER})
+
+    def __init__(
+        self,
+        damping: float = 1e-6,
+        *,
+        fisher_kind: str | None = None,
+        fisher_data: str | None = None,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.AVERAGE,
+        label: str | None = None,
+    ) -> None:
+        super().__init__(batchnorm=batchnorm, label=label)
+        self.damping = check_damping(damping)
+        self.fisher_kind = fisher_kind
+        self.fisher_data = fisher_data
+
+    def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
+        assert inputs.fishers is not None
+        experts, fishers = inputs.experts, inputs.fishers
+        totals = {key: weighted_mean(fishers, weights, key) for key in fishers[0]}
+        entries = sum(total.numel() for total in totals.values())
+        damping = self.damping * sum(float(total.sum()) for total in totals.values()) / max(entries, 1)
+
+        merged: dict[str, Tensor] = {}
+        for key, total in totals.items():
+            average = weighted_mean(experts, weights, key)
+            pull = torch.zeros_like(average)
+            for expert, fisher, weight in zip(experts, fishers, weights, strict=True):
+                pull.add_(fisher[key].double() * (expert[key].double() - average), alpha=weight)
+            curvature = total + damping
+            # With no damping and no Fisher the pull is exactly 0, so any divisor gives the β-average.
+            correction = pull / torch.where(curvature > 0, curvature, torch.ones_like(curvature))
+            merged[key] = (average + correction).to(experts[0][key].dtype)
+        return merged
+
+
+def check_damping(damping: float) -> float:
+    """Return `damping` after checking that it is a finite number and at least 0.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    if not (math.isfinite(damping) and damping >= 0):
+        raise ConfigurationError(f"found damping {damping}, expected a finite number of at least 0")
+    return damping

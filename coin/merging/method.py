@@ -1,0 +1,76 @@
+"""The base of all merge methods: what is checked before and after the arithmetic."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from coin.errors import ConfigurationError
+from coin.merging.inputs import MergeInputs, Requirement, check_requirements
+from coin.networks.batchnorm import BatchNormPolicy
+from coin.state import State, check_finite, check_same_layout
+
+
+class MergeMethod(ABC):
+    """Experts + statistics + one code row → the parameters of a coded model.
+
+    Args:
+        batchnorm: What becomes of the BatchNorm statistics of the coded model. The method does not touch them; whoever
+            builds the network applies the policy.
+        label: What results call this variant; the method's name by default.
+    """
+
+    name: ClassVar[str]
+    """The name in result tables."""
+    requires: ClassVar[frozenset[Requirement]] = frozenset()
+    """What `merge` needs besides the experts."""
+
+    def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.AVERAGE, label: str | None = None) -> None:
+        try:
+            self.batchnorm = BatchNormPolicy(batchnorm)
+        except ValueError as error:
+            raise ConfigurationError(
+                f"found batchnorm '{batchnorm}', expected one of {', '.join(BatchNormPolicy)}"
+            ) from error
+        self.label = self.name if label is None else label
+
+    def merge(self, inputs: MergeInputs, weights: Sequence[float]) -> dict[str, Tensor]:
+        """Return the parameters of the coded model for one code row, in the experts' types and devices.
+
+        Args:
+            inputs: Experts and the statistics in `requires`.
+            weights: The code row β ``[N]``, non-negative with sum 1.
+
+        Raises:
+            ConfigurationError: A weight is negative or they do not sum to 1, or a requirement is not met.
+            StateError: Experts or statistics differ in names or shapes, hold a NaN or an infinity, or a Fisher entry
+                is negative; the message names the expert and the tensor.
+            NumericalError: The method broke down on sound inputs.
+        """
+        count = len(inputs.experts)
+        if len(weights) != count:
+            raise ConfigurationError(f"found {len(weights)} weights for {count} experts, expected one each")
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
+            raise ConfigurationError(f"found weights {list(weights)}, expected non-negative numbers that sum to 1")
+        experts = [f"expert {index}" for index in range(count)]
+        check_same_layout(inputs.experts, experts)
+        for expert, called in zip(inputs.experts, experts, strict=True):
+            check_finite(expert, called)
+        check_requirements(self.label, self.requires, inputs)
+        merged = self._merge(inputs, tuple(weights))
+        check_finite(merged, f"the coded model of method '{self.label}'")
+        return merged
+
+    @abstractmethod
+    def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
+        """Do the arithmetic on checked inputs."""
+
+
+def weighted_mean(states: Sequence[State], weights: Sequence[float], key: str) -> Tensor:
+    """Return Σ_i w_i · state_i[key] in float64."""
+    total = states[0][key].double() * weights[0]
+    for state, weight in zip(states[1:], weights[1:], strict=True):
+        total.add_(state[key].double(), alpha=weight)
+    return total

@@ -1,0 +1,97 @@
+"""Metrics of decoding. They hold totals, so batches, processes and their order make no difference."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from coin.errors import ConfigurationError, DataError
+from coin.metrics.functional import decoding_counts, normalized_decoding_accuracy, squared_residual
+
+
+class DecodingAccuracy(Metric):
+    """How well one decoded expert stands in for the expert itself, on its own task's test set.
+
+    `compute` returns, as float64 scalars:
+
+    - ``expert_accuracy``: share of samples that the expert classifies correctly;
+    - ``decoded_accuracy``: the same for the decoded output;
+    - ``nda``: decoded_accuracy / expert_accuracy, a ratio of totals, never a mean over batches. NaN where the expert
+      is never right (`normalized_decoding_accuracy`);
+    - ``agreement``: share of samples where both predict the same class.
+
+    All four are NaN before the first sample. The state is four integer counts, summed over processes.
+
+    Args:
+        num_classes: The task's class count C_j: only the first C_j outputs are read, which drops the padding. None
+            reads all.
+
+    Raises:
+        ConfigurationError: `num_classes` is less than 1.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, num_classes: int | None = None) -> None:
+        super().__init__()
+        if num_classes is not None and num_classes < 1:
+            raise ConfigurationError(f"found num_classes={num_classes}, expected at least 1")
+        self.num_classes = num_classes
+        self.add_state("counts", torch.zeros(4, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, decoded: Tensor, expert: Tensor, labels: Tensor) -> None:
+        """Add a batch: logits f̂_j and f_j ``[B, C]`` with C ≥ C_j, and labels ``[B]``.
+
+        Raises:
+            DataError: The shapes do not fit together, or there are fewer outputs than classes.
+        """
+        if self.num_classes is not None:
+            if min(decoded.shape[-1], expert.shape[-1]) < self.num_classes:
+                raise DataError(
+                    f"found {decoded.shape[-1]} decoded and {expert.shape[-1]} expert's outputs, "
+                    f"expected at least {self.num_classes}"
+                )
+            decoded, expert = decoded[..., : self.num_classes], expert[..., : self.num_classes]
+        self.counts += decoding_counts(decoded, expert, labels).to(self.counts.device)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the four numbers; see the class."""
+        expert, decoded, agreeing, total = self.counts.to(torch.float64)
+        return {
+            "expert_accuracy": expert / total,
+            "decoded_accuracy": decoded / total,
+            "nda": normalized_decoding_accuracy(decoded, expert),
+            "agreement": agreeing / total,
+        }
+
+
+class Residual(Metric):
+    """The relative residual of a coded model, ‖f_c − Σβ_if_i‖ / ‖Σβ_if_i‖ over a data set.
+
+    The norms are over all samples and outputs. The state is their two squares in float64, summed over processes. NaN
+    before the first sample and where the target is exactly zero everywhere.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    squares: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("squares", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, coded: Tensor, target: Tensor) -> None:
+        """Add a batch: the coded model's logits and Σ_i β_i f_i, both ``[B, C]``.
+
+        Raises:
+            DataError: The shapes differ.
+        """
+        self.squares += squared_residual(coded, target).to(self.squares.device)
+
+    def compute(self) -> Tensor:
+        """Return the residual, a float64 scalar, dimensionless."""
+        error, wanted = self.squares
+        return torch.where(wanted > 0, (error / wanted).sqrt(), torch.full_like(error, torch.nan))

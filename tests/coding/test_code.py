@@ -1,0 +1,84 @@
+from itertools import combinations
+
+import pytest
+import torch
+
+from coin.coding import Code
+from coin.errors import ConfigurationError, DecodingError
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        ([[0.5, 0.4]], r"row 0 of the code sums to 0\.9"),
+        ([[0.5, 0.5], [1.25, -0.25]], "row 1 of the code has a negative weight"),
+        ([[0.5, float("nan")]], "row 0 of the code is not finite"),
+        ([[0.5, 0.5], [1.0]], "not a matrix of numbers"),
+        ([], "expected R rows"),
+        ([0.5, 0.5], "expected R rows"),
+    ],
+)
+def test_a_bad_matrix_is_refused_with_the_row(matrix, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Code(matrix)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "experts"),
+    [
+        ([[0.5, 0.5, 0.0]], "experts 2"),
+        ([[0.2, 0.4, 0.4], [0.4, 0.3, 0.3]], "experts 1, 2"),
+        ([[0.5, 0.5], [0.5, 0.5]], "experts 0, 1"),
+        ([[1.0 - 1e-9, 1e-9]], "experts 1"),
+    ],
+)
+def test_a_code_that_breaks_its_promise_is_refused(matrix, experts):
+    with pytest.raises(DecodingError, match=f"loss of {experts}"):
+        Code(matrix)
+
+
+def test_row_sums_within_the_tolerance_are_made_exact():
+    code = Code([[0.3333333, 0.3333333, 0.3333333]])
+    torch.testing.assert_close(code.matrix.sum(1), torch.ones(1, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+def test_encode_is_the_weighted_sum():
+    outputs = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    code = Code([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
+    expected = torch.stack(
+        [sum(weight * output for weight, output in zip(row, outputs, strict=True)) for row in code.matrix]
+    )
+    torch.testing.assert_close(code.encode(outputs), expected)
+    assert code.encode(outputs.float()).dtype == torch.float32
+    with pytest.raises(ConfigurationError, match="2 experts, the code is for 3"):
+        code.encode(outputs[:2])
+
+
+def test_amplification_of_one_row_is_one_over_the_weight():
+    code = Code([[0.2, 0.3, 0.5]])
+    for expert, weight in enumerate((0.2, 0.3, 0.5)):
+        assert code.amplification([expert]) == pytest.approx(1 / weight)
+    assert code.worst_amplification() == pytest.approx(5.0)
+    assert code.amplification([0, 1]) == float("inf")
+
+
+def test_amplification_is_the_largest_over_error_directions():
+    code = Code([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]])
+    generator = torch.Generator().manual_seed(0)
+    for erased in [(0,), (2,), (0, 1), (1, 2)]:
+        inverse = torch.linalg.pinv(code.matrix[:, list(erased)])
+        errors = torch.randn(2, 20_000, generator=generator, dtype=torch.float64)
+        gains = (inverse @ errors).norm(dim=0) / errors.norm(dim=0)
+        assert gains.max() <= code.amplification(erased) * (1 + 1e-12)
+        assert gains.max() > 0.999 * code.amplification(erased)
+
+
+def test_erasures_are_all_of_up_to_r_experts():
+    code = Code([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]])
+    assert code.erasures() == [(0,), (1,), (2,), *combinations(range(3), 2)]
+
+
+@pytest.mark.parametrize(("erased", "message"), [((), "empty"), ((1, 1), "twice"), ((3,), "expert 3"), ((-1,), "-1")])
+def test_a_bad_erasure_is_refused(erased, message):
+    with pytest.raises(DecodingError, match=message):
+        Code([[0.2, 0.3, 0.5]]).amplification(erased)

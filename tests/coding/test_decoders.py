@@ -1,0 +1,226 @@
+import pytest
+import torch
+
+from coin.coding import Answers, Code, DecoderKind, LinearDecoder, decode_linear, make_decoder
+from coin.errors import DecodingError, NumericalError
+
+CODES = [
+    [[0.5, 0.5]],
+    [[0.2, 0.3, 0.5]],
+    [[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]],
+    [[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]],
+]
+
+
+def exact_answers(code, samples=7, classes=3, seed=0, features=None):
+    generator = torch.Generator().manual_seed(seed)
+    experts = torch.randn(code.num_experts, samples, classes, generator=generator, dtype=torch.float64)
+    wide = None
+    if features is not None:
+        wide = [
+            torch.randn(samples, features, generator=generator, dtype=torch.float64)
+            for _ in range(code.num_experts + code.num_coded)
+        ]
+    return Answers(
+        experts,
+        code.encode(experts),
+        None if wide is None else wide[: code.num_experts],
+        None if wide is None else wide[code.num_experts :],
+    )
+
+
+def lose(answers, erased):
+    """The same answers with NaN wherever a lost expert would have answered."""
+    experts = answers.experts.clone()
+    experts[list(erased)] = torch.nan
+    features = answers.expert_features
+    if features is not None:
+        features = [torch.full_like(f, torch.nan) if i in erased else f for i, f in enumerate(features)]
+    return Answers(experts, answers.coded, features, answers.coded_features)
+
+
+@pytest.mark.parametrize("matrix", CODES)
+def test_linear_decodes_every_erasure_exactly(matrix):
+    code = Code(matrix)
+    answers = exact_answers(code)
+    for erased in code.erasures():
+        decoded = LinearDecoder(code, erased).decode(lose(answers, erased))
+        torch.testing.assert_close(decoded, answers.experts[list(erased)], rtol=1e-10, atol=1e-10)
+
+
+def test_linear_is_the_papers_formula_for_one_row():
+    code = Code([[0.2, 0.3, 0.5]])
+    answers = exact_answers(code)
+    noisy = Answers(answers.experts, answers.coded + 0.1)
+    f = answers.experts
+    expected = (noisy.coded[0] - 0.2 * f[0] - 0.5 * f[2]) / 0.3
+    torch.testing.assert_close(LinearDecoder(code, [1]).decode(noisy)[0], expected)
+
+
+def test_lost_experts_come_back_in_the_order_they_were_named():
+    code = Code([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]])
+    answers = exact_answers(code)
+    for kind in ("linear", "ridge"):
+        decoder = make_decoder(kind, code, (2, 0)).fit(exact_answers(code, samples=50))
+        decoded = decoder.decode(lose(answers, (2, 0)))
+        torch.testing.assert_close(decoded, answers.experts[[2, 0]], rtol=1e-6, atol=1e-6)
+
+
+def test_with_spare_rows_linear_is_least_squares():
+    code = Code([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]])
+    answers = exact_answers(code)
+    noisy = Answers(answers.experts, answers.coded + torch.randn(answers.coded.shape, generator=torch.manual_seed(1)))
+    decoded = LinearDecoder(code, [0]).decode(noisy)[0]
+    f, b = answers.experts, code.matrix
+    wanted = noisy.coded - b[:, 1, None, None] * f[1] - b[:, 2, None, None] * f[2]
+    expected = torch.linalg.lstsq(b[:, :1], wanted.reshape(2, -1)).solution.reshape(decoded.shape)
+    torch.testing.assert_close(decoded, expected)
+
+
+def test_linear_refuses_what_the_code_cannot_do():
+    code = Code([[0.2, 0.3, 0.5]])
+    with pytest.raises(DecodingError, match="2 experts are lost, the code decodes at most 1"):
+        make_decoder("linear", code, (0, 1))
+    answers = exact_answers(code)
+    with pytest.raises(DecodingError, match="0 coded models, the code has 1"):
+        make_decoder("linear", code, (0,)).decode(answers.without_coded())
+    dependent = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]], dtype=torch.float64)
+    with pytest.raises(DecodingError, match="linearly dependent"):
+        decode_linear(dependent, torch.zeros(2, 1, 1), torch.zeros(1, 1, 1), (0, 1))
+    with pytest.raises(DecodingError, match="2 experts are lost but 1 coded models answered"):
+        decode_linear(dependent[:1], torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), (0, 1))
+
+
+@pytest.mark.parametrize("matrix", CODES)
+def test_ridge_recovers_an_exact_relation_for_every_erasure(matrix):
+    code = Code(matrix)
+    calibration, test = exact_answers(code, samples=60, seed=1), exact_answers(code, samples=9, seed=2)
+    for erased in code.erasures():
+        decoder = make_decoder(DecoderKind.RIDGE, code, erased).fit(calibration)
+        torch.testing.assert_close(decoder.decode(lose(test, erased)), test.experts[list(erased)], rtol=1e-6, atol=1e-6)
+
+
+def test_ridge_has_an_intercept():
+    code = Code([[0.5, 0.5]])
+    calibration, test = exact_answers(code, samples=40, seed=1), exact_answers(code, seed=2)
+    shifted = Answers(calibration.experts, calibration.coded + 100.0)
+    decoder = make_decoder("ridge", code, [0]).fit(shifted)
+    decoded = decoder.decode(Answers(test.experts, test.coded + 100.0))
+    torch.testing.assert_close(decoded[0], test.experts[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ridge", "feature_ridge"])
+def test_calibrated_decoders_work_from_the_survivors_alone(kind):
+    code = Code([[0.2, 0.3, 0.5]])
+    generator = torch.Generator().manual_seed(3)
+
+    def dependent(samples):
+        f = torch.randn(3, samples, 4, generator=generator, dtype=torch.float64)
+        f[1] = 2 * f[0].flip(1) - f[2] + 1
+        features = [torch.randn(samples, 5, generator=generator, dtype=torch.float64) for _ in range(4)]
+        return Answers(f, code.encode(f), features[:3], features[3:]).without_coded()
+
+    decoder = make_decoder(kind, code, [1]).fit(dependent(80))
+    test = dependent(6)
+    torch.testing.assert_close(decoder.decode(lose(test, [1]))[0], test.experts[1], rtol=1e-6, atol=1e-6)
+
+
+def test_features_read_out_what_logits_do_not_hold():
+    code = Code([[0.5, 0.5]])
+    generator = torch.Generator().manual_seed(4)
+    readout = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+
+    def answers(samples):
+        f = torch.randn(2, samples, 3, generator=generator, dtype=torch.float64)
+        features = [torch.randn(samples, 6, generator=generator, dtype=torch.float64) for _ in range(3)]
+        f[0] = features[2] @ readout
+        return Answers(
+            f, torch.randn(1, samples, 3, generator=generator, dtype=torch.float64), features[:2], features[2:]
+        )
+
+    calibration, test = answers(60), answers(8)
+    decoded = make_decoder("feature_ridge", code, [0]).fit(calibration).decode(lose(test, [0]))
+    torch.testing.assert_close(decoded[0], test.experts[0], rtol=1e-6, atol=1e-6)
+
+
+def test_feature_decoder_does_not_depend_on_the_unit_of_a_networks_features():
+    code = Code([[0.5, 0.5]])
+    calibration, test = exact_answers(code, 30, seed=5, features=50), exact_answers(code, 8, seed=6, features=50)
+
+    def rescaled(answers):
+        return Answers(
+            answers.experts, answers.coded, [f * 1000 for f in answers.expert_features], answers.coded_features
+        )
+
+    plain = make_decoder("feature_ridge", code, [0]).fit(calibration).decode(test)
+    other = make_decoder("feature_ridge", code, [0]).fit(rescaled(calibration)).decode(rescaled(test))
+    torch.testing.assert_close(plain, other, rtol=1e-8, atol=1e-8)
+
+
+def test_padded_classes_decode_to_zero():
+    code = Code([[0.5, 0.5]])
+
+    def padded(samples, seed):
+        experts = exact_answers(code, samples, classes=5, seed=seed).experts.clone()
+        experts[0, :, 3:] = 0
+        return Answers(experts, code.encode(experts))
+
+    for kind in ("linear", "ridge"):
+        test = padded(6, 8)
+        decoded = make_decoder(kind, code, [0]).fit(padded(40, 7)).decode(lose(test, [0]))
+        torch.testing.assert_close(decoded[0], test.experts[0], rtol=1e-6, atol=1e-6)
+
+
+def test_the_answer_has_the_type_of_the_question():
+    code = Code([[0.5, 0.5]])
+    exact = exact_answers(code, samples=20)
+    answers = Answers(exact.experts.float(), exact.coded.float())
+    for kind in ("linear", "ridge"):
+        assert make_decoder(kind, code, [1]).fit(answers).decode(answers).dtype == torch.float32
+
+
+def test_misuse_is_one_clear_error():
+    code = Code([[0.5, 0.5]])
+    answers = exact_answers(code)
+    with pytest.raises(DecodingError, match="not fitted"):
+        make_decoder("ridge", code, [0]).decode(answers)
+    with pytest.raises(DecodingError, match="expected one of linear, ridge, feature_ridge"):
+        make_decoder("oracle", code, [0])
+    with pytest.raises(DecodingError, match="without features"):
+        make_decoder("feature_ridge", code, [0]).fit(answers)
+    with pytest.raises(DecodingError, match="nothing to decode from"):
+        make_decoder("ridge", code, [0, 1]).fit(answers.without_coded())
+    with pytest.raises(DecodingError, match="3 experts, the decoder is for 2"):
+        make_decoder("ridge", code, [0]).fit(exact_answers(Code([[0.2, 0.3, 0.5]])))
+    with pytest.raises(DecodingError, match="fitted on"):
+        make_decoder("ridge", code, [0]).fit(answers).decode(answers.without_coded())
+    with pytest.raises(NumericalError, match="at least 2"):
+        make_decoder("ridge", code, [0]).fit(answers.select(slice(0, 1)))
+    with pytest.raises(NumericalError, match="inputs of the decoder hold a NaN"):
+        make_decoder("ridge", code, [0]).fit(lose(answers, [1]))
+
+
+def test_batches_of_answers_join_and_split():
+    code = Code([[0.5, 0.5]])
+    whole = exact_answers(code, samples=7, features=4)
+    joined = Answers.concatenate([whole.select(slice(0, 3)), whole.select(torch.tensor([3, 4, 5, 6]))])
+    torch.testing.assert_close(joined.experts, whole.experts, rtol=0, atol=0)
+    torch.testing.assert_close(joined.coded, whole.coded, rtol=0, atol=0)
+    for part, expected in zip(joined.coded_features, whole.coded_features, strict=True):
+        torch.testing.assert_close(part, expected, rtol=0, atol=0)
+    with pytest.raises(DecodingError, match="no batches"):
+        Answers.concatenate([])
+    with pytest.raises(DecodingError, match="differ"):
+        Answers.concatenate([whole, whole.without_coded()])
+
+
+def test_answers_check_their_shapes():
+    experts = torch.zeros(2, 5, 3)
+    with pytest.raises(DecodingError, match=r"expected \[N, B, C\]"):
+        Answers(experts, torch.zeros(1, 4, 3))
+    with pytest.raises(DecodingError, match="both or neither"):
+        Answers(experts, torch.zeros(1, 5, 3), [torch.zeros(5, 2)] * 2)
+    with pytest.raises(DecodingError, match="features of 1 experts, expected 2"):
+        Answers(experts, torch.zeros(1, 5, 3), [torch.zeros(5, 2)], [torch.zeros(5, 2)])
+    with pytest.raises(DecodingError, match=r"expected \[5, F\]"):
+        Answers(experts, torch.zeros(1, 5, 3), [torch.zeros(5, 2)] * 2, [torch.zeros(4, 2)])

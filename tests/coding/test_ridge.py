@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from coin.coding.ridge import RIDGE_EXPONENTS, fit_ridge
+from coin.errors import NumericalError
+
+
+def problem(samples, width, targets=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, width, generator=generator, dtype=torch.float64) + 3
+    y = x[:, :2] @ torch.randn(2, targets, generator=generator, dtype=torch.float64)
+    return x, y + torch.randn(samples, targets, generator=generator, dtype=torch.float64)
+
+
+def grid_of(x):
+    squares = torch.linalg.svdvals(x - x.mean(0)).square()
+    return squares[squares > 1e-18 * squares[0]].mean() * 10.0 ** torch.tensor(RIDGE_EXPONENTS, dtype=torch.float64)
+
+
+def primal(x, y, ridge):
+    """The normal equations, written down."""
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    centred = x - mean_x
+    gram = centred.T @ centred + ridge * torch.eye(x.shape[1], dtype=x.dtype)
+    return mean_x, mean_y, torch.linalg.solve(gram, centred.T @ (y - mean_y))
+
+
+def brute_force_errors(x, y, ridge):
+    """Refit without each sample in turn and predict it."""
+    errors = []
+    for left_out in range(len(x)):
+        rest = [i for i in range(len(x)) if i != left_out]
+        mean_x, mean_y, coefficients = primal(x[rest], y[rest], ridge)
+        errors.append(y[left_out] - mean_y - (x[left_out] - mean_x) @ coefficients)
+    return torch.stack(errors)
+
+
+@pytest.mark.parametrize(("samples", "width"), [(12, 5), (8, 20), (6, 6)])
+def test_leave_one_out_equals_refitting(samples, width):
+    x, y = problem(samples, width)
+    fit = fit_ridge(x, y, groups=2)
+    grid = grid_of(x)
+    # Below 10⁻⁴ the reference's own normal equations lose too many digits to be compared with.
+    for index in [k for k, exponent in enumerate(RIDGE_EXPONENTS) if exponent >= -4]:
+        errors = brute_force_errors(x, y, grid[index]).square()
+        expected = torch.stack([errors[:, :2].sum(1).mean(), errors[:, 2:].sum(1).mean()])
+        torch.testing.assert_close(fit.leave_one_out[:, index], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_each_group_of_targets_gets_its_own_best_ridge():
+    x, y = problem(30, 6)
+    y[:, 2:] = torch.randn(30, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    fit = fit_ridge(x, y, groups=2)
+    torch.testing.assert_close(fit.ridges, grid_of(x)[fit.leave_one_out.argmin(1)])
+    assert fit.ridges[1] > fit.ridges[0]
+    for group, columns in enumerate((slice(0, 2), slice(2, 4))):
+        alone = fit_ridge(x, y[:, columns])
+        torch.testing.assert_close(fit.ridges[group], alone.ridges[0])
+        torch.testing.assert_close(fit.coefficients[:, columns], alone.coefficients)
+
+
+@pytest.mark.parametrize(("samples", "width"), [(40, 5), (10, 60)])
+def test_dual_and_primal_give_the_same_map(samples, width):
+    x, y = problem(samples, width)
+    fit = fit_ridge(x, y)
+    ridge = fit.ridges[0]
+    mean_x, mean_y, coefficients = primal(x, y, ridge)
+    centred = x - mean_x
+    dual = centred.T @ torch.linalg.solve(centred @ centred.T + ridge * torch.eye(samples).double(), y - mean_y)
+    torch.testing.assert_close(dual, coefficients, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(fit.coefficients, coefficients, rtol=1e-6, atol=1e-8)
+    new = torch.randn(3, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    torch.testing.assert_close(fit(new), (new - mean_x) @ coefficients + mean_y, rtol=1e-6, atol=1e-8)
+
+
+def test_inputs_that_say_nothing_predict_the_mean():
+    x = torch.full((5, 3), 1e4 / 3, dtype=torch.float64)
+    y = torch.arange(10, dtype=torch.float64).reshape(5, 2)
+    fit = fit_ridge(x, y)
+    torch.testing.assert_close(fit(x + 7), y.mean(0).expand(5, 2))
+    assert torch.isfinite(fit.leave_one_out).all()
+
+
+def test_two_samples_are_enough_and_one_is_not():
+    x, y = problem(2, 4)
+    fit = fit_ridge(x, y)
+    assert torch.isfinite(fit.coefficients).all()
+    assert torch.isfinite(fit.leave_one_out).all()
+    with pytest.raises(NumericalError, match="found 1 calibration samples"):
+        fit_ridge(x[:1], y[:1])
+
+
+def test_a_value_that_is_not_finite_is_an_error():
+    x, y = problem(5, 2)
+    y[3, 1] = float("inf")
+    with pytest.raises(NumericalError, match="targets of the decoder"):
+        fit_ridge(x, y)

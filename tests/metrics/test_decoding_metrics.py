@@ -1,0 +1,120 @@
+import math
+
+import pytest
+import torch
+
+from coin.errors import ConfigurationError, DataError
+from coin.metrics import DecodingAccuracy, Residual, normalized_decoding_accuracy
+
+
+def logits_for(predictions, classes=3):
+    return torch.nn.functional.one_hot(torch.tensor(predictions), classes).float()
+
+
+def random_batches(seed, sizes=(5, 1, 17)):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(size, 4, generator=generator),
+            torch.randn(size, 4, generator=generator),
+            torch.randint(4, (size,), generator=generator),
+        )
+        for size in sizes
+    ]
+
+
+def test_the_four_numbers_by_hand():
+    metric = DecodingAccuracy()
+    labels = torch.tensor([0, 1, 2, 0])
+    metric.update(logits_for([0, 2, 2, 1]), logits_for([0, 1, 0, 1]), labels)
+    scores = {name: float(value) for name, value in metric.compute().items()}
+    assert scores == {"expert_accuracy": 0.5, "decoded_accuracy": 0.5, "nda": 1.0, "agreement": 0.5}
+
+
+def test_nda_is_a_ratio_of_totals_not_a_mean_of_ratios():
+    metric = DecodingAccuracy()
+    metric.update(logits_for([1]), logits_for([0]), torch.tensor([0]))
+    metric.update(logits_for([0, 0, 0]), logits_for([0, 0, 1]), torch.tensor([0, 0, 0]))
+    # Per batch the ratios are 0/1 and 3/2, with mean 0.75; the totals are 3 of 3.
+    assert float(metric.compute()["nda"]) == 1.0
+
+
+def test_padding_is_not_read():
+    metric = DecodingAccuracy(num_classes=2)
+    expert = torch.tensor([[1.0, 0.0, 9.0], [0.0, 1.0, 9.0]])
+    metric.update(expert.flip(0) * 2, expert, torch.tensor([0, 1]))
+    scores = metric.compute()
+    assert (float(scores["expert_accuracy"]), float(scores["decoded_accuracy"])) == (1.0, 0.0)
+    with pytest.raises(DataError, match="expected at least 2"):
+        metric.update(torch.zeros(1, 1), torch.zeros(1, 1), torch.tensor([0]))
+    with pytest.raises(ConfigurationError, match="num_classes=0"):
+        DecodingAccuracy(num_classes=0)
+
+
+def test_an_expert_that_is_never_right_has_no_nda():
+    metric = DecodingAccuracy()
+    metric.update(logits_for([0]), logits_for([1]), torch.tensor([0]))
+    assert math.isnan(metric.compute()["nda"])
+    assert float(metric.compute()["decoded_accuracy"]) == 1.0
+    ratios = normalized_decoding_accuracy(torch.tensor([3, 3]), torch.tensor([4, 0]))
+    assert float(ratios[0]) == 0.75
+    assert math.isnan(ratios[1])
+
+
+def test_an_answer_of_nan_is_no_answer():
+    metric = DecodingAccuracy()
+    metric.update(torch.full((1, 3), torch.nan), logits_for([0]), torch.tensor([0]))
+    assert float(metric.compute()["decoded_accuracy"]) == 0.0
+    assert float(metric.compute()["agreement"]) == 0.0
+
+
+def test_shapes_are_checked():
+    with pytest.raises(DataError, match=r"expected \[B, C\], \[B, C\] and \[B\]"):
+        DecodingAccuracy().update(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
+    with pytest.raises(DataError, match="expected the same"):
+        Residual().update(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_residual_is_the_ratio_of_norms_over_all_samples():
+    batches = random_batches(0)
+    metric = Residual()
+    for coded, target, _ in batches:
+        metric.update(coded, target)
+    coded, target = (torch.cat([batch[i] for batch in batches]).double() for i in (0, 1))
+    torch.testing.assert_close(metric.compute(), (coded - target).norm() / target.norm())
+
+
+def test_residual_against_nothing_is_not_a_number():
+    metric = Residual()
+    assert math.isnan(metric.compute())
+    metric.update(torch.ones(2, 3), torch.zeros(2, 3))
+    assert math.isnan(metric.compute())
+
+
+@pytest.mark.parametrize("make", [DecodingAccuracy, Residual])
+def test_two_processes_equal_one(make):
+    """The states of two processes, put together as torchmetrics' own reduction does it, give one process's result."""
+    batches = random_batches(1)
+    one, first, second = make(), make(), make()
+    for index, batch in enumerate(batches):
+        used = batch if make is DecodingAccuracy else batch[:2]
+        one.update(*used)
+        (first if index % 2 else second).update(*used)
+    (state,) = first._defaults
+    assert first._reductions[state] is torchmetrics_sum()
+    merged = torch.stack([getattr(first, state), getattr(second, state)]).sum(0)
+    setattr(first, state, merged)
+    torch.testing.assert_close(first.compute(), one.compute(), rtol=1e-14, atol=0)
+
+
+def torchmetrics_sum():
+    from torchmetrics.utilities.data import dim_zero_sum
+
+    return dim_zero_sum
+
+
+def test_long_sums_do_not_lose_counts():
+    metric = DecodingAccuracy()
+    metric.counts += 2**25
+    metric.update(logits_for([0]), logits_for([0]), torch.tensor([0]))
+    assert metric.counts.tolist() == [2**25 + 1] * 4
