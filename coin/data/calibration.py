@@ -1,0 +1,183 @@
+"""Calibration data: P unlabelled, unaugmented training samples, all that merging and decoding may use."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded
+from coin.data.samples import Samples
+from coin.data.transform import to_input
+from coin.errors import ConfigurationError, DataError
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration samples in a fixed order; iterating yields input batches, as often as one likes.
+
+    The images stay uint8 and become inputs a batch at a time, so that thousands of samples at 224 pixels cost little
+    memory. ``len`` is the number of batches, as of a loader; `num_samples` is P.
+
+    Attributes:
+        parts: The selections that the samples come from; one, or one per task after `pooled`.
+        part: Which part each sample comes from, int64 [P].
+        position: The sample's position in its part, int64 [P].
+        image_size: Side of the inputs in pixels.
+        batch_size: Samples a batch when iterating.
+    """
+
+    parts: tuple[Samples, ...]
+    part: Tensor
+    position: Tensor
+    image_size: int
+    batch_size: int = 64
+
+    @classmethod
+    def of(cls, samples: Samples, image_size: int, batch_size: int = 64) -> Self:
+        """All of a selection, in its order."""
+        count = len(samples)
+        return cls((samples,), torch.zeros(count, dtype=torch.int64), torch.arange(count), image_size, batch_size)
+
+    @property
+    def num_samples(self) -> int:
+        """P."""
+        return len(self.position)
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the inputs, float32 [B, 3, S, S]."""
+        for chosen in torch.arange(self.num_samples).split(self.batch_size):
+            yield self.inputs(chosen)
+
+    def inputs(self, chosen: Tensor | None = None) -> Tensor:
+        """The inputs of these samples (all P by default) in one tensor, float32 [B, 3, S, S]."""
+        part = self.part if chosen is None else self.part[chosen]
+        position = self.position if chosen is None else self.position[chosen]
+        out = torch.empty(len(part), 3, self.image_size, self.image_size)
+        for number, samples in enumerate(self.parts):
+            rows = (part == number).nonzero().flatten()
+            if len(rows):
+                out[rows] = to_input(samples.images(position[rows]), self.image_size)
+        return out
+
+    def batches(self, batch_size: int) -> Self:
+        """The same samples in batches of another size."""
+        if batch_size < 1:
+            raise ConfigurationError(f"the batch size of calibration data is {batch_size}; expected at least 1")
+        return replace(self, batch_size=batch_size)
+
+    def subset(self, chosen: Tensor | Sequence[int] | range) -> Self:
+        """The samples at these places, in this order; ``range(rank, P, world_size)`` gives a process its share."""
+        places = torch.as_tensor(list(chosen) if isinstance(chosen, range) else chosen, dtype=torch.int64)
+        return replace(self, part=self.part[places], position=self.position[places])
+
+    def split(self, share: float) -> tuple[Self, Self]:
+        """Part of the samples to fit on, and a held-out ``share`` of them (at least one each) to tune on.
+
+        The samples' order is random already, so the held-out ones are the last. Pooled data stay in proportion.
+
+        Raises:
+            ConfigurationError: The share is not strictly between 0 and 1.
+            DataError: There are fewer than two samples.
+        """
+        if not 0 < share < 1:
+            raise ConfigurationError(f"the held-out share is {share}; expected a number between 0 and 1")
+        if self.num_samples < 2:
+            raise DataError(f"{self.num_samples} calibration sample(s) cannot be split; at least 2 are needed")
+        held_out = min(max(1, round(share * self.num_samples)), self.num_samples - 1)
+        border = self.num_samples - held_out
+        return self.subset(range(border)), self.subset(range(border, self.num_samples))
+
+    @property
+    def labels(self) -> Tensor:
+        """Class indices within each sample's own task, int64 [P]. Only for the `empirical` Fisher ablation."""
+        out = torch.empty(self.num_samples, dtype=torch.int64)
+        for number, samples in enumerate(self.parts):
+            rows = self.part == number
+            out[rows] = samples.targets[self.position[rows]]
+        return out
+
+    @property
+    def images(self) -> Tensor:
+        """The stored images, uint8 [P, C, H, W].
+
+        Raises:
+            DataError: Pooled tasks whose stored images differ in shape; their `inputs` do not.
+        """
+        pieces = [
+            (rows, samples.images(self.position[rows]))
+            for number, samples in enumerate(self.parts)
+            if len(rows := (self.part == number).nonzero().flatten())
+        ]
+        shapes = sorted({tuple(images.shape[1:]) for _, images in pieces})
+        if len(shapes) != 1:
+            raise DataError(f"the pooled images have the shapes {shapes} and do not fit one tensor; use inputs()")
+        out = torch.empty(self.num_samples, *shapes[0], dtype=torch.uint8)
+        for rows, images in pieces:
+            out[rows] = images
+        return out
+
+    def loader(
+        self, batch_size: int | None = None, shuffle_seed: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> DataLoader[Tensor]:
+        """A DataLoader over the same inputs, for a Trainer with ``use_distributed_sampler=False``.
+
+        Args:
+            batch_size: Samples a batch and process; by default that of the iteration.
+            shuffle_seed: Reshuffle every epoch from this seed (to train on the samples); None keeps the order.
+            rank: This process.
+            world_size: Number of processes that share the samples.
+
+        Returns:
+            A loader of float32 [B, 3, S, S].
+        """
+        size = self.batch_size if batch_size is None else batch_size
+        sampler: EvaluationBatches | TrainingBatches
+        if shuffle_seed is None:
+            sampler = EvaluationBatches(self.num_samples, size, rank, world_size)
+        else:
+            sampler = TrainingBatches(self.num_samples, size, shuffle_seed, rank=rank, world_size=world_size)
+        # DataLoader draws a seed for its workers; from this generator instead of torch's global one.
+        return DataLoader(
+            _Inputs(self), batch_size=None, sampler=sampler, generator=seeded(shuffle_seed or 0, Stream.WORKERS)
+        )
+
+
+class _Inputs(Dataset[Tensor]):
+    """A calibration set as a dataset of whole batches."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+
+    def __len__(self) -> int:
+        return self.calibration.num_samples
+
+    def __getitem__(self, draw: Draw) -> Tensor:
+        return self.calibration.inputs(draw.positions)
+
+
+def pooled(calibrations: Sequence[Calibration]) -> Calibration:
+    """Several tasks' calibration data as one, evenly interleaved so that every batch mixes the tasks.
+
+    Mixed batches matter where statistics are taken per batch, as when BatchNorm is recalibrated.
+
+    Raises:
+        DataError: There is nothing to pool, or the image sizes differ.
+    """
+    sizes = sorted({calibration.image_size for calibration in calibrations})
+    if len(sizes) != 1:
+        raise DataError(f"calibration data to pool have the image sizes {sizes}; expected one common size")
+    part, position, progress = [], [], []
+    parts: tuple[Samples, ...] = ()
+    for calibration in calibrations:
+        part.append(calibration.part + len(parts))
+        position.append(calibration.position)
+        progress.append((torch.arange(calibration.num_samples, dtype=torch.float64) + 0.5) / calibration.num_samples)
+        parts += calibration.parts
+    order = torch.argsort(torch.cat(progress), stable=True)
+    return Calibration(parts, torch.cat(part)[order], torch.cat(position)[order], sizes[0], calibrations[0].batch_size)

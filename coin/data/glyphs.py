@@ -1,0 +1,180 @@
+"""Rendered characters in random fonts, poses and colours."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from coin.data.fonts import CANVAS, character_masks
+from coin.data.samples import Samples
+from coin.data.sampling import Stream, seeded
+from coin.data.task import Source, TaskData, at_least
+from coin.errors import ConfigurationError
+
+SIDE = 32
+"""Side of the rendered images in pixels."""
+
+ROTATION = 25.0
+"""Largest rotation either way, in degrees."""
+
+SCALE = (0.6, 1.1)
+"""Range of the size, relative to a letter height of about 20 pixels."""
+
+SHIFT = 4.0
+"""Largest shift along each axis, in pixels."""
+
+CONTRAST = 0.2
+"""Least difference of luminance between ink and paper, out of 1."""
+
+NOISE = 0.15
+"""Largest standard deviation of the pixels' Gaussian noise, out of 1."""
+
+_CHUNK = 4096
+_LUMINANCE = (0.299, 0.587, 0.114)
+
+
+class Glyphs(TaskData):
+    """Characters in RGB at 32×32, rendered from the fonts that ship with matplotlib: no download.
+
+    Font, rotation, size, position, colours and noise are random and follow from ``split_seed`` and the classes. An
+    upper-case letter and its lower-case form are two classes.
+
+    Args:
+        classes: The characters, as ranges and single ones ("A-J", "K-Za-z", "0-9AEX"), or as a list.
+        train_per_class: Training images of each class (validation comes out of them).
+        test_per_class: Test images of each class.
+        train_samples: Training images of all classes together, in place of ``train_per_class``; as even as it can be.
+        kwargs: See `TaskData`.
+
+    Raises:
+        ConfigurationError: An option is out of range; the classes cannot be read, repeat or are fewer than two.
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: str | list[str] = "A-J",
+        train_per_class: int = 400,
+        test_per_class: int = 100,
+        train_samples: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.characters = parse_characters(classes)
+        at_least("train_per_class", train_per_class, 2)
+        at_least("test_per_class", test_per_class, 1)
+        if train_samples is not None:
+            at_least("train_samples", train_samples, len(self.characters), why="one image for each class")
+        self.train_per_class = train_per_class
+        self.test_per_class = test_per_class
+        self.train_samples = train_samples
+
+    def class_names(self) -> tuple[str, ...]:
+        """The characters."""
+        return self.characters
+
+    def load(self) -> Source:
+        """Render the images.
+
+        Raises:
+            DataError: A font cannot draw one of the characters.
+        """
+        count = len(self.characters)
+        masks = character_masks(self.characters)
+        train = torch.arange(self.train_samples or count * self.train_per_class) % count
+        test = torch.arange(count * self.test_per_class) % count
+        return Source(
+            Samples.of(render(masks, train, seeded(self.split_seed, Stream.RENDER_TRAIN)), train),
+            Samples.of(render(masks, test, seeded(self.split_seed, Stream.RENDER_TEST)), test),
+        )
+
+
+def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
+    """Read a list of characters, or a string of ranges and single characters such as "K-Za-z0".
+
+    Raises:
+        ConfigurationError: It cannot be read, a character repeats, or there are fewer than two.
+    """
+    characters: list[str] = []
+    if isinstance(classes, str):
+        rest = classes
+        while rest:
+            first, last, length = (rest[0], rest[2], 3) if len(rest) > 2 and rest[1] == "-" else (rest[0], rest[0], 1)
+            if not (first.isalnum() and last.isalnum() and first <= last):
+                raise ConfigurationError(
+                    f"the classes {classes!r} hold {rest[:length]!r}; expected characters and rising ranges, as in "
+                    "'A-J' or 'K-Za-z'"
+                )
+            characters += map(chr, range(ord(first), ord(last) + 1))
+            rest = rest[length:]
+    else:
+        characters = list(classes)
+    wrong = [character for character in characters if len(character) != 1 or not character.isalnum()]
+    if wrong:
+        raise ConfigurationError(f"the classes {classes!r} hold {wrong[0]!r}; expected single letters and digits")
+    if len(set(characters)) != len(characters):
+        repeated = next(c for i, c in enumerate(characters) if c in characters[:i])
+        raise ConfigurationError(f"the classes {classes!r} hold {repeated!r} twice")
+    if len(characters) < 2:
+        raise ConfigurationError(f"the classes {classes!r} are {len(characters)} character(s); expected at least 2")
+    return tuple(characters)
+
+
+def render(masks: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Render one image for each label.
+
+    Args:
+        masks: Ink coverage of every class in every font, float32 [fonts, C, CANVAS, CANVAS].
+        labels: Which class to draw, int64 [P].
+        generator: Decides everything random.
+
+    Returns:
+        uint8 [P, 3, SIDE, SIDE].
+    """
+    images = torch.empty(len(labels), 3, SIDE, SIDE, dtype=torch.uint8)
+    for rows in torch.arange(len(labels)).split(_CHUNK):
+        images[rows] = _render_chunk(masks, labels[rows], generator)
+    return images
+
+
+def _render_chunk(masks: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    count = len(labels)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=generator) * (high - low) + low
+
+    fonts = torch.randint(len(masks), (count,), generator=generator)
+    angle = uniform(-math.radians(ROTATION), math.radians(ROTATION))
+    scale = uniform(*SCALE)
+    shift = uniform(-SHIFT, SHIFT, 2) * 2 / SIDE
+    # Output coordinates → mask coordinates, both in [-1, 1]: undo the shift, the rotation and the scale.
+    zoom = SIDE / CANVAS / scale
+    cosine, sine = zoom * torch.cos(angle), zoom * torch.sin(angle)
+    linear = torch.stack([cosine, -sine, sine, cosine], 1).view(count, 2, 2)
+    affine = torch.cat([linear, -linear @ shift.unsqueeze(2)], 2)
+    grid = F.affine_grid(affine, [count, 1, SIDE, SIDE], align_corners=False)
+    ink = F.grid_sample(masks[fonts, labels].unsqueeze(1), grid, align_corners=False)
+
+    paper_colour, ink_colour = _colours(count, generator)
+    images = torch.lerp(paper_colour[:, :, None, None], ink_colour[:, :, None, None], ink)
+    sigma = uniform(0, NOISE, 1, 1, 1)
+    images += sigma * torch.randn(images.shape, generator=generator)
+    return images.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+
+
+def _colours(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random colours of paper and ink, each [count, 3] in [0, 1], that differ in luminance by `CONTRAST` or more."""
+    candidates = 8
+    paper = torch.rand(count, 3, generator=generator)
+    inks = torch.rand(count, candidates, 3, generator=generator)
+    weights = torch.tensor(_LUMINANCE)
+    paper_luminance = paper @ weights
+    contrast = (inks @ weights - paper_luminance[:, None]).abs()
+    first = (contrast >= CONTRAST).int().argmax(1)
+    row = torch.arange(count)
+    # Black or white for the few papers on which no candidate stands out.
+    extreme = (paper_luminance < 0.5).float()[:, None].expand(-1, 3)
+    enough = contrast[row, first] >= CONTRAST
+    return paper, torch.where(enough[:, None], inks[row, first], extreme)

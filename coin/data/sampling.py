@@ -1,0 +1,138 @@
+"""Which samples make up which batch: explicit generators, sharding by index, no padded duplicates.
+
+Nothing here reads or moves torch's global random state, so the same options give the same batches whether they are
+drawn by ``coin fit``, by ``coin run`` or by a plain loop.
+"""
+
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from coin.errors import ConfigurationError, DataError
+
+
+class Stream(IntEnum):
+    """What a random stream is for, so that two uses of one seed never share their numbers."""
+
+    TRAIN_SPLIT = 0
+    TEST_SPLIT = 1
+    ORDER = 2
+    AUGMENTATION = 3
+    CALIBRATION = 4
+    RENDER_TRAIN = 5
+    RENDER_TEST = 6
+    WORKERS = 7
+
+
+class Draw(NamedTuple):
+    """One batch to fetch.
+
+    Attributes:
+        positions: Positions in the split, int64 [B].
+        epoch: The epoch that a training batch belongs to (it decides the augmentation), None in evaluation.
+    """
+
+    positions: Tensor
+    epoch: int | None
+
+
+def seeded(seed: int, *keys: int) -> torch.Generator:
+    """A CPU generator that depends on ``(seed, *keys)`` alone; distinct tuples give unrelated streams."""
+    state = np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """A shuffle of which every prefix holds the classes in proportion, as nearly as whole samples allow.
+
+    Args:
+        labels: Class indices, int64 [P].
+        generator: Decides the order within the classes and between ties.
+
+    Returns:
+        A permutation of ``range(P)``, int64 [P].
+    """
+    shuffled = torch.randperm(len(labels), generator=generator)
+    by_class = torch.argsort(labels[shuffled], stable=True)
+    counts = torch.bincount(labels)
+    first = torch.cumsum(counts, 0) - counts
+    sorted_labels = labels[shuffled][by_class]
+    rank = torch.arange(len(labels)) - first[sorted_labels]
+    progress = torch.empty(len(labels), dtype=torch.float64)
+    progress[by_class] = (rank.double() + 0.5) / counts[sorted_labels]
+    return shuffled[torch.argsort(progress, stable=True)]
+
+
+class EvaluationBatches(Sampler[Draw]):
+    """The positions ``range(rank, samples, world_size)`` in batches: every sample on exactly one process."""
+
+    def __init__(self, samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.positions = range(rank, samples, world_size)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        """The number of batches on this process."""
+        return -(-len(self.positions) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Draw]:
+        for start in range(0, len(self.positions), self.batch_size):
+            yield Draw(torch.tensor(self.positions[start : start + self.batch_size]), None)
+
+
+class TrainingBatches(Sampler[Draw]):
+    """A permutation drawn from ``(seed, epoch)``, dealt out to the processes.
+
+    Every process gets equally many batches of equal sizes: the ``samples % world_size`` last samples of the
+    permutation are left out of that epoch. The last, partial batch is kept, unless it would hold a single sample:
+    BatchNorm cannot train on one. Lightning calls `set_epoch` before each epoch.
+
+    Args:
+        samples: Number of samples over all processes.
+        batch_size: Samples a batch and process, at least 2.
+        seed: Decides, with the epoch, the order.
+        epoch: The first epoch.
+        rank: This process.
+        world_size: Number of processes.
+
+    Raises:
+        ConfigurationError: The batch size is below 2.
+        DataError: A process would get fewer than 2 samples.
+    """
+
+    def __init__(
+        self, samples: int, batch_size: int, seed: int, epoch: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if batch_size < 2:
+            raise ConfigurationError(f"batch_size is {batch_size}; training needs at least 2 (BatchNorm)")
+        if samples // world_size < 2:
+            raise DataError(
+                f"{samples} training samples over {world_size} process(es); every process needs at least 2 of them"
+            )
+        self.samples = samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = epoch
+        self.rank = rank
+        self.world_size = world_size
+        share = samples // world_size
+        self._share = share - 1 if share % batch_size == 1 else share
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the permutation of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """The number of batches on this process, equal on all of them."""
+        return -(-self._share // self.batch_size)
+
+    def __iter__(self) -> Iterator[Draw]:
+        epoch = self.epoch
+        order = torch.randperm(self.samples, generator=seeded(self.seed, Stream.ORDER, epoch))
+        mine = order[self.rank :: self.world_size][: self._share]
+        for positions in mine.split(self.batch_size):
+            yield Draw(positions, epoch)

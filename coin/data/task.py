@@ -1,0 +1,282 @@
+"""What all tasks have in common: options, splits, loaders and calibration data."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from coin.data.augmentation import Augmentation
+from coin.data.calibration import Calibration
+from coin.data.samples import BatchDataset, ImagesOnly, Samples
+from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded, stratified_order
+from coin.data.transform import check_images, to_input
+from coin.errors import ConfigurationError, DataError
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a task reads from its source.
+
+    Attributes:
+        train: Samples to train on; the validation split comes out of them where the source brings none.
+        test: Samples to test on, and nothing else.
+        validation: The source's own validation samples.
+    """
+
+    train: Samples
+    test: Samples
+    validation: Samples | None = None
+
+
+class TaskData(LightningDataModule, ABC):
+    """One task: images with their classes.
+
+    The loaders yield stored images, uint8 [B, C, H, W], and labels, int64 [B] (`predict_dataloader` the test images
+    alone); `on_after_batch_transfer` turns the images into inputs on the device. Used without a Trainer, that is
+    `coin.data.to_input`. Samples are sharded over processes by index, so the Trainer runs with
+    ``use_distributed_sampler=False``.
+
+    A subclass says what the classes are (`class_names`, without reading images) and reads them (`load`).
+
+    Args:
+        image_size: Side of the networks' inputs in pixels.
+        batch_size: Training samples a batch and process, at least 2.
+        eval_batch_size: Samples a batch in validation, test and prediction.
+        validation_share: Share of the training samples that is set aside for validation, in [0, 1). With 0 there is
+            no validation. Unused where the source has a validation split of its own.
+        split_seed: Decides which samples are in which split.
+        seed: Decides the order of the training samples, their augmentation and the choice of calibration samples.
+        augmentation: What happens to training images.
+        max_train: At most so many training samples, a stratified choice; validation shrinks in proportion.
+        max_test: At most so many test samples, a stratified choice.
+        num_workers: Worker processes of each loader.
+
+    Raises:
+        ConfigurationError: An option is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 32,
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        validation_share: float = 0.1,
+        split_seed: int = 0,
+        seed: int = 0,
+        augmentation: Augmentation = Augmentation.none,
+        max_train: int | None = None,
+        max_test: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        at_least("image_size", image_size, 1)
+        at_least("batch_size", batch_size, 2, why="BatchNorm cannot train on one sample")
+        at_least("eval_batch_size", eval_batch_size, 1)
+        at_least("split_seed", split_seed, 0)
+        at_least("seed", seed, 0)
+        at_least("num_workers", num_workers, 0)
+        if max_train is not None:
+            at_least("max_train", max_train, 2)
+        if max_test is not None:
+            at_least("max_test", max_test, 1)
+        if not 0 <= validation_share < 1:
+            raise ConfigurationError(f"validation_share is {validation_share}; expected a number in [0, 1)")
+        if augmentation not in list(Augmentation):
+            raise ConfigurationError(f"augmentation is {augmentation!r}; expected one of {[a.value for a in Augmentation]}")
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.validation_share = validation_share
+        self.split_seed = split_seed
+        self.seed = seed
+        self.augmentation = Augmentation(augmentation)
+        self.max_train = max_train
+        self.max_test = max_test
+        self.num_workers = num_workers
+        self._source: Source | None = None
+
+    @abstractmethod
+    def class_names(self) -> tuple[str, ...]:
+        """The classes in the order of their labels; cheap, so that a network can be built before data are read."""
+
+    @abstractmethod
+    def load(self) -> Source:
+        """Read the images.
+
+        Raises:
+            DataError: They are missing or unusable.
+        """
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their labels."""
+        return self.class_names()
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.classes)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the images and split them, once; every stage needs the same.
+
+        Raises:
+            DataError: The images are missing or unusable.
+        """
+        if self._source is None:
+            self._source = self._split(self._check(self.load()))
+
+    @property
+    def splits(self) -> Source:
+        """The final splits; reads the data where `setup` has not run."""
+        self.setup()
+        assert self._source is not None
+        return self._source
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Shuffled from (seed, epoch), augmented; equally many batches on every process."""
+        rank, world_size = self._process()
+        trainer = self.trainer
+        # A resumed Trainer makes the iterator before it calls set_epoch, and workers start to fetch at once.
+        epoch = 0 if trainer is None else trainer.current_epoch
+        train = self.splits.train
+        sampler = TrainingBatches(len(train), self.batch_size, self.seed, epoch, rank, world_size)
+        return self._loader(BatchDataset(train, self.augmentation, self.seed), sampler)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
+        """The validation split; an empty list, which Lightning takes for no validation, with a share of 0."""
+        validation = self.splits.validation
+        return [] if validation is None else self._evaluation(validation)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """The test split."""
+        return self._evaluation(self.splits.test)
+
+    def predict_dataloader(self) -> DataLoader[Tensor]:
+        """The test images without their labels."""
+        test = self.splits.test
+        sampler = EvaluationBatches(len(test), self.eval_batch_size, *self._process())
+        return self._loader(ImagesOnly(BatchDataset(test)), sampler)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Turn the stored images of a batch into inputs, float32 [B, 3, S, S], on the device."""
+        if isinstance(batch, Tensor):
+            return to_input(batch, self.image_size)
+        images, labels = batch
+        return to_input(images, self.image_size), labels
+
+    def calibration(self, samples: int, batch_size: int = 64) -> Calibration:
+        """P unaugmented samples of the training split, drawn from ``seed`` without a look at their labels.
+
+        A smaller P gives a prefix of a larger one.
+
+        Args:
+            samples: P.
+            batch_size: Samples a batch when iterating over the result.
+
+        Raises:
+            ConfigurationError: P or the batch size is below 1.
+            DataError: P is larger than the training split.
+        """
+        at_least("the number of calibration samples", samples, 1)
+        at_least("the batch size of calibration data", batch_size, 1)
+        train = self.splits.train
+        if samples > len(train):
+            raise DataError(
+                f"{samples} calibration samples asked of {type(self).__name__}, whose training split has {len(train)}; "
+                f"ask for at most {len(train)}"
+            )
+        order = torch.randperm(len(train), generator=seeded(self.seed, Stream.CALIBRATION))
+        return Calibration.of(train.subset(order[:samples]), self.image_size, batch_size)
+
+    def _check(self, source: Source) -> Source:
+        """Refuse what would fail much later and less clearly."""
+        for name, part in (("training", source.train), ("test", source.test), ("validation", source.validation)):
+            if part is None:
+                continue
+            if len(part) == 0:
+                raise DataError(f"{type(self).__name__} has no {name} images")
+            if len(part) and not 0 <= int(part.targets.min()) <= int(part.targets.max()) < self.num_classes:
+                raise DataError(
+                    f"{type(self).__name__} has {name} labels from {int(part.targets.min())} to "
+                    f"{int(part.targets.max())}; expected 0 to {self.num_classes - 1} for its {self.num_classes} classes"
+                )
+            check_images(part.images(torch.tensor([0])))
+        return source
+
+    def _split(self, source: Source) -> Source:
+        test = source.test
+        if self.max_test is not None:
+            test = _first(test, self.max_test, seeded(self.split_seed, Stream.TEST_SPLIT))
+        order = stratified_order(source.train.targets, seeded(self.split_seed, Stream.TRAIN_SPLIT))
+        held_out = 0
+        if source.validation is None and self.validation_share > 0:
+            held_out = max(1, round(self.validation_share * len(order)))
+        train = order[held_out:]
+        if self.max_train is not None and self.max_train < len(train):
+            kept = max(1, round(held_out * self.max_train / len(train)))
+            train = train[: self.max_train]
+        else:
+            kept = held_out
+        validation = source.validation
+        if held_out:
+            validation = source.train.subset(order[:kept].sort().values)
+        return Source(source.train.subset(train.sort().values), test, validation)
+
+    def _process(self) -> tuple[int, int]:
+        """Rank and number of processes."""
+        trainer = self.trainer
+        if trainer is None:
+            return 0, 1
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ConfigurationError(
+                "coin shards its data by index, and the Trainer would shard it again; set "
+                "trainer.use_distributed_sampler=false"
+            )
+        return trainer.global_rank, trainer.world_size
+
+    def _evaluation(self, samples: Samples) -> DataLoader[tuple[Tensor, Tensor]]:
+        sampler = EvaluationBatches(len(samples), self.eval_batch_size, *self._process())
+        return self._loader(BatchDataset(samples), sampler)
+
+    def _loader(self, dataset: Dataset[T], sampler: torch.utils.data.Sampler[Draw]) -> DataLoader[T]:
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # DataLoader draws a seed for its workers; from this generator instead of torch's global one.
+            generator=seeded(self.seed, Stream.WORKERS),
+        )
+
+
+def hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
+    """Split a source that comes in one piece into training and test samples, stratified.
+
+    Returns:
+        The training samples and the ``share`` that is left for testing.
+    """
+    order = stratified_order(samples.targets, seeded(seed, Stream.TEST_SPLIT))
+    count = round(share * len(order))
+    return samples.subset(order[count:].sort().values), samples.subset(order[:count].sort().values)
+
+
+def at_least(name: str, value: int, least: int, why: str = "") -> None:
+    """Raise a `ConfigurationError` for a value that is too small."""
+    if value < least:
+        raise ConfigurationError(f"{name} is {value}; expected at least {least}" + (f" ({why})" if why else ""))
+
+
+def _first(samples: Samples, count: int, generator: torch.Generator) -> Samples:
+    order = stratified_order(samples.targets, generator)[:count]
+    return samples.subset(order.sort().values)
