@@ -1,0 +1,197 @@
+"""The files of a measurement: one folder's results, and their mean and spread over seeds.
+
+``results.csv`` is long format, one row per measured number set; ``results.json`` holds the same rows with the
+configuration and the versions; ``confusion.npz`` counts the expert's answers against the decoded ones. Nothing else
+is needed to draw a table, a plot or the report.
+"""
+
+import json
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from coin.errors import ConfigurationError, FileError
+from coin.reporting.frames import one_line, read_frame, write_frame
+from coin.state import atomic_path, versions, write_text
+
+RESULTS_CSV = "results.csv"
+RESULTS_JSON = "results.json"
+CONFUSION_NPZ = "confusion.npz"
+
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured number set: one lost task, read out of one erasure by one decoder.
+
+    Args:
+        experiment: The experiment's name.
+        seed: The seed of this run.
+        method: The merge method's name or label; ``none`` for the survivors alone, ``oracle`` for Σβ_i f_i itself.
+        batchnorm: The BatchNorm policy, ``""`` where it does not apply.
+        decoder: The decoder's name, such as ``linear``.
+        code_row: Indices of the coded models used, joined by ``+``; ``""`` for none.
+        erased: The lost tasks, joined by ``+``.
+        task: The lost task that this row scores, one of `erased`.
+        samples_per_task: Calibration samples per task, P.
+        expert_accuracy: Share of the task's test samples that the expert itself classifies correctly.
+        decoded_accuracy: The same for the decoded output.
+        nda: decoded_accuracy / expert_accuracy; NaN where the expert is never right.
+        agreement: Share of test samples where expert and decoded output predict the same class.
+        residual: ‖f_c − Σβ_i f_i‖ / ‖Σβ_i f_i‖; NaN where there is no coded model.
+        calibration_seconds: Wall time spent on statistics, merging and training of this coded model, in seconds.
+        sample_passes: Forward-equivalents spent on them (forward 1, backward 2 per sample and cotangent).
+    """
+
+    experiment: str
+    seed: int
+    method: str
+    batchnorm: str
+    decoder: str
+    code_row: str
+    erased: str
+    task: str
+    samples_per_task: int
+    expert_accuracy: float
+    decoded_accuracy: float
+    nda: float
+    agreement: float
+    residual: float
+    calibration_seconds: float
+    sample_passes: float
+
+
+COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
+KEYS: tuple[str, ...] = COLUMNS[: COLUMNS.index("expert_accuracy")]
+NUMBERS: tuple[str, ...] = COLUMNS[len(KEYS) :]
+_INTEGERS = ("seed", "samples_per_task")
+
+
+def write_results(
+    folder: Path,
+    rows: Sequence[Row],
+    configuration: Mapping[str, Any],
+    confusions: Mapping[str, Counts] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``results.csv``, ``results.json`` and, with `confusions`, ``confusion.npz``.
+
+    Every file appears whole or not at all. ``results.json`` is strict JSON: a number that is not finite is ``null``.
+
+    Args:
+        folder: The seed's folder, made where it is missing.
+        rows: The measurements, in the order in which tables and plots shall show the methods.
+        configuration: The resolved configuration; what JSON does not know (paths, enums) is written as text.
+        confusions: `confusion_key` → counts ``[C, C]``, the expert's answer × the decoded answer.
+        extra: Anything else worth keeping with the numbers, written under ``extra``.
+
+    Raises:
+        ConfigurationError: There are no rows, two rows measure the same thing, or a task has a reserved name.
+        FileError: A file cannot be written.
+    """
+    _check_rows(rows)
+    records = [asdict(row) for row in rows]
+    document: dict[str, Any] = {
+        "rows": records,
+        "configuration": dict(configuration),
+        "versions": versions(),
+    }
+    if extra is not None:
+        document["extra"] = dict(extra)
+    # The text is made first: a value that cannot be written leaves all three files as they were.
+    text = json.dumps(_strict(document), indent=1, allow_nan=False, ensure_ascii=False)
+    if confusions is not None:
+        arrays: dict[str, Any] = {key: np.asarray(counts) for key, counts in confusions.items()}
+        with atomic_path(folder / CONFUSION_NPZ) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+    write_text(folder / RESULTS_JSON, text + "\n")
+    write_frame(folder / RESULTS_CSV, pd.DataFrame.from_records(records, columns=list(COLUMNS)))
+
+
+def read_results(folder: Path) -> pd.DataFrame:
+    """Return the rows of ``results.csv`` with `COLUMNS` in order; text stays text, an empty number is NaN.
+
+    Raises:
+        FileError: The file is missing, damaged, or lacks a column or a number.
+    """
+    return read_frame(folder / RESULTS_CSV, COLUMNS, _INTEGERS, NUMBERS)
+
+
+def read_configuration(folder: Path) -> dict[str, Any]:
+    """Return the object of ``results.json``: ``rows``, ``configuration``, ``versions`` and, if given, ``extra``.
+
+    Raises:
+        FileError: The file is missing or damaged.
+    """
+    path = folder / RESULTS_JSON
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`") from error
+    except (OSError, ValueError) as error:
+        raise FileError(f"'{path}' cannot be read as JSON ({one_line(error)}); make it again") from error
+    if not isinstance(document, dict) or not isinstance(document.get("configuration"), dict):
+        raise FileError(f"'{path}' holds no 'configuration', expected an object with one; make it again")
+    return document
+
+
+def confusion_key(row: Row) -> str:
+    """Return the name of a row's counts in ``confusion.npz``: ``method|batchnorm|decoder|erased|task``."""
+    return "|".join((row.method, row.batchnorm, row.decoder, row.erased, row.task))
+
+
+def read_confusions(folder: Path) -> dict[str, Counts]:
+    """Return the counts ``[C, C]`` of ``confusion.npz`` by `confusion_key`; nothing where there is no such file.
+
+    Raises:
+        FileError: The file is damaged.
+    """
+    path = folder / CONFUSION_NPZ
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise FileError(f"'{path}' is not a whole .npz file ({one_line(error)}); make it again") from error
+
+
+def _check_rows(rows: Sequence[Row]) -> None:
+    if not rows:
+        raise ConfigurationError("found no rows to write, expected at least one measurement")
+    seen = set()
+    for row in rows:
+        if row.task == "mean":
+            raise ConfigurationError("found a task called 'mean', the name of the mean over tasks; rename the task")
+        key = tuple(getattr(row, name) for name in KEYS)
+        if key in seen:
+            raise ConfigurationError(
+                f"found two results of method '{row.method}' (batchnorm '{row.batchnorm}', decoder '{row.decoder}', "
+                f"erased '{row.erased}', task '{row.task}'), expected one; tell the two apart with 'label'"
+            )
+        seen.add(key)
+
+
+def _strict(value: Any) -> Any:
+    """Return `value` as strict JSON has it: no NaN, no infinity, keys that are text, the rest as text."""
+    if value is None or isinstance(value, (bool, int)) or type(value) is str:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return _strict(value.tolist())
+    if isinstance(value, np.generic):
+        return _strict(value.item())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_strict(item) for item in value]
+    return str(value)

@@ -1,0 +1,123 @@
+"""Mean and spread over seeds, and the mean over tasks."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from coin.errors import FileError
+from coin.reporting.frames import read_frame, write_frame
+from coin.reporting.results import KEYS, NUMBERS, read_results
+
+SUMMARY_CSV = "summary.csv"
+
+GROUP: tuple[str, ...] = tuple(name for name in KEYS if name != "seed")
+"""What one row of a summary stands for."""
+
+SUMMARY_COLUMNS: tuple[str, ...] = (
+    *GROUP,
+    "seeds",
+    *(f"{name}_{part}" for name in NUMBERS for part in ("mean", "std")),
+)
+
+_VARIANT = [name for name in GROUP if name not in ("erased", "task")]
+
+
+def summarise(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return mean and spread over seeds, per task and as the mean over tasks.
+
+    One row per (experiment, method, batchnorm, decoder, code_row, erased, task, samples_per_task), in order of
+    appearance. After the tasks of each variant come rows with ``task = "mean"``: for every size r of erasure, with
+    ``erased = "r of N"``, the mean over all (erasure, task) pairs of that size, taken within each seed first and then
+    over seeds. N counts the tasks that the experiment's erasures name. With one coded model, ``1 of N`` is the mean
+    over the tasks, each lost in turn.
+
+    The spread is the sample standard deviation over seeds (n − 1 in the denominator): NaN with one seed. A number
+    that is NaN in any seed or task is NaN in the mean; nothing is left out of a mean silently.
+
+    Args:
+        frame: Rows of one or several ``results.csv``, as `read_results` returns them.
+
+    Returns:
+        `SUMMARY_COLUMNS`: the group, ``seeds`` (how many), and ``<number>_mean``, ``<number>_std`` of each number.
+    """
+    per_task = _over_seeds(frame)
+    means = _over_seeds(_mean_over_tasks(frame))
+    both = pd.concat([per_task, means], ignore_index=True)
+    order = both.groupby(_VARIANT, sort=False).ngroup()
+    both = both.iloc[order.argsort(kind="stable")]
+    return both.reset_index(drop=True)
+
+
+def write_summary(experiment_folder: Path) -> pd.DataFrame:
+    """Collect ``seed-*/results.csv`` below an experiment's folder, write ``summary.csv`` there and return it.
+
+    Raises:
+        FileError: There is no seed with results, a file is damaged, or the summary cannot be written.
+    """
+    summary = summarise(read_seeds(experiment_folder))
+    write_frame(experiment_folder / SUMMARY_CSV, summary)
+    return summary
+
+
+def read_summary(experiment_folder: Path) -> pd.DataFrame:
+    """Return what `write_summary` wrote.
+
+    Raises:
+        FileError: The file is missing or damaged.
+    """
+    numbers = SUMMARY_COLUMNS[len(GROUP) + 1 :]
+    return read_frame(experiment_folder / SUMMARY_CSV, SUMMARY_COLUMNS, ("samples_per_task", "seeds"), numbers)
+
+
+def read_seeds(experiment_folder: Path) -> pd.DataFrame:
+    """Return the rows of all ``seed-*/results.csv`` below an experiment's folder, in the order of the seeds.
+
+    Raises:
+        FileError: There is none, or one is damaged.
+    """
+    folders = seed_folders(experiment_folder)
+    if not folders:
+        raise FileError(
+            f"found no 'seed-*/results.csv' in '{experiment_folder}', expected an experiment; make it with `coin run`"
+        )
+    return pd.concat([read_results(folder) for folder in folders], ignore_index=True)
+
+
+def seed_folders(experiment_folder: Path) -> list[Path]:
+    """Return the folders ``seed-*`` that hold results, by increasing seed."""
+    found = [path.parent for path in experiment_folder.glob("seed-*/results.csv")]
+
+    def by_number(folder: Path) -> tuple[int, str]:
+        number = re.fullmatch(r"seed-(\d+)", folder.name)
+        return (int(number[1]) if number else -1, folder.name)
+
+    return sorted(found, key=by_number)
+
+
+def _mean_over_tasks(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per seed, variant and size of erasure: the mean over the (erasure, task) pairs."""
+    erasures = frame["erased"].map(lambda erased: frozenset(erased.split("+")))
+    tasks = erasures.groupby(frame["experiment"]).agg(lambda sets: len(frozenset().union(*sets)))
+    sizes = erasures.map(len).astype(str) + " of " + frame["experiment"].map(tasks).astype(str)
+    sized = frame.assign(erased=sizes, task="mean")
+    return _mean(sized, list(KEYS)).reset_index()
+
+
+def _over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
+    groups = frame.groupby(list(GROUP), sort=False)
+    means = _mean(frame, list(GROUP)).add_suffix("_mean")
+    spreads = groups[list(NUMBERS)].std(ddof=1).where(_complete(frame, list(GROUP))).add_suffix("_std")
+    seeds = groups["seed"].nunique().rename("seeds")
+    return pd.concat([seeds, means, spreads], axis=1).reset_index()[list(SUMMARY_COLUMNS)]
+
+
+def _mean(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    means = frame.groupby(keys, sort=False)[list(NUMBERS)].mean()
+    return means.where(_complete(frame, keys))
+
+
+def _complete(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Return where no number of a group is NaN (pandas' own means skip NaN)."""
+    groups = frame.groupby(keys, sort=False)[list(NUMBERS)]
+    return groups.count().eq(groups.size(), axis=0)

@@ -1,0 +1,93 @@
+"""Results that look like a real experiment's, made through the public API."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from coin.reporting import Row, confusion_key, write_results
+
+# method, BatchNorm policy, NDA of linear, ridge and feature_ridge, residual, seconds, forward-equivalents
+METHODS = (
+    ("none", "", (None, 0.563, 0.910), float("nan"), 0.0, 0.0),
+    ("oracle", "", (1.0, 1.0, 1.0), 0.0, 0.0, 0.0),
+    ("average", "average", (0.857, 0.966, 0.9835), 0.61, 0.0, 0.0),
+    ("coin", "average", (0.867, 0.960, 0.984), 0.58, 4.1, 8400.0),
+    ("coin", "recalibrate", (0.862, 0.965, 0.981), 0.55, 4.6, 8800.0),
+    ("distillation", "keep", (0.980, 0.979, 0.981), 0.22, 30.4, 57600.0),
+)
+DECODERS = ("linear", "ridge", "feature_ridge")
+EXPERTS = (0.956, 0.987, 0.912)
+
+Confusions = dict[str, NDArray[np.int64]]
+Make = Callable[..., Path]
+
+
+def measured(
+    seed: int,
+    tasks: Sequence[str] = ("mnist", "letters"),
+    experiment: str = "quickstart",
+    samples: int = 200,
+    methods: Sequence[tuple] = METHODS,
+    classes: int = 10,
+) -> tuple[list[Row], Confusions]:
+    """Return rows and confusions of one seed, with every task lost in turn."""
+    draw = np.random.default_rng(1000 * seed + samples)
+    rows, confusions = [], {}
+    for method, batchnorm, ndas, residual, seconds, passes in methods:
+        for decoder, nda in zip(DECODERS, ndas, strict=True):
+            if nda is None:
+                continue
+            for i, task in enumerate(tasks):
+                expert = EXPERTS[i % len(EXPERTS)]
+                noise = 0.0 if method == "oracle" else draw.normal(0.0, 0.006)
+                ratio = min(1.0, nda + noise - 0.01 * i * (method != "oracle"))
+                row = Row(
+                    experiment=experiment,
+                    seed=seed,
+                    method=method,
+                    batchnorm=batchnorm,
+                    decoder=decoder,
+                    code_row="" if method == "none" else "0",
+                    erased=task,
+                    task=task,
+                    samples_per_task=samples,
+                    expert_accuracy=expert,
+                    decoded_accuracy=expert * ratio,
+                    nda=ratio,
+                    agreement=min(1.0, ratio + 0.005),
+                    residual=residual,
+                    calibration_seconds=seconds * samples / 200 * (1 + 0.05 * draw.random()),
+                    sample_passes=passes * samples / 200,
+                )
+                rows.append(row)
+                counts = draw.integers(0, 4, (classes, classes)) + np.diag(draw.integers(60, 100, classes))
+                confusions[confusion_key(row)] = counts.astype(np.int64)
+    return rows, confusions
+
+
+CONFIGURATION = {
+    "name": "quickstart",
+    "network": {"name": "small_resnet", "image_size": 32, "weights": None},
+    "tasks": {"mnist": {"class_path": "MNIST5k"}, "letters": {"class_path": "Glyphs"}},
+    "code": [[0.5, 0.5]],
+    "calibration": {"samples_per_task": 200, "fisher_data": "own"},
+    "decoders": list(DECODERS),
+    "seeds": [0, 1, 2],
+}
+
+
+@pytest.fixture
+def make_experiment(tmp_path: Path) -> Make:
+    """Return a function that writes an experiment folder and returns it."""
+
+    def make(name: str = "quickstart", seeds: Sequence[int] = (0, 1, 2), **options: object) -> Path:
+        folder = tmp_path / "runs" / name
+        for seed in seeds:
+            rows, confusions = measured(seed, experiment=name, **options)  # type: ignore[arg-type]
+            write_results(folder / f"seed-{seed}", rows, {**CONFIGURATION, "name": name}, confusions)
+        return folder
+
+    return make

@@ -1,0 +1,156 @@
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coin.errors import ConfigurationError, FileError
+from coin.reporting import (
+    COLUMNS,
+    Row,
+    confusion_key,
+    read_configuration,
+    read_confusions,
+    read_results,
+    write_results,
+)
+
+ROW = Row(
+    experiment="x",
+    seed=3,
+    method="coin",
+    batchnorm="average",
+    decoder="linear",
+    code_row="0",
+    erased="a",
+    task="a",
+    samples_per_task=200,
+    expert_accuracy=0.1 + 0.2,
+    decoded_accuracy=1 / 3,
+    nda=(1 / 3) / (0.1 + 0.2),
+    agreement=0.5,
+    residual=1e-17,
+    calibration_seconds=1.25,
+    sample_passes=8400.0,
+)
+
+
+def test_columns_are_the_design_s():
+    design = (
+        "experiment, seed, method, batchnorm, decoder, code_row, erased, task, samples_per_task, expert_accuracy, "
+        "decoded_accuracy, nda, agreement, residual, calibration_seconds, sample_passes"
+    )
+    assert tuple(design.split(", ")) == COLUMNS
+
+
+def test_rows_read_back_exactly(tmp_path: Path):
+    none = replace(ROW, method="none", batchnorm="", code_row="", residual=math.nan, nda=math.nan)
+    rows = [ROW, none, replace(ROW, task="NA", erased="NA+null", method="nan", code_row="0+1")]
+    write_results(tmp_path, rows, {})
+    frame = read_results(tmp_path)
+    assert tuple(frame.columns) == COLUMNS
+    for row, record in zip(rows, frame.to_dict("records"), strict=True):
+        for name, value in asdict(row).items():
+            found = record[name]
+            both_nan = isinstance(value, float) and math.isnan(value) and math.isnan(found)
+            assert both_nan or found == value, name
+    assert frame["seed"].dtype.kind == "i"
+
+
+def test_json_is_strict_and_holds_configuration_and_versions(tmp_path: Path):
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    configuration = {"root": Path("data"), "lr": math.nan, "code": np.array([[0.5, np.inf]]), 3: (True, np.int64(4))}
+    write_results(tmp_path, [replace(ROW, residual=math.nan)], configuration, extra={"note": "ü"})
+    document = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert document["rows"][0]["residual"] is None
+    assert document["rows"][0]["nda"] == ROW.nda
+    assert document["configuration"] == {"root": "data", "lr": None, "code": [[0.5, None]], "3": [True, 4]}
+    assert document["extra"] == {"note": "ü"}
+    assert "torch" in document["versions"]
+    assert read_configuration(tmp_path) == document
+
+
+def test_confusions_read_back(tmp_path: Path):
+    counts = {confusion_key(ROW): np.array([[5, 1], [2, 7]]), "file|a/b||x+y|file": np.eye(3, dtype=np.int64)}
+    write_results(tmp_path, [ROW], {}, counts)
+    found = read_confusions(tmp_path)
+    assert found.keys() == counts.keys()
+    for key in counts:
+        np.testing.assert_array_equal(found[key], counts[key])
+    assert confusion_key(ROW) == "coin|average|linear|a|a"
+
+
+def test_no_confusions_is_no_error(tmp_path: Path):
+    write_results(tmp_path, [ROW], {})
+    assert read_confusions(tmp_path) == {}
+
+
+def test_only_finished_files_are_left(tmp_path: Path):
+    write_results(tmp_path, [ROW], {}, {"a": np.eye(2, dtype=np.int64)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["confusion.npz", "results.csv", "results.json"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no rows"),
+        ([ROW, replace(ROW, nda=0.0)], "label"),
+        ([replace(ROW, task="mean", erased="mean")], "rename the task"),
+    ],
+)
+def test_unusable_rows_are_refused_before_anything_is_written(tmp_path: Path, rows: list[Row], message: str):
+    with pytest.raises(ConfigurationError, match=message):
+        write_results(tmp_path / "new", rows, {})
+    assert not (tmp_path / "new").exists()
+
+
+def _damage(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("residual", "rest", "no column 'residual'"),
+        ("8400.0", "many", "damaged in column 'sample_passes'"),
+        (",200,", ",2e2,", "damaged in column 'samples_per_task'"),
+    ],
+)
+def test_damaged_results_are_one_clear_line(tmp_path: Path, old: str, new: str, message: str):
+    write_results(tmp_path, [ROW], {})
+    _damage(tmp_path / "results.csv", old, new)
+    with pytest.raises(FileError, match=message) as caught:
+        read_results(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00bad", b",".join(name.encode() for name in COLUMNS) + b"\n"])
+def test_a_file_without_rows_is_an_error(tmp_path: Path, content: bytes):
+    (tmp_path / "results.csv").write_bytes(content)
+    with pytest.raises(FileError, match=r"results\.csv") as caught:
+        read_results(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_name_the_command(tmp_path: Path):
+    with pytest.raises(FileError, match="coin run"):
+        read_results(tmp_path)
+    with pytest.raises(FileError, match="coin run"):
+        read_configuration(tmp_path)
+
+
+def test_damaged_archive_and_json(tmp_path: Path):
+    write_results(tmp_path, [ROW], {}, {"a": np.eye(2, dtype=np.int64)})
+    for name in ("confusion.npz", "results.json"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FileError, match="not a whole"):
+        read_confusions(tmp_path)
+    with pytest.raises(FileError, match="cannot be read as JSON"):
+        read_configuration(tmp_path)

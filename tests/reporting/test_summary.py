@@ -1,0 +1,151 @@
+import math
+import statistics
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from coin.errors import FileError
+from coin.reporting import Row, read_summary, summarise, write_results, write_summary
+
+NUMBERS = (
+    "expert_accuracy",
+    "decoded_accuracy",
+    "nda",
+    "agreement",
+    "residual",
+    "calibration_seconds",
+    "sample_passes",
+)
+
+
+def row(seed: int, task: str, nda: float, erased: str = "", **changes: object) -> Row:
+    values = {
+        "experiment": "x",
+        "seed": seed,
+        "method": "coin",
+        "batchnorm": "average",
+        "decoder": "linear",
+        "code_row": "0",
+        "erased": erased or task,
+        "task": task,
+        "samples_per_task": 200,
+        "expert_accuracy": 0.9,
+        "decoded_accuracy": 0.9 * nda,
+        "nda": nda,
+        "agreement": nda / 2,
+        "residual": 1 - nda,
+        "calibration_seconds": 10.0 * nda,
+        "sample_passes": 100.0,
+    }
+    return Row(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def frame(*rows: Row) -> pd.DataFrame:
+    return pd.DataFrame([vars(each) for each in rows])
+
+
+def pick(summary: pd.DataFrame, **where: object) -> pd.Series:
+    for name, value in where.items():
+        summary = summary[summary[name] == value]
+    assert len(summary) == 1
+    return summary.iloc[0]
+
+
+def test_mean_and_spread_over_seeds_and_tasks():
+    ndas = {"a": [0.8, 0.9, 0.97], "b": [0.7, 0.95, 0.6]}
+    summary = summarise(frame(*(row(seed, task, ndas[task][seed]) for seed in range(3) for task in "ab")))
+    assert len(summary) == 3
+    for task, values in ndas.items():
+        found = pick(summary, task=task, erased=task)
+        assert found["seeds"] == 3
+        assert found["nda_mean"] == pytest.approx(statistics.fmean(values), rel=1e-14)
+        assert found["nda_std"] == pytest.approx(statistics.stdev(values), rel=1e-14)
+        assert found["residual_mean"] == pytest.approx(1 - statistics.fmean(values), rel=1e-14)
+    per_seed = [statistics.fmean(pair) for pair in zip(*ndas.values(), strict=True)]
+    mean = pick(summary, task="mean")
+    assert mean["erased"] == "1 of 2"
+    assert mean["nda_mean"] == pytest.approx(statistics.fmean(per_seed), rel=1e-14)
+    # The spread of the per-seed means, which is not the mean of the tasks' spreads.
+    assert mean["nda_std"] == pytest.approx(statistics.stdev(per_seed), rel=1e-14)
+    assert mean["expert_accuracy_std"] == pytest.approx(0.0, abs=1e-15)
+
+
+def test_columns_hold_every_number():
+    summary = summarise(frame(row(0, "a", 0.9)))
+    for name in NUMBERS:
+        assert {f"{name}_mean", f"{name}_std"} <= set(summary.columns)
+
+
+def test_one_seed_has_no_spread_and_reads_back_empty(tmp_path: Path):
+    write_results(tmp_path / "seed-0", [row(0, "a", 0.9), row(0, "b", 0.8)], {})
+    summary = write_summary(tmp_path)
+    assert summary["nda_std"].isna().all()
+    text = (tmp_path / "summary.csv").read_text(encoding="utf-8")
+    assert "nan" not in text.lower()
+    pd.testing.assert_frame_equal(read_summary(tmp_path), summary, check_exact=True)
+
+
+def test_nan_is_never_left_out_of_a_mean():
+    summary = summarise(
+        frame(
+            row(0, "a", math.nan), row(1, "a", 0.9), row(0, "b", 0.8), row(1, "b", 0.7),
+        )
+    )  # fmt: skip
+    assert math.isnan(pick(summary, task="a")["nda_mean"])
+    assert math.isnan(pick(summary, task="mean")["nda_mean"])
+    assert math.isnan(pick(summary, task="mean")["nda_std"])
+    assert pick(summary, task="b")["nda_mean"] == pytest.approx(0.75)
+
+
+def test_larger_erasures_are_grouped_by_their_size():
+    single = [row(0, task, 0.9) for task in "abc"]
+    pairs = [
+        row(0, task, nda, erased=erased, code_row="0+1")
+        for erased, ndas in {"a+b": (0.8, 0.6), "a+c": (0.5, 0.7), "b+c": (0.2, 0.3)}.items()
+        for task, nda in zip(erased.split("+"), ndas, strict=True)
+    ]
+    summary = summarise(frame(*single, *pairs))
+    assert pick(summary, task="mean", erased="1 of 3")["nda_mean"] == pytest.approx(0.9)
+    found = pick(summary, task="mean", erased="2 of 3")
+    assert found["nda_mean"] == pytest.approx(statistics.fmean([0.8, 0.6, 0.5, 0.7, 0.2, 0.3]))
+    assert pick(summary, task="a", erased="a+c")["nda_mean"] == 0.5
+
+
+def test_variants_stay_apart():
+    rows = [
+        row(0, "a", 0.9),
+        row(0, "a", 0.8, batchnorm="recalibrate"),
+        row(0, "a", 0.7, decoder="ridge"),
+        row(0, "a", 0.6, samples_per_task=50),
+        row(0, "a", 0.5, code_row=""),
+        row(0, "a", 0.4, experiment="y"),
+    ]
+    means = summarise(frame(*rows)).query("task == 'mean'")
+    assert list(means["nda_mean"]) == [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+
+
+def test_order_of_appearance_is_kept_with_the_mean_after_the_tasks():
+    rows = [row(0, task, 0.9, method=method) for method in ("zeta", "alpha", "none") for task in "ba"]
+    summary = summarise(frame(*rows))
+    assert list(zip(summary["method"], summary["task"], strict=True)) == [
+        (method, task) for method in ("zeta", "alpha", "none") for task in ("b", "a", "mean")
+    ]
+
+
+def test_summary_collects_every_seed_in_order(tmp_path: Path):
+    for seed in (10, 2, 0):
+        write_results(tmp_path / f"seed-{seed}", [row(seed, "a", 0.5 + seed / 100)], {})
+    (tmp_path / "seed-3").mkdir()  # begun, not finished
+    summary = write_summary(tmp_path)
+    assert pick(summary, task="a")["seeds"] == 3
+    assert pick(summary, task="a")["nda_mean"] == pytest.approx(0.54)
+
+
+def test_nothing_to_collect_is_one_clear_line(tmp_path: Path):
+    with pytest.raises(FileError, match="coin run"):
+        write_summary(tmp_path)
+    write_results(tmp_path / "seed-0", [row(0, "a", 0.9)], {})
+    (tmp_path / "seed-0" / "results.csv").write_text("experiment\nx\n", encoding="utf-8")
+    with pytest.raises(FileError, match="no column 'seed'"):
+        write_summary(tmp_path)
