@@ -1,5 +1,51 @@
 """Tasks as LightningDataModules, one file per source, and the calibration data drawn from them."""
 
+from coin.data.augmentation import Augmentation
+from coin.data.calibration import Calibration, pooled
 from coin.data.digits import Digits
 from coin.data.glyphs import Glyphs
+from coin.data.image_folder import ImageFolder
 from coin.data.mnist5k import MNIST5k
+from coin.data.samples import Samples
+from coin.data.sampling import EvaluationBatches, TrainingBatches
+from coin.data.source import Source
+from coin.data.task import TaskData
+from coin.data.torchvision_sets import (
+    CIFAR10,
+    CIFAR100,
+    GTSRB,
+    KMNIST,
+    MNIST,
+    STL10,
+    SVHN,
+    EMNISTLetters,
+    FashionMNIST,
+    TorchvisionTask,
+)
+from coin.data.transform import to_input
+
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "GTSRB",
+    "KMNIST",
+    "MNIST",
+    "STL10",
+    "SVHN",
+    "Augmentation",
+    "Calibration",
+    "Digits",
+    "EMNISTLetters",
+    "EvaluationBatches",
+    "FashionMNIST",
+    "Glyphs",
+    "ImageFolder",
+    "MNIST5k",
+    "Samples",
+    "Source",
+    "TaskData",
+    "TorchvisionTask",
+    "TrainingBatches",
+    "pooled",
+    "to_input",
+]

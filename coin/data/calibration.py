@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded
 from coin.data.samples import Samples
+from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError, DataError
 
@@ -51,8 +51,8 @@ class Calibration:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield the inputs, float32 [B, 3, S, S]."""
-        for chosen in torch.arange(self.num_samples).split(self.batch_size):
-            yield self.inputs(chosen)
+        for start in range(0, self.num_samples, self.batch_size):
+            yield self.inputs(torch.arange(start, min(start + self.batch_size, self.num_samples)))
 
     def inputs(self, chosen: Tensor | None = None) -> Tensor:
         """The inputs of these samples (all P by default) in one tensor, float32 [B, 3, S, S]."""

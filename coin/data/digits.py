@@ -3,7 +3,8 @@
 import torch
 
 from coin.data.samples import Samples
-from coin.data.task import Source, TaskData, hold_out
+from coin.data.source import Source, hold_out
+from coin.data.task import TaskData
 from coin.errors import DataError
 
 TEST_SHARE = 0.2
@@ -28,7 +29,9 @@ class Digits(TaskData):
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise DataError("Digits comes with scikit-learn, which is missing: pip install 'coded-coin[demo]'") from error
+            raise DataError(
+                "Digits comes with scikit-learn, which is missing: pip install 'coded-coin[demo]'"
+            ) from error
         digits = load_digits()
         # The pixels count the dots of a 4×4 cell: 0 to 16.
         images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)

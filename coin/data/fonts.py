@@ -51,9 +51,7 @@ def character_masks(characters: Sequence[str]) -> Tensor:
         for column, character in enumerate(characters):
             left, top, right, bottom = font.getbbox(character)
             if ord(character) not in available or right <= left or bottom <= top:
-                raise DataError(
-                    f"the font {path.name} cannot draw {character!r}; choose classes from A-Z, a-z and 0-9"
-                )
+                raise DataError(f"the font {path.name} cannot draw {character!r}; choose classes from A-Z, a-z and 0-9")
             canvas = Image.new("L", (CANVAS, CANVAS))
             corner = ((CANVAS - left - right) / 2, (CANVAS - top - bottom) / 2)
             ImageDraw.Draw(canvas).text(corner, character, fill=255, font=font)

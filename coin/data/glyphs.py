@@ -10,7 +10,8 @@ from torch import Tensor
 from coin.data.fonts import CANVAS, character_masks
 from coin.data.samples import Samples
 from coin.data.sampling import Stream, seeded
-from coin.data.task import Source, TaskData, at_least
+from coin.data.source import Source
+from coin.data.task import TaskData, at_least
 from coin.errors import ConfigurationError
 
 SIDE = 32
@@ -134,7 +135,8 @@ def render(masks: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         uint8 [P, 3, SIDE, SIDE].
     """
     images = torch.empty(len(labels), 3, SIDE, SIDE, dtype=torch.uint8)
-    for rows in torch.arange(len(labels)).split(_CHUNK):
+    for start in range(0, len(labels), _CHUNK):
+        rows = slice(start, start + _CHUNK)
         images[rows] = _render_chunk(masks, labels[rows], generator)
     return images
 

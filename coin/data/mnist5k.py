@@ -3,7 +3,8 @@
 import torch
 
 from coin.data.samples import Samples
-from coin.data.task import Source, TaskData, hold_out
+from coin.data.source import Source, hold_out
+from coin.data.task import TaskData
 from coin.errors import DataError
 
 TEST_SHARE = 0.2

@@ -134,5 +134,5 @@ class TrainingBatches(Sampler[Draw]):
         epoch = self.epoch
         order = torch.randperm(self.samples, generator=seeded(self.seed, Stream.ORDER, epoch))
         mine = order[self.rank :: self.world_size][: self._share]
-        for positions in mine.split(self.batch_size):
-            yield Draw(positions, epoch)
+        for start in range(0, self._share, self.batch_size):
+            yield Draw(mine[start : start + self.batch_size], epoch)

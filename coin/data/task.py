@@ -1,7 +1,6 @@
 """What all tasks have in common: options, splits, loaders and calibration data."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -12,27 +11,12 @@ from torch.utils.data import DataLoader, Dataset
 from coin.data.augmentation import Augmentation
 from coin.data.calibration import Calibration
 from coin.data.samples import BatchDataset, ImagesOnly, Samples
-from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded, stratified_order
+from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded
+from coin.data.source import Source, split_source
 from coin.data.transform import check_images, to_input
 from coin.errors import ConfigurationError, DataError
 
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a task reads from its source.
-
-    Attributes:
-        train: Samples to train on; the validation split comes out of them where the source brings none.
-        test: Samples to test on, and nothing else.
-        validation: The source's own validation samples.
-    """
-
-    train: Samples
-    test: Samples
-    validation: Samples | None = None
 
 
 class TaskData(LightningDataModule, ABC):
@@ -90,7 +74,9 @@ class TaskData(LightningDataModule, ABC):
         if not 0 <= validation_share < 1:
             raise ConfigurationError(f"validation_share is {validation_share}; expected a number in [0, 1)")
         if augmentation not in list(Augmentation):
-            raise ConfigurationError(f"augmentation is {augmentation!r}; expected one of {[a.value for a in Augmentation]}")
+            raise ConfigurationError(
+                f"augmentation is {augmentation!r}; expected one of {[a.value for a in Augmentation]}"
+            )
         self.image_size = image_size
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -132,7 +118,9 @@ class TaskData(LightningDataModule, ABC):
             DataError: The images are missing or unusable.
         """
         if self._source is None:
-            self._source = self._split(self._check(self.load()))
+            self._source = split_source(
+                self._check(self.load()), self.validation_share, self.split_seed, self.max_train, self.max_test
+            )
 
     @property
     def splits(self) -> Source:
@@ -199,37 +187,19 @@ class TaskData(LightningDataModule, ABC):
 
     def _check(self, source: Source) -> Source:
         """Refuse what would fail much later and less clearly."""
+        task = type(self).__name__
         for name, part in (("training", source.train), ("test", source.test), ("validation", source.validation)):
             if part is None:
                 continue
             if len(part) == 0:
-                raise DataError(f"{type(self).__name__} has no {name} images")
-            if len(part) and not 0 <= int(part.targets.min()) <= int(part.targets.max()) < self.num_classes:
+                raise DataError(f"{task} has no {name} images")
+            least, most = int(part.targets.min()), int(part.targets.max())
+            if least < 0 or most >= self.num_classes:
                 raise DataError(
-                    f"{type(self).__name__} has {name} labels from {int(part.targets.min())} to "
-                    f"{int(part.targets.max())}; expected 0 to {self.num_classes - 1} for its {self.num_classes} classes"
+                    f"{task} has {name} labels from {least} to {most}; expected 0 to {self.num_classes - 1}"
                 )
             check_images(part.images(torch.tensor([0])))
         return source
-
-    def _split(self, source: Source) -> Source:
-        test = source.test
-        if self.max_test is not None:
-            test = _first(test, self.max_test, seeded(self.split_seed, Stream.TEST_SPLIT))
-        order = stratified_order(source.train.targets, seeded(self.split_seed, Stream.TRAIN_SPLIT))
-        held_out = 0
-        if source.validation is None and self.validation_share > 0:
-            held_out = max(1, round(self.validation_share * len(order)))
-        train = order[held_out:]
-        if self.max_train is not None and self.max_train < len(train):
-            kept = max(1, round(held_out * self.max_train / len(train)))
-            train = train[: self.max_train]
-        else:
-            kept = held_out
-        validation = source.validation
-        if held_out:
-            validation = source.train.subset(order[:kept].sort().values)
-        return Source(source.train.subset(train.sort().values), test, validation)
 
     def _process(self) -> tuple[int, int]:
         """Rank and number of processes."""
@@ -260,23 +230,7 @@ class TaskData(LightningDataModule, ABC):
         )
 
 
-def hold_out(samples: Samples, share: float, seed: int) -> tuple[Samples, Samples]:
-    """Split a source that comes in one piece into training and test samples, stratified.
-
-    Returns:
-        The training samples and the ``share`` that is left for testing.
-    """
-    order = stratified_order(samples.targets, seeded(seed, Stream.TEST_SPLIT))
-    count = round(share * len(order))
-    return samples.subset(order[count:].sort().values), samples.subset(order[:count].sort().values)
-
-
 def at_least(name: str, value: int, least: int, why: str = "") -> None:
     """Raise a `ConfigurationError` for a value that is too small."""
     if value < least:
         raise ConfigurationError(f"{name} is {value}; expected at least {least}" + (f" ({why})" if why else ""))
-
-
-def _first(samples: Samples, count: int, generator: torch.Generator) -> Samples:
-    order = stratified_order(samples.targets, generator)[:count]
-    return samples.subset(order.sort().values)

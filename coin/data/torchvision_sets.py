@@ -1,0 +1,254 @@
+"""Tasks from torchvision's data sets, with their checksummed download."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import datasets
+
+from coin.data.decoding import in_parallel, to_square
+from coin.data.samples import Samples
+from coin.data.source import Source
+from coin.data.task import TaskData
+from coin.errors import DataError
+
+DIGITS = tuple("0123456789")
+
+_CIFAR100 = (
+    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
+    "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
+    "elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard "
+    "lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear "
+    "pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark "
+    "shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone "
+    "television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
+)
+
+
+class TorchvisionTask(TaskData):
+    """A task that torchvision downloads and reads.
+
+    Args:
+        root: The folder for downloaded data, shared by all sets.
+        download: Download what is missing, in `prepare_data`. False for machines without network: copy the files to
+            where torchvision expects them; errors name the place.
+        kwargs: See `TaskData`.
+    """
+
+    folder: ClassVar[str]
+    """Where torchvision keeps the files, under ``root``."""
+
+    names: ClassVar[tuple[str, ...]]
+    """The classes."""
+
+    def __init__(self, *, root: str = "data", download: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.root = Path(root)
+        self.download = download
+
+    @abstractmethod
+    def open(self, train: bool, download: bool) -> Any:
+        """Open torchvision's data set of the training or the test split."""
+
+    def class_names(self) -> tuple[str, ...]:
+        """The classes in the order of torchvision's labels."""
+        return self.names
+
+    def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
+        """The images, uint8 [P, C, H, W], and labels, int64 [P], of an opened data set."""
+        return dataset.data.unsqueeze(1), dataset.targets
+
+    def prepare_data(self) -> None:
+        """Download what is missing, if ``download`` is set.
+
+        Raises:
+            DataError: The download failed.
+        """
+        if self.download:
+            for train in (True, False):
+                self._open(train, download=True)
+
+    def load(self) -> Source:
+        """Read the downloaded files.
+
+        Raises:
+            DataError: They are missing or damaged.
+        """
+        train, test = (Samples.of(*self.tensors(self._open(train, download=False))) for train in (True, False))
+        return Source(train, test)
+
+    def _open(self, train: bool, download: bool) -> Any:
+        try:
+            return self.open(train, download)
+        except ModuleNotFoundError as error:
+            raise DataError(
+                f"{type(self).__name__} needs the package {error.name}: pip install {error.name}"
+            ) from error
+        except Exception as error:  # from AssertionError to BadZipFile, whatever torchvision and urllib raise
+            name, place = type(self).__name__, (self.root / self.folder).absolute()
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            if download:
+                raise DataError(
+                    f"{name}: the download failed ({reason}) and {place} lacks usable files; copy torchvision's files "
+                    f"for {name} there and set download: false"
+                ) from error
+            raise DataError(
+                f"{name}: no usable files in {place} ({reason}); copy torchvision's files for {name} there, or set "
+                "download: true and call prepare_data (a Trainer does)"
+            ) from error
+
+
+class MNIST(TorchvisionTask):
+    """Handwritten digits, 28×28 grey; 60,000 and 10,000 images."""
+
+    folder = "MNIST/raw"
+    names = DIGITS
+
+    def open(self, train: bool, download: bool) -> Any:
+        """Open torchvision's MNIST."""
+        return datasets.MNIST(self.root, train=train, download=download)
+
+
+class FashionMNIST(TorchvisionTask):
+    """Articles of clothing, 28×28 grey; 60,000 and 10,000 images."""
+
+    folder = "FashionMNIST/raw"
+    names = tuple(datasets.FashionMNIST.classes)
+
+    def open(self, train: bool, download: bool) -> Any:
+        """Open torchvision's FashionMNIST."""
+        return datasets.FashionMNIST(self.root, train=train, download=download)
+
+
+class KMNIST(TorchvisionTask):
+    """Cursive Japanese characters, 28×28 grey; 60,000 and 10,000 images."""
+
+    folder = "KMNIST/raw"
+    names = tuple(datasets.KMNIST.classes)
+
+    def open(self, train: bool, download: bool) -> Any:
+        """Open torchvision's KMNIST."""
+        return datasets.KMNIST(self.root, train=train, download=download)
+
+
+class EMNISTLetters(TorchvisionTask):
+    """Handwritten letters, both cases in one class, 28×28 grey; 124,800 and 20,800 images."""
+
+    folder = "EMNIST/raw"
+    names = tuple("abcdefghijklmnopqrstuvwxyz")
+
+    def open(self, train: bool, download: bool) -> Any:
+        """Open torchvision's EMNIST, split "letters"."""
+        return datasets.EMNIST(self.root, split="letters", train=train, download=download)
+
+    def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
+        """The letters upright (EMNIST stores them transposed) and labelled from 0 (EMNIST counts from 1)."""
+        return dataset.data.transpose(1, 2).unsqueeze(1).contiguous(), dataset.targets - 1
+
+
+class SVHN(TorchvisionTask):
+    """House numbers' digits from photographs, 32×32 RGB; 73,257 and 26,032 images. Reading needs scipy."""
+
+    folder = ""
+    names = DIGITS
+
+    def open(self, train: bool, download: bool) -> Any:
+        """Open torchvision's SVHN."""
+        return datasets.SVHN(str(self.root), split="train" if train else "test", download=download)
+
+    def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
+        """The images with the labels 0 to 9."""
+        return torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.from_numpy(dataset.labels)
+
+
+class CIFAR10(TorchvisionTask):
+    """Photographs of things and animals, 32×32 RGB; 50,000 and 10,000 images."""
+
+    folder = "cifar-10-batches-py"
+    names: ClassVar[tuple[str, ...]] = (
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    )
+
+    def open(self, train: bool, download: bool) -> Any:
+        """Open torchvision's CIFAR10."""
+        return datasets.CIFAR10(self.root, train=train, download=download)
+
+    def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
+        """The images, channels first."""
+        images = torch.from_numpy(np.ascontiguousarray(dataset.data.transpose(0, 3, 1, 2)))
+        return images, torch.tensor(dataset.targets)
+
+
+class CIFAR100(CIFAR10):
+    """Photographs in 100 classes, 32×32 RGB; 50,000 and 10,000 images."""
+
+    folder = "cifar-100-python"
+    names = tuple(_CIFAR100.split())
+
+    def open(self, train: bool, download: bool) -> Any:
+        """Open torchvision's CIFAR100."""
+        return datasets.CIFAR100(self.root, train=train, download=download)
+
+
+class GTSRB(TorchvisionTask):
+    """German traffic signs in 43 classes, RGB; 26,640 and 12,630 images.
+
+    The images differ in size, so they are resized to ``image_size`` when they are read: the short side first, then
+    the centre is cropped.
+    """
+
+    folder = "gtsrb"
+    names = tuple(map(str, range(43)))
+
+    def open(self, train: bool, download: bool) -> Any:
+        """Open torchvision's GTSRB."""
+        return datasets.GTSRB(
+            self.root,
+            split="train" if train else "test",
+            transform=lambda image: to_square(image, self.image_size),
+            download=download,
+        )
+
+    def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
+        """The decoded images at ``image_size``.
+
+        Raises:
+            DataError: A file cannot be decoded.
+        """
+        labels = torch.zeros(len(dataset), dtype=torch.int64)
+
+        def read(position: int) -> Any:
+            image, labels[position] = dataset[position]
+            return image
+
+        try:
+            return in_parallel(read, len(dataset), self.image_size), labels
+        except OSError as error:
+            raise DataError(f"GTSRB in {(self.root / self.folder).absolute()} is damaged ({error})") from error
+
+
+class STL10(TorchvisionTask):
+    """Photographs of things and animals, 96×96 RGB; 5,000 and 8,000 labelled images."""
+
+    folder = "stl10_binary"
+    names = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+
+    def open(self, train: bool, download: bool) -> Any:
+        """Open torchvision's STL10."""
+        return datasets.STL10(self.root, split="train" if train else "test", download=download)
+
+    def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
+        """The labelled images."""
+        return torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.from_numpy(dataset.labels).long()
