@@ -11,6 +11,7 @@ from coin.coding.decoders import (
     decode_linear,
     make_decoder,
 )
+from coin.coding.ready import convex, uniform
 from coin.coding.ridge import RidgeFit, fit_ridge
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "RidgeDecoder",
     "RidgeFit",
     "check_erasure",
+    "convex",
     "decode_linear",
     "fit_ridge",
     "make_decoder",
+    "uniform",
 ]

@@ -1,0 +1,124 @@
+"""The merging literature's data-free baselines: sums of task vectors, what each expert added to the initialisation."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from coin.errors import ConfigurationError
+from coin.merging.inputs import MergeInputs, Requirement
+from coin.merging.method import MergeMethod, weighted_mean
+from coin.networks.batchnorm import BatchNormPolicy
+from coin.state import State
+
+
+class TaskArithmetic(MergeMethod):
+    """θ = θ_0 + scale · N Σ_i β_i (θ_i − θ_0), with θ_0 the shared initialisation.
+
+    With uniform weights this is the literature's θ_0 + scale · Σ_i (θ_i − θ_0); other weights share the same total
+    out differently. Scale 1/N gives the β-average, so only then do identical experts merge to themselves: a larger
+    scale goes beyond them, on purpose.
+
+    Source: Ilharco et al., *Editing models with task arithmetic* (ICLR 2023), section 2; 0.4 is the scale that its
+    successors use where nothing is held out (Yadav et al., NeurIPS 2023, section 5).
+
+    Args:
+        scale: Dimensionless, finite.
+        batchnorm: Policy for BatchNorm statistics.
+        label: Name of this variant in results.
+
+    Raises:
+        ConfigurationError: `scale` is not finite.
+    """
+
+    name = "task_arithmetic"
+    requires = frozenset({Requirement.INITIAL})
+
+    def __init__(
+        self,
+        scale: float = 0.4,
+        *,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.AVERAGE,
+        label: str | None = None,
+    ) -> None:
+        super().__init__(batchnorm=batchnorm, label=label)
+        self.scale = _checked_scale(scale)
+
+    def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
+        assert inputs.initial is not None
+        merged = {}
+        for key, start in inputs.initial.items():
+            origin = start.double()
+            step = weighted_mean(inputs.experts, weights, key) - origin
+            merged[key] = (origin + self.scale * len(weights) * step).to(inputs.experts[0][key].dtype)
+        return merged
+
+
+class Ties(MergeMethod):
+    """Trim, elect sign, disjoint merge of the task vectors τ_i = θ_i − θ_0.
+
+    1. Trim: of each τ_i only the `keep` share of entries with the largest magnitude stays, over all parameters.
+    2. Elect: an entry's sign is that of Σ_i β_i τ_i.
+    3. Merge: θ = θ_0 + scale · Σ_{i∈A} β_i τ_i / Σ_{i∈A} β_i, A the experts whose trimmed entry has the elected sign.
+
+    Uniform weights give the literature's method. Identical experts merge to themselves for keep = 1 and scale = 1.
+
+    Source: Yadav et al., *TIES-merging: resolving interference when merging models* (NeurIPS 2023), algorithm 1;
+    keep 0.2 and scale 1 are its values where nothing is held out.
+
+    Args:
+        keep: Share of entries that the trim leaves, in (0, 1].
+        scale: Dimensionless, finite.
+        batchnorm: Policy for BatchNorm statistics.
+        label: Name of this variant in results.
+
+    Raises:
+        ConfigurationError: An option is out of its range.
+    """
+
+    name = "ties"
+    requires = frozenset({Requirement.INITIAL})
+
+    def __init__(
+        self,
+        keep: float = 0.2,
+        scale: float = 1.0,
+        *,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.AVERAGE,
+        label: str | None = None,
+    ) -> None:
+        super().__init__(batchnorm=batchnorm, label=label)
+        if not 0 < keep <= 1:
+            raise ConfigurationError(f"found keep {keep}, expected a share above 0 and at most 1")
+        self.keep = keep
+        self.scale = _checked_scale(scale)
+
+    def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
+        assert inputs.initial is not None
+        initial = inputs.initial
+        thresholds = [_trim_threshold(expert, initial, self.keep) for expert in inputs.experts]
+        merged = {}
+        for key, start in initial.items():
+            steps = torch.stack([expert[key].double() - start.double() for expert in inputs.experts])
+            limits = steps.new_tensor(thresholds).reshape(-1, *[1] * start.ndim)
+            shares = steps.new_tensor(weights).reshape(limits.shape)
+            steps = torch.where(steps.abs() >= limits, steps, torch.zeros_like(steps))
+            elected = (shares * steps).sum(0).sign()
+            agreeing = shares * ((steps.sign() == elected) & (elected != 0))
+            share = agreeing.sum(0)
+            step = (agreeing * steps).sum(0) / torch.where(share > 0, share, torch.ones_like(share))
+            merged[key] = (start.double() + self.scale * step).to(inputs.experts[0][key].dtype)
+        return merged
+
+
+def _trim_threshold(expert: State, initial: State, keep: float) -> float:
+    """Return the magnitude of the smallest entry of the task vector that the trim keeps."""
+    sizes = torch.cat([(expert[key].double() - start.double()).abs().flatten() for key, start in initial.items()])
+    kept = max(1, round(keep * sizes.numel()))
+    return float(sizes.kthvalue(sizes.numel() - kept + 1).values)
+
+
+def _checked_scale(scale: float) -> float:
+    if not math.isfinite(scale):
+        raise ConfigurationError(f"found scale {scale}, expected a finite number")
+    return scale
