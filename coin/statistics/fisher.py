@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from coin.errors import ConfigurationError, DataError
+from coin.errors import ConfigurationError
 from coin.statistics.cotangents import check_options, make_cotangents
 from coin.statistics.guard import as_input, evaluating
 from coin.statistics.kinds import CotangentDistribution, FisherKind
-from coin.statistics.per_sample import add_per_sample_squares
+from coin.statistics.squares import SquaredGradients
 from coin.statistics.sums import Sums
 
 DEFAULT_MEMORY_MIB = 1024
@@ -49,25 +50,25 @@ def fisher_sums(
     check_options(kind, labels, cotangents)
     if memory_mib < 1:
         raise ConfigurationError(f"found memory_mib={memory_mib}, expected at least 1")
-    with evaluating(network):
+    with evaluating(network), sdpa_kernel(SDPBackend.MATH):  # the fused kernels' backward cannot be batched
         parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        totals = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        engine = SquaredGradients(network, parameters, memory_mib)
         count, passes = 0, 0.0
         for batch in batches:
             inputs = as_input(batch, network)
-            wanted = None if labels is None else labels[count : count + len(inputs)]
-            with torch.no_grad():
-                logits = network(inputs)
-            if logits.ndim != 2 or len(logits) != len(inputs):
-                raise DataError(f"the network's output is {list(logits.shape)}, expected logits [{len(inputs)}, C]")
-            rows = make_cotangents(
-                kind, logits, labels=wanted, cotangents=cotangents, distribution=distribution, generator=generator
-            )
-            add_per_sample_squares(network, inputs, rows, parameters, totals)
-            count += len(inputs)
-            passes += len(inputs) * (1.0 + 2.0 * len(rows))
-            if progress is not None:
-                progress(len(inputs))
+
+            def rows(logits: Tensor, start: int, seen: int = count) -> Tensor:
+                wanted = None if labels is None else labels[seen + start : seen + start + len(logits)]
+                return make_cotangents(
+                    kind, logits, labels=wanted, cotangents=cotangents, distribution=distribution, generator=generator
+                )
+
+            for done, backwards in engine.add(inputs, rows):
+                count += done
+                passes += done * (1.0 + 2.0 * backwards)
+                if progress is not None:
+                    progress(done)
+        totals = engine.totals()
     return Sums(totals, count, passes)
 
 

@@ -1,0 +1,88 @@
+"""The rule for `torch.conv1d`, `conv2d` and `conv3d`: grouped, dilated, strided, padded."""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from coin.statistics.rules.call import Call, Site, fold, squared_sums
+from coin.statistics.rules.patches import Geometry
+from coin.statistics.rules.positions import add_direct, add_gram, contract_pairs, position_pairs, prefers_gram
+
+
+class ConvolutionCall(Call):
+    """y = x ⋆ W + b for x [B, C, *size], W [O, C/G, *kernel].
+
+    Few output positions: the Gram rule, one product per kernel tap over the positions where that tap meets the image.
+    Many: the direct rule over unfolded patches. The weight's accumulator is written as [G, O/G, taps, C/G], which is a
+    view of memory laid out with the channels last.
+    """
+
+    def __init__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
+        self.inputs, self.weight, self.bias, self.geometry = inputs, weight, bias, geometry
+        self._pairs: Tensor | None = None
+
+    def output(self) -> Tensor:
+        g = self.geometry
+        dims = len(g.kernel)
+        return torch.convolution(
+            self.inputs, self.weight, self.bias, g.stride, g.padding, g.dilation, False, [0] * dims, g.groups
+        )
+
+    def input_gradient(self, g: Tensor) -> Tensor:
+        geometry = self.geometry
+        v, n = g.shape[:2]
+        # The kernel wants the input for its shape alone.
+        like = g.new_empty(1).expand(v * n, *self.inputs.shape[1:])
+        gradient, _, _ = torch.ops.aten.convolution_backward(
+            fold(g), like, self.weight, None, geometry.stride, geometry.padding, geometry.dilation, False,
+            [0] * len(geometry.kernel), geometry.groups, [True, False, False],
+        )  # fmt: skip
+        return gradient.unflatten(0, (v, n))
+
+    def accumulate(self, g: Tensor, site: Site) -> None:
+        if (bias := site.total("bias")) is not None:
+            bias.add_(squared_sums(g, site.samples, 2))
+        if (weight := site.total("weight")) is None:
+            return
+        columns = g.flatten(3)  # [V, B, O, T]
+        if prefers_gram(columns.shape[3], len(g)):
+            pairs = contract_pairs(columns)
+            self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
+        else:
+            add_direct(self._accumulator(weight).flatten(2), columns, self._patches())
+
+    def finish(self, site: Site) -> None:
+        if self._pairs is None:
+            return
+        total = self._accumulator(site.totals[site.names["weight"]])
+        size = tuple(self.inputs.shape[2:])
+        output = self.geometry.output_size(size)
+        grid = torch.arange(prod(output), device=self.inputs.device).view(output)
+        lookup = _pair_lookup(prod(output), self.inputs.device)
+        for index, outputs, inputs in self.geometry.taps(size):
+            a = self.inputs[(..., *inputs)].flatten(2)
+            met = grid[outputs].flatten()
+            first, second, _ = position_pairs(len(met), met.device)
+            pairs = self._pairs if len(met) == grid.numel() else self._pairs[..., lookup[met[first], met[second]]]
+            add_gram(total[:, :, index], pairs, a)
+
+    def _patches(self) -> Tensor:
+        """Return the unfolded inputs as [B, G, T, taps·C/G]."""
+        patches = self.geometry.patches(self.inputs)
+        dims, groups = len(self.geometry.kernel), self.geometry.groups
+        grouped = patches.unflatten(-1, (groups, -1)).movedim(-2, 1)  # [B, G, *output, *kernel, C/G]
+        return grouped.flatten(2 + dims).flatten(2, 1 + dims)
+
+    def _accumulator(self, total: Tensor) -> Tensor:
+        """Return the view [G, O/G, taps, C/G] of the weight's accumulator [O, C/G, *kernel]."""
+        groups, taps = self.geometry.groups, self.geometry.number_of_taps
+        return total.movedim(1, -1).view(groups, total.shape[0] // groups, taps, total.shape[1])
+
+
+def _pair_lookup(positions: int, device: torch.device) -> Tensor:
+    """Return [T, T]: the place of the pair (t, t'), t ≤ t', in the order of `position_pairs`."""
+    first, second, _ = position_pairs(positions, device)
+    lookup = torch.zeros(positions, positions, dtype=torch.long, device=device)
+    lookup[first, second] = torch.arange(len(first), device=device)
+    return lookup

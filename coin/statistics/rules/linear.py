@@ -1,0 +1,45 @@
+"""The rule for `torch.nn.functional.linear`, at one position a sample or at many."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from coin.statistics.rules.call import Call, Site, squared_sums
+from coin.statistics.rules.positions import add_direct, add_gram, contract_pairs, prefers_gram
+
+
+class LinearCall(Call):
+    """y = x Wᵀ + b over the last dimension of x [N, …, I].
+
+    With one position a sample and S = Σ_v g²: weight += Sᵀ x², bias += Σ_n S. With T positions the sums over
+    positions come before the squares, by the Gram or the direct rule.
+    """
+
+    def __init__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.inputs, self.weight, self.bias = inputs, weight, bias
+        self._pairs: Tensor | None = None
+
+    def output(self) -> Tensor:
+        return F.linear(self.inputs, self.weight, self.bias)
+
+    def input_gradient(self, g: Tensor) -> Tensor:
+        return g @ self.weight
+
+    def accumulate(self, g: Tensor, site: Site) -> None:
+        if (bias := site.total("bias")) is not None:
+            bias.add_(squared_sums(g, site.samples, -1))
+        if (weight := site.total("weight")) is None:
+            return
+        columns = g.reshape(len(g), site.samples, -1, g.shape[-1]).transpose(2, 3)  # [V, B, O, T]
+        if prefers_gram(columns.shape[3], len(g)):
+            pairs = contract_pairs(columns)
+            self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
+        else:
+            add_direct(weight[None], columns, self._positions(site)[:, None])
+
+    def finish(self, site: Site) -> None:
+        if self._pairs is not None:
+            add_gram(site.totals[site.names["weight"]][None], self._pairs, self._positions(site).mT)
+
+    def _positions(self, site: Site) -> Tensor:
+        """Return the inputs as [B, T, I]."""
+        return self.inputs.reshape(site.samples, -1, self.inputs.shape[-1])
