@@ -43,7 +43,7 @@ class Draw(NamedTuple):
 
 def seeded(seed: int, *keys: int) -> torch.Generator:
     """A CPU generator that depends on ``(seed, *keys)`` alone; distinct tuples give unrelated streams."""
-    state = np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)
+    state = np.random.SeedSequence(seed, spawn_key=keys).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from coin.data.decoding import in_parallel, to_square
+from coin.data.decoding import DAMAGE, in_parallel, to_square
 from coin.data.samples import Samples
 from coin.data.source import Source
 from coin.data.task import TaskData
@@ -235,7 +235,7 @@ class GTSRB(TorchvisionTask):
 
         try:
             return in_parallel(read, len(dataset), self.image_size), labels
-        except OSError as error:
+        except DAMAGE as error:
             raise DataError(f"GTSRB in {(self.root / self.folder).absolute()} is damaged ({error})") from error
 
 

@@ -1,0 +1,147 @@
+"""Several tasks side by side: one test loader each, and their calibration data pooled."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from coin.data.calibration import Calibration, pooled
+from coin.data.sampling import Draw, EvaluationBatches, TrainingBatches
+from coin.data.task import TaskData, at_least
+from coin.errors import ConfigurationError, DataError
+
+
+class Tasks(LightningDataModule):
+    """The tasks of an experiment.
+
+    ``test_dataloader`` yields one loader a task, in the order of `tasks`; ``predict_dataloader`` the pooled
+    calibration samples, in order; ``train_dataloader`` the same, reshuffled every epoch, as pairs of the samples'
+    positions ``[B]`` and inputs ``[B, 3, S, S]``; ``val_dataloader`` the held-out ones in the same form.
+
+    Args:
+        tasks: The tasks by name.
+        samples_per_task: P, the number of calibration samples of each task.
+        batch_size: Calibration samples a batch and process.
+        held_out: The share of each task's calibration samples that training leaves out for validation, in [0, 1).
+        seed: Draws the calibration samples and their order; none leaves every task its own seed.
+
+    Raises:
+        ConfigurationError: An option is out of range.
+        DataError: There is no task, or their images differ in size.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, TaskData],
+        samples_per_task: int = 200,
+        batch_size: int = 64,
+        held_out: float = 0.0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        at_least("samples_per_task", samples_per_task, 1)
+        at_least("batch_size", batch_size, 1)
+        if not 0 <= held_out < 1:
+            raise ConfigurationError(f"held_out is {held_out}; expected a number in [0, 1)")
+        if not tasks:
+            raise DataError("found no tasks, expected at least one; name them under data.tasks")
+        sizes = {name: task.image_size for name, task in tasks.items()}
+        if len(set(sizes.values())) > 1:
+            raise DataError(f"the tasks' images differ in size ({sizes}); give them one image_size, the network's")
+        self.tasks = dict(tasks)
+        if seed is not None:
+            self.tasks = {name: task_with(task, seed=seed) for name, task in tasks.items()}
+        self.samples_per_task = samples_per_task
+        self.batch_size = batch_size
+        self.held_out = held_out
+        self.seed = seed if seed is not None else next(iter(tasks.values())).seed
+
+    @property
+    def num_classes(self) -> int:
+        """The largest class count of all tasks."""
+        return max(task.num_classes for task in self.tasks.values())
+
+    def prepare_data(self) -> None:
+        """Download what is to be downloaded."""
+        for task in self.tasks.values():
+            task.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read every task's images."""
+        for task in self.tasks.values():
+            task.trainer = self.trainer
+            task.setup(stage)
+
+    def calibrations(self) -> dict[str, Calibration]:
+        """Return each task's calibration samples."""
+        return {name: task.calibration(self.samples_per_task, self.batch_size) for name, task in self.tasks.items()}
+
+    def calibration(self) -> Calibration:
+        """Return all tasks' calibration samples, interleaved."""
+        return pooled(list(self.calibrations().values()))
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """The calibration samples to train on, positions beside inputs, shuffled from (seed, epoch)."""
+        rank, world_size = self._process()
+        calibration = self.training_calibration()
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        sampler = TrainingBatches(calibration.num_samples, self.batch_size, self.seed, epoch, rank, world_size)
+        return DataLoader(_Positioned(calibration), batch_size=None, sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
+        """The held-out calibration samples; an empty list, Lightning's no validation, with a share of 0."""
+        if self.held_out == 0:
+            return []
+        held_out = self.calibration().split(self.held_out)[1]
+        sampler = EvaluationBatches(held_out.num_samples, self.batch_size, *self._process())
+        return DataLoader(_Positioned(held_out), batch_size=None, sampler=sampler)
+
+    def test_dataloader(self) -> list[DataLoader[tuple[Tensor, Tensor]]]:
+        """One loader of stored images and labels a task."""
+        return [task.test_dataloader() for task in self.tasks.values()]
+
+    def predict_dataloader(self) -> DataLoader[Tensor]:
+        """All calibration samples' inputs, in order, every sample on exactly one process."""
+        rank, world_size = self._process()
+        return self.calibration().loader(rank=rank, world_size=world_size)
+
+    def training_calibration(self) -> Calibration:
+        """Return the pooled calibration samples without the held-out ones, in the order of their positions."""
+        calibration = self.calibration()
+        return calibration if self.held_out == 0 else calibration.split(self.held_out)[0]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Turn test images into inputs as their task does; calibration samples are inputs already."""
+        if self.trainer is not None and self.trainer.testing:
+            return list(self.tasks.values())[dataloader_idx].on_after_batch_transfer(batch, dataloader_idx)
+        return batch
+
+    def _process(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+
+def task_with(task: TaskData, **options: Any) -> TaskData:
+    """Return the same task with other values for some of the options that do not decide its splits.
+
+    Images that were read are shared, so that every seed of an experiment reads them once.
+    """
+    other = copy.copy(task)
+    for name, value in options.items():
+        setattr(other, name, value)
+    return other
+
+
+class _Positioned(Dataset[tuple[Tensor, Tensor]]):
+    """Calibration samples as whole batches, with their positions."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+
+    def __len__(self) -> int:
+        return self.calibration.num_samples
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
+        return draw.positions, self.calibration.inputs(draw.positions)

@@ -1,0 +1,171 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coin.data import ImageFolder
+from coin.errors import DataError
+
+
+def write(folder, count, size=(12, 12), colour=None, extension="png"):
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        if colour is not None:
+            pixels[:] = colour
+        Image.fromarray(pixels).save(folder / f"{number:03}.{extension}")
+
+
+@pytest.fixture
+def root(tmp_path):
+    for split, count in (("train", 10), ("test", 4)):
+        write(tmp_path / split / "cat", count, colour=(200, 10, 20))
+        write(tmp_path / split / "ant", count, colour=(0, 100, 250))
+    return tmp_path
+
+
+def test_a_folder_becomes_a_task(root):
+    task = ImageFolder(str(root), validation_share=0.2)
+    assert task.classes == ("ant", "cat")
+    task.setup()
+    sizes = [len(part) for part in (task.splits.train, task.splits.validation, task.splits.test)]
+    assert sizes == [16, 4, 8]
+    for part in (task.splits.train, task.splits.test):
+        for image, label in zip(part.images(), part.targets.tolist(), strict=True):
+            assert image[:, 0, 0].tolist() == [[0, 100, 250], [200, 10, 20]][label]
+
+
+def test_small_squares_of_one_size_are_kept_as_they_are(root):
+    task = ImageFolder(str(root), image_size=32)
+    assert task.splits.train.images().shape[1:] == (3, 12, 12)
+    assert next(iter(ImageFolder(str(root), image_size=8).train_dataloader()))[0].shape[1:] == (3, 8, 8)
+
+
+@pytest.mark.parametrize("size", [(13, 13), (12, 30), (40, 20)])
+def test_one_other_size_brings_all_to_the_image_size(root, size):
+    write(root / "test" / "cat", 1, size)
+    task = ImageFolder(str(root), image_size=16)
+    assert task.splits.train.images().shape[1:] == (3, 16, 16)
+    assert task.splits.test.images().shape[1:] == (3, 16, 16)
+
+
+def test_the_short_side_is_resized_and_the_centre_cropped(root):
+    shutil.rmtree(root / "train" / "cat")
+    (root / "train" / "cat").mkdir()
+    wide = np.zeros((20, 60, 3), dtype=np.uint8)
+    wide[:, 20:40] = 255
+    Image.fromarray(wide).save(root / "train" / "cat" / "wide.png")
+    task = ImageFolder(str(root), image_size=20, validation_share=0.0)
+    image = task.splits.train.images()[task.splits.train.targets == 1][0]
+    assert torch.equal(image, torch.full((3, 20, 20), 255, dtype=torch.uint8))
+
+
+def test_a_val_folder_is_the_validation_split(root):
+    for name in ("cat", "ant"):
+        write(root / "val" / name, 3)
+    task = ImageFolder(str(root))
+    assert len(task.splits.train) == 20
+    assert len(task.splits.validation) == 6
+
+
+def test_lazy_reading_gives_the_same_images(root):
+    write(root / "train" / "ant", 4, (30, 22))
+    eager = ImageFolder(str(root), image_size=10)
+    lazy = ImageFolder(str(root), image_size=10, in_memory=False)
+    for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        for (a, x), (b, y) in zip(getattr(eager, name)(), getattr(lazy, name)(), strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(x, y)
+    assert torch.equal(eager.calibration(5).inputs(), lazy.calibration(5).inputs())
+
+
+def test_grey_palette_and_jpeg_images_become_rgb(root):
+    image = Image.fromarray(np.full((12, 12), 77, dtype=np.uint8))
+    image.save(root / "train" / "ant" / "grey.png")
+    image.convert("P").save(root / "train" / "ant" / "palette.gif")
+    image.convert("RGB").save(root / "train" / "ant" / "photo.JPEG", quality=95)
+    task = ImageFolder(str(root), validation_share=0.0)
+    images = task.splits.train.images()
+    assert images.shape == (23, 3, 12, 12)
+    assert int((images == 77).flatten(1).all(1).sum()) == 3
+
+
+def test_other_files_are_passed_over(root):
+    (root / "train" / "cat" / "notes.txt").write_text("not an image")
+    (root / "train" / "cat" / ".hidden.png").write_text("not an image")
+    (root / "train" / ".cache").mkdir()
+    assert len(ImageFolder(str(root), validation_share=0.0).splits.train) == 20
+
+
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(DataError, match="nowhere does not exist; set root"):
+        ImageFolder(str(tmp_path / "nowhere")).setup()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_missing_split(root, split):
+    shutil.rmtree(root / split)
+    with pytest.raises(DataError, match=rf"{split} does not exist; expected images as .*CLASS"):
+        ImageFolder(str(root)).setup()
+
+
+def test_too_few_classes(root):
+    shutil.rmtree(root / "train" / "cat")
+    with pytest.raises(DataError, match=r"train holds 1 class folder\(s\); expected at least 2"):
+        ImageFolder(str(root)).setup()
+    shutil.rmtree(root / "train" / "ant")
+    with pytest.raises(DataError, match=r"train holds 0 class folder\(s\)"):
+        _ = ImageFolder(str(root)).num_classes
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_empty_class(root, split):
+    (root / split / "bee").mkdir()
+    write(root / ("test" if split == "train" else "train") / "bee", 1)
+    with pytest.raises(DataError, match=rf"{split}.bee holds no images; expected files ending in .*\.png"):
+        ImageFolder(str(root)).setup()
+
+
+def test_classes_must_be_the_same_in_all_splits(root):
+    write(root / "test" / "bee", 1)
+    with pytest.raises(DataError, match=r"test has the class 'bee', which .*train lacks"):
+        ImageFolder(str(root)).setup()
+    shutil.rmtree(root / "test" / "bee")
+    shutil.rmtree(root / "test" / "cat")
+    with pytest.raises(DataError, match=r"test lacks the class 'cat' of .*train"):
+        ImageFolder(str(root)).setup()
+    write(root / "test" / "cat", 1)
+    write(root / "val" / "ant", 1)
+    with pytest.raises(DataError, match="val lacks the class 'cat'"):
+        ImageFolder(str(root)).setup()
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "bmp"])
+@pytest.mark.parametrize("name", ["000", "zzz"])
+def test_a_truncated_image_is_named(root, name, extension):
+    folder = root / "train" / "ant"
+    write(root / "spare", 1, (64, 64), extension=extension)
+    data = (root / "spare" / f"000.{extension}").read_bytes()
+    if extension != "png":
+        (folder / "000.png").unlink()
+    (folder / f"{name}.{extension}").write_bytes(data[: len(data) // 2])
+    for in_memory in (True, False):
+        task = ImageFolder(str(root), in_memory=in_memory, validation_share=0.0)
+        with pytest.raises(DataError, match=rf"{name}.{extension} cannot be read as an image .*replace or remove it"):
+            list(task.train_dataloader())
+
+
+def test_an_image_that_is_none_is_named(root):
+    (root / "test" / "cat" / "002.png").write_text("hello")
+    with pytest.raises(DataError, match=r"002.png cannot be read as an image"):
+        ImageFolder(str(root)).setup()
+
+
+def test_sixteen_bit_images_are_refused(root):
+    pixels = np.full((12, 12), 40_000, dtype=np.uint16)
+    Image.fromarray(pixels).save(root / "test" / "cat" / "deep.png")
+    with pytest.raises(DataError, match=r"deep.png has pixels of type 'I;16'; expected 8 bits"):
+        ImageFolder(str(root)).setup()

@@ -1,0 +1,345 @@
+from types import SimpleNamespace
+from typing import Any
+
+import jsonargparse
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from coin.data import Augmentation, Samples, Source, TaskData, to_input
+from coin.errors import ConfigurationError, DataError
+
+
+TORCHVISION = ("MNIST", "FashionMNIST", "KMNIST", "EMNISTLetters", "SVHN", "CIFAR10", "CIFAR100", "GTSRB", "STL10")
+
+
+class Numbered(TaskData):
+    """Images whose pixels spell the sample's number, so that a test can follow every sample."""
+
+    def __init__(self, train: int = 200, test: int = 60, side: int = 8, **kwargs: Any) -> None:
+        super().__init__(**{"image_size": side, **kwargs})
+        self.counts, self.side = (train, test), side
+
+    def class_names(self):
+        return ("a", "b", "c", "d")
+
+    def load(self):
+        train, test = self.counts
+        numbers = torch.arange(train + test)
+        images = torch.zeros(train + test, 1, self.side, self.side, dtype=torch.uint8)
+        images[:, 0, 0, 0] = numbers % 256
+        images[:, 0, 0, 1] = numbers // 256
+        everything = Samples.of(images, numbers % 4)
+        return Source(everything.subset(range(train)), everything.subset(range(train, train + test)))
+
+
+def numbers(images):
+    return (images[:, 0, 0, 0].int() + 256 * images[:, 0, 0, 1].int()).tolist()
+
+
+def order(loader):
+    return [number for images, _ in loader for number in numbers(images)]
+
+
+def splits(task):
+    task.setup()
+    validation = task.splits.validation
+    return [set(part.index.tolist()) for part in (task.splits.train, validation, task.splits.test)]
+
+
+def test_splits_are_disjoint_complete_and_stratified():
+    train, validation, test = splits(Numbered())
+    assert train | validation == set(range(200))
+    assert test == set(range(200, 260))
+    assert not train & validation
+    assert len(validation) == 20
+    assert sorted(torch.bincount(torch.tensor(sorted(validation)) % 4).tolist()) == [5, 5, 5, 5]
+
+
+def test_split_seed_alone_decides_the_splits():
+    first = splits(Numbered(split_seed=0, seed=0))
+    assert splits(Numbered(split_seed=0, seed=1)) == first
+    assert splits(Numbered(split_seed=1, seed=0)) != first
+
+
+def test_limits_keep_stratified_subsets_of_the_same_splits():
+    train, validation, test = splits(Numbered())
+    few_train, few_validation, few_test = splits(Numbered(max_train=40, max_test=12))
+    assert (len(few_train), len(few_test)) == (40, 12)
+    assert len(few_validation) == round(20 * 40 / 180)
+    assert few_train < train
+    assert few_validation < validation
+    assert few_test < test
+    assert torch.bincount(torch.tensor(sorted(few_test)) % 4).tolist() == [3, 3, 3, 3]
+    assert splits(Numbered(max_train=10_000, max_test=10_000)) == [train, validation, test]
+
+
+def test_without_a_validation_share_there_is_no_validation():
+    task = Numbered(validation_share=0.0)
+    task.setup()
+    assert task.splits.validation is None
+    assert task.val_dataloader() == []
+    assert len(task.splits.train) == 200
+
+
+def test_loaders_yield_stored_images_with_their_labels():
+    task = Numbered(batch_size=32, eval_batch_size=50)
+    task.setup()
+    for loader, split in [
+        (task.train_dataloader(), task.splits.train),
+        (task.val_dataloader(), task.splits.validation),
+        (task.test_dataloader(), task.splits.test),
+    ]:
+        seen = []
+        for images, labels in loader:
+            assert images.dtype == torch.uint8
+            assert labels.dtype == torch.int64
+            assert labels.tolist() == [number % 4 for number in numbers(images)]
+            seen += numbers(images)
+        assert sorted(seen) == split.index.tolist()
+    assert [len(images) for images in task.predict_dataloader()] == [50, 10]
+    assert len(task.train_dataloader()) == 6
+    assert (task.classes, task.num_classes) == (("a", "b", "c", "d"), 4)
+
+
+def test_training_order_follows_seed_and_epoch_and_not_the_global_state():
+    torch.manual_seed(0)
+    first = order(Numbered(seed=5).train_dataloader())
+    state = torch.manual_seed(1).get_state()
+    assert order(Numbered(seed=5).train_dataloader()) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert order(Numbered(seed=6).train_dataloader()) != first
+    loader = Numbered(seed=5).train_dataloader()
+    loader.sampler.set_epoch(1)
+    assert order(loader) != first
+
+
+def test_workers_give_the_same_batches():
+    options = {"augmentation": Augmentation.crop_flip, "batch_size": 32}
+    alone = [images for images, _ in Numbered(**options).train_dataloader()]
+    with_worker = [images for images, _ in Numbered(num_workers=1, **options).train_dataloader()]
+    assert all(torch.equal(a, b) for a, b in zip(alone, with_worker, strict=True))
+
+
+def test_augmentation_touches_training_images_only_and_changes_with_the_epoch():
+    def first_batch(augmentation, seed=0):
+        return next(iter(Numbered(augmentation=augmentation, seed=seed).train_dataloader()))[0]
+
+    plain, augmented = Numbered(), Numbered(augmentation=Augmentation.crop)
+    for name in ("val_dataloader", "test_dataloader"):
+        for (a, _), (b, _) in zip(getattr(augmented, name)(), getattr(plain, name)(), strict=True):
+            assert torch.equal(a, b)
+    first = first_batch(Augmentation.crop)
+    assert torch.equal(first, first_batch(Augmentation.crop))
+    assert not torch.equal(first, first_batch(Augmentation.none))
+
+    def by_sample(epoch):
+        loader = augmented.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        positions = torch.cat([draw.positions for draw in loader.sampler])
+        return torch.cat([images for images, _ in loader])[positions.argsort()]
+
+    assert not torch.equal(by_sample(0), by_sample(1))
+    assert torch.equal(by_sample(1), by_sample(1))
+
+
+def test_a_samples_augmentation_does_not_depend_on_its_batch():
+    def by_sample(batch_size):
+        task = Numbered(augmentation=Augmentation.crop, batch_size=batch_size)
+        loader = task.train_dataloader()
+        positions = torch.cat([draw.positions for draw in loader.sampler])
+        images = torch.cat([images for images, _ in loader])
+        return images[positions.argsort()]
+
+    assert torch.equal(by_sample(20), by_sample(60))
+
+
+def test_the_transfer_hook_makes_inputs():
+    task = Numbered(image_size=12)
+    images, labels = next(iter(task.test_dataloader()))
+    x, y = task.on_after_batch_transfer((images, labels), 0)
+    assert torch.equal(x, to_input(images, 12))
+    assert x.shape == (60, 3, 12, 12)
+    assert torch.equal(y, labels)
+    assert torch.equal(task.on_after_batch_transfer(images, 0), x)
+
+
+def on_rank(task, rank, world_size, use_distributed_sampler=False):
+    task.trainer = SimpleNamespace(
+        global_rank=rank,
+        world_size=world_size,
+        current_epoch=0,
+        _accelerator_connector=SimpleNamespace(use_distributed_sampler=use_distributed_sampler),
+    )
+    return task
+
+
+def test_two_processes_share_the_samples():
+    ranks = [on_rank(Numbered(test=61), rank, 2) for rank in range(2)]
+    assert sorted(order(ranks[0].test_dataloader()) + order(ranks[1].test_dataloader())) == list(range(200, 261))
+    first, second = (order(task.train_dataloader()) for task in ranks)
+    assert sorted(first + second) == sorted(order(Numbered().train_dataloader()))
+    predicted = [number for task in ranks for images in task.predict_dataloader() for number in numbers(images)]
+    assert sorted(predicted) == list(range(200, 261))
+
+
+def test_lightnings_own_sharding_is_refused():
+    with pytest.raises(ConfigurationError, match=r"set trainer\.use_distributed_sampler=false"):
+        on_rank(Numbered(), 0, 2, use_distributed_sampler=True).train_dataloader()
+
+
+class Recorder(LightningModule):
+    """Records the samples that a Trainer shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.epochs: dict[int, list[int]] = {}
+        self.tested: list[int] = []
+
+    def training_step(self, batch, batch_idx):
+        x, _ = batch
+        assert x.shape[1:] == (3, 8, 8)
+        self.epochs.setdefault(self.current_epoch, []).extend(self.decode(x))
+        return (self.weight * x.mean()).sum()
+
+    def validation_step(self, batch, batch_idx):
+        assert batch[0].shape[1:] == (3, 8, 8)
+
+    def test_step(self, batch, batch_idx):
+        self.tested += self.decode(batch[0])
+
+    def predict_step(self, batch, batch_idx):
+        return torch.tensor(self.decode(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+    @staticmethod
+    def decode(x):
+        return ((x[:, 0, 0, 0] * 0.229 + 0.485) * 255).round().int().tolist()
+
+
+def trainer(tmp_path, epochs):
+    return Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_trainer_sees_the_order_of_a_plain_loop_also_when_it_resumes(tmp_path, workers):
+    options = {"train": 150, "test": 40, "seed": 2, "num_workers": workers}
+    recorder = Recorder()
+    trainer(tmp_path, 3).fit(recorder, datamodule=Numbered(**options))
+    loader = Numbered(**{**options, "num_workers": 0}).train_dataloader()
+    for epoch in range(3):
+        loader.sampler.set_epoch(epoch)
+        assert recorder.epochs[epoch] == order(loader)
+
+    stopped = trainer(tmp_path, 1)
+    stopped.fit(Recorder(), datamodule=Numbered(**options))
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+    resumed = Recorder()
+    trainer(tmp_path, 3).fit(resumed, datamodule=Numbered(**options), ckpt_path=tmp_path / "stopped.ckpt")
+    assert resumed.epochs == {epoch: recorder.epochs[epoch] for epoch in (1, 2)}
+
+
+def test_a_trainer_tests_and_predicts_every_sample(tmp_path):
+    recorder, task = Recorder(), Numbered(train=150, test=40, eval_batch_size=16)
+    trainer(tmp_path, 1).test(recorder, datamodule=task, verbose=False)
+    assert recorder.tested == list(range(150, 190))
+    predictions = trainer(tmp_path, 1).predict(recorder, datamodule=task)
+    assert torch.cat(predictions).tolist() == list(range(150, 190))
+
+
+def test_overfit_batches_is_refused_with_a_hint():
+    task = Numbered()
+    with pytest.raises(ConfigurationError, match="use max_train"):
+        task.train_dataloader().dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 0}, "image_size is 0; expected at least 1"),
+        ({"batch_size": 1}, "batch_size is 1; expected at least 2"),
+        ({"eval_batch_size": 0}, "eval_batch_size is 0"),
+        ({"validation_share": 1.0}, r"validation_share is 1.0; expected a number in \[0, 1\)"),
+        ({"validation_share": -0.1}, "validation_share is -0.1"),
+        ({"split_seed": -1}, "split_seed is -1"),
+        ({"seed": -1}, "seed is -1; expected at least 0"),
+        ({"augmentation": "rotate"}, "augmentation is 'rotate'; expected one of"),
+        ({"max_train": 1}, "max_train is 1"),
+        ({"max_test": 0}, "max_test is 0"),
+        ({"num_workers": -1}, "num_workers is -1"),
+    ],
+)
+def test_options_are_checked_at_construction(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Numbered(**options)
+
+
+class Broken(Numbered):
+    """Gives whatever a test puts in."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.given = source
+
+    def load(self):
+        return self.given
+
+
+def test_sources_are_checked():
+    images = torch.zeros(8, 1, 4, 4, dtype=torch.uint8)
+    good = Samples.of(images, torch.arange(8) % 4)
+    with pytest.raises(DataError, match="test labels from 1 to 8; expected 0 to 3"):
+        Broken(Source(good, Samples.of(images, torch.arange(8) + 1))).setup()
+    with pytest.raises(DataError, match="no test images"):
+        Broken(Source(good, good.subset([]))).setup()
+    with pytest.raises(DataError, match=r"images are torch\.float32"):
+        Broken(Source(Samples.of(images.float(), torch.arange(8) % 4), good)).setup()
+    with pytest.raises(DataError, match="8 images but 3 labels"):
+        Samples.of(images, torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "init_args"),
+    [
+        ("MNIST5k", {"batch_size": 32, "augmentation": "crop", "max_train": 100}),
+        ("Digits", {"image_size": 28}),
+        ("Glyphs", {"classes": "K-Za-z", "train_samples": 16000, "seed": 3}),
+        ("Glyphs", {"classes": ["A", "B"]}),
+        ("ImageFolder", {"root": "somewhere", "in_memory": False, "image_size": 224}),
+        *(
+            (name, {"root": "d", "download": False, "augmentation": "crop_flip"})
+            for name in TORCHVISION
+                "MNIST",
+                "FashionMNIST",
+                "KMNIST",
+                "EMNISTLetters",
+                "SVHN",
+                "CIFAR10",
+                "CIFAR100",
+                "GTSRB",
+                "STL10",
+            ]
+        ),
+    ],
+)
+def test_a_yaml_names_a_task_by_its_class(name, init_args):
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--data", type=TaskData)
+    config = parser.parse_object({"data": {"class_path": name, "init_args": init_args}})
+    task = parser.instantiate_classes(config).data
+    assert type(task).__name__ == name
+    assert task.image_size == init_args.get("image_size", 32)
+    assert task.augmentation is Augmentation(init_args.get("augmentation", "none"))

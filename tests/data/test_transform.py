@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from coin.data import to_input
+from coin.data.augmentation import Augmentation, augment, draw_augmentation
+from coin.errors import DataError
+
+MEAN = torch.tensor([0.485, 0.456, 0.406])
+STD = torch.tensor([0.229, 0.224, 0.225])
+
+
+def test_values_are_scaled_and_normalised():
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x = to_input(images, 8)
+    assert x.dtype == torch.float32
+    for sample in range(4):
+        for channel in range(3):
+            expected = (images[sample, channel].double() / 255 - MEAN[channel].double()) / STD[channel].double()
+            torch.testing.assert_close(x[sample, channel].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_grey_images_become_three_equal_channels_before_normalisation():
+    images = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
+    x = to_input(images, 8)
+    assert x.shape == (1, 3, 8, 8)
+    torch.testing.assert_close(x, to_input(images.expand(1, 3, 8, 8), 8), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("side", [4, 16, 9])
+def test_resizing_keeps_constants_and_means(side):
+    constant = torch.full((2, 3, 8, 8), 100, dtype=torch.uint8)
+    expected = ((100 / 255 - MEAN) / STD).view(1, 3, 1, 1).expand(2, 3, side, side)
+    torch.testing.assert_close(to_input(constant, side), expected)
+
+
+def test_halving_is_antialiased():
+    stripes = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+    stripes[..., ::2] = 255
+    grey = (to_input(stripes, 8)[:, 0] * STD[0] + MEAN[0])[..., 2:-2]
+    assert (grey - 0.5).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)])
+def test_other_images_are_refused(images):
+    with pytest.raises(DataError, match=r"expected torch.uint8 \[B, 1 or 3, H, W\]"):
+        to_input(images, 8)
+
+
+def test_two_channels_are_refused():
+    with pytest.raises(DataError, match=r"shape \[1, 2, 8, 8\]"):
+        to_input(torch.zeros(1, 2, 8, 8, dtype=torch.uint8), 8)
+
+
+@pytest.mark.parametrize("kind", [Augmentation.crop, Augmentation.crop_flip])
+def test_augmentation_equals_cropping_one_by_one(kind):
+    images = torch.randint(256, (40, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    draws = draw_augmentation(40, 16, 24, seed=0, epoch=0)
+    assert set(draws[:, 0].tolist()) <= set(range(5))
+    assert set(draws[:, 2].tolist()) == {0, 1}
+    result = augment(images, kind, draws)
+    for image, (top, left, flip), got in zip(images, draws.tolist(), result, strict=True):
+        padded = torch.zeros(3, 20, 30, dtype=torch.uint8)
+        padded[:, 2:18, 3:27] = image
+        expected = padded[:, top : top + 16, left : left + 24]
+        if flip and kind is Augmentation.crop_flip:
+            expected = expected.flip(2)
+        assert torch.equal(got, expected)
+
+
+def test_no_augmentation_is_the_identity():
+    images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
+    assert augment(images, Augmentation.none, draw_augmentation(4, 8, 8, 0, 0)) is images
+
+
+def test_draws_depend_on_seed_and_epoch_alone():
+    torch.manual_seed(0)
+    first = draw_augmentation(20, 32, 32, seed=0, epoch=0)
+    torch.manual_seed(1)
+    assert torch.equal(draw_augmentation(20, 32, 32, seed=0, epoch=0), first)
+    assert not torch.equal(draw_augmentation(20, 32, 32, seed=0, epoch=1), first)
+    assert not torch.equal(draw_augmentation(20, 32, 32, seed=1, epoch=0), first)
