@@ -9,7 +9,6 @@ from lightning.pytorch import LightningModule, Trainer
 from coin.data import Augmentation, Samples, Source, TaskData, to_input
 from coin.errors import ConfigurationError, DataError
 
-
 TORCHVISION = ("MNIST", "FashionMNIST", "KMNIST", "EMNISTLetters", "SVHN", "CIFAR10", "CIFAR100", "GTSRB", "STL10")
 
 
@@ -319,20 +318,7 @@ def test_sources_are_checked():
         ("Glyphs", {"classes": "K-Za-z", "train_samples": 16000, "seed": 3}),
         ("Glyphs", {"classes": ["A", "B"]}),
         ("ImageFolder", {"root": "somewhere", "in_memory": False, "image_size": 224}),
-        *(
-            (name, {"root": "d", "download": False, "augmentation": "crop_flip"})
-            for name in TORCHVISION
-                "MNIST",
-                "FashionMNIST",
-                "KMNIST",
-                "EMNISTLetters",
-                "SVHN",
-                "CIFAR10",
-                "CIFAR100",
-                "GTSRB",
-                "STL10",
-            ]
-        ),
+        *((name, {"root": "d", "download": False, "augmentation": "crop_flip"}) for name in TORCHVISION),
     ],
 )
 def test_a_yaml_names_a_task_by_its_class(name, init_args):
