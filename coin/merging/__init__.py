@@ -2,7 +2,21 @@
 
 from coin.merging.average import Average
 from coin.merging.coin import Coin
+from coin.merging.gauss_newton import GaussNewton
 from coin.merging.inputs import MergeInputs, Requirement
 from coin.merging.method import MergeMethod
+from coin.merging.regmean import RegMean, RegMeanLayers
+from coin.merging.task_vectors import TaskArithmetic, Ties
 
-__all__ = ["Average", "Coin", "MergeInputs", "MergeMethod", "Requirement"]
+__all__ = [
+    "Average",
+    "Coin",
+    "GaussNewton",
+    "MergeInputs",
+    "MergeMethod",
+    "RegMean",
+    "RegMeanLayers",
+    "Requirement",
+    "TaskArithmetic",
+    "Ties",
+]
