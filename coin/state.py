@@ -134,6 +134,19 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fingerprint(state: State) -> str:
+    """Return a SHA-256 over names, types, shapes and values: two networks are the same if and only if theirs agree.
+
+    A file's own hash would change with its metadata; this one identifies the weights wherever they are kept.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 @cache
 def versions() -> dict[str, str]:
     """Return the versions of the packages a result depends on, and the git revision of ``coin`` where it is known."""

@@ -17,11 +17,11 @@ from coin.errors import DecodingError
 class DecoderKind(StrEnum):
     """How lost outputs are computed from the ones that arrived."""
 
-    LINEAR = "linear"
+    linear = "linear"
     """The paper's: solve the code's equations for the lost outputs. Needs no calibration."""
-    RIDGE = "ridge"
+    ridge = "ridge"
     """Ridge regression from all arriving logits to the lost logits, fitted on calibration data."""
-    FEATURE_RIDGE = "feature_ridge"
+    feature_ridge = "feature_ridge"
     """The same from the arriving logits and penultimate features."""
 
 
@@ -128,7 +128,7 @@ class LinearDecoder(Decoder):
         DecodingError: The erasure is past the budget, or the code is singular on it.
     """
 
-    kind = DecoderKind.LINEAR
+    kind = DecoderKind.linear
 
     def __init__(self, code: Code, erased: Sequence[int]) -> None:
         super().__init__(code.num_experts, erased)
@@ -168,7 +168,7 @@ class RidgeDecoder(Decoder):
     budget: something must arrive, that is all. All arithmetic is in float64.
     """
 
-    kind = DecoderKind.RIDGE
+    kind = DecoderKind.ridge
 
     def __init__(self, num_experts: int, erased: Sequence[int]) -> None:
         super().__init__(num_experts, erased)
@@ -233,7 +233,7 @@ class FeatureRidgeDecoder(RidgeDecoder):
         DecodingError: The answers hold no features.
     """
 
-    kind = DecoderKind.FEATURE_RIDGE
+    kind = DecoderKind.feature_ridge
 
     def _blocks(self, answers: Answers) -> list[Tensor]:
         if answers.expert_features is None or answers.coded_features is None:
@@ -255,9 +255,9 @@ def make_decoder(kind: DecoderKind | str, code: Code, erased: Sequence[int]) -> 
         kind = DecoderKind(kind)
     except ValueError as error:
         raise DecodingError(f"found decoder '{kind}', expected one of {', '.join(DecoderKind)}") from error
-    if kind is DecoderKind.LINEAR:
+    if kind is DecoderKind.linear:
         return LinearDecoder(code, erased)
-    decoder = {DecoderKind.RIDGE: RidgeDecoder, DecoderKind.FEATURE_RIDGE: FeatureRidgeDecoder}[kind]
+    decoder = {DecoderKind.ridge: RidgeDecoder, DecoderKind.feature_ridge: FeatureRidgeDecoder}[kind]
     return decoder(code.num_experts, erased)
 
 

@@ -21,9 +21,9 @@ class BatchNormPolicy(StrEnum):
       initialisation; a method that trains with frozen statistics keeps those that it trained with.
     """
 
-    AVERAGE = "average"
-    RECALIBRATE = "recalibrate"
-    KEEP = "keep"
+    average = "average"
+    recalibrate = "recalibrate"
+    keep = "keep"
 
 
 def has_batchnorm(network: nn.Module) -> bool:
@@ -39,7 +39,7 @@ def freeze_statistics(network: nn.Module) -> None:
 
 
 def average_buffers(buffers: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Return the β-average of the experts' buffers (`BatchNormPolicy.AVERAGE`).
+    """Return the β-average of the experts' buffers (`BatchNormPolicy.average`).
 
     Args:
         buffers: One mapping a network, ``dict(network.named_buffers())``.
@@ -53,7 +53,7 @@ def average_buffers(buffers: Sequence[State], weights: Sequence[float]) -> dict[
 
 @torch.no_grad()
 def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Estimate the running statistics of all BatchNorm layers anew, in place (`BatchNormPolicy.RECALIBRATE`).
+    """Estimate the running statistics of all BatchNorm layers anew, in place (`BatchNormPolicy.recalibrate`).
 
     The statistics are reset and become the cumulative average over the batches, each layer seeing what the layers
     before it produce from batch statistics, as in training. Everything else of the network is left as found.

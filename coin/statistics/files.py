@@ -75,8 +75,8 @@ def load_statistic(path: Path, *, statistic: str, weights: str | None = None) ->
         )
     if weights is not None and provenance["weights"] != weights:
         raise FileError(
-            f"'{path}' is of weights {provenance['weights'][:12]}…, expected {weights[:12]}…: the expert has changed since; "
-            "run coin fisher again"
+            f"'{path}' is of weights {provenance['weights'][:12]}…, expected {weights[:12]}…: the expert has changed "
+            "since; run coin fisher again"
         )
     return StatisticFile(
         values, int(provenance["samples"]), float(provenance["seconds"]), float(provenance["passes"]), provenance

@@ -1,0 +1,29 @@
+"""Writes the trained network as a safetensors file when training ends."""
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from coin.callbacks.weights import Weights, description, trained_network
+from coin.networks import save_network
+
+
+class ExpertExport(Callback):
+    """Writes ``expert.safetensors``: the network with its architecture, classes, options and metrics.
+
+    Args:
+        path: The file; none writes ``expert.safetensors`` into the trainer's ``default_root_dir``.
+        weights: ``last`` or ``best``.
+    """
+
+    def __init__(self, path: str | None = None, weights: Weights = Weights.last) -> None:
+        self.path = None if path is None else Path(path)
+        self.weights = Weights(weights)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file, on the first process."""
+        network = trained_network(trainer, pl_module, self.weights)
+        if trainer.is_global_zero:
+            config, num_classes, provenance = description(pl_module, trainer)
+            path = self.path or Path(trainer.default_root_dir) / "expert.safetensors"
+            save_network(path, network, config, num_classes, provenance)

@@ -1,0 +1,82 @@
+"""Estimates the expert's Fisher when training ends: when to estimate, and where to save."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from coin.callbacks.weights import Weights, trained_network
+from coin.errors import ConfigurationError
+from coin.state import fingerprint
+from coin.statistics import FisherKind, fisher_sums, reduce_sums, shard
+from coin.statistics.files import save_statistic
+
+
+class FisherEstimator(Callback):
+    """Writes the Fisher diagonal of the trained network on calibration samples of its own task.
+
+    It runs on `on_train_end`, while the network is still on its device, in eval mode, and leaves the module as found.
+    ``last.ckpt`` is written before that, so the statistic has a file of its own. ``coin fisher --ckpt_path`` computes
+    the same of any checkpoint, by the same functions.
+
+    Args:
+        samples: P, the number of unlabelled training samples.
+        kind: Which Fisher diagonal; see `coin.statistics.FisherKind`.
+        cotangents: k, for the Monte Carlo kind.
+        path: The file; none writes ``expert.fisher.safetensors`` into the trainer's ``default_root_dir``.
+        weights: ``last`` or ``best``.
+
+    Raises:
+        ConfigurationError: `samples` is below 1.
+    """
+
+    def __init__(
+        self,
+        samples: int = 200,
+        kind: FisherKind = FisherKind.exact,
+        cotangents: int | None = None,
+        path: str | None = None,
+        weights: Weights = Weights.last,
+    ) -> None:
+        if samples < 1:
+            raise ConfigurationError(f"found samples={samples}, expected at least 1 calibration sample")
+        self.samples = samples
+        self.kind = FisherKind(kind)
+        self.cotangents = cotangents
+        self.path = None if path is None else Path(path)
+        self.weights = Weights(weights)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Estimate on every process's share of the samples, add up, and write on the first process."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is None:
+            raise ConfigurationError("found no datamodule to draw calibration samples from, expected a task")
+        network = trained_network(trainer, pl_module, self.weights)
+        started = time.perf_counter()
+        calibration = data.calibration(self.samples)
+        places = shard(calibration.num_samples, trainer.global_rank, trainer.world_size)
+        mine = calibration.subset(places)
+        generator = torch.Generator(pl_module.device).manual_seed(data.seed * 100_003 + trainer.global_rank)
+        sums = fisher_sums(
+            network,
+            (batch.to(pl_module.device) for batch in mine),
+            kind=self.kind,
+            cotangents=self.cotangents,
+            generator=generator if self.kind is FisherKind.monte_carlo else None,
+            labels=mine.labels.to(pl_module.device) if self.kind is FisherKind.empirical else None,
+        )
+        sums = reduce_sums(sums)
+        if trainer.is_global_zero:
+            save_statistic(
+                self.path or Path(trainer.default_root_dir) / "expert.fisher.safetensors",
+                sums,
+                statistic="fisher",
+                weights=fingerprint(network.state_dict()),
+                seconds=time.perf_counter() - started,
+                kind=str(self.kind),
+                cotangents=self.cotangents,
+                data="own",
+                seed=data.seed,
+            )

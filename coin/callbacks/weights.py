@@ -1,0 +1,63 @@
+"""Which weights a callback takes when training ends: the last ones, or those of the best checkpoint."""
+
+from copy import deepcopy
+from enum import StrEnum
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from coin.errors import ConfigurationError
+from coin.networks import NetworkConfig
+
+
+class Weights(StrEnum):
+    """``last``: as training left them; ``best``: of the checkpoint that ModelCheckpoint's monitor likes best."""
+
+    last = "last"
+    best = "best"
+
+
+def trained_network(trainer: Trainer, module: LightningModule, weights: Weights) -> nn.Module:
+    """Return the trained network with the chosen weights; with ``best`` a copy, so that the module stays as it is.
+
+    Raises:
+        ConfigurationError: The module has no ``network``, or there is no best checkpoint.
+    """
+    network: Any = getattr(module, "network", None)
+    if not isinstance(network, nn.Module):
+        raise ConfigurationError(f"found a {type(module).__name__} without a network, expected an Expert")
+    if weights == Weights.last:
+        return network
+    monitored = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
+    if not monitored or not monitored[0].best_model_path:
+        raise ConfigurationError("found no best checkpoint; add a ModelCheckpoint with a monitor, or set weights=last")
+    checkpoint = torch.load(monitored[0].best_model_path, map_location=module.device, weights_only=True)
+    best = deepcopy(network)
+    prefix = "network."
+    best.load_state_dict(
+        {
+            name.removeprefix(prefix): value
+            for name, value in checkpoint["state_dict"].items()
+            if name.startswith(prefix)
+        }
+    )
+    return best
+
+
+def description(module: LightningModule, trainer: Trainer) -> tuple[NetworkConfig, int, dict[str, Any]]:
+    """Return an expert's architecture, its class count and its provenance."""
+    options = dict(module.hparams)
+    data = getattr(trainer, "datamodule", None)
+    config = NetworkConfig(options["network"], options["image_size"], options["weights"], options["options"] or {})
+    provenance = {
+        "made_by": "coin fit",
+        "task": None if data is None else type(data).__name__,
+        "classes": None if data is None else list(data.classes),
+        "options": {name: value for name, value in options.items() if not name.startswith("_")},
+        "epochs": trainer.current_epoch,
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+    }
+    return config, int(options["num_classes"]), provenance

@@ -1,0 +1,15 @@
+"""Whole experiments: every step from images to results, resumable."""
+
+from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, TrainingConfig
+from coin.experiment.experiment import Experiment
+from coin.experiment.merge import Ingredients, merge_experts
+
+__all__ = [
+    "BaseConfig",
+    "CalibrationConfig",
+    "Experiment",
+    "ExpertConfig",
+    "Ingredients",
+    "TrainingConfig",
+    "merge_experts",
+]

@@ -1,0 +1,166 @@
+"""A whole experiment from one YAML file, step by step, resumable."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from coin.coding import Code, DecoderKind
+from coin.data import TaskData
+from coin.data.tasks import Tasks, task_with
+from coin.errors import ConfigurationError
+from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig
+from coin.experiment.jobs import finish, job_loggers
+from coin.experiment.seed_run import SeedRun
+from coin.experiment.steps import Steps, step_key
+from coin.experiment.training import train_network
+from coin.merging import MergeMethod
+from coin.modules import Distillation
+from coin.networks import NetworkConfig, initial_network, save_network
+from coin.reporting.report import write_report
+from coin.reporting.summary import write_summary
+from coin.state import write_text
+
+
+class Experiment:
+    """Tasks, their experts, a code, merge methods and decoders, measured over seeds.
+
+    Args:
+        name: The experiment's name: its folder is ``output/name``.
+        tasks: The tasks by name; each gets an expert.
+        methods: The merge methods to compare.
+        network: The architecture of the experts and the coded models.
+        base: The shared initialisation; none takes the network's pretrained (or random) weights.
+        expert: How the experts are trained, or where they are.
+        code: R rows of N coding weights; none weighs all experts alike, with one coded model.
+        calibration: The unlabelled samples for merging and decoding.
+        decoders: The decoders to compare.
+        seeds: One run each; a seed draws the calibration samples and everything random after the base.
+        output: Where experiments go.
+        trainer: Options of the Trainer for all steps, such as ``accelerator``, ``devices``, ``precision``.
+
+    Raises:
+        ConfigurationError: The parts do not fit together.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tasks: dict[str, TaskData],
+        methods: list[MergeMethod | Distillation],
+        network: NetworkConfig = NetworkConfig(),  # noqa: B008 (frozen)
+        base: BaseConfig | None = None,
+        expert: ExpertConfig = ExpertConfig(),  # noqa: B008 (frozen)
+        code: list[list[float]] | None = None,
+        calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008 (frozen)
+        decoders: list[DecoderKind] | None = None,
+        seeds: list[int] | None = None,
+        output: str = "runs",
+        trainer: dict[str, Any] | None = None,
+    ) -> None:
+        if not name or Path(name).name != name or name.startswith("."):
+            raise ConfigurationError(f"found name '{name}', expected a plain folder name without slashes")
+        if len(tasks) < 2:
+            raise ConfigurationError(f"found {len(tasks)} task(s), expected at least two to code over")
+        for task in tasks:
+            if not task or any(mark in task for mark in "+/|\\") or task in ("mean", "none"):
+                raise ConfigurationError(
+                    f"found task name '{task}', expected one without + / | \\ and not 'mean' or 'none'"
+                )
+        self.seeds = [0] if seeds is None else seeds
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ConfigurationError(f"found seeds {self.seeds}, expected distinct numbers of at least 0")
+        self.code = Code([[1 / len(tasks)] * len(tasks)] if code is None else code)
+        if self.code.num_experts != len(tasks):
+            raise ConfigurationError(f"found a code for {self.code.num_experts} experts and {len(tasks)} tasks")
+        variants = [(method.label, str(method.batchnorm)) for method in methods]
+        if repeated := sorted({variant for variant in variants if variants.count(variant) > 1}):
+            raise ConfigurationError(
+                f"found method {repeated[0][0]} with BatchNorm policy {repeated[0][1]} twice; give one of them a label"
+            )
+        if unknown := sorted((expert.overrides.keys() | expert.checkpoints.keys()) - tasks.keys()):
+            raise ConfigurationError(f"found options for an expert '{unknown[0]}', expected one of {', '.join(tasks)}")
+        self.name = name
+        self.network = network
+        self.tasks = {task: task_with(data, image_size=network.image_size) for task, data in tasks.items()}
+        self.methods = methods
+        self.base = base
+        self.expert = expert
+        self.calibration = calibration
+        self.decoders = list(DecoderKind) if decoders is None else decoders
+        self.folder = Path(output) / name
+        self.trainer = trainer or {}
+
+    def run(self, dump: Callable[[int], str] | None = None, console: Console | None = None) -> pd.DataFrame:
+        """Run every step whose inputs have changed, for every seed, and report.
+
+        Args:
+            dump: Returns the configuration that repeats the run of one seed, as YAML.
+            console: Where progress and the table go.
+
+        Returns:
+            The summary over seeds: the contents of ``summary.csv``.
+        """
+        console = console or Console(stderr=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Tasks(self.tasks).prepare_data()
+        initial = self.make_initial(console)
+        for seed in self.seeds:
+            folder = self.folder / f"seed-{seed}"
+            if dump is not None:
+                write_text(folder / "config.yaml", dump(seed))
+            SeedRun(self, seed, folder, initial, console).run()
+        summary = write_summary(self.folder)
+        for seed in self.seeds:
+            write_report([self.folder / f"seed-{seed}"], None)
+        write_report([self.folder], None)
+        return summary
+
+    def make_initial(self, console: Console) -> Path:
+        """Make the shared initialisation, and return its file.
+
+        With different class counts there is one file a count (experts of one count share their head); the one with
+        the most classes is returned.
+        """
+        folder = self.folder / "base"
+        steps = Steps(folder)
+        checkpoint: Path | None = None
+        if self.base is not None and self.base.task is not None:
+            checkpoint = folder / "base.safetensors"
+            task = task_with(self.base.task, image_size=self.network.image_size)
+            key = step_key({"network": self.network, "base": self.base, "task": task, "trainer": self.trainer})
+            if not steps.finished("base", key, [checkpoint]):
+                console.print(f"base: pretraining {self.network.name} on {type(task).__name__}")
+                task.prepare_data()
+                loggers = job_loggers(self, folder, "expert", "base", None)
+                train_network(
+                    self.base,
+                    self.network,
+                    task,
+                    folder,
+                    checkpoint,
+                    key=key,
+                    seed=0,
+                    initial=None,
+                    trainer_options=self.trainer,
+                    loggers=loggers,
+                )
+                finish(loggers)
+                steps.finish("base", key, [checkpoint])
+        elif self.base is not None and self.base.checkpoint is not None:
+            checkpoint = Path(self.base.checkpoint)
+        counts = sorted({task.num_classes for task in self.tasks.values()})
+        for count in counts:
+            path = self.initial_path(count)
+            key = step_key({"network": self.network, "classes": count}, [] if checkpoint is None else [checkpoint])
+            if not steps.finished(f"initial-{count}", key, [path]):
+                network = initial_network(self.network, count, checkpoint)
+                save_network(path, network, self.network, count, {"made_by": "coin run", "base": str(checkpoint)})
+                steps.finish(f"initial-{count}", key, [path])
+        return self.initial_path(counts[-1])
+
+    def initial_path(self, num_classes: int) -> Path:
+        """Return the file of the shared initialisation with `num_classes` outputs."""
+        return self.folder / "base" / f"initial-{num_classes}.safetensors"

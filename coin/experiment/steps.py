@@ -1,0 +1,88 @@
+"""What makes an experiment resumable: a step is done again only if what goes into it has changed."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from coin.state import sha256_of, write_text
+
+# Attributes that Lightning gives every datamodule: no options of ours.
+_LIGHTNING = {"trainer", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"}
+
+
+class Steps:
+    """The record of finished steps of one folder, one small file a step.
+
+    A step is finished when its record names the same key and every output has the contents it had then. The key is a
+    hash of the step's options and of the contents of its input files.
+
+    Args:
+        folder: Where the outputs are; the records go to ``folder/.steps``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def finished(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
+        """Return whether the step `name` has been finished with this key and its outputs stand."""
+        try:
+            record = json.loads(self._record(name).read_text(encoding="utf-8"))
+            return record["key"] == key and record["outputs"] == self._contents(outputs)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def finish(self, name: str, key: str, outputs: Sequence[Path]) -> None:
+        """Record that the step `name` has been finished."""
+        record = {"key": key, "outputs": self._contents(outputs)}
+        write_text(self._record(name), json.dumps(record, indent=1))
+
+    def _record(self, name: str) -> Path:
+        return self.folder / ".steps" / f"{name}.json"
+
+    def _contents(self, outputs: Sequence[Path]) -> dict[str, str]:
+        return {str(path.relative_to(self.folder)): sha256_of(path) for path in outputs}
+
+
+def step_key(options: Any, inputs: Sequence[Path] = ()) -> str:
+    """Return a hash of a step's options and of its input files' contents.
+
+    Args:
+        options: Anything `described` understands.
+        inputs: Files.
+    """
+    value = [described(options), [sha256_of(path) for path in inputs]]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def described(value: Any) -> Any:
+    """Return options as plain JSON values: dataclasses, enums, tasks and methods become their public attributes."""
+    if isinstance(value, Enum):
+        return value.value
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(name): described(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        entries = [described(entry) for entry in value]
+        return sorted(entries) if isinstance(value, set | frozenset) else entries
+    if is_dataclass(value) and not isinstance(value, type):
+        return described({name: getattr(value, name) for name in value.__dataclass_fields__})
+    options = dict(value.hparams) if isinstance(value, LightningModule) else vars(value)
+    public = {name: entry for name, entry in options.items() if _is_option(name, entry)}
+    return {"class": type(value).__name__, **described(public)}
+
+
+def _is_option(name: str, entry: Any) -> bool:
+    plain = entry is None or isinstance(entry, bool | int | float | str | Path | list | tuple | dict | frozenset | Enum)
+    return plain and not name.startswith("_") and name not in _LIGHTNING

@@ -1,0 +1,202 @@
+"""Training steps of an experiment: the base, the experts, and the distillation baseline."""
+
+import logging
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+
+from coin.callbacks import ExpertExport, Weights
+from coin.data import TaskData
+from coin.data.tasks import Tasks, task_with
+from coin.errors import ConfigurationError
+from coin.experiment.config import TrainingConfig
+from coin.modules import Distillation, Expert
+from coin.networks import NetworkConfig
+from coin.trainer import Trainer
+
+
+def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer:
+    """Return a Trainer for one step of an experiment, with a progress bar where somebody watches.
+
+    Args:
+        folder: Its ``default_root_dir``.
+        options: The experiment's ``trainer`` section.
+        **fixed: What the step decides.
+
+    Raises:
+        ConfigurationError: The Trainer has no such option, or refuses a value.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Data live in memory: workers would only copy them.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    settings: dict[str, Any] = {
+        "accelerator": "auto",
+        "devices": 1,
+        "enable_model_summary": False,
+        "enable_progress_bar": sys.stderr.isatty(),
+        "logger": False,
+        "enable_checkpointing": False,
+        **options,
+        **fixed,
+    }
+    try:
+        return Trainer(default_root_dir=str(folder), **settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"the trainer section {options} does not fit: {str(error).splitlines()[0]}") from error
+
+
+def train_network(
+    config: TrainingConfig,
+    network: NetworkConfig,
+    task: TaskData,
+    folder: Path,
+    output: Path,
+    *,
+    key: str,
+    seed: int,
+    initial: Path | None,
+    trainer_options: dict[str, Any],
+    loggers: Sequence[Logger],
+    weights: Weights = Weights.last,
+) -> None:
+    """Train one network on one task and write it as a safetensors file.
+
+    A run that was interrupted goes on from its last whole epoch, if it was started with the same `key`.
+
+    Args:
+        config: How to train.
+        network: What to train.
+        task: On what.
+        folder: For checkpoints and logs.
+        output: The safetensors file.
+        key: The step's key; see `coin.experiment.steps`.
+        seed: Of the samples' order and of dropout.
+        initial: The shared initialisation's file; none starts from the network's own weights.
+        trainer_options: The experiment's ``trainer`` section.
+        loggers: Where losses and accuracies go.
+        weights: ``last`` or ``best``.
+    """
+    checkpoints = folder / "checkpoints"
+    mark = checkpoints / "step-key"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != key:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        mark.write_text(key, encoding="utf-8")
+    last = checkpoints / "last.ckpt"
+
+    data = task_with(task, seed=seed, batch_size=config.batch_size, augmentation=config.augmentation)
+    module = Expert(
+        network=network.name,
+        image_size=network.image_size,
+        weights=None if initial is not None else network.weights,
+        options=network.options,
+        num_classes=data.num_classes,
+        initial=None if initial is None else str(initial),
+        optimizer=config.optimizer,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        label_smoothing=config.label_smoothing,
+        seed=seed,
+        compile_network=config.compile_network,
+    )
+    best: dict[str, Any] = (
+        {"monitor": "val/accuracy", "mode": "max", "save_top_k": 1} if weights == Weights.best else {}
+    )
+    callbacks: list[Callback] = [
+        ExpertExport(str(output), weights),
+        ModelCheckpoint(checkpoints, save_last=True, **{"save_top_k": 0, **best}),
+    ]
+    trainer = make_trainer(
+        folder,
+        trainer_options,
+        max_epochs=config.epochs,
+        callbacks=callbacks,
+        logger=list(loggers) or False,
+        enable_checkpointing=True,
+        log_every_n_steps=10,
+    )
+    seed_everything(seed, workers=True, verbose=False)
+    trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+
+
+def distill(
+    method: Distillation,
+    experts: Sequence[Path],
+    row: Sequence[float],
+    tasks: Tasks,
+    folder: Path,
+    *,
+    seed: int,
+    trainer_options: dict[str, Any],
+    loggers: Sequence[Logger] = (),
+) -> tuple[Distillation, float, float, dict[str, Any]]:
+    """Train the distillation baseline, its learning rate and number of steps chosen on held-out calibration samples.
+
+    Args:
+        method: The options, as an experiment file gives them.
+        experts: The experts' files.
+        row: The code row β.
+        tasks: The tasks with P calibration samples each.
+        folder: For logs.
+        seed: Of the order of the samples.
+        trainer_options: The experiment's ``trainer`` section.
+        loggers: Where the final run's losses go.
+
+    Returns:
+        The trained module, the seconds and the forward-equivalents that everything took, and what was chosen.
+    """
+    started = time.perf_counter()
+    options: dict[str, Any] = dict(method.hparams) | {"experts": [str(path) for path in experts], "code_row": list(row)}
+    samples = options["samples_per_task"] or tasks.samples_per_task
+    passes = 0.0
+
+    def run(lr: float, steps: int, held_out: float, logger: list[Logger] | bool) -> Distillation:
+        data = Tasks(tasks.tasks, samples, options["batch_size"], held_out, seed)
+        module = Distillation(**(options | {"lr": lr, "steps": steps}))
+        every = max(1, steps // _POINTS)
+        trainer = make_trainer(
+            folder,
+            trainer_options,
+            max_steps=steps,
+            max_epochs=-1,
+            logger=logger,
+            log_every_n_steps=every,
+            num_sanity_val_steps=0,
+            val_check_interval=every if held_out else None,
+            check_val_every_n_epoch=None if held_out else 1,
+            limit_val_batches=1.0 if held_out else 0,
+        )
+        seed_everything(seed, workers=True, verbose=False)
+        trainer.fit(module, datamodule=data)
+        return module
+
+    steps, lr = int(options["steps"]), options["lr"]
+    chosen: dict[str, Any] = {}
+    if lr is None:
+        every = max(1, steps // _POINTS)
+        curves = {}
+        for rate in options["learning_rates"]:
+            trial = run(rate, steps, options["held_out"], False)
+            passes += trial.passes
+            curves[rate] = trial.losses
+        best = min(((loss, rate, point) for rate, losses in curves.items() for point, loss in enumerate(losses)))
+        lr, steps = best[1], (best[2] + 1) * every
+        chosen = {"lr": lr, "steps": steps, "held_out_loss": {str(rate): losses for rate, losses in curves.items()}}
+    module = run(lr, steps, 0.0, list(loggers) or False)
+    return module, time.perf_counter() - started, passes + module.passes, chosen
+
+
+_POINTS = 10
+"""How often a tuning run looks at the held-out samples, and so how many numbers of steps there are to choose from."""

@@ -1,0 +1,21 @@
+"""LightningModules: experts, coded models, the distillation baseline, and the passes that measure them."""
+
+from coin.modules.coded import Coded
+from coin.modules.distillation import Distillation
+from coin.modules.evaluator import NONE, ORACLE, DecodingEvaluator, Outcome, Variant
+from coin.modules.expert import Expert, OptimizerKind, Schedule
+from coin.modules.statistic_pass import FisherPass
+
+__all__ = [
+    "NONE",
+    "ORACLE",
+    "Coded",
+    "DecodingEvaluator",
+    "Distillation",
+    "Expert",
+    "FisherPass",
+    "OptimizerKind",
+    "Outcome",
+    "Schedule",
+    "Variant",
+]

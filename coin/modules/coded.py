@@ -1,0 +1,122 @@
+"""A code with its networks: the experts and the coded models that stand by for them."""
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from coin.coding import Answers, Code, Decoder, DecoderKind, check_erasure, make_decoder
+from coin.errors import ConfigurationError
+from coin.networks import features_and_logits, pad_logits
+
+
+class Coded(LightningModule):
+    """N experts, R coded models and the code between them.
+
+    ``forward`` returns the encoded outputs: what the coded models answer in place of Σ_i β_i f_i. `answers` returns
+    what all servers answer, and `decode` a lost expert's logits. Everything stays in eval mode.
+
+    Args:
+        code: The code, R×N.
+        experts: The N experts.
+        coded: The R coded models, one a row of the code.
+        names: The experts' tasks; ``0``, ``1``, … by default.
+
+    Raises:
+        ConfigurationError: The numbers of experts or coded models do not fit the code.
+    """
+
+    def __init__(
+        self,
+        code: Code,
+        experts: Sequence[nn.Module],
+        coded: Sequence[nn.Module],
+        names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if len(experts) != code.num_experts or len(coded) != code.num_coded:
+            raise ConfigurationError(
+                f"found {len(experts)} experts and {len(coded)} coded models, the code is for {code.num_experts} "
+                f"and {code.num_coded}"
+            )
+        self.code = code
+        self.names = tuple(names) if names is not None else tuple(str(index) for index in range(len(experts)))
+        self.experts = nn.ModuleList(experts)
+        self.coded = nn.ModuleList(coded)
+        self.decoder: Decoder | None = None
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Coded":
+        """Stay in eval mode: nothing here is trained."""
+        return super().train(False)  # type: ignore[return-value]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the coded models' logits ``[R, B, C]`` for inputs ``[B, ...]``."""
+        return _padded([network(inputs) for network in self.coded])
+
+    def answers(self, inputs: Tensor, *, features: bool = False, erased: Sequence[int] = ()) -> Answers:
+        """Run every server that is not lost, once.
+
+        Args:
+            inputs: ``[B, ...]``.
+            features: Whether the servers answer with penultimate features beside their logits.
+            erased: Lost experts, which do not run: their entries are NaN.
+        """
+        lost = set(erased)
+        runs = [
+            None if index in lost else run_network(network, inputs, features)
+            for index, network in enumerate(self.experts)
+        ]
+        coded = [run_network(network, inputs, features) for network in self.coded]
+        arrived = [run for run in [*runs, *coded] if run is not None]
+        width = max(logits.shape[1] for _, logits in arrived)
+        missing = torch.full_like(arrived[0][1], torch.nan)
+        logits = [missing if run is None else run[1] for run in runs]
+        return Answers(
+            experts=_padded(logits, width),
+            coded=_padded([run[1] for run in coded], width),
+            expert_features=[missing[:, :0] if run is None else run[0] for run in runs] if features else None,
+            coded_features=[run[0] for run in coded] if features else None,
+        )
+
+    def fit_decoder(self, calibration: Sequence[Tensor], erased: Sequence[int], kind: DecoderKind | str) -> "Coded":
+        """Choose how lost experts are decoded from here on.
+
+        Args:
+            calibration: Batches of inputs ``[B, ...]``, unlabelled; the linear decoder does not look at them.
+            erased: Indices of the lost experts.
+            kind: The decoder.
+        """
+        decoder = make_decoder(kind, self.code, check_erasure(erased, self.code.num_experts))
+        if decoder.needs_fit:
+            with torch.no_grad():
+                parts = [self.answers(batch, features=kind == DecoderKind.feature_ridge) for batch in calibration]
+            decoder.fit(Answers.concatenate(parts))
+        self.decoder = decoder
+        return self
+
+    @torch.no_grad()
+    def decode(self, inputs: Tensor) -> Tensor:
+        """Return the lost experts' logits ``[|erased|, B, C]``, from the servers that are left.
+
+        Raises:
+            ConfigurationError: `fit_decoder` has not been called.
+        """
+        if self.decoder is None:
+            raise ConfigurationError("found no decoder; call fit_decoder with the lost experts first")
+        features = self.decoder.kind == DecoderKind.feature_ridge
+        return self.decoder.decode(self.answers(inputs, features=features, erased=self.decoder.erased))
+
+
+def run_network(network: nn.Module, inputs: Tensor, features: bool) -> tuple[Tensor, Tensor]:
+    """Return a network's features ``[B, F]`` and logits ``[B, C]``; F is 0 unless features are wanted."""
+    if features:
+        return features_and_logits(network, inputs)
+    logits = network(inputs)
+    return logits[:, :0], logits
+
+
+def _padded(logits: Sequence[Tensor], width: int | None = None) -> Tensor:
+    width = max(entry.shape[1] for entry in logits) if width is None else width
+    return torch.stack([pad_logits(entry, width) for entry in logits])

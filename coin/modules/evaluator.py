@@ -1,0 +1,340 @@
+"""The decoding evaluator: every network once per batch, for all methods, decoders and erasures."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from coin.coding import Answers, Code, Decoder, DecoderKind, make_decoder
+from coin.data.tasks import Tasks
+from coin.errors import ConfigurationError, FileError
+from coin.metrics import DecodingAccuracy, Residual
+from coin.modules.coded import run_network
+from coin.networks import load_network, widen_network
+from coin.state import fingerprint
+
+NONE = "none"
+ORACLE = "oracle"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One coded system under evaluation: a merge method with its options, or one of the two references.
+
+    Attributes:
+        method: What the results call it.
+        batchnorm: Its BatchNorm policy; empty where it does not apply.
+        code: The code; none for `NONE`.
+        networks: Indices of its coded models among all coded models of the evaluation; empty for the references.
+        samples_per_task: P, the calibration samples of each task that made it; none without any.
+        seconds: What making it took, wall time.
+        passes: What making it took, in forward-equivalents.
+    """
+
+    method: str
+    batchnorm: str
+    code: Code | None
+    networks: tuple[int, ...]
+    samples_per_task: int | None
+    seconds: float
+    passes: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured for one lost expert, under one erasure, with one variant and one decoder.
+
+    Attributes:
+        variant: The variant.
+        decoder: The decoder.
+        erased: The lost tasks.
+        task: The task whose expert was decoded, on whose test set.
+        expert_accuracy: Accuracy of the expert itself.
+        decoded_accuracy: Accuracy of the decoded output.
+        nda: Their ratio.
+        agreement: Share of test inputs where both answer the same class.
+        residual: ‖f_c − Σβ_if_i‖ / ‖Σβ_if_i‖ on the test set; NaN without coded models.
+        calibration_seconds: What making the coded models and fitting the decoder took, wall time.
+        sample_passes: The same in forward-equivalents.
+        confusion: Counts ``[C_j, C_j]``: the expert's answer by the decoded one.
+    """
+
+    variant: Variant
+    decoder: str
+    erased: tuple[str, ...]
+    task: str
+    expert_accuracy: float
+    decoded_accuracy: float
+    nda: float
+    agreement: float
+    residual: float
+    calibration_seconds: float
+    sample_passes: float
+    confusion: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One decoder of one variant for one erasure; ``cost`` is what fitting it took, in seconds and passes."""
+
+    variant: int
+    decoder: Decoder
+    cost: tuple[float, float]
+
+
+class DecodingEvaluator(LightningModule):
+    """Measures how well lost experts are decoded, on every task's test set. Its data is a `coin.data.Tasks`.
+
+    Every expert and coded model runs once per batch. Decoders are fitted on the pooled calibration samples of the
+    datamodule before the first test batch. After ``trainer.test`` the results are in `outcomes`.
+
+    Beside the methods stand two references: ``none``, decoding from the surviving experts alone, and ``oracle``,
+    Σβ_if_i itself in place of a coded model's output (NDA 1 by construction: a check of the evaluator).
+
+    Args:
+        experts: The experts' safetensors files by task, in the order of the datamodule's tasks.
+        coded: The coded models' safetensors files.
+        decoders: The decoders to try.
+        code: The code of the references, R×N; none takes the first coded model's.
+
+    Raises:
+        ConfigurationError: There is nothing to evaluate, or a decoder does not exist.
+        FileError: A file is missing or damaged, or a coded model was made of other experts.
+    """
+
+    def __init__(
+        self,
+        experts: dict[str, str],
+        coded: list[str] | None = None,
+        decoders: list[str] | None = None,
+        code: list[list[float]] | None = None,
+    ) -> None:
+        super().__init__()
+        wanted = list(DecoderKind) if decoders is None else decoders
+        for kind in wanted:
+            if kind not in list(DecoderKind):
+                raise ConfigurationError(f"found decoder '{kind}', expected one of {', '.join(DecoderKind)}")
+        self.kinds = [DecoderKind(kind) for kind in wanted]
+        if not experts or not self.kinds:
+            raise ConfigurationError("found no experts or no decoders, expected at least one of each")
+        self.tasks = tuple(experts)
+        files = [load_network(Path(path)) for path in experts.values()]
+        self.class_counts = [file.num_classes for file in files]
+        width = max(self.class_counts)
+        self.experts = nn.ModuleList([widen_network(file, width) for file in files])
+        marks = [fingerprint(file.network.state_dict()) for file in files]
+        self.coded = nn.ModuleList()
+        self.variants = self._read_coded([Path(path) for path in coded or []], marks)
+        self.variants += self._references(code)
+        self.outcomes: list[Outcome] = []
+        self.cases: list[_Case] = []
+        self.eval().requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> Answers:
+        """Return what all experts and all coded models answer to inputs ``[B, ...]``, each network run once."""
+        features = DecoderKind.feature_ridge in self.kinds
+        experts = [run_network(network, inputs, features) for network in self.experts]
+        coded = [run_network(network, inputs, features) for network in self.coded]
+        logits = torch.stack([logits for _, logits in experts])
+        return Answers(
+            experts=logits,
+            coded=torch.stack([logits for _, logits in coded]) if coded else logits[:0],
+            expert_features=[features for features, _ in experts] if features else None,
+            coded_features=[features for features, _ in coded] if features else None,
+        )
+
+    def on_test_start(self) -> None:
+        """Check the data and fit every decoder on the calibration samples."""
+        data = self._data()
+        counts = [task.num_classes for task in data.tasks.values()]
+        if tuple(data.tasks) != self.tasks or counts != self.class_counts:
+            raise ConfigurationError(
+                f"found data of tasks {dict(zip(data.tasks, counts, strict=True))}, the experts are for "
+                f"{dict(zip(self.tasks, self.class_counts, strict=True))}; name the same tasks in the same order"
+            )
+        started = time.perf_counter()
+        calibration = data.calibration()
+        answers = Answers.concatenate([_to_cpu(self(batch.to(self.device))) for batch in calibration])
+        # The networks run together here; each one's share of the time is what a decoder that needs it is charged.
+        share = (time.perf_counter() - started) / (len(self.experts) + len(self.coded))
+        self.cases = list(self._fitted(answers, share))
+        self.accuracies = nn.ModuleList()
+        self.confusions = nn.ModuleList()
+        for case in self.cases:
+            for expert in case.decoder.erased:
+                self.accuracies.append(DecodingAccuracy(self.class_counts[expert]))
+                self.confusions.append(MulticlassConfusionMatrix(self.class_counts[expert]))
+        self.residuals = nn.ModuleList(Residual() for _ in self.variants for _ in self.tasks)
+        self.to(self.device)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of."""
+        inputs, labels = batch
+        answers = self(inputs)
+        for index, variant in enumerate(self.variants):
+            if variant.networks and variant.code is not None:
+                coded = answers.coded[list(variant.networks)]
+                target = variant.code.encode(answers.experts)
+                self.residuals[index * len(self.tasks) + dataloader_idx].update(
+                    coded.flatten(0, 1), target.flatten(0, 1)
+                )
+        own = answers.experts[dataloader_idx]
+        seen = [self._seen_by(variant, answers) for variant in self.variants]
+        place = 0
+        for case in self.cases:
+            lost = case.decoder.erased
+            if dataloader_idx in lost:
+                where = lost.index(dataloader_idx)
+                decoded = case.decoder.decode(seen[case.variant])[where]
+                self.accuracies[place + where].update(decoded, own, labels)
+                classes = self.class_counts[dataloader_idx]
+                self.confusions[place + where].update(decoded[:, :classes].argmax(1), own[:, :classes].argmax(1))
+            place += len(lost)
+
+    def on_test_epoch_end(self) -> None:
+        """Collect the totals of all processes into `outcomes`, and log the scalars."""
+        residuals = [float(residual.compute()) for residual in self.residuals]  # type: ignore[operator]
+        self.outcomes = []
+        place = 0
+        for case in self.cases:
+            variant = self.variants[case.variant]
+            for expert in case.decoder.erased:
+                totals = {name: float(value) for name, value in self.accuracies[place].compute().items()}  # type: ignore[operator]
+                confusion = self.confusions[place].compute().cpu().numpy().astype(np.int64)  # type: ignore[operator]
+                place += 1
+                self.outcomes.append(
+                    Outcome(
+                        variant=variant,
+                        decoder=str(case.decoder.kind),
+                        erased=tuple(self.tasks[lost] for lost in case.decoder.erased),
+                        task=self.tasks[expert],
+                        residual=0.0
+                        if variant.method == ORACLE
+                        else residuals[case.variant * len(self.tasks) + expert],
+                        calibration_seconds=variant.seconds + case.cost[0],
+                        sample_passes=variant.passes + case.cost[1],
+                        confusion=confusion,
+                        **totals,
+                    )
+                )
+
+    def _read_coded(self, paths: Sequence[Path], marks: Sequence[str]) -> list[Variant]:
+        """Read coded models and group the rows of each code into a variant."""
+        groups: dict[tuple[str, str], list[tuple[int, dict[str, Any], int]]] = {}
+        for path in paths:
+            file = load_network(path)
+            made = file.provenance
+            if "code" not in made:
+                raise FileError(f"'{path}' is no coded model, expected a file that coin merge wrote")
+            if made["experts"] != list(marks):
+                raise FileError(
+                    f"'{path}' was made of other experts than those given, or in another order; run coin merge again"
+                )
+            self.coded.append(file.network)
+            key = (str(made["label"]), str(made["batchnorm"]))
+            groups.setdefault(key, []).append((int(made["row"]), made, len(self.coded) - 1))
+        variants = []
+        for (method, policy), members in groups.items():
+            members.sort(key=lambda member: member[0])
+            code = Code(members[0][1]["code"])
+            if [row for row, _, _ in members] != list(range(code.num_coded)) or any(
+                made["code"] != members[0][1]["code"] for _, made, _ in members
+            ):
+                raise FileError(
+                    f"found rows {[row for row, _, _ in members]} of method {method}, expected one file for each of "
+                    f"the {code.num_coded} rows of one code"
+                )
+            variants.append(
+                Variant(
+                    method=method,
+                    batchnorm=policy,
+                    code=code,
+                    networks=tuple(network for _, _, network in members),
+                    samples_per_task=members[0][1]["samples_per_task"],
+                    seconds=sum(float(made["seconds"]) for _, made, _ in members)
+                    + float(members[0][1]["shared_seconds"]),
+                    passes=sum(float(made["passes"]) for _, made, _ in members) + float(members[0][1]["shared_passes"]),
+                )
+            )
+        return variants
+
+    def _references(self, matrix: list[list[float]] | None) -> list[Variant]:
+        if matrix is not None:
+            code = Code(matrix)
+        elif self.variants:
+            first = self.variants[0].code
+            assert first is not None
+            code = first
+        else:
+            count = len(self.experts)
+            code = Code([[1 / count] * count])
+        if code.num_experts != len(self.experts):
+            raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {len(self.experts)}")
+        self.code = code
+        none = Variant(NONE, "", None, (), None, 0.0, 0.0)
+        oracle = Variant(ORACLE, "", code, (), None, 0.0, 0.0)
+        return [none, oracle]
+
+    def _seen_by(self, variant: Variant, answers: Answers) -> Answers:
+        """Return what arrives in a variant's system: the experts, and its own coded models."""
+        if variant.method == ORACLE:
+            assert variant.code is not None
+            return Answers(experts=answers.experts, coded=variant.code.encode(answers.experts))
+        chosen = list(variant.networks)
+        features = None if answers.coded_features is None else [answers.coded_features[i] for i in chosen]
+        return Answers(answers.experts, answers.coded[chosen], answers.expert_features, features)
+
+    def _fitted(self, answers: Answers, share: float) -> Iterator[_Case]:
+        """Yield every case with its decoder fitted; `share` is the seconds one network took over the samples."""
+        for index, variant in enumerate(self.variants):
+            code = variant.code or self.code
+            seen = self._seen_by(variant, answers)
+            # Features need a network, and the linear decoder needs coded outputs.
+            kinds = [kind for kind in self.kinds if _applies(kind, variant)]
+            for erased in self._erasures(variant, code):
+                for kind in kinds:
+                    started = time.perf_counter()
+                    decoder = make_decoder(kind, code, erased).fit(seen)
+                    cost = (0.0, 0.0)
+                    if decoder.needs_fit:
+                        networks = len(self.experts) + len(variant.networks)
+                        cost = (time.perf_counter() - started + share * networks, float(networks * answers.num_samples))
+                    yield _Case(index, decoder, cost)
+
+    def _erasures(self, variant: Variant, code: Code) -> list[tuple[int, ...]]:
+        """Return the erasures to measure: all that the code promises, but never the loss of every expert for `NONE`."""
+        erasures = code.erasures()
+        if variant.method == NONE:
+            return [erased for erased in erasures if len(erased) < len(self.experts)]
+        return erasures
+
+    def _data(self) -> Tasks:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, Tasks):
+            raise ConfigurationError(f"found data of {type(data).__name__}, expected Tasks; set data.class_path: Tasks")
+        return data
+
+
+def _applies(kind: DecoderKind, variant: Variant) -> bool:
+    if variant.method == NONE:
+        return kind != DecoderKind.linear
+    if variant.method == ORACLE:
+        return kind == DecoderKind.linear
+    return True
+
+
+def _to_cpu(answers: Answers) -> Answers:
+    def moved(features: Sequence[Tensor] | None) -> list[Tensor] | None:
+        return None if features is None else [feature.cpu() for feature in features]
+
+    return Answers(
+        answers.experts.cpu(), answers.coded.cpu(), moved(answers.expert_features), moved(answers.coded_features)
+    )
