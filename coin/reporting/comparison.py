@@ -1,0 +1,168 @@
+"""What tables and reports show: methods side by side, with one name each and the best cells marked."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+REFERENCES = ("none", "oracle")
+"""Methods that are no contenders: the survivors alone, and the exact sum of the experts."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number over seeds: its mean, its sample standard deviation (NaN for one seed), and whether it is the best."""
+
+    mean: float
+    spread: float
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method's variant at one P: NDA by decoder, and what the coded model cost.
+
+    ``residual``, ``seconds`` and ``passes`` are those of the first decoder's rows: they belong to the coded model.
+    """
+
+    name: str
+    method: str
+    batchnorm: str
+    samples_per_task: int
+    cells: Mapping[str, Cell]
+    residual: Cell
+    seconds: Cell
+    passes: Cell
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this is ``none`` or ``oracle``, which stand beside the methods rather than among them."""
+        return self.method in REFERENCES
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All variants of one experiment at one size of erasure, contenders first, references last."""
+
+    experiment: str
+    erased: str
+    decoders: tuple[str, ...]
+    lines: tuple[Line, ...]
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        """The values of P that occur, in increasing order."""
+        return tuple(sorted({line.samples_per_task for line in self.lines}))
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """The BatchNorm policies that occur, in order of appearance."""
+        return tuple(dict.fromkeys(line.batchnorm for line in self.lines if line.batchnorm))
+
+
+def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
+    """Return one name per row that tells a method's variants apart.
+
+    The method's name stands alone where it can: for the BatchNorm policies ``average`` and ``keep``, and where the
+    policy does not apply. ``recalibrate`` is always named (``coin+recalibrate``), as is any policy after the first of
+    a method that would otherwise share its name. Where a method was read out through several sets of coded models,
+    the set follows in brackets (``coin[0+1]``).
+
+    Args:
+        frame: Rows of results or of a summary.
+    """
+    names: dict[tuple[str, str], str] = {}
+    for method, batchnorm in frame[["method", "batchnorm"]].drop_duplicates().itertuples(index=False, name=None):
+        plain = batchnorm != "recalibrate" and method not in names.values()
+        names[method, batchnorm] = method if plain else f"{method}+{batchnorm or 'none'}"
+    base = [names[pair] for pair in zip(frame["method"], frame["batchnorm"], strict=True)]
+    # Several sets count as variants only where they read out the same loss; R = 2 uses other sets for other sizes.
+    same = ["experiment", "method", "batchnorm", "decoder", "erased", "task", "samples_per_task"]
+    several = frame.groupby(same, sort=False)["code_row"].transform("nunique") > 1
+    ambiguous = set(frame.loc[several, "method"])
+    return pd.Series(
+        [
+            f"{name}[{code_row}]" if method in ambiguous else name
+            for name, method, code_row in zip(base, frame["method"], frame["code_row"], strict=True)
+        ],
+        index=frame.index,
+        dtype=object,
+    )
+
+
+def comparisons(summary: pd.DataFrame) -> list[Comparison]:
+    """Return one comparison per experiment and size of erasure, in order of appearance.
+
+    A cell is the best where its mean equals the largest of its decoder's column (and P) to the two decimals of a
+    percentage that tables print. The references never are.
+
+    Args:
+        summary: What `coin.reporting.summarise` returns; only its means over tasks are read.
+    """
+    means = summary[summary["task"] == "mean"].assign(name=variant_names(summary))
+    return [
+        _comparison(str(experiment), str(erased), group)
+        for (experiment, erased), group in means.groupby(["experiment", "erased"], sort=False)
+    ]
+
+
+def expert_accuracies(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return each task's own expert's accuracy: ``experiment, task, seeds, mean, spread``, one row per task."""
+    tasks = summary[summary["task"] != "mean"].drop_duplicates(["experiment", "task"])
+    renamed = tasks.rename(columns={"expert_accuracy_mean": "mean", "expert_accuracy_std": "spread"})
+    return renamed[["experiment", "task", "seeds", "mean", "spread"]].reset_index(drop=True)
+
+
+def percent(cell: Cell, sign: str = " ± ") -> str:
+    """Return ``98.02 ± 0.31`` in percent, without the spread where there is none, ``–`` where there is no number."""
+    if math.isnan(cell.mean):
+        return "–"
+    spread = "" if math.isnan(cell.spread) else f"{sign}{100 * cell.spread:.2f}"
+    return f"{100 * cell.mean:.2f}{spread}"
+
+
+def short(value: float) -> str:
+    """Return a count in at most five characters: ``840``, ``8.4k``, ``57.6k``, ``1.2M``; ``–`` for NaN."""
+    if math.isnan(value):
+        return "–"
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}".removesuffix(".0") + unit
+    return f"{value:.0f}"
+
+
+def seconds(value: float) -> str:
+    """Return a duration in seconds with about three digits, ``–`` for NaN."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _comparison(experiment: str, erased: str, means: pd.DataFrame) -> Comparison:
+    contenders = means[~means["method"].isin(REFERENCES)]
+    # The survivors alone have no linear decoder: their order must not put it last.
+    decoders = tuple(dict.fromkeys([*contenders["decoder"], *means["decoder"]]))
+    best = contenders.groupby(["decoder", "samples_per_task"])["nda_mean"].max().round(4).to_dict()
+    lines = []
+    for (name, _), group in means.groupby(["name", "samples_per_task"], sort=False):
+        first = group.iloc[0]
+        cells = {}
+        for _, row in group.iterrows():
+            top = best.get((row["decoder"], row["samples_per_task"]), math.nan)
+            is_best = row["method"] not in REFERENCES and round(row["nda_mean"], 4) == top
+            cells[row["decoder"]] = Cell(row["nda_mean"], row["nda_std"], is_best)
+        lines.append(
+            Line(
+                name=str(name),
+                method=first["method"],
+                batchnorm=first["batchnorm"],
+                samples_per_task=int(first["samples_per_task"]),
+                cells=cells,
+                residual=Cell(first["residual_mean"], first["residual_std"]),
+                seconds=Cell(first["calibration_seconds_mean"], first["calibration_seconds_std"]),
+                passes=Cell(first["sample_passes_mean"], first["sample_passes_std"]),
+            )
+        )
+    lines.sort(key=lambda line: line.is_reference)
+    return Comparison(experiment, erased, decoders, tuple(lines))
