@@ -44,7 +44,7 @@ class Coin(MergeMethod):
         *,
         fisher_kind: str | None = None,
         fisher_data: str | None = None,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.AVERAGE,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.average,
         label: str | None = None,
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)

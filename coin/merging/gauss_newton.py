@@ -61,7 +61,7 @@ class GaussNewton(MergeMethod):
         damping: float = 1e-6,
         fisher_kind: str | None = None,
         fisher_data: str | None = None,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.KEEP,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.keep,
         label: str | None = None,
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)

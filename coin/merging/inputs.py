@@ -85,7 +85,7 @@ def check_requirements(label: str, requires: Collection[Requirement], inputs: Me
         check_fishers(inputs.fishers or [], inputs.experts[0])
     if Requirement.GRAM in requires:
         grams = inputs.grams or []
-        names = [f"the Gram matrices of expert {index}" for index in range(len(grams))]
+        names = [f"the Gram statistic of expert {index}" for index in range(len(grams))]
         check_same_layout(grams, names)
         for gram, name in zip(grams, names, strict=True):
             check_finite(gram, name)

@@ -27,7 +27,7 @@ class MergeMethod(ABC):
     requires: ClassVar[frozenset[Requirement]] = frozenset()
     """What `merge` needs besides the experts."""
 
-    def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.AVERAGE, label: str | None = None) -> None:
+    def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.average, label: str | None = None) -> None:
         try:
             self.batchnorm = BatchNormPolicy(batchnorm)
         except ValueError as error:

@@ -17,9 +17,9 @@ from coin.state import State
 class RegMeanLayers(StrEnum):
     """Which linear maps RegMean fits; all other parameters get the β-average."""
 
-    LINEAR = "linear"
+    linear = "linear"
     """Fully connected layers only, as in the literature."""
-    ALL = "all"
+    all = "all"
     """Convolutions too, as linear maps of the patches they see."""
 
 
@@ -53,12 +53,12 @@ class RegMean(MergeMethod):
 
     def __init__(
         self,
-        layers: RegMeanLayers = RegMeanLayers.ALL,
+        layers: RegMeanLayers = RegMeanLayers.all,
         alpha: float = 1.0,
         damping: float = 1e-4,
         *,
         gram_data: str | None = None,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.AVERAGE,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.average,
         label: str | None = None,
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
@@ -78,7 +78,7 @@ class RegMean(MergeMethod):
         for key in inputs.grams[0]:
             if key not in merged:
                 raise StateError(f"there is a Gram matrix for '{key}', which the experts do not have")
-            if self.layers is RegMeanLayers.LINEAR and merged[key].ndim != 2:
+            if self.layers is RegMeanLayers.linear and merged[key].ndim != 2:
                 continue
             grams = [_shrunk(gram[key].double(), self.alpha) for gram in inputs.grams]
             bias = bias_of(key, grams[0].shape[-1], merged[key])

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from coin.errors import NumericalError
+from coin.errors import ConfigurationError, NumericalError
 
 _BREAKDOWN = 1e-10
 
@@ -55,8 +55,7 @@ def solve_damped(
     Args:
         product: u ``[P, C]`` ↦ J D⁻¹ Jᵀ u ``[P, C]``, symmetric and positive semi-definite.
         residual: r on all samples ``[P, C]``.
-        training: Which samples the solution may use ``[P]``, bool; the others are held out. Where none are held out the
-            training residual decides, which always prefers the smallest damping.
+        training: Which samples the solution may use ``[P]``, bool; the others, at least one, are held out.
         dampings: λ ``[K]``, positive.
         max_iterations: Largest size of the Krylov space.
         patience: Stop after this many iterations without a better held-out prediction.
@@ -65,12 +64,15 @@ def solve_damped(
         The choice, in the type and on the device of `residual`.
 
     Raises:
+        ConfigurationError: No sample is held out.
         NumericalError: A product is not finite.
     """
-    mask = training[:, None].to(residual)
-    judged = (~training if bool((~training).any()) else training)[:, None].to(torch.float64)
+    if bool(training.all()):
+        raise ConfigurationError("no sample is held out, expected at least one to choose the damping by")
     r = residual.to(torch.float64)
-    start = r * mask.double()
+    fitted = training[:, None].to(torch.float64).expand_as(r)
+    judged = 1 - fitted
+    start = r * fitted
     size = start.norm()
     best = Choice(torch.zeros_like(residual), float((r * judged).square().sum()), float("inf"), 0)
     if size == 0:
@@ -80,24 +82,24 @@ def solve_damped(
     basis: list[Tensor] = [start / size]
     images: list[Tensor] = []
     while len(images) < max_iterations:
-        image = product((basis[-1] * mask.double()).to(residual)).to(torch.float64)
+        image = product(basis[-1].to(residual)).to(torch.float64)
         if not bool(torch.isfinite(image).all()):
             raise NumericalError("a Jacobian product on the calibration data is not finite; check the experts' outputs")
         images.append(image)
         q, kq = torch.stack(basis).flatten(1), torch.stack(images).flatten(1)
-        projected = q @ (kq * mask.double().expand_as(r).flatten()).T
+        projected = q @ kq.T
         values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
         # Coordinates in the basis of (T + λP)⁻¹ ‖r‖e₁, one column per damping.
         columns = vectors @ (vectors[0][:, None] * size / (values.clamp_min(0)[:, None] + ridges))
         left = r.flatten()[:, None] - kq.T @ columns
-        errors = (left.square() * judged.expand_as(r).flatten()[:, None]).sum(0)
+        errors = (left.square() * judged.flatten()[:, None]).sum(0)
         index = int(errors.argmin())
         if float(errors[index]) < best.held_out:
             solution = (q.T @ columns[:, index]).reshape(r.shape).to(residual)
             best = Choice(solution, float(errors[index]), float(dampings[index]), len(images))
         elif len(images) - best.iterations >= patience:
             break
-        following = (image * mask.double()).flatten()
+        following = (image * fitted).flatten()
         # Twice is enough: one pass of Gram–Schmidt leaves what rounding put back.
         for _ in range(2):
             following = following - q.T @ (q @ following)

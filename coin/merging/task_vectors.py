@@ -38,7 +38,7 @@ class TaskArithmetic(MergeMethod):
         self,
         scale: float = 0.4,
         *,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.AVERAGE,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.average,
         label: str | None = None,
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
@@ -84,7 +84,7 @@ class Ties(MergeMethod):
         keep: float = 0.2,
         scale: float = 1.0,
         *,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.AVERAGE,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.average,
         label: str | None = None,
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)

@@ -305,7 +305,7 @@ def test_a_damaged_expert_or_statistic_is_named():
         with pytest.raises(StateError, match=message):
             Coin().merge(MergeInputs(inputs.experts, fishers=fishers), WEIGHTS)
     grams = [damaged(inputs.grams[0], "head.weight", math.nan), *inputs.grams[1:]]
-    with pytest.raises(StateError, match="Gram matrix of expert 0"):
+    with pytest.raises(StateError, match="Gram statistic of expert 0 is not finite"):
         RegMean().merge(MergeInputs(inputs.experts, grams=grams), WEIGHTS)
 
 
@@ -341,6 +341,6 @@ def test_options_are_checked_at_construction(make, message):
 
 def test_labels_and_policies_are_carried():
     assert Average().label == "average"
-    recalibrated = Coin(batchnorm=BatchNormPolicy.RECALIBRATE, label="coin + BN", fisher_data="own")
+    recalibrated = Coin(batchnorm=BatchNormPolicy.recalibrate, label="coin + BN", fisher_data="own")
     assert (recalibrated.label, recalibrated.name, recalibrated.batchnorm) == ("coin + BN", "coin", "recalibrate")
     assert recalibrated.fisher_data == "own"
