@@ -96,7 +96,7 @@ def test_ridge_recovers_an_exact_relation_for_every_erasure(matrix):
     code = Code(matrix)
     calibration, test = exact_answers(code, samples=60, seed=1), exact_answers(code, samples=9, seed=2)
     for erased in code.erasures():
-        decoder = make_decoder(DecoderKind.RIDGE, code, erased).fit(calibration)
+        decoder = make_decoder(DecoderKind.ridge, code, erased).fit(calibration)
         torch.testing.assert_close(decoder.decode(lose(test, erased)), test.experts[list(erased)], rtol=1e-6, atol=1e-6)
 
 
