@@ -42,7 +42,7 @@ def packed_attention(arguments: tuple[Any, ...], options: dict[str, Any]) -> tup
     if rest or not plain or separate or stochastic or any(extra is not None for extra in extras):
         return None
     x = query.transpose(0, 1)
-    packed = F.linear(x, in_weight, in_bias).unflatten(-1, (3, heads, -1))  # [B, T, 3, H, D]
+    packed = F.linear(x, in_weight, in_bias).view(*x.shape[:2], 3, heads, -1)  # [B, T, 3, H, D]
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
     weights = ((q / math.sqrt(q.shape[-1])) @ k.mT).softmax(-1)  # [B, H, T, T]
     mixed = (weights @ v).transpose(1, 2).flatten(2)

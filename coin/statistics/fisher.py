@@ -1,5 +1,6 @@
 """The Fisher diagonal of a network over calibration data."""
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coin.errors import ConfigurationError
-from coin.statistics.cotangents import check_options, make_cotangents
+from coin.statistics.cotangents import check_options, make_cotangents, number_of_cotangents
 from coin.statistics.guard import as_input, evaluating
 from coin.statistics.kinds import CotangentDistribution, FisherKind
 from coin.statistics.squares import SquaredGradients
@@ -52,6 +53,9 @@ def fisher_sums(
         raise ConfigurationError(f"found memory_mib={memory_mib}, expected at least 1")
     with evaluating(network), sdpa_kernel(SDPBackend.MATH):  # the fused kernels' backward cannot be batched
         parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        if not parameters:
+            raise ConfigurationError("the network has no parameter that requires a gradient; expected at least one")
+        number = functools.partial(number_of_cotangents, kind, cotangents=cotangents)
         engine = SquaredGradients(network, parameters, memory_mib)
         count, passes = 0, 0.0
         for batch in batches:
@@ -63,7 +67,7 @@ def fisher_sums(
                     kind, logits, labels=wanted, cotangents=cotangents, distribution=distribution, generator=generator
                 )
 
-            for done, backwards in engine.add(inputs, rows):
+            for done, backwards in engine.add(inputs, number, rows):
                 count += done
                 passes += done * (1.0 + 2.0 * backwards)
                 if progress is not None:

@@ -24,7 +24,7 @@ class Tape:
     def __init__(self, samples: int, rows: Mapping[str, int], totals: Mapping[str, Tensor], like: Tensor) -> None:
         self._samples, self._rows, self._totals = samples, rows, totals
         self.anchor = like.new_zeros(()).requires_grad_()
-        self.cotangents = 1
+        self.cotangents, self._last = 1, True
         self._calls: list[tuple[Call, dict[str, str], int]] = []
         self._sites: dict[Call, Site] = {}
 
@@ -39,7 +39,9 @@ class Tape:
         if any(self._rows.get(name, 0) * self._samples != call.inputs.shape[0] for name in names.values()):
             return None
         self._calls.append((call, names, call.inputs._version))
-        output: Tensor = _RuledCall.apply(self.anchor, source, call, self)
+        output: Tensor = _RuledCall.apply(  # type: ignore[no-untyped-call]
+            self.anchor, source, call, self
+        )
         return output
 
     def close(self, output: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
@@ -72,7 +74,7 @@ class Tape:
         """Run the backward passes of cotangents [V, B, C] at once and let the rules add their squares."""
         if not self._calls or not output.requires_grad:
             return
-        self.cotangents = len(cotangents)
+        self.cotangents, self._last = len(cotangents), last
 
         def one(cotangent: Tensor) -> Tensor:
             torch.autograd.grad(output, self.anchor, cotangent, retain_graph=not last, allow_unused=True)
@@ -80,16 +82,13 @@ class Tape:
 
         torch.vmap(one)(cotangents)
 
-    def finish(self) -> None:
-        """Add what the rules deferred."""
-        for call, site in self._sites.items():
-            call.finish(site)
-
     def contract(self, call: Call, g: Tensor, needs_input: bool) -> Tensor:
         """Let a call's rule see the cotangents [V, N, …] of its output; return those of its input, if asked."""
         site = self._sites[call]
         if site.names:
             call.accumulate(g, site)
+            if self._last:
+                call.finish(site)
         return call.input_gradient(g) if needs_input else g.new_zeros(())
 
 
@@ -103,11 +102,11 @@ class _RuledCall(Function):
         return call.output()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor | None) -> tuple[None, Tensor | None, None, None]:
         if g is None:
             return None, None, None, None
         needed = ctx.needs_input_grad[1]
-        gradient = _Contraction.apply(g, ctx.call, ctx.tape, needed)
+        gradient = _Contraction.apply(g, ctx.call, ctx.tape, needed)  # type: ignore[no-untyped-call]
         return None, gradient if needed else None, None, None
 
 

@@ -4,6 +4,7 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from coin.statistics.rules.call import Call, Site
 
@@ -20,6 +21,7 @@ class BroadcastCall(Call):
     def local(self, g: Tensor) -> Tensor:
         """Return the cotangents [V, N, …] of the broadcast parameter."""
 
+    @override
     def accumulate(self, g: Tensor, site: Site) -> None:
         if (weight := site.total("weight")) is None:
             return
@@ -38,12 +40,15 @@ class ScaleCall(BroadcastCall):
     def __init__(self, inputs: Tensor, weight: Tensor) -> None:
         self.inputs, self.weight = inputs, weight
 
+    @override
     def output(self) -> Tensor:
         return self.inputs * self.weight
 
+    @override
     def local(self, g: Tensor) -> Tensor:
         return g * self.inputs
 
+    @override
     def input_gradient(self, g: Tensor) -> Tensor:
         return g * self.weight
 
@@ -54,12 +59,15 @@ class ShiftCall(BroadcastCall):
     def __init__(self, inputs: Tensor, weight: Tensor) -> None:
         self.inputs, self.weight = inputs, weight
 
+    @override
     def output(self) -> Tensor:
         return self.inputs + self.weight
 
+    @override
     def local(self, g: Tensor) -> Tensor:
         return g
 
+    @override
     def input_gradient(self, g: Tensor) -> Tensor:
         return g
 
@@ -72,11 +80,14 @@ class ExpandCall(BroadcastCall):
     def __init__(self, expanded: Tensor, weight: Tensor) -> None:
         self.inputs, self.weight = expanded, weight
 
+    @override
     def output(self) -> Tensor:
         return self.inputs.clone()
 
+    @override
     def local(self, g: Tensor) -> Tensor:
         return g
 
+    @override
     def input_gradient(self, g: Tensor) -> Tensor:
         raise AssertionError("an expanded parameter has no other input")

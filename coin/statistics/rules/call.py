@@ -37,7 +37,7 @@ class Call(ABC):
 
     Attributes:
         inputs: The input [N, …], as the function saw it.
-        from_samples: Whether the input depends on the samples; a parameter that is expanded over them has none that does.
+        from_samples: Whether the input depends on the samples; not so for a parameter expanded over them.
     """
 
     inputs: Tensor

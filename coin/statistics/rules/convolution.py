@@ -1,9 +1,11 @@
 """The rule for `torch.conv1d`, `conv2d` and `conv3d`: grouped, dilated, strided, padded."""
 
+from functools import lru_cache
 from math import prod
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from coin.statistics.rules.call import Call, Site, fold, squared_sums
 from coin.statistics.rules.patches import Geometry
@@ -22,6 +24,7 @@ class ConvolutionCall(Call):
         self.inputs, self.weight, self.bias, self.geometry = inputs, weight, bias, geometry
         self._pairs: Tensor | None = None
 
+    @override
     def output(self) -> Tensor:
         g = self.geometry
         dims = len(g.kernel)
@@ -29,17 +32,19 @@ class ConvolutionCall(Call):
             self.inputs, self.weight, self.bias, g.stride, g.padding, g.dilation, False, [0] * dims, g.groups
         )
 
+    @override
     def input_gradient(self, g: Tensor) -> Tensor:
         geometry = self.geometry
         v, n = g.shape[:2]
         # The kernel wants the input for its shape alone.
         like = g.new_empty(1).expand(v * n, *self.inputs.shape[1:])
-        gradient, _, _ = torch.ops.aten.convolution_backward(
+        gradient: Tensor = torch.ops.aten.convolution_backward(
             fold(g), like, self.weight, None, geometry.stride, geometry.padding, geometry.dilation, False,
             [0] * len(geometry.kernel), geometry.groups, [True, False, False],
-        )  # fmt: skip
-        return gradient.unflatten(0, (v, n))
+        )[0]  # fmt: skip
+        return gradient.view(v, n, *gradient.shape[1:])
 
+    @override
     def accumulate(self, g: Tensor, site: Site) -> None:
         if (bias := site.total("bias")) is not None:
             bias.add_(squared_sums(g, site.samples, 2))
@@ -47,11 +52,12 @@ class ConvolutionCall(Call):
             return
         columns = g.flatten(3)  # [V, B, O, T]
         if prefers_gram(columns.shape[3], len(g)):
-            pairs = contract_pairs(columns)
+            pairs = contract_pairs(columns.transpose(2, 3))
             self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
         else:
-            add_direct(self._accumulator(weight).flatten(2), columns, self._patches())
+            add_direct(self._accumulator(weight).flatten(2), columns, self._patches)
 
+    @override
     def finish(self, site: Site) -> None:
         if self._pairs is None:
             return
@@ -60,19 +66,23 @@ class ConvolutionCall(Call):
         output = self.geometry.output_size(size)
         grid = torch.arange(prod(output), device=self.inputs.device).view(output)
         lookup = _pair_lookup(prod(output), self.inputs.device)
+        rows = self.inputs.movedim(1, -1).contiguous()
         for index, outputs, inputs in self.geometry.taps(size):
-            a = self.inputs[(..., *inputs)].flatten(2)
+            a = rows[(slice(None), *inputs)].flatten(1, -2)
             met = grid[outputs].flatten()
-            first, second, _ = position_pairs(len(met), met.device)
-            pairs = self._pairs if len(met) == grid.numel() else self._pairs[..., lookup[met[first], met[second]]]
+            pairs = self._pairs
+            if len(met) < grid.numel():
+                first, second, _ = position_pairs(len(met), met.device)
+                pairs = pairs.index_select(1, lookup[met[first], met[second]])
             add_gram(total[:, :, index], pairs, a)
 
-    def _patches(self) -> Tensor:
-        """Return the unfolded inputs as [B, G, T, taps·C/G]."""
-        patches = self.geometry.patches(self.inputs)
+    def _patches(self, sample: int) -> Tensor:
+        """Return one sample's unfolded inputs as [G, T, taps·C/G]."""
+        patches = self.geometry.patches(self.inputs[sample : sample + 1])[0]  # [*output, *kernel, C]
         dims, groups = len(self.geometry.kernel), self.geometry.groups
-        grouped = patches.unflatten(-1, (groups, -1)).movedim(-2, 1)  # [B, G, *output, *kernel, C/G]
-        return grouped.flatten(2 + dims).flatten(2, 1 + dims)
+        grouped = patches.reshape(*patches.shape[:-1], groups, -1).movedim(-2, 0)
+        flat: Tensor = grouped.flatten(1 + dims).flatten(1, dims)
+        return flat
 
     def _accumulator(self, total: Tensor) -> Tensor:
         """Return the view [G, O/G, taps, C/G] of the weight's accumulator [O, C/G, *kernel]."""
@@ -80,6 +90,7 @@ class ConvolutionCall(Call):
         return total.movedim(1, -1).view(groups, total.shape[0] // groups, taps, total.shape[1])
 
 
+@lru_cache(maxsize=64)
 def _pair_lookup(positions: int, device: torch.device) -> Tensor:
     """Return [T, T]: the place of the pair (t, t'), t ≤ t', in the order of `position_pairs`."""
     first, second, _ = position_pairs(positions, device)

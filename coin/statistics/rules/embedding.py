@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from coin.statistics.rules.call import Call, Site
 
@@ -13,12 +14,15 @@ class EmbeddingCall(Call):
     def __init__(self, inputs: Tensor, weight: Tensor, padding: int | None) -> None:
         self.inputs, self.weight, self.padding = inputs, weight, padding
 
+    @override
     def output(self) -> Tensor:
         return F.embedding(self.inputs, self.weight, self.padding)
 
+    @override
     def input_gradient(self, g: Tensor) -> Tensor:
         raise AssertionError("tokens have no gradient")
 
+    @override
     def accumulate(self, g: Tensor, site: Site) -> None:
         if (weight := site.total("weight")) is None:
             return

@@ -2,6 +2,7 @@
 
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from coin.statistics.rules.call import Call, Site, squared_sums
 from coin.statistics.rules.positions import add_direct, add_gram, contract_pairs, prefers_gram
@@ -18,27 +19,32 @@ class LinearCall(Call):
         self.inputs, self.weight, self.bias = inputs, weight, bias
         self._pairs: Tensor | None = None
 
+    @override
     def output(self) -> Tensor:
         return F.linear(self.inputs, self.weight, self.bias)
 
+    @override
     def input_gradient(self, g: Tensor) -> Tensor:
         return g @ self.weight
 
+    @override
     def accumulate(self, g: Tensor, site: Site) -> None:
         if (bias := site.total("bias")) is not None:
             bias.add_(squared_sums(g, site.samples, -1))
         if (weight := site.total("weight")) is None:
             return
-        columns = g.reshape(len(g), site.samples, -1, g.shape[-1]).transpose(2, 3)  # [V, B, O, T]
-        if prefers_gram(columns.shape[3], len(g)):
-            pairs = contract_pairs(columns)
+        rows = g.reshape(len(g), site.samples, -1, g.shape[-1])  # [V, B, T, O]
+        if prefers_gram(rows.shape[2], len(g)):
+            pairs = contract_pairs(rows)
             self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
         else:
-            add_direct(weight[None], columns, self._positions(site)[:, None])
+            inputs = self._positions(site)
+            add_direct(weight[None], rows.transpose(2, 3), lambda n: inputs[None, n])
 
+    @override
     def finish(self, site: Site) -> None:
         if self._pairs is not None:
-            add_gram(site.totals[site.names["weight"]][None], self._pairs, self._positions(site).mT)
+            add_gram(site.totals[site.names["weight"]][None], self._pairs, self._positions(site))
 
     def _positions(self, site: Site) -> Tensor:
         """Return the inputs as [B, T, I]."""

@@ -5,6 +5,7 @@ from abc import abstractmethod
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from coin.statistics.rules.call import Call, Site
 
@@ -26,6 +27,7 @@ class NormalisationCall(Call):
     def grouped(self, x: Tensor, samples: int) -> Tensor:
         """Return x [..., B·k, …] as [..., B, affine entries, positions] with the leading V kept, if there is one."""
 
+    @override
     def accumulate(self, g: Tensor, site: Site) -> None:
         cotangents = self.grouped(g, site.samples)  # [V, B, C, T]
         if (bias := site.total("bias")) is not None:
@@ -52,16 +54,20 @@ class BatchNormCall(NormalisationCall):
         self.inputs, self.mean, self.variance = inputs, mean, variance
         self.weight, self.bias, self.eps = weight, bias, eps
 
+    @override
     def output(self) -> Tensor:
         return F.batch_norm(self.inputs, self.mean, self.variance, self.weight, self.bias, False, 0.0, self.eps)
 
+    @override
     def normalised(self) -> Tensor:
         shape = (-1, *(1 for _ in self.inputs.shape[2:]))
         return (self.inputs - self.mean.view(shape)) * torch.rsqrt(self.variance + self.eps).view(shape)
 
+    @override
     def grouped(self, x: Tensor, samples: int) -> Tensor:
         return _channels(x, samples)
 
+    @override
     def input_gradient(self, g: Tensor) -> Tensor:
         scale = self.weight * torch.rsqrt(self.variance + self.eps)
         return g * scale.view(-1, *(1 for _ in self.inputs.shape[2:]))
@@ -73,15 +79,19 @@ class LayerNormCall(NormalisationCall):
     def __init__(self, inputs: Tensor, shape: tuple[int, ...], weight: Tensor, bias: Tensor | None, eps: float) -> None:
         self.inputs, self.shape, self.weight, self.bias, self.eps = inputs, shape, weight, bias, eps
 
+    @override
     def output(self) -> Tensor:
         return F.layer_norm(self.inputs, self.shape, self.weight, self.bias, self.eps)
 
+    @override
     def normalised(self) -> Tensor:
         return F.layer_norm(self.inputs, self.shape, None, None, self.eps)
 
+    @override
     def grouped(self, x: Tensor, samples: int) -> Tensor:
         return x.reshape(len(x), samples, -1, self.weight.numel()).transpose(2, 3)
 
+    @override
     def input_gradient(self, g: Tensor) -> Tensor:
         dims = tuple(range(-len(self.shape), 0))
         variance, mean = torch.var_mean(self.inputs, dims, correction=0, keepdim=True)
@@ -98,15 +108,19 @@ class GroupNormCall(NormalisationCall):
     def __init__(self, inputs: Tensor, groups: int, weight: Tensor, bias: Tensor | None, eps: float) -> None:
         self.inputs, self.groups, self.weight, self.bias, self.eps = inputs, groups, weight, bias, eps
 
+    @override
     def output(self) -> Tensor:
         return F.group_norm(self.inputs, self.groups, self.weight, self.bias, self.eps)
 
+    @override
     def normalised(self) -> Tensor:
         return F.group_norm(self.inputs, self.groups, None, None, self.eps)
 
+    @override
     def grouped(self, x: Tensor, samples: int) -> Tensor:
         return _channels(x, samples)
 
+    @override
     def input_gradient(self, g: Tensor) -> Tensor:
         n = len(self.inputs)
         inputs = self.inputs.reshape(n, self.groups, -1)

@@ -125,7 +125,7 @@ def _broadcast(kind: type[ScaleCall] | type[ShiftCall]) -> Callable[..., Recogni
         if weight.dtype != x.dtype or weight.ndim > x.ndim or x.ndim < 2:
             return None
         aligned = (1,) * (x.ndim - weight.ndim) + tuple(weight.shape)
-        if aligned[0] != 1 or torch.broadcast_shapes(aligned, x.shape) != x.shape:
+        if aligned[0] != 1 or any(size not in (1, full) for size, full in zip(aligned, x.shape, strict=True)):
             return None
         return kind(x.detach(), weight), _roles(weight)
 
