@@ -1,5 +1,6 @@
 """Tables, plots, the HTML report and what goes to W&B, from measured rows alone."""
 
+from coin.reporting.extras import Examples, read_examples, read_layers, write_examples, write_layers
 from coin.reporting.results import (
     COLUMNS,
     Row,
@@ -10,17 +11,38 @@ from coin.reporting.results import (
     write_results,
 )
 from coin.reporting.summary import read_seeds, read_summary, summarise, write_summary
+from coin.reporting.table import print_summary, summary_table
+from coin.reporting.wandb_evaluation import log_evaluation, log_examples, log_method_runs
+from coin.reporting.wandb_logging import finish_run, log_artifact, start_run, training_loggers, use_artifact
+from coin.reporting.wandb_settings import check_connection, run_environment
 
 __all__ = [
     "COLUMNS",
+    "Examples",
     "Row",
+    "check_connection",
     "confusion_key",
+    "finish_run",
+    "log_artifact",
+    "log_evaluation",
+    "log_examples",
+    "log_method_runs",
+    "print_summary",
     "read_configuration",
     "read_confusions",
+    "read_examples",
+    "read_layers",
     "read_results",
     "read_seeds",
     "read_summary",
+    "run_environment",
+    "start_run",
     "summarise",
+    "summary_table",
+    "training_loggers",
+    "use_artifact",
+    "write_examples",
+    "write_layers",
     "write_results",
     "write_summary",
 ]

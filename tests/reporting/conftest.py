@@ -68,6 +68,12 @@ def measured(
     return rows, confusions
 
 
+@pytest.fixture
+def measure() -> Callable[..., tuple[list[Row], Confusions]]:
+    """Return `measured`."""
+    return measured
+
+
 CONFIGURATION = {
     "name": "quickstart",
     "network": {"name": "small_resnet", "image_size": 32, "weights": None},

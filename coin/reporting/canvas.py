@@ -1,0 +1,107 @@
+"""How figures look, and how they become PNG files and inline SVG.
+
+Colours are Okabe and Ito's, told apart by colour-blind readers, and every series has its own marker besides. Text and
+axes are drawn in one ink that inline SVG replaces by ``currentColor``: the figure follows the page into dark mode.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK = "#1b1f24"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C", "#B8A800")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+WIDTH = 5.4
+"""Inches. Narrow, so that the text is still legible on a phone."""
+
+# Any: a list of matplotlib's own literal names would tie us to one version of its stubs.
+_STYLE: Any = {
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "figure.constrained_layout.use": True,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "coin",
+    # Names come from the user: a dollar sign is no mathematics.
+    "text.parse_math": False,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw in the house's style within this block, whatever the user's matplotlib settings say."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
+        yield
+
+
+def colour(index: int) -> str:
+    """Return the colour of the series with this index; they repeat after eight."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def marker(index: int) -> str:
+    """Return the marker of the series with this index; they repeat after eight."""
+    return MARKERS[index % len(MARKERS)]
+
+
+def legend_below(figure: Figure, axes: Axes, title: str | None = None, columns: int = 3) -> None:
+    """Put the legend of `axes` under the figure, where it hides no point."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), title=title)
+
+
+def as_png(figure: Figure, dpi: int = 160) -> bytes:
+    """Return a figure as PNG on white."""
+    buffer = io.BytesIO()
+    with style():
+        figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def as_svg(figure: Figure, name: str, description: str) -> str:
+    """Return a figure as an SVG element to put into HTML: transparent, in the page's colour, with no outside address.
+
+    Args:
+        figure: The figure.
+        name: Letters, digits and hyphens; prefixes every identifier, so that several figures live on one page.
+        description: What a screen reader says, already escaped for HTML.
+    """
+    buffer = io.StringIO()
+    with style():
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    opening, rest = text.split(">", 1)
+    view = re.search(r'viewBox="[^"]*"', opening)
+    box = view[0] if view else ""
+    rest = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', rest)
+    rest = re.sub(r'xlink:href="#([^"]*)"', rf'href="#{name}-\1"', rest)
+    rest = rest.replace("xlink:href=", "href=")
+    rest = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", rest)
+    rest = rest.replace(INK, "currentColor")
+    return f'<svg {box} role="img" aria-label="{description}">{rest}'
