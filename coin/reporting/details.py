@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from coin.reporting.canvas import WIDTH, colour, legend_below, marker, style
 from coin.reporting.results import Counts
 
-_PANELS_PER_ROW = 3
 _LAYERS_WITH_NAMES = 40
 
 
@@ -21,9 +20,9 @@ def confusion_matrices(counts: Mapping[str, Counts]) -> Figure:
         counts: Panel title → counts ``[C, C]``, the expert's answer × the decoded answer.
     """
     with style():
-        rows = math.ceil(len(counts) / _PANELS_PER_ROW)
-        columns = min(_PANELS_PER_ROW, len(counts))
-        figure = Figure(figsize=(WIDTH, 1.4 + 1.95 * rows * 3 / max(columns, 2)))
+        columns = 2 if len(counts) in (1, 2, 4) else 3
+        rows = math.ceil(len(counts) / columns)
+        figure = Figure(figsize=(WIDTH, 0.95 + rows * (WIDTH - 0.4) / columns))
         panels = figure.subplots(rows, columns, squeeze=False)
         for axes in panels.flat[len(counts) :]:
             axes.set_visible(False)

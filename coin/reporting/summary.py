@@ -42,11 +42,27 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         `SUMMARY_COLUMNS`: the group, ``seeds`` (how many), and ``<number>_mean``, ``<number>_std`` of each number.
     """
     per_task = _over_seeds(frame)
-    means = _over_seeds(_mean_over_tasks(frame))
+    means = _over_seeds(seed_means(frame))
     both = pd.concat([per_task, means], ignore_index=True)
     order = both.groupby(_VARIANT, sort=False).ngroup()
     both = both.iloc[order.argsort(kind="stable")]
     return both.reset_index(drop=True)
+
+
+def seed_means(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the means over tasks of every seed: one row per seed, variant and size of erasure.
+
+    Args:
+        frame: Rows of one or several ``results.csv``.
+
+    Returns:
+        The columns of ``results.csv``, with ``task = "mean"`` and ``erased = "r of N"`` as in `summarise`.
+    """
+    erasures = frame["erased"].map(lambda erased: frozenset(erased.split("+")))
+    tasks = erasures.groupby(frame["experiment"]).agg(lambda sets: len(frozenset().union(*sets)))
+    sizes = erasures.map(len).astype(str) + " of " + frame["experiment"].map(tasks).astype(str)
+    sized = frame.assign(erased=sizes, task="mean")
+    return _mean(sized, list(KEYS)).reset_index()
 
 
 def write_summary(experiment_folder: Path) -> pd.DataFrame:
@@ -93,15 +109,6 @@ def seed_folders(experiment_folder: Path) -> list[Path]:
         return (int(number[1]) if number else -1, folder.name)
 
     return sorted(found, key=by_number)
-
-
-def _mean_over_tasks(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per seed, variant and size of erasure: the mean over the (erasure, task) pairs."""
-    erasures = frame["erased"].map(lambda erased: frozenset(erased.split("+")))
-    tasks = erasures.groupby(frame["experiment"]).agg(lambda sets: len(frozenset().union(*sets)))
-    sizes = erasures.map(len).astype(str) + " of " + frame["experiment"].map(tasks).astype(str)
-    sized = frame.assign(erased=sizes, task="mean")
-    return _mean(sized, list(KEYS)).reset_index()
 
 
 def _over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
