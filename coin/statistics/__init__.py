@@ -1,16 +1,24 @@
 """Passes over calibration data that return named tensors: Fisher diagonals, Gram matrices, matrix-free products."""
 
+from coin.statistics.conjugate_gradient import Solution, conjugate_gradient
 from coin.statistics.fisher import DEFAULT_MEMORY_MIB, fisher_diagonal, fisher_sums
+from coin.statistics.gram import GramLayers, gram_sums
 from coin.statistics.kinds import CotangentDistribution, FisherKind
+from coin.statistics.products import OutputMap
 from coin.statistics.sums import Sums, reduce_sums, shard
 
 __all__ = [
     "DEFAULT_MEMORY_MIB",
     "CotangentDistribution",
     "FisherKind",
+    "GramLayers",
+    "OutputMap",
+    "Solution",
     "Sums",
+    "conjugate_gradient",
     "fisher_diagonal",
     "fisher_sums",
+    "gram_sums",
     "reduce_sums",
     "shard",
 ]

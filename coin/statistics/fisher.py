@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coin.errors import ConfigurationError
 from coin.statistics.cotangents import check_options, make_cotangents, number_of_cotangents
@@ -51,7 +50,7 @@ def fisher_sums(
     check_options(kind, labels, cotangents)
     if memory_mib < 1:
         raise ConfigurationError(f"found memory_mib={memory_mib}, expected at least 1")
-    with evaluating(network), sdpa_kernel(SDPBackend.MATH):  # the fused kernels' backward cannot be batched
+    with evaluating(network):
         parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         if not parameters:
             raise ConfigurationError("the network has no parameter that requires a gradient; expected at least one")

@@ -1,10 +1,11 @@
 """Leave the caller's network as found: mode, buffers, gradients, and Lightning's inference mode."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
@@ -12,17 +13,25 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     """Run a block with the network in eval mode, at full precision, with gradients possible.
 
     Works inside a caller's `torch.no_grad`, `torch.inference_mode` and autocast, which are suspended. Every module's
-    mode is restored one by one, and a buffer that the block wrote to gets its old values back.
+    mode is restored one by one, and a buffer that the block wrote to gets its old values back. Attention runs on its
+    plain kernels: the fused ones can neither batch their backward pass nor differentiate forwards.
     """
     modes = {module: module.training for module in network.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    fast = torch.backends.mha.get_fastpath_enabled()
     device = next((p.device.type for p in network.parameters()), "cpu")
     try:
         for module in modes:
             module.training = False
-        with torch.inference_mode(False), torch.set_grad_enabled(gradients), torch.autocast(device, enabled=False):
+        torch.backends.mha.set_fastpath_enabled(False)
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.set_grad_enabled(gradients))
+            stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes.items():
             module.training = mode
         with torch.no_grad():

@@ -1,0 +1,110 @@
+"""Matrix-free products with the Jacobian of a network's outputs by its parameters, over fixed inputs."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+from coin.errors import StateError
+from coin.state import State, check_same_layout
+from coin.statistics.guard import as_input, evaluating
+
+
+class OutputMap:
+    """The map θ → f_θ(x_1 … x_P), [P, C], with its Jacobian J as an operator.
+
+    The network runs in eval mode, BatchNorm on its running statistics, and is left as found. Parameters that a call
+    does not name keep the network's own values. Every method is one pass over the inputs, batch by batch.
+
+    Args:
+        network: Maps [B, …] to [B, C].
+        inputs: Batches [B, …], iterated anew by every method.
+    """
+
+    def __init__(self, network: nn.Module, inputs: Iterable[Tensor]) -> None:
+        self._network, self._inputs = network, inputs
+
+    def outputs(self, parameters: State) -> Tensor:
+        """Return f_θ at all inputs, [P, C]."""
+        with evaluating(self._network, gradients=False):
+            state = self._own(parameters)
+            return _rows([functional_call(self._network, state, (x,)) for x in self._batches()])
+
+    def jvp(self, parameters: State, tangent: State) -> Tensor:
+        """Return J·v at θ, [P, C], for a tangent v with the parameters' names and shapes.
+
+        Raises:
+            StateError: The names or shapes differ.
+        """
+        check_same_layout([parameters, tangent], ["the parameters", "the tangent"])
+        with evaluating(self._network):
+            state, direction = self._own(parameters), self._own(tangent)
+            return _rows([self._forward(state, direction, x) for x in self._batches()])
+
+    def vjp(self, parameters: State, cotangent: Tensor) -> dict[str, Tensor]:
+        """Return Jᵀ·u at θ for a cotangent u [P, C].
+
+        Raises:
+            StateError: The cotangent has another number of rows than there are inputs.
+        """
+        with evaluating(self._network):
+            state = self._own(parameters)
+            total = {name: torch.zeros_like(value) for name, value in state.items()}
+            seen = 0
+            for x in self._batches():
+                piece = cotangent[seen : seen + len(x)]
+                seen += len(x)
+                if len(piece) == len(x):
+                    self._add_backward(total, state, x, piece)
+        if seen != len(cotangent):
+            raise StateError(f"found a cotangent of {len(cotangent)} rows for {seen} inputs, expected one row each")
+        return total
+
+    def fisher_product(self, parameters: State, tangent: State) -> dict[str, Tensor]:
+        """Return F·v = (1/P) Jᵀ J v at θ, the product with the whole Gaussian-output Fisher matrix.
+
+        Raises:
+            StateError: The names or shapes differ, or there are no inputs.
+        """
+        check_same_layout([parameters, tangent], ["the parameters", "the tangent"])
+        with evaluating(self._network):
+            state, direction = self._own(parameters), self._own(tangent)
+            total = {name: torch.zeros_like(value) for name, value in state.items()}
+            seen = 0
+            for x in self._batches():
+                self._add_backward(total, state, x, self._forward(state, direction, x))
+                seen += len(x)
+        if seen == 0:
+            raise StateError("found no inputs, expected at least one batch")
+        return {name: value / seen for name, value in total.items()}
+
+    def _batches(self) -> Iterator[Tensor]:
+        for batch in self._inputs:
+            yield as_input(batch, self._network)
+
+    def _own(self, state: State) -> dict[str, Tensor]:
+        """Return ordinary tensors without history; autograd refuses those made under inference mode."""
+        return {name: value.clone() if value.is_inference() else value.detach() for name, value in state.items()}
+
+    def _forward(self, state: dict[str, Tensor], direction: dict[str, Tensor], x: Tensor) -> Tensor:
+        def function(values: dict[str, Tensor]) -> Tensor:
+            output: Tensor = functional_call(self._network, values, (x,))
+            return output
+
+        result: Tensor = jvp(function, (state,), (direction,))[1]
+        return result.detach()
+
+    def _add_backward(self, total: dict[str, Tensor], state: dict[str, Tensor], x: Tensor, cotangent: Tensor) -> None:
+        leaves = {name: value.detach().requires_grad_() for name, value in state.items()}
+        output = functional_call(self._network, leaves, (x,))
+        gradients = torch.autograd.grad(output, list(leaves.values()), cotangent.detach(), allow_unused=True)
+        for name, gradient in zip(leaves, gradients, strict=True):
+            if gradient is not None:
+                total[name].add_(gradient)
+
+
+def _rows(pieces: list[Tensor]) -> Tensor:
+    if not pieces:
+        raise StateError("found no inputs, expected at least one batch")
+    return torch.cat(pieces)
