@@ -1,0 +1,294 @@
+"""The layer rules one by one, and what must not be ruled: tied weights, modules called twice, odd layouts."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from coin.errors import ConfigurationError, DataError, StateError
+from coin.statistics import fisher_diagonal
+
+CLASSES = 3
+
+
+def dense_loop(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    network.eval()
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for x in inputs:
+        for c in range(CLASSES):
+            gradients = torch.autograd.grad(network(x[None])[0, c], list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    total[name] += gradient**2
+    return {name: value / len(inputs) for name, value in total.items()}
+
+
+def assert_exact(network: nn.Module, inputs: Tensor, zero: bool = False) -> None:
+    network = network.double()
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    expected = dense_loop(network, inputs)
+    for found in (fisher_diagonal(network, [inputs]), fisher_diagonal(network, list(inputs.split(2)), memory_mib=1)):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert zero or value.abs().max() > 0, f"{name} is zero: the test shows nothing"
+            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Pooled(nn.Module):
+    """Layers, then the mean over positions, then a head."""
+
+    def __init__(self, *layers: nn.Module, width: int) -> None:
+        super().__init__()
+        self.layers, self.head = nn.Sequential(*layers), nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layers(x)).flatten(2).mean(-1))
+
+
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "plain": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 4, 4)),
+    "no bias": (lambda: nn.Conv2d(4, 6, 3, bias=False), (4, 5, 5)),
+    "strided and padded": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(2, 1)), (4, 5, 4)),
+    "dilated": (lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2), (4, 6, 5)),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2), (4, 6, 6)),
+    "depthwise, large map": (lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1), (6, 9, 9)),
+    "depthwise, small map": (lambda: nn.Conv2d(6, 6, 5, groups=6, padding=2), (6, 2, 2)),
+    "large map": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 12, 11)),
+    "1×1 map": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 1, 1)),
+    "1×1 map, taps beyond the padding": (lambda: nn.Conv2d(4, 6, 3, padding=3, dilation=3), (4, 1, 1)),
+    "same": (lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2), (4, 5, 5)),
+    "same, uneven": (lambda: nn.Conv2d(4, 6, 2, padding="same"), (4, 5, 5)),
+    "reflected": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (4, 5, 5)),
+    "one dimension": (lambda: nn.Conv1d(4, 6, 3, padding=1, stride=2), (4, 9)),
+    "one dimension, long": (lambda: nn.Conv1d(4, 6, 5, dilation=2, groups=2), (4, 70)),
+    "three dimensions": (lambda: nn.Conv3d(4, 6, 2, padding=1), (4, 3, 2, 3)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (4, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution(name: str) -> None:
+    torch.manual_seed(0)
+    make, shape = CONVOLUTIONS[name]
+    assert_exact(Pooled(make(), width=6), torch.randn(5, *shape))
+
+
+@pytest.mark.parametrize("positions", [(), (1,), (5,), (3, 4), (80,)])
+def test_linear_at_positions(positions: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.head = nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.norm(self.first(x))).reshape(len(x), -1, 5).mean(1))
+
+    assert_exact(Tokens(), torch.randn(3, *positions, 4))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(6), nn.GroupNorm(3, 6), nn.GroupNorm(1, 6), nn.LayerNorm([6, 4, 4])])
+def test_normalisation_with_a_zero_weight(norm: nn.Module) -> None:
+    torch.manual_seed(0)
+    norm.weight.data.normal_()
+    norm.weight.data.view(-1)[1] = 0
+    norm.bias.data.normal_()
+    if isinstance(norm, nn.BatchNorm2d):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    assert_exact(Pooled(nn.Conv2d(4, 6, 1), norm, width=6), torch.randn(3, 4, 4, 4))
+
+
+def test_fresh_batchnorm_without_running_statistics_is_left_to_autograd() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(6, track_running_stats=False)
+    network = Pooled(nn.Conv2d(4, 6, 1), norm, width=6)
+    assert_exact(network, torch.randn(1, 4, 4, 4))  # its output depends on the batch: only one sample has a meaning
+
+
+class Tokens(nn.Module):
+    """Embeds tokens; the head may be tied to the embedding."""
+
+    def __init__(self, tied: bool, padding: int | None = None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(CLASSES, 4, padding_idx=padding)
+        self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, CLASSES, bias=False)
+        nn.init.normal_(self.embed.weight)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mix(self.embed(tokens))).mean(1))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("padding", [None, 1])
+def test_embedding(tied: bool, padding: int | None) -> None:
+    torch.manual_seed(0)
+    assert_exact(Tokens(tied, padding), torch.tensor([[0, 1, 1, 2, 0], [2, 2, 2, 2, 1], [0, 1, 2, 1, 2]]))
+
+
+class Twice(nn.Module):
+    """One module called twice, and its weight used once more outside."""
+
+    def __init__(self, outside: bool) -> None:
+        super().__init__()
+        self.same, self.norm, self.head = nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, CLASSES)
+        self.outside = outside
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.same(x)))
+        if not self.outside:
+            x = torch.tanh(self.norm(self.same(x)))
+        return self.head(x) + (x @ self.same.weight.T)[:, :CLASSES] + self.norm.bias[:CLASSES].sin()
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_a_module_called_twice_or_used_outside(outside: bool) -> None:
+    torch.manual_seed(0)
+    assert_exact(Twice(outside), torch.randn(4, 4))
+
+
+class Layouts(nn.Module):
+    """Linear layers whose leading dimension is not the samples': only their order tells."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.layout = layout
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.scale, self.shift = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 3, 4]
+        b = len(x)
+        x = torch.cat([self.token.expand(b, -1, -1), x * self.scale + self.shift], 1)
+        if self.layout == "positions first":
+            y = self.first(x.transpose(0, 1)).transpose(0, 1)
+        elif self.layout == "positions first, flat":
+            y = self.first(x.transpose(0, 1).reshape(-1, 4)).view(-1, b, 4).transpose(0, 1)
+        elif self.layout == "flat":
+            y = self.first(x.reshape(-1, 4)).view(b, -1, 4)
+        else:
+            y = self.first(x)
+        return self.head(torch.tanh(y).mean(1))
+
+
+@pytest.mark.parametrize("layout", ["samples first", "flat", "positions first", "positions first, flat"])
+@pytest.mark.parametrize("samples", [1, 2, 3, 4, 5])
+def test_layouts(layout: str, samples: int) -> None:
+    torch.manual_seed(samples)
+    assert_exact(Layouts(layout), torch.randn(samples, 3, 4))
+
+
+class Attention(nn.Module):
+    def __init__(self, batch_first: bool, cross: bool = False, masked: bool = False) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+        self.head, self.cross, self.masked = nn.Linear(4, CLASSES), cross, masked
+        nn.init.normal_(self.attention.in_proj_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.attention.batch_first else x.transpose(0, 1)
+        other = x.tanh() if self.cross else x
+        mask = torch.ones(5, 5, device=x.device).triu(1).bool() if self.masked else None
+        y, weights = self.attention(x, other, other, attn_mask=mask)
+        y = y if self.attention.batch_first else y.transpose(0, 1)
+        return self.head(y.sin().mean(1)) + weights.sin().mean((1, 2))[:, None]
+
+
+@pytest.mark.parametrize("options", [(True,), (False,), (True, True), (False, False, True)])
+def test_attention(options: tuple[bool, ...]) -> None:
+    torch.manual_seed(0)
+    network = Attention(*options)
+    assert_exact_attention(network, torch.randn(3, 5, 4))
+
+
+def assert_exact_attention(network: nn.Module, inputs: Tensor) -> None:
+    """A key's bias shifts all scores alike, so its exact gradient is zero: compare it absolutely."""
+    network, inputs = network.double(), inputs.double()
+    expected, found = dense_loop(network, inputs), fisher_diagonal(network, [inputs])
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-18)
+
+
+def test_a_transformer_layer() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, activation="gelu")
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = layer, nn.Linear(4, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(x)[:, 0])
+
+    assert_exact_attention(Encoder(), torch.randn(3, 5, 4))
+
+
+def test_in_place_operations_on_a_layers_output() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(6), nn.Hardswish(inplace=True)]
+    assert_exact(Pooled(*layers, width=6), torch.randn(3, 4, 6, 6))
+
+
+def test_a_layers_input_modified_in_place_is_refused() -> None:
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            y = self.head(h)
+            h.mul_(2)
+            return y
+
+    with pytest.raises(StateError, match=r"head\.weight.*in place"):
+        fisher_diagonal(Overwrites(), [torch.randn(2, 4)])
+
+
+def test_parametrised_weights() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, CLASSES))
+    assert_exact(network, torch.randn(3, 4))
+
+
+def test_unused_and_frozen_parameters() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, CLASSES))
+    network.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    network[0].weight.requires_grad_(False)
+    found = fisher_diagonal(network, [torch.randn(3, 4)])
+    assert found.keys() == {"unused", "0.bias", "2.weight", "2.bias"}
+    assert not found["unused"].any()
+    assert_exact(network, torch.randn(3, 4), zero=True)
+
+
+def test_parts_without_gradient_count_for_nothing() -> None:
+    class Stopped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                h = self.first(x)
+            return self.head(F.relu(h))
+
+    assert_exact(Stopped(), torch.randn(3, 4), zero=True)
+
+
+def test_outputs_that_are_not_logits_are_refused() -> None:
+    with pytest.raises(DataError, match=r"\[3, 4, 3\].*expected logits"):
+        fisher_diagonal(nn.Linear(4, CLASSES), [torch.randn(2, 4, 4)])
+
+
+def test_nothing_to_differentiate_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="no parameter"):
+        fisher_diagonal(nn.Linear(4, CLASSES).requires_grad_(False), [torch.randn(2, 4)])

@@ -1,0 +1,92 @@
+"""The Fisher diagonal of whole architectures, in float64 per tensor, against autograd one sample and output at a time."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.vision_transformer import VisionTransformer
+
+from coin.statistics import fisher_diagonal, fisher_sums
+
+CLASSES = 3
+
+
+def dense_loop(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    network.eval()
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for x in inputs:
+        for c in range(CLASSES):
+            gradients = torch.autograd.grad(network(x[None])[0, c], list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    total[name] += gradient**2
+    return {name: value / len(inputs) for name, value in total.items()}
+
+
+def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights in every tensor: fresh ones are zero or one in places and would hide errors."""
+    generator = torch.Generator().manual_seed(seed)
+    network = network.double()
+    with torch.no_grad():
+        for p in network.parameters():
+            if p.ndim == 1 or not p.any() or p.flatten(1).std() < 1e-3:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        for name, buffer in network.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(0.1 * torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype))
+    return network
+
+
+def assert_equal_per_tensor(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (found[name] - value).abs().max() / value.abs().max().clamp_min(1e-30)
+        assert error <= tolerance, f"{name}: relative error {error:.1e}"
+
+
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": lambda: torchvision.models.resnet18(num_classes=CLASSES),
+    "resnet50": lambda: torchvision.models.resnet50(num_classes=CLASSES),
+    "mobilenet_v3_small": lambda: torchvision.models.mobilenet_v3_small(num_classes=CLASSES),
+    "efficientnet_b0": lambda: torchvision.models.efficientnet_b0(num_classes=CLASSES),
+    "convnext_tiny": lambda: torchvision.models.convnext_tiny(num_classes=CLASSES),
+    "vit": lambda: VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=CLASSES),
+    "swin": lambda: SwinTransformer([4, 4], 16, [2, 2], [2, 2], [4, 4], num_classes=CLASSES),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_equals_the_dense_loop(name: str) -> None:
+    torch.manual_seed(1)
+    network = randomised(ARCHITECTURES[name]())
+    inputs = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    expected = dense_loop(network, inputs)
+    assert any(value.abs().max() > 0 for value in expected.values())
+    assert_equal_per_tensor(fisher_diagonal(network, [inputs[:2], inputs[2:]]), expected)
+
+
+def test_windows_and_a_larger_map() -> None:
+    """Several windows a sample, shifted; and maps on which the direct rule is chosen."""
+    torch.manual_seed(2)
+    inputs = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    swin = randomised(SwinTransformer([4, 4], 8, [2], [2], [4, 4], num_classes=CLASSES))
+    resnet = torchvision.models.resnet.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)
+    for network in (swin, randomised(resnet)):
+        assert_equal_per_tensor(fisher_diagonal(network, [inputs]), dense_loop(network, inputs))
+
+
+def test_memory_bound_and_batch_sizes_do_not_change_the_numbers() -> None:
+    torch.manual_seed(3)
+    network = randomised(ARCHITECTURES["resnet18"]())
+    inputs = torch.randn(7, 3, 32, 32, dtype=torch.float64)
+    whole = fisher_sums(network, [inputs])
+    done: list[int] = []
+    tight = fisher_sums(network, [inputs[:5], inputs[5:]], memory_mib=1, progress=done.append)
+    assert done == [1] * 7
+    assert tight.count == whole.count == 7
+    assert tight.passes == whole.passes == 7 * (1 + 2 * CLASSES)
+    assert_equal_per_tensor(dict(tight.values), dict(whole.values), 1e-12)
