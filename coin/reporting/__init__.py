@@ -1,6 +1,8 @@
 """Tables, plots, the HTML report and what goes to W&B, from measured rows alone."""
 
 from coin.reporting.extras import Examples, read_examples, read_layers, write_examples, write_layers
+from coin.reporting.findings import Finding, findings
+from coin.reporting.report import write_report
 from coin.reporting.results import (
     COLUMNS,
     Row,
@@ -19,9 +21,11 @@ from coin.reporting.wandb_settings import check_connection, run_environment
 __all__ = [
     "COLUMNS",
     "Examples",
+    "Finding",
     "Row",
     "check_connection",
     "confusion_key",
+    "findings",
     "finish_run",
     "log_artifact",
     "log_evaluation",
@@ -43,6 +47,7 @@ __all__ = [
     "use_artifact",
     "write_examples",
     "write_layers",
+    "write_report",
     "write_results",
     "write_summary",
 ]

@@ -74,6 +74,14 @@ def legend_below(figure: Figure, axes: Axes, title: str | None = None, columns: 
         figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), title=title)
 
 
+def settle(figure: Figure) -> Figure:
+    """Lay a figure out once and keep it so: the layout costs more than the drawing, and two files are drawn."""
+    with style():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    return figure
+
+
 def as_png(figure: Figure, dpi: int = 160) -> bytes:
     """Return a figure as PNG on white."""
     buffer = io.BytesIO()

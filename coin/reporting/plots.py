@@ -103,9 +103,11 @@ def nda_against_residual(means: pd.DataFrame) -> Figure:
 def nda_against_samples(means: pd.DataFrame) -> Figure:
     """Mean NDA ± spread against the calibration samples per task, P, a panel per decoder and a line per variant.
 
-    Where several experiments hold one variant and P, the line runs through the mean of their means.
+    Where several experiments hold one variant and P, the line runs through the mean of their means. The references
+    are left out: next to the survivors alone, the methods' lines would fall together.
     """
     with style():
+        means = means[~means["method"].isin(REFERENCES)]
         names, decoders = _names(means), _decoders(means)
         figure = Figure(figsize=(WIDTH, 1.2 + 2.3 * len(decoders)))
         panels = figure.subplots(len(decoders), 1, sharex=True, squeeze=False)[:, 0]

@@ -1,6 +1,6 @@
 """What a report is made from: the folders of experiments or of single seeds, read once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pandas as pd
 from coin.errors import FileError
 from coin.reporting.comparison import REFERENCES, variant_names
 from coin.reporting.extras import Examples, read_examples, read_layers
-from coin.reporting.results import RESULTS_CSV, Counts, read_configuration, read_confusions, read_results
+from coin.reporting.results import RESULTS_CSV, Counts, confusion_key, read_configuration, read_confusions, read_results
 from coin.reporting.summary import seed_folders
 
 
@@ -88,10 +88,9 @@ def _read_frame(folder: Path) -> tuple[tuple[Path, ...], pd.DataFrame]:
 
 def _confusions(seeds: Sequence[Path], frame: pd.DataFrame) -> dict[tuple[str, str], dict[str, Counts]]:
     alone = frame[(frame["erased"] == frame["task"]) & ~frame["method"].isin(REFERENCES)]
-    columns = ["method", "batchnorm", "decoder", "erased", "task"]
-    names = variant_names(frame)[alone.index]
-    wanted = dict(zip(alone[columns].agg("|".join, axis=1), zip(alone["decoder"], alone["task"], names, strict=True),
-                      strict=True))  # fmt: skip
+    names = variant_names(frame)
+    rows: Iterable[Any] = alone.itertuples()
+    wanted = {confusion_key(row): (row.decoder, row.task, names[row.Index]) for row in rows}
     total: dict[tuple[str, str], dict[str, Counts]] = {}
     archives = [read_confusions(seed) for seed in seeds]
     for key, (decoder, task, name) in wanted.items():

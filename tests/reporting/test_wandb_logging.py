@@ -3,7 +3,7 @@ import os
 import socket
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,11 +228,20 @@ def test_a_name_server_that_hangs_does_not_hang_us(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(wandb_settings, "_CONNECT_SECONDS", 0.05)
     monkeypatch.setattr(wandb_settings, "_JOIN_SECONDS", 0.1)
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(30))
+    released = threading.Event()
+
+    def hang(*_: Any, **__: Any) -> None:
+        released.wait(30)
+        raise OSError("released")
+
+    monkeypatch.setattr(socket, "create_connection", hang)
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    with pytest.raises(CoinError, match="no answer in"):
-        check_connection()
+    try:
+        with pytest.raises(CoinError, match="no answer in"):
+            check_connection()
+    finally:
+        released.set()
 
 
 def test_training_loggers_csv_first_and_a_new_run_each(tmp_path: Path):
