@@ -1,4 +1,4 @@
-"""The Fisher diagonal of whole architectures, in float64 per tensor, against autograd one sample and output at a time."""
+"""The Fisher diagonal of whole architectures, in float64 per tensor, against one backward per sample and output."""
 
 from collections.abc import Callable
 

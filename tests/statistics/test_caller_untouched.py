@@ -1,0 +1,103 @@
+"""A pass leaves the caller's network as found and works under whatever context the caller runs in."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coin.statistics import OutputMap, fisher_diagonal, gram_sums
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 2)
+    return nn.Sequential(*layers)
+
+
+def passes(network: nn.Module, inputs: Tensor) -> dict[str, Callable[[], object]]:
+    parameters = dict(network.named_parameters())
+    outputs = OutputMap(network, [inputs])
+    return {
+        "fisher": lambda: fisher_diagonal(network, [inputs]),
+        "gram": lambda: gram_sums(network, [inputs]),
+        "outputs": lambda: outputs.outputs(parameters),
+        "jvp": lambda: outputs.jvp(parameters, parameters),
+        "vjp": lambda: outputs.vjp(parameters, torch.ones(len(inputs), 2)),
+        "product": lambda: outputs.fisher_product(parameters, parameters),
+    }
+
+
+@pytest.mark.parametrize("name", ["fisher", "gram", "outputs", "jvp", "vjp", "product"])
+def test_everything_is_left_as_found(network: nn.Module, name: str) -> None:
+    inputs = torch.randn(3, 2, 4, 4)
+    kept = inputs.clone()
+    network.train()
+    network[1].eval()  # modes differ between modules
+    network[4].bias.requires_grad_(name != "fisher")
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    modes = [module.training for module in network.modules()]
+    flags = [p.requires_grad for p in network.parameters()]
+    attributes = [set(vars(module)) for module in network.modules()]
+    hooks = [len(module._forward_hooks) for module in network.modules()]
+
+    passes(network, inputs)[name]()
+
+    assert [module.training for module in network.modules()] == modes
+    assert [p.requires_grad for p in network.parameters()] == flags
+    assert all(bool((p.grad == 1).all()) for p in network.parameters())
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    assert [set(vars(module)) for module in network.modules()] == attributes
+    assert [len(module._forward_hooks) for module in network.modules()] == hooks
+    assert torch.equal(inputs, kept)
+    assert torch.is_grad_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_mode_is_restored_after_an_error(network: nn.Module) -> None:
+    with pytest.raises(RuntimeError):
+        fisher_diagonal(network, [torch.randn(3, 7, 4, 4)])
+    assert all(module.training for module in network.modules())
+
+
+def test_a_buffer_that_forward_writes_is_restored() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.head(x)
+
+    network = Counting()
+    fisher_diagonal(network, [torch.randn(2, 3)])
+    assert network.calls == 0
+
+
+@pytest.mark.parametrize("name", ["fisher", "gram", "outputs", "jvp", "vjp", "product"])
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
+def test_under_a_callers_context(network: nn.Module, name: str, context: type) -> None:
+    inputs = torch.randn(3, 2, 4, 4)
+
+    def flat(value: object) -> Tensor:
+        value = getattr(value, "values", value) if not isinstance(value, (Tensor, dict)) else value
+        return torch.cat([v.flatten() for v in value.values()]) if isinstance(value, dict) else value
+
+    expected = flat(passes(network, inputs)[name]())
+    with context():
+        found = flat(passes(network, inputs.clone())[name]())
+    torch.testing.assert_close(found, expected)
+
+
+def test_autocast_of_the_caller_is_suspended(network: nn.Module) -> None:
+    inputs = torch.randn(3, 2, 4, 4)
+    expected = fisher_diagonal(network, [inputs])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fisher_diagonal(network, [inputs])
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=0)

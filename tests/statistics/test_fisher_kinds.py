@@ -1,0 +1,149 @@
+"""Monte Carlo, categorical and empirical Fisher diagonals, and the options that belong to them."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coin.errors import ConfigurationError, DataError, StateError
+from coin.statistics import CotangentDistribution, FisherKind, fisher_diagonal, fisher_sums
+
+CLASSES = 4
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, CLASSES)
+    return nn.Sequential(*layers).double()
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    return torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def flat(state: dict[str, Tensor]) -> Tensor:
+    return torch.cat([value.flatten() for value in state.values()])
+
+
+def squares(network: nn.Module, scalar: Tensor) -> Tensor:
+    gradients = torch.autograd.grad(scalar, list(network.parameters()), retain_graph=True)
+    return torch.cat([g.flatten() for g in gradients]) ** 2
+
+
+def test_categorical_equals_its_loop(network: nn.Module, inputs: Tensor) -> None:
+    expected = torch.zeros(())
+    for x in inputs:
+        log_p = network(x[None])[0].log_softmax(0)
+        expected = expected + sum(log_p[c].exp().detach() * squares(network, log_p[c]) for c in range(CLASSES))
+    found = flat(fisher_diagonal(network, [inputs], kind=FisherKind.categorical))
+    torch.testing.assert_close(found, expected / 5, rtol=1e-10, atol=1e-15)
+
+
+def test_empirical_equals_its_loop_over_unequal_batches(network: nn.Module, inputs: Tensor) -> None:
+    labels = torch.tensor([0, 3, 1, 1, 2])
+    expected = torch.zeros(())
+    for x, y in zip(inputs, labels, strict=True):
+        expected = expected + squares(network, network(x[None])[0].log_softmax(0)[y])
+    found = fisher_diagonal(network, [inputs[:2], inputs[2:]], kind=FisherKind.empirical, labels=labels)
+    torch.testing.assert_close(flat(found), expected / 5, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_monte_carlo_with_all_classes_is_exact(network: nn.Module, inputs: Tensor, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    found = fisher_diagonal(network, [inputs], kind=FisherKind.monte_carlo, cotangents=CLASSES, generator=generator)
+    torch.testing.assert_close(flat(found), flat(fisher_diagonal(network, [inputs])), rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("distribution", CotangentDistribution)
+def test_monte_carlo_is_unbiased_and_its_error_falls(
+    network: nn.Module, inputs: Tensor, distribution: CotangentDistribution
+) -> None:
+    """Over n draws the mean's error is 1/√n of one draw's; twice as many cotangents at least halve the variance."""
+    exact = flat(fisher_diagonal(network, [inputs]))
+    generator = torch.Generator().manual_seed(2)
+    draws = 400
+    errors = {}
+    for k in (1, 2):
+        found = torch.stack(
+            [
+                flat(
+                    fisher_diagonal(
+                        network,
+                        [inputs],
+                        kind=FisherKind.monte_carlo,
+                        cotangents=k,
+                        distribution=distribution,
+                        generator=generator,
+                    )
+                )
+                for _ in range(draws)
+            ]
+        )
+        errors[k] = (found - exact).square().sum(1).mean()
+        bias = (found.mean(0) - exact).square().sum()
+        # E bias² = errors / draws; its spread is within a few times that.
+        assert bias < 5 * errors[k] / draws
+    assert errors[1] > 1e-3 * exact.square().sum()
+    # Independent draws halve the variance; orthogonal ones leave (C − k)/(k (C − 1)) of it for Gaussian-like rows.
+    assert errors[2] < 0.65 * errors[1]
+
+
+def test_monte_carlo_error_falls_with_the_samples(network: nn.Module) -> None:
+    """Independent draws per sample: the relative variance over P repeats of one sample is 1/P of one's."""
+    x = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    exact, generator = flat(fisher_diagonal(network, [x])), torch.Generator().manual_seed(4)
+
+    def variance(samples: int) -> float:
+        batch, total = x.repeat(samples, 1, 1, 1), 0.0
+        for _ in range(200):
+            found = fisher_diagonal(network, [batch], kind=FisherKind.monte_carlo, cotangents=1, generator=generator)
+            total += float((flat(found) - exact).square().sum()) / 200
+        return total
+
+    assert variance(1) / variance(16) == pytest.approx(16, rel=0.35)
+
+
+@pytest.mark.parametrize("distribution", CotangentDistribution)
+def test_monte_carlo_does_not_depend_on_batch_sizes(
+    network: nn.Module, inputs: Tensor, distribution: CotangentDistribution
+) -> None:
+    def run(sizes: list[int]) -> Tensor:
+        generator = torch.Generator().manual_seed(5)
+        found = fisher_diagonal(
+            network, inputs.split(sizes), kind=FisherKind.monte_carlo, cotangents=2,
+            distribution=distribution, generator=generator,
+        )  # fmt: skip
+        return flat(found)
+
+    torch.testing.assert_close(run([5]), run([1, 3, 1]), rtol=1e-12, atol=1e-15)
+
+
+def test_passes_count_forward_equivalents(network: nn.Module, inputs: Tensor) -> None:
+    assert fisher_sums(network, [inputs]).passes == 5 * (1 + 2 * CLASSES)
+    assert fisher_sums(network, [inputs], kind=FisherKind.monte_carlo, cotangents=2).passes == 5 * (1 + 2 * 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kind": "empirical"}, ConfigurationError, "no labels"),
+        ({"labels": torch.zeros(5, dtype=torch.long)}, ConfigurationError, "labels belong to the empirical kind"),
+        ({"cotangents": 2}, ConfigurationError, "only monte_carlo"),
+        ({"kind": "monte_carlo", "cotangents": 0}, ConfigurationError, "at least 1"),
+        ({"kind": "monte_carlo", "cotangents": 5}, ConfigurationError, "at most 4"),
+        ({"kind": "empirical", "labels": torch.tensor([0, 1, 2, 3, 4])}, DataError, "outside"),
+        ({"kind": "empirical", "labels": torch.tensor([0, 1])}, DataError, "one for every sample"),
+        ({"memory_mib": 0}, ConfigurationError, "memory_mib=0"),
+        ({"kind": "hessian"}, ValueError, "hessian"),
+    ],
+)
+def test_bad_options(network: nn.Module, inputs: Tensor, options: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        fisher_diagonal(network, [inputs], **options)
+
+
+def test_no_samples(network: nn.Module) -> None:
+    with pytest.raises(StateError, match="0 calibration samples"):
+        fisher_diagonal(network, [])

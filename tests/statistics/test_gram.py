@@ -1,0 +1,75 @@
+"""Gram matrices against explicit im2col."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coin.statistics import GramLayers, gram_sums
+
+
+def with_one(a: Tensor, bias: bool) -> Tensor:
+    return torch.cat([a, torch.ones(*a.shape[:-1], 1, dtype=a.dtype)], -1) if bias else a
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_convolution_equals_im2col(bias: bool, groups: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=groups, bias=bias).double()
+    x = torch.randn(5, 4, 7, 6, dtype=torch.float64)
+    found = gram_sums(conv, [x[:2], x[2:]])
+    columns = F.unfold(x, (3, 2), (1, 2), (1, 2), (2, 1)).mT.reshape(-1, groups, 4 // groups * 6)
+    a = with_one(columns, bias)
+    expected = torch.einsum("rgi,rgj->gij", a, a)
+    assert found.values.keys() == {"weight"}
+    assert (found.count, found.passes) == (5, 5.0)
+    torch.testing.assert_close(found.values["weight"], expected)
+    # The order of the entries is that of weight.flatten(1): the layer's output follows from the columns.
+    weight = conv.weight.reshape(groups, 8 // groups, -1)
+    output = torch.einsum("rgk,gok->rgo", columns, weight).reshape(5, -1, 8).mT.view(5, 8, 4, 8)
+    if bias:
+        output = output + conv.bias.view(-1, 1, 1)
+    torch.testing.assert_close(conv(x), output)
+
+
+def test_linear_sums_over_positions_and_divides_by_samples() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 2).double()
+    x = torch.randn(4, 5, 3, dtype=torch.float64)
+    a = with_one(x.reshape(-1, 3), True)
+    torch.testing.assert_close(gram_sums(layer, [x]).mean()["weight"], (a.mT @ a)[None] / 4)
+
+
+def test_which_layers() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    x = torch.randn(2, 3, 4, 4)
+    assert gram_sums(network, [x], layers=GramLayers.linear).values.keys() == {"3.weight"}
+    assert gram_sums(network, [x]).values.keys() == {"0.weight", "3.weight"}
+
+
+def test_packed_attention_projections() -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(4, 2, batch_first=True).double()
+
+    class SelfAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    found = gram_sums(SelfAttention(), [x]).values
+    a = with_one(x.reshape(-1, 4), True)
+    assert found.keys() == {"attention.in_proj_weight", "attention.out_proj.weight"}
+    torch.testing.assert_close(found["attention.in_proj_weight"], (a.mT @ a)[None])
+
+
+def test_a_layer_called_twice_has_the_sum_over_its_calls() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(3, 3, bias=False).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    y = layer(x).detach()
+    torch.testing.assert_close(gram_sums(nn.Sequential(layer, layer), [x]).values["0.weight"][0], x.T @ x + y.T @ y)

@@ -1,0 +1,84 @@
+"""Sums, shards and their reduction over processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from coin.errors import ConfigurationError, StateError
+from coin.statistics import Sums, fisher_sums, gram_sums, reduce_sums, shard
+
+WORKER = """
+import sys, torch
+from torch import distributed, nn
+from coin.statistics import fisher_sums, gram_sums, reduce_sums, shard
+
+distributed.init_process_group("gloo")
+rank, world = distributed.get_rank(), distributed.get_world_size()
+torch.manual_seed(0)
+network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True), nn.Flatten(), nn.Linear(144, 3))
+inputs = torch.randn(7, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+mine = inputs[list(shard(len(inputs), rank, world))]
+fisher, gram = reduce_sums(fisher_sums(network, [mine])), reduce_sums(gram_sums(network, [mine]))
+if rank == 1:  # every process holds the result
+    torch.save([dict(fisher.values), fisher.count, fisher.passes, dict(gram.values), gram.count], sys.argv[1])
+distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    script, result = tmp_path / "worker.py", tmp_path / "sums.pt"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*command, str(script), str(result)], check=True, timeout=120, cwd=Path(__file__).parents[2],
+                   env=_environment(), capture_output=True)  # fmt: skip
+    values, count, passes, grams, gram_count = torch.load(result, weights_only=True)
+
+    torch.manual_seed(0)
+    nn = torch.nn
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True), nn.Flatten(), nn.Linear(144, 3))
+    inputs = torch.randn(7, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    one, gram = fisher_sums(network, [inputs]), gram_sums(network, [inputs])
+    assert (count, passes, gram_count) == (7, one.passes, 7)
+    for name, value in one.values.items():
+        torch.testing.assert_close(values[name], value, rtol=1e-5, atol=1e-6 * float(value.abs().max()))
+    for name, value in gram.values.items():
+        torch.testing.assert_close(grams[name], value, rtol=1e-5, atol=1e-6 * float(value.abs().max()))
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+
+
+def test_sums_add_and_divide_once() -> None:
+    one = Sums({"a": torch.tensor([1.0, 2.0])}, 1, 3.0)
+    two = Sums({"a": torch.tensor([5.0, 2.0])}, 3, 9.0)
+    both = one + two
+    assert (both.count, both.passes) == (4, 12.0)
+    assert torch.equal(both.mean()["a"], torch.tensor([1.5, 1.0]))
+
+
+def test_sums_of_other_tensors_do_not_add() -> None:
+    with pytest.raises(StateError, match="'a'"):
+        Sums({"a": torch.ones(2)}, 1, 1.0) + Sums({"a": torch.ones(3)}, 1, 1.0)
+
+
+def test_no_group_no_change() -> None:
+    sums = Sums({"a": torch.ones(2)}, 1, 1.0)
+    assert reduce_sums(sums) is sums
+
+
+@pytest.mark.parametrize(("n", "world"), [(7, 2), (2, 3), (0, 2), (6, 3)])
+def test_shards_are_a_partition(n: int, world: int) -> None:
+    taken = [list(shard(n, rank, world)) for rank in range(world)]
+    assert sorted(i for indices in taken for i in indices) == list(range(n))
+    assert max(map(len, taken)) - min(map(len, taken)) <= 1
+
+
+def test_a_rank_outside_the_world() -> None:
+    with pytest.raises(ConfigurationError, match="rank 2 of 2"):
+        shard(5, 2, 2)
