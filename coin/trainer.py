@@ -16,7 +16,7 @@ from coin.errors import ConfigurationError, FileError
 from coin.modules import DecodingEvaluator, FisherPass, Outcome
 from coin.networks import load_network
 from coin.reporting.results import Row, confusion_key, write_results
-from coin.reporting.wandb_logging import log_evaluation
+from coin.reporting.wandb_evaluation import log_evaluation
 from coin.state import fingerprint
 from coin.statistics import FisherKind, Sums
 from coin.statistics.files import save_statistic
@@ -121,8 +121,8 @@ class Trainer(pl.Trainer):
         """
         if not isinstance(model, DecodingEvaluator) or not isinstance(datamodule, Tasks):
             raise ConfigurationError(
-                f"found a {type(model).__name__} with data of {type(datamodule).__name__}, expected a DecodingEvaluator "
-                "with Tasks; see configs/evaluate/"
+                f"found a {type(model).__name__} with data of {type(datamodule).__name__}, expected a "
+                "DecodingEvaluator with Tasks; see configs/evaluate/"
             )
         self.test(model, datamodule=datamodule, verbose=False)
         if self.is_global_zero:

@@ -14,9 +14,9 @@ from coin.errors import ConfigurationError, DecodingError
 class ProjectionKind(StrEnum):
     """How features are reduced."""
 
-    PRINCIPAL = "principal"
+    principal = "principal"
     """To their principal components on the calibration data."""
-    RANDOM = "random"
+    random = "random"
     """To random orthogonal directions, which need no data."""
 
 
@@ -57,7 +57,7 @@ def fit_projection(features: Tensor, components: int, kind: ProjectionKind | str
         raise ConfigurationError(f"found projection '{kind}', expected one of {', '.join(ProjectionKind)}") from error
     x = features.to(torch.float64)
     mean = x.mean(0)
-    if kind is ProjectionKind.PRINCIPAL:
+    if kind is ProjectionKind.principal:
         directions = torch.linalg.svd(x - mean, full_matrices=False).Vh[:components].T
     else:
         width = features.shape[1]

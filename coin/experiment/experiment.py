@@ -12,7 +12,7 @@ from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig
-from coin.experiment.jobs import finish, job_loggers
+from coin.experiment.jobs import job
 from coin.experiment.seed_run import SeedRun
 from coin.experiment.steps import Steps, step_key
 from coin.experiment.training import train_network
@@ -134,20 +134,19 @@ class Experiment:
             if not steps.finished("base", key, [checkpoint]):
                 console.print(f"base: pretraining {self.network.name} on {type(task).__name__}")
                 task.prepare_data()
-                loggers = job_loggers(self, folder, "expert", "base", None)
-                train_network(
-                    self.base,
-                    self.network,
-                    task,
-                    folder,
-                    checkpoint,
-                    key=key,
-                    seed=0,
-                    initial=None,
-                    trainer_options=self.trainer,
-                    loggers=loggers,
-                )
-                finish(loggers)
+                with job(self, folder, "expert", "base", None) as loggers:
+                    train_network(
+                        self.base,
+                        self.network,
+                        task,
+                        folder,
+                        checkpoint,
+                        key=key,
+                        seed=0,
+                        initial=None,
+                        trainer_options=self.trainer,
+                        loggers=loggers,
+                    )
                 steps.finish("base", key, [checkpoint])
         elif self.base is not None and self.base.checkpoint is not None:
             checkpoint = Path(self.base.checkpoint)

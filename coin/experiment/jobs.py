@@ -1,37 +1,45 @@
-"""The loggers of an experiment's jobs: one W&B run a job, one group an experiment."""
+"""One job of an experiment: its loggers, which live as long as it does."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import wandb
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning_utilities.core.rank_zero import rank_zero_only
 
-from coin.reporting.wandb_logging import run_environment, training_loggers
+from coin.reporting.wandb_logging import finish_run, log_artifact, training_loggers
+from coin.reporting.wandb_settings import run_environment
 
 if TYPE_CHECKING:
     from coin.experiment.experiment import Experiment
 
 
-def job_loggers(experiment: Experiment, folder: Path, job_type: str, name: str, seed: int | None) -> list[Logger]:
-    """Return the loggers of one job: CSV files in `folder`, and a W&B run in the seed's folder.
+@contextmanager
+def job(experiment: Experiment, folder: Path, job_type: str, name: str, seed: int | None) -> Iterator[list[Logger]]:
+    """Yield the loggers of one job: CSV files, and a W&B run in the experiment's group.
 
     Args:
-        experiment: The experiment: the W&B group.
-        folder: For the CSV files.
+        experiment: The experiment.
+        folder: For the logs.
         job_type: ``expert``, ``fisher``, ``merge``, ``distill`` or ``evaluate``.
         name: What the job works on.
         seed: The seed; none for the base.
     """
-    run_environment(folder if seed is None else experiment.folder / f"seed-{seed}")
     called = f"{experiment.name}-{name}" if seed is None else f"{experiment.name}-seed-{seed}-{name}"
-    return training_loggers(folder, experiment.name, job_type, called)
+    with run_environment(folder):
+        try:
+            yield list(training_loggers(folder, experiment.name, job_type, called))
+        finally:
+            finish_run()
 
 
-def finish(loggers: Sequence[Logger]) -> None:
-    """Close a job's loggers, so that the next one starts a W&B run of its own."""
+def log_files(loggers: list[Logger], files: Mapping[str, Path], kind: str, experiment: Experiment, seed: int) -> None:
+    """Log files as W&B artifacts, named after experiment, seed, kind and what they are of."""
     for logger in loggers:
-        logger.finalize("success")
-    wandb.finish()
+        if isinstance(logger, WandbLogger) and getattr(rank_zero_only, "rank", 0) == 0:
+            for name, path in files.items():
+                called = f"{experiment.name}-seed-{seed}-{kind}-{name}"
+                log_artifact(logger.experiment, path, called, kind, {"of": name})

@@ -59,7 +59,8 @@ class Ingredients:
         for task, file in self.files.items():
             if file.config.name != self.config.name:
                 raise ConfigurationError(
-                    f"found expert '{task}' of architecture {file.config.name}, expected {self.config.name} like the first"
+                    f"found expert '{task}' of architecture {file.config.name}, expected {self.config.name} as of the "
+                    "first"
                 )
 
     def read(self, statistic: str) -> list[StatisticFile]:
@@ -72,7 +73,8 @@ class Ingredients:
         paths = self.statistics.get(statistic, {})
         if missing := [task for task in self.experts if task not in paths]:
             raise ConfigurationError(
-                f"found no {statistic} of expert '{missing[0]}', which the method needs; run coin fisher on it and name the file"
+                f"found no {statistic} of expert '{missing[0]}', which the method needs; run coin fisher "
+                "on it and name the file"
             )
         return [load_statistic(paths[task], statistic=statistic, weights=self.marks[task]) for task in self.experts]
 
@@ -130,7 +132,7 @@ def merge_experts(
 
 
 def coded_paths(method: Any, code: Code, folder: Path) -> list[Path]:
-    """Return the files that a method's coded models go to: the label, and the policy where it is not the default one."""
+    """Return the files of a method's coded models: the label, and the policy where it is not the default one."""
     policy = BatchNormPolicy(method.batchnorm)
     default = type(method)().batchnorm
     stem = str(method.label) if policy == default else f"{method.label}-{policy}"

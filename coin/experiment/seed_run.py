@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from coin.data import Calibration, TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError
 from coin.experiment.config import ExpertConfig
-from coin.experiment.jobs import finish, job_loggers
-from coin.experiment.merge import Ingredients, coded_paths, coded_provenance, merge_experts
+from coin.experiment.jobs import job, log_files
+from coin.experiment.merge import Ingredients, coded_paths, merge_experts
 from coin.experiment.steps import Steps, described, step_key
-from coin.experiment.training import distill, make_trainer, train_network
+from coin.experiment.training import distill_rows, make_trainer, train_network
 from coin.merging import MergeMethod, Requirement
 from coin.modules import DecodingEvaluator, Distillation
 from coin.networks import BatchNormPolicy, initial_network, load_network, save_network
 from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON
-from coin.reporting.wandb_logging import log_artifact
 from coin.state import fingerprint
 from coin.statistics import FisherKind, gram_sums
 from coin.statistics.files import save_statistic
@@ -93,22 +93,21 @@ class SeedRun:
             self._say(f"expert {name}: up to date")
             return
         self._say(f"expert {name}: fine-tuning for {training.epochs} epochs")
-        loggers = job_loggers(experiment, output.parent, "expert", name, self.seed)
-        train_network(
-            training,
-            experiment.network,
-            task,
-            output.parent,
-            output,
-            key=key,
-            seed=self.seed,
-            initial=initial,
-            trainer_options=experiment.trainer,
-            loggers=loggers,
-            weights=training.weights,
-        )
-        self._artifacts(loggers, {name: output}, "expert")
-        finish(loggers)
+        with self._job("expert", name) as loggers:
+            train_network(
+                training,
+                experiment.network,
+                task,
+                output.parent,
+                output,
+                key=key,
+                seed=self.seed,
+                initial=initial,
+                trainer_options=experiment.trainer,
+                loggers=loggers,
+                weights=training.weights,
+            )
+            log_files(loggers, {name: output}, "expert", experiment, self.seed)
         self.steps.finish(f"expert-{name}", key, [output])
 
     def fisher_path(self, task: str, kind: str, data: str) -> Path:
@@ -135,31 +134,31 @@ class SeedRun:
         if not wanted:
             return
         self._say(f"Fisher ({kind}, {data}) of {', '.join(wanted)}")
-        loggers = job_loggers(self.experiment, self.folder / "logs", "fisher", f"fisher-{kind}-{data}", self.seed)
-        for name, (path, key) in wanted.items():
-            network = load_network(self.expert_path(name)).network
-            trainer = make_trainer(self.folder, self.experiment.trainer)
-            cotangents = calibration.fisher_cotangents if kind == FisherKind.monte_carlo else None
-            sums, seconds = trainer.fisher_sums(
-                network, self._calibration_tasks(name, data), kind=FisherKind(kind), cotangents=cotangents
-            )
-            save_statistic(
-                path,
-                sums,
-                statistic="fisher",
-                weights=fingerprint(network.state_dict()),
-                seconds=seconds,
-                kind=kind,
-                cotangents=cotangents,
-                data=data,
-                task=name,
-                seed=self.seed,
-            )
-            self.steps.finish(path.stem, key, [path])
-            for logger in loggers:
-                logger.log_metrics({f"fisher/{name}/seconds": seconds, f"fisher/{name}/passes": sums.passes})
-        self._artifacts(loggers, {name: path for name, (path, _) in wanted.items()}, "fisher")
-        finish(loggers)
+        with self._job("fisher", f"fisher-{kind}-{data}") as loggers:
+            for name, (path, key) in wanted.items():
+                network = load_network(self.expert_path(name)).network
+                trainer = make_trainer(self.folder, self.experiment.trainer)
+                cotangents = calibration.fisher_cotangents if kind == FisherKind.monte_carlo else None
+                sums, seconds = trainer.fisher_sums(
+                    network, self._tasks_for(name, data), kind=FisherKind(kind), cotangents=cotangents
+                )
+                save_statistic(
+                    path,
+                    sums,
+                    statistic="fisher",
+                    weights=fingerprint(network.state_dict()),
+                    seconds=seconds,
+                    kind=kind,
+                    cotangents=cotangents,
+                    data=data,
+                    task=name,
+                    seed=self.seed,
+                )
+                self.steps.finish(path.stem, key, [path])
+                for logger in loggers:
+                    logger.log_metrics({f"fisher/{name}/seconds": seconds, f"fisher/{name}/passes": sums.passes})
+            files = {name: path for name, (path, _) in wanted.items()}
+            log_files(loggers, files, "statistics", self.experiment, self.seed)
 
     def estimate_gram(self, data: str) -> None:
         """Compute every expert's Gram matrices on one choice of data."""
@@ -170,7 +169,7 @@ class SeedRun:
                 continue
             self._say(f"Gram matrices ({data}) of {name}")
             network = load_network(self.expert_path(name)).network
-            tasks = self._calibration_tasks(name, data)
+            tasks = self._tasks_for(name, data)
             tasks.setup()
             started = time.perf_counter()
             sums = gram_sums(network, tasks.calibration())
@@ -214,16 +213,24 @@ class SeedRun:
                 self._say(f"{name}: up to date")
                 continue
             self._say(f"{name}: {'training' if isinstance(method, Distillation) else 'merging'}")
-            job = "distill" if isinstance(method, Distillation) else "merge"
-            loggers = job_loggers(self.experiment, self.folder / "logs", job, name, self.seed)
-            ingredients = Ingredients(self.expert_paths, statistics, self._calibrations(), self.initial)
-            if isinstance(method, Distillation):
-                self._distill(method, ingredients, paths, loggers)
-            else:
-                samples = self.experiment.calibration.samples_per_task
-                merge_experts(method, self.experiment.code, ingredients, self.folder / "coded", samples)
-            self._artifacts(loggers, {path.stem: path for path in paths}, "coded")
-            finish(loggers)
+            with self._job("distill" if isinstance(method, Distillation) else "merge", name) as loggers:
+                ingredients = Ingredients(self.expert_paths, statistics, self._calibrations(), self.initial)
+                if isinstance(method, Distillation):
+                    distill_rows(
+                        method,
+                        ingredients,
+                        self.experiment.code,
+                        self._all_tasks(),
+                        paths,
+                        self.folder / "logs",
+                        seed=self.seed,
+                        trainer_options=self.experiment.trainer,
+                        loggers=loggers,
+                    )
+                else:
+                    samples = self.experiment.calibration.samples_per_task
+                    merge_experts(method, self.experiment.code, ingredients, self.folder / "coded", samples)
+                log_files(loggers, {path.stem: path for path in paths}, "coded-model", self.experiment, self.seed)
             self.steps.finish(f"coded-{name}", key, paths)
 
     def evaluate(self) -> None:
@@ -244,44 +251,27 @@ class SeedRun:
             self._say("evaluation: up to date")
             return
         self._say("evaluating every method with every decoder")
-        loggers = job_loggers(experiment, self.folder / "logs", "evaluate", "evaluate", self.seed)
         model = DecodingEvaluator(
             experts={name: str(path) for name, path in self.expert_paths.items()},
             coded=[str(path) for path in coded],
             decoders=[str(kind) for kind in experiment.decoders],
             code=experiment.code.matrix.tolist(),
         )
-        trainer = make_trainer(self.folder, experiment.trainer, logger=loggers or False)
-        trainer.evaluate(
-            model, self._all_tasks(), output=str(self.folder), name=experiment.name, configuration=self._configuration()
-        )
-        finish(loggers)
-        self.steps.finish("evaluate", key, outputs)
-
-    def _distill(self, method: Distillation, ingredients: Ingredients, paths: list[Path], loggers: list[Any]) -> None:
-        code = self.experiment.code
-        tasks = self._all_tasks()
-        samples = method.hparams["samples_per_task"] or tasks.samples_per_task
-        for index, (row, path) in enumerate(zip(code.matrix.tolist(), paths, strict=True)):
-            module, seconds, passes, chosen = distill(
-                method,
-                list(self.expert_paths.values()),
-                row,
-                tasks,
-                self.folder / "logs",
-                seed=self.seed,
-                trainer_options=self.experiment.trainer,
-                loggers=loggers,
+        with self._job("evaluate", "evaluate") as loggers:
+            trainer = make_trainer(self.folder, experiment.trainer, logger=loggers or False)
+            trainer.evaluate(
+                model,
+                self._all_tasks(),
+                output=str(self.folder),
+                name=experiment.name,
+                configuration=self._configuration(),
             )
-            provenance = coded_provenance(method, code, index, ingredients, samples)
-            provenance |= {"seconds": seconds, "passes": passes, "shared_seconds": 0.0, "shared_passes": 0.0}
-            assert module.student is not None
-            save_network(path, module.student, ingredients.config, ingredients.width, provenance | {"chosen": chosen})
+        self.steps.finish("evaluate", key, outputs)
 
     def _statistics(self, method: MergeMethod | Distillation) -> dict[str, dict[str, Path]]:
         """Return the statistics' files that a method asks for."""
         statistics: dict[str, dict[str, Path]] = {}
-        requires = getattr(method, "requires", frozenset())
+        requires: frozenset[Requirement] = getattr(method, "requires", frozenset())
         if Requirement.FISHER in requires:
             kind, data = self._fisher_of(method)
             statistics["fisher"] = {task: self.fisher_path(task, kind, data) for task in self.tasks}
@@ -312,7 +302,7 @@ class SeedRun:
         tasks = self.tasks if data == "pooled" else {task: self.tasks[task]}
         return {"tasks": tasks, "samples": calibration.samples_per_task, "batch_size": calibration.batch_size}
 
-    def _calibration_tasks(self, task: str, data: str) -> Tasks:
+    def _tasks_for(self, task: str, data: str) -> Tasks:
         calibration = self.experiment.calibration
         tasks = self.tasks if data == "pooled" else {task: self.tasks[task]}
         return Tasks(tasks, calibration.samples_per_task, calibration.batch_size)
@@ -335,12 +325,9 @@ class SeedRun:
             "seed": self.seed,
         }
 
-    def _artifacts(self, loggers: list[Any], paths: dict[str, Path], kind: str) -> None:
-        for logger in loggers:
-            if isinstance(logger, WandbLogger):
-                for name, path in paths.items():
-                    called = f"{self.experiment.name}-seed-{self.seed}-{kind}-{name}"
-                    log_artifact(logger.experiment, path, called, kind, {"task": name})
+    def _job(self, job_type: str, name: str) -> AbstractContextManager[list[Logger]]:
+        folder = self.folder / "experts" / name if job_type == "expert" else self.folder / "logs" / name
+        return job(self.experiment, folder, job_type, name, self.seed)
 
     def _say(self, text: str) -> None:
         self.console.print(f"seed {self.seed}: {text}", highlight=False)

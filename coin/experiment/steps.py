@@ -34,7 +34,7 @@ class Steps:
         """Return whether the step `name` has been finished with this key and its outputs stand."""
         try:
             record = json.loads(self._record(name).read_text(encoding="utf-8"))
-            return record["key"] == key and record["outputs"] == self._contents(outputs)
+            return bool(record["key"] == key and record["outputs"] == self._contents(outputs))
         except (OSError, ValueError, KeyError, TypeError):
             return False
 

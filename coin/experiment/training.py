@@ -14,13 +14,24 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from coin.callbacks import ExpertExport, Weights
+from coin.coding import Code
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError
 from coin.experiment.config import TrainingConfig
+from coin.experiment.merge import Ingredients, coded_provenance
 from coin.modules import Distillation, Expert
-from coin.networks import NetworkConfig
+from coin.networks import NetworkConfig, save_network
 from coin.trainer import Trainer
+
+_EXPECTED = (
+    r".*does not have many workers.*",  # data live in memory: workers would only copy them
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*module\(s\) in eval mode at the start of training.*",  # distillation freezes BatchNorm on purpose
+    r".*is smaller than the logging interval.*",
+    r".*treespec.*is deprecated.*",  # Lightning's own
+)
+"""What Lightning warns of and an experiment means."""
 
 
 def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer:
@@ -36,9 +47,8 @@ def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Data live in memory: workers would only copy them.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    for message in _EXPECTED:
+        warnings.filterwarnings("ignore", message=message)
     settings: dict[str, Any] = {
         "accelerator": "auto",
         "devices": 1,
@@ -196,6 +206,37 @@ def distill(
         chosen = {"lr": lr, "steps": steps, "held_out_loss": {str(rate): losses for rate, losses in curves.items()}}
     module = run(lr, steps, 0.0, list(loggers) or False)
     return module, time.perf_counter() - started, passes + module.passes, chosen
+
+
+def distill_rows(
+    method: Distillation,
+    ingredients: Ingredients,
+    code: Code,
+    tasks: Tasks,
+    paths: Sequence[Path],
+    folder: Path,
+    *,
+    seed: int,
+    trainer_options: dict[str, Any],
+    loggers: Sequence[Logger] = (),
+) -> None:
+    """Train one distilled coded model a row of the code, and write them to `paths`; the rest as for `distill`."""
+    samples = method.hparams["samples_per_task"] or tasks.samples_per_task
+    for index, (row, path) in enumerate(zip(code.matrix.tolist(), paths, strict=True)):
+        module, seconds, passes, chosen = distill(
+            method,
+            list(ingredients.experts.values()),
+            row,
+            tasks,
+            folder,
+            seed=seed,
+            trainer_options=trainer_options,
+            loggers=loggers,
+        )
+        provenance = coded_provenance(method, code, index, ingredients, samples)
+        provenance |= {"seconds": seconds, "passes": passes, "shared_seconds": 0.0, "shared_passes": 0.0}
+        assert module.student is not None
+        save_network(path, module.student, ingredients.config, ingredients.width, provenance | {"chosen": chosen})
 
 
 _POINTS = 10

@@ -2,6 +2,7 @@
 
 from coin.merging.average import Average
 from coin.merging.coin import Coin
+from coin.merging.full_fisher import FullFisher
 from coin.merging.gauss_newton import GaussNewton
 from coin.merging.inputs import MergeInputs, Requirement
 from coin.merging.method import MergeMethod
@@ -11,6 +12,7 @@ from coin.merging.task_vectors import TaskArithmetic, Ties
 __all__ = [
     "Average",
     "Coin",
+    "FullFisher",
     "GaussNewton",
     "MergeInputs",
     "MergeMethod",

@@ -8,9 +8,11 @@ from torch import Tensor
 from coin.errors import ConfigurationError, NumericalError
 from coin.merging.coin import Coin, check_damping
 from coin.merging.inputs import MergeInputs, Requirement
-from coin.merging.method import MergeMethod, weighted_mean
+from coin.merging.method import MergeMethod, floored_diagonal
 from coin.merging.sample_space import solve_damped
 from coin.networks.batchnorm import BatchNormPolicy
+from coin.state import State
+from coin.statistics.products import OutputMap
 
 DAMPINGS = tuple(10.0 ** (k / 2) for k in range(-12, 13))
 """The grid of λ, 10⁻⁶ … 10⁶: the choice is free, so the grid is wide."""
@@ -53,9 +55,9 @@ class GaussNewton(MergeMethod):
 
     def __init__(
         self,
-        max_steps: int = 5,
-        max_iterations: int = 20,
-        tolerance: float = 0.02,
+        max_steps: int = 4,
+        max_iterations: int = 15,
+        tolerance: float = 0.05,
         ridge: float = 1e-2,
         *,
         damping: float = 1e-6,
@@ -87,7 +89,8 @@ class GaussNewton(MergeMethod):
         assert inputs.expert_outputs is not None
         outputs = inputs.outputs
         parameters = Coin(self.damping).merge(inputs, weights)
-        inverse_metric = self._inverse_metric(inputs, weights)
+        metric = floored_diagonal(inputs.fishers, weights, self.ridge)
+        inverse_metric = {key: tensor.reciprocal().to(parameters[key].dtype) for key, tensor in metric.items()}
         beta = inputs.expert_outputs.new_tensor(weights)
         target = torch.tensordot(beta, inputs.expert_outputs, dims=1)
         training = training_mask(target.shape[0]).to(target.device)
@@ -95,22 +98,11 @@ class GaussNewton(MergeMethod):
         residual = target - outputs.outputs(parameters)
         error = _squared(residual[~training])
         for _ in range(self.max_steps):
-            point = parameters
-
-            def step_for(cotangent: Tensor, at: dict[str, Tensor] = point) -> dict[str, Tensor]:
-                gradient = outputs.vjp(at, cotangent)
-                return {key: gradient[key] * inverse_metric[key] for key in at}
-
-            def product(cotangent: Tensor, at: dict[str, Tensor] = point) -> Tensor:
-                return outputs.jvp(at, step_for(cotangent, at))
-
-            choice = solve_damped(product, residual, training, residual.new_tensor(DAMPINGS), self.max_iterations)
-            if choice.iterations == 0:
+            step = self._step(outputs, parameters, residual, training, inverse_metric)
+            if step is None:
                 break
-            step = step_for(choice.solution)
             for halving in range(_HALVINGS + 1):
-                length = 0.5**halving
-                moved = {key: tensor + length * step[key] for key, tensor in parameters.items()}
+                moved = {key: tensor + 0.5**halving * step[key] for key, tensor in parameters.items()}
                 moved_residual = target - outputs.outputs(moved)
                 moved_error = _squared(moved_residual[~training])
                 if moved_error < error:
@@ -123,14 +115,25 @@ class GaussNewton(MergeMethod):
                 break
         return parameters
 
-    def _inverse_metric(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
-        """Return D⁻¹, in the experts' types; the identity where the Fisher is zero everywhere."""
-        assert inputs.fishers is not None
-        fishers = inputs.fishers
-        totals = {key: weighted_mean(fishers, weights, key) for key in fishers[0]}
-        mean = sum(float(total.sum()) for total in totals.values()) / sum(t.numel() for t in totals.values())
-        floor = self.ridge * mean if mean > 0 else 1.0
-        return {key: (total + floor).reciprocal().to(inputs.experts[0][key].dtype) for key, total in totals.items()}
+    def _step(
+        self,
+        outputs: OutputMap,
+        parameters: State,
+        residual: Tensor,
+        training: Tensor,
+        inverse_metric: State,
+    ) -> dict[str, Tensor] | None:
+        """Return D⁻¹Jᵀu for the best u, or None if no u is predicted to help the held-out samples."""
+
+        def step_for(cotangent: Tensor) -> dict[str, Tensor]:
+            gradient = outputs.vjp(parameters, cotangent)
+            return {key: tensor * inverse_metric[key] for key, tensor in gradient.items()}
+
+        def product(cotangent: Tensor) -> Tensor:
+            return outputs.jvp(parameters, step_for(cotangent))
+
+        choice = solve_damped(product, residual, training, residual.new_tensor(DAMPINGS), self.max_iterations)
+        return step_for(choice.solution) if choice.iterations else None
 
 
 def training_mask(samples: int) -> Tensor:

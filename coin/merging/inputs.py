@@ -1,19 +1,14 @@
 """What a merge method is given: experts and statistics, already computed."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from coin.errors import ConfigurationError, StateError
 from coin.state import State, check_finite, check_same_layout
-
-if TYPE_CHECKING:
-    from coin.statistics.products import OutputMap
+from coin.statistics.products import OutputMap
 
 
 class Requirement(StrEnum):

@@ -74,3 +74,11 @@ def weighted_mean(states: Sequence[State], weights: Sequence[float], key: str) -
     for state, weight in zip(states[1:], weights[1:], strict=True):
         total.add_(state[key].double(), alpha=weight)
     return total
+
+
+def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: float) -> dict[str, Tensor]:
+    """Return Σ_i β_i F_i + ridge × its mean over all entries, in float64; ones where every entry is zero."""
+    totals = {key: weighted_mean(fishers, weights, key) for key in fishers[0]}
+    mean = sum(float(total.sum()) for total in totals.values()) / max(sum(t.numel() for t in totals.values()), 1)
+    floor = ridge * mean if mean > 0 else 1.0
+    return {key: total + floor for key, total in totals.items()}

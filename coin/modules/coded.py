@@ -49,7 +49,7 @@ class Coded(LightningModule):
 
     def train(self, mode: bool = True) -> "Coded":
         """Stay in eval mode: nothing here is trained."""
-        return super().train(False)  # type: ignore[return-value]
+        return super().train(False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the coded models' logits ``[R, B, C]`` for inputs ``[B, ...]``."""

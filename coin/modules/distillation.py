@@ -73,8 +73,20 @@ class Distillation(LightningModule):
             raise ConfigurationError(f"found steps={steps}, batch_size={batch_size}, expected at least 1 and 2")
         if not 0 < held_out < 1:
             raise ConfigurationError(f"found held_out={held_out}, expected a share above 0 and below 1")
-        self.save_hyperparameters()
-        self.hparams["learning_rates"] = rates
+        # Given by name: within LightningCLI, Lightning would take the command's own model options instead.
+        self.save_hyperparameters(
+            {
+                "experts": experts,
+                "code_row": code_row,
+                "lr": lr,
+                "learning_rates": list(rates),
+                "steps": steps,
+                "batch_size": batch_size,
+                "held_out": held_out,
+                "samples_per_task": samples_per_task,
+                "label": label,
+            }
+        )
         self.label = label or self.name
         self.steps = steps
         self.student: nn.Module | None = None
@@ -130,7 +142,8 @@ class Distillation(LightningModule):
         """Return Σ_i β_i f_i(x), logits ``[B, C]``."""
         row = self.hparams["code_row"]
         outputs = torch.stack([network(inputs) for network in self.teachers])
-        return torch.tensordot(torch.tensor(row).to(outputs), outputs, dims=1)
+        target: Tensor = torch.tensordot(torch.tensor(row).to(outputs), outputs, dims=1)
+        return target
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return ½ mean‖f_θ(x) − target‖² of one batch of positions and inputs."""
@@ -158,7 +171,7 @@ class Distillation(LightningModule):
         return Adam(self.student.parameters(), self.hparams["lr"])
 
     def _loss(self, inputs: Tensor, target: Tensor, stage: str) -> Tensor:
-        loss = 0.5 * (self(inputs) - target).square().sum(1).mean()
+        loss: Tensor = 0.5 * (self(inputs) - target).square().sum(1).mean()
         self.log(
             f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(inputs), sync_dist=True, prog_bar=True
         )

@@ -166,26 +166,23 @@ class DecodingEvaluator(LightningModule):
         # The networks run together here; each one's share of the time is what a decoder that needs it is charged.
         share = (time.perf_counter() - started) / (len(self.experts) + len(self.coded))
         self.cases = list(self._fitted(answers, share))
-        self.accuracies = nn.ModuleList()
-        self.confusions = nn.ModuleList()
-        for case in self.cases:
-            for expert in case.decoder.erased:
-                self.accuracies.append(DecodingAccuracy(self.class_counts[expert]))
-                self.confusions.append(MulticlassConfusionMatrix(self.class_counts[expert]))
-        self.residuals = nn.ModuleList(Residual() for _ in self.variants for _ in self.tasks)
-        self.to(self.device)
+        lost = [expert for case in self.cases for expert in case.decoder.erased]
+        self.accuracies = [DecodingAccuracy(self.class_counts[expert]) for expert in lost]
+        self.confusions = [MulticlassConfusionMatrix(self.class_counts[expert]) for expert in lost]
+        coded = [index for index, variant in enumerate(self.variants) if variant.networks]
+        self.residuals = {(index, task): Residual() for index in coded for task in range(len(self.tasks))}
+        # As submodules the metrics move to the device and are summed over processes.
+        self.metrics = nn.ModuleList([*self.accuracies, *self.confusions, *self.residuals.values()]).to(self.device)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of."""
         inputs, labels = batch
         answers = self(inputs)
-        for index, variant in enumerate(self.variants):
-            if variant.networks and variant.code is not None:
+        for (index, task), residual in self.residuals.items():
+            variant = self.variants[index]
+            if task == dataloader_idx and variant.code is not None:
                 coded = answers.coded[list(variant.networks)]
-                target = variant.code.encode(answers.experts)
-                self.residuals[index * len(self.tasks) + dataloader_idx].update(
-                    coded.flatten(0, 1), target.flatten(0, 1)
-                )
+                residual.update(coded.flatten(0, 1), variant.code.encode(answers.experts).flatten(0, 1))
         own = answers.experts[dataloader_idx]
         seen = [self._seen_by(variant, answers) for variant in self.variants]
         place = 0
@@ -201,14 +198,14 @@ class DecodingEvaluator(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Collect the totals of all processes into `outcomes`, and log the scalars."""
-        residuals = [float(residual.compute()) for residual in self.residuals]  # type: ignore[operator]
+        residuals = {place: float(residual.compute()) for place, residual in self.residuals.items()}
         self.outcomes = []
         place = 0
         for case in self.cases:
             variant = self.variants[case.variant]
             for expert in case.decoder.erased:
-                totals = {name: float(value) for name, value in self.accuracies[place].compute().items()}  # type: ignore[operator]
-                confusion = self.confusions[place].compute().cpu().numpy().astype(np.int64)  # type: ignore[operator]
+                totals = {name: float(value) for name, value in self.accuracies[place].compute().items()}
+                confusion = self.confusions[place].compute().cpu().numpy().astype(np.int64)
                 place += 1
                 self.outcomes.append(
                     Outcome(
@@ -216,9 +213,9 @@ class DecodingEvaluator(LightningModule):
                         decoder=str(case.decoder.kind),
                         erased=tuple(self.tasks[lost] for lost in case.decoder.erased),
                         task=self.tasks[expert],
-                        residual=0.0
-                        if variant.method == ORACLE
-                        else residuals[case.variant * len(self.tasks) + expert],
+                        residual=residuals.get(
+                            (case.variant, expert), 0.0 if variant.method == ORACLE else float("nan")
+                        ),
                         calibration_seconds=variant.seconds + case.cost[0],
                         sample_passes=variant.passes + case.cost[1],
                         confusion=confusion,

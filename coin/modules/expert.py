@@ -81,10 +81,28 @@ class Expert(LightningModule):
         _check("momentum", momentum, low=0.0, high=1.0)
         _check("weight_decay", weight_decay, low=0.0)
         _check("label_smoothing", label_smoothing, low=0.0, high=1.0)
-        # Enums become plain strings: a checkpoint must hold nothing that weights_only refuses.
-        optimizer, schedule = str(OptimizerKind(optimizer)), str(Schedule(schedule))  # type: ignore[assignment]
         self.config = NetworkConfig(network, image_size, weights, options or {})
-        self.save_hyperparameters()
+        # Given by name and as plain strings: within LightningCLI, Lightning would take the command line's values, enums
+        # among them, and a checkpoint must hold nothing that weights_only refuses.
+        self.save_hyperparameters(
+            {
+                "network": network,
+                "image_size": image_size,
+                "weights": weights,
+                "options": options or {},
+                "num_classes": num_classes,
+                "initial": initial,
+                "initial_seed": initial_seed,
+                "optimizer": str(OptimizerKind(optimizer)),
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "schedule": str(Schedule(schedule)),
+                "label_smoothing": label_smoothing,
+                "seed": seed,
+                "compile_network": compile_network,
+            }
+        )
         self.network: nn.Module | None = None
         if num_classes is not None:
             self._build(num_classes)

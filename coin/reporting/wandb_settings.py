@@ -8,7 +8,7 @@ import netrc
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,6 +20,7 @@ from coin.errors import CoinError, ConfigurationError
 
 PROJECT = "coin"
 _OFFLINE_MODES = ("offline", "dryrun", "disabled")
+_OLDER_HOST = "api.wandb.ai"
 _CONNECT_SECONDS = 5.0
 _JOIN_SECONDS = 6.0
 
@@ -95,10 +96,12 @@ def check_connection() -> None:
     """
     if mode() in _OFFLINE_MODES:
         return
-    address = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
+    # The settings that `wandb login --host` wrote count as well, but they may have been read before the environment.
+    found = wandb.setup().settings
+    address = os.environ.get("WANDB_BASE_URL") or found.base_url
     url = urlsplit(address)
     host = url.hostname or address
-    if not _has_key(host):
+    if not (found.api_key or _has_key([url.netloc, host])):
         raise ConnectionFailedError(
             f"WANDB_MODE={mode()}, but there is no W&B API key for {host}; run `wandb login`, set WANDB_API_KEY, or "
             f"unset WANDB_MODE to log offline and `wandb sync` later"
@@ -116,17 +119,23 @@ def _default_port(scheme: str) -> int:
     return 80 if scheme == "http" else 443
 
 
-def _has_key(host: str) -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb.Settings().api_key:
+def _has_key(hosts: Sequence[str]) -> bool:
+    """Return whether there is a key in the environment, or in the netrc file for one of these hosts.
+
+    W&B's own hosts share their keys under the older name, so that one is tried last; a key too many is W&B's to
+    refuse, while a key overlooked here would lock its owner out.
+    """
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     given = os.environ.get("NETRC")
     files = [Path(given).expanduser()] if given else [Path.home() / ".netrc", Path.home() / "_netrc"]
     for file in files:
         try:
-            if netrc.netrc(str(file)).authenticators(host):
-                return True
+            known = netrc.netrc(str(file))
         except (OSError, netrc.NetrcParseError):
             continue
+        if any(known.authenticators(host) for host in (*hosts, _OLDER_HOST)):
+            return True
     return False
 
 

@@ -20,16 +20,21 @@ class OutputMap:
     Args:
         network: Maps [B, …] to [B, C].
         inputs: Batches [B, …], iterated anew by every method.
+
+    Attributes:
+        passes: Forward-equivalents spent so far: 1 a sample for outputs, 2 for a jvp, 3 for a vjp (forward and
+            backward).
     """
 
     def __init__(self, network: nn.Module, inputs: Iterable[Tensor]) -> None:
         self._network, self._inputs = network, inputs
+        self.passes = 0.0
 
     def outputs(self, parameters: State) -> Tensor:
         """Return f_θ at all inputs, [P, C]."""
         with evaluating(self._network, gradients=False):
             state = self._own(parameters)
-            return _rows([functional_call(self._network, state, (x,)) for x in self._batches()])
+            return _rows([functional_call(self._network, state, (x,)) for x in self._batches(1)])
 
     def jvp(self, parameters: State, tangent: State) -> Tensor:
         """Return J·v at θ, [P, C], for a tangent v with the parameters' names and shapes.
@@ -40,7 +45,7 @@ class OutputMap:
         check_same_layout([parameters, tangent], ["the parameters", "the tangent"])
         with evaluating(self._network):
             state, direction = self._own(parameters), self._own(tangent)
-            return _rows([self._forward(state, direction, x) for x in self._batches()])
+            return _rows([self._forward(state, direction, x) for x in self._batches(2)])
 
     def vjp(self, parameters: State, cotangent: Tensor) -> dict[str, Tensor]:
         """Return Jᵀ·u at θ for a cotangent u [P, C].
@@ -52,7 +57,7 @@ class OutputMap:
             state = self._own(parameters)
             total = {name: torch.zeros_like(value) for name, value in state.items()}
             seen = 0
-            for x in self._batches():
+            for x in self._batches(3):
                 piece = cotangent[seen : seen + len(x)]
                 seen += len(x)
                 if len(piece) == len(x):
@@ -72,15 +77,16 @@ class OutputMap:
             state, direction = self._own(parameters), self._own(tangent)
             total = {name: torch.zeros_like(value) for name, value in state.items()}
             seen = 0
-            for x in self._batches():
+            for x in self._batches(5):
                 self._add_backward(total, state, x, self._forward(state, direction, x))
                 seen += len(x)
         if seen == 0:
             raise StateError("found no inputs, expected at least one batch")
         return {name: value / seen for name, value in total.items()}
 
-    def _batches(self) -> Iterator[Tensor]:
+    def _batches(self, passes: int) -> Iterator[Tensor]:
         for batch in self._inputs:
+            self.passes += passes * len(batch)
             yield as_input(batch, self._network)
 
     def _own(self, state: State) -> dict[str, Tensor]:

@@ -41,6 +41,17 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     finish_run()
 
 
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Ask for online mode; W&B reads its environment once per process, so make it forget before and after."""
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    wandb.teardown()
+
+
 def read_back(run_folder: Path) -> list[dict[str, Any]]:
     """Return an offline run's records, read from its file by W&B's own reader."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run_folder)]
@@ -185,44 +196,51 @@ def test_the_user_s_mode_is_kept_and_nonsense_refused(tmp_path: Path, monkeypatc
         pass
 
 
-def test_online_without_a_key_is_one_line_of_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("WANDB_MODE", "online")
+@pytest.mark.usefixtures("online")
+def test_online_without_a_key_is_one_line_of_advice(tmp_path: Path):
     with pytest.raises(CoinError, match="wandb login") as caught:
         start_run(tmp_path / "run", group="g", job_type="evaluate", name="n")
     assert "\n" not in str(caught.value)
     assert wandb.run is None
 
 
+@pytest.mark.usefixtures("online")
 def test_online_without_a_server_is_one_line_of_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with socket.socket() as taken:  # bound but not listening: the port refuses connections
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-        monkeypatch.setenv("WANDB_MODE", "online")
         monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-        for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
-            monkeypatch.delenv(name, raising=False)
         with pytest.raises(CoinError, match="does not answer") as caught:
             training_loggers(tmp_path, "g", "expert", "n")
     assert "wandb sync" in str(caught.value)
 
 
+@pytest.mark.usefixtures("online")
 def test_a_server_that_answers_and_a_key_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login user password secret\n", encoding="utf-8")
     netrc.chmod(0o600)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("WANDB_MODE", "online")
         monkeypatch.setenv("NETRC", str(netrc))
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
-        for name in ("http_proxy", "HTTP_PROXY"):
-            monkeypatch.delenv(name, raising=False)
         check_connection()
         monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
         with pytest.raises(CoinError, match="no W&B API key"):
             check_connection()
 
 
+@pytest.mark.usefixtures("online")
+def test_a_key_under_w_and_b_s_older_name_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine api.wandb.ai login user password secret\n", encoding="utf-8")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: socket.socket())
+    check_connection()
+
+
+@pytest.mark.usefixtures("online")
 def test_a_name_server_that_hangs_does_not_hang_us(monkeypatch: pytest.MonkeyPatch):
     from coin.reporting import wandb_settings
 
@@ -235,7 +253,6 @@ def test_a_name_server_that_hangs_does_not_hang_us(monkeypatch: pytest.MonkeyPat
         raise OSError("released")
 
     monkeypatch.setattr(socket, "create_connection", hang)
-    monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     try:
         with pytest.raises(CoinError, match="no answer in"):

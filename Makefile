@@ -1,0 +1,62 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO ?= -c configs/experiment/quickstart.yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-small test lint format types imports pytest bench notebooks clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.demo: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "coin needs Python 3.11 or newer; set PYTHON=" && exit 1)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
+
+install: $(VENV)/.dev  ## make the environment in .venv with everything for development
+
+demo: $(VENV)/.demo  ## run the quickstart: two experts, one coded model, three seeds, a table and a report
+	$(BIN)/coin run $(DEMO)
+
+demo-small: $(VENV)/.demo  ## the quickstart's smallest form: one seed, one epoch, a few steps
+	$(BIN)/coin run -c configs/experiment/smallest.yaml
+
+test: lint types imports pytest  ## everything that must be green: lint, types, import contracts, tests
+
+lint: $(VENV)/.dev  ## check style and docstrings
+	$(BIN)/ruff check coin tests
+	$(BIN)/ruff format --check coin tests
+
+format: $(VENV)/.dev  ## format the code and mend what can be mended
+	$(BIN)/ruff check --fix coin tests
+	$(BIN)/ruff format coin tests
+
+types: $(VENV)/.dev  ## check the types (mypy, strict)
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev  ## check that imports flow one way
+	$(BIN)/lint-imports
+
+pytest: $(VENV)/.dev  ## run the tests
+	OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/pytest
+
+bench: $(VENV)/.bench  ## time the exact Fisher against its limit and its peers
+	OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/python tests/benchmarks/fisher.py
+
+notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
+	$(BIN)/pytest tests/test_notebooks.py
+
+clean:  ## remove the environment and all caches; results in runs/ stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist
+	find coin tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,168 @@
+"""The ``coin`` command: LightningCLI with the commands of coded networks."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+
+import coin.data
+import coin.merging
+import coin.modules  # noqa: F401
+from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
+from coin.errors import CoinError, ConfigurationError, FileError
+from coin.experiment import Experiment
+from coin.experiment.commands import merge, report
+from coin.reporting.summary import read_summary
+from coin.reporting.table import print_summary
+from coin.trainer import Trainer
+
+_PLAIN = ("run", "merge", "report")
+"""The commands that build their own trainers, or need none."""
+
+
+class CoinParser(LightningArgumentParser):
+    """LightningCLI's parser, with one line for a mistake instead of a page."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a `ConfigurationError` with the message on one line."""
+        raise ConfigurationError(" ".join(str(message).split())) from ex
+
+
+class CoinCLI(LightningCLI):
+    """The commands ``fit validate test predict fisher evaluate`` on a Trainer, and ``run merge report`` without."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the Trainer's commands and which of their arguments LightningCLI supplies."""
+        own = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "fisher": own, "evaluate": own | {"configuration"}}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        subcommands = parser._subcommands_action
+        assert subcommands is not None
+        for name in _PLAIN:
+            sub = self.init_parser(**kwargs.get(name, {}))
+            if name == "run":
+                sub.add_class_arguments(Experiment)
+                summary = "Run a whole experiment, resumably."
+            elif name == "merge":
+                sub.add_function_arguments(merge)
+                summary = "Merge experts into coded models."
+            else:
+                sub.add_argument("folders", nargs="+", type=str, help="Experiments' or seeds' folders.")
+                sub.add_argument("--output", type=str | None, default=None, help="The HTML file to write.")
+                summary = "Write the report of finished experiments."
+            subcommands.add_subcommand(name, sub, help=summary)
+            self._subcommand_parsers[name] = sub
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Make the expert the default model: ``coin fit --data MNIST5k`` is a whole command."""
+        parser.set_defaults({"model": {"class_path": "coin.modules.Expert"}})
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the architecture from a checkpoint that is to be tested, and leave a configured training run alone.
+
+        Lightning would replace all of the configured model's options by the checkpoint's, and do so in ``fit`` too.
+        """
+        subcommand = self.config.subcommand
+        if subcommand not in ("validate", "test", "predict", "fisher"):
+            return
+        options = self.config[subcommand]
+        path = options.get("ckpt_path")
+        if path is None or not str(path).endswith(".ckpt"):
+            return
+        found = checkpoint_options(Path(path))
+        init_args = options["model"]["init_args"]
+        for name in ("network", "image_size", "options", "num_classes"):
+            if name in found and name in init_args:
+                init_args[name] = found[name]
+        for name in ("weights", "initial"):  # about to be overwritten: nothing to download or to look for
+            if name in init_args:
+                init_args[name] = None
+
+    def _set_seed(self) -> None:
+        if self.subcommand not in _PLAIN:
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        """Build what the command needs: trainer, model and data, or none of them."""
+        if self.subcommand in _PLAIN:
+            self.config_init = self.parser.instantiate_classes(self.config)
+        else:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand not in _PLAIN:
+            super()._run_subcommand(subcommand)
+            return
+        options = self.config_init[subcommand].as_dict()
+        options.pop("config", None)
+        if subcommand == "run":
+            experiment = Experiment(**options)
+            experiment.run(self._dump_seed)
+            print_summary(read_summary(experiment.folder), Console())
+            print(f"report: {experiment.folder / 'report.html'}")
+        elif subcommand == "merge":
+            for path in merge(**options):
+                print(path)
+        else:
+            print(report(options["folders"], options["output"]))
+
+    def after_evaluate(self) -> None:
+        """Print the table of what was just measured."""
+
+    def _dump_seed(self, seed: int) -> str:
+        config = self.config["run"].clone()
+        config["seeds"] = [seed]
+        return str(self._subcommand_parsers["run"].dump(config, skip_none=False))
+
+
+def checkpoint_options(path: Path) -> dict[str, Any]:
+    """Return the hyper-parameters in a Lightning checkpoint.
+
+    Raises:
+        FileError: The file is missing or damaged, or is no such checkpoint.
+    """
+    if not path.is_file():
+        raise FileError(f"found no checkpoint '{path}', expected a file; check ckpt_path")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(checkpoint["hyper_parameters"])
+    except Exception as error:  # pickle's and zip's errors share no base class
+        raise FileError(
+            f"cannot read '{path}' as a Lightning checkpoint of an expert; give one that coin fit wrote"
+        ) from error
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        args: The command line without the program's name; ``sys.argv`` by default.
+
+    Returns:
+        The exit status: 0, or 2 for a user's mistake, which is told in one line on standard error.
+    """
+    os.environ.setdefault("WANDB_MODE", "offline")
+    try:
+        CoinCLI(
+            LightningModule,
+            LightningDataModule,
+            trainer_class=Trainer,
+            parser_class=CoinParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            args=args,
+        )
+    except CoinError as error:
+        print(f"coin: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0

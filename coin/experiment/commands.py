@@ -1,0 +1,88 @@
+"""What the commands without a model of their own do: ``coin merge`` and ``coin report``."""
+
+from pathlib import Path
+from typing import Any
+
+from coin.coding import Code
+from coin.data import TaskData
+from coin.data.tasks import Tasks, task_with
+from coin.errors import ConfigurationError
+from coin.experiment.merge import Ingredients, coded_paths, merge_experts
+from coin.experiment.training import distill_rows
+from coin.merging import MergeMethod
+from coin.modules import Distillation
+from coin.reporting.report import write_report
+
+
+def merge(
+    experts: dict[str, str],
+    method: MergeMethod | Distillation,
+    output: str,
+    code: list[list[float]] | None = None,
+    fisher: dict[str, str] | None = None,
+    gram: dict[str, str] | None = None,
+    initial: str | None = None,
+    tasks: dict[str, TaskData] | None = None,
+    samples_per_task: int = 200,
+    batch_size: int = 64,
+    seed: int = 0,
+    trainer: dict[str, Any] | None = None,
+) -> list[Path]:
+    """Merge experts into coded models.
+
+    Args:
+        experts: The experts' safetensors files by task.
+        method: The merge method.
+        output: The folder for the coded models: ``METHOD.safetensors``, or ``METHOD.row-r.safetensors``.
+        code: R rows of N coding weights; none weighs all experts alike, with one coded model.
+        fisher: The experts' Fisher files by task, for the methods that need them.
+        gram: The experts' Gram files by task, for the methods that need them.
+        initial: The shared initialisation's file, for the methods that need it.
+        tasks: The tasks by name, for methods and BatchNorm policies that look at calibration data.
+        samples_per_task: P, the calibration samples of each task.
+        batch_size: Calibration samples a batch.
+        seed: Draws the calibration samples and their order.
+        trainer: Options of the Trainer, for distillation.
+
+    Returns:
+        The files that were written.
+    """
+    paths = {task: Path(path) for task, path in experts.items()}
+    matrix = Code([[1 / max(1, len(paths))] * len(paths)] if code is None else code)
+    statistics = {
+        kind: {task: Path(path) for task, path in files.items()}
+        for kind, files in (("fisher", fisher), ("gram", gram))
+        if files
+    }
+    ingredients = Ingredients(paths, statistics, None, None if initial is None else Path(initial))
+    data = None
+    if tasks is not None:
+        if list(tasks) != list(experts):
+            raise ConfigurationError(
+                f"found tasks {list(tasks)} for experts {list(experts)}; name the same, in one order"
+            )
+        sized = {name: task_with(task, image_size=ingredients.config.image_size) for name, task in tasks.items()}
+        data = Tasks(sized, samples_per_task, batch_size, seed=seed)
+        data.prepare_data()
+        data.setup()
+        ingredients.calibrations = data.calibrations()
+    if isinstance(method, Distillation):
+        if data is None:
+            raise ConfigurationError("found no tasks, expected them: distillation trains on their calibration samples")
+        written = coded_paths(method, matrix, Path(output))
+        distill_rows(method, ingredients, matrix, data, written, Path(output), seed=seed, trainer_options=trainer or {})
+        return written
+    return merge_experts(method, matrix, ingredients, Path(output), samples_per_task if data or statistics else None)
+
+
+def report(folders: list[str], output: str | None = None) -> Path:
+    """Write the report of finished experiments from their files alone.
+
+    Args:
+        folders: Experiments' or seeds' folders; several are compared.
+        output: The HTML file; none writes ``report.html`` into the first folder.
+
+    Returns:
+        The HTML file.
+    """
+    return write_report([Path(folder) for folder in folders], None if output is None else Path(output))

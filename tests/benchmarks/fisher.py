@@ -1,0 +1,217 @@
+"""The exact Fisher diagonal's time, memory and error beside its peers; run by ``make bench``.
+
+The yardstick ("the limit") is one forward and C ordinary batched backward passes on the same samples. All candidates run
+interleaved in one process and are compared by medians; peak memory is taken in a fresh process per candidate.
+
+    python tests/benchmarks/fisher.py [--quick] [--repeats N] [--threads N]
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torchvision
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torchvision.models.vision_transformer import VisionTransformer
+
+from coin.statistics import fisher_diagonal
+
+CLASSES = 10
+OUTPUT = Path("runs/bench/fisher.json")
+CHECKED = 4
+"""Samples on which the errors are taken, against the dense loop in float64."""
+
+Candidate = Callable[[nn.Module, Tensor], dict[str, Tensor]]
+
+
+def vit() -> nn.Module:
+    """ViT-B/16 with 4 of its 12 layers, on 32×32: 4 patches and the class token."""
+    network = VisionTransformer(32, 16, 4, 12, 768, 3072, num_classes=CLASSES)
+    nn.init.normal_(network.heads.head.weight, std=0.02)  # torchvision's is zero, and so would be every gradient
+    return network
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": lambda: torchvision.models.resnet18(num_classes=CLASSES),
+    "resnet50": lambda: torchvision.models.resnet50(num_classes=CLASSES),
+    "vit_b_16": vit,
+}
+
+
+def limit(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    network.zero_grad()
+    outputs = network(inputs)
+    for c in range(CLASSES):
+        outputs[:, c].sum().backward(retain_graph=c < CLASSES - 1)
+    return {}
+
+
+def coin(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    return fisher_diagonal(network, [inputs])
+
+
+def naive(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    parameters = dict(network.named_parameters())
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for x in inputs:
+        outputs = network(x[None])[0]
+        for c in range(CLASSES):
+            gradients = torch.autograd.grad(outputs[c], list(parameters.values()), retain_graph=c < CLASSES - 1)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                total[name].addcmul_(gradient, gradient)
+    return {name: value / len(inputs) for name, value in total.items()}
+
+
+def make_backpack(network: nn.Module) -> Candidate | None:
+    """BackPACK's DiagGGNExact of half the squared error, or None for a network that it does not support."""
+    from backpack import backpack, extend
+    from backpack.extensions import DiagGGNExact
+
+    names = {id(p): name for name, p in network.named_parameters()}
+    for module in network.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    try:
+        extended = extend(network, use_converter=True).eval()
+    except Exception:  # its converter fails in many ways
+        return None
+    loss = extend(nn.MSELoss(reduction="sum"))
+
+    def candidate(_: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+        extended.zero_grad()
+        outputs = extended(inputs)
+        with backpack(DiagGGNExact()):
+            loss(outputs, torch.zeros_like(outputs)).backward()
+        # The squared error's Hessian by the outputs is 2 I.
+        found = {names[id(p)]: p.diag_ggn_exact / (2 * len(inputs)) for p in extended.parameters()}
+        for p in extended.parameters():
+            del p.diag_ggn_exact
+        return found
+
+    try:
+        candidate(network, torch.randn(2, 3, 32, 32))
+    except Exception:
+        return None
+    return candidate
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[name]().eval()
+
+
+def candidates(name: str) -> dict[str, tuple[Candidate, nn.Module]]:
+    """Return each candidate with a network of its own, all of the same weights."""
+    found: dict[str, tuple[Candidate, nn.Module]] = {
+        key: (function, build(name)) for key, function in (("limit", limit), ("coin", coin), ("naive", naive))
+    }
+    network = build(name)
+    if (function := make_backpack(network)) is not None:
+        found["backpack"] = (function, network)
+    return found
+
+
+def peak_mib(name: str, samples: int, candidate: str, threads: int) -> float:
+    """Return how far a candidate raises the resident memory of a fresh process, in MiB."""
+    command = [sys.executable, __file__, "--peak", name, str(samples), candidate, "--threads", str(threads)]
+    finished = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
+    return float(finished.stdout.split()[-1])
+
+
+def measure_peak(name: str, samples: int, candidate: str) -> None:
+    function, network = candidates(name)[candidate]
+    function(network, torch.randn(1, 3, 32, 32))  # libraries allocate on their first call
+    network.zero_grad()
+    inputs = torch.randn(samples, 3, 32, 32)
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    function(network, inputs)
+    print(max(0.0, (_status("VmHWM") - before) / 1024))
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1])
+
+
+def tensor_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return the largest error of any tensor, relative to that tensor's largest entry.
+
+    Tensors that are zero but for rounding (the key's bias in attention) are taken relative to the largest of all.
+    """
+    largest = max(float(value.max()) for value in expected.values())
+    return max(
+        float((found[name].double() - value).abs().max()) / max(float(value.max()), 1e-12 * largest)
+        for name, value in expected.items()
+    )
+
+
+def run(name: str, samples: int, repeats: int, threads: int) -> dict[str, dict[str, float | None]]:
+    chosen = candidates(name)
+    inputs = torch.randn(samples, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    checked = inputs[:CHECKED]
+    expected = naive(build(name).double(), checked.double())
+    errors = {
+        key: tensor_error(f(net, checked), expected) if key != "limit" else None for key, (f, net) in chosen.items()
+    }
+    seconds: dict[str, list[float]] = {key: [] for key in chosen}
+    for turn in range(repeats + 1):
+        for key, (function, network) in chosen.items():
+            if key in ("naive", "backpack") and turn > max(1, repeats // 2):
+                continue  # the slow ones need fewer turns for the same certainty
+            start = time.perf_counter()
+            function(network, inputs)
+            if turn:  # the first turn warms up
+                seconds[key].append(time.perf_counter() - start)
+    base = statistics.median(seconds["limit"])
+    return {
+        key: {
+            "ratio_to_limit": statistics.median(seconds[key]) / base,
+            "peak_mib": peak_mib(name, samples, key, threads),
+            "max_tensor_error": errors[key],
+        }
+        for key in chosen
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="ResNet18 and the transformer at P = 8 only, 3 repeats")
+    parser.add_argument("--repeats", type=int, default=9, help="interleaved turns after the first one")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of every candidate")
+    parser.add_argument("--peak", nargs=3, metavar=("NETWORK", "P", "CANDIDATE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        measure_peak(options.peak[0], int(options.peak[1]), options.peak[2])
+        return
+    networks = ["resnet18", "vit_b_16"] if options.quick else list(NETWORKS)
+    repeats = min(options.repeats, 3) if options.quick else options.repeats
+    table = Table("network", "P", "candidate", "ratio to limit", "peak MiB", "max tensor error")
+    results: dict[str, dict[str, dict[str, dict[str, float | None]]]] = {}
+    for name in networks:
+        for samples in (8,) if options.quick else (8, 32):
+            rows = results.setdefault(name, {})[str(samples)] = run(name, samples, repeats, options.threads)
+            for key, row in rows.items():
+                error = "–" if row["max_tensor_error"] is None else f"{row['max_tensor_error']:.1e}"
+                table.add_row(name, str(samples), key, f"{row['ratio_to_limit']:.2f}", f"{row['peak_mib']:.0f}", error)
+            OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+            OUTPUT.write_text(json.dumps(results, indent=2) + "\n")
+    Console().print(table)
+    print(f"written to {OUTPUT}; {options.threads} threads, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()
