@@ -1,7 +1,7 @@
 """The exact Fisher diagonal's time, memory and error beside its peers; run by ``make bench``.
 
-The yardstick ("the limit") is one forward and C ordinary batched backward passes on the same samples. All candidates run
-interleaved in one process and are compared by medians; peak memory is taken in a fresh process per candidate.
+The yardstick ("the limit") is one forward and C ordinary batched backward passes on the same samples. All candidates
+run in turn in one process and are compared by medians; peak memory is taken in a fresh process per candidate.
 
     python tests/benchmarks/fisher.py [--quick] [--repeats N] [--threads N]
 """
