@@ -89,11 +89,14 @@ CONFIGURATION = {
 def make_experiment(tmp_path: Path) -> Make:
     """Return a function that writes an experiment folder and returns it."""
 
-    def make(name: str = "quickstart", seeds: Sequence[int] = (0, 1, 2), **options: object) -> Path:
+    def make(
+        name: str = "quickstart", seeds: Sequence[int] = (0, 1, 2), with_confusions: bool = False, **options: object
+    ) -> Path:
         folder = tmp_path / "runs" / name
         for seed in seeds:
             rows, confusions = measured(seed, experiment=name, **options)  # type: ignore[arg-type]
-            write_results(folder / f"seed-{seed}", rows, {**CONFIGURATION, "name": name}, confusions)
+            counts = confusions if with_confusions else None
+            write_results(folder / f"seed-{seed}", rows, {**CONFIGURATION, "name": name}, counts)
         return folder
 
     return make

@@ -9,7 +9,16 @@ import pandas as pd
 import pytest
 
 from coin.errors import FileError
-from coin.reporting import Examples, read_results, write_examples, write_layers, write_report, write_results
+from coin.reporting import (
+    Examples,
+    read_confusions,
+    read_results,
+    write_examples,
+    write_layers,
+    write_report,
+    write_results,
+)
+from coin.reporting.sources import read_sources
 
 FEW = (
     ("none", "", (None, 0.56, 0.91), float("nan"), 0.0, 0.0),
@@ -65,7 +74,7 @@ def page(path: Path) -> tuple[str, Page]:
 
 @pytest.fixture
 def full(make_experiment: Make) -> Path:
-    folder = make_experiment(seeds=(0, 1), methods=FEW)
+    folder = make_experiment(seeds=(0, 1), methods=FEW, with_confusions=True)
     images = np.zeros((3, 4, 4, 3), np.uint8)
     answers = np.array([0, 1, 1])
     write_examples(folder / "seed-0", Examples(images, answers, np.array([0, 0, 1]), answers, ("cat", "dog")))
@@ -106,9 +115,10 @@ def test_a_report_is_whole_and_needs_nothing_from_outside(full: Path):
         assert item.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_shows_the_numbers_of_the_files(full: Path):
-    _, parsed = page(write_report([full]))
-    rows = pd.concat([read_results(full / f"seed-{seed}") for seed in (0, 1)])
+def test_the_table_shows_the_numbers_of_the_files(make_experiment: Make):
+    folder = make_experiment(seeds=(0, 1), methods=FEW)
+    _, parsed = page(write_report([folder]))
+    rows = pd.concat([read_results(folder / f"seed-{seed}") for seed in (0, 1)])
     chosen = rows[(rows["method"] == "coin") & (rows["decoder"] == "linear")]
     by_seed = chosen.groupby("seed")["nda"].mean()
     assert f"{100 * by_seed.mean():.2f} ± {100 * by_seed.std(ddof=1):.2f}" in parsed.words
@@ -141,12 +151,19 @@ def test_several_experiments_and_several_p(make_experiment: Make, tmp_path: Path
     assert "compared" not in again.read_text(encoding="utf-8")  # one folder given twice is one experiment
 
 
-def test_experiments_of_one_name_stay_apart(make_experiment: Make, tmp_path: Path):
+def test_experiments_of_one_name_stay_apart(make_experiment: Make):
     folder = make_experiment("same", seeds=(0, 1), methods=FEW)
-    _, parsed = page(write_report([folder / "seed-0", folder / "seed-1"], tmp_path / "both.html"))
-    words = " ".join(parsed.words)
-    assert f"same ({folder / 'seed-0'})" in words
-    assert f"same ({folder / 'seed-1'})" in words
+    sources = read_sources([folder / "seed-0", folder / "seed-1"])
+    assert [source.name for source in sources] == [f"same ({folder / 'seed-0'})", f"same ({folder / 'seed-1'})"]
+
+
+def test_confusions_are_summed_over_seeds(make_experiment: Make):
+    folder = make_experiment(seeds=(0, 1), methods=FEW, with_confusions=True)
+    (source,) = read_sources([folder])
+    key = "coin|average|ridge|letters|letters"
+    wanted = sum(read_confusions(folder / f"seed-{seed}")[key] for seed in (0, 1))
+    np.testing.assert_array_equal(source.confusions["ridge", "letters"]["coin"], wanted)
+    assert "none" not in source.confusions["ridge", "letters"]
 
 
 HOSTILE = "<script>alert(1)</script>\"'&$x_{1}$"

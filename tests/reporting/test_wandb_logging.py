@@ -141,7 +141,7 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured):
 
 
 def test_runs_per_method_group_by_their_configuration(tmp_path: Path, measure: Measured):
-    rows, _ = measure(2)
+    rows = [row for row in measure(2)[0] if row.method in ("none", "coin")]
     log_method_runs(tmp_path, rows, group="g", config={"lr": 0.1})
     found = {}
     for folder in run_folders(tmp_path):
@@ -149,7 +149,7 @@ def test_runs_per_method_group_by_their_configuration(tmp_path: Path, measure: M
         config = of_type(records, "run")[0]["config"]["update"]
         item = {key: value for record in of_type(records, "history") for key, value in record["item"].items()}
         found[config["variant"]] = (config, item)
-    assert set(found) == {"none", "oracle", "average", "coin", "coin+recalibrate", "distillation"}
+    assert set(found) == {"none", "coin", "coin+recalibrate"}
     config, item = found["coin+recalibrate"]
     assert (config["method"], config["batchnorm"], config["seed"], config["lr"]) == ("coin", "recalibrate", 2, 0.1)
     wanted = np.mean([row.nda for row in rows if (row.batchnorm, row.decoder) == ("recalibrate", "linear")])
