@@ -1,1 +1,66 @@
-"""Erasure-coded neural networks."""
+"""Erasure-coded neural networks: one coded model, built in closed form, stands in for a lost expert.
+
+The names below are the library without a Trainer and without files: estimate a Fisher, merge, encode, decode, score.
+They are imported when they are first used, so that the command line can set up the process before PyTorch starts.
+
+Source: Jhunjhunwala, Jali, Joshi and Wang, *Erasure Coded Neural Network Inference via Fisher Averaging*, ISIT 2024,
+arXiv 2409.01420.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from coin.coding import Answers, Code, DecoderKind, make_decoder
+    from coin.merging import Average, Coin, MergeInputs, RegMean
+    from coin.merging.networks import merge_networks
+    from coin.metrics import DecodingAccuracy, Residual
+    from coin.modules import Coded
+    from coin.networks import BatchNormPolicy, recalibrate
+    from coin.statistics import FisherKind, fisher_diagonal, gram_sums
+
+_HOMES = {
+    "Answers": "coin.coding",
+    "Average": "coin.merging",
+    "BatchNormPolicy": "coin.networks",
+    "Code": "coin.coding",
+    "Coded": "coin.modules",
+    "Coin": "coin.merging",
+    "DecoderKind": "coin.coding",
+    "DecodingAccuracy": "coin.metrics",
+    "FisherKind": "coin.statistics",
+    "MergeInputs": "coin.merging",
+    "RegMean": "coin.merging",
+    "Residual": "coin.metrics",
+    "fisher_diagonal": "coin.statistics",
+    "gram_sums": "coin.statistics",
+    "make_decoder": "coin.coding",
+    "merge_networks": "coin.merging.networks",
+    "recalibrate": "coin.networks",
+}
+
+__all__ = [
+    "Answers",
+    "Average",
+    "BatchNormPolicy",
+    "Code",
+    "Coded",
+    "Coin",
+    "DecoderKind",
+    "DecodingAccuracy",
+    "FisherKind",
+    "MergeInputs",
+    "RegMean",
+    "Residual",
+    "fisher_diagonal",
+    "gram_sums",
+    "make_decoder",
+    "merge_networks",
+    "recalibrate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'coin' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,13 +1,11 @@
 """The merge step: experts and statistics from files in, coded models as files out."""
 
 import time
-from collections.abc import Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from coin.coding import Code
@@ -15,20 +13,18 @@ from coin.data import Calibration, pooled
 from coin.errors import ConfigurationError
 from coin.experiment.steps import described
 from coin.merging import MergeInputs, MergeMethod, Requirement
+from coin.merging.networks import expert_outputs, merge_row, parameters_of
 from coin.networks import (
     BatchNormPolicy,
     NetworkFile,
-    average_buffers,
-    fill_network,
     has_batchnorm,
     head_name,
     load_network,
     pad_head,
-    recalibrate,
     save_network,
     widen_network,
 )
-from coin.state import State, fingerprint, sha256_of
+from coin.state import fingerprint, sha256_of
 from coin.statistics import OutputMap
 from coin.statistics.files import StatisticFile, load_statistic
 
@@ -117,10 +113,18 @@ def merge_experts(
     if code.num_experts != len(ingredients.networks):
         raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {len(ingredients.networks)}")
     inputs, seconds, passes = _inputs(method, ingredients)
+    buffers = ingredients.initial_state() if ingredients.initial is not None else None
     networks, spent = [], []
     for row in code.matrix.tolist():
         started = time.perf_counter()
-        network, row_passes = _merge_row(method, row, inputs, ingredients)
+        network, row_passes = merge_row(
+            method,
+            ingredients.networks,
+            row,
+            inputs,
+            initial_buffers=buffers,
+            batches=ingredients.pooled() if ingredients.calibrations else None,
+        )
         networks.append(network)
         spent.append((time.perf_counter() - started, row_passes))
     paths = coded_paths(method, code, folder)
@@ -164,7 +168,7 @@ def coded_provenance(
 def _inputs(method: MergeMethod, ingredients: Ingredients) -> tuple[MergeInputs, float, float]:
     """Return what the method needs that is the same for all rows, with its cost in seconds and passes."""
     seconds = passes = 0.0
-    states: dict[str, Any] = {"experts": [_parameters(network) for network in ingredients.networks]}
+    states: dict[str, Any] = {"experts": [parameters_of(network) for network in ingredients.networks]}
     for requirement, statistic, key in ((Requirement.FISHER, "fisher", "fishers"), (Requirement.GRAM, "gram", "grams")):
         if requirement in method.requires:
             files = ingredients.read(statistic)
@@ -176,10 +180,7 @@ def _inputs(method: MergeMethod, ingredients: Ingredients) -> tuple[MergeInputs,
         states["initial"] = {name: initial[name] for name in states["experts"][0]}
     if Requirement.OUTPUTS in method.requires:
         started = time.perf_counter()
-        batches = list(ingredients.pooled())
-        with torch.no_grad():
-            outputs = [torch.cat([network(batch) for batch in batches]) for network in ingredients.networks]
-        states["expert_outputs"] = torch.stack(outputs)
+        states["expert_outputs"] = expert_outputs(ingredients.networks, ingredients.pooled())
         seconds += time.perf_counter() - started
         passes += float(states["expert_outputs"].shape[0] * states["expert_outputs"].shape[1])
     if Requirement.EXPERT_MAPS in method.requires:
@@ -190,50 +191,6 @@ def _inputs(method: MergeMethod, ingredients: Ingredients) -> tuple[MergeInputs,
             for network, calibration in zip(ingredients.networks, ingredients.calibrations.values(), strict=True)
         ]
     return MergeInputs(**states), seconds, passes
-
-
-def _merge_row(
-    method: MergeMethod, row: Sequence[float], inputs: MergeInputs, ingredients: Ingredients
-) -> tuple[nn.Module, float]:
-    """Return one coded model, and what it took in forward-equivalents."""
-    network = deepcopy(ingredients.networks[0])
-    buffers = [dict(expert.named_buffers()) for expert in ingredients.networks]
-    averaged = average_buffers(buffers, row)
-    policy = BatchNormPolicy(method.batchnorm)
-    passes = 0.0
-    if Requirement.OUTPUTS in method.requires:
-        _fill(network, _parameters(network), averaged)
-        outputs = OutputMap(network, list(ingredients.pooled()))
-        merged = method.merge(replace_outputs(inputs, outputs), row)
-        passes += outputs.passes
-    else:
-        merged = method.merge(inputs, row)
-    started_at = averaged
-    if policy == BatchNormPolicy.keep and Requirement.OUTPUTS not in method.requires and has_batchnorm(network):
-        initial = ingredients.initial_state()
-        started_at = {name: initial.get(name, averaged[name]) for name in averaged}
-    _fill(network, merged, started_at)
-    if policy == BatchNormPolicy.recalibrate:
-        passes += recalibrate(network, ingredients.pooled())
-    return network, passes
-
-
-def replace_outputs(inputs: MergeInputs, outputs: OutputMap) -> MergeInputs:
-    """Return the same inputs with the coded network's output map of one row."""
-    return MergeInputs(
-        inputs.experts, inputs.initial, inputs.fishers, inputs.grams, outputs, inputs.expert_outputs, inputs.expert_maps
-    )
-
-
-def _parameters(network: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in network.named_parameters()}
-
-
-def _fill(network: nn.Module, parameters: State, buffers: State) -> None:
-    names = network.state_dict().keys()
-    fill_network(
-        network, {name: t for name, t in {**parameters, **buffers}.items() if name in names}, "the coded model"
-    )
 
 
 def _padded(file: StatisticFile, ingredients: Ingredients, statistic: str) -> dict[str, Tensor]:
