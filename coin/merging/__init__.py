@@ -2,8 +2,10 @@
 
 from coin.merging.average import Average
 from coin.merging.coin import Coin
+from coin.merging.feature_map import FeatureMap
 from coin.merging.full_fisher import FullFisher
 from coin.merging.gauss_newton import GaussNewton
+from coin.merging.head_fit import HeadFit
 from coin.merging.inputs import MergeInputs, Requirement
 from coin.merging.method import MergeMethod
 from coin.merging.regmean import RegMean, RegMeanLayers
@@ -12,8 +14,10 @@ from coin.merging.task_vectors import TaskArithmetic, Ties
 __all__ = [
     "Average",
     "Coin",
+    "FeatureMap",
     "FullFisher",
     "GaussNewton",
+    "HeadFit",
     "MergeInputs",
     "MergeMethod",
     "RegMean",

@@ -7,6 +7,7 @@ from enum import StrEnum
 from torch import Tensor
 
 from coin.errors import ConfigurationError, StateError
+from coin.merging.feature_map import FeatureMap
 from coin.state import State, check_finite, check_same_layout
 from coin.statistics.products import OutputMap
 
@@ -24,6 +25,8 @@ class Requirement(StrEnum):
     """The coded network as a function of its parameters on pooled calibration inputs, and the experts' logits."""
     EXPERT_MAPS = "expert_maps"
     """Each expert as a function of its parameters on its calibration inputs."""
+    FEATURES = "features"
+    """The coded network's features as a function of its parameters, and the experts' logits on the same inputs."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class MergeInputs:
             the ones the coded network will keep, so they may depend on the code row.
         expert_outputs: The experts' logits on the same inputs ``[N, P, C]``, padded with zeros.
         expert_maps: Per expert its network, with its own buffers, on the calibration inputs of its Fisher.
+        features: The coded network's features on the P pooled calibration inputs, its buffers as for `outputs`.
     """
 
     experts: Sequence[State]
@@ -48,6 +52,7 @@ class MergeInputs:
     outputs: OutputMap | None = None
     expert_outputs: Tensor | None = None
     expert_maps: Sequence[OutputMap] | None = None
+    features: FeatureMap | None = None
 
 
 def check_requirements(label: str, requires: Collection[Requirement], inputs: MergeInputs) -> None:
@@ -67,6 +72,7 @@ def check_requirements(label: str, requires: Collection[Requirement], inputs: Me
         Requirement.GRAM: inputs.grams,
         Requirement.OUTPUTS: None if inputs.outputs is None else inputs.expert_outputs,
         Requirement.EXPERT_MAPS: inputs.expert_maps,
+        Requirement.FEATURES: None if inputs.features is None else inputs.expert_outputs,
     }
     for requirement in sorted(requires):
         value = inputs.initial if requirement is Requirement.INITIAL else per_expert[requirement]
@@ -87,7 +93,7 @@ def check_requirements(label: str, requires: Collection[Requirement], inputs: Me
     if Requirement.INITIAL in requires and inputs.initial is not None:
         check_same_layout([inputs.experts[0], inputs.initial], ["expert 0", "the shared initialisation"])
         check_finite(inputs.initial, "the shared initialisation")
-    if Requirement.OUTPUTS in requires and inputs.expert_outputs is not None:
+    if {Requirement.OUTPUTS, Requirement.FEATURES} & set(requires) and inputs.expert_outputs is not None:
         for index, logits in enumerate(inputs.expert_outputs):
             check_finite({"logits": logits}, f"the calibration output of expert {index}")
 

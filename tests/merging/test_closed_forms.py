@@ -168,7 +168,7 @@ def test_regmean_minimises_its_objective():
     experts = [random_state(i) for i in range(3)]
     joined = [torch.cat([x, torch.ones(30, 1).double()], 1) for x in data]
     grams = [{"head.weight": (x.T @ x / 30)[None]} for x in joined]
-    merged = RegMean(damping=0).merge(MergeInputs(experts, grams=grams), WEIGHTS)
+    merged = RegMean(alpha=1, damping=0).merge(MergeInputs(experts, grams=grams), WEIGHTS)
     rows = torch.cat([math.sqrt(w) * x for w, x in zip(WEIGHTS, joined, strict=True)])
     targets = torch.cat(
         [
@@ -188,7 +188,7 @@ def test_regmean_solves_each_group_of_a_convolution_by_itself():
     generator = torch.Generator().manual_seed(5)
     factors = [torch.randn(2, 18, 30, generator=generator, dtype=torch.float64) for _ in range(2)]
     grams = [{"conv.weight": factor @ factor.mT} for factor in factors]
-    merged = RegMean(damping=0).merge(MergeInputs(experts, grams=grams), (0.3, 0.7))
+    merged = RegMean(alpha=1, damping=0).merge(MergeInputs(experts, grams=grams), (0.3, 0.7))
     for group in range(2):
         half = slice(2 * group, 2 * group + 2)
         total = 0.3 * grams[0]["conv.weight"][group] + 0.7 * grams[1]["conv.weight"][group]
@@ -228,11 +228,11 @@ def test_a_singular_gram_is_an_error_or_damped_to_the_average():
     column[0] = 1
     inputs = MergeInputs(experts, grams=[{"head.weight": (column @ column.T)[None]}] * 2)
     with pytest.raises(NumericalError, match=re.escape("the Gram matrix of 'head.weight' is singular")):
-        RegMean(damping=0).merge(inputs, (0.5, 0.5))
+        RegMean(alpha=1, damping=0).merge(inputs, (0.5, 0.5))
     average = Average().merge(inputs, (0.5, 0.5))
-    assert_states_close(RegMean(damping=1e-3).merge(inputs, (0.5, 0.5)), average)
+    assert_states_close(RegMean(alpha=1, damping=1e-3).merge(inputs, (0.5, 0.5)), average)
     dead = MergeInputs(experts, grams=[{"head.weight": torch.zeros(1, 6, 6).double()}] * 2)
-    assert_states_close(RegMean(damping=0).merge(dead, (0.5, 0.5)), average)
+    assert_states_close(RegMean(alpha=1, damping=0).merge(dead, (0.5, 0.5)), average)
 
 
 def test_task_arithmetic_by_hand():

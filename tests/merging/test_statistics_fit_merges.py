@@ -41,7 +41,7 @@ def test_a_linear_network_on_pooled_data_reaches_the_mixture(name):
     )
     with torch.no_grad():
         mixture = sum(w * network(pooled) for w, network in zip(WEIGHTS, networks, strict=True))
-    for method in (RegMean(), RegMean(damping=0), Coin()):
+    for method in (RegMean(), RegMean(alpha=1, damping=0), Coin()):
         outputs = functional_call(networks[0], method.merge(inputs, WEIGHTS), (pooled,))
         torch.testing.assert_close(outputs, mixture, rtol=1e-9, atol=1e-9)
 
@@ -60,6 +60,6 @@ def test_regmean_on_own_data_minimises_the_weighted_output_error(name):
         )
         return torch.cat([g.flatten() for g in torch.autograd.grad(error, list(leaves.values()))]).norm()
 
-    merged = RegMean(damping=0).merge(MergeInputs(experts, grams=grams), WEIGHTS)
+    merged = RegMean(alpha=1, damping=0).merge(MergeInputs(experts, grams=grams), WEIGHTS)
     average = {key: sum(w * e[key] for w, e in zip(WEIGHTS, experts, strict=True)) for key in experts[0]}
     assert slope(merged) < 1e-9 * slope(average)
