@@ -31,3 +31,9 @@ class DecodingError(CoinError, ValueError):
 
 class NumericalError(CoinError, ArithmeticError):
     """A computation broke down: a singular system, a result that is not finite."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message, or the error's type where it says nothing."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

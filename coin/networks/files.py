@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from coin.errors import FileError, StateError
+from coin.errors import FileError, StateError, first_line
 from coin.networks.heads import head_name, pad_head
 from coin.networks.registry import NetworkConfig, build_network
 from coin.state import State, load_state, save_state
@@ -106,9 +106,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise FileError(
-            f"cannot read '{path}' ({str(error).splitlines()[0]}); it is damaged or no checkpoint"
-        ) from error
+        raise FileError(f"cannot read '{path}' ({first_line(error)}); it is damaged or no checkpoint") from error
     except Exception as error:  # pickle's own errors share no base class
         raise FileError(
             f"cannot read '{path}' without unpickling objects; save its state_dict as safetensors"

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torchvision import models
 
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError, FileError, first_line
 from coin.networks.heads import head_name, replace_head
 from coin.networks.small_resnet import SmallResNet
 
 _OWN = {"small_resnet": SmallResNet}
-# These return their auxiliary logits beside the main ones while training, unless they are built without.
+# These return their auxiliary logits beside the main ones while training, unless they are built without; and with
+# pretrained weights they rescale their input, which a file read back must do too, so they always do.
 _AUXILIARY = {"googlenet", "inception_v3"}
 
 
@@ -82,8 +83,9 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
             return _constructed(config, _OWN[config.name], num_classes=num_classes, **config.options)
         options = dict(config.options)
         if config.name in _AUXILIARY:
-            options.setdefault("aux_logits", False)
+            options.setdefault("transform_input", True)
             if config.weights is None:
+                options.setdefault("aux_logits", False)
                 options.setdefault("init_weights", True)
         family = config.name.split("_")[0]
         if family == "vit":
@@ -96,6 +98,8 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
             )
         else:
             network = _pretrained(config, options)
+            if config.name in _AUXILIARY:
+                _drop_auxiliary_heads(network)
             replace_head(network, num_classes)
     return network
 
@@ -106,10 +110,18 @@ def _pretrained(config: NetworkConfig, options: dict[str, Any]) -> nn.Module:
     except (URLError, OSError, RuntimeError) as error:
         # torch.hub raises RuntimeError for a wrong checksum, the rest for a network that is not there.
         raise FileError(
-            f"cannot download the weights {config.weights} of {config.name} ({str(error).splitlines()[0]}); "
+            f"cannot download the weights {config.weights} of {config.name} ({first_line(error)}); "
             f"copy them to {torch.hub.get_dir()}/checkpoints, or set network.weights=null, or give trained weights as "
             "base.checkpoint"
         ) from error
+
+
+def _drop_auxiliary_heads(network: nn.Module) -> None:
+    """Drop the heads that pretrained weights cannot be loaded without."""
+    network.aux_logits = False  # type: ignore[assignment]
+    for name in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(network, name):
+            setattr(network, name, None)
 
 
 def _constructed(config: NetworkConfig, builder: Any, *arguments: Any, **options: Any) -> nn.Module:
@@ -118,7 +130,7 @@ def _constructed(config: NetworkConfig, builder: Any, *arguments: Any, **options
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigurationError(
             f"cannot build {config.name} for images of {config.image_size} pixels with options {config.options}: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
     assert isinstance(network, nn.Module)
     head_name(network)

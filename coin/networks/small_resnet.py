@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
+from coin.errors import ConfigurationError
+
 
 class SmallResNet(nn.Module):
     """A ResNet of eight basic blocks (2-2-2-2, widths 32 to 256) behind a 3×3 stride-2 stem; 2.8 M parameters.
@@ -14,10 +16,15 @@ class SmallResNet(nn.Module):
     Args:
         num_classes: The number of logits.
         width: The channels of the first stage; each later stage doubles them.
+
+    Raises:
+        ConfigurationError: `width` is below 1.
     """
 
     def __init__(self, num_classes: int = 10, width: int = 32) -> None:
         super().__init__()
+        if width < 1:
+            raise ConfigurationError(f"found width={width}, expected at least 1 channel")
         self.stem = nn.Sequential(
             nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
         )
