@@ -1,0 +1,117 @@
+"""What several rooms' tests share: a tiny task, a tiny network, experts as files, and a quiet Trainer."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from coin.coding import Code
+from coin.data import Samples, Source, TaskData
+from coin.networks import NetworkConfig, build_network, load_network, recalibrate, save_network
+from coin.state import fingerprint
+from coin.trainer import Trainer
+
+
+class Synthetic(TaskData):
+    """Noisy images with one bright bar a class, learnt in a few steps; `key` draws the noise."""
+
+    def __init__(self, classes: int = 3, train: int = 40, test: int = 23, key: int = 0, **options: Any) -> None:
+        small = {"image_size": 16, "batch_size": 8, "eval_batch_size": 8, "validation_share": 0.2}
+        super().__init__(**{**small, **options})
+        self.key, self.counts, self.number = key, (train, test), classes
+
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(f"class {index}" for index in range(self.number))
+
+    def load(self) -> Source:
+        train, test = self.counts
+        draw = torch.Generator().manual_seed(self.key)
+        labels = torch.arange(train + test) % self.number
+        images = torch.randint(0, 120, (train + test, 3, 16, 16), generator=draw, dtype=torch.uint8)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            image[:, 4 * label : 4 * label + 3] += 120
+        everything = Samples.of(images, labels)
+        return Source(everything.subset(range(train)), everything.subset(range(train, train + test)))
+
+
+@pytest.fixture
+def synthetic() -> type[Synthetic]:
+    """Return the class `Synthetic`."""
+    return Synthetic
+
+
+@pytest.fixture
+def small_config() -> NetworkConfig:
+    """Return the configuration of a residual network of 45 thousand parameters for images of 16 pixels."""
+    return NetworkConfig("small_resnet", 16, None, {"width": 4})
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """Return a function that makes a Trainer on one CPU that prints and writes nothing of its own."""
+
+    def make(**options: Any) -> Trainer:
+        quiet = {
+            "default_root_dir": tmp_path / "run",
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "num_sanity_val_steps": 0,
+        }
+        return Trainer(**{**quiet, **options})
+
+    return make
+
+
+@pytest.fixture
+def write_experts(tmp_path: Path, small_config: NetworkConfig) -> Callable[..., dict[str, str]]:
+    """Return a function that writes experts of these class counts, with BatchNorm statistics of their own."""
+
+    def write(class_counts: Sequence[int], folder: str = "experts") -> dict[str, str]:
+        paths = {}
+        for index, classes in enumerate(class_counts):
+            network = build_network(small_config, classes, seed=index + 1)
+            draw = torch.Generator().manual_seed(index)
+            recalibrate(network, [torch.randn(16, 3, 16, 16, generator=draw) for _ in range(2)])
+            path = tmp_path / folder / f"expert-{index}.safetensors"
+            save_network(path, network, small_config, classes, {"made_by": "a test"})
+            paths[f"task{index}"] = str(path)
+        return paths
+
+    return write
+
+
+@pytest.fixture
+def write_coded(tmp_path: Path, small_config: NetworkConfig) -> Callable[..., list[str]]:
+    """Return a function that writes untrained coded models for a code, one a row, of given experts."""
+
+    def write(matrix: Sequence[Sequence[float]], experts: dict[str, str], label: str = "average") -> list[str]:
+        code = Code(matrix)
+        files = [load_network(Path(path)) for path in experts.values()]
+        width = max(file.num_classes for file in files)
+        paths = []
+        for row in range(code.num_coded):
+            provenance = {
+                "label": label,
+                "batchnorm": "average",
+                "code": code.matrix.tolist(),
+                "row": row,
+                "experts": [fingerprint(file.network.state_dict()) for file in files],
+                "samples_per_task": 20,
+                "seconds": 1.0,
+                "passes": 10.0,
+                "shared_seconds": 4.0,
+                "shared_passes": 100.0,
+            }
+            path = tmp_path / "coded" / f"{label}-{row}.safetensors"
+            network = build_network(small_config, width, seed=100 + row)
+            save_network(path, network, small_config, width, provenance)
+            paths.append(str(path))
+        return paths
+
+    return write

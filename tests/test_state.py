@@ -1,0 +1,223 @@
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from coin.errors import FileError, StateError
+from coin.state import (
+    atomic_path,
+    check_finite,
+    check_same_layout,
+    fingerprint,
+    load_provenance,
+    load_state,
+    save_state,
+    sha256_of,
+    versions,
+    weighted_sum,
+    write_text,
+)
+
+
+@pytest.fixture
+def mixed():
+    draw = torch.Generator().manual_seed(0)
+    shared = torch.randn(4, 3, generator=draw)
+    return {
+        "conv.weight": torch.randn(4, 3, 2, 2, generator=draw).to(memory_format=torch.channels_last),
+        "transposed": shared.t(),
+        "shared": shared,
+        "double": torch.randn(2, generator=draw, dtype=torch.float64),
+        "half": torch.randn(5, generator=draw).bfloat16(),
+        "count": torch.tensor(7),
+        "mask": torch.tensor([True, False]),
+        "empty": torch.empty(0, 3),
+    }
+
+
+def test_a_file_gives_back_tensors_and_provenance(tmp_path, mixed):
+    path = tmp_path / "new" / "state.safetensors"
+    provenance = {"made_by": "é", "code": [[0.5, 0.5]], "options": {"damping": 1e-3, "label": None}}
+    save_state(path, mixed, provenance)
+    state, found = load_state(path)
+    assert state.keys() == mixed.keys()
+    for name, tensor in mixed.items():
+        assert state[name].dtype == tensor.dtype
+        assert torch.equal(state[name], tensor)
+    assert found == {**provenance, "versions": versions()}
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in found["versions"]["torch"]
+    assert {"lightning", "torchvision", "numpy", "git"} < found["versions"].keys()
+    assert load_provenance(path) == found
+    assert os.listdir(path.parent) == ["state.safetensors"]
+
+
+def spoil(path, how):
+    save_state(path, {"weight": torch.arange(100.0)}, {})
+    whole = path.read_bytes()
+    metadata = {"list": {"coin": "[1]"}, "no json": {"coin": "{"}, "foreign": {"format": "pt"}, "bare": None}
+    if how == "missing":
+        path.unlink()
+    elif how == "folder":
+        path.unlink()
+        path.mkdir()
+    elif how == "text":
+        path.write_text("not a safetensors file\n" * 9)
+    elif how in metadata:
+        save_file({"weight": torch.zeros(2)}, path, metadata=metadata[how])
+    else:
+        path.write_bytes(whole[: {"empty": 0, "header": 20, "truncated": len(whole) - 8}[how]])
+
+
+@pytest.mark.parametrize(
+    "how", ["missing", "folder", "text", "empty", "header", "truncated", "foreign", "bare", "no json", "list"]
+)
+@pytest.mark.parametrize("load", [load_state, load_provenance])
+def test_a_file_that_is_not_ours_or_not_whole_is_one_line(tmp_path, how, load):
+    path = tmp_path / "state.safetensors"
+    spoil(path, how)
+    with pytest.raises(FileError) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_never_written_and_the_old_file_stays(tmp_path, value):
+    path = tmp_path / "state.safetensors"
+    save_state(path, {"a": torch.ones(2)}, {})
+    before = path.read_bytes()
+    with pytest.raises(StateError, match=r"state\.safetensors' is not finite: tensor 'b'"):
+        save_state(path, {"a": torch.ones(2), "b": torch.tensor([0.0, value])}, {})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["state.safetensors"]
+
+
+def test_provenance_that_json_does_not_hold_leaves_the_old_file(tmp_path):
+    path = tmp_path / "state.safetensors"
+    save_state(path, {"a": torch.ones(2)}, {})
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        save_state(path, {"a": torch.zeros(2)}, {"folder": tmp_path})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["state.safetensors"]
+
+
+@pytest.mark.parametrize(("raised", "seen"), [(KeyError("x"), KeyError), (OSError(28, "No space left"), FileError)])
+def test_atomic_path_keeps_the_old_file_on_an_error(tmp_path, raised, seen):
+    path = tmp_path / "results.csv"
+    write_text(path, "old")
+
+    def write_half():
+        with atomic_path(path) as temporary:
+            temporary.write_text("half of the n")
+            raise raised
+
+    with pytest.raises(seen):
+        write_half()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["results.csv"]
+
+
+def test_atomic_path_replaces_at_the_end_only_and_others_may_read(tmp_path):
+    path = tmp_path / "results.csv"
+    write_text(path, "old")
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == path.parent
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert os.listdir(tmp_path) == ["results.csv"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=r"cannot write '.*state\.safetensors'.*choose a folder") as caught:
+        save_state(tmp_path / "file" / "state.safetensors", {"a": torch.ones(1)}, {})
+    assert "\n" not in str(caught.value)
+
+
+def test_weighted_sum_sums_floats_and_takes_the_largest_count():
+    first = {"weight": torch.tensor([1.0, 2.0]), "count": torch.tensor(3), "double": torch.ones(1).double()}
+    second = {"weight": torch.tensor([4.0, 8.0]), "count": torch.tensor(5), "double": torch.zeros(1).double()}
+    total = weighted_sum([first, second], [0.25, 0.75])
+    assert total["weight"].tolist() == [3.25, 6.5]
+    assert total["double"].dtype == torch.float64
+    assert total["double"].item() == 0.25
+    assert total["count"].item() == 5
+    assert total["count"].dtype == torch.int64
+    assert first["weight"].tolist() == [1.0, 2.0]
+    assert second["weight"].tolist() == [4.0, 8.0]
+    alone = weighted_sum([first], [1.0])
+    alone["weight"].zero_()
+    assert first["weight"].tolist() == [1.0, 2.0]
+
+
+def test_weighted_sum_wants_one_weight_a_state():
+    state = {"weight": torch.ones(2)}
+    with pytest.raises(StateError, match="found 1 weights for 2 states"):
+        weighted_sum([state, state], [1.0])
+
+
+def test_check_same_layout_names_the_first_tensor_that_differs():
+    whole = {"a": torch.zeros(2), "b": torch.zeros(2, 3)}
+    check_same_layout([whole, {"b": torch.ones(2, 3), "a": torch.ones(2)}])
+    with pytest.raises(StateError, match=r"expert 1 has no tensor 'b', which expert 0 has \(1 missing\)"):
+        check_same_layout([whole, {"a": torch.zeros(2)}], ["expert 0", "expert 1"])
+    with pytest.raises(StateError, match=r"state 2 has a tensor 'c', which state 0 has not \(1 superfluous\)"):
+        check_same_layout([whole, whole, {**whole, "c": torch.zeros(1)}])
+    with pytest.raises(StateError, match=r"tensor 'b' is \[3, 2\] in state 1 but \[2, 3\] in state 0"):
+        check_same_layout([whole, {**whole, "b": torch.zeros(3, 2)}])
+    with pytest.raises(StateError, match="no states"):
+        check_same_layout([])
+
+
+def test_check_finite_ignores_integers():
+    check_finite({"count": torch.tensor(2**62), "weight": torch.ones(1)}, "it")
+    with pytest.raises(StateError, match="it is not finite: tensor 'w'"):
+        check_finite({"v": torch.ones(1), "w": torch.tensor([float("nan")])}, "it")
+
+
+def test_a_fingerprint_does_not_depend_on_memory_or_order(tmp_path, mixed):
+    mark = fingerprint(mixed)
+    assert len(mark) == 64
+    assert fingerprint(dict(reversed(mixed.items()))) == mark
+    contiguous = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in mixed.items()}
+    assert contiguous["conv.weight"].stride() != mixed["conv.weight"].stride()
+    assert fingerprint(contiguous) == mark
+    save_state(tmp_path / "state.safetensors", mixed, {"made_by": "anything"})
+    assert fingerprint(load_state(tmp_path / "state.safetensors")[0]) == mark
+
+
+def test_a_fingerprint_changes_with_any_value_type_shape_or_name():
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(1)}
+    nudged = state["a"].clone()
+    nudged[1, 2] = torch.nextafter(nudged[1, 2], torch.tensor(9.0))
+    others = [
+        {**state, "a": nudged},
+        {**state, "a": state["a"].double()},
+        {**state, "a": state["a"].reshape(3, 2)},
+        {**state, "b": torch.tensor(2)},
+        {"a": state["a"], "c": state["b"]},
+        {"a": state["a"]},
+    ]
+    assert len({fingerprint(entry) for entry in [state, *others]}) == len(others) + 1
+
+
+def test_sha256_is_the_files(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_metadata_is_one_json_value(tmp_path):
+    from safetensors import safe_open
+
+    save_state(tmp_path / "state.safetensors", {"a": torch.ones(1)}, {"row": 0})
+    with safe_open(str(tmp_path / "state.safetensors"), framework="pt") as file:
+        metadata = file.metadata()
+    assert list(metadata) == ["coin"]
+    assert json.loads(metadata["coin"])["row"] == 0
