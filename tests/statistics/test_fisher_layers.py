@@ -58,6 +58,11 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "depthwise, large map": (lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1), (6, 9, 9)),
     "depthwise, small map": (lambda: nn.Conv2d(6, 6, 5, groups=6, padding=2), (6, 2, 2)),
     "large map": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 12, 11)),
+    "pointwise, strided": (lambda: nn.Conv2d(4, 6, 1, stride=(2, 3)), (4, 5, 6)),
+    "pointwise, padded": (lambda: nn.Conv2d(4, 6, 1, stride=2, padding=1), (4, 3, 3)),
+    "to one position": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (4, 2, 2)),
+    "to one position, all of the map": (lambda: nn.Conv2d(4, 6, (2, 3)), (4, 2, 3)),
+    "to one position, dilated": (lambda: nn.Conv2d(4, 6, 2, dilation=2), (4, 3, 3)),
     "1×1 map": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 1, 1)),
     "1×1 map, taps beyond the padding": (lambda: nn.Conv2d(4, 6, 3, padding=3, dilation=3), (4, 1, 1)),
     "same": (lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2), (4, 5, 5)),
@@ -75,6 +80,9 @@ def test_convolution(name: str) -> None:
     torch.manual_seed(0)
     make, shape = CONVOLUTIONS[name]
     assert_exact(Pooled(make(), width=6), torch.randn(5, *shape))
+    first = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(shape) - 1](shape[0], shape[0], 1)
+    # Behind another layer its gradient by the input counts as well.
+    assert_exact(Pooled(first, nn.Tanh(), make(), width=6), torch.randn(5, *shape))
 
 
 @pytest.mark.parametrize("positions", [(), (1,), (5,), (3, 4), (80,)])

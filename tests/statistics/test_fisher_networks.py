@@ -86,7 +86,8 @@ def test_memory_bound_and_batch_sizes_do_not_change_the_numbers() -> None:
     whole = fisher_sums(network, [inputs])
     done: list[int] = []
     tight = fisher_sums(network, [inputs[:5], inputs[5:]], memory_mib=1, progress=done.append)
-    assert done == [1] * 7
+    assert len(done) > 2
+    assert sum(done) == 7
     assert tight.count == whole.count == 7
     assert tight.passes == whole.passes == 7 * (1 + 2 * CLASSES)
     assert_equal_per_tensor(dict(tight.values), dict(whole.values), 1e-12)
