@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch import nn
+
+from coin.errors import StateError
+from coin.networks import average_buffers, build_network, freeze_statistics, has_batchnorm, recalibrate
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)
+    ).double()
+
+
+@pytest.fixture
+def batches():
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randn(size, 2, 6, 6, generator=draw, dtype=torch.float64) for size in (5, 5, 3)]
+
+
+def statistics(x):
+    return x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=True)
+
+
+def test_recalibrated_statistics_are_the_mean_over_batches_of_batch_statistics(batches):
+    net = network()
+    first, second = net[1], net[5]
+    with torch.no_grad():
+        expected = ([], [])
+        for batch in batches:
+            x = net[0](batch)
+            expected[0].append(statistics(x))
+            mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
+            x = (x - mean) / (variance + first.eps).sqrt()
+            expected[1].append(statistics(net[4](x.relu())))
+    assert recalibrate(net, batches) == 13
+    for layer, found in zip((first, second), expected, strict=True):
+        means, variances = (torch.stack(values).mean(0) for values in zip(*found, strict=True))
+        torch.testing.assert_close(layer.running_mean, means, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(layer.running_var, variances, rtol=1e-12, atol=1e-12)
+        assert layer.num_batches_tracked.item() == 3
+
+
+def test_recalibrating_forgets_the_old_statistics_and_repeats_exactly(batches):
+    once, twice = network(), network()
+    twice[1].running_mean.fill_(1e6)
+    recalibrate(twice, batches[::-1])
+    recalibrate(twice, batches)
+    recalibrate(once, batches)
+    assert all(torch.equal(a, b) for a, b in zip(once.buffers(), twice.buffers(), strict=True))
+
+
+def test_recalibrating_leaves_parameters_modes_momenta_and_gradients_as_found(batches):
+    net = network().train()
+    net[5].eval()
+    net[1].momentum = 0.37
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    modes = [module.training for module in net.modules()]
+
+    def breaks_off():
+        yield batches[0]
+        raise KeyError
+
+    recalibrate(net, batches)
+    with pytest.raises(KeyError):
+        recalibrate(net, breaks_off())
+    assert [module.training for module in net.modules()] == modes
+    assert (net[1].momentum, net[5].momentum) == (0.37, 0.1)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in net.named_parameters())
+
+
+def test_recalibrating_wants_a_batch():
+    with pytest.raises(StateError, match="found no calibration batch"):
+        recalibrate(network(), [])
+
+
+def test_averaged_buffers_are_weighted_and_counts_are_the_largest(small_config):
+    networks = [build_network(small_config, 3, seed=seed) for seed in range(2)]
+    for index, net in enumerate(networks):
+        for name, buffer in net.named_buffers():
+            buffer.fill_(index + 1 if "num" in name else (2.0 if index else 4.0))
+    buffers = average_buffers([dict(net.named_buffers()) for net in networks], [0.25, 0.75])
+    assert buffers.keys() == dict(networks[0].named_buffers()).keys()
+    for name, buffer in buffers.items():
+        assert torch.equal(buffer, torch.full_like(buffer, 2 if "num" in name else 2.5))
+
+
+def test_frozen_statistics_stay_while_the_rest_trains(batches):
+    net = network().train()
+    before = [buffer.clone() for buffer in net.buffers()]
+    freeze_statistics(net)
+    net(batches[0])
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), before, strict=True))
+    assert net.training
+    assert net[3].training
+
+
+def test_only_layers_that_track_statistics_count():
+    assert has_batchnorm(network())
+    assert not has_batchnorm(nn.Sequential(nn.Conv2d(3, 3, 1), nn.GroupNorm(1, 3)))
+    assert not has_batchnorm(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)))

@@ -1,0 +1,165 @@
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from coin.errors import FileError, StateError
+from coin.networks import (
+    NetworkConfig,
+    build_network,
+    fill_network,
+    initial_network,
+    load_network,
+    read_weights,
+    save_network,
+    widen_network,
+)
+from coin.state import save_state
+
+
+@pytest.fixture
+def saved(tmp_path, write_experts):
+    return Path(write_experts([3])["task0"])
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_network_file_gives_back_the_network(tmp_path, small_config, images):
+    network = build_network(small_config, 5, seed=9).train()
+    network(images)
+    save_network(tmp_path / "net.safetensors", network, small_config, 5, {"task": "letters"})
+    file = load_network(tmp_path / "net.safetensors")
+    assert same(file.network.state_dict(), network.state_dict())
+    assert (file.config, file.num_classes, file.provenance["task"]) == (small_config, 5, "letters")
+    assert not file.network.training
+    assert torch.equal(file.network(images), network.eval()(images))
+
+
+def test_reading_a_file_of_pretrained_weights_downloads_nothing(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("downloads")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    config = NetworkConfig("shufflenet_v2_x0_5", 32, "IMAGENET1K_V1")
+    network = build_network(replace(config, weights=None), 3)
+    save_network(tmp_path / "net.safetensors", network, config, 3, {})
+    assert same(load_network(tmp_path / "net.safetensors").network.state_dict(), network.state_dict())
+
+
+def test_a_file_of_something_else_is_no_network(tmp_path):
+    save_state(tmp_path / "fisher.safetensors", {"weight": torch.ones(2)}, {"statistic": "fisher"})
+    with pytest.raises(FileError, match=r"fisher\.safetensors' holds no network"):
+        load_network(tmp_path / "fisher.safetensors")
+
+
+def test_tensors_of_another_architecture_or_class_count_are_named(tmp_path, small_config):
+    network = build_network(small_config, 3)
+    path = tmp_path / "net.safetensors"
+    save_network(path, network, small_config, 4, {})
+    with pytest.raises(StateError, match=r"tensor 'fc\.weight' of shape \[3, 32\], expected \[4, 32\]"):
+        load_network(path)
+    save_network(path, network, replace(small_config, options={"width": 8}), 3, {})
+    with pytest.raises(StateError, match=r"tensor 'stem\.0\.weight' of shape \[4, 3, 3, 3\], expected \[8, 3, 3, 3\]"):
+        load_network(path)
+    save_network(path, network, NetworkConfig("resnet18", 16), 3, {})
+    with pytest.raises(StateError, match=r"has no tensor 'bn1\.bias'.*of another architecture"):
+        load_network(path)
+    with pytest.raises(StateError, match=r"'mine' has a tensor 'extra' too many \(1 in all\)"):
+        fill_network(network, {**network.state_dict(), "extra": torch.ones(1)}, "mine")
+
+
+@pytest.mark.parametrize("form", ["plain.safetensors", "state.pt", "wrapped.pt", "lightning.ckpt"])
+def test_weights_are_read_from_all_that_people_have(tmp_path, small_config, form):
+    state = build_network(small_config, 3, seed=4).state_dict()
+    path = tmp_path / form
+    if form == "plain.safetensors":
+        save_file(state, path)
+    elif form == "state.pt":
+        torch.save(state, path)
+    elif form == "wrapped.pt":
+        torch.save({"state_dict": state, "epoch": 3}, path)
+    else:
+        prefixed = {f"network.{name}": value for name, value in state.items()}
+        torch.save({"state_dict": {**prefixed, "accuracy.total": torch.ones(1)}, "epoch": 3}, path)
+    assert same(read_weights(path), state)
+
+
+def test_pickled_objects_are_refused_and_not_run(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"state_dict": Payload()}, tmp_path / "evil.pt")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Payload()))
+    for name in ("evil.pt", "evil.pkl"):
+        with pytest.raises(FileError, match="without unpickling objects; save its state_dict as safetensors"):
+            read_weights(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", ["missing", "empty", "truncated", "list", "numbers", "damaged.safetensors"])
+def test_unreadable_weights_are_one_line(tmp_path, content):
+    path = tmp_path / (content if "." in content else f"{content}.pt")
+    if content == "empty":
+        path.touch()
+    elif content == "damaged.safetensors":
+        path.write_bytes(b"\x08")
+    elif content != "missing":
+        torch.save({"truncated": {"a": torch.ones(999)}, "list": [torch.ones(1)], "numbers": {"a": 1}}[content], path)
+        if content == "truncated":
+            path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(FileError) as caught:
+        read_weights(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_checkpoint_the_seed_gives_the_shared_initialisation(small_config):
+    first, second = (initial_network(small_config, 3, None, seed=7).state_dict() for _ in range(2))
+    assert same(first, second)
+    assert same(first, build_network(small_config, 3, seed=7).state_dict())
+
+
+def test_the_base_checkpoints_head_is_kept_when_the_class_counts_agree(small_config, saved):
+    network = initial_network(small_config, 3, saved, seed=50)
+    assert same(network.state_dict(), load_network(saved).network.state_dict())
+
+
+def test_otherwise_all_experts_share_the_seeds_fresh_head(small_config, saved):
+    base = load_network(saved).network.state_dict()
+    first, second, other = (initial_network(small_config, 6, saved, seed=seed).state_dict() for seed in (5, 5, 6))
+    assert same(first, second)
+    assert torch.equal(first["fc.weight"], build_network(small_config, 6, seed=5).state_dict()["fc.weight"])
+    assert not torch.equal(first["fc.weight"], other["fc.weight"])
+    body = [name for name in base if not name.startswith("fc.")]
+    assert all(torch.equal(first[name], base[name]) for name in body)
+
+
+def test_a_base_of_another_architecture_is_refused_by_name(small_config, saved):
+    with pytest.raises(StateError, match=r"tensor 'stem\.0\.weight' of shape \[4, 3, 3, 3\]"):
+        initial_network(replace(small_config, options={"width": 8}), 3, saved)
+    with pytest.raises(FileError, match="found no file"):
+        initial_network(small_config, 3, saved.with_name("other.safetensors"))
+
+
+def test_a_widened_network_answers_zero_for_the_added_classes_and_the_same_for_the_others(saved, images):
+    file = load_network(saved)
+    wide = widen_network(file, 5)
+    with torch.no_grad():
+        logits, wanted = wide.double()(images.double()), file.network.double()(images.double())
+    torch.testing.assert_close(logits[:, :3], wanted, rtol=1e-12, atol=1e-12)
+    assert torch.equal(logits[:, 3:], torch.zeros(4, 2, dtype=torch.float64))
+    assert not wide.training
+    assert widen_network(file, 3) is file.network
+    with pytest.raises(StateError, match=r"has 3 outputs, expected at most 2"):
+        widen_network(file, 2)
