@@ -1,6 +1,5 @@
 """The ``coin`` command: LightningCLI with the commands of coded networks."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,9 +16,8 @@ from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
 from coin.errors import CoinError, ConfigurationError, FileError
 from coin.experiment import Experiment
 from coin.experiment.commands import merge, report
-from coin.reporting.summary import read_summary
-from coin.reporting.table import print_summary
-from coin.trainer import Trainer
+from coin.reporting import print_summary, read_results, run_environment, summarise
+from coin.trainer import Trainer, quieten
 
 _PLAIN = ("run", "merge", "report")
 """The commands that build their own trainers, or need none."""
@@ -99,14 +97,15 @@ class CoinCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand not in _PLAIN:
-            super()._run_subcommand(subcommand)
+            quieten()
+            with run_environment(Path(self.trainer.default_root_dir)):
+                super()._run_subcommand(subcommand)
             return
         options = self.config_init[subcommand].as_dict()
         options.pop("config", None)
         if subcommand == "run":
             experiment = Experiment(**options)
-            experiment.run(self._dump_seed)
-            print_summary(read_summary(experiment.folder), Console())
+            print_summary(experiment.run(self._dump_seed), _console())
             print(f"report: {experiment.folder / 'report.html'}")
         elif subcommand == "merge":
             for path in merge(**options):
@@ -116,11 +115,20 @@ class CoinCLI(LightningCLI):
 
     def after_evaluate(self) -> None:
         """Print the table of what was just measured."""
+        options = self.config["evaluate"]
+        if self.trainer.is_global_zero:
+            folder = Path(options["output"] or self.trainer.default_root_dir)
+            print_summary(summarise(read_results(folder)), _console())
 
     def _dump_seed(self, seed: int) -> str:
         config = self.config["run"].clone()
         config["seeds"] = [seed]
         return str(self._subcommand_parsers["run"].dump(config, skip_none=False))
+
+
+def _console() -> Console:
+    """Return a console for results: as wide as the terminal, or 100 columns where nobody watches."""
+    return Console(width=None if sys.stdout.isatty() else 100)
 
 
 def checkpoint_options(path: Path) -> dict[str, Any]:
@@ -149,7 +157,6 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a user's mistake, which is told in one line on standard error.
     """
-    os.environ.setdefault("WANDB_MODE", "offline")
     try:
         CoinCLI(
             LightningModule,

@@ -1,5 +1,7 @@
 """The Trainer: Lightning's, with the commands that need a model, data and devices."""
 
+import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,25 @@ from coin.reporting.wandb_evaluation import log_evaluation
 from coin.state import fingerprint
 from coin.statistics import FisherKind, Sums
 from coin.statistics.files import save_statistic
+
+_EXPECTED = (
+    r".*does not have many workers.*",  # data live in memory: workers would only copy them
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*module\(s\) in eval mode at the start of training.*",  # distillation freezes BatchNorm on purpose
+    r".*is smaller than the logging interval.*",
+    r".*treespec.*is deprecated.*",  # Lightning's own
+    r"predict returned None.*",  # a pass that sums needs no predictions
+    r".*`tensorboardX` has been removed.*",
+)
+"""What Lightning warns of and an experiment means."""
+
+
+def quieten() -> None:
+    """Silence Lightning's notices on standard error, and the warnings of what ``coin`` does on purpose."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _EXPECTED:
+        warnings.filterwarnings("ignore", message=message)
 
 
 class Trainer(pl.Trainer):

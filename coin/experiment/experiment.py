@@ -21,6 +21,7 @@ from coin.modules import Distillation
 from coin.networks import NetworkConfig, initial_network, save_network
 from coin.reporting.report import write_report
 from coin.reporting.summary import write_summary
+from coin.reporting.wandb_settings import check_connection
 from coin.state import write_text
 
 
@@ -103,7 +104,8 @@ class Experiment:
         Returns:
             The summary over seeds: the contents of ``summary.csv``.
         """
-        console = console or Console(stderr=True)
+        console = console or Console(stderr=True, soft_wrap=True)
+        check_connection()
         self.folder.mkdir(parents=True, exist_ok=True)
         Tasks(self.tasks).prepare_data()
         initial = self.make_initial(console)

@@ -1,10 +1,8 @@
 """Training steps of an experiment: the base, the experts, and the distillation baseline."""
 
-import logging
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,16 +20,7 @@ from coin.experiment.config import TrainingConfig
 from coin.experiment.merge import Ingredients, coded_provenance
 from coin.modules import Distillation, Expert
 from coin.networks import NetworkConfig, save_network
-from coin.trainer import Trainer
-
-_EXPECTED = (
-    r".*does not have many workers.*",  # data live in memory: workers would only copy them
-    r".*Checkpoint directory .* exists and is not empty.*",
-    r".*module\(s\) in eval mode at the start of training.*",  # distillation freezes BatchNorm on purpose
-    r".*is smaller than the logging interval.*",
-    r".*treespec.*is deprecated.*",  # Lightning's own
-)
-"""What Lightning warns of and an experiment means."""
+from coin.trainer import Trainer, quieten
 
 
 def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer:
@@ -45,10 +34,7 @@ def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer
     Raises:
         ConfigurationError: The Trainer has no such option, or refuses a value.
     """
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in _EXPECTED:
-        warnings.filterwarnings("ignore", message=message)
+    quieten()
     settings: dict[str, Any] = {
         "accelerator": "auto",
         "devices": 1,

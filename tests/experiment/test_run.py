@@ -1,0 +1,193 @@
+"""``coin run`` from start to finish: its files, its skipping, its resuming."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from coin.cli import main
+from coin.reporting import COLUMNS, read_results
+from coin.state import load_provenance, load_state
+
+MEASURED = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual", "sample_passes"]
+
+
+def same_numbers(one: Path, other: Path) -> None:
+    pd.testing.assert_frame_equal(
+        read_results(one).drop(columns=["calibration_seconds", "experiment"]),
+        read_results(other).drop(columns=["calibration_seconds", "experiment"]),
+    )
+
+
+def test_results_hold_every_method_decoder_and_task(finished: Path) -> None:
+    frame = pd.read_csv(finished / "seed-0" / "results.csv", keep_default_na=False)
+    assert tuple(frame.columns) == COLUMNS
+    found = set(zip(frame.method, frame.batchnorm, frame.decoder, frame.task, strict=True))
+    wanted = {
+        (method, policy, decoder, task)
+        for method, policy in [
+            ("average", "average"),
+            ("coin", "average"),
+            ("coin", "recalibrate"),
+            ("coin", "keep"),
+            ("distillation", "keep"),
+        ]
+        for decoder in ("linear", "ridge", "feature_ridge")
+        for task in ("digits", "letters")
+    }
+    references = {("none", "", decoder, task) for decoder in ("ridge", "feature_ridge") for task in ("digits", "letters")}
+    oracle = {("oracle", "", "linear", task) for task in ("digits", "letters")}
+    assert found == wanted | references | oracle
+    assert set(frame.samples_per_task) == {24}
+
+
+def test_numbers_are_consistent(finished: Path) -> None:
+    frame = read_results(finished / "seed-0")
+    oracle = frame[frame.method == "oracle"]
+    assert (oracle.nda == 1).all()
+    assert (oracle.agreement == 1).all()
+    for row in frame.itertuples():
+        if row.expert_accuracy > 0:
+            assert math.isclose(row.nda, row.decoded_accuracy / row.expert_accuracy)
+    # One expert, one accuracy, whatever decodes it.
+    assert (frame.groupby("task").expert_accuracy.nunique() == 1).all()
+    # 77 digits and 54 letters were tested, each once.
+    for task, count in (("digits", 77), ("letters", 54)):
+        shares = frame[frame.task == task].decoded_accuracy * count
+        assert (abs(shares - shares.round()) < 1e-9).all()
+
+
+def test_costs_count_statistics_and_tuning(finished: Path) -> None:
+    frame = read_results(finished / "seed-0").set_index(["method", "batchnorm", "decoder", "task"]).sample_passes
+    # Average: nothing. COIN: a forward and ten (or six) backward passes a sample; six classes of letters.
+    assert frame["average", "average", "linear", "digits"] == 0
+    fisher = 24 * (1 + 2 * 10) + 24 * (1 + 2 * 6)
+    assert frame["coin", "average", "linear", "digits"] == fisher
+    assert frame["coin", "recalibrate", "linear", "digits"] == fisher + 48
+    # A calibrated decoder needs two experts and one coded model on 48 samples.
+    assert frame["coin", "average", "ridge", "digits"] == fisher + 3 * 48
+    chosen = load_provenance(finished / "seed-0/coded/distillation.safetensors")["chosen"]
+    held_out, training = 10, 38
+    per_epoch = [16, 16, 6]
+    steps = 10
+    assert training == sum(per_epoch)
+
+    def trained(steps: int, sizes: list[int]) -> int:
+        return 3 * sum(sizes[step % len(sizes)] for step in range(steps))
+
+    trials = 2 * (2 * training + trained(steps, per_epoch) + steps * 3 * held_out)
+    final = 2 * 48 + trained(chosen["steps"], [16, 16, 16])
+    assert frame["distillation", "keep", "linear", "digits"] == trials + final
+
+
+def test_folder_holds_the_files_of_the_design(finished: Path) -> None:
+    seed = finished / "seed-0"
+    for name in (
+        "config.yaml",
+        "experts/digits/expert.safetensors",
+        "statistics/digits.fisher.safetensors",
+        "coded/average.safetensors",
+        "coded/coin.safetensors",
+        "coded/coin-recalibrate.safetensors",
+        "coded/distillation.safetensors",
+        "results.csv",
+        "results.json",
+        "report.html",
+    ):
+        assert (seed / name).is_file(), name
+    assert list((seed / "plots").glob("*.png"))
+    assert (finished / "summary.csv").is_file()
+    document = json.loads((seed / "results.json").read_text())
+    assert document["configuration"]["calibration"]["samples_per_task"] == 24
+    assert document["versions"]["torch"]
+    assert len(document["rows"]) == len(read_results(seed))
+
+
+def test_coded_model_says_what_made_it(finished: Path) -> None:
+    provenance = load_provenance(finished / "seed-0/coded/coin.safetensors")
+    assert provenance["code"] == [[0.4, 0.6]]
+    assert provenance["row"] == 0
+    assert provenance["tasks"] == ["digits", "letters"]
+    assert provenance["class_counts"] == [10, 6]
+    assert provenance["samples_per_task"] == 24
+    assert provenance["method"]["options"]["damping"] == 1e-6
+    assert len(provenance["sha256"]) == 4  # two experts, two Fisher files
+
+
+def test_distilled_model_keeps_the_averaged_statistics(finished: Path) -> None:
+    average, _ = load_state(finished / "seed-0/coded/average.safetensors")
+    distilled, _ = load_state(finished / "seed-0/coded/distillation.safetensors")
+    kept, _ = load_state(finished / "seed-0/coded/coin-keep.safetensors")
+    base, _ = load_state(finished / "base/initial-10.safetensors")
+    buffers = [name for name in average if "running" in name]
+    assert buffers
+    for name in buffers:
+        assert average[name].equal(distilled[name])
+        assert base[name].equal(kept[name])
+    assert not average["stem.0.weight"].equal(distilled["stem.0.weight"])
+
+
+def test_second_run_does_nothing_again(finished: Path, config: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy)
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
+    results = (copy / "seed-0/results.csv").stat().st_mtime_ns
+    assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")} == before
+    assert (copy / "seed-0/results.csv").stat().st_mtime_ns == results
+
+
+def test_changed_option_redoes_what_depends_on_it(finished: Path, config: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy)
+    before = {path.relative_to(copy): path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", "--calibration.samples_per_task=20"]) == 0
+    after = {path.relative_to(copy): path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
+    redone = {str(path) for path in before if before[path] != after[path]}
+    assert "seed-0/statistics/digits.fisher.safetensors" in redone
+    assert "seed-0/coded/coin.safetensors" in redone
+    assert not any("experts" in path or "base" in path for path in redone)
+    assert set(read_results(copy / "seed-0").samples_per_task) == {20}
+
+
+def test_damaged_output_is_made_again(finished: Path, config: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy)
+    coded = copy / "seed-0/coded/coin.safetensors"
+    whole = coded.read_bytes()
+    coded.write_bytes(whole[: len(whole) // 2])
+    assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
+    state, _ = load_state(coded)
+    wanted, _ = load_state(finished / "seed-0/coded/coin.safetensors")
+    assert all(state[name].equal(wanted[name]) for name in wanted)
+    same_numbers(copy / "seed-0", finished / "seed-0")
+
+
+@pytest.mark.parametrize("output", ["base/checkpoints/step-key", "seed-0/experts/letters/checkpoints/last.ckpt"])
+def test_killed_run_finishes_with_the_same_results(
+    finished: Path, config: Path, tmp_path: Path, output: str
+) -> None:
+    command = [sys.executable, "-m", "coin", "run", "-c", str(config), f"--output={tmp_path}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "tiny" / output).exists() and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "tiny/summary.csv").exists()
+    subprocess.run(command, check=True, timeout=240, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    same_numbers(tmp_path / "tiny/seed-0", finished / "seed-0")
+
+
+def test_run_folder_is_enough_to_repeat_the_run(finished: Path, tmp_path: Path) -> None:
+    written = finished / "seed-0/config.yaml"
+    assert main(["run", "-c", str(written), f"--output={tmp_path}"]) == 0
+    same_numbers(tmp_path / "tiny/seed-0", finished / "seed-0")
