@@ -35,7 +35,7 @@ def test_the_head_is_the_last_linear_or_named_or_the_last_convolution():
     assert head_name(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 4), nn.Dropout()))) == "2.0"
     assert head_name(Named()) == "answer"
     assert head_name(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.Flatten())) == "1"
-    with pytest.raises(StateError, match="no Linear or Conv2d layer in Sequential.*attribute 'head_name'"):
+    with pytest.raises(StateError, match=r"no Linear or Conv2d layer in Sequential.*attribute 'head_name'"):
         head_name(nn.Sequential(nn.BatchNorm2d(3)))
 
 
