@@ -1,0 +1,113 @@
+import pytest
+import torch
+from torch import nn
+
+from coin.coding import Code, DecoderKind
+from coin.errors import ConfigurationError, DecodingError
+from coin.modules import Coded
+
+
+class Lost(nn.Module):
+    """A server that is gone."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.fc = nn.Linear(1, 1)
+        self.network = [network]
+
+    def forward(self, x):
+        raise RuntimeError("a lost expert ran")
+
+
+def linear(seed, outputs=3):
+    torch.manual_seed(seed)
+    return nn.Linear(5, outputs).double()
+
+
+def encoded(experts, row):
+    """A linear network that is exactly Σ_i β_i f_i."""
+    width = max(expert.out_features for expert in experts)
+    network = nn.Linear(5, width).double()
+    with torch.no_grad():
+        network.weight.zero_()
+        network.bias.zero_()
+        for expert, weight in zip(experts, row, strict=True):
+            network.weight[: expert.out_features] += weight * expert.weight
+            network.bias[: expert.out_features] += weight * expert.bias
+    return network
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(30, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+CODES = [[[0.5, 0.5]], [[0.2, 0.3, 0.5]], [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]]
+
+
+@pytest.mark.parametrize("matrix", CODES)
+@pytest.mark.parametrize("kind", list(DecoderKind))
+def test_linear_networks_decode_exactly_and_lost_experts_never_run(inputs, matrix, kind):
+    code = Code(matrix)
+    experts = [linear(seed) for seed in range(code.num_experts)]
+    stand_ins = [encoded(experts, row) for row in matrix]
+    wanted = torch.stack([expert(inputs) for expert in experts])
+    for erased in code.erasures():
+        coded = Coded(code, experts, stand_ins).fit_decoder(inputs.split(7), erased, kind)
+        for index in erased:
+            coded.experts[index] = Lost(experts[index])
+        # A regression's ridge is chosen from a grid whose least value is not zero.
+        tolerance = 1e-12 if kind == DecoderKind.linear else 1e-4
+        torch.testing.assert_close(coded.decode(inputs), wanted[list(erased)], rtol=tolerance, atol=tolerance)
+
+
+def test_forward_is_what_the_coded_models_answer(inputs):
+    coded = Coded(Code(CODES[2]), [linear(seed) for seed in range(3)], [linear(7), linear(8, outputs=2)])
+    found = coded(inputs)
+    assert found.shape == (2, 30, 3)
+    assert torch.equal(found[0], coded.coded[0](inputs))
+    assert torch.equal(found[1, :, :2], coded.coded[1](inputs))
+    assert torch.equal(found[1, :, 2], torch.zeros(30, dtype=torch.float64))
+
+
+def test_answers_leave_lost_experts_out(inputs):
+    coded = Coded(Code(CODES[1]), [linear(0), Lost(linear(1)), linear(2, outputs=2)], [linear(3)])
+    answers = coded.answers(inputs, features=True, erased=[1])
+    assert torch.equal(answers.experts[0], coded.experts[0](inputs))
+    assert bool(answers.experts[1].isnan().all())
+    assert torch.equal(answers.experts[2, :, 2], torch.zeros(30, dtype=torch.float64))
+    assert torch.equal(answers.expert_features[0], inputs)
+    assert answers.expert_features[1].shape == (30, 0)
+    assert coded.answers(inputs, erased=[1]).expert_features is None
+
+
+def test_unequal_class_counts_decode_exactly_with_padding(inputs):
+    experts, row = [linear(0, outputs=4), linear(1, outputs=2)], [0.3, 0.7]
+    coded = Coded(Code([row]), experts, [encoded(experts, row)])
+    torch.testing.assert_close(
+        coded.fit_decoder([], [0], "linear").decode(inputs)[0], experts[0](inputs), rtol=1e-12, atol=1e-12
+    )
+    small = coded.fit_decoder([], [1], "linear").decode(inputs)[0]
+    torch.testing.assert_close(small[:, :2], experts[1](inputs), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(small[:, 2:], torch.zeros(30, 2, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_a_coded_system_stays_in_eval_mode_and_trains_nothing():
+    coded = Coded(Code(CODES[0]), [linear(0), nn.Sequential(nn.Dropout(), nn.Linear(5, 3))], [linear(2)], ["a", "b"])
+    coded.train()
+    assert not any(module.training for module in coded.modules())
+    assert not any(parameter.requires_grad for parameter in coded.parameters())
+    assert coded.names == ("a", "b")
+    assert Coded(Code(CODES[0]), [linear(0), linear(1)], [linear(2)]).names == ("0", "1")
+
+
+def test_what_does_not_fit_is_refused(inputs):
+    with pytest.raises(ConfigurationError, match="found 1 experts and 1 coded models, the code is for 2 and 1"):
+        Coded(Code(CODES[0]), [linear(0)], [linear(1)])
+    coded = Coded(Code(CODES[0]), [linear(0), linear(1)], [linear(2)])
+    with pytest.raises(ConfigurationError, match="found no decoder; call fit_decoder"):
+        coded.decode(inputs)
+    with pytest.raises(DecodingError, match="2 experts are lost, the code decodes at most 1"):
+        coded.fit_decoder([], [0, 1], "linear")
+    with pytest.raises(DecodingError, match="found decoder 'cubic'"):
+        coded.fit_decoder([], [0], "cubic")

@@ -1,0 +1,182 @@
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn import functional as F
+
+from coin.data import to_input
+from coin.errors import ConfigurationError
+from coin.modules import Expert
+from coin.networks import load_network
+from coin.statistics import fisher_diagonal
+
+SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}}
+
+
+class Rates(Callback):
+    """Records the learning rate of every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, *args):
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+class Stop(Callback):
+    """Kills the run when an epoch starts."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == self.epoch:
+            raise KeyError("killed")
+
+
+def logits_of(expert, split):
+    with torch.no_grad():
+        return expert.eval()(to_input(split.images(), 16)), split.targets
+
+
+def test_an_expert_overfits_a_tiny_task(synthetic, make_trainer):
+    expert = Expert(**SMALL, lr=0.05, weight_decay=0.0)
+    make_trainer(max_epochs=12).fit(expert, datamodule=synthetic())
+    logits, labels = logits_of(expert, synthetic().splits.train)
+    assert torch.equal(logits.argmax(1), labels)
+
+
+def test_every_epoch_updates_every_parameter_and_statistic(synthetic, make_trainer):
+    expert = Expert(**SMALL, num_classes=3, weight_decay=0.0)
+    before = {name: tensor.clone() for name, tensor in expert.network.state_dict().items()}
+    make_trainer(max_epochs=1).fit(expert, datamodule=synthetic())
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in expert.network.state_dict().items())
+
+
+def test_logged_numbers_are_those_of_the_whole_test_set(synthetic, make_trainer):
+    expert, task = Expert(**SMALL, num_classes=3, label_smoothing=0.3), synthetic(test=23)
+    (logged,) = make_trainer().test(expert, datamodule=task, verbose=False)
+    logits, labels = logits_of(expert, task.splits.test)
+    assert logged["test/accuracy"] == pytest.approx(float((logits.argmax(1) == labels).double().mean()), abs=1e-7)
+    assert logged["test/loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
+
+
+def test_training_smooths_labels_and_validation_does_not(synthetic):
+    expert, task = Expert(**SMALL, num_classes=3, label_smoothing=0.3).eval(), synthetic()
+    images, labels = task.on_after_batch_transfer(next(iter(task.train_dataloader())), 0)
+    expert.log = lambda *args, **kwargs: None
+    wanted = F.cross_entropy(expert(images), labels, label_smoothing=0.3)
+    assert torch.equal(expert.training_step((images, labels), 0), wanted)
+    assert torch.equal(expert._step((images, labels), "val"), F.cross_entropy(expert(images), labels))
+
+
+def test_predictions_are_probabilities_in_the_order_of_the_test_set(synthetic, make_trainer):
+    expert, task = Expert(**SMALL, num_classes=3), synthetic()
+    found = torch.cat(make_trainer().predict(expert, datamodule=task))
+    torch.testing.assert_close(found, logits_of(expert, task.splits.test)[0].softmax(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "found lr=0.0, expected a number above 0"),
+        ({"lr": float("nan")}, "found lr=nan"),
+        ({"momentum": 1.0}, "found momentum=1.0, expected a number at least 0 and below 1"),
+        ({"weight_decay": -1.0}, "found weight_decay=-1.0, expected a number at least 0"),
+        ({"label_smoothing": 1.0}, "found label_smoothing=1.0"),
+        ({"optimizer": "rmsprop"}, "found optimizer='rmsprop', expected one of sgd, adamw"),
+        ({"schedule": "linear"}, "found schedule='linear', expected one of constant, cosine, one_cycle"),
+        ({"network": "small_resnett"}, "did you mean 'small_resnet'"),
+        ({"num_classes": 0}, "found 0 classes"),
+    ],
+)
+def test_bad_options_are_refused_at_construction(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Expert(**{**SMALL, **options})
+
+
+def test_the_task_and_the_network_must_have_equally_many_classes(synthetic, make_trainer):
+    with pytest.raises(ConfigurationError, match="found num_classes=4 for a task of 3 classes"):
+        make_trainer(max_epochs=1).fit(Expert(**SMALL, num_classes=4), datamodule=synthetic(classes=3))
+    with pytest.raises(ConfigurationError, match="found no num_classes and no datamodule"):
+        make_trainer(max_epochs=1).fit(Expert(**SMALL), synthetic().train_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", lambda lr: lr == [0.1] * 8),
+        ("cosine", lambda lr: lr[0] == 0.1 and sorted(lr, reverse=True) == lr and lr[-1] < 0.005),
+        ("one_cycle", lambda lr: lr[0] < max(lr) and lr[-1] < 1e-4 and 0.09 < max(lr) <= 0.1),
+    ],
+)
+def test_the_schedule_spans_all_steps_of_the_run(synthetic, make_trainer, schedule, rates):
+    recorder = Rates()
+    expert = Expert(**SMALL, lr=0.1, schedule=schedule)
+    make_trainer(max_epochs=2, callbacks=[recorder]).fit(expert, datamodule=synthetic(train=40))
+    assert len(recorder.seen) == 8
+    assert rates(recorder.seen)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_optimiser_gets_its_options(synthetic, make_trainer, optimizer):
+    trainer = make_trainer(max_epochs=1)
+    options = {"optimizer": optimizer, "lr": 0.02, "weight_decay": 0.03, "momentum": 0.4, "schedule": "constant"}
+    trainer.fit(Expert(**SMALL, **options), datamodule=synthetic())
+    (group,) = trainer.optimizers[0].param_groups
+    assert type(trainer.optimizers[0]).__name__ == {"sgd": "SGD", "adamw": "AdamW"}[optimizer]
+    assert (group["lr"], group["weight_decay"]) == (0.02, 0.03)
+    assert optimizer == "adamw" or group["momentum"] == 0.4
+
+
+def test_a_checkpoint_loads_with_weights_only_and_knows_its_classes(tmp_path, synthetic, make_trainer):
+    trainer = make_trainer(max_epochs=1)
+    expert = Expert(**SMALL)
+    trainer.fit(expert, datamodule=synthetic())
+    trainer.save_checkpoint(tmp_path / "expert.ckpt")
+    loaded = Expert.load_from_checkpoint(tmp_path / "expert.ckpt", weights_only=True)
+    state = expert.network.state_dict()
+    assert loaded.num_classes == 3
+    assert state.keys() == loaded.network.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.network.state_dict().items())
+    assert dict(loaded.hparams) == dict(expert.hparams)
+
+
+def test_experts_start_from_the_base_checkpoint(write_experts, synthetic, make_trainer):
+    base = write_experts([3])["task0"]
+    expert = Expert(**SMALL, initial=base, num_classes=3)
+    wanted = load_network(Path(base)).network.state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in expert.network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "network", [SMALL, {"network": "squeezenet1_1", "image_size": 32, "options": {"dropout": 0.5}}]
+)
+def test_a_run_killed_and_resumed_equals_an_undisturbed_one(tmp_path, synthetic, make_trainer, network):
+    def run(folder, callbacks=(), ckpt_path=None, seed=0):
+        torch.manual_seed(len(folder))  # nothing may hang on the global generator's state
+        saver = ModelCheckpoint(tmp_path / folder, save_last=True)
+        trainer = make_trainer(max_epochs=3, enable_checkpointing=True, callbacks=[saver, *callbacks])
+        expert = Expert(**network, lr=0.05, seed=seed)
+        task = synthetic(train=20, image_size=network["image_size"], augmentation="crop", seed=4)
+        trainer.fit(expert, datamodule=task, ckpt_path=ckpt_path)
+        return expert.network.state_dict()
+
+    undisturbed = run("undisturbed")
+    with pytest.raises(KeyError, match="killed"):
+        run("resumed", callbacks=[Stop(1)])
+    resumed = run("resumed", ckpt_path=tmp_path / "resumed" / "last.ckpt")
+    assert all(torch.equal(undisturbed[name], resumed[name]) for name in undisturbed)
+    # Dropout follows the seed, so the comparison above has something to find.
+    other = run("other", seed=1)
+    assert any(not torch.equal(undisturbed[name], other[name]) for name in other) == ("dropout" in network["options"])
+
+
+def test_a_network_that_trained_has_a_fisher_of_every_parameter(synthetic, make_trainer):
+    expert, task = Expert(**SMALL), synthetic()
+    make_trainer(max_epochs=1).fit(expert, datamodule=task)
+    fisher = fisher_diagonal(expert.network, task.calibration(8))
+    assert fisher.keys() == dict(expert.network.named_parameters()).keys()
+    assert expert.training == expert.network.training
