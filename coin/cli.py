@@ -97,7 +97,6 @@ class CoinCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand not in _PLAIN:
-            quieten()
             with run_environment(Path(self.trainer.default_root_dir)):
                 super()._run_subcommand(subcommand)
             return
@@ -157,6 +156,7 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a user's mistake, which is told in one line on standard error.
     """
+    quieten()
     try:
         CoinCLI(
             LightningModule,

@@ -12,6 +12,7 @@ from coin.experiment.training import distill_rows
 from coin.merging import MergeMethod
 from coin.modules import Distillation
 from coin.reporting.report import write_report
+from coin.state import load_provenance
 
 
 def merge(
@@ -72,7 +73,14 @@ def merge(
         written = coded_paths(method, matrix, Path(output))
         distill_rows(method, ingredients, matrix, data, written, Path(output), seed=seed, trainer_options=trainer or {})
         return written
-    return merge_experts(method, matrix, ingredients, Path(output), samples_per_task if data or statistics else None)
+    # Without data to draw from, P is what the statistics say.
+    samples = samples_per_task if data is not None else _samples(statistics)
+    return merge_experts(method, matrix, ingredients, Path(output), samples)
+
+
+def _samples(statistics: dict[str, dict[str, Path]]) -> int | None:
+    files = [path for paths in statistics.values() for path in paths.values()]
+    return int(load_provenance(files[0]).get("samples", 0)) or None if files else None
 
 
 def report(folders: list[str], output: str | None = None) -> Path:

@@ -13,7 +13,7 @@ from coin.data import Calibration, pooled
 from coin.errors import ConfigurationError
 from coin.experiment.steps import described
 from coin.merging import MergeInputs, MergeMethod, Requirement
-from coin.merging.networks import expert_outputs, merge_row, parameters_of
+from coin.merging.networks import FITTED, expert_outputs, merge_row, parameters_of
 from coin.networks import (
     BatchNormPolicy,
     NetworkFile,
@@ -178,7 +178,7 @@ def _inputs(method: MergeMethod, ingredients: Ingredients) -> tuple[MergeInputs,
     if Requirement.INITIAL in method.requires:
         initial = ingredients.initial_state()
         states["initial"] = {name: initial[name] for name in states["experts"][0]}
-    if Requirement.OUTPUTS in method.requires:
+    if method.requires & FITTED:
         started = time.perf_counter()
         states["expert_outputs"] = expert_outputs(ingredients.networks, ingredients.pooled())
         seconds += time.perf_counter() - started

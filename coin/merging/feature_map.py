@@ -23,6 +23,11 @@ class FeatureMap:
         self.head = head_name(network)
         """The dotted name of the head."""
 
+    @property
+    def passes(self) -> float:
+        """Forward-equivalents spent so far, 1 a sample and call."""
+        return self._map.passes
+
     def features(self, parameters: State) -> Tensor:
         """Return the inputs of the head ``[P, F]`` with these parameters in the network."""
         return self._map.outputs({f"network.{key}": tensor for key, tensor in parameters.items()})

@@ -9,11 +9,15 @@ from torch import Tensor, nn
 
 from coin.coding import Code
 from coin.errors import ConfigurationError
+from coin.merging.feature_map import FeatureMap
 from coin.merging.inputs import MergeInputs, Requirement
 from coin.merging.method import MergeMethod
 from coin.networks import BatchNormPolicy, average_buffers, fill_network, has_batchnorm, recalibrate
 from coin.state import State
 from coin.statistics import OutputMap
+
+FITTED = frozenset({Requirement.OUTPUTS, Requirement.FEATURES})
+"""The requirements of methods that fit what the coded network answers, and so run it."""
 
 
 def merge_networks(
@@ -51,7 +55,7 @@ def merge_networks(
         fishers=fishers,
         grams=grams,
     )
-    if Requirement.OUTPUTS in method.requires:
+    if method.requires & FITTED:
         inputs = replace(inputs, expert_outputs=expert_outputs(networks, needed(batches, method.label)))
     buffers = None if initial is None else dict(initial.named_buffers())
     rows = code.matrix.tolist()
@@ -83,7 +87,7 @@ def merge_row(
     network = deepcopy(networks[0]).eval()
     averaged = average_buffers([dict(expert.named_buffers()) for expert in networks], row)
     # A method that fits outputs starts from averaged statistics and keeps them; a closed form never looks at them.
-    fits_outputs = Requirement.OUTPUTS in method.requires
+    fits_outputs = bool(method.requires & FITTED)
     policy = BatchNormPolicy(method.batchnorm)
     buffers: State = averaged
     if policy == BatchNormPolicy.keep and not fits_outputs and has_batchnorm(network):
@@ -96,9 +100,11 @@ def merge_row(
     passes = 0.0
     if fits_outputs:
         _fill(network, inputs.experts[0], averaged)
-        outputs = OutputMap(network, needed(batches, method.label))
-        merged = method.merge(replace(inputs, outputs=outputs), row)
-        passes += outputs.passes
+        samples = needed(batches, method.label)
+        outputs = OutputMap(network, samples)
+        features = FeatureMap(network, samples)
+        merged = method.merge(replace(inputs, outputs=outputs, features=features), row)
+        passes += outputs.passes + features.passes
     else:
         merged = method.merge(inputs, row)
     _fill(network, merged, buffers)
