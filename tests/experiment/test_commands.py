@@ -1,0 +1,195 @@
+"""The commands one by one, in-process, and the line that each mistake gets."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from coin.cli import main
+from coin.reporting import read_results
+from coin.state import load_provenance, load_state
+
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.enable_model_summary=false"]
+DIGITS = ["--data=Digits", "--data.max_train=120", "--data.max_test=77", "--data.image_size=16"]
+LETTERS = [
+    "--data=Glyphs",
+    "--data.classes=A-F",
+    "--data.train_per_class=30",
+    "--data.test_per_class=9",
+    "--data.image_size=16",
+]
+TASKS = (
+    "{digits: {class_path: Digits, init_args: {max_train: 120, max_test: 77, image_size: 16}},"
+    " letters: {class_path: Glyphs, init_args:"
+    " {classes: A-F, train_per_class: 30, test_per_class: 9, image_size: 16}}}"
+)
+NETWORK = ["--model=Expert", "--model.network=small_resnet", "--model.options={width: 4}", "--model.image_size=16"]
+
+
+def experts_of(folder: Path) -> str:
+    return f"{{digits: {folder}/digits/expert.safetensors, letters: {folder}/letters/expert.safetensors}}"
+
+
+def fishers_of(folder: Path) -> str:
+    return f"{{digits: {folder}/digits/expert.fisher.safetensors, letters: {folder}/letters/expert.fisher.safetensors}}"
+
+
+@pytest.fixture(scope="module")
+def route(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same experiment step by step: ``coin fit`` twice with the callbacks."""
+    folder = tmp_path_factory.mktemp("route")
+    for name, data, classes in (("digits", DIGITS, 10), ("letters", LETTERS, 6)):
+        arguments = [
+            "fit",
+            *NETWORK,
+            "--model.lr=0.02",
+            f"--model.initial={finished}/base/initial-{classes}.safetensors",
+            *data,
+            "--data.batch_size=32",
+            "--trainer.max_epochs=2",
+            f"--trainer.default_root_dir={folder / name}",
+            "--trainer.callbacks+=ExpertExport",
+            "--trainer.callbacks+=FisherEstimator",
+            "--trainer.callbacks.init_args.samples=24",
+            *QUIET,
+        ]
+        assert main(arguments) == 0
+    return folder
+
+
+def test_fit_gives_the_experts_of_the_run(route: Path, finished: Path) -> None:
+    for task in ("digits", "letters"):
+        own, provenance = load_state(route / task / "expert.safetensors")
+        wanted, _ = load_state(finished / "seed-0/experts" / task / "expert.safetensors")
+        assert all(own[name].equal(wanted[name]) for name in wanted)
+        assert provenance["network"]["name"] == "small_resnet"
+
+
+def test_merge_and_evaluate_give_the_numbers_of_the_run(route: Path, finished: Path) -> None:
+    coded = route / "coded"
+    shared = [f"--experts={experts_of(route)}", "--code=[[0.4, 0.6]]", f"--output={coded}"]
+    assert main(["merge", *shared, "--method=Average"]) == 0
+    assert main(["merge", *shared, "--method=Coin", f"--fisher={fishers_of(route)}"]) == 0
+    calibration = [f"--tasks={TASKS}", "--samples_per_task=24", "--batch_size=16"]
+    recalibrated = ["--method=Coin", "--method.batchnorm=recalibrate", f"--fisher={fishers_of(route)}"]
+    assert main(["merge", *shared, *recalibrated, *calibration]) == 0
+    files = f"[{coded}/average.safetensors, {coded}/coin.safetensors, {coded}/coin-recalibrate.safetensors]"
+    arguments = [
+        "evaluate",
+        "--model=DecodingEvaluator",
+        f"--model.experts={experts_of(route)}",
+        f"--model.coded={files}",
+        "--data=Tasks",
+        f"--data.tasks={TASKS}",
+        "--data.samples_per_task=24",
+        "--data.batch_size=16",
+        f"--output={route / 'results'}",
+        *QUIET,
+    ]
+    assert main(arguments) == 0
+    keys = ["method", "batchnorm", "decoder", "task"]
+    own = read_results(route / "results").set_index(keys)
+    wanted = read_results(finished / "seed-0").set_index(keys).loc[own.index]
+    columns = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "samples_per_task"]
+    pd.testing.assert_frame_equal(own[columns], wanted[columns])
+    # The Fisher of the callback and of the run differ by rounding: other batches.
+    pd.testing.assert_series_equal(own.residual, wanted.residual, rtol=1e-5)
+
+
+def test_fisher_command_is_the_callback(route: Path, tmp_path: Path) -> None:
+    output = tmp_path / "again.safetensors"
+    expert = route / "digits" / "expert.safetensors"
+    command = ["fisher", f"--ckpt_path={expert}", *DIGITS, "--samples=24", f"--output={output}", *QUIET]
+    assert main(command) == 0
+    own, provenance = load_state(output)
+    wanted, written = load_state(route / "digits" / "expert.fisher.safetensors")
+    for name in wanted:
+        assert own[name].sub(wanted[name]).abs().max() <= 1e-6 * wanted[name].abs().max()
+    assert provenance["weights"] == written["weights"]
+    assert provenance["samples"] == 24
+
+
+def test_lightning_checkpoints_are_tested_and_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = f"--trainer.default_root_dir={tmp_path}"
+    assert main(["fit", *NETWORK, *DIGITS, "--trainer.max_epochs=1", root, *QUIET]) == 0
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    # The architecture comes from the checkpoint: the defaults would be a ResNet50.
+    assert main(["test", f"--ckpt_path={checkpoint}", *DIGITS, root, *QUIET]) == 0
+    assert "test/accuracy" in capsys.readouterr().out
+    assert main(["validate", f"--ckpt_path={checkpoint}", *DIGITS, root, *QUIET]) == 0
+    assert main(["predict", f"--ckpt_path={checkpoint}", *DIGITS, root, *QUIET]) == 0
+    output = tmp_path / "f.safetensors"
+    assert main(["fisher", f"--ckpt_path={checkpoint}", *DIGITS, "--samples=5", f"--output={output}", root, *QUIET]) == 0
+    assert load_provenance(output)["samples"] == 5
+
+
+def test_report_is_written_again_from_files(finished: Path, tmp_path: Path) -> None:
+    assert main(["report", str(finished), f"--output={tmp_path / 'again.html'}"]) == 0
+    page = (tmp_path / "again.html").read_text()
+    assert "distillation" in page
+    assert "letters" in page
+
+
+def test_brought_experts_take_the_place_of_training(finished: Path, config: Path, tmp_path: Path) -> None:
+    given = f"{{digits: {finished}/seed-0/experts/digits/expert.safetensors}}"
+    extra = [f"--output={tmp_path}", f"--expert.checkpoints={given}"]
+    assert main(["run", "-c", str(config), *extra, "--methods=[{class_path: Average}]"]) == 0
+    own, _ = load_state(tmp_path / "tiny/seed-0/experts/digits/expert.safetensors")
+    wanted, _ = load_state(finished / "seed-0/experts/digits/expert.safetensors")
+    assert all(own[name].equal(wanted[name]) for name in wanted)
+    assert not (tmp_path / "tiny/seed-0/experts/digits/checkpoints").exists()
+
+
+MISTAKES = {
+    "unknown key": (["run", "-c", "CONFIG", "--codes=[[1.0]]"], "codes"),
+    "unknown task class": (["run", "-c", "CONFIG", "--tasks={a: {class_path: Nothing}}"], "Nothing"),
+    "no such file": (["run", "-c", "nowhere.yaml"], "nowhere.yaml"),
+    "one task": (["run", "-c", "CONFIG", "--tasks={a: {class_path: Digits}}"], "two"),
+    "code does not sum to one": (["run", "-c", "CONFIG", "--code=[[0.4, 0.4]]"], "0.8"),
+    "negative weight": (["run", "-c", "CONFIG", "--code=[[1.5, -0.5]]"], "-0.5"),
+    "code of another width": (["run", "-c", "CONFIG", "--code=[[0.2, 0.3, 0.5]]"], "3 experts"),
+    "a seed twice": (["run", "-c", "CONFIG", "--seeds=[1, 1]"], "seeds"),
+    "no samples": (["run", "-c", "CONFIG", "--calibration.samples_per_task=0"], "samples_per_task"),
+    "too many samples": (["run", "-c", "CONFIG", "--calibration.samples_per_task=4000"], "4000"),
+    "a method twice": (["run", "-c", "CONFIG", "--methods=[{class_path: Coin}, {class_path: Coin}]"], "label"),
+    "unknown network": (["run", "-c", "CONFIG", "--network.name=resnet51"], "resnet5"),
+    "unknown weights": (["run", "-c", "CONFIG", "--network.name=resnet18", "--network.weights=V9"], "IMAGENET1K_V1"),
+    "unknown decoder": (["run", "-c", "CONFIG", "--decoders=[magic]"], "magic"),
+    "options of no expert": (["run", "-c", "CONFIG", "--expert.overrides={x: {epochs: 1}}"], "'x'"),
+    "unknown trainer option": (["run", "-c", "CONFIG", "--trainer={speed: 9}"], "speed"),
+    "name with a slash": (["run", "-c", "CONFIG", "--name=a/b"], "a/b"),
+    "missing checkpoint": (["test", "--ckpt_path=nowhere.ckpt", "--data=Digits"], "nowhere.ckpt"),
+    "report of nothing": (["report", "nowhere"], "nowhere"),
+    "merge without a Fisher": (["merge", "--experts=EXPERTS", "--method=Coin", "--output=x"], "fisher"),
+    "merge of no file": (["merge", "--experts={a: no.safetensors}", "--method=Average", "--output=x"], "no.safetensors"),
+    "fisher of other weights": (
+        ["merge", "--experts=EXPERTS", "--method=Coin", "--fisher=SWAPPED", "--output=x"],
+        "coin fisher",
+    ),
+    "no command": ([], "subcommand"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistake_is_one_line_with_status_two(
+    case: str, finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    statistics = finished / "seed-0/statistics"
+    texts = {
+        "CONFIG": str(config),
+        "EXPERTS": experts_of(finished / "seed-0/experts"),
+        "SWAPPED": f"{{digits: {statistics}/letters.fisher.safetensors, letters: {statistics}/digits.fisher.safetensors}}",
+    }
+    arguments, wanted = MISTAKES[case]
+    for name, text in texts.items():
+        arguments = [argument.replace(name, text) for argument in arguments]
+    if arguments[:1] == ["run"] and "--name=a/b" not in arguments:
+        arguments = [*arguments, "--name=mistake"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    line = error.strip().splitlines()[-1]
+    assert line.startswith("coin: error: ")
+    assert wanted in line
+    assert "Traceback" not in error

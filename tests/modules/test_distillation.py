@@ -1,0 +1,144 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from coin.data.tasks import Tasks
+from coin.errors import ConfigurationError, StateError
+from coin.modules import Distillation
+from coin.networks import NetworkConfig, build_network, load_network, pad_logits, save_network, widen_network
+
+ROW = [0.25, 0.75]
+
+
+@pytest.fixture
+def experts(write_experts):
+    return list(write_experts([3, 2]).values())
+
+
+@pytest.fixture
+def tasks(synthetic):
+    def make(held_out=0.0):
+        members = {"a": synthetic(3, key=1), "b": synthetic(2, key=2)}
+        return Tasks(members, samples_per_task=20, batch_size=8, held_out=held_out)
+
+    return make
+
+
+def loss_of(module, inputs):
+    with torch.no_grad():
+        outputs = torch.stack([pad_logits(network(inputs), 3) for network in module.teachers])
+        target = ROW[0] * outputs[0] + ROW[1] * outputs[1]
+        return float(0.5 * (module.student(inputs) - target).square().sum(1).mean())
+
+
+def test_the_student_starts_from_the_weighted_average(experts):
+    module = Distillation(experts, ROW)
+    module.configure_model()
+    first, second = (dict(widen_network(load_network(Path(path)), 3).state_dict()) for path in experts)
+    for name, tensor in module.student.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            assert tensor.item() == 2
+        else:
+            torch.testing.assert_close(tensor, 0.25 * first[name] + 0.75 * second[name])
+
+
+def test_the_target_is_the_weighted_sum_of_padded_logits(experts):
+    module = Distillation(experts, ROW)
+    module.configure_model()
+    inputs = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    first, second = (load_network(Path(path)).network(inputs) for path in experts)
+    torch.testing.assert_close(module.target(inputs), 0.25 * first + 0.75 * F.pad(second, (0, 1)))
+
+
+def test_training_lowers_the_loss_and_moves_nothing_but_the_students_parameters(experts, tasks, make_trainer):
+    module, data = Distillation(experts, ROW, lr=3e-3), tasks()
+    module.configure_model()
+    buffers = {name: buffer.clone() for name, buffer in module.student.named_buffers()}
+    teachers = [tensor.clone() for tensor in module.teachers.state_dict().values()]
+    parameters = [parameter.detach().clone() for parameter in module.student.parameters()]
+    data.setup()
+    inputs = data.calibration().inputs()
+    before = loss_of(module, inputs)
+    make_trainer(max_epochs=6).fit(module, datamodule=data)
+    assert loss_of(module, inputs) < 0.5 * before
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.student.named_buffers())
+    assert all(torch.equal(a, b) for a, b in zip(module.teachers.state_dict().values(), teachers, strict=True))
+    assert all(not torch.equal(a, b) for a, b in zip(module.student.parameters(), parameters, strict=True))
+    assert not any(inner.training for inner in [*module.student.modules(), *module.teachers.modules()])
+
+
+def test_passes_count_forward_equivalents(experts, tasks, make_trainer):
+    module = Distillation(experts, ROW, lr=1e-3)
+    make_trainer(max_epochs=3).fit(module, datamodule=tasks())
+    assert module.passes == 40 * 2 + 3 * (3 * 40)
+    assert module.losses == []
+    module = Distillation(experts, ROW, lr=1e-3)
+    make_trainer(max_epochs=3).fit(module, datamodule=tasks(held_out=0.2))
+    assert module.passes == 32 * 2 + 3 * (3 * 32) + 3 * 8 * (1 + 2)
+
+
+def test_a_number_of_steps_ends_the_run(experts, tasks, make_trainer):
+    module = Distillation(experts, ROW, lr=1e-3)
+    make_trainer(max_steps=7, max_epochs=-1).fit(module, datamodule=tasks())
+    assert module.passes == 40 * 2 + 3 * 7 * 8
+
+
+def test_the_held_out_loss_is_of_samples_that_training_leaves_out(experts, tasks, make_trainer):
+    module, data = Distillation(experts, ROW, lr=1e-3), tasks(held_out=0.2)
+    make_trainer(max_epochs=2).fit(module, datamodule=data)
+    held_out = data.calibration().split(0.2)[1]
+    assert len(module.losses) == 2
+    assert module.losses[-1] == pytest.approx(loss_of(module, held_out.inputs()), rel=1e-5)
+
+
+def test_the_same_run_gives_the_same_student(experts, tasks, make_trainer):
+    def student(state):
+        torch.manual_seed(state)
+        module = Distillation(experts, ROW, lr=1e-3)
+        make_trainer(max_epochs=2).fit(module, datamodule=tasks())
+        return module.student.state_dict()
+
+    first, second = student(0), student(1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, r"found learning rates .* and lr=0.0, expected positive"),
+        ({"learning_rates": []}, "expected positive numbers"),
+        ({"learning_rates": [1e-3, -1.0]}, "expected positive numbers"),
+        ({"steps": 0}, "found steps=0"),
+        ({"batch_size": 1}, "batch_size=1"),
+        ({"held_out": 0.0}, "found held_out=0.0"),
+        ({"held_out": 1.0}, "found held_out=1.0"),
+    ],
+)
+def test_bad_options_are_refused_at_construction(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Distillation(**options)
+
+
+def test_what_is_missing_is_named(experts, tasks, synthetic, make_trainer):
+    with pytest.raises(ConfigurationError, match="found no lr; give one"):
+        make_trainer(max_epochs=1).fit(Distillation(experts, ROW), datamodule=tasks())
+    with pytest.raises(ConfigurationError, match="found 0 experts and code_row=None"):
+        Distillation(lr=1e-3).configure_model()
+    with pytest.raises(ConfigurationError, match=r"found 2 experts and code_row=\[1.0\]"):
+        Distillation(experts, [1.0], lr=1e-3).configure_model()
+    with pytest.raises(ConfigurationError, match="found data of Synthetic, expected Tasks"):
+        make_trainer(max_epochs=1).fit(Distillation(experts, ROW, lr=1e-3), datamodule=synthetic())
+
+
+def test_experts_of_two_architectures_are_refused(tmp_path, experts):
+    config = NetworkConfig("small_resnet", 16, None, {"width": 8})
+    save_network(tmp_path / "other.safetensors", build_network(config, 3), config, 3, {})
+    with pytest.raises(StateError, match=r"tensor 'stem\.0\.weight'"):
+        Distillation([experts[0], str(tmp_path / "other.safetensors")], ROW).configure_model()
+
+
+def test_the_label_names_a_variant():
+    assert Distillation().label == "distillation"
+    assert Distillation(label="long").label == "long"

@@ -1,0 +1,211 @@
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from coin.coding import Answers, Code, make_decoder
+from coin.data import to_input
+from coin.data.tasks import Tasks
+from coin.errors import ConfigurationError, FileError
+from coin.modules import DecodingEvaluator
+from coin.networks import features_and_logits, load_network, pad_logits, save_network
+
+CLASSES = (3, 2, 3)
+PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]
+DECODERS = ["linear", "ridge", "feature_ridge"]
+
+
+@pytest.fixture
+def experts(write_experts):
+    return write_experts(CLASSES)
+
+
+@pytest.fixture
+def tasks(synthetic):
+    members = {f"task{i}": synthetic(classes, test=23 + 6 * i, key=i) for i, classes in enumerate(CLASSES)}
+    return Tasks(members, samples_per_task=20, batch_size=16)
+
+
+def run(evaluator, tasks, make_trainer):
+    make_trainer().test(evaluator, datamodule=tasks, verbose=False)
+    return evaluator.outcomes
+
+
+def answers_of(experts, coded, inputs):
+    """All servers' answers to all inputs at once."""
+    with torch.no_grad():
+        lots = [
+            [features_and_logits(load_network(Path(p)).network, inputs) for p in group] for group in (experts, coded)
+        ]
+    logits = [torch.stack([pad_logits(logits, 3) for _, logits in lot]) for lot in lots]
+    return Answers(logits[0], logits[1], [f for f, _ in lots[0]], [f for f, _ in lots[1]])
+
+
+def test_every_number_equals_a_slow_loop_over_the_whole_test_set(experts, write_coded, tasks, make_trainer):
+    paths, code = write_coded(PAIR, experts), Code(PAIR)
+    outcomes = run(DecodingEvaluator(experts, paths, DECODERS), tasks, make_trainer)
+    files = list(experts.values())
+    calibration = answers_of(files, paths, tasks.calibration().inputs())
+    checked = 0
+    for place, (name, task) in enumerate(tasks.tasks.items()):
+        answers = answers_of(files, paths, to_input(task.splits.test.images(), 16))
+        ideal = torch.tensordot(code.matrix.float(), answers.experts, dims=1)
+        residual = float((answers.coded - ideal).double().norm() / ideal.double().norm())
+        classes = CLASSES[place]
+        labels = task.splits.test.targets
+        own = answers.experts[place, :, :classes].argmax(1)
+        for outcome in outcomes:
+            if outcome.task != name:
+                continue
+            method = outcome.variant.method
+            lost = [list(experts).index(task) for task in outcome.erased]
+            seen, fitted = answers, calibration
+            if method == "none":
+                seen, fitted = answers.without_coded(), calibration.without_coded()
+            elif method == "oracle":
+                seen = Answers(answers.experts, ideal)
+            decoded = make_decoder(outcome.decoder, code, lost).fit(fitted).decode(seen)[lost.index(place)]
+            decoded = decoded[:, :classes].argmax(1)
+            right, recovered = int((own == labels).sum()), int((decoded == labels).sum())
+            assert right > 0
+            assert outcome.expert_accuracy == right / len(labels)
+            assert outcome.decoded_accuracy == recovered / len(labels)
+            assert outcome.nda == recovered / right
+            assert outcome.agreement == int((decoded == own).sum()) / len(labels)
+            counts = Counter(zip(own.tolist(), decoded.tolist(), strict=True))
+            wanted = [[counts[expert, found] for found in range(classes)] for expert in range(classes)]
+            assert outcome.confusion.tolist() == wanted
+            if method == "average":
+                assert outcome.residual == pytest.approx(residual, rel=1e-5)
+            checked += 1
+    # Three erasures of one and three of two, each lost expert measured: 3 + 6 for every variant and decoder.
+    assert checked == len(outcomes) == 9 * (3 + 2 + 1)
+    assert {(o.variant.method, o.decoder) for o in outcomes} == {
+        *(("average", decoder) for decoder in DECODERS),
+        ("none", "ridge"),
+        ("none", "feature_ridge"),
+        ("oracle", "linear"),
+    }
+
+
+def test_the_oracle_loses_nothing_under_any_erasure(experts, write_coded, tasks, make_trainer):
+    outcomes = run(DecodingEvaluator(experts, write_coded(PAIR, experts), ["linear"]), tasks, make_trainer)
+    oracle = [outcome for outcome in outcomes if outcome.variant.method == "oracle"]
+    assert len({outcome.erased for outcome in oracle}) == 6
+    for outcome in oracle:
+        assert (outcome.nda, outcome.agreement, outcome.residual) == (1.0, 1.0, 0.0)
+        assert outcome.confusion.sum() == outcome.confusion.trace()
+
+
+def test_each_network_runs_once_a_batch_whatever_is_measured(experts, write_coded, tasks, make_trainer):
+    paths = [*write_coded(PAIR, experts), *write_coded(PAIR, experts, label="other")]
+    evaluator = DecodingEvaluator(experts, paths, DECODERS)
+    calls = Counter()
+    for network in [*evaluator.experts, *evaluator.coded]:
+        network.register_forward_hook(lambda module, *_: calls.update([module]))
+    run(evaluator, tasks, make_trainer)
+    batches = len(tasks.calibration()) + sum(len(task.test_dataloader()) for task in tasks.tasks.values())
+    assert batches == 4 + 3 + 4 + 5
+    assert list(calls.values()) == [batches] * 7
+    assert len(evaluator.variants) == 4
+
+
+def test_costs_are_those_of_the_files_and_of_fitting_the_decoder(experts, write_coded, tasks, make_trainer):
+    outcomes = run(DecodingEvaluator(experts, write_coded(PAIR, experts)), tasks, make_trainer)
+    made, samples = 2 * 10.0 + 100.0, 60
+    for outcome in outcomes:
+        passes = {
+            "average": made + (0 if outcome.decoder == "linear" else 5 * samples),
+            "none": 3 * samples,
+            "oracle": 0,
+        }[outcome.variant.method]
+        assert outcome.sample_passes == passes
+        seconds = 2 * 1.0 + 4.0 if outcome.variant.method == "average" else 0.0
+        fitted = outcome.decoder != "linear"
+        assert outcome.calibration_seconds > seconds if fitted else outcome.calibration_seconds == seconds
+        assert math.isnan(outcome.residual) == (outcome.variant.method == "none")
+
+
+def test_running_twice_gives_the_same_outcomes(experts, write_coded, tasks, make_trainer):
+    evaluator = DecodingEvaluator(experts, write_coded(PAIR, experts))
+    first, second = (run(evaluator, tasks, make_trainer) for _ in range(2))
+    assert [(o.task, o.erased, o.nda, o.agreement) for o in first] == [
+        (o.task, o.erased, o.nda, o.agreement) for o in second
+    ]
+
+
+def test_without_coded_models_the_references_stand_on_a_uniform_code(experts, tasks, make_trainer):
+    evaluator = DecodingEvaluator(experts, decoders=["linear", "ridge"])
+    torch.testing.assert_close(evaluator.code.matrix, torch.full((1, 3), 1 / 3, dtype=torch.float64))
+    outcomes = run(evaluator, tasks, make_trainer)
+    assert {(o.variant.method, o.decoder) for o in outcomes} == {("none", "ridge"), ("oracle", "linear")}
+    assert len(outcomes) == 6
+
+
+def test_losing_every_expert_is_not_asked_of_the_survivors(write_experts, write_coded, synthetic, make_trainer):
+    experts = write_experts([3, 3])
+    evaluator = DecodingEvaluator(experts, write_coded([[0.7, 0.3], [0.3, 0.7]], experts), ["ridge"])
+    tasks = Tasks({"task0": synthetic(key=0), "task1": synthetic(key=1)}, samples_per_task=20)
+    erased = {(o.variant.method, o.erased) for o in run(evaluator, tasks, make_trainer)}
+    assert ("average", ("task0", "task1")) in erased
+    assert ("none", ("task0",)) in erased
+    assert ("none", ("task0", "task1")) not in erased
+
+
+def test_features_are_taken_only_where_a_decoder_reads_them(experts, write_coded):
+    inputs = torch.zeros(2, 3, 16, 16)
+    coded = write_coded(PAIR, experts)
+    assert DecodingEvaluator(experts, coded, ["linear", "ridge"])(inputs).expert_features is None
+    answers = DecodingEvaluator(experts, coded, ["feature_ridge"])(inputs)
+    assert [feature.shape for feature in answers.coded_features] == [(2, 32)] * 2
+
+
+def test_coded_models_of_other_experts_or_rows_are_refused(tmp_path, experts, write_experts, write_coded, small_config):
+    coded = write_coded(PAIR, experts)
+    other = write_experts([3, 2, 3][::-1], folder="others")
+    with pytest.raises(FileError, match=r"average-0\.safetensors' was made of other experts"):
+        DecodingEvaluator(other, coded)
+    with pytest.raises(FileError, match="in another order; run coin merge again"):
+        DecodingEvaluator(dict(reversed(experts.items())), coded)
+    with pytest.raises(FileError, match=r"found rows \[1\] of method average, expected one file for each of the 2"):
+        DecodingEvaluator(experts, coded[1:])
+    with pytest.raises(FileError, match=r"found rows \[0, 1, 1\]"):
+        DecodingEvaluator(experts, [*coded, coded[1]])
+    with pytest.raises(FileError, match=r"expert-0\.safetensors' is no coded model"):
+        DecodingEvaluator(experts, [experts["task0"]])
+    changed = load_network(Path(experts["task1"])).network
+    with torch.no_grad():
+        changed.fc.bias[0] += 1
+    save_network(Path(experts["task1"]), changed, small_config, 2, {})
+    with pytest.raises(FileError, match="was made of other experts"):
+        DecodingEvaluator(experts, coded)
+
+
+def test_rows_may_come_in_any_order(experts, write_coded, tasks, make_trainer):
+    coded = write_coded(PAIR, experts)
+    first, second = (
+        run(DecodingEvaluator(experts, paths, ["linear"]), tasks, make_trainer) for paths in (coded, coded[::-1])
+    )
+    assert [o.nda for o in first] == [o.nda for o in second]
+
+
+def test_what_does_not_fit_is_named(experts, synthetic, tasks, make_trainer):
+    with pytest.raises(ConfigurationError, match="found decoder 'cubic', expected one of linear, ridge, feature_ridge"):
+        DecodingEvaluator(experts, decoders=["cubic"])
+    with pytest.raises(ConfigurationError, match="found no experts or no decoders"):
+        DecodingEvaluator({})
+    with pytest.raises(ConfigurationError, match="found a code for 2 experts, expected 3"):
+        DecodingEvaluator(experts, code=[[0.5, 0.5]])
+    with pytest.raises(FileError, match="found no file"):
+        DecodingEvaluator({"task0": "nowhere.safetensors"})
+    evaluator = DecodingEvaluator(experts, decoders=["ridge"])
+    with pytest.raises(ConfigurationError, match="found data of Synthetic, expected Tasks"):
+        run(evaluator, synthetic(), make_trainer)
+    swapped = Tasks(dict(reversed(tasks.tasks.items())), samples_per_task=20)
+    with pytest.raises(ConfigurationError, match="name the same tasks in the same order"):
+        run(evaluator, swapped, make_trainer)
+    other = Tasks({**tasks.tasks, "task1": synthetic(3)}, samples_per_task=20)
+    with pytest.raises(ConfigurationError, match="'task1': 3.*the experts are for.*'task1': 2"):
+        run(evaluator, other, make_trainer)

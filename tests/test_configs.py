@@ -1,0 +1,46 @@
+"""Every shipped YAML is parsed by the command it is for, with its real class names."""
+
+from pathlib import Path
+
+import pytest
+
+from coin.cli import main
+
+ROOT = Path(__file__).parent.parent / "configs"
+EXPERTS = "--experts={a: a.safetensors, b: b.safetensors}"
+TASKS = "{a: {class_path: MNIST5k}, b: {class_path: Digits}}"
+
+COMMANDS = {
+    "experiment": ["run"],
+    "expert": ["fit"],
+    "merge": ["merge", EXPERTS],
+    "evaluate": ["evaluate", "--model.experts={a: a.safetensors, b: b.safetensors}", f"--data.tasks={TASKS}"],
+    "logger": ["fit", "--data=MNIST5k"],
+}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_configuration_is_parsed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    command, *rest = COMMANDS[room]
+    with pytest.raises(SystemExit) as stop:
+        main([command, "-c", str(path), *rest, "--print_config"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "class_path" in printed
+
+
+def test_resnet50_with_imagenet_weights_is_the_default_of_the_experts() -> None:
+    experts = [path for path in (ROOT / "expert").glob("*.yaml") if path.stem != "mnist5k"]
+    assert len(experts) >= 6
+    for path in experts:
+        assert "network: resnet50" in path.read_text()
+        assert "weights: IMAGENET1K_V2" in path.read_text()
+
+
+def test_every_file_says_how_to_run_it() -> None:
+    for path in ROOT.rglob("*.yaml"):
+        head = path.read_text().splitlines()[:3]
+        assert head[0].startswith("# "), path
+        if path.parent.name != "logger":
+            assert any(str(path.relative_to(ROOT.parent)) in line for line in head), path
