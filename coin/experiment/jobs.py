@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 def job(experiment: Experiment, folder: Path, job_type: str, name: str, seed: int | None) -> Iterator[list[Logger]]:
     """Yield the loggers of one job: CSV files, and a W&B run in the experiment's group.
 
+    The W&B runs of a seed lie side by side in ``runs/NAME/seed-K/wandb``, to be brought online by one ``wandb sync``.
+
     Args:
         experiment: The experiment.
         folder: For the logs.
@@ -28,10 +30,11 @@ def job(experiment: Experiment, folder: Path, job_type: str, name: str, seed: in
         name: What the job works on.
         seed: The seed; none for the base.
     """
+    run_folder = experiment.folder / ("base" if seed is None else f"seed-{seed}")
     called = f"{experiment.name}-{name}" if seed is None else f"{experiment.name}-seed-{seed}-{name}"
-    with run_environment(folder):
+    with run_environment(run_folder):
         try:
-            yield list(training_loggers(folder, experiment.name, job_type, called))
+            yield list(training_loggers(folder, experiment.name, job_type, called, run_folder=run_folder))
         finally:
             finish_run()
 

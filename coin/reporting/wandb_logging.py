@@ -68,9 +68,11 @@ def finish_run() -> None:
 
 
 def training_loggers(
-    folder: Path, group: str, job_type: str, name: str, project: str = PROJECT
+    folder: Path, group: str, job_type: str, name: str, project: str = PROJECT, run_folder: Path | None = None
 ) -> list[CSVLogger | WandbLogger]:
-    """Return the loggers of a training run: CSV files in ``folder/logs``, and W&B in ``folder/wandb``.
+    """Return the loggers of a training run: CSV files in ``folder/logs``, and W&B in ``run_folder/wandb``.
+
+    Without `run_folder` W&B goes to ``folder/wandb`` too.
 
     CSV comes first: the command line writes ``config.yaml`` into the first logger's folder, and W&B's, of which every
     run has another, would not let a second run find it. Call `finish_run` after the training.
@@ -88,7 +90,7 @@ def training_loggers(
         CSVLogger(save_dir=folder, name="", version="logs"),
         WandbLogger(
             name=name,
-            save_dir=str(folder.absolute()),
+            save_dir=str((run_folder or folder).absolute()),
             project=project,
             group=group,
             job_type=job_type,
