@@ -55,7 +55,7 @@ bench: $(VENV)/.bench  ## time the exact Fisher against its limit and its peers
 	OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/python tests/benchmarks/fisher.py
 
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
-	$(BIN)/pytest tests/test_notebooks.py
+	$(BIN)/pytest tests/experiment/test_notebooks.py
 
 clean:  ## remove the environment and all caches; results in runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist

@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 
 import coin.data
@@ -29,6 +30,15 @@ class CoinParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a `ConfigurationError` with the message on one line."""
         raise ConfigurationError(" ".join(str(message).split())) from ex
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Leaves ``config.yaml`` with what was trained; the other commands write what they did into their results."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file before a training run."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 class CoinCLI(LightningCLI):
@@ -165,6 +175,7 @@ def main(args: list[str] | None = None) -> int:
             parser_class=CoinParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             args=args,

@@ -119,7 +119,9 @@ def test_lightning_checkpoints_are_tested_and_predicted(tmp_path: Path, capsys: 
     assert main(["validate", f"--ckpt_path={checkpoint}", *DIGITS, root, *QUIET]) == 0
     assert main(["predict", f"--ckpt_path={checkpoint}", *DIGITS, root, *QUIET]) == 0
     output = tmp_path / "f.safetensors"
-    assert main(["fisher", f"--ckpt_path={checkpoint}", *DIGITS, "--samples=5", f"--output={output}", root, *QUIET]) == 0
+    assert (
+        main(["fisher", f"--ckpt_path={checkpoint}", *DIGITS, "--samples=5", f"--output={output}", root, *QUIET]) == 0
+    )
     assert load_provenance(output)["samples"] == 5
 
 
@@ -161,7 +163,10 @@ MISTAKES = {
     "missing checkpoint": (["test", "--ckpt_path=nowhere.ckpt", "--data=Digits"], "nowhere.ckpt"),
     "report of nothing": (["report", "nowhere"], "nowhere"),
     "merge without a Fisher": (["merge", "--experts=EXPERTS", "--method=Coin", "--output=x"], "fisher"),
-    "merge of no file": (["merge", "--experts={a: no.safetensors}", "--method=Average", "--output=x"], "no.safetensors"),
+    "merge of no file": (
+        ["merge", "--experts={a: no.safetensors}", "--method=Average", "--output=x"],
+        "no.safetensors",
+    ),
     "fisher of other weights": (
         ["merge", "--experts=EXPERTS", "--method=Coin", "--fisher=SWAPPED", "--output=x"],
         "coin fisher",

@@ -42,7 +42,9 @@ def test_results_hold_every_method_decoder_and_task(finished: Path) -> None:
         for decoder in ("linear", "ridge", "feature_ridge")
         for task in ("digits", "letters")
     }
-    references = {("none", "", decoder, task) for decoder in ("ridge", "feature_ridge") for task in ("digits", "letters")}
+    references = {
+        ("none", "", decoder, task) for decoder in ("ridge", "feature_ridge") for task in ("digits", "letters")
+    }
     oracle = {("oracle", "", "linear", task) for task in ("digits", "letters")}
     assert found == wanted | references | oracle
     assert set(frame.samples_per_task) == {24}
@@ -171,9 +173,7 @@ def test_damaged_output_is_made_again(finished: Path, config: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("output", ["base/checkpoints/step-key", "seed-0/experts/letters/checkpoints/last.ckpt"])
-def test_killed_run_finishes_with_the_same_results(
-    finished: Path, config: Path, tmp_path: Path, output: str
-) -> None:
+def test_killed_run_finishes_with_the_same_results(finished: Path, config: Path, tmp_path: Path, output: str) -> None:
     command = [sys.executable, "-m", "coin", "run", "-c", str(config), f"--output={tmp_path}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

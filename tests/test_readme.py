@@ -1,0 +1,60 @@
+"""The README's Python is run, its commands and files exist, and it stays short."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import coin
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def test_python_runs_and_the_oracle_of_a_linear_network_is_exact() -> None:
+    torch.manual_seed(0)
+    # What the README leaves to the reader: two trained networks and their data.
+    experts = [torch.nn.Sequential(torch.nn.Linear(6, 3)) for _ in range(2)]
+    calibration = [[torch.randn(5, 6), torch.randn(2, 6)] for _ in experts]
+    test_loader = [(torch.randn(9, 6), torch.randint(3, (9,))) for _ in range(2)]
+    names = {"experts": experts, "calibration": calibration, "test_loader": test_loader}
+    (code,) = blocks("python")
+    exec(compile(code, "README.md", "exec"), names)
+    found = names["metric"].compute()  # type: ignore[attr-defined]
+    assert set(found) == {"expert_accuracy", "decoded_accuracy", "nda", "agreement"}
+    system = names["system"]
+    inputs = test_loader[0][0]
+    assert system.decode(inputs).shape == (1, 9, 3)  # type: ignore[attr-defined]
+
+
+def test_every_public_name_is_there() -> None:
+    for name in coin.__all__:
+        assert getattr(coin, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        coin.nothing  # noqa: B018
+
+
+def test_files_it_names_exist() -> None:
+    for path in re.findall(r"configs/[\w/.-]+\.yaml|notebooks/[\w.-]+\.ipynb", TEXT):
+        assert (ROOT / path).is_file(), path
+
+
+def test_make_targets_it_names_exist() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for target in re.findall(r"make ([a-z-]+)", TEXT):
+        assert target in targets, target
+
+
+def test_it_stays_short() -> None:
+    assert len(TEXT.splitlines()) < 250
+
+
+def test_top_level_is_what_the_owner_named() -> None:
+    allowed = {"pyproject.toml", "coin", "configs", "tests", "notebooks", "Makefile", "README.md", "LICENSE"}
+    visible = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    assert visible - {"runs", "data", "dist", "wandb", "lightning_logs"} == allowed
