@@ -13,6 +13,9 @@ from coin.networks import NetworkConfig, build_network, load_network, recalibrat
 from coin.state import fingerprint
 from coin.trainer import Trainer
 
+# The tests' tensors are tiny: threads only wait for one another, and a sum's rounding would depend on their number.
+torch.set_num_threads(1)
+
 
 class Synthetic(TaskData):
     """Noisy images with one bright bar a class, learnt in a few steps; `key` draws the noise."""

@@ -66,7 +66,7 @@ def test_training_lowers_the_loss_and_moves_nothing_but_the_students_parameters(
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.student.named_buffers())
     assert all(torch.equal(a, b) for a, b in zip(module.teachers.state_dict().values(), teachers, strict=True))
     assert all(not torch.equal(a, b) for a, b in zip(module.student.parameters(), parameters, strict=True))
-    assert not any(inner.training for inner in [*module.student.modules(), *module.teachers.modules()])
+    assert not any(inner.training for network in [module.student, *module.teachers] for inner in network.modules())
 
 
 def test_passes_count_forward_equivalents(experts, tasks, make_trainer):

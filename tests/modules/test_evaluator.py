@@ -162,11 +162,8 @@ def test_features_are_taken_only_where_a_decoder_reads_them(experts, write_coded
     assert [feature.shape for feature in answers.coded_features] == [(2, 32)] * 2
 
 
-def test_coded_models_of_other_experts_or_rows_are_refused(tmp_path, experts, write_experts, write_coded, small_config):
+def test_coded_models_of_other_experts_or_rows_are_refused(experts, write_coded, small_config):
     coded = write_coded(PAIR, experts)
-    other = write_experts([3, 2, 3][::-1], folder="others")
-    with pytest.raises(FileError, match=r"average-0\.safetensors' was made of other experts"):
-        DecodingEvaluator(other, coded)
     with pytest.raises(FileError, match="in another order; run coin merge again"):
         DecodingEvaluator(dict(reversed(experts.items())), coded)
     with pytest.raises(FileError, match=r"found rows \[1\] of method average, expected one file for each of the 2"):
@@ -179,7 +176,7 @@ def test_coded_models_of_other_experts_or_rows_are_refused(tmp_path, experts, wr
     with torch.no_grad():
         changed.fc.bias[0] += 1
     save_network(Path(experts["task1"]), changed, small_config, 2, {})
-    with pytest.raises(FileError, match="was made of other experts"):
+    with pytest.raises(FileError, match=r"average-0\.safetensors' was made of other experts"):
         DecodingEvaluator(experts, coded)
 
 
@@ -207,5 +204,5 @@ def test_what_does_not_fit_is_named(experts, synthetic, tasks, make_trainer):
     with pytest.raises(ConfigurationError, match="name the same tasks in the same order"):
         run(evaluator, swapped, make_trainer)
     other = Tasks({**tasks.tasks, "task1": synthetic(3)}, samples_per_task=20)
-    with pytest.raises(ConfigurationError, match="'task1': 3.*the experts are for.*'task1': 2"):
+    with pytest.raises(ConfigurationError, match=r"'task1': 3.*the experts are for.*'task1': 2"):
         run(evaluator, other, make_trainer)
