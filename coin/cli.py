@@ -1,6 +1,7 @@
 """The ``coin`` command: LightningCLI with the commands of coded networks."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,10 +18,12 @@ from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
 from coin.errors import CoinError, ConfigurationError, FileError
 from coin.experiment import Experiment
 from coin.experiment.commands import merge, report
+from coin.experiment.sweep import sweep
+from coin.experiment.sweep_table import SWEEP_CSV
 from coin.reporting import print_summary, read_results, run_environment, summarise
 from coin.trainer import Trainer, quieten
 
-_PLAIN = ("run", "merge", "report")
+_PLAIN = ("run", "merge", "sweep", "report")
 """The commands that build their own trainers, or need none."""
 
 
@@ -42,7 +45,7 @@ class SaveFitConfig(SaveConfigCallback):
 
 
 class CoinCLI(LightningCLI):
-    """The commands ``fit validate test predict fisher evaluate`` on a Trainer, and ``run merge report`` without."""
+    """The commands ``fit validate test predict fisher evaluate`` on a Trainer, the rest without."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -62,6 +65,9 @@ class CoinCLI(LightningCLI):
             elif name == "merge":
                 sub.add_function_arguments(merge)
                 summary = "Merge experts into coded models."
+            elif name == "sweep":
+                _add_sweep_arguments(sub)
+                summary = "Run an experiment over a grid or random draws of its options."
             else:
                 sub.add_argument("folders", nargs="+", type=str, help="Experiments' or seeds' folders.")
                 sub.add_argument("--output", type=str | None, default=None, help="The HTML file to write.")
@@ -119,8 +125,21 @@ class CoinCLI(LightningCLI):
         elif subcommand == "merge":
             for path in merge(**options):
                 print(path)
+        elif subcommand == "sweep":
+            outcome = sweep(build=self._experiment, **options)
+            if outcome.table is not None:
+                _console().print(outcome.table)
+                print(f"table: {outcome.folder / SWEEP_CSV}")
+            outcome.check()
         else:
             print(report(options["folders"], options["output"]))
+
+    def _experiment(self, arguments: Sequence[str]) -> Experiment:
+        """Return the experiment that ``coin run`` makes of these arguments."""
+        parser = self._subcommand_parsers["run"]
+        options = parser.instantiate_classes(parser.parse_args(list(arguments))).as_dict()
+        options.pop("config", None)
+        return Experiment(**options)
 
     def after_evaluate(self) -> None:
         """Print the table of what was just measured."""
@@ -133,6 +152,16 @@ class CoinCLI(LightningCLI):
         config = self.config["run"].clone()
         config["seeds"] = [seed]
         return str(self._subcommand_parsers["run"].dump(config, skip_none=False))
+
+
+def _add_sweep_arguments(parser: LightningArgumentParser) -> None:
+    parser.add_argument("file", type=str, help="The sweep's YAML, as for `wandb sweep`; see configs/sweep.")
+    parser.add_argument("--output", type=str, default="runs", help="Where the sweep's folder goes.")
+    parser.add_argument("--jobs", type=int | None, default=None, help="Points at a time; one per two cores by default.")
+    parser.add_argument(
+        "--count", type=int | None, default=None, help="At most so many points; a random sweep needs it."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of a random sweep's draws.")
 
 
 def _console() -> Console:

@@ -1,0 +1,100 @@
+"""One point of a sweep: its folder, its process, and the lock that the process holds."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from coin.experiment.experiment import Experiment
+from coin.experiment.steps import Steps, step_key
+from coin.experiment.sweep_points import SweepPoint
+from coin.experiment.sweep_sharing import Shelf, shared_steps
+from coin.reporting.results import RESULTS_CSV
+
+
+class PointRun:
+    """One point's process and folder.
+
+    Args:
+        point: The point.
+        folder: The experiment's folder.
+        experiment: The experiment, as ``coin run`` would make it.
+    """
+
+    def __init__(self, point: SweepPoint, folder: Path, experiment: Experiment) -> None:
+        self.point = point
+        self.folder = folder
+        self.log = folder / "sweep.log"
+        self.shelf = Shelf(folder, shared_steps(experiment))
+        self.seed_folders = [folder / f"seed-{seed}" for seed in experiment.seeds]
+        parts = ("network", "base", "tasks", "expert", "calibration", "methods", "decoders", "seeds", "trainer")
+        options: dict[str, Any] = {name: getattr(experiment, name) for name in parts}
+        brought = [*experiment.expert.checkpoints.values(), experiment.base and experiment.base.checkpoint]
+        files = [Path(path) for path in brought if path and Path(path).is_file()]
+        self.key = step_key({**options, "code": experiment.code.matrix}, files)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.started = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the point has been run to its end with these options, and its results stand."""
+        return Steps(self.folder).finished("sweep", self.key, self._results)
+
+    @property
+    def _results(self) -> list[Path]:
+        return [folder / RESULTS_CSV for folder in self.seed_folders]
+
+    @property
+    def held(self) -> bool:
+        """Whether a process of an earlier, killed sweep is still at work on this point."""
+        if not (self.folder / ".lock").exists():
+            return False
+        with locked(self.folder / ".lock") as lock:
+            return lock is None
+
+    def start(self, threads: int) -> None:
+        """Take over what other points have done alike, and start ``coin run``."""
+        taken = self.shelf.open()
+        command = [sys.executable, "-m", "coin", "run", *self.point.arguments]
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        with locked(self.folder / ".lock") as lock, self.log.open("a", encoding="utf-8") as log:
+            assert lock is not None
+            print(*(f"# {line}" for line in taken), f"# {' '.join(command)}", sep="\n", file=log, flush=True)
+            self.started = time.monotonic()
+            # The process inherits the lock and holds it as long as it lives, whatever becomes of this one.
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=[lock.fileno()],
+            )
+
+    def finish(self) -> None:
+        """Record that the point has been run to its end."""
+        Steps(self.folder).finish("sweep", self.key, self._results)
+
+    def complaint(self) -> str:
+        """Return the last line of the log."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[IO[bytes] | None]:
+    """Yield a file that only this process holds, or none where another holds it."""
+    import fcntl  # no such module on Windows, where the other commands still work
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield file
