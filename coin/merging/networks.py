@@ -15,6 +15,7 @@ from coin.merging.method import MergeMethod
 from coin.networks import BatchNormPolicy, average_buffers, fill_network, has_batchnorm, recalibrate
 from coin.state import State
 from coin.statistics import OutputMap
+from coin.statistics.guard import evaluating
 
 FITTED = frozenset({Requirement.OUTPUTS, Requirement.FEATURES})
 """The requirements of methods that fit what the coded network answers, and so run it."""
@@ -119,9 +120,12 @@ def parameters_of(network: nn.Module) -> dict[str, Tensor]:
 
 
 def expert_outputs(networks: Sequence[nn.Module], batches: Iterable[Tensor]) -> Tensor:
-    """Return all experts' logits on the calibration inputs, ``[N, P, C]``."""
-    with torch.no_grad():
-        return torch.stack([torch.cat([network(batch) for batch in batches]) for network in networks])
+    """Return all experts' logits on the calibration inputs, ``[N, P, C]``, in eval mode whatever their own."""
+    outputs = []
+    for network in networks:
+        with evaluating(network, gradients=False):
+            outputs.append(torch.cat([network(batch) for batch in batches]))
+    return torch.stack(outputs)
 
 
 def needed(batches: Iterable[Tensor] | None, label: str) -> Iterable[Tensor]:
