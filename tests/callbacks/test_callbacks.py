@@ -1,0 +1,105 @@
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from coin.callbacks import ExpertExport, FisherEstimator, Weights
+from coin.errors import ConfigurationError, FileError
+from coin.modules import Expert
+from coin.networks import load_network, read_weights
+from coin.state import fingerprint
+from coin.statistics import fisher_diagonal
+from coin.statistics.files import load_statistic
+
+SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}, "lr": 0.05}
+
+
+@pytest.fixture
+def fit(tmp_path, synthetic, make_trainer):
+    def run(*callbacks, epochs=2, monitored=True):
+        # The highest training loss is the first epoch's, so that the best weights are not the last ones.
+        saver = ModelCheckpoint(tmp_path / "checkpoints", monitor="train/loss" if monitored else None, mode="max")
+        trainer = make_trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=[saver, *callbacks])
+        expert = Expert(**SMALL)
+        trainer.fit(expert, datamodule=synthetic(key=5, seed=2))
+        return expert, saver.best_model_path
+
+    return run
+
+
+def test_the_export_holds_the_trained_network_and_says_what_it_is(tmp_path, fit):
+    expert, _ = fit(ExpertExport())
+    file = load_network(tmp_path / "run" / "expert.safetensors")
+    assert fingerprint(file.network.state_dict()) == fingerprint(expert.network.state_dict())
+    assert file.config == expert.config
+    made = file.provenance
+    assert (made["made_by"], made["task"], made["classes"]) == (
+        "coin fit",
+        "Synthetic",
+        ["class 0", "class 1", "class 2"],
+    )
+    assert (made["epochs"], made["num_classes"], made["options"]["lr"]) == (2, 3, 0.05)
+    assert {"train/loss", "val/accuracy"} <= made["metrics"].keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("exact", {}), ("monte_carlo", {"cotangents": 2}), ("categorical", {}), ("empirical", {})]
+)
+def test_the_fisher_at_the_end_of_training_is_that_of_the_exported_expert(tmp_path, fit, synthetic, kind, options):
+    path = tmp_path / "fisher.safetensors"
+    fit(ExpertExport(), FisherEstimator(samples=20, kind=kind, path=str(path), **options))
+    exported = load_network(tmp_path / "run" / "expert.safetensors").network
+    mark = fingerprint(exported.state_dict())
+    statistic = load_statistic(path, statistic="fisher", weights=mark)
+    # In the memory format that it trained in, so that the same kernels give the same bits.
+    exported.to(memory_format=torch.channels_last)
+    calibration = synthetic(key=5, seed=2).calibration(20)
+    wanted = fisher_diagonal(
+        exported,
+        calibration,
+        kind=kind,
+        labels=calibration.labels if kind == "empirical" else None,
+        generator=torch.Generator().manual_seed(2 * 100_003) if kind == "monte_carlo" else None,
+        **options,
+    )
+    assert statistic.values.keys() == wanted.keys()
+    assert all(torch.equal(statistic.values[name], value) for name, value in wanted.items())
+    cotangents = {"exact": 3, "monte_carlo": 2, "categorical": 3, "empirical": 1}[kind]
+    assert (statistic.samples, statistic.passes) == (20, 20 * (1 + 2 * cotangents))
+    assert (statistic.provenance["kind"], statistic.provenance["data"]) == (kind, "own")
+    with pytest.raises(FileError, match="expected gram"):
+        load_statistic(path, statistic="gram")
+    with pytest.raises(FileError, match="the expert has changed since"):
+        load_statistic(path, statistic="fisher", weights="0" * 64)
+
+
+def test_the_module_is_left_as_training_left_it(fit):
+    plain, _ = fit()
+    watched, _ = fit(ExpertExport(weights="best"), FisherEstimator(samples=8, weights="best"))
+    modes = [module.training for module in plain.network.modules()]
+    assert fingerprint(watched.network.state_dict()) == fingerprint(plain.network.state_dict())
+    assert [module.training for module in watched.network.modules()] == modes
+    assert all(parameter.requires_grad for parameter in watched.network.parameters())
+
+
+def test_best_takes_the_best_checkpoint_for_both_files(tmp_path, fit):
+    expert, best = fit(ExpertExport(weights=Weights.best), FisherEstimator(samples=8, weights=Weights.best))
+    mark = fingerprint(read_weights(tmp_path / best))
+    assert mark != fingerprint(expert.network.state_dict())
+    exported = load_network(tmp_path / "run" / "expert.safetensors")
+    assert fingerprint(exported.network.state_dict()) == mark
+    assert load_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher", weights=mark).samples == 8
+
+
+def test_best_without_a_monitor_is_refused(fit):
+    with pytest.raises(ConfigurationError, match="found no best checkpoint; add a ModelCheckpoint with a monitor"):
+        fit(ExpertExport(weights="best"), epochs=1, monitored=False)
+
+
+def test_bad_options_are_refused_at_construction():
+    with pytest.raises(ConfigurationError, match="found samples=0, expected at least 1"):
+        FisherEstimator(samples=0)
+
+
+def test_more_samples_than_there_are_is_one_clear_error(fit):
+    with pytest.raises(ValueError, match=r"1000 calibration samples asked of Synthetic.*at most 32"):
+        fit(FisherEstimator(samples=1000), epochs=1)

@@ -1,0 +1,172 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from coin.data import to_input
+from coin.data.tasks import Tasks, task_with
+from coin.errors import ConfigurationError, DataError
+
+
+@pytest.fixture
+def members(synthetic):
+    return {"b": synthetic(3, test=23, key=1, seed=4), "a": synthetic(2, test=17, key=2, seed=5)}
+
+
+def on_process(tasks, rank, world_size, epoch=0):
+    """Give the tasks a Trainer's view of the processes."""
+    tasks.trainer = SimpleNamespace(
+        global_rank=rank,
+        world_size=world_size,
+        current_epoch=epoch,
+        testing=False,
+        _accelerator_connector=SimpleNamespace(use_distributed_sampler=False),
+    )
+    tasks.setup()
+    return tasks
+
+
+def positions(loader):
+    return [int(position) for places, _ in loader for position in places]
+
+
+def test_tasks_keep_their_order(members):
+    tasks = Tasks(members)
+    assert list(tasks.tasks) == ["b", "a"]
+    assert tasks.num_classes == 3
+    assert tasks.seed == 4
+
+
+def test_calibration_pools_each_tasks_own_samples_in_equal_shares(members):
+    tasks = Tasks(members, samples_per_task=10, batch_size=6)
+    pooled = tasks.calibration()
+    assert pooled.num_samples == 20
+    assert [len(batch) for batch in pooled] == [6, 6, 6, 2]
+    for number, (name, task) in enumerate(members.items()):
+        own = task.calibration(10)
+        assert torch.equal(tasks.calibrations()[name].inputs(), own.inputs())
+        assert torch.equal(pooled.inputs((pooled.part == number).nonzero().flatten()), own.inputs())
+    assert torch.bincount(pooled.part[:6]).tolist() == [3, 3]
+
+
+def test_a_seed_draws_every_tasks_samples_anew_and_leaves_the_given_tasks_alone(members):
+    tasks = Tasks(members, samples_per_task=10, seed=9)
+    assert [task.seed for task in tasks.tasks.values()] == [9, 9]
+    assert [task.seed for task in members.values()] == [4, 5]
+    assert torch.equal(tasks.calibrations()["a"].inputs(), task_with(members["a"], seed=9).calibration(10).inputs())
+    assert not torch.equal(tasks.calibrations()["a"].inputs(), members["a"].calibration(10).inputs())
+    assert tasks.seed == 9
+
+
+def test_another_seed_shares_the_images_that_were_read(members):
+    members["a"].setup()
+    other = task_with(members["a"], seed=8, batch_size=3)
+    assert other.splits.train.store is members["a"].splits.train.store
+    assert (other.batch_size, members["a"].batch_size) == (3, 8)
+
+
+def test_training_sees_every_sample_once_an_epoch_beside_its_position(members):
+    tasks = Tasks(members, samples_per_task=10, batch_size=8)
+    inputs = tasks.calibration().inputs()
+    loader = tasks.train_dataloader()
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        seen = []
+        for places, batch in loader:
+            assert torch.equal(batch, inputs[places])
+            seen += places.tolist()
+        assert sorted(seen) == list(range(20))
+    loader.sampler.set_epoch(0)
+    assert positions(loader) != seen
+
+
+def test_training_and_held_out_samples_are_disjoint_and_complete(members):
+    tasks = Tasks(members, samples_per_task=10, held_out=0.3)
+    everything = tasks.calibration().inputs()
+    training = tasks.training_calibration().inputs()
+    held_out = torch.cat([batch for _, batch in tasks.val_dataloader()])
+    assert (len(training), len(held_out)) == (14, 6)
+    assert torch.equal(torch.cat([training, held_out]), everything)
+    assert len(everything.flatten(1).unique(dim=0)) == 20
+    seen = positions(tasks.train_dataloader())
+    assert sorted(seen) == list(range(14))
+    assert positions(tasks.val_dataloader()) == list(range(6))
+
+
+def test_without_a_held_out_share_all_samples_train_and_none_validate(members):
+    tasks = Tasks(members, samples_per_task=10)
+    assert tasks.val_dataloader() == []
+    assert tasks.training_calibration().num_samples == 20
+
+
+def test_prediction_and_test_loaders_follow_the_order_of_the_data(members):
+    tasks = Tasks(members, samples_per_task=10, batch_size=6)
+    assert torch.equal(torch.cat(list(tasks.predict_dataloader())), tasks.calibration().inputs())
+    for loader, task in zip(tasks.test_dataloader(), members.values(), strict=True):
+        images, labels = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        assert torch.equal(images, task.splits.test.images())
+        assert torch.equal(labels, task.splits.test.targets)
+
+
+def test_two_processes_share_samples_without_repeats(members):
+    def one(rank, options):
+        own = {name: task_with(task) for name, task in members.items()}
+        return on_process(Tasks(own, samples_per_task=11, batch_size=4, **options), rank, 2)
+
+    def pair(**options):
+        return [one(rank, options) for rank in range(2)]
+
+    ranks = pair()
+    inputs = ranks[0].calibration().inputs()
+    for rank, tasks in enumerate(ranks):
+        assert torch.equal(torch.cat(list(tasks.predict_dataloader())), inputs[rank::2])
+    assert sorted(positions(ranks[0].train_dataloader()) + positions(ranks[1].train_dataloader())) == list(range(22))
+    held_out = pair(held_out=0.3)
+    assert sorted(positions(held_out[0].val_dataloader()) + positions(held_out[1].val_dataloader())) == list(range(7))
+    for place, task in enumerate(members.values()):
+        images = task.splits.test.images()
+        for rank, tasks in enumerate(ranks):
+            assert torch.equal(torch.cat([batch for batch, _ in tasks.test_dataloader()[place]]), images[rank::2])
+
+
+def test_a_resumed_trainer_starts_with_its_epochs_order(members):
+    loader = Tasks(members, samples_per_task=10).train_dataloader()
+    loader.sampler.set_epoch(3)
+    resumed = on_process(Tasks(members, samples_per_task=10), 0, 1, epoch=3)
+    assert positions(resumed.train_dataloader()) == positions(loader)
+
+
+def test_only_test_images_are_still_to_be_turned_into_inputs(members):
+    tasks = on_process(Tasks(members, samples_per_task=10), 0, 1)
+    batch = (torch.arange(2), torch.zeros(2, 3, 16, 16))
+    assert tasks.on_after_batch_transfer(batch, 0) is batch
+    assert Tasks(members).on_after_batch_transfer(batch, 0) is batch
+    tasks.trainer.testing = True
+    for place, task in enumerate(members.values()):
+        images, labels = task.splits.test.images(), task.splits.test.targets
+        inputs, found = tasks.on_after_batch_transfer((images, labels), place)
+        assert torch.equal(inputs, to_input(images, 16))
+        assert torch.equal(found, labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"samples_per_task": 0}, ConfigurationError, "samples_per_task is 0; expected at least 1"),
+        ({"batch_size": 0}, ConfigurationError, "batch_size is 0"),
+        ({"held_out": 1.0}, ConfigurationError, r"held_out is 1.0; expected a number in \[0, 1\)"),
+        ({"held_out": -0.1}, ConfigurationError, "held_out is -0.1"),
+    ],
+)
+def test_options_are_checked_at_construction(members, options, error, message):
+    with pytest.raises(error, match=message):
+        Tasks(members, **options)
+
+
+def test_tasks_that_do_not_fit_are_refused(members, synthetic):
+    with pytest.raises(DataError, match="found no tasks"):
+        Tasks({})
+    with pytest.raises(DataError, match=r"the tasks' images differ in size \(\{'b': 16, 'c': 32\}\)"):
+        Tasks({"b": members["b"], "c": synthetic(image_size=32)})
+    with pytest.raises(DataError, match="33 calibration samples asked of Synthetic, whose training split has 32"):
+        Tasks(members, samples_per_task=33).calibration()
