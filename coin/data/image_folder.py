@@ -1,5 +1,6 @@
 """A user's own images, in one folder per class."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ class ImageFolder(TaskData):
             everything.subset(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)
         )
         return Source(train, test, validation[0] if validation else None)
+
+    def content_key(self) -> str:
+        """A hash of the image files' names, sizes and times: an experiment notices when the folder has changed."""
+        digest = hashlib.sha256()
+        for split in ("train", "val", "test"):
+            for path in sorted((self.root / split).glob("*/*")):
+                state = path.stat()
+                digest.update(f"{path.relative_to(self.root)}:{state.st_size}:{state.st_mtime_ns};".encode())
+        return digest.hexdigest()
 
     def _files(self, split: str) -> list[list[Path]]:
         """The image files of each class in a split."""

@@ -80,7 +80,9 @@ def described(value: Any) -> Any:
         return described({name: getattr(value, name) for name in value.__dataclass_fields__})
     options = dict(value.hparams) if isinstance(value, LightningModule) else vars(value)
     public = {name: entry for name, entry in options.items() if _is_option(name, entry)}
-    return {"class": type(value).__name__, **described(public)}
+    # A task that reads a folder of the user's says when its contents have changed.
+    contents = getattr(value, "content_key", None)
+    return {"class": type(value).__name__, **described(public), **({"contents": contents()} if contents else {})}
 
 
 def _is_option(name: str, entry: Any) -> bool:

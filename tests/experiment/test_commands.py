@@ -119,9 +119,8 @@ def test_lightning_checkpoints_are_tested_and_predicted(tmp_path: Path, capsys: 
     assert main(["validate", f"--ckpt_path={checkpoint}", *DIGITS, root, *QUIET]) == 0
     assert main(["predict", f"--ckpt_path={checkpoint}", *DIGITS, root, *QUIET]) == 0
     output = tmp_path / "f.safetensors"
-    assert (
-        main(["fisher", f"--ckpt_path={checkpoint}", *DIGITS, "--samples=5", f"--output={output}", root, *QUIET]) == 0
-    )
+    fisher = ["fisher", f"--ckpt_path={checkpoint}", "--samples=5", f"--output={output}"]
+    assert main([*fisher, *DIGITS, root, *QUIET]) == 0
     assert load_provenance(output)["samples"] == 5
 
 
@@ -181,11 +180,11 @@ def test_mistake_is_one_line_with_status_two(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    statistics = finished / "seed-0/statistics"
+    digits, letters = (finished / "seed-0/statistics" / f"{task}.fisher.safetensors" for task in ("digits", "letters"))
     texts = {
         "CONFIG": str(config),
         "EXPERTS": experts_of(finished / "seed-0/experts"),
-        "SWAPPED": f"{{digits: {statistics}/letters.fisher.safetensors, letters: {statistics}/digits.fisher.safetensors}}",
+        "SWAPPED": f"{{digits: {letters}, letters: {digits}}}",
     }
     arguments, wanted = MISTAKES[case]
     for name, text in texts.items():

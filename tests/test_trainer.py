@@ -1,0 +1,188 @@
+import csv
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from coin.data.tasks import Tasks
+from coin.errors import ConfigurationError, DataError, FileError
+from coin.modules import DecodingEvaluator, Expert
+from coin.networks import build_network, load_network
+from coin.state import fingerprint
+from coin.statistics import fisher_diagonal
+from coin.statistics.files import load_statistic
+from coin.trainer import result_rows
+
+SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}}
+SCRIPT = Path(__file__).parent / "measure_in_processes.py"
+
+
+def fisher_of(network, batches, **options):
+    return fisher_diagonal(network.to(memory_format=torch.channels_last), batches, **options)
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=0.0)
+
+
+def test_fisher_writes_the_diagonal_of_a_configured_expert(tmp_path, synthetic, make_trainer):
+    expert = Expert(**SMALL, num_classes=3, initial_seed=4)
+    make_trainer().fisher(expert, synthetic(seed=3), samples=11)
+    mark = fingerprint(build_network(expert.config, 3, seed=4).state_dict())
+    statistic = load_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher", weights=mark)
+    assert_same(statistic.values, fisher_of(expert.network, synthetic(seed=3).calibration(11)))
+    assert (statistic.samples, statistic.passes) == (11, 11 * 7)
+    made = statistic.provenance
+    assert (made["kind"], made["data"], made["seed"]) == ("exact", "own", 3)
+
+
+def test_fisher_over_several_tasks_is_pooled(tmp_path, synthetic, make_trainer):
+    tasks = Tasks({"a": synthetic(key=1), "b": synthetic(key=2)}, samples_per_task=5, seed=6)
+    expert = Expert(**SMALL, num_classes=3)
+    make_trainer().fisher(expert, tasks, samples=9, output=str(tmp_path / "pooled.safetensors"))
+    statistic = load_statistic(tmp_path / "pooled.safetensors", statistic="fisher")
+    wanted = fisher_of(expert.network, Tasks(tasks.tasks, samples_per_task=9, seed=6).calibration())
+    assert_same(statistic.values, wanted)
+    assert statistic.samples == 18
+    assert (statistic.provenance["data"], statistic.provenance["seed"]) == ("pooled", 6)
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical", "categorical"])
+def test_fisher_reads_both_kinds_of_checkpoint_and_writes_beside_them(
+    tmp_path, synthetic, make_trainer, write_experts, kind
+):
+    path = Path(write_experts([3])["task0"])
+    network = load_network(path).network
+    expert = Expert(**SMALL, num_classes=3)
+    expert.network.load_state_dict(network.state_dict())
+    trainer = make_trainer(max_epochs=0)
+    trainer.fit(expert, datamodule=synthetic())
+    (tmp_path / "checkpoint").mkdir()
+    trainer.save_checkpoint(tmp_path / "checkpoint" / "last.ckpt")
+    calibration = synthetic().calibration(10)
+    wanted = fisher_of(network, calibration, kind=kind, labels=calibration.labels if kind == "empirical" else None)
+    for checkpoint in (path, tmp_path / "checkpoint" / "last.ckpt"):
+        make_trainer().fisher(Expert(**SMALL, num_classes=3), synthetic(), str(checkpoint), samples=10, kind=kind)
+        statistic = load_statistic(
+            checkpoint.parent / "expert.fisher.safetensors",
+            statistic="fisher",
+            weights=fingerprint(network.state_dict()),
+        )
+        assert_same(statistic.values, wanted)
+        assert statistic.provenance["kind"] == kind
+
+
+def test_what_fisher_cannot_use_is_named(tmp_path, synthetic, make_trainer):
+    expert = Expert(**SMALL, num_classes=3)
+    with pytest.raises(FileError, match=r"found no checkpoint '.*none\.ckpt'"):
+        make_trainer().fisher(expert, synthetic(), str(tmp_path / "none.ckpt"))
+    with pytest.raises(FileError, match="found no file"):
+        make_trainer().fisher(expert, synthetic(), str(tmp_path / "none.safetensors"))
+    with pytest.raises(DataError, match="99 calibration samples asked of Synthetic"):
+        make_trainer().fisher(expert, synthetic(), samples=99)
+    with pytest.raises(ConfigurationError, match="found a model without a network"):
+        make_trainer().fisher(Expert(**SMALL), synthetic())
+    torch.save({"state_dict": {"network.fc.weight": torch.ones(1)}}, tmp_path / "other.ckpt")
+    with pytest.raises(FileError, match=r"other\.ckpt' does not fit the model") as caught:
+        make_trainer().fisher(expert, synthetic(), str(tmp_path / "other.ckpt"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["text", "bare"])
+def test_a_damaged_checkpoint_is_one_line(tmp_path, synthetic, make_trainer, content):
+    path = tmp_path / "damaged.ckpt"
+    if content == "text":
+        path.write_text("no checkpoint")
+    else:
+        torch.save({"weights": torch.ones(1)}, path)
+    with pytest.raises(FileError, match=r"damaged\.ckpt") as caught:
+        make_trainer().fisher(Expert(**SMALL, num_classes=3), synthetic(), str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def pair(synthetic, write_experts, write_coded):
+    experts = write_experts([3, 2])
+    tasks = {"task0": synthetic(3, key=0, test=23), "task1": synthetic(2, key=1, test=17)}
+    return DecodingEvaluator(experts, write_coded([[0.5, 0.5]], experts)), Tasks(tasks, 20, seed=7)
+
+
+def test_evaluate_writes_the_numbers_it_returns(tmp_path, pair, make_trainer):
+    outcomes = make_trainer().evaluate(*pair, output=str(tmp_path / "results"), name="try", configuration={"x": [1]})
+    with (tmp_path / "results" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(outcomes) == 2 * (3 + 2 + 1)
+    for row, outcome in zip(rows, outcomes, strict=True):
+        assert (row["experiment"], row["seed"], row["samples_per_task"]) == ("try", "7", "20")
+        assert (row["method"], row["decoder"], row["task"]) == (outcome.variant.method, outcome.decoder, outcome.task)
+        assert row["erased"] == row["task"]
+        assert float(row["nda"]) == outcome.nda
+        assert float(row["expert_accuracy"]) == outcome.expert_accuracy
+        assert row["code_row"] == ("0" if outcome.variant.networks else "")
+    described = json.loads((tmp_path / "results" / "results.json").read_text())["configuration"]
+    assert described["x"] == [1]
+    assert described["tasks"] == ["task0", "task1"]
+    assert described["code"] == [[0.5, 0.5]]
+
+
+def test_rows_name_all_coded_models_and_erased_tasks(synthetic, write_experts, write_coded, make_trainer):
+    experts = write_experts([3, 3])
+    evaluator = DecodingEvaluator(experts, write_coded([[0.7, 0.3], [0.3, 0.7]], experts), ["linear"])
+    tasks = Tasks({"task0": synthetic(key=0), "task1": synthetic(key=1)}, 20)
+    make_trainer().test(evaluator, datamodule=tasks, verbose=False)
+    rows = result_rows(evaluator.outcomes, "e", 0, 20)
+    assert {(row.code_row, row.erased, row.task) for row in rows if row.method == "average"} == {
+        ("0+1", "task0", "task0"),
+        ("0+1", "task1", "task1"),
+        ("0+1", "task0+task1", "task0"),
+        ("0+1", "task0+task1", "task1"),
+    }
+
+
+def test_evaluate_wants_an_evaluator_and_tasks(pair, synthetic, make_trainer):
+    evaluator, tasks = pair
+    for model, data in ((Expert(**SMALL, num_classes=3), tasks), (evaluator, synthetic())):
+        with pytest.raises(ConfigurationError, match=r"expected a DecodingEvaluator with Tasks; see configs/evaluate/"):
+            make_trainer().evaluate(model, data)
+
+
+def test_lightnings_distributed_sampler_is_off_by_default(make_trainer):
+    assert not make_trainer()._accelerator_connector.use_distributed_sampler
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path, write_experts, write_coded):
+    experts = write_experts([10, 10])
+    paths = {"experts": experts, "coded": write_coded([[0.7, 0.3], [0.3, 0.7]], experts)}
+    (tmp_path / "paths.json").write_text(json.dumps(paths))
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    runpy.run_path(str(SCRIPT), run_name="imported")["measure"](one, devices=1)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(
+        [*launch, str(SCRIPT), str(two), "2"], env=quiet, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    alone, shared = (torch.load(folder / "fisher.pt", weights_only=True) for folder in (one, two))
+    for kind, wanted in alone.items():
+        assert wanted["count"] == shared[kind]["count"] == 42
+        assert wanted["passes"] == shared[kind]["passes"]
+        for name, value in wanted["values"].items():
+            torch.testing.assert_close(shared[kind]["values"][name], value, rtol=1e-12, atol=0.0)
+
+    alone, shared = (json.loads((folder / "outcomes.json").read_text()) for folder in (one, two))
+    residuals = [[outcome.pop("residual") for outcome in outcomes] for outcomes in (alone, shared)]
+    assert shared == alone
+    assert {sum(map(sum, outcome["counts"])) for outcome in alone} == {37, 61}
+    assert residuals[1] == pytest.approx(residuals[0], rel=1e-5, nan_ok=True)
+    rows = [(folder / "results.csv").read_text().splitlines() for folder in (one, two)]
+    assert len(rows[0]) == len(rows[1]) == 1 + len(alone)
