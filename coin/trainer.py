@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
 from coin.data import TaskData
 from coin.data.tasks import Tasks
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError
 from coin.modules import DecodingEvaluator, FisherPass, Outcome
-from coin.networks import load_network
+from coin.networks import fill_network, load_network, read_weights
 from coin.reporting.results import Row, confusion_key, write_results
 from coin.reporting.wandb_evaluation import log_evaluation
 from coin.state import fingerprint
@@ -80,6 +79,7 @@ class Trainer(pl.Trainer):
 
         Raises:
             FileError: The checkpoint is missing or damaged.
+            StateError: It does not fit the model.
             DataError: A task has fewer than `samples` training samples.
         """
         network = _network(model, ckpt_path)
@@ -194,15 +194,11 @@ def _network(model: LightningModule, ckpt_path: str | None) -> nn.Module:
     """Return an expert's network with the weights of a checkpoint."""
     if ckpt_path is not None and ckpt_path.endswith(".safetensors"):
         return load_network(Path(ckpt_path)).network
-    if ckpt_path is not None:
-        if not Path(ckpt_path).is_file():
-            raise FileError(f"found no checkpoint '{ckpt_path}', expected a file; check ckpt_path")
-        state = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise FileError(f"'{ckpt_path}' does not fit the model: {str(error).splitlines()[-1].strip()}") from error
     network = getattr(model, "network", None)
     if not isinstance(network, nn.Module):
-        raise ConfigurationError("found a model without a network, expected an Expert with num_classes or a ckpt_path")
+        raise ConfigurationError(
+            "found a model without a network, expected an Expert with num_classes, or ckpt_path=expert.safetensors"
+        )
+    if ckpt_path is not None:
+        fill_network(network, read_weights(Path(ckpt_path)), ckpt_path)
     return network

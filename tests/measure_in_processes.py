@@ -51,7 +51,7 @@ def measure(folder: Path, devices: int) -> None:
     run = trainer()
     outcomes = run.evaluate(DecodingEvaluator(paths["experts"], paths["coded"]), tasks, name="processes")
     if run.is_global_zero:
-        torch.save(fishers, folder / "fisher.pt")
+        torch.save({"processes": run.world_size, "fishers": fishers}, folder / "fisher.pt")
         measured = [
             {
                 "method": outcome.variant.method,

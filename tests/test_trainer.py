@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coin.data.tasks import Tasks
-from coin.errors import ConfigurationError, DataError, FileError
+from coin.errors import ConfigurationError, DataError, FileError, StateError
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import build_network, load_network
 from coin.state import fingerprint
@@ -29,7 +29,8 @@ def fisher_of(network, batches, **options):
 def assert_same(found, wanted):
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=0.0)
+        # In single precision an entry is as precise as the tensor's gradients are on the whole.
+        torch.testing.assert_close(found[name], value, rtol=0.0, atol=1e-5 * float(value.max()))
 
 
 def test_fisher_writes_the_diagonal_of_a_configured_expert(tmp_path, synthetic, make_trainer):
@@ -81,7 +82,7 @@ def test_fisher_reads_both_kinds_of_checkpoint_and_writes_beside_them(
 
 def test_what_fisher_cannot_use_is_named(tmp_path, synthetic, make_trainer):
     expert = Expert(**SMALL, num_classes=3)
-    with pytest.raises(FileError, match=r"found no checkpoint '.*none\.ckpt'"):
+    with pytest.raises(FileError, match=r"found no file '.*none\.ckpt'"):
         make_trainer().fisher(expert, synthetic(), str(tmp_path / "none.ckpt"))
     with pytest.raises(FileError, match="found no file"):
         make_trainer().fisher(expert, synthetic(), str(tmp_path / "none.safetensors"))
@@ -90,20 +91,14 @@ def test_what_fisher_cannot_use_is_named(tmp_path, synthetic, make_trainer):
     with pytest.raises(ConfigurationError, match="found a model without a network"):
         make_trainer().fisher(Expert(**SMALL), synthetic())
     torch.save({"state_dict": {"network.fc.weight": torch.ones(1)}}, tmp_path / "other.ckpt")
-    with pytest.raises(FileError, match=r"other\.ckpt' does not fit the model") as caught:
+    with pytest.raises(StateError, match=r"other\.ckpt' has no tensor 'fc\.bias'.*of another architecture"):
         make_trainer().fisher(expert, synthetic(), str(tmp_path / "other.ckpt"))
-    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["text", "bare"])
-def test_a_damaged_checkpoint_is_one_line(tmp_path, synthetic, make_trainer, content):
-    path = tmp_path / "damaged.ckpt"
-    if content == "text":
-        path.write_text("no checkpoint")
-    else:
-        torch.save({"weights": torch.ones(1)}, path)
-    with pytest.raises(FileError, match=r"damaged\.ckpt") as caught:
-        make_trainer().fisher(Expert(**SMALL, num_classes=3), synthetic(), str(path))
+def test_a_damaged_checkpoint_is_one_line(tmp_path, synthetic, make_trainer):
+    (tmp_path / "damaged.ckpt").write_text("no checkpoint")
+    with pytest.raises(FileError, match=r"cannot read '.*damaged\.ckpt'") as caught:
+        make_trainer().fisher(Expert(**SMALL, num_classes=3), synthetic(), str(tmp_path / "damaged.ckpt"))
     assert "\n" not in str(caught.value)
 
 
@@ -173,11 +168,13 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, write_experts, write_co
     assert done.returncode == 0, done.stderr[-3000:]
 
     alone, shared = (torch.load(folder / "fisher.pt", weights_only=True) for folder in (one, two))
-    for kind, wanted in alone.items():
-        assert wanted["count"] == shared[kind]["count"] == 42
-        assert wanted["passes"] == shared[kind]["passes"]
+    assert (alone["processes"], shared["processes"]) == (1, 2)
+    for kind, wanted in alone["fishers"].items():
+        found = shared["fishers"][kind]
+        assert found["count"] == wanted["count"] == 42
+        assert found["passes"] == wanted["passes"]
         for name, value in wanted["values"].items():
-            torch.testing.assert_close(shared[kind]["values"][name], value, rtol=1e-12, atol=0.0)
+            torch.testing.assert_close(found["values"][name], value, rtol=1e-12, atol=0.0)
 
     alone, shared = (json.loads((folder / "outcomes.json").read_text()) for folder in (one, two))
     residuals = [[outcome.pop("residual") for outcome in outcomes] for outcomes in (alone, shared)]

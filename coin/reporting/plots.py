@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from coin.reporting.canvas import INK, WIDTH, colour, legend_below, marker, style
 from coin.reporting.comparison import REFERENCES, variant_names
@@ -76,7 +77,7 @@ def nda_against_cost(means: pd.DataFrame) -> Figure:
         figure = Figure(figsize=(WIDTH, 4.4))
         axes = figure.subplots()
         _scatter(axes, means, cost.where(cost > 0, free))
-        axes.set_xscale("log")
+        _log_scale(axes)
         axes.set_xlim(free / 2, float(positive.max() if len(positive) else 1.0) * 2)
         if (cost <= 0).any():
             ticks = [10.0**k for k in range(math.ceil(math.log10(least)) - 1, 9) if 10.0**k <= cost.max() * 2]
@@ -123,7 +124,7 @@ def nda_against_samples(means: pd.DataFrame) -> Figure:
             axes.set_title(f"decoder {decoder}")
             axes.set_ylabel("NDA (%)")
         samples = sorted(set(means["samples_per_task"]))
-        panels[-1].set_xscale("log")
+        _log_scale(panels[-1])
         panels[-1].set_xticks(samples, [str(value) for value in samples])
         panels[-1].minorticks_off()
         panels[-1].set_xlabel("calibration samples per task, P (log scale)")
@@ -193,3 +194,10 @@ def _decoders(rows: pd.DataFrame) -> list[str]:
 
 def _unique(values: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(values))
+
+
+def _log_scale(axes: Axes) -> None:
+    """Make the x axis logarithmic with plain numbers: matplotlib's own labels need parsed mathematics."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
