@@ -27,6 +27,7 @@ _EXPECTED = (
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*module\(s\) in eval mode at the start of training.*",  # distillation freezes BatchNorm on purpose
     r".*is smaller than the logging interval.*",
+    r".*Experiment logs directory .* exists and is not empty.*",
     r".*treespec.*is deprecated.*",  # Lightning's own
     r"predict returned None.*",  # a pass that sums needs no predictions
     r".*`tensorboardX` has been removed.*",

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from coin.cli import main
+from coin.experiment.sweep_points import read_sweep, sweep_points
 
 ROOT = Path(__file__).parent.parent / "configs"
 EXPERTS = "--experts={a: a.safetensors, b: b.safetensors}"
@@ -20,14 +21,23 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_configuration_is_parsed(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_configuration_is_parsed(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     room = path.relative_to(ROOT).parts[0]
-    command, *rest = COMMANDS[room]
-    with pytest.raises(SystemExit) as stop:
-        main([command, "-c", str(path), *rest, "--print_config"])
-    assert stop.value.code == 0
-    printed = capsys.readouterr().out
-    assert "class_path" in printed
+    if room == "sweep":  # its first and last point, as experiments
+        monkeypatch.chdir(ROOT.parent)
+        points = sweep_points(read_sweep(path), Path("runs"), count=None)
+        commands = [["run", *point.arguments] for point in (points[0], points[-1])]
+    else:
+        command, *rest = COMMANDS[room]
+        commands = [[command, "-c", str(path), *rest]]
+    for arguments in commands:
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, "--print_config"])
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+        assert "class_path" in printed
 
 
 def test_resnet50_with_imagenet_weights_is_the_default_of_the_experts() -> None:

@@ -1,5 +1,6 @@
 """A whole experiment from one YAML file, step by step, resumable."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,11 @@ class Experiment:
             The summary over seeds: the contents of ``summary.csv``.
         """
         console = console or Console(stderr=True, soft_wrap=True)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigurationError(
+                f"found WORLD_SIZE={os.environ['WORLD_SIZE']}, expected one process: the steps share files; "
+                "use coin fit, fisher and evaluate under torchrun or srun"
+            )
         check_connection()
         self.folder.mkdir(parents=True, exist_ok=True)
         Tasks(self.tasks).prepare_data()

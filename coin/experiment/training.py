@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -46,9 +47,16 @@ def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer
         **fixed,
     }
     try:
-        return Trainer(default_root_dir=str(folder), **settings)
-    except (TypeError, ValueError) as error:
+        trainer = Trainer(default_root_dir=str(folder), **settings)
+    except (TypeError, ValueError, MisconfigurationException) as error:
         raise ConfigurationError(f"the trainer section {options} does not fit: {str(error).splitlines()[0]}") from error
+    if trainer.world_size > 1:
+        # Every process would go through all the steps and write the same files.
+        raise ConfigurationError(
+            f"found {trainer.world_size} processes, expected one: the steps share files; use coin fit, fisher and "
+            "evaluate for many devices, and give coin run one (trainer.devices=1)"
+        )
+    return trainer
 
 
 def train_network(

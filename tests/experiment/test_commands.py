@@ -158,6 +158,7 @@ MISTAKES = {
     "unknown decoder": (["run", "-c", "CONFIG", "--decoders=[magic]"], "magic"),
     "options of no expert": (["run", "-c", "CONFIG", "--expert.overrides={x: {epochs: 1}}"], "'x'"),
     "unknown trainer option": (["run", "-c", "CONFIG", "--trainer={speed: 9}"], "speed"),
+    "several processes": (["run", "-c", "CONFIG", "--trainer={accelerator: cpu, devices: 2}"], "one"),
     "name with a slash": (["run", "-c", "CONFIG", "--name=a/b"], "a/b"),
     "missing checkpoint": (["test", "--ckpt_path=nowhere.ckpt", "--data=Digits"], "nowhere.ckpt"),
     "report of nothing": (["report", "nowhere"], "nowhere"),
