@@ -142,3 +142,12 @@ def test_experts_of_two_architectures_are_refused(tmp_path, experts):
 def test_the_label_names_a_variant():
     assert Distillation().label == "distillation"
     assert Distillation(label="long").label == "long"
+
+
+def test_train_mode_never_reaches_the_networks(experts):
+    module = Distillation(experts, ROW)
+    module.configure_model()
+    module.train()
+    assert module.training
+    assert not any(inner.training for network in [module.student, *module.teachers] for inner in network.modules())
+    assert Distillation(experts, ROW).train().training
