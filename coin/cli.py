@@ -34,6 +34,15 @@ class CoinParser(LightningArgumentParser):
         """Raise a `ConfigurationError` with the message on one line."""
         raise ConfigurationError(" ".join(str(message).split())) from ex
 
+    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
+        """Build what the options describe; where jsonargparse wraps a mistake in a page of text, tell the mistake."""
+        try:
+            return super().instantiate_classes(*args, **kwargs)
+        except ValueError as error:
+            if isinstance(error.__cause__, CoinError):
+                raise error.__cause__ from None
+            raise
+
 
 class SaveFitConfig(SaveConfigCallback):
     """Leaves ``config.yaml`` with what was trained; the other commands write what they did into their results."""
