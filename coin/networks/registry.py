@@ -108,6 +108,11 @@ def _pretrained(config: NetworkConfig, options: dict[str, Any]) -> nn.Module:
     try:
         return _constructed(config, models.get_model, config.name, weights=config.weights, **options)
     except (URLError, OSError, RuntimeError) as error:
+        if "state_dict" in str(error):
+            raise ConfigurationError(
+                f"the weights {config.weights} of {config.name} do not fit network.options {config.options}; leave out "
+                "the options, or set network.weights=null"
+            ) from error
         # torch.hub raises RuntimeError for a wrong checksum, the rest for a network that is not there.
         raise FileError(
             f"cannot download the weights {config.weights} of {config.name} ({first_line(error)}); "

@@ -165,3 +165,12 @@ def test_the_seed_alone_decides_the_weights_and_the_global_generator_is_left_alo
 def test_small_resnet_has_2_8_million_parameters():
     network = build_network(NetworkConfig("small_resnet"), 10)
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == 2.8
+
+
+def test_options_that_do_not_fit_pretrained_weights_are_no_failed_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = models.resnet50().state_dict()
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: state)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: state)
+    config = NetworkConfig("resnet50", weights="IMAGENET1K_V1", options={"width_per_group": 128})
+    with pytest.raises(ConfigurationError, match="do not fit network.options"):
+        build_network(config, 3)
