@@ -172,5 +172,5 @@ def test_options_that_do_not_fit_pretrained_weights_are_no_failed_download(monke
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: state)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: state)
     config = NetworkConfig("resnet50", weights="IMAGENET1K_V1", options={"width_per_group": 128})
-    with pytest.raises(ConfigurationError, match="do not fit network.options"):
+    with pytest.raises(ConfigurationError, match="do not fit network"):
         build_network(config, 3)
