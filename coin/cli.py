@@ -34,15 +34,6 @@ class CoinParser(LightningArgumentParser):
         """Raise a `ConfigurationError` with the message on one line."""
         raise ConfigurationError(" ".join(str(message).split())) from ex
 
-    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
-        """Build what the options describe; where jsonargparse wraps a mistake in a page of text, tell the mistake."""
-        try:
-            return super().instantiate_classes(*args, **kwargs)
-        except ValueError as error:
-            if isinstance(error.__cause__, CoinError):
-                raise error.__cause__ from None
-            raise
-
 
 class SaveFitConfig(SaveConfigCallback):
     """Leaves ``config.yaml`` with what was trained; the other commands write what they did into their results."""
@@ -98,8 +89,10 @@ class CoinCLI(LightningCLI):
             return
         options = self.config[subcommand]
         path = options.get("ckpt_path")
-        if path is None or not str(path).endswith(".ckpt"):
+        if path is None or (subcommand == "fisher" and not str(path).endswith(".ckpt")):
             return
+        if not str(path).endswith(".ckpt"):
+            raise ConfigurationError(f"found ckpt_path '{path}', expected a .ckpt of Lightning's for coin {subcommand}")
         found = checkpoint_options(Path(path))
         init_args = options["model"]["init_args"]
         for name in ("network", "image_size", "options", "num_classes"):
@@ -218,7 +211,17 @@ def main(args: list[str] | None = None) -> int:
             seed_everything_default=0,
             args=args,
         )
-    except CoinError as error:
-        print(f"coin: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except Exception as error:
+        mistake = _mistake_behind(error)
+        if mistake is None:
+            raise
+        print(f"coin: error: {' '.join(str(mistake).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _mistake_behind(error: BaseException | None) -> CoinError | None:
+    """Return the mistake that an error is about: jsonargparse and Lightning wrap ours in pages of their own."""
+    while error is not None and not isinstance(error, CoinError):
+        error = error.__cause__ or error.__context__
+    return error

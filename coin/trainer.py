@@ -14,12 +14,12 @@ from torch import nn
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
-from coin.modules import DecodingEvaluator, FisherPass, Outcome
+from coin.modules import DecodingEvaluator, Expert, Outcome, StatisticKind, StatisticPass
 from coin.networks import fill_network, load_network, read_weights
 from coin.reporting.results import Row, confusion_key, write_results
 from coin.reporting.wandb_evaluation import log_evaluation
 from coin.state import fingerprint
-from coin.statistics import FisherKind, Sums
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Sums
 from coin.statistics.files import save_statistic
 
 _EXPECTED = (
@@ -65,9 +65,11 @@ class Trainer(pl.Trainer):
         samples: int = 200,
         kind: FisherKind = FisherKind.exact,
         cotangents: int | None = None,
+        statistic: StatisticKind = StatisticKind.fisher,
+        memory_mib: int = DEFAULT_MEMORY_MIB,
         output: str | None = None,
     ) -> None:
-        """Compute the Fisher diagonal of an existing checkpoint.
+        """Compute the statistics of an existing checkpoint: its Fisher diagonal, or its Gram matrices.
 
         Args:
             model: The expert.
@@ -76,14 +78,17 @@ class Trainer(pl.Trainer):
             samples: P, the number of unlabelled training samples of each task.
             kind: Which Fisher diagonal.
             cotangents: k, for the Monte Carlo kind.
-            output: The file to write; none writes ``expert.fisher.safetensors`` beside the checkpoint.
+            statistic: ``fisher`` or ``gram``.
+            memory_mib: Bound on the pass's working memory in MiB, beside the network and the accumulators.
+            output: The file to write; none writes ``expert.fisher.safetensors`` (or ``expert.gram.safetensors``) beside
+                the checkpoint.
 
         Raises:
             FileError: The checkpoint is missing or damaged.
             StateError: It does not fit the model.
             DataError: A task has fewer than `samples` training samples.
         """
-        network = _network(model, ckpt_path)
+        network, image_size = _network(model, ckpt_path)
         single = isinstance(datamodule, TaskData)
         if isinstance(datamodule, TaskData):
             tasks = Tasks({"task": datamodule}, samples_per_task=samples)
@@ -91,25 +96,36 @@ class Trainer(pl.Trainer):
             tasks = Tasks(datamodule.tasks, samples, datamodule.batch_size)
         else:
             raise ConfigurationError(f"found data of {type(datamodule).__name__}, expected a task or Tasks")
-        sums, seconds = self.fisher_sums(network, tasks, kind=kind, cotangents=cotangents)
+        tasks.resize(image_size)
+        kind = FisherKind(kind)
+        sums, seconds = self.statistic_sums(
+            network, tasks, statistic=statistic, kind=kind, cotangents=cotangents, memory_mib=memory_mib
+        )
         if self.is_global_zero:
             folder = Path(self.default_root_dir) if ckpt_path is None else Path(ckpt_path).parent
             save_statistic(
-                Path(output) if output is not None else folder / "expert.fisher.safetensors",
+                Path(output) if output is not None else folder / f"expert.{statistic}.safetensors",
                 sums,
-                statistic="fisher",
+                statistic=str(statistic),
                 weights=fingerprint(network.state_dict()),
                 seconds=seconds,
-                kind=str(kind),
-                cotangents=cotangents,
                 data="own" if single else "pooled",
+                samples_per_task=samples,
                 seed=tasks.seed,
+                **({"kind": str(kind), "cotangents": cotangents} if statistic == StatisticKind.fisher else {}),
             )
 
-    def fisher_sums(
-        self, network: nn.Module, tasks: Tasks, *, kind: FisherKind = FisherKind.exact, cotangents: int | None = None
+    def statistic_sums(
+        self,
+        network: nn.Module,
+        tasks: Tasks,
+        *,
+        statistic: StatisticKind = StatisticKind.fisher,
+        kind: FisherKind = FisherKind.exact,
+        cotangents: int | None = None,
+        memory_mib: int = DEFAULT_MEMORY_MIB,
     ) -> tuple[Sums, float]:
-        """Return the sums of a network's Fisher diagonal over the tasks' calibration samples, and the seconds it took.
+        """Return the sums of a network's statistic over the tasks' calibration samples, and the seconds it took.
 
         The samples are shared out over this Trainer's processes; every process gets the sums over all of them.
         """
@@ -118,7 +134,15 @@ class Trainer(pl.Trainer):
             tasks.prepare_data()
             tasks.setup("predict")
             labels = tasks.calibration().labels
-        module = FisherPass(network, FisherKind(kind), cotangents, seed=tasks.seed, labels=labels)
+        module = StatisticPass(
+            network,
+            StatisticKind(statistic),
+            FisherKind(kind),
+            cotangents,
+            seed=tasks.seed,
+            labels=labels,
+            memory_mib=memory_mib,
+        )
         self.predict(module, datamodule=tasks, return_predictions=False)
         assert module.sums is not None
         return module.sums, module.seconds
@@ -146,6 +170,7 @@ class Trainer(pl.Trainer):
                 f"found a {type(model).__name__} with data of {type(datamodule).__name__}, expected a "
                 "DecodingEvaluator with Tasks; see configs/evaluate/"
             )
+        datamodule.resize(model.image_size)
         self.test(model, datamodule=datamodule, verbose=False)
         if self.is_global_zero:
             rows = result_rows(model.outcomes, name, datamodule.seed, datamodule.samples_per_task)
@@ -191,15 +216,16 @@ def result_rows(outcomes: Sequence[Outcome], experiment: str, seed: int, samples
     ]
 
 
-def _network(model: LightningModule, ckpt_path: str | None) -> nn.Module:
-    """Return an expert's network with the weights of a checkpoint."""
+def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, int]:
+    """Return an expert's network with the weights of a checkpoint, and its images' size in pixels."""
     if ckpt_path is not None and ckpt_path.endswith(".safetensors"):
-        return load_network(Path(ckpt_path)).network
+        file = load_network(Path(ckpt_path))
+        return file.network, file.config.image_size
     network = getattr(model, "network", None)
-    if not isinstance(network, nn.Module):
+    if not isinstance(network, nn.Module) or not isinstance(model, Expert):
         raise ConfigurationError(
             "found a model without a network, expected an Expert with num_classes, or ckpt_path=expert.safetensors"
         )
     if ckpt_path is not None:
         fill_network(network, read_weights(Path(ckpt_path)), ckpt_path)
-    return network
+    return network, model.config.image_size

@@ -46,7 +46,7 @@ def measure(folder: Path, devices: int) -> None:
     network = load_network(Path(paths["experts"]["task0"])).network.double()
     fishers = {}
     for kind in ("exact", "empirical"):
-        sums, _ = trainer().fisher_sums(network, tasks, kind=kind)
+        sums, _ = trainer().statistic_sums(network, tasks, kind=kind)
         fishers[kind] = {"values": dict(sums.values), "count": sums.count, "passes": sums.passes}
     run = trainer()
     outcomes = run.evaluate(DecodingEvaluator(paths["experts"], paths["coded"]), tasks, name="processes")

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from coin.callbacks.weights import Weights, trained_network
 from coin.errors import ConfigurationError
 from coin.state import fingerprint
-from coin.statistics import FisherKind, fisher_sums, reduce_sums, shard
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, fisher_sums, reduce_sums, shard
 from coin.statistics.files import save_statistic
 
 
@@ -25,6 +25,7 @@ class FisherEstimator(Callback):
         samples: P, the number of unlabelled training samples.
         kind: Which Fisher diagonal; see `coin.statistics.FisherKind`.
         cotangents: k, for the Monte Carlo kind.
+        memory_mib: Bound on the pass's working memory in MiB.
         path: The file; none writes ``expert.fisher.safetensors`` into the trainer's ``default_root_dir``.
         weights: ``last`` or ``best``.
 
@@ -37,6 +38,7 @@ class FisherEstimator(Callback):
         samples: int = 200,
         kind: FisherKind = FisherKind.exact,
         cotangents: int | None = None,
+        memory_mib: int = DEFAULT_MEMORY_MIB,
         path: str | None = None,
         weights: Weights = Weights.last,
     ) -> None:
@@ -45,6 +47,7 @@ class FisherEstimator(Callback):
         self.samples = samples
         self.kind = FisherKind(kind)
         self.cotangents = cotangents
+        self.memory_mib = memory_mib
         self.path = None if path is None else Path(path)
         self.weights = Weights(weights)
 
@@ -64,6 +67,7 @@ class FisherEstimator(Callback):
             (batch.to(pl_module.device) for batch in mine),
             kind=self.kind,
             cotangents=self.cotangents,
+            memory_mib=self.memory_mib,
             generator=generator if self.kind is FisherKind.monte_carlo else None,
             labels=mine.labels.to(pl_module.device) if self.kind is FisherKind.empirical else None,
         )
@@ -78,5 +82,6 @@ class FisherEstimator(Callback):
                 kind=str(self.kind),
                 cotangents=self.cotangents,
                 data="own",
+                samples_per_task=self.samples,
                 seed=data.seed,
             )

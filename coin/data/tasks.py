@@ -59,6 +59,13 @@ class Tasks(LightningDataModule):
         self.held_out = held_out
         self.seed = seed if seed is not None else next(iter(tasks.values())).seed
 
+    def resize(self, image_size: int) -> None:
+        """Give every task the image size of the networks that are to look at it, in pixels."""
+        self.tasks = {
+            name: task if task.image_size == image_size else task_with(task, image_size=image_size, _source=None)
+            for name, task in self.tasks.items()
+        }
+
     @property
     def num_classes(self) -> int:
         """The largest class count of all tasks."""

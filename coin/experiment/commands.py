@@ -80,7 +80,7 @@ def merge(
 
 def _samples(statistics: dict[str, dict[str, Path]]) -> int | None:
     files = [path for paths in statistics.values() for path in paths.values()]
-    return int(load_provenance(files[0]).get("samples", 0)) or None if files else None
+    return int(load_provenance(files[0]).get("samples_per_task", 0)) or None if files else None
 
 
 def report(folders: list[str], output: str | None = None) -> Path:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ from rich.console import Console
 from coin.coding import Code, DecoderKind
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, FileError
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig
 from coin.experiment.jobs import job
+from coin.experiment.merge import coded_paths
 from coin.experiment.seed_run import SeedRun
 from coin.experiment.steps import Steps, step_key
 from coin.experiment.training import train_network
 from coin.merging import MergeMethod
 from coin.modules import Distillation
-from coin.networks import NetworkConfig, initial_network, save_network
+from coin.networks import NetworkConfig, build_network, has_batchnorm, initial_network, save_network
 from coin.reporting.report import write_report
 from coin.reporting.summary import write_summary
 from coin.reporting.wandb_settings import check_connection
@@ -82,6 +84,9 @@ class Experiment:
             raise ConfigurationError(
                 f"found method {repeated[0][0]} with BatchNorm policy {repeated[0][1]} twice; give one of them a label"
             )
+        files = [path.name for method in methods for path in coded_paths(method, self.code, Path())]
+        if repeated_files := sorted({name for name in files if files.count(name) > 1}):
+            raise ConfigurationError(f"found two methods with one file '{repeated_files[0]}'; change one's label")
         if unknown := sorted((expert.overrides.keys() | expert.checkpoints.keys()) - tasks.keys()):
             raise ConfigurationError(f"found options for an expert '{unknown[0]}', expected one of {', '.join(tasks)}")
         self.name = name
@@ -112,7 +117,13 @@ class Experiment:
                 "use coin fit, fisher and evaluate under torchrun or srun"
             )
         check_connection()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_batchnorm()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(
+                f"cannot make the folder '{self.folder}' ({error.strerror}); choose another with output"
+            ) from error
         Tasks(self.tasks).prepare_data()
         initial = self.make_initial(console)
         for seed in self.seeds:
@@ -167,6 +178,18 @@ class Experiment:
                 save_network(path, network, self.network, count, {"made_by": "coin run", "base": str(checkpoint)})
                 steps.finish(f"initial-{count}", key, [path])
         return self.initial_path(counts[-1])
+
+    def _check_batchnorm(self) -> None:
+        """Refuse variants that differ in their BatchNorm policy alone, for a network that has no BatchNorm."""
+        labels = [method.label for method in self.methods]
+        if len(set(labels)) == len(labels):
+            return
+        if not has_batchnorm(build_network(replace(self.network, weights=None), 2)):
+            repeated = next(label for label in labels if labels.count(label) > 1)
+            raise ConfigurationError(
+                f"found method {repeated} more than once for {self.network.name}, which has no BatchNorm for their "
+                "policies to differ in; leave one, or give them labels"
+            )
 
     def initial_path(self, num_classes: int) -> Path:
         """Return the file of the shared initialisation with `num_classes` outputs."""

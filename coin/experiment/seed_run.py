@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -21,11 +20,11 @@ from coin.experiment.merge import Ingredients, coded_paths, merge_experts
 from coin.experiment.steps import Steps, described, step_key
 from coin.experiment.training import distill_rows, make_trainer, train_network
 from coin.merging import MergeMethod, Requirement
-from coin.modules import DecodingEvaluator, Distillation
+from coin.modules import DecodingEvaluator, Distillation, StatisticKind
 from coin.networks import BatchNormPolicy, initial_network, load_network, save_network
 from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON
 from coin.state import fingerprint
-from coin.statistics import FisherKind, gram_sums
+from coin.statistics import FisherKind
 from coin.statistics.files import save_statistic
 
 if TYPE_CHECKING:
@@ -139,7 +138,7 @@ class SeedRun:
                 network = load_network(self.expert_path(name)).network
                 trainer = make_trainer(self.folder, self.experiment.trainer)
                 cotangents = calibration.fisher_cotangents if kind == FisherKind.monte_carlo else None
-                sums, seconds = trainer.fisher_sums(
+                sums, seconds = trainer.statistic_sums(
                     network, self._tasks_for(name, data), kind=FisherKind(kind), cotangents=cotangents
                 )
                 save_statistic(
@@ -152,6 +151,7 @@ class SeedRun:
                     cotangents=cotangents,
                     data=data,
                     task=name,
+                    samples_per_task=calibration.samples_per_task,
                     seed=self.seed,
                 )
                 self.steps.finish(path.stem, key, [path])
@@ -169,18 +169,17 @@ class SeedRun:
                 continue
             self._say(f"Gram matrices ({data}) of {name}")
             network = load_network(self.expert_path(name)).network
-            tasks = self._tasks_for(name, data)
-            tasks.setup()
-            started = time.perf_counter()
-            sums = gram_sums(network, tasks.calibration())
+            trainer = make_trainer(self.folder, self.experiment.trainer)
+            sums, seconds = trainer.statistic_sums(network, self._tasks_for(name, data), statistic=StatisticKind.gram)
             save_statistic(
                 path,
                 sums,
                 statistic="gram",
                 weights=fingerprint(network.state_dict()),
-                seconds=time.perf_counter() - started,
+                seconds=seconds,
                 data=data,
                 task=name,
+                samples_per_task=self.experiment.calibration.samples_per_task,
                 seed=self.seed,
             )
             self.steps.finish(path.stem, key, [path])

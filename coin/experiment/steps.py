@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from coin.state import sha256_of, write_text
+from coin.state import sha256_of, versions, write_text
 
 # Attributes that Lightning gives every datamodule: no options of ours.
 _LIGHTNING = {"trainer", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"}
@@ -51,13 +51,13 @@ class Steps:
 
 
 def step_key(options: Any, inputs: Sequence[Path] = ()) -> str:
-    """Return a hash of a step's options and of its input files' contents.
+    """Return a hash of a step's options, of its input files' contents and of coin's version.
 
     Args:
         options: Anything `described` understands.
         inputs: Files.
     """
-    value = [described(options), [sha256_of(path) for path in inputs]]
+    value = [described(options), [sha256_of(path) for path in inputs], versions()["coded-coin"]]
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

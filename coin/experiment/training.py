@@ -1,5 +1,6 @@
 """Training steps of an experiment: the base, the experts, and the distillation baseline."""
 
+import math
 import shutil
 import sys
 import time
@@ -16,7 +17,7 @@ from coin.callbacks import ExpertExport, Weights
 from coin.coding import Code
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, NumericalError
 from coin.experiment.config import TrainingConfig
 from coin.experiment.merge import Ingredients, coded_provenance
 from coin.modules import Distillation, Expert
@@ -118,8 +119,9 @@ def train_network(
     best: dict[str, Any] = (
         {"monitor": "val/accuracy", "mode": "max", "save_top_k": 1} if weights == Weights.best else {}
     )
+    export = ExpertExport(str(output), weights)
     callbacks: list[Callback] = [
-        ExpertExport(str(output), weights),
+        export,
         ModelCheckpoint(checkpoints, save_last=True, **{"save_top_k": 0, **best}),
     ]
     trainer = make_trainer(
@@ -132,7 +134,11 @@ def train_network(
         log_every_n_steps=10,
     )
     seed_everything(seed, workers=True, verbose=False)
+    output.unlink(missing_ok=True)
     trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+    if not output.is_file():
+        # The checkpoint was of a finished training, killed before the export: Lightning restores it and trains nothing.
+        export.on_train_end(trainer, module)
 
 
 def distill(
@@ -195,7 +201,17 @@ def distill(
             trial = run(rate, steps, options["held_out"], False)
             passes += trial.passes
             curves[rate] = trial.losses
-        best = min(((loss, rate, point) for rate, losses in curves.items() for point, loss in enumerate(losses)))
+        points = [
+            (loss, rate, point)
+            for rate, losses in curves.items()
+            for point, loss in enumerate(losses)
+            if math.isfinite(loss)
+        ]
+        if not points:
+            raise NumericalError(
+                f"distillation diverged with every learning rate of {options['learning_rates']}; give smaller ones"
+            )
+        best = min(points)
         lr, steps = best[1], (best[2] + 1) * every
         chosen = {"lr": lr, "steps": steps, "held_out_loss": {str(rate): losses for rate, losses in curves.items()}}
     module = run(lr, steps, 0.0, list(loggers) or False)

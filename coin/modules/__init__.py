@@ -4,7 +4,7 @@ from coin.modules.coded import Coded
 from coin.modules.distillation import Distillation
 from coin.modules.evaluator import NONE, ORACLE, DecodingEvaluator, Outcome, Variant
 from coin.modules.expert import Expert, OptimizerKind, Schedule
-from coin.modules.statistic_pass import FisherPass
+from coin.modules.statistic_pass import StatisticKind, StatisticPass
 
 __all__ = [
     "NONE",
@@ -13,9 +13,10 @@ __all__ = [
     "DecodingEvaluator",
     "Distillation",
     "Expert",
-    "FisherPass",
     "OptimizerKind",
     "Outcome",
     "Schedule",
+    "StatisticKind",
+    "StatisticPass",
     "Variant",
 ]

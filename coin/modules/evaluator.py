@@ -47,6 +47,16 @@ class Variant:
     seconds: float
     passes: float
 
+    @property
+    def is_none(self) -> bool:
+        """Whether this is the reference that decodes from the surviving experts alone."""
+        return self.code is None
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether this is the reference whose coded outputs are Σβ_if_i itself."""
+        return self.code is not None and not self.networks
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -128,6 +138,7 @@ class DecodingEvaluator(LightningModule):
         self.tasks = tuple(experts)
         files = [load_network(Path(path)) for path in experts.values()]
         self.class_counts = [file.num_classes for file in files]
+        self.image_size = files[0].config.image_size
         width = max(self.class_counts)
         self.experts = nn.ModuleList([widen_network(file, width) for file in files])
         marks = [fingerprint(file.network.state_dict()) for file in files]
@@ -197,7 +208,7 @@ class DecodingEvaluator(LightningModule):
             place += len(lost)
 
     def on_test_epoch_end(self) -> None:
-        """Collect the totals of all processes into `outcomes`, and log the scalars."""
+        """Collect the totals of all processes into `outcomes`."""
         residuals = {place: float(residual.compute()) for place, residual in self.residuals.items()}
         self.outcomes = []
         place = 0
@@ -213,9 +224,7 @@ class DecodingEvaluator(LightningModule):
                         decoder=str(case.decoder.kind),
                         erased=tuple(self.tasks[lost] for lost in case.decoder.erased),
                         task=self.tasks[expert],
-                        residual=residuals.get(
-                            (case.variant, expert), 0.0 if variant.method == ORACLE else float("nan")
-                        ),
+                        residual=residuals.get((case.variant, expert), 0.0 if variant.is_oracle else float("nan")),
                         calibration_seconds=variant.seconds + case.cost[0],
                         sample_passes=variant.passes + case.cost[1],
                         confusion=confusion,
@@ -282,7 +291,7 @@ class DecodingEvaluator(LightningModule):
 
     def _seen_by(self, variant: Variant, answers: Answers) -> Answers:
         """Return what arrives in a variant's system: the experts, and its own coded models."""
-        if variant.method == ORACLE:
+        if variant.is_oracle:
             assert variant.code is not None
             return Answers(experts=answers.experts, coded=variant.code.encode(answers.experts))
         chosen = list(variant.networks)
@@ -309,7 +318,7 @@ class DecodingEvaluator(LightningModule):
     def _erasures(self, variant: Variant, code: Code) -> list[tuple[int, ...]]:
         """Return the erasures to measure: all that the code promises, but never the loss of every expert for `NONE`."""
         erasures = code.erasures()
-        if variant.method == NONE:
+        if variant.is_none:
             return [erased for erased in erasures if len(erased) < len(self.experts)]
         return erasures
 
@@ -321,9 +330,9 @@ class DecodingEvaluator(LightningModule):
 
 
 def _applies(kind: DecoderKind, variant: Variant) -> bool:
-    if variant.method == NONE:
+    if variant.is_none:
         return kind != DecoderKind.linear
-    if variant.method == ORACLE:
+    if variant.is_oracle:
         return kind == DecoderKind.linear
     return True
 

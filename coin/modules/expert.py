@@ -121,6 +121,11 @@ class Expert(LightningModule):
     def on_fit_start(self) -> None:
         """Check the data against the network."""
         datamodule = getattr(self.trainer, "datamodule", None)
+        size = getattr(datamodule, "image_size", self.config.image_size)
+        if size != self.config.image_size:
+            raise ConfigurationError(
+                f"found image_size={self.config.image_size} of the model and {size} of the data; set them equal"
+            )
         if datamodule is not None and datamodule.num_classes != self.num_classes:
             raise ConfigurationError(
                 f"found num_classes={self.num_classes} for a task of {datamodule.num_classes} classes; set them equal"

@@ -1,37 +1,51 @@
 """A pass over calibration data as a Lightning prediction run, so that it uses any number of devices."""
 
 import time
+from enum import StrEnum
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from coin.statistics import FisherKind, Sums, fisher_sums, reduce_sums
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Sums, fisher_sums, gram_sums, reduce_sums
 
 
-class FisherPass(LightningModule):
-    """Sums a network's Fisher diagonal over the batches of a predict loader, then over all processes.
+class StatisticKind(StrEnum):
+    """What a pass computes: the ``fisher`` diagonal, or the ``gram`` matrices of all layers' inputs."""
+
+    fisher = "fisher"
+    gram = "gram"
+
+
+class StatisticPass(LightningModule):
+    """Sums a network's statistic over the batches of a predict loader, then over all processes.
 
     After ``trainer.predict`` the result is in `sums`, the same on every process, and the wall time in `seconds`.
 
     Args:
         network: The network.
+        statistic: ``fisher`` or ``gram``; the other options are for the Fisher.
         kind: Which Fisher diagonal.
         cotangents: k, for the Monte Carlo kind.
         seed: Of Monte Carlo's random cotangents.
         labels: The true classes of the samples ``[P]`` in order, for the empirical kind.
+        memory_mib: Bound on the pass's working memory in MiB.
     """
 
     def __init__(
         self,
         network: nn.Module,
+        statistic: StatisticKind = StatisticKind.fisher,
         kind: FisherKind = FisherKind.exact,
         cotangents: int | None = None,
         seed: int = 0,
         labels: Tensor | None = None,
+        memory_mib: int = DEFAULT_MEMORY_MIB,
     ) -> None:
         super().__init__()
         self.network = network
+        self.statistic = statistic
+        self.memory_mib = memory_mib
         self.kind = kind
         self.cotangents = cotangents
         self.seed = seed
@@ -49,15 +63,7 @@ class FisherPass(LightningModule):
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add the batch's sums."""
-        done = 0 if self.sums is None else self.sums.count
-        sums = fisher_sums(
-            self.network,
-            [batch],
-            kind=self.kind,
-            cotangents=self.cotangents,
-            generator=self._generator if self.kind is FisherKind.monte_carlo else None,
-            labels=None if self._mine is None else self._mine[done : done + len(batch)].to(self.device),
-        )
+        sums = gram_sums(self.network, [batch]) if self.statistic is StatisticKind.gram else self._fisher(batch)
         self.sums = sums if self.sums is None else self.sums + sums
 
     def on_predict_end(self) -> None:
@@ -67,3 +73,15 @@ class FisherPass(LightningModule):
             self.sums = Sums(zeros, 0, 0.0)
         self.sums = reduce_sums(self.sums)
         self.seconds = time.perf_counter() - self._started
+
+    def _fisher(self, batch: Tensor) -> Sums:
+        done = 0 if self.sums is None else self.sums.count
+        return fisher_sums(
+            self.network,
+            [batch],
+            kind=self.kind,
+            cotangents=self.cotangents,
+            generator=self._generator if self.kind is FisherKind.monte_carlo else None,
+            labels=None if self._mine is None else self._mine[done : done + len(batch)].to(self.device),
+            memory_mib=self.memory_mib,
+        )

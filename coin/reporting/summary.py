@@ -1,13 +1,15 @@
 """Mean and spread over seeds, and the mean over tasks."""
 
 import re
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from coin.errors import FileError
 from coin.reporting.frames import read_frame, write_frame
-from coin.reporting.results import KEYS, NUMBERS, read_results
+from coin.reporting.results import KEYS, NUMBERS, RESULTS_CSV, read_configuration, read_results
 
 SUMMARY_CSV = "summary.csv"
 
@@ -101,14 +103,33 @@ def read_seeds(experiment_folder: Path) -> pd.DataFrame:
 
 
 def seed_folders(experiment_folder: Path) -> list[Path]:
-    """Return the folders ``seed-*`` that hold results, by increasing seed."""
-    found = [path.parent for path in experiment_folder.glob("seed-*/results.csv")]
+    """Return the folders ``seed-*`` that hold results of one configuration, by increasing seed.
+
+    Seeds that were measured with other options than the latest one would spoil a mean; they are left out, with a
+    warning that names them.
+    """
+    found = [path.parent for path in experiment_folder.glob(f"seed-*/{RESULTS_CSV}")]
 
     def by_number(folder: Path) -> tuple[int, str]:
         number = re.fullmatch(r"seed-(\d+)", folder.name)
         return (int(number[1]) if number else -1, folder.name)
 
+    if len(found) > 1:
+        options = {folder: _without_seeds(read_configuration(folder).get("configuration")) for folder in found}
+        latest = options[max(found, key=lambda folder: (folder / RESULTS_CSV).stat().st_mtime_ns)]
+        if other := sorted(folder.name for folder in found if options[folder] != latest):
+            warnings.warn(
+                f"left out {', '.join(other)}: measured with other options than the latest seed", stacklevel=2
+            )
+        found = [folder for folder in found if options[folder] == latest]
     return sorted(found, key=by_number)
+
+
+def _without_seeds(value: Any) -> Any:
+    """Return a configuration without its entries called ``seed``, at any depth."""
+    if isinstance(value, dict):
+        return {name: _without_seeds(entry) for name, entry in value.items() if name != "seed"}
+    return [_without_seeds(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _over_seeds(frame: pd.DataFrame) -> pd.DataFrame:

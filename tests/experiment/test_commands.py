@@ -124,6 +124,31 @@ def test_lightning_checkpoints_are_tested_and_predicted(tmp_path: Path, capsys: 
     assert load_provenance(output)["samples"] == 5
 
 
+def test_commands_take_the_image_size_of_the_experts(route: Path, tmp_path: Path) -> None:
+    output = tmp_path / "f.safetensors"
+    expert = route / "digits" / "expert.safetensors"
+    data = ["--data=Digits", "--data.max_train=120", "--samples=24"]  # 32 pixels by default, the expert's are 16
+    assert main(["fisher", f"--ckpt_path={expert}", *data, f"--output={output}", *QUIET]) == 0
+    own, _ = load_state(output)
+    wanted, _ = load_state(route / "digits" / "expert.fisher.safetensors")
+    assert all(own[name].sub(wanted[name]).abs().max() <= 1e-6 * wanted[name].abs().max() for name in wanted)
+
+
+def test_gram_files_for_regmean(route: Path, tmp_path: Path) -> None:
+    for name, data in (("digits", DIGITS), ("letters", LETTERS)):
+        command = [
+            "fisher",
+            f"--ckpt_path={route / name}/expert.safetensors",
+            *data,
+            "--statistic=gram",
+            "--samples=24",
+        ]
+        assert main([*command, f"--output={tmp_path / name}.safetensors", *QUIET]) == 0
+    grams = f"--gram={{digits: {tmp_path}/digits.safetensors, letters: {tmp_path}/letters.safetensors}}"
+    assert main(["merge", f"--experts={experts_of(route)}", "--method=RegMean", grams, f"--output={tmp_path}"]) == 0
+    assert load_provenance(tmp_path / "regmean.safetensors")["samples_per_task"] == 24
+
+
 def test_report_is_written_again_from_files(finished: Path, tmp_path: Path) -> None:
     assert main(["report", str(finished), f"--output={tmp_path / 'again.html'}"]) == 0
     page = (tmp_path / "again.html").read_text()
@@ -158,6 +183,15 @@ MISTAKES = {
     "unknown decoder": (["run", "-c", "CONFIG", "--decoders=[magic]"], "magic"),
     "options of no expert": (["run", "-c", "CONFIG", "--expert.overrides={x: {epochs: 1}}"], "'x'"),
     "unknown trainer option": (["run", "-c", "CONFIG", "--trainer={speed: 9}"], "speed"),
+    "missing base": (["run", "-c", "CONFIG", "--base={checkpoint: /nope.pt}"], "/nope.pt"),
+    "folder that cannot be made": (["run", "-c", "CONFIG", "--output=/proc/nope"], "/proc/nope"),
+    "wrapped mistake": (["fit", "--data=Digits", "--model.network=resnet5"], "resnet5"),
+    "no Lightning checkpoint": (["validate", "--data=Digits", "--ckpt_path=expert.safetensors"], ".ckpt"),
+    "policies without BatchNorm": (
+        ["run", "-c", "CONFIG", "--network={name: squeezenet1_1, image_size: 64}"],
+        "no BatchNorm",
+    ),
+    "image sizes": (["fit", "--data=Digits", "--data.image_size=8", "--model.network=small_resnet"], "image_size"),
     "several processes": (["run", "-c", "CONFIG", "--trainer={accelerator: cpu, devices: 2}"], "one"),
     "name with a slash": (["run", "-c", "CONFIG", "--name=a/b"], "a/b"),
     "missing checkpoint": (["test", "--ckpt_path=nowhere.ckpt", "--data=Digits"], "nowhere.ckpt"),

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from coin.cli import main
-from coin.reporting import COLUMNS, read_results
+from coin.reporting import COLUMNS, read_results, write_summary
 from coin.state import load_provenance, load_state
 
 MEASURED = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual", "sample_passes"]
@@ -185,6 +185,40 @@ def test_killed_run_finishes_with_the_same_results(finished: Path, config: Path,
     assert not (tmp_path / "tiny/summary.csv").exists()
     subprocess.run(command, check=True, timeout=240, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     same_numbers(tmp_path / "tiny/seed-0", finished / "seed-0")
+
+
+def test_a_training_killed_before_its_export_is_exported(finished: Path, config: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy)
+    expert = copy / "seed-0/experts/digits/expert.safetensors"
+    expert.unlink()
+    (copy / "seed-0/.steps/expert-digits.json").unlink()
+    assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
+    state, _ = load_state(expert)
+    wanted, _ = load_state(finished / "seed-0/experts/digits/expert.safetensors")
+    assert all(state[name].equal(wanted[name]) for name in wanted)
+
+
+def test_an_expert_that_was_exchanged_is_made_again(finished: Path, config: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy)
+    expert = copy / "seed-0/experts/digits/expert.safetensors"
+    shutil.copyfile(copy / "seed-0/experts/letters/expert.safetensors", expert)
+    assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
+    state, _ = load_state(expert)
+    wanted, _ = load_state(finished / "seed-0/experts/digits/expert.safetensors")
+    assert all(state[name].equal(wanted[name]) for name in wanted)
+
+
+def test_seeds_of_other_options_are_left_out_of_the_mean(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "seed-0", tmp_path / "seed-0")
+    shutil.copytree(finished / "seed-0", tmp_path / "seed-1")
+    document = json.loads((tmp_path / "seed-0/results.json").read_text())
+    document["configuration"]["calibration"]["samples_per_task"] = 999
+    (tmp_path / "seed-0/results.json").write_text(json.dumps(document))
+    (tmp_path / "seed-1/results.csv").touch()
+    with pytest.warns(UserWarning, match="left out seed-0"):
+        assert set(write_summary(tmp_path).seeds) == {1}
 
 
 def test_run_folder_is_enough_to_repeat_the_run(finished: Path, tmp_path: Path) -> None:

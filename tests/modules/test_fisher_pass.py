@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from coin.data.tasks import Tasks
-from coin.modules import FisherPass
+from coin.modules import StatisticPass
 from coin.networks import build_network
 from coin.statistics import FisherKind, fisher_sums
 
@@ -29,7 +29,7 @@ def test_the_pass_under_a_trainer_equals_the_function(tasks, small_config, make_
         cotangents=cotangents,
         generator=torch.Generator().manual_seed(3 * 100_003) if kind == "monte_carlo" else None,
     )
-    module = FisherPass(network, FisherKind(kind), cotangents, seed=3, labels=labels)
+    module = StatisticPass(network, kind=FisherKind(kind), cotangents=cotangents, seed=3, labels=labels)
     trainer = make_trainer()
     assert trainer.predict_loop.inference_mode
     for _ in range(2):  # a second run starts from nothing
