@@ -8,7 +8,7 @@ from torch import Tensor
 from coin.errors import ConfigurationError, NumericalError
 from coin.merging.coin import Coin, check_damping
 from coin.merging.inputs import MergeInputs, Requirement
-from coin.merging.method import MergeMethod, floored_diagonal
+from coin.merging.method import MergeMethod, check_fisher_options, floored_diagonal
 from coin.merging.sample_space import solve_damped
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.state import State
@@ -18,16 +18,17 @@ DAMPINGS = tuple(10.0 ** (k / 2) for k in range(-12, 13))
 """The grid of λ, 10⁻⁶ … 10⁶: the choice is free, so the grid is wide."""
 
 _HALVINGS = 3
+_HELD_OUT = 0.2
 
 
 class GaussNewton(MergeMethod):
     """A few Levenberg–Marquardt steps on ½E‖f_θ − Σ_i β_i f_i‖² from the COIN point.
 
     Each step solves (E JᵀJ + λD) δ = E Jᵀr with r = Σβ_if_i − f_θ on the calibration samples and
-    D = Σ_i β_i F_i + ridge · mean(Σ_i β_i F_i), in sample space (`solve_damped`). Nothing is tuned by hand: every
-    fifth calibration sample is held out; λ and the number of Krylov iterations are the pair whose linearised prediction
-    is best on them; a step is halved until it lowers their actual error, and the steps end when it falls by less than
-    `tolerance`, or at `max_steps`. No labels, no learning rate.
+    D = Σ_i β_i F_i + ridge · mean(Σ_i β_i F_i), in sample space (`solve_damped`). Nothing is tuned by hand: the
+    last fifth of the calibration samples is held out (`training_mask`); λ and the number of Krylov iterations are the
+    pair whose linearised prediction is best on them; a step is halved until it lowers their actual error, and the steps
+    end when it falls by less than `tolerance`, or at `max_steps`. No labels, no learning rate.
 
     BatchNorm statistics are those of the calibration map, frozen; recalibrating them afterwards undoes part of the fit,
     so the policy is ``keep``.
@@ -80,8 +81,7 @@ class GaussNewton(MergeMethod):
         self.tolerance = tolerance
         self.ridge = ridge
         self.damping = check_damping(damping)
-        self.fisher_kind = fisher_kind
-        self.fisher_data = fisher_data
+        self.fisher_kind, self.fisher_data = check_fisher_options(fisher_kind, fisher_data)
 
     def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
         assert inputs.fishers is not None
@@ -137,10 +137,11 @@ class GaussNewton(MergeMethod):
 
 
 def training_mask(samples: int) -> Tensor:
-    """Return which of the pooled calibration samples are fitted, bool ``[P]``; every fifth is held out.
+    """Return which of the pooled calibration samples are fitted, bool ``[P]``; the last fifth is held out.
 
-    The pooled samples come task after task, so each task is held out in the same share. With fewer than five samples
-    the last one is held out.
+    Pooled samples are randomly drawn and interleave their tasks evenly (`coin.data.calibration.pooled`), so the last
+    ones hold the tasks in proportion, as in `Calibration.split`. Every k-th would not: with as many tasks as k it
+    would hold out one task whole. At least one sample is fitted and one held out.
 
     Raises:
         NumericalError: There are fewer than two samples.
@@ -149,8 +150,8 @@ def training_mask(samples: int) -> Tensor:
         raise NumericalError(
             f"found {samples} pooled calibration samples, expected at least 2: one fits, one is held out"
         )
-    fold = min(5, samples)
-    return torch.arange(samples) % fold != fold - 1
+    held_out = max(1, round(_HELD_OUT * samples))
+    return torch.arange(samples) < samples - held_out
 
 
 def _squared(residual: Tensor) -> float:

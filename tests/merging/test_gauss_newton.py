@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from coin.data import Calibration, Samples, pooled
 from coin.errors import ConfigurationError, NumericalError
 from coin.merging import Coin, GaussNewton, MergeInputs
 from coin.merging.gauss_newton import training_mask
@@ -104,11 +105,23 @@ def test_without_any_fisher_the_metric_is_the_identity():
     assert (inputs.outputs.outputs(merged) - mixture(inputs)).norm() < before
 
 
-def test_every_fifth_sample_is_held_out():
-    assert training_mask(10).tolist() == [True] * 4 + [False] + [True] * 4 + [False]
+def test_the_last_fifth_is_held_out():
+    assert training_mask(10).tolist() == [True] * 8 + [False] * 2
     assert training_mask(3).tolist() == [True, True, False]
+    assert training_mask(2).tolist() == [True, False]
     with pytest.raises(NumericalError, match="found 1 pooled"):
         training_mask(1)
+
+
+@pytest.mark.parametrize("sizes", [(20,) * 5, (5,) * 5, (10,) * 10, (40, 20, 20, 10, 10)])
+def test_every_task_is_fitted_and_held_out_in_its_share(sizes):
+    images = torch.zeros(max(sizes), 1, 4, 4, dtype=torch.uint8)
+    labels = torch.zeros(max(sizes), dtype=torch.int64)
+    task = pooled([Calibration.of(Samples.of(images[:size], labels[:size]), 4) for size in sizes]).part
+    training = training_mask(len(task))
+    for index, size in enumerate(sizes):
+        assert int((task[~training] == index).sum()) == size // 5
+        assert int((task[training] == index).sum()) == size - size // 5
 
 
 def test_two_samples_still_make_a_network():
