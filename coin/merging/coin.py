@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coin.errors import ConfigurationError
 from coin.merging.inputs import MergeInputs, Requirement
-from coin.merging.method import MergeMethod, weighted_mean
+from coin.merging.method import MergeMethod, check_fisher_options, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 
 
@@ -32,7 +32,7 @@ class Coin(MergeMethod):
         label: Name of this variant in results.
 
     Raises:
-        ConfigurationError: `damping` is negative or not finite.
+        ConfigurationError: An option is out of its range.
     """
 
     name = "coin"
@@ -49,8 +49,7 @@ class Coin(MergeMethod):
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
         self.damping = check_damping(damping)
-        self.fisher_kind = fisher_kind
-        self.fisher_data = fisher_data
+        self.fisher_kind, self.fisher_data = check_fisher_options(fisher_kind, fisher_data)
 
     def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
         assert inputs.fishers is not None

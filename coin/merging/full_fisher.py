@@ -8,7 +8,7 @@ from torch import Tensor
 from coin.errors import ConfigurationError
 from coin.merging.coin import check_damping
 from coin.merging.inputs import MergeInputs, Requirement
-from coin.merging.method import MergeMethod, floored_diagonal, weighted_mean
+from coin.merging.method import MergeMethod, check_fisher_options, floored_diagonal, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.state import State
 from coin.statistics.conjugate_gradient import conjugate_gradient
@@ -62,8 +62,7 @@ class FullFisher(MergeMethod):
         self.damping = check_damping(damping)
         self.max_iterations = max_iterations
         self.tolerance = tolerance
-        self.fisher_kind = fisher_kind
-        self.fisher_data = fisher_data
+        self.fisher_kind, self.fisher_data = check_fisher_options(fisher_kind, fisher_data)
 
     def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
         assert inputs.fishers is not None

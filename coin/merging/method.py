@@ -1,8 +1,9 @@
 """The base of all merge methods: what is checked before and after the arithmetic."""
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -11,6 +12,13 @@ from coin.errors import ConfigurationError
 from coin.merging.inputs import MergeInputs, Requirement, check_requirements
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.state import State, check_finite, check_same_layout
+from coin.statistics import FisherKind
+
+DATA = ("own", "pooled")
+"""On which data a statistic may be wanted: the expert's own task's samples, or all tasks'."""
+
+_RESERVED = ("none", "oracle")
+_LABEL = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
 
 
 class MergeMethod(ABC):
@@ -19,7 +27,10 @@ class MergeMethod(ABC):
     Args:
         batchnorm: What becomes of the BatchNorm statistics of the coded model. The method does not touch them; whoever
             builds the network applies the policy.
-        label: What results call this variant; the method's name by default.
+        label: What results and files call this variant; the method's name by default.
+
+    Raises:
+        ConfigurationError: The policy is unknown, or the label cannot be used (`check_label`).
     """
 
     name: ClassVar[str]
@@ -34,7 +45,7 @@ class MergeMethod(ABC):
             raise ConfigurationError(
                 f"found batchnorm '{batchnorm}', expected one of {', '.join(BatchNormPolicy)}"
             ) from error
-        self.label = self.name if label is None else label
+        self.label = check_label(self.name if label is None else label)
 
     def merge(self, inputs: MergeInputs, weights: Sequence[float]) -> dict[str, Tensor]:
         """Return the parameters of the coded model for one code row, in the experts' types and devices.
@@ -66,6 +77,42 @@ class MergeMethod(ABC):
     @abstractmethod
     def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
         """Do the arithmetic on checked inputs."""
+
+
+def check_label(label: str) -> str:
+    """Return `label` after checking that it can name a method's variant in results, and its files.
+
+    Raises:
+        ConfigurationError: It is not a plain file name, or results use it for something else.
+    """
+    if label in _RESERVED:
+        raise ConfigurationError(f"found label '{label}', which results use for something else; choose another")
+    if not _LABEL.fullmatch(label):
+        raise ConfigurationError(
+            f"found label {label!r}, expected a plain file name: letters, digits, '_', '-', '+', and '.' not first"
+        )
+    return label
+
+
+def check_choice(option: str, value: str | None, choices: Iterable[str]) -> str | None:
+    """Return the value of an option that is one of `choices`, or None for the experiment's.
+
+    Raises:
+        ConfigurationError: It is neither.
+    """
+    allowed = tuple(choices)
+    if value is not None and value not in allowed:
+        raise ConfigurationError(f"found {option} '{value}', expected one of {', '.join(allowed)}, or null")
+    return value
+
+
+def check_fisher_options(kind: str | None, data: str | None) -> tuple[str | None, str | None]:
+    """Return ``fisher_kind`` and ``fisher_data`` of a method that wants Fishers, after checking both.
+
+    Raises:
+        ConfigurationError: One is neither None nor one of its choices.
+    """
+    return check_choice("fisher_kind", kind, FisherKind), check_choice("fisher_data", data, DATA)
 
 
 def weighted_mean(states: Sequence[State], weights: Sequence[float], key: str) -> Tensor:

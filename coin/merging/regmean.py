@@ -9,7 +9,7 @@ from torch import Tensor
 from coin.errors import ConfigurationError, NumericalError, StateError
 from coin.merging.coin import check_damping
 from coin.merging.inputs import MergeInputs, Requirement
-from coin.merging.method import MergeMethod, weighted_mean
+from coin.merging.method import DATA, MergeMethod, check_choice, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.state import State
 
@@ -72,7 +72,7 @@ class RegMean(MergeMethod):
         self.layers = RegMeanLayers(layers)
         self.alpha = alpha
         self.damping = check_damping(damping)
-        self.gram_data = gram_data
+        self.gram_data = check_choice("gram_data", gram_data, DATA)
 
     def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
         assert inputs.grams is not None

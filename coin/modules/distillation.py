@@ -10,6 +10,7 @@ from torch.optim import Adam
 
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
+from coin.merging.method import check_label
 from coin.networks import (
     BatchNormPolicy,
     average_buffers,
@@ -44,7 +45,7 @@ class Distillation(LightningModule):
         batch_size: Samples a step and process.
         held_out: The share of the calibration samples held out to choose on.
         samples_per_task: P; none takes the experiment's.
-        label: What to call this variant in the results.
+        label: What results and files call this variant.
 
     Raises:
         ConfigurationError: An option is out of its range.
@@ -87,7 +88,7 @@ class Distillation(LightningModule):
                 "label": label,
             }
         )
-        self.label = label or self.name
+        self.label = check_label(self.name if label is None else label)
         self.steps = steps
         self.student: nn.Module | None = None
         self.teachers = nn.ModuleList()

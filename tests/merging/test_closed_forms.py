@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coin.errors import ConfigurationError, NumericalError, StateError
-from coin.merging import Average, Coin, MergeInputs, RegMean, TaskArithmetic, Ties
+from coin.merging import Average, Coin, FullFisher, GaussNewton, MergeInputs, RegMean, TaskArithmetic, Ties
 from coin.networks.batchnorm import BatchNormPolicy
+from coin.statistics import FisherKind
 
 SHAPES = {"conv.weight": (4, 2, 3, 3), "conv.bias": (4,), "norm.weight": (4,), "head.weight": (3, 5), "head.bias": (3,)}
 
@@ -332,6 +333,7 @@ def test_mismatched_layouts_are_named():
         (lambda: Ties(keep=0), "keep 0"),
         (lambda: TaskArithmetic(scale=math.inf), "scale inf"),
         (lambda: Average(batchnorm="reset"), "batchnorm 'reset'"),
+        (lambda: RegMean(gram_data="all"), "found gram_data 'all', expected one of own, pooled, or null"),
     ],
 )
 def test_options_are_checked_at_construction(make, message):
@@ -341,6 +343,32 @@ def test_options_are_checked_at_construction(make, message):
 
 def test_labels_and_policies_are_carried():
     assert Average().label == "average"
-    recalibrated = Coin(batchnorm=BatchNormPolicy.recalibrate, label="coin + BN", fisher_data="own")
-    assert (recalibrated.label, recalibrated.name, recalibrated.batchnorm) == ("coin + BN", "coin", "recalibrate")
+    recalibrated = Coin(batchnorm=BatchNormPolicy.recalibrate, label="coin+BN", fisher_data="own")
+    assert (recalibrated.label, recalibrated.name, recalibrated.batchnorm) == ("coin+BN", "coin", "recalibrate")
     assert recalibrated.fisher_data == "own"
+
+
+@pytest.mark.parametrize("method", [Coin, FullFisher, GaussNewton])
+def test_fisher_options_are_checked_at_construction(method):
+    with pytest.raises(ConfigurationError, match=r"^found fisher_data 'mixed', expected one of own, pooled, or null$"):
+        method(fisher_data="mixed")
+    with pytest.raises(
+        ConfigurationError, match=r"^found fisher_kind 'mc', expected one of exact, monte_carlo, [^\n]*$"
+    ):
+        method(fisher_kind="mc")
+    for kind in FisherKind:
+        assert method(fisher_kind=str(kind), fisher_data="pooled").fisher_kind == kind
+    assert (method().fisher_kind, method().fisher_data) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "label", ["", ".hidden", "..", "a/b", "a\\b", "two words", "line\n", "größer", "none", "oracle"]
+)
+def test_a_label_that_cannot_name_results_and_files_is_refused(label):
+    with pytest.raises(ConfigurationError, match=r"^found label [^\n]*$"):
+        Average(label=label)
+
+
+@pytest.mark.parametrize("label", ["coin", "distillation-7000", "-x", "v1.2_b+c", "None"])
+def test_plain_labels_are_taken_as_they_are(label):
+    assert Average(label=label).label == label

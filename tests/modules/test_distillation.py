@@ -142,6 +142,9 @@ def test_experts_of_two_architectures_are_refused(tmp_path, experts):
 def test_the_label_names_a_variant():
     assert Distillation().label == "distillation"
     assert Distillation(label="long").label == "long"
+    for label in ("", "a/b", "oracle"):
+        with pytest.raises(ConfigurationError, match="found label"):
+            Distillation(label=label)
 
 
 def test_train_mode_never_reaches_the_networks(experts):
