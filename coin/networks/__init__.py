@@ -1,6 +1,6 @@
 """Architectures by name, their heads and features, BatchNorm policies, and networks as files."""
 
-from coin.networks.batchnorm import BatchNormPolicy, average_buffers, freeze_statistics, has_batchnorm, recalibrate
+from coin.networks.batchnorm import BatchNormPolicy, average_buffers, has_batchnorm, recalibrate
 from coin.networks.files import (
     NetworkFile,
     fill_network,
@@ -21,7 +21,6 @@ __all__ = [
     "build_network",
     "features_and_logits",
     "fill_network",
-    "freeze_statistics",
     "has_batchnorm",
     "head_name",
     "initial_network",

@@ -1,7 +1,8 @@
 """What becomes of BatchNorm's running statistics when networks are merged: an explicit policy, never a silence."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ class BatchNormPolicy(StrEnum):
 
     * ``average``: the experts' running means and variances, averaged with the code's weights β.
     * ``recalibrate``: running statistics reset and estimated anew, by a cumulative average over the pooled
-      calibration data, in the merged network itself.
+      calibration samples, in the merged network itself.
     * ``keep``: the buffers that the merge started from. A closed-form merge keeps those of the shared
       initialisation; a method that trains with frozen statistics keeps those that it trained with.
     """
@@ -29,13 +30,6 @@ class BatchNormPolicy(StrEnum):
 def has_batchnorm(network: nn.Module) -> bool:
     """Return whether any BatchNorm layer of `network` tracks running statistics."""
     return any(isinstance(module, _BatchNorm) and module.track_running_stats for module in network.modules())
-
-
-def freeze_statistics(network: nn.Module) -> None:
-    """Put every BatchNorm layer into eval mode, so that training uses and leaves its running statistics."""
-    for module in network.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
 
 
 def average_buffers(buffers: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -55,37 +49,60 @@ def average_buffers(buffers: Sequence[State], weights: Sequence[float]) -> dict[
 def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> int:
     """Estimate the running statistics of all BatchNorm layers anew, in place (`BatchNormPolicy.recalibrate`).
 
-    The statistics are reset and become the cumulative average over the batches, each layer seeing what the layers
-    before it produce from batch statistics, as in training. Everything else of the network is left as found.
+    The statistics are reset and become the average of the batches' statistics, weighted by their numbers of samples,
+    each layer seeing what the layers before it produce from batch statistics, as in training. Everything else of the
+    network is left as found. A single sample has no variance: a batch of one is joined to the next, the last to the
+    one before it.
 
     Args:
         network: The network; its mode and its layers' momenta are restored.
-        batches: Input batches ``[B, ...]``. Their sizes should be equal, since each batch counts once.
+        batches: Input batches ``[B, ...]``.
 
     Returns:
         The number of samples seen.
 
     Raises:
-        StateError: There is no batch.
+        StateError: There are fewer than two samples; the network is then as it was.
     """
+    joined = _joined(batches)
+    first = next(joined, None)
+    if first is None:
+        raise StateError("found no calibration batch to recalibrate BatchNorm on, expected at least one")
     layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     modes = {module: module.training for module in network.modules()}
     momenta = {layer: layer.momentum for layer in layers}
     network.eval()
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # cumulative average
         layer.train()
     samples = 0
     try:
-        for batch in batches:
-            network(batch)
+        for batch in chain([first], joined):
             samples += len(batch)
+            for layer in layers:
+                layer.momentum = len(batch) / samples  # the cumulative average over samples
+            network(batch)
     finally:
         for layer, momentum in momenta.items():
             layer.momentum = momentum
         for module, training in modes.items():
             module.training = training
-    if samples == 0:
-        raise StateError("found no calibration batch to recalibrate BatchNorm on, expected at least one")
     return samples
+
+
+def _joined(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the batches, those of one sample joined to the next, the last to the one before it."""
+    ready: Tensor | None = None  # held back until it is known that no single sample is left after it
+    single: Tensor | None = None
+    for batch in batches:
+        piece = batch if single is None else torch.cat([single, batch])
+        if len(piece) < 2:
+            single = piece
+            continue
+        if ready is not None:
+            yield ready
+        ready, single = piece, None
+    if single is not None and ready is None:
+        raise StateError("found one calibration sample to recalibrate BatchNorm on, expected at least two")
+    if ready is not None:
+        yield ready if single is None else torch.cat([ready, single])

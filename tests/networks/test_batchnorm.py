@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from coin.errors import StateError
-from coin.networks import average_buffers, build_network, freeze_statistics, has_batchnorm, recalibrate
+from coin.networks import average_buffers, build_network, has_batchnorm, recalibrate
 
 
 def network():
@@ -23,7 +23,7 @@ def statistics(x):
     return x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=True)
 
 
-def test_recalibrated_statistics_are_the_mean_over_batches_of_batch_statistics(batches):
+def test_recalibrated_statistics_are_those_of_the_batches_weighted_by_their_samples(batches):
     net = network()
     first, second = net[1], net[5]
     with torch.no_grad():
@@ -36,7 +36,8 @@ def test_recalibrated_statistics_are_the_mean_over_batches_of_batch_statistics(b
             expected[1].append(statistics(net[4](x.relu())))
     assert recalibrate(net, batches) == 13
     for layer, found in zip((first, second), expected, strict=True):
-        means, variances = (torch.stack(values).mean(0) for values in zip(*found, strict=True))
+        shares = torch.tensor([5, 5, 3], dtype=torch.float64) / 13
+        means, variances = (shares @ torch.stack(values) for values in zip(*found, strict=True))
         torch.testing.assert_close(layer.running_mean, means, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(layer.running_var, variances, rtol=1e-12, atol=1e-12)
         assert layer.num_batches_tracked.item() == 3
@@ -59,7 +60,7 @@ def test_recalibrating_leaves_parameters_modes_momenta_and_gradients_as_found(ba
     modes = [module.training for module in net.modules()]
 
     def breaks_off():
-        yield batches[0]
+        yield from batches[:2]  # the first has been used when the third is asked for
         raise KeyError
 
     recalibrate(net, batches)
@@ -70,9 +71,53 @@ def test_recalibrating_leaves_parameters_modes_momenta_and_gradients_as_found(ba
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in net.named_parameters())
 
 
-def test_recalibrating_wants_a_batch():
+def test_equal_batches_give_what_torch_calls_the_cumulative_average(batches):
+    net, wanted = network(), network()
+    equal = [batch[:3] for batch in batches]
+    for layer in (wanted[1], wanted[5]):
+        layer.momentum = None
+    wanted[3].eval()
+    with torch.no_grad():
+        for batch in equal:
+            wanted(batch)
+    recalibrate(net, equal)
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), wanted.buffers(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "joined"),
+    [
+        ((4, 4, 1), (4, 5)),
+        ((4, 1), (5,)),
+        ((1, 4), (5,)),
+        ((4, 1, 4), (4, 5)),
+        ((1, 1, 1), (3,)),
+        ((1, 1, 1, 1), (2, 2)),
+    ],
+)
+def test_a_batch_of_one_sample_is_joined_to_another(sizes, joined):
+    def flat():
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()  # one sample has no variance at all
+
+    torch.manual_seed(2)
+    net = flat()
+    wanted = flat()
+    wanted.load_state_dict(net.state_dict())
+    inputs = torch.randn(sum(sizes), 3, dtype=torch.float64)
+    assert recalibrate(net, inputs.split(list(sizes))) == sum(sizes)
+    recalibrate(wanted, inputs.split(list(joined)))
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), wanted.buffers(), strict=True))
+
+
+def test_with_fewer_than_two_samples_nothing_is_reset(batches):
+    net = network().train()
+    net(batches[0])
+    before = [buffer.clone() for buffer in net.buffers()]
     with pytest.raises(StateError, match="found no calibration batch"):
-        recalibrate(network(), [])
+        recalibrate(net, [])
+    with pytest.raises(StateError, match="found one calibration sample"):
+        recalibrate(net, [batches[0][:1]])
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), before, strict=True))
 
 
 def test_averaged_buffers_are_weighted_and_counts_are_the_largest(small_config):
@@ -84,16 +129,6 @@ def test_averaged_buffers_are_weighted_and_counts_are_the_largest(small_config):
     assert buffers.keys() == dict(networks[0].named_buffers()).keys()
     for name, buffer in buffers.items():
         assert torch.equal(buffer, torch.full_like(buffer, 2 if "num" in name else 2.5))
-
-
-def test_frozen_statistics_stay_while_the_rest_trains(batches):
-    net = network().train()
-    before = [buffer.clone() for buffer in net.buffers()]
-    freeze_statistics(net)
-    net(batches[0])
-    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), before, strict=True))
-    assert net.training
-    assert net[3].training
 
 
 def test_only_layers_that_track_statistics_count():
