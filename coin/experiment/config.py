@@ -1,13 +1,15 @@
 """The parts of an experiment file."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from enum import StrEnum
+from typing import Any, ClassVar
 
 from coin.callbacks import Weights
 from coin.data import Augmentation, TaskData
 from coin.errors import ConfigurationError
 from coin.modules import OptimizerKind, Schedule
-from coin.statistics import FisherKind
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,19 @@ class TrainingConfig:
         weight_decay: The factor of the L2 penalty or of the decay.
         schedule: ``one_cycle``, ``cosine`` or ``constant``.
         label_smoothing: The share of the target spread over all classes.
-        augmentation: What happens to training images: ``none``, ``crop`` or ``crop-flip``.
+        augmentation: What happens to training images: ``none``, ``crop`` or ``crop_flip``.
         compile_network: Whether to run the network through `torch.compile`.
+
+    Raises:
+        ConfigurationError: An option is not of its type or out of its range. Overrides bring plain values, which no
+            parser has seen.
     """
+
+    _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {
+        "optimizer": OptimizerKind,
+        "schedule": Schedule,
+        "augmentation": Augmentation,
+    }
 
     epochs: int = 3
     lr: float = 0.01
@@ -39,10 +51,20 @@ class TrainingConfig:
     compile_network: bool = False
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ConfigurationError(f"found epochs={self.epochs}, expected at least 1")
-        if self.batch_size < 2:
-            raise ConfigurationError(f"found batch_size={self.batch_size}, expected at least 2")
+        for name, kind in self._ENUMS.items():
+            object.__setattr__(self, name, _member(kind, name, getattr(self, name)))
+        _check_integer("epochs", self.epochs, 1)
+        _check_integer("batch_size", self.batch_size, 2)
+        if not (_is_number(self.lr) and self.lr > 0):
+            raise ConfigurationError(f"found lr={self.lr!r}, expected a positive number")
+        if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
+            raise ConfigurationError(f"found weight_decay={self.weight_decay!r}, expected a number of at least 0")
+        for name in ("momentum", "label_smoothing"):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value < 1):
+                raise ConfigurationError(f"found {name}={value!r}, expected a number from 0 to below 1")
+        if not isinstance(self.compile_network, bool):
+            raise ConfigurationError(f"found compile_network={self.compile_network!r}, expected true or false")
 
 
 @dataclass(frozen=True)
@@ -74,6 +96,8 @@ class ExpertConfig(TrainingConfig):
             checkpoint.
     """
 
+    _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {**TrainingConfig._ENUMS, "weights": Weights}
+
     weights: Weights = Weights.last
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     checkpoints: dict[str, str] = field(default_factory=dict)
@@ -87,14 +111,18 @@ class CalibrationConfig:
         samples_per_task: P.
         fisher_data: ``own``: each expert's Fisher on its own task's samples; ``pooled``: on all tasks'.
         fisher_kind: Which Fisher diagonal.
-        fisher_cotangents: k, for the Monte Carlo kind.
+        fisher_cotangents: k, for the Monte Carlo kind and only for it.
         batch_size: Samples a batch.
+
+    Raises:
+        ConfigurationError: An option is out of its range, or k is given for another kind.
     """
 
     samples_per_task: int = 200
     fisher_data: str = "own"
     fisher_kind: FisherKind = FisherKind.exact
     fisher_cotangents: int | None = None
+    memory_mib: int = DEFAULT_MEMORY_MIB
     batch_size: int = 50
 
     def __post_init__(self) -> None:
@@ -104,3 +132,28 @@ class CalibrationConfig:
             )
         if self.fisher_data not in ("own", "pooled"):
             raise ConfigurationError(f"found fisher_data '{self.fisher_data}', expected own or pooled")
+        kind = _member(FisherKind, "fisher_kind", self.fisher_kind)
+        object.__setattr__(self, "fisher_kind", kind)
+        if self.fisher_cotangents is not None:
+            if kind is not FisherKind.monte_carlo:
+                raise ConfigurationError(
+                    f"found fisher_cotangents={self.fisher_cotangents} with fisher_kind '{kind}', expected it only "
+                    "with monte_carlo; leave it out"
+                )
+            _check_integer("fisher_cotangents", self.fisher_cotangents, 1)
+
+
+def _member(kind: type[StrEnum], name: str, value: Any) -> StrEnum:
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise ConfigurationError(f"found {name}={value!r}, expected one of {', '.join(kind)}") from error
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigurationError(f"found {name}={value!r}, expected a whole number of at least {least}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,78 @@
+"""What the parts of an experiment file take, whether a parser has seen it or an override brings it."""
+
+from dataclasses import replace
+
+import pytest
+
+from coin.callbacks import Weights
+from coin.data import Augmentation
+from coin.errors import ConfigurationError
+from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, TrainingConfig
+from coin.modules import OptimizerKind, Schedule
+from coin.statistics import FisherKind
+
+
+def test_strings_of_an_override_become_members():
+    override = {"optimizer": "adamw", "schedule": "cosine", "augmentation": "crop_flip", "weights": "best", "lr": 1}
+    config = replace(ExpertConfig(), **override)
+    assert config.optimizer is OptimizerKind.adamw
+    assert config.schedule is Schedule.cosine
+    assert config.augmentation is Augmentation.crop_flip
+    assert config.weights is Weights.best
+
+
+@pytest.mark.parametrize(
+    ("option", "choices"),
+    [
+        ("optimizer", "sgd, adamw"),
+        ("schedule", "constant, cosine, one_cycle"),
+        ("augmentation", "none, crop, crop_flip"),
+        ("weights", "last, best"),
+    ],
+)
+@pytest.mark.parametrize("value", ["crop-flip", None, 3, ["sgd"]])
+def test_a_value_that_is_no_choice_is_refused_with_the_choices(option, choices, value):
+    with pytest.raises(ConfigurationError, match=rf"^found {option}=[^\n]*, expected one of {choices}$"):
+        replace(ExpertConfig(), **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("epochs", [0, 2.0, "3", True]),
+        ("batch_size", [1, 64.0, "64"]),
+        ("lr", [0, -0.1, "0.1", True, float("nan"), float("inf")]),
+        ("weight_decay", [-1e-4, "0"]),
+        ("momentum", [-0.1, 1.0, "0.9"]),
+        ("label_smoothing", [-0.1, 1.0, None]),
+        ("compile_network", [1, "true"]),
+    ],
+)
+def test_numbers_of_an_override_are_checked(option, values):
+    for value in values:
+        with pytest.raises(ConfigurationError, match=f"^found {option}="):
+            replace(ExpertConfig(), **{option: value})
+
+
+def test_the_least_values_are_taken():
+    config = TrainingConfig(epochs=1, batch_size=2, lr=1e-9, momentum=0, weight_decay=0, label_smoothing=0)
+    assert replace(config) == config
+
+
+def test_a_base_is_checked_alike():
+    with pytest.raises(ConfigurationError, match=r"^found schedule='linear'"):
+        BaseConfig(schedule="linear", checkpoint="base.safetensors")
+    assert BaseConfig(schedule="cosine", checkpoint="base.safetensors").schedule is Schedule.cosine
+
+
+def test_a_number_of_cotangents_belongs_to_monte_carlo():
+    assert CalibrationConfig(fisher_kind="monte_carlo", fisher_cotangents=4).fisher_kind is FisherKind.monte_carlo
+    for kind in FisherKind:
+        if kind is not FisherKind.monte_carlo:
+            with pytest.raises(ConfigurationError, match=f"found fisher_cotangents=4 with fisher_kind '{kind}'"):
+                CalibrationConfig(fisher_kind=kind, fisher_cotangents=4)
+    for number in (0, 1.5):
+        with pytest.raises(ConfigurationError, match="expected a whole number of at least 1"):
+            CalibrationConfig(fisher_kind=FisherKind.monte_carlo, fisher_cotangents=number)
+    with pytest.raises(ConfigurationError, match="found fisher_kind='full', expected one of exact, monte_carlo"):
+        CalibrationConfig(fisher_kind="full")
