@@ -52,7 +52,7 @@ pytest: $(VENV)/.dev  ## run the tests
 	OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/pytest
 
 bench: $(VENV)/.bench  ## time the exact Fisher against its limit and its peers
-	OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/python tests/benchmarks/fisher.py
+	$(BIN)/python -W ignore tests/benchmarks/fisher.py
 
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 	$(BIN)/pytest tests/experiment/test_notebooks.py

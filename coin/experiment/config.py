@@ -112,6 +112,7 @@ class CalibrationConfig:
         fisher_data: ``own``: each expert's Fisher on its own task's samples; ``pooled``: on all tasks'.
         fisher_kind: Which Fisher diagonal.
         fisher_cotangents: k, for the Monte Carlo kind and only for it.
+        memory_mib: Bound on the Fisher pass's working memory in MiB, beside the network and the accumulators.
         batch_size: Samples a batch.
 
     Raises:

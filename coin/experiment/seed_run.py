@@ -139,7 +139,11 @@ class SeedRun:
                 trainer = make_trainer(self.folder, self.experiment.trainer)
                 cotangents = calibration.fisher_cotangents if kind == FisherKind.monte_carlo else None
                 sums, seconds = trainer.statistic_sums(
-                    network, self._tasks_for(name, data), kind=FisherKind(kind), cotangents=cotangents
+                    network,
+                    self._tasks_for(name, data),
+                    kind=FisherKind(kind),
+                    cotangents=cotangents,
+                    memory_mib=calibration.memory_mib,
                 )
                 save_statistic(
                     path,
