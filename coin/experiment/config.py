@@ -136,11 +136,6 @@ class CalibrationConfig:
         kind = _member(FisherKind, "fisher_kind", self.fisher_kind)
         object.__setattr__(self, "fisher_kind", kind)
         if self.fisher_cotangents is not None:
-            if kind is not FisherKind.monte_carlo:
-                raise ConfigurationError(
-                    f"found fisher_cotangents={self.fisher_cotangents} with fisher_kind '{kind}', expected it only "
-                    "with monte_carlo; leave it out"
-                )
             _check_integer("fisher_cotangents", self.fisher_cotangents, 1)
 
 

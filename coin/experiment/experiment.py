@@ -16,7 +16,7 @@ from coin.errors import ConfigurationError, FileError
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig
 from coin.experiment.jobs import job
 from coin.experiment.merge import coded_paths
-from coin.experiment.seed_run import SeedRun
+from coin.experiment.seed_run import SeedRun, expert_options
 from coin.experiment.steps import Steps, step_key
 from coin.experiment.training import train_network
 from coin.merging import MergeMethod
@@ -26,6 +26,7 @@ from coin.reporting.report import write_report
 from coin.reporting.summary import write_summary
 from coin.reporting.wandb_settings import check_connection
 from coin.state import write_text
+from coin.statistics import FisherKind
 
 
 class Experiment:
@@ -89,6 +90,14 @@ class Experiment:
             raise ConfigurationError(f"found two methods with one file '{repeated_files[0]}'; change one's label")
         if unknown := sorted((expert.overrides.keys() | expert.checkpoints.keys()) - tasks.keys()):
             raise ConfigurationError(f"found options for an expert '{unknown[0]}', expected one of {', '.join(tasks)}")
+        for task in tasks:
+            expert_options(expert, task)
+        kinds = {str(getattr(m, "fisher_kind", None) or calibration.fisher_kind) for m in methods}
+        if calibration.fisher_cotangents is not None and FisherKind.monte_carlo not in kinds:
+            raise ConfigurationError(
+                f"found fisher_cotangents={calibration.fisher_cotangents} and no method with a monte_carlo Fisher; "
+                "leave it out, or set fisher_kind"
+            )
         self.name = name
         self.network = network
         self.tasks = {task: task_with(data, image_size=network.image_size) for task, data in tasks.items()}

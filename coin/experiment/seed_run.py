@@ -85,7 +85,7 @@ class SeedRun:
                 save_network(output, network, experiment.network, task.num_classes, provenance)
                 self.steps.finish(f"expert-{name}", key, [output])
             return
-        training = _overridden(config, name)
+        training = expert_options(config, name)
         options = {"training": training, "task": task, "trainer": experiment.trainer, "seed": self.seed}
         key = step_key({**options, "network": experiment.network}, [initial])
         if self.steps.finished(f"expert-{name}", key, [output]):
@@ -336,7 +336,7 @@ class SeedRun:
         self.console.print(f"seed {self.seed}: {text}", highlight=False)
 
 
-def _overridden(config: ExpertConfig, task: str) -> ExpertConfig:
+def expert_options(config: ExpertConfig, task: str) -> ExpertConfig:
     """Return the training options with a task's own in place."""
     try:
         own = replace(config, **config.overrides.get(task, {}))

@@ -183,6 +183,8 @@ MISTAKES = {
     "unknown decoder": (["run", "-c", "CONFIG", "--decoders=[magic]"], "magic"),
     "options of no expert": (["run", "-c", "CONFIG", "--expert.overrides={x: {epochs: 1}}"], "'x'"),
     "unknown trainer option": (["run", "-c", "CONFIG", "--trainer={speed: 9}"], "speed"),
+    "cotangents of no method": (["run", "-c", "CONFIG", "--calibration.fisher_cotangents=3"], "monte_carlo"),
+    "override of a wrong kind": (["run", "-c", "CONFIG", "--expert.overrides={digits: {schedule: up}}"], "schedule"),
     "missing base": (["run", "-c", "CONFIG", "--base={checkpoint: /nope.pt, task: null}"], "/nope.pt"),
     "folder that cannot be made": (["run", "-c", "CONFIG", "--output=/proc/nope"], "/proc/nope"),
     "wrapped mistake": (["fit", "--data=Digits", "--model.network=resnet5"], "resnet5"),
