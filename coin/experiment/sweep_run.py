@@ -60,7 +60,9 @@ class PointRun:
         """Take over what other points have done alike, and start ``coin run``."""
         taken = self.shelf.open()
         command = [sys.executable, "-m", "coin", "run", *self.point.arguments]
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        # W&B's service belongs to the process that started it: a child that inherits its address may find it gone.
+        inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+        environment = {"OMP_NUM_THREADS": str(threads), **inherited}
         with locked(self.folder / ".lock") as lock, self.log.open("a", encoding="utf-8") as log:
             assert lock is not None
             print(*(f"# {line}" for line in taken), f"# {' '.join(command)}", sep="\n", file=log, flush=True)

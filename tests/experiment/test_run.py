@@ -173,8 +173,12 @@ def test_damaged_output_is_made_again(finished: Path, config: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("output", ["base/checkpoints/step-key", "seed-0/experts/letters/checkpoints/last.ckpt"])
-def test_killed_run_finishes_with_the_same_results(finished: Path, config: Path, tmp_path: Path, output: str) -> None:
+def test_killed_run_finishes_with_the_same_results(
+    finished: Path, config: Path, tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = [sys.executable, "-m", "coin", "run", "-c", str(config), f"--output={tmp_path}"]
+    # An earlier test's W&B service may be gone by now.
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "tiny" / output).exists() and time.monotonic() < deadline:
