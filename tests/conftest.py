@@ -1,11 +1,13 @@
 """What several rooms' tests share: a tiny task, a tiny network, experts as files, and a quiet Trainer."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import wandb
 
 from coin.coding import Code
 from coin.data import Samples, Source, TaskData
@@ -15,6 +17,26 @@ from coin.trainer import Trainer
 
 # The tests' tensors are tiny: threads only wait for one another, and a sum's rounding would depend on their number.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # commands that tests start must round alike
+
+
+def forget_wandb_service() -> None:
+    """Let W&B start a service of its own: a test before may have ended the one whose address is left behind."""
+    if "WANDB_SERVICE" in os.environ:
+        wandb.teardown()
+        os.environ.pop("WANDB_SERVICE", None)
+
+
+@pytest.fixture(autouse=True)
+def own_wandb_service() -> None:
+    """Start every test without another test's W&B service."""
+    forget_wandb_service()
+
+
+@pytest.fixture(scope="session")
+def fresh_wandb() -> Callable[[], None]:
+    """The same for fixtures that outlive a test."""
+    return forget_wandb_service
 
 
 class Synthetic(TaskData):

@@ -1,6 +1,7 @@
 """One small experiment, run once through the command line and read by many tests."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory, fresh_wandb: Callable[[], None]) -> Path:
     """The folder of the finished experiment; tests read it and leave it as it is."""
+    fresh_wandb()
     output = tmp_path_factory.mktemp("runs")
     environment = {name: os.environ.pop(name, None) for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR")}
     try:
