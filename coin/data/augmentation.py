@@ -10,7 +10,7 @@ from coin.data.sampling import Stream, seeded
 
 
 class Augmentation(StrEnum):
-    """What happens to training images; evaluation and calibration never see it."""
+    """What happens to images that are trained on; evaluation, statistics and decoders never see it."""
 
     none = "none"
     """The images as they are."""
@@ -20,6 +20,9 @@ class Augmentation(StrEnum):
 
     crop_flip = "crop_flip"
     """The crop, then a left-right mirror image half of the time. Not for digits and letters."""
+
+    shift = "shift"
+    """The crop after padding with the border's own pixels: no black edges on images whose ground is not black."""
 
 
 def draw_augmentation(samples: int, height: int, width: int, seed: int, epoch: int) -> Tensor:
@@ -53,9 +56,14 @@ def augment(images: Tensor, kind: Augmentation, draws: Tensor) -> Tensor:
         return images
     height, width = images.shape[-2:]
     vertical, horizontal = _padding(height), _padding(width)
-    padded = F.pad(images, (horizontal, horizontal, vertical, vertical))
     rows = draws[:, 0, None] + torch.arange(height)
     columns = draws[:, 1, None] + torch.arange(width)
+    if kind is Augmentation.shift:
+        padded = images
+        rows = (rows - vertical).clamp(0, height - 1)
+        columns = (columns - horizontal).clamp(0, width - 1)
+    else:
+        padded = F.pad(images, (horizontal, horizontal, vertical, vertical))
     if kind is Augmentation.crop_flip:
         columns = torch.where(draws[:, 2, None] == 1, columns.flip(1), columns)
     sample = torch.arange(len(images))[:, None, None]

@@ -8,10 +8,34 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from coin.data.augmentation import Augmentation, augment, draw_augmentation
 from coin.data.samples import Samples
 from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError, DataError
+
+
+@dataclass(frozen=True)
+class View:
+    """One random look at every calibration sample, for methods that train on them.
+
+    Attributes:
+        augmentation: What happens to the images.
+        seed: Together with `epoch`, what is drawn.
+        epoch: Another epoch is another look.
+    """
+
+    augmentation: Augmentation
+    seed: int
+    epoch: int
+
+    def __call__(self, images: Tensor, position: Tensor, samples: int) -> Tensor:
+        """Return uint8 images [B, C, H, W] changed as drawn for their positions [B] among so many samples."""
+        if self.augmentation is Augmentation.none:
+            return images
+        height, width = images.shape[-2:]
+        draws = draw_augmentation(samples, height, width, self.seed, self.epoch)
+        return augment(images, self.augmentation, draws[position])
 
 
 @dataclass(frozen=True)
@@ -54,15 +78,23 @@ class Calibration:
         for start in range(0, self.num_samples, self.batch_size):
             yield self.inputs(torch.arange(start, min(start + self.batch_size, self.num_samples)))
 
-    def inputs(self, chosen: Tensor | None = None) -> Tensor:
-        """The inputs of these samples (all P by default) in one tensor, float32 [B, 3, S, S]."""
+    def inputs(self, chosen: Tensor | None = None, view: View | None = None) -> Tensor:
+        """The inputs of these samples (all P by default) in one tensor, float32 [B, 3, S, S].
+
+        Args:
+            chosen: Places of the samples, int64 [B].
+            view: How the images are changed at random first; by default they are not.
+        """
         part = self.part if chosen is None else self.part[chosen]
         position = self.position if chosen is None else self.position[chosen]
         out = torch.empty(len(part), 3, self.image_size, self.image_size)
         for number, samples in enumerate(self.parts):
             rows = (part == number).nonzero().flatten()
             if len(rows):
-                out[rows] = to_input(samples.images(position[rows]), self.image_size)
+                images = samples.images(position[rows])
+                if view is not None:
+                    images = view(images, position[rows], len(samples))
+                out[rows] = to_input(images, self.image_size)
         return out
 
     def batches(self, batch_size: int) -> Self:

@@ -8,7 +8,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from coin.data.calibration import Calibration, pooled
+from coin.data.augmentation import Augmentation
+from coin.data.calibration import Calibration, View, pooled
 from coin.data.sampling import Draw, EvaluationBatches, TrainingBatches
 from coin.data.task import TaskData, at_least
 from coin.errors import ConfigurationError, DataError
@@ -27,6 +28,8 @@ class Tasks(LightningDataModule):
         batch_size: Calibration samples a batch and process.
         held_out: The share of each task's calibration samples that training leaves out for validation, in [0, 1).
         seed: Draws the calibration samples and their order; none leaves every task its own seed.
+        augmentation: What happens to calibration samples that are trained on, anew in every epoch. All other uses, the
+            held-out samples among them, see them as they are.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -40,6 +43,7 @@ class Tasks(LightningDataModule):
         batch_size: int = 64,
         held_out: float = 0.0,
         seed: int | None = None,
+        augmentation: Augmentation = Augmentation.none,
     ) -> None:
         super().__init__()
         at_least("samples_per_task", samples_per_task, 1)
@@ -57,6 +61,7 @@ class Tasks(LightningDataModule):
         self.samples_per_task = samples_per_task
         self.batch_size = batch_size
         self.held_out = held_out
+        self.augmentation = Augmentation(augmentation)
         self.seed = seed if seed is not None else next(iter(tasks.values())).seed
 
     def resize(self, image_size: int) -> None:
@@ -96,7 +101,8 @@ class Tasks(LightningDataModule):
         calibration = self.training_calibration()
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         sampler = TrainingBatches(calibration.num_samples, self.batch_size, self.seed, epoch, rank, world_size)
-        return DataLoader(_Positioned(calibration), batch_size=None, sampler=sampler)
+        dataset = _Positioned(calibration, self.augmentation, self.seed)
+        return DataLoader(dataset, batch_size=None, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The held-out calibration samples; an empty list, Lightning's no validation, with a share of 0."""
@@ -142,13 +148,14 @@ def task_with(task: TaskData, **options: Any) -> TaskData:
 
 
 class _Positioned(Dataset[tuple[Tensor, Tensor]]):
-    """Calibration samples as whole batches, with their positions."""
+    """Calibration samples as whole batches, with their positions; training batches augmented."""
 
-    def __init__(self, calibration: Calibration) -> None:
-        self.calibration = calibration
+    def __init__(self, calibration: Calibration, augmentation: Augmentation = Augmentation.none, seed: int = 0) -> None:
+        self.calibration, self.augmentation, self.seed = calibration, augmentation, seed
 
     def __len__(self) -> int:
         return self.calibration.num_samples
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        return draw.positions, self.calibration.inputs(draw.positions)
+        view = None if draw.epoch is None else View(self.augmentation, self.seed, draw.epoch)
+        return draw.positions, self.calibration.inputs(draw.positions, view)

@@ -25,7 +25,7 @@ class TrainingConfig:
         weight_decay: The factor of the L2 penalty or of the decay.
         schedule: ``one_cycle``, ``cosine`` or ``constant``.
         label_smoothing: The share of the target spread over all classes.
-        augmentation: What happens to training images: ``none``, ``crop`` or ``crop_flip``.
+        augmentation: What happens to training images: ``none``, ``crop``, ``crop_flip`` or ``shift``.
         compile_network: Whether to run the network through `torch.compile`.
 
     Raises:

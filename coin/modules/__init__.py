@@ -4,6 +4,7 @@ from coin.modules.coded import Coded
 from coin.modules.distillation import Distillation
 from coin.modules.evaluator import NONE, ORACLE, DecodingEvaluator, Outcome, Variant
 from coin.modules.expert import Expert, OptimizerKind, Schedule
+from coin.modules.readout_distillation import ReadoutDistillation
 from coin.modules.statistic_pass import StatisticKind, StatisticPass
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Expert",
     "OptimizerKind",
     "Outcome",
+    "ReadoutDistillation",
     "Schedule",
     "StatisticKind",
     "StatisticPass",

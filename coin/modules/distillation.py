@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from coin.data import Augmentation
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.merging.method import check_label
@@ -29,6 +31,9 @@ class Distillation(LightningModule):
     the experts' running statistics (policy ``keep``) and dropout is off, since the outputs to be met are those of
     eval mode. Its data is a `coin.data.Tasks`.
 
+    With an `augmentation` every epoch sees other views of the samples, and the experts answer to each of them; the
+    samples that the choices are made on are never augmented.
+
     An experiment names it among its methods and fills in `experts` and `code_row`; with `lr` left open, the learning
     rate and the number of steps are those of the lowest loss on held-out calibration samples, over `learning_rates`
     and ten points of `steps`, and the final run is on all of them. All of that counts as the method's cost.
@@ -45,6 +50,7 @@ class Distillation(LightningModule):
         batch_size: Samples a step and process.
         held_out: The share of the calibration samples held out to choose on.
         samples_per_task: P; none takes the experiment's.
+        augmentation: What happens to the samples in training: ``none``, ``crop``, ``crop_flip`` or ``shift``.
         label: What results and files call this variant.
 
     Raises:
@@ -64,6 +70,7 @@ class Distillation(LightningModule):
         batch_size: int = 64,
         held_out: float = 0.2,
         samples_per_task: int | None = None,
+        augmentation: Augmentation = Augmentation.none,
         label: str | None = None,
     ) -> None:
         super().__init__()
@@ -74,6 +81,8 @@ class Distillation(LightningModule):
             raise ConfigurationError(f"found steps={steps}, batch_size={batch_size}, expected at least 1 and 2")
         if not 0 < held_out < 1:
             raise ConfigurationError(f"found held_out={held_out}, expected a share above 0 and below 1")
+        if augmentation not in list(Augmentation):
+            raise ConfigurationError(f"found augmentation={augmentation!r}, expected one of {', '.join(Augmentation)}")
         # Given by name: within LightningCLI, Lightning would take the command's own model options instead.
         self.save_hyperparameters(
             {
@@ -85,6 +94,7 @@ class Distillation(LightningModule):
                 "batch_size": batch_size,
                 "held_out": held_out,
                 "samples_per_task": samples_per_task,
+                "augmentation": str(augmentation),
                 "label": label,
             }
         )
@@ -94,7 +104,7 @@ class Distillation(LightningModule):
         self.teachers = nn.ModuleList()
         self.passes = 0.0
         self.losses: list[float] = []
-        self._targets: Tensor | None = None
+        self._outputs: Tensor | None = None
 
     def configure_model(self) -> None:
         """Read the experts and build their β-average."""
@@ -126,12 +136,12 @@ class Distillation(LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Run the experts over the training samples, once: the samples never change, so their targets do not."""
-        data = self._data()
-        calibration = data.training_calibration()
+        """Run the experts over the training samples, once, where these never change."""
+        if self.hparams["augmentation"] != Augmentation.none:
+            return
+        calibration = self._data().training_calibration()
         with torch.no_grad():
-            targets = [self.target(batch.to(self.device)) for batch in calibration]
-        self._targets = torch.cat(targets)
+            self._outputs = torch.cat([self.expert_outputs(batch.to(self.device)) for batch in calibration], dim=1)
         self.passes += calibration.num_samples * len(self.teachers)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -139,42 +149,54 @@ class Distillation(LightningModule):
         assert self.student is not None
         return self.student(inputs)  # type: ignore[no-any-return]
 
-    def target(self, inputs: Tensor) -> Tensor:
-        """Return Σ_i β_i f_i(x), logits ``[B, C]``."""
-        row = self.hparams["code_row"]
-        outputs = torch.stack([network(inputs) for network in self.teachers])
-        target: Tensor = torch.tensordot(torch.tensor(row).to(outputs), outputs, dims=1)
+    def expert_outputs(self, inputs: Tensor) -> Tensor:
+        """Return the experts' logits ``[N, B, C]``."""
+        return torch.stack([network(inputs) for network in self.teachers])
+
+    def target(self, outputs: Tensor) -> Tensor:
+        """Return Σ_i β_i f_i(x), logits ``[B, C]``, from the experts' ``[N, B, C]``."""
+        row = torch.tensor(self.hparams["code_row"]).to(outputs)
+        target: Tensor = torch.tensordot(row, outputs, dims=1)
         return target
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return ½ mean‖f_θ(x) − target‖² of one batch of positions and inputs."""
-        assert self._targets is not None
-        positions, inputs = batch
-        self.passes += 3 * len(inputs) * self.trainer.world_size
-        return self._loss(inputs, self._targets[positions], "train")
+        return self._coding_loss(self(batch[1]), self.target(self._training_outputs(*batch)), "train")
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Log the same on held-out samples."""
         _, inputs = batch
         self.passes += (1 + len(self.teachers)) * len(inputs) * self.trainer.world_size
-        self._loss(inputs, self.target(inputs), "val")
+        self._coding_loss(self(inputs), self.target(self.expert_outputs(inputs)), "val")
 
     def on_validation_epoch_end(self) -> None:
         """Keep the held-out loss, one number a validation."""
         if not self.trainer.sanity_checking:
             self.losses.append(float(self.trainer.callback_metrics["val/loss"]))
 
-    def configure_optimizers(self) -> Adam:
+    def configure_optimizers(self) -> Adam | OptimizerLRSchedulerConfig:
         """Return Adam over the coded model's parameters alone."""
+        return self._adam()
+
+    def _adam(self) -> Adam:
         assert self.student is not None
         if self.hparams["lr"] is None:
             raise ConfigurationError("found no lr; give one, or let 'coin merge' or 'coin run' choose it")
         return Adam(self.student.parameters(), self.hparams["lr"])
 
-    def _loss(self, inputs: Tensor, target: Tensor, stage: str) -> Tensor:
-        loss: Tensor = 0.5 * (self(inputs) - target).square().sum(1).mean()
+    def _training_outputs(self, positions: Tensor, inputs: Tensor) -> Tensor:
+        """Return the experts' logits ``[N, B, C]`` for a training batch, and count what the step costs."""
+        self.passes += 3 * len(inputs) * self.trainer.world_size
+        if self._outputs is not None:
+            return self._outputs[:, positions]
+        self.passes += len(self.teachers) * len(inputs) * self.trainer.world_size
+        with torch.no_grad():
+            return self.expert_outputs(inputs)
+
+    def _coding_loss(self, output: Tensor, target: Tensor, stage: str) -> Tensor:
+        loss: Tensor = 0.5 * (output - target).square().sum(1).mean()
         self.log(
-            f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(inputs), sync_dist=True, prog_bar=True
+            f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(output), sync_dist=True, prog_bar=True
         )
         return loss
 

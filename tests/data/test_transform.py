@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.nn import functional as F
 
 from coin.data import to_input
 from coin.data.augmentation import Augmentation, augment, draw_augmentation
@@ -65,6 +66,15 @@ def test_augmentation_equals_cropping_one_by_one(kind):
         if flip and kind is Augmentation.crop_flip:
             expected = expected.flip(2)
         assert torch.equal(got, expected)
+
+
+def test_a_shift_pads_with_the_border():
+    images = torch.randint(256, (40, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    draws = draw_augmentation(40, 16, 24, seed=0, epoch=0)
+    padded = F.pad(images.float(), (3, 3, 2, 2), mode="replicate").to(torch.uint8)
+    result = augment(images, Augmentation.shift, draws)
+    for image, (top, left, _), got in zip(padded, draws.tolist(), result, strict=True):
+        assert torch.equal(got, image[:, top : top + 16, left : left + 24])
 
 
 def test_no_augmentation_is_the_identity():

@@ -1,0 +1,153 @@
+"""Distillation for decoders that read features: the lost answers must be readable from the coded network's features."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from coin.data import Augmentation
+from coin.errors import ConfigurationError
+from coin.merging import FeatureMap, HeadFit, MergeInputs
+from coin.merging.networks import parameters_of
+from coin.modules.distillation import Distillation
+from coin.networks import features_and_logits, fill_network, head_name
+
+
+class ReadoutDistillation(Distillation):
+    """Distillation that also asks for features from which every expert's own answer can be read.
+
+    The decoder `feature_ridge` needs from the coded network, on samples of task j, features φ from which f_j can be
+    read linearly; it needs Σ_i β_i f_i only as far as the linear decoder does. So the loss is
+
+        ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖² + w · ½ E_j E_{x∈T_j}‖R_j φ_θ(x) − f_j(x)‖²
+
+    with one affine readout R_j a task, which starts as expert j's head, is trained along, and is thrown away: the
+    decoder fits its own. It is told which task a calibration sample is from, and no label.
+
+    It starts from the β-average with its head fitted to Σβ_if_i (`coin.merging.HeadFit`), trains on augmented views,
+    and ends after few steps of Adam under a one-cycle schedule: nothing is chosen on held-out samples unless `lr` is
+    none.
+
+    Source: the loss is this project's. Readouts beside a distilled network: Romero et al., *FitNets* (ICLR 2015); the
+    schedule: Smith and Topin, *Super-convergence* (2018).
+
+    Args:
+        experts: The experts' safetensors files.
+        code_row: β, one weight an expert, non-negative and summing to 1.
+        lr: Adam's largest learning rate; none has it chosen from `learning_rates`, as for `Distillation`.
+        learning_rates: What to choose from.
+        steps: The number of optimiser steps.
+        batch_size: Samples a step and process.
+        readout_weight: w, at least 0; 0 leaves an augmented distillation from the fitted head.
+        held_out: The share of the calibration samples held out where the learning rate is chosen.
+        samples_per_task: P; none takes the experiment's.
+        augmentation: What happens to the samples in training: ``none``, ``crop``, ``crop_flip`` or ``shift``.
+        label: What results and files call this variant.
+
+    Raises:
+        ConfigurationError: An option is out of its range.
+    """
+
+    name = "readout_distillation"
+
+    def __init__(
+        self,
+        experts: list[str] | None = None,
+        code_row: list[float] | None = None,
+        lr: float | None = 1e-3,
+        learning_rates: list[float] | None = None,
+        steps: int = 100,
+        batch_size: int = 64,
+        readout_weight: float = 1.0,
+        held_out: float = 0.2,
+        samples_per_task: int | None = None,
+        augmentation: Augmentation = Augmentation.shift,
+        label: str | None = None,
+    ) -> None:
+        super().__init__(
+            experts,
+            code_row,
+            lr,
+            learning_rates,
+            steps,
+            batch_size,
+            held_out,
+            samples_per_task,
+            augmentation,
+            label,
+        )
+        if not 0 <= readout_weight < float("inf"):
+            raise ConfigurationError(f"found readout_weight={readout_weight}, expected a number of at least 0")
+        self.save_hyperparameters({"readout_weight": readout_weight})
+        self.readouts = nn.ModuleList()
+
+    def configure_model(self) -> None:
+        """Read the experts, build their β-average, and copy their heads as the first readouts."""
+        if self.student is not None:
+            return
+        super().configure_model()
+        self.readouts = nn.ModuleList(
+            [_readout(network.get_submodule(head_name(network))) for network in self.teachers]
+        )
+
+    def on_fit_start(self) -> None:
+        """Fit the student's head, and note which task each training sample is from."""
+        super().on_fit_start()
+        calibration = self._data().training_calibration()
+        self._parts = calibration.part.to(self.device)
+        batches = [batch.to(self.device) for batch in calibration]
+        assert self.student is not None
+        with torch.no_grad():
+            outputs = self._outputs
+            if outputs is None:
+                outputs = torch.cat([self.expert_outputs(batch) for batch in batches], dim=1)
+                self.passes += calibration.num_samples * len(self.teachers)
+            features = FeatureMap(self.student, batches)
+            inputs = MergeInputs(
+                [parameters_of(network) for network in self.teachers], expert_outputs=outputs, features=features
+            )
+            fitted = HeadFit().merge(inputs, self.hparams["code_row"])
+        self.passes += features.passes
+        fill_network(self.student, {**self.student.state_dict(), **fitted}, "the start of readout_distillation")
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the coding loss plus the weighted readout loss of one batch of positions and inputs."""
+        positions, inputs = batch
+        outputs = self._training_outputs(positions, inputs)
+        assert self.student is not None
+        features, logits = features_and_logits(self.student, inputs)
+        loss = self._coding_loss(logits, self.target(outputs), "train")
+        parts = self._parts[positions]
+        read = torch.stack([readout(features) for readout in self.readouts])
+        own = torch.arange(len(parts), device=parts.device)
+        readout_loss = 0.5 * (read[parts, own] - outputs[parts, own]).square().sum(1).mean()
+        self.log("train/readout_loss", readout_loss, on_step=False, on_epoch=True, batch_size=len(own), sync_dist=True)
+        total: Tensor = loss + self.hparams["readout_weight"] * readout_loss
+        return total
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return Adam over the coded model and the readouts, under a one-cycle schedule."""
+        adam = self._adam()
+        adam.add_param_group({"params": list(self.readouts.parameters())})
+        schedule = OneCycleLR(
+            adam,
+            self.hparams["lr"],
+            total_steps=self.steps,
+            pct_start=0.1,
+            anneal_strategy="linear",
+            cycle_momentum=False,
+        )
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _readout(head: nn.Module) -> nn.Linear:
+    """Return an affine readout with the weights of a head: fully connected, or a convolution with 1×1 taps."""
+    weight: Any = head.weight
+    bias: Any = head.bias
+    readout = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        readout.weight.copy_(weight.reshape(readout.weight.shape))
+        readout.bias.copy_(bias) if bias is not None else readout.bias.zero_()
+    return readout

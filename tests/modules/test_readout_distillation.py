@@ -1,0 +1,126 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from coin.coding import fit_ridge
+from coin.data import Augmentation
+from coin.data.tasks import Tasks
+from coin.errors import ConfigurationError
+from coin.modules import Distillation, ReadoutDistillation
+from coin.networks import features_and_logits, load_network
+
+ROW = [0.25, 0.75]
+
+
+@pytest.fixture
+def experts(write_experts):
+    return list(write_experts([3, 2]).values())
+
+
+@pytest.fixture
+def tasks(synthetic):
+    def make(augmentation=Augmentation.none):
+        members = {"a": synthetic(3, key=1), "b": synthetic(2, key=2)}
+        return Tasks(members, samples_per_task=20, batch_size=8, augmentation=augmentation)
+
+    return make
+
+
+def trained(experts, data, make_trainer, kind=ReadoutDistillation, **options):
+    module = kind(experts, ROW, **options)
+    make_trainer(max_steps=module.steps, max_epochs=-1).fit(module, datamodule=data)
+    return module
+
+
+def readout_error(module, data):
+    """The error of the best affine readout of each expert's answers from the student's features on its own samples."""
+    calibration = data.calibration()
+    with torch.no_grad():
+        features = features_and_logits(module.student, calibration.inputs())[0]
+        outputs = module.expert_outputs(calibration.inputs())
+    total = 0.0
+    for task in range(2):
+        own = calibration.part == task
+        x, y = features[own], outputs[task][own]
+        total += float((fit_ridge(x, y)(x.double()) - y).square().sum())
+    return total
+
+
+def test_it_starts_from_the_average_with_its_head_fitted(experts, tasks, make_trainer):
+    module = trained(experts, tasks(), make_trainer, steps=1, augmentation="none", lr=1e-12)
+    plain = Distillation(experts, ROW)
+    plain.configure_model()
+    states = module.student.state_dict(), plain.student.state_dict()
+    for name, tensor in states[1].items():
+        close = torch.allclose(states[0][name].float(), tensor.float(), atol=1e-6)
+        assert close != name.startswith("fc."), name
+
+
+def test_the_first_readouts_are_the_experts_heads(experts):
+    module = ReadoutDistillation(experts, ROW)
+    module.configure_model()
+    second = load_network(Path(experts[1])).network
+    assert torch.equal(module.readouts[1].weight[:2], second.fc.weight)
+    assert torch.equal(module.readouts[1].weight[2], torch.zeros_like(second.fc.weight[0]))
+    assert torch.equal(module.readouts[1].bias[:2], second.fc.bias)
+
+
+def test_the_loss_of_a_step_is_coding_plus_weighted_readout(experts, tasks, make_trainer):
+    module = ReadoutDistillation(experts, ROW, steps=1, batch_size=8, augmentation="none", readout_weight=0.3)
+    losses = []
+    step = module.training_step
+    module.training_step = lambda batch, batch_idx: losses.append((batch, step(batch, batch_idx))) or losses[-1][1]
+    seen = {}
+    module.on_train_batch_start = lambda batch, batch_idx: seen.update(
+        student={k: v.clone() for k, v in module.student.state_dict().items()},
+        readouts=[r(torch.eye(r.in_features)).detach() - r.bias for r in module.readouts],
+        biases=[r.bias.detach().clone() for r in module.readouts],
+    )
+    data = tasks()
+    make_trainer(max_steps=1, max_epochs=-1).fit(module, datamodule=data)
+    (positions, inputs), loss = losses[0]
+    module.student.load_state_dict(seen["student"])
+    with torch.no_grad():
+        features, logits = features_and_logits(module.student, inputs)
+        outputs = module.expert_outputs(inputs)
+    coding = 0.5 * (logits - 0.25 * outputs[0] - 0.75 * outputs[1]).square().sum(1).mean()
+    errors = []
+    for place, position in enumerate(positions.tolist()):
+        task = int(data.calibration().part[position])
+        read = features[place] @ seen["readouts"][task] + seen["biases"][task]
+        errors.append((read - outputs[task][place]).square().sum())
+    expected = coding + 0.3 * 0.5 * torch.stack(errors).mean()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_answers_are_better_readable_with_readouts_than_without(experts, tasks, make_trainer):
+    options = {"steps": 60, "lr": 3e-3, "batch_size": 8, "augmentation": "none"}
+    data = tasks()
+    with_readouts = trained(experts, data, make_trainer, readout_weight=1.0, **options)
+    without = trained(experts, data, make_trainer, readout_weight=0.0, **options)
+    assert readout_error(with_readouts, data) < 0.7 * readout_error(without, data)
+
+
+def test_passes_count_the_start_and_every_view(experts, tasks, make_trainer):
+    augmented = trained(experts, tasks(Augmentation.shift), make_trainer, steps=5, batch_size=8)
+    assert augmented.passes == 40 * 2 + 40 + 5 * 8 * (3 + 2)
+    plain = trained(experts, tasks(), make_trainer, steps=5, batch_size=8, augmentation="none")
+    assert plain.passes == 40 * 2 + 40 + 5 * 8 * 3
+
+
+def test_augmented_distillation_asks_the_experts_about_every_view(experts, tasks, make_trainer):
+    module = trained(
+        experts, tasks(Augmentation.shift), make_trainer, Distillation, lr=1e-3, steps=5, augmentation="shift"
+    )
+    assert module.passes == 5 * 8 * (3 + 2)
+    views = [batch[1] for batch in tasks(Augmentation.shift).train_dataloader()]
+    plain = [batch[1] for batch in tasks().train_dataloader()]
+    assert not all(torch.equal(view, image) for view, image in zip(views, plain, strict=True))
+
+
+def test_bad_options_are_refused(experts):
+    with pytest.raises(ConfigurationError, match="found readout_weight=-1"):
+        ReadoutDistillation(readout_weight=-1)
+    with pytest.raises(ConfigurationError, match="found augmentation='mirror', expected one of none, crop"):
+        ReadoutDistillation(augmentation="mirror")
