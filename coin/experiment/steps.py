@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def described(value: Any) -> Any:
         entries = [described(entry) for entry in value]
         return sorted(entries) if isinstance(value, set | frozenset) else entries
     if is_dataclass(value) and not isinstance(value, type):
-        return described({name: getattr(value, name) for name in value.__dataclass_fields__})
+        return described({field.name: getattr(value, field.name) for field in fields(value)})
     options = dict(value.hparams) if isinstance(value, LightningModule) else vars(value)
     public = {name: entry for name, entry in options.items() if _is_option(name, entry)}
     # A task that reads a folder of the user's says when its contents have changed.

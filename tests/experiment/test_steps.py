@@ -1,12 +1,13 @@
 """The records that make an experiment resumable."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from coin.data import Digits, ImageFolder
-from coin.experiment.config import CalibrationConfig
+from coin.experiment.config import CalibrationConfig, ExpertConfig
 from coin.experiment.steps import Steps, described, step_key
 from coin.merging import Average, Coin
 from coin.modules import Distillation
@@ -50,6 +51,11 @@ def test_methods_are_described_by_class_and_options() -> None:
     assert described(Coin(damping=0.5))["damping"] == 0.5
     assert described(Coin()) != described(Average())
     assert described(Distillation(steps=3))["steps"] == 3
+
+
+def test_a_section_is_described_by_its_options_alone() -> None:
+    assert described(CalibrationConfig()).keys() == {field.name for field in fields(CalibrationConfig)}
+    assert described(ExpertConfig()).keys() == {field.name for field in fields(ExpertConfig)}
 
 
 def test_reading_the_data_changes_no_key() -> None:
