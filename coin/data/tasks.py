@@ -28,8 +28,10 @@ class Tasks(LightningDataModule):
         batch_size: Calibration samples a batch and process.
         held_out: The share of each task's calibration samples that training leaves out for validation, in [0, 1).
         seed: Draws the calibration samples and their order; none leaves every task its own seed.
-        augmentation: What happens to calibration samples that are trained on, anew in every epoch. All other uses, the
-            held-out samples among them, see them as they are.
+
+    Attributes:
+        augmentation: What happens to calibration samples that are trained on, anew in every epoch; nothing unless the
+            module that trains on them says so. All other uses, the held-out samples among them, see them as they are.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -43,7 +45,6 @@ class Tasks(LightningDataModule):
         batch_size: int = 64,
         held_out: float = 0.0,
         seed: int | None = None,
-        augmentation: Augmentation = Augmentation.none,
     ) -> None:
         super().__init__()
         at_least("samples_per_task", samples_per_task, 1)
@@ -61,7 +62,7 @@ class Tasks(LightningDataModule):
         self.samples_per_task = samples_per_task
         self.batch_size = batch_size
         self.held_out = held_out
-        self.augmentation = Augmentation(augmentation)
+        self.augmentation = Augmentation.none
         self.seed = seed if seed is not None else next(iter(tasks.values())).seed
 
     def resize(self, image_size: int) -> None:

@@ -173,7 +173,7 @@ def distill(
     passes = 0.0
 
     def run(lr: float, steps: int, held_out: float, logger: list[Logger] | bool) -> Distillation:
-        data = Tasks(tasks.tasks, samples, options["batch_size"], held_out, seed, options["augmentation"])
+        data = Tasks(tasks.tasks, samples, options["batch_size"], held_out, seed)
         module = type(method)(**(options | {"lr": lr, "steps": steps}))
         every = max(1, steps // _POINTS)
         trainer = make_trainer(

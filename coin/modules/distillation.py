@@ -127,6 +127,11 @@ class Distillation(LightningModule):
         self.student = student.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.teachers = nn.ModuleList(networks)
 
+    def setup(self, stage: str) -> None:
+        """Have the data augmented as the options say."""
+        if stage == "fit":
+            self._data().augmentation = Augmentation(self.hparams["augmentation"])
+
     def train(self, mode: bool = True) -> "Distillation":
         """Set the mode, but leave all networks in eval mode."""
         super().train(mode)

@@ -20,9 +20,8 @@ def experts(write_experts):
 
 @pytest.fixture
 def tasks(synthetic):
-    def make(augmentation=Augmentation.none):
-        members = {"a": synthetic(3, key=1), "b": synthetic(2, key=2)}
-        return Tasks(members, samples_per_task=20, batch_size=8, augmentation=augmentation)
+    def make():
+        return Tasks({"a": synthetic(3, key=1), "b": synthetic(2, key=2)}, samples_per_task=20, batch_size=8)
 
     return make
 
@@ -103,20 +102,25 @@ def test_experts_answers_are_better_readable_with_readouts_than_without(experts,
 
 
 def test_passes_count_the_start_and_every_view(experts, tasks, make_trainer):
-    augmented = trained(experts, tasks(Augmentation.shift), make_trainer, steps=5, batch_size=8)
+    augmented = trained(experts, tasks(), make_trainer, steps=5, batch_size=8)
     assert augmented.passes == 40 * 2 + 40 + 5 * 8 * (3 + 2)
     plain = trained(experts, tasks(), make_trainer, steps=5, batch_size=8, augmentation="none")
     assert plain.passes == 40 * 2 + 40 + 5 * 8 * 3
 
 
 def test_augmented_distillation_asks_the_experts_about_every_view(experts, tasks, make_trainer):
-    module = trained(
-        experts, tasks(Augmentation.shift), make_trainer, Distillation, lr=1e-3, steps=5, augmentation="shift"
-    )
+    module = trained(experts, tasks(), make_trainer, Distillation, lr=1e-3, steps=5, augmentation="shift")
     assert module.passes == 5 * 8 * (3 + 2)
-    views = [batch[1] for batch in tasks(Augmentation.shift).train_dataloader()]
-    plain = [batch[1] for batch in tasks().train_dataloader()]
+
+
+def test_only_samples_that_are_trained_on_are_augmented(experts, tasks, make_trainer):
+    data = tasks()
+    plain = [batch[1] for batch in data.train_dataloader()]
+    trained(experts, data, make_trainer, Distillation, lr=1e-3, steps=5, augmentation="shift")
+    views = [batch[1] for batch in data.train_dataloader()]
+    assert data.augmentation is Augmentation.shift
     assert not all(torch.equal(view, image) for view, image in zip(views, plain, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(data.calibration(), tasks().calibration(), strict=True))
 
 
 def test_bad_options_are_refused(experts):
