@@ -1,8 +1,9 @@
 """Which decoder, and its options."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Any
 
 from coin.coding.projection import ProjectionKind
 from coin.errors import ConfigurationError
@@ -79,9 +80,23 @@ class DecoderConfig:
             raise ConfigurationError(f"found fitted_on={self.fitted_on} for linear, expected ridge or feature_ridge")
 
     @classmethod
-    def of(cls, decoder: "DecoderKind | str | DecoderConfig") -> "DecoderConfig":
-        """Return the configuration itself, or that of a kind with default options."""
-        return decoder if isinstance(decoder, DecoderConfig) else cls(decoder)  # type: ignore[arg-type]
+    def of(cls, decoder: "DecoderKind | str | dict[str, Any] | DecoderConfig") -> "DecoderConfig":
+        """Return the configuration itself, that of a kind with default options, or that of a section of a YAML file.
+
+        Raises:
+            ConfigurationError: The section lacks the kind or has an unknown option, or an option is wrong.
+        """
+        if isinstance(decoder, DecoderConfig):
+            return decoder
+        options = decoder if isinstance(decoder, dict) else {"kind": decoder}
+        known = [option.name for option in fields(cls)]
+        if "kind" not in options:
+            raise ConfigurationError(
+                f"found a decoder {options} without kind, expected one of {', '.join(DecoderKind)}"
+            )
+        if unknown := [name for name in options if name not in known]:
+            raise ConfigurationError(f"found option '{unknown[0]}' of a decoder, expected {', '.join(known)}")
+        return cls(**options)
 
     @property
     def name(self) -> str:
@@ -113,12 +128,14 @@ class DecoderConfig:
             raise ConfigurationError(f"found {called} '{value}', expected one of {', '.join(enum)}") from error
 
 
-def distinct_decoders(decoders: Sequence[DecoderKind | str | DecoderConfig]) -> list[DecoderConfig]:
+def distinct_decoders(decoders: Sequence[DecoderKind | str | dict[str, Any] | DecoderConfig]) -> list[DecoderConfig]:
     """Return the decoders' configurations.
 
     Raises:
-        ConfigurationError: Two of them are the same, or an option is wrong.
+        ConfigurationError: There is none, two of them are the same, or an option is wrong.
     """
+    if not decoders:
+        raise ConfigurationError(f"found no decoders, expected at least one of {', '.join(DecoderKind)}")
     configs = [DecoderConfig.of(decoder) for decoder in decoders]
     names = [config.name for config in configs]
     if repeated := [name for name in names if names.count(name) > 1]:

@@ -60,7 +60,7 @@ class Experiment:
         expert: ExpertConfig = ExpertConfig(),  # noqa: B008 (frozen)
         code: list[list[float]] | None = None,
         calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008 (frozen)
-        decoders: list[DecoderKind | DecoderConfig] | None = None,
+        decoders: list[str | dict[str, Any] | DecoderConfig] | None = None,
         seeds: list[int] | None = None,
         output: str = "runs",
         trainer: dict[str, Any] | None = None,

@@ -77,7 +77,7 @@ class DecodingEvaluator(LightningModule):
     Args:
         experts: The experts' safetensors files by task, in the order of the datamodule's tasks.
         coded: The coded models' safetensors files.
-        decoders: The decoders to try: kinds with their default options, or configurations; none takes all kinds.
+        decoders: The decoders to try: kinds, or sections of a kind and its options; none takes all kinds.
         code: The code of the references, R×N; none takes the first coded model's.
 
     Raises:
@@ -89,13 +89,13 @@ class DecodingEvaluator(LightningModule):
         self,
         experts: dict[str, str],
         coded: list[str] | None = None,
-        decoders: list[str | DecoderConfig] | None = None,
+        decoders: list[str | dict[str, Any] | DecoderConfig] | None = None,
         code: list[list[float]] | None = None,
     ) -> None:
         super().__init__()
         self.decoders = distinct_decoders(list(DecoderKind) if decoders is None else decoders)
-        if not experts or not self.decoders:
-            raise ConfigurationError("found no experts or no decoders, expected at least one of each")
+        if not experts:
+            raise ConfigurationError("found no experts, expected at least one")
         self.tasks = tuple(experts)
         files = [load_network(Path(path)) for path in experts.values()]
         self.class_counts = [file.num_classes for file in files]
