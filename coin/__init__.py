@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coin.coding import Answers, Code, DecoderKind, make_decoder
+    from coin.coding import Answers, Code, DecoderConfig, DecoderKind, make_decoder
     from coin.merging import Average, Coin, MergeInputs, RegMean
     from coin.merging.networks import merge_networks
     from coin.metrics import DecodingAccuracy, Residual
@@ -26,6 +26,7 @@ _HOMES = {
     "Code": "coin.coding",
     "Coded": "coin.modules",
     "Coin": "coin.merging",
+    "DecoderConfig": "coin.coding",
     "DecoderKind": "coin.coding",
     "DecodingAccuracy": "coin.metrics",
     "FisherKind": "coin.statistics",
@@ -46,6 +47,7 @@ __all__ = [
     "Code",
     "Coded",
     "Coin",
+    "DecoderConfig",
     "DecoderKind",
     "DecodingAccuracy",
     "FisherKind",

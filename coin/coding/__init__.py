@@ -3,25 +3,24 @@
 from coin.coding.answers import Answers
 from coin.coding.choice import choose_code, simplex_codes
 from coin.coding.code import Code, check_erasure
-from coin.coding.decoders import (
-    Decoder,
-    DecoderKind,
-    FeatureRidgeDecoder,
-    LinearDecoder,
-    RidgeDecoder,
-    decode_linear,
-    make_decoder,
-)
+from coin.coding.decoder import Decoder
+from coin.coding.decoder_config import DecoderConfig, DecoderKind, FeatureChoice, FittedOn, distinct_decoders
+from coin.coding.decoders import make_decoder
+from coin.coding.linear_decoder import LinearDecoder, decode_linear
 from coin.coding.projection import Projection, ProjectionKind, fit_projection, project_answers
 from coin.coding.ready import convex, uniform
 from coin.coding.ridge import RidgeFit, fit_ridge
+from coin.coding.ridge_decoder import FeatureRidgeDecoder, RidgeDecoder
 
 __all__ = [
     "Answers",
     "Code",
     "Decoder",
+    "DecoderConfig",
     "DecoderKind",
+    "FeatureChoice",
     "FeatureRidgeDecoder",
+    "FittedOn",
     "LinearDecoder",
     "Projection",
     "ProjectionKind",
@@ -31,6 +30,7 @@ __all__ = [
     "choose_code",
     "convex",
     "decode_linear",
+    "distinct_decoders",
     "fit_projection",
     "fit_ridge",
     "make_decoder",

@@ -1,7 +1,7 @@
 """What the servers answer for one batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -22,15 +22,20 @@ class Answers:
         coded: Logits of the coded models ``[R, B, C]``; R is 0 for the row ``method: none``.
         expert_features: One ``[B, F]`` per expert, or None where servers answer with logits only.
         coded_features: One ``[B, F]`` per coded model, or None; widths may differ between networks.
+        feature_widths: The widths of the stages of every network within F, the last one that of the penultimate
+            features; None where there are only these. A lost expert may then have no features, ``[B, 0]``.
+        tasks: Of which expert's task each input is, int64 ``[B]``; None where nobody knows.
 
     Raises:
-        DecodingError: The shapes do not fit together.
+        DecodingError: The shapes do not fit together, or a task is none of the experts'.
     """
 
     experts: Tensor
     coded: Tensor
     expert_features: Sequence[Tensor] | None = None
     coded_features: Sequence[Tensor] | None = None
+    feature_widths: Sequence[int] | None = None
+    tasks: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.experts.ndim != 3 or self.coded.ndim != 3 or self.experts.shape[1:] != self.coded.shape[1:]:
@@ -53,6 +58,29 @@ class Answers:
                     raise DecodingError(
                         f"found features {list(feature.shape)} of the {whose}, expected [{logits.shape[1]}, F]"
                     )
+        self._check_widths()
+        if self.tasks is not None and (self.tasks.dtype, self.tasks.shape) != (torch.int64, self.experts.shape[1:2]):
+            raise DecodingError(
+                f"found tasks {list(self.tasks.shape)} of {self.tasks.dtype}, expected int64 [{self.num_samples}]"
+            )
+        if self.tasks is not None and not bool(((self.tasks >= 0) & (self.tasks < self.num_experts)).all()):
+            raise DecodingError(
+                f"found samples of tasks {sorted(set(self.tasks.tolist()))}, expected indices below {self.num_experts}"
+            )
+
+    def _check_widths(self) -> None:
+        if self.feature_widths is None:
+            return
+        if self.expert_features is None or self.coded_features is None:
+            raise DecodingError("found widths of stages but no features, expected both or neither")
+        if not self.feature_widths or min(self.feature_widths) < 1:
+            raise DecodingError(f"found stages of widths {list(self.feature_widths)}, expected at least 1 each")
+        whole = sum(self.feature_widths)
+        found = {feature.shape[1] for feature in self.expert_features} - {0}
+        if wrong := sorted((found | {feature.shape[1] for feature in self.coded_features}) - {whole}):
+            raise DecodingError(
+                f"found features of width {wrong[0]}, expected {whole}: stages of widths {list(self.feature_widths)}"
+            )
 
     @property
     def num_experts(self) -> int:
@@ -71,8 +99,16 @@ class Answers:
 
     def without_coded(self) -> Self:
         """Return the experts' answers alone: what the row ``method: none`` decodes from."""
-        features = None if self.expert_features is None else ()
-        return type(self)(self.experts, self.coded[:0], self.expert_features, features)
+        return self.with_coded([])
+
+    def with_coded(self, rows: Sequence[int]) -> Self:
+        """Return the answers of the experts and of some of the coded models, in the order of their indices."""
+        features = None if self.coded_features is None else [self.coded_features[row] for row in rows]
+        return replace(self, coded=self.coded[list(rows)], coded_features=features)
+
+    def stages(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Return one network's features ``[B, F]`` by stage ``[B, ·]``, the penultimate ones last."""
+        return (features,) if self.feature_widths is None else torch.split(features, list(self.feature_widths), 1)
 
     def select(self, samples: Tensor | slice) -> Self:
         """Return the answers for some of the inputs: an index tensor ``[K]``, a mask ``[B]`` or a slice."""
@@ -81,6 +117,8 @@ class Answers:
             self.coded[:, samples],
             None if self.expert_features is None else [feature[samples] for feature in self.expert_features],
             None if self.coded_features is None else [feature[samples] for feature in self.coded_features],
+            self.feature_widths,
+            None if self.tasks is None else self.tasks[samples],
         )
 
     @classmethod
@@ -88,25 +126,34 @@ class Answers:
         """Return the answers for several batches as one, in their order.
 
         Raises:
-            DecodingError: There is no batch, or the batches differ in networks, classes or features.
+            DecodingError: There is no batch, or the batches differ in networks, classes, features or stages, or in
+                whether they tell the tasks.
         """
         if not batches:
             raise DecodingError("found no batches of answers, expected at least one")
         first = batches[0]
         for batch in batches[1:]:
-            same = (batch.num_experts, batch.num_coded, batch.experts.shape[2]) == (
-                first.num_experts,
-                first.num_coded,
-                first.experts.shape[2],
-            )
-            if not same or (batch.expert_features is None) != (first.expert_features is None):
-                raise DecodingError("the batches of answers differ in networks, classes or features, expected the same")
+            if batch._kind != first._kind:
+                raise DecodingError(
+                    "the batches of answers differ in networks, classes, features, stages or whether they tell the "
+                    "tasks, expected the same"
+                )
+        tasks = [batch.tasks for batch in batches if batch.tasks is not None]
         return cls(
             torch.cat([batch.experts for batch in batches], dim=1),
             torch.cat([batch.coded for batch in batches], dim=1),
             _joined([batch.expert_features for batch in batches]),
             _joined([batch.coded_features for batch in batches]),
+            first.feature_widths,
+            torch.cat(tasks) if tasks else None,
         )
+
+    @property
+    def _kind(self) -> tuple[object, ...]:
+        """What all batches of one data set have in common."""
+        widths = None if self.feature_widths is None else tuple(self.feature_widths)
+        shape = (self.num_experts, self.num_coded, self.experts.shape[2])
+        return (*shape, self.expert_features is None, widths, self.tasks is None)
 
 
 def _joined(batches: Sequence[Sequence[Tensor] | None]) -> list[Tensor] | None:

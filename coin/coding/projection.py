@@ -68,7 +68,7 @@ def fit_projection(features: Tensor, components: int, kind: ProjectionKind | str
 
 
 def project_answers(answers: Answers, experts: Sequence[Projection], coded: Sequence[Projection]) -> Answers:
-    """Return the answers with every network's features reduced by its own projection.
+    """Return the answers with every network's features, all stages together, reduced by its own projection.
 
     Raises:
         DecodingError: The answers hold no features, or those of another number of networks.
@@ -85,4 +85,5 @@ def project_answers(answers: Answers, experts: Sequence[Projection], coded: Sequ
         answers.coded,
         [project(feature) for project, feature in zip(experts, answers.expert_features, strict=True)],
         [project(feature) for project, feature in zip(coded, answers.coded_features, strict=True)],
+        tasks=answers.tasks,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from coin.coding import Code, DecoderKind
+from coin.coding import Code, DecoderConfig, DecoderKind, distinct_decoders
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, FileError
@@ -41,7 +41,7 @@ class Experiment:
         expert: How the experts are trained, or where they are.
         code: R rows of N coding weights; none weighs all experts alike, with one coded model.
         calibration: The unlabelled samples for merging and decoding.
-        decoders: The decoders to compare.
+        decoders: The decoders to compare: kinds, or sections of a kind and its options; none takes all kinds.
         seeds: One run each; a seed draws the calibration samples and everything random after the base.
         output: Where experiments go.
         trainer: Options of the Trainer for all steps, such as ``accelerator``, ``devices``, ``precision``.
@@ -60,7 +60,7 @@ class Experiment:
         expert: ExpertConfig = ExpertConfig(),  # noqa: B008 (frozen)
         code: list[list[float]] | None = None,
         calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008 (frozen)
-        decoders: list[DecoderKind] | None = None,
+        decoders: list[str | dict[str, Any] | DecoderConfig] | None = None,
         seeds: list[int] | None = None,
         output: str = "runs",
         trainer: dict[str, Any] | None = None,
@@ -105,7 +105,7 @@ class Experiment:
         self.base = base
         self.expert = expert
         self.calibration = calibration
-        self.decoders = list(DecoderKind) if decoders is None else decoders
+        self.decoders = distinct_decoders(list(DecoderKind) if decoders is None else decoders)
         self.folder = Path(output) / name
         self.trainer = trainer or {}
 

@@ -243,7 +243,7 @@ class SeedRun:
         outputs = [self.folder / name for name in (RESULTS_CSV, RESULTS_JSON, CONFUSION_NPZ)]
         options = {
             "name": experiment.name,
-            "decoders": experiment.decoders,
+            "decoders": [decoder.name for decoder in experiment.decoders],
             "calibration": experiment.calibration,
             "tasks": self.tasks,
             "code": experiment.code.matrix,
@@ -257,7 +257,7 @@ class SeedRun:
         model = DecodingEvaluator(
             experts={name: str(path) for name, path in self.expert_paths.items()},
             coded=[str(path) for path in coded],
-            decoders=[str(kind) for kind in experiment.decoders],
+            decoders=list(experiment.decoders),
             code=experiment.code.matrix.tolist(),
         )
         with self._job("evaluate", "evaluate") as loggers:
@@ -321,9 +321,10 @@ class SeedRun:
 
     def _configuration(self) -> dict[str, Any]:
         experiment = self.experiment
-        names = ("network", "base", "expert", "calibration", "decoders", "methods", "trainer")
+        names = ("network", "base", "expert", "calibration", "methods", "trainer")
         return {name: described(getattr(experiment, name)) for name in names} | {
             "name": experiment.name,
+            "decoders": [decoder.name for decoder in experiment.decoders],
             "tasks": described(self.tasks),
             "seed": self.seed,
         }

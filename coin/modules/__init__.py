@@ -2,10 +2,11 @@
 
 from coin.modules.coded import Coded
 from coin.modules.distillation import Distillation
-from coin.modules.evaluator import NONE, ORACLE, DecodingEvaluator, Outcome, Variant
+from coin.modules.evaluator import DecodingEvaluator, Outcome
 from coin.modules.expert import Expert, OptimizerKind, Schedule
 from coin.modules.readout_distillation import ReadoutDistillation
 from coin.modules.statistic_pass import StatisticKind, StatisticPass
+from coin.modules.variants import NONE, ORACLE, Variant
 
 __all__ = [
     "NONE",

@@ -1,14 +1,16 @@
 """A code with its networks: the experts and the coded models that stand by for them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from coin.coding import Answers, Code, Decoder, DecoderKind, check_erasure, make_decoder
+from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, check_erasure, make_decoder
 from coin.errors import ConfigurationError
-from coin.networks import features_and_logits, pad_logits
+from coin.networks import features_and_logits, pad_logits, stages_and_logits
 
 
 class Coded(LightningModule):
@@ -55,44 +57,55 @@ class Coded(LightningModule):
         """Return the coded models' logits ``[R, B, C]`` for inputs ``[B, ...]``."""
         return _padded([network(inputs) for network in self.coded])
 
-    def answers(self, inputs: Tensor, *, features: bool = False, erased: Sequence[int] = ()) -> Answers:
+    def answers(
+        self, inputs: Tensor, *, features: bool = False, stages: bool = False, erased: Sequence[int] = ()
+    ) -> Answers:
         """Run every server that is not lost, once.
 
         Args:
             inputs: ``[B, ...]``.
             features: Whether the servers answer with penultimate features beside their logits.
+            stages: Whether these are the features of all stages.
             erased: Lost experts, which do not run: their entries are NaN.
         """
         lost = set(erased)
         runs = [
-            None if index in lost else run_network(network, inputs, features)
+            None if index in lost else run_network(network, inputs, features, stages)
             for index, network in enumerate(self.experts)
         ]
-        coded = [run_network(network, inputs, features) for network in self.coded]
+        coded = [run_network(network, inputs, features, stages) for network in self.coded]
         arrived = [run for run in [*runs, *coded] if run is not None]
-        width = max(logits.shape[1] for _, logits in arrived)
-        missing = torch.full_like(arrived[0][1], torch.nan)
-        logits = [missing if run is None else run[1] for run in runs]
+        width = max(run.logits.shape[1] for run in arrived)
+        missing = torch.full_like(arrived[0].logits, torch.nan)
+        logits = [missing if run is None else run.logits for run in runs]
         return Answers(
             experts=_padded(logits, width),
-            coded=_padded([run[1] for run in coded], width),
-            expert_features=[missing[:, :0] if run is None else run[0] for run in runs] if features else None,
-            coded_features=[run[0] for run in coded] if features else None,
+            coded=_padded([run.logits for run in coded], width),
+            expert_features=[missing[:, :0] if run is None else run.features for run in runs] if features else None,
+            coded_features=[run.features for run in coded] if features else None,
+            feature_widths=common_widths(arrived),
         )
 
-    def fit_decoder(self, calibration: Sequence[Tensor], erased: Sequence[int], kind: DecoderKind | str) -> "Coded":
+    def fit_decoder(
+        self,
+        calibration: Sequence[Tensor],
+        erased: Sequence[int],
+        kind: DecoderKind | str | DecoderConfig,
+        tasks: Tensor | None = None,
+    ) -> "Coded":
         """Choose how lost experts are decoded from here on.
 
         Args:
             calibration: Batches of inputs ``[B, ...]``, unlabelled; the linear decoder does not look at them.
             erased: Indices of the lost experts.
-            kind: The decoder.
+            kind: The decoder: a kind with its default options, or a configuration.
+            tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
         """
         decoder = make_decoder(kind, self.code, check_erasure(erased, self.code.num_experts))
         if decoder.needs_fit:
             with torch.no_grad():
-                parts = [self.answers(batch, features=kind == DecoderKind.feature_ridge) for batch in calibration]
-            decoder.fit(Answers.concatenate(parts))
+                parts = [self._answers_for(decoder, batch) for batch in calibration]
+            decoder.fit(replace(Answers.concatenate(parts), tasks=tasks))
         self.decoder = decoder
         return self
 
@@ -105,16 +118,44 @@ class Coded(LightningModule):
         """
         if self.decoder is None:
             raise ConfigurationError("found no decoder; call fit_decoder with the lost experts first")
-        features = self.decoder.kind == DecoderKind.feature_ridge
-        return self.decoder.decode(self.answers(inputs, features=features, erased=self.decoder.erased))
+        return self.decoder.decode(self._answers_for(self.decoder, inputs, self.decoder.erased))
+
+    def _answers_for(self, decoder: Decoder, inputs: Tensor, erased: Sequence[int] = ()) -> Answers:
+        config = decoder.config
+        return self.answers(inputs, features=config.reads_features, stages=config.reads_stages, erased=erased)
 
 
-def run_network(network: nn.Module, inputs: Tensor, features: bool) -> tuple[Tensor, Tensor]:
-    """Return a network's features ``[B, F]`` and logits ``[B, C]``; F is 0 unless features are wanted."""
+class Run(NamedTuple):
+    """What one network answers: features ``[B, F]``, logits ``[B, C]``, and the widths of its stages if asked for."""
+
+    features: Tensor
+    logits: Tensor
+    widths: tuple[int, ...] | None = None
+
+
+def run_network(network: nn.Module, inputs: Tensor, features: bool, stages: bool = False) -> Run:
+    """Run a network once; F is 0 unless its features are wanted, the penultimate ones or those of all stages."""
+    if features and stages:
+        return Run(*stages_and_logits(network, inputs))
     if features:
-        return features_and_logits(network, inputs)
+        return Run(*features_and_logits(network, inputs))
     logits = network(inputs)
-    return logits[:, :0], logits
+    return Run(logits[:, :0], logits)
+
+
+def common_widths(runs: Sequence[Run]) -> tuple[int, ...] | None:
+    """Return the widths of all networks' stages, None where only the penultimate features are wanted.
+
+    Raises:
+        ConfigurationError: They differ between the networks.
+    """
+    found = list(dict.fromkeys(run.widths for run in runs))
+    if len(found) != 1:
+        raise ConfigurationError(
+            f"found networks with stages of widths {found[0]} and {found[1]}, expected one architecture; use the last "
+            "features"
+        )
+    return found[0]
 
 
 def _padded(logits: Sequence[Tensor], width: int | None = None) -> Tensor:

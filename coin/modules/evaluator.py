@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,49 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from coin.coding import Answers, Code, Decoder, DecoderKind, make_decoder
+from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder
 from coin.data.tasks import Tasks
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError
 from coin.metrics import DecodingAccuracy, Residual
-from coin.modules.coded import run_network
+from coin.modules.coded import common_widths, run_network
+from coin.modules.variants import NONE, ORACLE, Variant, read_coded
 from coin.networks import load_network, widen_network
 from coin.state import fingerprint
-
-NONE = "none"
-ORACLE = "oracle"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One coded system under evaluation: a merge method with its options, or one of the two references.
-
-    Attributes:
-        method: What the results call it.
-        batchnorm: Its BatchNorm policy; empty where it does not apply.
-        code: The code; none for `NONE`.
-        networks: Indices of its coded models among all coded models of the evaluation; empty for the references.
-        samples_per_task: P, the calibration samples of each task that made it; none without any.
-        seconds: What making it took, wall time.
-        passes: What making it took, in forward-equivalents.
-    """
-
-    method: str
-    batchnorm: str
-    code: Code | None
-    networks: tuple[int, ...]
-    samples_per_task: int | None
-    seconds: float
-    passes: float
-
-    @property
-    def is_none(self) -> bool:
-        """Whether this is the reference that decodes from the surviving experts alone."""
-        return self.code is None
-
-    @property
-    def is_oracle(self) -> bool:
-        """Whether this is the reference whose coded outputs are Σβ_if_i itself."""
-        return self.code is not None and not self.networks
 
 
 @dataclass(frozen=True)
@@ -112,11 +77,11 @@ class DecodingEvaluator(LightningModule):
     Args:
         experts: The experts' safetensors files by task, in the order of the datamodule's tasks.
         coded: The coded models' safetensors files.
-        decoders: The decoders to try.
+        decoders: The decoders to try: kinds, or sections of a kind and its options; none takes all kinds.
         code: The code of the references, R×N; none takes the first coded model's.
 
     Raises:
-        ConfigurationError: There is nothing to evaluate, or a decoder does not exist.
+        ConfigurationError: There is nothing to evaluate, or a decoder does not exist or comes twice.
         FileError: A file is missing or damaged, or a coded model was made of other experts.
     """
 
@@ -124,17 +89,13 @@ class DecodingEvaluator(LightningModule):
         self,
         experts: dict[str, str],
         coded: list[str] | None = None,
-        decoders: list[str] | None = None,
+        decoders: list[str | dict[str, Any] | DecoderConfig] | None = None,
         code: list[list[float]] | None = None,
     ) -> None:
         super().__init__()
-        wanted = list(DecoderKind) if decoders is None else decoders
-        for kind in wanted:
-            if kind not in list(DecoderKind):
-                raise ConfigurationError(f"found decoder '{kind}', expected one of {', '.join(DecoderKind)}")
-        self.kinds = [DecoderKind(kind) for kind in wanted]
-        if not experts or not self.kinds:
-            raise ConfigurationError("found no experts or no decoders, expected at least one of each")
+        self.decoders = distinct_decoders(list(DecoderKind) if decoders is None else decoders)
+        if not experts:
+            raise ConfigurationError("found no experts, expected at least one")
         self.tasks = tuple(experts)
         files = [load_network(Path(path)) for path in experts.values()]
         self.class_counts = [file.num_classes for file in files]
@@ -142,8 +103,8 @@ class DecodingEvaluator(LightningModule):
         width = max(self.class_counts)
         self.experts = nn.ModuleList([widen_network(file, width) for file in files])
         marks = [fingerprint(file.network.state_dict()) for file in files]
-        self.coded = nn.ModuleList()
-        self.variants = self._read_coded([Path(path) for path in coded or []], marks)
+        networks, self.variants = read_coded([Path(path) for path in coded or []], marks)
+        self.coded = nn.ModuleList(networks)
         self.variants += self._references(code)
         self.outcomes: list[Outcome] = []
         self.cases: list[_Case] = []
@@ -151,15 +112,17 @@ class DecodingEvaluator(LightningModule):
 
     def forward(self, inputs: Tensor) -> Answers:
         """Return what all experts and all coded models answer to inputs ``[B, ...]``, each network run once."""
-        features = DecoderKind.feature_ridge in self.kinds
-        experts = [run_network(network, inputs, features) for network in self.experts]
-        coded = [run_network(network, inputs, features) for network in self.coded]
-        logits = torch.stack([logits for _, logits in experts])
+        features = any(decoder.reads_features for decoder in self.decoders)
+        stages = any(decoder.reads_stages for decoder in self.decoders)
+        experts = [run_network(network, inputs, features, stages) for network in self.experts]
+        coded = [run_network(network, inputs, features, stages) for network in self.coded]
+        logits = torch.stack([run.logits for run in experts])
         return Answers(
             experts=logits,
-            coded=torch.stack([logits for _, logits in coded]) if coded else logits[:0],
-            expert_features=[features for features, _ in experts] if features else None,
-            coded_features=[features for features, _ in coded] if features else None,
+            coded=torch.stack([run.logits for run in coded]) if coded else logits[:0],
+            expert_features=[run.features for run in experts] if features else None,
+            coded_features=[run.features for run in coded] if features else None,
+            feature_widths=common_widths([*experts, *coded]),
         )
 
     def on_test_start(self) -> None:
@@ -173,7 +136,8 @@ class DecodingEvaluator(LightningModule):
             )
         started = time.perf_counter()
         calibration = data.calibration()
-        answers = Answers.concatenate([_to_cpu(self(batch.to(self.device))) for batch in calibration])
+        parts = [_to_cpu(self(batch.to(self.device))) for batch in calibration]
+        answers = replace(Answers.concatenate(parts), tasks=calibration.part)
         # The networks run together here; each one's share of the time is what a decoder that needs it is charged.
         share = (time.perf_counter() - started) / (len(self.experts) + len(self.coded))
         self.cases = list(self._fitted(answers, share))
@@ -195,7 +159,7 @@ class DecodingEvaluator(LightningModule):
                 coded = answers.coded[list(variant.networks)]
                 residual.update(coded.flatten(0, 1), variant.code.encode(answers.experts).flatten(0, 1))
         own = answers.experts[dataloader_idx]
-        seen = [self._seen_by(variant, answers) for variant in self.variants]
+        seen = [variant.seen(answers) for variant in self.variants]
         place = 0
         for case in self.cases:
             lost = case.decoder.erased
@@ -221,7 +185,7 @@ class DecodingEvaluator(LightningModule):
                 self.outcomes.append(
                     Outcome(
                         variant=variant,
-                        decoder=str(case.decoder.kind),
+                        decoder=case.decoder.name,
                         erased=tuple(self.tasks[lost] for lost in case.decoder.erased),
                         task=self.tasks[expert],
                         residual=residuals.get((case.variant, expert), 0.0 if variant.is_oracle else float("nan")),
@@ -231,46 +195,6 @@ class DecodingEvaluator(LightningModule):
                         **totals,
                     )
                 )
-
-    def _read_coded(self, paths: Sequence[Path], marks: Sequence[str]) -> list[Variant]:
-        """Read coded models and group the rows of each code into a variant."""
-        groups: dict[tuple[str, str], list[tuple[int, dict[str, Any], int]]] = {}
-        for path in paths:
-            file = load_network(path)
-            made = file.provenance
-            if "code" not in made:
-                raise FileError(f"'{path}' is no coded model, expected a file that coin merge wrote")
-            if made["experts"] != list(marks):
-                raise FileError(
-                    f"'{path}' was made of other experts than those given, or in another order; run coin merge again"
-                )
-            self.coded.append(file.network)
-            key = (str(made["label"]), str(made["batchnorm"]))
-            groups.setdefault(key, []).append((int(made["row"]), made, len(self.coded) - 1))
-        variants = []
-        for (method, policy), members in groups.items():
-            members.sort(key=lambda member: member[0])
-            code = Code(members[0][1]["code"])
-            if [row for row, _, _ in members] != list(range(code.num_coded)) or any(
-                made["code"] != members[0][1]["code"] for _, made, _ in members
-            ):
-                raise FileError(
-                    f"found rows {[row for row, _, _ in members]} of method {method}, expected one file for each of "
-                    f"the {code.num_coded} rows of one code"
-                )
-            variants.append(
-                Variant(
-                    method=method,
-                    batchnorm=policy,
-                    code=code,
-                    networks=tuple(network for _, _, network in members),
-                    samples_per_task=members[0][1]["samples_per_task"],
-                    seconds=sum(float(made["seconds"]) for _, made, _ in members)
-                    + float(members[0][1]["shared_seconds"]),
-                    passes=sum(float(made["passes"]) for _, made, _ in members) + float(members[0][1]["shared_passes"]),
-                )
-            )
-        return variants
 
     def _references(self, matrix: list[list[float]] | None) -> list[Variant]:
         if matrix is not None:
@@ -289,38 +213,23 @@ class DecodingEvaluator(LightningModule):
         oracle = Variant(ORACLE, "", code, (), None, 0.0, 0.0)
         return [none, oracle]
 
-    def _seen_by(self, variant: Variant, answers: Answers) -> Answers:
-        """Return what arrives in a variant's system: the experts, and its own coded models."""
-        if variant.is_oracle:
-            assert variant.code is not None
-            return Answers(experts=answers.experts, coded=variant.code.encode(answers.experts))
-        chosen = list(variant.networks)
-        features = None if answers.coded_features is None else [answers.coded_features[i] for i in chosen]
-        return Answers(answers.experts, answers.coded[chosen], answers.expert_features, features)
-
     def _fitted(self, answers: Answers, share: float) -> Iterator[_Case]:
         """Yield every case with its decoder fitted; `share` is the seconds one network took over the samples."""
         for index, variant in enumerate(self.variants):
             code = variant.code or self.code
-            seen = self._seen_by(variant, answers)
-            # Features need a network, and the linear decoder needs coded outputs.
-            kinds = [kind for kind in self.kinds if _applies(kind, variant)]
-            for erased in self._erasures(variant, code):
-                for kind in kinds:
+            seen = variant.seen(answers)
+            decoders = [decoder for decoder in self.decoders if variant.applies(decoder.kind)]
+            for erased in variant.erasures(code):
+                for config in decoders:
                     started = time.perf_counter()
-                    decoder = make_decoder(kind, code, erased).fit(seen)
+                    decoder = make_decoder(config, code, erased).fit(seen)
                     cost = (0.0, 0.0)
                     if decoder.needs_fit:
                         networks = len(self.experts) + len(variant.networks)
-                        cost = (time.perf_counter() - started + share * networks, float(networks * answers.num_samples))
+                        samples = decoder.samples_read(seen)
+                        running = share * networks * samples / answers.num_samples
+                        cost = (time.perf_counter() - started + running, float(networks * samples))
                     yield _Case(index, decoder, cost)
-
-    def _erasures(self, variant: Variant, code: Code) -> list[tuple[int, ...]]:
-        """Return the erasures to measure: all that the code promises, but never the loss of every expert for `NONE`."""
-        erasures = code.erasures()
-        if variant.is_none:
-            return [erased for erased in erasures if len(erased) < len(self.experts)]
-        return erasures
 
     def _data(self) -> Tasks:
         data: Any = getattr(self.trainer, "datamodule", None)
@@ -329,18 +238,14 @@ class DecodingEvaluator(LightningModule):
         return data
 
 
-def _applies(kind: DecoderKind, variant: Variant) -> bool:
-    if variant.is_none:
-        return kind != DecoderKind.linear
-    if variant.is_oracle:
-        return kind == DecoderKind.linear
-    return True
-
-
 def _to_cpu(answers: Answers) -> Answers:
     def moved(features: Sequence[Tensor] | None) -> list[Tensor] | None:
         return None if features is None else [feature.cpu() for feature in features]
 
-    return Answers(
-        answers.experts.cpu(), answers.coded.cpu(), moved(answers.expert_features), moved(answers.coded_features)
+    return replace(
+        answers,
+        experts=answers.experts.cpu(),
+        coded=answers.coded.cpu(),
+        expert_features=moved(answers.expert_features),
+        coded_features=moved(answers.coded_features),
     )

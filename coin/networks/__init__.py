@@ -12,6 +12,7 @@ from coin.networks.files import (
 )
 from coin.networks.heads import features_and_logits, head_name, pad_head, pad_logits, replace_head
 from coin.networks.registry import NetworkConfig, build_network, network_names
+from coin.networks.stages import stage_names, stages_and_logits
 
 __all__ = [
     "BatchNormPolicy",
@@ -32,5 +33,7 @@ __all__ = [
     "recalibrate",
     "replace_head",
     "save_network",
+    "stage_names",
+    "stages_and_logits",
     "widen_network",
 ]

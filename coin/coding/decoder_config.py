@@ -1,0 +1,143 @@
+"""Which decoder, and its options."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any
+
+from coin.coding.projection import ProjectionKind
+from coin.errors import ConfigurationError
+
+
+class DecoderKind(StrEnum):
+    """How lost outputs are computed from the ones that arrived."""
+
+    linear = "linear"
+    """The paper's: solve the code's equations for the lost outputs. Needs no calibration."""
+    ridge = "ridge"
+    """Ridge regression from all arriving logits to the lost logits, fitted on calibration data."""
+    feature_ridge = "feature_ridge"
+    """The same from the arriving logits and features."""
+
+
+class FeatureChoice(StrEnum):
+    """Which features a server sends beside its logits."""
+
+    last = "last"
+    """The penultimate features: the input of the head."""
+    stages = "stages"
+    """The pooled features of several stages of the network, the penultimate ones among them."""
+
+
+class FittedOn(StrEnum):
+    """Whose calibration samples a decoder's regression is fitted on."""
+
+    all = "all"
+    """The samples of all tasks."""
+    own = "own"
+    """Each lost expert's regression: those of its own task alone."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder with its options.
+
+    Args:
+        kind: The decoder.
+        features: Which features servers send; for feature_ridge.
+        components: K, to how many numbers a server reduces its features; none sends all of them. For feature_ridge.
+        projection: How features are reduced to K numbers.
+        fitted_on: Whose calibration samples the regression is fitted on; for ridge and feature_ridge.
+
+    Raises:
+        ConfigurationError: An option has no such value, or does not apply to the kind.
+    """
+
+    kind: DecoderKind
+    features: FeatureChoice = FeatureChoice.last
+    components: int | None = None
+    projection: ProjectionKind = ProjectionKind.principal
+    fitted_on: FittedOn = FittedOn.all
+
+    def __post_init__(self) -> None:
+        self._become("kind", DecoderKind, "decoder")
+        self._become("features", FeatureChoice, "features")
+        self._become("projection", ProjectionKind, "projection")
+        self._become("fitted_on", FittedOn, "fitted_on")
+        k = self.components
+        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+            raise ConfigurationError(f"found components={k!r}, expected a whole number of at least 1, or none")
+        if self.kind is not DecoderKind.feature_ridge:
+            if self.features is not FeatureChoice.last:
+                raise ConfigurationError(f"found features={self.features} for {self.kind}, expected feature_ridge")
+            if k is not None:
+                raise ConfigurationError(f"found components={k} for {self.kind}, expected feature_ridge")
+        if k is None and self.projection is not ProjectionKind.principal:
+            raise ConfigurationError(
+                f"found projection={self.projection} without components; say how many, or leave it"
+            )
+        if self.kind is DecoderKind.linear and self.fitted_on is not FittedOn.all:
+            raise ConfigurationError(f"found fitted_on={self.fitted_on} for linear, expected ridge or feature_ridge")
+
+    @classmethod
+    def of(cls, decoder: "DecoderKind | str | dict[str, Any] | DecoderConfig") -> "DecoderConfig":
+        """Return the configuration itself, that of a kind with default options, or that of a section of a YAML file.
+
+        Raises:
+            ConfigurationError: The section lacks the kind or has an unknown option, or an option is wrong.
+        """
+        if isinstance(decoder, DecoderConfig):
+            return decoder
+        options = decoder if isinstance(decoder, dict) else {"kind": decoder}
+        known = [option.name for option in fields(cls)]
+        if "kind" not in options:
+            raise ConfigurationError(
+                f"found a decoder {options} without kind, expected one of {', '.join(DecoderKind)}"
+            )
+        if unknown := [name for name in options if name not in known]:
+            raise ConfigurationError(f"found option '{unknown[0]}' of a decoder, expected {', '.join(known)}")
+        return cls(**options)
+
+    @property
+    def name(self) -> str:
+        """What results call the decoder: its kind, and the options that differ from the defaults."""
+        suffixes = [
+            str(self.features) if self.features is not FeatureChoice.last else "",
+            str(self.components) if self.components is not None else "",
+            str(self.projection) if self.projection is not ProjectionKind.principal else "",
+            str(self.fitted_on) if self.fitted_on is not FittedOn.all else "",
+        ]
+        return "-".join([str(self.kind), *filter(None, suffixes)])
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether servers send features beside their logits."""
+        return self.kind is DecoderKind.feature_ridge
+
+    @property
+    def reads_stages(self) -> bool:
+        """Whether these are the features of several stages."""
+        return self.features is FeatureChoice.stages
+
+    def _become(self, field: str, enum: type[StrEnum], called: str) -> None:
+        """Replace a plain string by the enum's member."""
+        value = getattr(self, field)
+        try:
+            object.__setattr__(self, field, enum(value))
+        except ValueError as error:
+            raise ConfigurationError(f"found {called} '{value}', expected one of {', '.join(enum)}") from error
+
+
+def distinct_decoders(decoders: Sequence[DecoderKind | str | dict[str, Any] | DecoderConfig]) -> list[DecoderConfig]:
+    """Return the decoders' configurations.
+
+    Raises:
+        ConfigurationError: There is none, two of them are the same, or an option is wrong.
+    """
+    if not decoders:
+        raise ConfigurationError(f"found no decoders, expected at least one of {', '.join(DecoderKind)}")
+    configs = [DecoderConfig.of(decoder) for decoder in decoders]
+    names = [config.name for config in configs]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ConfigurationError(f"found decoder {repeated[0]} twice, expected different ones; leave one out")
+    return configs

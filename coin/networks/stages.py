@@ -1,0 +1,148 @@
+"""The stages of any network: where they end, and their pooled features from one forward pass."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.swin_transformer import PatchMerging, PatchMergingV2, SwinTransformerBlock
+
+from coin.errors import StateError
+from coin.networks.heads import features_and_logits, head_name
+
+_PARTS = 4
+"""Into how many stages a network is cut that keeps one resolution throughout, as a vision transformer does."""
+_CHANNELS_LAST = (PatchMerging, PatchMergingV2, SwinTransformerBlock)
+_STRIDED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+
+
+def stage_names(network: nn.Module) -> list[str]:
+    """Return the dotted names of the modules whose outputs are the network's stages, and last the head's name.
+
+    The last stage is the head's input, all others are outputs. A network is read as the chain of its blocks: its
+    children in the order of registration, with `nn.Sequential` and `nn.ModuleList` opened up. A stage ends before
+    every block that lowers the resolution (one with a stride, or Swin's patch merging). A network that lowers it at
+    most once, as a vision transformer, is cut into four along its longest list of blocks instead. A network where this
+    goes wrong names its stages itself in an attribute ``stage_names: list[str]``, without the head.
+
+    Raises:
+        StateError: The network has no head.
+    """
+    head = head_name(network)
+    own = getattr(network, "stage_names", None)
+    if own is not None:
+        return [*own, head]
+    chain = []
+    for name, block in _blocks(network):
+        chain.append((name, block))
+        if _is_within(head, name):
+            break
+    ends = [name for (name, _), (_, following) in pairwise(chain) if _lowers_resolution(following)]
+    return [*(_outermost(network, name) for name in ends or _parts(network, head)), head]
+
+
+def stages_and_logits(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Run a network once and return the pooled features of its stages beside its logits.
+
+    Maps are averaged over positions (Swin's have their channels last), sequences over all tokens, the class token
+    among them. The last stage is what `features_and_logits` returns.
+
+    Args:
+        network: Any network whose stages `stage_names` finds.
+        inputs: ``[B, ...]``.
+
+    Returns:
+        The stages' features side by side ``[B, F]``, the logits ``[B, C]``, and the stages' widths, which add up to F.
+
+    Raises:
+        StateError: A stage did not run exactly once, or its output is no map, sequence or vector.
+    """
+    names = stage_names(network)[:-1]
+    pooled: dict[str, list[Tensor]] = {name: [] for name in names}
+    handles = []
+    for name in names:
+        stage = network.get_submodule(name)
+
+        def keep(module: nn.Module, _: tuple[Tensor, ...], output: object, name: str = name) -> None:
+            pooled[name].append(_pooled(name, module, output))
+
+        handles.append(stage.register_forward_hook(keep))
+    try:
+        last, logits = features_and_logits(network, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, outputs in pooled.items():
+        if len(outputs) != 1:
+            raise StateError(
+                f"the stage '{name}' of {type(network).__name__} ran {len(outputs)} times in one pass, expected once; "
+                "name the stages in an attribute 'stage_names'"
+            )
+    features = [*(outputs[0] for outputs in pooled.values()), last]
+    return torch.cat(features, 1), logits, tuple(feature.shape[1] for feature in features)
+
+
+def _blocks(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the blocks that run one after the other, by name."""
+    if name and not isinstance(module, nn.Sequential | nn.ModuleList):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _blocks(child, f"{name}.{child_name}" if name else child_name)
+
+
+def _lowers_resolution(block: nn.Module) -> bool:
+    for module in block.modules():
+        if isinstance(module, PatchMerging | PatchMergingV2):
+            return True
+        if isinstance(module, _STRIDED):
+            stride = module.stride
+            if max(stride if isinstance(stride, tuple) else (stride,)) > 1:
+                return True
+    return False
+
+
+def _parts(network: nn.Module, head: str) -> list[str]:
+    """Return the blocks of the longest list that end all parts but the last, when it is cut into equal ones."""
+    lists = [
+        [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Sequential | nn.ModuleList)
+    ]
+    longest = max(([name for name in names if not _is_within(head, name)] for names in lists), key=len, default=[])
+    parts = min(_PARTS, len(longest))
+    return [longest[round(part * len(longest) / parts) - 1] for part in range(1, parts)]
+
+
+def _outermost(network: nn.Module, name: str) -> str:
+    """Return the outermost `nn.Sequential` that ends with a block, and so has its output."""
+    parent, _, child = name.rpartition(".")
+    if not parent:
+        return name
+    container = network.get_submodule(parent)
+    if not isinstance(container, nn.Sequential) or child != list(container._modules)[-1]:
+        return name
+    return _outermost(network, parent)
+
+
+def _is_within(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(f"{outer}.")
+
+
+def _pooled(name: str, stage: nn.Module, output: object) -> Tensor:
+    """Return a stage's output averaged to ``[B, C]``."""
+    if isinstance(output, Tensor):
+        if output.ndim == 4:
+            return output.mean((1, 2) if _has_channels_last(stage) else (2, 3))
+        if output.ndim == 3:
+            return output.mean(1)
+        if output.ndim == 2:
+            return output
+    found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    raise StateError(f"the stage '{name}' returns {found}, expected [B, C, H, W], [B, T, C] or [B, C]")
+
+
+def _has_channels_last(stage: nn.Module) -> bool:
+    while isinstance(stage, nn.Sequential) and len(stage):
+        stage = stage[-1]
+    return isinstance(stage, _CHANNELS_LAST)
