@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from coin.callbacks import ExpertExport, Weights
-from coin.coding import Code
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, NumericalError
+from coin.experiment.codes import SeedCode
 from coin.experiment.config import TrainingConfig
 from coin.experiment.merge import Ingredients, coded_provenance
 from coin.modules import Distillation, Expert
@@ -221,7 +221,7 @@ def distill(
 def distill_rows(
     method: Distillation,
     ingredients: Ingredients,
-    code: Code,
+    choice: SeedCode,
     tasks: Tasks,
     paths: Sequence[Path],
     folder: Path,
@@ -231,11 +231,12 @@ def distill_rows(
     loggers: Sequence[Logger] = (),
 ) -> None:
     """Train one distilled coded model a row of the code, and write them to `paths`; the rest as for `distill`."""
+    code, experts = choice.code, ingredients.experts
     samples = method.hparams["samples_per_task"] or tasks.samples_per_task
     for index, (row, path) in enumerate(zip(code.matrix.tolist(), paths, strict=True)):
         module, seconds, passes, chosen = distill(
             method,
-            list(ingredients.experts.values()),
+            list(experts.paths.values()),
             row,
             tasks,
             folder,
@@ -244,9 +245,10 @@ def distill_rows(
             loggers=loggers,
         )
         provenance = coded_provenance(method, code, index, ingredients, samples)
-        provenance |= {"seconds": seconds, "passes": passes, "shared_seconds": 0.0, "shared_passes": 0.0}
+        provenance |= {"seconds": seconds, "passes": passes}
+        provenance |= {"shared_seconds": choice.seconds, "shared_passes": choice.passes}
         assert module.student is not None
-        save_network(path, module.student, ingredients.config, ingredients.width, provenance | {"chosen": chosen})
+        save_network(path, module.student, experts.config, experts.width, provenance | {"chosen": chosen})
 
 
 _POINTS = 10
