@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -195,6 +196,7 @@ def distill(
     steps, lr = int(options["steps"]), options["lr"]
     chosen: dict[str, Any] = {}
     if lr is None:
+        _check_held_out(samples * len(tasks.tasks), options["held_out"])
         every = max(1, steps // _POINTS)
         curves = {}
         for rate in options["learning_rates"]:
@@ -215,7 +217,18 @@ def distill(
         lr, steps = best[1], (best[2] + 1) * every
         chosen = {"lr": lr, "steps": steps, "held_out_loss": {str(rate): losses for rate, losses in curves.items()}}
     module = run(lr, steps, 0.0, list(loggers) or False)
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
+        raise NumericalError(f"distillation diverged with lr={lr}; give a smaller one")
     return module, time.perf_counter() - started, passes + module.passes, chosen
+
+
+def _check_held_out(samples: int, share: float) -> None:
+    held_out = max(1, round(share * samples))
+    if samples - held_out < 2:
+        raise ConfigurationError(
+            f"found {samples} pooled calibration samples for distillation, {held_out} of them held out to choose its "
+            "learning rate on, expected at least 2 others to train on; raise samples_per_task or give it an lr"
+        )
 
 
 def distill_rows(

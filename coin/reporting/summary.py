@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from coin.errors import FileError
+from coin.errors import CoinWarning, FileError
 from coin.reporting.frames import read_frame, write_frame
 from coin.reporting.results import KEYS, NUMBERS, RESULTS_CSV, read_configuration, read_results
 
@@ -119,7 +119,9 @@ def seed_folders(experiment_folder: Path) -> list[Path]:
         latest = options[max(found, key=lambda folder: (folder / RESULTS_CSV).stat().st_mtime_ns)]
         if other := sorted(folder.name for folder in found if options[folder] != latest):
             warnings.warn(
-                f"left out {', '.join(other)}: measured with other options than the latest seed", stacklevel=2
+                f"left out {', '.join(other)}: measured with other options than the latest seed",
+                CoinWarning,
+                stacklevel=2,
             )
         found = [folder for folder in found if options[folder] == latest]
     return sorted(found, key=by_number)
