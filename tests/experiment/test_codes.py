@@ -97,22 +97,24 @@ def calibration(samples: int) -> Calibration:
 
 
 def test_the_choice_is_the_smallest_bound_on_what_averaging_leaves() -> None:
-    networks = [shifted(-1.0), shifted(1.5)]
+    networks = [shifted(-2.0), shifted(6.0)]
     code, table, passes = choose_weights(networks, [calibration(60), calibration(5)])
     assert passes == (50 + 5) * (2 + 39)  # at most 50 samples of a task; two experts and 39 averages
     x = torch.cat([calibration(60).inputs()[:50], calibration(5).inputs()])
     with torch.no_grad():
         for row in table:
             first, second = row["row"]
-            average = shifted(-first + 1.5 * second)
+            average = shifted(-2 * first + 6 * second)
             error = average(x) - first * networks[0](x) - second * networks[1](x)
             assert row["residual"] == pytest.approx(float(error.square().mean().sqrt()), rel=1e-4)
             assert row["score"] == pytest.approx(row["residual"] / min(first, second), rel=1e-4)
     assert code.matrix[0].tolist() == min(table, key=lambda row: row["score"])["row"] != [0.5, 0.5]
     # Experts that agree leave nothing, and uniform weights amplify least.
     assert choose_weights([shifted(1.0), shifted(1.0)], [calibration(5)])[0] == uniform(2)
+    huge = shifted(4.0)
+    huge[3].weight.data.fill_(3e38)
     with pytest.raises(NumericalError, match="are not finite; check the experts, or give a code"):
-        choose_weights([shifted(1.0), shifted(torch.inf)], [calibration(5)])
+        choose_weights([shifted(1.0), huge], [calibration(5)])
 
 
 def test_a_damaged_choice_is_named(tmp_path: Path) -> None:
