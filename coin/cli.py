@@ -1,7 +1,9 @@
 """The ``coin`` command: LightningCLI with the commands of coded networks."""
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +17,7 @@ import coin.data
 import coin.merging
 import coin.modules  # noqa: F401
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
-from coin.errors import CoinError, ConfigurationError, FileError
+from coin.errors import CoinError, CoinWarning, ConfigurationError, FileError
 from coin.experiment import Experiment
 from coin.experiment.commands import merge, report
 from coin.experiment.sweep import sweep
@@ -199,18 +201,19 @@ def main(args: list[str] | None = None) -> int:
     """
     quieten()
     try:
-        CoinCLI(
-            LightningModule,
-            LightningDataModule,
-            trainer_class=Trainer,
-            parser_class=CoinParser,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=SaveFitConfig,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            args=args,
-        )
+        with _warnings_in_one_line():
+            CoinCLI(
+                LightningModule,
+                LightningDataModule,
+                trainer_class=Trainer,
+                parser_class=CoinParser,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=SaveFitConfig,
+                save_config_kwargs={"overwrite": True},
+                seed_everything_default=0,
+                args=args,
+            )
     except Exception as error:
         mistake = _mistake_behind(error)
         if mistake is None:
@@ -218,6 +221,25 @@ def main(args: list[str] | None = None) -> int:
         print(f"coin: error: {' '.join(str(mistake).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Print our own warnings like our errors; Python's form names a line of source that says nothing to a user."""
+    plain = warnings.formatwarning
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if issubclass(category, CoinWarning):
+            return f"coin: warning: {' '.join(str(message).split())}\n"
+        return plain(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = plain
 
 
 def _mistake_behind(error: BaseException | None) -> CoinError | None:

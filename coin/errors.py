@@ -33,6 +33,13 @@ class NumericalError(CoinError, ArithmeticError):
     """A computation broke down: a singular system, a result that is not finite."""
 
 
+class CoinWarning(UserWarning):
+    """Something the user should know of that stops nothing: one line, as of the errors.
+
+    The command line prints it as ``coin: warning: …``.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's message, or the error's type where it says nothing."""
     lines = str(error).splitlines()

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from coin.callbacks.weights import Weights, description, trained_network
+from coin.errors import NumericalError
 from coin.networks import save_network
 
 
@@ -21,9 +23,17 @@ class ExpertExport(Callback):
         self.weights = Weights(weights)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file, on the first process."""
+        """Write the file, on the first process.
+
+        Raises:
+            NumericalError: The training diverged; nothing is written.
+        """
         network = trained_network(trainer, pl_module, self.weights)
         if trainer.is_global_zero:
             config, num_classes, provenance = description(pl_module, trainer)
             path = self.path or Path(trainer.default_root_dir) / "expert.safetensors"
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
+                raise NumericalError(
+                    f"training diverged: the weights for '{path}' are not finite; give a smaller learning rate"
+                )
             save_network(path, network, config, num_classes, provenance)

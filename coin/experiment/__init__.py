@@ -2,6 +2,7 @@
 
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, TrainingConfig
 from coin.experiment.experiment import Experiment
+from coin.experiment.experts import Experts
 from coin.experiment.merge import Ingredients, merge_experts
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "CalibrationConfig",
     "Experiment",
     "ExpertConfig",
+    "Experts",
     "Ingredients",
     "TrainingConfig",
     "merge_experts",

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from coin.coding import Code
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError
+from coin.experiment.codes import SeedCode, read_code
+from coin.experiment.experts import Experts
 from coin.experiment.merge import Ingredients, coded_paths, merge_experts
 from coin.experiment.training import distill_rows
 from coin.merging import MergeMethod
@@ -19,7 +20,7 @@ def merge(
     experts: dict[str, str],
     method: MergeMethod | Distillation,
     output: str,
-    code: list[list[float]] | None = None,
+    code: list[list[float]] | int | None = None,
     fisher: dict[str, str] | None = None,
     gram: dict[str, str] | None = None,
     initial: str | None = None,
@@ -35,7 +36,8 @@ def merge(
         experts: The experts' safetensors files by task.
         method: The merge method.
         output: The folder for the coded models: ``METHOD.safetensors``, or ``METHOD.row-r.safetensors``.
-        code: R rows of N coding weights; none weighs all experts alike, with one coded model.
+        code: R rows of N coding weights, or a number R for the ready code of R coded models (`coin.coding.convex`);
+            none weighs all experts alike, with one coded model.
         fisher: The experts' Fisher files by task, for the methods that need them.
         gram: The experts' Gram files by task, for the methods that need them.
         initial: The shared initialisation's file, for the methods that need it.
@@ -49,20 +51,23 @@ def merge(
         The files that were written.
     """
     paths = {task: Path(path) for task, path in experts.items()}
-    matrix = Code([[1 / max(1, len(paths))] * len(paths)] if code is None else code)
+    matrix = read_code(code, len(paths))
+    assert matrix is not None  # only an experiment chooses its code
+    choice = SeedCode(matrix)
     statistics = {
         kind: {task: Path(path) for task, path in files.items()}
         for kind, files in (("fisher", fisher), ("gram", gram))
         if files
     }
-    ingredients = Ingredients(paths, statistics, None, None if initial is None else Path(initial))
+    ingredients = Ingredients(Experts(paths), statistics, None, None if initial is None else Path(initial))
     data = None
     if tasks is not None:
         if list(tasks) != list(experts):
             raise ConfigurationError(
                 f"found tasks {list(tasks)} for experts {list(experts)}; name the same, in one order"
             )
-        sized = {name: task_with(task, image_size=ingredients.config.image_size) for name, task in tasks.items()}
+        size = ingredients.experts.config.image_size
+        sized = {name: task_with(task, image_size=size) for name, task in tasks.items()}
         data = Tasks(sized, samples_per_task, batch_size, seed=seed)
         data.prepare_data()
         data.setup()
@@ -71,11 +76,11 @@ def merge(
         if data is None:
             raise ConfigurationError("found no tasks, expected them: distillation trains on their calibration samples")
         written = coded_paths(method, matrix, Path(output))
-        distill_rows(method, ingredients, matrix, data, written, Path(output), seed=seed, trainer_options=trainer or {})
+        distill_rows(method, ingredients, choice, data, written, Path(output), seed=seed, trainer_options=trainer or {})
         return written
     # Without data to draw from, P is what the statistics say.
     samples = samples_per_task if data is not None else _samples(statistics)
-    return merge_experts(method, matrix, ingredients, Path(output), samples)
+    return merge_experts(method, choice, ingredients, Path(output), samples)
 
 
 def _samples(statistics: dict[str, dict[str, Path]]) -> int | None:

@@ -9,10 +9,11 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from coin.coding import Code, DecoderConfig, DecoderKind, distinct_decoders
+from coin.coding import DecoderConfig, DecoderKind, distinct_decoders, uniform
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, FileError
+from coin.experiment.codes import read_code
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig
 from coin.experiment.jobs import job
 from coin.experiment.merge import coded_paths
@@ -39,7 +40,9 @@ class Experiment:
         network: The architecture of the experts and the coded models.
         base: The shared initialisation; none takes the network's pretrained (or random) weights.
         expert: How the experts are trained, or where they are.
-        code: R rows of N coding weights; none weighs all experts alike, with one coded model.
+        code: R rows of N coding weights, one coded model a row; a number R, for the ready code of R coded models
+            (`coin.coding.convex`); ``auto``, for one coded model whose weights every seed chooses from its calibration
+            data (`coin.experiment.codes.choose_weights`); none, for one coded model that weighs all experts alike.
         calibration: The unlabelled samples for merging and decoding.
         decoders: The decoders to compare: kinds, or sections of a kind and its options; none takes all kinds.
         seeds: One run each; a seed draws the calibration samples and everything random after the base.
@@ -58,7 +61,7 @@ class Experiment:
         network: NetworkConfig = NetworkConfig(),  # noqa: B008 (frozen)
         base: BaseConfig | None = None,
         expert: ExpertConfig = ExpertConfig(),  # noqa: B008 (frozen)
-        code: list[list[float]] | None = None,
+        code: list[list[float]] | int | str | None = None,
         calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008 (frozen)
         decoders: list[str | dict[str, Any] | DecoderConfig] | None = None,
         seeds: list[int] | None = None,
@@ -77,15 +80,15 @@ class Experiment:
         self.seeds = [0] if seeds is None else seeds
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ConfigurationError(f"found seeds {self.seeds}, expected distinct numbers of at least 0")
-        self.code = Code([[1 / len(tasks)] * len(tasks)] if code is None else code)
-        if self.code.num_experts != len(tasks):
-            raise ConfigurationError(f"found a code for {self.code.num_experts} experts and {len(tasks)} tasks")
+        self.code = read_code(code, len(tasks))
+        """The code; none where every seed chooses its own."""
         variants = [(method.label, str(method.batchnorm)) for method in methods]
         if repeated := sorted({variant for variant in variants if variants.count(variant) > 1}):
             raise ConfigurationError(
                 f"found method {repeated[0][0]} with BatchNorm policy {repeated[0][1]} twice; give one of them a label"
             )
-        files = [path.name for method in methods for path in coded_paths(method, self.code, Path())]
+        planned = self.code or uniform(len(tasks))  # a chosen code has one row too
+        files = [path.name for method in methods for path in coded_paths(method, planned, Path())]
         if repeated_files := sorted({name for name in files if files.count(name) > 1}):
             raise ConfigurationError(f"found two methods with one file '{repeated_files[0]}'; change one's label")
         if unknown := sorted((expert.overrides.keys() | expert.checkpoints.keys()) - tasks.keys()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -14,18 +15,18 @@ from rich.console import Console
 from coin.data import Calibration, TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError
+from coin.experiment.codes import AUTO, SeedCode, read_choice, write_choice
 from coin.experiment.config import ExpertConfig
+from coin.experiment.experts import Experts
 from coin.experiment.jobs import job, log_files
 from coin.experiment.merge import Ingredients, coded_paths, merge_experts
+from coin.experiment.statistic_steps import estimate, wanted_by
 from coin.experiment.steps import Steps, described, step_key
 from coin.experiment.training import distill_rows, make_trainer, train_network
 from coin.merging import MergeMethod, Requirement
-from coin.modules import DecodingEvaluator, Distillation, StatisticKind
-from coin.networks import BatchNormPolicy, initial_network, load_network, save_network
+from coin.modules import DecodingEvaluator, Distillation
+from coin.networks import BatchNormPolicy, initial_network, save_network
 from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON
-from coin.state import fingerprint
-from coin.statistics import FisherKind
-from coin.statistics.files import save_statistic
 
 if TYPE_CHECKING:
     from coin.experiment.experiment import Experiment
@@ -55,11 +56,12 @@ class SeedRun:
         """Run all steps."""
         for name, task in self.tasks.items():
             self.make_expert(name, task)
-        for kind, data in self._fisher_variants():
-            self.estimate_fisher(kind, data)
-        for data in self._gram_variants():
-            self.estimate_gram(data)
+        self.choose_code()
+        calibration = self.experiment.calibration
+        for wanted in dict.fromkeys(w for method in self.experiment.methods for w in wanted_by(method, calibration)):
+            estimate(self, wanted)
         self.merge()
+        self.experts.release()
         self.evaluate()
 
     def expert_path(self, task: str) -> Path:
@@ -67,9 +69,9 @@ class SeedRun:
         return self.folder / "experts" / task / "expert.safetensors"
 
     @cached_property
-    def expert_paths(self) -> dict[str, Path]:
-        """The experts' files by task."""
-        return {task: self.expert_path(task) for task in self.tasks}
+    def experts(self) -> Experts:
+        """The experts, once they are made."""
+        return Experts({task: self.expert_path(task) for task in self.tasks})
 
     def make_expert(self, name: str, task: TaskData) -> None:
         """Train a task's expert, or take over one that was brought along."""
@@ -89,10 +91,10 @@ class SeedRun:
         options = {"training": training, "task": task, "trainer": experiment.trainer, "seed": self.seed}
         key = step_key({**options, "network": experiment.network}, [initial])
         if self.steps.finished(f"expert-{name}", key, [output]):
-            self._say(f"expert {name}: up to date")
+            self.say(f"expert {name}: up to date")
             return
-        self._say(f"expert {name}: fine-tuning for {training.epochs} epochs")
-        with self._job("expert", name) as loggers:
+        self.say(f"expert {name}: fine-tuning for {training.epochs} epochs")
+        with self.job("expert", name) as loggers:
             train_network(
                 training,
                 experiment.network,
@@ -109,88 +111,28 @@ class SeedRun:
             log_files(loggers, {name: output}, "expert", experiment, self.seed)
         self.steps.finish(f"expert-{name}", key, [output])
 
-    def fisher_path(self, task: str, kind: str, data: str) -> Path:
-        """Return the file of an expert's Fisher; the experiment's own kind and data have the plain name."""
-        calibration = self.experiment.calibration
-        plain = (kind, data) == (str(calibration.fisher_kind), calibration.fisher_data)
-        return self.folder / "statistics" / f"{task}.fisher{'' if plain else f'-{kind}-{data}'}.safetensors"
-
-    def gram_path(self, task: str, data: str) -> Path:
-        """Return the file of an expert's Gram matrices."""
-        plain = data == self.experiment.calibration.fisher_data
-        return self.folder / "statistics" / f"{task}.gram{'' if plain else f'-{data}'}.safetensors"
-
-    def estimate_fisher(self, kind: str, data: str) -> None:
-        """Compute every expert's Fisher of one kind on one choice of data."""
-        calibration = self.experiment.calibration
-        wanted = {}
-        for name in self.tasks:
-            path = self.fisher_path(name, kind, data)
-            options = self._statistic_options(name, data) | {"kind": kind, "k": calibration.fisher_cotangents}
-            key = step_key(options, [self.expert_path(name)])
-            if not self.steps.finished(path.stem, key, [path]):
-                wanted[name] = (path, key)
-        if not wanted:
+    def choose_code(self) -> None:
+        """Choose the code from calibration data, where the experiment does not give it."""
+        if self.experiment.code is not None:
             return
-        self._say(f"Fisher ({kind}, {data}) of {', '.join(wanted)}")
-        with self._job("fisher", f"fisher-{kind}-{data}") as loggers:
-            for name, (path, key) in wanted.items():
-                network = load_network(self.expert_path(name)).network
-                trainer = make_trainer(self.folder, self.experiment.trainer)
-                cotangents = calibration.fisher_cotangents if kind == FisherKind.monte_carlo else None
-                sums, seconds = trainer.statistic_sums(
-                    network,
-                    self._tasks_for(name, data),
-                    kind=FisherKind(kind),
-                    cotangents=cotangents,
-                    memory_mib=calibration.memory_mib,
-                )
-                save_statistic(
-                    path,
-                    sums,
-                    statistic="fisher",
-                    weights=fingerprint(network.state_dict()),
-                    seconds=seconds,
-                    kind=kind,
-                    cotangents=cotangents,
-                    data=data,
-                    task=name,
-                    samples_per_task=calibration.samples_per_task,
-                    seed=self.seed,
-                )
-                self.steps.finish(path.stem, key, [path])
-                for logger in loggers:
-                    logger.log_metrics({f"fisher/{name}/seconds": seconds, f"fisher/{name}/passes": sums.passes})
-            files = {name: path for name, (path, _) in wanted.items()}
-            log_files(loggers, files, "statistics", self.experiment, self.seed)
+        path = self.folder / _CODE_JSON
+        options = {"tasks": self.tasks, "calibration": self.experiment.calibration}
+        key = step_key(options, list(self.experts.paths.values()), self.experts.sha256)
+        if not self.steps.finished("code", key, [path]):
+            write_choice(path, self.experts.networks, list(self._calibrations().values()))
+            self.steps.finish("code", key, [path])
+        weights = ", ".join(f"{weight:.3g}" for weight in self.code.code.matrix[0].tolist())
+        self.say(f"code: chosen weights {weights}")
 
-    def estimate_gram(self, data: str) -> None:
-        """Compute every expert's Gram matrices on one choice of data."""
-        for name in self.tasks:
-            path = self.gram_path(name, data)
-            key = step_key(self._statistic_options(name, data), [self.expert_path(name)])
-            if self.steps.finished(path.stem, key, [path]):
-                continue
-            self._say(f"Gram matrices ({data}) of {name}")
-            network = load_network(self.expert_path(name)).network
-            trainer = make_trainer(self.folder, self.experiment.trainer)
-            sums, seconds = trainer.statistic_sums(network, self._tasks_for(name, data), statistic=StatisticKind.gram)
-            save_statistic(
-                path,
-                sums,
-                statistic="gram",
-                weights=fingerprint(network.state_dict()),
-                seconds=seconds,
-                data=data,
-                task=name,
-                samples_per_task=self.experiment.calibration.samples_per_task,
-                seed=self.seed,
-            )
-            self.steps.finish(path.stem, key, [path])
+    @cached_property
+    def code(self) -> SeedCode:
+        """The experiment's code, or the one that this seed has chosen."""
+        given = self.experiment.code
+        return read_choice(self.folder / _CODE_JSON) if given is None else SeedCode(given)
 
     def coded_paths(self, method: MergeMethod | Distillation) -> list[Path]:
         """Return the files of a method's coded models."""
-        return coded_paths(method, self.experiment.code, self.folder / "coded")
+        return coded_paths(method, self.code.code, self.folder / "coded")
 
     def merge(self) -> None:
         """Make every method's coded models."""
@@ -198,32 +140,19 @@ class SeedRun:
             paths = self.coded_paths(method)
             name = paths[0].name.split(".")[0]
             statistics = self._statistics(method)
-            sources = [*self.expert_paths.values(), *(p for files in statistics.values() for p in files.values())]
-            needs_initial = Requirement.INITIAL in getattr(method, "requires", ()) or (
-                method.batchnorm == BatchNormPolicy.keep and isinstance(method, MergeMethod)
-            )
-            options = {
-                "method": method,
-                "code": self.experiment.code.matrix,
-                "calibration": self.experiment.calibration,
-                "tasks": self.tasks,
-                "seed": self.seed,
-            }
-            if isinstance(method, Distillation):
-                options["trainer"] = self.experiment.trainer
-            key = step_key(options, sources + ([self.initial] if needs_initial else []))
+            key = self._merge_key(method, statistics)
             if self.steps.finished(f"coded-{name}", key, paths):
-                self._say(f"{name}: up to date")
+                self.say(f"{name}: up to date")
                 continue
-            self._say(f"{name}: {'training' if isinstance(method, Distillation) else 'merging'}")
-            with self._job("distill" if isinstance(method, Distillation) else "merge", name) as loggers:
-                ingredients = Ingredients(self.expert_paths, statistics, self._calibrations(), self.initial)
+            self.say(f"{name}: {'training' if isinstance(method, Distillation) else 'merging'}")
+            with self.job("distill" if isinstance(method, Distillation) else "merge", name) as loggers:
+                ingredients = Ingredients(self.experts, statistics, self._calibrations(), self.initial)
                 if isinstance(method, Distillation):
                     distill_rows(
                         method,
                         ingredients,
-                        self.experiment.code,
-                        self._all_tasks(),
+                        self.code,
+                        self.data(self.tasks),
                         paths,
                         self.folder / "logs",
                         seed=self.seed,
@@ -232,9 +161,27 @@ class SeedRun:
                     )
                 else:
                     samples = self.experiment.calibration.samples_per_task
-                    merge_experts(method, self.experiment.code, ingredients, self.folder / "coded", samples)
+                    merge_experts(method, self.code, ingredients, self.folder / "coded", samples)
                 log_files(loggers, {path.stem: path for path in paths}, "coded-model", self.experiment, self.seed)
             self.steps.finish(f"coded-{name}", key, paths)
+
+    def _merge_key(self, method: MergeMethod | Distillation, statistics: dict[str, dict[str, Path]]) -> str:
+        options: dict[str, Any] = {
+            "method": method,
+            "code": self.code.code.matrix,
+            "calibration": self.experiment.calibration,
+            "tasks": self.tasks,
+            "seed": self.seed,
+        }
+        if self.experiment.code is None:
+            options["code_passes"] = self.code.passes  # they are part of what the coded models cost
+        if isinstance(method, Distillation):
+            options["trainer"] = self.experiment.trainer
+        sources = [*self.experts.paths.values(), *(path for files in statistics.values() for path in files.values())]
+        keeps = isinstance(method, MergeMethod) and method.batchnorm == BatchNormPolicy.keep
+        if keeps or Requirement.INITIAL in getattr(method, "requires", ()):
+            sources.append(self.initial)
+        return step_key(options, sources, self.experts.sha256)
 
     def evaluate(self) -> None:
         """Measure every method with every decoder."""
@@ -246,94 +193,68 @@ class SeedRun:
             "decoders": [decoder.name for decoder in experiment.decoders],
             "calibration": experiment.calibration,
             "tasks": self.tasks,
-            "code": experiment.code.matrix,
+            "code": self.code.code.matrix,
             "seed": self.seed,
         }
-        key = step_key(options, [*self.expert_paths.values(), *coded])
+        key = step_key(options, [*self.experts.paths.values(), *coded], self.experts.sha256)
         if self.steps.finished("evaluate", key, outputs):
-            self._say("evaluation: up to date")
+            self.say("evaluation: up to date")
             return
-        self._say("evaluating every method with every decoder")
+        self.say("evaluating every method with every decoder")
         model = DecodingEvaluator(
-            experts={name: str(path) for name, path in self.expert_paths.items()},
+            experts={name: str(path) for name, path in self.experts.paths.items()},
             coded=[str(path) for path in coded],
             decoders=list(experiment.decoders),
-            code=experiment.code.matrix.tolist(),
+            code=self.code.code.matrix.tolist(),
         )
-        with self._job("evaluate", "evaluate") as loggers:
+        with self.job("evaluate", "evaluate") as loggers:
             trainer = make_trainer(self.folder, experiment.trainer, logger=loggers or False)
             trainer.evaluate(
                 model,
-                self._all_tasks(),
+                self.data(self.tasks),
                 output=str(self.folder),
                 name=experiment.name,
                 configuration=self._configuration(),
             )
         self.steps.finish("evaluate", key, outputs)
 
-    def _statistics(self, method: MergeMethod | Distillation) -> dict[str, dict[str, Path]]:
-        """Return the statistics' files that a method asks for."""
-        statistics: dict[str, dict[str, Path]] = {}
-        requires: frozenset[Requirement] = getattr(method, "requires", frozenset())
-        if Requirement.FISHER in requires:
-            kind, data = self._fisher_of(method)
-            statistics["fisher"] = {task: self.fisher_path(task, kind, data) for task in self.tasks}
-        if Requirement.GRAM in requires:
-            statistics["gram"] = {task: self.gram_path(task, self._gram_of(method)) for task in self.tasks}
-        return statistics
-
-    def _fisher_of(self, method: Any) -> tuple[str, str]:
+    def data(self, tasks: Mapping[str, TaskData]) -> Tasks:
+        """Return tasks with the experiment's calibration samples."""
         calibration = self.experiment.calibration
-        kind = getattr(method, "fisher_kind", None) or calibration.fisher_kind
-        return str(FisherKind(kind)), getattr(method, "fisher_data", None) or calibration.fisher_data
-
-    def _gram_of(self, method: Any) -> str:
-        return getattr(method, "gram_data", None) or self.experiment.calibration.fisher_data
-
-    def _fisher_variants(self) -> list[tuple[str, str]]:
-        methods = self.experiment.methods
-        found = [self._fisher_of(m) for m in methods if Requirement.FISHER in getattr(m, "requires", ())]
-        return list(dict.fromkeys(found))
-
-    def _gram_variants(self) -> list[str]:
-        methods = self.experiment.methods
-        found = [self._gram_of(m) for m in methods if Requirement.GRAM in getattr(m, "requires", ())]
-        return list(dict.fromkeys(found))
-
-    def _statistic_options(self, task: str, data: str) -> dict[str, Any]:
-        calibration = self.experiment.calibration
-        tasks = self.tasks if data == "pooled" else {task: self.tasks[task]}
-        return {"tasks": tasks, "samples": calibration.samples_per_task, "batch_size": calibration.batch_size}
-
-    def _tasks_for(self, task: str, data: str) -> Tasks:
-        calibration = self.experiment.calibration
-        tasks = self.tasks if data == "pooled" else {task: self.tasks[task]}
         return Tasks(tasks, calibration.samples_per_task, calibration.batch_size)
 
-    def _all_tasks(self) -> Tasks:
+    def _statistics(self, method: MergeMethod | Distillation) -> dict[str, dict[str, Path]]:
+        """Return the statistics' files that a method asks for."""
         calibration = self.experiment.calibration
-        return Tasks(self.tasks, calibration.samples_per_task, calibration.batch_size)
+        return {
+            str(wanted.statistic): {task: wanted.path(self.folder, task, calibration) for task in self.tasks}
+            for wanted in wanted_by(method, calibration)
+        }
 
     def _calibrations(self) -> dict[str, Calibration]:
-        tasks = self._all_tasks()
+        tasks = self.data(self.tasks)
         tasks.setup()
         return tasks.calibrations()
 
     def _configuration(self) -> dict[str, Any]:
         experiment = self.experiment
         names = ("network", "base", "expert", "calibration", "methods", "trainer")
+        chosen = {"code_choice": AUTO} if experiment.code is None else {}
         return {name: described(getattr(experiment, name)) for name in names} | {
+            **chosen,
             "name": experiment.name,
             "decoders": [decoder.name for decoder in experiment.decoders],
             "tasks": described(self.tasks),
             "seed": self.seed,
         }
 
-    def _job(self, job_type: str, name: str) -> AbstractContextManager[list[Logger]]:
+    def job(self, job_type: str, name: str) -> AbstractContextManager[list[Logger]]:
+        """Return a context with the loggers of one of this seed's jobs; see `coin.experiment.jobs.job`."""
         folder = self.folder / "experts" / name if job_type == "expert" else self.folder / "logs" / name
         return job(self.experiment, folder, job_type, name, self.seed)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Tell about the progress."""
         self.console.print(f"seed {self.seed}: {text}", highlight=False)
 
 
@@ -350,3 +271,6 @@ def _existing(path: str) -> Path:
     if not Path(path).is_file():
         raise ConfigurationError(f"found no file '{path}', expected an expert's weights; check expert.checkpoints")
     return Path(path)
+
+
+_CODE_JSON = "code.json"

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -50,14 +50,17 @@ class Steps:
         return {str(path.relative_to(self.folder)): sha256_of(path) for path in outputs}
 
 
-def step_key(options: Any, inputs: Sequence[Path] = ()) -> str:
+def step_key(options: Any, inputs: Sequence[Path] = (), hashes: Mapping[Path, str] | None = None) -> str:
     """Return a hash of a step's options, of its input files' contents and of coin's version.
 
     Args:
         options: Anything `described` understands.
         inputs: Files.
+        hashes: The SHA-256 of those input files for which it is known already.
     """
-    value = [described(options), [sha256_of(path) for path in inputs], versions()["coded-coin"]]
+    known = hashes or {}
+    contents = [known[path] if path in known else sha256_of(path) for path in inputs]
+    value = [described(options), contents, versions()["coded-coin"]]
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

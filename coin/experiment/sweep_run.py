@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from coin.experiment.codes import AUTO
 from coin.experiment.experiment import Experiment
 from coin.experiment.steps import Steps, step_key
 from coin.experiment.sweep_points import SweepPoint
@@ -35,7 +36,8 @@ class PointRun:
         options: dict[str, Any] = {name: getattr(experiment, name) for name in parts}
         brought = [*experiment.expert.checkpoints.values(), experiment.base and experiment.base.checkpoint]
         files = [Path(path) for path in brought if path and Path(path).is_file()]
-        self.key = step_key({**options, "code": experiment.code.matrix}, files)
+        code = AUTO if experiment.code is None else experiment.code.matrix
+        self.key = step_key({**options, "code": code}, files)
         self.process: subprocess.Popen[bytes] | None = None
         self.started = 0.0
 

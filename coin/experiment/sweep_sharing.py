@@ -1,4 +1,4 @@
-"""What the points of a sweep share: the base, the experts and the statistics that are the same for several of them.
+"""What the points of a sweep share: the base, experts, statistics and chosen codes that are the same for several.
 
 Every point's folder names the keys of its shared steps in ``sweep.json``. A point that has not done a step yet takes it
 over from another with the same key: the step's outputs are linked into its folder along with the step's record. That is
@@ -49,7 +49,7 @@ class SharedStep:
 
 
 def shared_steps(experiment: Experiment) -> list[SharedStep]:
-    """Return the steps that another experiment may have done alike: base, experts and statistics."""
+    """Return the steps that another experiment may have done alike: base, experts, statistics and chosen codes."""
     origin = {"network": experiment.network, "base": experiment.base, "trainer": experiment.trainer}
     steps = []
     if experiment.base is not None and experiment.base.task is not None:
@@ -67,6 +67,8 @@ def shared_steps(experiment: Experiment) -> list[SharedStep]:
             steps.append(SharedStep(f"seed-{seed}", f"{glob.escape(f'expert-{name}')}.json", key))
         key = step_key([experts, experiment.calibration])
         steps += [SharedStep(f"seed-{seed}", f"*.{kind}*.json", key, awaited=False) for kind in ("fisher", "gram")]
+        if experiment.code is None:
+            steps.append(SharedStep(f"seed-{seed}", "code.json", key, awaited=False))
     return steps
 
 

@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from coin.callbacks import ExpertExport, Weights
-from coin.coding import Code
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, NumericalError
+from coin.experiment.codes import SeedCode
 from coin.experiment.config import TrainingConfig
 from coin.experiment.merge import Ingredients, coded_provenance
 from coin.modules import Distillation, Expert
@@ -195,6 +196,7 @@ def distill(
     steps, lr = int(options["steps"]), options["lr"]
     chosen: dict[str, Any] = {}
     if lr is None:
+        _check_held_out(samples * len(tasks.tasks), options["held_out"])
         every = max(1, steps // _POINTS)
         curves = {}
         for rate in options["learning_rates"]:
@@ -215,13 +217,24 @@ def distill(
         lr, steps = best[1], (best[2] + 1) * every
         chosen = {"lr": lr, "steps": steps, "held_out_loss": {str(rate): losses for rate, losses in curves.items()}}
     module = run(lr, steps, 0.0, list(loggers) or False)
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
+        raise NumericalError(f"distillation diverged with lr={lr}; give a smaller one")
     return module, time.perf_counter() - started, passes + module.passes, chosen
+
+
+def _check_held_out(samples: int, share: float) -> None:
+    held_out = max(1, round(share * samples))
+    if samples - held_out < 2:
+        raise ConfigurationError(
+            f"found {samples} pooled calibration samples for distillation, {held_out} of them held out to choose its "
+            "learning rate on, expected at least 2 others to train on; raise samples_per_task or give it an lr"
+        )
 
 
 def distill_rows(
     method: Distillation,
     ingredients: Ingredients,
-    code: Code,
+    choice: SeedCode,
     tasks: Tasks,
     paths: Sequence[Path],
     folder: Path,
@@ -231,11 +244,12 @@ def distill_rows(
     loggers: Sequence[Logger] = (),
 ) -> None:
     """Train one distilled coded model a row of the code, and write them to `paths`; the rest as for `distill`."""
+    code, experts = choice.code, ingredients.experts
     samples = method.hparams["samples_per_task"] or tasks.samples_per_task
     for index, (row, path) in enumerate(zip(code.matrix.tolist(), paths, strict=True)):
         module, seconds, passes, chosen = distill(
             method,
-            list(ingredients.experts.values()),
+            list(experts.paths.values()),
             row,
             tasks,
             folder,
@@ -244,9 +258,10 @@ def distill_rows(
             loggers=loggers,
         )
         provenance = coded_provenance(method, code, index, ingredients, samples)
-        provenance |= {"seconds": seconds, "passes": passes, "shared_seconds": 0.0, "shared_passes": 0.0}
+        provenance |= {"seconds": seconds, "passes": passes}
+        provenance |= {"shared_seconds": choice.seconds, "shared_passes": choice.passes}
         assert module.student is not None
-        save_network(path, module.student, ingredients.config, ingredients.width, provenance | {"chosen": chosen})
+        save_network(path, module.student, experts.config, experts.width, provenance | {"chosen": chosen})
 
 
 _POINTS = 10

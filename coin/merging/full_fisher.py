@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from coin.errors import ConfigurationError
+from coin.errors import CoinWarning, ConfigurationError
 from coin.merging.coin import check_damping
 from coin.merging.inputs import MergeInputs, Requirement
 from coin.merging.method import MergeMethod, check_fisher_options, floored_diagonal, weighted_mean
@@ -96,6 +96,7 @@ class FullFisher(MergeMethod):
             warnings.warn(
                 f"full_fisher stopped after {solved.steps} conjugate-gradient steps at a relative residual of "
                 f"{solved.residuals[-1]:.2g}, expected {self.tolerance:.2g}; raise max_iterations or damping",
+                CoinWarning,
                 stacklevel=3,
             )
         return {key: tensor + solved.solution[key] for key, tensor in average.items()}

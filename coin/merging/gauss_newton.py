@@ -88,7 +88,7 @@ class GaussNewton(MergeMethod):
         assert inputs.outputs is not None
         assert inputs.expert_outputs is not None
         outputs = inputs.outputs
-        parameters = Coin(self.damping).merge(inputs, weights)
+        parameters = Coin(self.damping)._merge(inputs, weights)  # the inputs are checked
         metric = floored_diagonal(inputs.fishers, weights, self.ridge)
         inverse_metric = {key: tensor.reciprocal().to(parameters[key].dtype) for key, tensor in metric.items()}
         beta = inputs.expert_outputs.new_tensor(weights)

@@ -1,12 +1,13 @@
 """What a merge method is given: experts and statistics, already computed."""
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from torch import Tensor
 
-from coin.errors import ConfigurationError, StateError
+from coin.errors import CoinWarning, ConfigurationError, StateError
 from coin.merging.feature_map import FeatureMap
 from coin.state import State, check_finite, check_same_layout
 from coin.statistics.products import OutputMap
@@ -66,6 +67,9 @@ def check_requirements(label: str, requires: Collection[Requirement], inputs: Me
     Raises:
         ConfigurationError: A statistic is missing, or is there for another number of experts.
         StateError: A statistic differs in names or shapes, is not finite, or a Fisher entry is negative.
+
+    Warns:
+        CoinWarning: A Fisher is zero everywhere.
     """
     per_expert: dict[Requirement, Sequence[object] | Tensor | None] = {
         Requirement.FISHER: inputs.fishers,
@@ -84,6 +88,7 @@ def check_requirements(label: str, requires: Collection[Requirement], inputs: Me
             )
     if Requirement.FISHER in requires:
         check_fishers(inputs.fishers or [], inputs.experts[0])
+        _warn_of_zero_fishers(label, inputs.fishers or [])
     if Requirement.GRAM in requires:
         grams = inputs.grams or []
         names = [f"the Gram statistic of expert {index}" for index in range(len(grams))]
@@ -96,6 +101,17 @@ def check_requirements(label: str, requires: Collection[Requirement], inputs: Me
     if {Requirement.OUTPUTS, Requirement.FEATURES} & set(requires) and inputs.expert_outputs is not None:
         for index, logits in enumerate(inputs.expert_outputs):
             check_finite({"logits": logits}, f"the calibration output of expert {index}")
+
+
+def _warn_of_zero_fishers(label: str, fishers: Sequence[State]) -> None:
+    zero = [str(index) for index, fisher in enumerate(fishers) if not any(bool(f.any()) for f in fisher.values())]
+    if zero:
+        warnings.warn(
+            f"method '{label}': the Fisher of expert {', '.join(zero)} is zero everywhere, so that the expert has no "
+            "say beyond the average; check its outputs on the calibration data",
+            CoinWarning,
+            stacklevel=4,
+        )
 
 
 def check_fishers(fishers: Sequence[State], expert: State) -> None:

@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, NumericalError
 from coin.merging.inputs import MergeInputs, Requirement, check_requirements
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.state import State, check_finite, check_same_layout
@@ -124,8 +125,18 @@ def weighted_mean(states: Sequence[State], weights: Sequence[float], key: str) -
 
 
 def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: float) -> dict[str, Tensor]:
-    """Return Σ_i β_i F_i + ridge × its mean over all entries, in float64; ones where every entry is zero."""
+    """Return Σ_i β_i F_i + ridge × its mean over all entries, in float64; ones where every entry is zero.
+
+    Raises:
+        NumericalError: The mean is so small that dividing by its share overflows the type of the Fishers.
+    """
     totals = {key: weighted_mean(fishers, weights, key) for key in fishers[0]}
     mean = sum(float(total.sum()) for total in totals.values()) / max(sum(t.numel() for t in totals.values()), 1)
     floor = ridge * mean if mean > 0 else 1.0
+    largest = torch.finfo(next(iter(fishers[0].values())).dtype).max
+    if floor * largest < 1:
+        raise NumericalError(
+            f"the mean entry of the Fishers is {mean:.3g}, too small to divide by; check the experts' outputs on the "
+            "calibration data"
+        )
     return {key: total + floor for key, total in totals.items()}

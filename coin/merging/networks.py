@@ -107,7 +107,9 @@ def merge_row(
         merged = method.merge(replace(inputs, outputs=outputs, features=features), row)
         passes += outputs.passes + features.passes
     else:
+        before = _passes(inputs)
         merged = method.merge(inputs, row)
+        passes += _passes(inputs) - before
     _fill(network, merged, buffers)
     if policy == BatchNormPolicy.recalibrate and has_batchnorm(network):
         passes += recalibrate(network, needed(batches, method.label))
@@ -139,6 +141,10 @@ def needed(batches: Iterable[Tensor] | None, label: str) -> Iterable[Tensor]:
             f"found no calibration inputs, which method '{label}' needs; give batches, or the tasks"
         )
     return batches
+
+
+def _passes(inputs: MergeInputs) -> float:
+    return sum(each.passes for each in inputs.expert_maps or ())
 
 
 def _fill(network: nn.Module, parameters: State, buffers: State) -> None:

@@ -35,8 +35,9 @@ class RegMean(MergeMethod):
     Source: Jin et al., *Dataless knowledge fusion by merging weights of language models* (ICLR 2023), eq. 1–2 and
     section 3.3 for α.
 
-    With 200 samples the Gram matrix of a wide layer is singular or nearly so, and weak damping fits noise: measured on
-    a small ResNet, ``linear`` falls from 89 to 80 % NDA between a damping of 0.1 and 10⁻⁴; ``all`` is flat from 0.01.
+    With 200 samples the Gram matrix of a wide layer is singular or nearly so, and weak damping fits noise. The defaults
+    have the smallest residual ‖f_c − Σβf‖ on the *calibration* samples among α of 0.7 to 1 and a damping of 0.01 to 1,
+    for three pairs and triples of tasks alike (`notebooks/03_results.ipynb`).
 
     Args:
         layers: ``linear`` or ``all``.
@@ -57,8 +58,8 @@ class RegMean(MergeMethod):
     def __init__(
         self,
         layers: RegMeanLayers = RegMeanLayers.all,
-        alpha: float = 0.9,
-        damping: float = 0.1,
+        alpha: float = 0.7,
+        damping: float = 1.0,
         *,
         gram_data: str | None = None,
         batchnorm: BatchNormPolicy = BatchNormPolicy.average,
@@ -147,7 +148,7 @@ def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor
         key: The layer, for the message.
 
     Raises:
-        NumericalError: The damped matrix is singular.
+        NumericalError: The damped matrix is singular, or as good as singular in float64.
     """
     ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
     damped = gram + torch.diag_embed(ridge[:, None].expand(gram.shape[:2]))
@@ -155,7 +156,10 @@ def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor
     dead = damped.abs().amax((1, 2)) == 0
     damped = damped + torch.diag_embed(dead.to(gram)[:, None].expand(gram.shape[:2]))
     factor, failed = torch.linalg.cholesky_ex(damped)
-    if bool(failed.any()):
+    # Rounding lets half of the singular matrices pass, with a last pivot that is noise.
+    pivots, largest = factor.diagonal(dim1=1, dim2=2).square().amin(1), damped.diagonal(dim1=1, dim2=2).amax(1)
+    noise = 10 * torch.finfo(gram.dtype).eps * gram.shape[-1] * largest
+    if bool((failed.bool() | (pivots <= noise)).any()):
         raise NumericalError(
             f"the Gram matrix of '{key}' is singular with a damping of {damping:.3g}; raise regmean's damping"
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coin.errors import FileError, StateError, first_line
 from coin.networks.heads import head_name, pad_head
 from coin.networks.registry import NetworkConfig, build_network
-from coin.state import State, load_state, save_state
+from coin.state import State, check_finite, load_state, save_state
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ def load_network(path: Path) -> NetworkFile:
 
     Raises:
         FileError: The file is missing or damaged, or does not hold a network.
-        StateError: Its tensors do not fit the architecture it names.
+        StateError: Its tensors do not fit the architecture it names, or one is not finite.
     """
     state, provenance = load_state(path)
+    check_finite(state, f"the network in '{path}'")
     try:
         # Pretrained weights are about to be overwritten: never download them to read a file.
         config = NetworkConfig(**{**provenance["network"], "weights": None})
@@ -131,12 +132,13 @@ def initial_network(config: NetworkConfig, num_classes: int, checkpoint: Path | 
 
     Raises:
         FileError: The checkpoint is missing or damaged.
-        StateError: It is of another architecture.
+        StateError: It is of another architecture, or a tensor is not finite.
     """
     if checkpoint is None:
         return build_network(config, num_classes, seed=seed)
     network = build_network(NetworkConfig(config.name, config.image_size, None, config.options), num_classes, seed=seed)
     state = read_weights(checkpoint)
+    check_finite(state, f"the network in '{checkpoint}'")
     own = network.state_dict()
     head = head_name(network)
     for name in (f"{head}.weight", f"{head}.bias"):

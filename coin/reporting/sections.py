@@ -40,11 +40,11 @@ def lede(sources: Sequence[Source]) -> str:
         tasks = list(dict.fromkeys(frame["task"]))
         samples = ", ".join(str(value) for value in sorted(set(frame["samples_per_task"])))
         network = _lookup(source.document["configuration"], "network", "name")
-        code = _lookup(source.document["configuration"], "code")
+        code = _code(source)
         parts = [
             f"{len(tasks)} tasks ({', '.join(tasks)})",
             *([str(network)] if network else []),
-            *([f"code {json.dumps(code)}"] if code else []),
+            *([code] if code else []),
             f"P = {samples} calibration samples per task",
             f"{_count(frame['seed'].nunique(), 'seed')}",
             f"methods {', '.join(dict.fromkeys(frame['method']))}",
@@ -166,6 +166,16 @@ def reproduce(sources: Sequence[Source]) -> str:
             + folded(f"Configuration ({source.seeds[0].name})", f"<pre>{escape(configuration)}</pre>")
         )
     return "".join(parts)
+
+
+def _code(source: Source) -> str:
+    """Return the code in words; nothing where the results do not say."""
+    configuration = source.document["configuration"]
+    code, choice = _lookup(configuration, "code"), _lookup(configuration, "code_choice")
+    if not code:
+        return ""
+    text = f"code {json.dumps(code)}"
+    return text if choice is None else f"{text}, chosen from the calibration data of {source.seeds[0].name}"
 
 
 def _table(head: Sequence[str], rows: Sequence[str], text_columns: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from coin.errors import FileError
+from coin.errors import CoinWarning, FileError
 from coin.reporting.frames import read_frame, write_frame
 from coin.reporting.results import KEYS, NUMBERS, RESULTS_CSV, read_configuration, read_results
 
@@ -115,14 +115,23 @@ def seed_folders(experiment_folder: Path) -> list[Path]:
         return (int(number[1]) if number else -1, folder.name)
 
     if len(found) > 1:
-        options = {folder: _without_seeds(read_configuration(folder).get("configuration")) for folder in found}
+        options = {folder: _comparable(read_configuration(folder).get("configuration")) for folder in found}
         latest = options[max(found, key=lambda folder: (folder / RESULTS_CSV).stat().st_mtime_ns)]
         if other := sorted(folder.name for folder in found if options[folder] != latest):
             warnings.warn(
-                f"left out {', '.join(other)}: measured with other options than the latest seed", stacklevel=2
+                f"left out {', '.join(other)}: measured with other options than the latest seed",
+                CoinWarning,
+                stacklevel=2,
             )
         found = [folder for folder in found if options[folder] == latest]
     return sorted(found, key=by_number)
+
+
+def _comparable(configuration: Any) -> Any:
+    """Return what seeds of one experiment have in common: neither the seed nor a code that each chose for itself."""
+    if isinstance(configuration, dict) and configuration.get("code_choice") is not None:
+        configuration = {name: entry for name, entry in configuration.items() if name != "code"}
+    return _without_seeds(configuration)
 
 
 def _without_seeds(value: Any) -> Any:

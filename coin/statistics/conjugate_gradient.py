@@ -70,7 +70,7 @@ def conjugate_gradient(
         product = operator(dict(x))
         residual = {name: value - product[name] for name, value in right.items()}
     scale = size if size > 0 else 1.0
-    residuals = [math.sqrt(_dot(residual, residual)) / scale]
+    residuals = [_finite(math.sqrt(_dot(residual, residual)) / scale, 0)]
     z = precondition(residual)
     direction = {name: value.clone() for name, value in z.items()}
     rho = _dot(residual, z)
@@ -86,12 +86,21 @@ def conjugate_gradient(
         for name in x:
             x[name].add_(direction[name], alpha=step)
             residual[name].sub_(product[name], alpha=step)
-        residuals.append(math.sqrt(_dot(residual, residual)) / scale)
+        residuals.append(_finite(math.sqrt(_dot(residual, residual)) / scale, len(residuals)))
         z = precondition(residual)
         previous, rho = rho, _dot(residual, z)
         for name in direction:
             direction[name].mul_(rho / previous).add_(z[name])
     return Solution(x, residuals, residuals[-1] <= tolerance)
+
+
+def _finite(residual: float, step: int) -> float:
+    if not math.isfinite(residual):
+        raise NumericalError(
+            f"conjugate gradients found a residual of {residual} at step {step}, expected a finite one; check the "
+            "system's right-hand side, or raise the damping"
+        )
+    return residual
 
 
 def _dot(left: State, right: State) -> float:

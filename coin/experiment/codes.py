@@ -1,0 +1,165 @@
+"""The code of an experiment: given, ready-made, or chosen from calibration data before anything is merged."""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coin.coding import Code, choose_code, convex, simplex_codes, uniform
+from coin.data import Calibration, pooled
+from coin.errors import ConfigurationError, FileError, NumericalError
+from coin.merging import Average, MergeInputs
+from coin.merging.networks import expert_outputs, merge_row, parameters_of
+from coin.state import write_text
+from coin.statistics import OutputMap
+
+AUTO = "auto"
+"""The value of `code` that has every seed choose its own."""
+
+SAMPLES = 50
+"""The most calibration samples of each task that the choice looks at."""
+
+_CANDIDATES = 39
+
+
+@dataclass(frozen=True)
+class SeedCode:
+    """A code and what choosing it has cost.
+
+    Args:
+        code: The code.
+        seconds: Wall time; 0 for a code that was given.
+        passes: Forward-equivalents.
+    """
+
+    code: Code
+    seconds: float = 0.0
+    passes: float = 0.0
+
+
+def read_code(option: Any, num_experts: int) -> Code | None:
+    """Return the code that the option of an experiment stands for, None for `AUTO`.
+
+    Args:
+        option: None for uniform weights and one coded model, a number R for the ready code of R coded models
+            (`coin.coding.convex`), R rows of N weights, or ``auto``.
+        num_experts: N.
+
+    Raises:
+        ConfigurationError: It is none of these, or a matrix for another number of experts.
+        DecodingError: The matrix does not decode every erasure of R experts, or there is no ready code that does.
+    """
+    if option == AUTO:
+        return None
+    if option is None:
+        return uniform(num_experts)
+    if isinstance(option, int) and not isinstance(option, bool):
+        return convex(num_experts, option)
+    if not isinstance(option, list):
+        raise ConfigurationError(
+            f"found code {option!r}, expected R rows of N weights, a number R of coded models, {AUTO}, or null"
+        )
+    code = Code(option)
+    if code.num_experts != num_experts:
+        raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {num_experts}")
+    return code
+
+
+def candidate_codes(num_experts: int) -> list[Code]:
+    """Return the codes to choose from: uniform weights first, then the finest even grid of at most 39 codes.
+
+    39 codes are the multiples of 1/40 for two experts, and 36 the multiples of 1/10 for three.
+    """
+    resolution = num_experts
+    while resolution < _CANDIDATES + 1 and math.comb(resolution, num_experts - 1) <= _CANDIDATES:
+        resolution += 1
+    first = uniform(num_experts)
+    grid = [
+        code
+        for code in simplex_codes(num_experts, resolution)
+        if not torch.allclose(code.matrix, first.matrix, rtol=0, atol=1e-9)
+    ]
+    return [first, *grid]
+
+
+def choose_weights(
+    networks: Sequence[nn.Module], calibrations: Iterable[Calibration]
+) -> tuple[Code, list[dict[str, Any]], float]:
+    """Choose one coded model's weights by what the cheapest merge leaves on calibration data.
+
+    The residual of a candidate β is the root mean square of f̄(β) − Σ_i β_i f_i over samples and logits, f̄(β) being
+    the β-average of the experts with averaged BatchNorm statistics; `coin.coding.choose_code` weighs it by the code's
+    worst noise amplification.
+
+    Args:
+        networks: The N experts, with equally many outputs.
+        calibrations: Each task's calibration samples; at most `SAMPLES` of each are looked at.
+
+    Returns:
+        The code, what was found for every candidate, and the forward-equivalents spent.
+
+    Raises:
+        NumericalError: The outputs of an expert or of an average are not finite.
+    """
+    samples = pooled([each.subset(range(min(SAMPLES, each.num_samples))) for each in calibrations])
+    inputs = MergeInputs([parameters_of(network) for network in networks])
+    outputs = expert_outputs(networks, samples)
+    passes = float(len(networks) * samples.num_samples)
+    method, residuals = Average(), {}
+    candidates = candidate_codes(len(networks))
+    for code in candidates:
+        average, _ = merge_row(method, networks, code.matrix[0].tolist(), inputs)
+        outcome = OutputMap(average, samples)
+        residuals[code] = _root_mean_square(outcome.outputs({}) - code.encode(outputs)[0])
+        passes += outcome.passes
+        if not math.isfinite(residuals[code]):
+            raise NumericalError(
+                f"the outputs of the experts or of their average with weights {code.matrix[0].tolist()} on calibration "
+                "data are not finite; check the experts, or give a code"
+            )
+    table = [
+        {
+            "row": code.matrix[0].tolist(),
+            "residual": residuals[code],
+            "amplification": code.worst_amplification(),
+            "score": residuals[code] * code.worst_amplification(),
+        }
+        for code in candidates
+    ]
+    return choose_code(candidates, residuals.__getitem__), table, passes
+
+
+def write_choice(path: Path, networks: Sequence[nn.Module], calibrations: Sequence[Calibration]) -> None:
+    """Choose a code and write it, with the scores of all candidates and what it cost, as JSON; see `choose_weights`."""
+    started = time.perf_counter()
+    code, table, passes = choose_weights(networks, calibrations)
+    document = {
+        "matrix": code.matrix.tolist(),
+        "seconds": time.perf_counter() - started,
+        "passes": passes,
+        "candidates": table,
+    }
+    write_text(path, json.dumps(document, indent=1))
+
+
+def read_choice(path: Path) -> SeedCode:
+    """Return the code that `write_choice` wrote.
+
+    Raises:
+        FileError: The file is missing or damaged.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return SeedCode(Code(document["matrix"]), float(document["seconds"]), float(document["passes"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"cannot read the chosen code '{path}' ({error}); delete it and run again") from error
+
+
+def _root_mean_square(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())

@@ -1,0 +1,125 @@
+"""The statistics of a seed's experts: which ones the methods want, where they are, and the step that computes one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coin.data import TaskData
+from coin.experiment.config import CalibrationConfig
+from coin.experiment.jobs import log_files
+from coin.experiment.steps import step_key
+from coin.experiment.training import make_trainer
+from coin.merging import MergeMethod, Requirement
+from coin.modules import Distillation, StatisticKind
+from coin.statistics import FisherKind
+from coin.statistics.files import save_statistic
+
+if TYPE_CHECKING:
+    from coin.experiment.seed_run import SeedRun
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One statistic of every expert.
+
+    Args:
+        statistic: ``fisher`` or ``gram``.
+        data: On which samples: each expert's ``own``, or ``pooled``.
+        kind: Which Fisher diagonal; none for Gram matrices.
+    """
+
+    statistic: StatisticKind
+    data: str
+    kind: FisherKind | None = None
+
+    def __str__(self) -> str:
+        name = "Gram matrices" if self.kind is None else "Fisher"
+        return f"{name} ({', '.join(self.options.values())})"
+
+    def path(self, folder: Path, task: str, calibration: CalibrationConfig) -> Path:
+        """Return the file of an expert's statistic; the experiment's own kind and data have the plain name."""
+        own = (calibration.fisher_data, None if self.kind is None else calibration.fisher_kind)
+        suffix = "" if own == (self.data, self.kind) else "".join(f"-{part}" for part in self.options.values())
+        return folder / "statistics" / f"{task}.{self.statistic}{suffix}.safetensors"
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What tells it from others of its statistic."""
+        return ({} if self.kind is None else {"kind": str(self.kind)}) | {"data": self.data}
+
+
+def wanted_by(method: MergeMethod | Distillation, calibration: CalibrationConfig) -> list[Wanted]:
+    """Return the statistics that a method asks for, the experiment's choice where it has none of its own."""
+    requires: frozenset[Requirement] = getattr(method, "requires", frozenset())
+    found = []
+    if Requirement.FISHER in requires:
+        kind = FisherKind(getattr(method, "fisher_kind", None) or calibration.fisher_kind)
+        data = getattr(method, "fisher_data", None) or calibration.fisher_data
+        found.append(Wanted(StatisticKind.fisher, data, kind))
+    if Requirement.GRAM in requires:
+        found.append(Wanted(StatisticKind.gram, getattr(method, "gram_data", None) or calibration.fisher_data))
+    return found
+
+
+def estimate(run: SeedRun, wanted: Wanted) -> None:
+    """Compute one statistic of every expert whose file is missing or of other inputs."""
+    calibration = run.experiment.calibration
+    cotangents = calibration.fisher_cotangents if wanted.kind == FisherKind.monte_carlo else None
+    missing: dict[str, tuple[Path, str]] = {}
+    for task in run.tasks:
+        path = wanted.path(run.folder, task, calibration)
+        key = step_key(_key_options(run, task, wanted), [run.expert_path(task)], run.experts.sha256)
+        if not run.steps.finished(path.stem, key, [path]):
+            missing[task] = (path, key)
+    if not missing:
+        return
+    run.say(f"{wanted} of {', '.join(missing)}")
+    name = "-".join((str(wanted.statistic), *wanted.options.values()))
+    with run.job("fisher", name) as loggers:
+        for task, (path, key) in missing.items():
+            sums, seconds = make_trainer(run.folder, run.experiment.trainer).statistic_sums(
+                run.experts.files[task].network,
+                run.data(_of(run, task, wanted)),
+                statistic=wanted.statistic,
+                kind=wanted.kind or FisherKind.exact,
+                cotangents=cotangents,
+                memory_mib=calibration.memory_mib,
+            )
+            fisher = {} if wanted.kind is None else {"cotangents": cotangents}
+            save_statistic(
+                path,
+                sums,
+                statistic=str(wanted.statistic),
+                weights=run.experts.marks[task],
+                seconds=seconds,
+                task=task,
+                samples_per_task=calibration.samples_per_task,
+                seed=run.seed,
+                **wanted.options,
+                **fisher,
+            )
+            run.steps.finish(path.stem, key, [path])
+            costs = {"seconds": seconds, "passes": sums.passes}
+            for logger in loggers:
+                logger.log_metrics({f"{wanted.statistic}/{task}/{what}": cost for what, cost in costs.items()})
+        if wanted.statistic is StatisticKind.fisher:  # Gram matrices are many times the size of the networks
+            files = {task: path for task, (path, _) in missing.items()}
+            log_files(loggers, files, "statistics", run.experiment, run.seed)
+
+
+def _of(run: SeedRun, task: str, wanted: Wanted) -> dict[str, TaskData]:
+    return run.tasks if wanted.data == "pooled" else {task: run.tasks[task]}
+
+
+def _key_options(run: SeedRun, task: str, wanted: Wanted) -> dict[str, Any]:
+    calibration = run.experiment.calibration
+    options = {
+        "tasks": _of(run, task, wanted),
+        "samples": calibration.samples_per_task,
+        "batch_size": calibration.batch_size,
+    }
+    if wanted.kind is None:
+        return options
+    return options | {"kind": wanted.kind, "k": calibration.fisher_cotangents}
