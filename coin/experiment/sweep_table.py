@@ -12,6 +12,7 @@ from rich.text import Text
 from coin.experiment.sweep_points import as_text
 from coin.reporting.results import read_results
 from coin.reporting.summary import seed_means
+from coin.reporting.table import decoder_heading
 
 SWEEP_CSV = "sweep.csv"
 
@@ -57,7 +58,7 @@ def sweep_table(frame: pd.DataFrame, swept: Sequence[str], title: str) -> Table:
         table.add_column(Text({"batchnorm": "BatchNorm"}.get(head, head.rsplit(".")[-1])), overflow="fold")
     decoders = list(dict.fromkeys(per_seed["decoder"]))
     for decoder in decoders:
-        table.add_column(Text(decoder), justify="right", overflow="fold")
+        table.add_column(decoder_heading(decoder), justify="right", overflow="fold")
     before: Any = None
     for line, group in per_seed.groupby(heads, sort=False, dropna=False):
         point = line[: len(keys)]

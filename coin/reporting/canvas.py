@@ -5,12 +5,14 @@ axes are drawn in one ink that inline SVG replaces by ``currentColor``: the figu
 """
 
 import io
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,6 +21,8 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 WIDTH = 5.4
 """Inches. Narrow, so that the text is still legible on a phone."""
+# Of the legend, in inches: a letter, a mark with the space around it, a line; and the lines that figures have room for.
+_LETTER, _MARK, _LEGEND_ROW, _ROWS_WITH_ROOM = 0.08, 0.5, 0.19, 3
 
 # Any: a list of matplotlib's own literal names would tie us to one version of its stubs.
 _STYLE: Any = {
@@ -71,7 +75,24 @@ def legend_below(figure: Figure, axes: Axes, title: str | None = None, columns: 
     """Put the legend of `axes` under the figure, where it hides no point."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), title=title)
+        place_legend(figure, handles, labels, title, columns)
+
+
+def place_legend(
+    figure: Figure, handles: Sequence[Any], labels: Sequence[str], title: str | None = None, columns: int = 3
+) -> None:
+    """Put a legend under the figure, in as many columns (at most so many) as the labels leave room for."""
+    columns = next(count for count in range(min(columns, len(labels)), 0, -1) if count == 1 or _fits(labels, count))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
+    rows = math.ceil(len(labels) / columns)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + _LEGEND_ROW * max(0, rows - _ROWS_WITH_ROOM))
+
+
+def _fits(labels: Sequence[str], columns: int) -> bool:
+    """Whether a legend is no wider than a figure; its columns are filled one after the other, as matplotlib does."""
+    parts = np.array_split(np.array([len(label) for label in labels]), columns)
+    return sum(_MARK + _LETTER * float(part.max()) for part in parts) <= WIDTH
 
 
 def settle(figure: Figure) -> Figure:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from coin.reporting.canvas import INK, WIDTH, colour, legend_below, marker, style
+from coin.reporting.canvas import INK, WIDTH, colour, legend_below, marker, place_legend, style
 from coin.reporting.comparison import REFERENCES, variant_names
 
 PAPER_NDA = 0.975
@@ -23,10 +23,10 @@ def nda_by_method(means: pd.DataFrame) -> Figure:
         means: Rows of a summary with one number set per variant and decoder.
     """
     with style():
-        names = _names(means)
-        figure = Figure(figsize=(WIDTH, 1.5 + 0.36 * len(names)))
+        names, decoders = _names(means), _decoders(means)
+        figure = Figure(figsize=(WIDTH, 1.5 + 0.36 * len(names) * _crowd(decoders)))
         axes = figure.subplots()
-        _dots(axes, means, names, _decoders(means))
+        _dots(axes, means, names, decoders)
         axes.set_xlabel("NDA (%), mean over tasks ± spread over seeds")
         legend_below(figure, axes, "decoder")
         return figure
@@ -39,11 +39,11 @@ def nda_per_task(rows: pd.DataFrame) -> Figure:
         rows: Rows of a summary for single tasks: one number set per task, variant and decoder.
     """
     with style():
-        names, tasks = _names(rows), list(dict.fromkeys(rows["task"]))
-        figure = Figure(figsize=(WIDTH, 1.0 + (0.6 + 0.30 * len(names)) * len(tasks)))
+        names, decoders, tasks = _names(rows), _decoders(rows), _unique(rows["task"])
+        figure = Figure(figsize=(WIDTH, 1.0 + (0.6 + 0.30 * len(names) * _crowd(decoders)) * len(tasks)))
         panels = figure.subplots(len(tasks), 1, sharex=True, squeeze=False)[:, 0]
         for axes, task in zip(panels, tasks, strict=True):
-            _dots(axes, rows[rows["task"] == task], names, _decoders(rows))
+            _dots(axes, rows[rows["task"] == task], names, decoders)
             axes.set_title(f"task {task}")
         panels[-1].set_xlabel("NDA (%) ± spread over seeds")
         legend_below(figure, panels[0], "decoder")
@@ -177,7 +177,7 @@ def _scatter_legend(figure: Figure, means: pd.DataFrame) -> None:
         Line2D([], [], color=INK, marker=marker(k), markerfacecolor="none", linestyle="none", label=decoder)
         for k, decoder in enumerate(_decoders(means))
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, title="colour: method, shape: decoder")
+    place_legend(figure, handles, [str(handle.get_label()) for handle in handles], "colour: method, shape: decoder")
 
 
 def _names(rows: pd.DataFrame) -> list[str]:
@@ -190,6 +190,11 @@ def _names(rows: pd.DataFrame) -> list[str]:
 def _decoders(rows: pd.DataFrame) -> list[str]:
     contenders = rows[~rows["method"].isin(REFERENCES)]
     return _unique([*contenders["decoder"], *rows["decoder"]])
+
+
+def _crowd(series: list[str]) -> float:
+    """Return how much taller a line of dots is with so many markers on it."""
+    return max(1.0, len(series) / 5)
 
 
 def _unique(values: Iterable[str]) -> list[str]:

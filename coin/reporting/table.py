@@ -1,5 +1,7 @@
 """The results in a terminal: tables that fit 100 columns, also when piped."""
 
+import textwrap
+
 import pandas as pd
 from rich import box
 from rich.console import Console
@@ -10,6 +12,8 @@ from coin.reporting.comparison import Cell, Comparison, Line, comparisons, exper
 
 WIDTH = 100
 _DECODERS_PER_TABLE = 3
+_HEADING = 14
+"""The widest heading of a decoder: ``feature_ridge-``."""
 
 
 def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None:
@@ -68,6 +72,11 @@ def experts_table(summary: pd.DataFrame) -> Table:
     return table
 
 
+def decoder_heading(decoder: str) -> Text:
+    """Return a decoder's name as a heading: a long one on several lines, broken at its hyphens."""
+    return Text("\n".join(textwrap.wrap(decoder, _HEADING)))
+
+
 def _nda_table(comparison: Comparison, decoders: tuple[str, ...]) -> Table:
     title = Text(f"{comparison.experiment}: NDA, {comparison.erased} lost")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -77,7 +86,7 @@ def _nda_table(comparison: Comparison, decoders: tuple[str, ...]) -> Table:
     if several_samples:
         table.add_column("P", justify="right", no_wrap=True)
     for decoder in decoders:
-        table.add_column(Text(decoder), justify="right", no_wrap=True)
+        table.add_column(decoder_heading(decoder), justify="right", no_wrap=True)
     for heading in ("resid.", "sec.", "passes"):
         table.add_column(heading, justify="right", no_wrap=True)
     for i, line in enumerate(comparison.lines):
