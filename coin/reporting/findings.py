@@ -28,6 +28,11 @@ class _Group:
     means: pd.DataFrame
     decoders: tuple[str, ...]
 
+    @property
+    def plain_decoders(self) -> tuple[str, ...]:
+        """The decoders without options, whose names have no suffix; all of them where there are none."""
+        return tuple(decoder for decoder in self.decoders if "-" not in decoder) or self.decoders
+
     def nda(self, name: str, decoder: str) -> "pd.Series[float]":
         """Return NDA by seed."""
         chosen = (self.means["name"] == name) & (self.means["decoder"] == decoder)
@@ -102,9 +107,9 @@ def _paper(group: _Group) -> list[Finding]:
 
 
 def _worse(group: _Group, baseline: str, called: str) -> list[Finding]:
-    """Say, for each decoder, which methods do worse than the strongest variant of a baseline."""
+    """Say, for each decoder without options, which methods do worse than the strongest variant of a baseline."""
     out = []
-    for decoder in group.decoders:
+    for decoder in group.plain_decoders:
         reference = group.strongest(group.names(baseline), decoder)
         if reference is None:
             continue
@@ -139,7 +144,7 @@ def _best(group: _Group) -> list[Finding]:
 def _survivors(group: _Group) -> list[Finding]:
     """Say what the coded model adds to decoding from the survivors alone."""
     out = []
-    for decoder in group.decoders:
+    for decoder in group.plain_decoders:
         none, best = group.nda("none", decoder), group.strongest(group.names(), decoder)
         if len(none) == 0 or best is None:
             continue

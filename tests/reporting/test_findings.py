@@ -81,3 +81,10 @@ def test_cautions():
     sound = said(rows_of("coin", [0.9]) + rows_of("oracle", [1.0], batchnorm=""))
     assert not any("do not trust" in item.text for item in sound)
     assert "coin" in one(said(rows_of("coin", [float("nan")])), "not defined").text
+
+
+def test_methods_are_held_against_baselines_with_decoders_without_options():
+    rows = rows_of("average", [0.9, 0.9]) + rows_of("coin", [0.8, 0.8])
+    found = said(rows + [replace(row, decoder="feature_ridge-64") for row in rows])
+    assert "with the linear decoder" in one(found, "Than plain averaging").text
+    assert "feature_ridge-64" in one(found, "Best method by decoder").text
