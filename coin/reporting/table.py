@@ -74,7 +74,9 @@ def experts_table(summary: pd.DataFrame) -> Table:
 
 def decoder_heading(decoder: str) -> Text:
     """Return a decoder's name as a heading: a long one on several lines, broken at its hyphens."""
-    return Text("\n".join(textwrap.wrap(decoder, _HEADING)))
+    # With a space behind every hyphen, for textwrap leaves those beside a digit whole.
+    lines = textwrap.wrap(decoder.replace("-", "- "), _HEADING, break_long_words=False, break_on_hyphens=False)
+    return Text("\n".join(lines).replace("- ", "-"))
 
 
 def _nda_table(comparison: Comparison, decoders: tuple[str, ...]) -> Table:

@@ -181,6 +181,12 @@ MISTAKES = {
     "unknown network": (["run", "-c", "CONFIG", "--network.name=resnet51"], "resnet5"),
     "unknown weights": (["run", "-c", "CONFIG", "--network.name=resnet18", "--network.weights=V9"], "IMAGENET1K_V1"),
     "unknown decoder": (["run", "-c", "CONFIG", "--decoders=[magic]"], "magic"),
+    "a decoder twice": (["run", "-c", "CONFIG", "--decoders=[ridge, {kind: ridge}]"], "ridge twice"),
+    "an option of another decoder": (
+        ["run", "-c", "CONFIG", "--decoders=[{kind: ridge, components: 3}]"],
+        "components=3",
+    ),
+    "an unknown option of a decoder": (["run", "-c", "CONFIG", "--decoders=[{kind: ridge, depth: 3}]"], "'depth'"),
     "options of no expert": (["run", "-c", "CONFIG", "--expert.overrides={x: {epochs: 1}}"], "'x'"),
     "unknown trainer option": (["run", "-c", "CONFIG", "--trainer={speed: 9}"], "speed"),
     "cotangents of no method": (["run", "-c", "CONFIG", "--calibration.fisher_cotangents=3"], "monte_carlo"),

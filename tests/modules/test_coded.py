@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from coin.coding import Code, DecoderKind
+from coin.coding import Answers, Code, DecoderConfig, DecoderKind, make_decoder
 from coin.errors import ConfigurationError, DecodingError
 from coin.modules import Coded
+from coin.networks import NetworkConfig, build_network, stages_and_logits
 
 
 class Lost(nn.Module):
@@ -111,3 +112,43 @@ def test_what_does_not_fit_is_refused(inputs):
         coded.fit_decoder([], [0, 1], "linear")
     with pytest.raises(DecodingError, match="found decoder 'cubic'"):
         coded.fit_decoder([], [0], "cubic")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DecoderConfig("ridge", fitted_on="own"),
+        DecoderConfig("feature_ridge", features="stages"),
+        DecoderConfig("feature_ridge", features="stages", components=3, projection="random", fitted_on="own"),
+    ],
+    ids=lambda config: config.name,
+)
+def test_decoders_with_options_read_what_they_need_and_lost_experts_never_run(config):
+    networks = [
+        build_network(NetworkConfig("small_resnet", 16, None, {"width": 2}), 3, seed=s).double() for s in range(3)
+    ]
+    images = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tasks = torch.arange(24) % 2
+    coded = Coded(Code(CODES[0]), networks[:2], networks[2:]).fit_decoder(images.split(7), [1], config, tasks)
+    assert coded.decoder.name == config.name
+    with torch.no_grad():
+        runs = [stages_and_logits(network, images) for network in networks]
+    logits, features = [run[1] for run in runs], [run[0] for run in runs]
+    everything = Answers(
+        torch.stack(logits[:2]), torch.stack(logits[2:]), features[:2], features[2:], (2, 4, 8, 16), tasks
+    )
+    expected = make_decoder(config, coded.code, [1]).fit(everything).decode(everything)
+    coded.experts[1] = Lost(networks[1])
+    torch.testing.assert_close(coded.decode(images), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_own_samples_need_tasks_and_stages_one_architecture(inputs):
+    coded = Coded(Code(CODES[0]), [linear(0), linear(1)], [linear(2)])
+    with pytest.raises(DecodingError, match="do not tell their tasks; give it tasks"):
+        coded.fit_decoder([inputs], [0], DecoderConfig("ridge", fitted_on="own"))
+    with pytest.raises(DecodingError, match="found features of one stage"):
+        coded.fit_decoder([inputs], [0], DecoderConfig("feature_ridge", features="stages"))
+    images = torch.randn(4, 3, 16, 16)
+    wide = [build_network(NetworkConfig("small_resnet", 16, None, {"width": w}), 3) for w in (2, 2, 4)]
+    with pytest.raises(ConfigurationError, match=r"stages of widths \(2, 4, 8, 16\) and \(4, 8, 16, 32\)"):
+        Coded(Code(CODES[0]), wide[:2], wide[2:]).answers(images, features=True, stages=True)

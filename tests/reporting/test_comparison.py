@@ -106,6 +106,21 @@ def test_more_decoders_than_fit_continue_in_a_further_table(measure):
     assert text.count("NDA, 1 of 2 lost") == 2
 
 
+def test_long_names_of_decoders_break_at_their_hyphens(measure):
+    rows, _ = measure(0)
+    names = {
+        "linear": "feature_ridge-stages-64-random-own",
+        "ridge": "feature_ridge-stages-256-own",
+        "feature_ridge": "feature_ridge-stages",
+    }
+    text = printed(summarise(frame(*(replace(row, decoder=names[row.decoder]) for row in rows))))
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert "…" not in text
+    assert text.count("feature_ridge-") == 3
+    assert "random-own" in text
+    assert text.count("NDA, 1 of 2 lost") == 1
+
+
 def test_references_are_set_apart(measure):
     table = summary_table(summarise(frame(*measure(0)[0])))
     ends = [row.end_section for row in table.rows]

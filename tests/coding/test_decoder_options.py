@@ -1,0 +1,326 @@
+import dataclasses
+
+import pytest
+import torch
+
+from coin.coding import (
+    Answers,
+    Code,
+    DecoderConfig,
+    DecoderKind,
+    FeatureChoice,
+    FittedOn,
+    Projection,
+    ProjectionKind,
+    distinct_decoders,
+    fit_projection,
+    make_decoder,
+    project_answers,
+)
+from coin.errors import ConfigurationError, DecodingError, NumericalError
+
+CODE = Code([[0.2, 0.3, 0.5]])
+WIDTHS = (3, 4, 5)
+
+
+def noisy_answers(samples, seed, code=CODE, widths=WIDTHS, scales=(1.0, 30.0, 0.1)):
+    """Answers that are no exact function of one another, with features of stages that differ in size."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    hidden = normal(samples, 4)
+    maps = torch.Generator().manual_seed(99)
+    experts, features = [], []
+    for _ in range(code.num_experts + code.num_coded):
+        experts.append(hidden @ torch.randn(4, 2, generator=maps, dtype=torch.float64) + 0.3 * normal(samples, 2))
+        stages = []
+        for width, scale in zip(widths, scales, strict=True):
+            mixed = hidden @ torch.randn(4, width, generator=maps, dtype=torch.float64)
+            stages.append(scale * (mixed + 0.5 * normal(samples, width)))
+        features.append(torch.cat(stages, 1))
+    n = code.num_experts
+    tasks = torch.randint(0, n, (samples,), generator=draw)
+    return Answers(torch.stack(experts[:n]), torch.stack(experts[n:]), features[:n], features[n:], widths, tasks)
+
+
+def one_stage(answers, part=slice(-WIDTHS[-1], None)):
+    """The same answers with some columns of the features as the only stage."""
+    return dataclasses.replace(
+        answers,
+        expert_features=[feature[:, part] for feature in answers.expert_features],
+        coded_features=[feature[:, part] for feature in answers.coded_features],
+        feature_widths=None,
+    )
+
+
+def decoded(config, calibration, test, erased=(1,), code=CODE):
+    return make_decoder(config, code, erased).fit(calibration).decode(test)
+
+
+# Names and what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"kind": "linear"}, "linear"),
+        ({"kind": "ridge", "fitted_on": "own"}, "ridge-own"),
+        ({"kind": "feature_ridge"}, "feature_ridge"),
+        ({"kind": "feature_ridge", "features": "stages"}, "feature_ridge-stages"),
+        ({"kind": "feature_ridge", "components": 64}, "feature_ridge-64"),
+        ({"kind": "feature_ridge", "features": "stages", "fitted_on": "own"}, "feature_ridge-stages-own"),
+        (
+            {"kind": "feature_ridge", "features": "stages", "components": 64, "projection": "random"},
+            "feature_ridge-stages-64-random",
+        ),
+        (
+            {"kind": "feature_ridge", "components": 8, "projection": "random", "fitted_on": "own"},
+            "feature_ridge-8-random-own",
+        ),
+    ],
+)
+def test_a_decoder_is_named_after_its_kind_and_what_differs(options, name):
+    config = DecoderConfig.of(options)
+    assert config.name == name
+    decoder = make_decoder(config, CODE, [0])
+    assert (decoder.name, decoder.kind) == (name, DecoderKind(options["kind"]))
+    assert make_decoder(options["kind"], CODE, [0]).name == options["kind"]
+
+
+def test_plain_words_become_members():
+    config = DecoderConfig("feature_ridge", "stages", 3, "random", "own")
+    assert config.kind is DecoderKind.feature_ridge
+    assert config.features is FeatureChoice.stages
+    assert config.projection is ProjectionKind.random
+    assert config.fitted_on is FittedOn.own
+    assert DecoderConfig.of("ridge") == DecoderConfig.of({"kind": "ridge"}) == DecoderConfig(DecoderKind.ridge)
+
+
+REFUSED = [
+    ({"kind": "cubic"}, "found decoder 'cubic', expected one of linear, ridge, feature_ridge"),
+    ({"kind": "ridge", "features": "stages"}, "found features=stages for ridge, expected feature_ridge"),
+    ({"kind": "linear", "components": 4}, "found components=4 for linear, expected feature_ridge"),
+    ({"kind": "linear", "fitted_on": "own"}, "found fitted_on=own for linear, expected ridge or feature_ridge"),
+    ({"kind": "feature_ridge", "projection": "random"}, "found projection=random without components"),
+    ({"kind": "feature_ridge", "components": 0}, "found components=0, expected a whole number of at least 1"),
+    ({"kind": "feature_ridge", "components": True}, "found components=True"),
+    ({"kind": "feature_ridge", "components": 2.5}, "found components=2.5"),
+    ({"kind": "feature_ridge", "features": "first"}, "found features 'first', expected one of last, stages"),
+    ({"kind": "ridge", "fitted_on": "others"}, "found fitted_on 'others', expected one of all, own"),
+    ({"kind": "feature_ridge", "depth": 3}, "found option 'depth' of a decoder, expected kind, features"),
+    ({"components": 3}, "without kind, expected one of linear, ridge, feature_ridge"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_options_that_do_not_apply_are_refused_in_one_line(options, message):
+    with pytest.raises(ConfigurationError, match=message) as found:
+        DecoderConfig.of(options)
+    assert "\n" not in str(found.value)
+
+
+def test_a_list_of_decoders_has_no_repeats_and_is_not_empty():
+    wanted = ["ridge", {"kind": "ridge", "fitted_on": "own"}, DecoderConfig(DecoderKind.linear)]
+    assert [config.name for config in distinct_decoders(wanted)] == ["ridge", "ridge-own", "linear"]
+    with pytest.raises(ConfigurationError, match="found decoder ridge twice"):
+        distinct_decoders(["ridge", DecoderConfig(DecoderKind.ridge)])
+    with pytest.raises(ConfigurationError, match="found no decoders"):
+        distinct_decoders([])
+
+
+# Stages
+
+
+def test_last_reads_the_last_stage_alone():
+    calibration, test = noisy_answers(60, 1), noisy_answers(9, 2)
+    found = decoded("feature_ridge", calibration, test)
+    torch.testing.assert_close(found, decoded("feature_ridge", one_stage(calibration), one_stage(test)), rtol=0, atol=0)
+    changed = [torch.cat([100 + 7 * f[:, :7], f[:, 7:]], 1) for f in calibration.expert_features]
+    other = dataclasses.replace(calibration, expert_features=changed)
+    torch.testing.assert_close(found, decoded("feature_ridge", other, test), rtol=0, atol=0)
+
+
+def test_stages_are_blocks_side_by_side_each_with_its_own_scale():
+    """Stages divided by hand by their root mean square deviation are one stage whose own scale is then 1."""
+    calibration, test = noisy_answers(60, 1), noisy_answers(9, 2)
+    config = DecoderConfig("feature_ridge", features="stages")
+    found = decoded(config, calibration, test)
+
+    def scaled(answers):
+        def by_hand(own, reference):
+            parts = zip(own.split(WIDTHS, 1), reference.split(WIDTHS, 1), strict=True)
+            return torch.cat([part / (ref - ref.mean(0)).square().mean().sqrt() for part, ref in parts], 1)
+
+        return dataclasses.replace(
+            answers,
+            expert_features=list(map(by_hand, answers.expert_features, calibration.expert_features)),
+            coded_features=list(map(by_hand, answers.coded_features, calibration.coded_features)),
+            feature_widths=None,
+        )
+
+    expected = decoded("feature_ridge", scaled(calibration), scaled(test))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    # Not so without the scales: the stages differ in size three hundredfold.
+    rough = decoded("feature_ridge", one_stage(calibration, slice(None)), one_stage(test, slice(None)))
+    assert (rough - expected).abs().max() > 1e-3
+
+
+def test_the_unit_of_a_stage_does_not_matter():
+    calibration, test = noisy_answers(60, 1), noisy_answers(9, 2)
+
+    def rescaled(answers):
+        features = [torch.cat([f[:, :3] * 1000, f[:, 3:]], 1) for f in answers.expert_features]
+        return dataclasses.replace(answers, expert_features=features)
+
+    for options in ({}, {"components": 5}):
+        config = DecoderConfig("feature_ridge", features="stages", **options)
+        torch.testing.assert_close(
+            decoded(config, calibration, test),
+            decoded(config, rescaled(calibration), rescaled(test)),
+            rtol=1e-8,
+            atol=1e-8,
+        )
+
+
+def test_stages_of_one_stage_are_refused():
+    answers = noisy_answers(20, 1)
+    for single in (one_stage(answers), dataclasses.replace(answers, feature_widths=[sum(WIDTHS)])):
+        with pytest.raises(DecodingError, match="feature_ridge-stages decoder found features of one stage"):
+            make_decoder(DecoderConfig("feature_ridge", features="stages"), CODE, [0]).fit(single)
+
+
+# Components
+
+
+@pytest.mark.parametrize("features", ["last", "stages"])
+@pytest.mark.parametrize("erased", [(1,), (2, 0)])
+def test_all_principal_components_lose_nothing(features, erased):
+    code = Code([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]])
+    calibration, test = noisy_answers(60, 1, code), noisy_answers(9, 2, code)
+    width = WIDTHS[-1] if features == "last" else sum(WIDTHS)
+    plain = decoded(DecoderConfig("feature_ridge", features), calibration, test, erased, code)
+    whole = decoded(DecoderConfig("feature_ridge", features, width), calibration, test, erased, code)
+    fewer = decoded(DecoderConfig("feature_ridge", features, 2), calibration, test, erased, code)
+    torch.testing.assert_close(whole, plain, rtol=1e-9, atol=1e-9)
+    assert (fewer - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", list(ProjectionKind))
+def test_components_of_one_stage_are_those_of_projected_answers(kind):
+    calibration, test = one_stage(noisy_answers(60, 1)), one_stage(noisy_answers(9, 2))
+
+    def projections(features) -> list[Projection]:
+        return [fit_projection(feature, 3, kind) for feature in features]
+
+    experts, coded = projections(calibration.expert_features), projections(calibration.coded_features)
+    expected = decoded(
+        "feature_ridge", project_answers(calibration, experts, coded), project_answers(test, experts, coded)
+    )
+    found = decoded(DecoderConfig("feature_ridge", components=3, projection=kind), calibration, test)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_random_components_do_not_depend_on_the_state_of_the_generator():
+    calibration, test = noisy_answers(60, 1), noisy_answers(9, 2)
+    config = DecoderConfig("feature_ridge", "stages", 4, "random")
+    torch.manual_seed(1)
+    first = decoded(config, calibration, test)
+    torch.manual_seed(2)
+    assert torch.equal(first, decoded(config, calibration, test))
+    principal = decoded(dataclasses.replace(config, projection="principal"), calibration, test)
+    assert (first - principal).abs().max() > 1e-3
+
+
+def test_features_of_another_width_are_named():
+    calibration, test = one_stage(noisy_answers(60, 1)), one_stage(noisy_answers(9, 2), slice(0, 4))
+    with pytest.raises(DecodingError, match="found 4 features, the decoder was fitted on 5"):
+        decoded(DecoderConfig("feature_ridge", components=2), calibration, test)
+
+
+# Own samples
+
+
+@pytest.mark.parametrize("kind", ["ridge", "feature_ridge"])
+@pytest.mark.parametrize("erased", [(1,), (2, 0)])
+def test_own_fits_each_lost_expert_on_its_own_samples(kind, erased):
+    code = Code([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]])
+    calibration, test = noisy_answers(150, 1, code), noisy_answers(9, 2, code)
+    decoder = make_decoder(DecoderConfig(kind, fitted_on="own"), code, erased).fit(calibration)
+    found = decoder.decode(test)
+    for place, expert in enumerate(erased):
+        own = calibration.select(calibration.tasks == expert)
+        expected = decoded(kind, own, test, erased, code)[place]
+        torch.testing.assert_close(found[place], expected, rtol=1e-9, atol=1e-9)
+    assert (found - decoded(kind, calibration, test, erased, code)).abs().max() > 1e-3
+    assert len(decoder.fitted) == len(erased)
+    assert decoder.samples_read(calibration) == sum(int((calibration.tasks == expert).sum()) for expert in erased)
+
+
+def test_own_is_all_where_all_samples_are_of_the_lost_experts_task():
+    calibration, test = noisy_answers(40, 1), noisy_answers(9, 2)
+    calibration = dataclasses.replace(calibration, tasks=torch.full((40,), 1))
+    for options in ({"features": "stages"}, {"components": 3}):
+        config = DecoderConfig("feature_ridge", **options)
+        own = dataclasses.replace(config, fitted_on="own")
+        torch.testing.assert_close(decoded(own, calibration, test), decoded(config, calibration, test), rtol=0, atol=0)
+
+
+def test_a_server_reduces_its_features_alike_whoever_is_lost():
+    calibration = noisy_answers(90, 1)
+    config = DecoderConfig("feature_ridge", components=3, fitted_on="own")
+    assert make_decoder(config, CODE, [1]).samples_read(calibration) == 90
+    mixed = dataclasses.replace(calibration, tasks=torch.arange(90) % 3)
+    projections = [fit_projection(one_stage(mixed).expert_features[i], 3, "principal") for i in range(3)]
+    coded = [fit_projection(one_stage(mixed).coded_features[0], 3, "principal")]
+    reduced = project_answers(one_stage(mixed), projections, coded)
+    assert torch.equal(reduced.tasks, mixed.tasks)
+    expected = decoded(DecoderConfig("feature_ridge", fitted_on="own"), reduced, reduced)
+    torch.testing.assert_close(decoded(config, mixed, mixed), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_own_needs_to_know_the_tasks_and_two_samples():
+    answers = noisy_answers(30, 1)
+    own = DecoderConfig("ridge", fitted_on="own")
+    with pytest.raises(DecodingError, match="ridge-own decoder found answers that do not tell their tasks"):
+        make_decoder(own, CODE, [0]).fit(dataclasses.replace(answers, tasks=None))
+    tasks = torch.zeros(30, dtype=torch.int64)
+    tasks[4] = 2
+    with pytest.raises(NumericalError, match="found 1 calibration samples of expert 2's own task, expected at least 2"):
+        make_decoder(own, CODE, [0, 2]).fit(dataclasses.replace(answers, tasks=tasks))
+
+
+# Answers
+
+
+def test_answers_check_their_stages_and_tasks():
+    answers = noisy_answers(6, 1)
+    for change, message in (
+        ({"feature_widths": (3, 4)}, "features of width 12, expected 7"),
+        ({"feature_widths": ()}, r"stages of widths \[\], expected at least 1"),
+        ({"feature_widths": (12, 0)}, r"stages of widths \[12, 0\], expected at least 1"),
+        ({"expert_features": None, "coded_features": None}, "widths of stages but no features"),
+        ({"tasks": torch.zeros(5, dtype=torch.int64)}, r"found tasks \[5\]"),
+        ({"tasks": torch.zeros(6)}, r"torch.float32, expected int64 \[6\]"),
+        ({"tasks": torch.tensor([0, 1, 2, 3, 0, 0])}, "expected indices below 3"),
+        ({"tasks": torch.tensor([0, 1, 2, -1, 0, 0])}, "expected indices below 3"),
+    ):
+        with pytest.raises(DecodingError, match=message):
+            dataclasses.replace(answers, **change)
+    lost = [answers.expert_features[0][:, :0], *answers.expert_features[1:]]
+    assert dataclasses.replace(answers, expert_features=lost).feature_widths == WIDTHS
+
+
+def test_stages_and_tasks_travel_with_the_answers():
+    answers = noisy_answers(7, 1)
+    joined = Answers.concatenate([answers.select(slice(0, 3)), answers.select(torch.tensor([3, 4, 5, 6]))])
+    for other in (joined, answers.without_coded(), answers.with_coded([0])):
+        assert tuple(other.feature_widths) == WIDTHS
+        assert torch.equal(other.tasks, answers.tasks)
+    assert answers.without_coded().coded_features == []
+    assert [stage.shape[1] for stage in answers.stages(answers.expert_features[0])] == list(WIDTHS)
+    with pytest.raises(DecodingError, match="differ in networks, classes, features, stages"):
+        Answers.concatenate([answers, dataclasses.replace(answers, feature_widths=(12,))])
+    with pytest.raises(DecodingError, match="whether they tell the tasks"):
+        Answers.concatenate([answers, dataclasses.replace(answers, tasks=None)])

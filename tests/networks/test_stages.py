@@ -1,0 +1,128 @@
+import pytest
+import torch
+from torch import nn
+
+from coin.errors import StateError
+from coin.networks import NetworkConfig, build_network, features_and_logits, stage_names, stages_and_logits
+
+# One a family of torchvision's, where the family is not built like another one here.
+FAMILIES = {
+    "small_resnet": 16,
+    "resnet18": 32,
+    "resnext50_32x4d": 32,
+    "regnet_y_400mf": 32,
+    "convnext_tiny": 32,
+    "efficientnet_b0": 32,
+    "mobilenet_v2": 32,
+    "mobilenet_v3_small": 32,
+    "densenet121": 32,
+    "vit_b_32": 32,
+    "swin_t": 32,
+    "swin_v2_t": 32,
+    "vgg11_bn": 32,
+    "alexnet": 64,
+    "squeezenet1_1": 64,
+    "shufflenet_v2_x0_5": 32,
+    "mnasnet0_5": 32,
+    "googlenet": 32,
+    "inception_v3": 75,
+    "maxvit_t": 224,
+}
+
+
+def images(size, count=2):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_stages_from_one_pass(name):
+    size = FAMILIES[name]
+    network = build_network(NetworkConfig(name, size), 3).eval()
+    passes = []
+    network.register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        features, logits, widths = stages_and_logits(network, images(size))
+        assert len(passes) == 1
+        last, alone = features_and_logits(network, images(size))
+    assert 2 <= len(widths) <= 6
+    assert features.shape == (2, sum(widths))
+    assert torch.equal(features[:, -widths[-1] :], last)
+    assert torch.equal(logits, alone)
+    assert len(set(stage_names(network))) == len(widths)
+    assert all(not module._forward_pre_hooks for module in network.modules())
+    assert sum(len(module._forward_hooks) for module in network.modules()) == 1  # ours
+    # Different images leave different features at every stage: none is cut off from the input.
+    assert all(bool((stage[0] != stage[1]).any()) for stage in features.split(widths, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "names", "widths"),
+    [
+        ("small_resnet", 16, ["stages.0", "stages.1", "stages.2", "fc"], (32, 64, 128, 256)),
+        ("resnet18", 32, ["relu", "layer1", "layer2", "layer3", "fc"], (64, 64, 128, 256, 512)),
+        ("swin_t", 32, ["features.1", "features.3", "features.5", "head"], (96, 192, 384, 768)),
+        (
+            "vit_b_32",
+            32,
+            [*(f"encoder.layers.encoder_layer_{index}" for index in (2, 5, 8)), "heads.head"],
+            (768, 768, 768, 768),
+        ),
+    ],
+)
+def test_stages_are_pooled_outputs(name, size, names, widths):
+    network = build_network(NetworkConfig(name, size), 3).eval()
+    assert stage_names(network) == names
+    outputs = {}
+    for stage in names[:-1]:
+        network.get_submodule(stage).register_forward_hook(
+            lambda _m, _i, out, stage=stage: outputs.update({stage: out})
+        )
+    with torch.no_grad():
+        features, _, found = stages_and_logits(network, images(size))
+    assert found == widths
+    positions = {"swin_t": (1, 2), "vit_b_32": (1,)}.get(name, (2, 3))
+    for stage, part in zip(names, features.split(widths, 1), strict=True):
+        if stage in outputs:
+            torch.testing.assert_close(part, outputs[stage].mean(positions), rtol=0, atol=0)
+
+
+class Own(nn.Module):
+    """Names its stages itself."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.stage_names = names
+        self.first, self.second, self.unused, self.fc = (nn.Linear(4, width) for width in (4, 4, 4, 3))
+
+    def forward(self, x):
+        return self.fc(self.second(self.second(self.first(x))))
+
+
+def test_a_network_may_name_its_own():
+    network, inputs = Own(["first"]), torch.randn(5, 4)
+    assert stage_names(network) == ["first", "fc"]
+    features, _, widths = stages_and_logits(network, inputs)
+    assert widths == (4, 4)
+    assert torch.equal(features[:, :4], network.first(inputs))
+
+
+@pytest.mark.parametrize(("name", "times"), [("second", 2), ("unused", 0)])
+def test_a_stage_that_does_not_run_once_is_named(name, times):
+    network = Own([name])
+    with pytest.raises(StateError, match=f"stage '{name}' of Own ran {times} times in one pass.*'stage_names'"):
+        stages_and_logits(network, torch.randn(5, 4))
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_an_output_that_cannot_be_pooled_is_named():
+    network = nn.Sequential(nn.Unflatten(1, (1, 1, 1, 4)), nn.Flatten(), nn.Linear(4, 3))
+    network.stage_names = ["0"]
+    with pytest.raises(StateError, match=r"stage '0' returns \[5, 1, 1, 1, 4\], expected \[B, C, H, W\]"):
+        stages_and_logits(network, torch.randn(5, 4))
+
+
+def test_a_bare_head_is_one_stage():
+    inputs = torch.randn(5, 4)
+    features, _, widths = stages_and_logits(nn.Linear(4, 3), inputs)
+    assert torch.equal(features, inputs)
+    assert widths == (4,)
