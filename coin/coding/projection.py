@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from coin.coding.answers import Answers
+from coin.coding.decomposition import thin_svd
 from coin.errors import ConfigurationError, DecodingError
 
 
@@ -58,7 +59,7 @@ def fit_projection(features: Tensor, components: int, kind: ProjectionKind | str
     x = features.to(torch.float64)
     mean = x.mean(0)
     if kind is ProjectionKind.principal:
-        directions = torch.linalg.svd(x - mean, full_matrices=False).Vh[:components].T
+        directions = thin_svd(x - mean)[2][:components].T
     else:
         width = features.shape[1]
         generator = torch.Generator().manual_seed(seed)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coin.coding.decomposition import thin_svd
 from coin.errors import NumericalError
 
 RIDGE_EXPONENTS = tuple(k / 2 for k in range(-20, 5))
@@ -67,7 +68,7 @@ def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1) -> RidgeFit:
                 f"the calibration {what} of the decoder hold a NaN or an infinity, expected finite logits"
             )
     input_mean, target_mean = x.mean(0), y.mean(0)
-    u, s, vt = torch.linalg.svd(x - input_mean, full_matrices=False)
+    u, s, vt = thin_svd(x - input_mean)
     # The round-off of centring is not signal: without this cut a constant input gets huge coefficients.
     size = x.abs().amax() if x.numel() else x.new_zeros(())
     kept = s > torch.finfo(torch.float64).eps * max(x.shape) * size * samples**0.5
