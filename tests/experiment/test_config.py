@@ -26,7 +26,7 @@ def test_strings_of_an_override_become_members():
     [
         ("optimizer", "sgd, adamw"),
         ("schedule", "constant, cosine, one_cycle"),
-        ("augmentation", "none, crop, crop_flip"),
+        ("augmentation", "none, crop, crop_flip, shift"),
         ("weights", "last, best"),
     ],
 )
