@@ -4,26 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, StateError
 from coin.modules import Distillation
 from coin.networks import NetworkConfig, build_network, load_network, pad_logits, save_network, widen_network
 
 ROW = [0.25, 0.75]
-
-
-@pytest.fixture
-def experts(write_experts):
-    return list(write_experts([3, 2]).values())
-
-
-@pytest.fixture
-def tasks(synthetic):
-    def make(held_out=0.0):
-        members = {"a": synthetic(3, key=1), "b": synthetic(2, key=2)}
-        return Tasks(members, samples_per_task=20, batch_size=8, held_out=held_out)
-
-    return make
 
 
 def loss_of(module, inputs):

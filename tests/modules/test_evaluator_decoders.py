@@ -42,9 +42,8 @@ def experts(write_experts):
 
 
 @pytest.fixture
-def tasks(synthetic):
-    members = {f"task{i}": synthetic(classes, test=23 + 6 * i, key=i) for i, classes in enumerate(CLASSES)}
-    return Tasks(members, samples_per_task=20, batch_size=16)
+def tasks(tasks_of):
+    return tasks_of(CLASSES)
 
 
 def answers_of(paths, inputs):

@@ -5,25 +5,11 @@ import torch
 
 from coin.coding import fit_ridge
 from coin.data import Augmentation
-from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.modules import Distillation, ReadoutDistillation
 from coin.networks import features_and_logits, load_network
 
 ROW = [0.25, 0.75]
-
-
-@pytest.fixture
-def experts(write_experts):
-    return list(write_experts([3, 2]).values())
-
-
-@pytest.fixture
-def tasks(synthetic):
-    def make():
-        return Tasks({"a": synthetic(3, key=1), "b": synthetic(2, key=2)}, samples_per_task=20, batch_size=8)
-
-    return make
 
 
 def trained(experts, data, make_trainer, kind=ReadoutDistillation, **options):

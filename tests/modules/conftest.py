@@ -1,0 +1,36 @@
+"""What the tests of several modules share: a pair of experts to distil, and tasks to evaluate on."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from coin.data import TaskData
+from coin.data.tasks import Tasks
+
+
+@pytest.fixture
+def experts(write_experts: Callable[..., dict[str, str]]) -> list[str]:
+    """Return the files of two experts, of three and two classes."""
+    return list(write_experts([3, 2]).values())
+
+
+@pytest.fixture
+def tasks(synthetic: type[TaskData]) -> Callable[..., Tasks]:
+    """Return a function that makes their tasks, with a share of the calibration samples held out."""
+
+    def make(held_out: float = 0.0) -> Tasks:
+        members = {"a": synthetic(3, key=1), "b": synthetic(2, key=2)}
+        return Tasks(members, samples_per_task=20, batch_size=8, held_out=held_out)
+
+    return make
+
+
+@pytest.fixture
+def tasks_of(synthetic: type[TaskData]) -> Callable[[Sequence[int]], Tasks]:
+    """Return a function that makes tasks of these class counts, with test sets of unequal sizes."""
+
+    def make(class_counts: Sequence[int]) -> Tasks:
+        members = {f"task{i}": synthetic(classes, test=23 + 6 * i, key=i) for i, classes in enumerate(class_counts)}
+        return Tasks(members, samples_per_task=20, batch_size=16)
+
+    return make
