@@ -49,7 +49,7 @@ imports: $(VENV)/.dev  ## check that imports flow one way
 	$(BIN)/lint-imports
 
 pytest: $(VENV)/.dev  ## run the tests
-	OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/pytest
+	OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
 bench: $(VENV)/.bench  ## time the exact Fisher against its limit and its peers
 	$(BIN)/python -W ignore tests/benchmarks/fisher.py
