@@ -152,8 +152,8 @@ class Experiment:
     def make_initial(self, console: Console) -> Path:
         """Make the shared initialisation, and return its file.
 
-        With different class counts there is one file a count (experts of one count share their head); the one with
-        the most classes is returned.
+        With different class counts there is one file a count (experts of one count share their head, all experts the
+        rest, random or not); the one with the most classes is returned.
         """
         folder = self.folder / "base"
         steps = Steps(folder)
@@ -182,14 +182,17 @@ class Experiment:
         elif self.base is not None and self.base.checkpoint is not None:
             checkpoint = Path(self.base.checkpoint)
         counts = sorted({task.num_classes for task in self.tasks.values()})
-        for count in counts:
+        largest = self.initial_path(counts[-1])
+        for count in reversed(counts):
             path = self.initial_path(count)
-            key = step_key({"network": self.network, "classes": count}, [] if checkpoint is None else [checkpoint])
+            # What a constructor draws depends on the class count, below the head too.
+            source = largest if checkpoint is None and path != largest else checkpoint
+            key = step_key({"network": self.network, "classes": count}, [] if source is None else [source])
             if not steps.finished(f"initial-{count}", key, [path]):
-                network = initial_network(self.network, count, checkpoint)
+                network = initial_network(self.network, count, source)
                 save_network(path, network, self.network, count, {"made_by": "coin run", "base": str(checkpoint)})
                 steps.finish(f"initial-{count}", key, [path])
-        return self.initial_path(counts[-1])
+        return largest
 
     def _check_batchnorm(self) -> None:
         """Refuse variants that differ in their BatchNorm policy alone, for a network that has no BatchNorm."""

@@ -25,7 +25,7 @@ from coin.experiment.steps import Steps, described, step_key
 from coin.experiment.training import distill_rows, make_trainer, train_network
 from coin.merging import MergeMethod, Requirement
 from coin.modules import DecodingEvaluator, Distillation
-from coin.networks import BatchNormPolicy, initial_network, save_network
+from coin.networks import BatchNormPolicy, brought_network, save_network
 from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class SeedRun:
         if given is not None:
             key = step_key({"network": experiment.network, "classes": task.num_classes}, [_existing(given)])
             if not self.steps.finished(f"expert-{name}", key, [output]):
-                network = initial_network(experiment.network, task.num_classes, Path(given))
+                network = brought_network(experiment.network, task.num_classes, Path(given))
                 provenance = {"made_by": "coin run", "source": given, "task": name, "classes": list(task.classes)}
                 save_network(output, network, experiment.network, task.num_classes, provenance)
                 self.steps.finish(f"expert-{name}", key, [output])

@@ -30,6 +30,7 @@ def merge_networks(
     grams: Sequence[State] | None = None,
     initial: nn.Module | None = None,
     batches: Iterable[Tensor] | None = None,
+    own_batches: Sequence[Iterable[Tensor]] | None = None,
 ) -> list[nn.Module]:
     """Merge experts into coded models, one a row of the code.
 
@@ -40,8 +41,10 @@ def merge_networks(
         fishers: Each expert's Fisher diagonal, where the method wants it.
         grams: Each expert's Gram matrices, where the method wants them.
         initial: The shared initialisation, where the method or the policy ``keep`` wants it.
-        batches: Calibration inputs of all tasks, ``[B, ...]`` each, to be iterated more than once; where the method
-            or the policy ``recalibrate`` wants them.
+        batches: Calibration inputs of all tasks, ``[B, ...]`` each; where the method or the policy ``recalibrate``
+            wants them.
+        own_batches: Each expert's calibration inputs, those of its Fisher; where the method wants the experts as
+            functions of their parameters (`coin.merging.FullFisher`).
 
     Returns:
         R new networks in eval mode.
@@ -56,6 +59,9 @@ def merge_networks(
         fishers=fishers,
         grams=grams,
     )
+    batches = None if batches is None else list(batches)  # iterated more than once
+    if Requirement.EXPERT_MAPS in method.requires:
+        inputs = replace(inputs, expert_maps=_maps(networks, own_batches, method.label))
     if method.requires & FITTED:
         inputs = replace(inputs, expert_outputs=expert_outputs(networks, needed(batches, method.label)))
     buffers = None if initial is None else dict(initial.named_buffers())
@@ -141,6 +147,15 @@ def needed(batches: Iterable[Tensor] | None, label: str) -> Iterable[Tensor]:
             f"found no calibration inputs, which method '{label}' needs; give batches, or the tasks"
         )
     return batches
+
+
+def _maps(networks: Sequence[nn.Module], own_batches: Sequence[Iterable[Tensor]] | None, label: str) -> list[OutputMap]:
+    if own_batches is None or len(own_batches) != len(networks):
+        raise ConfigurationError(
+            f"found calibration inputs of {len(own_batches or ())} experts, which method '{label}' needs; give "
+            f"own_batches, one entry for each of the {len(networks)} experts"
+        )
+    return [OutputMap(network, list(own)) for network, own in zip(networks, own_batches, strict=True)]
 
 
 def _passes(inputs: MergeInputs) -> float:

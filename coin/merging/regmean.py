@@ -36,8 +36,9 @@ class RegMean(MergeMethod):
     section 3.3 for α.
 
     With 200 samples the Gram matrix of a wide layer is singular or nearly so, and weak damping fits noise. The defaults
-    have the smallest residual ‖f_c − Σβf‖ on the *calibration* samples among α of 0.7 to 1 and a damping of 0.01 to 1,
-    for three pairs and triples of tasks alike (`notebooks/03_results.ipynb`).
+    have the smallest residual ‖f_c − Σβf‖ on the *calibration* samples among α of 0.7 to 1 and a damping of 0.01 to 1
+    with ``own`` data, for three pairs and triples of tasks alike: a corner of that grid. Outside it, and with
+    ``pooled`` data, smaller α and larger damping can do better.
 
     Args:
         layers: ``linear`` or ``all``.

@@ -36,7 +36,7 @@ class Distillation(LightningModule):
 
     An experiment names it among its methods and fills in `experts` and `code_row`; with `lr` left open, the learning
     rate and the number of steps are those of the lowest loss on held-out calibration samples, over `learning_rates`
-    and ten points of `steps`, and the final run is on all of them. All of that counts as the method's cost.
+    and some ten points of `steps`, and the final run is on all of them. All of that counts as the method's cost.
 
     Source: the baseline of arXiv 2409.01420, after Lin et al., *Ensemble Distillation for Robust Model Fusion in
     Federated Learning*, NeurIPS 2020.
@@ -49,7 +49,7 @@ class Distillation(LightningModule):
         steps: The number of optimiser steps (the most, where they are chosen).
         batch_size: Samples a step and process.
         held_out: The share of the calibration samples held out to choose on.
-        samples_per_task: P; none takes the experiment's.
+        samples_per_task: P, at least 1; none takes the experiment's.
         augmentation: What happens to the samples in training: ``none``, ``crop``, ``crop_flip`` or ``shift``.
         label: What results and files call this variant.
 
@@ -75,10 +75,12 @@ class Distillation(LightningModule):
     ) -> None:
         super().__init__()
         rates = [3e-4, 1e-3] if learning_rates is None else learning_rates
-        if not rates or any(rate <= 0 for rate in [*rates, *([] if lr is None else [lr])]):
+        if not rates or not all(0 < rate < float("inf") for rate in [*rates, *([] if lr is None else [lr])]):
             raise ConfigurationError(f"found learning rates {rates} and lr={lr}, expected positive numbers")
         if steps < 1 or batch_size < 2:
             raise ConfigurationError(f"found steps={steps}, batch_size={batch_size}, expected at least 1 and 2")
+        if samples_per_task is not None and samples_per_task < 1:
+            raise ConfigurationError(f"found samples_per_task={samples_per_task}, expected at least 1, or none")
         if not 0 < held_out < 1:
             raise ConfigurationError(f"found held_out={held_out}, expected a share above 0 and below 1")
         if augmentation not in list(Augmentation):

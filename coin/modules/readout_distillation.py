@@ -1,6 +1,6 @@
 """Distillation for decoders that read features: the lost answers must be readable from the coded network's features."""
 
-from typing import Any
+from copy import deepcopy
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -27,8 +27,7 @@ class ReadoutDistillation(Distillation):
     decoder fits its own. It is told which task a calibration sample is from, and no label.
 
     It starts from the β-average with its head fitted to Σβ_if_i (`coin.merging.HeadFit`), trains on augmented views,
-    and ends after few steps of Adam under a one-cycle schedule: nothing is chosen on held-out samples unless `lr` is
-    none.
+    and ends after few steps of Adam under a one-cycle schedule: nothing is chosen per run.
 
     Source: the loss is this project's. Readouts beside a distilled network: Romero et al., *FitNets* (ICLR 2015); the
     schedule: Smith and Topin, *Super-convergence* (2018).
@@ -36,12 +35,10 @@ class ReadoutDistillation(Distillation):
     Args:
         experts: The experts' safetensors files.
         code_row: β, one weight an expert, non-negative and summing to 1.
-        lr: Adam's largest learning rate; none has it chosen from `learning_rates`, as for `Distillation`.
-        learning_rates: What to choose from.
+        lr: Adam's largest learning rate.
         steps: The number of optimiser steps.
         batch_size: Samples a step and process.
         readout_weight: w, at least 0; 0 leaves an augmented distillation from the fitted head.
-        held_out: The share of the calibration samples held out where the learning rate is chosen.
         samples_per_task: P; none takes the experiment's.
         augmentation: What happens to the samples in training: ``none``, ``crop``, ``crop_flip`` or ``shift``.
         label: What results and files call this variant.
@@ -56,31 +53,29 @@ class ReadoutDistillation(Distillation):
         self,
         experts: list[str] | None = None,
         code_row: list[float] | None = None,
-        lr: float | None = 1e-3,
-        learning_rates: list[float] | None = None,
+        lr: float = 1e-3,
         steps: int = 100,
         batch_size: int = 64,
         readout_weight: float = 1.0,
-        held_out: float = 0.2,
         samples_per_task: int | None = None,
         augmentation: Augmentation = Augmentation.shift,
         label: str | None = None,
     ) -> None:
         super().__init__(
-            experts,
-            code_row,
-            lr,
-            learning_rates,
-            steps,
-            batch_size,
-            held_out,
-            samples_per_task,
-            augmentation,
-            label,
+            experts=experts,
+            code_row=code_row,
+            lr=lr,
+            steps=steps,
+            batch_size=batch_size,
+            samples_per_task=samples_per_task,
+            augmentation=augmentation,
+            label=label,
         )
         if not 0 <= readout_weight < float("inf"):
             raise ConfigurationError(f"found readout_weight={readout_weight}, expected a number of at least 0")
         self.save_hyperparameters({"readout_weight": readout_weight})
+        for chosen in ("learning_rates", "held_out"):  # nothing is chosen here
+            self.hparams.pop(chosen)
         self.readouts = nn.ModuleList()
 
     def configure_model(self) -> None:
@@ -88,9 +83,7 @@ class ReadoutDistillation(Distillation):
         if self.student is not None:
             return
         super().configure_model()
-        self.readouts = nn.ModuleList(
-            [_readout(network.get_submodule(head_name(network))) for network in self.teachers]
-        )
+        self.readouts = nn.ModuleList([self._readout(network) for network in self.teachers])
 
     def on_fit_start(self) -> None:
         """Fit the student's head, and note which task each training sample is from."""
@@ -141,13 +134,13 @@ class ReadoutDistillation(Distillation):
         )
         return {"optimizer": adam, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-
-def _readout(head: nn.Module) -> nn.Linear:
-    """Return an affine readout with the weights of a head: fully connected, or a convolution with 1×1 taps."""
-    weight: Any = head.weight
-    bias: Any = head.bias
-    readout = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        readout.weight.copy_(weight.reshape(readout.weight.shape))
-        readout.bias.copy_(bias) if bias is not None else readout.bias.zero_()
-    return readout
+    def _readout(self, network: nn.Module) -> nn.Linear:
+        """Return a copy of a network's head."""
+        name = head_name(network)
+        head = network.get_submodule(name)
+        if not isinstance(head, nn.Linear) or head.bias is None:
+            raise ConfigurationError(
+                f"method '{self.label}' needs a fully connected head with a bias, found {type(head).__name__} in "
+                f"'{name}'; leave the method out for this network"
+            )
+        return deepcopy(head).requires_grad_(True)

@@ -3,6 +3,7 @@
 from coin.networks.batchnorm import BatchNormPolicy, average_buffers, has_batchnorm, recalibrate
 from coin.networks.files import (
     NetworkFile,
+    brought_network,
     fill_network,
     initial_network,
     load_network,
@@ -19,6 +20,7 @@ __all__ = [
     "NetworkConfig",
     "NetworkFile",
     "average_buffers",
+    "brought_network",
     "build_network",
     "features_and_logits",
     "fill_network",

@@ -153,6 +153,25 @@ def initial_network(config: NetworkConfig, num_classes: int, checkpoint: Path | 
     return network
 
 
+def brought_network(config: NetworkConfig, num_classes: int, path: Path) -> nn.Module:
+    """Build an expert that was trained elsewhere.
+
+    Args:
+        config: The architecture.
+        num_classes: The number of logits; the file's head must have as many.
+        path: A state dict as safetensors, or a checkpoint.
+
+    Raises:
+        FileError: The file is missing or damaged.
+        StateError: It is of another architecture or number of classes, or a tensor is not finite.
+    """
+    network = build_network(NetworkConfig(config.name, config.image_size, None, config.options), num_classes)
+    state = read_weights(path)
+    check_finite(state, f"the network in '{path}'")
+    fill_network(network, state, str(path))
+    return network
+
+
 def widen_network(file: NetworkFile, num_outputs: int) -> nn.Module:
     """Return a file's network with its head padded by zeros to `num_outputs` logits (the same one if it fits)."""
     if file.num_classes == num_outputs:

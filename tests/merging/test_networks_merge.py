@@ -6,7 +6,7 @@ from torch import nn
 
 from coin.coding import Code
 from coin.errors import ConfigurationError, StateError
-from coin.merging import Average, Coin, GaussNewton, TaskArithmetic
+from coin.merging import Average, Coin, FullFisher, GaussNewton, TaskArithmetic
 from coin.merging.networks import merge_networks
 from coin.networks import BatchNormPolicy, build_network, recalibrate
 from coin.statistics import fisher_diagonal
@@ -147,3 +147,16 @@ def test_experts_that_do_not_fit_are_refused_by_tensor(make_expert, small_config
         broken.fc.bias[0] = float("nan")
     with pytest.raises(StateError, match=r"expert 1 is not finite: tensor 'fc\.bias'"):
         merge_networks(Average(), [make_expert(1), broken], CODE)
+
+
+def test_full_fisher_takes_each_experts_own_inputs(make_expert, batches):
+    experts = [make_expert(1), make_expert(2)]
+    fishers = [fisher_diagonal(expert, batches) for expert in experts]
+    method = FullFisher(max_iterations=3, tolerance=0.9)
+    with pytest.raises(ConfigurationError, match="give own_batches, one entry for each of the 2 experts"):
+        merge_networks(method, experts, CODE, fishers=fishers)
+    own = [iter(batches), (batch + 1 for batch in batches)]
+    (merged,) = merge_networks(method, experts, CODE, fishers=fishers, own_batches=own)
+    (averaged,) = merge_networks(Average(), experts, CODE)
+    parts = zip(merged.parameters(), averaged.parameters(), strict=True)
+    assert any(not torch.allclose(first, second, rtol=1e-3) for first, second in parts)

@@ -95,6 +95,8 @@ def test_the_same_run_gives_the_same_student(experts, tasks, make_trainer):
     ("options", "message"),
     [
         ({"lr": 0.0}, r"found learning rates .* and lr=0.0, expected positive"),
+        ({"lr": float("nan")}, "expected positive numbers"),
+        ({"samples_per_task": 0}, "found samples_per_task=0, expected at least 1"),
         ({"learning_rates": []}, "expected positive numbers"),
         ({"learning_rates": [1e-3, -1.0]}, "expected positive numbers"),
         ({"steps": 0}, "found steps=0"),

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from coin.errors import FileError, StateError
 from coin.networks import (
     NetworkConfig,
+    brought_network,
     build_network,
     fill_network,
     initial_network,
@@ -150,6 +151,13 @@ def test_a_base_of_another_architecture_is_refused_by_name(small_config, saved):
         initial_network(replace(small_config, options={"width": 8}), 3, saved)
     with pytest.raises(FileError, match="found no file"):
         initial_network(small_config, 3, saved.with_name("other.safetensors"))
+
+
+def test_an_expert_from_outside_keeps_its_head_or_is_refused(small_config, saved):
+    network = brought_network(small_config, 3, saved)
+    assert same(network.state_dict(), load_network(saved).network.state_dict())
+    with pytest.raises(StateError, match=r"fc\.weight"):
+        brought_network(small_config, 6, saved)
 
 
 def test_a_widened_network_answers_zero_for_the_added_classes_and_the_same_for_the_others(saved, images):
