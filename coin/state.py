@@ -54,15 +54,22 @@ def check_same_layout(states: Sequence[State], names: Sequence[str] | None = Non
                 )
 
 
+def not_finite(state: State) -> str | None:
+    """Return the name of the first floating-point tensor that holds a NaN or an infinity, None if none does."""
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return key
+    return None
+
+
 def check_finite(state: State, what: str) -> None:
     """Check that no floating-point tensor holds a NaN or an infinity.
 
     Raises:
         StateError: Naming the first tensor that does, and `what` it belongs to.
     """
-    for key, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise StateError(f"{what} is not finite: tensor '{key}' holds a NaN or an infinity")
+    if (key := not_finite(state)) is not None:
+        raise StateError(f"{what} is not finite: tensor '{key}' holds a NaN or an infinity")
 
 
 def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:

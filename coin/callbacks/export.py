@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from coin.callbacks.weights import Weights, description, trained_network
 from coin.errors import NumericalError
 from coin.networks import save_network
+from coin.state import not_finite
 
 
 class ExpertExport(Callback):
@@ -32,7 +32,7 @@ class ExpertExport(Callback):
         if trainer.is_global_zero:
             config, num_classes, provenance = description(pl_module, trainer)
             path = self.path or Path(trainer.default_root_dir) / "expert.safetensors"
-            if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
+            if not_finite(network.state_dict()) is not None:
                 raise NumericalError(
                     f"training diverged: the weights for '{path}' are not finite; give a smaller learning rate"
                 )

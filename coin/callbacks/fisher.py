@@ -4,13 +4,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from coin.callbacks.weights import Weights, trained_network
 from coin.errors import ConfigurationError
 from coin.state import fingerprint
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, fisher_sums, reduce_sums, shard
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, fisher_sums, process_generator, reduce_sums, shard
 from coin.statistics.files import save_statistic
 
 
@@ -61,14 +60,13 @@ class FisherEstimator(Callback):
         calibration = data.calibration(self.samples)
         places = shard(calibration.num_samples, trainer.global_rank, trainer.world_size)
         mine = calibration.subset(places)
-        generator = torch.Generator(pl_module.device).manual_seed(data.seed * 100_003 + trainer.global_rank)
         sums = fisher_sums(
             network,
             (batch.to(pl_module.device) for batch in mine),
             kind=self.kind,
             cotangents=self.cotangents,
             memory_mib=self.memory_mib,
-            generator=generator if self.kind is FisherKind.monte_carlo else None,
+            generator=process_generator(self.kind, data.seed, trainer.global_rank, pl_module.device),
             labels=mine.labels.to(pl_module.device) if self.kind is FisherKind.empirical else None,
         )
         sums = reduce_sums(sums)

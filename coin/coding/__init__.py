@@ -1,7 +1,7 @@
 """The code and its decoders: pure functions of outputs."""
 
 from coin.coding.answers import Answers
-from coin.coding.choice import choose_code, simplex_codes
+from coin.coding.choice import choose_code, decoded_error_bound, simplex_codes
 from coin.coding.code import Code, check_erasure
 from coin.coding.decoder import Decoder
 from coin.coding.decoder_config import DecoderConfig, DecoderKind, FeatureChoice, FittedOn, distinct_decoders
@@ -30,6 +30,7 @@ __all__ = [
     "choose_code",
     "convex",
     "decode_linear",
+    "decoded_error_bound",
     "distinct_decoders",
     "fit_projection",
     "fit_ridge",

@@ -24,21 +24,31 @@ def simplex_codes(num_experts: int, resolution: int) -> list[Code]:
     return codes
 
 
-def choose_code(candidates: Iterable[Code], residual_of: Callable[[Code], float]) -> Code:
-    """Return the candidate with the smallest residual × worst noise amplification; the first of equals.
+def decoded_error_bound(code: Code, residual: float) -> float:
+    """Return residual × worst noise amplification, by which codes are chosen.
 
     An error e of the coded outputs becomes an error of at most amplification × ‖e‖ in the decoded ones, so the product
     bounds the decoded error over all erasures that the code promises.
 
     Args:
-        candidates: Codes for the same experts.
-        residual_of: The root mean square of f_c − Σβ_if_i over calibration data, or a prediction of it; not divided by
+        code: The code.
+        residual: The root mean square of f_c − Σβ_if_i over calibration data, or a prediction of it; not divided by
             the size of the target, which differs between codes.
+    """
+    return residual * code.worst_amplification()
+
+
+def choose_code(candidates: Iterable[Code], residual_of: Callable[[Code], float]) -> Code:
+    """Return the candidate with the smallest `decoded_error_bound`; the first of equals.
+
+    Args:
+        candidates: Codes for the same experts.
+        residual_of: A code's residual, as `decoded_error_bound` wants it.
 
     Raises:
         ConfigurationError: There are no candidates.
     """
-    scored = [(residual_of(code) * code.worst_amplification(), index, code) for index, code in enumerate(candidates)]
-    if not scored:
+    codes = list(candidates)
+    if not codes:
         raise ConfigurationError("found no candidate codes, expected at least one")
-    return min(scored, key=lambda entry: entry[:2])[2]
+    return min(codes, key=lambda code: decoded_error_bound(code, residual_of(code)))

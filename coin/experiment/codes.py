@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.coding import Code, choose_code, convex, simplex_codes, uniform
+from coin.coding import Code, choose_code, convex, decoded_error_bound, simplex_codes, uniform
 from coin.data import Calibration, pooled
 from coin.errors import ConfigurationError, FileError, NumericalError
 from coin.merging import Average, MergeInputs
@@ -128,7 +128,7 @@ def choose_weights(
             "row": code.matrix[0].tolist(),
             "residual": residuals[code],
             "amplification": code.worst_amplification(),
-            "score": residuals[code] * code.worst_amplification(),
+            "score": decoded_error_bound(code, residuals[code]),
         }
         for code in candidates
     ]

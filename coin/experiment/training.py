@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -23,6 +22,7 @@ from coin.experiment.config import TrainingConfig
 from coin.experiment.merge import Ingredients, coded_provenance
 from coin.modules import Distillation, Expert
 from coin.networks import NetworkConfig, save_network
+from coin.state import not_finite
 from coin.trainer import Trainer, quieten
 
 
@@ -217,7 +217,7 @@ def distill(
         lr, steps = best[1], (best[2] + 1) * every
         chosen = {"lr": lr, "steps": steps, "held_out_loss": {str(rate): losses for rate, losses in curves.items()}}
     module = run(lr, steps, 0.0, list(loggers) or False)
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
+    if not_finite(dict(module.named_parameters())) is not None:
         raise NumericalError(f"distillation diverged with lr={lr}; give a smaller one")
     return module, time.perf_counter() - started, passes + module.passes, chosen
 

@@ -32,16 +32,11 @@ class ReadoutDistillation(Distillation):
     Source: the loss is this project's. Readouts beside a distilled network: Romero et al., *FitNets* (ICLR 2015); the
     schedule: Smith and Topin, *Super-convergence* (2018).
 
+    All options but `readout_weight` are those of `Distillation`, with other defaults; `lr` is the schedule's largest.
+    Those that choose an `lr` are missing.
+
     Args:
-        experts: The experts' safetensors files.
-        code_row: β, one weight an expert, non-negative and summing to 1.
-        lr: Adam's largest learning rate.
-        steps: The number of optimiser steps.
-        batch_size: Samples a step and process.
         readout_weight: w, at least 0; 0 leaves an augmented distillation from the fitted head.
-        samples_per_task: P; none takes the experiment's.
-        augmentation: What happens to the samples in training: ``none``, ``crop``, ``crop_flip`` or ``shift``.
-        label: What results and files call this variant.
 
     Raises:
         ConfigurationError: An option is out of its range.

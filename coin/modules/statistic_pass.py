@@ -7,7 +7,16 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Sums, fisher_sums, gram_sums, reduce_sums
+from coin.statistics import (
+    DEFAULT_MEMORY_MIB,
+    FisherKind,
+    Sums,
+    fisher_sums,
+    gram_sums,
+    process_generator,
+    reduce_sums,
+    shard,
+)
 
 
 class StatisticKind(StrEnum):
@@ -58,8 +67,10 @@ class StatisticPass(LightningModule):
         """Start the clock, the random stream and the sums."""
         self._started = time.perf_counter()
         self.sums = None
-        self._generator = torch.Generator(self.device).manual_seed(self.seed * 100_003 + self.global_rank)
-        self._mine = None if self.labels is None else self.labels[self.global_rank :: self.trainer.world_size]
+        self._generator = process_generator(self.kind, self.seed, self.global_rank, self.device)
+        self._mine = None
+        if self.labels is not None:
+            self._mine = self.labels[list(shard(len(self.labels), self.global_rank, self.trainer.world_size))]
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add the batch's sums."""
@@ -81,7 +92,7 @@ class StatisticPass(LightningModule):
             [batch],
             kind=self.kind,
             cotangents=self.cotangents,
-            generator=self._generator if self.kind is FisherKind.monte_carlo else None,
+            generator=self._generator,
             labels=None if self._mine is None else self._mine[done : done + len(batch)].to(self.device),
             memory_mib=self.memory_mib,
         )

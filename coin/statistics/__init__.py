@@ -1,6 +1,7 @@
 """Passes over calibration data that return named tensors: Fisher diagonals, Gram matrices, matrix-free products."""
 
 from coin.statistics.conjugate_gradient import Solution, conjugate_gradient
+from coin.statistics.cotangents import process_generator
 from coin.statistics.fisher import DEFAULT_MEMORY_MIB, fisher_diagonal, fisher_sums
 from coin.statistics.gram import GramLayers, gram_sums
 from coin.statistics.kinds import CotangentDistribution, FisherKind
@@ -19,6 +20,7 @@ __all__ = [
     "fisher_diagonal",
     "fisher_sums",
     "gram_sums",
+    "process_generator",
     "reduce_sums",
     "shard",
 ]

@@ -29,6 +29,18 @@ def check_options(kind: FisherKind, labels: Tensor | None, cotangents: int | Non
         raise ConfigurationError(f"found cotangents={cotangents}, expected at least 1")
 
 
+def process_generator(
+    kind: FisherKind, seed: int, rank: int, device: torch.device | str = "cpu"
+) -> torch.Generator | None:
+    """Return Monte Carlo's source of randomness on one of several processes, None for the other kinds.
+
+    Wherever a Fisher is estimated, the callback or ``coin fisher``, the same seed and rank give the same numbers.
+    """
+    if kind is not FisherKind.monte_carlo:
+        return None
+    return torch.Generator(device).manual_seed(seed * 100_003 + rank)
+
+
 def number_of_cotangents(kind: FisherKind, classes: int, cotangents: int | None) -> int:
     """Return V, the number of backward passes per sample."""
     if kind is FisherKind.empirical:
