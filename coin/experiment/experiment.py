@@ -14,8 +14,8 @@ from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, FileError
 from coin.experiment.codes import read_code
-from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig
-from coin.experiment.jobs import job
+from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
+from coin.experiment.jobs import FileKind, by_stem, job, resolved, run_config
 from coin.experiment.merge import coded_paths
 from coin.experiment.seed_run import SeedRun, expert_options
 from coin.experiment.steps import Steps, step_key
@@ -25,7 +25,7 @@ from coin.modules import Distillation
 from coin.networks import NetworkConfig, build_network, has_batchnorm, initial_network, save_network
 from coin.reporting.report import write_report
 from coin.reporting.summary import write_summary
-from coin.reporting.wandb_settings import check_connection
+from coin.reporting.wandb_connection import check_connection
 from coin.state import write_text
 from coin.statistics import FisherKind
 
@@ -48,6 +48,7 @@ class Experiment:
         seeds: One run each; a seed draws the calibration samples and everything random after the base.
         output: Where experiments go.
         trainer: Options of the Trainer for all steps, such as ``accelerator``, ``devices``, ``precision``.
+        wandb: What goes to W&B.
 
     Raises:
         ConfigurationError: The parts do not fit together.
@@ -67,6 +68,7 @@ class Experiment:
         seeds: list[int] | None = None,
         output: str = "runs",
         trainer: dict[str, Any] | None = None,
+        wandb: WandbConfig = WandbConfig(),  # noqa: B008 (frozen)
     ) -> None:
         if not name or Path(name).name != name or name.startswith("."):
             raise ConfigurationError(f"found name '{name}', expected a plain folder name without slashes")
@@ -111,6 +113,7 @@ class Experiment:
         self.decoders = distinct_decoders(list(DecoderKind) if decoders is None else decoders)
         self.folder = Path(output) / name
         self.trainer = trainer or {}
+        self.wandb = wandb
 
     def run(self, dump: Callable[[int], str] | None = None, console: Console | None = None) -> pd.DataFrame:
         """Run every step whose inputs have changed, for every seed, and report.
@@ -165,7 +168,8 @@ class Experiment:
             if not steps.finished("base", key, [checkpoint]):
                 console.print(f"base: pretraining {self.network.name} on {type(task).__name__}")
                 task.prepare_data()
-                with job(self, folder, "expert", "base", None) as loggers:
+                config = run_config(self, resolved(self, self.tasks, None), task="base")
+                with job(self, folder, "expert", "base", None, config, ["base"]) as work:
                     train_network(
                         self.base,
                         self.network,
@@ -176,11 +180,16 @@ class Experiment:
                         seed=0,
                         initial=None,
                         trainer_options=self.trainer,
-                        loggers=loggers,
+                        loggers=work.loggers,
                     )
-                steps.finish("base", key, [checkpoint])
+                    steps.finish("base", key, [checkpoint])
+                    work.makes(FileKind.initialisation, by_stem(self._write_initial(steps, checkpoint)))
         elif self.base is not None and self.base.checkpoint is not None:
             checkpoint = Path(self.base.checkpoint)
+        return self._write_initial(steps, checkpoint)[-1]
+
+    def _write_initial(self, steps: Steps, checkpoint: Path | None) -> list[Path]:
+        """Write the shared initialisation once for every class count, where it is missing or of another base."""
         counts = sorted({task.num_classes for task in self.tasks.values()})
         for count in counts:
             path = self.initial_path(count)
@@ -189,7 +198,7 @@ class Experiment:
                 network = initial_network(self.network, count, checkpoint)
                 save_network(path, network, self.network, count, {"made_by": "coin run", "base": str(checkpoint)})
                 steps.finish(f"initial-{count}", key, [path])
-        return self.initial_path(counts[-1])
+        return [self.initial_path(count) for count in counts]
 
     def _check_batchnorm(self) -> None:
         """Refuse variants that differ in their BatchNorm policy alone, for a network that has no BatchNorm."""
