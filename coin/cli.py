@@ -74,7 +74,9 @@ class CoinCLI(LightningCLI):
                 _add_sweep_arguments(sub)
                 summary = "Run an experiment over a grid or random draws of its options."
             elif name == "dashboard":
-                sub.add_function_arguments(dashboard, as_group=False)
+                sub.add_argument("project", type=str, help="ENTITY/PROJECT, or PROJECT of your default entity.")
+                sub.add_argument("--group", type=str | None, default=None, help="The one experiment to show.")
+                sub.add_argument("--name", type=str | None, default=None, help="What to call the workspace.")
                 summary = "Make a W&B workspace of a project's experiments, online."
             else:
                 sub.add_argument("folders", nargs="+", type=str, help="Experiments' or seeds' folders.")

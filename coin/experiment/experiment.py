@@ -15,7 +15,7 @@ from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, FileError
 from coin.experiment.codes import read_code
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
-from coin.experiment.jobs import FileKind, by_stem, job, resolved, run_config
+from coin.experiment.jobs import FileKind, by_stem, common_tags, job, resolved, run_config
 from coin.experiment.merge import coded_paths
 from coin.experiment.seed_run import SeedRun, expert_options
 from coin.experiment.steps import Steps, step_key
@@ -24,8 +24,10 @@ from coin.merging import MergeMethod
 from coin.modules import Distillation
 from coin.networks import NetworkConfig, build_network, has_batchnorm, initial_network, save_network
 from coin.reporting.report import write_report
-from coin.reporting.summary import write_summary
+from coin.reporting.summary import SUMMARY_CSV, write_summary
 from coin.reporting.wandb_connection import check_connection
+from coin.reporting.wandb_evaluation import log_summary
+from coin.reporting.wandb_settings import logging_only
 from coin.state import write_text
 from coin.statistics import FisherKind
 
@@ -147,10 +149,21 @@ class Experiment:
                 write_text(folder / "config.yaml", dump(seed))
             SeedRun(self, seed, folder, initial, console).run()
         summary = write_summary(self.folder)
+        self._log_summary(summary)
         for seed in self.seeds:
             write_report([self.folder / f"seed-{seed}"], None)
         write_report([self.folder], None)
         return summary
+
+    def _log_summary(self, summary: pd.DataFrame) -> None:
+        """Give all seeds together a W&B run, where there are several and their numbers are new."""
+        steps, key = Steps(self.folder), step_key({}, [self.folder / SUMMARY_CSV])
+        if len(self.seeds) < 2 or steps.finished("wandb-summary", key, []):
+            return
+        with logging_only("the summary over seeds"):
+            config = run_config(self, resolved(self, self.tasks, None))
+            log_summary(self.folder, summary, group=self.name, config=config, tags=common_tags(self))
+        steps.finish("wandb-summary", key, [])
 
     def make_initial(self, console: Console) -> Path:
         """Make the shared initialisation, and return its file.

@@ -45,7 +45,6 @@ def dashboard(project: str, group: str | None = None, name: str | None = None) -
         )
     workspaces()
     check_connection("online", later=False)
-    os.environ["WANDB_MODE"] = "online"
     try:
         entity, called = parts if len(parts) == 2 else (wandb.Api().default_entity, parts[0])
         logged = Logged.of(_evaluations(f"{entity}/{called}", group))

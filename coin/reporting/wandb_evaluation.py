@@ -14,7 +14,7 @@ from coin.reporting.results import COLUMNS, Counts, Row
 from coin.reporting.summary import summarise
 from coin.reporting.wandb_charts import charts, confusion_charts, contenders, figures, results_table
 from coin.reporting.wandb_logging import start_run
-from coin.reporting.wandb_settings import in_sweep, run_environment
+from coin.reporting.wandb_settings import in_sweep, mode, run_environment
 
 _SCALARS = {
     "nda": "nda",
@@ -28,6 +28,8 @@ _SCALARS = {
 _AXIS = "samples_per_task"
 METHOD_TAG = "method"
 """The tag of the runs that hold one method each."""
+SUMMARY_TAG = "summary"
+"""The tag of the run that holds all seeds."""
 
 
 def code_axes(tasks: Sequence[str], matrix: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -70,6 +72,8 @@ def log_evaluation(
         confusions: Counts ``[C, C]`` by `confusion_key`.
         axes: What else charts may plot against; see `code_axes`.
     """
+    if run.disabled:
+        return
     frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
     summary = summarise(frame)
     _log_scalars(run, summary, axes or {})
@@ -116,7 +120,7 @@ def log_method_runs(
         tags: Further tags.
         axes: What else charts may plot against; see `code_axes`.
     """
-    if in_sweep():
+    if not _extra_runs():
         return
     for name, part in frame.groupby(variant_names(frame), sort=False):
         first = part.iloc[0]
@@ -133,6 +137,36 @@ def log_method_runs(
         )  # fmt: skip
         _log_scalars(run, summarise(part), axes or {}, with_method=False)
         run.finish()
+
+
+def log_summary(
+    folder: Path, summary: pd.DataFrame, *, group: str, config: Mapping[str, Any], tags: Sequence[str] = ()
+) -> None:
+    """Log one run for all seeds of an experiment: the summary as a table, charts of its means, figures with the spread.
+
+    An agent of a W&B sweep gets none: it knows of one run alone.
+
+    Args:
+        folder: The experiment's folder.
+        summary: What `coin.reporting.summarise` returns.
+        group: The experiment's name.
+        config: The resolved configuration.
+        tags: Further tags.
+    """
+    if not _extra_runs():
+        return
+    run = start_run(
+        folder, group=group, job_type="evaluate", name=f"{group}-summary", config=config, tags=[SUMMARY_TAG, *tags]
+    )
+    with run_environment(folder):
+        run.log({"summary": results_table(summary), **charts(summary), **figures(summary)})
+    run.summary.update(_best(summary))
+    run.finish()
+
+
+def _extra_runs() -> bool:
+    """Return whether there may be runs beside those of the jobs."""
+    return not in_sweep() and mode() != "disabled"
 
 
 def _log_scalars(run: wandb.Run, summary: pd.DataFrame, axes: Mapping[str, float], *, with_method: bool = True) -> None:

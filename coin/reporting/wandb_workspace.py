@@ -153,7 +153,7 @@ def _sections(logged: Logged) -> Mapping[str, list[Any]]:
         ],
         "Tables": [
             wr.WeavePanelSummaryTable(table_name=name, layout=wr.Layout(w=24, h=12))
-            for name in ("results", "examples", "confusions")
+            for name in ("summary", "results", "examples", "confusions")
             if name in logged.overviews
         ],
         "Confusion of expert and decoded": list(_confusions(wr, logged.overviews)),

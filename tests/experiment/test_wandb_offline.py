@@ -1,12 +1,14 @@
 """What an experiment leaves for W&B, read back from its files alone, offline."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from coin.cli import main
 from coin.reporting import read_results
 from coin.state import sha256_of
 
@@ -160,3 +162,18 @@ def test_the_base_logs_the_shared_initialisation(finished: Path, read_wandb: Cal
     assert run_of(records)["display_name"] == "tiny-expert-base"
     artifacts = {artifact["name"]: artifact["type"] for artifact in of_type(records, "artifact")}
     assert artifacts == {"tiny-initial-6": "initialisation", "tiny-initial-10": "initialisation"}
+
+
+def test_an_experiment_s_own_tags_and_no_runs_of_methods(
+    finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], Records]
+) -> None:
+    shutil.copytree(finished, tmp_path / "tiny", ignore=shutil.ignore_patterns("wandb"))
+    (tmp_path / "tiny/seed-0/results.csv").unlink()  # only the evaluation is run again
+    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    options = ["--wandb.method_runs=false", "--wandb.tags=[mine]"]
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", *options]) == 0
+    (folder,) = (tmp_path / "tiny").rglob("offline-run-*")
+    run = run_of(read_wandb(folder))
+    assert run["display_name"] == "tiny-seed-0-evaluate"
+    assert set(run["tags"]) == {"small_resnet", "mine"}

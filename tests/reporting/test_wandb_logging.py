@@ -21,12 +21,15 @@ from coin.reporting import (
     log_evaluation,
     log_examples,
     log_method_runs,
+    log_summary,
     run_environment,
     start_run,
+    summarise,
     training_loggers,
     use_artifact,
 )
 from coin.reporting.results import Row
+from coin.reporting.wandb_logging import JOB_TYPES
 
 Measured = Callable[..., tuple[list[Row], dict[str, Any]]]
 Read = Callable[[Path], list[dict[str, Any]]]
@@ -147,6 +150,45 @@ def test_runs_per_method_group_by_their_configuration(tmp_path: Path, measure: M
     assert (config["method"], config["batchnorm"], config["seed"], config["lr"]) == ("coin", "recalibrate", 2, 0.1)
     wanted = np.mean([row.nda for row in rows if (row.batchnorm, row.decoder) == ("recalibrate", "linear")])
     assert item["nda/linear/mean"] == pytest.approx(wanted, rel=1e-12)
+
+
+def test_all_seeds_together_are_one_run_with_their_spread(tmp_path: Path, measure: Measured, read_wandb: Read):
+    frame = pd.DataFrame([vars(row) for seed in (0, 1) for row in measure(seed)[0]])
+    log_summary(tmp_path, summarise(frame), group="g", config={"lr": 0.1}, tags=["mine"])
+    (folder,) = run_folders(tmp_path)
+    records = read_wandb(folder)
+    (started,) = of_type(records, "run")
+    assert (started["display_name"], started["job_type"]) == ("g-summary", "evaluate")
+    assert set(started["tags"]) == {"summary", "mine"}
+    (file,) = (folder / "files/media/table").glob("summary_*")
+    table = json.loads(file.read_text(encoding="utf-8"))
+    spread = table["columns"].index("nda_std")
+    assert all(row[spread] is not None for row in table["data"])
+    assert list((folder / "files/media/images/figures").glob("nda_by_method_*"))
+
+
+def test_a_sweep_s_agent_gets_the_evaluation_alone(tmp_path: Path, measure: Measured, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    with run_environment(tmp_path):
+        assert os.environ["WANDB_MODE"] == "online"  # an offline agent would wait for its run for ever
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    kinds = {kind: [type(logger) for logger in training_loggers(tmp_path, "g", kind, "n")] for kind in JOB_TYPES}
+    assert kinds.pop("evaluate") == [CSVLogger, WandbLogger]
+    assert all(found == [CSVLogger] for found in kinds.values())
+    frame = pd.DataFrame([vars(row) for row in measure(0)[0]])
+    log_method_runs(tmp_path, frame, group="g", config={})
+    log_summary(tmp_path, summarise(frame), group="g", config={})
+    assert run_folders(tmp_path) == []
+
+
+def test_the_user_s_project_and_tags_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Read):
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_TAGS", "one, two")
+    start_run(tmp_path, group="g", job_type="merge", name="n", tags=["two", "x" * 100])
+    finish_run()
+    (started,) = of_type(read_wandb(run_folders(tmp_path)[0]), "run")
+    assert started["project"] == "theirs"
+    assert set(started["tags"]) == {"one", "two", "x" * 64}
 
 
 def test_one_history_row_per_number_of_samples(tmp_path: Path, measure: Measured, read_wandb: Read):
