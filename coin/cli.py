@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 
 import coin.data
@@ -23,9 +24,11 @@ from coin.experiment.commands import merge, report
 from coin.experiment.sweep import sweep
 from coin.experiment.sweep_table import SWEEP_CSV
 from coin.reporting import print_summary, read_results, run_environment, summarise
+from coin.reporting.dashboard import dashboard
+from coin.reporting.wandb_logging import logger_mode
 from coin.trainer import Trainer, quieten
 
-_PLAIN = ("run", "merge", "sweep", "report")
+_PLAIN = ("run", "merge", "sweep", "report", "dashboard")
 """The commands that build their own trainers, or need none."""
 
 
@@ -70,6 +73,11 @@ class CoinCLI(LightningCLI):
             elif name == "sweep":
                 _add_sweep_arguments(sub)
                 summary = "Run an experiment over a grid or random draws of its options."
+            elif name == "dashboard":
+                sub.add_argument("project", type=str, help="ENTITY/PROJECT, or PROJECT of your default entity.")
+                sub.add_argument("--group", type=str | None, default=None, help="The one experiment to show.")
+                sub.add_argument("--name", type=str | None, default=None, help="What to call the workspace.")
+                summary = "Make a W&B workspace of a project's experiments, online."
             else:
                 sub.add_argument("folders", nargs="+", type=str, help="Experiments' or seeds' folders.")
                 sub.add_argument("--output", type=str | None, default=None, help="The HTML file to write.")
@@ -117,7 +125,8 @@ class CoinCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand not in _PLAIN:
-            with run_environment(Path(self.trainer.default_root_dir)):
+            asked = [logger_mode(logger) for logger in self.trainer.loggers if isinstance(logger, WandbLogger)]
+            with run_environment(Path(self.trainer.default_root_dir), next(iter(asked), None)):
                 super()._run_subcommand(subcommand)
             return
         options = self.config_init[subcommand].as_dict()
@@ -135,6 +144,8 @@ class CoinCLI(LightningCLI):
                 _console().print(outcome.table)
                 print(f"table: {outcome.folder / SWEEP_CSV}")
             outcome.check()
+        elif subcommand == "dashboard":
+            print(dashboard(**options))
         else:
             print(report(options["folders"], options["output"]))
 

@@ -16,8 +16,12 @@ from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.modules import DecodingEvaluator, Expert, Outcome, StatisticKind, StatisticPass
 from coin.networks import fill_network, load_network, read_weights
+from coin.reporting.extras import read_examples
 from coin.reporting.results import Row, confusion_key, write_results
-from coin.reporting.wandb_evaluation import log_evaluation
+from coin.reporting.wandb_connection import check_connection
+from coin.reporting.wandb_evaluation import code_axes, log_evaluation, log_examples
+from coin.reporting.wandb_logging import logger_mode
+from coin.reporting.wandb_settings import logging_only
 from coin.state import fingerprint
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Sums
 from coin.statistics.files import save_statistic
@@ -52,10 +56,16 @@ class Trainer(pl.Trainer):
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
         **kwargs: Lightning's own arguments.
+
+    Raises:
+        ConnectionFailedError: A W&B logger is to work online, and there is no key or no network.
     """
 
     def __init__(self, *, use_distributed_sampler: bool = False, **kwargs: Any) -> None:
         super().__init__(use_distributed_sampler=use_distributed_sampler, **kwargs)
+        for logger in self.loggers:
+            if isinstance(logger, WandbLogger):
+                check_connection(logger_mode(logger))
 
     def fisher(
         self,
@@ -177,10 +187,15 @@ class Trainer(pl.Trainer):
             confusions = {confusion_key(row): o.confusion for row, o in zip(rows, model.outcomes, strict=True)}
             code = model.code.matrix.tolist()
             described = {"tasks": list(model.tasks), "code": code, **(configuration or {})}
-            write_results(Path(output or self.default_root_dir), rows, described, confusions)
+            folder = Path(output or self.default_root_dir)
+            write_results(folder, rows, described, confusions)
+            examples = read_examples(folder)
             for logger in self.loggers:
                 if isinstance(logger, WandbLogger):
-                    log_evaluation(logger.experiment, rows, confusions)
+                    with logging_only("the evaluation"):
+                        log_evaluation(logger.experiment, rows, confusions, code_axes(model.tasks, code))
+                        if examples is not None:
+                            log_examples(logger.experiment, examples)
         return model.outcomes
 
 

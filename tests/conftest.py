@@ -1,6 +1,8 @@
 """What several rooms' tests share: a tiny task, a tiny network, experts as files, and a quiet Trainer."""
 
+import json
 import os
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
+from wandb.util import get_core_path
 
 from coin.coding import Code
 from coin.data import Samples, Source, TaskData
@@ -37,6 +40,22 @@ def own_wandb_service() -> None:
 def fresh_wandb() -> Callable[[], None]:
     """The same for fixtures that outlive a test."""
     return forget_wandb_service
+
+
+def wandb_records(run_folder: Path) -> list[dict[str, Any]]:
+    """Return an offline run's records, read from its file by W&B's own reader, without Python's start around it."""
+    (file,) = run_folder.glob("run-*.wandb")
+    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]
+    done = subprocess.run(
+        [*command, str(run_folder.parent)], capture_output=True, text=True, timeout=60, check=True, encoding="utf-8"
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="session")
+def read_wandb() -> Callable[[Path], list[dict[str, Any]]]:
+    """Return `wandb_records`."""
+    return wandb_records
 
 
 class Synthetic(TaskData):

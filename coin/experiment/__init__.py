@@ -1,6 +1,6 @@
 """Whole experiments: every step from images to results, resumable."""
 
-from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, TrainingConfig
+from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, TrainingConfig, WandbConfig
 from coin.experiment.experiment import Experiment
 from coin.experiment.experts import Experts
 from coin.experiment.merge import Ingredients, merge_experts
@@ -13,5 +13,6 @@ __all__ = [
     "Experts",
     "Ingredients",
     "TrainingConfig",
+    "WandbConfig",
     "merge_experts",
 ]

@@ -9,6 +9,7 @@ from coin.callbacks import Weights
 from coin.data import Augmentation, TaskData
 from coin.errors import ConfigurationError
 from coin.modules import OptimizerKind, Schedule
+from coin.reporting.wandb_logging import TAG_LENGTH
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind
 
 
@@ -137,6 +138,26 @@ class CalibrationConfig:
         object.__setattr__(self, "fisher_kind", kind)
         if self.fisher_cotangents is not None:
             _check_integer("fisher_cotangents", self.fisher_cotangents, 1)
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """What of an experiment goes to W&B; ``WANDB_MODE``, ``WANDB_PROJECT`` and ``WANDB_ENTITY`` say where to.
+
+    Args:
+        method_runs: Whether every method has a run of its own, beside the jobs', so that a dashboard can group by it.
+        tags: Short words to filter by, on all runs.
+
+    Raises:
+        ConfigurationError: A tag is empty or longer than W&B allows.
+    """
+
+    method_runs: bool = True
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if wrong := [tag for tag in self.tags if not 1 <= len(tag) <= TAG_LENGTH]:
+            raise ConfigurationError(f"found W&B tag '{wrong[0]}', expected one of 1 to {TAG_LENGTH} characters")
 
 
 def _member(kind: type[StrEnum], name: str, value: Any) -> StrEnum:

@@ -14,8 +14,8 @@ from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, FileError
 from coin.experiment.codes import read_code
-from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig
-from coin.experiment.jobs import job
+from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
+from coin.experiment.jobs import FileKind, by_stem, common_tags, job, resolved, run_config
 from coin.experiment.merge import coded_paths
 from coin.experiment.seed_run import SeedRun, expert_options
 from coin.experiment.steps import Steps, step_key
@@ -24,8 +24,10 @@ from coin.merging import MergeMethod
 from coin.modules import Distillation
 from coin.networks import NetworkConfig, build_network, has_batchnorm, initial_network, save_network
 from coin.reporting.report import write_report
-from coin.reporting.summary import write_summary
-from coin.reporting.wandb_settings import check_connection
+from coin.reporting.summary import SUMMARY_CSV, write_summary
+from coin.reporting.wandb_connection import check_connection
+from coin.reporting.wandb_evaluation import log_summary
+from coin.reporting.wandb_settings import logging_only
 from coin.state import write_text
 from coin.statistics import FisherKind
 
@@ -48,6 +50,7 @@ class Experiment:
         seeds: One run each; a seed draws the calibration samples and everything random after the base.
         output: Where experiments go.
         trainer: Options of the Trainer for all steps, such as ``accelerator``, ``devices``, ``precision``.
+        wandb: What goes to W&B.
 
     Raises:
         ConfigurationError: The parts do not fit together.
@@ -67,6 +70,7 @@ class Experiment:
         seeds: list[int] | None = None,
         output: str = "runs",
         trainer: dict[str, Any] | None = None,
+        wandb: WandbConfig = WandbConfig(),  # noqa: B008 (frozen)
     ) -> None:
         if not name or Path(name).name != name or name.startswith("."):
             raise ConfigurationError(f"found name '{name}', expected a plain folder name without slashes")
@@ -111,6 +115,7 @@ class Experiment:
         self.decoders = distinct_decoders(list(DecoderKind) if decoders is None else decoders)
         self.folder = Path(output) / name
         self.trainer = trainer or {}
+        self.wandb = wandb
 
     def run(self, dump: Callable[[int], str] | None = None, console: Console | None = None) -> pd.DataFrame:
         """Run every step whose inputs have changed, for every seed, and report.
@@ -144,10 +149,21 @@ class Experiment:
                 write_text(folder / "config.yaml", dump(seed))
             SeedRun(self, seed, folder, initial, console).run()
         summary = write_summary(self.folder)
+        self._log_summary(summary)
         for seed in self.seeds:
             write_report([self.folder / f"seed-{seed}"], None)
         write_report([self.folder], None)
         return summary
+
+    def _log_summary(self, summary: pd.DataFrame) -> None:
+        """Give all seeds together a W&B run, where there are several and their numbers are new."""
+        steps, key = Steps(self.folder), step_key({}, [self.folder / SUMMARY_CSV])
+        if len(self.seeds) < 2 or steps.finished("wandb-summary", key, []):
+            return
+        with logging_only("the summary over seeds"):
+            config = run_config(self, resolved(self, self.tasks, None))
+            log_summary(self.folder, summary, group=self.name, config=config, tags=common_tags(self))
+        steps.finish("wandb-summary", key, [])
 
     def make_initial(self, console: Console) -> Path:
         """Make the shared initialisation, and return its file.
@@ -165,7 +181,8 @@ class Experiment:
             if not steps.finished("base", key, [checkpoint]):
                 console.print(f"base: pretraining {self.network.name} on {type(task).__name__}")
                 task.prepare_data()
-                with job(self, folder, "expert", "base", None) as loggers:
+                config = run_config(self, resolved(self, self.tasks, None), task="base")
+                with job(self, folder, "expert", "base", None, config, ["base"]) as work:
                     train_network(
                         self.base,
                         self.network,
@@ -176,11 +193,16 @@ class Experiment:
                         seed=0,
                         initial=None,
                         trainer_options=self.trainer,
-                        loggers=loggers,
+                        loggers=work.loggers,
                     )
-                steps.finish("base", key, [checkpoint])
+                    steps.finish("base", key, [checkpoint])
+                    work.makes(FileKind.initialisation, by_stem(self._write_initial(steps, checkpoint)))
         elif self.base is not None and self.base.checkpoint is not None:
             checkpoint = Path(self.base.checkpoint)
+        return self._write_initial(steps, checkpoint)[-1]
+
+    def _write_initial(self, steps: Steps, checkpoint: Path | None) -> list[Path]:
+        """Write the shared initialisation once for every class count, where it is missing or of another base."""
         counts = sorted({task.num_classes for task in self.tasks.values()})
         largest = self.initial_path(counts[-1])
         for count in reversed(counts):
@@ -192,7 +214,7 @@ class Experiment:
                 network = initial_network(self.network, count, source)
                 save_network(path, network, self.network, count, {"made_by": "coin run", "base": str(checkpoint)})
                 steps.finish(f"initial-{count}", key, [path])
-        return largest
+        return [self.initial_path(count) for count in counts]
 
     def _check_batchnorm(self) -> None:
         """Refuse variants that differ in their BatchNorm policy alone, for a network that has no BatchNorm."""

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from coin.data import Calibration, TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError
-from coin.experiment.codes import AUTO, SeedCode, read_choice, write_choice
+from coin.experiment.codes import SeedCode, read_choice, write_choice
 from coin.experiment.config import ExpertConfig
 from coin.experiment.experts import Experts
-from coin.experiment.jobs import job, log_files
+from coin.experiment.jobs import FileKind, Job, by_stem, common_tags, job, resolved, run_config
 from coin.experiment.merge import Ingredients, coded_paths, merge_experts
 from coin.experiment.statistic_steps import estimate, wanted_by
-from coin.experiment.steps import Steps, described, step_key
+from coin.experiment.steps import Steps, step_key
 from coin.experiment.training import distill_rows, make_trainer, train_network
 from coin.merging import MergeMethod, Requirement
-from coin.modules import DecodingEvaluator, Distillation
+from coin.modules import DecodingEvaluator, Distillation, StatisticKind
 from coin.networks import BatchNormPolicy, brought_network, save_network
-from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON
+from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_results
+from coin.reporting.wandb_evaluation import code_axes, log_method_runs
+from coin.reporting.wandb_settings import logging_only
 
 if TYPE_CHECKING:
     from coin.experiment.experiment import Experiment
@@ -94,7 +95,8 @@ class SeedRun:
             self.say(f"expert {name}: up to date")
             return
         self.say(f"expert {name}: fine-tuning for {training.epochs} epochs")
-        with self.job("expert", name) as loggers:
+        with self.job("expert", name, [name], task=name) as work:
+            work.reads(FileKind.initialisation, {initial.stem: initial})
             train_network(
                 training,
                 experiment.network,
@@ -105,10 +107,10 @@ class SeedRun:
                 seed=self.seed,
                 initial=initial,
                 trainer_options=experiment.trainer,
-                loggers=loggers,
+                loggers=work.loggers,
                 weights=training.weights,
             )
-            log_files(loggers, {name: output}, "expert", experiment, self.seed)
+            work.makes(FileKind.expert, {name: output})
         self.steps.finish(f"expert-{name}", key, [output])
 
     def choose_code(self) -> None:
@@ -145,7 +147,9 @@ class SeedRun:
                 self.say(f"{name}: up to date")
                 continue
             self.say(f"{name}: {'training' if isinstance(method, Distillation) else 'merging'}")
-            with self.job("distill" if isinstance(method, Distillation) else "merge", name) as loggers:
+            job_type = "distill" if isinstance(method, Distillation) else "merge"
+            with self.job(job_type, name, [method.label], method=method.label, batchnorm=str(method.batchnorm)) as work:
+                self._tell_inputs(work, method, statistics)
                 ingredients = Ingredients(self.experts, statistics, self._calibrations(), self.initial)
                 if isinstance(method, Distillation):
                     distill_rows(
@@ -157,12 +161,12 @@ class SeedRun:
                         self.folder / "logs",
                         seed=self.seed,
                         trainer_options=self.experiment.trainer,
-                        loggers=loggers,
+                        loggers=work.loggers,
                     )
                 else:
                     samples = self.experiment.calibration.samples_per_task
                     merge_experts(method, self.code, ingredients, self.folder / "coded", samples)
-                log_files(loggers, {path.stem: path for path in paths}, "coded-model", self.experiment, self.seed)
+                work.makes(FileKind.coded_model, by_stem(paths))
             self.steps.finish(f"coded-{name}", key, paths)
 
     def _merge_key(self, method: MergeMethod | Distillation, statistics: dict[str, dict[str, Path]]) -> str:
@@ -178,10 +182,20 @@ class SeedRun:
         if isinstance(method, Distillation):
             options["trainer"] = self.experiment.trainer
         sources = [*self.experts.paths.values(), *(path for files in statistics.values() for path in files.values())]
-        keeps = isinstance(method, MergeMethod) and method.batchnorm == BatchNormPolicy.keep
-        if keeps or Requirement.INITIAL in getattr(method, "requires", ()):
+        if _reads_initial(method):
             sources.append(self.initial)
         return step_key(options, sources, self.experts.sha256)
+
+    def _tell_inputs(
+        self, work: Job, method: MergeMethod | Distillation, statistics: dict[str, dict[str, Path]]
+    ) -> None:
+        """Tell W&B which files a method reads."""
+        work.reads(FileKind.expert, self.experts.paths)
+        for statistic, files in statistics.items():
+            logged = statistic == StatisticKind.fisher
+            (work.reads if logged else work.reads_unlogged)(FileKind.statistics, by_stem(files.values()))
+        if _reads_initial(method):
+            work.reads(FileKind.initialisation, {self.initial.stem: self.initial})
 
     def evaluate(self) -> None:
         """Measure every method with every decoder."""
@@ -207,16 +221,34 @@ class SeedRun:
             decoders=list(experiment.decoders),
             code=self.code.code.matrix.tolist(),
         )
-        with self.job("evaluate", "evaluate") as loggers:
-            trainer = make_trainer(self.folder, experiment.trainer, logger=loggers or False)
+        with self.job("evaluate", "evaluate") as work:
+            work.reads(FileKind.expert, self.experts.paths)
+            work.reads(FileKind.coded_model, by_stem(coded))
+            trainer = make_trainer(self.folder, experiment.trainer, logger=work.loggers or False)
             trainer.evaluate(
                 model,
                 self.data(self.tasks),
                 output=str(self.folder),
                 name=experiment.name,
-                configuration=self._configuration(),
+                configuration=self.options,
             )
+            work.makes(FileKind.results, {"rows": self.folder / RESULTS_JSON})
+        self._log_methods()
         self.steps.finish("evaluate", key, outputs)
+
+    def _log_methods(self) -> None:
+        """Give every method a W&B run of its own."""
+        experiment = self.experiment
+        if experiment.wandb.method_runs:
+            with logging_only("the runs of the methods"):
+                log_method_runs(
+                    self.folder,
+                    read_results(self.folder),
+                    group=experiment.name,
+                    config=run_config(experiment, self.options),
+                    tags=common_tags(experiment),
+                    axes=code_axes(list(self.tasks), self.code.code.matrix.tolist()),
+                )
 
     def data(self, tasks: Mapping[str, TaskData]) -> Tasks:
         """Return tasks with the experiment's calibration samples."""
@@ -236,22 +268,24 @@ class SeedRun:
         tasks.setup()
         return tasks.calibrations()
 
-    def _configuration(self) -> dict[str, Any]:
-        experiment = self.experiment
-        names = ("network", "base", "expert", "calibration", "methods", "trainer")
-        chosen = {"code_choice": AUTO} if experiment.code is None else {}
-        return {name: described(getattr(experiment, name)) for name in names} | {
-            **chosen,
-            "name": experiment.name,
-            "decoders": [decoder.name for decoder in experiment.decoders],
-            "tasks": described(self.tasks),
-            "seed": self.seed,
-        }
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """The experiment's options with all defaults filled in."""
+        return resolved(self.experiment, self.tasks, self.seed)
 
-    def job(self, job_type: str, name: str) -> AbstractContextManager[list[Logger]]:
-        """Return a context with the loggers of one of this seed's jobs; see `coin.experiment.jobs.job`."""
+    def job(self, job_type: str, name: str, tags: Sequence[str] = (), **own: Any) -> AbstractContextManager[Job]:
+        """Return a context with one of this seed's jobs; see `coin.experiment.jobs.job`.
+
+        Args:
+            job_type: The job's type.
+            name: What it works on.
+            tags: Short words to filter its W&B run by.
+            **own: What its W&B run's configuration tells it from others of its type by.
+        """
         folder = self.folder / "experts" / name if job_type == "expert" else self.folder / "logs" / name
-        return job(self.experiment, folder, job_type, name, self.seed)
+        return job(
+            self.experiment, folder, job_type, name, self.seed, run_config(self.experiment, self.options, **own), tags
+        )
 
     def say(self, text: str) -> None:
         """Tell about the progress."""
@@ -265,6 +299,12 @@ def expert_options(config: ExpertConfig, task: str) -> ExpertConfig:
     except TypeError as error:
         raise ConfigurationError(f"expert.overrides.{task} has an option that an expert has not: {error}") from error
     return replace(own, overrides={}, checkpoints={})
+
+
+def _reads_initial(method: MergeMethod | Distillation) -> bool:
+    """Return whether a method, or its BatchNorm policy, needs the shared initialisation."""
+    keeps = isinstance(method, MergeMethod) and method.batchnorm == BatchNormPolicy.keep
+    return keeps or Requirement.INITIAL in getattr(method, "requires", ())
 
 
 def _existing(path: str) -> Path:

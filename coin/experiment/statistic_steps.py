@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from coin.data import TaskData
 from coin.experiment.config import CalibrationConfig
-from coin.experiment.jobs import log_files
+from coin.experiment.jobs import FileKind, by_stem
 from coin.experiment.steps import step_key
 from coin.experiment.training import make_trainer
 from coin.merging import MergeMethod, Requirement
@@ -77,7 +77,10 @@ def estimate(run: SeedRun, wanted: Wanted) -> None:
         return
     run.say(f"{wanted} of {', '.join(missing)}")
     name = "-".join((str(wanted.statistic), *wanted.options.values()))
-    with run.job("fisher", name) as loggers:
+    with run.job(
+        "fisher", name, list(wanted.options.values()), statistic=str(wanted.statistic), **wanted.options
+    ) as work:
+        work.reads(FileKind.expert, {task: run.expert_path(task) for task in missing})
         for task, (path, key) in missing.items():
             sums, seconds = make_trainer(run.folder, run.experiment.trainer).statistic_sums(
                 run.experts.files[task].network,
@@ -102,11 +105,10 @@ def estimate(run: SeedRun, wanted: Wanted) -> None:
             )
             run.steps.finish(path.stem, key, [path])
             costs = {"seconds": seconds, "passes": sums.passes}
-            for logger in loggers:
+            for logger in work.loggers:
                 logger.log_metrics({f"{wanted.statistic}/{task}/{what}": cost for what, cost in costs.items()})
         if wanted.statistic is StatisticKind.fisher:  # Gram matrices are many times the size of the networks
-            files = {task: path for task, (path, _) in missing.items()}
-            log_files(loggers, files, "statistics", run.experiment, run.seed)
+            work.makes(FileKind.statistics, by_stem(path for path, _ in missing.values()))
 
 
 def _of(run: SeedRun, task: str, wanted: Wanted) -> dict[str, TaskData]:

@@ -44,6 +44,7 @@ from coin.experiment.sweep_points import SweepFile, read_sweep, sweep_points
 from coin.experiment.sweep_run import PointRun, locked
 from coin.experiment.sweep_table import SWEEP_CSV, sweep_frame, sweep_table
 from coin.reporting.frames import write_frame
+from coin.reporting.wandb_connection import check_connection
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 10.0
@@ -121,6 +122,7 @@ def sweep(
     jobs = max(1, cores // 2) if jobs is None else jobs
     if jobs < 1:
         raise ConfigurationError(f"found jobs {jobs}, expected at least 1")
+    check_connection()
     plan = read_sweep(Path(file))
     folder = Path(output) / plan.name
     points = sweep_points(plan, folder, count, seed)

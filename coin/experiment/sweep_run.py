@@ -15,6 +15,8 @@ from coin.experiment.steps import Steps, step_key
 from coin.experiment.sweep_points import SweepPoint
 from coin.experiment.sweep_sharing import Shelf, shared_steps
 from coin.reporting.results import RESULTS_CSV
+from coin.reporting.wandb_logging import TAG_LENGTH
+from coin.reporting.wandb_settings import user_tags
 
 
 class PointRun:
@@ -64,7 +66,8 @@ class PointRun:
         command = [sys.executable, "-m", "coin", "run", *self.point.arguments]
         # W&B's service belongs to the process that started it: a child that inherits its address may find it gone.
         inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-        environment = {"OMP_NUM_THREADS": str(threads), **inherited}
+        tags = ",".join([*user_tags(), f"sweep-{self.folder.parent.name}"[:TAG_LENGTH]])
+        environment = {"OMP_NUM_THREADS": str(threads), **inherited, "WANDB_TAGS": tags}
         with locked(self.folder / ".lock") as lock, self.log.open("a", encoding="utf-8") as log:
             assert lock is not None
             print(*(f"# {line}" for line in taken), f"# {' '.join(command)}", sep="\n", file=log, flush=True)

@@ -175,7 +175,7 @@ def distill(
 
     def run(lr: float, steps: int, held_out: float, logger: list[Logger] | bool) -> Distillation:
         data = Tasks(tasks.tasks, samples, options["batch_size"], held_out, seed)
-        module = type(method)(**(options | {"lr": lr, "steps": steps}))
+        module = type(method)(**(options | {"lr": lr, "steps": steps, "samples_per_task": samples}))
         every = max(1, steps // _POINTS)
         trainer = make_trainer(
             folder,

@@ -13,6 +13,7 @@ from coin.data import Augmentation
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.merging.method import check_label
+from coin.modules.axes import plot_against_epochs
 from coin.networks import (
     BatchNormPolicy,
     average_buffers,
@@ -143,7 +144,8 @@ class Distillation(LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Run the experts over the training samples, once, where these never change."""
+        """Choose the axes of the metrics, and run the experts over training samples that never change once."""
+        plot_against_epochs(self, ["train/loss", "val/loss"])
         if self.hparams["augmentation"] != Augmentation.none:
             return
         calibration = self._data().training_calibration()

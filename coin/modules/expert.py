@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler,
 from torchmetrics.classification import MulticlassAccuracy
 
 from coin.errors import ConfigurationError
+from coin.modules.axes import plot_against_epochs
 from coin.networks import NetworkConfig, initial_network
 
 
@@ -119,7 +120,7 @@ class Expert(LightningModule):
             self._build(datamodule.num_classes)
 
     def on_fit_start(self) -> None:
-        """Check the data against the network."""
+        """Check the data against the network, and choose the axes of the metrics."""
         datamodule = getattr(self.trainer, "datamodule", None)
         size = getattr(datamodule, "image_size", self.config.image_size)
         if size != self.config.image_size:
@@ -130,6 +131,8 @@ class Expert(LightningModule):
             raise ConfigurationError(
                 f"found num_classes={self.num_classes} for a task of {datamodule.num_classes} classes; set them equal"
             )
+
+        plot_against_epochs(self, [f"{stage}/{what}" for stage in ("train", "val") for what in ("loss", "accuracy")])
 
     def on_train_epoch_start(self) -> None:
         """Make dropout a function of (seed, epoch), so that a run resumed at an epoch equals an undisturbed one."""

@@ -11,6 +11,7 @@ from coin.data import Augmentation
 from coin.errors import ConfigurationError
 from coin.merging import FeatureMap, HeadFit, MergeInputs
 from coin.merging.networks import parameters_of
+from coin.modules.axes import plot_against_epochs
 from coin.modules.distillation import Distillation
 from coin.networks import features_and_logits, fill_network, head_name
 
@@ -83,6 +84,7 @@ class ReadoutDistillation(Distillation):
     def on_fit_start(self) -> None:
         """Fit the student's head, and note which task each training sample is from."""
         super().on_fit_start()
+        plot_against_epochs(self, ["train/readout_loss"])
         calibration = self._data().training_calibration()
         self._parts = calibration.part.to(self.device)
         batches = [batch.to(self.device) for batch in calibration]

@@ -14,9 +14,10 @@ from coin.reporting.results import (
 )
 from coin.reporting.summary import read_seeds, read_summary, summarise, write_summary
 from coin.reporting.table import print_summary, summary_table
-from coin.reporting.wandb_evaluation import log_evaluation, log_examples, log_method_runs
+from coin.reporting.wandb_connection import check_connection
+from coin.reporting.wandb_evaluation import code_axes, log_evaluation, log_examples, log_method_runs, log_summary
 from coin.reporting.wandb_logging import finish_run, log_artifact, start_run, training_loggers, use_artifact
-from coin.reporting.wandb_settings import check_connection, run_environment
+from coin.reporting.wandb_settings import run_environment
 
 __all__ = [
     "COLUMNS",
@@ -24,6 +25,7 @@ __all__ = [
     "Finding",
     "Row",
     "check_connection",
+    "code_axes",
     "confusion_key",
     "findings",
     "finish_run",
@@ -31,6 +33,7 @@ __all__ = [
     "log_evaluation",
     "log_examples",
     "log_method_runs",
+    "log_summary",
     "print_summary",
     "read_configuration",
     "read_confusions",

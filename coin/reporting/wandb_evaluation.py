@@ -14,7 +14,7 @@ from coin.reporting.results import COLUMNS, Counts, Row
 from coin.reporting.summary import summarise
 from coin.reporting.wandb_charts import charts, confusion_charts, contenders, figures, results_table
 from coin.reporting.wandb_logging import start_run
-from coin.reporting.wandb_settings import run_environment
+from coin.reporting.wandb_settings import in_sweep, mode, run_environment
 
 _SCALARS = {
     "nda": "nda",
@@ -26,9 +26,37 @@ _SCALARS = {
     "sample_passes": "passes",
 }
 _AXIS = "samples_per_task"
+METHOD_TAG = "method"
+"""The tag of the runs that hold one method each."""
+SUMMARY_TAG = "summary"
+"""The tag of the run that holds all seeds."""
 
 
-def log_evaluation(run: wandb.Run, rows: Sequence[Row], confusions: Mapping[str, Counts] | None = None) -> None:
+def code_axes(tasks: Sequence[str], matrix: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Return what a code gives charts to plot against, beside P: N, R and the coding weights.
+
+    Args:
+        tasks: The tasks' names, N of them.
+        matrix: The code, R rows of N weights.
+
+    Returns:
+        ``num_experts``, ``num_coded`` and ``beta/<task>``, or ``beta/<row>/<task>`` where there are several rows.
+    """
+    rows = [f"{row}/" if len(matrix) > 1 else "" for row in range(len(matrix))]
+    weights = {
+        f"beta/{row}{task}": float(weight)
+        for row, weights in zip(rows, matrix, strict=True)
+        for task, weight in zip(tasks, weights, strict=True)
+    }
+    return {"num_experts": float(len(tasks)), "num_coded": float(len(matrix)), **weights}
+
+
+def log_evaluation(
+    run: wandb.Run,
+    rows: Sequence[Row],
+    confusions: Mapping[str, Counts] | None = None,
+    axes: Mapping[str, float] | None = None,
+) -> None:
     """Log one seed's evaluation as an overview of all its methods.
 
     - Scalars ``<number>/<method>/<decoder>/<task>`` and ``…/mean`` over P, for NDA, decoded and expert accuracy,
@@ -42,14 +70,13 @@ def log_evaluation(run: wandb.Run, rows: Sequence[Row], confusions: Mapping[str,
         run: An open run of job type ``evaluate``.
         rows: One seed's measurements.
         confusions: Counts ``[C, C]`` by `confusion_key`.
+        axes: What else charts may plot against; see `code_axes`.
     """
+    if run.disabled:
+        return
     frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
     summary = summarise(frame)
-    run.define_metric(_AXIS)
-    for prefix in _SCALARS.values():
-        run.define_metric(f"{prefix}/*", step_metric=_AXIS)
-    for samples, scalars in _by_samples(summary):
-        run.log({_AXIS: samples, **scalars})
+    _log_scalars(run, summary, axes or {})
     run.summary.update(_best(summary))
     with run_environment(Path(run.settings.root_dir)):
         run.log({"results": results_table(frame), **charts(summary), **figures(summary)})
@@ -71,21 +98,30 @@ def log_examples(run: wandb.Run, examples: Examples) -> None:
 
 
 def log_method_runs(
-    folder: Path, rows: Sequence[Row], *, group: str, config: Mapping[str, Any], tags: Sequence[str] = ()
+    folder: Path,
+    frame: pd.DataFrame,
+    *,
+    group: str,
+    config: Mapping[str, Any],
+    tags: Sequence[str] = (),
+    axes: Mapping[str, float] | None = None,
 ) -> None:
     """Log one run per variant of a method, so that a dashboard can group runs by ``method`` and spread over ``seed``.
 
-    Each run is of job type ``evaluate``, has the tag ``method``, and holds ``method``, ``batchnorm``, ``variant`` and
-    ``seed`` in its configuration beside `config`. Its scalars have no method in their names: ``nda/linear/mean``.
+    Each run is of job type ``evaluate``, has the tag ``method``, and holds ``method``, ``batchnorm``, ``variant``,
+    ``reference`` (whether it is no contender) and ``seed`` in its configuration beside `config`. Its scalars have no
+    method in their names: ``nda/linear/mean``. An agent of a W&B sweep gets none: it knows of one run alone.
 
     Args:
         folder: The run's folder.
-        rows: One seed's measurements.
+        frame: One seed's measurements, as `coin.reporting.read_results` returns them.
         group: The experiment's name.
         config: The resolved configuration.
         tags: Further tags.
+        axes: What else charts may plot against; see `code_axes`.
     """
-    frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
+    if not _extra_runs():
+        return
     for name, part in frame.groupby(variant_names(frame), sort=False):
         first = part.iloc[0]
         own = {
@@ -96,18 +132,59 @@ def log_method_runs(
             "reference": first["method"] in REFERENCES,
         }
         run = start_run(
-            folder, group=group, job_type="evaluate", name=f"{name} seed {own['seed']}",
-            config={**config, **own}, tags=["method", *tags],
+            folder, group=group, job_type="evaluate", name=f"{group}-seed-{own['seed']}-method-{name}",
+            config={**config, **own}, tags=[METHOD_TAG, first["method"], *tags],
         )  # fmt: skip
-        run.define_metric(_AXIS)
-        for prefix in _SCALARS.values():
-            run.define_metric(f"{prefix}/*", step_metric=_AXIS)
-        for samples, scalars in _by_samples(summarise(part), with_method=False):
-            run.log({_AXIS: samples, **scalars})
+        _log_scalars(run, summarise(part), axes or {}, with_method=False)
         run.finish()
 
 
-def _by_samples(summary: pd.DataFrame, *, with_method: bool = True) -> Iterator[tuple[int, dict[str, float]]]:
+def log_summary(
+    folder: Path, summary: pd.DataFrame, *, group: str, config: Mapping[str, Any], tags: Sequence[str] = ()
+) -> None:
+    """Log one run for all seeds of an experiment: the summary as a table, charts of its means, figures with the spread.
+
+    An agent of a W&B sweep gets none: it knows of one run alone.
+
+    Args:
+        folder: The experiment's folder.
+        summary: What `coin.reporting.summarise` returns.
+        group: The experiment's name.
+        config: The resolved configuration.
+        tags: Further tags.
+    """
+    if not _extra_runs():
+        return
+    run = start_run(
+        folder, group=group, job_type="evaluate", name=f"{group}-summary", config=config, tags=[SUMMARY_TAG, *tags]
+    )
+    with run_environment(folder):
+        run.log({"summary": results_table(summary), **charts(summary), **figures(summary)})
+    run.summary.update(_best(summary))
+    run.finish()
+
+
+def _extra_runs() -> bool:
+    """Return whether there may be runs beside those of the jobs."""
+    return not in_sweep() and mode() != "disabled"
+
+
+def _log_scalars(run: wandb.Run, summary: pd.DataFrame, axes: Mapping[str, float], *, with_method: bool = True) -> None:
+    """Log one row of scalars for each P, against it; the other `axes` stand in every row.
+
+    Every name is defined by itself: W&B takes any of several patterns that fit, and Lightning's ``*`` fits all.
+    """
+    for axis in (_AXIS, *axes):
+        run.define_metric(axis)
+    defined: set[str] = set()
+    for samples, scalars in _by_samples(summary, with_method=with_method):
+        for name in scalars.keys() - defined:
+            run.define_metric(name, step_metric=_AXIS)
+        defined |= scalars.keys()
+        run.log({_AXIS: samples, **axes, **scalars})
+
+
+def _by_samples(summary: pd.DataFrame, *, with_method: bool) -> Iterator[tuple[int, dict[str, float]]]:
     """Yield each P, increasing, with its scalars."""
     named = summary.assign(name=variant_names(summary))
     for samples, part in named.groupby(_AXIS, sort=True):

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import wandb
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from coin.errors import ConfigurationError, FileError
-from coin.reporting.wandb_settings import PROJECT, check_connection, mode, run_environment, settings
+from coin.reporting.wandb_connection import check_connection
+from coin.reporting.wandb_settings import default_project, in_sweep, mode, run_environment, settings, user_tags
 from coin.state import sha256_of
 
 JOB_TYPES = ("expert", "fisher", "merge", "distill", "evaluate")
+TAG_LENGTH = 64
+"""W&B refuses longer tags, and empty ones."""
 
 
 def start_run(
@@ -23,7 +26,6 @@ def start_run(
     name: str,
     config: Mapping[str, Any] | None = None,
     tags: Sequence[str] = (),
-    project: str = PROJECT,
 ) -> wandb.Run:
     """Start a W&B run that keeps its files below ``folder/wandb``; a run that is still open is finished first.
 
@@ -31,31 +33,17 @@ def start_run(
         folder: The run's folder.
         group: The experiment's name.
         job_type: One of `JOB_TYPES`.
-        name: What the run is, for a person: ``coin fisher mnist seed 0``.
+        name: What the run is, for a person: ``quickstart-seed-0-expert-mnist``.
         config: The resolved configuration.
-        tags: Short words to filter by.
-        project: The W&B project.
+        tags: Short words to filter by, beside those in ``WANDB_TAGS``.
 
     Raises:
         ConfigurationError: The job type is unknown.
         ConnectionFailedError: ``WANDB_MODE=online`` and there is no key or no network.
     """
-    if job_type not in JOB_TYPES:
-        raise ConfigurationError(f"found W&B job type '{job_type}', expected one of {', '.join(JOB_TYPES)}")
-    check_connection()
-    finish_run()
+    options = _options(group, job_type, name, config, tags)
     with run_environment(folder):
-        return wandb.init(
-            project=project,
-            group=group,
-            job_type=job_type,
-            name=name,
-            config=dict(config or {}),
-            tags=list(tags),
-            dir=str(folder.absolute()),
-            mode=mode(),  # type: ignore[arg-type]
-            settings=settings(),
-        )
+        return wandb.init(dir=str(folder.absolute()), **options)
 
 
 def finish_run() -> None:
@@ -68,36 +56,72 @@ def finish_run() -> None:
 
 
 def training_loggers(
-    folder: Path, group: str, job_type: str, name: str, project: str = PROJECT, run_folder: Path | None = None
-) -> list[CSVLogger | WandbLogger]:
-    """Return the loggers of a training run: CSV files in ``folder/logs``, and W&B in ``run_folder/wandb``.
+    folder: Path,
+    group: str,
+    job_type: str,
+    name: str,
+    *,
+    config: Mapping[str, Any] | None = None,
+    tags: Sequence[str] = (),
+    run_folder: Path | None = None,
+) -> list[Logger]:
+    """Return the loggers of a job: CSV files in ``folder/logs``, and W&B in ``run_folder/wandb``.
 
-    Without `run_folder` W&B goes to ``folder/wandb`` too.
+    Without `run_folder` W&B goes to ``folder/wandb`` too. Under an agent of a W&B sweep only the evaluation is for
+    W&B; see `coin.reporting.wandb_settings.in_sweep`.
 
     CSV comes first: the command line writes ``config.yaml`` into the first logger's folder, and W&B's, of which every
-    run has another, would not let a second run find it. Call `finish_run` after the training.
+    run has another, would not let a second run find it. Call `finish_run` after the job.
+
+    Args:
+        folder: For the CSV files.
+        group: The experiment's name.
+        job_type: One of `JOB_TYPES`.
+        name: What the run is, for a person.
+        config: The resolved configuration; Lightning adds the options of what it trains.
+        tags: Short words to filter by, beside those in ``WANDB_TAGS``.
+        run_folder: For W&B's files.
 
     Raises:
         ConfigurationError: The job type is unknown.
         ConnectionFailedError: ``WANDB_MODE=online`` and there is no key or no network.
     """
+    options = _options(group, job_type, name, config, tags)
+    folder.mkdir(parents=True, exist_ok=True)
+    loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="logs")]
+    if job_type == "evaluate" or not in_sweep():
+        logger = WandbLogger(save_dir=str((run_folder or folder).absolute()), **options)
+        logger._wandb_init.pop("anonymous")  # W&B warns of it, even where it is none
+        loggers.append(logger)
+    return loggers
+
+
+def logger_mode(logger: WandbLogger) -> str | None:
+    """Return the mode that a W&B logger was given, none where it goes by the environment."""
+    if logger._offline:
+        return "offline"
+    given: str | None = logger._wandb_init.get("mode")
+    return given
+
+
+def _options(
+    group: str, job_type: str, name: str, config: Mapping[str, Any] | None, tags: Sequence[str]
+) -> dict[str, Any]:
+    """Return the arguments of `wandb.init` that all runs share, once W&B can be reached and no run is open."""
     if job_type not in JOB_TYPES:
         raise ConfigurationError(f"found W&B job type '{job_type}', expected one of {', '.join(JOB_TYPES)}")
     check_connection()
     finish_run()
-    folder.mkdir(parents=True, exist_ok=True)
-    return [
-        CSVLogger(save_dir=folder, name="", version="logs"),
-        WandbLogger(
-            name=name,
-            save_dir=str((run_folder or folder).absolute()),
-            project=project,
-            group=group,
-            job_type=job_type,
-            mode=mode(),
-            settings=settings(),
-        ),
-    ]
+    return {
+        "project": default_project(),
+        "group": group,
+        "job_type": job_type,
+        "name": name,
+        "config": dict(config or {}),
+        "tags": list(dict.fromkeys(tag[:TAG_LENGTH] for tag in (*tags, *user_tags()))),
+        "mode": mode(),
+        "settings": settings(),
+    }
 
 
 def log_artifact(run: wandb.Run, path: Path, name: str, type: str, metadata: Mapping[str, Any] | None = None) -> None:
@@ -109,7 +133,7 @@ def log_artifact(run: wandb.Run, path: Path, name: str, type: str, metadata: Map
         run: An open run.
         path: The file.
         name: The artifact's name; characters that W&B does not allow become hyphens.
-        type: ``expert``, ``statistics``, ``coded-model`` or ``results``.
+        type: ``initialisation``, ``expert``, ``statistics``, ``coded-model`` or ``results``.
         metadata: What made the file.
 
     Raises:
@@ -122,18 +146,26 @@ def log_artifact(run: wandb.Run, path: Path, name: str, type: str, metadata: Map
 def use_artifact(run: wandb.Run, path: Path, name: str, type: str) -> None:
     """Say that a run reads a file which an earlier run logged as an artifact.
 
-    W&B takes lineage online only. Offline, the file's SHA-256 goes into the run's configuration under ``inputs``; the
-    artifact that the earlier run logged has the same value as ``sha256`` in its metadata.
+    W&B takes lineage online only. The file's SHA-256 goes into the run's configuration under ``inputs`` in any case;
+    the artifact that the earlier run logged has the same value as ``sha256`` in its metadata.
 
     Raises:
         FileError: There is no such file.
     """
-    if run.offline:
-        config: Any = run.config
-        config.update({"inputs": {**config.get("inputs", {}), _allowed(name): _digest(path)}}, allow_val_change=True)
-        return
-    with run_environment(_folder_of(run)):
-        run.use_artifact(_artifact(path, name, type, None))
+    record_input(run, path, name)
+    if not (run.offline or run.disabled):
+        with run_environment(_folder_of(run)):
+            run.use_artifact(_artifact(path, name, type, None))
+
+
+def record_input(run: wandb.Run, path: Path, name: str) -> None:
+    """Write the SHA-256 of a file that a run reads into the run's configuration, under ``inputs``.
+
+    Raises:
+        FileError: There is no such file.
+    """
+    config: Any = run.config
+    config.update({"inputs": {**config.get("inputs", {}), _allowed(name): _digest(path)}}, allow_val_change=True)
 
 
 def _artifact(path: Path, name: str, type: str, metadata: Mapping[str, Any] | None) -> wandb.Artifact:

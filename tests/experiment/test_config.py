@@ -7,7 +7,7 @@ import pytest
 from coin.callbacks import Weights
 from coin.data import Augmentation
 from coin.errors import ConfigurationError
-from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, TrainingConfig
+from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, TrainingConfig, WandbConfig
 from coin.modules import OptimizerKind, Schedule
 from coin.statistics import FisherKind
 
@@ -74,3 +74,9 @@ def test_a_number_of_cotangents_belongs_to_monte_carlo():
             CalibrationConfig(fisher_kind=FisherKind.monte_carlo, fisher_cotangents=number)
     with pytest.raises(ConfigurationError, match="found fisher_kind='full', expected one of exact, monte_carlo"):
         CalibrationConfig(fisher_kind="full")
+
+
+@pytest.mark.parametrize("tag", ["", "x" * 65])
+def test_a_tag_that_w_and_b_refuses_is_refused_before_anything_runs(tag):
+    with pytest.raises(ConfigurationError, match="expected one of 1 to 64 characters"):
+        WandbConfig(tags=["fine", tag])

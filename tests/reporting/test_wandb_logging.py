@@ -1,14 +1,13 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -22,14 +21,18 @@ from coin.reporting import (
     log_evaluation,
     log_examples,
     log_method_runs,
+    log_summary,
     run_environment,
     start_run,
+    summarise,
     training_loggers,
     use_artifact,
 )
 from coin.reporting.results import Row
+from coin.reporting.wandb_logging import JOB_TYPES
 
 Measured = Callable[..., tuple[list[Row], dict[str, Any]]]
+Read = Callable[[Path], list[dict[str, Any]]]
 
 
 @pytest.fixture(autouse=True)
@@ -52,13 +55,6 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Any:
     wandb.teardown()
 
 
-def read_back(run_folder: Path) -> list[dict[str, Any]]:
-    """Return an offline run's records, read from its file by W&B's own reader."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run_folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 def of_type(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record[kind] for record in records if record["type"] == kind]
 
@@ -67,7 +63,7 @@ def run_folders(folder: Path) -> list[Path]:
     return sorted((folder / "wandb").glob("offline-run-*"))
 
 
-def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured):
+def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured, read_wandb: Read):
     folder = tmp_path / "runs" / "quickstart" / "seed-0"
     rows, confusions = measure(0)
     run = start_run(
@@ -81,7 +77,7 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured):
     finish_run()
 
     (run_folder,) = run_folders(folder)
-    records = read_back(run_folder)
+    records = read_wandb(run_folder)
     (started,) = of_type(records, "run")
     assert (started["run_group"], started["job_type"], started["display_name"]) == (
         "quickstart", "evaluate", "evaluate seed 0",
@@ -101,8 +97,8 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured):
     assert history["nda/distillation/ridge/mean"] == pytest.approx(mean, rel=1e-12)
     assert "residual/none/ridge/mean" not in history  # not defined, so not logged
 
-    axes = {record.get("glob_name"): record.get("step_metric") for record in of_type(records, "metric")}
-    assert axes["nda/*"] == "samples_per_task"
+    axes = {record.get("name"): record.get("step_metric") for record in of_type(records, "metric")}
+    assert {axes[name] for name in history if name.startswith(("nda/", "residual/"))} == {"samples_per_task"}
 
     contenders = [row for row in rows if row.method not in ("none", "oracle")]
     groups: dict[tuple[str, str, str], list[float]] = {}
@@ -140,12 +136,12 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured):
     assert all(path.is_relative_to(folder) for path in everything)
 
 
-def test_runs_per_method_group_by_their_configuration(tmp_path: Path, measure: Measured):
+def test_runs_per_method_group_by_their_configuration(tmp_path: Path, measure: Measured, read_wandb: Read):
     rows = [row for row in measure(2)[0] if row.method in ("none", "coin")]
-    log_method_runs(tmp_path, rows, group="g", config={"lr": 0.1})
+    log_method_runs(tmp_path, pd.DataFrame([vars(row) for row in rows]), group="g", config={"lr": 0.1})
     found = {}
     for folder in run_folders(tmp_path):
-        records = read_back(folder)
+        records = read_wandb(folder)
         config = of_type(records, "run")[0]["config"]["update"]
         item = {key: value for record in of_type(records, "history") for key, value in record["item"].items()}
         found[config["variant"]] = (config, item)
@@ -156,11 +152,50 @@ def test_runs_per_method_group_by_their_configuration(tmp_path: Path, measure: M
     assert item["nda/linear/mean"] == pytest.approx(wanted, rel=1e-12)
 
 
-def test_one_history_row_per_number_of_samples(tmp_path: Path, measure: Measured):
+def test_all_seeds_together_are_one_run_with_their_spread(tmp_path: Path, measure: Measured, read_wandb: Read):
+    frame = pd.DataFrame([vars(row) for seed in (0, 1) for row in measure(seed)[0]])
+    log_summary(tmp_path, summarise(frame), group="g", config={"lr": 0.1}, tags=["mine"])
+    (folder,) = run_folders(tmp_path)
+    records = read_wandb(folder)
+    (started,) = of_type(records, "run")
+    assert (started["display_name"], started["job_type"]) == ("g-summary", "evaluate")
+    assert set(started["tags"]) == {"summary", "mine"}
+    (file,) = (folder / "files/media/table").glob("summary_*")
+    table = json.loads(file.read_text(encoding="utf-8"))
+    spread = table["columns"].index("nda_std")
+    assert all(row[spread] is not None for row in table["data"])
+    assert list((folder / "files/media/images/figures").glob("nda_by_method_*"))
+
+
+def test_a_sweep_s_agent_gets_the_evaluation_alone(tmp_path: Path, measure: Measured, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    with run_environment(tmp_path):
+        assert os.environ["WANDB_MODE"] == "online"  # an offline agent would wait for its run for ever
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    kinds = {kind: [type(logger) for logger in training_loggers(tmp_path, "g", kind, "n")] for kind in JOB_TYPES}
+    assert kinds.pop("evaluate") == [CSVLogger, WandbLogger]
+    assert all(found == [CSVLogger] for found in kinds.values())
+    frame = pd.DataFrame([vars(row) for row in measure(0)[0]])
+    log_method_runs(tmp_path, frame, group="g", config={})
+    log_summary(tmp_path, summarise(frame), group="g", config={})
+    assert run_folders(tmp_path) == []
+
+
+def test_the_user_s_project_and_tags_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Read):
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_TAGS", "one, two")
+    start_run(tmp_path, group="g", job_type="merge", name="n", tags=["two", "x" * 100])
+    finish_run()
+    (started,) = of_type(read_wandb(run_folders(tmp_path)[0]), "run")
+    assert started["project"] == "theirs"
+    assert set(started["tags"]) == {"one", "two", "x" * 64}
+
+
+def test_one_history_row_per_number_of_samples(tmp_path: Path, measure: Measured, read_wandb: Read):
     rows = [row for samples in (1000, 50, 200) for row in measure(0, samples=samples)[0]]
     log_evaluation(start_run(tmp_path, group="g", job_type="evaluate", name="n"), rows)
     finish_run()
-    history = of_type(read_back(run_folders(tmp_path)[0]), "history")
+    history = of_type(read_wandb(run_folders(tmp_path)[0]), "history")
     axis = [record["item"]["samples_per_task"] for record in history if "samples_per_task" in record["item"]]
     assert axis == [50, 200, 1000]
 
@@ -242,10 +277,10 @@ def test_a_key_under_w_and_b_s_older_name_is_found(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.usefixtures("online")
 def test_a_name_server_that_hangs_does_not_hang_us(monkeypatch: pytest.MonkeyPatch):
-    from coin.reporting import wandb_settings
+    from coin.reporting import wandb_connection
 
-    monkeypatch.setattr(wandb_settings, "_CONNECT_SECONDS", 0.05)
-    monkeypatch.setattr(wandb_settings, "_JOIN_SECONDS", 0.1)
+    monkeypatch.setattr(wandb_connection, "_CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(wandb_connection, "_JOIN_SECONDS", 0.1)
     released = threading.Event()
 
     def hang(*_: Any, **__: Any) -> None:
@@ -261,7 +296,7 @@ def test_a_name_server_that_hangs_does_not_hang_us(monkeypatch: pytest.MonkeyPat
         released.set()
 
 
-def test_training_loggers_csv_first_and_a_new_run_each(tmp_path: Path):
+def test_training_loggers_csv_first_and_a_new_run_each(tmp_path: Path, read_wandb: Read):
     for name in ("first", "second"):
         loggers = training_loggers(tmp_path / name, "g", "expert", name)
         assert [type(logger) for logger in loggers] == [CSVLogger, WandbLogger]
@@ -271,7 +306,7 @@ def test_training_loggers_csv_first_and_a_new_run_each(tmp_path: Path):
         assert (tmp_path / name / "logs" / "metrics.csv").is_file()
     finish_run()
     for name in ("first", "second"):
-        records = read_back(run_folders(tmp_path / name)[0])
+        records = read_wandb(run_folders(tmp_path / name)[0])
         (started,) = of_type(records, "run")
         assert (started["run_group"], started["job_type"], started["display_name"]) == ("g", "expert", name)
         assert any(record["item"].get("loss") == 0.5 for record in of_type(records, "history"))

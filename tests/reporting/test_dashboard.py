@@ -1,0 +1,164 @@
+"""``coin dashboard``: what its workspace shows, and its one line where there is no way online."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import wandb
+import wandb_workspaces.workspaces.interface as interface
+
+from coin.cli import main
+from coin.errors import ConfigurationError
+from coin.reporting import dashboard
+from coin.reporting.wandb_workspace import Logged, workspace
+
+OVERVIEW = ["nda/coin/linear/mean", "results", "results_table", "confusion/coin/linear/mnist/mnist_table", "_step"]
+METHOD = [
+    *(f"{number}/{decoder}/{leaf}" for number in ("nda", "seconds") for decoder in ("linear", "ridge")
+      for leaf in ("mean", "mnist", "letters")),
+    "nda/linear/mnist+letters/mnist",
+    "beta/mnist",
+    "samples_per_task",
+]  # fmt: skip
+RUNS = [(["small_resnet"], OVERVIEW), (["method", "coin"], METHOD), (["method", "average"], ["nda/linear/mean"])]
+
+
+def built(**options: Any) -> dict[str, Any]:
+    """Return what is sent to W&B."""
+    spec = workspace("me", "coin", Logged.of(RUNS), **options)._to_model().spec
+    return spec.model_dump(by_alias=True, exclude_none=True)["section"]
+
+
+def panels() -> dict[str, list[dict[str, Any]]]:
+    sections = built()["panelBankConfig"]["sections"]
+    return {section["name"]: [panel["config"] for panel in section["panels"]] for section in sections}
+
+
+def test_names_are_told_apart_by_the_tag_of_their_runs():
+    logged = Logged.of(RUNS)
+    assert logged.decoders == ["linear", "ridge"]
+    assert logged.tasks == ["letters", "mnist"]
+    assert "results" in logged.overviews
+    assert "results" not in logged.methods
+
+
+def test_bars_and_lines_are_methods_with_their_spread():
+    found = panels()
+    bars = found["NDA by method"]
+    assert [bar["metrics"] for bar in bars] == [["nda/linear/mean"], ["nda/ridge/mean"]]
+    by_task = [bar["metrics"][0] for bar in found["NDA by task"]]
+    assert by_task == ["nda/linear/letters", "nda/ridge/letters", "nda/linear/mnist", "nda/ridge/mnist"]
+    lines = found["NDA against P"] + found["NDA against N and the code"]
+    assert {line["xAxis"] for line in lines} == {"samples_per_task", "num_experts", "beta/mnist"}
+    for panel in [*bars, *lines]:
+        assert (panel["groupBy"], panel["groupAgg"], panel["groupArea"]) == ("variant.value", "mean", "stddev")
+
+
+def test_points_are_nda_against_cost():
+    points = panels()["NDA against cost"]
+    axes = {(point["xAxis"], point["yAxis"]) for point in points}
+    assert ("summary:seconds/ridge/mean", "summary:nda/ridge/mean") in axes
+    assert ("summary:passes/linear/mean", "summary:nda/linear/mean") in axes
+
+
+def test_tables_and_confusions_that_were_logged_and_no_others():
+    found = panels()
+    assert len(found["Tables"]) == 1
+    assert "results" in str(found["Tables"])
+    (chart,) = found["Confusion of expert and decoded"]
+    assert chart["panelDefId"] == "wandb/confusion_matrix/v1"
+    assert OVERVIEW[3] in str(chart["userQuery"])
+
+
+def test_runs_are_grouped_by_experiment_job_type_and_method_and_filtered_by_experiment():
+    (runs,) = built()["runSets"]
+    assert [key["name"] for key in runs["grouping"]] == ["group", "jobType", "variant.value"]
+    assert "quickstart" not in str(runs["filters"])
+    (runs,) = built(group="quickstart")["runSets"]
+    assert "quickstart" in str(runs["filters"])
+
+
+def test_without_runs_of_methods_there_is_advice():
+    with pytest.raises(ConfigurationError, match=r"wandb\.method_runs=true") as caught:
+        workspace("me", "coin", Logged.of(RUNS[:1]))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Take away keys and network."""
+    wandb.teardown()
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("arguments", "mode", "said"),
+    [
+        (["me/coin"], "offline", "found WANDB_MODE=offline"),
+        (["me/coin"], None, "run `wandb login`"),
+        (["me/coin"], "online", "run `wandb login`"),
+        (["a/b/c"], None, "expected ENTITY/PROJECT"),
+        (["/coin"], None, "expected ENTITY/PROJECT"),
+        ([], None, "project"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    arguments: list[str],
+    mode: str | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    if mode is not None:
+        monkeypatch.setenv("WANDB_MODE", mode)
+    assert main(["dashboard", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("coin: error: ")
+    assert len(error.splitlines()) == 1
+    assert said in error
+    assert "wandb sync" not in error  # there is nothing to log offline
+
+
+@pytest.mark.usefixtures("alone")
+def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    assert main(["dashboard", "me/coin"]) == 2
+    assert "pip install 'coded-coin[dashboard]'" in capsys.readouterr().err
+
+
+def test_a_server_s_runs_become_a_workspace_with_an_address(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    asked: dict[str, Any] = {}
+    sent = []
+
+    class Api:
+        default_entity = "me"
+
+        def runs(self, path: str, **options: Any) -> list[SimpleNamespace]:
+            asked.update(path=path, **options)
+            return [SimpleNamespace(tags=tags, summary=dict.fromkeys(names, 0)) for tags, names in RUNS]
+
+    def upsert(view: Any) -> dict[str, Any]:
+        sent.append(view)
+        return {"upsertView": {"view": {"name": "nw-abc-v", "id": "1"}}}
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(dashboard, "check_connection", lambda *_, **__: None)
+    monkeypatch.setattr(wandb, "Api", Api)
+    monkeypatch.setattr(interface.internal, "upsert_view2", upsert)
+    monkeypatch.setattr(interface, "get_app_url", lambda _: "https://wandb.test")
+    assert main(["dashboard", "coin", "--group=quickstart"]) == 0
+    assert capsys.readouterr().out.strip() == "https://wandb.test/me/coin?nw=abc"
+    assert asked["path"] == "me/coin"
+    assert asked["filters"] == {"jobType": "evaluate", "group": "quickstart"}
+    (view,) = sent
+    assert (view.entity, view.project, view.display_name) == ("me", "coin", "quickstart")

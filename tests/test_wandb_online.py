@@ -1,0 +1,152 @@
+"""Commands that are to log online and cannot, and W&B's failure at the very end."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+import yaml
+from lightning.pytorch.loggers import WandbLogger
+
+from coin.cli import main
+from coin.data.tasks import Tasks
+from coin.errors import CoinWarning
+from coin.modules import DecodingEvaluator
+from coin.reporting import finish_run, read_results, run_environment
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+EXPERIMENT = {
+    "name": "tiny",
+    "network": {"name": "small_resnet", "image_size": 16, "options": {"width": 4}},
+    "tasks": {"a": {"class_path": "Digits"}, "b": {"class_path": "Glyphs", "init_args": {"classes": "A-F"}}},
+    "methods": [{"class_path": "Average"}],
+}
+SWEEP = {
+    "name": "grid",
+    "command": ["coin", "run", "-c", "experiment.yaml", "${args}"],
+    "method": "grid",
+    "parameters": {"seeds": {"values": [[0], [1]]}},
+}
+SCRIPT = """
+import json, os, sys
+import wandb
+from coin.cli import main
+
+for case in json.load(sys.stdin):
+    wandb.teardown()
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        os.environ.pop(name, None)
+    os.environ.update(case["environment"])
+    print("status", main(case["arguments"]), file=sys.stderr, flush=True)
+"""
+
+
+def test_every_command_that_cannot_log_online_says_so_at_once(tmp_path: Path, write_experts: Callable[..., dict]):
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
+    experts = yaml.safe_dump(write_experts([10, 6]), default_flow_style=True, width=10_000).strip()
+    tasks = "{task0: {class_path: Digits}, task1: {class_path: Glyphs, init_args: {classes: A-F}}}"
+    commands = {
+        "run": ["run", "-c", "experiment.yaml"],
+        "sweep": ["sweep", "sweep.yaml"],
+        "evaluate": ["evaluate", "-c", str(CONFIGS / "evaluate/default.yaml"), f"--model.experts={experts}",
+                     f"--data.tasks={tasks}"],
+        "fit": ["fit", "-c", str(CONFIGS / "expert/mnist5k.yaml")],
+    }  # fmt: skip
+    logger = ["fit", "-c", str(CONFIGS / "expert/mnist5k.yaml"), "-c", str(CONFIGS / "logger/wandb-online.yaml")]
+    online, key = {"WANDB_MODE": "online"}, {"WANDB_API_KEY": "x" * 40}
+    cases = [
+        *({"arguments": command, "environment": online} for command in commands.values()),
+        *({"arguments": command, "environment": online | key} for command in commands.values()),
+        {"arguments": logger, "environment": {}},
+        {"arguments": logger, "environment": key},
+    ]
+    with socket.socket() as taken:  # bound but not listening: the port refuses connections
+        taken.bind(("127.0.0.1", 0))
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        environment = ours | {
+            "NETRC": str(tmp_path / "no-netrc"),
+            "WANDB_BASE_URL": f"http://127.0.0.1:{taken.getsockname()[1]}",
+            "no_proxy": "*",
+        }
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", SCRIPT],
+            input=json.dumps(cases),
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+    said = done.stderr.strip().splitlines()
+    assert len(said) == 2 * len(cases), done.stderr
+    for number, (line, status) in enumerate(zip(said[::2], said[1::2], strict=True)):
+        assert status == "status 2"
+        assert line.startswith("coin: error: W&B is to work online, but ")
+        advice = "check the network" if "WANDB_API_KEY" in cases[number]["environment"] else "run `wandb login`"
+        assert advice in line
+        assert "`wandb sync` later" in line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def evaluation(
+    tmp_path: Path, synthetic: Any, write_experts: Callable[..., dict], write_coded: Callable[..., list]
+) -> Any:
+    experts = write_experts([3, 2])
+    tasks = {"task0": synthetic(3, key=0, test=23), "task1": synthetic(2, key=1, test=17)}
+    return DecodingEvaluator(experts, write_coded([[0.5, 0.5]], experts)), Tasks(tasks, 20, seed=7)
+
+
+def test_results_stand_where_w_and_b_fails_at_the_very_end(
+    tmp_path: Path, evaluation: Any, make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError("the service is gone")
+
+    monkeypatch.setattr(wandb.Run, "define_metric", broken)
+    monkeypatch.setattr(WandbLogger, "log_metrics", lambda *_, **__: None)
+    with run_environment(tmp_path):
+        run = wandb.init(project="p", dir=str(tmp_path))
+        try:
+            trainer = make_trainer(logger=WandbLogger(experiment=run))
+            with pytest.warns(CoinWarning, match=r"W&B did not take the evaluation \(BrokenPipeError: the service is"):
+                outcomes = trainer.evaluate(*evaluation, output=str(tmp_path / "results"))
+        finally:
+            finish_run()
+    frame = read_results(tmp_path / "results")
+    assert len(frame) == len(outcomes) > 0
+    assert (tmp_path / "results/results.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["csv", "wandb"])
+def test_shipped_loggers_log_a_training_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], list]
+):
+    monkeypatch.chdir(tmp_path)
+    for variable in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    small = ["--model.options={width: 4}", "--model.image_size=16", "--data.image_size=16", "--trainer.callbacks=[]"]
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
+    configs = ["-c", str(CONFIGS / "expert/mnist5k.yaml"), "-c", str(CONFIGS / f"logger/{name}.yaml")]
+    assert main(["fit", *configs, *small, *short, *quiet]) == 0
+    finish_run()
+    (metrics,) = (tmp_path / "runs").rglob("metrics.csv")
+    assert "val/accuracy" in metrics.read_text(encoding="utf-8").splitlines()[0]
+    folders = list((tmp_path / "runs").rglob("offline-run-*"))
+    assert len(folders) == (name == "wandb")
+    for folder in folders:
+        records = read_wandb(folder)
+        axes = {r["metric"].get("name"): r["metric"].get("step_metric") for r in records if r["type"] == "metric"}
+        assert axes["val/accuracy"] == "epoch"
+        history = [record["history"]["item"] for record in records if record["type"] == "history"]
+        assert any("val/accuracy" in row and row["epoch"] == 0 for row in history)
