@@ -22,6 +22,7 @@ from coin.experiment import Experiment
 from coin.experiment.commands import merge, report
 from coin.experiment.sweep import sweep
 from coin.experiment.sweep_table import SWEEP_CSV
+from coin.progress import shown
 from coin.reporting import print_summary, read_results, run_environment, summarise
 from coin.trainer import Trainer, quieten
 
@@ -201,7 +202,7 @@ def main(args: list[str] | None = None) -> int:
     """
     quieten()
     try:
-        with _warnings_in_one_line():
+        with _warnings_in_one_line(), shown(Console(stderr=True)):
             CoinCLI(
                 LightningModule,
                 LightningDataModule,
