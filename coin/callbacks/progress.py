@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 
 from coin.progress import Bar, progress
 
@@ -41,12 +42,12 @@ class RunProgress(ProgressBar):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar over all batches, unless this is a training's own validation."""
-        if trainer.validating:
+        if trainer.state.fn == TrainerFn.VALIDATING:
             self._begin(trainer, "validating", _total(trainer.num_val_batches))
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """Move on."""
-        if trainer.validating:
+        if trainer.state.fn == TrainerFn.VALIDATING:
             self._bar.advance()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,7 +60,7 @@ class RunProgress(ProgressBar):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the bar over all batches."""
-        self._begin(trainer, "running over samples", _total(trainer.num_predict_batches))
+        self._begin(trainer, "calibration samples", _total(trainer.num_predict_batches))
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """Move on."""

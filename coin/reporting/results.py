@@ -72,7 +72,7 @@ class Row:
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
 KEYS: tuple[str, ...] = COLUMNS[: COLUMNS.index("expert_accuracy")]
 NUMBERS: tuple[str, ...] = COLUMNS[len(KEYS) :]
-_INTEGERS = ("seed", "samples_per_task")
+INTEGERS = ("seed", "samples_per_task")
 
 
 def write_results(
@@ -122,7 +122,7 @@ def read_results(folder: Path) -> pd.DataFrame:
     Raises:
         FileError: The file is missing, damaged, or lacks a column or a number.
     """
-    return read_frame(folder / RESULTS_CSV, COLUMNS, _INTEGERS, NUMBERS)
+    return read_frame(folder / RESULTS_CSV, COLUMNS, INTEGERS, NUMBERS)
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:
