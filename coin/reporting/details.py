@@ -73,7 +73,7 @@ def layer_profile(layers: pd.DataFrame) -> Figure:
             drawn = [distances]
         letters = max((len(name) for part in drawn for name in part.index), default=0)
         wide = min(WIDE, max(WIDTH, 1.6 + 0.075 * letters + 0.2 * len(names)))
-        heights = [0.75 + 0.2 * len(part) for part in drawn]
+        heights = [0.6 + 0.2 * len(part) for part in drawn]
         foot = 0.07 * max(map(len, names)) if len(names) <= _LAYERS_WITH_NAMES else 0.4
         figure = Figure(figsize=(wide, sum(heights) + foot + 0.3))
         panels = figure.subplots(len(drawn), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]

@@ -64,16 +64,17 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     summary = summarise(frame)
     drawn = _Drawn(path.parent / PLOTS)
     whole = [source for source in sources if not source.is_point]
+    across = "Across experiments" if len(whole) > 1 else "With more calibration samples"
     compared = summary[summary["experiment"].isin([source.name for source in whole])]
     with progress("drawing the report", total=None):
         body = "\n".join(
             [
                 markup.section("What was run", sections.facts(parts)),
-                markup.section("Normalised decoding accuracy", _nda(parts, compared, summary)),
-                markup.section("Across experiments", drawn.all(_comparing(compared, len(whole)))),
-                *(_sweep(sources, summary, drawn) for sources in parts if sources[0].is_point),
-                markup.section("What the numbers say", _findings(frame)),
                 markup.section("Experts", tables.experts_table(summary)),
+                markup.section(across, drawn.all(_comparing(compared, len(whole)))),
+                *(_sweep(sources, summary, drawn) for sources in parts if sources[0].is_point),
+                markup.section("Normalised decoding accuracy", _nda(parts, compared, summary)),
+                markup.section("What the numbers say", _findings(frame)),
                 *(_experiment(source, summary, drawn, alone=len(sources) == 1) for source in whole),
                 markup.section("How to reproduce", sections.reproduce(parts)),
             ]
@@ -146,11 +147,16 @@ def _findings(frame: pd.DataFrame) -> str:
     if len(found) == 1:
         return sections.findings_list(next(iter(found.values())))
     few = len(found) <= _FINDINGS
+    several = len({experiment for experiment, _, _ in found}) > 1
+    first = next(iter(found))[:2]
+    largest = max(samples for *which, samples in found if tuple(which) == first)
     body = "".join(
         markup.folded(
-            f"{experiment}: {erased} lost, P = {samples}", sections.findings_list(items), opened=few and i == 0
+            f"{f'{experiment}: ' if several else ''}{erased} lost, P = {samples}",
+            sections.findings_list(items),
+            opened=few and (experiment, erased, samples) == (*first, largest),
         )
-        for i, ((experiment, erased, samples), items) in enumerate(found.items())
+        for (experiment, erased, samples), items in found.items()
     )
     return body if few else markup.folded(f"{len(found)} lists, one for each experiment, loss and P", body)
 
@@ -224,7 +230,7 @@ def _accuracies(summary: pd.DataFrame, prefix: str) -> Iterator[_Plot]:
     yield _Plot(
         f"{prefix}nda_by_method",
         plots.nda_by_method(means),
-        f"NDA by method and decoder, P = {samples}; dotted: the paper's 97.5 %.",
+        f"NDA by method and decoder, P = {samples}; dotted: the paper's 97.5 %.{_scales(means)}",
     )
     yield _Plot(
         f"{prefix}nda_against_cost",
@@ -241,7 +247,17 @@ def _accuracies(summary: pd.DataFrame, prefix: str) -> Iterator[_Plot]:
     yield _Plot(
         f"{prefix}nda_per_task",
         plots.nda_per_task(_largest_samples(tasks)),
-        f"NDA of each task when it is lost, P = {samples}.",
+        f"NDA of each task when it is lost, P = {samples}; dotted: the paper's 97.5 %.{_scales(means)}",
+    )
+
+
+def _scales(means: pd.DataFrame) -> str:
+    """Say how the panels of many decoders are to be read."""
+    if len(plots.decoders_of(means)) <= plots.FEW:
+        return ""
+    return (
+        " Every decoder has a scale of its own; a diamond is its best method, hollow are the survivors alone, an arrow "
+        "where they are beyond the scale."
     )
 
 

@@ -43,7 +43,7 @@ def nda_against_residual(means: pd.DataFrame) -> Figure:
         means = means[means["residual_mean"].notna() & ~means["method"].isin(REFERENCES)]
         figure, panels = _scatter(means, means["residual_mean"], "residual, ‖f_c − Σβf‖ / ‖Σβf‖")
         for axes in panels.values():
-            axes.set_xlim(left=0)
+            axes.set_xlim(0, 1.06 * float(means["residual_mean"].max()) or 1.0)
         return figure
 
 

@@ -99,7 +99,7 @@ def _facts(sources: Sequence[Source]) -> dict[str, str]:
     }
     sweep = sources[0].sweep
     if sweep is not None:
-        swept = (f"{name}: {', '.join(values)}" for name, values in sweep.swept.items())
+        swept = (f"{name}: {', '.join(values)}" for name, values in sweep.swept.items() if len(values) > 1)
         found["swept"] = "; ".join(swept)
     return {name: text for name, text in found.items() if text}
 
@@ -123,7 +123,7 @@ def _start(configuration: object) -> str:
         return f"checkpoint {base['checkpoint']}"
     if isinstance(base, dict) and isinstance(base.get("task"), dict):
         task: dict[str, Any] = base["task"]
-        return f"a base trained on {task.get('class', 'its task')} for {base.get('epochs')} epochs"
+        return f"a base trained on {task.get('class', 'its task')}, epochs: {base.get('epochs')}"
     if not isinstance(network, dict) or "weights" not in network:
         return ""
     return "random weights" if network["weights"] is None else f"weights {network['weights']}"

@@ -92,7 +92,8 @@ def experts_table(summary: pd.DataFrame) -> str:
 
 
 def _kind(line: Line, before: Line | None) -> str:
-    first = before is not None and line.is_reference and not before.is_reference
+    several = before is not None and before.samples_per_task != line.samples_per_task and before.name != line.name
+    first = several or (before is not None and line.is_reference and not before.is_reference)
     return " ".join(["reference"] * line.is_reference + ["first"] * first)
 
 
