@@ -22,9 +22,11 @@ from coin.errors import CoinError, CoinWarning, ConfigurationError, FileError
 from coin.experiment import Experiment
 from coin.experiment.commands import merge, report
 from coin.experiment.sweep import sweep
-from coin.experiment.sweep_table import SWEEP_CSV
-from coin.reporting import print_summary, read_results, run_environment, summarise
+from coin.progress import shown
+from coin.reporting import as_json, print_summary, read_results, run_environment, summarise, write_report
 from coin.reporting.dashboard import dashboard
+from coin.reporting.report import REPORT_HTML, report_summary
+from coin.reporting.sweeps import SWEEP_CSV
 from coin.reporting.wandb_logging import logger_mode
 from coin.trainer import Trainer, quieten
 
@@ -66,6 +68,7 @@ class CoinCLI(LightningCLI):
             sub = self.init_parser(**kwargs.get(name, {}))
             if name == "run":
                 sub.add_class_arguments(Experiment)
+                _add_json_argument(sub)
                 summary = "Run a whole experiment, resumably."
             elif name == "merge":
                 sub.add_function_arguments(merge)
@@ -79,8 +82,9 @@ class CoinCLI(LightningCLI):
                 sub.add_argument("--name", type=str | None, default=None, help="What to call the workspace.")
                 summary = "Make a W&B workspace of a project's experiments, online."
             else:
-                sub.add_argument("folders", nargs="+", type=str, help="Experiments' or seeds' folders.")
+                sub.add_argument("folders", nargs="+", type=str, help="Experiments', seeds' or sweeps' folders.")
                 sub.add_argument("--output", type=str | None, default=None, help="The HTML file to write.")
+                _add_json_argument(sub)
                 summary = "Write the report of finished experiments."
             subcommands.add_subcommand(name, sub, help=summary)
             self._subcommand_parsers[name] = sub
@@ -131,10 +135,16 @@ class CoinCLI(LightningCLI):
             return
         options = self.config_init[subcommand].as_dict()
         options.pop("config", None)
+        machine = options.pop("json", False)
         if subcommand == "run":
             experiment = Experiment(**options)
-            print_summary(experiment.run(self._dump_seed), _console())
-            print(f"report: {experiment.folder / 'report.html'}")
+            summary = experiment.run(self._dump_seed)
+            page = experiment.folder / REPORT_HTML
+            if machine:
+                print(as_json({"experiment": experiment.name, "report": page, "summary": summary}))
+            else:
+                print_summary(summary, _console())
+                print(f"report: {page}")
         elif subcommand == "merge":
             for path in merge(**options):
                 print(path)
@@ -143,17 +153,24 @@ class CoinCLI(LightningCLI):
             if outcome.table is not None:
                 _console().print(outcome.table)
                 print(f"table: {outcome.folder / SWEEP_CSV}")
+                print(f"report: {write_report([outcome.folder])}")
             outcome.check()
         elif subcommand == "dashboard":
             print(dashboard(**options))
         else:
-            print(report(options["folders"], options["output"]))
+            page = report(options["folders"], options["output"])
+            if machine:
+                folders = [Path(folder) for folder in options["folders"]]
+                print(as_json({"report": page, "summary": report_summary(folders)}))
+            else:
+                print(page)
 
     def _experiment(self, arguments: Sequence[str]) -> Experiment:
         """Return the experiment that ``coin run`` makes of these arguments."""
         parser = self._subcommand_parsers["run"]
         options = parser.instantiate_classes(parser.parse_args(list(arguments))).as_dict()
-        options.pop("config", None)
+        for name in ("config", "json"):
+            options.pop(name, None)
         return Experiment(**options)
 
     def after_evaluate(self) -> None:
@@ -166,7 +183,14 @@ class CoinCLI(LightningCLI):
     def _dump_seed(self, seed: int) -> str:
         config = self.config["run"].clone()
         config["seeds"] = [seed]
+        config.pop("json")
         return str(self._subcommand_parsers["run"].dump(config, skip_none=False))
+
+
+def _add_json_argument(parser: LightningArgumentParser) -> None:
+    parser.add_argument(
+        "--json", action="store_true", help="Print the summary as one JSON document, and nothing else, on stdout."
+    )
 
 
 def _add_sweep_arguments(parser: LightningArgumentParser) -> None:
@@ -212,7 +236,7 @@ def main(args: list[str] | None = None) -> int:
     """
     quieten()
     try:
-        with _warnings_in_one_line():
+        with _warnings_in_one_line(), shown(Console(stderr=True)):
             CoinCLI(
                 LightningModule,
                 LightningDataModule,

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch import LightningDataModule, LightningModule
+import numpy as np
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
+from coin.callbacks import RunProgress
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.modules import DecodingEvaluator, Expert, Outcome, StatisticKind, StatisticPass
 from coin.networks import fill_network, load_network, read_weights
-from coin.reporting.extras import read_examples
+from coin.reporting.extras import Examples, write_examples
 from coin.reporting.results import Row, confusion_key, write_results
 from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_evaluation import code_axes, log_evaluation, log_examples
@@ -38,6 +41,10 @@ _EXPECTED = (
 )
 """What Lightning warns of and an experiment means."""
 
+EXAMPLES_CHOICE = (
+    "the last method with the last decoder that were listed; images in a fixed random order of the test set"
+)
+
 
 def quieten() -> None:
     """Silence Lightning's notices on standard error, and the warnings of what ``coin`` does on purpose."""
@@ -55,14 +62,31 @@ class Trainer(pl.Trainer):
 
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
+        callbacks: Lightning's or your own; `coin.callbacks.RunProgress` is among them unless there is another bar.
+        enable_progress_bar: Whether to tell `coin.progress` how far a run has come.
         **kwargs: Lightning's own arguments.
 
     Raises:
         ConnectionFailedError: A W&B logger is to work online, and there is no key or no network.
     """
 
-    def __init__(self, *, use_distributed_sampler: bool = False, **kwargs: Any) -> None:
-        super().__init__(use_distributed_sampler=use_distributed_sampler, **kwargs)
+    def __init__(
+        self,
+        *,
+        use_distributed_sampler: bool = False,
+        callbacks: list[Callback] | Callback | None = None,
+        enable_progress_bar: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks] if callbacks is not None else []
+        if enable_progress_bar and not any(isinstance(callback, ProgressBar) for callback in given):
+            given.append(RunProgress())
+        super().__init__(
+            use_distributed_sampler=use_distributed_sampler,
+            callbacks=given,
+            enable_progress_bar=enable_progress_bar,
+            **kwargs,
+        )
         for logger in self.loggers:
             if isinstance(logger, WandbLogger):
                 check_connection(logger_mode(logger))
@@ -189,7 +213,8 @@ class Trainer(pl.Trainer):
             described = {"tasks": list(model.tasks), "code": code, **(configuration or {})}
             folder = Path(output or self.default_root_dir)
             write_results(folder, rows, described, confusions)
-            examples = read_examples(folder)
+            examples = examples_of(model, datamodule)
+            write_examples(folder, examples)
             for logger in self.loggers:
                 if isinstance(logger, WandbLogger):
                     with logging_only("the evaluation"):
@@ -229,6 +254,31 @@ def result_rows(outcomes: Sequence[Outcome], experiment: str, seed: int, samples
         )
         for outcome in outcomes
     ]
+
+
+def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
+    """Return the test images that an evaluation has kept, with the names of their tasks' classes; none without any."""
+    if model.shown is None or not model.kept:
+        return None
+    variant, decoder = model.shown
+    names: list[str] = []
+    parts: dict[str, list[Any]] = {name: [] for name in ("images", "expert", "decoded", "label", "task", "position")}
+    for task, kept in model.kept.items():
+        for name in ("expert", "decoded", "label"):
+            parts[name].append(getattr(kept, name).numpy() + len(names))
+        parts["images"].append(kept.images.permute(0, 2, 3, 1).numpy())
+        parts["position"] += kept.position.tolist()
+        parts["task"] += [task] * len(kept.images)
+        names += tasks.tasks[task].classes
+    return Examples(
+        **{name: np.concatenate(parts[name]) for name in ("images", "expert", "decoded", "label")},
+        names=tuple(names),
+        task=tuple(parts["task"]),
+        position=tuple(parts["position"]),
+        method=" ".join([variant.method, *([f"(BatchNorm: {variant.batchnorm})"] if variant.batchnorm else [])]),
+        decoder=decoder,
+        choice=EXAMPLES_CHOICE,
+    )
 
 
 def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, int]:

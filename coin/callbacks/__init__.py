@@ -1,7 +1,8 @@
-"""Callbacks for training: what is written of an expert when its training ends."""
+"""Callbacks: what is written of an expert when its training ends, and how far a Trainer has come."""
 
 from coin.callbacks.export import ExpertExport
 from coin.callbacks.fisher import FisherEstimator
+from coin.callbacks.progress import RunProgress
 from coin.callbacks.weights import Weights
 
-__all__ = ["ExpertExport", "FisherEstimator", "Weights"]
+__all__ = ["ExpertExport", "FisherEstimator", "RunProgress", "Weights"]

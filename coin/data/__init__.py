@@ -22,7 +22,7 @@ from coin.data.torchvision_sets import (
     FashionMNIST,
     TorchvisionTask,
 )
-from coin.data.transform import to_input
+from coin.data.transform import to_image, to_input
 
 __all__ = [
     "CIFAR10",
@@ -47,5 +47,6 @@ __all__ = [
     "TorchvisionTask",
     "TrainingBatches",
     "pooled",
+    "to_image",
     "to_input",
 ]

@@ -1,4 +1,4 @@
-"""From stored uint8 images to a network's input."""
+"""From stored uint8 images to a network's input, and back to be looked at."""
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,23 @@ def to_input(images: Tensor, image_size: int) -> Tensor:
     mean = x.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
     std = x.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
     return (x - mean) / std
+
+
+def to_image(inputs: Tensor, side: int | None = None) -> Tensor:
+    """Turn inputs back into images: the inverse of `to_input`, but for what resizing has lost.
+
+    Args:
+        inputs: float [B, 3, S, S], normalised with ImageNet's mean and standard deviation.
+        side: The side of the result in pixels; none keeps S.
+
+    Returns:
+        uint8 [B, 3, side, side].
+    """
+    x = inputs.float()
+    x = x * x.new_tensor(IMAGENET_STD).view(1, 3, 1, 1) + x.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
+    if side is not None and x.shape[-2:] != (side, side):
+        x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
+    return (x * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def check_images(images: Tensor) -> None:

@@ -18,6 +18,7 @@ from coin.experiment.codes import SeedCode, read_choice, write_choice
 from coin.experiment.config import ExpertConfig
 from coin.experiment.experts import Experts
 from coin.experiment.jobs import FileKind, Job, by_stem, common_tags, job, resolved, run_config
+from coin.experiment.layer_step import compare_layers
 from coin.experiment.merge import Ingredients, coded_paths, merge_experts
 from coin.experiment.statistic_steps import estimate, wanted_by
 from coin.experiment.steps import Steps, step_key
@@ -25,6 +26,7 @@ from coin.experiment.training import distill_rows, make_trainer, train_network
 from coin.merging import MergeMethod, Requirement
 from coin.modules import DecodingEvaluator, Distillation, StatisticKind
 from coin.networks import BatchNormPolicy, brought_network, save_network
+from coin.reporting.extras import EXAMPLES_NPZ
 from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_results
 from coin.reporting.wandb_evaluation import code_axes, log_method_runs
 from coin.reporting.wandb_settings import logging_only
@@ -62,6 +64,7 @@ class SeedRun:
         for wanted in dict.fromkeys(w for method in self.experiment.methods for w in wanted_by(method, calibration)):
             estimate(self, wanted)
         self.merge()
+        compare_layers(self)
         self.experts.release()
         self.evaluate()
 
@@ -141,7 +144,7 @@ class SeedRun:
         for method in self.experiment.methods:
             paths = self.coded_paths(method)
             name = paths[0].name.split(".")[0]
-            statistics = self._statistics(method)
+            statistics = self.statistics(method)
             key = self._merge_key(method, statistics)
             if self.steps.finished(f"coded-{name}", key, paths):
                 self.say(f"{name}: up to date")
@@ -201,7 +204,8 @@ class SeedRun:
         """Measure every method with every decoder."""
         experiment = self.experiment
         coded = [path for method in experiment.methods for path in self.coded_paths(method)]
-        outputs = [self.folder / name for name in (RESULTS_CSV, RESULTS_JSON, CONFUSION_NPZ)]
+        files = (RESULTS_CSV, RESULTS_JSON, CONFUSION_NPZ, *([EXAMPLES_NPZ] if coded else []))
+        outputs = [self.folder / name for name in files]
         options = {
             "name": experiment.name,
             "decoders": [decoder.name for decoder in experiment.decoders],
@@ -255,7 +259,7 @@ class SeedRun:
         calibration = self.experiment.calibration
         return Tasks(tasks, calibration.samples_per_task, calibration.batch_size)
 
-    def _statistics(self, method: MergeMethod | Distillation) -> dict[str, dict[str, Path]]:
+    def statistics(self, method: MergeMethod | Distillation) -> dict[str, dict[str, Path]]:
         """Return the statistics' files that a method asks for."""
         calibration = self.experiment.calibration
         return {

@@ -15,7 +15,8 @@ Each point runs in its own process and has its own folder ``runs/SWEEP/SWEEP-IND
 printed in ``sweep.log``. Points share the base, the experts and the statistics that are the same for them (see
 `coin.experiment.sweep_sharing`). A sweep may be killed and started again: finished points are skipped, begun ones go on
 where they were. A point that fails does not stop the others. ``runs/SWEEP/sweep.csv`` holds the rows of all finished
-points, behind one column per swept key; keys with a single ``value`` are constants and have none.
+points, behind one column per swept key; keys with a single ``value`` are constants and have none. ``sweep.yaml`` beside
+it is the file itself, and ``coin report runs/SWEEP`` makes the report.
 
 A random sweep draws ``values`` (with ``probabilities`` if given), and numbers between ``min`` and ``max`` with the
 distributions ``uniform``, ``int_uniform`` and ``log_uniform_values``. ``metric`` and ``early_terminate`` are for W&B's
@@ -42,9 +43,11 @@ from coin.errors import CoinError, ConfigurationError
 from coin.experiment.experiment import Experiment
 from coin.experiment.sweep_points import SweepFile, read_sweep, sweep_points
 from coin.experiment.sweep_run import PointRun, locked
-from coin.experiment.sweep_table import SWEEP_CSV, sweep_frame, sweep_table
+from coin.experiment.sweep_table import sweep_frame, sweep_table
 from coin.reporting.frames import write_frame
+from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML
 from coin.reporting.wandb_connection import check_connection
+from coin.state import write_text
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 10.0
@@ -131,6 +134,7 @@ def sweep(
     with locked(folder / ".lock") as lock, _terminated_as_exit():
         if lock is None:
             raise ConfigurationError(f"found another coin sweep at work in '{folder}'; wait for it, or stop it first")
+        write_text(folder / SWEEP_YAML, plan.text)
         scheduler = _Scheduler(plan, folder, runs, max(1, cores // jobs), jobs, console)
         return scheduler.run()
 

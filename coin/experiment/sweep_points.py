@@ -32,6 +32,7 @@ class SweepFile:
         command: The arguments of ``coin run``, with ``${args}`` where a point's own go.
         parameters: By dotted key of the experiment file, what it takes: ``value``, ``values``, or ``min`` and ``max``.
         run_cap: At most so many points; none for no limit.
+        text: The file itself, its name in it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class SweepFile:
     command: tuple[str, ...]
     parameters: Mapping[str, Mapping[str, Any]]
     run_cap: int | None = None
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def read_sweep(path: Path) -> SweepFile:
         ConfigurationError: It is no sweep of ``coin run`` that can be expanded here.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = yaml.safe_load(text)
     except OSError as error:
         raise FileError(f"found no file '{path}', expected a sweep's YAML; see configs/sweep") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -88,7 +91,7 @@ def read_sweep(path: Path) -> SweepFile:
     if cap is not None and (not isinstance(cap, int) or cap < 1):
         raise ConfigurationError(f"found run_cap {cap} in '{path}', expected a number of at least 1")
     command = _run_arguments(document.get("command"), str(document.get("program", "")), path)
-    return SweepFile(name, method, command, parameters, cap)
+    return SweepFile(name, method, command, parameters, cap, text if "name" in document else f"name: {name}\n{text}")
 
 
 def sweep_points(sweep: SweepFile, folder: Path, count: int | None = None, seed: int = 0) -> list[SweepPoint]:

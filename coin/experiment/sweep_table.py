@@ -14,8 +14,6 @@ from coin.reporting.results import read_results
 from coin.reporting.summary import seed_means
 from coin.reporting.table import decoder_heading
 
-SWEEP_CSV = "sweep.csv"
-
 
 def sweep_frame(points: Sequence[tuple[Mapping[str, Any], Sequence[Path]]]) -> pd.DataFrame:
     """Return the rows of all points' results: the columns of ``results.csv`` behind one column per swept key.

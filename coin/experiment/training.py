@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from coin.trainer import Trainer, quieten
 
 
 def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer:
-    """Return a Trainer for one step of an experiment, with a progress bar where somebody watches.
+    """Return a Trainer for one step of an experiment.
 
     Args:
         folder: Its ``default_root_dir``.
@@ -42,7 +41,6 @@ def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer
         "accelerator": "auto",
         "devices": 1,
         "enable_model_summary": False,
-        "enable_progress_bar": sys.stderr.isatty(),
         "logger": False,
         "enable_checkpointing": False,
         **options,

@@ -10,6 +10,7 @@ from coin.merging.coin import check_damping
 from coin.merging.inputs import MergeInputs, Requirement
 from coin.merging.method import MergeMethod, check_fisher_options, floored_diagonal, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
+from coin.progress import progress
 from coin.state import State
 from coin.statistics.conjugate_gradient import conjugate_gradient
 
@@ -82,16 +83,18 @@ class FullFisher(MergeMethod):
 
         def operator(tangent: dict[str, Tensor]) -> State:
             product = weighted_products([tangent] * len(experts))
+            bar.advance()
             return {key: product[key] + self.damping * metric[key] * tangent[key] for key in product}
 
         pull = weighted_products([{key: expert[key] - average[key] for key in average} for expert in experts])
-        solved = conjugate_gradient(
-            operator,
-            pull,
-            preconditioner=lambda residual: {key: tensor / metric[key] for key, tensor in residual.items()},
-            max_steps=self.max_iterations,
-            tolerance=self.tolerance,
-        )
+        with progress(self.label, self.max_iterations) as bar:
+            solved = conjugate_gradient(
+                operator,
+                pull,
+                preconditioner=lambda residual: {key: tensor / metric[key] for key, tensor in residual.items()},
+                max_steps=self.max_iterations,
+                tolerance=self.tolerance,
+            )
         if not solved.converged:
             warnings.warn(
                 f"full_fisher stopped after {solved.steps} conjugate-gradient steps at a relative residual of "

@@ -11,6 +11,7 @@ from coin.merging.inputs import MergeInputs, Requirement
 from coin.merging.method import MergeMethod, check_fisher_options, floored_diagonal
 from coin.merging.sample_space import solve_damped
 from coin.networks.batchnorm import BatchNormPolicy
+from coin.progress import Bar, progress
 from coin.state import State
 from coin.statistics.products import OutputMap
 
@@ -97,22 +98,24 @@ class GaussNewton(MergeMethod):
 
         residual = target - outputs.outputs(parameters)
         error = _squared(residual[~training])
-        for _ in range(self.max_steps):
-            step = self._step(outputs, parameters, residual, training, inverse_metric)
-            if step is None:
-                break
-            for halving in range(_HALVINGS + 1):
-                moved = {key: tensor + 0.5**halving * step[key] for key, tensor in parameters.items()}
-                moved_residual = target - outputs.outputs(moved)
-                moved_error = _squared(moved_residual[~training])
-                if moved_error < error:
+        with progress(self.label, self.max_steps * self.max_iterations) as bar:
+            for count in range(self.max_steps):
+                bar.reach(count * self.max_iterations, f"step {count + 1} of {self.max_steps} at most")
+                step = self._step(outputs, parameters, residual, training, inverse_metric, bar)
+                if step is None:
                     break
-            else:
-                break
-            fall = 1 - moved_error / error
-            parameters, residual, error = moved, moved_residual, moved_error
-            if fall < self.tolerance:
-                break
+                for halving in range(_HALVINGS + 1):
+                    moved = {key: tensor + 0.5**halving * step[key] for key, tensor in parameters.items()}
+                    moved_residual = target - outputs.outputs(moved)
+                    moved_error = _squared(moved_residual[~training])
+                    if moved_error < error:
+                        break
+                else:
+                    break
+                fall = 1 - moved_error / error
+                parameters, residual, error = moved, moved_residual, moved_error
+                if fall < self.tolerance:
+                    break
         return parameters
 
     def _step(
@@ -122,6 +125,7 @@ class GaussNewton(MergeMethod):
         residual: Tensor,
         training: Tensor,
         inverse_metric: State,
+        bar: Bar,
     ) -> dict[str, Tensor] | None:
         """Return D⁻¹Jᵀu for the best u, or None if no u is predicted to help the held-out samples."""
 
@@ -130,6 +134,7 @@ class GaussNewton(MergeMethod):
             return {key: tensor * inverse_metric[key] for key, tensor in gradient.items()}
 
         def product(cotangent: Tensor) -> Tensor:
+            bar.advance()
             return outputs.jvp(parameters, step_for(cotangent))
 
         choice = solve_damped(product, residual, training, residual.new_tensor(DAMPINGS), self.max_iterations)

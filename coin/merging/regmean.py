@@ -11,6 +11,7 @@ from coin.merging.coin import check_damping
 from coin.merging.inputs import MergeInputs, Requirement
 from coin.merging.method import DATA, MergeMethod, check_choice, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
+from coin.progress import tracked
 from coin.state import State
 
 
@@ -80,7 +81,7 @@ class RegMean(MergeMethod):
         assert inputs.grams is not None
         experts = inputs.experts
         merged = {key: weighted_mean(experts, weights, key) for key in experts[0]}
-        for key in inputs.grams[0]:
+        for key in tracked(inputs.grams[0], self.label):
             if key not in merged:
                 raise StateError(f"there is a Gram matrix for '{key}', which the experts do not have")
             if self.layers is RegMeanLayers.linear and merged[key].ndim != 2:

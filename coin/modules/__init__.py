@@ -2,8 +2,10 @@
 
 from coin.modules.coded import Coded
 from coin.modules.distillation import Distillation
-from coin.modules.evaluator import DecodingEvaluator, Outcome
+from coin.modules.evaluator import DecodingEvaluator
+from coin.modules.examples import KeptSamples
 from coin.modules.expert import Expert, OptimizerKind, Schedule
+from coin.modules.outcome import Outcome
 from coin.modules.readout_distillation import ReadoutDistillation
 from coin.modules.statistic_pass import StatisticKind, StatisticPass
 from coin.modules.variants import NONE, ORACLE, Variant
@@ -15,6 +17,7 @@ __all__ = [
     "DecodingEvaluator",
     "Distillation",
     "Expert",
+    "KeptSamples",
     "OptimizerKind",
     "Outcome",
     "ReadoutDistillation",

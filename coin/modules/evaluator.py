@@ -1,7 +1,7 @@
 """The decoding evaluator: every network once per batch, for all methods, decoders and erasures."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
@@ -18,42 +17,12 @@ from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.metrics import DecodingAccuracy, Residual
 from coin.modules.coded import common_widths, run_network
+from coin.modules.examples import ExampleSamples, KeptSamples, shown_pair
+from coin.modules.outcome import Outcome
 from coin.modules.variants import NONE, ORACLE, Variant, read_coded
 from coin.networks import load_network, widen_network
+from coin.progress import tracked
 from coin.state import fingerprint
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was measured for one lost expert, under one erasure, with one variant and one decoder.
-
-    Attributes:
-        variant: The variant.
-        decoder: The decoder.
-        erased: The lost tasks.
-        task: The task whose expert was decoded, on whose test set.
-        expert_accuracy: Accuracy of the expert itself.
-        decoded_accuracy: Accuracy of the decoded output.
-        nda: Their ratio.
-        agreement: Share of test inputs where both answer the same class.
-        residual: ‖f_c − Σβ_if_i‖ / ‖Σβ_if_i‖ on the test set; NaN without coded models.
-        calibration_seconds: What making the coded models and fitting the decoder took, wall time.
-        sample_passes: The same in forward-equivalents.
-        confusion: Counts ``[C_j, C_j]``: the expert's answer by the decoded one.
-    """
-
-    variant: Variant
-    decoder: str
-    erased: tuple[str, ...]
-    task: str
-    expert_accuracy: float
-    decoded_accuracy: float
-    nda: float
-    agreement: float
-    residual: float
-    calibration_seconds: float
-    sample_passes: float
-    confusion: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -69,7 +38,8 @@ class DecodingEvaluator(LightningModule):
     """Measures how well lost experts are decoded, on every task's test set. Its data is a `coin.data.Tasks`.
 
     Every expert and coded model runs once per batch. Decoders are fitted on the pooled calibration samples of the
-    datamodule before the first test batch. After ``trainer.test`` the results are in `outcomes`.
+    datamodule before the first test batch. After ``trainer.test`` the results are in `outcomes`, and in `kept` some
+    test images of every task with the answers of its expert and of one decoder in its place (`coin.modules.examples`).
 
     Beside the methods stand two references: ``none``, decoding from the surviving experts alone, and ``oracle``,
     Σβ_if_i itself in place of a coded model's output (NDA 1 by construction: a check of the evaluator).
@@ -107,6 +77,7 @@ class DecodingEvaluator(LightningModule):
         self.coded = nn.ModuleList(networks)
         self.variants += self._references(code)
         self.outcomes: list[Outcome] = []
+        self.kept: dict[str, KeptSamples] = {}
         self.cases: list[_Case] = []
         self.eval().requires_grad_(False)
 
@@ -140,14 +111,16 @@ class DecodingEvaluator(LightningModule):
         answers = replace(Answers.concatenate(parts), tasks=calibration.part)
         # The networks run together here; each one's share of the time is what a decoder that needs it is charged.
         share = (time.perf_counter() - started) / (len(self.experts) + len(self.coded))
-        self.cases = list(self._fitted(answers, share))
+        self.cases = self._fitted(answers, share)
         lost = [expert for case in self.cases for expert in case.decoder.erased]
         self.accuracies = [DecodingAccuracy(self.class_counts[expert]) for expert in lost]
         self.confusions = [MulticlassConfusionMatrix(self.class_counts[expert]) for expert in lost]
         coded = [index for index, variant in enumerate(self.variants) if variant.networks]
         self.residuals = {(index, task): Residual() for index in coded for task in range(len(self.tasks))}
+        self.examples = self._examples(data)
         # As submodules the metrics move to the device and are summed over processes.
-        self.metrics = nn.ModuleList([*self.accuracies, *self.confusions, *self.residuals.values()]).to(self.device)
+        metrics = [*self.accuracies, *self.confusions, *self.residuals.values(), *self.examples.values()]
+        self.metrics = nn.ModuleList(metrics).to(self.device)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of."""
@@ -160,19 +133,27 @@ class DecodingEvaluator(LightningModule):
                 residual.update(coded.flatten(0, 1), variant.code.encode(answers.experts).flatten(0, 1))
         own = answers.experts[dataloader_idx]
         seen = [variant.seen(answers) for variant in self.variants]
+        classes = self.class_counts[dataloader_idx]
+        expert = own[:, :classes].argmax(1)
         place = 0
-        for case in self.cases:
+        for index, case in enumerate(self.cases):
             lost = case.decoder.erased
             if dataloader_idx in lost:
                 where = lost.index(dataloader_idx)
                 decoded = case.decoder.decode(seen[case.variant])[where]
                 self.accuracies[place + where].update(decoded, own, labels)
-                classes = self.class_counts[dataloader_idx]
-                self.confusions[place + where].update(decoded[:, :classes].argmax(1), own[:, :classes].argmax(1))
+                answer = decoded[:, :classes].argmax(1)
+                self.confusions[place + where].update(answer, expert)
+                if index in self.examples:
+                    positions = self._positions(batch_idx, dataloader_idx, len(labels))
+                    self.examples[index].update(inputs, positions, expert, answer, labels)
             place += len(lost)
 
     def on_test_epoch_end(self) -> None:
         """Collect the totals of all processes into `outcomes`."""
+        self.kept = {
+            self.tasks[self.cases[case].decoder.erased[0]]: each.kept() for case, each in self.examples.items()
+        }
         residuals = {place: float(residual.compute()) for place, residual in self.residuals.items()}
         self.outcomes = []
         place = 0
@@ -213,23 +194,50 @@ class DecodingEvaluator(LightningModule):
         oracle = Variant(ORACLE, "", code, (), None, 0.0, 0.0)
         return [none, oracle]
 
-    def _fitted(self, answers: Answers, share: float) -> Iterator[_Case]:
-        """Yield every case with its decoder fitted; `share` is the seconds one network took over the samples."""
-        for index, variant in enumerate(self.variants):
-            code = variant.code or self.code
+    def _fitted(self, answers: Answers, share: float) -> list[_Case]:
+        """Return every case with its decoder fitted; `share` is the seconds one network took over the samples."""
+        wanted = [
+            (index, erased, config)
+            for index, variant in enumerate(self.variants)
+            for erased in variant.erasures(variant.code or self.code)
+            for config in self.decoders
+            if variant.applies(config.kind)
+        ]
+        cases = []
+        for index, erased, config in tracked(wanted, "fitting decoders"):
+            variant = self.variants[index]
             seen = variant.seen(answers)
-            decoders = [decoder for decoder in self.decoders if variant.applies(decoder.kind)]
-            for erased in variant.erasures(code):
-                for config in decoders:
-                    started = time.perf_counter()
-                    decoder = make_decoder(config, code, erased).fit(seen)
-                    cost = (0.0, 0.0)
-                    if decoder.needs_fit:
-                        networks = len(self.experts) + len(variant.networks)
-                        samples = decoder.samples_read(seen)
-                        running = share * networks * samples / answers.num_samples
-                        cost = (time.perf_counter() - started + running, float(networks * samples))
-                    yield _Case(index, decoder, cost)
+            started = time.perf_counter()
+            decoder = make_decoder(config, variant.code or self.code, erased).fit(seen)
+            cost = (0.0, 0.0)
+            if decoder.needs_fit:
+                networks = len(self.experts) + len(variant.networks)
+                samples = decoder.samples_read(seen)
+                running = share * networks * samples / answers.num_samples
+                cost = (time.perf_counter() - started + running, float(networks * samples))
+            cases.append(_Case(index, decoder, cost))
+        return cases
+
+    @property
+    def shown(self) -> tuple[Variant, str] | None:
+        """The variant and the decoder whose answers are in `kept`; none without coded models."""
+        pair = shown_pair(self.variants, self.decoders)
+        return None if pair is None else (self.variants[pair[0]], pair[1])
+
+    def _examples(self, data: Tasks) -> dict[int, ExampleSamples]:
+        """Return what keeps examples, by case: every task lost alone, with one variant and decoder."""
+        pair = shown_pair(self.variants, self.decoders)
+        tasks = list(data.tasks.values())
+        return {
+            place: ExampleSamples(len(tasks[case.decoder.erased[0]].splits.test), self.image_size)
+            for place, case in enumerate(self.cases)
+            if (case.variant, case.decoder.name) == pair and len(case.decoder.erased) == 1
+        }
+
+    def _positions(self, batch: int, task: int, count: int) -> Tensor:
+        """Return where in the test set the samples of this process's batch are; see `EvaluationBatches`."""
+        before = batch * list(self._data().tasks.values())[task].eval_batch_size
+        return self.global_rank + self.trainer.world_size * torch.arange(before, before + count)
 
     def _data(self) -> Tasks:
         data: Any = getattr(self.trainer, "datamodule", None)

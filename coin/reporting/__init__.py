@@ -6,6 +6,7 @@ from coin.reporting.report import write_report
 from coin.reporting.results import (
     COLUMNS,
     Row,
+    as_json,
     confusion_key,
     read_configuration,
     read_confusions,
@@ -24,6 +25,7 @@ __all__ = [
     "Examples",
     "Finding",
     "Row",
+    "as_json",
     "check_connection",
     "code_axes",
     "confusion_key",

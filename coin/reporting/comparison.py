@@ -1,6 +1,7 @@
 """What tables and reports show: methods side by side, with one name each and the best cells marked."""
 
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -72,11 +73,7 @@ def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
     Args:
         frame: Rows of results or of a summary.
     """
-    names: dict[tuple[str, str], str] = {}
-    for method, batchnorm in frame[["method", "batchnorm"]].drop_duplicates().itertuples(index=False, name=None):
-        plain = batchnorm != "recalibrate" and method not in names.values()
-        names[method, batchnorm] = method if plain else f"{method}+{batchnorm or 'none'}"
-    base = [names[pair] for pair in zip(frame["method"], frame["batchnorm"], strict=True)]
+    base = _policy_names(frame)
     # Several sets count as variants only where they read out the same loss; R = 2 uses other sets for other sizes.
     same = ["experiment", "method", "batchnorm", "decoder", "erased", "task", "samples_per_task"]
     several = frame.groupby(same, sort=False)["code_row"].transform("nunique") > 1
@@ -89,6 +86,27 @@ def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
         index=frame.index,
         dtype=object,
     )
+
+
+def layer_names(layers: pd.DataFrame) -> "pd.Series[str]":
+    """Return one name per row of ``layers.csv``: as `variant_names`, with the row of the code where there are several.
+
+    Args:
+        layers: What `coin.reporting.read_layers` returns.
+    """
+    base = _policy_names(layers)
+    several = layers["code_row"].nunique() > 1
+    names = [f"{name}[{row}]" if several else name for name, row in zip(base, layers["code_row"], strict=True)]
+    return pd.Series(names, index=layers.index, dtype=object)
+
+
+def _policy_names(frame: pd.DataFrame) -> list[str]:
+    """Return one name per row that tells methods and their BatchNorm policies apart."""
+    names: dict[tuple[str, str], str] = {}
+    for method, batchnorm in frame[["method", "batchnorm"]].drop_duplicates().itertuples(index=False, name=None):
+        plain = batchnorm != "recalibrate" and method not in names.values()
+        names[method, batchnorm] = method if plain else f"{method}+{batchnorm or 'none'}"
+    return [names[pair] for pair in zip(frame["method"], frame["batchnorm"], strict=True)]
 
 
 def comparisons(summary: pd.DataFrame) -> list[Comparison]:
@@ -132,6 +150,13 @@ def short(value: float) -> str:
     return f"{value:.0f}"
 
 
+def heading(name: str, width: int = 14) -> str:
+    """Return a decoder's name as a heading: a long one on several lines, broken at its hyphens."""
+    # With a space behind every hyphen, for textwrap leaves those beside a digit whole.
+    lines = textwrap.wrap(name.replace("-", "- "), width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines).replace("- ", "-")
+
+
 def seconds(value: float) -> str:
     """Return a duration in seconds with about three digits, ``–`` for NaN."""
     if math.isnan(value):
@@ -145,6 +170,9 @@ def _comparison(experiment: str, erased: str, means: pd.DataFrame) -> Comparison
     decoders = tuple(dict.fromkeys([*contenders["decoder"], *means["decoder"]]))
     best = contenders.groupby(["decoder", "samples_per_task"])["nda_mean"].max().round(4).to_dict()
     lines = []
+    order = {name: place for place, name in enumerate(dict.fromkeys(means["name"]))}
+    means = means.sort_values("samples_per_task", kind="stable")
+    means = means.sort_values("name", kind="stable", key=lambda names: names.map(order))
     for (name, _), group in means.groupby(["name", "samples_per_task"], sort=False):
         first = group.iloc[0]
         cells = {}

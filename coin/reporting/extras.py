@@ -16,19 +16,24 @@ from coin.state import atomic_path
 
 LAYERS_CSV = "layers.csv"
 EXAMPLES_NPZ = "examples.npz"
-LAYER_COLUMNS = ("method", "layer", "fisher_share", "distance")
+LAYER_COLUMNS = ("method", "batchnorm", "code_row", "layer", "fisher_share", "distance")
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Test images with what was answered for them.
+    """Test images with what was answered for them, when their tasks' experts were lost one at a time.
 
     Args:
         images: ``[n, H, W, 3]``, uint8.
-        expert: The expert's answers ``[n]``.
-        decoded: The decoded answers ``[n]``.
-        label: The labels ``[n]``.
-        names: The classes' names ``[C]``; may be empty.
+        expert: The expert's answers ``[n]``, each a place in `names`.
+        decoded: The decoded answers ``[n]``, likewise.
+        label: The labels ``[n]``, likewise.
+        names: The names of the classes, those of all tasks one after the other; may be empty.
+        task: The task that each image is of ``[n]``; empty where that is not known.
+        position: The places of the images in their tasks' test sets ``[n]``; empty where they are not known.
+        method: The method and BatchNorm policy that decoded, as a person would say it; nothing where not known.
+        decoder: The decoder.
+        choice: How method and decoder were chosen among others.
 
     Raises:
         ConfigurationError: The shapes or types do not fit together.
@@ -39,6 +44,11 @@ class Examples:
     decoded: npt.NDArray[np.int64]
     label: npt.NDArray[np.int64]
     names: tuple[str, ...] = ()
+    task: tuple[str, ...] = ()
+    position: tuple[int, ...] = ()
+    method: str = ""
+    decoder: str = ""
+    choice: str = ""
 
     def __post_init__(self) -> None:
         count = len(self.images)
@@ -51,19 +61,37 @@ class Examples:
                 raise ConfigurationError(
                     f"found {name} {list(getattr(self, name).shape)} for {count} example images, expected [{count}]"
                 )
+        for name in ("task", "position"):
+            if len(getattr(self, name)) not in (0, count):
+                raise ConfigurationError(
+                    f"found {name} of {len(getattr(self, name))} images for {count} example images, expected {count}"
+                )
+
+    def by_task(self) -> dict[str, list[int]]:
+        """Return the indices of each task's images, in order of appearance; all under ``""`` where it is not known."""
+        tasks = self.task or ("",) * len(self.images)
+        return {task: [i for i, own in enumerate(tasks) if own == task] for task in dict.fromkeys(tasks)}
 
     def name_of(self, index: int) -> str:
         """Return a class's name, its index where it has none."""
         return self.names[index] if 0 <= index < len(self.names) else str(index)
 
 
-def write_examples(folder: Path, examples: Examples) -> None:
-    """Write ``examples.npz``.
+def write_examples(folder: Path, examples: Examples | None) -> None:
+    """Write ``examples.npz``, or take an earlier one away where there are no examples.
 
     Raises:
         FileError: The file cannot be written.
     """
-    arrays: dict[str, Any] = {**vars(examples), "names": np.asarray(examples.names, dtype=str)}
+    if examples is None:
+        (folder / EXAMPLES_NPZ).unlink(missing_ok=True)
+        return
+    arrays: dict[str, Any] = {
+        **vars(examples),
+        "names": np.asarray(examples.names, dtype=str),
+        "task": np.asarray(examples.task, dtype=str),
+        "position": np.asarray(examples.position, dtype=np.int64),
+    }
     with atomic_path(folder / EXAMPLES_NPZ) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
@@ -79,8 +107,13 @@ def read_examples(folder: Path) -> Examples | None:
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            names = tuple(str(name) for name in file["names"])
-            return Examples(file["images"], file["expert"], file["decoded"], file["label"], names)
+            answers = [file[name] for name in ("images", "expert", "decoded", "label")]
+            names, tasks = (tuple(str(name) for name in file[key]) for key in ("names", "task"))
+            chosen = [str(file[key]) for key in ("method", "decoder", "choice")]
+            images, expert, decoded, label = answers
+            method, decoder, choice = chosen
+            position = tuple(file["position"].tolist())
+            return Examples(images, expert, decoded, label, names, tasks, position, method, decoder, choice)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise FileError(f"'{path}' holds no example images ({one_line(error)}); make it again") from error
 
@@ -90,8 +123,10 @@ def write_layers(folder: Path, layers: pd.DataFrame) -> None:
 
     Args:
         folder: The seed's folder.
-        layers: Columns ``method``, ``layer`` (in the network's order), ``fisher_share`` (share of the Fisher's mass in
-            this layer; NaN for methods without one) and ``distance`` (to the experts, relative).
+        layers: A row per coded model and layer, layers in the network's order: ``method``, ``batchnorm``, ``code_row``
+            (which row of the code), ``layer``, ``fisher_share`` (share of the Fisher's mass in this layer; NaN for
+            methods without one) and ``distance`` (to the experts' β-average, relative to how far they are from it
+            themselves: 0 for plain averaging; NaN where they agree).
 
     Raises:
         ConfigurationError: A column is missing.

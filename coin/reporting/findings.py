@@ -107,7 +107,10 @@ def _paper(group: _Group) -> list[Finding]:
 
 
 def _worse(group: _Group, baseline: str, called: str) -> list[Finding]:
-    """Say, for each decoder without options, which methods do worse than the strongest variant of a baseline."""
+    """Say, for each decoder without options, which methods do worse than the strongest variant of a baseline.
+
+    In how many seeds stands behind a method where it is not all of them.
+    """
     out = []
     for decoder in group.plain_decoders:
         reference = group.strongest(group.names(baseline), decoder)
@@ -121,11 +124,12 @@ def _worse(group: _Group, baseline: str, called: str) -> list[Finding]:
             compared += len(difference) > 0
             if difference.mean() < 0:
                 worse = int((difference < 0).sum())
-                losers.append(
-                    f"{name} by {-100 * difference.mean():.2f} points (in {worse} of {_seeds(len(difference))})"
-                )
+                some = "" if worse == len(difference) else f" (in {worse} of {_seeds(len(difference))})"
+                losers.append(f"{name} by {-100 * difference.mean():.2f}{some}")
         if losers:
-            out.append(Finding("worse", f"Than {called}, with the {decoder} decoder: {'; '.join(losers)}."))
+            which = f"{len(losers)} of {compared}" if compared > 1 else "the only other one"
+            text = f"Than {called}, with the {decoder} decoder, {which}: {', '.join(losers)} points."
+            out.append(Finding("worse", text))
         elif compared:
             out.append(Finding("note", f"With the {decoder} decoder no method does worse than {called}."))
     return out

@@ -1,4 +1,4 @@
-"""One self-contained HTML file from the files of one or several experiments, and its figures as PNG."""
+"""One self-contained HTML file from the files of experiments or sweeps, and its figures as PNG and SVG."""
 
 import os
 import re
@@ -11,23 +11,29 @@ from string import Template
 import pandas as pd
 from matplotlib.figure import Figure
 
-from coin.reporting import details, plots, sections
-from coin.reporting.canvas import as_png, as_svg, settle
+from coin.progress import progress
+from coin.reporting import details, markup, plots, sections, tables
+from coin.reporting.canvas import WIDTH, as_element, as_png, as_svg, settle
 from coin.reporting.comparison import REFERENCES
 from coin.reporting.findings import findings
-from coin.reporting.sources import Source, read_sources
+from coin.reporting.gallery import example_images
+from coin.reporting.sources import Source, by_folder, read_sources
 from coin.reporting.summary import summarise
+from coin.reporting.sweeps import SEEDS, as_numbers
 from coin.state import atomic_path, write_text
 
 REPORT_HTML = "report.html"
 PLOTS = "plots"
 _TEMPLATE = Path(__file__).with_name("report_template.html")
-_CONFUSION_PANELS = 9
+_LEGIBLE = 72
+"""Pixels per inch at which a wide figure can still be read; a narrower screen scrolls."""
+_FINDINGS = 12
+"""More findings' lists than this hide behind one line."""
 
 
 @dataclass(frozen=True)
 class _Plot:
-    """A figure, the name of its PNG file and what stands below it."""
+    """A figure, the name of its files and what stands below it."""
 
     name: str
     figure: Figure
@@ -35,13 +41,13 @@ class _Plot:
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
-    """Write ``report.html`` and ``plots/*.png`` from the files of experiments alone.
+    """Write ``report.html`` and ``plots/*.png`` and ``*.svg`` from the files of experiments alone.
 
     The page needs no network and no second file. Optional files of a seed (`layers.csv`, `examples.npz`) get their
     sections where they exist.
 
     Args:
-        folders: Experiments (``runs/NAME``), single seeds (``runs/NAME/seed-0``), or several to compare.
+        folders: Experiments (``runs/NAME``), single seeds (``runs/NAME/seed-0``), sweeps, or several to compare.
         output: The HTML file, or a folder for ``report.html``. By default the one folder that is reported, or the
             nearest folder above all of them.
 
@@ -52,44 +58,70 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
         FileError: A folder holds no results, a file is damaged, or the report cannot be written.
     """
     sources = read_sources([Path(folder) for folder in folders])
+    parts = by_folder(sources)
     path = _output(sources, output)
     frame = pd.concat([source.frame for source in sources], ignore_index=True)
     summary = summarise(frame)
-    title = f"coin: {sources[0].name}" if len(sources) == 1 else f"coin: {len(sources)} experiments compared"
     drawn = _Drawn(path.parent / PLOTS)
-    body = "\n".join(
-        [
-            sections.section("What was run", sections.lede(sources)),
-            sections.section("Normalised decoding accuracy", sections.nda_tables(summary)),
-            sections.section("What the numbers say", _findings(frame)),
-            sections.section("Across experiments", drawn.all(_comparing(summary, sources))),
-            sections.section("Experts", sections.experts_table(summary)),
-            *(_experiment(source, summary, drawn, alone=len(sources) == 1) for source in sources),
-            sections.section("How to reproduce", sections.reproduce(sources)),
-        ]
-    )
-    html = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(title=escape(title), body=body)
+    whole = [source for source in sources if not source.is_point]
+    across = "Across experiments" if len(whole) > 1 else "With more calibration samples"
+    compared = summary[summary["experiment"].isin([source.name for source in whole])]
+    with progress("drawing the report", total=None):
+        body = "\n".join(
+            [
+                markup.section("What was run", sections.facts(parts)),
+                markup.section("Experts", tables.experts_table(summary)),
+                markup.section(across, drawn.all(_comparing(compared, len(whole)))),
+                *(_sweep(sources, summary, drawn) for sources in parts if sources[0].is_point),
+                markup.section("Normalised decoding accuracy", _nda(parts, compared, summary)),
+                markup.section("What the numbers say", _findings(frame)),
+                *(_experiment(source, summary, drawn, alone=len(sources) == 1) for source in whole),
+                markup.section("How to reproduce", sections.reproduce(parts)),
+            ]
+        )
+    html = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(title=escape(_title(parts)), body=body)
     write_text(path, html)
     return path
 
 
+def report_summary(folders: Sequence[Path]) -> pd.DataFrame:
+    """Return the summary of what `write_report` would report, as `coin.reporting.summarise` returns it.
+
+    Raises:
+        FileError: A folder holds no results, or a file is damaged.
+    """
+    sources = read_sources([Path(folder) for folder in folders])
+    return summarise(pd.concat([source.frame for source in sources], ignore_index=True))
+
+
 class _Drawn:
-    """Writes each figure as PNG and returns it as HTML."""
+    """Writes each figure as PNG and SVG and returns it as HTML."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._count = 0
 
     def all(self, items: Iterator[_Plot]) -> str:
-        return sections.figures(self._one(item) for item in items)
+        return markup.figures([self._one(item) for item in items])
 
     def _one(self, item: _Plot) -> str:
         self._count += 1
         settle(item.figure)
-        with atomic_path(self.folder / f"{_slug(item.name)}.png") as temporary:
+        svg = as_svg(item.figure)
+        path = self.folder / _slug(item.name)
+        with atomic_path(path.with_name(f"{path.name}.png")) as temporary:
             temporary.write_bytes(as_png(item.figure))
-        svg = as_svg(item.figure, f"f{self._count}", escape(item.caption))
-        return sections.figure(svg, item.caption)
+        write_text(path.with_name(f"{path.name}.svg"), svg)
+        width = item.figure.get_size_inches()[0]
+        element = as_element(svg, f"f{self._count}", escape(item.caption))
+        return markup.figure(element, item.caption, width * _LEGIBLE if width > WIDTH else None)
+
+
+def _title(parts: Sequence[Sequence[Source]]) -> str:
+    if len(parts) > 1:
+        return f"coin: {len(parts)} experiments compared"
+    source = parts[0][0]
+    return f"coin: {source.name}" if source.sweep is None else f"coin: sweep {source.sweep.name}"
 
 
 def _output(sources: Sequence[Source], output: Path | None) -> Path:
@@ -99,26 +131,48 @@ def _output(sources: Sequence[Source], output: Path | None) -> Path:
     return Path(os.path.commonpath(folders)) / REPORT_HTML
 
 
+def _nda(parts: Sequence[Sequence[Source]], compared: pd.DataFrame, summary: pd.DataFrame) -> str:
+    """Return the tables of NDA: one per experiment, one for all points of a sweep."""
+    out = [tables.nda_tables(compared)]
+    for sources in parts:
+        if sources[0].is_point:
+            options = {source.name: source.group.options for source in sources if source.group is not None}
+            own = summary[summary["experiment"].isin(list(options))]
+            out.append(tables.sweep_table(own, options))
+    return "".join(out) + f'<p class="soft">{tables.NOTE}</p>'
+
+
 def _findings(frame: pd.DataFrame) -> str:
     found = findings(frame)
     if len(found) == 1:
         return sections.findings_list(next(iter(found.values())))
-    return "".join(
-        sections.folded(f"{experiment}: {erased} lost, P = {samples}", sections.findings_list(items), opened=i == 0)
-        for i, ((experiment, erased, samples), items) in enumerate(found.items())
+    few = len(found) <= _FINDINGS
+    several = len({experiment for experiment, _, _ in found}) > 1
+    first = next(iter(found))[:2]
+    largest = max(samples for *which, samples in found if tuple(which) == first)
+    body = "".join(
+        markup.folded(
+            f"{f'{experiment}: ' if several else ''}{erased} lost, P = {samples}",
+            sections.findings_list(items),
+            opened=few and (experiment, erased, samples) == (*first, largest),
+        )
+        for (experiment, erased, samples), items in found.items()
     )
+    return body if few else markup.folded(f"{len(found)} lists, one for each experiment, loss and P", body)
 
 
-def _comparing(summary: pd.DataFrame, sources: Sequence[Source]) -> Iterator[_Plot]:
+def _comparing(summary: pd.DataFrame, experiments: int) -> Iterator[_Plot]:
     """Draw what several experiments, or several P, have to say together."""
     means = _means(summary)
-    if len(sources) > 1 and not means.empty:
+    if means["method"].isin(REFERENCES).all():
+        return
+    if experiments > 1:
         yield _Plot(
             "nda_by_experiment",
             plots.nda_by_experiment(_largest_samples(means)),
             "NDA by method and experiment, each task lost in turn; dotted: the paper's 97.5 %.",
         )
-    if means["samples_per_task"].nunique() > 1 and not means["method"].isin(REFERENCES).all():
+    if means["samples_per_task"].nunique() > 1:
         yield _Plot(
             "nda_against_samples",
             plots.nda_against_samples(means),
@@ -126,18 +180,45 @@ def _comparing(summary: pd.DataFrame, sources: Sequence[Source]) -> Iterator[_Pl
         )
 
 
+def _sweep(sources: Sequence[Source], summary: pd.DataFrame, drawn: _Drawn) -> str:
+    """Return the figures of a sweep over more than P and seeds: NDA against each option."""
+    sweep = sources[0].sweep
+    assert sweep is not None
+    options = {source.name: source.group.options for source in sources if source.group is not None}
+    means = _means(summary[summary["experiment"].isin(list(options))])
+    names = [name for name in next(iter(options.values())) if len(sweep.swept[name]) > 1]
+
+    def against() -> Iterator[_Plot]:
+        if means["method"].isin(REFERENCES).all():
+            return
+        for name in names:
+            values = as_numbers(means["experiment"].map({part: own[name] for part, own in options.items()}))
+            others = [other for other in (*names, *sweep.swept) if other not in (name, SEEDS)]
+            others = [other for other in dict.fromkeys(others) if len(sweep.swept[other]) > 1]
+            over = f"; mean over {', '.join(others)}" if others else ""
+            yield _Plot(
+                f"{sweep.name}-nda_against_{name}",
+                plots.nda_against_option(_largest_samples(means), name, values, joined=sweep.full),
+                f"NDA against {name}, mean ± spread over seeds{over}.",
+            )
+
+    note = f'<p class="soft">Every point has a report of its own in its folder in {escape(str(sources[0].folder))}.</p>'
+    return markup.section(f"Sweep {sweep.name}", drawn.all(against()) + note)
+
+
 def _experiment(source: Source, summary: pd.DataFrame, drawn: _Drawn, *, alone: bool) -> str:
     """Return one experiment's figures, confusions, layers and examples."""
     own = summary[summary["experiment"] == source.name]
     prefix = "" if alone else f"{source.name}-"
+    examples = "" if source.examples is None else example_images(source.examples)
     parts = [
-        sections.section("NDA, cost and residual", drawn.all(_accuracies(own, prefix))),
-        sections.section("Expert's answer against decoded answer", _confusions(source, drawn, prefix)),
-        sections.section("Layer by layer", drawn.all(_layers(source, prefix))),
-        sections.section("Examples", "" if source.examples is None else sections.example_images(source.examples)),
+        markup.section("NDA, cost and residual", drawn.all(_accuracies(own, prefix))),
+        markup.section("Expert's answer against decoded answer", _confusions(source, drawn, prefix)),
+        markup.section("Layer by layer", drawn.all(_layers(source, prefix))),
+        markup.section("Examples", examples),
     ]
     body = "\n".join(part for part in parts if part)
-    return body if alone else sections.folded(f"Experiment {source.name}: figures", body)
+    return body if alone else markup.folded(f"Experiment {source.name}: figures", body)
 
 
 def _accuracies(summary: pd.DataFrame, prefix: str) -> Iterator[_Plot]:
@@ -149,7 +230,7 @@ def _accuracies(summary: pd.DataFrame, prefix: str) -> Iterator[_Plot]:
     yield _Plot(
         f"{prefix}nda_by_method",
         plots.nda_by_method(means),
-        f"NDA by method and decoder, P = {samples}; dotted: the paper's 97.5 %.",
+        f"NDA by method and decoder, P = {samples}; dotted: the paper's 97.5 %.{_scales(means)}",
     )
     yield _Plot(
         f"{prefix}nda_against_cost",
@@ -166,28 +247,42 @@ def _accuracies(summary: pd.DataFrame, prefix: str) -> Iterator[_Plot]:
     yield _Plot(
         f"{prefix}nda_per_task",
         plots.nda_per_task(_largest_samples(tasks)),
-        f"NDA of each task when it is lost, P = {samples}.",
+        f"NDA of each task when it is lost, P = {samples}; dotted: the paper's 97.5 %.{_scales(means)}",
+    )
+
+
+def _scales(means: pd.DataFrame) -> str:
+    """Say how the panels of many decoders are to be read."""
+    if len(plots.decoders_of(means)) <= plots.FEW:
+        return ""
+    return (
+        " Every decoder has a scale of its own; a diamond is its best method, hollow are the survivors alone, an arrow "
+        "where they are beyond the scale."
     )
 
 
 def _confusions(source: Source, drawn: _Drawn, prefix: str) -> str:
-    """Return the confusions of every task; those of the first decoder are open."""
+    """Return the confusions of every task; those of the first decoder are open.
+
+    Decoders with options are left to ``confusion.npz``, but for the one that examples are of.
+    """
     decoders = list(dict.fromkeys(decoder for decoder, _ in source.confusions))
+    examined = source.examples.decoder if source.examples is not None else ""
+    shown = [decoder for decoder in decoders if "-" not in decoder or decoder == examined] or decoders[:1]
 
     def of(decoder: str) -> Iterator[_Plot]:
         for (own, task), counts in source.confusions.items():
             if own == decoder:
-                shown = dict(list(counts.items())[:_CONFUSION_PANELS])
-                more = f" The first {len(shown)} of {len(counts)} methods." if len(shown) < len(counts) else ""
                 yield _Plot(
                     f"{prefix}confusion_{decoder}_{task}",
-                    details.confusion_matrices(shown),
-                    f"Task {task} lost, {decoder} decoder, all seeds. A perfect decoder fills the diagonal.{more}",
+                    details.confusion_matrices(counts),
+                    f"Task {task} lost, {decoder} decoder, all seeds. A perfect decoder fills the diagonal.",
                 )
 
-    return "".join(
-        sections.folded(f"{decoder} decoder", drawn.all(of(decoder)), opened=i == 0)
-        for i, decoder in enumerate(decoders)
+    rest = len(decoders) - len(shown)
+    note = f'<p class="soft">The counts of {rest} more decoders are in confusion.npz of each seed.</p>' if rest else ""
+    return note + "".join(
+        markup.folded(f"{decoder} decoder", drawn.all(of(decoder)), opened=i == 0) for i, decoder in enumerate(shown)
     )
 
 
@@ -196,7 +291,9 @@ def _layers(source: Source, prefix: str) -> Iterator[_Plot]:
         yield _Plot(
             f"{prefix}layers",
             details.layer_profile(source.layers),
-            "Where the Fisher's mass lies and how far each merge is from its experts, from input to head.",
+            "Where the Fisher's mass lies, and how far each merge is from the average of the experts, from input to "
+            "head. Methods with the same numbers, such as those that differ in their BatchNorm policy alone, are drawn "
+            "once. Blank: the experts agree.",
         )
 
 

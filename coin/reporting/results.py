@@ -72,7 +72,7 @@ class Row:
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
 KEYS: tuple[str, ...] = COLUMNS[: COLUMNS.index("expert_accuracy")]
 NUMBERS: tuple[str, ...] = COLUMNS[len(KEYS) :]
-_INTEGERS = ("seed", "samples_per_task")
+INTEGERS = ("seed", "samples_per_task")
 
 
 def write_results(
@@ -107,7 +107,7 @@ def write_results(
     if extra is not None:
         document["extra"] = dict(extra)
     # The text is made first: a value that cannot be written leaves all three files as they were.
-    text = json.dumps(_strict(document), indent=1, allow_nan=False, ensure_ascii=False)
+    text = as_json(document)
     if confusions is not None:
         arrays: dict[str, Any] = {key: np.asarray(counts) for key, counts in confusions.items()}
         with atomic_path(folder / CONFUSION_NPZ) as temporary, temporary.open("wb") as file:
@@ -122,7 +122,7 @@ def read_results(folder: Path) -> pd.DataFrame:
     Raises:
         FileError: The file is missing, damaged, or lacks a column or a number.
     """
-    return read_frame(folder / RESULTS_CSV, COLUMNS, _INTEGERS, NUMBERS)
+    return read_frame(folder / RESULTS_CSV, COLUMNS, INTEGERS, NUMBERS)
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:
@@ -164,6 +164,11 @@ def read_confusions(folder: Path) -> dict[str, Counts]:
         raise FileError(f"'{path}' is not a whole .npz file ({one_line(error)}); make it again") from error
 
 
+def as_json(document: Any) -> str:
+    """Return a value as strict JSON text: a number that is not finite is ``null``, a data frame a list of its rows."""
+    return json.dumps(_strict(document), indent=1, allow_nan=False, ensure_ascii=False)
+
+
 def _check_rows(rows: Sequence[Row]) -> None:
     if not rows:
         raise ConfigurationError("found no rows to write, expected at least one measurement")
@@ -181,7 +186,7 @@ def _check_rows(rows: Sequence[Row]) -> None:
 
 
 def _strict(value: Any) -> Any:
-    """Return `value` as strict JSON has it: no NaN, no infinity, keys that are text, the rest as text."""
+    """Return `value` as strict JSON has it: no NaN, no infinity, frames as lists of rows, keys and the rest as text."""
     if value is None or isinstance(value, (bool, int)) or type(value) is str:
         return value
     if isinstance(value, float):
@@ -190,6 +195,8 @@ def _strict(value: Any) -> Any:
         return {str(key): _strict(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
         return _strict(value.tolist())
+    if isinstance(value, pd.DataFrame):
+        return _strict(value.to_dict("records"))
     if isinstance(value, np.generic):
         return _strict(value.item())
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -1,57 +1,34 @@
-"""The pieces of the HTML report. Everything that comes from outside is escaped here."""
+"""The report's sections in words: what was run, what the numbers say, how to do it again."""
 
-import base64
-import io
 import json
-import math
+import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
-from PIL import Image
 
-from coin.reporting.comparison import (
-    Cell,
-    Comparison,
-    Line,
-    comparisons,
-    expert_accuracies,
-    percent,
-    seconds,
-    short,
-)  # fmt: skip
-from coin.reporting.extras import Examples
+from coin.reporting import markup
 from coin.reporting.findings import Finding
 from coin.reporting.sources import Source
-
-_EXAMPLES = 48
-
-
-def section(title: str, body: str) -> str:
-    """Return a section with its heading, nothing where it is empty."""
-    return f"<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>" if body else ""
+from coin.reporting.sweeps import SWEEP_YAML
 
 
-def lede(sources: Sequence[Source]) -> str:
-    """Return what was run, in a sentence per experiment."""
-    sentences = []
-    for source in sources:
-        frame = source.frame
-        tasks = list(dict.fromkeys(frame["task"]))
-        samples = ", ".join(str(value) for value in sorted(set(frame["samples_per_task"])))
-        network = _lookup(source.document["configuration"], "network", "name")
-        code = _code(source)
-        parts = [
-            f"{len(tasks)} tasks ({', '.join(tasks)})",
-            *([str(network)] if network else []),
-            *([code] if code else []),
-            f"P = {samples} calibration samples per task",
-            f"{_count(frame['seed'].nunique(), 'seed')}",
-            f"methods {', '.join(dict.fromkeys(frame['method']))}",
-        ]
-        name = f"<b>{escape(source.name)}</b>: " if len(sources) > 1 else ""
-        sentences.append(f"<p>{name}{escape('; '.join(parts))}.</p>")
-    return "\n".join(sentences)
+def facts(parts: Sequence[Sequence[Source]]) -> str:
+    """Return what was run as a table: a line per fact, a column per experiment or sweep.
+
+    Args:
+        parts: The sources of each folder.
+    """
+    columns = [_facts(sources) for sources in parts]
+    lines = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [
+        markup.row([markup.cell(name), *(markup.cell(column.get(name, "–"), "text wrap") for column in columns)])
+        for name in lines
+    ]
+    names = [_title(sources) for sources in parts]
+    return markup.table(["", *names], rows, text_columns=names, kind="facts")
 
 
 def findings_list(found: Iterable[Finding]) -> str:
@@ -60,112 +37,96 @@ def findings_list(found: Iterable[Finding]) -> str:
     return f'<ul class="findings">{"".join(items)}</ul>' if items else ""
 
 
-def nda_table(comparison: Comparison) -> str:
-    """Return one comparison as a table: the best cells marked, the references set apart."""
-    several = len(comparison.samples) > 1
-    head = ["method", "BatchNorm", *(["P"] if several else []), *comparison.decoders, "residual", "seconds", "passes"]
-    rows = []
-    before: Line | None = None
-    for line in comparison.lines:
-        first = line.is_reference and before is not None and not before.is_reference
-        kind = " ".join(["reference"] * line.is_reference + ["first"] * first)
-        cells = [_td(line.name), _td(line.batchnorm or "–", "text")]
-        cells += [_td(str(line.samples_per_task))] if several else []
-        for decoder in comparison.decoders:
-            cell = line.cells.get(decoder)
-            cells.append(_td("–") if cell is None else _td(percent(cell), "best" if cell.best else ""))
-        residual = "–" if math.isnan(line.residual.mean) else f"{line.residual.mean:.3f}"
-        cells += [_td(residual), _td(seconds(line.seconds.mean)), _td(short(line.passes.mean))]
-        rows.append(f'<tr class="{kind}">{"".join(cells)}</tr>')
-        before = line
-    return _table(head, rows, text_columns=("method", "BatchNorm"))
-
-
-def nda_tables(summary: pd.DataFrame) -> str:
-    """Return all comparisons of a summary, and how to read them."""
-    tables = [
-        f"<h3>{escape(each.experiment)}: {escape(each.erased)} lost</h3>{nda_table(each)}"
-        for each in comparisons(summary)
-    ]
-    note = (
-        "NDA in %: accuracy of the decoded output ÷ accuracy of the expert itself, mean over the lost tasks, ± sample "
-        "standard deviation over seeds. Shaded: the best of its decoder (and P). <i>none</i>: the survivors alone, "
-        "without a coded model; <i>oracle</i>: Σβf itself. Seconds and passes (forward-equivalents of one sample) are "
-        "what it took to make the coded model."
-    )
-    return "".join(tables) + f'<p class="soft">{note}</p>'
-
-
-def experts_table(summary: pd.DataFrame) -> str:
-    """Return the experts' own accuracies."""
-    experts = expert_accuracies(summary)
-    rows = [
-        f"<tr>{_td(row['experiment'])}{_td(row['task'], 'text')}"
-        f"{_td(percent(Cell(row['mean'], row['spread'])))}{_td(str(row['seeds']))}</tr>"
-        for _, row in experts.iterrows()
-    ]
-    return _table(["experiment", "task", "test accuracy (%)", "seeds"], rows, text_columns=("experiment", "task"))
-
-
-def figure(svg: str, caption: str) -> str:
-    """Return an SVG element with its caption."""
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def figures(items: Iterable[str]) -> str:
-    """Return figures side by side where there is room."""
-    body = "\n".join(items)
-    return f'<div class="figures">{body}</div>' if body else ""
-
-
-def folded(title: str, body: str, *, opened: bool = False) -> str:
-    """Return a part that opens on a click, nothing where it is empty."""
-    if not body:
-        return ""
-    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{body}</details>"
-
-
-def example_images(examples: Examples) -> str:
-    """Return example images, first those where the decoded answer differs from the expert's."""
-    differing = examples.expert != examples.decoded
-    order = sorted(range(len(examples.images)), key=lambda i: not differing[i])[:_EXAMPLES]
-    items = []
-    for i in order:
-        buffer = io.BytesIO()
-        Image.fromarray(examples.images[i]).save(buffer, format="PNG")
-        label, expert, decoded = (
-            escape(examples.name_of(int(answers[i]))) for answers in (examples.label, examples.expert, examples.decoded)
-        )
-        items.append(
-            f'<figure class="{"differs" if differing[i] else "same"}"><img alt="test image of class {label}" '
-            f'src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-            f"<figcaption>is {label}<br>expert {expert}<br>decoded {decoded}</figcaption></figure>"
-        )
-    if not items:
-        return ""
-    shown = f"{len(items)} of {_count(len(examples.images), 'image')}; framed where the decoded answer differs."
-    return f'<div class="examples">{"".join(items)}</div><p class="soft">{shown}</p>'
-
-
-def reproduce(sources: Sequence[Source]) -> str:
-    """Return the command, the versions and the configuration of every experiment."""
-    parts = []
-    for source in sources:
+def reproduce(parts: Sequence[Sequence[Source]]) -> str:
+    """Return the command, the versions and the configuration of every experiment or sweep."""
+    out = []
+    for sources in parts:
+        source = sources[0]
         document = source.document
-        command = _lookup(document, "extra", "command")
-        config = source.seeds[0] / "config.yaml"
-        if not command:
-            command = f"coin run --config {config}" if config.is_file() else "coin run --config EXPERIMENT.yaml"
         versions = document.get("versions")
         named = versions.items() if isinstance(versions, dict) else ()
-        rows = [f"<tr>{_td(str(name))}{_td(str(value), 'text')}</tr>" for name, value in named]
+        versioned = ", ".join(f"{name} {value}" for name, value in named)
         configuration = json.dumps(document["configuration"], indent=2, ensure_ascii=False)
-        parts.append(
-            f"<h3>{escape(source.name)}</h3><pre>{escape(str(command))}</pre>"
-            + folded("Versions", _table(["package", "version"], rows, text_columns=("package", "version")))
-            + folded(f"Configuration ({source.seeds[0].name})", f"<pre>{escape(configuration)}</pre>")
+        where = f" ({source.seeds[0]})" if source.seeds else ""
+        out.append(
+            (f"<h3>{escape(_title(sources))}</h3>" if len(parts) > 1 else "")
+            + f"<pre>{escape(_command(sources))}</pre>"
+            + (f'<p class="soft">With {escape(versioned)}.</p>' if versioned else "")
+            + markup.folded(f"Configuration{where}", f"<pre>{escape(configuration)}</pre>")
         )
-    return "".join(parts)
+    return "".join(out)
+
+
+def _title(sources: Sequence[Source]) -> str:
+    sweep = sources[0].sweep
+    return sources[0].name if sweep is None else sweep.name
+
+
+def _command(sources: Sequence[Source]) -> str:
+    """Return the command line that does it again."""
+    source = sources[0]
+    given = _lookup(source.document, "extra", "command")
+    if given:
+        return str(given)
+    if source.sweep is not None:
+        file = source.folder / SWEEP_YAML
+        return shlex.join(["coin", "sweep", str(file) if file.is_file() else "SWEEP.yaml"])
+    config = source.seeds[0] / "config.yaml"
+    command = ["coin", "run", "--config", str(config) if config.is_file() else "EXPERIMENT.yaml"]
+    if len(source.seeds) > 1:
+        command.append(
+            f"--seeds={json.dumps(sorted({int(seed) for seed in source.frame['seed']}), separators=(',', ':'))}"
+        )
+    return shlex.join(command)
+
+
+def _facts(sources: Sequence[Source]) -> dict[str, str]:
+    frame = pd.concat([source.frame for source in sources], ignore_index=True)
+    configuration = sources[0].document["configuration"]
+    methods = list(dict.fromkeys(frame.loc[~frame["method"].isin(("none", "oracle")), "method"]))
+    network = _lookup(configuration, "network")
+    size = _lookup(configuration, "network", "image_size")
+    seeds = sorted(set(frame["seed"]))
+    found = {
+        "tasks": _tasks(frame, _lookup(configuration, "tasks")),
+        "network": f"{_lookup(network, 'name')}, images of {size} pixels" if _lookup(network, "name") else "",
+        "starts from": _start(configuration),
+        "code": _code(sources[0]),
+        "P, calibration samples per task": ", ".join(str(value) for value in sorted(set(frame["samples_per_task"]))),
+        "methods": f"{len(methods)}: {', '.join(methods)}",
+        "decoders": ", ".join(dict.fromkeys(frame["decoder"])),
+        "seeds": ", ".join(str(seed) for seed in seeds),
+    }
+    sweep = sources[0].sweep
+    if sweep is not None:
+        swept = (f"{name}: {', '.join(values)}" for name, values in sweep.swept.items() if len(values) > 1)
+        found["swept"] = "; ".join(swept)
+    return {name: text for name, text in found.items() if text}
+
+
+def _tasks(frame: pd.DataFrame, options: object) -> str:
+    """Return the tasks, each with where its images come from."""
+    named = []
+    for task in dict.fromkeys(frame["task"]):
+        given = _lookup(options, task)
+        kind = _lookup(given, "class") or str(_lookup(given, "class_path") or "").rpartition(".")[2]
+        root = _lookup(given, "root")
+        inside = ", ".join([str(kind), *([Path(str(root)).name] if kind == "ImageFolder" and root else [])])
+        named.append(f"{task} ({inside})" if kind else str(task))
+    return ", ".join(named)
+
+
+def _start(configuration: object) -> str:
+    """Return the shared initialisation in words; nothing where the results do not say."""
+    base, network = _lookup(configuration, "base"), _lookup(configuration, "network")
+    if isinstance(base, dict) and base.get("checkpoint"):
+        return f"checkpoint {base['checkpoint']}"
+    if isinstance(base, dict) and isinstance(base.get("task"), dict):
+        task: dict[str, Any] = base["task"]
+        return f"a base trained on {task.get('class', 'its task')}, epochs: {base.get('epochs')}"
+    if not isinstance(network, dict) or "weights" not in network:
+        return ""
+    return "random weights" if network["weights"] is None else f"weights {network['weights']}"
 
 
 def _code(source: Source) -> str:
@@ -174,24 +135,8 @@ def _code(source: Source) -> str:
     code, choice = _lookup(configuration, "code"), _lookup(configuration, "code_choice")
     if not code:
         return ""
-    text = f"code {json.dumps(code)}"
+    text = json.dumps(code)
     return text if choice is None else f"{text}, chosen from the calibration data of {source.seeds[0].name}"
-
-
-def _table(head: Sequence[str], rows: Sequence[str], text_columns: Sequence[str]) -> str:
-    cells = [f'<th{" class=text" if name in text_columns else ""} scope="col">{escape(name)}</th>' for name in head]
-    return (
-        f'<div class="scroll"><table><thead><tr>{"".join(cells)}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _td(text: str, kind: str = "") -> str:
-    return f'<td class="{kind}">{escape(text)}</td>' if kind else f"<td>{escape(text)}</td>"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _lookup(value: object, *keys: str) -> object:

@@ -1,14 +1,22 @@
 """The results in a terminal: tables that fit 100 columns, also when piped."""
 
-import textwrap
-
 import pandas as pd
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coin.reporting.comparison import Cell, Comparison, Line, comparisons, expert_accuracies, percent, seconds, short
+from coin.reporting.comparison import (
+    Cell,
+    Comparison,
+    Line,
+    comparisons,
+    expert_accuracies,
+    heading,
+    percent,
+    seconds,
+    short,
+)
 
 WIDTH = 100
 _DECODERS_PER_TABLE = 3
@@ -73,10 +81,8 @@ def experts_table(summary: pd.DataFrame) -> Table:
 
 
 def decoder_heading(decoder: str) -> Text:
-    """Return a decoder's name as a heading: a long one on several lines, broken at its hyphens."""
-    # With a space behind every hyphen, for textwrap leaves those beside a digit whole.
-    lines = textwrap.wrap(decoder.replace("-", "- "), _HEADING, break_long_words=False, break_on_hyphens=False)
-    return Text("\n".join(lines).replace("- ", "-"))
+    """Return a decoder's name as a heading of a column."""
+    return Text(heading(decoder, _HEADING))
 
 
 def _nda_table(comparison: Comparison, decoders: tuple[str, ...]) -> Table:
@@ -89,8 +95,8 @@ def _nda_table(comparison: Comparison, decoders: tuple[str, ...]) -> Table:
         table.add_column("P", justify="right", no_wrap=True)
     for decoder in decoders:
         table.add_column(decoder_heading(decoder), justify="right", no_wrap=True)
-    for heading in ("resid.", "sec.", "passes"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for name in ("resid.", "sec.", "passes"):
+        table.add_column(name, justify="right", no_wrap=True)
     for i, line in enumerate(comparison.lines):
         following = comparison.lines[i + 1] if i + 1 < len(comparison.lines) else line
         table.add_row(

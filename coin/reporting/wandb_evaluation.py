@@ -86,14 +86,18 @@ def log_evaluation(
 
 def log_examples(run: wandb.Run, examples: Examples) -> None:
     """Log test images with the expert's answer, the decoded answer and the label, as the table ``examples``."""
-    columns: list[str | int] = ["image", "expert", "decoded", "label", "differs"]
+    columns: list[str | int] = ["image", "task", "expert", "decoded", "label", "differs"]
     answers = zip(examples.expert, examples.decoded, examples.label, strict=True)
     with run_environment(Path(run.settings.root_dir)):
         rows: Any = [
-            [wandb.Image(image), examples.name_of(expert), examples.name_of(decoded), examples.name_of(label),
-             bool(expert != decoded)]
-            for image, (expert, decoded, label) in zip(examples.images, answers, strict=True)
-        ]  # fmt: skip
+            [
+                wandb.Image(image),
+                task,
+                *(examples.name_of(answer) for answer in (expert, decoded, label)),
+                bool(expert != decoded),
+            ]
+            for image, task, (expert, decoded, label) in zip(examples.images, examples.task, answers, strict=True)
+        ]
         run.log({"examples": wandb.Table(columns=columns, data=rows)})
 
 

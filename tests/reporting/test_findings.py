@@ -55,7 +55,7 @@ def test_a_method_below_plain_averaging_is_named_with_its_seeds():
     worse = one(found, "Than plain averaging")
     assert worse.kind == "worse"
     # Differences by seed: -2, +1, -1 points.
-    assert "coin by 0.67 points (in 2 of 3 seeds)" in worse.text
+    assert "coin by 0.67 (in 2 of 3 seeds) points" in worse.text
     better = said(rows_of("average", [0.90, 0.92]) + rows_of("coin", [0.95, 0.93]))
     assert one(better, "no method does worse than plain averaging").kind == "note"
 

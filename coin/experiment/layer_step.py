@@ -1,0 +1,61 @@
+"""The step that looks at every coded model layer by layer, from the files of experts, statistics and coded models."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from coin.experiment.merge import Ingredients
+from coin.experiment.steps import step_key
+from coin.merging.layers import fisher_shares, relative_distances
+from coin.merging.networks import parameters_of
+from coin.networks import load_network
+from coin.progress import tracked
+from coin.reporting.extras import LAYERS_CSV, write_layers
+from coin.statistics.files import StatisticFile
+
+if TYPE_CHECKING:
+    from coin.experiment.seed_run import SeedRun
+
+
+def compare_layers(run: SeedRun) -> None:
+    """Write ``layers.csv``, unless it stands and is of these files."""
+    methods = run.experiment.methods
+    coded = {path: method for method in methods for path in run.coded_paths(method)}
+    statistics = {path for method in methods for files in run.statistics(method).values() for path in files.values()}
+    output = run.folder / LAYERS_CSV
+    key = step_key({}, [*run.experts.paths.values(), *coded, *sorted(statistics)], run.experts.sha256)
+    if not coded or run.steps.finished("layers", key, [output]):
+        return
+    run.say("comparing the coded models layer by layer")
+    experts = [parameters_of(network) for network in run.experts.networks]
+    fishers: dict[tuple[Any, ...], dict[str, float]] = {}
+    rows: list[dict[str, Any]] = []
+    for path, method in tracked(coded.items(), "layers"):
+        file = load_network(path)
+        made = file.provenance
+        weights = made["code"][made["row"]]
+        files = run.statistics(method)
+        shares: dict[str, float] = {}
+        if "fisher" in files:
+            # Methods share their statistics, and the rows of a code too.
+            which = (*files["fisher"].values(), *weights)
+            if which not in fishers:
+                read: list[StatisticFile] = Ingredients(run.experts, files).read("fisher")
+                fishers[which] = fisher_shares([each.values for each in read], weights)
+            shares = fishers[which]
+        distances = relative_distances(parameters_of(file.network), experts, weights)
+        rows += [
+            {
+                "method": made["label"],
+                "batchnorm": made["batchnorm"],
+                "code_row": str(made["row"]),
+                "layer": layer,
+                "fisher_share": shares.get(layer),
+                "distance": distance,
+            }
+            for layer, distance in distances.items()
+        ]
+    write_layers(run.folder, pd.DataFrame(rows))
+    run.steps.finish("layers", key, [output])
