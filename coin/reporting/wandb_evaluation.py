@@ -88,6 +88,7 @@ def log_examples(run: wandb.Run, examples: Examples) -> None:
     """Log test images with the expert's answer, the decoded answer and the label, as the table ``examples``."""
     columns: list[str | int] = ["image", "task", "expert", "decoded", "label", "differs"]
     answers = zip(examples.expert, examples.decoded, examples.label, strict=True)
+    tasks = examples.task or ("",) * len(examples.images)
     with run_environment(Path(run.settings.root_dir)):
         rows: Any = [
             [
@@ -96,7 +97,7 @@ def log_examples(run: wandb.Run, examples: Examples) -> None:
                 *(examples.name_of(answer) for answer in (expert, decoded, label)),
                 bool(expert != decoded),
             ]
-            for image, task, (expert, decoded, label) in zip(examples.images, examples.task, answers, strict=True)
+            for image, task, (expert, decoded, label) in zip(examples.images, tasks, answers, strict=True)
         ]
         run.log({"examples": wandb.Table(columns=columns, data=rows)})
 
