@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -20,9 +21,9 @@ import yaml
 from coin.cli import main
 from coin.data import Digits, Glyphs
 from coin.errors import ConfigurationError
-from coin.experiment import CalibrationConfig, Experiment, ExpertConfig
+from coin.experiment import CalibrationConfig, Experiment, ExpertConfig, sweep_run
 from coin.experiment.sweep_points import SweepPoint, read_sweep, sweep_points
-from coin.experiment.sweep_run import locked
+from coin.experiment.sweep_run import PointRun, locked
 from coin.experiment.sweep_sharing import SharedStep, Shelf, shared_steps
 from coin.experiment.sweep_table import sweep_frame, sweep_table
 from coin.merging import Average, Coin
@@ -235,6 +236,15 @@ def tiny_experiment(**changes: Any) -> Experiment:
 def shared(first: Experiment, second: Experiment) -> set[str]:
     keys = {step.key for step in shared_steps(second)}
     return {step.name for step in shared_steps(first) if step.key in keys}
+
+
+def test_points_are_tagged_with_their_sweep_for_w_and_b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, str]] = []
+    popen = SimpleNamespace(Popen=lambda *_, **options: started.append(options["env"]), DEVNULL=None, STDOUT=None)
+    monkeypatch.setattr(sweep_run, "subprocess", popen)
+    monkeypatch.setenv("WANDB_TAGS", "mine")
+    PointRun(SweepPoint("grid-000", {}, ()), tmp_path / "grid/grid-000", tiny_experiment()).start(1)
+    assert [environment["WANDB_TAGS"] for environment in started] == ["mine,sweep-grid"]
 
 
 def test_points_share_the_steps_that_are_alike() -> None:
