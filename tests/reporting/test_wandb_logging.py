@@ -208,7 +208,7 @@ def test_examples_are_a_table_of_images(tmp_path: Path):
     finish_run()
     (file,) = (run_folders(tmp_path)[0] / "files" / "media" / "table").glob("examples_*")
     data = json.loads(file.read_text(encoding="utf-8"))["data"]
-    assert [row[1:] for row in data] == [["cat", "dog", "cat", True], ["dog", "cat", "dog", True]]
+    assert [row[1:] for row in data] == [["", "cat", "dog", "cat", True], ["", "dog", "cat", "dog", True]]
 
 
 def test_the_environment_is_offline_and_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
