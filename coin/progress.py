@@ -58,6 +58,7 @@ def progress(what: str, total: float | None, done: float = 0) -> Iterator[Bar]:
     display.start()
     try:
         yield Bar(display, task)
+        display.refresh()
     finally:
         display.remove_task(task)
         if not display.tasks:

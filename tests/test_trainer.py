@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, DataError, FileError, StateError
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import build_network, load_network
+from coin.reporting import read_examples
 from coin.state import fingerprint
 from coin.statistics import fisher_diagonal
 from coin.statistics.files import load_statistic
@@ -181,5 +183,11 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, write_experts, write_co
     assert shared == alone
     assert {sum(map(sum, outcome["counts"])) for outcome in alone} == {37, 61}
     assert residuals[1] == pytest.approx(residuals[0], rel=1e-5, nan_ok=True)
+    own, other = (read_examples(folder) for folder in (one, two))
+    assert own.position == other.position
+    assert len(set(zip(own.task, own.position, strict=True))) == len(own.images) > 20
+    assert list(own.by_task()) == ["task0", "task1"]
+    for name in ("images", "expert", "decoded", "label"):
+        np.testing.assert_array_equal(getattr(other, name), getattr(own, name))
     rows = [(folder / "results.csv").read_text().splitlines() for folder in (one, two)]
     assert len(rows[0]) == len(rows[1]) == 1 + len(alone)

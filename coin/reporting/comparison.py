@@ -1,7 +1,7 @@
 """What tables and reports show: methods side by side, with one name each and the best cells marked."""
 
 import math
-import textwrap
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -150,11 +150,14 @@ def short(value: float) -> str:
     return f"{value:.0f}"
 
 
-def heading(name: str, width: int = 14) -> str:
-    """Return a decoder's name as a heading: a long one on several lines, broken at its hyphens."""
-    # With a space behind every hyphen, for textwrap leaves those beside a digit whole.
-    lines = textwrap.wrap(name.replace("-", "- "), width, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(lines).replace("- ", "-")
+def heading(name: str, width: int = 14, marks: str = "-") -> str:
+    """Return a name as a heading: a long one on several lines, each broken behind one of these marks."""
+    lines = [""]
+    for part in re.findall(rf"[^{marks}]*[{marks}]|[^{marks}]+", name):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def seconds(value: float) -> str:

@@ -36,22 +36,25 @@ def confusion_matrices(counts: Mapping[str, Counts]) -> Figure:
         for axes in panels.flat[len(counts) :]:
             axes.set_visible(False)
         image = None
-        for axes, (title, matrix) in zip(panels.flat, counts.items(), strict=False):
+        for place, (axes, (title, matrix)) in enumerate(zip(panels.flat, counts.items(), strict=False)):
             totals = matrix.sum(1, keepdims=True)
             shares = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
             image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
             axes.grid(visible=False)
-            axes.set_title(heading(title, 66 // columns), fontsize=8 if columns < _MOST_COLUMNS else 7)
+            axes.set_title(heading(title, 66 // columns, "-_+"), fontsize=8 if columns < _MOST_COLUMNS else 7)
             last = len(matrix) - 1
-            place = list(counts).index(title)
             # Only at the edges: there are many panels, and all have the same classes.
-            axes.set_xticks([0, last] if place + columns >= len(counts) else [])
+            if place + columns >= len(counts):
+                axes.set_xticks([0, last])
+                axes.set_xlabel("decoded", fontsize=8)
+            else:
+                axes.set_xticks([])
             axes.set_yticks([0, last] if place % columns == 0 else [])
             axes.tick_params(labelsize=7)
         figure.supylabel("class that the expert answers", fontsize=10)
         if image is not None:
             bar = figure.colorbar(image, ax=list(panels.flat), location="bottom", shrink=0.6, aspect=40)
-            bar.set_label("across: class that was decoded; colour: share of the expert's answers", fontsize=9)
+            bar.set_label("share of the expert's answers", fontsize=9)
         return figure
 
 

@@ -110,7 +110,7 @@ def _grid(parts: dict[str, pd.DataFrame], names: list[str], decoders: list[str],
             line[0].set_title(f"{title}\n")
     for axes, decoder in zip(panels[0], decoders, strict=True):
         axes.annotate(
-            heading(decoder, 13), (0, 1), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points",
+            heading(decoder), (0, 1), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points",
             fontsize=8, va="bottom", fontweight="bold",
         )  # fmt: skip
     figure.supxlabel(label.replace("\n", ", "), fontsize=9)

@@ -1,5 +1,8 @@
 """The results in a terminal: tables that fit 100 columns, also when piped."""
 
+import math
+from collections.abc import Iterable, Sequence
+
 import pandas as pd
 from rich import box
 from rich.console import Console
@@ -19,9 +22,10 @@ from coin.reporting.comparison import (
 )
 
 WIDTH = 100
-_DECODERS_PER_TABLE = 3
 _HEADING = 14
 """The widest heading of a decoder: ``feature_ridge-``."""
+_LONGEST_NAME = 30
+_COSTS = ("resid.", "sec.", "passes")
 
 
 def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None:
@@ -36,7 +40,7 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
         if not console.is_terminal:
             console = Console(width=WIDTH)
     console.print(experts_table(summary))
-    for table in summary_tables(summary):
+    for table in summary_tables(summary, console.width):
         console.print(table)
     console.print(
         Text("NDA in % (decoded ÷ expert's accuracy), mean over tasks ± spread over seeds; * best of its column.")
@@ -44,23 +48,24 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
 
 
 def summary_table(summary: pd.DataFrame) -> Table:
-    """Return the first of `summary_tables`: all there is with one experiment, one coded model and three decoders."""
+    """Return the first of `summary_tables`: all there is with one experiment, one coded model and few decoders."""
     return summary_tables(summary)[0]
 
 
-def summary_tables(summary: pd.DataFrame) -> list[Table]:
+def summary_tables(summary: pd.DataFrame, width: int = WIDTH) -> list[Table]:
     """Return tables of mean NDA ± spread: a line per method and BatchNorm policy, a column per decoder.
 
-    The references ``none`` and ``oracle`` stand apart below a rule; the best method of each decoder has a star. More
-    than three decoders continue in a further table, so that each fits 100 columns.
+    The references ``none`` and ``oracle`` stand apart below a rule; the best method of each decoder has a star. As many
+    decoders stand beside residual and cost as fit the width; the others continue in further tables.
 
     Args:
         summary: What `coin.reporting.summarise` returns.
+        width: How many columns of text there are.
     """
     return [
-        _nda_table(comparison, comparison.decoders[start : start + _DECODERS_PER_TABLE])
+        _nda_table(comparison, decoders, with_costs=place == 0)
         for comparison in comparisons(summary)
-        for start in range(0, len(comparison.decoders), _DECODERS_PER_TABLE)
+        for place, decoders in enumerate(_packed(comparison, width))
     ]
 
 
@@ -85,30 +90,85 @@ def decoder_heading(decoder: str) -> Text:
     return Text(heading(decoder, _HEADING))
 
 
-def _nda_table(comparison: Comparison, decoders: tuple[str, ...]) -> Table:
-    title = Text(f"{comparison.experiment}: NDA, {comparison.erased} lost")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+def _packed(comparison: Comparison, width: int) -> list[tuple[str, ...]]:
+    """Return which decoders stand in which table: as many as fit, and evenly many in those after the first."""
+    samples = [max(map(len, ["P", *map(str, comparison.samples)]))] if len(comparison.samples) > 1 else []
+    costs = [_width([name, *texts]) for name, texts in zip(_COSTS, _cost_texts(comparison), strict=True)]
+    policies = _width(["BatchNorm", *comparison.policies])
+    widths = {decoder: _decoder_width(comparison, decoder) for decoder in comparison.decoders}
+    first: list[str] = []
+    room = width - _room([_name_width(comparison, with_policy=False), policies, *samples, *costs])
+    for decoder in comparison.decoders:
+        if first and _room([*(widths[other] for other in first), widths[decoder]]) > room:
+            break
+        first.append(decoder)
+    rest = comparison.decoders[len(first) :]
+    room = width - _room([_name_width(comparison, with_policy=True), *samples])
+    each = max(1, room // (max((widths[decoder] for decoder in rest), default=1) + 1))
+    each = math.ceil(len(rest) / max(1, math.ceil(len(rest) / each))) or 1
+    return [tuple(first), *(tuple(rest[start : start + each]) for start in range(0, len(rest), each))]
+
+
+def _room(widths: Sequence[int]) -> int:
+    """Return what columns take, each with a space behind it."""
+    return sum(widths) + len(widths)
+
+
+def _width(texts: Iterable[str]) -> int:
+    return max(len(line) for text in texts for line in text.split("\n"))
+
+
+def _decoder_width(comparison: Comparison, decoder: str) -> int:
+    cells = (percent(line.cells[decoder], "±") + "*" for line in comparison.lines if decoder in line.cells)
+    return _width([heading(decoder, _HEADING), *cells])
+
+
+def _name_width(comparison: Comparison, *, with_policy: bool) -> int:
+    return min(_LONGEST_NAME, _width(["method", *(_name(line, with_policy) for line in comparison.lines)]))
+
+
+def _name(line: Line, with_policy: bool) -> str:
+    """Return a line's name, without its BatchNorm policy where that has a column of its own."""
+    return line.name if with_policy or "[" in line.name else line.method
+
+
+def _cost_texts(comparison: Comparison) -> tuple[list[str], list[str], list[str]]:
+    lines = [_costs(line) for line in comparison.lines]
+    return [costs[0] for costs in lines], [costs[1] for costs in lines], [costs[2] for costs in lines]
+
+
+def _costs(line: Line) -> tuple[str, str, str]:
+    residual = "–" if pd.isna(line.residual.mean) else f"{line.residual.mean:.3f}"
+    return residual, seconds(line.seconds.mean), short(line.passes.mean)
+
+
+def _nda_table(comparison: Comparison, decoders: tuple[str, ...], *, with_costs: bool) -> Table:
+    more = "" if with_costs else " (more decoders)"
+    title = Text(f"{comparison.experiment}: NDA, {comparison.erased} lost{more}")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     several_samples = len(comparison.samples) > 1
-    table.add_column("method", overflow="fold", min_width=8)
-    table.add_column("BatchNorm", overflow="fold", min_width=9)
+    table.add_column("method", overflow="fold", min_width=_name_width(comparison, with_policy=not with_costs))
+    if with_costs:
+        table.add_column("BatchNorm", no_wrap=True)
     if several_samples:
         table.add_column("P", justify="right", no_wrap=True)
     for decoder in decoders:
         table.add_column(decoder_heading(decoder), justify="right", no_wrap=True)
-    for name in ("resid.", "sec.", "passes"):
+    for name in _COSTS if with_costs else ():
         table.add_column(name, justify="right", no_wrap=True)
-    for i, line in enumerate(comparison.lines):
-        following = comparison.lines[i + 1] if i + 1 < len(comparison.lines) else line
+    lines = [line for line in comparison.lines if with_costs or any(decoder in line.cells for decoder in decoders)]
+    for i, line in enumerate(lines):
+        following = lines[i + 1] if i + 1 < len(lines) else line
         table.add_row(
-            *_cells(line, decoders, several_samples),
+            *_cells(line, decoders, several_samples, with_costs),
             style="dim" if line.is_reference else None,
             end_section=following.is_reference and not line.is_reference,
         )
     return table
 
 
-def _cells(line: Line, decoders: tuple[str, ...], several_samples: bool) -> list[Text]:
-    cells = [Text(line.method if "[" not in line.name else line.name), Text(line.batchnorm or "–")]
+def _cells(line: Line, decoders: tuple[str, ...], several_samples: bool, with_costs: bool) -> list[Text]:
+    cells = [Text(_name(line, not with_costs)), *([Text(line.batchnorm or "–")] if with_costs else [])]
     if several_samples:
         cells.append(Text(str(line.samples_per_task)))
     for decoder in decoders:
@@ -118,5 +178,4 @@ def _cells(line: Line, decoders: tuple[str, ...], several_samples: bool) -> list
         else:
             # The star keeps its place when absent, so that the digits stay aligned.
             cells.append(Text(percent(cell, "±") + ("*" if cell.best else " "), style="bold" if cell.best else ""))
-    residual = "–" if pd.isna(line.residual.mean) else f"{line.residual.mean:.3f}"
-    return [*cells, Text(residual), Text(seconds(line.seconds.mean)), Text(short(line.passes.mean))]
+    return [*cells, *(Text(cost) for cost in (_costs(line) if with_costs else ()))]

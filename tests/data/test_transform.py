@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from coin.data import to_input
+from coin.data import to_image, to_input
 from coin.data.augmentation import Augmentation, augment, draw_augmentation
 from coin.errors import DataError
 
@@ -18,6 +18,14 @@ def test_values_are_scaled_and_normalised():
         for channel in range(3):
             expected = (images[sample, channel].double() / 255 - MEAN[channel].double()) / STD[channel].double()
             torch.testing.assert_close(x[sample, channel].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_images_come_back_as_they_were():
+    images = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert to_image(to_input(images, 16)).equal(images)
+    assert to_image(to_input(images[:, :1], 16)).equal(images[:, :1].expand(5, 3, 16, 16))
+    flat = torch.full((1, 3, 16, 16), 77, dtype=torch.uint8)
+    assert to_image(to_input(flat, 32), 8).equal(flat[..., :8, :8])
 
 
 def test_grey_images_become_three_equal_channels_before_normalisation():

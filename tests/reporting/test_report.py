@@ -3,6 +3,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -72,15 +73,30 @@ def page(path: Path) -> tuple[str, Page]:
     return text, Page(text)
 
 
+def layers_of(*variants: tuple[str, str]) -> pd.DataFrame:
+    """Two layers each; policies change no parameters."""
+    rows = [
+        {
+            "method": method, "batchnorm": policy, "code_row": "0", "layer": layer,
+            "fisher_share": None if method == "average" else share, "distance": 0.0 if method == "average" else far,
+        }
+        for method, policy in variants
+        for layer, share, far in (("stem", 0.1, 0.2), ("head", 0.9, 0.3))
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 @pytest.fixture
 def full(make_experiment: Make) -> Path:
     folder = make_experiment(seeds=(0, 1), methods=FEW, with_confusions=True)
     images = np.zeros((3, 4, 4, 3), np.uint8)
     answers = np.array([0, 1, 1])
-    write_examples(folder / "seed-0", Examples(images, answers, np.array([0, 0, 1]), answers, ("cat", "dog")))
-    layers = pd.DataFrame({"method": ["coin"] * 2, "layer": ["stem", "head"], "fisher_share": [0.1, 0.9],
-                           "distance": [0.2, 0.3]})  # fmt: skip
-    write_layers(folder / "seed-1", layers)
+    examples = Examples(
+        images, answers, np.array([0, 0, 1]), answers, ("cat", "dog"), ("mnist", "mnist", "letters"), (5, 2, 9),
+        "coin (BatchNorm: average)", "ridge", "the last ones",
+    )  # fmt: skip
+    write_examples(folder / "seed-0", examples)
+    write_layers(folder / "seed-1", layers_of(("average", "average"), ("coin", "average"), ("coin", "recalibrate")))
     return folder
 
 
@@ -101,18 +117,29 @@ def test_a_report_is_whole_and_needs_nothing_from_outside(full: Path):
     words = " ".join(parsed.words)
     for expected in (
         "What was run", "What the numbers say", "Normalised decoding accuracy", "Experts", "Layer by layer",
-        "Examples", "How to reproduce", "Expert's answer against decoded answer", "97.5 %", "small_resnet", "torch",
+        "Examples", "Task mnist lost",
+        "Task letters lost", "the last ones", "How to reproduce",
+        "Expert's answer against decoded answer", "97.5 %", "small_resnet", "torch",
     ):  # fmt: skip
         assert expected in words, expected
     assert "prefers-color-scheme: dark" in text
     assert text.count('class="differs"') == 1
-    names = {item.name for item in (path.parent / "plots").iterdir()}
-    assert {
-        "nda_by_method.png", "nda_against_cost.png", "nda_against_residual.png", "nda_per_task.png", "layers.png",
-        "confusion_linear_mnist.png",
-    } <= names  # fmt: skip
-    for item in (path.parent / "plots").iterdir():
+    plots = path.parent / "plots"
+    assert {item.stem for item in plots.iterdir()} >= {
+        "nda_by_method", "nda_against_cost", "nda_against_residual", "nda_per_task", "layers", "confusion_linear_mnist",
+    }  # fmt: skip
+    assert {item.suffix for item in plots.iterdir()} == {".png", ".svg"}
+    for item in plots.glob("*.png"):
         assert item.read_bytes().startswith(b"\x89PNG")
+        drawing = ElementTree.parse(item.with_suffix(".svg")).getroot()
+        assert drawing[0].attrib["fill"] == "#ffffff"  # a file by itself has no page to take its colour from
+        assert {"".join(text.itertext()) for text in drawing.iter("{http://www.w3.org/2000/svg}text")}
+
+    # Policies change no parameters: COIN's Fisher and its distances are drawn once each.
+    layers = (plots / "layers.svg").read_text(encoding="utf-8")
+    assert (layers.count(">coin</text>"), layers.count(">average</text>")) == (2, 1)
+    assert "recalibrate" not in layers
+    assert layers.index(">stem</text>") < layers.index(">head</text>")
 
 
 def test_the_table_shows_the_numbers_of_the_files(make_experiment: Make):
@@ -146,6 +173,7 @@ def test_several_experiments_and_several_p(make_experiment: Make, tmp_path: Path
     assert "p1000: 1 of 2 lost" in words
     names = {item.name for item in (path.parent / "plots").iterdir()}
     assert {"nda_by_experiment.png", "nda_against_samples.png", "p50-nda_by_method.png"} <= names
+    assert "50, 1000" not in words  # each has a column of its own in what was run
     again = write_report([folders[0], folders[0]], tmp_path / "elsewhere")
     assert again == tmp_path / "elsewhere" / "report.html"
     assert "compared" not in again.read_text(encoding="utf-8")  # one folder given twice is one experiment
@@ -177,8 +205,7 @@ def test_hostile_names_are_escaped(tmp_path: Path, measure):
     images = np.zeros((1, 2, 2, 3), np.uint8)
     zero = np.array([0])
     write_examples(tmp_path, Examples(images, zero, zero, zero, (HOSTILE,)))
-    write_layers(tmp_path, pd.DataFrame({"method": [HOSTILE], "layer": [HOSTILE], "fisher_share": [1.0],
-                                         "distance": [1.0]}))  # fmt: skip
+    write_layers(tmp_path, layers_of((HOSTILE, HOSTILE)).assign(layer=HOSTILE).drop_duplicates("layer"))
     text, parsed = page(write_report([tmp_path]))
     assert "<script" not in text.lower()
     assert "script" not in parsed.tags
