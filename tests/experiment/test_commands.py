@@ -1,12 +1,13 @@
 """The commands one by one, in-process, and the line that each mistake gets."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from coin.cli import main
-from coin.reporting import read_results
+from coin.reporting import read_results, read_summary
 from coin.state import load_provenance, load_state
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.enable_model_summary=false"]
@@ -149,11 +150,18 @@ def test_gram_files_for_regmean(route: Path, tmp_path: Path) -> None:
     assert load_provenance(tmp_path / "regmean.safetensors")["samples_per_task"] == 24
 
 
-def test_report_is_written_again_from_files(finished: Path, tmp_path: Path) -> None:
-    assert main(["report", str(finished), f"--output={tmp_path / 'again.html'}"]) == 0
+def test_report_is_written_again_from_files(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(finished), f"--output={tmp_path / 'again.html'}", "--json"]) == 0
     page = (tmp_path / "again.html").read_text()
     assert "distillation" in page
-    assert "letters" in page
+    assert "Task letters lost" in page  # example images
+    assert "share of the Fisher" in page
+    assert f"coin run --config {finished}/seed-0/config.yaml" in page
+    document = json.loads(capsys.readouterr().out)
+    assert document["report"] == str(tmp_path / "again.html")
+    pd.testing.assert_frame_equal(
+        pd.DataFrame(document["summary"]).astype(read_summary(finished).dtypes), read_summary(finished)
+    )
 
 
 def test_brought_experts_take_the_place_of_training(finished: Path, config: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from coin.cli import main
-from coin.reporting import COLUMNS, read_results, write_summary
+from coin.reporting import COLUMNS, read_examples, read_layers, read_results, read_summary, write_summary
 from coin.state import load_provenance, load_state
 
 MEASURED = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual", "sample_passes"]
@@ -101,6 +101,8 @@ def test_folder_holds_the_files_of_the_design(finished: Path) -> None:
         "coded/distillation.safetensors",
         "results.csv",
         "results.json",
+        "layers.csv",
+        "examples.npz",
         "report.html",
     ):
         assert (seed / name).is_file(), name
@@ -110,6 +112,45 @@ def test_folder_holds_the_files_of_the_design(finished: Path) -> None:
     assert document["configuration"]["calibration"]["samples_per_task"] == 24
     assert document["versions"]["torch"]
     assert len(document["rows"]) == len(read_results(seed))
+
+
+def test_layers_tell_the_merges_apart(finished: Path) -> None:
+    layers = read_layers(finished / "seed-0")
+    assert layers is not None
+    weights = [name for name in load_state(finished / "seed-0/coded/coin.safetensors")[0] if name.endswith(".weight")]
+    by_variant = dict(list(layers.groupby(["method", "batchnorm"])))
+    assert set(by_variant) == {
+        ("average", "average"),
+        ("coin", "average"),
+        ("coin", "recalibrate"),
+        ("coin", "keep"),
+        ("distillation", "keep"),
+    }
+    for part in by_variant.values():
+        assert set(part.layer) == {name.removesuffix(".weight") for name in weights}
+        assert (part.layer.iloc[0], part.layer.iloc[-1]) == ("stem.0", "fc")
+    assert (by_variant["average", "average"].distance < 1e-4).all()
+    coin, kept = by_variant["coin", "average"], by_variant["coin", "keep"]
+    assert (coin.distance > 1e-3).any()
+    assert coin.distance.tolist() == kept.distance.tolist()  # policies change no parameters
+    assert math.isclose(coin.fisher_share.sum(), 1)
+    assert by_variant["distillation", "keep"].fisher_share.isna().all()
+
+
+def test_examples_are_of_the_last_method_and_decoder(finished: Path) -> None:
+    examples = read_examples(finished / "seed-0")
+    assert examples is not None
+    assert (examples.method, examples.decoder) == ("distillation (BatchNorm: keep)", "feature_ridge")
+    assert "last method" in examples.choice
+    assert list(examples.by_task()) == ["digits", "letters"]
+    frame = read_results(finished / "seed-0").set_index(["method", "decoder", "task"])
+    for task, count in (("digits", 77), ("letters", 54)):
+        own = examples.by_task()[task]
+        differing = sum(int(examples.expert[i] != examples.decoded[i]) for i in own)
+        measured = (1 - frame.agreement["distillation", "feature_ridge", task]) * count
+        assert differing == min(48, round(measured))
+        names = {examples.name_of(int(examples.label[i])) for i in own}
+        assert names <= set("0123456789" if task == "digits" else "ABCDEF")
 
 
 def test_coded_model_says_what_made_it(finished: Path) -> None:
@@ -136,14 +177,22 @@ def test_distilled_model_keeps_the_averaged_statistics(finished: Path) -> None:
     assert not average["stem.0.weight"].equal(distilled["stem.0.weight"])
 
 
-def test_second_run_does_nothing_again(finished: Path, config: Path, tmp_path: Path) -> None:
+def test_second_run_does_nothing_again_and_prints_what_a_machine_can_read(
+    finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = tmp_path / "tiny"
     shutil.copytree(finished, copy)
-    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
-    results = (copy / "seed-0/results.csv").stat().st_mtime_ns
-    assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
-    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")} == before
-    assert (copy / "seed-0/results.csv").stat().st_mtime_ns == results
+    made = [path for path in copy.rglob("*") if path.suffix in (".safetensors", ".npz", ".csv") and path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in made if path.name != "summary.csv"}
+    assert {"results.csv", "layers.csv", "examples.npz"} <= {path.name for path in before}
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", "--json"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    document = json.loads(capsys.readouterr().out)
+    assert document["report"] == str(copy / "report.html")
+    summary = read_summary(copy)
+    assert [row["nda_mean"] for row in document["summary"]] == summary["nda_mean"].tolist()
+    assert document["summary"][0]["nda_std"] is None  # one seed
+    assert "json" not in (copy / "seed-0/config.yaml").read_text()
 
 
 def test_changed_option_redoes_what_depends_on_it(finished: Path, config: Path, tmp_path: Path) -> None:

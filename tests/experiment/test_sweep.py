@@ -327,6 +327,17 @@ def test_table_holds_every_points_results(swept: Path) -> None:
     assert set(frame.method) == {"average", "oracle"}
 
 
+def test_report_shows_the_swept_samples(swept: Path) -> None:
+    page = (swept / "report.html").read_text()
+    assert "coin: sweep grid" in page
+    assert f"coin sweep {swept.resolve()}/sweep.yaml" in page
+    assert (swept / "plots/nda_against_samples.svg").is_file()
+    assert "samples_per_task: 12, 24" in page
+    assert "Task letters lost" in page  # of the points with the most samples
+    again = read_sweep(swept / "sweep.yaml")
+    assert (again.name, again.parameters) == ("grid", SWEEP["parameters"])
+
+
 def test_base_and_experts_are_trained_once(swept: Path) -> None:
     files = {name: sorted((swept / name).rglob("*.safetensors")) for name in NAMES}
     assert len({path.stat().st_ino for name in NAMES for path in files[name] if path.name == "base.safetensors"}) == 1
