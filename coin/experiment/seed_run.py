@@ -16,20 +16,17 @@ from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError
 from coin.experiment.codes import SeedCode, read_choice, write_choice
 from coin.experiment.config import ExpertConfig
+from coin.experiment.evaluation import evaluate
 from coin.experiment.experts import Experts
-from coin.experiment.jobs import FileKind, Job, by_stem, common_tags, job, resolved, run_config
+from coin.experiment.jobs import FileKind, Job, by_stem, job, resolved, run_config
 from coin.experiment.layer_step import compare_layers
 from coin.experiment.merge import Ingredients, coded_paths, merge_experts
 from coin.experiment.statistic_steps import estimate, wanted_by
 from coin.experiment.steps import Steps, step_key
-from coin.experiment.training import distill_rows, make_trainer, train_network
+from coin.experiment.training import distill_rows, train_network
 from coin.merging import MergeMethod, Requirement
-from coin.modules import DecodingEvaluator, Distillation, StatisticKind
+from coin.modules import Distillation, StatisticKind
 from coin.networks import BatchNormPolicy, brought_network, save_network
-from coin.reporting.extras import EXAMPLES_NPZ
-from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_results
-from coin.reporting.wandb_evaluation import code_axes, log_method_runs
-from coin.reporting.wandb_settings import logging_only
 
 if TYPE_CHECKING:
     from coin.experiment.experiment import Experiment
@@ -66,7 +63,7 @@ class SeedRun:
         self.merge()
         compare_layers(self)
         self.experts.release()
-        self.evaluate()
+        evaluate(self)
 
     def expert_path(self, task: str) -> Path:
         """Return the file of a task's expert."""
@@ -199,60 +196,6 @@ class SeedRun:
             (work.reads if logged else work.reads_unlogged)(FileKind.statistics, by_stem(files.values()))
         if _reads_initial(method):
             work.reads(FileKind.initialisation, {self.initial.stem: self.initial})
-
-    def evaluate(self) -> None:
-        """Measure every method with every decoder."""
-        experiment = self.experiment
-        coded = [path for method in experiment.methods for path in self.coded_paths(method)]
-        files = (RESULTS_CSV, RESULTS_JSON, CONFUSION_NPZ, *([EXAMPLES_NPZ] if coded else []))
-        outputs = [self.folder / name for name in files]
-        options = {
-            "name": experiment.name,
-            "decoders": [decoder.name for decoder in experiment.decoders],
-            "calibration": experiment.calibration,
-            "tasks": self.tasks,
-            "code": self.code.code.matrix,
-            "seed": self.seed,
-        }
-        key = step_key(options, [*self.experts.paths.values(), *coded], self.experts.sha256)
-        if self.steps.finished("evaluate", key, outputs):
-            self.say("evaluation: up to date")
-            return
-        self.say("evaluating every method with every decoder")
-        model = DecodingEvaluator(
-            experts={name: str(path) for name, path in self.experts.paths.items()},
-            coded=[str(path) for path in coded],
-            decoders=list(experiment.decoders),
-            code=self.code.code.matrix.tolist(),
-        )
-        with self.job("evaluate", "evaluate") as work:
-            work.reads(FileKind.expert, self.experts.paths)
-            work.reads(FileKind.coded_model, by_stem(coded))
-            trainer = make_trainer(self.folder, experiment.trainer, logger=work.loggers or False)
-            trainer.evaluate(
-                model,
-                self.data(self.tasks),
-                output=str(self.folder),
-                name=experiment.name,
-                configuration=self.options,
-            )
-            work.makes(FileKind.results, {"rows": self.folder / RESULTS_JSON})
-        self._log_methods()
-        self.steps.finish("evaluate", key, outputs)
-
-    def _log_methods(self) -> None:
-        """Give every method a W&B run of its own."""
-        experiment = self.experiment
-        if experiment.wandb.method_runs:
-            with logging_only("the runs of the methods"):
-                log_method_runs(
-                    self.folder,
-                    read_results(self.folder),
-                    group=experiment.name,
-                    config=run_config(experiment, self.options),
-                    tags=common_tags(experiment),
-                    axes=code_axes(list(self.tasks), self.code.code.matrix.tolist()),
-                )
 
     def data(self, tasks: Mapping[str, TaskData]) -> Tasks:
         """Return tasks with the experiment's calibration samples."""

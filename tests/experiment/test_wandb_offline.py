@@ -119,6 +119,13 @@ def test_tables_and_charts_lie_in_the_run_folder(runs: list[tuple[Path, Records]
     document = json.loads(table.read_text(encoding="utf-8"))
     assert {"method", "decoder", "nda", "calibration_seconds"} <= set(document["columns"])
     assert len(document["data"]) == len(read_results(finished / "seed-0"))
+    (examples,) = (folder / "files/media/table").glob("examples_*.table.json")
+    document = json.loads(examples.read_text(encoding="utf-8"))
+    assert {row[document["columns"].index("task")] for row in document["data"]} == {"digits", "letters"}
+    (artifact,) = [found for found in of_type(records, "artifact") if found["name"].endswith("-examples")]
+    pictures = [file["local_path"] for file in artifact["manifest"]["contents"] if file["path"].endswith(".png")]
+    assert pictures
+    assert all(Path(picture).stat().st_size > 0 for picture in pictures)
     charts = {name for name, value in config_of(records).items() if name.startswith("_wandb.visualize.")}
     for chart in ("charts/nda_linear", "charts/nda_against_seconds", "charts/nda_task_digits",
                   "confusion/coin/linear/letters/letters"):  # fmt: skip

@@ -1,0 +1,72 @@
+"""The last step of a seed: every method measured with every decoder, and what of it goes to W&B."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coin.experiment.jobs import FileKind, by_stem, common_tags, run_config
+from coin.experiment.steps import step_key
+from coin.experiment.training import make_trainer
+from coin.modules import DecodingEvaluator
+from coin.reporting.extras import EXAMPLES_NPZ
+from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_results
+from coin.reporting.wandb_evaluation import code_axes, log_method_runs
+from coin.reporting.wandb_settings import logging_only
+
+if TYPE_CHECKING:
+    from coin.experiment.seed_run import SeedRun
+
+
+def evaluate(run: SeedRun) -> None:
+    """Measure every method with every decoder, unless nothing that goes into it has changed."""
+    experiment, code = run.experiment, run.code.code.matrix
+    coded = [path for method in experiment.methods for path in run.coded_paths(method)]
+    files = (RESULTS_CSV, RESULTS_JSON, CONFUSION_NPZ, *([EXAMPLES_NPZ] if coded else []))
+    outputs = [run.folder / name for name in files]
+    options = {
+        "name": experiment.name,
+        "decoders": [decoder.name for decoder in experiment.decoders],
+        "calibration": experiment.calibration,
+        "tasks": run.tasks,
+        "code": code,
+        "seed": run.seed,
+    }
+    key = step_key(options, [*run.experts.paths.values(), *coded], run.experts.sha256)
+    if run.steps.finished("evaluate", key, outputs):
+        run.say("evaluation: up to date")
+        return
+    run.say("evaluating every method with every decoder")
+    model = DecodingEvaluator(
+        experts={name: str(path) for name, path in run.experts.paths.items()},
+        coded=[str(path) for path in coded],
+        decoders=list(experiment.decoders),
+        code=code.tolist(),
+    )
+    with run.job("evaluate", "evaluate") as work:
+        work.reads(FileKind.expert, run.experts.paths)
+        work.reads(FileKind.coded_model, by_stem(coded))
+        trainer = make_trainer(run.folder, experiment.trainer, logger=work.loggers or False)
+        trainer.evaluate(
+            model,
+            run.data(run.tasks),
+            output=str(run.folder),
+            name=experiment.name,
+            configuration=run.options,
+        )
+        work.makes(FileKind.results, {"rows": run.folder / RESULTS_JSON})
+    if experiment.wandb.method_runs:
+        _log_methods(run)
+    run.steps.finish("evaluate", key, outputs)
+
+
+def _log_methods(run: SeedRun) -> None:
+    """Give every method a W&B run of its own."""
+    with logging_only("the runs of the methods"):
+        log_method_runs(
+            run.folder,
+            read_results(run.folder),
+            group=run.experiment.name,
+            config=run_config(run.experiment, run.options),
+            tags=common_tags(run.experiment),
+            axes=code_axes(list(run.tasks), run.code.code.matrix.tolist()),
+        )
