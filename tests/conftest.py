@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,21 @@ def fresh_wandb() -> Callable[[], None]:
 
 
 def wandb_records(run_folder: Path) -> list[dict[str, Any]]:
-    """Return an offline run's records, read from its file by W&B's own reader, without Python's start around it."""
+    """Return an offline run's records, read from its file by W&B's own reader, without Python's start around it.
+
+    W&B's service may write the last of them a moment after the run was finished.
+    """
     (file,) = run_folder.glob("run-*.wandb")
     command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(file)]
-    done = subprocess.run(
-        [*command, str(run_folder.parent)], capture_output=True, text=True, timeout=60, check=True, encoding="utf-8"
-    )
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    for _ in range(100):
+        done = subprocess.run(
+            [*command, str(run_folder.parent)], capture_output=True, text=True, timeout=60, check=True, encoding="utf-8"
+        )
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        if records and records[-1]["type"] == "exit":
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"found no end of the run in '{file}'")
 
 
 @pytest.fixture(scope="session")
