@@ -15,42 +15,10 @@ from coin.serving.decodings import Decodings
 from coin.serving.flight import Flight, State
 from coin.serving.lateness import Lateness
 from coin.serving.layout import Layout, members
+from coin.serving.limits import Limits
 from coin.serving.policies import Policy
 from coin.serving.replies import Answer, Reply, ReplyFormat, Server
 from coin.serving.server_queue import Request, ServerQueue
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What bounds the front end's waiting.
-
-    Args:
-        deadline: Seconds after which a query fails.
-        timeout: Seconds that a server gets for one batch; none takes the deadline.
-        queries: The most queries at a time.
-        queue: The most requests that wait for one server.
-        batch: The most inputs of several queries that are sent to a server together.
-        initial_lateness: Seconds after which an own answer is late, before there is any experience.
-        failures: A server is believed to be down after so many failures on end.
-        cooldown: Seconds until such a server is tried again.
-
-    Raises:
-        ConfigurationError: One of them is not positive.
-    """
-
-    deadline: float = 10.0
-    timeout: float | None = None
-    queries: int = 1024
-    queue: int = 256
-    batch: int = 8
-    initial_lateness: float = 0.1
-    failures: int = 3
-    cooldown: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and not value > 0:
-                raise ConfigurationError(f"found {name}={value}, expected a positive number")
 
 
 @dataclass(eq=False)
@@ -89,7 +57,7 @@ class FrontEnd:
         policy: Policy,
         expects: ReplyFormat,
         decodings: Decodings | None = None,
-        limits: Limits = Limits(),
+        limits: Limits = Limits(),  # noqa: B008 (frozen)
         names: Sequence[str] | None = None,
     ) -> None:
         if len(servers) != layout.num_servers or (names is not None and len(names) != len(servers)):
@@ -227,8 +195,6 @@ class FrontEnd:
             else:
                 query.replies[server] = reply
                 more = flight.arrive(server)
-                if flight.state is State.answered and not flight.late and not flight.decoded:
-                    self.lateness.observe(False)
             self._proceed(query, more)
 
         return deliver
@@ -252,6 +218,8 @@ class FrontEnd:
             return
         if error is None:
             self.counts["answered"] += 1
+            if not query.flight.late and not query.flight.decoded:
+                self.lateness.observe(False)
             query.finished.set_result(None)
         else:
             self.counts[{LostError: "lost", DeadlineError: "expired"}.get(type(error), "stopped")] += 1

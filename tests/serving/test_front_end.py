@@ -10,8 +10,9 @@ import torch
 from coin.coding import Answers, decode_linear, make_decoder
 from coin.errors import ConfigurationError, DeadlineError, DecodingError, LostError, OverloadedError, ServingError
 from coin.serving.decodings import Decodings
-from coin.serving.front_end import FrontEnd, Limits
+from coin.serving.front_end import FrontEnd
 from coin.serving.layout import Layout, spread_copies
+from coin.serving.limits import Limits
 from coin.serving.policies import make_policy
 from coin.serving.replies import Reply, ReplyFormat
 

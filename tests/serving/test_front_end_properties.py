@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coin.errors import DeadlineError, LostError, ServingError
-from coin.serving.front_end import FrontEnd, Limits
+from coin.serving.front_end import FrontEnd
 from coin.serving.layout import members, spread_copies
+from coin.serving.limits import Limits
 from coin.serving.policies import PolicyKind, make_policy
 from coin.serving.replies import Answer, Reply
 
