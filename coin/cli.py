@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,12 +20,14 @@ from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
 from coin.errors import CoinError, CoinWarning, ConfigurationError, FileError
 from coin.experiment import Experiment
 from coin.experiment.commands import merge, report
+from coin.experiment.simulate import simulate
 from coin.experiment.sweep import sweep
 from coin.experiment.sweep_table import SWEEP_CSV
-from coin.reporting import print_summary, read_results, run_environment, summarise
+from coin.reporting import print_simulation, print_summary, read_results, run_environment, summarise
+from coin.reporting.simulation import SIMULATION_CSV
 from coin.trainer import Trainer, quieten
 
-_PLAIN = ("run", "merge", "sweep", "report")
+_PLAIN = ("run", "merge", "sweep", "report", "simulate")
 """The commands that build their own trainers, or need none."""
 
 
@@ -70,6 +72,9 @@ class CoinCLI(LightningCLI):
             elif name == "sweep":
                 _add_sweep_arguments(sub)
                 summary = "Run an experiment over a grid or random draws of its options."
+            elif name == "simulate":
+                _add_with_folder(sub, simulate)
+                summary = "Simulate the tail latency of coded serving with an experiment's networks."
             else:
                 sub.add_argument("folders", nargs="+", type=str, help="Experiments' or seeds' folders.")
                 sub.add_argument("--output", type=str | None, default=None, help="The HTML file to write.")
@@ -135,6 +140,9 @@ class CoinCLI(LightningCLI):
                 _console().print(outcome.table)
                 print(f"table: {outcome.folder / SWEEP_CSV}")
             outcome.check()
+        elif subcommand == "simulate":
+            print_simulation(simulate(**options), _console())
+            print(f"table: {Path(options['output'] or options['folder']) / SIMULATION_CSV}")
         else:
             print(report(options["folders"], options["output"]))
 
@@ -166,6 +174,12 @@ def _add_sweep_arguments(parser: LightningArgumentParser) -> None:
         "--count", type=int | None, default=None, help="At most so many points; a random sweep needs it."
     )
     parser.add_argument("--seed", type=int, default=0, help="Of a random sweep's draws.")
+
+
+def _add_with_folder(parser: LightningArgumentParser, command: Callable[..., Any]) -> None:
+    """Take a command's options, its first one, an experiment's folder, without a name."""
+    parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
+    parser.add_function_arguments(command, skip={"folder"})
 
 
 def _console() -> Console:

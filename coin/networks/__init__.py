@@ -12,14 +12,17 @@ from coin.networks.files import (
 )
 from coin.networks.heads import features_and_logits, head_name, pad_head, pad_logits, replace_head
 from coin.networks.registry import NetworkConfig, build_network, network_names
+from coin.networks.runs import Run, common_widths, run_network
 from coin.networks.stages import stage_names, stages_and_logits
 
 __all__ = [
     "BatchNormPolicy",
     "NetworkConfig",
     "NetworkFile",
+    "Run",
     "average_buffers",
     "build_network",
+    "common_widths",
     "features_and_logits",
     "fill_network",
     "has_batchnorm",
@@ -32,6 +35,7 @@ __all__ = [
     "read_weights",
     "recalibrate",
     "replace_head",
+    "run_network",
     "save_network",
     "stage_names",
     "stages_and_logits",

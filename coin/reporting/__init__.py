@@ -12,6 +12,8 @@ from coin.reporting.results import (
     read_results,
     write_results,
 )
+from coin.reporting.simulation import SimulationRow, read_simulation, write_simulation
+from coin.reporting.simulation_table import print_simulation
 from coin.reporting.summary import read_seeds, read_summary, summarise, write_summary
 from coin.reporting.table import print_summary, summary_table
 from coin.reporting.wandb_evaluation import log_evaluation, log_examples, log_method_runs
@@ -23,6 +25,7 @@ __all__ = [
     "Examples",
     "Finding",
     "Row",
+    "SimulationRow",
     "check_connection",
     "confusion_key",
     "findings",
@@ -31,6 +34,7 @@ __all__ = [
     "log_evaluation",
     "log_examples",
     "log_method_runs",
+    "print_simulation",
     "print_summary",
     "read_configuration",
     "read_confusions",
@@ -38,6 +42,7 @@ __all__ = [
     "read_layers",
     "read_results",
     "read_seeds",
+    "read_simulation",
     "read_summary",
     "run_environment",
     "start_run",
@@ -49,5 +54,6 @@ __all__ = [
     "write_layers",
     "write_report",
     "write_results",
+    "write_simulation",
     "write_summary",
 ]

@@ -36,7 +36,7 @@ class Policy(ABC):
         ConfigurationError: The quantile is outside [0, 1).
     """
 
-    quantile: float = 0.95
+    quantile: float = 0.9
 
     kind: ClassVar[PolicyKind]
     coded: ClassVar[bool] = False
@@ -151,7 +151,7 @@ _POLICIES: dict[PolicyKind, type[Policy]] = {
 }
 
 
-def make_policy(kind: PolicyKind | str, quantile: float = 0.95) -> Policy:
+def make_policy(kind: PolicyKind | str, quantile: float = 0.9) -> Policy:
     """Return a policy by its name.
 
     Raises:

@@ -108,17 +108,19 @@ class Scenario:
         service: Their distribution.
         slowdown: Slow phases.
         failures: Failures.
+        mean: The mean service time that loads and phases refer to, in seconds; none takes that of all servers.
     """
 
     samples: tuple[NDArray[np.float64], ...]
     service: Service = Service()
     slowdown: Slowdown = Slowdown()
     failures: Failures = Failures()
+    mean: float | None = None
 
     @property
     def unit(self) -> float:
-        """The mean service time of all servers without their tail, in seconds."""
-        return float(np.mean([each.mean() for each in self.samples]))
+        """The mean service time that loads and phases refer to, without the tail, in seconds."""
+        return float(np.mean([each.mean() for each in self.samples])) if self.mean is None else self.mean
 
     @property
     def capacity(self) -> float:
