@@ -20,6 +20,7 @@ from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
 from coin.errors import CoinError, CoinWarning, ConfigurationError, FileError
 from coin.experiment import Experiment
 from coin.experiment.commands import merge, report
+from coin.experiment.serve import serve
 from coin.experiment.simulate import simulate
 from coin.experiment.sweep import sweep
 from coin.experiment.sweep_table import SWEEP_CSV
@@ -27,7 +28,7 @@ from coin.reporting import print_simulation, print_summary, read_results, run_en
 from coin.reporting.simulation import SIMULATION_CSV
 from coin.trainer import Trainer, quieten
 
-_PLAIN = ("run", "merge", "sweep", "report", "simulate")
+_PLAIN = ("run", "merge", "sweep", "report", "simulate", "serve")
 """The commands that build their own trainers, or need none."""
 
 
@@ -72,6 +73,9 @@ class CoinCLI(LightningCLI):
             elif name == "sweep":
                 _add_sweep_arguments(sub)
                 summary = "Run an experiment over a grid or random draws of its options."
+            elif name == "serve":
+                _add_with_folder(sub, serve, skip={"build", "say"})
+                summary = "Serve an experiment's experts and coded models over HTTP, on Ray Serve."
             elif name == "simulate":
                 _add_with_folder(sub, simulate)
                 summary = "Simulate the tail latency of coded serving with an experiment's networks."
@@ -140,6 +144,8 @@ class CoinCLI(LightningCLI):
                 _console().print(outcome.table)
                 print(f"table: {outcome.folder / SWEEP_CSV}")
             outcome.check()
+        elif subcommand == "serve":
+            serve(build=self._experiment, **options)
         elif subcommand == "simulate":
             print_simulation(simulate(**options), _console())
             print(f"table: {Path(options['output'] or options['folder']) / SIMULATION_CSV}")
@@ -176,10 +182,12 @@ def _add_sweep_arguments(parser: LightningArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="Of a random sweep's draws.")
 
 
-def _add_with_folder(parser: LightningArgumentParser, command: Callable[..., Any]) -> None:
+def _add_with_folder(
+    parser: LightningArgumentParser, command: Callable[..., Any], skip: set[str | int] | None = None
+) -> None:
     """Take a command's options, its first one, an experiment's folder, without a name."""
     parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
-    parser.add_function_arguments(command, skip={"folder"})
+    parser.add_function_arguments(command, skip={"folder", *(skip or ())})
 
 
 def _console() -> Console:

@@ -81,7 +81,7 @@ class FrontEnd:
                 Breaker(limits.failures, limits.cooldown),
                 limit=limits.queue,
                 max_batch=limits.batch,
-                timeout=limits.timeout or limits.deadline,
+                timeout=limits.timeout,
             )
             for name, server in zip(self.names, servers, strict=True)
         ]

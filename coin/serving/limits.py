@@ -11,7 +11,7 @@ class Limits:
 
     Args:
         deadline: Seconds after which a query fails.
-        timeout: Seconds that a server gets for one batch; none takes the deadline.
+        timeout: Seconds that a server gets for one batch.
         queries: The most queries at a time.
         queue: The most requests that wait for one server.
         batch: The most inputs of several queries that are sent to a server together.
@@ -24,7 +24,7 @@ class Limits:
     """
 
     deadline: float = 10.0
-    timeout: float | None = None
+    timeout: float = 2.0
     queries: int = 1024
     queue: int = 256
     batch: int = 8
@@ -34,5 +34,5 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and not value > 0:
+            if not value > 0:
                 raise ConfigurationError(f"found {name}={value}, expected a positive number")

@@ -18,15 +18,17 @@ class NetworkServer:
         path: The network's safetensors file.
         outputs: C, to which the logits of a network with fewer classes are padded by zeros.
         decoder: The decoder that reads the replies: it says whether features are sent, and which.
+        device: Where the network runs.
 
     Raises:
         FileError: The file is missing or damaged.
     """
 
-    def __init__(self, path: Path, outputs: int, decoder: DecoderConfig) -> None:
+    def __init__(self, path: Path, outputs: int, decoder: DecoderConfig, device: str = "cpu") -> None:
         file = load_network(path)
         self.image_size = file.config.image_size
-        self._network = widen_network(file, outputs).requires_grad_(False)
+        self._network = widen_network(file, outputs).requires_grad_(False).to(device)
+        self._device = device
         self._features, self._stages = decoder.reads_features, decoder.reads_stages
 
     def __call__(self, images: Tensor) -> Reply:
@@ -36,7 +38,7 @@ class NetworkServer:
             DataError: The images have another type or shape.
         """
         run = self._run(images)
-        return Reply(run.logits, run.features if self._features else None)
+        return Reply(run.logits.cpu(), run.features.cpu() if self._features else None)
 
     def feature_widths(self) -> tuple[int, ...] | None:
         """Return the widths of the features in a reply by stage; None where it has none."""
@@ -45,4 +47,6 @@ class NetworkServer:
 
     @torch.no_grad()
     def _run(self, images: Tensor) -> Run:
-        return run_network(self._network, to_input(images, self.image_size), self._features, self._stages)
+        return run_network(
+            self._network, to_input(images.to(self._device), self.image_size), self._features, self._stages
+        )
