@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from coin.data import Calibration, TaskData
+from coin.data import Calibration, TaskData, TextTask
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError
 from coin.experiment.codes import SeedCode, read_choice, write_choice
@@ -204,7 +204,8 @@ class SeedRun:
         """Measure every method with every decoder."""
         experiment = self.experiment
         coded = [path for method in experiment.methods for path in self.coded_paths(method)]
-        files = (RESULTS_CSV, RESULTS_JSON, CONFUSION_NPZ, *([EXAMPLES_NPZ] if coded else []))
+        shown = coded and not all(isinstance(task, TextTask) for task in self.tasks.values())
+        files = (RESULTS_CSV, RESULTS_JSON, CONFUSION_NPZ, *([EXAMPLES_NPZ] if shown else []))
         outputs = [self.folder / name for name in files]
         options = {
             "name": experiment.name,
