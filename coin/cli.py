@@ -22,6 +22,7 @@ from coin.experiment import Experiment
 from coin.experiment.commands import merge, report
 from coin.experiment.sweep import sweep
 from coin.experiment.sweep_table import SWEEP_CSV
+from coin.processes import is_first
 from coin.reporting import print_summary, read_results, run_environment, summarise
 from coin.trainer import Trainer, quieten
 
@@ -124,8 +125,10 @@ class CoinCLI(LightningCLI):
         options.pop("config", None)
         if subcommand == "run":
             experiment = Experiment(**options)
-            print_summary(experiment.run(self._dump_seed), _console())
-            print(f"report: {experiment.folder / 'report.html'}")
+            summary = experiment.run(self._dump_seed)
+            if is_first():
+                print_summary(summary, _console())
+                print(f"report: {experiment.folder / 'report.html'}")
         elif subcommand == "merge":
             for path in merge(**options):
                 print(path)

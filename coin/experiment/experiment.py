@@ -1,8 +1,8 @@
 """A whole experiment from one YAML file, step by step, resumable."""
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from coin.experiment.jobs import job
 from coin.experiment.merge import coded_paths
 from coin.experiment.seed_run import SeedRun, expert_options
 from coin.experiment.steps import Steps, step_key
-from coin.experiment.training import train_network
+from coin.experiment.training import join_processes, train_network
 from coin.merging import MergeMethod
 from coin.modules import Distillation
 from coin.networks import NetworkConfig, build_network, has_batchnorm, initial_network, save_network
+from coin.processes import from_first, is_first
 from coin.reporting.report import write_report
 from coin.reporting.summary import write_summary
 from coin.reporting.wandb_settings import check_connection
@@ -47,7 +48,10 @@ class Experiment:
         decoders: The decoders to compare: kinds, or sections of a kind and its options; none takes all kinds.
         seeds: One run each; a seed draws the calibration samples and everything random after the base.
         output: Where experiments go.
-        trainer: Options of the Trainer for all steps, such as ``accelerator``, ``devices``, ``precision``.
+        trainer: Options of the Trainer for all steps, such as ``accelerator``, ``devices``, ``precision``. With several
+            devices or nodes, all processes go through all steps: trainings share out their batches (of
+            ``batch_size`` samples a process, as always with Lightning), statistics and the evaluation their samples;
+            the first process does the rest and writes all files, into a folder that all nodes share.
 
     Raises:
         ConfigurationError: The parts do not fit together.
@@ -122,12 +126,6 @@ class Experiment:
         Returns:
             The summary over seeds: the contents of ``summary.csv``.
         """
-        console = console or Console(stderr=True, soft_wrap=True)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigurationError(
-                f"found WORLD_SIZE={os.environ['WORLD_SIZE']}, expected one process: the steps share files; "
-                "use coin fit, fisher and evaluate under torchrun or srun"
-            )
         check_connection()
         self._check_batchnorm()
         try:
@@ -136,13 +134,20 @@ class Experiment:
             raise FileError(
                 f"cannot make the folder '{self.folder}' ({error.strerror}); choose another with output"
             ) from error
-        Tasks(self.tasks).prepare_data()
+        join_processes(self.folder, self.trainer)
+        if not is_first():
+            console = Console(quiet=True)
+        console = console or Console(stderr=True, soft_wrap=True)
+        from_first(Tasks(self.tasks).prepare_data)
         initial = self.make_initial(console)
         for seed in self.seeds:
             folder = self.folder / f"seed-{seed}"
-            if dump is not None:
+            if dump is not None and is_first():
                 write_text(folder / "config.yaml", dump(seed))
             SeedRun(self, seed, folder, initial, console).run()
+        return from_first(self._summarise)
+
+    def _summarise(self) -> pd.DataFrame:
         summary = write_summary(self.folder)
         for seed in self.seeds:
             write_report([self.folder / f"seed-{seed}"], None)
@@ -164,7 +169,7 @@ class Experiment:
             key = step_key({"network": self.network, "base": self.base, "task": task, "trainer": self.trainer})
             if not steps.finished("base", key, [checkpoint]):
                 console.print(f"base: pretraining {self.network.name} on {type(task).__name__}")
-                task.prepare_data()
+                from_first(task.prepare_data)
                 with job(self, folder, "expert", "base", None) as loggers:
                     train_network(
                         self.base,
@@ -186,10 +191,13 @@ class Experiment:
             path = self.initial_path(count)
             key = step_key({"network": self.network, "classes": count}, [] if checkpoint is None else [checkpoint])
             if not steps.finished(f"initial-{count}", key, [path]):
-                network = initial_network(self.network, count, checkpoint)
-                save_network(path, network, self.network, count, {"made_by": "coin run", "base": str(checkpoint)})
+                from_first(partial(self._write_initial, path, count, checkpoint))
                 steps.finish(f"initial-{count}", key, [path])
         return self.initial_path(counts[-1])
+
+    def _write_initial(self, path: Path, count: int, checkpoint: Path | None) -> None:
+        network = initial_network(self.network, count, checkpoint)
+        save_network(path, network, self.network, count, {"made_by": "coin run", "base": str(checkpoint)})
 
     def _check_batchnorm(self) -> None:
         """Refuse variants that differ in their BatchNorm policy alone, for a network that has no BatchNorm."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from coin.experiment.training import distill_rows, make_trainer, train_network
 from coin.merging import MergeMethod, Requirement
 from coin.modules import DecodingEvaluator, Distillation
 from coin.networks import BatchNormPolicy, initial_network, save_network
+from coin.processes import from_first
 from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON
 
 if TYPE_CHECKING:
@@ -82,9 +83,7 @@ class SeedRun:
         if given is not None:
             key = step_key({"network": experiment.network, "classes": task.num_classes}, [_existing(given)])
             if not self.steps.finished(f"expert-{name}", key, [output]):
-                network = initial_network(experiment.network, task.num_classes, Path(given))
-                provenance = {"made_by": "coin run", "source": given, "task": name, "classes": list(task.classes)}
-                save_network(output, network, experiment.network, task.num_classes, provenance)
+                from_first(lambda: self._take_over(name, task, Path(given)))
                 self.steps.finish(f"expert-{name}", key, [output])
             return
         training = expert_options(config, name)
@@ -111,6 +110,11 @@ class SeedRun:
             log_files(loggers, {name: output}, "expert", experiment, self.seed)
         self.steps.finish(f"expert-{name}", key, [output])
 
+    def _take_over(self, name: str, task: TaskData, given: Path) -> None:
+        network = initial_network(self.experiment.network, task.num_classes, given)
+        provenance = {"made_by": "coin run", "source": str(given), "task": name, "classes": list(task.classes)}
+        save_network(self.expert_path(name), network, self.experiment.network, task.num_classes, provenance)
+
     def choose_code(self) -> None:
         """Choose the code from calibration data, where the experiment does not give it."""
         if self.experiment.code is not None:
@@ -119,7 +123,7 @@ class SeedRun:
         options = {"tasks": self.tasks, "calibration": self.experiment.calibration}
         key = step_key(options, list(self.experts.paths.values()), self.experts.sha256)
         if not self.steps.finished("code", key, [path]):
-            write_choice(path, self.experts.networks, list(self._calibrations().values()))
+            from_first(lambda: write_choice(path, self.experts.networks, list(self._calibrations().values())))
             self.steps.finish("code", key, [path])
         weights = ", ".join(f"{weight:.3g}" for weight in self.code.code.matrix[0].tolist())
         self.say(f"code: chosen weights {weights}")
@@ -161,7 +165,8 @@ class SeedRun:
                     )
                 else:
                     samples = self.experiment.calibration.samples_per_task
-                    merge_experts(method, self.code, ingredients, self.folder / "coded", samples)
+                    merge = partial(merge_experts, method, self.code, ingredients, self.folder / "coded", samples)
+                    from_first(merge)
                 log_files(loggers, {path.stem: path for path in paths}, "coded-model", self.experiment, self.seed)
             self.steps.finish(f"coded-{name}", key, paths)
 

@@ -119,6 +119,11 @@ def sweep(
     console = console or Console(stderr=True, soft_wrap=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = max(1, cores // 2) if jobs is None else jobs
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigurationError(
+            f"found WORLD_SIZE={processes}, expected one: every point is a process of its own; start coin sweep "
+            "without torchrun or srun"
+        )
     if jobs < 1:
         raise ConfigurationError(f"found jobs {jobs}, expected at least 1")
     plan = read_sweep(Path(file))
