@@ -20,6 +20,7 @@ from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
 from coin.errors import CoinError, CoinWarning, ConfigurationError, FileError
 from coin.experiment import Experiment
 from coin.experiment.commands import merge, report
+from coin.experiment.launch import Launch
 from coin.experiment.sweep import sweep
 from coin.experiment.sweep_table import SWEEP_CSV
 from coin.processes import is_first
@@ -63,7 +64,7 @@ class CoinCLI(LightningCLI):
         for name in _PLAIN:
             sub = self.init_parser(**kwargs.get(name, {}))
             if name == "run":
-                sub.add_class_arguments(Experiment)
+                _add_run_arguments(sub)
                 summary = "Run a whole experiment, resumably."
             elif name == "merge":
                 sub.add_function_arguments(merge)
@@ -124,8 +125,12 @@ class CoinCLI(LightningCLI):
         options = self.config_init[subcommand].as_dict()
         options.pop("config", None)
         if subcommand == "run":
+            launch, only = options.pop("launch"), options.pop("only")
             experiment = Experiment(**options)
-            summary = experiment.run(self._dump_seed)
+            if only is not None:
+                experiment.make_experts(only)
+                return
+            summary = experiment.run(self._dump_seed, launch=launch)
             if is_first():
                 print_summary(summary, _console())
                 print(f"report: {experiment.folder / 'report.html'}")
@@ -145,7 +150,8 @@ class CoinCLI(LightningCLI):
         """Return the experiment that ``coin run`` makes of these arguments."""
         parser = self._subcommand_parsers["run"]
         options = parser.instantiate_classes(parser.parse_args(list(arguments))).as_dict()
-        options.pop("config", None)
+        for name in ("config", "launch", "only"):
+            options.pop(name, None)
         return Experiment(**options)
 
     def after_evaluate(self) -> None:
@@ -158,7 +164,17 @@ class CoinCLI(LightningCLI):
     def _dump_seed(self, seed: int) -> str:
         config = self.config["run"].clone()
         config["seeds"] = [seed]
+        for name in ("launch", "only"):
+            del config[name]
         return str(self._subcommand_parsers["run"].dump(config, skip_none=False))
+
+
+def _add_run_arguments(parser: LightningArgumentParser) -> None:
+    parser.add_class_arguments(Experiment)
+    parser.add_class_arguments(Launch, "launch")
+    parser.add_argument(
+        "--only", type=str | None, default=None, help="Make this task's expert for every seed, and nothing else."
+    )
 
 
 def _add_sweep_arguments(parser: LightningArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """A whole experiment from one YAML file, step by step, resumable."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from coin.errors import ConfigurationError, FileError
 from coin.experiment.codes import read_code
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig
 from coin.experiment.jobs import job
+from coin.experiment.launch import ExpertJob, Launch, train_side_by_side
 from coin.experiment.merge import coded_paths
 from coin.experiment.seed_run import SeedRun, expert_options
 from coin.experiment.steps import Steps, step_key
@@ -23,7 +24,7 @@ from coin.experiment.training import join_processes, train_network
 from coin.merging import MergeMethod
 from coin.modules import Distillation
 from coin.networks import NetworkConfig, build_network, has_batchnorm, initial_network, save_network
-from coin.processes import from_first, is_first
+from coin.processes import from_first, is_first, process_count
 from coin.reporting.report import write_report
 from coin.reporting.summary import write_summary
 from coin.reporting.wandb_settings import check_connection
@@ -116,16 +117,45 @@ class Experiment:
         self.folder = Path(output) / name
         self.trainer = trainer or {}
 
-    def run(self, dump: Callable[[int], str] | None = None, console: Console | None = None) -> pd.DataFrame:
+    def run(
+        self, dump: Callable[[int], str] | None = None, console: Console | None = None, launch: Launch | None = None
+    ) -> pd.DataFrame:
         """Run every step whose inputs have changed, for every seed, and report.
 
         Args:
             dump: Returns the configuration that repeats the run of one seed, as YAML.
             console: Where progress and the table go.
+            launch: How the experts are trained; needs `dump` where they are trained side by side.
 
         Returns:
             The summary over seeds: the contents of ``summary.csv``.
+
+        Raises:
+            CoinError: A step cannot be done.
         """
+        console, seeds = self._begin(console)
+        for run in seeds:
+            if dump is not None and is_first():
+                write_text(run.folder / "config.yaml", dump(run.seed))
+        if launch is not None and launch.side_by_side:
+            self._train_side_by_side(seeds, launch, console)
+        for run in seeds:
+            run.run()
+        return from_first(self._summarise)
+
+    def make_experts(self, task: str, console: Console | None = None) -> None:
+        """Make one task's expert for every seed, and the shared initialisation; nothing else.
+
+        Raises:
+            CoinError: There is no such task, or the expert cannot be made.
+        """
+        if task not in self.tasks:
+            raise ConfigurationError(f"found no task '{task}', expected one of {', '.join(self.tasks)}")
+        for run in self._begin(console)[1]:
+            run.make_expert(task, run.tasks[task])
+
+    def _begin(self, console: Console | None) -> tuple[Console, list[SeedRun]]:
+        """Prepare what all seeds share, and return the seeds to run."""
         check_connection()
         self._check_batchnorm()
         try:
@@ -140,12 +170,29 @@ class Experiment:
         console = console or Console(stderr=True, soft_wrap=True)
         from_first(Tasks(self.tasks).prepare_data)
         initial = self.make_initial(console)
-        for seed in self.seeds:
-            folder = self.folder / f"seed-{seed}"
-            if dump is not None and is_first():
-                write_text(folder / "config.yaml", dump(seed))
-            SeedRun(self, seed, folder, initial, console).run()
-        return from_first(self._summarise)
+        seeds = [SeedRun(self, seed, self.folder / f"seed-{seed}", initial, console) for seed in self.seeds]
+        return console, seeds
+
+    def _train_side_by_side(self, seeds: Sequence[SeedRun], launch: Launch, console: Console) -> None:
+        if process_count() > 1:
+            raise ConfigurationError(
+                f"found {process_count()} processes that share every training, and a launch section; leave out one"
+            )
+        jobs = [
+            ExpertJob(
+                f"seed {run.seed}: expert {task}",
+                run.folder / "config.yaml",
+                task,
+                run.expert_path(task).with_name("launch.log"),
+            )
+            for run in seeds
+            for task in self.tasks
+            if run.lacks_expert(task)
+        ]
+        if jobs:
+            console.print(f"training {len(jobs)} experts, {launch.workers} at a time")
+            say = partial(console.print, highlight=False)
+            train_side_by_side(jobs, launch, self.folder / "submitit", say)
 
     def _summarise(self) -> pd.DataFrame:
         summary = write_summary(self.folder)

@@ -87,8 +87,7 @@ class SeedRun:
                 self.steps.finish(f"expert-{name}", key, [output])
             return
         training = expert_options(config, name)
-        options = {"training": training, "task": task, "trainer": experiment.trainer, "seed": self.seed}
-        key = step_key({**options, "network": experiment.network}, [initial])
+        key = self._training_key(name, task)
         if self.steps.finished(f"expert-{name}", key, [output]):
             self.say(f"expert {name}: up to date")
             return
@@ -109,6 +108,24 @@ class SeedRun:
             )
             log_files(loggers, {name: output}, "expert", experiment, self.seed)
         self.steps.finish(f"expert-{name}", key, [output])
+
+    def lacks_expert(self, name: str) -> bool:
+        """Return whether a task's expert is still to be trained."""
+        if name in self.experiment.expert.checkpoints:
+            return False
+        key = self._training_key(name, self.tasks[name])
+        return not self.steps.finished(f"expert-{name}", key, [self.expert_path(name)])
+
+    def _training_key(self, name: str, task: TaskData) -> str:
+        experiment = self.experiment
+        options = {
+            "training": expert_options(experiment.expert, name),
+            "task": task,
+            "trainer": experiment.trainer,
+            "seed": self.seed,
+            "network": experiment.network,
+        }
+        return step_key(options, [experiment.initial_path(task.num_classes)])
 
     def _take_over(self, name: str, task: TaskData, given: Path) -> None:
         network = initial_network(self.experiment.network, task.num_classes, given)
