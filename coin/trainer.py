@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
+from coin.callbacks import Requeue
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
@@ -31,6 +32,7 @@ _EXPECTED = (
     r".*treespec.*is deprecated.*",  # Lightning's own
     r"predict returned None.*",  # a pass that sums needs no predictions
     r".*`tensorboardX` has been removed.*",
+    r".*your dataloader is not resumable.*",  # it is: coin.data.resumable
 )
 """What Lightning warns of and an experiment means."""
 
@@ -49,13 +51,43 @@ class Trainer(pl.Trainer):
     ``coin`` shards samples by index and never pads, so that one process and many give the same numbers; Lightning's
     `DistributedSampler` would repeat samples.
 
+    In a SLURM job it queues the job again when that is about to end; see `coin.callbacks.Requeue`.
+
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
         **kwargs: Lightning's own arguments.
     """
 
+    callbacks: list[Callback]
+
     def __init__(self, *, use_distributed_sampler: bool = False, **kwargs: Any) -> None:
         super().__init__(use_distributed_sampler=use_distributed_sampler, **kwargs)
+        self.requeue = Requeue.of(self)
+        if self.requeue is not None:
+            self.callbacks.insert(0, self.requeue)
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train, as Lightning's ``fit`` does, going on where an earlier start of the same SLURM job has left.
+
+        Args:
+            model: What to train.
+            train_dataloaders: Lightning's; ``coin`` has datamodules.
+            val_dataloaders: Lightning's.
+            datamodule: The data.
+            ckpt_path: A Lightning checkpoint to go on from.
+            weights_only: Whether to refuse checkpoints that hold more than tensors and plain values.
+        """
+        if self.requeue is not None:
+            ckpt_path = self.requeue.resume_path(self, ckpt_path)
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     def fisher(
         self,

@@ -150,7 +150,7 @@ def train_network(
         ModelCheckpoint(checkpoints, save_last=True, **{"save_top_k": 0, **best}),
     ]
     trainer = make_trainer(
-        folder,
+        checkpoints,
         trainer_options,
         max_epochs=config.epochs,
         callbacks=callbacks,
@@ -163,6 +163,8 @@ def train_network(
     if not from_first(output.is_file):
         # The checkpoint was of a finished training, killed before the export: Lightning restores it and trains nothing.
         export.on_train_end(trainer, module)
+    if trainer.requeue is not None:
+        trainer.requeue.leave_if_asked(trainer)
 
 
 def _begin(checkpoints: Path, key: str, output: Path) -> str | None:

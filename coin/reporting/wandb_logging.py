@@ -68,11 +68,17 @@ def finish_run() -> None:
 
 
 def training_loggers(
-    folder: Path, group: str, job_type: str, name: str, project: str = PROJECT, run_folder: Path | None = None
+    folder: Path,
+    group: str,
+    job_type: str,
+    name: str,
+    project: str = PROJECT,
+    run_folder: Path | None = None,
+    run_id: str | None = None,
 ) -> list[CSVLogger | WandbLogger]:
     """Return the loggers of a training run: CSV files in ``folder/logs``, and W&B in ``run_folder/wandb``.
 
-    Without `run_folder` W&B goes to ``folder/wandb`` too.
+    Without `run_folder` W&B goes to ``folder/wandb`` too. A `run_id` that W&B knows has it go on with that run.
 
     CSV comes first: the command line writes ``config.yaml`` into the first logger's folder, and W&B's, of which every
     run has another, would not let a second run find it. Call `finish_run` after the training.
@@ -90,6 +96,7 @@ def training_loggers(
         CSVLogger(save_dir=folder, name="", version="logs"),
         WandbLogger(
             name=name,
+            id=run_id,
             save_dir=str((run_folder or folder).absolute()),
             project=project,
             group=group,
