@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.loggers import WandbLogger
 from torch import nn
@@ -37,6 +38,9 @@ _EXPECTED = (
 """What Lightning warns of and an experiment means."""
 
 
+_MATMUL_PRECISIONS = ("highest", "high", "medium")
+
+
 def quieten() -> None:
     """Silence Lightning's notices on standard error, and the warnings of what ``coin`` does on purpose."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -55,13 +59,27 @@ class Trainer(pl.Trainer):
 
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
-        **kwargs: Lightning's own arguments.
+        matmul_precision: Of float32 matrix products, for the whole process: ``high`` lets GPUs use TF32, ``medium``
+            bfloat16; ``highest`` is torch's own choice. None leaves it.
+        **kwargs: Lightning's own arguments. With ``precision: bf16-mixed`` the networks' passes are mixed, in training
+            and in evaluation alike; statistics and decoding are in full precision always.
+
+    Raises:
+        ConfigurationError: There is no such `matmul_precision`.
     """
 
     callbacks: list[Callback]
 
-    def __init__(self, *, use_distributed_sampler: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *, use_distributed_sampler: bool = False, matmul_precision: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(use_distributed_sampler=use_distributed_sampler, **kwargs)
+        if matmul_precision is not None:
+            if matmul_precision not in _MATMUL_PRECISIONS:
+                raise ConfigurationError(
+                    f"found matmul_precision '{matmul_precision}', expected one of {', '.join(_MATMUL_PRECISIONS)}"
+                )
+            torch.set_float32_matmul_precision(matmul_precision)
         self.requeue = Requeue.of(self)
         if self.requeue is not None:
             self.callbacks.insert(0, self.requeue)
