@@ -1,7 +1,7 @@
 """Networks as safetensors files that say what they are, and state dicts from elsewhere, checked name by name."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,21 +136,7 @@ def initial_network(config: NetworkConfig, num_classes: int, checkpoint: Path | 
     """
     if checkpoint is None:
         return build_network(config, num_classes, seed=seed)
-    network = build_network(NetworkConfig(config.name, config.image_size, None, config.options), num_classes, seed=seed)
-    state = read_weights(checkpoint)
-    check_finite(state, f"the network in '{checkpoint}'")
-    own = network.state_dict()
-    head = head_name(network)
-    for name in (f"{head}.weight", f"{head}.bias"):
-        if (
-            name in own
-            and name in state
-            and state[name].shape != own[name].shape
-            and state[name].shape[1:] == own[name].shape[1:]
-        ):
-            state[name] = own[name]
-    fill_network(network, state, str(checkpoint))
-    return network
+    return _filled(config, num_classes, checkpoint, seed=seed, fresh_head=True)
 
 
 def brought_network(config: NetworkConfig, num_classes: int, path: Path) -> nn.Module:
@@ -165,9 +151,27 @@ def brought_network(config: NetworkConfig, num_classes: int, path: Path) -> nn.M
         FileError: The file is missing or damaged.
         StateError: It is of another architecture or number of classes, or a tensor is not finite.
     """
-    network = build_network(NetworkConfig(config.name, config.image_size, None, config.options), num_classes)
+    return _filled(config, num_classes, path)
+
+
+def _filled(
+    config: NetworkConfig, num_classes: int, path: Path, *, seed: int = 0, fresh_head: bool = False
+) -> nn.Module:
+    """Build a network with a file's weights, with the seed's head where `fresh_head` and the file's does not fit."""
+    network = build_network(replace(config, weights=None), num_classes, seed=seed)
     state = read_weights(path)
     check_finite(state, f"the network in '{path}'")
+    if fresh_head:
+        own = network.state_dict()
+        head = head_name(network)
+        for name in (f"{head}.weight", f"{head}.bias"):
+            if (
+                name in own
+                and name in state
+                and state[name].shape != own[name].shape
+                and state[name].shape[1:] == own[name].shape[1:]
+            ):
+                state[name] = own[name]
     fill_network(network, state, str(path))
     return network
 
