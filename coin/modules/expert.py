@@ -39,7 +39,7 @@ class Expert(LightningModule):
     The arguments are plain values, so that checkpoints load with ``weights_only=True``.
 
     Args:
-        network: ``small_resnet`` or a classification architecture of torchvision.
+        network: ``small_resnet``, ``small_vit`` or a classification architecture of torchvision.
         image_size: Height and width of the images in pixels.
         weights: torchvision's name of pretrained weights, or none.
         options: Further arguments of the network's constructor.

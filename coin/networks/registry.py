@@ -1,4 +1,4 @@
-"""Networks by name: ``small_resnet`` and every classification architecture of torchvision."""
+"""Networks by name: our own small ones and every classification architecture of torchvision."""
 
 import difflib
 from dataclasses import dataclass, field
@@ -12,8 +12,9 @@ from torchvision import models
 from coin.errors import ConfigurationError, FileError, first_line
 from coin.networks.heads import head_name, replace_head
 from coin.networks.small_resnet import SmallResNet
+from coin.networks.small_vit import SmallViT
 
-_OWN = {"small_resnet": SmallResNet}
+_OWN = {"small_resnet": SmallResNet, "small_vit": SmallViT}
 # These return their auxiliary logits beside the main ones while training, unless they are built without; and with
 # pretrained weights they rescale their input, which a file read back must do too, so they always do.
 _AUXILIARY = {"googlenet", "inception_v3"}
@@ -24,7 +25,8 @@ class NetworkConfig:
     """Which network an experiment uses.
 
     Args:
-        name: ``small_resnet`` or a classification architecture of torchvision (``resnet50``, ``vit_b_16``, …).
+        name: ``small_resnet``, ``small_vit`` or a classification architecture of torchvision (``resnet50``,
+            ``vit_b_16``, …).
         image_size: Height and width of the input images, in pixels.
         weights: torchvision's name of pretrained weights, such as ``IMAGENET1K_V2``; null for random ones.
         options: Further arguments of the network's constructor.
@@ -40,7 +42,7 @@ class NetworkConfig:
             close = difflib.get_close_matches(self.name, network_names(), n=1)
             hint = f"; did you mean '{close[0]}'?" if close else "; torchvision.models.list_models() lists the others"
             raise ConfigurationError(
-                f"found network.name '{self.name}', expected small_resnet or a torchvision classifier{hint}"
+                f"found network.name '{self.name}', expected {', '.join(_OWN)} or a torchvision classifier{hint}"
             )
         if self.image_size < 1:
             raise ConfigurationError(f"found network.image_size {self.image_size}, expected at least 1 pixel")
@@ -79,18 +81,17 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
         raise ConfigurationError(f"found {num_classes} classes, expected at least 1")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if config.name in _OWN:
-            return _constructed(config, _OWN[config.name], num_classes=num_classes, **config.options)
         options = dict(config.options)
+        if config.name.startswith("vit_") or config.name == "small_vit":
+            options.setdefault("image_size", config.image_size)
+        if config.name in _OWN:
+            return _constructed(config, _OWN[config.name], num_classes=num_classes, **options)
         if config.name in _AUXILIARY:
             options.setdefault("transform_input", True)
             if config.weights is None:
                 options.setdefault("aux_logits", False)
                 options.setdefault("init_weights", True)
-        family = config.name.split("_")[0]
-        if family == "vit":
-            options.setdefault("image_size", config.image_size)
-        elif family == "maxvit":
+        if config.name.startswith("maxvit_"):
             options.setdefault("input_size", (config.image_size, config.image_size))
         if config.weights is None:
             network = _constructed(

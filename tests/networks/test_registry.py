@@ -10,6 +10,7 @@ from coin.networks import NetworkConfig, build_network, features_and_logits, fil
 # One of every family that differs in its head or in how it is built: name, image size, the head, its inputs.
 FAMILIES = [
     ("small_resnet", 32, "fc", 256),
+    ("small_vit", 32, "heads.head", 128),
     ("resnet18", 32, "fc", 512),
     ("mobilenet_v2", 32, "classifier.1", 1280),
     ("mobilenet_v3_small", 32, "classifier.3", 1024),

@@ -8,6 +8,7 @@ from coin.networks import NetworkConfig, build_network, features_and_logits, sta
 # One a family of torchvision's, where the family is not built like another one here.
 FAMILIES = {
     "small_resnet": 16,
+    "small_vit": 16,
     "resnet18": 32,
     "resnext50_32x4d": 32,
     "regnet_y_400mf": 32,
@@ -62,6 +63,12 @@ def test_every_family_has_stages_from_one_pass(name):
         ("resnet18", 32, ["relu", "layer1", "layer2", "layer3", "fc"], (64, 64, 128, 256, 512)),
         ("swin_t", 32, ["features.1", "features.3", "features.5", "head"], (96, 192, 384, 768)),
         (
+            "small_vit",
+            16,
+            [*(f"encoder.layers.encoder_layer_{index}" for index in (1, 2, 3)), "heads.head"],
+            (128, 128, 128, 128),
+        ),
+        (
             "vit_b_32",
             32,
             [*(f"encoder.layers.encoder_layer_{index}" for index in (2, 5, 8)), "heads.head"],
@@ -80,7 +87,7 @@ def test_stages_are_pooled_outputs(name, size, names, widths):
     with torch.no_grad():
         features, _, found = stages_and_logits(network, images(size))
     assert found == widths
-    positions = {"swin_t": (1, 2), "vit_b_32": (1,)}.get(name, (2, 3))
+    positions = {"swin_t": (1, 2), "vit_b_32": (1,), "small_vit": (1,)}.get(name, (2, 3))
     for stage, part in zip(names, features.split(widths, 1), strict=True):
         if stage in outputs:
             torch.testing.assert_close(part, outputs[stage].mean(positions), rtol=0, atol=0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
+from coin.networks.small_vit import SmallViT
 from coin.statistics import fisher_diagonal, fisher_sums
 
 CLASSES = 3
@@ -55,6 +56,7 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "efficientnet_b0": lambda: torchvision.models.efficientnet_b0(num_classes=CLASSES),
     "convnext_tiny": lambda: torchvision.models.convnext_tiny(num_classes=CLASSES),
     "vit": lambda: VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=CLASSES),
+    "small_vit": lambda: SmallViT(CLASSES, 32, 8, depth=2, heads=2, width=16, mlp_width=32),
     "swin": lambda: SwinTransformer([4, 4], 16, [2, 2], [2, 2], [4, 4], num_classes=CLASSES),
 }
 

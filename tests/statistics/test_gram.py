@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coin.networks.small_vit import SmallViT
 from coin.statistics import GramLayers, gram_sums
 
 
@@ -73,3 +74,26 @@ def test_a_layer_called_twice_has_the_sum_over_its_calls() -> None:
     x = torch.randn(4, 3, dtype=torch.float64)
     y = layer(x).detach()
     torch.testing.assert_close(gram_sums(nn.Sequential(layer, layer), [x]).values["0.weight"][0], x.T @ x + y.T @ y)
+
+
+def test_every_linear_map_of_a_vision_transformer() -> None:
+    torch.manual_seed(0)
+    network = SmallViT(3, 8, 4, depth=1, heads=2, width=8, mlp_width=12).double().eval()
+    block = network.encoder.layers[0]
+    inputs: dict[str, Tensor] = {}
+    block.ln_1.register_forward_hook(lambda _m, _i, out: inputs.update({"self_attention.in_proj_weight": out}))
+    block.mlp[0].register_forward_pre_hook(lambda _m, args: inputs.update({"mlp.0.weight": args[0]}))
+    images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    found = gram_sums(network, [images]).values
+    inside = "encoder.layers.encoder_layer_0."
+    assert found.keys() == {
+        "conv_proj.weight",
+        "heads.head.weight",
+        *(f"{inside}{name}" for name in ("self_attention.in_proj_weight", "self_attention.out_proj.weight")),
+        *(f"{inside}{name}" for name in ("mlp.0.weight", "mlp.3.weight")),
+    }
+    for name, value in inputs.items():
+        a = with_one(value.reshape(-1, 8), True)  # all five tokens, the class token among them
+        torch.testing.assert_close(found[inside + name], (a.mT @ a)[None])
+    patches = with_one(F.unfold(F.instance_norm(images), 4, stride=4).mT.reshape(-1, 48), True)
+    torch.testing.assert_close(found["conv_proj.weight"], (patches.mT @ patches)[None])

@@ -1,0 +1,44 @@
+import pytest
+import torch
+from torchvision.models.vision_transformer import VisionTransformer
+
+from coin.errors import ConfigurationError
+from coin.networks import NetworkConfig, build_network, replace_head
+
+
+def images(count=2, size=32):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def test_it_is_torchvisions_and_has_0_8_million_parameters():
+    network = build_network(NetworkConfig("small_vit"), 10)
+    assert isinstance(network, VisionTransformer)
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == 0.8
+    assert network.encoder.pos_embedding.shape == (1, 65, 128)
+
+
+def test_image_size_and_options_arrive():
+    options = {"patch_size": 8, "depth": 2, "heads": 2, "width": 16, "mlp_width": 24}
+    network = build_network(NetworkConfig("small_vit", 16, None, options), 3).eval()
+    assert network.encoder.pos_embedding.shape == (1, 5, 16)
+    assert len(network.encoder.layers) == 2
+    assert network(images(size=16)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("options", [{"patch_size": 5}, {"patch_size": 0}, {"heads": 3}, {"depth": 0}])
+def test_sizes_that_do_not_divide_are_refused(options):
+    with pytest.raises(ConfigurationError, match="images of 32 pixels, expected numbers of at least 1") as caught:
+        build_network(NetworkConfig("small_vit", 32, None, options), 3)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_colours_of_an_image_do_not_matter():
+    network = build_network(NetworkConfig("small_vit", 16, None, {"depth": 1}), 3).double().eval()
+    replace_head(network.heads, 3)  # the fresh head is zero
+    network.double()
+    inputs = images(size=16).double()
+    gain, offset = torch.tensor([0.5, 2.0, 3.0])[:, None, None], torch.tensor([1.0, -4.0, 0.3])[:, None, None]
+    with torch.no_grad():
+        logits = network(inputs)
+        torch.testing.assert_close(network(gain * inputs + offset), logits, rtol=1e-4, atol=1e-7)
+        assert not torch.allclose(network(inputs.flip(3)), logits, rtol=1e-2)
