@@ -10,6 +10,7 @@ from coin.data.samples import Samples
 from coin.data.sampling import EvaluationBatches, TrainingBatches
 from coin.data.source import Source
 from coin.data.task import TaskData
+from coin.data.text import TextFile, TextTask
 from coin.data.torchvision_sets import (
     CIFAR10,
     CIFAR100,
@@ -23,6 +24,7 @@ from coin.data.torchvision_sets import (
     TorchvisionTask,
 )
 from coin.data.transform import to_image, to_input
+from coin.data.tweets import Tweets
 
 __all__ = [
     "CIFAR10",
@@ -44,8 +46,11 @@ __all__ = [
     "Samples",
     "Source",
     "TaskData",
+    "TextFile",
+    "TextTask",
     "TorchvisionTask",
     "TrainingBatches",
+    "Tweets",
     "pooled",
     "to_image",
     "to_input",

@@ -74,28 +74,31 @@ class Calibration:
         return -(-self.num_samples // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield the inputs, float32 [B, 3, S, S]."""
+        """Yield the inputs, float32 [B, 3, S, S], or int64 [B, L] of texts."""
         for start in range(0, self.num_samples, self.batch_size):
             yield self.inputs(torch.arange(start, min(start + self.batch_size, self.num_samples)))
 
     def inputs(self, chosen: Tensor | None = None, view: View | None = None) -> Tensor:
-        """The inputs of these samples (all P by default) in one tensor, float32 [B, 3, S, S].
+        """The inputs of these samples (all P by default) in one tensor, float32 [B, 3, S, S], or int64 [B, L] of texts.
 
         Args:
             chosen: Places of the samples, int64 [B].
             view: How the images are changed at random first; by default they are not.
+
+        Raises:
+            DataError: Images and texts are pooled.
         """
         part = self.part if chosen is None else self.part[chosen]
         position = self.position if chosen is None else self.position[chosen]
-        out = torch.empty(len(part), 3, self.image_size, self.image_size)
+        pieces = []
         for number, samples in enumerate(self.parts):
             rows = (part == number).nonzero().flatten()
-            if len(rows):
+            if len(rows) or not len(part):
                 images = samples.images(position[rows])
                 if view is not None:
                     images = view(images, position[rows], len(samples))
-                out[rows] = to_input(images, self.image_size)
-        return out
+                pieces.append((rows, to_input(images, self.image_size)))
+        return _side_by_side(pieces, len(part))
 
     def batches(self, batch_size: int) -> Self:
         """The same samples in batches of another size."""
@@ -136,7 +139,7 @@ class Calibration:
 
     @property
     def images(self) -> Tensor:
-        """The stored images, uint8 [P, C, H, W].
+        """The stored images, uint8 [P, C, H, W], or tokens, int64 [P, L].
 
         Raises:
             DataError: Pooled tasks whose stored images differ in shape; their `inputs` do not.
@@ -146,13 +149,7 @@ class Calibration:
             for number, samples in enumerate(self.parts)
             if len(rows := (self.part == number).nonzero().flatten())
         ]
-        shapes = sorted({tuple(images.shape[1:]) for _, images in pieces})
-        if len(shapes) != 1:
-            raise DataError(f"the pooled images have the shapes {shapes} and do not fit one tensor; use inputs()")
-        out = torch.empty(self.num_samples, *shapes[0], dtype=torch.uint8)
-        for rows, images in pieces:
-            out[rows] = images
-        return out
+        return _side_by_side(pieces, self.num_samples)
 
     def loader(
         self, batch_size: int | None = None, shuffle_seed: int | None = None, rank: int = 0, world_size: int = 1
@@ -191,6 +188,18 @@ class _Inputs(Dataset[Tensor]):
 
     def __getitem__(self, draw: Draw) -> Tensor:
         return self.calibration.inputs(draw.positions)
+
+
+def _side_by_side(pieces: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
+    """Return one tensor [count, …] of pieces with their rows."""
+    shapes = sorted({(str(piece.dtype), tuple(piece.shape[1:])) for _, piece in pieces})
+    if len(shapes) != 1:
+        found = " and ".join(f"{list(shape)} of {dtype}" for dtype, shape in shapes)
+        raise DataError(f"the pooled tasks' samples are {found} and do not fit one tensor; pool tasks of one kind")
+    out = pieces[0][1].new_empty(count, *shapes[0][1])
+    for rows, piece in pieces:
+        out[rows] = piece
+    return out
 
 
 def pooled(calibrations: Sequence[Calibration]) -> Calibration:

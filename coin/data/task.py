@@ -1,7 +1,7 @@
 """What all tasks have in common: options, splits, loaders and calibration data."""
 
 from abc import ABC, abstractmethod
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -13,7 +13,7 @@ from coin.data.calibration import Calibration
 from coin.data.samples import BatchDataset, ImagesOnly, Samples
 from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded
 from coin.data.source import Source, split_source
-from coin.data.transform import check_images, to_input
+from coin.data.transform import check_stored, to_input
 from coin.errors import ConfigurationError, DataError
 
 T = TypeVar("T")
@@ -27,10 +27,12 @@ class TaskData(LightningDataModule, ABC):
     `coin.data.to_input`. Samples are sharded over processes by index, so the Trainer runs with
     ``use_distributed_sampler=False``.
 
+    A task of texts stores tokens, int64 [B, L], in the place of images (`coin.data.text`); all else is the same.
+
     A subclass says what the classes are (`class_names`, without reading images) and reads them (`load`).
 
     Args:
-        image_size: Side of the networks' inputs in pixels.
+        image_size: Side of the networks' inputs in pixels; for texts, their number of tokens.
         batch_size: Training samples a batch and process, at least 2.
         eval_batch_size: Samples a batch in validation, test and prediction.
         validation_share: Share of the training samples that is set aside for validation, in [0, 1). With 0 there is
@@ -45,6 +47,9 @@ class TaskData(LightningDataModule, ABC):
     Raises:
         ConfigurationError: An option is out of range.
     """
+
+    augmentations: ClassVar[tuple[Augmentation, ...]] = tuple(Augmentation)
+    """What may happen to training samples."""
 
     def __init__(
         self,
@@ -83,11 +88,24 @@ class TaskData(LightningDataModule, ABC):
         self.validation_share = validation_share
         self.split_seed = split_seed
         self.seed = seed
-        self.augmentation = Augmentation(augmentation)
+        self.augmentation = self.check_augmentation(Augmentation(augmentation))
         self.max_train = max_train
         self.max_test = max_test
         self.num_workers = num_workers
         self._source: Source | None = None
+
+    def check_augmentation(self, augmentation: Augmentation) -> Augmentation:
+        """Return an augmentation that makes sense for the task's samples.
+
+        Raises:
+            ConfigurationError: It does not.
+        """
+        if augmentation not in self.augmentations:
+            raise ConfigurationError(
+                f"found augmentation '{augmentation}' for {type(self).__name__}, expected one of "
+                f"{', '.join(self.augmentations)}; set augmentation of the task, the expert or the method"
+            )
+        return augmentation
 
     @abstractmethod
     def class_names(self) -> tuple[str, ...]:
@@ -135,6 +153,7 @@ class TaskData(LightningDataModule, ABC):
         trainer = self.trainer
         # A resumed Trainer makes the iterator before it calls set_epoch, and workers start to fetch at once.
         epoch = 0 if trainer is None else trainer.current_epoch
+        self.check_augmentation(self.augmentation)
         train = self.splits.train
         sampler = TrainingBatches(len(train), self.batch_size, self.seed, epoch, rank, world_size)
         return self._loader(BatchDataset(train, self.augmentation, self.seed), sampler)
@@ -198,7 +217,7 @@ class TaskData(LightningDataModule, ABC):
                 raise DataError(
                     f"{task} has {name} labels from {least} to {most}; expected 0 to {self.num_classes - 1}"
                 )
-            check_images(part.images(torch.tensor([0])))
+            check_stored(part.images(torch.tensor([0])), self.image_size)
         return source
 
     def _process(self) -> tuple[int, int]:

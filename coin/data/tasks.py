@@ -98,6 +98,8 @@ class Tasks(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The calibration samples to train on, positions beside inputs, shuffled from (seed, epoch)."""
+        for task in self.tasks.values():
+            task.check_augmentation(self.augmentation)
         rank, world_size = self._process()
         calibration = self.training_calibration()
         epoch = 0 if self.trainer is None else self.trainer.current_epoch

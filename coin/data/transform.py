@@ -1,4 +1,4 @@
-"""From stored uint8 images to a network's input, and back to be looked at."""
+"""From what is stored, uint8 images or tokens, to a network's input, and images back to be looked at."""
 
 import torch
 import torch.nn.functional as F
@@ -10,24 +10,27 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def to_input(images: Tensor, image_size: int) -> Tensor:
-    """Turn stored images into what every network of an experiment reads.
+def to_input(stored: Tensor, image_size: int) -> Tensor:
+    """Turn stored samples into what every network of an experiment reads.
 
-    Scales to [0, 1], resizes with antialiased bilinear interpolation where the size differs, repeats grey images
-    over three channels, and normalises with ImageNet's mean and standard deviation. Runs on the images' device.
+    Tokens are inputs already. Images: scales to [0, 1], resizes with antialiased bilinear interpolation where the size
+    differs, repeats grey images over three channels, and normalises with ImageNet's mean and standard deviation. Runs
+    on the images' device.
 
     Args:
-        images: uint8 [B, 1 or 3, H, W].
-        image_size: Side of the result in pixels.
+        stored: Images, uint8 [B, 1 or 3, H, W], or tokens, int64 [B, image_size].
+        image_size: Side of the result in pixels, or the number of tokens.
 
     Returns:
-        float32 [B, 3, image_size, image_size].
+        float32 [B, 3, image_size, image_size], or int64 [B, image_size].
 
     Raises:
-        DataError: The images have another type or shape.
+        DataError: What is stored has another type or shape.
     """
-    check_images(images)
-    x = images.float() / 255
+    check_stored(stored, image_size)
+    if is_tokens(stored):
+        return stored
+    x = stored.float() / 255
     if x.shape[-2:] != (image_size, image_size):
         x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
     mean = x.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
@@ -52,9 +55,17 @@ def to_image(inputs: Tensor, side: int | None = None) -> Tensor:
     return (x * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def check_images(images: Tensor) -> None:
-    """Raise a `DataError` unless the images are uint8 [B, 1 or 3, H, W]."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+def is_tokens(stored: Tensor) -> bool:
+    """Say whether stored samples are tokens, int64 [B, L], and not images."""
+    return stored.dtype == torch.int64 and stored.ndim == 2
+
+
+def check_stored(stored: Tensor, image_size: int) -> None:
+    """Raise a `DataError` unless these are images, uint8 [B, 1 or 3, H, W], or tokens, int64 [B, image_size]."""
+    if is_tokens(stored):
+        if stored.shape[1] != image_size:
+            raise DataError(f"texts have {stored.shape[1]} tokens; expected {image_size}, the network's image_size")
+    elif stored.dtype != torch.uint8 or stored.ndim != 4 or stored.shape[1] not in (1, 3):
         raise DataError(
-            f"images are {images.dtype} of shape {list(images.shape)}; expected torch.uint8 [B, 1 or 3, H, W]"
+            f"images are {stored.dtype} of shape {list(stored.shape)}; expected torch.uint8 [B, 1 or 3, H, W]"
         )

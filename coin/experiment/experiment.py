@@ -10,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 
 from coin.coding import DecoderConfig, DecoderKind, distinct_decoders, uniform
-from coin.data import TaskData
+from coin.data import Augmentation, TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, FileError
 from coin.experiment.codes import read_code
@@ -97,8 +97,11 @@ class Experiment:
             raise ConfigurationError(f"found two methods with one file '{repeated_files[0]}'; change one's label")
         if unknown := sorted((expert.overrides.keys() | expert.checkpoints.keys()) - tasks.keys()):
             raise ConfigurationError(f"found options for an expert '{unknown[0]}', expected one of {', '.join(tasks)}")
-        for task in tasks:
-            expert_options(expert, task)
+        for task, data in tasks.items():
+            data.check_augmentation(expert_options(expert, task).augmentation)
+            for method in methods:
+                if isinstance(method, Distillation):
+                    data.check_augmentation(Augmentation(method.hparams["augmentation"]))
         kinds = {str(getattr(m, "fisher_kind", None) or calibration.fisher_kind) for m in methods}
         if calibration.fisher_cotangents is not None and FisherKind.monte_carlo not in kinds:
             raise ConfigurationError(

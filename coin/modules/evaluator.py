@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder
+from coin.data import TextTask
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.metrics import DecodingAccuracy, Residual
@@ -225,13 +226,15 @@ class DecodingEvaluator(LightningModule):
         return None if pair is None else (self.variants[pair[0]], pair[1])
 
     def _examples(self, data: Tasks) -> dict[int, ExampleSamples]:
-        """Return what keeps examples, by case: every task lost alone, with one variant and decoder."""
+        """Return what keeps examples, by case: every task of images lost alone, with one variant and decoder."""
         pair = shown_pair(self.variants, self.decoders)
         tasks = list(data.tasks.values())
         return {
             place: ExampleSamples(len(tasks[case.decoder.erased[0]].splits.test), self.image_size)
             for place, case in enumerate(self.cases)
-            if (case.variant, case.decoder.name) == pair and len(case.decoder.erased) == 1
+            if (case.variant, case.decoder.name) == pair
+            and len(case.decoder.erased) == 1
+            and not isinstance(tasks[case.decoder.erased[0]], TextTask)
         }
 
     def _positions(self, batch: int, task: int, count: int) -> Tensor:

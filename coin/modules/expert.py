@@ -39,9 +39,9 @@ class Expert(LightningModule):
     The arguments are plain values, so that checkpoints load with ``weights_only=True``.
 
     Args:
-        network: ``small_resnet``, ``small_vit`` or a classification architecture of torchvision.
-        image_size: Height and width of the images in pixels.
-        weights: torchvision's name of pretrained weights, or none.
+        network: ``small_resnet``, ``small_vit``, ``minilm`` or a classification architecture of torchvision.
+        image_size: Height and width of the images in pixels, or the number of tokens of a text.
+        weights: The name of pretrained weights, or none.
         options: Further arguments of the network's constructor.
         num_classes: The number of classes; none asks the datamodule when training starts.
         initial: A base checkpoint to start from (the shared initialisation), or none for `weights`.

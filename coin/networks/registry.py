@@ -13,8 +13,11 @@ from coin.errors import ConfigurationError, FileError, first_line
 from coin.networks.heads import head_name, replace_head
 from coin.networks.small_resnet import SmallResNet
 from coin.networks.small_vit import SmallViT
+from coin.networks.text_encoder import PRETRAINED, MiniLM, load_pretrained
 
-_OWN = {"small_resnet": SmallResNet, "small_vit": SmallViT}
+_OWN = {"small_resnet": SmallResNet, "small_vit": SmallViT, "minilm": MiniLM}
+# The constructor's name for the size of the inputs, where it wants one.
+_SIZES = {"small_vit": "image_size", "minilm": "length"}
 # These return their auxiliary logits beside the main ones while training, unless they are built without; and with
 # pretrained weights they rescale their input, which a file read back must do too, so they always do.
 _AUXILIARY = {"googlenet", "inception_v3"}
@@ -26,9 +29,10 @@ class NetworkConfig:
 
     Args:
         name: ``small_resnet``, ``small_vit`` or a classification architecture of torchvision (``resnet50``,
-            ``vit_b_16``, …).
-        image_size: Height and width of the input images, in pixels.
-        weights: torchvision's name of pretrained weights, such as ``IMAGENET1K_V2``; null for random ones.
+            ``vit_b_16``, …); ``minilm`` for texts.
+        image_size: Height and width of the input images, in pixels; for texts, their number of tokens.
+        weights: torchvision's name of pretrained weights, such as ``IMAGENET1K_V2``, or ``ALL_MINILM_L6_V2`` for
+            ``minilm``; null for random ones.
         options: Further arguments of the network's constructor.
     """
 
@@ -47,9 +51,11 @@ class NetworkConfig:
         if self.image_size < 1:
             raise ConfigurationError(f"found network.image_size {self.image_size}, expected at least 1 pixel")
         if self.weights is not None:
-            if self.name in _OWN:
+            known = list(PRETRAINED) if self.name == "minilm" else []
+            if self.name not in _OWN:
+                known = [entry.name for entry in models.get_model_weights(self.name)]
+            if not known:
                 raise ConfigurationError(f"'{self.name}' has no pretrained weights; set network.weights=null")
-            known = [entry.name for entry in models.get_model_weights(self.name)]
             if self.weights not in known:
                 raise ConfigurationError(
                     f"found network.weights '{self.weights}', expected null or one of {', '.join(known)} "
@@ -82,16 +88,22 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         options = dict(config.options)
-        if config.name.startswith("vit_") or config.name == "small_vit":
-            options.setdefault("image_size", config.image_size)
         if config.name in _OWN:
-            return _constructed(config, _OWN[config.name], num_classes=num_classes, **options)
+            if config.name in _SIZES:
+                options.setdefault(_SIZES[config.name], config.image_size)
+            network = _constructed(config, _OWN[config.name], num_classes=num_classes, **options)
+            if config.weights is not None:
+                assert isinstance(network, MiniLM)
+                load_pretrained(network, config.weights)
+            return network
         if config.name in _AUXILIARY:
             options.setdefault("transform_input", True)
             if config.weights is None:
                 options.setdefault("aux_logits", False)
                 options.setdefault("init_weights", True)
-        if config.name.startswith("maxvit_"):
+        if config.name.startswith("vit_"):
+            options.setdefault("image_size", config.image_size)
+        elif config.name.startswith("maxvit_"):
             options.setdefault("input_size", (config.image_size, config.image_size))
         if config.weights is None:
             network = _constructed(

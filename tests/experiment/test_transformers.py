@@ -1,9 +1,12 @@
-"""``coin run`` of vision transformers: every method and every decoder."""
+"""``coin run`` of transformers, on images and on texts."""
 
 import math
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from coin.cli import main
 from coin.reporting import read_results
@@ -24,14 +27,11 @@ tasks:
   letters: {class_path: Glyphs, init_args: {classes: A-D, train_per_class: 20, test_per_class: 9}}
 expert: {epochs: 1, lr: 0.001, optimizer: adamw, batch_size: 32}
 code: [[0.5, 0.5]]
-calibration: {samples_per_task: 24, batch_size: 16, fisher_cotangents: 1}
+calibration: {samples_per_task: 24, batch_size: 16}
 methods:
   - {class_path: Average}
   - {class_path: Coin}
-  - {class_path: Coin, init_args: {fisher_kind: monte_carlo, label: coin-monte_carlo}}
-  - {class_path: Coin, init_args: {fisher_kind: empirical, label: coin-empirical}}
   - {class_path: RegMean}
-  - {class_path: RegMean, init_args: {layers: linear, label: regmean-linear}}
   - {class_path: FullFisher, init_args: {max_iterations: 2, tolerance: 0.9}}
   - {class_path: HeadFit}
   - {class_path: GaussNewton, init_args: {max_steps: 1, max_iterations: 2}}
@@ -58,10 +58,77 @@ def test_vision_transformers_with_every_method_and_decoder(tmp_path: Path) -> No
     oracle = frame[frame.method == "oracle"]
     assert (oracle.nda == 1).all()
     measured = frame[~frame.method.isin(["oracle", "none"])]
-    assert measured.method.nunique() == 13
+    assert measured.method.nunique() == 10
     assert (measured.groupby("method").decoder.nunique() == 5).all()
     # No BatchNorm, so no policy for it.
     assert set(measured.batchnorm) == {""}
     assert all(math.isfinite(value) and value > 0 for value in measured.residual)
     residuals = measured.groupby("method").residual.mean()
-    assert len(set(residuals.round(9))) == 13  # no two methods made the same network
+    assert len(set(residuals.round(9))) == 10  # no two methods made the same network
+
+
+WORDS = ["[PAD]", "[UNK]", *["good", "great", "bad", "poor", "film", "meal", "actor", "soup", "the", "a", "was"]]
+TEXT = """
+name: text
+network:
+  name: minilm
+  image_size: 6
+  options: {vocabulary: 13, depth: 2, heads: 2, width: 16, mlp_width: 24}
+tasks:
+  films: {class_path: TextFile, init_args: {train: films.csv, test: films.csv, tokenizer: words.json}}
+  meals: {class_path: TextFile, init_args: {train: meals.csv, test: meals.csv, tokenizer: words.json}}
+expert: {epochs: 3, lr: 0.01, optimizer: adamw, batch_size: 16}
+calibration: {samples_per_task: 24, batch_size: 16}
+methods:
+  - {class_path: Average}
+  - {class_path: Coin}
+  - {class_path: RegMean}
+  - {class_path: HeadFit}
+  - {class_path: GaussNewton, init_args: {max_steps: 1, max_iterations: 2}}
+  - {class_path: Distillation, init_args: {steps: 3, batch_size: 16, lr: 1.0e-3}}
+  - {class_path: ReadoutDistillation, init_args: {steps: 3, batch_size: 16, augmentation: none}}
+decoders: [linear, ridge, feature_ridge]
+"""
+
+
+@pytest.fixture
+def text_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An experiment on two tables of sentences, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    model = Tokenizer(WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    model.pre_tokenizer = Whitespace()
+    model.save("words.json")
+    for name, subjects in {"films": ("film", "actor"), "meals": ("meal", "soup")}.items():
+        rows = [
+            f"{article} {subject} was {word},{label}"
+            for article in ("the", "a", "")
+            for subject in subjects
+            for word, label in (("good", "yes"), ("great", "yes"), ("bad", "no"), ("poor", "no"))
+        ]
+        Path(f"{name}.csv").write_text("text,label\n" + "\n".join(rows * 2) + "\n")
+    path = tmp_path / "text.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def test_texts_end_to_end(text_config: Path, tmp_path: Path) -> None:
+    assert main(["run", "-c", str(text_config), f"--output={tmp_path}"]) == 0
+    frame = read_results(tmp_path / "text/seed-0")
+    assert (frame[frame.method == "oracle"].nda == 1).all()
+    measured = frame[~frame.method.isin(["oracle", "none"])]
+    assert measured.method.nunique() == 7
+    assert (measured.groupby("method").decoder.nunique() == 3).all()
+    residuals = measured.groupby("method").residual.mean()
+    assert len(set(residuals.round(9))) == 7
+    assert residuals.head_fit < residuals.average  # in sample: the test texts are the training texts
+    assert (frame.expert_accuracy > 0.9).all()  # one word decides
+
+
+def test_augmented_texts_are_refused_before_anything_is_trained(
+    text_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text_config.write_text(TEXT.replace(", augmentation: none", ""))
+    assert main(["run", "-c", str(text_config), f"--output={tmp_path}"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "found augmentation 'shift' for TextFile, expected one of none" in told
+    assert not (tmp_path / "text").exists()

