@@ -98,7 +98,7 @@ class Calibration:
                 if view is not None:
                     images = view(images, position[rows], len(samples))
                 pieces.append((rows, to_input(images, self.image_size)))
-        return _side_by_side(pieces, len(part))
+        return _side_by_side(pieces, len(part), "pool tasks of one kind")
 
     def batches(self, batch_size: int) -> Self:
         """The same samples in batches of another size."""
@@ -149,7 +149,7 @@ class Calibration:
             for number, samples in enumerate(self.parts)
             if len(rows := (self.part == number).nonzero().flatten())
         ]
-        return _side_by_side(pieces, self.num_samples)
+        return _side_by_side(pieces, self.num_samples, "use inputs()")
 
     def loader(
         self, batch_size: int | None = None, shuffle_seed: int | None = None, rank: int = 0, world_size: int = 1
@@ -190,12 +190,12 @@ class _Inputs(Dataset[Tensor]):
         return self.calibration.inputs(draw.positions)
 
 
-def _side_by_side(pieces: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
-    """Return one tensor [count, …] of pieces with their rows."""
+def _side_by_side(pieces: Sequence[tuple[Tensor, Tensor]], count: int, advice: str) -> Tensor:
+    """Return one tensor [count, …] of pieces with their rows; `advice` is for pieces that do not fit."""
     shapes = sorted({(str(piece.dtype), tuple(piece.shape[1:])) for _, piece in pieces})
     if len(shapes) != 1:
         found = " and ".join(f"{list(shape)} of {dtype}" for dtype, shape in shapes)
-        raise DataError(f"the pooled tasks' samples are {found} and do not fit one tensor; pool tasks of one kind")
+        raise DataError(f"the pooled tasks' samples are {found} and do not fit one tensor; {advice}")
     out = pieces[0][1].new_empty(count, *shapes[0][1])
     for rows, piece in pieces:
         out[rows] = piece
