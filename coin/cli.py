@@ -21,7 +21,9 @@ from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
 from coin.errors import CoinError, CoinWarning, ConfigurationError, FileError
 from coin.experiment import Experiment
 from coin.experiment.commands import merge, report
+from coin.experiment.launch import Launch
 from coin.experiment.sweep import sweep
+from coin.processes import is_first
 from coin.progress import shown
 from coin.reporting import as_json, print_summary, read_results, run_environment, summarise, write_report
 from coin.reporting.dashboard import dashboard
@@ -67,7 +69,7 @@ class CoinCLI(LightningCLI):
         for name in _PLAIN:
             sub = self.init_parser(**kwargs.get(name, {}))
             if name == "run":
-                sub.add_class_arguments(Experiment)
+                _add_run_arguments(sub)
                 _add_json_argument(sub)
                 summary = "Run a whole experiment, resumably."
             elif name == "merge":
@@ -137,9 +139,15 @@ class CoinCLI(LightningCLI):
         options.pop("config", None)
         machine = options.pop("json", False)
         if subcommand == "run":
+            launch, only = options.pop("launch"), options.pop("only")
             experiment = Experiment(**options)
-            summary = experiment.run(self._dump_seed)
+            if only is not None:
+                experiment.make_experts(only)
+                return
+            summary = experiment.run(self._dump_seed, launch=launch)
             page = experiment.folder / REPORT_HTML
+            if not is_first():
+                return
             if machine:
                 print(as_json({"experiment": experiment.name, "report": page, "summary": summary}))
             else:
@@ -169,7 +177,7 @@ class CoinCLI(LightningCLI):
         """Return the experiment that ``coin run`` makes of these arguments."""
         parser = self._subcommand_parsers["run"]
         options = parser.instantiate_classes(parser.parse_args(list(arguments))).as_dict()
-        for name in ("config", "json"):
+        for name in ("config", "json", "launch", "only"):
             options.pop(name, None)
         return Experiment(**options)
 
@@ -183,8 +191,17 @@ class CoinCLI(LightningCLI):
     def _dump_seed(self, seed: int) -> str:
         config = self.config["run"].clone()
         config["seeds"] = [seed]
-        config.pop("json")
+        for name in ("json", "launch", "only"):
+            config.pop(name)
         return str(self._subcommand_parsers["run"].dump(config, skip_none=False))
+
+
+def _add_run_arguments(parser: LightningArgumentParser) -> None:
+    parser.add_class_arguments(Experiment)
+    parser.add_class_arguments(Launch, "launch")
+    parser.add_argument(
+        "--only", type=str | None, default=None, help="Make this task's expert for every seed, and nothing else."
+    )
 
 
 def _add_json_argument(parser: LightningArgumentParser) -> None:

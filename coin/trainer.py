@@ -8,12 +8,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
-from coin.callbacks import RunProgress
+from coin.callbacks import Requeue, RunProgress
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
@@ -38,12 +39,16 @@ _EXPECTED = (
     r".*treespec.*is deprecated.*",  # Lightning's own
     r"predict returned None.*",  # a pass that sums needs no predictions
     r".*`tensorboardX` has been removed.*",
+    r".*your dataloader is not resumable.*",  # it is: coin.data.resumable
 )
 """What Lightning warns of and an experiment means."""
 
 EXAMPLES_CHOICE = (
     "the last method with the last decoder that were listed; images in a fixed random order of the test set"
 )
+
+
+_MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 
 def quieten() -> None:
@@ -60,15 +65,23 @@ class Trainer(pl.Trainer):
     ``coin`` shards samples by index and never pads, so that one process and many give the same numbers; Lightning's
     `DistributedSampler` would repeat samples.
 
+    In a SLURM job it queues the job again when that is about to end; see `coin.callbacks.Requeue`.
+
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
         callbacks: Lightning's or your own; `coin.callbacks.RunProgress` is among them unless there is another bar.
         enable_progress_bar: Whether to tell `coin.progress` how far a run has come.
-        **kwargs: Lightning's own arguments.
+        matmul_precision: Of float32 matrix products, for the whole process: ``high`` lets GPUs use TF32, ``medium``
+            bfloat16; ``highest`` is torch's own choice. None leaves it.
+        **kwargs: Lightning's own arguments. With ``precision: bf16-mixed`` the networks' passes are mixed, in training
+            and in evaluation alike; statistics and decoding are in full precision always.
 
     Raises:
+        ConfigurationError: There is no such `matmul_precision`.
         ConnectionFailedError: A W&B logger is to work online, and there is no key or no network.
     """
+
+    callbacks: list[Callback]
 
     def __init__(
         self,
@@ -76,6 +89,7 @@ class Trainer(pl.Trainer):
         use_distributed_sampler: bool = False,
         callbacks: list[Callback] | Callback | None = None,
         enable_progress_bar: bool = True,
+        matmul_precision: str | None = None,
         **kwargs: Any,
     ) -> None:
         given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks] if callbacks is not None else []
@@ -87,9 +101,41 @@ class Trainer(pl.Trainer):
             enable_progress_bar=enable_progress_bar,
             **kwargs,
         )
+        if matmul_precision is not None:
+            if matmul_precision not in _MATMUL_PRECISIONS:
+                raise ConfigurationError(
+                    f"found matmul_precision '{matmul_precision}', expected one of {', '.join(_MATMUL_PRECISIONS)}"
+                )
+            torch.set_float32_matmul_precision(matmul_precision)
         for logger in self.loggers:
             if isinstance(logger, WandbLogger):
                 check_connection(logger_mode(logger))
+        self.requeue = Requeue.of(self)
+        if self.requeue is not None:
+            self.callbacks.insert(0, self.requeue)
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train, as Lightning's ``fit`` does, going on where an earlier start of the same SLURM job has left.
+
+        Args:
+            model: What to train.
+            train_dataloaders: Lightning's; ``coin`` has datamodules.
+            val_dataloaders: Lightning's.
+            datamodule: The data.
+            ckpt_path: A Lightning checkpoint to go on from.
+            weights_only: Whether to refuse checkpoints that hold more than tensors and plain values.
+        """
+        if self.requeue is not None:
+            ckpt_path = self.requeue.resume_path(self, ckpt_path)
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     def fisher(
         self,

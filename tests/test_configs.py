@@ -13,6 +13,7 @@ TASKS = "{a: {class_path: MNIST5k}, b: {class_path: Digits}}"
 
 COMMANDS = {
     "experiment": ["run"],
+    "cluster": ["run"],
     "expert": ["fit"],
     "merge": ["merge", EXPERTS],
     "evaluate": ["evaluate", "--model.experts={a: a.safetensors, b: b.safetensors}", f"--data.tasks={TASKS}"],
@@ -31,8 +32,11 @@ def test_configuration_is_parsed(
         commands = [["run", *point.arguments] for point in (points[0], points[-1])]
     else:
         command, *rest = COMMANDS[room]
-        under = ["-c", str(ROOT / "experiment/quickstart.yaml")] if path.stem == "methods" else []
+        over = path.stem == "methods" or room == "cluster"
+        under = ["-c", str(ROOT / "experiment/quickstart.yaml")] if over else []
         commands = [[command, *under, "-c", str(path), *rest]]
+        if path.read_text().splitlines()[-1].startswith("  strategy"):  # a trainer section, for trainings as well
+            commands.append(["fit", "-c", str(ROOT / "expert/mnist5k.yaml"), "-c", str(path)])
     for arguments in commands:
         with pytest.raises(SystemExit) as stop:
             main([*arguments, "--print_config"])

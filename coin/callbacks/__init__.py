@@ -1,8 +1,9 @@
-"""Callbacks: what is written of an expert when its training ends, and how far a Trainer has come."""
+"""Callbacks: what is written of an expert when its training ends or is interrupted, and how far a Trainer has come."""
 
 from coin.callbacks.export import ExpertExport
 from coin.callbacks.fisher import FisherEstimator
 from coin.callbacks.progress import RunProgress
+from coin.callbacks.requeue import Requeue
 from coin.callbacks.weights import Weights
 
-__all__ = ["ExpertExport", "FisherEstimator", "RunProgress", "Weights"]
+__all__ = ["ExpertExport", "FisherEstimator", "Requeue", "RunProgress", "Weights"]

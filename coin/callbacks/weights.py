@@ -1,6 +1,6 @@
 """Which weights a callback takes when training ends: the last ones, or those of the best checkpoint."""
 
-from copy import deepcopy
+from copy import copy, deepcopy
 from enum import StrEnum
 from typing import Any
 
@@ -23,6 +23,8 @@ class Weights(StrEnum):
 def trained_network(trainer: Trainer, module: LightningModule, weights: Weights) -> nn.Module:
     """Return the trained network with the chosen weights; with ``best`` a copy, so that the module stays as it is.
 
+    A network that was compiled for its training comes plain, with the same tensors: statistics look inside it.
+
     Raises:
         ConfigurationError: The module has no ``network``, or there is no best checkpoint.
     """
@@ -30,7 +32,7 @@ def trained_network(trainer: Trainer, module: LightningModule, weights: Weights)
     if not isinstance(network, nn.Module):
         raise ConfigurationError(f"found a {type(module).__name__} without a network, expected an Expert")
     if weights == Weights.last:
-        return network
+        return copy(network)  # which leaves torch.compile's call behind
     monitored = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
     if not monitored or not monitored[0].best_model_path:
         raise ConfigurationError("found no best checkpoint; add a ModelCheckpoint with a monitor, or set weights=last")

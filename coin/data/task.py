@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from coin.data.augmentation import Augmentation
 from coin.data.calibration import Calibration
+from coin.data.resumable import ResumableLoader
 from coin.data.samples import BatchDataset, ImagesOnly, Samples
 from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded
 from coin.data.source import Source, split_source
@@ -156,7 +157,7 @@ class TaskData(LightningDataModule, ABC):
         self.check_augmentation(self.augmentation)
         train = self.splits.train
         sampler = TrainingBatches(len(train), self.batch_size, self.seed, epoch, rank, world_size)
-        return self._loader(BatchDataset(train, self.augmentation, self.seed), sampler)
+        return ResumableLoader(BatchDataset(train, self.augmentation, self.seed), sampler, trainer, **self._options())
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The validation split; an empty list, which Lightning takes for no validation, with a share of 0."""
@@ -237,16 +238,17 @@ class TaskData(LightningDataModule, ABC):
         return self._loader(BatchDataset(samples), sampler)
 
     def _loader(self, dataset: Dataset[T], sampler: torch.utils.data.Sampler[Draw]) -> DataLoader[T]:
-        return DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+        return DataLoader(dataset, sampler=sampler, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "batch_size": None,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
             # DataLoader draws a seed for its workers; from this generator instead of torch's global one.
-            generator=seeded(self.seed, Stream.WORKERS),
-        )
+            "generator": seeded(self.seed, Stream.WORKERS),
+        }
 
 
 def at_least(name: str, value: int, least: int, why: str = "") -> None:

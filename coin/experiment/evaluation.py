@@ -9,6 +9,7 @@ from coin.experiment.jobs import FileKind, by_stem, common_tags, run_config
 from coin.experiment.steps import step_key
 from coin.experiment.training import make_trainer
 from coin.modules import DecodingEvaluator
+from coin.processes import is_first
 from coin.reporting.extras import EXAMPLES_NPZ
 from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_results
 from coin.reporting.wandb_evaluation import code_axes, log_method_runs
@@ -56,7 +57,7 @@ def evaluate(run: SeedRun) -> None:
             configuration=run.options,
         )
         work.makes(FileKind.results, {"rows": run.folder / RESULTS_JSON})
-    if experiment.wandb.method_runs:
+    if experiment.wandb.method_runs and is_first():
         _log_methods(run)
     run.steps.finish("evaluate", key, outputs)
 

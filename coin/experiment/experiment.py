@@ -1,8 +1,8 @@
 """A whole experiment from one YAML file, step by step, resumable."""
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ from coin.errors import ConfigurationError, FileError
 from coin.experiment.codes import read_code
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.experiment.jobs import FileKind, by_stem, common_tags, job, resolved, run_config
+from coin.experiment.launch import ExpertJob, Launch, train_side_by_side
 from coin.experiment.merge import coded_paths
 from coin.experiment.seed_run import SeedRun, expert_options
 from coin.experiment.steps import Steps, step_key
-from coin.experiment.training import train_network
+from coin.experiment.training import join_processes, train_network
 from coin.merging import MergeMethod
 from coin.modules import Distillation
 from coin.networks import NetworkConfig, build_network, has_batchnorm, initial_network, save_network
+from coin.processes import from_first, is_first, process_count
 from coin.reporting.report import write_report
 from coin.reporting.summary import SUMMARY_CSV, write_summary
 from coin.reporting.wandb_connection import check_connection
@@ -49,7 +51,10 @@ class Experiment:
         decoders: The decoders to compare: kinds, or sections of a kind and its options; none takes all kinds.
         seeds: One run each; a seed draws the calibration samples and everything random after the base.
         output: Where experiments go.
-        trainer: Options of the Trainer for all steps, such as ``accelerator``, ``devices``, ``precision``.
+        trainer: Options of the Trainer for all steps, such as ``accelerator``, ``devices``, ``precision``. With several
+            devices or nodes, all processes go through all steps: trainings share out their batches (of
+            ``batch_size`` samples a process, as always with Lightning), statistics and the evaluation their samples;
+            the first process does the rest and writes all files, into a folder that all nodes share.
         wandb: What goes to W&B.
 
     Raises:
@@ -120,22 +125,45 @@ class Experiment:
         self.trainer = trainer or {}
         self.wandb = wandb
 
-    def run(self, dump: Callable[[int], str] | None = None, console: Console | None = None) -> pd.DataFrame:
+    def run(
+        self, dump: Callable[[int], str] | None = None, console: Console | None = None, launch: Launch | None = None
+    ) -> pd.DataFrame:
         """Run every step whose inputs have changed, for every seed, and report.
 
         Args:
             dump: Returns the configuration that repeats the run of one seed, as YAML.
             console: Where progress and the table go.
+            launch: How the experts are trained; needs `dump` where they are trained side by side.
 
         Returns:
             The summary over seeds: the contents of ``summary.csv``.
+
+        Raises:
+            CoinError: A step cannot be done.
         """
-        console = console or Console(stderr=True, soft_wrap=True)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigurationError(
-                f"found WORLD_SIZE={os.environ['WORLD_SIZE']}, expected one process: the steps share files; "
-                "use coin fit, fisher and evaluate under torchrun or srun"
-            )
+        console, seeds = self._begin(console)
+        for run in seeds:
+            if dump is not None and is_first():
+                write_text(run.folder / "config.yaml", dump(run.seed))
+        if launch is not None and launch.side_by_side:
+            self._train_side_by_side(seeds, launch, console)
+        for run in seeds:
+            run.run()
+        return from_first(self._summarise)
+
+    def make_experts(self, task: str, console: Console | None = None) -> None:
+        """Make one task's expert for every seed, and the shared initialisation; nothing else.
+
+        Raises:
+            CoinError: There is no such task, or the expert cannot be made.
+        """
+        if task not in self.tasks:
+            raise ConfigurationError(f"found no task '{task}', expected one of {', '.join(self.tasks)}")
+        for run in self._begin(console)[1]:
+            run.make_expert(task, run.tasks[task])
+
+    def _begin(self, console: Console | None) -> tuple[Console, list[SeedRun]]:
+        """Prepare what all seeds share, and return the seeds to run."""
         check_connection()
         self._check_batchnorm()
         try:
@@ -144,13 +172,37 @@ class Experiment:
             raise FileError(
                 f"cannot make the folder '{self.folder}' ({error.strerror}); choose another with output"
             ) from error
-        Tasks(self.tasks).prepare_data()
+        join_processes(self.folder, self.trainer)
+        if not is_first():
+            console = Console(quiet=True)
+        console = console or Console(stderr=True, soft_wrap=True)
+        from_first(Tasks(self.tasks).prepare_data)
         initial = self.make_initial(console)
-        for seed in self.seeds:
-            folder = self.folder / f"seed-{seed}"
-            if dump is not None:
-                write_text(folder / "config.yaml", dump(seed))
-            SeedRun(self, seed, folder, initial, console).run()
+        seeds = [SeedRun(self, seed, self.folder / f"seed-{seed}", initial, console) for seed in self.seeds]
+        return console, seeds
+
+    def _train_side_by_side(self, seeds: Sequence[SeedRun], launch: Launch, console: Console) -> None:
+        if process_count() > 1:
+            raise ConfigurationError(
+                f"found {process_count()} processes that share every training, and a launch section; leave out one"
+            )
+        jobs = [
+            ExpertJob(
+                f"seed {run.seed}: expert {task}",
+                run.folder / "config.yaml",
+                task,
+                run.expert_path(task).with_name("launch.log"),
+            )
+            for run in seeds
+            for task in self.tasks
+            if run.lacks_expert(task)
+        ]
+        if jobs:
+            console.print(f"training {len(jobs)} experts, {launch.workers} at a time")
+            say = partial(console.print, highlight=False)
+            train_side_by_side(jobs, launch, self.folder / "submitit", say)
+
+    def _summarise(self) -> pd.DataFrame:
         summary = write_summary(self.folder)
         self._log_summary(summary)
         for seed in self.seeds:
@@ -183,7 +235,7 @@ class Experiment:
             key = step_key({"network": self.network, "base": self.base, "task": task, "trainer": self.trainer})
             if not steps.finished("base", key, [checkpoint]):
                 console.print(f"base: pretraining {self.network.name} on {type(task).__name__}")
-                task.prepare_data()
+                from_first(task.prepare_data)
                 config = run_config(self, resolved(self, self.tasks, None), task="base")
                 with job(self, folder, "expert", "base", None, config, ["base"]) as work:
                     train_network(
@@ -214,10 +266,13 @@ class Experiment:
             source = largest if checkpoint is None and path != largest else checkpoint
             key = step_key({"network": self.network, "classes": count}, [] if source is None else [source])
             if not steps.finished(f"initial-{count}", key, [path]):
-                network = initial_network(self.network, count, source)
-                save_network(path, network, self.network, count, {"made_by": "coin run", "base": str(checkpoint)})
+                from_first(partial(self._save_initial, path, count, source, checkpoint))
                 steps.finish(f"initial-{count}", key, [path])
         return [self.initial_path(count) for count in counts]
+
+    def _save_initial(self, path: Path, count: int, source: Path | None, checkpoint: Path | None) -> None:
+        network = initial_network(self.network, count, source)
+        save_network(path, network, self.network, count, {"made_by": "coin run", "base": str(checkpoint)})
 
     def _check_batchnorm(self) -> None:
         """Refuse variants that differ in their BatchNorm policy alone, for a network that has no BatchNorm."""

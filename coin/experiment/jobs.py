@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from coin.data import TaskData
 from coin.experiment.codes import AUTO
 from coin.experiment.steps import described
+from coin.processes import from_first, is_first
 from coin.reporting.wandb_logging import finish_run, log_artifact, record_input, training_loggers, use_artifact
 from coin.reporting.wandb_settings import logging_only, run_environment
+from coin.state import write_text
 
 if TYPE_CHECKING:
     from coin.experiment.experiment import Experiment
@@ -84,7 +87,8 @@ def job(
 ) -> Iterator[Job]:
     """Yield one job with its loggers: CSV files, and a W&B run in the experiment's group.
 
-    The W&B runs of a seed lie side by side in ``runs/NAME/seed-K/wandb``, to be brought online by one ``wandb sync``.
+    The W&B runs of a seed lie side by side in ``runs/NAME/seed-K/wandb``, to be brought online by one ``wandb sync``. A
+    job that was interrupted goes on with its run: the run's name is kept in ``folder/wandb-run-id`` until it is done.
 
     Args:
         experiment: The experiment.
@@ -96,6 +100,7 @@ def job(
         tags: Short words to filter by.
     """
     run_folder = experiment.folder / ("base" if seed is None else f"seed-{seed}")
+    kept = folder / "wandb-run-id"
     with run_environment(run_folder):
         try:
             loggers = training_loggers(
@@ -106,11 +111,23 @@ def job(
                 config=config,
                 tags=[*tags, *common_tags(experiment)],
                 run_folder=run_folder,
+                run_id=from_first(lambda: _run_id(kept)),
             )
             yield Job(experiment.name, seed, loggers)
+            if is_first():
+                kept.unlink(missing_ok=True)
         finally:
             with logging_only("the end of a run"):
                 finish_run()
+
+
+def _run_id(kept: Path) -> str:
+    """Return the W&B run that a file names, or a new one's name, which goes into the file."""
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8").strip()
+    found = secrets.token_hex(4)
+    write_text(kept, found)
+    return found
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, Path]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from coin.experiment.merge import Ingredients
 from coin.experiment.steps import step_key
+from coin.merging import MergeMethod
 from coin.merging.layers import fisher_shares, relative_distances
 from coin.merging.networks import parameters_of
+from coin.modules import Distillation
 from coin.networks import load_network
+from coin.processes import from_first
 from coin.progress import tracked
 from coin.reporting.extras import LAYERS_CSV, write_layers
 from coin.statistics.files import StatisticFile
@@ -29,6 +34,12 @@ def compare_layers(run: SeedRun) -> None:
     if not coded or run.steps.finished("layers", key, [output]):
         return
     run.say("comparing the coded models layer by layer")
+    from_first(lambda: write_layers(run.folder, _compared(run, coded)))
+    run.steps.finish("layers", key, [output])
+
+
+def _compared(run: SeedRun, coded: Mapping[Path, MergeMethod | Distillation]) -> pd.DataFrame:
+    """Return one row a coded model and layer: the layer's share of Fisher mass, its distance to the experts."""
     experts = [parameters_of(network) for network in run.experts.networks]
     fishers: dict[tuple[Any, ...], dict[str, float]] = {}
     rows: list[dict[str, Any]] = []
@@ -57,5 +68,4 @@ def compare_layers(run: SeedRun) -> None:
             }
             for layer, distance in distances.items()
         ]
-    write_layers(run.folder, pd.DataFrame(rows))
-    run.steps.finish("layers", key, [output])
+    return pd.DataFrame(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from coin.experiment.training import distill_rows, train_network
 from coin.merging import MergeMethod, Requirement
 from coin.modules import Distillation, StatisticKind
 from coin.networks import BatchNormPolicy, brought_network, save_network
+from coin.processes import from_first
 
 if TYPE_CHECKING:
     from coin.experiment.experiment import Experiment
@@ -83,14 +84,11 @@ class SeedRun:
         if given is not None:
             key = step_key({"network": experiment.network, "classes": task.num_classes}, [_existing(given)])
             if not self.steps.finished(f"expert-{name}", key, [output]):
-                network = brought_network(experiment.network, task.num_classes, Path(given))
-                provenance = {"made_by": "coin run", "source": given, "task": name, "classes": list(task.classes)}
-                save_network(output, network, experiment.network, task.num_classes, provenance)
+                from_first(lambda: self._take_over(name, task, Path(given)))
                 self.steps.finish(f"expert-{name}", key, [output])
             return
         training = expert_options(config, name)
-        options = {"training": training, "task": task, "trainer": experiment.trainer, "seed": self.seed}
-        key = step_key({**options, "network": experiment.network}, [initial])
+        key = self._training_key(name, task)
         if self.steps.finished(f"expert-{name}", key, [output]):
             self.say(f"expert {name}: up to date")
             return
@@ -113,6 +111,29 @@ class SeedRun:
             work.makes(FileKind.expert, {name: output})
         self.steps.finish(f"expert-{name}", key, [output])
 
+    def lacks_expert(self, name: str) -> bool:
+        """Return whether a task's expert is still to be trained."""
+        if name in self.experiment.expert.checkpoints:
+            return False
+        key = self._training_key(name, self.tasks[name])
+        return not self.steps.finished(f"expert-{name}", key, [self.expert_path(name)])
+
+    def _training_key(self, name: str, task: TaskData) -> str:
+        experiment = self.experiment
+        options = {
+            "training": expert_options(experiment.expert, name),
+            "task": task,
+            "trainer": experiment.trainer,
+            "seed": self.seed,
+            "network": experiment.network,
+        }
+        return step_key(options, [experiment.initial_path(task.num_classes)])
+
+    def _take_over(self, name: str, task: TaskData, given: Path) -> None:
+        network = brought_network(self.experiment.network, task.num_classes, given)
+        provenance = {"made_by": "coin run", "source": str(given), "task": name, "classes": list(task.classes)}
+        save_network(self.expert_path(name), network, self.experiment.network, task.num_classes, provenance)
+
     def choose_code(self) -> None:
         """Choose the code from calibration data, where the experiment does not give it."""
         if self.experiment.code is not None:
@@ -121,7 +142,7 @@ class SeedRun:
         options = {"tasks": self.tasks, "calibration": self.experiment.calibration}
         key = step_key(options, list(self.experts.paths.values()), self.experts.sha256)
         if not self.steps.finished("code", key, [path]):
-            write_choice(path, self.experts.networks, list(self._calibrations().values()))
+            from_first(lambda: write_choice(path, self.experts.networks, list(self._calibrations().values())))
             self.steps.finish("code", key, [path])
         weights = ", ".join(f"{weight:.3g}" for weight in self.code.code.matrix[0].tolist())
         self.say(f"code: chosen weights {weights}")
@@ -165,7 +186,8 @@ class SeedRun:
                     )
                 else:
                     samples = self.experiment.calibration.samples_per_task
-                    merge_experts(method, self.code, ingredients, self.folder / "coded", samples)
+                    merge = partial(merge_experts, method, self.code, ingredients, self.folder / "coded", samples)
+                    from_first(merge)
                 work.makes(FileKind.coded_model, by_stem(paths))
             self.steps.finish(f"coded-{name}", key, paths)
 

@@ -13,6 +13,7 @@ from coin.experiment.steps import step_key
 from coin.experiment.training import make_trainer
 from coin.merging import MergeMethod, Requirement
 from coin.modules import Distillation, StatisticKind
+from coin.processes import is_first
 from coin.statistics import FisherKind
 from coin.statistics.files import save_statistic
 
@@ -91,18 +92,19 @@ def estimate(run: SeedRun, wanted: Wanted) -> None:
                 memory_mib=calibration.memory_mib,
             )
             fisher = {} if wanted.kind is None else {"cotangents": cotangents}
-            save_statistic(
-                path,
-                sums,
-                statistic=str(wanted.statistic),
-                weights=run.experts.marks[task],
-                seconds=seconds,
-                task=task,
-                samples_per_task=calibration.samples_per_task,
-                seed=run.seed,
-                **wanted.options,
-                **fisher,
-            )
+            if is_first():
+                save_statistic(
+                    path,
+                    sums,
+                    statistic=str(wanted.statistic),
+                    weights=run.experts.marks[task],
+                    seconds=seconds,
+                    task=task,
+                    samples_per_task=calibration.samples_per_task,
+                    seed=run.seed,
+                    **wanted.options,
+                    **fisher,
+                )
             run.steps.finish(path.stem, key, [path])
             costs = {"seconds": seconds, "passes": sums.passes}
             for logger in work.loggers:

@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from coin.processes import from_first
 from coin.state import sha256_of, versions, write_text
 
 # Attributes that Lightning gives every datamodule: no options of ours.
@@ -23,6 +24,8 @@ class Steps:
     A step is finished when its record names the same key and every output has the contents it had then. The key is a
     hash of the step's options and of the contents of its input files.
 
+    With several processes the first one looks and writes, and all of them hear the same.
+
     Args:
         folder: Where the outputs are; the records go to ``folder/.steps``.
     """
@@ -32,14 +35,20 @@ class Steps:
 
     def finished(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
         """Return whether the step `name` has been finished with this key and its outputs stand."""
+        return from_first(lambda: self._stands(name, key, outputs))
+
+    def finish(self, name: str, key: str, outputs: Sequence[Path]) -> None:
+        """Record that the step `name` has been finished, once the first process has come to here."""
+        from_first(lambda: self._write(name, key, outputs))
+
+    def _stands(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
         try:
             record = json.loads(self._record(name).read_text(encoding="utf-8"))
             return bool(record["key"] == key and record["outputs"] == self._contents(outputs))
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def finish(self, name: str, key: str, outputs: Sequence[Path]) -> None:
-        """Record that the step `name` has been finished."""
+    def _write(self, name: str, key: str, outputs: Sequence[Path]) -> None:
         record = {"key": key, "outputs": self._contents(outputs)}
         write_text(self._record(name), json.dumps(record, indent=1))
 

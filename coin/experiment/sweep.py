@@ -23,23 +23,18 @@ distributions ``uniform``, ``int_uniform`` and ``log_uniform_values``. ``metric`
 agents.
 """
 
-import contextlib
 import os
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
 from coin.errors import CoinError, ConfigurationError
+from coin.experiment.children import cores, last_line, stop, terminated_as_exit
 from coin.experiment.experiment import Experiment
 from coin.experiment.sweep_points import SweepFile, read_sweep, sweep_points
 from coin.experiment.sweep_run import PointRun, locked
@@ -50,7 +45,6 @@ from coin.reporting.wandb_connection import check_connection
 from coin.state import write_text
 
 _POLL_SECONDS = 0.1
-_STOP_SECONDS = 10.0
 _NAMED_FAILURES = 4
 
 
@@ -121,8 +115,12 @@ def sweep(
         CoinError: The file, or the experiment of one of its points, is not valid.
     """
     console = console or Console(stderr=True, soft_wrap=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = max(1, cores // 2) if jobs is None else jobs
+    jobs = max(1, cores() // 2) if jobs is None else jobs
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigurationError(
+            f"found WORLD_SIZE={processes}, expected one: every point is a process of its own; start coin sweep "
+            "without torchrun or srun"
+        )
     if jobs < 1:
         raise ConfigurationError(f"found jobs {jobs}, expected at least 1")
     check_connection()
@@ -131,11 +129,11 @@ def sweep(
     points = sweep_points(plan, folder, count, seed)
     runs = [PointRun(point, folder / point.name, build(point.arguments)) for point in points]
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock") as lock, _terminated_as_exit():
+    with locked(folder / ".lock") as lock, terminated_as_exit():
         if lock is None:
             raise ConfigurationError(f"found another coin sweep at work in '{folder}'; wait for it, or stop it first")
         write_text(folder / SWEEP_YAML, plan.text)
-        scheduler = _Scheduler(plan, folder, runs, max(1, cores // jobs), jobs, console)
+        scheduler = _Scheduler(plan, folder, runs, max(1, cores() // jobs), jobs, console)
         return scheduler.run()
 
 
@@ -197,7 +195,7 @@ class _Scheduler:
             self._say(f"{run.point.name}: finished in {seconds:.0f} s ({place})")
         else:
             self.failed.append(run)
-            self._say(f"{run.point.name}: failed with exit status {status}: {run.complaint()}")
+            self._say(f"{run.point.name}: failed with exit status {status}: {last_line(run.log)}")
 
     def _collect(self) -> pd.DataFrame | None:
         """Write the table of all finished points."""
@@ -212,32 +210,7 @@ class _Scheduler:
 
     def _stop(self) -> None:
         """End what is still running, where the sweep itself is being ended."""
-        processes = [run.process for run in self.running if run.process is not None]
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            try:
-                process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        stop([run.process for run in self.running if run.process is not None])
 
     def _say(self, text: str) -> None:
         self.console.print(f"sweep {self.plan.name}: {text}", highlight=False, markup=False)
-
-
-@contextlib.contextmanager
-def _terminated_as_exit() -> Iterator[None]:
-    """Let SIGTERM, which a scheduler sends before the end of an allocation, end the points' processes as well."""
-
-    def leave(number: int, _: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,7 +1,6 @@
 """One point of a sweep: its folder, its process, and the lock that the process holds."""
 
 import contextlib
-import os
 import subprocess
 import sys
 import time
@@ -9,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from coin.experiment.children import child_environment
 from coin.experiment.codes import AUTO
 from coin.experiment.experiment import Experiment
 from coin.experiment.steps import Steps, step_key
@@ -64,10 +64,7 @@ class PointRun:
         """Take over what other points have done alike, and start ``coin run``."""
         taken = self.shelf.open()
         command = [sys.executable, "-m", "coin", "run", *self.point.arguments]
-        # W&B's service belongs to the process that started it: a child that inherits its address may find it gone.
-        inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
         tags = ",".join([*user_tags(), f"sweep-{self.folder.parent.name}"[:TAG_LENGTH]])
-        environment = {"OMP_NUM_THREADS": str(threads), **inherited, "WANDB_TAGS": tags}
         with locked(self.folder / ".lock") as lock, self.log.open("a", encoding="utf-8") as log:
             assert lock is not None
             print(*(f"# {line}" for line in taken), f"# {' '.join(command)}", sep="\n", file=log, flush=True)
@@ -78,18 +75,13 @@ class PointRun:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**child_environment(threads), "WANDB_TAGS": tags},
                 pass_fds=[lock.fileno()],
             )
 
     def finish(self) -> None:
         """Record that the point has been run to its end."""
         Steps(self.folder).finish("sweep", self.key, self._results)
-
-    def complaint(self) -> str:
-        """Return the last line of the log."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 @contextlib.contextmanager

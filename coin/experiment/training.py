@@ -1,6 +1,7 @@
 """Training steps of an experiment: the base, the experts, and the distillation baseline."""
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -11,16 +12,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from coin.callbacks import ExpertExport, Weights
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
-from coin.errors import ConfigurationError, NumericalError
+from coin.errors import ConfigurationError, NumericalError, first_line
 from coin.experiment.codes import SeedCode
 from coin.experiment.config import TrainingConfig
 from coin.experiment.merge import Ingredients, coded_provenance
 from coin.modules import Distillation, Expert
 from coin.networks import NetworkConfig, save_network
+from coin.processes import from_first, is_first
 from coin.state import not_finite
 from coin.trainer import Trainer, quieten
 
@@ -50,13 +53,39 @@ def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer
         trainer = Trainer(default_root_dir=str(folder), **settings)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise ConfigurationError(f"the trainer section {options} does not fit: {str(error).splitlines()[0]}") from error
-    if trainer.world_size > 1:
-        # Every process would go through all the steps and write the same files.
-        raise ConfigurationError(
-            f"found {trainer.world_size} processes, expected one: the steps share files; use coin fit, fisher and "
-            "evaluate for many devices, and give coin run one (trainer.devices=1)"
-        )
     return trainer
+
+
+def join_processes(folder: Path, options: dict[str, Any]) -> None:
+    """Have the processes that the Trainer's options ask for find one another, before the first step.
+
+    Under ``torchrun`` and ``srun`` they run already; a plain ``coin run`` starts the others of its machine itself.
+
+    Args:
+        folder: A ``default_root_dir``.
+        options: The experiment's ``trainer`` section.
+
+    Raises:
+        ConfigurationError: The options do not fit the processes that run already.
+    """
+    trainer = make_trainer(folder, options)
+    running = int(os.environ.get("WORLD_SIZE", "1"))
+    if running > 1 and trainer.world_size == 1:
+        raise ConfigurationError(
+            f"found WORLD_SIZE={running} and a trainer section for one process; lay configs/cluster/torchrun.yaml "
+            "over the experiment, or set trainer.devices and trainer.num_nodes"
+        )
+    if trainer.world_size == 1:
+        return
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        raise ConfigurationError(
+            f"found the trainer section {options}, whose processes share no steps; set trainer.strategy=ddp"
+        )
+    try:
+        launcher.launch(trainer.strategy.setup_environment)
+    except ValueError as error:
+        raise ConfigurationError(f"the trainer section {options} does not fit: {first_line(error)}") from error
 
 
 def train_network(
@@ -91,12 +120,7 @@ def train_network(
         weights: ``last`` or ``best``.
     """
     checkpoints = folder / "checkpoints"
-    mark = checkpoints / "step-key"
-    if not mark.is_file() or mark.read_text(encoding="utf-8") != key:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        mark.write_text(key, encoding="utf-8")
-    last = checkpoints / "last.ckpt"
+    last = from_first(lambda: _begin(checkpoints, key, output))
 
     data = task_with(task, seed=seed, batch_size=config.batch_size, augmentation=config.augmentation)
     module = Expert(
@@ -124,7 +148,7 @@ def train_network(
         ModelCheckpoint(checkpoints, save_last=True, **{"save_top_k": 0, **best}),
     ]
     trainer = make_trainer(
-        folder,
+        checkpoints,
         trainer_options,
         max_epochs=config.epochs,
         callbacks=callbacks,
@@ -133,11 +157,24 @@ def train_network(
         log_every_n_steps=10,
     )
     seed_everything(seed, workers=True, verbose=False)
-    output.unlink(missing_ok=True)
-    trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
-    if not output.is_file():
+    trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
+    if not from_first(output.is_file):
         # The checkpoint was of a finished training, killed before the export: Lightning restores it and trains nothing.
         export.on_train_end(trainer, module)
+    if trainer.requeue is not None:
+        trainer.requeue.leave_if_asked(trainer)
+
+
+def _begin(checkpoints: Path, key: str, output: Path) -> str | None:
+    """Remove what is of another training, and return the checkpoint to go on from."""
+    mark = checkpoints / "step-key"
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != key:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        mark.write_text(key, encoding="utf-8")
+    output.unlink(missing_ok=True)
+    last = checkpoints / "last.ckpt"
+    return str(last) if last.is_file() else None
 
 
 def distill(
@@ -258,8 +295,9 @@ def distill_rows(
         provenance = coded_provenance(method, code, index, ingredients, samples)
         provenance |= {"seconds": seconds, "passes": passes}
         provenance |= {"shared_seconds": choice.seconds, "shared_passes": choice.passes}
-        assert module.student is not None
-        save_network(path, module.student, experts.config, experts.width, provenance | {"chosen": chosen})
+        if is_first():
+            assert module.student is not None
+            save_network(path, module.student, experts.config, experts.width, provenance | {"chosen": chosen})
 
 
 _POINTS = 10

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, check_erasure, make_decoder
 from coin.errors import ConfigurationError
+from coin.modules.precision import full_precision
 from coin.networks import features_and_logits, pad_logits, stages_and_logits
 
 
@@ -136,11 +137,13 @@ class Run(NamedTuple):
 def run_network(network: nn.Module, inputs: Tensor, features: bool, stages: bool = False) -> Run:
     """Run a network once; F is 0 unless its features are wanted, the penultimate ones or those of all stages."""
     if features and stages:
-        return Run(*stages_and_logits(network, inputs))
-    if features:
-        return Run(*features_and_logits(network, inputs))
-    logits = network(inputs)
-    return Run(logits[:, :0], logits)
+        found = Run(*stages_and_logits(network, inputs))
+    elif features:
+        found = Run(*features_and_logits(network, inputs))
+    else:
+        logits = network(inputs)
+        found = Run(logits[:, :0], logits)
+    return found._replace(features=full_precision(found.features), logits=full_precision(found.logits))
 
 
 def common_widths(runs: Sequence[Run]) -> tuple[int, ...] | None:

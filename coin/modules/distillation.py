@@ -14,6 +14,7 @@ from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.merging.method import check_label
 from coin.modules.axes import plot_against_epochs
+from coin.modules.precision import full_precision
 from coin.networks import (
     BatchNormPolicy,
     average_buffers,
@@ -203,7 +204,7 @@ class Distillation(LightningModule):
             return self.expert_outputs(inputs)
 
     def _coding_loss(self, output: Tensor, target: Tensor, stage: str) -> Tensor:
-        loss: Tensor = 0.5 * (output - target).square().sum(1).mean()
+        loss: Tensor = 0.5 * (full_precision(output) - full_precision(target)).square().sum(1).mean()
         self.log(
             f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(output), sync_dist=True, prog_bar=True
         )

@@ -108,7 +108,8 @@ class DecodingEvaluator(LightningModule):
             )
         started = time.perf_counter()
         calibration = data.calibration()
-        parts = [_to_cpu(self(batch.to(self.device))) for batch in calibration]
+        with self.trainer.precision_plugin.forward_context():  # the decoders meet in the test what they were fitted on
+            parts = [_to_cpu(self(batch.to(self.device))) for batch in calibration]
         answers = replace(Answers.concatenate(parts), tasks=calibration.part)
         # The networks run together here; each one's share of the time is what a decoder that needs it is charged.
         share = (time.perf_counter() - started) / (len(self.experts) + len(self.coded))
@@ -127,6 +128,10 @@ class DecodingEvaluator(LightningModule):
         """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of."""
         inputs, labels = batch
         answers = self(inputs)
+        with torch.autocast(self.device.type, enabled=False):
+            self._decode(answers, labels, dataloader_idx)
+
+    def _decode(self, answers: Answers, labels: Tensor, dataloader_idx: int) -> None:
         for (index, task), residual in self.residuals.items():
             variant = self.variants[index]
             if task == dataloader_idx and variant.code is not None:

@@ -99,6 +99,8 @@ class ReadoutDistillation(Distillation):
                 [parameters_of(network) for network in self.teachers], expert_outputs=outputs, features=features
             )
             fitted = HeadFit().merge(inputs, self.hparams["code_row"])
+        if self.trainer.world_size > 1:  # all processes must start alike, to the last bit
+            fitted = self.trainer.strategy.broadcast({name: tensor.cpu() for name, tensor in fitted.items()})
         self.passes += features.passes
         fill_network(self.student, {**self.student.state_dict(), **fitted}, "the start of readout_distillation")
 

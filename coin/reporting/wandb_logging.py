@@ -64,6 +64,7 @@ def training_loggers(
     config: Mapping[str, Any] | None = None,
     tags: Sequence[str] = (),
     run_folder: Path | None = None,
+    run_id: str | None = None,
 ) -> list[Logger]:
     """Return the loggers of a job: CSV files in ``folder/logs``, and W&B in ``run_folder/wandb``.
 
@@ -81,6 +82,7 @@ def training_loggers(
         config: The resolved configuration; Lightning adds the options of what it trains.
         tags: Short words to filter by, beside those in ``WANDB_TAGS``.
         run_folder: For W&B's files.
+        run_id: W&B's own name of the run; one that W&B knows has it go on with that run.
 
     Raises:
         ConfigurationError: The job type is unknown.
@@ -90,7 +92,7 @@ def training_loggers(
     folder.mkdir(parents=True, exist_ok=True)
     loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="logs")]
     if job_type == "evaluate" or not in_sweep():
-        logger = WandbLogger(save_dir=str((run_folder or folder).absolute()), **options)
+        logger = WandbLogger(save_dir=str((run_folder or folder).absolute()), id=run_id, **options)
         logger._wandb_init.pop("anonymous")  # W&B warns of it, even where it is none
         loggers.append(logger)
     return loggers

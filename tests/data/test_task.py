@@ -168,6 +168,7 @@ def on_rank(task, rank, world_size, use_distributed_sampler=False):
         global_rank=rank,
         world_size=world_size,
         current_epoch=0,
+        training=False,
         _accelerator_connector=SimpleNamespace(use_distributed_sampler=use_distributed_sampler),
     )
     return task

@@ -208,7 +208,6 @@ MISTAKES = {
         "no BatchNorm",
     ),
     "image sizes": (["fit", "--data=Digits", "--data.image_size=8", "--model.network=small_resnet"], "image_size"),
-    "several processes": (["run", "-c", "CONFIG", "--trainer={accelerator: cpu, devices: 2}"], "one"),
     "name with a slash": (["run", "-c", "CONFIG", "--name=a/b"], "a/b"),
     "missing checkpoint": (["test", "--ckpt_path=nowhere.ckpt", "--data=Digits"], "nowhere.ckpt"),
     "report of nothing": (["report", "nowhere"], "nowhere"),

@@ -1,0 +1,197 @@
+"""The experts of an experiment trained side by side: as processes of this machine, or as an array of SLURM jobs.
+
+Every expert is a ``coin run -c … --only TASK`` of its own that fills the experiment's folder, so that the experiment
+finds it there as it would find its own of an earlier, killed run.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coin.errors import CoinError, ConfigurationError, first_line
+from coin.experiment.children import child_environment, cores, last_line, stop, terminated_as_exit
+
+_POLL_SECONDS = 0.1
+
+
+class ExpertFailedError(CoinError):
+    """Experts that were trained side by side have failed; the others are finished."""
+
+
+class Executor(StrEnum):
+    """What runs the experts: processes of this machine (``local``), or jobs of a cluster (``slurm``)."""
+
+    local = "local"
+    slurm = "slurm"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the experts of an experiment are trained: one after the other, or side by side.
+
+    Args:
+        executor: ``local``: processes of this machine, which share out its GPUs, or its cores where it has none.
+            ``slurm``: one array of jobs, submitted by `submitit` (pip install 'coded-coin[slurm]'); the experiment
+            waits for them, and goes on when it is started again if it was ended meanwhile.
+        workers: How many experts at a time. 1 trains them one after the other, in the experiment's own process with
+            ``local``.
+        slurm: Options of the jobs, as of `submitit.AutoExecutor.update_parameters`: ``timeout_min``,
+            ``gpus_per_node``, ``cpus_per_task``, ``slurm_partition``, …; and ``cluster``, which is ``slurm`` unless
+            it says ``local`` or ``debug``, to try the jobs on this machine.
+
+    Raises:
+        ConfigurationError: An option is out of its range.
+    """
+
+    executor: Executor = Executor.local
+    workers: int = 1
+    slurm: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ConfigurationError(f"found launch.workers {self.workers}, expected at least 1")
+        if self.slurm and self.executor is not Executor.slurm:
+            raise ConfigurationError("found launch.slurm and launch.executor local; set launch.executor=slurm")
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether experts are trained outside the experiment's own process."""
+        return self.executor is Executor.slurm or self.workers > 1
+
+
+@dataclass(frozen=True)
+class ExpertJob:
+    """One expert's training as a command.
+
+    Args:
+        name: What it is, for a person.
+        config: The resolved configuration of its seed, a file.
+        task: The task.
+        log: Where the output goes.
+    """
+
+    name: str
+    config: Path
+    task: str
+    log: Path
+
+    def start(self, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+        """Start the training as a process."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "coin", "run", "-c", str(self.config), "--only", self.task]
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def __call__(self) -> None:
+        """Train, within a job of the cluster.
+
+        Raises:
+            ExpertFailedError: The training failed.
+        """
+        if self.start(child_environment(cores())).wait() != 0:
+            raise ExpertFailedError(f"{self.name}: {last_line(self.log)}")
+
+    def checkpoint(self) -> Any:
+        """Return the job to queue when the cluster wants its machine back: the same, which goes on where this was."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def train_side_by_side(jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Callable[[str], None]) -> None:
+    """Train experts, several at a time, and wait for all of them.
+
+    Args:
+        jobs: The experts that are missing.
+        launch: How.
+        folder: For submitit's own files.
+        say: Tells about the progress.
+
+    Raises:
+        ExpertFailedError: Naming the experts that failed, after all have ended.
+        ConfigurationError: submitit or SLURM is missing, or refuses an option.
+    """
+    train = _in_array if launch.executor is Executor.slurm else _in_processes
+    failed = train(jobs, launch, folder, say)
+    if failed:
+        first = failed[0]
+        raise ExpertFailedError(
+            f"{len(failed)} of {len(jobs)} experts failed, the first of them {first.name}: {last_line(first.log)} "
+            f"(see {first.log}); mend the cause and run the same command again"
+        )
+
+
+def _in_processes(
+    jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Callable[[str], None]
+) -> list[ExpertJob]:
+    """Run jobs as processes, each on a place of its own, and return those that failed."""
+    places = worker_environments(launch.workers)
+    waiting, failed = list(jobs), []
+    running: dict[int, tuple[ExpertJob, subprocess.Popen[bytes]]] = {}
+    with terminated_as_exit():
+        try:
+            while waiting or running:
+                for place, (job, process) in list(running.items()):
+                    if (status := process.poll()) is not None:
+                        del running[place]
+                        say(f"{job.name}: {'finished' if status == 0 else f'failed with exit status {status}'}")
+                        failed += [job] if status != 0 else []
+                for place in range(len(places)):
+                    if waiting and place not in running:
+                        job = waiting.pop(0)
+                        running[place] = (job, job.start(places[place]))
+                        say(f"{job.name}: started")
+                time.sleep(_POLL_SECONDS)
+        finally:
+            stop([process for _, process in running.values()])
+    return failed
+
+
+def worker_environments(workers: int) -> list[dict[str, str]]:
+    """Return the environment of each worker on this machine: a GPU of its own, or its share of the cores.
+
+    With fewer GPUs than workers, several share one.
+    """
+    environment = child_environment(max(1, cores() // workers))
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    devices = given.split(",")[:count] if given else [str(index) for index in range(count)]
+    if not devices:
+        return [environment] * workers
+    return [{**environment, "CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} for place in range(workers)]
+
+
+def _in_array(jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Callable[[str], None]) -> list[ExpertJob]:
+    """Run jobs as one array of a cluster, and return those that failed."""
+    try:
+        import submitit
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            "launch.executor=slurm needs the package submitit: pip install 'coded-coin[slurm]'"
+        ) from error
+    options = dict(launch.slurm)
+    try:
+        executor = submitit.AutoExecutor(folder, cluster=options.pop("cluster", "slurm"))
+        executor.update_parameters(**{"name": "coin-expert", "slurm_array_parallelism": launch.workers, **options})
+        with executor.batch():
+            submitted = [executor.submit(job) for job in jobs]
+    except Exception as error:  # submitit's and sbatch's errors share no base class
+        raise ConfigurationError(f"cannot submit the experts with {launch.slurm}: {first_line(error)}") from error
+    failed = []
+    for job, handle in zip(jobs, submitted, strict=True):
+        say(f"{job.name}: submitted as job {handle.job_id}")
+    for job, handle in zip(jobs, submitted, strict=True):
+        problem = handle.exception()
+        say(f"{job.name}: {'finished' if problem is None else 'failed'}")
+        failed += [job] if problem is not None else []
+    return failed

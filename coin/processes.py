@@ -1,0 +1,95 @@
+"""The processes that do one piece of work together: which is the first, and what it decides for all of them."""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+
+from coin.errors import CoinError, first_line
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=7)
+"""How long processes wait for the first one: it may merge for hours, and NCCL would give up within minutes."""
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+"""Whether the first process is at work for all, and the others wait."""
+
+
+class OtherProcessError(CoinError):
+    """Another process has stopped, and says why itself."""
+
+
+def process_count() -> int:
+    """Return the number of processes, 1 where there is no process group."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Return whether this process is the one that writes files and talks to the user."""
+    return process_count() == 1 or distributed.get_rank() == 0
+
+
+def from_first(compute: Callable[[], T]) -> T:
+    """Return what `compute` gives on the first process, which alone runs it; the others wait for it.
+
+    Within `compute` the first process is on its own: what it decides there is not told to the others.
+
+    Args:
+        compute: What to run. Its result must be picklable; None will do for work that leaves files, which the other
+            processes can read from then on.
+
+    Raises:
+        OtherProcessError: On all other processes, where the first one has raised an error or has ended.
+    """
+    if process_count() == 1 or _alone.get():
+        return compute()
+    if distributed.get_rank() != 0:
+        received: T = _received()
+        return received
+    token = _alone.set(True)
+    try:
+        result = compute()
+    except BaseException as error:
+        _broadcast((False, first_line(error)))
+        raise
+    finally:
+        _alone.reset(token)
+    _broadcast((True, result))
+    return result
+
+
+def any_process(flag: bool) -> bool:
+    """Return whether `flag` is set on any process."""
+    if process_count() == 1:
+        return flag
+    flags = torch.tensor([int(flag)])
+    distributed.all_reduce(flags, distributed.ReduceOp.MAX, group=_control())
+    return bool(flags)
+
+
+def _received() -> Any:
+    try:
+        done, value = _broadcast(None)
+    except RuntimeError as error:  # its connection is closed
+        raise OtherProcessError("the first process has ended; see what it has printed") from error
+    if not done:
+        raise OtherProcessError(f"the first process has stopped: {value}")
+    return value
+
+
+def _broadcast(value: Any) -> Any:
+    box = [value]
+    distributed.broadcast_object_list(box, src=0, group=_control())
+    return box[0]
+
+
+@cache
+def _control() -> distributed.ProcessGroup:
+    """Return a group for decisions: on CPUs whatever the devices are, so that waiting keeps none of them busy."""
+    group: distributed.ProcessGroup = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    return group

@@ -1,0 +1,71 @@
+"""What srun does, for `test_slurm.py`: starts the tasks with SLURM's variables, and hands signals on to them.
+
+Every training step of every task is noted in ``steps-TASK.txt``: its global step, its epoch, and the labels it saw. In
+the step that ``SIGNAL_AT`` names, srun gets the signal that announces the end of the job.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import coin.experiment.experiment
+from coin.cli import main
+from coin.modules import Expert
+
+TASKS = int(os.environ["SLURM_NTASKS"])
+NOTES = Path(os.environ["FAKE_SLURM"])
+
+
+def run(task: int, arguments: list[str]) -> int:
+    """Run one task."""
+    os.environ.update(SLURM_PROCID=str(task), SLURM_LOCALID=str(task), SLURM_NODEID="0")
+    torch.set_num_threads(1)
+    plain = Expert.training_step
+
+    def noted(self: Expert, batch: Any, batch_idx: int) -> Any:
+        with (NOTES / f"steps-{task}.txt").open("a") as file:
+            print(json.dumps([self.global_step, self.current_epoch, batch[1].tolist()]), file=file)
+        if task == 1 and self.global_step == int(os.environ["SIGNAL_AT"]) and not (NOTES / "scontrol.txt").exists():
+            os.kill(os.getppid(), signal.SIGUSR1)
+            while not self.trainer.requeue.asked:
+                time.sleep(0.01)
+        return plain(self, batch, batch_idx)
+
+    Expert.training_step = noted  # type: ignore[method-assign]
+    return main(arguments)
+
+
+def start(arguments: list[str]) -> int:
+    """Run all tasks, and return the largest exit status."""
+    tasks = []
+    for task in range(TASKS):
+        if (child := os.fork()) == 0:
+            try:
+                os._exit(run(task, arguments))
+            except SystemExit as left:
+                os._exit(int(left.code or 0))
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
+                os._exit(1)
+        tasks.append(child)
+
+    def forward(number: int, _: FrameType | None) -> None:
+        for child in tasks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
+
+    signal.signal(signal.SIGUSR1, forward)
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in tasks)
+
+
+if __name__ == "__main__":
+    coin.experiment.experiment.write_report = lambda *_: None
+    sys.exit(start(sys.argv[sys.argv.index("coin") + 1 :]))

@@ -1,0 +1,121 @@
+"""SLURM without a cluster: the template's job, its signal, its queueing again, its going on."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from coin.data import Digits
+from coin.data.sampling import TrainingBatches
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = ROOT / "configs/cluster/run.sbatch"
+JOB = "4242"
+EPOCHS = 4
+SIGNAL_AT = 7
+
+# 81 training samples for two tasks of 8 a step: five steps an epoch, and one sample left out.
+CONFIG = f"""
+name: job
+network: {{name: small_resnet, image_size: 16, options: {{width: 4}}}}
+tasks:
+  digits: {{class_path: Digits, init_args: {{max_train: 81, max_test: 37}}}}
+  letters: {{class_path: Glyphs, init_args: {{classes: A-E, train_per_class: 17, test_per_class: 5}}}}
+expert: {{epochs: {EPOCHS}, lr: 0.02, batch_size: 8}}
+methods: [{{class_path: Average}}]
+"""
+TRAINER = "trainer: {accelerator: cpu, devices: 2, num_nodes: 1, strategy: ddp}"
+
+
+def resources() -> dict[str, str]:
+    lines = [line for line in TEMPLATE.read_text().splitlines() if line.startswith("#SBATCH --")]
+    return dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines)
+
+
+def test_the_template_is_a_script_and_asks_for_what_the_trainer_uses() -> None:
+    subprocess.run(["bash", "-n", str(TEMPLATE)], check=True)
+    trainer = yaml.safe_load((ROOT / "configs/cluster/slurm.yaml").read_text())["trainer"]
+    asked = resources()
+    assert int(asked["nodes"]) == trainer["num_nodes"]
+    assert int(asked["ntasks-per-node"]) == trainer["devices"]
+    assert asked["gres"] == f"gpu:{trainer['devices']}"
+    assert asked["signal"].startswith("SIGUSR1@")
+    assert "requeue" in asked
+    assert asked["open-mode"] == "append"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job on a machine whose srun and scontrol are the tests' own."""
+    fakes = tmp_path / "bin"
+    fakes.mkdir()
+    for name, lines in {
+        "srun": f'exec {sys.executable} -W ignore {Path(__file__).with_name("fake_srun.py")} "$@"',
+        "scontrol": f'echo "$@" >> {tmp_path}/scontrol.txt',
+    }.items():
+        (fakes / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (fakes / name).chmod(0o755)
+    (tmp_path / "job.yaml").write_text(CONFIG)
+    (tmp_path / "two.yaml").write_text(TRAINER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "WANDB"))}
+    return own | {
+        "PATH": f"{fakes}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "FAKE_SLURM": str(tmp_path),
+        "CLUSTER": str(tmp_path / "two.yaml"),
+        "RUN": str(tmp_path / "runs"),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "SLURM_JOB_ID": JOB,
+        "SLURM_JOB_NAME": "coin",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "WANDB_MODE": "offline",
+        "SIGNAL_AT": str(SIGNAL_AT),
+    }
+
+
+def steps(folder: Path, task: int) -> list[Any]:
+    return [json.loads(line) for line in (folder / f"steps-{task}.txt").read_text().splitlines()]
+
+
+def test_a_signalled_job_goes_on_at_the_next_step(cluster: dict[str, str], tmp_path: Path) -> None:
+    command = ["bash", str(TEMPLATE), "run", "-c", str(tmp_path / "job.yaml"), "--only=digits"]
+    folder = tmp_path / "runs/job/seed-0/experts/digits"
+    left = subprocess.run(command, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=400, check=False)
+    assert left.returncode == 75, left.stderr
+    assert (tmp_path / "scontrol.txt").read_text().splitlines() == [f"requeue {JOB}"]
+    saved = torch.load(folder / f"checkpoints/requeue-{JOB}.ckpt", map_location="cpu", weights_only=True)
+    done = [steps(tmp_path, task) for task in (0, 1)]
+    assert len(done[0]) == len(done[1]) == saved["global_step"] == SIGNAL_AT + 1
+    run_id = (folder / "wandb-run-id").read_text()
+
+    subprocess.run(command, cwd=ROOT, env=cluster, check=True, timeout=400)
+    for task in (0, 1):
+        batches = TrainingBatches(81, 8, seed=0, rank=task, world_size=2)
+        data = Digits(max_train=81, max_test=37)
+        data.setup()
+        wanted = []
+        for epoch in range(EPOCHS):
+            batches.set_epoch(epoch)
+            wanted += [[epoch, data.splits.train.targets[draw.positions].tolist()] for draw in batches]
+        assert steps(tmp_path, task) == [[step, *entry] for step, entry in enumerate(wanted)]
+    assert (folder / "expert.safetensors").is_file()
+    assert not list((tmp_path / "runs").rglob("requeue-*.ckpt"))
+    assert len((tmp_path / "scontrol.txt").read_text().splitlines()) == 1
+    runs = [re.sub(r".*-", "", path.name) for path in (tmp_path / "runs").rglob("offline-run-*") if path.is_dir()]
+    assert runs == [run_id] * 2
+    assert not (folder / "wandb-run-id").exists()

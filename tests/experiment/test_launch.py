@@ -1,0 +1,108 @@
+"""Experts side by side: the same experts as one after the other, each worker on a place of its own."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import coin.experiment.experiment
+from coin.cli import main
+from coin.errors import CoinError, ConfigurationError
+from coin.experiment.launch import Executor, ExpertJob, Launch, train_side_by_side, worker_environments
+from coin.state import load_state
+
+DEBUG = Launch(Executor.slurm, 2, {"cluster": "debug"})
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[ExpertJob]:
+    """Three experts whose training is a shell script that notes its arguments; the second one fails."""
+    script = tmp_path / "python"
+    script.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/done\necho "threads $OMP_NUM_THREADS"\necho "the last word of $7"\n'
+        'test "$7" != b\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    return [ExpertJob(f"expert {task}", tmp_path / "config.yaml", task, tmp_path / task / "log") for task in "abc"]
+
+
+def test_experts_side_by_side_are_those_of_one_after_the_other(
+    finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coin.experiment.experiment, "write_report", lambda *_: None)  # its plots take long
+    shutil.copytree(finished / "base", tmp_path / "tiny/base")
+    command = ["run", "-c", str(config), f"--output={tmp_path}", "--methods=[{class_path: Average}]"]
+    assert main([*command, "--launch.workers=2", "--decoders=[linear]"]) == 0
+    for task in ("digits", "letters"):
+        found, _ = load_state(tmp_path / f"tiny/seed-0/experts/{task}/expert.safetensors")
+        wanted, _ = load_state(finished / f"seed-0/experts/{task}/expert.safetensors")
+        assert all(found[name].equal(wanted[name]) for name in wanted)
+        log = (tmp_path / f"tiny/seed-0/experts/{task}/launch.log").read_text()
+        assert f"seed 0: expert {task}: fine-tuning" in log
+        assert len(log.split("fine-tuning")) == 2, "a child trains its own expert alone"
+    assert (tmp_path / "tiny/summary.csv").is_file()
+
+
+@pytest.mark.parametrize("launch", [Launch(workers=2), DEBUG], ids=["local", "slurm"])
+def test_a_failed_expert_stops_none_of_the_others(launch: Launch, jobs: list[ExpertJob], tmp_path: Path) -> None:
+    told: list[str] = []
+    with pytest.raises(
+        CoinError, match=r"1 of 3 experts failed, the first of them expert b: the last word of b .*b/log"
+    ):
+        train_side_by_side(jobs, launch, tmp_path / "submitit", told.append)
+    commands = (tmp_path / "done").read_text().splitlines()
+    assert sorted(commands) == [f"-m coin run -c {tmp_path}/config.yaml --only {task}" for task in "abc"]
+    assert [line for line in told if "failed" in line] == [
+        next(line for line in told if line.startswith("expert b: f"))
+    ]
+    assert sum("finished" in line for line in told) == 2
+
+
+def test_every_worker_has_a_gpu_or_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("coin.experiment.launch.cores", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert [place["OMP_NUM_THREADS"] for place in worker_environments(3)] == ["2", "2", "2"]
+    assert "CUDA_VISIBLE_DEVICES" not in worker_environments(3)[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in worker_environments(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in worker_environments(2)] == ["5", "7"]
+
+
+def test_a_job_queues_itself_again(jobs: list[ExpertJob]) -> None:
+    assert jobs[0].checkpoint().function is jobs[0]
+
+
+def test_what_does_not_fit_is_one_line(
+    jobs: list[ExpertJob],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(ConfigurationError, match="workers 0"):
+        Launch(workers=0)
+    with pytest.raises(ConfigurationError, match=r"launch\.slurm"):
+        Launch(slurm={"timeout_min": 3})
+    wrong = Launch(Executor.slurm, 2, {"cluster": "debug", "speed": 9})
+    with pytest.raises(ConfigurationError, match=r"cannot submit the experts with .*speed"):
+        train_side_by_side(jobs, wrong, tmp_path / "submitit", print)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigurationError, match="cannot submit"):
+        train_side_by_side(jobs, Launch(Executor.slurm), tmp_path / "submitit", print)
+    assert main(["run", "-c", str(config), "--only=nothing", "--name=mistake"]) == 2
+    assert "found no task 'nothing', expected one of digits, letters" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'coded-coin\[slurm\]'"):
+        train_side_by_side(jobs, DEBUG, tmp_path / "submitit", print)
+
+
+def test_a_seeds_configuration_does_not_launch_again(finished: Path) -> None:
+    text = (finished / "seed-0/config.yaml").read_text()
+    assert "launch" not in text
+    assert "only:" not in text

@@ -1,0 +1,108 @@
+"""Mixed precision, TF32 and compiled training."""
+
+import pytest
+import torch
+from torch import nn
+
+from coin.callbacks import ExpertExport, FisherEstimator
+from coin.coding import DecoderKind
+from coin.errors import ConfigurationError
+from coin.modules import DecodingEvaluator, Distillation, Expert, ReadoutDistillation
+from coin.networks import load_network
+from coin.statistics.files import load_statistic
+
+SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}, "num_classes": 3, "lr": 0.05}
+
+
+def evaluated(trainer, write_experts, write_coded, tasks_of):
+    experts = write_experts([3, 2])
+    evaluator = DecodingEvaluator(experts, write_coded([[0.5, 0.5]], experts))
+    trainer.test(evaluator, datamodule=tasks_of([3, 2]), verbose=False)
+    return evaluator
+
+
+def test_networks_are_evaluated_in_bf16_and_decoded_in_full(make_trainer, write_experts, write_coded, tasks_of):
+    passes = []
+
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, _, output: passes.append(output.dtype) if isinstance(module, nn.Linear) else None
+    )
+    try:
+        mixed = evaluated(make_trainer(precision="bf16-mixed"), write_experts, write_coded, tasks_of)
+    finally:
+        hook.remove()
+    assert set(passes) == {torch.bfloat16}, "the calibration samples' answers too"
+    full = evaluated(make_trainer(), write_experts, write_coded, tasks_of)
+    rough, exact = ([outcome.residual for outcome in each.outcomes] for each in (mixed, full))
+    assert rough != exact
+    assert rough == pytest.approx(exact, rel=0.05, nan_ok=True)
+    for outcome in mixed.outcomes:
+        if outcome.variant.is_oracle:
+            assert outcome.agreement == 1
+    # The decoders' own arithmetic: with 8 bits of mantissa the ridge's solution would be far off.
+    for one, other in zip(mixed.cases, full.cases, strict=True):
+        assert one.decoder.name == other.decoder.name
+    assert {outcome.decoder for outcome in mixed.outcomes} == {str(kind) for kind in DecoderKind}
+
+
+@pytest.mark.parametrize("method", [Distillation, ReadoutDistillation])
+def test_distillation_in_bf16_has_losses_in_full(make_trainer, experts, tasks, method):
+    module = method(experts, [0.5, 0.5], lr=1e-3, steps=4, batch_size=8)
+    trainer = make_trainer(precision="bf16-mixed", max_steps=4, max_epochs=-1)
+    trainer.fit(module, datamodule=tasks())
+    loss = trainer.callback_metrics["train/loss"]
+    assert loss.dtype == torch.float32
+    assert bool(torch.isfinite(loss))
+    assert {parameter.dtype for parameter in module.student.parameters()} == {torch.float32}
+
+
+def test_an_expert_trained_in_bf16_is_exported_with_its_full_fisher(tmp_path, make_trainer, synthetic):
+    for name, options in {"full": {}, "mixed": {"precision": "bf16-mixed"}}.items():
+        callbacks = [ExpertExport(str(tmp_path / name)), FisherEstimator(20, path=str(tmp_path / f"{name}.fisher"))]
+        make_trainer(max_epochs=1, callbacks=callbacks, **options).fit(Expert(**SMALL), datamodule=synthetic())
+    mixed, full = (load_network(tmp_path / name).network.state_dict() for name in ("mixed", "full"))
+    assert any(not mixed[name].equal(full[name]) for name in full)
+    values = load_statistic(tmp_path / "mixed.fisher", statistic="fisher").values
+    assert all(value.dtype == torch.float32 for value in values.values())
+
+
+def test_tf32_is_an_option_of_the_trainer(make_trainer):
+    before = torch.get_float32_matmul_precision()
+    try:
+        make_trainer(matmul_precision="high")
+        assert torch.get_float32_matmul_precision() == "high"
+        make_trainer()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with pytest.raises(
+        ConfigurationError, match=r"found matmul_precision 'low', expected one of highest, high, medium"
+    ):
+        make_trainer(matmul_precision="low")
+
+
+def test_a_compiled_expert_trains_alike_and_keeps_its_names(tmp_path, make_trainer, synthetic, monkeypatch):
+    calls = []
+
+    def backend(graph, _):
+        def run(*arguments):
+            calls.append(len(arguments))
+            return graph(*arguments)
+
+        return run
+
+    plain = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: plain(self, backend=backend))
+    for name in ("plain", "compiled"):
+        callbacks = [ExpertExport(str(tmp_path / name)), FisherEstimator(20, path=str(tmp_path / f"{name}.fisher"))]
+        trainer = make_trainer(max_epochs=1, callbacks=callbacks, enable_checkpointing=True)
+        trainer.fit(Expert(**SMALL, compile_network=name == "compiled"), datamodule=synthetic())
+        assert bool(calls) == (name == "compiled")
+        saved = torch.load(trainer.checkpoint_callback.best_model_path, weights_only=True)["state_dict"]
+        assert not any("_orig_mod" in key for key in saved)
+    compiled, alone = (load_network(tmp_path / name).network.state_dict() for name in ("compiled", "plain"))
+    for key, value in alone.items():
+        torch.testing.assert_close(compiled[key], value, rtol=1e-4, atol=1e-5)
+    fishers = [load_statistic(tmp_path / f"{name}.fisher", statistic="fisher").values for name in ("compiled", "plain")]
+    for key, value in fishers[1].items():
+        torch.testing.assert_close(fishers[0][key], value, rtol=1e-2, atol=1e-3 * float(value.max()))

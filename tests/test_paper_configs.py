@@ -1,0 +1,165 @@
+"""The paper's experiments and those beyond it: every file, on stand-ins with the sets' shapes, sizes and classes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import coin.cli
+import coin.experiment.experiment
+from coin.cli import main
+from coin.data import CIFAR10, GTSRB, KMNIST, MNIST, STL10, SVHN, FashionMNIST, Samples, Source
+from coin.data.tasks import Tasks
+from coin.experiment import Experiment
+from coin.modules import Distillation, Expert
+from coin.reporting import read_results
+
+ROOT = Path(__file__).parent.parent / "configs"
+FILES = sorted([*(ROOT / "experiment/paper").glob("*.yaml"), *(ROOT / "experiment/beyond").glob("*.yaml")])
+NAMES = ("mnist", "fashionmnist", "kmnist", "svhn", "cifar10", "gtsrb", "stl10")
+
+# Channels, side, training and test images as torchvision has them; GTSRB is resized when it is read.
+REAL: dict[type, tuple[int, int | None, int, int, int]] = {
+    MNIST: (1, 28, 60_000, 10_000, 10),
+    FashionMNIST: (1, 28, 60_000, 10_000, 10),
+    KMNIST: (1, 28, 60_000, 10_000, 10),
+    SVHN: (3, 32, 73_257, 26_032, 10),
+    CIFAR10: (3, 32, 50_000, 10_000, 10),
+    GTSRB: (3, None, 26_640, 12_630, 43),
+    STL10: (3, 96, 5_000, 8_000, 10),
+}
+
+
+@dataclass(frozen=True)
+class Noise:
+    """As many images as the real set has, drawn when they are asked for."""
+
+    count: int
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, positions: Tensor, /) -> Tensor:
+        draw = torch.Generator().manual_seed(len(positions))
+        return torch.randint(0, 256, (len(positions), *self.shape), generator=draw, dtype=torch.uint8)
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is downloaded, and every set holds noise of the real shape under the real number of labels."""
+    for kind, (channels, side, train, test, classes) in REAL.items():
+
+        def load(self: Any, sizes: Any = (channels, side, train, test, classes)) -> Source:
+            channels, side, train, test, classes = sizes
+            shape = (channels, side or self.image_size, side or self.image_size)
+            return Source(*(Samples.of(Noise(n, shape), torch.arange(n) % classes) for n in (train, test)))
+
+        monkeypatch.setattr(kind, "load", load)
+        monkeypatch.setattr(kind, "prepare_data", lambda self: None)
+
+
+@pytest.fixture(scope="module")
+def build() -> Callable[[Sequence[str]], Experiment]:
+    """Return the function by which the command line makes an experiment of arguments."""
+    found: list[Callable[[Sequence[str]], Experiment]] = []
+
+    class StopHereError(Exception):
+        pass
+
+    def capture(build: Callable[[Sequence[str]], Experiment], **_: Any) -> None:
+        found.append(build)
+        raise StopHereError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coin.cli, "sweep", capture)
+        with pytest.raises(StopHereError):
+            main(["sweep", "any.yaml"])
+    return found[0]
+
+
+def test_every_pair_of_sets_has_a_file() -> None:
+    pairs = {f"{first}-{second}" for first, second in combinations(NAMES, 2)}
+    assert {path.stem for path in (ROOT / "experiment/paper").glob("*.yaml")} == pairs
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_tasks_networks_and_samples_fit_together(path: Path, build: Callable[..., Experiment]) -> None:
+    experiment = build(["-c", str(path)])
+    assert experiment.name.endswith(path.stem)
+    assert experiment.seeds == [0, 1, 2, 3, 4]
+    assert experiment.calibration.samples_per_task == 200
+    assert {type(method).__name__ for method in experiment.methods} >= {"Average", "Coin", "Distillation"}
+    assert experiment.network.weights is not None
+    wanted = [200] + [m.hparams["samples_per_task"] or 200 for m in experiment.methods if isinstance(m, Distillation)]
+    tasks = Tasks(experiment.tasks, max(wanted), batch_size=2)
+    tasks.setup()
+    size = experiment.network.image_size
+    for name, task in tasks.tasks.items():
+        assert task.num_classes == REAL[type(task)][-1]
+        images, labels = task.on_after_batch_transfer(next(iter(task.train_dataloader())), 0)
+        assert images.shape == (len(labels), 3, size, size), name
+        assert int(labels.max()) < task.num_classes
+    assert next(iter(tasks.calibration())).shape == (2, 3, size, size)
+    assert tasks.calibration().num_samples == max(wanted) * len(tasks.tasks)
+
+
+def distinct_networks() -> list[tuple[str, int]]:
+    """The first file of every architecture, by what it says, and the class counts."""
+    lines = {
+        path: next(line for line in path.read_text().splitlines() if line.startswith("network:")) for path in FILES
+    }
+    firsts = {line: path for path, line in reversed(lines.items())}
+    return [(str(path), 43 if "resnet50" in line else 10) for line, path in firsts.items()]
+
+
+@pytest.mark.parametrize(("path", "classes"), distinct_networks(), ids=lambda value: Path(str(value)).stem)
+def test_one_batch_through_the_real_network(path: str, classes: int, build: Callable[..., Experiment]) -> None:
+    experiment = build(["-c", path])
+    config = replace(experiment.network, weights=None)  # they are not here, and their names were checked when parsed
+    expert = Expert(
+        config.name, config.image_size, options=config.options, num_classes=classes, lr=experiment.expert.lr
+    )
+    task = next(iter(experiment.tasks.values()))
+    task.setup()
+    images, labels = next(iter(task.train_dataloader()))
+    inputs, labels = task.on_after_batch_transfer((images[:2], labels[:2]), 0)
+    logits = expert(inputs)
+    assert logits.shape == (2, classes)
+    torch.nn.functional.cross_entropy(logits, labels).backward()
+    assert all(parameter.grad is not None for parameter in expert.parameters())
+
+
+def test_a_pair_of_unequal_class_counts_from_start_to_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of a paper's file as it is, with a narrow ResNet50 and one batch where there are thousands."""
+    monkeypatch.setattr(
+        coin.experiment.experiment, "write_report", lambda *_: None
+    )  # half of the time, tested elsewhere
+    path = ROOT / "experiment/paper/gtsrb-stl10.yaml"
+    narrow = "{name: resnet50, image_size: 64, weights: null, options: {width_per_group: 2}}"
+    few = "{accelerator: cpu, devices: 1, limit_train_batches: 1, limit_val_batches: 1, limit_test_batches: 1}"
+    methods = path.read_text().partition("methods:\n")[2].partition("decoders:")[0]
+    for many, two in (("steps: 500", "lr: 0.001, steps: 2"), ("steps: 2000", "lr: 0.001, steps: 2"), ("4500,", "4,")):
+        assert many in methods
+        methods = methods.replace(many, two)
+    (tmp_path / "few.yaml").write_text(
+        "expert: {epochs: 1, batch_size: 2, overrides: {stl10: {epochs: 2}}}\n"
+        "calibration: {samples_per_task: 3, batch_size: 3}\n"
+        "methods:\n" + methods
+    )
+    command = ["run", "-c", str(path), "-c", str(tmp_path / "few.yaml"), f"--output={tmp_path}", "--seeds=[0]"]
+    tasks = (
+        "{gtsrb: {class_path: GTSRB, init_args: {eval_batch_size: 4}},"
+        " stl10: {class_path: STL10, init_args: {eval_batch_size: 4}}}"
+    )
+    assert main([*command, f"--network={narrow}", f"--trainer={few}", f"--tasks={tasks}"]) == 0
+    found = read_results(tmp_path / "paper-gtsrb-stl10/seed-0")
+    labels = {"average", "coin", "regmean", "distillation", "distillation-4500", "none", "oracle"}
+    assert set(found.method) == labels
+    assert set(found.task) == {"gtsrb", "stl10"}
+    assert (found[found.method == "oracle"].agreement == 1).all()
