@@ -2,7 +2,7 @@
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,17 +22,28 @@ from coin.errors import CoinError, CoinWarning, ConfigurationError, FileError
 from coin.experiment import Experiment
 from coin.experiment.commands import merge, report
 from coin.experiment.launch import Launch
+from coin.experiment.serve import serve
+from coin.experiment.simulate import simulate
 from coin.experiment.sweep import sweep
 from coin.processes import is_first
 from coin.progress import shown
-from coin.reporting import as_json, print_summary, read_results, run_environment, summarise, write_report
+from coin.reporting import (
+    as_json,
+    print_simulation,
+    print_summary,
+    read_results,
+    run_environment,
+    summarise,
+    write_report,
+)
 from coin.reporting.dashboard import dashboard
 from coin.reporting.report import REPORT_HTML, report_summary
+from coin.reporting.simulation import SIMULATION_CSV
 from coin.reporting.sweeps import SWEEP_CSV
 from coin.reporting.wandb_logging import logger_mode
 from coin.trainer import Trainer, quieten
 
-_PLAIN = ("run", "merge", "sweep", "report", "dashboard")
+_PLAIN = ("run", "merge", "sweep", "report", "dashboard", "simulate", "serve")
 """The commands that build their own trainers, or need none."""
 
 
@@ -83,6 +94,12 @@ class CoinCLI(LightningCLI):
                 sub.add_argument("--group", type=str | None, default=None, help="The one experiment to show.")
                 sub.add_argument("--name", type=str | None, default=None, help="What to call the workspace.")
                 summary = "Make a W&B workspace of a project's experiments, online."
+            elif name == "serve":
+                _add_with_folder(sub, serve, skip={"build", "say"})
+                summary = "Serve an experiment's experts and coded models over HTTP, on Ray Serve."
+            elif name == "simulate":
+                _add_with_folder(sub, simulate)
+                summary = "Simulate the tail latency of coded serving with an experiment's networks."
             else:
                 sub.add_argument("folders", nargs="+", type=str, help="Experiments', seeds' or sweeps' folders.")
                 sub.add_argument("--output", type=str | None, default=None, help="The HTML file to write.")
@@ -165,6 +182,11 @@ class CoinCLI(LightningCLI):
             outcome.check()
         elif subcommand == "dashboard":
             print(dashboard(**options))
+        elif subcommand == "serve":
+            serve(build=self._experiment, **options)
+        elif subcommand == "simulate":
+            print_simulation(simulate(**options), _console())
+            print(f"table: {Path(options['output'] or options['folder']) / SIMULATION_CSV}")
         else:
             page = report(options["folders"], options["output"])
             if machine:
@@ -218,6 +240,14 @@ def _add_sweep_arguments(parser: LightningArgumentParser) -> None:
         "--count", type=int | None, default=None, help="At most so many points; a random sweep needs it."
     )
     parser.add_argument("--seed", type=int, default=0, help="Of a random sweep's draws.")
+
+
+def _add_with_folder(
+    parser: LightningArgumentParser, command: Callable[..., Any], skip: set[str | int] | None = None
+) -> None:
+    """Take a command's options, its first one, an experiment's folder, without a name."""
+    parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
+    parser.add_function_arguments(command, skip={"folder", *(skip or ())})
 
 
 def _console() -> Console:

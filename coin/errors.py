@@ -33,6 +33,22 @@ class NumericalError(CoinError, ArithmeticError):
     """A computation broke down: a singular system, a result that is not finite."""
 
 
+class ServingError(CoinError):
+    """A query got no answer."""
+
+
+class LostError(ServingError):
+    """More servers are lost than the code makes up for."""
+
+
+class DeadlineError(ServingError, TimeoutError):
+    """No answer came in time."""
+
+
+class OverloadedError(ServingError):
+    """There are as many queries as can be waited for already."""
+
+
 class CoinWarning(UserWarning):
     """Something the user should know of that stops nothing: one line, as of the errors.
 

@@ -98,6 +98,24 @@ class DecoderConfig:
             raise ConfigurationError(f"found option '{unknown[0]}' of a decoder, expected {', '.join(known)}")
         return cls(**options)
 
+    @classmethod
+    def named(cls, name: str) -> "DecoderConfig":
+        """Return the configuration that has this `name`.
+
+        Raises:
+            ConfigurationError: There is none.
+        """
+        kind, *suffixes = name.split("-")
+        enums = {"features": FeatureChoice, "projection": ProjectionKind, "fitted_on": FittedOn}
+        options: dict[str, Any] = {"kind": kind}
+        for suffix in suffixes:
+            option = next((option for option, enum in enums.items() if suffix in list(enum)), "components")
+            options[option] = int(suffix) if suffix.isdecimal() else suffix
+        config = cls.of(options)
+        if config.name != name:
+            raise ConfigurationError(f"found decoder '{name}', expected '{config.name}' for these options")
+        return config
+
     @property
     def name(self) -> str:
         """What results call the decoder: its kind, and the options that differ from the defaults."""

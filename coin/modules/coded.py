@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -10,8 +9,7 @@ from torch import Tensor, nn
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, check_erasure, make_decoder
 from coin.errors import ConfigurationError
-from coin.modules.precision import full_precision
-from coin.networks import features_and_logits, pad_logits, stages_and_logits
+from coin.networks import common_widths, pad_logits, run_network
 
 
 class Coded(LightningModule):
@@ -124,41 +122,6 @@ class Coded(LightningModule):
     def _answers_for(self, decoder: Decoder, inputs: Tensor, erased: Sequence[int] = ()) -> Answers:
         config = decoder.config
         return self.answers(inputs, features=config.reads_features, stages=config.reads_stages, erased=erased)
-
-
-class Run(NamedTuple):
-    """What one network answers: features ``[B, F]``, logits ``[B, C]``, and the widths of its stages if asked for."""
-
-    features: Tensor
-    logits: Tensor
-    widths: tuple[int, ...] | None = None
-
-
-def run_network(network: nn.Module, inputs: Tensor, features: bool, stages: bool = False) -> Run:
-    """Run a network once; F is 0 unless its features are wanted, the penultimate ones or those of all stages."""
-    if features and stages:
-        found = Run(*stages_and_logits(network, inputs))
-    elif features:
-        found = Run(*features_and_logits(network, inputs))
-    else:
-        logits = network(inputs)
-        found = Run(logits[:, :0], logits)
-    return found._replace(features=full_precision(found.features), logits=full_precision(found.logits))
-
-
-def common_widths(runs: Sequence[Run]) -> tuple[int, ...] | None:
-    """Return the widths of all networks' stages, None where only the penultimate features are wanted.
-
-    Raises:
-        ConfigurationError: They differ between the networks.
-    """
-    found = list(dict.fromkeys(run.widths for run in runs))
-    if len(found) != 1:
-        raise ConfigurationError(
-            f"found networks with stages of widths {found[0]} and {found[1]}, expected one architecture; use the last "
-            "features"
-        )
-    return found[0]
 
 
 def _padded(logits: Sequence[Tensor], width: int | None = None) -> Tensor:

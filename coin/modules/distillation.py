@@ -14,12 +14,12 @@ from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.merging.method import check_label
 from coin.modules.axes import plot_against_epochs
-from coin.modules.precision import full_precision
 from coin.networks import (
     BatchNormPolicy,
     average_buffers,
     build_network,
     fill_network,
+    full_precision,
     load_network,
     widen_network,
 )

@@ -17,11 +17,10 @@ from coin.data import TextTask
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.metrics import DecodingAccuracy, Residual
-from coin.modules.coded import common_widths, run_network
 from coin.modules.examples import ExampleSamples, KeptSamples, shown_pair
 from coin.modules.outcome import Outcome
 from coin.modules.variants import NONE, ORACLE, Variant, read_coded
-from coin.networks import load_network, widen_network
+from coin.networks import common_widths, load_network, run_network, widen_network
 from coin.progress import tracked
 from coin.state import fingerprint
 

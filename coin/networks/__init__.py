@@ -12,18 +12,23 @@ from coin.networks.files import (
     widen_network,
 )
 from coin.networks.heads import features_and_logits, head_name, pad_head, pad_logits, replace_head
+from coin.networks.precision import full_precision
 from coin.networks.registry import NetworkConfig, build_network, network_names
+from coin.networks.runs import Run, common_widths, run_network
 from coin.networks.stages import stage_names, stages_and_logits
 
 __all__ = [
     "BatchNormPolicy",
     "NetworkConfig",
     "NetworkFile",
+    "Run",
     "average_buffers",
     "brought_network",
     "build_network",
+    "common_widths",
     "features_and_logits",
     "fill_network",
+    "full_precision",
     "has_batchnorm",
     "head_name",
     "initial_network",
@@ -34,6 +39,7 @@ __all__ = [
     "read_weights",
     "recalibrate",
     "replace_head",
+    "run_network",
     "save_network",
     "stage_names",
     "stages_and_logits",

@@ -13,6 +13,8 @@ from coin.reporting.results import (
     read_results,
     write_results,
 )
+from coin.reporting.simulation import SimulationRow, read_simulation, write_simulation
+from coin.reporting.simulation_table import print_simulation
 from coin.reporting.summary import read_seeds, read_summary, summarise, write_summary
 from coin.reporting.table import print_summary, summary_table
 from coin.reporting.wandb_connection import check_connection
@@ -25,6 +27,7 @@ __all__ = [
     "Examples",
     "Finding",
     "Row",
+    "SimulationRow",
     "as_json",
     "check_connection",
     "code_axes",
@@ -36,6 +39,7 @@ __all__ = [
     "log_examples",
     "log_method_runs",
     "log_summary",
+    "print_simulation",
     "print_summary",
     "read_configuration",
     "read_confusions",
@@ -43,6 +47,7 @@ __all__ = [
     "read_layers",
     "read_results",
     "read_seeds",
+    "read_simulation",
     "read_summary",
     "run_environment",
     "start_run",
@@ -54,5 +59,6 @@ __all__ = [
     "write_layers",
     "write_report",
     "write_results",
+    "write_simulation",
     "write_summary",
 ]

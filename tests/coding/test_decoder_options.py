@@ -324,3 +324,22 @@ def test_stages_and_tasks_travel_with_the_answers():
         Answers.concatenate([answers, dataclasses.replace(answers, feature_widths=(12,))])
     with pytest.raises(DecodingError, match="whether they tell the tasks"):
         Answers.concatenate([answers, dataclasses.replace(answers, tasks=None)])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DecoderConfig("linear"),
+        DecoderConfig("ridge", fitted_on="own"),
+        DecoderConfig("feature_ridge", features="stages", components=16, projection="random", fitted_on="own"),
+    ],
+    ids=lambda config: config.name,
+)
+def test_a_name_stands_for_its_options(config):
+    assert DecoderConfig.named(config.name) == config
+
+
+@pytest.mark.parametrize("name", ["", "magic", "ridge-magic", "feature_ridge-own-stages", "linear-16"])
+def test_names_of_nothing(name):
+    with pytest.raises(ConfigurationError, match="found"):
+        DecoderConfig.named(name)

@@ -1,0 +1,109 @@
+"""The decoders of a served system: the best one that there is for whatever has arrived."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from coin.coding import Answers, Code, Decoder, decode_linear
+from coin.coding.code import MAX_AMPLIFICATION
+from coin.errors import ConfigurationError, DecodingError
+from coin.serving.layout import Layout
+from coin.serving.replies import Reply
+
+
+class Decodings:
+    """Decodes missing experts' answers from the replies that have arrived.
+
+    Where all coded models have answered and there is a fitted decoder for just the missing experts, it is used;
+    otherwise the code's equations are solved with the rows that are there.
+
+    Args:
+        code: The code.
+        fitted: Fitted decoders of different erasures.
+        feature_widths: The widths of the stages within the servers' features, for decoders that read several stages.
+
+    Raises:
+        ConfigurationError: Two decoders are for the same erasure, or one is for another number of experts.
+    """
+
+    def __init__(self, code: Code, fitted: Iterable[Decoder] = (), feature_widths: Sequence[int] | None = None) -> None:
+        self.code = code
+        self.feature_widths = feature_widths
+        self.fitted: dict[tuple[int, ...], Decoder] = {}
+        for decoder in fitted:
+            if decoder.num_experts != code.num_experts:
+                raise ConfigurationError(
+                    f"found a decoder for {decoder.num_experts} experts, the code is for {code.num_experts}"
+                )
+            erased = tuple(sorted(decoder.erased))
+            if erased in self.fitted:
+                raise ConfigurationError(f"found two decoders for the loss of {list(erased)}, expected one")
+            self.fitted[erased] = decoder
+
+    def layout(self) -> Layout:
+        """Return the servers of the coded system."""
+        return coded_layout(self.code)
+
+    def decode(self, replies: Mapping[int, Reply]) -> tuple[dict[int, Tensor], tuple[int, ...]]:
+        """Decode every expert whose reply is missing.
+
+        Args:
+            replies: By server, of one batch: at least one of a coded model.
+
+        Returns:
+            The missing experts' logits ``[B, C]``, and the servers that they were decoded from.
+
+        Raises:
+            DecodingError: The replies do not suffice, or what comes out is not finite.
+        """
+        count = self.code.num_experts
+        erased = tuple(expert for expert in range(count) if expert not in replies)
+        rows = [row for row in range(self.code.num_coded) if count + row in replies]
+        if not rows:
+            raise DecodingError(f"found no answer of a coded model, expected one to decode {list(erased)} from")
+        used = (*(expert for expert in range(count) if expert in replies), *(count + row for row in rows))
+        decoder = self.fitted.get(erased) if len(rows) == self.code.num_coded else None
+        if decoder is not None:
+            decoded = decoder.decode(self._answers(replies))
+            order: Sequence[int] = decoder.erased
+        else:
+            coded = torch.stack([replies[count + row].logits for row in rows])
+            present = [replies[expert].logits for expert in range(count) if expert in replies]
+            survivors = torch.stack(present) if present else coded[:0]
+            decoded, order = decode_linear(self.code.matrix[rows], coded, survivors, erased), erased
+        if not bool(torch.isfinite(decoded).all()):
+            raise DecodingError(
+                f"the decoded answers of {list(erased)} are not finite; the servers' answers are too large"
+            )
+        return dict(zip(order, decoded, strict=True)), used
+
+    def _answers(self, replies: Mapping[int, Reply]) -> Answers:
+        count = self.code.num_experts
+        some = next(iter(replies.values()))
+        nothing = Reply(torch.full_like(some.logits, torch.nan), some.logits[:, :0])
+        every = [replies.get(server, nothing) for server in range(count + self.code.num_coded)]
+        features = [reply.features for reply in every if reply.features is not None]
+        whole = len(features) == len(every)
+        return Answers(
+            experts=torch.stack([reply.logits for reply in every[:count]]),
+            coded=torch.stack([reply.logits for reply in every[count:]]),
+            expert_features=features[:count] if whole else None,
+            coded_features=features[count:] if whole else None,
+            feature_widths=self.feature_widths if whole else None,
+        )
+
+
+def coded_layout(code: Code) -> Layout:
+    """Return the servers of a code: its experts and coded models, and which of these make up for which experts."""
+    solvable = set()
+    rows = range(code.num_coded)
+    for erased in code.erasures():
+        missing = sum(1 << expert for expert in erased)
+        for size in range(len(erased), code.num_coded + 1):
+            for chosen in combinations(rows, size):
+                columns = code.matrix[list(chosen)][:, list(erased)]
+                if float(torch.linalg.svdvals(columns)[-1]) * MAX_AMPLIFICATION >= 1:
+                    solvable.add((sum(1 << row for row in chosen), missing))
+    return Layout(code.num_experts, code.num_coded, solvable=frozenset(solvable))

@@ -1,0 +1,102 @@
+"""Which servers there are, and what a set of answers is good for."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from coin.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The servers of a coded or replicated system: experts first, then coded models, then copies of experts.
+
+    Sets of servers and of experts are bit masks, bit s for server s: a simulated query touches several of them.
+
+    Args:
+        num_experts: N, at least 1.
+        num_coded: R, the number of coded models.
+        copies: For every copy, the expert that it is a copy of.
+        solvable: Pairs of a set of coded models (bit r for row r) and a set of missing experts that they make up for;
+            `coin.serving.decodings.coded_layout` takes them from a code.
+
+    Raises:
+        ConfigurationError: There is no expert, or a copy of one that does not exist.
+    """
+
+    num_experts: int
+    num_coded: int = 0
+    copies: tuple[int, ...] = ()
+    solvable: frozenset[tuple[int, int]] = frozenset()
+    _known: dict[int, tuple[int, bool]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _hosts: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise ConfigurationError(f"found {self.num_experts} experts to serve, expected at least 1")
+        if wrong := [expert for expert in self.copies if not 0 <= expert < self.num_experts]:
+            raise ConfigurationError(
+                f"found a copy of expert {wrong[0]}, expected one from 0 to {self.num_experts - 1}"
+            )
+
+    @property
+    def num_servers(self) -> int:
+        """All servers: experts, coded models and copies."""
+        return self.num_experts + self.num_coded + len(self.copies)
+
+    @property
+    def everyone(self) -> int:
+        """The set of all servers."""
+        return (1 << self.num_servers) - 1
+
+    @property
+    def every_expert(self) -> int:
+        """The set of all experts, which is that of their own servers."""
+        return (1 << self.num_experts) - 1
+
+    def hosts(self, experts: int) -> int:
+        """Return the servers that answer for any of these experts themselves: their own ones and copies."""
+        found = self._hosts.get(experts)
+        if found is None:
+            first = self.num_experts + self.num_coded
+            found = experts
+            for place, expert in enumerate(self.copies):
+                if experts >> expert & 1:
+                    found |= 1 << (first + place)
+            self._hosts[experts] = found
+        return found
+
+    def read(self, arrived: int) -> tuple[int, bool]:
+        """Return what the answers of these servers are good for.
+
+        Returns:
+            The experts whose own answers are among them, and whether the coded models' make up for all others.
+        """
+        found = self._known.get(arrived)
+        if found is None:
+            own = arrived & self.every_expert
+            for place, expert in enumerate(self.copies):
+                if arrived >> (self.num_experts + self.num_coded + place) & 1:
+                    own |= 1 << expert
+            rows = arrived >> self.num_experts & ((1 << self.num_coded) - 1)
+            missing = self.every_expert & ~own
+            found = own, not missing or (rows, missing) in self.solvable
+            self._known[arrived] = found
+        return found
+
+    def covers(self, arrived: int, wanted: int) -> bool:
+        """Whether the answers of these servers suffice for the wanted experts."""
+        own, decodable = self.read(arrived)
+        return decodable or not wanted & ~own
+
+
+def spread_copies(num_experts: int, extras: int) -> Layout:
+    """Return N experts with so many extra servers as copies of the experts in turn."""
+    return Layout(num_experts, copies=tuple(extra % num_experts for extra in range(extras)))
+
+
+def members(mask: int) -> Iterator[int]:
+    """Yield the members of a set in ascending order."""
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest

@@ -1,0 +1,52 @@
+"""A network as a server: images in, a reply out."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coin.coding import DecoderConfig
+from coin.data.transform import to_input
+from coin.networks import Run, load_network, run_network, widen_network
+from coin.serving.replies import Reply
+
+
+class NetworkServer:
+    """An expert or a coded model that answers batches of stored images.
+
+    Args:
+        path: The network's safetensors file.
+        outputs: C, to which the logits of a network with fewer classes are padded by zeros.
+        decoder: The decoder that reads the replies: it says whether features are sent, and which.
+        device: Where the network runs.
+
+    Raises:
+        FileError: The file is missing or damaged.
+    """
+
+    def __init__(self, path: Path, outputs: int, decoder: DecoderConfig, device: str = "cpu") -> None:
+        file = load_network(path)
+        self.image_size = file.config.image_size
+        self._network = widen_network(file, outputs).requires_grad_(False).to(device)
+        self._device = device
+        self._features, self._stages = decoder.reads_features, decoder.reads_stages
+
+    def __call__(self, images: Tensor) -> Reply:
+        """Return the reply to uint8 images ``[B, 1 or 3, H, W]``.
+
+        Raises:
+            DataError: The images have another type or shape.
+        """
+        run = self._run(images)
+        return Reply(run.logits.cpu(), run.features.cpu() if self._features else None)
+
+    def feature_widths(self) -> tuple[int, ...] | None:
+        """Return the widths of the features in a reply by stage; None where it has none."""
+        run = self._run(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8))
+        return (run.widths or (run.features.shape[1],)) if self._features else None
+
+    @torch.no_grad()
+    def _run(self, images: Tensor) -> Run:
+        return run_network(
+            self._network, to_input(images.to(self._device), self.image_size), self._features, self._stages
+        )

@@ -1,0 +1,75 @@
+"""What servers answer, what a query gets, and how the one is checked before it becomes the other."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coin.errors import ServingError
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one server answers to a batch.
+
+    Attributes:
+        logits: ``[B, C]``.
+        features: ``[B, F]``, for decoders that read them.
+    """
+
+    logits: Tensor
+    features: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> "Reply":
+        """Return the reply to some of the inputs."""
+        return Reply(self.logits[start:stop], None if self.features is None else self.features[start:stop])
+
+
+Server = Callable[[Tensor], Awaitable[Reply]]
+"""Answers a batch of inputs ``[B, ...]``; raises where it cannot."""
+
+
+@dataclass(frozen=True)
+class ReplyFormat:
+    """What a valid reply looks like.
+
+    Args:
+        outputs: C, the number of logits of every server.
+        features: F, the number of features; none where servers answer with logits alone.
+    """
+
+    outputs: int
+    features: int | None = None
+
+    def check(self, reply: Reply, samples: int) -> None:
+        """Raise a `ServingError` unless the reply has the shapes for so many inputs and is finite."""
+        self._check(reply.logits, "logits", samples, self.outputs)
+        if self.features is not None:
+            self._check(reply.features, "features", samples, self.features)
+
+    def _check(self, values: Tensor | None, what: str, samples: int, width: int) -> None:
+        if not isinstance(values, Tensor) or tuple(values.shape) != (samples, width):
+            found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ServingError(f"found {what} {found}, expected [{samples}, {width}]")
+        if not values.is_floating_point() or not bool(torch.isfinite(values).all()):
+            raise ServingError(f"found {what} that are not finite numbers")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a query gets for one expert.
+
+    Attributes:
+        expert: The expert.
+        logits: ``[B, C]``.
+        decoded: Whether the logits were decoded from other servers' answers; otherwise they are the expert's own.
+        answered_by: The names of the servers whose answers these are or were decoded from.
+        seconds: From the query to its answer.
+    """
+
+    expert: int
+    logits: Tensor
+    decoded: bool
+    answered_by: tuple[str, ...]
+    seconds: float

@@ -1,0 +1,190 @@
+"""The bounded queue before one server: batches go out one at a time, and every request hears of its end."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coin.errors import ServingError
+from coin.serving.breaker import Breaker
+from coin.serving.replies import Reply, ReplyFormat, Server
+
+
+@dataclass(eq=False)
+class Request:
+    """One query's request to one server.
+
+    Args:
+        inputs: ``[B, ...]``.
+        deliver: Called once with the valid reply, or with None when there will be none; not after `cancelled` is set.
+        cancelled: Whether nobody waits for the reply any more.
+    """
+
+    inputs: Tensor
+    deliver: Callable[[Reply | None], None]
+    cancelled: bool = False
+
+
+class ServerQueue:
+    """Sends requests to one server, first come first served, several in one batch.
+
+    A batch whose reply is garbage, whose server raises, or that takes longer than the timeout is lost, and so are its
+    requests; the next batch is sent all the same. Cancelled requests are dropped before they are sent.
+
+    Args:
+        name: The server's name.
+        server: Answers a batch.
+        expects: What a valid reply looks like.
+        breaker: Is told of answers and failures.
+        limit: The most requests that wait.
+        max_batch: The most inputs of several requests that are sent together; a larger request is sent alone.
+        timeout: Seconds that the server gets for a batch.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        server: Server,
+        expects: ReplyFormat,
+        breaker: Breaker,
+        limit: int,
+        max_batch: int,
+        timeout: float,
+    ) -> None:
+        self.name = name
+        self.breaker = breaker
+        self.last_error = ""
+        """Why the last lost batch was lost."""
+        self._server = server
+        self._expects = expects
+        self._limit = limit
+        self._max_batch = max_batch
+        self._timeout = timeout
+        self._waiting: deque[Request] = deque()
+        self._sent: list[Request] = []
+        self._filled = asyncio.Event()
+        self._worker: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        """The number of requests that wait or have been sent, without cancelled ones."""
+        return sum(not request.cancelled for request in (*self._waiting, *self._sent))
+
+    def start(self) -> None:
+        """Begin to send requests, in the running event loop."""
+        self._worker = asyncio.get_running_loop().create_task(self._work(), name=f"server {self.name}")
+
+    async def stop(self) -> None:
+        """Stop to send; requests that wait are lost."""
+        if self._worker is not None:
+            self._worker.cancel()
+            await asyncio.wait({self._worker})
+        self._lose([*self._sent, *self._waiting])
+        self._sent = []
+        self._waiting.clear()
+
+    def put(self, request: Request) -> bool:
+        """Take a request, and return whether there was room for it."""
+        if len(self._waiting) >= self._limit:
+            self._waiting = deque(waiting for waiting in self._waiting if not waiting.cancelled)
+            if len(self._waiting) >= self._limit:
+                return False
+        self._waiting.append(request)
+        self._filled.set()
+        return True
+
+    async def _work(self) -> None:
+        while True:
+            self._sent = self._next_batch()
+            if not self._sent:
+                self._filled.clear()
+                await self._filled.wait()
+                continue
+            inputs = [request.inputs for request in self._sent]
+            reply = await self._call(inputs[0] if len(inputs) == 1 else torch.cat(inputs))
+            sent, self._sent = self._sent, []
+            self._distribute(sent, reply)
+
+    def _next_batch(self) -> list[Request]:
+        batch: list[Request] = []
+        samples = 0
+        while self._waiting:
+            request = self._waiting[0]
+            if request.cancelled:
+                self._waiting.popleft()
+                continue
+            if batch and not (
+                samples + len(request.inputs) <= self._max_batch
+                and request.inputs.shape[1:] == batch[0].inputs.shape[1:]
+                and request.inputs.dtype == batch[0].inputs.dtype
+            ):
+                break
+            batch.append(self._waiting.popleft())
+            samples += len(request.inputs)
+        return batch
+
+    async def _call(self, inputs: Tensor) -> Reply | None:
+        """Return the server's reply, or None where it has none: whatever the server does, this returns in time."""
+        task = asyncio.ensure_future(self._ask(inputs))
+        # A failure that comes after the timeout has been dealt with: asyncio need not tell of it.
+        task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+        try:
+            await asyncio.wait({task}, timeout=self._timeout)
+        finally:
+            task.cancel()
+        if not task.done():
+            self._failed(f"no answer after {self._timeout:g} s")
+        elif task.cancelled():
+            self._failed("the server gave up")
+        elif (error := task.exception()) is not None:
+            self._failed(f"{type(error).__name__}: {error}")
+        elif not isinstance(reply := task.result(), Reply):
+            self._failed(f"found an answer of type {type(reply).__name__}, expected a Reply")
+        else:
+            return reply
+        return None
+
+    async def _ask(self, inputs: Tensor) -> Reply:
+        return await self._server(inputs)
+
+    def _distribute(self, sent: list[Request], reply: Reply | None) -> None:
+        if reply is None:
+            self._lose(sent)
+            return
+        samples = sum(len(request.inputs) for request in sent)
+        try:
+            # The whole reply's shape first: rows can only be told apart if there is one for each input.
+            whole = len(reply.logits) == samples
+        except TypeError:
+            whole = False
+        problem, start = "", 0
+        for request in sent:
+            stop = start + len(request.inputs)
+            try:
+                if not whole:
+                    raise ServingError(f"found no reply to {samples} inputs")
+                rows = reply.rows(start, stop)
+                self._expects.check(rows, stop - start)
+            except (ServingError, TypeError, IndexError) as error:
+                problem = str(error)
+                self._lose([request])
+            else:
+                if not request.cancelled:
+                    request.deliver(rows)
+            start = stop
+        if problem:
+            self._failed(problem)
+        else:
+            self.breaker.succeed()
+
+    def _failed(self, why: str) -> None:
+        self.last_error = " ".join(why.split())
+        self.breaker.fail(asyncio.get_running_loop().time())
+
+    @staticmethod
+    def _lose(requests: list[Request]) -> None:
+        for request in requests:
+            if not request.cancelled:
+                request.deliver(None)

@@ -1,0 +1,92 @@
+"""A virtual clock, and servers whose answers tell who gave them and to what."""
+
+import asyncio
+import selectors
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import torch
+
+from coin.coding import Code
+from coin.serving.decodings import Decodings
+from coin.serving.replies import Reply, ReplyFormat
+
+OUTPUTS = 3
+
+
+class _NoFiles(selectors.DefaultSelector):
+    """Waits for nothing: instead of sleeping, it lets the loop's clock jump to the next timer."""
+
+    def __init__(self, loop: "VirtualLoop") -> None:
+        super().__init__()
+        self.loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise RuntimeError("everything waits and no timer is set: this would hang for ever")
+        self.loop.now += max(timeout, 0.0)
+        return super().select(0)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time passes only where everything waits."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        super().__init__(_NoFiles(self))
+
+    def time(self) -> float:
+        return self.now
+
+
+def run_virtually(main: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine on a new virtual loop; fail if a callback raised or a task was left over."""
+    problems: list[dict[str, Any]] = []
+    loop = VirtualLoop()
+    loop.set_exception_handler(lambda _, context: problems.append(context))
+    try:
+        result = loop.run_until_complete(main)
+        left = [task for task in asyncio.all_tasks(loop) if task.get_name().startswith("server ")]
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+    finally:
+        loop.close()
+    assert not left
+    assert not problems
+    return result
+
+
+@pytest.fixture(scope="session")
+def virtually() -> Callable[[Coroutine[Any, Any, Any]], Any]:
+    """Return `run_virtually`."""
+    return run_virtually
+
+
+class LinearSystem:
+    """N linear experts and exact coded models: own and decoded answers are the same, and nobody else's.
+
+    Expert i answers x·w_i to inputs ``[B, 2]`` with random weights ``[2, 3]``; coded model r answers Σ_i β_ri x·w_i.
+    """
+
+    def __init__(self, matrix: list[list[float]], seed: int = 0) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.code = Code(matrix)
+        self.weights = torch.randn(self.code.num_experts, 2, OUTPUTS, generator=draw, dtype=torch.float64)
+        self.coded = self.code.encode(self.weights)
+        self.decodings = Decodings(self.code)
+        self.expects = ReplyFormat(OUTPUTS)
+
+    def truth(self, expert: int, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs @ self.weights[expert]
+
+    def reply(self, server: int, inputs: torch.Tensor) -> Reply:
+        count = self.code.num_experts
+        return Reply(inputs @ (self.weights[server] if server < count else self.coded[server - count]))
+
+
+@pytest.fixture(scope="session")
+def linear_system() -> type[LinearSystem]:
+    """Return the class `LinearSystem`."""
+    return LinearSystem

@@ -1,0 +1,431 @@
+"""The front end in plain situations: one thing goes wrong at a time."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import torch
+
+from coin.coding import Answers, decode_linear, make_decoder
+from coin.errors import ConfigurationError, DeadlineError, DecodingError, LostError, OverloadedError, ServingError
+from coin.serving.decodings import Decodings
+from coin.serving.front_end import FrontEnd
+from coin.serving.layout import Layout, spread_copies
+from coin.serving.limits import Limits
+from coin.serving.policies import make_policy
+from coin.serving.replies import Reply, ReplyFormat
+
+MATRIX = [[0.5, 0.3, 0.2]]
+X = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+Behaviour = Callable[[torch.Tensor, Reply], Awaitable[Any]]
+
+
+def after(seconds: float) -> Behaviour:
+    async def answer(inputs: torch.Tensor, reply: Reply) -> Reply:
+        await asyncio.sleep(seconds)
+        return reply
+
+    return answer
+
+
+async def raises(inputs: torch.Tensor, reply: Reply) -> Reply:
+    raise RuntimeError("out of memory")
+
+
+async def hangs(inputs: torch.Tensor, reply: Reply) -> Reply:
+    while True:  # not even cancelling helps
+        try:
+            await asyncio.sleep(1e6)
+        except asyncio.CancelledError:
+            if asyncio.get_running_loop().time() > 1e5:
+                raise
+
+
+async def gives_up(inputs: torch.Tensor, reply: Reply) -> Reply:
+    raise asyncio.CancelledError
+
+
+async def nan(inputs: torch.Tensor, reply: Reply) -> Reply:
+    return Reply(reply.logits * torch.nan)
+
+
+async def narrow(inputs: torch.Tensor, reply: Reply) -> Reply:
+    return Reply(reply.logits[:, :2])
+
+
+async def short(inputs: torch.Tensor, reply: Reply) -> Reply:
+    return Reply(reply.logits[:0])
+
+
+async def nothing(inputs: torch.Tensor, reply: Reply) -> Reply | None:
+    return None
+
+
+async def integers(inputs: torch.Tensor, reply: Reply) -> Reply:
+    return Reply(reply.logits.long())
+
+
+async def no_tensor(inputs: torch.Tensor, reply: Reply) -> Reply:
+    return Reply(None)  # type: ignore[arg-type]
+
+
+GARBAGE = [raises, hangs, gives_up, nan, narrow, short, nothing, integers, no_tensor]
+
+
+class World:
+    """A linear system behind a front end, with one behaviour a server, and a count of what each was asked."""
+
+    def __init__(self, system: Any, behaviours: list[Behaviour], policy: str, quantile: float, limits: Limits) -> None:
+        self.system = system
+        self.asked = [0] * len(behaviours)
+        self.batches: list[int] = []
+        coded = policy.startswith("coded")
+        layout = system.decodings.layout() if coded else spread_copies(system.code.num_experts, len(MATRIX))
+
+        def server(index: int) -> Callable[[torch.Tensor], Awaitable[Reply]]:
+            host = index if coded or index < 3 else layout.copies[index - 3]
+
+            async def ask(inputs: torch.Tensor) -> Reply:
+                self.asked[index] += 1
+                self.batches.append(len(inputs))
+                return await behaviours[index](inputs, system.reply(host, inputs))
+
+            return ask
+
+        self.front = FrontEnd(
+            [server(index) for index in range(len(behaviours))],
+            layout,
+            make_policy(policy, quantile),
+            system.expects,
+            system.decodings if coded else None,
+            limits,
+            names=["a", "b", "c", "extra"],
+        )
+
+
+@pytest.fixture
+def world(linear_system: Any) -> Callable[..., World]:
+    def make(behaviours: list[Behaviour], policy: str = "coded_hedged", quantile: float = 0.95, **limits: Any) -> World:
+        return World(linear_system(MATRIX), behaviours, policy, quantile, Limits(**{"initial_lateness": 0.5, **limits}))
+
+    return make
+
+
+def exact(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return torch.allclose(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("policy", ["uncoded", "replicated", "coded_proactive", "coded_hedged"])
+def test_own_answer_in_time(world: Any, virtually: Any, policy: str) -> None:
+    it = world([after(0.1), after(0.2), after(0.3), after(0.05)], policy)
+
+    async def main() -> None:
+        async with it.front as front:
+            for expert, name in ((1, "b"), (2, "c")):
+                answer = await front.ask(X, expert)
+                assert exact(answer.logits, it.system.truth(expert, X))
+                assert (answer.decoded, answer.answered_by) == (False, (name,))
+                assert answer.seconds == pytest.approx([0.0, 0.2, 0.3][expert])
+                await asyncio.sleep(1.0)  # the others may still be busy with it
+
+    virtually(main())
+    assert it.asked == {"coded_proactive": [2, 2, 2, 2]}.get(policy, [0, 1, 1, 0])
+
+
+def test_replica_answers_first_and_without_load_the_expert_itself(world: Any, virtually: Any) -> None:
+    async def main(it: World) -> tuple[str, ...]:
+        async with it.front as front:
+            return (await front.ask(X, 0)).answered_by
+
+    servers = [after(0.2), after(0.2), after(0.2), after(0.1)]
+    assert virtually(main(world(servers, "replicated"))) == ("extra",)
+    assert virtually(main(world(servers, "uncoded"))) == ("a",)
+
+
+def test_late_expert_is_decoded_and_others_are_asked_only_then(world: Any, virtually: Any) -> None:
+    it = world([after(9.0), after(0.1), after(0.2), after(0.3)])
+
+    async def main() -> None:
+        async with it.front as front:
+            answer = await front.ask(X, 0)
+            assert exact(answer.logits, it.system.truth(0, X))
+            assert answer.decoded
+            assert answer.answered_by == ("b", "c", "extra")
+            assert answer.seconds == pytest.approx(0.5 + 0.3)
+
+    virtually(main())
+    assert it.front.counts == {"answered": 1, "decoded": 1}
+
+
+def test_proactive_decodes_at_once_when_late_and_own_answer_wins_before(world: Any, virtually: Any) -> None:
+    async def main(it: World) -> Any:
+        async with it.front as front:
+            return await front.ask(X, 0)
+
+    late = virtually(main(world([after(9.0), after(0.1), after(0.2), after(0.3)], "coded_proactive")))
+    assert (late.decoded, late.seconds) == (True, pytest.approx(0.5))
+    own = virtually(main(world([after(0.4), after(0.1), after(0.2), after(0.3)], "coded_proactive")))
+    assert (own.decoded, own.seconds) == (False, pytest.approx(0.4))
+    hasty = virtually(main(world([after(0.4), after(0.1), after(0.2), after(0.3)], "coded_proactive", quantile=0.0)))
+    assert (hasty.decoded, hasty.seconds) == (True, pytest.approx(0.3))
+
+
+@pytest.mark.parametrize("behaviour", GARBAGE, ids=lambda behaviour: behaviour.__name__)
+def test_garbage_is_lost_and_decoded(world: Any, virtually: Any, behaviour: Behaviour) -> None:
+    it = world([behaviour, after(0.1), after(0.1), after(0.1)], timeout=0.3)
+
+    async def main() -> None:
+        async with it.front as front:
+            answer = await front.ask(X, 0)
+            assert answer.decoded
+            assert exact(answer.logits, it.system.truth(0, X))
+            assert answer.seconds == pytest.approx(0.3 + 0.1 if behaviour is hangs else 0.1)
+            assert front.queues[0].last_error
+
+    virtually(main())
+
+
+@pytest.mark.parametrize("policy", ["uncoded", "replicated", "coded_proactive", "coded_hedged"])
+def test_more_losses_than_the_code_makes_up_for(world: Any, virtually: Any, policy: str) -> None:
+    it = world([raises, nan, after(0.1), after(0.1) if policy.startswith("coded") else raises], policy)
+
+    async def main() -> None:
+        async with it.front as front:
+            with pytest.raises(LostError, match=r"lost a, .* more than"):
+                await front.ask(X, 0)
+            assert (await front.ask(X, 2)).answered_by == ("c",)
+
+    virtually(main())
+    assert it.front.counts["lost"] == 1
+
+
+def test_everybody_is_asked_for_all_experts(world: Any, virtually: Any) -> None:
+    it = world([after(0.1), after(7.0), after(0.2), after(0.1)])
+
+    async def main() -> None:
+        async with it.front as front:
+            answers = await front.ask_all(X)
+            assert [answer.decoded for answer in answers] == [False, True, False]
+            for expert, answer in enumerate(answers):
+                assert answer.expert == expert
+                assert exact(answer.logits, it.system.truth(expert, X))
+
+    virtually(main())
+    assert it.asked == [1, 1, 1, 1]
+
+
+def test_deadline(world: Any, virtually: Any) -> None:
+    it = world([hangs, hangs, after(0.1), after(0.1)], deadline=2.0)
+
+    async def main() -> None:
+        async with it.front as front:
+            began = asyncio.get_running_loop().time()
+            with pytest.raises(DeadlineError, match=r"no answer in 2 s, still waiting for a, b;"):
+                await front.ask(X, 0)
+            assert asyncio.get_running_loop().time() - began == pytest.approx(2.0)
+
+    virtually(main())
+
+
+def test_server_is_left_alone_while_it_is_down_and_tried_again(world: Any, virtually: Any) -> None:
+    healthy = False
+
+    async def recovers(inputs: torch.Tensor, reply: Reply) -> Reply:
+        if not healthy:
+            raise RuntimeError
+        return reply
+
+    it = world([recovers, after(0.1), after(0.1), after(0.1)], failures=2, cooldown=5.0)
+
+    async def main() -> None:
+        nonlocal healthy
+        async with it.front as front:
+            for _ in range(4):
+                assert (await front.ask(X, 0)).decoded
+            assert it.asked[0] == 2
+            assert front.queues[0].breaker.is_down
+            healthy = True
+            assert (await front.ask(X, 0)).decoded
+            await asyncio.sleep(5.0)
+            assert not (await front.ask(X, 0)).decoded
+            assert not front.queues[0].breaker.is_down
+
+    virtually(main())
+
+
+def test_server_that_is_down_is_asked_where_nobody_else_can_answer(world: Any, virtually: Any) -> None:
+    it = world([raises, after(0.1), after(0.1), raises], failures=1, cooldown=100.0)
+
+    async def main() -> None:
+        async with it.front as front:
+            for _ in range(3):
+                with pytest.raises(LostError):
+                    await front.ask(X, 0)
+
+    virtually(main())
+    assert it.asked[0] == 3
+
+
+def test_queries_wait_in_a_bounded_queue_and_beyond_it_are_decoded(world: Any, virtually: Any) -> None:
+    it = world([after(1.0), after(0.1), after(0.1), after(0.1)], queue=1, batch=1, deadline=30.0, initial_lateness=20.0)
+
+    async def main() -> None:
+        async with it.front as front:
+            first = asyncio.create_task(front.ask(X, 0))
+            await asyncio.sleep(0.01)  # at the server
+            second = asyncio.create_task(front.ask(X, 0))
+            await asyncio.sleep(0.01)  # in the queue
+            third = await front.ask(X, 0)
+            assert third.decoded
+            assert third.seconds == pytest.approx(0.1)
+            assert not (await first).decoded
+            assert not (await second).decoded
+
+    virtually(main())
+
+
+def test_too_many_queries_are_refused(world: Any, virtually: Any) -> None:
+    it = world([after(1.0)] * 4, queries=2)
+
+    async def main() -> None:
+        async with it.front as front:
+            tasks = [asyncio.create_task(front.ask(X, 0)) for _ in range(3)]
+            done = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [type(each) for each in done].count(OverloadedError) == 1
+            assert front.counts["overloaded"] == 1
+
+    virtually(main())
+
+
+def test_requests_are_batched_up_to_the_limit_and_told_apart(world: Any, virtually: Any) -> None:
+    it = world([after(1.0)] * 4, batch=4, initial_lateness=9.0)
+    queries = [torch.full((1 + k % 2, 2), float(k), dtype=torch.float64) for k in range(9)]
+
+    async def main() -> None:
+        async with it.front as front:
+            answers = await asyncio.gather(*(front.ask(x, 1) for x in queries))
+            for x, answer in zip(queries, answers, strict=True):
+                assert exact(answer.logits, it.system.truth(1, x))
+
+    virtually(main())
+    assert max(it.batches) == 4
+    assert sum(it.batches) == sum(len(x) for x in queries)
+
+
+def test_one_bad_row_loses_only_its_own_query(world: Any, virtually: Any) -> None:
+    async def spoils_twos(inputs: torch.Tensor, reply: Reply) -> Reply:
+        await asyncio.sleep(0.1)
+        return Reply(torch.where(inputs[:, :1] == 2.0, torch.nan, reply.logits))
+
+    it = world([spoils_twos, after(0.1), after(0.1), after(0.1)], initial_lateness=9.0)
+
+    async def main() -> None:
+        async with it.front as front:
+            queries = [torch.full((1, 2), value, dtype=torch.float64) for value in (0.0, 1.0, 2.0, 3.0)]
+            answers = await asyncio.gather(*(front.ask(x, 0) for x in queries))
+            assert [answer.decoded for answer in answers] == [False, False, True, False]
+
+    virtually(main())
+
+
+def test_cancelled_query_leaves_nothing_behind(world: Any, virtually: Any) -> None:
+    it = world([after(1.0)] * 4, batch=1)
+
+    async def main() -> None:
+        async with it.front as front:
+            tasks = [asyncio.create_task(front.ask(X, 0)) for _ in range(5)]
+            await asyncio.sleep(0.01)
+            for task in tasks[1:]:
+                task.cancel()
+            await asyncio.sleep(0.0)
+            assert len(front.queues[0]) == 1
+            assert exact((await tasks[0]).logits, it.system.truth(0, X))
+            for task in tasks[1:]:
+                assert task.cancelled()
+            await asyncio.sleep(5.0)
+            assert front.counts["cancelled"] == 4
+
+    virtually(main())
+    assert it.asked[0] == 1
+
+
+def test_stopping_fails_queries_at_once_and_refuses_new_ones(world: Any, virtually: Any) -> None:
+    it = world([hangs] * 4)
+
+    async def main() -> None:
+        it.front.start()
+        task = asyncio.create_task(it.front.ask(X, 0))
+        await asyncio.sleep(0.1)
+        await it.front.stop()
+        with pytest.raises(ServingError, match="stopping"):
+            await task
+        with pytest.raises(ServingError, match="not running"):
+            await it.front.ask(X, 0)
+
+    virtually(main())
+
+
+def test_mistakes(world: Any, virtually: Any, linear_system: Any) -> None:
+    it = world([after(1.0)] * 4)
+
+    async def main() -> None:
+        async with it.front as front:
+            with pytest.raises(ConfigurationError, match="expert 3, expected one from 0 to 2"):
+                await front.ask(X, 3)
+
+    virtually(main())
+    system = linear_system(MATRIX)
+    policy, layout = make_policy("uncoded"), system.decodings.layout()
+    with pytest.raises(ConfigurationError, match="found 0 servers"):
+        FrontEnd([], layout, policy, system.expects)
+    with pytest.raises(ConfigurationError, match="decodings"):
+        FrontEnd([after(1.0)] * 4, layout, policy, system.expects)  # type: ignore[list-item]
+    with pytest.raises(ConfigurationError, match="deadline=0"):
+        Limits(deadline=0)
+    with pytest.raises(ConfigurationError, match="coded_proactive"):
+        make_policy("coded")
+    with pytest.raises(ConfigurationError, match=r"quantile=1\.0"):
+        make_policy("coded_hedged", 1.0)
+    with pytest.raises(ConfigurationError, match="copy of expert 3"):
+        Layout(3, copies=(3,))
+
+
+def test_fitted_decoder_is_used_where_it_fits_and_the_code_otherwise(linear_system: Any) -> None:
+    system = linear_system([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]])
+    draw = torch.Generator().manual_seed(1)
+    inputs = torch.randn(40, 2, generator=draw, dtype=torch.float64)
+    replies = [system.reply(server, inputs) for server in range(5)]
+    features = [reply.logits.repeat(1, 2) for reply in replies]
+    answers = Answers(
+        torch.stack([reply.logits for reply in replies[:3]]),
+        torch.stack([reply.logits for reply in replies[3:]]) + 0.5,  # a bias that a fit sees and the code does not
+        features[:3],
+        features[3:],
+    )
+    fitted = [make_decoder(kind, system.code, erased).fit(answers) for kind, erased in (("feature_ridge", [1]),)]
+    decodings = Decodings(system.code, fitted)
+    biased = {
+        server: Reply(reply.logits + (0.5 if server > 2 else 0.0), features[server])
+        for server, reply in enumerate(replies)
+    }
+
+    def decode(*lost: int) -> dict[int, torch.Tensor]:
+        arrived = {server: reply for server, reply in biased.items() if server not in lost}
+        decoded, used = decodings.decode(arrived)
+        assert used == tuple(arrived)
+        return decoded
+
+    assert torch.allclose(decode(1)[1], replies[1].logits, atol=1e-4)
+    assert not torch.allclose(decode(1, 4)[1], replies[1].logits, atol=1e-1)  # one coded model: the code's equation
+    both = decode(0, 1)
+    assert set(both) == {0, 1}
+    assert torch.allclose(both[0], decode_linear(system.code.matrix, answers.coded, answers.experts[2:], (0, 1))[0])
+    with pytest.raises(DecodingError, match="coded model"):
+        decode(0, 3, 4)
+    with pytest.raises(DecodingError, match="linearly dependent"):
+        decode(0, 3)  # expert 0 is not in the second row
+    huge = {server: Reply(reply.logits * 1e308 * 10) for server, reply in enumerate(replies) if server != 0}
+    with pytest.raises(DecodingError, match="not finite"):
+        decodings.decode(huge)
+    assert ReplyFormat(3, 6).check(biased[0], 40) is None

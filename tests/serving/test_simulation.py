@@ -1,0 +1,214 @@
+"""The simulation against queueing theory, against an exact recursion, and against what must be so."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from coin.errors import ConfigurationError
+from coin.serving.grid import simulate_all
+from coin.serving.layout import Layout, spread_copies
+from coin.serving.policies import PolicyKind, make_policy
+from coin.serving.scenario import (
+    Failures,
+    Scenario,
+    Service,
+    ServiceKind,
+    Slowdown,
+    poisson_arrivals,
+    uniform_samples,
+)
+from coin.serving.simulation import Case, Outcome, Want, simulate
+
+CODED = Layout(3, 1, solvable=frozenset({(1, 1), (1, 2), (1, 4)}))
+MS = 1e-3
+EXPONENTIAL = Service(ServiceKind.exponential, 10 * MS)
+NEVER_SLOW, NEVER_DOWN = Slowdown(), Failures()
+
+
+def case(
+    kind: str = "uncoded",
+    layout: Layout | None = None,
+    load: float = 0.5,
+    service: Service = EXPONENTIAL,
+    slowdown: Slowdown = NEVER_SLOW,
+    failures: Failures = NEVER_DOWN,
+    quantile: float = 0.9,
+    **options: Any,
+) -> Case:
+    policy = make_policy(kind, quantile)
+    layout = layout or (CODED if policy.coded else spread_copies(3, 1))
+    scenario = Scenario(uniform_samples(10 * MS, layout.num_servers), service, slowdown, failures)
+    return Case(layout, policy, scenario, load, **{"queries": 4000, **options})
+
+
+def mean_and_error(latencies: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean and its standard error from the means of 40 batches, which hardly depend on one another."""
+    batches = np.array([each.mean() for each in np.array_split(latencies, 40)])
+    return float(batches.mean()), float(batches.std(ddof=1) / np.sqrt(len(batches)))
+
+
+@pytest.mark.parametrize("load", [0.3, 0.7])
+@pytest.mark.parametrize("kind", [ServiceKind.exponential, ServiceKind.deterministic])
+def test_mean_wait_is_that_of_theory(kind: ServiceKind, load: float) -> None:
+    """M/M/1: W = ρ/(1 − ρ)·E[S]; M/D/1 half of it (Pollaczek and Khinchine). 99.7 % intervals, fixed seeds."""
+    outcome = simulate(
+        case(layout=Layout(1), load=load, service=Service(kind, 10 * MS), queries=40_000, queue=10**6, deadline=1e9)
+    )
+    wait = load / (1 - load) * 10 * MS * (1 if kind is ServiceKind.exponential else 0.5)
+    mean, error = mean_and_error(outcome.latencies)
+    assert abs(mean - 10 * MS - wait) < 3 * error
+    assert 3 * error < 0.25 * wait  # an interval that says something
+    assert outcome.utilisation == pytest.approx(load, abs=0.01)
+
+
+def test_shifted_exponential_service_waits_as_pollaczek_and_khinchine_say() -> None:
+    service = Service(ServiceKind.deterministic, 10 * MS, tail=0.5)
+    outcome = simulate(case(layout=Layout(1), load=0.6, service=service, queries=40_000, queue=10**6, deadline=1e9))
+    mean_service, variance = 15 * MS, (5 * MS) ** 2
+    wait = 0.6 / 0.4 * (mean_service**2 + variance) / (2 * mean_service)
+    mean, error = mean_and_error(outcome.latencies)
+    assert abs(mean - mean_service - wait) < 3 * error
+
+
+def test_latencies_are_those_of_lindleys_recursion() -> None:
+    """One server, first come first served: W_{k+1} = max(0, W_k + S_k − A_{k+1}), query by query."""
+    it = case(layout=Layout(1), load=0.8, queries=3000, queue=10**6, deadline=1e9)
+    arrivals = poisson_arrivals(it.rate, it.queries, it.seed)
+    services = it.scenario.service_times(0, it.seed)
+    free, expected = 0.0, []
+    for arrival in arrivals:
+        free = max(free, arrival) + next(services)
+        expected.append(free - arrival)
+    np.testing.assert_allclose(simulate(it).latencies, expected[150:], rtol=1e-9)
+
+
+def test_replicated_server_takes_the_faster_of_two() -> None:
+    """One expert, one copy, next to no load: the smaller of two exponential times has half the mean."""
+    outcome = simulate(case("replicated", spread_copies(1, 1), load=0.01, queries=10_000))
+    mean, error = mean_and_error(outcome.latencies)
+    assert abs(mean - 5 * MS) < 3 * error + 0.02 * 5 * MS
+    assert outcome.forwards == pytest.approx(2.0, abs=0.02)
+
+
+def test_decoding_at_once_is_an_order_statistic() -> None:
+    """All of three experts from any three of four servers, next to no load: the third of four exponential times."""
+    outcome = simulate(case("coded_proactive", load=0.001, quantile=0.0, want=Want.all, queries=20_000))
+    mean, error = mean_and_error(outcome.latencies)
+    expected = 10 * MS * (1 / 4 + 1 / 3 + 1 / 2)
+    assert abs(mean - expected) < 3 * error + 0.01 * expected
+    # Each of the four is the last with probability 1/4; the coded model's being last costs no decoding.
+    assert sum(outcome.decoded.values()) / outcome.answers == pytest.approx(1 / 4, abs=0.01)
+    assert set(outcome.decoded) == {1}
+
+
+@pytest.mark.parametrize("kind", ["coded_proactive", "coded_hedged"])
+@pytest.mark.parametrize("quantile", [0.6, 0.9])
+def test_share_that_is_late_is_what_the_quantile_says(kind: str, quantile: float) -> None:
+    outcome = simulate(case(kind, load=0.001, quantile=quantile, queries=10_000))
+    late = outcome.forwards - 1 if kind == "coded_hedged" else None
+    decoded = sum(outcome.decoded.values()) / outcome.answers
+    assert 0 < decoded <= 1 - quantile + 0.02
+    if late is not None:
+        assert late / 3 == pytest.approx(1 - quantile, abs=0.02)  # a late query asks three more servers
+
+
+def test_decoding_time_delays_decoded_answers_alone() -> None:
+    plain, slow = (
+        simulate(case("coded_proactive", load=0.2, quantile=0.0, decoding=seconds)) for seconds in (0.0, 1.0)
+    )
+    added = slow.latencies - plain.latencies
+    assert np.isclose(added, 0.0).mean() == pytest.approx(1 - sum(plain.decoded.values()) / plain.answers)
+    assert np.isclose(added, 1.0).sum() == sum(plain.decoded.values())
+
+
+def test_policies_see_the_same_queries_and_phases() -> None:
+    slow = Slowdown(0.1, 5.0, 50.0)
+    layout = Layout(3)
+    alone = simulate(case("uncoded", layout, slowdown=slow)).latencies
+    np.testing.assert_array_equal(alone, simulate(case("replicated", layout, slowdown=slow)).latencies)
+
+
+@pytest.mark.parametrize("want", list(Want))
+def test_hedging_cuts_the_tail_of_stragglers_and_costs_little(want: Want) -> None:
+    # Uniform service and rare slow phases, so that what is late is late because of them.
+    options = {"service": Service(ServiceKind.deterministic, 10 * MS), "slowdown": Slowdown(0.02, 20.0, 50.0)}
+    outcomes = {
+        kind: simulate(case(kind, load=0.2, want=want, queries=6000, quantile=0.9, **options)) for kind in PolicyKind
+    }
+    tails = {kind: np.quantile(outcome.latencies, 0.99, method="higher") for kind, outcome in outcomes.items()}
+    assert tails[PolicyKind.coded_hedged] < 0.5 * tails[PolicyKind.uncoded]
+    assert tails[PolicyKind.coded_hedged] < 0.5 * tails[PolicyKind.replicated]  # copies help one expert of three
+    needed = 3 if want is Want.all else 1
+    assert needed < outcomes[PolicyKind.coded_hedged].forwards < needed + 0.4
+    assert outcomes[PolicyKind.uncoded].forwards == needed
+    assert not outcomes[PolicyKind.uncoded].decoded
+
+
+def test_failures_lose_what_is_uncoded_and_little_of_what_is_coded() -> None:
+    failures = Failures(share=0.05, length=50.0, detection=2.0)
+    options = {"load": 0.2, "failures": failures, "queries": 10_000}
+    lost = {kind: simulate(case(kind, **options)) for kind in PolicyKind}
+    shares = {kind: outcome.failed / outcome.answers for kind, outcome in lost.items()}
+    assert 0.02 < shares[PolicyKind.uncoded] < 0.05
+    # A copy saves its own expert's queries either way: asked at once, or after the loss.
+    assert shares[PolicyKind.replicated] == pytest.approx(shares[PolicyKind.uncoded], rel=0.1)
+    for kind in (PolicyKind.coded_proactive, PolicyKind.coded_hedged):
+        assert shares[kind] < 0.4 * shares[PolicyKind.uncoded]
+    for kind, outcome in lost.items():
+        assert np.isinf(outcome.latencies).sum() == outcome.failed, kind
+
+
+def test_overload_fails_queries_instead_of_waiting_for_ever() -> None:
+    outcome = simulate(case("coded_proactive", load=0.9, queries=5000, deadline=200.0))
+    assert outcome.failed > 0
+    assert outcome.latencies[np.isfinite(outcome.latencies)].max() <= 200 * 10 * MS + 1e-9
+    assert outcome.utilisation > 0.9
+
+
+def test_measured_times_are_drawn_from_the_samples() -> None:
+    samples = (np.array([1.0, 2.0]), np.array([3.0]))
+    scenario = Scenario(samples, Service(tail=0.0))
+    times = scenario.service_times(0, seed=3)
+    drawn = [next(times) for _ in range(500)]
+    assert set(drawn) == {1.0, 2.0}
+    assert scenario.unit == pytest.approx(2.25)
+
+
+def test_phases_take_their_share_of_the_time() -> None:
+    scenario = Scenario(uniform_samples(0.01, 1), slowdown=Slowdown(0.2, 5.0, 10.0))
+    turns = scenario.slow_phases(0, seed=1)
+    times = np.array([next(turns) for _ in range(20_001)])
+    on = np.diff(times)[::2]
+    assert on.mean() == pytest.approx(0.1, rel=0.05)
+    assert on.sum() / (times[-1] - times[0]) == pytest.approx(0.2, rel=0.05)
+
+
+def test_outcomes_depend_neither_on_processes_nor_on_what_ran_before() -> None:
+    cases = [case("coded_hedged", queries=400, seed=seed) for seed in (0, 1)]
+    one, two, again = simulate_all(cases, jobs=1), simulate_all(cases, jobs=2), simulate_all(cases[::-1], jobs=1)
+    for a, b, c in zip(one, two, again[::-1], strict=True):
+        np.testing.assert_array_equal(a.latencies, b.latencies)
+        np.testing.assert_array_equal(a.latencies, c.latencies)
+    assert not np.array_equal(one[0].latencies, one[1].latencies)
+
+
+def test_mistakes() -> None:
+    for wrong in ({"load": 1.0}, {"load": 0.0}, {"queries": 3}):
+        with pytest.raises(ConfigurationError, match=str(next(iter(wrong.values())))):
+            case(**wrong)
+    with pytest.raises(ConfigurationError, match="service times of 2 servers, expected positive ones of 4"):
+        replace(case(), scenario=Scenario(uniform_samples(1.0, 2)))
+    with pytest.raises(ConfigurationError, match=r"slowdown share=1\.0"):
+        Slowdown(1.0)
+    with pytest.raises(ConfigurationError, match=r"failures share=-1"):
+        Failures(-1)
+    with pytest.raises(ConfigurationError, match="measured times"):
+        Service(seconds=1.0)
+    with pytest.raises(ConfigurationError, match="tail"):
+        Service(tail=-1.0)
+    with pytest.raises(ConfigurationError, match="jobs=0"):
+        simulate_all([case()], jobs=0)
+    assert isinstance(simulate(case()), Outcome)

@@ -1,0 +1,87 @@
+"""Quantiles with intervals, the quantile that is followed, and the breaker."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+
+from coin.errors import ConfigurationError
+from coin.serving.breaker import Breaker
+from coin.serving.lateness import Lateness
+from coin.serving.tails import tail_intervals
+
+
+def test_quantiles_are_numpys() -> None:
+    draw = np.random.default_rng(0)
+    series = [draw.exponential(size=997), draw.exponential(size=503)]
+    levels = [0.5, 0.99, 0.999]
+    for interval, level in zip(tail_intervals(series, levels), levels, strict=True):
+        assert interval.value == np.quantile(np.concatenate(series), level, method="inverted_cdf")
+        assert interval.low <= interval.value <= interval.high
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    draw = np.random.default_rng(1)
+    truth = math.log(10)  # the 0.9 quantile of the exponential distribution
+    intervals = [tail_intervals([draw.exponential(size=1000)], [0.9], seed)[0] for seed in range(100)]
+    covered = sum(each.low <= truth <= each.high for each in intervals)
+    assert 85 <= covered <= 100
+
+
+def test_dependent_values_get_wider_intervals() -> None:
+    draw = np.random.default_rng(2)
+    slow = np.repeat(draw.exponential(size=50), 40)
+    (wide,), (narrow,) = tail_intervals([slow], [0.5]), tail_intervals([draw.permutation(slow)], [0.5])
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+def test_failures_are_infinite_and_never_interpolated() -> None:
+    values = np.concatenate([np.ones(990), np.full(10, np.inf)])
+    np.random.default_rng(3).shuffle(values)
+    median, tail = tail_intervals([values], [0.5, 0.995])
+    assert (median.value, median.low, median.high) == (1.0, 1.0, 1.0)
+    assert tail.value == math.inf
+    with pytest.raises(ConfigurationError, match="more queries"):
+        tail_intervals([values[:10]], [0.5])
+
+
+@pytest.mark.parametrize("initial", [1e-4, 1.0, 1e3])
+@pytest.mark.parametrize("quantile", [0.5, 0.95])
+def test_lateness_follows_the_quantile_from_anywhere_and_through_a_change(quantile: float, initial: float) -> None:
+    lateness = Lateness(quantile, initial)
+    draw = random.Random(0)
+    for scale in (1.0, 3.0):
+        late = []
+        for _ in range(30_000):
+            late.append(draw.expovariate(1 / scale) > lateness.seconds)
+            lateness.observe(late[-1])
+        assert sum(late[-10_000:]) / 10_000 == pytest.approx(1 - quantile, abs=0.01)
+        assert lateness.seconds == pytest.approx(-scale * math.log(1 - quantile), rel=0.2)
+
+
+def test_lateness_has_limits() -> None:
+    impatient = Lateness(0.0, 1.0)
+    impatient.observe(True)
+    assert impatient.seconds == 0.0
+    bounded = Lateness(0.9, 5.0, longest=2.0)
+    for _ in range(50):
+        bounded.observe(True)
+    assert bounded.seconds == 2.0
+    for wrong in ({"quantile": 1.0, "initial": 1.0}, {"quantile": 0.5, "initial": 0.0}):
+        with pytest.raises(ConfigurationError):
+            Lateness(**wrong)
+
+
+def test_breaker_lets_one_query_through_after_each_cooldown() -> None:
+    breaker = Breaker(failures=2, cooldown=1.0)
+    breaker.fail(0.0)
+    assert not breaker.refuses(0.1)
+    breaker.fail(0.2)
+    assert breaker.is_down
+    assert [breaker.refuses(now) for now in (0.3, 1.1, 1.2, 1.3, 2.1, 2.2)] == [True, True, False, True, True, False]
+    breaker.succeed()
+    assert not breaker.is_down
+    assert not breaker.refuses(2.3)
+    with pytest.raises(ConfigurationError, match="failures=0"):
+        Breaker(failures=0)
