@@ -65,7 +65,13 @@ def check_stored(stored: Tensor, image_size: int) -> None:
     if is_tokens(stored):
         if stored.shape[1] != image_size:
             raise DataError(f"texts have {stored.shape[1]} tokens; expected {image_size}, the network's image_size")
-    elif stored.dtype != torch.uint8 or stored.ndim != 4 or stored.shape[1] not in (1, 3):
+    else:
+        check_images(stored)
+
+
+def check_images(stored: Tensor) -> None:
+    """Raise a `DataError` unless these are images, uint8 [B, 1 or 3, H, W]."""
+    if stored.dtype != torch.uint8 or stored.ndim != 4 or stored.shape[1] not in (1, 3):
         raise DataError(
             f"images are {stored.dtype} of shape {list(stored.shape)}; expected torch.uint8 [B, 1 or 3, H, W]"
         )

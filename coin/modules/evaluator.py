@@ -125,12 +125,12 @@ class DecodingEvaluator(LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of."""
-        inputs, labels = batch
-        answers = self(inputs)
+        answers = self(batch[0])
         with torch.autocast(self.device.type, enabled=False):
-            self._decode(answers, labels, dataloader_idx)
+            self._decode(answers, batch, batch_idx, dataloader_idx)
 
-    def _decode(self, answers: Answers, labels: Tensor, dataloader_idx: int) -> None:
+    def _decode(self, answers: Answers, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int) -> None:
+        inputs, labels = batch
         for (index, task), residual in self.residuals.items():
             variant = self.variants[index]
             if task == dataloader_idx and variant.code is not None:
