@@ -133,9 +133,10 @@ def _code(source: Source) -> str:
     """Return the code in words; nothing where the results do not say."""
     configuration = source.document["configuration"]
     code, choice = _lookup(configuration, "code"), _lookup(configuration, "code_choice")
-    if not code:
+    if not isinstance(code, list) or not code:
         return ""
-    text = json.dumps(code)
+    rows = ", ".join(f"[{', '.join(f'{weight:.3g}' for weight in row)}]" for row in code)
+    text = f"[{rows}]"
     return text if choice is None else f"{text}, chosen from the calibration data of {source.seeds[0].name}"
 
 
