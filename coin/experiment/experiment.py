@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 from rich.console import Console
@@ -17,12 +17,14 @@ from coin.experiment.codes import read_code
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.experiment.jobs import FileKind, by_stem, common_tags, job, resolved, run_config
 from coin.experiment.launch import ExpertJob, Launch, train_side_by_side
+from coin.experiment.locks import alone_in, handed_on
 from coin.experiment.merge import coded_paths
 from coin.experiment.seed_run import SeedRun, expert_options
 from coin.experiment.steps import Steps, step_key
 from coin.experiment.training import join_processes, train_network
 from coin.merging import MergeMethod
 from coin.modules import Distillation
+from coin.names import is_folder_name
 from coin.networks import NetworkConfig, build_network, has_batchnorm, initial_network, save_network
 from coin.processes import from_first, is_first, process_count
 from coin.reporting.report import write_report
@@ -77,14 +79,15 @@ class Experiment:
         trainer: dict[str, Any] | None = None,
         wandb: WandbConfig = WandbConfig(),  # noqa: B008 (frozen)
     ) -> None:
-        if not name or Path(name).name != name or name.startswith("."):
-            raise ConfigurationError(f"found name '{name}', expected a plain folder name without slashes")
+        if not is_folder_name(name):
+            raise ConfigurationError(f"found name {name!r}, expected a plain folder name without slashes")
         if len(tasks) < 2:
             raise ConfigurationError(f"found {len(tasks)} task(s), expected at least two to code over")
         for task in tasks:
-            if not task or any(mark in task for mark in "+/|\\") or task in ("mean", "none"):
+            if not is_folder_name(task) or any(mark in task for mark in "+|") or task in ("mean", "none"):
                 raise ConfigurationError(
-                    f"found task name '{task}', expected one without + / | \\ and not 'mean' or 'none'"
+                    f"found task name {task!r}, expected one without + / | \\, no dot at its start, and not 'mean' or "
+                    "'none'"
                 )
         self.seeds = [0] if seeds is None else seeds
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
@@ -141,15 +144,17 @@ class Experiment:
         Raises:
             CoinError: A step cannot be done.
         """
-        console, seeds = self._begin(console)
-        for run in seeds:
-            if dump is not None and is_first():
-                write_text(run.folder / "config.yaml", dump(run.seed))
-        if launch is not None and launch.side_by_side:
-            self._train_side_by_side(seeds, launch, console)
-        for run in seeds:
-            run.run()
-        return from_first(self._summarise)
+        console = self._begin(console)
+        with alone_in(self.folder) as lock:
+            seeds = self._seed_runs(console)
+            for run in seeds:
+                if dump is not None and is_first():
+                    write_text(run.folder / "config.yaml", dump(run.seed))
+            if launch is not None and launch.side_by_side:
+                self._train_side_by_side(seeds, launch, lock, console)
+            for run in seeds:
+                run.run()
+            return from_first(self._summarise)
 
     def make_experts(self, task: str, console: Console | None = None) -> None:
         """Make one task's expert for every seed, and the shared initialisation; nothing else.
@@ -159,11 +164,11 @@ class Experiment:
         """
         if task not in self.tasks:
             raise ConfigurationError(f"found no task '{task}', expected one of {', '.join(self.tasks)}")
-        for run in self._begin(console)[1]:
+        for run in self._seed_runs(self._begin(console)):
             run.make_expert(task, run.tasks[task])
 
-    def _begin(self, console: Console | None) -> tuple[Console, list[SeedRun]]:
-        """Prepare what all seeds share, and return the seeds to run."""
+    def _begin(self, console: Console | None) -> Console:
+        """Check what can be checked at once, gather all processes, and return where progress goes."""
         check_connection()
         self._check_batchnorm()
         try:
@@ -175,13 +180,17 @@ class Experiment:
         join_processes(self.folder, self.trainer)
         if not is_first():
             console = Console(quiet=True)
-        console = console or Console(stderr=True, soft_wrap=True)
+        return console or Console(stderr=True, soft_wrap=True)
+
+    def _seed_runs(self, console: Console) -> list[SeedRun]:
+        """Prepare what all seeds share, and return the seeds to run."""
         from_first(Tasks(self.tasks).prepare_data)
         initial = self.make_initial(console)
-        seeds = [SeedRun(self, seed, self.folder / f"seed-{seed}", initial, console) for seed in self.seeds]
-        return console, seeds
+        return [SeedRun(self, seed, self.folder / f"seed-{seed}", initial, console) for seed in self.seeds]
 
-    def _train_side_by_side(self, seeds: Sequence[SeedRun], launch: Launch, console: Console) -> None:
+    def _train_side_by_side(
+        self, seeds: Sequence[SeedRun], launch: Launch, lock: IO[bytes] | None, console: Console
+    ) -> None:
         if process_count() > 1:
             raise ConfigurationError(
                 f"found {process_count()} processes that share every training, and a launch section; leave out one"
@@ -192,6 +201,7 @@ class Experiment:
                 run.folder / "config.yaml",
                 task,
                 run.expert_path(task).with_name("launch.log"),
+                *handed_on(lock),
             )
             for run in seeds
             for task in self.tasks
@@ -237,7 +247,7 @@ class Experiment:
                 console.print(f"base: pretraining {self.network.name} on {type(task).__name__}")
                 from_first(task.prepare_data)
                 config = run_config(self, resolved(self, self.tasks, None), task="base")
-                with job(self, folder, "expert", "base", None, config, ["base"]) as work:
+                with alone_in(folder), job(self, folder, "expert", "base", None, config, ["base"]) as work:
                     train_network(
                         self.base,
                         self.network,

@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError
+from coin.names import is_folder_name
+from coin.yaml_files import read_yaml
 
 _KEYS = {"program", "command", "method", "metric", "parameters", "name", "description", "project", "entity"}
 _AGENT_KEYS = {"run_cap", "early_terminate", "controller", "settings", "apiVersion", "kind"}
@@ -62,25 +64,23 @@ def read_sweep(path: Path) -> SweepFile:
     """Read a sweep file in the format of W&B's sweeps.
 
     Raises:
-        FileError: The file is missing or no YAML.
+        FileError: The file is missing or no text.
         ConfigurationError: It is no sweep of ``coin run`` that can be expanded here.
     """
+    text = read_yaml(path)
     try:
-        text = path.read_text(encoding="utf-8")
         document = yaml.safe_load(text)
-    except OSError as error:
-        raise FileError(f"found no file '{path}', expected a sweep's YAML; see configs/sweep") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FileError(f"'{path}' is no YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # a value or a key that is not what its form promises
+        raise ConfigurationError(f"'{path}' has a value that is none: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise ConfigurationError(f"found no keys in '{path}', expected a sweep with {', '.join(sorted(_KEYS))}")
     if unknown := [key for key in document if key not in _KEYS | _AGENT_KEYS]:
         raise ConfigurationError(f"found key '{unknown[0]}' in '{path}', expected {', '.join(sorted(_KEYS))}")
     name = document.get("name", path.stem)
-    if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
+    if not isinstance(name, str) or not is_folder_name(name):
         raise ConfigurationError(f"found name '{name}' in '{path}', expected a plain folder name without slashes")
     method = document.get("method")
-    if method not in ("grid", "random"):
+    if not isinstance(method, str) or method not in ("grid", "random"):
         raise ConfigurationError(f"found method '{method}' in '{path}', expected grid or random")
     parameters = document.get("parameters")
     if not isinstance(parameters, dict) or not parameters:
