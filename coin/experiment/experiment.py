@@ -35,6 +35,9 @@ from coin.reporting.wandb_settings import logging_only
 from coin.state import write_text
 from coin.statistics import FisherKind
 
+_SEEDS = range(2**32)
+"""What NumPy takes for a seed."""
+
 
 class Experiment:
     """Tasks, their experts, a code, merge methods and decoders, measured over seeds.
@@ -90,8 +93,8 @@ class Experiment:
                     "'none'"
                 )
         self.seeds = [0] if seeds is None else seeds
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ConfigurationError(f"found seeds {self.seeds}, expected distinct numbers of at least 0")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(seed in _SEEDS for seed in self.seeds):
+            raise ConfigurationError(f"found seeds {self.seeds}, expected distinct numbers from 0 to {_SEEDS[-1]}")
         self.code = read_code(code, len(tasks))
         """The code; none where every seed chooses its own."""
         variants = [(method.label, str(method.batchnorm)) for method in methods]

@@ -6,7 +6,7 @@ A file with a ``command`` is a sweep. Every round starts in an empty folder; the
 whole process group) after a random time, started again in the same folder, killed again, …, until it comes to its end
 before it is killed. Then everything is compared: the rows of all ``results.csv`` but for their seconds, and every
 number of all experts, statistics and coded models. Rounds follow until there were enough kills. The time to a kill is
-drawn evenly from 0 to the time of the undisturbed run. The exit status is 1 where anything differs or a restart fails.
+drawn evenly from 0 to the time of the undisturbed run, or to ``--longest``. The exit status is 1 where anything differs or a restart fails.
 """
 
 import argparse
@@ -76,18 +76,28 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/coin-kills"))
+    parser.add_argument("--undisturbed", type=Path, default=None, help="An output of the same file, made earlier.")
+    parser.add_argument(
+        "--longest", type=float, default=None, help="Seconds to a kill at most, instead of a whole run's."
+    )
     options = parser.parse_args()
+    if options.undisturbed is not None and options.longest is None:
+        parser.error("--undisturbed needs --longest")
     shutil.rmtree(options.folder, ignore_errors=True)
     options.folder.mkdir(parents=True)
     draw = random.Random(options.seed)
 
-    log = options.folder / "undisturbed.log"
-    status, whole = run(command_of(options.file, options.folder / "undisturbed"), log, None)
-    if status != 0:
-        print(f"the undisturbed run ended with status {status}; see {log}")
-        return 1
-    wanted = measured(options.folder / "undisturbed")
-    print(f"undisturbed: {whole:.0f} s, {len(wanted)} files compared", flush=True)
+    undisturbed, whole = options.undisturbed, 0.0
+    if undisturbed is None:
+        undisturbed, log = options.folder / "undisturbed", options.folder / "undisturbed.log"
+        status, whole = run(command_of(options.file, undisturbed), log, None)
+        if status != 0:
+            print(f"the undisturbed run ended with status {status}; see {log}")
+            return 1
+        print(f"undisturbed: {whole:.0f} s", flush=True)
+    longest = whole if options.longest is None else options.longest
+    wanted = measured(undisturbed)
+    print(f"{len(wanted)} files to compare, up to {longest:.0f} s to a kill", flush=True)
 
     kills = rounds = different = 0
     moments: list[str] = []
@@ -95,7 +105,7 @@ def main() -> int:
         output, log = options.folder / f"round-{rounds}", options.folder / f"round-{rounds}.log"
         own = 0
         while True:
-            seconds = draw.uniform(0, whole) if kills < options.kills else None
+            seconds = draw.uniform(0, longest) if kills < options.kills else None
             status, took = run(command_of(options.file, output), log, seconds)
             if status is None:
                 kills, own = kills + 1, own + 1
