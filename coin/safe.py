@@ -13,6 +13,7 @@ from typing import Any
 
 from jsonargparse import set_parsing_settings
 
+import coin
 from coin.errors import ConfigurationError
 
 SAFE = "--safe"
@@ -20,6 +21,7 @@ VARIABLE = "COIN_SAFE"
 """Set to 1, the commands that an experiment or a sweep starts are as safe as itself."""
 
 ALLOWED = (
+    *(f"coin.{name}" for name in coin.__all__),
     "coin.callbacks",
     "coin.coding",
     "coin.data",

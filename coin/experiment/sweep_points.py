@@ -196,13 +196,18 @@ def _check_parameter(key: str, parameter: Any, method: str) -> None:
         values, shares = parameter["values"], parameter.get("probabilities")
         if not isinstance(values, list) or not values:
             raise ConfigurationError(f"found values {values} of parameter '{key}', expected a list of at least one")
-        if shares is not None and (len(shares) != len(values) or not math.isclose(sum(shares), 1, abs_tol=1e-6)):
+        if shares is not None and not _are_shares(shares, len(values)):
             raise ConfigurationError(
                 f"found probabilities {shares} of parameter '{key}', expected one for each of its {len(values)} "
                 "values, with sum 1"
             )
     if "min" in parameter:
         _check_range(key, parameter, method)
+
+
+def _are_shares(shares: Any, count: int) -> bool:
+    numbers = isinstance(shares, list) and all(isinstance(share, int | float) and share >= 0 for share in shares)
+    return numbers and len(shares) == count and math.isclose(sum(shares), 1, abs_tol=1e-6)
 
 
 def _check_range(key: str, parameter: Mapping[str, Any], method: str) -> None:

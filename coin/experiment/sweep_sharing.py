@@ -123,7 +123,7 @@ class Shelf:
 def _declared(folder: Path) -> dict[str, str]:
     try:
         return dict(json.loads((folder / _SWEEP_JSON).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 

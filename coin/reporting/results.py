@@ -136,7 +136,7 @@ def read_configuration(folder: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"'{path}' cannot be read as JSON ({one_line(error)}); make it again") from error
     if not isinstance(document, dict) or not isinstance(document.get("configuration"), dict):
         raise FileError(f"'{path}' holds no 'configuration', expected an object with one; make it again")

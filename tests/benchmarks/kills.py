@@ -6,7 +6,8 @@ A file with a ``command`` is a sweep. Every round starts in an empty folder; the
 whole process group) after a random time, started again in the same folder, killed again, …, until it comes to its end
 before it is killed. Then everything is compared: the rows of all ``results.csv`` but for their seconds, and every
 number of all experts, statistics and coded models. Rounds follow until there were enough kills. The time to a kill is
-drawn evenly from 0 to the time of the undisturbed run, or to ``--longest``. The exit status is 1 where anything differs or a restart fails.
+drawn evenly from 0 to the time of the undisturbed run, or to ``--longest``. The exit status is 1 where anything
+differs or a restart fails.
 """
 
 import argparse
@@ -23,30 +24,49 @@ from pathlib import Path
 import yaml
 from safetensors import safe_open
 
+from coin.cli import main as main_of_coin
 from coin.reporting import read_results
 
 TIMES = ("calibration_seconds",)
 
 
 def command_of(file: Path, output: Path) -> list[str]:
-    """Return the command that runs an experiment's or a sweep's file."""
-    coin = [sys.executable, "-m", "coin"]
+    """Return the arguments of ``coin`` that run an experiment's or a sweep's file."""
     if "command" in yaml.safe_load(file.read_text()):
-        return [*coin, "sweep", str(file), f"--output={output}", "--jobs=1"]
-    return [*coin, "run", "-c", str(file), f"--output={output}"]
+        return ["sweep", str(file), f"--output={output}", "--jobs=1"]
+    return ["run", "-c", str(file), f"--output={output}"]
 
 
-def run(command: list[str], log: Path, seconds: float | None) -> tuple[int | None, float]:
+def run(arguments: list[str], log: Path, seconds: float | None, forked: bool) -> tuple[int | None, float]:
     """Run a command, and kill its process group after so many seconds; return its status (none if killed) and time."""
     started = time.monotonic()
+    process = _forked(arguments, log) if forked else _started(arguments, log)
+    while seconds is None or time.monotonic() < started + seconds:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status), time.monotonic() - started
+        time.sleep(0.02)
+    os.killpg(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return None, time.monotonic() - started
+
+
+def _started(arguments: list[str], log: Path) -> int:
     with log.open("ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True)
-        try:
-            return process.wait(seconds), time.monotonic() - started
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return None, time.monotonic() - started
+        command = [sys.executable, "-m", "coin", *arguments]
+        return subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True).pid
+
+
+def _forked(arguments: list[str], log: Path) -> int:
+    """Start a command in a process that has imported everything already: it is killed at work, not at its imports."""
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os._exit(main_of_coin(arguments))
 
 
 def measured(output: Path) -> dict[str, str]:
@@ -80,6 +100,7 @@ def main() -> int:
     parser.add_argument(
         "--longest", type=float, default=None, help="Seconds to a kill at most, instead of a whole run's."
     )
+    parser.add_argument("--forked", action="store_true", help="Import once, and fork: quicker, and killed at work.")
     options = parser.parse_args()
     if options.undisturbed is not None and options.longest is None:
         parser.error("--undisturbed needs --longest")
@@ -90,7 +111,7 @@ def main() -> int:
     undisturbed, whole = options.undisturbed, 0.0
     if undisturbed is None:
         undisturbed, log = options.folder / "undisturbed", options.folder / "undisturbed.log"
-        status, whole = run(command_of(options.file, undisturbed), log, None)
+        status, whole = run(command_of(options.file, undisturbed), log, None, options.forked)
         if status != 0:
             print(f"the undisturbed run ended with status {status}; see {log}")
             return 1
@@ -106,7 +127,7 @@ def main() -> int:
         own = 0
         while True:
             seconds = draw.uniform(0, longest) if kills < options.kills else None
-            status, took = run(command_of(options.file, output), log, seconds)
+            status, took = run(command_of(options.file, output), log, seconds, options.forked)
             if status is None:
                 kills, own = kills + 1, own + 1
                 last = log.read_text(errors="replace").strip().splitlines()

@@ -91,7 +91,7 @@ def finished(config: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def full_disk(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let every file grow to a few bytes and no further, as on a full disk."""
 
     def refuse(*_: object, **__: object) -> None:

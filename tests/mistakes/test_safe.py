@@ -91,7 +91,7 @@ NAMES = [
     "lightning.pytorch.cli.LightningCLI",
     "coin.cli.main",
     "coin.experiment.launch.train_side_by_side",
-    "coin.data.glyphs.Path",  # what a module imports is not its own
+    "coin.data.image_folder.Path",  # what a module imports is not its own
     "lightning.pytorch.callbacks.LambdaCallback",
     "lightning.pytorch.loggers.csv_logs.os.system",
 ]
