@@ -188,6 +188,8 @@ class Experiment:
     def _seed_runs(self, console: Console) -> list[SeedRun]:
         """Prepare what all seeds share, and return the seeds to run."""
         from_first(Tasks(self.tasks).prepare_data)
+        for task in self.tasks.values():
+            _ = task.num_classes  # a folder that is missing or has one class is better told of before the pretraining
         initial = self.make_initial(console)
         return [SeedRun(self, seed, self.folder / f"seed-{seed}", initial, console) for seed in self.seeds]
 

@@ -48,7 +48,7 @@ def locked(path: Path) -> Iterator[IO[bytes] | None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("r+b" if path.exists() else "w+b")
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
     except OSError as error:
         raise FileError(
             f"cannot write '{path}': {error.strerror or error}; choose a folder you can write to with output"
