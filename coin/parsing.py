@@ -54,6 +54,12 @@ def in_one_line(message: str, options: Iterable[str] = ()) -> str:
         given = f" ({value[1][:120]})" if value else ""
         reason = (told or reasons or [text])[0]
         return f"found '{found[1] or ''}' with a value that fits none of its types{given}: {reason}"
+    if found := re.match(r"argument subcommand: invalid choice: '(.*?)' \(choose from (.*)\)", text):
+        return f"found command '{found[1]}', expected one of {found[2]}; see coin --help"
+    if found := re.match(r"Parser key \"(.*?)\": Expected an? <class '(\w+)'>\. Got value: (.*)", text):
+        return f"found {found[1]}={found[3]}, expected a value of type {found[2]}; change it"
+    if found := re.match(r"Parser key \"(.*?)\": Expected a member of <enum .*?>: \{(.*?)\}\. Got value: (.*)", text):
+        return f"found {found[1]}={found[3]}, expected one of {found[2].replace(',', ', ')}; change it"
     if found := re.match(r"Parser key \"(.*?)\": Option '(.*?)' is not accepted", text):
         return f"found option '{found[2]}' in '{found[1]}', expected one that its class has; check the spelling"
     return text

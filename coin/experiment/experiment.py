@@ -25,7 +25,14 @@ from coin.experiment.training import join_processes, train_network
 from coin.merging import MergeMethod
 from coin.modules import Distillation
 from coin.names import is_folder_name
-from coin.networks import NetworkConfig, build_network, has_batchnorm, initial_network, save_network
+from coin.networks import (
+    NetworkConfig,
+    brought_network,
+    build_network,
+    has_batchnorm,
+    initial_network,
+    save_network,
+)
 from coin.processes import from_first, is_first, process_count
 from coin.reporting.report import write_report
 from coin.reporting.summary import SUMMARY_CSV, write_summary
@@ -130,6 +137,7 @@ class Experiment:
         self.folder = Path(output) / name
         self.trainer = trainer or {}
         self.wandb = wandb
+        self._checked = False
 
     def run(
         self, dump: Callable[[int], str] | None = None, console: Console | None = None, launch: Launch | None = None
@@ -213,6 +221,7 @@ class Experiment:
             if run.lacks_expert(task)
         ]
         if jobs:
+            self.check_parts()
             console.print(f"training {len(jobs)} experts, {launch.workers} at a time")
             say = partial(console.print, highlight=False)
             train_side_by_side(jobs, launch, self.folder / "submitit", say)
@@ -249,6 +258,7 @@ class Experiment:
             task = task_with(self.base.task, image_size=self.network.image_size)
             key = step_key({"network": self.network, "base": self.base, "task": task, "trainer": self.trainer})
             if not steps.finished("base", key, [checkpoint]):
+                self.check_parts()
                 console.print(f"base: pretraining {self.network.name} on {type(task).__name__}")
                 from_first(task.prepare_data)
                 config = run_config(self, resolved(self, self.tasks, None), task="base")
@@ -270,6 +280,21 @@ class Experiment:
         elif self.base is not None and self.base.checkpoint is not None:
             checkpoint = Path(self.base.checkpoint)
         return self._write_initial(steps, checkpoint)[-1]
+
+    def check_parts(self) -> None:
+        """Look at what the user has brought, once, before anything is trained: the tasks' samples, trained experts.
+
+        Raises:
+            CoinError: Images cannot be read, a task has too few of them, or a checkpoint is not of this network.
+        """
+        if self._checked:
+            return
+        for name, task in self.tasks.items():
+            task.calibration(self.calibration.samples_per_task)
+            given = self.expert.checkpoints.get(name)
+            if given is not None:
+                brought_network(self.network, task.num_classes, Path(given))
+        self._checked = True
 
     def _write_initial(self, steps: Steps, checkpoint: Path | None) -> list[Path]:
         """Write the shared initialisation once for every class count, where it is missing or of another base."""

@@ -56,6 +56,8 @@ class SeedRun:
 
     def run(self) -> None:
         """Run all steps."""
+        if any(self.lacks_expert(name) for name in self.tasks):
+            self.experiment.check_parts()
         for name, task in self.tasks.items():
             self.make_expert(name, task)
         self.choose_code()
@@ -93,8 +95,6 @@ class SeedRun:
         if self.steps.finished(f"expert-{name}", key, [output]):
             self.say(f"expert {name}: up to date")
             return
-        # Too few samples to calibrate with, or images that cannot be read, are better told of before the training.
-        task.calibration(experiment.calibration.samples_per_task)
         self.say(f"expert {name}: fine-tuning for {training.epochs} epochs")
         with alone_in(output.parent), self.job("expert", name, [name], task=name) as work:
             work.reads(FileKind.initialisation, {initial.stem: initial})

@@ -53,7 +53,9 @@ def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer
     try:
         trainer = Trainer(default_root_dir=str(folder), **settings)
     except (TypeError, ValueError, MisconfigurationException) as error:
-        raise ConfigurationError(f"the trainer section {options} does not fit: {str(error).splitlines()[0]}") from error
+        raise ConfigurationError(
+            f"the trainer section {options} does not fit: {first_line(error)}; see Lightning's Trainer"
+        ) from error
     return trainer
 
 

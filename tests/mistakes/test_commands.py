@@ -73,6 +73,8 @@ MESSAGES = {
     "Subcommand 'run' does not accept option 'nmae'": "(did you mean 'name'?)",
     "Parser key \"config\": File does not exist: 'a.yaml'": "found no file 'a.yaml', expected",
     "Unexpected config: - a - b": "found '- a - b' as a configuration, expected YAML",
+    "Parser key \"expert.epochs\": Expected a <class 'int'>. Got value: many": "found expert.epochs=many, expected",
+    "argument subcommand: invalid choice: 'runn' (choose from 'fit', 'run')": "found command 'runn', expected one of",
     "the following arguments are required: run.name": "found no run.name, expected it; give it",
 }
 
