@@ -140,8 +140,12 @@ class CoinCLI(LightningCLI):
             safe.check_options(self.config[self.subcommand])
 
     def _set_seed(self) -> None:
-        if self.subcommand not in _PLAIN:
+        if self.subcommand in _PLAIN:
+            return
+        try:
             super()._set_seed()
+        except ValueError as error:
+            raise ConfigurationError(f"found seed_everything out of range: {error}; give another") from error
 
     def instantiate_classes(self) -> None:
         """Build what the command needs: trainer, model and data, or none of them."""
@@ -269,6 +273,7 @@ def checkpoint_options(path: Path) -> dict[str, Any]:
         raise FileError(f"found no checkpoint '{path}', expected a file; check ckpt_path")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        _ = checkpoint["state_dict"], checkpoint["pytorch-lightning_version"]
         return dict(checkpoint["hyper_parameters"])
     except Exception as error:  # pickle's and zip's errors share no base class
         raise FileError(
