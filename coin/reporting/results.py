@@ -159,9 +159,16 @@ def read_confusions(folder: Path) -> dict[str, Counts]:
         return {}
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+            found = {key: archive[key] for key in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise FileError(f"'{path}' is not a whole .npz file ({one_line(error)}); make it again") from error
+    for key, counts in found.items():
+        if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or counts.dtype.kind not in "iu":
+            raise FileError(
+                f"'{path}' holds {counts.dtype} {list(counts.shape)} under '{key:.60}', expected whole numbers [C, C]; "
+                "make it again"
+            )
+    return found
 
 
 def as_json(document: Any) -> str:

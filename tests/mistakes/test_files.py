@@ -295,6 +295,13 @@ def test_results_that_are_damaged(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("counts", [np.array(3), np.zeros((2, 3), int), np.zeros((2, 2))])
+def test_counts_of_another_shape_or_kind(counts: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / CONFUSION_NPZ, key=counts)
+    with pytest.raises(FileError, match=r"under 'key', expected whole numbers \[C, C\]"):
+        read_confusions(tmp_path)
+
+
 def test_counts_are_never_unpickled(tmp_path: Path) -> None:
     np.savez(tmp_path / CONFUSION_NPZ, key=np.array([Unpickled()], dtype=object))
     with pytest.raises(FileError, match=r"not a whole \.npz file"):
