@@ -70,8 +70,11 @@ def read_sweep(path: Path) -> SweepFile:
     text = read_yaml(path)
     try:
         document = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # a value or a key that is not what its form promises
-        raise ConfigurationError(f"'{path}' has a value that is none: {' '.join(str(error).split())}") from error
+        json.dumps(document)
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # such as a date, which no option takes
+        raise ConfigurationError(
+            f"found a value in '{path}' that no option takes ({' '.join(str(error).split())}); put it in quotes"
+        ) from error
     if not isinstance(document, dict):
         raise ConfigurationError(f"found no keys in '{path}', expected a sweep with {', '.join(sorted(_KEYS))}")
     if unknown := [key for key in document if key not in _KEYS | _AGENT_KEYS]:
@@ -86,7 +89,9 @@ def read_sweep(path: Path) -> SweepFile:
     if not isinstance(parameters, dict) or not parameters:
         raise ConfigurationError(f"found no parameters in '{path}', expected dotted keys of an experiment")
     for key, parameter in parameters.items():
-        _check_parameter(str(key), parameter, method)
+        if not isinstance(key, str):
+            raise ConfigurationError(f"found parameter {key!r} in '{path}', expected a dotted key of an experiment")
+        _check_parameter(key, parameter, method)
     cap = document.get("run_cap")
     if cap is not None and (not isinstance(cap, int) or cap < 1):
         raise ConfigurationError(f"found run_cap {cap} in '{path}', expected a number of at least 1")

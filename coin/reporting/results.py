@@ -120,9 +120,21 @@ def read_results(folder: Path) -> pd.DataFrame:
     """Return the rows of ``results.csv`` with `COLUMNS` in order; text stays text, an empty number is NaN.
 
     Raises:
-        FileError: The file is missing, damaged, or lacks a column or a number.
+        FileError: The file is missing, damaged, lacks a column or a number, or has a row twice.
     """
-    return read_frame(folder / RESULTS_CSV, COLUMNS, INTEGERS, NUMBERS)
+    path = folder / RESULTS_CSV
+    frame = read_frame(path, COLUMNS, INTEGERS, NUMBERS)
+    for name in NUMBERS:
+        if name != "residual" and bool(np.isinf(frame[name]).any()):
+            raise FileError(f"'{path}' holds an infinite {name}, expected finite numbers; make it again")
+    twice = frame[frame.duplicated(list(KEYS))]
+    if not twice.empty:
+        row = twice.iloc[0]
+        raise FileError(
+            f"'{path}' holds two rows of method '{row['method']}', decoder '{row['decoder']}' and task '{row['task']}', "
+            "expected one; make it again"
+        )
+    return frame
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:

@@ -245,8 +245,10 @@ SWEEPS = {
     "no values": (("{values: [[0], [1]]}", "[1, 2]"), "expected one of values"),
     "a name that leads out": (("command:", "name: ../out\ncommand:"), r"'\.\./out'"),
     "a name of the parent": (("command:", "name: '..'\ncommand:"), r"'\.\.'"),
-    "a date that is none": (("[[0], [1]]", "[2020-13-45]"), "a value that is none"),
-    "a number as a mapping's key": (("seeds:", "[1, 2]:"), "."),
+    "a date that is none": (("[[0], [1]]", "[2020-13-45]"), "that no option takes"),
+    "a date": (("[[0], [1]]", "[2020-01-31]"), "that no option takes"),
+    "a list as a key": (("seeds:", "[1, 2]:"), "that no option takes"),
+    "a number as a key": (("seeds:", "7:"), "found parameter 7"),
     "probabilities that are a word": (("[[0], [1]]", "[[0], [1]], probabilities: ab"), "probabilities"),
 }
 
@@ -271,6 +273,13 @@ RESULTS: dict[str, tuple[str, bytes, Callable[[Path], Any], str]] = {
     "rows: header alone": (RESULTS_CSV, ",".join(COLUMNS).encode(), read_results, "holds no rows"),
     "rows: cut": (RESULTS_CSV, results_row().encode()[:-60], read_results, "damaged|has no column"),
     "rows: no text": (RESULTS_CSV, b"\xff\xfe\x00\x01", read_results, "cannot be read|has no column"),
+    "rows: one twice": (
+        RESULTS_CSV,
+        (results_row() + results_row().splitlines()[1]).encode(),
+        read_results,
+        "two rows of method '0.5'",
+    ),
+    "rows: infinite": (RESULTS_CSV, results_row().replace("0.5,0.5\n", "0.5,inf\n").encode(), read_results, "infinite"),
     "document: cut": (RESULTS_JSON, b'{"rows": [', read_configuration, "cannot be read as JSON"),
     "document: a list": (RESULTS_JSON, b"[]", read_configuration, "holds no 'configuration'"),
     "document: no end of brackets": (RESULTS_JSON, b"[" * 100_000, read_configuration, "cannot be read as JSON"),
