@@ -131,7 +131,7 @@ def read_results(folder: Path) -> pd.DataFrame:
     if not twice.empty:
         row = twice.iloc[0]
         raise FileError(
-            f"'{path}' holds two rows of method '{row['method']}', decoder '{row['decoder']}' and task '{row['task']}', "
+            f"'{path}' holds two rows of method '{row['method']}', decoder '{row['decoder']}', task '{row['task']}', "
             "expected one; make it again"
         )
     return frame
