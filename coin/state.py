@@ -242,7 +242,7 @@ def _opened(path: Path) -> Iterator[Any]:
 def _provenance(metadata: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
     try:
         value = json.loads((metadata or {})[_METADATA_KEY])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise FileError(
             f"'{path}' does not say what made it (no '{_METADATA_KEY}' metadata); make it with coin"
         ) from error

@@ -17,7 +17,7 @@ from torch import nn
 from coin.callbacks import Requeue, RunProgress
 from coin.data import TaskData
 from coin.data.tasks import Tasks
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, FileError, StateError, first_line
 from coin.modules import DecodingEvaluator, Expert, Outcome, StatisticKind, StatisticPass
 from coin.networks import fill_network, load_network, read_weights
 from coin.reporting.extras import Examples, write_examples
@@ -131,11 +131,26 @@ class Trainer(pl.Trainer):
             val_dataloaders: Lightning's.
             datamodule: The data.
             ckpt_path: A Lightning checkpoint to go on from.
-            weights_only: Whether to refuse checkpoints that hold more than tensors and plain values.
+            weights_only: False reads checkpoints that hold more than tensors and plain values, which can run anything;
+                none refuses them.
+
+        Raises:
+            FileError: `ckpt_path` is missing, damaged or no checkpoint of a training.
+            StateError: It is of another model.
         """
         if self.requeue is not None:
             ckpt_path = self.requeue.resume_path(self, ckpt_path)
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        if ckpt_path is not None and ckpt_path not in _LIGHTNING_PATHS and weights_only is not False:
+            _check_checkpoint(Path(ckpt_path))
+        try:
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only is not False)
+        except RuntimeError as error:
+            if ckpt_path is None or "loading state_dict" not in str(error):
+                raise
+            raise StateError(
+                f"'{ckpt_path}' is of another model ({' '.join(str(error).split())[:160]}); "
+                "give the model that wrote it"
+            ) from error
 
     def fisher(
         self,
@@ -325,6 +340,24 @@ def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
         decoder=decoder,
         choice=EXAMPLES_CHOICE,
     )
+
+
+_LIGHTNING_PATHS = ("best", "last", "hpc", "registry")
+"""What Lightning takes for a checkpoint that it looks for itself."""
+
+
+def _check_checkpoint(path: Path) -> None:
+    if not path.is_file():
+        raise FileError(f"found no checkpoint '{path}', expected a file; check ckpt_path")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        whole = {"state_dict", "loops", "optimizer_states"} <= content.keys()
+    except Exception as error:  # pickle's and zip's errors share no base class
+        raise FileError(
+            f"cannot read '{path}' as a checkpoint ({first_line(error)[:160]}); give one that coin fit wrote"
+        ) from error
+    if not whole:
+        raise FileError(f"'{path}' is no checkpoint of a training, expected one to go on from; give one of coin fit's")
 
 
 def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, int]:

@@ -54,17 +54,46 @@ def load_network(path: Path) -> NetworkFile:
     """
     state, provenance = load_state(path)
     check_finite(state, f"the network in '{path}'")
-    try:
-        # Pretrained weights are about to be overwritten: never download them to read a file.
-        config = NetworkConfig(**{**provenance["network"], "weights": None})
-        num_classes = int(provenance["num_classes"])
-    except (KeyError, TypeError) as error:
-        raise FileError(
-            f"'{path}' holds no network (no 'network' in its metadata); give an expert or a coded model"
-        ) from error
+    config, num_classes = _described(path, provenance)
+    _check_size(path, config, num_classes, state)
     network = build_network(config, num_classes)
     fill_network(network, state, str(path))
     return NetworkFile(network.eval(), config, num_classes, provenance)
+
+
+def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig, int]:
+    """Return the architecture and the number of classes that a file's metadata tell of."""
+    if "network" not in provenance or "num_classes" not in provenance:
+        raise FileError(f"'{path}' holds no network (no 'network' in its metadata); give an expert or a coded model")
+    network, num_classes = provenance["network"], provenance["num_classes"]
+    kinds = {"name": str, "image_size": int, "options": dict}
+    if (
+        not isinstance(network, dict)
+        or not isinstance(num_classes, int)
+        or not all(isinstance(network.get(name), kind) for name, kind in kinds.items())
+        or network.keys() - kinds.keys() - {"weights"}
+    ):
+        raise FileError(
+            f"'{path}' has metadata that describe no network (network {network!r:.120}, num_classes {num_classes!r:.20}"
+            "), expected name, image_size and options; make the file again"
+        )
+    # Pretrained weights are about to be overwritten: never download them to read a file.
+    return NetworkConfig(**{**network, "weights": None}), num_classes
+
+
+def _check_size(path: Path, config: NetworkConfig, num_classes: int, state: State) -> None:
+    """Refuse metadata that describe a network of another size than the tensors', before memory is taken for it."""
+    try:
+        with torch.device("meta"):
+            described = build_network(config, num_classes).state_dict()
+    except NotImplementedError:  # a constructor that looks at its weights
+        return
+    size, found = (sum(tensor.numel() for tensor in each.values()) for each in (described, state))
+    if size > 2 * found:
+        raise StateError(
+            f"'{path}' holds {found} numbers, expected {size} of {config.name} with {num_classes} classes and options "
+            f"{config.options}, as its metadata say; make the file again"
+        )
 
 
 def fill_network(network: nn.Module, state: State, source: str) -> None:
