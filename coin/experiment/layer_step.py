@@ -40,7 +40,7 @@ def compare_layers(run: SeedRun) -> None:
 
 def _compared(run: SeedRun, coded: Mapping[Path, MergeMethod | Distillation]) -> pd.DataFrame:
     """Return one row a coded model and layer: the layer's share of Fisher mass, its distance to the experts."""
-    experts = [parameters_of(network) for network in run.experts.networks]
+    experts = run.experts.parameters
     fishers: dict[tuple[Any, ...], dict[str, float]] = {}
     rows: list[dict[str, Any]] = []
     for path, method in tracked(coded.items(), "layers"):

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from coin.coding import Code
 from coin.data import Calibration, pooled
 from coin.errors import ConfigurationError
@@ -15,9 +13,9 @@ from coin.experiment.codes import SeedCode
 from coin.experiment.experts import Experts
 from coin.experiment.steps import described
 from coin.merging import MergeInputs, MergeMethod, Requirement
-from coin.merging.networks import FITTED, expert_outputs, merge_row, parameters_of
-from coin.networks import BatchNormPolicy, has_batchnorm, load_network, pad_head, save_network
-from coin.state import sha256_of
+from coin.merging.networks import FITTED, expert_outputs, merge_states
+from coin.networks import BatchNormPolicy, check_layout, open_network, save_network
+from coin.state import State, sha256_of
 from coin.statistics import OutputMap
 from coin.statistics.files import StatisticFile, load_statistic
 
@@ -39,7 +37,7 @@ class Ingredients:
     initial: Path | None = None
 
     def read(self, statistic: str) -> list[StatisticFile]:
-        """Return a statistic of every expert, after checking that it is of that expert's weights.
+        """Open a statistic of every expert, after checking that it is of that expert's weights.
 
         Raises:
             ConfigurationError: There is none for some expert.
@@ -64,11 +62,19 @@ class Ingredients:
             raise ConfigurationError("found no calibration data, which the method needs; name the tasks")
         return pooled(list(self.calibrations.values()))
 
-    def initial_state(self) -> dict[str, Tensor]:
-        """Return the shared initialisation's tensors, its head padded like the experts'."""
+    def initial_state(self) -> State:
+        """Return the shared initialisation's tensors, its head padded like the experts'; read when asked for.
+
+        Raises:
+            ConfigurationError: There is none.
+            FileError: The file is missing or damaged.
+            StateError: It is of another architecture, or not finite.
+        """
         if self.initial is None:
             raise ConfigurationError("found no shared initialisation, which the method or 'keep' needs; name its file")
-        return pad_head(load_network(self.initial).network.state_dict(), self.experts.head, self.experts.width)
+        state = self.experts.padded(open_network(self.initial).state)
+        check_layout(self.experts.layout.shapes, {name: each.shape for name, each in state.items()}, str(self.initial))
+        return state
 
 
 def merge_experts(
@@ -90,26 +96,24 @@ def merge_experts(
         ConfigurationError: Something the method needs is not there.
     """
     code, experts = choice.code, ingredients.experts
-    if code.num_experts != len(experts.networks):
-        raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {len(experts.networks)}")
+    if code.num_experts != len(experts.paths):
+        raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {len(experts.paths)}")
     inputs, seconds, passes = _inputs(method, ingredients)
     buffers = ingredients.initial_state() if ingredients.initial is not None else None
-    networks, spent = [], []
-    for row in code.matrix.tolist():
+    paths = coded_paths(method, code, folder)
+    shared = {"shared_seconds": seconds + choice.seconds, "shared_passes": passes + choice.passes}
+    for index, (path, row) in enumerate(zip(paths, code.matrix.tolist(), strict=True)):
         started = time.perf_counter()
-        network, row_passes = merge_row(
+        network, row_passes = merge_states(
             method,
-            experts.networks,
+            experts.blank,
+            experts.buffers,
             row,
             inputs,
             initial_buffers=buffers,
             batches=ingredients.pooled() if ingredients.calibrations else None,
         )
-        networks.append(network)
-        spent.append((time.perf_counter() - started, row_passes))
-    paths = coded_paths(method, code, folder)
-    shared = {"shared_seconds": seconds + choice.seconds, "shared_passes": passes + choice.passes}
-    for index, (path, network, (row_seconds, row_passes)) in enumerate(zip(paths, networks, spent, strict=True)):
+        row_seconds = time.perf_counter() - started
         provenance = coded_provenance(method, code, index, ingredients, samples_per_task)
         provenance |= {"seconds": row_seconds, "passes": row_passes, **shared}
         save_network(path, network, experts.config, experts.width, provenance)
@@ -137,11 +141,11 @@ def coded_provenance(
         "made_by": "coin merge",
         "label": method.label,
         "method": {"name": method.name, "options": described(method)},
-        "batchnorm": str(method.batchnorm) if has_batchnorm(experts.networks[0]) else "",
+        "batchnorm": str(method.batchnorm) if experts.layout.batchnorm else "",
         "code": code.matrix.tolist(),
         "row": row,
         "tasks": list(experts.paths),
-        "class_counts": [file.num_classes for file in experts.files.values()],
+        "class_counts": list(experts.class_counts.values()),
         "experts": list(experts.marks.values()),
         "samples_per_task": samples_per_task,
         "sha256": {str(path): found for path, found in hashes.items()},
@@ -151,8 +155,8 @@ def coded_provenance(
 def _inputs(method: MergeMethod, ingredients: Ingredients) -> tuple[MergeInputs, float, float]:
     """Return what the method needs that is the same for all rows, with its cost in seconds and passes."""
     seconds = passes = 0.0
-    networks = ingredients.experts.networks
-    states: dict[str, Any] = {"experts": [parameters_of(network) for network in networks]}
+    experts = ingredients.experts
+    states: dict[str, Any] = {"experts": experts.parameters}
     read: dict[Requirement, list[StatisticFile]] = {}
     for requirement, key in ((Requirement.FISHER, "fishers"), (Requirement.GRAM, "grams")):
         if requirement in method.requires:
@@ -165,12 +169,14 @@ def _inputs(method: MergeMethod, ingredients: Ingredients) -> tuple[MergeInputs,
         states["initial"] = {name: initial[name] for name in states["experts"][0]}
     if method.requires & FITTED:
         started = time.perf_counter()
-        states["expert_outputs"] = expert_outputs(networks, ingredients.pooled())
+        states["expert_outputs"] = expert_outputs(experts.each_network(), ingredients.pooled())
         seconds += time.perf_counter() - started
         passes += float(states["expert_outputs"].shape[0] * states["expert_outputs"].shape[1])
     if Requirement.EXPERT_MAPS in method.requires:
         samples = _samples_of(read[Requirement.FISHER], method, ingredients)
-        states["expert_maps"] = [OutputMap(network, each) for network, each in zip(networks, samples, strict=True)]
+        states["expert_maps"] = [
+            OutputMap(network, each) for network, each in zip(experts.networks, samples, strict=True)
+        ]
     return MergeInputs(**states), seconds, passes
 
 
@@ -183,7 +189,7 @@ def _samples_of(fishers: list[StatisticFile], method: MergeMethod, ingredients: 
     return [everything if fisher.provenance.get("data") == "pooled" else samples for fisher, samples in pairs]
 
 
-def _padded(file: StatisticFile, ingredients: Ingredients, statistic: Requirement) -> dict[str, Tensor]:
+def _padded(file: StatisticFile, ingredients: Ingredients, statistic: Requirement) -> State:
     """Pad a Fisher's head like the expert's, whose added logits are zero.
 
     The exact Fisher of a linear head is the same for every output, since each logit is its own row times the features:
@@ -192,9 +198,9 @@ def _padded(file: StatisticFile, ingredients: Ingredients, statistic: Requiremen
     """
     if statistic is not Requirement.FISHER:
         return file.values
-    head, width = ingredients.experts.head, ingredients.experts.width
+    head = ingredients.experts.head
     fill = None
     if file.provenance["kind"] in ("exact", "monte_carlo"):
         names = [name for name in (f"{head}.weight", f"{head}.bias") if name in file.values]
         fill = {name: file.values[name].mean(0) for name in names}
-    return pad_head(file.values, head, width, fill=fill)
+    return ingredients.experts.padded(file.values, fill)

@@ -46,7 +46,7 @@ class Served:
     def classes(self) -> dict[str, list[str]]:
         """The names of every task's classes; numbers where the expert's file does not say."""
         named = {}
-        for task, file in self.experts.files.items():
+        for task, file in self.experts.opened.items():
             own = file.provenance.get("classes")
             named[task] = [str(name) for name in own] if own else [str(index) for index in range(file.num_classes)]
         return named

@@ -13,6 +13,7 @@ from coin.experiment.steps import step_key
 from coin.experiment.training import make_trainer
 from coin.merging import MergeMethod, Requirement
 from coin.modules import Distillation, StatisticKind
+from coin.networks import load_network
 from coin.processes import is_first
 from coin.statistics import FisherKind
 from coin.statistics.files import save_statistic
@@ -84,7 +85,7 @@ def estimate(run: SeedRun, wanted: Wanted) -> None:
         work.reads(FileKind.expert, {task: run.expert_path(task) for task in missing})
         for task, (path, key) in missing.items():
             sums, seconds = make_trainer(run.folder, run.experiment.trainer).statistic_sums(
-                run.experts.files[task].network,
+                load_network(run.expert_path(task)).network,
                 run.data(_of(run, task, wanted)),
                 statistic=wanted.statistic,
                 kind=wanted.kind or FisherKind.exact,

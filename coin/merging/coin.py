@@ -9,6 +9,7 @@ from coin.errors import ConfigurationError
 from coin.merging.inputs import MergeInputs, Requirement
 from coin.merging.method import MergeMethod, check_fisher_options, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
+from coin.state import State
 
 
 class Coin(MergeMethod):
@@ -54,12 +55,13 @@ class Coin(MergeMethod):
     def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
         assert inputs.fishers is not None
         experts, fishers = inputs.experts, inputs.fishers
-        totals = {key: weighted_mean(fishers, weights, key) for key in fishers[0]}
-        entries = sum(total.numel() for total in totals.values())
-        damping = self.damping * sum(float(total.sum()) for total in totals.values()) / max(entries, 1)
+        entries = sum(tensor.numel() for tensor in fishers[0].values())
+        mass = sum(weight * total_of(fisher) for fisher, weight in zip(fishers, weights, strict=True))
+        damping = self.damping * mass / max(entries, 1)
 
         merged: dict[str, Tensor] = {}
-        for key, total in totals.items():
+        for key in fishers[0]:
+            total = weighted_mean(fishers, weights, key)
             average = weighted_mean(experts, weights, key)
             pull = torch.zeros_like(average)
             for expert, fisher, weight in zip(experts, fishers, weights, strict=True):
@@ -69,6 +71,11 @@ class Coin(MergeMethod):
             correction = pull / torch.where(curvature > 0, curvature, torch.ones_like(curvature))
             merged[key] = (average + correction).to(experts[0][key].dtype)
         return merged
+
+
+def total_of(state: State) -> float:
+    """Return the sum of all entries of a state, added up in float64."""
+    return sum(float(tensor.sum(dtype=torch.float64)) for tensor in state.values())
 
 
 def check_damping(damping: float) -> float:

@@ -125,6 +125,5 @@ def check_fishers(fishers: Sequence[State], expert: State) -> None:
     for fisher, name in zip(fishers, names, strict=True):
         check_finite(fisher, name)
         for key, tensor in fisher.items():
-            if bool((tensor < 0).any()):
-                least = float(tensor.min())
+            if tensor.numel() and (least := float(tensor.min())) < 0:
                 raise StateError(f"{name} is negative in '{key}' (least entry {least:.3g}), expected mean squares")

@@ -1,6 +1,6 @@
 """From networks to networks: a merge method applied, and the coded model's BatchNorm statistics set by the policy."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 
@@ -78,11 +78,35 @@ def merge_row(
     initial_buffers: State | None = None,
     batches: Iterable[Tensor] | None = None,
 ) -> tuple[nn.Module, float]:
-    """Merge experts into the coded model of one row of the code.
+    """Merge experts into the coded model of one row of the code; see `merge_states`, for experts in memory."""
+    own = [dict(expert.named_buffers()) for expert in networks]
+    return merge_states(
+        method,
+        lambda: deepcopy(networks[0]),
+        own,
+        row,
+        inputs,
+        initial_buffers=initial_buffers,
+        batches=batches,
+    )
+
+
+def merge_states(
+    method: MergeMethod,
+    build: Callable[[], nn.Module],
+    buffers: Sequence[State],
+    row: Sequence[float],
+    inputs: MergeInputs,
+    *,
+    initial_buffers: State | None = None,
+    batches: Iterable[Tensor] | None = None,
+) -> tuple[nn.Module, float]:
+    """Merge the states of experts into the coded model of one row of the code.
 
     Args:
         method: The merge method.
-        networks: The N experts.
+        build: Makes a network of the experts' architecture, whose contents do not matter.
+        buffers: The buffers of the N experts.
         row: β ``[N]``.
         inputs: What the method wants, but for the coded network's output map, which depends on the row.
         initial_buffers: The shared initialisation's buffers, for the policy ``keep``.
@@ -91,21 +115,21 @@ def merge_row(
     Returns:
         The coded model in eval mode, and what making it took in forward-equivalents.
     """
-    network = deepcopy(networks[0]).eval()
-    averaged = average_buffers([dict(expert.named_buffers()) for expert in networks], row)
+    averaged = average_buffers(buffers, row)
     # A method that fits outputs starts from averaged statistics and keeps them; a closed form never looks at them.
     fits_outputs = bool(method.requires & FITTED)
     policy = BatchNormPolicy(method.batchnorm)
-    buffers: State = averaged
-    if policy == BatchNormPolicy.keep and not fits_outputs and has_batchnorm(network):
+    final: State = averaged
+    if policy == BatchNormPolicy.keep and not fits_outputs and has_batchnorm(build()):
         if initial_buffers is None:
             raise ConfigurationError(
                 f"found no shared initialisation, whose BatchNorm statistics '{method.label}' is to keep; give it or "
                 "choose another batchnorm policy"
             )
-        buffers = {name: initial_buffers.get(name, tensor) for name, tensor in averaged.items()}
+        final = {name: initial_buffers.get(name, tensor) for name, tensor in averaged.items()}
     passes = 0.0
     if fits_outputs:
+        network = build().eval()
         _fill(network, inputs.experts[0], averaged)
         samples = needed(batches, method.label)
         outputs = OutputMap(network, samples)
@@ -116,7 +140,8 @@ def merge_row(
         before = _passes(inputs)
         merged = method.merge(inputs, row)
         passes += _passes(inputs) - before
-    _fill(network, merged, buffers)
+        network = build().eval()  # not before: a merge of many experts is short of memory
+    _fill(network, merged, final)
     if policy == BatchNormPolicy.recalibrate and has_batchnorm(network):
         passes += recalibrate(network, needed(batches, method.label))
     return network, passes
@@ -127,7 +152,7 @@ def parameters_of(network: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 
-def expert_outputs(networks: Sequence[nn.Module], batches: Iterable[Tensor]) -> Tensor:
+def expert_outputs(networks: Iterable[nn.Module], batches: Iterable[Tensor]) -> Tensor:
     """Return all experts' logits on the calibration inputs, ``[N, P, C]``, in eval mode whatever their own."""
     outputs = []
     for network in networks:

@@ -1,6 +1,5 @@
 """RegMean: every linear map fitted to what the experts' own maps do to their inputs."""
 
-from collections.abc import Sequence
 from enum import StrEnum
 
 import torch
@@ -86,13 +85,14 @@ class RegMean(MergeMethod):
                 raise StateError(f"there is a Gram matrix for '{key}', which the experts do not have")
             if self.layers is RegMeanLayers.linear and merged[key].ndim != 2:
                 continue
-            grams = [_shrunk(gram[key].double(), self.alpha) for gram in inputs.grams]
-            bias = bias_of(key, grams[0].shape[-1], merged[key])
-            average = joint_map(merged, key, bias, grams[0])
-            pull = torch.zeros_like(average)
-            for expert, gram, weight in zip(experts, grams, weights, strict=True):
+            first = inputs.grams[0][key]
+            bias = bias_of(key, first.shape[-1], merged[key])
+            average = joint_map(merged, key, bias, first)
+            pull, total = torch.zeros_like(average), torch.zeros_like(first, dtype=torch.float64)
+            for expert, grams, weight in zip(experts, inputs.grams, weights, strict=True):
+                gram = _shrunk(grams[key].double(), self.alpha)
                 pull += weight * (joint_map(expert, key, bias, gram) - average) @ gram
-            total = torch.stack(grams).mul_(_column(weights, grams[0])).sum(0)
+                total.add_(gram, alpha=weight)
             solution = average + solve_damped(total, pull, self.damping, key)
             split_map(solution, merged, key, bias)
         return {key: tensor.to(experts[0][key].dtype) for key, tensor in merged.items()}
@@ -170,7 +170,3 @@ def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor
 
 def _shrunk(gram: Tensor, alpha: float) -> Tensor:
     return alpha * gram + (1 - alpha) * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
-
-
-def _column(weights: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(weights, dtype=like.dtype, device=like.device)[:, None, None, None]

@@ -3,15 +3,18 @@
 from coin.networks.batchnorm import BatchNormPolicy, average_buffers, has_batchnorm, recalibrate
 from coin.networks.files import (
     NetworkFile,
+    NetworkState,
     brought_network,
+    check_layout,
     fill_network,
     initial_network,
     load_network,
+    open_network,
     read_weights,
     save_network,
     widen_network,
 )
-from coin.networks.heads import features_and_logits, head_name, pad_head, pad_logits, replace_head
+from coin.networks.heads import features_and_logits, head_name, pad_head, pad_logits, padded_rows, replace_head
 from coin.networks.precision import full_precision
 from coin.networks.registry import NetworkConfig, build_network, network_names
 from coin.networks.runs import Run, common_widths, run_network
@@ -21,10 +24,12 @@ __all__ = [
     "BatchNormPolicy",
     "NetworkConfig",
     "NetworkFile",
+    "NetworkState",
     "Run",
     "average_buffers",
     "brought_network",
     "build_network",
+    "check_layout",
     "common_widths",
     "features_and_logits",
     "fill_network",
@@ -34,8 +39,10 @@ __all__ = [
     "initial_network",
     "load_network",
     "network_names",
+    "open_network",
     "pad_head",
     "pad_logits",
+    "padded_rows",
     "read_weights",
     "recalibrate",
     "replace_head",

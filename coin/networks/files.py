@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from coin.errors import FileError, StateError, first_line
 from coin.networks.heads import head_name, pad_head
 from coin.networks.registry import NetworkConfig, build_network
-from coin.state import State, check_finite, load_state, save_state
+from coin.state import State, check_finite, save_state
+from coin.state_file import StateFile
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,48 @@ class NetworkFile:
     provenance: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class NetworkState:
+    """A network's file, its tensors read when they are asked for.
+
+    Attributes:
+        state: The parameters and buffers.
+        config: The architecture.
+        num_classes: The number of logits.
+        provenance: Everything that was written with it.
+    """
+
+    state: StateFile
+    config: NetworkConfig
+    num_classes: int
+    provenance: dict[str, Any]
+
+
 def save_network(
     path: Path, network: nn.Module, config: NetworkConfig, num_classes: int, provenance: Mapping[str, Any]
 ) -> None:
     """Write a network's parameters and buffers with its architecture and its provenance.
 
     Raises:
-        StateError: A tensor is not finite.
+        StateError: A tensor is not finite, or the tensors are too few for the architecture that the file names.
         FileError: The file cannot be written.
     """
     save_state(path, network.state_dict(), {**provenance, "network": asdict(config), "num_classes": num_classes})
+
+
+def open_network(path: Path) -> NetworkState:
+    """Open a network that `save_network` wrote, and check that it is finite. Whether it is whole is for `check_layout`.
+
+    Raises:
+        FileError: The file is missing or damaged, or does not hold a network.
+        StateError: A tensor is not finite, or the tensors are too few for the architecture that the file names.
+    """
+    state = StateFile(path)
+    provenance = state.provenance
+    check_finite(state, f"the network in '{path}'")
+    config, num_classes = _described(path, provenance)
+    _check_size(path, config, num_classes, state.shapes())
+    return NetworkState(state, config, num_classes, provenance)
 
 
 def load_network(path: Path) -> NetworkFile:
@@ -52,13 +85,10 @@ def load_network(path: Path) -> NetworkFile:
         FileError: The file is missing or damaged, or does not hold a network.
         StateError: Its tensors do not fit the architecture it names, or one is not finite.
     """
-    state, provenance = load_state(path)
-    check_finite(state, f"the network in '{path}'")
-    config, num_classes = _described(path, provenance)
-    _check_size(path, config, num_classes, state)
-    network = build_network(config, num_classes)
-    fill_network(network, state, str(path))
-    return NetworkFile(network.eval(), config, num_classes, provenance)
+    file = open_network(path)
+    network = build_network(file.config, file.num_classes)
+    fill_network(network, file.state, str(path))
+    return NetworkFile(network.eval(), file.config, file.num_classes, file.provenance)
 
 
 def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig, int]:
@@ -81,14 +111,14 @@ def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig
     return NetworkConfig(**{**network, "weights": None}), num_classes
 
 
-def _check_size(path: Path, config: NetworkConfig, num_classes: int, state: State) -> None:
+def _check_size(path: Path, config: NetworkConfig, num_classes: int, shapes: Mapping[str, torch.Size]) -> None:
     """Refuse metadata that describe a network of another size than the tensors', before memory is taken for it."""
     try:
         with torch.device("meta"):
-            described = build_network(config, num_classes).state_dict()
+            described = {name: each.shape for name, each in build_network(config, num_classes).state_dict().items()}
     except NotImplementedError:  # a constructor that looks at its weights
         return
-    size, found = (sum(tensor.numel() for tensor in each.values()) for each in (described, state))
+    size, found = (sum(shape.numel() for shape in each.values()) for each in (described, shapes))
     if size > 2 * found:
         raise StateError(
             f"'{path}' holds {found} numbers, expected {size} of {config.name} with {num_classes} classes and options "
@@ -102,22 +132,36 @@ def fill_network(network: nn.Module, state: State, source: str) -> None:
     Raises:
         StateError: A name is missing or superfluous or a shape differs; the message says which, and in what `source`.
     """
-    own = network.state_dict()
-    if missing := sorted(own.keys() - state.keys()):
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    check_layout(shapes, {name: tensor.shape for name, tensor in state.items()}, source)
+    network.load_state_dict(dict(state))
+
+
+def check_layout(own: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], source: str) -> None:
+    """Check that a state has the names and shapes of a network's own.
+
+    Args:
+        own: The network's shapes.
+        shapes: The state's.
+        source: Where the state is from, for the message.
+
+    Raises:
+        StateError: A name is missing or superfluous or a shape differs; the message says which, and in what `source`.
+    """
+    if missing := sorted(own.keys() - shapes.keys()):
         raise StateError(
             f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); it is of another architecture"
         )
-    if extra := sorted(state.keys() - own.keys()):
+    if extra := sorted(shapes.keys() - own.keys()):
         raise StateError(
             f"'{source}' has a tensor '{extra[0]}' too many ({len(extra)} in all); it is of another architecture"
         )
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
+    for name, shape in own.items():
+        if shapes[name] != shape:
             raise StateError(
-                f"'{source}' has tensor '{name}' of shape {list(state[name].shape)}, expected {list(tensor.shape)}; "
+                f"'{source}' has tensor '{name}' of shape {list(shapes[name])}, expected {list(shape)}; "
                 "it has another architecture or another number of classes"
             )
-    network.load_state_dict(dict(state))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -67,7 +67,14 @@ def pad_head(
     Raises:
         StateError: The head already has more rows.
     """
-    padded = dict(state)
+    return {**state, **padded_rows(state, head, num_outputs, fill=fill)}
+
+
+def padded_rows(
+    state: State, head: str, num_outputs: int, *, fill: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors alone that `pad_head` replaces; none where the head is wide enough."""
+    padded = {}
     for key in (f"{head}.weight", f"{head}.bias"):
         if key not in state:
             continue

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from coin.errors import FileError
-from coin.state import check_finite, load_state, save_state
+from coin.state import State, check_finite, save_state
+from coin.state_file import StateFile
 from coin.statistics.sums import Sums
 
 _NUMBERS: dict[str, type[float]] = {"samples": int, "seconds": float, "passes": float}
@@ -18,14 +17,14 @@ class StatisticFile:
     """A statistic read from a file.
 
     Attributes:
-        values: Name → mean over samples.
+        values: Name → mean over samples, read when they are asked for.
         samples: The number of samples in the mean.
         seconds: What it took to compute, wall time.
         passes: What it took, in forward-equivalents.
         provenance: Everything that was written with it.
     """
 
-    values: dict[str, Tensor]
+    values: State
     samples: int
     seconds: float
     passes: float
@@ -59,7 +58,7 @@ def save_statistic(path: Path, sums: Sums, *, statistic: str, weights: str, seco
 
 
 def load_statistic(path: Path, *, statistic: str, weights: str | None = None) -> StatisticFile:
-    """Read a statistic that `save_statistic` wrote.
+    """Open a statistic that `save_statistic` wrote.
 
     Args:
         path: The file.
@@ -71,7 +70,8 @@ def load_statistic(path: Path, *, statistic: str, weights: str | None = None) ->
             or a Fisher has a negative number.
         StateError: A number is not finite.
     """
-    values, provenance = load_state(path)
+    values = StateFile(path)
+    provenance = values.provenance
     found = provenance.get("statistic")
     if found != statistic:
         raise FileError(

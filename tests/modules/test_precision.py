@@ -14,25 +14,25 @@ from coin.statistics.files import load_statistic
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}, "num_classes": 3, "lr": 0.05}
 
 
-def evaluated(trainer, write_experts, write_coded, tasks_of):
-    experts = write_experts([3, 2])
-    evaluator = DecodingEvaluator(experts, write_coded([[0.5, 0.5]], experts))
+def evaluated(trainer, experts, coded, tasks_of):
+    evaluator = DecodingEvaluator(experts, coded)
     trainer.test(evaluator, datamodule=tasks_of([3, 2]), verbose=False)
     return evaluator
 
 
 def test_networks_are_evaluated_in_bf16_and_decoded_in_full(make_trainer, write_experts, write_coded, tasks_of):
     passes = []
-
+    experts = write_experts([3, 2])  # which runs the networks, and so comes before the hook
+    coded = write_coded([[0.5, 0.5]], experts)
     hook = nn.modules.module.register_module_forward_hook(
         lambda module, _, output: passes.append(output.dtype) if isinstance(module, nn.Linear) else None
     )
     try:
-        mixed = evaluated(make_trainer(precision="bf16-mixed"), write_experts, write_coded, tasks_of)
+        mixed = evaluated(make_trainer(precision="bf16-mixed"), experts, coded, tasks_of)
     finally:
         hook.remove()
     assert set(passes) == {torch.bfloat16}, "the calibration samples' answers too"
-    full = evaluated(make_trainer(), write_experts, write_coded, tasks_of)
+    full = evaluated(make_trainer(), experts, coded, tasks_of)
     rough, exact = ([outcome.residual for outcome in each.outcomes] for each in (mixed, full))
     assert rough != exact
     assert rough == pytest.approx(exact, rel=0.05, nan_ok=True)
