@@ -34,6 +34,14 @@ _ONGOING = 8
 """Requests that Ray may hand to a server at a time. The front end sends one after the other; with room to spare, Ray's
 router never has to wait for it to learn that the last one is done."""
 
+_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+"""What Ray reads from the environment: nothing is reported to its makers, and servers are not put last in line for
+the processor, as Ray's workers are otherwise."""
+
+_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""For a cluster of this machine alone, on any system: Ray's own ports, which take orders from whoever reaches them,
+listen at the loopback address, not at all interfaces."""
+
 
 @dataclass(frozen=True)
 class System:
@@ -182,13 +190,14 @@ def start(system: System, options: RayOptions) -> Callable[[], None]:
         ConfigurationError: Ray is not installed.
         ServingError: Ray cannot serve here.
     """
+    for name, value in {**_RAY, **({} if options.address else _ALONE)}.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
         from ray import serve
     except ImportError as error:
         raise ConfigurationError("found no Ray Serve, expected it; pip install 'coded-coin[serve]'") from error
     resources = options.resources
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if not ray.is_initialized():
             ray.init(address=options.address, include_dashboard=False, log_to_driver=False, logging_level="error")
