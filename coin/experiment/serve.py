@@ -56,6 +56,8 @@ def serve(
         ServingError: Ray cannot serve here.
     """
     system = read_system(folder, method, batchnorm, decoder, policy, quantile, build)
+    if ray.faults:
+        say("with faults put in on purpose; leave out --ray.faults for a sound system")
     stop = start(system, ray)
     stopped = threading.Event()
     before = [signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)]

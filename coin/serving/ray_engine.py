@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from coin.coding import DecoderConfig
 from coin.errors import ConfigurationError, ServingError
 from coin.serving.decodings import Decodings
+from coin.serving.faults import Faults
 from coin.serving.front_end import FrontEnd
 from coin.serving.images import InputLimits
 from coin.serving.layout import Layout
@@ -93,13 +95,19 @@ class Resources:
 class ModelReplica:
     """A network in a process of its own."""
 
-    def __init__(self, path: str, outputs: int, decoder: DecoderConfig, device: str, threads: int) -> None:
+    def __init__(
+        self, name: str, path: str, outputs: int, decoder: DecoderConfig, device: str, threads: int, faults: Faults
+    ) -> None:
         torch.set_num_threads(threads)
+        self._name, self._faults = name, faults
         self._server = NetworkServer(Path(path), outputs, decoder, device)
 
     def __call__(self, images: NDArray[np.uint8]) -> Arrays:
         """Return logits ``[B, C]`` and features ``[B, F]``, if they are read, of uint8 images ``[B, 1 or 3, H, W]``."""
+        began = time.perf_counter()
         reply = self._server(torch.tensor(images))
+        if self._faults:
+            self._faults.sleep(self._name, began)
         return reply.logits.numpy(), None if reply.features is None else reply.features.numpy()
 
     def check_health(self) -> None:
@@ -166,6 +174,7 @@ class RayOptions:
         resources: What every server gets.
         limits: What bounds waiting.
         inputs: What a query may bring.
+        faults: Troubles put in on purpose, for trials.
 
     Raises:
         ConfigurationError: The port is none.
@@ -177,6 +186,7 @@ class RayOptions:
     resources: Resources = field(default_factory=Resources)
     limits: Limits = field(default_factory=Limits)
     inputs: InputLimits = field(default_factory=InputLimits)
+    faults: Faults = field(default_factory=Faults)
 
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536:
@@ -187,9 +197,10 @@ def start(system: System, options: RayOptions) -> Callable[[], None]:
     """Serve on Ray Serve until the returned function is called.
 
     Raises:
-        ConfigurationError: Ray is not installed.
+        ConfigurationError: Ray is not installed, or a fault is for a server that does not exist.
         ServingError: Ray cannot serve here.
     """
+    options.faults.check(system.names)
     for name, value in {**_RAY, **({} if options.address else _ALONE)}.items():
         os.environ.setdefault(name, value)
     try:
@@ -204,11 +215,11 @@ def start(system: System, options: RayOptions) -> Callable[[], None]:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": options.host, "port": options.port})
         actor = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
-        device = "cuda" if resources.gpus > 0 else "cpu"
+        device, outputs = "cuda" if resources.gpus > 0 else "cpu", system.expects.outputs
         handles = [
             serve.deployment(ModelReplica)
             .options(name=name, ray_actor_options=actor, max_ongoing_requests=_ONGOING, health_check_period_s=5)
-            .bind(str(path.resolve()), system.expects.outputs, system.decoder, device, resources.threads)
+            .bind(name, str(path.resolve()), outputs, system.decoder, device, resources.threads, options.faults)
             for name, path in zip(system.names, system.paths, strict=True)
         ]
         ingress = serve.deployment(Ingress).options(
