@@ -115,7 +115,7 @@ class _Simulation:
         servers = range(layout.num_servers)
         self.case = case
         self.arrivals = poisson_arrivals(case.rate, case.queries, case.seed).tolist()
-        self.wanted = _wanted(case)
+        self.wanted = wanted_experts(case)
         self.warm_up = case.queries // 20
         limits = Limits(deadline=case.deadline * unit, queue=case.queue, cooldown=case.cooldown * unit)
         self.limits = limits
@@ -312,7 +312,8 @@ class _Phase:
         return self._on
 
 
-def _wanted(case: Case) -> list[int]:
+def wanted_experts(case: Case) -> list[int]:
+    """Return the set of experts that each query of a case wants."""
     if case.want is Want.all:
         return [case.layout.every_expert] * case.queries
     experts = np.random.default_rng([case.seed, 2]).integers(case.layout.num_experts, size=case.queries)
