@@ -157,6 +157,9 @@ def _asking(handle: Any) -> Server:
         except asyncio.CancelledError:
             response.cancel()
             raise
+        except Exception as error:
+            cause = getattr(error, "cause", None)  # what the server raised: Ray's own message is its stack
+            raise cause if isinstance(cause, Exception) else error from None
         # Ray's arrays cannot be written to, and PyTorch has no such tensors.
         return Reply(torch.tensor(logits), None if features is None else torch.tensor(features))
 

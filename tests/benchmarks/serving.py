@@ -238,10 +238,10 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--method", default=None)
     parser.add_argument("--decoder", default="linear")
-    parser.add_argument("--load", type=float, default=0.3)
-    parser.add_argument("--queries", type=int, default=900)
+    parser.add_argument("--load", type=float, default=0.2)
+    parser.add_argument("--queries", type=int, default=700)
     parser.add_argument("--pace", type=float, default=0.1, help="seconds that every server takes at least")
-    parser.add_argument("--slow", type=float, default=3.0, help="factor of the slow expert")
+    parser.add_argument("--slow", type=float, default=2.0, help="factor of the slow expert")
     parser.add_argument("--idle", type=int, default=60, help="queries to each expert that service times are taken from")
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--only", choices=("well", "troubled"), default=None)
@@ -276,7 +276,9 @@ def main() -> None:
                     samples = (*samples[:slow], samples[0])  # the slow one's own times have the factor in them
             mean = float(np.mean([each.mean() for each in samples]))
             every = (*samples, *(samples[0] for _ in range(layout.num_coded)))
-            scenario = Troubled(every, slowdown=Slowdown(factor=options.slow), mean=mean)
+            # The pace is slowed, the way there and back is not.
+            slowdown = Slowdown(factor=(mean + (options.slow - 1) * options.pace) / mean)
+            scenario = Troubled(every, slowdown=slowdown, mean=mean)
             case = Case(
                 layout, make_policy("coded_hedged"), scenario, options.load, Want.one, options.queries,
                 deadline=10.0 / mean, cooldown=COOLDOWN / mean,
