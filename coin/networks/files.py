@@ -57,7 +57,7 @@ def save_network(
     """Write a network's parameters and buffers with its architecture and its provenance.
 
     Raises:
-        StateError: A tensor is not finite, or the tensors are too few for the architecture that the file names.
+        StateError: A tensor is not finite.
         FileError: The file cannot be written.
     """
     save_state(path, network.state_dict(), {**provenance, "network": asdict(config), "num_classes": num_classes})
