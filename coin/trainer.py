@@ -19,7 +19,7 @@ from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, FileError, StateError, first_line
 from coin.modules import DecodingEvaluator, Expert, Outcome, StatisticKind, StatisticPass
-from coin.networks import fill_network, load_network, read_weights
+from coin.networks import NetworkConfig, fill_network, load_network, read_weights
 from coin.reporting.extras import Examples, write_examples
 from coin.reporting.results import Row, confusion_key, write_results
 from coin.reporting.wandb_connection import check_connection
@@ -183,7 +183,7 @@ class Trainer(pl.Trainer):
             StateError: It does not fit the model.
             DataError: A task has fewer than `samples` training samples.
         """
-        network, image_size = _network(model, ckpt_path)
+        network, config = _network(model, ckpt_path)
         single = isinstance(datamodule, TaskData)
         if isinstance(datamodule, TaskData):
             tasks = Tasks({"task": datamodule}, samples_per_task=samples)
@@ -191,7 +191,9 @@ class Trainer(pl.Trainer):
             tasks = Tasks(datamodule.tasks, samples, datamodule.batch_size)
         else:
             raise ConfigurationError(f"found data of {type(datamodule).__name__}, expected a task or Tasks")
-        tasks.resize(image_size)
+        for task in tasks.tasks.values():
+            config.check_content(task.content)
+        tasks.resize(config.image_size)
         kind = FisherKind(kind)
         sums, seconds = self.statistic_sums(
             network, tasks, statistic=statistic, kind=kind, cotangents=cotangents, memory_mib=memory_mib
@@ -265,7 +267,7 @@ class Trainer(pl.Trainer):
                 f"found a {type(model).__name__} with data of {type(datamodule).__name__}, expected a "
                 "DecodingEvaluator with Tasks; see configs/evaluate/"
             )
-        datamodule.resize(model.image_size)
+        datamodule.resize(model.config.image_size)
         self.test(model, datamodule=datamodule, verbose=False)
         if self.is_global_zero:
             rows = result_rows(model.outcomes, name, datamodule.seed, datamodule.samples_per_task)
@@ -360,11 +362,11 @@ def _check_checkpoint(path: Path) -> None:
         raise FileError(f"'{path}' is no checkpoint of a training, expected one to go on from; give one of coin fit's")
 
 
-def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, int]:
-    """Return an expert's network with the weights of a checkpoint, and its images' size in pixels."""
+def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, NetworkConfig]:
+    """Return an expert's network with the weights of a checkpoint, and what it was built from."""
     if ckpt_path is not None and ckpt_path.endswith(".safetensors"):
         file = load_network(Path(ckpt_path))
-        return file.network, file.config.image_size
+        return file.network, file.config
     network = getattr(model, "network", None)
     if not isinstance(network, nn.Module) or not isinstance(model, Expert):
         raise ConfigurationError(
@@ -372,4 +374,4 @@ def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, 
         )
     if ckpt_path is not None:
         fill_network(network, read_weights(Path(ckpt_path)), ckpt_path)
-    return network, model.config.image_size
+    return network, model.config

@@ -115,7 +115,10 @@ class Experiment:
             raise ConfigurationError(f"found two methods with one file '{repeated_files[0]}'; change one's label")
         if unknown := sorted((expert.overrides.keys() | expert.checkpoints.keys()) - tasks.keys()):
             raise ConfigurationError(f"found options for an expert '{unknown[0]}', expected one of {', '.join(tasks)}")
+        if base is not None and base.task is not None:
+            network.check_content(base.task.content)
         for task, data in tasks.items():
+            network.check_content(data.content)
             data.check_augmentation(expert_options(expert, task).augmentation)
             for method in methods:
                 if isinstance(method, Distillation):
