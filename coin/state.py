@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str,
                 total.add_(state[key], alpha=weight)
             result[key] = total
         else:
-            result[key] = torch.stack([state[key] for state in states]).amax(0)
+            result[key] = reduce(torch.maximum, (state[key] for state in states[1:]), first.clone())
     return result
 
 
@@ -200,7 +200,15 @@ def save_state(path: Path, state: State, provenance: Mapping[str, Any]) -> None:
     """
     check_finite(state, f"the state for '{path}'")
     metadata = {_METADATA_KEY: json.dumps({**provenance, "versions": versions()}, sort_keys=True)}
-    tensors = {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
+    tensors: dict[str, Tensor] = {}
+    written: set[int] = set()
+    for key, tensor in state.items():
+        plain = tensor.detach().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        # safetensors takes no two tensors of one storage, as tied parameters are, nor a part of one.
+        shared = place in written or plain.nbytes != plain.untyped_storage().nbytes()
+        tensors[key] = plain.clone() if shared else plain
+        written.add(place)
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=metadata)

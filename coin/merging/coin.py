@@ -65,11 +65,12 @@ class Coin(MergeMethod):
             average = weighted_mean(experts, weights, key)
             pull = torch.zeros_like(average)
             for expert, fisher, weight in zip(experts, fishers, weights, strict=True):
-                pull.add_(fisher[key].double() * (expert[key].double() - average), alpha=weight)
-            curvature = total + damping
+                step = expert[key].double() - average
+                pull.add_(step.mul_(fisher[key]), alpha=weight)
+            curvature = total.add_(damping)
             # With no damping and no Fisher the pull is exactly 0, so any divisor gives the β-average.
-            correction = pull / torch.where(curvature > 0, curvature, torch.ones_like(curvature))
-            merged[key] = (average + correction).to(experts[0][key].dtype)
+            correction = pull.div_(curvature.masked_fill_(curvature <= 0, 1))
+            merged[key] = average.add_(correction).to(experts[0][key].dtype)
         return merged
 
 
