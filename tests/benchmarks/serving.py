@@ -35,6 +35,7 @@ from coin.errors import ServingError
 from coin.experiment import Experiment
 from coin.experiment.serve import read_tasks
 from coin.experiment.served import read_accuracies, read_served
+from coin.reporting import read_results
 from coin.serving.client import Client, TaskAnswer
 from coin.serving.decodings import coded_layout
 from coin.serving.policies import make_policy
@@ -68,6 +69,7 @@ class Measured:
     """What became of a series of queries, without the first twentieth."""
 
     latencies: NDArray[np.float64]
+    wanted: NDArray[np.int64]
     decoded: NDArray[np.bool_]
     right: NDArray[np.bool_]
     failed: int
@@ -126,17 +128,14 @@ def replica(ancestor: int, name: str) -> int:
 
 def idle_times(client: Client, tasks: list[str], images: list[NDArray[np.uint8]], count: int) -> tuple[NDArray, ...]:
     """Return the seconds that each expert takes while nothing else is asked, over HTTP ``[count]``."""
-    times = []
-    for task, own in zip(tasks, images, strict=True):
-        for number in range(-5, count):
-            if number == 0:
-                seconds = []
+    times: list[list[float]] = [[] for _ in tasks]
+    for number in range(-10, count):
+        for task, own, seconds in zip(tasks, images, times, strict=True):
             began = time.perf_counter()
             answer = client.ask(task, own[number])
             if number >= 0 and not answer.decoded:
                 seconds.append(time.perf_counter() - began)
-        times.append(np.array(seconds))
-    return tuple(times)
+    return tuple(np.array(seconds) for seconds in times)
 
 
 def load(
@@ -198,7 +197,8 @@ def load(
         down[1] = np.inf
     counted = slice(case.queries // 20, None)
     failed = int(np.isinf(latencies[counted]).sum())
-    return Measured(latencies[counted], decoded[counted], right[counted], failed, (down[0], down[1]))
+    experts = np.array(wanted)[counted]
+    return Measured(latencies[counted], experts, decoded[counted], right[counted], failed, (down[0], down[1]))
 
 
 def summary(latencies: NDArray[np.float64], decoded: float, failed: int, accuracy: float) -> dict[str, float]:
@@ -250,6 +250,9 @@ def main() -> None:
 
     system = read_served(Path(options.folder), options.method, None, options.decoder)
     accuracies = read_accuracies([system.folder], system.method, system.batchnorm, options.decoder)
+    results = read_results(system.folder)
+    chosen = (results.method == system.method) & (results.batchnorm == system.batchnorm)
+    results = results[chosen & (results.decoder == options.decoder)].set_index("task")
     tasks, layout = list(system.tasks), coded_layout(system.code)
     images, labels = [], []
     for task in read_tasks(system, build).tasks.values():
@@ -271,9 +274,10 @@ def main() -> None:
         faults = [f"--ray.faults.slow={{{names[slow]}: {options.slow}}}"] if troubled else []
         with served(options.folder, options.port, [*arguments, *faults]) as (process, client):
             if not samples:
-                samples = idle_times(client, tasks, images, options.idle)
-                if troubled:
-                    samples = (*samples[:slow], samples[0])  # the slow one's own times have the factor in them
+                # Not the slow one, if there is: its queries are late, and keep the others busy.
+                asked = tasks[:slow] if troubled else tasks
+                samples = idle_times(client, asked, images[: len(asked)], options.idle)
+                samples = (*samples, *(samples[0] for _ in range(len(tasks) - len(asked))))
             mean = float(np.mean([each.mean() for each in samples]))
             every = (*samples, *(samples[0] for _ in range(layout.num_coded)))
             # The pace is slowed, the way there and back is not.
@@ -294,19 +298,27 @@ def main() -> None:
         real = summary(measured.latencies, measured.decoded.mean(), measured.failed, measured.right.mean())
         same = simulated(simulate(case), expert, decoded)
         others = [simulated(simulate(replace(case, seed=seed)), expert, decoded) for seed in range(1, REPEATS + 1)]
-        parts = {
-            "own accuracy": (measured.right[~measured.decoded].mean(), expert),
-            "decoded accuracy": (measured.right[measured.decoded].mean(), decoded),
-        }
         title = f"{state}: {case.rate:.1f} queries/s, {len(measured.latencies)} counted, service {1e3 * mean:.0f} ms"
         Console().print(table(title, real, same, others))
-        for name, (value, wanted) in parts.items():
-            print(f"{name}: {100 * value:.1f} % served, {100 * wanted:.1f} % in the results")
+        for name, column, chosen in (
+            ("own", "expert_accuracy", ~measured.decoded & np.isfinite(measured.latencies)),
+            ("decoded", "decoded_accuracy", measured.decoded),
+        ):
+            if chosen.any():  # each answer is as likely to be right as its own task's are in the results
+                likely = results.loc[[tasks[expert] for expert in measured.wanted[chosen]], column].to_numpy()
+                spread = np.sqrt((likely * (1 - likely)).sum()) / len(likely)
+                print(
+                    f"{len(likely)} {name} answers, right: {100 * measured.right[chosen].mean():.1f} % served, "
+                    f"{100 * likely.mean():.1f} ± {100 * spread:.1f} % by the results of these tasks"
+                )
         if troubled:
             killed, back = measured.down
             print(f"{names[0]} was killed {killed:.1f} s after the start, and answered again at {back:.1f} s")
         print(f"the front end says {json.dumps(health['queries'])}")
-        found[state] = {"served": real, "same": same, "others": others, "down": measured.down, "health": health}
+        found[state] = {
+            "served": real, "same": same, "others": others, "down": measured.down, "health": health,
+            "service_times": [each.tolist() for each in samples],
+        }  # fmt: skip
     options.output.parent.mkdir(parents=True, exist_ok=True)
     written = {"options": {**vars(options), "output": None}, "accuracies": asdict(accuracies), "found": found}
     options.output.write_text(json.dumps(written, indent=1, default=str) + "\n")
