@@ -81,6 +81,10 @@ def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig
     return NetworkConfig(**{**network, "weights": None}), num_classes
 
 
+_MOST_FOR_NOTHING = 10**8
+"""Numbers that a network may have whatever its file says: 400 MB, before names and shapes are compared."""
+
+
 def _check_size(path: Path, config: NetworkConfig, num_classes: int, state: State) -> None:
     """Refuse metadata that describe a network of another size than the tensors', before memory is taken for it."""
     try:
@@ -89,7 +93,7 @@ def _check_size(path: Path, config: NetworkConfig, num_classes: int, state: Stat
     except NotImplementedError:  # a constructor that looks at its weights
         return
     size, found = (sum(tensor.numel() for tensor in each.values()) for each in (described, state))
-    if size > 2 * found:
+    if size > max(_MOST_FOR_NOTHING, 4 * found):
         raise StateError(
             f"'{path}' holds {found} numbers, expected {size} of {config.name} with {num_classes} classes and options "
             f"{config.options}, as its metadata say; make the file again"
