@@ -24,6 +24,18 @@ class CoinParser(LightningArgumentParser):
         read_yaml(Path(str(path)))
         return super().parse_path(path, *args, **kwargs)
 
+    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
+        """Build what a configuration names; a section that is null has no options to build it of."""
+        try:
+            return super().instantiate_classes(cfg, **kwargs)
+        except TypeError as error:
+            if "must be a mapping, not NoneType" not in str(error):
+                raise
+            raise ConfigurationError(
+                "found a section that is null (one of network, expert, calibration, wandb, launch), expected its "
+                "options; leave the section out for its defaults"
+            ) from error
+
 
 def in_one_line(message: str, options: Iterable[str] = ()) -> str:
     """Return a parser's message as one line: what was found, what was expected, what to do.

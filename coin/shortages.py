@@ -28,7 +28,8 @@ def shortage_behind(error: BaseException | None) -> CoinError | None:
     """Return the refusal that an error, or one that led to it, comes from; none where it is something else."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _ADVICE:
-            where = f" at '{error.filename}'" if error.filename is not None else ""
+            path = error.filename2 or error.filename  # of a copy, the one that is written
+            where = f" at '{path}'" if path is not None else ""
             return FileError(f"found '{error.strerror}'{where}, expected to read or write; {_ADVICE[error.errno]}")
         text = first_line(error)
         if isinstance(error, MemoryError) or (

@@ -51,6 +51,7 @@ TYPOS = {
     "an option": ("samples_per_task", "sample_per_task", "did you mean 'calibration.samples_per_task'?"),
     "a task's option": ("max_train", "max_trian", "found option 'max_trian' in 'tasks'"),
     "a task's class": ("class_path: Digits", "class_path: Digist", "Digist"),
+    "a section that is null": ("calibration: {samples_per_task: 4}", "calibration: null", "a section that is null"),
     "a key twice": ("name: small\n", "name: small\nname: other\n", "found key 'name' twice"),
     "a method's option": ("Average}", "Average, init_args: {batchnrom: keep}}", "Option 'batchnrom' is not accepted"),
     "a task that leads out": ("  digits:", "  '..':", "found task name '..'"),
