@@ -8,7 +8,9 @@ factor all the time (a fault of ``coin serve``'s), and the first one's process i
 Ray starts another one. The simulation has the very same arrival times and wanted experts. What it is told of the
 served system is how long each server takes while nothing else is asked, over HTTP, and for how long the killed server
 was gone. Servers keep a pace, most of which they sleep, so that four of them share two cores as though each had its
-own. Batches are of one query, as in the simulation. Decoding takes no time in the simulation.
+own. Batches are of one query, as in the simulation. Decoding takes no time in the simulation. It takes the way there
+and back, which occupies no server, for a part of the service, and so has its servers too busy by as much: in trouble it
+is the slower of the two.
 """
 
 import argparse
