@@ -36,6 +36,7 @@ class StateFile(Mapping[str, Tensor]):
         self._file: Any = self._opened()
         self.provenance = provenance_in(self._file.metadata(), path)
         self._names = dict.fromkeys(self._file.keys() if names is None else names)
+        self._last = next(reversed(self._names), None)  # where a pass ends
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
@@ -44,7 +45,7 @@ class StateFile(Mapping[str, Tensor]):
             self._file = self._opened()
         tensor: Tensor = self._file.get_tensor(name)
         self._mapped += tensor.nbytes
-        if self._mapped > _MAPPED:
+        if self._mapped > _MAPPED or name == self._last:
             self._file, self._mapped = None, 0  # the tensor itself keeps what it needs
         return tensor
 

@@ -1,7 +1,7 @@
 """The merge step: experts and statistics from files in, coded models as files out."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,8 @@ class Ingredients:
             raise ConfigurationError("found no calibration data, which the method needs; name the tasks")
         return pooled(list(self.calibrations.values()))
 
-    def initial_state(self) -> State:
-        """Return the shared initialisation's tensors, its head padded like the experts'; read when asked for.
+    def initial_state(self, names: Iterable[str]) -> State:
+        """Return these tensors of the shared initialisation, its head padded like the experts'; read when asked for.
 
         Raises:
             ConfigurationError: There is none.
@@ -72,9 +72,10 @@ class Ingredients:
         """
         if self.initial is None:
             raise ConfigurationError("found no shared initialisation, which the method or 'keep' needs; name its file")
-        state = self.experts.padded(open_network(self.initial).state)
-        check_layout(self.experts.layout.shapes, {name: each.shape for name, each in state.items()}, str(self.initial))
-        return state
+        file = open_network(self.initial).state
+        whole = self.experts.padded(file)
+        check_layout(self.experts.layout.shapes, {name: each.shape for name, each in whole.items()}, str(self.initial))
+        return self.experts.padded(file.select(names))
 
 
 def merge_experts(
@@ -99,7 +100,7 @@ def merge_experts(
     if code.num_experts != len(experts.paths):
         raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {len(experts.paths)}")
     inputs, seconds, passes = _inputs(method, ingredients)
-    buffers = ingredients.initial_state() if ingredients.initial is not None else None
+    buffers = ingredients.initial_state(experts.layout.buffers) if ingredients.initial is not None else None
     paths = coded_paths(method, code, folder)
     shared = {"shared_seconds": seconds + choice.seconds, "shared_passes": passes + choice.passes}
     for index, (path, row) in enumerate(zip(paths, code.matrix.tolist(), strict=True)):
@@ -165,8 +166,7 @@ def _inputs(method: MergeMethod, ingredients: Ingredients) -> tuple[MergeInputs,
             seconds += sum(file.seconds for file in files)
             passes += sum(file.passes for file in files)
     if Requirement.INITIAL in method.requires:
-        initial = ingredients.initial_state()
-        states["initial"] = {name: initial[name] for name in states["experts"][0]}
+        states["initial"] = ingredients.initial_state(experts.layout.parameters)
     if method.requires & FITTED:
         started = time.perf_counter()
         states["expert_outputs"] = expert_outputs(experts.each_network(), ingredients.pooled())

@@ -219,7 +219,7 @@ def test_command_of_a_wandb_agent_is_one_of_ours(
         main([*command[1:place], *arguments, *command[place + 1 :], "--print_config"])
     assert stop.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["seeds"] == [2]
+    assert printed["seeds"] == chosen["seeds"]["value"]
     assert len(printed["methods"]) == len(document["parameters"]["methods"]["value"])
 
 
