@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= -c configs/experiment/quickstart.yaml
+FUZZ ?= 60
+# Python compiles what is imported when it is imported: most of what torch and wandb bring never is.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-small test lint format types imports pytest bench notebooks clean
+.PHONY: help install demo demo-small test lint format types imports pytest bench fuzz notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -13,15 +16,15 @@ help:  ## list the targets
 $(VENV)/.demo: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "coin needs Python 3.11 or newer; set PYTHON=" && exit 1)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	$(PIP) '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,dev]'
+	$(PIP) '.[demo,dev]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(PIP) '.[bench]'
 	@touch $@
 
 install: $(VENV)/.dev  ## make the environment in .venv with everything for development
@@ -53,6 +56,9 @@ pytest: $(VENV)/.dev  ## run the tests
 
 bench: $(VENV)/.bench  ## time the exact Fisher against its limit and its peers
 	$(BIN)/python -W ignore tests/benchmarks/fisher.py
+
+fuzz: $(VENV)/.dev  ## random configurations and checkpoints, FUZZ seconds a test
+	COIN_FUZZ_SECONDS=$(FUZZ) $(BIN)/pytest -n0 tests/fuzz
 
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 	$(BIN)/pytest tests/experiment/test_notebooks.py

@@ -1,11 +1,12 @@
 """The ``coin`` command: LightningCLI with the commands of coded networks."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -17,6 +18,7 @@ from rich.console import Console
 import coin.data
 import coin.merging
 import coin.modules  # noqa: F401
+from coin import safe
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
 from coin.errors import CoinError, CoinWarning, ConfigurationError, FileError
 from coin.experiment import Experiment
@@ -25,6 +27,7 @@ from coin.experiment.launch import Launch
 from coin.experiment.serve import serve
 from coin.experiment.simulate import simulate
 from coin.experiment.sweep import sweep
+from coin.parsing import CoinParser
 from coin.processes import is_first
 from coin.progress import shown
 from coin.reporting import (
@@ -41,18 +44,14 @@ from coin.reporting.report import REPORT_HTML, report_summary
 from coin.reporting.simulation import SIMULATION_CSV
 from coin.reporting.sweeps import SWEEP_CSV
 from coin.reporting.wandb_logging import logger_mode
+from coin.shortages import shortage_behind
 from coin.trainer import Trainer, quieten
 
 _PLAIN = ("run", "merge", "sweep", "report", "dashboard", "simulate", "serve")
 """The commands that build their own trainers, or need none."""
 
 
-class CoinParser(LightningArgumentParser):
-    """LightningCLI's parser, with one line for a mistake instead of a page."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise a `ConfigurationError` with the message on one line."""
-        raise ConfigurationError(" ".join(str(message).split())) from ex
+_EPILOG = f"{safe.SAFE}, before or after the command: import no class that is not on coin's allow-list (coin.safe)."
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -135,9 +134,18 @@ class CoinCLI(LightningCLI):
             if name in init_args:
                 init_args[name] = None
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse, with ``--safe``, what no allow-list of classes can hold back."""
+        if os.environ.get(safe.VARIABLE) == "1":
+            safe.check_options(self.config[self.subcommand])
+
     def _set_seed(self) -> None:
-        if self.subcommand not in _PLAIN:
+        if self.subcommand in _PLAIN:
+            return
+        try:
             super()._set_seed()
+        except ValueError as error:
+            raise ConfigurationError(f"found seed_everything out of range: {error}; give another") from error
 
     def instantiate_classes(self) -> None:
         """Build what the command needs: trainer, model and data, or none of them."""
@@ -265,6 +273,7 @@ def checkpoint_options(path: Path) -> dict[str, Any]:
         raise FileError(f"found no checkpoint '{path}', expected a file; check ckpt_path")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        _ = checkpoint["state_dict"], checkpoint["pytorch-lightning_version"]
         return dict(checkpoint["hyper_parameters"])
     except Exception as error:  # pickle's and zip's errors share no base class
         raise FileError(
@@ -283,6 +292,9 @@ def main(args: list[str] | None = None) -> int:
     """
     quieten()
     try:
+        is_safe, args = safe.wanted(sys.argv[1:] if args is None else args, os.environ)
+        if is_safe:
+            safe.enforce()
         with _warnings_in_one_line(), shown(Console(stderr=True)):
             CoinCLI(
                 LightningModule,
@@ -293,11 +305,12 @@ def main(args: list[str] | None = None) -> int:
                 subclass_mode_data=True,
                 save_config_callback=SaveFitConfig,
                 save_config_kwargs={"overwrite": True},
+                parser_kwargs={"epilog": _EPILOG},
                 seed_everything_default=0,
                 args=args,
             )
     except Exception as error:
-        mistake = _mistake_behind(error)
+        mistake = _mistake_behind(error) or shortage_behind(error)
         if mistake is None:
             raise
         print(f"coin: error: {' '.join(str(mistake).split())}", file=sys.stderr)

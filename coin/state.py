@@ -265,7 +265,7 @@ def provenance_in(metadata: Mapping[str, str] | None, path: Path) -> dict[str, A
     """
     try:
         value = json.loads((metadata or {})[_METADATA_KEY])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise FileError(
             f"'{path}' does not say what made it (no '{_METADATA_KEY}' metadata); make it with coin"
         ) from error

@@ -17,9 +17,9 @@ from torch import nn
 from coin.callbacks import Requeue, RunProgress
 from coin.data import TaskData
 from coin.data.tasks import Tasks
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, FileError, StateError, first_line
 from coin.modules import DecodingEvaluator, Expert, Outcome, StatisticKind, StatisticPass
-from coin.networks import fill_network, load_network, read_weights
+from coin.networks import NetworkConfig, fill_network, load_network, read_weights
 from coin.reporting.extras import Examples, write_examples
 from coin.reporting.results import Row, confusion_key, write_results
 from coin.reporting.wandb_connection import check_connection
@@ -131,11 +131,26 @@ class Trainer(pl.Trainer):
             val_dataloaders: Lightning's.
             datamodule: The data.
             ckpt_path: A Lightning checkpoint to go on from.
-            weights_only: Whether to refuse checkpoints that hold more than tensors and plain values.
+            weights_only: False reads checkpoints that hold more than tensors and plain values, which can run anything;
+                none refuses them.
+
+        Raises:
+            FileError: `ckpt_path` is missing, damaged or no checkpoint of a training.
+            StateError: It is of another model.
         """
         if self.requeue is not None:
             ckpt_path = self.requeue.resume_path(self, ckpt_path)
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        if ckpt_path is not None and ckpt_path not in _LIGHTNING_PATHS and weights_only is not False:
+            _check_checkpoint(Path(ckpt_path))
+        try:
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only is not False)
+        except RuntimeError as error:
+            if ckpt_path is None or "loading state_dict" not in str(error):
+                raise
+            raise StateError(
+                f"'{ckpt_path}' is of another model ({' '.join(str(error).split())[:160]}); "
+                "give the model that wrote it"
+            ) from error
 
     def fisher(
         self,
@@ -168,7 +183,7 @@ class Trainer(pl.Trainer):
             StateError: It does not fit the model.
             DataError: A task has fewer than `samples` training samples.
         """
-        network, image_size = _network(model, ckpt_path)
+        network, config = _network(model, ckpt_path)
         single = isinstance(datamodule, TaskData)
         if isinstance(datamodule, TaskData):
             tasks = Tasks({"task": datamodule}, samples_per_task=samples)
@@ -176,7 +191,9 @@ class Trainer(pl.Trainer):
             tasks = Tasks(datamodule.tasks, samples, datamodule.batch_size)
         else:
             raise ConfigurationError(f"found data of {type(datamodule).__name__}, expected a task or Tasks")
-        tasks.resize(image_size)
+        for task in tasks.tasks.values():
+            config.check_content(task.content)
+        tasks.resize(config.image_size)
         kind = FisherKind(kind)
         sums, seconds = self.statistic_sums(
             network, tasks, statistic=statistic, kind=kind, cotangents=cotangents, memory_mib=memory_mib
@@ -250,7 +267,7 @@ class Trainer(pl.Trainer):
                 f"found a {type(model).__name__} with data of {type(datamodule).__name__}, expected a "
                 "DecodingEvaluator with Tasks; see configs/evaluate/"
             )
-        datamodule.resize(model.image_size)
+        datamodule.resize(model.config.image_size)
         self.test(model, datamodule=datamodule, verbose=False)
         if self.is_global_zero:
             rows = result_rows(model.outcomes, name, datamodule.seed, datamodule.samples_per_task)
@@ -327,11 +344,29 @@ def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
     )
 
 
-def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, int]:
-    """Return an expert's network with the weights of a checkpoint, and its images' size in pixels."""
+_LIGHTNING_PATHS = ("best", "last", "hpc", "registry")
+"""What Lightning takes for a checkpoint that it looks for itself."""
+
+
+def _check_checkpoint(path: Path) -> None:
+    if not path.is_file():
+        raise FileError(f"found no checkpoint '{path}', expected a file; check ckpt_path")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        whole = {"state_dict", "loops", "optimizer_states"} <= content.keys()
+    except Exception as error:  # pickle's and zip's errors share no base class
+        raise FileError(
+            f"cannot read '{path}' as a checkpoint ({first_line(error)[:160]}); give one that coin fit wrote"
+        ) from error
+    if not whole:
+        raise FileError(f"'{path}' is no checkpoint of a training, expected one to go on from; give one of coin fit's")
+
+
+def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, NetworkConfig]:
+    """Return an expert's network with the weights of a checkpoint, and what it was built from."""
     if ckpt_path is not None and ckpt_path.endswith(".safetensors"):
         file = load_network(Path(ckpt_path))
-        return file.network, file.config.image_size
+        return file.network, file.config
     network = getattr(model, "network", None)
     if not isinstance(network, nn.Module) or not isinstance(model, Expert):
         raise ConfigurationError(
@@ -339,4 +374,4 @@ def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, 
         )
     if ckpt_path is not None:
         fill_network(network, read_weights(Path(ckpt_path)), ckpt_path)
-    return network, model.config.image_size
+    return network, model.config

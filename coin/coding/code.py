@@ -140,12 +140,16 @@ def _validated(matrix: Sequence[Sequence[float]] | Tensor) -> Tensor:
         raise ConfigurationError(f"the code has shape {list(weights.shape)}, expected R rows of N weights")
     for index, row in enumerate(weights):
         if not bool(torch.isfinite(row).all()):
-            raise ConfigurationError(f"row {index} of the code is not finite: {row.tolist()}")
+            raise ConfigurationError(f"row {index} of the code is not finite: {row.tolist()}; expected numbers")
         if bool((row < 0).any()):
-            raise ConfigurationError(f"row {index} of the code has a negative weight: {row.tolist()}")
+            raise ConfigurationError(
+                f"row {index} of the code has a negative weight: {row.tolist()}, expected 0 or more; change it"
+            )
         total = float(row.sum())
         if abs(total - 1) > _ROW_SUM_TOLERANCE:
-            raise ConfigurationError(f"row {index} of the code sums to {total:.8g}, expected 1: {row.tolist()}")
+            raise ConfigurationError(
+                f"row {index} of the code sums to {total:.8g}, expected 1: {row.tolist()}; divide it by its sum"
+            )
     return weights / weights.sum(dim=1, keepdim=True)
 
 

@@ -51,6 +51,8 @@ class TaskData(LightningDataModule, ABC):
 
     augmentations: ClassVar[tuple[Augmentation, ...]] = tuple(Augmentation)
     """What may happen to training samples."""
+    content: ClassVar[str] = "images"
+    """What networks read of it: ``images`` or ``texts``."""
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ class TextTask(TaskData):
     """
 
     augmentations: ClassVar[tuple[Augmentation, ...]] = (Augmentation.none,)
+    content: ClassVar[str] = "texts"
 
     def __init__(self, *, tokenizer: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -5,7 +5,7 @@ from typing import Any
 
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, FileError
 from coin.experiment.codes import SeedCode, read_code
 from coin.experiment.experts import Experts
 from coin.experiment.merge import Ingredients, coded_paths, merge_experts
@@ -85,7 +85,10 @@ def merge(
 
 def _samples(statistics: dict[str, dict[str, Path]]) -> int | None:
     files = [path for paths in statistics.values() for path in paths.values()]
-    return int(load_provenance(files[0]).get("samples_per_task", 0)) or None if files else None
+    found = load_provenance(files[0]).get("samples_per_task") if files else None
+    if not isinstance(found, int | None):
+        raise FileError(f"'{files[0]}' says {found!r:.40} for its samples_per_task, expected a number; make it again")
+    return found or None
 
 
 def report(folders: list[str], output: str | None = None) -> Path:

@@ -132,6 +132,8 @@ class CalibrationConfig:
             raise ConfigurationError(
                 f"found samples_per_task={self.samples_per_task}, batch_size={self.batch_size}, expected at least 1"
             )
+        if self.memory_mib < 1:
+            raise ConfigurationError(f"found memory_mib={self.memory_mib}, expected at least 1")
         if self.fisher_data not in ("own", "pooled"):
             raise ConfigurationError(f"found fisher_data '{self.fisher_data}', expected own or pooled")
         kind = _member(FisherKind, "fisher_kind", self.fisher_kind)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from coin.data import TextTask
 from coin.experiment.jobs import FileKind, by_stem, common_tags, run_config
 from coin.experiment.steps import step_key
 from coin.experiment.training import make_trainer
@@ -23,7 +22,7 @@ def evaluate(run: SeedRun) -> None:
     """Measure every method with every decoder, unless nothing that goes into it has changed."""
     experiment, code = run.experiment, run.code.code.matrix
     coded = [path for method in experiment.methods for path in run.coded_paths(method)]
-    shown = coded and not all(isinstance(task, TextTask) for task in run.tasks.values())
+    shown = coded and experiment.network.reads == "images"
     files = (RESULTS_CSV, RESULTS_JSON, CONFUSION_NPZ, *([EXAMPLES_NPZ] if shown else []))
     outputs = [run.folder / name for name in files]
     options = {

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 from rich.console import Console
@@ -17,13 +17,22 @@ from coin.experiment.codes import read_code
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.experiment.jobs import FileKind, by_stem, common_tags, job, resolved, run_config
 from coin.experiment.launch import ExpertJob, Launch, train_side_by_side
+from coin.experiment.locks import alone_in, handed_on
 from coin.experiment.merge import coded_paths
 from coin.experiment.seed_run import SeedRun, expert_options
 from coin.experiment.steps import Steps, step_key
 from coin.experiment.training import join_processes, train_network
 from coin.merging import MergeMethod
 from coin.modules import Distillation
-from coin.networks import NetworkConfig, build_network, has_batchnorm, initial_network, save_network
+from coin.names import is_folder_name
+from coin.networks import (
+    NetworkConfig,
+    brought_network,
+    build_network,
+    has_batchnorm,
+    initial_network,
+    save_network,
+)
 from coin.processes import from_first, is_first, process_count
 from coin.reporting.report import write_report
 from coin.reporting.summary import SUMMARY_CSV, write_summary
@@ -32,6 +41,9 @@ from coin.reporting.wandb_evaluation import log_summary
 from coin.reporting.wandb_settings import logging_only
 from coin.state import write_text
 from coin.statistics import FisherKind
+
+_SEEDS = range(2**32)
+"""What NumPy takes for a seed."""
 
 
 class Experiment:
@@ -77,18 +89,19 @@ class Experiment:
         trainer: dict[str, Any] | None = None,
         wandb: WandbConfig = WandbConfig(),  # noqa: B008 (frozen)
     ) -> None:
-        if not name or Path(name).name != name or name.startswith("."):
-            raise ConfigurationError(f"found name '{name}', expected a plain folder name without slashes")
+        if not is_folder_name(name):
+            raise ConfigurationError(f"found name {name!r}, expected a plain folder name without slashes")
         if len(tasks) < 2:
             raise ConfigurationError(f"found {len(tasks)} task(s), expected at least two to code over")
         for task in tasks:
-            if not task or any(mark in task for mark in "+/|\\") or task in ("mean", "none"):
+            if not is_folder_name(task) or any(mark in task for mark in "+|") or task in ("mean", "none"):
                 raise ConfigurationError(
-                    f"found task name '{task}', expected one without + / | \\ and not 'mean' or 'none'"
+                    f"found task name {task!r}, expected one without + / | \\, no dot at its start, and not 'mean' or "
+                    "'none'"
                 )
         self.seeds = [0] if seeds is None else seeds
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ConfigurationError(f"found seeds {self.seeds}, expected distinct numbers of at least 0")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(seed in _SEEDS for seed in self.seeds):
+            raise ConfigurationError(f"found seeds {self.seeds}, expected distinct numbers from 0 to {_SEEDS[-1]}")
         self.code = read_code(code, len(tasks))
         """The code; none where every seed chooses its own."""
         variants = [(method.label, str(method.batchnorm)) for method in methods]
@@ -102,7 +115,10 @@ class Experiment:
             raise ConfigurationError(f"found two methods with one file '{repeated_files[0]}'; change one's label")
         if unknown := sorted((expert.overrides.keys() | expert.checkpoints.keys()) - tasks.keys()):
             raise ConfigurationError(f"found options for an expert '{unknown[0]}', expected one of {', '.join(tasks)}")
+        if base is not None and base.task is not None:
+            network.check_content(base.task.content)
         for task, data in tasks.items():
+            network.check_content(data.content)
             data.check_augmentation(expert_options(expert, task).augmentation)
             for method in methods:
                 if isinstance(method, Distillation):
@@ -124,6 +140,7 @@ class Experiment:
         self.folder = Path(output) / name
         self.trainer = trainer or {}
         self.wandb = wandb
+        self._checked = False
 
     def run(
         self, dump: Callable[[int], str] | None = None, console: Console | None = None, launch: Launch | None = None
@@ -141,15 +158,17 @@ class Experiment:
         Raises:
             CoinError: A step cannot be done.
         """
-        console, seeds = self._begin(console)
-        for run in seeds:
-            if dump is not None and is_first():
-                write_text(run.folder / "config.yaml", dump(run.seed))
-        if launch is not None and launch.side_by_side:
-            self._train_side_by_side(seeds, launch, console)
-        for run in seeds:
-            run.run()
-        return from_first(self._summarise)
+        console = self._begin(console)
+        with alone_in(self.folder) as lock:
+            seeds = self._seed_runs(console)
+            for run in seeds:
+                if dump is not None and is_first():
+                    write_text(run.folder / "config.yaml", dump(run.seed))
+            if launch is not None and launch.side_by_side:
+                self._train_side_by_side(seeds, launch, lock, console)
+            for run in seeds:
+                run.run()
+            return from_first(self._summarise)
 
     def make_experts(self, task: str, console: Console | None = None) -> None:
         """Make one task's expert for every seed, and the shared initialisation; nothing else.
@@ -159,11 +178,11 @@ class Experiment:
         """
         if task not in self.tasks:
             raise ConfigurationError(f"found no task '{task}', expected one of {', '.join(self.tasks)}")
-        for run in self._begin(console)[1]:
+        for run in self._seed_runs(self._begin(console)):
             run.make_expert(task, run.tasks[task])
 
-    def _begin(self, console: Console | None) -> tuple[Console, list[SeedRun]]:
-        """Prepare what all seeds share, and return the seeds to run."""
+    def _begin(self, console: Console | None) -> Console:
+        """Check what can be checked at once, gather all processes, and return where progress goes."""
         check_connection()
         self._check_batchnorm()
         try:
@@ -175,13 +194,19 @@ class Experiment:
         join_processes(self.folder, self.trainer)
         if not is_first():
             console = Console(quiet=True)
-        console = console or Console(stderr=True, soft_wrap=True)
-        from_first(Tasks(self.tasks).prepare_data)
-        initial = self.make_initial(console)
-        seeds = [SeedRun(self, seed, self.folder / f"seed-{seed}", initial, console) for seed in self.seeds]
-        return console, seeds
+        return console or Console(stderr=True, soft_wrap=True)
 
-    def _train_side_by_side(self, seeds: Sequence[SeedRun], launch: Launch, console: Console) -> None:
+    def _seed_runs(self, console: Console) -> list[SeedRun]:
+        """Prepare what all seeds share, and return the seeds to run."""
+        from_first(Tasks(self.tasks).prepare_data)
+        for task in self.tasks.values():
+            _ = task.num_classes  # a folder that is missing or has one class is better told of before the pretraining
+        initial = self.make_initial(console)
+        return [SeedRun(self, seed, self.folder / f"seed-{seed}", initial, console) for seed in self.seeds]
+
+    def _train_side_by_side(
+        self, seeds: Sequence[SeedRun], launch: Launch, lock: IO[bytes] | None, console: Console
+    ) -> None:
         if process_count() > 1:
             raise ConfigurationError(
                 f"found {process_count()} processes that share every training, and a launch section; leave out one"
@@ -192,12 +217,14 @@ class Experiment:
                 run.folder / "config.yaml",
                 task,
                 run.expert_path(task).with_name("launch.log"),
+                *handed_on(lock),
             )
             for run in seeds
             for task in self.tasks
             if run.lacks_expert(task)
         ]
         if jobs:
+            self.check_parts()
             console.print(f"training {len(jobs)} experts, {launch.workers} at a time")
             say = partial(console.print, highlight=False)
             train_side_by_side(jobs, launch, self.folder / "submitit", say)
@@ -234,10 +261,11 @@ class Experiment:
             task = task_with(self.base.task, image_size=self.network.image_size)
             key = step_key({"network": self.network, "base": self.base, "task": task, "trainer": self.trainer})
             if not steps.finished("base", key, [checkpoint]):
+                self.check_parts()
                 console.print(f"base: pretraining {self.network.name} on {type(task).__name__}")
                 from_first(task.prepare_data)
                 config = run_config(self, resolved(self, self.tasks, None), task="base")
-                with job(self, folder, "expert", "base", None, config, ["base"]) as work:
+                with alone_in(folder), job(self, folder, "expert", "base", None, config, ["base"]) as work:
                     train_network(
                         self.base,
                         self.network,
@@ -255,6 +283,21 @@ class Experiment:
         elif self.base is not None and self.base.checkpoint is not None:
             checkpoint = Path(self.base.checkpoint)
         return self._write_initial(steps, checkpoint)[-1]
+
+    def check_parts(self) -> None:
+        """Look at what the user has brought, once, before anything is trained: the tasks' samples, trained experts.
+
+        Raises:
+            CoinError: Images cannot be read, a task has too few of them, or a checkpoint is not of this network.
+        """
+        if self._checked:
+            return
+        for name, task in self.tasks.items():
+            task.calibration(self.calibration.samples_per_task)
+            given = self.expert.checkpoints.get(name)
+            if given is not None:
+                brought_network(self.network, task.num_classes, Path(given))
+        self._checked = True
 
     def _write_initial(self, steps: Steps, checkpoint: Path | None) -> list[Path]:
         """Write the shared initialisation once for every class count, where it is missing or of another base."""

@@ -76,20 +76,32 @@ class ExpertJob:
         config: The resolved configuration of its seed, a file.
         task: The task.
         log: Where the output goes.
+        variables: Further environment variables, for a process of this machine; see `coin.experiment.locks.handed_on`.
+        descriptors: The file descriptors that go with them.
     """
 
     name: str
     config: Path
     task: str
     log: Path
+    variables: dict[str, str] = field(default_factory=dict)
+    descriptors: Sequence[int] = ()
 
     def start(self, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
-        """Start the training as a process."""
+        """Start the training as a process of this machine, which holds the experiment's folder as long as it lives."""
+        return self._start({**environment, **self.variables}, self.descriptors)
+
+    def _start(self, environment: dict[str, str], descriptors: Sequence[int] = ()) -> "subprocess.Popen[bytes]":
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "coin", "run", "-c", str(self.config), "--only", self.task]
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=descriptors,
             )
 
     def __call__(self) -> None:
@@ -98,7 +110,7 @@ class ExpertJob:
         Raises:
             ExpertFailedError: The training failed.
         """
-        if self.start(child_environment(cores())).wait() != 0:
+        if self._start(child_environment(cores())).wait() != 0:
             raise ExpertFailedError(f"{self.name}: {last_line(self.log)}")
 
     def checkpoint(self) -> Any:

@@ -62,11 +62,8 @@ class Ingredients:
             raise ConfigurationError("found no calibration data, which the method needs; name the tasks")
         return pooled(list(self.calibrations.values()))
 
-    def initial_state(self, names: Iterable[str] | None = None) -> State:
-        """Return the shared initialisation's tensors, its head padded like the experts'; read when asked for.
-
-        Args:
-            names: Which ones; none takes all.
+    def initial_state(self, names: Iterable[str]) -> State:
+        """Return these tensors of the shared initialisation, its head padded like the experts'; read when asked for.
 
         Raises:
             ConfigurationError: There is none.
@@ -76,9 +73,9 @@ class Ingredients:
         if self.initial is None:
             raise ConfigurationError("found no shared initialisation, which the method or 'keep' needs; name its file")
         file = open_network(self.initial).state
-        padded = self.experts.padded(file)
-        check_layout(self.experts.layout.shapes, {name: each.shape for name, each in padded.items()}, str(self.initial))
-        return padded if names is None else self.experts.padded(file.select(names))
+        whole = self.experts.padded(file)
+        check_layout(self.experts.layout.shapes, {name: each.shape for name, each in whole.items()}, str(self.initial))
+        return self.experts.padded(file.select(names))
 
 
 def merge_experts(
@@ -103,7 +100,7 @@ def merge_experts(
     if code.num_experts != len(experts.paths):
         raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {len(experts.paths)}")
     inputs, seconds, passes = _inputs(method, ingredients)
-    buffers = ingredients.initial_state() if ingredients.initial is not None else None
+    buffers = ingredients.initial_state(experts.layout.buffers) if ingredients.initial is not None else None
     paths = coded_paths(method, code, folder)
     shared = {"shared_seconds": seconds + choice.seconds, "shared_passes": passes + choice.passes}
     for index, (path, row) in enumerate(zip(paths, code.matrix.tolist(), strict=True)):

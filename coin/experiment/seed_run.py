@@ -20,6 +20,7 @@ from coin.experiment.evaluation import evaluate
 from coin.experiment.experts import Experts
 from coin.experiment.jobs import FileKind, Job, by_stem, job, resolved, run_config
 from coin.experiment.layer_step import compare_layers
+from coin.experiment.locks import alone_in
 from coin.experiment.merge import Ingredients, coded_paths, merge_experts
 from coin.experiment.statistic_steps import estimate, wanted_by
 from coin.experiment.steps import Steps, step_key
@@ -55,6 +56,8 @@ class SeedRun:
 
     def run(self) -> None:
         """Run all steps."""
+        if any(self.lacks_expert(name) for name in self.tasks):
+            self.experiment.check_parts()
         for name, task in self.tasks.items():
             self.make_expert(name, task)
         self.choose_code()
@@ -93,7 +96,7 @@ class SeedRun:
             self.say(f"expert {name}: up to date")
             return
         self.say(f"expert {name}: fine-tuning for {training.epochs} epochs")
-        with self.job("expert", name, [name], task=name) as work:
+        with alone_in(output.parent), self.job("expert", name, [name], task=name) as work:
             work.reads(FileKind.initialisation, {initial.stem: initial})
             train_network(
                 training,

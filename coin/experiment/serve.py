@@ -56,6 +56,8 @@ def serve(
         ServingError: Ray cannot serve here.
     """
     system = read_system(folder, method, batchnorm, decoder, policy, quantile, build)
+    if ray.faults:
+        say("with faults put in on purpose; leave out --ray.faults for a sound system")
     stop = start(system, ray)
     stopped = threading.Event()
     before = [signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -89,7 +91,7 @@ def read_system(
     if chosen.coded:
         names += [f"coded-{row}" for row in range(served.code.num_coded)]
         if make_decoder(served.decoder, served.code, [0]).needs_fit:
-            fitted = fit_decoders(served, _calibration(served, build))
+            fitted = fit_decoders(served, read_tasks(served, build).calibration())
     decodings = Decodings(served.code, fitted, widths if served.decoder.reads_stages else None)
     layout = decodings.layout() if chosen.coded else spread_copies(served.code.num_experts, served.code.num_coded)
     names += [f"copy-{place}-{served.tasks[expert]}" for place, expert in enumerate(layout.copies)]
@@ -114,15 +116,15 @@ def fit_decoders(served: Served, calibration: Calibration) -> list[Decoder]:
     return [make_decoder(config, served.code, erased).fit(answers) for erased in served.code.erasures()]
 
 
-def _calibration(served: Served, build: Callable[[Sequence[str]], Experiment]) -> Calibration:
-    """Return the calibration samples of the seed that is served, from the configuration that it has left."""
+def read_tasks(served: Served, build: Callable[[Sequence[str]], Experiment]) -> Tasks:
+    """Return the tasks of the seed that is served, with their images, from the configuration that it has left."""
     path = served.folder / "config.yaml"
     if not path.is_file():
-        raise FileError(f"found no '{path}', which a calibrated decoder needs; use --decoder=linear, or coin run")
+        raise FileError(f"found no '{path}', which says what the tasks are; use --decoder=linear, or coin run")
     experiment = build(["-c", str(path)])
     options: dict[str, Any] = {"seed": experiment.seeds[0]}
     tasks = {name: task_with(experiment.tasks[name], **options) for name in served.tasks}
     data = Tasks(tasks, experiment.calibration.samples_per_task, experiment.calibration.batch_size)
     data.prepare_data()
     data.setup()
-    return data.calibration()
+    return data

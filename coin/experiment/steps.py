@@ -45,7 +45,7 @@ class Steps:
         try:
             record = json.loads(self._record(name).read_text(encoding="utf-8"))
             return bool(record["key"] == key and record["outputs"] == self._contents(outputs))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
     def _write(self, name: str, key: str, outputs: Sequence[Path]) -> None:

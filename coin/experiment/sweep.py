@@ -36,8 +36,9 @@ from rich.table import Table
 from coin.errors import CoinError, ConfigurationError
 from coin.experiment.children import cores, last_line, stop, terminated_as_exit
 from coin.experiment.experiment import Experiment
+from coin.experiment.locks import alone_in
 from coin.experiment.sweep_points import SweepFile, read_sweep, sweep_points
-from coin.experiment.sweep_run import PointRun, locked
+from coin.experiment.sweep_run import PointRun
 from coin.experiment.sweep_table import sweep_frame, sweep_table
 from coin.reporting.frames import write_frame
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML
@@ -128,10 +129,7 @@ def sweep(
     folder = Path(output) / plan.name
     points = sweep_points(plan, folder, count, seed)
     runs = [PointRun(point, folder / point.name, build(point.arguments)) for point in points]
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock") as lock, terminated_as_exit():
-        if lock is None:
-            raise ConfigurationError(f"found another coin sweep at work in '{folder}'; wait for it, or stop it first")
+    with alone_in(folder), terminated_as_exit():
         write_text(folder / SWEEP_YAML, plan.text)
         scheduler = _Scheduler(plan, folder, runs, max(1, cores() // jobs), jobs, console)
         return scheduler.run()
@@ -179,8 +177,9 @@ class _Scheduler:
             if len(self.running) >= self.jobs:
                 return
             if not any(run.shelf.waits_for(other.shelf) for other in (*self.running, *held)):
+                if not run.start(self.threads):
+                    return  # another process has come first: the next look finds it held
                 pending.remove(run)
-                run.start(self.threads)
                 self.running.append(run)
                 self._say(f"{run.point.name}: started")
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError
+from coin.names import is_folder_name
+from coin.yaml_files import read_yaml
 
 _KEYS = {"program", "command", "method", "metric", "parameters", "name", "description", "project", "entity"}
 _AGENT_KEYS = {"run_cap", "early_terminate", "controller", "settings", "apiVersion", "kind"}
@@ -62,31 +64,34 @@ def read_sweep(path: Path) -> SweepFile:
     """Read a sweep file in the format of W&B's sweeps.
 
     Raises:
-        FileError: The file is missing or no YAML.
+        FileError: The file is missing or no text.
         ConfigurationError: It is no sweep of ``coin run`` that can be expanded here.
     """
+    text = read_yaml(path)
     try:
-        text = path.read_text(encoding="utf-8")
         document = yaml.safe_load(text)
-    except OSError as error:
-        raise FileError(f"found no file '{path}', expected a sweep's YAML; see configs/sweep") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FileError(f"'{path}' is no YAML: {' '.join(str(error).split())}") from error
+        json.dumps(document)
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # such as a date, which no option takes
+        raise ConfigurationError(
+            f"found a value in '{path}' that no option takes ({' '.join(str(error).split())}); put it in quotes"
+        ) from error
     if not isinstance(document, dict):
         raise ConfigurationError(f"found no keys in '{path}', expected a sweep with {', '.join(sorted(_KEYS))}")
     if unknown := [key for key in document if key not in _KEYS | _AGENT_KEYS]:
         raise ConfigurationError(f"found key '{unknown[0]}' in '{path}', expected {', '.join(sorted(_KEYS))}")
     name = document.get("name", path.stem)
-    if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
+    if not isinstance(name, str) or not is_folder_name(name):
         raise ConfigurationError(f"found name '{name}' in '{path}', expected a plain folder name without slashes")
     method = document.get("method")
-    if method not in ("grid", "random"):
+    if not isinstance(method, str) or method not in ("grid", "random"):
         raise ConfigurationError(f"found method '{method}' in '{path}', expected grid or random")
     parameters = document.get("parameters")
     if not isinstance(parameters, dict) or not parameters:
         raise ConfigurationError(f"found no parameters in '{path}', expected dotted keys of an experiment")
     for key, parameter in parameters.items():
-        _check_parameter(str(key), parameter, method)
+        if not isinstance(key, str):
+            raise ConfigurationError(f"found parameter {key!r} in '{path}', expected a dotted key of an experiment")
+        _check_parameter(key, parameter, method)
     cap = document.get("run_cap")
     if cap is not None and (not isinstance(cap, int) or cap < 1):
         raise ConfigurationError(f"found run_cap {cap} in '{path}', expected a number of at least 1")
@@ -196,13 +201,18 @@ def _check_parameter(key: str, parameter: Any, method: str) -> None:
         values, shares = parameter["values"], parameter.get("probabilities")
         if not isinstance(values, list) or not values:
             raise ConfigurationError(f"found values {values} of parameter '{key}', expected a list of at least one")
-        if shares is not None and (len(shares) != len(values) or not math.isclose(sum(shares), 1, abs_tol=1e-6)):
+        if shares is not None and not _are_shares(shares, len(values)):
             raise ConfigurationError(
                 f"found probabilities {shares} of parameter '{key}', expected one for each of its {len(values)} "
                 "values, with sum 1"
             )
     if "min" in parameter:
         _check_range(key, parameter, method)
+
+
+def _are_shares(shares: Any, count: int) -> bool:
+    numbers = isinstance(shares, list) and all(isinstance(share, int | float) and share >= 0 for share in shares)
+    return numbers and len(shares) == count and math.isclose(sum(shares), 1, abs_tol=1e-6)
 
 
 def _check_range(key: str, parameter: Mapping[str, Any], method: str) -> None:

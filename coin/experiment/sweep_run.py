@@ -1,16 +1,15 @@
 """One point of a sweep: its folder, its process, and the lock that the process holds."""
 
-import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from coin.experiment.children import child_environment
 from coin.experiment.codes import AUTO
 from coin.experiment.experiment import Experiment
+from coin.experiment.locks import LOCK, handed_on, locked
 from coin.experiment.steps import Steps, step_key
 from coin.experiment.sweep_points import SweepPoint
 from coin.experiment.sweep_sharing import Shelf, shared_steps
@@ -55,45 +54,37 @@ class PointRun:
     @property
     def held(self) -> bool:
         """Whether a process of an earlier, killed sweep is still at work on this point."""
-        if not (self.folder / ".lock").exists():
+        if not (self.folder / LOCK).exists():
             return False
-        with locked(self.folder / ".lock") as lock:
+        with locked(self.folder / LOCK) as lock:
             return lock is None
 
-    def start(self, threads: int) -> None:
-        """Take over what other points have done alike, and start ``coin run``."""
-        taken = self.shelf.open()
+    def start(self, threads: int) -> bool:
+        """Take over what other points have done alike, and start ``coin run``.
+
+        Returns:
+            Whether it was started: not where another process has come first.
+        """
         command = [sys.executable, "-m", "coin", "run", *self.point.arguments]
         tags = ",".join([*user_tags(), f"sweep-{self.folder.parent.name}"[:TAG_LENGTH]])
-        with locked(self.folder / ".lock") as lock, self.log.open("a", encoding="utf-8") as log:
-            assert lock is not None
+        with locked(self.folder / LOCK) as lock, self.log.open("a", encoding="utf-8") as log:
+            if lock is None:
+                return False
+            taken = self.shelf.open()
+            # The process inherits the lock and holds it as long as it lives, whatever becomes of this one.
+            variables, descriptors = handed_on(lock)
             print(*(f"# {line}" for line in taken), f"# {' '.join(command)}", sep="\n", file=log, flush=True)
             self.started = time.monotonic()
-            # The process inherits the lock and holds it as long as it lives, whatever becomes of this one.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**child_environment(threads), "WANDB_TAGS": tags},
-                pass_fds=[lock.fileno()],
+                env={**child_environment(threads), **variables, "WANDB_TAGS": tags},
+                pass_fds=descriptors,
             )
+        return True
 
     def finish(self) -> None:
         """Record that the point has been run to its end."""
         Steps(self.folder).finish("sweep", self.key, self._results)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[IO[bytes] | None]:
-    """Yield a file that only this process holds, or none where another holds it."""
-    import fcntl  # no such module on Windows, where the other commands still work
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield file

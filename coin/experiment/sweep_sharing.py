@@ -123,7 +123,7 @@ class Shelf:
 def _declared(folder: Path) -> dict[str, str]:
     try:
         return dict(json.loads((folder / _SWEEP_JSON).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
@@ -131,6 +131,8 @@ def _link_step(record: Path, folder: Path) -> None:
     """Link a finished step's outputs into another folder, and copy its record last."""
     text = record.read_text(encoding="utf-8")
     for name in json.loads(text)["outputs"]:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"found output '{name}' in '{record}', expected one within its folder")
         source, target = record.parent.parent / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -24,7 +25,7 @@ from coin.experiment.merge import Ingredients, coded_provenance
 from coin.modules import Distillation, Expert
 from coin.networks import NetworkConfig, save_network
 from coin.processes import from_first, is_first
-from coin.state import not_finite
+from coin.state import not_finite, write_text
 from coin.trainer import Trainer, quieten
 
 
@@ -52,7 +53,9 @@ def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer
     try:
         trainer = Trainer(default_root_dir=str(folder), **settings)
     except (TypeError, ValueError, MisconfigurationException) as error:
-        raise ConfigurationError(f"the trainer section {options} does not fit: {str(error).splitlines()[0]}") from error
+        raise ConfigurationError(
+            f"the trainer section {options} does not fit: {first_line(error)}; see Lightning's Trainer"
+        ) from error
     return trainer
 
 
@@ -121,7 +124,6 @@ def train_network(
     """
     checkpoints = folder / "checkpoints"
     last = from_first(lambda: _begin(checkpoints, key, output))
-
     data = task_with(task, seed=seed, batch_size=config.batch_size, augmentation=config.augmentation)
     module = Expert(
         network=network.name,
@@ -168,13 +170,24 @@ def train_network(
 def _begin(checkpoints: Path, key: str, output: Path) -> str | None:
     """Remove what is of another training, and return the checkpoint to go on from."""
     mark = checkpoints / "step-key"
-    if not mark.is_file() or mark.read_text(encoding="utf-8") != key:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        mark.write_text(key, encoding="utf-8")
+    if not mark.is_file() or mark.read_text(encoding="utf-8", errors="replace") != key:
+        if checkpoints.is_dir():
+            shutil.rmtree(checkpoints)
+        write_text(mark, key)
     output.unlink(missing_ok=True)
     last = checkpoints / "last.ckpt"
+    if last.is_file() and not _is_whole(last):
+        last.unlink()
     return str(last) if last.is_file() else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Return whether a checkpoint can be read: Lightning copies it across file systems, and may be killed at that."""
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # pickle's and zip's errors share no base class
+        return False
+    return True
 
 
 def distill(

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder
-from coin.data import TextTask
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.metrics import DecodingAccuracy, Residual
@@ -69,7 +68,7 @@ class DecodingEvaluator(LightningModule):
         self.tasks = tuple(experts)
         files = [load_network(Path(path)) for path in experts.values()]
         self.class_counts = [file.num_classes for file in files]
-        self.image_size = files[0].config.image_size
+        self.config = files[0].config
         width = max(self.class_counts)
         self.experts = nn.ModuleList([widen_network(file, width) for file in files])
         marks = [fingerprint(file.network.state_dict()) for file in files]
@@ -105,6 +104,8 @@ class DecodingEvaluator(LightningModule):
                 f"found data of tasks {dict(zip(data.tasks, counts, strict=True))}, the experts are for "
                 f"{dict(zip(self.tasks, self.class_counts, strict=True))}; name the same tasks in the same order"
             )
+        for task in data.tasks.values():
+            self.config.check_content(task.content)
         started = time.perf_counter()
         calibration = data.calibration()
         with self.trainer.precision_plugin.forward_context():  # the decoders meet in the test what they were fitted on
@@ -234,11 +235,11 @@ class DecodingEvaluator(LightningModule):
         pair = shown_pair(self.variants, self.decoders)
         tasks = list(data.tasks.values())
         return {
-            place: ExampleSamples(len(tasks[case.decoder.erased[0]].splits.test), self.image_size)
+            place: ExampleSamples(len(tasks[case.decoder.erased[0]].splits.test), self.config.image_size)
             for place, case in enumerate(self.cases)
             if (case.variant, case.decoder.name) == pair
             and len(case.decoder.erased) == 1
-            and not isinstance(tasks[case.decoder.erased[0]], TextTask)
+            and tasks[case.decoder.erased[0]].content == "images"
         }
 
     def _positions(self, batch: int, task: int, count: int) -> Tensor:

@@ -122,6 +122,7 @@ class Expert(LightningModule):
     def on_fit_start(self) -> None:
         """Check the data against the network, and choose the axes of the metrics."""
         datamodule = getattr(self.trainer, "datamodule", None)
+        self.config.check_content(getattr(datamodule, "content", self.config.reads))
         size = getattr(datamodule, "image_size", self.config.image_size)
         if size != self.config.image_size:
             raise ConfigurationError(

@@ -68,6 +68,26 @@ class Variant:
         return erasures
 
 
+_PROVENANCE: dict[str, type | tuple[type, ...]] = {
+    "experts": list,
+    "label": str,
+    "batchnorm": str,
+    "code": list,
+    "row": int,
+    "samples_per_task": (int, type(None)),
+    **dict.fromkeys(("seconds", "passes", "shared_seconds", "shared_passes"), (int, float)),
+}
+
+
+def _check_provenance(path: Path, made: dict[str, Any]) -> None:
+    for name, kind in _PROVENANCE.items():
+        if name not in made or not isinstance(made[name], kind):
+            raise FileError(
+                f"'{path}' says {made.get(name)!r:.60} for its '{name}', expected what coin merge writes there; "
+                "run coin merge again"
+            )
+
+
 def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Module], list[Variant]]:
     """Read coded models, and group the rows of each code into a variant.
 
@@ -85,6 +105,7 @@ def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Mod
         made = file.provenance
         if "code" not in made:
             raise FileError(f"'{path}' is no coded model, expected a file that coin merge wrote")
+        _check_provenance(path, made)
         if made["experts"] != list(marks):
             raise FileError(
                 f"'{path}' was made of other experts than those given, or in another order; run coin merge again"

@@ -68,19 +68,13 @@ def open_network(path: Path) -> NetworkState:
 
     Raises:
         FileError: The file is missing or damaged, or does not hold a network.
-        StateError: A tensor is not finite.
+        StateError: A tensor is not finite, or the tensors are too few for the architecture that the file names.
     """
     state = StateFile(path)
     provenance = state.provenance
     check_finite(state, f"the network in '{path}'")
-    try:
-        # Pretrained weights are about to be overwritten: never download them to read a file.
-        config = NetworkConfig(**{**provenance["network"], "weights": None})
-        num_classes = int(provenance["num_classes"])
-    except (KeyError, TypeError) as error:
-        raise FileError(
-            f"'{path}' holds no network (no 'network' in its metadata); give an expert or a coded model"
-        ) from error
+    config, num_classes = _described(path, provenance)
+    _check_size(path, config, num_classes, state.shapes())
     return NetworkState(state, config, num_classes, provenance)
 
 
@@ -95,6 +89,45 @@ def load_network(path: Path) -> NetworkFile:
     network = build_network(file.config, file.num_classes)
     fill_network(network, file.state, str(path))
     return NetworkFile(network.eval(), file.config, file.num_classes, file.provenance)
+
+
+def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig, int]:
+    """Return the architecture and the number of classes that a file's metadata tell of."""
+    if "network" not in provenance or "num_classes" not in provenance:
+        raise FileError(f"'{path}' holds no network (no 'network' in its metadata); give an expert or a coded model")
+    network, num_classes = provenance["network"], provenance["num_classes"]
+    kinds = {"name": str, "image_size": int, "options": dict}
+    if (
+        not isinstance(network, dict)
+        or not isinstance(num_classes, int)
+        or not all(isinstance(network.get(name), kind) for name, kind in kinds.items())
+        or network.keys() - kinds.keys() - {"weights"}
+    ):
+        raise FileError(
+            f"'{path}' has metadata that describe no network (network {network!r:.120}, num_classes {num_classes!r:.20}"
+            "), expected name, image_size and options; make the file again"
+        )
+    # Pretrained weights are about to be overwritten: never download them to read a file.
+    return NetworkConfig(**{**network, "weights": None}), num_classes
+
+
+_MOST_FOR_NOTHING = 10**8
+"""Numbers that a network may have whatever its file says: 400 MB, before names and shapes are compared."""
+
+
+def _check_size(path: Path, config: NetworkConfig, num_classes: int, shapes: Mapping[str, torch.Size]) -> None:
+    """Refuse metadata that describe a network of another size than the tensors', before memory is taken for it."""
+    try:
+        with torch.device("meta"):
+            described = {name: each.shape for name, each in build_network(config, num_classes).state_dict().items()}
+    except NotImplementedError:  # a constructor that looks at its weights
+        return
+    size, found = (sum(shape.numel() for shape in each.values()) for each in (described, shapes))
+    if size > max(_MOST_FOR_NOTHING, 4 * found):
+        raise StateError(
+            f"'{path}' holds {found} numbers, expected {size} of {config.name} with {num_classes} classes and options "
+            f"{config.options}, as its metadata say; make the file again"
+        )
 
 
 def fill_network(network: nn.Module, state: State, source: str) -> None:

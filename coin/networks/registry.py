@@ -62,6 +62,26 @@ class NetworkConfig:
                     f"for {self.name}"
                 )
 
+    @property
+    def reads(self) -> str:
+        """What the network reads: ``images`` or ``texts``."""
+        return "texts" if self.name == "minilm" else "images"
+
+    def check_content(self, content: str) -> None:
+        """Refuse data that the network does not read.
+
+        Args:
+            content: What the data are, ``images`` or ``texts``.
+
+        Raises:
+            ConfigurationError: The network reads the other.
+        """
+        if content != self.reads:
+            raise ConfigurationError(
+                f"found a task of {content} for the network '{self.name}', expected {self.reads}; change the task or "
+                "network.name (minilm reads texts, all others images)"
+            )
+
 
 def network_names() -> list[str]:
     """Return every name that `build_network` knows."""

@@ -74,9 +74,21 @@ class MiniLM(nn.Module):
         nn.init.normal_(self.positions, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits ``[B, num_classes]`` of tokens, int64 ``[B, L]``, 0 where a text has ended."""
+        """Return logits ``[B, num_classes]`` of tokens, int64 ``[B, L]``, 0 where a text has ended.
+
+        Raises:
+            ConfigurationError: A token is beyond the vocabulary; only noticed on CPUs.
+        """
         padding = tokens == _PADDING
-        x = self.dropout(self.norm(self.tokens(tokens) + self.positions))
+        padding[:, 0] = False  # so that an empty text attends to something
+        try:
+            x = self.tokens(tokens)
+        except IndexError as error:
+            raise ConfigurationError(
+                f"found the token {int(tokens.max())}, expected less than the vocabulary of "
+                f"{self.tokens.num_embeddings}; set network.options.vocabulary to the tokenizer's"
+            ) from error
+        x = self.dropout(self.norm(x + self.positions))
         x = self.encoder(x, src_key_padding_mask=padding)
         present = (~padding).to(x.dtype)[..., None]
         return self.head((x * present).sum(1) / present.sum(1).clamp_min(1))  # type: ignore[no-any-return]

@@ -120,9 +120,21 @@ def read_results(folder: Path) -> pd.DataFrame:
     """Return the rows of ``results.csv`` with `COLUMNS` in order; text stays text, an empty number is NaN.
 
     Raises:
-        FileError: The file is missing, damaged, or lacks a column or a number.
+        FileError: The file is missing, damaged, lacks a column or a number, or has a row twice.
     """
-    return read_frame(folder / RESULTS_CSV, COLUMNS, INTEGERS, NUMBERS)
+    path = folder / RESULTS_CSV
+    frame = read_frame(path, COLUMNS, INTEGERS, NUMBERS)
+    for name in NUMBERS:
+        if name != "residual" and bool(np.isinf(frame[name]).any()):
+            raise FileError(f"'{path}' holds an infinite {name}, expected finite numbers; make it again")
+    twice = frame[frame.duplicated(list(KEYS))]
+    if not twice.empty:
+        row = twice.iloc[0]
+        raise FileError(
+            f"'{path}' holds two rows of method '{row['method']}', decoder '{row['decoder']}', task '{row['task']}', "
+            "expected one; make it again"
+        )
+    return frame
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def read_configuration(folder: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"'{path}' cannot be read as JSON ({one_line(error)}); make it again") from error
     if not isinstance(document, dict) or not isinstance(document.get("configuration"), dict):
         raise FileError(f"'{path}' holds no 'configuration', expected an object with one; make it again")
@@ -159,9 +171,16 @@ def read_confusions(folder: Path) -> dict[str, Counts]:
         return {}
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
+            found = {key: archive[key] for key in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise FileError(f"'{path}' is not a whole .npz file ({one_line(error)}); make it again") from error
+    for key, counts in found.items():
+        if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or counts.dtype.kind not in "iu":
+            raise FileError(
+                f"'{path}' holds {counts.dtype} {list(counts.shape)} under '{key:.60}', expected whole numbers [C, C]; "
+                "make it again"
+            )
+    return found
 
 
 def as_json(document: Any) -> str:

@@ -85,11 +85,10 @@ def _facts(sources: Sequence[Source]) -> dict[str, str]:
     configuration = sources[0].document["configuration"]
     methods = list(dict.fromkeys(frame.loc[~frame["method"].isin(("none", "oracle")), "method"]))
     network = _lookup(configuration, "network")
-    size = _lookup(configuration, "network", "image_size")
     seeds = sorted(set(frame["seed"]))
     found = {
         "tasks": _tasks(frame, _lookup(configuration, "tasks")),
-        "network": f"{_lookup(network, 'name')}, images of {size} pixels" if _lookup(network, "name") else "",
+        "network": _network(network),
         "starts from": _start(configuration),
         "code": _code(sources[0]),
         "P, calibration samples per task": ", ".join(str(value) for value in sorted(set(frame["samples_per_task"]))),
@@ -102,6 +101,14 @@ def _facts(sources: Sequence[Source]) -> dict[str, str]:
         swept = (f"{name}: {', '.join(values)}" for name, values in sweep.swept.items() if len(values) > 1)
         found["swept"] = "; ".join(swept)
     return {name: text for name, text in found.items() if text}
+
+
+def _network(network: object) -> str:
+    """Return the network and what it reads in words; nothing where the results do not say."""
+    name, size = _lookup(network, "name"), _lookup(network, "image_size")
+    if not name:
+        return ""
+    return f"{name}, " + (f"texts of {size} tokens" if name == "minilm" else f"images of {size} pixels")
 
 
 def _tasks(frame: pd.DataFrame, options: object) -> str:
@@ -133,9 +140,10 @@ def _code(source: Source) -> str:
     """Return the code in words; nothing where the results do not say."""
     configuration = source.document["configuration"]
     code, choice = _lookup(configuration, "code"), _lookup(configuration, "code_choice")
-    if not code:
+    if not isinstance(code, list) or not code:
         return ""
-    text = json.dumps(code)
+    rows = ", ".join(f"[{', '.join(f'{weight:.3g}' for weight in row)}]" for row in code)
+    text = f"[{rows}]"
     return text if choice is None else f"{text}, chosen from the calibration data of {source.seeds[0].name}"
 
 

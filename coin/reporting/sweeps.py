@@ -8,7 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from coin.reporting.frames import read_frame
+from coin.errors import FileError
+from coin.names import is_folder_name
+from coin.reporting.frames import one_line, read_frame
 from coin.reporting.results import COLUMNS, INTEGERS, KEYS, NUMBERS
 
 SWEEP_CSV = "sweep.csv"
@@ -64,9 +66,14 @@ def read_sweep_table(folder: Path) -> Sweep | None:
     path = folder / SWEEP_CSV
     if not path.is_file():
         return None
-    with path.open(encoding="utf-8", newline="") as file:
-        keys = [name for name in next(csv.reader(file), []) if name not in COLUMNS]
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            keys = [name for name in next(csv.reader(file), []) if name not in COLUMNS]
+    except (OSError, ValueError, csv.Error) as error:
+        raise FileError(f"'{path}' cannot be read as CSV ({one_line(error)}); make it again") from error
     frame = read_frame(path, [*keys, *COLUMNS], INTEGERS, NUMBERS)
+    if wrong := [name for name in frame["experiment"] if not is_folder_name(name)]:
+        raise FileError(f"'{path}' has the experiment {wrong[0]!r}, expected a folder's name; make it again")
     short = _short_names(keys)
     swept = {short[key]: tuple(dict.fromkeys(frame[key])) for key in keys}
     named = {key: _named(swept[short[key]]) for key in keys}

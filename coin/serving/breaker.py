@@ -29,6 +29,11 @@ class Breaker:
         """Whether the server is believed to be down."""
         return self._count >= self.failures
 
+    @property
+    def is_doubted(self) -> bool:
+        """Whether the last that was heard of the server is a failure: nobody should wait for it alone."""
+        return self._count > 0
+
     def succeed(self) -> None:
         """Note an answer."""
         self._count = 0

@@ -27,7 +27,8 @@ class Flight:
         layout: The servers.
         policy: Decides whom to ask.
         wanted: The experts whose answers are wanted.
-        patient: Whether to wait for own answers until `become_late`.
+        patient: Whether to wait for own answers until `become_late`. Not where a wanted expert's last answer failed:
+            a query that tries such a server does not wait for it.
     """
 
     __slots__ = ("arrived", "asked", "avoided", "decoded", "late", "layout", "lost", "policy", "state", "wanted")

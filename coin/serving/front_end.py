@@ -145,7 +145,13 @@ class FrontEnd:
         loop = asyncio.get_running_loop()
         began = loop.time()
         wanted = sum(1 << expert for expert in experts)
-        patience = self.lateness.seconds
+        down = doubted = 0
+        for place, queue in enumerate(self.queues):
+            if queue.breaker.refuses(began):
+                down |= 1 << place
+            elif queue.breaker.is_doubted:
+                doubted |= 1 << place
+        patience = self.lateness.seconds if not doubted & self.layout.hosts(wanted) else 0.0
         flight = Flight(self.layout, self.policy, wanted, patient=patience > 0)
         query = _Query(flight, inputs, loop.create_future())
         self._in_flight.add(query)
@@ -154,7 +160,6 @@ class FrontEnd:
             timers.append(loop.call_later(patience, self._become_late, query))
         try:
             loads = [len(queue) for queue in self.queues]
-            down = sum(1 << place for place, queue in enumerate(self.queues) if queue.breaker.refuses(began))
             self._proceed(query, flight.start(loads, down))
             await query.finished
         except asyncio.CancelledError:

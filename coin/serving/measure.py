@@ -1,4 +1,7 @@
-"""How long this machine takes for a query: a network's forward pass, and a decoder's."""
+"""How long this machine takes for a query: a network's forward pass, and a decoder's.
+
+With one thread, as `coin serve` runs its servers unless it is told otherwise.
+"""
 
 import time
 import warnings
@@ -66,6 +69,15 @@ def measure_decoding(
 
 
 def _times(action: Callable[[], object]) -> NDArray[np.float64]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _timed(action)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _timed(action: Callable[[], object]) -> NDArray[np.float64]:
     times = np.empty(_WARM_UP + _REPEATS)
     processor = time.process_time()
     for place in range(len(times)):

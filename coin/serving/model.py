@@ -1,5 +1,6 @@
 """A network as a server: images in, a reply out."""
 
+import threading
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from coin.coding import DecoderConfig
 from coin.data.transform import to_input
+from coin.errors import ConfigurationError
 from coin.networks import Run, load_network, run_network, widen_network
 from coin.serving.replies import Reply
 
@@ -21,15 +23,22 @@ class NetworkServer:
         device: Where the network runs.
 
     Raises:
+        ConfigurationError: The network is one for texts.
         FileError: The file is missing or damaged.
     """
 
     def __init__(self, path: Path, outputs: int, decoder: DecoderConfig, device: str = "cpu") -> None:
         file = load_network(path)
+        if file.config.name == "minilm":
+            raise ConfigurationError(
+                f"found '{path}', a network for texts, expected one for images: they alone are served"
+            )
         self.image_size = file.config.image_size
         self._network = widen_network(file, outputs).requires_grad_(False).to(device)
         self._device = device
         self._features, self._stages = decoder.reads_features, decoder.reads_stages
+        self._turn = threading.Lock()
+        """Held during a pass: features are taken by hooks, which cannot tell two passes at a time apart."""
 
     def __call__(self, images: Tensor) -> Reply:
         """Return the reply to uint8 images ``[B, 1 or 3, H, W]``.
@@ -47,6 +56,6 @@ class NetworkServer:
 
     @torch.no_grad()
     def _run(self, images: Tensor) -> Run:
-        return run_network(
-            self._network, to_input(images.to(self._device), self.image_size), self._features, self._stages
-        )
+        inputs = to_input(images.to(self._device), self.image_size)
+        with self._turn:
+            return run_network(self._network, inputs, self._features, self._stages)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from coin.coding import DecoderConfig
 from coin.errors import ConfigurationError, ServingError
 from coin.serving.decodings import Decodings
+from coin.serving.faults import Faults
 from coin.serving.front_end import FrontEnd
 from coin.serving.images import InputLimits
 from coin.serving.layout import Layout
@@ -33,6 +35,14 @@ Arrays = tuple[NDArray[np.float32], NDArray[np.float32] | None]
 _ONGOING = 8
 """Requests that Ray may hand to a server at a time. The front end sends one after the other; with room to spare, Ray's
 router never has to wait for it to learn that the last one is done."""
+
+_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+"""What Ray reads from the environment: nothing is reported to its makers, and servers are not put last in line for
+the processor, as Ray's workers are otherwise."""
+
+_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""For a cluster of this machine alone, on any system: Ray's own ports, which take orders from whoever reaches them,
+listen at the loopback address, not at all interfaces."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +95,19 @@ class Resources:
 class ModelReplica:
     """A network in a process of its own."""
 
-    def __init__(self, path: str, outputs: int, decoder: DecoderConfig, device: str, threads: int) -> None:
+    def __init__(
+        self, name: str, path: str, outputs: int, decoder: DecoderConfig, device: str, threads: int, faults: Faults
+    ) -> None:
         torch.set_num_threads(threads)
+        self._name, self._faults = name, faults
         self._server = NetworkServer(Path(path), outputs, decoder, device)
 
     def __call__(self, images: NDArray[np.uint8]) -> Arrays:
         """Return logits ``[B, C]`` and features ``[B, F]``, if they are read, of uint8 images ``[B, 1 or 3, H, W]``."""
+        began = time.perf_counter()
         reply = self._server(torch.tensor(images))
+        if self._faults:
+            self._faults.sleep(self._name, began)
         return reply.logits.numpy(), None if reply.features is None else reply.features.numpy()
 
     def check_health(self) -> None:
@@ -141,6 +157,9 @@ def _asking(handle: Any) -> Server:
         except asyncio.CancelledError:
             response.cancel()
             raise
+        except Exception as error:
+            cause = getattr(error, "cause", None)  # what the server raised: Ray's own message is its stack
+            raise cause if isinstance(cause, Exception) else error from None
         # Ray's arrays cannot be written to, and PyTorch has no such tensors.
         return Reply(torch.tensor(logits), None if features is None else torch.tensor(features))
 
@@ -158,6 +177,7 @@ class RayOptions:
         resources: What every server gets.
         limits: What bounds waiting.
         inputs: What a query may bring.
+        faults: Troubles put in on purpose, for trials.
 
     Raises:
         ConfigurationError: The port is none.
@@ -169,6 +189,7 @@ class RayOptions:
     resources: Resources = field(default_factory=Resources)
     limits: Limits = field(default_factory=Limits)
     inputs: InputLimits = field(default_factory=InputLimits)
+    faults: Faults = field(default_factory=Faults)
 
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536:
@@ -179,27 +200,29 @@ def start(system: System, options: RayOptions) -> Callable[[], None]:
     """Serve on Ray Serve until the returned function is called.
 
     Raises:
-        ConfigurationError: Ray is not installed.
+        ConfigurationError: Ray is not installed, or a fault is for a server that does not exist.
         ServingError: Ray cannot serve here.
     """
+    options.faults.check(system.names)
+    for name, value in {**_RAY, **({} if options.address else _ALONE)}.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
         from ray import serve
     except ImportError as error:
         raise ConfigurationError("found no Ray Serve, expected it; pip install 'coded-coin[serve]'") from error
     resources = options.resources
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if not ray.is_initialized():
             ray.init(address=options.address, include_dashboard=False, log_to_driver=False, logging_level="error")
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": options.host, "port": options.port})
         actor = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
-        device = "cuda" if resources.gpus > 0 else "cpu"
+        device, outputs = "cuda" if resources.gpus > 0 else "cpu", system.expects.outputs
         handles = [
             serve.deployment(ModelReplica)
             .options(name=name, ray_actor_options=actor, max_ongoing_requests=_ONGOING, health_check_period_s=5)
-            .bind(str(path.resolve()), system.expects.outputs, system.decoder, device, resources.threads)
+            .bind(name, str(path.resolve()), outputs, system.decoder, device, resources.threads, options.faults)
             for name, path in zip(system.names, system.paths, strict=True)
         ]
         ingress = serve.deployment(Ingress).options(

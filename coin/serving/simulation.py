@@ -115,7 +115,7 @@ class _Simulation:
         servers = range(layout.num_servers)
         self.case = case
         self.arrivals = poisson_arrivals(case.rate, case.queries, case.seed).tolist()
-        self.wanted = _wanted(case)
+        self.wanted = wanted_experts(case)
         self.warm_up = case.queries // 20
         limits = Limits(deadline=case.deadline * unit, queue=case.queue, cooldown=case.cooldown * unit)
         self.limits = limits
@@ -123,6 +123,7 @@ class _Simulation:
         self.patient = case.policy.coded and case.policy.quantile > 0
         self.breakers = [Breaker(limits.failures, limits.cooldown) for _ in servers]
         self.suspects = 0
+        """The servers whose last request failed."""
         self.times = [scenario.service_times(server, case.seed) for server in servers]
         self.slow = [_Phase(scenario.slow_phases(server, case.seed)) for server in servers]
         self.factor = scenario.slowdown.factor
@@ -172,13 +173,14 @@ class _Simulation:
 
     def _arrive(self, place: int, now: float) -> None:
         case = self.case
-        flight = Flight(case.layout, case.policy, self.wanted[place], self.patient)
-        query = (place, flight)
-        self.open += 1
-        down = 0
+        wanted, patient, down = self.wanted[place], self.patient, 0
         if self.suspects:
             down = sum(1 << server for server in members(self.suspects) if self.breakers[server].refuses(now))
-        if self.patient:
+            patient = patient and not self.suspects & ~down & case.layout.hosts(wanted)
+        flight = Flight(case.layout, case.policy, wanted, patient)
+        query = (place, flight)
+        self.open += 1
+        if patient:
             self._push(now + self.lateness.seconds, _LATE, 0, query)
         self._push(now + self.limits.deadline, _EXPIRED, 0, query)
         self._ask(query, flight.start(self.held, down), now)
@@ -248,10 +250,8 @@ class _Simulation:
             self._end(query, now)
 
     def _lose(self, now: float, server: int, query: tuple[int, Flight]) -> None:
-        breaker = self.breakers[server]
-        breaker.fail(now)
-        if breaker.is_down:
-            self.suspects |= 1 << server
+        self.breakers[server].fail(now)
+        self.suspects |= 1 << server
         flight = query[1]
         if flight.state is State.pending:
             self.held[server] -= 1
@@ -312,7 +312,8 @@ class _Phase:
         return self._on
 
 
-def _wanted(case: Case) -> list[int]:
+def wanted_experts(case: Case) -> list[int]:
+    """Return the set of experts that each query of a case wants."""
     if case.want is Want.all:
         return [case.layout.every_expert] * case.queries
     experts = np.random.default_rng([case.seed, 2]).integers(case.layout.num_experts, size=case.queries)

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from coin.errors import FileError
-from coin.state import State, save_state
+from coin.state import State, check_finite, save_state
 from coin.state_file import StateFile
 from coin.statistics.sums import Sums
+
+_NUMBERS: dict[str, type[float]] = {"samples": int, "seconds": float, "passes": float}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ def load_statistic(path: Path, *, statistic: str, weights: str | None = None) ->
         weights: The fingerprint of the network it must belong to; none accepts any.
 
     Raises:
-        FileError: The file is missing, damaged, of another statistic, or of other weights than the expert's.
+        FileError: The file is missing, damaged, of another statistic, or of other weights than the expert's,
+            or a Fisher has a negative number.
+        StateError: A number is not finite.
     """
     values = StateFile(path)
     provenance = values.provenance
@@ -73,11 +77,16 @@ def load_statistic(path: Path, *, statistic: str, weights: str | None = None) ->
         raise FileError(
             f"'{path}' holds {found or 'no statistic'}, expected {statistic}; give the file that coin fisher wrote"
         )
-    if weights is not None and provenance["weights"] != weights:
+    if weights is not None and provenance.get("weights") != weights:
         raise FileError(
-            f"'{path}' is of weights {provenance['weights'][:12]}…, expected {weights[:12]}…: the expert has changed "
-            "since; run coin fisher again"
+            f"'{path}' is of weights {str(provenance.get('weights'))[:12]}…, expected {weights[:12]}…: the expert has "
+            "changed since; run coin fisher again"
         )
-    return StatisticFile(
-        values, int(provenance["samples"]), float(provenance["seconds"]), float(provenance["passes"]), provenance
-    )
+    check_finite(values, f"the {statistic} in '{path}'")
+    if statistic == "fisher" and (negative := [name for name, value in values.items() if bool((value < 0).any())]):
+        raise FileError(f"'{path}' holds a negative number in '{negative[0]}', expected squares; run coin fisher again")
+    try:
+        samples, seconds, passes = (kind(provenance[name]) for name, kind in _NUMBERS.items())
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileError(f"'{path}' does not say its {', '.join(_NUMBERS)} as numbers; run coin fisher again") from error
+    return StatisticFile(values, int(samples), seconds, passes, provenance)

@@ -169,7 +169,8 @@ def test_seeds_with_codes_of_their_own_are_one_experiment(chosen: Path) -> None:
     assert codes[0] != codes[1], "seeds that happen to agree test nothing; change the training"
     assert [folder.name for folder in seed_folders(chosen)] == ["seed-0", "seed-1"]
     page = (chosen / "report.html").read_text()
-    assert f"{json.dumps(codes[0])}, chosen from the calibration data of seed-0" in page
+    shown = ", ".join(f"{weight:.3g}" for weight in codes[0][0])
+    assert f"[[{shown}]], chosen from the calibration data of seed-0" in page
 
 
 def test_a_choice_is_taken_up_again_and_follows_its_calibration_data(chosen: Path) -> None:

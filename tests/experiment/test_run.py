@@ -14,7 +14,7 @@ import pytest
 
 from coin.cli import main
 from coin.reporting import COLUMNS, read_examples, read_layers, read_results, read_summary, write_summary
-from coin.state import load_provenance, load_state
+from coin.state import fingerprint, load_provenance, load_state
 
 MEASURED = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual", "sample_passes"]
 
@@ -23,6 +23,7 @@ def same_numbers(one: Path, other: Path) -> None:
     pd.testing.assert_frame_equal(
         read_results(one).drop(columns=["calibration_seconds", "experiment"]),
         read_results(other).drop(columns=["calibration_seconds", "experiment"]),
+        check_exact=True,
     )
 
 
@@ -277,4 +278,10 @@ def test_seeds_of_other_options_are_left_out_of_the_mean(finished: Path, tmp_pat
 def test_run_folder_is_enough_to_repeat_the_run(finished: Path, tmp_path: Path) -> None:
     written = finished / "seed-0/config.yaml"
     assert main(["run", "-c", str(written), f"--output={tmp_path}"]) == 0
-    same_numbers(tmp_path / "tiny/seed-0", finished / "seed-0")
+    again = tmp_path / "tiny/seed-0"
+    same_numbers(again, finished / "seed-0")
+    made = sorted(path.relative_to(finished) for path in finished.rglob("*.safetensors"))
+    assert made == sorted(path.relative_to(tmp_path / "tiny") for path in (tmp_path / "tiny").rglob("*.safetensors"))
+    for path in made:  # bit for bit, but for what the files say of their seconds
+        assert fingerprint(load_state(tmp_path / "tiny" / path)[0]) == fingerprint(load_state(finished / path)[0]), path
+    assert (again / "config.yaml").read_text() == written.read_text().replace(str(finished.parent), str(tmp_path))

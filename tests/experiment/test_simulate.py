@@ -1,6 +1,7 @@
 """``coin simulate`` on a finished experiment: its files, what they say, and what it says to mistakes."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -8,6 +9,7 @@ from shutil import copytree
 
 import numpy as np
 import pytest
+import torch
 
 from coin.cli import main
 from coin.errors import FileError
@@ -88,6 +90,20 @@ def test_a_served_system_is_that_of_the_experiment(finished: Path) -> None:
     assert server.feature_widths() is not None
     accuracies = read_accuracies(results_folders(finished), "coin", "keep", "feature_ridge")
     assert set(accuracies.decoded) == {1}
+
+
+def test_a_server_is_asked_by_several_threads_at_a_time(finished: Path) -> None:
+    # As Ray does with queries and its own questions after the server's health.
+    served = read_served(finished, "average", None, "feature_ridge")
+    server = NetworkServer(served.coded[0], served.experts.width, served.decoder)
+    draw = torch.Generator().manual_seed(0)
+    images = [torch.randint(256, (1, 3, 16, 16), generator=draw, dtype=torch.uint8) for _ in range(60)]
+    alone = [server(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(server, images))
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one.logits, other.logits)
+        torch.testing.assert_close(one.features, other.features)
 
 
 MISTAKES = {

@@ -22,8 +22,9 @@ from coin.cli import main
 from coin.data import Digits, Glyphs
 from coin.errors import ConfigurationError
 from coin.experiment import CalibrationConfig, Experiment, ExpertConfig, sweep_run
+from coin.experiment.locks import locked
 from coin.experiment.sweep_points import SweepPoint, read_sweep, sweep_points
-from coin.experiment.sweep_run import PointRun, locked
+from coin.experiment.sweep_run import PointRun
 from coin.experiment.sweep_sharing import SharedStep, Shelf, shared_steps
 from coin.experiment.sweep_table import sweep_frame, sweep_table
 from coin.merging import Average, Coin
@@ -218,7 +219,7 @@ def test_command_of_a_wandb_agent_is_one_of_ours(
         main([*command[1:place], *arguments, *command[place + 1 :], "--print_config"])
     assert stop.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["seeds"] == [2]
+    assert printed["seeds"] == chosen["seeds"]["value"]
     assert len(printed["methods"]) == len(document["parameters"]["methods"]["value"])
 
 
@@ -364,7 +365,7 @@ def test_finished_sweep_starts_nothing(
 def test_second_sweep_in_the_same_folder_is_refused(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with locked(swept / ".lock"):
         assert main(["sweep", str(swept.parent / "grid.yaml"), f"--output={swept.parent}"]) == 2
-    assert "another coin sweep" in capsys.readouterr().err
+    assert "found another coin command at work in" in capsys.readouterr().err
 
 
 def test_terminal_table_is_the_mean_over_tasks_and_seeds(swept: Path) -> None:

@@ -116,6 +116,20 @@ def test_padding_changes_nothing(network):
         torch.testing.assert_close(network(TEXTS)[:1], wanted, rtol=1e-10, atol=1e-12)
 
 
+def test_an_empty_text_has_an_answer(network):
+    empty = torch.zeros(1, 6, dtype=torch.int64)
+    with torch.no_grad():
+        together = network(torch.cat([TEXTS, empty]))
+        assert together.isfinite().all()
+        torch.testing.assert_close(together[:3], network(TEXTS), rtol=1e-10, atol=1e-12)
+
+
+def test_tokens_beyond_the_vocabulary_are_one_line(network):
+    with pytest.raises(ConfigurationError, match="found the token 11, expected less than the vocabulary of 11") as told:
+        network(TEXTS + torch.tensor([[0, 0, 0, 0, 1, 0]]))
+    assert "\n" not in str(told.value)
+
+
 def test_fisher_equals_the_dense_loop(network):
     parameters = dict(network.named_parameters())
     expected = {name: torch.zeros_like(p) for name, p in parameters.items()}

@@ -254,6 +254,26 @@ def test_server_is_left_alone_while_it_is_down_and_tried_again(world: Any, virtu
     virtually(main())
 
 
+def test_nobody_waits_for_a_server_that_is_tried_after_a_failure(world: Any, virtually: Any) -> None:
+    it = world([hangs, after(0.1), after(0.1), after(0.1)], timeout=2.0, failures=2, cooldown=5.0)
+
+    async def main() -> None:
+        async with it.front as front:
+            first = await front.ask(X, 0)
+            assert first.seconds == pytest.approx(0.6)  # late after 0.5 s: nothing is known of the server
+            await asyncio.sleep(2.0)
+            patience = front.lateness.seconds
+            for _ in range(3):  # the timeout is known: tried again after each, and down after the second
+                answer = await front.ask(X, 0)
+                assert answer.decoded
+                assert answer.seconds == pytest.approx(0.1)
+                await asyncio.sleep(8.0)
+            assert it.asked[0] == 4
+            assert front.lateness.seconds == patience  # a server that hangs says nothing of the time that others take
+
+    virtually(main())
+
+
 def test_server_that_is_down_is_asked_where_nobody_else_can_answer(world: Any, virtually: Any) -> None:
     it = world([raises, after(0.1), after(0.1), raises], failures=1, cooldown=100.0)
 

@@ -161,6 +161,15 @@ def test_failures_lose_what_is_uncoded_and_little_of_what_is_coded() -> None:
         assert np.isinf(outcome.latencies).sum() == outcome.failed, kind
 
 
+def test_nobody_waits_for_a_server_that_has_failed() -> None:
+    # With hardly a cooldown, every query to a server that is down tries it; a tenth of the queries does.
+    service = Service(ServiceKind.deterministic, 10 * MS)
+    failures = Failures(share=0.1, length=2000.0, detection=3.0)
+    outcome = simulate(case("coded_hedged", load=0.05, service=service, failures=failures, cooldown=0.01, seed=1))
+    assert outcome.decoded[1] > 0.1 * outcome.answers
+    assert np.quantile(outcome.latencies, 0.9, method="higher") == pytest.approx(10 * MS)
+
+
 def test_overload_fails_queries_instead_of_waiting_for_ever() -> None:
     outcome = simulate(case("coded_proactive", load=0.9, queries=5000, deadline=200.0))
     assert outcome.failed > 0

@@ -1,0 +1,210 @@
+"""Mistakes that only a whole command shows: each ends with status 2 and one line, and loses nothing."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from coin.cli import main
+from coin.parsing import in_one_line
+from coin.shortages import shortage_behind
+from coin.state import save_state, write_text
+
+EXPERIMENT = """
+name: small
+network: {name: small_resnet, image_size: 16, options: {width: 4}}
+tasks:
+  digits: {class_path: Digits, init_args: {max_train: 40, max_test: 20}}
+  letters: {class_path: Glyphs, init_args: {classes: A-C, train_per_class: 10, test_per_class: 4}}
+expert: {epochs: 1, lr: 0.02, batch_size: 8}
+calibration: {samples_per_task: 4}
+methods: [{class_path: Average}]
+decoders: [linear]
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "small.yaml"
+    path.write_text(EXPERIMENT)
+    return path
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the line that a command ends with."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    line = error.strip().splitlines()[-1]
+    assert line.startswith("coin: error: ")
+    return line.removeprefix("coin: error: ")
+
+
+TYPOS = {
+    "a section": ("calibration:", "calibratoin:", "found option 'calibratoin.samples_per_task'"),
+    "an option": ("samples_per_task", "sample_per_task", "did you mean 'calibration.samples_per_task'?"),
+    "a task's option": ("max_train", "max_trian", "found option 'max_trian' in 'tasks'"),
+    "a task's class": ("class_path: Digits", "class_path: Digist", "Digist"),
+    "a section that is null": ("calibration: {samples_per_task: 4}", "calibration: null", "a section that is null"),
+    "a key twice": ("name: small\n", "name: small\nname: other\n", "found key 'name' twice"),
+    "a method's option": ("Average}", "Average, init_args: {batchnrom: keep}}", "Option 'batchnrom' is not accepted"),
+    "a task that leads out": ("  digits:", "  '..':", "found task name '..'"),
+    "an experiment that leads out": ("name: small\n", "name: ../small\n", "found name '../small'"),
+    "a name with a line in it": ("name: small\n", 'name: "a\\nb"\n', "found name 'a\\nb'"),
+    "a name too long": ("name: small\n", f"name: {'x' * 300}\n", "expected a plain folder name"),
+}
+
+
+@pytest.mark.parametrize("case", TYPOS)
+def test_a_typo_is_named(case: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new, message = TYPOS[case]
+    assert old in EXPERIMENT
+    config.write_text(EXPERIMENT.replace(old, new, 1))
+    assert message in refused(["run", "-c", str(config)], capsys)
+
+
+MESSAGES = {
+    "unrecognized arguments: --epochs=3": "found option '--epochs=3', expected one that coin has; see",
+    "Subcommand 'run' does not accept option 'nmae'": "(did you mean 'name'?)",
+    "Parser key \"config\": File does not exist: 'a.yaml'": "found no file 'a.yaml', expected",
+    "Unexpected config: - a - b": "found '- a - b' as a configuration, expected YAML",
+    "Parser key \"expert.epochs\": Expected a <class 'int'>. Got value: many": "found expert.epochs=many, expected",
+    "argument subcommand: invalid choice: 'runn' (choose from 'fit', 'run')": "found command 'runn', expected one of",
+    "the following arguments are required: run.name": "found no run.name, expected it; give it",
+}
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_the_parsers_messages_say_what_to_do(message: str) -> None:
+    assert MESSAGES[message] in in_one_line(message, ["name", "network"])
+
+
+def test_a_folder_that_is_missing_is_told_of_before_the_base_is_trained(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coin.experiment.experiment.train_network", lambda *_, **__: pytest.fail("trained"))
+    config.write_text(
+        EXPERIMENT.replace(
+            "class_path: Digits, init_args: {max_train: 40, max_test: 20}",
+            "class_path: ImageFolder, init_args: {root: nowhere}",
+        )
+    )
+    base = "--base={task: {class_path: Digits}}"
+    assert "nowhere does not exist; set root" in refused(["run", "-c", str(config), "--output=o", base], capsys)
+
+
+def test_too_few_samples_are_told_of_before_the_training(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coin.experiment.seed_run.train_network", lambda *_, **__: pytest.fail("trained"))
+    line = refused(["run", "-c", str(config), "--output=o", "--calibration.samples_per_task=4000"], capsys)
+    assert line.startswith("4000 calibration samples asked of Digits")
+
+
+@pytest.fixture
+def finished(config: Path, tmp_path: Path) -> Path:
+    """A run folder with a file, as good as one."""
+    save_state(tmp_path / "kept.safetensors", {"a": torch.ones(3)}, {})
+    write_text(tmp_path / "kept.json", "{}")
+    return tmp_path
+
+
+@pytest.fixture
+def full_disk(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let every file grow to a few bytes and no further, as on a full disk."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", refuse)
+        patch.setattr("coin.state.save_file", refuse)
+        yield
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "kept.safetensors": lambda path: save_state(path, {"a": torch.zeros(3)}, {}),
+    "kept.json": lambda path: write_text(path, "[]"),
+}
+
+
+@pytest.mark.usefixtures("full_disk")
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_loses_nothing_that_was_written(name: str, finished: Path) -> None:
+    before = (finished / name).read_bytes()
+    with pytest.raises(OSError, match=r"No space left on device; free the space"):
+        WRITERS[name](finished / name)
+    assert (finished / name).read_bytes() == before
+    assert not list(finished.glob(".*.tmp"))
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_run_on_a_full_disk_is_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "No space left on device" in refused(["run", "-c", str(config), "--output=o"], capsys)
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_one_line(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning writes its checkpoints itself."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "last.ckpt")
+
+    monkeypatch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", refuse)
+    line = refused(["run", "-c", str(config), "--output=o"], capsys)
+    assert line == (
+        "found 'No space left on device' at 'last.ckpt', expected to read or write; free some space, and run the same "
+        "command again"
+    )
+    monkeypatch.undo()
+    os.chdir(config.parent)
+    assert main(["run", "-c", str(config), "--output=o", "--only=digits"]) == 0  # goes on where it was
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "found 'Permission denied' at 'x'"),
+        (OSError(errno.EROFS, "Read-only file system", "x"), "choose a folder you can write to"),
+        (MemoryError(), "found too little memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried …"), "lower batch sizes"),
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/3"), "cannot be written"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(error: Exception, line: str) -> None:
+    outer = ValueError("later")
+    outer.__context__ = error
+    found = shortage_behind(outer)
+    assert line in str(found)
+
+
+def test_a_defect_stays_a_defect() -> None:
+    assert shortage_behind(KeyError("x")) is None
+    assert shortage_behind(RuntimeError("shapes do not fit")) is None
+
+
+def test_a_truncated_checkpoint_of_a_training_is_no_end(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", "-c", str(config), "--output=o", "--only=digits"]
+    assert main(command) == 0
+    folder = tmp_path / "o/small/seed-0/experts/digits"
+    wanted = (folder / "expert.safetensors").read_bytes()
+    (folder / "expert.safetensors").unlink()
+    last = folder / "checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    assert main(command) == 0
+    assert (folder / "expert.safetensors").read_bytes() == wanted
+    # Given by hand, it is a mistake.
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    fit = ["fit", "--data=Digits", "--data.image_size=16", "--model.network=small_resnet", "--model.image_size=16"]
+    line = refused([*fit, f"--ckpt_path={last}", "--trainer.logger=false"], capsys)
+    assert f"cannot read '{last}' as a checkpoint" in line
+    shutil.rmtree(tmp_path / "o")

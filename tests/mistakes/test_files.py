@@ -1,0 +1,330 @@
+"""Files that are cut off, tampered with or something else: each ends in one line that says what to do."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from coin.errors import CoinError, ConfigurationError, FileError
+from coin.experiment.sweep_points import read_sweep
+from coin.experiment.sweep_sharing import _link_step
+from coin.modules.variants import read_coded
+from coin.networks import load_network, read_weights
+from coin.reporting.results import (
+    COLUMNS,
+    CONFUSION_NPZ,
+    RESULTS_CSV,
+    RESULTS_JSON,
+    read_configuration,
+    read_confusions,
+    read_results,
+)
+from coin.reporting.sweeps import SWEEP_CSV, read_sweep_table
+from coin.state import fingerprint
+from coin.statistics import Sums
+from coin.statistics.files import load_statistic, save_statistic
+from coin.yaml_files import read_yaml
+
+Damage = Callable[[Path], None]
+
+
+class Unpickled:
+    """A pickle that makes a file where it is loaded."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("unpickled",)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def cut(share: float) -> Damage:
+    return lambda path: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)]) and None
+
+
+def said(**values: Any) -> Damage:
+    """Change what a file says of itself; none takes an entry away."""
+
+    def damage(path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            made = json.loads(file.metadata()["coin"])
+        made = {name: value for name, value in (made | values).items() if value is not None}
+        save_file(load_file(path), path, {"coin": json.dumps(made)})
+
+    return damage
+
+
+def held(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Damage:
+    """Change a file's tensors."""
+
+    def damage(path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        save_file(change(load_file(path)), path, metadata)
+
+    return damage
+
+
+def small(name: str = "small_resnet", **options: Any) -> dict[str, Any]:
+    return {"name": name, "image_size": 16, "options": options}
+
+
+def nan_in_head(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return state | {"fc.bias": state["fc.bias"] * torch.nan}
+
+
+NETWORKS: dict[str, tuple[Damage, str]] = {
+    "missing": (Path.unlink, "found no file"),
+    "empty": (lambda path: path.write_bytes(b"") and None, "not a whole safetensors file"),
+    "cut in its header": (cut(0.001), "not a whole safetensors file"),
+    "cut in its tensors": (cut(0.5), "not a whole safetensors file"),
+    "a text": (lambda path: path.write_text("weights") and None, "not a whole safetensors file"),
+    "without metadata": (lambda path: save_file(load_file(path), path), "does not say what made it"),
+    "metadata that are no JSON": (
+        lambda path: save_file(load_file(path), path, {"coin": "{"}),
+        "does not say what made it",
+    ),
+    "metadata that are a list": (lambda path: save_file(load_file(path), path, {"coin": "[]"}), "of type list"),
+    "of no network": (said(network=None), "holds no network"),
+    "a network that is a list": (said(network=[1]), "describe no network"),
+    "an unknown architecture": (said(network=small("resnet5")), "resnet5"),
+    "a name that is a list": (said(network=small() | {"name": ["small_resnet"]}), "describe no network"),
+    "an image size that is a word": (said(network=small() | {"image_size": "big"}), "describe no network"),
+    "an option that is none": (said(network=small(depth=3)), "depth"),
+    "a width that is a word": (said(network=small(width="wide")), "cannot build small_resnet"),
+    "an entry too many": (said(network=small(width=4) | {"path": "../x"}), "describe no network"),
+    "a number of classes that is a word": (said(num_classes="ten"), "describe no network"),
+    "no classes": (said(num_classes=0), "expected at least 1"),
+    "another number of classes": (said(num_classes=4), "another number of classes"),
+    "more classes than memory": (said(num_classes=4 * 10**9), "expected .* of small_resnet"),
+    "a width beyond memory": (said(network=small(width=200_000)), "expected .* of small_resnet"),
+    "another architecture": (said(network=small("squeezenet1_1")), "squeezenet1_1|another architecture"),
+    "a NaN": (held(nan_in_head), "not finite: tensor 'fc.bias'"),
+    "a tensor too few": (held(lambda state: {k: v for k, v in state.items() if k != "fc.bias"}), "no tensor 'fc.bias'"),
+    "a tensor too many": (held(lambda state: state | {"extra": torch.ones(2)}), "'extra' too many"),
+}
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_a_network_that_is_not_what_it_says(case: str, write_experts: Callable[..., dict[str, str]]) -> None:
+    path = Path(write_experts([3])["task0"])
+    damage, message = NETWORKS[case]
+    damage(path)
+    with pytest.raises(CoinError, match=message) as caught:
+        load_network(path)
+    assert "\n" not in str(caught.value)
+
+
+WEIGHTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a pickle": (lambda path: torch.save({"state_dict": Unpickled()}, path), "without unpickling"),
+    "no dictionary": (lambda path: torch.save(torch.ones(3), path), "no state dict"),
+    "no tensors": (lambda path: torch.save({"state_dict": {"a": 1}}, path), "no state dict"),
+    "a text": (lambda path: path.write_text("weights"), "cannot read"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot read"),
+    "a folder": (Path.mkdir, "found no file"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_a_checkpoint_that_is_none(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.ckpt"
+    write, message = WEIGHTS[case]
+    write(path)
+    with pytest.raises(FileError, match=message) as caught:
+        read_weights(path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "unpickled").exists()
+
+
+def negative(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: -value for name, value in state.items()}
+
+
+STATISTICS: dict[str, tuple[Damage, str]] = {
+    "cut": (cut(0.7), "not a whole safetensors file"),
+    "of other weights": (said(weights="0" * 64), r"of weights 000000000000…, expected .* run coin fisher again"),
+    "of no weights": (said(weights=None), "of weights None"),
+    "of weights that are a number": (said(weights=3), "of weights 3"),
+    "another statistic": (said(statistic="gram"), "holds gram, expected fisher"),
+    "no number of samples": (said(samples=None), "does not say its samples, seconds, passes"),
+    "seconds that are a word": (said(seconds="long"), "does not say its samples, seconds, passes"),
+    "negative": (held(negative), "negative number in 'a', expected squares"),
+    "a NaN": (held(lambda state: {"a": state["a"] * torch.nan}), "not finite: tensor 'a'"),
+}
+
+
+@pytest.mark.parametrize("case", STATISTICS)
+def test_a_statistic_that_is_not_of_its_expert(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.fisher.safetensors"
+    weights = fingerprint({"a": torch.ones(3)})
+    sums = Sums({"a": torch.ones(3)}, 2, 4.0)
+    save_statistic(path, sums, statistic="fisher", weights=weights, seconds=1.0)
+    assert load_statistic(path, statistic="fisher", weights=weights).samples == 2
+    damage, message = STATISTICS[case]
+    damage(path)
+    with pytest.raises(CoinError, match=message):
+        load_statistic(path, statistic="fisher", weights=weights)
+
+
+CODED: dict[str, tuple[Damage, str]] = {
+    "an expert": (said(code=None), "no coded model"),
+    "a code that is a word": (said(code="half"), "'half' for its 'code'"),
+    "a code that does not sum to 1": (said(code=[[0.9, 0.9]]), "1.8"),
+    "a negative weight": (said(code=[[1.5, -0.5]]), "-0.5"),
+    "a row that is a word": (said(row="first"), "'first' for its 'row'"),
+    "a row that the code has not": (said(row=4), r"found rows \[4\]"),
+    "no label": (said(label=None), "for its 'label'"),
+    "seconds that are a word": (said(seconds="long"), "'long' for its 'seconds'"),
+    "no experts": (said(experts=None), "for its 'experts'"),
+    "other experts": (said(experts=["0", "1"]), "made of other experts"),
+}
+
+
+@pytest.mark.parametrize("case", CODED)
+def test_a_coded_model_that_says_something_else(
+    case: str, write_experts: Callable[..., dict[str, str]], write_coded: Callable[..., list[str]]
+) -> None:
+    experts = write_experts([3, 2])
+    (path,) = (Path(name) for name in write_coded([[0.5, 0.5]], experts))
+    marks = [fingerprint(load_network(Path(name)).network.state_dict()) for name in experts.values()]
+    damage, message = CODED[case]
+    damage(path)
+    with pytest.raises(CoinError, match=message):
+        read_coded([path], marks)
+
+
+YAMLS: dict[str, tuple[bytes, str]] = {
+    "a key twice": (b"seeds: [0]\nname: x\nseeds: [1]\n", r"found key 'seeds' twice in .* \(again in line 3\)"),
+    "a nested key twice": (b"a:\n  b: 1\n  b: 2\n", "found key 'b' twice"),
+    "no YAML": (b"name: [x\n", "is no YAML"),
+    "no text": (b"\x89PNG\xff\xfe\x00", "found no text"),
+    "a tab": (b"a:\n\tb: 1\n", "is no YAML"),
+    "an alias in itself": (b"a: &a [*a]\n", "without end|is no YAML"),
+    "aliases of aliases": (
+        b"a: &a [x,x,x,x,x,x,x,x,x,x]\n"
+        + b"".join(b"%c: &%c [%s]\n" % (i, i, b",".join([b"*%c" % (i - 1)] * 10)) for i in range(98, 106)),
+        "more than 100000 values",
+    ),
+    "no end of brackets": (b"[" * 5000, "without end|is no YAML"),
+}
+
+
+@pytest.mark.parametrize("case", YAMLS)
+def test_yaml_that_says_nothing_clear(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    text, message = YAMLS[case]
+    path.write_bytes(text)
+    with pytest.raises(CoinError, match=message) as caught:
+        read_yaml(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"found no file .*none\.yaml"):
+        read_yaml(tmp_path / "none.yaml")
+    with pytest.raises(FileError, match="found a folder"):
+        read_yaml(tmp_path)
+
+
+SWEEP = "command: [coin, run, -c, x.yaml, '${args}']\nmethod: grid\nparameters:\n  seeds: {values: [[0], [1]]}\n"
+SWEEPS = {
+    "a typo in a key": (("parameters", "paramters"), "'paramters'"),
+    "another program": (("coin, run", "rm, -rf"), "does not call 'coin run'"),
+    "no arguments": (("'${args}'", "x"), "without one"),
+    "a list of methods": (("grid", "[grid]"), "expected grid or random"),
+    "a value that is no list": (("[[0], [1]]", "3"), "expected a list"),
+    "no values": (("{values: [[0], [1]]}", "[1, 2]"), "expected one of values"),
+    "a name that leads out": (("command:", "name: ../out\ncommand:"), r"'\.\./out'"),
+    "a name of the parent": (("command:", "name: '..'\ncommand:"), r"'\.\.'"),
+    "a date that is none": (("[[0], [1]]", "[2020-13-45]"), "that no option takes"),
+    "a date": (("[[0], [1]]", "[2020-01-31]"), "that no option takes"),
+    "a list as a key": (("seeds:", "[1, 2]:"), "that no option takes"),
+    "a number as a key": (("seeds:", "7:"), "found parameter 7"),
+    "probabilities that are a word": (("[[0], [1]]", "[[0], [1]], probabilities: ab"), "probabilities"),
+}
+
+
+@pytest.mark.parametrize("case", SWEEPS)
+def test_a_sweep_file_that_is_wrong(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    (old, new), message = SWEEPS[case]
+    assert old in SWEEP
+    path.write_text(SWEEP.replace(old, new, 1))
+    with pytest.raises(ConfigurationError, match=message):
+        read_sweep(path)
+
+
+def results_row() -> str:
+    values = dict.fromkeys(COLUMNS, "0.5") | {"experiment": "e", "seed": "0", "samples_per_task": "9", "code_row": "0"}
+    return ",".join(COLUMNS) + "\n" + ",".join(values[name] for name in COLUMNS) + "\n"
+
+
+RESULTS: dict[str, tuple[str, bytes, Callable[[Path], Any], str]] = {
+    "rows: none": (RESULTS_CSV, b"", read_results, "cannot be read as CSV"),
+    "rows: header alone": (RESULTS_CSV, ",".join(COLUMNS).encode(), read_results, "holds no rows"),
+    "rows: cut": (RESULTS_CSV, results_row().encode()[:-60], read_results, "damaged|has no column"),
+    "rows: no text": (RESULTS_CSV, b"\xff\xfe\x00\x01", read_results, "cannot be read|has no column"),
+    "rows: one twice": (
+        RESULTS_CSV,
+        (results_row() + results_row().splitlines()[1]).encode(),
+        read_results,
+        "two rows of method '0.5'",
+    ),
+    "rows: infinite": (RESULTS_CSV, results_row().replace("0.5,0.5\n", "0.5,inf\n").encode(), read_results, "infinite"),
+    "document: cut": (RESULTS_JSON, b'{"rows": [', read_configuration, "cannot be read as JSON"),
+    "document: a list": (RESULTS_JSON, b"[]", read_configuration, "holds no 'configuration'"),
+    "document: no end of brackets": (RESULTS_JSON, b"[" * 100_000, read_configuration, "cannot be read as JSON"),
+    "counts: cut": (CONFUSION_NPZ, b"PK\x03\x04rest", read_confusions, "not a whole .npz file"),
+    "counts: empty": (CONFUSION_NPZ, b"", read_confusions, "not a whole .npz file"),
+    "sweep: leads out": (
+        SWEEP_CSV,
+        ("x," + results_row().replace("\n", "\n1,", 1).replace("1,e,", "1,../../e,")).encode(),
+        read_sweep_table,
+        r"experiment '\.\./\.\./e', expected a folder's name",
+    ),
+    "sweep: no text": (SWEEP_CSV, b"\xff\xfe\x00\x01", read_sweep_table, "cannot be read as CSV"),
+}
+
+
+@pytest.mark.parametrize("case", RESULTS)
+def test_results_that_are_damaged(case: str, tmp_path: Path) -> None:
+    name, content, read, message = RESULTS[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FileError, match=message) as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("counts", [np.array(3), np.zeros((2, 3), int), np.zeros((2, 2))])
+def test_counts_of_another_shape_or_kind(counts: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / CONFUSION_NPZ, key=counts)
+    with pytest.raises(FileError, match=r"under 'key', expected whole numbers \[C, C\]"):
+        read_confusions(tmp_path)
+
+
+def test_counts_are_never_unpickled(tmp_path: Path) -> None:
+    np.savez(tmp_path / CONFUSION_NPZ, key=np.array([Unpickled()], dtype=object))
+    with pytest.raises(FileError, match=r"not a whole \.npz file"):
+        read_confusions(tmp_path)
+    assert not (tmp_path / "unpickled").exists()
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/tmp/coin-outside"])
+def test_a_record_of_another_point_cannot_lead_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    record = tmp_path / "theirs" / "seed-0" / ".steps" / "expert-a.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"key": "k", "outputs": {name: "0"}}))
+    with pytest.raises(ValueError, match="expected one within its folder"):
+        _link_step(record, tmp_path / "mine" / "seed-0")
+    assert outside.read_text() == "mine"
