@@ -13,7 +13,7 @@ from torch import Tensor
 import coin.cli
 import coin.experiment.experiment
 from coin.cli import main
-from coin.data import CIFAR10, GTSRB, KMNIST, MNIST, STL10, SVHN, FashionMNIST, Samples, Source, TextTask
+from coin.data import CIFAR10, GTSRB, KMNIST, MNIST, STL10, SVHN, FashionMNIST, Samples, Source, TextTask, Tweets
 from coin.data.tasks import Tasks
 from coin.experiment import Experiment
 from coin.modules import Distillation, Expert
@@ -62,6 +62,18 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(kind, "load", load)
         monkeypatch.setattr(kind, "prepare_data", lambda self: None)
+
+    def tweets(self: Tweets) -> Source:
+        """Tokens of as many tweets as the smaller topic has, in three classes."""
+        draw = torch.Generator().manual_seed(0)
+        return Source(
+            *(
+                Samples.of(torch.randint(1, 1000, (count, self.image_size), generator=draw), torch.arange(count) % 3)
+                for count in (6_000, 1_500)
+            )
+        )
+
+    monkeypatch.setattr(Tweets, "load", tweets)
 
 
 @pytest.fixture(scope="module")
