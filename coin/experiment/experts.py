@@ -89,7 +89,11 @@ class Experts:
         Raises:
             StateError: The tensors of an expert do not fit its architecture.
         """
-        network = self.blank()
+        try:
+            with torch.device("meta"):  # names and shapes alone, without the memory
+                network = self.blank()
+        except NotImplementedError:  # RegNets look at their tensors while they are built
+            network = self.blank()
         every = {name for name, _ in network.named_parameters(remove_duplicate=False)}
         shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
         layout = Layout(

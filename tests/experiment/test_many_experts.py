@@ -135,6 +135,21 @@ def test_a_damaged_expert_is_found_before_anything_is_merged(
     assert not (tmp_path / "coded").exists()
 
 
+@pytest.mark.parametrize("name", ["resnet18", "regnet_x_400mf"])
+def test_the_layout_is_the_networks_own(name: str, tmp_path: Path) -> None:
+    config = NetworkConfig(name, 32)
+    network = build_network(config, 3)
+    save_network(tmp_path / "expert.safetensors", network, config, 3, {})
+    experts = Experts({"task": tmp_path / "expert.safetensors"})
+    state = experts.opened["task"].state
+    assert list(experts.parameters[0]) == [key for key, _ in network.named_parameters()]
+    assert all(tensor.equal(network.get_parameter(key)) for key, tensor in experts.parameters[0].items())
+    assert {*experts.buffers[0]} == {*state} - {*experts.parameters[0]} == {key for key, _ in network.named_buffers()}
+    assert experts.head == "fc"
+    assert experts.layout.batchnorm
+    assert experts.layout.shapes == {key: tensor.shape for key, tensor in network.state_dict().items()}
+
+
 def test_experts_are_read_one_at_a_time_where_networks_run(files: dict[str, Any]) -> None:
     experts = Experts({task: Path(path) for task, path in files["experts"].items()})
     living = Living()
