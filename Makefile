@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= -c configs/experiment/quickstart.yaml
 FUZZ ?= 60
-# Python compiles what is imported when it is imported: most of what torch and wandb bring never is.
+# Python compiles what it imports, and most of what torch and wandb bring it never does.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .DEFAULT_GOAL := help
@@ -21,6 +21,7 @@ $(VENV)/.demo: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) '.[demo,dev]'
+	-$(BIN)/python -m compileall -q -q -j 0 $(VENV)/lib  # many tests start processes of their own
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.demo
