@@ -11,7 +11,7 @@ from torch import Tensor
 from coin.errors import FileError
 from coin.state import missing_file, provenance_in
 
-_MAPPED = 4 * 2**20
+_MAPPED = 2**20
 """After so many bytes of tensors, in bytes, the file is mapped anew, so that what was read of it can go."""
 
 
