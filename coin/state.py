@@ -9,8 +9,9 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, reduce
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +27,8 @@ from coin.errors import FileError, StateError
 State = Mapping[str, Tensor]
 
 _METADATA_KEY = "coin"
+_LONGEST_WRITE = 3600.0
+"""In seconds."""
 
 
 def check_same_layout(states: Sequence[State], names: Sequence[str] | None = None) -> None:
@@ -132,6 +135,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers have left of `atomic_path` below a folder: no write takes an hour."""
+    for path in folder.rglob(".*.tmp"):
+        with suppress(OSError):  # another process may be removing it as well
+            if time.time() - path.stat().st_mtime > _LONGEST_WRITE:
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from coin.state import (
     fingerprint,
     load_provenance,
     load_state,
+    remove_leftovers,
     save_state,
     sha256_of,
     versions,
@@ -123,6 +124,20 @@ def test_atomic_path_keeps_the_old_file_on_an_error(tmp_path, raised, seen):
         write_half()
     assert path.read_text() == "old"
     assert names_in(tmp_path) == ["results.csv"]
+
+
+def test_leftovers_of_killed_writers_go_and_what_is_being_written_stays(tmp_path):
+    deep = tmp_path / "experts" / "task"
+    deep.mkdir(parents=True)
+    old, fresh, own = deep / ".expert.safetensors.x1.tmp", deep / ".results.csv.x2.tmp", deep / "mine.tmp"
+    for path in (old, fresh, own):
+        path.write_text("half")
+    for path in (old, own):
+        os.utime(path, (0, 0))
+    remove_leftovers(tmp_path)
+    assert not old.exists()
+    assert fresh.exists()
+    assert own.exists()
 
 
 def test_atomic_path_replaces_at_the_end_only_and_others_may_read(tmp_path):

@@ -39,7 +39,7 @@ from coin.reporting.summary import SUMMARY_CSV, write_summary
 from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_evaluation import log_summary
 from coin.reporting.wandb_settings import logging_only
-from coin.state import write_text
+from coin.state import remove_leftovers, write_text
 from coin.statistics import FisherKind
 
 _SEEDS = range(2**32)
@@ -160,6 +160,7 @@ class Experiment:
         """
         console = self._begin(console)
         with alone_in(self.folder) as lock:
+            from_first(lambda: remove_leftovers(self.folder))
             seeds = self._seed_runs(console)
             for run in seeds:
                 if dump is not None and is_first():
