@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ProgressBar
@@ -15,17 +14,15 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
 from coin.callbacks import Requeue, RunProgress
+from coin.checkpoints import check_training_checkpoint
 from coin.data import TaskData
 from coin.data.tasks import Tasks
-from coin.errors import ConfigurationError, FileError, StateError, first_line
+from coin.errors import ConfigurationError, StateError
 from coin.modules import DecodingEvaluator, Expert, Outcome, StatisticKind, StatisticPass
 from coin.networks import NetworkConfig, fill_network, load_network, read_weights
-from coin.reporting.extras import Examples, write_examples
-from coin.reporting.results import Row, confusion_key, write_results
+from coin.recording import record_evaluation
 from coin.reporting.wandb_connection import check_connection
-from coin.reporting.wandb_evaluation import code_axes, log_evaluation, log_examples
 from coin.reporting.wandb_logging import logger_mode
-from coin.reporting.wandb_settings import logging_only
 from coin.state import fingerprint
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Sums
 from coin.statistics.files import save_statistic
@@ -43,11 +40,6 @@ _EXPECTED = (
     r"It is recommended to use `self.log\('train/.*",  # the first process's share of an epoch tells how it goes
 )
 """What Lightning warns of and an experiment means."""
-
-EXAMPLES_CHOICE = (
-    "the last method with the last decoder that were listed; images in a fixed random order of the test set"
-)
-
 
 _MATMUL_PRECISIONS = ("highest", "high", "medium")
 
@@ -142,7 +134,7 @@ class Trainer(pl.Trainer):
         if self.requeue is not None:
             ckpt_path = self.requeue.resume_path(self, ckpt_path)
         if ckpt_path is not None and ckpt_path not in _LIGHTNING_PATHS and weights_only is not False:
-            _check_checkpoint(Path(ckpt_path))
+            check_training_checkpoint(Path(ckpt_path))
         try:
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only is not False)
         except RuntimeError as error:
@@ -271,96 +263,14 @@ class Trainer(pl.Trainer):
         datamodule.resize(model.config.image_size)
         self.test(model, datamodule=datamodule, verbose=False)
         if self.is_global_zero:
-            rows = result_rows(model.outcomes, name, datamodule.seed, datamodule.samples_per_task)
-            confusions = {confusion_key(row): o.confusion for row, o in zip(rows, model.outcomes, strict=True)}
-            code = model.code.matrix.tolist()
-            described = {"tasks": list(model.tasks), "code": code, **(configuration or {})}
-            folder = Path(output or self.default_root_dir)
-            write_results(folder, rows, described, confusions)
-            examples = examples_of(model, datamodule)
-            write_examples(folder, examples)
-            for logger in self.loggers:
-                if isinstance(logger, WandbLogger):
-                    with logging_only("the evaluation"):
-                        log_evaluation(logger.experiment, rows, confusions, code_axes(model.tasks, code))
-                        if examples is not None:
-                            log_examples(logger.experiment, examples)
+            record_evaluation(
+                model, datamodule, Path(output or self.default_root_dir), name, configuration, self.loggers
+            )
         return model.outcomes
-
-
-def result_rows(outcomes: Sequence[Outcome], experiment: str, seed: int, samples_per_task: int) -> list[Row]:
-    """Return the rows of the results for what an evaluation measured.
-
-    Args:
-        outcomes: What was measured.
-        experiment: The experiment's name.
-        seed: The seed of the run.
-        samples_per_task: P of the decoders, and of a coded model whose file does not say.
-    """
-    return [
-        Row(
-            experiment=experiment,
-            seed=seed,
-            method=outcome.variant.method,
-            batchnorm=outcome.variant.batchnorm,
-            decoder=outcome.decoder,
-            code_row="+".join(str(row) for row in range(len(outcome.variant.networks))),
-            erased="+".join(outcome.erased),
-            task=outcome.task,
-            samples_per_task=outcome.variant.samples_per_task or samples_per_task,
-            expert_accuracy=outcome.expert_accuracy,
-            decoded_accuracy=outcome.decoded_accuracy,
-            nda=outcome.nda,
-            agreement=outcome.agreement,
-            residual=outcome.residual,
-            calibration_seconds=outcome.calibration_seconds,
-            sample_passes=outcome.sample_passes,
-        )
-        for outcome in outcomes
-    ]
-
-
-def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
-    """Return the test images that an evaluation has kept, with the names of their tasks' classes; none without any."""
-    if model.shown is None or not model.kept:
-        return None
-    variant, decoder = model.shown
-    names: list[str] = []
-    parts: dict[str, list[Any]] = {name: [] for name in ("images", "expert", "decoded", "label", "task", "position")}
-    for task, kept in model.kept.items():
-        for name in ("expert", "decoded", "label"):
-            parts[name].append(getattr(kept, name).numpy() + len(names))
-        parts["images"].append(kept.images.permute(0, 2, 3, 1).numpy())
-        parts["position"] += kept.position.tolist()
-        parts["task"] += [task] * len(kept.images)
-        names += tasks.tasks[task].classes
-    return Examples(
-        **{name: np.concatenate(parts[name]) for name in ("images", "expert", "decoded", "label")},
-        names=tuple(names),
-        task=tuple(parts["task"]),
-        position=tuple(parts["position"]),
-        method=" ".join([variant.method, *([f"(BatchNorm: {variant.batchnorm})"] if variant.batchnorm else [])]),
-        decoder=decoder,
-        choice=EXAMPLES_CHOICE,
-    )
 
 
 _LIGHTNING_PATHS = ("best", "last", "hpc", "registry")
 """What Lightning takes for a checkpoint that it looks for itself."""
-
-
-def _check_checkpoint(path: Path) -> None:
-    if not path.is_file():
-        raise FileError(f"found no checkpoint '{path}', expected a file; check ckpt_path")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        whole = {"state_dict", "loops", "optimizer_states"} <= content.keys()
-    except Exception as error:  # pickle's and zip's errors share no base class
-        raise FileError(
-            f"cannot read '{path}' as a checkpoint ({first_line(error)[:160]}); give one that coin fit wrote"
-        ) from error
-    if not whole:
-        raise FileError(f"'{path}' is no checkpoint of a training, expected one to go on from; give one of coin fit's")
 
 
 def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, NetworkConfig]:

@@ -13,6 +13,7 @@ import torch
 import wandb
 from wandb.util import get_core_path
 
+from coin.cli import main
 from coin.coding import Code
 from coin.data import Samples, Source, TaskData
 from coin.networks import NetworkConfig, build_network, load_network, recalibrate, save_network
@@ -22,6 +23,30 @@ from coin.trainer import Trainer
 # The tests' tensors are tiny: threads only wait for one another, and a sum's rounding would depend on their number.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # commands that tests start must round alike
+
+
+SMALL_EXPERIMENT = """
+name: tiny
+network: {name: small_resnet, image_size: 16, options: {width: 4}}
+base:
+  task: {class_path: Glyphs, init_args: {classes: K-T, train_samples: 200}}
+  epochs: 1
+  lr: 0.02
+tasks:
+  digits: {class_path: Digits, init_args: {max_train: 120, max_test: 77}}
+  letters: {class_path: Glyphs, init_args: {classes: A-F, train_per_class: 30, test_per_class: 9}}
+expert: {epochs: 2, lr: 0.02, batch_size: 32}
+code: [[0.4, 0.6]]
+calibration: {samples_per_task: 24, batch_size: 16}
+methods:
+  - {class_path: Average}
+  - {class_path: Coin}
+  - {class_path: Coin, init_args: {batchnorm: recalibrate}}
+  - {class_path: Coin, init_args: {batchnorm: keep}}
+  - {class_path: Distillation, init_args: {steps: 10, batch_size: 16, learning_rates: [1.0e-3, 3.0e-4]}}
+decoders: [linear, ridge, feature_ridge]
+seeds: [0]
+"""
 
 
 def forget_wandb_service() -> None:
@@ -168,3 +193,30 @@ def write_coded(tmp_path: Path, small_config: NetworkConfig) -> Callable[..., li
         return paths
 
     return write
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small experiment's file."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(SMALL_EXPERIMENT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(config: Path, tmp_path_factory: pytest.TempPathFactory, fresh_wandb: Callable[[], None]) -> Path:
+    """The folder of the finished experiment; tests read it and leave it as it is."""
+    fresh_wandb()
+    output = tmp_path_factory.mktemp("runs")
+    environment = {name: os.environ.pop(name, None) for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR")}
+    try:
+        assert main(["run", "-c", str(config), f"--output={output}"]) == 0
+    finally:
+        os.environ.update({name: value for name, value in environment.items() if value is not None})
+    return output / "tiny"
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test in a folder of its own."""
+    monkeypatch.chdir(tmp_path)

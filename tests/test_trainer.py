@@ -14,11 +14,11 @@ from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, DataError, FileError, StateError
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import build_network, load_network
+from coin.recording import result_rows
 from coin.reporting import read_examples
 from coin.state import fingerprint
 from coin.statistics import fisher_diagonal
 from coin.statistics.files import load_statistic
-from coin.trainer import result_rows
 
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}}
 SCRIPT = Path(__file__).parent / "measure_in_processes.py"

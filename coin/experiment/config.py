@@ -1,7 +1,7 @@
 """The parts of an experiment file."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -102,6 +102,20 @@ class ExpertConfig(TrainingConfig):
     weights: Weights = Weights.last
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     checkpoints: dict[str, str] = field(default_factory=dict)
+
+    def of(self, task: str) -> "ExpertConfig":
+        """Return the training options with a task's own in place.
+
+        Raises:
+            ConfigurationError: An override is no option of an expert, or out of its range.
+        """
+        try:
+            own = replace(self, **self.overrides.get(task, {}))
+        except TypeError as error:
+            raise ConfigurationError(
+                f"expert.overrides.{task} has an option that an expert has not: {error}"
+            ) from error
+        return replace(own, overrides={}, checkpoints={})
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,24 @@
 """One job of an experiment: its loggers, which live as long as it does, and the files it reads and makes."""
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from coin.data import TaskData
 from coin.experiment.codes import AUTO
-from coin.experiment.steps import described
+from coin.experiment.experiment import Experiment
+from coin.experiment.records import described
 from coin.processes import from_first, is_first
 from coin.reporting.wandb_logging import finish_run, log_artifact, record_input, training_loggers, use_artifact
 from coin.reporting.wandb_settings import logging_only, run_environment
 from coin.state import write_text
-
-if TYPE_CHECKING:
-    from coin.experiment.experiment import Experiment
 
 
 class FileKind(StrEnum):

@@ -11,7 +11,7 @@ from coin.data import Calibration, pooled
 from coin.errors import ConfigurationError
 from coin.experiment.codes import SeedCode
 from coin.experiment.experts import Experts
-from coin.experiment.steps import described
+from coin.experiment.records import described
 from coin.merging import MergeInputs, MergeMethod, Requirement
 from coin.merging.networks import FITTED, expert_outputs, merge_states
 from coin.networks import BatchNormPolicy, check_layout, open_network, save_network

@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from coin.experiment.commands import merge
+from coin.commands.merge import merge
 from coin.merging import Average, Coin, RegMean, TaskArithmetic, Ties
 from coin.networks import NetworkConfig, build_network, load_network, save_network
 from coin.state import fingerprint, save_state

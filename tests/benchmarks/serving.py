@@ -33,10 +33,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from coin.commands.serve import read_tasks
+from coin.commands.served import read_accuracies, read_served
 from coin.errors import ServingError
 from coin.experiment import Experiment
-from coin.experiment.serve import read_tasks
-from coin.experiment.served import read_accuracies, read_served
 from coin.reporting import read_results
 from coin.serving.client import Client, TaskAnswer
 from coin.serving.decodings import coded_layout

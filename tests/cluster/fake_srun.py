@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-import coin.experiment.experiment
+import coin.experiment.run
 from coin.cli import main
 from coin.modules import Expert
 
@@ -67,5 +67,5 @@ def start(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    coin.experiment.experiment.write_report = lambda *_: None
+    coin.experiment.run.write_report = lambda *_: None
     sys.exit(start(sys.argv[sys.argv.index("coin") + 1 :]))

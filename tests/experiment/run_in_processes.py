@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
-import coin.experiment.experiment
+import coin.experiment.run
 from coin.cli import main
 from coin.processes import is_first, process_count
 
@@ -20,7 +20,7 @@ def _refused(path: Path, target: Any) -> NoReturn:
 def run(folder: Path, arguments: list[str]) -> None:
     """Run the command, note when every file was written, and run it again."""
     torch.set_num_threads(1)
-    coin.experiment.experiment.write_report = lambda *_: None  # its plots would take most of the time
+    coin.experiment.run.write_report = lambda *_: None  # its plots would take most of the time
     if os.environ["RANK"] != "0":
         Path.replace = _refused  # type: ignore[assignment, method-assign]
     assert main(arguments) == 0

@@ -16,12 +16,12 @@ from coin.errors import ConfigurationError, DecodingError, FileError, NumericalE
 from coin.experiment import Experiment, merge
 from coin.experiment.codes import candidate_codes, choose_weights, read_choice, read_code
 from coin.experiment.experts import Experts
-from coin.experiment.sweep_sharing import shared_steps
 from coin.merging import Average
 from coin.networks import NetworkConfig
 from coin.reporting import read_results
 from coin.reporting.summary import seed_folders
 from coin.state import load_provenance, sha256_of
+from coin.sweeps.sharing import shared_steps
 
 CONFIG = """
 name: {name}

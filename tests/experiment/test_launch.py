@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import coin.experiment.experiment
+import coin.experiment.run
 from coin.cli import main
 from coin.errors import CoinError, ConfigurationError
 from coin.experiment.launch import Executor, ExpertJob, Launch, train_side_by_side, worker_environments
@@ -32,7 +32,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[ExpertJob]:
 def test_experts_side_by_side_are_those_of_one_after_the_other(
     finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coin.experiment.experiment, "write_report", lambda *_: None)  # its plots take long
+    monkeypatch.setattr(coin.experiment.run, "write_report", lambda *_: None)  # its plots take long
     shutil.copytree(finished / "base", tmp_path / "tiny/base")
     command = ["run", "-c", str(config), f"--output={tmp_path}", "--methods=[{class_path: Average}]"]
     assert main([*command, "--launch.workers=2", "--decoders=[linear]"]) == 0

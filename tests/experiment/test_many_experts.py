@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import coin.experiment.experts
 from coin.coding import Code
+from coin.commands.merge import merge
 from coin.errors import CoinError
-from coin.experiment.commands import merge
 from coin.experiment.experts import Experts
 from coin.merging import Average, Coin, MergeMethod, RegMean, TaskArithmetic, Ties
 from coin.merging.networks import merge_networks

@@ -8,7 +8,7 @@ from PIL import Image
 
 from coin.data import Digits, ImageFolder
 from coin.experiment.config import CalibrationConfig, ExpertConfig
-from coin.experiment.steps import Steps, described, step_key
+from coin.experiment.records import Steps, described, step_key
 from coin.merging import Average, Coin
 from coin.modules import Distillation
 

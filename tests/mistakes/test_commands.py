@@ -88,7 +88,7 @@ def test_the_parsers_messages_say_what_to_do(message: str) -> None:
 def test_a_folder_that_is_missing_is_told_of_before_the_base_is_trained(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coin.experiment.experiment.train_network", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr("coin.experiment.steps.initial.train_network", lambda *_, **__: pytest.fail("trained"))
     config.write_text(
         EXPERIMENT.replace(
             "class_path: Digits, init_args: {max_train: 40, max_test: 20}",
@@ -102,7 +102,7 @@ def test_a_folder_that_is_missing_is_told_of_before_the_base_is_trained(
 def test_too_few_samples_are_told_of_before_the_training(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coin.experiment.seed_run.train_network", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr("coin.experiment.steps.experts.train_network", lambda *_, **__: pytest.fail("trained"))
     line = refused(["run", "-c", str(config), "--output=o", "--calibration.samples_per_task=4000"], capsys)
     assert line.startswith("4000 calibration samples asked of Digits")
 

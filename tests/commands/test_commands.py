@@ -1,6 +1,8 @@
 """The commands one by one, in-process, and the line that each mistake gets."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -162,6 +164,13 @@ def test_report_is_written_again_from_files(finished: Path, tmp_path: Path, caps
     pd.testing.assert_frame_equal(
         pd.DataFrame(document["summary"]).astype(read_summary(finished).dtypes), read_summary(finished)
     )
+
+
+def test_a_command_that_goes_well_says_nothing_on_standard_error(finished: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "coin", "report", str(finished), f"--output={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr == ""
+    assert done.stdout == f"{tmp_path / 'report.html'}\n"
 
 
 def test_brought_experts_take_the_place_of_training(finished: Path, config: Path, tmp_path: Path) -> None:

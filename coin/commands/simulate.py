@@ -1,4 +1,4 @@
-"""What ``coin simulate`` does: the serving policies over an experiment's networks and results."""
+"""``coin simulate``: the serving policies over an experiment's networks and results."""
 
 import json
 import math
@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.cli import LightningArgumentParser
 from numpy.typing import NDArray
 
 from coin.coding import Code
+from coin.commands.command import Call, Command, console
+from coin.commands.served import Accuracies, Served, read_accuracies, read_served, results_folders
 from coin.errors import ConfigurationError
-from coin.experiment.served import Accuracies, Served, read_accuracies, read_served, results_folders
-from coin.experiment.steps import described
+from coin.experiment.records import described
+from coin.reporting import print_simulation
 from coin.reporting.canvas import as_png, settle
 from coin.reporting.results import read_results
-from coin.reporting.simulation import LEVELS, SIMULATION_JSON, SimulationRow, write_simulation
+from coin.reporting.simulation import LEVELS, SIMULATION_CSV, SIMULATION_JSON, SimulationRow, write_simulation
 from coin.reporting.simulation_plots import accuracy_against_latency, latency_against_load
 from coin.serving.decodings import coded_layout
 from coin.serving.grid import simulate_all
@@ -224,3 +227,18 @@ def _write(folder: Path, rows: Sequence[SimulationRow], options: Any) -> None:
         for what, draw in (("latency", latency_against_load), ("accuracy", accuracy_against_latency)):
             with atomic_path(folder / "plots" / f"simulation-{want}-{what}.png") as temporary:
                 temporary.write_bytes(as_png(settle(draw(chosen))))
+
+
+def _add_arguments(parser: LightningArgumentParser) -> None:
+    parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
+    parser.add_function_arguments(simulate, skip={"folder"})
+
+
+def _execute(call: Call) -> None:
+    print_simulation(simulate(**call.options), console())
+    print(f"table: {Path(call.options['output'] or call.options['folder']) / SIMULATION_CSV}")
+
+
+SIMULATE = Command(
+    "Simulate the tail latency of coded serving with an experiment's networks.", _add_arguments, _execute
+)

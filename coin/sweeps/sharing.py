@@ -16,7 +16,7 @@ from pathlib import Path
 
 from coin.data.tasks import task_with
 from coin.experiment.experiment import Experiment
-from coin.experiment.steps import step_key
+from coin.experiment.records import step_key
 from coin.state import write_text
 
 _SWEEP_JSON = "sweep.json"

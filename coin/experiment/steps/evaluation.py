@@ -1,21 +1,15 @@
 """The last step of a seed: every method measured with every decoder, and what of it goes to W&B."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from coin.experiment.jobs import FileKind, by_stem, common_tags, run_config
-from coin.experiment.steps import step_key
-from coin.experiment.training import make_trainer
+from coin.experiment.records import step_key
+from coin.experiment.seed_run import SeedRun
+from coin.experiment.trainers import make_trainer
 from coin.modules import DecodingEvaluator
 from coin.processes import is_first
 from coin.reporting.extras import EXAMPLES_NPZ
 from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_results
 from coin.reporting.wandb_evaluation import code_axes, log_method_runs
 from coin.reporting.wandb_settings import logging_only
-
-if TYPE_CHECKING:
-    from coin.experiment.seed_run import SeedRun
 
 
 def evaluate(run: SeedRun) -> None:

@@ -17,10 +17,10 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from coin.cli import main
+from coin.commands.serve import read_system, read_tasks
+from coin.commands.served import read_served
 from coin.errors import ServingError
 from coin.experiment import Experiment
-from coin.experiment.serve import read_system, read_tasks
-from coin.experiment.served import read_served
 from coin.reporting import read_results
 from coin.serving.client import Client
 from coin.serving.front_end import FrontEnd

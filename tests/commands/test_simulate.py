@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from coin.cli import main
+from coin.commands.served import read_accuracies, read_served, results_folders
 from coin.errors import FileError
-from coin.experiment.served import read_accuracies, read_served, results_folders
 from coin.reporting import read_results, read_simulation
 from coin.serving.model import NetworkServer
 

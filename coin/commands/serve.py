@@ -1,4 +1,4 @@
-"""What ``coin serve`` does: an experiment's experts and coded models behind the decoding front end, on Ray Serve."""
+"""``coin serve``: an experiment's experts and coded models behind the decoding front end, on Ray Serve."""
 
 import signal
 import threading
@@ -7,12 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.cli import LightningArgumentParser
+
 from coin.coding import Answers, Decoder, make_decoder
+from coin.commands.command import Call, Command
+from coin.commands.served import Served, read_served
 from coin.data import Calibration
 from coin.data.tasks import Tasks, task_with
 from coin.errors import FileError
 from coin.experiment.experiment import Experiment
-from coin.experiment.served import Served, read_served
 from coin.modules import Coded
 from coin.networks import load_network
 from coin.serving.decodings import Decodings
@@ -128,3 +131,15 @@ def read_tasks(served: Served, build: Callable[[Sequence[str]], Experiment]) -> 
     data.prepare_data()
     data.setup()
     return data
+
+
+def _add_arguments(parser: LightningArgumentParser) -> None:
+    parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
+    parser.add_function_arguments(serve, skip={"folder", "build", "say"})
+
+
+def _execute(call: Call) -> None:
+    serve(build=call.experiment, **call.options)
+
+
+SERVE = Command("Serve an experiment's experts and coded models over HTTP, on Ray Serve.", _add_arguments, _execute)

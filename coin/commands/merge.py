@@ -1,18 +1,20 @@
-"""What the commands without a model of their own do: ``coin merge`` and ``coin report``."""
+"""``coin merge``: experts and their statistics in, coded models out."""
 
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.cli import LightningArgumentParser
+
+from coin.commands.command import Call, Command
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, FileError
 from coin.experiment.codes import SeedCode, read_code
+from coin.experiment.distillation import distill_rows
 from coin.experiment.experts import Experts
 from coin.experiment.merge import Ingredients, coded_paths, merge_experts
-from coin.experiment.training import distill_rows
 from coin.merging import MergeMethod
 from coin.modules import Distillation
-from coin.reporting.report import write_report
 from coin.state import load_provenance
 
 
@@ -91,14 +93,13 @@ def _samples(statistics: dict[str, dict[str, Path]]) -> int | None:
     return found or None
 
 
-def report(folders: list[str], output: str | None = None) -> Path:
-    """Write the report of finished experiments from their files alone.
+def _add_arguments(parser: LightningArgumentParser) -> None:
+    parser.add_function_arguments(merge)
 
-    Args:
-        folders: Experiments' or seeds' folders; several are compared.
-        output: The HTML file; none writes ``report.html`` into the first folder.
 
-    Returns:
-        The HTML file.
-    """
-    return write_report([Path(folder) for folder in folders], None if output is None else Path(output))
+def _execute(call: Call) -> None:
+    for path in merge(**call.options):
+        print(path)
+
+
+MERGE = Command("Merge experts into coded models.", _add_arguments, _execute)

@@ -9,10 +9,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from coin.experiment.sweep_points import as_text
 from coin.reporting.results import read_results
 from coin.reporting.summary import seed_means
 from coin.reporting.table import decoder_heading
+from coin.sweeps.points import as_text
 
 
 def sweep_frame(points: Sequence[tuple[Mapping[str, Any], Sequence[Path]]]) -> pd.DataFrame:

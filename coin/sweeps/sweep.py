@@ -13,7 +13,7 @@ The file is one that ``wandb sweep`` takes as well; its command is ``coin run`` 
 
 Each point runs in its own process and has its own folder ``runs/SWEEP/SWEEP-INDEX-DESCRIPTION``, with what the process
 printed in ``sweep.log``. Points share the base, the experts and the statistics that are the same for them (see
-`coin.experiment.sweep_sharing`). A sweep may be killed and started again: finished points are skipped, begun ones go on
+`coin.sweeps.sharing`). A sweep may be killed and started again: finished points are skipped, begun ones go on
 where they were. A point that fails does not stop the others. ``runs/SWEEP/sweep.csv`` holds the rows of all finished
 points, behind one column per swept key; keys with a single ``value`` are constants and have none. ``sweep.yaml`` beside
 it is the file itself, and ``coin report runs/SWEEP`` makes the report.
@@ -37,13 +37,13 @@ from coin.errors import CoinError, ConfigurationError
 from coin.experiment.children import cores, last_line, stop, terminated_as_exit
 from coin.experiment.experiment import Experiment
 from coin.experiment.locks import alone_in
-from coin.experiment.sweep_points import SweepFile, read_sweep, sweep_points
-from coin.experiment.sweep_run import PointRun
-from coin.experiment.sweep_table import sweep_frame, sweep_table
 from coin.reporting.frames import write_frame
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML
 from coin.reporting.wandb_connection import check_connection
 from coin.state import write_text
+from coin.sweeps.point_run import PointRun
+from coin.sweeps.points import SweepFile, read_sweep, sweep_points
+from coin.sweeps.table import sweep_frame, sweep_table
 
 _POLL_SECONDS = 0.1
 _NAMED_FAILURES = 4

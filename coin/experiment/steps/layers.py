@@ -1,15 +1,14 @@
 """The step that looks at every coded model layer by layer, from the files of experts, statistics and coded models."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from coin.experiment.merge import Ingredients
-from coin.experiment.steps import step_key
+from coin.experiment.records import step_key
+from coin.experiment.seed_run import SeedRun
 from coin.merging import MergeMethod
 from coin.merging.layers import fisher_shares, relative_distances
 from coin.merging.networks import parameters_of
@@ -19,9 +18,6 @@ from coin.processes import from_first
 from coin.progress import tracked
 from coin.reporting.extras import LAYERS_CSV, write_layers
 from coin.statistics.files import StatisticFile
-
-if TYPE_CHECKING:
-    from coin.experiment.seed_run import SeedRun
 
 
 def compare_layers(run: SeedRun) -> None:

@@ -21,15 +21,16 @@ import yaml
 from coin.cli import main
 from coin.data import Digits, Glyphs
 from coin.errors import ConfigurationError
-from coin.experiment import CalibrationConfig, Experiment, ExpertConfig, sweep_run
+from coin.experiment import CalibrationConfig, Experiment, ExpertConfig
 from coin.experiment.locks import locked
-from coin.experiment.sweep_points import SweepPoint, read_sweep, sweep_points
-from coin.experiment.sweep_run import PointRun
-from coin.experiment.sweep_sharing import SharedStep, Shelf, shared_steps
-from coin.experiment.sweep_table import sweep_frame, sweep_table
 from coin.merging import Average, Coin
 from coin.networks import NetworkConfig
 from coin.reporting import COLUMNS, read_results
+from coin.sweeps import point_run
+from coin.sweeps.point_run import PointRun
+from coin.sweeps.points import SweepPoint, read_sweep, sweep_points
+from coin.sweeps.sharing import SharedStep, Shelf, shared_steps
+from coin.sweeps.table import sweep_frame, sweep_table
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs/sweep").glob("*.yaml"))
 SWEEP: dict[str, Any] = {
@@ -242,7 +243,7 @@ def shared(first: Experiment, second: Experiment) -> set[str]:
 def test_points_are_tagged_with_their_sweep_for_w_and_b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, str]] = []
     popen = SimpleNamespace(Popen=lambda *_, **options: started.append(options["env"]), DEVNULL=None, STDOUT=None)
-    monkeypatch.setattr(sweep_run, "subprocess", popen)
+    monkeypatch.setattr(point_run, "subprocess", popen)
     monkeypatch.setenv("WANDB_TAGS", "mine")
     PointRun(SweepPoint("grid-000", {}, ()), tmp_path / "grid/grid-000", tiny_experiment()).start(1)
     assert [environment["WANDB_TAGS"] for environment in started] == ["mine,sweep-grid"]

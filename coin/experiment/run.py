@@ -1,0 +1,167 @@
+"""A whole experiment: every step of every seed whose inputs have changed, the summary, and the reports."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import IO
+
+import pandas as pd
+from rich.console import Console
+
+from coin.data.tasks import Tasks
+from coin.errors import ConfigurationError, FileError
+from coin.experiment.experiment import Experiment
+from coin.experiment.jobs import common_tags, resolved, run_config
+from coin.experiment.launch import ExpertJob, Launch, train_side_by_side
+from coin.experiment.locks import alone_in, handed_on
+from coin.experiment.records import Steps, step_key
+from coin.experiment.seed_run import SeedRun
+from coin.experiment.steps.code import choose_code
+from coin.experiment.steps.evaluation import evaluate
+from coin.experiment.steps.experts import lacks_expert, make_expert
+from coin.experiment.steps.initial import make_initial
+from coin.experiment.steps.layers import compare_layers
+from coin.experiment.steps.merge import merge
+from coin.experiment.steps.statistics import estimate
+from coin.experiment.trainers import join_processes
+from coin.experiment.wanted import wanted_by
+from coin.processes import from_first, is_first, process_count
+from coin.reporting import write_report
+from coin.reporting.summary import SUMMARY_CSV, write_summary
+from coin.reporting.wandb_connection import check_connection
+from coin.reporting.wandb_evaluation import log_summary
+from coin.reporting.wandb_settings import logging_only
+from coin.state import remove_leftovers, write_text
+
+
+def run_experiment(
+    experiment: Experiment,
+    dump: Callable[[int], str] | None = None,
+    console: Console | None = None,
+    launch: Launch | None = None,
+) -> pd.DataFrame:
+    """Run every step whose inputs have changed, for every seed, and report.
+
+    Args:
+        experiment: The experiment.
+        dump: Returns the configuration that repeats the run of one seed, as YAML.
+        console: Where progress and the table go.
+        launch: How the experts are trained; needs `dump` where they are trained side by side.
+
+    Returns:
+        The summary over seeds: the contents of ``summary.csv``.
+
+    Raises:
+        CoinError: A step cannot be done.
+    """
+    console = _begin(experiment, console)
+    with alone_in(experiment.folder) as lock:
+        from_first(lambda: remove_leftovers(experiment.folder))
+        seeds = _seed_runs(experiment, console)
+        for run in seeds:
+            if dump is not None and is_first():
+                write_text(run.folder / "config.yaml", dump(run.seed))
+        if launch is not None and launch.side_by_side:
+            _train_side_by_side(experiment, seeds, launch, lock, console)
+        for run in seeds:
+            run_seed(run)
+        return from_first(partial(_summarise, experiment))
+
+
+def make_experts(experiment: Experiment, task: str, console: Console | None = None) -> None:
+    """Make one task's expert for every seed, and the shared initialisation; nothing else.
+
+    Raises:
+        CoinError: There is no such task, or the expert cannot be made.
+    """
+    if task not in experiment.tasks:
+        raise ConfigurationError(f"found no task '{task}', expected one of {', '.join(experiment.tasks)}")
+    for run in _seed_runs(experiment, _begin(experiment, console)):
+        make_expert(run, task)
+
+
+def _begin(experiment: Experiment, console: Console | None) -> Console:
+    """Check what can be checked at once, gather all processes, and return where progress goes."""
+    check_connection()
+    experiment.check_batchnorm()
+    try:
+        experiment.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"cannot make the folder '{experiment.folder}' ({error.strerror}); choose another with output"
+        ) from error
+    join_processes(experiment.folder, experiment.trainer)
+    if not is_first():
+        console = Console(quiet=True)
+    return console or Console(stderr=True, soft_wrap=True)
+
+
+def _seed_runs(experiment: Experiment, console: Console) -> list[SeedRun]:
+    """Prepare what all seeds share, and return the seeds to run."""
+    from_first(Tasks(experiment.tasks).prepare_data)
+    for task in experiment.tasks.values():
+        _ = task.num_classes  # a folder that is missing or has one class is better told of before the pretraining
+    initial = make_initial(experiment, console)
+    return [SeedRun(experiment, seed, initial, console) for seed in experiment.seeds]
+
+
+def run_seed(run: SeedRun) -> None:
+    """Run all steps of one seed."""
+    experiment = run.experiment
+    if any(lacks_expert(run, name) for name in run.tasks):
+        experiment.check_parts()
+    for name in run.tasks:
+        make_expert(run, name)
+    choose_code(run)
+    calibration = experiment.calibration
+    for wanted in dict.fromkeys(w for method in experiment.methods for w in wanted_by(method, calibration)):
+        estimate(run, wanted)
+    merge(run)
+    compare_layers(run)
+    run.experts.release()
+    evaluate(run)
+
+
+def _train_side_by_side(
+    experiment: Experiment, seeds: Sequence[SeedRun], launch: Launch, lock: IO[bytes] | None, console: Console
+) -> None:
+    if process_count() > 1:
+        raise ConfigurationError(
+            f"found {process_count()} processes that share every training, and a launch section; leave out one"
+        )
+    jobs = [
+        ExpertJob(
+            f"seed {run.seed}: expert {task}",
+            run.folder / "config.yaml",
+            task,
+            run.expert_path(task).with_name("launch.log"),
+            *handed_on(lock),
+        )
+        for run in seeds
+        for task in experiment.tasks
+        if lacks_expert(run, task)
+    ]
+    if jobs:
+        experiment.check_parts()
+        console.print(f"training {len(jobs)} experts, {launch.workers} at a time")
+        say = partial(console.print, highlight=False)
+        train_side_by_side(jobs, launch, experiment.folder / "submitit", say)
+
+
+def _summarise(experiment: Experiment) -> pd.DataFrame:
+    summary = write_summary(experiment.folder)
+    _log_summary(experiment, summary)
+    for seed in experiment.seeds:
+        write_report([experiment.seed_folder(seed)])
+    write_report([experiment.folder])
+    return summary
+
+
+def _log_summary(experiment: Experiment, summary: pd.DataFrame) -> None:
+    """Give all seeds together a W&B run, where there are several and their numbers are new."""
+    steps, key = Steps(experiment.folder), step_key({}, [experiment.folder / SUMMARY_CSV])
+    if len(experiment.seeds) < 2 or steps.finished("wandb-summary", key, []):
+        return
+    with logging_only("the summary over seeds"):
+        config = run_config(experiment, resolved(experiment, experiment.tasks, None))
+        log_summary(experiment.folder, summary, group=experiment.name, config=config, tags=common_tags(experiment))
+    steps.finish("wandb-summary", key, [])

@@ -1,0 +1,82 @@
+"""The step that makes one task's expert: trains it, or takes over one that was brought along."""
+
+from pathlib import Path
+
+from coin.data import TaskData
+from coin.errors import ConfigurationError
+from coin.experiment.jobs import FileKind
+from coin.experiment.locks import alone_in
+from coin.experiment.records import step_key
+from coin.experiment.seed_run import SeedRun
+from coin.experiment.training import train_network
+from coin.networks import brought_network, save_network
+from coin.processes import from_first
+
+
+def make_expert(run: SeedRun, name: str) -> None:
+    """Train a task's expert, or take over one that was brought along."""
+    experiment, task, output = run.experiment, run.tasks[name], run.expert_path(name)
+    initial = experiment.initial_path(task.num_classes)
+    config = experiment.expert
+    given = config.checkpoints.get(name)
+    if given is not None:
+        key = step_key({"network": experiment.network, "classes": task.num_classes}, [_existing(given)])
+        if not run.steps.finished(f"expert-{name}", key, [output]):
+            from_first(lambda: _take_over(run, name, task, Path(given)))
+            run.steps.finish(f"expert-{name}", key, [output])
+        return
+    training = config.of(name)
+    key = _training_key(run, name, task)
+    if run.steps.finished(f"expert-{name}", key, [output]):
+        run.say(f"expert {name}: up to date")
+        return
+    run.say(f"expert {name}: fine-tuning for {training.epochs} epochs")
+    with alone_in(output.parent), run.job("expert", name, [name], task=name) as work:
+        work.reads(FileKind.initialisation, {initial.stem: initial})
+        train_network(
+            training,
+            experiment.network,
+            task,
+            output.parent,
+            output,
+            key=key,
+            seed=run.seed,
+            initial=initial,
+            trainer_options=experiment.trainer,
+            loggers=work.loggers,
+            weights=training.weights,
+        )
+        work.makes(FileKind.expert, {name: output})
+    run.steps.finish(f"expert-{name}", key, [output])
+
+
+def lacks_expert(run: SeedRun, name: str) -> bool:
+    """Return whether a task's expert is still to be trained."""
+    if name in run.experiment.expert.checkpoints:
+        return False
+    key = _training_key(run, name, run.tasks[name])
+    return not run.steps.finished(f"expert-{name}", key, [run.expert_path(name)])
+
+
+def _training_key(run: SeedRun, name: str, task: TaskData) -> str:
+    experiment = run.experiment
+    options = {
+        "training": experiment.expert.of(name),
+        "task": task,
+        "trainer": experiment.trainer,
+        "seed": run.seed,
+        "network": experiment.network,
+    }
+    return step_key(options, [experiment.initial_path(task.num_classes)])
+
+
+def _take_over(run: SeedRun, name: str, task: TaskData, given: Path) -> None:
+    network = brought_network(run.experiment.network, task.num_classes, given)
+    provenance = {"made_by": "coin run", "source": str(given), "task": name, "classes": list(task.classes)}
+    save_network(run.expert_path(name), network, run.experiment.network, task.num_classes, provenance)
+
+
+def _existing(path: str) -> Path:
+    if not Path(path).is_file():
+        raise ConfigurationError(f"found no file '{path}', expected an expert's weights; check expert.checkpoints")
+    return Path(path)

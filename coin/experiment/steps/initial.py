@@ -1,0 +1,74 @@
+"""The step that makes the shared initialisation: pretrains a base, or takes one over, once for every class count."""
+
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from coin.data.tasks import task_with
+from coin.experiment.experiment import Experiment
+from coin.experiment.jobs import FileKind, by_stem, job, resolved, run_config
+from coin.experiment.locks import alone_in
+from coin.experiment.records import Steps, step_key
+from coin.experiment.training import train_network
+from coin.networks import initial_network, save_network
+from coin.processes import from_first
+
+
+def make_initial(experiment: Experiment, console: Console) -> Path:
+    """Make the shared initialisation, and return its file.
+
+    With different class counts there is one file a count (experts of one count share their head, all experts the
+    rest, random or not); the one with the most classes is returned.
+    """
+    folder = experiment.folder / "base"
+    steps = Steps(folder)
+    checkpoint: Path | None = None
+    if experiment.base is not None and experiment.base.task is not None:
+        checkpoint = folder / "base.safetensors"
+        task = task_with(experiment.base.task, image_size=experiment.network.image_size)
+        options = {"network": experiment.network, "base": experiment.base, "task": task, "trainer": experiment.trainer}
+        key = step_key(options)
+        if not steps.finished("base", key, [checkpoint]):
+            experiment.check_parts()
+            console.print(f"base: pretraining {experiment.network.name} on {type(task).__name__}")
+            from_first(task.prepare_data)
+            config = run_config(experiment, resolved(experiment, experiment.tasks, None), task="base")
+            with alone_in(folder), job(experiment, folder, "expert", "base", None, config, ["base"]) as work:
+                train_network(
+                    experiment.base,
+                    experiment.network,
+                    task,
+                    folder,
+                    checkpoint,
+                    key=key,
+                    seed=0,
+                    initial=None,
+                    trainer_options=experiment.trainer,
+                    loggers=work.loggers,
+                )
+                steps.finish("base", key, [checkpoint])
+                work.makes(FileKind.initialisation, by_stem(_write_initial(experiment, steps, checkpoint)))
+    elif experiment.base is not None and experiment.base.checkpoint is not None:
+        checkpoint = Path(experiment.base.checkpoint)
+    return _write_initial(experiment, steps, checkpoint)[-1]
+
+
+def _write_initial(experiment: Experiment, steps: Steps, checkpoint: Path | None) -> list[Path]:
+    """Write the shared initialisation once for every class count, where it is missing or of another base."""
+    counts = sorted({task.num_classes for task in experiment.tasks.values()})
+    largest = experiment.initial_path(counts[-1])
+    for count in reversed(counts):
+        path = experiment.initial_path(count)
+        # What a constructor draws depends on the class count, below the head too.
+        source = largest if checkpoint is None and path != largest else checkpoint
+        key = step_key({"network": experiment.network, "classes": count}, [] if source is None else [source])
+        if not steps.finished(f"initial-{count}", key, [path]):
+            from_first(partial(_save_initial, experiment, path, count, source, checkpoint))
+            steps.finish(f"initial-{count}", key, [path])
+    return [experiment.initial_path(count) for count in counts]
+
+
+def _save_initial(experiment: Experiment, path: Path, count: int, source: Path | None, checkpoint: Path | None) -> None:
+    network = initial_network(experiment.network, count, source)
+    save_network(path, network, experiment.network, count, {"made_by": "coin run", "base": str(checkpoint)})

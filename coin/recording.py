@@ -1,0 +1,108 @@
+"""What an evaluation leaves: rows and confusions as files, examples, and the same for W&B."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from coin.data.tasks import Tasks
+from coin.modules import DecodingEvaluator, Outcome
+from coin.reporting.extras import Examples, write_examples
+from coin.reporting.results import Row, confusion_key, write_results
+from coin.reporting.wandb_evaluation import code_axes, log_evaluation, log_examples
+from coin.reporting.wandb_settings import logging_only
+
+EXAMPLES_CHOICE = (
+    "the last method with the last decoder that were listed; images in a fixed random order of the test set"
+)
+
+
+def record_evaluation(
+    model: DecodingEvaluator,
+    tasks: Tasks,
+    folder: Path,
+    name: str,
+    configuration: Mapping[str, Any] | None,
+    loggers: Sequence[Logger],
+) -> None:
+    """Write down what an evaluation measured.
+
+    Args:
+        model: The evaluator, which has been run.
+        tasks: What it was run on.
+        folder: For ``results.csv``, ``results.json`` and the rest.
+        name: The experiment's name in the results.
+        configuration: What ``results.json`` says of how the results came about, beside the code.
+        loggers: Those of W&B among them get the same numbers.
+    """
+    rows = result_rows(model.outcomes, name, tasks.seed, tasks.samples_per_task)
+    confusions = {confusion_key(row): o.confusion for row, o in zip(rows, model.outcomes, strict=True)}
+    code = model.code.matrix.tolist()
+    write_results(folder, rows, {"tasks": list(model.tasks), "code": code, **(configuration or {})}, confusions)
+    examples = examples_of(model, tasks)
+    write_examples(folder, examples)
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            with logging_only("the evaluation"):
+                log_evaluation(logger.experiment, rows, confusions, code_axes(model.tasks, code))
+                if examples is not None:
+                    log_examples(logger.experiment, examples)
+
+
+def result_rows(outcomes: Sequence[Outcome], experiment: str, seed: int, samples_per_task: int) -> list[Row]:
+    """Return the rows of the results for what an evaluation measured.
+
+    Args:
+        outcomes: What was measured.
+        experiment: The experiment's name.
+        seed: The seed of the run.
+        samples_per_task: P of the decoders, and of a coded model whose file does not say.
+    """
+    return [
+        Row(
+            experiment=experiment,
+            seed=seed,
+            method=outcome.variant.method,
+            batchnorm=outcome.variant.batchnorm,
+            decoder=outcome.decoder,
+            code_row="+".join(str(row) for row in range(len(outcome.variant.networks))),
+            erased="+".join(outcome.erased),
+            task=outcome.task,
+            samples_per_task=outcome.variant.samples_per_task or samples_per_task,
+            expert_accuracy=outcome.expert_accuracy,
+            decoded_accuracy=outcome.decoded_accuracy,
+            nda=outcome.nda,
+            agreement=outcome.agreement,
+            residual=outcome.residual,
+            calibration_seconds=outcome.calibration_seconds,
+            sample_passes=outcome.sample_passes,
+        )
+        for outcome in outcomes
+    ]
+
+
+def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
+    """Return the test images that an evaluation has kept, with the names of their tasks' classes; none without any."""
+    if model.shown is None or not model.kept:
+        return None
+    variant, decoder = model.shown
+    names: list[str] = []
+    parts: dict[str, list[Any]] = {name: [] for name in ("images", "expert", "decoded", "label", "task", "position")}
+    for task, kept in model.kept.items():
+        for name in ("expert", "decoded", "label"):
+            parts[name].append(getattr(kept, name).numpy() + len(names))
+        parts["images"].append(kept.images.permute(0, 2, 3, 1).numpy())
+        parts["position"] += kept.position.tolist()
+        parts["task"] += [task] * len(kept.images)
+        names += tasks.tasks[task].classes
+    return Examples(
+        **{name: np.concatenate(parts[name]) for name in ("images", "expert", "decoded", "label")},
+        names=tuple(names),
+        task=tuple(parts["task"]),
+        position=tuple(parts["position"]),
+        method=" ".join([variant.method, *([f"(BatchNorm: {variant.batchnorm})"] if variant.batchnorm else [])]),
+        decoder=decoder,
+        choice=EXAMPLES_CHOICE,
+    )
