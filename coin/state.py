@@ -6,14 +6,9 @@ arithmetic, so that a mistake ends in one line that names the tensor.
 
 import hashlib
 import json
-import os
-import subprocess
-import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache, reduce
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from coin.atomic import atomic_path
 from coin.errors import FileError, StateError
+from coin.versions import versions
 
 State = Mapping[str, Tensor]
 
 _METADATA_KEY = "coin"
-_LONGEST_WRITE = 3600.0
-"""In seconds."""
 
 
 def check_same_layout(states: Sequence[State], names: Sequence[str] | None = None) -> None:
@@ -104,66 +99,6 @@ def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str,
     return result
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed onto it when the block ends without an error.
-
-    A reader therefore sees the old file or the whole new one, whenever the writer is killed.
-
-    Raises:
-        FileError: The folder or the file cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise FileError(
-            f"cannot write '{path}': {error.strerror or error}; free the space or choose a folder you can write to"
-        ) from error
-    temporary = Path(name)
-    try:
-        yield temporary
-        # mkstemp makes the file private to its owner; results are meant to be read by others.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    except OSError as error:
-        raise FileError(
-            f"cannot write '{path}': {error.strerror or error}; free the space or choose a folder you can write to"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers have left of `atomic_path` below a folder: no write takes an hour."""
-    for path in folder.rglob(".*.tmp"):
-        with suppress(OSError):  # another process may be removing it as well
-            if time.time() - path.stat().st_mtime > _LONGEST_WRITE:
-                path.unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` by way of a temporary name."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits.
-
-    Raises:
-        FileError: The file is missing or cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise FileError(f"cannot read '{path}' ({error.strerror}), expected a file; check the path") from error
-
-
 def fingerprint(state: State) -> str:
     """Return a SHA-256 over names, types, shapes and values: two networks are the same if and only if theirs agree.
 
@@ -175,26 +110,6 @@ def fingerprint(state: State) -> str:
         digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Return the versions of the packages a result depends on, and the git revision of ``coin`` where it is known."""
-    found = {}
-    for package in ("coded-coin", "torch", "torchvision", "lightning", "torchmetrics", "wandb", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    try:
-        revision = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        revision = "unknown"
-    found["git"] = revision
-    return found
 
 
 def save_state(path: Path, state: State, provenance: Mapping[str, Any]) -> None:

@@ -6,21 +6,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from coin.atomic import atomic_path, remove_leftovers, sha256_of, write_text
 from coin.errors import FileError, StateError
 from coin.state import (
-    atomic_path,
     check_finite,
     check_same_layout,
     fingerprint,
     load_provenance,
     load_state,
-    remove_leftovers,
     save_state,
-    sha256_of,
-    versions,
     weighted_sum,
-    write_text,
 )
+from coin.versions import versions
 
 
 def names_in(folder):

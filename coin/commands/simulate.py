@@ -11,6 +11,7 @@ import numpy as np
 from lightning.pytorch.cli import LightningArgumentParser
 from numpy.typing import NDArray
 
+from coin.atomic import atomic_path, write_text
 from coin.coding import Code
 from coin.commands.command import Call, Command, console
 from coin.commands.served import Accuracies, Served, read_accuracies, read_served, results_folders
@@ -21,6 +22,7 @@ from coin.reporting.canvas import as_png, settle
 from coin.reporting.results import read_results
 from coin.reporting.simulation import LEVELS, SIMULATION_CSV, SIMULATION_JSON, SimulationRow, write_simulation
 from coin.reporting.simulation_plots import accuracy_against_latency, latency_against_load
+from coin.serving.case import Case, Outcome, Want
 from coin.serving.decodings import coded_layout
 from coin.serving.grid import simulate_all
 from coin.serving.layout import spread_copies
@@ -29,9 +31,8 @@ from coin.serving.model import NetworkServer
 from coin.serving.policies import Policy, PolicyKind, make_policy
 from coin.serving.replies import ReplyFormat
 from coin.serving.scenario import Failures, Scenario, Service, ServiceKind, Slowdown, uniform_samples
-from coin.serving.simulation import Case, Outcome, Want
 from coin.serving.tails import tail_intervals
-from coin.state import atomic_path, versions, write_text
+from coin.versions import versions
 
 LOADS = (0.2, 0.4, 0.6, 0.8, 0.9)
 

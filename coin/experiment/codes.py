@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coin.atomic import write_text
 from coin.coding import Code, choose_code, convex, decoded_error_bound, simplex_codes, uniform
 from coin.data import Calibration, pooled
 from coin.errors import ConfigurationError, FileError, NumericalError
 from coin.merging import Average, MergeInputs
 from coin.merging.networks import expert_outputs, merge_row, parameters_of
-from coin.state import write_text
 from coin.statistics import OutputMap
 
 AUTO = "auto"

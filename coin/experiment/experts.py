@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from coin.atomic import sha256_of
 from coin.errors import ConfigurationError
 from coin.networks import (
     NetworkConfig,
@@ -24,7 +25,7 @@ from coin.networks import (
     padded_rows,
     widen_network,
 )
-from coin.state import State, fingerprint, sha256_of
+from coin.state import State, fingerprint
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from coin.atomic import write_text
 from coin.data import TaskData
 from coin.experiment.codes import AUTO
 from coin.experiment.experiment import Experiment
@@ -18,7 +19,6 @@ from coin.experiment.records import described
 from coin.processes import from_first, is_first
 from coin.reporting.wandb_logging import finish_run, log_artifact, record_input, training_loggers, use_artifact
 from coin.reporting.wandb_settings import logging_only, run_environment
-from coin.state import write_text
 
 
 class FileKind(StrEnum):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coin.atomic import sha256_of
 from coin.coding import Code
 from coin.data import Calibration, pooled
 from coin.errors import ConfigurationError
@@ -15,7 +16,7 @@ from coin.experiment.records import described
 from coin.merging import MergeInputs, MergeMethod, Requirement
 from coin.merging.networks import FITTED, expert_outputs, merge_states
 from coin.networks import BatchNormPolicy, check_layout, open_network, save_network
-from coin.state import State, sha256_of
+from coin.state import State
 from coin.statistics import OutputMap
 from coin.statistics.files import StatisticFile, load_statistic
 

@@ -11,8 +11,9 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from coin.atomic import sha256_of, write_text
 from coin.processes import from_first
-from coin.state import sha256_of, versions, write_text
+from coin.versions import versions
 
 # Attributes that Lightning gives every datamodule: no options of ours.
 _LIGHTNING = {"trainer", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"}

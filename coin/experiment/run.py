@@ -7,6 +7,7 @@ from typing import IO
 import pandas as pd
 from rich.console import Console
 
+from coin.atomic import remove_leftovers, write_text
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, FileError
 from coin.experiment.experiment import Experiment
@@ -30,7 +31,6 @@ from coin.reporting.summary import SUMMARY_CSV, write_summary
 from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_evaluation import log_summary
 from coin.reporting.wandb_settings import logging_only
-from coin.state import remove_leftovers, write_text
 
 
 def run_experiment(

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
+from coin.atomic import write_text
 from coin.callbacks import ExpertExport, Weights
 from coin.data import TaskData
 from coin.data.tasks import task_with
@@ -18,7 +19,6 @@ from coin.experiment.trainers import make_trainer
 from coin.modules import Expert
 from coin.networks import NetworkConfig
 from coin.processes import from_first
-from coin.state import write_text
 
 
 def train_network(

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from coin.atomic import atomic_path
 from coin.errors import ConfigurationError, FileError
 from coin.reporting.frames import one_line, read_frame, write_frame
-from coin.state import atomic_path
 
 LAYERS_CSV = "layers.csv"
 EXAMPLES_NPZ = "examples.npz"

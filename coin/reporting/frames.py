@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from coin.atomic import atomic_path
 from coin.errors import FileError
-from coin.state import atomic_path
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:

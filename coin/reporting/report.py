@@ -3,24 +3,20 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
 
 import pandas as pd
-from matplotlib.figure import Figure
 
+from coin.atomic import atomic_path, write_text
 from coin.progress import progress
-from coin.reporting import details, markup, plots, sections, tables
+from coin.reporting import details, figures, markup, sections, tables
 from coin.reporting.canvas import WIDTH, as_element, as_png, as_svg, settle
-from coin.reporting.comparison import REFERENCES
 from coin.reporting.findings import findings
 from coin.reporting.gallery import example_images
 from coin.reporting.sources import Source, by_folder, read_sources
 from coin.reporting.summary import summarise
-from coin.reporting.sweeps import SEEDS, as_numbers
-from coin.state import atomic_path, write_text
 
 REPORT_HTML = "report.html"
 PLOTS = "plots"
@@ -29,15 +25,6 @@ _LEGIBLE = 72
 """Pixels per inch at which a wide figure can still be read; a narrower screen scrolls."""
 _FINDINGS = 12
 """More findings' lists than this hide behind one line."""
-
-
-@dataclass(frozen=True)
-class _Plot:
-    """A figure, the name of its files and what stands below it."""
-
-    name: str
-    figure: Figure
-    caption: str
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -71,7 +58,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
             [
                 markup.section("What was run", sections.facts(parts)),
                 markup.section("Experts", tables.experts_table(summary)),
-                markup.section(across, drawn.all(_comparing(compared, len(whole)))),
+                markup.section(across, drawn.all(figures.comparing(compared, len(whole)))),
                 *(_sweep(sources, summary, drawn) for sources in parts if sources[0].is_point),
                 markup.section("Normalised decoding accuracy", _nda(parts, compared, summary)),
                 markup.section("What the numbers say", _findings(frame)),
@@ -101,10 +88,10 @@ class _Drawn:
         self.folder = folder
         self._count = 0
 
-    def all(self, items: Iterator[_Plot]) -> str:
+    def all(self, items: Iterator[figures.Plot]) -> str:
         return markup.figures([self._one(item) for item in items])
 
-    def _one(self, item: _Plot) -> str:
+    def _one(self, item: figures.Plot) -> str:
         self._count += 1
         settle(item.figure)
         svg = as_svg(item.figure)
@@ -161,49 +148,14 @@ def _findings(frame: pd.DataFrame) -> str:
     return body if few else markup.folded(f"{len(found)} lists, one for each experiment, loss and P", body)
 
 
-def _comparing(summary: pd.DataFrame, experiments: int) -> Iterator[_Plot]:
-    """Draw what several experiments, or several P, have to say together."""
-    means = _means(summary)
-    if means["method"].isin(REFERENCES).all():
-        return
-    if experiments > 1:
-        yield _Plot(
-            "nda_by_experiment",
-            plots.nda_by_experiment(_largest_samples(means)),
-            "NDA by method and experiment, each task lost in turn; dotted: the paper's 97.5 %.",
-        )
-    if means["samples_per_task"].nunique() > 1:
-        yield _Plot(
-            "nda_against_samples",
-            plots.nda_against_samples(means),
-            "NDA against the number of calibration samples per task, mean ± spread over seeds.",
-        )
-
-
 def _sweep(sources: Sequence[Source], summary: pd.DataFrame, drawn: _Drawn) -> str:
     """Return the figures of a sweep over more than P and seeds: NDA against each option."""
     sweep = sources[0].sweep
     assert sweep is not None
     options = {source.name: source.group.options for source in sources if source.group is not None}
-    means = _means(summary[summary["experiment"].isin(list(options))])
-    names = [name for name in next(iter(options.values())) if len(sweep.swept[name]) > 1]
-
-    def against() -> Iterator[_Plot]:
-        if means["method"].isin(REFERENCES).all():
-            return
-        for name in names:
-            values = as_numbers(means["experiment"].map({part: own[name] for part, own in options.items()}))
-            others = [other for other in (*names, *sweep.swept) if other not in (name, SEEDS)]
-            others = [other for other in dict.fromkeys(others) if len(sweep.swept[other]) > 1]
-            over = f"; mean over {', '.join(others)}" if others else ""
-            yield _Plot(
-                f"{sweep.name}-nda_against_{name}",
-                plots.nda_against_option(_largest_samples(means), name, values, joined=sweep.full),
-                f"NDA against {name}, mean ± spread over seeds{over}.",
-            )
-
+    drawing = drawn.all(figures.against_options(summary, sweep, options))
     note = f'<p class="soft">Every point has a report of its own in its folder in {escape(str(sources[0].folder))}.</p>'
-    return markup.section(f"Sweep {sweep.name}", drawn.all(against()) + note)
+    return markup.section(f"Sweep {sweep.name}", drawing + note)
 
 
 def _experiment(source: Source, summary: pd.DataFrame, drawn: _Drawn, *, alone: bool) -> str:
@@ -212,53 +164,13 @@ def _experiment(source: Source, summary: pd.DataFrame, drawn: _Drawn, *, alone: 
     prefix = "" if alone else f"{source.name}-"
     examples = "" if source.examples is None else example_images(source.examples)
     parts = [
-        markup.section("NDA, cost and residual", drawn.all(_accuracies(own, prefix))),
+        markup.section("NDA, cost and residual", drawn.all(figures.accuracies(own, prefix))),
         markup.section("Expert's answer against decoded answer", _confusions(source, drawn, prefix)),
-        markup.section("Layer by layer", drawn.all(_layers(source, prefix))),
+        markup.section("Layer by layer", drawn.all(figures.layers(source, prefix))),
         markup.section("Examples", examples),
     ]
     body = "\n".join(part for part in parts if part)
     return body if alone else markup.folded(f"Experiment {source.name}: figures", body)
-
-
-def _accuracies(summary: pd.DataFrame, prefix: str) -> Iterator[_Plot]:
-    means = _means(summary)
-    if means.empty or means["method"].isin(REFERENCES).all():
-        return
-    means = _largest_samples(means)
-    samples = int(means["samples_per_task"].iloc[0])
-    yield _Plot(
-        f"{prefix}nda_by_method",
-        plots.nda_by_method(means),
-        f"NDA by method and decoder, P = {samples}; dotted: the paper's 97.5 %.{_scales(means)}",
-    )
-    yield _Plot(
-        f"{prefix}nda_against_cost",
-        plots.nda_against_cost(means),
-        f"NDA against the time it takes to make the coded model, P = {samples}. Up and to the left is better.",
-    )
-    if means.loc[~means["method"].isin(REFERENCES), "residual_mean"].notna().any():
-        yield _Plot(
-            f"{prefix}nda_against_residual",
-            plots.nda_against_residual(means),
-            "NDA against the residual. Where a decoder is fitted, a large residual need not cost accuracy.",
-        )
-    tasks = summary[(summary["task"] != "mean") & (summary["erased"] == summary["task"])]
-    yield _Plot(
-        f"{prefix}nda_per_task",
-        plots.nda_per_task(_largest_samples(tasks)),
-        f"NDA of each task when it is lost, P = {samples}; dotted: the paper's 97.5 %.{_scales(means)}",
-    )
-
-
-def _scales(means: pd.DataFrame) -> str:
-    """Say how the panels of many decoders are to be read."""
-    if len(plots.decoders_of(means)) <= plots.FEW:
-        return ""
-    return (
-        " Every decoder has a scale of its own; a diamond is its best method, hollow are the survivors alone, an arrow "
-        "where they are beyond the scale."
-    )
 
 
 def _confusions(source: Source, drawn: _Drawn, prefix: str) -> str:
@@ -270,10 +182,10 @@ def _confusions(source: Source, drawn: _Drawn, prefix: str) -> str:
     examined = source.examples.decoder if source.examples is not None else ""
     shown = [decoder for decoder in decoders if "-" not in decoder or decoder == examined] or decoders[:1]
 
-    def of(decoder: str) -> Iterator[_Plot]:
+    def of(decoder: str) -> Iterator[figures.Plot]:
         for (own, task), counts in source.confusions.items():
             if own == decoder:
-                yield _Plot(
+                yield figures.Plot(
                     f"{prefix}confusion_{decoder}_{task}",
                     details.confusion_matrices(counts),
                     f"Task {task} lost, {decoder} decoder, all seeds. A perfect decoder fills the diagonal.",
@@ -284,27 +196,6 @@ def _confusions(source: Source, drawn: _Drawn, prefix: str) -> str:
     return note + "".join(
         markup.folded(f"{decoder} decoder", drawn.all(of(decoder)), opened=i == 0) for i, decoder in enumerate(shown)
     )
-
-
-def _layers(source: Source, prefix: str) -> Iterator[_Plot]:
-    if source.layers is not None:
-        yield _Plot(
-            f"{prefix}layers",
-            details.layer_profile(source.layers),
-            "Where the Fisher's mass lies, and how far each merge is from the average of the experts, from input to "
-            "head. Methods with the same numbers, such as those that differ in their BatchNorm policy alone, are drawn "
-            "once. Blank: the experts agree.",
-        )
-
-
-def _means(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the means over tasks, each lost alone."""
-    return summary[(summary["task"] == "mean") & summary["erased"].str.startswith("1 of ")]
-
-
-def _largest_samples(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return each experiment's rows at its largest P: one point per method."""
-    return rows[rows["samples_per_task"] == rows.groupby("experiment")["samples_per_task"].transform("max")]
 
 
 def _slug(name: str) -> str:

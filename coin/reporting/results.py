@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from coin.atomic import atomic_path, write_text
 from coin.errors import ConfigurationError, FileError
 from coin.reporting.frames import one_line, read_frame, write_frame
-from coin.state import atomic_path, versions, write_text
+from coin.versions import versions
 
 RESULTS_CSV = "results.csv"
 RESULTS_JSON = "results.json"

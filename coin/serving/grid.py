@@ -6,7 +6,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from coin.errors import ConfigurationError
-from coin.serving.simulation import Case, Outcome, simulate
+from coin.serving.case import Case, Outcome
+from coin.serving.simulation import simulate
 
 
 def simulate_all(cases: Sequence[Case], jobs: int | None = None) -> list[Outcome]:

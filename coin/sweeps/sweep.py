@@ -33,6 +33,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from coin.atomic import write_text
 from coin.errors import CoinError, ConfigurationError
 from coin.experiment.children import cores, last_line, stop, terminated_as_exit
 from coin.experiment.experiment import Experiment
@@ -40,7 +41,6 @@ from coin.experiment.locks import alone_in
 from coin.reporting.frames import write_frame
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML
 from coin.reporting.wandb_connection import check_connection
-from coin.state import write_text
 from coin.sweeps.point_run import PointRun
 from coin.sweeps.points import SweepFile, read_sweep, sweep_points
 from coin.sweeps.table import sweep_frame, sweep_table

@@ -38,11 +38,12 @@ from coin.commands.served import read_accuracies, read_served
 from coin.errors import ServingError
 from coin.experiment import Experiment
 from coin.reporting import read_results
+from coin.serving.case import Case, Outcome, Want
 from coin.serving.client import Client, TaskAnswer
 from coin.serving.decodings import coded_layout
 from coin.serving.policies import make_policy
 from coin.serving.scenario import Scenario, Slowdown, poisson_arrivals
-from coin.serving.simulation import Case, Outcome, Want, simulate, wanted_experts
+from coin.serving.simulation import simulate, wanted_experts
 
 OUTPUT = Path("runs/bench/serving.json")
 QUANTILES = (0.5, 0.9, 0.99)

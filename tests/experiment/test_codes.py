@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from coin.atomic import sha256_of
 from coin.cli import main
 from coin.coding import Code, convex, uniform
 from coin.data import Calibration, Digits, Glyphs, Samples
@@ -20,7 +21,7 @@ from coin.merging import Average
 from coin.networks import NetworkConfig
 from coin.reporting import read_results
 from coin.reporting.summary import seed_folders
-from coin.state import load_provenance, sha256_of
+from coin.state import load_provenance
 from coin.sweeps.sharing import shared_steps
 
 CONFIG = """

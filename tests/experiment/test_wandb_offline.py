@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from coin.atomic import sha256_of
 from coin.cli import main
 from coin.reporting import read_results
-from coin.state import sha256_of
 
 Records = list[dict[str, Any]]
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from coin.atomic import write_text
 from coin.cli import main
 from coin.parsing import in_one_line
 from coin.shortages import shortage_behind
-from coin.state import save_state, write_text
+from coin.state import save_state
 
 EXPERIMENT = """
 name: small

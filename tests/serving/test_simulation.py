@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from coin.errors import ConfigurationError
+from coin.serving.case import Case, Outcome, Want
 from coin.serving.grid import simulate_all
 from coin.serving.layout import Layout, spread_copies
 from coin.serving.policies import PolicyKind, make_policy
@@ -20,7 +21,7 @@ from coin.serving.scenario import (
     poisson_arrivals,
     uniform_samples,
 )
-from coin.serving.simulation import Case, Outcome, Want, simulate
+from coin.serving.simulation import simulate
 
 CODED = Layout(3, 1, solvable=frozenset({(1, 1), (1, 2), (1, 4)}))
 MS = 1e-3

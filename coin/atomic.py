@@ -1,0 +1,74 @@
+"""Files that are there whole or not at all, whenever their writer is killed."""
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from coin.errors import FileError
+
+_LONGEST_WRITE = 3600.0
+"""In seconds."""
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, renamed onto it when the block ends without an error.
+
+    A reader therefore sees the old file or the whole new one, whenever the writer is killed.
+
+    Raises:
+        FileError: The folder or the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise FileError(
+            f"cannot write '{path}': {error.strerror or error}; free the space or choose a folder you can write to"
+        ) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes the file private to its owner; results are meant to be read by others.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except OSError as error:
+        raise FileError(
+            f"cannot write '{path}': {error.strerror or error}; free the space or choose a folder you can write to"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers have left of `atomic_path` below a folder: no write takes an hour."""
+    for path in folder.rglob(".*.tmp"):
+        with suppress(OSError):  # another process may be removing it as well
+            if time.time() - path.stat().st_mtime > _LONGEST_WRITE:
+                path.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` by way of a temporary name."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits.
+
+    Raises:
+        FileError: The file is missing or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FileError(f"cannot read '{path}' ({error.strerror}), expected a file; check the path") from error
