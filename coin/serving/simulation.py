@@ -125,7 +125,7 @@ class _Simulation:
                     self.waiting[server].append(query)
             self.held[server] += 1
         if flight.state is not State.pending:
-            self._end(query, now)
+            self._end(query, now, unasked=servers)
 
     def _begin(self, server: int, query: tuple[int, Flight], now: float) -> None:
         seconds = next(self.times[server])
@@ -191,10 +191,10 @@ class _Simulation:
         if (when := next(phases, None)) is not None:
             self._push(when, _TURNED, server, 0)
 
-    def _end(self, query: tuple[int, Flight], now: float) -> None:
+    def _end(self, query: tuple[int, Flight], now: float, unasked: int = 0) -> None:
         place, flight = query
         self.open -= 1
-        for server in members(flight.expected):
+        for server in members(flight.expected & ~unasked):
             self.held[server] -= 1
         counted = place >= self.warm_up
         if flight.state is State.failed:

@@ -21,7 +21,7 @@ from coin.serving.scenario import (
     poisson_arrivals,
     uniform_samples,
 )
-from coin.serving.simulation import simulate
+from coin.serving.simulation import _Simulation, simulate
 
 CODED = Layout(3, 1, solvable=frozenset({(1, 1), (1, 2), (1, 4)}))
 MS = 1e-3
@@ -114,6 +114,17 @@ def test_share_that_is_late_is_what_the_quantile_says(kind: str, quantile: float
     assert 0 < decoded <= 1 - quantile + 0.02
     if late is not None:
         assert late / 3 == pytest.approx(1 - quantile, abs=0.02)  # a late query asks three more servers
+
+
+@pytest.mark.parametrize("want", list(Want))
+@pytest.mark.parametrize("kind", ["uncoded", "replicated", "coded_proactive", "coded_hedged"])
+def test_every_request_is_taken_off_its_server_once(kind: str, want: Want) -> None:
+    """Full queues, failing servers, deadlines: when all queries have ended, no server expects to answer any."""
+    failures = Failures(share=0.05, length=50.0)
+    simulation = _Simulation(case(kind, load=0.8, queue=4, want=want, failures=failures, deadline=30.0))
+    outcome = simulation.run()
+    assert simulation.held == [0] * len(simulation.held)
+    assert 0 < outcome.failed < outcome.answers
 
 
 def test_decoding_time_delays_decoded_answers_alone() -> None:
