@@ -65,5 +65,5 @@ notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 	$(BIN)/pytest tests/experiment/test_notebooks.py
 
 clean:  ## remove the environment and all caches; results in runs/ stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage dist
 	find coin tests -name __pycache__ -type d -prune -exec rm -rf {} +

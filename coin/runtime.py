@@ -20,7 +20,7 @@ def tune_process() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if sys.platform == "linux" and "MALLOC_MMAP_MAX_" not in os.environ:
+    if sys.platform == "linux" and not os.environ.keys() & {"MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"}:
         try:
             libc = ctypes.CDLL(None)
             libc.mallopt(_M_MMAP_MAX, 0)

@@ -51,7 +51,13 @@ DENIED = (
 
 
 def wanted(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[bool, list[str]]:
-    """Return whether a command line is to be safe, and the command line without the option."""
+    """Return whether a command line is to be safe, and the command line without the option.
+
+    Raises:
+        ConfigurationError: The environment variable is neither 0 nor 1.
+    """
+    if (given := environment.get(VARIABLE, "0")) not in ("", "0", "1"):
+        raise ConfigurationError(f"found {VARIABLE}={given}, expected 0 or 1; set it to 1 to be safe")
     rest = [argument for argument in arguments if argument != SAFE]
     return len(rest) < len(arguments) or environment.get(VARIABLE) == "1", rest
 

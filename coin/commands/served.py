@@ -10,7 +10,7 @@ from coin.coding import Code, DecoderConfig
 from coin.errors import ConfigurationError, FileError
 from coin.experiment.experts import Experts
 from coin.modules.variants import NONE, ORACLE, read_coded
-from coin.reporting.results import RESULTS_CSV, read_results
+from coin.reporting.results import RESULTS_CSV, read_configuration, read_results
 from coin.reporting.summary import seed_folders
 from coin.state import load_provenance
 
@@ -143,10 +143,14 @@ def read_served(folder: Path, method: str | None, batchnorm: str | None, decoder
     method, batchnorm = choose_variant([seed], method, batchnorm, decoder)
     tasks = list(dict.fromkeys(read_results(seed)["task"]))
     experts = Experts({task: seed / "experts" / task / "expert.safetensors" for task in tasks})
+    configuration = read_configuration(seed).get("configuration")
+    code = configuration.get("code") if isinstance(configuration, dict) else None
     coded = []
     for path in sorted((seed / "coded").glob("*.safetensors")):
         made = load_provenance(path)
-        if (made.get("label"), made.get("batchnorm")) == (method, batchnorm):
+        # Beside them may lie what earlier runs have made for other codes or tasks.
+        current = made.get("code") == code and set(made.get("tasks", ())) == set(tasks)
+        if current and (made.get("label"), made.get("batchnorm")) == (method, batchnorm):
             experts.paths = {task: experts.paths[task] for task in made["tasks"]}  # in the order of the code
             coded.append((int(made["row"]), path))
     if not coded:

@@ -93,6 +93,8 @@ def simulate(
     """
     wants, seeds = [Want(want) for want in wants or Want], [0] if seeds is None else seeds
     loads = list(LOADS) if loads is None else loads
+    if not loads:
+        raise ConfigurationError("found no loads, expected one at least; leave the option out for all of them")
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ConfigurationError(f"found seeds {seeds}, expected distinct numbers of at least 0")
     chosen = _policies(policies, quantiles)

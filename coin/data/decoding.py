@@ -31,6 +31,9 @@ DAMAGE = (
 # Images per job: enough that handing jobs to threads costs nothing beside decoding.
 _CHUNK = 64
 
+# The longest side that is resized as a whole, in short sides: far from what the centre square needs.
+_LONGEST = 8
+
 
 class OtherSizeError(Exception):
     """An image is not of the size that all were expected to have."""
@@ -44,13 +47,23 @@ def to_square(image: Image.Image, side: int) -> NDArray[np.uint8]:
     """
     # JPEG decoders can halve an image while decoding; twice the final size leaves the rest to the antialiased resize.
     image.draft("RGB", (2 * side, 2 * side))
-    rgb = image.convert("RGB")
+    rgb = _not_too_long(image).convert("RGB")
     scale = side / min(rgb.size)
     width, height = (max(side, round(length * scale)) for length in rgb.size)
     if (width, height) != rgb.size:
         rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (width - side) // 2, (height - side) // 2
     return _channels_first(rgb.crop((left, top, left + side, top + side)))
+
+
+def _not_too_long(image: Image.Image) -> Image.Image:
+    """Cut the ends off a strip: resized as a whole, one of a single row of pixels would be enormous."""
+    short = min(image.size)
+    width, height = (min(length, _LONGEST * short) for length in image.size)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def read_file(path: Path, side: int, native: bool = False) -> NDArray[np.uint8]:

@@ -126,7 +126,7 @@ class TextFile(TextTask):
     def content_key(self) -> str:
         """A hash of the files' contents: an experiment notices when they have changed."""
         digest = hashlib.sha256()
-        for path in (self.train, self.test):
+        for path in (self.train, self.test, *([] if self.tokenizer is None else [Path(self.tokenizer)])):
             digest.update(path.read_bytes() if path.is_file() else b"")
         return digest.hexdigest()
 

@@ -125,8 +125,10 @@ class Experiment:
         """
         if self._checked:
             return
+        own = (method.hparams["samples_per_task"] for method in self.methods if isinstance(method, Distillation))
+        samples = max([self.calibration.samples_per_task, *(count for count in own if count is not None)])
         for name, task in self.tasks.items():
-            task.calibration(self.calibration.samples_per_task)
+            task.calibration(samples)
             given = self.expert.checkpoints.get(name)
             if given is not None:
                 brought_network(self.network, task.num_classes, Path(given))

@@ -112,9 +112,12 @@ def job(
             yield Job(experiment.name, seed, loggers)
             if is_first():
                 kept.unlink(missing_ok=True)
-        finally:
+        except BaseException:
             with logging_only("the end of a run"):
-                finish_run()
+                finish_run(failed=True)
+            raise
+        with logging_only("the end of a run"):
+            finish_run()
 
 
 def _run_id(kept: Path) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import platform
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ except ModuleNotFoundError:  # Windows
 LOCK = ".lock"
 """The file in a folder that is locked; it stays when the lock ends, and says who had it last."""
 
+_POLL_SECONDS = 0.5
 _INHERITED = "COIN_LOCK"
 _held: set[IO[bytes]] = set()
 
@@ -69,10 +71,14 @@ def locked(path: Path) -> Iterator[IO[bytes] | None]:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[IO[bytes] | None]:
+def alone_in(folder: Path, *, patient: bool = False) -> Iterator[IO[bytes] | None]:
     """Hold a folder while the block runs; with several processes the first one holds it for all.
 
     A process that another one has started with `handed_on` shares the other's hold on the folder.
+
+    Args:
+        folder: The folder.
+        patient: Whether to wait for another process that holds it.
 
     Yields:
         The lock to hand on; none on the other processes, and where it was handed to this one.
@@ -87,7 +93,19 @@ def alone_in(folder: Path) -> Iterator[IO[bytes] | None]:
 
         def take() -> None:
             if not _is_inherited(path):
-                taken[0] = stack.enter_context(locked(path))
+                told = False
+                while True:
+                    taken[0] = stack.enter_context(locked(path))
+                    if taken[0] is not None or not patient:
+                        break
+                    if not told:
+                        warnings.warn(
+                            f"waiting for another coin command at work in '{folder}'{_holder(path)}",
+                            CoinWarning,
+                            stacklevel=2,
+                        )
+                    told = True
+                    time.sleep(_POLL_SECONDS)
                 if taken[0] is None:
                     raise ConfigurationError(
                         f"found another coin command at work in '{folder}'{_holder(path)}, expected none; wait for it "

@@ -1,5 +1,6 @@
 """The merge step: experts and statistics from files in, coded models as files out."""
 
+import inspect
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -125,8 +126,9 @@ def merge_experts(
 def coded_paths(method: Any, code: Code, folder: Path) -> list[Path]:
     """Return the files of a method's coded models: the label, and the policy where it is not the default one."""
     policy = BatchNormPolicy(method.batchnorm)
-    default = type(method)().batchnorm
-    stem = str(method.label) if policy == default else f"{method.label}-{policy}"
+    option = inspect.signature(type(method)).parameters.get("batchnorm")
+    plain = option is None or policy == option.default
+    stem = str(method.label) if plain else f"{method.label}-{policy}"
     if code.num_coded == 1:
         return [folder / f"{stem}.safetensors"]
     return [folder / f"{stem}.row-{row}.safetensors" for row in range(code.num_coded)]

@@ -8,10 +8,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from coin.atomic import sha256_of, write_text
+from coin.errors import ConfigurationError
 from coin.processes import from_first
 from coin.versions import versions
 
@@ -75,13 +77,19 @@ def step_key(options: Any, inputs: Sequence[Path] = (), hashes: Mapping[Path, st
 
 
 def described(value: Any) -> Any:
-    """Return options as plain JSON values: dataclasses, enums, tasks and methods become their public attributes."""
+    """Return options as plain JSON values: dataclasses, enums, tasks and methods become their public attributes.
+
+    Raises:
+        ConfigurationError: There is something among them whose changes nobody would notice.
+    """
     if isinstance(value, Enum):
         return value.value
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, dict):
@@ -91,13 +99,15 @@ def described(value: Any) -> Any:
         return sorted(entries) if isinstance(value, set | frozenset) else entries
     if is_dataclass(value) and not isinstance(value, type):
         return described({field.name: getattr(value, field.name) for field in fields(value)})
-    options = dict(value.hparams) if isinstance(value, LightningModule) else vars(value)
-    public = {name: entry for name, entry in options.items() if _is_option(name, entry)}
+    kind = type(value)
+    options = dict(value.hparams) if isinstance(value, LightningModule) else getattr(value, "__dict__", None)
+    if options is None or callable(value):
+        raise ConfigurationError(
+            f"found an option of type {kind.__name__}, whose changes an experiment cannot notice; expected plain "
+            "values, or an attribute whose name begins with an underscore"
+        )
+    public = {name: entry for name, entry in options.items() if not name.startswith("_") and name not in _LIGHTNING}
     # A task that reads a folder of the user's says when its contents have changed.
     contents = getattr(value, "content_key", None)
-    return {"class": type(value).__name__, **described(public), **({"contents": contents()} if contents else {})}
-
-
-def _is_option(name: str, entry: Any) -> bool:
-    plain = entry is None or isinstance(entry, bool | int | float | str | Path | list | tuple | dict | frozenset | Enum)
-    return plain and not name.startswith("_") and name not in _LIGHTNING
+    name = kind.__name__ if kind.__module__.startswith("coin.") else f"{kind.__module__}.{kind.__qualname__}"
+    return {"class": name, **described(public), **({"contents": contents()} if contents else {})}

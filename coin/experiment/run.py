@@ -23,14 +23,18 @@ from coin.experiment.steps.initial import make_initial
 from coin.experiment.steps.layers import compare_layers
 from coin.experiment.steps.merge import merge
 from coin.experiment.steps.statistics import estimate
-from coin.experiment.trainers import join_processes
+from coin.experiment.trainers import check_trainer_options, join_processes
 from coin.experiment.wanted import wanted_by
 from coin.processes import from_first, is_first, process_count
 from coin.reporting import write_report
+from coin.reporting.results import RESULTS_CSV
 from coin.reporting.summary import SUMMARY_CSV, write_summary
 from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_evaluation import log_summary
 from coin.reporting.wandb_settings import logging_only
+
+CONFIG_YAML = "config.yaml"
+_LAUNCH_YAML = "launch.yaml"
 
 
 def run_experiment(
@@ -58,12 +62,15 @@ def run_experiment(
         from_first(lambda: remove_leftovers(experiment.folder))
         seeds = _seed_runs(experiment, console)
         for run in seeds:
-            if dump is not None and is_first():
-                write_text(run.folder / "config.yaml", dump(run.seed))
+            if dump is not None and is_first() and not (run.folder / RESULTS_CSV).exists():
+                write_text(run.folder / CONFIG_YAML, dump(run.seed))
         if launch is not None and launch.side_by_side:
-            _train_side_by_side(experiment, seeds, launch, lock, console)
+            assert dump is not None
+            _train_side_by_side(experiment, seeds, launch, lock, dump, console)
         for run in seeds:
             run_seed(run)
+            if dump is not None and is_first():  # until now it was that of the results that stood there
+                write_text(run.folder / CONFIG_YAML, dump(run.seed))
         return from_first(partial(_summarise, experiment))
 
 
@@ -76,12 +83,13 @@ def make_experts(experiment: Experiment, task: str, console: Console | None = No
     if task not in experiment.tasks:
         raise ConfigurationError(f"found no task '{task}', expected one of {', '.join(experiment.tasks)}")
     for run in _seed_runs(experiment, _begin(experiment, console)):
-        make_expert(run, task)
+        make_expert(run, task, patient=True)
 
 
 def _begin(experiment: Experiment, console: Console | None) -> Console:
     """Check what can be checked at once, gather all processes, and return where progress goes."""
     check_connection()
+    check_trainer_options(experiment.trainer)
     experiment.check_batchnorm()
     try:
         experiment.folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +130,12 @@ def run_seed(run: SeedRun) -> None:
 
 
 def _train_side_by_side(
-    experiment: Experiment, seeds: Sequence[SeedRun], launch: Launch, lock: IO[bytes] | None, console: Console
+    experiment: Experiment,
+    seeds: Sequence[SeedRun],
+    launch: Launch,
+    lock: IO[bytes] | None,
+    dump: Callable[[int], str],
+    console: Console,
 ) -> None:
     if process_count() > 1:
         raise ConfigurationError(
@@ -131,7 +144,7 @@ def _train_side_by_side(
     jobs = [
         ExpertJob(
             f"seed {run.seed}: expert {task}",
-            run.folder / "config.yaml",
+            run.folder / _LAUNCH_YAML,
             task,
             run.expert_path(task).with_name("launch.log"),
             *handed_on(lock),
@@ -141,9 +154,11 @@ def _train_side_by_side(
         if lacks_expert(run, task)
     ]
     if jobs:
+        for run in seeds:
+            write_text(run.folder / _LAUNCH_YAML, dump(run.seed))
         experiment.check_parts()
         console.print(f"training {len(jobs)} experts, {launch.workers} at a time")
-        say = partial(console.print, highlight=False)
+        say = partial(console.print, highlight=False, markup=False)
         train_side_by_side(jobs, launch, experiment.folder / "submitit", say)
 
 
@@ -164,4 +179,4 @@ def _log_summary(experiment: Experiment, summary: pd.DataFrame) -> None:
     with logging_only("the summary over seeds"):
         config = run_config(experiment, resolved(experiment, experiment.tasks, None))
         log_summary(experiment.folder, summary, group=experiment.name, config=config, tags=common_tags(experiment))
-    steps.finish("wandb-summary", key, [])
+        steps.finish("wandb-summary", key, [])

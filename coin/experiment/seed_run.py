@@ -103,4 +103,4 @@ class SeedRun:
 
     def say(self, text: str) -> None:
         """Tell about the progress."""
-        self.console.print(f"seed {self.seed}: {text}", highlight=False)
+        self.console.print(f"seed {self.seed}: {text}", highlight=False, markup=False)

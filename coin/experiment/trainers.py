@@ -1,6 +1,7 @@
 """The Trainer of an experiment's steps, and the processes that it asks for."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,16 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from coin.errors import ConfigurationError, first_line
 from coin.trainer import Trainer, quieten
+
+_DECIDED = {
+    "callbacks": "use coin fit for callbacks of your own",
+    "default_root_dir": "set output",
+    "enable_checkpointing": "leave it out",
+    "logger": "set WANDB_MODE for W&B",
+    "max_epochs": "set expert.epochs or base.epochs",
+    "max_steps": "set expert.epochs, or steps of a distillation",
+}
+"""What to do in place of giving the option."""
 
 
 def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer:
@@ -39,6 +50,18 @@ def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer
             f"the trainer section {options} does not fit: {first_line(error)}; see Lightning's Trainer"
         ) from error
     return trainer
+
+
+def check_trainer_options(options: Mapping[str, Any]) -> None:
+    """Refuse options of the ``trainer`` section that the steps of an experiment decide themselves.
+
+    Raises:
+        ConfigurationError: There is such an option.
+    """
+    for name in options.keys() & _DECIDED.keys():
+        raise ConfigurationError(
+            f"found trainer.{name}, which the steps decide, expected other options; {_DECIDED[name]}"
+        )
 
 
 def join_processes(folder: Path, options: dict[str, Any]) -> None:

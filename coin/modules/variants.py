@@ -122,7 +122,7 @@ def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Mod
         ):
             raise FileError(
                 f"found rows {[row for row, _, _ in members]} of method {method}, expected one file for each of "
-                f"the {code.num_coded} rows of one code"
+                f"the {code.num_coded} rows of one code; run coin merge again"
             )
         variants.append(
             Variant(

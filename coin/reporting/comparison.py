@@ -62,6 +62,17 @@ class Comparison:
         return tuple(dict.fromkeys(line.batchnorm for line in self.lines if line.batchnorm))
 
 
+def over_tasks(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of means over tasks, each lost alone."""
+    return summary[(summary["task"] == "mean") & summary["erased"].str.startswith("1 of ")]
+
+
+def largest_samples(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return each variant's rows at its largest P: one point per variant, whatever P the others had."""
+    variant = ["experiment", "method", "batchnorm"]
+    return rows[rows["samples_per_task"] == rows.groupby(variant)["samples_per_task"].transform("max")]
+
+
 def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
     """Return one name per row that tells a method's variants apart.
 

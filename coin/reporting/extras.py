@@ -1,7 +1,6 @@
 """Two optional files beside the results: a merge layer by layer, and example images."""
 
 import math
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pandas as pd
 
 from coin.atomic import atomic_path
 from coin.errors import ConfigurationError, FileError
-from coin.reporting.frames import one_line, read_frame, write_frame
+from coin.reporting.frames import DAMAGED_NPZ, one_line, read_frame, write_frame
 
 LAYERS_CSV = "layers.csv"
 EXAMPLES_NPZ = "examples.npz"
@@ -57,10 +56,14 @@ class Examples:
                 f"found example images {list(self.images.shape)} of {self.images.dtype}, expected [n, H, W, 3] of uint8"
             )
         for name in ("expert", "decoded", "label"):
-            if getattr(self, name).shape != (count,):
+            answers = getattr(self, name)
+            if answers.shape != (count,) or answers.dtype.kind not in "iu":
                 raise ConfigurationError(
-                    f"found {name} {list(getattr(self, name).shape)} for {count} example images, expected [{count}]"
+                    f"found {name} {list(answers.shape)} of {answers.dtype} for {count} example images, expected whole "
+                    f"numbers [{count}]"
                 )
+        if not all(isinstance(place, int) for place in self.position):
+            raise ConfigurationError("found positions of example images that are no whole numbers, expected such")
         for name in ("task", "position"):
             if len(getattr(self, name)) not in (0, count):
                 raise ConfigurationError(
@@ -114,7 +117,7 @@ def read_examples(folder: Path) -> Examples | None:
             method, decoder, choice = chosen
             position = tuple(file["position"].tolist())
             return Examples(images, expert, decoded, label, names, tasks, position, method, decoder, choice)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED_NPZ as error:
         raise FileError(f"'{path}' holds no example images ({one_line(error)}); make it again") from error
 
 

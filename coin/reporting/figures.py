@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from coin.reporting import details, plots
-from coin.reporting.comparison import REFERENCES
+from coin.reporting.comparison import REFERENCES, largest_samples, over_tasks
 from coin.reporting.sources import Source
 from coin.reporting.sweeps import SEEDS, Sweep, as_numbers
 
@@ -24,13 +25,13 @@ class Plot:
 
 def comparing(summary: pd.DataFrame, experiments: int) -> Iterator[Plot]:
     """Draw what several experiments, or several P, have to say together."""
-    means = _means(summary)
+    means = over_tasks(summary)
     if means["method"].isin(REFERENCES).all():
         return
     if experiments > 1:
         yield Plot(
             "nda_by_experiment",
-            plots.nda_by_experiment(_largest_samples(means)),
+            plots.nda_by_experiment(largest_samples(means)),
             "NDA by method and experiment, each task lost in turn; dotted: the paper's 97.5 %.",
         )
     if means["samples_per_task"].nunique() > 1:
@@ -49,7 +50,7 @@ def against_options(summary: pd.DataFrame, sweep: Sweep, options: Mapping[str, M
         sweep: The sweep.
         options: Every point's options, by its name.
     """
-    means = _means(summary[summary["experiment"].isin(list(options))])
+    means = over_tasks(summary[summary["experiment"].isin(list(options))])
     if means["method"].isin(REFERENCES).all():
         return
     names = [name for name in next(iter(options.values())) if len(sweep.swept[name]) > 1]
@@ -60,7 +61,7 @@ def against_options(summary: pd.DataFrame, sweep: Sweep, options: Mapping[str, M
         over = f"; mean over {', '.join(others)}" if others else ""
         yield Plot(
             f"{sweep.name}-nda_against_{name}",
-            plots.nda_against_option(_largest_samples(means), name, values, joined=sweep.full),
+            plots.nda_against_option(largest_samples(means), name, values, joined=sweep.full),
             f"NDA against {name}, mean ± spread over seeds{over}.",
         )
 
@@ -72,11 +73,11 @@ def accuracies(summary: pd.DataFrame, prefix: str) -> Iterator[Plot]:
         summary: Its summary.
         prefix: Of the files' names, where several experiments are reported.
     """
-    means = _means(summary)
+    means = over_tasks(summary)
     if means.empty or means["method"].isin(REFERENCES).all():
         return
-    means = _largest_samples(means)
-    samples = int(means["samples_per_task"].iloc[0])
+    means = largest_samples(means)
+    samples = _samples(means)
     yield Plot(
         f"{prefix}nda_by_method",
         plots.nda_by_method(means),
@@ -87,7 +88,7 @@ def accuracies(summary: pd.DataFrame, prefix: str) -> Iterator[Plot]:
         plots.nda_against_cost(means),
         f"NDA against the time it takes to make the coded model, P = {samples}. Up and to the left is better.",
     )
-    if means.loc[~means["method"].isin(REFERENCES), "residual_mean"].notna().any():
+    if np.isfinite(means.loc[~means["method"].isin(REFERENCES), "residual_mean"]).any():
         yield Plot(
             f"{prefix}nda_against_residual",
             plots.nda_against_residual(means),
@@ -96,7 +97,7 @@ def accuracies(summary: pd.DataFrame, prefix: str) -> Iterator[Plot]:
     tasks = summary[(summary["task"] != "mean") & (summary["erased"] == summary["task"])]
     yield Plot(
         f"{prefix}nda_per_task",
-        plots.nda_per_task(_largest_samples(tasks)),
+        plots.nda_per_task(largest_samples(tasks)),
         f"NDA of each task when it is lost, P = {samples}; dotted: the paper's 97.5 %.{_scales(means)}",
     )
 
@@ -123,11 +124,5 @@ def layers(source: Source, prefix: str) -> Iterator[Plot]:
         )
 
 
-def _means(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the means over tasks, each lost alone."""
-    return summary[(summary["task"] == "mean") & summary["erased"].str.startswith("1 of ")]
-
-
-def _largest_samples(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return each experiment's rows at its largest P: one point per method."""
-    return rows[rows["samples_per_task"] == rows.groupby("experiment")["samples_per_task"].transform("max")]
+def _samples(rows: pd.DataFrame) -> str:
+    return " and ".join(str(samples) for samples in sorted(set(rows["samples_per_task"])))

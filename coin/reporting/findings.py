@@ -41,7 +41,8 @@ class _Group:
     def names(self, method: str | None = None) -> list[str]:
         """Return the variants of a method, of all contenders by default."""
         own = self.means["method"]
-        chosen = own == method if method is not None else ~own.isin(REFERENCES)
+        # Labels that tell variants of a method apart begin with its name.
+        chosen = ~own.isin(REFERENCES) if method is None else (own == method) | own.str.startswith(f"{method}-")
         return list(dict.fromkeys(self.means.loc[chosen, "name"]))
 
     def strongest(self, names: list[str], decoder: str) -> str | None:

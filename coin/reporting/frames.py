@@ -1,6 +1,8 @@
 """Data frames as CSV files that read back exactly."""
 
 import math
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +10,9 @@ import pandas as pd
 
 from coin.atomic import atomic_path
 from coin.errors import FileError
+
+DAMAGED_NPZ = (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What NumPy raises on archives that are cut off, damaged, or something else altogether."""
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:

@@ -48,7 +48,7 @@ def _image(examples: Examples, i: int) -> str:
         escape(examples.name_of(int(answers[i]))) for answers in (examples.label, examples.expert, examples.decoded)
     )
     kind = "differs" if examples.expert[i] != examples.decoded[i] else "same"
-    place = f' title="test image {examples.position[i]}"' if examples.position else ""
+    place = f' title="test image {int(examples.position[i])}"' if examples.position else ""
     return (
         f'<figure class="{kind}"{place}><img alt="test image of class {label}" loading="lazy" '
         f'src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -136,12 +136,13 @@ def _findings(frame: pd.DataFrame) -> str:
     few = len(found) <= _FINDINGS
     several = len({experiment for experiment, _, _ in found}) > 1
     first = next(iter(found))[:2]
-    largest = max(samples for *which, samples in found if tuple(which) == first)
+    methods = frame[frame["experiment"] == first[0]].groupby("samples_per_task")["method"].nunique()
+    fullest = methods[methods == methods.max()].index.max()  # a method may have a P of its own
     body = "".join(
         markup.folded(
             f"{f'{experiment}: ' if several else ''}{erased} lost, P = {samples}",
             sections.findings_list(items),
-            opened=few and (experiment, erased, samples) == (*first, largest),
+            opened=few and (experiment, erased, samples) == (*first, fullest),
         )
         for (experiment, erased, samples), items in found.items()
     )

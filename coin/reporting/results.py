@@ -7,7 +7,6 @@ is needed to draw a table, a plot or the report.
 
 import json
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,7 +18,7 @@ import pandas as pd
 
 from coin.atomic import atomic_path, write_text
 from coin.errors import ConfigurationError, FileError
-from coin.reporting.frames import one_line, read_frame, write_frame
+from coin.reporting.frames import DAMAGED_NPZ, one_line, read_frame, write_frame
 from coin.versions import versions
 
 RESULTS_CSV = "results.csv"
@@ -173,7 +172,7 @@ def read_confusions(folder: Path) -> dict[str, Counts]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             found = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except DAMAGED_NPZ as error:
         raise FileError(f"'{path}' is not a whole .npz file ({one_line(error)}); make it again") from error
     for key, counts in found.items():
         if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or counts.dtype.kind not in "iu":

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -40,7 +41,7 @@ def nda_against_cost(means: pd.DataFrame) -> Figure:
 def nda_against_residual(means: pd.DataFrame) -> Figure:
     """Mean NDA against the residual ‖f_c − Σβf‖ / ‖Σβf‖ of the coded model."""
     with style():
-        means = means[means["residual_mean"].notna() & ~means["method"].isin(REFERENCES)]
+        means = means[np.isfinite(means["residual_mean"]) & ~means["method"].isin(REFERENCES)]
         figure, panels = _scatter(means, means["residual_mean"], "residual, ‖f_c − Σβf‖ / ‖Σβf‖")
         for axes in panels.values():
             axes.set_xlim(0, 1.06 * float(means["residual_mean"].max()) or 1.0)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from coin.reporting import plots
 from coin.reporting.canvas import as_png
-from coin.reporting.comparison import REFERENCES, variant_names
+from coin.reporting.comparison import REFERENCES, largest_samples, over_tasks, variant_names
 from coin.reporting.results import COLUMNS, Counts, Row, confusion_key
 
 _AXIS = "samples_per_task"
@@ -20,8 +20,7 @@ _AXIS = "samples_per_task"
 def contenders(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the means over tasks, each lost alone, of the methods that compete."""
     named = summary.assign(name=variant_names(summary))
-    alone = (named["task"] == "mean") & named["erased"].str.startswith("1 of ")
-    return named[alone & ~named["method"].isin(REFERENCES)]
+    return over_tasks(named[~named["method"].isin(REFERENCES)])
 
 
 def results_table(frame: pd.DataFrame) -> wandb.Table:
@@ -35,7 +34,7 @@ def charts(summary: pd.DataFrame) -> dict[str, Any]:
     named = summary.assign(name=variant_names(summary))
     means = contenders(summary)
     found: dict[str, Any] = {}
-    largest = means[means[_AXIS] == means[_AXIS].max()]
+    largest = largest_samples(means)
     for decoder, part in largest.groupby("decoder", sort=False):
         table = results_table(part[["name", "nda_mean"]])
         found[f"charts/nda_{decoder!s}"] = wandb.plot.bar(table, "name", "nda_mean", title=f"NDA, {decoder!s} decoder")
@@ -64,8 +63,7 @@ def charts(summary: pd.DataFrame) -> dict[str, Any]:
 
 def figures(summary: pd.DataFrame) -> dict[str, wandb.Image]:
     """Return the report's figures as images: they need no network and show what W&B's charts cannot."""
-    means = summary[(summary["task"] == "mean") & summary["erased"].str.startswith("1 of ")]
-    means = means[means[_AXIS] == means[_AXIS].max()]
+    means = largest_samples(over_tasks(summary))
     if means.empty or means["method"].isin(REFERENCES).all():
         return {}
     drawn = {

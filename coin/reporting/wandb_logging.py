@@ -46,13 +46,13 @@ def start_run(
         return wandb.init(dir=str(folder.absolute()), **options)
 
 
-def finish_run() -> None:
-    """Finish the W&B run that is open in this process, if any.
+def finish_run(*, failed: bool = False) -> None:
+    """Finish the W&B run that is open in this process, if any, as one that went well or as one that failed.
 
     A `WandbLogger` would otherwise go on with it, whatever its own group and job type say.
     """
     if wandb.run is not None:
-        wandb.run.finish()
+        wandb.run.finish(exit_code=int(failed))
 
 
 def training_loggers(
@@ -93,7 +93,7 @@ def training_loggers(
     loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="logs")]
     if job_type == "evaluate" or not in_sweep():
         logger = WandbLogger(save_dir=str((run_folder or folder).absolute()), id=run_id, **options)
-        logger._wandb_init.pop("anonymous")  # W&B warns of it, even where it is none
+        logger._wandb_init.pop("anonymous", None)  # W&B warns of it, even where it is none
         loggers.append(logger)
     return loggers
 

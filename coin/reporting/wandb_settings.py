@@ -54,7 +54,7 @@ def mode() -> str:
     """Return ``WANDB_MODE`` as the user set it; otherwise ``offline``, or ``online`` for an agent of a W&B sweep.
 
     Raises:
-        ConfigurationError: It is no mode that W&B knows.
+        ConfigurationError: It is none of the modes that an experiment has a use for.
     """
     found = os.environ.get("WANDB_MODE") or ("online" if in_sweep() else "offline")
     known = ("online", "shared", *OFFLINE_MODES)

@@ -11,6 +11,9 @@ from coin.serving.layout import Layout
 from coin.serving.policies import Policy
 from coin.serving.scenario import Scenario, check_samples
 
+_FEWEST = 22
+"""Queries: a twentieth of them warms the system up, and intervals want 20 at least."""
+
 
 class Want(StrEnum):
     """Whose answers a query wants."""
@@ -58,8 +61,8 @@ class Case:
     def __post_init__(self) -> None:
         if not 0 < self.load < 1:
             raise ConfigurationError(f"found load {self.load}, expected a number between 0 and 1")
-        if self.queries < 20:
-            raise ConfigurationError(f"found {self.queries} queries, expected at least 20")
+        if self.queries < _FEWEST:
+            raise ConfigurationError(f"found {self.queries} queries, expected at least {_FEWEST}")
         check_samples(self.scenario.samples, self.layout.num_servers)
 
     @property

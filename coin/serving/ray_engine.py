@@ -173,7 +173,7 @@ class RayOptions:
     Args:
         host: The address to listen at; the default one is reached from this machine alone.
         port: The port.
-        address: Of a running Ray cluster, such as ``auto``; none starts one on this machine.
+        address: Of a running Ray cluster, such as ``auto``; none starts one of its own on this machine.
         resources: What every server gets.
         limits: What bounds waiting.
         inputs: What a query may bring.
@@ -214,7 +214,7 @@ def start(system: System, options: RayOptions) -> Callable[[], None]:
     resources = options.resources
     try:
         if not ray.is_initialized():
-            ray.init(address=options.address, include_dashboard=False, log_to_driver=False, logging_level="error")
+            ray.init(options.address or "local", include_dashboard=False, log_to_driver=False, logging_level="error")
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": options.host, "port": options.port})
         actor = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}

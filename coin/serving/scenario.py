@@ -41,6 +41,7 @@ class Service:
     tail: float = 0.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", ServiceKind(self.kind))
         if self.seconds is not None and not self.seconds > 0:
             raise ConfigurationError(f"found service.seconds={self.seconds}, expected a positive time")
         if self.seconds is not None and self.kind is ServiceKind.measured:

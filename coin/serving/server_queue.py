@@ -103,9 +103,14 @@ class ServerQueue:
                 await self._filled.wait()
                 continue
             inputs = [request.inputs for request in self._sent]
-            reply = await self._call(inputs[0] if len(inputs) == 1 else torch.cat(inputs))
-            sent, self._sent = self._sent, []
-            self._distribute(sent, reply)
+            try:
+                reply = await self._call(inputs[0] if len(inputs) == 1 else torch.cat(inputs))
+                sent, self._sent = self._sent, []
+                self._distribute(sent, reply)
+            except Exception as error:  # whatever it is, the requests behind these are still to be served
+                self._failed(f"{type(error).__name__}: {error}")
+                self._lose(self._sent)
+                self._sent = []
 
     def _next_batch(self) -> list[Request]:
         batch: list[Request] = []

@@ -1,11 +1,15 @@
 """The last step of a seed: every method measured with every decoder, and what of it goes to W&B."""
 
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
 from coin.experiment.jobs import FileKind, by_stem, common_tags, run_config
 from coin.experiment.records import step_key
 from coin.experiment.seed_run import SeedRun
 from coin.experiment.trainers import make_trainer
 from coin.modules import DecodingEvaluator
-from coin.processes import is_first
+from coin.processes import from_first
 from coin.reporting.extras import EXAMPLES_NPZ
 from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_results
 from coin.reporting.wandb_evaluation import code_axes, log_method_runs
@@ -19,24 +23,26 @@ def evaluate(run: SeedRun) -> None:
     shown = coded and experiment.network.reads == "images"
     files = (RESULTS_CSV, RESULTS_JSON, CONFUSION_NPZ, *([EXAMPLES_NPZ] if shown else []))
     outputs = [run.folder / name for name in files]
-    options = {
-        "name": experiment.name,
-        "decoders": [decoder.name for decoder in experiment.decoders],
-        "calibration": experiment.calibration,
-        "tasks": run.tasks,
-        "code": code,
-        "seed": run.seed,
-    }
+    options = {**run.options, "tasks": run.tasks, "code": code}  # results.json says all of them
     key = step_key(options, [*run.experts.paths.values(), *coded], run.experts.sha256)
     if run.steps.finished("evaluate", key, outputs):
+        from_first(outputs[0].touch)  # of seeds with different options, the latest run's count
         run.say("evaluation: up to date")
-        return
+    else:
+        _measure(run, coded)
+        run.steps.finish("evaluate", key, outputs)
+    if experiment.wandb.method_runs:
+        from_first(partial(_log_methods, run))
+
+
+def _measure(run: SeedRun, coded: Sequence[Path]) -> None:
+    experiment = run.experiment
     run.say("evaluating every method with every decoder")
     model = DecodingEvaluator(
         experts={name: str(path) for name, path in run.experts.paths.items()},
         coded=[str(path) for path in coded],
         decoders=list(experiment.decoders),
-        code=code.tolist(),
+        code=run.code.code.matrix.tolist(),
     )
     with run.job("evaluate", "evaluate") as work:
         work.reads(FileKind.expert, run.experts.paths)
@@ -50,13 +56,13 @@ def evaluate(run: SeedRun) -> None:
             configuration=run.options,
         )
         work.makes(FileKind.results, {"rows": run.folder / RESULTS_JSON})
-    if experiment.wandb.method_runs and is_first():
-        _log_methods(run)
-    run.steps.finish("evaluate", key, outputs)
 
 
 def _log_methods(run: SeedRun) -> None:
-    """Give every method a W&B run of its own."""
+    """Give every method a W&B run of its own, where its numbers are new."""
+    key = step_key({}, [run.folder / RESULTS_CSV])
+    if run.steps.finished("wandb-methods", key, []):
+        return
     with logging_only("the runs of the methods"):
         log_method_runs(
             run.folder,
@@ -66,3 +72,4 @@ def _log_methods(run: SeedRun) -> None:
             tags=common_tags(run.experiment),
             axes=code_axes(list(run.tasks), run.code.code.matrix.tolist()),
         )
+        run.steps.finish("wandb-methods", key, [])

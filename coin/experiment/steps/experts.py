@@ -13,41 +13,48 @@ from coin.networks import brought_network, save_network
 from coin.processes import from_first
 
 
-def make_expert(run: SeedRun, name: str) -> None:
-    """Train a task's expert, or take over one that was brought along."""
+def make_expert(run: SeedRun, name: str, *, patient: bool = False) -> None:
+    """Train a task's expert, or take over one that was brought along.
+
+    Args:
+        run: The seed.
+        name: The task.
+        patient: Whether to wait for another process that is training it.
+    """
     experiment, task, output = run.experiment, run.tasks[name], run.expert_path(name)
     initial = experiment.initial_path(task.num_classes)
     config = experiment.expert
     given = config.checkpoints.get(name)
     if given is not None:
-        key = step_key({"network": experiment.network, "classes": task.num_classes}, [_existing(given)])
+        key = step_key({"network": experiment.network, "classes": list(task.classes)}, [_existing(given)])
         if not run.steps.finished(f"expert-{name}", key, [output]):
             from_first(lambda: _take_over(run, name, task, Path(given)))
             run.steps.finish(f"expert-{name}", key, [output])
         return
     training = config.of(name)
     key = _training_key(run, name, task)
-    if run.steps.finished(f"expert-{name}", key, [output]):
-        run.say(f"expert {name}: up to date")
-        return
-    run.say(f"expert {name}: fine-tuning for {training.epochs} epochs")
-    with alone_in(output.parent), run.job("expert", name, [name], task=name) as work:
-        work.reads(FileKind.initialisation, {initial.stem: initial})
-        train_network(
-            training,
-            experiment.network,
-            task,
-            output.parent,
-            output,
-            key=key,
-            seed=run.seed,
-            initial=initial,
-            trainer_options=experiment.trainer,
-            loggers=work.loggers,
-            weights=training.weights,
-        )
-        work.makes(FileKind.expert, {name: output})
-    run.steps.finish(f"expert-{name}", key, [output])
+    with alone_in(output.parent, patient=patient):
+        if run.steps.finished(f"expert-{name}", key, [output]):
+            run.say(f"expert {name}: up to date")
+            return
+        run.say(f"expert {name}: fine-tuning for {training.epochs} epochs")
+        with run.job("expert", name, [name], task=name) as work:
+            work.reads(FileKind.initialisation, {initial.stem: initial})
+            train_network(
+                training,
+                experiment.network,
+                task,
+                output.parent,
+                output,
+                key=key,
+                seed=run.seed,
+                initial=initial,
+                trainer_options=experiment.trainer,
+                loggers=work.loggers,
+                weights=training.weights,
+            )
+            work.makes(FileKind.expert, {name: output})
+        run.steps.finish(f"expert-{name}", key, [output])
 
 
 def lacks_expert(run: SeedRun, name: str) -> bool:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from coin.data import TaskData
 from coin.data.tasks import task_with
+from coin.experiment.config import BaseConfig
 from coin.experiment.experiment import Experiment
 from coin.experiment.jobs import FileKind, by_stem, job, resolved, run_config
 from coin.experiment.locks import alone_in
@@ -31,27 +33,36 @@ def make_initial(experiment: Experiment, console: Console) -> Path:
         key = step_key(options)
         if not steps.finished("base", key, [checkpoint]):
             experiment.check_parts()
-            console.print(f"base: pretraining {experiment.network.name} on {type(task).__name__}")
-            from_first(task.prepare_data)
-            config = run_config(experiment, resolved(experiment, experiment.tasks, None), task="base")
-            with alone_in(folder), job(experiment, folder, "expert", "base", None, config, ["base"]) as work:
-                train_network(
-                    experiment.base,
-                    experiment.network,
-                    task,
-                    folder,
-                    checkpoint,
-                    key=key,
-                    seed=0,
-                    initial=None,
-                    trainer_options=experiment.trainer,
-                    loggers=work.loggers,
-                )
-                steps.finish("base", key, [checkpoint])
-                work.makes(FileKind.initialisation, by_stem(_write_initial(experiment, steps, checkpoint)))
+        with alone_in(folder, patient=True):
+            if not steps.finished("base", key, [checkpoint]):
+                console.print(f"base: pretraining {experiment.network.name} on {type(task).__name__}")
+                _pretrain(experiment, experiment.base, task, key, steps, checkpoint)
     elif experiment.base is not None and experiment.base.checkpoint is not None:
         checkpoint = Path(experiment.base.checkpoint)
     return _write_initial(experiment, steps, checkpoint)[-1]
+
+
+def _pretrain(
+    experiment: Experiment, base: BaseConfig, task: TaskData, key: str, steps: Steps, checkpoint: Path
+) -> None:
+    folder = steps.folder
+    from_first(task.prepare_data)
+    config = run_config(experiment, resolved(experiment, experiment.tasks, None), task="base")
+    with job(experiment, folder, "expert", "base", None, config, ["base"]) as work:
+        train_network(
+            base,
+            experiment.network,
+            task,
+            folder,
+            checkpoint,
+            key=key,
+            seed=0,
+            initial=None,
+            trainer_options=experiment.trainer,
+            loggers=work.loggers,
+        )
+        steps.finish("base", key, [checkpoint])
+        work.makes(FileKind.initialisation, by_stem(_write_initial(experiment, steps, checkpoint)))
 
 
 def _write_initial(experiment: Experiment, steps: Steps, checkpoint: Path | None) -> list[Path]:

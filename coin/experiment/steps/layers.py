@@ -27,6 +27,8 @@ def compare_layers(run: SeedRun) -> None:
     statistics = {path for method in methods for files in run.statistics(method).values() for path in files.values()}
     output = run.folder / LAYERS_CSV
     key = step_key({}, [*run.experts.paths.values(), *coded, *sorted(statistics)], run.experts.sha256)
+    if not coded:
+        from_first(lambda: output.unlink(missing_ok=True))
     if not coded or run.steps.finished("layers", key, [output]):
         return
     run.say("comparing the coded models layer by layer")

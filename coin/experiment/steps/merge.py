@@ -1,5 +1,6 @@
 """The step that makes every method's coded models."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def merge(run: SeedRun) -> None:
     """Make every method's coded models."""
     for method in run.experiment.methods:
         paths = run.coded_paths(method)
-        name = paths[0].name.split(".")[0]
+        name = re.sub(r"(\.row-\d+)?\.safetensors$", "", paths[0].name)
         statistics = run.statistics(method)
         key = _merge_key(run, method, statistics)
         if run.steps.finished(f"coded-{name}", key, paths):
