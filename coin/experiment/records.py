@@ -100,8 +100,11 @@ def described(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return described({field.name: getattr(value, field.name) for field in fields(value)})
     kind = type(value)
-    options = dict(value.hparams) if isinstance(value, LightningModule) else getattr(value, "__dict__", None)
-    if options is None or callable(value):
+    if isinstance(value, LightningModule):
+        options = dict(value.hparams)
+    elif hasattr(value, "__dict__") and not callable(value):
+        options = vars(value)
+    else:
         raise ConfigurationError(
             f"found an option of type {kind.__name__}, whose changes an experiment cannot notice; expected plain "
             "values, or an attribute whose name begins with an underscore"

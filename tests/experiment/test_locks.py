@@ -118,3 +118,10 @@ def test_coin_run_is_refused_where_another_is_at_work(
     assert line.startswith(f"coin: error: found another coin command at work in '{finished}'")
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.name != LOCK}
     assert {path: stamp for path, stamp in before.items() if path.name != LOCK} == after
+
+
+def test_a_patient_process_waits_and_says_so(tmp_path: Path) -> None:
+    started = time.monotonic()
+    told = pytest.warns(CoinWarning, match="waiting for another coin")
+    with holder(tmp_path, lambda: time.sleep(0.7)), told, alone_in(tmp_path, patient=True):
+        assert time.monotonic() - started > 0.3

@@ -2,17 +2,21 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pandas as pd
 import pytest
 
+import coin.experiment.run
 from coin.cli import main
+from coin.errors import ConfigurationError
 from coin.reporting import COLUMNS, read_examples, read_layers, read_results, read_summary, write_summary
 from coin.state import fingerprint, load_provenance, load_state
 
@@ -273,6 +277,51 @@ def test_seeds_of_other_options_are_left_out_of_the_mean(finished: Path, tmp_pat
     (tmp_path / "seed-1/results.csv").touch()
     with pytest.warns(UserWarning, match="left out seed-0"):
         assert set(write_summary(tmp_path).seeds) == {1}
+
+
+def test_the_results_shown_are_those_of_the_command_that_was_given_last(
+    finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seed 0, then seed 1 with other options, then seed 0 again, which is up to date by then."""
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy)
+    shutil.copytree(copy / "seed-0", copy / "seed-1")
+    path = copy / "seed-1/results.json"
+    document = json.loads(path.read_text())
+    document["configuration"]["calibration"]["samples_per_task"] = 999
+    path.write_text(json.dumps(document))
+    later = time.time() + 5
+    os.utime(copy / "seed-0/results.csv", (later - 10, later - 10))
+    with pytest.warns(UserWarning, match="left out seed-1"):
+        assert main(["run", "-c", str(config), f"--output={tmp_path}", "--json"]) == 0
+    assert {row["samples_per_task"] for row in json.loads(capsys.readouterr().out)["summary"]} == {24}
+
+
+def test_the_configuration_stays_that_of_the_results_until_there_are_others(
+    finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy)
+    before = (copy / "seed-0/config.yaml").read_text()
+
+    def stop(*_: object) -> NoReturn:
+        raise ConfigurationError("stopped")
+
+    monkeypatch.setattr(coin.experiment.run, "choose_code", stop)
+    arguments = ["run", "-c", str(config), f"--output={tmp_path}", "--calibration.samples_per_task=9"]
+    assert main(arguments) == 2
+    assert (copy / "seed-0/config.yaml").read_text() == before
+
+
+def test_results_say_the_options_that_they_were_made_with(finished: Path, config: Path, tmp_path: Path) -> None:
+    """Options that change no expert and no coded model change the evaluation: what it measures, or what it says."""
+    experts = {task: f"{finished}/seed-0/experts/{task}/expert.safetensors" for task in ("digits", "letters")}
+    brought = f"--expert.checkpoints={json.dumps(experts)}"
+    arguments = ["run", "-c", str(config), f"--output={tmp_path}", brought, "--methods=[{class_path: Average}]"]
+    assert main(arguments) == 0
+    assert main([*arguments, "--trainer={precision: bf16-mixed}"]) == 0
+    document = json.loads((tmp_path / "tiny/seed-0/results.json").read_text())
+    assert document["configuration"]["trainer"] == {"precision": "bf16-mixed"}
 
 
 def test_run_folder_is_enough_to_repeat_the_run(finished: Path, tmp_path: Path) -> None:

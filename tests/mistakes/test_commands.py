@@ -209,3 +209,20 @@ def test_a_truncated_checkpoint_of_a_training_is_no_end(
     line = refused([*fit, f"--ckpt_path={last}", "--trainer.logger=false"], capsys)
     assert f"cannot read '{last}' as a checkpoint" in line
     shutil.rmtree(tmp_path / "o")
+
+
+def test_too_few_samples_for_a_method_of_its_own_are_told_of_before_the_training(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coin.experiment.steps.experts.train_network", lambda *_, **__: pytest.fail("trained"))
+    methods = "--methods=[{class_path: Distillation, init_args: {samples_per_task: 4000}}]"
+    line = refused(["run", "-c", str(config), "--output=o", methods], capsys)
+    assert line.startswith("4000 calibration samples asked of Digits")
+
+
+@pytest.mark.parametrize("option", ["max_epochs: 3", "logger: false", "callbacks: []"])
+def test_trainer_options_that_the_steps_decide_are_refused(
+    option: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(["run", "-c", str(config), "--output=o", f"--trainer={{{option}}}"], capsys)
+    assert line.startswith(f"found trainer.{option.split(':')[0]}, which the steps decide, expected other options; ")

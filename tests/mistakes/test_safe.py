@@ -10,6 +10,7 @@ import pytest
 from coin import safe
 from coin.cli import main
 from coin.errors import ConfigurationError
+from coin.safe import wanted
 
 TASKS = "--tasks={digits: {class_path: Digits}, letters: {class_path: THEIRS, init_args: {classes: A-C}}}"
 RUN = ["run", "--name=x", "--methods=[{class_path: Average}]", "--seeds=[-1]"]
@@ -132,3 +133,10 @@ def test_commands_for_a_cluster_are_refused(capsys: pytest.CaptureFixture[str]) 
     options = ["--launch.executor=slurm", "--launch.slurm={slurm_setup: [touch /tmp/x]}"]
     assert main([safe.SAFE, *run("Glyphs", *options)]) == 2
     assert "found launch.slurm with --safe" in last_line(capsys)
+
+
+def test_a_variable_that_is_neither_on_nor_off_is_refused() -> None:
+    assert wanted([], {"COIN_SAFE": "0"}) == (False, [])
+    assert wanted([], {"COIN_SAFE": ""}) == (False, [])
+    with pytest.raises(ConfigurationError, match="COIN_SAFE=true, expected 0 or 1"):
+        wanted([], {"COIN_SAFE": "true"})

@@ -1,3 +1,4 @@
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 
 from coin.errors import ConfigurationError, FileError
 from coin.reporting import Examples, read_examples, read_layers, write_examples, write_layers
+from coin.reporting.extras import EXAMPLES_NPZ
 
 
 def test_examples_read_back(tmp_path: Path):
@@ -72,3 +74,24 @@ def test_absent_is_none_and_damaged_is_an_error(tmp_path: Path):
         read_examples(tmp_path)
     with pytest.raises(FileError, match="damaged in column 'fisher_share'"):
         read_layers(tmp_path)
+
+
+def test_positions_and_answers_are_whole_numbers(tmp_path: Path) -> None:
+    """Text among them would go into a page as it stands."""
+    images, zero = np.zeros((1, 2, 2, 3), np.uint8), np.array([0])
+    for wrong in ({"position": ("<script>",)}, {"label": np.array(["x"])}):
+        with pytest.raises(ConfigurationError, match="whole numbers"):
+            Examples(**{"images": images, "expert": zero, "decoded": zero, "label": zero, **wrong})
+
+
+def test_a_damaged_archive_is_one_line(tmp_path: Path) -> None:
+    answers = np.arange(4000)
+    write_examples(tmp_path, Examples(np.zeros((4000, 2, 2, 3), np.uint8), answers, answers, answers))
+    path = tmp_path / EXAMPLES_NPZ
+    whole = bytearray(path.read_bytes())
+    for start in range(60, 2000, 97):
+        damaged = whole.copy()
+        damaged[start : start + 8] = b"\xff" * 8
+        path.write_bytes(damaged)
+        with contextlib.suppress(FileError):
+            read_examples(tmp_path)

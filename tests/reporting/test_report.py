@@ -249,3 +249,24 @@ def test_a_damaged_optional_file_is_an_error_not_a_gap(full: Path):
     with pytest.raises(FileError, match=r"examples\.npz"):
         write_report([full])
     assert not (full / "report.html").exists()
+
+
+def test_a_method_with_a_p_of_its_own_hides_no_other(make_experiment: Make, measure):
+    folder = make_experiment(seeds=(0,), methods=FEW)
+    rows, _ = measure(0, methods=FEW)
+    own = [replace(row, method="distillation-7000", samples_per_task=7000) for row in rows if row.method == "coin"]
+    write_results(folder / "seed-0", rows + own, {"name": "quickstart"})
+    text, parsed = page(write_report([folder]))
+    words = " ".join(parsed.words)
+    assert "NDA by method and decoder, P = 200 and 7000" in words
+    figure = (folder / "plots/nda_by_method.svg").read_text(encoding="utf-8")
+    assert "coin" in figure
+    assert "distillation-7000" in figure
+    opened = [part for part in text.split("<details")[1:] if part.startswith(" open") and " lost, P = " in part]
+    assert "P = 200" in opened[0]
+
+
+def test_an_infinite_residual_still_makes_a_report(tmp_path: Path, measure):
+    rows = [replace(row, residual=float("inf")) if row.method == "coin" else row for row in measure(0, methods=FEW)[0]]
+    write_results(tmp_path, rows, {})
+    assert write_report([tmp_path]).is_file()

@@ -20,7 +20,7 @@ def merge(run: SeedRun) -> None:
     """Make every method's coded models."""
     for method in run.experiment.methods:
         paths = run.coded_paths(method)
-        name = re.sub(r"(\.row-\d+)?\.safetensors$", "", paths[0].name)
+        name = record_name(paths[0])
         statistics = run.statistics(method)
         key = _merge_key(run, method, statistics)
         if run.steps.finished(f"coded-{name}", key, paths):
@@ -49,6 +49,11 @@ def merge(run: SeedRun) -> None:
                 from_first(merge)
             work.makes(FileKind.coded_model, by_stem(paths))
         run.steps.finish(f"coded-{name}", key, paths)
+
+
+def record_name(path: Path) -> str:
+    """Return what a method's coded models are called together, from one of their files."""
+    return re.sub(r"(\.row-\d+)?\.safetensors$", "", path.name)
 
 
 def _merge_key(run: SeedRun, method: MergeMethod | Distillation, statistics: dict[str, dict[str, Path]]) -> str:
