@@ -16,6 +16,7 @@ from coin.commands.served import read_accuracies, read_served, results_folders
 from coin.errors import FileError
 from coin.reporting import read_results, read_simulation
 from coin.serving.model import NetworkServer
+from coin.state import load_state, save_state
 
 GIVEN = ["--service.kind=exponential", "--service.seconds=0.01", "--jobs=1", "--queries=400"]
 
@@ -120,6 +121,8 @@ MISTAKES = {
     "mean of measured times": (["simulate", "FOLDER", "--service.seconds=1"], "measured"),
     "share": (["simulate", "FOLDER", "--slowdown.share=1.5"], "1.5"),
     "queries": (["simulate", "FOLDER", *GIVEN, "--queries=3"], "3 queries"),
+    "queries of which intervals want more": (["simulate", "FOLDER", *GIVEN, "--queries=21"], "at least 22"),
+    "no loads": (["simulate", "FOLDER", *GIVEN, "--loads=[]"], "no loads"),
 }
 
 
@@ -141,3 +144,12 @@ def test_coded_models_that_are_gone_or_of_other_experts(finished: Path, tmp_path
     (copy / "coded/average.safetensors").unlink()
     with pytest.raises(FileError, match="no coded model of method average"):
         read_served(copy, "average", None, "linear")
+
+
+def test_coded_models_of_other_codes_beside_those_of_the_results_do_not_serve(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copytree(finished / "seed-0", copy)
+    state, made = load_state(copy / "coded/average.safetensors")
+    save_state(copy / "coded/average.row-0.safetensors", state, {**made, "code": [[0.5, 0.5], [0.9, 0.1]], "row": 0})
+    save_state(copy / "coded/average.row-1.safetensors", state, {**made, "tasks": ["digits", "gone"]})
+    assert [path.name for path in read_served(copy, "average", None, "linear").coded] == ["average.safetensors"]

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from coin.data import ImageFolder
+from coin.data.decoding import to_square
 from coin.errors import DataError
 
 
@@ -169,3 +170,19 @@ def test_sixteen_bit_images_are_refused(root):
     Image.fromarray(pixels).save(root / "test" / "cat" / "deep.png")
     with pytest.raises(DataError, match=r"deep.png has pixels of type 'I;16'; expected 8 bits"):
         ImageFolder(str(root)).setup()
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000)])
+def test_a_strip_is_cut_before_it_is_resized(size, monkeypatch):
+    sizes, plain = [], Image.Image.resize
+
+    def resize(image, wanted, *options):
+        sizes.append(wanted)
+        return plain(image, wanted, *options)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    strip = np.zeros((size[1], size[0], 3), np.uint8)
+    strip[1990:2010] = 255
+    strip[:, 1990:2010] = 255
+    assert (to_square(Image.fromarray(strip), 32) == 255).all()
+    assert [max(wanted) for wanted in sizes] == [8 * 32]

@@ -4,12 +4,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from coin.atomic import sha256_of
 from coin.cli import main
+from coin.errors import NumericalError
 from coin.reporting import read_results
 
 Records = list[dict[str, Any]]
@@ -184,3 +185,34 @@ def test_an_experiment_s_own_tags_and_no_runs_of_methods(
     run = run_of(read_wandb(folder))
     assert run["display_name"] == "tiny-seed-0-evaluate"
     assert set(run["tags"]) == {"small_resnet", "mine"}
+
+
+def test_a_job_that_fails_is_told_to_have_failed(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], Records]
+) -> None:
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise NumericalError("it diverged; give a smaller learning rate")
+
+    monkeypatch.setattr("coin.experiment.steps.initial.train_network", fail)
+    assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 2
+    (folder,) = (tmp_path / "tiny/base/wandb").glob("offline-run-*")
+    assert read_wandb(folder)[-1]["exit"]["exit_code"] == 1
+
+
+def test_runs_of_methods_that_failed_are_tried_again(
+    finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "tiny")
+    record = tmp_path / "tiny/seed-0/.steps/wandb-methods.json"
+    record.unlink()
+
+    def fail(*_: Any, **__: Any) -> NoReturn:
+        raise ConnectionError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("coin.experiment.steps.evaluation.log_method_runs", fail)
+        with pytest.warns(UserWarning, match="did not take the runs of the methods"):
+            assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
+    assert not record.exists()
+    assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
+    assert record.exists()

@@ -9,12 +9,14 @@ import torch
 
 from coin.coding import Answers, decode_linear, make_decoder
 from coin.errors import ConfigurationError, DeadlineError, DecodingError, LostError, OverloadedError, ServingError
+from coin.serving.breaker import Breaker
 from coin.serving.decodings import Decodings
 from coin.serving.front_end import FrontEnd
 from coin.serving.layout import Layout, spread_copies
 from coin.serving.limits import Limits
 from coin.serving.policies import make_policy
 from coin.serving.replies import Reply, ReplyFormat
+from coin.serving.server_queue import Request, ServerQueue
 
 MATRIX = [[0.5, 0.3, 0.2]]
 X = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
@@ -449,3 +451,27 @@ def test_fitted_decoder_is_used_where_it_fits_and_the_code_otherwise(linear_syst
     with pytest.raises(DecodingError, match="not finite"):
         decodings.decode(huge)
     assert ReplyFormat(3, 6).check(biased[0], 40) is None
+
+
+def test_a_queue_lives_on_whatever_goes_wrong_in_it(virtually: Any) -> None:
+    delivered: list[Reply | None] = []
+
+    async def server(inputs: torch.Tensor) -> Reply:
+        return Reply(inputs @ torch.ones(2, 3, dtype=inputs.dtype), None)
+
+    async def main() -> None:
+        queue = ServerQueue("it", server, ReplyFormat(3), Breaker(3, 1.0), limit=4, max_batch=1, timeout=10.0)
+        queue.start()
+
+        def refuse(_: Reply | None) -> None:
+            raise RuntimeError("out of memory")
+
+        queue.put(Request(torch.ones(1, 2), refuse))
+        await asyncio.sleep(1)
+        assert queue.last_error == "RuntimeError: out of memory"
+        queue.put(Request(torch.ones(1, 2), delivered.append))
+        await asyncio.sleep(1)
+        await queue.stop()
+
+    virtually(main())
+    assert [reply.logits.tolist() for reply in delivered if reply is not None] == [[[2.0, 2.0, 2.0]]]
