@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -167,9 +167,18 @@ def main(args: list[str] | None = None) -> int:
         mistake = _mistake_behind(error) or shortage_behind(error)
         if mistake is None:
             raise
-        print(f"coin: error: {' '.join(str(mistake).split())}", file=sys.stderr)
+        print(f"coin: error: {_with_advice(mistake, args or [])}", file=sys.stderr)
         return 2
     return 0
+
+
+def _with_advice(mistake: CoinError, args: Sequence[str]) -> str:
+    """Return a mistake in one line; one that says no more than what is allowed gets the way to the help."""
+    line = " ".join(str(mistake).split())
+    if not isinstance(mistake, ConfigurationError) or ";" in line:
+        return line
+    commands = [argument for argument in args if argument in {*COMMANDS, *CoinCLI.subcommands()}]
+    return f"{line}; see coin {' '.join(commands[:1] or ['COMMAND'])} --help"
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def seed_folders(experiment_folder: Path) -> list[Path]:
 
     if len(found) > 1:
         options = {folder: _comparable(read_configuration(folder).get("configuration")) for folder in found}
-        latest = options[max(found, key=lambda folder: (folder / RESULTS_CSV).stat().st_mtime_ns)]
+        latest = options[max(found, key=lambda folder: (folder / RESULTS_JSON).stat().st_mtime_ns)]
         if other := sorted(folder.name for folder in found if options[folder] != latest):
             warnings.warn(
                 f"left out {', '.join(other)}: measured with other options than the latest seed",

@@ -274,7 +274,7 @@ def test_seeds_of_other_options_are_left_out_of_the_mean(finished: Path, tmp_pat
     document = json.loads((tmp_path / "seed-0/results.json").read_text())
     document["configuration"]["calibration"]["samples_per_task"] = 999
     (tmp_path / "seed-0/results.json").write_text(json.dumps(document))
-    (tmp_path / "seed-1/results.csv").touch()
+    (tmp_path / "seed-1/results.json").touch()
     with pytest.warns(UserWarning, match="left out seed-0"):
         assert set(write_summary(tmp_path).seeds) == {1}
 
@@ -291,7 +291,7 @@ def test_the_results_shown_are_those_of_the_command_that_was_given_last(
     document["configuration"]["calibration"]["samples_per_task"] = 999
     path.write_text(json.dumps(document))
     later = time.time() + 5
-    os.utime(copy / "seed-0/results.csv", (later - 10, later - 10))
+    os.utime(copy / "seed-0/results.json", (later - 10, later - 10))
     with pytest.warns(UserWarning, match="left out seed-1"):
         assert main(["run", "-c", str(config), f"--output={tmp_path}", "--json"]) == 0
     assert {row["samples_per_task"] for row in json.loads(capsys.readouterr().out)["summary"]} == {24}

@@ -26,7 +26,7 @@ def evaluate(run: SeedRun) -> None:
     options = {**run.options, "tasks": run.tasks, "code": code}  # results.json says all of them
     key = step_key(options, [*run.experts.paths.values(), *coded], run.experts.sha256)
     if run.steps.finished("evaluate", key, outputs):
-        from_first(outputs[0].touch)  # of seeds with different options, the latest run's count
+        from_first((run.folder / RESULTS_JSON).touch)  # of seeds with different options, the latest run's count
         run.say("evaluation: up to date")
     else:
         _measure(run, coded)
