@@ -9,7 +9,7 @@ import pandas as pd
 
 from coin.errors import CoinWarning, FileError
 from coin.reporting.frames import read_frame, write_frame
-from coin.reporting.results import KEYS, NUMBERS, RESULTS_CSV, read_configuration, read_results
+from coin.reporting.results import KEYS, NUMBERS, RESULTS_CSV, RESULTS_JSON, read_configuration, read_results
 
 SUMMARY_CSV = "summary.csv"
 
