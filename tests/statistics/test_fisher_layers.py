@@ -85,6 +85,64 @@ def test_convolution(name: str) -> None:
     assert_exact(Pooled(first, nn.Tanh(), make(), width=6), torch.randn(5, *shape))
 
 
+class Folded(nn.Module):
+    """A layer that sees a sample's rows side by side in the leading dimension, [B·k, …]."""
+
+    def __init__(self, layer: nn.Module, outputs: int) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(outputs, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, k, …]
+        y = torch.tanh(self.layer(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+        return self.head((y * torch.arange(1, x.shape[1] + 1).view(-1, *[1] * (y.ndim - 2))).sum(1).flatten(1))
+
+
+class Scaled(nn.Module):
+    """A parameter that is multiplied with activations, and one that is added."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x * self.scale) + self.shift
+
+
+FOLDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "linear": (lambda: nn.Linear(4, 5), (4,), 5),
+    "linear at positions": (lambda: nn.Linear(4, 5), (3, 4), 15),
+    "convolution": (lambda: nn.Conv2d(4, 6, 3), (4, 4, 4), 24),
+    "convolution of a large map": (lambda: nn.Conv2d(2, 3, 3, padding=1, bias=False), (2, 9, 9), 243),
+    "convolution to one position": (lambda: nn.Conv2d(4, 6, (2, 3)), (4, 2, 3), 6),
+    "grouped convolution": (lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2, padding=1), (4, 4, 4), 24),
+    "one dimension": (lambda: nn.Conv1d(4, 6, 3, dilation=2), (4, 7), 18),
+    "three dimensions": (lambda: nn.Conv3d(2, 4, 2, groups=2), (2, 3, 2, 3), 16),
+    "batch norm": (lambda: nn.BatchNorm2d(4), (4, 2, 2), 16),
+    "layer norm": (lambda: nn.LayerNorm(4), (3, 4), 12),
+    "layer norm over a map": (lambda: nn.LayerNorm([4, 2, 2]), (4, 2, 2), 16),
+    "group norm": (lambda: nn.GroupNorm(2, 4), (4, 2, 2), 16),
+    "scale and shift": (lambda: Scaled(4), (3, 4), 12),
+    "scale and shift of positions": (lambda: Scaled(1, 3, 1), (3, 4), 12),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_sample_of_several_rows(name: str, rows: int) -> None:
+    torch.manual_seed(0)
+    make, shape, outputs = FOLDED[name]
+    assert_exact(Folded(make(), outputs), torch.randn(4, rows, *shape))
+    # Behind another layer its gradient by the input counts as well.
+    first = nn.Sequential(nn.Linear(shape[-1], shape[-1]), nn.Tanh())
+    assert_exact(Folded(nn.Sequential(first, make()), outputs), torch.randn(4, rows, *shape))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_tokens_of_a_sample_in_several_rows(rows: int) -> None:
+    torch.manual_seed(0)
+    assert_exact(Folded(nn.Embedding(3, 4), 20), torch.randint(0, 3, (4, rows, 5)))
+
+
 @pytest.mark.parametrize("positions", [(), (1,), (5,), (3, 4), (80,)])
 def test_linear_at_positions(positions: tuple[int, ...]) -> None:
     torch.manual_seed(0)

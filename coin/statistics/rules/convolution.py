@@ -16,8 +16,8 @@ class ConvolutionCall(Call):
     """y = x ⋆ W + b for x [B, C, *size], W [O, C/G, *kernel].
 
     Few output positions: the Gram rule, one product per kernel tap over the positions where that tap meets the image.
-    Many: the direct rule over unfolded patches. The weight's accumulator is written as [G, O/G, taps, C/G], which is a
-    view of memory laid out with the channels last.
+    Many, or several rows a sample: the direct rule over unfolded patches. The weight's accumulator is written as
+    [G, O/G, taps, C/G], which is a view of memory laid out with the channels last.
     """
 
     def __init__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
@@ -78,12 +78,15 @@ class ConvolutionCall(Call):
             bias.add_(squared_sums(g, site.samples, 2))
         if (weight := site.total("weight")) is None:
             return
-        columns = g.flatten(3)  # [V, B, O, T]
-        if prefers_gram(columns.shape[3], len(g)):
+        k = g.shape[1] // site.samples
+        columns = g.flatten(3)  # [V, B·k, O, T]
+        if k == 1 and prefers_gram(columns.shape[3], len(g)):
             pairs = contract_pairs(columns.transpose(2, 3))
             self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
         else:
-            add_direct(self._accumulator(weight).flatten(2), columns, self._patches)
+            if k > 1:  # a sample's rows are further positions
+                columns = columns.unflatten(1, (site.samples, k)).transpose(2, 3).flatten(3)  # [V, B, O, k·T]
+            add_direct(self._accumulator(weight).flatten(2), columns, lambda n: self._patches(n, k))
 
     @override
     def finish(self, site: Site) -> None:
@@ -104,12 +107,12 @@ class ConvolutionCall(Call):
                 pairs = pairs.index_select(1, lookup[met[first], met[second]])
             add_gram(total[:, :, index], pairs, a)
 
-    def _patches(self, sample: int) -> Tensor:
-        """Return one sample's unfolded inputs as [G, T, taps·C/G]."""
-        patches = self.geometry.patches(self.inputs[sample : sample + 1])[0]  # [*output, *kernel, C]
+    def _patches(self, sample: int, k: int) -> Tensor:
+        """Return the unfolded inputs of one sample of k rows as [G, k·T, taps·C/G]."""
+        patches = self.geometry.patches(self.inputs[sample * k : (sample + 1) * k])  # [k, *output, *kernel, C]
         dims, groups = len(self.geometry.kernel), self.geometry.groups
         grouped = patches.reshape(*patches.shape[:-1], groups, -1).movedim(-2, 0)
-        flat: Tensor = grouped.flatten(1 + dims).flatten(1, dims)
+        flat: Tensor = grouped.flatten(2 + dims).flatten(1, 1 + dims)
         return flat
 
     def _accumulator(self, total: Tensor) -> Tensor:
