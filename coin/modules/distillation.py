@@ -152,7 +152,17 @@ class Distillation(LightningModule):
         calibration = self._data().training_calibration()
         with torch.no_grad():
             self._outputs = torch.cat([self.expert_outputs(batch.to(self.device)) for batch in calibration], dim=1)
-        self.passes += calibration.num_samples * len(self.teachers)
+        if self.trainer.ckpt_path is None:  # a method's cost is the same however often its training is interrupted
+            self.passes += calibration.num_samples * len(self.teachers)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the training has cost so far, and the held-out losses."""
+        checkpoint["distillation"] = {"passes": self.passes, "losses": list(self.losses)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting from there."""
+        kept = checkpoint.get("distillation", {})
+        self.passes, self.losses = kept.get("passes", self.passes), list(kept.get("losses", self.losses))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the coded model's logits ``[B, C]``."""
