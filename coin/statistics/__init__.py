@@ -6,7 +6,7 @@ from coin.statistics.fisher import DEFAULT_MEMORY_MIB, fisher_diagonal, fisher_s
 from coin.statistics.gram import GramLayers, gram_sums
 from coin.statistics.kinds import CotangentDistribution, FisherKind
 from coin.statistics.products import OutputMap
-from coin.statistics.sums import Sums, reduce_sums, shard
+from coin.statistics.sums import Sums, check_shares, reduce_sums, shard
 
 __all__ = [
     "DEFAULT_MEMORY_MIB",
@@ -16,6 +16,7 @@ __all__ = [
     "OutputMap",
     "Solution",
     "Sums",
+    "check_shares",
     "conjugate_gradient",
     "fisher_diagonal",
     "fisher_sums",

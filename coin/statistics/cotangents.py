@@ -21,6 +21,15 @@ def check_options(kind: FisherKind, labels: Tensor | None, cotangents: int | Non
         raise ConfigurationError(
             f"found {found} for the {kind} Fisher; labels belong to the empirical kind, and only to it"
         )
+    check_cotangents(kind, cotangents)
+
+
+def check_cotangents(kind: FisherKind, cotangents: int | None) -> None:
+    """Check that a number of cotangents belongs to the kind.
+
+    Raises:
+        ConfigurationError: `cotangents` without Monte Carlo, or below 1.
+    """
     if cotangents is not None and kind is not FisherKind.monte_carlo:
         raise ConfigurationError(
             f"found cotangents={cotangents} for the {kind} Fisher; only monte_carlo takes a number"

@@ -10,6 +10,7 @@ from coin.errors import ConfigurationError
 from coin.statistics.cotangents import check_options, make_cotangents, number_of_cotangents
 from coin.statistics.guard import as_input, evaluating
 from coin.statistics.kinds import CotangentDistribution, FisherKind
+from coin.statistics.memory import check_memory
 from coin.statistics.squares import SquaredGradients
 from coin.statistics.sums import Sums
 
@@ -48,8 +49,7 @@ def fisher_sums(
     """
     kind, distribution = FisherKind(kind), CotangentDistribution(distribution)
     check_options(kind, labels, cotangents)
-    if memory_mib < 1:
-        raise ConfigurationError(f"found memory_mib={memory_mib}, expected at least 1")
+    check_memory(memory_mib)
     with evaluating(network):
         parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         if not parameters:
