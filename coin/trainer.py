@@ -24,7 +24,7 @@ from coin.recording import record_evaluation
 from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_logging import logger_mode
 from coin.state import fingerprint
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Sums
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Sums, check_shares
 from coin.statistics.files import save_statistic
 
 _EXPECTED = (
@@ -218,7 +218,11 @@ class Trainer(pl.Trainer):
         """Return the sums of a network's statistic over the tasks' calibration samples, and the seconds it took.
 
         The samples are shared out over this Trainer's processes; every process gets the sums over all of them.
+
+        Raises:
+            ConfigurationError: There are fewer samples than processes.
         """
+        check_shares(tasks.samples_per_task * len(tasks.tasks), self.world_size)
         labels = None
         if kind == FisherKind.empirical:
             tasks.prepare_data()
