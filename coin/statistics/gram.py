@@ -12,7 +12,7 @@ from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.linear import LinearCall
-from coin.statistics.sums import Sums
+from coin.statistics.sums import Sums, sum_type
 
 _BLOCK = 1 << 24
 """Floats of unfolded patches formed at a time."""
@@ -89,7 +89,8 @@ def _patches(call: ConvolutionCall) -> Iterable[Tensor]:
 
 
 def _add(values: dict[str, Tensor], name: str, a: Tensor, bias: bool) -> None:
-    """Add Σ_rows a aᵀ for a [rows, G, K]."""
+    """Add Σ_rows a aᵀ for a [rows, G, K], in float32 at least."""
+    a = a.to(sum_type(a))
     if bias:
         a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], -1)
     columns = a.permute(1, 0, 2)  # [G, rows, K]

@@ -45,6 +45,11 @@ class Sums:
         return Sums(values, self.count + other.count, self.passes + other.passes)
 
 
+def sum_type(tensor: Tensor) -> torch.dtype:
+    """Return the type that sums of a tensor are kept in: its own, but float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def reduce_sums(sums: Sums) -> Sums:
     """Return the sums over all processes of the default process group, the same on each; `sums` itself without one.
 

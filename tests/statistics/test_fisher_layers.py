@@ -358,3 +358,27 @@ def test_outputs_that_are_not_logits_are_refused() -> None:
 def test_nothing_to_differentiate_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="no parameter"):
         fisher_diagonal(nn.Linear(4, CLASSES).requires_grad_(False), [torch.randn(2, 4)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FOLDED)
+def test_sixteen_bits_are_squared_and_summed_in_full_precision(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    make, shape, outputs = FOLDED[name]
+    network, inputs = Folded(make(), outputs).to(dtype), torch.randn(40, 2, *shape).to(dtype)
+    found = fisher_diagonal(network, list(inputs.split(1)))
+    # The passes themselves are rounded, each sample's by itself; the sums over samples are not.
+    expected = dense_loop(network.double(), inputs.double())
+    for key, value in expected.items():
+        assert found[key].dtype == torch.float32
+        error = (found[key].double() - value).norm() / value.norm()
+        assert error < 8 * torch.finfo(dtype).eps, key
+
+
+def test_sums_in_sixteen_bits_neither_stall_nor_overflow() -> None:
+    network = nn.Linear(2, CLASSES).bfloat16()
+    found = fisher_diagonal(network, [torch.ones(1, 2)] * 600)
+    assert torch.equal(found["weight"], torch.ones(CLASSES, 2)), "bfloat16 counts to 256"
+    network = nn.Linear(2, CLASSES).half()
+    found = fisher_diagonal(network, [torch.full((4, 2), 300.0)])
+    assert torch.equal(found["weight"], torch.full((CLASSES, 2), 9e4)), "float16 ends at 65504"

@@ -97,3 +97,11 @@ def test_every_linear_map_of_a_vision_transformer() -> None:
         torch.testing.assert_close(found[inside + name], (a.mT @ a)[None])
     patches = with_one(F.unfold(F.instance_norm(images), 4, stride=4).mT.reshape(-1, 48), True)
     torch.testing.assert_close(found["conv_proj.weight"], (patches.mT @ patches)[None])
+
+
+def test_sums_in_sixteen_bits_neither_stall_nor_overflow() -> None:
+    found = gram_sums(nn.Linear(2, 3).bfloat16(), [torch.ones(1, 2)] * 600).mean()["weight"]
+    assert torch.equal(found, torch.ones(1, 3, 3)), "bfloat16 counts to 256"
+    convolution = nn.Conv2d(1, 3, 1, bias=False).half()
+    found = gram_sums(convolution, [torch.full((4, 1, 1, 1), 300.0)]).mean()["weight"]
+    assert torch.equal(found, torch.full((1, 1, 1), 9e4)), "float16 ends at 65504"

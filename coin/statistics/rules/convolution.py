@@ -10,6 +10,7 @@ from typing_extensions import override
 from coin.statistics.rules.call import Call, Site, fold, squared_sums
 from coin.statistics.rules.patches import Geometry
 from coin.statistics.rules.positions import add_direct, add_gram, contract_pairs, position_pairs, prefers_gram
+from coin.statistics.sums import sum_type
 
 
 class ConvolutionCall(Call):
@@ -97,7 +98,7 @@ class ConvolutionCall(Call):
         output = self.geometry.output_size(size)
         grid = torch.arange(prod(output), device=self.inputs.device).view(output)
         lookup = _pair_lookup(prod(output), self.inputs.device)
-        rows = self.inputs.movedim(1, -1).contiguous()
+        rows = self.inputs.movedim(1, -1).to(total.dtype).contiguous()
         for index, outputs, inputs in self.geometry.taps(size):
             a = rows[(slice(None), *inputs)].flatten(1, -2)
             met = grid[outputs].flatten()
@@ -109,7 +110,8 @@ class ConvolutionCall(Call):
 
     def _patches(self, sample: int, k: int) -> Tensor:
         """Return the unfolded inputs of one sample of k rows as [G, k·T, taps·C/G]."""
-        patches = self.geometry.patches(self.inputs[sample * k : (sample + 1) * k])  # [k, *output, *kernel, C]
+        rows = self.inputs[sample * k : (sample + 1) * k]
+        patches = self.geometry.patches(rows.to(sum_type(rows)))  # [k, *output, *kernel, C]
         dims, groups = len(self.geometry.kernel), self.geometry.groups
         grouped = patches.reshape(*patches.shape[:-1], groups, -1).movedim(-2, 0)
         flat: Tensor = grouped.flatten(2 + dims).flatten(1, 1 + dims)
