@@ -12,7 +12,7 @@ from torch.optim import Adam
 from coin.data import Augmentation
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
-from coin.merging.method import check_label
+from coin.merging.method import check_label, check_row
 from coin.modules.axes import plot_against_epochs
 from coin.networks import (
     BatchNormPolicy,
@@ -119,6 +119,7 @@ class Distillation(LightningModule):
             raise ConfigurationError(
                 f"found {len(paths or [])} experts and code_row={row}, expected one weight for each expert"
             )
+        check_row(row, len(paths))
         files = [load_network(Path(path)) for path in paths]
         outputs = max(file.num_classes for file in files)
         networks = [widen_network(file, outputs).requires_grad_(False) for file in files]
