@@ -41,6 +41,9 @@ _EXPECTED = (
 )
 """What Lightning warns of and an experiment means."""
 
+_MIXED = {"bf16-true": "bf16-mixed", "16-true": "16-mixed"}
+"""Precisions with weights of 16 bits, and what is meant by them."""
+
 _MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 
@@ -70,7 +73,7 @@ class Trainer(pl.Trainer):
             and in evaluation alike; statistics and decoding are in full precision always.
 
     Raises:
-        ConfigurationError: There is no such `matmul_precision`.
+        ConfigurationError: There is no such `matmul_precision`, or the weights would be of 16 bits.
         ConnectionFailedError: A W&B logger is to work online, and there is no key or no network.
     """
 
@@ -85,6 +88,10 @@ class Trainer(pl.Trainer):
         matmul_precision: str | None = None,
         **kwargs: Any,
     ) -> None:
+        if (precision := kwargs.get("precision")) in _MIXED:
+            raise ConfigurationError(
+                f"found precision '{precision}', in which no weights are trained or written; use {_MIXED[precision]}"
+            )
         given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks] if callbacks is not None else []
         if enable_progress_bar and not any(isinstance(callback, ProgressBar) for callback in given):
             given.append(RunProgress())

@@ -81,6 +81,12 @@ def test_tf32_is_an_option_of_the_trainer(make_trainer):
         make_trainer(matmul_precision="low")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "16"])
+def test_weights_of_16_bits_are_refused(make_trainer, precision):
+    with pytest.raises(ConfigurationError, match=f"found precision '{precision}-true'.*; use {precision}-mixed"):
+        make_trainer(precision=f"{precision}-true")
+
+
 def test_a_compiled_expert_trains_alike_and_keeps_its_names(tmp_path, make_trainer, synthetic, monkeypatch):
     calls = []
 
