@@ -70,7 +70,8 @@ class Trainer(pl.Trainer):
         matmul_precision: Of float32 matrix products, for the whole process: ``high`` lets GPUs use TF32, ``medium``
             bfloat16; ``highest`` is torch's own choice. None leaves it.
         **kwargs: Lightning's own arguments. With ``precision: bf16-mixed`` the networks' passes are mixed, in training
-            and in evaluation alike; statistics and decoding are in full precision always.
+            and in evaluation alike. Statistics and decoding are in full precision whatever these options say, without
+            TF32, which torch else uses in a GPU's convolutions.
 
     Raises:
         ConfigurationError: There is no such `matmul_precision`, or the weights would be of 16 bits.

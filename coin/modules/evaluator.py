@@ -23,6 +23,7 @@ from coin.modules.variants import NONE, ORACLE, Variant, read_coded
 from coin.networks import common_widths, load_network, run_network, widen_network
 from coin.progress import tracked
 from coin.state import fingerprint
+from coin.statistics.guard import full_products
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class DecodingEvaluator(LightningModule):
         """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of, on the CPU."""
         inputs, labels = batch
         answers = _to_cpu(self(inputs))  # where the decoders were fitted; not every device has float64
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False), full_products():
             self._decode(answers, (inputs, labels.cpu()), batch_idx, dataloader_idx)
 
     def _decode(self, answers: Answers, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int) -> None:

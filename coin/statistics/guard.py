@@ -9,12 +9,26 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
+def full_products() -> Iterator[None]:
+    """Run a block without TF32 or bfloat16 inside the products of float32, of matrices and in convolutions."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
 def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     """Run a block with the network in eval mode, at full precision, with gradients possible.
 
-    Works inside a caller's `torch.no_grad`, `torch.inference_mode` and autocast, which are suspended. Every module's
-    mode is restored one by one, and a buffer that the block wrote to gets its old values back. Attention runs on its
-    plain kernels: the fused ones can neither batch their backward pass nor differentiate forwards.
+    Works inside a caller's `torch.no_grad`, `torch.inference_mode` and autocast, which are suspended, as are TF32 and
+    bfloat16 inside products (`full_products`). Every module's mode is restored one by one, and a buffer that the block
+    wrote to gets its old values back. Attention runs on its plain kernels: the fused ones can neither batch their
+    backward pass nor differentiate forwards.
     """
     modes = {module: module.training for module in network.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
@@ -29,6 +43,7 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
             stack.enter_context(torch.set_grad_enabled(gradients))
             stack.enter_context(torch.autocast(device, enabled=False))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(full_products())
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
