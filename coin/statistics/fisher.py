@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from coin.errors import ConfigurationError
+from coin.inputs import as_input
 from coin.statistics.cotangents import check_options, make_cotangents, number_of_cotangents
-from coin.statistics.guard import as_input, evaluating
+from coin.statistics.guard import evaluating
 from coin.statistics.kinds import CotangentDistribution, FisherKind
 from coin.statistics.memory import check_memory
 from coin.statistics.squares import SquaredGradients

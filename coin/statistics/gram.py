@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.statistics.guard import as_input, evaluating
+from coin.inputs import as_input
+from coin.statistics.guard import evaluating
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall

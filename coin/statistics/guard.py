@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
@@ -53,14 +53,3 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
             for buffer, old in buffers:
                 if not torch.equal(buffer, old):
                     buffer.copy_(old)
-
-
-def as_input(batch: Tensor, network: nn.Module) -> Tensor:
-    """Return a batch as an ordinary tensor on the network's device, in its floating-point type.
-
-    Integer inputs (tokens) keep their type. Inference tensors, which autograd refuses, are copied.
-    """
-    reference = next(network.parameters(), None)
-    if reference is not None:
-        batch = batch.to(reference.device, reference.dtype if batch.is_floating_point() else batch.dtype)
-    return batch.clone() if batch.is_inference() else batch.detach()

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from coin.errors import StateError
+from coin.inputs import as_input
 from coin.state import State, check_same_layout
-from coin.statistics.guard import as_input, evaluating
+from coin.statistics.guard import evaluating
 from coin.statistics.sums import sum_type
 
 
