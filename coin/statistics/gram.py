@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.inputs import as_input
-from coin.statistics.guard import evaluating
+from coin.statistics.guard import evaluating, trainable
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall
@@ -50,6 +50,9 @@ def gram_sums(
     Returns:
         Sums of weight name → [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias; a map that is
         called more than once has the sum over its calls. Without any batch there are no names.
+
+    Raises:
+        ConfigurationError: No parameter requires a gradient.
     """
     layers = GramLayers(layers)
     values: dict[str, Tensor] = {}
@@ -67,7 +70,7 @@ def gram_sums(
                 _add(values, name, a, call.bias is not None)
 
     with evaluating(network, gradients=False):
-        parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        parameters = trainable(network)
         for batch in batches:
             inputs = as_input(batch, network)
             with Interceptor(parameters, visit):

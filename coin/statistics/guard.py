@@ -7,6 +7,23 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from coin.errors import ConfigurationError
+
+
+def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require gradients, those that a statistic is of.
+
+    Raises:
+        ConfigurationError: There are none.
+    """
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ConfigurationError(
+            "the network has no parameter that requires a gradient; expected at least one; call requires_grad_() on "
+            "those that the statistic is of"
+        )
+    return parameters
+
 
 @contextmanager
 def full_products() -> Iterator[None]:

@@ -19,10 +19,15 @@ class ConvolutionCall(Call):
     Few output positions: the Gram rule, one product per kernel tap over the positions where that tap meets the image.
     Many, or several rows a sample: the direct rule over unfolded patches. The weight's accumulator is written as
     [G, O/G, taps, C/G], which is a view of memory laid out with the channels last.
+
+    Where padding is uneven, `inputs` is padded to make it even; `size` is the spatial size without that.
     """
 
-    def __init__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
+    def __init__(
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, size: tuple[int, ...]
+    ) -> None:
         self.inputs, self.weight, self.bias, self.geometry = inputs, weight, bias, geometry
+        self._size = size
         self._pairs: Tensor | None = None
 
     @override
@@ -47,7 +52,9 @@ class ConvolutionCall(Call):
             gradient[grid] = self._transposed(folded, tuple(folded.shape[2:]), (1,) * dims)
         else:
             gradient = self._transposed(folded, size, geometry.stride)
-        return gradient.view(*g.shape[:2], *gradient.shape[1:])
+        if self._size != size:
+            gradient = gradient[(slice(None), slice(None), *(slice(n) for n in self._size))]
+        return gradient.reshape(*g.shape[:2], *gradient.shape[1:])
 
     def _transposed(self, g: Tensor, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
         """Return the input's gradient [N, C, *size] by the library's kernel."""
