@@ -159,7 +159,7 @@ class Trainer(pl.Trainer):
         datamodule: LightningDataModule,
         ckpt_path: str | None = None,
         samples: int = 200,
-        kind: FisherKind = FisherKind.exact,
+        kind: FisherKind | None = None,
         cotangents: int | None = None,
         statistic: StatisticKind = StatisticKind.fisher,
         memory_mib: int = DEFAULT_MEMORY_MIB,
@@ -172,7 +172,7 @@ class Trainer(pl.Trainer):
             datamodule: Its task, or several as `coin.data.Tasks` for a pooled Fisher.
             ckpt_path: A Lightning checkpoint or an ``expert.safetensors``; none takes the model as configured.
             samples: P, the number of unlabelled training samples of each task.
-            kind: Which Fisher diagonal.
+            kind: Which Fisher diagonal; none takes ``exact``. Gram matrices have no kinds.
             cotangents: k, for the Monte Carlo kind.
             statistic: ``fisher`` or ``gram``.
             memory_mib: Bound on the pass's working memory in MiB, beside the network and the accumulators.
@@ -180,10 +180,16 @@ class Trainer(pl.Trainer):
                 the checkpoint.
 
         Raises:
+            ConfigurationError: Options of a Fisher are given for Gram matrices.
             FileError: The checkpoint is missing or damaged.
             StateError: It does not fit the model.
             DataError: A task has fewer than `samples` training samples.
         """
+        if statistic == StatisticKind.gram and not (kind is None and cotangents is None):
+            raise ConfigurationError(
+                f"found kind={kind} and cotangents={cotangents} for Gram matrices, expected neither: they are a "
+                "Fisher's; leave them out or set statistic=fisher"
+            )
         network, config = _network(model, ckpt_path)
         single = isinstance(datamodule, TaskData)
         if isinstance(datamodule, TaskData):
@@ -195,7 +201,7 @@ class Trainer(pl.Trainer):
         for task in tasks.tasks.values():
             config.check_content(task.content)
         tasks.resize(config.image_size)
-        kind = FisherKind(kind)
+        kind = FisherKind.exact if kind is None else FisherKind(kind)
         sums, seconds = self.statistic_sums(
             network, tasks, statistic=statistic, kind=kind, cotangents=cotangents, memory_mib=memory_mib
         )
