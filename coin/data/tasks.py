@@ -50,6 +50,8 @@ class Tasks(LightningDataModule):
         super().__init__()
         at_least("samples_per_task", samples_per_task, 1)
         at_least("batch_size", batch_size, 1)
+        if seed is not None:
+            at_least("seed", seed, 0)
         if not 0 <= held_out < 1:
             raise ConfigurationError(f"held_out is {held_out}; expected a number in [0, 1)")
         if not tasks:

@@ -324,6 +324,11 @@ def test_stages_and_tasks_travel_with_the_answers():
         Answers.concatenate([answers, dataclasses.replace(answers, feature_widths=(12,))])
     with pytest.raises(DecodingError, match="whether they tell the tasks"):
         Answers.concatenate([answers, dataclasses.replace(answers, tasks=None)])
+    free = dataclasses.replace(answers, feature_widths=None)
+    for whose in ("expert_features", "coded_features"):
+        wider = [torch.cat([feature, feature], 1) for feature in getattr(free, whose)]
+        with pytest.raises(DecodingError, match="differ in networks, classes, features, stages"):
+            Answers.concatenate([free, dataclasses.replace(free, **{whose: wider})])
 
 
 @pytest.mark.parametrize(

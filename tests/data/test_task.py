@@ -287,6 +287,13 @@ def test_options_are_checked_at_construction(options, message):
         Numbered(**options)
 
 
+@pytest.mark.parametrize(("share", "samples"), [(0.99, 20), (0.5, 1)])
+def test_a_validation_share_that_leaves_nothing_to_train_on_is_refused(share, samples):
+    task = Numbered(train=samples, validation_share=share)
+    with pytest.raises(ConfigurationError, match=f"validation_share {share} of {samples} samples leaves none to train"):
+        task.setup()
+
+
 class Broken(Numbered):
     """Gives whatever a test puts in."""
 

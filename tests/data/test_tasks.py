@@ -175,6 +175,7 @@ def test_only_test_images_are_still_to_be_turned_into_inputs(members):
         ({"batch_size": 0}, ConfigurationError, "batch_size is 0"),
         ({"held_out": 1.0}, ConfigurationError, r"held_out is 1.0; expected a number in \[0, 1\)"),
         ({"held_out": -0.1}, ConfigurationError, "held_out is -0.1"),
+        ({"seed": -1}, ConfigurationError, "seed is -1; expected at least 0"),
     ],
 )
 def test_options_are_checked_at_construction(members, options, error, message):
