@@ -235,7 +235,7 @@ def test_random_components_do_not_depend_on_the_state_of_the_generator():
 
 def test_features_of_another_width_are_named():
     calibration, test = one_stage(noisy_answers(60, 1)), one_stage(noisy_answers(9, 2), slice(0, 4))
-    with pytest.raises(DecodingError, match="found 4 features, the decoder was fitted on 5"):
+    with pytest.raises(DecodingError, match="found 4 features, the decoder was fitted on 5; fit it on answers of"):
         decoded(DecoderConfig("feature_ridge", components=2), calibration, test)
 
 

@@ -310,7 +310,7 @@ def test_sources_are_checked():
     good = Samples.of(images, torch.arange(8) % 4)
     with pytest.raises(DataError, match="test labels from 1 to 8; expected 0 to 3"):
         Broken(Source(good, Samples.of(images, torch.arange(8) + 1))).setup()
-    with pytest.raises(DataError, match="no test images"):
+    with pytest.raises(DataError, match="no test images, expected at least one; check its source"):
         Broken(Source(good, good.subset([]))).setup()
     with pytest.raises(DataError, match=r"images are torch\.float32"):
         Broken(Source(Samples.of(images.float(), torch.arange(8) % 4), good)).setup()

@@ -320,7 +320,7 @@ def test_mismatched_layouts_are_named():
         RegMean().merge(MergeInputs(experts, grams=[{"head.weight": torch.eye(4)[None]}] * 2), (0.5, 0.5))
     with pytest.raises(StateError, match=r"Gram matrix for 'tail\.weight'"):
         RegMean().merge(MergeInputs(experts, grams=[{"tail.weight": torch.eye(4)[None]}] * 2), (0.5, 0.5))
-    with pytest.raises(StateError, match="3 groups, which do not divide 4 outputs"):
+    with pytest.raises(StateError, match="3 groups, which do not divide 4 outputs; compute the Gram"):
         RegMean().merge(MergeInputs(experts, grams=[{"conv.weight": torch.ones(3, 18, 18)}] * 2), (0.5, 0.5))
 
 

@@ -131,7 +131,7 @@ def test_experts_in_train_mode_are_left_as_found_and_merge_the_same(make_expert,
 
 def test_what_a_method_needs_is_named(make_expert, batches):
     experts = [make_expert(1), make_expert(2)]
-    with pytest.raises(ConfigurationError, match="method 'coin' needs 'fisher', which was not given"):
+    with pytest.raises(ConfigurationError, match="method 'coin' needs 'fisher', which was not given; give it"):
         merge_networks(Coin(), experts, CODE)
     with pytest.raises(ConfigurationError, match="needs 'initial'"):
         merge_networks(TaskArithmetic(), experts, CODE)
