@@ -102,8 +102,7 @@ def _draw(classes: int, number: int, distribution: CotangentDistribution, genera
         return (2.0 * signs.double() - 1.0) / math.sqrt(number)
     if number > classes:
         raise ConfigurationError(
-            f"found cotangents={number} for {classes} classes, expected at most {classes}; "
-            "take fewer or distribution='rademacher'"
+            f"found cotangents={number} for {classes} classes, expected at most {classes}; take fewer"
         )
     gaussian = torch.randn(classes, number, generator=generator, device=device, dtype=torch.float64)
     # The sign of R's diagonal makes the factor Haar-distributed; without it QR's convention would bias the rows.

@@ -1,7 +1,6 @@
 """The Gram matrices of the inputs of linear maps, for RegMean."""
 
 from collections.abc import Callable, Iterable
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -19,21 +18,10 @@ _BLOCK = 1 << 24
 """Floats of unfolded patches formed at a time."""
 
 
-class GramLayers(StrEnum):
-    """Which linear maps get a Gram matrix."""
-
-    linear = "linear"
-    """Fully connected layers alone, packed attention projections among them, as in the literature."""
-
-    all = "all"
-    """Convolutions too, over their im2col patches."""
-
-
 def gram_sums(
     network: nn.Module,
     batches: Iterable[Tensor],
     *,
-    layers: GramLayers = GramLayers.all,
     progress: Callable[[int], None] | None = None,
 ) -> Sums:
     """Return, for every trainable weight of a linear map, the sum over samples of Σ_positions a aᵀ.
@@ -44,7 +32,6 @@ def gram_sums(
     Args:
         network: Maps [B, …] to any output; run in eval mode and left as found.
         batches: Input batches [B, …].
-        layers: Which maps.
         progress: Called with the number of samples after every batch.
 
     Returns:
@@ -54,7 +41,6 @@ def gram_sums(
     Raises:
         ConfigurationError: No parameter requires a gradient.
     """
-    layers = GramLayers(layers)
     values: dict[str, Tensor] = {}
     count = 0
 
@@ -65,7 +51,7 @@ def gram_sums(
         if isinstance(call, LinearCall):
             a = call.inputs.reshape(-1, 1, call.inputs.shape[-1])
             _add(values, name, a, call.bias is not None)
-        elif isinstance(call, ConvolutionCall) and layers is GramLayers.all:
+        elif isinstance(call, ConvolutionCall):
             for a in _patches(call):
                 _add(values, name, a, call.bias is not None)
 
