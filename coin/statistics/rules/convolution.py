@@ -93,7 +93,8 @@ class ConvolutionCall(Call):
             self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
         else:
             if k > 1:  # a sample's rows are further positions
-                columns = columns.unflatten(1, (site.samples, k)).transpose(2, 3).flatten(3)  # [V, B, O, k·T]
+                columns = columns.reshape(len(g), site.samples, k, *columns.shape[2:])
+                columns = columns.transpose(2, 3).flatten(3)  # [V, B, O, k·T]
             add_direct(self._accumulator(weight).flatten(2), columns, lambda n: self._patches(n, k))
 
     @override
