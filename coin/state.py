@@ -24,6 +24,7 @@ from coin.versions import versions
 State = Mapping[str, Tensor]
 
 _METADATA_KEY = "coin"
+_ALIKE = "give tensors of one architecture and class count"
 
 
 def check_same_layout(states: Sequence[State], names: Sequence[str] | None = None) -> None:
@@ -42,13 +43,18 @@ def check_same_layout(states: Sequence[State], names: Sequence[str] | None = Non
     first = states[0]
     for other, name in zip(states[1:], called[1:], strict=True):
         if missing := sorted(first.keys() - other.keys()):
-            raise StateError(f"{name} has no tensor '{missing[0]}', which {called[0]} has ({len(missing)} missing)")
+            raise StateError(
+                f"{name} has no tensor '{missing[0]}', which {called[0]} has ({len(missing)} missing); {_ALIKE}"
+            )
         if extra := sorted(other.keys() - first.keys()):
-            raise StateError(f"{name} has a tensor '{extra[0]}', which {called[0]} has not ({len(extra)} superfluous)")
+            raise StateError(
+                f"{name} has a tensor '{extra[0]}', which {called[0]} has not ({len(extra)} superfluous); {_ALIKE}"
+            )
         for key, tensor in first.items():
             if other[key].shape != tensor.shape:
                 raise StateError(
-                    f"tensor '{key}' is {list(other[key].shape)} in {name} but {list(tensor.shape)} in {called[0]}"
+                    f"tensor '{key}' is {list(other[key].shape)} in {name} but {list(tensor.shape)} in {called[0]}; "
+                    f"{_ALIKE}"
                 )
 
 
@@ -72,7 +78,7 @@ def check_finite(state: State, what: str) -> None:
         StateError: Naming the first tensor that does, and `what` it belongs to.
     """
     if (key := not_finite(state)) is not None:
-        raise StateError(f"{what} is not finite: tensor '{key}' holds a NaN or an infinity")
+        raise StateError(f"{what} is not finite: tensor '{key}' holds a NaN or an infinity; check what made it")
 
 
 def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -86,7 +92,7 @@ def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str,
     """
     check_same_layout(states)
     if len(states) != len(weights):
-        raise StateError(f"found {len(weights)} weights for {len(states)} states, expected one each")
+        raise StateError(f"found {len(weights)} weights for {len(states)} states, expected one each; give as many")
     result: dict[str, Tensor] = {}
     for key, first in states[0].items():
         if first.is_floating_point():

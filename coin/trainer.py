@@ -24,7 +24,7 @@ from coin.recording import record_evaluation
 from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_logging import logger_mode
 from coin.state import fingerprint
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Sums
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Sums, check_shares
 from coin.statistics.files import save_statistic
 
 _EXPECTED = (
@@ -40,6 +40,9 @@ _EXPECTED = (
     r"It is recommended to use `self.log\('train/.*",  # the first process's share of an epoch tells how it goes
 )
 """What Lightning warns of and an experiment means."""
+
+_MIXED = {"bf16-true": "bf16-mixed", "16-true": "16-mixed"}
+"""Precisions with weights of 16 bits, and what is meant by them."""
 
 _MATMUL_PRECISIONS = ("highest", "high", "medium")
 
@@ -67,10 +70,11 @@ class Trainer(pl.Trainer):
         matmul_precision: Of float32 matrix products, for the whole process: ``high`` lets GPUs use TF32, ``medium``
             bfloat16; ``highest`` is torch's own choice. None leaves it.
         **kwargs: Lightning's own arguments. With ``precision: bf16-mixed`` the networks' passes are mixed, in training
-            and in evaluation alike; statistics and decoding are in full precision always.
+            and in evaluation alike. Statistics and decoding are in full precision whatever these options say, without
+            TF32, which torch else uses in a GPU's convolutions.
 
     Raises:
-        ConfigurationError: There is no such `matmul_precision`.
+        ConfigurationError: There is no such `matmul_precision`, or the weights would be of 16 bits.
         ConnectionFailedError: A W&B logger is to work online, and there is no key or no network.
     """
 
@@ -85,6 +89,10 @@ class Trainer(pl.Trainer):
         matmul_precision: str | None = None,
         **kwargs: Any,
     ) -> None:
+        if (precision := kwargs.get("precision")) in _MIXED:
+            raise ConfigurationError(
+                f"found precision '{precision}', in which no weights are trained or written; use {_MIXED[precision]}"
+            )
         given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks] if callbacks is not None else []
         if enable_progress_bar and not any(isinstance(callback, ProgressBar) for callback in given):
             given.append(RunProgress())
@@ -151,7 +159,7 @@ class Trainer(pl.Trainer):
         datamodule: LightningDataModule,
         ckpt_path: str | None = None,
         samples: int = 200,
-        kind: FisherKind = FisherKind.exact,
+        kind: FisherKind | None = None,
         cotangents: int | None = None,
         statistic: StatisticKind = StatisticKind.fisher,
         memory_mib: int = DEFAULT_MEMORY_MIB,
@@ -164,7 +172,7 @@ class Trainer(pl.Trainer):
             datamodule: Its task, or several as `coin.data.Tasks` for a pooled Fisher.
             ckpt_path: A Lightning checkpoint or an ``expert.safetensors``; none takes the model as configured.
             samples: P, the number of unlabelled training samples of each task.
-            kind: Which Fisher diagonal.
+            kind: Which Fisher diagonal; none takes ``exact``. Gram matrices have no kinds.
             cotangents: k, for the Monte Carlo kind.
             statistic: ``fisher`` or ``gram``.
             memory_mib: Bound on the pass's working memory in MiB, beside the network and the accumulators.
@@ -172,10 +180,16 @@ class Trainer(pl.Trainer):
                 the checkpoint.
 
         Raises:
+            ConfigurationError: Options of a Fisher are given for Gram matrices.
             FileError: The checkpoint is missing or damaged.
             StateError: It does not fit the model.
             DataError: A task has fewer than `samples` training samples.
         """
+        if statistic == StatisticKind.gram and not (kind is None and cotangents is None):
+            raise ConfigurationError(
+                f"found kind={kind} and cotangents={cotangents} for Gram matrices, expected neither: they are a "
+                "Fisher's; leave them out or set statistic=fisher"
+            )
         network, config = _network(model, ckpt_path)
         single = isinstance(datamodule, TaskData)
         if isinstance(datamodule, TaskData):
@@ -187,7 +201,7 @@ class Trainer(pl.Trainer):
         for task in tasks.tasks.values():
             config.check_content(task.content)
         tasks.resize(config.image_size)
-        kind = FisherKind(kind)
+        kind = FisherKind.exact if kind is None else FisherKind(kind)
         sums, seconds = self.statistic_sums(
             network, tasks, statistic=statistic, kind=kind, cotangents=cotangents, memory_mib=memory_mib
         )
@@ -218,7 +232,11 @@ class Trainer(pl.Trainer):
         """Return the sums of a network's statistic over the tasks' calibration samples, and the seconds it took.
 
         The samples are shared out over this Trainer's processes; every process gets the sums over all of them.
+
+        Raises:
+            ConfigurationError: There are fewer samples than processes.
         """
+        check_shares(tasks.samples_per_task * len(tasks.tasks), self.world_size)
         labels = None
         if kind == FisherKind.empirical:
             tasks.prepare_data()

@@ -82,6 +82,12 @@ def test_fisher_reads_both_kinds_of_checkpoint_and_writes_beside_them(
         assert statistic.provenance["kind"] == kind
 
 
+@pytest.mark.parametrize("options", [{"kind": "exact"}, {"cotangents": 2}])
+def test_gram_matrices_have_no_kinds(synthetic, make_trainer, options):
+    with pytest.raises(ConfigurationError, match=r"found kind=.* for Gram matrices, expected neither.*leave them out"):
+        make_trainer().fisher(Expert(**SMALL, num_classes=3), synthetic(), samples=9, statistic="gram", **options)
+
+
 def test_what_fisher_cannot_use_is_named(tmp_path, synthetic, make_trainer):
     expert = Expert(**SMALL, num_classes=3)
     with pytest.raises(FileError, match=r"found no file '.*none\.ckpt'"):

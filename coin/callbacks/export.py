@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from coin.callbacks.weights import Weights, description, trained_network
+from coin.callbacks.weights import Weights, check_weights, chosen, description, trained_network
 from coin.errors import NumericalError
 from coin.networks import save_network
 from coin.state import not_finite
@@ -16,11 +16,18 @@ class ExpertExport(Callback):
     Args:
         path: The file; none writes ``expert.safetensors`` into the trainer's ``default_root_dir``.
         weights: ``last`` or ``best``.
+
+    Raises:
+        ConfigurationError: `weights` is neither.
     """
 
     def __init__(self, path: str | None = None, weights: Weights = Weights.last) -> None:
         self.path = None if path is None else Path(path)
-        self.weights = Weights(weights)
+        self.weights = chosen(Weights, "weights", weights)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse, before the training, what could not be written after it."""
+        check_weights(trainer, self.weights)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file, on the first process.

@@ -6,11 +6,21 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from coin.callbacks.weights import Weights, trained_network
+from coin.callbacks.weights import Weights, check_weights, chosen, trained_network
 from coin.errors import ConfigurationError
 from coin.state import fingerprint
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, fisher_sums, process_generator, reduce_sums, shard
+from coin.statistics import (
+    DEFAULT_MEMORY_MIB,
+    FisherKind,
+    check_shares,
+    fisher_sums,
+    process_generator,
+    reduce_sums,
+    shard,
+)
+from coin.statistics.cotangents import check_cotangents
 from coin.statistics.files import save_statistic
+from coin.statistics.memory import check_memory
 
 
 class FisherEstimator(Callback):
@@ -29,7 +39,7 @@ class FisherEstimator(Callback):
         weights: ``last`` or ``best``.
 
     Raises:
-        ConfigurationError: `samples` is below 1.
+        ConfigurationError: An option is out of its range, or `cotangents` is given without Monte Carlo.
     """
 
     def __init__(
@@ -44,17 +54,32 @@ class FisherEstimator(Callback):
         if samples < 1:
             raise ConfigurationError(f"found samples={samples}, expected at least 1 calibration sample")
         self.samples = samples
-        self.kind = FisherKind(kind)
+        self.kind = chosen(FisherKind, "kind", kind)
+        check_cotangents(self.kind, cotangents)
         self.cotangents = cotangents
-        self.memory_mib = memory_mib
+        self.memory_mib = check_memory(memory_mib)
         self.path = None if path is None else Path(path)
-        self.weights = Weights(weights)
+        self.weights = chosen(Weights, "weights", weights)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse, before the training, what could not be estimated after it.
+
+        Raises:
+            ConfigurationError: There is no datamodule, no best checkpoint to expect, or not one sample a process.
+            DataError: The task has fewer training samples than `samples`.
+        """
+        data: Any = getattr(trainer, "datamodule", None)
+        if data is None:
+            raise ConfigurationError(
+                "found no datamodule to draw calibration samples from, expected a task; give fit a datamodule"
+            )
+        check_weights(trainer, self.weights)
+        check_shares(self.samples, trainer.world_size)
+        data.calibration(self.samples)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate on every process's share of the samples, add up, and write on the first process."""
         data: Any = getattr(trainer, "datamodule", None)
-        if data is None:
-            raise ConfigurationError("found no datamodule to draw calibration samples from, expected a task")
         network = trained_network(trainer, pl_module, self.weights)
         started = time.perf_counter()
         calibration = data.calibration(self.samples)

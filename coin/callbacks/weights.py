@@ -2,7 +2,7 @@
 
 from copy import copy, deepcopy
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,12 +12,37 @@ from torch import nn
 from coin.errors import ConfigurationError
 from coin.networks import NetworkConfig
 
+E = TypeVar("E", bound=StrEnum)
+
+_NO_BEST = "found no best checkpoint; add a ModelCheckpoint with a monitor, or set weights=last"
+
 
 class Weights(StrEnum):
     """``last``: as training left them; ``best``: of the checkpoint that ModelCheckpoint's monitor likes best."""
 
     last = "last"
     best = "best"
+
+
+def chosen(kind: type[E], name: str, value: str) -> E:
+    """Return the entry of an enum that an option names.
+
+    Raises:
+        ConfigurationError: There is none.
+    """
+    if value not in list(kind):
+        raise ConfigurationError(f"found {name}='{value}', expected one of {', '.join(kind)}")
+    return kind(value)
+
+
+def check_weights(trainer: Trainer, weights: Weights) -> None:
+    """Check, before a training, that there will be the chosen weights after it.
+
+    Raises:
+        ConfigurationError: Nothing looks for the best ones.
+    """
+    if weights == Weights.best and not _monitored(trainer):
+        raise ConfigurationError(_NO_BEST)
 
 
 def trained_network(trainer: Trainer, module: LightningModule, weights: Weights) -> nn.Module:
@@ -33,9 +58,9 @@ def trained_network(trainer: Trainer, module: LightningModule, weights: Weights)
         raise ConfigurationError(f"found a {type(module).__name__} without a network, expected an Expert")
     if weights == Weights.last:
         return copy(network)  # which leaves torch.compile's call behind
-    monitored = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
+    monitored = _monitored(trainer)
     if not monitored or not monitored[0].best_model_path:
-        raise ConfigurationError("found no best checkpoint; add a ModelCheckpoint with a monitor, or set weights=last")
+        raise ConfigurationError(_NO_BEST)
     checkpoint = torch.load(monitored[0].best_model_path, map_location=module.device, weights_only=True)
     best = deepcopy(network)
     prefix = "network."
@@ -47,6 +72,10 @@ def trained_network(trainer: Trainer, module: LightningModule, weights: Weights)
         }
     )
     return best
+
+
+def _monitored(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
 
 
 def description(module: LightningModule, trainer: Trainer) -> tuple[NetworkConfig, int, dict[str, Any]]:

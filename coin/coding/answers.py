@@ -153,7 +153,11 @@ class Answers:
         """What all batches of one data set have in common."""
         widths = None if self.feature_widths is None else tuple(self.feature_widths)
         shape = (self.num_experts, self.num_coded, self.experts.shape[2])
-        return (*shape, self.expert_features is None, widths, self.tasks is None)
+        features = [
+            None if each is None else tuple(feature.shape[1] for feature in each)
+            for each in (self.expert_features, self.coded_features)
+        ]
+        return (*shape, *features, widths, self.tasks is None)
 
 
 def _joined(batches: Sequence[Sequence[Tensor] | None]) -> list[Tensor] | None:

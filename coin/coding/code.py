@@ -78,7 +78,10 @@ class Code:
             ConfigurationError: The first dimension is not N.
         """
         if outputs.shape[0] != self.num_experts:
-            raise ConfigurationError(f"found outputs of {outputs.shape[0]} experts, the code is for {self.num_experts}")
+            raise ConfigurationError(
+                f"found outputs of {outputs.shape[0]} experts, the code is for {self.num_experts}; give them "
+                "all, or another code"
+            )
         coded: Tensor = torch.tensordot(self.matrix.to(outputs), outputs, dims=1)
         return coded
 

@@ -69,5 +69,6 @@ class Decoder(ABC):
     def _check(self, answers: Answers) -> None:
         if answers.num_experts != self.num_experts:
             raise DecodingError(
-                f"found answers of {answers.num_experts} experts, the decoder is for {self.num_experts}"
+                f"found answers of {answers.num_experts} experts, the decoder is for {self.num_experts}; keep the lost "
+                "ones' places"
             )

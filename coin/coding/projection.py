@@ -38,14 +38,13 @@ class Projection:
         return (features - self.mean.to(features)) @ self.directions.to(features)
 
 
-def fit_projection(features: Tensor, components: int, kind: ProjectionKind | str, seed: int = 0) -> Projection:
+def fit_projection(features: Tensor, components: int, kind: ProjectionKind | str) -> Projection:
     """Return a projection of one network's features to `components` numbers.
 
     Args:
         features: The network's features on calibration data ``[P, F]``.
         components: K, at least 1; where F, or for the principal kind P, is smaller, that many.
         kind: Principal or random.
-        seed: Of the random kind.
 
     Raises:
         ConfigurationError: There is no such kind, or `components` is less than 1.
@@ -62,7 +61,7 @@ def fit_projection(features: Tensor, components: int, kind: ProjectionKind | str
         directions = thin_svd(x - mean)[2][:components].T
     else:
         width = features.shape[1]
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         drawn = torch.randn(width, min(components, width), generator=generator, dtype=torch.float64)
         directions = torch.linalg.qr(drawn).Q.to(features.device)
     return Projection(mean, directions)

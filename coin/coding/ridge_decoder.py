@@ -58,7 +58,10 @@ class RidgeDecoder(Decoder):
         self._check(calibration)
         blocks = self._blocks(calibration)
         if not blocks:
-            raise DecodingError("every expert is lost and no coded model answers: nothing to decode from")
+            raise DecodingError(
+                "every expert is lost and no coded model answers: nothing to decode from; lose fewer, or add "
+                "coded models"
+            )
         chosen = [(self.erased, torch.arange(calibration.num_samples))]
         if self.config.fitted_on is FittedOn.own:
             chosen = [((expert,), self._own(calibration, expert)) for expert in self.erased]
@@ -83,7 +86,8 @@ class RidgeDecoder(Decoder):
         widths = tuple(block.shape[1] for block in blocks)
         if widths != self._widths:
             raise DecodingError(
-                f"found answers of widths {list(widths)}, the decoder was fitted on {list(self._widths)}"
+                f"found answers of widths {list(widths)}, the decoder was fitted on {list(self._widths)}; fit it on "
+                "answers of the same servers"
             )
         inputs = torch.cat(blocks, 1)
         scales = [regression.scales for regression in self._regressions]
@@ -118,7 +122,10 @@ class _Reduction:
     def __call__(self, stages: Sequence[Tensor]) -> Tensor:
         features = torch.cat(list(stages), 1)
         if features.shape[1] != len(self.scales):
-            raise DecodingError(f"found {features.shape[1]} features, the decoder was fitted on {len(self.scales)}")
+            raise DecodingError(
+                f"found {features.shape[1]} features, the decoder was fitted on {len(self.scales)}; fit it on answers "
+                "of the same servers"
+            )
         return self.projection(features / self.scales)
 
 

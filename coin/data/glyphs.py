@@ -117,7 +117,7 @@ def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
         raise ConfigurationError(f"the classes {classes!r} hold {wrong[0]!r}; expected single letters and digits")
     if len(set(characters)) != len(characters):
         repeated = next(c for i, c in enumerate(characters) if c in characters[:i])
-        raise ConfigurationError(f"the classes {classes!r} hold {repeated!r} twice")
+        raise ConfigurationError(f"the classes {classes!r} hold {repeated!r} twice; name each once")
     if len(characters) < 2:
         raise ConfigurationError(f"the classes {classes!r} are {len(characters)} character(s); expected at least 2")
     return tuple(characters)

@@ -6,6 +6,7 @@ import torch
 
 from coin.data.samples import Samples
 from coin.data.sampling import Stream, seeded, stratified_order
+from coin.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ def split_source(
         split_seed: Decides the choices.
         max_train: At most so many training samples; validation shrinks in proportion.
         max_test: At most so many test samples.
+
+    Raises:
+        ConfigurationError: The share leaves no sample to train on.
     """
     test = source.test
     if max_test is not None:
@@ -55,6 +59,11 @@ def split_source(
     held_out = 0
     if source.validation is None and validation_share > 0:
         held_out = max(1, round(validation_share * len(order)))
+        if held_out >= len(order):
+            raise ConfigurationError(
+                f"validation_share {validation_share} of {len(order)} samples leaves none to train on; expected at "
+                "least one; lower it"
+            )
     validation, train = order[:held_out], order[held_out:]
     if max_train is not None and max_train < len(train):
         validation = validation[: max(1, round(held_out * max_train / len(train)))]

@@ -214,11 +214,12 @@ class TaskData(LightningDataModule, ABC):
             if part is None:
                 continue
             if len(part) == 0:
-                raise DataError(f"{task} has no {name} images")
+                raise DataError(f"{task} has no {name} {self.content}, expected at least one; check its source")
             least, most = int(part.targets.min()), int(part.targets.max())
             if least < 0 or most >= self.num_classes:
                 raise DataError(
-                    f"{task} has {name} labels from {least} to {most}; expected 0 to {self.num_classes - 1}"
+                    f"{task} has {name} labels from {least} to {most}; expected 0 to {self.num_classes - 1}; number "
+                    "the classes as class_names does"
                 )
             check_stored(part.images(torch.tensor([0])), self.image_size)
         return source

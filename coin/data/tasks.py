@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from coin.data.augmentation import Augmentation
 from coin.data.calibration import Calibration, View, pooled
-from coin.data.sampling import Draw, EvaluationBatches, TrainingBatches
+from coin.data.resumable import ResumableLoader
+from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded
 from coin.data.task import TaskData, at_least
 from coin.errors import ConfigurationError, DataError
 
@@ -49,6 +50,8 @@ class Tasks(LightningDataModule):
         super().__init__()
         at_least("samples_per_task", samples_per_task, 1)
         at_least("batch_size", batch_size, 1)
+        if seed is not None:
+            at_least("seed", seed, 0)
         if not 0 <= held_out < 1:
             raise ConfigurationError(f"held_out is {held_out}; expected a number in [0, 1)")
         if not tasks:
@@ -105,7 +108,7 @@ class Tasks(LightningDataModule):
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         sampler = TrainingBatches(calibration.num_samples, self.batch_size, self.seed, epoch, rank, world_size)
         dataset = _Positioned(calibration, self.augmentation, self.seed)
-        return DataLoader(dataset, batch_size=None, sampler=sampler)
+        return ResumableLoader(dataset, sampler, self.trainer, **self._options())
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The held-out calibration samples; an empty list, Lightning's no validation, with a share of 0."""
@@ -113,7 +116,7 @@ class Tasks(LightningDataModule):
             return []
         held_out = self.calibration().split(self.held_out)[1]
         sampler = EvaluationBatches(held_out.num_samples, self.batch_size, *self._process())
-        return DataLoader(_Positioned(held_out), batch_size=None, sampler=sampler)
+        return DataLoader(_Positioned(held_out), sampler=sampler, **self._options())
 
     def test_dataloader(self) -> list[DataLoader[tuple[Tensor, Tensor]]]:
         """One loader of stored images and labels a task."""
@@ -134,6 +137,10 @@ class Tasks(LightningDataModule):
         if self.trainer is not None and self.trainer.testing:
             return list(self.tasks.values())[dataloader_idx].on_after_batch_transfer(batch, dataloader_idx)
         return batch
+
+    def _options(self) -> dict[str, Any]:
+        # DataLoader draws a seed for its workers; from this generator instead of torch's global one.
+        return {"batch_size": None, "generator": seeded(self.seed, Stream.WORKERS)}
 
     def _process(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

@@ -236,7 +236,9 @@ class GTSRB(TorchvisionTask):
         try:
             return in_parallel(read, len(dataset), self.image_size), labels
         except DAMAGE as error:
-            raise DataError(f"GTSRB in {(self.root / self.folder).absolute()} is damaged ({error})") from error
+            raise DataError(
+                f"GTSRB in {(self.root / self.folder).absolute()} is damaged ({error}); delete it to download it again"
+            ) from error
 
 
 class STL10(TorchvisionTask):

@@ -1,6 +1,7 @@
 """COIN: the closed form with the diagonal Fisher."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,24 +55,37 @@ class Coin(MergeMethod):
 
     def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
         assert inputs.fishers is not None
-        experts, fishers = inputs.experts, inputs.fishers
-        entries = sum(tensor.numel() for tensor in fishers[0].values())
-        mass = sum(weight * total_of(fisher) for fisher, weight in zip(fishers, weights, strict=True))
-        damping = self.damping * mass / max(entries, 1)
+        return coin_parameters(inputs.experts, inputs.fishers, weights, self.damping)
 
-        merged: dict[str, Tensor] = {}
-        for key in fishers[0]:
-            total = weighted_mean(fishers, weights, key)
-            average = weighted_mean(experts, weights, key)
-            pull = torch.zeros_like(average)
-            for expert, fisher, weight in zip(experts, fishers, weights, strict=True):
-                step = expert[key].double() - average
-                pull.add_(step.mul_(fisher[key]), alpha=weight)
-            curvature = total.add_(damping)
-            # With no damping and no Fisher the pull is exactly 0, so any divisor gives the β-average.
-            correction = pull.div_(curvature.masked_fill_(curvature <= 0, 1))
-            merged[key] = average.add_(correction).to(experts[0][key].dtype)
-        return merged
+
+def coin_parameters(
+    experts: Sequence[State], fishers: Sequence[State], weights: Sequence[float], damping: float
+) -> dict[str, Tensor]:
+    """Return COIN's closed form, in the experts' types; see `Coin`.
+
+    Args:
+        experts: θ_i, checked: same names and shapes, finite.
+        fishers: F_i, checked: the experts' names and shapes, finite, not negative.
+        weights: β.
+        damping: λ relative to the mean of Σβ_iF_i.
+    """
+    entries = sum(tensor.numel() for tensor in fishers[0].values())
+    mass = sum(weight * total_of(fisher) for fisher, weight in zip(fishers, weights, strict=True))
+    absolute = damping * mass / max(entries, 1)
+
+    merged: dict[str, Tensor] = {}
+    for key in fishers[0]:
+        total = weighted_mean(fishers, weights, key)
+        average = weighted_mean(experts, weights, key)
+        pull = torch.zeros_like(average)
+        for expert, fisher, weight in zip(experts, fishers, weights, strict=True):
+            step = expert[key].double() - average
+            pull.add_(step.mul_(fisher[key]), alpha=weight)
+        curvature = total.add_(absolute)
+        # With no damping and no Fisher the pull is exactly 0, so any divisor gives the β-average.
+        correction = pull.div_(curvature.masked_fill_(curvature <= 0, 1))
+        merged[key] = average.add_(correction).to(experts[0][key].dtype)
+    return merged
 
 
 def total_of(state: State) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from coin.errors import ConfigurationError, NumericalError
-from coin.merging.coin import Coin, check_damping
+from coin.merging.coin import check_damping, coin_parameters
 from coin.merging.inputs import MergeInputs, Requirement
 from coin.merging.method import MergeMethod, check_fisher_options, floored_diagonal
 from coin.merging.sample_space import solve_damped
@@ -89,7 +89,7 @@ class GaussNewton(MergeMethod):
         assert inputs.outputs is not None
         assert inputs.expert_outputs is not None
         outputs = inputs.outputs
-        parameters = Coin(self.damping)._merge(inputs, weights)  # the inputs are checked
+        parameters = coin_parameters(inputs.experts, inputs.fishers, weights, self.damping)
         metric = floored_diagonal(inputs.fishers, weights, self.ridge)
         inverse_metric = {key: tensor.reciprocal().to(parameters[key].dtype) for key, tensor in metric.items()}
         beta = inputs.expert_outputs.new_tensor(weights)

@@ -40,7 +40,8 @@ class HeadFit(MergeMethod):
         weight, bias = f"{inputs.features.head}.weight", f"{inputs.features.head}.bias"
         if weight not in merged or bias not in merged or merged[weight].ndim != 2:
             raise StateError(
-                f"method '{self.label}' needs a fully connected head with a bias, found none in '{weight}'"
+                f"method '{self.label}' needs a fully connected head with a bias, found none in '{weight}'; leave the "
+                "method out for this network"
             )
         features = inputs.features.features(merged).double()
         target = torch.tensordot(inputs.expert_outputs.new_tensor(weights), inputs.expert_outputs, dims=1).double()

@@ -81,10 +81,13 @@ def check_requirements(label: str, requires: Collection[Requirement], inputs: Me
     for requirement in sorted(requires):
         value = inputs.initial if requirement is Requirement.INITIAL else per_expert[requirement]
         if value is None:
-            raise ConfigurationError(f"method '{label}' needs '{requirement}', which was not given")
+            raise ConfigurationError(
+                f"method '{label}' needs '{requirement}', which was not given; give it to the merge"
+            )
         if requirement is not Requirement.INITIAL and len(value) != len(inputs.experts):
             raise ConfigurationError(
-                f"method '{label}' found '{requirement}' of {len(value)} experts, expected {len(inputs.experts)}"
+                f"method '{label}' found '{requirement}' of {len(value)} experts, expected {len(inputs.experts)}; give "
+                "one for each"
             )
     if Requirement.FISHER in requires:
         check_fishers(inputs.fishers or [], inputs.experts[0])

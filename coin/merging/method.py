@@ -62,10 +62,7 @@ class MergeMethod(ABC):
             NumericalError: The method broke down on sound inputs.
         """
         count = len(inputs.experts)
-        if len(weights) != count:
-            raise ConfigurationError(f"found {len(weights)} weights for {count} experts, expected one each")
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
-            raise ConfigurationError(f"found weights {list(weights)}, expected non-negative numbers that sum to 1")
+        check_row(weights, count)
         experts = [f"expert {index}" for index in range(count)]
         check_same_layout(inputs.experts, experts)
         for expert, called in zip(inputs.experts, experts, strict=True):
@@ -78,6 +75,22 @@ class MergeMethod(ABC):
     @abstractmethod
     def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
         """Do the arithmetic on checked inputs."""
+
+
+def check_row(weights: Sequence[float], count: int) -> None:
+    """Check that weights are a code row for so many experts.
+
+    Raises:
+        ConfigurationError: There are more or fewer, one is negative, or they do not sum to 1.
+    """
+    if len(weights) != count:
+        raise ConfigurationError(
+            f"found {len(weights)} weights for {count} experts, expected one each; give a row of the code"
+        )
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise ConfigurationError(
+            f"found weights {list(weights)}, expected non-negative numbers that sum to 1; give a row of the code"
+        )
 
 
 def check_label(label: str) -> str:

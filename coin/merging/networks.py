@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from coin.coding import Code
 from coin.errors import ConfigurationError
+from coin.inputs import as_input
 from coin.merging.feature_map import FeatureMap
 from coin.merging.inputs import MergeInputs, Requirement
 from coin.merging.method import MergeMethod
@@ -157,7 +158,7 @@ def expert_outputs(networks: Iterable[nn.Module], batches: Iterable[Tensor]) -> 
     outputs = []
     for network in networks:
         with evaluating(network, gradients=False):
-            outputs.append(torch.cat([network(batch) for batch in batches]))
+            outputs.append(torch.cat([network(as_input(batch, network)) for batch in batches]))
     return torch.stack(outputs)
 
 

@@ -82,7 +82,10 @@ class RegMean(MergeMethod):
         merged = {key: weighted_mean(experts, weights, key) for key in experts[0]}
         for key in tracked(inputs.grams[0], self.label):
             if key not in merged:
-                raise StateError(f"there is a Gram matrix for '{key}', which the experts do not have")
+                raise StateError(
+                    f"there is a Gram matrix for '{key}', which the experts do not have; compute the Gram matrices of "
+                    "these experts"
+                )
             if self.layers is RegMeanLayers.linear and merged[key].ndim != 2:
                 continue
             first = inputs.grams[0][key]
@@ -109,7 +112,10 @@ def bias_of(key: str, inputs: int, weight: Tensor) -> str | None:
         return None
     if inputs == width + 1:
         return key.removesuffix("weight") + "bias"
-    raise StateError(f"the Gram matrix of '{key}' has {inputs} rows, expected {width}, or {width + 1} with a bias")
+    raise StateError(
+        f"the Gram matrix of '{key}' has {inputs} rows, expected {width}, or {width + 1} with a bias; compute the Gram "
+        "matrices of these experts"
+    )
 
 
 def joint_map(state: State, key: str, bias: str | None, gram: Tensor) -> Tensor:
@@ -121,12 +127,16 @@ def joint_map(state: State, key: str, bias: str | None, gram: Tensor) -> Tensor:
     weight = state[key].double().flatten(1)
     if bias is not None:
         if bias not in state:
-            raise StateError(f"the Gram matrix of '{key}' has a row for a bias, but there is no '{bias}'")
+            raise StateError(
+                f"the Gram matrix of '{key}' has a row for a bias, but there is no '{bias}'; compute the Gram matrices "
+                "of these experts"
+            )
         weight = torch.cat([weight, state[bias].double()[:, None]], dim=1)
     groups = gram.shape[0]
     if weight.shape[0] % groups:
         raise StateError(
-            f"the Gram matrix of '{key}' has {groups} groups, which do not divide {weight.shape[0]} outputs"
+            f"the Gram matrix of '{key}' has {groups} groups, which do not divide {weight.shape[0]} outputs; compute "
+            "the Gram matrices of these experts"
         )
     return weight.reshape(groups, -1, weight.shape[1])
 

@@ -23,6 +23,8 @@ from torch import Tensor
 from coin.errors import ConfigurationError, NumericalError
 
 _BREAKDOWN = 1e-10
+_PATIENCE = 5
+"""Iterations without a better held-out prediction after which the basis grows no further."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,11 @@ class Choice:
     Args:
         solution: u, zero outside the training samples ``[P, C]``.
         held_out: Predicted Σ‖r − Jδ‖² over the held-out samples.
-        damping: λ.
         iterations: The size of the Krylov space.
     """
 
     solution: Tensor
     held_out: float
-    damping: float
     iterations: int
 
 
@@ -48,7 +48,6 @@ def solve_damped(
     training: Tensor,
     dampings: Tensor,
     max_iterations: int,
-    patience: int = 5,
 ) -> Choice:
     """Return the damped solution that predicts held-out residuals best, over a grid of dampings and iterations.
 
@@ -57,8 +56,8 @@ def solve_damped(
         residual: r on all samples ``[P, C]``.
         training: Which samples the solution may use ``[P]``, bool; the others, at least one, are held out.
         dampings: λ ``[K]``, positive.
-        max_iterations: Largest size of the Krylov space.
-        patience: Stop after this many iterations without a better held-out prediction.
+        max_iterations: Largest size of the Krylov space; it stops growing earlier when a few iterations in a row have
+            predicted no better.
 
     Returns:
         The choice, in the type and on the device of `residual`.
@@ -74,7 +73,7 @@ def solve_damped(
     judged = 1 - fitted
     start = r * fitted
     size = start.norm()
-    best = Choice(torch.zeros_like(residual), float((r * judged).square().sum()), float("inf"), 0)
+    best = Choice(torch.zeros_like(residual), float((r * judged).square().sum()), 0)
     if size == 0:
         return best
 
@@ -96,8 +95,8 @@ def solve_damped(
         index = int(errors.argmin())
         if float(errors[index]) < best.held_out:
             solution = (q.T @ columns[:, index]).reshape(r.shape).to(residual)
-            best = Choice(solution, float(errors[index]), float(dampings[index]), len(images))
-        elif len(images) - best.iterations >= patience:
+            best = Choice(solution, float(errors[index]), len(images))
+        elif len(images) - best.iterations >= _PATIENCE:
             break
         following = (image * fitted).flatten()
         # Twice is enough: one pass of Gram–Schmidt leaves what rounding put back.

@@ -39,7 +39,7 @@ class Coded(LightningModule):
         if len(experts) != code.num_experts or len(coded) != code.num_coded:
             raise ConfigurationError(
                 f"found {len(experts)} experts and {len(coded)} coded models, the code is for {code.num_experts} "
-                f"and {code.num_coded}"
+                f"and {code.num_coded}; give as many, or another code"
             )
         self.code = code
         self.names = tuple(names) if names is not None else tuple(str(index) for index in range(len(experts)))

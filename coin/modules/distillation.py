@@ -12,7 +12,7 @@ from torch.optim import Adam
 from coin.data import Augmentation
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
-from coin.merging.method import check_label
+from coin.merging.method import check_label, check_row
 from coin.modules.axes import plot_against_epochs
 from coin.networks import (
     BatchNormPolicy,
@@ -119,6 +119,7 @@ class Distillation(LightningModule):
             raise ConfigurationError(
                 f"found {len(paths or [])} experts and code_row={row}, expected one weight for each expert"
             )
+        check_row(row, len(paths))
         files = [load_network(Path(path)) for path in paths]
         outputs = max(file.num_classes for file in files)
         networks = [widen_network(file, outputs).requires_grad_(False) for file in files]
@@ -152,7 +153,17 @@ class Distillation(LightningModule):
         calibration = self._data().training_calibration()
         with torch.no_grad():
             self._outputs = torch.cat([self.expert_outputs(batch.to(self.device)) for batch in calibration], dim=1)
-        self.passes += calibration.num_samples * len(self.teachers)
+        if self.trainer.ckpt_path is None:  # a method's cost is the same however often its training is interrupted
+            self.passes += calibration.num_samples * len(self.teachers)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the training has cost so far, and the held-out losses."""
+        checkpoint["distillation"] = {"passes": self.passes, "losses": list(self.losses)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting from there."""
+        kept = checkpoint.get("distillation", {})
+        self.passes, self.losses = kept.get("passes", self.passes), list(kept.get("losses", self.losses))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the coded model's logits ``[B, C]``."""

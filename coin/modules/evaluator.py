@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder
@@ -22,6 +23,7 @@ from coin.modules.variants import NONE, ORACLE, Variant, read_coded
 from coin.networks import common_widths, load_network, run_network, widen_network
 from coin.progress import tracked
 from coin.state import fingerprint
+from coin.statistics.guard import full_products
 
 
 @dataclass(frozen=True)
@@ -120,15 +122,13 @@ class DecodingEvaluator(LightningModule):
         coded = [index for index, variant in enumerate(self.variants) if variant.networks]
         self.residuals = {(index, task): Residual() for index in coded for task in range(len(self.tasks))}
         self.examples = self._examples(data)
-        # As submodules the metrics move to the device and are summed over processes.
-        metrics = [*self.accuracies, *self.confusions, *self.residuals.values(), *self.examples.values()]
-        self.metrics = nn.ModuleList(metrics).to(self.device)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of."""
-        answers = self(batch[0])
-        with torch.autocast(self.device.type, enabled=False):
-            self._decode(answers, batch, batch_idx, dataloader_idx)
+        """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of, on the CPU."""
+        inputs, labels = batch
+        answers = _to_cpu(self(inputs))  # where the decoders were fitted; not every device has float64
+        with torch.autocast("cpu", enabled=False), full_products():
+            self._decode(answers, (inputs, labels.cpu()), batch_idx, dataloader_idx)
 
     def _decode(self, answers: Answers, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int) -> None:
         inputs, labels = batch
@@ -157,6 +157,9 @@ class DecodingEvaluator(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Collect the totals of all processes into `outcomes`."""
+        if self.trainer.world_size > 1:  # processes add up where their device is: NCCL reduces no tensors of the CPU
+            for metric in self._metrics:
+                metric.to(self.device)
         self.kept = {
             self.tasks[self.cases[case].decoder.erased[0]]: each.kept() for case, each in self.examples.items()
         }
@@ -223,6 +226,11 @@ class DecodingEvaluator(LightningModule):
                 cost = (time.perf_counter() - started + running, float(networks * samples))
             cases.append(_Case(index, decoder, cost))
         return cases
+
+    @property
+    def _metrics(self) -> list[Metric]:
+        """All metrics. As no submodules they stay on the CPU when the networks move."""
+        return [*self.accuracies, *self.confusions, *self.residuals.values(), *self.examples.values()]
 
     @property
     def shown(self) -> tuple[Variant, str] | None:

@@ -167,7 +167,11 @@ class Expert(LightningModule):
         return self(images).softmax(1)  # type: ignore[no-any-return]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimiser and the schedule, which moves with every step."""
+        """Return the optimiser and the schedule, which moves with every step.
+
+        Raises:
+            ConfigurationError: The run has no known length, as with ``max_time`` alone, and the schedule asks for one.
+        """
         options = self.hparams
         optimizer: Optimizer
         if options["optimizer"] == OptimizerKind.sgd:
@@ -176,15 +180,24 @@ class Expert(LightningModule):
             )
         else:
             optimizer = AdamW(self.parameters(), options["lr"], weight_decay=options["weight_decay"])
-        steps = int(self.trainer.estimated_stepping_batches)
         scheduler: LRScheduler
         if options["schedule"] == Schedule.one_cycle:
-            scheduler = OneCycleLR(optimizer, options["lr"], total_steps=steps, cycle_momentum=False)
+            scheduler = OneCycleLR(optimizer, options["lr"], total_steps=self._steps(), cycle_momentum=False)
         elif options["schedule"] == Schedule.cosine:
-            scheduler = CosineAnnealingLR(optimizer, steps)
+            scheduler = CosineAnnealingLR(optimizer, self._steps())
         else:
             scheduler = ConstantLR(optimizer, factor=1.0, total_iters=0)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _steps(self) -> int:
+        """Return the number of optimiser steps of the whole run, over which the learning rate moves."""
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ConfigurationError(
+                f"found schedule='{self.hparams['schedule']}' for a run of no known length, expected its number of "
+                "steps; set trainer.max_epochs or trainer.max_steps, or schedule=constant"
+            )
+        return int(steps)
 
     def _build(self, num_classes: int) -> None:
         initial = self.hparams["initial"]

@@ -7,13 +7,13 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from coin.data import Augmentation
+from coin.data import Augmentation, Calibration
 from coin.errors import ConfigurationError
 from coin.merging import FeatureMap, HeadFit, MergeInputs
 from coin.merging.networks import parameters_of
 from coin.modules.axes import plot_against_epochs
 from coin.modules.distillation import Distillation
-from coin.networks import features_and_logits, fill_network, head_name
+from coin.networks import features_and_logits, fill_network, full_precision, head_name
 
 
 class ReadoutDistillation(Distillation):
@@ -82,11 +82,15 @@ class ReadoutDistillation(Distillation):
         self.readouts = nn.ModuleList([self._readout(network) for network in self.teachers])
 
     def on_fit_start(self) -> None:
-        """Fit the student's head, and note which task each training sample is from."""
+        """Note which task each training sample is from, and fit the student's head, unless a checkpoint has one."""
         super().on_fit_start()
         plot_against_epochs(self, ["train/readout_loss"])
         calibration = self._data().training_calibration()
         self._parts = calibration.part.to(self.device)
+        if self.trainer.ckpt_path is None:
+            self._fit_head(calibration)
+
+    def _fit_head(self, calibration: Calibration) -> None:
         batches = [batch.to(self.device) for batch in calibration]
         assert self.student is not None
         with torch.no_grad():
@@ -114,7 +118,8 @@ class ReadoutDistillation(Distillation):
         parts = self._parts[positions]
         read = torch.stack([readout(features) for readout in self.readouts])
         own = torch.arange(len(parts), device=parts.device)
-        readout_loss = 0.5 * (read[parts, own] - outputs[parts, own]).square().sum(1).mean()
+        errors = full_precision(read[parts, own]) - full_precision(outputs[parts, own])
+        readout_loss = 0.5 * errors.square().sum(1).mean()
         self.log("train/readout_loss", readout_loss, on_step=False, on_epoch=True, batch_size=len(own), sync_dist=True)
         total: Tensor = loss + self.hparams["readout_weight"] * readout_loss
         return total
@@ -123,11 +128,12 @@ class ReadoutDistillation(Distillation):
         """Return Adam over the coded model and the readouts, under a one-cycle schedule."""
         adam = self._adam()
         adam.add_param_group({"params": list(self.readouts.parameters())})
-        schedule = OneCycleLR(
+        schedule = _OneCycle(
             adam,
             self.hparams["lr"],
             total_steps=self.steps,
-            pct_start=0.1,
+            # A rise of exactly one step has no length, which OneCycleLR divides by; so it is a little longer.
+            pct_start=0.1 if 0.1 * self.steps != 1 else 0.11,
             anneal_strategy="linear",
             cycle_momentum=False,
         )
@@ -143,3 +149,10 @@ class ReadoutDistillation(Distillation):
                 f"'{name}'; leave the method out for this network"
             )
         return deepcopy(head).requires_grad_(True)
+
+
+class _OneCycle(OneCycleLR):
+    """One cycle, and after its last step the learning rate that it ended with."""
+
+    def get_lr(self) -> list[float | Tensor]:
+        return self.get_last_lr() if self.last_epoch >= self.total_steps else super().get_lr()

@@ -3,10 +3,10 @@
 import time
 from enum import StrEnum
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from coin.errors import DataError
 from coin.statistics import (
     DEFAULT_MEMORY_MIB,
     FisherKind,
@@ -78,10 +78,16 @@ class StatisticPass(LightningModule):
         self.sums = sums if self.sums is None else self.sums + sums
 
     def on_predict_end(self) -> None:
-        """Add up the processes' sums."""
+        """Add up the processes' sums.
+
+        Raises:
+            DataError: This process had no samples, and so has no sums to add.
+        """
         if self.sums is None:
-            zeros = {name: torch.zeros_like(p) for name, p in self.network.named_parameters() if p.requires_grad}
-            self.sums = Sums(zeros, 0, 0.0)
+            raise DataError(
+                f"found no calibration samples on process {self.global_rank} of {self.trainer.world_size}, expected at "
+                "least one; raise the number of samples or take fewer devices"
+            )
         self.sums = reduce_sums(self.sums)
         self.seconds = time.perf_counter() - self._started
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.errors import StateError
+from coin.inputs import as_input
 from coin.state import State, weighted_sum
 
 
@@ -56,7 +57,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> int:
 
     Args:
         network: The network; its mode and its layers' momenta are restored.
-        batches: Input batches ``[B, ...]``.
+        batches: Input batches ``[B, ...]``, of any device and floating-point type.
 
     Returns:
         The number of samples seen.
@@ -81,7 +82,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> int:
             samples += len(batch)
             for layer in layers:
                 layer.momentum = len(batch) / samples  # the cumulative average over samples
-            network(batch)
+            network(as_input(batch, network))
     finally:
         for layer, momentum in momenta.items():
             layer.momentum = momentum

@@ -154,17 +154,19 @@ def check_layout(own: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]
     """
     if missing := sorted(own.keys() - shapes.keys()):
         raise StateError(
-            f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); it is of another architecture"
+            f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); it is of another architecture: give "
+            "one of the same network.name and network.options"
         )
     if extra := sorted(shapes.keys() - own.keys()):
         raise StateError(
-            f"'{source}' has a tensor '{extra[0]}' too many ({len(extra)} in all); it is of another architecture"
+            f"'{source}' has a tensor '{extra[0]}' too many ({len(extra)} in all); it is of another architecture: give "
+            "one of the same network.name and network.options"
         )
     for name, shape in own.items():
         if shapes[name] != shape:
             raise StateError(
                 f"'{source}' has tensor '{name}' of shape {list(shapes[name])}, expected {list(shape)}; "
-                "it has another architecture or another number of classes"
+                "it has another architecture or another number of classes: give one of the same"
             )
 
 
@@ -184,7 +186,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise FileError(f"cannot read '{path}' ({first_line(error)}); it is damaged or no checkpoint") from error
+        raise FileError(
+            f"cannot read '{path}' ({first_line(error)}); it is damaged or no checkpoint: save it again"
+        ) from error
     except Exception as error:  # pickle's own errors share no base class
         raise FileError(
             f"cannot read '{path}' without unpickling objects; save its state_dict as safetensors"

@@ -89,7 +89,16 @@ def padded_rows(
 
 
 def pad_logits(logits: Tensor, num_outputs: int) -> Tensor:
-    """Return logits ``[..., C]`` padded with zeros to ``[..., num_outputs]``."""
+    """Return logits ``[..., C]`` padded with zeros to ``[..., num_outputs]``.
+
+    Raises:
+        StateError: There are more logits already.
+    """
+    if logits.shape[-1] > num_outputs:
+        raise StateError(
+            f"found {logits.shape[-1]} logits to pad to {num_outputs}, expected at most {num_outputs}; give the "
+            "largest class count"
+        )
     return F.pad(logits, (0, num_outputs - logits.shape[-1]))
 
 

@@ -168,7 +168,7 @@ def _constructed(config: NetworkConfig, builder: Any, *arguments: Any, **options
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigurationError(
             f"cannot build {config.name} for images of {config.image_size} pixels with options {config.options}: "
-            f"{first_line(error)}"
+            f"{first_line(error)}; change network.image_size or network.options"
         ) from error
     assert isinstance(network, nn.Module)
     head_name(network)

@@ -98,7 +98,7 @@ def load_pretrained(network: MiniLM, weights: str) -> None:
     """Copy pretrained weights into everything but the head.
 
     Raises:
-        ConfigurationError: They are of another size than the network.
+        ConfigurationError: They are of another size than the network, or have fewer blocks.
         FileError: The package that ships them is missing.
     """
     own = network.state_dict()
@@ -123,7 +123,16 @@ def from_bert(state: dict[str, Tensor], *, length: int, depth: int) -> dict[str,
         state: ``embeddings.…`` and ``encoder.layer.N.…``.
         length: L, how many positions to take.
         depth: The number of blocks.
+
+    Raises:
+        ConfigurationError: There are fewer.
     """
+    blocks = len({name.split(".")[2] for name in state if name.startswith("encoder.layer.")})
+    if depth > blocks:
+        raise ConfigurationError(
+            f"found depth={depth} for pretrained weights of {blocks} blocks, expected at most {blocks}; change "
+            "network.options or set weights=null"
+        )
     kinds = {"weight", "bias"}
     positions = state["embeddings.position_embeddings.weight"][:length]
     positions = positions + state["embeddings.token_type_embeddings.weight"][0]

@@ -3,19 +3,19 @@
 from coin.statistics.conjugate_gradient import Solution, conjugate_gradient
 from coin.statistics.cotangents import process_generator
 from coin.statistics.fisher import DEFAULT_MEMORY_MIB, fisher_diagonal, fisher_sums
-from coin.statistics.gram import GramLayers, gram_sums
+from coin.statistics.gram import gram_sums
 from coin.statistics.kinds import CotangentDistribution, FisherKind
 from coin.statistics.products import OutputMap
-from coin.statistics.sums import Sums, reduce_sums, shard
+from coin.statistics.sums import Sums, check_shares, reduce_sums, shard
 
 __all__ = [
     "DEFAULT_MEMORY_MIB",
     "CotangentDistribution",
     "FisherKind",
-    "GramLayers",
     "OutputMap",
     "Solution",
     "Sums",
+    "check_shares",
     "conjugate_gradient",
     "fisher_diagonal",
     "fisher_sums",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coin.errors import ConfigurationError, NumericalError
-from coin.state import State, check_same_layout
+from coin.state import State
 
 Operator = Callable[[dict[str, Tensor]], State]
 
@@ -38,37 +38,28 @@ def conjugate_gradient(
     right: State,
     *,
     preconditioner: Operator | None = None,
-    start: State | None = None,
     max_steps: int = 100,
     tolerance: float = 1e-6,
 ) -> Solution:
-    """Solve A x = b by preconditioned conjugate gradients (Hestenes and Stiefel, 1952).
+    """Solve A x = b by preconditioned conjugate gradients from x = 0 (Hestenes and Stiefel, 1952).
 
     Args:
         operator: v → A v, A symmetric and positive definite (semidefinite is enough for a consistent b).
         right: b.
         preconditioner: r → M⁻¹ r with M symmetric positive definite and near A; the identity if None.
-        start: First x; zeros if None.
         max_steps: Steps at most.
         tolerance: Stop when ‖b − A x‖ ≤ tolerance · ‖b‖.
 
     Raises:
         ConfigurationError: A negative number of steps or tolerance.
         NumericalError: A direction of no or negative curvature that is not yet solved, or a value that is not finite.
-        StateError: The start does not fit b.
     """
     if max_steps < 0 or not tolerance >= 0:
         raise ConfigurationError(f"found max_steps={max_steps}, tolerance={tolerance}; expected neither to be negative")
     precondition = preconditioner if preconditioner is not None else dict
     size = math.sqrt(_dot(right, right))
-    if start is None:
-        x = {name: torch.zeros_like(value) for name, value in right.items()}
-        residual = {name: value.clone() for name, value in right.items()}
-    else:
-        check_same_layout([right, start], ["the right-hand side", "the start"])
-        x = {name: value.clone() for name, value in start.items()}
-        product = operator(dict(x))
-        residual = {name: value - product[name] for name, value in right.items()}
+    x = {name: torch.zeros_like(value) for name, value in right.items()}
+    residual = {name: value.clone() for name, value in right.items()}
     scale = size if size > 0 else 1.0
     residuals = [_finite(math.sqrt(_dot(residual, residual)) / scale, 0)]
     z = precondition(residual)

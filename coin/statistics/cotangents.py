@@ -21,6 +21,15 @@ def check_options(kind: FisherKind, labels: Tensor | None, cotangents: int | Non
         raise ConfigurationError(
             f"found {found} for the {kind} Fisher; labels belong to the empirical kind, and only to it"
         )
+    check_cotangents(kind, cotangents)
+
+
+def check_cotangents(kind: FisherKind, cotangents: int | None) -> None:
+    """Check that a number of cotangents belongs to the kind.
+
+    Raises:
+        ConfigurationError: `cotangents` without Monte Carlo, or below 1.
+    """
     if cotangents is not None and kind is not FisherKind.monte_carlo:
         raise ConfigurationError(
             f"found cotangents={cotangents} for the {kind} Fisher; only monte_carlo takes a number"
@@ -93,8 +102,7 @@ def _draw(classes: int, number: int, distribution: CotangentDistribution, genera
         return (2.0 * signs.double() - 1.0) / math.sqrt(number)
     if number > classes:
         raise ConfigurationError(
-            f"found cotangents={number} for {classes} classes, expected at most {classes}; "
-            "take fewer or distribution='rademacher'"
+            f"found cotangents={number} for {classes} classes, expected at most {classes}; take fewer"
         )
     gaussian = torch.randn(classes, number, generator=generator, device=device, dtype=torch.float64)
     # The sign of R's diagonal makes the factor Haar-distributed; without it QR's convention would bias the rows.

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from coin.errors import ConfigurationError
+from coin.errors import DataError
+from coin.inputs import as_input
 from coin.statistics.cotangents import check_options, make_cotangents, number_of_cotangents
-from coin.statistics.guard import as_input, evaluating
+from coin.statistics.guard import evaluating, trainable
 from coin.statistics.kinds import CotangentDistribution, FisherKind
+from coin.statistics.memory import check_memory
 from coin.statistics.squares import SquaredGradients
 from coin.statistics.sums import Sums
 
@@ -48,12 +50,9 @@ def fisher_sums(
     """
     kind, distribution = FisherKind(kind), CotangentDistribution(distribution)
     check_options(kind, labels, cotangents)
-    if memory_mib < 1:
-        raise ConfigurationError(f"found memory_mib={memory_mib}, expected at least 1")
+    check_memory(memory_mib)
     with evaluating(network):
-        parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        if not parameters:
-            raise ConfigurationError("the network has no parameter that requires a gradient; expected at least one")
+        parameters = trainable(network)
         number = functools.partial(number_of_cotangents, kind, cotangents=cotangents)
         engine = SquaredGradients(network, parameters, memory_mib)
         count, passes = 0, 0.0
@@ -72,6 +71,10 @@ def fisher_sums(
                 if progress is not None:
                     progress(done)
         totals = engine.totals()
+    if count == 0:
+        raise DataError("found no calibration samples, expected at least one batch; raise the number of samples")
+    if labels is not None and len(labels) != count:
+        raise DataError(f"found {len(labels)} labels for {count} samples, expected one each, in their order")
     return Sums(totals, count, passes)
 
 
@@ -92,7 +95,5 @@ def fisher_diagonal(
         network, batches, kind=kind, labels=labels, cotangents=cotangents, distribution=distribution,
         generator=generator, memory_mib=memory_mib, progress=progress,
     )  # fmt: skip
-    if sums.count < 1:
-        return sums.mean()  # says what is wrong
     # The sums are this function's own: dividing them in place saves a copy of the network's size.
     return {name: value.div_(sums.count) for name, value in sums.values.items()}

@@ -1,38 +1,27 @@
 """The Gram matrices of the inputs of linear maps, for RegMean."""
 
 from collections.abc import Callable, Iterable
-from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coin.statistics.guard import as_input, evaluating
+from coin.inputs import as_input
+from coin.statistics.guard import evaluating, trainable
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.linear import LinearCall
-from coin.statistics.sums import Sums
+from coin.statistics.sums import Sums, sum_type
 
 _BLOCK = 1 << 24
 """Floats of unfolded patches formed at a time."""
-
-
-class GramLayers(StrEnum):
-    """Which linear maps get a Gram matrix."""
-
-    linear = "linear"
-    """Fully connected layers alone, packed attention projections among them, as in the literature."""
-
-    all = "all"
-    """Convolutions too, over their im2col patches."""
 
 
 def gram_sums(
     network: nn.Module,
     batches: Iterable[Tensor],
     *,
-    layers: GramLayers = GramLayers.all,
     progress: Callable[[int], None] | None = None,
 ) -> Sums:
     """Return, for every trainable weight of a linear map, the sum over samples of Σ_positions a aᵀ.
@@ -43,14 +32,15 @@ def gram_sums(
     Args:
         network: Maps [B, …] to any output; run in eval mode and left as found.
         batches: Input batches [B, …].
-        layers: Which maps.
         progress: Called with the number of samples after every batch.
 
     Returns:
         Sums of weight name → [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias; a map that is
         called more than once has the sum over its calls. Without any batch there are no names.
+
+    Raises:
+        ConfigurationError: No parameter requires a gradient.
     """
-    layers = GramLayers(layers)
     values: dict[str, Tensor] = {}
     count = 0
 
@@ -61,12 +51,12 @@ def gram_sums(
         if isinstance(call, LinearCall):
             a = call.inputs.reshape(-1, 1, call.inputs.shape[-1])
             _add(values, name, a, call.bias is not None)
-        elif isinstance(call, ConvolutionCall) and layers is GramLayers.all:
+        elif isinstance(call, ConvolutionCall):
             for a in _patches(call):
                 _add(values, name, a, call.bias is not None)
 
     with evaluating(network, gradients=False):
-        parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        parameters = trainable(network)
         for batch in batches:
             inputs = as_input(batch, network)
             with Interceptor(parameters, visit):
@@ -89,7 +79,8 @@ def _patches(call: ConvolutionCall) -> Iterable[Tensor]:
 
 
 def _add(values: dict[str, Tensor], name: str, a: Tensor, bias: bool) -> None:
-    """Add Σ_rows a aᵀ for a [rows, G, K]."""
+    """Add Σ_rows a aᵀ for a [rows, G, K], in float32 at least."""
+    a = a.to(sum_type(a))
     if bias:
         a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], -1)
     columns = a.permute(1, 0, 2)  # [G, rows, K]

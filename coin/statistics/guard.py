@@ -4,17 +4,48 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from coin.errors import ConfigurationError
+
+
+def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require gradients, those that a statistic is of.
+
+    Raises:
+        ConfigurationError: There are none.
+    """
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ConfigurationError(
+            "the network has no parameter that requires a gradient; expected at least one; call requires_grad_() on "
+            "those that the statistic is of"
+        )
+    return parameters
+
+
+@contextmanager
+def full_products() -> Iterator[None]:
+    """Run a block without TF32 or bfloat16 inside the products of float32, of matrices and in convolutions."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    try:
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 @contextmanager
 def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     """Run a block with the network in eval mode, at full precision, with gradients possible.
 
-    Works inside a caller's `torch.no_grad`, `torch.inference_mode` and autocast, which are suspended. Every module's
-    mode is restored one by one, and a buffer that the block wrote to gets its old values back. Attention runs on its
-    plain kernels: the fused ones can neither batch their backward pass nor differentiate forwards.
+    Works inside a caller's `torch.no_grad`, `torch.inference_mode` and autocast, which are suspended, as are TF32 and
+    bfloat16 inside products (`full_products`). Every module's mode is restored one by one, and a buffer that the block
+    wrote to gets its old values back. Attention runs on its plain kernels: the fused ones can neither batch their
+    backward pass nor differentiate forwards.
     """
     modes = {module: module.training for module in network.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
@@ -29,6 +60,7 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
             stack.enter_context(torch.set_grad_enabled(gradients))
             stack.enter_context(torch.autocast(device, enabled=False))
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(full_products())
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -38,14 +70,3 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
             for buffer, old in buffers:
                 if not torch.equal(buffer, old):
                     buffer.copy_(old)
-
-
-def as_input(batch: Tensor, network: nn.Module) -> Tensor:
-    """Return a batch as an ordinary tensor on the network's device, in its floating-point type.
-
-    Integer inputs (tokens) keep their type. Inference tensors, which autograd refuses, are copied.
-    """
-    reference = next(network.parameters(), None)
-    if reference is not None:
-        batch = batch.to(reference.device, reference.dtype if batch.is_floating_point() else batch.dtype)
-    return batch.clone() if batch.is_inference() else batch.detach()

@@ -31,4 +31,5 @@ def add_per_sample_squares(
             )
             for name, row in zip(names, rows, strict=True):
                 if row is not None:
+                    row = row.to(totals[name].dtype)
                     totals[name].addcmul_(row, row)

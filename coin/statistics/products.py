@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from coin.errors import StateError
+from coin.inputs import as_input
 from coin.state import State, check_same_layout
-from coin.statistics.guard import as_input, evaluating
+from coin.statistics.guard import evaluating
+from coin.statistics.sums import sum_type
 
 
 class OutputMap:
@@ -55,7 +57,7 @@ class OutputMap:
         """
         with evaluating(self._network):
             state = self._own(parameters)
-            total = {name: torch.zeros_like(value) for name, value in state.items()}
+            total = _zeros(state)
             seen = 0
             for x in self._batches(3):
                 piece = cotangent[seen : seen + len(x)]
@@ -64,7 +66,7 @@ class OutputMap:
                     self._add_backward(total, state, x, piece)
         if seen != len(cotangent):
             raise StateError(f"found a cotangent of {len(cotangent)} rows for {seen} inputs, expected one row each")
-        return total
+        return {name: value.to(state[name].dtype) for name, value in total.items()}
 
     def fisher_product(self, parameters: State, tangent: State) -> dict[str, Tensor]:
         """Return F·v = (1/P) Jᵀ J v at θ, the product with the whole Gaussian-output Fisher matrix.
@@ -75,14 +77,14 @@ class OutputMap:
         check_same_layout([parameters, tangent], ["the parameters", "the tangent"])
         with evaluating(self._network):
             state, direction = self._own(parameters), self._own(tangent)
-            total = {name: torch.zeros_like(value) for name, value in state.items()}
+            total = _zeros(state)
             seen = 0
             for x in self._batches(5):
                 self._add_backward(total, state, x, self._forward(state, direction, x))
                 seen += len(x)
         if seen == 0:
             raise StateError("found no inputs, expected at least one batch")
-        return {name: value / seen for name, value in total.items()}
+        return {name: (value / seen).to(state[name].dtype) for name, value in total.items()}
 
     def _batches(self, passes: int) -> Iterator[Tensor]:
         for batch in self._inputs:
@@ -108,6 +110,10 @@ class OutputMap:
         for name, gradient in zip(leaves, gradients, strict=True):
             if gradient is not None:
                 total[name].add_(gradient)
+
+
+def _zeros(state: State) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(value, dtype=sum_type(value)) for name, value in state.items()}
 
 
 def _rows(pieces: list[Tensor]) -> Tensor:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from coin.errors import DataError
 from coin.statistics.memory import Cut, choose_cut
 from coin.statistics.per_sample import add_per_sample_squares
 from coin.statistics.probe import Layout, probe
+from coin.statistics.sums import sum_type
 from coin.statistics.tape import Tape
 
 
@@ -28,7 +28,7 @@ class SquaredGradients:
         self._layouts: dict[tuple[int, ...], Layout] = {}
 
     def totals(self) -> dict[str, Tensor]:
-        """Return the sums so far, each of its parameter's shape."""
+        """Return the sums so far, each of its parameter's shape; in float32 where that has 16 bits."""
         return {name: total.contiguous() for name, total in self._totals.items()}
 
     def add(
@@ -82,7 +82,8 @@ class SquaredGradients:
 
 def _accumulator(parameter: Tensor) -> Tensor:
     """Return zeros of a parameter's shape; kernels with the channels last in memory, as the convolution rule writes."""
+    dtype = sum_type(parameter)
     if parameter.ndim < 3:
-        return torch.zeros_like(parameter, memory_format=torch.contiguous_format, requires_grad=False)
+        return parameter.new_zeros(parameter.shape, dtype=dtype)
     shape = (parameter.shape[0], *parameter.shape[2:], parameter.shape[1])
-    return parameter.new_zeros(shape).movedim(-1, 1)
+    return parameter.new_zeros(shape, dtype=dtype).movedim(-1, 1)

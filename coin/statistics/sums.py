@@ -45,11 +45,16 @@ class Sums:
         return Sums(values, self.count + other.count, self.passes + other.passes)
 
 
+def sum_type(tensor: Tensor) -> torch.dtype:
+    """Return the type that sums of a tensor are kept in: its own, but float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def reduce_sums(sums: Sums) -> Sums:
     """Return the sums over all processes of the default process group, the same on each; `sums` itself without one.
 
     All accumulators travel as one float64 vector with the count behind them, in a single SUM reduction, on the
-    device that the group's backend needs. Every process must hold the same tensors (a process without samples: zeros).
+    device that the group's backend needs. Every process must hold the same tensors.
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return sums
@@ -68,6 +73,19 @@ def reduce_sums(sums: Sums) -> Sums:
         for (name, tensor), piece in zip(sums.values.items(), pieces[:-1], strict=True)
     }
     return Sums(values, round(float(pieces[-1][0])), float(pieces[-1][1]))
+
+
+def check_shares(samples: int, world: int) -> None:
+    """Check that every process gets a sample, as it must to have sums.
+
+    Raises:
+        ConfigurationError: There are fewer samples than processes.
+    """
+    if samples < world:
+        raise ConfigurationError(
+            f"found {samples} calibration samples for {world} processes, expected at least one each; raise the number "
+            "of samples or take fewer devices"
+        )
 
 
 def shard(n: int, rank: int, world: int) -> range:

@@ -10,6 +10,7 @@ from torch.autograd import Function
 from coin.errors import StateError
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call, Site
+from coin.statistics.sums import sum_type
 
 
 class Tape:
@@ -86,7 +87,7 @@ class Tape:
         """Let a call's rule see the cotangents [V, N, …] of its output; return those of its input, if asked."""
         site = self._sites[call]
         if site.names:
-            call.accumulate(g, site)
+            call.accumulate(g.to(sum_type(g)), site)
             if self._last:
                 call.finish(site)
         return call.input_gradient(g) if needs_input else g.new_zeros(())

@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from coin.callbacks import ExpertExport, FisherEstimator, Weights
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError, DataError, FileError
 from coin.modules import Expert
 from coin.networks import load_network, read_weights
 from coin.state import fingerprint
@@ -91,15 +94,60 @@ def test_best_takes_the_best_checkpoint_for_both_files(tmp_path, fit):
 
 
 def test_best_without_a_monitor_is_refused(fit):
-    with pytest.raises(ConfigurationError, match="found no best checkpoint; add a ModelCheckpoint with a monitor"):
-        fit(ExpertExport(weights="best"), epochs=1, monitored=False)
+    for callback in (ExpertExport(weights="best"), FisherEstimator(samples=8, weights="best")):
+        started = Started()
+        with pytest.raises(ConfigurationError, match="found no best checkpoint; add a ModelCheckpoint with a monitor"):
+            fit(callback, started, epochs=1, monitored=False)
+        assert not started.training
 
 
-def test_bad_options_are_refused_at_construction():
-    with pytest.raises(ConfigurationError, match="found samples=0, expected at least 1"):
-        FisherEstimator(samples=0)
+class Started(Callback):
+    """Notes that a training has begun."""
+
+    training = False
+
+    def on_train_start(self, *_):
+        self.training = True
 
 
-def test_more_samples_than_there_are_is_one_clear_error(fit):
-    with pytest.raises(ValueError, match=r"1000 calibration samples asked of Synthetic.*at most 32"):
-        fit(FisherEstimator(samples=1000), epochs=1)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 0}, "found samples=0, expected at least 1"),
+        ({"cotangents": 2}, "found cotangents=2 for the exact Fisher; only monte_carlo takes a number"),
+        ({"kind": "empirical", "cotangents": 2}, "found cotangents=2 for the empirical Fisher"),
+        ({"kind": "monte_carlo", "cotangents": 0}, "found cotangents=0, expected at least 1"),
+        ({"memory_mib": 0}, "found memory_mib=0, expected at least 1"),
+        ({"kind": "exactly"}, "found kind='exactly', expected one of exact, monte_carlo, categorical, empirical"),
+        ({"weights": "first"}, "found weights='first', expected one of last, best"),
+    ],
+)
+def test_bad_options_are_refused_at_construction(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        FisherEstimator(**options)
+
+
+def test_a_bad_option_of_the_export_is_refused_at_construction():
+    with pytest.raises(ConfigurationError, match="found weights='first', expected one of last, best"):
+        ExpertExport(weights="first")
+
+
+def test_more_samples_than_there_are_is_one_clear_error_before_the_training(fit):
+    started = Started()
+    with pytest.raises(DataError, match=r"1000 calibration samples asked of Synthetic.*at most 32"):
+        fit(FisherEstimator(samples=1000), started, epochs=1)
+    assert not started.training
+
+
+def test_a_training_without_a_datamodule_is_refused_before_it_starts(synthetic, make_trainer):
+    started = Started()
+    trainer = make_trainer(max_epochs=1, callbacks=[FisherEstimator(samples=8), started])
+    with pytest.raises(ConfigurationError, match=r"found no datamodule.*expected a task; give fit a datamodule"):
+        trainer.fit(Expert(**SMALL, num_classes=3), synthetic().train_dataloader())
+    assert not started.training
+
+
+def test_fewer_samples_than_processes_are_refused():
+    trainer = SimpleNamespace(datamodule=object(), world_size=9)
+    with pytest.raises(ConfigurationError, match=r"found 8 calibration samples for 9 processes.*take fewer devices"):
+        FisherEstimator(samples=8).on_fit_start(trainer, None)

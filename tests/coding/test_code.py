@@ -50,7 +50,7 @@ def test_encode_is_the_weighted_sum():
     )
     torch.testing.assert_close(code.encode(outputs), expected)
     assert code.encode(outputs.float()).dtype == torch.float32
-    with pytest.raises(ConfigurationError, match="2 experts, the code is for 3"):
+    with pytest.raises(ConfigurationError, match="2 experts, the code is for 3; give them all"):
         code.encode(outputs[:2])
 
 

@@ -235,7 +235,7 @@ def test_random_components_do_not_depend_on_the_state_of_the_generator():
 
 def test_features_of_another_width_are_named():
     calibration, test = one_stage(noisy_answers(60, 1)), one_stage(noisy_answers(9, 2), slice(0, 4))
-    with pytest.raises(DecodingError, match="found 4 features, the decoder was fitted on 5"):
+    with pytest.raises(DecodingError, match="found 4 features, the decoder was fitted on 5; fit it on answers of"):
         decoded(DecoderConfig("feature_ridge", components=2), calibration, test)
 
 
@@ -324,6 +324,11 @@ def test_stages_and_tasks_travel_with_the_answers():
         Answers.concatenate([answers, dataclasses.replace(answers, feature_widths=(12,))])
     with pytest.raises(DecodingError, match="whether they tell the tasks"):
         Answers.concatenate([answers, dataclasses.replace(answers, tasks=None)])
+    free = dataclasses.replace(answers, feature_widths=None)
+    for whose in ("expert_features", "coded_features"):
+        wider = [torch.cat([feature, feature], 1) for feature in getattr(free, whose)]
+        with pytest.raises(DecodingError, match="differ in networks, classes, features, stages"):
+            Answers.concatenate([free, dataclasses.replace(free, **{whose: wider})])
 
 
 @pytest.mark.parametrize(

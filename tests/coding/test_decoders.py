@@ -82,7 +82,7 @@ def test_linear_refuses_what_the_code_cannot_do():
     with pytest.raises(DecodingError, match="2 experts are lost, the code decodes at most 1"):
         make_decoder("linear", code, (0, 1))
     answers = exact_answers(code)
-    with pytest.raises(DecodingError, match="0 coded models, the code has 1"):
+    with pytest.raises(DecodingError, match="0 coded models, the code has 1; give all of them"):
         make_decoder("linear", code, (0,)).decode(answers.without_coded())
     dependent = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]], dtype=torch.float64)
     with pytest.raises(DecodingError, match="linearly dependent"):
@@ -188,9 +188,9 @@ def test_misuse_is_one_clear_error():
         make_decoder("oracle", code, [0])
     with pytest.raises(DecodingError, match="without features"):
         make_decoder("feature_ridge", code, [0]).fit(answers)
-    with pytest.raises(DecodingError, match="nothing to decode from"):
+    with pytest.raises(DecodingError, match="nothing to decode from; lose fewer, or add coded models"):
         make_decoder("ridge", code, [0, 1]).fit(answers.without_coded())
-    with pytest.raises(DecodingError, match="3 experts, the decoder is for 2"):
+    with pytest.raises(DecodingError, match="3 experts, the decoder is for 2; keep the lost ones' places"):
         make_decoder("ridge", code, [0]).fit(exact_answers(Code([[0.2, 0.3, 0.5]])))
     with pytest.raises(DecodingError, match="fitted on"):
         make_decoder("ridge", code, [0]).fit(answers).decode(answers.without_coded())

@@ -128,7 +128,7 @@ def test_characters_are_read(classes, expected):
         ("D-A", "hold 'D-A'; expected characters and rising ranges"),
         ("A-", "hold '-'"),
         ("A B", "hold ' '"),
-        ("A-CB", "hold 'B' twice"),
+        ("A-CB", "hold 'B' twice; name each once"),
         (["A", "BC"], "hold 'BC'; expected single letters"),
         (["A", "A"], "hold 'A' twice"),
         ("Z-a", "hold '\\['"),

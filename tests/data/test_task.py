@@ -287,6 +287,13 @@ def test_options_are_checked_at_construction(options, message):
         Numbered(**options)
 
 
+@pytest.mark.parametrize(("share", "samples"), [(0.99, 20), (0.5, 1)])
+def test_a_validation_share_that_leaves_nothing_to_train_on_is_refused(share, samples):
+    task = Numbered(train=samples, validation_share=share)
+    with pytest.raises(ConfigurationError, match=f"validation_share {share} of {samples} samples leaves none to train"):
+        task.setup()
+
+
 class Broken(Numbered):
     """Gives whatever a test puts in."""
 
@@ -303,7 +310,7 @@ def test_sources_are_checked():
     good = Samples.of(images, torch.arange(8) % 4)
     with pytest.raises(DataError, match="test labels from 1 to 8; expected 0 to 3"):
         Broken(Source(good, Samples.of(images, torch.arange(8) + 1))).setup()
-    with pytest.raises(DataError, match="no test images"):
+    with pytest.raises(DataError, match="no test images, expected at least one; check its source"):
         Broken(Source(good, good.subset([]))).setup()
     with pytest.raises(DataError, match=r"images are torch\.float32"):
         Broken(Source(Samples.of(images.float(), torch.arange(8) % 4), good)).setup()

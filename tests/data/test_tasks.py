@@ -19,6 +19,7 @@ def on_process(tasks, rank, world_size, epoch=0):
         global_rank=rank,
         world_size=world_size,
         current_epoch=epoch,
+        training=False,
         testing=False,
         _accelerator_connector=SimpleNamespace(use_distributed_sampler=False),
     )
@@ -136,6 +137,24 @@ def test_a_resumed_trainer_starts_with_its_epochs_order(members):
     assert positions(resumed.train_dataloader()) == positions(loader)
 
 
+def test_no_loader_moves_torchs_own_random_state(members):
+    tasks = on_process(Tasks(members, samples_per_task=10, held_out=0.3), 0, 1)
+    before = torch.get_rng_state()
+    for loader in (tasks.train_dataloader(), tasks.val_dataloader(), tasks.predict_dataloader()):
+        assert len(list(loader)) > 0
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_training_that_goes_on_within_an_epoch_has_the_rest_of_its_batches(members):
+    options = {"samples_per_task": 10, "batch_size": 4}
+    whole = positions(Tasks(members, **options).train_dataloader())
+    tasks = on_process(Tasks(members, **options), 0, 1)
+    tasks.trainer.training = True
+    done = SimpleNamespace(current=SimpleNamespace(ready=3))
+    tasks.trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=done))
+    assert positions(tasks.train_dataloader()) == whole[12:]
+
+
 def test_only_test_images_are_still_to_be_turned_into_inputs(members):
     tasks = on_process(Tasks(members, samples_per_task=10), 0, 1)
     batch = (torch.arange(2), torch.zeros(2, 3, 16, 16))
@@ -156,6 +175,7 @@ def test_only_test_images_are_still_to_be_turned_into_inputs(members):
         ({"batch_size": 0}, ConfigurationError, "batch_size is 0"),
         ({"held_out": 1.0}, ConfigurationError, r"held_out is 1.0; expected a number in \[0, 1\)"),
         ({"held_out": -0.1}, ConfigurationError, "held_out is -0.1"),
+        ({"seed": -1}, ConfigurationError, "seed is -1; expected at least 0"),
     ],
 )
 def test_options_are_checked_at_construction(members, options, error, message):

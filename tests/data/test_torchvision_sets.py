@@ -197,7 +197,7 @@ def test_gtsrb_is_resized_when_it_is_read(tmp_path):
 def test_a_damaged_gtsrb_image_is_an_error(tmp_path):
     base = write_gtsrb(tmp_path)
     (base / "GTSRB" / "Training" / "00003" / "00000.ppm").write_bytes(b"P6 oh")
-    with pytest.raises(DataError, match=r"GTSRB in .*gtsrb is damaged"):
+    with pytest.raises(DataError, match=r"GTSRB in .*gtsrb is damaged .*; delete it to download it again"):
         GTSRB(root=str(tmp_path), download=False).setup()
 
 

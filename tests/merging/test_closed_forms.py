@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from coin.errors import ConfigurationError, NumericalError, StateError
 from coin.merging import Average, Coin, FullFisher, GaussNewton, MergeInputs, RegMean, TaskArithmetic, Ties
+from coin.merging.coin import coin_parameters
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.statistics import FisherKind
 
@@ -319,7 +320,7 @@ def test_mismatched_layouts_are_named():
         RegMean().merge(MergeInputs(experts, grams=[{"head.weight": torch.eye(4)[None]}] * 2), (0.5, 0.5))
     with pytest.raises(StateError, match=r"Gram matrix for 'tail\.weight'"):
         RegMean().merge(MergeInputs(experts, grams=[{"tail.weight": torch.eye(4)[None]}] * 2), (0.5, 0.5))
-    with pytest.raises(StateError, match="3 groups, which do not divide 4 outputs"):
+    with pytest.raises(StateError, match="3 groups, which do not divide 4 outputs; compute the Gram"):
         RegMean().merge(MergeInputs(experts, grams=[{"conv.weight": torch.ones(3, 18, 18)}] * 2), (0.5, 0.5))
 
 
@@ -372,3 +373,17 @@ def test_a_label_that_cannot_name_results_and_files_is_refused(label):
 @pytest.mark.parametrize("label", ["coin", "distillation-7000", "-x", "v1.2_b+c", "None"])
 def test_plain_labels_are_taken_as_they_are(label):
     assert Average(label=label).label == label
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_the_closed_form_is_a_function_of_tensors(damping):
+    inputs = inputs_for([random_state(seed) for seed in range(3)])
+    weights = (0.2, 0.5, 0.3)
+    found = coin_parameters(inputs.experts, inputs.fishers, weights, damping)
+    total = {key: sum(w * fisher[key] for w, fisher in zip(weights, inputs.fishers, strict=True)) for key in SHAPES}
+    ridge = damping * torch.cat([tensor.flatten() for tensor in total.values()]).mean()
+    for key in SHAPES:
+        terms = zip(weights, inputs.fishers, inputs.experts, strict=True)
+        pulled = sum(w * (fisher[key] + ridge) * expert[key] for w, fisher, expert in terms)
+        torch.testing.assert_close(found[key], pulled / (total[key] + ridge), rtol=1e-12, atol=1e-12)
+    assert_states_close(found, Coin(damping).merge(inputs, weights), rtol=0, atol=0)

@@ -6,7 +6,7 @@ from torch import nn
 
 from coin.coding import Code
 from coin.errors import ConfigurationError, StateError
-from coin.merging import Average, Coin, FullFisher, GaussNewton, TaskArithmetic
+from coin.merging import Average, Coin, FullFisher, GaussNewton, HeadFit, TaskArithmetic
 from coin.merging.networks import merge_networks
 from coin.networks import BatchNormPolicy, build_network, recalibrate
 from coin.statistics import fisher_diagonal
@@ -131,7 +131,7 @@ def test_experts_in_train_mode_are_left_as_found_and_merge_the_same(make_expert,
 
 def test_what_a_method_needs_is_named(make_expert, batches):
     experts = [make_expert(1), make_expert(2)]
-    with pytest.raises(ConfigurationError, match="method 'coin' needs 'fisher', which was not given"):
+    with pytest.raises(ConfigurationError, match="method 'coin' needs 'fisher', which was not given; give it"):
         merge_networks(Coin(), experts, CODE)
     with pytest.raises(ConfigurationError, match="needs 'initial'"):
         merge_networks(TaskArithmetic(), experts, CODE)
@@ -160,3 +160,12 @@ def test_full_fisher_takes_each_experts_own_inputs(make_expert, batches):
     (averaged,) = merge_networks(Average(), experts, CODE)
     parts = zip(merged.parameters(), averaged.parameters(), strict=True)
     assert any(not torch.allclose(first, second, rtol=1e-3) for first, second in parts)
+
+
+def test_calibration_inputs_take_the_networks_type(make_expert, batches):
+    experts = [make_expert(1), make_expert(2)]
+    rounded = [batch.float() for batch in batches]
+    method = HeadFit(batchnorm=BatchNormPolicy.recalibrate)
+    (found,) = merge_networks(method, experts, CODE, batches=rounded)
+    (wanted,) = merge_networks(method, experts, CODE, batches=[batch.double() for batch in rounded])
+    assert same(found.state_dict(), wanted.state_dict())

@@ -103,7 +103,7 @@ def test_a_coded_system_stays_in_eval_mode_and_trains_nothing():
 
 
 def test_what_does_not_fit_is_refused(inputs):
-    with pytest.raises(ConfigurationError, match="found 1 experts and 1 coded models, the code is for 2 and 1"):
+    with pytest.raises(ConfigurationError, match="1 experts and 1 coded models, the code is for 2 and 1; give as many"):
         Coded(Code(CODES[0]), [linear(0)], [linear(1)])
     coded = Coded(Code(CODES[0]), [linear(0), linear(1)], [linear(2)])
     with pytest.raises(ConfigurationError, match="found no decoder; call fit_decoder"):

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchmetrics import Metric
 
 from coin.coding import Answers, Code, make_decoder
 from coin.data import to_input
@@ -205,3 +207,48 @@ def test_what_does_not_fit_is_named(experts, synthetic, tasks, make_trainer):
     other = Tasks({**tasks.tasks, "task1": synthetic(3)}, samples_per_task=20)
     with pytest.raises(ConfigurationError, match=r"'task1': 3.*the experts are for.*'task1': 2"):
         run(evaluator, other, make_trainer)
+
+
+def test_answers_from_another_device_are_decoded_and_measured_on_the_cpu(
+    experts, write_coded, tasks, make_trainer, monkeypatch
+):
+    evaluator = DecodingEvaluator(experts, write_coded(PAIR, experts), ["ridge", "feature_ridge"])
+    run(evaluator, tasks, make_trainer)
+    answers = evaluator(tasks.calibration().inputs())
+    labels = tasks.calibration().labels
+    seen = []
+    for metric in [*evaluator.accuracies, *evaluator.confusions, *evaluator.residuals.values()]:
+        monkeypatch.setattr(metric, "update", lambda *values: seen.extend(value.device.type for value in values))
+    for examples in evaluator.examples.values():
+        monkeypatch.setattr(examples, "update", lambda inputs, *values: seen.extend(v.device.type for v in values))
+    with FakeTensorMode(allow_non_fake_inputs=True):  # it knows of devices that the machine has not
+
+        def elsewhere(tensors):
+            return [torch.zeros_like(tensor, device="cuda") for tensor in tensors]
+
+        there = Answers(
+            *elsewhere([answers.experts, answers.coded]),
+            elsewhere(answers.expert_features),
+            elsewhere(answers.coded_features),
+        )
+        monkeypatch.setattr(evaluator, "forward", lambda inputs: there)
+        for task in range(3):
+            evaluator.test_step(
+                (torch.zeros(60, 3, 16, 16, device="cuda"), torch.zeros_like(labels, device="cuda")), 0, task
+            )
+    assert len(seen) > 100
+    assert set(seen) == {"cpu"}
+
+
+def test_processes_add_up_on_their_device(experts, write_coded, tasks, make_trainer, monkeypatch):
+    evaluator = DecodingEvaluator(experts, write_coded(PAIR, experts), ["linear"])
+    run(evaluator, tasks, make_trainer)
+    moved = []
+    monkeypatch.setattr(Metric, "to", lambda self, device: moved.append((self, device)))
+    evaluator.on_test_epoch_end()
+    assert not moved, "one process has nothing to add up"
+    monkeypatch.setattr(type(evaluator.trainer), "world_size", 2)
+    evaluator.on_test_epoch_end()
+    assert {id(metric) for metric, _ in moved} == {id(metric) for metric in evaluator._metrics}
+    assert {device for _, device in moved} == {evaluator.device}
+    assert not any(isinstance(module, Metric) for module in evaluator.modules()), "the networks' move would take them"

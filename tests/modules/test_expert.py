@@ -144,6 +144,21 @@ def test_a_checkpoint_loads_with_weights_only_and_knows_its_classes(tmp_path, sy
     assert dict(loaded.hparams) == dict(expert.hparams)
 
 
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine"])
+def test_a_schedule_of_a_run_without_an_end_is_refused(synthetic, make_trainer, schedule):
+    trainer = make_trainer(max_epochs=-1, max_time="00:00:00:02")
+    with pytest.raises(ConfigurationError, match=f"found schedule='{schedule}' for a run .*; set trainer.max_epochs"):
+        trainer.fit(Expert(**SMALL, schedule=schedule), datamodule=synthetic())
+
+
+def test_a_constant_rate_needs_no_end(synthetic, make_trainer):
+    rates = Rates()
+    trainer = make_trainer(max_epochs=-1, max_time="00:00:00:02", callbacks=[rates])
+    trainer.fit(Expert(**SMALL, schedule="constant", lr=0.02), datamodule=synthetic())
+    assert len(rates.seen) > 1
+    assert set(rates.seen) == {0.02}
+
+
 def test_experts_start_from_the_base_checkpoint(write_experts, synthetic, make_trainer):
     base = write_experts([3])["task0"]
     expert = Expert(**SMALL, initial=base, num_classes=3)

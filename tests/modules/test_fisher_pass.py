@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from coin.data.tasks import Tasks
+from coin.errors import ConfigurationError, DataError
 from coin.modules import StatisticPass
 from coin.networks import build_network
 from coin.statistics import FisherKind, fisher_sums
@@ -39,3 +40,29 @@ def test_the_pass_under_a_trainer_equals_the_function(tasks, small_config, make_
             torch.testing.assert_close(module.sums.values[name], value, rtol=1e-12, atol=0.0)
     assert module.seconds > 0
     assert all(p.grad is None for p in network.parameters())
+
+
+@pytest.mark.parametrize("statistic", ["fisher", "gram"])
+def test_fewer_samples_than_processes_are_refused_in_one_line(
+    tasks, small_config, make_trainer, monkeypatch, statistic
+):
+    trainer = make_trainer()
+    monkeypatch.setattr(type(trainer), "world_size", 21)
+    with pytest.raises(ConfigurationError, match=r"found 20 calibration samples for 21 processes.*take fewer devices"):
+        trainer.statistic_sums(build_network(small_config, 3), tasks, statistic=statistic)
+
+
+def test_a_process_without_samples_has_no_sums_to_add(small_config, make_trainer):
+    module = StatisticPass(build_network(small_config, 3))
+    with pytest.raises(DataError, match=r"found no calibration samples on process 0 of 1.*raise the number"):
+        make_trainer().predict(module, EmptyLoader())
+
+
+class EmptyLoader:
+    """Says that it has a batch, and has none."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self):
+        return iter(())

@@ -45,6 +45,26 @@ def test_networks_are_evaluated_in_bf16_and_decoded_in_full(make_trainer, write_
     assert {outcome.decoder for outcome in mixed.outcomes} == {str(kind) for kind in DecoderKind}
 
 
+def test_decoding_is_in_full_precision_whatever_products_are(
+    make_trainer, write_experts, write_coded, tasks_of, monkeypatch
+):
+    experts = write_experts([3, 2])
+    coded, seen = write_coded([[0.5, 0.5]], experts), set()
+    decode = DecodingEvaluator._decode
+    monkeypatch.setattr(
+        DecodingEvaluator,
+        "_decode",
+        lambda *arguments: seen.add(torch.get_float32_matmul_precision()) or decode(*arguments),
+    )
+    before = torch.get_float32_matmul_precision()
+    try:
+        evaluated(make_trainer(matmul_precision="medium"), experts, coded, tasks_of)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == {"highest"}
+
+
 @pytest.mark.parametrize("method", [Distillation, ReadoutDistillation])
 def test_distillation_in_bf16_has_losses_in_full(make_trainer, experts, tasks, method):
     module = method(experts, [0.5, 0.5], lr=1e-3, steps=4, batch_size=8)
@@ -79,6 +99,12 @@ def test_tf32_is_an_option_of_the_trainer(make_trainer):
         ConfigurationError, match=r"found matmul_precision 'low', expected one of highest, high, medium"
     ):
         make_trainer(matmul_precision="low")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "16"])
+def test_weights_of_16_bits_are_refused(make_trainer, precision):
+    with pytest.raises(ConfigurationError, match=f"found precision '{precision}-true'.*; use {precision}-mixed"):
+        make_trainer(precision=f"{precision}-true")
 
 
 def test_a_compiled_expert_trains_alike_and_keeps_its_names(tmp_path, make_trainer, synthetic, monkeypatch):

@@ -2,6 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
+from torch.optim import SGD
+from torch.optim.lr_scheduler import OneCycleLR
 
 from coin.coding import fit_ridge
 from coin.data import Augmentation
@@ -114,3 +117,79 @@ def test_bad_options_are_refused(experts):
         ReadoutDistillation(readout_weight=-1)
     with pytest.raises(ConfigurationError, match="found augmentation='mirror', expected one of none, crop"):
         ReadoutDistillation(augmentation="mirror")
+
+
+class Killed(Callback):
+    """Writes a checkpoint after a step, and kills the run in the next one."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise KeyError("killed")
+
+
+@pytest.mark.parametrize("augmentation", ["none", "shift"])
+@pytest.mark.parametrize("kind", [Distillation, ReadoutDistillation])
+@pytest.mark.parametrize("step", [2, 5, 7])
+def test_a_run_killed_and_resumed_equals_an_undisturbed_one(
+    tmp_path, experts, tasks, make_trainer, kind, augmentation, step
+):
+    """Five steps an epoch: steps 2 and 7 are in the middle of one, and step 5 is an epoch's first."""
+
+    def run(callbacks=(), ckpt_path=None):
+        module = kind(experts, ROW, steps=12, lr=1e-3, batch_size=8, augmentation=augmentation)
+        trainer = make_trainer(max_steps=12, max_epochs=-1, callbacks=list(callbacks))
+        trainer.fit(module, datamodule=tasks(), ckpt_path=ckpt_path)
+        return module
+
+    undisturbed = run()
+    with pytest.raises(KeyError, match="killed"):
+        run([Killed(step, tmp_path / "killed.ckpt")])
+    resumed = run(ckpt_path=tmp_path / "killed.ckpt")
+    wanted, found = undisturbed.state_dict(), resumed.state_dict()
+    assert [name for name in wanted if not found[name].equal(wanted[name])] == []
+    assert resumed.passes == undisturbed.passes
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11, 100])
+def test_the_learning_rate_rises_and_falls_over_any_number_of_steps(experts, tasks, steps):
+    module = ReadoutDistillation(experts, ROW, lr=1.0, steps=steps)
+    module.configure_model()
+    options = module.configure_optimizers()
+    optimizer, schedule = options["optimizer"], options["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(steps + 3):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    if steps != 10:  # where torch's own divides by zero
+        plain = OneCycleLR(
+            SGD([torch.zeros(1)], 1.0),
+            1.0,
+            total_steps=steps,
+            pct_start=0.1,
+            anneal_strategy="linear",
+            cycle_momentum=False,
+        )
+        for rate in rates[:steps]:
+            assert rate == plain.get_last_lr()[0]
+            plain.optimizer.step()
+            plain.step()
+    else:
+        assert rates[0] == pytest.approx(1 / 25)
+        assert 0.8 < max(rates) == rates[1] <= 1
+    assert rates[steps - 1] == pytest.approx(1 / 25e4)
+    assert rates[steps:] == [rates[steps - 1]] * 3, "training on goes on with the last rate"
+
+
+def test_the_readout_loss_is_taken_in_full_precision(experts, tasks, make_trainer, monkeypatch):
+    module = ReadoutDistillation(experts, ROW, steps=1, batch_size=8)
+    losses = {}
+    log = module.log
+    monkeypatch.setattr(module, "log", lambda name, value, **options: losses.update({name: value}) or log(name, value))
+    make_trainer(max_steps=1, max_epochs=-1, precision="bf16-mixed").fit(module, datamodule=tasks())
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+    assert losses.keys() == {"train/loss", "train/readout_loss"}

@@ -135,3 +135,10 @@ def test_only_layers_that_track_statistics_count():
     assert has_batchnorm(network())
     assert not has_batchnorm(nn.Sequential(nn.Conv2d(3, 3, 1), nn.GroupNorm(1, 3)))
     assert not has_batchnorm(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)))
+
+
+def test_batches_of_another_type_recalibrate_alike(batches):
+    rounded = [batch.float() for batch in batches]
+    found, wanted = network(), network()
+    assert recalibrate(found, rounded) == recalibrate(wanted, [batch.double() for batch in rounded]) == 13
+    assert all(torch.equal(one, other) for one, other in zip(found.buffers(), wanted.buffers(), strict=True))

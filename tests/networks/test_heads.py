@@ -105,3 +105,5 @@ def test_pad_head_adds_zero_rows_or_the_given_ones():
 def test_pad_logits_adds_zeros():
     assert pad_logits(torch.ones(1, 2), 4).tolist() == [[1.0, 1.0, 0.0, 0.0]]
     assert pad_logits(torch.ones(3, 1, 2), 2).shape == (3, 1, 2)
+    with pytest.raises(StateError, match="found 2 logits to pad to 1, expected at most 1; give the largest"):
+        pad_logits(torch.ones(3, 1, 2), 1)

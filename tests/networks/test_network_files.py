@@ -73,7 +73,7 @@ def test_tensors_of_another_architecture_or_class_count_are_named(tmp_path, smal
     with pytest.raises(StateError, match=r"tensor 'stem\.0\.weight' of shape \[4, 3, 3, 3\], expected \[8, 3, 3, 3\]"):
         load_network(path)
     save_network(path, network, NetworkConfig("resnet18", 16), 3, {})
-    with pytest.raises(StateError, match=r"has no tensor 'bn1\.bias'.*of another architecture"):
+    with pytest.raises(StateError, match=r"has no tensor 'bn1\.bias'.*of another architecture: give one"):
         load_network(path)
     with pytest.raises(StateError, match=r"'mine' has a tensor 'extra' too many \(1 in all\)"):
         fill_network(network, {**network.state_dict(), "extra": torch.ones(1)}, "mine")

@@ -75,7 +75,7 @@ def test_unknown_weights_are_answered_with_the_known_ones():
         (
             NetworkConfig("resnet18", 32, None, {"bogus": 1}),
             3,
-            r"cannot build resnet18 .*'bogus': 1.*unexpected",
+            r"cannot build resnet18 .*'bogus': 1.*unexpected.*; change network.image_size or network.options",
         ),
         (NetworkConfig("vit_b_16", 33), 3, "images of 33 pixels"),
         (NetworkConfig("small_resnet", 32, None, {"width": 0}), 3, "found width=0, expected at least 1 channel"),

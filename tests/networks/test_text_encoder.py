@@ -86,6 +86,8 @@ def test_pretrained_weights_compute_what_bert_does(tmp_path, monkeypatch):
     for length, options in ((10, OPTIONS), (6, OPTIONS | {"width": 16})):
         with pytest.raises(ConfigurationError, match="which does not fit"):
             build_network(NetworkConfig("minilm", length, "ALL_MINILM_L6_V2", options), 3)
+    with pytest.raises(ConfigurationError, match=r"found depth=3 for pretrained weights of 2 blocks.*network\.options"):
+        build_network(NetworkConfig("minilm", 6, "ALL_MINILM_L6_V2", OPTIONS | {"depth": 3}), 3)
 
 
 def test_a_missing_package_and_other_weights_are_one_line(monkeypatch):

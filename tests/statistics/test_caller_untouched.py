@@ -94,6 +94,31 @@ def test_under_a_callers_context(network: nn.Module, name: str, context: type) -
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("name", ["fisher", "gram", "outputs", "jvp", "vjp", "product"])
+def test_products_are_in_full_precision_inside_and_as_before_outside(name: str) -> None:
+    seen: set[tuple[bool, str]] = set()
+
+    def flags() -> tuple[bool, str]:
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    class Watched(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.add(flags())
+            return super().forward(x)
+
+    network = nn.Sequential(nn.Flatten(), Watched(32, 2))
+    before = flags()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cudnn.allow_tf32 = True
+        passes(network, torch.randn(3, 2, 4, 4))[name]()
+        assert flags() == (True, "medium")
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+    assert seen == {(False, "highest")}
+
+
 def test_autocast_of_the_caller_is_suspended(network: nn.Module) -> None:
     inputs = torch.randn(3, 2, 4, 4)
     expected = fisher_diagonal(network, [inputs])

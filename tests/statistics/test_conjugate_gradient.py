@@ -58,14 +58,6 @@ def test_the_preconditioner_pays(matrix: Tensor, right: Tensor) -> None:
     assert helped.steps <= 12 < plain.steps
 
 
-def test_a_start_is_used_and_left_alone(matrix: Tensor, right: Tensor) -> None:
-    solution = split(torch.linalg.solve(matrix, right))
-    kept = joined(solution).clone()
-    found = conjugate_gradient(lambda v: split(matrix @ joined(v)), split(right), start=solution, tolerance=1e-8)
-    assert (found.steps, found.converged) == (0, True)
-    assert torch.equal(joined(solution), kept)
-
-
 def test_stops_at_the_limit_and_says_so(matrix: Tensor, right: Tensor) -> None:
     found = conjugate_gradient(lambda v: split(matrix @ joined(v)), split(right), max_steps=2, tolerance=1e-12)
     assert (found.steps, found.converged) == (2, False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coin.errors import ConfigurationError, DataError, StateError
+from coin.errors import ConfigurationError, DataError
 from coin.statistics import CotangentDistribution, FisherKind, fisher_diagonal, fisher_sums
 
 CLASSES = 4
@@ -135,6 +135,11 @@ def test_passes_count_forward_equivalents(network: nn.Module, inputs: Tensor) ->
         ({"kind": "monte_carlo", "cotangents": 5}, ConfigurationError, "at most 4"),
         ({"kind": "empirical", "labels": torch.tensor([0, 1, 2, 3, 4])}, DataError, "outside"),
         ({"kind": "empirical", "labels": torch.tensor([0, 1])}, DataError, "one for every sample"),
+        (
+            {"kind": "empirical", "labels": torch.tensor([0, 1, 2, 3, 1, 1])},
+            DataError,
+            "found 6 labels for 5 samples, expected one each",
+        ),
         ({"memory_mib": 0}, ConfigurationError, "memory_mib=0"),
         ({"kind": "hessian"}, ValueError, "hessian"),
     ],
@@ -145,5 +150,6 @@ def test_bad_options(network: nn.Module, inputs: Tensor, options: dict, error: t
 
 
 def test_no_samples(network: nn.Module) -> None:
-    with pytest.raises(StateError, match="0 calibration samples"):
-        fisher_diagonal(network, [])
+    for fisher in (fisher_diagonal, fisher_sums):
+        with pytest.raises(DataError, match="found no calibration samples, expected at least one batch; raise"):
+            fisher(network, [])

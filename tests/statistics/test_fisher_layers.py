@@ -67,6 +67,10 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "1×1 map, taps beyond the padding": (lambda: nn.Conv2d(4, 6, 3, padding=3, dilation=3), (4, 1, 1)),
     "same": (lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2), (4, 5, 5)),
     "same, uneven": (lambda: nn.Conv2d(4, 6, 2, padding="same"), (4, 5, 5)),
+    "same, uneven on one side": (lambda: nn.Conv2d(4, 6, (4, 3), padding="same", groups=2), (4, 5, 4)),
+    "same, uneven, dilated": (lambda: nn.Conv1d(4, 6, 4, padding="same", dilation=3), (4, 40)),
+    "same, uneven, three dimensions": (lambda: nn.Conv3d(4, 6, (2, 3, 4), padding="same"), (4, 2, 3, 4)),
+    "same, uneven, one position": (lambda: nn.Conv2d(4, 6, 2, padding="same"), (4, 1, 1)),
     "reflected": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (4, 5, 5)),
     "one dimension": (lambda: nn.Conv1d(4, 6, 3, padding=1, stride=2), (4, 9)),
     "one dimension, long": (lambda: nn.Conv1d(4, 6, 5, dilation=2, groups=2), (4, 70)),
@@ -83,6 +87,64 @@ def test_convolution(name: str) -> None:
     first = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[len(shape) - 1](shape[0], shape[0], 1)
     # Behind another layer its gradient by the input counts as well.
     assert_exact(Pooled(first, nn.Tanh(), make(), width=6), torch.randn(5, *shape))
+
+
+class Folded(nn.Module):
+    """A layer that sees a sample's rows side by side in the leading dimension, [B·k, …]."""
+
+    def __init__(self, layer: nn.Module, outputs: int) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(outputs, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, k, …]
+        y = torch.tanh(self.layer(x.flatten(0, 1))).unflatten(0, x.shape[:2])
+        return self.head((y * torch.arange(1, x.shape[1] + 1).view(-1, *[1] * (y.ndim - 2))).sum(1).flatten(1))
+
+
+class Scaled(nn.Module):
+    """A parameter that is multiplied with activations, and one that is added."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(x * self.scale) + self.shift
+
+
+FOLDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "linear": (lambda: nn.Linear(4, 5), (4,), 5),
+    "linear at positions": (lambda: nn.Linear(4, 5), (3, 4), 15),
+    "convolution": (lambda: nn.Conv2d(4, 6, 3), (4, 4, 4), 24),
+    "convolution of a large map": (lambda: nn.Conv2d(2, 3, 3, padding=1, bias=False), (2, 9, 9), 243),
+    "convolution to one position": (lambda: nn.Conv2d(4, 6, (2, 3)), (4, 2, 3), 6),
+    "grouped convolution": (lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2, padding=1), (4, 4, 4), 24),
+    "one dimension": (lambda: nn.Conv1d(4, 6, 3, dilation=2), (4, 7), 18),
+    "three dimensions": (lambda: nn.Conv3d(2, 4, 2, groups=2), (2, 3, 2, 3), 16),
+    "batch norm": (lambda: nn.BatchNorm2d(4), (4, 2, 2), 16),
+    "layer norm": (lambda: nn.LayerNorm(4), (3, 4), 12),
+    "layer norm over a map": (lambda: nn.LayerNorm([4, 2, 2]), (4, 2, 2), 16),
+    "group norm": (lambda: nn.GroupNorm(2, 4), (4, 2, 2), 16),
+    "scale and shift": (lambda: Scaled(4), (3, 4), 12),
+    "scale and shift of positions": (lambda: Scaled(1, 3, 1), (3, 4), 12),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_sample_of_several_rows(name: str, rows: int) -> None:
+    torch.manual_seed(0)
+    make, shape, outputs = FOLDED[name]
+    assert_exact(Folded(make(), outputs), torch.randn(4, rows, *shape))
+    # Behind another layer its gradient by the input counts as well.
+    first = nn.Sequential(nn.Linear(shape[-1], shape[-1]), nn.Tanh())
+    assert_exact(Folded(nn.Sequential(first, make()), outputs), torch.randn(4, rows, *shape))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_tokens_of_a_sample_in_several_rows(rows: int) -> None:
+    torch.manual_seed(0)
+    assert_exact(Folded(nn.Embedding(3, 4), 20), torch.randint(0, 3, (4, rows, 5)))
 
 
 @pytest.mark.parametrize("positions", [(), (1,), (5,), (3, 4), (80,)])
@@ -300,3 +362,27 @@ def test_outputs_that_are_not_logits_are_refused() -> None:
 def test_nothing_to_differentiate_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="no parameter"):
         fisher_diagonal(nn.Linear(4, CLASSES).requires_grad_(False), [torch.randn(2, 4)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FOLDED)
+def test_sixteen_bits_are_squared_and_summed_in_full_precision(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    make, shape, outputs = FOLDED[name]
+    network, inputs = Folded(make(), outputs).to(dtype), torch.randn(40, 2, *shape).to(dtype)
+    found = fisher_diagonal(network, list(inputs.split(1)))
+    # The passes themselves are rounded, each sample's by itself; the sums over samples are not.
+    expected = dense_loop(network.double(), inputs.double())
+    for key, value in expected.items():
+        assert found[key].dtype == torch.float32
+        error = (found[key].double() - value).norm() / value.norm()
+        assert error < 8 * torch.finfo(dtype).eps, key
+
+
+def test_sums_in_sixteen_bits_neither_stall_nor_overflow() -> None:
+    network = nn.Linear(2, CLASSES).bfloat16()
+    found = fisher_diagonal(network, [torch.ones(1, 2)] * 600)
+    assert torch.equal(found["weight"], torch.ones(CLASSES, 2)), "bfloat16 counts to 256"
+    network = nn.Linear(2, CLASSES).half()
+    found = fisher_diagonal(network, [torch.full((4, 2), 300.0)])
+    assert torch.equal(found["weight"], torch.full((CLASSES, 2), 9e4)), "float16 ends at 65504"

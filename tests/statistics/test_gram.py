@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coin.errors import ConfigurationError
 from coin.networks.small_vit import SmallViT
-from coin.statistics import GramLayers, gram_sums
+from coin.statistics import gram_sums
 
 
 def with_one(a: Tensor, bias: bool) -> Tensor:
@@ -34,6 +35,23 @@ def test_convolution_equals_im2col(bias: bool, groups: int) -> None:
     torch.testing.assert_close(conv(x), output)
 
 
+@pytest.mark.parametrize("kernel", [(2, 4), (4, 3), (1, 2)])
+def test_an_uneven_same_padding_equals_im2col_of_the_padded_input(kernel: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, kernel, padding="same").double()
+    x = torch.randn(5, 4, 6, 7, dtype=torch.float64)
+    low, high = [(k - 1) // 2 for k in kernel], [k // 2 for k in kernel]
+    columns = F.unfold(F.pad(x, [low[1], high[1], low[0], high[0]]), kernel)
+    torch.testing.assert_close(conv(x), (conv.weight.flatten(1) @ columns).view(5, 6, 6, 7) + conv.bias.view(-1, 1, 1))
+    a = with_one(columns.mT.reshape(-1, 4 * kernel[0] * kernel[1]), True)
+    torch.testing.assert_close(gram_sums(conv, [x[:2], x[2:]]).values["weight"], (a.mT @ a)[None])
+
+
+def test_nothing_to_differentiate_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"no parameter that requires a gradient.*call requires_grad_\(\)"):
+        gram_sums(nn.Linear(4, 2).requires_grad_(False), [torch.randn(2, 4)])
+
+
 def test_linear_sums_over_positions_and_divides_by_samples() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(3, 2).double()
@@ -45,7 +63,6 @@ def test_linear_sums_over_positions_and_divides_by_samples() -> None:
 def test_which_layers() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
     x = torch.randn(2, 3, 4, 4)
-    assert gram_sums(network, [x], layers=GramLayers.linear).values.keys() == {"3.weight"}
     assert gram_sums(network, [x]).values.keys() == {"0.weight", "3.weight"}
 
 
@@ -97,3 +114,11 @@ def test_every_linear_map_of_a_vision_transformer() -> None:
         torch.testing.assert_close(found[inside + name], (a.mT @ a)[None])
     patches = with_one(F.unfold(F.instance_norm(images), 4, stride=4).mT.reshape(-1, 48), True)
     torch.testing.assert_close(found["conv_proj.weight"], (patches.mT @ patches)[None])
+
+
+def test_sums_in_sixteen_bits_neither_stall_nor_overflow() -> None:
+    found = gram_sums(nn.Linear(2, 3).bfloat16(), [torch.ones(1, 2)] * 600).mean()["weight"]
+    assert torch.equal(found, torch.ones(1, 3, 3)), "bfloat16 counts to 256"
+    convolution = nn.Conv2d(1, 3, 1, bias=False).half()
+    found = gram_sums(convolution, [torch.full((4, 1, 1, 1), 300.0)]).mean()["weight"]
+    assert torch.equal(found, torch.full((1, 1, 1), 9e4)), "float16 ends at 65504"

@@ -89,3 +89,13 @@ def test_mistakes_are_named() -> None:
             outputs.vjp(parameters, torch.ones(rows, 2))
     with pytest.raises(StateError, match="no inputs"):
         OutputMap(network, []).fisher_product(parameters, parameters)
+
+
+def test_products_over_many_batches_do_not_stall_in_sixteen_bits() -> None:
+    network = nn.Linear(2, 3, bias=False).bfloat16()
+    outputs = OutputMap(network, [torch.ones(1, 2)] * 600)
+    here = {"weight": network.weight.detach()}
+    found = outputs.vjp(here, torch.ones(600, 3, dtype=torch.bfloat16))["weight"]
+    assert torch.equal(found, torch.full((3, 2), 600, dtype=torch.bfloat16)), "bfloat16 counts to 256"
+    product = outputs.fisher_product(here, {"weight": torch.ones(3, 2, dtype=torch.bfloat16)})["weight"]
+    assert torch.equal(product, torch.full((3, 2), 2, dtype=torch.bfloat16))

@@ -49,7 +49,7 @@ class Call(ABC):
 
     @abstractmethod
     def accumulate(self, g: Tensor, site: Site) -> None:
-        """Add the squares that the cotangents g [V, N, …] of the output bring."""
+        """Add the squares that the cotangents g [V, N, …] of the output bring, which are of the totals' type."""
 
     @abstractmethod
     def input_gradient(self, g: Tensor) -> Tensor:

@@ -10,18 +10,24 @@ from typing_extensions import override
 from coin.statistics.rules.call import Call, Site, fold, squared_sums
 from coin.statistics.rules.patches import Geometry
 from coin.statistics.rules.positions import add_direct, add_gram, contract_pairs, position_pairs, prefers_gram
+from coin.statistics.sums import sum_type
 
 
 class ConvolutionCall(Call):
     """y = x ⋆ W + b for x [B, C, *size], W [O, C/G, *kernel].
 
     Few output positions: the Gram rule, one product per kernel tap over the positions where that tap meets the image.
-    Many: the direct rule over unfolded patches. The weight's accumulator is written as [G, O/G, taps, C/G], which is a
-    view of memory laid out with the channels last.
+    Many, or several rows a sample: the direct rule over unfolded patches. The weight's accumulator is written as
+    [G, O/G, taps, C/G], which is a view of memory laid out with the channels last.
+
+    Where padding is uneven, `inputs` is padded to make it even; `size` is the spatial size without that.
     """
 
-    def __init__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
+    def __init__(
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, size: tuple[int, ...]
+    ) -> None:
         self.inputs, self.weight, self.bias, self.geometry = inputs, weight, bias, geometry
+        self._size = size
         self._pairs: Tensor | None = None
 
     @override
@@ -46,7 +52,9 @@ class ConvolutionCall(Call):
             gradient[grid] = self._transposed(folded, tuple(folded.shape[2:]), (1,) * dims)
         else:
             gradient = self._transposed(folded, size, geometry.stride)
-        return gradient.view(*g.shape[:2], *gradient.shape[1:])
+        if self._size != size:
+            gradient = gradient[(slice(None), slice(None), *(slice(n) for n in self._size))]
+        return gradient.reshape(*g.shape[:2], *gradient.shape[1:])
 
     def _transposed(self, g: Tensor, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
         """Return the input's gradient [N, C, *size] by the library's kernel."""
@@ -78,12 +86,16 @@ class ConvolutionCall(Call):
             bias.add_(squared_sums(g, site.samples, 2))
         if (weight := site.total("weight")) is None:
             return
-        columns = g.flatten(3)  # [V, B, O, T]
-        if prefers_gram(columns.shape[3], len(g)):
+        k = g.shape[1] // site.samples
+        columns = g.flatten(3)  # [V, B·k, O, T]
+        if k == 1 and prefers_gram(columns.shape[3], len(g)):
             pairs = contract_pairs(columns.transpose(2, 3))
             self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
         else:
-            add_direct(self._accumulator(weight).flatten(2), columns, self._patches)
+            if k > 1:  # a sample's rows are further positions
+                columns = columns.reshape(len(g), site.samples, k, *columns.shape[2:])
+                columns = columns.transpose(2, 3).flatten(3)  # [V, B, O, k·T]
+            add_direct(self._accumulator(weight).flatten(2), columns, lambda n: self._patches(n, k))
 
     @override
     def finish(self, site: Site) -> None:
@@ -94,7 +106,7 @@ class ConvolutionCall(Call):
         output = self.geometry.output_size(size)
         grid = torch.arange(prod(output), device=self.inputs.device).view(output)
         lookup = _pair_lookup(prod(output), self.inputs.device)
-        rows = self.inputs.movedim(1, -1).contiguous()
+        rows = self.inputs.movedim(1, -1).to(total.dtype).contiguous()
         for index, outputs, inputs in self.geometry.taps(size):
             a = rows[(slice(None), *inputs)].flatten(1, -2)
             met = grid[outputs].flatten()
@@ -104,12 +116,13 @@ class ConvolutionCall(Call):
                 pairs = pairs.index_select(1, lookup[met[first], met[second]])
             add_gram(total[:, :, index], pairs, a)
 
-    def _patches(self, sample: int) -> Tensor:
-        """Return one sample's unfolded inputs as [G, T, taps·C/G]."""
-        patches = self.geometry.patches(self.inputs[sample : sample + 1])[0]  # [*output, *kernel, C]
+    def _patches(self, sample: int, k: int) -> Tensor:
+        """Return the unfolded inputs of one sample of k rows as [G, k·T, taps·C/G]."""
+        rows = self.inputs[sample * k : (sample + 1) * k]
+        patches = self.geometry.patches(rows.to(sum_type(rows)))  # [k, *output, *kernel, C]
         dims, groups = len(self.geometry.kernel), self.geometry.groups
         grouped = patches.reshape(*patches.shape[:-1], groups, -1).movedim(-2, 0)
-        flat: Tensor = grouped.flatten(1 + dims).flatten(1, dims)
+        flat: Tensor = grouped.flatten(2 + dims).flatten(1, 1 + dims)
         return flat
 
     def _accumulator(self, total: Tensor) -> Tensor:

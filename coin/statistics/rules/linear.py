@@ -6,6 +6,7 @@ from typing_extensions import override
 
 from coin.statistics.rules.call import Call, Site, squared_sums
 from coin.statistics.rules.positions import add_direct, add_gram, contract_pairs, prefers_gram
+from coin.statistics.sums import sum_type
 
 
 class LinearCall(Call):
@@ -47,5 +48,6 @@ class LinearCall(Call):
             add_gram(site.totals[site.names["weight"]][None], self._pairs, self._positions(site))
 
     def _positions(self, site: Site) -> Tensor:
-        """Return the inputs as [B, T, I]."""
-        return self.inputs.reshape(site.samples, -1, self.inputs.shape[-1])
+        """Return the inputs as [B, T, I], in the type of sums."""
+        inputs = self.inputs.to(sum_type(self.inputs))
+        return inputs.reshape(site.samples, -1, inputs.shape[-1])

@@ -34,7 +34,7 @@ class NormalisationCall(Call):
             sums = cotangents.sum(-1)
             bias.add_(torch.square(sums).sum((0, 1)).view(bias.shape))
         if (weight := site.total("weight")) is not None:
-            normalised = self.grouped(self.normalised()[None], site.samples)[0]
+            normalised = self.grouped(self.normalised()[None].to(g.dtype), site.samples)[0]
             sums = (cotangents * normalised).sum(-1)  # quicker than a batched product of short vectors
             weight.add_(torch.square(sums).sum((0, 1)).view(weight.shape))
 

@@ -48,17 +48,18 @@ def _convolution(
     if input.ndim != weight.ndim:
         return None
     kernel, dilations = tuple(weight.shape[2:]), _sizes(dilation, dims)
+    x = input.detach()
     if padding == "valid":
         sides = (0,) * dims
     elif padding == "same":
         totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-        if any(total % 2 for total in totals):
-            return None  # the two sides differ
         sides = tuple(total // 2 for total in totals)
+        if any(total % 2 for total in totals):  # one more on the far side
+            x = F.pad(x, [far for total in reversed(totals) for far in (0, total % 2)])
     else:
         sides = _sizes(padding, dims)
     geometry = Geometry(kernel, _sizes(stride, dims), sides, dilations, groups)
-    return ConvolutionCall(input.detach(), weight, bias, geometry), _roles(weight, bias)
+    return ConvolutionCall(x, weight, bias, geometry, tuple(input.shape[2:])), _roles(weight, bias)
 
 
 def _sizes(value: Any, dims: int) -> tuple[int, ...]:
