@@ -1,5 +1,6 @@
 """The processes that do one piece of work together: which is the first, and what it decides for all of them."""
 
+import os
 from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import timedelta
@@ -93,3 +94,8 @@ def _control() -> distributed.ProcessGroup:
     """Return a group for decisions: on CPUs whatever the devices are, so that waiting keeps none of them busy."""
     group: distributed.ProcessGroup = distributed.new_group(backend="gloo", timeout=_PATIENCE)
     return group
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

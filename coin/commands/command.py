@@ -39,8 +39,8 @@ class Call:
         """Return the YAML with which ``coin run`` repeats one seed of the experiment that it is called for."""
         config = self.parsed.clone()
         config["seeds"] = [seed]
-        for name in ("json", "launch", "only"):
-            config.pop(name)
+        for name in _OF_RUN:
+            config.pop(name, None)
         return str(self.run_parser.dump(config, skip_none=False))
 
 

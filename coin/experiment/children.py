@@ -20,11 +20,6 @@ def child_environment(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), **inherited}
 
 
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
     """End processes, by force those that do not end within seconds."""
     for process in processes:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from coin.errors import CoinError, ConfigurationError, first_line
-from coin.experiment.children import child_environment, cores, last_line, stop, terminated_as_exit
+from coin.experiment.children import child_environment, last_line, stop, terminated_as_exit
+from coin.processes import cores
 
 _POLL_SECONDS = 0.1
 

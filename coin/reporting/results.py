@@ -80,7 +80,6 @@ def write_results(
     rows: Sequence[Row],
     configuration: Mapping[str, Any],
     confusions: Mapping[str, Counts] | None = None,
-    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``results.csv``, ``results.json`` and, with `confusions`, ``confusion.npz``.
 
@@ -91,7 +90,6 @@ def write_results(
         rows: The measurements, in the order in which tables and plots shall show the methods.
         configuration: The resolved configuration; what JSON does not know (paths, enums) is written as text.
         confusions: `confusion_key` → counts ``[C, C]``, the expert's answer × the decoded answer.
-        extra: Anything else worth keeping with the numbers, written under ``extra``.
 
     Raises:
         ConfigurationError: There are no rows, two rows measure the same thing, or a task has a reserved name.
@@ -104,8 +102,6 @@ def write_results(
         "configuration": dict(configuration),
         "versions": versions(),
     }
-    if extra is not None:
-        document["extra"] = dict(extra)
     # The text is made first: a value that cannot be written leaves all three files as they were.
     text = as_json(document)
     if confusions is not None:
@@ -138,7 +134,7 @@ def read_results(folder: Path) -> pd.DataFrame:
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:
-    """Return the object of ``results.json``: ``rows``, ``configuration``, ``versions`` and, if given, ``extra``.
+    """Return the object of ``results.json``: ``rows``, ``configuration`` and ``versions``.
 
     Raises:
         FileError: The file is missing or damaged.

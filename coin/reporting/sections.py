@@ -65,9 +65,6 @@ def _title(sources: Sequence[Source]) -> str:
 def _command(sources: Sequence[Source]) -> str:
     """Return the command line that does it again."""
     source = sources[0]
-    given = _lookup(source.document, "extra", "command")
-    if given:
-        return str(given)
     if source.sweep is not None:
         file = source.folder / SWEEP_YAML
         return shlex.join(["coin", "sweep", str(file) if file.is_file() else "SWEEP.yaml"])

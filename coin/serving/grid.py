@@ -1,11 +1,11 @@
 """Many simulations, on several processor cores."""
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from coin.errors import ConfigurationError
+from coin.processes import cores
 from coin.serving.case import Case, Outcome
 from coin.serving.simulation import simulate
 
@@ -20,7 +20,7 @@ def simulate_all(cases: Sequence[Case], jobs: int | None = None) -> list[Outcome
     Raises:
         ConfigurationError: `jobs` is less than 1.
     """
-    jobs = jobs if jobs is not None else os.cpu_count() or 1
+    jobs = cores() if jobs is None else jobs
     if jobs < 1:
         raise ConfigurationError(f"found jobs={jobs}, expected at least 1")
     if jobs == 1 or len(cases) == 1:

@@ -29,7 +29,7 @@ class NetworkServer:
 
     def __init__(self, path: Path, outputs: int, decoder: DecoderConfig, device: str = "cpu") -> None:
         file = load_network(path)
-        if file.config.name == "minilm":
+        if file.config.reads == "texts":
             raise ConfigurationError(
                 f"found '{path}', a network for texts, expected one for images: they alone are served"
             )

@@ -201,7 +201,7 @@ def test_hostile_names_are_escaped(tmp_path: Path, measure):
     rows, _ = measure(0, tasks=("a",), methods=FEW)
     rows = [replace(row, experiment=HOSTILE, task=HOSTILE, erased=HOSTILE) for row in rows]
     rows += [replace(row, method=HOSTILE, decoder=HOSTILE) for row in rows if row.decoder == "ridge"][1:2]
-    write_results(tmp_path, rows, {"name": HOSTILE, HOSTILE: [HOSTILE]}, extra={"command": f"coin run {HOSTILE}"})
+    write_results(tmp_path, rows, {"name": HOSTILE, HOSTILE: [HOSTILE]})
     images = np.zeros((1, 2, 2, 3), np.uint8)
     zero = np.array([0])
     write_examples(tmp_path, Examples(images, zero, zero, zero, (HOSTILE,)))
