@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from lightning.pytorch.loggers import Logger
 
 from coin.atomic import sha256_of
 from coin.cli import main
@@ -190,7 +191,8 @@ def test_an_experiment_s_own_tags_and_no_runs_of_methods(
 def test_a_job_that_fails_is_told_to_have_failed(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], Records]
 ) -> None:
-    def fail(*_: Any, **__: Any) -> NoReturn:
+    def fail(*_: Any, loggers: list[Logger], **__: Any) -> NoReturn:
+        assert [logger.experiment for logger in loggers]  # begins the run
         raise NumericalError("it diverged; give a smaller learning rate")
 
     monkeypatch.setattr("coin.experiment.steps.initial.train_network", fail)
