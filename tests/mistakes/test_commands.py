@@ -76,6 +76,7 @@ MESSAGES = {
     "Parser key \"config\": File does not exist: 'a.yaml'": "found no file 'a.yaml', expected",
     "Unexpected config: - a - b": "found '- a - b' as a configuration, expected YAML",
     "Parser key \"expert.epochs\": Expected a <class 'int'>. Got value: many": "found expert.epochs=many, expected",
+    'Parser key "tasks": Expected a dot import path string: Mnist': "found class 'Mnist' in 'tasks', expected one of",
     "argument subcommand: invalid choice: 'runn' (choose from 'fit', 'run')": "found command 'runn', expected one of",
     "the following arguments are required: run.name": "found no run.name, expected it; give it",
 }
