@@ -74,8 +74,8 @@ def in_one_line(message: str, options: Iterable[str] = ()) -> str:
         return f"found {found[1]}={found[3]}, expected one of {found[2].replace(',', ', ')}; change it"
     if found := re.match(r"Parser key \"(.*?)\": Expected a dot import path string: (.*)", text):
         return (
-            f"found class '{found[2][:80]}' in '{found[1]}', expected one of coin's, or a dotted import path; check the "
-            "spelling"
+            f"found class '{found[2][:80]}' in '{found[1]}', expected one of coin's, or a dotted import path; check "
+            "the spelling"
         )
     if found := re.match(r"Parser key \"(.*?)\": Option '(.*?)' is not accepted", text):
         return f"found option '{found[2]}' in '{found[1]}', expected one that its class has; check the spelling"
