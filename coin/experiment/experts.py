@@ -90,6 +90,7 @@ class Experts:
         Raises:
             StateError: The tensors of an expert do not fit its architecture.
         """
+        _ = self.config, self.width  # from files, whose tensors must not become meta ones
         try:
             with torch.device("meta"):  # names and shapes alone, without the memory
                 network = self.blank()

@@ -168,7 +168,7 @@ def test_an_image_that_is_none_is_named(root):
 def test_sixteen_bit_images_are_refused(root):
     pixels = np.full((12, 12), 40_000, dtype=np.uint16)
     Image.fromarray(pixels).save(root / "test" / "cat" / "deep.png")
-    with pytest.raises(DataError, match=r"deep.png has pixels of type 'I;16'; expected 8 bits"):
+    with pytest.raises(DataError, match=r"deep.png has pixels of type 'I(;16)?'; expected 8 bits"):
         ImageFolder(str(root)).setup()
 
 
