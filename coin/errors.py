@@ -8,6 +8,10 @@ Every message is one line: what was found, what was expected, what to do. The co
 class CoinError(Exception):
     """Base class of everything that ``coin`` raises on purpose."""
 
+    def __str__(self) -> str:
+        """Return the message in one line, whatever lines a value that it quotes has."""
+        return " ".join(super().__str__().split())
+
 
 class ConfigurationError(CoinError, ValueError):
     """An option has a value that cannot be used."""

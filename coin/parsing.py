@@ -29,10 +29,11 @@ class CoinParser(LightningArgumentParser):
         try:
             return super().instantiate_classes(cfg, **kwargs)
         except TypeError as error:
-            if "must be a mapping, not NoneType" not in str(error):
+            if not (found := re.search(r"must be a mapping, not (\w+)", str(error))):
                 raise
+            kind = "null" if found[1] == "NoneType" else f"a {found[1]}"
             raise ConfigurationError(
-                "found a section that is null (one of network, expert, calibration, wandb, launch), expected its "
+                f"found a section that is {kind} (one of network, expert, calibration, wandb, launch), expected its "
                 "options; leave the section out for its defaults"
             ) from error
 
@@ -77,6 +78,8 @@ def in_one_line(message: str, options: Iterable[str] = ()) -> str:
             f"found class '{found[2][:80]}' in '{found[1]}', expected one of coin's, or a dotted import path; check "
             "the spelling"
         )
+    if found := re.match(r"Parser key \"(.*?)\": Unable to load config '(.*?)'", text):
+        return f"found {found[1]}={found[2][:80]}, expected its options as 'key: value', or a YAML file; change it"
     if found := re.match(r"Parser key \"(.*?)\": Option '(.*?)' is not accepted", text):
         return f"found option '{found[2]}' in '{found[1]}', expected one that its class has; check the spelling"
     return text

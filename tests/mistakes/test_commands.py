@@ -11,6 +11,7 @@ import torch
 
 from coin.atomic import write_text
 from coin.cli import main
+from coin.errors import ConfigurationError, FileError
 from coin.parsing import in_one_line
 from coin.shortages import shortage_behind
 from coin.state import save_state
@@ -99,6 +100,17 @@ def test_a_folder_that_is_missing_is_told_of_before_the_base_is_trained(
     )
     base = "--base={task: {class_path: Digits}}"
     assert "nowhere does not exist; set root" in refused(["run", "-c", str(config), "--output=o", base], capsys)
+
+
+@pytest.mark.parametrize("section", ["[]", "[1]"])
+def test_a_section_that_is_a_list_is_one_line(section: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["run", "-c", str(config), "--output=o", f"--network={section}"], capsys)
+    assert "expected" in line
+
+
+def test_a_message_is_one_line_whatever_it_quotes() -> None:
+    assert str(ConfigurationError("found key 'a\n\nb', expected c")) == "found key 'a b', expected c"
+    assert str(FileError(2, "No such\nfile", "x")) == "[Errno 2] No such file: 'x'"
 
 
 def test_too_few_samples_are_told_of_before_the_training(
