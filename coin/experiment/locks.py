@@ -71,6 +71,23 @@ def locked(path: Path) -> Iterator[IO[bytes] | None]:
 
 
 @contextlib.contextmanager
+def _waited_for(path: Path) -> Iterator[IO[bytes]]:
+    """Yield what `locked` does, once no other process holds it."""
+    told = False
+    while True:
+        with locked(path) as file:
+            if file is not None:
+                yield file
+                return
+        if not told:
+            warnings.warn(
+                f"waiting for another coin command at work in '{path.parent}'{_holder(path)}", CoinWarning, stacklevel=2
+            )
+            told = True
+        time.sleep(_POLL_SECONDS)
+
+
+@contextlib.contextmanager
 def alone_in(folder: Path, *, patient: bool = False) -> Iterator[IO[bytes] | None]:
     """Hold a folder while the block runs; with several processes the first one holds it for all.
 
@@ -93,19 +110,7 @@ def alone_in(folder: Path, *, patient: bool = False) -> Iterator[IO[bytes] | Non
 
         def take() -> None:
             if not _is_inherited(path):
-                told = False
-                while True:
-                    taken[0] = stack.enter_context(locked(path))
-                    if taken[0] is not None or not patient:
-                        break
-                    if not told:
-                        warnings.warn(
-                            f"waiting for another coin command at work in '{folder}'{_holder(path)}",
-                            CoinWarning,
-                            stacklevel=2,
-                        )
-                    told = True
-                    time.sleep(_POLL_SECONDS)
+                taken[0] = stack.enter_context(_waited_for(path) if patient else locked(path))
                 if taken[0] is None:
                     raise ConfigurationError(
                         f"found another coin command at work in '{folder}'{_holder(path)}, expected none; wait for it "

@@ -120,8 +120,11 @@ def test_coin_run_is_refused_where_another_is_at_work(
     assert {path: stamp for path, stamp in before.items() if path.name != LOCK} == after
 
 
-def test_a_patient_process_waits_and_says_so(tmp_path: Path) -> None:
+def test_a_patient_process_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.monotonic()
     told = pytest.warns(CoinWarning, match="waiting for another coin")
+    monkeypatch.setattr(coin.experiment.locks, "_POLL_SECONDS", 0.05)
+    before = len(list(Path("/proc/self/fd").iterdir()))
     with holder(tmp_path, lambda: time.sleep(0.7)), told, alone_in(tmp_path, patient=True):
         assert time.monotonic() - started > 0.3
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3  # no file a look
