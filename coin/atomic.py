@@ -28,9 +28,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise FileError(
-            f"cannot write '{path}': {error.strerror or error}; free the space or choose a folder you can write to"
-        ) from error
+        raise _unwritable(path, error) from error
     temporary = Path(name)
     try:
         yield temporary
@@ -39,12 +37,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
+    except FileError:  # says what it is about
+        raise
     except OSError as error:
-        raise FileError(
-            f"cannot write '{path}': {error.strerror or error}; free the space or choose a folder you can write to"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> FileError:
+    return FileError(
+        f"cannot write '{path}': {error.strerror or error}; free the space or choose a folder you can write to"
+    )
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -240,3 +240,12 @@ def test_metadata_is_one_json_value(tmp_path):
         metadata = file.metadata()
     assert list(metadata) == ["coin"]
     assert json.loads(metadata["coin"])["row"] == 0
+
+
+def test_a_state_that_cannot_be_written_is_told_of_once(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(FileError) as caught:
+        save_state(tmp_path / "a" / "b.safetensors", {"w": torch.ones(1)}, {})
+    assert str(caught.value).count("cannot write") == 1
+    with pytest.raises(FileError, match=r"^it is cut off; make it again$"), atomic_path(tmp_path / "c"):
+        raise FileError("it is cut off; make it again")
