@@ -14,8 +14,7 @@ def checkpoint_options(path: Path) -> dict[str, Any]:
     Raises:
         FileError: The file is missing or damaged, or is no such checkpoint.
     """
-    if not path.is_file():
-        raise FileError(f"found no checkpoint '{path}', expected a file; check ckpt_path")
+    _check_there(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         _ = checkpoint["state_dict"], checkpoint["pytorch-lightning_version"]
@@ -32,8 +31,7 @@ def check_training_checkpoint(path: Path) -> None:
     Raises:
         FileError: It is missing, damaged or no checkpoint of a training.
     """
-    if not path.is_file():
-        raise FileError(f"found no checkpoint '{path}', expected a file; check ckpt_path")
+    _check_there(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         whole = {"state_dict", "loops", "optimizer_states"} <= content.keys()
@@ -43,3 +41,8 @@ def check_training_checkpoint(path: Path) -> None:
         ) from error
     if not whole:
         raise FileError(f"'{path}' is no checkpoint of a training, expected one to go on from; give one of coin fit's")
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise FileError(f"found no checkpoint '{path}', expected a file; check ckpt_path")

@@ -174,7 +174,7 @@ def main(args: list[str] | None = None) -> int:
 
 def _with_advice(mistake: CoinError, args: Sequence[str]) -> str:
     """Return a mistake in one line; one that says no more than what is allowed gets the way to the help."""
-    line = " ".join(str(mistake).split())
+    line = str(mistake)
     if not isinstance(mistake, ConfigurationError) or ";" in line:
         return line
     commands = [argument for argument in args if argument in {*COMMANDS, *CoinCLI.subcommands()}]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from coin.callbacks.weights import Weights, check_weights, chosen, description, trained_network
+from coin.callbacks.weights import Weights, check_weights, description, trained_network
+from coin.choices import chosen
 from coin.errors import NumericalError
 from coin.networks import save_network
 from coin.state import not_finite

@@ -6,7 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from coin.callbacks.weights import Weights, check_weights, chosen, trained_network
+from coin.callbacks.weights import Weights, check_weights, trained_network
+from coin.choices import chosen
 from coin.errors import ConfigurationError
 from coin.state import fingerprint
 from coin.statistics import (

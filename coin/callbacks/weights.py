@@ -2,7 +2,7 @@
 
 from copy import copy, deepcopy
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,8 +12,6 @@ from torch import nn
 from coin.errors import ConfigurationError
 from coin.networks import NetworkConfig
 
-E = TypeVar("E", bound=StrEnum)
-
 _NO_BEST = "found no best checkpoint; add a ModelCheckpoint with a monitor, or set weights=last"
 
 
@@ -22,17 +20,6 @@ class Weights(StrEnum):
 
     last = "last"
     best = "best"
-
-
-def chosen(kind: type[E], name: str, value: str) -> E:
-    """Return the entry of an enum that an option names.
-
-    Raises:
-        ConfigurationError: There is none.
-    """
-    if value not in list(kind):
-        raise ConfigurationError(f"found {name}='{value}', expected one of {', '.join(kind)}")
-    return kind(value)
 
 
 def check_weights(trainer: Trainer, weights: Weights) -> None:

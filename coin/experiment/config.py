@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from coin.callbacks import Weights
+from coin.choices import chosen
 from coin.data import Augmentation, TaskData
 from coin.errors import ConfigurationError
 from coin.modules import OptimizerKind, Schedule
@@ -53,7 +54,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name, kind in self._ENUMS.items():
-            object.__setattr__(self, name, _member(kind, name, getattr(self, name)))
+            object.__setattr__(self, name, chosen(kind, name, getattr(self, name)))
         _check_integer("epochs", self.epochs, 1)
         _check_integer("batch_size", self.batch_size, 2)
         if not (_is_number(self.lr) and self.lr > 0):
@@ -150,7 +151,7 @@ class CalibrationConfig:
             raise ConfigurationError(f"found memory_mib={self.memory_mib}, expected at least 1")
         if self.fisher_data not in ("own", "pooled"):
             raise ConfigurationError(f"found fisher_data '{self.fisher_data}', expected own or pooled")
-        kind = _member(FisherKind, "fisher_kind", self.fisher_kind)
+        kind = chosen(FisherKind, "fisher_kind", self.fisher_kind)
         object.__setattr__(self, "fisher_kind", kind)
         if self.fisher_cotangents is not None:
             _check_integer("fisher_cotangents", self.fisher_cotangents, 1)
@@ -174,13 +175,6 @@ class WandbConfig:
     def __post_init__(self) -> None:
         if wrong := [tag for tag in self.tags if not 1 <= len(tag) <= TAG_LENGTH]:
             raise ConfigurationError(f"found W&B tag '{wrong[0]}', expected one of 1 to {TAG_LENGTH} characters")
-
-
-def _member(kind: type[StrEnum], name: str, value: Any) -> StrEnum:
-    try:
-        return kind(value)
-    except ValueError as error:
-        raise ConfigurationError(f"found {name}={value!r}, expected one of {', '.join(kind)}") from error
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:

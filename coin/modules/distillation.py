@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from coin.choices import chosen
 from coin.data import Augmentation
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
@@ -85,8 +86,7 @@ class Distillation(LightningModule):
             raise ConfigurationError(f"found samples_per_task={samples_per_task}, expected at least 1, or none")
         if not 0 < held_out < 1:
             raise ConfigurationError(f"found held_out={held_out}, expected a share above 0 and below 1")
-        if augmentation not in list(Augmentation):
-            raise ConfigurationError(f"found augmentation={augmentation!r}, expected one of {', '.join(Augmentation)}")
+        chosen(Augmentation, "augmentation", augmentation)
         # Given by name: within LightningCLI, Lightning would take the command's own model options instead.
         self.save_hyperparameters(
             {

@@ -13,6 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 from torchmetrics.classification import MulticlassAccuracy
 
+from coin.choices import chosen
 from coin.errors import ConfigurationError
 from coin.modules.axes import plot_against_epochs
 from coin.networks import NetworkConfig, initial_network
@@ -82,8 +83,8 @@ class Expert(LightningModule):
         _check("momentum", momentum, low=0.0, high=1.0)
         _check("weight_decay", weight_decay, low=0.0)
         _check("label_smoothing", label_smoothing, low=0.0, high=1.0)
-        _member(OptimizerKind, "optimizer", optimizer)
-        _member(Schedule, "schedule", schedule)
+        chosen(OptimizerKind, "optimizer", optimizer)
+        chosen(Schedule, "schedule", schedule)
         self.config = NetworkConfig(network, image_size, weights, options or {})
         # Given by name and as plain strings: within LightningCLI, Lightning would take the command line's values, enums
         # among them, and a checkpoint must hold nothing that weights_only refuses.
@@ -231,8 +232,3 @@ def _check(name: str, value: float, *, low: float, high: float | None = None, st
     if not fits:
         bound = f"{'above' if strict else 'at least'} {low:g}" + ("" if high is None else f" and below {high:g}")
         raise ConfigurationError(f"found {name}={value}, expected a number {bound}")
-
-
-def _member(kind: type[StrEnum], name: str, value: str) -> None:
-    if value not in list(kind):
-        raise ConfigurationError(f"found {name}='{value}', expected one of {', '.join(kind)}")
