@@ -1,7 +1,5 @@
 """One seed of an experiment: its folder, its tasks, and what its steps have made so far."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
