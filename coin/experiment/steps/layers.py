@@ -10,13 +10,13 @@ from coin.experiment.merge import Ingredients
 from coin.experiment.records import step_key
 from coin.experiment.seed_run import SeedRun
 from coin.merging import MergeMethod
-from coin.merging.layers import fisher_shares, relative_distances
 from coin.merging.networks import parameters_of
 from coin.modules import Distillation
 from coin.networks import load_network
 from coin.processes import from_first
 from coin.progress import tracked
 from coin.reporting.extras import LAYERS_CSV, write_layers
+from coin.reporting.layers import fisher_shares, relative_distances
 from coin.statistics.files import StatisticFile
 
 
