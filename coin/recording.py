@@ -40,7 +40,13 @@ def record_evaluation(
     rows = result_rows(model.outcomes, name, tasks.seed, tasks.samples_per_task)
     confusions = {confusion_key(row): o.confusion for row, o in zip(rows, model.outcomes, strict=True)}
     code = model.code.matrix.tolist()
-    write_results(folder, rows, {"tasks": list(model.tasks), "code": code, **(configuration or {})}, confusions)
+    methods = [
+        {"label": variant.method, "batchnorm": variant.batchnorm, "row": row, "chosen": chosen}
+        for variant in model.variants
+        for row, chosen in enumerate(variant.chosen)
+    ]
+    configuration = {"tasks": list(model.tasks), "code": code, **(configuration or {})}
+    write_results(folder, rows, configuration, confusions, methods)
     examples = examples_of(model, tasks)
     write_examples(folder, examples)
     for logger in loggers:
@@ -76,8 +82,10 @@ def result_rows(outcomes: Sequence[Outcome], experiment: str, seed: int, samples
             nda=outcome.nda,
             agreement=outcome.agreement,
             residual=outcome.residual,
-            calibration_seconds=outcome.calibration_seconds,
-            sample_passes=outcome.sample_passes,
+            merge_seconds=outcome.variant.seconds,
+            merge_passes=outcome.variant.passes,
+            decoder_seconds=outcome.decoder_seconds,
+            decoder_passes=outcome.decoder_passes,
         )
         for outcome in outcomes
     ]

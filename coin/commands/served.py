@@ -10,7 +10,7 @@ from coin.coding import Code, DecoderConfig
 from coin.errors import ConfigurationError, FileError
 from coin.experiment.experts import Experts
 from coin.modules.variants import NONE, ORACLE, read_coded
-from coin.reporting.results import RESULTS_CSV, read_configuration, read_results
+from coin.reporting.results import RESULTS_CSV, asked_policy, read_configuration, read_results
 from coin.reporting.summary import seed_folders
 from coin.state import load_provenance
 
@@ -108,7 +108,7 @@ def choose_variant(folders: Sequence[Path], method: str | None, batchnorm: str |
         raise ConfigurationError(f"found method '{method}', '{folders[0]}' has results of {known}; choose one of them")
     frame = frame if method is None else frame[frame["method"] == method]
     chosen = str(frame["method"].iloc[0])
-    policies = list(dict.fromkeys(frame.loc[frame["method"] == chosen, "batchnorm"]))
+    policies = list(dict.fromkeys(frame.loc[frame["method"] == chosen, "batchnorm"].map(asked_policy)))
     if batchnorm is not None and batchnorm not in policies:
         raise ConfigurationError(
             f"found batchnorm '{batchnorm}' of method {chosen}, expected one of {', '.join(policies) or 'none'}"
@@ -119,7 +119,8 @@ def choose_variant(folders: Sequence[Path], method: str | None, batchnorm: str |
 def read_accuracies(folders: Sequence[Path], method: str, batchnorm: str, decoder: str) -> Accuracies:
     """Return what the results of all seeds say of one method and decoder."""
     frame = pd.concat([read_results(folder) for folder in folders], ignore_index=True)
-    chosen = (frame["method"] == method) & (frame["batchnorm"] == batchnorm) & (frame["decoder"] == decoder)
+    asked = frame["batchnorm"].map(asked_policy)
+    chosen = (frame["method"] == method) & (asked == batchnorm) & (frame["decoder"] == decoder)
     frame = frame[chosen]
     sizes = frame["erased"].str.count(r"\+") + 1
     decoded = {int(size): float(rows["decoded_accuracy"].mean()) for size, rows in frame.groupby(sizes)}

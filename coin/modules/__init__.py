@@ -5,10 +5,9 @@ from coin.modules.distillation import Distillation
 from coin.modules.evaluator import DecodingEvaluator
 from coin.modules.examples import KeptSamples
 from coin.modules.expert import Expert, OptimizerKind, Schedule
-from coin.modules.outcome import Outcome
 from coin.modules.readout_distillation import ReadoutDistillation
 from coin.modules.statistic_pass import StatisticKind, StatisticPass
-from coin.modules.variants import NONE, ORACLE, Variant
+from coin.modules.variants import NONE, ORACLE, Outcome, Variant
 
 __all__ = [
     "NONE",

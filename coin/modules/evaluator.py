@@ -1,5 +1,6 @@
 """The decoding evaluator: every network once per batch, for all methods, decoders and erasures."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +18,8 @@ from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, dist
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.metrics import DecodingAccuracy, Residual
-from coin.modules.examples import ExampleSamples, KeptSamples, shown_pair
-from coin.modules.outcome import Outcome
-from coin.modules.variants import NONE, ORACLE, Variant, read_coded
+from coin.modules.examples import ExampleSamples, KeptSamples
+from coin.modules.variants import NONE, ORACLE, Outcome, Variant, read_coded
 from coin.networks import common_widths, load_network, run_network, widen_network
 from coin.progress import tracked
 from coin.state import fingerprint
@@ -28,11 +28,17 @@ from coin.statistics.guard import full_products
 
 @dataclass(frozen=True)
 class _Case:
-    """One decoder of one variant for one erasure; ``cost`` is what fitting it took, in seconds and passes."""
+    """One fitted decoder of one variant for one erasure, what fitting it took, and what it is measured with.
+
+    ``measures`` are the accuracy and the confusion of every lost expert; ``examples`` keeps test images of the one.
+    """
 
     variant: int
     decoder: Decoder
-    cost: tuple[float, float]
+    seconds: float
+    passes: float
+    measures: dict[int, tuple[DecodingAccuracy, MulticlassConfusionMatrix]]
+    examples: ExampleSamples | None
 
 
 class DecodingEvaluator(LightningModule):
@@ -115,13 +121,9 @@ class DecodingEvaluator(LightningModule):
         answers = replace(Answers.concatenate(parts), tasks=calibration.part)
         # The networks run together here; each one's share of the time is what a decoder that needs it is charged.
         share = (time.perf_counter() - started) / (len(self.experts) + len(self.coded))
-        self.cases = self._fitted(answers, share)
-        lost = [expert for case in self.cases for expert in case.decoder.erased]
-        self.accuracies = [DecodingAccuracy(self.class_counts[expert]) for expert in lost]
-        self.confusions = [MulticlassConfusionMatrix(self.class_counts[expert]) for expert in lost]
-        coded = [index for index, variant in enumerate(self.variants) if variant.networks]
-        self.residuals = {(index, task): Residual() for index in coded for task in range(len(self.tasks))}
-        self.examples = self._examples(data)
+        self.cases = self._fitted(answers, share, data)
+        coded = [index for index, variant in enumerate(self.variants) if not variant.is_none]
+        self.residuals = {index: [Residual() for _ in self.tasks] for index in coded}
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of, on the CPU."""
@@ -130,30 +132,25 @@ class DecodingEvaluator(LightningModule):
         with torch.autocast("cpu", enabled=False), full_products():
             self._decode(answers, (inputs, labels.cpu()), batch_idx, dataloader_idx)
 
-    def _decode(self, answers: Answers, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int) -> None:
+    def _decode(self, answers: Answers, batch: tuple[Tensor, Tensor], batch_idx: int, task: int) -> None:
         inputs, labels = batch
-        for (index, task), residual in self.residuals.items():
-            variant = self.variants[index]
-            if task == dataloader_idx and variant.code is not None:
-                coded = answers.coded[list(variant.networks)]
-                residual.update(coded.flatten(0, 1), variant.code.encode(answers.experts).flatten(0, 1))
-        own = answers.experts[dataloader_idx]
         seen = [variant.seen(answers) for variant in self.variants]
-        classes = self.class_counts[dataloader_idx]
+        for index, residuals in self.residuals.items():
+            code = self.variants[index].code or self.code
+            residuals[task].update(seen[index].coded.flatten(0, 1), code.encode(answers.experts).flatten(0, 1))
+        own, classes = answers.experts[task], self.class_counts[task]
         expert = own[:, :classes].argmax(1)
-        place = 0
-        for index, case in enumerate(self.cases):
-            lost = case.decoder.erased
-            if dataloader_idx in lost:
-                where = lost.index(dataloader_idx)
-                decoded = case.decoder.decode(seen[case.variant])[where]
-                self.accuracies[place + where].update(decoded, own, labels)
-                answer = decoded[:, :classes].argmax(1)
-                self.confusions[place + where].update(answer, expert)
-                if index in self.examples:
-                    positions = self._positions(batch_idx, dataloader_idx, len(labels))
-                    self.examples[index].update(inputs, positions, expert, answer, labels)
-            place += len(lost)
+        for case in self.cases:
+            if task not in case.measures:
+                continue
+            decoded = case.decoder.decode(seen[case.variant])[case.decoder.erased.index(task)]
+            answer = decoded[:, :classes].argmax(1)
+            accuracy, confusion = case.measures[task]
+            accuracy.update(decoded, own, labels)
+            confusion.update(answer, expert)
+            if case.examples is not None:
+                positions = self._positions(batch_idx, task, len(labels))
+                case.examples.update(inputs, positions, expert, answer, labels)
 
     def on_test_epoch_end(self) -> None:
         """Collect the totals of all processes into `outcomes`."""
@@ -161,30 +158,24 @@ class DecodingEvaluator(LightningModule):
             for metric in self._metrics:
                 metric.to(self.device)
         self.kept = {
-            self.tasks[self.cases[case].decoder.erased[0]]: each.kept() for case, each in self.examples.items()
+            self.tasks[case.decoder.erased[0]]: case.examples.kept() for case in self.cases if case.examples is not None
         }
-        residuals = {place: float(residual.compute()) for place, residual in self.residuals.items()}
-        self.outcomes = []
-        place = 0
-        for case in self.cases:
-            variant = self.variants[case.variant]
-            for expert in case.decoder.erased:
-                totals = {name: float(value) for name, value in self.accuracies[place].compute().items()}
-                confusion = self.confusions[place].compute().cpu().numpy().astype(np.int64)
-                place += 1
-                self.outcomes.append(
-                    Outcome(
-                        variant=variant,
-                        decoder=case.decoder.name,
-                        erased=tuple(self.tasks[lost] for lost in case.decoder.erased),
-                        task=self.tasks[expert],
-                        residual=residuals.get((case.variant, expert), 0.0 if variant.is_oracle else float("nan")),
-                        calibration_seconds=variant.seconds + case.cost[0],
-                        sample_passes=variant.passes + case.cost[1],
-                        confusion=confusion,
-                        **totals,
-                    )
-                )
+        found = {index: [float(each.compute()) for each in residuals] for index, residuals in self.residuals.items()}
+        self.outcomes = [
+            Outcome(
+                variant=self.variants[case.variant],
+                decoder=case.decoder.name,
+                erased=tuple(self.tasks[lost] for lost in case.decoder.erased),
+                task=self.tasks[expert],
+                residual=found[case.variant][expert] if case.variant in found else math.nan,
+                decoder_seconds=case.seconds,
+                decoder_passes=case.passes,
+                confusion=confusion.compute().cpu().numpy().astype(np.int64),
+                **{name: float(value) for name, value in accuracy.compute().items()},
+            )
+            for case in self.cases
+            for expert, (accuracy, confusion) in case.measures.items()
+        ]
 
     def _references(self, matrix: list[list[float]] | None) -> list[Variant]:
         if matrix is not None:
@@ -199,12 +190,11 @@ class DecodingEvaluator(LightningModule):
         if code.num_experts != len(self.experts):
             raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {len(self.experts)}")
         self.code = code
-        none = Variant(NONE, "", None, (), None, 0.0, 0.0)
-        oracle = Variant(ORACLE, "", code, (), None, 0.0, 0.0)
-        return [none, oracle]
+        return [Variant(NONE, None), Variant(ORACLE, code)]
 
-    def _fitted(self, answers: Answers, share: float) -> list[_Case]:
+    def _fitted(self, answers: Answers, share: float, data: Tasks) -> list[_Case]:
         """Return every case with its decoder fitted; `share` is the seconds one network took over the samples."""
+        tasks = list(data.tasks.values())
         wanted = [
             (index, erased, config)
             for index, variant in enumerate(self.variants)
@@ -218,37 +208,37 @@ class DecodingEvaluator(LightningModule):
             seen = variant.seen(answers)
             started = time.perf_counter()
             decoder = make_decoder(config, variant.code or self.code, erased).fit(seen)
-            cost = (0.0, 0.0)
+            seconds = passes = 0.0
             if decoder.needs_fit:
-                networks = len(self.experts) + len(variant.networks)
-                samples = decoder.samples_read(seen)
-                running = share * networks * samples / answers.num_samples
-                cost = (time.perf_counter() - started + running, float(networks * samples))
-            cases.append(_Case(index, decoder, cost))
+                seconds = time.perf_counter() - started
+                passes = float((len(self.experts) + len(variant.networks)) * decoder.samples_read(seen))
+                seconds += share * passes / answers.num_samples
+            measures = {
+                lost: (DecodingAccuracy(count), MulticlassConfusionMatrix(count))
+                for lost, count in ((lost, self.class_counts[lost]) for lost in erased)
+            }
+            task, examples = tasks[erased[0]], None
+            # Of every task of images that is lost alone.
+            if (variant, decoder.name) == self.shown and len(erased) == 1 and task.content == "images":
+                examples = ExampleSamples(len(task.splits.test), self.config.image_size)
+            cases.append(_Case(index, decoder, seconds, passes, measures, examples))
         return cases
 
     @property
     def _metrics(self) -> list[Metric]:
         """All metrics. As no submodules they stay on the CPU when the networks move."""
-        return [*self.accuracies, *self.confusions, *self.residuals.values(), *self.examples.values()]
+        residuals = [metric for metrics in self.residuals.values() for metric in metrics]
+        measures = [metric for case in self.cases for pair in case.measures.values() for metric in pair]
+        return [*residuals, *measures, *(case.examples for case in self.cases if case.examples is not None)]
 
     @property
     def shown(self) -> tuple[Variant, str] | None:
-        """The variant and the decoder whose answers are in `kept`; none without coded models."""
-        pair = shown_pair(self.variants, self.decoders)
-        return None if pair is None else (self.variants[pair[0]], pair[1])
+        """The variant and the decoder that examples are of: the last method's, the last that is listed.
 
-    def _examples(self, data: Tasks) -> dict[int, ExampleSamples]:
-        """Return what keeps examples, by case: every task of images lost alone, with one variant and decoder."""
-        pair = shown_pair(self.variants, self.decoders)
-        tasks = list(data.tasks.values())
-        return {
-            place: ExampleSamples(len(tasks[case.decoder.erased[0]].splits.test), self.config.image_size)
-            for place, case in enumerate(self.cases)
-            if (case.variant, case.decoder.name) == pair
-            and len(case.decoder.erased) == 1
-            and tasks[case.decoder.erased[0]].content == "images"
-        }
+        A choice by results would be one by the test set. None where there is no coded model.
+        """
+        coded = [variant for variant in self.variants if variant.networks]
+        return (coded[-1], self.decoders[-1].name) if coded and self.decoders else None
 
     def _positions(self, batch: int, task: int, count: int) -> Tensor:
         """Return where in the test set the samples of this process's batch are; see `EvaluationBatches`."""

@@ -1,29 +1,17 @@
 """Which test images an evaluation keeps to be looked at: a fixed choice that no result has a say in."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from coin.coding import DecoderConfig
 from coin.data import to_image
-from coin.modules.variants import Variant
 
 DIFFERING, AGREEING = 48, 8
 """How many images are kept of a task: where expert and decoder answer differently, and where they agree."""
 SIDE = 96
 """The largest side of a kept image in pixels."""
-
-
-def shown_pair(variants: Sequence[Variant], decoders: Sequence[DecoderConfig]) -> tuple[int, str] | None:
-    """Return which variant and which decoder examples are of: the last method's, the last that is listed.
-
-    A choice by results would be one by the test set. None where there is no coded model.
-    """
-    coded = [index for index, variant in enumerate(variants) if variant.networks]
-    return (coded[-1], decoders[-1].name) if coded and decoders else None
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
-"""The coded systems under evaluation: coded models read from their files, and the references beside them."""
+"""The coded systems under evaluation: coded models read from their files, the references, what is measured of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from coin.coding import Answers, Code, DecoderKind
@@ -21,21 +23,24 @@ class Variant:
 
     Attributes:
         method: What the results call it.
-        batchnorm: Its BatchNorm policy; empty where it does not apply.
         code: The code; none for `NONE`.
+        batchnorm: Its BatchNorm policy, with what was taken behind a colon where it chose (``auto:recalibrate``);
+            empty where it does not apply.
         networks: Indices of its coded models among all coded models of the evaluation; empty for the references.
         samples_per_task: P, the calibration samples of each task that made it; none without any.
         seconds: What making it took, wall time.
         passes: What making it took, in forward-equivalents.
+        chosen: What every coded model's file says was chosen for it, by option; empty where nothing was.
     """
 
     method: str
-    batchnorm: str
     code: Code | None
-    networks: tuple[int, ...]
-    samples_per_task: int | None
-    seconds: float
-    passes: float
+    batchnorm: str = ""
+    networks: tuple[int, ...] = ()
+    samples_per_task: int | None = None
+    seconds: float = 0.0
+    passes: float = 0.0
+    chosen: tuple[dict[str, Any], ...] = ()
 
     @property
     def is_none(self) -> bool:
@@ -68,6 +73,40 @@ class Variant:
         return erasures
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured for one lost expert, under one erasure, with one variant and one decoder.
+
+    Attributes:
+        variant: The variant, with what making it took.
+        decoder: The decoder.
+        erased: The lost tasks.
+        task: The task whose expert was decoded, on whose test set.
+        expert_accuracy: Accuracy of the expert itself.
+        decoded_accuracy: Accuracy of the decoded output.
+        nda: Their ratio.
+        agreement: Share of test inputs where both answer the same class.
+        residual: ‖f_c − Σβ_if_i‖ / ‖Σβ_if_i‖ on the test set; NaN without coded models.
+        decoder_seconds: What fitting the decoder took, wall time, its share of running the networks included.
+        decoder_passes: The same in forward-equivalents: every expert, lost ones too, and every coded model of the
+            variant on every sample that the decoder reads.
+        confusion: Counts ``[C_j, C_j]``: the expert's answer by the decoded one.
+    """
+
+    variant: Variant
+    decoder: str
+    erased: tuple[str, ...]
+    task: str
+    expert_accuracy: float
+    decoded_accuracy: float
+    nda: float
+    agreement: float
+    residual: float
+    decoder_seconds: float
+    decoder_passes: float
+    confusion: NDArray[np.int64]
+
+
 _PROVENANCE: dict[str, type | tuple[type, ...]] = {
     "experts": list,
     "label": str,
@@ -75,17 +114,24 @@ _PROVENANCE: dict[str, type | tuple[type, ...]] = {
     "code": list,
     "row": int,
     "samples_per_task": (int, type(None)),
+    "chosen": (dict, type(None)),
     **dict.fromkeys(("seconds", "passes", "shared_seconds", "shared_passes"), (int, float)),
 }
 
 
-def _check_provenance(path: Path, made: dict[str, Any]) -> None:
+def _check_provenance(path: Path, made: dict[str, Any], marks: Sequence[str]) -> None:
+    if "code" not in made:
+        raise FileError(f"'{path}' is no coded model, expected a file that coin merge wrote")
     for name, kind in _PROVENANCE.items():
-        if name not in made or not isinstance(made[name], kind):
+        if (name not in made and name != "chosen") or not isinstance(made.get(name), kind):
             raise FileError(
                 f"'{path}' says {made.get(name)!r:.60} for its '{name}', expected what coin merge writes there; "
                 "run coin merge again"
             )
+    if made["experts"] != list(marks):
+        raise FileError(
+            f"'{path}' was made of other experts than those given, or in another order; run coin merge again"
+        )
 
 
 def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Module], list[Variant]]:
@@ -98,41 +144,36 @@ def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Mod
     Raises:
         FileError: A file is missing or damaged, was made of other experts, or lacks the other rows of its code.
     """
-    networks: list[nn.Module] = []
-    groups: dict[tuple[str, str], list[tuple[int, dict[str, Any], int]]] = {}
-    for path in paths:
-        file = load_network(path)
+    files = [load_network(path) for path in paths]
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, (path, file) in enumerate(zip(paths, files, strict=True)):
         made = file.provenance
-        if "code" not in made:
-            raise FileError(f"'{path}' is no coded model, expected a file that coin merge wrote")
-        _check_provenance(path, made)
-        if made["experts"] != list(marks):
-            raise FileError(
-                f"'{path}' was made of other experts than those given, or in another order; run coin merge again"
-            )
-        networks.append(file.network)
-        key = (str(made["label"]), str(made["batchnorm"]))
-        groups.setdefault(key, []).append((int(made["row"]), made, len(networks) - 1))
+        _check_provenance(path, made, marks)
+        groups.setdefault((made["label"], made["batchnorm"]), []).append(index)
     variants = []
-    for (method, policy), members in groups.items():
-        members.sort(key=lambda member: member[0])
-        code = Code(members[0][1]["code"])
-        if [row for row, _, _ in members] != list(range(code.num_coded)) or any(
-            made["code"] != members[0][1]["code"] for _, made, _ in members
-        ):
+    for (method, policy), indices in groups.items():
+        networks = sorted(indices, key=lambda index: int(files[index].provenance["row"]))
+        rows = [files[index].provenance for index in networks]
+        first = rows[0]
+        code = Code(first["code"])
+        found = [row["row"] for row in rows]
+        if found != list(range(code.num_coded)) or any(row["code"] != first["code"] for row in rows):
             raise FileError(
-                f"found rows {[row for row, _, _ in members]} of method {method}, expected one file for each of "
-                f"the {code.num_coded} rows of one code; run coin merge again"
+                f"found rows {found} of method {method}, expected one file for each of the {code.num_coded} rows of "
+                "one code; run coin merge again"
             )
+        chosen = tuple(row.get("chosen") or {} for row in rows)
+        taken = "+".join(dict.fromkeys(str(each["batchnorm"]) for each in chosen if "batchnorm" in each))
         variants.append(
             Variant(
                 method=method,
-                batchnorm=policy,
                 code=code,
-                networks=tuple(network for _, _, network in members),
-                samples_per_task=members[0][1]["samples_per_task"],
-                seconds=sum(float(made["seconds"]) for _, made, _ in members) + float(members[0][1]["shared_seconds"]),
-                passes=sum(float(made["passes"]) for _, made, _ in members) + float(members[0][1]["shared_passes"]),
+                batchnorm=f"{policy}:{taken}" if policy and taken else policy,
+                networks=tuple(networks),
+                samples_per_task=first["samples_per_task"],
+                seconds=sum(float(row["seconds"]) for row in rows) + float(first["shared_seconds"]),
+                passes=sum(float(row["passes"]) for row in rows) + float(first["shared_passes"]),
+                chosen=chosen,
             )
         )
-    return networks, variants
+    return [file.network for file in files], variants

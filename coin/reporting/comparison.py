@@ -7,8 +7,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from coin.reporting.results import asked_policy
+
 REFERENCES = ("none", "oracle")
 """Methods that are no contenders: the survivors alone, and the exact sum of the experts."""
+_KEEPING = ("gauss_newton", "head_fit", "refit", "distillation", "readout_distillation")
+"""Methods whose default BatchNorm policy is ``keep``; the others' is ``auto``. Labels begin with a method's name."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One method's variant at one P: NDA by decoder, and what the coded model cost.
+    """One method's variant at one P: NDA by decoder, the residual, and what was spent, as means over seeds.
 
-    ``residual``, ``seconds`` and ``passes`` are those of the first decoder's rows: they belong to the coded model.
+    ``merge_seconds`` and ``merge_passes`` made the coded model. ``decoder_seconds`` and ``decoder_passes`` fitted the
+    dearest of the decoders: the linear one costs nothing.
     """
 
     name: str
@@ -32,9 +37,11 @@ class Line:
     batchnorm: str
     samples_per_task: int
     cells: Mapping[str, Cell]
-    residual: Cell
-    seconds: Cell
-    passes: Cell
+    residual: float
+    merge_seconds: float
+    merge_passes: float
+    decoder_seconds: float
+    decoder_passes: float
 
     @property
     def is_reference(self) -> bool:
@@ -76,10 +83,9 @@ def largest_samples(rows: pd.DataFrame) -> pd.DataFrame:
 def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
     """Return one name per row that tells a method's variants apart.
 
-    The method's name stands alone where it can: for the BatchNorm policies ``average`` and ``keep``, and where the
-    policy does not apply. ``recalibrate`` is always named (``coin+recalibrate``), as is any policy after the first of
-    a method that would otherwise share its name. Where a method was read out through several sets of coded models,
-    the set follows in brackets (``coin[0+1]``).
+    A name depends on the method's own options alone: its label, and the BatchNorm policy that was asked for where that
+    is not the method's default (``coin (recalibrate)``). Where a method was read out through several sets of coded
+    models, the set follows in brackets (``coin[0+1]``).
 
     Args:
         frame: Rows of results or of a summary.
@@ -113,11 +119,13 @@ def layer_names(layers: pd.DataFrame) -> "pd.Series[str]":
 
 def _policy_names(frame: pd.DataFrame) -> list[str]:
     """Return one name per row that tells methods and their BatchNorm policies apart."""
+    pairs = list(zip(frame["method"], frame["batchnorm"].map(asked_policy), strict=True))
     names: dict[tuple[str, str], str] = {}
-    for method, batchnorm in frame[["method", "batchnorm"]].drop_duplicates().itertuples(index=False, name=None):
-        plain = batchnorm != "recalibrate" and method not in names.values()
-        names[method, batchnorm] = method if plain else f"{method}+{batchnorm or 'none'}"
-    return [names[pair] for pair in zip(frame["method"], frame["batchnorm"], strict=True)]
+    for method, policy in dict.fromkeys(pairs):
+        default = policy in ("", "auto") or (policy == "keep" and method.startswith(_KEEPING))
+        plain = default and method not in names.values()
+        names[method, policy] = method if plain else f"{method} ({policy or 'none'})"
+    return [names[pair] for pair in pairs]
 
 
 def comparisons(summary: pd.DataFrame) -> list[Comparison]:
@@ -201,9 +209,11 @@ def _comparison(experiment: str, erased: str, means: pd.DataFrame) -> Comparison
                 batchnorm=first["batchnorm"],
                 samples_per_task=int(first["samples_per_task"]),
                 cells=cells,
-                residual=Cell(first["residual_mean"], first["residual_std"]),
-                seconds=Cell(first["calibration_seconds_mean"], first["calibration_seconds_std"]),
-                passes=Cell(first["sample_passes_mean"], first["sample_passes_std"]),
+                residual=first["residual_mean"],
+                merge_seconds=first["merge_seconds_mean"],
+                merge_passes=first["merge_passes_mean"],
+                decoder_seconds=group["decoder_seconds_mean"].max(),
+                decoder_passes=group["decoder_passes_mean"].max(),
             )
         )
     lines.sort(key=lambda line: line.is_reference)

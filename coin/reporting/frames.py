@@ -45,7 +45,10 @@ def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numb
     except (OSError, ValueError) as error:
         raise FileError(f"'{path}' cannot be read as CSV ({one_line(error)}); make it again") from error
     if missing := [name for name in columns if name not in frame.columns]:
-        raise FileError(f"'{path}' has no column '{missing[0]}' ({len(missing)} missing); make it again")
+        raise FileError(
+            f"'{path}' has no column '{missing[0]}' ({len(missing)} missing): it is damaged, or of another version of "
+            "coin; run the experiment again"
+        )
     if frame.empty:
         raise FileError(f"'{path}' holds no rows, expected at least one; make it again")
     frame = frame[list(columns)]

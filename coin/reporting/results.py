@@ -36,7 +36,7 @@ class Row:
         experiment: The experiment's name.
         seed: The seed of this run.
         method: The merge method's name or label; ``none`` for the survivors alone, ``oracle`` for Σβ_i f_i itself.
-        batchnorm: The BatchNorm policy, ``""`` where it does not apply.
+        batchnorm: The BatchNorm policy, ``""`` where it does not apply; ``auto:recalibrate`` where ``auto`` took that.
         decoder: The decoder's name, such as ``linear``.
         code_row: Indices of the coded models used, joined by ``+``; ``""`` for none.
         erased: The lost tasks, joined by ``+``.
@@ -47,8 +47,10 @@ class Row:
         nda: decoded_accuracy / expert_accuracy; NaN where the expert is never right.
         agreement: Share of test samples where expert and decoded output predict the same class.
         residual: ‖f_c − Σβ_i f_i‖ / ‖Σβ_i f_i‖; NaN where there is no coded model.
-        calibration_seconds: Wall time spent on statistics, merging and training of this coded model, in seconds.
-        sample_passes: Forward-equivalents spent on them (forward 1, backward 2 per sample and cotangent).
+        merge_seconds: Wall time of making the coded model: statistics, merging, training and tuning, in seconds.
+        merge_passes: Forward-equivalents spent on it (forward 1, backward 2 per sample and cotangent).
+        decoder_seconds: Wall time of fitting the decoder, the networks' answers to the calibration samples included.
+        decoder_passes: Forward-equivalents spent on it: every expert and coded model on every sample that is read.
     """
 
     experiment: str
@@ -65,8 +67,10 @@ class Row:
     nda: float
     agreement: float
     residual: float
-    calibration_seconds: float
-    sample_passes: float
+    merge_seconds: float
+    merge_passes: float
+    decoder_seconds: float
+    decoder_passes: float
 
 
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
@@ -75,11 +79,20 @@ NUMBERS: tuple[str, ...] = COLUMNS[len(KEYS) :]
 INTEGERS = ("seed", "samples_per_task")
 
 
+def asked_policy(batchnorm: str) -> str:
+    """Return the BatchNorm policy that was asked for: ``auto`` of ``auto:recalibrate``.
+
+    Seeds may choose differently: whatever is taken over seeds, or names a method, goes by what was asked for.
+    """
+    return batchnorm.partition(":")[0]
+
+
 def write_results(
     folder: Path,
     rows: Sequence[Row],
     configuration: Mapping[str, Any],
     confusions: Mapping[str, Counts] | None = None,
+    methods: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write ``results.csv``, ``results.json`` and, with `confusions`, ``confusion.npz``.
 
@@ -90,6 +103,7 @@ def write_results(
         rows: The measurements, in the order in which tables and plots shall show the methods.
         configuration: The resolved configuration; what JSON does not know (paths, enums) is written as text.
         confusions: `confusion_key` → counts ``[C, C]``, the expert's answer × the decoded answer.
+        methods: What every coded model says of its making: its label, its BatchNorm policy, and what was chosen.
 
     Raises:
         ConfigurationError: There are no rows, two rows measure the same thing, or a task has a reserved name.
@@ -97,8 +111,9 @@ def write_results(
     """
     _check_rows(rows)
     records = [asdict(row) for row in rows]
-    document: dict[str, Any] = {
+    document = {
         "rows": records,
+        "methods": list(methods),
         "configuration": dict(configuration),
         "versions": versions(),
     }
@@ -134,7 +149,7 @@ def read_results(folder: Path) -> pd.DataFrame:
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:
-    """Return the object of ``results.json``: ``rows``, ``configuration`` and ``versions``.
+    """Return the object of ``results.json``: ``rows``, ``methods``, ``configuration`` and ``versions``.
 
     Raises:
         FileError: The file is missing or damaged.
@@ -152,8 +167,11 @@ def read_configuration(folder: Path) -> dict[str, Any]:
 
 
 def confusion_key(row: Row) -> str:
-    """Return the name of a row's counts in ``confusion.npz``: ``method|batchnorm|decoder|erased|task``."""
-    return "|".join((row.method, row.batchnorm, row.decoder, row.erased, row.task))
+    """Return the name of a row's counts in ``confusion.npz``: ``method|batchnorm|decoder|erased|task``.
+
+    The policy is the one that was asked for, so that the counts of all seeds have one name.
+    """
+    return "|".join((row.method, asked_policy(row.batchnorm), row.decoder, row.erased, row.task))
 
 
 def read_confusions(folder: Path) -> dict[str, Counts]:

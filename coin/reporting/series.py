@@ -12,7 +12,7 @@ from coin.reporting.canvas import INK, WIDE, WIDTH
 from coin.reporting.comparison import REFERENCES, variant_names
 
 PAPER_NDA = 0.975
-"""The least NDA that the paper reports for COIN with the linear decoder (arXiv 2409.01420)."""
+"""What the paper reports that COIN's NDA exceeds "in some cases" (arXiv 2409.01420, abstract): no least."""
 FEW = 4
 """With more panels than this a figure is wide."""
 _COLUMNS = 3

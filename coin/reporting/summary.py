@@ -9,7 +9,15 @@ import pandas as pd
 
 from coin.errors import CoinWarning, FileError
 from coin.reporting.frames import read_frame, write_frame
-from coin.reporting.results import KEYS, NUMBERS, RESULTS_CSV, RESULTS_JSON, read_configuration, read_results
+from coin.reporting.results import (
+    KEYS,
+    NUMBERS,
+    RESULTS_CSV,
+    RESULTS_JSON,
+    asked_policy,
+    read_configuration,
+    read_results,
+)
 
 SUMMARY_CSV = "summary.csv"
 
@@ -29,10 +37,10 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """Return mean and spread over seeds, per task and as the mean over tasks.
 
     One row per (experiment, method, batchnorm, decoder, code_row, erased, task, samples_per_task), in order of
-    appearance. After the tasks of each variant come rows with ``task = "mean"``: for every size r of erasure, with
-    ``erased = "r of N"``, the mean over all (erasure, task) pairs of that size, taken within each seed first and then
-    over seeds. N counts the tasks that the experiment's erasures name. With one coded model, ``1 of N`` is the mean
-    over the tasks, each lost in turn.
+    appearance, with the BatchNorm policy that was asked for: seeds may have chosen differently. After the tasks of each
+    variant come rows with ``task = "mean"``: for every size r of erasure, with ``erased = "r of N"``, the mean over all
+    (erasure, task) pairs of that size, taken within each seed first and then over seeds. N counts the tasks that the
+    experiment's erasures name. With one coded model, ``1 of N`` is the mean over the tasks, each lost in turn.
 
     The spread is the sample standard deviation over seeds (n − 1 in the denominator): NaN with one seed. A number
     that is NaN in any seed or task is NaN in the mean; nothing is left out of a mean silently.
@@ -43,6 +51,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     Returns:
         `SUMMARY_COLUMNS`: the group, ``seeds`` (how many), and ``<number>_mean``, ``<number>_std`` of each number.
     """
+    frame = frame.assign(batchnorm=frame["batchnorm"].map(asked_policy))
     per_task = _over_seeds(frame)
     means = _over_seeds(seed_means(frame))
     both = pd.concat([per_task, means], ignore_index=True)
@@ -63,7 +72,7 @@ def seed_means(frame: pd.DataFrame) -> pd.DataFrame:
     erasures = frame["erased"].map(lambda erased: frozenset(erased.split("+")))
     tasks = erasures.groupby(frame["experiment"]).agg(lambda sets: len(frozenset().union(*sets)))
     sizes = erasures.map(len).astype(str) + " of " + frame["experiment"].map(tasks).astype(str)
-    sized = frame.assign(erased=sizes, task="mean")
+    sized = frame.assign(erased=sizes, task="mean", batchnorm=frame["batchnorm"].map(asked_policy))
     return _mean(sized, list(KEYS)).reset_index()
 
 

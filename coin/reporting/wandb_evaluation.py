@@ -10,21 +10,14 @@ import wandb
 
 from coin.reporting.comparison import REFERENCES, variant_names
 from coin.reporting.extras import Examples
-from coin.reporting.results import COLUMNS, Counts, Row
+from coin.reporting.results import COLUMNS, NUMBERS, Counts, Row, asked_policy
 from coin.reporting.summary import summarise
 from coin.reporting.wandb_charts import charts, confusion_charts, contenders, figures, results_table
 from coin.reporting.wandb_logging import start_run
 from coin.reporting.wandb_settings import in_sweep, mode, run_environment
 
-_SCALARS = {
-    "nda": "nda",
-    "decoded_accuracy": "decoded_accuracy",
-    "expert_accuracy": "expert_accuracy",
-    "agreement": "agreement",
-    "residual": "residual",
-    "calibration_seconds": "seconds",
-    "sample_passes": "passes",
-}
+_SUMS = ("seconds", "passes")
+"""What making the coded model and fitting the decoder took together."""
 _AXIS = "samples_per_task"
 METHOD_TAG = "method"
 """The tag of the runs that hold one method each."""
@@ -59,8 +52,8 @@ def log_evaluation(
 ) -> None:
     """Log one seed's evaluation as an overview of all its methods.
 
-    - Scalars ``<number>/<method>/<decoder>/<task>`` and ``…/mean`` over P, for NDA, decoded and expert accuracy,
-      agreement, residual, seconds and passes. An erasure of several tasks stands before its task:
+    - Scalars ``<number>/<method>/<decoder>/<task>`` and ``…/mean`` over P, for every number of ``results.csv``, and for
+      ``seconds`` and ``passes``, the sums of merging and decoder. An erasure of several tasks stands before its task:
       ``nda/coin/linear/a+b/a``, ``nda/coin/linear/2-of-3/mean``. Numbers that are not defined are left out.
     - Tables ``results`` (all rows) and ``confusions`` (long format); charts under ``charts/`` and ``confusion/``.
     - For sweeps, the summary has ``nda_mean/<decoder>`` (the best method's) and ``nda_mean_best`` with
@@ -113,9 +106,10 @@ def log_method_runs(
 ) -> None:
     """Log one run per variant of a method, so that a dashboard can group runs by ``method`` and spread over ``seed``.
 
-    Each run is of job type ``evaluate``, has the tag ``method``, and holds ``method``, ``batchnorm``, ``variant``,
-    ``reference`` (whether it is no contender) and ``seed`` in its configuration beside `config`. Its scalars have no
-    method in their names: ``nda/linear/mean``. An agent of a W&B sweep gets none: it knows of one run alone.
+    Each run is of job type ``evaluate``, has the tag ``method``, and holds ``method``, ``batchnorm`` (the policy asked
+    for) and ``batchnorm_taken``, ``variant``, ``reference`` (whether it is no contender) and ``seed`` in its
+    configuration beside `config`. Its scalars have no method in their names: ``nda/linear/mean``. An agent of a W&B
+    sweep gets none: it knows of one run alone.
 
     Args:
         folder: The run's folder.
@@ -131,7 +125,8 @@ def log_method_runs(
         first = part.iloc[0]
         own = {
             "method": first["method"],
-            "batchnorm": first["batchnorm"],
+            "batchnorm": asked_policy(first["batchnorm"]),
+            "batchnorm_taken": first["batchnorm"],
             "variant": name,
             "seed": int(first["seed"]),
             "reference": first["method"] in REFERENCES,
@@ -191,17 +186,18 @@ def _log_scalars(run: wandb.Run, summary: pd.DataFrame, axes: Mapping[str, float
 
 def _by_samples(summary: pd.DataFrame, *, with_method: bool) -> Iterator[tuple[int, dict[str, float]]]:
     """Yield each P, increasing, with its scalars."""
-    named = summary.assign(name=variant_names(summary))
+    sums = {f"{unit}_mean": summary[f"merge_{unit}_mean"] + summary[f"decoder_{unit}_mean"] for unit in _SUMS}
+    named = summary.assign(name=variant_names(summary), **sums)
     for samples, part in named.groupby(_AXIS, sort=True):
         scalars = {}
         for _, row in part.iterrows():
             single = row["erased"] == row["task"] or row["erased"].startswith("1 of ")
             leaf = row["task"] if single else f"{row['erased'].replace(' of ', '-of-')}/{row['task']}"
             path = "/".join([*([row["name"]] if with_method else []), row["decoder"], leaf])
-            for number, prefix in _SCALARS.items():
+            for number in (*NUMBERS, *_SUMS):
                 value = float(row[f"{number}_mean"])
                 if not math.isnan(value):
-                    scalars[f"{prefix}/{path}"] = value
+                    scalars[f"{number}/{path}"] = value
         yield int(str(samples)), scalars
 
 

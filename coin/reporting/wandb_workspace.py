@@ -127,7 +127,7 @@ def _sections(logged: Logged) -> Mapping[str, list[Any]]:
                 log_x=True,
             )
             for decoder, mean in means.items()
-            for number, what in (("seconds", "calibration seconds"), ("passes", "forward-equivalents"))
+            for number, what in (("seconds", "seconds in all"), ("passes", "forward-equivalents in all"))
         ],
         "NDA against P": [
             _lines(wr, f"NDA against P, {decoder}", "samples_per_task", mean, "calibration samples per task, P")

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from coin.cli import main as main_of_coin
 from coin.reporting import read_results
 
-TIMES = ("calibration_seconds",)
+TIMES = ("merge_seconds", "decoder_seconds")
 
 
 def command_of(file: Path, output: Path) -> list[str]:

@@ -12,6 +12,7 @@ from coin.data import to_input
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, FileError
 from coin.modules import DecodingEvaluator
+from coin.modules.examples import ExampleSamples
 from coin.networks import features_and_logits, load_network, pad_logits, save_network
 
 CLASSES = (3, 2, 3)
@@ -117,15 +118,12 @@ def test_costs_are_those_of_the_files_and_of_fitting_the_decoder(experts, write_
     outcomes = run(DecodingEvaluator(experts, write_coded(PAIR, experts)), tasks, make_trainer)
     made, samples = 2 * 10.0 + 100.0, 60
     for outcome in outcomes:
-        passes = {
-            "average": made + (0 if outcome.decoder == "linear" else 5 * samples),
-            "none": 3 * samples,
-            "oracle": 0,
-        }[outcome.variant.method]
-        assert outcome.sample_passes == passes
-        seconds = 2 * 1.0 + 4.0 if outcome.variant.method == "average" else 0.0
-        fitted = outcome.decoder != "linear"
-        assert outcome.calibration_seconds > seconds if fitted else outcome.calibration_seconds == seconds
+        merged, fitted = outcome.variant.method == "average", outcome.decoder != "linear"
+        assert outcome.variant.passes == (made if merged else 0)
+        assert outcome.variant.seconds == (2 * 1.0 + 4.0 if merged else 0)
+        # All three experts run, the lost one for its answers, and both coded models where there are any.
+        assert outcome.decoder_passes == (fitted * (5 if merged else 3) * samples)
+        assert (outcome.decoder_seconds > 0) == fitted
         assert math.isnan(outcome.residual) == (outcome.variant.method == "none")
 
 
@@ -181,6 +179,27 @@ def test_coded_models_of_other_experts_or_rows_are_refused(experts, write_coded,
         DecodingEvaluator(experts, coded)
 
 
+def test_what_a_method_chose_is_said_of_its_variant(experts, write_coded):
+    paths = [Path(path) for path in write_coded(PAIR, experts)]
+
+    def policy(asked, *chosen):
+        for path, choice in zip(paths, chosen, strict=True):
+            file = load_network(path)
+            made = {**file.provenance, "batchnorm": asked, "chosen": choice}
+            save_network(path, file.network, file.config, file.num_classes, made)
+        variant = DecodingEvaluator(experts, [str(path) for path in paths], ["linear"]).variants[0]
+        assert variant.chosen == tuple(choice or {} for choice in chosen)
+        return variant.batchnorm
+
+    taken, other = {"batchnorm": "recalibrate", "fisher_data": "pooled"}, {"batchnorm": "average"}
+    assert policy("auto", taken, taken) == "auto:recalibrate"
+    assert policy("auto", taken, other) == "auto:recalibrate+average"
+    assert policy("auto", None, {"converged": False}) == "auto"
+    assert policy("keep", {"lr": 0.1}, {"lr": 0.2}) == "keep"
+    with pytest.raises(FileError, match="says 3 for its 'chosen'"):
+        policy("auto", 3, 3)
+
+
 def test_rows_may_come_in_any_order(experts, write_coded, tasks, make_trainer):
     coded = write_coded(PAIR, experts)
     first, second = (
@@ -217,10 +236,11 @@ def test_answers_from_another_device_are_decoded_and_measured_on_the_cpu(
     answers = evaluator(tasks.calibration().inputs())
     labels = tasks.calibration().labels
     seen = []
-    for metric in [*evaluator.accuracies, *evaluator.confusions, *evaluator.residuals.values()]:
-        monkeypatch.setattr(metric, "update", lambda *values: seen.extend(value.device.type for value in values))
-    for examples in evaluator.examples.values():
-        monkeypatch.setattr(examples, "update", lambda inputs, *values: seen.extend(v.device.type for v in values))
+    for metric in evaluator._metrics:
+        pictures = isinstance(metric, ExampleSamples)  # which look at the inputs where those are
+        monkeypatch.setattr(
+            metric, "update", lambda *values, skip=pictures: seen.extend(v.device.type for v in values[skip:])
+        )
     with FakeTensorMode(allow_non_fake_inputs=True):  # it knows of devices that the machine has not
 
         def elsewhere(tensors):

@@ -13,8 +13,8 @@ from coin.reporting import Row, confusion_key, write_results
 METHODS = (
     ("none", "", (None, 0.563, 0.910), float("nan"), 0.0, 0.0),
     ("oracle", "", (1.0, 1.0, 1.0), 0.0, 0.0, 0.0),
-    ("average", "average", (0.857, 0.966, 0.9835), 0.61, 0.0, 0.0),
-    ("coin", "average", (0.867, 0.960, 0.984), 0.58, 4.1, 8400.0),
+    ("average", "auto:average", (0.857, 0.966, 0.9835), 0.61, 0.0, 0.0),
+    ("coin", "auto:average", (0.867, 0.960, 0.984), 0.58, 4.1, 8400.0),
     ("coin", "recalibrate", (0.862, 0.965, 0.981), 0.55, 4.6, 8800.0),
     ("distillation", "keep", (0.980, 0.979, 0.981), 0.22, 30.4, 57600.0),
 )
@@ -59,8 +59,10 @@ def measured(
                     nda=ratio,
                     agreement=min(1.0, ratio + 0.005),
                     residual=residual,
-                    calibration_seconds=seconds * samples / 200 * (1 + 0.05 * draw.random()),
-                    sample_passes=passes * samples / 200,
+                    merge_seconds=seconds * samples / 200 * (1 + 0.05 * draw.random()),
+                    merge_passes=passes * samples / 200,
+                    decoder_seconds=0.0 if decoder == "linear" else 0.5,
+                    decoder_passes=0.0 if decoder == "linear" else 2.0 * samples * (2 + (method != "none")),
                 )
                 rows.append(row)
                 counts = draw.integers(0, 4, (classes, classes)) + np.diag(draw.integers(60, 100, classes))

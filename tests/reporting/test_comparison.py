@@ -8,7 +8,9 @@ from rich.console import Console
 from coin.reporting import Row, print_summary, summarise, summary_table
 from coin.reporting.comparison import Cell, comparisons, expert_accuracies, percent, seconds, short, variant_names
 
-BASE = Row("x", 0, "coin", "average", "linear", "0", "a", "a", 200, 0.9, 0.8, 8 / 9, 0.85, 0.5, 4.0, 8400.0)
+BASE = Row(
+    "x", 0, "coin", "auto:average", "linear", "0", "a", "a", 200, 0.9, 0.8, 8 / 9, 0.85, 0.5, 4.0, 8400.0, 0.2, 1200.0
+)
 
 
 def frame(*rows: Row) -> pd.DataFrame:
@@ -20,14 +22,20 @@ def test_names_tell_variants_apart_and_stay_short():
         replace(BASE, method="none", batchnorm="", code_row=""),
         BASE,
         replace(BASE, batchnorm="recalibrate"),
-        replace(BASE, method="distillation", batchnorm="keep"),
+        replace(BASE, method="distillation-own", batchnorm="keep"),
         replace(BASE, method="gauss_newton", batchnorm="average"),
         replace(BASE, method="gauss_newton", batchnorm="keep"),
-        replace(BASE, method="regmean", batchnorm="recalibrate"),
+        replace(BASE, method="regmean", batchnorm="keep"),
+        replace(BASE, method="head_fit", batchnorm=""),
     ]
-    assert list(variant_names(frame(*rows))) == [
-        "none", "coin", "coin+recalibrate", "distillation", "gauss_newton", "gauss_newton+keep", "regmean+recalibrate",
+    names = [
+        "none", "coin", "coin (recalibrate)", "distillation-own", "gauss_newton (average)", "gauss_newton",
+        "regmean (keep)", "head_fit",
     ]  # fmt: skip
+    assert list(variant_names(frame(*rows))) == names
+    assert [variant_names(frame(row)).item() for row in rows] == names, "other methods have no say in a name"
+    both = [replace(BASE, method="head_fit", batchnorm=policy) for policy in ("keep", "auto:same")]
+    assert list(variant_names(frame(*both))) == ["head_fit", "head_fit (auto)"]
 
 
 def test_names_give_the_code_rows_only_where_one_loss_is_read_out_by_several():

@@ -23,8 +23,8 @@ from coin.reporting.sources import read_sources
 
 FEW = (
     ("none", "", (None, 0.56, 0.91), float("nan"), 0.0, 0.0),
-    ("average", "average", (0.857, 0.966, 0.9835), 0.61, 0.0, 0.0),
-    ("coin", "average", (0.867, 0.960, 0.984), 0.58, 4.1, 8400.0),
+    ("average", "auto:average", (0.857, 0.966, 0.9835), 0.61, 0.0, 0.0),
+    ("coin", "auto:recalibrate", (0.867, 0.960, 0.984), 0.58, 4.1, 8400.0),
 )
 VOID = {"meta", "link", "br", "img", "hr", "use", "path"}
 Make = Callable[..., Path]
@@ -96,7 +96,7 @@ def full(make_experiment: Make) -> Path:
         "coin (BatchNorm: average)", "ridge", "the last ones",
     )  # fmt: skip
     write_examples(folder / "seed-0", examples)
-    write_layers(folder / "seed-1", layers_of(("average", "average"), ("coin", "average"), ("coin", "recalibrate")))
+    write_layers(folder / "seed-1", layers_of(("average", "auto"), ("coin", "auto"), ("coin", "recalibrate")))
     return folder
 
 
@@ -188,7 +188,7 @@ def test_experiments_of_one_name_stay_apart(make_experiment: Make):
 def test_confusions_are_summed_over_seeds(make_experiment: Make):
     folder = make_experiment(seeds=(0, 1), methods=FEW, with_confusions=True)
     (source,) = read_sources([folder])
-    key = "coin|average|ridge|letters|letters"
+    key = "coin|auto|ridge|letters|letters"
     wanted = sum(read_confusions(folder / f"seed-{seed}")[key] for seed in (0, 1))
     np.testing.assert_array_equal(source.confusions["ridge", "letters"]["coin"], wanted)
     assert "none" not in source.confusions["ridge", "letters"]

@@ -32,15 +32,18 @@ ROW = Row(
     nda=(1 / 3) / (0.1 + 0.2),
     agreement=0.5,
     residual=1e-17,
-    calibration_seconds=1.25,
-    sample_passes=8400.0,
+    merge_seconds=1.25,
+    merge_passes=8400.0,
+    decoder_seconds=0.5,
+    decoder_passes=1200.0,
 )
 
 
 def test_columns_are_the_design_s():
     design = (
         "experiment, seed, method, batchnorm, decoder, code_row, erased, task, samples_per_task, expert_accuracy, "
-        "decoded_accuracy, nda, agreement, residual, calibration_seconds, sample_passes"
+        "decoded_accuracy, nda, agreement, residual, merge_seconds, merge_passes, "
+        "decoder_seconds, decoder_passes"
     )
     assert tuple(design.split(", ")) == COLUMNS
 
@@ -117,7 +120,8 @@ def _damage(path: Path, old: str, new: str) -> None:
     ("old", "new", "message"),
     [
         ("residual", "rest", "no column 'residual'"),
-        ("8400.0", "many", "damaged in column 'sample_passes'"),
+        ("merge_seconds", "calibration_seconds", "no column 'merge_seconds'.*run the experiment again"),
+        ("8400.0", "many", "damaged in column 'merge_passes'"),
         (",200,", ",2e2,", "damaged in column 'samples_per_task'"),
     ],
 )

@@ -14,8 +14,10 @@ NUMBERS = (
     "nda",
     "agreement",
     "residual",
-    "calibration_seconds",
-    "sample_passes",
+    "merge_seconds",
+    "merge_passes",
+    "decoder_seconds",
+    "decoder_passes",
 )
 
 
@@ -35,8 +37,10 @@ def row(seed: int, task: str, nda: float, erased: str = "", **changes: object) -
         "nda": nda,
         "agreement": nda / 2,
         "residual": 1 - nda,
-        "calibration_seconds": 10.0 * nda,
-        "sample_passes": 100.0,
+        "merge_seconds": 10.0 * nda,
+        "merge_passes": 100.0,
+        "decoder_seconds": 0.5,
+        "decoder_passes": 80.0,
     }
     return Row(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -123,6 +127,14 @@ def test_variants_stay_apart():
     ]
     means = summarise(frame(*rows)).query("task == 'mean'")
     assert list(means["nda_mean"]) == [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+
+
+def test_seeds_that_chose_differently_are_one_variant():
+    rows = [row(seed, "a", 0.8 + seed / 10, batchnorm=f"auto:{took}") for seed, took in enumerate(("average", "same"))]
+    summary = summarise(frame(*rows, row(0, "a", 0.5, batchnorm="average")))
+    found = pick(summary, task="mean", batchnorm="auto")
+    assert (found["seeds"], found["nda_mean"]) == (2, pytest.approx(0.85))
+    assert pick(summary, task="mean", batchnorm="average")["seeds"] == 1
 
 
 def test_order_of_appearance_is_kept_with_the_mean_after_the_tasks():

@@ -15,8 +15,8 @@ from coin.reporting.sweeps import as_numbers, read_sweep_table
 
 FEW = (
     ("none", "", (None, 0.56, 0.91), float("nan"), 0.0, 0.0),
-    ("average", "average", (0.857, 0.966, 0.9835), 0.61, 0.0, 0.0),
-    ("coin", "average", (0.867, 0.960, 0.984), 0.58, 4.1, 8400.0),
+    ("average", "auto:average", (0.857, 0.966, 0.9835), 0.61, 0.0, 0.0),
+    ("coin", "auto:recalibrate", (0.867, 0.960, 0.984), 0.58, 4.1, 8400.0),
 )
 Write = Callable[..., Path]
 

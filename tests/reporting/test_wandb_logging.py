@@ -90,9 +90,10 @@ def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured, read_
         history.update(record["item"])
     for row in rows:
         if row.method == "coin" and row.batchnorm == "recalibrate":
-            key = f"coin+recalibrate/{row.decoder}/{row.task}"
+            key = f"coin (recalibrate)/{row.decoder}/{row.task}"
             assert history[f"nda/{key}"] == pytest.approx(row.nda, rel=1e-12)
-            assert history[f"seconds/{key}"] == pytest.approx(row.calibration_seconds, rel=1e-12)
+            assert history[f"seconds/{key}"] == pytest.approx(row.merge_seconds + row.decoder_seconds)
+            assert history[f"decoder_passes/{key}"] == row.decoder_passes
     mean = np.mean([row.nda for row in rows if (row.method, row.decoder) == ("distillation", "ridge")])
     assert history["nda/distillation/ridge/mean"] == pytest.approx(mean, rel=1e-12)
     assert "residual/none/ridge/mean" not in history  # not defined, so not logged
@@ -145,8 +146,8 @@ def test_runs_per_method_group_by_their_configuration(tmp_path: Path, measure: M
         config = of_type(records, "run")[0]["config"]["update"]
         item = {key: value for record in of_type(records, "history") for key, value in record["item"].items()}
         found[config["variant"]] = (config, item)
-    assert set(found) == {"none", "coin", "coin+recalibrate"}
-    config, item = found["coin+recalibrate"]
+    assert set(found) == {"none", "coin", "coin (recalibrate)"}
+    config, item = found["coin (recalibrate)"]
     assert (config["method"], config["batchnorm"], config["seed"], config["lr"]) == ("coin", "recalibrate", 2, 0.1)
     wanted = np.mean([row.nda for row in rows if (row.batchnorm, row.decoder) == ("recalibrate", "linear")])
     assert item["nda/linear/mean"] == pytest.approx(wanted, rel=1e-12)
