@@ -13,10 +13,9 @@ from coin.reporting.results import (
     read_results,
     write_results,
 )
-from coin.reporting.simulation import SimulationRow, read_simulation, write_simulation
-from coin.reporting.simulation_table import print_simulation
+from coin.reporting.simulation import SimulationRow, print_simulation, read_simulation, write_simulation
 from coin.reporting.summary import read_seeds, read_summary, summarise, write_summary
-from coin.reporting.table import print_summary, summary_table
+from coin.reporting.table import print_summary
 from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_evaluation import code_axes, log_evaluation, log_examples, log_method_runs, log_summary
 from coin.reporting.wandb_logging import finish_run, log_artifact, start_run, training_loggers, use_artifact
@@ -52,7 +51,6 @@ __all__ = [
     "run_environment",
     "start_run",
     "summarise",
-    "summary_table",
     "training_loggers",
     "use_artifact",
     "write_examples",

@@ -80,6 +80,12 @@ def largest_samples(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["samples_per_task"] == rows.groupby(variant)["samples_per_task"].transform("max")]
 
 
+def decoders_of(rows: pd.DataFrame) -> list[str]:
+    """Return the decoders in order of appearance among the methods; those of the references alone come last."""
+    contenders = rows[~rows["method"].isin(REFERENCES)]
+    return list(dict.fromkeys([*contenders["decoder"], *rows["decoder"]]))
+
+
 def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
     """Return one name per row that tells a method's variants apart.
 
@@ -188,8 +194,6 @@ def seconds(value: float) -> str:
 
 def _comparison(experiment: str, erased: str, means: pd.DataFrame) -> Comparison:
     contenders = means[~means["method"].isin(REFERENCES)]
-    # The survivors alone have no linear decoder: their order must not put it last.
-    decoders = tuple(dict.fromkeys([*contenders["decoder"], *means["decoder"]]))
     best = contenders.groupby(["decoder", "samples_per_task"])["nda_mean"].max().round(4).to_dict()
     lines = []
     order = {name: place for place, name in enumerate(dict.fromkeys(means["name"]))}
@@ -217,4 +221,4 @@ def _comparison(experiment: str, erased: str, means: pd.DataFrame) -> Comparison
             )
         )
     lines.sort(key=lambda line: line.is_reference)
-    return Comparison(experiment, erased, decoders, tuple(lines))
+    return Comparison(experiment, erased, tuple(decoders_of(means)), tuple(lines))

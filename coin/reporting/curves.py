@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from coin.reporting.canvas import colour, dashes, legend_below, marker, style
-from coin.reporting.comparison import REFERENCES, heading, variant_names
-from coin.reporting.series import FEW, decoders_of, label_bottom, log_scale, names_of, panels_for
+from coin.reporting.comparison import REFERENCES, decoders_of, heading, variant_names
+from coin.reporting.series import FEW, label_bottom, log_scale, names_of, panels_for
 
 _DECADE = 8.0
 """From this ratio of the largest to the smallest value on, an axis is logarithmic."""

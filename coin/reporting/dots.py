@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from coin.reporting.canvas import INK, WIDTH, colour, legend_below, marker, style
-from coin.reporting.comparison import REFERENCES, heading, variant_names
-from coin.reporting.series import FEW, PAPER_NDA, decoders_of, names_of, paper_line, unique
+from coin.reporting.comparison import REFERENCES, decoders_of, heading, variant_names
+from coin.reporting.series import FEW, PAPER_NDA, names_of, paper_line
 
 _BEST, _OTHER = "#D55E00", "#0072B2"
 
@@ -39,7 +39,7 @@ def nda_per_task(rows: pd.DataFrame) -> Figure:
         rows: Rows of a summary for single tasks: one number set per task, variant and decoder.
     """
     with style():
-        names, decoders, tasks = names_of(rows), decoders_of(rows), unique(rows["task"])
+        names, decoders, tasks = names_of(rows), decoders_of(rows), list(dict.fromkeys(rows["task"]))
         parts = {f"task {task}": rows[rows["task"] == task] for task in tasks}
         if len(decoders) > FEW:
             return _grid(parts, names, decoders, "NDA (%)\n± spread over seeds")
@@ -57,7 +57,7 @@ def nda_by_experiment(means: pd.DataFrame) -> Figure:
     """Mean NDA ± spread of several experiments side by side, a panel per decoder and a marker per experiment."""
     with style():
         names, decoders = names_of(means), decoders_of(means)
-        experiments = unique(means["experiment"])
+        experiments = list(dict.fromkeys(means["experiment"]))
         crowd = max(1.0, len(experiments) / 4)
         figure = Figure(figsize=(WIDTH, 1.0 + (0.6 + 0.30 * len(names) * crowd) * len(decoders)))
         panels = figure.subplots(len(decoders), 1, sharex=True, squeeze=False)[:, 0]

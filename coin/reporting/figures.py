@@ -9,7 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from coin.reporting import details, plots
-from coin.reporting.comparison import REFERENCES, largest_samples, over_tasks
+from coin.reporting.comparison import REFERENCES, decoders_of, largest_samples, over_tasks
+from coin.reporting.series import FEW
 from coin.reporting.sources import Source
 from coin.reporting.sweeps import SEEDS, Sweep, as_numbers
 
@@ -107,7 +108,7 @@ def accuracies(summary: pd.DataFrame, prefix: str) -> Iterator[Plot]:
 
 def _scales(means: pd.DataFrame) -> str:
     """Say how the panels of many decoders are to be read."""
-    if len(plots.decoders_of(means)) <= plots.FEW:
+    if len(decoders_of(means)) <= FEW:
         return ""
     return (
         " Every decoder has a scale of its own; a diamond is its best method, hollow are the survivors alone, an arrow "

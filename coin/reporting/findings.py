@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
-from coin.reporting.comparison import REFERENCES, variant_names
-from coin.reporting.plots import PAPER_NDA
+from coin.reporting.comparison import REFERENCES, decoders_of, variant_names
+from coin.reporting.series import PAPER_NDA
 from coin.reporting.summary import seed_means
 
 Kind = Literal["holds", "fails", "worse", "note"]
@@ -77,8 +77,7 @@ def findings(frame: pd.DataFrame) -> dict[tuple[str, str, int], list[Finding]]:
     means = seed_means(frame).assign(name=lambda rows: variant_names(rows))
     found = {}
     for (experiment, erased, samples), part in means.groupby(["experiment", "erased", "samples_per_task"], sort=False):
-        contenders = part[~part["method"].isin(REFERENCES)]
-        group = _Group(part, tuple(dict.fromkeys([*contenders["decoder"], *part["decoder"]])))
+        group = _Group(part, tuple(decoders_of(part)))
         rows = frame[(frame["experiment"] == experiment) & (frame["samples_per_task"] == samples)]
         found[str(experiment), str(erased), int(str(samples))] = [
             *_paper(group),
@@ -186,17 +185,9 @@ def _survivors(group: _Group) -> list[Finding]:
 def _taken(rows: pd.DataFrame) -> list[Finding]:
     """Say which BatchNorm policy the methods took that were free to choose."""
     chose = rows[rows["batchnorm"].str.contains(":")].drop_duplicates(["method", "seed"])
-    took = chose["batchnorm"].map(lambda policy: policy.partition(":")[2])
-    said = []
-    for policy in dict.fromkeys(took):
-        seeds = {name: took[chose["method"] == name] == policy for name in dict.fromkeys(chose["method"])}
-        names = [
-            name if own.all() else f"{name} in {own.sum()} of {_seeds(len(own))}"
-            for name, own in seeds.items()
-            if own.any()
-        ]
-        said.append(f"{policy} ({', '.join(names)})")
-    return [Finding("note", f"BatchNorm policy that auto took: {'; '.join(said)}.")] if said else []
+    counts: Any = chose.groupby(["batchnorm", "method"], sort=False).size().items()
+    said = [f"{policy.partition(':')[2]} for {name} in {_seeds(count)}" for (policy, name), count in counts]
+    return [Finding("note", f"BatchNorm policy that auto took: {', '.join(said)}.")] if said else []
 
 
 def _cautions(group: _Group) -> list[Finding]:

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from coin.reporting.canvas import COLOURS, INK, WIDTH, colour, marker, place_legend, style
-from coin.reporting.comparison import REFERENCES, variant_names
-from coin.reporting.series import decoders_of, label_bottom, log_scale, names_of, panels_for, paper_line
+from coin.reporting.comparison import REFERENCES, decoders_of, variant_names
+from coin.reporting.series import label_bottom, log_scale, names_of, panels_for, paper_line
 
 _TOGETHER = 3
 """With more decoders than this each has its own panel."""

@@ -1,7 +1,6 @@
 """What figures of decoding accuracy have in common: which series there are, and the paper's line."""
 
 import math
-from collections.abc import Iterable
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -23,17 +22,6 @@ def names_of(rows: pd.DataFrame) -> list[str]:
     names = variant_names(rows)[rows["method"] != "oracle"]
     references = set(names[rows["method"].isin(REFERENCES)])
     return sorted(dict.fromkeys(names), key=lambda name: name in references)
-
-
-def decoders_of(rows: pd.DataFrame) -> list[str]:
-    """Return the decoders in order of appearance among the methods; those of the references alone come last."""
-    contenders = rows[~rows["method"].isin(REFERENCES)]
-    return unique([*contenders["decoder"], *rows["decoder"]])
-
-
-def unique(values: Iterable[str]) -> list[str]:
-    """Return values without repetitions, in order of appearance."""
-    return list(dict.fromkeys(values))
 
 
 def panels_for(titles: list[str], height: float, *, sharey: bool = False) -> tuple[Figure, dict[str, Axes]]:

@@ -50,11 +50,6 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
     )
 
 
-def summary_table(summary: pd.DataFrame) -> Table:
-    """Return the first of `summary_tables`: all there is with one experiment, one coded model and few decoders."""
-    return summary_tables(summary)[0]
-
-
 def summary_tables(summary: pd.DataFrame, width: int = WIDTH) -> list[Table]:
     """Return tables of mean NDA ± spread: a line per method and BatchNorm policy, a column per decoder.
 
@@ -96,7 +91,7 @@ def decoder_heading(decoder: str) -> Text:
 def _packed(comparison: Comparison, width: int) -> list[tuple[str, ...]]:
     """Return which decoders stand in which table: as many as fit, and evenly many in those after the first."""
     samples = [max(map(len, ["P", *map(str, comparison.samples)]))] if len(comparison.samples) > 1 else []
-    costs = [_width([name, *texts]) for name, texts in zip(_COSTS, _cost_texts(comparison), strict=True)]
+    costs = [_width(column) for column in zip(_COSTS, *map(_costs, comparison.lines), strict=True)]
     policies = _width(["BatchNorm", *comparison.policies])
     widths = {decoder: _decoder_width(comparison, decoder) for decoder in comparison.decoders}
     first: list[str] = []
@@ -133,11 +128,6 @@ def _name_width(comparison: Comparison, *, with_policy: bool) -> int:
 def _name(line: Line, with_policy: bool) -> str:
     """Return a line's name, without its BatchNorm policy where that has a column of its own."""
     return line.name if with_policy or "[" in line.name else line.method
-
-
-def _cost_texts(comparison: Comparison) -> tuple[list[str], list[str], list[str]]:
-    lines = [_costs(line) for line in comparison.lines]
-    return [costs[0] for costs in lines], [costs[1] for costs in lines], [costs[2] for costs in lines]
 
 
 def _costs(line: Line) -> tuple[str, str, str]:

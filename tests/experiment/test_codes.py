@@ -159,9 +159,10 @@ def test_a_seed_chooses_once_and_everything_after_uses_its_code(chosen: Path) ->
             assert made["code"] == document["matrix"]
             assert made["shared_seconds"] >= document["seconds"]
             assert made["shared_passes"] >= document["passes"]
-        passes = read_results(folder).set_index(["method", "decoder", "task"]).sample_passes
-        assert passes["average", "linear", "digits"] == document["passes"]
-        assert passes["none", "ridge", "digits"] == 2 * 24
+        rows = read_results(folder).set_index(["method", "decoder", "task"])
+        assert rows.merge_passes["average", "linear", "digits"] == document["passes"]
+        assert (rows.merge_passes["none"] == 0).all()
+        assert rows.decoder_passes["none", "ridge", "digits"] == 2 * 24
         assert (read_results(folder).query("method == 'oracle'").nda == 1).all()
 
 

@@ -20,13 +20,13 @@ from coin.errors import ConfigurationError
 from coin.reporting import COLUMNS, read_examples, read_layers, read_results, read_summary, write_summary
 from coin.state import fingerprint, load_provenance, load_state
 
-MEASURED = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual", "sample_passes"]
+MEASURED = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual", "merge_passes", "decoder_passes"]
 
 
 def same_numbers(one: Path, other: Path) -> None:
     pd.testing.assert_frame_equal(
-        read_results(one).drop(columns=["calibration_seconds", "experiment"]),
-        read_results(other).drop(columns=["calibration_seconds", "experiment"]),
+        read_results(one).drop(columns=["merge_seconds", "decoder_seconds", "experiment"]),
+        read_results(other).drop(columns=["merge_seconds", "decoder_seconds", "experiment"]),
         check_exact=True,
     )
 
@@ -72,14 +72,21 @@ def test_numbers_are_consistent(finished: Path) -> None:
 
 
 def test_costs_count_statistics_and_tuning(finished: Path) -> None:
-    frame = read_results(finished / "seed-0").set_index(["method", "batchnorm", "decoder", "task"]).sample_passes
+    rows = read_results(finished / "seed-0").set_index(["method", "batchnorm", "decoder", "task"])
+    frame = rows.merge_passes
     # Average: nothing. COIN: a forward and ten (or six) backward passes a sample; six classes of letters.
     assert frame["average", "average", "linear", "digits"] == 0
     fisher = 24 * (1 + 2 * 10) + 24 * (1 + 2 * 6)
     assert frame["coin", "average", "linear", "digits"] == fisher
     assert frame["coin", "recalibrate", "linear", "digits"] == fisher + 48
-    # A calibrated decoder needs two experts and one coded model on 48 samples.
-    assert frame["coin", "average", "ridge", "digits"] == fisher + 3 * 48
+    assert frame["coin", "average", "ridge", "digits"] == fisher
+    # A calibrated decoder needs two experts and one coded model on 48 samples; the survivors alone have no coded model.
+    fitted = rows.decoder_passes
+    assert fitted["coin", "average", "linear", "digits"] == 0
+    assert (
+        fitted["coin", "average", "feature_ridge", "digits"] == fitted["coin", "average", "ridge", "digits"] == 3 * 48
+    )
+    assert fitted["none", "", "ridge", "digits"] == 2 * 48
     chosen = load_provenance(finished / "seed-0/coded/distillation.safetensors")["chosen"]
     held_out, training = 10, 38
     per_epoch = [16, 16, 6]
@@ -89,6 +96,8 @@ def test_costs_count_statistics_and_tuning(finished: Path) -> None:
     def trained(steps: int, sizes: list[int]) -> int:
         return 3 * sum(sizes[step % len(sizes)] for step in range(steps))
 
+    said = json.loads((finished / "seed-0/results.json").read_text())["methods"]
+    assert [method["chosen"] for method in said if method["label"] == "distillation"] == [chosen]
     trials = 2 * (2 * training + trained(steps, per_epoch) + steps * 3 * held_out)
     final = 2 * 48 + trained(chosen["steps"], [16, 16, 16])
     assert frame["distillation", "keep", "linear", "digits"] == trials + final

@@ -13,6 +13,7 @@ from coin.atomic import sha256_of
 from coin.cli import main
 from coin.errors import NumericalError
 from coin.reporting import read_results
+from coin.reporting.comparison import variant_names
 
 Records = list[dict[str, Any]]
 
@@ -47,10 +48,14 @@ def named(runs: list[tuple[Path, Records]], name: str) -> Records:
     return next(records for _, records in runs if run_of(records)["display_name"] == f"tiny-seed-0-{name}")
 
 
-def test_one_group_and_names_that_say_what_runs_are(runs: list[tuple[Path, Records]]) -> None:
+def test_one_group_and_names_that_say_what_runs_are(runs: list[tuple[Path, Records]], finished: Path) -> None:
     assert {run_of(records)["run_group"] for _, records in runs} == {"tiny"}
     names = {run_of(records)["display_name"]: run_of(records)["job_type"] for _, records in runs}
-    assert names == {f"tiny-seed-0-{name}": job_type for name, job_type in JOBS.items()}
+    methods = dict.fromkeys(variant_names(read_results(finished / "seed-0")), "evaluate")
+    assert len(methods) == 7
+    assert {"coin (recalibrate)", "coin (keep)", "distillation", "none", "oracle"} <= methods.keys()
+    jobs = JOBS | {f"method-{name}": job_type for name, job_type in methods.items()}
+    assert names == {f"tiny-seed-0-{name}": job_type for name, job_type in jobs.items()}
     assert len(names) == len(runs)
 
 
@@ -61,10 +66,6 @@ JOBS = {
     **{f"merge-{name}": "merge" for name in ("average", "coin", "coin-recalibrate", "coin-keep")},
     "distillation": "distill",
     "evaluate": "evaluate",
-    **{
-        f"method-{name}": "evaluate"
-        for name in ("average", "coin", "coin+recalibrate", "coin+keep", "distillation", "none", "oracle")
-    },
 }
 
 
@@ -80,15 +81,18 @@ def test_runs_are_tagged_and_configured_to_group_by(runs: list[tuple[Path, Recor
     assert "digits" in run_of(named(runs, "expert-digits"))["tags"]
     merge = named(runs, "merge-coin-recalibrate")
     assert (config_of(merge)["method"], config_of(merge)["batchnorm"]) == ("coin", "recalibrate")
-    assert config_of(named(runs, "method-coin+keep"))["variant"] == "coin+keep"
+    assert config_of(named(runs, "method-coin (keep)"))["variant"] == "coin (keep)"
 
 
 def test_metrics_are_plotted_against_epochs_p_n_and_beta(runs: list[tuple[Path, Records]]) -> None:
     wanted = {
         "expert-letters": {"train/loss": "epoch", "val/accuracy": "epoch"},
         "distillation": {"train/loss": "epoch"},
-        "evaluate": {"nda/coin+keep/ridge/mean": "samples_per_task", "seconds/coin/linear/digits": "samples_per_task"},
-        "method-coin": {"nda/linear/mean": "samples_per_task", "residual/linear/letters": "samples_per_task"},
+        "evaluate": {
+            "nda/coin (keep)/ridge/mean": "samples_per_task",
+            "seconds/coin (keep)/linear/digits": "samples_per_task",
+        },
+        "method-coin (keep)": {"nda/linear/mean": "samples_per_task", "residual/linear/letters": "samples_per_task"},
     }
     for name, axes in wanted.items():
         records = named(runs, name)
@@ -106,9 +110,9 @@ def test_metrics_are_plotted_against_epochs_p_n_and_beta(runs: list[tuple[Path, 
 def test_scalars_are_the_numbers_of_the_file(runs: list[tuple[Path, Records]], finished: Path) -> None:
     overview = history_of(named(runs, "evaluate"))
     frame = read_results(finished / "seed-0")
-    for row in frame[frame["batchnorm"] == "average"].itertuples():
-        assert overview[f"nda/{row.method}/{row.decoder}/{row.task}"] == pytest.approx(row.nda, rel=1e-12)
-        single = history_of(named(runs, f"method-{row.method}"))
+    for row in frame.assign(name=variant_names(frame)).itertuples():
+        assert overview[f"nda/{row.name}/{row.decoder}/{row.task}"] == pytest.approx(row.nda, rel=1e-12)
+        single = history_of(named(runs, f"method-{row.name}"))
         assert single[f"agreement/{row.decoder}/{row.task}"] == pytest.approx(row.agreement, rel=1e-12)
     assert overview["nda/distillation/feature_ridge/mean"] == pytest.approx(
         frame[(frame.method == "distillation") & (frame.decoder == "feature_ridge")].nda.mean(), rel=1e-12
@@ -119,7 +123,7 @@ def test_tables_and_charts_lie_in_the_run_folder(runs: list[tuple[Path, Records]
     folder, records = next(pair for pair in runs if run_of(pair[1])["display_name"] == "tiny-seed-0-evaluate")
     (table,) = (folder / "files/media/table").glob("results_*.table.json")
     document = json.loads(table.read_text(encoding="utf-8"))
-    assert {"method", "decoder", "nda", "calibration_seconds"} <= set(document["columns"])
+    assert {"method", "decoder", "nda", "merge_seconds", "decoder_seconds"} <= set(document["columns"])
     assert len(document["data"]) == len(read_results(finished / "seed-0"))
     (examples,) = (folder / "files/media/table").glob("examples_*.table.json")
     document = json.loads(examples.read_text(encoding="utf-8"))
@@ -130,7 +134,7 @@ def test_tables_and_charts_lie_in_the_run_folder(runs: list[tuple[Path, Records]
     assert all(Path(picture).stat().st_size > 0 for picture in pictures)
     charts = {name for name, value in config_of(records).items() if name.startswith("_wandb.visualize.")}
     for chart in ("charts/nda_linear", "charts/nda_against_seconds", "charts/nda_task_digits",
-                  "confusion/coin/linear/letters/letters"):  # fmt: skip
+                  "confusion/coin (keep)/linear/letters/letters"):  # fmt: skip
         assert f"_wandb.visualize.{chart}" in charts
 
 

@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from coin.reporting import Row, print_summary, summarise, summary_table
+from coin.reporting import Row, print_summary, summarise
 from coin.reporting.comparison import Cell, comparisons, expert_accuracies, percent, seconds, short, variant_names
+from coin.reporting.table import summary_tables
 
 BASE = Row(
     "x", 0, "coin", "auto:average", "linear", "0", "a", "a", 200, 0.9, 0.8, 8 / 9, 0.85, 0.5, 4.0, 8400.0, 0.2, 1200.0
@@ -130,7 +131,7 @@ def test_long_names_of_decoders_break_at_their_hyphens(measure):
 
 
 def test_references_are_set_apart(measure):
-    table = summary_table(summarise(frame(*measure(0)[0])))
+    table = summary_tables(summarise(frame(*measure(0)[0])))[0]
     ends = [row.end_section for row in table.rows]
     assert ends == [False, False, False, True, False, False]
 

@@ -127,7 +127,7 @@ def test_what_an_automatic_policy_took_is_said_and_seeds_stay_together():
     rows = rows_of("coin", [0.8, 0.9, 0.97]) + rows_of("regmean", [0.9] * 3)
     rows[1] = replace(rows[1], batchnorm="auto:recalibrate")
     found = said(rows)
-    text = "average (coin in 2 of 3 seeds, regmean); recalibrate (coin in 1 of 3 seeds)."
+    text = "took: average for coin in 2 seeds, recalibrate for coin in 1 seed, average for regmean in 3 seeds."
     assert one(found, "auto took").text.endswith(text)
     assert "(0 of 3 seeds above)" in one(found, "97.5 %").text
 

@@ -67,10 +67,12 @@ def test_json_is_strict_and_holds_configuration_and_versions(tmp_path: Path):
         raise AssertionError(f"{name} is not JSON")
 
     configuration = {"root": Path("data"), "lr": math.nan, "code": np.array([[0.5, np.inf]]), 3: (True, np.int64(4))}
-    write_results(tmp_path, [replace(ROW, residual=math.nan)], configuration)
+    methods = [{"label": "coin", "batchnorm": "auto:average", "row": 0, "chosen": {"held_out": math.inf}}]
+    write_results(tmp_path, [replace(ROW, residual=math.nan)], configuration, methods=methods)
     document = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert document["rows"][0]["residual"] is None
     assert document["rows"][0]["nda"] == ROW.nda
+    assert document["methods"] == [{**methods[0], "chosen": {"held_out": None}}]
     assert document["configuration"] == {"root": "data", "lr": None, "code": [[0.5, None]], "3": [True, 4]}
     assert "torch" in document["versions"]
     assert read_configuration(tmp_path) == document

@@ -9,9 +9,8 @@ import pytest
 from rich.console import Console
 
 from coin.errors import ConfigurationError, FileError
-from coin.reporting.simulation import SimulationRow, read_simulation, write_simulation
+from coin.reporting.simulation import SimulationRow, print_simulation, read_simulation, write_simulation
 from coin.reporting.simulation_plots import accuracy_against_latency, latency_against_load
-from coin.reporting.simulation_table import print_simulation
 
 
 def row(policy: str, load: float, quantile: float = math.nan, **changes: float) -> SimulationRow:
