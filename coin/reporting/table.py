@@ -44,8 +44,8 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
         console.print(table)
     console.print(
         Text(
-            "NDA in % (decoded ÷ expert's accuracy), mean over tasks ± spread over seeds; * largest of its column.\n"
-            "Seconds and passes: making the coded model + fitting the dearest decoder (the linear one takes nothing)."
+            "NDA in % (decoded ÷ expert's accuracy), mean over tasks ± spread over seeds; * largest in column.\n"
+            "Seconds, passes: making the coded model + fitting the dearest decoder (linear: nothing)."
         )
     )
 
