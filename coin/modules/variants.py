@@ -15,6 +15,8 @@ from coin.networks import load_network
 
 NONE = "none"
 ORACLE = "oracle"
+AUTO = "auto"
+"""The BatchNorm policy that chooses among the others."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Mod
             Variant(
                 method=method,
                 code=code,
-                batchnorm=f"{policy}:{taken}" if policy and taken else policy,
+                batchnorm=f"{policy}:{taken}" if policy == AUTO and taken else policy,
                 networks=tuple(networks),
                 samples_per_task=first["samples_per_task"],
                 seconds=sum(float(row["seconds"]) for row in rows) + float(first["shared_seconds"]),

@@ -11,8 +11,8 @@ from coin.reporting.results import asked_policy
 
 REFERENCES = ("none", "oracle")
 """Methods that are no contenders: the survivors alone, and the exact sum of the experts."""
-_KEEPING = ("gauss_newton", "head_fit", "refit", "distillation", "readout_distillation")
-"""Methods whose default BatchNorm policy is ``keep``; the others' is ``auto``. Labels begin with a method's name."""
+_KEEPING = ("distillation", "readout_distillation")
+"""Methods whose one BatchNorm policy is ``keep``; the others' default is ``auto``. Labels begin with the name."""
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,11 @@ def layer_names(layers: pd.DataFrame) -> "pd.Series[str]":
 
 def _policy_names(frame: pd.DataFrame) -> list[str]:
     """Return one name per row that tells methods and their BatchNorm policies apart."""
-    pairs = list(zip(frame["method"], frame["batchnorm"].map(asked_policy), strict=True))
-    names: dict[tuple[str, str], str] = {}
-    for method, policy in dict.fromkeys(pairs):
+    names = []
+    for method, policy in zip(frame["method"], frame["batchnorm"].map(asked_policy), strict=True):
         default = policy in ("", "auto") or (policy == "keep" and method.startswith(_KEEPING))
-        plain = default and method not in names.values()
-        names[method, policy] = method if plain else f"{method} ({policy or 'none'})"
-    return [names[pair] for pair in pairs]
+        names.append(method if default else f"{method} ({policy})")
+    return names
 
 
 def comparisons(summary: pd.DataFrame) -> list[Comparison]:

@@ -196,6 +196,8 @@ def test_what_a_method_chose_is_said_of_its_variant(experts, write_coded):
     assert policy("auto", taken, other) == "auto:recalibrate+average"
     assert policy("auto", None, {"converged": False}) == "auto"
     assert policy("keep", {"lr": 0.1}, {"lr": 0.2}) == "keep"
+    assert policy("recalibrate", taken, taken) == "recalibrate", "nothing was left to choose"
+    assert policy("", {}, {}) == ""
     with pytest.raises(FileError, match="says 3 for its 'chosen'"):
         policy("auto", 3, 3)
 
