@@ -30,7 +30,7 @@ class Served:
     """
 
     folder: Path
-    experts: Experts
+    experts: ExpertFiles
     coded: tuple[Path, ...]
     code: Code
     method: str

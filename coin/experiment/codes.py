@@ -92,8 +92,8 @@ def choose_weights(
     """Choose one coded model's weights by what the cheapest merge leaves on calibration data.
 
     The residual of a candidate β is the root mean square of f̄(β) − Σ_i β_i f_i over samples and logits, f̄(β) being
-    the β-average of the experts (`coin.merging.Average`, which settles BatchNorm); `coin.coding.choose_code` weighs it by the code's
-    worst noise amplification.
+    the β-average of the experts (`coin.merging.Average`, which settles BatchNorm); `coin.coding.choose_code` weighs it
+    by the code's worst noise amplification.
 
     Args:
         networks: The N experts, with equally many outputs.

@@ -22,7 +22,7 @@ from coin.state import not_finite
 _POINTS = 10
 """How often a run with a constant learning rate looks at the held-out samples: the numbers of steps to choose from."""
 
-_TRIALS = 16
+_TRIALS = 12
 """The most trials of one search."""
 
 
@@ -170,12 +170,9 @@ def search_grid(
 
     best = (len(rates) // 2, 0)
     tried[best] = loss(*pair(best))
-    while True:
-        missing = [each for each in neighbours(best) if each not in tried]
-        for each in missing[: _TRIALS - len(tried)]:
-            tried[each] = loss(*pair(each))
-        better = min(tried, key=lambda each: tried[each])
-        if better == best or len(tried) >= _TRIALS:
-            inside = all(each in tried for each in neighbours(better))
-            return pair(better), {pair(place): value for place, value in tried.items()}, inside
-        best = better
+    while missing := [each for each in neighbours(best) if each not in tried]:
+        if len(tried) == _TRIALS:
+            break
+        tried[missing[0]] = loss(*pair(missing[0]))
+        best = min(tried, key=lambda each: tried[each])
+    return pair(best), {pair(place): value for place, value in tried.items()}, not missing
