@@ -135,6 +135,7 @@ class Distillation(LightningModule, Method):
         self.label = check_label(self.name if label is None else label)
         self.samples_per_task = samples_per_task
         self.augmentation = str(augmentation)
+        self.steps = steps
         self.student: nn.Module | None = None
         self.teachers = nn.ModuleList()
         self.passes = 0.0
@@ -308,10 +309,12 @@ class ReadoutDistillation(Distillation):
     Source: the loss is this project's. Readouts beside a distilled network: Romero et al., *FitNets* (ICLR 2015).
 
     Args:
-        readout_weight: w, at least 0; 0 leaves a distillation of fixed learning rate and steps.
+        experts: The experts' safetensors files.
+        code_row: β.
         lr: The schedule's largest learning rate; none has it and the number of steps chosen.
         steps: The number of optimiser steps.
-        **options: Of `Distillation`: ``experts``, ``code_row``, ``batch_size``, ``samples_per_task``, ``augmentation``,
+        readout_weight: w, at least 0; 0 leaves a distillation of fixed learning rate and steps.
+        **options: Of `Distillation`: ``batch_size``, ``samples_per_task``, ``augmentation``,
             ``learning_rates``, ``held_out``, ``schedule``, ``start``, ``label``.
 
     Raises:
@@ -320,8 +323,16 @@ class ReadoutDistillation(Distillation):
 
     name = "readout_distillation"
 
-    def __init__(self, readout_weight: float = 1.0, lr: float | None = 1e-3, steps: int = 100, **options: Any) -> None:
-        super().__init__(lr=lr, steps=steps, **options)
+    def __init__(
+        self,
+        experts: list[str] | None = None,
+        code_row: list[float] | None = None,
+        lr: float | None = 1e-3,
+        steps: int = 100,
+        readout_weight: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(experts, code_row, lr=lr, steps=steps, **options)
         if not 0 <= readout_weight < float("inf"):
             raise ConfigurationError(f"found readout_weight={readout_weight}, expected a number of at least 0")
         self.save_hyperparameters({"readout_weight": readout_weight})
