@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coin.coding import Answers, Code, DecoderConfig, DecoderKind, make_decoder
-    from coin.merging import Average, Coin, MergeInputs, RegMean
-    from coin.merging.networks import merge_networks
+    from coin.merging import Average, Coin, Experts, RegMean, merge_networks
     from coin.metrics import DecodingAccuracy, Residual
     from coin.modules import Coded
     from coin.networks import BatchNormPolicy, recalibrate
@@ -29,14 +28,14 @@ _HOMES = {
     "DecoderConfig": "coin.coding",
     "DecoderKind": "coin.coding",
     "DecodingAccuracy": "coin.metrics",
+    "Experts": "coin.merging",
     "FisherKind": "coin.statistics",
-    "MergeInputs": "coin.merging",
     "RegMean": "coin.merging",
     "Residual": "coin.metrics",
     "fisher_diagonal": "coin.statistics",
     "gram_sums": "coin.statistics",
     "make_decoder": "coin.coding",
-    "merge_networks": "coin.merging.networks",
+    "merge_networks": "coin.merging",
     "recalibrate": "coin.networks",
 }
 
@@ -50,8 +49,8 @@ __all__ = [
     "DecoderConfig",
     "DecoderKind",
     "DecodingAccuracy",
+    "Experts",
     "FisherKind",
-    "MergeInputs",
     "RegMean",
     "Residual",
     "fisher_diagonal",

@@ -6,7 +6,7 @@ arithmetic, so that a mistake ends in one line that names the tensor.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -58,34 +58,41 @@ def check_same_layout(states: Sequence[State], names: Sequence[str] | None = Non
                 )
 
 
-def not_finite(state: State) -> str | None:
-    """Return the name of the first floating-point tensor that holds a NaN or an infinity, None if none does."""
+def not_finite(state: State, infinite: Collection[str] = ()) -> str | None:
+    """Return the name of the first tensor that holds a NaN or an infinity, None if none does.
+
+    Args:
+        state: Named tensors.
+        infinite: Names of tensors that may hold infinities, as a causal mask does, but no NaN.
+    """
     for key, tensor in state.items():
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
         # A NaN or an infinity shows in the sum, which takes a tenth of the time; only a sum can overflow, too.
-        if (
-            tensor.is_floating_point()
-            and not bool(torch.isfinite(tensor.sum()))
-            and not bool(torch.isfinite(tensor).all())
-        ):
+        if bool(torch.isfinite(tensor.sum())):
+            continue
+        wrong = torch.isnan(tensor).any() if key in infinite else ~torch.isfinite(tensor).all()
+        if bool(wrong):
             return key
     return None
 
 
-def check_finite(state: State, what: str) -> None:
-    """Check that no floating-point tensor holds a NaN or an infinity.
+def check_finite(state: State, what: str, infinite: Collection[str] = ()) -> None:
+    """Check that no tensor holds a NaN or an infinity; those named in `infinite` may hold infinities.
 
     Raises:
         StateError: Naming the first tensor that does, and `what` it belongs to.
     """
-    if (key := not_finite(state)) is not None:
+    if (key := not_finite(state, infinite)) is not None:
         raise StateError(f"{what} is not finite: tensor '{key}' holds a NaN or an infinity; check what made it")
 
 
 def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Return Σ_i w_i · state_i, tensor by tensor.
+    """Return Σ_i w_i · state_i, tensor by tensor, for weights that sum to 1.
 
-    Floating-point tensors are summed in their own type; integer ones (BatchNorm's ``num_batches_tracked``) are
-    taken as the maximum over the states, since a weighted count has no meaning.
+    Entries that agree in all states stay as they are, to the last bit and infinities included, and a state of weight
+    zero has no say. Floating-point and complex tensors are summed in their own type; of others (BatchNorm's
+    ``num_batches_tracked``) the maximum over the states is taken, since a weighted count has no meaning.
 
     Raises:
         StateError: The states' names or shapes differ.
@@ -93,16 +100,21 @@ def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str,
     check_same_layout(states)
     if len(states) != len(weights):
         raise StateError(f"found {len(weights)} weights for {len(states)} states, expected one each; give as many")
-    result: dict[str, Tensor] = {}
-    for key, first in states[0].items():
-        if first.is_floating_point():
-            total = first * weights[0]
-            for state, weight in zip(states[1:], weights[1:], strict=True):
-                total.add_(state[key], alpha=weight)
-            result[key] = total
-        else:
-            result[key] = reduce(torch.maximum, (state[key] for state in states[1:]), first.clone())
-    return result
+    return {key: _weighted([state[key] for state in states], weights) for key in states[0]}
+
+
+def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    first = tensors[0]
+    if all(torch.equal(first, other) for other in tensors[1:]):
+        return first.clone()
+    if not (first.is_floating_point() or first.is_complex()):
+        return reduce(torch.maximum, tensors)
+    total = torch.zeros_like(first)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        if weight != 0:  # zero times an infinity is NaN
+            total.add_(tensor, alpha=weight)
+    agree = reduce(torch.logical_and, [first == other for other in tensors[1:]])
+    return torch.where(agree, first, total)
 
 
 def fingerprint(state: State) -> str:
@@ -118,19 +130,20 @@ def fingerprint(state: State) -> str:
     return digest.hexdigest()
 
 
-def save_state(path: Path, state: State, provenance: Mapping[str, Any]) -> None:
+def save_state(path: Path, state: State, provenance: Mapping[str, Any], infinite: Collection[str] = ()) -> None:
     """Write named tensors and one JSON value that says what made them.
 
     Args:
         path: The file, written under a temporary name and renamed.
         state: Tensors of any shape and type; they are copied to contiguous CPU memory.
         provenance: Anything that JSON holds; `versions()` is added under ``versions``.
+        infinite: Names of tensors that may hold infinities.
 
     Raises:
-        StateError: A floating-point tensor is not finite: such a file is never written.
+        StateError: A tensor is not finite: such a file is never written.
         FileError: The file cannot be written.
     """
-    check_finite(state, f"the state for '{path}'")
+    check_finite(state, f"the state for '{path}'", infinite)
     metadata = {_METADATA_KEY: json.dumps({**provenance, "versions": versions()}, sort_keys=True)}
     tensors: dict[str, Tensor] = {}
     written: set[int] = set()

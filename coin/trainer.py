@@ -18,7 +18,7 @@ from coin.checkpoints import check_training_checkpoint
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, StateError
-from coin.modules import DecodingEvaluator, Expert, Outcome, StatisticKind, StatisticPass
+from coin.modules import DecodingEvaluator, Expert, Outcome, StatisticPass
 from coin.networks import NetworkConfig, fill_network, load_network, read_weights
 from coin.recording import record_evaluation
 from coin.reporting.wandb_connection import check_connection
@@ -26,6 +26,7 @@ from coin.reporting.wandb_logging import logger_mode
 from coin.state import fingerprint
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Sums, check_shares
 from coin.statistics.files import save_statistic
+from coin.statistics.statistic import StatisticKind
 
 _EXPECTED = (
     r".*does not have many workers.*",  # data live in memory: workers would only copy them

@@ -59,14 +59,7 @@ class Answers:
                         f"found features {list(feature.shape)} of the {whose}, expected [{logits.shape[1]}, F]"
                     )
         self._check_widths()
-        if self.tasks is not None and (self.tasks.dtype, self.tasks.shape) != (torch.int64, self.experts.shape[1:2]):
-            raise DecodingError(
-                f"found tasks {list(self.tasks.shape)} of {self.tasks.dtype}, expected int64 [{self.num_samples}]"
-            )
-        if self.tasks is not None and not bool(((self.tasks >= 0) & (self.tasks < self.num_experts)).all()):
-            raise DecodingError(
-                f"found samples of tasks {sorted(set(self.tasks.tolist()))}, expected indices below {self.num_experts}"
-            )
+        self._check_tasks()
 
     def _check_widths(self) -> None:
         if self.feature_widths is None:
@@ -81,6 +74,16 @@ class Answers:
             raise DecodingError(
                 f"found features of width {wrong[0]}, expected {whole}: stages of widths {list(self.feature_widths)}"
             )
+
+    def _check_tasks(self) -> None:
+        if self.tasks is None:
+            return
+        if (self.tasks.dtype, self.tasks.shape) != (torch.int64, self.experts.shape[1:2]):
+            raise DecodingError(
+                f"found tasks {list(self.tasks.shape)} of {self.tasks.dtype}, expected int64 [{self.num_samples}]"
+            )
+        if outside := sorted(set(self.tasks.tolist()) - set(range(self.num_experts))):
+            raise DecodingError(f"found samples of task {outside[0]}, expected indices below {self.num_experts}")
 
     @property
     def num_experts(self) -> int:
@@ -112,13 +115,14 @@ class Answers:
 
     def select(self, samples: Tensor | slice) -> Self:
         """Return the answers for some of the inputs: an index tensor ``[K]``, a mask ``[B]`` or a slice."""
-        return type(self)(
-            self.experts[:, samples],
-            self.coded[:, samples],
-            None if self.expert_features is None else [feature[samples] for feature in self.expert_features],
-            None if self.coded_features is None else [feature[samples] for feature in self.coded_features],
-            self.feature_widths,
-            None if self.tasks is None else self.tasks[samples],
+        features, coded = self.expert_features, self.coded_features
+        return replace(
+            self,
+            experts=self.experts[:, samples],
+            coded=self.coded[:, samples],
+            expert_features=None if features is None else [feature[samples] for feature in features],
+            coded_features=None if coded is None else [feature[samples] for feature in coded],
+            tasks=None if self.tasks is None else self.tasks[samples],
         )
 
     @classmethod
@@ -131,37 +135,30 @@ class Answers:
         """
         if not batches:
             raise DecodingError("found no batches of answers, expected at least one")
-        first = batches[0]
-        for batch in batches[1:]:
-            if batch._kind != first._kind:
-                raise DecodingError(
-                    "the batches of answers differ in networks, classes, features, stages or whether they tell the "
-                    "tasks, expected the same"
-                )
+        if any(batch._kind != batches[0]._kind for batch in batches):
+            raise DecodingError(
+                "the batches of answers differ in networks, classes, features, stages or whether they tell the tasks, "
+                "expected the same"
+            )
         tasks = [batch.tasks for batch in batches if batch.tasks is not None]
         return cls(
             torch.cat([batch.experts for batch in batches], dim=1),
             torch.cat([batch.coded for batch in batches], dim=1),
             _joined([batch.expert_features for batch in batches]),
             _joined([batch.coded_features for batch in batches]),
-            first.feature_widths,
+            batches[0].feature_widths,
             torch.cat(tasks) if tasks else None,
         )
 
     @property
     def _kind(self) -> tuple[object, ...]:
         """What all batches of one data set have in common."""
-        widths = None if self.feature_widths is None else tuple(self.feature_widths)
+        features = (self.expert_features, self.coded_features)
+        columns = [None if each is None else [feature.shape[1] for feature in each] for each in features]
         shape = (self.num_experts, self.num_coded, self.experts.shape[2])
-        features = [
-            None if each is None else tuple(feature.shape[1] for feature in each)
-            for each in (self.expert_features, self.coded_features)
-        ]
-        return (*shape, *features, widths, self.tasks is None)
+        return (*shape, *columns, tuple(self.feature_widths or ()), self.tasks is None)
 
 
 def _joined(batches: Sequence[Sequence[Tensor] | None]) -> list[Tensor] | None:
     present = [batch for batch in batches if batch is not None]
-    if not present:
-        return None
-    return [torch.cat(parts) for parts in zip(*present, strict=True)]
+    return [torch.cat(parts) for parts in zip(*present, strict=True)] if present else None

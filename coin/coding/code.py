@@ -1,4 +1,4 @@
-"""The code: which weighted sums of the experts' outputs the coded models stand for."""
+"""The code: which weighted sums of the experts' outputs the coded models stand for, and its equations solved."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -37,10 +37,10 @@ class Code:
         # Leaving experts out of an erasure leaves columns out of B_E, which cannot lower its smallest singular
         # value: the largest erasures are the hardest, so they are the only ones to try.
         for erased in combinations(range(self.num_experts), self.max_erasures):
-            amplification = self.amplification(erased)
+            experts, amplification = ", ".join(map(str, erased)), self.amplification(erased)
             if not amplification <= MAX_AMPLIFICATION:
                 raise DecodingError(
-                    f"the code cannot decode the loss of experts {_listed(erased)}: its columns for them have a noise "
+                    f"the code cannot decode the loss of experts {experts}: its columns for them have a noise "
                     f"amplification of {amplification:.3g}, expected at most {MAX_AMPLIFICATION:.0e}; give every "
                     f"expert a weight and every {self.max_erasures} experts linearly independent columns"
                 )
@@ -98,11 +98,7 @@ class Code:
         Raises:
             DecodingError: `erased` is empty or names an expert twice or one that does not exist.
         """
-        erased = check_erasure(erased, self.num_experts)
-        if len(erased) > self.num_coded:
-            return float("inf")
-        smallest = float(torch.linalg.svdvals(self.matrix[:, list(erased)])[-1])
-        return 1.0 / smallest if smallest > 0 else float("inf")
+        return _amplification(self.matrix, check_erasure(erased, self.num_experts))
 
     def worst_amplification(self) -> float:
         """Return the largest noise amplification over all erasures that the code promises to decode."""
@@ -134,6 +130,56 @@ def check_erasure(erased: Sequence[int], num_experts: int) -> tuple[int, ...]:
     return found
 
 
+def decode_linear(matrix: Tensor, coded: Tensor, survivors: Tensor, erased: Sequence[int]) -> Tensor:
+    """Solve the code's equations for the lost outputs, in the least-squares sense.
+
+    f̂_E = B_E⁺ (f_c − B_S f_S) with B_E, B_S the columns of the lost and the surviving experts. One row and one lost
+    expert j: (f_c − Σ_{i≠j} β_i f_i)/β_j, the paper's decoder (arXiv 2409.01420, section II).
+
+    Args:
+        matrix: Rows of the code whose coded models answered ``[R, N]``.
+        coded: Their outputs ``[R, B, C]``.
+        survivors: Outputs of the experts not in `erased`, in ascending order ``[N − |erased|, B, C]``.
+        erased: Indices of the lost experts.
+
+    Returns:
+        ``[|erased|, B, C]``, in the type of `coded`.
+
+    Raises:
+        DecodingError: More experts are lost than coded models answered, or the columns of the lost experts are
+            linearly dependent.
+    """
+    erased = check_erasure(erased, matrix.shape[1])
+    present = [expert for expert in range(matrix.shape[1]) if expert not in erased]
+    if len(erased) > matrix.shape[0]:
+        raise DecodingError(
+            f"{len(erased)} experts are lost but {matrix.shape[0]} coded models answered, expected at least as many; "
+            "add rows to the code or use a calibrated decoder"
+        )
+    weights = matrix.to(torch.float64)
+    amplification = _amplification(weights, erased)
+    if not amplification <= MAX_AMPLIFICATION:
+        raise DecodingError(
+            f"the code's columns for the lost experts {list(erased)} are linearly dependent: they have a noise "
+            f"amplification of {amplification:.3g}, expected at most {MAX_AMPLIFICATION:.0e}; choose another code"
+        )
+    inverse = torch.linalg.pinv(weights[:, list(erased)])
+    # One matrix for both parts, made in float64 and rounded once.
+    from_survivors = -(inverse @ weights[:, present])
+    decoded: Tensor = torch.tensordot(inverse.to(coded), coded, dims=1)
+    if present:
+        decoded = decoded + torch.tensordot(from_survivors.to(coded), survivors.to(coded), dims=1)
+    return decoded
+
+
+def _amplification(matrix: Tensor, erased: Sequence[int]) -> float:
+    """Return 1/σ_min of the columns `erased` of a matrix ``[R, N]``, infinity where they are dependent."""
+    if len(erased) > matrix.shape[0]:
+        return float("inf")
+    smallest = float(torch.linalg.svdvals(matrix[:, list(erased)])[-1])
+    return 1.0 / smallest if smallest > 0 else float("inf")
+
+
 def _validated(matrix: Sequence[Sequence[float]] | Tensor) -> Tensor:
     try:
         weights = torch.as_tensor(matrix, dtype=torch.float64).detach().cpu().clone()
@@ -154,7 +200,3 @@ def _validated(matrix: Sequence[Sequence[float]] | Tensor) -> Tensor:
                 f"row {index} of the code sums to {total:.8g}, expected 1: {row.tolist()}; divide it by its sum"
             )
     return weights / weights.sum(dim=1, keepdim=True)
-
-
-def _listed(erased: Sequence[int]) -> str:
-    return ", ".join(map(str, erased))

@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from coin.coding.projection import ProjectionKind
+from coin.choices import chosen
+from coin.coding.ridge import ProjectionKind
 from coin.errors import ConfigurationError
 
 
@@ -38,6 +39,9 @@ class FittedOn(StrEnum):
     """Each lost expert's regression: those of its own task alone."""
 
 
+_ENUMS: dict[str, type[StrEnum]] = {"features": FeatureChoice, "projection": ProjectionKind, "fitted_on": FittedOn}
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """A decoder with its options.
@@ -60,24 +64,20 @@ class DecoderConfig:
     fitted_on: FittedOn = FittedOn.all
 
     def __post_init__(self) -> None:
-        self._become("kind", DecoderKind, "decoder")
-        self._become("features", FeatureChoice, "features")
-        self._become("projection", ProjectionKind, "projection")
-        self._become("fitted_on", FittedOn, "fitted_on")
+        object.__setattr__(self, "kind", chosen(DecoderKind, "decoder", self.kind))
+        for option, enum in _ENUMS.items():
+            object.__setattr__(self, option, chosen(enum, option, getattr(self, option)))
         k = self.components
         if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
             raise ConfigurationError(f"found components={k!r}, expected a whole number of at least 1, or none")
-        if self.kind is not DecoderKind.feature_ridge:
-            if self.features is not FeatureChoice.last:
-                raise ConfigurationError(f"found features={self.features} for {self.kind}, expected feature_ridge")
-            if k is not None:
-                raise ConfigurationError(f"found components={k} for {self.kind}, expected feature_ridge")
-        if k is None and self.projection is not ProjectionKind.principal:
+        for option, value in self._given.items():
+            calibrated = [DecoderKind.ridge] if option == "fitted_on" else []
+            if self.kind not in (kinds := [*calibrated, DecoderKind.feature_ridge]):
+                raise ConfigurationError(f"found {option}={value} for {self.kind}, expected {' or '.join(kinds)}")
+        if k is None and "projection" in self._given:
             raise ConfigurationError(
                 f"found projection={self.projection} without components; say how many, or leave it"
             )
-        if self.kind is DecoderKind.linear and self.fitted_on is not FittedOn.all:
-            raise ConfigurationError(f"found fitted_on={self.fitted_on} for linear, expected ridge or feature_ridge")
 
     @classmethod
     def of(cls, decoder: "DecoderKind | str | dict[str, Any] | DecoderConfig") -> "DecoderConfig":
@@ -106,10 +106,9 @@ class DecoderConfig:
             ConfigurationError: There is none.
         """
         kind, *suffixes = name.split("-")
-        enums = {"features": FeatureChoice, "projection": ProjectionKind, "fitted_on": FittedOn}
         options: dict[str, Any] = {"kind": kind}
         for suffix in suffixes:
-            option = next((option for option, enum in enums.items() if suffix in list(enum)), "components")
+            option = next((option for option, enum in _ENUMS.items() if suffix in list(enum)), "components")
             options[option] = int(suffix) if suffix.isdecimal() else suffix
         config = cls.of(options)
         if config.name != name:
@@ -119,13 +118,13 @@ class DecoderConfig:
     @property
     def name(self) -> str:
         """What results call the decoder: its kind, and the options that differ from the defaults."""
-        suffixes = [
-            str(self.features) if self.features is not FeatureChoice.last else "",
-            str(self.components) if self.components is not None else "",
-            str(self.projection) if self.projection is not ProjectionKind.principal else "",
-            str(self.fitted_on) if self.fitted_on is not FittedOn.all else "",
-        ]
-        return "-".join([str(self.kind), *filter(None, suffixes)])
+        return "-".join(map(str, (self.kind, *self._given.values())))
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """The options that differ from the defaults."""
+        given = {option.name: getattr(self, option.name) for option in fields(self) if option.name != "kind"}
+        return {option: value for option, value in given.items() if value != getattr(DecoderConfig, option)}
 
     @property
     def reads_features(self) -> bool:
@@ -136,14 +135,6 @@ class DecoderConfig:
     def reads_stages(self) -> bool:
         """Whether these are the features of several stages."""
         return self.features is FeatureChoice.stages
-
-    def _become(self, field: str, enum: type[StrEnum], called: str) -> None:
-        """Replace a plain string by the enum's member."""
-        value = getattr(self, field)
-        try:
-            object.__setattr__(self, field, enum(value))
-        except ValueError as error:
-            raise ConfigurationError(f"found {called} '{value}', expected one of {', '.join(enum)}") from error
 
 
 def distinct_decoders(decoders: Sequence[DecoderKind | str | dict[str, Any] | DecoderConfig]) -> list[DecoderConfig]:

@@ -1,13 +1,230 @@
-"""A decoder by its kind and options."""
+"""The decoders: the outputs that did arrive → the outputs of the lost experts, without a label."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
-from coin.coding.code import Code
-from coin.coding.decoder import Decoder
-from coin.coding.decoder_config import DecoderConfig, DecoderKind
-from coin.coding.linear_decoder import LinearDecoder
-from coin.coding.ridge_decoder import FeatureRidgeDecoder, RidgeDecoder
-from coin.errors import ConfigurationError, DecodingError
+import torch
+from torch import Tensor
+
+from coin.coding.answers import Answers
+from coin.coding.code import Code, check_erasure, decode_linear
+from coin.coding.decoder_config import DecoderConfig, DecoderKind, FittedOn
+from coin.coding.ridge import Projection, RidgeFit, fit_blocks, project_blocks
+from coin.errors import ConfigurationError, DecodingError, NumericalError
+
+
+class Decoder(ABC):
+    """Computes the outputs of a fixed set of lost experts.
+
+    Args:
+        num_experts: N.
+        erased: Indices of the lost experts, in the order in which `decode` returns them.
+        config: The kind and its options.
+
+    Raises:
+        DecodingError: `erased` is empty, or names an expert twice or one that does not exist.
+    """
+
+    needs_fit = True
+    """Whether `fit` must come before `decode`."""
+
+    def __init__(self, num_experts: int, erased: Sequence[int], config: DecoderConfig) -> None:
+        self.config = config
+        self.erased = check_erasure(erased, num_experts)
+        self.survivors = tuple(expert for expert in range(num_experts) if expert not in self.erased)
+        self.num_experts = num_experts
+
+    @property
+    def name(self) -> str:
+        """What results call the decoder: its kind, and the options that differ from the defaults."""
+        return self.config.name
+
+    @abstractmethod
+    def fit(self, calibration: Answers) -> Self:
+        """Learn from answers to calibration inputs, the lost experts' own logits being the targets.
+
+        Raises:
+            DecodingError: The answers come from another number of experts, nothing arrives to decode from, or the
+                answers lack the features, stages or tasks that the options ask for.
+            NumericalError: There are fewer than two samples, or a value is not finite.
+        """
+
+    @abstractmethod
+    def samples_read(self, calibration: Answers) -> int:
+        """Return how many of the calibration inputs `fit` looks at."""
+
+    @abstractmethod
+    def decode(self, answers: Answers) -> Tensor:
+        """Return the lost experts' logits ``[len(erased), B, C]`` in the type of the answers.
+
+        The lost experts' entries in `answers` are not read.
+
+        Raises:
+            DecodingError: The decoder was not fitted, or the answers do not fit it.
+        """
+
+    def _check(self, answers: Answers) -> None:
+        if answers.num_experts != self.num_experts:
+            raise DecodingError(
+                f"found answers of {answers.num_experts} experts, the decoder is for {self.num_experts}; keep the lost "
+                "ones' places"
+            )
+
+
+class LinearDecoder(Decoder):
+    """The paper's decoder, by `decode_linear` over all rows of the code; exact when the coded outputs are.
+
+    Args:
+        code: The code, which says it all: there is nothing to fit.
+        erased: Indices of the lost experts, at most R.
+
+    Raises:
+        DecodingError: The erasure is past the budget, or the code is singular on it.
+    """
+
+    needs_fit = False
+
+    def __init__(self, code: Code, erased: Sequence[int]) -> None:
+        super().__init__(code.num_experts, erased, DecoderConfig(DecoderKind.linear))
+        if len(self.erased) > code.max_erasures:
+            raise DecodingError(
+                f"{len(self.erased)} experts are lost, the code decodes at most {code.max_erasures}; "
+                "add rows to the code or use a calibrated decoder"
+            )
+        self.code = code
+
+    def fit(self, calibration: Answers) -> Self:
+        """Do nothing."""
+        return self
+
+    def samples_read(self, calibration: Answers) -> int:
+        """Return 0."""
+        return 0
+
+    def decode(self, answers: Answers) -> Tensor:
+        """Return the lost experts' logits; see `decode_linear`."""
+        self._check(answers)
+        if answers.num_coded != self.code.num_coded:
+            raise DecodingError(
+                f"found answers of {answers.num_coded} coded models, the code has {self.code.num_coded}; give all of "
+                "them, or a code of those rows"
+            )
+        survivors = answers.experts[list(self.survivors)]
+        return decode_linear(self.code.matrix.to(answers.coded.device), answers.coded, survivors, self.erased)
+
+
+class RidgeDecoder(Decoder):
+    """The calibrated decoders: ridge regression from what arrives to the lost experts' logits.
+
+    Inputs are the logits of the coded models and of the surviving experts side by side, targets the lost experts' own
+    logits on the same calibration inputs; both are centred, and each lost expert gets the ridge with the smallest
+    leave-one-out error (`fit_ridge`). It works with any number of coded models, none included, and has no erasure
+    budget: something must arrive, that is all. All arithmetic is in float64.
+
+    As ``feature_ridge`` it reads the features of every arriving network beside the logits: the penultimate ones, or
+    with ``features: stages`` those of all stages. All logits together, and each stage of each network, are blocks that
+    are divided by their scale (`fit_blocks`): logits and features differ in unit and size.
+
+    With `components` each network's features, every stage divided by its scale, are first reduced to that many numbers
+    by a `fit_projection` on all calibration answers, whatever the regression is fitted on: a server sends the same
+    numbers whoever is lost. Random directions are the same for all networks of one width, so that what holds between
+    the features of coded models and experts holds between the reduced ones.
+
+    With ``fitted_on: own`` each lost expert has a regression of its own, scales included, on the calibration inputs of
+    its task.
+    """
+
+    def __init__(self, num_experts: int, erased: Sequence[int], config: DecoderConfig) -> None:
+        super().__init__(num_experts, erased, config)
+        self.fitted: list[RidgeFit] = []
+        """The regressions: one for all lost experts, or with ``fitted_on: own`` one for each."""
+        self._projections: list[Projection] = []
+        self._widths: list[list[int]] = []
+
+    def fit(self, calibration: Answers) -> Self:
+        """Fit the projections, if any, then the regressions; see the class."""
+        self._check(calibration)
+        arrived = self._arrived(calibration)
+        if not arrived:
+            raise DecodingError(
+                "every expert is lost and no coded model answers: nothing to decode from; lose fewer, or add "
+                "coded models"
+            )
+        self._widths = _widths(arrived)
+        components, kind = self.config.components, self.config.projection
+        if components is not None:
+            self._projections = [project_blocks(stages, components, kind) for stages in arrived[1:]]
+        blocks = self._blocks(arrived)
+        self.fitted = [
+            fit_blocks([block[samples] for block in blocks], calibration.experts[list(experts)][:, samples])
+            for experts, samples in self._regressions(calibration)
+        ]
+        return self
+
+    def samples_read(self, calibration: Answers) -> int:
+        """Return how many of the calibration inputs `fit` looks at: all, or those of the lost experts' tasks."""
+        if self.config.components is not None:  # a projection looks at all
+            return calibration.num_samples
+        return sum(len(samples) for _, samples in self._regressions(calibration))
+
+    def decode(self, answers: Answers) -> Tensor:
+        """Return the lost experts' logits; see the class."""
+        if not self.fitted:
+            raise DecodingError(f"the {self.name} decoder is not fitted; call fit with calibration answers first")
+        self._check(answers)
+        arrived = self._arrived(answers)
+        if (found := _widths(arrived)) != self._widths:
+            raise DecodingError(
+                f"found answers of widths {found}, the decoder was fitted on {self._widths}; fit it on answers of the "
+                "same servers"
+            )
+        inputs = torch.cat(self._blocks(arrived), 1)
+        decoded = torch.cat([fit(inputs) for fit in self.fitted], 1)
+        return decoded.reshape(len(inputs), len(self.erased), -1).transpose(0, 1).to(answers.experts)
+
+    def _arrived(self, answers: Answers) -> list[list[Tensor]]:
+        """Return what arrives, in float64: all logits as one block ``[B, ·]``, then each network's stages as blocks."""
+
+        def arriving(coded: Sequence[Tensor] | Tensor, experts: Sequence[Tensor] | Tensor) -> list[Tensor]:
+            return [values.to(torch.float64) for values in (*coded, *(experts[expert] for expert in self.survivors))]
+
+        logits = arriving(answers.coded, answers.experts)
+        arrived = [[torch.cat(logits, 1)]] if logits else []
+        if not self.config.reads_features:
+            return arrived
+        if answers.expert_features is None or answers.coded_features is None:
+            raise DecodingError(f"the {self.name} decoder found answers without features, expected features and logits")
+        if self.config.reads_stages and len(answers.feature_widths or ()) < 2:
+            raise DecodingError(f"the {self.name} decoder found features of one stage, expected several; use the last")
+        first = 0 if self.config.reads_stages else -1
+        features = arriving(answers.coded_features, answers.expert_features)
+        return [*arrived, *(list(answers.stages(each)[first:]) for each in features)]
+
+    def _blocks(self, arrived: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Return the inputs of the regressions ``[B, ·]``, each of one kind and one scale."""
+        logits, *networks = arrived
+        if self.config.components is None:
+            return [*logits, *(stage for stages in networks for stage in stages)]
+        pairs = zip(self._projections, networks, strict=True)
+        return [*logits, *(project(torch.cat(list(stages), 1)) for project, stages in pairs)]
+
+    def _regressions(self, calibration: Answers) -> list[tuple[tuple[int, ...], Tensor]]:
+        """Return of each regression the lost experts, and the positions of the inputs that it is fitted on."""
+        if self.config.fitted_on is FittedOn.all:
+            return [(self.erased, torch.arange(calibration.num_samples))]
+        if calibration.tasks is None:
+            raise DecodingError(f"the {self.name} decoder found answers that do not tell their tasks; give it tasks")
+        own: list[tuple[tuple[int, ...], Tensor]] = []
+        for expert in self.erased:
+            samples = (calibration.tasks == expert).nonzero().flatten()
+            if len(samples) < 2:
+                raise NumericalError(
+                    f"found {len(samples)} calibration samples of expert {expert}'s own task, expected at least 2 for "
+                    f"the {self.name} decoder; raise samples_per_task or use fitted_on: all"
+                )
+            own.append(((expert,), samples))
+        return own
 
 
 def make_decoder(kind: DecoderKind | str | DecoderConfig, code: Code, erased: Sequence[int]) -> Decoder:
@@ -30,5 +247,8 @@ def make_decoder(kind: DecoderKind | str | DecoderConfig, code: Code, erased: Se
         raise DecodingError(str(error)) from error
     if config.kind is DecoderKind.linear:
         return LinearDecoder(code, erased)
-    decoder = {DecoderKind.ridge: RidgeDecoder, DecoderKind.feature_ridge: FeatureRidgeDecoder}[config.kind]
-    return decoder(code.num_experts, erased, config)
+    return RidgeDecoder(code.num_experts, erased, config)
+
+
+def _widths(arrived: Sequence[Sequence[Tensor]]) -> list[list[int]]:
+    return [[block.shape[1] for block in blocks] for blocks in arrived]

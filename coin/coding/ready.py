@@ -1,4 +1,7 @@
-"""Ready codes: convex rows that decode every erasure of up to R experts with little noise amplification."""
+"""Codes to choose from: ready ones, those on a grid, and the choice by what a code does to decoded outputs."""
+
+from collections.abc import Callable, Iterable
+from itertools import combinations, pairwise
 
 import torch
 
@@ -54,6 +57,53 @@ def convex(num_experts: int, num_coded: int) -> Code:
     return _gaussian(num_experts, num_coded)
 
 
+def simplex_codes(num_experts: int, resolution: int) -> list[Code]:
+    """Return all codes of one row whose weights are positive multiples of 1/resolution.
+
+    There are (resolution − 1 choose N − 1) of them: 9 for two experts at resolution 10, 36 for three.
+
+    Raises:
+        ConfigurationError: `resolution` is less than N, so that no such row exists.
+    """
+    if not 1 <= num_experts <= resolution:
+        raise ConfigurationError(f"found resolution {resolution} for {num_experts} experts, expected at least as many")
+    codes = []
+    for cuts in combinations(range(1, resolution), num_experts - 1):
+        edges = (0, *cuts, resolution)
+        codes.append(Code([[(high - low) / resolution for low, high in pairwise(edges)]]))
+    return codes
+
+
+def decoded_error_bound(code: Code, residual: float) -> float:
+    """Return residual × worst noise amplification, by which codes are chosen.
+
+    An error e of the coded outputs becomes an error of at most amplification × ‖e‖ in the decoded ones, so the product
+    bounds the decoded error over all erasures that the code promises.
+
+    Args:
+        code: The code.
+        residual: The root mean square of f_c − Σβ_if_i over calibration data, or a prediction of it; not divided by
+            the size of the target, which differs between codes.
+    """
+    return residual * code.worst_amplification()
+
+
+def choose_code(candidates: Iterable[Code], residual_of: Callable[[Code], float]) -> Code:
+    """Return the candidate with the smallest `decoded_error_bound`; the first of equals.
+
+    Args:
+        candidates: Codes for the same experts.
+        residual_of: A code's residual, as `decoded_error_bound` wants it.
+
+    Raises:
+        ConfigurationError: There are no candidates.
+    """
+    codes = list(candidates)
+    if not codes:
+        raise ConfigurationError("found no candidate codes, expected at least one")
+    return min(codes, key=lambda code: decoded_error_bound(code, residual_of(code)))
+
+
 def _gaussian(num_experts: int, num_coded: int) -> Code:
     nodes = torch.linspace(0, 1, num_experts, dtype=torch.float64)
     centres = torch.linspace(0, 1, num_coded, dtype=torch.float64)
@@ -75,61 +125,22 @@ def _gaussian(num_experts: int, num_coded: int) -> Code:
 
 _THOUSANDTHS: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {
     # (R, N): rows in thousandths; beside it the worst noise amplification.
-    (2, 3): (  # 3.15
-        (564, 436, 0),
-        (0, 437, 563),
-    ),
-    (2, 4): (  # 6.45
-        (399, 378, 223, 0),
-        (0, 223, 378, 399),
-    ),
-    (2, 5): (  # 10.92
-        (318, 313, 234, 135, 0),
-        (134, 0, 234, 319, 313),
-    ),
-    (2, 6): (  # 16.53
-        (274, 260, 218, 158, 90, 0),
-        (90, 0, 158, 219, 275, 258),
-    ),
-    (2, 7): (  # 23.48
-        (242, 224, 200, 157, 113, 64, 0),
-        (64, 0, 114, 157, 200, 241, 224),
-    ),
-    (2, 8): (  # 31.73
-        (206, 196, 177, 173, 116, 84, 48, 0),
-        (47, 0, 85, 137, 144, 178, 214, 195),
-    ),
-    (3, 4): (  # 3.60
-        (501, 499, 0, 0),
-        (378, 0, 479, 143),
-        (0, 378, 142, 480),
-    ),
-    (3, 5): (  # 7.38
-        (433, 286, 281, 0, 0),
-        (106, 0, 357, 169, 368),
-        (104, 358, 0, 369, 169),
-    ),
-    (3, 6): (  # 12.14
-        (347, 339, 160, 154, 0, 0),
-        (153, 0, 342, 0, 346, 159),
-        (0, 155, 0, 341, 157, 347),
-    ),
-    (3, 7): (  # 18.34
-        (333, 318, 172, 93, 84, 0, 0),
-        (86, 0, 175, 326, 0, 329, 84),
-        (0, 85, 171, 0, 322, 91, 331),
-    ),
+    (2, 3): ((564, 436, 0), (0, 437, 563)),  # 3.15
+    (2, 4): ((399, 378, 223, 0), (0, 223, 378, 399)),  # 6.45
+    (2, 5): ((318, 313, 234, 135, 0), (134, 0, 234, 319, 313)),  # 10.92
+    (2, 6): ((274, 260, 218, 158, 90, 0), (90, 0, 158, 219, 275, 258)),  # 16.53
+    (2, 7): ((242, 224, 200, 157, 113, 64, 0), (64, 0, 114, 157, 200, 241, 224)),  # 23.48
+    (2, 8): ((206, 196, 177, 173, 116, 84, 48, 0), (47, 0, 85, 137, 144, 178, 214, 195)),  # 31.73
+    (3, 4): ((501, 499, 0, 0), (378, 0, 479, 143), (0, 378, 142, 480)),  # 3.60
+    (3, 5): ((433, 286, 281, 0, 0), (106, 0, 357, 169, 368), (104, 358, 0, 369, 169)),  # 7.38
+    (3, 6): ((347, 339, 160, 154, 0, 0), (153, 0, 342, 0, 346, 159), (0, 155, 0, 341, 157, 347)),  # 12.14
+    (3, 7): ((333, 318, 172, 93, 84, 0, 0), (86, 0, 175, 326, 0, 329, 84), (0, 85, 171, 0, 322, 91, 331)),  # 18.34
     (3, 8): (  # 28.74
         (292, 275, 157, 154, 65, 57, 0, 0),
         (56, 0, 105, 238, 311, 0, 235, 55),
         (15, 73, 158, 0, 56, 271, 140, 287),
     ),
-    (4, 5): (  # 4.03
-        (617, 383, 0, 0, 0),
-        (0, 381, 619, 0, 0),
-        (0, 381, 0, 619, 0),
-        (0, 381, 0, 0, 619),
-    ),
+    (4, 5): ((617, 383, 0, 0, 0), (0, 381, 619, 0, 0), (0, 381, 0, 619, 0), (0, 381, 0, 0, 619)),  # 4.03
     (4, 6): (  # 8.99
         (421, 371, 184, 24, 0, 0),
         (242, 0, 0, 493, 22, 243),

@@ -1,12 +1,14 @@
-"""Ridge regression whose ridge is chosen by exact leave-one-out, from one singular value decomposition."""
+"""Affine maps fitted to calibration data: ridge regressions, and projections to fewer numbers."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from coin.coding.decomposition import thin_svd
-from coin.errors import NumericalError
+from coin.choices import chosen
+from coin.errors import ConfigurationError, NumericalError
 
 RIDGE_EXPONENTS = tuple(k / 2 for k in range(-20, 5))
 """The grid: ridges are 10^k times the mean squared singular value of the centred inputs, k = −10, −9.5, … 2."""
@@ -95,3 +97,102 @@ def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1) -> RidgeFit:
     gains = s[:, None] / (s.square()[:, None] + per_target[None, :])
     coefficients = vt.T @ (gains * projected)
     return RidgeFit(coefficients, input_mean, target_mean, ridges, leave_one_out)
+
+
+class ProjectionKind(StrEnum):
+    """How features are reduced."""
+
+    principal = "principal"
+    """To their principal components on the calibration data."""
+    random = "random"
+    """To random orthogonal directions, which need no data."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The affine map x ↦ (x − mean) · directions of one network's features to fewer numbers.
+
+    Args:
+        mean: ``[F]``.
+        directions: ``[F, K]``; orthonormal columns from `fit_projection`.
+    """
+
+    mean: Tensor
+    directions: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return ``[B, K]`` for features ``[B, F]``, in their type."""
+        return (features - self.mean.to(features)) @ self.directions.to(features)
+
+
+def fit_projection(features: Tensor, components: int, kind: ProjectionKind | str) -> Projection:
+    """Return a projection of one network's features to `components` numbers.
+
+    Args:
+        features: The network's features on calibration data ``[P, F]``.
+        components: K, at least 1; where F, or for the principal kind P, is smaller, that many.
+        kind: Principal or random. Random directions are the same for all networks of one width.
+
+    Raises:
+        ConfigurationError: There is no such kind, or `components` is less than 1.
+    """
+    if components < 1:
+        raise ConfigurationError(f"found {components} components, expected at least 1")
+    x = features.to(torch.float64)
+    mean = x.mean(0)
+    if chosen(ProjectionKind, "projection", kind) is ProjectionKind.principal:
+        return Projection(mean, thin_svd(x - mean)[2][:components].T)
+    width = features.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(width, min(components, width), generator=generator, dtype=torch.float64)
+    return Projection(mean, torch.linalg.qr(drawn).Q.to(features.device))
+
+
+def fit_blocks(blocks: Sequence[Tensor], targets: Tensor) -> RidgeFit:
+    """Fit a ridge regression to blocks of different units, each divided by its root mean square deviation.
+
+    Within a block a small column is one that carries little, and stays small.
+
+    Args:
+        blocks: ``[P, ·]`` each.
+        targets: ``[K, P, C]``: K groups with a ridge each.
+
+    Returns:
+        The fit of targets ``[P, K·C]``, group by group, as a map of the blocks side by side as they are, undivided.
+
+    Raises:
+        NumericalError: As `fit_ridge`.
+    """
+    scales = _scales(blocks)
+    side_by_side = targets.transpose(0, 1).reshape(targets.shape[1], -1)
+    fit = fit_ridge(torch.cat(list(blocks), 1) / scales, side_by_side, groups=len(targets))
+    return replace(fit, coefficients=fit.coefficients / scales[:, None], input_mean=fit.input_mean * scales)
+
+
+def project_blocks(blocks: Sequence[Tensor], components: int, kind: ProjectionKind) -> Projection:
+    """Fit a projection to blocks ``[P, ·]``, each divided by its root mean square deviation; a map as `fit_blocks`'."""
+    scales = _scales(blocks)
+    projection = fit_projection(torch.cat(list(blocks), 1) / scales, components, kind)
+    return Projection(projection.mean * scales, projection.directions / scales[:, None])
+
+
+def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U ``[P, K]``, s ``[K]`` descending and Vᵀ ``[K, D]`` of a matrix ``[P, D]``, K = min(P, D).
+
+    A wide matrix is reduced by a QR decomposition of its transpose first, which is as accurate and, measured on
+    600 × 3,904, four times as fast as LAPACK's own reduction.
+
+    Source: Golub and Van Loan, *Matrix Computations*, 4th ed., section 5.4.8 (R-bidiagonalisation).
+    """
+    if matrix.shape[1] <= matrix.shape[0]:
+        return torch.linalg.svd(matrix, full_matrices=False)  # type: ignore[no-any-return]
+    q, r = torch.linalg.qr(matrix.mT)
+    u, s, vt = torch.linalg.svd(r.mT, full_matrices=False)
+    return u, s, vt @ q.mT
+
+
+def _scales(blocks: Sequence[Tensor]) -> Tensor:
+    """Return every column's divisor: the root mean square deviation of its block, 1 for a constant block."""
+    deviations = [(block - block.mean(0)).square().mean().sqrt().expand(block.shape[1]) for block in blocks]
+    scales = torch.cat(deviations)
+    return torch.where(scales > 0, scales, torch.ones_like(scales))

@@ -10,17 +10,18 @@ from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, FileError
 from coin.experiment.codes import SeedCode, read_code
-from coin.experiment.distillation import distill_rows
-from coin.experiment.experts import Experts
-from coin.experiment.merge import Ingredients, coded_paths, merge_experts
-from coin.merging import MergeMethod
-from coin.modules import Distillation
+from coin.experiment.distillation import Training
+from coin.experiment.experts import ExpertFiles
+from coin.experiment.merge import StoredExperts, make_coded_models
+from coin.merging import Method
 from coin.state import load_provenance
+from coin.statistics import FisherKind
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 
 def merge(
     experts: dict[str, str],
-    method: MergeMethod | Distillation,
+    method: Method,
     output: str,
     code: list[list[float]] | int | None = None,
     fisher: dict[str, str] | None = None,
@@ -55,37 +56,46 @@ def merge(
     paths = {task: Path(path) for task, path in experts.items()}
     matrix = read_code(code, len(paths))
     assert matrix is not None  # only an experiment chooses its code
-    choice = SeedCode(matrix)
-    statistics = {
-        kind: {task: Path(path) for task, path in files.items()}
-        for kind, files in (("fisher", fisher), ("gram", gram))
-        if files
-    }
-    ingredients = Ingredients(Experts(paths), statistics, None, None if initial is None else Path(initial))
-    data = None
+    named = {StatisticKind.fisher: fisher, StatisticKind.gram: gram}
+    statistics = {name: {task: Path(path) for task, path in files.items()} for name, files in named.items() if files}
+    opened, calibrations, train, samples = ExpertFiles(paths), None, None, _samples(statistics)
     if tasks is not None:
         if list(tasks) != list(experts):
             raise ConfigurationError(
                 f"found tasks {list(tasks)} for experts {list(experts)}; name the same, in one order"
             )
-        size = ingredients.experts.config.image_size
-        sized = {name: task_with(task, image_size=size) for name, task in tasks.items()}
+        sized = {name: task_with(task, image_size=opened.config.image_size) for name, task in tasks.items()}
         data = Tasks(sized, samples_per_task, batch_size, seed=seed)
         data.prepare_data()
         data.setup()
-        ingredients.calibrations = data.calibrations()
-    if isinstance(method, Distillation):
-        if data is None:
-            raise ConfigurationError("found no tasks, expected them: distillation trains on their calibration samples")
-        written = coded_paths(method, matrix, Path(output))
-        distill_rows(method, ingredients, choice, data, written, Path(output), seed=seed, trainer_options=trainer or {})
-        return written
-    # Without data to draw from, P is what the statistics say.
-    samples = samples_per_task if data is not None else _samples(statistics)
-    return merge_experts(method, choice, ingredients, Path(output), samples)
+        calibrations, samples = data.calibrations(), samples_per_task
+        train = Training(data, Path(output), seed, trainer or {})
+    elif method.is_trained:
+        raise ConfigurationError("found no tasks, expected them: distillation trains on their calibration samples")
+    described = {_described(name, files): files for name, files in statistics.items()}
+    stored = StoredExperts(opened, described, calibrations, None if initial is None else Path(initial), train)
+    return make_coded_models(method, SeedCode(matrix), stored, Path(output), samples)
 
 
-def _samples(statistics: dict[str, dict[str, Path]]) -> int | None:
+def _described(name: StatisticKind, files: dict[str, Path]) -> Statistic:
+    """Return what files say that they are of."""
+    found = {}
+    for path in files.values():
+        made = load_provenance(path)
+        try:
+            kind = FisherKind(made["kind"]) if name is StatisticKind.fisher else None
+            found[Statistic(name, DataChoice(made["data"]), kind)] = path
+        except (KeyError, ValueError) as error:
+            raise FileError(
+                f"'{path}' does not say what {name} it holds, and of what data; make it with coin fisher"
+            ) from error
+    if len(found) > 1:
+        raise ConfigurationError(f"found {name} files of {' and '.join(map(str, found))}, expected one kind of them")
+    return next(iter(found))
+
+
+def _samples(statistics: dict[StatisticKind, dict[str, Path]]) -> int | None:
+    """Return P as the statistics say it."""
     files = [path for paths in statistics.values() for path in paths.values()]
     found = load_provenance(files[0]).get("samples_per_task") if files else None
     if not isinstance(found, int | None):

@@ -8,7 +8,7 @@ import pandas as pd
 
 from coin.coding import Code, DecoderConfig
 from coin.errors import ConfigurationError, FileError
-from coin.experiment.experts import Experts
+from coin.experiment.experts import ExpertFiles
 from coin.modules.variants import NONE, ORACLE, read_coded
 from coin.reporting.results import RESULTS_CSV, asked_policy, read_configuration, read_results
 from coin.reporting.summary import seed_folders
@@ -30,7 +30,7 @@ class Served:
     """
 
     folder: Path
-    experts: Experts
+    experts: ExpertFiles
     coded: tuple[Path, ...]
     code: Code
     method: str
@@ -143,7 +143,7 @@ def read_served(folder: Path, method: str | None, batchnorm: str | None, decoder
     seed = results_folders(folder)[0]
     method, batchnorm = choose_variant([seed], method, batchnorm, decoder)
     tasks = list(dict.fromkeys(read_results(seed)["task"]))
-    experts = Experts({task: seed / "experts" / task / "expert.safetensors" for task in tasks})
+    experts = ExpertFiles({task: seed / "experts" / task / "expert.safetensors" for task in tasks})
     configuration = read_configuration(seed).get("configuration")
     code = configuration.get("code") if isinstance(configuration, dict) else None
     coded = []

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from coin.atomic import write_text
 from coin.coding import Code, choose_code, convex, decoded_error_bound, simplex_codes, uniform
-from coin.data import Calibration, pooled
+from coin.data import Calibration
 from coin.errors import ConfigurationError, FileError, NumericalError
-from coin.merging import Average, MergeInputs
-from coin.merging.networks import expert_outputs, merge_row, parameters_of
-from coin.statistics import OutputMap
+from coin.merging import Average, Experts
 
 AUTO = "auto"
 """The value of `code` that has every seed choose its own."""
@@ -94,8 +92,8 @@ def choose_weights(
     """Choose one coded model's weights by what the cheapest merge leaves on calibration data.
 
     The residual of a candidate β is the root mean square of f̄(β) − Σ_i β_i f_i over samples and logits, f̄(β) being
-    the β-average of the experts with averaged BatchNorm statistics; `coin.coding.choose_code` weighs it by the code's
-    worst noise amplification.
+    the β-average of the experts (`coin.merging.Average`, which settles BatchNorm); `coin.coding.choose_code` weighs it
+    by the code's worst noise amplification.
 
     Args:
         networks: The N experts, with equally many outputs.
@@ -107,21 +105,18 @@ def choose_weights(
     Raises:
         NumericalError: The outputs of an expert or of an average are not finite.
     """
-    samples = pooled([each.subset(range(min(SAMPLES, each.num_samples))) for each in calibrations])
-    inputs = MergeInputs([parameters_of(network) for network in networks])
-    outputs = expert_outputs(networks, samples)
-    passes = float(len(networks) * samples.num_samples)
+    few = [each.subset(range(min(SAMPLES, each.num_samples))) for each in calibrations]
+    experts = Experts(networks, calibration=few)
     method, residuals = Average(), {}
     candidates = candidate_codes(len(networks))
     for code in candidates:
-        average, _ = merge_row(method, networks, code.matrix[0].tolist(), inputs)
-        outcome = OutputMap(average, samples)
-        residuals[code] = _root_mean_square(outcome.outputs({}) - code.encode(outputs)[0])
-        passes += outcome.passes
+        row = code.matrix[0].tolist()
+        average = method.make(experts, row).network
+        residuals[code] = _root_mean_square(experts.run(average, experts.pooled) - experts.target(row))
         if not math.isfinite(residuals[code]):
             raise NumericalError(
-                f"the outputs of the experts or of their average with weights {code.matrix[0].tolist()} on calibration "
-                "data are not finite; check the experts, or give a code"
+                f"the outputs of the experts or of their average with weights {row} on calibration data are not "
+                "finite; check the experts, or give a code"
             )
     table = [
         {
@@ -132,7 +127,7 @@ def choose_weights(
         }
         for code in candidates
     ]
-    return choose_code(candidates, residuals.__getitem__), table, passes
+    return choose_code(candidates, residuals.__getitem__), table, experts.passes
 
 
 def write_choice(path: Path, networks: Sequence[nn.Module], calibrations: Sequence[Calibration]) -> None:

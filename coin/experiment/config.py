@@ -12,6 +12,7 @@ from coin.errors import ConfigurationError
 from coin.modules import OptimizerKind, Schedule
 from coin.reporting.wandb_logging import TAG_LENGTH
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind
+from coin.statistics.statistic import DataChoice
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ class CalibrationConfig:
 
     Args:
         samples_per_task: P.
-        fisher_data: ``own``: each expert's Fisher on its own task's samples; ``pooled``: on all tasks'.
+        fisher_data: The data of the experts' statistics for methods that leave it open: ``own``: each expert's on its
+            own task's samples; ``pooled``: on all tasks'; ``auto``: both, the better one for every method.
         fisher_kind: Which Fisher diagonal.
         fisher_cotangents: k, for the Monte Carlo kind and only for it.
         memory_mib: Bound on the Fisher pass's working memory in MiB, beside the network and the accumulators.
@@ -136,7 +138,7 @@ class CalibrationConfig:
     """
 
     samples_per_task: int = 200
-    fisher_data: str = "own"
+    fisher_data: DataChoice = DataChoice.auto
     fisher_kind: FisherKind = FisherKind.exact
     fisher_cotangents: int | None = None
     memory_mib: int = DEFAULT_MEMORY_MIB
@@ -149,8 +151,7 @@ class CalibrationConfig:
             )
         if self.memory_mib < 1:
             raise ConfigurationError(f"found memory_mib={self.memory_mib}, expected at least 1")
-        if self.fisher_data not in ("own", "pooled"):
-            raise ConfigurationError(f"found fisher_data '{self.fisher_data}', expected own or pooled")
+        object.__setattr__(self, "fisher_data", chosen(DataChoice, "fisher_data", self.fisher_data))
         kind = chosen(FisherKind, "fisher_kind", self.fisher_kind)
         object.__setattr__(self, "fisher_kind", kind)
         if self.fisher_cotangents is not None:

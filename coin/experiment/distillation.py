@@ -1,146 +1,178 @@
-"""The distillation baseline of an experiment: trained like an expert, tuned on held-out calibration samples."""
+"""Training a coded model: like an expert, its learning rate and steps chosen on held-out calibration samples."""
 
 import math
-import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import Logger
+from torch import Tensor
 
 from coin.data.tasks import Tasks
-from coin.errors import ConfigurationError, NumericalError
-from coin.experiment.codes import SeedCode
-from coin.experiment.merge import Ingredients, coded_provenance
+from coin.errors import CoinWarning, ConfigurationError, NumericalError
+from coin.experiment.merge import StoredExperts
 from coin.experiment.trainers import make_trainer
-from coin.modules import Distillation
-from coin.networks import save_network
-from coin.processes import is_first
+from coin.merging import CodedModel
+from coin.modules import Distillation, Schedule
 from coin.state import not_finite
 
 _POINTS = 10
-"""How often a tuning run looks at the held-out samples, and so how many numbers of steps there are to choose from."""
+"""How often a run with a constant learning rate looks at the held-out samples: the numbers of steps to choose from."""
+
+_TRIALS = 12
+"""The most trials of one search."""
 
 
-def distill(
-    method: Distillation,
-    experts: Sequence[Path],
-    row: Sequence[float],
-    tasks: Tasks,
-    folder: Path,
-    *,
-    seed: int,
-    trainer_options: dict[str, Any],
-    loggers: Sequence[Logger] = (),
-) -> tuple[Distillation, float, float, dict[str, Any]]:
-    """Train the distillation baseline, its learning rate and number of steps chosen on held-out calibration samples.
+@dataclass
+class Training:
+    """Trains the coded models of methods that are trained.
 
     Args:
-        method: The options, as an experiment file gives them.
-        experts: The experts' files.
-        row: The code row β.
         tasks: The tasks with P calibration samples each.
         folder: For logs.
         seed: Of the order of the samples.
-        trainer_options: The experiment's ``trainer`` section.
+        options: The experiment's ``trainer`` section.
         loggers: Where the final run's losses go.
-
-    Returns:
-        The trained module, the seconds and the forward-equivalents that everything took, and what was chosen.
     """
-    started = time.perf_counter()
-    options: dict[str, Any] = dict(method.hparams) | {"experts": [str(path) for path in experts], "code_row": list(row)}
-    samples = options["samples_per_task"] or tasks.samples_per_task
-    passes = 0.0
 
-    def run(lr: float, steps: int, held_out: float, logger: list[Logger] | bool) -> Distillation:
-        data = Tasks(tasks.tasks, samples, options["batch_size"], held_out, seed)
-        module = type(method)(**(options | {"lr": lr, "steps": steps, "samples_per_task": samples}))
-        every = max(1, steps // _POINTS)
+    tasks: Tasks
+    folder: Path
+    seed: int
+    options: dict[str, Any] = field(default_factory=dict)
+    loggers: Sequence[Logger] = ()
+
+    def __call__(self, method: Distillation, experts: StoredExperts, row: Sequence[float]) -> CodedModel:
+        """Train the coded model of one row of the code, and count what all runs take.
+
+        With its learning rate left open, the pair of learning rate and number of steps with the smallest loss on
+        held-out samples is chosen: under a one-cycle schedule by `search_grid`, whose answer is at no edge; with a
+        constant rate among the given ones and some ten points of their runs. The final run is on all samples.
+
+        Raises:
+            NumericalError: All runs diverge.
+        """
+        starts: dict[float, dict[str, Tensor]] = {}
+        lr, steps = method.hparams["lr"], int(method.hparams["steps"])
+        chosen: dict[str, Any] = {}
+
+        def run(lr: float, steps: int, held_out: float, every: int = 0) -> Distillation:
+            paths = [str(path) for path in experts.files.paths.values()]
+            options = dict(method.hparams) | {"experts": paths, "code_row": list(row), "lr": lr, "steps": steps}
+            module = type(method)(**options)
+            module.begun = starts.get(held_out)
+            self._fit(module, steps, held_out, every or steps)
+            assert module.begun is not None
+            starts[held_out] = module.begun
+            experts.passes += module.passes
+            return module
+
+        if lr is None:
+            share = method.hparams["held_out"]
+            self._check_held_out(method, share)
+            rates = method.hparams["learning_rates"]
+            if method.hparams["schedule"] == Schedule.one_cycle:
+
+                def loss(rate: float, count: int) -> float:
+                    losses = run(rate, count, share).losses
+                    return losses[-1] if losses and math.isfinite(losses[-1]) else math.inf
+
+                (lr, steps), tried, inside = search_grid(loss, rates, steps)
+                if not inside:
+                    warnings.warn(
+                        f"method '{method.label}' chose lr={lr:.3g} and {steps} steps after {_TRIALS} trials, at the "
+                        "edge of what it tried; begin nearer with learning_rates and steps",
+                        CoinWarning,
+                        stacklevel=2,
+                    )
+                chosen = {"at_edge": not inside}
+            else:
+                every = max(1, steps // _POINTS)
+                curves = {rate: run(rate, steps, share, every).losses for rate in rates}
+                tried = {
+                    (rate, (point + 1) * every): loss
+                    for rate, losses in curves.items()
+                    for point, loss in enumerate(losses)
+                    if math.isfinite(loss)
+                }
+            if not any(map(math.isfinite, tried.values())):
+                raise NumericalError(f"{method.label} diverged with every learning rate of {rates}; give smaller ones")
+            lr, steps = min(tried, key=lambda pair: tried[pair])
+            chosen |= {
+                "lr": lr,
+                "steps": steps,
+                "held_out_loss": {f"{rate:.3g} × {count}": loss for (rate, count), loss in tried.items()},
+            }
+        module = run(lr, steps, 0.0)
+        if not_finite(dict(module.named_parameters())) is not None:
+            raise NumericalError(f"{method.label} diverged with lr={lr}; give a smaller one")
+        assert module.student is not None
+        return CodedModel(module.student, chosen)
+
+    def _fit(self, module: Distillation, steps: int, held_out: float, every: int) -> None:
+        samples = module.samples_per_task or self.tasks.samples_per_task
+        data = Tasks(self.tasks.tasks, samples, module.hparams["batch_size"], held_out, self.seed)
         trainer = make_trainer(
-            folder,
-            trainer_options,
+            self.folder,
+            self.options,
             max_steps=steps,
             max_epochs=-1,
-            logger=logger,
-            log_every_n_steps=every,
+            logger=False if held_out else list(self.loggers) or False,
+            log_every_n_steps=max(1, steps // _POINTS),
             num_sanity_val_steps=0,
             val_check_interval=every if held_out else None,
             check_val_every_n_epoch=None if held_out else 1,
             limit_val_batches=1.0 if held_out else 0,
         )
-        seed_everything(seed, workers=True, verbose=False)
+        seed_everything(self.seed, workers=True, verbose=False)
         trainer.fit(module, datamodule=data)
-        return module
 
-    steps, lr = int(options["steps"]), options["lr"]
-    chosen: dict[str, Any] = {}
-    if lr is None:
-        _check_held_out(samples * len(tasks.tasks), options["held_out"])
-        every = max(1, steps // _POINTS)
-        curves = {}
-        for rate in options["learning_rates"]:
-            trial = run(rate, steps, options["held_out"], False)
-            passes += trial.passes
-            curves[rate] = trial.losses
-        points = [
-            (loss, rate, point)
-            for rate, losses in curves.items()
-            for point, loss in enumerate(losses)
-            if math.isfinite(loss)
-        ]
-        if not points:
-            raise NumericalError(
-                f"distillation diverged with every learning rate of {options['learning_rates']}; give smaller ones"
+    def _check_held_out(self, method: Distillation, share: float) -> None:
+        samples = (method.samples_per_task or self.tasks.samples_per_task) * len(self.tasks.tasks)
+        held_out = max(1, round(share * samples))
+        if samples - held_out < 2:
+            raise ConfigurationError(
+                f"found {samples} pooled calibration samples for distillation, {held_out} of them held out to choose "
+                "its learning rate on, expected at least 2 others to train on; raise samples_per_task or give it an lr"
             )
-        best = min(points)
-        lr, steps = best[1], (best[2] + 1) * every
-        chosen = {"lr": lr, "steps": steps, "held_out_loss": {str(rate): losses for rate, losses in curves.items()}}
-    module = run(lr, steps, 0.0, list(loggers) or False)
-    if not_finite(dict(module.named_parameters())) is not None:
-        raise NumericalError(f"distillation diverged with lr={lr}; give a smaller one")
-    return module, time.perf_counter() - started, passes + module.passes, chosen
 
 
-def _check_held_out(samples: int, share: float) -> None:
-    held_out = max(1, round(share * samples))
-    if samples - held_out < 2:
-        raise ConfigurationError(
-            f"found {samples} pooled calibration samples for distillation, {held_out} of them held out to choose its "
-            "learning rate on, expected at least 2 others to train on; raise samples_per_task or give it an lr"
-        )
+def search_grid(
+    loss: Callable[[float, int], float], rates: Sequence[float], steps: int
+) -> tuple[tuple[float, int], dict[tuple[float, int], float], bool]:
+    """Walk a grid of learning rates and numbers of steps downhill, until all four neighbours are worse.
 
+    The grid goes on beyond the given rates in their own ratio (√10 for a single one), and from `steps` in powers of
+    two; so the answer is at no edge, unless the trials run out.
 
-def distill_rows(
-    method: Distillation,
-    ingredients: Ingredients,
-    choice: SeedCode,
-    tasks: Tasks,
-    paths: Sequence[Path],
-    folder: Path,
-    *,
-    seed: int,
-    trainer_options: dict[str, Any],
-    loggers: Sequence[Logger] = (),
-) -> None:
-    """Train one distilled coded model a row of the code, and write them to `paths`; the rest as for `distill`."""
-    code, experts = choice.code, ingredients.experts
-    samples = method.hparams["samples_per_task"] or tasks.samples_per_task
-    for index, (row, path) in enumerate(zip(code.matrix.tolist(), paths, strict=True)):
-        module, seconds, passes, chosen = distill(
-            method,
-            list(experts.paths.values()),
-            row,
-            tasks,
-            folder,
-            seed=seed,
-            trainer_options=trainer_options,
-            loggers=loggers,
-        )
-        provenance = coded_provenance(method, code, index, ingredients, samples)
-        provenance |= {"seconds": seconds, "passes": passes}
-        provenance |= {"shared_seconds": choice.seconds, "shared_passes": choice.passes}
-        if is_first():
-            assert module.student is not None
-            save_network(path, module.student, experts.config, experts.width, provenance | {"chosen": chosen})
+    Args:
+        loss: The held-out loss of a pair; infinite where a run diverges.
+        rates: Rising; the walk begins in their middle.
+        steps: Where it begins.
+
+    Returns:
+        The best pair, the losses of all that were tried, and whether the best one's neighbours are all among them.
+    """
+    ratio = (rates[-1] / rates[0]) ** (1 / (len(rates) - 1)) if len(rates) > 1 else math.sqrt(10)
+    tried: dict[tuple[int, int], float] = {}
+
+    def pair(place: tuple[int, int]) -> tuple[float, int]:
+        index, power = place
+        rate = rates[index] if 0 <= index < len(rates) else rates[0] * ratio**index
+        return rate, max(1, round(steps * 2.0**power))
+
+    def neighbours(place: tuple[int, int]) -> list[tuple[int, int]]:
+        index, power = place
+        around = [(index - 1, power), (index + 1, power), (index, power - 1), (index, power + 1)]
+        return [each for each in around if pair(each) != pair(place)]
+
+    best = (len(rates) // 2, 0)
+    tried[best] = loss(*pair(best))
+    while missing := [each for each in neighbours(best) if each not in tried]:
+        if len(tried) == _TRIALS:
+            break
+        tried[missing[0]] = loss(*pair(missing[0]))
+        best = min(tried, key=lambda each: tried[each])
+    return pair(best), {pair(place): value for place, value in tried.items()}, not missing

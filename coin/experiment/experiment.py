@@ -11,8 +11,7 @@ from coin.errors import ConfigurationError
 from coin.experiment.codes import read_code
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.experiment.merge import coded_paths
-from coin.merging import MergeMethod
-from coin.modules import Distillation
+from coin.merging import Method
 from coin.names import is_folder_name
 from coin.networks import NetworkConfig, brought_network, build_network, has_batchnorm
 from coin.statistics import FisherKind
@@ -52,7 +51,7 @@ class Experiment:
         self,
         name: str,
         tasks: dict[str, TaskData],
-        methods: list[MergeMethod | Distillation],
+        methods: list[Method],
         network: NetworkConfig = NetworkConfig(),  # noqa: B008 (frozen)
         base: BaseConfig | None = None,
         expert: ExpertConfig = ExpertConfig(),  # noqa: B008 (frozen)
@@ -79,6 +78,7 @@ class Experiment:
             raise ConfigurationError(f"found seeds {self.seeds}, expected distinct numbers from 0 to {_SEEDS[-1]}")
         self.code = read_code(code, len(tasks))
         """The code; none where every seed chooses its own."""
+        methods = [method.settled(calibration.fisher_kind, calibration.fisher_data) for method in methods]
         variants = [(method.label, str(method.batchnorm)) for method in methods]
         if repeated := sorted({variant for variant in variants if variants.count(variant) > 1}):
             raise ConfigurationError(
@@ -96,9 +96,8 @@ class Experiment:
             network.check_content(data.content)
             data.check_augmentation(expert.of(task).augmentation)
             for method in methods:
-                if isinstance(method, Distillation):
-                    data.check_augmentation(Augmentation(method.hparams["augmentation"]))
-        kinds = {str(getattr(m, "fisher_kind", None) or calibration.fisher_kind) for m in methods}
+                data.check_augmentation(Augmentation(method.augmentation))
+        kinds = {which.kind for method in methods for which in method.statistics()}
         if calibration.fisher_cotangents is not None and FisherKind.monte_carlo not in kinds:
             raise ConfigurationError(
                 f"found fisher_cotangents={calibration.fisher_cotangents} and no method with a monte_carlo Fisher; "
@@ -125,8 +124,7 @@ class Experiment:
         """
         if self._checked:
             return
-        own = (method.hparams["samples_per_task"] for method in self.methods if isinstance(method, Distillation))
-        samples = max([self.calibration.samples_per_task, *(count for count in own if count is not None)])
+        samples = max(self.calibration.samples_per_task, *(method.samples_per_task or 0 for method in self.methods), 0)
         for name, task in self.tasks.items():
             task.calibration(samples)
             given = self.expert.checkpoints.get(name)

@@ -37,7 +37,7 @@ class Layout:
         buffers: The names of the buffers that files hold.
         head: The dotted name of the head.
         batchnorm: Whether BatchNorm layers track running statistics.
-        shapes: The shapes of all tensors in a file, with the head of `Experts.width` outputs.
+        shapes: The shapes of all tensors in a file, with the head of `ExpertFiles.width` outputs.
     """
 
     parameters: tuple[str, ...]
@@ -47,7 +47,7 @@ class Layout:
     shapes: dict[str, torch.Size]
 
 
-class Experts:
+class ExpertFiles:
     """The experts' files and what is in them.
 
     `parameters` and `buffers` read a tensor at a time and keep none, so that many experts merge in little memory;

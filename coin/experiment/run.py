@@ -24,7 +24,6 @@ from coin.experiment.steps.layers import compare_layers
 from coin.experiment.steps.merge import merge
 from coin.experiment.steps.statistics import estimate
 from coin.experiment.trainers import check_trainer_options, join_processes
-from coin.experiment.wanted import wanted_by
 from coin.processes import from_first, is_first, process_count
 from coin.reporting import write_report
 from coin.reporting.results import RESULTS_CSV
@@ -120,9 +119,8 @@ def run_seed(run: SeedRun) -> None:
     for name in run.tasks:
         make_expert(run, name)
     choose_code(run)
-    calibration = experiment.calibration
-    for wanted in dict.fromkeys(w for method in experiment.methods for w in wanted_by(method, calibration)):
-        estimate(run, wanted)
+    for which in dict.fromkeys(which for method in experiment.methods for which in method.statistics()):
+        estimate(run, which)
     merge(run)
     compare_layers(run)
     run.experts.release()

@@ -12,13 +12,12 @@ from coin.data import Calibration, TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.experiment.codes import SeedCode, read_choice
 from coin.experiment.experiment import Experiment
-from coin.experiment.experts import Experts
+from coin.experiment.experts import ExpertFiles
 from coin.experiment.jobs import Job, job, resolved, run_config
 from coin.experiment.merge import coded_paths
 from coin.experiment.records import Steps
-from coin.experiment.wanted import wanted_by
-from coin.merging import MergeMethod
-from coin.modules import Distillation
+from coin.merging import Method
+from coin.statistics.statistic import DataChoice, Statistic
 
 CODE_JSON = "code.json"
 
@@ -47,9 +46,9 @@ class SeedRun:
         return self.folder / "experts" / task / "expert.safetensors"
 
     @cached_property
-    def experts(self) -> Experts:
+    def experts(self) -> ExpertFiles:
         """The experts, once they are made."""
-        return Experts({task: self.expert_path(task) for task in self.tasks})
+        return ExpertFiles({task: self.expert_path(task) for task in self.tasks})
 
     @cached_property
     def code(self) -> SeedCode:
@@ -57,17 +56,21 @@ class SeedRun:
         given = self.experiment.code
         return read_choice(self.folder / CODE_JSON) if given is None else SeedCode(given)
 
-    def coded_paths(self, method: MergeMethod | Distillation) -> list[Path]:
+    def coded_paths(self, method: Method) -> list[Path]:
         """Return the files of a method's coded models."""
         return coded_paths(method, self.code.code, self.folder / "coded")
 
-    def statistics(self, method: MergeMethod | Distillation) -> dict[str, dict[str, Path]]:
-        """Return the statistics' files that a method asks for."""
+    def statistics(self, method: Method) -> dict[Statistic, dict[str, Path]]:
+        """Return the files of the statistics that a method asks for."""
+        return {which: {task: self.statistic_path(which, task) for task in self.tasks} for which in method.statistics()}
+
+    def statistic_path(self, which: Statistic, task: str) -> Path:
+        """Return the file of an expert's statistic; the experiment's own kind and data have the plain name."""
         calibration = self.experiment.calibration
-        return {
-            str(wanted.statistic): {task: wanted.path(self.folder, task, calibration) for task in self.tasks}
-            for wanted in wanted_by(method, calibration)
-        }
+        data = DataChoice.pooled if calibration.fisher_data is DataChoice.pooled else DataChoice.own
+        plain = Statistic(which.name, data, which.kind and calibration.fisher_kind)
+        suffix = "" if which == plain else "".join(f"-{part}" for part in which.options.values())
+        return self.folder / "statistics" / f"{task}.{which.name}{suffix}.safetensors"
 
     def data(self, tasks: Mapping[str, TaskData]) -> Tasks:
         """Return tasks with the experiment's calibration samples."""

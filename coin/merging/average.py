@@ -1,9 +1,13 @@
 """Plain averaging."""
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 from torch import Tensor
 
-from coin.merging.inputs import MergeInputs
+from coin.merging.experts import Experts
 from coin.merging.method import MergeMethod, weighted_mean
+from coin.state import State
 
 
 class Average(MergeMethod):
@@ -18,6 +22,11 @@ class Average(MergeMethod):
 
     name = "average"
 
-    def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
-        experts = inputs.experts
-        return {key: weighted_mean(experts, weights, key).to(tensor.dtype) for key, tensor in experts[0].items()}
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Yield the one average."""
+        yield {}, average_parameters(experts.parameters, row)
+
+
+def average_parameters(experts: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Return Σ_i β_i θ_i, summed in float64, in the experts' types."""
+    return {key: weighted_mean(experts, weights, key).to(tensor.dtype) for key, tensor in experts[0].items()}

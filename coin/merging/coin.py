@@ -1,35 +1,35 @@
 """COIN: the closed form with the diagonal Fisher."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from coin.errors import ConfigurationError
-from coin.merging.inputs import MergeInputs, Requirement
-from coin.merging.method import MergeMethod, check_fisher_options, weighted_mean
+from coin.merging.experts import Experts
+from coin.merging.method import FisherOptions, MergeMethod, check_damping, check_fishers, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.state import State
+from coin.statistics import FisherKind
+from coin.statistics.statistic import DataChoice, StatisticKind
 
 
-class Coin(MergeMethod):
-    """The KL barycentre of the experts with each KL replaced by its diagonal second-order form.
+class Coin(FisherOptions, MergeMethod):
+    """The KL barycentre of the experts with each KL replaced by its diagonal second-order form; see `coin_parameters`.
 
-    θ = (Σ_i β_i F_i + λ)⁻¹ (Σ_i β_i F_i θ_i + λ Σ_i β_i θ_i), entry by entry, with F_i the diagonal of the Fisher of
-    the outputs and λ = damping × the mean of Σ_i β_i F_i over all entries of all parameters. Damping therefore pulls
-    towards the β-average, never towards zero. Where every F_i is exactly zero the β-average stands.
-
-    It is computed as the β-average plus (Σβ_iF_i + λ)⁻¹ Σβ_iF_i(θ_i − Σβ_kθ_k), in float64: experts that agree in an
-    entry leave it alone, however small their Fisher.
+    Which objective it minimises depends on the data of the Fishers: with ``pooled`` data the coding objective
+    E_x‖f_θ − Σ_i β_i f_i‖² to second order (exactly for one linear layer); with ``own`` data
+    Σ_i β_i E_{x∈T_i}‖f_θ − f_i‖², which asks every expert's answer of its own task's inputs alone. ``auto`` makes both
+    and takes the one with the smaller residual on held-out calibration samples. (The Fishers are of all calibration
+    samples; they know the experts' slopes there, but nothing of the coded model's error that decides.)
 
     Source: arXiv 2409.01420, section III, the closed form of the diagonal approximation; Matena and Raffel, *Merging
     models with Fisher-weighted averaging* (NeurIPS 2022), eq. 3, for the same form with the categorical Fisher.
 
     Args:
         damping: λ relative to the mean of Σβ_iF_i, dimensionless, at least 0.
-        fisher_kind: Which Fisher it wants; None for the experiment's. The method itself never computes one.
-        fisher_data: On which data, ``own`` or ``pooled``; None for the experiment's.
+        fisher_kind: Which Fisher it wants; none for the experiment's, or ``exact``.
+        fisher_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
         batchnorm: Policy for BatchNorm statistics.
         label: Name of this variant in results.
 
@@ -38,34 +38,43 @@ class Coin(MergeMethod):
     """
 
     name = "coin"
-    requires = frozenset({Requirement.FISHER})
 
     def __init__(
         self,
         damping: float = 1e-6,
         *,
-        fisher_kind: str | None = None,
-        fisher_data: str | None = None,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.average,
+        fisher_kind: FisherKind | None = None,
+        fisher_data: DataChoice | None = None,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
         label: str | None = None,
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
         self.damping = check_damping(damping)
-        self.fisher_kind, self.fisher_data = check_fisher_options(fisher_kind, fisher_data)
+        self._choose_fisher(fisher_kind, fisher_data)
 
-    def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
-        assert inputs.fishers is not None
-        return coin_parameters(inputs.experts, inputs.fishers, weights, self.damping)
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Yield the closed form for the Fishers of every kind of data that the option allows."""
+        for data in experts.available(StatisticKind.fisher, self.fisher_data or DataChoice.auto):
+            fishers = experts.statistic(self.fisher(data))
+            check_fishers(fishers, experts.parameters[0])
+            yield {"fisher_data": str(data)}, coin_parameters(experts.parameters, fishers, row, self.damping)
 
 
 def coin_parameters(
-    experts: Sequence[State], fishers: Sequence[State], weights: Sequence[float], damping: float
+    experts: Sequence[State], fishers: Sequence[State], weights: Sequence[float], damping: float = 1e-6
 ) -> dict[str, Tensor]:
-    """Return COIN's closed form, in the experts' types; see `Coin`.
+    """Return COIN's closed form, in the experts' types.
+
+    θ = (Σ_i β_i F_i + λ)⁻¹ (Σ_i β_i F_i θ_i + λ Σ_i β_i θ_i), entry by entry, with F_i the diagonal of the Fisher of
+    the outputs and λ = damping × the mean of Σ_i β_i F_i over all entries of all parameters. Damping therefore pulls
+    towards the β-average, never towards zero. Where every F_i is exactly zero the β-average stands.
+
+    It is computed as the β-average plus (Σβ_iF_i + λ)⁻¹ Σβ_iF_i(θ_i − Σβ_kθ_k), in float64: experts that agree in an
+    entry leave it alone, however small their Fisher.
 
     Args:
-        experts: θ_i, checked: same names and shapes, finite.
-        fishers: F_i, checked: the experts' names and shapes, finite, not negative.
+        experts: θ_i: same names and shapes, finite.
+        fishers: F_i: the experts' names and shapes, finite, not negative.
         weights: β.
         damping: λ relative to the mean of Σβ_iF_i.
     """
@@ -91,14 +100,3 @@ def coin_parameters(
 def total_of(state: State) -> float:
     """Return the sum of all entries of a state, added up in float64."""
     return sum(float(tensor.sum(dtype=torch.float64)) for tensor in state.values())
-
-
-def check_damping(damping: float) -> float:
-    """Return `damping` after checking that it is a finite number and at least 0.
-
-    Raises:
-        ConfigurationError: It is not.
-    """
-    if not (math.isfinite(damping) and damping >= 0):
-        raise ConfigurationError(f"found damping {damping}, expected a finite number of at least 0")
-    return damping

@@ -1,29 +1,32 @@
 """The barycentre with the whole Fisher matrices, matrix-free."""
 
 import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from coin.errors import CoinWarning, ConfigurationError
-from coin.merging.coin import check_damping
-from coin.merging.inputs import MergeInputs, Requirement
-from coin.merging.method import MergeMethod, check_fisher_options, floored_diagonal, weighted_mean
+from coin.merging.average import average_parameters
+from coin.merging.coin import Coin
+from coin.merging.experts import Experts
+from coin.merging.method import FisherOptions, MergeMethod, check_damping, check_fishers, floored_diagonal
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import progress
 from coin.state import State
-from coin.statistics.conjugate_gradient import conjugate_gradient
+from coin.statistics import FisherKind
+from coin.statistics.conjugate_gradient import Solution, conjugate_gradient
+from coin.statistics.products import OutputMap
+from coin.statistics.statistic import DataChoice, StatisticKind
 
 
-class FullFisher(MergeMethod):
-    """COIN without its diagonal approximation.
+class FullFisher(FisherOptions, MergeMethod):
+    """COIN without its diagonal approximation; see `full_fisher_parameters`.
 
-    (Σ_i β_i F_i + λD) (θ − θ̄) = Σ_i β_i F_i (θ_i − θ̄) with θ̄ the β-average, F_i = E J_iᵀJ_i the whole Fisher matrix
-    of expert i on its calibration inputs, and D = Σ_i β_i diag F_i plus 10⁻³ of its mean. A product with F_i is one jvp
-    and one vjp; the system is solved by conjugate gradients preconditioned with D, from θ̄. What is added to D keeps it
-    from dividing by the Fisher of parameters that no calibration sample reaches; those stay at θ̄.
-
-    Running out of iterations is a warning that states the remaining residual, not an error: stopping early damps.
+    Running out of iterations is a warning that states the remaining residual, not an error: stopping early damps. What
+    was chosen then says ``converged: false``, since a result that depends on the number of iterations is not the
+    barycentre's. With ``fisher_data: auto`` the data are those that are better for `Coin`, whose closed form is tried.
 
     Source: arXiv 2409.01420, the quadratic form before its diagonal approximation; Tam et al., *Merging by matching
     models in task parameter subspaces* (TMLR 2024), for conjugate gradients on merging objectives.
@@ -32,8 +35,8 @@ class FullFisher(MergeMethod):
         damping: λ, relative to the diagonal, dimensionless, at least 0.
         max_iterations: Conjugate-gradient steps at most, each one jvp and one vjp of every expert.
         tolerance: Relative residual at which the solve ends.
-        fisher_kind: Which diagonal it wants; None for the experiment's.
-        fisher_data: On which data, ``own`` or ``pooled``; None for the experiment's.
+        fisher_kind: Which diagonal it wants; none for the experiment's, or ``exact``.
+        fisher_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
         batchnorm: Policy for BatchNorm statistics.
         label: Name of this variant in results.
 
@@ -42,7 +45,6 @@ class FullFisher(MergeMethod):
     """
 
     name = "full_fisher"
-    requires = frozenset({Requirement.FISHER, Requirement.EXPERT_MAPS})
 
     def __init__(
         self,
@@ -50,9 +52,9 @@ class FullFisher(MergeMethod):
         max_iterations: int = 50,
         tolerance: float = 1e-3,
         *,
-        fisher_kind: str | None = None,
-        fisher_data: str | None = None,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.average,
+        fisher_kind: FisherKind | None = None,
+        fisher_data: DataChoice | None = None,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
         label: str | None = None,
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
@@ -63,38 +65,19 @@ class FullFisher(MergeMethod):
         self.damping = check_damping(damping)
         self.max_iterations = max_iterations
         self.tolerance = tolerance
-        self.fisher_kind, self.fisher_data = check_fisher_options(fisher_kind, fisher_data)
+        self._choose_fisher(fisher_kind, fisher_data)
 
-    def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
-        assert inputs.fishers is not None
-        assert inputs.expert_maps is not None
-        experts, maps = inputs.experts, inputs.expert_maps
-        average = {key: weighted_mean(experts, weights, key).to(tensor.dtype) for key, tensor in experts[0].items()}
-        diagonal = floored_diagonal(inputs.fishers, weights, 1e-3)
-        metric = {key: tensor.to(average[key].dtype) for key, tensor in diagonal.items()}
-
-        def weighted_products(tangents: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-            total = {key: torch.zeros_like(tensor) for key, tensor in average.items()}
-            for expert, outputs, weight, tangent in zip(experts, maps, weights, tangents, strict=True):
-                if weight > 0:
-                    for key, product in outputs.fisher_product(expert, tangent).items():
-                        total[key].add_(product, alpha=weight)
-            return total
-
-        def operator(tangent: dict[str, Tensor]) -> State:
-            product = weighted_products([tangent] * len(experts))
-            bar.advance()
-            return {key: product[key] + self.damping * metric[key] * tangent[key] for key in product}
-
-        pull = weighted_products([{key: expert[key] - average[key] for key in average} for expert in experts])
-        with progress(self.label, self.max_iterations) as bar:
-            solved = conjugate_gradient(
-                operator,
-                pull,
-                preconditioner=lambda residual: {key: tensor / metric[key] for key, tensor in residual.items()},
-                max_steps=self.max_iterations,
-                tolerance=self.tolerance,
-            )
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Yield the one solution."""
+        data = fisher_data_for(self, experts, row)
+        fishers = experts.statistic(self.fisher(data))
+        check_fishers(fishers, experts.parameters[0])
+        pairs = zip(experts.networks, experts.samples(data), strict=True)
+        maps = [OutputMap(network, samples) for network, samples in pairs]
+        parameters, solved = full_fisher_parameters(
+            experts.parameters, fishers, maps, row, self.damping, self.max_iterations, self.tolerance, self.label
+        )
+        experts.passes += sum(each.passes for each in maps)
         if not solved.converged:
             warnings.warn(
                 f"full_fisher stopped after {solved.steps} conjugate-gradient steps at a relative residual of "
@@ -102,4 +85,70 @@ class FullFisher(MergeMethod):
                 CoinWarning,
                 stacklevel=3,
             )
-        return {key: tensor + solved.solution[key] for key, tensor in average.items()}
+        solve = {"converged": solved.converged, "cg_steps": solved.steps, "cg_residual": solved.residuals[-1]}
+        yield {"fisher_data": str(data)} | solve, parameters
+
+
+def fisher_data_for(method: FisherOptions, experts: Experts, row: Sequence[float]) -> DataChoice:
+    """Return the data of the Fishers that a method's option stands for: for ``auto``, those that suit `Coin` better."""
+    allowed = experts.available(StatisticKind.fisher, method.fisher_data or DataChoice.auto)
+    if len(allowed) == 1:
+        return allowed[0]
+    coin = Coin(fisher_kind=method.fisher_kind, fisher_data=DataChoice.auto)
+    return DataChoice(coin.make(experts, row).chosen["fisher_data"])
+
+
+def full_fisher_parameters(
+    experts: Sequence[State],
+    fishers: Sequence[State],
+    maps: Sequence[OutputMap],
+    weights: Sequence[float],
+    damping: float = 1e-2,
+    max_iterations: int = 50,
+    tolerance: float = 1e-3,
+    label: str = "full_fisher",
+) -> tuple[dict[str, Tensor], Solution]:
+    """Return the barycentre of the quadratic forms with the whole Fisher matrices, and how its solve ended.
+
+    (Σ_i β_i F_i + λD) (θ − θ̄) = Σ_i β_i F_i (θ_i − θ̄) with θ̄ the β-average, F_i = E J_iᵀJ_i the whole Fisher matrix
+    of expert i on its calibration inputs, and D = Σ_i β_i diag F_i plus 10⁻³ of its mean. A product with F_i is one jvp
+    and one vjp; the system is solved by conjugate gradients preconditioned with D, from θ̄. What is added to D keeps it
+    from dividing by the Fisher of parameters that no calibration sample reaches; those stay at θ̄.
+
+    Args:
+        experts: θ_i.
+        fishers: The diagonals of F_i.
+        maps: Every expert as a function of its parameters, on the inputs of its Fisher.
+        weights: β.
+        damping: λ, relative to the diagonal.
+        max_iterations: Conjugate-gradient steps at most.
+        tolerance: Relative residual at which the solve ends.
+        label: What progress is called.
+    """
+    average = average_parameters(experts, weights)
+    diagonal = floored_diagonal(fishers, weights, 1e-3)
+    metric = {key: tensor.to(average[key].dtype) for key, tensor in diagonal.items()}
+
+    def weighted_products(tangents: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        total = {key: torch.zeros_like(tensor) for key, tensor in average.items()}
+        for expert, outputs, weight, tangent in zip(experts, maps, weights, tangents, strict=True):
+            if weight > 0:
+                for key, product in outputs.fisher_product(expert, tangent).items():
+                    total[key].add_(product, alpha=weight)
+        return total
+
+    def operator(tangent: dict[str, Tensor]) -> State:
+        product = weighted_products([tangent] * len(experts))
+        bar.advance()
+        return {key: product[key] + damping * metric[key] * tangent[key] for key in product}
+
+    pull = weighted_products([{key: expert[key] - average[key] for key in average} for expert in experts])
+    with progress(label, max_iterations) as bar:
+        solved = conjugate_gradient(
+            operator,
+            pull,
+            preconditioner=lambda residual: {key: tensor / metric[key] for key, tensor in residual.items()},
+            max_steps=max_iterations,
+            tolerance=tolerance,
+        )
+    return {key: tensor + solved.solution[key] for key, tensor in average.items()}, solved

@@ -1,38 +1,42 @@
 """Gauss–Newton on the coding objective itself."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from coin.errors import ConfigurationError, NumericalError
-from coin.merging.coin import check_damping, coin_parameters
-from coin.merging.inputs import MergeInputs, Requirement
-from coin.merging.method import MergeMethod, check_fisher_options, floored_diagonal
-from coin.merging.sample_space import solve_damped
+from coin.errors import ConfigurationError
+from coin.merging.coin import Coin
+from coin.merging.experts import Experts, held_out_count, parameters_of
+from coin.merging.method import CodedModel, floored_diagonal
+from coin.merging.sample_space import solve_in_sample_space
 from coin.networks.batchnorm import BatchNormPolicy
+from coin.networks.files import fill_network
 from coin.progress import Bar, progress
 from coin.state import State
+from coin.statistics import FisherKind
 from coin.statistics.products import OutputMap
+from coin.statistics.statistic import DataChoice
 
 DAMPINGS = tuple(10.0 ** (k / 2) for k in range(-12, 13))
 """The grid of λ, 10⁻⁶ … 10⁶: the choice is free, so the grid is wide."""
 
 _HALVINGS = 3
-_HELD_OUT = 0.2
 
 
-class GaussNewton(MergeMethod):
+class GaussNewton(Coin):
     """A few Levenberg–Marquardt steps on ½E‖f_θ − Σ_i β_i f_i‖² from the COIN point.
 
     Each step solves (E JᵀJ + λD) δ = E Jᵀr with r = Σβ_if_i − f_θ on the calibration samples and
-    D = Σ_i β_i F_i + ridge · mean(Σ_i β_i F_i), in sample space (`solve_damped`). Nothing is tuned by hand: the
-    last fifth of the calibration samples is held out (`training_mask`); λ and the number of Krylov iterations are the
-    pair whose linearised prediction is best on them; a step is halved until it lowers their actual error, and the steps
-    end when it falls by less than `tolerance`, or at `max_steps`. No labels, no learning rate.
+    D = Σ_i β_i F_i + ridge · mean(Σ_i β_i F_i), in sample space (`solve_in_sample_space`). Nothing is tuned by hand:
+    the last fifth of the pooled calibration samples, which interleave the tasks, is held out; λ and the number of
+    Krylov iterations are the pair whose linearised prediction is best on them; a step is halved until it lowers their
+    actual error, and the steps end when it falls by less than `tolerance`, or at `max_steps`. No labels, no learning
+    rate.
 
-    BatchNorm statistics are those of the calibration map, frozen; recalibrating them afterwards undoes part of the fit,
-    so the policy is ``keep``.
+    BatchNorm's statistics are those of the COIN point, where the policy has settled them, and stay frozen:
+    recalibrating them afterwards would undo part of the fit.
 
     Source: Levenberg (1944) and Marquardt (1963) for the damping by the diagonal; Martens, *Deep learning via
     Hessian-free optimization* (ICML 2010), section 4, for Jacobian products and truncated solves.
@@ -43,9 +47,9 @@ class GaussNewton(MergeMethod):
         tolerance: Relative fall of the held-out squared error below which the steps end.
         ridge: Relative to the mean Fisher entry: how freely parameters with no Fisher at the experts may move.
         damping: Of the COIN start, see `Coin`.
-        fisher_kind: Which Fisher it wants; None for the experiment's.
-        fisher_data: On which data, ``own`` or ``pooled``; None for the experiment's.
-        batchnorm: Policy for BatchNorm statistics.
+        fisher_kind: Which Fisher it wants; none for the experiment's, or ``exact``.
+        fisher_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
+        batchnorm: Policy for BatchNorm statistics of the start.
         label: Name of this variant in results.
 
     Raises:
@@ -53,7 +57,6 @@ class GaussNewton(MergeMethod):
     """
 
     name = "gauss_newton"
-    requires = frozenset({Requirement.FISHER, Requirement.OUTPUTS})
 
     def __init__(
         self,
@@ -63,12 +66,12 @@ class GaussNewton(MergeMethod):
         ridge: float = 1e-2,
         *,
         damping: float = 1e-6,
-        fisher_kind: str | None = None,
-        fisher_data: str | None = None,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.keep,
+        fisher_kind: FisherKind | None = None,
+        fisher_data: DataChoice | None = None,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
         label: str | None = None,
     ) -> None:
-        super().__init__(batchnorm=batchnorm, label=label)
+        super().__init__(damping, fisher_kind=fisher_kind, fisher_data=fisher_data, batchnorm=batchnorm, label=label)
         if max_steps < 1 or max_iterations < 1:
             raise ConfigurationError(
                 f"found max_steps {max_steps} and max_iterations {max_iterations}, expected at least 1 of each"
@@ -81,19 +84,23 @@ class GaussNewton(MergeMethod):
         self.max_iterations = max_iterations
         self.tolerance = tolerance
         self.ridge = ridge
-        self.damping = check_damping(damping)
-        self.fisher_kind, self.fisher_data = check_fisher_options(fisher_kind, fisher_data)
 
-    def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
-        assert inputs.fishers is not None
-        assert inputs.outputs is not None
-        assert inputs.expert_outputs is not None
-        outputs = inputs.outputs
-        parameters = coin_parameters(inputs.experts, inputs.fishers, weights, self.damping)
-        metric = floored_diagonal(inputs.fishers, weights, self.ridge)
+    def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
+        """Make the coded model of one row of the code; see `Method.make`."""
+        made = super().make(experts, row)
+        fishers = experts.statistic(self.fisher(DataChoice(made.chosen["fisher_data"])))
+        outputs = OutputMap(made.network, experts.pooled)
+        parameters = self._steps(outputs, parameters_of(made.network), experts.target(row), fishers, row)
+        experts.passes += outputs.passes
+        fill_network(made.network, {**made.network.state_dict(), **parameters}, "the coded model")
+        return made
+
+    def _steps(
+        self, outputs: OutputMap, parameters: State, target: Tensor, fishers: Sequence[State], row: Sequence[float]
+    ) -> State:
+        """Return the parameters after all steps."""
+        metric = floored_diagonal(fishers, row, self.ridge)
         inverse_metric = {key: tensor.reciprocal().to(parameters[key].dtype) for key, tensor in metric.items()}
-        beta = inputs.expert_outputs.new_tensor(weights)
-        target = torch.tensordot(beta, inputs.expert_outputs, dims=1)
         training = training_mask(target.shape[0]).to(target.device)
 
         residual = target - outputs.outputs(parameters)
@@ -137,26 +144,17 @@ class GaussNewton(MergeMethod):
             bar.advance()
             return outputs.jvp(parameters, step_for(cotangent))
 
-        choice = solve_damped(product, residual, training, residual.new_tensor(DAMPINGS), self.max_iterations)
+        choice = solve_in_sample_space(product, residual, training, residual.new_tensor(DAMPINGS), self.max_iterations)
         return step_for(choice.solution) if choice.iterations else None
 
 
 def training_mask(samples: int) -> Tensor:
-    """Return which of the pooled calibration samples are fitted, bool ``[P]``; the last fifth is held out.
-
-    Pooled samples are randomly drawn and interleave their tasks evenly (`coin.data.calibration.pooled`), so the last
-    ones hold the tasks in proportion, as in `Calibration.split`. Every k-th would not: with as many tasks as k it
-    would hold out one task whole. At least one sample is fitted and one held out.
+    """Return which of the pooled calibration samples are fitted, bool ``[P]``: all but the held-out end.
 
     Raises:
-        NumericalError: There are fewer than two samples.
+        ConfigurationError: There are fewer than two samples.
     """
-    if samples < 2:
-        raise NumericalError(
-            f"found {samples} pooled calibration samples, expected at least 2: one fits, one is held out"
-        )
-    held_out = max(1, round(_HELD_OUT * samples))
-    return torch.arange(samples) < samples - held_out
+    return torch.arange(samples) < samples - held_out_count(samples)
 
 
 def _squared(residual: Tensor) -> float:

@@ -1,25 +1,25 @@
-"""The β-average with its last layer fitted to the coding objective, in closed form."""
+"""The head of a network fitted to the coding objective, in closed form."""
+
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coin.coding import fit_ridge
 from coin.errors import StateError
-from coin.merging.inputs import MergeInputs, Requirement
-from coin.merging.method import MergeMethod, weighted_mean
-from coin.networks.batchnorm import BatchNormPolicy
+from coin.inputs import as_input
+from coin.merging.average import Average
+from coin.merging.experts import Experts
+from coin.merging.method import CodedModel
+from coin.networks.heads import check_head, features_and_logits, head_name
+from coin.statistics.guard import evaluating
 
 
-class HeadFit(MergeMethod):
-    """The β-average below the head, and the head that reads Σ_i β_i f_i out of its features.
+class HeadFit(Average):
+    """The β-average with its head fitted to Σ_i β_i f_i; see `fit_head`.
 
-    With φ(x) the averaged network's features and (W̄, b̄) the averaged head, the head becomes (W̄ + ΔW, b̄ + Δb), where
-    ΔW φ + Δb is the ridge regression of the residual Σβ_if_i − (W̄φ + b̄) on the calibration samples, its ridge chosen by
-    leave-one-out (`fit_ridge`). The ridge pulls towards the averaged head, so experts that agree keep theirs. It costs
-    one forward pass of each network and one singular value decomposition; no Fisher, no labels.
-
-    BatchNorm statistics are those of the feature map, and changing them afterwards undoes the fit: the policy is
-    ``keep``.
+    It costs one forward pass of each network and one singular value decomposition; no Fisher, no labels. BatchNorm's
+    statistics are settled first, by the policy, and the head is fitted to the features that they give.
 
     Args:
         batchnorm: Policy for BatchNorm statistics.
@@ -27,26 +27,50 @@ class HeadFit(MergeMethod):
     """
 
     name = "head_fit"
-    requires = frozenset({Requirement.FEATURES})
 
-    def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.keep, label: str | None = None) -> None:
-        super().__init__(batchnorm=batchnorm, label=label)
+    def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
+        """Make the coded model of one row of the code; see `Method.make`."""
+        made = super().make(experts, row)
+        fit_head(made.network, experts, row)
+        return made
 
-    def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
-        assert inputs.features is not None
-        assert inputs.expert_outputs is not None
-        experts = inputs.experts
-        merged = {key: weighted_mean(experts, weights, key).to(tensor.dtype) for key, tensor in experts[0].items()}
-        weight, bias = f"{inputs.features.head}.weight", f"{inputs.features.head}.bias"
-        if weight not in merged or bias not in merged or merged[weight].ndim != 2:
-            raise StateError(
-                f"method '{self.label}' needs a fully connected head with a bias, found none in '{weight}'; leave the "
-                "method out for this network"
-            )
-        features = inputs.features.features(merged).double()
-        target = torch.tensordot(inputs.expert_outputs.new_tensor(weights), inputs.expert_outputs, dims=1).double()
-        fit = fit_ridge(features, target - (features @ merged[weight].double().T + merged[bias].double()))
-        step = fit.coefficients.T
-        merged[weight] = (merged[weight].double() + step).to(merged[weight].dtype)
-        merged[bias] = (merged[bias].double() + fit.target_mean - step @ fit.input_mean).to(merged[bias].dtype)
-        return merged
+
+def fit_head(network: nn.Module, experts: Experts, row: Sequence[float]) -> None:
+    """Fit a coded network's head, in place, so that it reads Σ_i β_i f_i out of the network's features.
+
+    With φ(x) the features and (W, b) the head, the head becomes (W + ΔW, b + Δb), where ΔW φ + Δb is the ridge
+    regression of the residual Σβ_if_i − (Wφ + b) on the pooled calibration samples, its ridge chosen by leave-one-out
+    (`fit_ridge`). The ridge pulls towards the head that is there, so experts that agree keep theirs.
+
+    Raises:
+        StateError: The head is not a fully connected layer with a bias, or the logits are not the head of its inputs.
+    """
+    name = head_name(network)
+    head = network.get_submodule(name)
+    if not isinstance(head, nn.Linear) or head.bias is None:
+        raise StateError(
+            f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer with a bias; "
+            "leave the method out for this network"
+        )
+    features, logits = features_of(network, experts)
+    fit = fit_ridge(features, experts.target(row).double() - logits)
+    step = fit.coefficients.T
+    with torch.no_grad():
+        head.weight.add_(step.to(head.weight))
+        head.bias.add_((fit.target_mean - step @ fit.input_mean).to(head.bias))
+
+
+def features_of(network: nn.Module, experts: Experts) -> tuple[Tensor, Tensor]:
+    """Return a network's features and logits on the pooled calibration samples, in float64, and count the passes.
+
+    Raises:
+        StateError: The logits are not the head of the features.
+    """
+    found = []
+    with evaluating(network, gradients=False):
+        for batch in experts.pooled:
+            found.append(features_and_logits(network, as_input(batch, network)))
+            check_head(network, *found[-1])
+    features, logits = (torch.cat(pieces).double() for pieces in zip(*found, strict=True))
+    experts.passes += len(features)
+    return features, logits

@@ -1,80 +1,264 @@
-"""The base of all merge methods: what is checked before and after the arithmetic."""
+"""What all methods have in common: options, checks, and the choices that are made on held-out calibration samples."""
 
 import math
 import re
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from coin.errors import ConfigurationError, NumericalError
-from coin.merging.inputs import MergeInputs, Requirement, check_requirements
-from coin.networks.batchnorm import BatchNormPolicy
+from coin.choices import chosen
+from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateError
+from coin.merging.experts import Experts
+from coin.networks.batchnorm import BatchNormPolicy, average_buffers, recalibrate
+from coin.networks.files import fill_network
 from coin.state import State, check_finite, check_same_layout
 from coin.statistics import FisherKind
-
-DATA = ("own", "pooled")
-"""On which data a statistic may be wanted: the expert's own task's samples, or all tasks'."""
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 _RESERVED = ("none", "oracle")
 _LABEL = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
 
 
-class MergeMethod(ABC):
-    """Experts + statistics + one code row → the parameters of a coded model.
+@dataclass(frozen=True)
+class CodedModel:
+    """What a method makes for one row of a code.
+
+    Attributes:
+        network: The coded model, in eval mode.
+        chosen: What was chosen on the way, and how a solve ended: plain values for the record.
+    """
+
+    network: nn.Module
+    chosen: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """Makes coded models from experts and calibration data.
+
+    Attributes:
+        name: The name in result tables.
+        label: What results and files call this variant; the name by default.
+        batchnorm: What becomes of BatchNorm's running statistics.
+        is_trained: Whether it trains with a Trainer, on all processes; others run on the first alone.
+        reads_initial: Whether it needs the shared initialisation.
+        samples_per_task: P of its own; none takes the experiment's.
+        augmentation: What happens to calibration samples that it trains on.
+    """
+
+    name: ClassVar[str]
+    is_trained: ClassVar[bool] = False
+    reads_initial: bool = False
+    samples_per_task: int | None = None
+    augmentation: str = "none"
+    label: str
+    batchnorm: BatchNormPolicy
+
+    @abstractmethod
+    def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
+        """Make the coded model of one row of the code.
+
+        Args:
+            experts: The experts, and what their calibration data tell.
+            row: The code row β ``[N]``, non-negative with sum 1.
+
+        Raises:
+            ConfigurationError: The row is none, or something the method needs is not there.
+            StateError: Experts or statistics differ in names or shapes, hold a NaN or an infinity, or a Fisher entry
+                is negative; the message names the expert and the tensor.
+            NumericalError: The method broke down on sound inputs.
+        """
+
+    def statistics(self) -> tuple[Statistic, ...]:
+        """Return the statistics of the experts that it wants."""
+        return ()
+
+    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice) -> Self:
+        """Return the method with the experiment's choice where its options leave the kind or the data open."""
+        return self
+
+
+class MergeMethod(Method):
+    """A method in closed form: one or several candidates for the coded model's parameters.
+
+    Where there is a choice, of candidates or of a BatchNorm policy, the smallest residual
+    ‖f_c − Σ_i β_i f_i‖ / ‖Σ_i β_i f_i‖ on held-out calibration samples decides: no labels, and the passes count. No
+    fixed policy is safe: ``average`` ruins networks whose statistics were trained along (NDA 17 where 81 is to be had),
+    ``recalibrate`` those whose statistics were frozen (18 where 92 is).
 
     Args:
-        batchnorm: What becomes of the BatchNorm statistics of the coded model. The method does not touch them; whoever
-            builds the network applies the policy.
-        label: What results and files call this variant; the method's name by default.
+        batchnorm: Policy for BatchNorm statistics.
+        label: Name of this variant in results.
 
     Raises:
         ConfigurationError: The policy is unknown, or the label cannot be used (`check_label`).
     """
 
-    name: ClassVar[str]
-    """The name in result tables."""
-    requires: ClassVar[frozenset[Requirement]] = frozenset()
-    """What `merge` needs besides the experts."""
-
-    def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.average, label: str | None = None) -> None:
-        try:
-            self.batchnorm = BatchNormPolicy(batchnorm)
-        except ValueError as error:
-            raise ConfigurationError(
-                f"found batchnorm '{batchnorm}', expected one of {', '.join(BatchNormPolicy)}"
-            ) from error
+    def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.auto, label: str | None = None) -> None:
+        self.batchnorm = chosen(BatchNormPolicy, "batchnorm", batchnorm)
         self.label = check_label(self.name if label is None else label)
-
-    def merge(self, inputs: MergeInputs, weights: Sequence[float]) -> dict[str, Tensor]:
-        """Return the parameters of the coded model for one code row, in the experts' types and devices.
-
-        Args:
-            inputs: Experts and the statistics in `requires`.
-            weights: The code row β ``[N]``, non-negative with sum 1.
-
-        Raises:
-            ConfigurationError: A weight is negative or they do not sum to 1, or a requirement is not met.
-            StateError: Experts or statistics differ in names or shapes, hold a NaN or an infinity, or a Fisher entry
-                is negative; the message names the expert and the tensor.
-            NumericalError: The method broke down on sound inputs.
-        """
-        count = len(inputs.experts)
-        check_row(weights, count)
-        experts = [f"expert {index}" for index in range(count)]
-        check_same_layout(inputs.experts, experts)
-        for expert, called in zip(inputs.experts, experts, strict=True):
-            check_finite(expert, called)
-        check_requirements(self.label, self.requires, inputs)
-        merged = self._merge(inputs, tuple(weights))
-        check_finite(merged, f"the coded model of method '{self.label}'")
-        return merged
+        self.reads_initial = self.reads_initial or self.batchnorm is BatchNormPolicy.keep
 
     @abstractmethod
-    def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
-        """Do the arithmetic on checked inputs."""
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Yield (what it is, parameters) of every candidate, in the experts' types; the experts have been checked."""
+
+    def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
+        """Make the coded model of one row of the code; see `Method.make`."""
+        check_row(row, experts.count)
+        check_experts(experts.parameters)
+        candidates = list(self.candidates(experts, row))
+        policies = self._policies(experts)
+        if not experts.is_calibrated and len(candidates) > 1:
+            raise ConfigurationError(
+                f"found no calibration inputs, by which method '{self.label}' chooses; give them, or set its options"
+            )
+        measured = len(candidates) * len(policies) > 1
+        best, least, residuals = None, math.inf, {}
+        for options, parameters in candidates:
+            check_finite(parameters, f"the coded model of method '{self.label}'")
+            for policy in policies:
+                coded = self._build(experts, row, parameters, policy, measured)
+                taken = options | ({"batchnorm": policy} if policy else {})
+                if measured:
+                    residual = held_out_residual(experts, coded, row)
+                    residuals["/".join(map(str, taken.values()))] = residual
+                    if best is not None and not residual < least:
+                        continue
+                    least = residual
+                best = (coded, taken)
+        assert best is not None
+        coded, taken = best
+        if measured:
+            if not math.isfinite(least):
+                raise NumericalError(
+                    f"the outputs of method '{self.label}' on held-out calibration samples are not finite; check the "
+                    "experts' outputs"
+                )
+            if taken.get("batchnorm") == BatchNormPolicy.recalibrate:
+                experts.passes += recalibrate(coded, experts.pooled)
+            taken = taken | {"held_out_residual": residuals}
+        return CodedModel(coded, taken)
+
+    def measure(self, experts: Experts, row: Sequence[float], parameters: State) -> float:
+        """Return the held-out residual of parameters, with the better of the BatchNorm policies."""
+        networks = (self._build(experts, row, parameters, policy, True) for policy in self._policies(experts))
+        return min(held_out_residual(experts, network, row) for network in networks)
+
+    def _policies(self, experts: Experts) -> list[str]:
+        """Return the BatchNorm policies to choose from; an empty one where there is no BatchNorm."""
+        if not experts.has_batchnorm:
+            return [""]
+        if self.batchnorm is not BatchNormPolicy.auto:
+            return [str(self.batchnorm)]
+        if _alike(experts.buffers):
+            return [SAME]
+        if not experts.is_calibrated:
+            warnings.warn(
+                f"found no calibration inputs, by which method '{self.label}' chooses what becomes of BatchNorm's "
+                "statistics: it averages them, which can be the worst choice; give the tasks' inputs, or set batchnorm",
+                CoinWarning,
+                stacklevel=3,
+            )
+            return [str(BatchNormPolicy.average)]
+        return [str(BatchNormPolicy.average), str(BatchNormPolicy.recalibrate)]
+
+    def _build(
+        self, experts: Experts, row: Sequence[float], parameters: State, policy: str, measured: bool
+    ) -> nn.Module:
+        """Return the coded model with its buffers; recalibrated without the held-out samples if it is measured on."""
+        buffers = average_buffers(experts.buffers, row)
+        if policy == BatchNormPolicy.keep:
+            initial = experts.initial_buffers
+            buffers = {name: initial.get(name, tensor) for name, tensor in buffers.items()}
+        network = experts.blank().eval()
+        own = network.state_dict()
+        # Tied parameters have one name among the parameters and several in the state dict.
+        state = {name: tensor for name, tensor in {**parameters, **buffers}.items() if name in own}
+        fill_network(network, {**own, **state}, "the coded model")
+        check_buffers(network, experts.buffers, self.label)
+        if policy == BatchNormPolicy.recalibrate:
+            experts.passes += recalibrate(network, experts.split[0] if measured else experts.pooled)
+        return network
+
+
+SAME = "same"
+"""What `BatchNormPolicy.auto` is called where all experts have the same buffers."""
+
+
+def held_out_residual(experts: Experts, coded: nn.Module, row: Sequence[float]) -> float:
+    """Return ‖f_c − Σ_i β_i f_i‖ / ‖Σ_i β_i f_i‖ on the held-out calibration samples; infinite if it is no number."""
+    target = experts.held_out_target(row).double()
+    error = experts.run(coded, experts.split[1]).double() - target
+    residual = float(error.norm() / target.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    return residual if math.isfinite(residual) else math.inf
+
+
+def check_experts(experts: Sequence[State]) -> None:
+    """Check that experts fit together and are finite.
+
+    Raises:
+        StateError: They differ in names or shapes, or one holds a NaN or an infinity.
+    """
+    names = [f"expert {index}" for index in range(len(experts))]
+    check_same_layout(experts, names)
+    for expert, name in zip(experts, names, strict=True):
+        check_finite(expert, name)
+
+
+def check_buffers(network: nn.Module, buffers: Sequence[State], label: str) -> None:
+    """Check that a coded model's buffers are finite, or infinite only where every expert's are.
+
+    Raises:
+        StateError: One is not; the message names it.
+    """
+    for name, buffer in network.named_buffers():
+        if not (buffer.is_floating_point() or buffer.is_complex()) or bool(torch.isfinite(buffer).all()):
+            continue
+        theirs = [state[name].to(buffer) for state in buffers if name in state]
+        if bool(buffer.isnan().any()) or not all(torch.equal(buffer, other) for other in theirs):
+            raise StateError(
+                f"the coded model of method '{label}' is not finite: buffer '{name}' holds a NaN, or an infinity that "
+                "the experts do not share; check the experts' buffers"
+            )
+
+
+def check_fishers(fishers: Sequence[State], expert: State) -> None:
+    """Check that Fisher diagonals fit the experts' parameters, are finite and not negative.
+
+    Raises:
+        StateError: One does not; the message names the expert and the tensor.
+
+    Warns:
+        CoinWarning: A Fisher is zero everywhere.
+    """
+    names = [f"the Fisher of expert {index}" for index in range(len(fishers))]
+    check_same_layout([expert, *fishers], ["expert 0", *names])
+    zero = []
+    for index, (fisher, name) in enumerate(zip(fishers, names, strict=True)):
+        check_finite(fisher, name)
+        largest = 0.0
+        for key, tensor in fisher.items():
+            if not tensor.numel():
+                continue
+            least, most = map(float, torch.aminmax(tensor))
+            largest = max(largest, most)
+            if least < 0:
+                raise StateError(f"{name} is negative in '{key}' (least entry {least:.3g}), expected mean squares")
+        if largest == 0:
+            zero.append(str(index))
+    if zero:
+        warnings.warn(
+            f"the Fisher of expert {', '.join(zero)} is zero everywhere, so that the expert has no say beyond the "
+            "average; check its outputs on the calibration data",
+            CoinWarning,
+            stacklevel=4,
+        )
 
 
 def check_row(weights: Sequence[float], count: int) -> None:
@@ -108,25 +292,51 @@ def check_label(label: str) -> str:
     return label
 
 
-def check_choice(option: str, value: str | None, choices: Iterable[str]) -> str | None:
-    """Return the value of an option that is one of `choices`, or None for the experiment's.
+def check_damping(damping: float) -> float:
+    """Return `damping` after checking that it is a finite number and at least 0.
 
     Raises:
-        ConfigurationError: It is neither.
+        ConfigurationError: It is not.
     """
-    allowed = tuple(choices)
-    if value is not None and value not in allowed:
-        raise ConfigurationError(f"found {option} '{value}', expected one of {', '.join(allowed)}, or null")
-    return value
+    if not (math.isfinite(damping) and damping >= 0):
+        raise ConfigurationError(f"found damping {damping}, expected a finite number of at least 0")
+    return damping
 
 
-def check_fisher_options(kind: str | None, data: str | None) -> tuple[str | None, str | None]:
-    """Return ``fisher_kind`` and ``fisher_data`` of a method that wants Fishers, after checking both.
+class FisherOptions:
+    """Which Fisher a method wants: the options that `Coin`, `FullFisher` and `GaussNewton` share.
 
-    Raises:
-        ConfigurationError: One is neither None nor one of its choices.
+    Attributes:
+        fisher_kind: Which diagonal; none for the experiment's, or ``exact``.
+        fisher_data: On which samples; none for the experiment's, or ``auto``.
     """
-    return check_choice("fisher_kind", kind, FisherKind), check_choice("fisher_data", data, DATA)
+
+    fisher_kind: FisherKind | None
+    fisher_data: DataChoice | None
+
+    def _choose_fisher(self, kind: str | None, data: str | None) -> None:
+        self.fisher_kind = None if kind is None else chosen(FisherKind, "fisher_kind", kind)
+        self.fisher_data = None if data is None else chosen(DataChoice, "fisher_data", data)
+
+    def fisher(self, data: DataChoice) -> Statistic:
+        """Return the statistic on this data."""
+        return Statistic(StatisticKind.fisher, data, self.fisher_kind or FisherKind.exact)
+
+    def statistics(self) -> tuple[Statistic, ...]:
+        """Return the Fishers that the options ask for."""
+        return tuple(self.fisher(data) for data in data_of(self.fisher_data))
+
+    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice) -> Self:
+        """Return the method with the experiment's choice where its options leave the kind or the data open."""
+        settled = copy(self)
+        settled.fisher_kind = self.fisher_kind or fisher_kind
+        settled.fisher_data = self.fisher_data or fisher_data
+        return settled
+
+
+def data_of(choice: DataChoice | None) -> tuple[DataChoice, ...]:
+    """Return the data that an option stands for."""
+    return (choice,) if choice in (DataChoice.own, DataChoice.pooled) else (DataChoice.own, DataChoice.pooled)
 
 
 def weighted_mean(states: Sequence[State], weights: Sequence[float], key: str) -> Tensor:
@@ -153,3 +363,13 @@ def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: 
             "calibration data"
         )
     return {key: total + floor for key, total in totals.items()}
+
+
+def _alike(states: Sequence[State]) -> bool:
+    """Whether all experts have the same floating-point buffers."""
+    return all(
+        torch.equal(tensor, other[key])
+        for other in states[1:]
+        for key, tensor in states[0].items()
+        if tensor.is_floating_point()
+    )

@@ -1,17 +1,30 @@
 """RegMean: every linear map fitted to what the experts' own maps do to their inputs."""
 
+from collections.abc import Iterator, Sequence
+from copy import copy
 from enum import StrEnum
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from coin.choices import chosen
 from coin.errors import ConfigurationError, NumericalError, StateError
-from coin.merging.coin import check_damping
-from coin.merging.inputs import MergeInputs, Requirement
-from coin.merging.method import DATA, MergeMethod, check_choice, weighted_mean
+from coin.merging.experts import Experts
+from coin.merging.method import MergeMethod, check_damping, data_of, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import tracked
-from coin.state import State
+from coin.state import State, check_finite, check_same_layout
+from coin.statistics import FisherKind, gram_sums
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+
+TRANSPOSED = ":T"  # until merged
+
+ALPHAS = (0.3, 0.5, 0.7, 0.9, 1.0)
+"""What α is chosen from; 1 is its bound, and 0 a diagonal merge."""
+
+DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)
+"""What the damping is chosen from: at 100 little but the average is left."""
 
 
 class RegMeanLayers(StrEnum):
@@ -24,28 +37,21 @@ class RegMeanLayers(StrEnum):
 
 
 class RegMean(MergeMethod):
-    """The linear maps that best reproduce, on each expert's inputs, the expert's outputs of the layer.
+    """The linear maps that best reproduce, on each expert's inputs, the expert's outputs; see `regmean_parameters`.
 
-    For a layer with weights W_i ``[C_out, K]`` and inputs a of expert i with Gram matrix G_i = E Σ_positions aaᵀ, the
-    minimiser of Σ_i β_i E‖Wa − W_ia‖² is W = (Σ_i β_i W_i G_i)(Σ_i β_i G_i)⁻¹. It is computed as the β-average plus
-    Σ_i β_i (W_i − W̄) G_i (Σ_k β_k G_k + λI)⁻¹ by a Cholesky factorisation in float64, with λ = damping × the mean
-    diagonal entry of Σβ_kG_k, per group: damping pulls towards the β-average W̄. A bias is solved for jointly, as the
-    weight of an input that is always 1. Groups of a grouped convolution are separate maps.
+    With 200 samples the Gram matrix of a wide layer is singular or nearly so, and weak damping fits noise. Left open,
+    α and the damping are chosen first, one after the other, by the residual on held-out calibration samples, with Gram
+    matrices of the other samples; then the data, as in `coin.merging.Coin`.
 
     Source: Jin et al., *Dataless knowledge fusion by merging weights of language models* (ICLR 2023), eq. 1–2 and
     section 3.3 for α.
 
-    With 200 samples the Gram matrix of a wide layer is singular or nearly so, and weak damping fits noise. The defaults
-    have the smallest residual ‖f_c − Σβf‖ on the *calibration* samples among α of 0.7 to 1 and a damping of 0.01 to 1
-    with ``own`` data, for three pairs and triples of tasks alike: a corner of that grid. Outside it, and with
-    ``pooled`` data, smaller α and larger damping can do better.
-
     Args:
         layers: ``linear`` or ``all``.
         alpha: Off-diagonal entries of the Gram matrices are multiplied by α, in [0, 1]; 1 leaves them, 0 makes a
-            diagonal merge.
-        damping: λ relative to the mean diagonal entry, dimensionless, at least 0.
-        gram_data: On which data the Gram matrices are wanted, ``own`` or ``pooled``; None for the experiment's.
+            diagonal merge; none has it chosen.
+        damping: λ relative to the mean diagonal entry, dimensionless, at least 0; none has it chosen.
+        gram_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
         batchnorm: Policy for BatchNorm statistics.
         label: Name of this variant in results.
 
@@ -54,60 +60,155 @@ class RegMean(MergeMethod):
     """
 
     name = "regmean"
-    requires = frozenset({Requirement.GRAM})
 
     def __init__(
         self,
         layers: RegMeanLayers = RegMeanLayers.all,
-        alpha: float = 0.7,
-        damping: float = 1.0,
+        alpha: float | None = 0.7,
+        damping: float | None = 1.0,
         *,
-        gram_data: str | None = None,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.average,
+        gram_data: DataChoice | None = None,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
         label: str | None = None,
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
-        if layers not in tuple(RegMeanLayers):
-            raise ConfigurationError(f"found layers '{layers}', expected one of {', '.join(RegMeanLayers)}")
-        if not 0 <= alpha <= 1:
-            raise ConfigurationError(f"found alpha {alpha}, expected a number from 0 to 1")
-        self.layers = RegMeanLayers(layers)
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise ConfigurationError(f"found alpha {alpha}, expected a number from 0 to 1, or none")
+        self.layers = chosen(RegMeanLayers, "layers", layers)
         self.alpha = alpha
-        self.damping = check_damping(damping)
-        self.gram_data = check_choice("gram_data", gram_data, DATA)
+        self.damping = None if damping is None else check_damping(damping)
+        self.gram_data = None if gram_data is None else chosen(DataChoice, "gram_data", gram_data)
 
-    def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
-        assert inputs.grams is not None
-        experts = inputs.experts
-        merged = {key: weighted_mean(experts, weights, key) for key in experts[0]}
-        for key in tracked(inputs.grams[0], self.label):
-            if key not in merged:
-                raise StateError(
-                    f"there is a Gram matrix for '{key}', which the experts do not have; compute the Gram matrices of "
-                    "these experts"
-                )
-            if self.layers is RegMeanLayers.linear and merged[key].ndim != 2:
-                continue
-            first = inputs.grams[0][key]
-            bias = bias_of(key, first.shape[-1], merged[key])
-            average = joint_map(merged, key, bias, first)
-            pull, total = torch.zeros_like(average), torch.zeros_like(first, dtype=torch.float64)
-            for expert, grams, weight in zip(experts, inputs.grams, weights, strict=True):
-                gram = _shrunk(grams[key].double(), self.alpha)
-                pull += weight * (joint_map(expert, key, bias, gram) - average) @ gram
-                total.add_(gram, alpha=weight)
-            solution = average + solve_damped(total, pull, self.damping, key)
-            split_map(solution, merged, key, bias)
-        return {key: tensor.to(experts[0][key].dtype) for key, tensor in merged.items()}
+    def statistics(self) -> tuple[Statistic, ...]:
+        """Return the Gram matrices that the option asks for."""
+        return tuple(Statistic(StatisticKind.gram, data) for data in data_of(self.gram_data))
+
+    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice) -> Self:
+        """Return the method with the experiment's choice where its option leaves the data open."""
+        settled = copy(self)
+        settled.gram_data = self.gram_data or fisher_data
+        return settled
+
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Yield the solution for the Gram matrices of every kind of data that the option allows."""
+        alpha, damping = self.alpha, self.damping
+        tuned = {}
+        if alpha is None or damping is None:
+            alpha, damping = self._tuned(experts, row)
+            tuned = {"alpha": alpha, "damping": damping}
+        for data in experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto):
+            grams = experts.statistic(Statistic(StatisticKind.gram, data))
+            check_grams(grams)
+            solved = regmean_parameters(experts.parameters, grams, row, alpha, damping, self.layers, self.label)
+            averaged = sorted(uncovered(experts.parameters[0], grams[0], self.layers))
+            yield {"gram_data": str(data)} | tuned | ({"averaged": averaged} if averaged else {}), solved
+
+    def _tuned(self, experts: Experts, row: Sequence[float]) -> tuple[float, float]:
+        """Choose α and the damping by the held-out residual, with Gram matrices of the other pooled samples."""
+        grams = []
+        for network in experts.each_network():
+            sums = gram_sums(network, experts.split[0])
+            experts.passes += sums.passes
+            grams.append(sums.mean())
+
+        def residual(alpha: float, damping: float) -> float:
+            trial = copy(self)
+            trial.alpha, trial.damping = alpha, damping
+            solved = regmean_parameters(experts.parameters, grams, row, alpha, damping, self.layers, self.label)
+            return trial.measure(experts, row, solved)
+
+        alpha, damping = 0.7 if self.alpha is None else self.alpha, self.damping
+        if damping is None:
+            damping = min(DAMPINGS, key=lambda each: residual(alpha, each))
+        if self.alpha is None:
+            alpha = min(ALPHAS, key=lambda each: residual(each, damping))
+        return alpha, damping
 
 
-def bias_of(key: str, inputs: int, weight: Tensor) -> str | None:
+def check_grams(grams: Sequence[State]) -> None:
+    """Check that the experts' Gram matrices are of the same maps and finite.
+
+    Raises:
+        StateError: They are not; the message names the expert and the tensor.
+    """
+    names = [f"the Gram statistic of expert {index}" for index in range(len(grams))]
+    check_same_layout(grams, names)
+    for gram, name in zip(grams, names, strict=True):
+        check_finite(gram, name)
+
+
+def uncovered(expert: State, gram: State, layers: RegMeanLayers) -> list[str]:
+    """Return the names of the parameters of two dimensions or more that RegMean averages, having no Gram matrix."""
+    if layers is RegMeanLayers.linear:
+        return [name for name, tensor in expert.items() if tensor.ndim == 2 and not _tracked_in(gram, name)]
+    return [name for name, tensor in expert.items() if tensor.ndim >= 2 and not _tracked_in(gram, name)]
+
+
+def _tracked_in(gram: State, name: str) -> bool:
+    return name in gram or name + TRANSPOSED in gram
+
+
+def regmean_parameters(
+    experts: Sequence[State],
+    grams: Sequence[State],
+    weights: Sequence[float],
+    alpha: float = 0.7,
+    damping: float = 1.0,
+    layers: RegMeanLayers = RegMeanLayers.all,
+    label: str = "regmean",
+) -> dict[str, Tensor]:
+    """Return the RegMean merge, in the experts' types; parameters without a Gram matrix get the β-average.
+
+    For a layer with weights W_i ``[C_out, K]`` and inputs a of expert i with Gram matrix G_i = E Σ_positions aaᵀ, the
+    minimiser of Σ_i β_i E‖Wa − W_ia‖² is W = (Σ_i β_i W_i G_i)(Σ_i β_i G_i)⁻¹. It is computed as the β-average plus
+    Σ_i β_i (W_i − W̄) G_i (Σ_k β_k G_k + λI)⁻¹ by a Cholesky factorisation in float64, with λ = damping × the mean
+    diagonal entry of Σβ_kG_k, per group: damping pulls towards the β-average W̄. A bias is solved for jointly, as the
+    weight of an input that is always 1. Groups of a grouped convolution are separate maps.
+
+    Args:
+        experts: θ_i.
+        grams: Per expert the Gram matrices ``[G, K, K]`` by weight, as `coin.statistics.gram_sums` names them.
+        weights: β.
+        alpha: Off-diagonal entries of the Gram matrices are multiplied by it.
+        damping: λ relative to the mean diagonal entry.
+        layers: Which maps are fitted.
+        label: What progress is called.
+
+    Raises:
+        StateError: A Gram matrix fits no weight.
+        NumericalError: A damped Gram matrix is singular.
+    """
+    merged = {key: weighted_mean(experts, weights, key) for key in experts[0]}
+    for name in tracked(grams[0], label):
+        key = name.removesuffix(TRANSPOSED)
+        if key not in merged:
+            raise StateError(
+                f"there is a Gram matrix for '{key}', which the experts do not have; compute the Gram matrices of "
+                "these experts"
+            )
+        if layers is RegMeanLayers.linear and merged[key].ndim != 2:
+            continue
+        turned = name != key  # the map is x ↦ x W: its weight lies the other way round
+        first = grams[0][name]
+        bias = bias_of(key, first.shape[-1], merged[key], turned)
+        average = joint_map(merged, key, bias, first, turned)
+        pull, total = torch.zeros_like(average), torch.zeros_like(first, dtype=torch.float64)
+        for expert, statistic, weight in zip(experts, grams, weights, strict=True):
+            gram = _shrunk(statistic[name].double(), alpha)
+            pull += weight * (joint_map(expert, key, bias, gram, turned) - average) @ gram
+            total.add_(gram, alpha=weight)
+        solution = average + solve_gram(total, pull, damping, key)
+        split_map(solution, merged, key, bias, turned)
+    return {key: tensor.to(experts[0][key].dtype) for key, tensor in merged.items()}
+
+
+def bias_of(key: str, inputs: int, weight: Tensor, turned: bool = False) -> str | None:
     """Return the bias that a Gram matrix with `inputs` rows solves for together with the weight, or None.
 
     Raises:
         StateError: The Gram matrix has neither as many rows as the weight has inputs nor one more for a bias.
     """
-    width = weight[0].numel()
+    width = weight.shape[0] if turned else weight[0].numel()
     if inputs == width:
         return None
     if inputs == width + 1:
@@ -118,13 +219,13 @@ def bias_of(key: str, inputs: int, weight: Tensor) -> str | None:
     )
 
 
-def joint_map(state: State, key: str, bias: str | None, gram: Tensor) -> Tensor:
-    """Return a layer's weight and bias as one float64 map per group, ``[G, C_out/G, K]``.
+def joint_map(state: State, key: str, bias: str | None, gram: Tensor, turned: bool = False) -> Tensor:
+    """Return a layer's weight and bias as one float64 map per group, ``[G, C_out/G, K]``; `turned` from ``[K, C_out]``.
 
     Raises:
         StateError: The bias that the Gram matrix includes is missing, or the groups do not divide the outputs.
     """
-    weight = state[key].double().flatten(1)
+    weight = (state[key].T if turned else state[key]).double().flatten(1)
     if bias is not None:
         if bias not in state:
             raise StateError(
@@ -141,16 +242,16 @@ def joint_map(state: State, key: str, bias: str | None, gram: Tensor) -> Tensor:
     return weight.reshape(groups, -1, weight.shape[1])
 
 
-def split_map(solution: Tensor, into: dict[str, Tensor], key: str, bias: str | None) -> None:
+def split_map(solution: Tensor, into: dict[str, Tensor], key: str, bias: str | None, turned: bool = False) -> None:
     """Write a joint map ``[G, C_out/G, K]`` back as the weight and the bias of a layer."""
     rows = solution.flatten(0, 1)
     if bias is not None:
         into[bias] = rows[:, -1].reshape(into[bias].shape)
         rows = rows[:, :-1]
-    into[key] = rows.reshape(into[key].shape)
+    into[key] = rows.T if turned else rows.reshape(into[key].shape)
 
 
-def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
+def solve_gram(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
     """Return pull (gram + λI)⁻¹ with λ = damping × the mean diagonal entry, per group.
 
     Args:

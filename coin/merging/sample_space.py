@@ -42,7 +42,7 @@ class Choice:
     iterations: int
 
 
-def solve_damped(
+def solve_in_sample_space(
     product: Callable[[Tensor], Tensor],
     residual: Tensor,
     training: Tensor,

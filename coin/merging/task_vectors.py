@@ -1,15 +1,17 @@
 """The merging literature's data-free baselines: sums of task vectors, what each expert added to the initialisation."""
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from coin.errors import ConfigurationError
-from coin.merging.inputs import MergeInputs, Requirement
+from coin.merging.experts import Experts
 from coin.merging.method import MergeMethod, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.state import State
+from coin.state import State, check_finite, check_same_layout
 
 
 class TaskArithmetic(MergeMethod):
@@ -32,26 +34,21 @@ class TaskArithmetic(MergeMethod):
     """
 
     name = "task_arithmetic"
-    requires = frozenset({Requirement.INITIAL})
+    reads_initial = True
 
     def __init__(
         self,
         scale: float = 0.4,
         *,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.average,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
         label: str | None = None,
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
         self.scale = _checked_scale(scale)
 
-    def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
-        assert inputs.initial is not None
-        merged = {}
-        for key, start in inputs.initial.items():
-            origin = start.double()
-            step = weighted_mean(inputs.experts, weights, key) - origin
-            merged[key] = (origin + self.scale * len(weights) * step).to(inputs.experts[0][key].dtype)
-        return merged
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Yield the one sum."""
+        yield {}, task_arithmetic(experts.parameters, _checked_initial(experts), row, self.scale)
 
 
 class Ties(MergeMethod):
@@ -77,14 +74,14 @@ class Ties(MergeMethod):
     """
 
     name = "ties"
-    requires = frozenset({Requirement.INITIAL})
+    reads_initial = True
 
     def __init__(
         self,
         keep: float = 0.2,
         scale: float = 1.0,
         *,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.average,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
         label: str | None = None,
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
@@ -93,22 +90,47 @@ class Ties(MergeMethod):
         self.keep = keep
         self.scale = _checked_scale(scale)
 
-    def _merge(self, inputs: MergeInputs, weights: tuple[float, ...]) -> dict[str, Tensor]:
-        assert inputs.initial is not None
-        initial = inputs.initial
-        thresholds = [_trim_threshold(expert, initial, self.keep) for expert in inputs.experts]
-        merged = {}
-        for key, start in initial.items():
-            steps = torch.stack([expert[key].double() - start.double() for expert in inputs.experts])
-            limits = steps.new_tensor(thresholds).reshape(-1, *[1] * start.ndim)
-            shares = steps.new_tensor(weights).reshape(limits.shape)
-            steps = torch.where(steps.abs() >= limits, steps, torch.zeros_like(steps))
-            elected = (shares * steps).sum(0).sign()
-            agreeing = shares * ((steps.sign() == elected) & (elected != 0))
-            share = agreeing.sum(0)
-            step = (agreeing * steps).sum(0) / torch.where(share > 0, share, torch.ones_like(share))
-            merged[key] = (start.double() + self.scale * step).to(inputs.experts[0][key].dtype)
-        return merged
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Yield the one merge."""
+        yield {}, ties(experts.parameters, _checked_initial(experts), row, self.keep, self.scale)
+
+
+def task_arithmetic(
+    experts: Sequence[State], initial: State, weights: Sequence[float], scale: float
+) -> dict[str, Tensor]:
+    """Return θ_0 + scale · N Σ_i β_i (θ_i − θ_0), in the experts' types; see `TaskArithmetic`."""
+    merged = {}
+    for key, start in initial.items():
+        origin = start.double()
+        step = weighted_mean(experts, weights, key) - origin
+        merged[key] = (origin + scale * len(weights) * step).to(experts[0][key].dtype)
+    return merged
+
+
+def ties(
+    experts: Sequence[State], initial: State, weights: Sequence[float], keep: float, scale: float
+) -> dict[str, Tensor]:
+    """Return the trimmed, elected and merged task vectors on top of θ_0, in the experts' types; see `Ties`."""
+    thresholds = [_trim_threshold(expert, initial, keep) for expert in experts]
+    merged = {}
+    for key, start in initial.items():
+        steps = torch.stack([expert[key].double() - start.double() for expert in experts])
+        limits = steps.new_tensor(thresholds).reshape(-1, *[1] * start.ndim)
+        shares = steps.new_tensor(weights).reshape(limits.shape)
+        steps = torch.where(steps.abs() >= limits, steps, torch.zeros_like(steps))
+        elected = (shares * steps).sum(0).sign()
+        agreeing = shares * ((steps.sign() == elected) & (elected != 0))
+        share = agreeing.sum(0)
+        step = (agreeing * steps).sum(0) / torch.where(share > 0, share, torch.ones_like(share))
+        merged[key] = (start.double() + scale * step).to(experts[0][key].dtype)
+    return merged
+
+
+def _checked_initial(experts: Experts) -> State:
+    initial = experts.initial_parameters
+    check_same_layout([experts.parameters[0], initial], ["expert 0", "the shared initialisation"])
+    check_finite(initial, "the shared initialisation")
+    return initial
 
 
 def _trim_threshold(expert: State, initial: State, keep: float) -> float:

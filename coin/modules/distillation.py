@@ -1,5 +1,8 @@
-"""The ensemble-distillation baseline: a coded model trained on the experts' weighted outputs."""
+"""Coded models that are trained on the experts' weighted outputs: the ensemble-distillation baseline, and its kin."""
 
+from collections.abc import Sequence
+from copy import deepcopy
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -8,52 +11,70 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Adam
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 from coin.choices import chosen
 from coin.data import Augmentation
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
+from coin.merging import Average, CodedModel, Experts, HeadFit, Method
 from coin.merging.method import check_label, check_row
 from coin.modules.axes import plot_against_epochs
+from coin.modules.expert import Schedule
 from coin.networks import (
     BatchNormPolicy,
-    average_buffers,
     build_network,
+    check_head,
+    features_and_logits,
     fill_network,
     full_precision,
+    head_name,
     load_network,
     widen_network,
 )
-from coin.state import weighted_sum
 
 
-class Distillation(LightningModule):
+class Start(StrEnum):
+    """Where distillation starts: at the ``average`` of the experts, or at that with its head fitted, ``head_fit``."""
+
+    average = "average"
+    head_fit = "head_fit"
+
+
+_STARTS = {Start.average: Average, Start.head_fit: HeadFit}
+
+
+class Distillation(LightningModule, Method):
     """A network trained without labels on ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖² over calibration data.
 
-    It starts from the β-average of the experts and stays in eval mode throughout: BatchNorm keeps the β-average of
-    the experts' running statistics (policy ``keep``) and dropout is off, since the outputs to be met are those of
-    eval mode. Its data is a `coin.data.Tasks`.
+    It starts from a merge in closed form and stays in eval mode throughout: BatchNorm keeps the start's running
+    statistics (policy ``keep``) and dropout is off, since the outputs to be met are those of eval mode. Its data is a
+    `coin.data.Tasks`. With an `augmentation` every epoch sees other views of the samples, and the experts answer to
+    each of them; the samples that choices are made on are never augmented.
 
-    With an `augmentation` every epoch sees other views of the samples, and the experts answer to each of them; the
-    samples that the choices are made on are never augmented.
+    An experiment names it among its methods and fills in `experts` and `code_row`. With `lr` left open, learning rate
+    and number of steps are chosen by the loss on held-out calibration samples, and the final run is on all of them; all
+    of that counts as the method's cost. See `coin.experiment.distillation`.
 
-    An experiment names it among its methods and fills in `experts` and `code_row`; with `lr` left open, the learning
-    rate and the number of steps are those of the lowest loss on held-out calibration samples, over `learning_rates`
-    and some ten points of `steps`, and the final run is on all of them. All of that counts as the method's cost.
+    The defaults are those of a fair baseline. The older, plain recipe is ``start: average, augmentation: none,
+    schedule: constant``.
 
     Source: the baseline of arXiv 2409.01420, after Lin et al., *Ensemble Distillation for Robust Model Fusion in
-    Federated Learning*, NeurIPS 2020.
+    Federated Learning*, NeurIPS 2020; the schedule: Smith and Topin, *Super-convergence* (2018).
 
     Args:
         experts: The experts' safetensors files.
         code_row: β, one weight an expert, non-negative and summing to 1.
-        lr: Adam's learning rate; none has it chosen from `learning_rates`.
-        learning_rates: What to choose from.
-        steps: The number of optimiser steps (the most, where they are chosen).
+        lr: Adam's (largest) learning rate; none has it and the number of steps chosen.
+        learning_rates: Rising; what the choice begins with.
+        steps: The number of optimiser steps; where it is chosen, what the choice begins with, or with a constant
+            learning rate the most.
         batch_size: Samples a step and process.
         held_out: The share of the calibration samples held out to choose on.
         samples_per_task: P, at least 1; none takes the experiment's.
         augmentation: What happens to the samples in training: ``none``, ``crop``, ``crop_flip`` or ``shift``.
+        schedule: The learning rate's course: ``one_cycle`` or ``constant``.
+        start: ``average`` or ``head_fit``.
         label: What results and files call this variant.
 
     Raises:
@@ -61,6 +82,7 @@ class Distillation(LightningModule):
     """
 
     name = "distillation"
+    is_trained = True
     batchnorm = BatchNormPolicy.keep
 
     def __init__(
@@ -69,25 +91,31 @@ class Distillation(LightningModule):
         code_row: list[float] | None = None,
         lr: float | None = None,
         learning_rates: list[float] | None = None,
-        steps: int = 300,
+        steps: int = 150,
         batch_size: int = 64,
         held_out: float = 0.2,
         samples_per_task: int | None = None,
-        augmentation: Augmentation = Augmentation.none,
+        augmentation: Augmentation = Augmentation.shift,
+        schedule: Schedule = Schedule.one_cycle,
+        start: Start = Start.head_fit,
         label: str | None = None,
     ) -> None:
         super().__init__()
-        rates = [3e-4, 1e-3] if learning_rates is None else learning_rates
+        rates = [3e-4, 1e-3, 3e-3] if learning_rates is None else learning_rates
         if not rates or not all(0 < rate < float("inf") for rate in [*rates, *([] if lr is None else [lr])]):
             raise ConfigurationError(f"found learning rates {rates} and lr={lr}, expected positive numbers")
+        if rates != sorted(set(rates)):
+            raise ConfigurationError(f"found learning rates {rates}, expected rising ones")
         if steps < 1 or batch_size < 2:
             raise ConfigurationError(f"found steps={steps}, batch_size={batch_size}, expected at least 1 and 2")
         if samples_per_task is not None and samples_per_task < 1:
             raise ConfigurationError(f"found samples_per_task={samples_per_task}, expected at least 1, or none")
         if not 0 < held_out < 1:
             raise ConfigurationError(f"found held_out={held_out}, expected a share above 0 and below 1")
-        chosen(Augmentation, "augmentation", augmentation)
-        # Given by name: within LightningCLI, Lightning would take the command's own model options instead.
+        if chosen(Schedule, "schedule", schedule) is Schedule.cosine:
+            raise ConfigurationError("found schedule=cosine, expected one_cycle or constant")
+        # Given by name and as plain values: within LightningCLI, Lightning would take the command's own model options
+        # instead, and a checkpoint must hold nothing that weights_only refuses.
         self.save_hyperparameters(
             {
                 "experts": experts,
@@ -98,20 +126,35 @@ class Distillation(LightningModule):
                 "batch_size": batch_size,
                 "held_out": held_out,
                 "samples_per_task": samples_per_task,
-                "augmentation": str(augmentation),
+                "augmentation": str(chosen(Augmentation, "augmentation", augmentation)),
+                "schedule": str(schedule),
+                "start": str(chosen(Start, "start", start)),
                 "label": label,
             }
         )
         self.label = check_label(self.name if label is None else label)
+        self.samples_per_task = samples_per_task
+        self.augmentation = str(augmentation)
         self.steps = steps
         self.student: nn.Module | None = None
         self.teachers = nn.ModuleList()
         self.passes = 0.0
         self.losses: list[float] = []
+        self.begun: dict[str, Tensor] | None = None
+        """The student's tensors at the start, where they are known already; made when training starts otherwise."""
         self._outputs: Tensor | None = None
 
+    def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
+        """Train the coded model of one row of the code; see `coin.merging.Method.make`."""
+        if experts.train is None:
+            raise ConfigurationError(
+                f"found no Trainer for method '{self.label}', which trains; use it in coin run, coin merge or coin fit"
+            )
+        made: CodedModel = experts.train(self, experts, row)
+        return made
+
     def configure_model(self) -> None:
-        """Read the experts and build their β-average."""
+        """Read the experts, and build a student whose weights the start of training replaces."""
         if self.student is not None:
             return
         paths, row = self.hparams["experts"], self.hparams["code_row"]
@@ -122,15 +165,9 @@ class Distillation(LightningModule):
         check_row(row, len(paths))
         files = [load_network(Path(path)) for path in paths]
         outputs = max(file.num_classes for file in files)
-        networks = [widen_network(file, outputs).requires_grad_(False) for file in files]
-        parameters = weighted_sum([dict(network.named_parameters()) for network in networks], row)
-        buffers = average_buffers([dict(network.named_buffers()) for network in networks], row)
+        self.teachers = nn.ModuleList([widen_network(file, outputs).requires_grad_(False) for file in files])
         student = build_network(files[0].config, outputs)
-        fill_network(
-            student, {**parameters, **{k: v for k, v in buffers.items() if k in student.state_dict()}}, "the average"
-        )
         self.student = student.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        self.teachers = nn.ModuleList(networks)
 
     def setup(self, stage: str) -> None:
         """Have the data augmented as the options say."""
@@ -146,15 +183,35 @@ class Distillation(LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Choose the axes of the metrics, and run the experts over training samples that never change once."""
+        """Choose the axes of the metrics, set the student to its start unless a checkpoint has, and run the experts.
+
+        They run over training samples that never change once.
+        """
         plot_against_epochs(self, ["train/loss", "val/loss"])
+        if fresh := self.trainer.ckpt_path is None:
+            self._begin()
         if self.hparams["augmentation"] != Augmentation.none:
             return
         calibration = self._data().training_calibration()
         with torch.no_grad():
             self._outputs = torch.cat([self.expert_outputs(batch.to(self.device)) for batch in calibration], dim=1)
-        if self.trainer.ckpt_path is None:  # a method's cost is the same however often its training is interrupted
+        if fresh:  # a method's cost is the same however often its training is interrupted
             self.passes += calibration.num_samples * len(self.teachers)
+
+    def _begin(self) -> None:
+        assert self.student is not None
+        if self.begun is None:
+            samples = self._data().training_calibration()
+            tasks = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(len(samples.parts))]
+            own = [[batch.to(self.device) for batch in task] for task in tasks]
+            experts = Experts(list(self.teachers), calibration=own)
+            start = _STARTS[Start(self.hparams["start"])]().make(experts, self.hparams["code_row"])
+            self.begun = start.network.state_dict()
+            self.passes += experts.passes
+            if self.trainer.world_size > 1:  # all processes must start alike, to the last bit
+                here = {name: tensor.cpu() for name, tensor in self.begun.items()}
+                self.begun = self.trainer.strategy.broadcast(here)
+        fill_network(self.student, self.begun, f"the start of {self.name}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the training has cost so far, and the held-out losses."""
@@ -195,15 +252,24 @@ class Distillation(LightningModule):
         if not self.trainer.sanity_checking:
             self.losses.append(float(self.trainer.callback_metrics["val/loss"]))
 
-    def configure_optimizers(self) -> Adam | OptimizerLRSchedulerConfig:
-        """Return Adam over the coded model's parameters alone."""
-        return self._adam()
-
-    def _adam(self) -> Adam:
-        assert self.student is not None
-        if self.hparams["lr"] is None:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return Adam over what is trained, and the schedule, which moves with every step."""
+        if (lr := self.hparams["lr"]) is None:
             raise ConfigurationError("found no lr; give one, or let 'coin merge' or 'coin run' choose it")
-        return Adam(self.student.parameters(), self.hparams["lr"])
+        optimizer = Adam(self._trained(), lr)
+        scheduler: LRScheduler = ConstantLR(optimizer, factor=1.0, total_iters=0)
+        if self.hparams["schedule"] == Schedule.one_cycle:
+            # A rise of exactly one step has no length, which OneCycleLR divides by; so it is a little longer.
+            steps = self.hparams["steps"]
+            rise = 0.1 if 0.1 * steps != 1 else 0.11
+            scheduler = _OneCycle(
+                optimizer, lr, total_steps=steps, pct_start=rise, anneal_strategy="linear", cycle_momentum=False
+            )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _trained(self) -> list[nn.Parameter]:
+        assert self.student is not None
+        return list(self.student.parameters())
 
     def _training_outputs(self, positions: Tensor, inputs: Tensor) -> Tensor:
         """Return the experts' logits ``[N, B, C]`` for a training batch, and count what the step costs."""
@@ -226,3 +292,99 @@ class Distillation(LightningModule):
         if not isinstance(data, Tasks):
             raise ConfigurationError(f"found data of {type(data).__name__}, expected Tasks; set data.class_path: Tasks")
         return data
+
+
+class ReadoutDistillation(Distillation):
+    """Distillation that also asks for features from which every expert's own answer can be read.
+
+    The decoder `feature_ridge` needs from the coded network, on samples of task j, features φ from which f_j can be
+    read linearly; it needs Σ_i β_i f_i only as far as the linear decoder does. So the loss is
+
+        ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖² + w · ½ E_j E_{x∈T_j}‖R_j φ_θ(x) − f_j(x)‖²
+
+    with one affine readout R_j a task, which starts as expert j's head, is trained along, and is thrown away: the
+    decoder fits its own. It is told which task a calibration sample is from, and no label. By default
+    nothing is chosen per run.
+
+    Source: the loss is this project's. Readouts beside a distilled network: Romero et al., *FitNets* (ICLR 2015).
+
+    Args:
+        experts: The experts' safetensors files.
+        code_row: β.
+        lr: The schedule's largest learning rate; none has it and the number of steps chosen.
+        steps: The number of optimiser steps.
+        readout_weight: w, at least 0; 0 leaves a distillation of fixed learning rate and steps.
+        **options: Of `Distillation`: ``batch_size``, ``samples_per_task``, ``augmentation``,
+            ``learning_rates``, ``held_out``, ``schedule``, ``start``, ``label``.
+
+    Raises:
+        ConfigurationError: An option is out of its range.
+    """
+
+    name = "readout_distillation"
+
+    def __init__(
+        self,
+        experts: list[str] | None = None,
+        code_row: list[float] | None = None,
+        lr: float | None = 1e-3,
+        steps: int = 100,
+        readout_weight: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(experts, code_row, lr=lr, steps=steps, **options)
+        if not 0 <= readout_weight < float("inf"):
+            raise ConfigurationError(f"found readout_weight={readout_weight}, expected a number of at least 0")
+        self.save_hyperparameters({"readout_weight": readout_weight})
+        self.readouts = nn.ModuleList()
+
+    def configure_model(self) -> None:
+        """Read the experts, and copy their heads as the first readouts."""
+        if self.student is None:
+            super().configure_model()
+            self.readouts = nn.ModuleList([self._readout(network) for network in self.teachers])
+
+    def on_fit_start(self) -> None:
+        """Note which task each training sample is from, and start."""
+        super().on_fit_start()
+        plot_against_epochs(self, ["train/readout_loss"])
+        self._parts = self._data().training_calibration().part.to(self.device)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the coding loss plus the weighted readout loss of one batch of positions and inputs."""
+        positions, inputs = batch
+        outputs = self._training_outputs(positions, inputs)
+        assert self.student is not None
+        features, logits = features_and_logits(self.student, inputs)
+        if batch_idx == 0:
+            check_head(self.student, features.detach(), logits.detach())
+        loss = self._coding_loss(logits, self.target(outputs), "train")
+        parts = self._parts[positions]
+        read = torch.stack([readout(features) for readout in self.readouts])
+        own = torch.arange(len(parts), device=parts.device)
+        errors = full_precision(read[parts, own]) - full_precision(outputs[parts, own])
+        readout_loss = 0.5 * errors.square().sum(1).mean()
+        self.log("train/readout_loss", readout_loss, on_step=False, on_epoch=True, batch_size=len(own), sync_dist=True)
+        total: Tensor = loss + self.hparams["readout_weight"] * readout_loss
+        return total
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [*super()._trained(), *self.readouts.parameters()]
+
+    def _readout(self, network: nn.Module) -> nn.Linear:
+        """Return a copy of a network's head."""
+        name = head_name(network)
+        head = network.get_submodule(name)
+        if not isinstance(head, nn.Linear) or head.bias is None:
+            raise ConfigurationError(
+                f"method '{self.label}' needs a fully connected head with a bias, found {type(head).__name__} in "
+                f"'{name}'; leave the method out for this network"
+            )
+        return deepcopy(head).requires_grad_(True)
+
+
+class _OneCycle(OneCycleLR):
+    """One cycle, and after its last step the learning rate that it ended with."""
+
+    def get_lr(self) -> list[float | Tensor]:
+        return self.get_last_lr() if self.last_epoch >= self.total_steps else super().get_lr()

@@ -1,7 +1,6 @@
 """A pass over calibration data as a Lightning prediction run, so that it uses any number of devices."""
 
 import time
-from enum import StrEnum
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -17,13 +16,7 @@ from coin.statistics import (
     reduce_sums,
     shard,
 )
-
-
-class StatisticKind(StrEnum):
-    """What a pass computes: the ``fisher`` diagonal, or the ``gram`` matrices of all layers' inputs."""
-
-    fisher = "fisher"
-    gram = "gram"
+from coin.statistics.statistic import StatisticKind
 
 
 class StatisticPass(LightningModule):

@@ -14,10 +14,17 @@ from coin.networks.files import (
     save_network,
     widen_network,
 )
-from coin.networks.heads import features_and_logits, head_name, pad_head, pad_logits, padded_rows, replace_head
-from coin.networks.precision import full_precision
+from coin.networks.heads import (
+    check_head,
+    features_and_logits,
+    head_name,
+    pad_head,
+    pad_logits,
+    padded_rows,
+    replace_head,
+)
 from coin.networks.registry import NetworkConfig, build_network, network_names
-from coin.networks.runs import Run, common_widths, run_network
+from coin.networks.runs import Run, common_widths, full_precision, run_network
 from coin.networks.stages import stage_names, stages_and_logits
 
 __all__ = [
@@ -29,6 +36,7 @@ __all__ = [
     "average_buffers",
     "brought_network",
     "build_network",
+    "check_head",
     "check_layout",
     "common_widths",
     "features_and_logits",

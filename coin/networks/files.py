@@ -57,10 +57,21 @@ def save_network(
     """Write a network's parameters and buffers with its architecture and its provenance.
 
     Raises:
-        StateError: A tensor is not finite.
+        StateError: A parameter is not finite, or a buffer holds a NaN.
         FileError: The file cannot be written.
     """
-    save_state(path, network.state_dict(), {**provenance, "network": asdict(config), "num_classes": num_classes})
+    infinite = infinite_buffers(network)
+    described = {**provenance, "network": asdict(config), "num_classes": num_classes}
+    save_state(path, network.state_dict(), described | ({"infinite": infinite} if infinite else {}), infinite)
+
+
+def infinite_buffers(network: nn.Module) -> list[str]:
+    """Return the names of a network's buffers that hold infinities, as a causal mask does."""
+    return [
+        name
+        for name, buffer in network.named_buffers()
+        if (buffer.is_floating_point() or buffer.is_complex()) and bool(torch.isinf(buffer).any())
+    ]
 
 
 def open_network(path: Path) -> NetworkState:
@@ -72,7 +83,8 @@ def open_network(path: Path) -> NetworkState:
     """
     state = StateFile(path)
     provenance = state.provenance
-    check_finite(state, f"the network in '{path}'")
+    infinite = provenance.get("infinite", [])
+    check_finite(state, f"the network in '{path}'", infinite if isinstance(infinite, list) else ())
     config, num_classes = _described(path, provenance)
     _check_size(path, config, num_classes, state.shapes())
     return NetworkState(state, config, num_classes, provenance)
@@ -241,7 +253,7 @@ def _filled(
     """Build a network with a file's weights, with the seed's head where `fresh_head` and the file's does not fit."""
     network = build_network(replace(config, weights=None), num_classes, seed=seed)
     state = read_weights(path)
-    check_finite(state, f"the network in '{path}'")
+    check_finite(state, f"the network in '{path}'", {name for name, _ in network.named_buffers()})
     if fresh_head:
         own = network.state_dict()
         head = head_name(network)

@@ -1,4 +1,4 @@
-"""The classifier head of any network: found by name, replaced, padded, and read together with its input."""
+"""The classifier head of any network: found by name, checked, replaced, padded, and read together with its input."""
 
 from collections.abc import Mapping
 
@@ -17,15 +17,18 @@ def head_name(network: nn.Module) -> str:
     last `nn.Conv2d`. A network whose head is elsewhere names it itself in an attribute ``head_name: str``.
 
     Raises:
-        StateError: The network has neither.
+        StateError: The network has neither, or names a layer that it does not have.
     """
+    layers: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
     own = getattr(network, "head_name", None)
     if isinstance(own, str):
+        if own not in layers:
+            raise StateError(f"found head_name '{own}', expected a layer of {type(network).__name__}; name one")
         return own
     for kind in (nn.Linear, nn.Conv2d):
-        names = [name for name, module in network.named_modules() if isinstance(module, kind)]
+        names = [name for name, layer in layers.items() if isinstance(layer, kind)]
         if names:
-            return str(names[-1])
+            return names[-1]
     raise StateError(
         f"found no Linear or Conv2d layer in {type(network).__name__}, expected a classifier head; "
         "name it in an attribute 'head_name'"
@@ -53,10 +56,15 @@ def replace_head(network: nn.Module, num_classes: int) -> None:
         network.num_classes = num_classes  # type: ignore[assignment]
 
 
-def pad_head(
+def pad_head(state: State, head: str, num_outputs: int) -> dict[str, Tensor]:
+    """Return `state` with the head's rows padded by zeros to `num_outputs`; see `padded_rows`."""
+    return {**state, **padded_rows(state, head, num_outputs)}
+
+
+def padded_rows(
     state: State, head: str, num_outputs: int, *, fill: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return `state` with the head's rows padded to `num_outputs`, so that tasks of unequal class counts merge.
+    """Return the head's tensors padded to `num_outputs` rows, so that tasks of unequal class counts merge.
 
     Args:
         state: A network's tensors, or a statistic with the same names.
@@ -64,16 +72,12 @@ def pad_head(
         num_outputs: The number of rows after padding.
         fill: The value of a padded row, by tensor name; zeros where absent (a padded logit is then zero).
 
+    Returns:
+        The padded tensors alone; none where the head is wide enough.
+
     Raises:
         StateError: The head already has more rows.
     """
-    return {**state, **padded_rows(state, head, num_outputs, fill=fill)}
-
-
-def padded_rows(
-    state: State, head: str, num_outputs: int, *, fill: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Return the tensors alone that `pad_head` replaces; none where the head is wide enough."""
     padded = {}
     for key in (f"{head}.weight", f"{head}.bias"):
         if key not in state:
@@ -111,23 +115,70 @@ def features_and_logits(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Ten
 
     Returns:
         The features ``[B, F]``, which are the head's input (averaged over positions where it has any), and the
-        logits ``[B, C]``.
+        logits ``[B, C]``. Whether these are the head of those is for `check_head` to say.
+
+    Raises:
+        StateError: The network has no head, or its head did not run exactly once.
     """
+    head = network.get_submodule(head_name(network))
     captured: list[Tensor] = []
 
     def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         captured.append(arguments[0])
 
-    handle = network.get_submodule(head_name(network)).register_forward_pre_hook(keep)
-    try:
+    with head.register_forward_pre_hook(keep):
         logits = network(inputs)
-    finally:
-        handle.remove()
     if len(captured) != 1:
         raise StateError(f"the head of {type(network).__name__} ran {len(captured)} times in one pass, expected once")
     features = captured[0]
-    if isinstance(network.get_submodule(head_name(network)), nn.Conv2d):
+    if isinstance(head, nn.Conv2d):
         features = features.flatten(2).mean(2)
     elif features.ndim > 2:
         features = features.flatten(1, -2).mean(1)
     return features, logits
+
+
+_TOLERANCES = {torch.float64: 2.0**-30, torch.float32: 2.0**-8, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
+"""How far logits of a type may be from the head's, in the size of the sum's terms: four times the type's precision, for
+float32 that of TF32, in which GPUs compute it. Float64 has no such short cut; its room is for long sums."""
+
+
+@torch.no_grad()
+def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
+    """Refuse a network whose logits are not W φ + b, with (W, b) its head and φ the head's input.
+
+    Methods that fit a head or start from one assume so. A temperature, a softmax or a normalisation of the weights
+    breaks it, and so does a head that runs at every position when a nonlinearity stands between it and the average;
+    the average itself does not, since the head is affine. Every logit is compared, in float64, in units of
+    |Wφ + b| + √(Σ_k (W_k φ_k)² + b²), in which rounding errors grow whatever cancels.
+
+    Args:
+        network: Any network with a head that `head_name` finds, a Linear or a Conv2d layer of 1×1.
+        features: φ ``[B, F]``, as `features_and_logits` returns it.
+        logits: ``[B, C]`` of the same pass, in the type that the network gave them.
+
+    Raises:
+        StateError: They are not, or the head is no such layer.
+    """
+    name = head_name(network)
+    head = network.get_submodule(name)
+    found = ""
+    if isinstance(head, nn.Linear | nn.Conv2d):
+        weight, inputs = head.weight.flatten(1).double(), features.double()
+        bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.double()
+        if inputs.shape[1:] != weight.shape[1:] or logits.shape != (len(inputs), len(weight)):
+            found = f" (found logits {list(logits.shape)} and inputs {list(inputs.shape)} for {list(weight.shape)})"
+        else:
+            read = F.linear(inputs, weight, bias)
+            size = read.abs() + F.linear(inputs.square(), weight.square(), bias.square()).sqrt()
+            types = {features.dtype, logits.dtype, head.weight.dtype}
+            if torch.float32 in types and torch.get_float32_matmul_precision() == "medium":
+                types.add(torch.bfloat16)
+            difference = (logits.double() - read).abs()
+            if bool((difference <= max(_TOLERANCES[each] for each in types) * size).all()):
+                return
+            found = f" (found a difference of {float(difference.max()):.3g})"
+    raise StateError(
+        f"the logits of {type(network).__name__} are not its head '{name}' ({type(head).__name__}) of the head's "
+        f"input{found}; name the layer that gives the logits in an attribute 'head_name', or leave the method out"
+    )

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from coin.errors import ConfigurationError
 from coin.networks.heads import features_and_logits
-from coin.networks.precision import full_precision
 from coin.networks.stages import stages_and_logits
 
 
@@ -29,6 +29,11 @@ def run_network(network: nn.Module, inputs: Tensor, features: bool, stages: bool
         logits = network(inputs)
         found = Run(logits[:, :0], logits)
     return found._replace(features=full_precision(found.features), logits=full_precision(found.logits))
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """Return values that autocast left in 16 bits as float32, in which answers are compared, and others as they are."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 def common_widths(runs: Sequence[Run]) -> tuple[int, ...] | None:

@@ -1,6 +1,7 @@
 """The stages of any network: where they end, and their pooled features from one forward pass."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 
 import torch
@@ -57,21 +58,15 @@ def stages_and_logits(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tenso
     Raises:
         StateError: A stage did not run exactly once, or its output is no map, sequence or vector.
     """
-    names = stage_names(network)[:-1]
-    pooled: dict[str, list[Tensor]] = {name: [] for name in names}
-    handles = []
-    for name in names:
-        stage = network.get_submodule(name)
+    pooled: dict[str, list[Tensor]] = {name: [] for name in stage_names(network)[:-1]}
+    with ExitStack() as hooks:
+        for name in pooled:
 
-        def keep(module: nn.Module, _: tuple[Tensor, ...], output: object, name: str = name) -> None:
-            pooled[name].append(_pooled(name, module, output))
+            def keep(module: nn.Module, _: tuple[Tensor, ...], output: object, name: str = name) -> None:
+                pooled[name].append(_pooled(name, module, output))
 
-        handles.append(stage.register_forward_hook(keep))
-    try:
+            hooks.enter_context(network.get_submodule(name).register_forward_hook(keep))
         last, logits = features_and_logits(network, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, outputs in pooled.items():
         if len(outputs) != 1:
             raise StateError(

@@ -15,7 +15,6 @@ from coin.coding import (
     distinct_decoders,
     fit_projection,
     make_decoder,
-    project_answers,
 )
 from coin.errors import ConfigurationError, DecodingError, NumericalError
 
@@ -55,6 +54,15 @@ def one_stage(answers, part=slice(-WIDTHS[-1], None)):
     )
 
 
+def projected(answers, experts, coded):
+    """The answers with every network's features reduced by its own projection."""
+    return dataclasses.replace(
+        answers,
+        expert_features=[project(feature) for project, feature in zip(experts, answers.expert_features, strict=True)],
+        coded_features=[project(feature) for project, feature in zip(coded, answers.coded_features, strict=True)],
+    )
+
+
 def decoded(config, calibration, test, erased=(1,), code=CODE):
     return make_decoder(config, code, erased).fit(calibration).decode(test)
 
@@ -85,7 +93,7 @@ def test_a_decoder_is_named_after_its_kind_and_what_differs(options, name):
     config = DecoderConfig.of(options)
     assert config.name == name
     decoder = make_decoder(config, CODE, [0])
-    assert (decoder.name, decoder.kind) == (name, DecoderKind(options["kind"]))
+    assert (decoder.name, decoder.config.kind) == (name, DecoderKind(options["kind"]))
     assert make_decoder(options["kind"], CODE, [0]).name == options["kind"]
 
 
@@ -99,7 +107,7 @@ def test_plain_words_become_members():
 
 
 REFUSED = [
-    ({"kind": "cubic"}, "found decoder 'cubic', expected one of linear, ridge, feature_ridge"),
+    ({"kind": "cubic"}, "found decoder='cubic', expected one of linear, ridge, feature_ridge"),
     ({"kind": "ridge", "features": "stages"}, "found features=stages for ridge, expected feature_ridge"),
     ({"kind": "linear", "components": 4}, "found components=4 for linear, expected feature_ridge"),
     ({"kind": "linear", "fitted_on": "own"}, "found fitted_on=own for linear, expected ridge or feature_ridge"),
@@ -107,8 +115,8 @@ REFUSED = [
     ({"kind": "feature_ridge", "components": 0}, "found components=0, expected a whole number of at least 1"),
     ({"kind": "feature_ridge", "components": True}, "found components=True"),
     ({"kind": "feature_ridge", "components": 2.5}, "found components=2.5"),
-    ({"kind": "feature_ridge", "features": "first"}, "found features 'first', expected one of last, stages"),
-    ({"kind": "ridge", "fitted_on": "others"}, "found fitted_on 'others', expected one of all, own"),
+    ({"kind": "feature_ridge", "features": "first"}, "found features='first', expected one of last, stages"),
+    ({"kind": "ridge", "fitted_on": "others"}, "found fitted_on='others', expected one of all, own"),
     ({"kind": "feature_ridge", "depth": 3}, "found option 'depth' of a decoder, expected kind, features"),
     ({"components": 3}, "without kind, expected one of linear, ridge, feature_ridge"),
 ]
@@ -215,9 +223,7 @@ def test_components_of_one_stage_are_those_of_projected_answers(kind):
         return [fit_projection(feature, 3, kind) for feature in features]
 
     experts, coded = projections(calibration.expert_features), projections(calibration.coded_features)
-    expected = decoded(
-        "feature_ridge", project_answers(calibration, experts, coded), project_answers(test, experts, coded)
-    )
+    expected = decoded("feature_ridge", projected(calibration, experts, coded), projected(test, experts, coded))
     found = decoded(DecoderConfig("feature_ridge", components=3, projection=kind), calibration, test)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
@@ -233,10 +239,18 @@ def test_random_components_do_not_depend_on_the_state_of_the_generator():
     assert (first - principal).abs().max() > 1e-3
 
 
-def test_features_of_another_width_are_named():
-    calibration, test = one_stage(noisy_answers(60, 1)), one_stage(noisy_answers(9, 2), slice(0, 4))
-    with pytest.raises(DecodingError, match="found 4 features, the decoder was fitted on 5; fit it on answers of"):
-        decoded(DecoderConfig("feature_ridge", components=2), calibration, test)
+@pytest.mark.parametrize("components", [None, 2])
+def test_answers_of_other_servers_are_refused(components):
+    calibration, test = one_stage(noisy_answers(60, 1)), noisy_answers(9, 2)
+    for other, found in (
+        (one_stage(test, slice(0, 4)), r"\[\[6\], \[4\], \[4\], \[4\]\]"),
+        (one_stage(test).without_coded(), r"\[\[4\], \[5\], \[5\]\]"),
+    ):
+        message = (
+            rf"found answers of widths {found}, the decoder was fitted on \[\[6\], \[5\], .*; fit it on answers of"
+        )
+        with pytest.raises(DecodingError, match=message):
+            decoded(DecoderConfig("feature_ridge", components=components), calibration, other)
 
 
 # Own samples
@@ -274,8 +288,7 @@ def test_a_server_reduces_its_features_alike_whoever_is_lost():
     mixed = dataclasses.replace(calibration, tasks=torch.arange(90) % 3)
     projections = [fit_projection(one_stage(mixed).expert_features[i], 3, "principal") for i in range(3)]
     coded = [fit_projection(one_stage(mixed).coded_features[0], 3, "principal")]
-    reduced = project_answers(one_stage(mixed), projections, coded)
-    assert torch.equal(reduced.tasks, mixed.tasks)
+    reduced = projected(one_stage(mixed), projections, coded)
     expected = decoded(DecoderConfig("feature_ridge", fitted_on="own"), reduced, reduced)
     torch.testing.assert_close(decoded(config, mixed, mixed), expected, rtol=1e-9, atol=1e-9)
 

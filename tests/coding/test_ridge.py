@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from coin.coding.ridge import RIDGE_EXPONENTS, fit_ridge
-from coin.errors import NumericalError
+from coin.coding.ridge import RIDGE_EXPONENTS, fit_blocks, fit_projection, fit_ridge, thin_svd
+from coin.errors import ConfigurationError, NumericalError
 
 
 def problem(samples, width, targets=4, seed=0):
@@ -59,11 +59,12 @@ def test_each_group_of_targets_gets_its_own_best_ridge():
         torch.testing.assert_close(fit.coefficients[:, columns], alone.coefficients)
 
 
-@pytest.mark.parametrize(("samples", "width"), [(40, 5), (10, 60)])
-def test_dual_and_primal_give_the_same_map(samples, width):
-    x, y = problem(samples, width)
+@pytest.mark.parametrize(("samples", "width", "seed"), [(40, 5, 0), (10, 60, 2)])
+def test_dual_and_primal_give_the_same_map(samples, width, seed):
+    x, y = problem(samples, width, seed=seed)
     fit = fit_ridge(x, y)
     ridge = fit.ridges[0]
+    assert RIDGE_EXPONENTS[int(fit.leave_one_out.argmin())] >= -4  # below, the references lose too many digits
     mean_x, mean_y, coefficients = primal(x, y, ridge)
     centred = x - mean_x
     dual = centred.T @ torch.linalg.solve(centred @ centred.T + ridge * torch.eye(samples).double(), y - mean_y)
@@ -95,3 +96,74 @@ def test_a_value_that_is_not_finite_is_an_error():
     y[3, 1] = float("inf")
     with pytest.raises(NumericalError, match="targets of the decoder"):
         fit_ridge(x, y)
+
+
+def test_blocks_are_divided_by_their_scales_and_the_map_is_of_the_blocks_as_they_are():
+    x, y = problem(30, 6)
+    blocks, targets = [1000 * x[:, :2], 0.01 * x[:, 2:]], torch.stack([y[:, :2], y[:, 2:]])
+    fit = fit_blocks(blocks, targets)
+    scales = [float((block - block.mean(0)).square().mean().sqrt()) for block in blocks]
+    divided = torch.cat([block / scale for block, scale in zip(blocks, scales, strict=True)], 1)
+    reference = fit_ridge(divided, y, groups=2)
+    torch.testing.assert_close(fit.ridges, reference.ridges)
+    torch.testing.assert_close(fit(torch.cat(blocks, 1)), reference(divided), rtol=1e-10, atol=1e-10)
+
+
+# Projections
+
+
+def features(samples=30, width=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.linspace(5, 0.1, width, dtype=torch.float64)
+    return torch.randn(samples, width, generator=generator, dtype=torch.float64) * spread + 3
+
+
+@pytest.mark.parametrize("kind", ["principal", "random"])
+def test_directions_are_orthonormal(kind):
+    projection = fit_projection(features(), 5, kind)
+    torch.testing.assert_close(projection.directions.T @ projection.directions, torch.eye(5, dtype=torch.float64))
+    assert projection(features().float()).dtype == torch.float32
+
+
+def test_principal_keeps_the_most_variance():
+    x = features()
+    kept = {kind: float(fit_projection(x, 3, kind)(x).var(0).sum()) for kind in ("principal", "random")}
+    best = torch.linalg.eigvalsh(x.T.cov())[-3:].sum()
+    assert kept["principal"] == pytest.approx(float(best))
+    assert kept["random"] < kept["principal"]
+
+
+@pytest.mark.parametrize("kind", ["principal", "random"])
+def test_all_components_lose_nothing(kind):
+    x = features()
+    projection = fit_projection(x, 99, kind)
+    torch.testing.assert_close(projection(x) @ projection.directions.T + projection.mean, x)
+
+
+def test_projection_options_are_checked():
+    with pytest.raises(ConfigurationError, match="0 components"):
+        fit_projection(features(), 0, "random")
+    with pytest.raises(ConfigurationError, match="expected one of principal, random"):
+        fit_projection(features(), 2, "best")
+
+
+# Decompositions
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (40, 5), (7, 7), (3, 4)])
+def test_a_matrix_is_put_together_again(shape):
+    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u, s, vt = thin_svd(matrix)
+    least = min(shape)
+    assert u.shape == (shape[0], least)
+    assert vt.shape == (least, shape[1])
+    torch.testing.assert_close(u @ (s[:, None] * vt), matrix, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(s, torch.linalg.svdvals(matrix), rtol=1e-12, atol=1e-12)
+    for columns in (u, vt.T):
+        torch.testing.assert_close(columns.T @ columns, torch.eye(least, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_a_matrix_of_lower_rank_keeps_its_zero_singular_values():
+    matrix = torch.outer(torch.arange(3.0, dtype=torch.float64), torch.arange(9.0, dtype=torch.float64))
+    s = thin_svd(matrix)[1]
+    assert float(s[1:].max()) < 1e-12 * float(s[0])

@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused(inputs):
         coded.decode(inputs)
     with pytest.raises(DecodingError, match="2 experts are lost, the code decodes at most 1"):
         coded.fit_decoder([], [0, 1], "linear")
-    with pytest.raises(DecodingError, match="found decoder 'cubic'"):
+    with pytest.raises(DecodingError, match="found decoder='cubic'"):
         coded.fit_decoder([], [0], "cubic")
 
 

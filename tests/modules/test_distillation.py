@@ -5,10 +5,12 @@ import torch
 from torch.nn import functional as F
 
 from coin.errors import ConfigurationError, StateError
+from coin.merging import method
 from coin.modules import Distillation
 from coin.networks import NetworkConfig, build_network, load_network, pad_logits, save_network, widen_network
 
 ROW = [0.25, 0.75]
+PLAIN = {"start": "average", "augmentation": "none", "schedule": "constant"}
 
 
 def loss_of(module, inputs):
@@ -18,15 +20,21 @@ def loss_of(module, inputs):
         return float(0.5 * (module.student(inputs) - target).square().sum(1).mean())
 
 
-def test_the_student_starts_from_the_weighted_average(experts):
-    module = Distillation(experts, ROW)
-    module.configure_model()
-    first, second = (dict(widen_network(load_network(Path(path)), 3).state_dict()) for path in experts)
-    for name, tensor in module.student.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            assert tensor.item() == 2
-        else:
-            torch.testing.assert_close(tensor, 0.25 * first[name] + 0.75 * second[name])
+def begun(experts, data, make_trainer, **options):
+    """A module before its first step, which moves nothing."""
+    module = Distillation(experts, ROW, lr=1e-12, steps=1, **options)
+    make_trainer(max_steps=1, max_epochs=-1).fit(module, datamodule=data)
+    return module
+
+
+def test_the_student_starts_from_the_weighted_average_or_that_with_its_head_fitted(experts, tasks, make_trainer):
+    averaged = begun(experts, tasks(), make_trainer, start="average").student.state_dict()
+    first, second = (dict(widen_network(load_network(Path(path)), 3).named_parameters()) for path in experts)
+    for name in first:
+        torch.testing.assert_close(averaged[name], 0.25 * first[name] + 0.75 * second[name])
+    fitted = begun(experts, tasks(), make_trainer, start="head_fit").student.state_dict()
+    for name, tensor in averaged.items():
+        assert torch.allclose(fitted[name].float(), tensor.float(), atol=1e-6) != name.startswith("fc."), name
 
 
 def test_the_target_is_the_weighted_sum_of_padded_logits(experts):
@@ -40,14 +48,15 @@ def test_the_target_is_the_weighted_sum_of_padded_logits(experts):
 
 
 def test_training_lowers_the_loss_and_moves_nothing_but_the_students_parameters(experts, tasks, make_trainer):
-    module, data = Distillation(experts, ROW, lr=3e-3), tasks()
+    start, data = begun(experts, tasks(), make_trainer, **PLAIN), tasks()
+    buffers = {name: buffer.clone() for name, buffer in start.student.named_buffers()}
+    parameters = [parameter.detach().clone() for parameter in start.student.parameters()]
+    module = Distillation(experts, ROW, lr=3e-3, **PLAIN)
     module.configure_model()
-    buffers = {name: buffer.clone() for name, buffer in module.student.named_buffers()}
     teachers = [tensor.clone() for tensor in module.teachers.state_dict().values()]
-    parameters = [parameter.detach().clone() for parameter in module.student.parameters()]
     data.setup()
     inputs = data.calibration().inputs()
-    before = loss_of(module, inputs)
+    before = loss_of(start, inputs)
     make_trainer(max_epochs=6).fit(module, datamodule=data)
     assert loss_of(module, inputs) < 0.5 * before
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.student.named_buffers())
@@ -56,20 +65,30 @@ def test_training_lowers_the_loss_and_moves_nothing_but_the_students_parameters(
     assert not any(inner.training for network in [module.student, *module.teachers] for inner in network.modules())
 
 
-def test_passes_count_forward_equivalents(experts, tasks, make_trainer):
-    module = Distillation(experts, ROW, lr=1e-3)
+def start_passes(samples, held_out, *, head_fit):
+    """Both BatchNorm policies on the held-out samples, recalibrated on the others; then what fitting the head takes."""
+    fitted = samples - held_out
+    choice = 2 * held_out + held_out + (fitted + held_out)
+    return choice + (2 * fitted + samples if head_fit else 0)
+
+
+@pytest.mark.parametrize("recalibrated", [False, True])
+def test_passes_count_forward_equivalents(experts, tasks, make_trainer, recalibrated, monkeypatch):
+    """The start takes the policy with the smaller residual, and one more pass of all samples to recalibrate."""
+    residuals = iter([1.0, 0.5] * 3 if recalibrated else [0.5, 1.0] * 3)
+    real = method.held_out_residual
+    monkeypatch.setattr(method, "held_out_residual", lambda *found: (real(*found), next(residuals))[1])
+    module = Distillation(experts, ROW, lr=1e-3, **PLAIN)
     make_trainer(max_epochs=3).fit(module, datamodule=tasks())
-    assert module.passes == 40 * 2 + 3 * (3 * 40)
+    assert module.passes == start_passes(40, 8, head_fit=False) + 40 * recalibrated + 40 * 2 + 3 * (3 * 40)
     assert module.losses == []
-    module = Distillation(experts, ROW, lr=1e-3)
+    module = Distillation(experts, ROW, lr=1e-3, **PLAIN)
     make_trainer(max_epochs=3).fit(module, datamodule=tasks(held_out=0.2))
-    assert module.passes == 32 * 2 + 3 * (3 * 32) + 3 * 8 * (1 + 2)
-
-
-def test_a_number_of_steps_ends_the_run(experts, tasks, make_trainer):
-    module = Distillation(experts, ROW, lr=1e-3)
+    start = start_passes(32, 6, head_fit=False) + 32 * recalibrated
+    assert module.passes == start + 32 * 2 + 3 * (3 * 32) + 3 * 8 * (1 + 2)
+    module = Distillation(experts, ROW, lr=1e-3, steps=7)
     make_trainer(max_steps=7, max_epochs=-1).fit(module, datamodule=tasks())
-    assert module.passes == 40 * 2 + 3 * 7 * 8
+    assert module.passes == start_passes(40, 8, head_fit=True) + 40 * recalibrated + 7 * 8 * (3 + 2)
 
 
 def test_the_held_out_loss_is_of_samples_that_training_leaves_out(experts, tasks, make_trainer):
@@ -98,6 +117,9 @@ def test_the_same_run_gives_the_same_student(experts, tasks, make_trainer):
         ({"lr": float("nan")}, "expected positive numbers"),
         ({"samples_per_task": 0}, "found samples_per_task=0, expected at least 1"),
         ({"learning_rates": []}, "expected positive numbers"),
+        ({"learning_rates": [1e-3, 3e-4]}, r"found learning rates \[0.001, 0.0003\], expected rising ones"),
+        ({"schedule": "cosine"}, "found schedule=cosine, expected one_cycle or constant"),
+        ({"start": "refined"}, "found start='refined', expected one of average, head_fit"),
         ({"learning_rates": [1e-3, -1.0]}, "expected positive numbers"),
         ({"steps": 0}, "found steps=0"),
         ({"batch_size": 1}, "batch_size=1"),
@@ -124,11 +146,11 @@ def test_what_is_missing_is_named(experts, tasks, synthetic, make_trainer):
         make_trainer(max_epochs=1).fit(Distillation(experts, ROW, lr=1e-3), datamodule=synthetic())
 
 
-def test_experts_of_two_architectures_are_refused(tmp_path, experts):
+def test_experts_of_two_architectures_are_refused(tmp_path, experts, tasks, make_trainer):
     config = NetworkConfig("small_resnet", 16, None, {"width": 8})
     save_network(tmp_path / "other.safetensors", build_network(config, 3), config, 3, {})
     with pytest.raises(StateError, match=r"tensor 'stem\.0\.weight'"):
-        Distillation([experts[0], str(tmp_path / "other.safetensors")], ROW).configure_model()
+        begun([experts[0], str(tmp_path / "other.safetensors")], tasks(), make_trainer)
 
 
 def test_the_label_names_a_variant():

@@ -211,7 +211,7 @@ def test_rows_may_come_in_any_order(experts, write_coded, tasks, make_trainer):
 
 
 def test_what_does_not_fit_is_named(experts, synthetic, tasks, make_trainer):
-    with pytest.raises(ConfigurationError, match="found decoder 'cubic', expected one of linear, ridge, feature_ridge"):
+    with pytest.raises(ConfigurationError, match="found decoder='cubic', expected one of linear, ridge, feature_ridge"):
         DecodingEvaluator(experts, decoders=["cubic"])
     with pytest.raises(ConfigurationError, match="found no experts"):
         DecodingEvaluator({})

@@ -35,16 +35,6 @@ def readout_error(module, data):
     return total
 
 
-def test_it_starts_from_the_average_with_its_head_fitted(experts, tasks, make_trainer):
-    module = trained(experts, tasks(), make_trainer, steps=1, augmentation="none", lr=1e-12)
-    plain = Distillation(experts, ROW)
-    plain.configure_model()
-    states = module.student.state_dict(), plain.student.state_dict()
-    for name, tensor in states[1].items():
-        close = torch.allclose(states[0][name].float(), tensor.float(), atol=1e-6)
-        assert close != name.startswith("fc."), name
-
-
 def test_the_first_readouts_are_the_experts_heads(experts):
     module = ReadoutDistillation(experts, ROW)
     module.configure_model()
@@ -88,18 +78,6 @@ def test_experts_answers_are_better_readable_with_readouts_than_without(experts,
     with_readouts = trained(experts, data, make_trainer, readout_weight=1.0, **options)
     without = trained(experts, data, make_trainer, readout_weight=0.0, **options)
     assert readout_error(with_readouts, data) < 0.7 * readout_error(without, data)
-
-
-def test_passes_count_the_start_and_every_view(experts, tasks, make_trainer):
-    augmented = trained(experts, tasks(), make_trainer, steps=5, batch_size=8)
-    assert augmented.passes == 40 * 2 + 40 + 5 * 8 * (3 + 2)
-    plain = trained(experts, tasks(), make_trainer, steps=5, batch_size=8, augmentation="none")
-    assert plain.passes == 40 * 2 + 40 + 5 * 8 * 3
-
-
-def test_augmented_distillation_asks_the_experts_about_every_view(experts, tasks, make_trainer):
-    module = trained(experts, tasks(), make_trainer, Distillation, lr=1e-3, steps=5, augmentation="shift")
-    assert module.passes == 5 * 8 * (3 + 2)
 
 
 def test_only_samples_that_are_trained_on_are_augmented(experts, tasks, make_trainer):

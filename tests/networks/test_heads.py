@@ -1,9 +1,22 @@
+import re
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from coin.errors import StateError
-from coin.networks import features_and_logits, head_name, pad_head, pad_logits, replace_head
+from coin.networks import (
+    NetworkConfig,
+    build_network,
+    check_head,
+    features_and_logits,
+    head_name,
+    pad_head,
+    pad_logits,
+    padded_rows,
+    replace_head,
+)
 
 
 class Named(nn.Module):
@@ -37,6 +50,10 @@ def test_the_head_is_the_last_linear_or_named_or_the_last_convolution():
     assert head_name(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.Flatten())) == "1"
     with pytest.raises(StateError, match=r"no Linear or Conv2d layer in Sequential.*attribute 'head_name'"):
         head_name(nn.Sequential(nn.BatchNorm2d(3)))
+    named = Named()
+    named.head_name = "anser"
+    with pytest.raises(StateError, match="found head_name 'anser', expected a layer of Named"):
+        head_name(named)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -84,13 +101,198 @@ def test_a_head_that_runs_twice_has_no_features():
         features_and_logits(Twice(), torch.zeros(1, 4))
 
 
+# The check
+
+
+class Network(nn.Module):
+    """A body, a head, and what is made of them."""
+
+    def __init__(self, forward, head=None, bias=True):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 16), nn.Tanh())
+        self.head = nn.Linear(16, 5, bias=bias) if head is None else head
+        self.of = forward
+
+    def forward(self, x):
+        return self.of(self, x)
+
+
+class Cosine(nn.Linear):
+    """A Linear by its type alone."""
+
+    def forward(self, x):
+        return F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+class Maps(nn.Module):
+    """A convolution as the head, and what is made of its outputs ``[B, C, H, W]``."""
+
+    def __init__(self, of, **options):
+        super().__init__()
+        self.body = nn.Conv2d(3, 8, 3)
+        self.head = nn.Conv2d(8, 5, **options)
+        self.of = of
+
+    def forward(self, x):
+        return self.of(self.head(self.body(x)))
+
+
+def with_auxiliary_head(classes=5):
+    """Its last registered Linear runs, and is not the one that gives the logits."""
+
+    def forward(network, x):
+        features = network.body(x)
+        network.latest = network.auxiliary(features)
+        return network.head(features)
+
+    network = Network(forward)
+    network.auxiliary = nn.Linear(16, classes)
+    return network
+
+
+ROWS, TOKENS, IMAGES = (7, 6), (7, 9, 6), (7, 3, 8, 8)
+PLAIN = {
+    "linear": (lambda: Network(lambda n, x: n.head(n.body(x))), ROWS),
+    "no bias": (lambda: Network(lambda n, x: n.head(n.body(x)), bias=False), ROWS),
+    "every token": (lambda: Network(lambda n, x: n.head(n.body(x)).mean(1)), TOKENS),
+    "convolution": (lambda: Maps(lambda y: y.mean((2, 3)), kernel_size=1), IMAGES),
+    "convolution without a bias": (lambda: Maps(lambda y: y.mean((2, 3)), kernel_size=1, bias=False), IMAGES),
+}
+OTHERS = {
+    "temperature": (lambda: Network(lambda n, x: n.head(n.body(x)) / 2), ROWS),
+    "softmax": (lambda: Network(lambda n, x: n.head(n.body(x)).softmax(1)), ROWS),
+    "clamp": (lambda: Network(lambda n, x: n.head(n.body(x)).clamp(-0.5, 0.5)), ROWS),
+    "residual": (lambda: Network(lambda n, x: n.head(n.body(x)) + x[:, :5]), ROWS),
+    "cosine": (lambda: Network(lambda n, x: 8 * n.head(n.body(x)), Cosine(16, 5, bias=False)), ROWS),
+    "auxiliary": (with_auxiliary_head, ROWS),
+    "every token, then a nonlinearity": (lambda: Network(lambda n, x: n.head(n.body(x)).relu().mean(1)), TOKENS),
+    "the first token": (lambda: Network(lambda n, x: n.head(n.body(x))[:, 0]), TOKENS),
+    "convolution, then a nonlinearity": (lambda: Maps(lambda y: y.relu().mean((2, 3)), kernel_size=1), IMAGES),
+    "convolution with a stride": (lambda: Maps(lambda y: y.mean((2, 3)), kernel_size=1, stride=2), IMAGES),
+    "padded convolution": (lambda: Maps(lambda y: y.mean((2, 3)), kernel_size=1, padding=1), IMAGES),
+}
+
+
+def made(build, shape, dtype=torch.float32):
+    torch.manual_seed(0)
+    network = build().to(dtype).eval()
+    with torch.no_grad():
+        return network, *features_and_logits(network, torch.randn(shape).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", PLAIN)
+def test_logits_that_are_the_head_of_its_input_pass(name, dtype):
+    check_head(*made(*PLAIN[name], dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OTHERS)
+def test_logits_that_are_not_are_refused(name, dtype):
+    network, features, logits = made(*OTHERS[name], dtype)
+    found = re.escape(f"the logits of {type(network).__name__} are not its head '{head_name(network)}'")
+    kind = type(network.get_submodule(head_name(network))).__name__
+    with pytest.raises(StateError, match=rf"{found} \({kind}\) of .*difference.*attribute 'head_name', or leave"):
+        check_head(network, features, logits)
+
+
+def test_the_attribute_it_names_mends_it():
+    network, *_ = made(with_auxiliary_head, ROWS)
+    network.head_name = "head"
+    check_head(network, *features_and_logits(network, torch.randn(ROWS)))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: with_auxiliary_head(classes=4), ROWS),
+        (lambda: Maps(lambda y: y.mean((2, 3)), kernel_size=3), IMAGES),
+        (lambda: Maps(lambda y: y.mean((2, 3))[:, :4], kernel_size=1), IMAGES),
+    ],
+)
+def test_logits_of_another_shape_are_refused(build, shape):
+    with pytest.raises(StateError, match=r"found logits \[7, \d\] and inputs \[7, \d+\] for"):
+        check_head(*made(build, shape))
+
+
+def test_a_head_of_another_kind_is_refused():
+    network = nn.Sequential(nn.Linear(6, 5), nn.Tanh())
+    network.head_name = "1"
+    with pytest.raises(StateError, match=r"not its head '1' \(Tanh\) of the head's input; name the layer"):
+        check_head(network, *features_and_logits(network, torch.randn(ROWS)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rounding_passes_where_large_terms_cancel(dtype):
+    """The tolerance is in the size of the sum's terms: here a thousand times that of the logits."""
+    torch.manual_seed(0)
+    head = nn.Linear(64, 5, dtype=dtype)
+    with torch.no_grad():
+        head.weight[:, 32:] = -head.weight[:, :32]
+    half = 1000 * torch.randn(50, 32)
+    inputs = torch.cat([half, half + torch.randn(50, 32)], 1).to(dtype)
+    check_head(head, *features_and_logits(head, inputs))
+    with pytest.raises(StateError, match="difference"):
+        check_head(head, inputs, head(inputs) + 300)
+
+
+def test_logits_that_autocast_computed_pass_and_wrong_ones_do_not():
+    network, *_ = made(*PLAIN["linear"])
+    with torch.autocast("cpu", torch.bfloat16):
+        features, logits = features_and_logits(network, torch.randn(ROWS))
+    assert logits.dtype is torch.bfloat16
+    check_head(network, features, logits)
+    with pytest.raises(StateError, match="difference"):
+        check_head(network, features, logits / 1.2)
+
+
+def test_float32_products_of_medium_precision_pass():
+    network, features, logits = made(*PLAIN["linear"])
+    rounded = logits.bfloat16().float()
+    with pytest.raises(StateError, match="difference"):
+        check_head(network, features, rounded + 0.01 * logits)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        check_head(network, features, rounded + 0.01 * logits)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("small_resnet", 16),
+        ("small_vit", 16),
+        ("resnet18", 32),
+        ("mobilenet_v3_small", 32),
+        ("efficientnet_b0", 32),
+        ("densenet121", 32),
+        ("swin_t", 32),
+        ("convnext_tiny", 32),
+        ("googlenet", 32),
+    ],
+)
+def test_the_families_of_torchvision_pass(name, size):
+    check_head(*made(lambda: build_network(NetworkConfig(name, size), 3), (2, 3, size, size)))
+
+
+def test_a_squeezenet_has_a_nonlinearity_after_its_head():
+    with pytest.raises(StateError, match=r"the logits of SqueezeNet are not its head 'classifier.1' \(Conv2d\)"):
+        check_head(*made(lambda: build_network(NetworkConfig("squeezenet1_1", 64), 3), (2, 3, 64, 64)))
+
+
+# Padding
+
+
 def test_pad_head_adds_zero_rows_or_the_given_ones():
     state = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.tensor([1.0, 2.0]), "body": torch.ones(4)}
     padded = pad_head(state, "fc", 4)
     assert torch.equal(padded["fc.weight"], torch.cat([torch.ones(2, 3), torch.zeros(2, 3)]))
     assert padded["fc.bias"].tolist() == [1.0, 2.0, 0.0, 0.0]
     assert padded["body"] is state["body"]
-    filled = pad_head(state, "fc", 3, fill={"fc.weight": torch.tensor([7.0, 8.0, 9.0])})
+    filled = padded_rows(state, "fc", 3, fill={"fc.weight": torch.tensor([7.0, 8.0, 9.0])})
+    assert filled.keys() == {"fc.weight", "fc.bias"}
     assert filled["fc.weight"][2].tolist() == [7.0, 8.0, 9.0]
     assert filled["fc.bias"].tolist() == [1.0, 2.0, 0.0]
     assert state["fc.weight"].shape == (2, 3)

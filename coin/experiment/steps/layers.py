@@ -6,18 +6,17 @@ from typing import Any
 
 import pandas as pd
 
-from coin.experiment.merge import Ingredients
+from coin.experiment.merge import StoredExperts
 from coin.experiment.records import step_key
 from coin.experiment.seed_run import SeedRun
-from coin.merging import MergeMethod
-from coin.merging.networks import parameters_of
-from coin.modules import Distillation
+from coin.merging import Method
+from coin.merging.experts import parameters_of
 from coin.networks import load_network
 from coin.processes import from_first
 from coin.progress import tracked
 from coin.reporting.extras import LAYERS_CSV, write_layers
 from coin.reporting.layers import fisher_shares, relative_distances
-from coin.statistics.files import StatisticFile
+from coin.statistics.statistic import StatisticKind
 
 
 def compare_layers(run: SeedRun) -> None:
@@ -36,7 +35,7 @@ def compare_layers(run: SeedRun) -> None:
     run.steps.finish("layers", key, [output])
 
 
-def _compared(run: SeedRun, coded: Mapping[Path, MergeMethod | Distillation]) -> pd.DataFrame:
+def _compared(run: SeedRun, coded: Mapping[Path, Method]) -> pd.DataFrame:
     """Return one row a coded model and layer: the layer's share of Fisher mass, its distance to the experts."""
     experts = run.experts.parameters
     fishers: dict[tuple[Any, ...], dict[str, float]] = {}
@@ -46,14 +45,14 @@ def _compared(run: SeedRun, coded: Mapping[Path, MergeMethod | Distillation]) ->
         made = file.provenance
         weights = made["code"][made["row"]]
         files = run.statistics(method)
+        data = made.get("chosen", {}).get("fisher_data")
         shares: dict[str, float] = {}
-        if "fisher" in files:
-            # Methods share their statistics, and the rows of a code too.
-            which = (*files["fisher"].values(), *weights)
-            if which not in fishers:
-                read: list[StatisticFile] = Ingredients(run.experts, files).read("fisher")
-                fishers[which] = fisher_shares([each.values for each in read], weights)
-            shares = fishers[which]
+        for which in files:
+            if which.name is StatisticKind.fisher and which.data == data:
+                key = (which, *weights)  # methods share their statistics, and the rows of a code too
+                if key not in fishers:
+                    fishers[key] = fisher_shares(StoredExperts(run.experts, files).statistic(which), weights)
+                shares = fishers[key]
         distances = relative_distances(parameters_of(file.network), experts, weights)
         rows += [
             {

@@ -8,74 +8,71 @@ from coin.experiment.jobs import FileKind, by_stem
 from coin.experiment.records import step_key
 from coin.experiment.seed_run import SeedRun
 from coin.experiment.trainers import make_trainer
-from coin.experiment.wanted import Wanted
-from coin.modules import StatisticKind
 from coin.networks import load_network
 from coin.processes import is_first
 from coin.statistics import FisherKind
 from coin.statistics.files import save_statistic
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 
-def estimate(run: SeedRun, wanted: Wanted) -> None:
+def estimate(run: SeedRun, which: Statistic) -> None:
     """Compute one statistic of every expert whose file is missing or of other inputs."""
     calibration = run.experiment.calibration
-    cotangents = calibration.fisher_cotangents if wanted.kind == FisherKind.monte_carlo else None
+    cotangents = calibration.fisher_cotangents if which.kind == FisherKind.monte_carlo else None
     missing: dict[str, tuple[Path, str]] = {}
     for task in run.tasks:
-        path = wanted.path(run.folder, task, calibration)
-        key = step_key(_key_options(run, task, wanted), [run.expert_path(task)], run.experts.sha256)
+        path = run.statistic_path(which, task)
+        key = step_key(_key_options(run, task, which), [run.expert_path(task)], run.experts.sha256)
         if not run.steps.finished(path.stem, key, [path]):
             missing[task] = (path, key)
     if not missing:
         return
-    run.say(f"{wanted} of {', '.join(missing)}")
-    name = "-".join((str(wanted.statistic), *wanted.options.values()))
-    with run.job(
-        "fisher", name, list(wanted.options.values()), statistic=str(wanted.statistic), **wanted.options
-    ) as work:
+    run.say(f"{which} of {', '.join(missing)}")
+    name = "-".join((str(which.name), *which.options.values()))
+    with run.job("fisher", name, list(which.options.values()), statistic=str(which.name), **which.options) as work:
         work.reads(FileKind.expert, {task: run.expert_path(task) for task in missing})
         for task, (path, key) in missing.items():
             sums, seconds = make_trainer(run.folder, run.experiment.trainer).statistic_sums(
                 load_network(run.expert_path(task)).network,
-                run.data(_of(run, task, wanted)),
-                statistic=wanted.statistic,
-                kind=wanted.kind or FisherKind.exact,
+                run.data(_of(run, task, which)),
+                statistic=which.name,
+                kind=which.kind or FisherKind.exact,
                 cotangents=cotangents,
                 memory_mib=calibration.memory_mib,
             )
-            fisher = {} if wanted.kind is None else {"cotangents": cotangents}
+            fisher = {} if which.kind is None else {"cotangents": cotangents}
             if is_first():
                 save_statistic(
                     path,
                     sums,
-                    statistic=str(wanted.statistic),
+                    statistic=str(which.name),
                     weights=run.experts.marks[task],
                     seconds=seconds,
                     task=task,
                     samples_per_task=calibration.samples_per_task,
                     seed=run.seed,
-                    **wanted.options,
+                    **which.options,
                     **fisher,
                 )
             run.steps.finish(path.stem, key, [path])
             costs = {"seconds": seconds, "passes": sums.passes}
             for logger in work.loggers:
-                logger.log_metrics({f"{wanted.statistic}/{task}/{what}": cost for what, cost in costs.items()})
-        if wanted.statistic is StatisticKind.fisher:  # Gram matrices are many times the size of the networks
+                logger.log_metrics({f"{which.name}/{task}/{what}": cost for what, cost in costs.items()})
+        if which.name is StatisticKind.fisher:  # Gram matrices are many times the size of the networks
             work.makes(FileKind.statistics, by_stem(path for path, _ in missing.values()))
 
 
-def _of(run: SeedRun, task: str, wanted: Wanted) -> dict[str, TaskData]:
-    return run.tasks if wanted.data == "pooled" else {task: run.tasks[task]}
+def _of(run: SeedRun, task: str, which: Statistic) -> dict[str, TaskData]:
+    return run.tasks if which.data is DataChoice.pooled else {task: run.tasks[task]}
 
 
-def _key_options(run: SeedRun, task: str, wanted: Wanted) -> dict[str, Any]:
+def _key_options(run: SeedRun, task: str, which: Statistic) -> dict[str, Any]:
     calibration = run.experiment.calibration
     options = {
-        "tasks": _of(run, task, wanted),
+        "tasks": _of(run, task, which),
         "samples": calibration.samples_per_task,
         "batch_size": calibration.batch_size,
     }
-    if wanted.kind is None:
+    if which.kind is None:
         return options
-    return options | {"kind": wanted.kind, "k": calibration.fisher_cotangents}
+    return options | {"kind": which.kind, "k": calibration.fisher_cotangents}

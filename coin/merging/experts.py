@@ -1,0 +1,246 @@
+"""What a merge is made of: the experts, their statistics and their calibration data, each computed when asked for."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coin.errors import ConfigurationError
+from coin.inputs import as_input
+from coin.networks.batchnorm import has_batchnorm
+from coin.state import State
+from coin.statistics import fisher_sums, gram_sums
+from coin.statistics.guard import evaluating
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+
+HELD_OUT = 0.2
+"""The share of the pooled calibration samples on which choices are made."""
+
+Given = Sequence[State] | Mapping[str, Sequence[State]]
+"""Every expert's statistic; or several of them, by the data that they are of: ``own``, ``pooled``."""
+
+
+class Experts:
+    """N experts in memory, of one architecture with equally many outputs.
+
+    Statistics that are not given are computed from the calibration data when a method asks for them.
+
+    Args:
+        networks: The experts.
+        fishers: Every expert's Fisher diagonal.
+        grams: Every expert's Gram matrices.
+        initial: The shared initialisation, for methods and policies that want it.
+        calibration: For every expert the batches ``[B, …]`` of its own task's unlabelled samples, read more than once.
+
+    Attributes:
+        passes: Forward-equivalents spent so far on what was asked for: what a merge has cost.
+        seconds: Wall time that statistics took elsewhere.
+        train: Makes the coded model of a method that trains, for a code row; none where nothing can train.
+
+    Raises:
+        ConfigurationError: There are no experts, or the parts are of different numbers of experts.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        *,
+        fishers: Given | None = None,
+        grams: Given | None = None,
+        initial: nn.Module | None = None,
+        calibration: Sequence[Iterable[Tensor]] | None = None,
+    ) -> None:
+        self.passes = self.seconds = 0.0
+        self.train: Callable[[Any, Any, Sequence[float]], Any] | None = None
+        if not networks:
+            raise ConfigurationError("found no experts, expected at least one")
+        self.networks: Sequence[nn.Module] = list(networks)
+        self._given = {StatisticKind.fisher: fishers, StatisticKind.gram: grams}
+        for name, given in self._given.items():
+            for each in given.values() if isinstance(given, Mapping) else [] if given is None else [given]:
+                self._check_count(len(each), f"{name} statistics")
+        self._initial = initial
+        self._computed: dict[Statistic, Sequence[State]] = {}
+        self._calibration = None if calibration is None else [list(batches) for batches in calibration]
+        if self._calibration is not None:
+            self._check_count(len(self._calibration), "tasks' calibration inputs")
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.networks)
+
+    @property
+    def parameters(self) -> Sequence[State]:
+        """Every expert's parameters, same names and shapes."""
+        return [parameters_of(network) for network in self.networks]
+
+    @property
+    def buffers(self) -> Sequence[State]:
+        """Every expert's buffers."""
+        return [dict(network.named_buffers()) for network in self.networks]
+
+    @property
+    def has_batchnorm(self) -> bool:
+        """Whether the networks have BatchNorm layers with running statistics."""
+        return has_batchnorm(self.networks[0])
+
+    def each_network(self) -> Iterator[nn.Module]:
+        """Yield the experts, one at a time where memory counts."""
+        yield from self.networks
+
+    def blank(self) -> nn.Module:
+        """Return a new network of the experts' architecture, whose contents do not matter."""
+        return deepcopy(self.networks[0])
+
+    @property
+    def initial_parameters(self) -> State:
+        """The shared initialisation's parameters; raises ConfigurationError where there is none."""
+        return parameters_of(self._start())
+
+    @property
+    def initial_buffers(self) -> State:
+        """The shared initialisation's buffers; raises ConfigurationError where there is none."""
+        return dict(self._start().named_buffers())
+
+    def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
+        """Return on which data a statistic can be had, of what a method's option allows."""
+        given = self._given[name]
+        if isinstance(given, Mapping):
+            allowed = [DataChoice(each) for each in given if data in (DataChoice.auto, each)]
+            if not allowed:
+                raise ConfigurationError(f"found {name} statistics of {', '.join(given)} data, expected {data}")
+            return allowed
+        if data is not DataChoice.auto:
+            return [data]
+        return [DataChoice.own] if given is not None else [DataChoice.own, DataChoice.pooled]
+
+    def statistic(self, which: Statistic) -> Sequence[State]:
+        """Return one statistic of every expert.
+
+        Raises:
+            ConfigurationError: It was not given, and there is no calibration data to compute it from.
+        """
+        given = self._given[which.name]
+        if given is not None:
+            return given[which.data] if isinstance(given, Mapping) else given
+        if which not in self._computed:
+            samples = self.samples(which.data)
+            pairs = zip(self.each_network(), samples, strict=True)
+            sums = [gram_sums(*pair) if which.kind is None else fisher_sums(*pair, kind=which.kind) for pair in pairs]
+            self.passes += sum(each.passes for each in sums)
+            self._computed[which] = [each.mean() for each in sums]
+        return self._computed[which]
+
+    def samples(self, data: DataChoice) -> Sequence[Iterable[Tensor]]:
+        """Return for every expert the batches that its statistics are of: its own task's, or all tasks'."""
+        if data is DataChoice.pooled:
+            return [self.pooled] * self.count
+        if self._calibration is None:
+            raise ConfigurationError("found no calibration inputs, which the merge needs; give them as calibration")
+        return self._calibration
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether there are calibration samples."""
+        return self._calibration is not None
+
+    @cached_property
+    def pooled(self) -> Iterable[Tensor]:
+        """All tasks' calibration samples, evenly interleaved, in batches."""
+        return interleaved(self.samples(DataChoice.own))
+
+    @cached_property
+    def split(self) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
+        """The pooled samples to fit on, and the last fifth of them, on which choices are made."""
+        batches = list(self.pooled)
+        samples = torch.cat(batches)
+        border = len(samples) - held_out_count(len(samples))
+        size = len(batches[0])
+        return torch.split(samples[:border], size), torch.split(samples[border:], size)
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        """All experts' logits on the pooled samples ``[N, P, C]``."""
+        return torch.stack([torch.cat(pair) for pair in zip(self._fitted_outputs, self._held_out_outputs, strict=True)])
+
+    def target(self, row: Sequence[float]) -> Tensor:
+        """Return Σ_i β_i f_i on the pooled samples ``[P, C]``."""
+        return _weighted(self.outputs, row)
+
+    def held_out_target(self, row: Sequence[float]) -> Tensor:
+        """Return Σ_i β_i f_i on the held-out samples."""
+        return _weighted(self._held_out_outputs, row)
+
+    def run(self, network: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+        """Return a network's logits ``[P, C]`` in eval mode, and count the passes."""
+        with evaluating(network, gradients=False):
+            logits = torch.cat([network(as_input(batch, network)) for batch in batches])
+        self.passes += len(logits)
+        return logits
+
+    @cached_property
+    def _fitted_outputs(self) -> Tensor:
+        return torch.stack([self.run(network, self.split[0]) for network in self.each_network()])
+
+    @cached_property
+    def _held_out_outputs(self) -> Tensor:
+        return torch.stack([self.run(network, self.split[1]) for network in self.each_network()])
+
+    def _start(self) -> nn.Module:
+        if self._initial is None:
+            raise ConfigurationError(
+                "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs; give it as "
+                "initial, or choose another"
+            )
+        return self._initial
+
+    def _check_count(self, found: int, what: str) -> None:
+        if found != len(self.networks):
+            raise ConfigurationError(
+                f"found {what} of {found} experts, expected {len(self.networks)}; give those of every expert"
+            )
+
+
+def parameters_of(network: nn.Module) -> dict[str, Tensor]:
+    """Return a network's parameters by name, detached."""
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def held_out_count(samples: int) -> int:
+    """Return how many of so many samples are held out: the last fifth, but at least one and never all.
+
+    Raises:
+        ConfigurationError: There are fewer than two samples.
+    """
+    if samples < 2:
+        raise ConfigurationError(
+            f"found {samples} pooled calibration samples, expected at least 2: one fits, one is held out; raise the "
+            "number of samples"
+        )
+    return max(1, round(HELD_OUT * samples))
+
+
+def interleaved(tasks: Sequence[Iterable[Tensor]]) -> list[Tensor]:
+    """Return several tasks' samples evenly mixed, in batches of the first batch's size.
+
+    Every stretch of the samples then holds the tasks in proportion: batches, whose statistics BatchNorm may take, and
+    the held-out end.
+
+    Args:
+        tasks: Batches ``[B, …]`` by task.
+    """
+    batches = [list(each) for each in tasks]
+    samples = [torch.cat(each) for each in batches]
+    places = [(torch.arange(len(each), dtype=torch.float64) + 0.5) / len(each) for each in samples]
+    order = torch.argsort(torch.cat(places), stable=True)
+    mixed = torch.cat(samples)[order.to(samples[0].device)]
+    return list(torch.split(mixed, len(batches[0][0])))
+
+
+def _weighted(outputs: Tensor, row: Sequence[float]) -> Tensor:
+    mean: Tensor = torch.tensordot(outputs.new_tensor(row), outputs, dims=1)
+    return mean
