@@ -43,7 +43,7 @@ methods:
   - {class_path: Coin}
   - {class_path: Coin, init_args: {batchnorm: recalibrate}}
   - {class_path: Coin, init_args: {batchnorm: keep}}
-  - {class_path: Distillation, init_args: {steps: 10, batch_size: 16, learning_rates: [1.0e-3, 3.0e-4]}}
+  - {class_path: Distillation, init_args: {steps: 10, batch_size: 16, learning_rates: [3.0e-4, 1.0e-3]}}
 decoders: [linear, ridge, feature_ridge]
 seeds: [0]
 """

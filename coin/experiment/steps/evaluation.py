@@ -11,7 +11,7 @@ from coin.experiment.trainers import make_trainer
 from coin.modules import DecodingEvaluator
 from coin.processes import from_first
 from coin.reporting.extras import EXAMPLES_NPZ
-from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_results
+from coin.reporting.results import COLUMNS, CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_results
 from coin.reporting.wandb_evaluation import code_axes, log_method_runs
 from coin.reporting.wandb_settings import logging_only
 
@@ -24,7 +24,7 @@ def evaluate(run: SeedRun) -> None:
     files = (RESULTS_CSV, RESULTS_JSON, CONFUSION_NPZ, *([EXAMPLES_NPZ] if shown else []))
     outputs = [run.folder / name for name in files]
     options = {**run.options, "tasks": run.tasks, "code": code}  # results.json says all of them
-    key = step_key(options, [*run.experts.paths.values(), *coded], run.experts.sha256)
+    key = step_key(options | {"columns": COLUMNS}, [*run.experts.paths.values(), *coded], run.experts.sha256)
     if run.steps.finished("evaluate", key, outputs):
         from_first((run.folder / RESULTS_JSON).touch)  # of seeds with different options, the latest run's count
         run.say("evaluation: up to date")
