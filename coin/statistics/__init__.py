@@ -1,16 +1,15 @@
 """Passes over calibration data that return named tensors: Fisher diagonals, Gram matrices, matrix-free products."""
 
 from coin.statistics.conjugate_gradient import Solution, conjugate_gradient
-from coin.statistics.cotangents import process_generator
+from coin.statistics.cotangents import FisherKind, process_generator
 from coin.statistics.fisher import DEFAULT_MEMORY_MIB, fisher_diagonal, fisher_sums
 from coin.statistics.gram import gram_sums
-from coin.statistics.kinds import CotangentDistribution, FisherKind
 from coin.statistics.products import OutputMap
-from coin.statistics.sums import Sums, check_shares, reduce_sums, shard
+from coin.statistics.sums import TRANSPOSED, Sums, check_shares, reduce_sums, shard
 
 __all__ = [
     "DEFAULT_MEMORY_MIB",
-    "CotangentDistribution",
+    "TRANSPOSED",
     "FisherKind",
     "OutputMap",
     "Solution",

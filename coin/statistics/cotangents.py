@@ -1,12 +1,31 @@
-"""The cotangents whose squared vector-Jacobian products add up to each kind of Fisher diagonal."""
+"""The kinds of Fisher diagonal, and the cotangents whose squared vector-Jacobian products add up to each."""
 
 import math
+from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from coin.errors import ConfigurationError, DataError
-from coin.statistics.kinds import CotangentDistribution, FisherKind
+
+
+class FisherKind(StrEnum):
+    """Which diagonal is estimated; f is the network's logits [C], θ a parameter, p = softmax(f).
+
+    All four are per-sample quantities: a gradient is squared before samples are summed, never after.
+    """
+
+    exact = "exact"
+    """Σ_c (∂f_c/∂θ)²: outputs read as Gaussian means, no labels. The one in the paper's closed form."""
+
+    monte_carlo = "monte_carlo"
+    """An unbiased estimate of `exact` from k random cotangents in place of all C outputs."""
+
+    categorical = "categorical"
+    """Σ_c p_c (∂ log p_c/∂θ)²: the softmax Fisher, exact over the classes. For the ablation."""
+
+    empirical = "empirical"
+    """(∂ log p_y/∂θ)² at the true label y. For the ablation."""
 
 
 def check_options(kind: FisherKind, labels: Tensor | None, cotangents: int | None) -> None:
@@ -63,16 +82,15 @@ def make_cotangents(
     *,
     labels: Tensor | None = None,
     cotangents: int | None = None,
-    distribution: CotangentDistribution = CotangentDistribution.orthogonal,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return cotangents U [V, B, C] at logits [B, C] with diag F = Σ_v (Uᵥ · ∂f/∂θ)² for every sample.
 
-    exact: the rows of the identity. monte_carlo: see `CotangentDistribution`. categorical: √p_c (e_c − p).
-    empirical: e_y − p, the gradient of log p(y|x).
+    exact: the rows of the identity. monte_carlo: k rows of a random orthogonal matrix times √(C/k), so that k = C is
+    exact. categorical: √p_c (e_c − p). empirical: e_y − p, the gradient of log p(y|x).
 
     Raises:
-        ConfigurationError: More orthogonal cotangents than classes.
+        ConfigurationError: More random cotangents than classes.
         DataError: A label outside [0, C), or another number of labels than samples.
     """
     samples, classes = logits.shape
@@ -80,7 +98,7 @@ def make_cotangents(
     if kind is FisherKind.exact:
         return identity[:, None].expand(classes, samples, classes)
     if kind is FisherKind.monte_carlo:
-        drawn = [_draw(classes, cotangents or 1, distribution, generator) for _ in range(samples)]
+        drawn = [_draw(classes, cotangents or 1, generator) for _ in range(samples)]
         return torch.stack(drawn, 1).to(logits)
     probabilities = logits.softmax(-1)
     if kind is FisherKind.categorical:
@@ -94,16 +112,13 @@ def make_cotangents(
     return (identity[labels.to(logits.device)] - probabilities)[None]
 
 
-def _draw(classes: int, number: int, distribution: CotangentDistribution, generator: torch.Generator | None) -> Tensor:
+def _draw(classes: int, number: int, generator: torch.Generator | None) -> Tensor:
     """Draw one sample's cotangents [k, C]; one draw per sample, so that batch sizes do not change the numbers."""
-    device = generator.device if generator is not None else torch.device("cpu")
-    if distribution is CotangentDistribution.rademacher:
-        signs = torch.randint(0, 2, (number, classes), generator=generator, device=device)
-        return (2.0 * signs.double() - 1.0) / math.sqrt(number)
     if number > classes:
         raise ConfigurationError(
             f"found cotangents={number} for {classes} classes, expected at most {classes}; take fewer"
         )
+    device = generator.device if generator is not None else torch.device("cpu")
     gaussian = torch.randn(classes, number, generator=generator, device=device, dtype=torch.float64)
     # The sign of R's diagonal makes the factor Haar-distributed; without it QR's convention would bias the rows.
     q, r = torch.linalg.qr(gaussian)

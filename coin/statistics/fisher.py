@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from coin.errors import DataError
 from coin.inputs import as_input
-from coin.statistics.cotangents import check_options, make_cotangents, number_of_cotangents
+from coin.statistics.cotangents import FisherKind, check_options, make_cotangents, number_of_cotangents
 from coin.statistics.guard import evaluating, trainable
-from coin.statistics.kinds import CotangentDistribution, FisherKind
 from coin.statistics.memory import check_memory
 from coin.statistics.squares import SquaredGradients
 from coin.statistics.sums import Sums
@@ -26,7 +25,6 @@ def fisher_sums(
     kind: FisherKind = FisherKind.exact,
     labels: Tensor | None = None,
     cotangents: int | None = None,
-    distribution: CotangentDistribution = CotangentDistribution.orthogonal,
     generator: torch.Generator | None = None,
     memory_mib: int = DEFAULT_MEMORY_MIB,
     progress: Callable[[int], None] | None = None,
@@ -39,7 +37,6 @@ def fisher_sums(
         kind: Which diagonal.
         labels: True classes [P] in the order of the samples, for the empirical kind.
         cotangents: k for the Monte Carlo kind (1 if None).
-        distribution: How Monte Carlo draws them.
         generator: Source of Monte Carlo's randomness; torch's global one if None.
         memory_mib: Bound on the working memory in MiB; batches are cut to fit, the numbers do not change.
         progress: Called with the number of samples done after every cut.
@@ -48,7 +45,7 @@ def fisher_sums(
         ConfigurationError: Options that do not belong together, or no memory.
         DataError: An empty pass, labels that do not fit, or logits that are not [B, C].
     """
-    kind, distribution = FisherKind(kind), CotangentDistribution(distribution)
+    kind = FisherKind(kind)
     check_options(kind, labels, cotangents)
     check_memory(memory_mib)
     with evaluating(network):
@@ -61,13 +58,11 @@ def fisher_sums(
 
             def rows(logits: Tensor, start: int, seen: int = count) -> Tensor:
                 wanted = None if labels is None else labels[seen + start : seen + start + len(logits)]
-                return make_cotangents(
-                    kind, logits, labels=wanted, cotangents=cotangents, distribution=distribution, generator=generator
-                )
+                return make_cotangents(kind, logits, labels=wanted, cotangents=cotangents, generator=generator)
 
-            for done, backwards in engine.add(inputs, number, rows):
+            for done, spent in engine.add(inputs, number, rows):
                 count += done
-                passes += done * (1.0 + 2.0 * backwards)
+                passes += spent
                 if progress is not None:
                     progress(done)
         totals = engine.totals()
@@ -85,15 +80,14 @@ def fisher_diagonal(
     kind: FisherKind = FisherKind.exact,
     labels: Tensor | None = None,
     cotangents: int | None = None,
-    distribution: CotangentDistribution = CotangentDistribution.orthogonal,
     generator: torch.Generator | None = None,
     memory_mib: int = DEFAULT_MEMORY_MIB,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Return the Fisher diagonal, the mean over samples of what `fisher_sums` adds up; the same arguments."""
     sums = fisher_sums(
-        network, batches, kind=kind, labels=labels, cotangents=cotangents, distribution=distribution,
-        generator=generator, memory_mib=memory_mib, progress=progress,
+        network, batches, kind=kind, labels=labels, cotangents=cotangents, generator=generator,
+        memory_mib=memory_mib, progress=progress,
     )  # fmt: skip
     # The sums are this function's own: dividing them in place saves a copy of the network's size.
     return {name: value.div_(sums.count) for name, value in sums.values.items()}

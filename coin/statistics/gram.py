@@ -1,9 +1,9 @@
 """The Gram matrices of the inputs of linear maps, for RegMean."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coin.inputs import as_input
@@ -12,22 +12,22 @@ from coin.statistics.intercept import Interceptor
 from coin.statistics.rules import Call
 from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.linear import LinearCall
-from coin.statistics.sums import Sums, sum_type
+from coin.statistics.sums import TRANSPOSED, Sums, sum_type
 
 _BLOCK = 1 << 24
 """Floats of unfolded patches formed at a time."""
 
 
-def gram_sums(
-    network: nn.Module,
-    batches: Iterable[Tensor],
-    *,
-    progress: Callable[[int], None] | None = None,
-) -> Sums:
+def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callable[[int], None] | None = None) -> Sums:
     """Return, for every trainable weight of a linear map, the sum over samples of Σ_positions a aᵀ.
 
     a is the input that the map multiplies at a position, in the order of ``weight.flatten(1)`` (for a convolution: the
-    im2col patch of one group, zeros where it meets the padding), with a last entry 1 if the map has a bias.
+    im2col patch of one group, zeros where it meets the padding), with a last entry 1 if the map has a bias: the
+    parameter that is called as the weight is, "bias" for "weight". Another's bias, as of a head that is tied to an
+    embedding, is not the map's own.
+
+    Linear maps are calls of linear, of convolutions, of addmm, and of matmul by a matrix, and the projections of
+    self-attention.
 
     Args:
         network: Maps [B, …] to any output; run in eval mode and left as found.
@@ -35,25 +35,29 @@ def gram_sums(
         progress: Called with the number of samples after every batch.
 
     Returns:
-        Sums of weight name → [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias; a map that is
-        called more than once has the sum over its calls. Without any batch there are no names.
+        Sums of weight name → [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias. A weight
+        [in, out] that multiplies from the right, x @ W, has the key name + `TRANSPOSED`, with G = 1 and K = in, plus 1.
+        A map that is called more than once has the sum over its calls; one that no row of any batch came to, none.
+        Every other trainable parameter of two dimensions or more is in `Sums.uncovered`.
 
     Raises:
         ConfigurationError: No parameter requires a gradient.
     """
     values: dict[str, Tensor] = {}
     count = 0
+    named = dict(network.named_parameters())
 
-    def visit(call: Call, names: dict[str, str], source: Any) -> None:
+    def visit(call: Call, names: dict[str, str], source: Tensor | None, function: Callable[[], Tensor]) -> None:
         name = names.get("weight")
-        if name is None:
+        if name is None or not isinstance(call, LinearCall | ConvolutionCall) or call.inputs.numel() == 0:
             return
-        if isinstance(call, LinearCall):
-            a = call.inputs.reshape(-1, 1, call.inputs.shape[-1])
-            _add(values, name, a, call.bias is not None)
-        elif isinstance(call, ConvolutionCall):
+        bias = call.bias is not None and call.bias is named.get(name.removesuffix("weight") + "bias")
+        if isinstance(call, ConvolutionCall):
             for a in _patches(call):
-                _add(values, name, a, call.bias is not None)
+                _add(values, name, a, bias)
+        else:
+            a = call.inputs.reshape(-1, 1, call.inputs.shape[-1])
+            _add(values, name + TRANSPOSED if call.transposed else name, a, bias)
 
     with evaluating(network, gradients=False):
         parameters = trainable(network)
@@ -64,7 +68,9 @@ def gram_sums(
             count += len(inputs)
             if progress is not None:
                 progress(len(inputs))
-    return Sums(values, count, float(count))
+    matrices = [name for name, parameter in parameters.items() if parameter.ndim >= 2]
+    uncovered = tuple(name for name in matrices if values.keys().isdisjoint((name, name + TRANSPOSED)))
+    return Sums(values, count, float(count), uncovered)
 
 
 def _patches(call: ConvolutionCall) -> Iterable[Tensor]:
@@ -83,6 +89,9 @@ def _add(values: dict[str, Tensor], name: str, a: Tensor, bias: bool) -> None:
     a = a.to(sum_type(a))
     if bias:
         a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], -1)
+    if name in values and (further := values[name].shape[-1] - a.shape[-1]):  # called with a bias and without
+        a = F.pad(a, (0, max(0, further)))
+        values[name] = F.pad(values[name], (0, max(0, -further)) * 2)
     columns = a.permute(1, 0, 2)  # [G, rows, K]
     if name in values:
         values[name].baddbmm_(columns.mT, columns)

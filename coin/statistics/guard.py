@@ -14,13 +14,18 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that require gradients, those that a statistic is of.
 
     Raises:
-        ConfigurationError: There are none.
+        ConfigurationError: There are none, or one is complex: the square of its gradient is no real number.
     """
     parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     if not parameters:
         raise ConfigurationError(
             "the network has no parameter that requires a gradient; expected at least one; call requires_grad_() on "
             "those that the statistic is of"
+        )
+    if complex_ones := [name for name, p in parameters.items() if p.is_complex()]:
+        raise ConfigurationError(
+            f"parameter '{complex_ones[0]}' is complex, expected real ones; hold its parts as a real tensor, or leave "
+            "it out by requires_grad_(False)"
         )
     return parameters
 

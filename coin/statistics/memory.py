@@ -1,11 +1,11 @@
 """How many samples and cotangents to take at once: within the memory allowed, and no more than pays."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from coin.errors import ConfigurationError
-from coin.statistics.probe import Layout
 
 _GRADIENTS = 6
 """Tensors of the widest layer's cotangents alive at once: at its output and input, and what a rule makes of them."""
@@ -30,22 +30,32 @@ def check_memory(memory_mib: int) -> int:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How many samples b and cotangents v go through a pass together."""
+class Layout:
+    """What is known of a network before its samples of one shape are cut.
 
-    samples: int
-    cotangents: int
+    Attributes:
+        rows: Parameter name → k, the leading rows that a sample has in the input of the parameter's one call, for all
+            that a layer rule may answer for; None if it has to be found out for every cut.
+        activations: Floats per sample in the inputs of all ruled calls together.
+        widest: Floats per sample in the largest of those inputs.
+        logits: The network's output [C] for the first of these samples, on its own.
+    """
+
+    rows: Mapping[str, int] | None
+    activations: int
+    widest: int
+    logits: Tensor
 
 
-def choose_cut(layout: Layout, cotangents: int, memory_mib: int, like: Tensor) -> Cut:
-    """Choose the micro-batch and the chunk of cotangents.
+def choose_cut(layout: Layout, cotangents: int, memory_mib: int, like: Tensor) -> tuple[int, int]:
+    """Choose how many samples b and cotangents v go through a pass together.
 
     The estimate for b samples and v cotangents is b·(activations kept) + b·v·(widest layer)·(tensors alive). All V
     cotangents are kept together as long as one sample fits, since the Gram rule gains from them; then v shrinks. One
     sample and one cotangent always go, whatever the bound says.
 
     Args:
-        layout: What the probe found.
+        layout: The network's sizes.
         cotangents: V.
         memory_mib: The bound, in MiB.
         like: A parameter: its type and device are the pass's.
@@ -56,7 +66,7 @@ def choose_cut(layout: Layout, cotangents: int, memory_mib: int, like: Tensor) -
     samples = available // (kept + cotangents * widest * _GRADIENTS)
     if samples < 1:
         room = max(0, available - kept)
-        return Cut(1, int(max(1, min(cotangents, room // (widest * _GRADIENTS)))))
+        return 1, int(max(1, min(cotangents, room // (widest * _GRADIENTS))))
     if like.device.type == "cpu":
         samples = min(samples, max(1, _ENOUGH_BYTES // (cotangents * widest)))
-    return Cut(int(samples), cotangents)
+    return int(samples), cotangents

@@ -1,6 +1,6 @@
 """Matrix-free products with the Jacobian of a network's outputs by its parameters, over fixed inputs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -56,17 +56,10 @@ class OutputMap:
             StateError: The cotangent has another number of rows than there are inputs.
         """
         with evaluating(self._network):
-            state = self._own(parameters)
-            total = _zeros(state)
-            seen = 0
-            for x in self._batches(3):
-                piece = cotangent[seen : seen + len(x)]
-                seen += len(x)
-                if len(piece) == len(x):
-                    self._add_backward(total, state, x, piece)
+            total, seen = self._pull_back(self._own(parameters), 3, lambda x, seen: cotangent[seen : seen + len(x)])
         if seen != len(cotangent):
             raise StateError(f"found a cotangent of {len(cotangent)} rows for {seen} inputs, expected one row each")
-        return {name: value.to(state[name].dtype) for name, value in total.items()}
+        return {name: value.to(parameters[name].dtype) for name, value in total.items()}
 
     def fisher_product(self, parameters: State, tangent: State) -> dict[str, Tensor]:
         """Return F·v = (1/P) Jᵀ J v at θ, the product with the whole Gaussian-output Fisher matrix.
@@ -77,14 +70,10 @@ class OutputMap:
         check_same_layout([parameters, tangent], ["the parameters", "the tangent"])
         with evaluating(self._network):
             state, direction = self._own(parameters), self._own(tangent)
-            total = _zeros(state)
-            seen = 0
-            for x in self._batches(5):
-                self._add_backward(total, state, x, self._forward(state, direction, x))
-                seen += len(x)
+            total, seen = self._pull_back(state, 5, lambda x, _: self._forward(state, direction, x))
         if seen == 0:
             raise StateError("found no inputs, expected at least one batch")
-        return {name: (value / seen).to(state[name].dtype) for name, value in total.items()}
+        return {name: (value / seen).to(parameters[name].dtype) for name, value in total.items()}
 
     def _batches(self, passes: int) -> Iterator[Tensor]:
         for batch in self._inputs:
@@ -103,17 +92,22 @@ class OutputMap:
         result: Tensor = jvp(function, (state,), (direction,))[1]
         return result.detach()
 
-    def _add_backward(self, total: dict[str, Tensor], state: dict[str, Tensor], x: Tensor, cotangent: Tensor) -> None:
-        leaves = {name: value.detach().requires_grad_() for name, value in state.items()}
-        output = functional_call(self._network, leaves, (x,))
-        gradients = torch.autograd.grad(output, list(leaves.values()), cotangent.detach(), allow_unused=True)
-        for name, gradient in zip(leaves, gradients, strict=True):
-            if gradient is not None:
-                total[name].add_(gradient)
-
-
-def _zeros(state: State) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(value, dtype=sum_type(value)) for name, value in state.items()}
+    def _pull_back(
+        self, state: dict[str, Tensor], passes: int, cotangent: Callable[[Tensor, int], Tensor]
+    ) -> tuple[dict[str, Tensor], int]:
+        """Return Jᵀ·u, in the type of sums, and the number of inputs; u is asked for by a batch and where it starts."""
+        total, seen = {name: torch.zeros_like(value, dtype=sum_type(value)) for name, value in state.items()}, 0
+        for x in self._batches(passes):
+            piece, seen = cotangent(x, seen).detach(), seen + len(x)
+            if len(piece) < len(x):
+                continue
+            leaves = {name: value.detach().requires_grad_() for name, value in state.items()}
+            output = functional_call(self._network, leaves, (x,))
+            gradients = torch.autograd.grad(output, list(leaves.values()), piece, allow_unused=True)
+            for name, gradient in zip(leaves, gradients, strict=True):
+                if gradient is not None:
+                    total[name].add_(gradient)
+        return total, seen
 
 
 def _rows(pieces: list[Tensor]) -> Tensor:

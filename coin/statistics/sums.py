@@ -1,5 +1,7 @@
 """Sums over samples: what a pass over data leaves, added over batches and over processes before any division."""
 
+import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +11,9 @@ from torch import Tensor, distributed
 from coin.errors import ConfigurationError, StateError
 from coin.state import check_same_layout
 
+TRANSPOSED = ":T"
+"""Ends the name of a Gram matrix of a weight [in, out] that multiplies from the right, x @ W."""
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -17,12 +22,16 @@ class Sums:
     Attributes:
         values: Name → sum over samples of the per-sample statistic.
         count: Number of samples in the sums.
-        passes: Forward-equivalents spent: 1 per sample for a forward pass, 2 per sample and cotangent for a backward.
+        passes: Forward-equivalents spent: 1 per sample for a forward pass, 2 per sample and cotangent for a backward,
+            whichever way they were run. What finds a network's layout, on copies of one sample, is not counted.
+        uncovered: The trainable parameters of two dimensions or more that a Gram pass found no matrix for, in the
+            network's order; none of a Fisher pass.
     """
 
     values: Mapping[str, Tensor]
     count: int
     passes: float
+    uncovered: tuple[str, ...] = ()
 
     def mean(self) -> dict[str, Tensor]:
         """Return the mean over samples of every tensor.
@@ -35,14 +44,22 @@ class Sums:
         return {name: value / self.count for name, value in self.values.items()}
 
     def __add__(self, other: "Sums") -> "Sums":
-        """Return the sums over both sets of samples.
+        """Return the sums over both sets of samples; what one of them did not cover, the other brings.
 
         Raises:
-            StateError: The names or shapes differ.
+            StateError: The names or shapes differ in anything else.
         """
-        check_same_layout([self.values, other.values], ["the first sums", "the second sums"])
-        values = {name: value + other.values[name] for name, value in self.values.items()}
-        return Sums(values, self.count + other.count, self.passes + other.passes)
+        left, right = self._beside(other), other._beside(self)
+        check_same_layout([left, right], ["the first sums", "the second sums"])
+        values = {name: value + right[name] for name, value in left.items()}
+        uncovered = tuple(name for name in self.uncovered if name in other.uncovered)
+        return Sums(values, self.count + other.count, self.passes + other.passes, uncovered)
+
+    def _beside(self, other: "Sums") -> dict[str, Tensor]:
+        """Return the values, with zeros for what only the other covers."""
+        more = {n: v for n, v in other.values.items() if n not in self.values}
+        missing = {n: torch.zeros_like(v) for n, v in more.items() if n.removesuffix(TRANSPOSED) in self.uncovered}
+        return {**self.values, **missing}
 
 
 def sum_type(tensor: Tensor) -> torch.dtype:
@@ -54,25 +71,36 @@ def reduce_sums(sums: Sums) -> Sums:
     """Return the sums over all processes of the default process group, the same on each; `sums` itself without one.
 
     All accumulators travel as one float64 vector with the count behind them, in a single SUM reduction, on the
-    device that the group's backend needs. Every process must hold the same tensors.
+    device that the group's backend needs. Before that the processes agree on the tensors: one of them may not have
+    covered what another has.
+
+    Raises:
+        StateError: The names or shapes differ in anything else.
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return sums
-    tensors = list(sums.values.values())
-    where = tensors[0].device if tensors else torch.device("cpu")
+    where = next((tensor.device for tensor in sums.values.values()), torch.device("cpu"))
     if distributed.get_backend() == "nccl" and where.type != "cuda":
         where = torch.device("cuda", torch.cuda.current_device())
     elif distributed.get_backend() == "gloo":
         where = torch.device("cpu")
+    empty = {name: tensor.to("meta") for name, tensor in sums.values.items()}
+    layouts: list[Sums] = [sums] * distributed.get_world_size()
+    distributed.all_gather_object(layouts, Sums(empty, 0, 0.0, sums.uncovered))
+    whole = functools.reduce(operator.add, layouts)
+    tensors = [
+        sums.values[name] if name in sums.values else torch.zeros_like(like, device=where)
+        for name, like in whole.values.items()
+    ]
     tail = torch.tensor([sums.count, sums.passes], dtype=torch.float64, device=where)
     flat = torch.cat([*(tensor.detach().to(where, torch.float64).flatten() for tensor in tensors), tail])
     distributed.all_reduce(flat)
     pieces = torch.split(flat, [*(tensor.numel() for tensor in tensors), 2])
     values = {
         name: piece.view(tensor.shape).to(tensor)
-        for (name, tensor), piece in zip(sums.values.items(), pieces[:-1], strict=True)
+        for name, tensor, piece in zip(whole.values, tensors, pieces[:-1], strict=True)
     }
-    return Sums(values, round(float(pieces[-1][0])), float(pieces[-1][1]))
+    return Sums(values, round(float(pieces[-1][0])), float(pieces[-1][1]), whole.uncovered)
 
 
 def check_shares(samples: int, world: int) -> None:

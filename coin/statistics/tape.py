@@ -1,80 +1,133 @@
 """Record the ruled calls of one forward pass and drive their rules during the backward passes."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from coin.errors import StateError
+from coin.errors import DataError, StateError
 from coin.statistics.intercept import Interceptor
-from coin.statistics.rules import Call, Site
+from coin.statistics.rules import Call, Site, reached_tensors
 from coin.statistics.sums import sum_type
 
 
 class Tape:
     """The ruled calls of a forward pass over B samples.
 
+    A rule squares per sample, so it must know which rows of its input [B·k, …] belong to one. The shape does not tell:
+    [T, B, C] with T = B looks like [B, T, C]. `misplaced` finds out from the gradients themselves.
+
+    Args:
+        samples: B.
+        rows: Parameter name → k, the leading rows that a sample has at the parameter's one call: only these are ruled.
+            None rules every call of B·k rows.
+        totals: Parameter name → accumulator.
+        like: A parameter: its type and device are the pass's.
+
     Attributes:
         anchor: A scalar on which every ruled output depends; differentiating by it makes autograd visit them all, and
             nothing else.
+        rows: As given.
+        calls: The ruled calls and the parameters in their roles.
         cotangents: V, the number of cotangents in the backward pass that is running.
+        sorts: Whether values may decide where a row goes (`Interceptor`).
     """
 
-    def __init__(self, samples: int, rows: Mapping[str, int], totals: Mapping[str, Tensor], like: Tensor) -> None:
-        self._samples, self._rows, self._totals = samples, rows, totals
+    def __init__(
+        self, samples: int, rows: Mapping[str, int] | None, totals: Mapping[str, Tensor], like: Tensor
+    ) -> None:
+        self._samples, self.rows, self._totals = samples, rows, totals
         self.anchor = like.new_zeros(()).requires_grad_()
-        self.cotangents, self._last = 1, True
-        self._calls: list[tuple[Call, dict[str, str], int]] = []
+        self.calls: dict[Call, dict[str, str]] = {}
+        self.cotangents, self.sorts, self._last = 1, False, True
         self._sites: dict[Call, Site] = {}
+        self._scales: Tensor | None = None
+        self._placed: dict[Call, bool] = {}
 
     def run(self, network: nn.Module, inputs: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Return the network's output [B, C], with the ruled calls recorded."""
-        with Interceptor(parameters, self._visit):
-            output: Tensor = network(inputs)
-        return output
-
-    def _visit(self, call: Call, names: dict[str, str], source: Tensor | None) -> Tensor | None:
-        # The plan says how many leading rows a sample has at this parameter's one call; anything else is not ours.
-        if any(self._rows.get(name, 0) * self._samples != call.inputs.shape[0] for name in names.values()):
-            return None
-        self._calls.append((call, names, call.inputs._version))
-        output: Tensor = _RuledCall.apply(  # type: ignore[no-untyped-call]
-            self.anchor, source, call, self
-        )
-        return output
-
-    def close(self, output: Tensor, parameters: Mapping[str, Tensor]) -> set[str]:
-        """Settle who is responsible for which parameter, before any backward pass.
-
-        Returns:
-            The names that the rules must not answer for, because the parameter is called more than once or is also
-            used outside a ruled call: their per-sample gradients have to be summed before squaring.
+        """Return the network's output [B, C], with the ruled calls recorded.
 
         Raises:
+            DataError: The output is not [B, C].
             StateError: The network changed a ruled call's input in place, so that its gradient is gone.
         """
-        called: list[str] = []
-        for call, names, version in self._calls:
-            called.extend(names.values())
-            if call.inputs._version != version:
+        versions: dict[Call, int] = {}
+
+        def visit(
+            call: Call, names: dict[str, str], source: Tensor | None, function: Callable[[], Tensor]
+        ) -> Tensor | None:
+            k, odd = divmod(len(call.inputs), self._samples)
+            if odd or k == 0 or (self.rows is not None and any(self.rows.get(n) != k for n in names.values())):
+                return None
+            self.calls[call], versions[call] = names, call.inputs._version
+            output: Tensor = _RuledCall.apply(self.anchor, source, call, self, function)  # type: ignore[no-untyped-call]
+            return output
+
+        with Interceptor(parameters, visit) as interceptor:
+            output: Tensor = network(inputs)
+        self.sorts = interceptor.sorts
+        if output.ndim != 2 or len(output) != len(inputs):
+            raise DataError(f"the network's output is {list(output.shape)}, expected logits [{len(inputs)}, C]")
+        for call, version in versions.items():
+            if call.reads_input and call.inputs._version != version:
                 raise StateError(
-                    f"the input of the layer with '{next(iter(names.values()))}' is modified in place after its use, "
-                    "so its gradient cannot be had; make that operation out of place (inplace=False)"
+                    f"the input of the layer with '{next(iter(self.calls[call].values()))}' is modified in place after "
+                    "its use, so its gradient cannot be had; make that operation out of place (inplace=False)"
                 )
-        general = {name for name in called if called.count(name) > 1}
+        return output
+
+    def misplaced(self, output: Tensor, *, unseen: bool) -> set[str]:
+        """Find the parameters at whose calls the rows do not lie sample by sample, k rows each.
+
+        A backward pass is repeated with the samples' cotangents scaled by different powers of two, which no rounding
+        touches: at every row exactly the scale of the sample that it is counted to must arrive. One repetition for each
+        digit of the samples' numbers in base 4 tells all samples apart. A row at which no gradient arrives has no
+        share in the squares and is as good as any.
+
+        Args:
+            output: [B, C], whose graph is kept.
+            unseen: Whether a call counts as misplaced if no gradient arrives at it, as if its weight could be trusted
+                for other samples too; where a weight of zero is all that hides the gradient, it is looked behind.
+        """
+        numbers = torch.arange(self._samples, device=output.device)
+        scales = [torch.ones_like(numbers)]
+        while 4 ** (len(scales) - 1) < self._samples:
+            scales.append(2 ** (numbers // 4 ** (len(scales) - 1) % 4))
+        self._scales, self._unseen, self._placed = torch.stack(scales).to(output.dtype), unseen, {}
+        # Any cotangent does that no symmetry of the outputs cancels.
+        cotangent = torch.arange(1, output.shape[1] + 1, device=output.device).to(output.dtype).cos()
+        self.backward(output, self._scales[..., None] * cotangent, last=False)
+        self._scales = None
+        return {
+            name
+            for call, names in self.calls.items()
+            for name in names.values()
+            if not self._placed.get(call, not unseen)
+        }
+
+    def close(self, output: Tensor, parameters: Mapping[str, Tensor], misplaced: Collection[str] = ()) -> set[str]:
+        """Settle who is responsible for which parameter, before the backward passes that count.
+
+        Returns:
+            The names that the rules must not answer for, because the parameter is misplaced, called more than once or
+            also used outside a ruled call: their per-sample gradients have to be summed before squaring.
+        """
+        times = Counter(name for names in self.calls.values() for name in names.values())
         reached = reached_tensors(output)
-        general |= {name for name, parameter in parameters.items() if id(parameter) in reached}
-        for call, names, _ in self._calls:
+        general = {name for name, parameter in parameters.items() if id(parameter) in reached or times[name] > 1}
+        general |= set(misplaced)
+        for call, names in self.calls.items():
             kept = {role: name for role, name in names.items() if name not in general}
             self._sites[call] = Site(self._samples, kept, self._totals)
         return general
 
-    def backward(self, output: Tensor, cotangents: Tensor, *, last: bool) -> None:
-        """Run the backward passes of cotangents [V, B, C] at once and let the rules add their squares."""
-        if not self._calls or not output.requires_grad:
-            return
+    def backward(self, output: Tensor, cotangents: Tensor, *, last: bool) -> bool:
+        """Run the backward passes of cotangents [V, B, C] at once, for the rules to add up; say if there were any."""
+        if not self.calls or not output.requires_grad:
+            return False
         self.cotangents, self._last = len(cotangents), last
 
         def one(cotangent: Tensor) -> Tensor:
@@ -82,9 +135,12 @@ class Tape:
             return cotangent
 
         torch.vmap(one)(cotangents)
+        return True
 
     def contract(self, call: Call, g: Tensor, needs_input: bool) -> Tensor:
         """Let a call's rule see the cotangents [V, N, …] of its output; return those of its input, if asked."""
+        if self._scales is not None:
+            return self._compare(call, g, needs_input)
         site = self._sites[call]
         if site.names:
             call.accumulate(g.to(sum_type(g)), site)
@@ -92,23 +148,44 @@ class Tape:
                 call.finish(site)
         return call.input_gradient(g) if needs_input else g.new_zeros(())
 
+    def _compare(self, call: Call, g: Tensor, needs_input: bool) -> Tensor:
+        """Look whether the cotangents [1 + digits, N, …] are those of the first repetition in the right scales."""
+        assert self._scales is not None
+        rows = g.reshape(len(g), self._samples, len(call.inputs) // self._samples, -1)
+        expected = self._scales[..., None, None] * rows[0]
+        eps = torch.finfo(g.dtype).eps
+        bound = eps**0.5 * expected.abs().amax(-1) + 64 * eps * rows.abs().amax()
+        placed = ((rows - expected).abs().amax(-1) <= bound).all() & (rows.any() | (not self._unseen))
+        self._placed[call] = bool(placed)
+        if not needs_input:
+            return g.new_zeros(())
+        gradient = call.input_gradient(g)
+        if self._unseen and not bool(gradient.any()):
+            weight, call.weight = call.weight, torch.where(call.weight == 0, 1, call.weight)
+            gradient, call.weight = call.input_gradient(g), weight
+        return gradient
+
 
 class _RuledCall(Function):
     """The function itself, with its rule in place of autograd's gradient of the weight."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, source: Tensor | None, call: Call, tape: Tape) -> Tensor:
+    def forward(
+        ctx: Any, anchor: Tensor, source: Tensor | None, call: Call, tape: Tape, function: Callable[[], Tensor]
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.call, ctx.tape = call, tape
-        return call.output()
+        output = function()
+        # No view may be changed in place, and an expanded parameter must not be.
+        return output.clone() if output._base is call.weight else output.data
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[None, Tensor | None, None, None]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[None, Tensor | None, None, None, None]:
         if g is None:
-            return None, None, None, None
+            return None, None, None, None, None
         needed = ctx.needs_input_grad[1]
         gradient = _Contraction.apply(g, ctx.call, ctx.tape, needed)  # type: ignore[no-untyped-call]
-        return None, gradient if needed else None, None, None
+        return None, gradient if needed else None, None, None, None
 
 
 class _Contraction(Function):
@@ -130,19 +207,3 @@ class _Contraction(Function):
     ) -> tuple[Tensor, int | None]:
         gradient = tape.contract(call, g.movedim(in_dims[0] or 0, 0), needed)
         return gradient, 0 if needed else None
-
-
-def reached_tensors(output: Tensor) -> set[int]:
-    """Return the ids of the leaf tensors in the graph behind an output."""
-    found: set[int] = set()
-    seen: set[Any] = set()
-    stack: list[Any] = [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        stack.extend(following for following, _ in node.next_functions)
-    return found

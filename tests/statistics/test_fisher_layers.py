@@ -305,6 +305,27 @@ def test_in_place_operations_on_a_layers_output() -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(6), nn.Hardswish(inplace=True)]
     assert_exact(Pooled(*layers, width=6), torch.randn(3, 4, 6, 6))
+    at_positions = nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Flatten(1, 2), nn.Flatten(), nn.Linear(18, CLASSES)
+    assert_exact(nn.Sequential(*at_positions), torch.randn(3, 3, 4))
+
+
+def test_a_token_may_be_changed_in_place_once_it_is_expanded_but_the_parameter_stays() -> None:
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.head = nn.Parameter(torch.randn(1, 4)), nn.Linear(4, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            token = self.token.expand(len(x), -1)
+            # Only what is no view of the parameter could be written to.
+            return self.head(torch.tanh(token + x if token._is_view() else token.add_(x)))
+
+    torch.manual_seed(0)
+    network = Token()
+    assert_exact(network, torch.randn(3, 4))
+    before = network.token.clone()
+    fisher_diagonal(network, [torch.randn(3, 4).double()])
+    assert torch.equal(network.token, before)
 
 
 def test_a_layers_input_modified_in_place_is_refused() -> None:
@@ -355,7 +376,7 @@ def test_parts_without_gradient_count_for_nothing() -> None:
 
 
 def test_outputs_that_are_not_logits_are_refused() -> None:
-    with pytest.raises(DataError, match=r"\[3, 4, 3\].*expected logits"):
+    with pytest.raises(DataError, match=r"\[2, 4, 3\].*expected logits \[2, C\]"):
         fisher_diagonal(nn.Linear(4, CLASSES), [torch.randn(2, 4, 4)])
 
 

@@ -14,7 +14,7 @@ from coin.statistics import Sums, fisher_sums, gram_sums, reduce_sums, shard
 WORKER = """
 import sys, torch
 from torch import distributed, nn
-from coin.statistics import fisher_sums, gram_sums, reduce_sums, shard
+from coin.statistics import Sums, fisher_sums, gram_sums, reduce_sums, shard
 
 distributed.init_process_group("gloo")
 rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -23,8 +23,12 @@ network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True), nn
 inputs = torch.randn(7, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 mine = inputs[list(shard(len(inputs), rank, world))]
 fisher, gram = reduce_sums(fisher_sums(network, [mine])), reduce_sums(gram_sums(network, [mine]))
+names = ("a", "b", "c:T")[rank : rank + 2]  # each process has what the other may lack
+uneven = Sums({name: torch.full((2,), rank + 1.0) for name in names}, 1, 1.0, ("c", "d") if rank == 0 else ("a", "d"))
+uneven = reduce_sums(uneven)
 if rank == 1:  # every process holds the result
-    torch.save([dict(fisher.values), fisher.count, fisher.passes, dict(gram.values), gram.count], sys.argv[1])
+    torch.save([dict(fisher.values), fisher.count, fisher.passes, dict(gram.values), gram.count,
+                dict(uneven.values), uneven.uncovered], sys.argv[1])
 distributed.destroy_process_group()
 """
 
@@ -35,7 +39,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     subprocess.run([*command, str(script), str(result)], check=True, timeout=120, cwd=Path(__file__).parents[2],
                    env=_environment(), capture_output=True)  # fmt: skip
-    values, count, passes, grams, gram_count = torch.load(result, weights_only=True)
+    values, count, passes, grams, gram_count, uneven, uncovered = torch.load(result, weights_only=True)
 
     torch.manual_seed(0)
     nn = torch.nn
@@ -47,6 +51,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert (values[name] - value).norm() <= 1e-6 * value.norm(), name
     for name, value in gram.values.items():
         assert (grams[name] - value).norm() <= 1e-6 * value.norm(), name
+    assert {name: value.tolist() for name, value in uneven.items()} == {"a": [1, 1], "b": [3, 3], "c:T": [2, 2]}
+    assert uncovered == ("d",)
 
 
 def test_other_cuts_give_the_same_numbers_in_float32() -> None:
@@ -78,6 +84,16 @@ def test_sums_add_and_divide_once() -> None:
 def test_sums_of_other_tensors_do_not_add() -> None:
     with pytest.raises(StateError, match="'a'"):
         Sums({"a": torch.ones(2)}, 1, 1.0) + Sums({"a": torch.ones(3)}, 1, 1.0)
+
+
+def test_what_one_does_not_cover_the_other_brings() -> None:
+    one = Sums({"a": torch.ones(2)}, 1, 1.0, ("b", "c", "d"))
+    two = Sums({"b:T": torch.ones(3), "c": torch.ones(1)}, 1, 1.0, ("a", "d"))
+    for both in (one + two, two + one):
+        assert {name: value.tolist() for name, value in both.values.items()} == {"a": [1, 1], "b:T": [1] * 3, "c": [1]}
+        assert both.uncovered == ("d",)
+    with pytest.raises(StateError, match="'c'"):
+        Sums({"a": torch.ones(2)}, 1, 1.0, ("b",)) + two
 
 
 def test_no_group_no_change() -> None:

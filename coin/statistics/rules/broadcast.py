@@ -15,8 +15,6 @@ class BroadcastCall(Call):
     Its per-sample gradient is the sum over all dimensions that it was broadcast over, except the samples.
     """
 
-    weight: Tensor
-
     @abstractmethod
     def local(self, g: Tensor) -> Tensor:
         """Return the cotangents [V, N, …] of the broadcast parameter."""
@@ -38,11 +36,7 @@ class ScaleCall(BroadcastCall):
     """y = x · weight."""
 
     def __init__(self, inputs: Tensor, weight: Tensor) -> None:
-        self.inputs, self.weight = inputs, weight
-
-    @override
-    def output(self) -> Tensor:
-        return self.inputs * self.weight
+        self.inputs, self.weight, self.reads_input = inputs, weight, weight.requires_grad
 
     @override
     def local(self, g: Tensor) -> Tensor:
@@ -54,40 +48,17 @@ class ScaleCall(BroadcastCall):
 
 
 class ShiftCall(BroadcastCall):
-    """y = x + weight."""
+    """y = x + weight; or the weight expanded over the samples (a class token), as if added to zeros of that shape."""
+
+    reads_input = False
 
     def __init__(self, inputs: Tensor, weight: Tensor) -> None:
         self.inputs, self.weight = inputs, weight
 
     @override
-    def output(self) -> Tensor:
-        return self.inputs + self.weight
-
-    @override
     def local(self, g: Tensor) -> Tensor:
         return g
 
     @override
     def input_gradient(self, g: Tensor) -> Tensor:
         return g
-
-
-class ExpandCall(BroadcastCall):
-    """y = weight expanded over the samples (a class token); `inputs` is the expanded view itself."""
-
-    from_samples = False
-
-    def __init__(self, expanded: Tensor, weight: Tensor) -> None:
-        self.inputs, self.weight = expanded, weight
-
-    @override
-    def output(self) -> Tensor:
-        return self.inputs.clone()
-
-    @override
-    def local(self, g: Tensor) -> Tensor:
-        return g
-
-    @override
-    def input_gradient(self, g: Tensor) -> Tensor:
-        raise AssertionError("an expanded parameter has no other input")

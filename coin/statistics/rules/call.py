@@ -37,15 +37,13 @@ class Call(ABC):
 
     Attributes:
         inputs: The input [N, …], as the function saw it.
-        from_samples: Whether the input depends on the samples; not so for a parameter expanded over them.
+        weight: The tensor that the function takes in the role of the weight.
+        reads_input: Whether the backward pass needs the input's values, so that they must not be changed meanwhile.
     """
 
     inputs: Tensor
-    from_samples = True
-
-    @abstractmethod
-    def output(self) -> Tensor:
-        """Return the function's own output [N, …]."""
+    weight: Tensor
+    reads_input = True
 
     @abstractmethod
     def accumulate(self, g: Tensor, site: Site) -> None:
@@ -57,16 +55,6 @@ class Call(ABC):
 
     def finish(self, site: Site) -> None:  # noqa: B027 (most rules defer nothing)
         """Add what was deferred until all cotangents had been seen."""
-
-
-def fold(g: Tensor) -> Tensor:
-    """Return g [V, N, …] as one batch [V·N, …]."""
-    return g.flatten(0, 1)
-
-
-def per_sample(x: Tensor, samples: int) -> Tensor:
-    """Return x [B·k, …] as [B, k, …]."""
-    return x.reshape(samples, x.shape[0] // samples, *x.shape[1:])
 
 
 def squared_sums(g: Tensor, samples: int, keep: int) -> Tensor:

@@ -49,6 +49,8 @@ def contract_pairs(g: Tensor) -> Tensor:
 def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
     """Add Σ_n Σ_p pairs_np a_t a_t' to `total`.
 
+    The sum is one of squares, but where positions cancel its terms do not, and rounding may leave less than nothing.
+
     Args:
         total: Accumulator [G, O/G, K], a view that is written in place.
         pairs: Contracted cotangents [B, P, O] from `contract_pairs`.
@@ -67,6 +69,8 @@ def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
         total[0].addmm_(left[0], right[0])
     else:
         total.add_(torch.bmm(left, right))
+    if t > 1:
+        total.clamp_min_(0)
 
 
 def add_direct(total: Tensor, g: Tensor, a: Callable[[int], Tensor]) -> None:

@@ -1,0 +1,489 @@
+"""Networks that are not a stack of layers: routed rows, columns read as tokens, unusual forms of usual calls."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coin.errors import ConfigurationError
+from coin.statistics import OutputMap, fisher_diagonal, fisher_sums, gram_sums
+
+CLASSES = 3
+
+
+def dense_loop(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """The definition: one sample and one output at a time, squared after autograd has summed whatever it sums."""
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for x in inputs:
+        for c in range(CLASSES):
+            gradients = torch.autograd.grad(network(x[None])[0, c], list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    total[name] += gradient**2
+    return {name: value / len(inputs) for name, value in total.items()}
+
+
+def assert_exact(network: nn.Module, inputs: Tensor, zero: tuple[str, ...] = (), absolute: float = 1e-14) -> None:
+    """Compare whole, in unequal batches and in cuts of one sample; only the parameters named may have no Fisher."""
+    network = network.double().eval()
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    expected = dense_loop(network, inputs)
+    assert {name for name, value in expected.items() if not value.any()} == set(zero)
+    batches = {"whole": [inputs], "unequal": list(inputs.split([1, len(inputs) - 1])), "single": list(inputs.split(1))}
+    for cut, pieces in batches.items():
+        found = fisher_diagonal(network, pieces)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-10, atol=absolute, msg=lambda m, at=f"{name}, {cut}": f"{at}: {m}"
+            )
+
+
+class Experts(nn.Module):
+    """A mixture of experts: every token goes, by its first entry, to one of them."""
+
+    def __init__(self, number: int, gate: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 5) for _ in range(number))
+        self.gate, self.head = gate, nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, 4]
+        rows = x.flatten(0, 1)
+        chosen = self.gate(rows, len(self.experts))
+        mixed = rows.new_zeros(len(rows), 5)
+        for index, expert in enumerate(self.experts):
+            places = (chosen == index).nonzero().flatten()
+            mixed = mixed.index_add(0, places, torch.tanh(expert(rows[places])))
+        return self.head(mixed.view(len(x), -1, 5).mean(1))
+
+
+def by_first_entry(rows: Tensor, number: int) -> Tensor:
+    return rows[:, 0].long()
+
+
+ROUTED = {  # the choices of each sample's tokens
+    "one expert a sample": [[0], [1], [0], [1]],
+    "an expert is never chosen": [[0, 1], [1, 0], [1, 1], [0, 0]],
+    "as many rows as if they were spread evenly": [[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 1, 1, 1]],
+    "as many, in other places": [[0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 1, 1], [1, 0, 1, 0]],
+    "every sample's tokens alike": [[0, 1, 1], [1, 0, 1], [1, 1, 0], [0, 1, 1]],
+}
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_a_mixture_of_experts(name: str) -> None:
+    torch.manual_seed(0)
+    chosen = torch.tensor(ROUTED[name])
+    x = torch.randn(*chosen.shape, 4)
+    x[..., 0] = chosen + 0.5
+    never = ("experts.2.weight", "experts.2.bias")
+    assert_exact(Experts(3, by_first_entry), x, zero=never)
+    assert_exact(Experts(2, by_first_entry), x)
+
+
+def test_gram_matrices_of_a_mixture_of_experts() -> None:
+    """An expert that no token of a batch goes to has no matrix there, and what other batches bring is kept."""
+    torch.manual_seed(0)
+    network = Experts(3, by_first_entry).double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    x[..., 0] = torch.tensor([[0.5] * 3, [1.5] * 3])
+    first, second = gram_sums(network, [x[:1]]), gram_sums(network, [x[1:]])
+    assert first.uncovered == ("experts.1.weight", "experts.2.weight")
+    assert second.uncovered == ("experts.0.weight", "experts.2.weight")
+    both, whole = first + second, gram_sums(network, [x])
+    assert both.uncovered == whole.uncovered == ("experts.2.weight",)
+    assert both.values.keys() == whole.values.keys() == {"experts.0.weight", "experts.1.weight", "head.weight"}
+    for name, value in whole.values.items():
+        torch.testing.assert_close(both.values[name], value, rtol=1e-12, atol=0)
+
+
+class Table(nn.Module):
+    """Columns of numbers of which the first is a category."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.numbers, self.head = nn.Embedding(4, 3), nn.Linear(2, 3), nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embed(x[:, 0].long()) + self.numbers(x[:, 1:])))
+
+
+def test_a_table_whose_columns_are_read_as_integers() -> None:
+    torch.manual_seed(0)
+    x = torch.cat([torch.tensor([0, 3, 1, 3, 2])[:, None], torch.randn(5, 2)], 1)
+    assert_exact(Table(), x)
+
+
+class Stacked(nn.Module):
+    """Tokens, mask and segments in one integer tensor [B, 3, L], as transformers' tokenizers give them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.segments = nn.Embedding(100, 4), nn.Embedding(2, 4)
+        self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, mask, segments = x.unbind(1)
+        h = torch.tanh(self.mix(self.tokens(ids) + self.segments(segments))) * mask[..., None]
+        return self.head(h.sum(1) / mask.sum(1, keepdim=True))
+
+
+def test_stacked_token_inputs() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(40, 100, (4, 5))
+    mask = (torch.arange(5) < torch.tensor([5, 3, 4, 2])[:, None]).long()
+    network, x = Stacked(), torch.stack([ids, mask, torch.randint(0, 2, (4, 5))], 1)
+    assert_exact(network, x)
+
+
+class Spelled(nn.Module):
+    """One network whose calls name their arguments, or do not."""
+
+    def __init__(self, keywords: bool) -> None:
+        super().__init__()
+        self.keywords = keywords
+        self.scale, self.shift = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.weight, self.bias = nn.Parameter(torch.randn(CLASSES, 4)), nn.Parameter(torch.randn(CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, 4]
+        if not self.keywords:
+            y = torch.cat([self.token.expand(len(x), -1, -1), torch.add(torch.mul(x, self.scale), self.shift)], 1)
+            return F.linear(torch.tanh(y), self.weight, self.bias).mean(1)
+        y = torch.add(input=torch.mul(input=x, other=self.scale), other=self.shift)
+        y = torch.cat([self.token.expand(size=(len(x), -1, -1)), y], 1)
+        return F.linear(weight=self.weight, bias=self.bias, input=torch.tanh(y)).mean(1)
+
+
+def test_a_form_of_a_call_that_no_rule_knows() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(4, CLASSES)), nn.Parameter(torch.randn(CLASSES))
+            self.shift = nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.add(x, self.shift, alpha=2, out=None)
+            return torch.addmm(self.bias, x, self.weight, beta=2, alpha=3)
+
+    torch.manual_seed(0)
+    assert_exact(Scaled(), torch.randn(4, 4))
+
+
+@pytest.mark.parametrize("keywords", [False, True])
+def test_calls_with_keywords(keywords: bool) -> None:
+    torch.manual_seed(0)
+    network = Spelled(keywords)
+    assert_exact(network, torch.randn(4, 3, 4))
+    inputs = [torch.randn(4, 3, 4, dtype=torch.float64)]
+    assert fisher_sums(network, inputs).passes == 4 * (1 + 2 * CLASSES), "the rules hold, spelled either way"
+
+
+class Overwritten(nn.Module):
+    """An input that is changed in place once it has been used, where its gradient does not need it."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        self.first, self.before, self.head = first, nn.Linear(4, 4), nn.Linear(4, CLASSES)
+        self.shift, self.frozen = nn.Parameter(torch.randn(4)), nn.Linear(4, 4)
+        self.frozen.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.before(x)
+        y = h + self.shift if self.first == "shift" else self.frozen(h)
+        h.mul_(2)
+        return self.head(torch.tanh(y) + h)
+
+
+@pytest.mark.parametrize(("first", "unused"), [("shift", ("frozen.bias",)), ("frozen weight", ("shift",))])
+def test_a_legal_change_in_place(first: str, unused: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    assert_exact(Overwritten(first), torch.randn(4, 4), zero=unused)
+
+
+class Tied(nn.Module):
+    """A language model's head: the embedding's matrix with a bias of its own."""
+
+    def __init__(self, positions: bool) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(CLASSES, 4), nn.Linear(4, 4)
+        self.head, self.positions = nn.Linear(4, CLASSES), positions
+        self.head.weight = self.embed.weight
+        nn.init.normal_(self.head.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = torch.tanh(self.mix(self.embed(tokens)))
+        return self.head(h).mean(1) if self.positions else self.head(h.mean(1))
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_tied_embeddings_with_a_bias(positions: bool) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, CLASSES, (4, 5))
+    network = Tied(positions)
+    assert_exact(network, tokens)
+    assert gram_sums(network, [tokens]).values["embed.weight"].shape == (1, 4, 4), "the bias is not its own"
+
+
+class Rotated(nn.Module):
+    """Rotary positions: a complex buffer that queries and keys are multiplied with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys, self.head = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, CLASSES)
+        angles = torch.outer(torch.arange(5.0), torch.tensor([1.0, 0.1]))
+        self.register_buffer("freqs_cis", torch.polar(torch.ones_like(angles), angles))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 5, 4]
+        q, k = (self._rotate(layer(x)) for layer in (self.queries, self.keys))
+        return self.head(((q @ k.mT).softmax(-1) @ x).mean(1))
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * self.freqs_cis
+        return torch.view_as_real(pairs).flatten(2)
+
+
+def test_a_complex_buffer() -> None:
+    torch.manual_seed(0)
+    network, x = Rotated(), torch.randn(3, 5, 4)
+    fisher_diagonal(network, [x])
+    gram_sums(network, [x])
+    parameters = dict(network.named_parameters())
+    OutputMap(network, [x]).fisher_product(parameters, parameters)
+    assert_exact(network, x)
+
+
+def test_a_complex_parameter_is_refused() -> None:
+    network = nn.Linear(4, CLASSES)
+    network.register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+    with pytest.raises(ConfigurationError, match=r"'phase' is complex.*requires_grad_\(False\)"):
+        fisher_diagonal(network, [torch.randn(2, 4)])
+
+
+class Centred(nn.Module):
+    """A network that mixes the samples of a batch: what it says of one is what it says of it alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + (x - x.mean(0))
+        return self.head(torch.tanh(self.first(x)))
+
+
+def test_mixed_samples_are_taken_one_by_one() -> None:
+    torch.manual_seed(0)
+    assert_exact(Centred(), torch.randn(4, 4))
+
+
+@pytest.mark.parametrize("zero", ["head", "branch"])
+def test_a_gradient_that_a_weight_of_zero_hides(zero: str) -> None:
+    """Rules hold in front of a weight that is still zero; the layers behind it are not left to the slow route."""
+    torch.manual_seed(0)
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+            self.head = nn.Linear(4, CLASSES)
+            nn.init.zeros_(self.head.weight if zero == "head" else self.scale)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + torch.tanh(self.inner(x)) * self.scale)
+
+    network, x = Branch(), torch.randn(4, 4)
+    hidden = ("inner.weight", "inner.bias", *(("scale",) if zero == "head" else ()))
+    assert_exact(network, x, zero=hidden)
+    assert fisher_sums(network, [x.double()]).passes == 4 * (1 + 2 * CLASSES)
+
+
+MATMULS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], bool, bool]] = {
+    # (call of x [B, T, I], weight, bias; the weight is [in, out]; there is a bias)
+    "addmm": (lambda x, w, b: torch.addmm(b, x.view(-1, x.shape[-1]), w).view(*x.shape[:2], -1), True, True),
+    "addmm, transposed": (lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w.t()).view(*x.shape[:2], -1), False, True),
+    "addmm of the bias": (lambda x, w, b: b.addmm(x.flatten(0, 1), w).view(*x.shape[:2], -1), True, True),
+    "@": (lambda x, w, b: x @ w, True, False),
+    "@ transposed": (lambda x, w, b: x @ w.T, False, False),
+    "matmul": (lambda x, w, b: torch.matmul(input=x, other=w), True, False),
+    "matmul, transposed": (lambda x, w, b: x.matmul(w.mT), False, False),
+    "mm": (lambda x, w, b: torch.mm(x.flatten(0, 1), w).view(*x.shape[:2], -1), True, False),
+    "mm by name": (lambda x, w, b: torch.mm(x.flatten(0, 1), mat2=w).view(*x.shape[:2], -1), True, False),
+    "mm, transposed": (lambda x, w, b: x.flatten(0, 1).mm(w.transpose(0, 1)).view(*x.shape[:2], -1), False, False),
+    "linear, transposed": (lambda x, w, b: F.linear(x, w.T, b), True, True),
+    "linear, transposed twice": (lambda x, w, b: F.linear(x, w.T.T, b), False, True),
+}
+
+
+class Multiplied(nn.Module):
+    def __init__(self, name: str, width: int) -> None:
+        super().__init__()
+        self.call, rows_in, bias = MATMULS[name]
+        self.first = nn.Linear(4, 4)
+        self.weight = nn.Parameter(torch.randn((4, width) if rows_in else (width, 4)))
+        self.bias = nn.Parameter(torch.randn(width)) if bias else None
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.call(torch.tanh(self.first(x)), self.weight, self.bias)).mean(1))
+
+
+@pytest.mark.parametrize("width", [4, 5])
+@pytest.mark.parametrize("name", MATMULS)
+def test_a_matrix_that_multiplies_from_the_right(name: str, width: int) -> None:
+    torch.manual_seed(0)
+    network, x = Multiplied(name, width), torch.randn(4, 40, 4)
+    assert_exact(network, x)
+    assert_exact(network, x[:, :3])
+    assert fisher_sums(network, [x.double()]).passes == 4 * (1 + 2 * CLASSES), "by its rule, not by the slow route"
+    network = network.double()
+    a = torch.tanh(network.first(x.double())).detach().flatten(0, 1)
+    a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1) if network.bias is not None else a
+    sums = gram_sums(network, [x.double()])
+    key = "weight:T" if MATMULS[name][1] else "weight"
+    assert sums.values.keys() == {"first.weight", "head.weight", key}
+    assert sums.uncovered == ()
+    torch.testing.assert_close(sums.values[key], (a.T @ a)[None])
+
+
+def test_a_view_made_without_gradients_is_no_trainable_weight() -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.head = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                transposed = self.weight.T
+            return self.head(torch.tanh(x @ transposed + x @ self.weight.detach()))
+
+    torch.manual_seed(0)
+    assert_exact(Detached(), torch.randn(4, 4), zero=("weight",))
+
+
+class Masked(nn.Module):
+    """Self-attention under a mask, with padding or without."""
+
+    def __init__(self, mask: Tensor, padded: bool, weights: bool, causal: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head, self.padded, self.weights, self.causal = nn.Linear(4, CLASSES), padded, weights, causal
+        self.register_buffer("mask", mask)
+        nn.init.normal_(self.attention.in_proj_bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 5, 4]
+        mask = self.mask if self.mask.ndim == 2 else self.mask.repeat(len(x), 1, 1)
+        padding = (x[..., 0] > 1) & (torch.arange(5) > 0) if self.padded else None
+        y, weights = self.attention(
+            x, x, x, attn_mask=mask, key_padding_mask=padding, need_weights=self.weights, is_causal=self.causal
+        )
+        return self.head(y.sin().mean(1)) + (weights.sin().mean((1, 2))[:, None] if self.weights else 0)
+
+
+CAUSAL = torch.ones(5, 5).triu(1).bool()
+MASKS = {
+    "bool": CAUSAL,
+    "float": torch.zeros(5, 5).masked_fill(CAUSAL, -torch.inf),
+    "bias": torch.arange(25.0).view(5, 5).sin(),
+    "heads": torch.stack([CAUSAL, CAUSAL.T]),
+    "biased heads": torch.arange(50.0).view(2, 5, 5).sin(),
+}
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_masked_attention(name: str, padded: bool, weights: bool) -> None:
+    torch.manual_seed(0)
+    network, x = Masked(MASKS[name], padded, weights, causal=False).double().eval(), torch.randn(4, 5, 4).double()
+    expected = network(x)
+    assert_exact(network, x, absolute=1e-18)
+    assert_attention_is_covered(network, x)
+    parameters = dict(network.named_parameters())
+    torch.testing.assert_close(OutputMap(network, [x]).outputs(parameters), expected)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_causal_attention(padded: bool, weights: bool) -> None:
+    """Torch takes the hint for the mask only if there is neither padding nor a call for the weights; so do we."""
+    torch.manual_seed(0)
+    other = torch.eye(5).bool().logical_not()  # not the causal mask: what is taken for the mask shows
+    network, x = Masked(other, padded, weights, causal=True), torch.randn(4, 5, 4)
+    if padded:
+        x[:, 1:, 0].clamp_(max=0.9)  # each sees only itself, which padding must not take away
+    assert_exact(network, x, absolute=1e-18)
+    assert_attention_is_covered(network, x.double())
+
+
+def assert_attention_is_covered(network: Masked, x: Tensor) -> None:
+    assert fisher_sums(network, [x]).passes == len(x) * (1 + 2 * CLASSES)
+    sums = gram_sums(network, [x])
+    assert sums.values.keys() == {"attention.in_proj_weight", "attention.out_proj.weight", "head.weight"}
+    assert sums.uncovered == ()
+    mixed: list[Tensor] = []
+
+    def remember(module: nn.Module, args: object, output: tuple[Tensor, Tensor | None]) -> None:
+        mixed.append(output[0])
+
+    handle = network.attention.register_forward_hook(remember)
+    network(x)
+    handle.remove()
+    # The projection is square: its input follows from the attention's output, as torch computes it.
+    projection = network.attention.out_proj
+    a = torch.linalg.solve(projection.weight, (mixed[0] - projection.bias).detach().flatten(0, 1).T).T
+    a = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1)
+    torch.testing.assert_close(
+        sums.values["attention.out_proj.weight"], (a.T @ a)[None].detach(), rtol=1e-8, atol=1e-10
+    )
+
+
+def test_the_general_route_is_counted() -> None:
+    """A network of which one parameter has no rule pays for it: a forward and C backward passes a sample once more."""
+    torch.manual_seed(0)
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.power = nn.Linear(4, CLASSES), nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x.abs() ** self.power)
+
+    network, x = Mixed(), torch.randn(5, 4)
+    assert fisher_sums(network, [x]).passes == 2 * 5 * (1 + 2 * CLASSES)
+    network.head.requires_grad_(False)  # nothing is left for the rules: their backward passes are not run
+    assert fisher_sums(network, [x]).passes == 5 * (1 + 1 + 2 * CLASSES)
+    network.power.requires_grad_(False)
+    network.head.requires_grad_(True)
+    assert fisher_sums(network, [x]).passes == 5 * (1 + 2 * CLASSES)
+
+
+@pytest.mark.parametrize("layer", ["convolution", "pointwise", "grouped", "linear"])
+def test_contributions_that_cancel_are_never_negative(layer: str) -> None:
+    """A map of which the inputs at a sample's positions add up to zero, under one and the same cotangent."""
+    layers: dict[str, Callable[[], nn.Module]] = {
+        "convolution": lambda: nn.Conv2d(2, 8, 3, padding=1, padding_mode="circular", bias=False),
+        "pointwise": lambda: nn.Conv2d(2, 8, 1, bias=False),
+        "grouped": lambda: nn.Conv2d(2, 8, 1, groups=2, bias=False),
+        "linear": lambda: nn.Linear(2, 8, bias=False),
+    }
+    for seed in range(5):
+        torch.manual_seed(seed)
+        network = nn.Sequential(layers[layer](), nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 3))
+        x = torch.randn(3, 2, 3, 3)
+        x -= x.mean((2, 3), keepdim=True)
+        if layer == "linear":
+            x = x.flatten(2).mT
+            network[1] = nn.Identity()
+            network[2] = nn.Sequential(Transpose(), nn.AdaptiveAvgPool1d(1))
+        for name, value in fisher_diagonal(network, [x]).items():
+            assert value.min() >= 0, f"{name} at seed {seed}: {value.min():.1e}"
+
+
+class Transpose(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
