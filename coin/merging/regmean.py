@@ -15,10 +15,8 @@ from coin.merging.method import MergeMethod, check_damping, data_of, weighted_me
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import tracked
 from coin.state import State, check_finite, check_same_layout
-from coin.statistics import FisherKind, gram_sums
+from coin.statistics import TRANSPOSED, FisherKind, gram_sums
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
-
-TRANSPOSED = ":T"  # until merged
 
 ALPHAS = (0.3, 0.5, 0.7, 0.9, 1.0)
 """What α is chosen from; 1 is its bound, and 0 a diagonal merge."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
-from coin.statistics.kinds import FisherKind
+from coin.statistics.cotangents import FisherKind
 
 
 class StatisticKind(StrEnum):
