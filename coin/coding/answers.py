@@ -1,6 +1,6 @@
 """What the servers answer for one batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -115,14 +115,24 @@ class Answers:
 
     def select(self, samples: Tensor | slice) -> Self:
         """Return the answers for some of the inputs: an index tensor ``[K]``, a mask ``[B]`` or a slice."""
-        features, coded = self.expert_features, self.coded_features
+        return self._each(lambda outputs: outputs[..., samples, :], None if self.tasks is None else self.tasks[samples])
+
+    def cpu(self) -> Self:
+        """Return the answers in the CPU's memory."""
+        return self._each(Tensor.cpu, None if self.tasks is None else self.tasks.cpu())
+
+    def _each(self, change: Callable[[Tensor], Tensor], tasks: Tensor | None) -> Self:
+        features = [
+            None if group is None else [change(each) for each in group]
+            for group in (self.expert_features, self.coded_features)
+        ]
         return replace(
             self,
-            experts=self.experts[:, samples],
-            coded=self.coded[:, samples],
-            expert_features=None if features is None else [feature[samples] for feature in features],
-            coded_features=None if coded is None else [feature[samples] for feature in coded],
-            tasks=None if self.tasks is None else self.tasks[samples],
+            experts=change(self.experts),
+            coded=change(self.coded),
+            expert_features=features[0],
+            coded_features=features[1],
+            tasks=tasks,
         )
 
     @classmethod

@@ -1,6 +1,6 @@
 """A code with its networks: the experts and the coded models that stand by for them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -54,36 +54,14 @@ class Coded(LightningModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the coded models' logits ``[R, B, C]`` for inputs ``[B, ...]``."""
-        return _padded([network(inputs) for network in self.coded])
+        logits = [network(inputs) for network in self.coded]
+        return _padded(logits, max(entry.shape[1] for entry in logits))
 
     def answers(
         self, inputs: Tensor, *, features: bool = False, stages: bool = False, erased: Sequence[int] = ()
     ) -> Answers:
-        """Run every server that is not lost, once.
-
-        Args:
-            inputs: ``[B, ...]``.
-            features: Whether the servers answer with penultimate features beside their logits.
-            stages: Whether these are the features of all stages.
-            erased: Lost experts, which do not run: their entries are NaN.
-        """
-        lost = set(erased)
-        runs = [
-            None if index in lost else run_network(network, inputs, features, stages)
-            for index, network in enumerate(self.experts)
-        ]
-        coded = [run_network(network, inputs, features, stages) for network in self.coded]
-        arrived = [run for run in [*runs, *coded] if run is not None]
-        width = max(run.logits.shape[1] for run in arrived)
-        missing = torch.full_like(arrived[0].logits, torch.nan)
-        logits = [missing if run is None else run.logits for run in runs]
-        return Answers(
-            experts=_padded(logits, width),
-            coded=_padded([run.logits for run in coded], width),
-            expert_features=[missing[:, :0] if run is None else run.features for run in runs] if features else None,
-            coded_features=[run.features for run in coded] if features else None,
-            feature_widths=common_widths(arrived),
-        )
+        """Run every server that is not lost, once; see `server_answers`."""
+        return server_answers(self.experts, self.coded, inputs, features=features, stages=stages, erased=erased)
 
     def fit_decoder(
         self,
@@ -124,6 +102,42 @@ class Coded(LightningModule):
         return self.answers(inputs, features=config.reads_features, stages=config.reads_stages, erased=erased)
 
 
-def _padded(logits: Sequence[Tensor], width: int | None = None) -> Tensor:
-    width = max(entry.shape[1] for entry in logits) if width is None else width
+def server_answers(
+    experts: Iterable[nn.Module],
+    coded: Iterable[nn.Module],
+    inputs: Tensor,
+    *,
+    features: bool = False,
+    stages: bool = False,
+    erased: Sequence[int] = (),
+) -> Answers:
+    """Run every server that is not lost, once.
+
+    Args:
+        experts: The experts.
+        coded: The coded models.
+        inputs: ``[B, ...]``.
+        features: Whether the servers answer with penultimate features beside their logits.
+        stages: Whether these are the features of all stages.
+        erased: Lost experts, which do not run: their entries are NaN.
+    """
+    runs = [
+        None if index in erased else run_network(network, inputs, features, stages)
+        for index, network in enumerate(experts)
+    ]
+    coded_runs = [run_network(network, inputs, features, stages) for network in coded]
+    arrived = [run for run in [*runs, *coded_runs] if run is not None]
+    width = max(run.logits.shape[1] for run in arrived)
+    missing = torch.full_like(arrived[0].logits, torch.nan)
+    logits = _padded([missing if run is None else run.logits for run in runs], width)
+    return Answers(
+        experts=logits,
+        coded=_padded([run.logits for run in coded_runs], width) if coded_runs else logits[:0],
+        expert_features=[missing[:, :0] if run is None else run.features for run in runs] if features else None,
+        coded_features=[run.features for run in coded_runs] if features else None,
+        feature_widths=common_widths(arrived),
+    )
+
+
+def _padded(logits: Sequence[Tensor], width: int) -> Tensor:
     return torch.stack([pad_logits(entry, width) for entry in logits])

@@ -15,12 +15,11 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 from coin.choices import chosen
 from coin.data import Augmentation
-from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.merging import Average, CodedModel, Experts, HeadFit, Method
 from coin.merging.method import check_label, check_row
-from coin.modules.axes import plot_against_epochs
 from coin.modules.expert import Schedule
+from coin.modules.shared import plain_options, plot_against_epochs, tasks_of
 from coin.networks import (
     BatchNormPolicy,
     build_network,
@@ -101,7 +100,11 @@ class Distillation(LightningModule, Method):
         label: str | None = None,
     ) -> None:
         super().__init__()
-        rates = [3e-4, 1e-3, 3e-3] if learning_rates is None else learning_rates
+        learning_rates = [3e-4, 1e-3, 3e-3] if learning_rates is None else list(learning_rates)
+        augmentation = chosen(Augmentation, "augmentation", augmentation)
+        schedule, start = chosen(Schedule, "schedule", schedule), chosen(Start, "start", start)
+        self.save_hyperparameters(plain_options(locals()))
+        rates = learning_rates
         if not rates or not all(0 < rate < float("inf") for rate in [*rates, *([] if lr is None else [lr])]):
             raise ConfigurationError(f"found learning rates {rates} and lr={lr}, expected positive numbers")
         if rates != sorted(set(rates)):
@@ -112,30 +115,11 @@ class Distillation(LightningModule, Method):
             raise ConfigurationError(f"found samples_per_task={samples_per_task}, expected at least 1, or none")
         if not 0 < held_out < 1:
             raise ConfigurationError(f"found held_out={held_out}, expected a share above 0 and below 1")
-        if chosen(Schedule, "schedule", schedule) is Schedule.cosine:
+        if schedule is Schedule.cosine:
             raise ConfigurationError("found schedule=cosine, expected one_cycle or constant")
-        # Given by name and as plain values: within LightningCLI, Lightning would take the command's own model options
-        # instead, and a checkpoint must hold nothing that weights_only refuses.
-        self.save_hyperparameters(
-            {
-                "experts": experts,
-                "code_row": code_row,
-                "lr": lr,
-                "learning_rates": list(rates),
-                "steps": steps,
-                "batch_size": batch_size,
-                "held_out": held_out,
-                "samples_per_task": samples_per_task,
-                "augmentation": str(chosen(Augmentation, "augmentation", augmentation)),
-                "schedule": str(schedule),
-                "start": str(chosen(Start, "start", start)),
-                "label": label,
-            }
-        )
         self.label = check_label(self.name if label is None else label)
         self.samples_per_task = samples_per_task
         self.augmentation = str(augmentation)
-        self.steps = steps
         self.student: nn.Module | None = None
         self.teachers = nn.ModuleList()
         self.passes = 0.0
@@ -172,7 +156,7 @@ class Distillation(LightningModule, Method):
     def setup(self, stage: str) -> None:
         """Have the data augmented as the options say."""
         if stage == "fit":
-            self._data().augmentation = Augmentation(self.hparams["augmentation"])
+            tasks_of(self).augmentation = Augmentation(self.hparams["augmentation"])
 
     def train(self, mode: bool = True) -> "Distillation":
         """Set the mode, but leave all networks in eval mode."""
@@ -192,7 +176,7 @@ class Distillation(LightningModule, Method):
             self._begin()
         if self.hparams["augmentation"] != Augmentation.none:
             return
-        calibration = self._data().training_calibration()
+        calibration = tasks_of(self).training_calibration()
         with torch.no_grad():
             self._outputs = torch.cat([self.expert_outputs(batch.to(self.device)) for batch in calibration], dim=1)
         if fresh:  # a method's cost is the same however often its training is interrupted
@@ -201,7 +185,7 @@ class Distillation(LightningModule, Method):
     def _begin(self) -> None:
         assert self.student is not None
         if self.begun is None:
-            samples = self._data().training_calibration()
+            samples = tasks_of(self).training_calibration()
             tasks = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(len(samples.parts))]
             own = [[batch.to(self.device) for batch in task] for task in tasks]
             experts = Experts(list(self.teachers), calibration=own)
@@ -287,12 +271,6 @@ class Distillation(LightningModule, Method):
         )
         return loss
 
-    def _data(self) -> Tasks:
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, Tasks):
-            raise ConfigurationError(f"found data of {type(data).__name__}, expected Tasks; set data.class_path: Tasks")
-        return data
-
 
 class ReadoutDistillation(Distillation):
     """Distillation that also asks for features from which every expert's own answer can be read.
@@ -348,7 +326,7 @@ class ReadoutDistillation(Distillation):
         """Note which task each training sample is from, and start."""
         super().on_fit_start()
         plot_against_epochs(self, ["train/readout_loss"])
-        self._parts = self._data().training_calibration().part.to(self.device)
+        self._parts = tasks_of(self).training_calibration().part.to(self.device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the coding loss plus the weighted readout loss of one batch of positions and inputs."""

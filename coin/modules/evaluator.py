@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,15 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder
+from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder, uniform
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.metrics import DecodingAccuracy, Residual
+from coin.modules.coded import server_answers
 from coin.modules.examples import ExampleSamples, KeptSamples
+from coin.modules.shared import tasks_of
 from coin.modules.variants import NONE, ORACLE, Outcome, Variant, read_coded
-from coin.networks import common_widths, load_network, run_network, widen_network
+from coin.networks import load_network, widen_network
 from coin.progress import tracked
 from coin.state import fingerprint
 from coin.statistics.guard import full_products
@@ -92,20 +93,11 @@ class DecodingEvaluator(LightningModule):
         """Return what all experts and all coded models answer to inputs ``[B, ...]``, each network run once."""
         features = any(decoder.reads_features for decoder in self.decoders)
         stages = any(decoder.reads_stages for decoder in self.decoders)
-        experts = [run_network(network, inputs, features, stages) for network in self.experts]
-        coded = [run_network(network, inputs, features, stages) for network in self.coded]
-        logits = torch.stack([run.logits for run in experts])
-        return Answers(
-            experts=logits,
-            coded=torch.stack([run.logits for run in coded]) if coded else logits[:0],
-            expert_features=[run.features for run in experts] if features else None,
-            coded_features=[run.features for run in coded] if features else None,
-            feature_widths=common_widths([*experts, *coded]),
-        )
+        return server_answers(self.experts, self.coded, inputs, features=features, stages=stages)
 
     def on_test_start(self) -> None:
         """Check the data and fit every decoder on the calibration samples."""
-        data = self._data()
+        data = tasks_of(self)
         counts = [task.num_classes for task in data.tasks.values()]
         if tuple(data.tasks) != self.tasks or counts != self.class_counts:
             raise ConfigurationError(
@@ -117,7 +109,7 @@ class DecodingEvaluator(LightningModule):
         started = time.perf_counter()
         calibration = data.calibration()
         with self.trainer.precision_plugin.forward_context():  # the decoders meet in the test what they were fitted on
-            parts = [_to_cpu(self(batch.to(self.device))) for batch in calibration]
+            parts = [self(batch.to(self.device)).cpu() for batch in calibration]
         answers = replace(Answers.concatenate(parts), tasks=calibration.part)
         # The networks run together here; each one's share of the time is what a decoder that needs it is charged.
         share = (time.perf_counter() - started) / (len(self.experts) + len(self.coded))
@@ -128,12 +120,11 @@ class DecodingEvaluator(LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of, on the CPU."""
         inputs, labels = batch
-        answers = _to_cpu(self(inputs))  # where the decoders were fitted; not every device has float64
+        answers = self(inputs).cpu()  # where the decoders were fitted; not every device has float64
         with torch.autocast("cpu", enabled=False), full_products():
-            self._decode(answers, (inputs, labels.cpu()), batch_idx, dataloader_idx)
+            self._decode(answers, inputs, labels.cpu(), batch_idx, dataloader_idx)
 
-    def _decode(self, answers: Answers, batch: tuple[Tensor, Tensor], batch_idx: int, task: int) -> None:
-        inputs, labels = batch
+    def _decode(self, answers: Answers, inputs: Tensor, labels: Tensor, batch_idx: int, task: int) -> None:
         seen = [variant.seen(answers) for variant in self.variants]
         for index, residuals in self.residuals.items():
             code = self.variants[index].code or self.code
@@ -178,15 +169,8 @@ class DecodingEvaluator(LightningModule):
         ]
 
     def _references(self, matrix: list[list[float]] | None) -> list[Variant]:
-        if matrix is not None:
-            code = Code(matrix)
-        elif self.variants:
-            first = self.variants[0].code
-            assert first is not None
-            code = first
-        else:
-            count = len(self.experts)
-            code = Code([[1 / count] * count])
+        first = self.variants[0].code if self.variants else None
+        code = Code(matrix) if matrix is not None else first or uniform(len(self.experts))
         if code.num_experts != len(self.experts):
             raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {len(self.experts)}")
         self.code = code
@@ -213,9 +197,9 @@ class DecodingEvaluator(LightningModule):
                 seconds = time.perf_counter() - started
                 passes = float((len(self.experts) + len(variant.networks)) * decoder.samples_read(seen))
                 seconds += share * passes / answers.num_samples
+            counts = {lost: self.class_counts[lost] for lost in erased}
             measures = {
-                lost: (DecodingAccuracy(count), MulticlassConfusionMatrix(count))
-                for lost, count in ((lost, self.class_counts[lost]) for lost in erased)
+                lost: (DecodingAccuracy(count), MulticlassConfusionMatrix(count)) for lost, count in counts.items()
             }
             task, examples = tasks[erased[0]], None
             # Of every task of images that is lost alone.
@@ -242,24 +226,5 @@ class DecodingEvaluator(LightningModule):
 
     def _positions(self, batch: int, task: int, count: int) -> Tensor:
         """Return where in the test set the samples of this process's batch are; see `EvaluationBatches`."""
-        before = batch * list(self._data().tasks.values())[task].eval_batch_size
+        before = batch * list(tasks_of(self).tasks.values())[task].eval_batch_size
         return self.global_rank + self.trainer.world_size * torch.arange(before, before + count)
-
-    def _data(self) -> Tasks:
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, Tasks):
-            raise ConfigurationError(f"found data of {type(data).__name__}, expected Tasks; set data.class_path: Tasks")
-        return data
-
-
-def _to_cpu(answers: Answers) -> Answers:
-    def moved(features: Sequence[Tensor] | None) -> list[Tensor] | None:
-        return None if features is None else [feature.cpu() for feature in features]
-
-    return replace(
-        answers,
-        experts=answers.experts.cpu(),
-        coded=answers.coded.cpu(),
-        expert_features=moved(answers.expert_features),
-        coded_features=moved(answers.coded_features),
-    )

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from coin.choices import chosen
 from coin.errors import ConfigurationError
-from coin.modules.axes import plot_against_epochs
+from coin.modules.shared import plain_options, plot_against_epochs
 from coin.networks import NetworkConfig, initial_network
 
 
@@ -36,8 +36,6 @@ class Schedule(StrEnum):
 
 class Expert(LightningModule):
     """A classifier fine-tuned on one task with cross-entropy.
-
-    The arguments are plain values, so that checkpoints load with ``weights_only=True``.
 
     Args:
         network: ``small_resnet``, ``small_vit``, ``minilm`` or a classification architecture of torchvision.
@@ -79,34 +77,15 @@ class Expert(LightningModule):
         compile_network: bool = False,
     ) -> None:
         super().__init__()
+        options = options or {}
+        optimizer = chosen(OptimizerKind, "optimizer", optimizer)
+        schedule = chosen(Schedule, "schedule", schedule)
+        self.save_hyperparameters(plain_options(locals()))
         _check("lr", lr, low=0.0, strict=True)
         _check("momentum", momentum, low=0.0, high=1.0)
         _check("weight_decay", weight_decay, low=0.0)
         _check("label_smoothing", label_smoothing, low=0.0, high=1.0)
-        chosen(OptimizerKind, "optimizer", optimizer)
-        chosen(Schedule, "schedule", schedule)
-        self.config = NetworkConfig(network, image_size, weights, options or {})
-        # Given by name and as plain strings: within LightningCLI, Lightning would take the command line's values, enums
-        # among them, and a checkpoint must hold nothing that weights_only refuses.
-        self.save_hyperparameters(
-            {
-                "network": network,
-                "image_size": image_size,
-                "weights": weights,
-                "options": options or {},
-                "num_classes": num_classes,
-                "initial": initial,
-                "initial_seed": initial_seed,
-                "optimizer": str(OptimizerKind(optimizer)),
-                "lr": lr,
-                "momentum": momentum,
-                "weight_decay": weight_decay,
-                "schedule": str(Schedule(schedule)),
-                "label_smoothing": label_smoothing,
-                "seed": seed,
-                "compile_network": compile_network,
-            }
-        )
+        self.config = NetworkConfig(network, image_size, weights, options)
         self.network: nn.Module | None = None
         if num_classes is not None:
             self._build(num_classes)
@@ -133,7 +112,6 @@ class Expert(LightningModule):
             raise ConfigurationError(
                 f"found num_classes={self.num_classes} for a task of {datamodule.num_classes} classes; set them equal"
             )
-
         plot_against_epochs(self, [f"{stage}/{what}" for stage in ("train", "val") for what in ("loss", "accuracy")])
 
     def on_train_epoch_start(self) -> None:
@@ -174,16 +152,13 @@ class Expert(LightningModule):
             ConfigurationError: The run has no known length, as with ``max_time`` alone, and the schedule asks for one.
         """
         options = self.hparams
-        optimizer: Optimizer
+        lr, decay = options["lr"], options["weight_decay"]
+        optimizer: Optimizer = AdamW(self.parameters(), lr, weight_decay=decay)
         if options["optimizer"] == OptimizerKind.sgd:
-            optimizer = SGD(
-                self.parameters(), options["lr"], momentum=options["momentum"], weight_decay=options["weight_decay"]
-            )
-        else:
-            optimizer = AdamW(self.parameters(), options["lr"], weight_decay=options["weight_decay"])
+            optimizer = SGD(self.parameters(), lr, momentum=options["momentum"], weight_decay=decay)
         scheduler: LRScheduler
         if options["schedule"] == Schedule.one_cycle:
-            scheduler = OneCycleLR(optimizer, options["lr"], total_steps=self._steps(), cycle_momentum=False)
+            scheduler = OneCycleLR(optimizer, lr, total_steps=self._steps(), cycle_momentum=False)
         elif options["schedule"] == Schedule.cosine:
             scheduler = CosineAnnealingLR(optimizer, self._steps())
         else:

@@ -17,7 +17,7 @@ ROW = [0.25, 0.75]
 
 def trained(experts, data, make_trainer, kind=ReadoutDistillation, **options):
     module = kind(experts, ROW, **options)
-    make_trainer(max_steps=module.steps, max_epochs=-1).fit(module, datamodule=data)
+    make_trainer(max_steps=module.hparams["steps"], max_epochs=-1).fit(module, datamodule=data)
     return module
 
 

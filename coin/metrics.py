@@ -1,11 +1,10 @@
-"""Metrics of decoding. They hold totals, so batches, processes and their order make no difference."""
+"""Metrics of decoding over pure functions. They hold totals, so batches, processes and their order do not matter."""
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from coin.errors import ConfigurationError, DataError
-from coin.metrics.functional import decoding_counts, normalized_decoding_accuracy, squared_residual
 
 
 class DecodingAccuracy(Metric):
@@ -15,8 +14,7 @@ class DecodingAccuracy(Metric):
 
     - ``expert_accuracy``: share of samples that the expert classifies correctly;
     - ``decoded_accuracy``: the same for the decoded output;
-    - ``nda``: decoded_accuracy / expert_accuracy, a ratio of totals, never a mean over batches. NaN where the expert
-      is never right (`normalized_decoding_accuracy`);
+    - ``nda``: decoded_accuracy / expert_accuracy, a ratio of totals (`normalized_decoding_accuracy`);
     - ``agreement``: share of samples where both predict the same class.
 
     All four are NaN before the first sample. The state is four integer counts, summed over processes.
@@ -95,3 +93,47 @@ class Residual(Metric):
         """Return the residual, a float64 scalar, dimensionless."""
         error, wanted = self.squares
         return torch.where(wanted > 0, (error / wanted).sqrt(), torch.full_like(error, torch.nan))
+
+
+def decoding_counts(decoded: Tensor, expert: Tensor, labels: Tensor) -> Tensor:
+    """Count, over a batch as of `DecodingAccuracy.update`, how often the expert and its stand-in are right and agree.
+
+    A decoded row that is not finite is never right and never agrees: an answer of NaN is no answer.
+
+    Returns:
+        Counts ``[4]``, int64: expert correct, decoded correct, both predict the same class, samples.
+    """
+    if decoded.ndim != 2 or decoded.shape != expert.shape or labels.shape != decoded.shape[:1]:
+        raise DataError(
+            f"found decoded logits {list(decoded.shape)}, expert's logits {list(expert.shape)} and labels "
+            f"{list(labels.shape)}, expected [B, C], [B, C] and [B]"
+        )
+    answered = torch.isfinite(decoded).all(1)
+    from_decoded, from_expert = decoded.argmax(1), expert.argmax(1)
+    right, stand_in_right = from_expert == labels, (from_decoded == labels) & answered
+    agreeing, every = (from_decoded == from_expert) & answered, torch.ones_like(answered)
+    return torch.stack([right, stand_in_right, agreeing, every]).sum(1)
+
+
+def normalized_decoding_accuracy(decoded_correct: Tensor, expert_correct: Tensor) -> Tensor:
+    """Return NDA, the decoded accuracy over the expert's accuracy, from totals over the whole test set; float64.
+
+    Both accuracies divide by the same number of samples, so the counts' ratio is theirs. An expert that is never
+    right leaves nothing to recover: NDA is then NaN, whatever was decoded.
+
+    Source: arXiv 2409.01420, section IV.
+
+    Args:
+        decoded_correct: Number of test samples that the decoded output classifies correctly, any shape.
+        expert_correct: The same for the expert itself.
+    """
+    ratio = decoded_correct.to(torch.float64) / expert_correct
+    return torch.where(expert_correct > 0, ratio, torch.full_like(ratio, torch.nan))
+
+
+def squared_residual(coded: Tensor, target: Tensor) -> Tensor:
+    """Return Σ‖f_c − Σ_i β_i f_i‖² and Σ‖Σ_i β_i f_i‖² over a batch as of `Residual.update`: ``[2]``, float64."""
+    if coded.shape != target.shape:
+        raise DataError(f"found coded logits {list(coded.shape)} for targets {list(target.shape)}, expected the same")
+    wanted = target.to(torch.float64)
+    return torch.stack([(coded.to(torch.float64) - wanted).square().sum(), wanted.square().sum()])
