@@ -69,7 +69,11 @@ class FullFisher(FisherOptions, MergeMethod):
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Yield the one solution."""
-        data = fisher_data_for(self, experts, row)
+        allowed = experts.available(StatisticKind.fisher, self.fisher_data or DataChoice.auto)
+        data = allowed[0]
+        if len(allowed) > 1:
+            coin = Coin(fisher_kind=self.fisher_kind, batchnorm=self.batchnorm)
+            data = DataChoice(coin.make(experts, row).chosen["fisher_data"])
         fishers = experts.statistic(self.fisher(data))
         check_fishers(fishers, experts.parameters[0])
         pairs = zip(experts.networks, experts.samples(data), strict=True)
@@ -87,15 +91,6 @@ class FullFisher(FisherOptions, MergeMethod):
             )
         solve = {"converged": solved.converged, "cg_steps": solved.steps, "cg_residual": solved.residuals[-1]}
         yield {"fisher_data": str(data)} | solve, parameters
-
-
-def fisher_data_for(method: FisherOptions, experts: Experts, row: Sequence[float]) -> DataChoice:
-    """Return the data of the Fishers that a method's option stands for: for ``auto``, those that suit `Coin` better."""
-    allowed = experts.available(StatisticKind.fisher, method.fisher_data or DataChoice.auto)
-    if len(allowed) == 1:
-        return allowed[0]
-    coin = Coin(fisher_kind=method.fisher_kind, fisher_data=DataChoice.auto)
-    return DataChoice(coin.make(experts, row).chosen["fisher_data"])
 
 
 def full_fisher_parameters(

@@ -127,7 +127,7 @@ class MergeMethod(Method):
                 taken = options | ({"batchnorm": policy} if policy else {})
                 if measured:
                     residual = held_out_residual(experts, coded, row)
-                    residuals["/".join(map(str, taken.values()))] = residual
+                    residuals["/".join(value for value in taken.values() if isinstance(value, str))] = residual
                     if best is not None and not residual < least:
                         continue
                     least = residual
@@ -143,6 +143,7 @@ class MergeMethod(Method):
             if taken.get("batchnorm") == BatchNormPolicy.recalibrate:
                 experts.passes += recalibrate(coded, experts.pooled)
             taken = taken | {"held_out_residual": residuals}
+        check_buffers(coded, experts.buffers, self.label)
         return CodedModel(coded, taken)
 
     def measure(self, experts: Experts, row: Sequence[float], parameters: State) -> float:
@@ -178,7 +179,7 @@ class MergeMethod(Method):
             buffers = {name: initial.get(name, tensor) for name, tensor in buffers.items()}
         network = experts.blank().eval()
         own = network.state_dict()
-        # Tied parameters have one name among the parameters and several in the state dict.
+        # Tied parameters have one name among the parameters and several in the state dict, whose tensors share memory.
         state = {name: tensor for name, tensor in {**parameters, **buffers}.items() if name in own}
         fill_network(network, {**own, **state}, "the coded model")
         check_buffers(network, experts.buffers, self.label)
@@ -220,8 +221,9 @@ def check_buffers(network: nn.Module, buffers: Sequence[State], label: str) -> N
     for name, buffer in network.named_buffers():
         if not (buffer.is_floating_point() or buffer.is_complex()) or bool(torch.isfinite(buffer).all()):
             continue
-        theirs = [state[name].to(buffer) for state in buffers if name in state]
-        if bool(buffer.isnan().any()) or not all(torch.equal(buffer, other) for other in theirs):
+        wrong = ~torch.isfinite(buffer)
+        theirs = [state[name].to(buffer)[wrong] for state in buffers if name in state]
+        if not all(torch.equal(buffer[wrong], other) for other in theirs):  # as no NaN is
             raise StateError(
                 f"the coded model of method '{label}' is not finite: buffer '{name}' holds a NaN, or an infinity that "
                 "the experts do not share; check the experts' buffers"

@@ -112,10 +112,8 @@ class RegMean(MergeMethod):
             grams.append(sums.mean())
 
         def residual(alpha: float, damping: float) -> float:
-            trial = copy(self)
-            trial.alpha, trial.damping = alpha, damping
             solved = regmean_parameters(experts.parameters, grams, row, alpha, damping, self.layers, self.label)
-            return trial.measure(experts, row, solved)
+            return self.measure(experts, row, solved)
 
         alpha, damping = 0.7 if self.alpha is None else self.alpha, self.damping
         if damping is None:
@@ -139,7 +137,7 @@ def check_grams(grams: Sequence[State]) -> None:
 
 def uncovered(expert: State, gram: State, layers: RegMeanLayers) -> list[str]:
     """Return the names of the parameters of two dimensions or more that RegMean averages, having no Gram matrix."""
-    if layers is RegMeanLayers.linear:
+    if layers == RegMeanLayers.linear:
         return [name for name, tensor in expert.items() if tensor.ndim == 2 and not _tracked_in(gram, name)]
     return [name for name, tensor in expert.items() if tensor.ndim >= 2 and not _tracked_in(gram, name)]
 
@@ -186,7 +184,7 @@ def regmean_parameters(
                 f"there is a Gram matrix for '{key}', which the experts do not have; compute the Gram matrices of "
                 "these experts"
             )
-        if layers is RegMeanLayers.linear and merged[key].ndim != 2:
+        if layers == RegMeanLayers.linear and merged[key].ndim != 2:
             continue
         turned = name != key  # the map is x ↦ x W: its weight lies the other way round
         first = grams[0][name]
@@ -271,7 +269,7 @@ def solve_gram(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(damped)
     # Rounding lets half of the singular matrices pass, with a last pivot that is noise.
     pivots, largest = factor.diagonal(dim1=1, dim2=2).square().amin(1), damped.diagonal(dim1=1, dim2=2).amax(1)
-    noise = 10 * torch.finfo(gram.dtype).eps * gram.shape[-1] * largest
+    noise = 100 * torch.finfo(gram.dtype).eps * gram.shape[-1] * largest
     if bool((failed.bool() | (pivots <= noise)).any()):
         raise NumericalError(
             f"the Gram matrix of '{key}' is singular with a damping of {damping:.3g}; raise regmean's damping"
