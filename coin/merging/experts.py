@@ -12,7 +12,7 @@ from coin.errors import ConfigurationError
 from coin.inputs import as_input
 from coin.networks.batchnorm import has_batchnorm
 from coin.state import State, check_finite
-from coin.statistics import fisher_sums, gram_sums
+from coin.statistics import FisherKind, fisher_sums, gram_sums
 from coin.statistics.guard import evaluating
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -128,12 +128,15 @@ class Experts:
         if given is not None:
             return given[which.data] if isinstance(given, Mapping) else given
         if which not in self._computed:
-            samples = self.samples(which.data)
-            pairs = zip(self.each_network(), samples, strict=True)
-            sums = [gram_sums(*pair) if which.kind is None else fisher_sums(*pair, kind=which.kind) for pair in pairs]
-            self.passes += sum(each.passes for each in sums)
-            self._computed[which] = [each.mean() for each in sums]
+            self._computed[which] = self.computed(which.kind, self.samples(which.data))
         return self._computed[which]
+
+    def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Tensor]]) -> list[State]:
+        """Return every expert's Fisher of a kind, or none for its Gram matrices, on its samples; count the passes."""
+        pairs = zip(self.each_network(), samples, strict=True)
+        sums = [gram_sums(*pair) if kind is None else fisher_sums(*pair, kind=kind) for pair in pairs]
+        self.passes += sum(each.passes for each in sums)
+        return [each.mean() for each in sums]
 
     def samples(self, data: DataChoice) -> Sequence[Iterable[Tensor]]:
         """Return for every expert the batches that its statistics are of: its own task's, or all tasks'."""

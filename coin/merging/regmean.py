@@ -1,5 +1,6 @@
 """RegMean: every linear map fitted to what the experts' own maps do to their inputs."""
 
+import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from enum import StrEnum
@@ -11,11 +12,11 @@ from torch import Tensor
 from coin.choices import chosen
 from coin.errors import ConfigurationError, NumericalError, StateError
 from coin.merging.experts import Experts
-from coin.merging.method import MergeMethod, check_damping, data_of, weighted_mean
+from coin.merging.method import MergeMethod, check_damping, check_each, data_of, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import tracked
-from coin.state import State, check_finite, check_same_layout
-from coin.statistics import FisherKind, gram_sums
+from coin.state import State
+from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 TRANSPOSED = ":T"  # until merged
@@ -98,18 +99,14 @@ class RegMean(MergeMethod):
             tuned = {"alpha": alpha, "damping": damping}
         for data in experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto):
             grams = experts.statistic(Statistic(StatisticKind.gram, data))
-            check_grams(grams)
+            check_each(grams, "the Gram statistic of expert")
             solved = regmean_parameters(experts.parameters, grams, row, alpha, damping, self.layers, self.label)
-            averaged = sorted(uncovered(experts.parameters[0], grams[0], self.layers))
+            averaged = uncovered(experts.parameters[0], grams[0], self.layers)
             yield {"gram_data": str(data)} | tuned | ({"averaged": averaged} if averaged else {}), solved
 
     def _tuned(self, experts: Experts, row: Sequence[float]) -> tuple[float, float]:
         """Choose α and the damping by the held-out residual, with Gram matrices of the other pooled samples."""
-        grams = []
-        for network in experts.each_network():
-            sums = gram_sums(network, experts.split[0])
-            experts.passes += sums.passes
-            grams.append(sums.mean())
+        grams = experts.computed(None, [experts.split[0]] * experts.count)
 
         def residual(alpha: float, damping: float) -> float:
             solved = regmean_parameters(experts.parameters, grams, row, alpha, damping, self.layers, self.label)
@@ -123,27 +120,11 @@ class RegMean(MergeMethod):
         return alpha, damping
 
 
-def check_grams(grams: Sequence[State]) -> None:
-    """Check that the experts' Gram matrices are of the same maps and finite.
-
-    Raises:
-        StateError: They are not; the message names the expert and the tensor.
-    """
-    names = [f"the Gram statistic of expert {index}" for index in range(len(grams))]
-    check_same_layout(grams, names)
-    for gram, name in zip(grams, names, strict=True):
-        check_finite(gram, name)
-
-
 def uncovered(expert: State, gram: State, layers: RegMeanLayers) -> list[str]:
     """Return the names of the parameters of two dimensions or more that RegMean averages, having no Gram matrix."""
-    if layers == RegMeanLayers.linear:
-        return [name for name, tensor in expert.items() if tensor.ndim == 2 and not _tracked_in(gram, name)]
-    return [name for name, tensor in expert.items() if tensor.ndim >= 2 and not _tracked_in(gram, name)]
-
-
-def _tracked_in(gram: State, name: str) -> bool:
-    return name in gram or name + TRANSPOSED in gram
+    most = 2 if layers == RegMeanLayers.linear else math.inf
+    named = {name.removesuffix(TRANSPOSED) for name in gram}
+    return sorted(name for name, tensor in expert.items() if 2 <= tensor.ndim <= most and name not in named)
 
 
 def regmean_parameters(
@@ -163,14 +144,8 @@ def regmean_parameters(
     diagonal entry of Σβ_kG_k, per group: damping pulls towards the β-average W̄. A bias is solved for jointly, as the
     weight of an input that is always 1. Groups of a grouped convolution are separate maps.
 
-    Args:
-        experts: θ_i.
-        grams: Per expert the Gram matrices ``[G, K, K]`` by weight, as `coin.statistics.gram_sums` names them.
-        weights: β.
-        alpha: Off-diagonal entries of the Gram matrices are multiplied by it.
-        damping: λ relative to the mean diagonal entry.
-        layers: Which maps are fitted.
-        label: What progress is called.
+    The Gram matrices ``[G, K, K]`` are by weight, as `coin.statistics.gram_sums` names them; their off-diagonal entries
+    are multiplied by α.
 
     Raises:
         StateError: A Gram matrix fits no weight.

@@ -12,8 +12,8 @@ from coin.errors import ConfigurationError, NumericalError, StateError
 from coin.merging import Average, Coin, Experts, FullFisher, GaussNewton, RegMean, TaskArithmetic, Ties
 from coin.merging.average import average_parameters
 from coin.merging.coin import coin_parameters
-from coin.merging.method import check_experts, check_fishers
-from coin.merging.regmean import check_grams, regmean_parameters
+from coin.merging.method import check_each, check_fishers
+from coin.merging.regmean import regmean_parameters
 from coin.merging.task_vectors import task_arithmetic, ties
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.statistics import FisherKind
@@ -263,15 +263,13 @@ def test_a_damaged_expert_or_statistic_is_named():
         return copies
 
     with pytest.raises(StateError, match=r"expert 1 is not finite: tensor 'head\.bias'"):
-        check_experts(damaged(EXPERTS, 1, "head.bias", math.nan))
+        check_each(damaged(EXPERTS, 1, "head.bias", math.nan), "expert")
     for value, message in (
         (math.inf, "Fisher of expert 2 is not finite"),
         (-1.0, "Fisher of expert 2 is negative in 'conv"),
     ):
         with pytest.raises(StateError, match=message):
             check_fishers(damaged(FISHERS, 2, "conv.weight", value), EXPERTS[0])
-    with pytest.raises(StateError, match="Gram statistic of expert 0 is not finite"):
-        check_grams(damaged(GRAMS, 0, "head.weight", math.nan))
 
 
 def test_a_method_checks_what_it_is_given():
@@ -289,7 +287,7 @@ def test_a_method_checks_what_it_is_given():
 def test_mismatched_layouts_are_named():
     short = {key: tensor for key, tensor in EXPERTS[1].items() if key != "head.bias"}
     with pytest.raises(StateError, match=r"expert 1 has no tensor 'head\.bias'"):
-        check_experts([EXPERTS[0], short])
+        check_each([EXPERTS[0], short], "expert")
     with pytest.raises(StateError, match=r"the Fisher of expert 0 has no tensor 'head\.bias'"):
         check_fishers([short], EXPERTS[0])
     for gram, message in (
