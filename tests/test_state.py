@@ -174,6 +174,29 @@ def test_weighted_sum_sums_floats_and_takes_the_largest_count():
     assert first["weight"].tolist() == [1.0, 2.0]
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_entries_that_agree_stay_to_the_last_bit(kind):
+    values = torch.tensor([0.1, 1 / 3, -7e-5, 1.0]).to(kind)
+    others = [values.clone() for _ in range(3)]
+    for index, other in enumerate(others):
+        other[3] = index
+    weights = [0.1, 0.2, 0.7]  # whose sum in float64 is not 1
+    total = weighted_sum([{"a": values, "b": other} for other in others], weights)
+    assert total["a"].dtype is kind
+    assert torch.equal(total["a"], values)
+    assert torch.equal(total["b"][:3], values[:3])
+    assert complex(total["b"][3]) == pytest.approx(0.2 + 2 * 0.7, rel=1e-3)
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], [0.0, 1.0], [1.0, 0.0]])
+def test_shared_infinities_stay_and_a_weight_of_zero_takes_none(weights):
+    mask = torch.tensor([-torch.inf, 0.0, torch.inf])
+    first, second = {"mask": mask, "w": torch.tensor([1.0, -torch.inf])}, {"mask": mask, "w": torch.tensor([3.0, 2.0])}
+    total = weighted_sum([first, second], weights)
+    assert torch.equal(total["mask"], mask)
+    assert total["w"].tolist() == [weights[0] + 3 * weights[1], -torch.inf if weights[0] else 2.0]
+
+
 def test_weighted_sum_wants_one_weight_a_state():
     state = {"weight": torch.ones(2)}
     with pytest.raises(StateError, match="found 1 weights for 2 states"):
@@ -199,6 +222,25 @@ def test_check_finite_ignores_integers():
     check_finite({"count": torch.tensor(2**62), "weight": torch.ones(1)}, "it")
     with pytest.raises(StateError, match="it is not finite: tensor 'w'"):
         check_finite({"v": torch.ones(1), "w": torch.tensor([float("nan")])}, "it")
+
+
+def test_infinities_are_taken_where_they_are_named_and_nan_is_not(tmp_path):
+    mask, path = torch.full((2, 2), -torch.inf).triu(1), tmp_path / "state.safetensors"
+    state = {"mask": mask, "w": torch.ones(2)}
+    save_state(path, state, {}, infinite=["mask"])
+    assert torch.equal(load_state(path)[0]["mask"], mask)
+    both = torch.tensor([-torch.inf, torch.inf])  # whose sum is NaN
+    check_finite({"mask": both}, "it", ["mask"])
+    for bad, infinite, name in (
+        (state, [], "mask"),
+        ({**state, "w": torch.tensor([torch.inf])}, ["mask"], "w"),
+        ({**state, "mask": torch.tensor([-torch.inf, torch.nan])}, ["mask"], "mask"),
+        ({**state, "w": torch.tensor([complex(0, torch.nan)])}, ["mask"], "w"),
+    ):
+        with pytest.raises(StateError, match=rf"is not finite: tensor '{name}' holds a NaN or an infinity[^\n]*$"):
+            save_state(path, bad, {}, infinite)
+    assert torch.equal(load_state(path)[0]["mask"], mask)
+    check_finite({"w": torch.full((4,), 3e38)}, "it")  # only the sum overflows
 
 
 def test_a_fingerprint_does_not_depend_on_memory_or_order(tmp_path, mixed):

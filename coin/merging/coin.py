@@ -1,20 +1,22 @@
 """COIN: the closed form with the diagonal Fisher."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from coin.choices import chosen
 from coin.merging.experts import Experts
-from coin.merging.method import FisherOptions, MergeMethod, check_damping, check_fishers, weighted_mean
+from coin.merging.method import MergeMethod, check_damping, check_fishers, data_of, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.state import State
 from coin.statistics import FisherKind
-from coin.statistics.statistic import DataChoice, StatisticKind
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 
-class Coin(FisherOptions, MergeMethod):
+class Coin(MergeMethod):
     """The KL barycentre of the experts with each KL replaced by its diagonal second-order form; see `coin_parameters`.
 
     Which objective it minimises depends on the data of the Fishers: with ``pooled`` data the coding objective
@@ -50,7 +52,23 @@ class Coin(FisherOptions, MergeMethod):
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
         self.damping = check_damping(damping)
-        self._choose_fisher(fisher_kind, fisher_data)
+        self.fisher_kind = None if fisher_kind is None else chosen(FisherKind, "fisher_kind", fisher_kind)
+        self.fisher_data = None if fisher_data is None else chosen(DataChoice, "fisher_data", fisher_data)
+
+    def fisher(self, data: DataChoice) -> Statistic:
+        """Return the statistic on this data."""
+        return Statistic(StatisticKind.fisher, data, self.fisher_kind or FisherKind.exact)
+
+    def statistics(self) -> tuple[Statistic, ...]:
+        """Return the Fishers that the options ask for."""
+        return tuple(self.fisher(data) for data in data_of(self.fisher_data))
+
+    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice) -> Self:
+        """Return the method with the experiment's choice where its options leave the kind or the data open."""
+        settled = copy(self)
+        settled.fisher_kind = self.fisher_kind or fisher_kind
+        settled.fisher_data = self.fisher_data or fisher_data
+        return settled
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Yield the closed form for the Fishers of every kind of data that the option allows."""
@@ -71,15 +89,13 @@ def coin_parameters(
 
     It is computed as the β-average plus (Σβ_iF_i + λ)⁻¹ Σβ_iF_i(θ_i − Σβ_kθ_k), in float64: experts that agree in an
     entry leave it alone, however small their Fisher.
-
-    Args:
-        experts: θ_i: same names and shapes, finite.
-        fishers: F_i: the experts' names and shapes, finite, not negative.
-        weights: β.
-        damping: λ relative to the mean of Σβ_iF_i.
     """
     entries = sum(tensor.numel() for tensor in fishers[0].values())
-    mass = sum(weight * total_of(fisher) for fisher, weight in zip(fishers, weights, strict=True))
+    mass = sum(
+        weight * float(tensor.sum(dtype=torch.float64))
+        for fisher, weight in zip(fishers, weights, strict=True)
+        for tensor in fisher.values()
+    )
     absolute = damping * mass / max(entries, 1)
 
     merged: dict[str, Tensor] = {}
@@ -95,8 +111,3 @@ def coin_parameters(
         correction = pull.div_(curvature.masked_fill_(curvature <= 0, 1))
         merged[key] = average.add_(correction).to(experts[0][key].dtype)
     return merged
-
-
-def total_of(state: State) -> float:
-    """Return the sum of all entries of a state, added up in float64."""
-    return sum(float(tensor.sum(dtype=torch.float64)) for tensor in state.values())

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from coin.errors import ConfigurationError
 from coin.inputs import as_input
 from coin.networks.batchnorm import has_batchnorm
-from coin.state import State
-from coin.statistics import fisher_sums, gram_sums
+from coin.state import State, check_finite
+from coin.statistics import FisherKind, fisher_sums, gram_sums
 from coin.statistics.guard import evaluating
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -128,12 +128,15 @@ class Experts:
         if given is not None:
             return given[which.data] if isinstance(given, Mapping) else given
         if which not in self._computed:
-            samples = self.samples(which.data)
-            pairs = zip(self.each_network(), samples, strict=True)
-            sums = [gram_sums(*pair) if which.kind is None else fisher_sums(*pair, kind=which.kind) for pair in pairs]
-            self.passes += sum(each.passes for each in sums)
-            self._computed[which] = [each.mean() for each in sums]
+            self._computed[which] = self.computed(which.kind, self.samples(which.data))
         return self._computed[which]
+
+    def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Tensor]]) -> list[State]:
+        """Return every expert's Fisher of a kind, or none for its Gram matrices, on its samples; count the passes."""
+        pairs = zip(self.each_network(), samples, strict=True)
+        sums = [gram_sums(*pair) if kind is None else fisher_sums(*pair, kind=kind) for pair in pairs]
+        self.passes += sum(each.passes for each in sums)
+        return [each.mean() for each in sums]
 
     def samples(self, data: DataChoice) -> Sequence[Iterable[Tensor]]:
         """Return for every expert the batches that its statistics are of: its own task's, or all tasks'."""
@@ -162,17 +165,12 @@ class Experts:
         size = len(batches[0])
         return torch.split(samples[:border], size), torch.split(samples[border:], size)
 
-    @cached_property
-    def outputs(self) -> Tensor:
-        """All experts' logits on the pooled samples ``[N, P, C]``."""
-        return torch.stack([torch.cat(pair) for pair in zip(self._fitted_outputs, self._held_out_outputs, strict=True)])
-
     def target(self, row: Sequence[float]) -> Tensor:
-        """Return Σ_i β_i f_i on the pooled samples ``[P, C]``."""
-        return _weighted(self.outputs, row)
+        """Return Σ_i β_i f_i on the pooled samples ``[P, C]``; raises StateError where an output is not finite."""
+        return torch.cat([_weighted(self._fitted_outputs, row), self.held_out_target(row)])
 
     def held_out_target(self, row: Sequence[float]) -> Tensor:
-        """Return Σ_i β_i f_i on the held-out samples."""
+        """Return Σ_i β_i f_i on the held-out samples, their end."""
         return _weighted(self._held_out_outputs, row)
 
     def run(self, network: nn.Module, batches: Iterable[Tensor]) -> Tensor:
@@ -184,11 +182,17 @@ class Experts:
 
     @cached_property
     def _fitted_outputs(self) -> Tensor:
-        return torch.stack([self.run(network, self.split[0]) for network in self.each_network()])
+        return self._outputs(self.split[0])
 
     @cached_property
     def _held_out_outputs(self) -> Tensor:
-        return torch.stack([self.run(network, self.split[1]) for network in self.each_network()])
+        return self._outputs(self.split[1])
+
+    def _outputs(self, batches: Iterable[Tensor]) -> Tensor:
+        found = [self.run(network, batches) for network in self.each_network()]
+        for index, logits in enumerate(found):
+            check_finite({"logits": logits}, f"the calibration output of expert {index}")
+        return torch.stack(found)
 
     def _start(self) -> nn.Module:
         if self._initial is None:

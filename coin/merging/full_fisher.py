@@ -11,7 +11,7 @@ from coin.errors import CoinWarning, ConfigurationError
 from coin.merging.average import average_parameters
 from coin.merging.coin import Coin
 from coin.merging.experts import Experts
-from coin.merging.method import FisherOptions, MergeMethod, check_damping, check_fishers, floored_diagonal
+from coin.merging.method import check_fishers, floored_diagonal
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import progress
 from coin.state import State
@@ -21,7 +21,7 @@ from coin.statistics.products import OutputMap
 from coin.statistics.statistic import DataChoice, StatisticKind
 
 
-class FullFisher(FisherOptions, MergeMethod):
+class FullFisher(Coin):
     """COIN without its diagonal approximation; see `full_fisher_parameters`.
 
     Running out of iterations is a warning that states the remaining residual, not an error: stopping early damps. What
@@ -57,19 +57,21 @@ class FullFisher(FisherOptions, MergeMethod):
         batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
         label: str | None = None,
     ) -> None:
-        super().__init__(batchnorm=batchnorm, label=label)
+        super().__init__(damping, fisher_kind=fisher_kind, fisher_data=fisher_data, batchnorm=batchnorm, label=label)
         if max_iterations < 1:
             raise ConfigurationError(f"found max_iterations {max_iterations}, expected at least 1")
         if not 0 <= tolerance < 1:
             raise ConfigurationError(f"found tolerance {tolerance}, expected a number from 0 to below 1")
-        self.damping = check_damping(damping)
         self.max_iterations = max_iterations
         self.tolerance = tolerance
-        self._choose_fisher(fisher_kind, fisher_data)
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Yield the one solution."""
-        data = fisher_data_for(self, experts, row)
+        allowed = experts.available(StatisticKind.fisher, self.fisher_data or DataChoice.auto)
+        data = allowed[0]
+        if len(allowed) > 1:
+            coin = Coin(fisher_kind=self.fisher_kind, batchnorm=self.batchnorm)
+            data = DataChoice(coin.make(experts, row).chosen["fisher_data"])
         fishers = experts.statistic(self.fisher(data))
         check_fishers(fishers, experts.parameters[0])
         pairs = zip(experts.networks, experts.samples(data), strict=True)
@@ -89,15 +91,6 @@ class FullFisher(FisherOptions, MergeMethod):
         yield {"fisher_data": str(data)} | solve, parameters
 
 
-def fisher_data_for(method: FisherOptions, experts: Experts, row: Sequence[float]) -> DataChoice:
-    """Return the data of the Fishers that a method's option stands for: for ``auto``, those that suit `Coin` better."""
-    allowed = experts.available(StatisticKind.fisher, method.fisher_data or DataChoice.auto)
-    if len(allowed) == 1:
-        return allowed[0]
-    coin = Coin(fisher_kind=method.fisher_kind, fisher_data=DataChoice.auto)
-    return DataChoice(coin.make(experts, row).chosen["fisher_data"])
-
-
 def full_fisher_parameters(
     experts: Sequence[State],
     fishers: Sequence[State],
@@ -114,16 +107,6 @@ def full_fisher_parameters(
     of expert i on its calibration inputs, and D = Σ_i β_i diag F_i plus 10⁻³ of its mean. A product with F_i is one jvp
     and one vjp; the system is solved by conjugate gradients preconditioned with D, from θ̄. What is added to D keeps it
     from dividing by the Fisher of parameters that no calibration sample reaches; those stay at θ̄.
-
-    Args:
-        experts: θ_i.
-        fishers: The diagonals of F_i.
-        maps: Every expert as a function of its parameters, on the inputs of its Fisher.
-        weights: β.
-        damping: λ, relative to the diagonal.
-        max_iterations: Conjugate-gradient steps at most.
-        tolerance: Relative residual at which the solve ends.
-        label: What progress is called.
     """
     average = average_parameters(experts, weights)
     diagonal = floored_diagonal(fishers, weights, 1e-3)

@@ -52,8 +52,9 @@ def fit_head(network: nn.Module, experts: Experts, row: Sequence[float]) -> None
             f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer with a bias; "
             "leave the method out for this network"
         )
+    target = experts.target(row).double()
     features, logits = features_of(network, experts)
-    fit = fit_ridge(features, experts.target(row).double() - logits)
+    fit = fit_ridge(features, target - logits)
     step = fit.coefficients.T
     with torch.no_grad():
         head.weight.add_(step.to(head.weight))

@@ -5,7 +5,6 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -19,7 +18,7 @@ from coin.networks.batchnorm import BatchNormPolicy, average_buffers, recalibrat
 from coin.networks.files import fill_network
 from coin.state import State, check_finite, check_same_layout
 from coin.statistics import FisherKind
-from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+from coin.statistics.statistic import DataChoice, Statistic
 
 _RESERVED = ("none", "oracle")
 _LABEL = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
@@ -111,7 +110,7 @@ class MergeMethod(Method):
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
         check_row(row, experts.count)
-        check_experts(experts.parameters)
+        check_each(experts.parameters, "expert")
         candidates = list(self.candidates(experts, row))
         policies = self._policies(experts)
         if not experts.is_calibrated and len(candidates) > 1:
@@ -127,7 +126,7 @@ class MergeMethod(Method):
                 taken = options | ({"batchnorm": policy} if policy else {})
                 if measured:
                     residual = held_out_residual(experts, coded, row)
-                    residuals["/".join(map(str, taken.values()))] = residual
+                    residuals["/".join(value for value in taken.values() if isinstance(value, str))] = residual
                     if best is not None and not residual < least:
                         continue
                     least = residual
@@ -143,6 +142,7 @@ class MergeMethod(Method):
             if taken.get("batchnorm") == BatchNormPolicy.recalibrate:
                 experts.passes += recalibrate(coded, experts.pooled)
             taken = taken | {"held_out_residual": residuals}
+        check_buffers(coded, experts.buffers, self.label)
         return CodedModel(coded, taken)
 
     def measure(self, experts: Experts, row: Sequence[float], parameters: State) -> float:
@@ -178,7 +178,7 @@ class MergeMethod(Method):
             buffers = {name: initial.get(name, tensor) for name, tensor in buffers.items()}
         network = experts.blank().eval()
         own = network.state_dict()
-        # Tied parameters have one name among the parameters and several in the state dict.
+        # Tied parameters have one name among the parameters and several in the state dict, whose tensors share memory.
         state = {name: tensor for name, tensor in {**parameters, **buffers}.items() if name in own}
         fill_network(network, {**own, **state}, "the coded model")
         check_buffers(network, experts.buffers, self.label)
@@ -199,16 +199,16 @@ def held_out_residual(experts: Experts, coded: nn.Module, row: Sequence[float]) 
     return residual if math.isfinite(residual) else math.inf
 
 
-def check_experts(experts: Sequence[State]) -> None:
-    """Check that experts fit together and are finite.
+def check_each(states: Sequence[State], what: str) -> None:
+    """Check that the experts, or a statistic of each, fit together and are finite.
 
     Raises:
-        StateError: They differ in names or shapes, or one holds a NaN or an infinity.
+        StateError: They differ in names or shapes, or one holds a NaN or an infinity; the message names it.
     """
-    names = [f"expert {index}" for index in range(len(experts))]
-    check_same_layout(experts, names)
-    for expert, name in zip(experts, names, strict=True):
-        check_finite(expert, name)
+    names = [f"{what} {index}" for index in range(len(states))]
+    check_same_layout(states, names)
+    for state, name in zip(states, names, strict=True):
+        check_finite(state, name)
 
 
 def check_buffers(network: nn.Module, buffers: Sequence[State], label: str) -> None:
@@ -220,8 +220,9 @@ def check_buffers(network: nn.Module, buffers: Sequence[State], label: str) -> N
     for name, buffer in network.named_buffers():
         if not (buffer.is_floating_point() or buffer.is_complex()) or bool(torch.isfinite(buffer).all()):
             continue
-        theirs = [state[name].to(buffer) for state in buffers if name in state]
-        if bool(buffer.isnan().any()) or not all(torch.equal(buffer, other) for other in theirs):
+        wrong = ~torch.isfinite(buffer)
+        theirs = [state[name].to(buffer)[wrong] for state in buffers if name in state]
+        if not all(torch.equal(buffer[wrong], other) for other in theirs):  # as no NaN is
             raise StateError(
                 f"the coded model of method '{label}' is not finite: buffer '{name}' holds a NaN, or an infinity that "
                 "the experts do not share; check the experts' buffers"
@@ -301,37 +302,6 @@ def check_damping(damping: float) -> float:
     if not (math.isfinite(damping) and damping >= 0):
         raise ConfigurationError(f"found damping {damping}, expected a finite number of at least 0")
     return damping
-
-
-class FisherOptions:
-    """Which Fisher a method wants: the options that `Coin`, `FullFisher` and `GaussNewton` share.
-
-    Attributes:
-        fisher_kind: Which diagonal; none for the experiment's, or ``exact``.
-        fisher_data: On which samples; none for the experiment's, or ``auto``.
-    """
-
-    fisher_kind: FisherKind | None
-    fisher_data: DataChoice | None
-
-    def _choose_fisher(self, kind: str | None, data: str | None) -> None:
-        self.fisher_kind = None if kind is None else chosen(FisherKind, "fisher_kind", kind)
-        self.fisher_data = None if data is None else chosen(DataChoice, "fisher_data", data)
-
-    def fisher(self, data: DataChoice) -> Statistic:
-        """Return the statistic on this data."""
-        return Statistic(StatisticKind.fisher, data, self.fisher_kind or FisherKind.exact)
-
-    def statistics(self) -> tuple[Statistic, ...]:
-        """Return the Fishers that the options ask for."""
-        return tuple(self.fisher(data) for data in data_of(self.fisher_data))
-
-    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice) -> Self:
-        """Return the method with the experiment's choice where its options leave the kind or the data open."""
-        settled = copy(self)
-        settled.fisher_kind = self.fisher_kind or fisher_kind
-        settled.fisher_data = self.fisher_data or fisher_data
-        return settled
 
 
 def data_of(choice: DataChoice | None) -> tuple[DataChoice, ...]:

@@ -1,5 +1,6 @@
 """RegMean: every linear map fitted to what the experts' own maps do to their inputs."""
 
+import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from enum import StrEnum
@@ -11,11 +12,11 @@ from torch import Tensor
 from coin.choices import chosen
 from coin.errors import ConfigurationError, NumericalError, StateError
 from coin.merging.experts import Experts
-from coin.merging.method import MergeMethod, check_damping, data_of, weighted_mean
+from coin.merging.method import MergeMethod, check_damping, check_each, data_of, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import tracked
-from coin.state import State, check_finite, check_same_layout
-from coin.statistics import TRANSPOSED, FisherKind, gram_sums
+from coin.state import State
+from coin.statistics import TRANSPOSED, FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 ALPHAS = (0.3, 0.5, 0.7, 0.9, 1.0)
@@ -96,24 +97,18 @@ class RegMean(MergeMethod):
             tuned = {"alpha": alpha, "damping": damping}
         for data in experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto):
             grams = experts.statistic(Statistic(StatisticKind.gram, data))
-            check_grams(grams)
+            check_each(grams, "the Gram statistic of expert")
             solved = regmean_parameters(experts.parameters, grams, row, alpha, damping, self.layers, self.label)
-            averaged = sorted(uncovered(experts.parameters[0], grams[0], self.layers))
+            averaged = uncovered(experts.parameters[0], grams[0], self.layers)
             yield {"gram_data": str(data)} | tuned | ({"averaged": averaged} if averaged else {}), solved
 
     def _tuned(self, experts: Experts, row: Sequence[float]) -> tuple[float, float]:
         """Choose α and the damping by the held-out residual, with Gram matrices of the other pooled samples."""
-        grams = []
-        for network in experts.each_network():
-            sums = gram_sums(network, experts.split[0])
-            experts.passes += sums.passes
-            grams.append(sums.mean())
+        grams = experts.computed(None, [experts.split[0]] * experts.count)
 
         def residual(alpha: float, damping: float) -> float:
-            trial = copy(self)
-            trial.alpha, trial.damping = alpha, damping
             solved = regmean_parameters(experts.parameters, grams, row, alpha, damping, self.layers, self.label)
-            return trial.measure(experts, row, solved)
+            return self.measure(experts, row, solved)
 
         alpha, damping = 0.7 if self.alpha is None else self.alpha, self.damping
         if damping is None:
@@ -123,27 +118,11 @@ class RegMean(MergeMethod):
         return alpha, damping
 
 
-def check_grams(grams: Sequence[State]) -> None:
-    """Check that the experts' Gram matrices are of the same maps and finite.
-
-    Raises:
-        StateError: They are not; the message names the expert and the tensor.
-    """
-    names = [f"the Gram statistic of expert {index}" for index in range(len(grams))]
-    check_same_layout(grams, names)
-    for gram, name in zip(grams, names, strict=True):
-        check_finite(gram, name)
-
-
 def uncovered(expert: State, gram: State, layers: RegMeanLayers) -> list[str]:
     """Return the names of the parameters of two dimensions or more that RegMean averages, having no Gram matrix."""
-    if layers is RegMeanLayers.linear:
-        return [name for name, tensor in expert.items() if tensor.ndim == 2 and not _tracked_in(gram, name)]
-    return [name for name, tensor in expert.items() if tensor.ndim >= 2 and not _tracked_in(gram, name)]
-
-
-def _tracked_in(gram: State, name: str) -> bool:
-    return name in gram or name + TRANSPOSED in gram
+    most = 2 if layers == RegMeanLayers.linear else math.inf
+    named = {name.removesuffix(TRANSPOSED) for name in gram}
+    return sorted(name for name, tensor in expert.items() if 2 <= tensor.ndim <= most and name not in named)
 
 
 def regmean_parameters(
@@ -163,14 +142,8 @@ def regmean_parameters(
     diagonal entry of Σβ_kG_k, per group: damping pulls towards the β-average W̄. A bias is solved for jointly, as the
     weight of an input that is always 1. Groups of a grouped convolution are separate maps.
 
-    Args:
-        experts: θ_i.
-        grams: Per expert the Gram matrices ``[G, K, K]`` by weight, as `coin.statistics.gram_sums` names them.
-        weights: β.
-        alpha: Off-diagonal entries of the Gram matrices are multiplied by it.
-        damping: λ relative to the mean diagonal entry.
-        layers: Which maps are fitted.
-        label: What progress is called.
+    The Gram matrices ``[G, K, K]`` are by weight, as `coin.statistics.gram_sums` names them; their off-diagonal entries
+    are multiplied by α.
 
     Raises:
         StateError: A Gram matrix fits no weight.
@@ -184,7 +157,7 @@ def regmean_parameters(
                 f"there is a Gram matrix for '{key}', which the experts do not have; compute the Gram matrices of "
                 "these experts"
             )
-        if layers is RegMeanLayers.linear and merged[key].ndim != 2:
+        if layers == RegMeanLayers.linear and merged[key].ndim != 2:
             continue
         turned = name != key  # the map is x ↦ x W: its weight lies the other way round
         first = grams[0][name]
@@ -269,7 +242,7 @@ def solve_gram(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(damped)
     # Rounding lets half of the singular matrices pass, with a last pivot that is noise.
     pivots, largest = factor.diagonal(dim1=1, dim2=2).square().amin(1), damped.diagonal(dim1=1, dim2=2).amax(1)
-    noise = 10 * torch.finfo(gram.dtype).eps * gram.shape[-1] * largest
+    noise = 100 * torch.finfo(gram.dtype).eps * gram.shape[-1] * largest
     if bool((failed.bool() | (pivots <= noise)).any()):
         raise NumericalError(
             f"the Gram matrix of '{key}' is singular with a damping of {damping:.3g}; raise regmean's damping"

@@ -6,13 +6,13 @@ from torch import nn
 
 from coin.coding import Code
 from coin.errors import ConfigurationError, StateError
-from coin.merging import Average, Coin, FullFisher, GaussNewton, HeadFit, TaskArithmetic
-from coin.merging.networks import merge_networks
+from coin.merging import Average, Coin, GaussNewton, HeadFit, merge_networks
 from coin.networks import BatchNormPolicy, build_network, recalibrate
 from coin.statistics import fisher_diagonal
 
 ROW = [0.25, 0.75]
 CODE = Code([ROW])
+AVERAGE = Average(batchnorm="average")
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def same(first, second):
 def test_averages_are_of_parameters_and_of_statistics(make_expert):
     experts = [make_expert(1), make_expert(2)]
     before = deepcopy([expert.state_dict() for expert in experts])
-    (merged,) = merge_networks(Average(), experts, CODE)
+    (merged,) = merge_networks(AVERAGE, experts, CODE)
     for name, tensor in merged.state_dict().items():
         first, second = (expert.state_dict()[name] for expert in experts)
         if tensor.is_floating_point():
@@ -51,31 +51,13 @@ def test_averages_are_of_parameters_and_of_statistics(make_expert):
 
 def test_every_row_of_the_code_gives_a_network_of_its_own(make_expert):
     experts = [make_expert(1), make_expert(2)]
-    merged = merge_networks(Average(), experts, Code([ROW, [0.5, 0.5]]))
+    merged = merge_networks(AVERAGE, experts, Code([ROW, [0.5, 0.5]]))
     assert len(merged) == 2
-    assert same(merged[0].state_dict(), merge_networks(Average(), experts, CODE)[0].state_dict())
-    assert same(merged[1].state_dict(), merge_networks(Average(), experts, Code([[0.5, 0.5]]))[0].state_dict())
+    assert same(merged[0].state_dict(), merge_networks(AVERAGE, experts, CODE)[0].state_dict())
+    assert same(merged[1].state_dict(), merge_networks(AVERAGE, experts, Code([[0.5, 0.5]]))[0].state_dict())
     with torch.no_grad():
         merged[0].fc.weight.zero_()
     assert all(bool(network.fc.weight.any()) for network in [merged[1], *experts])
-
-
-def test_permuting_experts_with_their_weights_changes_nothing(make_expert, batches):
-    experts = [make_expert(1), make_expert(2)]
-    fishers = [fisher_diagonal(expert, batches) for expert in experts]
-    (merged,) = merge_networks(Coin(), experts, CODE, fishers=fishers)
-    (swapped,) = merge_networks(Coin(), experts[::-1], Code([ROW[::-1]]), fishers=fishers[::-1])
-    for name, tensor in merged.state_dict().items():
-        torch.testing.assert_close(swapped.state_dict()[name], tensor, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("method", [Average, Coin, GaussNewton])
-def test_identical_experts_merge_to_a_network_with_their_outputs(make_expert, batches, method):
-    expert = make_expert(1)
-    fishers = [fisher_diagonal(expert, batches)] * 2
-    (merged,) = merge_networks(method(), [expert, deepcopy(expert)], CODE, fishers=fishers, batches=batches)
-    with torch.no_grad():
-        torch.testing.assert_close(merged(batches[0]), expert(batches[0]), rtol=1e-9, atol=1e-9)
 
 
 def test_an_average_of_linear_networks_answers_the_encoded_outputs(batches):
@@ -92,20 +74,21 @@ def test_keep_takes_the_shared_initialisations_statistics(make_expert):
     method = Average(batchnorm=BatchNormPolicy.keep)
     (merged,) = merge_networks(method, experts, CODE, initial=initial)
     assert same(dict(merged.named_buffers()), dict(initial.named_buffers()))
-    averaged = dict(merge_networks(Average(), experts, CODE)[0].named_parameters())
+    averaged = dict(merge_networks(AVERAGE, experts, CODE)[0].named_parameters())
     assert same(dict(merged.named_parameters()), averaged)
-    with pytest.raises(ConfigurationError, match="no shared initialisation, whose BatchNorm statistics 'average'"):
+    with pytest.raises(ConfigurationError, match="no shared initialisation, which the method or its B"):
         merge_networks(method, experts, CODE)
 
 
 def test_recalibrate_estimates_anew_in_the_merged_network(make_expert, batches):
     experts = [make_expert(1), make_expert(2)]
-    method = Average(batchnorm=BatchNormPolicy.recalibrate, label="anew")
-    (merged,) = merge_networks(method, experts, CODE, batches=batches)
-    (wanted,) = merge_networks(Average(), experts, CODE)
-    recalibrate(wanted, batches)
+    method = Average(batchnorm="recalibrate")
+    (merged,) = merge_networks(method, experts, CODE, calibration=[batches, [-batch for batch in batches]])
+    (wanted,) = merge_networks(AVERAGE, experts, CODE)
+    in_turn = torch.stack([torch.cat(batches), -torch.cat(batches)], 1).flatten(0, 1)
+    recalibrate(wanted, in_turn.split(len(batches[0])))
     assert same(merged.state_dict(), wanted.state_dict())
-    with pytest.raises(ConfigurationError, match="no calibration inputs, which method 'anew' needs"):
+    with pytest.raises(ConfigurationError, match="no calibration inputs, which the merge needs"):
         merge_networks(method, experts, CODE)
 
 
@@ -118,54 +101,39 @@ def test_a_policy_asks_for_nothing_where_there_is_no_batchnorm():
 
 def test_experts_in_train_mode_are_left_as_found_and_merge_the_same(make_expert, batches):
     experts = [make_expert(1), make_expert(2)]
-    fishers = [fisher_diagonal(expert, batches) for expert in experts]
     method = GaussNewton(max_steps=1, max_iterations=2)
-    (wanted,) = merge_networks(method, experts, CODE, fishers=fishers, batches=batches)
+    (wanted,) = merge_networks(method, experts, CODE, calibration=[batches] * 2)
     training = [deepcopy(expert).train() for expert in experts]
-    (merged,) = merge_networks(method, training, CODE, fishers=fishers, batches=batches)
+    (merged,) = merge_networks(method, training, CODE, calibration=[batches] * 2)
     assert same(merged.state_dict(), wanted.state_dict())
     for expert, original in zip(training, experts, strict=True):
         assert same(expert.state_dict(), original.state_dict())
         assert all(module.training for module in expert.modules())
 
 
-def test_what_a_method_needs_is_named(make_expert, batches):
-    experts = [make_expert(1), make_expert(2)]
-    with pytest.raises(ConfigurationError, match="method 'coin' needs 'fisher', which was not given; give it"):
-        merge_networks(Coin(), experts, CODE)
-    with pytest.raises(ConfigurationError, match="needs 'initial'"):
-        merge_networks(TaskArithmetic(), experts, CODE)
-    with pytest.raises(ConfigurationError, match="no calibration inputs, which method 'gauss_newton' needs"):
-        merge_networks(GaussNewton(), experts, CODE, fishers=[fisher_diagonal(e, batches) for e in experts])
+def test_statistics_that_are_given_are_those_that_would_be_computed(make_expert, batches):
+    experts, own = [make_expert(1), make_expert(2)], [batches, [batch + 1 for batch in batches]]
+    fishers = [fisher_diagonal(*pair) for pair in zip(experts, own, strict=True)]
+    method = Coin(fisher_data="own", batchnorm="average")
+    (given,) = merge_networks(method, experts, CODE, fishers=fishers)
+    (computed,) = merge_networks(method, experts, CODE, calibration=own)
+    assert same(given.state_dict(), computed.state_dict())
 
 
 def test_experts_that_do_not_fit_are_refused_by_tensor(make_expert, small_config):
     with pytest.raises(StateError, match=r"tensor 'fc\.weight' is \[4, 32\] in expert 1 but \[3, 32\] in expert 0"):
-        merge_networks(Average(), [make_expert(1), build_network(small_config, 4).double()], CODE)
+        merge_networks(AVERAGE, [make_expert(1), build_network(small_config, 4).double()], CODE)
     broken = make_expert(2)
     with torch.no_grad():
         broken.fc.bias[0] = float("nan")
     with pytest.raises(StateError, match=r"expert 1 is not finite: tensor 'fc\.bias'"):
-        merge_networks(Average(), [make_expert(1), broken], CODE)
-
-
-def test_full_fisher_takes_each_experts_own_inputs(make_expert, batches):
-    experts = [make_expert(1), make_expert(2)]
-    fishers = [fisher_diagonal(expert, batches) for expert in experts]
-    method = FullFisher(max_iterations=3, tolerance=0.9)
-    with pytest.raises(ConfigurationError, match="give own_batches, one entry for each of the 2 experts"):
-        merge_networks(method, experts, CODE, fishers=fishers)
-    own = [iter(batches), (batch + 1 for batch in batches)]
-    (merged,) = merge_networks(method, experts, CODE, fishers=fishers, own_batches=own)
-    (averaged,) = merge_networks(Average(), experts, CODE)
-    parts = zip(merged.parameters(), averaged.parameters(), strict=True)
-    assert any(not torch.allclose(first, second, rtol=1e-3) for first, second in parts)
+        merge_networks(AVERAGE, [make_expert(1), broken], CODE)
 
 
 def test_calibration_inputs_take_the_networks_type(make_expert, batches):
     experts = [make_expert(1), make_expert(2)]
     rounded = [batch.float() for batch in batches]
     method = HeadFit(batchnorm=BatchNormPolicy.recalibrate)
-    (found,) = merge_networks(method, experts, CODE, batches=rounded)
-    (wanted,) = merge_networks(method, experts, CODE, batches=[batch.double() for batch in rounded])
+    (found,) = merge_networks(method, experts, CODE, calibration=[rounded] * 2)
+    (wanted,) = merge_networks(method, experts, CODE, calibration=[[batch.double() for batch in rounded]] * 2)
     assert same(found.state_dict(), wanted.state_dict())

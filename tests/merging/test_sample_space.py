@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from coin.errors import ConfigurationError, NumericalError
-from coin.merging.sample_space import solve_damped
+from coin.merging.sample_space import solve_in_sample_space
 
 DAMPINGS = torch.logspace(-6, 3, 10, dtype=torch.float64)
 
@@ -34,7 +34,7 @@ def test_the_choice_is_the_best_dense_solution(parameters, monkeypatch):
     jacobian, metric, residual = problem(parameters=parameters)
     training = torch.arange(10) % 5 != 4
     product = product_of(jacobian, metric, residual.shape)
-    choice = solve_damped(product, residual, training, DAMPINGS, max_iterations=60)
+    choice = solve_in_sample_space(product, residual, training, DAMPINGS, max_iterations=60)
     held_out = (~training).repeat_interleave(3)
     errors = {}
     for damping in DAMPINGS:
@@ -54,7 +54,7 @@ def test_truncation_is_the_damped_solution_within_the_krylov_space(iterations):
     training = torch.arange(10) % 5 != 4
     rows = training.repeat_interleave(3)
     product = product_of(jacobian, metric, residual.shape)
-    choice = solve_damped(product, residual, training, torch.tensor([2.0]), iterations)
+    choice = solve_in_sample_space(product, residual, training, torch.tensor([2.0]), iterations)
     assert choice.iterations == iterations
     kernel = (jacobian[rows] / metric) @ jacobian[rows].T
     powers = [residual.flatten()[rows]]
@@ -73,7 +73,7 @@ def test_held_out_residuals_only_judge():
     product = product_of(jacobian, metric, residual.shape)
     changed = residual.clone()
     changed[~training] *= 1.1
-    one, two = (solve_damped(product, r, training, torch.tensor([1.0]), 1) for r in (residual, changed))
+    one, two = (solve_in_sample_space(product, r, training, torch.tensor([1.0]), 1) for r in (residual, changed))
     assert one.iterations == two.iterations == 1
     assert one.held_out != two.held_out
     torch.testing.assert_close(one.solution, two.solution, rtol=0, atol=0)
@@ -81,15 +81,15 @@ def test_held_out_residuals_only_judge():
 
 def test_something_must_be_held_out():
     with pytest.raises(ConfigurationError, match="no sample is held out"):
-        solve_damped(lambda u: u, torch.ones(4, 2), torch.ones(4, dtype=torch.bool), DAMPINGS, 5)
+        solve_in_sample_space(lambda u: u, torch.ones(4, 2), torch.ones(4, dtype=torch.bool), DAMPINGS, 5)
 
 
 def test_nothing_to_fit_is_no_step():
-    choice = solve_damped(lambda u: u, torch.zeros(4, 2), torch.arange(4) < 3, DAMPINGS, 5)
+    choice = solve_in_sample_space(lambda u: u, torch.zeros(4, 2), torch.arange(4) < 3, DAMPINGS, 5)
     assert choice.iterations == 0
     assert not choice.solution.any()
 
 
 def test_a_product_that_is_not_finite_is_an_error():
     with pytest.raises(NumericalError, match="not finite"):
-        solve_damped(lambda u: u * torch.nan, torch.ones(4, 2), torch.arange(4) < 3, DAMPINGS, 5)
+        solve_in_sample_space(lambda u: u * torch.nan, torch.ones(4, 2), torch.arange(4) < 3, DAMPINGS, 5)

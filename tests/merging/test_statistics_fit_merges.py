@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from coin.merging import Coin, MergeInputs, RegMean
-from coin.statistics import fisher_diagonal
-from coin.statistics.gram import gram_sums
+from coin.merging.coin import coin_parameters
+from coin.merging.regmean import regmean_parameters
+from coin.statistics import fisher_diagonal, gram_sums
 
 WEIGHTS = (0.2, 0.3, 0.5)
 NETWORKS = {
@@ -34,15 +34,16 @@ def setup(name):
 def test_a_linear_network_on_pooled_data_reaches_the_mixture(name):
     networks, experts, data = setup(name)
     pooled = torch.cat(data)
-    inputs = MergeInputs(
-        experts,
-        grams=[gram_sums(network, pooled.split(25)).mean() for network in networks],
-        fishers=[fisher_diagonal(network, pooled.split(25)) for network in networks],
-    )
+    grams = [gram_sums(network, pooled.split(25)).mean() for network in networks]
+    fishers = [fisher_diagonal(network, pooled.split(25)) for network in networks]
     with torch.no_grad():
         mixture = sum(w * network(pooled) for w, network in zip(WEIGHTS, networks, strict=True))
-    for method in (RegMean(), RegMean(alpha=1, damping=0), Coin()):
-        outputs = functional_call(networks[0], method.merge(inputs, WEIGHTS), (pooled,))
+    for merged in (
+        regmean_parameters(experts, grams, WEIGHTS),
+        regmean_parameters(experts, grams, WEIGHTS, alpha=1, damping=0),
+        coin_parameters(experts, fishers, WEIGHTS),
+    ):
+        outputs = functional_call(networks[0], merged, (pooled,))
         torch.testing.assert_close(outputs, mixture, rtol=1e-9, atol=1e-9)
 
 
@@ -60,6 +61,6 @@ def test_regmean_on_own_data_minimises_the_weighted_output_error(name):
         )
         return torch.cat([g.flatten() for g in torch.autograd.grad(error, list(leaves.values()))]).norm()
 
-    merged = RegMean(alpha=1, damping=0).merge(MergeInputs(experts, grams=grams), WEIGHTS)
+    merged = regmean_parameters(experts, grams, WEIGHTS, alpha=1, damping=0)
     average = {key: sum(w * e[key] for w, e in zip(WEIGHTS, experts, strict=True)) for key in experts[0]}
     assert slope(merged) < 1e-9 * slope(average)

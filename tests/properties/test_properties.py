@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from coin.coding import Answers, Code, DecoderConfig, LinearDecoder, make_decoder
 from coin.errors import ConfigurationError, DecodingError, StateError
-from coin.merging import Average, Coin, MergeInputs
+from coin.merging.average import average_parameters
+from coin.merging.coin import coin_parameters
 from coin.reporting.results import NUMBERS, Row, read_results, write_results
 from coin.state import check_same_layout, fingerprint, load_state, save_state, weighted_sum
 
@@ -112,11 +113,14 @@ def test_merging_does_not_depend_on_the_order_of_the_experts(experts: int, seed:
     weights = data.draw(convex_rows(experts))
     order = data.draw(st.sampled_from(list(permutations(range(experts)))))
     own, theirs = states(seed, experts), fishers(seed, experts)
-    for method in (Average(), Coin()):
-        merged = method.merge(MergeInputs(own, fishers=theirs), weights)
-        moved = method.merge(
-            MergeInputs([own[i] for i in order], fishers=[theirs[i] for i in order]), [weights[i] for i in order]
-        )
+    first, second = (
+        ([own[i] for i in places], [theirs[i] for i in places], [weights[i] for i in places])
+        for places in (range(experts), order)
+    )
+    for merged, moved in (
+        (average_parameters(first[0], first[2]), average_parameters(second[0], second[2])),
+        (coin_parameters(*first), coin_parameters(*second)),
+    ):
         for name, value in merged.items():
             torch.testing.assert_close(moved[name], value, rtol=1e-10, atol=1e-12)
 
@@ -126,8 +130,7 @@ def test_merging_does_not_depend_on_the_order_of_the_experts(experts: int, seed:
 def test_every_entry_of_a_merge_lies_between_the_experts(experts: int, seed: int, data: st.DataObject) -> None:
     weights = data.draw(convex_rows(experts))
     own = states(seed, experts)
-    for method in (Average(), Coin()):
-        merged = method.merge(MergeInputs(own, fishers=fishers(seed, experts)), weights)
+    for merged in (average_parameters(own, weights), coin_parameters(own, fishers(seed, experts), weights)):
         for name, value in merged.items():
             every = torch.stack([state[name] for state in own])
             assert bool((value >= every.amin(0) - 1e-9).all())
@@ -137,11 +140,21 @@ def test_every_entry_of_a_merge_lies_between_the_experts(experts: int, seed: int
 @FEW
 @given(st.integers(2, 3), SEEDS, st.floats(-3, 3), st.data())
 def test_a_weighted_sum_is_linear(count: int, seed: int, factor: float, data: st.DataObject) -> None:
-    weights = data.draw(st.lists(st.floats(-2, 2), min_size=count, max_size=count))
+    weights = data.draw(convex_rows(count))
     own = states(seed, count)
     scaled = [{name: factor * value for name, value in state.items()} for state in own]
     for name, value in weighted_sum(own, weights).items():
         torch.testing.assert_close(weighted_sum(scaled, weights)[name], factor * value, rtol=1e-9, atol=1e-9)
+
+
+@FEW
+@given(st.integers(1, 4), SEEDS, st.data())
+def test_a_weighted_sum_of_equal_states_is_that_state_to_the_last_bit(
+    count: int, seed: int, data: st.DataObject
+) -> None:
+    (state,) = states(seed, 1)
+    total = weighted_sum([state] * count, data.draw(convex_rows(count)))
+    assert fingerprint(total) == fingerprint(state)
 
 
 @FEW

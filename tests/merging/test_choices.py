@@ -1,0 +1,255 @@
+"""What is chosen on held-out calibration samples: BatchNorm's policy, the data of statistics, RegMean's options."""
+
+import warnings
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from coin.errors import CoinWarning, ConfigurationError
+from coin.merging import Average, Coin, Experts, FullFisher, RegMean
+from coin.merging.regmean import ALPHAS, DAMPINGS, regmean_parameters
+from coin.networks import recalibrate
+from coin.statistics import fisher_diagonal, gram_sums
+
+ROW = (0.9, 0.1)
+BN_SAMPLES, BN_HELD_OUT = 80, 16  # of both tasks
+HELD_OUT = 8
+
+
+def same(first, second):
+    one, two = first.state_dict(), second.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def mixed(tasks):
+    """Two equally large tasks' samples in turn."""
+    return torch.stack([torch.cat(task) for task in tasks], 1).flatten(0, 1)
+
+
+# BatchNorm
+
+
+def batchnorm_networks(better):
+    """Two experts of one function whose average is right with the average of their statistics, or with new ones."""
+    draw = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    body = [nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 2), nn.BatchNorm2d(6), nn.ReLU()]
+    first = nn.Sequential(*body, nn.AvgPool2d(3), nn.Flatten(), nn.Linear(6, 3)).double()
+    calibration = [(3 + 4 * torch.randn(40, 2, 6, 6, generator=draw, dtype=torch.float64)).split(8) for _ in range(2)]
+    second = deepcopy(first)
+    if better == "recalibrate":
+        # Trained along: the second's convolutions are 50 times larger, which its statistics take back. The average of
+        # the variances is not the variance of the average.
+        for layer in (second[0], second[3]):
+            layer.weight.data.mul_(50)
+            layer.bias.data.mul_(50)
+        for network in (first, second):
+            recalibrate(network, mixed(calibration).split(8))
+    else:
+        # Frozen: they were another data set's, and the later layers have learnt to live with them.
+        for layer in (second[1], second[4]):
+            layer.running_mean.add_(0.01)
+    return [first.eval(), second.eval()], calibration
+
+
+def residual(coded, experts, inputs):
+    with torch.no_grad():
+        target = sum(weight * expert(inputs) for weight, expert in zip(ROW, experts, strict=True))
+        return float((coded(inputs) - target).norm() / target.norm())
+
+
+@pytest.mark.parametrize("better", ["average", "recalibrate"])
+def test_auto_takes_the_batchnorm_policy_with_the_smaller_held_out_residual(better):
+    networks, calibration = batchnorm_networks(better)
+    experts = Experts(networks, calibration=calibration)
+    made = Average().make(experts, ROW)
+    samples = mixed(calibration)
+    fitted, judged = samples[:-BN_HELD_OUT], samples[-BN_HELD_OUT:]
+    fixed, found = {}, {}
+    for policy in ("average", "recalibrate"):
+        fixed[policy] = Average(batchnorm=policy).make(Experts(networks, calibration=calibration), ROW).network
+        trial = deepcopy(fixed[policy])
+        if policy == "recalibrate":  # what is judged has not seen the samples that judge it
+            recalibrate(trial, fitted.split(8))
+        found[policy] = residual(trial, networks, judged)
+    other = ({"average", "recalibrate"} - {better}).pop()
+    assert found[better] < 0.1 < 0.3 < found[other]
+    assert made.chosen == {"batchnorm": better, "held_out_residual": pytest.approx(found, rel=1e-10)}
+    assert same(made.network, fixed[better])
+    assert not same(made.network, fixed[other])
+    # The experts and both candidates on the held-out samples; the statistics on the others, and at last on all.
+    passes = (
+        2 * BN_HELD_OUT + 2 * BN_HELD_OUT + (BN_SAMPLES - BN_HELD_OUT) + (BN_SAMPLES if better == "recalibrate" else 0)
+    )
+    assert experts.passes == passes
+
+
+def test_the_experts_are_run_once_for_all_rows():
+    networks, calibration = batchnorm_networks("average")
+    experts = Experts(networks, calibration=calibration)
+    Average().make(experts, ROW)
+    before = experts.passes
+    Average().make(experts, (0.5, 0.5))
+    assert experts.passes - before == before - 2 * BN_HELD_OUT
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_statistics_that_all_experts_share_stay_to_the_last_bit(calibrated):
+    networks, calibration = batchnorm_networks("average")
+    networks.append(deepcopy(networks[0]))
+    shared = {name: 0.1 + torch.rand_like(each) for name, each in networks[0].named_buffers() if each.ndim}
+    for network in networks:
+        for name, tensor in shared.items():
+            network.get_buffer(name).copy_(tensor)
+    experts = Experts(networks, calibration=[*calibration, calibration[0]] if calibrated else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = Average().make(experts, (0.1, 0.2, 0.7))
+    assert made.chosen == {"batchnorm": "same"}
+    assert experts.passes == 0
+    for name, tensor in shared.items():
+        assert torch.equal(made.network.get_buffer(name), tensor), name
+
+
+def test_without_calibration_data_auto_averages_with_a_warning():
+    networks, _ = batchnorm_networks("recalibrate")
+    with pytest.warns(CoinWarning, match=r"^found no calibration inputs, by which method 'soup' chooses [^\n]*average"):
+        made = Average(label="soup").make(Experts(networks), ROW)
+    assert made.chosen == {"batchnorm": "average"}
+    assert same(made.network, Average(batchnorm="average").make(Experts(networks), ROW).network)
+
+
+def test_candidates_and_policies_are_chosen_together():
+    networks, calibration = batchnorm_networks("recalibrate")
+    made = Coin().make(Experts(networks, calibration=calibration), ROW)
+    residuals = made.chosen["held_out_residual"]
+    assert set(residuals) == {f"{data}/{policy}" for data in ("own", "pooled") for policy in ("average", "recalibrate")}
+    assert "/".join(made.chosen[name] for name in ("fisher_data", "batchnorm")) == min(residuals, key=residuals.get)
+
+
+# The data of statistics
+
+
+def linear_networks():
+    """Two linear experts whose tasks' inputs have little in common."""
+    torch.manual_seed(0)
+    networks = [nn.Linear(6, 4).double() for _ in range(2)]
+    draw = torch.Generator().manual_seed(1)
+    scales = torch.tensor([[3, 3, 3, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 3, 3, 3]], dtype=torch.float64)
+    return networks, [(scale * torch.randn(20, 6, generator=draw, dtype=torch.float64)).split(8) for scale in scales]
+
+
+DATA_METHODS = [
+    (Coin(damping=0), "fisher_data"),
+    (RegMean(alpha=1, damping=0), "gram_data"),
+    (FullFisher(damping=0, tolerance=1e-13, max_iterations=100), "fisher_data"),
+]
+
+
+@pytest.mark.parametrize(("method", "option"), DATA_METHODS, ids=lambda each: getattr(each, "label", ""))
+def test_pooled_statistics_of_a_linear_layer_are_exact_and_auto_takes_them(method, option):
+    networks, calibration = linear_networks()
+    inputs = mixed(calibration)
+    made = {}
+    for data in ("own", "pooled", "auto"):
+        setattr(method, option, type(method)(**{option: data}).__dict__[option])
+        made[data] = method.make(Experts(networks, calibration=calibration), (0.5, 0.5))
+        assert made[data].chosen[option] == ("pooled" if data == "auto" else data)
+    row = (0.5, 0.5)
+    errors = {}
+    for data, each in made.items():
+        with torch.no_grad():
+            target = sum(weight * network(inputs) for weight, network in zip(row, networks, strict=True))
+            errors[data] = float((each.network(inputs) - target).norm() / target.norm())
+    assert errors["pooled"] < 1e-10
+    assert errors["own"] > 0.1
+    assert same(made["auto"].network, made["pooled"].network)
+    if method.name != "full_fisher":
+        residuals = made["auto"].chosen["held_out_residual"]
+        assert residuals["pooled"] < 1e-10 < 0.1 < residuals["own"]
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_auto_goes_by_the_residual_whatever_the_data_are_called(exchanged):
+    networks, calibration = linear_networks()
+    pooled = mixed(calibration).split(8)
+    own = [fisher_diagonal(*pair) for pair in zip(networks, calibration, strict=True)]
+    everything = [fisher_diagonal(network, pooled) for network in networks]
+    given = {"own": everything, "pooled": own} if exchanged else {"own": own, "pooled": everything}
+    experts = Experts(networks, fishers=given, calibration=calibration)
+    made = Coin(damping=0).make(experts, (0.5, 0.5))
+    assert made.chosen["fisher_data"] == ("own" if exchanged else "pooled")
+    assert experts.passes == 2 * HELD_OUT + 2 * HELD_OUT  # both experts, both candidates; the Fishers were there
+
+
+def test_one_statistic_that_is_given_is_taken_without_a_look():
+    networks, calibration = linear_networks()
+    fishers = [fisher_diagonal(*pair) for pair in zip(networks, calibration, strict=True)]
+    made = Coin().make(Experts(networks, fishers=fishers), (0.5, 0.5))
+    assert made.chosen == {"fisher_data": "own"}
+    assert Coin().make(Experts(networks, fishers={"pooled": fishers}), (0.5, 0.5)).chosen == {"fisher_data": "pooled"}
+    with pytest.raises(ConfigurationError, match="found fisher statistics of pooled data, expected own"):
+        Coin(fisher_data="own").make(Experts(networks, fishers={"pooled": fishers}), (0.5, 0.5))
+    with pytest.raises(ConfigurationError, match="no calibration inputs, by which method 'coin' chooses"):
+        Coin().make(Experts(networks, fishers={"own": fishers, "pooled": fishers}), (0.5, 0.5))
+
+
+# RegMean's options
+
+
+class Mixing(nn.Module):
+    """Two fully connected layers and a matrix that no layer owns."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first, self.second = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.mix = nn.Parameter(torch.randn(12, 12) / 3)
+        self.double()
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)) @ self.mix)
+
+
+@pytest.mark.parametrize(("alpha", "damping"), [(None, None), (0.5, None), (None, 0.1)])
+def test_regmean_chooses_alpha_and_damping_by_the_held_out_residual(alpha, damping):
+    networks = [Mixing(0), Mixing(1)]
+    _, calibration = linear_networks()
+    experts = Experts(networks, calibration=calibration)
+    made = RegMean(alpha=alpha, damping=damping, gram_data="own").make(experts, ROW)
+
+    samples = mixed(calibration)
+    grams = [gram_sums(network, samples[:-HELD_OUT].split(8)).mean() for network in networks]
+    states = [{name: parameter.detach() for name, parameter in network.named_parameters()} for network in networks]
+
+    def error(alpha, damping):
+        trial = deepcopy(networks[0])
+        trial.load_state_dict(regmean_parameters(states, grams, ROW, alpha, damping))
+        return residual(trial, networks, samples[-HELD_OUT:])
+
+    best_damping, best_alpha = damping, alpha
+    if damping is None:
+        errors = {each: error(0.7 if alpha is None else alpha, each) for each in DAMPINGS}
+        best_damping = min(errors, key=errors.get)
+    if alpha is None:
+        errors = {each: error(each, best_damping) for each in ALPHAS}
+        best_alpha = min(errors, key=errors.get)
+    assert len({round(each, 9) for each in errors.values()}) == 5
+    assert made.chosen == {"gram_data": "own", "alpha": best_alpha, "damping": best_damping, "averaged": ["mix"]}
+    fixed = RegMean(alpha=best_alpha, damping=best_damping, gram_data="own")
+    assert same(made.network, fixed.make(Experts(networks, calibration=calibration), ROW).network)
+
+
+def test_regmean_names_what_has_no_gram_matrix():
+    _, calibration = linear_networks()
+    networks = [Mixing(0), Mixing(1)]
+    made = RegMean(gram_data="own").make(Experts(networks, calibration=calibration), ROW)
+    assert made.chosen == {"gram_data": "own", "averaged": ["mix"]}
+    mixture = sum(weight * network.mix.detach() for weight, network in zip(ROW, networks, strict=True))
+    torch.testing.assert_close(made.network.mix.detach(), mixture)
+    networks, calibration = batchnorm_networks("average")
+    for layers, averaged in (("all", []), ("linear", [])):
+        made = RegMean(layers, gram_data="own").make(Experts(networks, calibration=calibration), ROW)
+        assert made.chosen.get("averaged", []) == averaged  # convolutions are averaged on purpose

@@ -1,0 +1,285 @@
+"""What every method keeps to, on networks of several kinds."""
+
+import warnings
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from coin.errors import CoinError, CoinWarning, NumericalError, StateError
+from coin.merging import Average, Coin, Experts, FullFisher, GaussNewton, HeadFit, RegMean, TaskArithmetic, Ties
+from coin.networks import replace_head
+from coin.networks.small_vit import SmallViT
+from coin.statistics import fisher_diagonal, gram_sums
+
+WEIGHTS = (0.2, 0.3, 0.5)
+PACKED = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"
+OUT = "encoder.layers.encoder_layer_0.self_attention.out_proj.weight"
+
+
+def small_vit():
+    network = SmallViT(3, 8, 4, depth=1, heads=2, width=8, mlp_width=12)
+    replace_head(network, 3)
+    return network
+
+
+NETWORKS = {
+    "linear": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 4)), (2, 3)),
+    "mlp": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), (6,)),
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)),
+        (2, 4, 4),
+    ),
+    "batchnorm": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)),
+        (2, 4, 4),
+    ),
+    "vit": (small_vit, (3, 8, 8)),
+}
+# With the relative tolerance to which a method solves what it solves.
+METHODS = {
+    "average": (Average(), 1e-12),
+    "coin": (Coin(), 1e-10),
+    "coin undamped": (Coin(damping=0), 1e-10),
+    "coin damped": (Coin(damping=0.3), 1e-10),
+    "regmean": (RegMean(), 1e-10),
+    "regmean linear": (RegMean("linear", alpha=0.5), 1e-10),
+    "regmean tuned": (RegMean(alpha=None, damping=None), 1e-10),
+    "task_arithmetic": (TaskArithmetic(scale=1 / 3), 1e-12),
+    "ties": (Ties(keep=1, scale=1), 1e-12),
+    "head_fit": (HeadFit(), 1e-8),
+    "full_fisher": (FullFisher(max_iterations=400, tolerance=1e-11), 1e-6),
+    "gauss_newton": (GaussNewton(max_steps=2, max_iterations=6), 1e-6),
+}
+# On a transformer a few steps: to the end they take a minute.
+HASTY_ON_VIT = (FullFisher(max_iterations=3, tolerance=0.9), 1e-6)
+every_method = pytest.mark.parametrize("name", METHODS)
+every_network = pytest.mark.parametrize("kind", NETWORKS)
+
+
+def setup(kind, dtype=torch.float64):
+    """An initialisation, three experts a little way from it in every parameter, and each one's calibration batches."""
+    make, shape = NETWORKS[kind]
+    draw = torch.Generator().manual_seed(3)
+    torch.manual_seed(0)
+    initial = make().to(dtype).eval()
+    with torch.no_grad():
+        for parameter in initial.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=draw).to(dtype)
+        experts = [deepcopy(initial) for _ in WEIGHTS]
+        for expert in experts:
+            for parameter in expert.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=draw).to(dtype)
+        for buffer in (buffer for expert in experts for buffer in expert.buffers() if buffer.ndim):
+            buffer += 0.1 * torch.rand(buffer.shape, generator=draw).to(dtype)
+    tasks = [torch.randn(20, *shape, generator=draw).to(dtype) * (1 + index) for index in range(3)]
+    return initial, experts, [task.split(15) for task in tasks]
+
+
+def method_for(kind, name):
+    return HASTY_ON_VIT if (kind, name) == ("vit", "full_fisher") else METHODS[name]
+
+
+def parameters_of(network):
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def assert_parameters_close(found, expected, tolerance):
+    for key, tensor in parameters_of(expected).items():
+        torch.testing.assert_close(
+            found.get_parameter(key).detach(), tensor, rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+@every_network
+@every_method
+def test_identical_experts_merge_to_themselves(kind, name):
+    initial, (expert, *_), calibration = setup(kind)
+    experts = Experts([expert, deepcopy(expert), deepcopy(expert)], initial=initial, calibration=calibration)
+    assert_parameters_close(method_for(kind, name)[0].make(experts, WEIGHTS).network, expert, 1e-10)
+
+
+@every_network
+@every_method
+def test_permuting_experts_with_their_weights_changes_nothing(kind, name):
+    initial, networks, calibration = setup(kind)
+    method, tolerance = method_for(kind, name)
+    one, two = (
+        method.make(
+            Experts([networks[i] for i in order], initial=initial, calibration=[calibration[i] for i in order]),
+            [WEIGHTS[i] for i in order],
+        )
+        for order in ((0, 1, 2), (2, 0, 1))
+    )
+    assert_parameters_close(one.network, two.network, tolerance)
+    if kind != "linear":  # whose residuals are rounding, as then are choices by them
+        residuals = [made.chosen.get("held_out_residual", {}) for made in (one, two)]
+        assert residuals[1] == pytest.approx(residuals[0], rel=1e-6)
+
+
+@every_network
+@every_method
+def test_experts_stay_as_they_are_and_give_their_type_and_a_network_of_its_own(kind, name):
+    initial, networks, calibration = setup(kind, torch.float32)
+    networks = [network.train() for network in networks]
+    before = [deepcopy(network.state_dict()) for network in [initial, *networks]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CoinWarning)  # conjugate gradients do not get that far in float32
+        experts = Experts(networks, initial=initial, calibration=calibration)
+        coded = method_for(kind, name)[0].make(experts, WEIGHTS).network
+    assert not coded.training
+    assert {tensor.dtype for tensor in coded.parameters()} == {torch.float32}
+    assert all(bool(parameter.isfinite().all()) for parameter in coded.parameters())
+    for key, parameter in coded.named_parameters():
+        for network in [initial, *networks]:
+            assert not torch.equal(parameter, network.get_parameter(key)), key
+    with torch.no_grad():
+        for parameter in coded.parameters():
+            parameter.zero_()
+    assert all(module.training for network in networks for module in network.modules())
+    for network, state in zip([initial, *networks], before, strict=True):
+        assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("data", ["pooled", "auto"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "ties"])
+def test_a_linear_network_reaches_the_mixture_to_rounding(name, data):
+    """There is a network that answers Σ_i β_i f_i on common inputs, and methods find it."""
+    initial, networks, calibration = setup("linear")
+    method = deepcopy(METHODS[name][0])
+    for option in ("fisher_data", "gram_data"):
+        if hasattr(method, option):
+            setattr(method, option, type(method)(**{option: data}).__dict__[option])
+    coded = method.make(Experts(networks, initial=initial, calibration=calibration), WEIGHTS).network
+    inputs = torch.cat([batch for task in calibration for batch in task])
+    with torch.no_grad():
+        wanted = sum(weight * network(inputs) for weight, network in zip(WEIGHTS, networks, strict=True))
+        torch.testing.assert_close(coded(inputs), wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NETWORKS if kind != "linear"])  # whose start is exact
+@pytest.mark.parametrize(
+    ("method", "start"), [(HeadFit(), Average()), (GaussNewton(max_iterations=4), Coin())], ids=lambda m: m.label
+)
+def test_methods_that_fit_answers_come_nearer_than_their_start(kind, method, start):
+    _, networks, calibration = setup(kind)
+    experts = Experts(networks, calibration=calibration)
+    errors = []
+    for each in (method, start):
+        coded = each.make(experts, WEIGHTS).network
+        errors.append(float((experts.run(coded, experts.pooled) - experts.target(WEIGHTS)).square().sum()))
+    assert errors[0] < errors[1]
+
+
+def test_regmean_fits_every_linear_map_of_a_transformer():
+    """Σ_i β_i E‖Wa − W_ia‖² on each expert's own inputs falls below the average's."""
+    _, networks, calibration = setup("vit")
+    grams = [gram_sums(*pair).mean() for pair in zip(networks, calibration, strict=True)]
+    states = [parameters_of(network) for network in networks]
+    experts = Experts(networks, grams=grams)
+    fitted = parameters_of(RegMean(damping=1e-6, alpha=1.0).make(experts, WEIGHTS).network)
+    average = parameters_of(Average().make(experts, WEIGHTS).network)
+
+    def objective(state, key):
+        total, bias = 0.0, key.removesuffix("weight") + "bias"
+        for own, gram, weight in zip(states, grams, WEIGHTS, strict=True):
+            step = torch.cat([(state[n] - own[n]).reshape(len(own[n]), -1) for n in (key, bias)], 1)
+            total += weight * float(torch.trace(step @ gram[key][0] @ step.T))
+        return total
+
+    assert {"conv_proj.weight", PACKED, OUT, "heads.head.weight"} <= grams[0].keys()
+    for key in grams[0]:
+        assert objective(fitted, key) < 0.999 * objective(average, key), key
+
+
+# Damage
+
+DAMAGED = {
+    **{name: METHODS[name][0] for name in ("average", "coin", "coin undamped", "regmean", "regmean tuned", "head_fit")},
+    "regmean undamped": RegMean(alpha=1, damping=0),
+    "full_fisher": FullFisher(),
+    "full_fisher hasty": FullFisher(max_iterations=1),
+    "gauss_newton": GaussNewton(),
+    "task_arithmetic": TaskArithmetic(),
+    "ties": Ties(),
+}
+USES_FISHERS = ("coin", "coin undamped", "full_fisher", "full_fisher hasty", "gauss_newton")
+
+
+def damaged(damage: str) -> Experts:
+    """Three experts in float32 with everything that a method may want."""
+    networks = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        networks.append(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
+    generator = torch.Generator().manual_seed(7)
+    samples = 1 if damage == "one sample a task" else 30
+    data = [torch.randn(samples, 6, generator=generator) for _ in networks]
+    if damage == "constant inputs":
+        data = [torch.ones(samples, 6) for _ in networks]
+    if damage == "outputs that overflow":
+        networks[1][2].weight.data.fill_(3e38)
+        networks[1][0].weight.data.mul_(100)
+    fishers = [fisher_diagonal(network, [x]) for network, x in zip(networks, data, strict=True)]
+    grams = [gram_sums(network, [x]).mean() for network, x in zip(networks, data, strict=True)]
+    initial = deepcopy(networks[0])
+    if damage == "a NaN in an expert":
+        networks[1][2].bias.data[0] = torch.nan
+    if damage == "no Fisher anywhere":
+        fishers = [{key: torch.zeros_like(value) for key, value in fisher.items()} for fisher in fishers]
+    if damage == "one expert without a Fisher":
+        fishers[2] = {key: torch.zeros_like(value) for key, value in fishers[2].items()}
+    if damage == "tiny Fishers":
+        fishers = [{key: value * 1e-40 for key, value in fisher.items()} for fisher in fishers]
+    if damage == "no Gram anywhere":
+        grams = [{key: torch.zeros_like(value) for key, value in gram.items()} for gram in grams]
+    return Experts(networks, initial=initial, fishers=fishers, grams=grams, calibration=[[x] for x in data])
+
+
+HASTY = r"full_fisher stopped after 1 conjugate-gradient steps at a relative residual of \d"
+SINGULAR = r"the Gram matrix of '\d\.weight' is singular with a damping of 0; raise regmean's damping"
+TINY = r"the mean entry of the Fishers is \d[^\n]*, too small to divide by"
+OVERFLOW = {
+    **dict.fromkeys(USES_FISHERS, (StateError, "the Fisher of expert 1 is not finite: tensor '0")),
+    **dict.fromkeys(
+        ("head_fit", "regmean tuned"), (StateError, "the calibration output of expert 1 is not finite: tensor 'logits'")
+    ),
+}
+EVERYWHERE = r"the Fisher of expert 0, 1, 2 is zero everywhere"
+SOMEWHERE = r"the Fisher of expert 2 is zero everywhere"
+
+# Damage → method → the error or the warning that is due; where there is none, a finite network without a word.
+DUE: dict[str, dict[str, tuple[type[Exception], str]]] = {
+    "none": {"full_fisher hasty": (CoinWarning, HASTY)},
+    "a NaN in an expert": dict.fromkeys(DAMAGED, (StateError, r"expert 1 is not finite: tensor '2\.bias'")),
+    "no Fisher anywhere": dict.fromkeys(USES_FISHERS, (CoinWarning, EVERYWHERE)),
+    "one expert without a Fisher": dict.fromkeys(USES_FISHERS, (CoinWarning, SOMEWHERE)),
+    "tiny Fishers": dict.fromkeys(("full_fisher", "full_fisher hasty", "gauss_newton"), (NumericalError, TINY)),
+    "no Gram anywhere": {"full_fisher hasty": (CoinWarning, HASTY)},
+    "constant inputs": {"regmean undamped": (NumericalError, SINGULAR), "full_fisher hasty": (CoinWarning, HASTY)},
+    "one sample a task": {"regmean undamped": (NumericalError, SINGULAR), "full_fisher hasty": (CoinWarning, HASTY)},
+    "outputs that overflow": OVERFLOW,
+}
+
+
+@pytest.mark.parametrize("damage", DUE)
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_method_gives_a_finite_network_or_names_the_cause(damage: str, name: str) -> None:
+    experts = damaged(damage)
+    due, message = DUE[damage].get(name, (None, ""))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", CoinWarning)
+        if due is not None and issubclass(due, CoinError):
+            with pytest.raises(due, match=message) as caught:
+                DAMAGED[name].make(experts, WEIGHTS)
+            assert "\n" not in str(caught.value)
+            return
+        coded = DAMAGED[name].make(experts, WEIGHTS).network
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in coded.parameters())
+    said = [str(each.message) for each in told if issubclass(each.category, CoinWarning)]
+    if due is None:
+        assert said == []
+    else:
+        with pytest.warns(due, match=message):
+            warnings.warn(said[0], CoinWarning, stacklevel=1)
