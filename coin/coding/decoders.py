@@ -40,19 +40,19 @@ class Decoder(ABC):
         """What results call the decoder: its kind, and the options that differ from the defaults."""
         return self.config.name
 
-    @abstractmethod
     def fit(self, calibration: Answers) -> Self:
-        """Learn from answers to calibration inputs, the lost experts' own logits being the targets.
+        """Learn from answers to calibration inputs, the lost experts' own logits being the targets, if anything.
 
         Raises:
             DecodingError: The answers come from another number of experts, nothing arrives to decode from, or the
                 answers lack the features, stages or tasks that the options ask for.
             NumericalError: There are fewer than two samples, or a value is not finite.
         """
+        return self
 
-    @abstractmethod
     def samples_read(self, calibration: Answers) -> int:
         """Return how many of the calibration inputs `fit` looks at."""
+        return 0
 
     @abstractmethod
     def decode(self, answers: Answers) -> Tensor:
@@ -94,14 +94,6 @@ class LinearDecoder(Decoder):
             )
         self.code = code
 
-    def fit(self, calibration: Answers) -> Self:
-        """Do nothing."""
-        return self
-
-    def samples_read(self, calibration: Answers) -> int:
-        """Return 0."""
-        return 0
-
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits; see `decode_linear`."""
         self._check(answers)
@@ -122,9 +114,9 @@ class RidgeDecoder(Decoder):
     leave-one-out error (`fit_ridge`). It works with any number of coded models, none included, and has no erasure
     budget: something must arrive, that is all. All arithmetic is in float64.
 
-    As ``feature_ridge`` it reads the features of every arriving network beside the logits: the penultimate ones, or
-    with ``features: stages`` those of all stages. All logits together, and each stage of each network, are blocks that
-    are divided by their scale (`fit_blocks`): logits and features differ in unit and size.
+    As ``feature_ridge`` it reads the features of every arriving network beside the logits, as `DecoderConfig` says. All
+    logits together, and each stage of each network, are blocks that are divided by their scale (`fit_blocks`): logits
+    and features differ in unit and size.
 
     With `components` each network's features, every stage divided by its scale, are first reduced to that many numbers
     by a `fit_projection` on all calibration answers, whatever the regression is fitted on: a server sends the same

@@ -15,7 +15,6 @@ from coin.errors import ConfigurationError
 from coin.networks import (
     NetworkConfig,
     NetworkFile,
-    NetworkState,
     build_network,
     check_layout,
     has_batchnorm,
@@ -66,7 +65,7 @@ class ExpertFiles:
         return {path: sha256_of(path) for path in self.paths.values()}
 
     @cached_property
-    def opened(self) -> dict[str, NetworkState]:
+    def opened(self) -> dict[str, NetworkFile]:
         """The networks' files by task, checked, their tensors yet to be read.
 
         Raises:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from coin.choices import chosen
 from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateError
 from coin.merging.experts import Experts
-from coin.networks.batchnorm import BatchNormPolicy, average_buffers, recalibrate
+from coin.networks.batchnorm import BatchNormPolicy, recalibrate
 from coin.networks.files import fill_network
-from coin.state import State, check_finite, check_same_layout
+from coin.state import State, check_finite, check_same_layout, weighted_sum
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
 
@@ -172,7 +172,7 @@ class MergeMethod(Method):
         self, experts: Experts, row: Sequence[float], parameters: State, policy: str, measured: bool
     ) -> nn.Module:
         """Return the coded model with its buffers; recalibrated without the held-out samples if it is measured on."""
-        buffers = average_buffers(experts.buffers, row)
+        buffers = weighted_sum(experts.buffers, row)
         if policy == BatchNormPolicy.keep:
             initial = experts.initial_buffers
             buffers = {name: initial.get(name, tensor) for name, tensor in buffers.items()}

@@ -47,9 +47,9 @@ class Distillation(LightningModule, Method):
     """A network trained without labels on ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖² over calibration data.
 
     It starts from a merge in closed form and stays in eval mode throughout: BatchNorm keeps the start's running
-    statistics (policy ``keep``) and dropout is off, since the outputs to be met are those of eval mode. Its data is a
-    `coin.data.Tasks`. With an `augmentation` every epoch sees other views of the samples, and the experts answer to
-    each of them; the samples that choices are made on are never augmented.
+    statistics (policy ``keep``) and dropout is off. Its data is a `coin.data.Tasks`. With an `augmentation` every epoch
+    sees other views of the samples, and the experts answer to each of them; the samples that choices are made on are
+    never augmented.
 
     An experiment names it among its methods and fills in `experts` and `code_row`. With `lr` left open, learning rate
     and number of steps are chosen by the loss on held-out calibration samples, and the final run is on all of them; all
@@ -134,17 +134,16 @@ class Distillation(LightningModule, Method):
             raise ConfigurationError(
                 f"found no Trainer for method '{self.label}', which trains; use it in coin run, coin merge or coin fit"
             )
-        made: CodedModel = experts.train(self, experts, row)
-        return made
+        return experts.train(self, experts, row)  # type: ignore[no-any-return]
 
     def configure_model(self) -> None:
         """Read the experts, and build a student whose weights the start of training replaces."""
         if self.student is not None:
             return
-        paths, row = self.hparams["experts"], self.hparams["code_row"]
+        paths, row = self.hparams["experts"] or [], self.hparams["code_row"]
         if not paths or row is None or len(row) != len(paths):
             raise ConfigurationError(
-                f"found {len(paths or [])} experts and code_row={row}, expected one weight for each expert"
+                f"found {len(paths)} experts and code_row={row}, expected one weight for each expert"
             )
         check_row(row, len(paths))
         files = [load_network(Path(path)) for path in paths]
@@ -159,11 +158,10 @@ class Distillation(LightningModule, Method):
             tasks_of(self).augmentation = Augmentation(self.hparams["augmentation"])
 
     def train(self, mode: bool = True) -> "Distillation":
-        """Set the mode, but leave all networks in eval mode."""
+        """Set the mode, but leave all networks in eval mode: the outputs to be met are those of eval mode."""
         super().train(mode)
-        for network in (self.student, self.teachers):
-            if network is not None:
-                network.eval()
+        for network in self.children():
+            network.eval()
         return self
 
     def on_fit_start(self) -> None:
@@ -218,8 +216,7 @@ class Distillation(LightningModule, Method):
     def target(self, outputs: Tensor) -> Tensor:
         """Return Σ_i β_i f_i(x), logits ``[B, C]``, from the experts' ``[N, B, C]``."""
         row = torch.tensor(self.hparams["code_row"]).to(outputs)
-        target: Tensor = torch.tensordot(row, outputs, dims=1)
-        return target
+        return torch.tensordot(row, outputs, dims=1)  # type: ignore[no-any-return]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return ½ mean‖f_θ(x) − target‖² of one batch of positions and inputs."""
@@ -266,10 +263,11 @@ class Distillation(LightningModule, Method):
 
     def _coding_loss(self, output: Tensor, target: Tensor, stage: str) -> Tensor:
         loss: Tensor = 0.5 * (full_precision(output) - full_precision(target)).square().sum(1).mean()
-        self.log(
-            f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(output), sync_dist=True, prog_bar=True
-        )
+        self._log(f"{stage}/loss", loss, len(output), prog_bar=True)
         return loss
+
+    def _log(self, name: str, loss: Tensor, samples: int, *, prog_bar: bool = False) -> None:
+        self.log(name, loss, on_step=False, on_epoch=True, batch_size=samples, sync_dist=True, prog_bar=prog_bar)
 
 
 class ReadoutDistillation(Distillation):
@@ -281,8 +279,8 @@ class ReadoutDistillation(Distillation):
         ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖² + w · ½ E_j E_{x∈T_j}‖R_j φ_θ(x) − f_j(x)‖²
 
     with one affine readout R_j a task, which starts as expert j's head, is trained along, and is thrown away: the
-    decoder fits its own. It is told which task a calibration sample is from, and no label. By default
-    nothing is chosen per run.
+    decoder fits its own. It is told which task a calibration sample is from, and no label. By default nothing is
+    chosen per run.
 
     Source: the loss is this project's. Readouts beside a distilled network: Romero et al., *FitNets* (ICLR 2015).
 
@@ -292,8 +290,7 @@ class ReadoutDistillation(Distillation):
         lr: The schedule's largest learning rate; none has it and the number of steps chosen.
         steps: The number of optimiser steps.
         readout_weight: w, at least 0; 0 leaves a distillation of fixed learning rate and steps.
-        **options: Of `Distillation`: ``batch_size``, ``samples_per_task``, ``augmentation``,
-            ``learning_rates``, ``held_out``, ``schedule``, ``start``, ``label``.
+        **options: The others of `Distillation`.
 
     Raises:
         ConfigurationError: An option is out of its range.
@@ -342,9 +339,8 @@ class ReadoutDistillation(Distillation):
         own = torch.arange(len(parts), device=parts.device)
         errors = full_precision(read[parts, own]) - full_precision(outputs[parts, own])
         readout_loss = 0.5 * errors.square().sum(1).mean()
-        self.log("train/readout_loss", readout_loss, on_step=False, on_epoch=True, batch_size=len(own), sync_dist=True)
-        total: Tensor = loss + self.hparams["readout_weight"] * readout_loss
-        return total
+        self._log("train/readout_loss", readout_loss, len(own))
+        return loss + self.hparams["readout_weight"] * readout_loss  # type: ignore[no-any-return]
 
     def _trained(self) -> list[nn.Parameter]:
         return [*super()._trained(), *self.readouts.parameters()]

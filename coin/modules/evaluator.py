@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder, uniform
@@ -140,17 +140,24 @@ class DecodingEvaluator(LightningModule):
             accuracy.update(decoded, own, labels)
             confusion.update(answer, expert)
             if case.examples is not None:
-                positions = self._positions(batch_idx, task, len(labels))
+                # Where in the test set the samples of this process's batch are; see `EvaluationBatches`.
+                before = batch_idx * list(tasks_of(self).tasks.values())[task].eval_batch_size
+                places = torch.arange(before, before + len(labels))
+                positions = self.global_rank + self.trainer.world_size * places
                 case.examples.update(inputs, positions, expert, answer, labels)
 
     def on_test_epoch_end(self) -> None:
         """Collect the totals of all processes into `outcomes`."""
-        if self.trainer.world_size > 1:  # processes add up where their device is: NCCL reduces no tensors of the CPU
-            for metric in self._metrics:
-                metric.to(self.device)
-        self.kept = {
-            self.tasks[case.decoder.erased[0]]: case.examples.kept() for case in self.cases if case.examples is not None
+        examples = {
+            self.tasks[case.decoder.erased[0]]: case.examples for case in self.cases if case.examples is not None
         }
+        if self.trainer.world_size > 1:
+            # As no submodules the metrics stay on the CPU, where the answers are. Processes add up where their device
+            # is: NCCL reduces no tensors of the CPU.
+            pairs = [pair for case in self.cases for pair in case.measures.values()]
+            for metric in chain(*self.residuals.values(), *pairs, examples.values()):
+                metric.to(self.device)
+        self.kept = {task: each.kept() for task, each in examples.items()}
         found = {index: [float(each.compute()) for each in residuals] for index, residuals in self.residuals.items()}
         self.outcomes = [
             Outcome(
@@ -209,13 +216,6 @@ class DecodingEvaluator(LightningModule):
         return cases
 
     @property
-    def _metrics(self) -> list[Metric]:
-        """All metrics. As no submodules they stay on the CPU when the networks move."""
-        residuals = [metric for metrics in self.residuals.values() for metric in metrics]
-        measures = [metric for case in self.cases for pair in case.measures.values() for metric in pair]
-        return [*residuals, *measures, *(case.examples for case in self.cases if case.examples is not None)]
-
-    @property
     def shown(self) -> tuple[Variant, str] | None:
         """The variant and the decoder that examples are of: the last method's, the last that is listed.
 
@@ -223,8 +223,3 @@ class DecodingEvaluator(LightningModule):
         """
         coded = [variant for variant in self.variants if variant.networks]
         return (coded[-1], self.decoders[-1].name) if coded and self.decoders else None
-
-    def _positions(self, batch: int, task: int, count: int) -> Tensor:
-        """Return where in the test set the samples of this process's batch are; see `EvaluationBatches`."""
-        before = batch * list(tasks_of(self).tasks.values())[task].eval_batch_size
-        return self.global_rank + self.trainer.world_size * torch.arange(before, before + count)

@@ -48,7 +48,7 @@ class ExampleSamples(Metric):
     is_differentiable = False
     higher_is_better = None
     full_state_update = False
-    # One row per sample that is kept, those with differing answers first; a place of `samples` marks an empty row.
+    # One row per sample that is kept; a place of `samples` marks an empty row.
     places: Tensor
     answers: Tensor
     images: Tensor
@@ -56,7 +56,7 @@ class ExampleSamples(Metric):
     def __init__(self, samples: int, image_size: int, differing: int = DIFFERING, agreeing: int = AGREEING) -> None:
         super().__init__()
         self.samples, self.side = samples, min(image_size, SIDE)
-        self.parts = (slice(0, differing), slice(differing, differing + agreeing))
+        self.most = (differing, agreeing)
         self.order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
         self.place_of = self.order.argsort()
         rows = differing + agreeing
@@ -75,31 +75,22 @@ class ExampleSamples(Metric):
             decoded: The classes that were decoded ``[B]``.
             labels: The true classes ``[B]``.
         """
-        places = self.place_of[positions.cpu()].to(self.places.device)
-        answers = torch.stack([expert, decoded, labels], 1).to(self.answers)
-        for part, like in zip(self.parts, (False, True), strict=True):
-            count = part.stop - part.start
-            found = torch.nonzero((expert == decoded) == like).flatten().to(places.device)
-            found = found[places[found].argsort()[:count]]
-            if len(found) == 0:
-                continue
-            joined = torch.cat([self.places[part], places[found]])
-            chosen = joined.argsort()[:count]
-            images = to_image(inputs[found.to(inputs.device)], self.side).to(self.images.device)
-            self.answers[part] = torch.cat([self.answers[part], answers[found]])[chosen]
-            self.images[part] = torch.cat([self.images[part], images])[chosen]
-            self.places[part] = joined[chosen]
+        rows = len(self.places)
+        places = torch.cat([self.places, self.place_of[positions.cpu()].to(self.places)])
+        answers = torch.cat([self.answers, torch.stack([expert, decoded, labels], 1).to(self.answers)])
+        chosen = self._chosen(places, answers)
+        old, new = chosen[chosen < rows], chosen[chosen >= rows]
+        if len(new) == 0:
+            return
+        images = to_image(inputs[(new - rows).to(inputs.device)], self.side).to(self.images)
+        kept, chosen = slice(0, len(chosen)), torch.cat([old, new])
+        self.images[kept] = torch.cat([self.images[old], images])
+        self.places[kept], self.answers[kept] = places[chosen], answers[chosen]
 
     def compute(self) -> dict[str, Tensor]:
         """Return the places, answers and images of what was kept of all processes' shares."""
-        rows = self.parts[1].stop
-        origin = torch.arange(len(self.places), device=self.places.device) % rows
-        chosen = []
-        for part in self.parts:
-            own = torch.nonzero((origin >= part.start) & (origin < part.stop) & (self.places < self.samples)).flatten()
-            chosen.append(own[self.places[own].argsort()[: part.stop - part.start]])
-        kept = torch.cat(chosen)
-        return {"places": self.places[kept], "answers": self.answers[kept], "images": self.images[kept]}
+        chosen = self._chosen(self.places, self.answers)
+        return {"places": self.places[chosen], "answers": self.answers[chosen], "images": self.images[chosen]}
 
     def kept(self) -> KeptSamples:
         """Return what was kept of all processes' shares."""
@@ -108,6 +99,15 @@ class ExampleSamples(Metric):
         expert, decoded, label = found["answers"].reshape(-1, 3).unbind(1)
         position = self.order[found["places"].reshape(-1)]
         return KeptSamples(found["images"].reshape(-1, 3, self.side, self.side), position, expert, decoded, label)
+
+    def _chosen(self, places: Tensor, answers: Tensor) -> Tensor:
+        """Return the rows to keep: the first that differ, then the first that agree."""
+        differing = answers[:, 0] != answers[:, 1]
+        chosen = []
+        for kind, most in zip((differing, ~differing), self.most, strict=True):
+            rows = torch.nonzero(kind & (places < self.samples)).flatten()
+            chosen.append(rows[places[rows].argsort()[:most]])
+        return torch.cat(chosen)
 
 
 def _stacked(states: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A pass over calibration data as a Lightning prediction run, so that it uses any number of devices."""
 
 import time
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -47,9 +48,7 @@ class StatisticPass(LightningModule):
         super().__init__()
         self.network = network
         self.statistic = statistic
-        self.memory_mib = memory_mib
-        self.kind = kind
-        self.cotangents = cotangents
+        self.options: dict[str, Any] = {"kind": kind, "cotangents": cotangents, "memory_mib": memory_mib}
         self.seed = seed
         self.labels = labels
         self.sums: Sums | None = None
@@ -60,14 +59,19 @@ class StatisticPass(LightningModule):
         """Start the clock, the random stream and the sums."""
         self._started = time.perf_counter()
         self.sums = None
-        self._generator = process_generator(self.kind, self.seed, self.global_rank, self.device)
+        self._generator = process_generator(self.options["kind"], self.seed, self.global_rank, self.device)
         self._mine = None
         if self.labels is not None:
             self._mine = self.labels[list(shard(len(self.labels), self.global_rank, self.trainer.world_size))]
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add the batch's sums."""
-        sums = gram_sums(self.network, [batch]) if self.statistic is StatisticKind.gram else self._fisher(batch)
+        if self.statistic is StatisticKind.gram:
+            sums = gram_sums(self.network, [batch])
+        else:
+            done = 0 if self.sums is None else self.sums.count
+            labels = None if self._mine is None else self._mine[done : done + len(batch)].to(self.device)
+            sums = fisher_sums(self.network, [batch], generator=self._generator, labels=labels, **self.options)
         self.sums = sums if self.sums is None else self.sums + sums
 
     def on_predict_end(self) -> None:
@@ -83,15 +87,3 @@ class StatisticPass(LightningModule):
             )
         self.sums = reduce_sums(self.sums)
         self.seconds = time.perf_counter() - self._started
-
-    def _fisher(self, batch: Tensor) -> Sums:
-        done = 0 if self.sums is None else self.sums.count
-        return fisher_sums(
-            self.network,
-            [batch],
-            kind=self.kind,
-            cotangents=self.cotangents,
-            generator=self._generator,
-            labels=None if self._mine is None else self._mine[done : done + len(batch)].to(self.device),
-            memory_mib=self.memory_mib,
-        )

@@ -11,12 +11,10 @@ from torch import nn
 
 from coin.coding import Answers, Code, DecoderKind
 from coin.errors import FileError
-from coin.networks import load_network
+from coin.networks import BatchNormPolicy, load_network
 
 NONE = "none"
 ORACLE = "oracle"
-AUTO = "auto"
-"""The BatchNorm policy that chooses among the others."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,7 @@ class Variant:
 
     def erasures(self, code: Code) -> list[tuple[int, ...]]:
         """Return the erasures to measure: all that the code promises, but never the loss of every expert for `NONE`."""
-        erasures = code.erasures()
-        if self.is_none:
-            return [erased for erased in erasures if len(erased) < code.num_experts]
-        return erasures
+        return [erased for erased in code.erasures() if not self.is_none or len(erased) < code.num_experts]
 
 
 @dataclass(frozen=True)
@@ -84,11 +79,8 @@ class Outcome:
         decoder: The decoder.
         erased: The lost tasks.
         task: The task whose expert was decoded, on whose test set.
-        expert_accuracy: Accuracy of the expert itself.
-        decoded_accuracy: Accuracy of the decoded output.
-        nda: Their ratio.
-        agreement: Share of test inputs where both answer the same class.
-        residual: ‖f_c − Σβ_if_i‖ / ‖Σβ_if_i‖ on the test set; NaN without coded models.
+        expert_accuracy: As `DecodingAccuracy`, and so the three after it.
+        residual: As `Residual`, on the test set; NaN without coded models.
         decoder_seconds: What fitting the decoder took, wall time, its share of running the networks included.
         decoder_passes: The same in forward-equivalents: every expert, lost ones too, and every coded model of the
             variant on every sample that the decoder reads.
@@ -170,7 +162,7 @@ def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Mod
             Variant(
                 method=method,
                 code=code,
-                batchnorm=f"{policy}:{taken}" if policy == AUTO and taken else policy,
+                batchnorm=f"{policy}:{taken}" if policy == BatchNormPolicy.auto and taken else policy,
                 networks=tuple(networks),
                 samples_per_task=first["samples_per_task"],
                 seconds=sum(float(row["seconds"]) for row in rows) + float(first["shared_seconds"]),

@@ -1,9 +1,8 @@
 """Architectures by name, their heads and features, BatchNorm policies, and networks as files."""
 
-from coin.networks.batchnorm import BatchNormPolicy, average_buffers, has_batchnorm, recalibrate
+from coin.networks.batchnorm import BatchNormPolicy, has_batchnorm, recalibrate
 from coin.networks.files import (
     NetworkFile,
-    NetworkState,
     brought_network,
     check_layout,
     fill_network,
@@ -18,22 +17,18 @@ from coin.networks.heads import (
     check_head,
     features_and_logits,
     head_name,
-    pad_head,
     pad_logits,
     padded_rows,
     replace_head,
 )
 from coin.networks.registry import NetworkConfig, build_network, network_names
-from coin.networks.runs import Run, common_widths, full_precision, run_network
-from coin.networks.stages import stage_names, stages_and_logits
+from coin.networks.stages import Run, common_widths, full_precision, run_network, stage_names, stages_and_logits
 
 __all__ = [
     "BatchNormPolicy",
     "NetworkConfig",
     "NetworkFile",
-    "NetworkState",
     "Run",
-    "average_buffers",
     "brought_network",
     "build_network",
     "check_head",
@@ -48,7 +43,6 @@ __all__ = [
     "load_network",
     "network_names",
     "open_network",
-    "pad_head",
     "pad_logits",
     "padded_rows",
     "read_weights",

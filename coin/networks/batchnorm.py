@@ -1,6 +1,6 @@
 """What becomes of BatchNorm's running statistics when networks are merged: an explicit policy, never a silence."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from itertools import chain
 
@@ -10,7 +10,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.errors import StateError
 from coin.inputs import as_input
-from coin.state import State, weighted_sum
 
 
 class BatchNormPolicy(StrEnum):
@@ -34,19 +33,6 @@ class BatchNormPolicy(StrEnum):
 def has_batchnorm(network: nn.Module) -> bool:
     """Return whether any BatchNorm layer of `network` tracks running statistics."""
     return any(isinstance(module, _BatchNorm) and module.track_running_stats for module in network.modules())
-
-
-def average_buffers(buffers: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Return the β-average of the experts' buffers (`BatchNormPolicy.average`).
-
-    Args:
-        buffers: One mapping a network, ``dict(network.named_buffers())``.
-        weights: β, one a network.
-
-    Raises:
-        StateError: The networks' buffers differ in name or shape.
-    """
-    return weighted_sum(buffers, weights)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from coin.errors import FileError, StateError, first_line
-from coin.networks.heads import head_name, pad_head
+from coin.networks.heads import head_name, padded_rows
 from coin.networks.registry import NetworkConfig, build_network
 from coin.state import State, check_finite, save_state
 from coin.state_file import StateFile
@@ -19,27 +20,10 @@ from coin.state_file import StateFile
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """A network read from a file, and what the file says of itself.
+    """A network's file, and what it says of itself.
 
     Attributes:
-        network: The network, in eval mode.
-        config: Its architecture.
-        num_classes: The number of its logits.
-        provenance: Everything that was written with it.
-    """
-
-    network: nn.Module
-    config: NetworkConfig
-    num_classes: int
-    provenance: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class NetworkState:
-    """A network's file, its tensors read when they are asked for.
-
-    Attributes:
-        state: The parameters and buffers.
+        state: The parameters and buffers, read when they are asked for.
         config: The architecture.
         num_classes: The number of logits.
         provenance: Everything that was written with it.
@@ -49,6 +33,13 @@ class NetworkState:
     config: NetworkConfig
     num_classes: int
     provenance: dict[str, Any]
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The network, in eval mode; raises as `load_network` does."""
+        network = build_network(self.config, self.num_classes)
+        fill_network(network, self.state, str(self.state.path))
+        return network.eval()
 
 
 def save_network(
@@ -60,21 +51,13 @@ def save_network(
         StateError: A parameter is not finite, or a buffer holds a NaN.
         FileError: The file cannot be written.
     """
-    infinite = infinite_buffers(network)
+    # As a causal mask does.
+    infinite = [name for name, buffer in network.named_buffers() if bool(torch.isinf(buffer).any())]
     described = {**provenance, "network": asdict(config), "num_classes": num_classes}
     save_state(path, network.state_dict(), described | ({"infinite": infinite} if infinite else {}), infinite)
 
 
-def infinite_buffers(network: nn.Module) -> list[str]:
-    """Return the names of a network's buffers that hold infinities, as a causal mask does."""
-    return [
-        name
-        for name, buffer in network.named_buffers()
-        if (buffer.is_floating_point() or buffer.is_complex()) and bool(torch.isinf(buffer).any())
-    ]
-
-
-def open_network(path: Path) -> NetworkState:
+def open_network(path: Path) -> NetworkFile:
     """Open a network that `save_network` wrote, and check that it is finite. Whether it is whole is for `check_layout`.
 
     Raises:
@@ -87,7 +70,7 @@ def open_network(path: Path) -> NetworkState:
     check_finite(state, f"the network in '{path}'", infinite if isinstance(infinite, list) else ())
     config, num_classes = _described(path, provenance)
     _check_size(path, config, num_classes, state.shapes())
-    return NetworkState(state, config, num_classes, provenance)
+    return NetworkFile(state, config, num_classes, provenance)
 
 
 def load_network(path: Path) -> NetworkFile:
@@ -98,9 +81,8 @@ def load_network(path: Path) -> NetworkFile:
         StateError: Its tensors do not fit the architecture it names, or one is not finite.
     """
     file = open_network(path)
-    network = build_network(file.config, file.num_classes)
-    fill_network(network, file.state, str(path))
-    return NetworkFile(network.eval(), file.config, file.num_classes, file.provenance)
+    file.network  # noqa: B018 (read now, so that what is wrong with it shows)
+    return file
 
 
 def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig, int]:
@@ -143,11 +125,7 @@ def _check_size(path: Path, config: NetworkConfig, num_classes: int, shapes: Map
 
 
 def fill_network(network: nn.Module, state: State, source: str) -> None:
-    """Copy a state dict into a network, name by name and shape by shape.
-
-    Raises:
-        StateError: A name is missing or superfluous or a shape differs; the message says which, and in what `source`.
-    """
+    """Copy a state dict into a network, name by name and shape by shape; raises as `check_layout`."""
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     check_layout(shapes, {name: tensor.shape for name, tensor in state.items()}, source)
     network.load_state_dict(dict(state))
@@ -229,41 +207,32 @@ def initial_network(config: NetworkConfig, num_classes: int, checkpoint: Path | 
     """
     if checkpoint is None:
         return build_network(config, num_classes, seed=seed)
-    return _filled(config, num_classes, checkpoint, seed=seed, fresh_head=True)
+    return brought_network(config, num_classes, checkpoint, seed=seed, fresh_head=True)
 
 
-def brought_network(config: NetworkConfig, num_classes: int, path: Path) -> nn.Module:
-    """Build an expert that was trained elsewhere.
+def brought_network(
+    config: NetworkConfig, num_classes: int, path: Path, *, seed: int = 0, fresh_head: bool = False
+) -> nn.Module:
+    """Build a network that was trained elsewhere.
 
     Args:
         config: The architecture.
-        num_classes: The number of logits; the file's head must have as many.
+        num_classes: The number of logits; the file's head must have as many unless it may be a fresh one.
         path: A state dict as safetensors, or a checkpoint.
+        seed: Of a fresh head.
+        fresh_head: Whether a head of another class count is replaced by a fresh one.
 
     Raises:
         FileError: The file is missing or damaged.
         StateError: It is of another architecture or number of classes, or a tensor is not finite.
     """
-    return _filled(config, num_classes, path)
-
-
-def _filled(
-    config: NetworkConfig, num_classes: int, path: Path, *, seed: int = 0, fresh_head: bool = False
-) -> nn.Module:
-    """Build a network with a file's weights, with the seed's head where `fresh_head` and the file's does not fit."""
     network = build_network(replace(config, weights=None), num_classes, seed=seed)
     state = read_weights(path)
     check_finite(state, f"the network in '{path}'", {name for name, _ in network.named_buffers()})
     if fresh_head:
-        own = network.state_dict()
-        head = head_name(network)
-        for name in (f"{head}.weight", f"{head}.bias"):
-            if (
-                name in own
-                and name in state
-                and state[name].shape != own[name].shape
-                and state[name].shape[1:] == own[name].shape[1:]
-            ):
+        own, head = network.state_dict(), head_name(network)
+        for name in {f"{head}.weight", f"{head}.bias"} & own.keys() & state.keys():
+            if state[name].shape != own[name].shape and state[name].shape[1:] == own[name].shape[1:]:
                 state[name] = own[name]
     fill_network(network, state, str(path))
     return network
@@ -274,7 +243,6 @@ def widen_network(file: NetworkFile, num_outputs: int) -> nn.Module:
     if file.num_classes == num_outputs:
         return file.network
     network = build_network(file.config, num_outputs)
-    fill_network(
-        network, pad_head(file.network.state_dict(), head_name(file.network), num_outputs), "the padded network"
-    )
+    state = file.network.state_dict()
+    fill_network(network, {**state, **padded_rows(state, head_name(network), num_outputs)}, "the padded network")
     return network.eval()

@@ -39,26 +39,20 @@ def replace_head(network: nn.Module, num_classes: int) -> None:
     """Put a freshly initialised head of `num_classes` outputs in the place of the old one."""
     name = head_name(network)
     old = network.get_submodule(name)
-    new: nn.Module
+    new: nn.Linear | nn.Conv2d
     if isinstance(old, nn.Linear):
         new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
-        nn.init.normal_(new.weight, std=0.01)
     elif isinstance(old, nn.Conv2d):
         new = nn.Conv2d(old.in_channels, num_classes, kernel_size=1, bias=old.bias is not None)
-        nn.init.normal_(new.weight, std=0.01)
     else:
         raise StateError(f"the head '{name}' is a {type(old).__name__}, expected a Linear or a Conv2d layer")
-    if isinstance(new.bias, Tensor):
+    nn.init.normal_(new.weight, std=0.01)
+    if new.bias is not None:
         nn.init.zeros_(new.bias)
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, new)
     if hasattr(network, "num_classes"):  # SqueezeNet reshapes by it
         network.num_classes = num_classes  # type: ignore[assignment]
-
-
-def pad_head(state: State, head: str, num_outputs: int) -> dict[str, Tensor]:
-    """Return `state` with the head's rows padded by zeros to `num_outputs`; see `padded_rows`."""
-    return {**state, **padded_rows(state, head, num_outputs)}
 
 
 def padded_rows(

@@ -19,7 +19,7 @@ from coin.errors import CoinError
 from coin.experiment.experts import Experts
 from coin.merging import Average, Coin, MergeMethod, RegMean, TaskArithmetic, Ties
 from coin.merging.networks import merge_networks
-from coin.networks import NetworkConfig, build_network, load_network, pad_head, save_network, widen_network
+from coin.networks import NetworkConfig, build_network, load_network, padded_rows, save_network, widen_network
 from coin.state import fingerprint, load_state, save_state
 from coin.state_file import StateFile
 from coin.statistics import fisher_diagonal, gram_sums
@@ -68,15 +68,16 @@ def test_a_merge_from_files_keeps_few_tensors_and_one_network(
 ) -> None:
     loaded = [load_network(Path(path)) for path in files["experts"].values()]
     networks = [widen_network(file, 3) for file in loaded]
+    fishers = [load_state(Path(path))[0] for path in files["fisher"].values()]
     wanted = merge_networks(
         method,
         networks,
         Code(ROWS),
-        fishers=[pad_head(load_state(Path(path))[0], "fc", 3) for path in files["fisher"].values()],
+        fishers=[{**state, **padded_rows(state, "fc", 3)} for state in fishers],
         grams=[load_state(Path(path))[0] for path in files["gram"].values()],
         initial=load_network(Path(files["initial"])).network,
     )[0]
-    del loaded, networks
+    del loaded, networks, fishers
     gc.collect()
 
     tensors, built = Living(), Living()

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from coin.errors import StateError
-from coin.networks import average_buffers, build_network, has_batchnorm, recalibrate
+from coin.networks import build_network, has_batchnorm, recalibrate
+from coin.state import weighted_sum
 
 
 def network():
@@ -125,7 +126,7 @@ def test_averaged_buffers_are_weighted_and_counts_are_the_largest(small_config):
     for index, net in enumerate(networks):
         for name, buffer in net.named_buffers():
             buffer.fill_(index + 1 if "num" in name else (2.0 if index else 4.0))
-    buffers = average_buffers([dict(net.named_buffers()) for net in networks], [0.25, 0.75])
+    buffers = weighted_sum([dict(net.named_buffers()) for net in networks], [0.25, 0.75])
     assert buffers.keys() == dict(networks[0].named_buffers()).keys()
     for name, buffer in buffers.items():
         assert torch.equal(buffer, torch.full_like(buffer, 2 if "num" in name else 2.5))

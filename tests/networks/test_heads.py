@@ -12,7 +12,6 @@ from coin.networks import (
     check_head,
     features_and_logits,
     head_name,
-    pad_head,
     pad_logits,
     padded_rows,
     replace_head,
@@ -285,9 +284,9 @@ def test_a_squeezenet_has_a_nonlinearity_after_its_head():
 # Padding
 
 
-def test_pad_head_adds_zero_rows_or_the_given_ones():
+def test_a_padded_head_has_zero_rows_or_the_given_ones():
     state = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.tensor([1.0, 2.0]), "body": torch.ones(4)}
-    padded = pad_head(state, "fc", 4)
+    padded = {**state, **padded_rows(state, "fc", 4)}
     assert torch.equal(padded["fc.weight"], torch.cat([torch.ones(2, 3), torch.zeros(2, 3)]))
     assert padded["fc.bias"].tolist() == [1.0, 2.0, 0.0, 0.0]
     assert padded["body"] is state["body"]
@@ -296,12 +295,12 @@ def test_pad_head_adds_zero_rows_or_the_given_ones():
     assert filled["fc.weight"][2].tolist() == [7.0, 8.0, 9.0]
     assert filled["fc.bias"].tolist() == [1.0, 2.0, 0.0]
     assert state["fc.weight"].shape == (2, 3)
-    without_bias = pad_head({"fc.weight": torch.ones(2, 3, 1, 1)}, "fc", 3)
+    without_bias = padded_rows({"fc.weight": torch.ones(2, 3, 1, 1)}, "fc", 3)
     assert without_bias.keys() == {"fc.weight"}
     assert without_bias["fc.weight"].shape == (3, 3, 1, 1)
-    assert torch.equal(pad_head(state, "fc", 2)["fc.weight"], state["fc.weight"])
+    assert padded_rows(state, "fc", 2) == {}
     with pytest.raises(StateError, match=r"'fc\.weight' has 2 outputs, expected at most 1"):
-        pad_head(state, "fc", 1)
+        padded_rows(state, "fc", 1)
 
 
 def test_pad_logits_adds_zeros():
