@@ -37,13 +37,14 @@ tasks:
   letters: {class_path: Glyphs, init_args: {classes: A-F, train_per_class: 30, test_per_class: 9}}
 expert: {epochs: 2, lr: 0.02, batch_size: 32}
 code: [[0.4, 0.6]]
-calibration: {samples_per_task: 24, batch_size: 16}
+calibration: {samples_per_task: 24, batch_size: 16, fisher_data: own}
 methods:
   - {class_path: Average}
   - {class_path: Coin}
   - {class_path: Coin, init_args: {batchnorm: recalibrate}}
   - {class_path: Coin, init_args: {batchnorm: keep}}
-  - {class_path: Distillation, init_args: {steps: 10, batch_size: 16, learning_rates: [3.0e-4, 1.0e-3]}}
+  - {class_path: Distillation, init_args: {steps: 10, batch_size: 16, learning_rates: [3.0e-4, 1.0e-3],
+       start: average, augmentation: none, schedule: constant}}
 decoders: [linear, ridge, feature_ridge]
 seeds: [0]
 """
