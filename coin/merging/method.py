@@ -181,7 +181,6 @@ class MergeMethod(Method):
         # Tied parameters have one name among the parameters and several in the state dict, whose tensors share memory.
         state = {name: tensor for name, tensor in {**parameters, **buffers}.items() if name in own}
         fill_network(network, {**own, **state}, "the coded model")
-        check_buffers(network, experts.buffers, self.label)
         if policy == BatchNormPolicy.recalibrate:
             experts.passes += recalibrate(network, experts.split[0] if measured else experts.pooled)
         return network

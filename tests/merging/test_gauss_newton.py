@@ -113,6 +113,13 @@ def test_every_task_is_fitted_and_held_out_in_its_share(sizes):
         assert int((stored[training] == index).sum()) == size - size // 5
 
 
+def test_passes_are_those_of_outputs_and_products():
+    """Of a step with one product: 3 + 2 for it, 3 for the step itself, and one for the outputs before and after."""
+    experts = setup(samples=150)
+    GaussNewton(max_steps=1, max_iterations=1).make(experts, WEIGHTS)
+    assert experts.passes == 150 * (len(WEIGHTS) + 1 + 3 + 2 + 3 + 1)
+
+
 def test_two_samples_still_make_a_network():
     merged = GaussNewton().make(setup(samples=2), WEIGHTS).network
     assert all(torch.isfinite(tensor).all() for tensor in merged.parameters())
