@@ -3,9 +3,9 @@
 from coin.coding.answers import Answers
 from coin.coding.code import Code, check_erasure, decode_linear
 from coin.coding.decoder_config import DecoderConfig, DecoderKind, FeatureChoice, FittedOn, distinct_decoders
-from coin.coding.decoders import Decoder, LinearDecoder, RidgeDecoder, make_decoder
+from coin.coding.decoders import Decoder, LinearDecoder, make_decoder
 from coin.coding.ready import choose_code, convex, decoded_error_bound, simplex_codes, uniform
-from coin.coding.ridge import Projection, ProjectionKind, RidgeFit, fit_projection, fit_ridge
+from coin.coding.ridge import ProjectionKind, fit_projection, fit_ridge
 
 __all__ = [
     "Answers",
@@ -16,10 +16,7 @@ __all__ = [
     "FeatureChoice",
     "FittedOn",
     "LinearDecoder",
-    "Projection",
     "ProjectionKind",
-    "RidgeDecoder",
-    "RidgeFit",
     "check_erasure",
     "choose_code",
     "convex",

@@ -49,40 +49,36 @@ class Answers:
             ("experts", self.experts, self.expert_features),
             ("coded models", self.coded, self.coded_features),
         ):
-            if features is None:
-                continue
-            if len(features) != logits.shape[0]:
-                raise DecodingError(f"found features of {len(features)} {whose}, expected {logits.shape[0]}")
-            for feature in features:
+            if features is not None and len(features) != len(logits):
+                raise DecodingError(f"found features of {len(features)} {whose}, expected {len(logits)}")
+            for feature in features or ():
                 if feature.ndim != 2 or feature.shape[0] != logits.shape[1]:
                     raise DecodingError(
                         f"found features {list(feature.shape)} of the {whose}, expected [{logits.shape[1]}, F]"
                     )
-        self._check_widths()
-        self._check_tasks()
+        if self.feature_widths is not None:
+            self._check_widths(self.feature_widths)
+        if self.tasks is not None:
+            self._check_tasks(self.tasks)
 
-    def _check_widths(self) -> None:
-        if self.feature_widths is None:
-            return
+    def _check_widths(self, widths: Sequence[int]) -> None:
         if self.expert_features is None or self.coded_features is None:
             raise DecodingError("found widths of stages but no features, expected both or neither")
-        if not self.feature_widths or min(self.feature_widths) < 1:
-            raise DecodingError(f"found stages of widths {list(self.feature_widths)}, expected at least 1 each")
-        whole = sum(self.feature_widths)
+        if not widths or min(widths) < 1:
+            raise DecodingError(f"found stages of widths {list(widths)}, expected at least 1 each")
+        whole = sum(widths)
         found = {feature.shape[1] for feature in self.expert_features} - {0}
         if wrong := sorted((found | {feature.shape[1] for feature in self.coded_features}) - {whole}):
             raise DecodingError(
-                f"found features of width {wrong[0]}, expected {whole}: stages of widths {list(self.feature_widths)}"
+                f"found features of width {wrong[0]}, expected {whole}: stages of widths {list(widths)}"
             )
 
-    def _check_tasks(self) -> None:
-        if self.tasks is None:
-            return
-        if (self.tasks.dtype, self.tasks.shape) != (torch.int64, self.experts.shape[1:2]):
+    def _check_tasks(self, tasks: Tensor) -> None:
+        if (tasks.dtype, tasks.shape) != (torch.int64, self.experts.shape[1:2]):
             raise DecodingError(
-                f"found tasks {list(self.tasks.shape)} of {self.tasks.dtype}, expected int64 [{self.num_samples}]"
+                f"found tasks {list(tasks.shape)} of {tasks.dtype}, expected int64 [{self.num_samples}]"
             )
-        if outside := sorted(set(self.tasks.tolist()) - set(range(self.num_experts))):
+        if outside := sorted(set(tasks.tolist()) - set(range(self.num_experts))):
             raise DecodingError(f"found samples of task {outside[0]}, expected indices below {self.num_experts}")
 
     @property

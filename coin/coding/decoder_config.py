@@ -54,7 +54,7 @@ class DecoderConfig:
         fitted_on: Whose calibration samples the regression is fitted on; for ridge and feature_ridge.
 
     Raises:
-        ConfigurationError: An option has no such value, or does not apply to the kind.
+        ConfigurationError: An option does not exist, has no such value, or does not apply to the kind.
     """
 
     kind: DecoderKind
@@ -81,11 +81,7 @@ class DecoderConfig:
 
     @classmethod
     def of(cls, decoder: "DecoderKind | str | dict[str, Any] | DecoderConfig") -> "DecoderConfig":
-        """Return the configuration itself, that of a kind with default options, or that of a section of a YAML file.
-
-        Raises:
-            ConfigurationError: The section lacks the kind or has an unknown option, or an option is wrong.
-        """
+        """Return the configuration itself, that of a kind with default options, or that of a section of a YAML file."""
         if isinstance(decoder, DecoderConfig):
             return decoder
         options = decoder if isinstance(decoder, dict) else {"kind": decoder}
@@ -100,11 +96,7 @@ class DecoderConfig:
 
     @classmethod
     def named(cls, name: str) -> "DecoderConfig":
-        """Return the configuration that has this `name`.
-
-        Raises:
-            ConfigurationError: There is none.
-        """
+        """Return the configuration that has this `name`."""
         kind, *suffixes = name.split("-")
         options: dict[str, Any] = {"kind": kind}
         for suffix in suffixes:
@@ -122,9 +114,8 @@ class DecoderConfig:
 
     @property
     def _given(self) -> dict[str, Any]:
-        """The options that differ from the defaults."""
-        given = {option.name: getattr(self, option.name) for option in fields(self) if option.name != "kind"}
-        return {option: value for option, value in given.items() if value != getattr(DecoderConfig, option)}
+        options = {option.name: getattr(self, option.name) for option in fields(self) if option.name != "kind"}
+        return {option: value for option, value in options.items() if value != getattr(DecoderConfig, option)}
 
     @property
     def reads_features(self) -> bool:
@@ -138,11 +129,7 @@ class DecoderConfig:
 
 
 def distinct_decoders(decoders: Sequence[DecoderKind | str | dict[str, Any] | DecoderConfig]) -> list[DecoderConfig]:
-    """Return the decoders' configurations.
-
-    Raises:
-        ConfigurationError: There is none, two of them are the same, or an option is wrong.
-    """
+    """Return the decoders' configurations; raises also where there is none, or two are the same."""
     if not decoders:
         raise ConfigurationError(f"found no decoders, expected at least one of {', '.join(DecoderKind)}")
     configs = [DecoderConfig.of(decoder) for decoder in decoders]

@@ -37,7 +37,7 @@ class Decoder(ABC):
 
     @property
     def name(self) -> str:
-        """What results call the decoder: its kind, and the options that differ from the defaults."""
+        """What results call the decoder; see `DecoderConfig.name`."""
         return self.config.name
 
     def fit(self, calibration: Answers) -> Self:
@@ -207,28 +207,21 @@ class RidgeDecoder(Decoder):
             return [(self.erased, torch.arange(calibration.num_samples))]
         if calibration.tasks is None:
             raise DecodingError(f"the {self.name} decoder found answers that do not tell their tasks; give it tasks")
-        own: list[tuple[tuple[int, ...], Tensor]] = []
-        for expert in self.erased:
-            samples = (calibration.tasks == expert).nonzero().flatten()
+        own = {expert: (calibration.tasks == expert).nonzero().flatten() for expert in self.erased}
+        for expert, samples in own.items():
             if len(samples) < 2:
                 raise NumericalError(
                     f"found {len(samples)} calibration samples of expert {expert}'s own task, expected at least 2 for "
                     f"the {self.name} decoder; raise samples_per_task or use fitted_on: all"
                 )
-            own.append(((expert,), samples))
-        return own
+        return [((expert,), samples) for expert, samples in own.items()]
 
 
 def make_decoder(kind: DecoderKind | str | DecoderConfig, code: Code, erased: Sequence[int]) -> Decoder:
-    """Return an unfitted decoder.
+    """Return an unfitted decoder of a kind with its default options, or of a configuration.
 
     The calibrated kinds read only the number of experts from the code, so they serve ``method: none`` (no coded
     answers) as they are.
-
-    Args:
-        kind: The decoder: a kind with its default options, or a configuration.
-        code: The code.
-        erased: Indices of the lost experts.
 
     Raises:
         DecodingError: There is no such kind, or it cannot decode the erasure.

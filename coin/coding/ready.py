@@ -10,11 +10,7 @@ from coin.errors import ConfigurationError, DecodingError
 
 
 def uniform(num_experts: int) -> Code:
-    """Return the code of one coded model that weighs all experts alike, β_i = 1/N; its noise amplification is N.
-
-    Raises:
-        ConfigurationError: `num_experts` is less than 1.
-    """
+    """Return the code of one coded model that weighs all experts alike, β_i = 1/N; its noise amplification is N."""
     return convex(num_experts, 1)
 
 
@@ -77,8 +73,7 @@ def simplex_codes(num_experts: int, resolution: int) -> list[Code]:
 def decoded_error_bound(code: Code, residual: float) -> float:
     """Return residual × worst noise amplification, by which codes are chosen.
 
-    An error e of the coded outputs becomes an error of at most amplification × ‖e‖ in the decoded ones, so the product
-    bounds the decoded error over all erasures that the code promises.
+    The product bounds the decoded error over all erasures that the code promises; see `Code.amplification`.
 
     Args:
         code: The code.
@@ -89,11 +84,7 @@ def decoded_error_bound(code: Code, residual: float) -> float:
 
 
 def choose_code(candidates: Iterable[Code], residual_of: Callable[[Code], float]) -> Code:
-    """Return the candidate with the smallest `decoded_error_bound`; the first of equals.
-
-    Args:
-        candidates: Codes for the same experts.
-        residual_of: A code's residual, as `decoded_error_bound` wants it.
+    """Return the candidate with the smallest `decoded_error_bound` of its residual; the first of equals.
 
     Raises:
         ConfigurationError: There are no candidates.

@@ -49,13 +49,12 @@ def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1) -> RidgeFit:
     Source: Golub, Heath and Wahba, *Generalized cross-validation as a method for choosing a good ridge parameter*
     (Technometrics 1979), eq. 1.4 for the leave-one-out (PRESS) identity.
 
+    Everything is in float64, on the device of `inputs`.
+
     Args:
         inputs: ``[P, D]``, P ≥ 2, finite.
         targets: ``[P, T]``, finite.
         groups: The targets are this many blocks of equal width, each with a ridge of its own.
-
-    Returns:
-        The fit, in float64 on the device of `inputs`.
 
     Raises:
         NumericalError: There are fewer than two samples, or a value is not finite.
@@ -126,10 +125,10 @@ class Projection:
 
 
 def fit_projection(features: Tensor, components: int, kind: ProjectionKind | str) -> Projection:
-    """Return a projection of one network's features to `components` numbers.
+    """Return a projection of one network's features on calibration data ``[P, F]``.
 
     Args:
-        features: The network's features on calibration data ``[P, F]``.
+        features: The features.
         components: K, at least 1; where F, or for the principal kind P, is smaller, that many.
         kind: Principal or random. Random directions are the same for all networks of one width.
 
@@ -139,10 +138,9 @@ def fit_projection(features: Tensor, components: int, kind: ProjectionKind | str
     if components < 1:
         raise ConfigurationError(f"found {components} components, expected at least 1")
     x = features.to(torch.float64)
-    mean = x.mean(0)
+    mean, width = x.mean(0), x.shape[1]
     if chosen(ProjectionKind, "projection", kind) is ProjectionKind.principal:
         return Projection(mean, thin_svd(x - mean)[2][:components].T)
-    width = features.shape[1]
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(width, min(components, width), generator=generator, dtype=torch.float64)
     return Projection(mean, torch.linalg.qr(drawn).Q.to(features.device))

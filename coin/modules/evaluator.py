@@ -3,7 +3,6 @@
 import math
 import time
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder, uniform
@@ -93,7 +93,7 @@ class DecodingEvaluator(LightningModule):
         """Return what all experts and all coded models answer to inputs ``[B, ...]``, each network run once."""
         features = any(decoder.reads_features for decoder in self.decoders)
         stages = any(decoder.reads_stages for decoder in self.decoders)
-        return server_answers(self.experts, self.coded, inputs, features=features, stages=stages)
+        return server_answers(self.experts, self.coded, inputs, features, stages)
 
     def on_test_start(self) -> None:
         """Check the data and fit every decoder on the calibration samples."""
@@ -148,16 +148,12 @@ class DecodingEvaluator(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Collect the totals of all processes into `outcomes`."""
-        examples = {
-            self.tasks[case.decoder.erased[0]]: case.examples for case in self.cases if case.examples is not None
-        }
-        if self.trainer.world_size > 1:
-            # As no submodules the metrics stay on the CPU, where the answers are. Processes add up where their device
-            # is: NCCL reduces no tensors of the CPU.
-            pairs = [pair for case in self.cases for pair in case.measures.values()]
-            for metric in chain(*self.residuals.values(), *pairs, examples.values()):
+        if self.trainer.world_size > 1:  # processes add up where their device is: NCCL reduces no tensors of the CPU
+            for metric in self._metrics:
                 metric.to(self.device)
-        self.kept = {task: each.kept() for task, each in examples.items()}
+        self.kept = {
+            self.tasks[case.decoder.erased[0]]: case.examples.kept() for case in self.cases if case.examples is not None
+        }
         found = {index: [float(each.compute()) for each in residuals] for index, residuals in self.residuals.items()}
         self.outcomes = [
             Outcome(
@@ -214,6 +210,13 @@ class DecodingEvaluator(LightningModule):
                 examples = ExampleSamples(len(task.splits.test), self.config.image_size)
             cases.append(_Case(index, decoder, seconds, passes, measures, examples))
         return cases
+
+    @property
+    def _metrics(self) -> list[Metric]:
+        """All metrics. As no submodules they stay on the CPU when the networks move."""
+        residuals = [metric for metrics in self.residuals.values() for metric in metrics]
+        measures = [metric for case in self.cases for pair in case.measures.values() for metric in pair]
+        return [*residuals, *measures, *(case.examples for case in self.cases if case.examples is not None)]
 
     @property
     def shown(self) -> tuple[Variant, str] | None:

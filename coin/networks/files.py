@@ -132,26 +132,16 @@ def fill_network(network: nn.Module, state: State, source: str) -> None:
 
 
 def check_layout(own: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], source: str) -> None:
-    """Check that a state has the names and shapes of a network's own.
-
-    Args:
-        own: The network's shapes.
-        shapes: The state's.
-        source: Where the state is from, for the message.
+    """Check that a state, from `source`, has the names and `shapes` of a network's `own`.
 
     Raises:
         StateError: A name is missing or superfluous or a shape differs; the message says which, and in what `source`.
     """
+    advice = "it is of another architecture: give one of the same network.name and network.options"
     if missing := sorted(own.keys() - shapes.keys()):
-        raise StateError(
-            f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); it is of another architecture: give "
-            "one of the same network.name and network.options"
-        )
+        raise StateError(f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); {advice}")
     if extra := sorted(shapes.keys() - own.keys()):
-        raise StateError(
-            f"'{source}' has a tensor '{extra[0]}' too many ({len(extra)} in all); it is of another architecture: give "
-            "one of the same network.name and network.options"
-        )
+        raise StateError(f"'{source}' has a tensor '{extra[0]}' too many ({len(extra)} in all); {advice}")
     for name, shape in own.items():
         if shapes[name] != shape:
             raise StateError(
@@ -200,10 +190,6 @@ def initial_network(config: NetworkConfig, num_classes: int, checkpoint: Path | 
         checkpoint: A base checkpoint to start from, or none for `config.weights` (or random weights). Its head is
             taken over when its class count agrees; otherwise the head is the one that `seed` gives.
         seed: Of whatever is random in the initialisation.
-
-    Raises:
-        FileError: The checkpoint is missing or damaged.
-        StateError: It is of another architecture, or a tensor is not finite.
     """
     if checkpoint is None:
         return build_network(config, num_classes, seed=seed)

@@ -44,18 +44,14 @@ def full_precision(values: Tensor) -> Tensor:
 
 
 def common_widths(runs: Sequence[Run]) -> tuple[int, ...] | None:
-    """Return the widths of all networks' stages, None where only the penultimate features are wanted.
-
-    Raises:
-        ConfigurationError: They differ between the networks.
-    """
-    found = list(dict.fromkeys(run.widths for run in runs))
-    if len(found) != 1:
+    """Return the widths of all networks' stages, None where only the penultimate features are wanted."""
+    first, *others = dict.fromkeys(run.widths for run in runs)
+    if others:
         raise ConfigurationError(
-            f"found networks with stages of widths {found[0]} and {found[1]}, expected one architecture; use the last "
+            f"found networks with stages of widths {first} and {others[0]}, expected one architecture; use the last "
             "features"
         )
-    return found[0]
+    return first
 
 
 def stage_names(network: nn.Module) -> list[str]:
@@ -86,15 +82,9 @@ def stage_names(network: nn.Module) -> list[str]:
 def stages_and_logits(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Run a network once and return the pooled features of its stages beside its logits.
 
-    Maps are averaged over positions (Swin's have their channels last), sequences over all tokens, the class token
+    These are the stages' features side by side ``[B, F]``, the logits ``[B, C]``, and the stages' widths, which add up
+    to F. Maps are averaged over positions (Swin's have their channels last), sequences over all tokens, the class token
     among them. The last stage is what `features_and_logits` returns.
-
-    Args:
-        network: Any network whose stages `stage_names` finds.
-        inputs: ``[B, ...]``.
-
-    Returns:
-        The stages' features side by side ``[B, F]``, the logits ``[B, C]``, and the stages' widths, which add up to F.
 
     Raises:
         StateError: A stage did not run exactly once, or its output is no map, sequence or vector.
@@ -128,14 +118,10 @@ def _blocks(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
 
 
 def _lowers_resolution(block: nn.Module) -> bool:
-    for module in block.modules():
-        if isinstance(module, PatchMerging | PatchMergingV2):
-            return True
-        if isinstance(module, _STRIDED):
-            stride = module.stride
-            if max(stride if isinstance(stride, tuple) else (stride,)) > 1:
-                return True
-    return False
+    strides = [module.stride for module in block.modules() if isinstance(module, _STRIDED)]
+    if any(max(stride if isinstance(stride, tuple) else (stride,)) > 1 for stride in strides):
+        return True
+    return any(isinstance(module, PatchMerging | PatchMergingV2) for module in block.modules())
 
 
 def _parts(network: nn.Module, head: str) -> list[str]:
@@ -153,10 +139,8 @@ def _parts(network: nn.Module, head: str) -> list[str]:
 def _outermost(network: nn.Module, name: str) -> str:
     """Return the outermost `nn.Sequential` that ends with a block, and so has its output."""
     parent, _, child = name.rpartition(".")
-    if not parent:
-        return name
     container = network.get_submodule(parent)
-    if not isinstance(container, nn.Sequential) or child != list(container._modules)[-1]:
+    if not parent or not isinstance(container, nn.Sequential) or child != list(container._modules)[-1]:
         return name
     return _outermost(network, parent)
 

@@ -19,7 +19,7 @@ from coin.merging import (
 )
 from coin.merging.networks import expert_outputs, merge_row, parameters_of
 from coin.networks import replace_head
-from coin.networks.small_vit import SmallViT
+from coin.networks.small import SmallViT
 from coin.statistics import OutputMap, fisher_diagonal, gram_sums
 
 ROW = [0.25, 0.75]
