@@ -87,7 +87,13 @@ class Residual(Metric):
         Raises:
             DataError: The shapes differ.
         """
-        self.squares += squared_residual(coded, target).to(self.squares.device)
+        if coded.shape != target.shape:
+            raise DataError(
+                f"found coded logits {list(coded.shape)} for targets {list(target.shape)}, expected the same"
+            )
+        wanted = target.to(torch.float64)
+        norms = torch.stack([(coded.to(torch.float64) - wanted).square().sum(), wanted.square().sum()])
+        self.squares += norms.to(self.squares.device)
 
     def compute(self) -> Tensor:
         """Return the residual, a float64 scalar, dimensionless."""
@@ -129,11 +135,3 @@ def normalized_decoding_accuracy(decoded_correct: Tensor, expert_correct: Tensor
     """
     ratio = decoded_correct.to(torch.float64) / expert_correct
     return torch.where(expert_correct > 0, ratio, torch.full_like(ratio, torch.nan))
-
-
-def squared_residual(coded: Tensor, target: Tensor) -> Tensor:
-    """Return Σ‖f_c − Σ_i β_i f_i‖² and Σ‖Σ_i β_i f_i‖² over a batch as of `Residual.update`: ``[2]``, float64."""
-    if coded.shape != target.shape:
-        raise DataError(f"found coded logits {list(coded.shape)} for targets {list(target.shape)}, expected the same")
-    wanted = target.to(torch.float64)
-    return torch.stack([(coded.to(torch.float64) - wanted).square().sum(), wanted.square().sum()])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -118,18 +118,11 @@ class Answers:
         return self._each(Tensor.cpu, None if self.tasks is None else self.tasks.cpu())
 
     def _each(self, change: Callable[[Tensor], Tensor], tasks: Tensor | None) -> Self:
-        features = [
-            None if group is None else [change(each) for each in group]
-            for group in (self.expert_features, self.coded_features)
-        ]
-        return replace(
-            self,
-            experts=change(self.experts),
-            coded=change(self.coded),
-            expert_features=features[0],
-            coded_features=features[1],
-            tasks=tasks,
-        )
+        groups = {"expert_features": self.expert_features, "coded_features": self.coded_features}
+        features: dict[str, Any] = {
+            name: None if group is None else [change(each) for each in group] for name, group in groups.items()
+        }
+        return replace(self, experts=change(self.experts), coded=change(self.coded), tasks=tasks, **features)
 
     @classmethod
     def concatenate(cls, batches: Sequence["Answers"]) -> Self:

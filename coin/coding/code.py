@@ -11,8 +11,6 @@ from coin.errors import ConfigurationError, DecodingError
 MAX_AMPLIFICATION = 1e6
 """An erasure whose noise amplification is larger than this counts as one that cannot be decoded."""
 
-_ROW_SUM_TOLERANCE = 1e-6
-
 
 class Code:
     """An R×N matrix of coding weights, one convex row per coded model.
@@ -178,7 +176,7 @@ def _validated(matrix: Sequence[Sequence[float]] | Tensor) -> Tensor:
                 f"row {index} of the code has a negative weight: {row.tolist()}, expected 0 or more; change it"
             )
         total = float(row.sum())
-        if abs(total - 1) > _ROW_SUM_TOLERANCE:
+        if abs(total - 1) > 1e-6:
             raise ConfigurationError(
                 f"row {index} of the code sums to {total:.8g}, expected 1: {row.tolist()}; divide it by its sum"
             )

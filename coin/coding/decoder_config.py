@@ -11,32 +11,30 @@ from coin.errors import ConfigurationError
 
 
 class DecoderKind(StrEnum):
-    """How lost outputs are computed from the ones that arrived."""
+    """How lost outputs are computed from the ones that arrived.
+
+    * ``linear``, the paper's: solve the code's equations for the lost outputs. Needs no calibration.
+    * ``ridge``: ridge regression from all arriving logits to the lost logits, fitted on calibration data.
+    * ``feature_ridge``: the same from the arriving logits and features.
+    """
 
     linear = "linear"
-    """The paper's: solve the code's equations for the lost outputs. Needs no calibration."""
     ridge = "ridge"
-    """Ridge regression from all arriving logits to the lost logits, fitted on calibration data."""
     feature_ridge = "feature_ridge"
-    """The same from the arriving logits and features."""
 
 
 class FeatureChoice(StrEnum):
-    """Which features a server sends beside its logits."""
+    """Which features a server sends: ``last``, the head's input, or ``stages``, the pooled ones of all stages."""
 
     last = "last"
-    """The penultimate features: the input of the head."""
     stages = "stages"
-    """The pooled features of several stages of the network, the penultimate ones among them."""
 
 
 class FittedOn(StrEnum):
-    """Whose calibration samples a decoder's regression is fitted on."""
+    """Whose calibration samples a lost expert's regression is fitted on: those of ``all`` tasks or its ``own``."""
 
     all = "all"
-    """The samples of all tasks."""
     own = "own"
-    """Each lost expert's regression: those of its own task alone."""
 
 
 _ENUMS: dict[str, type[StrEnum]] = {"features": FeatureChoice, "projection": ProjectionKind, "fitted_on": FittedOn}
@@ -48,7 +46,7 @@ class DecoderConfig:
 
     Args:
         kind: The decoder.
-        features: Which features servers send; for feature_ridge.
+        features: Which features servers send beside their logits; for feature_ridge.
         components: K, to how many numbers a server reduces its features; none sends all of them. For feature_ridge.
         projection: How features are reduced to K numbers.
         fitted_on: Whose calibration samples the regression is fitted on; for ridge and feature_ridge.

@@ -34,6 +34,8 @@ class Decoder(ABC):
         self.erased = check_erasure(erased, num_experts)
         self.survivors = tuple(expert for expert in range(num_experts) if expert not in self.erased)
         self.num_experts = num_experts
+        self.samples_read = 0
+        """How many of the calibration inputs `fit` has looked at."""
 
     @property
     def name(self) -> str:
@@ -49,10 +51,6 @@ class Decoder(ABC):
             NumericalError: There are fewer than two samples, or a value is not finite.
         """
         return self
-
-    def samples_read(self, calibration: Answers) -> int:
-        """Return how many of the calibration inputs `fit` looks at."""
-        return 0
 
     @abstractmethod
     def decode(self, answers: Answers) -> Tensor:
@@ -140,25 +138,21 @@ class RidgeDecoder(Decoder):
         arrived = self._arrived(calibration)
         if not arrived:
             raise DecodingError(
-                "every expert is lost and no coded model answers: nothing to decode from; lose fewer, or add "
-                "coded models"
+                "every expert is lost and no coded model answers: nothing to decode from; lose fewer, or add coded "
+                "models"
             )
         self._widths = _widths(arrived)
         components, kind = self.config.components, self.config.projection
         if components is not None:
             self._projections = [project_blocks(stages, components, kind) for stages in arrived[1:]]
-        blocks = self._blocks(arrived)
+        blocks, regressions = self._blocks(arrived), self._regressions(calibration)
         self.fitted = [
             fit_blocks([block[samples] for block in blocks], calibration.experts[list(experts)][:, samples])
-            for experts, samples in self._regressions(calibration)
+            for experts, samples in regressions
         ]
+        own = sum(len(samples) for _, samples in regressions)
+        self.samples_read = own if components is None else calibration.num_samples  # a projection looks at all
         return self
-
-    def samples_read(self, calibration: Answers) -> int:
-        """Return how many of the calibration inputs `fit` looks at: all, or those of the lost experts' tasks."""
-        if self.config.components is not None:  # a projection looks at all
-            return calibration.num_samples
-        return sum(len(samples) for _, samples in self._regressions(calibration))
 
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits; see the class."""

@@ -99,12 +99,10 @@ def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1) -> RidgeFit:
 
 
 class ProjectionKind(StrEnum):
-    """How features are reduced."""
+    """To what features are reduced: their ``principal`` components on calibration data, or ``random`` directions."""
 
     principal = "principal"
-    """To their principal components on the calibration data."""
     random = "random"
-    """To random orthogonal directions, which need no data."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +154,8 @@ def fit_blocks(blocks: Sequence[Tensor], targets: Tensor) -> RidgeFit:
         targets: ``[K, P, C]``: K groups with a ridge each.
 
     Returns:
-        The fit of targets ``[P, K·C]``, group by group, as a map of the blocks side by side as they are, undivided.
-
-    Raises:
-        NumericalError: As `fit_ridge`.
+        The fit of targets ``[P, K·C]``, group by group, as a map of the blocks side by side as they are, undivided;
+        raises as `fit_ridge`.
     """
     scales = _scales(blocks)
     side_by_side = targets.transpose(0, 1).reshape(targets.shape[1], -1)
@@ -193,4 +189,4 @@ def _scales(blocks: Sequence[Tensor]) -> Tensor:
     """Return every column's divisor: the root mean square deviation of its block, 1 for a constant block."""
     deviations = [(block - block.mean(0)).square().mean().sqrt().expand(block.shape[1]) for block in blocks]
     scales = torch.cat(deviations)
-    return torch.where(scales > 0, scales, torch.ones_like(scales))
+    return scales.where(scales > 0, 1.0)

@@ -83,7 +83,8 @@ class DecodingEvaluator(LightningModule):
         marks = [fingerprint(file.network.state_dict()) for file in files]
         networks, self.variants = read_coded([Path(path) for path in coded or []], marks)
         self.coded = nn.ModuleList(networks)
-        self.variants += self._references(code)
+        self.code = self._reference(code)
+        self.variants += [Variant(NONE, None), Variant(ORACLE, self.code)]
         self.outcomes: list[Outcome] = []
         self.kept: dict[str, KeptSamples] = {}
         self.cases: list[_Case] = []
@@ -171,13 +172,12 @@ class DecodingEvaluator(LightningModule):
             for expert, (accuracy, confusion) in case.measures.items()
         ]
 
-    def _references(self, matrix: list[list[float]] | None) -> list[Variant]:
+    def _reference(self, matrix: list[list[float]] | None) -> Code:
         first = self.variants[0].code if self.variants else None
         code = Code(matrix) if matrix is not None else first or uniform(len(self.experts))
         if code.num_experts != len(self.experts):
             raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {len(self.experts)}")
-        self.code = code
-        return [Variant(NONE, None), Variant(ORACLE, code)]
+        return code
 
     def _fitted(self, answers: Answers, share: float, data: Tasks) -> list[_Case]:
         """Return every case with its decoder fitted; `share` is the seconds one network took over the samples."""
@@ -198,7 +198,7 @@ class DecodingEvaluator(LightningModule):
             seconds = passes = 0.0
             if decoder.needs_fit:
                 seconds = time.perf_counter() - started
-                passes = float((len(self.experts) + len(variant.networks)) * decoder.samples_read(seen))
+                passes = float((len(self.experts) + len(variant.networks)) * decoder.samples_read)
                 seconds += share * passes / answers.num_samples
             counts = {lost: self.class_counts[lost] for lost in erased}
             measures = {

@@ -140,9 +140,9 @@ def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Mod
     """
     files = [load_network(path) for path in paths]
     groups: dict[tuple[str, str], list[int]] = {}
-    for index, (path, file) in enumerate(zip(paths, files, strict=True)):
+    for index, file in enumerate(files):
         made = file.provenance
-        _check_provenance(path, made, marks)
+        _check_provenance(paths[index], made, marks)
         groups.setdefault((made["label"], made["batchnorm"]), []).append(index)
     variants = []
     for (method, policy), indices in groups.items():

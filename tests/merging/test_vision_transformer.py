@@ -18,7 +18,7 @@ from coin.merging import (
     Ties,
 )
 from coin.merging.networks import expert_outputs, merge_row, parameters_of
-from coin.networks import replace_head
+from coin.networks.heads import replace_head
 from coin.networks.small import SmallViT
 from coin.statistics import OutputMap, fisher_diagonal, gram_sums
 

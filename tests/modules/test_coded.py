@@ -5,7 +5,8 @@ from torch import nn
 from coin.coding import Answers, Code, DecoderConfig, DecoderKind, make_decoder
 from coin.errors import ConfigurationError, DecodingError
 from coin.modules import Coded
-from coin.networks import NetworkConfig, build_network, stages_and_logits
+from coin.networks import NetworkConfig, build_network
+from coin.networks.stages import stages_and_logits
 
 
 class Lost(nn.Module):
