@@ -63,11 +63,8 @@ def simplex_codes(num_experts: int, resolution: int) -> list[Code]:
     """
     if not 1 <= num_experts <= resolution:
         raise ConfigurationError(f"found resolution {resolution} for {num_experts} experts, expected at least as many")
-    codes = []
-    for cuts in combinations(range(1, resolution), num_experts - 1):
-        edges = (0, *cuts, resolution)
-        codes.append(Code([[(high - low) / resolution for low, high in pairwise(edges)]]))
-    return codes
+    every = combinations(range(1, resolution), num_experts - 1)
+    return [Code([[(high - low) / resolution for low, high in pairwise((0, *cuts, resolution))]]) for cuts in every]
 
 
 def decoded_error_bound(code: Code, residual: float) -> float:

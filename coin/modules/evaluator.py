@@ -83,8 +83,11 @@ class DecodingEvaluator(LightningModule):
         marks = [fingerprint(file.network.state_dict()) for file in files]
         networks, self.variants = read_coded([Path(path) for path in coded or []], marks)
         self.coded = nn.ModuleList(networks)
-        self.code = self._reference(code)
-        self.variants += [Variant(NONE, None), Variant(ORACLE, self.code)]
+        first = self.variants[0].code if self.variants else uniform(len(experts))
+        self.code = first if code is None else Code(code)
+        if self.code.num_experts != len(experts):
+            raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
+        self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
         self.outcomes: list[Outcome] = []
         self.kept: dict[str, KeptSamples] = {}
         self.cases: list[_Case] = []
@@ -128,8 +131,8 @@ class DecodingEvaluator(LightningModule):
     def _decode(self, answers: Answers, inputs: Tensor, labels: Tensor, batch_idx: int, task: int) -> None:
         seen = [variant.seen(answers) for variant in self.variants]
         for index, residuals in self.residuals.items():
-            code = self.variants[index].code or self.code
-            residuals[task].update(seen[index].coded.flatten(0, 1), code.encode(answers.experts).flatten(0, 1))
+            target = self.variants[index].code.encode(answers.experts)
+            residuals[task].update(seen[index].coded.flatten(0, 1), target.flatten(0, 1))
         own, classes = answers.experts[task], self.class_counts[task]
         expert = own[:, :classes].argmax(1)
         for case in self.cases:
@@ -172,20 +175,13 @@ class DecodingEvaluator(LightningModule):
             for expert, (accuracy, confusion) in case.measures.items()
         ]
 
-    def _reference(self, matrix: list[list[float]] | None) -> Code:
-        first = self.variants[0].code if self.variants else None
-        code = Code(matrix) if matrix is not None else first or uniform(len(self.experts))
-        if code.num_experts != len(self.experts):
-            raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {len(self.experts)}")
-        return code
-
     def _fitted(self, answers: Answers, share: float, data: Tasks) -> list[_Case]:
         """Return every case with its decoder fitted; `share` is the seconds one network took over the samples."""
         tasks = list(data.tasks.values())
         wanted = [
             (index, erased, config)
             for index, variant in enumerate(self.variants)
-            for erased in variant.erasures(variant.code or self.code)
+            for erased in variant.erasures()
             for config in self.decoders
             if variant.applies(config.kind)
         ]
@@ -194,21 +190,19 @@ class DecodingEvaluator(LightningModule):
             variant = self.variants[index]
             seen = variant.seen(answers)
             started = time.perf_counter()
-            decoder = make_decoder(config, variant.code or self.code, erased).fit(seen)
+            decoder = make_decoder(config, variant.code, erased).fit(seen)
             seconds = passes = 0.0
             if decoder.needs_fit:
                 seconds = time.perf_counter() - started
                 passes = float((len(self.experts) + len(variant.networks)) * decoder.samples_read)
                 seconds += share * passes / answers.num_samples
-            counts = {lost: self.class_counts[lost] for lost in erased}
-            measures = {
-                lost: (DecodingAccuracy(count), MulticlassConfusionMatrix(count)) for lost, count in counts.items()
-            }
+            counts = [self.class_counts[lost] for lost in erased]
+            pairs = [(DecodingAccuracy(count), MulticlassConfusionMatrix(count)) for count in counts]
             task, examples = tasks[erased[0]], None
             # Of every task of images that is lost alone.
             if (variant, decoder.name) == self.shown and len(erased) == 1 and task.content == "images":
                 examples = ExampleSamples(len(task.splits.test), self.config.image_size)
-            cases.append(_Case(index, decoder, seconds, passes, measures, examples))
+            cases.append(_Case(index, decoder, seconds, passes, dict(zip(erased, pairs, strict=True)), examples))
         return cases
 
     @property

@@ -23,7 +23,7 @@ class Variant:
 
     Attributes:
         method: What the results call it.
-        code: The code; none for `NONE`.
+        code: The code; of the references too, which say by it what they measure.
         batchnorm: Its BatchNorm policy, with what was taken behind a colon where it chose (``auto:recalibrate``);
             empty where it does not apply.
         networks: Indices of its coded models among all coded models of the evaluation; empty for the references.
@@ -34,7 +34,7 @@ class Variant:
     """
 
     method: str
-    code: Code | None
+    code: Code
     batchnorm: str = ""
     networks: tuple[int, ...] = ()
     samples_per_task: int | None = None
@@ -45,12 +45,12 @@ class Variant:
     @property
     def is_none(self) -> bool:
         """Whether this is the reference that decodes from the surviving experts alone."""
-        return self.code is None
+        return self.method == NONE
 
     @property
     def is_oracle(self) -> bool:
         """Whether this is the reference whose coded outputs are Σβ_if_i itself."""
-        return self.code is not None and not self.networks
+        return self.method == ORACLE
 
     def applies(self, kind: DecoderKind) -> bool:
         """Whether the decoder can be tried: features need a network, and the linear decoder needs coded outputs."""
@@ -61,13 +61,12 @@ class Variant:
     def seen(self, answers: Answers) -> Answers:
         """Return what arrives in this system of the answers of all networks: the experts, and its own coded models."""
         if self.is_oracle:
-            assert self.code is not None
             return Answers(experts=answers.experts, coded=self.code.encode(answers.experts))
         return answers.with_coded(self.networks)
 
-    def erasures(self, code: Code) -> list[tuple[int, ...]]:
+    def erasures(self) -> list[tuple[int, ...]]:
         """Return the erasures to measure: all that the code promises, but never the loss of every expert for `NONE`."""
-        return [erased for erased in code.erasures() if not self.is_none or len(erased) < code.num_experts]
+        return [erased for erased in self.code.erasures() if not self.is_none or len(erased) < self.code.num_experts]
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class NetworkFile:
 
     @cached_property
     def network(self) -> nn.Module:
-        """The network, in eval mode; raises as `load_network` does."""
+        """The network, in eval mode; a StateError where its tensors do not fit the architecture."""
         network = build_network(self.config, self.num_classes)
         fill_network(network, self.state, str(self.state.path))
         return network.eval()
@@ -74,11 +74,10 @@ def open_network(path: Path) -> NetworkFile:
 
 
 def load_network(path: Path) -> NetworkFile:
-    """Read a network that `save_network` wrote.
+    """Open a network as `open_network` does, and read it.
 
     Raises:
-        FileError: The file is missing or damaged, or does not hold a network.
-        StateError: Its tensors do not fit the architecture it names, or one is not finite.
+        StateError: Its tensors do not fit the architecture that the file names.
     """
     file = open_network(path)
     file.network  # noqa: B018 (read now, so that what is wrong with it shows)

@@ -13,7 +13,7 @@ from coin.errors import ConfigurationError, StateError
 from coin.networks.heads import features_and_logits, head_name
 
 _PARTS = 4
-"""Into how many stages a network is cut that keeps one resolution throughout, as a vision transformer does."""
+"""Into how many stages a network is cut that keeps one resolution throughout."""
 _CHANNELS_LAST = (PatchMerging, PatchMergingV2, SwinTransformerBlock)
 _STRIDED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
@@ -151,18 +151,10 @@ def _is_within(name: str, outer: str) -> bool:
 
 def _pooled(name: str, stage: nn.Module, output: object) -> Tensor:
     """Return a stage's output averaged to ``[B, C]``."""
-    if isinstance(output, Tensor):
-        if output.ndim == 4:
-            return output.mean((1, 2) if _has_channels_last(stage) else (2, 3))
-        if output.ndim == 3:
-            return output.mean(1)
-        if output.ndim == 2:
-            return output
-    found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    raise StateError(f"the stage '{name}' returns {found}, expected [B, C, H, W], [B, T, C] or [B, C]")
-
-
-def _has_channels_last(stage: nn.Module) -> bool:
+    if not isinstance(output, Tensor) or not 2 <= output.ndim <= 4:
+        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise StateError(f"the stage '{name}' returns {found}, expected [B, C, H, W], [B, T, C] or [B, C]")
     while isinstance(stage, nn.Sequential) and len(stage):
-        stage = stage[-1]
-    return isinstance(stage, _CHANNELS_LAST)
+        stage = stage[-1]  # the layer that the output is of
+    positions = {2: (), 3: (1,), 4: (1, 2) if isinstance(stage, _CHANNELS_LAST) else (2, 3)}[output.ndim]
+    return output.mean(positions) if positions else output

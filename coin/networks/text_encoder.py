@@ -24,14 +24,10 @@ class MiniLM(nn.Module):
     Source: Devlin et al., *BERT* (NAACL 2019); Wang et al., *MiniLM* (NeurIPS 2020).
 
     Args:
-        num_classes: The number of logits.
         length: L, the tokens of a text, padding included.
         vocabulary: The number of tokens there are.
-        depth: The number of blocks.
-        heads: Attention heads of a block, a divisor of `width`.
-        width: The size of a token.
-        mlp_width: The hidden units of a block's perceptron.
         dropout: In training, in [0, 1).
+        num_classes, depth, heads, width, mlp_width: As `coin.networks.small.SmallViT`.
 
     Raises:
         ConfigurationError: An option is out of its range.
