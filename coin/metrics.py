@@ -102,12 +102,9 @@ class Residual(Metric):
 
 
 def decoding_counts(decoded: Tensor, expert: Tensor, labels: Tensor) -> Tensor:
-    """Count, over a batch as of `DecodingAccuracy.update`, how often the expert and its stand-in are right and agree.
+    """Return over a batch how often the expert is right, the decoded output is right, both agree, and the samples.
 
-    A decoded row that is not finite is never right and never agrees: an answer of NaN is no answer.
-
-    Returns:
-        Counts ``[4]``, int64: expert correct, decoded correct, both predict the same class, samples.
+    All int64, ``[4]``. A decoded row that is not finite is never right and never agrees: an answer of NaN is no answer.
     """
     if decoded.ndim != 2 or decoded.shape != expert.shape or labels.shape != decoded.shape[:1]:
         raise DataError(

@@ -129,8 +129,7 @@ class Answers:
         """Return the answers for several batches as one, in their order.
 
         Raises:
-            DecodingError: There is no batch, or the batches differ in networks, classes, features or stages, or in
-                whether they tell the tasks.
+            DecodingError: There is no batch, or they differ in what the message says.
         """
         if not batches:
             raise DecodingError("found no batches of answers, expected at least one")

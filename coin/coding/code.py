@@ -31,7 +31,6 @@ class Code:
 
     def __init__(self, matrix: Sequence[Sequence[float]] | Tensor) -> None:
         self.matrix: Tensor = _validated(matrix)
-        """Coding weights ``[R, N]``, float64."""
         # Leaving experts out of an erasure leaves columns out of B_E, which cannot lower its smallest singular
         # value: the largest erasures are the hardest, so they are the only ones to try.
         for erased in combinations(range(self.num_experts), self.max_erasures):
@@ -124,10 +123,7 @@ def decode_linear(matrix: Tensor, coded: Tensor, survivors: Tensor, erased: Sequ
         matrix: Rows of the code whose coded models answered ``[R, N]``.
         coded: Their outputs ``[R, B, C]``.
         survivors: Outputs of the experts not in `erased`, in ascending order ``[N − |erased|, B, C]``.
-        erased: Indices of the lost experts.
-
-    Returns:
-        ``[|erased|, B, C]``, in the type of `coded`.
+        erased: Indices of the lost experts, in the order of what is returned: ``[|erased|, B, C]`` in `coded`'s type.
 
     Raises:
         DecodingError: More experts are lost than coded models answered, or the columns of the lost experts are

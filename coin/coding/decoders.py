@@ -37,11 +37,6 @@ class Decoder(ABC):
         self.samples_read = 0
         """How many of the calibration inputs `fit` has looked at."""
 
-    @property
-    def name(self) -> str:
-        """What results call the decoder; see `DecoderConfig.name`."""
-        return self.config.name
-
     def fit(self, calibration: Answers) -> Self:
         """Learn from answers to calibration inputs, the lost experts' own logits being the targets, if anything.
 
@@ -73,12 +68,8 @@ class Decoder(ABC):
 class LinearDecoder(Decoder):
     """The paper's decoder, by `decode_linear` over all rows of the code; exact when the coded outputs are.
 
-    Args:
-        code: The code, which says it all: there is nothing to fit.
-        erased: Indices of the lost experts, at most R.
-
     Raises:
-        DecodingError: The erasure is past the budget, or the code is singular on it.
+        DecodingError: More experts are lost than the code has rows.
     """
 
     needs_fit = False
@@ -118,8 +109,7 @@ class RidgeDecoder(Decoder):
 
     With `components` each network's features, every stage divided by its scale, are first reduced to that many numbers
     by a `fit_projection` on all calibration answers, whatever the regression is fitted on: a server sends the same
-    numbers whoever is lost. Random directions are the same for all networks of one width, so that what holds between
-    the features of coded models and experts holds between the reduced ones.
+    numbers whoever is lost.
 
     With ``fitted_on: own`` each lost expert has a regression of its own, scales included, on the calibration inputs of
     its task.
@@ -157,7 +147,9 @@ class RidgeDecoder(Decoder):
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits; see the class."""
         if not self.fitted:
-            raise DecodingError(f"the {self.name} decoder is not fitted; call fit with calibration answers first")
+            raise DecodingError(
+                f"the {self.config.name} decoder is not fitted; call fit with calibration answers first"
+            )
         self._check(answers)
         arrived = self._arrived(answers)
         if (found := _widths(arrived)) != self._widths:
@@ -180,9 +172,13 @@ class RidgeDecoder(Decoder):
         if not self.config.reads_features:
             return arrived
         if answers.expert_features is None or answers.coded_features is None:
-            raise DecodingError(f"the {self.name} decoder found answers without features, expected features and logits")
+            raise DecodingError(
+                f"the {self.config.name} decoder found answers without features, expected features and logits"
+            )
         if self.config.reads_stages and len(answers.feature_widths or ()) < 2:
-            raise DecodingError(f"the {self.name} decoder found features of one stage, expected several; use the last")
+            raise DecodingError(
+                f"the {self.config.name} decoder found features of one stage, expected several; use the last"
+            )
         first = 0 if self.config.reads_stages else -1
         features = arriving(answers.coded_features, answers.expert_features)
         return [*arrived, *(list(answers.stages(each)[first:]) for each in features)]
@@ -200,13 +196,15 @@ class RidgeDecoder(Decoder):
         if self.config.fitted_on is FittedOn.all:
             return [(self.erased, torch.arange(calibration.num_samples))]
         if calibration.tasks is None:
-            raise DecodingError(f"the {self.name} decoder found answers that do not tell their tasks; give it tasks")
+            raise DecodingError(
+                f"the {self.config.name} decoder found answers that do not tell their tasks; give it tasks"
+            )
         own = {expert: (calibration.tasks == expert).nonzero().flatten() for expert in self.erased}
         for expert, samples in own.items():
             if len(samples) < 2:
                 raise NumericalError(
                     f"found {len(samples)} calibration samples of expert {expert}'s own task, expected at least 2 for "
-                    f"the {self.name} decoder; raise samples_per_task or use fitted_on: all"
+                    f"the {self.config.name} decoder; raise samples_per_task or use fitted_on: all"
                 )
         return [((expert,), samples) for expert, samples in own.items()]
 

@@ -70,12 +70,9 @@ def simplex_codes(num_experts: int, resolution: int) -> list[Code]:
 def decoded_error_bound(code: Code, residual: float) -> float:
     """Return residual × worst noise amplification, by which codes are chosen.
 
-    The product bounds the decoded error over all erasures that the code promises; see `Code.amplification`.
-
-    Args:
-        code: The code.
-        residual: The root mean square of f_c − Σβ_if_i over calibration data, or a prediction of it; not divided by
-            the size of the target, which differs between codes.
+    The product bounds the decoded error over all erasures that the code promises; see `Code.amplification`. The
+    residual is the root mean square of f_c − Σβ_if_i over calibration data, or a prediction of it; not divided by the
+    size of the target, which differs between codes.
     """
     return residual * code.worst_amplification()
 

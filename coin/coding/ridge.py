@@ -128,7 +128,8 @@ def fit_projection(features: Tensor, components: int, kind: ProjectionKind | str
     Args:
         features: The features.
         components: K, at least 1; where F, or for the principal kind P, is smaller, that many.
-        kind: Principal or random. Random directions are the same for all networks of one width.
+        kind: Principal or random. Random directions are the same for all networks of one width, so that what holds
+            between the features of coded models and experts holds between the reduced ones.
 
     Raises:
         ConfigurationError: There is no such kind, or `components` is less than 1.

@@ -101,11 +101,11 @@ class Distillation(LightningModule, Method):
         augmentation = chosen(Augmentation, "augmentation", augmentation)
         schedule, start = chosen(Schedule, "schedule", schedule), chosen(Start, "start", start)
         self.save_hyperparameters(plain_options(locals()))
-        rates = learning_rates
-        if not rates or not all(0 < rate < float("inf") for rate in [*rates, *([] if lr is None else [lr])]):
-            raise ConfigurationError(f"found learning rates {rates} and lr={lr}, expected positive numbers")
-        if rates != sorted(set(rates)):
-            raise ConfigurationError(f"found learning rates {rates}, expected rising ones")
+        rates = [*learning_rates, *([] if lr is None else [lr])]
+        if not learning_rates or not all(0 < rate < float("inf") for rate in rates):
+            raise ConfigurationError(f"found learning rates {learning_rates} and lr={lr}, expected positive numbers")
+        if learning_rates != sorted(set(learning_rates)):
+            raise ConfigurationError(f"found learning rates {learning_rates}, expected rising ones")
         if steps < 1 or batch_size < 2:
             raise ConfigurationError(f"found steps={steps}, batch_size={batch_size}, expected at least 1 and 2")
         if samples_per_task is not None and samples_per_task < 1:
@@ -163,10 +163,7 @@ class Distillation(LightningModule, Method):
         return self
 
     def on_fit_start(self) -> None:
-        """Choose the axes of the metrics, set the student to its start unless a checkpoint has, and run the experts.
-
-        They run over training samples that never change once.
-        """
+        """Set the student to its start unless a checkpoint has, and run the experts over samples that never change."""
         plot_against_epochs(self, ["train/loss", "val/loss"])
         if fresh := self.trainer.ckpt_path is None:
             self._begin()

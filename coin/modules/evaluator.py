@@ -162,7 +162,7 @@ class DecodingEvaluator(LightningModule):
         self.outcomes = [
             Outcome(
                 variant=self.variants[case.variant],
-                decoder=case.decoder.name,
+                decoder=case.decoder.config.name,
                 erased=tuple(self.tasks[lost] for lost in case.decoder.erased),
                 task=self.tasks[expert],
                 residual=found[case.variant][expert] if case.variant in found else math.nan,
@@ -200,7 +200,7 @@ class DecodingEvaluator(LightningModule):
             pairs = [(DecodingAccuracy(count), MulticlassConfusionMatrix(count)) for count in counts]
             task, examples = tasks[erased[0]], None
             # Of every task of images that is lost alone.
-            if (variant, decoder.name) == self.shown and len(erased) == 1 and task.content == "images":
+            if (variant, config.name) == self.shown and len(erased) == 1 and task.content == "images":
                 examples = ExampleSamples(len(task.splits.test), self.config.image_size)
             cases.append(_Case(index, decoder, seconds, passes, dict(zip(erased, pairs, strict=True)), examples))
         return cases

@@ -28,8 +28,7 @@ class Variant:
             empty where it does not apply.
         networks: Indices of its coded models among all coded models of the evaluation; empty for the references.
         samples_per_task: P, the calibration samples of each task that made it; none without any.
-        seconds: What making it took, wall time.
-        passes: What making it took, in forward-equivalents.
+        seconds: What making it took, wall time; in forward-equivalents these are the `passes`.
         chosen: What every coded model's file says was chosen for it, by option; empty where nothing was.
     """
 
@@ -75,7 +74,6 @@ class Outcome:
 
     Attributes:
         variant: The variant, with what making it took.
-        decoder: The decoder.
         erased: The lost tasks.
         task: The task whose expert was decoded, on whose test set.
         expert_accuracy: As `DecodingAccuracy`, and so the three after it.

@@ -20,13 +20,9 @@ from coin.state_file import StateFile
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """A network's file, and what it says of itself.
+    """A network's file, its tensors (`state`) read when they are asked for, and what it says of itself.
 
-    Attributes:
-        state: The parameters and buffers, read when they are asked for.
-        config: The architecture.
-        num_classes: The number of logits.
-        provenance: Everything that was written with it.
+    `provenance` is everything that was written with it, `config` and `num_classes` among it.
     """
 
     state: StateFile
@@ -181,7 +177,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def initial_network(config: NetworkConfig, num_classes: int, checkpoint: Path | None, *, seed: int = 0) -> nn.Module:
-    """Build the shared initialisation that all experts of one class count start from.
+    """Build the shared initialisation that all experts of one class count start from; see `build_network`.
 
     Args:
         config: The architecture.

@@ -135,12 +135,12 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
     |Wφ + b| + √(Σ_k (W_k φ_k)² + b²), in which rounding errors grow whatever cancels.
 
     Args:
-        network: Any network with a head that `head_name` finds, a Linear or a Conv2d layer of 1×1.
+        network: Any network.
         features: φ ``[B, F]``, as `features_and_logits` returns it.
         logits: ``[B, C]`` of the same pass, in the type that the network gave them.
 
     Raises:
-        StateError: They are not, or the head is no such layer.
+        StateError: They are not, or the head is neither a Linear nor a 1×1 Conv2d layer.
     """
     name = head_name(network)
     head = network.get_submodule(name)

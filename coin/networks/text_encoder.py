@@ -104,13 +104,7 @@ def load_pretrained(network: MiniLM, weights: str) -> None:
 def from_bert(state: dict[str, Tensor], *, length: int, depth: int) -> dict[str, Tensor]:
     """Return a BERT's tensors (Hugging Face's names) under the names of `MiniLM`, without pooler and head.
 
-    Args:
-        state: ``embeddings.…`` and ``encoder.layer.N.…``.
-        length: L, how many positions to take.
-        depth: The number of blocks.
-
-    Raises:
-        ConfigurationError: There are fewer.
+    Taken are the first `length` positions and `depth` blocks; a ConfigurationError where there are fewer blocks.
     """
     blocks = len({name.split(".")[2] for name in state if name.startswith("encoder.layer.")})
     if depth > blocks:

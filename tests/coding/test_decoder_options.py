@@ -3,19 +3,9 @@ import dataclasses
 import pytest
 import torch
 
-from coin.coding import (
-    Answers,
-    Code,
-    DecoderConfig,
-    DecoderKind,
-    FeatureChoice,
-    FittedOn,
-    ProjectionKind,
-    distinct_decoders,
-    fit_projection,
-    make_decoder,
-)
-from coin.coding.ridge import Projection
+from coin.coding import Answers, Code, DecoderConfig, DecoderKind, distinct_decoders, make_decoder
+from coin.coding.decoder_config import FeatureChoice, FittedOn
+from coin.coding.ridge import Projection, ProjectionKind, fit_projection
 from coin.errors import ConfigurationError, DecodingError, NumericalError
 
 CODE = Code([[0.2, 0.3, 0.5]])
@@ -93,8 +83,8 @@ def test_a_decoder_is_named_after_its_kind_and_what_differs(options, name):
     config = DecoderConfig.of(options)
     assert config.name == name
     decoder = make_decoder(config, CODE, [0])
-    assert (decoder.name, decoder.config.kind) == (name, DecoderKind(options["kind"]))
-    assert make_decoder(options["kind"], CODE, [0]).name == options["kind"]
+    assert (decoder.config.name, decoder.config.kind) == (name, DecoderKind(options["kind"]))
+    assert make_decoder(options["kind"], CODE, [0]).config.name == options["kind"]
 
 
 def test_plain_words_become_members():
