@@ -82,13 +82,11 @@ class Coded(LightningModule):
         """
         decoder = make_decoder(kind, self.code, erased)
         if decoder.needs_fit:
-            with torch.no_grad():
-                parts = [self._answers_for(decoder, batch) for batch in calibration]
+            parts = [self._answers_for(decoder, batch) for batch in calibration]
             decoder.fit(replace(Answers.concatenate(parts), tasks=tasks))
         self.decoder = decoder
         return self
 
-    @torch.no_grad()
     def decode(self, inputs: Tensor) -> Tensor:
         """Return the lost experts' logits ``[|erased|, B, C]``, from the servers that are left.
 
@@ -99,18 +97,14 @@ class Coded(LightningModule):
             raise ConfigurationError("found no decoder; call fit_decoder with the lost experts first")
         return self.decoder.decode(self._answers_for(self.decoder, inputs, self.decoder.erased))
 
+    @torch.no_grad()
     def _answers_for(self, decoder: Decoder, inputs: Tensor, erased: Sequence[int] = ()) -> Answers:
         config = decoder.config
         return self.answers(inputs, features=config.reads_features, stages=config.reads_stages, erased=erased)
 
 
 def server_answers(
-    experts: nn.ModuleList,
-    coded: nn.ModuleList,
-    inputs: Tensor,
-    features: bool,
-    stages: bool,
-    erased: Sequence[int] = (),
+    experts: nn.ModuleList, coded: nn.ModuleList, inputs: Tensor, features: bool, stages: bool, erased: Sequence[int]
 ) -> Answers:
     """Run every server that is not lost, once; see `Coded.answers`."""
     servers = [*(None if index in erased else network for index, network in enumerate(experts)), *coded]

@@ -97,7 +97,7 @@ class DecodingEvaluator(LightningModule):
         """Return what all experts and all coded models answer to inputs ``[B, ...]``, each network run once."""
         features = any(decoder.reads_features for decoder in self.decoders)
         stages = any(decoder.reads_stages for decoder in self.decoders)
-        return server_answers(self.experts, self.coded, inputs, features, stages)
+        return server_answers(self.experts, self.coded, inputs, features, stages, erased=())
 
     def on_test_start(self) -> None:
         """Check the data and fit every decoder on the calibration samples."""

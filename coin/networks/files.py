@@ -100,10 +100,6 @@ def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig
     return NetworkConfig(**{**network, "weights": None}), num_classes
 
 
-_MOST_FOR_NOTHING = 10**8
-"""Numbers that a network may have whatever its file says: 400 MB, before names and shapes are compared."""
-
-
 def _check_size(path: Path, config: NetworkConfig, num_classes: int, shapes: Mapping[str, torch.Size]) -> None:
     """Refuse metadata that describe a network of another size than the tensors', before memory is taken for it."""
     try:
@@ -112,7 +108,7 @@ def _check_size(path: Path, config: NetworkConfig, num_classes: int, shapes: Map
     except NotImplementedError:  # a constructor that looks at its weights
         return
     size, found = (sum(shape.numel() for shape in each.values()) for each in (described, shapes))
-    if size > max(_MOST_FOR_NOTHING, 4 * found):
+    if size > max(10**8, 4 * found):  # 400 MB may be taken for nothing, before names and shapes are compared
         raise StateError(
             f"'{path}' holds {found} numbers, expected {size} of {config.name} with {num_classes} classes and options "
             f"{config.options}, as its metadata say; make the file again"

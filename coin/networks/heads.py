@@ -26,8 +26,7 @@ def head_name(network: nn.Module) -> str:
             raise StateError(f"found head_name '{own}', expected a layer of {type(network).__name__}; name one")
         return own
     for kind in (nn.Linear, nn.Conv2d):
-        names = [name for name, layer in layers.items() if isinstance(layer, kind)]
-        if names:
+        if names := [name for name, layer in layers.items() if isinstance(layer, kind)]:
             return names[-1]
     raise StateError(
         f"found no Linear or Conv2d layer in {type(network).__name__}, expected a classifier head; "

@@ -12,8 +12,6 @@ from torchvision.models.swin_transformer import PatchMerging, PatchMergingV2, Sw
 from coin.errors import ConfigurationError, StateError
 from coin.networks.heads import features_and_logits, head_name
 
-_PARTS = 4
-"""Into how many stages a network is cut that keeps one resolution throughout."""
 _CHANNELS_LAST = (PatchMerging, PatchMergingV2, SwinTransformerBlock)
 _STRIDED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
@@ -125,14 +123,14 @@ def _lowers_resolution(block: nn.Module) -> bool:
 
 
 def _parts(network: nn.Module, head: str) -> list[str]:
-    """Return the blocks of the longest list that end all parts but the last, when it is cut into equal ones."""
+    """Return the blocks of the longest list that end all parts but the last, when it is cut into four equal ones."""
     lists = [
         [f"{name}.{child}" if name else child for child, _ in module.named_children()]
         for name, module in network.named_modules()
         if isinstance(module, nn.Sequential | nn.ModuleList)
     ]
     longest = max(([name for name in names if not _is_within(head, name)] for names in lists), key=len, default=[])
-    parts = min(_PARTS, len(longest))
+    parts = min(4, len(longest))
     return [longest[round(part * len(longest) / parts) - 1] for part in range(1, parts)]
 
 
