@@ -87,7 +87,13 @@ class Residual(Metric):
         Raises:
             DataError: The shapes differ.
         """
-        self.squares += squared_residual(coded, target).to(self.squares.device)
+        if coded.shape != target.shape:
+            raise DataError(
+                f"found coded logits {list(coded.shape)} for targets {list(target.shape)}, expected the same"
+            )
+        wanted = target.to(torch.float64)
+        norms = torch.stack([(coded.to(torch.float64) - wanted).square().sum(), wanted.square().sum()])
+        self.squares += norms.to(self.squares.device)
 
     def compute(self) -> Tensor:
         """Return the residual, a float64 scalar, dimensionless."""
@@ -96,12 +102,9 @@ class Residual(Metric):
 
 
 def decoding_counts(decoded: Tensor, expert: Tensor, labels: Tensor) -> Tensor:
-    """Count, over a batch as of `DecodingAccuracy.update`, how often the expert and its stand-in are right and agree.
+    """Return over a batch how often the expert is right, the decoded output is right, both agree, and the samples.
 
-    A decoded row that is not finite is never right and never agrees: an answer of NaN is no answer.
-
-    Returns:
-        Counts ``[4]``, int64: expert correct, decoded correct, both predict the same class, samples.
+    All int64, ``[4]``. A decoded row that is not finite is never right and never agrees: an answer of NaN is no answer.
     """
     if decoded.ndim != 2 or decoded.shape != expert.shape or labels.shape != decoded.shape[:1]:
         raise DataError(
@@ -129,11 +132,3 @@ def normalized_decoding_accuracy(decoded_correct: Tensor, expert_correct: Tensor
     """
     ratio = decoded_correct.to(torch.float64) / expert_correct
     return torch.where(expert_correct > 0, ratio, torch.full_like(ratio, torch.nan))
-
-
-def squared_residual(coded: Tensor, target: Tensor) -> Tensor:
-    """Return Σ‖f_c − Σ_i β_i f_i‖² and Σ‖Σ_i β_i f_i‖² over a batch as of `Residual.update`: ``[2]``, float64."""
-    if coded.shape != target.shape:
-        raise DataError(f"found coded logits {list(coded.shape)} for targets {list(target.shape)}, expected the same")
-    wanted = target.to(torch.float64)
-    return torch.stack([(coded.to(torch.float64) - wanted).square().sum(), wanted.square().sum()])

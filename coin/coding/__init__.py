@@ -2,10 +2,10 @@
 
 from coin.coding.answers import Answers
 from coin.coding.code import Code, check_erasure, decode_linear
-from coin.coding.decoder_config import DecoderConfig, DecoderKind, FeatureChoice, FittedOn, distinct_decoders
-from coin.coding.decoders import Decoder, LinearDecoder, RidgeDecoder, make_decoder
+from coin.coding.decoder_config import DecoderConfig, DecoderKind, distinct_decoders
+from coin.coding.decoders import Decoder, LinearDecoder, make_decoder
 from coin.coding.ready import choose_code, convex, decoded_error_bound, simplex_codes, uniform
-from coin.coding.ridge import Projection, ProjectionKind, RidgeFit, fit_projection, fit_ridge
+from coin.coding.ridge import fit_ridge
 
 __all__ = [
     "Answers",
@@ -13,20 +13,13 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "DecoderKind",
-    "FeatureChoice",
-    "FittedOn",
     "LinearDecoder",
-    "Projection",
-    "ProjectionKind",
-    "RidgeDecoder",
-    "RidgeFit",
     "check_erasure",
     "choose_code",
     "convex",
     "decode_linear",
     "decoded_error_bound",
     "distinct_decoders",
-    "fit_projection",
     "fit_ridge",
     "make_decoder",
     "simplex_codes",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -49,40 +49,36 @@ class Answers:
             ("experts", self.experts, self.expert_features),
             ("coded models", self.coded, self.coded_features),
         ):
-            if features is None:
-                continue
-            if len(features) != logits.shape[0]:
-                raise DecodingError(f"found features of {len(features)} {whose}, expected {logits.shape[0]}")
-            for feature in features:
+            if features is not None and len(features) != len(logits):
+                raise DecodingError(f"found features of {len(features)} {whose}, expected {len(logits)}")
+            for feature in features or ():
                 if feature.ndim != 2 or feature.shape[0] != logits.shape[1]:
                     raise DecodingError(
                         f"found features {list(feature.shape)} of the {whose}, expected [{logits.shape[1]}, F]"
                     )
-        self._check_widths()
-        self._check_tasks()
+        if self.feature_widths is not None:
+            self._check_widths(self.feature_widths)
+        if self.tasks is not None:
+            self._check_tasks(self.tasks)
 
-    def _check_widths(self) -> None:
-        if self.feature_widths is None:
-            return
+    def _check_widths(self, widths: Sequence[int]) -> None:
         if self.expert_features is None or self.coded_features is None:
             raise DecodingError("found widths of stages but no features, expected both or neither")
-        if not self.feature_widths or min(self.feature_widths) < 1:
-            raise DecodingError(f"found stages of widths {list(self.feature_widths)}, expected at least 1 each")
-        whole = sum(self.feature_widths)
+        if not widths or min(widths) < 1:
+            raise DecodingError(f"found stages of widths {list(widths)}, expected at least 1 each")
+        whole = sum(widths)
         found = {feature.shape[1] for feature in self.expert_features} - {0}
         if wrong := sorted((found | {feature.shape[1] for feature in self.coded_features}) - {whole}):
             raise DecodingError(
-                f"found features of width {wrong[0]}, expected {whole}: stages of widths {list(self.feature_widths)}"
+                f"found features of width {wrong[0]}, expected {whole}: stages of widths {list(widths)}"
             )
 
-    def _check_tasks(self) -> None:
-        if self.tasks is None:
-            return
-        if (self.tasks.dtype, self.tasks.shape) != (torch.int64, self.experts.shape[1:2]):
+    def _check_tasks(self, tasks: Tensor) -> None:
+        if (tasks.dtype, tasks.shape) != (torch.int64, self.experts.shape[1:2]):
             raise DecodingError(
-                f"found tasks {list(self.tasks.shape)} of {self.tasks.dtype}, expected int64 [{self.num_samples}]"
+                f"found tasks {list(tasks.shape)} of {tasks.dtype}, expected int64 [{self.num_samples}]"
             )
-        if outside := sorted(set(self.tasks.tolist()) - set(range(self.num_experts))):
+        if outside := sorted(set(tasks.tolist()) - set(range(self.num_experts))):
             raise DecodingError(f"found samples of task {outside[0]}, expected indices below {self.num_experts}")
 
     @property
@@ -122,26 +118,18 @@ class Answers:
         return self._each(Tensor.cpu, None if self.tasks is None else self.tasks.cpu())
 
     def _each(self, change: Callable[[Tensor], Tensor], tasks: Tensor | None) -> Self:
-        features = [
-            None if group is None else [change(each) for each in group]
-            for group in (self.expert_features, self.coded_features)
-        ]
-        return replace(
-            self,
-            experts=change(self.experts),
-            coded=change(self.coded),
-            expert_features=features[0],
-            coded_features=features[1],
-            tasks=tasks,
-        )
+        groups = {"expert_features": self.expert_features, "coded_features": self.coded_features}
+        features: dict[str, Any] = {
+            name: None if group is None else [change(each) for each in group] for name, group in groups.items()
+        }
+        return replace(self, experts=change(self.experts), coded=change(self.coded), tasks=tasks, **features)
 
     @classmethod
     def concatenate(cls, batches: Sequence["Answers"]) -> Self:
         """Return the answers for several batches as one, in their order.
 
         Raises:
-            DecodingError: There is no batch, or the batches differ in networks, classes, features or stages, or in
-                whether they tell the tasks.
+            DecodingError: There is no batch, or they differ in what the message says.
         """
         if not batches:
             raise DecodingError("found no batches of answers, expected at least one")

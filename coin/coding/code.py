@@ -11,8 +11,6 @@ from coin.errors import ConfigurationError, DecodingError
 MAX_AMPLIFICATION = 1e6
 """An erasure whose noise amplification is larger than this counts as one that cannot be decoded."""
 
-_ROW_SUM_TOLERANCE = 1e-6
-
 
 class Code:
     """An R×N matrix of coding weights, one convex row per coded model.
@@ -33,7 +31,6 @@ class Code:
 
     def __init__(self, matrix: Sequence[Sequence[float]] | Tensor) -> None:
         self.matrix: Tensor = _validated(matrix)
-        """Coding weights ``[R, N]``, float64."""
         # Leaving experts out of an erasure leaves columns out of B_E, which cannot lower its smallest singular
         # value: the largest erasures are the hardest, so they are the only ones to try.
         for erased in combinations(range(self.num_experts), self.max_erasures):
@@ -66,13 +63,7 @@ class Code:
         return [erased for size in sizes for erased in combinations(range(self.num_experts), size)]
 
     def encode(self, outputs: Tensor) -> Tensor:
-        """Return what ideal coded models would answer, ``Σ_i matrix[r, i] · outputs[i]``.
-
-        Args:
-            outputs: The experts' outputs ``[N, ...]``, usually logits ``[N, B, C]``.
-
-        Returns:
-            ``[R, ...]`` in the type of `outputs`.
+        """Return what ideal coded models would answer to outputs ``[N, ...]``: ``[R, ...]``, Σ_i matrix[r, i] · f_i.
 
         Raises:
             ConfigurationError: The first dimension is not N.
@@ -82,21 +73,17 @@ class Code:
                 f"found outputs of {outputs.shape[0]} experts, the code is for {self.num_experts}; give them "
                 "all, or another code"
             )
-        coded: Tensor = torch.tensordot(self.matrix.to(outputs), outputs, dims=1)
-        return coded
+        return torch.tensordot(self.matrix.to(outputs), outputs, dims=1)  # type: ignore[no-any-return]
 
     def amplification(self, erased: Sequence[int]) -> float:
         """Return by how much the linear decoder may enlarge an error of the coded models' outputs.
 
         The decoding map of the erasure E is the pseudo-inverse of B_E = ``matrix[:, E]``, so an error e of the coded
         outputs becomes B_E⁺e in the lost experts' outputs and the answer is ‖B_E⁺‖₂ = 1/σ_min(B_E). One row and one
-        lost expert j: 1/β_j.
-
-        Returns:
-            The noise amplification, dimensionless; infinity if the erasure cannot be decoded.
+        lost expert j: 1/β_j. Dimensionless; infinity if the erasure cannot be decoded.
 
         Raises:
-            DecodingError: `erased` is empty or names an expert twice or one that does not exist.
+            DecodingError: As `check_erasure`.
         """
         return _amplification(self.matrix, check_erasure(erased, self.num_experts))
 
@@ -115,11 +102,7 @@ class Code:
 
 
 def check_erasure(erased: Sequence[int], num_experts: int) -> tuple[int, ...]:
-    """Return `erased` as a tuple after checking that it names different, existing experts, at least one.
-
-    Raises:
-        DecodingError: It does not.
-    """
+    """Return `erased` as a tuple; a DecodingError unless it names different, existing experts, at least one."""
     found = tuple(erased)
     if not found:
         raise DecodingError("found an empty erasure, expected at least one lost expert")
@@ -140,10 +123,7 @@ def decode_linear(matrix: Tensor, coded: Tensor, survivors: Tensor, erased: Sequ
         matrix: Rows of the code whose coded models answered ``[R, N]``.
         coded: Their outputs ``[R, B, C]``.
         survivors: Outputs of the experts not in `erased`, in ascending order ``[N − |erased|, B, C]``.
-        erased: Indices of the lost experts.
-
-    Returns:
-        ``[|erased|, B, C]``, in the type of `coded`.
+        erased: Indices of the lost experts, in the order of what is returned: ``[|erased|, B, C]`` in `coded`'s type.
 
     Raises:
         DecodingError: More experts are lost than coded models answered, or the columns of the lost experts are
@@ -165,11 +145,8 @@ def decode_linear(matrix: Tensor, coded: Tensor, survivors: Tensor, erased: Sequ
         )
     inverse = torch.linalg.pinv(weights[:, list(erased)])
     # One matrix for both parts, made in float64 and rounded once.
-    from_survivors = -(inverse @ weights[:, present])
-    decoded: Tensor = torch.tensordot(inverse.to(coded), coded, dims=1)
-    if present:
-        decoded = decoded + torch.tensordot(from_survivors.to(coded), survivors.to(coded), dims=1)
-    return decoded
+    both = torch.cat([inverse, -(inverse @ weights[:, present])], 1).to(coded)
+    return torch.tensordot(both, torch.cat([coded, survivors.to(coded)]), dims=1)  # type: ignore[no-any-return]
 
 
 def _amplification(matrix: Tensor, erased: Sequence[int]) -> float:
@@ -195,7 +172,7 @@ def _validated(matrix: Sequence[Sequence[float]] | Tensor) -> Tensor:
                 f"row {index} of the code has a negative weight: {row.tolist()}, expected 0 or more; change it"
             )
         total = float(row.sum())
-        if abs(total - 1) > _ROW_SUM_TOLERANCE:
+        if abs(total - 1) > 1e-6:
             raise ConfigurationError(
                 f"row {index} of the code sums to {total:.8g}, expected 1: {row.tolist()}; divide it by its sum"
             )

@@ -11,32 +11,30 @@ from coin.errors import ConfigurationError
 
 
 class DecoderKind(StrEnum):
-    """How lost outputs are computed from the ones that arrived."""
+    """How lost outputs are computed from the ones that arrived.
+
+    * ``linear``, the paper's: solve the code's equations for the lost outputs. Needs no calibration.
+    * ``ridge``: ridge regression from all arriving logits to the lost logits, fitted on calibration data.
+    * ``feature_ridge``: the same from the arriving logits and features.
+    """
 
     linear = "linear"
-    """The paper's: solve the code's equations for the lost outputs. Needs no calibration."""
     ridge = "ridge"
-    """Ridge regression from all arriving logits to the lost logits, fitted on calibration data."""
     feature_ridge = "feature_ridge"
-    """The same from the arriving logits and features."""
 
 
 class FeatureChoice(StrEnum):
-    """Which features a server sends beside its logits."""
+    """Which features a server sends: ``last``, the head's input, or ``stages``, the pooled ones of all stages."""
 
     last = "last"
-    """The penultimate features: the input of the head."""
     stages = "stages"
-    """The pooled features of several stages of the network, the penultimate ones among them."""
 
 
 class FittedOn(StrEnum):
-    """Whose calibration samples a decoder's regression is fitted on."""
+    """Whose calibration samples a lost expert's regression is fitted on: those of ``all`` tasks or its ``own``."""
 
     all = "all"
-    """The samples of all tasks."""
     own = "own"
-    """Each lost expert's regression: those of its own task alone."""
 
 
 _ENUMS: dict[str, type[StrEnum]] = {"features": FeatureChoice, "projection": ProjectionKind, "fitted_on": FittedOn}
@@ -48,13 +46,13 @@ class DecoderConfig:
 
     Args:
         kind: The decoder.
-        features: Which features servers send; for feature_ridge.
+        features: Which features servers send beside their logits; for feature_ridge.
         components: K, to how many numbers a server reduces its features; none sends all of them. For feature_ridge.
         projection: How features are reduced to K numbers.
         fitted_on: Whose calibration samples the regression is fitted on; for ridge and feature_ridge.
 
     Raises:
-        ConfigurationError: An option has no such value, or does not apply to the kind.
+        ConfigurationError: An option does not exist, has no such value, or does not apply to the kind.
     """
 
     kind: DecoderKind
@@ -81,11 +79,7 @@ class DecoderConfig:
 
     @classmethod
     def of(cls, decoder: "DecoderKind | str | dict[str, Any] | DecoderConfig") -> "DecoderConfig":
-        """Return the configuration itself, that of a kind with default options, or that of a section of a YAML file.
-
-        Raises:
-            ConfigurationError: The section lacks the kind or has an unknown option, or an option is wrong.
-        """
+        """Return the configuration itself, that of a kind with default options, or that of a section of a YAML file."""
         if isinstance(decoder, DecoderConfig):
             return decoder
         options = decoder if isinstance(decoder, dict) else {"kind": decoder}
@@ -100,11 +94,7 @@ class DecoderConfig:
 
     @classmethod
     def named(cls, name: str) -> "DecoderConfig":
-        """Return the configuration that has this `name`.
-
-        Raises:
-            ConfigurationError: There is none.
-        """
+        """Return the configuration that has this `name`."""
         kind, *suffixes = name.split("-")
         options: dict[str, Any] = {"kind": kind}
         for suffix in suffixes:
@@ -122,9 +112,8 @@ class DecoderConfig:
 
     @property
     def _given(self) -> dict[str, Any]:
-        """The options that differ from the defaults."""
-        given = {option.name: getattr(self, option.name) for option in fields(self) if option.name != "kind"}
-        return {option: value for option, value in given.items() if value != getattr(DecoderConfig, option)}
+        options = {option.name: getattr(self, option.name) for option in fields(self) if option.name != "kind"}
+        return {option: value for option, value in options.items() if value != getattr(DecoderConfig, option)}
 
     @property
     def reads_features(self) -> bool:
@@ -138,11 +127,7 @@ class DecoderConfig:
 
 
 def distinct_decoders(decoders: Sequence[DecoderKind | str | dict[str, Any] | DecoderConfig]) -> list[DecoderConfig]:
-    """Return the decoders' configurations.
-
-    Raises:
-        ConfigurationError: There is none, two of them are the same, or an option is wrong.
-    """
+    """Return the decoders' configurations; raises also where there is none, or two are the same."""
     if not decoders:
         raise ConfigurationError(f"found no decoders, expected at least one of {', '.join(DecoderKind)}")
     configs = [DecoderConfig.of(decoder) for decoder in decoders]

@@ -34,11 +34,8 @@ class Decoder(ABC):
         self.erased = check_erasure(erased, num_experts)
         self.survivors = tuple(expert for expert in range(num_experts) if expert not in self.erased)
         self.num_experts = num_experts
-
-    @property
-    def name(self) -> str:
-        """What results call the decoder: its kind, and the options that differ from the defaults."""
-        return self.config.name
+        self.samples_read = 0
+        """How many of the calibration inputs `fit` has looked at."""
 
     def fit(self, calibration: Answers) -> Self:
         """Learn from answers to calibration inputs, the lost experts' own logits being the targets, if anything.
@@ -49,10 +46,6 @@ class Decoder(ABC):
             NumericalError: There are fewer than two samples, or a value is not finite.
         """
         return self
-
-    def samples_read(self, calibration: Answers) -> int:
-        """Return how many of the calibration inputs `fit` looks at."""
-        return 0
 
     @abstractmethod
     def decode(self, answers: Answers) -> Tensor:
@@ -75,12 +68,8 @@ class Decoder(ABC):
 class LinearDecoder(Decoder):
     """The paper's decoder, by `decode_linear` over all rows of the code; exact when the coded outputs are.
 
-    Args:
-        code: The code, which says it all: there is nothing to fit.
-        erased: Indices of the lost experts, at most R.
-
     Raises:
-        DecodingError: The erasure is past the budget, or the code is singular on it.
+        DecodingError: More experts are lost than the code has rows.
     """
 
     needs_fit = False
@@ -120,8 +109,7 @@ class RidgeDecoder(Decoder):
 
     With `components` each network's features, every stage divided by its scale, are first reduced to that many numbers
     by a `fit_projection` on all calibration answers, whatever the regression is fitted on: a server sends the same
-    numbers whoever is lost. Random directions are the same for all networks of one width, so that what holds between
-    the features of coded models and experts holds between the reduced ones.
+    numbers whoever is lost.
 
     With ``fitted_on: own`` each lost expert has a regression of its own, scales included, on the calibration inputs of
     its task.
@@ -140,30 +128,28 @@ class RidgeDecoder(Decoder):
         arrived = self._arrived(calibration)
         if not arrived:
             raise DecodingError(
-                "every expert is lost and no coded model answers: nothing to decode from; lose fewer, or add "
-                "coded models"
+                "every expert is lost and no coded model answers: nothing to decode from; lose fewer, or add coded "
+                "models"
             )
         self._widths = _widths(arrived)
         components, kind = self.config.components, self.config.projection
         if components is not None:
             self._projections = [project_blocks(stages, components, kind) for stages in arrived[1:]]
-        blocks = self._blocks(arrived)
+        blocks, regressions = self._blocks(arrived), self._regressions(calibration)
         self.fitted = [
             fit_blocks([block[samples] for block in blocks], calibration.experts[list(experts)][:, samples])
-            for experts, samples in self._regressions(calibration)
+            for experts, samples in regressions
         ]
+        own = sum(len(samples) for _, samples in regressions)
+        self.samples_read = own if components is None else calibration.num_samples  # a projection looks at all
         return self
-
-    def samples_read(self, calibration: Answers) -> int:
-        """Return how many of the calibration inputs `fit` looks at: all, or those of the lost experts' tasks."""
-        if self.config.components is not None:  # a projection looks at all
-            return calibration.num_samples
-        return sum(len(samples) for _, samples in self._regressions(calibration))
 
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits; see the class."""
         if not self.fitted:
-            raise DecodingError(f"the {self.name} decoder is not fitted; call fit with calibration answers first")
+            raise DecodingError(
+                f"the {self.config.name} decoder is not fitted; call fit with calibration answers first"
+            )
         self._check(answers)
         arrived = self._arrived(answers)
         if (found := _widths(arrived)) != self._widths:
@@ -186,9 +172,13 @@ class RidgeDecoder(Decoder):
         if not self.config.reads_features:
             return arrived
         if answers.expert_features is None or answers.coded_features is None:
-            raise DecodingError(f"the {self.name} decoder found answers without features, expected features and logits")
+            raise DecodingError(
+                f"the {self.config.name} decoder found answers without features, expected features and logits"
+            )
         if self.config.reads_stages and len(answers.feature_widths or ()) < 2:
-            raise DecodingError(f"the {self.name} decoder found features of one stage, expected several; use the last")
+            raise DecodingError(
+                f"the {self.config.name} decoder found features of one stage, expected several; use the last"
+            )
         first = 0 if self.config.reads_stages else -1
         features = arriving(answers.coded_features, answers.expert_features)
         return [*arrived, *(list(answers.stages(each)[first:]) for each in features)]
@@ -206,29 +196,24 @@ class RidgeDecoder(Decoder):
         if self.config.fitted_on is FittedOn.all:
             return [(self.erased, torch.arange(calibration.num_samples))]
         if calibration.tasks is None:
-            raise DecodingError(f"the {self.name} decoder found answers that do not tell their tasks; give it tasks")
-        own: list[tuple[tuple[int, ...], Tensor]] = []
-        for expert in self.erased:
-            samples = (calibration.tasks == expert).nonzero().flatten()
+            raise DecodingError(
+                f"the {self.config.name} decoder found answers that do not tell their tasks; give it tasks"
+            )
+        own = {expert: (calibration.tasks == expert).nonzero().flatten() for expert in self.erased}
+        for expert, samples in own.items():
             if len(samples) < 2:
                 raise NumericalError(
                     f"found {len(samples)} calibration samples of expert {expert}'s own task, expected at least 2 for "
-                    f"the {self.name} decoder; raise samples_per_task or use fitted_on: all"
+                    f"the {self.config.name} decoder; raise samples_per_task or use fitted_on: all"
                 )
-            own.append(((expert,), samples))
-        return own
+        return [((expert,), samples) for expert, samples in own.items()]
 
 
 def make_decoder(kind: DecoderKind | str | DecoderConfig, code: Code, erased: Sequence[int]) -> Decoder:
-    """Return an unfitted decoder.
+    """Return an unfitted decoder of a kind with its default options, or of a configuration.
 
     The calibrated kinds read only the number of experts from the code, so they serve ``method: none`` (no coded
     answers) as they are.
-
-    Args:
-        kind: The decoder: a kind with its default options, or a configuration.
-        code: The code.
-        erased: Indices of the lost experts.
 
     Raises:
         DecodingError: There is no such kind, or it cannot decode the erasure.

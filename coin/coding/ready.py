@@ -10,11 +10,7 @@ from coin.errors import ConfigurationError, DecodingError
 
 
 def uniform(num_experts: int) -> Code:
-    """Return the code of one coded model that weighs all experts alike, β_i = 1/N; its noise amplification is N.
-
-    Raises:
-        ConfigurationError: `num_experts` is less than 1.
-    """
+    """Return the code of one coded model that weighs all experts alike, β_i = 1/N; its noise amplification is N."""
     return convex(num_experts, 1)
 
 
@@ -67,33 +63,22 @@ def simplex_codes(num_experts: int, resolution: int) -> list[Code]:
     """
     if not 1 <= num_experts <= resolution:
         raise ConfigurationError(f"found resolution {resolution} for {num_experts} experts, expected at least as many")
-    codes = []
-    for cuts in combinations(range(1, resolution), num_experts - 1):
-        edges = (0, *cuts, resolution)
-        codes.append(Code([[(high - low) / resolution for low, high in pairwise(edges)]]))
-    return codes
+    every = combinations(range(1, resolution), num_experts - 1)
+    return [Code([[(high - low) / resolution for low, high in pairwise((0, *cuts, resolution))]]) for cuts in every]
 
 
 def decoded_error_bound(code: Code, residual: float) -> float:
     """Return residual × worst noise amplification, by which codes are chosen.
 
-    An error e of the coded outputs becomes an error of at most amplification × ‖e‖ in the decoded ones, so the product
-    bounds the decoded error over all erasures that the code promises.
-
-    Args:
-        code: The code.
-        residual: The root mean square of f_c − Σβ_if_i over calibration data, or a prediction of it; not divided by
-            the size of the target, which differs between codes.
+    The product bounds the decoded error over all erasures that the code promises; see `Code.amplification`. The
+    residual is the root mean square of f_c − Σβ_if_i over calibration data, or a prediction of it; not divided by the
+    size of the target, which differs between codes.
     """
     return residual * code.worst_amplification()
 
 
 def choose_code(candidates: Iterable[Code], residual_of: Callable[[Code], float]) -> Code:
-    """Return the candidate with the smallest `decoded_error_bound`; the first of equals.
-
-    Args:
-        candidates: Codes for the same experts.
-        residual_of: A code's residual, as `decoded_error_bound` wants it.
+    """Return the candidate with the smallest `decoded_error_bound` of its residual; the first of equals.
 
     Raises:
         ConfigurationError: There are no candidates.

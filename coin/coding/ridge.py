@@ -49,13 +49,12 @@ def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1) -> RidgeFit:
     Source: Golub, Heath and Wahba, *Generalized cross-validation as a method for choosing a good ridge parameter*
     (Technometrics 1979), eq. 1.4 for the leave-one-out (PRESS) identity.
 
+    Everything is in float64, on the device of `inputs`.
+
     Args:
         inputs: ``[P, D]``, P ≥ 2, finite.
         targets: ``[P, T]``, finite.
         groups: The targets are this many blocks of equal width, each with a ridge of its own.
-
-    Returns:
-        The fit, in float64 on the device of `inputs`.
 
     Raises:
         NumericalError: There are fewer than two samples, or a value is not finite.
@@ -100,12 +99,10 @@ def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1) -> RidgeFit:
 
 
 class ProjectionKind(StrEnum):
-    """How features are reduced."""
+    """To what features are reduced: their ``principal`` components on calibration data, or ``random`` directions."""
 
     principal = "principal"
-    """To their principal components on the calibration data."""
     random = "random"
-    """To random orthogonal directions, which need no data."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +123,13 @@ class Projection:
 
 
 def fit_projection(features: Tensor, components: int, kind: ProjectionKind | str) -> Projection:
-    """Return a projection of one network's features to `components` numbers.
+    """Return a projection of one network's features on calibration data ``[P, F]``.
 
     Args:
-        features: The network's features on calibration data ``[P, F]``.
+        features: The features.
         components: K, at least 1; where F, or for the principal kind P, is smaller, that many.
-        kind: Principal or random. Random directions are the same for all networks of one width.
+        kind: Principal or random. Random directions are the same for all networks of one width, so that what holds
+            between the features of coded models and experts holds between the reduced ones.
 
     Raises:
         ConfigurationError: There is no such kind, or `components` is less than 1.
@@ -139,10 +137,9 @@ def fit_projection(features: Tensor, components: int, kind: ProjectionKind | str
     if components < 1:
         raise ConfigurationError(f"found {components} components, expected at least 1")
     x = features.to(torch.float64)
-    mean = x.mean(0)
+    mean, width = x.mean(0), x.shape[1]
     if chosen(ProjectionKind, "projection", kind) is ProjectionKind.principal:
         return Projection(mean, thin_svd(x - mean)[2][:components].T)
-    width = features.shape[1]
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(width, min(components, width), generator=generator, dtype=torch.float64)
     return Projection(mean, torch.linalg.qr(drawn).Q.to(features.device))
@@ -158,10 +155,8 @@ def fit_blocks(blocks: Sequence[Tensor], targets: Tensor) -> RidgeFit:
         targets: ``[K, P, C]``: K groups with a ridge each.
 
     Returns:
-        The fit of targets ``[P, K·C]``, group by group, as a map of the blocks side by side as they are, undivided.
-
-    Raises:
-        NumericalError: As `fit_ridge`.
+        The fit of targets ``[P, K·C]``, group by group, as a map of the blocks side by side as they are, undivided;
+        raises as `fit_ridge`.
     """
     scales = _scales(blocks)
     side_by_side = targets.transpose(0, 1).reshape(targets.shape[1], -1)
@@ -195,4 +190,4 @@ def _scales(blocks: Sequence[Tensor]) -> Tensor:
     """Return every column's divisor: the root mean square deviation of its block, 1 for a constant block."""
     deviations = [(block - block.mean(0)).square().mean().sqrt().expand(block.shape[1]) for block in blocks]
     scales = torch.cat(deviations)
-    return torch.where(scales > 0, scales, torch.ones_like(scales))
+    return scales.where(scales > 0, 1.0)

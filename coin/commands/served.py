@@ -158,5 +158,4 @@ def read_served(folder: Path, method: str | None, batchnorm: str | None, decoder
         raise FileError(f"found no coded model of method {method} ({batchnorm}) in '{seed / 'coded'}'; run it again")
     paths = tuple(path for _, path in sorted(coded))
     _, (variant,) = read_coded(paths, list(experts.marks.values()))
-    assert variant.code is not None
     return Served(seed, experts, paths, variant.code, method, batchnorm, DecoderConfig.named(decoder))

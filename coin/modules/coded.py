@@ -1,15 +1,15 @@
 """A code with its networks: the experts and the coded models that stand by for them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, check_erasure, make_decoder
+from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, make_decoder
 from coin.errors import ConfigurationError
-from coin.networks import common_widths, pad_logits, run_network
+from coin.networks import Run, common_widths, pad_logits, run_network
 
 
 class Coded(LightningModule):
@@ -29,11 +29,7 @@ class Coded(LightningModule):
     """
 
     def __init__(
-        self,
-        code: Code,
-        experts: Sequence[nn.Module],
-        coded: Sequence[nn.Module],
-        names: Sequence[str] | None = None,
+        self, code: Code, experts: Sequence[nn.Module], coded: Sequence[nn.Module], names: Sequence[str] | None = None
     ) -> None:
         super().__init__()
         if len(experts) != code.num_experts or len(coded) != code.num_coded:
@@ -54,14 +50,20 @@ class Coded(LightningModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the coded models' logits ``[R, B, C]`` for inputs ``[B, ...]``."""
-        logits = [network(inputs) for network in self.coded]
-        return _padded(logits, max(entry.shape[1] for entry in logits))
+        return _padded([network(inputs) for network in self.coded])
 
     def answers(
         self, inputs: Tensor, *, features: bool = False, stages: bool = False, erased: Sequence[int] = ()
     ) -> Answers:
-        """Run every server that is not lost, once; see `server_answers`."""
-        return server_answers(self.experts, self.coded, inputs, features=features, stages=stages, erased=erased)
+        """Run every server that is not lost, once.
+
+        Args:
+            inputs: ``[B, ...]``.
+            features: Whether the servers answer with penultimate features beside their logits.
+            stages: Whether these are the features of all stages.
+            erased: Lost experts, which do not run: their entries are NaN.
+        """
+        return server_answers(self.experts, self.coded, inputs, features, stages, erased)
 
     def fit_decoder(
         self,
@@ -78,15 +80,13 @@ class Coded(LightningModule):
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
         """
-        decoder = make_decoder(kind, self.code, check_erasure(erased, self.code.num_experts))
+        decoder = make_decoder(kind, self.code, erased)
         if decoder.needs_fit:
-            with torch.no_grad():
-                parts = [self._answers_for(decoder, batch) for batch in calibration]
+            parts = [self._answers_for(decoder, batch) for batch in calibration]
             decoder.fit(replace(Answers.concatenate(parts), tasks=tasks))
         self.decoder = decoder
         return self
 
-    @torch.no_grad()
     def decode(self, inputs: Tensor) -> Tensor:
         """Return the lost experts' logits ``[|erased|, B, C]``, from the servers that are left.
 
@@ -97,47 +97,31 @@ class Coded(LightningModule):
             raise ConfigurationError("found no decoder; call fit_decoder with the lost experts first")
         return self.decoder.decode(self._answers_for(self.decoder, inputs, self.decoder.erased))
 
+    @torch.no_grad()
     def _answers_for(self, decoder: Decoder, inputs: Tensor, erased: Sequence[int] = ()) -> Answers:
         config = decoder.config
         return self.answers(inputs, features=config.reads_features, stages=config.reads_stages, erased=erased)
 
 
 def server_answers(
-    experts: Iterable[nn.Module],
-    coded: Iterable[nn.Module],
-    inputs: Tensor,
-    *,
-    features: bool = False,
-    stages: bool = False,
-    erased: Sequence[int] = (),
+    experts: nn.ModuleList, coded: nn.ModuleList, inputs: Tensor, features: bool, stages: bool, erased: Sequence[int]
 ) -> Answers:
-    """Run every server that is not lost, once.
-
-    Args:
-        experts: The experts.
-        coded: The coded models.
-        inputs: ``[B, ...]``.
-        features: Whether the servers answer with penultimate features beside their logits.
-        stages: Whether these are the features of all stages.
-        erased: Lost experts, which do not run: their entries are NaN.
-    """
-    runs = [
-        None if index in erased else run_network(network, inputs, features, stages)
-        for index, network in enumerate(experts)
-    ]
-    coded_runs = [run_network(network, inputs, features, stages) for network in coded]
-    arrived = [run for run in [*runs, *coded_runs] if run is not None]
-    width = max(run.logits.shape[1] for run in arrived)
-    missing = torch.full_like(arrived[0].logits, torch.nan)
-    logits = _padded([missing if run is None else run.logits for run in runs], width)
+    """Run every server that is not lost, once; see `Coded.answers`."""
+    servers = [*(None if index in erased else network for index, network in enumerate(experts)), *coded]
+    found = [None if network is None else run_network(network, inputs, features, stages) for network in servers]
+    arrived = [run for run in found if run is not None]
+    missing = Run(arrived[0].features[:, :0], torch.full_like(arrived[0].logits, torch.nan))
+    runs = [missing if run is None else run for run in found]
+    logits, count = _padded([run.logits for run in runs]), len(experts)
     return Answers(
-        experts=logits,
-        coded=_padded([run.logits for run in coded_runs], width) if coded_runs else logits[:0],
-        expert_features=[missing[:, :0] if run is None else run.features for run in runs] if features else None,
-        coded_features=[run.features for run in coded_runs] if features else None,
+        experts=logits[:count],
+        coded=logits[count:],
+        expert_features=[run.features for run in runs[:count]] if features else None,
+        coded_features=[run.features for run in runs[count:]] if features else None,
         feature_widths=common_widths(arrived),
     )
 
 
-def _padded(logits: Sequence[Tensor], width: int) -> Tensor:
+def _padded(logits: Sequence[Tensor]) -> Tensor:
+    width = max(entry.shape[1] for entry in logits)
     return torch.stack([pad_logits(entry, width) for entry in logits])

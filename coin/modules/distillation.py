@@ -40,9 +40,6 @@ class Start(StrEnum):
     head_fit = "head_fit"
 
 
-_STARTS = {Start.average: Average, Start.head_fit: HeadFit}
-
-
 class Distillation(LightningModule, Method):
     """A network trained without labels on ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖² over calibration data.
 
@@ -104,11 +101,11 @@ class Distillation(LightningModule, Method):
         augmentation = chosen(Augmentation, "augmentation", augmentation)
         schedule, start = chosen(Schedule, "schedule", schedule), chosen(Start, "start", start)
         self.save_hyperparameters(plain_options(locals()))
-        rates = learning_rates
-        if not rates or not all(0 < rate < float("inf") for rate in [*rates, *([] if lr is None else [lr])]):
-            raise ConfigurationError(f"found learning rates {rates} and lr={lr}, expected positive numbers")
-        if rates != sorted(set(rates)):
-            raise ConfigurationError(f"found learning rates {rates}, expected rising ones")
+        rates = [*learning_rates, *([] if lr is None else [lr])]
+        if not learning_rates or not all(0 < rate < float("inf") for rate in rates):
+            raise ConfigurationError(f"found learning rates {learning_rates} and lr={lr}, expected positive numbers")
+        if learning_rates != sorted(set(learning_rates)):
+            raise ConfigurationError(f"found learning rates {learning_rates}, expected rising ones")
         if steps < 1 or batch_size < 2:
             raise ConfigurationError(f"found steps={steps}, batch_size={batch_size}, expected at least 1 and 2")
         if samples_per_task is not None and samples_per_task < 1:
@@ -122,6 +119,7 @@ class Distillation(LightningModule, Method):
         self.augmentation = str(augmentation)
         self.student: nn.Module | None = None
         self.teachers = nn.ModuleList()
+        self.readouts = nn.ModuleList()
         self.passes = 0.0
         self.losses: list[float] = []
         self.begun: dict[str, Tensor] | None = None
@@ -165,10 +163,7 @@ class Distillation(LightningModule, Method):
         return self
 
     def on_fit_start(self) -> None:
-        """Choose the axes of the metrics, set the student to its start unless a checkpoint has, and run the experts.
-
-        They run over training samples that never change once.
-        """
+        """Set the student to its start unless a checkpoint has, and run the experts over samples that never change."""
         plot_against_epochs(self, ["train/loss", "val/loss"])
         if fresh := self.trainer.ckpt_path is None:
             self._begin()
@@ -187,8 +182,8 @@ class Distillation(LightningModule, Method):
             tasks = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(len(samples.parts))]
             own = [[batch.to(self.device) for batch in task] for task in tasks]
             experts = Experts(list(self.teachers), calibration=own)
-            start = _STARTS[Start(self.hparams["start"])]().make(experts, self.hparams["code_row"])
-            self.begun = start.network.state_dict()
+            start = HeadFit() if self.hparams["start"] == Start.head_fit else Average()
+            self.begun = start.make(experts, self.hparams["code_row"]).network.state_dict()
             self.passes += experts.passes
             if self.trainer.world_size > 1:  # all processes must start alike, to the last bit
                 here = {name: tensor.cpu() for name, tensor in self.begun.items()}
@@ -237,7 +232,8 @@ class Distillation(LightningModule, Method):
         """Return Adam over what is trained, and the schedule, which moves with every step."""
         if (lr := self.hparams["lr"]) is None:
             raise ConfigurationError("found no lr; give one, or let 'coin merge' or 'coin run' choose it")
-        optimizer = Adam(self._trained(), lr)
+        assert self.student is not None
+        optimizer = Adam([*self.student.parameters(), *self.readouts.parameters()], lr)
         scheduler: LRScheduler = ConstantLR(optimizer, factor=1.0, total_iters=0)
         if self.hparams["schedule"] == Schedule.one_cycle:
             # A rise of exactly one step has no length, which OneCycleLR divides by; so it is a little longer.
@@ -247,10 +243,6 @@ class Distillation(LightningModule, Method):
                 optimizer, lr, total_steps=steps, pct_start=rise, anneal_strategy="linear", cycle_momentum=False
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _trained(self) -> list[nn.Parameter]:
-        assert self.student is not None
-        return list(self.student.parameters())
 
     def _training_outputs(self, positions: Tensor, inputs: Tensor) -> Tensor:
         """Return the experts' logits ``[N, B, C]`` for a training batch, and count what the step costs."""
@@ -311,7 +303,6 @@ class ReadoutDistillation(Distillation):
         if not 0 <= readout_weight < float("inf"):
             raise ConfigurationError(f"found readout_weight={readout_weight}, expected a number of at least 0")
         self.save_hyperparameters({"readout_weight": readout_weight})
-        self.readouts = nn.ModuleList()
 
     def configure_model(self) -> None:
         """Read the experts, and copy their heads as the first readouts."""
@@ -341,9 +332,6 @@ class ReadoutDistillation(Distillation):
         readout_loss = 0.5 * errors.square().sum(1).mean()
         self._log("train/readout_loss", readout_loss, len(own))
         return loss + self.hparams["readout_weight"] * readout_loss  # type: ignore[no-any-return]
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [*super()._trained(), *self.readouts.parameters()]
 
     def _readout(self, network: nn.Module) -> nn.Linear:
         """Return a copy of a network's head."""

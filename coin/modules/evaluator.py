@@ -3,7 +3,6 @@
 import math
 import time
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder, uniform
@@ -83,7 +83,11 @@ class DecodingEvaluator(LightningModule):
         marks = [fingerprint(file.network.state_dict()) for file in files]
         networks, self.variants = read_coded([Path(path) for path in coded or []], marks)
         self.coded = nn.ModuleList(networks)
-        self.variants += self._references(code)
+        first = self.variants[0].code if self.variants else uniform(len(experts))
+        self.code = first if code is None else Code(code)
+        if self.code.num_experts != len(experts):
+            raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
+        self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
         self.outcomes: list[Outcome] = []
         self.kept: dict[str, KeptSamples] = {}
         self.cases: list[_Case] = []
@@ -93,7 +97,7 @@ class DecodingEvaluator(LightningModule):
         """Return what all experts and all coded models answer to inputs ``[B, ...]``, each network run once."""
         features = any(decoder.reads_features for decoder in self.decoders)
         stages = any(decoder.reads_stages for decoder in self.decoders)
-        return server_answers(self.experts, self.coded, inputs, features=features, stages=stages)
+        return server_answers(self.experts, self.coded, inputs, features, stages, erased=())
 
     def on_test_start(self) -> None:
         """Check the data and fit every decoder on the calibration samples."""
@@ -127,8 +131,8 @@ class DecodingEvaluator(LightningModule):
     def _decode(self, answers: Answers, inputs: Tensor, labels: Tensor, batch_idx: int, task: int) -> None:
         seen = [variant.seen(answers) for variant in self.variants]
         for index, residuals in self.residuals.items():
-            code = self.variants[index].code or self.code
-            residuals[task].update(seen[index].coded.flatten(0, 1), code.encode(answers.experts).flatten(0, 1))
+            target = self.variants[index].code.encode(answers.experts)
+            residuals[task].update(seen[index].coded.flatten(0, 1), target.flatten(0, 1))
         own, classes = answers.experts[task], self.class_counts[task]
         expert = own[:, :classes].argmax(1)
         for case in self.cases:
@@ -148,21 +152,17 @@ class DecodingEvaluator(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Collect the totals of all processes into `outcomes`."""
-        examples = {
-            self.tasks[case.decoder.erased[0]]: case.examples for case in self.cases if case.examples is not None
-        }
-        if self.trainer.world_size > 1:
-            # As no submodules the metrics stay on the CPU, where the answers are. Processes add up where their device
-            # is: NCCL reduces no tensors of the CPU.
-            pairs = [pair for case in self.cases for pair in case.measures.values()]
-            for metric in chain(*self.residuals.values(), *pairs, examples.values()):
+        if self.trainer.world_size > 1:  # processes add up where their device is: NCCL reduces no tensors of the CPU
+            for metric in self._metrics:
                 metric.to(self.device)
-        self.kept = {task: each.kept() for task, each in examples.items()}
+        self.kept = {
+            self.tasks[case.decoder.erased[0]]: case.examples.kept() for case in self.cases if case.examples is not None
+        }
         found = {index: [float(each.compute()) for each in residuals] for index, residuals in self.residuals.items()}
         self.outcomes = [
             Outcome(
                 variant=self.variants[case.variant],
-                decoder=case.decoder.name,
+                decoder=case.decoder.config.name,
                 erased=tuple(self.tasks[lost] for lost in case.decoder.erased),
                 task=self.tasks[expert],
                 residual=found[case.variant][expert] if case.variant in found else math.nan,
@@ -175,21 +175,13 @@ class DecodingEvaluator(LightningModule):
             for expert, (accuracy, confusion) in case.measures.items()
         ]
 
-    def _references(self, matrix: list[list[float]] | None) -> list[Variant]:
-        first = self.variants[0].code if self.variants else None
-        code = Code(matrix) if matrix is not None else first or uniform(len(self.experts))
-        if code.num_experts != len(self.experts):
-            raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {len(self.experts)}")
-        self.code = code
-        return [Variant(NONE, None), Variant(ORACLE, code)]
-
     def _fitted(self, answers: Answers, share: float, data: Tasks) -> list[_Case]:
         """Return every case with its decoder fitted; `share` is the seconds one network took over the samples."""
         tasks = list(data.tasks.values())
         wanted = [
             (index, erased, config)
             for index, variant in enumerate(self.variants)
-            for erased in variant.erasures(variant.code or self.code)
+            for erased in variant.erasures()
             for config in self.decoders
             if variant.applies(config.kind)
         ]
@@ -198,22 +190,27 @@ class DecodingEvaluator(LightningModule):
             variant = self.variants[index]
             seen = variant.seen(answers)
             started = time.perf_counter()
-            decoder = make_decoder(config, variant.code or self.code, erased).fit(seen)
+            decoder = make_decoder(config, variant.code, erased).fit(seen)
             seconds = passes = 0.0
             if decoder.needs_fit:
                 seconds = time.perf_counter() - started
-                passes = float((len(self.experts) + len(variant.networks)) * decoder.samples_read(seen))
+                passes = float((len(self.experts) + len(variant.networks)) * decoder.samples_read)
                 seconds += share * passes / answers.num_samples
-            counts = {lost: self.class_counts[lost] for lost in erased}
-            measures = {
-                lost: (DecodingAccuracy(count), MulticlassConfusionMatrix(count)) for lost, count in counts.items()
-            }
+            counts = [self.class_counts[lost] for lost in erased]
+            pairs = [(DecodingAccuracy(count), MulticlassConfusionMatrix(count)) for count in counts]
             task, examples = tasks[erased[0]], None
             # Of every task of images that is lost alone.
-            if (variant, decoder.name) == self.shown and len(erased) == 1 and task.content == "images":
+            if (variant, config.name) == self.shown and len(erased) == 1 and task.content == "images":
                 examples = ExampleSamples(len(task.splits.test), self.config.image_size)
-            cases.append(_Case(index, decoder, seconds, passes, measures, examples))
+            cases.append(_Case(index, decoder, seconds, passes, dict(zip(erased, pairs, strict=True)), examples))
         return cases
+
+    @property
+    def _metrics(self) -> list[Metric]:
+        """All metrics. As no submodules they stay on the CPU when the networks move."""
+        residuals = [metric for metrics in self.residuals.values() for metric in metrics]
+        measures = [metric for case in self.cases for pair in case.measures.values() for metric in pair]
+        return [*residuals, *measures, *(case.examples for case in self.cases if case.examples is not None)]
 
     @property
     def shown(self) -> tuple[Variant, str] | None:

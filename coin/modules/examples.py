@@ -18,12 +18,8 @@ SIDE = 96
 class KeptSamples:
     """Test samples of one task; those with differing answers come first.
 
-    Attributes:
-        images: uint8 ``[n, 3, H, W]``.
-        position: Their places in the test set ``[n]``.
-        expert: The classes that the expert answers ``[n]``.
-        decoded: The classes that were decoded ``[n]``.
-        label: Their true classes ``[n]``.
+    The images are uint8 ``[n, 3, H, W]``, all others ``[n]``: their places in the test set, and the classes that the
+    expert answers, that were decoded, and that are true.
     """
 
     images: Tensor
@@ -66,15 +62,7 @@ class ExampleSamples(Metric):
         self.add_state("images", torch.zeros(rows, 3, self.side, self.side, dtype=torch.uint8), dist_reduce_fx=_stacked)
 
     def update(self, inputs: Tensor, positions: Tensor, expert: Tensor, decoded: Tensor, labels: Tensor) -> None:
-        """Look at a batch.
-
-        Args:
-            inputs: What the networks read ``[B, 3, S, S]``.
-            positions: The samples' places in the test set ``[B]``.
-            expert: The classes that the expert answers ``[B]``.
-            decoded: The classes that were decoded ``[B]``.
-            labels: The true classes ``[B]``.
-        """
+        """Look at a batch: what networks read ``[B, 3, S, S]``, and of the others ``[B]`` each; see `KeptSamples`."""
         rows = len(self.places)
         places = torch.cat([self.places, self.place_of[positions.cpu()].to(self.places)])
         answers = torch.cat([self.answers, torch.stack([expert, decoded, labels], 1).to(self.answers)])

@@ -108,20 +108,16 @@ class Expert(LightningModule):
             raise ConfigurationError(
                 f"found image_size={self.config.image_size} of the model and {size} of the data; set them equal"
             )
-        if datamodule is not None and datamodule.num_classes != self.num_classes:
+        own = self.hparams["num_classes"]
+        if datamodule is not None and datamodule.num_classes != own:
             raise ConfigurationError(
-                f"found num_classes={self.num_classes} for a task of {datamodule.num_classes} classes; set them equal"
+                f"found num_classes={own} for a task of {datamodule.num_classes} classes; set them equal"
             )
         plot_against_epochs(self, [f"{stage}/{what}" for stage in ("train", "val") for what in ("loss", "accuracy")])
 
     def on_train_epoch_start(self) -> None:
         """Make dropout a function of (seed, epoch), so that a run resumed at an epoch equals an undisturbed one."""
         torch.manual_seed(int(self.hparams["seed"]) * 100_003 + self.current_epoch * 1_009 + self.global_rank)
-
-    @property
-    def num_classes(self) -> int:
-        """The number of logits."""
-        return int(self.hparams["num_classes"])
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[B, C]`` of images ``[B, 3, H, W]``."""

@@ -23,18 +23,17 @@ class Variant:
 
     Attributes:
         method: What the results call it.
-        code: The code; none for `NONE`.
+        code: The code; of the references too, which say by it what they measure.
         batchnorm: Its BatchNorm policy, with what was taken behind a colon where it chose (``auto:recalibrate``);
             empty where it does not apply.
         networks: Indices of its coded models among all coded models of the evaluation; empty for the references.
         samples_per_task: P, the calibration samples of each task that made it; none without any.
-        seconds: What making it took, wall time.
-        passes: What making it took, in forward-equivalents.
+        seconds: What making it took, wall time; in forward-equivalents these are the `passes`.
         chosen: What every coded model's file says was chosen for it, by option; empty where nothing was.
     """
 
     method: str
-    code: Code | None
+    code: Code
     batchnorm: str = ""
     networks: tuple[int, ...] = ()
     samples_per_task: int | None = None
@@ -45,12 +44,12 @@ class Variant:
     @property
     def is_none(self) -> bool:
         """Whether this is the reference that decodes from the surviving experts alone."""
-        return self.code is None
+        return self.method == NONE
 
     @property
     def is_oracle(self) -> bool:
         """Whether this is the reference whose coded outputs are Σβ_if_i itself."""
-        return self.code is not None and not self.networks
+        return self.method == ORACLE
 
     def applies(self, kind: DecoderKind) -> bool:
         """Whether the decoder can be tried: features need a network, and the linear decoder needs coded outputs."""
@@ -61,13 +60,12 @@ class Variant:
     def seen(self, answers: Answers) -> Answers:
         """Return what arrives in this system of the answers of all networks: the experts, and its own coded models."""
         if self.is_oracle:
-            assert self.code is not None
             return Answers(experts=answers.experts, coded=self.code.encode(answers.experts))
         return answers.with_coded(self.networks)
 
-    def erasures(self, code: Code) -> list[tuple[int, ...]]:
+    def erasures(self) -> list[tuple[int, ...]]:
         """Return the erasures to measure: all that the code promises, but never the loss of every expert for `NONE`."""
-        return [erased for erased in code.erasures() if not self.is_none or len(erased) < code.num_experts]
+        return [erased for erased in self.code.erasures() if not self.is_none or len(erased) < self.code.num_experts]
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,6 @@ class Outcome:
 
     Attributes:
         variant: The variant, with what making it took.
-        decoder: The decoder.
         erased: The lost tasks.
         task: The task whose expert was decoded, on whose test set.
         expert_accuracy: As `DecodingAccuracy`, and so the three after it.
@@ -140,9 +137,9 @@ def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Mod
     """
     files = [load_network(path) for path in paths]
     groups: dict[tuple[str, str], list[int]] = {}
-    for index, (path, file) in enumerate(zip(paths, files, strict=True)):
+    for index, file in enumerate(files):
         made = file.provenance
-        _check_provenance(path, made, marks)
+        _check_provenance(paths[index], made, marks)
         groups.setdefault((made["label"], made["batchnorm"]), []).append(index)
     variants = []
     for (method, policy), indices in groups.items():

@@ -13,16 +13,9 @@ from coin.networks.files import (
     save_network,
     widen_network,
 )
-from coin.networks.heads import (
-    check_head,
-    features_and_logits,
-    head_name,
-    pad_logits,
-    padded_rows,
-    replace_head,
-)
-from coin.networks.registry import NetworkConfig, build_network, network_names
-from coin.networks.stages import Run, common_widths, full_precision, run_network, stage_names, stages_and_logits
+from coin.networks.heads import check_head, features_and_logits, head_name, pad_logits, padded_rows
+from coin.networks.registry import NetworkConfig, build_network
+from coin.networks.stages import Run, common_widths, full_precision, run_network
 
 __all__ = [
     "BatchNormPolicy",
@@ -41,16 +34,12 @@ __all__ = [
     "head_name",
     "initial_network",
     "load_network",
-    "network_names",
     "open_network",
     "pad_logits",
     "padded_rows",
     "read_weights",
     "recalibrate",
-    "replace_head",
     "run_network",
     "save_network",
-    "stage_names",
-    "stages_and_logits",
     "widen_network",
 ]

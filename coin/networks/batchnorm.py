@@ -37,19 +37,16 @@ def has_batchnorm(network: nn.Module) -> bool:
 
 @torch.no_grad()
 def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Estimate the running statistics of all BatchNorm layers anew, in place (`BatchNormPolicy.recalibrate`).
+    """Estimate all BatchNorm layers' statistics anew, in place (`BatchNormPolicy.recalibrate`).
 
     The statistics are reset and become the average of the batches' statistics, weighted by their numbers of samples,
     each layer seeing what the layers before it produce from batch statistics, as in training. Everything else of the
     network is left as found. A single sample has no variance: a batch of one is joined to the next, the last to the
-    one before it.
+    one before it. Returns the number of samples seen.
 
     Args:
         network: The network; its mode and its layers' momenta are restored.
         batches: Input batches ``[B, ...]``, of any device and floating-point type.
-
-    Returns:
-        The number of samples seen.
 
     Raises:
         StateError: There are fewer than two samples; the network is then as it was.

@@ -20,13 +20,9 @@ from coin.state_file import StateFile
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """A network's file, and what it says of itself.
+    """A network's file, its tensors (`state`) read when they are asked for, and what it says of itself.
 
-    Attributes:
-        state: The parameters and buffers, read when they are asked for.
-        config: The architecture.
-        num_classes: The number of logits.
-        provenance: Everything that was written with it.
+    `provenance` is everything that was written with it, `config` and `num_classes` among it.
     """
 
     state: StateFile
@@ -36,7 +32,7 @@ class NetworkFile:
 
     @cached_property
     def network(self) -> nn.Module:
-        """The network, in eval mode; raises as `load_network` does."""
+        """The network, in eval mode; a StateError where its tensors do not fit the architecture."""
         network = build_network(self.config, self.num_classes)
         fill_network(network, self.state, str(self.state.path))
         return network.eval()
@@ -74,11 +70,10 @@ def open_network(path: Path) -> NetworkFile:
 
 
 def load_network(path: Path) -> NetworkFile:
-    """Read a network that `save_network` wrote.
+    """Open a network as `open_network` does, and read it.
 
     Raises:
-        FileError: The file is missing or damaged, or does not hold a network.
-        StateError: Its tensors do not fit the architecture it names, or one is not finite.
+        StateError: Its tensors do not fit the architecture that the file names.
     """
     file = open_network(path)
     file.network  # noqa: B018 (read now, so that what is wrong with it shows)
@@ -105,10 +100,6 @@ def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig
     return NetworkConfig(**{**network, "weights": None}), num_classes
 
 
-_MOST_FOR_NOTHING = 10**8
-"""Numbers that a network may have whatever its file says: 400 MB, before names and shapes are compared."""
-
-
 def _check_size(path: Path, config: NetworkConfig, num_classes: int, shapes: Mapping[str, torch.Size]) -> None:
     """Refuse metadata that describe a network of another size than the tensors', before memory is taken for it."""
     try:
@@ -117,7 +108,7 @@ def _check_size(path: Path, config: NetworkConfig, num_classes: int, shapes: Map
     except NotImplementedError:  # a constructor that looks at its weights
         return
     size, found = (sum(shape.numel() for shape in each.values()) for each in (described, shapes))
-    if size > max(_MOST_FOR_NOTHING, 4 * found):
+    if size > max(10**8, 4 * found):  # 400 MB may be taken for nothing, before names and shapes are compared
         raise StateError(
             f"'{path}' holds {found} numbers, expected {size} of {config.name} with {num_classes} classes and options "
             f"{config.options}, as its metadata say; make the file again"
@@ -132,26 +123,16 @@ def fill_network(network: nn.Module, state: State, source: str) -> None:
 
 
 def check_layout(own: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], source: str) -> None:
-    """Check that a state has the names and shapes of a network's own.
-
-    Args:
-        own: The network's shapes.
-        shapes: The state's.
-        source: Where the state is from, for the message.
+    """Check that a state, from `source`, has the names and `shapes` of a network's `own`.
 
     Raises:
         StateError: A name is missing or superfluous or a shape differs; the message says which, and in what `source`.
     """
+    advice = "it is of another architecture: give one of the same network.name and network.options"
     if missing := sorted(own.keys() - shapes.keys()):
-        raise StateError(
-            f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); it is of another architecture: give "
-            "one of the same network.name and network.options"
-        )
+        raise StateError(f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); {advice}")
     if extra := sorted(shapes.keys() - own.keys()):
-        raise StateError(
-            f"'{source}' has a tensor '{extra[0]}' too many ({len(extra)} in all); it is of another architecture: give "
-            "one of the same network.name and network.options"
-        )
+        raise StateError(f"'{source}' has a tensor '{extra[0]}' too many ({len(extra)} in all); {advice}")
     for name, shape in own.items():
         if shapes[name] != shape:
             raise StateError(
@@ -192,7 +173,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def initial_network(config: NetworkConfig, num_classes: int, checkpoint: Path | None, *, seed: int = 0) -> nn.Module:
-    """Build the shared initialisation that all experts of one class count start from.
+    """Build the shared initialisation that all experts of one class count start from; see `build_network`.
 
     Args:
         config: The architecture.
@@ -200,10 +181,6 @@ def initial_network(config: NetworkConfig, num_classes: int, checkpoint: Path | 
         checkpoint: A base checkpoint to start from, or none for `config.weights` (or random weights). Its head is
             taken over when its class count agrees; otherwise the head is the one that `seed` gives.
         seed: Of whatever is random in the initialisation.
-
-    Raises:
-        FileError: The checkpoint is missing or damaged.
-        StateError: It is of another architecture, or a tensor is not finite.
     """
     if checkpoint is None:
         return build_network(config, num_classes, seed=seed)

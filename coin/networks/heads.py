@@ -26,8 +26,7 @@ def head_name(network: nn.Module) -> str:
             raise StateError(f"found head_name '{own}', expected a layer of {type(network).__name__}; name one")
         return own
     for kind in (nn.Linear, nn.Conv2d):
-        names = [name for name, layer in layers.items() if isinstance(layer, kind)]
-        if names:
+        if names := [name for name, layer in layers.items() if isinstance(layer, kind)]:
             return names[-1]
     raise StateError(
         f"found no Linear or Conv2d layer in {type(network).__name__}, expected a classifier head; "
@@ -60,14 +59,13 @@ def padded_rows(
 ) -> dict[str, Tensor]:
     """Return the head's tensors padded to `num_outputs` rows, so that tasks of unequal class counts merge.
 
+    The padded tensors alone: none where the head has as many.
+
     Args:
         state: A network's tensors, or a statistic with the same names.
         head: The head's dotted name.
         num_outputs: The number of rows after padding.
         fill: The value of a padded row, by tensor name; zeros where absent (a padded logit is then zero).
-
-    Returns:
-        The padded tensors alone; none where the head is wide enough.
 
     Raises:
         StateError: The head already has more rows.
@@ -87,11 +85,7 @@ def padded_rows(
 
 
 def pad_logits(logits: Tensor, num_outputs: int) -> Tensor:
-    """Return logits ``[..., C]`` padded with zeros to ``[..., num_outputs]``.
-
-    Raises:
-        StateError: There are more logits already.
-    """
+    """Return logits ``[..., C]`` padded with zeros to ``[..., num_outputs]``; a StateError if they are more."""
     if logits.shape[-1] > num_outputs:
         raise StateError(
             f"found {logits.shape[-1]} logits to pad to {num_outputs}, expected at most {num_outputs}; give the "
@@ -101,15 +95,10 @@ def pad_logits(logits: Tensor, num_outputs: int) -> Tensor:
 
 
 def features_and_logits(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Run a network once and return its penultimate features beside its logits.
+    """Run a network once on inputs ``[B, ...]`` and return its penultimate features beside its logits ``[B, C]``.
 
-    Args:
-        network: Any network with a head that `head_name` finds.
-        inputs: ``[B, ...]``.
-
-    Returns:
-        The features ``[B, F]``, which are the head's input (averaged over positions where it has any), and the
-        logits ``[B, C]``. Whether these are the head of those is for `check_head` to say.
+    The features ``[B, F]`` are the head's input, averaged over positions where it has any. Whether the logits are the
+    head of those is for `check_head` to say.
 
     Raises:
         StateError: The network has no head, or its head did not run exactly once.
@@ -126,10 +115,8 @@ def features_and_logits(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Ten
         raise StateError(f"the head of {type(network).__name__} ran {len(captured)} times in one pass, expected once")
     features = captured[0]
     if isinstance(head, nn.Conv2d):
-        features = features.flatten(2).mean(2)
-    elif features.ndim > 2:
-        features = features.flatten(1, -2).mean(1)
-    return features, logits
+        return features.flatten(2).mean(2), logits
+    return features if features.ndim <= 2 else features.flatten(1, -2).mean(1), logits
 
 
 _TOLERANCES = {torch.float64: 2.0**-30, torch.float32: 2.0**-8, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
@@ -147,12 +134,12 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
     |Wφ + b| + √(Σ_k (W_k φ_k)² + b²), in which rounding errors grow whatever cancels.
 
     Args:
-        network: Any network with a head that `head_name` finds, a Linear or a Conv2d layer of 1×1.
+        network: Any network.
         features: φ ``[B, F]``, as `features_and_logits` returns it.
         logits: ``[B, C]`` of the same pass, in the type that the network gave them.
 
     Raises:
-        StateError: They are not, or the head is no such layer.
+        StateError: They are not, or the head is neither a Linear nor a 1×1 Conv2d layer.
     """
     name = head_name(network)
     head = network.get_submodule(name)

@@ -11,8 +11,7 @@ from torchvision import models
 
 from coin.errors import ConfigurationError, FileError, first_line
 from coin.networks.heads import head_name, replace_head
-from coin.networks.small_resnet import SmallResNet
-from coin.networks.small_vit import SmallViT
+from coin.networks.small import SmallResNet, SmallViT
 from coin.networks.text_encoder import PRETRAINED, MiniLM, load_pretrained
 
 _OWN = {"small_resnet": SmallResNet, "small_vit": SmallViT, "minilm": MiniLM}
@@ -68,14 +67,7 @@ class NetworkConfig:
         return "texts" if self.name == "minilm" else "images"
 
     def check_content(self, content: str) -> None:
-        """Refuse data that the network does not read.
-
-        Args:
-            content: What the data are, ``images`` or ``texts``.
-
-        Raises:
-            ConfigurationError: The network reads the other.
-        """
+        """Refuse data that the network does not read, ``images`` or ``texts``, with a ConfigurationError."""
         if content != self.reads:
             raise ConfigurationError(
                 f"found a task of {content} for the network '{self.name}', expected {self.reads}; change the task or "
@@ -95,7 +87,7 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
     found.
 
     Args:
-        config: Architecture, image size and pretrained weights.
+        config: The network.
         num_classes: The number of logits.
         seed: Of the random initialisation: the whole network's, or with pretrained weights the head's.
 
@@ -131,8 +123,10 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
             )
         else:
             network = _pretrained(config, options)
-            if config.name in _AUXILIARY:
-                _drop_auxiliary_heads(network)
+            if config.name in _AUXILIARY:  # drop the heads that pretrained weights cannot be loaded without
+                network.aux_logits = False  # type: ignore[assignment]
+                for name in {"aux1", "aux2", "AuxLogits"} & network._modules.keys():
+                    setattr(network, name, None)
             replace_head(network, num_classes)
     return network
 
@@ -152,14 +146,6 @@ def _pretrained(config: NetworkConfig, options: dict[str, Any]) -> nn.Module:
             f"copy them to {torch.hub.get_dir()}/checkpoints, or set network.weights=null, or give trained weights as "
             "base.checkpoint"
         ) from error
-
-
-def _drop_auxiliary_heads(network: nn.Module) -> None:
-    """Drop the heads that pretrained weights cannot be loaded without."""
-    network.aux_logits = False  # type: ignore[assignment]
-    for name in ("aux1", "aux2", "AuxLogits"):
-        if hasattr(network, name):
-            setattr(network, name, None)
 
 
 def _constructed(config: NetworkConfig, builder: Any, *arguments: Any, **options: Any) -> nn.Module:

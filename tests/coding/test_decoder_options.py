@@ -3,19 +3,9 @@ import dataclasses
 import pytest
 import torch
 
-from coin.coding import (
-    Answers,
-    Code,
-    DecoderConfig,
-    DecoderKind,
-    FeatureChoice,
-    FittedOn,
-    Projection,
-    ProjectionKind,
-    distinct_decoders,
-    fit_projection,
-    make_decoder,
-)
+from coin.coding import Answers, Code, DecoderConfig, DecoderKind, distinct_decoders, make_decoder
+from coin.coding.decoder_config import FeatureChoice, FittedOn
+from coin.coding.ridge import Projection, ProjectionKind, fit_projection
 from coin.errors import ConfigurationError, DecodingError, NumericalError
 
 CODE = Code([[0.2, 0.3, 0.5]])
@@ -93,8 +83,8 @@ def test_a_decoder_is_named_after_its_kind_and_what_differs(options, name):
     config = DecoderConfig.of(options)
     assert config.name == name
     decoder = make_decoder(config, CODE, [0])
-    assert (decoder.name, decoder.config.kind) == (name, DecoderKind(options["kind"]))
-    assert make_decoder(options["kind"], CODE, [0]).name == options["kind"]
+    assert (decoder.config.name, decoder.config.kind) == (name, DecoderKind(options["kind"]))
+    assert make_decoder(options["kind"], CODE, [0]).config.name == options["kind"]
 
 
 def test_plain_words_become_members():
@@ -269,7 +259,7 @@ def test_own_fits_each_lost_expert_on_its_own_samples(kind, erased):
         torch.testing.assert_close(found[place], expected, rtol=1e-9, atol=1e-9)
     assert (found - decoded(kind, calibration, test, erased, code)).abs().max() > 1e-3
     assert len(decoder.fitted) == len(erased)
-    assert decoder.samples_read(calibration) == sum(int((calibration.tasks == expert).sum()) for expert in erased)
+    assert decoder.samples_read == sum(int((calibration.tasks == expert).sum()) for expert in erased)
 
 
 def test_own_is_all_where_all_samples_are_of_the_lost_experts_task():
@@ -284,7 +274,7 @@ def test_own_is_all_where_all_samples_are_of_the_lost_experts_task():
 def test_a_server_reduces_its_features_alike_whoever_is_lost():
     calibration = noisy_answers(90, 1)
     config = DecoderConfig("feature_ridge", components=3, fitted_on="own")
-    assert make_decoder(config, CODE, [1]).samples_read(calibration) == 90
+    assert make_decoder(config, CODE, [1]).fit(calibration).samples_read == 90
     mixed = dataclasses.replace(calibration, tasks=torch.arange(90) % 3)
     projections = [fit_projection(one_stage(mixed).expert_features[i], 3, "principal") for i in range(3)]
     coded = [fit_projection(one_stage(mixed).coded_features[0], 3, "principal")]

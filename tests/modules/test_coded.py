@@ -5,7 +5,8 @@ from torch import nn
 from coin.coding import Answers, Code, DecoderConfig, DecoderKind, make_decoder
 from coin.errors import ConfigurationError, DecodingError
 from coin.modules import Coded
-from coin.networks import NetworkConfig, build_network, stages_and_logits
+from coin.networks import NetworkConfig, build_network
+from coin.networks.stages import stages_and_logits
 
 
 class Lost(nn.Module):
@@ -130,7 +131,7 @@ def test_decoders_with_options_read_what_they_need_and_lost_experts_never_run(co
     images = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tasks = torch.arange(24) % 2
     coded = Coded(Code(CODES[0]), networks[:2], networks[2:]).fit_decoder(images.split(7), [1], config, tasks)
-    assert coded.decoder.name == config.name
+    assert coded.decoder.config.name == config.name
     with torch.no_grad():
         runs = [stages_and_logits(network, images) for network in networks]
     logits, features = [run[1] for run in runs], [run[0] for run in runs]

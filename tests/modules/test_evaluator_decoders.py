@@ -12,7 +12,8 @@ from coin.data import to_input
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, NumericalError
 from coin.modules import DecodingEvaluator
-from coin.networks import load_network, stages_and_logits
+from coin.networks import load_network
+from coin.networks.stages import stages_and_logits
 
 CLASSES = (3, 3)
 CODE = [[0.4, 0.6]]

@@ -138,7 +138,7 @@ def test_a_checkpoint_loads_with_weights_only_and_knows_its_classes(tmp_path, sy
     trainer.save_checkpoint(tmp_path / "expert.ckpt")
     loaded = Expert.load_from_checkpoint(tmp_path / "expert.ckpt", weights_only=True)
     state = expert.network.state_dict()
-    assert loaded.num_classes == 3
+    assert loaded.hparams["num_classes"] == 3
     assert state.keys() == loaded.network.state_dict().keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.network.state_dict().items())
     assert dict(loaded.hparams) == dict(expert.hparams)

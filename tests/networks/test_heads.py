@@ -14,8 +14,8 @@ from coin.networks import (
     head_name,
     pad_logits,
     padded_rows,
-    replace_head,
 )
+from coin.networks.heads import replace_head
 
 
 class Named(nn.Module):

@@ -5,7 +5,8 @@ import torch
 from torchvision import models
 
 from coin.errors import ConfigurationError, FileError
-from coin.networks import NetworkConfig, build_network, features_and_logits, fill_network, head_name, network_names
+from coin.networks import NetworkConfig, build_network, features_and_logits, fill_network, head_name
+from coin.networks.registry import network_names
 
 # One of every family that differs in its head or in how it is built: name, image size, the head, its inputs.
 FAMILIES = [

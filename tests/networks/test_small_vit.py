@@ -3,7 +3,8 @@ import torch
 from torchvision.models.vision_transformer import VisionTransformer
 
 from coin.errors import ConfigurationError
-from coin.networks import NetworkConfig, build_network, replace_head
+from coin.networks import NetworkConfig, build_network
+from coin.networks.heads import replace_head
 
 
 def images(count=2, size=32):

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from coin.errors import StateError
-from coin.networks import NetworkConfig, build_network, features_and_logits, stage_names, stages_and_logits
+from coin.networks import NetworkConfig, build_network, features_and_logits
+from coin.networks.stages import stage_names, stages_and_logits
 
 # One a family of torchvision's, where the family is not built like another one here.
 FAMILIES = {

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from coin.errors import ConfigurationError, FileError
-from coin.networks import NetworkConfig, build_network, features_and_logits, head_name, stage_names
+from coin.networks import NetworkConfig, build_network, features_and_logits, head_name
+from coin.networks.stages import stage_names
 from coin.statistics import OutputMap, fisher_diagonal, gram_sums
 
 OPTIONS = {"vocabulary": 11, "depth": 2, "heads": 2, "width": 8, "mlp_width": 12}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
-from coin.networks.small_vit import SmallViT
+from coin.networks.small import SmallViT
 from coin.statistics import fisher_diagonal, fisher_sums
 
 CLASSES = 3

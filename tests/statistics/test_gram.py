@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coin.errors import ConfigurationError
-from coin.networks.small_vit import SmallViT
+from coin.networks.small import SmallViT
 from coin.statistics import gram_sums
 
 
