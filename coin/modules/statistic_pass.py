@@ -9,8 +9,8 @@ from coin.errors import DataError
 from coin.statistics import (
     DEFAULT_MEMORY_MIB,
     FisherKind,
+    FisherPass,
     Sums,
-    fisher_sums,
     gram_sums,
     process_generator,
     reduce_sums,
@@ -55,19 +55,32 @@ class StatisticPass(LightningModule):
         self.sums: Sums | None = None
         self.seconds = 0.0
         self._started = 0.0
+        self._fisher: FisherPass | None = None
 
     def on_predict_start(self) -> None:
         """Start the clock, the random stream and the sums."""
         self._started = time.perf_counter()
-        self.sums = None
-        self._generator = process_generator(self.kind, self.seed, self.global_rank, self.device)
-        self._mine = None
+        self.sums = self._fisher = None
+        if self.statistic is StatisticKind.gram:
+            return
+        mine = None
         if self.labels is not None:
-            self._mine = self.labels[list(shard(len(self.labels), self.global_rank, self.trainer.world_size))]
+            mine = self.labels[list(shard(len(self.labels), self.global_rank, self.trainer.world_size))].to(self.device)
+        self._fisher = FisherPass(
+            self.network,
+            kind=self.kind,
+            labels=mine,
+            cotangents=self.cotangents,
+            generator=process_generator(self.kind, self.seed, self.global_rank, self.device),
+            memory_mib=self.memory_mib,
+        )
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add the batch's sums."""
-        sums = gram_sums(self.network, [batch]) if self.statistic is StatisticKind.gram else self._fisher(batch)
+        if self._fisher is not None:
+            self._fisher.add(batch)
+            return
+        sums = gram_sums(self.network, [batch])
         self.sums = sums if self.sums is None else self.sums + sums
 
     def on_predict_end(self) -> None:
@@ -76,6 +89,9 @@ class StatisticPass(LightningModule):
         Raises:
             DataError: This process had no samples, and so has no sums to add.
         """
+        if self._fisher is not None and self._fisher.count > 0:
+            self.sums = self._fisher.sums()
+            self._fisher = None
         if self.sums is None:
             raise DataError(
                 f"found no calibration samples on process {self.global_rank} of {self.trainer.world_size}, expected at "
@@ -83,15 +99,3 @@ class StatisticPass(LightningModule):
             )
         self.sums = reduce_sums(self.sums)
         self.seconds = time.perf_counter() - self._started
-
-    def _fisher(self, batch: Tensor) -> Sums:
-        done = 0 if self.sums is None else self.sums.count
-        return fisher_sums(
-            self.network,
-            [batch],
-            kind=self.kind,
-            cotangents=self.cotangents,
-            generator=self._generator,
-            labels=None if self._mine is None else self._mine[done : done + len(batch)].to(self.device),
-            memory_mib=self.memory_mib,
-        )
