@@ -1,7 +1,6 @@
 """A pass over calibration data as a Lightning prediction run, so that it uses any number of devices."""
 
 import time
-from typing import Any
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -10,8 +9,8 @@ from coin.errors import DataError
 from coin.statistics import (
     DEFAULT_MEMORY_MIB,
     FisherKind,
+    FisherPass,
     Sums,
-    fisher_sums,
     gram_sums,
     process_generator,
     reduce_sums,
@@ -48,30 +47,40 @@ class StatisticPass(LightningModule):
         super().__init__()
         self.network = network
         self.statistic = statistic
-        self.options: dict[str, Any] = {"kind": kind, "cotangents": cotangents, "memory_mib": memory_mib}
+        self.memory_mib = memory_mib
+        self.kind = kind
+        self.cotangents = cotangents
         self.seed = seed
         self.labels = labels
         self.sums: Sums | None = None
         self.seconds = 0.0
         self._started = 0.0
+        self._fisher: FisherPass | None = None
 
     def on_predict_start(self) -> None:
         """Start the clock, the random stream and the sums."""
         self._started = time.perf_counter()
-        self.sums = None
-        self._generator = process_generator(self.options["kind"], self.seed, self.global_rank, self.device)
-        self._mine = None
+        self.sums = self._fisher = None
+        if self.statistic is StatisticKind.gram:
+            return
+        mine = None
         if self.labels is not None:
-            self._mine = self.labels[list(shard(len(self.labels), self.global_rank, self.trainer.world_size))]
+            mine = self.labels[list(shard(len(self.labels), self.global_rank, self.trainer.world_size))].to(self.device)
+        self._fisher = FisherPass(
+            self.network,
+            kind=self.kind,
+            labels=mine,
+            cotangents=self.cotangents,
+            generator=process_generator(self.kind, self.seed, self.global_rank, self.device),
+            memory_mib=self.memory_mib,
+        )
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add the batch's sums."""
-        if self.statistic is StatisticKind.gram:
-            sums = gram_sums(self.network, [batch])
-        else:
-            done = 0 if self.sums is None else self.sums.count
-            labels = None if self._mine is None else self._mine[done : done + len(batch)].to(self.device)
-            sums = fisher_sums(self.network, [batch], generator=self._generator, labels=labels, **self.options)
+        if self._fisher is not None:
+            self._fisher.add(batch)
+            return
+        sums = gram_sums(self.network, [batch])
         self.sums = sums if self.sums is None else self.sums + sums
 
     def on_predict_end(self) -> None:
@@ -80,6 +89,9 @@ class StatisticPass(LightningModule):
         Raises:
             DataError: This process had no samples, and so has no sums to add.
         """
+        if self._fisher is not None and self._fisher.count > 0:
+            self.sums = self._fisher.sums()
+            self._fisher = None
         if self.sums is None:
             raise DataError(
                 f"found no calibration samples on process {self.global_rank} of {self.trainer.world_size}, expected at "

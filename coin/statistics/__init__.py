@@ -2,7 +2,7 @@
 
 from coin.statistics.conjugate_gradient import Solution, conjugate_gradient
 from coin.statistics.cotangents import FisherKind, process_generator
-from coin.statistics.fisher import DEFAULT_MEMORY_MIB, fisher_diagonal, fisher_sums
+from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass, fisher_diagonal, fisher_sums
 from coin.statistics.gram import gram_sums
 from coin.statistics.products import OutputMap
 from coin.statistics.sums import TRANSPOSED, Sums, check_shares, reduce_sums, shard
@@ -11,6 +11,7 @@ __all__ = [
     "DEFAULT_MEMORY_MIB",
     "TRANSPOSED",
     "FisherKind",
+    "FisherPass",
     "OutputMap",
     "Solution",
     "Sums",

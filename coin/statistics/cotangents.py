@@ -28,21 +28,6 @@ class FisherKind(StrEnum):
     """(∂ log p_y/∂θ)² at the true label y. For the ablation."""
 
 
-def check_options(kind: FisherKind, labels: Tensor | None, cotangents: int | None) -> None:
-    """Check that the options belong to the kind.
-
-    Raises:
-        ConfigurationError: `labels` without the empirical kind or the reverse; `cotangents` without Monte Carlo, or
-            below 1.
-    """
-    if (kind is FisherKind.empirical) != (labels is not None):
-        found = "no labels" if labels is None else "labels"
-        raise ConfigurationError(
-            f"found {found} for the {kind} Fisher; labels belong to the empirical kind, and only to it"
-        )
-    check_cotangents(kind, cotangents)
-
-
 def check_cotangents(kind: FisherKind, cotangents: int | None) -> None:
     """Check that a number of cotangents belongs to the kind.
 

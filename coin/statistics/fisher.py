@@ -1,39 +1,76 @@
-"""The Fisher diagonal of a network over calibration data."""
+"""The Fisher diagonal of a network over calibration data: squared per-sample gradients, by layer rules where they hold.
 
-import functools
-from collections.abc import Callable, Iterable
+The passes and their numbers are documented once, in `FisherPass`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from coin.errors import DataError
+from coin.errors import ConfigurationError, DataError
 from coin.inputs import as_input
-from coin.statistics.cotangents import FisherKind, check_options, make_cotangents, number_of_cotangents
+from coin.statistics.cotangents import FisherKind, check_cotangents, make_cotangents, number_of_cotangents
 from coin.statistics.guard import evaluating, trainable
-from coin.statistics.memory import check_memory
-from coin.statistics.squares import SquaredGradients
-from coin.statistics.sums import Sums
+from coin.statistics.memory import Layout, check_memory, choose_cut
+from coin.statistics.sums import Sums, sum_type
+from coin.statistics.tape import Tape
 
 DEFAULT_MEMORY_MIB = 1024
 """What a Fisher pass may take at its peak beyond the network and the accumulators, in MiB, unless the user says."""
 
+_COPIES = 2
+"""Samples in the pass that finds a layout: the fewest that can be told apart."""
 
-def fisher_sums(
-    network: nn.Module,
-    batches: Iterable[Tensor],
-    *,
-    kind: FisherKind = FisherKind.exact,
-    labels: Tensor | None = None,
-    cotangents: int | None = None,
-    generator: torch.Generator | None = None,
-    memory_mib: int = DEFAULT_MEMORY_MIB,
-    progress: Callable[[int], None] | None = None,
-) -> Sums:
+
+class FisherOptions(TypedDict, total=False):
+    """The options of a Fisher pass, all of which may be left out; see `FisherPass`."""
+
+    kind: FisherKind
+    labels: Tensor | None
+    cotangents: int | None
+    generator: torch.Generator | None
+    memory_mib: int
+    progress: Callable[[int], None] | None
+
+
+def fisher_sums(network: nn.Module, batches: Iterable[Tensor], **options: Unpack[FisherOptions]) -> Sums:
     """Return the sum over samples of the per-sample Fisher diagonal, for the parameters that require gradients.
 
     Args:
         network: Maps [B, …] to logits [B, C]; run in eval mode and left as found.
         batches: Input batches [B, …], of any sizes.
+        **options: kind, labels, cotangents, generator, memory_mib, progress, as `FisherPass` takes them.
+
+    Raises:
+        ConfigurationError: Options that do not belong together, no memory, or nothing to differentiate by.
+        DataError: An empty pass, labels that do not fit, or logits that are not [B, C].
+        StateError: The network changes in place what a gradient needs.
+    """
+    fisher = FisherPass(network, **options)
+    for batch in batches:
+        fisher.add(batch)
+    return fisher.sums()
+
+
+def fisher_diagonal(
+    network: nn.Module, batches: Iterable[Tensor], **options: Unpack[FisherOptions]
+) -> dict[str, Tensor]:
+    """Return the Fisher diagonal, the mean over samples of what `fisher_sums` adds up; the same arguments."""
+    sums = fisher_sums(network, batches, **options)
+    # The sums are this function's own: dividing them in place saves a copy of the network's size.
+    return {name: value.div_(sums.count) for name, value in sums.values.items()}
+
+
+class FisherPass:
+    """Adds up Σ_n Σ_v (Uᵥₙ · ∂f(x_n)/∂θ)² over the batches it is given, U the cotangents of the kind.
+
+    What it finds out of the network's layout, in a pass over copies of one sample, holds for all batches of that shape.
+
+    Args:
+        network: Maps [B, …] to logits [B, C]; run in eval mode and left as found.
         kind: Which diagonal.
         labels: True classes [P] in the order of the samples, for the empirical kind.
         cotangents: k for the Monte Carlo kind (1 if None).
@@ -41,53 +78,181 @@ def fisher_sums(
         memory_mib: Bound on the working memory in MiB; batches are cut to fit, the numbers do not change.
         progress: Called with the number of samples done after every cut.
 
+    Attributes:
+        count: Samples so far.
+
     Raises:
-        ConfigurationError: Options that do not belong together, or no memory.
-        DataError: An empty pass, labels that do not fit, or logits that are not [B, C].
+        ConfigurationError: Options that do not belong together, no memory, or nothing to differentiate by.
     """
-    kind = FisherKind(kind)
-    check_options(kind, labels, cotangents)
-    check_memory(memory_mib)
-    with evaluating(network):
-        parameters = trainable(network)
-        number = functools.partial(number_of_cotangents, kind, cotangents=cotangents)
-        engine = SquaredGradients(network, parameters, memory_mib)
-        count, passes = 0, 0.0
-        for batch in batches:
-            inputs = as_input(batch, network)
 
-            def rows(logits: Tensor, start: int, seen: int = count) -> Tensor:
-                wanted = None if labels is None else labels[seen + start : seen + start + len(logits)]
-                return make_cotangents(kind, logits, labels=wanted, cotangents=cotangents, generator=generator)
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        kind: FisherKind = FisherKind.exact,
+        labels: Tensor | None = None,
+        cotangents: int | None = None,
+        generator: torch.Generator | None = None,
+        memory_mib: int = DEFAULT_MEMORY_MIB,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._network, self._kind, self._labels = network, FisherKind(kind), labels
+        self._cotangents, self._generator, self._progress = cotangents, generator, progress
+        if (self._kind is FisherKind.empirical) != (labels is not None):
+            found = "no labels" if labels is None else "labels"
+            raise ConfigurationError(
+                f"found {found} for the {self._kind} Fisher; labels belong to the empirical kind, and only to it"
+            )
+        check_cotangents(self._kind, cotangents)
+        self._memory_mib = check_memory(memory_mib)
+        self._parameters = trainable(network)
+        with torch.inference_mode(False):
+            self._totals = {name: _accumulator(parameter) for name, parameter in self._parameters.items()}
+        self._layouts: dict[tuple[object, ...], Layout] = {}
+        self.count, self._passes = 0, 0.0
 
-            for done, spent in engine.add(inputs, number, rows):
-                count += done
-                passes += spent
-                if progress is not None:
-                    progress(done)
-        totals = engine.totals()
-    if count == 0:
-        raise DataError("found no calibration samples, expected at least one batch; raise the number of samples")
-    if labels is not None and len(labels) != count:
-        raise DataError(f"found {len(labels)} labels for {count} samples, expected one each, in their order")
-    return Sums(totals, count, passes)
+    def add(self, batch: Tensor) -> None:
+        """Add a batch [B, …], cut to fit the memory.
+
+        Raises:
+            DataError: The network's output is not [B, C], or labels do not fit.
+            StateError: The network changes in place what a gradient needs.
+        """
+        with evaluating(self._network):
+            inputs = as_input(batch, self._network)
+            start = 0
+            while start < len(inputs):
+                done = self._add_cut(inputs, start)
+                start += done
+                self.count += done
+                if self._progress is not None:
+                    self._progress(done)
+
+    def sums(self) -> Sums:
+        """Return the sums, in float32 at least, when all batches were added.
+
+        Raises:
+            DataError: There were no samples, or there are labels of others.
+        """
+        if self.count == 0:
+            raise DataError("found no calibration samples, expected at least one batch; raise the number of samples")
+        if self._labels is not None and len(self._labels) != self.count:
+            raise DataError(
+                f"found {len(self._labels)} labels for {self.count} samples, expected one each, in their order"
+            )
+        totals = {name: total.contiguous() for name, total in self._totals.items()}
+        return Sums(totals, self.count, self._passes)
+
+    def _add_cut(self, inputs: Tensor, start: int) -> int:
+        """Add as many of the samples from `start` on as the memory allows; return their number."""
+        key = (*inputs.shape[1:], len(inputs) > 1)
+        layout = self._layouts.get(key) or self._find_layout(inputs[:1])
+        number = number_of_cotangents(self._kind, len(layout.logits), self._cotangents)
+        like = next(iter(self._parameters.values()))
+        samples, chunk = choose_cut(layout, number, self._memory_mib, like)
+        piece = inputs[start : start + samples]
+        tape, output = self._run(piece, layout.rows)
+        if key not in self._layouts:
+            if not _close(output[0], layout.logits):  # a sample's output depends on its neighbours
+                layout = replace(layout, rows={})
+                tape, output = self._run(piece, layout.rows)
+            self._layouts[key] = layout
+        labels = None if self._labels is None else self._labels[self.count : self.count + len(piece)]
+        rows = make_cotangents(
+            self._kind, output.detach(), labels=labels, cotangents=self._cotangents, generator=self._generator
+        )
+        passes, general = self._add_by_rules(tape, output, rows, chunk)
+        self._passes += passes * len(piece)
+        del tape, output
+        if general:
+            chosen = {name: parameter for name, parameter in self._parameters.items() if name in general}
+            self._passes += add_per_sample_squares(self._network, piece, rows, chosen, self._totals)
+        return len(piece)
+
+    def _run(self, inputs: Tensor, rows: Mapping[str, int] | None) -> tuple[Tape, Tensor]:
+        tape = Tape(self._parameters, self._totals, rows)
+        return tape, tape.run(self._network, inputs)
+
+    def _find_layout(self, sample: Tensor) -> Layout:
+        """Find, on copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape.
+
+        If values decide what lies where, one sample says nothing about others: then every cut is looked at by itself.
+        """
+        tape, output = self._run(torch.cat([sample] * _COPIES), None)
+        untrusted = tape.misplaced(output, unseen=True) | tape.close(output)
+        rows: dict[str, int] = {}
+        for call, names in tape.calls.items():
+            if untrusted.isdisjoint(names.values()):
+                rows.update(dict.fromkeys(names.values(), len(call.inputs) // _COPIES))
+        sizes = [call.inputs.numel() // _COPIES for call in tape.calls] or [sample.numel()]
+        return Layout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach())
+
+    def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> tuple[float, set[str]]:
+        """Add what the rules answer for, by cotangents [V, b, C], `chunk` at a time.
+
+        Returns:
+            (the forward-equivalents spent per sample, the names of the parameters that are left to the general route).
+        """
+        passes = 1.0
+        misplaced: set[str] = set()
+        if tape.rows is None and tape.calls:
+            misplaced = tape.misplaced(output, unseen=False)
+            passes += 2.0 * tape.cotangents
+        general = tape.close(output, misplaced)
+        for start in range(0, len(rows), chunk):
+            piece = rows[start : start + chunk]
+            if tape.backward(output, piece, last=start + len(piece) == len(rows)):
+                passes += 2.0 * len(piece)
+        return passes, general
 
 
-def fisher_diagonal(
-    network: nn.Module,
-    batches: Iterable[Tensor],
-    *,
-    kind: FisherKind = FisherKind.exact,
-    labels: Tensor | None = None,
-    cotangents: int | None = None,
-    generator: torch.Generator | None = None,
-    memory_mib: int = DEFAULT_MEMORY_MIB,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, Tensor]:
-    """Return the Fisher diagonal, the mean over samples of what `fisher_sums` adds up; the same arguments."""
-    sums = fisher_sums(
-        network, batches, kind=kind, labels=labels, cotangents=cotangents, generator=generator,
-        memory_mib=memory_mib, progress=progress,
-    )  # fmt: skip
-    # The sums are this function's own: dividing them in place saves a copy of the network's size.
-    return {name: value.div_(sums.count) for name, value in sums.values.items()}
+def add_per_sample_squares(
+    network: nn.Module, inputs: Tensor, cotangents: Tensor, parameters: Mapping[str, Tensor], totals: dict[str, Tensor]
+) -> float:
+    """Add Σ_n Σ_v (Uᵥₙ · ∂f(x_n)/∂θ)² to `totals` for the given parameters, one sample and cotangent at a time.
+
+    The general route: exact whatever the network does with a parameter, as it rests on nothing but the gradient of one
+    sample's output.
+
+    Args:
+        network: In eval mode, gradients enabled.
+        inputs: Samples [B, …].
+        cotangents: U [V, B, C].
+        parameters: Those to differentiate by.
+        totals: Accumulators of the parameters' shapes, written in place.
+
+    Returns:
+        The forward-equivalents spent.
+    """
+    tensors = list(parameters.values())
+    passes = 0.0
+    for n in range(len(inputs)):
+        logits = network(inputs[n : n + 1])
+        passes += 1
+        if not logits.requires_grad:
+            continue
+        for v in range(len(cotangents)):
+            gradients = torch.autograd.grad(
+                logits, tensors, cotangents[v, n : n + 1], retain_graph=v + 1 < len(cotangents), allow_unused=True
+            )
+            passes += 2
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    gradient = gradient.to(totals[name].dtype)
+                    totals[name].addcmul_(gradient, gradient)
+    return passes
+
+
+def _close(logits: Tensor, expected: Tensor) -> bool:
+    """Say whether logits differ by no more than rounding can make of batches of another size."""
+    bound = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().amax()
+    return bool(((logits - expected).abs() <= bound).all())
+
+
+def _accumulator(parameter: Tensor) -> Tensor:
+    """Return zeros of a parameter's shape; kernels with the channels last in memory, as the convolution rule writes."""
+    dtype = sum_type(parameter)
+    if parameter.ndim < 3:
+        return parameter.new_zeros(parameter.shape, dtype=dtype)
+    shape = (parameter.shape[0], *parameter.shape[2:], parameter.shape[1])
+    return parameter.new_zeros(shape, dtype=dtype).movedim(-1, 1)

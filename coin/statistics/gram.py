@@ -1,6 +1,7 @@
 """The Gram matrices of the inputs of linear maps, for RegMean."""
 
 from collections.abc import Callable, Iterable
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 
 from coin.inputs import as_input
 from coin.statistics.guard import evaluating, trainable
-from coin.statistics.intercept import Interceptor
-from coin.statistics.rules import Call
+from coin.statistics.recognise import Interceptor
+from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.linear import LinearCall
 from coin.statistics.sums import TRANSPOSED, Sums, sum_type
@@ -47,7 +48,7 @@ def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callab
     count = 0
     named = dict(network.named_parameters())
 
-    def visit(call: Call, names: dict[str, str], source: Tensor | None, function: Callable[[], Tensor]) -> None:
+    def visit(call: Call, names: dict[str, str], source: Tensor, function: Callable[[], Tensor]) -> None:
         name = names.get("weight")
         if name is None or not isinstance(call, LinearCall | ConvolutionCall) or call.inputs.numel() == 0:
             return
@@ -78,7 +79,7 @@ def _patches(call: ConvolutionCall) -> Iterable[Tensor]:
     geometry, x = call.geometry, call.inputs
     dims = len(geometry.kernel)
     positions = torch.Size(geometry.output_size(tuple(x.shape[2:]))).numel()
-    step = max(1, _BLOCK // (positions * geometry.number_of_taps * x.shape[1]))
+    step = max(1, _BLOCK // (positions * prod(geometry.kernel) * x.shape[1]))
     for piece in torch.split(x, step):
         patches = geometry.patches(piece).movedim(-1, 1 + dims)  # [b, *output, C, *kernel]
         yield patches.reshape(len(piece) * positions, geometry.groups, -1)

@@ -1,7 +1,7 @@
 """Leave the caller's network as found: mode, buffers, gradients, and Lightning's inference mode."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -60,12 +60,13 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
         for module in modes:
             module.training = False
         torch.backends.mha.set_fastpath_enabled(False)
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.set_grad_enabled(gradients))
-            stack.enter_context(torch.autocast(device, enabled=False))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(full_products())
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(gradients),
+            torch.autocast(device, enabled=False),
+            sdpa_kernel(SDPBackend.MATH),
+            full_products(),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

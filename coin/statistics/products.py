@@ -35,7 +35,7 @@ class OutputMap:
     def outputs(self, parameters: State) -> Tensor:
         """Return f_θ at all inputs, [P, C]."""
         with evaluating(self._network, gradients=False):
-            state = self._own(parameters)
+            state = _own(parameters)
             return _rows([functional_call(self._network, state, (x,)) for x in self._batches(1)])
 
     def jvp(self, parameters: State, tangent: State) -> Tensor:
@@ -44,10 +44,9 @@ class OutputMap:
         Raises:
             StateError: The names or shapes differ.
         """
-        check_same_layout([parameters, tangent], ["the parameters", "the tangent"])
         with evaluating(self._network):
-            state, direction = self._own(parameters), self._own(tangent)
-            return _rows([self._forward(state, direction, x) for x in self._batches(2)])
+            push = self._along(parameters, tangent)
+            return _rows([push(x) for x in self._batches(2)])
 
     def vjp(self, parameters: State, cotangent: Tensor) -> dict[str, Tensor]:
         """Return Jᵀ·u at θ for a cotangent u [P, C].
@@ -56,7 +55,7 @@ class OutputMap:
             StateError: The cotangent has another number of rows than there are inputs.
         """
         with evaluating(self._network):
-            total, seen = self._pull_back(self._own(parameters), 3, lambda x, seen: cotangent[seen : seen + len(x)])
+            total, seen = self._pull_back(parameters, 3, lambda x, seen: cotangent[seen : seen + len(x)])
         if seen != len(cotangent):
             raise StateError(f"found a cotangent of {len(cotangent)} rows for {seen} inputs, expected one row each")
         return {name: value.to(parameters[name].dtype) for name, value in total.items()}
@@ -67,10 +66,9 @@ class OutputMap:
         Raises:
             StateError: The names or shapes differ, or there are no inputs.
         """
-        check_same_layout([parameters, tangent], ["the parameters", "the tangent"])
         with evaluating(self._network):
-            state, direction = self._own(parameters), self._own(tangent)
-            total, seen = self._pull_back(state, 5, lambda x, _: self._forward(state, direction, x))
+            push = self._along(parameters, tangent)
+            total, seen = self._pull_back(parameters, 5, lambda x, _: push(x))
         if seen == 0:
             raise StateError("found no inputs, expected at least one batch")
         return {name: (value / seen).to(parameters[name].dtype) for name, value in total.items()}
@@ -80,34 +78,38 @@ class OutputMap:
             self.passes += passes * len(batch)
             yield as_input(batch, self._network)
 
-    def _own(self, state: State) -> dict[str, Tensor]:
-        """Return ordinary tensors without history; autograd refuses those made under inference mode."""
-        return {name: value.clone() if value.is_inference() else value.detach() for name, value in state.items()}
+    def _along(self, parameters: State, tangent: State) -> Callable[[Tensor], Tensor]:
+        """Return x → J·v there."""
+        check_same_layout([parameters, tangent], ["the parameters", "the tangent"])
+        states = (_own(parameters),), (_own(tangent),)
 
-    def _forward(self, state: dict[str, Tensor], direction: dict[str, Tensor], x: Tensor) -> Tensor:
-        def function(values: dict[str, Tensor]) -> Tensor:
-            output: Tensor = functional_call(self._network, values, (x,))
-            return output
+        def push(x: Tensor) -> Tensor:
+            result: Tensor = jvp(lambda values: functional_call(self._network, values, (x,)), *states)[1]
+            return result.detach()
 
-        result: Tensor = jvp(function, (state,), (direction,))[1]
-        return result.detach()
+        return push
 
     def _pull_back(
-        self, state: dict[str, Tensor], passes: int, cotangent: Callable[[Tensor, int], Tensor]
+        self, parameters: State, passes: int, cotangent: Callable[[Tensor, int], Tensor]
     ) -> tuple[dict[str, Tensor], int]:
         """Return Jᵀ·u, in the type of sums, and the number of inputs; u is asked for by a batch and where it starts."""
-        total, seen = {name: torch.zeros_like(value, dtype=sum_type(value)) for name, value in state.items()}, 0
+        total, seen = {name: torch.zeros_like(value, dtype=sum_type(value)) for name, value in parameters.items()}, 0
+        leaves = {name: value.requires_grad_() for name, value in _own(parameters).items()}
         for x in self._batches(passes):
             piece, seen = cotangent(x, seen).detach(), seen + len(x)
             if len(piece) < len(x):
                 continue
-            leaves = {name: value.detach().requires_grad_() for name, value in state.items()}
             output = functional_call(self._network, leaves, (x,))
             gradients = torch.autograd.grad(output, list(leaves.values()), piece, allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
                     total[name].add_(gradient)
         return total, seen
+
+
+def _own(state: State) -> dict[str, Tensor]:
+    """Return ordinary tensors without history; autograd refuses those made under inference mode."""
+    return {name: value.clone() if value.is_inference() else value.detach() for name, value in state.items()}
 
 
 def _rows(pieces: list[Tensor]) -> Tensor:

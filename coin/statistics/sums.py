@@ -57,9 +57,8 @@ class Sums:
 
     def _beside(self, other: "Sums") -> dict[str, Tensor]:
         """Return the values, with zeros for what only the other covers."""
-        more = {n: v for n, v in other.values.items() if n not in self.values}
-        missing = {n: torch.zeros_like(v) for n, v in more.items() if n.removesuffix(TRANSPOSED) in self.uncovered}
-        return {**self.values, **missing}
+        lacking = {n: v for n, v in other.values.items() if n.removesuffix(TRANSPOSED) in self.uncovered}
+        return {**self.values, **{name: torch.zeros_like(value) for name, value in lacking.items()}}
 
 
 def sum_type(tensor: Tensor) -> torch.dtype:
@@ -89,18 +88,16 @@ def reduce_sums(sums: Sums) -> Sums:
     distributed.all_gather_object(layouts, Sums(empty, 0, 0.0, sums.uncovered))
     whole = functools.reduce(operator.add, layouts)
     tensors = [
-        sums.values[name] if name in sums.values else torch.zeros_like(like, device=where)
+        sums.values[name].detach() if name in sums.values else torch.zeros_like(like, device=where)
         for name, like in whole.values.items()
     ]
-    tail = torch.tensor([sums.count, sums.passes], dtype=torch.float64, device=where)
-    flat = torch.cat([*(tensor.detach().to(where, torch.float64).flatten() for tensor in tensors), tail])
+    numbers = torch.tensor([sums.count, sums.passes], dtype=torch.float64, device=where)
+    flat = torch.cat([*(tensor.to(where, torch.float64).flatten() for tensor in tensors), numbers])
     distributed.all_reduce(flat)
-    pieces = torch.split(flat, [*(tensor.numel() for tensor in tensors), 2])
-    values = {
-        name: piece.view(tensor.shape).to(tensor)
-        for name, tensor, piece in zip(whole.values, tensors, pieces[:-1], strict=True)
-    }
-    return Sums(values, round(float(pieces[-1][0])), float(pieces[-1][1]), whole.uncovered)
+    *pieces, numbers = torch.split(flat, [*(tensor.numel() for tensor in tensors), 2])
+    totals = (piece.view(tensor.shape).to(tensor) for piece, tensor in zip(pieces, tensors, strict=True))
+    values = dict(zip(whole.values, totals, strict=True))
+    return Sums(values, round(float(numbers[0])), float(numbers[1]), whole.uncovered)
 
 
 def check_shares(samples: int, world: int) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from coin.errors import DataError, StateError
-from coin.statistics.intercept import Interceptor
-from coin.statistics.rules import Call, Site, reached_tensors
+from coin.statistics.recognise import Interceptor, reached_tensors
+from coin.statistics.rules.call import Call, Totals
 from coin.statistics.sums import sum_type
 
 
@@ -21,52 +21,47 @@ class Tape:
     [T, B, C] with T = B looks like [B, T, C]. `misplaced` finds out from the gradients themselves.
 
     Args:
-        samples: B.
+        parameters: Name → parameter, those to differentiate by.
+        totals: Parameter name → accumulator.
         rows: Parameter name → k, the leading rows that a sample has at the parameter's one call: only these are ruled.
             None rules every call of B·k rows.
-        totals: Parameter name → accumulator.
-        like: A parameter: its type and device are the pass's.
 
     Attributes:
-        anchor: A scalar on which every ruled output depends; differentiating by it makes autograd visit them all, and
-            nothing else.
         rows: As given.
         calls: The ruled calls and the parameters in their roles.
         cotangents: V, the number of cotangents in the backward pass that is running.
         sorts: Whether values may decide where a row goes (`Interceptor`).
     """
 
-    def __init__(
-        self, samples: int, rows: Mapping[str, int] | None, totals: Mapping[str, Tensor], like: Tensor
-    ) -> None:
-        self._samples, self.rows, self._totals = samples, rows, totals
-        self.anchor = like.new_zeros(()).requires_grad_()
+    def __init__(self, parameters: Mapping[str, Tensor], totals: Totals, rows: Mapping[str, int] | None) -> None:
+        self._parameters, self._totals, self.rows = parameters, totals, rows
+        # Every ruled output depends on it; differentiating by it makes autograd visit them all, and nothing else.
+        self._anchor = next(iter(parameters.values())).new_zeros(()).requires_grad_()
         self.calls: dict[Call, dict[str, str]] = {}
         self.cotangents, self.sorts, self._last = 1, False, True
-        self._sites: dict[Call, Site] = {}
+        self._kept: dict[Call, dict[str, Tensor]] = {}
         self._scales: Tensor | None = None
         self._placed: dict[Call, bool] = {}
 
-    def run(self, network: nn.Module, inputs: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Return the network's output [B, C], with the ruled calls recorded.
+    def run(self, network: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the network's output [B, C] for samples [B, …], with the ruled calls recorded.
 
         Raises:
             DataError: The output is not [B, C].
             StateError: The network changed a ruled call's input in place, so that its gradient is gone.
         """
         versions: dict[Call, int] = {}
+        self._samples = len(inputs)
 
-        def visit(
-            call: Call, names: dict[str, str], source: Tensor | None, function: Callable[[], Tensor]
-        ) -> Tensor | None:
+        def visit(call: Call, names: dict[str, str], source: Tensor, function: Callable[[], Tensor]) -> Tensor | None:
             k, odd = divmod(len(call.inputs), self._samples)
             if odd or k == 0 or (self.rows is not None and any(self.rows.get(n) != k for n in names.values())):
                 return None
             self.calls[call], versions[call] = names, call.inputs._version
-            output: Tensor = _RuledCall.apply(self.anchor, source, call, self, function)  # type: ignore[no-untyped-call]
-            return output
+            result: Tensor = _RuledCall.apply(self._anchor, source, call, self, function)  # type: ignore[no-untyped-call]
+            return result
 
-        with Interceptor(parameters, visit) as interceptor:
+        with Interceptor(self._parameters, visit) as interceptor:
             output: Tensor = network(inputs)
         self.sorts = interceptor.sorts
         if output.ndim != 2 or len(output) != len(inputs):
@@ -101,14 +96,10 @@ class Tape:
         cotangent = torch.arange(1, output.shape[1] + 1, device=output.device).to(output.dtype).cos()
         self.backward(output, self._scales[..., None] * cotangent, last=False)
         self._scales = None
-        return {
-            name
-            for call, names in self.calls.items()
-            for name in names.values()
-            if not self._placed.get(call, not unseen)
-        }
+        wrong = [names.values() for call, names in self.calls.items() if not self._placed.get(call, not unseen)]
+        return set().union(*wrong)
 
-    def close(self, output: Tensor, parameters: Mapping[str, Tensor], misplaced: Collection[str] = ()) -> set[str]:
+    def close(self, output: Tensor, misplaced: Collection[str] = ()) -> set[str]:
         """Settle who is responsible for which parameter, before the backward passes that count.
 
         Returns:
@@ -117,11 +108,10 @@ class Tape:
         """
         times = Counter(name for names in self.calls.values() for name in names.values())
         reached = reached_tensors(output)
-        general = {name for name, parameter in parameters.items() if id(parameter) in reached or times[name] > 1}
+        general = {name for name, parameter in self._parameters.items() if id(parameter) in reached or times[name] > 1}
         general |= set(misplaced)
         for call, names in self.calls.items():
-            kept = {role: name for role, name in names.items() if name not in general}
-            self._sites[call] = Site(self._samples, kept, self._totals)
+            self._kept[call] = {role: self._totals[name] for role, name in names.items() if name not in general}
         return general
 
     def backward(self, output: Tensor, cotangents: Tensor, *, last: bool) -> bool:
@@ -131,7 +121,7 @@ class Tape:
         self.cotangents, self._last = len(cotangents), last
 
         def one(cotangent: Tensor) -> Tensor:
-            torch.autograd.grad(output, self.anchor, cotangent, retain_graph=not last, allow_unused=True)
+            torch.autograd.grad(output, self._anchor, cotangent, retain_graph=not last, allow_unused=True)
             return cotangent
 
         torch.vmap(one)(cotangents)
@@ -140,30 +130,25 @@ class Tape:
     def contract(self, call: Call, g: Tensor, needs_input: bool) -> Tensor:
         """Let a call's rule see the cotangents [V, N, …] of its output; return those of its input, if asked."""
         if self._scales is not None:
-            return self._compare(call, g, needs_input)
-        site = self._sites[call]
-        if site.names:
-            call.accumulate(g.to(sum_type(g)), site)
+            self._placed[call] = self._is_placed(self._scales, g)
+        elif totals := self._kept[call]:
+            call.accumulate(g.to(sum_type(g)), self._samples, totals)
             if self._last:
-                call.finish(site)
-        return call.input_gradient(g) if needs_input else g.new_zeros(())
-
-    def _compare(self, call: Call, g: Tensor, needs_input: bool) -> Tensor:
-        """Look whether the cotangents [1 + digits, N, …] are those of the first repetition in the right scales."""
-        assert self._scales is not None
-        rows = g.reshape(len(g), self._samples, len(call.inputs) // self._samples, -1)
-        expected = self._scales[..., None, None] * rows[0]
-        eps = torch.finfo(g.dtype).eps
-        bound = eps**0.5 * expected.abs().amax(-1) + 64 * eps * rows.abs().amax()
-        placed = ((rows - expected).abs().amax(-1) <= bound).all() & (rows.any() | (not self._unseen))
-        self._placed[call] = bool(placed)
+                call.finish(self._samples, totals)
         if not needs_input:
             return g.new_zeros(())
-        gradient = call.input_gradient(g)
-        if self._unseen and not bool(gradient.any()):
-            weight, call.weight = call.weight, torch.where(call.weight == 0, 1, call.weight)
-            gradient, call.weight = call.input_gradient(g), weight
+        gradient = call.input_gradient(g, call.weight)
+        if self._scales is not None and self._unseen and not bool(gradient.any()):
+            gradient = call.input_gradient(g, torch.where(call.weight == 0, 1, call.weight))
         return gradient
+
+    def _is_placed(self, scales: Tensor, g: Tensor) -> bool:
+        """Say whether the cotangents [1 + digits, N, …] are those of the first repetition in the right scales."""
+        rows = g.reshape(len(g), self._samples, g.shape[1] // self._samples, -1)
+        expected = scales[..., None, None] * rows[0]
+        eps = torch.finfo(g.dtype).eps
+        bound = eps**0.5 * expected.abs().amax(-1) + 64 * eps * rows.abs().amax()
+        return bool(((rows - expected).abs().amax(-1) <= bound).all() & (rows.any() | (not self._unseen)))
 
 
 class _RuledCall(Function):
@@ -171,7 +156,7 @@ class _RuledCall(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, source: Tensor | None, call: Call, tape: Tape, function: Callable[[], Tensor]
+        ctx: Any, anchor: Tensor, source: Tensor, call: Call, tape: Tape, function: Callable[[], Tensor]
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.call, ctx.tape = call, tape

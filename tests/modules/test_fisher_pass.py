@@ -42,6 +42,14 @@ def test_the_pass_under_a_trainer_equals_the_function(tasks, small_config, make_
     assert all(p.grad is None for p in network.parameters())
 
 
+def test_the_networks_layout_is_found_once_for_all_batches(tasks, small_config, make_trainer):
+    network, sizes = build_network(small_config, 3), []
+    network.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    make_trainer().predict(StatisticPass(network), datamodule=tasks, return_predictions=False)
+    assert len(tasks.predict_dataloader()) > 1
+    assert sizes == [2, *(len(batch) for batch in tasks.predict_dataloader())]
+
+
 @pytest.mark.parametrize("statistic", ["fisher", "gram"])
 def test_fewer_samples_than_processes_are_refused_in_one_line(
     tasks, small_config, make_trainer, monkeypatch, statistic

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from coin.statistics.rules.call import Call, Site, squared_sums
-from coin.statistics.rules.positions import add_direct, add_gram, contract_pairs, position_pairs, prefers_gram
-from coin.statistics.sums import sum_type
+from coin.statistics.rules.linear import LinearMapCall, add_gram, position_pairs
 
 
 @dataclass(frozen=True)
@@ -72,127 +70,86 @@ class Geometry:
                     axis.append((tap, slice(low, high), slice(start, start + (high - low - 1) * s + 1, s)))
             axes.append(axis)
         found = []
-        for combination in product(*axes):
-            index = 0
-            for (tap, _, _), k in zip(combination, self.kernel, strict=True):
-                index = index * k + tap
-            found.append((index, tuple(c[1] for c in combination), tuple(c[2] for c in combination)))
+        for met in product(*axes):
+            taps, outputs, inputs = zip(*met, strict=True)
+            index = sum(tap * prod(self.kernel[d + 1 :]) for d, tap in enumerate(taps))
+            found.append((index, outputs, inputs))
         return found
 
-    @property
-    def number_of_taps(self) -> int:
-        """Return the product of the kernel sizes."""
-        return prod(self.kernel)
 
+class ConvolutionCall(LinearMapCall):
+    """y = x ⋆ W + b for x [N, C, *size], W [O, C/G, *kernel].
 
-class ConvolutionCall(Call):
-    """y = x ⋆ W + b for x [B, C, *size], W [O, C/G, *kernel].
-
-    Few output positions: the Gram rule, one product per kernel tap over the positions where that tap meets the image.
-    Many, or several rows a sample: the direct rule over unfolded patches. The weight's accumulator is written as
-    [G, O/G, taps, C/G], which is a view of memory laid out with the channels last.
+    The Gram rule takes one product per kernel tap, over the positions where that tap meets the image. The weight's
+    accumulator is written as [G, O/G, taps · C/G], which is a view of memory laid out with the channels last.
 
     Where padding is uneven, `inputs` is padded to make it even; `size` is the spatial size without that.
     """
 
+    many_rows = False
+
     def __init__(
         self, inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, size: tuple[int, ...]
     ) -> None:
-        self.inputs, self.weight, self.bias, self.geometry = inputs, weight, bias, geometry
-        self._size, self.reads_input = size, weight.requires_grad
-        self._pairs: Tensor | None = None
+        super().__init__(inputs, weight, bias)
+        self.geometry, self._size = geometry, size
 
     @override
-    def input_gradient(self, g: Tensor) -> Tensor:
+    def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
         geometry, size = self.geometry, tuple(self.inputs.shape[2:])
-        folded, dims = g.flatten(0, 1), len(size)
-        pointwise = geometry.number_of_taps == 1 and not any(geometry.padding)
-        if geometry.groups == 1 and prod(geometry.output_size(size)) == 1:
-            gradient = self._from_one_position(folded)
-        elif pointwise and max(geometry.stride) > 1:
-            # The library's strided pointwise kernel is several times slower than the plain one on the sampled grid.
+        folded = g.flatten(0, 1)
+        pointwise = prod(geometry.kernel) == 1 and not any(geometry.padding)
+        one_position = prod(geometry.output_size(size)) == 1
+        if geometry.groups == 1 and (one_position or (pointwise and max(geometry.stride) > 1)):
+            # One product for each tap, as no two meet: several times faster than the library's kernel.
             gradient = folded.new_zeros(len(folded), *self.inputs.shape[1:])
-            grid = (slice(None), slice(None), *(slice(None, None, s) for s in geometry.stride))
-            gradient[grid] = self._transposed(folded, tuple(folded.shape[2:]), (1,) * dims)
+            rows = folded.movedim(1, -1)
+            for index, _, places in geometry.taps(size):
+                gradient[(slice(None), slice(None), *places)] = (rows @ weight.flatten(2)[..., index]).movedim(-1, 1)
         else:
-            gradient = self._transposed(folded, size, geometry.stride)
-        if self._size != size:
-            gradient = gradient[(slice(None), slice(None), *(slice(n) for n in self._size))]
+            like = g.new_empty(1).expand(len(folded), *self.inputs.shape[1:])  # only its shape is read
+            gradient = torch.ops.aten.convolution_backward(
+                folded, like, weight, None, geometry.stride, geometry.padding, geometry.dilation, False,
+                [0] * len(size), geometry.groups, [True, False, False],
+            )[0]  # fmt: skip
+        for d, n in enumerate(self._size):
+            gradient = gradient.narrow(2 + d, 0, n)
         return gradient.reshape(*g.shape[:2], *gradient.shape[1:])
 
-    def _transposed(self, g: Tensor, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-        """Return the input's gradient [N, C, *size] by the library's kernel."""
-        geometry = self.geometry
-        like = g.new_empty(1).expand(len(g), self.inputs.shape[1], *size)  # the kernel reads the input's shape alone
-        gradient: Tensor = torch.ops.aten.convolution_backward(
-            g, like, self.weight, None, stride, geometry.padding, geometry.dilation, False,
-            [0] * len(size), geometry.groups, [True, False, False],
-        )[0]  # fmt: skip
-        return gradient
-
-    def _from_one_position(self, g: Tensor) -> Tensor:
-        """Return the input's gradient [N, C, *size] for a single output position: only the taps that meet the image."""
-        channels, size = self.inputs.shape[1], tuple(self.inputs.shape[2:])
-        grid = torch.arange(prod(size), device=g.device).view(size)
-        met = [(index, int(grid[inputs])) for index, _, inputs in self.geometry.taps(size)]
-        taps, places = [index for index, _ in met], [place for _, place in met]
-        weight = self.weight.flatten(2)[..., taps].flatten(1)
-        values = (g.flatten(1) @ weight).view(len(g), channels, len(taps))
-        if places == list(range(prod(size))):
-            return values.view(len(g), channels, *size)
-        gradient = g.new_zeros(len(g), channels, prod(size))
-        gradient[..., places] = values
-        return gradient.view(len(g), channels, *size)
-
     @override
-    def accumulate(self, g: Tensor, site: Site) -> None:
-        if (bias := site.total("bias")) is not None:
-            bias.add_(squared_sums(g, site.samples, 2))
-        if (weight := site.total("weight")) is None:
-            return
-        k = g.shape[1] // site.samples
+    def positions(self, g: Tensor, samples: int) -> Tensor:
         columns = g.flatten(3)  # [V, B·k, O, T]
-        if k == 1 and prefers_gram(columns.shape[3], len(g)):
-            pairs = contract_pairs(columns.transpose(2, 3))
-            self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
-        else:
-            if k > 1:  # a sample's rows are further positions
-                columns = columns.reshape(len(g), site.samples, k, *columns.shape[2:])
-                columns = columns.transpose(2, 3).flatten(3)  # [V, B, O, k·T]
-            add_direct(self._accumulator(weight).flatten(2), columns, lambda n: self._patches(n, k))
+        if g.shape[1] != samples:  # a sample's rows are further positions
+            columns = columns.reshape(len(g), samples, -1, *columns.shape[2:]).transpose(2, 3).flatten(3)
+        return columns.mT
 
     @override
-    def finish(self, site: Site) -> None:
-        if self._pairs is None:
-            return
-        total = self._accumulator(site.totals[site.names["weight"]])
+    def patches(self, rows: Tensor) -> Tensor:
+        dims, groups = len(self.geometry.kernel), self.geometry.groups
+        patches = self.geometry.patches(rows)  # [k, *output, *kernel, C]
+        grouped = patches.view(*patches.shape[:-1], groups, -1).movedim(-2, 0)
+        return grouped.flatten(2 + dims).flatten(1, 1 + dims)
+
+    @override
+    def matrices(self, total: Tensor) -> Tensor:
+        return total.movedim(1, -1).view(self.geometry.groups, -1, total[0].numel())
+
+    @override
+    def add_pairs(self, pairs: Tensor, total: Tensor) -> None:
         size = tuple(self.inputs.shape[2:])
         output = self.geometry.output_size(size)
-        grid = torch.arange(prod(output), device=self.inputs.device).view(output)
-        lookup = _pair_lookup(prod(output), self.inputs.device)
+        grid = torch.arange(prod(output), device=total.device).view(output)
+        lookup = _pair_lookup(prod(output), total.device)
         rows = self.inputs.movedim(1, -1).to(total.dtype).contiguous()
+        by_tap = total.view(*total.shape[:2], prod(self.geometry.kernel), -1)
         for index, outputs, inputs in self.geometry.taps(size):
             a = rows[(slice(None), *inputs)].flatten(1, -2)
             met = grid[outputs].flatten()
-            pairs = self._pairs
+            met_pairs = pairs
             if len(met) < grid.numel():
                 first, second, _ = position_pairs(len(met), met.device)
-                pairs = pairs.index_select(1, lookup[met[first], met[second]])
-            add_gram(total[:, :, index], pairs, a)
-
-    def _patches(self, sample: int, k: int) -> Tensor:
-        """Return the unfolded inputs of one sample of k rows as [G, k·T, taps·C/G]."""
-        rows = self.inputs[sample * k : (sample + 1) * k]
-        patches = self.geometry.patches(rows.to(sum_type(rows)))  # [k, *output, *kernel, C]
-        dims, groups = len(self.geometry.kernel), self.geometry.groups
-        grouped = patches.reshape(*patches.shape[:-1], groups, -1).movedim(-2, 0)
-        flat: Tensor = grouped.flatten(2 + dims).flatten(1, 1 + dims)
-        return flat
-
-    def _accumulator(self, total: Tensor) -> Tensor:
-        """Return the view [G, O/G, taps, C/G] of the weight's accumulator [O, C/G, *kernel]."""
-        groups, taps = self.geometry.groups, self.geometry.number_of_taps
-        return total.movedim(1, -1).view(groups, total.shape[0] // groups, taps, total.shape[1])
+                met_pairs = pairs.index_select(1, lookup[met[first], met[second]])
+            add_gram(by_tap[:, :, index], met_pairs, a)
 
 
 @lru_cache(maxsize=64)

@@ -1,87 +1,215 @@
-"""The rules for `torch.nn.functional.linear` and products like it, and for `embedding`, its like on one-hot rows."""
+"""The rules for linear maps, applied at one position a sample or at many, and for `embedding`, on one-hot rows.
+
+Neither the Gram rule nor the direct rule holds more than a block of per-sample gradients.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from coin.statistics.rules.call import Call, Site, squared_sums
-from coin.statistics.rules.positions import add_direct, add_gram, contract_pairs, prefers_gram
-from coin.statistics.sums import sum_type
+from coin.statistics.rules.call import Call, Totals
+
+_BLOCK = 1 << 20
+"""Floats of per-sample gradients that the direct rule forms at a time: few enough to stay in a core's cache."""
 
 
-class LinearCall(Call):
+class LinearMapCall(Call):
+    """y_t = W a_t + b at T positions a sample: weight += Σ_nv (Σ_t g_vt a_tᵀ)², bias += Σ_nv (Σ_t g_vt)².
+
+    The Gram rule for few positions, Σ_v (Σ_t g_vt a_t)² = Σ_{t≤t'} w_tt' a_t a_t' (Σ_v g_vt g_vt') with w = 1 on the
+    diagonal and 2 off it, contracts the cotangents first and multiplies by the inputs at the end. With one position
+    and S = Σ_v g² that is Sᵀ a². For many positions, the direct rule forms the gradients and squares them.
+    """
+
+    many_rows = True
+    """Whether the Gram rule knows what to do with several rows a sample."""
+
+    def __init__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(inputs, weight, bias)
+        self.bias = bias
+        self._pairs: Tensor | None = None
+
+    @override
+    def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
+        rows = self.positions(g, samples)
+        if "bias" in totals:
+            totals["bias"].add_(torch.square(rows.sum(2)).sum((0, 1)))
+        if "weight" not in totals:
+            return
+        k = g.shape[1] // samples
+        if (k == 1 or self.many_rows) and prefers_gram(rows.shape[2], len(rows)):
+            pairs = contract_pairs(rows)
+            self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
+        else:
+
+            def patches(sample: int) -> Tensor:
+                return self.patches(self.inputs[sample * k : (sample + 1) * k].to(g.dtype))
+
+            add_direct(self.matrices(totals["weight"]), rows.mT, patches)
+
+    @override
+    def finish(self, samples: int, totals: Totals) -> None:
+        if self._pairs is not None:
+            self.add_pairs(self._pairs, self.matrices(totals["weight"]))
+
+    @abstractmethod
+    def positions(self, g: Tensor, samples: int) -> Tensor:
+        """Return cotangents [V, B·k, …] as [V, B, T, O]."""
+
+    @abstractmethod
+    def patches(self, rows: Tensor) -> Tensor:
+        """Return the inputs a [G, T, K] of G groups that W is applied to in one sample's rows [k, …]."""
+
+    @abstractmethod
+    def matrices(self, total: Tensor) -> Tensor:
+        """Return the weight's accumulator as a view [G, O/G, K]."""
+
+    @abstractmethod
+    def add_pairs(self, pairs: Tensor, total: Tensor) -> None:
+        """Add the products of contracted cotangents [B, P, O] with the inputs to a total [G, O/G, K]."""
+
+
+class LinearCall(LinearMapCall):
     """y = x Wᵀ + b over the last dimension of x [N, …, I].
-
-    With one position a sample and S = Σ_v g²: weight += Sᵀ x², bias += Σ_n S. With T positions the sums over
-    positions come before the squares, by the Gram or the direct rule.
 
     Args:
         inputs: x.
         weight: W [O, I].
         bias: b [O].
-        transposed: Whether the parameter is not W but its transpose [I, O], as in x @ parameter.
+        parameter: What W is a view of, if anything.
+        transposed: Whether that is its transpose [I, O], as in x @ parameter.
     """
 
-    def __init__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> None:
-        self.inputs, self.weight, self.bias, self.transposed = inputs, weight, bias, transposed
-        self.reads_input = weight.requires_grad
-        self._pairs: Tensor | None = None
+    def __init__(
+        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, parameter: Tensor, transposed: bool
+    ) -> None:
+        super().__init__(inputs, weight, bias)
+        self.roles["weight"], self.transposed = parameter, transposed
 
     @override
-    def input_gradient(self, g: Tensor) -> Tensor:
-        return g @ self.weight
+    def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
+        return g @ weight
 
     @override
-    def accumulate(self, g: Tensor, site: Site) -> None:
-        if (bias := site.total("bias")) is not None:
-            bias.add_(squared_sums(g, site.samples, -1))
-        if "weight" not in site.names:
-            return
-        rows = g.reshape(len(g), site.samples, -1, g.shape[-1])  # [V, B, T, O]
-        if prefers_gram(rows.shape[2], len(g)):
-            pairs = contract_pairs(rows)
-            self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
-        else:
-            inputs = self._positions(site)
-            add_direct(self._total(site), rows.transpose(2, 3), lambda n: inputs[None, n])
+    def positions(self, g: Tensor, samples: int) -> Tensor:
+        return g.reshape(len(g), samples, -1, g.shape[-1])
 
     @override
-    def finish(self, site: Site) -> None:
-        if self._pairs is not None:
-            add_gram(self._total(site), self._pairs, self._positions(site))
+    def patches(self, rows: Tensor) -> Tensor:
+        return rows.reshape(1, -1, rows.shape[-1])
 
-    def _total(self, site: Site) -> Tensor:
-        """Return the weight's accumulator as [1, O, I]."""
-        total = site.totals[site.names["weight"]]
+    @override
+    def matrices(self, total: Tensor) -> Tensor:
         return (total.mT if self.transposed else total)[None]
 
-    def _positions(self, site: Site) -> Tensor:
-        """Return the inputs as [B, T, I], in the type of sums."""
-        inputs = self.inputs.to(sum_type(self.inputs))
-        return inputs.reshape(site.samples, -1, inputs.shape[-1])
+    @override
+    def add_pairs(self, pairs: Tensor, total: Tensor) -> None:
+        add_gram(total, pairs, self.inputs.to(total.dtype).reshape(len(pairs), -1, total.shape[-1]))
 
 
 class EmbeddingCall(Call):
     """y = weight[tokens]: per sample, a token's cotangents are summed over its places before they are squared."""
 
     def __init__(self, inputs: Tensor, weight: Tensor, padding: int | None) -> None:
-        self.inputs, self.weight, self.padding = inputs, weight, padding
+        super().__init__(inputs, weight)
+        self.padding = padding
 
     @override
-    def input_gradient(self, g: Tensor) -> Tensor:
+    def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
         raise AssertionError("tokens have no gradient")
 
     @override
-    def accumulate(self, g: Tensor, site: Site) -> None:
-        if (weight := site.total("weight")) is None:
-            return
-        v, width = len(g), weight.shape[1]
-        tokens = self.inputs.reshape(site.samples, -1)
-        cotangents = g.reshape(v, site.samples, -1, width)
-        for n in range(site.samples):
-            found, places = torch.unique(tokens[n], return_inverse=True)
-            sums = cotangents.new_zeros(v, len(found), width).index_add_(1, places, cotangents[:, n])
+    def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
+        cotangents = g.reshape(len(g), samples, -1, g.shape[-1])
+        for n, tokens in enumerate(self.inputs.reshape(samples, -1)):
+            found, places = torch.unique(tokens, return_inverse=True)
+            sums = g.new_zeros(len(g), len(found), g.shape[-1]).index_add_(1, places, cotangents[:, n])
             squares = torch.square(sums).sum(0)
             if self.padding is not None:
                 squares[found == self.padding % len(self.weight)] = 0  # the padding token gets no gradient
-            weight.index_add_(0, found, squares)
+            totals["weight"].index_add_(0, found, squares)
+
+
+def prefers_gram(positions: int, cotangents: int) -> bool:
+    """Say whether the Gram rule is the quicker one, by a rule of thumb measured on CPUs.
+
+    The Gram rule's products grow with T(T+1)/2 and not with V; the direct rule's with V·T, and it also writes and
+    reads V gradients.
+    """
+    few = positions <= 32 and positions * (positions + 1) // 2 <= cotangents * (positions + 32)
+    return few or positions == 1
+
+
+@lru_cache(maxsize=64)
+def position_pairs(positions: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pairs t ≤ t' of T positions: two index vectors [P] and the weights [P], 1 on the diagonal, else 2."""
+    first, second = torch.triu_indices(positions, positions, device=device)
+    return first, second, torch.where(first == second, 1, 2)
+
+
+def contract_pairs(g: Tensor) -> Tensor:
+    """Return w_tt' Σ_v g_vt g_vt' over the pairs of positions, [B, P, O], from g [V, B, T, O].
+
+    Channels come last, so that picking pairs later copies whole rows.
+    """
+    v, b, t, o = g.shape
+    if t == 1:
+        return torch.square(g).sum(0)
+    columns = g.permute(1, 3, 0, 2).reshape(b * o, v, t)
+    products = torch.bmm(columns.mT, columns).view(b, o, t * t)
+    first, second, weights = position_pairs(t, g.device)
+    return products.mT.contiguous().index_select(1, first * t + second).mul_(weights[:, None])
+
+
+def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
+    """Add Σ_n Σ_p pairs_np a_t a_t' to `total`.
+
+    The sum is one of squares, but where positions cancel its terms do not, and rounding may leave less than nothing.
+
+    Args:
+        total: Accumulator [G, O/G, K], a view that is written in place.
+        pairs: Contracted cotangents [B, P, O] from `contract_pairs`.
+        a: Inputs [B, T, G·K], group after group.
+    """
+    groups, outputs, k = total.shape
+    t = a.shape[1]
+    if t == 1:
+        products = torch.square(a)
+    else:
+        first, second, _ = position_pairs(t, a.device)
+        products = a.index_select(1, first).mul_(a.index_select(1, second))
+    left = pairs.reshape(-1, groups, outputs).permute(1, 2, 0)
+    right = products.view(-1, groups, k).transpose(0, 1)
+    if groups == 1:
+        total[0].addmm_(left[0], right[0])
+    else:
+        total.add_(torch.bmm(left, right))
+    if t > 1:
+        total.clamp_min_(0)
+
+
+def add_direct(total: Tensor, g: Tensor, a: Callable[[int], Tensor]) -> None:
+    """Add Σ_n Σ_v (Σ_t g_vt a_tᵀ)² to `total` by forming the per-sample gradients a block at a time.
+
+    Args:
+        total: Accumulator [G, O/G, K], a view that is written in place.
+        g: Cotangents [V, B, O, T].
+        a: Sample's index → its inputs [G, T, K].
+    """
+    v, b, o, t = g.shape
+    groups, outputs, k = total.shape
+    rows = max(1, min(v, _BLOCK // (o * k)))
+    buffer = total.new_empty(rows * o * k)
+    for n in range(b):
+        right = a(n)
+        for start in range(0, v, rows):
+            block = g[start : start + rows, n]
+            left = block.reshape(-1, groups, outputs, t).transpose(0, 1).reshape(groups, -1, t)
+            gradients = buffer[: left.shape[0] * left.shape[1] * k].view(groups, -1, k)
+            torch.bmm(left, right, out=gradients)
+            squares = torch.mul(gradients, gradients, out=gradients).view(groups, len(block), outputs, k)
+            total.add_(squares.sum(1))

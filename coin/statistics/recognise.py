@@ -1,4 +1,4 @@
-"""Recognise a call of a ruled function from the function and its arguments."""
+"""See and recognise every call of a ruled function while a network runs, whichever module makes it."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -7,27 +7,83 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from coin.statistics.rules.broadcast import ScaleCall, ShiftCall
+from coin.statistics.attention import packed_attention
 from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall, Geometry
+from coin.statistics.rules.elementwise import batch_norm, scale, shift, slice_norm
 from coin.statistics.rules.linear import EmbeddingCall, LinearCall
-from coin.statistics.rules.normalisation import BatchNormCall, SliceNormCall
 
-Recognised = tuple[Call, dict[str, Tensor], Tensor | None]
-"""A call, the tensors in its roles ("weight", "bias"), and its input if that may have a gradient."""
+Recognised = tuple[Call, Tensor]
+"""A call, and its input with whatever history that has."""
+
+Visit = Callable[[Call, dict[str, str], Tensor, Callable[[], Tensor]], Tensor | None]
+"""(call, role → trainable parameter's name, its input, the function itself) → the output to use, or None."""
+
+_SORTING = {"sort", "argsort", "topk", "unique", "unique_consecutive", "repeat_interleave", "gather", "tolist", "item"}
+_SORTING |= {"take", "take_along_dim", "put", "index_select", "index_add", "index_copy", "index_put", "index_fill"}
+_SORTING |= {"masked_select", "masked_scatter", "scatter", "scatter_add", "scatter_reduce", "numpy"}
+_SORTING |= {"__bool__", "__int__", "__float__", "__index__"}
+"""Functions by which values can decide where a row goes; those that work in place have the same names."""
 
 
-def recognise(function: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> Recognised | None:
-    """Return the call, its tensors by role and its input, or None for whatever has no rule, which is only slower."""
-    reader = _READERS.get(function)
+class Interceptor(TorchFunctionMode):
+    """Hands the calls of ruled functions whose weight is a trainable parameter of the network to a visitor.
+
+    Functions are watched and not modules: a module's weight that is used without its forward (Swin's attention), or a
+    subclass that computes something else first (ConvNeXt's LayerNorm2d), is then treated by what is computed. What has
+    no rule is only slower.
+
+    Attributes:
+        sorts: Whether the network did anything by which values decide where a row goes, as a mixture of experts does:
+            what lies where may then differ from batch to batch.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], visit: Visit) -> None:
+        super().__init__()
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._visit = visit
+        self.sorts = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        output: Any = None
+        if func is F.multi_head_attention_forward:
+            with self:  # the projections inside are calls like any other
+                output = packed_attention(args, options)
+        else:
+            self.sorts = self.sorts or _sorts(func, args)
+            recognised = _recognise(func, args, options)
+            if recognised is not None:
+                call, source = recognised
+                names = {role: self._names[id(t)] for role, t in call.roles.items() if id(t) in self._names}
+                # A weight or bias that was computed from something trainable must stay in autograd's hands.
+                foreign = any(t.requires_grad and id(t) not in self._names for t in call.roles.values())
+                if names and not foreign and len(set(names.values())) == len(names):
+                    output = self._visit(call, names, source, lambda: func(*args, **options))
+        return func(*args, **options) if output is None else output
+
+
+def _sorts(func: Any, args: tuple[Any, ...]) -> bool:
+    name = getattr(func, "__name__", "")
+    if name in ("__getitem__", "__setitem__") and not isinstance(args[0], nn.Parameter):
+        places = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return any(isinstance(place, Tensor | list) for place in places)
+    return name in _SORTING or name.removesuffix("_") in _SORTING
+
+
+def _recognise(func: Any, args: Sequence[Any], options: Mapping[str, Any]) -> Recognised | None:
+    reader = _READERS.get(func)
     if reader is None:
         return None
     try:
-        inspect.signature(reader).bind(*arguments, **options)
+        inspect.signature(reader).bind(*args, **options)
     except TypeError:  # a form of the call that no reader knows
         return None
-    return reader(*arguments, **options)
+    return reader(*args, **options)
 
 
 def reached_tensors(output: Tensor) -> set[int]:
@@ -46,15 +102,11 @@ def reached_tensors(output: Tensor) -> set[int]:
     return found
 
 
-def _roles(weight: Any, bias: Any = None) -> dict[str, Tensor]:
-    return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-
-
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Recognised | None:
     if input.ndim < 2 or weight.ndim != 2 or isinstance(input, nn.Parameter):
         return None
     parameter, transposed = _matrix(weight)
-    return LinearCall(input.detach(), weight, bias, transposed), _roles(parameter, bias), input
+    return LinearCall(input, weight, bias, parameter, transposed), input
 
 
 def _matrix(weight: Tensor) -> tuple[Tensor, bool]:
@@ -105,7 +157,7 @@ def _convolution(
     else:
         sides = _sizes(padding, dims)
     geometry = Geometry(kernel, _sizes(stride, dims), sides, dilations, groups)
-    return ConvolutionCall(x, weight, bias, geometry, tuple(input.shape[2:])), _roles(weight, bias), input
+    return ConvolutionCall(x, weight, bias, geometry, tuple(input.shape[2:])), input
 
 
 def _sizes(value: Any, dims: int) -> tuple[int, ...]:
@@ -121,42 +173,40 @@ def _batch_norm(
 ) -> Recognised | None:
     if options["training"] or running_mean is None or running_var is None or weight is None:
         return None
-    return BatchNormCall(input.detach(), running_mean, running_var, weight, options["eps"]), _roles(weight, bias), input
+    return batch_norm(input, running_mean, running_var, weight, bias, options["eps"]), input
 
 
 def _layer_norm(input: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Recognised | None:
     if weight is None or input.ndim <= len(shape):
         return None
     slices = (*input.shape[: -weight.ndim], weight.numel())
-    return SliceNormCall(input.detach(), weight, eps, slices, channels=False), _roles(weight, bias), input
+    return slice_norm(input, slices, weight, bias, eps, tuple(weight.shape)), input
 
 
 def _group_norm(input: Tensor, num_groups: int, weight: Any, bias: Any, eps: float) -> Recognised | None:
     if weight is None:
         return None
     slices = (len(input), num_groups, input[0].numel() // num_groups)
-    return SliceNormCall(input.detach(), weight, eps, slices, channels=True), _roles(weight, bias), input
+    return slice_norm(input, slices, weight, bias, eps, (input.shape[1], *(1 for _ in input.shape[2:]))), input
 
 
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any) -> Recognised | None:
     if options["max_norm"] is not None or options["scale_grad_by_freq"] or options["sparse"]:
         return None
-    return EmbeddingCall(input.detach(), weight, padding_idx), _roles(weight), None
+    return EmbeddingCall(input, weight, padding_idx), input
 
 
-def _broadcast(kind: type[ScaleCall] | type[ShiftCall]) -> Callable[..., Recognised | None]:
+def _broadcast(rule: Callable[[Tensor, Tensor, tuple[int, ...]], Call]) -> Callable[..., Recognised | None]:
     def read(input: Any, other: Any, **options: Any) -> Recognised | None:
-        if options or not (isinstance(input, Tensor) and isinstance(other, Tensor)):
-            return None
-        if isinstance(input, nn.Parameter) == isinstance(other, nn.Parameter):
-            return None
         weight, x = (input, other) if isinstance(input, nn.Parameter) else (other, input)
+        if options or not isinstance(weight, nn.Parameter) or not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
+            return None
         if weight.dtype != x.dtype or weight.ndim > x.ndim or x.ndim < 2:
             return None
         aligned = (1,) * (x.ndim - weight.ndim) + tuple(weight.shape)
         if aligned[0] != 1 or any(size not in (1, full) for size, full in zip(aligned, x.shape, strict=True)):
             return None
-        return kind(x.detach(), weight), _roles(weight), x
+        return rule(x, weight, aligned[1:]), x
 
     return read
 
@@ -165,9 +215,8 @@ def _expand(weight: Tensor, *sizes: Any, size: Any = None, **options: Any) -> Re
     if options or not isinstance(weight, nn.Parameter):
         return None
     expanded = weight.detach().expand(*(sizes if size is None else size))
-    if expanded.ndim == weight.ndim and weight.shape[0] != 1:
-        return None
-    return ShiftCall(expanded, weight), _roles(weight), None
+    aligned = (1,) * (expanded.ndim - weight.ndim) + tuple(weight.shape)
+    return (shift(expanded, weight, aligned[1:]), expanded) if aligned[0] == 1 else None
 
 
 _READERS: dict[Any, Callable[..., Recognised | None]] = {
@@ -179,7 +228,7 @@ _READERS: dict[Any, Callable[..., Recognised | None]] = {
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
     F.embedding: _embedding,
-    **dict.fromkeys((torch.mul, Tensor.mul), _broadcast(ScaleCall)),
-    **dict.fromkeys((torch.add, Tensor.add), _broadcast(ShiftCall)),
+    **dict.fromkeys((torch.mul, Tensor.mul), _broadcast(scale)),
+    **dict.fromkeys((torch.add, Tensor.add), _broadcast(shift)),
     Tensor.expand: _expand,
 }
