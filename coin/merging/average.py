@@ -16,8 +16,7 @@ class Average(MergeMethod):
     Source: Wortsman et al., *Model soups* (ICML 2022); the baseline of arXiv 2409.01420.
 
     Args:
-        batchnorm: Policy for BatchNorm statistics.
-        label: Name of this variant in results.
+        batchnorm: Policy for BatchNorm statistics, as for every method.
     """
 
     name = "average"

@@ -37,11 +37,7 @@ class FullFisher(Coin):
         tolerance: Relative residual at which the solve ends.
         fisher_kind: Which diagonal it wants; none for the experiment's, or ``exact``.
         fisher_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
-        batchnorm: Policy for BatchNorm statistics.
-        label: Name of this variant in results.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
+        batchnorm: Policy for BatchNorm statistics, as for every method.
     """
 
     name = "full_fisher"

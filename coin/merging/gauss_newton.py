@@ -49,11 +49,7 @@ class GaussNewton(Coin):
         damping: Of the COIN start, see `Coin`.
         fisher_kind: Which Fisher it wants; none for the experiment's, or ``exact``.
         fisher_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
-        batchnorm: Policy for BatchNorm statistics of the start.
-        label: Name of this variant in results.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
+        batchnorm: Policy for BatchNorm statistics of the start, as for every method.
     """
 
     name = "gauss_newton"

@@ -22,8 +22,7 @@ class HeadFit(Average):
     statistics are settled first, by the policy, and the head is fitted to the features that they give.
 
     Args:
-        batchnorm: Policy for BatchNorm statistics.
-        label: Name of this variant in results.
+        batchnorm: Policy for BatchNorm statistics, as for every method.
     """
 
     name = "head_fit"

@@ -51,11 +51,7 @@ class RegMean(MergeMethod):
             diagonal merge; none has it chosen.
         damping: λ relative to the mean diagonal entry, dimensionless, at least 0; none has it chosen.
         gram_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
-        batchnorm: Policy for BatchNorm statistics.
-        label: Name of this variant in results.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
+        batchnorm: Policy for BatchNorm statistics, as for every method.
     """
 
     name = "regmean"

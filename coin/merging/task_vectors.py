@@ -26,8 +26,7 @@ class TaskArithmetic(MergeMethod):
 
     Args:
         scale: Dimensionless, finite.
-        batchnorm: Policy for BatchNorm statistics.
-        label: Name of this variant in results.
+        batchnorm: Policy for BatchNorm statistics, as for every method.
 
     Raises:
         ConfigurationError: `scale` is not finite.
@@ -66,11 +65,7 @@ class Ties(MergeMethod):
     Args:
         keep: Share of entries that the trim leaves, in (0, 1].
         scale: Dimensionless, finite.
-        batchnorm: Policy for BatchNorm statistics.
-        label: Name of this variant in results.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
+        batchnorm: Policy for BatchNorm statistics, as for every method.
     """
 
     name = "ties"
