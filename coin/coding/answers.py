@@ -126,11 +126,7 @@ class Answers:
 
     @classmethod
     def concatenate(cls, batches: Sequence["Answers"]) -> Self:
-        """Return the answers for several batches as one, in their order.
-
-        Raises:
-            DecodingError: There is no batch, or they differ in what the message says.
-        """
+        """Return the answers for several batches as one, in their order; a DecodingError unless they fit together."""
         if not batches:
             raise DecodingError("found no batches of answers, expected at least one")
         if any(batch._kind != batches[0]._kind for batch in batches):

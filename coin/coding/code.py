@@ -82,8 +82,7 @@ class Code:
         outputs becomes B_E⁺e in the lost experts' outputs and the answer is ‖B_E⁺‖₂ = 1/σ_min(B_E). One row and one
         lost expert j: 1/β_j. Dimensionless; infinity if the erasure cannot be decoded.
 
-        Raises:
-            DecodingError: As `check_erasure`.
+        Raises as `check_erasure`.
         """
         return _amplification(self.matrix, check_erasure(erased, self.num_experts))
 

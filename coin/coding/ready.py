@@ -94,8 +94,7 @@ def _gaussian(num_experts: int, num_coded: int) -> Code:
     centres = torch.linspace(0, 1, num_coded, dtype=torch.float64)
     codes: list[Code] = []
     refusal: DecodingError | None = None
-    for exponent in range(-6, 2):
-        width = 2 ** (exponent / 2)
+    for width in (2 ** (exponent / 2) for exponent in range(-6, 2)):
         bumps = torch.exp(-(((nodes - centres[:, None]) / width) ** 2) / 2)
         try:
             codes.append(Code(bumps / bumps.sum(1, keepdim=True)))

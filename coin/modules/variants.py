@@ -138,8 +138,7 @@ def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Mod
     files = [load_network(path) for path in paths]
     groups: dict[tuple[str, str], list[int]] = {}
     for index, file in enumerate(files):
-        made = file.provenance
-        _check_provenance(paths[index], made, marks)
+        _check_provenance(paths[index], made := file.provenance, marks)
         groups.setdefault((made["label"], made["batchnorm"]), []).append(index)
     variants = []
     for (method, policy), indices in groups.items():
