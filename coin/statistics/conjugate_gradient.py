@@ -56,11 +56,10 @@ def conjugate_gradient(
     """
     if max_steps < 0 or not tolerance >= 0:
         raise ConfigurationError(f"found max_steps={max_steps}, tolerance={tolerance}; expected neither to be negative")
-    precondition = preconditioner if preconditioner is not None else dict
-    size = math.sqrt(_dot(right, right))
+    precondition = preconditioner or dict
     x = {name: torch.zeros_like(value) for name, value in right.items()}
     residual = {name: value.clone() for name, value in right.items()}
-    scale = size if size > 0 else 1.0
+    scale = math.sqrt(_dot(right, right)) or 1.0
     residuals = [_finite(math.sqrt(_dot(residual, residual)) / scale, 0)]
     z = precondition(residual)
     direction = {name: value.clone() for name, value in z.items()}

@@ -34,11 +34,13 @@ def check_cotangents(kind: FisherKind, cotangents: int | None) -> None:
     Raises:
         ConfigurationError: `cotangents` without Monte Carlo, or below 1.
     """
-    if cotangents is not None and kind is not FisherKind.monte_carlo:
+    if cotangents is None:
+        return
+    if kind is not FisherKind.monte_carlo:
         raise ConfigurationError(
             f"found cotangents={cotangents} for the {kind} Fisher; only monte_carlo takes a number"
         )
-    if cotangents is not None and cotangents < 1:
+    if cotangents < 1:
         raise ConfigurationError(f"found cotangents={cotangents}, expected at least 1")
 
 
@@ -83,12 +85,10 @@ def make_cotangents(
     if kind is FisherKind.exact:
         return identity[:, None].expand(classes, samples, classes)
     if kind is FisherKind.monte_carlo:
-        drawn = [_draw(classes, cotangents or 1, generator) for _ in range(samples)]
-        return torch.stack(drawn, 1).to(logits)
+        return torch.stack([_draw(classes, cotangents or 1, generator) for _ in range(samples)], 1).to(logits)
     probabilities = logits.softmax(-1)
     if kind is FisherKind.categorical:
-        scores = identity[:, None] - probabilities  # [C, B, C]
-        return probabilities.T.sqrt()[..., None] * scores
+        return probabilities.T.sqrt()[..., None] * (identity[:, None] - probabilities)
     if labels is None or labels.shape != (samples,):
         found = "none" if labels is None else list(labels.shape)
         raise DataError(f"found labels of shape {found}, expected [{samples}]: one for every sample, in their order")
@@ -103,7 +103,7 @@ def _draw(classes: int, number: int, generator: torch.Generator | None) -> Tenso
         raise ConfigurationError(
             f"found cotangents={number} for {classes} classes, expected at most {classes}; take fewer"
         )
-    device = generator.device if generator is not None else torch.device("cpu")
+    device = "cpu" if generator is None else generator.device
     gaussian = torch.randn(classes, number, generator=generator, device=device, dtype=torch.float64)
     # The sign of R's diagonal makes the factor Haar-distributed; without it QR's convention would bias the rows.
     q, r = torch.linalg.qr(gaussian)

@@ -46,15 +46,9 @@ def save_statistic(path: Path, sums: Sums, *, statistic: str, weights: str, seco
         StateError: There are no samples or a value is not finite.
         FileError: The file cannot be written.
     """
-    written = {
-        **provenance,
-        "statistic": statistic,
-        "weights": weights,
-        "samples": sums.count,
-        "seconds": seconds,
-        "passes": sums.passes,
-    }
-    save_state(path, sums.mean(), written)
+    found = {"statistic": statistic, "weights": weights}
+    spent = {"samples": sums.count, "seconds": seconds, "passes": sums.passes}
+    save_state(path, sums.mean(), provenance | found | spent)
 
 
 def load_statistic(path: Path, *, statistic: str, weights: str | None = None) -> StatisticFile:

@@ -1,9 +1,6 @@
-"""The Fisher diagonal of a network over calibration data: squared per-sample gradients, by layer rules where they hold.
+"""The Fisher diagonal of a network over calibration data, by layer rules where they hold."""
 
-The passes and their numbers are documented once, in `FisherPass`.
-"""
-
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TypedDict, Unpack
 
@@ -42,12 +39,7 @@ def fisher_sums(network: nn.Module, batches: Iterable[Tensor], **options: Unpack
     Args:
         network: Maps [B, …] to logits [B, C]; run in eval mode and left as found.
         batches: Input batches [B, …], of any sizes.
-        **options: kind, labels, cotangents, generator, memory_mib, progress, as `FisherPass` takes them.
-
-    Raises:
-        ConfigurationError: Options that do not belong together, no memory, or nothing to differentiate by.
-        DataError: An empty pass, labels that do not fit, or logits that are not [B, C].
-        StateError: The network changes in place what a gradient needs.
+        **options: Those of `FisherPass`, which also says what is raised.
     """
     fisher = FisherPass(network, **options)
     for batch in batches:
@@ -58,7 +50,7 @@ def fisher_sums(network: nn.Module, batches: Iterable[Tensor], **options: Unpack
 def fisher_diagonal(
     network: nn.Module, batches: Iterable[Tensor], **options: Unpack[FisherOptions]
 ) -> dict[str, Tensor]:
-    """Return the Fisher diagonal, the mean over samples of what `fisher_sums` adds up; the same arguments."""
+    """Return the Fisher diagonal, the mean over samples of what `fisher_sums` adds up; by the same arguments."""
     sums = fisher_sums(network, batches, **options)
     # The sums are this function's own: dividing them in place saves a copy of the network's size.
     return {name: value.div_(sums.count) for name, value in sums.values.items()}
@@ -140,23 +132,23 @@ class FisherPass:
             raise DataError(
                 f"found {len(self._labels)} labels for {self.count} samples, expected one each, in their order"
             )
-        totals = {name: total.contiguous() for name, total in self._totals.items()}
-        return Sums(totals, self.count, self._passes)
+        return Sums({name: total.contiguous() for name, total in self._totals.items()}, self.count, self._passes)
 
     def _add_cut(self, inputs: Tensor, start: int) -> int:
         """Add as many of the samples from `start` on as the memory allows; return their number."""
         key = (*inputs.shape[1:], len(inputs) > 1)
         layout = self._layouts.get(key) or self._find_layout(inputs[:1])
         number = number_of_cotangents(self._kind, len(layout.logits), self._cotangents)
-        like = next(iter(self._parameters.values()))
-        samples, chunk = choose_cut(layout, number, self._memory_mib, like)
+        samples, chunk = choose_cut(layout, number, self._memory_mib, next(iter(self._parameters.values())))
         piece = inputs[start : start + samples]
-        tape, output = self._run(piece, layout.rows)
+        tape = Tape(self._parameters, self._totals, layout.rows)
+        output = tape.run(self._network, piece)
         if key not in self._layouts:
-            if not _close(output[0], layout.logits):  # a sample's output depends on its neighbours
-                layout = replace(layout, rows={})
-                tape, output = self._run(piece, layout.rows)
             self._layouts[key] = layout
+            if not _close(output[0], layout.logits):  # a sample's output depends on its neighbours: no rule holds
+                self._layouts[key] = replace(layout, rows={})
+                tape = Tape(self._parameters, self._totals, {})
+                output = tape.run(self._network, piece)
         labels = None if self._labels is None else self._labels[self.count : self.count + len(piece)]
         rows = make_cotangents(
             self._kind, output.detach(), labels=labels, cotangents=self._cotangents, generator=self._generator
@@ -164,21 +156,17 @@ class FisherPass:
         passes, general = self._add_by_rules(tape, output, rows, chunk)
         self._passes += passes * len(piece)
         del tape, output
-        if general:
-            chosen = {name: parameter for name, parameter in self._parameters.items() if name in general}
-            self._passes += add_per_sample_squares(self._network, piece, rows, chosen, self._totals)
+        for n in range(len(piece) if general else 0):
+            self._add_one_by_one(piece[n : n + 1], rows[:, n : n + 1], general)
         return len(piece)
-
-    def _run(self, inputs: Tensor, rows: Mapping[str, int] | None) -> tuple[Tape, Tensor]:
-        tape = Tape(self._parameters, self._totals, rows)
-        return tape, tape.run(self._network, inputs)
 
     def _find_layout(self, sample: Tensor) -> Layout:
         """Find, on copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape.
 
         If values decide what lies where, one sample says nothing about others: then every cut is looked at by itself.
         """
-        tape, output = self._run(torch.cat([sample] * _COPIES), None)
+        tape = Tape(self._parameters, self._totals, None)
+        output = tape.run(self._network, torch.cat([sample] * _COPIES))
         untrusted = tape.misplaced(output, unseen=True) | tape.close(output)
         rows: dict[str, int] = {}
         for call, names in tape.calls.items():
@@ -205,42 +193,22 @@ class FisherPass:
                 passes += 2.0 * len(piece)
         return passes, general
 
+    def _add_one_by_one(self, sample: Tensor, rows: Tensor, names: set[str]) -> None:
+        """Add a sample's [1, …] squares for the parameters named, by one backward pass for each of its V cotangents.
 
-def add_per_sample_squares(
-    network: nn.Module, inputs: Tensor, cotangents: Tensor, parameters: Mapping[str, Tensor], totals: dict[str, Tensor]
-) -> float:
-    """Add Σ_n Σ_v (Uᵥₙ · ∂f(x_n)/∂θ)² to `totals` for the given parameters, one sample and cotangent at a time.
-
-    The general route: exact whatever the network does with a parameter, as it rests on nothing but the gradient of one
-    sample's output.
-
-    Args:
-        network: In eval mode, gradients enabled.
-        inputs: Samples [B, …].
-        cotangents: U [V, B, C].
-        parameters: Those to differentiate by.
-        totals: Accumulators of the parameters' shapes, written in place.
-
-    Returns:
-        The forward-equivalents spent.
-    """
-    tensors = list(parameters.values())
-    passes = 0.0
-    for n in range(len(inputs)):
-        logits = network(inputs[n : n + 1])
-        passes += 1
-        if not logits.requires_grad:
-            continue
-        for v in range(len(cotangents)):
-            gradients = torch.autograd.grad(
-                logits, tensors, cotangents[v, n : n + 1], retain_graph=v + 1 < len(cotangents), allow_unused=True
-            )
-            passes += 2
-            for name, gradient in zip(parameters, gradients, strict=True):
+        The general route: exact whatever the network does with a parameter, as it rests on the sample's gradient alone.
+        """
+        logits = self._network(sample)
+        self._passes += 1
+        chosen = [name for name in self._parameters if name in names]
+        tensors = [self._parameters[name] for name in chosen]
+        for v in range(len(rows) if logits.requires_grad else 0):
+            gradients = torch.autograd.grad(logits, tensors, rows[v], retain_graph=v + 1 < len(rows), allow_unused=True)
+            self._passes += 2
+            for name, gradient in zip(chosen, gradients, strict=True):
                 if gradient is not None:
-                    gradient = gradient.to(totals[name].dtype)
-                    totals[name].addcmul_(gradient, gradient)
-    return passes
+                    gradient = gradient.to(self._totals[name].dtype)
+                    self._totals[name].addcmul_(gradient, gradient)
 
 
 def _close(logits: Tensor, expected: Tensor) -> bool:
@@ -251,8 +219,7 @@ def _close(logits: Tensor, expected: Tensor) -> bool:
 
 def _accumulator(parameter: Tensor) -> Tensor:
     """Return zeros of a parameter's shape; kernels with the channels last in memory, as the convolution rule writes."""
-    dtype = sum_type(parameter)
     if parameter.ndim < 3:
-        return parameter.new_zeros(parameter.shape, dtype=dtype)
+        return parameter.new_zeros(parameter.shape, dtype=sum_type(parameter))
     shape = (parameter.shape[0], *parameter.shape[2:], parameter.shape[1])
-    return parameter.new_zeros(shape, dtype=dtype).movedim(-1, 1)
+    return parameter.new_zeros(shape, dtype=sum_type(parameter)).movedim(-1, 1)

@@ -48,9 +48,9 @@ def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callab
     count = 0
     named = dict(network.named_parameters())
 
-    def visit(call: Call, names: dict[str, str], source: Tensor, function: Callable[[], Tensor]) -> None:
+    def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:
         name = names.get("weight")
-        if name is None or not isinstance(call, LinearCall | ConvolutionCall) or call.inputs.numel() == 0:
+        if name is None or not isinstance(call, LinearCall) or call.inputs.numel() == 0:
             return
         bias = call.bias is not None and call.bias is named.get(name.removesuffix("weight") + "bias")
         if isinstance(call, ConvolutionCall):
@@ -77,11 +77,9 @@ def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callab
 def _patches(call: ConvolutionCall) -> Iterable[Tensor]:
     """Yield the patches [rows, G, C/G · kernel] of a convolution, a few samples at a time."""
     geometry, x = call.geometry, call.inputs
-    dims = len(geometry.kernel)
-    positions = torch.Size(geometry.output_size(tuple(x.shape[2:]))).numel()
-    step = max(1, _BLOCK // (positions * prod(geometry.kernel) * x.shape[1]))
-    for piece in torch.split(x, step):
-        patches = geometry.patches(piece).movedim(-1, 1 + dims)  # [b, *output, C, *kernel]
+    positions = prod(geometry.output_size(tuple(x.shape[2:])))
+    for piece in torch.split(x, max(1, _BLOCK // (positions * prod(geometry.kernel) * x.shape[1]))):
+        patches = geometry.patches(piece).movedim(-1, 1 + len(geometry.kernel))  # [b, *output, C, *kernel]
         yield patches.reshape(len(piece) * positions, geometry.groups, -1)
 
 

@@ -50,23 +50,16 @@ class Layout:
 def choose_cut(layout: Layout, cotangents: int, memory_mib: int, like: Tensor) -> tuple[int, int]:
     """Choose how many samples b and cotangents v go through a pass together.
 
-    The estimate for b samples and v cotangents is b·(activations kept) + b·v·(widest layer)·(tensors alive). All V
-    cotangents are kept together as long as one sample fits, since the Gram rule gains from them; then v shrinks. One
-    sample and one cotangent always go, whatever the bound says.
-
-    Args:
-        layout: The network's sizes.
-        cotangents: V.
-        memory_mib: The bound, in MiB.
-        like: A parameter: its type and device are the pass's.
+    The estimate for b samples and v of V cotangents is b·(activations kept) + b·v·(widest layer)·(tensors alive). All V
+    are kept together as long as one sample fits, since the Gram rule gains from them; then v shrinks. One sample and
+    one cotangent always go, whatever the bound says. `like` is a parameter: its type and device are the pass's.
     """
     size = like.element_size()
     kept, widest = layout.activations * _KEPT * size, layout.widest * size
     available = memory_mib << 20
     samples = available // (kept + cotangents * widest * _GRADIENTS)
     if samples < 1:
-        room = max(0, available - kept)
-        return 1, int(max(1, min(cotangents, room // (widest * _GRADIENTS))))
+        return 1, max(1, min(cotangents, (available - kept) // (widest * _GRADIENTS)))
     if like.device.type == "cpu":
         samples = min(samples, max(1, _ENOUGH_BYTES // (cotangents * widest)))
-    return int(samples), cotangents
+    return samples, cotangents

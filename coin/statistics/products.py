@@ -55,7 +55,7 @@ class OutputMap:
             StateError: The cotangent has another number of rows than there are inputs.
         """
         with evaluating(self._network):
-            total, seen = self._pull_back(parameters, 3, lambda x, seen: cotangent[seen : seen + len(x)])
+            total, seen = self._pull_back(parameters, 3, lambda x, start: cotangent[start : start + len(x)])
         if seen != len(cotangent):
             raise StateError(f"found a cotangent of {len(cotangent)} rows for {seen} inputs, expected one row each")
         return {name: value.to(parameters[name].dtype) for name, value in total.items()}
@@ -97,7 +97,7 @@ class OutputMap:
         leaves = {name: value.requires_grad_() for name, value in _own(parameters).items()}
         for x in self._batches(passes):
             piece, seen = cotangent(x, seen).detach(), seen + len(x)
-            if len(piece) < len(x):
+            if len(piece) < len(x):  # for the caller to refuse
                 continue
             output = functional_call(self._network, leaves, (x,))
             gradients = torch.autograd.grad(output, list(leaves.values()), piece, allow_unused=True)

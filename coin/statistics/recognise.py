@@ -12,14 +12,11 @@ from torch.overrides import TorchFunctionMode
 from coin.statistics.attention import packed_attention
 from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall, Geometry
-from coin.statistics.rules.elementwise import batch_norm, scale, shift, slice_norm
+from coin.statistics.rules.elementwise import batch_norm, group_norm, layer_norm, scale, shift
 from coin.statistics.rules.linear import EmbeddingCall, LinearCall
 
-Recognised = tuple[Call, Tensor]
-"""A call, and its input with whatever history that has."""
-
-Visit = Callable[[Call, dict[str, str], Tensor, Callable[[], Tensor]], Tensor | None]
-"""(call, role → trainable parameter's name, its input, the function itself) → the output to use, or None."""
+Visit = Callable[[Call, dict[str, str], Callable[[], Tensor]], Tensor | None]
+"""(call, role → trainable parameter's name, the function itself) → the output to use, or None."""
 
 _SORTING = {"sort", "argsort", "topk", "unique", "unique_consecutive", "repeat_interleave", "gather", "tolist", "item"}
 _SORTING |= {"take", "take_along_dim", "put", "index_select", "index_add", "index_copy", "index_put", "index_fill"}
@@ -56,14 +53,13 @@ class Interceptor(TorchFunctionMode):
                 output = packed_attention(args, options)
         else:
             self.sorts = self.sorts or _sorts(func, args)
-            recognised = _recognise(func, args, options)
-            if recognised is not None:
-                call, source = recognised
+            call = _recognise(func, args, options)
+            if call is not None:
                 names = {role: self._names[id(t)] for role, t in call.roles.items() if id(t) in self._names}
                 # A weight or bias that was computed from something trainable must stay in autograd's hands.
                 foreign = any(t.requires_grad and id(t) not in self._names for t in call.roles.values())
                 if names and not foreign and len(set(names.values())) == len(names):
-                    output = self._visit(call, names, source, lambda: func(*args, **options))
+                    output = self._visit(call, names, lambda: func(*args, **options))
         return func(*args, **options) if output is None else output
 
 
@@ -75,7 +71,7 @@ def _sorts(func: Any, args: tuple[Any, ...]) -> bool:
     return name in _SORTING or name.removesuffix("_") in _SORTING
 
 
-def _recognise(func: Any, args: Sequence[Any], options: Mapping[str, Any]) -> Recognised | None:
+def _recognise(func: Any, args: Sequence[Any], options: Mapping[str, Any]) -> Call | None:
     reader = _READERS.get(func)
     if reader is None:
         return None
@@ -102,11 +98,11 @@ def reached_tensors(output: Tensor) -> set[int]:
     return found
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Recognised | None:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
     if input.ndim < 2 or weight.ndim != 2 or isinstance(input, nn.Parameter):
         return None
     parameter, transposed = _matrix(weight)
-    return LinearCall(input, weight, bias, parameter, transposed), input
+    return LinearCall(input, weight, bias, parameter, transposed)
 
 
 def _matrix(weight: Tensor) -> tuple[Tensor, bool]:
@@ -124,12 +120,12 @@ def _matrix(weight: Tensor) -> tuple[Tensor, bool]:
     return (base, matches[0]) if matches else (weight, False)
 
 
-def _matmul(input: Tensor, other: Any = None, mat2: Any = None, **options: Any) -> Recognised | None:
+def _matmul(input: Tensor, other: Any = None, mat2: Any = None, **options: Any) -> Call | None:
     matrix = other if mat2 is None else mat2
     return None if options or matrix.ndim != 2 else _linear(input, matrix.mT)
 
 
-def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Recognised | None:
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Call | None:
     return None if options or input.shape != mat2.shape[1:] else _linear(mat1, mat2.mT, input)
 
 
@@ -141,23 +137,22 @@ def _convolution(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> Recognised | None:
-    dims = weight.ndim - 2
+) -> Call | None:
     if input.ndim != weight.ndim:
         return None
+    dims = weight.ndim - 2
     kernel, dilations = tuple(weight.shape[2:]), _sizes(dilation, dims)
-    x = input.detach()
     if padding == "valid":
         sides = (0,) * dims
     elif padding == "same":
         totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
         sides = tuple(total // 2 for total in totals)
         if any(total % 2 for total in totals):  # one more on the far side
-            x = F.pad(x, [far for total in reversed(totals) for far in (0, total % 2)])
+            input = F.pad(input, [far for total in reversed(totals) for far in (0, total % 2)])
     else:
         sides = _sizes(padding, dims)
     geometry = Geometry(kernel, _sizes(stride, dims), sides, dilations, groups)
-    return ConvolutionCall(x, weight, bias, geometry, tuple(input.shape[2:])), input
+    return ConvolutionCall(input, weight, bias, geometry)
 
 
 def _sizes(value: Any, dims: int) -> tuple[int, ...]:
@@ -165,39 +160,14 @@ def _sizes(value: Any, dims: int) -> tuple[int, ...]:
     return values * dims if len(values) == 1 else values
 
 
-# The functions below are written in Python and hand on their options by name, however they were called.
-
-
-def _batch_norm(
-    input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, **options: Any
-) -> Recognised | None:
-    if options["training"] or running_mean is None or running_var is None or weight is None:
-        return None
-    return batch_norm(input, running_mean, running_var, weight, bias, options["eps"]), input
-
-
-def _layer_norm(input: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Recognised | None:
-    if weight is None or input.ndim <= len(shape):
-        return None
-    slices = (*input.shape[: -weight.ndim], weight.numel())
-    return slice_norm(input, slices, weight, bias, eps, tuple(weight.shape)), input
-
-
-def _group_norm(input: Tensor, num_groups: int, weight: Any, bias: Any, eps: float) -> Recognised | None:
-    if weight is None:
-        return None
-    slices = (len(input), num_groups, input[0].numel() // num_groups)
-    return slice_norm(input, slices, weight, bias, eps, (input.shape[1], *(1 for _ in input.shape[2:]))), input
-
-
-def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any) -> Recognised | None:
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any) -> Call | None:
     if options["max_norm"] is not None or options["scale_grad_by_freq"] or options["sparse"]:
         return None
-    return EmbeddingCall(input, weight, padding_idx), input
+    return EmbeddingCall(input, weight, padding_idx)
 
 
-def _broadcast(rule: Callable[[Tensor, Tensor, tuple[int, ...]], Call]) -> Callable[..., Recognised | None]:
-    def read(input: Any, other: Any, **options: Any) -> Recognised | None:
+def _broadcast(rule: Callable[[Tensor, Tensor, tuple[int, ...]], Call]) -> Callable[..., Call | None]:
+    def read(input: Any, other: Any, **options: Any) -> Call | None:
         weight, x = (input, other) if isinstance(input, nn.Parameter) else (other, input)
         if options or not isinstance(weight, nn.Parameter) or not isinstance(x, Tensor) or isinstance(x, nn.Parameter):
             return None
@@ -206,27 +176,27 @@ def _broadcast(rule: Callable[[Tensor, Tensor, tuple[int, ...]], Call]) -> Calla
         aligned = (1,) * (x.ndim - weight.ndim) + tuple(weight.shape)
         if aligned[0] != 1 or any(size not in (1, full) for size, full in zip(aligned, x.shape, strict=True)):
             return None
-        return rule(x, weight, aligned[1:]), x
+        return rule(x, weight, aligned[1:])
 
     return read
 
 
-def _expand(weight: Tensor, *sizes: Any, size: Any = None, **options: Any) -> Recognised | None:
+def _expand(weight: Tensor, *sizes: Any, size: Any = None, **options: Any) -> Call | None:
     if options or not isinstance(weight, nn.Parameter):
         return None
     expanded = weight.detach().expand(*(sizes if size is None else size))
     aligned = (1,) * (expanded.ndim - weight.ndim) + tuple(weight.shape)
-    return (shift(expanded, weight, aligned[1:]), expanded) if aligned[0] == 1 else None
+    return shift(expanded, weight, aligned[1:]) if aligned[0] == 1 else None
 
 
-_READERS: dict[Any, Callable[..., Recognised | None]] = {
+_READERS: dict[Any, Callable[..., Call | None]] = {
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
     **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _convolution),
-    F.batch_norm: _batch_norm,
-    F.layer_norm: _layer_norm,
-    F.group_norm: _group_norm,
+    F.batch_norm: batch_norm,
+    F.layer_norm: layer_norm,
+    F.group_norm: group_norm,
     F.embedding: _embedding,
     **dict.fromkeys((torch.mul, Tensor.mul), _broadcast(scale)),
     **dict.fromkeys((torch.add, Tensor.add), _broadcast(shift)),

@@ -53,11 +53,12 @@ class Tape:
         versions: dict[Call, int] = {}
         self._samples = len(inputs)
 
-        def visit(call: Call, names: dict[str, str], source: Tensor, function: Callable[[], Tensor]) -> Tensor | None:
+        def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
             k, odd = divmod(len(call.inputs), self._samples)
             if odd or k == 0 or (self.rows is not None and any(self.rows.get(n) != k for n in names.values())):
                 return None
-            self.calls[call], versions[call] = names, call.inputs._version
+            source, call.inputs = call.inputs, call.inputs.detach()  # a call that kept it would keep itself alive
+            self.calls[call], versions[call] = names, source._version
             result: Tensor = _RuledCall.apply(self._anchor, source, call, self, function)  # type: ignore[no-untyped-call]
             return result
 

@@ -17,14 +17,14 @@ class Call(ABC):
     of it: B·k, the k rows of a sample lying together, as with the windows of a windowed attention.
 
     Attributes:
-        inputs: The input [N, …], as the function saw it.
+        inputs: The input [N, …], as the function saw it, with its history until the tape takes that.
         weight: The tensor that the function takes in the role of the weight.
         roles: Role → the tensor whose squared gradients are wanted.
         reads_input: Whether the backward pass needs the input's values, so that they must not be changed meanwhile.
     """
 
     def __init__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.inputs, self.weight = inputs.detach(), weight
+        self.inputs, self.weight = inputs, weight
         self.roles = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         self.reads_input = weight.requires_grad
 

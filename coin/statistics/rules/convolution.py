@@ -1,7 +1,6 @@
 """The rule for `torch.conv1d`, `conv2d` and `conv3d`: grouped, dilated, strided, padded."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from math import prod
 
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from coin.statistics.rules.linear import LinearMapCall, add_gram, position_pairs
+from coin.statistics.rules.linear import LinearCall, add_gram, position_pairs
 
 
 @dataclass(frozen=True)
@@ -77,22 +76,18 @@ class Geometry:
         return found
 
 
-class ConvolutionCall(LinearMapCall):
+class ConvolutionCall(LinearCall):
     """y = x ⋆ W + b for x [N, C, *size], W [O, C/G, *kernel].
 
     The Gram rule takes one product per kernel tap, over the positions where that tap meets the image. The weight's
     accumulator is written as [G, O/G, taps · C/G], which is a view of memory laid out with the channels last.
-
-    Where padding is uneven, `inputs` is padded to make it even; `size` is the spatial size without that.
     """
 
     many_rows = False
 
-    def __init__(
-        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, size: tuple[int, ...]
-    ) -> None:
+    def __init__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
         super().__init__(inputs, weight, bias)
-        self.geometry, self._size = geometry, size
+        self.geometry = geometry
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
@@ -112,9 +107,7 @@ class ConvolutionCall(LinearMapCall):
                 folded, like, weight, None, geometry.stride, geometry.padding, geometry.dilation, False,
                 [0] * len(size), geometry.groups, [True, False, False],
             )[0]  # fmt: skip
-        for d, n in enumerate(self._size):
-            gradient = gradient.narrow(2 + d, 0, n)
-        return gradient.reshape(*g.shape[:2], *gradient.shape[1:])
+        return gradient.view(*g.shape[:2], *gradient.shape[1:])
 
     @override
     def positions(self, g: Tensor, samples: int) -> Tensor:
@@ -139,7 +132,6 @@ class ConvolutionCall(LinearMapCall):
         size = tuple(self.inputs.shape[2:])
         output = self.geometry.output_size(size)
         grid = torch.arange(prod(output), device=total.device).view(output)
-        lookup = _pair_lookup(prod(output), total.device)
         rows = self.inputs.movedim(1, -1).to(total.dtype).contiguous()
         by_tap = total.view(*total.shape[:2], prod(self.geometry.kernel), -1)
         for index, outputs, inputs in self.geometry.taps(size):
@@ -147,15 +139,6 @@ class ConvolutionCall(LinearMapCall):
             met = grid[outputs].flatten()
             met_pairs = pairs
             if len(met) < grid.numel():
-                first, second, _ = position_pairs(len(met), met.device)
-                met_pairs = pairs.index_select(1, lookup[met[first], met[second]])
+                first, second = (met[places] for places in position_pairs(len(met), met.device)[:2])
+                met_pairs = pairs.index_select(1, first * (2 * grid.numel() - 1 - first) // 2 + second)
             add_gram(by_tap[:, :, index], met_pairs, a)
-
-
-@lru_cache(maxsize=64)
-def _pair_lookup(positions: int, device: torch.device) -> Tensor:
-    """Return [T, T]: the place of the pair (t, t'), t ≤ t', in the order of `position_pairs`."""
-    first, second, _ = position_pairs(positions, device)
-    lookup = torch.zeros(positions, positions, dtype=torch.long, device=device)
-    lookup[first, second] = torch.arange(len(first), device=device)
-    return lookup

@@ -1,6 +1,7 @@
 """The rule for parameters that are multiplied with or added to activations: scales, shifts and normalisations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ class ElementwiseCall(Call):
         weight: The weight.
         bias: The bias.
         shape: The shape in which both are broadcast over x[n].
-        normalised: Returns x̂, of x's shape, in the type of sums; None if the weight is added.
-        pull_back: (g, weight) → the cotangents of x.
+        normalised: x → x̂, of x's shape, in the type of sums; None if the weight is added.
+        pull_back: (g, weight, x) → the cotangents of x.
     """
 
     def __init__(
@@ -31,78 +32,94 @@ class ElementwiseCall(Call):
         weight: Tensor,
         bias: Tensor | None,
         shape: tuple[int, ...],
-        normalised: Callable[[], Tensor] | None,
-        pull_back: Callable[[Tensor, Tensor], Tensor],
+        normalised: Callable[[Tensor], Tensor] | None,
+        pull_back: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> None:
         super().__init__(inputs, weight, bias)
-        self.reads_input = normalised is not None and weight.requires_grad
         self._shape, self._normalised, self._pull_back = shape, normalised, pull_back
+        self.reads_input = normalised is not None and weight.requires_grad
 
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
-        if "bias" in totals:
-            self._add(totals["bias"], g, samples)
-        if "weight" in totals:
-            self._add(totals["weight"], g if self._normalised is None else g * self._normalised(), samples)
-
-    def _add(self, total: Tensor, local: Tensor, samples: int) -> None:
-        inner = local.shape[2:]
-        shape = (1,) * (len(inner) - len(self._shape)) + self._shape
-        over = [2, *(3 + d for d, size in enumerate(shape) if size == 1)]
-        sums = local.reshape(len(local), samples, -1, *inner).sum(over)
-        total.add_(torch.square(sums).sum((0, 1)).view(total.shape))
+        for role, total in totals.items():
+            local = g if role == "bias" or self._normalised is None else g * self._normalised(self.inputs)
+            inner = local.shape[2:]
+            shape = (1,) * (len(inner) - len(self._shape)) + self._shape
+            over = [2, *(3 + d for d, size in enumerate(shape) if size == 1)]
+            sums = local.reshape(len(local), samples, -1, *inner).sum(over)
+            total.add_(torch.square(sums).sum((0, 1)).view(total.shape))
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
-        return self._pull_back(g, weight.view(self._shape))
+        return self._pull_back(g, weight.view(self._shape), self.inputs)
 
 
 def scale(x: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Call:
     """Return the call of x · weight."""
-    return ElementwiseCall(x, weight, None, shape, x.detach, lambda g, weight: g * weight)
+    return ElementwiseCall(x, weight, None, shape, lambda x: x, lambda g, weight, x: g * weight)
 
 
 def shift(x: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Call:
     """Return the call of x + weight; or of the weight expanded over samples, as if added to zeros of that shape."""
-    return ElementwiseCall(x, weight, None, shape, None, lambda g, weight: g)
+    return ElementwiseCall(x, weight, None, shape, None, lambda g, weight, x: g)
 
 
-def batch_norm(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Call:
-    """Return the call of `torch.nn.functional.batch_norm` on running statistics."""
-    shape = (x.shape[1], *(1 for _ in x.shape[2:]))
-    inputs, centre, inverse = x.detach(), mean.view(shape), torch.rsqrt(variance + eps).view(shape)
-
-    def normalised() -> Tensor:
-        return ((inputs - centre) * inverse).to(sum_type(inputs))
-
-    return ElementwiseCall(x, weight, bias, shape, normalised, lambda g, weight: g * (weight * inverse))
+# The functions below are written in Python and hand on their options by name, however they were called.
 
 
-def slice_norm(
-    x: Tensor, slices: tuple[int, ...], weight: Tensor, bias: Tensor | None, eps: float, shape: tuple[int, ...]
+def batch_norm(
+    input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, **options: Any
+) -> Call | None:
+    """Return the call of `torch.nn.functional.batch_norm`, on running statistics."""
+    if options["training"] or running_mean is None or running_var is None or weight is None:
+        return None
+    shape = (input.shape[1], *(1 for _ in input.shape[2:]))
+    mean: Tensor = running_mean.view(shape)
+    factor = torch.rsqrt(running_var + options["eps"]).view(shape)
+
+    def normalised(x: Tensor) -> Tensor:
+        return ((x - mean) * factor).to(sum_type(x))
+
+    return ElementwiseCall(input, weight, bias, shape, normalised, lambda g, weight, x: g * (weight * factor))
+
+
+def layer_norm(input: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Call | None:
+    """Return the call of `torch.nn.functional.layer_norm`."""
+    if weight is None or input.ndim <= len(shape):
+        return None
+    slices = (*input.shape[: -weight.ndim], weight.numel())
+    return _slice_norm(input, slices, weight, bias, eps, tuple(weight.shape))
+
+
+def group_norm(input: Tensor, num_groups: int, weight: Any, bias: Any, eps: float) -> Call | None:
+    """Return the call of `torch.nn.functional.group_norm`."""
+    if weight is None:
+        return None
+    slices = (len(input), num_groups, input[0].numel() // num_groups)
+    return _slice_norm(input, slices, weight, bias, eps, (input.shape[1], *(1 for _ in input.shape[2:])))
+
+
+def _slice_norm(
+    input: Tensor, slices: tuple[int, ...], weight: Tensor, bias: Tensor | None, eps: float, shape: tuple[int, ...]
 ) -> Call:
-    """Return the call of `layer_norm` or `group_norm`: every slice by its own mean and variance.
-
-    `slices` is x's shape with what belongs to a slice as its last dimension, [N, …, M].
-    """
-    inputs = x.detach()
+    """Return the call of a normalisation of every slice, the last dimension of x in the shape `slices` [N, …, M]."""
 
     def parts(x: Tensor) -> tuple[Tensor, Tensor]:
         """Return x̂ and what it was scaled with, in slices."""
         rows = x.reshape(slices)
         variance, mean = torch.var_mean(rows, -1, correction=0, keepdim=True)
-        inverse = torch.rsqrt(variance + eps)
-        return (rows - mean) * inverse, inverse
+        factor = torch.rsqrt(variance + eps)
+        return (rows - mean) * factor, factor
 
-    def normalised() -> Tensor:
-        return parts(inputs.to(sum_type(inputs)))[0].view(inputs.shape)
+    def normalised(x: Tensor) -> Tensor:
+        return parts(x.to(sum_type(x)))[0].view(x.shape)
 
-    def pull_back(g: Tensor, weight: Tensor) -> Tensor:
-        hat, inverse = parts(inputs)
+    def pull_back(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        hat, factor = parts(x)
         inner = (g * weight).reshape(len(g), *slices)
         along = (inner * hat).mean(-1, keepdim=True)
-        return ((inner - inner.mean(-1, keepdim=True) - hat * along) * inverse).reshape(g.shape)
+        return ((inner - inner.mean(-1, keepdim=True) - hat * along) * factor).reshape(g.shape)
 
-    call = ElementwiseCall(x, weight, bias, shape, normalised, pull_back)
+    call = ElementwiseCall(input, weight, bias, shape, normalised, pull_back)
     call.reads_input = True
     return call

@@ -3,8 +3,7 @@
 Neither the Gram rule nor the direct rule holds more than a block of per-sample gradients.
 """
 
-from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -17,20 +16,37 @@ _BLOCK = 1 << 20
 """Floats of per-sample gradients that the direct rule forms at a time: few enough to stay in a core's cache."""
 
 
-class LinearMapCall(Call):
+class LinearCall(Call):
     """y_t = W a_t + b at T positions a sample: weight += Σ_nv (Σ_t g_vt a_tᵀ)², bias += Σ_nv (Σ_t g_vt)².
 
     The Gram rule for few positions, Σ_v (Σ_t g_vt a_t)² = Σ_{t≤t'} w_tt' a_t a_t' (Σ_v g_vt g_vt') with w = 1 on the
     diagonal and 2 off it, contracts the cotangents first and multiplies by the inputs at the end. With one position
     and S = Σ_v g² that is Sᵀ a². For many positions, the direct rule forms the gradients and squares them.
+
+    The positions of this class are all but the last dimension of the input, a [N, …, I]; a subclass may say otherwise.
+
+    Args:
+        inputs: a.
+        weight: W [O, I].
+        bias: b [O].
+        parameter: What W is a view of; itself if None.
+        transposed: Whether that is its transpose [I, O], as in a @ parameter.
     """
 
     many_rows = True
     """Whether the Gram rule knows what to do with several rows a sample."""
 
-    def __init__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        parameter: Tensor | None = None,
+        transposed: bool = False,
+    ) -> None:
         super().__init__(inputs, weight, bias)
-        self.bias = bias
+        self.roles["weight"] = weight if parameter is None else parameter
+        self.bias, self.transposed = bias, transposed
         self._pairs: Tensor | None = None
 
     @override
@@ -45,69 +61,32 @@ class LinearMapCall(Call):
             pairs = contract_pairs(rows)
             self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
         else:
-
-            def patches(sample: int) -> Tensor:
-                return self.patches(self.inputs[sample * k : (sample + 1) * k].to(g.dtype))
-
-            add_direct(self.matrices(totals["weight"]), rows.mT, patches)
+            inputs = (self.patches(sample.to(g.dtype)) for sample in torch.split(self.inputs, k))
+            add_direct(self.matrices(totals["weight"]), rows.mT, inputs)
 
     @override
     def finish(self, samples: int, totals: Totals) -> None:
         if self._pairs is not None:
             self.add_pairs(self._pairs, self.matrices(totals["weight"]))
 
-    @abstractmethod
-    def positions(self, g: Tensor, samples: int) -> Tensor:
-        """Return cotangents [V, B·k, …] as [V, B, T, O]."""
-
-    @abstractmethod
-    def patches(self, rows: Tensor) -> Tensor:
-        """Return the inputs a [G, T, K] of G groups that W is applied to in one sample's rows [k, …]."""
-
-    @abstractmethod
-    def matrices(self, total: Tensor) -> Tensor:
-        """Return the weight's accumulator as a view [G, O/G, K]."""
-
-    @abstractmethod
-    def add_pairs(self, pairs: Tensor, total: Tensor) -> None:
-        """Add the products of contracted cotangents [B, P, O] with the inputs to a total [G, O/G, K]."""
-
-
-class LinearCall(LinearMapCall):
-    """y = x Wᵀ + b over the last dimension of x [N, …, I].
-
-    Args:
-        inputs: x.
-        weight: W [O, I].
-        bias: b [O].
-        parameter: What W is a view of, if anything.
-        transposed: Whether that is its transpose [I, O], as in x @ parameter.
-    """
-
-    def __init__(
-        self, inputs: Tensor, weight: Tensor, bias: Tensor | None, parameter: Tensor, transposed: bool
-    ) -> None:
-        super().__init__(inputs, weight, bias)
-        self.roles["weight"], self.transposed = parameter, transposed
-
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
         return g @ weight
 
-    @override
     def positions(self, g: Tensor, samples: int) -> Tensor:
+        """Return cotangents [V, B·k, …] as [V, B, T, O]."""
         return g.reshape(len(g), samples, -1, g.shape[-1])
 
-    @override
     def patches(self, rows: Tensor) -> Tensor:
+        """Return the inputs a [G, T, K] of G groups that W is applied to in one sample's rows [k, …]."""
         return rows.reshape(1, -1, rows.shape[-1])
 
-    @override
     def matrices(self, total: Tensor) -> Tensor:
+        """Return the weight's accumulator as a view [G, O/G, K]."""
         return (total.mT if self.transposed else total)[None]
 
-    @override
     def add_pairs(self, pairs: Tensor, total: Tensor) -> None:
+        """Add the products of contracted cotangents [B, P, O] with the inputs to a total [G, O/G, K]."""
         add_gram(total, pairs, self.inputs.to(total.dtype).reshape(len(pairs), -1, total.shape[-1]))
 
 
@@ -176,36 +155,31 @@ def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
         a: Inputs [B, T, G·K], group after group.
     """
     groups, outputs, k = total.shape
-    t = a.shape[1]
-    if t == 1:
-        products = torch.square(a)
-    else:
-        first, second, _ = position_pairs(t, a.device)
-        products = a.index_select(1, first).mul_(a.index_select(1, second))
+    first, second, _ = position_pairs(a.shape[1], a.device)
+    products = torch.square(a) if len(first) == 1 else a.index_select(1, first).mul_(a.index_select(1, second))
     left = pairs.reshape(-1, groups, outputs).permute(1, 2, 0)
     right = products.view(-1, groups, k).transpose(0, 1)
     if groups == 1:
         total[0].addmm_(left[0], right[0])
     else:
         total.add_(torch.bmm(left, right))
-    if t > 1:
+    if len(first) > 1:
         total.clamp_min_(0)
 
 
-def add_direct(total: Tensor, g: Tensor, a: Callable[[int], Tensor]) -> None:
+def add_direct(total: Tensor, g: Tensor, a: Iterable[Tensor]) -> None:
     """Add Σ_n Σ_v (Σ_t g_vt a_tᵀ)² to `total` by forming the per-sample gradients a block at a time.
 
     Args:
         total: Accumulator [G, O/G, K], a view that is written in place.
         g: Cotangents [V, B, O, T].
-        a: Sample's index → its inputs [G, T, K].
+        a: Each sample's inputs [G, T, K].
     """
-    v, b, o, t = g.shape
+    v, _, o, t = g.shape
     groups, outputs, k = total.shape
     rows = max(1, min(v, _BLOCK // (o * k)))
     buffer = total.new_empty(rows * o * k)
-    for n in range(b):
-        right = a(n)
+    for n, right in enumerate(a):
         for start in range(0, v, rows):
             block = g[start : start + rows, n]
             left = block.reshape(-1, groups, outputs, t).transpose(0, 1).reshape(groups, -1, t)
