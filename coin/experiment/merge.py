@@ -148,6 +148,11 @@ class StoredExperts(Experts):
         """All tasks' calibration samples, evenly interleaved."""
         return pooled(self._each_calibration())
 
+    @property
+    def tasks(self) -> Tensor:
+        """Which task each pooled sample is from, int64 ``[P]``."""
+        return self.pooled.part
+
     @cached_property
     def split(self) -> tuple[Calibration, Calibration]:
         """The pooled samples to fit on, and the last fifth of them, on which choices are made."""

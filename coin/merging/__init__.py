@@ -8,6 +8,7 @@ from coin.merging.gauss_newton import GaussNewton
 from coin.merging.head_fit import HeadFit
 from coin.merging.method import CodedModel, MergeMethod, Method
 from coin.merging.networks import merge_networks
+from coin.merging.refit import Refit, Target
 from coin.merging.regmean import RegMean, RegMeanLayers
 from coin.merging.task_vectors import TaskArithmetic, Ties
 
@@ -21,8 +22,10 @@ __all__ = [
     "HeadFit",
     "MergeMethod",
     "Method",
+    "Refit",
     "RegMean",
     "RegMeanLayers",
+    "Target",
     "TaskArithmetic",
     "Ties",
     "merge_networks",

@@ -154,7 +154,28 @@ class Experts:
     @cached_property
     def pooled(self) -> Iterable[Tensor]:
         """All tasks' calibration samples, evenly interleaved, in batches."""
-        return interleaved(self.samples(DataChoice.own))
+        batches = self.samples(DataChoice.own)
+        samples = torch.cat([torch.cat(list(each)) for each in batches])
+        return torch.split(samples[self._order.to(samples.device)], len(next(iter(batches[0]))))
+
+    @cached_property
+    def tasks(self) -> Tensor:
+        """Which task each pooled sample is from, int64 ``[P]``."""
+        return torch.repeat_interleave(torch.arange(self.count), torch.tensor(self._sizes))[self._order]
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [sum(map(len, each)) for each in self.samples(DataChoice.own)]
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """Where every pooled sample is among all tasks' one after the other: evenly mixed.
+
+        Every stretch of the samples then holds the tasks in proportion: batches, whose statistics BatchNorm may take,
+        and the held-out end.
+        """
+        places = [(torch.arange(size, dtype=torch.float64) + 0.5) / size for size in self._sizes]
+        return torch.argsort(torch.cat(places), stable=True)
 
     @cached_property
     def split(self) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
@@ -167,7 +188,11 @@ class Experts:
 
     def target(self, row: Sequence[float]) -> Tensor:
         """Return Σ_i β_i f_i on the pooled samples ``[P, C]``; raises StateError where an output is not finite."""
-        return torch.cat([_weighted(self._fitted_outputs, row), self.held_out_target(row)])
+        return torch.cat([self.fitted_target(row), self.held_out_target(row)])
+
+    def fitted_target(self, row: Sequence[float]) -> Tensor:
+        """Return Σ_i β_i f_i on the samples that are not held out."""
+        return _weighted(self._fitted_outputs, row)
 
     def held_out_target(self, row: Sequence[float]) -> Tensor:
         """Return Σ_i β_i f_i on the held-out samples, their end."""
@@ -226,23 +251,6 @@ def held_out_count(samples: int) -> int:
             "number of samples"
         )
     return max(1, round(HELD_OUT * samples))
-
-
-def interleaved(tasks: Sequence[Iterable[Tensor]]) -> list[Tensor]:
-    """Return several tasks' samples evenly mixed, in batches of the first batch's size.
-
-    Every stretch of the samples then holds the tasks in proportion: batches, whose statistics BatchNorm may take, and
-    the held-out end.
-
-    Args:
-        tasks: Batches ``[B, …]`` by task.
-    """
-    batches = [list(each) for each in tasks]
-    samples = [torch.cat(each) for each in batches]
-    places = [(torch.arange(len(each), dtype=torch.float64) + 0.5) / len(each) for each in samples]
-    order = torch.argsort(torch.cat(places), stable=True)
-    mixed = torch.cat(samples)[order.to(samples[0].device)]
-    return list(torch.split(mixed, len(batches[0][0])))
 
 
 def _weighted(outputs: Tensor, row: Sequence[float]) -> Tensor:

@@ -1,6 +1,6 @@
 """The head of a network fitted to the coding objective, in closed form."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,18 @@ class HeadFit(Average):
         return made
 
 
-def fit_head(network: nn.Module, experts: Experts, row: Sequence[float]) -> None:
+def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], *, held_out: bool = False) -> None:
     """Fit a coded network's head, in place, so that it reads Σ_i β_i f_i out of the network's features.
 
     With φ(x) the features and (W, b) the head, the head becomes (W + ΔW, b + Δb), where ΔW φ + Δb is the ridge
     regression of the residual Σβ_if_i − (Wφ + b) on the pooled calibration samples, its ridge chosen by leave-one-out
     (`fit_ridge`). The ridge pulls towards the head that is there, so experts that agree keep theirs.
+
+    Args:
+        network: The coded network.
+        experts: The experts.
+        row: β.
+        held_out: Whether the held-out samples are left out.
 
     Raises:
         StateError: The head is not a fully connected layer with a bias, or the logits are not the head of its inputs.
@@ -51,8 +57,10 @@ def fit_head(network: nn.Module, experts: Experts, row: Sequence[float]) -> None
             f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer with a bias; "
             "leave the method out for this network"
         )
-    target = experts.target(row).double()
-    features, logits = features_of(network, experts)
+    batches, targets = (experts.split[0], experts.fitted_target) if held_out else (experts.pooled, experts.target)
+    target = targets(row).double()  # checked to be finite
+    features, logits = features_of(network, batches)
+    experts.passes += len(features)
     fit = fit_ridge(features, target - logits)
     step = fit.coefficients.T
     with torch.no_grad():
@@ -60,17 +68,16 @@ def fit_head(network: nn.Module, experts: Experts, row: Sequence[float]) -> None
         head.bias.add_((fit.target_mean - step @ fit.input_mean).to(head.bias))
 
 
-def features_of(network: nn.Module, experts: Experts) -> tuple[Tensor, Tensor]:
-    """Return a network's features and logits on the pooled calibration samples, in float64, and count the passes.
+def features_of(network: nn.Module, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return a network's features and logits on batches of samples, in float64.
 
     Raises:
         StateError: The logits are not the head of the features.
     """
     found = []
     with evaluating(network, gradients=False):
-        for batch in experts.pooled:
+        for batch in batches:
             found.append(features_and_logits(network, as_input(batch, network)))
             check_head(network, *found[-1])
     features, logits = (torch.cat(pieces).double() for pieces in zip(*found, strict=True))
-    experts.passes += len(features)
     return features, logits

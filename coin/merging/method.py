@@ -177,13 +177,17 @@ class MergeMethod(Method):
             initial = experts.initial_buffers
             buffers = {name: initial.get(name, tensor) for name, tensor in buffers.items()}
         network = experts.blank().eval()
-        own = network.state_dict()
-        # Tied parameters have one name among the parameters and several in the state dict, whose tensors share memory.
-        state = {name: tensor for name, tensor in {**parameters, **buffers}.items() if name in own}
-        fill_network(network, {**own, **state}, "the coded model")
+        fill(network, {**parameters, **buffers})
         if policy == BatchNormPolicy.recalibrate:
             experts.passes += recalibrate(network, experts.split[0] if measured else experts.pooled)
         return network
+
+
+def fill(network: nn.Module, state: State) -> None:
+    """Copy parameters and buffers into a network, which may name tied ones twice."""
+    own = network.state_dict()  # tensors that share the network's memory
+    state = {name: tensor for name, tensor in state.items() if name in own}
+    fill_network(network, {**own, **state}, "the coded model")
 
 
 SAME = "same"

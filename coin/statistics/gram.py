@@ -54,7 +54,7 @@ def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callab
             return
         bias = call.bias is not None and call.bias is named.get(name.removesuffix("weight") + "bias")
         if isinstance(call, ConvolutionCall):
-            for a in _patches(call):
+            for a in patches_of(call):
                 _add(values, name, a, bias)
         else:
             a = call.inputs.reshape(-1, 1, call.inputs.shape[-1])
@@ -74,7 +74,7 @@ def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callab
     return Sums(values, count, float(count), uncovered)
 
 
-def _patches(call: ConvolutionCall) -> Iterable[Tensor]:
+def patches_of(call: ConvolutionCall) -> Iterable[Tensor]:
     """Yield the patches [rows, G, C/G · kernel] of a convolution, a few samples at a time."""
     geometry, x = call.geometry, call.inputs
     positions = prod(geometry.output_size(tuple(x.shape[2:])))

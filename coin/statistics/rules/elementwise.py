@@ -36,22 +36,22 @@ class ElementwiseCall(Call):
         pull_back: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> None:
         super().__init__(inputs, weight, bias)
-        self._shape, self._normalised, self._pull_back = shape, normalised, pull_back
+        self.shape, self.normalised, self._pull_back = shape, normalised, pull_back
         self.reads_input = normalised is not None and weight.requires_grad
 
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
         for role, total in totals.items():
-            local = g if role == "bias" or self._normalised is None else g * self._normalised(self.inputs)
+            local = g if role == "bias" or self.normalised is None else g * self.normalised(self.inputs)
             inner = local.shape[2:]
-            shape = (1,) * (len(inner) - len(self._shape)) + self._shape
+            shape = (1,) * (len(inner) - len(self.shape)) + self.shape
             over = [2, *(3 + d for d, size in enumerate(shape) if size == 1)]
             sums = local.reshape(len(local), samples, -1, *inner).sum(over)
             total.add_(torch.square(sums).sum((0, 1)).view(total.shape))
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
-        return self._pull_back(g, weight.view(self._shape), self.inputs)
+        return self._pull_back(g, weight.view(self.shape), self.inputs)
 
 
 def scale(x: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Call:

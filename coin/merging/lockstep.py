@@ -1,0 +1,205 @@
+"""Forward passes that stop after every ruled call, so that several networks go through their layers side by side."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from coin.errors import StateError
+from coin.inputs import as_input
+from coin.statistics.guard import evaluating
+from coin.statistics.recognise import Interceptor
+from coin.statistics.rules.call import Call
+
+
+class Stop(NamedTuple):
+    """Where a pass stands: after a call in which the parameter of this name plays the weight."""
+
+    weight: str
+    call: Call
+    output: Tensor
+
+
+class PausedPass:
+    """One network's forward pass, in a thread of its own that runs only while it is asked to.
+
+    A thread is what can stop inside any network's forward. Never do two run at once.
+
+    Args:
+        network: In eval mode.
+        inputs: [B, …].
+    """
+
+    def __init__(self, network: nn.Module, inputs: Tensor) -> None:
+        self._network, self._inputs = network, inputs
+        self._names = dict(network.named_parameters())
+        self._ask: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
+        self._tell: queue.SimpleQueue[Stop | BaseException | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def advance(self, again: bool = False) -> Stop | None:
+        """Go on to the end of the next ruled call; return None at the end of the pass.
+
+        Args:
+            again: Whether the call that it stands at is to be done again first, since its parameters have changed.
+        """
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._ask.put(again)
+        told = self._tell.get()
+        if isinstance(told, BaseException):
+            raise told
+        return told
+
+    def close(self) -> None:
+        """End the pass where it stands."""
+        if self._thread.is_alive():
+            self._ask.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            # What holds for one thread alone; the rest of `evaluating` is entered by who starts the passes.
+            with torch.inference_mode(False), torch.no_grad(), Interceptor(self._names, self._visit):
+                self._network(as_input(self._inputs, self._network))
+            self._tell.put(None)
+        except _Ended:
+            pass
+        except BaseException as error:
+            self._tell.put(error)
+
+    def _visit(self, call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
+        if (weight := names.get("weight")) is None:
+            return None
+        output = function()
+        self._tell.put(Stop(weight, call, output))
+        again = self._ask.get()
+        if again is None:
+            raise _Ended
+        return function() if again else output
+
+
+class _Ended(BaseException):
+    """Unwinds a pass that is not to go on."""
+
+
+class Look(NamedTuple):
+    """A unit of calls as the coded network and the experts meet it on some samples.
+
+    Attributes:
+        call: The coded network's first call of the unit, with its input.
+        output: What the call returns with its present parameters.
+        targets: Every expert's output of the unit's last call; none where it has no samples here.
+        places: Of every expert, where its samples are among the coded network's, int64.
+        samples: Where the coded network's samples are among all.
+    """
+
+    call: Call
+    output: Tensor
+    targets: list[Tensor | None]
+    places: list[Tensor]
+    samples: slice
+
+
+class Walk:
+    """The coded network and the experts on their way through the network.
+
+    Within its context, where all samples may run together, every network runs once, and the coded network does a call
+    again after it was changed. Otherwise they are taken in pieces, and run from their inputs anew for every unit.
+
+    Args:
+        coded: The network that is changed on the way.
+        experts: The experts, which make the same calls in the same order.
+        inputs: All samples [P, …].
+        parts: Of every expert the places of the samples that it runs on, int64, rising.
+        piece: How many samples may run together.
+
+    Attributes:
+        passes: Forward-equivalents spent so far; a pass that was not brought to its end counts as one.
+    """
+
+    def __init__(
+        self, coded: nn.Module, experts: Sequence[nn.Module], inputs: Tensor, parts: Sequence[Tensor], piece: int
+    ) -> None:
+        self._coded, self._experts, self._inputs, self._parts, self._piece = coded, experts, inputs, parts, piece
+        self._group: _Group | None = None
+        self._stack = ExitStack()
+        self.passes = 0.0
+
+    def __enter__(self) -> Self:
+        for network in (self._coded, *self._experts):
+            self._stack.enter_context(evaluating(network, gradients=False))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._group is not None:
+            self._group.close()
+        self._stack.close()
+
+    def looks(self, weight: str, end: str) -> Callable[[], Iterator[Look]]:
+        """Return what yields the looks at the next unit, as often as it is called.
+
+        Args:
+            weight: The name of the weight of the unit's first call.
+            end: That of its last call.
+        """
+        if self._piece >= len(self._inputs):
+            self._group = self._group or self._start(0)
+            look = self._group.reach(weight, end)
+            return lambda: iter([look])
+
+        def from_the_inputs() -> Iterator[Look]:
+            for first in range(0, len(self._inputs), self._piece):
+                group = self._start(first)
+                try:
+                    yield group.reach(weight, end)
+                finally:
+                    group.close()
+
+        return from_the_inputs
+
+    def _start(self, first: int) -> "_Group":
+        samples = slice(first, min(first + self._piece, len(self._inputs)))
+        inside = [(part >= samples.start) & (part < samples.stop) for part in self._parts]
+        places = [part[within] - samples.start for part, within in zip(self._parts, inside, strict=True)]
+        inputs = self._inputs[samples]
+        self.passes += 2 * len(inputs) + sum(map(len, places))  # the coded network does every call twice
+        experts = [PausedPass(network, inputs[place]) for network, place in zip(self._experts, places, strict=True)]
+        return _Group(PausedPass(self._coded, inputs), experts, places, samples)
+
+
+class _Group:
+    """The passes of all networks on the same samples."""
+
+    def __init__(self, coded: PausedPass, experts: Sequence[PausedPass], places: list[Tensor], samples: slice) -> None:
+        self._coded, self._experts, self._places, self._samples = coded, experts, places, samples
+        self._pairs = list(zip(experts, places, strict=True))
+        self._changed = False
+
+    def reach(self, weight: str, end: str) -> Look:
+        stop = _reached(self._coded, weight, self._changed)
+        self._changed = True
+        targets = [_reached(each, end).output if len(place) else None for each, place in self._pairs]
+        return Look(stop.call, stop.output, targets, self._places, self._samples)
+
+    def close(self) -> None:
+        for each in (self._coded, *self._experts):
+            each.close()
+
+
+def _reached(one: PausedPass, weight: str, again: bool = False) -> Stop:
+    """Let a pass go on until it stands after the call of a weight."""
+    stop = one.advance(again)
+    while stop is not None and stop.weight != weight:
+        stop = one.advance()
+    if stop is None:
+        raise StateError(
+            f"a network's forward pass came to its end without '{weight}', which another network calls; give experts "
+            "that make the same calls whatever their inputs"
+        )
+    return stop
