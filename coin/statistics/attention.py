@@ -14,10 +14,11 @@ _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 def packed_attention(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
     """Compute `torch.nn.functional.multi_head_attention_forward` for self-attention, under masks or not.
 
+    As in torch, what is_causal says replaces the mask only where there is neither padding nor a call for the weights.
+
     Args:
         arguments: The function's positional arguments: query, key, value [T, B, E], …
-        options: Its keyword arguments. As in torch, what is_causal says replaces the mask only where there is neither
-            padding nor a call for the weights.
+        options: Its keyword arguments.
 
     Returns:
         (output [T, B, E], attention weights or None), or None for every other form of attention (cross attention, extra

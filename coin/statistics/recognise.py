@@ -53,7 +53,8 @@ class Interceptor(TorchFunctionMode):
                 output = packed_attention(args, options)
         else:
             self.sorts = self.sorts or _sorts(func, args)
-            call = _recognise(func, args, options)
+            reader = _READERS.get(func)
+            call = reader(*args, **options) if reader is not None and _fits(reader, args, options) else None
             if call is not None:
                 names = {role: self._names[id(t)] for role, t in call.roles.items() if id(t) in self._names}
                 # A weight or bias that was computed from something trainable must stay in autograd's hands.
@@ -71,31 +72,24 @@ def _sorts(func: Any, args: tuple[Any, ...]) -> bool:
     return name in _SORTING or name.removesuffix("_") in _SORTING
 
 
-def _recognise(func: Any, args: Sequence[Any], options: Mapping[str, Any]) -> Call | None:
-    reader = _READERS.get(func)
-    if reader is None:
-        return None
+def _fits(reader: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
+    """Say whether a function was called in a form that its reader knows."""
     try:
         inspect.signature(reader).bind(*args, **options)
-    except TypeError:  # a form of the call that no reader knows
-        return None
-    return reader(*args, **options)
+    except TypeError:
+        return False
+    return True
 
 
 def reached_tensors(output: Tensor) -> set[int]:
     """Return the ids of the leaf tensors in the graph behind an output."""
-    found: set[int] = set()
-    seen: set[Any] = set()
+    seen: set[Any] = {None}
     stack: list[Any] = [output.grad_fn]
     while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        stack.extend(following for following, _ in node.next_functions)
-    return found
+        if (node := stack.pop()) not in seen:
+            seen.add(node)
+            stack.extend(following for following, _ in node.next_functions)
+    return {id(node.variable) for node in seen if hasattr(node, "variable")}
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
@@ -152,7 +146,7 @@ def _convolution(
     else:
         sides = _sizes(padding, dims)
     geometry = Geometry(kernel, _sizes(stride, dims), sides, dilations, groups)
-    return ConvolutionCall(input, weight, bias, geometry)
+    return ConvolutionCall(input, weight, bias, geometry=geometry)
 
 
 def _sizes(value: Any, dims: int) -> tuple[int, ...]:
@@ -163,7 +157,7 @@ def _sizes(value: Any, dims: int) -> tuple[int, ...]:
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any) -> Call | None:
     if options["max_norm"] is not None or options["scale_grad_by_freq"] or options["sparse"]:
         return None
-    return EmbeddingCall(input, weight, padding_idx)
+    return EmbeddingCall(input, weight, None, padding_idx)
 
 
 def _broadcast(rule: Callable[[Tensor, Tensor, tuple[int, ...]], Call]) -> Callable[..., Call | None]:

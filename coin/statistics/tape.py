@@ -27,7 +27,6 @@ class Tape:
             None rules every call of B·k rows.
 
     Attributes:
-        rows: As given.
         calls: The ruled calls and the parameters in their roles.
         cotangents: V, the number of cotangents in the backward pass that is running.
         sorts: Whether values may decide where a row goes (`Interceptor`).

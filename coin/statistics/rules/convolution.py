@@ -1,8 +1,9 @@
 """The rule for `torch.conv1d`, `conv2d` and `conv3d`: grouped, dilated, strided, padded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from math import prod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +15,7 @@ from coin.statistics.rules.linear import LinearCall, add_gram, position_pairs
 
 @dataclass(frozen=True)
 class Geometry:
-    """A convolution's options in D spatial dimensions.
-
-    Attributes:
-        kernel: Kernel sizes.
-        stride: Strides.
-        padding: Zeros on either side.
-        dilation: Dilations.
-        groups: G.
-    """
+    """A convolution's options, by spatial dimension; `padding` is the number of zeros on either side."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -76,6 +69,7 @@ class Geometry:
         return found
 
 
+@dataclass(eq=False)
 class ConvolutionCall(LinearCall):
     """y = x ⋆ W + b for x [N, C, *size], W [O, C/G, *kernel].
 
@@ -83,11 +77,8 @@ class ConvolutionCall(LinearCall):
     accumulator is written as [G, O/G, taps · C/G], which is a view of memory laid out with the channels last.
     """
 
-    many_rows = False
-
-    def __init__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
-        super().__init__(inputs, weight, bias)
-        self.geometry = geometry
+    geometry: Geometry = field(kw_only=True)
+    many_rows: ClassVar[bool] = False
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
