@@ -80,6 +80,7 @@ def load_statistic(path: Path, *, statistic: str, weights: str | None = None) ->
     try:
         spent = int(provenance["samples"]), float(provenance["seconds"]), float(provenance["passes"])
     except (KeyError, TypeError, ValueError) as error:
-        message = f"'{path}' does not say its samples, seconds, passes as numbers; run coin fisher again"
-        raise FileError(message) from error
+        raise FileError(
+            f"'{path}' does not say its samples, seconds, passes as numbers; run coin fisher again"
+        ) from error
     return StatisticFile(values, *spent, provenance)

@@ -18,9 +18,6 @@ from coin.statistics.tape import Tape
 DEFAULT_MEMORY_MIB = 1024
 """What a Fisher pass may take at its peak beyond the network and the accumulators, in MiB, unless the user says."""
 
-_COPIES = 2
-"""Samples in the pass that finds a layout: the fewest that can be told apart."""
-
 
 class FisherOptions(TypedDict, total=False):
     """The options of a Fisher pass, all of which may be left out; see `FisherPass`."""
@@ -145,9 +142,8 @@ class FisherPass:
         output = tape.run(self.network, piece)
         if key not in self._layouts:
             self._layouts[key] = layout
-            bound = torch.finfo(output.dtype).eps ** 0.5 * float(layout.logits.abs().amax())  # of rounding
-            # Where a sample's output depends on its neighbours, no rule holds.
-            if not torch.allclose(output[0], layout.logits, rtol=0, atol=bound):
+            rounding = torch.finfo(output.dtype).eps ** 0.5 * float(layout.logits.abs().amax())
+            if not torch.allclose(output[0], layout.logits, rtol=0, atol=rounding):  # it depends on its neighbours
                 self._layouts[key] = replace(layout, rows={})
                 tape = Tape(self._parameters, self._totals, {})
                 output = tape.run(self.network, piece)
@@ -162,33 +158,32 @@ class FisherPass:
         return len(piece)
 
     def _find_layout(self, sample: Tensor) -> Layout:
-        """Find, on copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape.
+        """Find, on two copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape.
 
         If values decide what lies where, one sample says nothing about others: then every cut is looked at by itself.
         """
         tape = Tape(self._parameters, self._totals, None)
-        output = tape.run(self.network, torch.cat([sample] * _COPIES))
+        output = tape.run(self.network, torch.cat([sample, sample]))
         untrusted = tape.misplaced(output, unseen=True) | tape.close(output)
         rows: dict[str, int] = {}
         for call, names in tape.calls.items():
             if untrusted.isdisjoint(names.values()):
-                rows.update(dict.fromkeys(names.values(), len(call.inputs) // _COPIES))
-        sizes = [call.inputs.numel() // _COPIES for call in tape.calls] or [sample.numel()]
+                rows.update(dict.fromkeys(names.values(), len(call.inputs) // 2))
+        sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sample.numel()]
         return Layout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach())
 
     def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> set[str]:
         """Add what the rules answer for, `chunk` of the cotangents [V, b, C] at a time; return the other names."""
-        passes = 1.0
+        self._passes += len(output)
         misplaced: set[str] = set()
         if tape.rows is None and tape.calls:
             misplaced = tape.misplaced(output, unseen=False)
-            passes += 2.0 * tape.cotangents
+            self._passes += 2 * tape.cotangents * len(output)
         general = tape.close(output, misplaced)
         for start in range(0, len(rows), chunk):
             piece = rows[start : start + chunk]
             if tape.backward(output, piece, last=start + len(piece) == len(rows)):
-                passes += 2.0 * len(piece)
-        self._passes += passes * len(output)
+                self._passes += 2 * len(piece) * len(output)
         return general
 
     def _add_one_by_one(self, sample: Tensor, rows: Tensor, names: set[str]) -> None:
@@ -198,10 +193,11 @@ class FisherPass:
         """
         logits = self.network(sample)
         self._passes += 1
-        chosen = [name for name in self._parameters if name in names]
-        tensors = [self._parameters[name] for name in chosen]
+        chosen = {name: parameter for name, parameter in self._parameters.items() if name in names}
+        tensors = list(chosen.values())
         for v in range(len(rows) if logits.requires_grad else 0):
-            gradients = torch.autograd.grad(logits, tensors, rows[v], retain_graph=v + 1 < len(rows), allow_unused=True)
+            keep = v + 1 < len(rows)
+            gradients = torch.autograd.grad(logits, tensors, rows[v], retain_graph=keep, allow_unused=True)
             self._passes += 2
             for name, gradient in zip(chosen, gradients, strict=True):
                 if gradient is not None:

@@ -1,7 +1,5 @@
 """Sums over samples: what a pass over data leaves, added over batches and over processes before any division."""
 
-import functools
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -69,9 +67,8 @@ def sum_type(tensor: Tensor) -> torch.dtype:
 def reduce_sums(sums: Sums) -> Sums:
     """Return the sums over all processes of the default process group, the same on each; `sums` itself without one.
 
-    The processes first agree on the tensors, as one of them may not have covered what another has. Then all accumulators
-    travel as one float64 vector with the count behind them, in a single SUM reduction, on the device that the group's
-    backend needs.
+    The processes first agree on the tensors, as one may not have covered what another has. All accumulators then travel
+    as one float64 vector, the count behind them, in a single SUM reduction on the device that the backend needs.
 
     Raises:
         StateError: The names or shapes differ in anything else.
@@ -86,7 +83,7 @@ def reduce_sums(sums: Sums) -> Sums:
     layouts: list[Sums] = [sums] * distributed.get_world_size()
     empty = {name: tensor.to("meta") for name, tensor in sums.values.items()}
     distributed.all_gather_object(layouts, replace(sums, values=empty))
-    whole = functools.reduce(operator.add, layouts)
+    whole = sum(layouts[1:], layouts[0])
     tensors = [
         sums.values[name].detach() if name in sums.values else torch.zeros_like(like, device=where)
         for name, like in whole.values.items()

@@ -20,8 +20,7 @@ class Call(ABC):
 
     Attributes:
         inputs: The input [N, …], as the function saw it, with its history until the tape takes that.
-        weight: The tensor that the function takes in the role of the weight.
-        bias: The same for the bias.
+        weight, bias: The tensors that the function takes in these roles.
         roles: Role → the tensor whose squared gradients are wanted.
         reads_input: Whether the backward pass needs the input's values, so that they must not be changed meanwhile.
     """

@@ -32,15 +32,13 @@ class Geometry:
 
     def patches(self, x: Tensor) -> Tensor:
         """Return the input patches [B, *output, *kernel, C] of x [B, C, *size] as an overlapping view of a copy."""
-        dims = len(self.kernel)
-        output = self.output_size(tuple(x.shape[2:]))
         padding = [side for p in reversed(self.padding) for side in (p, p)]
         rows = F.pad(x, padding).movedim(1, -1).contiguous()
-        strides = rows.stride()
-        steps = [strides[1 + i] * self.stride[i] for i in range(dims)]
-        taps = [strides[1 + i] * self.dilation[i] for i in range(dims)]
-        shape = (len(x), *output, *self.kernel, x.shape[1])
-        return rows.as_strided(shape, (strides[0], *steps, *taps, strides[-1]))
+        outer, *inner, last = rows.stride()
+        steps = [distance * s for distance, s in zip(inner, self.stride, strict=True)]
+        taps = [distance * d for distance, d in zip(inner, self.dilation, strict=True)]
+        shape = (len(x), *self.output_size(tuple(x.shape[2:])), *self.kernel, x.shape[1])
+        return rows.as_strided(shape, (outer, *steps, *taps, last))
 
     def taps(self, size: tuple[int, ...]) -> list[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
         """Return, for every kernel tap that meets the image, its flat index and where it does.
@@ -61,12 +59,10 @@ class Geometry:
                     start = low * s + offset
                     axis.append((tap, slice(low, high), slice(start, start + (high - low - 1) * s + 1, s)))
             axes.append(axis)
-        found = []
-        for met in product(*axes):
-            taps, outputs, inputs = zip(*met, strict=True)
-            index = sum(tap * prod(self.kernel[d + 1 :]) for d, tap in enumerate(taps))
-            found.append((index, outputs, inputs))
-        return found
+        return [
+            (sum(tap * prod(self.kernel[d + 1 :]) for d, tap in enumerate(taps)), outputs, inputs)
+            for taps, outputs, inputs in (zip(*met, strict=True) for met in product(*axes))
+        ]
 
 
 @dataclass(eq=False)
@@ -82,8 +78,7 @@ class ConvolutionCall(LinearCall):
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
-        geometry, size = self.geometry, tuple(self.inputs.shape[2:])
-        folded = g.flatten(0, 1)
+        geometry, size, folded = self.geometry, tuple(self.inputs.shape[2:]), g.flatten(0, 1)
         pointwise = prod(geometry.kernel) == 1 and not any(geometry.padding)
         one_position = prod(geometry.output_size(size)) == 1
         if geometry.groups == 1 and (one_position or (pointwise and max(geometry.stride) > 1)):

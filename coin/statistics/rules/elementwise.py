@@ -70,11 +70,9 @@ def batch_norm(
     shape = (input.shape[1], *(1 for _ in input.shape[2:]))
     mean: Tensor = running_mean.view(shape)
     factor = torch.rsqrt(running_var + options["eps"]).view(shape)
-
-    def normalised(x: Tensor) -> Tensor:
-        return ((x - mean) * factor).to(sum_type(x))
-
-    return ElementwiseCall(input, weight, bias, shape, normalised, lambda g, weight, x: g * (weight * factor))
+    return ElementwiseCall(
+        input, weight, bias, shape, lambda x: ((x - mean) * factor).to(sum_type(x)), lambda g, w, x: g * (w * factor)
+    )
 
 
 def layer_norm(input: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Call | None:
@@ -105,13 +103,10 @@ def _slice_norm(
         factor = torch.rsqrt(variance + eps)
         return (rows - mean) * factor, factor
 
-    def normalised(x: Tensor) -> Tensor:
-        return parts(x.to(sum_type(x)))[0].view(x.shape)
-
     def pull_back(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         hat, factor = parts(x)
         inner = (g * weight).reshape(len(g), *slices)
         along = (inner * hat).mean(-1, keepdim=True)
         return ((inner - inner.mean(-1, keepdim=True) - hat * along) * factor).reshape(g.shape)
 
-    return ElementwiseCall(input, weight, bias, shape, normalised, pull_back)
+    return ElementwiseCall(input, weight, bias, shape, lambda x: parts(x.to(sum_type(x)))[0].view(x.shape), pull_back)

@@ -112,8 +112,8 @@ def prefers_gram(positions: int, cotangents: int) -> bool:
     The Gram rule's products grow with T(T+1)/2 and not with V; the direct rule's with V·T, and it also writes and
     reads V gradients.
     """
-    few = positions <= 32 and positions * (positions + 1) // 2 <= cotangents * (positions + 32)
-    return few or positions == 1
+    pairs = positions * (positions + 1) // 2
+    return positions == 1 or (positions <= 32 and pairs <= cotangents * (positions + 32))
 
 
 @lru_cache(maxsize=64)
