@@ -65,7 +65,9 @@ def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decode
     system = read(finished, decoder=decoder)
     assert system.names == ("expert-digits", "expert-letters", "coded-0")
     results = read_results(finished / "seed-0")
-    results = results[(results.method == "coin") & (results.batchnorm.map(asked_policy) == "auto") & (results.decoder == decoder)]
+    results = results[
+        (results.method == "coin") & (results.batchnorm.map(asked_policy) == "auto") & (results.decoder == decoder)
+    ]
     tasks = read_tasks(read_served(finished, "coin", "auto", decoder), build).tasks
 
     async def accuracy(task: str, expert: int, lost: int) -> float:

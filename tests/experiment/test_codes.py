@@ -13,7 +13,7 @@ from coin.atomic import sha256_of
 from coin.cli import main
 from coin.coding import Code, convex, uniform
 from coin.data import Calibration, Digits, Glyphs, Samples
-from coin.errors import ConfigurationError, DecodingError, FileError, NumericalError
+from coin.errors import ConfigurationError, DecodingError, FileError, StateError
 from coin.experiment import Experiment, merge
 from coin.experiment.codes import candidate_codes, choose_weights, read_choice, read_code
 from coin.experiment.experts import ExpertFiles
@@ -111,11 +111,11 @@ def test_the_choice_is_the_smallest_bound_on_what_averaging_leaves() -> None:
             assert row["score"] == pytest.approx(row["residual"] / min(first, second), rel=1e-4)
     assert code.matrix[0].tolist() == min(table, key=lambda row: row["score"])["row"] != [0.5, 0.5]
     # Experts that agree leave nothing, and uniform weights amplify least.
-    assert choose_weights([shifted(1.0), shifted(1.0)], [calibration(5)])[0] == uniform(2)
+    assert choose_weights([shifted(1.0), shifted(1.0)], [calibration(5), calibration(5)])[0] == uniform(2)
     huge = shifted(4.0)
     huge[3].weight.data.fill_(3e38)
-    with pytest.raises(NumericalError, match="are not finite; check the experts, or give a code"):
-        choose_weights([shifted(1.0), huge], [calibration(5)])
+    with pytest.raises(StateError, match="the calibration output of expert 1 is not finite"):
+        choose_weights([shifted(1.0), huge], [calibration(5), calibration(5)])
 
 
 def test_a_damaged_choice_is_named(tmp_path: Path) -> None:

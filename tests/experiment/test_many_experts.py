@@ -19,7 +19,15 @@ from coin.errors import CoinError
 from coin.experiment.experts import ExpertFiles
 from coin.merging import Average, Coin, MergeMethod, RegMean, TaskArithmetic, Ties
 from coin.merging.networks import merge_networks
-from coin.networks import BatchNormPolicy, NetworkConfig, build_network, load_network, padded_rows, save_network, widen_network
+from coin.networks import (
+    BatchNormPolicy,
+    NetworkConfig,
+    build_network,
+    load_network,
+    padded_rows,
+    save_network,
+    widen_network,
+)
 from coin.state import fingerprint, load_state, save_state
 from coin.state_file import StateFile
 from coin.statistics import fisher_diagonal, gram_sums
@@ -37,7 +45,13 @@ def files(write_experts: Callable[..., dict[str, str]], small_config: NetworkCon
     for index, (task, path) in enumerate(experts.items()):
         network = load_network(Path(path)).network
         inputs = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(index))
-        made = {"weights": fingerprint(network.state_dict()), "data": "own", "samples": 5, "seconds": 0.0, "passes": 0.0}
+        made = {
+            "weights": fingerprint(network.state_dict()),
+            "data": "own",
+            "samples": 5,
+            "seconds": 0.0,
+            "passes": 0.0,
+        }
         fisher[task], gram[task] = (str(tmp_path / f"{task}.{name}.safetensors") for name in ("fisher", "gram"))
         values = fisher_diagonal(network, [inputs], kind="categorical")
         save_state(Path(fisher[task]), values, {"statistic": "fisher", "kind": "categorical", **made})
