@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -100,20 +99,21 @@ def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str,
     check_same_layout(states)
     if len(states) != len(weights):
         raise StateError(f"found {len(weights)} weights for {len(states)} states, expected one each; give as many")
-    return {key: _weighted([state[key] for state in states], weights) for key in states[0]}
+    return {key: _weighted(states, weights, key) for key in states[0]}
 
 
-def _weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    first = tensors[0]
-    if all(torch.equal(first, other) for other in tensors[1:]):
-        return first.clone()
-    if not (first.is_floating_point() or first.is_complex()):
-        return reduce(torch.maximum, tensors)
-    total = torch.zeros_like(first)
-    for tensor, weight in zip(tensors, weights, strict=True):
-        if weight != 0:  # zero times an infinity is NaN
+def _weighted(states: Sequence[State], weights: Sequence[float], key: str) -> Tensor:
+    first = states[0][key]
+    summed = first.is_floating_point() or first.is_complex()
+    total = torch.zeros_like(first) if summed else first.clone()
+    agree = torch.ones_like(first, dtype=torch.bool)
+    for state, weight in zip(states, weights, strict=True):
+        tensor = state[key]  # one at a time: states may lie in files
+        agree &= tensor == first
+        if not summed:
+            total = torch.maximum(total, tensor)
+        elif weight != 0:  # zero times an infinity is NaN
             total.add_(tensor, alpha=weight)
-    agree = reduce(torch.logical_and, [first == other for other in tensors[1:]])
     return torch.where(agree, first, total)
 
 

@@ -73,6 +73,8 @@ def merge(
     elif method.is_trained:
         raise ConfigurationError("found no tasks, expected them: distillation trains on their calibration samples")
     described = {_described(name, files): files for name, files in statistics.items()}
+    kinds = [which.kind for which in described if which.kind is not None]
+    method = method.settled(kinds[0] if kinds else FisherKind.exact, DataChoice.auto)  # as the files say
     stored = StoredExperts(opened, described, calibrations, None if initial is None else Path(initial), train)
     return make_coded_models(method, SeedCode(matrix), stored, Path(output), samples)
 

@@ -44,7 +44,7 @@ def serve(
     Args:
         folder: An experiment's folder, whose first seed is taken, or a seed's.
         method: The merge method whose coded models serve; none takes the first one in the results.
-        batchnorm: Its BatchNorm policy; none takes its first one.
+        batchnorm: The BatchNorm policy that its run asked for; none takes its first one.
         decoder: The decoder, as the results call it. A calibrated one is fitted anew on the experiment's calibration
             samples.
         policy: Decides whom a query asks.

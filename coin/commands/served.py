@@ -88,7 +88,7 @@ def choose_variant(folders: Sequence[Path], method: str | None, batchnorm: str |
     Args:
         folders: The seeds' folders.
         method: What the results call it; none takes the first one that has coded models.
-        batchnorm: Its policy; none takes the method's first one.
+        batchnorm: The policy that its run asked for, or the results' text for it; none takes the method's first one.
         decoder: What the results call the decoder.
 
     Raises:
@@ -108,12 +108,16 @@ def choose_variant(folders: Sequence[Path], method: str | None, batchnorm: str |
         raise ConfigurationError(f"found method '{method}', '{folders[0]}' has results of {known}; choose one of them")
     frame = frame if method is None else frame[frame["method"] == method]
     chosen = str(frame["method"].iloc[0])
-    policies = list(dict.fromkeys(frame.loc[frame["method"] == chosen, "batchnorm"].map(asked_policy)))
-    if batchnorm is not None and batchnorm not in policies:
+    policies = {policy: asked_policy(policy) for policy in frame.loc[frame["method"] == chosen, "batchnorm"]}
+    if batchnorm is None:
+        return chosen, next(iter(policies.values()))
+    if batchnorm not in {*policies, *policies.values()}:
+        known = ", ".join(dict.fromkeys(policies.values())) or "none"
         raise ConfigurationError(
-            f"found batchnorm '{batchnorm}' of method {chosen}, expected one of {', '.join(policies) or 'none'}"
+            f"found batchnorm '{batchnorm}' of method {chosen}, expected the policy that its run asked for, one of "
+            f"{known}"
         )
-    return chosen, str(policies[0]) if batchnorm is None else batchnorm
+    return chosen, asked_policy(batchnorm)
 
 
 def read_accuracies(folders: Sequence[Path], method: str, batchnorm: str, decoder: str) -> Accuracies:

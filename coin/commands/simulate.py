@@ -66,7 +66,7 @@ def simulate(
     Args:
         folder: An experiment's folder, or a seed's.
         method: The merge method whose coded models serve; none takes the first one in the results.
-        batchnorm: Its BatchNorm policy; none takes its first one.
+        batchnorm: The BatchNorm policy that its run asked for; none takes its first one.
         decoder: The decoder, as the results call it.
         wants: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'; none takes both.
         policies: The policies; none takes all.

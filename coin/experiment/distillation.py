@@ -56,14 +56,15 @@ class Training:
         """
         starts: dict[float, dict[str, Tensor]] = {}
         lr, steps = method.hparams["lr"], int(method.hparams["steps"])
+        samples = method.samples_per_task or self.tasks.samples_per_task
         chosen: dict[str, Any] = {}
 
         def run(lr: float, steps: int, held_out: float, every: int = 0) -> Distillation:
             paths = [str(path) for path in experts.files.paths.values()]
-            options = dict(method.hparams) | {"experts": paths, "code_row": list(row), "lr": lr, "steps": steps}
-            module = type(method)(**options)
+            own = {"experts": paths, "code_row": list(row), "lr": lr, "steps": steps, "samples_per_task": samples}
+            module = type(method)(**dict(method.hparams) | own)  # loggers get these options
             module.begun = starts.get(held_out)
-            self._fit(module, steps, held_out, every or steps)
+            self._fit(module, steps, samples, held_out, every or steps)
             assert module.begun is not None
             starts[held_out] = module.begun
             experts.passes += module.passes
@@ -71,7 +72,7 @@ class Training:
 
         if lr is None:
             share = method.hparams["held_out"]
-            self._check_held_out(method, share)
+            self._check_held_out(samples * len(self.tasks.tasks), share)
             rates = method.hparams["learning_rates"]
             if method.hparams["schedule"] == Schedule.one_cycle:
 
@@ -111,8 +112,7 @@ class Training:
         assert module.student is not None
         return CodedModel(module.student, chosen)
 
-    def _fit(self, module: Distillation, steps: int, held_out: float, every: int) -> None:
-        samples = module.samples_per_task or self.tasks.samples_per_task
+    def _fit(self, module: Distillation, steps: int, samples: int, held_out: float, every: int) -> None:
         data = Tasks(self.tasks.tasks, samples, module.hparams["batch_size"], held_out, self.seed)
         trainer = make_trainer(
             self.folder,
@@ -129,8 +129,7 @@ class Training:
         seed_everything(self.seed, workers=True, verbose=False)
         trainer.fit(module, datamodule=data)
 
-    def _check_held_out(self, method: Distillation, share: float) -> None:
-        samples = (method.samples_per_task or self.tasks.samples_per_task) * len(self.tasks.tasks)
+    def _check_held_out(self, samples: int, share: float) -> None:
         held_out = max(1, round(share * samples))
         if samples - held_out < 2:
             raise ConfigurationError(

@@ -4,7 +4,7 @@ import math
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -158,10 +158,11 @@ class MergeMethod(Method):
             return [str(self.batchnorm)]
         if _alike(experts.buffers):
             return [SAME]
-        if not experts.is_calibrated:
+        if not experts.is_calibrated or not _several(experts.split[0]):
+            found = "two calibration samples" if experts.is_calibrated else "no calibration inputs"
             warnings.warn(
-                f"found no calibration inputs, by which method '{self.label}' chooses what becomes of BatchNorm's "
-                "statistics: it averages them, which can be the worst choice; give the tasks' inputs, or set batchnorm",
+                f"found {found}, by which method '{self.label}' chooses what becomes of BatchNorm's statistics: it "
+                "averages them, which can be the worst choice; give the tasks' inputs, or set batchnorm",
                 CoinWarning,
                 stacklevel=3,
             )
@@ -336,6 +337,12 @@ def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: 
             "calibration data"
         )
     return {key: total + floor for key, total in totals.items()}
+
+
+def _several(batches: Iterable[Tensor]) -> bool:
+    """Whether there are two samples or more; reads no more batches than that takes."""
+    samples = 0
+    return any((samples := samples + len(batch)) > 1 for batch in batches)
 
 
 def _alike(states: Sequence[State]) -> bool:

@@ -34,9 +34,6 @@ from coin.statistics.rules.linear import LinearCall
 RIDGES = (0.01, 0.03, 0.1, 0.3)
 """What the ridge is chosen from."""
 
-_BLOCK = 1 << 24
-"""Floats of a layer's inputs that are unfolded at a time."""
-
 _KEPT = 6
 """Tensors of the widest layer's size that a paused forward pass may hold."""
 
@@ -377,18 +374,16 @@ def _target(look: Look, mixture: Sequence[float] | None) -> Tensor:
 
 def _rows(call: Call, residual: Tensor, shares: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield a unit's inputs [n, G, K], residuals [n, G, O] and weights [n] at all positions, in blocks."""
-    inputs: Iterable[Tensor]
     if isinstance(call, ElementwiseCall):
         assert call.normalised is not None
-        inputs = [_entries(call.normalised(call.inputs), call.shape)]
+        inputs: Iterable[Tensor] = [_entries(call.normalised(call.inputs), call.shape)]
         residual = _entries(residual, call.shape)
-    elif isinstance(call, ConvolutionCall):
-        inputs = patches_of(call)
-        residual = residual.movedim(1, -1).reshape(-1, call.geometry.groups, residual.shape[1] // call.geometry.groups)
     else:
-        flat = call.inputs.reshape(-1, 1, call.inputs.shape[-1])
-        inputs = torch.split(flat, max(1, _BLOCK // flat.shape[-1]))
-        residual = residual.reshape(-1, 1, residual.shape[-1])
+        assert isinstance(call, LinearCall)
+        inputs = patches_of(call)
+        residual = residual.movedim(1, -1) if isinstance(call, ConvolutionCall) else residual
+        groups = call.geometry.groups if isinstance(call, ConvolutionCall) else 1
+        residual = residual.reshape(-1, groups, residual.shape[-1] // groups)
     weights = shares.to(residual.device).repeat_interleave(len(residual) // len(shares))
     start = 0
     for piece in inputs:

@@ -56,13 +56,6 @@ def process_generator(
     return torch.Generator(device).manual_seed(seed * 100_003 + rank)
 
 
-def number_of_cotangents(kind: FisherKind, classes: int, cotangents: int | None) -> int:
-    """Return V, the number of backward passes per sample."""
-    if kind is FisherKind.empirical:
-        return 1
-    return (cotangents or 1) if kind is FisherKind.monte_carlo else classes
-
-
 def make_cotangents(
     kind: FisherKind,
     logits: Tensor,

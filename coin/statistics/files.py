@@ -9,8 +9,6 @@ from coin.state import State, check_finite, save_state
 from coin.state_file import StateFile
 from coin.statistics.sums import Sums
 
-_NUMBERS: dict[str, type[float]] = {"samples": int, "seconds": float, "passes": float}
-
 
 @dataclass(frozen=True)
 class StatisticFile:
@@ -80,7 +78,9 @@ def load_statistic(path: Path, *, statistic: str, weights: str | None = None) ->
     if statistic == "fisher" and (negative := [name for name, value in values.items() if bool((value < 0).any())]):
         raise FileError(f"'{path}' holds a negative number in '{negative[0]}', expected squares; run coin fisher again")
     try:
-        samples, seconds, passes = (kind(provenance[name]) for name, kind in _NUMBERS.items())
+        spent = int(provenance["samples"]), float(provenance["seconds"]), float(provenance["passes"])
     except (KeyError, TypeError, ValueError) as error:
-        raise FileError(f"'{path}' does not say its {', '.join(_NUMBERS)} as numbers; run coin fisher again") from error
-    return StatisticFile(values, int(samples), seconds, passes, provenance)
+        raise FileError(
+            f"'{path}' does not say its samples, seconds, passes as numbers; run coin fisher again"
+        ) from error
+    return StatisticFile(values, *spent, provenance)

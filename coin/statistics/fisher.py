@@ -1,7 +1,7 @@
 """The Fisher diagonal of a network over calibration data, by layer rules where they hold."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TypedDict, Unpack
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from coin.errors import ConfigurationError, DataError
 from coin.inputs import as_input
-from coin.statistics.cotangents import FisherKind, check_cotangents, make_cotangents, number_of_cotangents
+from coin.statistics.cotangents import FisherKind, check_cotangents, make_cotangents
 from coin.statistics.guard import evaluating, trainable
 from coin.statistics.memory import Layout, check_memory, choose_cut
 from coin.statistics.sums import Sums, sum_type
@@ -17,9 +17,6 @@ from coin.statistics.tape import Tape
 
 DEFAULT_MEMORY_MIB = 1024
 """What a Fisher pass may take at its peak beyond the network and the accumulators, in MiB, unless the user says."""
-
-_COPIES = 2
-"""Samples in the pass that finds a layout: the fewest that can be told apart."""
 
 
 class FisherOptions(TypedDict, total=False):
@@ -56,6 +53,7 @@ def fisher_diagonal(
     return {name: value.div_(sums.count) for name, value in sums.values.items()}
 
 
+@dataclass(eq=False)
 class FisherPass:
     """Adds up Σ_n Σ_v (Uᵥₙ · ∂f(x_n)/∂θ)² over the batches it is given, U the cotangents of the kind.
 
@@ -77,27 +75,25 @@ class FisherPass:
         ConfigurationError: Options that do not belong together, no memory, or nothing to differentiate by.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        kind: FisherKind = FisherKind.exact,
-        labels: Tensor | None = None,
-        cotangents: int | None = None,
-        generator: torch.Generator | None = None,
-        memory_mib: int = DEFAULT_MEMORY_MIB,
-        progress: Callable[[int], None] | None = None,
-    ) -> None:
-        self._network, self._kind, self._labels = network, FisherKind(kind), labels
-        self._cotangents, self._generator, self._progress = cotangents, generator, progress
-        if (self._kind is FisherKind.empirical) != (labels is not None):
-            found = "no labels" if labels is None else "labels"
+    network: nn.Module
+    _: KW_ONLY
+    kind: FisherKind = FisherKind.exact
+    labels: Tensor | None = None
+    cotangents: int | None = None
+    generator: torch.Generator | None = None
+    memory_mib: int = DEFAULT_MEMORY_MIB
+    progress: Callable[[int], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.kind = FisherKind(self.kind)
+        if (self.kind is FisherKind.empirical) != (self.labels is not None):
+            found = "no labels" if self.labels is None else "labels"
             raise ConfigurationError(
-                f"found {found} for the {self._kind} Fisher; labels belong to the empirical kind, and only to it"
+                f"found {found} for the {self.kind} Fisher; labels belong to the empirical kind, and only to it"
             )
-        check_cotangents(self._kind, cotangents)
-        self._memory_mib = check_memory(memory_mib)
-        self._parameters = trainable(network)
+        check_cotangents(self.kind, self.cotangents)
+        check_memory(self.memory_mib)
+        self._parameters = trainable(self.network)
         with torch.inference_mode(False):
             self._totals = {name: _accumulator(parameter) for name, parameter in self._parameters.items()}
         self._layouts: dict[tuple[object, ...], Layout] = {}
@@ -110,15 +106,15 @@ class FisherPass:
             DataError: The network's output is not [B, C], or labels do not fit.
             StateError: The network changes in place what a gradient needs.
         """
-        with evaluating(self._network):
-            inputs = as_input(batch, self._network)
+        with evaluating(self.network):
+            inputs = as_input(batch, self.network)
             start = 0
             while start < len(inputs):
                 done = self._add_cut(inputs, start)
                 start += done
                 self.count += done
-                if self._progress is not None:
-                    self._progress(done)
+                if self.progress is not None:
+                    self.progress(done)
 
     def sums(self) -> Sums:
         """Return the sums, in float32 at least, when all batches were added.
@@ -128,9 +124,9 @@ class FisherPass:
         """
         if self.count == 0:
             raise DataError("found no calibration samples, expected at least one batch; raise the number of samples")
-        if self._labels is not None and len(self._labels) != self.count:
+        if self.labels is not None and len(self.labels) != self.count:
             raise DataError(
-                f"found {len(self._labels)} labels for {self.count} samples, expected one each, in their order"
+                f"found {len(self.labels)} labels for {self.count} samples, expected one each, in their order"
             )
         return Sums({name: total.contiguous() for name, total in self._totals.items()}, self.count, self._passes)
 
@@ -138,83 +134,75 @@ class FisherPass:
         """Add as many of the samples from `start` on as the memory allows; return their number."""
         key = (*inputs.shape[1:], len(inputs) > 1)
         layout = self._layouts.get(key) or self._find_layout(inputs[:1])
-        number = number_of_cotangents(self._kind, len(layout.logits), self._cotangents)
-        samples, chunk = choose_cut(layout, number, self._memory_mib, next(iter(self._parameters.values())))
+        fewer = {FisherKind.empirical: 1, FisherKind.monte_carlo: self.cotangents or 1}
+        number = fewer.get(self.kind, len(layout.logits))
+        samples, chunk = choose_cut(layout, number, self.memory_mib, next(iter(self._parameters.values())))
         piece = inputs[start : start + samples]
         tape = Tape(self._parameters, self._totals, layout.rows)
-        output = tape.run(self._network, piece)
+        output = tape.run(self.network, piece)
         if key not in self._layouts:
             self._layouts[key] = layout
-            if not _close(output[0], layout.logits):  # a sample's output depends on its neighbours: no rule holds
+            rounding = torch.finfo(output.dtype).eps ** 0.5 * float(layout.logits.abs().amax())
+            if not torch.allclose(output[0], layout.logits, rtol=0, atol=rounding):  # it depends on its neighbours
                 self._layouts[key] = replace(layout, rows={})
                 tape = Tape(self._parameters, self._totals, {})
-                output = tape.run(self._network, piece)
-        labels = None if self._labels is None else self._labels[self.count : self.count + len(piece)]
+                output = tape.run(self.network, piece)
+        labels = None if self.labels is None else self.labels[self.count : self.count + len(piece)]
         rows = make_cotangents(
-            self._kind, output.detach(), labels=labels, cotangents=self._cotangents, generator=self._generator
+            self.kind, output.detach(), labels=labels, cotangents=self.cotangents, generator=self.generator
         )
-        passes, general = self._add_by_rules(tape, output, rows, chunk)
-        self._passes += passes * len(piece)
+        general = self._add_by_rules(tape, output, rows, chunk)
         del tape, output
         for n in range(len(piece) if general else 0):
             self._add_one_by_one(piece[n : n + 1], rows[:, n : n + 1], general)
         return len(piece)
 
     def _find_layout(self, sample: Tensor) -> Layout:
-        """Find, on copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape.
+        """Find, on two copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape.
 
         If values decide what lies where, one sample says nothing about others: then every cut is looked at by itself.
         """
         tape = Tape(self._parameters, self._totals, None)
-        output = tape.run(self._network, torch.cat([sample] * _COPIES))
+        output = tape.run(self.network, torch.cat([sample, sample]))
         untrusted = tape.misplaced(output, unseen=True) | tape.close(output)
         rows: dict[str, int] = {}
         for call, names in tape.calls.items():
             if untrusted.isdisjoint(names.values()):
-                rows.update(dict.fromkeys(names.values(), len(call.inputs) // _COPIES))
-        sizes = [call.inputs.numel() // _COPIES for call in tape.calls] or [sample.numel()]
+                rows.update(dict.fromkeys(names.values(), len(call.inputs) // 2))
+        sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sample.numel()]
         return Layout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach())
 
-    def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> tuple[float, set[str]]:
-        """Add what the rules answer for, by cotangents [V, b, C], `chunk` at a time.
-
-        Returns:
-            (the forward-equivalents spent per sample, the names of the parameters that are left to the general route).
-        """
-        passes = 1.0
+    def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> set[str]:
+        """Add what the rules answer for, `chunk` of the cotangents [V, b, C] at a time; return the other names."""
+        self._passes += len(output)
         misplaced: set[str] = set()
         if tape.rows is None and tape.calls:
             misplaced = tape.misplaced(output, unseen=False)
-            passes += 2.0 * tape.cotangents
+            self._passes += 2 * tape.cotangents * len(output)
         general = tape.close(output, misplaced)
         for start in range(0, len(rows), chunk):
             piece = rows[start : start + chunk]
             if tape.backward(output, piece, last=start + len(piece) == len(rows)):
-                passes += 2.0 * len(piece)
-        return passes, general
+                self._passes += 2 * len(piece) * len(output)
+        return general
 
     def _add_one_by_one(self, sample: Tensor, rows: Tensor, names: set[str]) -> None:
         """Add a sample's [1, …] squares for the parameters named, by one backward pass for each of its V cotangents.
 
         The general route: exact whatever the network does with a parameter, as it rests on the sample's gradient alone.
         """
-        logits = self._network(sample)
+        logits = self.network(sample)
         self._passes += 1
-        chosen = [name for name in self._parameters if name in names]
-        tensors = [self._parameters[name] for name in chosen]
+        chosen = {name: parameter for name, parameter in self._parameters.items() if name in names}
+        tensors = list(chosen.values())
         for v in range(len(rows) if logits.requires_grad else 0):
-            gradients = torch.autograd.grad(logits, tensors, rows[v], retain_graph=v + 1 < len(rows), allow_unused=True)
+            keep = v + 1 < len(rows)
+            gradients = torch.autograd.grad(logits, tensors, rows[v], retain_graph=keep, allow_unused=True)
             self._passes += 2
             for name, gradient in zip(chosen, gradients, strict=True):
                 if gradient is not None:
                     gradient = gradient.to(self._totals[name].dtype)
                     self._totals[name].addcmul_(gradient, gradient)
-
-
-def _close(logits: Tensor, expected: Tensor) -> bool:
-    """Say whether logits differ by no more than rounding can make of batches of another size."""
-    bound = torch.finfo(expected.dtype).eps ** 0.5 * expected.abs().amax()
-    return bool(((logits - expected).abs() <= bound).all())
 
 
 def _accumulator(parameter: Tensor) -> Tensor:

@@ -53,11 +53,7 @@ def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callab
         if name is None or not isinstance(call, LinearCall) or call.inputs.numel() == 0:
             return
         bias = call.bias is not None and call.bias is named.get(name.removesuffix("weight") + "bias")
-        if isinstance(call, ConvolutionCall):
-            for a in patches_of(call):
-                _add(values, name, a, bias)
-        else:
-            a = call.inputs.reshape(-1, 1, call.inputs.shape[-1])
+        for a in patches_of(call):
             _add(values, name + TRANSPOSED if call.transposed else name, a, bias)
 
     with evaluating(network, gradients=False):
@@ -74,8 +70,11 @@ def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callab
     return Sums(values, count, float(count), uncovered)
 
 
-def patches_of(call: ConvolutionCall) -> Iterable[Tensor]:
-    """Yield the patches [rows, G, C/G · kernel] of a convolution, a few samples at a time."""
+def patches_of(call: LinearCall) -> Iterable[Tensor]:
+    """Yield what a map multiplies, [rows, G, K]; the patches of a convolution a few samples at a time."""
+    if not isinstance(call, ConvolutionCall):
+        yield call.inputs.reshape(-1, 1, call.inputs.shape[-1])
+        return
     geometry, x = call.geometry, call.inputs
     positions = prod(geometry.output_size(tuple(x.shape[2:])))
     for piece in torch.split(x, max(1, _BLOCK // (positions * prod(geometry.kernel) * x.shape[1]))):
@@ -92,7 +91,4 @@ def _add(values: dict[str, Tensor], name: str, a: Tensor, bias: bool) -> None:
         a = F.pad(a, (0, max(0, further)))
         values[name] = F.pad(values[name], (0, max(0, -further)) * 2)
     columns = a.permute(1, 0, 2)  # [G, rows, K]
-    if name in values:
-        values[name].baddbmm_(columns.mT, columns)
-    else:
-        values[name] = torch.bmm(columns.mT, columns)
+    values[name] = values[name].baddbmm_(columns.mT, columns) if name in values else torch.bmm(columns.mT, columns)

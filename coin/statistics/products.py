@@ -24,8 +24,7 @@ class OutputMap:
         inputs: Batches [B, …], iterated anew by every method.
 
     Attributes:
-        passes: Forward-equivalents spent so far: 1 a sample for outputs, 2 for a jvp, 3 for a vjp (forward and
-            backward).
+        passes: Forward-equivalents spent so far: 1 a sample for outputs, 2 for a jvp, 3 for a vjp.
     """
 
     def __init__(self, network: nn.Module, inputs: Iterable[Tensor]) -> None:
@@ -46,7 +45,7 @@ class OutputMap:
         """
         with evaluating(self._network):
             push = self._along(parameters, tangent)
-            return _rows([push(x) for x in self._batches(2)])
+            return _rows([push(x).detach() for x in self._batches(2)])
 
     def vjp(self, parameters: State, cotangent: Tensor) -> dict[str, Tensor]:
         """Return Jᵀ·u at θ for a cotangent u [P, C].
@@ -82,12 +81,7 @@ class OutputMap:
         """Return x → J·v there."""
         check_same_layout([parameters, tangent], ["the parameters", "the tangent"])
         states = (_own(parameters),), (_own(tangent),)
-
-        def push(x: Tensor) -> Tensor:
-            result: Tensor = jvp(lambda values: functional_call(self._network, values, (x,)), *states)[1]
-            return result.detach()
-
-        return push
+        return lambda x: jvp(lambda values: functional_call(self._network, values, (x,)), *states)[1]
 
     def _pull_back(
         self, parameters: State, passes: int, cotangent: Callable[[Tensor, int], Tensor]

@@ -1,6 +1,7 @@
 """See and recognise every call of a ruled function while a network runs, whichever module makes it."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from coin.statistics.attention import packed_attention
 from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall, Geometry
 from coin.statistics.rules.elementwise import batch_norm, group_norm, layer_norm, scale, shift
@@ -23,6 +23,8 @@ _SORTING |= {"take", "take_along_dim", "put", "index_select", "index_add", "inde
 _SORTING |= {"masked_select", "masked_scatter", "scatter", "scatter_add", "scatter_reduce", "numpy"}
 _SORTING |= {"__bool__", "__int__", "__float__", "__index__"}
 """Functions by which values can decide where a row goes; those that work in place have the same names."""
+
+_ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
 class Interceptor(TorchFunctionMode):
@@ -40,8 +42,7 @@ class Interceptor(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, Tensor], visit: Visit) -> None:
         super().__init__()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._visit = visit
-        self.sorts = False
+        self._visit, self.sorts = visit, False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -50,10 +51,11 @@ class Interceptor(TorchFunctionMode):
         output: Any = None
         if func is F.multi_head_attention_forward:
             with self:  # the projections inside are calls like any other
-                output = packed_attention(args, options)
+                output = _self_attention(args, options)
         else:
             self.sorts = self.sorts or _sorts(func, args)
-            call = _recognise(func, args, options)
+            reader = _READERS.get(func)
+            call = reader(*args, **options) if reader is not None and _fits(reader, args, options) else None
             if call is not None:
                 names = {role: self._names[id(t)] for role, t in call.roles.items() if id(t) in self._names}
                 # A weight or bias that was computed from something trainable must stay in autograd's hands.
@@ -71,31 +73,24 @@ def _sorts(func: Any, args: tuple[Any, ...]) -> bool:
     return name in _SORTING or name.removesuffix("_") in _SORTING
 
 
-def _recognise(func: Any, args: Sequence[Any], options: Mapping[str, Any]) -> Call | None:
-    reader = _READERS.get(func)
-    if reader is None:
-        return None
+def _fits(reader: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
+    """Say whether a function was called in a form that its reader knows."""
     try:
         inspect.signature(reader).bind(*args, **options)
-    except TypeError:  # a form of the call that no reader knows
-        return None
-    return reader(*args, **options)
+    except TypeError:
+        return False
+    return True
 
 
 def reached_tensors(output: Tensor) -> set[int]:
     """Return the ids of the leaf tensors in the graph behind an output."""
-    found: set[int] = set()
-    seen: set[Any] = set()
+    seen: set[Any] = {None}
     stack: list[Any] = [output.grad_fn]
     while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        stack.extend(following for following, _ in node.next_functions)
-    return found
+        if (node := stack.pop()) not in seen:
+            seen.add(node)
+            stack.extend(following for following, _ in node.next_functions)
+    return {id(node.variable) for node in seen if hasattr(node, "variable")}
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
@@ -113,11 +108,10 @@ def _matrix(weight: Tensor) -> tuple[Tensor, bool]:
     if torch.is_grad_enabled() and reached_tensors(weight) != {id(base)}:  # made where there were no gradients
         return weight, False
 
-    def layout(t: Tensor) -> tuple[Any, ...]:
-        return t.shape, t.stride(), t.storage_offset()
-
-    matches = [transposed for transposed in (False, True) if layout(base.mT if transposed else base) == layout(weight)]
-    return (base, matches[0]) if matches else (weight, False)
+    for view, transposed in ((base, False), (base.mT, True)):
+        if view.is_set_to(weight):
+            return base, transposed
+    return weight, False
 
 
 def _matmul(input: Tensor, other: Any = None, mat2: Any = None, **options: Any) -> Call | None:
@@ -130,29 +124,22 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **options: Any) -> Call | 
 
 
 def _convolution(
-    input: Tensor,
-    weight: Tensor,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
     groups: int = 1,
-) -> Call | None:
+) -> Call | None:  # fmt: skip
     if input.ndim != weight.ndim:
         return None
     dims = weight.ndim - 2
     kernel, dilations = tuple(weight.shape[2:]), _sizes(dilation, dims)
-    if padding == "valid":
-        sides = (0,) * dims
-    elif padding == "same":
+    if padding == "same":
         totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
         sides = tuple(total // 2 for total in totals)
         if any(total % 2 for total in totals):  # one more on the far side
             input = F.pad(input, [far for total in reversed(totals) for far in (0, total % 2)])
     else:
-        sides = _sizes(padding, dims)
+        sides = _sizes(0 if padding == "valid" else padding, dims)
     geometry = Geometry(kernel, _sizes(stride, dims), sides, dilations, groups)
-    return ConvolutionCall(input, weight, bias, geometry)
+    return ConvolutionCall(input, weight, bias, geometry=geometry)
 
 
 def _sizes(value: Any, dims: int) -> tuple[int, ...]:
@@ -163,7 +150,7 @@ def _sizes(value: Any, dims: int) -> tuple[int, ...]:
 def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, **options: Any) -> Call | None:
     if options["max_norm"] is not None or options["scale_grad_by_freq"] or options["sparse"]:
         return None
-    return EmbeddingCall(input, weight, padding_idx)
+    return EmbeddingCall(input, weight, None, padding_idx)
 
 
 def _broadcast(rule: Callable[[Tensor, Tensor, tuple[int, ...]], Call]) -> Callable[..., Call | None]:
@@ -187,6 +174,53 @@ def _expand(weight: Tensor, *sizes: Any, size: Any = None, **options: Any) -> Ca
     expanded = weight.detach().expand(*(sizes if size is None else size))
     aligned = (1,) * (expanded.ndim - weight.ndim) + tuple(weight.shape)
     return shift(expanded, weight, aligned[1:]) if aligned[0] == 1 else None
+
+
+def _self_attention(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Tensor | None] | None:
+    """Spell out `torch.nn.functional.multi_head_attention_forward` for self-attention, under masks or not.
+
+    Its projections of query, key, value [T, B, E] are then ordinary linear calls with the samples first.
+    As in torch, what is_causal says replaces the mask only where there is neither padding nor a call for the weights.
+
+    Returns:
+        (output [T, B, E], attention weights or None), or None for every other form of attention (cross attention, extra
+        keys, separate projections, dropout), which is left to the function itself.
+    """
+    bound = _ATTENTION.bind(*arguments, **options)
+    bound.apply_defaults()
+    a = bound.arguments
+    query, mask, padding, causal = (a[name] for name in ("query", "attn_mask", "key_padding_mask", "is_causal"))
+    plain = query is a["key"] and query is a["value"] and query.ndim == 3 and a["in_proj_weight"] is not None
+    extras = any(a[name] is not None for name in ("bias_k", "bias_v", "static_k", "static_v")) or a["add_zero_attn"]
+    stochastic = a["training"] and a["dropout_p"] > 0
+    if not plain or extras or a["use_separate_proj_weight"] or stochastic or (causal and mask is None):
+        return None
+    x = query.transpose(0, 1)
+    b, t, _ = x.shape
+    packed = F.linear(x, a["in_proj_weight"], a["in_proj_bias"]).view(b, t, 3, a["num_heads"], -1)
+    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, D]
+    if causal and padding is None and not a["need_weights"]:
+        mask = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
+    bias = None if mask is None else _added(mask if mask.ndim == 2 else mask.view(b, -1, t, t), x)  # to the scores
+    if padding is not None:  # [B, T]
+        padded = _added(padding[:, None, None, :], x)
+        bias = padded if bias is None else bias + padded
+    weights = None
+    if a["need_weights"]:
+        scores = (q / math.sqrt(q.shape[-1])) @ k.mT
+        weights = (scores if bias is None else scores + bias).softmax(-1)
+        mixed = weights @ v
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v, bias)
+    output = F.linear(mixed.transpose(1, 2).flatten(2), a["out_proj_weight"], a["out_proj_bias"]).transpose(0, 1)
+    return output, weights.mean(1) if weights is not None and a["average_attn_weights"] else weights
+
+
+def _added(mask: Tensor, like: Tensor) -> Tensor:
+    """Return what a mask adds to the scores: itself, or minus infinity where a boolean one is true."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -math.inf)
 
 
 _READERS: dict[Any, Callable[..., Call | None]] = {

@@ -1,9 +1,7 @@
 """Sums over samples: what a pass over data leaves, added over batches and over processes before any division."""
 
-import functools
-import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, distributed
@@ -69,9 +67,8 @@ def sum_type(tensor: Tensor) -> torch.dtype:
 def reduce_sums(sums: Sums) -> Sums:
     """Return the sums over all processes of the default process group, the same on each; `sums` itself without one.
 
-    All accumulators travel as one float64 vector with the count behind them, in a single SUM reduction, on the
-    device that the group's backend needs. Before that the processes agree on the tensors: one of them may not have
-    covered what another has.
+    The processes first agree on the tensors, as one may not have covered what another has. All accumulators then travel
+    as one float64 vector, the count behind them, in a single SUM reduction on the device that the backend needs.
 
     Raises:
         StateError: The names or shapes differ in anything else.
@@ -83,10 +80,10 @@ def reduce_sums(sums: Sums) -> Sums:
         where = torch.device("cuda", torch.cuda.current_device())
     elif distributed.get_backend() == "gloo":
         where = torch.device("cpu")
-    empty = {name: tensor.to("meta") for name, tensor in sums.values.items()}
     layouts: list[Sums] = [sums] * distributed.get_world_size()
-    distributed.all_gather_object(layouts, Sums(empty, 0, 0.0, sums.uncovered))
-    whole = functools.reduce(operator.add, layouts)
+    empty = {name: tensor.to("meta") for name, tensor in sums.values.items()}
+    distributed.all_gather_object(layouts, replace(sums, values=empty))
+    whole = sum(layouts[1:], layouts[0])
     tensors = [
         sums.values[name].detach() if name in sums.values else torch.zeros_like(like, device=where)
         for name, like in whole.values.items()
@@ -95,7 +92,7 @@ def reduce_sums(sums: Sums) -> Sums:
     flat = torch.cat([*(tensor.to(where, torch.float64).flatten() for tensor in tensors), numbers])
     distributed.all_reduce(flat)
     *pieces, numbers = torch.split(flat, [*(tensor.numel() for tensor in tensors), 2])
-    totals = (piece.view(tensor.shape).to(tensor) for piece, tensor in zip(pieces, tensors, strict=True))
+    totals = [piece.view(tensor.shape).to(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
     values = dict(zip(whole.values, totals, strict=True))
     return Sums(values, round(float(numbers[0])), float(numbers[1]), whole.uncovered)
 

@@ -27,7 +27,6 @@ class Tape:
             None rules every call of B·k rows.
 
     Attributes:
-        rows: As given.
         calls: The ruled calls and the parameters in their roles.
         cotangents: V, the number of cotangents in the backward pass that is running.
         sorts: Whether values may decide where a row goes (`Interceptor`).
@@ -109,8 +108,8 @@ class Tape:
         """
         times = Counter(name for names in self.calls.values() for name in names.values())
         reached = reached_tensors(output)
-        general = {name for name, parameter in self._parameters.items() if id(parameter) in reached or times[name] > 1}
-        general |= set(misplaced)
+        outside = {name for name, parameter in self._parameters.items() if id(parameter) in reached}
+        general = outside | set(misplaced) | {name for name in times if times[name] > 1}
         for call, names in self.calls.items():
             self._kept[call] = {role: self._totals[name] for role, name in names.items() if name not in general}
         return general

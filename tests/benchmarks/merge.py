@@ -27,7 +27,7 @@ from rich.table import Table
 
 from coin.commands.merge import merge
 from coin.merging import Average, Coin, RegMean, TaskArithmetic, Ties
-from coin.networks import NetworkConfig, build_network, load_network, save_network
+from coin.networks import BatchNormPolicy, NetworkConfig, build_network, load_network, save_network
 from coin.state import fingerprint, save_state
 from coin.statistics.files import load_statistic
 
@@ -131,14 +131,14 @@ def measured(task: str, method: str, count: int, folder: Path) -> dict[str, floa
         write_files(Path(small), NetworkConfig("small_resnet", 32, None, {"width": 4}), 2)
         write_grams(Path(small), 2)
         first: Any = paths_of(Path(small), method, 2)
-        merge(method=METHODS[method][0](), output=small, **first)
+        merge(method=METHODS[method][0](batchnorm=BatchNormPolicy.average), output=small, **first)
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     started, cpu = time.perf_counter(), time.process_time()
     if task == "merge":
         with tempfile.TemporaryDirectory(dir=folder) as output:
-            merge(method=METHODS[method][0](), output=output, **options)
+            merge(method=METHODS[method][0](batchnorm=BatchNormPolicy.average), output=output, **options)
     elif task == "read":
         read_bytes(files)
     else:

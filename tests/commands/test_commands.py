@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from coin.cli import main
 from coin.reporting import read_results, read_summary
@@ -26,6 +27,7 @@ TASKS = (
     " letters: {class_path: Glyphs, init_args:"
     " {classes: A-F, train_per_class: 30, test_per_class: 9, image_size: 16}}}"
 )
+CALIBRATION = [f"--tasks={TASKS}", "--samples_per_task=24", "--batch_size=16"]
 NETWORK = ["--model=Expert", "--model.network=small_resnet", "--model.options={width: 4}", "--model.image_size=16"]
 
 
@@ -70,12 +72,11 @@ def test_fit_gives_the_experts_of_the_run(route: Path, finished: Path) -> None:
 
 def test_merge_and_evaluate_give_the_numbers_of_the_run(route: Path, finished: Path) -> None:
     coded = route / "coded"
-    shared = [f"--experts={experts_of(route)}", "--code=[[0.4, 0.6]]", f"--output={coded}"]
+    shared = [f"--experts={experts_of(route)}", "--code=[[0.4, 0.6]]", f"--output={coded}", *CALIBRATION]
     assert main(["merge", *shared, "--method=Average"]) == 0
     assert main(["merge", *shared, "--method=Coin", f"--fisher={fishers_of(route)}"]) == 0
-    calibration = [f"--tasks={TASKS}", "--samples_per_task=24", "--batch_size=16"]
     recalibrated = ["--method=Coin", "--method.batchnorm=recalibrate", f"--fisher={fishers_of(route)}"]
-    assert main(["merge", *shared, *recalibrated, *calibration]) == 0
+    assert main(["merge", *shared, *recalibrated]) == 0
     files = f"[{coded}/average.safetensors, {coded}/coin.safetensors, {coded}/coin-recalibrate.safetensors]"
     arguments = [
         "evaluate",
@@ -93,10 +94,54 @@ def test_merge_and_evaluate_give_the_numbers_of_the_run(route: Path, finished: P
     keys = ["method", "batchnorm", "decoder", "task"]
     own = read_results(route / "results").set_index(keys)
     wanted = read_results(finished / "seed-0").set_index(keys).loc[own.index]
-    columns = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "samples_per_task"]
+    columns = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "samples_per_task", "merge_passes"]
     pd.testing.assert_frame_equal(own[columns], wanted[columns])
     # The Fisher of the callback and of the run differ by rounding: other batches.
     pd.testing.assert_series_equal(own.residual, wanted.residual, rtol=1e-5)
+
+
+def test_a_merge_without_tasks_warns_in_one_line_and_averages_the_statistics(finished: Path, tmp_path: Path) -> None:
+    command = ["merge", f"--experts={experts_of(finished / 'seed-0/experts')}", "--code=[[0.4, 0.6]]"]
+    done = subprocess.run(
+        [sys.executable, "-m", "coin", *command, "--method=Average", f"--output={tmp_path}"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert done.stderr.startswith("coin: warning: found no calibration inputs, by which method 'average' chooses")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == f"{tmp_path / 'average.safetensors'}\n"
+    made = load_provenance(tmp_path / "average.safetensors")
+    assert (made["batchnorm"], made["chosen"], made["passes"]) == ("auto", {"batchnorm": "average"}, 0)
+    buffers, _ = load_state(tmp_path / "average.safetensors")
+    digits, letters = (
+        load_state(finished / f"seed-0/experts/{task}/expert.safetensors")[0] for task in ("digits", "letters")
+    )
+    name = "stem.1.running_var"
+    torch.testing.assert_close(buffers[name], 0.4 * digits[name] + 0.6 * letters[name])
+
+
+def test_a_merge_with_tasks_records_what_it_chose(finished: Path, tmp_path: Path) -> None:
+    command = ["merge", f"--experts={experts_of(finished / 'seed-0/experts')}", "--code=[[0.4, 0.6]]"]
+    assert main([*command, "--method=Average", f"--output={tmp_path}", *CALIBRATION]) == 0
+    chosen = load_provenance(tmp_path / "average.safetensors")["chosen"]
+    residuals = chosen["held_out_residual"]
+    assert set(residuals) == {"average", "recalibrate"}
+    assert chosen["batchnorm"] == min(residuals, key=residuals.__getitem__)
+    assert chosen == load_provenance(finished / "seed-0/coded/average.safetensors")["chosen"]
+
+
+def test_a_method_of_pooled_fishers_refuses_those_of_own_data(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {task: f"{finished}/seed-0/statistics/{task}.fisher.safetensors" for task in ("digits", "letters")}
+    fishers = f"--fisher={{digits: {files['digits']}, letters: {files['letters']}}}"
+    command = ["merge", f"--experts={experts_of(finished / 'seed-0/experts')}", fishers, f"--output={tmp_path}"]
+    method = ["--method=Coin", "--method.batchnorm=average"]
+    capsys.readouterr()
+    assert main([*command, *method, "--method.fisher_data=pooled"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("coin: error: found fisher files of own data, the method is to take pooled")
+    assert not list(tmp_path.iterdir())
+    assert main([*command, *method, "--method.fisher_data=own"]) == 0
 
 
 def test_fisher_command_is_the_callback(route: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from coin.commands.served import read_served
 from coin.errors import ServingError
 from coin.experiment import Experiment
 from coin.reporting import read_results
+from coin.reporting.results import asked_policy
 from coin.serving.client import Client
 from coin.serving.front_end import FrontEnd
 from coin.serving.model import NetworkServer
@@ -37,7 +38,7 @@ def build(arguments: Sequence[str]) -> Experiment:
 
 
 def read(folder: Path, policy: str = "coded_hedged", decoder: str = "feature_ridge") -> System:
-    return read_system(str(folder), "coin", "average", decoder, policy, 0.9, build)
+    return read_system(str(folder), "coin", "auto", decoder, policy, 0.9, build)
 
 
 def front_end(system: System, lost: int) -> FrontEnd:
@@ -64,8 +65,10 @@ def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decode
     system = read(finished, decoder=decoder)
     assert system.names == ("expert-digits", "expert-letters", "coded-0")
     results = read_results(finished / "seed-0")
-    results = results[(results.method == "coin") & (results.batchnorm == "average") & (results.decoder == decoder)]
-    tasks = read_tasks(read_served(finished, "coin", "average", decoder), build).tasks
+    results = results[
+        (results.method == "coin") & (results.batchnorm.map(asked_policy) == "auto") & (results.decoder == decoder)
+    ]
+    tasks = read_tasks(read_served(finished, "coin", "auto", decoder), build).tasks
 
     async def accuracy(task: str, expert: int, lost: int) -> float:
         right = count = 0

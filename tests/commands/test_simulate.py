@@ -93,6 +93,16 @@ def test_a_served_system_is_that_of_the_experiment(finished: Path) -> None:
     assert set(accuracies.decoded) == {1}
 
 
+def test_a_policy_that_chose_is_named_by_what_was_asked_for_or_as_the_results_name_it(finished: Path) -> None:
+    written = {row.batchnorm for row in read_results(finished / "seed-0").itertuples() if row.method == "coin"}
+    (taken,) = (policy for policy in written if policy.startswith("auto:"))
+    for named in ("auto", taken):
+        served = read_served(finished, "coin", named, "linear")
+        assert served.batchnorm == "auto"
+        assert [path.name for path in served.coded] == ["coin.safetensors"]
+        assert read_accuracies(results_folders(finished), "coin", "auto", "linear").decoded.keys() == {1}
+
+
 def test_a_server_is_asked_by_several_threads_at_a_time(finished: Path) -> None:
     # As Ray does with queries and its own questions after the server's health.
     served = read_served(finished, "average", None, "feature_ridge")
@@ -112,7 +122,11 @@ MISTAKES = {
     "unknown decoder": (["simulate", "FOLDER", "--decoder=magic"], "results of linear, ridge, feature_ridge"),
     "unknown method": (["simulate", "FOLDER", "--method=magic"], "results of average, coin, distillation"),
     "a reference": (["simulate", "FOLDER", "--method=oracle"], "results of average"),
-    "unknown policy of BatchNorm": (["simulate", "FOLDER", "--method=average", "--batchnorm=keep"], "one of average"),
+    "unknown policy of BatchNorm": (["simulate", "FOLDER", "--method=average", "--batchnorm=keep"], "one of auto;"),
+    "what auto took": (
+        ["simulate", "FOLDER", "--method=coin", "--batchnorm=average"],
+        "'average' of method coin, expected the policy that its run asked for, one of auto, recalibrate, keep;",
+    ),
     "unknown policy": (["simulate", "FOLDER", "--policies=[magic]"], "magic"),
     "load": (["simulate", "FOLDER", *GIVEN, "--loads=[1.5]"], "1.5"),
     "quantile": (["simulate", "FOLDER", *GIVEN, "--quantiles=[2.0]"], "2.0"),

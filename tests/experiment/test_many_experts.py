@@ -16,17 +16,25 @@ import coin.experiment.experts
 from coin.coding import Code
 from coin.commands.merge import merge
 from coin.errors import CoinError
-from coin.experiment.experts import Experts
+from coin.experiment.experts import ExpertFiles
 from coin.merging import Average, Coin, MergeMethod, RegMean, TaskArithmetic, Ties
 from coin.merging.networks import merge_networks
-from coin.networks import NetworkConfig, build_network, load_network, padded_rows, save_network, widen_network
+from coin.networks import (
+    BatchNormPolicy,
+    NetworkConfig,
+    build_network,
+    load_network,
+    padded_rows,
+    save_network,
+    widen_network,
+)
 from coin.state import fingerprint, load_state, save_state
 from coin.state_file import StateFile
 from coin.statistics import fisher_diagonal, gram_sums
 
 COUNTS = [3, 2, 3, 3, 2, 3]
 ROWS = [[0.1, 0.2, 0.1, 0.3, 0.1, 0.2]]
-METHODS = [Average(), Coin(), RegMean(), TaskArithmetic(), Ties()]
+METHODS = [method(batchnorm=BatchNormPolicy.average) for method in (Average, Coin, RegMean, TaskArithmetic, Ties)]
 
 
 @pytest.fixture
@@ -37,7 +45,13 @@ def files(write_experts: Callable[..., dict[str, str]], small_config: NetworkCon
     for index, (task, path) in enumerate(experts.items()):
         network = load_network(Path(path)).network
         inputs = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(index))
-        made = {"weights": fingerprint(network.state_dict()), "samples": 5, "seconds": 0.0, "passes": 0.0}
+        made = {
+            "weights": fingerprint(network.state_dict()),
+            "data": "own",
+            "samples": 5,
+            "seconds": 0.0,
+            "passes": 0.0,
+        }
         fisher[task], gram[task] = (str(tmp_path / f"{task}.{name}.safetensors") for name in ("fisher", "gram"))
         values = fisher_diagonal(network, [inputs], kind="categorical")
         save_state(Path(fisher[task]), values, {"statistic": "fisher", "kind": "categorical", **made})
@@ -132,7 +146,7 @@ def test_a_damaged_expert_is_found_before_anything_is_merged(
 ) -> None:
     _spoil(files["experts"]["task4"], change)
     with pytest.raises(CoinError, match=message):
-        merge(method=Coin(), output=str(tmp_path / "coded"), code=ROWS, **files)
+        merge(method=METHODS[1], output=str(tmp_path / "coded"), code=ROWS, **files)
     assert not (tmp_path / "coded").exists()
 
 
@@ -141,7 +155,7 @@ def test_the_layout_is_the_networks_own(name: str, tmp_path: Path) -> None:
     config = NetworkConfig(name, 32)
     network = build_network(config, 3)
     save_network(tmp_path / "expert.safetensors", network, config, 3, {})
-    experts = Experts({"task": tmp_path / "expert.safetensors"})
+    experts = ExpertFiles({"task": tmp_path / "expert.safetensors"})
     state = experts.opened["task"].state
     assert list(experts.parameters[0]) == [key for key, _ in network.named_parameters()]
     assert all(tensor.equal(network.get_parameter(key)) for key, tensor in experts.parameters[0].items())
@@ -152,7 +166,7 @@ def test_the_layout_is_the_networks_own(name: str, tmp_path: Path) -> None:
 
 
 def test_experts_are_read_one_at_a_time_where_networks_run(files: dict[str, Any]) -> None:
-    experts = Experts({task: Path(path) for task, path in files["experts"].items()})
+    experts = ExpertFiles({task: Path(path) for task, path in files["experts"].items()})
     living = Living()
     count = 0
     for network in experts.each_network():

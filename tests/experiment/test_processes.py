@@ -31,7 +31,7 @@ methods:
   - {class_path: Average}
   - {class_path: Coin, init_args: {batchnorm: recalibrate}}
   - {class_path: RegMean}
-  - {class_path: Distillation, init_args: {steps: 3, batch_size: 8, learning_rates: [1.0e-3, 3.0e-4]}}
+  - {class_path: Distillation, init_args: {steps: 3, batch_size: 8, learning_rates: [3.0e-4, 1.0e-3]}}
   - {class_path: ReadoutDistillation, init_args: {steps: 3, batch_size: 8}}
 """
 CLOSED_FORMS = "[{class_path: Average}, {class_path: Coin, init_args: {batchnorm: recalibrate}}, {class_path: RegMean}]"

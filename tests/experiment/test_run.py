@@ -18,9 +18,8 @@ import coin.experiment.run
 from coin.cli import main
 from coin.errors import ConfigurationError
 from coin.reporting import COLUMNS, read_examples, read_layers, read_results, read_summary, write_summary
+from coin.reporting.results import asked_policy
 from coin.state import fingerprint, load_provenance, load_state
-
-MEASURED = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual", "merge_passes", "decoder_passes"]
 
 
 def same_numbers(one: Path, other: Path) -> None:
@@ -34,12 +33,12 @@ def same_numbers(one: Path, other: Path) -> None:
 def test_results_hold_every_method_decoder_and_task(finished: Path) -> None:
     frame = pd.read_csv(finished / "seed-0" / "results.csv", keep_default_na=False)
     assert tuple(frame.columns) == COLUMNS
-    found = set(zip(frame.method, frame.batchnorm, frame.decoder, frame.task, strict=True))
+    found = set(zip(frame.method, frame.batchnorm.map(asked_policy), frame.decoder, frame.task, strict=True))
     wanted = {
         (method, policy, decoder, task)
         for method, policy in [
-            ("average", "average"),
-            ("coin", "average"),
+            ("average", "auto"),
+            ("coin", "auto"),
             ("coin", "recalibrate"),
             ("coin", "keep"),
             ("distillation", "keep"),
@@ -72,23 +71,32 @@ def test_numbers_are_consistent(finished: Path) -> None:
 
 
 def test_costs_count_statistics_and_tuning(finished: Path) -> None:
-    rows = read_results(finished / "seed-0").set_index(["method", "batchnorm", "decoder", "task"])
+    rows = read_results(finished / "seed-0")
+    rows["batchnorm"] = rows.batchnorm.map(asked_policy)
+    rows = rows.set_index(["method", "batchnorm", "decoder", "task"])
     frame = rows.merge_passes
-    # Average: nothing. COIN: a forward and ten (or six) backward passes a sample; six classes of letters.
-    assert frame["average", "average", "linear", "digits"] == 0
+    said = json.loads((finished / "seed-0/results.json").read_text())["methods"]
+    chosen = {(method["label"], method["batchnorm"].partition(":")[0]): method["chosen"] for method in said}
+    held_out, training = 10, 38
+
+    def choice(label: str) -> int:
+        """Two experts and two networks on what is held out, one recalibrated on the rest, and at last on all."""
+        return 4 * held_out + training + 48 * (chosen[label, "auto"]["batchnorm"] == "recalibrate")
+
+    # Average: its choice of a BatchNorm policy. COIN: a forward and ten (or six) backward passes a sample as well.
+    assert frame["average", "auto", "linear", "digits"] == choice("average")
     fisher = 24 * (1 + 2 * 10) + 24 * (1 + 2 * 6)
-    assert frame["coin", "average", "linear", "digits"] == fisher
+    assert frame["coin", "auto", "linear", "digits"] == fisher + choice("coin")
     assert frame["coin", "recalibrate", "linear", "digits"] == fisher + 48
-    assert frame["coin", "average", "ridge", "digits"] == fisher
+    assert frame["coin", "keep", "linear", "digits"] == fisher
+    assert frame["coin", "auto", "ridge", "digits"] == fisher + choice("coin")
     # A calibrated decoder needs two experts and one coded model on 48 samples; the survivors alone have no coded model.
     fitted = rows.decoder_passes
-    assert fitted["coin", "average", "linear", "digits"] == 0
-    assert (
-        fitted["coin", "average", "feature_ridge", "digits"] == fitted["coin", "average", "ridge", "digits"] == 3 * 48
-    )
+    assert fitted["coin", "auto", "linear", "digits"] == 0
+    assert fitted["coin", "auto", "feature_ridge", "digits"] == fitted["coin", "auto", "ridge", "digits"] == 3 * 48
     assert fitted["none", "", "ridge", "digits"] == 2 * 48
-    chosen = load_provenance(finished / "seed-0/coded/distillation.safetensors")["chosen"]
-    held_out, training = 10, 38
+    distilled = chosen["distillation", "keep"]
+    assert distilled == load_provenance(finished / "seed-0/coded/distillation.safetensors")["chosen"]
     per_epoch = [16, 16, 6]
     steps = 10
     assert training == sum(per_epoch)
@@ -96,11 +104,11 @@ def test_costs_count_statistics_and_tuning(finished: Path) -> None:
     def trained(steps: int, sizes: list[int]) -> int:
         return 3 * sum(sizes[step % len(sizes)] for step in range(steps))
 
-    said = json.loads((finished / "seed-0/results.json").read_text())["methods"]
-    assert [method["chosen"] for method in said if method["label"] == "distillation"] == [chosen]
     trials = 2 * (2 * training + trained(steps, per_epoch) + steps * 3 * held_out)
-    final = 2 * 48 + trained(chosen["steps"], [16, 16, 16])
-    assert frame["distillation", "keep", "linear", "digits"] == trials + final
+    final = 2 * 48 + trained(distilled["steps"], [16, 16, 16])
+    # Both trials have one start, an average of the samples that they train on; the final run's is `average` itself.
+    starts = [4 * 8 + 30 + 38 * recalibrated + choice("average") for recalibrated in (0, 1)]
+    assert frame["distillation", "keep", "linear", "digits"] - trials - final in starts
 
 
 def test_folder_holds_the_files_of_the_design(finished: Path) -> None:
@@ -134,8 +142,8 @@ def test_layers_tell_the_merges_apart(finished: Path) -> None:
     weights = [name for name in load_state(finished / "seed-0/coded/coin.safetensors")[0] if name.endswith(".weight")]
     by_variant = dict(list(layers.groupby(["method", "batchnorm"])))
     assert set(by_variant) == {
-        ("average", "average"),
-        ("coin", "average"),
+        ("average", "auto"),
+        ("coin", "auto"),
         ("coin", "recalibrate"),
         ("coin", "keep"),
         ("distillation", "keep"),
@@ -143,8 +151,8 @@ def test_layers_tell_the_merges_apart(finished: Path) -> None:
     for part in by_variant.values():
         assert set(part.layer) == {name.removesuffix(".weight") for name in weights}
         assert (part.layer.iloc[0], part.layer.iloc[-1]) == ("stem.0", "fc")
-    assert (by_variant["average", "average"].distance < 1e-4).all()
-    coin, kept = by_variant["coin", "average"], by_variant["coin", "keep"]
+    assert (by_variant["average", "auto"].distance < 1e-4).all()
+    coin, kept = by_variant["coin", "auto"], by_variant["coin", "keep"]
     assert (coin.distance > 1e-3).any()
     assert coin.distance.tolist() == kept.distance.tolist()  # policies change no parameters
     assert math.isclose(coin.fisher_share.sum(), 1)
@@ -179,7 +187,7 @@ def test_coded_model_says_what_made_it(finished: Path) -> None:
     assert len(provenance["sha256"]) == 4  # two experts, two Fisher files
 
 
-def test_distilled_model_keeps_the_averaged_statistics(finished: Path) -> None:
+def test_distilled_model_keeps_the_statistics_of_its_start(finished: Path) -> None:
     average, _ = load_state(finished / "seed-0/coded/average.safetensors")
     distilled, _ = load_state(finished / "seed-0/coded/distillation.safetensors")
     kept, _ = load_state(finished / "seed-0/coded/coin-keep.safetensors")
@@ -190,6 +198,34 @@ def test_distilled_model_keeps_the_averaged_statistics(finished: Path) -> None:
         assert average[name].equal(distilled[name])
         assert base[name].equal(kept[name])
     assert not average["stem.0.weight"].equal(distilled["stem.0.weight"])
+
+
+def test_what_auto_chose_stands_in_the_results_and_its_statistics_in_files_of_their_own(
+    finished: Path, config: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "tiny")
+    seed = tmp_path / "tiny/seed-0"
+    own = seed / "statistics/digits.fisher.safetensors"
+    written = own.stat().st_mtime_ns
+    extra = ["--calibration.fisher_data=auto", "--methods=[{class_path: Coin}]", "--decoders=[linear]"]
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", *extra]) == 0
+    assert own.stat().st_mtime_ns == written  # of these samples already, under the plain name
+    for task, classes in (("digits", 10), ("letters", 6)):
+        for name, data, samples in (("fisher", "own", 24), ("fisher-exact-pooled", "pooled", 48)):
+            made = load_provenance(seed / f"statistics/{task}.{name}.safetensors")
+            assert (made["task"], made["data"], made["kind"], made["samples"]) == (task, data, "exact", samples)
+            assert made["passes"] == samples * (1 + 2 * classes)
+    (said,) = json.loads((seed / "results.json").read_text())["methods"]
+    residuals = said["chosen"]["held_out_residual"]
+    assert set(residuals) == {f"{data}/{policy}" for data in ("own", "pooled") for policy in ("average", "recalibrate")}
+    best = min(residuals, key=residuals.__getitem__)
+    assert f"{said['chosen']['fisher_data']}/{said['chosen']['batchnorm']}" == best
+    assert said["chosen"] == load_provenance(seed / "coded/coin.safetensors")["chosen"]
+    rows = read_results(seed).query("method == 'coin'")
+    assert set(rows.batchnorm) == {f"auto:{said['chosen']['batchnorm']}"}
+    # Both statistics count, whichever was taken: (24 + 48) samples an expert; 2 experts and 4 networks are held out.
+    choice = (2 + 4) * 10 + 2 * 38 + 48 * (said["chosen"]["batchnorm"] == "recalibrate")
+    assert set(rows.merge_passes) == {(24 + 48) * ((1 + 2 * 10) + (1 + 2 * 6)) + choice}
 
 
 def test_second_run_does_nothing_again_and_prints_what_a_machine_can_read(

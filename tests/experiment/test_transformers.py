@@ -37,7 +37,7 @@ methods:
   - {class_path: GaussNewton, init_args: {max_steps: 1, max_iterations: 2}}
   - {class_path: TaskArithmetic}
   - {class_path: Ties}
-  - {class_path: Distillation, init_args: {steps: 3, batch_size: 16, lr: 1.0e-3}}
+  - {class_path: Distillation, init_args: {steps: 3, batch_size: 16, lr: 1.0e-3, augmentation: none}}
   - {class_path: ReadoutDistillation, init_args: {steps: 3, batch_size: 16}}
 decoders:
   - linear
@@ -88,7 +88,7 @@ methods:
   - {class_path: RegMean}
   - {class_path: HeadFit}
   - {class_path: GaussNewton, init_args: {max_steps: 1, max_iterations: 2}}
-  - {class_path: Distillation, init_args: {steps: 3, batch_size: 16, lr: 1.0e-3}}
+  - {class_path: Distillation, init_args: {steps: 3, batch_size: 16, lr: 1.0e-3, augmentation: none}}
   - {class_path: ReadoutDistillation, init_args: {steps: 3, batch_size: 16, augmentation: none}}
 decoders: [linear, ridge, feature_ridge]
 wandb: {method_runs: false}

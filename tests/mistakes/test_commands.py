@@ -55,7 +55,11 @@ TYPOS = {
     "a task's class": ("class_path: Digits", "class_path: Digist", "Digist"),
     "a section that is null": ("calibration: {samples_per_task: 4}", "calibration: null", "a section that is null"),
     "a key twice": ("name: small\n", "name: small\nname: other\n", "found key 'name' twice"),
-    "a method's option": ("Average}", "Average, init_args: {batchnrom: keep}}", "Option 'batchnrom' is not accepted"),
+    "a method's option": (
+        "Average}",
+        "Average, init_args: {batchnrom: keep}}",
+        "found option 'batchnrom' in 'methods'",
+    ),
     "a task that leads out": ("  digits:", "  '..':", "found task name '..'"),
     "an experiment that leads out": ("name: small\n", "name: ../small\n", "found name '../small'"),
     "a name with a line in it": ("name: small\n", 'name: "a\\nb"\n', "found name 'a\\nb'"),

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -9,6 +10,7 @@ Totals = Mapping[str, Tensor]
 """Role ("weight", "bias") → accumulator of Σ_n Σ_v (Uᵥ · ∂f/∂θ)², written in place; that of a frozen θ is absent."""
 
 
+@dataclass(eq=False)
 class Call(ABC):
     """One call of a function that has a layer rule, on B samples.
 
@@ -18,15 +20,18 @@ class Call(ABC):
 
     Attributes:
         inputs: The input [N, …], as the function saw it, with its history until the tape takes that.
-        weight: The tensor that the function takes in the role of the weight.
+        weight, bias: The tensors that the function takes in these roles.
         roles: Role → the tensor whose squared gradients are wanted.
         reads_input: Whether the backward pass needs the input's values, so that they must not be changed meanwhile.
     """
 
-    def __init__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.inputs, self.weight = inputs, weight
-        self.roles = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        self.reads_input = weight.requires_grad
+    inputs: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+    def __post_init__(self) -> None:
+        self.roles = {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
+        self.reads_input = self.weight.requires_grad
 
     @abstractmethod
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:

@@ -1,8 +1,9 @@
 """The rule for `torch.conv1d`, `conv2d` and `conv3d`: grouped, dilated, strided, padded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from math import prod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +15,7 @@ from coin.statistics.rules.linear import LinearCall, add_gram, position_pairs
 
 @dataclass(frozen=True)
 class Geometry:
-    """A convolution's options in D spatial dimensions.
-
-    Attributes:
-        kernel: Kernel sizes.
-        stride: Strides.
-        padding: Zeros on either side.
-        dilation: Dilations.
-        groups: G.
-    """
+    """A convolution's options, by spatial dimension; `padding` is the number of zeros on either side."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -39,15 +32,13 @@ class Geometry:
 
     def patches(self, x: Tensor) -> Tensor:
         """Return the input patches [B, *output, *kernel, C] of x [B, C, *size] as an overlapping view of a copy."""
-        dims = len(self.kernel)
-        output = self.output_size(tuple(x.shape[2:]))
         padding = [side for p in reversed(self.padding) for side in (p, p)]
         rows = F.pad(x, padding).movedim(1, -1).contiguous()
-        strides = rows.stride()
-        steps = [strides[1 + i] * self.stride[i] for i in range(dims)]
-        taps = [strides[1 + i] * self.dilation[i] for i in range(dims)]
-        shape = (len(x), *output, *self.kernel, x.shape[1])
-        return rows.as_strided(shape, (strides[0], *steps, *taps, strides[-1]))
+        outer, *inner, last = rows.stride()
+        steps = [distance * s for distance, s in zip(inner, self.stride, strict=True)]
+        taps = [distance * d for distance, d in zip(inner, self.dilation, strict=True)]
+        shape = (len(x), *self.output_size(tuple(x.shape[2:])), *self.kernel, x.shape[1])
+        return rows.as_strided(shape, (outer, *steps, *taps, last))
 
     def taps(self, size: tuple[int, ...]) -> list[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
         """Return, for every kernel tap that meets the image, its flat index and where it does.
@@ -68,14 +59,13 @@ class Geometry:
                     start = low * s + offset
                     axis.append((tap, slice(low, high), slice(start, start + (high - low - 1) * s + 1, s)))
             axes.append(axis)
-        found = []
-        for met in product(*axes):
-            taps, outputs, inputs = zip(*met, strict=True)
-            index = sum(tap * prod(self.kernel[d + 1 :]) for d, tap in enumerate(taps))
-            found.append((index, outputs, inputs))
-        return found
+        return [
+            (sum(tap * prod(self.kernel[d + 1 :]) for d, tap in enumerate(taps)), outputs, inputs)
+            for taps, outputs, inputs in (zip(*met, strict=True) for met in product(*axes))
+        ]
 
 
+@dataclass(eq=False)
 class ConvolutionCall(LinearCall):
     """y = x ⋆ W + b for x [N, C, *size], W [O, C/G, *kernel].
 
@@ -83,16 +73,12 @@ class ConvolutionCall(LinearCall):
     accumulator is written as [G, O/G, taps · C/G], which is a view of memory laid out with the channels last.
     """
 
-    many_rows = False
-
-    def __init__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> None:
-        super().__init__(inputs, weight, bias)
-        self.geometry = geometry
+    geometry: Geometry = field(kw_only=True)
+    many_rows: ClassVar[bool] = False
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
-        geometry, size = self.geometry, tuple(self.inputs.shape[2:])
-        folded = g.flatten(0, 1)
+        geometry, size, folded = self.geometry, tuple(self.inputs.shape[2:]), g.flatten(0, 1)
         pointwise = prod(geometry.kernel) == 1 and not any(geometry.padding)
         one_position = prod(geometry.output_size(size)) == 1
         if geometry.groups == 1 and (one_position or (pointwise and max(geometry.stride) > 1)):

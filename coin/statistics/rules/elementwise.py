@@ -1,6 +1,7 @@
 """The rule for parameters that are multiplied with or added to activations: scales, shifts and normalisations."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,33 +12,26 @@ from coin.statistics.rules.call import Call, Totals
 from coin.statistics.sums import sum_type
 
 
+@dataclass(eq=False)
 class ElementwiseCall(Call):
     """y = x̂ · weight + bias, or x + weight, with the parameters broadcast over x [N, …].
 
     weight += Σ_nv (Σ_t g x̂)² and bias += Σ_nv (Σ_t g)², where t runs over all that the parameter was broadcast over
     within a sample. x̂ comes from the input, never from dividing the output by the weight, which may be zero.
 
-    Args:
-        inputs: x.
-        weight: The weight.
-        bias: The bias.
-        shape: The shape in which both are broadcast over x[n].
+    Attributes:
+        shape: In which both are broadcast over x[n].
         normalised: x → x̂, of x's shape, in the type of sums; None if the weight is added.
         pull_back: (g, weight, x) → the cotangents of x.
     """
 
-    def __init__(
-        self,
-        inputs: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        shape: tuple[int, ...],
-        normalised: Callable[[Tensor], Tensor] | None,
-        pull_back: Callable[[Tensor, Tensor, Tensor], Tensor],
-    ) -> None:
-        super().__init__(inputs, weight, bias)
-        self.shape, self.normalised, self._pull_back = shape, normalised, pull_back
-        self.reads_input = normalised is not None and weight.requires_grad
+    shape: tuple[int, ...]
+    normalised: Callable[[Tensor], Tensor] | None
+    pull_back: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.reads_input = self.normalised is not None
 
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
@@ -51,7 +45,7 @@ class ElementwiseCall(Call):
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
-        return self._pull_back(g, weight.view(self.shape), self.inputs)
+        return self.pull_back(g, weight.view(self.shape), self.inputs)
 
 
 def scale(x: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Call:
@@ -76,11 +70,9 @@ def batch_norm(
     shape = (input.shape[1], *(1 for _ in input.shape[2:]))
     mean: Tensor = running_mean.view(shape)
     factor = torch.rsqrt(running_var + options["eps"]).view(shape)
-
-    def normalised(x: Tensor) -> Tensor:
-        return ((x - mean) * factor).to(sum_type(x))
-
-    return ElementwiseCall(input, weight, bias, shape, normalised, lambda g, weight, x: g * (weight * factor))
+    return ElementwiseCall(
+        input, weight, bias, shape, lambda x: ((x - mean) * factor).to(sum_type(x)), lambda g, w, x: g * (w * factor)
+    )
 
 
 def layer_norm(input: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Call | None:
@@ -111,15 +103,10 @@ def _slice_norm(
         factor = torch.rsqrt(variance + eps)
         return (rows - mean) * factor, factor
 
-    def normalised(x: Tensor) -> Tensor:
-        return parts(x.to(sum_type(x)))[0].view(x.shape)
-
     def pull_back(g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         hat, factor = parts(x)
         inner = (g * weight).reshape(len(g), *slices)
         along = (inner * hat).mean(-1, keepdim=True)
         return ((inner - inner.mean(-1, keepdim=True) - hat * along) * factor).reshape(g.shape)
 
-    call = ElementwiseCall(input, weight, bias, shape, normalised, pull_back)
-    call.reads_input = True
-    return call
+    return ElementwiseCall(input, weight, bias, shape, lambda x: parts(x.to(sum_type(x)))[0].view(x.shape), pull_back)

@@ -4,7 +4,9 @@ Neither the Gram rule nor the direct rule holds more than a block of per-sample 
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ _BLOCK = 1 << 20
 """Floats of per-sample gradients that the direct rule forms at a time: few enough to stay in a core's cache."""
 
 
+@dataclass(eq=False)
 class LinearCall(Call):
     """y_t = W a_t + b at T positions a sample: weight += Σ_nv (Σ_t g_vt a_tᵀ)², bias += Σ_nv (Σ_t g_vt)².
 
@@ -25,28 +28,19 @@ class LinearCall(Call):
 
     The positions of this class are all but the last dimension of the input, a [N, …, I]; a subclass may say otherwise.
 
-    Args:
-        inputs: a.
-        weight: W [O, I].
-        bias: b [O].
+    Attributes:
         parameter: What W is a view of; itself if None.
         transposed: Whether that is its transpose [I, O], as in a @ parameter.
     """
 
-    many_rows = True
+    parameter: Tensor | None = None
+    transposed: bool = False
+    many_rows: ClassVar[bool] = True
     """Whether the Gram rule knows what to do with several rows a sample."""
 
-    def __init__(
-        self,
-        inputs: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        parameter: Tensor | None = None,
-        transposed: bool = False,
-    ) -> None:
-        super().__init__(inputs, weight, bias)
-        self.roles["weight"] = weight if parameter is None else parameter
-        self.bias, self.transposed = bias, transposed
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.roles["weight"] = self.weight if self.parameter is None else self.parameter
         self._pairs: Tensor | None = None
 
     @override
@@ -90,12 +84,11 @@ class LinearCall(Call):
         add_gram(total, pairs, self.inputs.to(total.dtype).reshape(len(pairs), -1, total.shape[-1]))
 
 
+@dataclass(eq=False)
 class EmbeddingCall(Call):
     """y = weight[tokens]: per sample, a token's cotangents are summed over its places before they are squared."""
 
-    def __init__(self, inputs: Tensor, weight: Tensor, padding: int | None) -> None:
-        super().__init__(inputs, weight)
-        self.padding = padding
+    padding: int | None
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
@@ -119,8 +112,8 @@ def prefers_gram(positions: int, cotangents: int) -> bool:
     The Gram rule's products grow with T(T+1)/2 and not with V; the direct rule's with V·T, and it also writes and
     reads V gradients.
     """
-    few = positions <= 32 and positions * (positions + 1) // 2 <= cotangents * (positions + 32)
-    return few or positions == 1
+    pairs = positions * (positions + 1) // 2
+    return positions == 1 or (positions <= 32 and pairs <= cotangents * (positions + 32))
 
 
 @lru_cache(maxsize=64)
@@ -133,7 +126,7 @@ def position_pairs(positions: int, device: torch.device) -> tuple[Tensor, Tensor
 def contract_pairs(g: Tensor) -> Tensor:
     """Return w_tt' Σ_v g_vt g_vt' over the pairs of positions, [B, P, O], from g [V, B, T, O].
 
-    Channels come last, so that picking pairs later copies whole rows.
+    Channels come last, so that picking pairs copies whole rows.
     """
     v, b, t, o = g.shape
     if t == 1:
@@ -151,7 +144,7 @@ def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
 
     Args:
         total: Accumulator [G, O/G, K], a view that is written in place.
-        pairs: Contracted cotangents [B, P, O] from `contract_pairs`.
+        pairs: From `contract_pairs`, [B, P, O].
         a: Inputs [B, T, G·K], group after group.
     """
     groups, outputs, k = total.shape
