@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coin.coding import Answers, Code, DecoderConfig, DecoderKind, make_decoder
-    from coin.merging import Average, Coin, Experts, RegMean, merge_networks
+    from coin.merging import Average, Coin, Experts, Refit, RegMean, merge_networks
     from coin.metrics import DecodingAccuracy, Residual
     from coin.modules import Coded
     from coin.networks import BatchNormPolicy, recalibrate
@@ -30,6 +30,7 @@ _HOMES = {
     "DecodingAccuracy": "coin.metrics",
     "Experts": "coin.merging",
     "FisherKind": "coin.statistics",
+    "Refit": "coin.merging",
     "RegMean": "coin.merging",
     "Residual": "coin.metrics",
     "fisher_diagonal": "coin.statistics",
@@ -51,6 +52,7 @@ __all__ = [
     "DecodingAccuracy",
     "Experts",
     "FisherKind",
+    "Refit",
     "RegMean",
     "Residual",
     "fisher_diagonal",
