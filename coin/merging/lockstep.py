@@ -155,11 +155,11 @@ class Walk:
 
         def from_the_inputs() -> Iterator[Look]:
             for first in range(0, len(self._inputs), self._piece):
-                group = self._start(first)
+                self._group = self._start(first)
                 try:
-                    yield group.reach(weight, end)
+                    yield self._group.reach(weight, end)
                 finally:
-                    group.close()
+                    self._group.close()
 
         return from_the_inputs
 
@@ -168,7 +168,9 @@ class Walk:
         inside = [(part >= samples.start) & (part < samples.stop) for part in self._parts]
         places = [part[within] - samples.start for part, within in zip(self._parts, inside, strict=True)]
         inputs = self._inputs[samples]
-        self.passes += 2 * len(inputs) + sum(map(len, places))  # the coded network does every call twice
+        # In one pass for all units the coded network does every call twice.
+        times = 2 if self._piece >= len(self._inputs) else 1
+        self.passes += times * len(inputs) + sum(map(len, places))
         experts = [PausedPass(network, inputs[place]) for network, place in zip(self._experts, places, strict=True)]
         return _Group(PausedPass(self._coded, inputs), experts, places, samples)
 
@@ -185,6 +187,14 @@ class _Group:
         stop = _reached(self._coded, weight, self._changed)
         self._changed = True
         targets = [_reached(each, end).output if len(place) else None for each, place in self._pairs]
+        count = self._samples.stop - self._samples.start
+        for target, place in zip(targets, self._places, strict=True):
+            if target is not None and _per_sample(target, len(place)) != _per_sample(stop.output, count):
+                raise StateError(
+                    f"'{end}' gives {_per_sample(target, len(place))} a sample in an expert and "
+                    f"{_per_sample(stop.output, count)} in the coded network; give experts that make the same calls "
+                    "whatever their inputs"
+                )
         return Look(stop.call, stop.output, targets, self._places, self._samples)
 
     def close(self) -> None:
@@ -203,3 +213,8 @@ def _reached(one: PausedPass, weight: str, again: bool = False) -> Stop:
             "that make the same calls whatever their inputs"
         )
     return stop
+
+
+def _per_sample(output: Tensor, samples: int) -> list[int]:
+    """Return the shape of one sample's rows."""
+    return [len(output) // samples, *output.shape[1:]]

@@ -134,11 +134,7 @@ class MergeMethod(Method):
         assert best is not None
         coded, taken = best
         if measured:
-            if not math.isfinite(least):
-                raise NumericalError(
-                    f"the outputs of method '{self.label}' on held-out calibration samples are not finite; check the "
-                    "experts' outputs"
-                )
+            check_residuals([least], self.label)
             if taken.get("batchnorm") == BatchNormPolicy.recalibrate:
                 experts.passes += recalibrate(coded, experts.pooled)
             taken = taken | {"held_out_residual": residuals}
@@ -201,6 +197,15 @@ def held_out_residual(experts: Experts, coded: nn.Module, row: Sequence[float]) 
     error = experts.run(coded, experts.split[1]).double() - target
     residual = float(error.norm() / target.norm().clamp_min(torch.finfo(torch.float64).tiny))
     return residual if math.isfinite(residual) else math.inf
+
+
+def check_residuals(residuals: Iterable[float], label: str) -> None:
+    """Raise NumericalError where no candidate of a method has a finite held-out residual."""
+    if not any(map(math.isfinite, residuals)):
+        raise NumericalError(
+            f"the outputs of method '{label}' on held-out calibration samples are not finite; check the experts' "
+            "outputs"
+        )
 
 
 def check_each(states: Sequence[State], what: str) -> None:

@@ -13,16 +13,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from coin.choices import chosen
-from coin.errors import ConfigurationError, NumericalError
+from coin.errors import ConfigurationError, NumericalError, StateError
 from coin.inputs import as_input
 from coin.merging.average import average_parameters
-from coin.merging.experts import Experts
+from coin.merging.experts import Experts, parameters_of
 from coin.merging.head_fit import fit_head
 from coin.merging.lockstep import Look, Walk
-from coin.merging.method import CodedModel, Method, check_each, check_label, check_row, fill, held_out_residual
+from coin.merging.method import (
+    CodedModel,
+    Method,
+    check_buffers,
+    check_each,
+    check_label,
+    check_residuals,
+    check_row,
+    fill,
+    held_out_residual,
+)
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import progress
-from coin.state import weighted_sum
+from coin.state import check_finite, weighted_sum
 from coin.statistics.gram import patches_of
 from coin.statistics.guard import evaluating
 from coin.statistics.recognise import Interceptor
@@ -30,6 +40,7 @@ from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.elementwise import ElementwiseCall
 from coin.statistics.rules.linear import LinearCall
+from coin.statistics.sums import sum_type
 
 RIDGES = (0.01, 0.03, 0.1, 0.3)
 """What the ridge is chosen from."""
@@ -105,6 +116,7 @@ class Refit(Method):
         self.ridge, self.head, self.memory_mib = ridge, head, memory_mib
         self.label = check_label(self.name if label is None else label)
 
+    @torch.inference_mode(False)
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
         check_row(row, experts.count)
@@ -116,8 +128,11 @@ class Refit(Method):
             for option in options:
                 trial = self._refit(experts, row, *option, held_out=True)[0]
                 residuals[option] = held_out_residual(experts, trial, row)
+            check_residuals(residuals.values(), self.label)
         best = min(options, key=lambda option: residuals.get(option, 0.0))
         network, averaged = self._refit(experts, row, *best, held_out=False)
+        check_finite(parameters_of(network), f"the coded model of method '{self.label}'")
+        check_buffers(network, experts.buffers, self.label)
         taken: dict[str, Any] = {"target": str(best[0]), "ridge": best[1], "averaged": averaged}
         if residuals:
             taken["held_out_residual"] = {f"{target}/{ridge:g}": r for (target, ridge), r in residuals.items()}
@@ -195,9 +210,9 @@ class Unit:
 def affine_units(network: nn.Module, inputs: Tensor) -> tuple[list[Unit], int]:
     """Find a network's affine units in the order of execution, by running it on two and on three samples.
 
-    A unit is a linear map, a normalisation or a scale, whose weight is called once in a forward pass, and whose output
-    has the samples, or several rows of each, along its leading dimension. A BatchNorm that alone reads a linear map's
-    output is part of it.
+    A unit is a linear map, a normalisation or a scale, whose weight and bias nothing else reads in a forward pass, and
+    whose output has the samples, or several rows of each, along its leading dimension. A BatchNorm over a linear map's
+    outputs that alone reads them, and next, is part of it.
 
     Args:
         network: In eval mode.
@@ -205,50 +220,86 @@ def affine_units(network: nn.Module, inputs: Tensor) -> tuple[list[Unit], int]:
 
     Returns:
         The units, and the floats of one sample in the widest call.
+
+    Raises:
+        StateError: The calls depend on the number of samples.
     """
     two, three = (_trace(network, inputs[torch.arange(count) % len(inputs)]) for count in (2, 3))
-    times = Counter(seen.weight for seen in two)
-    norms = {seen.source: seen for seen in two if seen.is_batchnorm and seen.alone and times[seen.weight] == 1}
+    if [seen.weight for seen in two] != [seen.weight for seen in three]:
+        raise StateError(
+            f"{type(network).__name__} makes other calls on two samples than on three, expected the same; give experts "
+            "that make the same calls whatever their inputs"
+        )
     units: list[Unit] = []
-    for seen, other in zip(two, three, strict=True):
-        norm = norms.get(seen.output) if seen.is_map else None
+    for seen, other, following in zip(two, three, [*two[1:], None], strict=True):
         leading = seen.shape[1:] == other.shape[1:] and 3 * seen.shape[0] == 2 * other.shape[0]
-        folded = any(unit.end == seen.weight for unit in units)
-        if times[seen.weight] == 1 and leading and not folded and seen.is_affine:
-            units.append(Unit(seen.weight, seen.bias, None if norm is None else norm.weight.rpartition(".")[0]))
+        part = bool(units) and units[-1].end == seen.weight
+        if seen.is_affine and seen.is_unshared and leading and not part:
+            folds = following is not None and seen.precedes(following)
+            norm = following.weight.rpartition(".")[0] if folds and following is not None else None
+            units.append(Unit(seen.weight, seen.bias, norm))
     return units, max((seen.shape.numel() // 2 for seen in two), default=1)
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """A call of a trace: its parameters, where its input and output are in memory, and what it is."""
+    """A call of a trace: its parameters, where its input and output are in memory, and what it is.
+
+    Attributes:
+        is_affine: Whether it is linear in its weight and bias.
+        is_unshared: Whether nothing else reads its weight or its bias.
+        is_map: Whether a BatchNorm over its output has a channel for every row of the weight.
+        is_batchnorm: Whether it is a BatchNorm that alone reads its input.
+    """
 
     weight: str
     bias: str | None
     source: tuple[int, int]
     output: tuple[int, int]
     shape: torch.Size
-    is_map: bool
     is_affine: bool
+    is_unshared: bool
+    is_map: bool
     is_batchnorm: bool
-    alone: bool
+
+    def precedes(self, norm: "_Seen") -> bool:
+        """Say whether the next call is a BatchNorm that can be folded into this one."""
+        return self.is_map and norm.is_batchnorm and norm.is_unshared and norm.source == self.output
 
 
 class _Readers(TorchFunctionMode):
-    """Counts how many functions read each piece of memory, and keeps all tensors so that none is used twice."""
+    """Counts how many functions read each piece of memory, and keeps all tensors so that none is used twice.
+
+    Attributes:
+        times: Address → how many functions were given a tensor there and returned tensors.
+        parameters: The same of parameters by id, as a view of one, read once, may be all that is made of it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.times: Counter[int] = Counter()
+        self.parameters: Counter[int] = Counter()
         self._kept: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and func is not Tensor.detach:
-            self._kept.append(result)
-            given = (*args, *(kwargs or {}).values())
-            self.times.update(each.data_ptr() for each in given if isinstance(each, Tensor))
+        made = list(_tensors(result))
+        self._kept += made
+        for each in _tensors((args, kwargs)) if made else ():
+            if isinstance(each, nn.Parameter):
+                self.parameters[id(each)] += each is not result
+            else:
+                self.times[each.data_ptr()] += 1
         return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
 
 
 def _trace(network: nn.Module, samples: Tensor) -> list[_Seen]:
@@ -262,9 +313,11 @@ def _trace(network: nn.Module, samples: Tensor) -> list[_Seen]:
             seen.append((call, names, source, output, (output.data_ptr(), output._version)))
         return output
 
-    readers = _Readers()
-    with evaluating(network, gradients=False), readers, Interceptor(dict(network.named_parameters()), visit):
+    readers, named = _Readers(), dict(network.named_parameters())
+    # The readers come last, and so see what the network calls but not what the interceptor does on the way.
+    with evaluating(network, gradients=False), Interceptor(named, visit), readers:
         network(as_input(samples, network))
+    times = Counter(names["weight"] for _, names, *_ in seen)
     return [
         _Seen(
             names["weight"],
@@ -272,10 +325,12 @@ def _trace(network: nn.Module, samples: Tensor) -> list[_Seen]:
             source,
             made,
             output.shape,
-            isinstance(call, LinearCall),
             isinstance(call, LinearCall) or (isinstance(call, ElementwiseCall) and call.normalised is not None),
-            isinstance(_owner(network, names["weight"]), _BatchNorm),
-            readers.times[source[0]] == 1,
+            times[names["weight"]] == 1 and all(readers.parameters[id(named[name])] <= 1 for name in names.values()),
+            isinstance(call, LinearCall)
+            and not call.transposed
+            and (isinstance(call, ConvolutionCall) or output.ndim == 2),
+            isinstance(_owner(network, names["weight"]), _BatchNorm) and readers.times[source[0]] == 1,
         )
         for call, names, source, output, made in seen
     ]
@@ -374,6 +429,7 @@ def _target(look: Look, mixture: Sequence[float] | None) -> Tensor:
 
 def _rows(call: Call, residual: Tensor, shares: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield a unit's inputs [n, G, K], residuals [n, G, O] and weights [n] at all positions, in blocks."""
+    residual = residual.to(sum_type(residual))
     if isinstance(call, ElementwiseCall):
         assert call.normalised is not None
         inputs: Iterable[Tensor] = [_entries(call.normalised(call.inputs), call.shape)]
@@ -388,7 +444,7 @@ def _rows(call: Call, residual: Tensor, shares: Tensor) -> Iterator[tuple[Tensor
     start = 0
     for piece in inputs:
         end = start + len(piece)
-        yield piece, residual[start:end], weights[start:end]
+        yield piece.to(residual), residual[start:end], weights[start:end]
         start = end
 
 
@@ -418,7 +474,7 @@ def fit_affine(
         ΔW [G, O, K] and Δb [G, O], in float64.
 
     Raises:
-        NumericalError: A row is not finite.
+        NumericalError: A row is not finite, or too large to be squared.
     """
     count, mass, sums = 0, 0.0, []
     for a, r, w in rows():
@@ -438,25 +494,31 @@ def fit_affine(
             yield ((a - mean_a.to(a)) * root).transpose(0, 1), ((r - mean_r.to(r)) * root).transpose(0, 1)
 
     groups, unknowns = mean_a.shape
+    # The round-off of centring is not signal: without this cut a constant input gets coefficients from noise.
+    noise = count * torch.finfo(a.dtype).eps ** 2 * mean_a.square().mean(1)
     if count < unknowns:
         blocks = list(centred())
         a, r = (torch.cat([block[i] for block in blocks], 1) for i in (0, 1))
         gram = (a @ a.mT).double()
         scale = gram.diagonal(dim1=1, dim2=2).sum(1) / unknowns
-        step = _solve(gram, r.double(), ridge * scale).mT @ a.double()
+        step = _solve(gram, r.double(), ridge * scale, scale <= noise).mT @ a.double()
     else:
         gram = mean_a.new_zeros(groups, unknowns, unknowns)
         cross = mean_a.new_zeros(groups, unknowns, mean_r.shape[1])
         for a, r in centred():
             gram += a.mT @ a
             cross += a.mT @ r
-        step = _solve(gram, cross, ridge * gram.diagonal(dim1=1, dim2=2).mean(1)).mT
+        scale = gram.diagonal(dim1=1, dim2=2).mean(1)
+        step = _solve(gram, cross, ridge * scale, scale <= noise).mT
     return step, mean_r - (step @ mean_a[..., None])[..., 0]
 
 
-def _solve(gram: Tensor, right: Tensor, ridges: Tensor) -> Tensor:
+def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
     """Return (gram + λI)⁻¹ right a group; zero where the inputs are constant."""
-    dead = ridges <= 0
+    if not bool(torch.isfinite(gram).all() and torch.isfinite(right).all()):
+        raise NumericalError(
+            "a layer's inputs on calibration data are so large that squares overflow; check the experts"
+        )
     damped = gram + torch.diag_embed(torch.where(dead, torch.ones_like(ridges), ridges)[:, None].expand(gram.shape[:2]))
     solved: Tensor = torch.cholesky_solve(right, torch.linalg.cholesky(damped))
-    return solved
+    return solved.masked_fill_(dead[:, None, None], 0)
