@@ -16,6 +16,9 @@ from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call
 
 
+_SAME = "give experts that make the same calls whatever their inputs"
+
+
 class Stop(NamedTuple):
     """Where a pass stands: after a call in which the parameter of this name plays the weight."""
 
@@ -32,10 +35,14 @@ class PausedPass:
     Args:
         network: In eval mode.
         inputs: [B, …].
+
+    Attributes:
+        trail: The weights of the calls that it has made, in their order.
     """
 
     def __init__(self, network: nn.Module, inputs: Tensor) -> None:
         self._network, self._inputs = network, inputs
+        self.trail: list[str] = []
         self._names = dict(network.named_parameters())
         self._ask: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
         self._tell: queue.SimpleQueue[Stop | BaseException | None] = queue.SimpleQueue()
@@ -77,6 +84,7 @@ class PausedPass:
         if (weight := names.get("weight")) is None:
             return None
         output = function()
+        self.trail.append(weight)
         self._tell.put(Stop(weight, call, output))
         again = self._ask.get()
         if again is None:
@@ -187,15 +195,23 @@ class _Group:
         stop = _reached(self._coded, weight, self._changed)
         self._changed = True
         targets = [_reached(each, end).output if len(place) else None for each, place in self._pairs]
-        count = self._samples.stop - self._samples.start
-        for target, place in zip(targets, self._places, strict=True):
-            if target is not None and _per_sample(target, len(place)) != _per_sample(stop.output, count):
-                raise StateError(
-                    f"'{end}' gives {_per_sample(target, len(place))} a sample in an expert and "
-                    f"{_per_sample(stop.output, count)} in the coded network; give experts that make the same calls "
-                    "whatever their inputs"
-                )
+        for (expert, place), target in zip(self._pairs, targets, strict=True):
+            if target is not None:
+                self._check(expert, place, target, stop, end)
         return Look(stop.call, stop.output, targets, self._places, self._samples)
+
+    def _check(self, expert: PausedPass, place: Tensor, target: Tensor, stop: Stop, end: str) -> None:
+        """Raise StateError where an expert has made other calls than the coded network, or gives another shape."""
+        trail = self._coded.trail + ([end] if end != stop.weight else [])
+        for theirs, own in zip(expert.trail, trail, strict=False):
+            if theirs != own:
+                raise StateError(f"an expert calls '{theirs}' where the coded network calls '{own}'; {_SAME}")
+        theirs, own = (
+            str([len(output) // samples, *output.shape[1:]])
+            for output, samples in ((target, len(place)), (stop.output, self._samples.stop - self._samples.start))
+        )
+        if theirs != own:
+            raise StateError(f"'{end}' gives {theirs} a sample in an expert and {own} in the coded network; {_SAME}")
 
     def close(self) -> None:
         for each in (self._coded, *self._experts):
@@ -209,12 +225,6 @@ def _reached(one: PausedPass, weight: str, again: bool = False) -> Stop:
         stop = one.advance()
     if stop is None:
         raise StateError(
-            f"a network's forward pass came to its end without '{weight}', which another network calls; give experts "
-            "that make the same calls whatever their inputs"
+            f"a network's forward pass came to its end without '{weight}', which another network calls; {_SAME}"
         )
     return stop
-
-
-def _per_sample(output: Tensor, samples: int) -> list[int]:
-    """Return the shape of one sample's rows."""
-    return [len(output) // samples, *output.shape[1:]]

@@ -2,7 +2,7 @@
 
 import threading
 from copy import deepcopy
-from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.cli import main
-from coin.data.tasks import Tasks, task_with
+from coin.data import Digits, Glyphs
+from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, NumericalError, StateError
 from coin.experiment.experts import ExpertFiles
-from coin.experiment.merge import StoredExperts
 from coin.merging import Experts, Refit
 from coin.merging.average import average_parameters
 from coin.merging.lockstep import Walk
-from coin.merging.refit import RIDGES, affine_units, fit_affine
+from coin.merging.refit import RIDGES, fit_affine
 from coin.networks import load_network
 from coin.networks.small import SmallViT
 
@@ -396,3 +396,470 @@ def test_it_is_the_regression_of_every_layer_in_turn(kind, target):
     modules = tuple(f"{each}." for unit in units for each in unit if each)
     kept = [name for name, _ in networks[0].named_parameters() if not name.startswith(modules)]
     assert made.chosen == {"target": target, "ridge": RIDGE, "averaged": sorted(kept)}
+
+
+# Exact properties
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["head", "no head"])
+@every_target
+@pytest.mark.parametrize("kind", [*NETWORKS, *ATTENTION])
+def test_identical_experts_give_themselves(kind, target, head):
+    if head and kind == "one layer, no bias":
+        pytest.skip("its head has no bias to fit")
+    (network, *_), tasks = kind_of(kind)
+    experts = experts_of([network, deepcopy(network), deepcopy(network)], tasks)
+    made = Refit(target, RIDGE, head=head).make(experts, ROW)
+    assert_answers_close(made.network, network, tasks, 1e-10)
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_of_attention_only_what_is_no_affine_map_keeps_the_average(kind):
+    networks, tasks = kind_of(kind)
+    made = Refit("own", RIDGE, head=False).make(experts_of(networks, tasks), ROW)
+    assert made.chosen["averaged"] == sorted(ATTENTION[kind][2])
+    average = average_parameters([dict(network.named_parameters()) for network in networks], ROW)
+    for name, parameter in made.network.named_parameters():
+        assert torch.equal(parameter, average[name]) == (name in ATTENTION[kind][2]), name
+
+
+@pytest.mark.parametrize("kind", ["convolutions", "groups", "layer scale", "in turn", "vit"])
+@every_target
+def test_permuting_experts_with_their_weights_changes_nothing(kind, target):
+    networks, tasks = kind_of(kind)
+    one, two = (
+        Refit(target, RIDGE).make(
+            experts_of([networks[i] for i in order], [tasks[i] for i in order]), [ROW[i] for i in order]
+        )
+        for order in ((0, 1, 2), (2, 0, 1))
+    )
+    assert_answers_close(one.network, two.network, tasks, 1e-9)
+
+
+def test_a_deep_linear_network_reaches_the_mixture():
+    make = lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5), nn.Linear(5, 3))  # noqa: E731
+    networks, tasks = setup(make, (4,))
+    made = Refit("mix", 1e-12, head=False).make(experts_of(networks, tasks), ROW)
+    for x in (*tasks, torch.randn(5, 4, dtype=torch.float64)):
+        wanted = sum(share * answers(network, x) for share, network in zip(ROW, networks, strict=True))
+        torch.testing.assert_close(answers(made.network, x), wanted, rtol=1e-8, atol=1e-8)
+
+
+def test_two_layers_by_least_squares_written_out():
+    networks, (x, y) = setup(lambda: nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)), (2,), count=2)
+    beta, lam = (0.3, 0.7), 0.1
+    made = Refit("own", lam, head=False).make(experts_of(networks, [x, y]), beta)
+    (w1, b1, w2, b2), (v1, c1, v2, c2) = ([p.detach() for p in network.parameters()] for network in networks)
+    weights = torch.cat(
+        [torch.full((len(each),), b / len(each), dtype=x.dtype) for b, each in zip(beta, (x, y), strict=True)]
+    )
+
+    def fitted(a, z, average):
+        """The minimiser of Σ w ‖W a + b − z‖² + λ ‖W − average‖², by lstsq of all rows below each other."""
+        centre = weights @ a
+        spread = float(weights @ (a - centre).square().sum(1)) / a.shape[1]
+        top = torch.cat([a, torch.ones(len(a), 1, dtype=a.dtype)], 1) * weights.sqrt()[:, None]
+        pull = (lam * spread) ** 0.5 * torch.eye(a.shape[1], a.shape[1] + 1, dtype=a.dtype)
+        right = torch.cat([z * weights.sqrt()[:, None], (lam * spread) ** 0.5 * average.T])
+        solution = torch.linalg.lstsq(torch.cat([top, pull]), right).solution
+        return solution[:-1].T, solution[-1]
+
+    inputs = torch.cat([x, y])
+    first, constant = fitted(inputs, torch.cat([x @ w1.T + b1, y @ v1.T + c1]), 0.3 * w1 + 0.7 * v1)
+    hidden = (inputs @ first.T + constant).relu()
+    outputs = torch.cat([(x @ w1.T + b1).relu() @ w2.T + b2, (y @ v1.T + c1).relu() @ v2.T + c2])
+    second, last = fitted(hidden, outputs, 0.3 * w2 + 0.7 * v2)
+    for found, wanted in zip(made.network.parameters(), (first, constant, second, last), strict=True):
+        torch.testing.assert_close(found.detach(), wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("rows", "unknowns"), [(40, 6), (7, 20)], ids=["primal", "dual"])
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("dead", ["none", "one input", "one group"])
+def test_one_regression_in_either_form(rows, unknowns, intercept, dead):
+    draw = torch.Generator().manual_seed(rows)
+    a, r = (torch.randn(rows, 2, width, generator=draw, dtype=torch.float64) + 1 for width in (unknowns, 3))
+    w = torch.rand(rows, generator=draw, dtype=torch.float64) + 0.1
+    if dead == "one input":
+        a[:, 0, 2] = 0.1
+    if dead == "one group":
+        a[:, 0] = 0.1 * torch.arange(1, unknowns + 1)
+    step, constant = fit_affine(lambda: zip(*(x.split(5) for x in (a, r, w)), strict=True), 0.2, intercept=intercept)
+    for g in range(2):
+        if dead == "one group" and g == 0 and intercept:
+            wanted = torch.zeros(3, unknowns, dtype=torch.float64), (w @ r[:, g]) / w.sum()
+        else:
+            wanted = ridge_step(a[:, g], r[:, g], w, 0.2, intercept)
+        torch.testing.assert_close((step[g], constant[g]), wanted, rtol=1e-9, atol=1e-9)
+    if dead == "one input" and intercept:
+        assert float(step[0, :, 2].abs().max()) < 1e-9
+
+
+def test_a_constant_input_of_one_number_gets_no_coefficient_from_rounding():
+    """Float32, and a mean that is not the number itself."""
+    draw = torch.Generator().manual_seed(0)
+    a, r, w = torch.full((1001, 1, 1), 0.1), torch.randn(1001, 1, 2, generator=draw), torch.rand(1001, generator=draw)
+    step, constant = fit_affine(lambda: [(a, r, w.double())], 0.03)
+    assert not bool(step.any())
+    torch.testing.assert_close(constant[0], (w.double() @ r[:, 0].double()) / w.double().sum(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "message"), [(torch.inf, "not finite"), (1e30, "so large that squares overflow")])
+def test_rows_that_cannot_be_squared_are_told(size, message):
+    a = torch.tensor([1.0, -1.0, 2.0]).view(3, 1, 1) * size
+    with pytest.raises(NumericalError, match=message) as caught:
+        fit_affine(lambda: [(a, a, torch.ones(3).double())], 0.1)
+    assert "\n" not in str(caught.value)
+
+
+# In one pass, and in pieces
+
+
+class Counted(nn.Module):
+    """Counts the samples that came by, of this network and of its copies."""
+
+    samples = 0
+
+    def forward(self, x):
+        Counted.samples += len(x)
+        return x
+
+
+def wide():
+    return tail(Counted(), nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 2, 3))
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["head", "no head"])
+@every_target
+def test_in_pieces_gives_the_same_and_both_count_their_passes(target, head):
+    networks, tasks = setup(wide, (1, 8, 8))
+    total, fitted = sum(SIZES), (3 + 1) * sum(SIZES) if head else 0
+    parts = total if target == "own" else 3 * total
+    once, pieces = experts_of(networks, tasks), experts_of(networks, tasks)
+    one = Refit(target, RIDGE, head=head).make(once, ROW)
+    assert once.passes == parts + 2 * total + fitted
+    Counted.samples = 0
+    two = Refit(target, RIDGE, head=head, memory_mib=1).make(pieces, ROW)
+    assert pieces.passes == 3 * 2 * (parts + total) + fitted  # three units, whose rows are read twice
+    assert Counted.samples - (2 + 3) == pieces.passes  # and five samples to see the calls
+    assert_answers_close(one.network, two.network, tasks, 1e-10)
+
+
+@pytest.mark.parametrize("kind", ["convolutions", "layernorm", "in turn", "vit"])
+@every_target
+def test_the_smallest_pieces_give_the_same(kind, target, monkeypatch):
+    networks, tasks = kind_of(kind)
+    one = Refit(target, RIDGE).make(experts_of(networks, tasks), ROW)
+    monkeypatch.setattr("coin.merging.refit._KEPT", 10**12)
+    experts = experts_of(networks, tasks)
+    two = Refit(target, RIDGE).make(experts, ROW)
+    assert experts.passes > 10 * sum(SIZES)
+    assert_answers_close(one.network, two.network, tasks, 1e-10)
+
+
+@pytest.mark.parametrize("piece", [100, 4])
+def test_a_walk_meets_every_network_at_the_same_call(piece):
+    networks, tasks = kind_of("two layers")
+    coded, x = deepcopy(networks[0]), torch.cat(tasks)
+    parts = [torch.arange(0, 34, 3), torch.arange(1, 30, 2), torch.tensor([33])]
+    with Walk(coded, networks, x, parts, piece) as walk:
+        for name, depth in (("0.weight", 1), ("2.weight", 3)):
+            seen = 0
+            for look in walk.looks(name, name)():
+                samples = x[look.samples]
+                seen += len(samples)
+                torch.testing.assert_close(look.output, answers(coded[:depth], samples), rtol=0, atol=1e-12)
+                torch.testing.assert_close(look.call.inputs, answers(coded[: depth - 1], samples), rtol=0, atol=1e-12)
+                for network, target, place, part in zip(networks, look.targets, look.places, parts, strict=True):
+                    inside = part[(part >= look.samples.start) & (part < look.samples.stop)]
+                    assert torch.equal(place + look.samples.start, inside)
+                    assert (target is None) == (len(inside) == 0)
+                    if target is not None:
+                        torch.testing.assert_close(target, answers(network[:depth], x[inside]), rtol=0, atol=1e-12)
+            assert seen == len(x)
+            with torch.no_grad():
+                coded.get_parameter(name).mul_(2)  # as a refit would
+
+
+# Choices
+
+
+def test_auto_takes_what_leaves_less_on_held_out_samples_that_the_trials_did_not_see():
+    networks, tasks = kind_of("convolutions")
+    experts = experts_of(networks, tasks)
+    made = Refit(ridge=None).make(experts, ROW)
+    residuals = made.chosen["held_out_residual"]
+    options = [(target, ridge) for target in ("own", "mix") for ridge in RIDGES]
+    assert list(residuals) == [f"{target}/{ridge:g}" for target, ridge in options]
+    seen, held_out = (torch.cat(list(batches)) for batches in experts.split)
+    task = experts.tasks[: len(seen)]
+    fit_part = experts_of(networks, [seen[task == i] for i in range(3)])
+    wanted = sum(share * answers(network, held_out) for share, network in zip(ROW, networks, strict=True))
+    for target, ridge in options:
+        error = answers(Refit(target, ridge).make(fit_part, ROW).network, held_out) - wanted
+        assert residuals[f"{target}/{ridge:g}"] == pytest.approx(float(error.norm() / wanted.norm()), rel=1e-8)
+    best = min(residuals, key=residuals.__getitem__)
+    assert f"{made.chosen['target']}/{made.chosen['ridge']:g}" == best
+    alone = Refit(made.chosen["target"], made.chosen["ridge"]).make(experts_of(networks, tasks), ROW)
+    assert_answers_close(made.network, alone.network, tasks, 1e-12)
+
+
+@pytest.mark.parametrize("best", ["own", "mix"])
+def test_auto_can_take_either_and_counts_what_it_tried(best, monkeypatch):
+    networks, tasks = kind_of("two layers")
+    trials = iter([1.0, 2.0] if best == "own" else [2.0, 1.0])
+    monkeypatch.setattr("coin.merging.refit.held_out_residual", lambda *_: next(trials))
+    experts = experts_of(networks, tasks)
+    made = Refit().make(experts, ROW)
+    assert made.chosen["target"] == best
+    total, fit = sum(SIZES), sum(len(batch) for batch in experts.split[0])
+    tried = (1 + 2 + 1) * fit + (3 + 2 + 1) * fit  # own, mix: experts, the coded network, the features of its head
+    outputs = 3 * total  # for the head, read once for all
+    assert experts.passes == tried + outputs + ((1 if best == "own" else 3) + 2 + 1) * total
+
+
+def test_options_are_checked():
+    for options, message in (
+        ({"target": "all"}, "found target='all', expected one of own, mix, auto"),
+        ({"ridge": 0.0}, "found ridge 0.0, expected a positive number, or none"),
+        ({"ridge": float("inf")}, "found ridge inf"),
+        ({"memory_mib": 0}, "found memory_mib=0, expected at least 1"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            Refit(**options)
+    networks, _ = kind_of("two layers")
+    with pytest.raises(ConfigurationError, match="found no calibration inputs, which the merge needs"):
+        Refit().make(Experts(networks), ROW)
+
+
+# What cannot be refitted
+
+
+class Tied(nn.Module):
+    """Tokens, with an embedding, positions, and layers that are read in several places."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.place = nn.Embedding(7, 4), nn.Parameter(torch.zeros(5, 4))
+        self.capped = nn.Embedding(7, 4, max_norm=100.0)
+        self.twice, self.read, self.once = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.bias = nn.Linear(4, 4)
+        self.bias.bias = self.twice.bias
+        self.tied = nn.Linear(4, 7, bias=False)
+        self.tied.weight = self.capped.weight
+        self.head = nn.Linear(7, 3)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens) + self.capped(tokens) + self.place
+        x = self.bias(self.twice(self.twice(x).tanh()).tanh())
+        x = self.read(x) * self.read.weight.square().mean()
+        return self.head(self.tied(self.once(x).tanh()).mean(1))
+
+
+AVERAGED = ["bias.weight", "capped.weight", "embedding.weight", "place", "read.bias", "read.weight"]
+AVERAGED += ["twice.bias", "twice.weight"]
+
+
+@every_target
+def test_what_cannot_be_refitted_keeps_the_average_and_is_named(target):
+    torch.manual_seed(1)
+    networks = [Tied().double() for _ in ROW]
+    tasks = [torch.randint(7, (size, 5), generator=torch.Generator().manual_seed(size)) for size in SIZES]
+    made = Refit(target, RIDGE).make(experts_of(networks, tasks), ROW)
+    assert made.chosen["averaged"] == AVERAGED
+    average = average_parameters([dict(network.named_parameters()) for network in networks], ROW)
+    for name, parameter in made.network.named_parameters():
+        assert torch.equal(parameter, average[name]) == (name in AVERAGED), name
+    same = experts_of([networks[0], *(deepcopy(networks[0]) for _ in range(2))], tasks)
+    wanted = answers(networks[0], tasks[0])
+    torch.testing.assert_close(answers(Refit(target).make(same, ROW).network, tasks[0]), wanted, rtol=0, atol=1e-10)
+
+
+def test_layers_whose_rows_do_not_lead_with_the_samples_keep_the_average():
+    def make():
+        return nn.Sequential(Transposed(), nn.Linear(5, 4), Swapped(nn.Linear(4, 4)), Mean(), nn.Linear(4, 3))
+
+    networks, tasks = setup(make, (5, 6))
+    made = Refit("own", RIDGE, head=False).make(experts_of(networks, tasks), ROW)
+    assert made.chosen["averaged"] == ["2.layer.bias", "2.layer.weight"]
+    assert_answers_close(
+        made.network, reference(networks, tasks, ROW, "own", RIDGE, [("1", None), ("4", None)]), tasks, 1e-9
+    )
+
+
+class Swapped(nn.Module):
+    """A layer that is given positions first."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_bfloat16_is_fitted_in_float32():
+    networks, tasks = kind_of("layernorm")
+    networks = [network.bfloat16() for network in networks]
+    exact = Refit("own", RIDGE, head=False).make(experts_of([deepcopy(n).double() for n in networks], tasks), ROW)
+    made = Refit("own", RIDGE, head=False).make(experts_of(networks, tasks), ROW)
+    assert {parameter.dtype for parameter in made.network.parameters()} == {torch.bfloat16}
+    inputs = torch.cat(tasks)
+    error = answers(made.network, inputs.bfloat16()).double() - answers(exact.network, inputs)
+    assert float(error.norm()) < 8 * 2.0**-8 * float(answers(exact.network, inputs).norm())
+
+
+# The caller
+
+
+def flags():
+    return (
+        torch.backends.mha.get_fastpath_enabled(),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_float32_matmul_precision(),
+        threading.active_count(),
+    )
+
+
+class Breaks(nn.Linear):
+    """A layer that an expert breaks off at, once it is armed."""
+
+    armed = False
+
+    def forward(self, x):
+        if self.armed and len(x) > 3:
+            raise RuntimeError("broken off")
+        return super().forward(x)
+
+
+def breaking(armed=(1,)):
+    networks, tasks = setup(
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), Breaks(5, 4), nn.Linear(4, 3)), (6,)
+    )
+    for index in armed:
+        networks[index][3].armed = True
+    for network in networks:
+        network.train()
+        network[1].eval()
+    return networks, tasks
+
+
+@pytest.mark.parametrize("memory_mib", [4096, 1])
+@pytest.mark.parametrize("armed", [(), (1,), (0,)], ids=["no error", "an expert breaks off", "the coded network too"])
+@every_target
+def test_the_caller_finds_everything_as_it_was(target, armed, memory_mib, monkeypatch):
+    if memory_mib == 1:
+        monkeypatch.setattr("coin.merging.refit._KEPT", 3000)  # pieces of some samples
+    networks, tasks = breaking(armed)
+    before, states = flags(), [deepcopy(network.state_dict()) for network in networks]
+    experts, caught = experts_of(networks, tasks), None
+    if armed:
+        with pytest.raises(RuntimeError, match="^broken off$") as caught:
+            Refit(target, RIDGE, memory_mib=memory_mib).make(experts, ROW)
+    else:
+        Refit(target, RIDGE, memory_mib=memory_mib).make(experts, ROW)
+    assert flags() == before
+    assert caught is None or caught.tb is not None  # whose frames are still there
+    for network, state in zip(networks, states, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+        assert [each.training for each in network.modules()] == [True, True, False, True, True, True]
+        assert all(parameter.grad is None and parameter.requires_grad for parameter in network.parameters())
+
+
+def test_no_thread_outlives_an_error_in_a_fit_in_pieces(monkeypatch):
+    networks, tasks = kind_of("two layers")
+    tasks[2][-1] = torch.nan
+    monkeypatch.setattr("coin.merging.refit._KEPT", 10**12)
+    before = flags()
+    with pytest.raises(NumericalError, match="are not finite") as caught:
+        Refit("own", RIDGE).make(experts_of(networks, tasks), ROW)
+    assert flags() == before
+    assert caught.tb is not None
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_it_works_inside_a_callers_context(context):
+    networks, tasks = kind_of("convolutions")
+    wanted = Refit(ridge=RIDGE).make(experts_of(networks, tasks), ROW)
+    with context():
+        found = Refit(ridge=RIDGE).make(experts_of(deepcopy(networks), [task.clone() for task in tasks]), ROW)
+    for name, tensor in wanted.network.state_dict().items():
+        assert torch.equal(found.network.state_dict()[name], tensor)
+    found.network(tasks[0]).sum().backward()  # an ordinary network that can be trained on
+
+
+# Networks that go other ways
+
+
+class Forks(nn.Module):
+    """Takes the way that it was told: calls in another order, fewer of them, or of another shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.way = "straight"
+        self.first, self.second, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        if self.way == "shorter":
+            return self.head(self.second(x))
+        if self.way == "turned":
+            return self.head(self.first(self.second(x)))
+        if self.way == "by size" and len(x) > 2:
+            return self.head(self.first(x))
+        x = self.first(x)
+        if self.way == "wider":
+            return self.head(self.second(x[:, None].expand(-1, 2, -1))).mean(1)
+        return self.head(self.second(x))
+
+
+@pytest.mark.parametrize("piece", [1, 10**12], ids=["one pass", "pieces"])
+@pytest.mark.parametrize(
+    ("way", "who", "message"),
+    [
+        ("shorter", 1, "came to its end without 'first.weight', which another network calls"),
+        ("turned", 1, "an expert calls 'second.weight' where the coded network calls 'first.weight'"),
+        ("wider", 1, r"'second.weight' gives \[1, 2, 6\] a sample in an expert and \[1, 6\] in the coded network"),
+        ("by size", 0, "Forks makes other calls on two samples than on three, expected the same"),
+    ],
+)
+def test_networks_that_make_other_calls_are_told_in_a_line(way, who, message, piece, monkeypatch):
+    monkeypatch.setattr("coin.merging.refit._KEPT", piece)
+    networks, tasks = setup(Forks, (6,))
+    networks[who].way = way
+    threads = threading.active_count()
+    with pytest.raises(StateError, match=message) as caught:
+        Refit("own", RIDGE).make(experts_of(networks, tasks), ROW)
+    assert "\n" not in str(caught.value)
+    assert threading.active_count() == threads
+
+
+# Through files
+
+
+def test_files_with_unequal_numbers_of_classes_give_what_memory_gives(write_experts, tmp_path):
+    paths = write_experts([10, 6])
+    digits = {"class_path": "Digits", "init_args": {"max_train": 60, "max_test": 10, "image_size": 16}}
+    letters = {"classes": "A-F", "train_per_class": 9, "test_per_class": 2, "image_size": 16}
+    tasks = {"task0": digits, "task1": {"class_path": "Glyphs", "init_args": letters}}
+    command = ["merge", f"--experts={paths}", "--code=[[0.4, 0.6]]", f"--tasks={tasks}", "--samples_per_task=24"]
+    assert main([*command, "--batch_size=16", "--method=Refit", "--method.target=own", f"--output={tmp_path}"]) == 0
+    file = load_network(tmp_path / "refit.safetensors")
+    made = file.provenance
+    assert made["chosen"] == {"target": "own", "ridge": 0.03, "averaged": []}
+    assert made["passes"] == 48 + 2 * 48 + (2 + 1) * 48
+    assert made["method"]["options"]["memory_mib"] == 4096
+    data = Tasks({"task0": Digits(**digits["init_args"]), "task1": Glyphs(**letters)}, 24, 16, seed=0)
+    data.prepare_data()
+    data.setup()
+    networks = ExpertFiles({task: Path(path) for task, path in paths.items()}).networks
+    assert {len(network.fc.weight) for network in networks} == {10}
+    experts = Experts(networks, calibration=[list(each) for each in data.calibrations().values()])
+    coded = Refit("own").make(experts, [0.4, 0.6]).network
+    for name, tensor in coded.state_dict().items():
+        torch.testing.assert_close(file.network.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+    inputs = torch.cat(list(experts.pooled))
+    assert float((answers(networks[1], inputs)[:, 6:]).abs().max()) == 0
