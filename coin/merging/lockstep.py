@@ -15,7 +15,6 @@ from coin.statistics.guard import evaluating
 from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call
 
-
 _SAME = "give experts that make the same calls whatever their inputs"
 
 
