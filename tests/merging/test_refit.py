@@ -696,15 +696,18 @@ class Swapped(nn.Module):
         return self.layer(x.transpose(0, 1)).transpose(0, 1)
 
 
-def test_bfloat16_is_fitted_in_float32():
+def test_bfloat16_is_fitted_in_float32(monkeypatch):
     networks, tasks = kind_of("layernorm")
-    networks = [network.bfloat16() for network in networks]
-    exact = Refit("own", RIDGE, head=False).make(experts_of([deepcopy(n).double() for n in networks], tasks), ROW)
-    made = Refit("own", RIDGE, head=False).make(experts_of(networks, tasks), ROW)
+    types = set()
+
+    def recorded(rows, *options, **named):
+        types.update(each.dtype for a, r, _ in rows() for each in (a, r))
+        return fit_affine(rows, *options, **named)
+
+    monkeypatch.setattr("coin.merging.refit.fit_affine", recorded)
+    made = Refit("own", RIDGE).make(experts_of([network.bfloat16() for network in networks], tasks), ROW)
+    assert types == {torch.float32}
     assert {parameter.dtype for parameter in made.network.parameters()} == {torch.bfloat16}
-    inputs = torch.cat(tasks)
-    error = answers(made.network, inputs.bfloat16()).double() - answers(exact.network, inputs)
-    assert float(error.norm()) < 8 * 2.0**-8 * float(answers(exact.network, inputs).norm())
 
 
 # The caller
