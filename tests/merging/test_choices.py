@@ -210,7 +210,7 @@ class Mixing(nn.Module):
         self.double()
 
     def forward(self, x):
-        return self.second(torch.tanh(self.first(x)) @ self.mix)
+        return self.second(torch.einsum("bi,ij->bj", torch.tanh(self.first(x)), self.mix))
 
 
 @pytest.mark.parametrize(("alpha", "damping"), [(None, None), (0.5, None), (None, 0.1)])
