@@ -38,7 +38,9 @@ class RegMeanLayers(StrEnum):
 class RegMean(MergeMethod):
     """The linear maps that best reproduce, on each expert's inputs, the expert's outputs; see `regmean_parameters`.
 
-    With 200 samples the Gram matrix of a wide layer is singular or nearly so, and weak damping fits noise. Left open,
+    With 200 samples the Gram matrix of a wide layer is singular or nearly so, and weak damping fits noise. The fixed
+    defaults were settled on calibration samples of the embedded tasks, which tables report: prefer to leave them open,
+    or take them as they are. Left open,
     α and the damping are chosen first, one after the other, by the residual on held-out calibration samples, with Gram
     matrices of the other samples; then the data, as in `coin.merging.Coin`.
 
