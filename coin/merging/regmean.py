@@ -90,6 +90,7 @@ class RegMean(MergeMethod):
         """Make the coded model of one row of the code; see `Method.make`."""
         if self.alpha is not None and self.damping is not None:
             return super().make(experts, row)
+        check_each(experts.parameters, "expert")
         tuned = copy(self)
         tuned.alpha, tuned.damping, at_edge = self._tuned(experts, row)
         made = tuned.make(experts, row)
