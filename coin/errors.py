@@ -25,6 +25,10 @@ class StateError(CoinError, ValueError):
     """Named tensors that must match do not: a name, a shape, a type, or a value that is not finite."""
 
 
+class HeadError(StateError):
+    """A network has no head of the kind that is needed: one linear layer that gives the logits."""
+
+
 class FileError(CoinError, OSError):
     """A file of an experiment is missing, damaged or belongs to something else."""
 

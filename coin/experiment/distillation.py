@@ -88,7 +88,6 @@ class Training:
                         CoinWarning,
                         stacklevel=2,
                     )
-                chosen = {"at_edge": not inside}
             else:
                 every = max(1, steps // _POINTS)
                 curves = {rate: run(rate, steps, share, every).losses for rate in rates}
@@ -101,7 +100,10 @@ class Training:
             if not any(map(math.isfinite, tried.values())):
                 raise NumericalError(f"{method.label} diverged with every learning rate of {rates}; give smaller ones")
             lr, steps = min(tried, key=lambda pair: tried[pair])
-            chosen |= {
+            if method.hparams["schedule"] != Schedule.one_cycle:
+                inside = rates[0] < lr < rates[-1]
+            chosen = {
+                "at_edge": not inside,
                 "lr": lr,
                 "steps": steps,
                 "held_out_loss": {f"{rate:.3g} × {count}": loss for (rate, count), loss in tried.items()},
@@ -110,7 +112,7 @@ class Training:
         if not_finite(dict(module.named_parameters())) is not None:
             raise NumericalError(f"{method.label} diverged with lr={lr}; give a smaller one")
         assert module.student is not None
-        return CodedModel(module.student, chosen)
+        return CodedModel(module.student, chosen | module.chosen)
 
     def _fit(self, module: Distillation, steps: int, samples: int, held_out: float, every: int) -> None:
         data = Tasks(self.tasks.tasks, samples, module.hparams["batch_size"], held_out, self.seed)

@@ -7,17 +7,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from coin.atomic import sha256_of
 from coin.coding import Code
-from coin.data import Calibration, pooled
+from coin.data import Calibration
 from coin.errors import ConfigurationError
 from coin.experiment.codes import SeedCode
 from coin.experiment.experts import ExpertFiles
 from coin.experiment.records import described
-from coin.merging import CodedModel, Experts, Method
-from coin.merging.experts import HELD_OUT
+from coin.merging import CodedModel, Method
+from coin.merging.calibrated import CalibratedExperts
 from coin.networks import check_layout, open_network, save_network
 from coin.processes import is_first
 from coin.state import State
@@ -28,7 +28,7 @@ StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
 """The files of every expert's statistics, by task."""
 
 
-class StoredExperts(Experts):
+class StoredExperts(CalibratedExperts):
     """The experts of one merge in files, read as far as they are needed.
 
     Args:
@@ -134,35 +134,6 @@ class StoredExperts(Experts):
             self._computed[which] = [self._padded(file, which) for file in found]
         return self._computed[which]
 
-    def samples(self, data: DataChoice) -> Sequence[Iterable[Tensor]]:
-        """Return for every expert the batches that its statistics are of: its own task's, or all tasks'."""
-        return [self.pooled] * self.count if data is DataChoice.pooled else self._each_calibration()
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether there are calibration samples."""
-        return self._calibrations is not None
-
-    @cached_property
-    def pooled(self) -> Calibration:
-        """All tasks' calibration samples, evenly interleaved."""
-        return pooled(self._each_calibration())
-
-    @property
-    def tasks(self) -> Tensor:
-        """Which task each pooled sample is from, int64 ``[P]``."""
-        return self.pooled.part
-
-    @cached_property
-    def split(self) -> tuple[Calibration, Calibration]:
-        """The pooled samples to fit on, and the last fifth of them, on which choices are made."""
-        return self.pooled.split(HELD_OUT)
-
-    def _each_calibration(self) -> list[Calibration]:
-        if self._calibrations is None:
-            raise ConfigurationError("found no calibration data, which the method needs; name the tasks")
-        return self._calibrations
-
     def _initial_state(self, names: Iterable[str]) -> State:
         """Return these tensors of the shared initialisation, its head padded like the experts'.
 
@@ -223,9 +194,9 @@ def make_coded_models(
         started, passes, elsewhere = time.perf_counter(), experts.passes, experts.seconds
         made = method.make(experts, row)
         seconds = time.perf_counter() - started + experts.seconds - elsewhere
-        provenance = _provenance(method, code, index, experts, method.samples_per_task or samples_per_task)
-        provenance |= {"seconds": seconds, "passes": experts.passes - passes, "chosen": made.chosen, **shared}
         if is_first():
+            provenance = _provenance(method, code, index, experts, method.samples_per_task or samples_per_task)
+            provenance |= {"seconds": seconds, "passes": experts.passes - passes, "chosen": made.chosen, **shared}
             save_network(path, made.network, experts.files.config, experts.files.width, provenance)
     return paths
 

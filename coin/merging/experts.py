@@ -12,7 +12,7 @@ from coin.errors import ConfigurationError
 from coin.inputs import as_input
 from coin.networks.batchnorm import has_batchnorm
 from coin.state import State, check_finite
-from coin.statistics import FisherKind, fisher_sums, gram_sums
+from coin.statistics import FisherKind, fisher_sums, gram_sums, process_generator
 from coin.statistics.guard import evaluating
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -67,6 +67,12 @@ class Experts:
         self._calibration = None if calibration is None else [list(batches) for batches in calibration]
         if self._calibration is not None:
             self._check_count(len(self._calibration), "tasks' calibration inputs")
+            found = next((batch for batches in self._calibration for batch in batches if not _is_batch(batch)), None)
+            if found is not None or not any(self._calibration):
+                raise ConfigurationError(
+                    f"found calibration batches of type {type(found).__name__}, expected input tensors [B, …] without "
+                    "labels, at least one; give only the inputs"
+                )
 
     @property
     def count(self) -> int:
@@ -133,8 +139,16 @@ class Experts:
 
     def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Tensor]]) -> list[State]:
         """Return every expert's Fisher of a kind, or none for its Gram matrices, on its samples; count the passes."""
-        pairs = zip(self.each_network(), samples, strict=True)
-        sums = [gram_sums(*pair) if kind is None else fisher_sums(*pair, kind=kind) for pair in pairs]
+        if kind is FisherKind.empirical:
+            raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
+        sums = []
+        for network, batches in zip(self.each_network(), samples, strict=True):
+            generator = None if kind is None else process_generator(kind, seed=0, rank=0)
+            sums.append(
+                gram_sums(network, batches)
+                if kind is None
+                else fisher_sums(network, batches, kind=kind, generator=generator)
+            )
         self.passes += sum(each.passes for each in sums)
         return [each.mean() for each in sums]
 
@@ -154,37 +168,50 @@ class Experts:
     @cached_property
     def pooled(self) -> Iterable[Tensor]:
         """All tasks' calibration samples, evenly interleaved, in batches."""
-        batches = self.samples(DataChoice.own)
-        samples = torch.cat([torch.cat(list(each)) for each in batches])
-        return torch.split(samples[self._order.to(samples.device)], len(next(iter(batches[0]))))
+        return _batched(self._samples, self._batch_size)
 
     @cached_property
     def tasks(self) -> Tensor:
         """Which task each pooled sample is from, int64 ``[P]``."""
-        return torch.repeat_interleave(torch.arange(self.count), torch.tensor(self._sizes))[self._order]
-
-    @property
-    def _sizes(self) -> list[int]:
-        return [sum(map(len, each)) for each in self.samples(DataChoice.own)]
-
-    @cached_property
-    def _order(self) -> Tensor:
-        """Where every pooled sample is among all tasks' one after the other: evenly mixed.
-
-        Every stretch of the samples then holds the tasks in proportion: batches, whose statistics BatchNorm may take,
-        and the held-out end.
-        """
-        places = [(torch.arange(size, dtype=torch.float64) + 0.5) / size for size in self._sizes]
-        return torch.argsort(torch.cat(places), stable=True)
+        return torch.tensor([task for task, _ in self._order])
 
     @cached_property
     def split(self) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
         """The pooled samples to fit on, and the last fifth of them, on which choices are made."""
-        batches = list(self.pooled)
-        samples = torch.cat(batches)
-        border = len(samples) - held_out_count(len(samples))
-        size = len(batches[0])
-        return torch.split(samples[:border], size), torch.split(samples[border:], size)
+        border = len(self._samples) - held_out_count(len(self._samples))
+        return _batched(self._samples[:border], self._batch_size), _batched(self._samples[border:], self._batch_size)
+
+    def fitted(self, data: DataChoice) -> Sequence[Iterable[Tensor]]:
+        """Return what `samples` does, without the samples that are held out."""
+        if data is DataChoice.pooled:
+            return [self.split[0]] * self.count
+        border = len(self._samples) - held_out_count(len(self._samples))
+        own = zip(self._order[:border], self._samples, strict=False)
+        by_task: list[list[Tensor]] = [[] for _ in range(self.count)]
+        for (task, _), sample in own:
+            by_task[task].append(sample)
+        return [_batched(samples, self._batch_size) for samples in by_task]
+
+    @cached_property
+    def _order(self) -> list[tuple[int, int]]:
+        """The pooled samples as (task, place among the task's samples), evenly mixed.
+
+        Every stretch of them then holds the tasks in proportion: batches, whose statistics BatchNorm may take, and the
+        held-out end.
+        """
+        sizes = [sum(map(len, batches)) for batches in self.samples(DataChoice.own)]
+        places = [((place + 0.5) / size, task, place) for task, size in enumerate(sizes) for place in range(size)]
+        return [(task, place) for _, task, place in sorted(places)]
+
+    @cached_property
+    def _samples(self) -> list[Tensor]:
+        """The pooled samples, ``[1, …]`` each."""
+        own = [[row for batch in batches for row in torch.split(batch, 1)] for batches in self.samples(DataChoice.own)]
+        return [own[task][place] for task, place in self._order]
+
+    @property
+    def _batch_size(self) -> int:
+        return max(len(batch) for batches in self.samples(DataChoice.own) for batch in batches)
 
     def target(self, row: Sequence[float]) -> Tensor:
         """Return Σ_i β_i f_i on the pooled samples ``[P, C]``; raises StateError where an output is not finite."""
@@ -239,6 +266,10 @@ def parameters_of(network: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 
+def _is_batch(batch: Any) -> bool:
+    return isinstance(batch, Tensor) and batch.ndim > 0
+
+
 def held_out_count(samples: int) -> int:
     """Return how many of so many samples are held out: the last fifth, but at least one and never all.
 
@@ -251,6 +282,16 @@ def held_out_count(samples: int) -> int:
             "number of samples"
         )
     return max(1, round(HELD_OUT * samples))
+
+
+def _batched(samples: Sequence[Tensor], size: int) -> list[Tensor]:
+    """Return samples ``[1, …]`` in batches of at most `size`, a new one wherever the shape changes."""
+    batches: list[list[Tensor]] = []
+    for sample in samples:
+        if not batches or len(batches[-1]) == size or batches[-1][0].shape != sample.shape:
+            batches.append([])
+        batches[-1].append(sample)
+    return [torch.cat(batch) for batch in batches]
 
 
 def _weighted(outputs: Tensor, row: Sequence[float]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from coin.errors import ConfigurationError
 from coin.merging.coin import Coin
 from coin.merging.experts import Experts, held_out_count, parameters_of
-from coin.merging.method import CodedModel, floored_diagonal
+from coin.merging.method import CodedModel, floored_diagonal, refined
 from coin.merging.sample_space import solve_in_sample_space
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.files import fill_network
@@ -89,7 +89,7 @@ class GaussNewton(Coin):
         parameters = self._steps(outputs, parameters_of(made.network), experts.target(row), fishers, row)
         experts.passes += outputs.passes
         fill_network(made.network, {**made.network.state_dict(), **parameters}, "the coded model")
-        return made
+        return refined(made, self.label)
 
     def _steps(
         self, outputs: OutputMap, parameters: State, target: Tensor, fishers: Sequence[State], row: Sequence[float]

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from coin.coding import fit_ridge
-from coin.errors import StateError
+from coin.errors import HeadError
 from coin.inputs import as_input
 from coin.merging.average import Average
 from coin.merging.experts import Experts
-from coin.merging.method import CodedModel
+from coin.merging.method import CodedModel, refined
 from coin.networks.heads import check_head, features_and_logits, head_name
 from coin.statistics.guard import evaluating
 
@@ -31,7 +31,7 @@ class HeadFit(Average):
         """Make the coded model of one row of the code; see `Method.make`."""
         made = super().make(experts, row)
         fit_head(made.network, experts, row)
-        return made
+        return refined(made, self.label)
 
 
 def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], *, held_out: bool = False) -> None:
@@ -48,14 +48,14 @@ def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], *, held
         held_out: Whether the held-out samples are left out.
 
     Raises:
-        StateError: The head is not a fully connected layer with a bias, or the logits are not the head of its inputs.
+        HeadError: The head is not a fully connected layer with a bias, or the logits are not the head of its inputs.
     """
     name = head_name(network)
     head = network.get_submodule(name)
     if not isinstance(head, nn.Linear) or head.bias is None:
-        raise StateError(
+        raise HeadError(
             f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer with a bias; "
-            "leave the method out for this network"
+            "name another in an attribute 'head_name', or leave the method out for this network"
         )
     batches, targets = (experts.split[0], experts.fitted_target) if held_out else (experts.pooled, experts.target)
     target = targets(row).double()  # checked to be finite
@@ -72,7 +72,7 @@ def features_of(network: nn.Module, batches: Iterable[Tensor]) -> tuple[Tensor, 
     """Return a network's features and logits on batches of samples, in float64.
 
     Raises:
-        StateError: The logits are not the head of the features.
+        HeadError: The logits are not the head of the features.
     """
     found = []
     with evaluating(network, gradients=False):

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from coin.choices import chosen
 from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateError
-from coin.merging.experts import Experts
+from coin.merging.experts import Experts, parameters_of
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
 from coin.networks.files import fill_network
 from coin.state import State, check_finite, check_same_layout, weighted_sum
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
+
+_FEW = 10
+"""With fewer held-out samples a choice is told of: it is little better than chance."""
 
 _RESERVED = ("none", "oracle")
 _LABEL = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
@@ -112,34 +115,47 @@ class MergeMethod(Method):
         check_row(row, experts.count)
         check_each(experts.parameters, "expert")
         candidates = list(self.candidates(experts, row))
+        trials = list(self.trials(experts, row)) if len(candidates) > 1 and experts.is_calibrated else candidates
         policies = self._policies(experts)
         if not experts.is_calibrated and len(candidates) > 1:
             raise ConfigurationError(
                 f"found no calibration inputs, by which method '{self.label}' chooses; give them, or set its options"
             )
         measured = len(candidates) * len(policies) > 1
-        best, least, residuals = None, math.inf, {}
-        for options, parameters in candidates:
+        for _, parameters in (*candidates, *trials):
             check_finite(parameters, f"the coded model of method '{self.label}'")
-            for policy in policies:
-                coded = self._build(experts, row, parameters, policy, measured)
-                taken = options | ({"batchnorm": policy} if policy else {})
-                if measured:
-                    residual = held_out_residual(experts, coded, row)
-                    residuals["/".join(value for value in taken.values() if isinstance(value, str))] = residual
-                    if best is not None and not residual < least:
-                        continue
-                    least = residual
-                best = (coded, taken)
-        assert best is not None
-        coded, taken = best
+        residuals = {
+            (place, policy): held_out_residual(experts, self._build(experts, row, parameters, policy, True), row)
+            for place, (_, parameters) in enumerate(trials)
+            for policy in policies
+            if measured
+        }
+        place, policy = min(residuals, key=lambda each: residuals[each], default=(0, policies[0]))
+        options, parameters = candidates[place]
+        coded = self._build(experts, row, parameters, policy, False)
+        taken = options | ({"batchnorm": policy} if policy else {})
         if measured:
-            check_residuals([least], self.label)
-            if taken.get("batchnorm") == BatchNormPolicy.recalibrate:
-                experts.passes += recalibrate(coded, experts.pooled)
-            taken = taken | {"held_out_residual": residuals}
+            self._say_if_few(len(experts.held_out_target(row)))
+            check_residuals([residuals[place, policy]], self.label)
+            taken["held_out_residual"] = {
+                "/".join(filter(None, [*_data(candidates[place][0]), policy])): residual
+                for (place, policy), residual in residuals.items()
+            }
         check_buffers(coded, experts.buffers, self.label)
         return CodedModel(coded, taken)
+
+    def _say_if_few(self, held_out: int) -> None:
+        if held_out < _FEW:
+            warnings.warn(
+                f"method '{self.label}' chose by {held_out} held-out calibration samples, expected at least {_FEW}; "
+                "raise samples_per_task, or set its options",
+                CoinWarning,
+                stacklevel=3,
+            )
+
+    def trials(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Yield what the candidates are judged by, in their order: themselves, or their like without held-out data."""
+        return self.candidates(experts, row)
 
     def measure(self, experts: Experts, row: Sequence[float], parameters: State) -> float:
         """Return the held-out residual of parameters, with the better of the BatchNorm policies."""
@@ -185,6 +201,13 @@ def fill(network: nn.Module, state: State) -> None:
     own = network.state_dict()  # tensors that share the network's memory
     state = {name: tensor for name, tensor in state.items() if name in own}
     fill_network(network, {**own, **state}, "the coded model")
+
+
+def refined(start: CodedModel, label: str) -> CodedModel:
+    """Return a coded model that was changed since it was made, after checking it; its residual was the start's."""
+    check_finite(parameters_of(start.network), f"the coded model of method '{label}'")
+    renamed = {"held_out_residual": "held_out_residual_of_start"}
+    return CodedModel(start.network, {renamed.get(name, name): value for name, value in start.chosen.items()})
 
 
 SAME = "same"
@@ -348,6 +371,10 @@ def _several(batches: Iterable[Tensor]) -> bool:
     """Whether there are two samples or more; reads no more batches than that takes."""
     samples = 0
     return any((samples := samples + len(batch)) > 1 for batch in batches)
+
+
+def _data(options: dict[str, Any]) -> list[str]:
+    return [str(value) for name, value in options.items() if name.endswith("_data")]
 
 
 def _alike(states: Sequence[State]) -> bool:

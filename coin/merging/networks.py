@@ -33,7 +33,7 @@ def merge_networks(
             made on and outputs are fitted to.
 
     Returns:
-        R new networks in eval mode.
+        R new networks in eval mode; ``method.make(coin.Experts(…), row)`` says what was chosen beside them.
 
     Raises:
         ConfigurationError: Something the method or the policy wants is not there.

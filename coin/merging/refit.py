@@ -150,7 +150,13 @@ class Refit(Method):
             ridge: λ, relative.
             held_out: Whether the held-out samples are left out.
         """
-        inputs = torch.cat(list(experts.split[0] if held_out else experts.pooled))
+        batches = list(experts.split[0] if held_out else experts.pooled)
+        if unlike := next((each.shape for each in batches if each.shape[1:] != batches[0].shape[1:]), None):
+            raise ConfigurationError(
+                f"found calibration samples of shapes {list(batches[0].shape[1:])} and {list(unlike[1:])} for method "
+                f"'{self.label}', which runs them together, expected one shape; pad them"
+            )
+        inputs = torch.cat(batches)
         task = experts.tasks[: len(inputs)]
         network = experts.blank().eval()
         average = average_parameters(experts.parameters, row)

@@ -15,8 +15,9 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 from coin.choices import chosen
 from coin.data import Augmentation
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, HeadError
 from coin.merging import Average, CodedModel, Experts, HeadFit, Method
+from coin.merging.calibrated import CalibratedExperts
 from coin.merging.method import check_label, check_row
 from coin.modules.expert import Schedule
 from coin.modules.shared import plain_options, plot_against_epochs, tasks_of
@@ -34,10 +35,14 @@ from coin.networks import (
 
 
 class Start(StrEnum):
-    """Where distillation starts: at the ``average`` of the experts, or at that with its head fitted, ``head_fit``."""
+    """Where distillation starts."""
 
     average = "average"
+    """At the β-average of the experts."""
     head_fit = "head_fit"
+    """At that with its head fitted to Σ_i β_i f_i."""
+    auto = "auto"
+    """With its head fitted, where it has one that can be: a fully connected layer with a bias that gives the logits."""
 
 
 class Distillation(LightningModule, Method):
@@ -70,7 +75,7 @@ class Distillation(LightningModule, Method):
         samples_per_task: P, at least 1; none takes the experiment's.
         augmentation: What happens to the samples in training: ``none``, ``crop``, ``crop_flip`` or ``shift``.
         schedule: The learning rate's course: ``one_cycle`` or ``constant``.
-        start: ``average`` or ``head_fit``.
+        start: ``average``, ``head_fit`` or ``auto``.
         label: What results and files call this variant.
 
     Raises:
@@ -93,7 +98,7 @@ class Distillation(LightningModule, Method):
         samples_per_task: int | None = None,
         augmentation: Augmentation = Augmentation.shift,
         schedule: Schedule = Schedule.one_cycle,
-        start: Start = Start.head_fit,
+        start: Start = Start.auto,
         label: str | None = None,
     ) -> None:
         super().__init__()
@@ -122,6 +127,7 @@ class Distillation(LightningModule, Method):
         self.readouts = nn.ModuleList()
         self.passes = 0.0
         self.losses: list[float] = []
+        self.chosen: dict[str, Any] = {}
         self.begun: dict[str, Tensor] | None = None
         """The student's tensors at the start, where they are known already; made when training starts otherwise."""
         self._outputs: Tensor | None = None
@@ -180,15 +186,28 @@ class Distillation(LightningModule, Method):
         if self.begun is None:
             samples = tasks_of(self).training_calibration()
             tasks = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(len(samples.parts))]
-            own = [[batch.to(self.device) for batch in task] for task in tasks]
-            experts = Experts(list(self.teachers), calibration=own)
-            start = HeadFit() if self.hparams["start"] == Start.head_fit else Average()
-            self.begun = start.make(experts, self.hparams["code_row"]).network.state_dict()
+            experts = CalibratedExperts(list(self.teachers), tasks)
+            made = self._start(experts)
+            self.begun = made.network.state_dict()
             self.passes += experts.passes
+            self.chosen = {name: value for name, value in made.chosen.items() if name in ("start", "batchnorm")}
             if self.trainer.world_size > 1:  # all processes must start alike, to the last bit
                 here = {name: tensor.cpu() for name, tensor in self.begun.items()}
                 self.begun = self.trainer.strategy.broadcast(here)
         fill_network(self.student, self.begun, f"the start of {self.name}")
+
+    def _start(self, experts: Experts) -> CodedModel:
+        """Make the network that training begins with, and say which it is."""
+        wanted, row = Start(self.hparams["start"]), self.hparams["code_row"]
+        if wanted is not Start.average:
+            try:
+                made = HeadFit().make(experts, row)
+                return CodedModel(made.network, made.chosen | {"start": str(Start.head_fit)})
+            except HeadError:
+                if wanted is Start.head_fit:
+                    raise
+        made = Average().make(experts, row)
+        return CodedModel(made.network, made.chosen | {"start": str(Start.average)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the training has cost so far, and the held-out losses."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin.errors import StateError
+from coin.errors import HeadError, StateError
 from coin.state import State
 
 
@@ -28,7 +28,7 @@ def head_name(network: nn.Module) -> str:
     for kind in (nn.Linear, nn.Conv2d):
         if names := [name for name, layer in layers.items() if isinstance(layer, kind)]:
             return names[-1]
-    raise StateError(
+    raise HeadError(
         f"found no Linear or Conv2d layer in {type(network).__name__}, expected a classifier head; "
         "name it in an attribute 'head_name'"
     )
@@ -112,7 +112,7 @@ def features_and_logits(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Ten
     with head.register_forward_pre_hook(keep):
         logits = network(inputs)
     if len(captured) != 1:
-        raise StateError(f"the head of {type(network).__name__} ran {len(captured)} times in one pass, expected once")
+        raise HeadError(f"the head of {type(network).__name__} ran {len(captured)} times in one pass, expected once")
     features = captured[0]
     if isinstance(head, nn.Conv2d):
         return features.flatten(2).mean(2), logits
@@ -159,7 +159,7 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
             if bool((difference <= max(_TOLERANCES[each] for each in types) * size).all()):
                 return
             found = f" (found a difference of {float(difference.max()):.3g})"
-    raise StateError(
+    raise HeadError(
         f"the logits of {type(network).__name__} are not its head '{name}' ({type(head).__name__}) of the head's "
         f"input{found}; name the layer that gives the logits in an attribute 'head_name', or leave the method out"
     )

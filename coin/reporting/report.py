@@ -167,6 +167,7 @@ def _experiment(source: Source, summary: pd.DataFrame, drawn: _Drawn, *, alone: 
     parts = [
         markup.section("NDA, cost and residual", drawn.all(figures.accuracies(own, prefix))),
         markup.section("Expert's answer against decoded answer", _confusions(source, drawn, prefix)),
+        markup.section("What the methods chose", sections.choices(source)),
         markup.section("Layer by layer", drawn.all(figures.layers(source, prefix))),
         markup.section("Examples", examples),
     ]

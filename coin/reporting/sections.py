@@ -37,6 +37,26 @@ def findings_list(found: Iterable[Finding]) -> str:
     return f'<ul class="findings">{"".join(items)}</ul>' if items else ""
 
 
+def choices(source: Source) -> str:
+    """Return a table of what the methods chose on held-out samples and how their solves ended, in the first seed."""
+    rows = []
+    for method in source.document.get("methods", []):
+        chosen = method.get("chosen") or {}
+        plain = {name: value for name, value in chosen.items() if not isinstance(value, dict)}
+        said = ", ".join(f"{name} {_said(value)}" for name, value in plain.items() if value not in ("", []))
+        if said:
+            rows.append(markup.row([markup.cell(str(method["label"])), markup.cell(said, "text wrap")]))
+    seed = f"In {source.seeds[0]}. " if len(source.seeds) > 1 else ""
+    note = f'<p class="soft">{escape(seed)}All of it is in results.json, with the residuals that decided.</p>'
+    return markup.table(["method", "what was chosen"], rows, ["method", "what was chosen"]) + note if rows else ""
+
+
+def _said(value: object) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} tensors ({', '.join(map(str, value[:2]))}{', …' if len(value) > 2 else ''})"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def reproduce(parts: Sequence[Sequence[Source]]) -> str:
     """Return the command, the versions and the configuration of every experiment or sweep."""
     out = []

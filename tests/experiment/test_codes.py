@@ -180,6 +180,7 @@ def test_seeds_with_codes_of_their_own_are_one_experiment(chosen: Path) -> None:
     assert f"[[{shown}]], chosen from the calibration data of seed-0" in page
 
 
+@pytest.mark.usefixtures("no_reports")
 def test_a_choice_is_taken_up_again_and_follows_its_calibration_data(chosen: Path) -> None:
     config = chosen / "seed-0/config.yaml"
     before = (chosen / "seed-0/code.json").read_bytes()
@@ -195,6 +196,7 @@ def test_a_choice_is_taken_up_again_and_follows_its_calibration_data(chosen: Pat
     assert passes - 39 * (2 * 4 + 14) in range(0, 39 * 18 + 1, 18)
 
 
+@pytest.mark.usefixtures("no_reports")
 def test_two_coded_models_decode_every_loss_of_one_and_of_two_experts(tmp_path: Path) -> None:
     third = "  bars: {class_path: Glyphs, init_args: {classes: G-L, train_per_class: 30, test_per_class: 9}}"
     methods = ", ".join([AVERAGE, COIN, DISTILLATION])
@@ -220,6 +222,7 @@ def test_two_coded_models_decode_every_loss_of_one_and_of_two_experts(tmp_path: 
     assert (oracle.agreement == 1).all()
 
 
+@pytest.mark.usefixtures("no_reports")
 def test_every_expert_is_read_and_hashed_once_a_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, hashed = [], []
     files, hashes = ExpertFiles.files.func, ExpertFiles.sha256.func

@@ -57,6 +57,7 @@ def bring(folder: Path, **other: Path) -> str:
     return "--expert.checkpoints={" + ", ".join(f"{task}: {path}" for task, path in paths.items()) + "}"
 
 
+@pytest.mark.usefixtures("no_reports")
 def test_one_sample_a_task_serves_every_method_and_decoder(config: Path, folder: Path, tmp_path: Path) -> None:
     with pytest.warns(CoinWarning, match="^full_fisher stopped after 1 conjugate-gradient steps"):
         assert main(["run", "-c", str(config), f"--output={tmp_path}", "--name=one", bring(folder)]) == 0

@@ -37,6 +37,7 @@ def tiny(config: Path, tmp_path: Path, experts: dict[str, str]) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("no_reports")
 def test_an_experiment_is_measured_with_every_decoder_and_repeats_itself(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

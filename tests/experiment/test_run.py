@@ -200,6 +200,7 @@ def test_distilled_model_keeps_the_statistics_of_its_start(finished: Path) -> No
     assert not average["stem.0.weight"].equal(distilled["stem.0.weight"])
 
 
+@pytest.mark.usefixtures("no_reports")
 def test_what_auto_chose_stands_in_the_results_and_its_statistics_in_files_of_their_own(
     finished: Path, config: Path, tmp_path: Path
 ) -> None:
@@ -246,6 +247,7 @@ def test_second_run_does_nothing_again_and_prints_what_a_machine_can_read(
     assert "json" not in (copy / "seed-0/config.yaml").read_text()
 
 
+@pytest.mark.usefixtures("no_reports")
 def test_changed_option_redoes_what_depends_on_it(finished: Path, config: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tiny"
     shutil.copytree(finished, copy)
@@ -259,6 +261,7 @@ def test_changed_option_redoes_what_depends_on_it(finished: Path, config: Path, 
     assert set(read_results(copy / "seed-0").samples_per_task) == {20}
 
 
+@pytest.mark.usefixtures("no_reports")
 def test_damaged_output_is_made_again(finished: Path, config: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tiny"
     shutil.copytree(finished, copy)
@@ -291,6 +294,7 @@ def test_killed_run_finishes_with_the_same_results(
     same_numbers(tmp_path / "tiny/seed-0", finished / "seed-0")
 
 
+@pytest.mark.usefixtures("no_reports")
 def test_a_training_killed_before_its_export_is_exported(finished: Path, config: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tiny"
     shutil.copytree(finished, copy)
@@ -303,6 +307,7 @@ def test_a_training_killed_before_its_export_is_exported(finished: Path, config:
     assert all(state[name].equal(wanted[name]) for name in wanted)
 
 
+@pytest.mark.usefixtures("no_reports")
 def test_an_expert_that_was_exchanged_is_made_again(finished: Path, config: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tiny"
     shutil.copytree(finished, copy)

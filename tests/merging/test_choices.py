@@ -210,7 +210,7 @@ class Mixing(nn.Module):
         self.double()
 
     def forward(self, x):
-        return self.second(torch.tanh(self.first(x)) @ self.mix)
+        return self.second(torch.einsum("bi,ij->bj", torch.tanh(self.first(x)), self.mix))
 
 
 @pytest.mark.parametrize(("alpha", "damping"), [(None, None), (0.5, None), (None, 0.1)])
@@ -237,7 +237,9 @@ def test_regmean_chooses_alpha_and_damping_by_the_held_out_residual(alpha, dampi
         errors = {each: error(each, best_damping) for each in ALPHAS}
         best_alpha = min(errors, key=errors.get)
     assert len({round(each, 9) for each in errors.values()}) == 5
-    assert made.chosen == {"gram_data": "own", "alpha": best_alpha, "damping": best_damping, "averaged": ["mix"]}
+    at_edge = damping is None and best_damping in (DAMPINGS[0], DAMPINGS[-1])
+    chosen = {"alpha": best_alpha, "damping": best_damping, "at_edge": at_edge}
+    assert made.chosen == {"gram_data": "own", "averaged": ["mix"]} | chosen
     fixed = RegMean(alpha=best_alpha, damping=best_damping, gram_data="own")
     assert same(made.network, fixed.make(Experts(networks, calibration=calibration), ROW).network)
 
@@ -253,3 +255,75 @@ def test_regmean_names_what_has_no_gram_matrix():
     for layers, averaged in (("all", []), ("linear", [])):
         made = RegMean(layers, gram_data="own").make(Experts(networks, calibration=calibration), ROW)
         assert made.chosen.get("averaged", []) == averaged  # convolutions are averaged on purpose
+
+
+def test_regmean_judges_its_data_by_samples_that_its_gram_matrices_have_not_seen():
+    networks, calibration = linear_networks()
+    method = RegMean(damping=0.01)
+    made = method.make(Experts(networks, calibration=calibration), ROW)
+    samples, states = mixed(calibration), [dict(network.named_parameters()) for network in networks]
+    fitted = samples[:-HELD_OUT]
+    for data in ("own", "pooled"):
+        parts = [fitted[task::2] if data == "own" else fitted for task in range(2)]
+        grams = [gram_sums(network, [part]).mean() for network, part in zip(networks, parts, strict=True)]
+        trial = deepcopy(networks[0])
+        trial.load_state_dict(regmean_parameters(states, grams, ROW, 0.7, 0.01))
+        expected = residual(trial, networks, samples[-HELD_OUT:])
+        assert made.chosen["held_out_residual"][data] == pytest.approx(expected, rel=1e-9)
+
+
+class Routed(nn.Module):
+    """Two inner experts of which a sample's sign chooses one."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.inner, self.head = nn.ModuleList([nn.Linear(4, 5), nn.Linear(4, 5)]), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x):
+        hidden = x.new_zeros(len(x), 5)
+        for which, layer in enumerate(self.inner):
+            rows = ((x[:, 0] > 0).long() == which).nonzero().flatten()
+            if len(rows):
+                hidden[rows] = torch.tanh(layer(x[rows]))
+        return self.head(hidden)
+
+
+def test_regmean_of_a_part_that_one_experts_samples_never_reach():
+    networks = [Routed(0).eval(), Routed(1).eval()]
+    draw = torch.Generator().manual_seed(2)
+    samples = torch.randn(2, 40, 4, generator=draw, dtype=torch.float64)
+    samples[0, :, 0], samples[1, :, 0] = samples[0, :, 0].abs(), -samples[1, :, 0].abs()
+    experts = Experts(networks, calibration=[[samples[0]], [samples[1]]])
+    merged = RegMean(alpha=1.0, damping=1e-9, gram_data="own").make(experts, (0.5, 0.5)).network
+    for reached, inner in ((1, 1), (0, 0)):  # which expert's own samples reach which inner one
+        own = networks[1 - reached].inner[inner]
+        torch.testing.assert_close(merged.inner[inner].weight, own.weight, rtol=1e-6, atol=1e-6)
+
+
+def test_samples_of_unlike_shapes_merge_and_what_is_no_input_is_told():
+    networks = [nn.Sequential(nn.EmbeddingBag(9, 6), nn.Linear(6, 3)) for _ in range(2)]
+    draw = torch.Generator().manual_seed(0)
+    ragged = [[torch.randint(9, (10, length), generator=draw) for length in (4, 7)] for _ in range(2)]
+    experts = Experts(networks, calibration=ragged)
+    assert [tuple(batch.shape) for batch in experts.pooled] == [(10, 4), (10, 4), (10, 7), (10, 7)]
+    assert experts.tasks.tolist() == [0, 1] * 20
+    assert Average().make(experts, ROW).network(ragged[0][1]).shape == (10, 3)
+    labelled = [[(torch.randn(4, 6), torch.zeros(4))]] * 2
+    with pytest.raises(ConfigurationError, match="found calibration batches of type tuple, expected input tensors"):
+        Experts(networks, calibration=labelled)
+
+
+def test_a_task_without_samples_takes_no_place():
+    _, calibration = linear_networks()
+    networks = linear_networks()[0] + linear_networks()[0][:1]
+    experts = Experts(networks, calibration=[*calibration, []])
+    assert set(experts.tasks.tolist()) == {0, 1}
+
+
+def test_few_samples_to_choose_by_are_told_of():
+    networks, calibration = linear_networks()
+    few = [[torch.cat(task)[:20]] for task in calibration]
+    with pytest.warns(CoinWarning, match="method 'coin' chose by 8 held-out calibration samples, expected at least 10"):
+        Coin().make(Experts(networks, calibration=few), ROW)

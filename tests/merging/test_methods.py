@@ -9,8 +9,8 @@ from torch import nn
 
 from coin.errors import CoinError, CoinWarning, NumericalError, StateError
 from coin.merging import Average, Coin, Experts, FullFisher, GaussNewton, HeadFit, RegMean, TaskArithmetic, Ties
-from coin.networks import replace_head
-from coin.networks.small_vit import SmallViT
+from coin.networks.heads import replace_head
+from coin.networks.small import SmallViT
 from coin.statistics import fisher_diagonal, gram_sums
 
 WEIGHTS = (0.2, 0.3, 0.5)

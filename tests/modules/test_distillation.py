@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from coin.errors import ConfigurationError, StateError
-from coin.merging import method
+from coin.errors import ConfigurationError, HeadError, StateError
+from coin.merging import head_fit, method
 from coin.modules import Distillation
 from coin.networks import NetworkConfig, build_network, load_network, pad_logits, save_network, widen_network
 
@@ -65,6 +65,21 @@ def test_training_lowers_the_loss_and_moves_nothing_but_the_students_parameters(
     assert not any(inner.training for network in [module.student, *module.teachers] for inner in network.modules())
 
 
+def test_where_the_head_cannot_be_fitted_it_starts_from_the_average(experts, tasks, make_trainer, monkeypatch):
+    assert begun(experts, tasks(), make_trainer).chosen["start"] == "head_fit"
+
+    def refuse(*_, **__):
+        raise HeadError("found a head 'conv' of type Conv2d")
+
+    monkeypatch.setattr(head_fit, "fit_head", refuse)
+    module = begun(experts, tasks(), make_trainer)
+    plain = begun(experts, tasks(), make_trainer, start="average")
+    assert module.chosen["start"] == plain.chosen["start"] == "average"
+    assert all(torch.equal(tensor, plain.begun[name]) for name, tensor in module.begun.items())
+    with pytest.raises(StateError, match="found a head 'conv'"):
+        begun(experts, tasks(), make_trainer, start="head_fit")
+
+
 def start_passes(samples, held_out, *, head_fit):
     """Both BatchNorm policies on the held-out samples, recalibrated on the others; then what fitting the head takes."""
     fitted = samples - held_out
@@ -119,7 +134,7 @@ def test_the_same_run_gives_the_same_student(experts, tasks, make_trainer):
         ({"learning_rates": []}, "expected positive numbers"),
         ({"learning_rates": [1e-3, 3e-4]}, r"found learning rates \[0.001, 0.0003\], expected rising ones"),
         ({"schedule": "cosine"}, "found schedule=cosine, expected one_cycle or constant"),
-        ({"start": "refined"}, "found start='refined', expected one of average, head_fit"),
+        ({"start": "refined"}, "found start='refined', expected one of average, head_fit, auto"),
         ({"learning_rates": [1e-3, -1.0]}, "expected positive numbers"),
         ({"steps": 0}, "found steps=0"),
         ({"batch_size": 1}, "batch_size=1"),
