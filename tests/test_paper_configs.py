@@ -155,7 +155,9 @@ def test_a_pair_of_unequal_class_counts_from_start_to_finish(tmp_path: Path, mon
     narrow = "{name: resnet50, image_size: 64, weights: null, options: {width_per_group: 2}}"
     few = "{accelerator: cpu, devices: 1, limit_train_batches: 1, limit_val_batches: 1, limit_test_batches: 1}"
     methods = path.read_text().partition("methods:\n")[2].partition("decoders:")[0]
-    for many, two in (("steps: 500", "lr: 0.001, steps: 2"), ("steps: 2000", "lr: 0.001, steps: 2"), ("4500,", "4,")):
+    fair = "{class_path: Distillation}", "{class_path: Distillation, init_args: {lr: 0.001, steps: 2}}"
+    fewer = (("steps: 500", "lr: 0.001, steps: 2"), ("steps: 2000", "lr: 0.001, steps: 2"), ("4500,", "4,"))
+    for many, two in (fair, *fewer):
         assert many in methods
         methods = methods.replace(many, two)
     (tmp_path / "few.yaml").write_text(
@@ -170,7 +172,7 @@ def test_a_pair_of_unequal_class_counts_from_start_to_finish(tmp_path: Path, mon
     )
     assert main([*command, f"--network={narrow}", f"--trainer={few}", f"--tasks={tasks}"]) == 0
     found = read_results(tmp_path / "paper-gtsrb-stl10/seed-0")
-    labels = {"average", "coin", "regmean", "distillation", "distillation-4500", "none", "oracle"}
+    labels = {"average", "coin", "regmean", "distillation", "distillation-plain", "distillation-4500", "none", "oracle"}
     assert set(found.method) == labels
     assert set(found.task) == {"gtsrb", "stl10"}
     assert (found[found.method == "oracle"].agreement == 1).all()
