@@ -30,7 +30,7 @@ $(VENV)/.bench: $(VENV)/.demo
 
 install: $(VENV)/.dev  ## make the environment in .venv with everything for development
 
-demo: $(VENV)/.demo  ## run the quickstart: two experts, one coded model, three seeds, a table and a report
+demo: $(VENV)/.demo  ## run the quickstart: two experts, one coded model, two seeds, a table and a report
 	$(BIN)/coin run $(DEMO)
 
 demo-small: $(VENV)/.demo  ## the quickstart's smallest form: one seed, one epoch, a few steps
