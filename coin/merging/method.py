@@ -187,7 +187,7 @@ class MergeMethod(Method):
         """Return the coded model with its buffers; recalibrated without the held-out samples if it is measured on."""
         buffers = weighted_sum(experts.buffers, row)
         if policy == BatchNormPolicy.keep:
-            initial = experts.initial_buffers
+            initial = experts.initial()[1]
             buffers = {name: initial.get(name, tensor) for name, tensor in buffers.items()}
         network = experts.blank().eval()
         fill(network, {**parameters, **buffers})

@@ -122,7 +122,7 @@ def ties(
 
 
 def _checked_initial(experts: Experts) -> State:
-    initial = experts.initial_parameters
+    initial, _ = experts.initial()
     check_same_layout([experts.parameters[0], initial], ["expert 0", "the shared initialisation"])
     check_finite(initial, "the shared initialisation")
     return initial
