@@ -1,10 +1,11 @@
 """RegMean: every linear map fitted to what the experts' own maps do to their inputs."""
 
 import math
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from copy import copy
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -144,8 +145,11 @@ def completed(grams: Sequence[State]) -> list[State]:
     Raises:
         StateError: They do not fit together, or one is not finite; the message names the expert and the tensor.
     """
-    every = {name: torch.zeros_like(tensor) for gram in grams for name, tensor in gram.items()}
-    found: list[State] = [{name: gram.get(name, zeros) for name, zeros in every.items()} for gram in grams]
+    source = {name: gram for gram in grams for name in gram}
+    found: list[State] = []
+    for gram in grams:  # which may lie in a file: no tensor is read before its turn
+        zeros = {name: torch.zeros_like(source[name][name]) for name in source if name not in gram}
+        found.append(ChainMap(zeros, cast(Any, gram)) if zeros else gram)
     check_each(found, "the Gram statistic of expert")
     return found
 
