@@ -31,8 +31,8 @@ class Experts:
 
     Args:
         networks: The experts.
-        fishers: Every expert's Fisher diagonal.
-        grams: Every expert's Gram matrices.
+        fishers: Every expert's Fisher diagonal; or several by their data, ``own`` and ``pooled``.
+        grams: Every expert's Gram matrices, likewise.
         initial: The shared initialisation, for methods and policies that want it.
         calibration: For every expert the batches ``[B, …]`` of its own task's unlabelled samples, read more than once.
 

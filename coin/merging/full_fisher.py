@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coin.errors import CoinWarning, ConfigurationError
+from coin.errors import CoinWarning
 from coin.merging.average import average_parameters
 from coin.merging.coin import Coin
 from coin.merging.experts import Experts
-from coin.merging.method import check_fishers, floored_diagonal
+from coin.merging.method import check_fishers, checked, floored_diagonal
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import progress
 from coin.state import State
@@ -54,12 +54,8 @@ class FullFisher(Coin):
         label: str | None = None,
     ) -> None:
         super().__init__(damping, fisher_kind=fisher_kind, fisher_data=fisher_data, batchnorm=batchnorm, label=label)
-        if max_iterations < 1:
-            raise ConfigurationError(f"found max_iterations {max_iterations}, expected at least 1")
-        if not 0 <= tolerance < 1:
-            raise ConfigurationError(f"found tolerance {tolerance}, expected a number from 0 to below 1")
-        self.max_iterations = max_iterations
-        self.tolerance = tolerance
+        self.max_iterations = checked("max_iterations", max_iterations, max_iterations >= 1, "at least 1")
+        self.tolerance = checked("tolerance", tolerance, 0 <= tolerance < 1, "a number from 0 to below 1")
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Yield the one solution."""

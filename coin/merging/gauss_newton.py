@@ -9,10 +9,9 @@ from torch import Tensor
 from coin.errors import ConfigurationError
 from coin.merging.coin import Coin
 from coin.merging.experts import Experts, held_out_count, parameters_of
-from coin.merging.method import CodedModel, floored_diagonal, refined
+from coin.merging.method import CodedModel, checked, fill, floored_diagonal, refined
 from coin.merging.sample_space import solve_in_sample_space
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.files import fill_network
 from coin.progress import Bar, progress
 from coin.state import State
 from coin.statistics import FisherKind
@@ -72,14 +71,9 @@ class GaussNewton(Coin):
             raise ConfigurationError(
                 f"found max_steps {max_steps} and max_iterations {max_iterations}, expected at least 1 of each"
             )
-        if not 0 <= tolerance < 1:
-            raise ConfigurationError(f"found tolerance {tolerance}, expected a share from 0 to below 1")
-        if not (math.isfinite(ridge) and ridge > 0):
-            raise ConfigurationError(f"found ridge {ridge}, expected a positive number")
-        self.max_steps = max_steps
-        self.max_iterations = max_iterations
-        self.tolerance = tolerance
-        self.ridge = ridge
+        self.max_steps, self.max_iterations = max_steps, max_iterations
+        self.tolerance = checked("tolerance", tolerance, 0 <= tolerance < 1, "a share from 0 to below 1")
+        self.ridge = checked("ridge", ridge, 0 < ridge < math.inf, "a positive number")
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
@@ -88,7 +82,7 @@ class GaussNewton(Coin):
         outputs = OutputMap(made.network, experts.pooled)
         parameters = self._steps(outputs, parameters_of(made.network), experts.target(row), fishers, row)
         experts.passes += outputs.passes
-        fill_network(made.network, {**made.network.state_dict(), **parameters}, "the coded model")
+        fill(made.network, parameters)
         return refined(made, self.label)
 
     def _steps(

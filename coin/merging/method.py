@@ -6,19 +6,23 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from itertools import chain, islice
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from coin.choices import chosen
+from coin.coding import Code
 from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateError
-from coin.merging.experts import Experts, parameters_of
+from coin.merging.experts import Experts, Given, parameters_of
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
 from coin.networks.files import fill_network
 from coin.state import State, check_finite, check_same_layout, weighted_sum
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
+
+Number = TypeVar("Number", bound=float)
 
 _FEW = 10
 """With fewer held-out samples a choice is told of: it is little better than chance."""
@@ -85,6 +89,28 @@ class Method(ABC):
         return self
 
 
+def merge_networks(
+    method: Method,
+    networks: Sequence[nn.Module],
+    code: Code,
+    *,
+    fishers: Given | None = None,
+    grams: Given | None = None,
+    initial: nn.Module | None = None,
+    calibration: Sequence[Iterable[Tensor]] | None = None,
+) -> list[nn.Module]:
+    """Merge N experts into coded models: R new networks in eval mode, one a row of the code, R×N.
+
+    `Experts` says what the other arguments are. To learn what was chosen, use ``method.make(coin.Experts(…), row)``.
+
+    Raises:
+        ConfigurationError: Something the method or its BatchNorm policy wants is not there.
+        StateError: The experts do not fit together, or the result is not finite.
+    """
+    experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration)
+    return [method.make(experts, row).network for row in code.matrix.tolist()]
+
+
 class MergeMethod(Method):
     """A method in closed form: one or several candidates for the coded model's parameters.
 
@@ -135,7 +161,13 @@ class MergeMethod(Method):
         coded = self._build(experts, row, parameters, policy, False)
         taken = options | ({"batchnorm": policy} if policy else {})
         if measured:
-            self._say_if_few(len(experts.held_out_target(row)))
+            if (held_out := len(experts.held_out_target(row))) < _FEW:
+                warnings.warn(
+                    f"method '{self.label}' chose by {held_out} held-out calibration samples, expected at least "
+                    f"{_FEW}; raise samples_per_task, or set its options",
+                    CoinWarning,
+                    stacklevel=2,
+                )
             check_residuals([residuals[place, policy]], self.label)
             taken["held_out_residual"] = {
                 "/".join(filter(None, [*_data(candidates[place][0]), policy])): residual
@@ -143,15 +175,6 @@ class MergeMethod(Method):
             }
         check_buffers(coded, experts.buffers, self.label)
         return CodedModel(coded, taken)
-
-    def _say_if_few(self, held_out: int) -> None:
-        if held_out < _FEW:
-            warnings.warn(
-                f"method '{self.label}' chose by {held_out} held-out calibration samples, expected at least {_FEW}; "
-                "raise samples_per_task, or set its options",
-                CoinWarning,
-                stacklevel=3,
-            )
 
     def trials(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Yield what the candidates are judged by, in their order: themselves, or their like without held-out data."""
@@ -170,7 +193,8 @@ class MergeMethod(Method):
             return [str(self.batchnorm)]
         if _alike(experts.buffers):
             return [SAME]
-        if not experts.is_calibrated or not _several(experts.split[0]):
+        fitted = chain.from_iterable(experts.split[0]) if experts.is_calibrated else ()
+        if len(list(islice(fitted, 2))) < 2:
             found = "two calibration samples" if experts.is_calibrated else "no calibration inputs"
             warnings.warn(
                 f"found {found}, by which method '{self.label}' chooses what becomes of BatchNorm's statistics: it "
@@ -325,15 +349,16 @@ def check_label(label: str) -> str:
     return label
 
 
-def check_damping(damping: float) -> float:
-    """Return `damping` after checking that it is a finite number and at least 0.
+def checked(name: str, value: Number, is_sound: bool, expected: str) -> Number:
+    """Return an option's value if it is sound, and raise ConfigurationError with what is expected otherwise."""
+    if not is_sound:
+        raise ConfigurationError(f"found {name} {value}, expected {expected}")
+    return value
 
-    Raises:
-        ConfigurationError: It is not.
-    """
-    if not (math.isfinite(damping) and damping >= 0):
-        raise ConfigurationError(f"found damping {damping}, expected a finite number of at least 0")
-    return damping
+
+def check_damping(damping: float) -> float:
+    """Return `damping` after checking that it is finite and at least 0, as `checked` does."""
+    return checked("damping", damping, 0 <= damping < math.inf, "a finite number of at least 0")
 
 
 def data_of(choice: DataChoice | None) -> tuple[DataChoice, ...]:
@@ -365,12 +390,6 @@ def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: 
             "calibration data"
         )
     return {key: total + floor for key, total in totals.items()}
-
-
-def _several(batches: Iterable[Tensor]) -> bool:
-    """Whether there are two samples or more; reads no more batches than that takes."""
-    samples = 0
-    return any((samples := samples + len(batch)) > 1 for batch in batches)
 
 
 def _data(options: dict[str, Any]) -> list[str]:

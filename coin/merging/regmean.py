@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from coin.choices import chosen
-from coin.errors import ConfigurationError, NumericalError, StateError
+from coin.errors import NumericalError, StateError
 from coin.merging.experts import Experts
-from coin.merging.method import CodedModel, MergeMethod, check_damping, check_each, data_of, weighted_mean
+from coin.merging.method import CodedModel, MergeMethod, check_damping, check_each, checked, data_of, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import tracked
 from coin.state import State
@@ -70,9 +70,9 @@ class RegMean(MergeMethod):
         label: str | None = None,
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
-        if alpha is not None and not 0 <= alpha <= 1:
-            raise ConfigurationError(f"found alpha {alpha}, expected a number from 0 to 1, or none")
         self.layers = chosen(RegMeanLayers, "layers", layers)
+        if alpha is not None:
+            checked("alpha", alpha, 0 <= alpha <= 1, "a number from 0 to 1, or none")
         self.alpha = alpha
         self.damping = None if damping is None else check_damping(damping)
         self.gram_data = None if gram_data is None else chosen(DataChoice, "gram_data", gram_data)

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coin.errors import ConfigurationError
 from coin.merging.experts import Experts
-from coin.merging.method import MergeMethod, weighted_mean
+from coin.merging.method import MergeMethod, checked, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.state import State, check_finite, check_same_layout
 
@@ -80,9 +79,7 @@ class Ties(MergeMethod):
         label: str | None = None,
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
-        if not 0 < keep <= 1:
-            raise ConfigurationError(f"found keep {keep}, expected a share above 0 and at most 1")
-        self.keep = keep
+        self.keep = checked("keep", keep, 0 < keep <= 1, "a share above 0 and at most 1")
         self.scale = _checked_scale(scale)
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
@@ -136,6 +133,4 @@ def _trim_threshold(expert: State, initial: State, keep: float) -> float:
 
 
 def _checked_scale(scale: float) -> float:
-    if not math.isfinite(scale):
-        raise ConfigurationError(f"found scale {scale}, expected a finite number")
-    return scale
+    return checked("scale", scale, math.isfinite(scale), "a finite number")
