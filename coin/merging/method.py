@@ -356,11 +356,6 @@ def checked(name: str, value: Number, is_sound: bool, expected: str) -> Number:
     return value
 
 
-def check_damping(damping: float) -> float:
-    """Return `damping` after checking that it is finite and at least 0, as `checked` does."""
-    return checked("damping", damping, 0 <= damping < math.inf, "a finite number of at least 0")
-
-
 def data_of(choice: DataChoice | None) -> tuple[DataChoice, ...]:
     """Return the data that an option stands for."""
     return (choice,) if choice in (DataChoice.own, DataChoice.pooled) else (DataChoice.own, DataChoice.pooled)

@@ -13,7 +13,7 @@ from torch import Tensor
 from coin.choices import chosen
 from coin.errors import NumericalError, StateError
 from coin.merging.experts import Experts
-from coin.merging.method import CodedModel, MergeMethod, check_damping, check_each, checked, data_of, weighted_mean
+from coin.merging.method import CodedModel, MergeMethod, check_each, checked, data_of, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import tracked
 from coin.state import State
@@ -73,8 +73,9 @@ class RegMean(MergeMethod):
         self.layers = chosen(RegMeanLayers, "layers", layers)
         if alpha is not None:
             checked("alpha", alpha, 0 <= alpha <= 1, "a number from 0 to 1, or none")
-        self.alpha = alpha
-        self.damping = None if damping is None else check_damping(damping)
+        if damping is not None:
+            checked("damping", damping, 0 <= damping < math.inf, "a finite number of at least 0")
+        self.alpha, self.damping = alpha, damping
         self.gram_data = None if gram_data is None else chosen(DataChoice, "gram_data", gram_data)
 
     def statistics(self) -> tuple[Statistic, ...]:

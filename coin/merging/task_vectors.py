@@ -16,9 +16,8 @@ from coin.state import State, check_finite, check_same_layout
 class TaskArithmetic(MergeMethod):
     """θ = θ_0 + scale · N Σ_i β_i (θ_i − θ_0), with θ_0 the shared initialisation.
 
-    With uniform weights this is the literature's θ_0 + scale · Σ_i (θ_i − θ_0); other weights share the same total
-    out differently. Scale 1/N gives the β-average, so only then do identical experts merge to themselves: a larger
-    scale goes beyond them, on purpose.
+    With uniform weights this is the literature's θ_0 + scale · Σ_i (θ_i − θ_0). Scale 1/N gives the β-average, so only
+    then do identical experts merge to themselves: a larger scale goes beyond them, on purpose.
 
     Source: Ilharco et al., *Editing models with task arithmetic* (ICLR 2023), section 2; 0.4 is the scale that its
     successors use where nothing is held out (Yadav et al., NeurIPS 2023, section 5).
@@ -26,23 +25,16 @@ class TaskArithmetic(MergeMethod):
     Args:
         scale: Dimensionless, finite.
         batchnorm: Policy for BatchNorm statistics, as for every method.
-
-    Raises:
-        ConfigurationError: `scale` is not finite.
     """
 
     name = "task_arithmetic"
     reads_initial = True
 
     def __init__(
-        self,
-        scale: float = 0.4,
-        *,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
-        label: str | None = None,
+        self, scale: float = 0.4, *, batchnorm: BatchNormPolicy = BatchNormPolicy.auto, label: str | None = None
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
-        self.scale = _checked_scale(scale)
+        self.scale = checked("scale", scale, math.isfinite(scale), "a finite number")
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Yield the one sum."""
@@ -80,7 +72,7 @@ class Ties(MergeMethod):
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
         self.keep = checked("keep", keep, 0 < keep <= 1, "a share above 0 and at most 1")
-        self.scale = _checked_scale(scale)
+        self.scale = checked("scale", scale, math.isfinite(scale), "a finite number")
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Yield the one merge."""
@@ -90,19 +82,18 @@ class Ties(MergeMethod):
 def task_arithmetic(
     experts: Sequence[State], initial: State, weights: Sequence[float], scale: float
 ) -> dict[str, Tensor]:
-    """Return θ_0 + scale · N Σ_i β_i (θ_i − θ_0), in the experts' types; see `TaskArithmetic`."""
+    """Return `TaskArithmetic`'s sum, in the experts' types."""
     merged = {}
     for key, start in initial.items():
-        origin = start.double()
-        step = weighted_mean(experts, weights, key) - origin
-        merged[key] = (origin + scale * len(weights) * step).to(experts[0][key].dtype)
+        step = weighted_mean(experts, weights, key) - start.double()
+        merged[key] = (start.double() + scale * len(weights) * step).to(experts[0][key].dtype)
     return merged
 
 
 def ties(
     experts: Sequence[State], initial: State, weights: Sequence[float], keep: float, scale: float
 ) -> dict[str, Tensor]:
-    """Return the trimmed, elected and merged task vectors on top of θ_0, in the experts' types; see `Ties`."""
+    """Return `Ties`' merge, in the experts' types."""
     thresholds = [_trim_threshold(expert, initial, keep) for expert in experts]
     merged = {}
     for key, start in initial.items():
@@ -130,7 +121,3 @@ def _trim_threshold(expert: State, initial: State, keep: float) -> float:
     sizes = torch.cat([(expert[key].double() - start.double()).abs().flatten() for key, start in initial.items()])
     kept = max(1, round(keep * sizes.numel()))
     return float(sizes.kthvalue(sizes.numel() - kept + 1).values)
-
-
-def _checked_scale(scale: float) -> float:
-    return checked("scale", scale, math.isfinite(scale), "a finite number")
