@@ -53,7 +53,7 @@ class StoredExperts(CalibratedExperts):
         self._paths = dict(statistics or {})
         self._calibration = None if not calibrations else list(calibrations.values())
         self._initial_path = initial
-        self._computed = {}
+        self._computed, self._outputs = {}, {}
 
     @property
     def count(self) -> int:

@@ -65,12 +65,14 @@ class Experts:
                 self._check_count(len(each), f"{name} statistics")
         self._initial = initial
         self._computed: dict[Statistic, Sequence[State]] = {}
+        self._outputs: dict[int, Tensor] = {}
         self._calibration: Sequence[Iterable[Tensor]] | None = None
         if calibration is not None:
             self._calibration = inputs = [list(batches) for batches in calibration]
             self._check_count(len(inputs), "tasks' calibration inputs")
-            found = next((batch for batches in inputs for batch in batches if not _is_batch(batch)), None)
-            if found is not None or not any(inputs):
+            every = [batch for batches in inputs for batch in batches]
+            found = next((each for each in every if not isinstance(each, Tensor) or each.ndim == 0), None)
+            if found is not None or not every:
                 raise ConfigurationError(
                     f"found calibration batches of type {type(found).__name__}, expected input tensors [B, …] without "
                     "labels, at least one; give only the inputs"
@@ -126,11 +128,7 @@ class Experts:
         return [DataChoice.own] if given is not None else [DataChoice.own, DataChoice.pooled]
 
     def statistic(self, which: Statistic) -> Sequence[State]:
-        """Return one statistic of every expert.
-
-        Raises:
-            ConfigurationError: It was not given, and there is no calibration data to compute it from.
-        """
+        """Return one statistic of every expert; ConfigurationError if it is neither given nor can be computed."""
         given = self._given[which.name]
         if given is not None:
             return given[which.data] if isinstance(given, Mapping) else given
@@ -144,12 +142,11 @@ class Experts:
             raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
         sums = []
         for network, batches in zip(self.each_network(), samples, strict=True):
-            generator = None if kind is None else process_generator(kind, seed=0, rank=0)
-            sums.append(
-                gram_sums(network, batches)
-                if kind is None
-                else fisher_sums(network, batches, kind=kind, generator=generator)
-            )
+            if kind is None:
+                sums.append(gram_sums(network, batches))
+            else:
+                generator = process_generator(kind, seed=0, rank=0)
+                sums.append(fisher_sums(network, batches, kind=kind, generator=generator))
         self.passes += sum(each.passes for each in sums)
         return [each.mean() for each in sums]
 
@@ -220,11 +217,11 @@ class Experts:
 
     def fitted_target(self, row: Sequence[float]) -> Tensor:
         """Return Σ_i β_i f_i on the samples that are not held out."""
-        return _weighted(self._fitted_outputs, row)
+        return self._target(row, 0)
 
     def held_out_target(self, row: Sequence[float]) -> Tensor:
         """Return Σ_i β_i f_i on the held-out samples, their end."""
-        return _weighted(self._held_out_outputs, row)
+        return self._target(row, 1)
 
     def run(self, network: nn.Module, batches: Iterable[Tensor]) -> Tensor:
         """Return a network's logits ``[P, C]`` in eval mode, and count the passes."""
@@ -233,19 +230,15 @@ class Experts:
         self.passes += len(logits)
         return logits
 
-    @cached_property
-    def _fitted_outputs(self) -> Tensor:
-        return self._outputs(self.split[0])
-
-    @cached_property
-    def _held_out_outputs(self) -> Tensor:
-        return self._outputs(self.split[1])
-
-    def _outputs(self, batches: Iterable[Tensor]) -> Tensor:
-        found = [self.run(network, batches) for network in self.each_network()]
-        for index, logits in enumerate(found):
-            check_finite({"logits": logits}, f"the calibration output of expert {index}")
-        return torch.stack(found)
+    def _target(self, row: Sequence[float], part: int) -> Tensor:
+        """Return Σ_i β_i f_i on a part of `split`, over which the experts run once."""
+        if part not in self._outputs:
+            found = [self.run(network, self.split[part]) for network in self.each_network()]
+            for index, logits in enumerate(found):
+                check_finite({"logits": logits}, f"the calibration output of expert {index}")
+            self._outputs[part] = torch.stack(found)
+        outputs = self._outputs[part]
+        return torch.tensordot(outputs.new_tensor(row), outputs, dims=1)  # type: ignore[no-any-return]
 
     def _check_count(self, found: int, what: str) -> None:
         if found != len(self.networks):
@@ -259,24 +252,11 @@ def parameters_of(network: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 
-def _is_batch(batch: Any) -> bool:
-    return isinstance(batch, Tensor) and batch.ndim > 0
-
-
 def held_out_count(samples: int) -> int:
-    """Return how many of so many samples are held out: the last fifth, but at least one and never all.
-
-    Raises:
-        ConfigurationError: There are fewer than two samples.
-    """
+    """Return how many of so many samples, two or more, are held out: the last fifth, at least one and never all."""
     if samples < 2:
         raise ConfigurationError(
             f"found {samples} pooled calibration samples, expected at least 2: one fits, one is held out; raise the "
             "number of samples"
         )
     return max(1, round(HELD_OUT * samples))
-
-
-def _weighted(outputs: Tensor, row: Sequence[float]) -> Tensor:
-    mean: Tensor = torch.tensordot(outputs.new_tensor(row), outputs, dims=1)
-    return mean

@@ -29,10 +29,9 @@ class GaussNewton(Coin):
 
     Each step solves (E JᵀJ + λD) δ = E Jᵀr with r = Σβ_if_i − f_θ on the calibration samples and
     D = Σ_i β_i F_i + ridge · mean(Σ_i β_i F_i), in sample space (`solve_in_sample_space`). Nothing is tuned by hand:
-    the last fifth of the pooled calibration samples, which interleave the tasks, is held out; λ and the number of
-    Krylov iterations are the pair whose linearised prediction is best on them; a step is halved until it lowers their
-    actual error, and the steps end when it falls by less than `tolerance`, or at `max_steps`. No labels, no learning
-    rate.
+    λ and the number of Krylov iterations are the pair whose linearised prediction is best on the held-out fifth of the
+    pooled calibration samples; a step is halved until it lowers their actual error, and the steps end when it falls by
+    less than `tolerance`, or at `max_steps`. No labels, no learning rate.
 
     BatchNorm's statistics are those of the COIN point, where the policy has settled them, and stay frozen:
     recalibrating them afterwards would undo part of the fit.
@@ -45,10 +44,7 @@ class GaussNewton(Coin):
         max_iterations: Largest number of Krylov iterations per step, each one vjp and one jvp over all samples.
         tolerance: Relative fall of the held-out squared error below which the steps end.
         ridge: Relative to the mean Fisher entry: how freely parameters with no Fisher at the experts may move.
-        damping: Of the COIN start, see `Coin`.
-        fisher_kind: Which Fisher it wants; none for the experiment's, or ``exact``.
-        fisher_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
-        batchnorm: Policy for BatchNorm statistics of the start, as for every method.
+        damping: λ of the start by `Coin`, whose options the others are too.
     """
 
     name = "gauss_newton"
@@ -116,13 +112,7 @@ class GaussNewton(Coin):
         return parameters
 
     def _step(
-        self,
-        outputs: OutputMap,
-        parameters: State,
-        residual: Tensor,
-        training: Tensor,
-        inverse_metric: State,
-        bar: Bar,
+        self, outputs: OutputMap, parameters: State, residual: Tensor, training: Tensor, inverse_metric: State, bar: Bar
     ) -> dict[str, Tensor] | None:
         """Return D⁻¹Jᵀu for the best u, or None if no u is predicted to help the held-out samples."""
 
@@ -139,11 +129,7 @@ class GaussNewton(Coin):
 
 
 def training_mask(samples: int) -> Tensor:
-    """Return which of the pooled calibration samples are fitted, bool ``[P]``: all but the held-out end.
-
-    Raises:
-        ConfigurationError: There are fewer than two samples.
-    """
+    """Return which of the pooled calibration samples are fitted, bool ``[P]``: all but those of `held_out_count`."""
     return torch.arange(samples) < samples - held_out_count(samples)
 
 

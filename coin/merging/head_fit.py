@@ -20,9 +20,6 @@ class HeadFit(Average):
 
     It costs one forward pass of each network and one singular value decomposition; no Fisher, no labels. BatchNorm's
     statistics are settled first, by the policy.
-
-    Args:
-        batchnorm: Policy for BatchNorm statistics, as for every method.
     """
 
     name = "head_fit"

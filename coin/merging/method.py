@@ -120,7 +120,7 @@ class MergeMethod(Method):
     ``recalibrate`` those whose statistics were frozen (18 where 92 is).
 
     Args:
-        batchnorm: Policy for BatchNorm statistics.
+        batchnorm: Policy for BatchNorm statistics, as for every method.
         label: Name of this variant in results.
 
     Raises:
@@ -256,11 +256,7 @@ def check_residuals(residuals: Iterable[float], label: str) -> None:
 
 
 def check_each(states: Sequence[State], what: str) -> None:
-    """Check that the experts, or a statistic of each, fit together and are finite.
-
-    Raises:
-        StateError: They differ in names or shapes, or one holds a NaN or an infinity; the message names it.
-    """
+    """Raise StateError, which names the expert and the tensor, where states differ in layout or are not finite."""
     names = [f"{what} {index}" for index in range(len(states))]
     check_same_layout(states, names)
     for state, name in zip(states, names, strict=True):
@@ -268,11 +264,7 @@ def check_each(states: Sequence[State], what: str) -> None:
 
 
 def check_buffers(network: nn.Module, buffers: Sequence[State], label: str) -> None:
-    """Check that a coded model's buffers are finite, or infinite only where every expert's are.
-
-    Raises:
-        StateError: One is not; the message names it.
-    """
+    """Raise StateError where a coded model's buffer is not finite, unless every expert's is the same infinity."""
     for name, buffer in network.named_buffers():
         if not (buffer.is_floating_point() or buffer.is_complex()) or bool(torch.isfinite(buffer).all()):
             continue
@@ -286,14 +278,7 @@ def check_buffers(network: nn.Module, buffers: Sequence[State], label: str) -> N
 
 
 def check_fishers(fishers: Sequence[State], expert: State) -> None:
-    """Check that Fisher diagonals fit the experts' parameters, are finite and not negative.
-
-    Raises:
-        StateError: One does not; the message names the expert and the tensor.
-
-    Warns:
-        CoinWarning: A Fisher is zero everywhere.
-    """
+    """Raise StateError where Fisher diagonals do not fit an expert, are not finite or negative; warn of zero ones."""
     names = [f"the Fisher of expert {index}" for index in range(len(fishers))]
     check_same_layout([expert, *fishers], ["expert 0", *names])
     zero = []
@@ -319,11 +304,7 @@ def check_fishers(fishers: Sequence[State], expert: State) -> None:
 
 
 def check_row(weights: Sequence[float], count: int) -> None:
-    """Check that weights are a code row for so many experts.
-
-    Raises:
-        ConfigurationError: There are more or fewer, one is negative, or they do not sum to 1.
-    """
+    """Raise ConfigurationError where weights are no code row: one an expert, non-negative, with the sum 1."""
     if len(weights) != count:
         raise ConfigurationError(
             f"found {len(weights)} weights for {count} experts, expected one each; give a row of the code"
@@ -335,11 +316,7 @@ def check_row(weights: Sequence[float], count: int) -> None:
 
 
 def check_label(label: str) -> str:
-    """Return `label` after checking that it can name a method's variant in results, and its files.
-
-    Raises:
-        ConfigurationError: It is not a plain file name, or results use it for something else.
-    """
+    """Return `label`; raise ConfigurationError where it is no plain file name, or results use it otherwise."""
     if label in _RESERVED:
         raise ConfigurationError(f"found label '{label}', which results use for something else; choose another")
     if not _LABEL.fullmatch(label):
@@ -372,8 +349,7 @@ def weighted_mean(states: Sequence[State], weights: Sequence[float], key: str) -
 def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: float) -> dict[str, Tensor]:
     """Return Σ_i β_i F_i + ridge × its mean over all entries, in float64; ones where every entry is zero.
 
-    Raises:
-        NumericalError: The mean is so small that dividing by its share overflows the type of the Fishers.
+    Raises NumericalError where the mean is so small that dividing by its share overflows the type of the Fishers.
     """
     totals = {key: weighted_mean(fishers, weights, key) for key in fishers[0]}
     mean = sum(float(total.sum()) for total in totals.values()) / max(sum(t.numel() for t in totals.values()), 1)

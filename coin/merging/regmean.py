@@ -41,9 +41,8 @@ class RegMean(MergeMethod):
 
     With 200 samples the Gram matrix of a wide layer is singular or nearly so, and weak damping fits noise. The fixed
     defaults were settled on calibration samples of the embedded tasks, which tables report: prefer to leave them open,
-    or take them as they are. Left open,
-    α and the damping are chosen first, one after the other, by the residual on held-out calibration samples, with Gram
-    matrices of the other samples; then the data, as in `coin.merging.Coin`.
+    or take them as they are. Left open, α and the damping are chosen first, one after the other, by the residual on
+    held-out calibration samples, with Gram matrices of the other samples; then the data, as in `coin.merging.Coin`.
 
     Source: Jin et al., *Dataless knowledge fusion by merging weights of language models* (ICLR 2023), eq. 1–2 and
     section 3.3 for α.
@@ -54,7 +53,6 @@ class RegMean(MergeMethod):
             diagonal merge; none has it chosen.
         damping: λ relative to the mean diagonal entry, dimensionless, at least 0; none has it chosen.
         gram_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
-        batchnorm: Policy for BatchNorm statistics, as for every method.
     """
 
     name = "regmean"
@@ -120,11 +118,7 @@ class RegMean(MergeMethod):
         return {"gram_data": str(data)} | ({"averaged": averaged} if averaged else {}), solved
 
     def _tuned(self, experts: Experts, row: Sequence[float]) -> tuple[float, float, bool]:
-        """Choose α and the damping by the held-out residual, with Gram matrices of the other pooled samples.
-
-        Returns:
-            α, the damping, and whether the damping is at an end of its grid.
-        """
+        """Return α and the damping with the best held-out residual, and whether the damping ends its grid."""
         grams = completed(experts.computed(None, experts.fitted(DataChoice.pooled)))
 
         def residual(alpha: float, damping: float) -> float:
@@ -141,11 +135,7 @@ class RegMean(MergeMethod):
 
 
 def completed(grams: Sequence[State]) -> list[State]:
-    """Return the experts' Gram matrices, zeros where a map was never reached by an expert's samples.
-
-    Raises:
-        StateError: They do not fit together, or one is not finite; the message names the expert and the tensor.
-    """
+    """Return Gram matrices after `check_each`, zeros where an expert's samples never reached a map."""
     source = {name: gram for gram in grams for name in gram}
     found: list[State] = []
     for gram in grams:  # which may lie in a file: no tensor is read before its turn
@@ -183,7 +173,8 @@ def regmean_parameters(
     are multiplied by α.
 
     Raises:
-        StateError: A Gram matrix fits no weight.
+        StateError: A Gram matrix fits no weight: neither in its rows, with or without one for a bias that is there, nor
+            in its groups.
         NumericalError: A damped Gram matrix is singular.
     """
     merged = {key: weighted_mean(experts, weights, key) for key in experts[0]}
@@ -202,7 +193,8 @@ def regmean_parameters(
         average = joint_map(merged, key, bias, first, turned)
         pull, total = torch.zeros_like(average), torch.zeros_like(first, dtype=torch.float64)
         for expert, statistic, weight in zip(experts, grams, weights, strict=True):
-            gram = _shrunk(statistic[name].double(), alpha)
+            gram = statistic[name].double()
+            gram = alpha * gram + (1 - alpha) * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
             pull += weight * (joint_map(expert, key, bias, gram, turned) - average) @ gram
             total.add_(gram, alpha=weight)
         solution = average + solve_gram(total, pull, damping, key)
@@ -211,11 +203,7 @@ def regmean_parameters(
 
 
 def bias_of(key: str, inputs: int, weight: Tensor, turned: bool = False) -> str | None:
-    """Return the bias that a Gram matrix with `inputs` rows solves for together with the weight, or None.
-
-    Raises:
-        StateError: The Gram matrix has neither as many rows as the weight has inputs nor one more for a bias.
-    """
+    """Return the bias that a Gram matrix with `inputs` rows, one more than the weight has, solves for too, or None."""
     width = weight.shape[0] if turned else weight[0].numel()
     if inputs == width:
         return None
@@ -228,11 +216,7 @@ def bias_of(key: str, inputs: int, weight: Tensor, turned: bool = False) -> str 
 
 
 def joint_map(state: State, key: str, bias: str | None, gram: Tensor, turned: bool = False) -> Tensor:
-    """Return a layer's weight and bias as one float64 map per group, ``[G, C_out/G, K]``; `turned` from ``[K, C_out]``.
-
-    Raises:
-        StateError: The bias that the Gram matrix includes is missing, or the groups do not divide the outputs.
-    """
+    """Return a layer's weight and bias as one float64 map a group ``[G, C_out/G, K]``; `turned` from ``[K, C_out]``."""
     weight = (state[key].T if turned else state[key]).double().flatten(1)
     if bias is not None:
         if bias not in state:
@@ -260,16 +244,10 @@ def split_map(solution: Tensor, into: dict[str, Tensor], key: str, bias: str | N
 
 
 def solve_gram(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
-    """Return pull (gram + λI)⁻¹ with λ = damping × the mean diagonal entry, per group.
+    """Return pull (gram + λI)⁻¹ ``[G, C_out/G, K]`` with λ = damping × the mean diagonal entry, per group.
 
-    Args:
-        gram: Symmetric, positive semi-definite ``[G, K, K]``.
-        pull: ``[G, C_out/G, K]``.
-        damping: Relative damping.
-        key: The layer, for the message.
-
-    Raises:
-        NumericalError: The damped matrix is singular, or as good as singular in float64.
+    `gram` is symmetric and positive semi-definite ``[G, K, K]``; NumericalError says in which layer, `key`, the damped
+    matrix is singular, or as good as singular in float64.
     """
     ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
     damped = gram + torch.diag_embed(ridge[:, None].expand(gram.shape[:2]))
@@ -285,7 +263,3 @@ def solve_gram(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
             f"the Gram matrix of '{key}' is singular with a damping of {damping:.3g}; raise regmean's damping"
         )
     return torch.cholesky_solve(pull.mT, factor).mT
-
-
-def _shrunk(gram: Tensor, alpha: float) -> Tensor:
-    return alpha * gram + (1 - alpha) * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))

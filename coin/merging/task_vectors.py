@@ -24,7 +24,6 @@ class TaskArithmetic(MergeMethod):
 
     Args:
         scale: Dimensionless, finite.
-        batchnorm: Policy for BatchNorm statistics, as for every method.
     """
 
     name = "task_arithmetic"
@@ -56,7 +55,6 @@ class Ties(MergeMethod):
     Args:
         keep: Share of entries that the trim leaves, in (0, 1].
         scale: Dimensionless, finite.
-        batchnorm: Policy for BatchNorm statistics, as for every method.
     """
 
     name = "ties"
@@ -94,7 +92,11 @@ def ties(
     experts: Sequence[State], initial: State, weights: Sequence[float], keep: float, scale: float
 ) -> dict[str, Tensor]:
     """Return `Ties`' merge, in the experts' types."""
-    thresholds = [_trim_threshold(expert, initial, keep) for expert in experts]
+    thresholds = []  # the magnitude of the smallest entry of each task vector that the trim keeps
+    for expert in experts:
+        sizes = torch.cat([(expert[key].double() - start.double()).abs().flatten() for key, start in initial.items()])
+        kept = max(1, round(keep * sizes.numel()))
+        thresholds.append(float(sizes.kthvalue(sizes.numel() - kept + 1).values))
     merged = {}
     for key, start in initial.items():
         steps = torch.stack([expert[key].double() - start.double() for expert in experts])
@@ -114,10 +116,3 @@ def _checked_initial(experts: Experts) -> State:
     check_same_layout([experts.parameters[0], initial], ["expert 0", "the shared initialisation"])
     check_finite(initial, "the shared initialisation")
     return initial
-
-
-def _trim_threshold(expert: State, initial: State, keep: float) -> float:
-    """Return the magnitude of the smallest entry of the task vector that the trim keeps."""
-    sizes = torch.cat([(expert[key].double() - start.double()).abs().flatten() for key, start in initial.items()])
-    kept = max(1, round(keep * sizes.numel()))
-    return float(sizes.kthvalue(sizes.numel() - kept + 1).values)
