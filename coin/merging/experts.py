@@ -128,7 +128,7 @@ class Experts:
         return [DataChoice.own] if given is not None else [DataChoice.own, DataChoice.pooled]
 
     def statistic(self, which: Statistic) -> Sequence[State]:
-        """Return one statistic of every expert; ConfigurationError if it is neither given nor can be computed."""
+        """Return one statistic of every expert; ConfigurationError if it is not given, nor calibration data for it."""
         given = self._given[which.name]
         if given is not None:
             return given[which.data] if isinstance(given, Mapping) else given
@@ -253,7 +253,7 @@ def parameters_of(network: nn.Module) -> dict[str, Tensor]:
 
 
 def held_out_count(samples: int) -> int:
-    """Return how many of so many samples, two or more, are held out: the last fifth, at least one and never all."""
+    """Return how many of so many samples are held out, a fifth but at least one; ConfigurationError if not two are there."""
     if samples < 2:
         raise ConfigurationError(
             f"found {samples} pooled calibration samples, expected at least 2: one fits, one is held out; raise the "

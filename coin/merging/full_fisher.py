@@ -35,7 +35,7 @@ class FullFisher(Coin):
         damping: λ, relative to the diagonal, dimensionless, at least 0.
         max_iterations: Conjugate-gradient steps at most, each one jvp and one vjp of every expert.
         tolerance: Relative residual at which the solve ends.
-        fisher_kind: Which diagonal it wants, as of `Coin`, whose options the others are.
+        fisher_kind: Which diagonal it wants; none for the experiment's, or ``exact``. The others are `Coin`'s options.
     """
 
     name = "full_fisher"

@@ -44,7 +44,7 @@ class GaussNewton(Coin):
         max_iterations: Largest number of Krylov iterations per step, each one vjp and one jvp over all samples.
         tolerance: Relative fall of the held-out squared error below which the steps end.
         ridge: Relative to the mean Fisher entry: how freely parameters with no Fisher at the experts may move.
-        damping: λ of the start by `Coin`, whose options the others are too.
+        damping: Of the COIN start; this and the others are `Coin`'s options.
     """
 
     name = "gauss_newton"
