@@ -253,7 +253,7 @@ def parameters_of(network: nn.Module) -> dict[str, Tensor]:
 
 
 def held_out_count(samples: int) -> int:
-    """Return how many of so many samples are held out, a fifth but at least one; ConfigurationError if not two are there."""
+    """Return how many of so many samples are held out: a fifth, at least one; ConfigurationError for fewer than two."""
     if samples < 2:
         raise ConfigurationError(
             f"found {samples} pooled calibration samples, expected at least 2: one fits, one is held out; raise the "

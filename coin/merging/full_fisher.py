@@ -27,6 +27,7 @@ class FullFisher(Coin):
     Running out of iterations is a warning that states the remaining residual, not an error: stopping early damps. What
     was chosen then says ``converged: false``, since a result that depends on the number of iterations is not the
     barycentre's. With ``fisher_data: auto`` the data are those that are better for `Coin`, whose closed form is tried.
+    Options that are not listed are those of `Coin`.
 
     Source: arXiv 2409.01420, the quadratic form before its diagonal approximation; Tam et al., *Merging by matching
     models in task parameter subspaces* (TMLR 2024), for conjugate gradients on merging objectives.
@@ -35,7 +36,7 @@ class FullFisher(Coin):
         damping: λ, relative to the diagonal, dimensionless, at least 0.
         max_iterations: Conjugate-gradient steps at most, each one jvp and one vjp of every expert.
         tolerance: Relative residual at which the solve ends.
-        fisher_kind: Which diagonal it wants; none for the experiment's, or ``exact``. The others are `Coin`'s options.
+        fisher_kind: Which diagonal it wants; none for the experiment's, or ``exact``.
     """
 
     name = "full_fisher"

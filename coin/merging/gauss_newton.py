@@ -34,7 +34,7 @@ class GaussNewton(Coin):
     less than `tolerance`, or at `max_steps`. No labels, no learning rate.
 
     BatchNorm's statistics are those of the COIN point, where the policy has settled them, and stay frozen:
-    recalibrating them afterwards would undo part of the fit.
+    recalibrating them afterwards would undo part of the fit. Options that are not listed are those of `Coin`.
 
     Source: Levenberg (1944) and Marquardt (1963) for the damping by the diagonal; Martens, *Deep learning via
     Hessian-free optimization* (ICML 2010), section 4, for Jacobian products and truncated solves.
@@ -44,7 +44,7 @@ class GaussNewton(Coin):
         max_iterations: Largest number of Krylov iterations per step, each one vjp and one jvp over all samples.
         tolerance: Relative fall of the held-out squared error below which the steps end.
         ridge: Relative to the mean Fisher entry: how freely parameters with no Fisher at the experts may move.
-        damping: Of the COIN start; this and the others are `Coin`'s options.
+        damping: Of the COIN start, see `Coin`.
     """
 
     name = "gauss_newton"
