@@ -2,7 +2,7 @@
 
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,9 @@ class StoredExperts(CalibratedExperts):
         self.train = train
         self.files = files
         self._paths = dict(statistics or {})
-        self._calibrations = None if not calibrations else list(calibrations.values())
+        self._calibration = None if not calibrations else list(calibrations.values())
         self._initial_path = initial
-        self._computed = {}
+        self._computed, self._outputs = {}, {}
 
     @property
     def count(self) -> int:
@@ -88,15 +88,20 @@ class StoredExperts(CalibratedExperts):
         """Return a new network of the experts' architecture, whose contents do not matter."""
         return self.files.blank()
 
-    @property
-    def initial_parameters(self) -> State:
-        """The shared initialisation's parameters, read when they are asked for."""
-        return self._initial_state(self.files.layout.parameters)
+    def initial(self) -> tuple[State, State]:
+        """Return the shared initialisation's parameters and buffers, its head padded like the experts'.
 
-    @property
-    def initial_buffers(self) -> State:
-        """The shared initialisation's buffers, read when they are asked for."""
-        return self._initial_state(self.files.layout.buffers)
+        Raises:
+            ConfigurationError: There is none.
+            FileError: The file is missing or damaged.
+            StateError: It is of another architecture, or not finite.
+        """
+        if self._initial_path is None:
+            raise ConfigurationError("found no shared initialisation, which the method or 'keep' needs; name its file")
+        file, layout = open_network(self._initial_path).state, self.files.layout
+        shapes = {name: each.shape for name, each in self.files.padded(file).items()}
+        check_layout(layout.shapes, shapes, str(self._initial_path))
+        return self.files.padded(file.select(layout.parameters)), file.select(layout.buffers)
 
     def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
         """Return on which data a statistic can be had, of what a method's option allows."""
@@ -133,21 +138,6 @@ class StoredExperts(CalibratedExperts):
             self.passes += sum(file.passes for file in found)
             self._computed[which] = [self._padded(file, which) for file in found]
         return self._computed[which]
-
-    def _initial_state(self, names: Iterable[str]) -> State:
-        """Return these tensors of the shared initialisation, its head padded like the experts'.
-
-        Raises:
-            ConfigurationError: There is none.
-            FileError: The file is missing or damaged.
-            StateError: It is of another architecture, or not finite.
-        """
-        if self._initial_path is None:
-            raise ConfigurationError("found no shared initialisation, which the method or 'keep' needs; name its file")
-        file = open_network(self._initial_path).state
-        shapes = {name: each.shape for name, each in self.files.padded(file).items()}
-        check_layout(self.files.layout.shapes, shapes, str(self._initial_path))
-        return self.files.padded(file.select(names))
 
     def _padded(self, file: StatisticFile, which: Statistic) -> State:
         """Pad a Fisher's head like the expert's, whose added logits are zero.

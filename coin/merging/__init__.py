@@ -6,8 +6,7 @@ from coin.merging.experts import Experts
 from coin.merging.full_fisher import FullFisher
 from coin.merging.gauss_newton import GaussNewton
 from coin.merging.head_fit import HeadFit
-from coin.merging.method import CodedModel, MergeMethod, Method
-from coin.merging.networks import merge_networks
+from coin.merging.method import CodedModel, MergeMethod, Method, merge_networks
 from coin.merging.refit import Refit, Target
 from coin.merging.regmean import RegMean, RegMeanLayers
 from coin.merging.task_vectors import TaskArithmetic, Ties

@@ -14,9 +14,6 @@ class Average(MergeMethod):
     """The β-average of the experts' parameters, θ = Σ_i β_i θ_i.
 
     Source: Wortsman et al., *Model soups* (ICML 2022); the baseline of arXiv 2409.01420.
-
-    Args:
-        batchnorm: Policy for BatchNorm statistics, as for every method.
     """
 
     name = "average"

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import cast
 
 from torch import Tensor, nn
 
 from coin.data import Calibration, pooled
-from coin.errors import ConfigurationError
 from coin.merging.experts import HELD_OUT, Experts
 from coin.statistics.statistic import DataChoice
 
@@ -19,18 +19,11 @@ class CalibratedExperts(Experts):
         calibrations: One a task, in the experts' order; none for methods and policies that run no networks.
     """
 
+    _calibration: Sequence[Calibration] | None
+
     def __init__(self, networks: Sequence[nn.Module], calibrations: Sequence[Calibration] | None) -> None:
         super().__init__(networks)
-        self._calibrations = calibrations
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether there are calibration samples."""
-        return self._calibrations is not None
-
-    def samples(self, data: DataChoice) -> Sequence[Calibration]:
-        """Return for every expert the samples that its statistics are of: its own task's, or all tasks'."""
-        return [self.pooled] * self.count if data is DataChoice.pooled else self._each()
+        self._calibration = calibrations
 
     def fitted(self, data: DataChoice) -> Sequence[Calibration]:
         """Return what `samples` does, without the samples that are held out."""
@@ -42,7 +35,7 @@ class CalibratedExperts(Experts):
     @cached_property
     def pooled(self) -> Calibration:
         """All tasks' calibration samples, evenly interleaved."""
-        return pooled(self._each())
+        return pooled(cast("Sequence[Calibration]", self.samples(DataChoice.own)))
 
     @property
     def tasks(self) -> Tensor:
@@ -53,8 +46,3 @@ class CalibratedExperts(Experts):
     def split(self) -> tuple[Calibration, Calibration]:
         """The pooled samples to fit on, and the last fifth of them, on which choices are made."""
         return self.pooled.split(HELD_OUT)
-
-    def _each(self) -> Sequence[Calibration]:
-        if self._calibrations is None:
-            raise ConfigurationError("found no calibration data, which the method needs; name the tasks")
-        return self._calibrations

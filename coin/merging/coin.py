@@ -1,5 +1,6 @@
 """COIN: the closed form with the diagonal Fisher."""
 
+import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from typing import Any, Self
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from coin.choices import chosen
 from coin.merging.experts import Experts
-from coin.merging.method import MergeMethod, check_damping, check_fishers, data_of, weighted_mean
+from coin.merging.method import MergeMethod, check_fishers, checked, data_of, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.state import State
 from coin.statistics import FisherKind
@@ -32,7 +33,6 @@ class Coin(MergeMethod):
         damping: λ relative to the mean of Σβ_iF_i, dimensionless, at least 0.
         fisher_kind: Which Fisher it wants; none for the experiment's, or ``exact``.
         fisher_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
-        batchnorm: Policy for BatchNorm statistics, as for every method.
     """
 
     name = "coin"
@@ -47,7 +47,7 @@ class Coin(MergeMethod):
         label: str | None = None,
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
-        self.damping = check_damping(damping)
+        self.damping = checked("damping", damping, 0 <= damping < math.inf, "a finite number of at least 0")
         self.fisher_kind = None if fisher_kind is None else chosen(FisherKind, "fisher_kind", fisher_kind)
         self.fisher_data = None if fisher_data is None else chosen(DataChoice, "fisher_data", fisher_data)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ class Experts:
 
     Args:
         networks: The experts.
-        fishers: Every expert's Fisher diagonal.
-        grams: Every expert's Gram matrices.
+        fishers: Every expert's Fisher diagonal; or several by their data, ``own`` and ``pooled``.
+        grams: Every expert's Gram matrices, likewise.
         initial: The shared initialisation, for methods and policies that want it.
         calibration: For every expert the batches ``[B, …]`` of its own task's unlabelled samples, read more than once.
 
@@ -64,11 +65,14 @@ class Experts:
                 self._check_count(len(each), f"{name} statistics")
         self._initial = initial
         self._computed: dict[Statistic, Sequence[State]] = {}
-        self._calibration = None if calibration is None else [list(batches) for batches in calibration]
-        if self._calibration is not None:
-            self._check_count(len(self._calibration), "tasks' calibration inputs")
-            found = next((batch for batches in self._calibration for batch in batches if not _is_batch(batch)), None)
-            if found is not None or not any(self._calibration):
+        self._outputs: dict[int, Tensor] = {}
+        self._calibration: Sequence[Iterable[Tensor]] | None = None
+        if calibration is not None:
+            self._calibration = inputs = [list(batches) for batches in calibration]
+            self._check_count(len(inputs), "tasks' calibration inputs")
+            every = [batch for batches in inputs for batch in batches]
+            found = next((each for each in every if not isinstance(each, Tensor) or each.ndim == 0), None)
+            if found is not None or not every:
                 raise ConfigurationError(
                     f"found calibration batches of type {type(found).__name__}, expected input tensors [B, …] without "
                     "labels, at least one; give only the inputs"
@@ -102,15 +106,14 @@ class Experts:
         """Return a new network of the experts' architecture, whose contents do not matter."""
         return deepcopy(self.networks[0])
 
-    @property
-    def initial_parameters(self) -> State:
-        """The shared initialisation's parameters; raises ConfigurationError where there is none."""
-        return parameters_of(self._start())
-
-    @property
-    def initial_buffers(self) -> State:
-        """The shared initialisation's buffers; raises ConfigurationError where there is none."""
-        return dict(self._start().named_buffers())
+    def initial(self) -> tuple[State, State]:
+        """Return the shared initialisation's parameters and buffers; raises ConfigurationError where there is none."""
+        if self._initial is None:
+            raise ConfigurationError(
+                "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs; give it as "
+                "initial, or choose another"
+            )
+        return parameters_of(self._initial), dict(self._initial.named_buffers())
 
     def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
         """Return on which data a statistic can be had, of what a method's option allows."""
@@ -125,11 +128,7 @@ class Experts:
         return [DataChoice.own] if given is not None else [DataChoice.own, DataChoice.pooled]
 
     def statistic(self, which: Statistic) -> Sequence[State]:
-        """Return one statistic of every expert.
-
-        Raises:
-            ConfigurationError: It was not given, and there is no calibration data to compute it from.
-        """
+        """Return one statistic of every expert; ConfigurationError if it is not given, nor calibration data for it."""
         given = self._given[which.name]
         if given is not None:
             return given[which.data] if isinstance(given, Mapping) else given
@@ -143,12 +142,11 @@ class Experts:
             raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
         sums = []
         for network, batches in zip(self.each_network(), samples, strict=True):
-            generator = None if kind is None else process_generator(kind, seed=0, rank=0)
-            sums.append(
-                gram_sums(network, batches)
-                if kind is None
-                else fisher_sums(network, batches, kind=kind, generator=generator)
-            )
+            if kind is None:
+                sums.append(gram_sums(network, batches))
+            else:
+                generator = process_generator(kind, seed=0, rank=0)
+                sums.append(fisher_sums(network, batches, kind=kind, generator=generator))
         self.passes += sum(each.passes for each in sums)
         return [each.mean() for each in sums]
 
@@ -157,7 +155,9 @@ class Experts:
         if data is DataChoice.pooled:
             return [self.pooled] * self.count
         if self._calibration is None:
-            raise ConfigurationError("found no calibration inputs, which the merge needs; give them as calibration")
+            raise ConfigurationError(
+                "found no calibration inputs, which the merge needs; give them as calibration, or name the tasks"
+            )
         return self._calibration
 
     @property
@@ -168,50 +168,48 @@ class Experts:
     @cached_property
     def pooled(self) -> Iterable[Tensor]:
         """All tasks' calibration samples, evenly interleaved, in batches."""
-        return _batched(self._samples, self._batch_size)
+        return self._batched(self._mixed)
 
     @cached_property
     def tasks(self) -> Tensor:
         """Which task each pooled sample is from, int64 ``[P]``."""
-        return torch.tensor([task for task, _ in self._order])
+        return torch.tensor([task for task, _ in self._mixed])
 
     @cached_property
     def split(self) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
         """The pooled samples to fit on, and the last fifth of them, on which choices are made."""
-        border = len(self._samples) - held_out_count(len(self._samples))
-        return _batched(self._samples[:border], self._batch_size), _batched(self._samples[border:], self._batch_size)
+        border = len(self._mixed) - held_out_count(len(self._mixed))
+        return self._batched(self._mixed[:border]), self._batched(self._mixed[border:])
 
     def fitted(self, data: DataChoice) -> Sequence[Iterable[Tensor]]:
         """Return what `samples` does, without the samples that are held out."""
         if data is DataChoice.pooled:
             return [self.split[0]] * self.count
-        border = len(self._samples) - held_out_count(len(self._samples))
-        own = zip(self._order[:border], self._samples, strict=False)
-        by_task: list[list[Tensor]] = [[] for _ in range(self.count)]
-        for (task, _), sample in own:
-            by_task[task].append(sample)
-        return [_batched(samples, self._batch_size) for samples in by_task]
+        fitted = self._mixed[: len(self._mixed) - held_out_count(len(self._mixed))]
+        return [self._batched([each for each in fitted if each[0] == task]) for task in range(self.count)]
 
     @cached_property
-    def _order(self) -> list[tuple[int, int]]:
-        """The pooled samples as (task, place among the task's samples), evenly mixed.
+    def _mixed(self) -> list[tuple[int, Tensor]]:
+        """The pooled samples ``[1, …]`` with their tasks, evenly mixed.
 
         Every stretch of them then holds the tasks in proportion: batches, whose statistics BatchNorm may take, and the
         held-out end.
         """
-        sizes = [sum(map(len, batches)) for batches in self.samples(DataChoice.own)]
-        places = [((place + 0.5) / size, task, place) for task, size in enumerate(sizes) for place in range(size)]
-        return [(task, place) for _, task, place in sorted(places)]
+        placed = []
+        for task, batches in enumerate(self.samples(DataChoice.own)):
+            samples = [sample[None] for batch in batches for sample in batch]
+            placed += [((place + 0.5) / len(samples), task, sample) for place, sample in enumerate(samples)]
+        return [(task, sample) for _, task, sample in sorted(placed, key=itemgetter(0, 1))]
 
-    @cached_property
-    def _samples(self) -> list[Tensor]:
-        """The pooled samples, ``[1, …]`` each."""
-        own = [[row for batch in batches for row in torch.split(batch, 1)] for batches in self.samples(DataChoice.own)]
-        return [own[task][place] for task, place in self._order]
-
-    @property
-    def _batch_size(self) -> int:
-        return max(len(batch) for batches in self.samples(DataChoice.own) for batch in batches)
+    def _batched(self, mixed: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
+        """Return samples in batches as large as the largest given, a new one wherever the shape changes."""
+        size = max(len(batch) for batches in self.samples(DataChoice.own) for batch in batches)
+        batches: list[list[Tensor]] = []
+        for _, sample in mixed:
+            if not batches or len(batches[-1]) == size or batches[-1][0].shape != sample.shape:
+                batches.append([])
+            batches[-1].append(sample)
+        return [torch.cat(batch) for batch in batches]
 
     def target(self, row: Sequence[float]) -> Tensor:
         """Return Σ_i β_i f_i on the pooled samples ``[P, C]``; raises StateError where an output is not finite."""
@@ -219,11 +217,11 @@ class Experts:
 
     def fitted_target(self, row: Sequence[float]) -> Tensor:
         """Return Σ_i β_i f_i on the samples that are not held out."""
-        return _weighted(self._fitted_outputs, row)
+        return self._target(row, 0)
 
     def held_out_target(self, row: Sequence[float]) -> Tensor:
         """Return Σ_i β_i f_i on the held-out samples, their end."""
-        return _weighted(self._held_out_outputs, row)
+        return self._target(row, 1)
 
     def run(self, network: nn.Module, batches: Iterable[Tensor]) -> Tensor:
         """Return a network's logits ``[P, C]`` in eval mode, and count the passes."""
@@ -232,27 +230,15 @@ class Experts:
         self.passes += len(logits)
         return logits
 
-    @cached_property
-    def _fitted_outputs(self) -> Tensor:
-        return self._outputs(self.split[0])
-
-    @cached_property
-    def _held_out_outputs(self) -> Tensor:
-        return self._outputs(self.split[1])
-
-    def _outputs(self, batches: Iterable[Tensor]) -> Tensor:
-        found = [self.run(network, batches) for network in self.each_network()]
-        for index, logits in enumerate(found):
-            check_finite({"logits": logits}, f"the calibration output of expert {index}")
-        return torch.stack(found)
-
-    def _start(self) -> nn.Module:
-        if self._initial is None:
-            raise ConfigurationError(
-                "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs; give it as "
-                "initial, or choose another"
-            )
-        return self._initial
+    def _target(self, row: Sequence[float], part: int) -> Tensor:
+        """Return Σ_i β_i f_i on a part of `split`, over which the experts run once."""
+        if part not in self._outputs:
+            found = [self.run(network, self.split[part]) for network in self.each_network()]
+            for index, logits in enumerate(found):
+                check_finite({"logits": logits}, f"the calibration output of expert {index}")
+            self._outputs[part] = torch.stack(found)
+        outputs = self._outputs[part]
+        return torch.tensordot(outputs.new_tensor(row), outputs, dims=1)  # type: ignore[no-any-return]
 
     def _check_count(self, found: int, what: str) -> None:
         if found != len(self.networks):
@@ -266,34 +252,11 @@ def parameters_of(network: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 
-def _is_batch(batch: Any) -> bool:
-    return isinstance(batch, Tensor) and batch.ndim > 0
-
-
 def held_out_count(samples: int) -> int:
-    """Return how many of so many samples are held out: the last fifth, but at least one and never all.
-
-    Raises:
-        ConfigurationError: There are fewer than two samples.
-    """
+    """Return how many of so many samples are held out: a fifth, at least one; ConfigurationError for fewer than two."""
     if samples < 2:
         raise ConfigurationError(
             f"found {samples} pooled calibration samples, expected at least 2: one fits, one is held out; raise the "
             "number of samples"
         )
     return max(1, round(HELD_OUT * samples))
-
-
-def _batched(samples: Sequence[Tensor], size: int) -> list[Tensor]:
-    """Return samples ``[1, …]`` in batches of at most `size`, a new one wherever the shape changes."""
-    batches: list[list[Tensor]] = []
-    for sample in samples:
-        if not batches or len(batches[-1]) == size or batches[-1][0].shape != sample.shape:
-            batches.append([])
-        batches[-1].append(sample)
-    return [torch.cat(batch) for batch in batches]
-
-
-def _weighted(outputs: Tensor, row: Sequence[float]) -> Tensor:
-    mean: Tensor = torch.tensordot(outputs.new_tensor(row), outputs, dims=1)
-    return mean

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coin.errors import CoinWarning, ConfigurationError
+from coin.errors import CoinWarning
 from coin.merging.average import average_parameters
 from coin.merging.coin import Coin
 from coin.merging.experts import Experts
-from coin.merging.method import check_fishers, floored_diagonal
+from coin.merging.method import check_fishers, checked, floored_diagonal
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import progress
 from coin.state import State
@@ -27,6 +27,7 @@ class FullFisher(Coin):
     Running out of iterations is a warning that states the remaining residual, not an error: stopping early damps. What
     was chosen then says ``converged: false``, since a result that depends on the number of iterations is not the
     barycentre's. With ``fisher_data: auto`` the data are those that are better for `Coin`, whose closed form is tried.
+    Options that are not listed are those of `Coin`.
 
     Source: arXiv 2409.01420, the quadratic form before its diagonal approximation; Tam et al., *Merging by matching
     models in task parameter subspaces* (TMLR 2024), for conjugate gradients on merging objectives.
@@ -36,8 +37,6 @@ class FullFisher(Coin):
         max_iterations: Conjugate-gradient steps at most, each one jvp and one vjp of every expert.
         tolerance: Relative residual at which the solve ends.
         fisher_kind: Which diagonal it wants; none for the experiment's, or ``exact``.
-        fisher_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
-        batchnorm: Policy for BatchNorm statistics, as for every method.
     """
 
     name = "full_fisher"
@@ -54,12 +53,8 @@ class FullFisher(Coin):
         label: str | None = None,
     ) -> None:
         super().__init__(damping, fisher_kind=fisher_kind, fisher_data=fisher_data, batchnorm=batchnorm, label=label)
-        if max_iterations < 1:
-            raise ConfigurationError(f"found max_iterations {max_iterations}, expected at least 1")
-        if not 0 <= tolerance < 1:
-            raise ConfigurationError(f"found tolerance {tolerance}, expected a number from 0 to below 1")
-        self.max_iterations = max_iterations
-        self.tolerance = tolerance
+        self.max_iterations = checked("max_iterations", max_iterations, max_iterations >= 1, "at least 1")
+        self.tolerance = checked("tolerance", tolerance, 0 <= tolerance < 1, "a number from 0 to below 1")
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Yield the one solution."""

@@ -9,10 +9,9 @@ from torch import Tensor
 from coin.errors import ConfigurationError
 from coin.merging.coin import Coin
 from coin.merging.experts import Experts, held_out_count, parameters_of
-from coin.merging.method import CodedModel, floored_diagonal, refined
+from coin.merging.method import CodedModel, checked, fill, floored_diagonal, refined
 from coin.merging.sample_space import solve_in_sample_space
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.networks.files import fill_network
 from coin.progress import Bar, progress
 from coin.state import State
 from coin.statistics import FisherKind
@@ -30,13 +29,12 @@ class GaussNewton(Coin):
 
     Each step solves (E JᵀJ + λD) δ = E Jᵀr with r = Σβ_if_i − f_θ on the calibration samples and
     D = Σ_i β_i F_i + ridge · mean(Σ_i β_i F_i), in sample space (`solve_in_sample_space`). Nothing is tuned by hand:
-    the last fifth of the pooled calibration samples, which interleave the tasks, is held out; λ and the number of
-    Krylov iterations are the pair whose linearised prediction is best on them; a step is halved until it lowers their
-    actual error, and the steps end when it falls by less than `tolerance`, or at `max_steps`. No labels, no learning
-    rate.
+    λ and the number of Krylov iterations are the pair whose linearised prediction is best on the held-out fifth of the
+    pooled calibration samples; a step is halved until it lowers their actual error, and the steps end when it falls by
+    less than `tolerance`, or at `max_steps`. No labels, no learning rate.
 
     BatchNorm's statistics are those of the COIN point, where the policy has settled them, and stay frozen:
-    recalibrating them afterwards would undo part of the fit.
+    recalibrating them afterwards would undo part of the fit. Options that are not listed are those of `Coin`.
 
     Source: Levenberg (1944) and Marquardt (1963) for the damping by the diagonal; Martens, *Deep learning via
     Hessian-free optimization* (ICML 2010), section 4, for Jacobian products and truncated solves.
@@ -47,9 +45,6 @@ class GaussNewton(Coin):
         tolerance: Relative fall of the held-out squared error below which the steps end.
         ridge: Relative to the mean Fisher entry: how freely parameters with no Fisher at the experts may move.
         damping: Of the COIN start, see `Coin`.
-        fisher_kind: Which Fisher it wants; none for the experiment's, or ``exact``.
-        fisher_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
-        batchnorm: Policy for BatchNorm statistics of the start, as for every method.
     """
 
     name = "gauss_newton"
@@ -72,14 +67,9 @@ class GaussNewton(Coin):
             raise ConfigurationError(
                 f"found max_steps {max_steps} and max_iterations {max_iterations}, expected at least 1 of each"
             )
-        if not 0 <= tolerance < 1:
-            raise ConfigurationError(f"found tolerance {tolerance}, expected a share from 0 to below 1")
-        if not (math.isfinite(ridge) and ridge > 0):
-            raise ConfigurationError(f"found ridge {ridge}, expected a positive number")
-        self.max_steps = max_steps
-        self.max_iterations = max_iterations
-        self.tolerance = tolerance
-        self.ridge = ridge
+        self.max_steps, self.max_iterations = max_steps, max_iterations
+        self.tolerance = checked("tolerance", tolerance, 0 <= tolerance < 1, "a share from 0 to below 1")
+        self.ridge = checked("ridge", ridge, 0 < ridge < math.inf, "a positive number")
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
@@ -88,7 +78,7 @@ class GaussNewton(Coin):
         outputs = OutputMap(made.network, experts.pooled)
         parameters = self._steps(outputs, parameters_of(made.network), experts.target(row), fishers, row)
         experts.passes += outputs.passes
-        fill_network(made.network, {**made.network.state_dict(), **parameters}, "the coded model")
+        fill(made.network, parameters)
         return refined(made, self.label)
 
     def _steps(
@@ -122,13 +112,7 @@ class GaussNewton(Coin):
         return parameters
 
     def _step(
-        self,
-        outputs: OutputMap,
-        parameters: State,
-        residual: Tensor,
-        training: Tensor,
-        inverse_metric: State,
-        bar: Bar,
+        self, outputs: OutputMap, parameters: State, residual: Tensor, training: Tensor, inverse_metric: State, bar: Bar
     ) -> dict[str, Tensor] | None:
         """Return D⁻¹Jᵀu for the best u, or None if no u is predicted to help the held-out samples."""
 
@@ -145,11 +129,7 @@ class GaussNewton(Coin):
 
 
 def training_mask(samples: int) -> Tensor:
-    """Return which of the pooled calibration samples are fitted, bool ``[P]``: all but the held-out end.
-
-    Raises:
-        ConfigurationError: There are fewer than two samples.
-    """
+    """Return which of the pooled calibration samples are fitted, bool ``[P]``: all but those of `held_out_count`."""
     return torch.arange(samples) < samples - held_out_count(samples)
 
 

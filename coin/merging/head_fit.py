@@ -1,9 +1,9 @@
 """The head of a network fitted to the coding objective, in closed form."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coin.coding import fit_ridge
 from coin.errors import HeadError
@@ -19,10 +19,7 @@ class HeadFit(Average):
     """The β-average with its head fitted to Σ_i β_i f_i; see `fit_head`.
 
     It costs one forward pass of each network and one singular value decomposition; no Fisher, no labels. BatchNorm's
-    statistics are settled first, by the policy, and the head is fitted to the features that they give.
-
-    Args:
-        batchnorm: Policy for BatchNorm statistics, as for every method.
+    statistics are settled first, by the policy.
     """
 
     name = "head_fit"
@@ -38,14 +35,9 @@ def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], *, held
     """Fit a coded network's head, in place, so that it reads Σ_i β_i f_i out of the network's features.
 
     With φ(x) the features and (W, b) the head, the head becomes (W + ΔW, b + Δb), where ΔW φ + Δb is the ridge
-    regression of the residual Σβ_if_i − (Wφ + b) on the pooled calibration samples, its ridge chosen by leave-one-out
-    (`fit_ridge`). The ridge pulls towards the head that is there, so experts that agree keep theirs.
-
-    Args:
-        network: The coded network.
-        experts: The experts.
-        row: β.
-        held_out: Whether the held-out samples are left out.
+    regression of the residual Σβ_if_i − (Wφ + b) on the pooled calibration samples, without the held-out ones if
+    `held_out`, its ridge chosen by leave-one-out (`fit_ridge`). The ridge pulls towards the head that is there, so
+    experts that agree keep theirs.
 
     Raises:
         HeadError: The head is not a fully connected layer with a bias, or the logits are not the head of its inputs.
@@ -59,25 +51,15 @@ def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], *, held
         )
     batches, targets = (experts.split[0], experts.fitted_target) if held_out else (experts.pooled, experts.target)
     target = targets(row).double()  # checked to be finite
-    features, logits = features_of(network, batches)
-    experts.passes += len(features)
-    fit = fit_ridge(features, target - logits)
-    step = fit.coefficients.T
-    with torch.no_grad():
-        head.weight.add_(step.to(head.weight))
-        head.bias.add_((fit.target_mean - step @ fit.input_mean).to(head.bias))
-
-
-def features_of(network: nn.Module, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return a network's features and logits on batches of samples, in float64.
-
-    Raises:
-        HeadError: The logits are not the head of the features.
-    """
     found = []
     with evaluating(network, gradients=False):
         for batch in batches:
             found.append(features_and_logits(network, as_input(batch, network)))
             check_head(network, *found[-1])
     features, logits = (torch.cat(pieces).double() for pieces in zip(*found, strict=True))
-    return features, logits
+    experts.passes += len(features)
+    fit = fit_ridge(features, target - logits)
+    step = fit.coefficients.T
+    with torch.no_grad():
+        head.weight.add_(step.to(head.weight))
+        head.bias.add_((fit.target_mean - step @ fit.input_mean).to(head.bias))

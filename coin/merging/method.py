@@ -6,19 +6,23 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from itertools import chain, islice
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from coin.choices import chosen
+from coin.coding import Code
 from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateError
-from coin.merging.experts import Experts, parameters_of
+from coin.merging.experts import Experts, Given, parameters_of
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
 from coin.networks.files import fill_network
 from coin.state import State, check_finite, check_same_layout, weighted_sum
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
+
+Number = TypeVar("Number", bound=float)
 
 _FEW = 10
 """With fewer held-out samples a choice is told of: it is little better than chance."""
@@ -85,6 +89,28 @@ class Method(ABC):
         return self
 
 
+def merge_networks(
+    method: Method,
+    networks: Sequence[nn.Module],
+    code: Code,
+    *,
+    fishers: Given | None = None,
+    grams: Given | None = None,
+    initial: nn.Module | None = None,
+    calibration: Sequence[Iterable[Tensor]] | None = None,
+) -> list[nn.Module]:
+    """Merge N experts into coded models: R new networks in eval mode, one a row of the code, R×N.
+
+    `Experts` says what the other arguments are. To learn what was chosen, use ``method.make(coin.Experts(…), row)``.
+
+    Raises:
+        ConfigurationError: Something the method or its BatchNorm policy wants is not there.
+        StateError: The experts do not fit together, or the result is not finite.
+    """
+    experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration)
+    return [method.make(experts, row).network for row in code.matrix.tolist()]
+
+
 class MergeMethod(Method):
     """A method in closed form: one or several candidates for the coded model's parameters.
 
@@ -94,7 +120,7 @@ class MergeMethod(Method):
     ``recalibrate`` those whose statistics were frozen (18 where 92 is).
 
     Args:
-        batchnorm: Policy for BatchNorm statistics.
+        batchnorm: Policy for BatchNorm statistics, as for every method.
         label: Name of this variant in results.
 
     Raises:
@@ -135,7 +161,13 @@ class MergeMethod(Method):
         coded = self._build(experts, row, parameters, policy, False)
         taken = options | ({"batchnorm": policy} if policy else {})
         if measured:
-            self._say_if_few(len(experts.held_out_target(row)))
+            if (held_out := len(experts.held_out_target(row))) < _FEW:
+                warnings.warn(
+                    f"method '{self.label}' chose by {held_out} held-out calibration samples, expected at least "
+                    f"{_FEW}; raise samples_per_task, or set its options",
+                    CoinWarning,
+                    stacklevel=2,
+                )
             check_residuals([residuals[place, policy]], self.label)
             taken["held_out_residual"] = {
                 "/".join(filter(None, [*_data(candidates[place][0]), policy])): residual
@@ -143,15 +175,6 @@ class MergeMethod(Method):
             }
         check_buffers(coded, experts.buffers, self.label)
         return CodedModel(coded, taken)
-
-    def _say_if_few(self, held_out: int) -> None:
-        if held_out < _FEW:
-            warnings.warn(
-                f"method '{self.label}' chose by {held_out} held-out calibration samples, expected at least {_FEW}; "
-                "raise samples_per_task, or set its options",
-                CoinWarning,
-                stacklevel=3,
-            )
 
     def trials(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Yield what the candidates are judged by, in their order: themselves, or their like without held-out data."""
@@ -170,7 +193,8 @@ class MergeMethod(Method):
             return [str(self.batchnorm)]
         if _alike(experts.buffers):
             return [SAME]
-        if not experts.is_calibrated or not _several(experts.split[0]):
+        fitted = chain.from_iterable(experts.split[0]) if experts.is_calibrated else ()
+        if len(list(islice(fitted, 2))) < 2:
             found = "two calibration samples" if experts.is_calibrated else "no calibration inputs"
             warnings.warn(
                 f"found {found}, by which method '{self.label}' chooses what becomes of BatchNorm's statistics: it "
@@ -187,7 +211,7 @@ class MergeMethod(Method):
         """Return the coded model with its buffers; recalibrated without the held-out samples if it is measured on."""
         buffers = weighted_sum(experts.buffers, row)
         if policy == BatchNormPolicy.keep:
-            initial = experts.initial_buffers
+            initial = experts.initial()[1]
             buffers = {name: initial.get(name, tensor) for name, tensor in buffers.items()}
         network = experts.blank().eval()
         fill(network, {**parameters, **buffers})
@@ -232,11 +256,7 @@ def check_residuals(residuals: Iterable[float], label: str) -> None:
 
 
 def check_each(states: Sequence[State], what: str) -> None:
-    """Check that the experts, or a statistic of each, fit together and are finite.
-
-    Raises:
-        StateError: They differ in names or shapes, or one holds a NaN or an infinity; the message names it.
-    """
+    """Raise StateError, which names the expert and the tensor, where states differ in layout or are not finite."""
     names = [f"{what} {index}" for index in range(len(states))]
     check_same_layout(states, names)
     for state, name in zip(states, names, strict=True):
@@ -244,11 +264,7 @@ def check_each(states: Sequence[State], what: str) -> None:
 
 
 def check_buffers(network: nn.Module, buffers: Sequence[State], label: str) -> None:
-    """Check that a coded model's buffers are finite, or infinite only where every expert's are.
-
-    Raises:
-        StateError: One is not; the message names it.
-    """
+    """Raise StateError where a coded model's buffer is not finite, unless every expert's is the same infinity."""
     for name, buffer in network.named_buffers():
         if not (buffer.is_floating_point() or buffer.is_complex()) or bool(torch.isfinite(buffer).all()):
             continue
@@ -262,14 +278,7 @@ def check_buffers(network: nn.Module, buffers: Sequence[State], label: str) -> N
 
 
 def check_fishers(fishers: Sequence[State], expert: State) -> None:
-    """Check that Fisher diagonals fit the experts' parameters, are finite and not negative.
-
-    Raises:
-        StateError: One does not; the message names the expert and the tensor.
-
-    Warns:
-        CoinWarning: A Fisher is zero everywhere.
-    """
+    """Raise StateError where Fisher diagonals do not fit an expert, are not finite or negative; warn of zero ones."""
     names = [f"the Fisher of expert {index}" for index in range(len(fishers))]
     check_same_layout([expert, *fishers], ["expert 0", *names])
     zero = []
@@ -295,11 +304,7 @@ def check_fishers(fishers: Sequence[State], expert: State) -> None:
 
 
 def check_row(weights: Sequence[float], count: int) -> None:
-    """Check that weights are a code row for so many experts.
-
-    Raises:
-        ConfigurationError: There are more or fewer, one is negative, or they do not sum to 1.
-    """
+    """Raise ConfigurationError where weights are no code row: one an expert, non-negative, with the sum 1."""
     if len(weights) != count:
         raise ConfigurationError(
             f"found {len(weights)} weights for {count} experts, expected one each; give a row of the code"
@@ -311,11 +316,7 @@ def check_row(weights: Sequence[float], count: int) -> None:
 
 
 def check_label(label: str) -> str:
-    """Return `label` after checking that it can name a method's variant in results, and its files.
-
-    Raises:
-        ConfigurationError: It is not a plain file name, or results use it for something else.
-    """
+    """Return `label`; raise ConfigurationError where it is no plain file name, or results use it otherwise."""
     if label in _RESERVED:
         raise ConfigurationError(f"found label '{label}', which results use for something else; choose another")
     if not _LABEL.fullmatch(label):
@@ -325,15 +326,11 @@ def check_label(label: str) -> str:
     return label
 
 
-def check_damping(damping: float) -> float:
-    """Return `damping` after checking that it is a finite number and at least 0.
-
-    Raises:
-        ConfigurationError: It is not.
-    """
-    if not (math.isfinite(damping) and damping >= 0):
-        raise ConfigurationError(f"found damping {damping}, expected a finite number of at least 0")
-    return damping
+def checked(name: str, value: Number, is_sound: bool, expected: str) -> Number:
+    """Return an option's value if it is sound, and raise ConfigurationError with what is expected otherwise."""
+    if not is_sound:
+        raise ConfigurationError(f"found {name} {value}, expected {expected}")
+    return value
 
 
 def data_of(choice: DataChoice | None) -> tuple[DataChoice, ...]:
@@ -352,8 +349,7 @@ def weighted_mean(states: Sequence[State], weights: Sequence[float], key: str) -
 def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: float) -> dict[str, Tensor]:
     """Return Σ_i β_i F_i + ridge × its mean over all entries, in float64; ones where every entry is zero.
 
-    Raises:
-        NumericalError: The mean is so small that dividing by its share overflows the type of the Fishers.
+    Raises NumericalError where the mean is so small that dividing by its share overflows the type of the Fishers.
     """
     totals = {key: weighted_mean(fishers, weights, key) for key in fishers[0]}
     mean = sum(float(total.sum()) for total in totals.values()) / max(sum(t.numel() for t in totals.values()), 1)
@@ -365,12 +361,6 @@ def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: 
             "calibration data"
         )
     return {key: total + floor for key, total in totals.items()}
-
-
-def _several(batches: Iterable[Tensor]) -> bool:
-    """Whether there are two samples or more; reads no more batches than that takes."""
-    samples = 0
-    return any((samples := samples + len(batch)) > 1 for batch in batches)
 
 
 def _data(options: dict[str, Any]) -> list[str]:

@@ -1,18 +1,19 @@
 """RegMean: every linear map fitted to what the experts' own maps do to their inputs."""
 
 import math
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from copy import copy
 from enum import StrEnum
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 
 from coin.choices import chosen
-from coin.errors import ConfigurationError, NumericalError, StateError
+from coin.errors import NumericalError, StateError
 from coin.merging.experts import Experts
-from coin.merging.method import CodedModel, MergeMethod, check_damping, check_each, data_of, weighted_mean
+from coin.merging.method import CodedModel, MergeMethod, check_each, checked, data_of, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import tracked
 from coin.state import State
@@ -40,9 +41,8 @@ class RegMean(MergeMethod):
 
     With 200 samples the Gram matrix of a wide layer is singular or nearly so, and weak damping fits noise. The fixed
     defaults were settled on calibration samples of the embedded tasks, which tables report: prefer to leave them open,
-    or take them as they are. Left open,
-    α and the damping are chosen first, one after the other, by the residual on held-out calibration samples, with Gram
-    matrices of the other samples; then the data, as in `coin.merging.Coin`.
+    or take them as they are. Left open, α and the damping are chosen first, one after the other, by the residual on
+    held-out calibration samples, with Gram matrices of the other samples; then the data, as in `coin.merging.Coin`.
 
     Source: Jin et al., *Dataless knowledge fusion by merging weights of language models* (ICLR 2023), eq. 1–2 and
     section 3.3 for α.
@@ -53,7 +53,6 @@ class RegMean(MergeMethod):
             diagonal merge; none has it chosen.
         damping: λ relative to the mean diagonal entry, dimensionless, at least 0; none has it chosen.
         gram_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
-        batchnorm: Policy for BatchNorm statistics, as for every method.
     """
 
     name = "regmean"
@@ -69,11 +68,12 @@ class RegMean(MergeMethod):
         label: str | None = None,
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
-        if alpha is not None and not 0 <= alpha <= 1:
-            raise ConfigurationError(f"found alpha {alpha}, expected a number from 0 to 1, or none")
         self.layers = chosen(RegMeanLayers, "layers", layers)
-        self.alpha = alpha
-        self.damping = None if damping is None else check_damping(damping)
+        if alpha is not None:
+            checked("alpha", alpha, 0 <= alpha <= 1, "a number from 0 to 1, or none")
+        if damping is not None:
+            checked("damping", damping, 0 <= damping < math.inf, "a finite number of at least 0")
+        self.alpha, self.damping = alpha, damping
         self.gram_data = None if gram_data is None else chosen(DataChoice, "gram_data", gram_data)
 
     def statistics(self) -> tuple[Statistic, ...]:
@@ -118,11 +118,7 @@ class RegMean(MergeMethod):
         return {"gram_data": str(data)} | ({"averaged": averaged} if averaged else {}), solved
 
     def _tuned(self, experts: Experts, row: Sequence[float]) -> tuple[float, float, bool]:
-        """Choose α and the damping by the held-out residual, with Gram matrices of the other pooled samples.
-
-        Returns:
-            α, the damping, and whether the damping is at an end of its grid.
-        """
+        """Return α and the damping by the held-out residual, and whether the damping is at an end of its grid."""
         grams = completed(experts.computed(None, experts.fitted(DataChoice.pooled)))
 
         def residual(alpha: float, damping: float) -> float:
@@ -139,13 +135,12 @@ class RegMean(MergeMethod):
 
 
 def completed(grams: Sequence[State]) -> list[State]:
-    """Return the experts' Gram matrices, zeros where a map was never reached by an expert's samples.
-
-    Raises:
-        StateError: They do not fit together, or one is not finite; the message names the expert and the tensor.
-    """
-    every = {name: torch.zeros_like(tensor) for gram in grams for name, tensor in gram.items()}
-    found: list[State] = [{name: gram.get(name, zeros) for name, zeros in every.items()} for gram in grams]
+    """Return Gram matrices after `check_each`, zeros where an expert's samples never reached a map."""
+    source = {name: gram for gram in grams for name in gram}
+    found: list[State] = []
+    for gram in grams:  # which may lie in a file: no tensor is read before its turn
+        zeros = {name: torch.zeros_like(source[name][name]) for name in source if name not in gram}
+        found.append(ChainMap(zeros, cast(Any, gram)) if zeros else gram)
     check_each(found, "the Gram statistic of expert")
     return found
 
@@ -178,7 +173,8 @@ def regmean_parameters(
     are multiplied by α.
 
     Raises:
-        StateError: A Gram matrix fits no weight.
+        StateError: A Gram matrix fits no weight: neither in its rows, with or without one for a bias that is there, nor
+            in its groups.
         NumericalError: A damped Gram matrix is singular.
     """
     merged = {key: weighted_mean(experts, weights, key) for key in experts[0]}
@@ -197,7 +193,8 @@ def regmean_parameters(
         average = joint_map(merged, key, bias, first, turned)
         pull, total = torch.zeros_like(average), torch.zeros_like(first, dtype=torch.float64)
         for expert, statistic, weight in zip(experts, grams, weights, strict=True):
-            gram = _shrunk(statistic[name].double(), alpha)
+            gram = statistic[name].double()
+            gram = alpha * gram + (1 - alpha) * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
             pull += weight * (joint_map(expert, key, bias, gram, turned) - average) @ gram
             total.add_(gram, alpha=weight)
         solution = average + solve_gram(total, pull, damping, key)
@@ -206,11 +203,7 @@ def regmean_parameters(
 
 
 def bias_of(key: str, inputs: int, weight: Tensor, turned: bool = False) -> str | None:
-    """Return the bias that a Gram matrix with `inputs` rows solves for together with the weight, or None.
-
-    Raises:
-        StateError: The Gram matrix has neither as many rows as the weight has inputs nor one more for a bias.
-    """
+    """Return the bias that a Gram matrix with `inputs` rows, one more than the weight has, solves for too, or None."""
     width = weight.shape[0] if turned else weight[0].numel()
     if inputs == width:
         return None
@@ -223,11 +216,7 @@ def bias_of(key: str, inputs: int, weight: Tensor, turned: bool = False) -> str 
 
 
 def joint_map(state: State, key: str, bias: str | None, gram: Tensor, turned: bool = False) -> Tensor:
-    """Return a layer's weight and bias as one float64 map per group, ``[G, C_out/G, K]``; `turned` from ``[K, C_out]``.
-
-    Raises:
-        StateError: The bias that the Gram matrix includes is missing, or the groups do not divide the outputs.
-    """
+    """Return a layer's weight and bias as one float64 map a group ``[G, C_out/G, K]``; `turned` from ``[K, C_out]``."""
     weight = (state[key].T if turned else state[key]).double().flatten(1)
     if bias is not None:
         if bias not in state:
@@ -255,16 +244,10 @@ def split_map(solution: Tensor, into: dict[str, Tensor], key: str, bias: str | N
 
 
 def solve_gram(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
-    """Return pull (gram + λI)⁻¹ with λ = damping × the mean diagonal entry, per group.
+    """Return pull (gram + λI)⁻¹ ``[G, C_out/G, K]`` with λ = damping × the mean diagonal entry, per group.
 
-    Args:
-        gram: Symmetric, positive semi-definite ``[G, K, K]``.
-        pull: ``[G, C_out/G, K]``.
-        damping: Relative damping.
-        key: The layer, for the message.
-
-    Raises:
-        NumericalError: The damped matrix is singular, or as good as singular in float64.
+    `gram` is symmetric and positive semi-definite ``[G, K, K]``; NumericalError says in which layer, `key`, the damped
+    matrix is singular, or as good as singular in float64.
     """
     ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
     damped = gram + torch.diag_embed(ridge[:, None].expand(gram.shape[:2]))
@@ -280,7 +263,3 @@ def solve_gram(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
             f"the Gram matrix of '{key}' is singular with a damping of {damping:.3g}; raise regmean's damping"
         )
     return torch.cholesky_solve(pull.mT, factor).mT
-
-
-def _shrunk(gram: Tensor, alpha: float) -> Tensor:
-    return alpha * gram + (1 - alpha) * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))

@@ -6,9 +6,9 @@ For a residual r over P samples with C outputs each, the step δ that minimises
 
 is δ = D⁻¹Jᵀu with (K + λP I) u = r and K = J D⁻¹ Jᵀ, a matrix of P·C rows and columns, however many parameters there
 are. K is never formed: one vjp and one jvp multiply by it. A Lanczos basis of K from r is the Krylov space in which
-conjugate gradients preconditioned with D would move, with two advantages. One basis serves every λ, since a damped K
-has the same Krylov space. And J may cover samples that the basis does not train on: their predicted change comes with
-the same product, so the damping and the number of iterations are chosen on held-out samples at no extra cost.
+conjugate gradients preconditioned with D would move, but it serves every λ, since a damped K has the same Krylov space,
+and J may cover samples that the basis does not train on: their predicted change comes with the same product, so the
+damping and the number of iterations are chosen on held-out samples at no extra cost.
 
 Source: Golub and Van Loan, *Matrix Computations*, 4th ed., sections 10.1 (Lanczos) and 11.3 (its relation to
 conjugate gradients).
@@ -29,9 +29,9 @@ _PATIENCE = 5
 
 @dataclass(frozen=True)
 class Choice:
-    """The best of a grid of dampings and numbers of iterations.
+    """The best of a grid of dampings and numbers of iterations, in the type and on the device of the residual.
 
-    Args:
+    Attributes:
         solution: u, zero outside the training samples ``[P, C]``.
         held_out: Predicted Σ‖r − Jδ‖² over the held-out samples.
         iterations: The size of the Krylov space.
@@ -43,24 +43,16 @@ class Choice:
 
 
 def solve_in_sample_space(
-    product: Callable[[Tensor], Tensor],
-    residual: Tensor,
-    training: Tensor,
-    dampings: Tensor,
-    max_iterations: int,
+    product: Callable[[Tensor], Tensor], residual: Tensor, training: Tensor, dampings: Tensor, max_iterations: int
 ) -> Choice:
-    """Return the damped solution that predicts held-out residuals best, over a grid of dampings and iterations.
+    """Return the damped solution that predicts held-out residuals best.
 
     Args:
         product: u ``[P, C]`` ↦ J D⁻¹ Jᵀ u ``[P, C]``, symmetric and positive semi-definite.
         residual: r on all samples ``[P, C]``.
         training: Which samples the solution may use ``[P]``, bool; the others, at least one, are held out.
         dampings: λ ``[K]``, positive.
-        max_iterations: Largest size of the Krylov space; it stops growing earlier when a few iterations in a row have
-            predicted no better.
-
-    Returns:
-        The choice, in the type and on the device of `residual`.
+        max_iterations: Largest size of the Krylov space, which stops growing earlier where that no longer helps.
 
     Raises:
         ConfigurationError: No sample is held out.

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coin.errors import ConfigurationError
 from coin.merging.experts import Experts
-from coin.merging.method import MergeMethod, weighted_mean
+from coin.merging.method import MergeMethod, checked, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.state import State, check_finite, check_same_layout
 
@@ -17,33 +16,24 @@ from coin.state import State, check_finite, check_same_layout
 class TaskArithmetic(MergeMethod):
     """θ = θ_0 + scale · N Σ_i β_i (θ_i − θ_0), with θ_0 the shared initialisation.
 
-    With uniform weights this is the literature's θ_0 + scale · Σ_i (θ_i − θ_0); other weights share the same total
-    out differently. Scale 1/N gives the β-average, so only then do identical experts merge to themselves: a larger
-    scale goes beyond them, on purpose.
+    With uniform weights this is the literature's θ_0 + scale · Σ_i (θ_i − θ_0). Scale 1/N gives the β-average, so only
+    then do identical experts merge to themselves: a larger scale goes beyond them, on purpose.
 
     Source: Ilharco et al., *Editing models with task arithmetic* (ICLR 2023), section 2; 0.4 is the scale that its
     successors use where nothing is held out (Yadav et al., NeurIPS 2023, section 5).
 
     Args:
         scale: Dimensionless, finite.
-        batchnorm: Policy for BatchNorm statistics, as for every method.
-
-    Raises:
-        ConfigurationError: `scale` is not finite.
     """
 
     name = "task_arithmetic"
     reads_initial = True
 
     def __init__(
-        self,
-        scale: float = 0.4,
-        *,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
-        label: str | None = None,
+        self, scale: float = 0.4, *, batchnorm: BatchNormPolicy = BatchNormPolicy.auto, label: str | None = None
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
-        self.scale = _checked_scale(scale)
+        self.scale = checked("scale", scale, math.isfinite(scale), "a finite number")
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Yield the one sum."""
@@ -65,7 +55,6 @@ class Ties(MergeMethod):
     Args:
         keep: Share of entries that the trim leaves, in (0, 1].
         scale: Dimensionless, finite.
-        batchnorm: Policy for BatchNorm statistics, as for every method.
     """
 
     name = "ties"
@@ -80,10 +69,8 @@ class Ties(MergeMethod):
         label: str | None = None,
     ) -> None:
         super().__init__(batchnorm=batchnorm, label=label)
-        if not 0 < keep <= 1:
-            raise ConfigurationError(f"found keep {keep}, expected a share above 0 and at most 1")
-        self.keep = keep
-        self.scale = _checked_scale(scale)
+        self.keep = checked("keep", keep, 0 < keep <= 1, "a share above 0 and at most 1")
+        self.scale = checked("scale", scale, math.isfinite(scale), "a finite number")
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Yield the one merge."""
@@ -93,20 +80,23 @@ class Ties(MergeMethod):
 def task_arithmetic(
     experts: Sequence[State], initial: State, weights: Sequence[float], scale: float
 ) -> dict[str, Tensor]:
-    """Return θ_0 + scale · N Σ_i β_i (θ_i − θ_0), in the experts' types; see `TaskArithmetic`."""
+    """Return `TaskArithmetic`'s sum, in the experts' types."""
     merged = {}
     for key, start in initial.items():
-        origin = start.double()
-        step = weighted_mean(experts, weights, key) - origin
-        merged[key] = (origin + scale * len(weights) * step).to(experts[0][key].dtype)
+        step = weighted_mean(experts, weights, key) - start.double()
+        merged[key] = (start.double() + scale * len(weights) * step).to(experts[0][key].dtype)
     return merged
 
 
 def ties(
     experts: Sequence[State], initial: State, weights: Sequence[float], keep: float, scale: float
 ) -> dict[str, Tensor]:
-    """Return the trimmed, elected and merged task vectors on top of θ_0, in the experts' types; see `Ties`."""
-    thresholds = [_trim_threshold(expert, initial, keep) for expert in experts]
+    """Return `Ties`' merge, in the experts' types."""
+    thresholds = []  # the magnitude of the smallest entry of each task vector that the trim keeps
+    for expert in experts:
+        sizes = torch.cat([(expert[key].double() - start.double()).abs().flatten() for key, start in initial.items()])
+        kept = max(1, round(keep * sizes.numel()))
+        thresholds.append(float(sizes.kthvalue(sizes.numel() - kept + 1).values))
     merged = {}
     for key, start in initial.items():
         steps = torch.stack([expert[key].double() - start.double() for expert in experts])
@@ -122,20 +112,7 @@ def ties(
 
 
 def _checked_initial(experts: Experts) -> State:
-    initial = experts.initial_parameters
+    initial, _ = experts.initial()
     check_same_layout([experts.parameters[0], initial], ["expert 0", "the shared initialisation"])
     check_finite(initial, "the shared initialisation")
     return initial
-
-
-def _trim_threshold(expert: State, initial: State, keep: float) -> float:
-    """Return the magnitude of the smallest entry of the task vector that the trim keeps."""
-    sizes = torch.cat([(expert[key].double() - start.double()).abs().flatten() for key, start in initial.items()])
-    kept = max(1, round(keep * sizes.numel()))
-    return float(sizes.kthvalue(sizes.numel() - kept + 1).values)
-
-
-def _checked_scale(scale: float) -> float:
-    if not math.isfinite(scale):
-        raise ConfigurationError(f"found scale {scale}, expected a finite number")
-    return scale

@@ -296,15 +296,8 @@ class ReadoutDistillation(Distillation):
     Source: the loss is this project's. Readouts beside a distilled network: Romero et al., *FitNets* (ICLR 2015).
 
     Args:
-        experts: The experts' safetensors files.
-        code_row: β.
-        lr: The schedule's largest learning rate; none has it and the number of steps chosen.
-        steps: The number of optimiser steps.
         readout_weight: w, at least 0; 0 leaves a distillation of fixed learning rate and steps.
-        **options: The others of `Distillation`.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
+        **options: The others are those of `Distillation`.
     """
 
     name = "readout_distillation"

@@ -17,8 +17,7 @@ from coin.coding import Code
 from coin.commands.merge import merge
 from coin.errors import CoinError
 from coin.experiment.experts import ExpertFiles
-from coin.merging import Average, Coin, MergeMethod, RegMean, TaskArithmetic, Ties
-from coin.merging.networks import merge_networks
+from coin.merging import Average, Coin, MergeMethod, RegMean, TaskArithmetic, Ties, merge_networks
 from coin.networks import (
     BatchNormPolicy,
     NetworkConfig,
