@@ -11,7 +11,7 @@ from coin.reporting.results import asked_policy
 
 REFERENCES = ("none", "oracle")
 """Methods that are no contenders: the survivors alone, and the exact sum of the experts."""
-_KEEPING = ("distillation", "readout_distillation")
+_KEEPING = ("refit", "distillation", "readout_distillation")
 """Methods whose one BatchNorm policy is ``keep``; the others' default is ``auto``. Labels begin with the name."""
 
 

@@ -46,7 +46,7 @@ def choices(source: Source) -> str:
         said = ", ".join(f"{name} {_said(value)}" for name, value in plain.items() if value not in ("", []))
         if said:
             rows.append(markup.row([markup.cell(str(method["label"])), markup.cell(said, "text wrap")]))
-    seed = f"In {source.seeds[0]}. " if len(source.seeds) > 1 else ""
+    seed = f"In {source.seeds[0].name}. " if len(source.seeds) > 1 else ""
     note = f'<p class="soft">{escape(seed)}All of it is in results.json, with the residuals that decided.</p>'
     return markup.table(["method", "what was chosen"], rows, ["method", "what was chosen"]) + note if rows else ""
 
