@@ -213,15 +213,16 @@ class Experts:
 
     def target(self, row: Sequence[float]) -> Tensor:
         """Return Σ_i β_i f_i on the pooled samples ``[P, C]``; raises StateError where an output is not finite."""
-        return torch.cat([self.fitted_target(row), self.held_out_target(row)])
+        return torch.cat([self.fitted_target(row), _weighted(self.held_out_outputs, row)])
 
     def fitted_target(self, row: Sequence[float]) -> Tensor:
         """Return Σ_i β_i f_i on the samples that are not held out."""
-        return self._target(row, 0)
+        return _weighted(self._run_all(0), row)
 
-    def held_out_target(self, row: Sequence[float]) -> Tensor:
-        """Return Σ_i β_i f_i on the held-out samples, their end."""
-        return self._target(row, 1)
+    @property
+    def held_out_outputs(self) -> Tensor:
+        """All experts' logits on the held-out samples, the end of the pooled ones, ``[N, H, C]``."""
+        return self._run_all(1)
 
     def run(self, network: nn.Module, batches: Iterable[Tensor]) -> Tensor:
         """Return a network's logits ``[P, C]`` in eval mode, and count the passes."""
@@ -230,21 +231,24 @@ class Experts:
         self.passes += len(logits)
         return logits
 
-    def _target(self, row: Sequence[float], part: int) -> Tensor:
-        """Return Σ_i β_i f_i on a part of `split`, over which the experts run once."""
+    def _run_all(self, part: int) -> Tensor:
+        """Return all experts' logits on a part of `split`, over which they run once."""
         if part not in self._outputs:
             found = [self.run(network, self.split[part]) for network in self.each_network()]
             for index, logits in enumerate(found):
                 check_finite({"logits": logits}, f"the calibration output of expert {index}")
             self._outputs[part] = torch.stack(found)
-        outputs = self._outputs[part]
-        return torch.tensordot(outputs.new_tensor(row), outputs, dims=1)  # type: ignore[no-any-return]
+        return self._outputs[part]
 
     def _check_count(self, found: int, what: str) -> None:
         if found != len(self.networks):
             raise ConfigurationError(
                 f"found {what} of {found} experts, expected {len(self.networks)}; give those of every expert"
             )
+
+
+def _weighted(outputs: Tensor, row: Sequence[float]) -> Tensor:
+    return torch.tensordot(outputs.new_tensor(row), outputs, dims=1)  # type: ignore[no-any-return]
 
 
 def parameters_of(network: nn.Module) -> dict[str, Tensor]:

@@ -114,8 +114,8 @@ def merge_networks(
 class MergeMethod(Method):
     """A method in closed form: one or several candidates for the coded model's parameters.
 
-    Where there is a choice, of candidates or of a BatchNorm policy, the smallest residual
-    ‖f_c − Σ_i β_i f_i‖ / ‖Σ_i β_i f_i‖ on held-out calibration samples decides: no labels, and the passes count. No
+    Where there is a choice, of candidates or of a BatchNorm policy, the smallest error of decoded answers on held-out
+    calibration samples decides (`held_out_error`): no labels, and the passes count. No
     fixed policy is safe: ``average`` ruins networks whose statistics were trained along (NDA 17 where 81 is to be had),
     ``recalibrate`` those whose statistics were frozen (18 where 92 is).
 
@@ -151,7 +151,7 @@ class MergeMethod(Method):
         for _, parameters in (*candidates, *trials):
             check_finite(parameters, f"the coded model of method '{self.label}'")
         residuals = {
-            (place, policy): held_out_residual(experts, self._build(experts, row, parameters, policy, True), row)
+            (place, policy): held_out_error(experts, self._build(experts, row, parameters, policy, True), row)
             for place, (_, parameters) in enumerate(trials)
             for policy in policies
             if measured
@@ -161,7 +161,7 @@ class MergeMethod(Method):
         coded = self._build(experts, row, parameters, policy, False)
         taken = options | ({"batchnorm": policy} if policy else {})
         if measured:
-            if (held_out := len(experts.held_out_target(row))) < _FEW:
+            if (held_out := experts.held_out_outputs.shape[1]) < _FEW:
                 warnings.warn(
                     f"method '{self.label}' chose by {held_out} held-out calibration samples, expected at least "
                     f"{_FEW}; raise samples_per_task, or set its options",
@@ -169,7 +169,7 @@ class MergeMethod(Method):
                     stacklevel=2,
                 )
             check_residuals([residuals[place, policy]], self.label)
-            taken["held_out_residual"] = {
+            taken["held_out_error"] = {
                 "/".join(filter(None, [*_data(candidates[place][0]), policy])): residual
                 for (place, policy), residual in residuals.items()
             }
@@ -181,9 +181,9 @@ class MergeMethod(Method):
         return self.candidates(experts, row)
 
     def measure(self, experts: Experts, row: Sequence[float], parameters: State) -> float:
-        """Return the held-out residual of parameters, with the better of the BatchNorm policies."""
+        """Return the held-out error of parameters, with the better of the BatchNorm policies."""
         networks = (self._build(experts, row, parameters, policy, True) for policy in self._policies(experts))
-        return min(held_out_residual(experts, network, row) for network in networks)
+        return min(held_out_error(experts, network, row) for network in networks)
 
     def _policies(self, experts: Experts) -> list[str]:
         """Return the BatchNorm policies to choose from; an empty one where there is no BatchNorm."""
@@ -230,7 +230,7 @@ def fill(network: nn.Module, state: State) -> None:
 def refined(start: CodedModel, label: str) -> CodedModel:
     """Return a coded model that was changed since it was made, after checking it; its residual was the start's."""
     check_finite(parameters_of(start.network), f"the coded model of method '{label}'")
-    renamed = {"held_out_residual": "held_out_residual_of_start"}
+    renamed = {"held_out_error": "held_out_error_of_start"}
     return CodedModel(start.network, {renamed.get(name, name): value for name, value in start.chosen.items()})
 
 
@@ -238,16 +238,31 @@ SAME = "same"
 """What `BatchNormPolicy.auto` is called where all experts have the same buffers."""
 
 
-def held_out_residual(experts: Experts, coded: nn.Module, row: Sequence[float]) -> float:
-    """Return ‖f_c − Σ_i β_i f_i‖ / ‖Σ_i β_i f_i‖ on the held-out calibration samples; infinite if it is no number."""
-    target = experts.held_out_target(row).double()
-    error = experts.run(coded, experts.split[1]).double() - target
-    residual = float(error.norm() / target.norm().clamp_min(torch.finfo(torch.float64).tiny))
-    return residual if math.isfinite(residual) else math.inf
+def held_out_error(experts: Experts, coded: nn.Module, row: Sequence[float]) -> float:
+    """Return how far decoded answers point away from the experts' own on held-out calibration samples, from 0 to 2.
+
+    With f̂_j = (f_c − Σ_{i≠j} β_i f_i) / β_j, the linear decoder's answer, it is the mean over tasks j of
+    E_{x∈T_j} (1 − cos(f̂_j(x), f_j(x))), logits taken from their mean over the classes: what class an answer names does
+    not change with its size or offset. The squared error ‖f_c − Σ_i β_i f_i‖ does, and prefers outputs that have
+    shrunk. Infinite if it is no number.
+    """
+    logits, tasks = experts.held_out_outputs.double(), experts.tasks[-experts.held_out_outputs.shape[1] :]
+    answer = experts.run(coded, experts.split[1]).double()
+    errors = []
+    for task, share in enumerate(row):
+        own = (tasks == task).nonzero().flatten().to(answer.device)
+        if share > 0 and len(own):
+            others = sum((weight * logits[i, own] for i, weight in enumerate(row) if i != task), torch.zeros(()))
+            decoded, truth = (answer[own] - others) / share, logits[task, own]
+            if answer.shape[1] > 1:
+                decoded, truth = (each - each.mean(1, keepdim=True) for each in (decoded, truth))
+            errors.append(1 - torch.cosine_similarity(decoded, truth).mean())
+    error = float(torch.stack(errors).mean())
+    return error if math.isfinite(error) else math.inf
 
 
 def check_residuals(residuals: Iterable[float], label: str) -> None:
-    """Raise NumericalError where no candidate of a method has a finite held-out residual."""
+    """Raise NumericalError where no candidate of a method has a finite held-out error."""
     if not any(map(math.isfinite, residuals)):
         raise NumericalError(
             f"the outputs of method '{label}' on held-out calibration samples are not finite; check the experts' "

@@ -28,7 +28,7 @@ from coin.merging.method import (
     check_residuals,
     check_row,
     fill,
-    held_out_residual,
+    held_out_error,
 )
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import progress
@@ -59,7 +59,7 @@ class Target(StrEnum):
     """On all samples, the β-average of what all experts make of them."""
 
     auto = "auto"
-    """Both are tried, and the residual on held-out calibration samples decides."""
+    """Both are tried, and the error of decoded answers on held-out calibration samples decides."""
 
 
 class Refit(Method):
@@ -127,7 +127,7 @@ class Refit(Method):
         if len(options) > 1:
             for option in options:
                 trial = self._refit(experts, row, *option, held_out=True)[0]
-                residuals[option] = held_out_residual(experts, trial, row)
+                residuals[option] = held_out_error(experts, trial, row)
             check_residuals(residuals.values(), self.label)
         best = min(options, key=lambda option: residuals.get(option, 0.0))
         network, averaged = self._refit(experts, row, *best, held_out=False)
@@ -135,7 +135,7 @@ class Refit(Method):
         check_buffers(network, experts.buffers, self.label)
         taken: dict[str, Any] = {"target": str(best[0]), "ridge": best[1], "averaged": averaged}
         if residuals:
-            taken["held_out_residual"] = {f"{target}/{ridge:g}": r for (target, ridge), r in residuals.items()}
+            taken["held_out_error"] = {f"{target}/{ridge:g}": r for (target, ridge), r in residuals.items()}
         return CodedModel(network, taken)
 
     def _refit(

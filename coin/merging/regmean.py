@@ -118,7 +118,7 @@ class RegMean(MergeMethod):
         return {"gram_data": str(data)} | ({"averaged": averaged} if averaged else {}), solved
 
     def _tuned(self, experts: Experts, row: Sequence[float]) -> tuple[float, float, bool]:
-        """Return α and the damping by the held-out residual, and whether the damping is at an end of its grid."""
+        """Return α and the damping by the held-out error, and whether the damping is at an end of its grid."""
         grams = completed(experts.computed(None, experts.fitted(DataChoice.pooled)))
 
         def residual(alpha: float, damping: float) -> float:

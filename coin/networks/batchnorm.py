@@ -16,7 +16,7 @@ class BatchNormPolicy(StrEnum):
     """The buffers that a merged network gets.
 
     * ``auto``: where all experts have the same buffers these; otherwise ``average`` or ``recalibrate``, whichever has
-      the smaller residual on held-out calibration samples.
+      the smaller error of decoded answers on held-out calibration samples.
     * ``average``: the experts' running means and variances, averaged with the code's weights β.
     * ``recalibrate``: running statistics reset and estimated anew, by a cumulative average over the pooled
       calibration samples, in the merged network itself.

@@ -24,7 +24,7 @@ class DataChoice(StrEnum):
     objective E_x‖f_θ − Σ_i β_i f_i‖²."""
 
     auto = "auto"
-    """Both, and the merge with the smaller residual on held-out calibration samples."""
+    """Both, and the merge with the smaller error of decoded answers on held-out calibration samples."""
 
 
 @dataclass(frozen=True)

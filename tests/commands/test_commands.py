@@ -123,7 +123,7 @@ def test_a_merge_with_tasks_records_what_it_chose(finished: Path, tmp_path: Path
     command = ["merge", f"--experts={experts_of(finished / 'seed-0/experts')}", "--code=[[0.4, 0.6]]"]
     assert main([*command, "--method=Average", f"--output={tmp_path}", *CALIBRATION]) == 0
     chosen = load_provenance(tmp_path / "average.safetensors")["chosen"]
-    residuals = chosen["held_out_residual"]
+    residuals = chosen["held_out_error"]
     assert set(residuals) == {"average", "recalibrate"}
     assert chosen["batchnorm"] == min(residuals, key=residuals.__getitem__)
     assert chosen == load_provenance(finished / "seed-0/coded/average.safetensors")["chosen"]

@@ -217,7 +217,7 @@ def test_what_auto_chose_stands_in_the_results_and_its_statistics_in_files_of_th
             assert (made["task"], made["data"], made["kind"], made["samples"]) == (task, data, "exact", samples)
             assert made["passes"] == samples * (1 + 2 * classes)
     (said,) = json.loads((seed / "results.json").read_text())["methods"]
-    residuals = said["chosen"]["held_out_residual"]
+    residuals = said["chosen"]["held_out_error"]
     assert set(residuals) == {f"{data}/{policy}" for data in ("own", "pooled") for policy in ("average", "recalibrate")}
     best = min(residuals, key=residuals.__getitem__)
     assert f"{said['chosen']['fisher_data']}/{said['chosen']['batchnorm']}" == best

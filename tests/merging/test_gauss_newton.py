@@ -78,7 +78,7 @@ def test_batchnorm_stays_as_the_start_has_it(policy):
     experts = setup(make)
     start = Coin(batchnorm=policy).make(experts, WEIGHTS)
     merged = GaussNewton(max_steps=1, batchnorm=policy).make(experts, WEIGHTS)
-    renamed = {"held_out_residual": "held_out_residual_of_start"}
+    renamed = {"held_out_error": "held_out_error_of_start"}
     assert merged.chosen == {renamed.get(name, name): value for name, value in start.chosen.items()}
     assert not torch.equal(merged.network[3].weight, start.network[3].weight)
     for name, buffer in start.network.named_buffers():

@@ -586,16 +586,23 @@ def test_auto_takes_what_leaves_less_on_held_out_samples_that_the_trials_did_not
     networks, tasks = kind_of("convolutions")
     experts = experts_of(networks, tasks)
     made = Refit(ridge=None).make(experts, ROW)
-    residuals = made.chosen["held_out_residual"]
+    residuals = made.chosen["held_out_error"]
     options = [(target, ridge) for target in ("own", "mix") for ridge in RIDGES]
     assert list(residuals) == [f"{target}/{ridge:g}" for target, ridge in options]
     seen, held_out = (torch.cat(list(batches)) for batches in experts.split)
     task = experts.tasks[: len(seen)]
     fit_part = experts_of(networks, [seen[task == i] for i in range(3)])
-    wanted = sum(share * answers(network, held_out) for share, network in zip(ROW, networks, strict=True))
+    own = [answers(network, held_out) for network in networks]
+    part = experts.tasks[len(seen) :]
     for target, ridge in options:
-        error = answers(Refit(target, ridge).make(fit_part, ROW).network, held_out) - wanted
-        assert residuals[f"{target}/{ridge:g}"] == pytest.approx(float(error.norm() / wanted.norm()), rel=1e-8)
+        coded = answers(Refit(target, ridge).make(fit_part, ROW).network, held_out)
+        turned = []
+        for lost in range(3):
+            others = sum(share * each for i, (share, each) in enumerate(zip(ROW, own, strict=True)) if i != lost)
+            rows = [each[part == lost] for each in (coded - others, own[lost])]
+            pairs = [each - each.mean(1, keepdim=True) for each in rows]
+            turned.append(1 - float(torch.cosine_similarity(*pairs).mean()))
+        assert residuals[f"{target}/{ridge:g}"] == pytest.approx(sum(turned) / 3, rel=1e-8)
     best = min(residuals, key=residuals.__getitem__)
     assert f"{made.chosen['target']}/{made.chosen['ridge']:g}" == best
     alone = Refit(made.chosen["target"], made.chosen["ridge"]).make(experts_of(networks, tasks), ROW)
@@ -606,7 +613,7 @@ def test_auto_takes_what_leaves_less_on_held_out_samples_that_the_trials_did_not
 def test_auto_can_take_either_and_counts_what_it_tried(best, monkeypatch):
     networks, tasks = kind_of("two layers")
     trials = iter([1.0, 2.0] if best == "own" else [2.0, 1.0])
-    monkeypatch.setattr("coin.merging.refit.held_out_residual", lambda *_: next(trials))
+    monkeypatch.setattr("coin.merging.refit.held_out_error", lambda *_: next(trials))
     experts = experts_of(networks, tasks)
     made = Refit().make(experts, ROW)
     assert made.chosen["target"] == best

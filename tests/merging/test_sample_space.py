@@ -67,7 +67,7 @@ def test_truncation_is_the_damped_solution_within_the_krylov_space(iterations):
     torch.testing.assert_close(choice.solution[training].flatten(), basis @ within, rtol=1e-8, atol=1e-10)
 
 
-def test_held_out_residuals_only_judge():
+def test_held_out_errors_only_judge():
     jacobian, metric, residual = problem(parameters=12)
     training = torch.arange(10) % 5 != 4
     product = product_of(jacobian, metric, residual.shape)
