@@ -104,8 +104,12 @@ class RegMean(MergeMethod):
 
     def trials(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
         """Yield the same with Gram matrices of the samples that are not held out: they know what they have seen."""
+        fitted = {data: experts.fitted(data) for data in experts.available(StatisticKind.gram, DataChoice.auto)}
+        if not all(len(list(batches)) for samples in fitted.values() for batches in samples):  # one sample a task
+            yield from self.candidates(experts, row)
+            return
         for data in experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto):
-            yield self._solved(experts, row, data, experts.computed(None, experts.fitted(data)))
+            yield self._solved(experts, row, data, experts.computed(None, fitted[data]))
 
     def _solved(
         self, experts: Experts, row: Sequence[float], data: DataChoice, grams: Sequence[State]
