@@ -248,12 +248,14 @@ def held_out_error(experts: Experts, coded: nn.Module, row: Sequence[float]) -> 
     """
     logits, tasks = experts.held_out_outputs.double(), experts.tasks[-experts.held_out_outputs.shape[1] :]
     answer = experts.run(coded, experts.split[1]).double()
+    own = {task: (tasks == task).nonzero().flatten().to(answer.device) for task, share in enumerate(row) if share > 0}
+    if not any(len(samples) for samples in own.values()):  # few samples, all of tasks that have no share
+        own = dict.fromkeys(own, torch.arange(len(answer), device=answer.device))
     errors = []
-    for task, share in enumerate(row):
-        own = (tasks == task).nonzero().flatten().to(answer.device)
-        if share > 0 and len(own):
-            others = sum((weight * logits[i, own] for i, weight in enumerate(row) if i != task), torch.zeros(()))
-            decoded, truth = (answer[own] - others) / share, logits[task, own]
+    for task, samples in own.items():
+        if len(samples):
+            others = sum((weight * logits[i, samples] for i, weight in enumerate(row) if i != task), torch.zeros(()))
+            decoded, truth = (answer[samples] - others) / row[task], logits[task, samples]
             if answer.shape[1] > 1:
                 decoded, truth = (each - each.mean(1, keepdim=True) for each in (decoded, truth))
             errors.append(1 - torch.cosine_similarity(decoded, truth).mean())

@@ -335,3 +335,12 @@ def test_few_samples_to_choose_by_are_told_of():
     few = [[torch.cat(task)[:20]] for task in calibration]
     with pytest.warns(CoinWarning, match="method 'coin' chose by 8 held-out calibration samples, expected at least 10"):
         Coin().make(Experts(networks, calibration=few), ROW)
+
+
+def test_a_row_without_the_task_of_the_held_out_samples_is_judged_by_all_of_them():
+    networks, calibration = linear_networks()
+    samples = torch.cat(calibration[0])
+    experts = Experts(networks, calibration=[[samples[:3]], [samples[3:4]]])
+    assert experts.tasks[-1] == 0
+    made = Coin().make(experts, (0.0, 1.0))
+    assert all(0 <= error < 1e-9 for error in made.chosen["held_out_error"].values())
