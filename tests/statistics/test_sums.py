@@ -12,7 +12,7 @@ from coin.errors import ConfigurationError, StateError
 from coin.statistics import Sums, fisher_sums, gram_sums, reduce_sums, shard
 
 WORKER = """
-import sys, torch
+import os, sys, torch
 from torch import distributed, nn
 from coin.statistics import Sums, fisher_sums, gram_sums, reduce_sums, shard
 
@@ -29,7 +29,8 @@ uneven = reduce_sums(uneven)
 if rank == 1:  # every process holds the result
     torch.save([dict(fisher.values), fisher.count, fisher.passes, dict(gram.values), gram.count,
                 dict(uneven.values), uneven.uncovered], sys.argv[1])
-distributed.destroy_process_group()
+distributed.barrier()
+os._exit(0)  # gloo may abort a process that ends while the other one still listens
 """
 
 
