@@ -141,7 +141,7 @@ class MergeMethod(Method):
         check_row(row, experts.count)
         check_each(experts.parameters, "expert")
         candidates = list(self.candidates(experts, row))
-        trials = list(self.trials(experts, row)) if len(candidates) > 1 and experts.is_calibrated else candidates
+        trials = self.trials(experts, row) if len(candidates) > 1 and experts.is_calibrated else []
         policies = self._policies(experts)
         if not experts.is_calibrated and len(candidates) > 1:
             raise ConfigurationError(
@@ -152,7 +152,7 @@ class MergeMethod(Method):
             check_finite(parameters, f"the coded model of method '{self.label}'")
         residuals = {
             (place, policy): held_out_error(experts, self._build(experts, row, parameters, policy, True), row)
-            for place, (_, parameters) in enumerate(trials)
+            for place, (_, parameters) in enumerate(trials or candidates)
             for policy in policies
             if measured
         }
@@ -176,9 +176,9 @@ class MergeMethod(Method):
         check_buffers(coded, experts.buffers, self.label)
         return CodedModel(coded, taken)
 
-    def trials(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
-        """Yield what the candidates are judged by, in their order: themselves, or their like without held-out data."""
-        return self.candidates(experts, row)
+    def trials(self, experts: Experts, row: Sequence[float]) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Return what the candidates are judged by, their like without held-out data; nothing for themselves."""
+        return []
 
     def measure(self, experts: Experts, row: Sequence[float], parameters: State) -> float:
         """Return the held-out error of parameters, with the better of the BatchNorm policies."""

@@ -102,14 +102,15 @@ class RegMean(MergeMethod):
         for data in experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto):
             yield self._solved(experts, row, data, experts.statistic(Statistic(StatisticKind.gram, data)))
 
-    def trials(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
-        """Yield the same with Gram matrices of the samples that are not held out: they know what they have seen."""
+    def trials(self, experts: Experts, row: Sequence[float]) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Return the same with Gram matrices of the samples that are not held out: they know what they have seen."""
         fitted = {data: experts.fitted(data) for data in experts.available(StatisticKind.gram, DataChoice.auto)}
-        if not all(len(list(batches)) for samples in fitted.values() for batches in samples):  # one sample a task
-            yield from self.candidates(experts, row)
-            return
-        for data in experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto):
-            yield self._solved(experts, row, data, experts.computed(None, fitted[data]))
+        if any(next(iter(batches), None) is None for samples in fitted.values() for batches in samples):
+            return []  # one sample a task
+        return [
+            self._solved(experts, row, data, experts.computed(None, fitted[data]))
+            for data in experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto)
+        ]
 
     def _solved(
         self, experts: Experts, row: Sequence[float], data: DataChoice, grams: Sequence[State]
