@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from coin.data import Calibration, pooled
@@ -30,17 +31,19 @@ class CalibratedExperts(Experts):
         fitted = self.split[0]
         if data is DataChoice.pooled:
             return [fitted] * self.count
-        return [fitted.subset((fitted.part == task).nonzero().flatten()) for task in range(self.count)]
+        tasks = self.tasks[: fitted.num_samples]
+        return [fitted.subset((tasks == task).nonzero().flatten()) for task in range(self.count)]
 
     @cached_property
     def pooled(self) -> Calibration:
         """All tasks' calibration samples, evenly interleaved."""
         return pooled(cast("Sequence[Calibration]", self.samples(DataChoice.own)))
 
-    @property
+    @cached_property
     def tasks(self) -> Tensor:
         """Which task each pooled sample is from, int64 ``[P]``."""
-        return self.pooled.part
+        parts = [len(each.parts) for each in cast("Sequence[Calibration]", self.samples(DataChoice.own))]
+        return torch.arange(self.count).repeat_interleave(torch.tensor(parts))[self.pooled.part]
 
     @cached_property
     def split(self) -> tuple[Calibration, Calibration]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -9,14 +10,15 @@ from torch import Tensor
 from coin.errors import ConfigurationError
 from coin.merging.coin import Coin
 from coin.merging.experts import Experts, held_out_count, parameters_of
-from coin.merging.method import CodedModel, checked, fill, floored_diagonal, refined
+from coin.merging.method import CodedModel, Method, checked, fill, floored_diagonal, refined
 from coin.merging.sample_space import solve_in_sample_space
+from coin.merging.start import starting_method
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import Bar, progress
 from coin.state import State
-from coin.statistics import FisherKind
+from coin.statistics import FisherKind, fisher_sums
 from coin.statistics.products import OutputMap
-from coin.statistics.statistic import DataChoice
+from coin.statistics.statistic import DataChoice, Statistic
 
 DAMPINGS = tuple(10.0 ** (k / 2) for k in range(-12, 13))
 """The grid of λ, 10⁻⁶ … 10⁶: the choice is free, so the grid is wide."""
@@ -25,16 +27,18 @@ _HALVINGS = 3
 
 
 class GaussNewton(Coin):
-    """A few Levenberg–Marquardt steps on ½E‖f_θ − Σ_i β_i f_i‖² from the COIN point.
+    """A few Levenberg–Marquardt steps on ½E‖f_θ − Σ_i β_i f_i‖² from the COIN point, or from another closed form's.
 
     Each step solves (E JᵀJ + λD) δ = E Jᵀr with r = Σβ_if_i − f_θ on the calibration samples and
-    D = Σ_i β_i F_i + ridge · mean(Σ_i β_i F_i), in sample space (`solve_in_sample_space`). Nothing is tuned by hand:
-    λ and the number of Krylov iterations are the pair whose linearised prediction is best on the held-out fifth of the
-    pooled calibration samples; a step is halved until it lowers their actual error, and the steps end when it falls by
-    less than `tolerance`, or at `max_steps`. No labels, no learning rate.
+    D = F + ridge · mean(F), in sample space (`solve_in_sample_space`). F is Σ_i β_i F_i at the COIN point, whose
+    Fishers are there already, and elsewhere the exact Fisher of the start on the pooled samples: what was refitted has
+    other coordinates than the experts. Nothing is tuned by hand: λ and the number of Krylov iterations are the pair
+    whose linearised prediction is best on the held-out fifth of the pooled calibration samples; a step is halved until
+    it lowers their actual error, and the steps end when it falls by less than `tolerance`, or at `max_steps`. No
+    labels, no learning rate.
 
-    BatchNorm's statistics are those of the COIN point, where the policy has settled them, and stay frozen:
-    recalibrating them afterwards would undo part of the fit. Options that are not listed are those of `Coin`.
+    BatchNorm's statistics are those of the start, where its policy has settled them, and stay frozen: recalibrating
+    them afterwards would undo part of the fit. Options that are not listed are those of `Coin`, for the COIN start.
 
     Source: Levenberg (1944) and Marquardt (1963) for the damping by the diagonal; Martens, *Deep learning via
     Hessian-free optimization* (ICML 2010), section 4, for Jacobian products and truncated solves.
@@ -44,6 +48,7 @@ class GaussNewton(Coin):
         max_iterations: Largest number of Krylov iterations per step, each one vjp and one jvp over all samples.
         tolerance: Relative fall of the held-out squared error below which the steps end.
         ridge: Relative to the mean Fisher entry: how freely parameters with no Fisher at the experts may move.
+        start: ``coin``, another closed form's name, or its ``class_path`` and ``init_args``; see `starting_method`.
         damping: Of the COIN start, see `Coin`.
     """
 
@@ -56,6 +61,7 @@ class GaussNewton(Coin):
         tolerance: float = 0.05,
         ridge: float = 1e-2,
         *,
+        start: str | dict[str, Any] = "coin",
         damping: float = 1e-6,
         fisher_kind: FisherKind | None = None,
         fisher_data: DataChoice | None = None,
@@ -70,22 +76,38 @@ class GaussNewton(Coin):
         self.max_steps, self.max_iterations = max_steps, max_iterations
         self.tolerance = checked("tolerance", tolerance, 0 <= tolerance < 1, "a share from 0 to below 1")
         self.ridge = checked("ridge", ridge, 0 < ridge < math.inf, "a positive number")
+        self.start = start
+        self._start: Method | None = None if start == Coin.name else starting_method(start)
+
+    def statistics(self) -> tuple[Statistic, ...]:
+        """Return the Fishers of the COIN start, or what another start asks for."""
+        return super().statistics() if self._start is None else self._start.statistics()
+
+    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice) -> Self:
+        """Return the method with the experiment's choice where its options leave the kind or the data open."""
+        settled = super().settled(fisher_kind, fisher_data)
+        settled._start = None if self._start is None else self._start.settled(fisher_kind, fisher_data)
+        return settled
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
-        made = super().make(experts, row)
-        fishers = experts.statistic(self.fisher(DataChoice(made.chosen["fisher_data"])))
+        if self._start is None:
+            made = super().make(experts, row)
+            fishers = experts.statistic(self.fisher(DataChoice(made.chosen["fisher_data"])))
+            metric = floored_diagonal(fishers, row, self.ridge)
+        else:
+            made = self._start.make(experts, row)
+            sums = fisher_sums(made.network, experts.pooled)
+            experts.passes += sums.passes
+            metric = floored_diagonal([sums.mean()], [1.0], self.ridge)
         outputs = OutputMap(made.network, experts.pooled)
-        parameters = self._steps(outputs, parameters_of(made.network), experts.target(row), fishers, row)
+        parameters = self._steps(outputs, parameters_of(made.network), experts.target(row), metric)
         experts.passes += outputs.passes
         fill(made.network, parameters)
         return refined(made, self.label)
 
-    def _steps(
-        self, outputs: OutputMap, parameters: State, target: Tensor, fishers: Sequence[State], row: Sequence[float]
-    ) -> State:
+    def _steps(self, outputs: OutputMap, parameters: State, target: Tensor, metric: State) -> State:
         """Return the parameters after all steps."""
-        metric = floored_diagonal(fishers, row, self.ridge)
         inverse_metric = {key: tensor.reciprocal().to(parameters[key].dtype) for key, tensor in metric.items()}
         training = training_mask(target.shape[0]).to(target.device)
 

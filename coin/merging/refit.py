@@ -1,8 +1,6 @@
 """Refit: every layer of the average fitted anew, in the order of execution, on the coded network's own inputs."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from math import prod
 from typing import Any
@@ -10,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from coin.choices import chosen
-from coin.errors import ConfigurationError, NumericalError, StateError
-from coin.inputs import as_input
+from coin.errors import ConfigurationError
+from coin.merging.affine import fit_affine
 from coin.merging.average import average_parameters
 from coin.merging.experts import Experts, parameters_of
 from coin.merging.head_fit import fit_head
@@ -30,12 +27,11 @@ from coin.merging.method import (
     fill,
     held_out_error,
 )
+from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import progress
 from coin.state import check_finite, weighted_sum
 from coin.statistics.gram import patches_of
-from coin.statistics.guard import evaluating
-from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.elementwise import ElementwiseCall
@@ -162,6 +158,7 @@ class Refit(Method):
         average = average_parameters(experts.parameters, row)
         fill(network, {**average, **weighted_sum(experts.buffers, row)})
         units, floats = affine_units(network, inputs)
+        experts.passes += PROBES
         _fold(network, units, experts, row)
         everything = torch.arange(len(inputs))
         parts = [everything[task == each] if target is Target.own else everything for each in range(experts.count)]
@@ -181,169 +178,6 @@ class Refit(Method):
         if self.head:
             fit_head(network, experts, row, held_out=held_out)
         return network, sorted(average.keys() - {name for unit in units for name in unit.names})
-
-
-@dataclass(frozen=True)
-class Unit:
-    """An affine map of a network, with the BatchNorm behind it.
-
-    Attributes:
-        weight: The name of its weight.
-        bias: The name of its bias.
-        norm: The BatchNorm's module.
-    """
-
-    weight: str
-    bias: str | None
-    norm: str | None
-
-    @property
-    def end(self) -> str:
-        """The name of the weight of its last call."""
-        return self.weight if self.norm is None else f"{self.norm}.weight"
-
-    @property
-    def shift(self) -> str | None:
-        """The name of the parameter that carries its bias."""
-        return self.bias if self.norm is None else f"{self.norm}.bias"
-
-    @property
-    def names(self) -> set[str | None]:
-        """The names of all its parameters."""
-        return {self.weight, self.bias, self.end, self.shift}
-
-
-def affine_units(network: nn.Module, inputs: Tensor) -> tuple[list[Unit], int]:
-    """Find a network's affine units in the order of execution, by running it on two and on three samples.
-
-    A unit is a linear map, a normalisation or a scale, whose weight and bias nothing else reads in a forward pass, and
-    whose output has the samples, or several rows of each, along its leading dimension. A BatchNorm over a linear map's
-    outputs that alone reads them, and next, is part of it.
-
-    Args:
-        network: In eval mode.
-        inputs: At least two samples [B, …].
-
-    Returns:
-        The units, and the floats of one sample in the widest call.
-
-    Raises:
-        StateError: The calls depend on the number of samples.
-    """
-    two, three = (_trace(network, inputs[torch.arange(count) % len(inputs)]) for count in (2, 3))
-    if [seen.weight for seen in two] != [seen.weight for seen in three]:
-        raise StateError(
-            f"{type(network).__name__} makes other calls on two samples than on three, expected the same; give experts "
-            "that make the same calls whatever their inputs"
-        )
-    units: list[Unit] = []
-    for seen, other, following in zip(two, three, [*two[1:], None], strict=True):
-        leading = seen.shape[1:] == other.shape[1:] and 3 * seen.shape[0] == 2 * other.shape[0]
-        part = bool(units) and units[-1].end == seen.weight
-        if seen.is_affine and seen.is_unshared and leading and not part:
-            folds = following is not None and seen.precedes(following)
-            norm = following.weight.rpartition(".")[0] if folds and following is not None else None
-            units.append(Unit(seen.weight, seen.bias, norm))
-    return units, max((seen.shape.numel() // 2 for seen in two), default=1)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A call of a trace: its parameters, where its input and output are in memory, and what it is.
-
-    Attributes:
-        is_affine: Whether it is linear in its weight and bias.
-        is_unshared: Whether nothing else reads its weight or its bias.
-        is_map: Whether a BatchNorm over its output has a channel for every row of the weight.
-        is_batchnorm: Whether it is a BatchNorm that alone reads its input.
-    """
-
-    weight: str
-    bias: str | None
-    source: tuple[int, int]
-    output: tuple[int, int]
-    shape: torch.Size
-    is_affine: bool
-    is_unshared: bool
-    is_map: bool
-    is_batchnorm: bool
-
-    def precedes(self, norm: "_Seen") -> bool:
-        """Say whether the next call is a BatchNorm that can be folded into this one."""
-        return self.is_map and norm.is_batchnorm and norm.is_unshared and norm.source == self.output
-
-
-class _Readers(TorchFunctionMode):
-    """Counts how many functions read each piece of memory, and keeps all tensors so that none is used twice.
-
-    Attributes:
-        times: Address → how many functions were given a tensor there and returned tensors.
-        parameters: The same of parameters by id, as a view of one, read once, may be all that is made of it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.times: Counter[int] = Counter()
-        self.parameters: Counter[int] = Counter()
-        self._kept: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        made = list(_tensors(result))
-        self._kept += made
-        for each in _tensors((args, kwargs)) if made else ():
-            if isinstance(each, nn.Parameter):
-                self.parameters[id(each)] += each is not result
-            else:
-                self.times[each.data_ptr()] += 1
-        return result
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple | dict):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
-
-
-def _trace(network: nn.Module, samples: Tensor) -> list[_Seen]:
-    """Return the ruled calls with a weight of a forward pass, in their order."""
-    seen: list[tuple[Call, Mapping[str, str], tuple[int, int], Tensor, tuple[int, int]]] = []
-
-    def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor:
-        source = (call.inputs.data_ptr(), call.inputs._version)
-        output = function()
-        if "weight" in names:
-            seen.append((call, names, source, output, (output.data_ptr(), output._version)))
-        return output
-
-    readers, named = _Readers(), dict(network.named_parameters())
-    # The readers come last, and so see what the network calls but not what the interceptor does on the way.
-    with evaluating(network, gradients=False), Interceptor(named, visit), readers:
-        network(as_input(samples, network))
-    times = Counter(names["weight"] for _, names, *_ in seen)
-    return [
-        _Seen(
-            names["weight"],
-            names.get("bias"),
-            source,
-            made,
-            output.shape,
-            isinstance(call, LinearCall) or (isinstance(call, ElementwiseCall) and call.normalised is not None),
-            times[names["weight"]] == 1 and all(readers.parameters[id(named[name])] <= 1 for name in names.values()),
-            isinstance(call, LinearCall)
-            and not call.transposed
-            and (isinstance(call, ConvolutionCall) or output.ndim == 2),
-            isinstance(_owner(network, names["weight"]), _BatchNorm) and readers.times[source[0]] == 1,
-        )
-        for call, names, source, output, made in seen
-    ]
-
-
-def _owner(network: nn.Module, parameter: str) -> nn.Module:
-    return network.get_submodule(parameter.rpartition(".")[0])
 
 
 def _fold(network: nn.Module, units: Iterable[Unit], experts: Experts, row: Sequence[float]) -> None:
@@ -460,71 +294,3 @@ def _entries(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     entries = [1 + place for place, size in enumerate(whole) if size > 1]
     positions = [place for place in range(1, x.ndim) if place not in entries]
     return x.permute(0, *positions, *entries).reshape(-1, max(1, prod(shape)), 1)
-
-
-def fit_affine(
-    rows: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]], ridge: float, *, intercept: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Return the minimiser ΔW, Δb of Σ_n w_n ‖ΔW a_n + Δb − r_n‖² / Σ_n w_n + λ ‖ΔW‖², a regression a group.
-
-    λ = ridge × the mean diagonal entry of the covariance of a, a group's own. With more unknowns than rows the system
-    is solved where the rows are, ΔW = Rᵀ(A Aᵀ + λ I)⁻¹A. Rows are centred first; products are taken in their own type,
-    added up and solved in float64.
-
-    Args:
-        rows: Iterated twice: inputs a [n, G, K], residuals r [n, G, O] and weights w [n], in blocks.
-        ridge: Above 0.
-        intercept: Whether there is a Δb; without one nothing is centred and Δb is 0.
-
-    Returns:
-        ΔW [G, O, K] and Δb [G, O], in float64.
-
-    Raises:
-        NumericalError: A row is not finite, or too large to be squared.
-    """
-    count, mass, sums = 0, 0.0, []
-    for a, r, w in rows():
-        count += len(a)
-        mass += float(w.sum())
-        sums.append([torch.einsum("n,ngk->gk", w.to(x), x).double() for x in (a, r)])
-    mean_a, mean_r = (torch.stack(each).sum(0) / mass for each in zip(*sums, strict=True))
-    if not intercept:
-        mean_a, mean_r = torch.zeros_like(mean_a), torch.zeros_like(mean_r)
-    if not bool(torch.isfinite(mean_a).all() and torch.isfinite(mean_r).all()):
-        raise NumericalError("a layer's inputs or outputs on calibration data are not finite; check the experts")
-
-    def centred() -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield [G, n, K] and [G, n, O], every row times the root of its weight."""
-        for a, r, w in rows():
-            root = (w / mass).sqrt().to(a)[:, None, None]
-            yield ((a - mean_a.to(a)) * root).transpose(0, 1), ((r - mean_r.to(r)) * root).transpose(0, 1)
-
-    groups, unknowns = mean_a.shape
-    # The round-off of centring is not signal: without this cut a constant input gets coefficients from noise.
-    noise = count * torch.finfo(a.dtype).eps ** 2 * mean_a.square().mean(1)
-    if count < unknowns:
-        blocks = list(centred())
-        a, r = (torch.cat([block[i] for block in blocks], 1) for i in (0, 1))
-        gram = (a @ a.mT).double()
-        scale = gram.diagonal(dim1=1, dim2=2).sum(1) / unknowns
-        step = _solve(gram, r.double(), ridge * scale, scale <= noise).mT @ a.double()
-    else:
-        gram = mean_a.new_zeros(groups, unknowns, unknowns)
-        cross = mean_a.new_zeros(groups, unknowns, mean_r.shape[1])
-        for a, r in centred():
-            gram += a.mT @ a
-            cross += a.mT @ r
-        scale = gram.diagonal(dim1=1, dim2=2).mean(1)
-        step = _solve(gram, cross, ridge * scale, scale <= noise).mT
-    return step, mean_r - (step @ mean_a[..., None])[..., 0]
-
-
-def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
-    """Return (gram + λI)⁻¹ right a group; zero where the inputs are constant."""
-    if not bool(torch.isfinite(gram).all() and torch.isfinite(right).all()):
-        raise NumericalError(
-            "a layer's inputs on calibration data are so large that squares overflow; check the experts"
-        )
-    damped = gram + torch.diag_embed(torch.where(dead, torch.ones_like(ridges), ridges)[:, None].expand(gram.shape[:2]))
-    solved: Tensor = torch.cholesky_solve(right, torch.linalg.cholesky(damped))
-    return solved.masked_fill_(dead[:, None, None], 0)

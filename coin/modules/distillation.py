@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from coin.errors import ConfigurationError, HeadError
 from coin.merging import Average, CodedModel, Experts, HeadFit, Method
 from coin.merging.calibrated import CalibratedExperts
 from coin.merging.method import check_label, check_row
+from coin.merging.start import starting_method
 from coin.modules.expert import Schedule
 from coin.modules.shared import plain_options, plot_against_epochs, tasks_of
 from coin.networks import (
@@ -33,16 +33,8 @@ from coin.networks import (
     widen_network,
 )
 
-
-class Start(StrEnum):
-    """Where distillation starts."""
-
-    average = "average"
-    """At the β-average of the experts."""
-    head_fit = "head_fit"
-    """At that with its head fitted to Σ_i β_i f_i."""
-    auto = "auto"
-    """With its head fitted, where it has one that can be: a fully connected layer with a bias that gives the logits."""
+AUTO = "auto"
+"""Start with the head fitted, where there is one that can be: a fully connected layer with a bias."""
 
 
 class Distillation(LightningModule, Method):
@@ -75,7 +67,8 @@ class Distillation(LightningModule, Method):
         samples_per_task: P, at least 1; none takes the experiment's.
         augmentation: What happens to the samples in training: ``none``, ``crop``, ``crop_flip`` or ``shift``.
         schedule: The learning rate's course: ``one_cycle`` or ``constant``.
-        start: ``average``, ``head_fit`` or ``auto``.
+        start: ``auto``, which is ``head_fit`` or, where the head cannot be fitted, ``average``; another closed form's
+            name; or its ``class_path`` and ``init_args`` (`coin.merging.start`).
         label: What results and files call this variant.
 
     Raises:
@@ -98,13 +91,13 @@ class Distillation(LightningModule, Method):
         samples_per_task: int | None = None,
         augmentation: Augmentation = Augmentation.shift,
         schedule: Schedule = Schedule.one_cycle,
-        start: Start = Start.auto,
+        start: str | dict[str, Any] = AUTO,
         label: str | None = None,
     ) -> None:
         super().__init__()
         learning_rates = [3e-4, 1e-3, 3e-3] if learning_rates is None else list(learning_rates)
         augmentation = chosen(Augmentation, "augmentation", augmentation)
-        schedule, start = chosen(Schedule, "schedule", schedule), chosen(Start, "start", start)
+        schedule = chosen(Schedule, "schedule", schedule)
         self.save_hyperparameters(plain_options(locals()))
         rates = [*learning_rates, *([] if lr is None else [lr])]
         if not learning_rates or not all(0 < rate < float("inf") for rate in rates):
@@ -119,6 +112,8 @@ class Distillation(LightningModule, Method):
             raise ConfigurationError(f"found held_out={held_out}, expected a share above 0 and below 1")
         if schedule is Schedule.cosine:
             raise ConfigurationError("found schedule=cosine, expected one_cycle or constant")
+        if start != AUTO:
+            starting_method(start)
         self.label = check_label(self.name if label is None else label)
         self.samples_per_task = samples_per_task
         self.augmentation = str(augmentation)
@@ -190,7 +185,7 @@ class Distillation(LightningModule, Method):
             made = self._start(experts)
             self.begun = made.network.state_dict()
             self.passes += experts.passes
-            self.chosen = {name: value for name, value in made.chosen.items() if name in ("start", "batchnorm")}
+            self.chosen = {name: value for name, value in made.chosen.items() if name != "held_out_error"}
             if self.trainer.world_size > 1:  # all processes must start alike, to the last bit
                 here = {name: tensor.cpu() for name, tensor in self.begun.items()}
                 self.begun = self.trainer.strategy.broadcast(here)
@@ -198,16 +193,15 @@ class Distillation(LightningModule, Method):
 
     def _start(self, experts: Experts) -> CodedModel:
         """Make the network that training begins with, and say which it is."""
-        wanted, row = Start(self.hparams["start"]), self.hparams["code_row"]
-        if wanted is not Start.average:
+        start, row = self.hparams["start"], self.hparams["code_row"]
+        if start == AUTO:
             try:
-                made = HeadFit().make(experts, row)
-                return CodedModel(made.network, made.chosen | {"start": str(Start.head_fit)})
+                made, start = HeadFit().make(experts, row), HeadFit.name
             except HeadError:
-                if wanted is Start.head_fit:
-                    raise
-        made = Average().make(experts, row)
-        return CodedModel(made.network, made.chosen | {"start": str(Start.average)})
+                made, start = Average().make(experts, row), Average.name
+        else:
+            made = starting_method(start).make(experts, row)
+        return CodedModel(made.network, {**made.chosen, "start": start})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the training has cost so far, and the held-out losses."""

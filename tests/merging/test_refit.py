@@ -16,9 +16,11 @@ from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, NumericalError, StateError
 from coin.experiment.experts import ExpertFiles
 from coin.merging import Experts, Refit
+from coin.merging.affine import fit_affine
 from coin.merging.average import average_parameters
 from coin.merging.lockstep import Walk
-from coin.merging.refit import RIDGES, fit_affine
+from coin.merging.refit import RIDGES
+from coin.merging.units import PROBES
 from coin.networks import load_network
 from coin.networks.small import SmallViT
 
@@ -535,11 +537,11 @@ def test_in_pieces_gives_the_same_and_both_count_their_passes(target, head):
     parts = total if target == "own" else 3 * total
     once, pieces = experts_of(networks, tasks), experts_of(networks, tasks)
     one = Refit(target, RIDGE, head=head).make(once, ROW)
-    assert once.passes == parts + 2 * total + fitted
+    assert once.passes == PROBES + parts + 2 * total + fitted
     Counted.samples = 0
     two = Refit(target, RIDGE, head=head, memory_mib=1).make(pieces, ROW)
-    assert pieces.passes == 3 * 2 * (parts + total) + fitted  # three units, whose rows are read twice
-    assert Counted.samples - (2 + 3) == pieces.passes  # and five samples to see the calls
+    assert pieces.passes == PROBES + 3 * 2 * (parts + total) + fitted  # three units, whose rows are read twice
+    assert Counted.samples == pieces.passes
     assert_answers_close(one.network, two.network, tasks, 1e-10)
 
 
@@ -620,7 +622,7 @@ def test_auto_can_take_either_and_counts_what_it_tried(best, monkeypatch):
     total, fit = sum(SIZES), sum(len(batch) for batch in experts.split[0])
     tried = (1 + 2 + 1) * fit + (3 + 2 + 1) * fit  # own, mix: experts, the coded network, the features of its head
     outputs = 3 * total  # for the head, read once for all
-    assert experts.passes == tried + outputs + ((1 if best == "own" else 3) + 2 + 1) * total
+    assert experts.passes == tried + outputs + 3 * PROBES + ((1 if best == "own" else 3) + 2 + 1) * total
 
 
 def test_options_are_checked():
@@ -858,7 +860,7 @@ def test_files_with_unequal_numbers_of_classes_give_what_memory_gives(write_expe
     file = load_network(tmp_path / "refit.safetensors")
     made = file.provenance
     assert made["chosen"] == {"target": "own", "ridge": 0.03, "averaged": []}
-    assert made["passes"] == 48 + 2 * 48 + (2 + 1) * 48
+    assert made["passes"] == PROBES + 48 + 2 * 48 + (2 + 1) * 48
     assert made["method"]["options"]["memory_mib"] == 4096
     data = Tasks({"task0": Digits(**digits["init_args"]), "task1": Glyphs(**letters)}, 24, 16, seed=0)
     data.prepare_data()

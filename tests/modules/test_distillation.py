@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from coin.errors import ConfigurationError, HeadError, StateError
-from coin.merging import head_fit, method
+from coin.merging import Refit, head_fit, method
+from coin.merging.calibrated import CalibratedExperts
 from coin.modules import Distillation
 from coin.networks import NetworkConfig, build_network, load_network, pad_logits, save_network, widen_network
 
@@ -80,6 +81,24 @@ def test_where_the_head_cannot_be_fitted_it_starts_from_the_average(experts, tas
         begun(experts, tasks(), make_trainer, start="head_fit")
 
 
+def test_it_goes_on_from_a_refit_whose_options_a_checkpoint_keeps(experts, tasks, make_trainer, tmp_path):
+    start = {"class_path": "Refit", "init_args": {"target": "own"}}
+    module, data = Distillation(experts, ROW, lr=1e-12, steps=1, start=start), tasks()
+    trainer = make_trainer(max_steps=1, max_epochs=-1)
+    trainer.fit(module, datamodule=data)
+    samples = data.training_calibration()
+    parts = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(2)]
+    expected = Refit("own").make(CalibratedExperts(list(module.teachers), parts), ROW)
+    for name, tensor in expected.network.state_dict().items():
+        torch.testing.assert_close(module.begun[name], tensor, rtol=1e-5, atol=1e-6)
+    assert module.chosen["start"] == start
+    assert module.chosen["target"] == "own"
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    again = Distillation.load_from_checkpoint(tmp_path / "kept.ckpt", weights_only=True)
+    assert again.hparams["start"] == start
+    assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
 def start_passes(samples, held_out, *, head_fit):
     """Both BatchNorm policies on the held-out samples, recalibrated on the others; then what fitting the head takes."""
     fitted = samples - held_out
@@ -134,7 +153,7 @@ def test_the_same_run_gives_the_same_student(experts, tasks, make_trainer):
         ({"learning_rates": []}, "expected positive numbers"),
         ({"learning_rates": [1e-3, 3e-4]}, r"found learning rates \[0.001, 0.0003\], expected rising ones"),
         ({"schedule": "cosine"}, "found schedule=cosine, expected one_cycle or constant"),
-        ({"start": "refined"}, "found start='refined', expected one of average, head_fit, auto"),
+        ({"start": "refined"}, "found start='refined', expected one of average, coin, .*refit"),
         ({"learning_rates": [1e-3, -1.0]}, "expected positive numbers"),
         ({"steps": 0}, "found steps=0"),
         ({"batch_size": 1}, "batch_size=1"),

@@ -1,0 +1,186 @@
+"""The affine units of a network in the order of execution, its maps with the BatchNorms behind them: by tracing."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from coin.errors import StateError
+from coin.inputs import as_input
+from coin.statistics.guard import evaluating
+from coin.statistics.recognise import Interceptor
+from coin.statistics.rules.call import Call
+from coin.statistics.rules.convolution import ConvolutionCall
+from coin.statistics.rules.elementwise import ElementwiseCall
+from coin.statistics.rules.linear import LinearCall
+
+PROBES = 5
+"""Forward passes of one sample that the search takes."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """An affine map of a network, with the BatchNorm behind it.
+
+    Attributes:
+        weight: The name of its weight.
+        bias: The name of its bias.
+        norm: The BatchNorm's module.
+    """
+
+    weight: str
+    bias: str | None
+    norm: str | None
+
+    @property
+    def end(self) -> str:
+        """The name of the weight of its last call."""
+        return self.weight if self.norm is None else f"{self.norm}.weight"
+
+    @property
+    def shift(self) -> str | None:
+        """The name of the parameter that carries its bias."""
+        return self.bias if self.norm is None else f"{self.norm}.bias"
+
+    @property
+    def names(self) -> set[str | None]:
+        """The names of all its parameters."""
+        return {self.weight, self.bias, self.end, self.shift}
+
+
+def affine_units(network: nn.Module, inputs: Tensor) -> tuple[list[Unit], int]:
+    """Find a network's affine units in the order of execution, by running it on two and on three samples.
+
+    A unit is a linear map, a normalisation or a scale, whose weight and bias nothing else reads in a forward pass, and
+    whose output has the samples, or several rows of each, along its leading dimension. A BatchNorm over a linear map's
+    outputs that alone reads them, and next, is part of it.
+
+    Args:
+        network: In eval mode.
+        inputs: At least two samples [B, …].
+
+    Returns:
+        The units, and the floats of one sample in the widest call.
+
+    Raises:
+        StateError: The calls depend on the number of samples.
+    """
+    two, three = (_trace(network, inputs[torch.arange(count) % len(inputs)]) for count in (2, 3))
+    if [seen.weight for seen in two] != [seen.weight for seen in three]:
+        raise StateError(
+            f"{type(network).__name__} makes other calls on two samples than on three, expected the same; give experts "
+            "that make the same calls whatever their inputs"
+        )
+    units: list[Unit] = []
+    for seen, other, following in zip(two, three, [*two[1:], None], strict=True):
+        leading = seen.shape[1:] == other.shape[1:] and 3 * seen.shape[0] == 2 * other.shape[0]
+        part = bool(units) and units[-1].end == seen.weight
+        if seen.is_affine and seen.is_unshared and leading and not part:
+            folds = following is not None and seen.precedes(following)
+            norm = following.weight.rpartition(".")[0] if folds and following is not None else None
+            units.append(Unit(seen.weight, seen.bias, norm))
+    return units, max((seen.shape.numel() // 2 for seen in two), default=1)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A call of a trace: its parameters, where its input and output are in memory, and what it is.
+
+    Attributes:
+        is_affine: Whether it is linear in its weight and bias.
+        is_unshared: Whether nothing else reads its weight or its bias.
+        is_map: Whether a BatchNorm over its output has a channel for every row of the weight.
+        is_batchnorm: Whether it is a BatchNorm that alone reads its input.
+    """
+
+    weight: str
+    bias: str | None
+    source: tuple[int, int]
+    output: tuple[int, int]
+    shape: torch.Size
+    is_affine: bool
+    is_unshared: bool
+    is_map: bool
+    is_batchnorm: bool
+
+    def precedes(self, norm: "_Seen") -> bool:
+        """Say whether the next call is a BatchNorm that can be folded into this one."""
+        return self.is_map and norm.is_batchnorm and norm.is_unshared and norm.source == self.output
+
+
+class _Readers(TorchFunctionMode):
+    """Counts how many functions read each piece of memory, and keeps all tensors so that none is used twice.
+
+    Attributes:
+        times: Address → how many functions were given a tensor there and returned tensors.
+        parameters: The same of parameters by id, as a view of one, read once, may be all that is made of it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: Counter[int] = Counter()
+        self.parameters: Counter[int] = Counter()
+        self._kept: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = list(_tensors(result))
+        self._kept += made
+        for each in _tensors((args, kwargs)) if made else ():
+            if isinstance(each, nn.Parameter):
+                self.parameters[id(each)] += each is not result
+            else:
+                self.times[each.data_ptr()] += 1
+        return result
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
+
+
+def _trace(network: nn.Module, samples: Tensor) -> list[_Seen]:
+    """Return the ruled calls with a weight of a forward pass, in their order."""
+    seen: list[tuple[Call, Mapping[str, str], tuple[int, int], Tensor, tuple[int, int]]] = []
+
+    def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor:
+        source = (call.inputs.data_ptr(), call.inputs._version)
+        output = function()
+        if "weight" in names:
+            seen.append((call, names, source, output, (output.data_ptr(), output._version)))
+        return output
+
+    readers, named = _Readers(), dict(network.named_parameters())
+    # The readers come last, and so see what the network calls but not what the interceptor does on the way.
+    with evaluating(network, gradients=False), Interceptor(named, visit), readers:
+        network(as_input(samples, network))
+    times = Counter(names["weight"] for _, names, *_ in seen)
+    return [
+        _Seen(
+            names["weight"],
+            names.get("bias"),
+            source,
+            made,
+            output.shape,
+            isinstance(call, LinearCall) or (isinstance(call, ElementwiseCall) and call.normalised is not None),
+            times[names["weight"]] == 1 and all(readers.parameters[id(named[name])] <= 1 for name in names.values()),
+            isinstance(call, LinearCall)
+            and not call.transposed
+            and (isinstance(call, ConvolutionCall) or output.ndim == 2),
+            isinstance(_owner(network, names["weight"]), _BatchNorm) and readers.times[source[0]] == 1,
+        )
+        for call, names, source, output, made in seen
+    ]
+
+
+def _owner(network: nn.Module, parameter: str) -> nn.Module:
+    return network.get_submodule(parameter.rpartition(".")[0])

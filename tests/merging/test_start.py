@@ -1,0 +1,112 @@
+"""Methods that go on from another one's coded model."""
+
+import pytest
+import torch
+from torch import nn
+
+from coin.data import pooled
+from coin.errors import ConfigurationError
+from coin.merging import Average, Coin, Experts, GaussNewton, HeadFit, Refit, RegMean, Target
+from coin.merging.calibrated import CalibratedExperts
+from coin.merging.start import starting_method
+from coin.statistics import fisher_diagonal
+
+ROW = (0.4, 0.6)
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3)
+    )
+
+
+def setup():
+    draw = torch.Generator().manual_seed(3)
+    networks = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        each = network().double().eval()
+        for buffer in (each[1].running_mean, each[1].running_var):
+            buffer += torch.rand(4, generator=draw, dtype=torch.float64)
+        networks.append(each)
+    return Experts(networks, calibration=[torch.randn(60, 2, 4, 4, generator=draw).double().split(20) for _ in ROW])
+
+
+def error(experts, coded):
+    return float((experts.run(coded, experts.split[1]) - experts.target(ROW)[-24:]).norm())
+
+
+@pytest.mark.parametrize(
+    ("start", "kind", "options"),
+    [
+        ("average", Average, {}),
+        ("coin", Coin, {}),
+        ("head_fit", HeadFit, {}),
+        ("refit", Refit, {"target": Target.auto}),
+        ({"class_path": "Refit", "init_args": {"target": "own", "ridge": None}}, Refit, {"target": Target.own}),
+        ({"class_path": "coin.merging.Average", "init_args": {"batchnorm": "recalibrate"}}, Average, {}),
+        ({"class_path": "GaussNewton", "init_args": {"start": "refit"}}, GaussNewton, {"start": "refit"}),
+        ({"class_path": "HeadFit", "init_args": None}, HeadFit, {}),
+    ],
+)
+def test_a_start_is_a_closed_form_by_its_name_or_by_its_class(start, kind, options):
+    method = starting_method(start)
+    assert type(method) is kind
+    assert {name: getattr(method, name) for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("refined", r"^found start='refined', expected one of average, coin, full_fisher, gauss_newton, head_fit, "),
+        ("ties", "found start='ties', expected"),  # needs the shared initialisation
+        ("distillation", "found start='distillation', expected"),
+        ({"class_path": "Refitted"}, r"found start=\{'class_path': 'Refitted'\}, expected one of"),
+        ({"class": "Refit"}, r"found start=\{'class': 'Refit'\}, expected one of"),
+        ({"class_path": "Refit", "init_args": {"goal": "own"}}, "expected options of Refit .*unexpected.*'goal'"),
+        ({"class_path": "Refit", "init_args": {"target": "all"}}, "found target='all', expected one of own, mix, auto"),
+    ],
+)
+def test_what_cannot_be_a_start_is_refused(start, message):
+    with pytest.raises(ConfigurationError, match=message):
+        starting_method(start)
+    with pytest.raises(ConfigurationError, match=message):
+        GaussNewton(start=start)
+
+
+def test_gauss_newton_goes_on_from_a_refit_with_the_fisher_of_the_refitted_network(monkeypatch):
+    experts = setup()
+    refitted = Refit("own").make(experts, ROW).network
+    metrics = []
+    real = GaussNewton._steps
+    monkeypatch.setattr(GaussNewton, "_steps", lambda self, *given: (metrics.append(given[-1]), real(self, *given))[1])
+    method = GaussNewton(start={"class_path": "Refit", "init_args": {"target": "own"}}, ridge=0.01)
+    assert method.statistics() == ()
+    made = method.make(experts, ROW)
+    assert made.chosen["target"] == "own"
+    assert error(experts, made.network) < 0.9 * error(experts, refitted)
+    fisher = fisher_diagonal(refitted, experts.pooled)
+    floor = 0.01 * torch.cat([each.flatten() for each in fisher.values()]).mean()
+    for name, metric in metrics[0].items():
+        torch.testing.assert_close(metric, fisher[name] + floor)
+    for name, buffer in refitted.named_buffers():
+        assert torch.equal(made.network.get_buffer(name), buffer)
+
+
+def test_the_statistics_that_a_start_wants_are_the_methods_own():
+    start = {"class_path": "RegMean", "init_args": {"gram_data": "own"}}
+    assert GaussNewton(start=start).statistics() == RegMean(gram_data="own").statistics()
+    assert GaussNewton(start="refit").settled("exact", "own").statistics() == ()
+    assert GaussNewton().settled("exact", "own").statistics() == Coin(fisher_data="own").statistics()
+
+
+def test_samples_of_a_calibration_of_several_parts_belong_to_its_task(synthetic):
+    """As those of a training have, which is a share of all tasks' samples: choices were made on one task's alone."""
+    parts = [synthetic(2, key=key).calibration(10) for key in (1, 2)]
+    both = pooled(parts)
+    tasks = [both.subset((both.part == task).nonzero().flatten()) for task in range(2)]
+    experts = CalibratedExperts([nn.Linear(1, 1)] * 2, tasks)
+    assert experts.tasks.tolist() == [0, 1] * 10
+    for task, fitted in enumerate(experts.fitted("own")):
+        assert torch.equal(fitted.inputs(), parts[task].inputs()[: fitted.num_samples])
+        assert fitted.num_samples == 8
