@@ -188,6 +188,10 @@ class Experts:
         fitted = self._mixed[: len(self._mixed) - held_out_count(len(self._mixed))]
         return [self._batched([each for each in fitted if each[0] == task]) for task in range(self.count)]
 
+    def without_held_out(self) -> "Experts":
+        """Return the same experts with the samples alone that are not held out, their statistics yet to be computed."""
+        return Experts(self.networks, calibration=self.fitted(DataChoice.own))
+
     @cached_property
     def _mixed(self) -> list[tuple[int, Tensor]]:
         """The pooled samples ``[1, …]`` with their tasks, evenly mixed.

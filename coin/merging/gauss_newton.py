@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +31,11 @@ class GaussNewton(Coin):
 
     Each step solves (E JᵀJ + λD) δ = E Jᵀr with r = Σβ_if_i − f_θ on the calibration samples and
     D = F + ridge · mean(F), in sample space (`solve_in_sample_space`). F is Σ_i β_i F_i at the COIN point, whose
-    Fishers are there already, and elsewhere the exact Fisher of the start on the pooled samples: what was refitted has
-    other coordinates than the experts. Nothing is tuned by hand: λ and the number of Krylov iterations are the pair
-    whose linearised prediction is best on the held-out fifth of the pooled calibration samples; a step is halved until
-    it lowers their actual error, and the steps end when it falls by less than `tolerance`, or at `max_steps`. No
-    labels, no learning rate.
+    Fishers are there already. Another start is made without the held-out samples, and F is its exact Fisher: what was
+    refitted has other coordinates than the experts. Nothing is tuned by hand: λ and the number of Krylov iterations are
+    the pair whose linearised prediction is best on the held-out fifth of the pooled calibration samples; a step is
+    halved until it lowers their actual error, and the steps end when it falls by less than `tolerance`, or at
+    `max_steps`. No labels, no learning rate.
 
     BatchNorm's statistics are those of the start, where its policy has settled them, and stay frozen: recalibrating
     them afterwards would undo part of the fit. Options that are not listed are those of `Coin`, for the COIN start.
@@ -80,14 +80,8 @@ class GaussNewton(Coin):
         self._start: Method | None = None if start == Coin.name else starting_method(start)
 
     def statistics(self) -> tuple[Statistic, ...]:
-        """Return the Fishers of the COIN start, or what another start asks for."""
-        return super().statistics() if self._start is None else self._start.statistics()
-
-    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice) -> Self:
-        """Return the method with the experiment's choice where its options leave the kind or the data open."""
-        settled = super().settled(fisher_kind, fisher_data)
-        settled._start = None if self._start is None else self._start.settled(fisher_kind, fisher_data)
-        return settled
+        """Return the Fishers of the COIN start; another start computes its own."""
+        return super().statistics() if self._start is None else ()
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
@@ -96,9 +90,11 @@ class GaussNewton(Coin):
             fishers = experts.statistic(self.fisher(DataChoice(made.chosen["fisher_data"])))
             metric = floored_diagonal(fishers, row, self.ridge)
         else:
-            made = self._start.make(experts, row)
-            sums = fisher_sums(made.network, experts.pooled)
-            experts.passes += sums.passes
+            # What was fitted to the held-out samples would look best to them as it is.
+            fitted = experts.without_held_out()
+            made = self._start.make(fitted, row)
+            sums = fisher_sums(made.network, fitted.pooled)
+            experts.passes += fitted.passes + sums.passes
             metric = floored_diagonal([sums.mean()], [1.0], self.ridge)
         outputs = OutputMap(made.network, experts.pooled)
         parameters = self._steps(outputs, parameters_of(made.network), experts.target(row), metric)

@@ -6,7 +6,7 @@ from torch import nn
 
 from coin.data import pooled
 from coin.errors import ConfigurationError
-from coin.merging import Average, Coin, Experts, GaussNewton, HeadFit, Refit, RegMean, Target
+from coin.merging import Average, Coin, Experts, GaussNewton, HeadFit, Refit, Target
 from coin.merging.calibrated import CalibratedExperts
 from coin.merging.start import starting_method
 from coin.statistics import fisher_diagonal
@@ -74,30 +74,35 @@ def test_what_cannot_be_a_start_is_refused(start, message):
         GaussNewton(start=start)
 
 
-def test_gauss_newton_goes_on_from_a_refit_with_the_fisher_of_the_refitted_network(monkeypatch):
+def test_gauss_newton_goes_on_from_a_refit_without_the_held_out_samples(monkeypatch):
     experts = setup()
-    refitted = Refit("own").make(experts, ROW).network
+    start = Refit("own")
+    refitted = start.make(experts.without_held_out(), ROW).network
     metrics = []
     real = GaussNewton._steps
     monkeypatch.setattr(GaussNewton, "_steps", lambda self, *given: (metrics.append(given[-1]), real(self, *given))[1])
     method = GaussNewton(start={"class_path": "Refit", "init_args": {"target": "own"}}, ridge=0.01)
     assert method.statistics() == ()
+    before = experts.passes
     made = method.make(experts, ROW)
     assert made.chosen["target"] == "own"
     assert error(experts, made.network) < 0.9 * error(experts, refitted)
-    fisher = fisher_diagonal(refitted, experts.pooled)
+    fisher = fisher_diagonal(refitted, experts.split[0])
     floor = 0.01 * torch.cat([each.flatten() for each in fisher.values()]).mean()
     for name, metric in metrics[0].items():
         torch.testing.assert_close(metric, fisher[name] + floor)
     for name, buffer in refitted.named_buffers():
         assert torch.equal(made.network.get_buffer(name), buffer)
+    alone = experts.without_held_out()
+    start.make(alone, ROW)
+    assert experts.passes - before > alone.passes + 96 * 4  # the start, its Fisher, and the steps
 
 
-def test_the_statistics_that_a_start_wants_are_the_methods_own():
-    start = {"class_path": "RegMean", "init_args": {"gram_data": "own"}}
-    assert GaussNewton(start=start).statistics() == RegMean(gram_data="own").statistics()
-    assert GaussNewton(start="refit").settled("exact", "own").statistics() == ()
-    assert GaussNewton().settled("exact", "own").statistics() == Coin(fisher_data="own").statistics()
+def test_without_held_out_leaves_every_tasks_last_samples_out():
+    experts = setup()
+    fitted = experts.without_held_out()
+    assert [sum(map(len, each)) for each in fitted.samples("own")] == [48, 48]
+    assert torch.equal(torch.cat(list(fitted.pooled)), torch.cat(list(experts.split[0])))
 
 
 def test_samples_of_a_calibration_of_several_parts_belong_to_its_task(synthetic):
