@@ -41,6 +41,9 @@ from coin.statistics.sums import sum_type
 RIDGES = (0.01, 0.03, 0.1, 0.3)
 """What the ridge is chosen from."""
 
+OWN_SHARE = 0.3
+"""The share of the experts' own targets in both."""
+
 _KEPT = 6
 """Tensors of the widest layer's size that a paused forward pass may hold."""
 
@@ -54,8 +57,11 @@ class Target(StrEnum):
     mix = "mix"
     """On all samples, the β-average of what all experts make of them."""
 
+    both = "both"
+    """On all samples, between the two: the sum of both objectives."""
+
     auto = "auto"
-    """Both are tried, and the error of decoded answers on held-out calibration samples decides."""
+    """All three are tried, and the error of decoded answers on held-out calibration samples decides."""
 
 
 class Refit(Method):
@@ -67,6 +73,7 @@ class Refit(Method):
 
         own:  Σ_i β_i E_{x∈T_i} ‖W a(x) + b − z_i(x)‖²        + λ ‖W − W̄‖²
         mix:  E_x pooled        ‖W a(x) + b − Σ_i β_i z_i(x)‖² + λ ‖W − W̄‖²
+        both: their sum, `OWN_SHARE` of the first and the rest of the second
 
     over the calibration samples and all positions, λ = ridge × the mean diagonal entry of the covariance of a. A
     grouped convolution is one regression a group, a normalisation layer that follows no linear map one a channel. The
@@ -82,7 +89,7 @@ class Refit(Method):
     LOT (normalisation layers too).
 
     Args:
-        target: ``own``, ``mix`` or ``auto``.
+        target: ``own``, ``mix``, ``both`` or ``auto``.
         ridge: λ, relative and dimensionless, above 0; none has it chosen.
         head: Whether the head is fitted at last.
         memory_mib: Bound on the activations that are kept, in MiB.
@@ -117,7 +124,7 @@ class Refit(Method):
         """Make the coded model of one row of the code; see `Method.make`."""
         check_row(row, experts.count)
         check_each(experts.parameters, "expert")
-        targets = [Target.own, Target.mix] if self.target is Target.auto else [self.target]
+        targets = [Target.own, Target.mix, Target.both] if self.target is Target.auto else [self.target]
         options = [(target, ridge) for target in targets for ridge in ([self.ridge] if self.ridge else RIDGES)]
         residuals = {}
         if len(options) > 1:
@@ -142,7 +149,7 @@ class Refit(Method):
         Args:
             experts: The experts.
             row: β.
-            target: ``own`` or ``mix``.
+            target: ``own``, ``mix`` or ``both``.
             ridge: λ, relative.
             held_out: Whether the held-out samples are left out.
         """
@@ -153,31 +160,42 @@ class Refit(Method):
                 f"'{self.label}', which runs them together, expected one shape; pad them"
             )
         inputs = torch.cat(batches)
-        task = experts.tasks[: len(inputs)]
+        mixtures, shares = _objective(target, row, experts.tasks[: len(inputs)])
         network = experts.blank().eval()
         average = average_parameters(experts.parameters, row)
         fill(network, {**average, **weighted_sum(experts.buffers, row)})
         units, floats = affine_units(network, inputs)
         experts.passes += PROBES
         _fold(network, units, experts, row)
-        everything = torch.arange(len(inputs))
-        parts = [everything[task == each] if target is Target.own else everything for each in range(experts.count)]
-        sizes = torch.tensor([len(part) for part in parts], dtype=torch.float64)
-        # Every task's samples weigh β_i together; with a mixture all samples weigh alike.
-        shares = (torch.tensor(row, dtype=torch.float64) / sizes)[task] if target is Target.own else 1 / sizes[0]
-        shares = shares.expand(len(inputs))
+        parts = [mixture.nonzero().flatten() for mixture in mixtures]
         each = floats * 4 * _KEPT * (experts.count + 1)
         piece = max(experts.count, (self.memory_mib << 20) // max(1, each))
         walk = Walk(network, list(experts.networks), inputs, parts, piece)
         with walk, torch.no_grad(), progress(self.label, len(units)) as bar:
             for unit in units:
                 looks = walk.looks(unit.weight, unit.end)
-                _fit(network, unit, looks, shares, None if target is Target.own else row, ridge)
+                _fit(network, unit, looks, shares, mixtures, ridge)
                 bar.advance()
         experts.passes += walk.passes
         if self.head:
             fit_head(network, experts, row, held_out=held_out)
         return network, sorted(average.keys() - {name for unit in units for name in unit.names})
+
+
+def _objective(target: Target, row: Sequence[float], task: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the units are fitted to: every sample's mixture of the experts [N, P], and its weight [P].
+
+    A sum of squares whose targets differ is, up to a constant, one with the weighted mean of the targets.
+    """
+    beta = torch.tensor(row, dtype=torch.float64)
+    own_share = {Target.own: 1.0, Target.both: OWN_SHARE, Target.mix: 0.0}[target]
+    # Every task's own samples weigh β_i together; in the mixture all samples weigh alike.
+    own = own_share * (beta / torch.bincount(task, minlength=len(row)))[task]
+    mixed = torch.full_like(own, (1 - own_share) / len(task))
+    shares = own + mixed
+    mixtures = torch.outer(beta, mixed)
+    mixtures[task, torch.arange(len(task))] += own
+    return mixtures / shares.where(shares > 0, 1), shares
 
 
 def _fold(network: nn.Module, units: Iterable[Unit], experts: Experts, row: Sequence[float]) -> None:
@@ -213,7 +231,7 @@ def _fit(
     unit: Unit,
     looks: Callable[[], Iterator[Look]],
     shares: Tensor,
-    mixture: Sequence[float] | None,
+    mixtures: Tensor,
     ridge: float,
 ) -> None:
     """Refit one unit of a network in place.
@@ -223,7 +241,7 @@ def _fit(
         unit: The unit.
         looks: What the networks make of the samples there.
         shares: Every sample's weight in the objective [P].
-        mixture: β, to fit to the β-average; none to fit to each expert on its own samples.
+        mixtures: Every sample's mixture of the experts, which is its target [N, P].
         ridge: λ, relative.
     """
     weight = network.get_parameter(unit.weight)
@@ -236,7 +254,7 @@ def _fit(
             turned = isinstance(look.call, LinearCall) and look.call.transposed
             # In a unit with a BatchNorm the shift comes behind the call.
             output = look.output if unit.norm is None or shift is None else _shifted(look, shift)
-            residual = _target(look, mixture) - output
+            residual = _target(look, mixtures) - output
             yield from _rows(look.call, residual, shares[look.samples])
 
     step, constant = fit_affine(rows, ridge, intercept=shift is not None)
@@ -251,19 +269,15 @@ def _shifted(look: Look, shift: Tensor) -> Tensor:
     return look.output + (shift.view(-1, *[1] * (look.output.ndim - 2)) if convolved else shift)
 
 
-def _target(look: Look, mixture: Sequence[float] | None) -> Tensor:
+def _target(look: Look, mixtures: Tensor) -> Tensor:
     """Return what the unit is to give, of the output's shape."""
     target = torch.zeros_like(look.output)
-    if mixture is not None:
-        for share, each in zip(mixture, look.targets, strict=True):
-            assert each is not None
-            target.add_(each, alpha=share)
-        return target
     count = look.samples.stop - look.samples.start
     by_sample = target.view(count, -1, *target.shape[1:])
-    for each, place in zip(look.targets, look.places, strict=True):
+    for each, place, mixture in zip(look.targets, look.places, mixtures[:, look.samples], strict=True):
         if each is not None:
-            by_sample[place] = each.reshape(len(place), *by_sample.shape[1:])
+            share = mixture[place].to(target).view(-1, *[1] * (by_sample.ndim - 1))
+            by_sample[place] += share * each.reshape(len(place), *by_sample.shape[1:])
     return target
 
 

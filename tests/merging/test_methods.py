@@ -62,6 +62,7 @@ METHODS = {
     "head_fit": (HeadFit(), 1e-8),
     "refit own": (Refit("own"), 1e-8),
     "refit mix": (Refit("mix"), 1e-8),
+    "refit both": (Refit("both"), 1e-8),
     "full_fisher": (FullFisher(max_iterations=400, tolerance=1e-11), 1e-6),
     "gauss_newton": (GaussNewton(max_steps=2, max_iterations=6), 1e-6),
     "gauss_newton from refit": (GaussNewton(max_steps=1, max_iterations=6, start="refit"), 1e-6),

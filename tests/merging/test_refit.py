@@ -19,7 +19,7 @@ from coin.merging import Experts, Refit
 from coin.merging.affine import fit_affine
 from coin.merging.average import average_parameters
 from coin.merging.lockstep import Walk
-from coin.merging.refit import RIDGES
+from coin.merging.refit import OWN_SHARE, RIDGES
 from coin.merging.units import PROBES
 from coin.networks import load_network
 from coin.networks.small import SmallViT
@@ -235,7 +235,7 @@ ATTENTION = {
     ),
 }
 every_network = pytest.mark.parametrize("kind", NETWORKS)
-every_target = pytest.mark.parametrize("target", ["own", "mix"])
+every_target = pytest.mark.parametrize("target", ["own", "mix", "both"])
 
 
 def setup(make, shape, count=3):
@@ -369,13 +369,14 @@ def reference(networks, tasks, row, target, ridge, units):
         for index, x in enumerate(tasks):
             given, output = watched(coded, name, x)
             theirs = [watched(one, norm or name, x)[1] for one in networks]
-            if target == "own":
-                wanted, share = theirs[index], row[index] / len(x)
-            else:
-                wanted, share = sum(b * z for b, z in zip(row, theirs, strict=True)), 1.0
             module = coded.get_submodule(name)
-            a, r = design(module, given), by_group(module, wanted - output)
-            rows.append((a, r, torch.full((len(a),), share, dtype=torch.float64)))
+            mixed = sum(b * z for b, z in zip(row, theirs, strict=True))
+            own_share = {"own": 1.0, "mix": 0.0, "both": OWN_SHARE}[target]
+            objectives = [(theirs[index], own_share * row[index] / len(x))] if own_share else []
+            objectives += [(mixed, (1 - own_share) / sum(map(len, tasks)))] if own_share < 1 else []
+            for wanted, share in objectives:
+                a, r = design(module, given), by_group(module, wanted - output)
+                rows.append((a, r, torch.full((len(a),), share, dtype=torch.float64)))
         a, r, w = (torch.cat(each) for each in zip(*rows, strict=True))
         bias = getattr(module, "bias", None)
         steps = [ridge_step(a[:, g], r[:, g], w, ridge, bias is not None) for g in range(a.shape[1])]
@@ -589,7 +590,7 @@ def test_auto_takes_what_leaves_less_on_held_out_samples_that_the_trials_did_not
     experts = experts_of(networks, tasks)
     made = Refit(ridge=None).make(experts, ROW)
     residuals = made.chosen["held_out_error"]
-    options = [(target, ridge) for target in ("own", "mix") for ridge in RIDGES]
+    options = [(target, ridge) for target in ("own", "mix", "both") for ridge in RIDGES]
     assert list(residuals) == [f"{target}/{ridge:g}" for target, ridge in options]
     seen, held_out = (torch.cat(list(batches)) for batches in experts.split)
     task = experts.tasks[: len(seen)]
@@ -611,23 +612,23 @@ def test_auto_takes_what_leaves_less_on_held_out_samples_that_the_trials_did_not
     assert_answers_close(made.network, alone.network, tasks, 1e-12)
 
 
-@pytest.mark.parametrize("best", ["own", "mix"])
-def test_auto_can_take_either_and_counts_what_it_tried(best, monkeypatch):
+@pytest.mark.parametrize("best", ["own", "mix", "both"])
+def test_auto_can_take_each_and_counts_what_it_tried(best, monkeypatch):
     networks, tasks = kind_of("two layers")
-    trials = iter([1.0, 2.0] if best == "own" else [2.0, 1.0])
+    trials = iter([1.0 if each == best else 2.0 for each in ("own", "mix", "both")])
     monkeypatch.setattr("coin.merging.refit.held_out_error", lambda *_: next(trials))
     experts = experts_of(networks, tasks)
     made = Refit().make(experts, ROW)
     assert made.chosen["target"] == best
     total, fit = sum(SIZES), sum(len(batch) for batch in experts.split[0])
-    tried = (1 + 2 + 1) * fit + (3 + 2 + 1) * fit  # own, mix: experts, the coded network, the features of its head
+    tried = (1 + 2 + 1) * fit + 2 * (3 + 2 + 1) * fit  # own, mix and both: experts, the coded network, the features of its head
     outputs = 3 * total  # for the head, read once for all
-    assert experts.passes == tried + outputs + 3 * PROBES + ((1 if best == "own" else 3) + 2 + 1) * total
+    assert experts.passes == tried + outputs + 4 * PROBES + ((1 if best == "own" else 3) + 2 + 1) * total
 
 
 def test_options_are_checked():
     for options, message in (
-        ({"target": "all"}, "found target='all', expected one of own, mix, auto"),
+        ({"target": "all"}, "found target='all', expected one of own, mix, both, auto"),
         ({"ridge": 0.0}, "found ridge 0.0, expected a positive number, or none"),
         ({"ridge": float("inf")}, "found ridge inf"),
         ({"memory_mib": 0}, "found memory_mib=0, expected at least 1"),
