@@ -621,7 +621,7 @@ def test_auto_can_take_each_and_counts_what_it_tried(best, monkeypatch):
     made = Refit().make(experts, ROW)
     assert made.chosen["target"] == best
     total, fit = sum(SIZES), sum(len(batch) for batch in experts.split[0])
-    tried = (1 + 2 + 1) * fit + 2 * (3 + 2 + 1) * fit  # own, mix and both: experts, the coded network, the features of its head
+    tried = (1 + 2 + 1) * fit + 2 * (3 + 2 + 1) * fit  # own, mix, both: experts, coded network, features of its head
     outputs = 3 * total  # for the head, read once for all
     assert experts.passes == tried + outputs + 4 * PROBES + ((1 if best == "own" else 3) + 2 + 1) * total
 
