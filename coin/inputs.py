@@ -2,6 +2,10 @@
 
 from torch import Tensor, nn
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""With which images are normalised, of the channels of images in [0, 1]."""
+
 
 def as_input(batch: Tensor, network: nn.Module) -> Tensor:
     """Return a batch as an ordinary tensor on the network's device, in its floating-point type.

@@ -5,9 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coin.errors import DataError
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from coin.inputs import IMAGENET_MEAN, IMAGENET_STD
 
 
 def to_input(stored: Tensor, image_size: int) -> Tensor:

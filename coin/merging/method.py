@@ -17,7 +17,7 @@ from coin.coding import Code
 from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateError
 from coin.merging.experts import Experts, Given, parameters_of
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
-from coin.networks.files import fill_network
+from coin.networks.weights import fill_network
 from coin.state import State, check_finite, check_same_layout, weighted_sum
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic

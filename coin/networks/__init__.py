@@ -4,18 +4,16 @@ from coin.networks.batchnorm import BatchNormPolicy, has_batchnorm, recalibrate
 from coin.networks.files import (
     NetworkFile,
     brought_network,
-    check_layout,
-    fill_network,
     initial_network,
     load_network,
     open_network,
-    read_weights,
     save_network,
     widen_network,
 )
 from coin.networks.heads import check_head, features_and_logits, head_name, pad_logits, padded_rows
 from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.stages import Run, common_widths, full_precision, run_network
+from coin.networks.weights import check_layout, fill_network, read_weights
 
 __all__ = [
     "BatchNormPolicy",

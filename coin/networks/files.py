@@ -1,4 +1,4 @@
-"""Networks as safetensors files that say what they are, and state dicts from elsewhere, checked name by name."""
+"""Networks as safetensors files that say what they are."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from coin.errors import FileError, StateError, first_line
+from coin.errors import FileError, StateError
 from coin.networks.heads import head_name, padded_rows
-from coin.networks.registry import NetworkConfig, build_network
-from coin.state import State, check_finite, save_state
+from coin.networks.registry import NetworkConfig, build_network, with_own_head
+from coin.networks.weights import fill_network, read_weights
+from coin.state import check_finite, save_state
 from coin.state_file import StateFile
 
 
@@ -115,63 +114,6 @@ def _check_size(path: Path, config: NetworkConfig, num_classes: int, shapes: Map
         )
 
 
-def fill_network(network: nn.Module, state: State, source: str) -> None:
-    """Copy a state dict into a network, name by name and shape by shape; raises as `check_layout`."""
-    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    check_layout(shapes, {name: tensor.shape for name, tensor in state.items()}, source)
-    network.load_state_dict(dict(state))
-
-
-def check_layout(own: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], source: str) -> None:
-    """Check that a state, from `source`, has the names and `shapes` of a network's `own`.
-
-    Raises:
-        StateError: A name is missing or superfluous or a shape differs; the message says which, and in what `source`.
-    """
-    advice = "it is of another architecture: give one of the same network.name and network.options"
-    if missing := sorted(own.keys() - shapes.keys()):
-        raise StateError(f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); {advice}")
-    if extra := sorted(shapes.keys() - own.keys()):
-        raise StateError(f"'{source}' has a tensor '{extra[0]}' too many ({len(extra)} in all); {advice}")
-    for name, shape in own.items():
-        if shapes[name] != shape:
-            raise StateError(
-                f"'{source}' has tensor '{name}' of shape {list(shapes[name])}, expected {list(shape)}; "
-                "it has another architecture or another number of classes: give one of the same"
-            )
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a network's tensors from a file of any of the kinds that people have.
-
-    Understood are ``coin``'s own files, any flat safetensors state dict, and Lightning or plain PyTorch checkpoints
-    (read with ``weights_only=True``; a Lightning checkpoint's ``network.`` prefix is dropped).
-
-    Raises:
-        FileError: The file is missing or damaged, or holds more than tensors.
-    """
-    if not path.is_file():
-        raise FileError(f"found no file '{path}', expected a network's weights; check the path")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
-        raise FileError(
-            f"cannot read '{path}' ({first_line(error)}); it is damaged or no checkpoint: save it again"
-        ) from error
-    except Exception as error:  # pickle's own errors share no base class
-        raise FileError(
-            f"cannot read '{path}' without unpickling objects; save its state_dict as safetensors"
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FileError(f"'{path}' holds no state dict, expected tensors by name; save the network's state_dict()")
-    if any(name.startswith("network.") for name in state):
-        state = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
-    return state
-
-
 def initial_network(config: NetworkConfig, num_classes: int, checkpoint: Path | None, *, seed: int = 0) -> nn.Module:
     """Build the shared initialisation that all experts of one class count start from; see `build_network`.
 
@@ -207,10 +149,7 @@ def brought_network(
     state = read_weights(path)
     check_finite(state, f"the network in '{path}'", {name for name, _ in network.named_buffers()})
     if fresh_head:
-        own, head = network.state_dict(), head_name(network)
-        for name in {f"{head}.weight", f"{head}.bias"} & own.keys() & state.keys():
-            if state[name].shape != own[name].shape and state[name].shape[1:] == own[name].shape[1:]:
-                state[name] = own[name]
+        state = with_own_head(network, state)
     fill_network(network, state, str(path))
     return network
 

@@ -6,8 +6,7 @@ from torch import nn
 
 from coin.errors import StateError
 from coin.merging import Average, Coin, Experts, GaussNewton
-from coin.networks import NetworkConfig, load_network, save_network
-from coin.networks import registry as registry_module
+from coin.networks import NetworkConfig, load_network, save_network, sources
 from coin.state import weighted_sum
 
 
@@ -116,7 +115,7 @@ def test_a_weighted_sum_keeps_shared_infinities(row):
 
 
 def test_a_network_with_a_mask_goes_through_a_file_and_damage_does_not(networks, tmp_path, monkeypatch):
-    monkeypatch.setitem(registry_module._OWN, "causal", Causal)
+    monkeypatch.setitem(sources.Own.kinds, "causal", Causal)
     config, path = NetworkConfig("causal", 4), tmp_path / "net.safetensors"
     coded = Average().make(Experts(networks), ROWS[0]).network
     save_network(path, coded, config, 3, {})

@@ -64,7 +64,9 @@ def test_a_wrong_name_suggests_a_close_one():
 
 
 def test_unknown_weights_are_answered_with_the_known_ones():
-    with pytest.raises(ConfigurationError, match="expected null or one of IMAGENET1K_V1, IMAGENET1K_V2 for resnet50"):
+    with pytest.raises(
+        ConfigurationError, match="expected null, a file or one of IMAGENET1K_V1, IMAGENET1K_V2 for resnet50"
+    ):
         NetworkConfig("resnet50", 32, "IMAGENET1K_V3")
     with pytest.raises(ConfigurationError, match=r"no pretrained weights; set network\.weights=null"):
         NetworkConfig("small_resnet", 32, "IMAGENET1K_V1")

