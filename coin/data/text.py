@@ -16,8 +16,8 @@ from coin.data.task import TaskData
 from coin.errors import DataError, first_line
 from coin.packages import packaged_file
 
-PADDING = 0
-"""The id of the token that fills up short texts, as in BERT's vocabularies."""
+PADDING = ("[PAD]", "<pad>")
+"""What vocabularies call the token that fills up short texts; its id is 0 in those that have none."""
 
 
 class TextTask(TaskData):
@@ -56,7 +56,7 @@ def tokenize(texts: Sequence[str], length: int, tokenizer: str | None = None) ->
         tokenizer: A ``tokenizer.json``; none takes the packaged encoder's.
 
     Returns:
-        int64 [P, L], filled up with `PADDING`.
+        int64 [P, L], filled up with the vocabulary's padding.
 
     Raises:
         DataError: The tokenizer cannot be read, or the package tokenizers is missing.
@@ -74,7 +74,8 @@ def tokenize(texts: Sequence[str], length: int, tokenizer: str | None = None) ->
     except Exception as error:  # the library raises bare Exceptions
         raise DataError(f"cannot read the tokenizer '{path}' ({first_line(error)}); give a tokenizer.json") from error
     model.enable_truncation(length)
-    model.enable_padding(pad_id=PADDING, length=length)
+    padding = next((place for name in PADDING if (place := model.token_to_id(name)) is not None), 0)
+    model.enable_padding(pad_id=padding, length=length)
     return torch.tensor([row.ids for row in model.encode_batch(list(texts))], dtype=torch.int64).view(-1, length)
 
 

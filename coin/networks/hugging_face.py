@@ -116,7 +116,9 @@ def _logits(network: nn.Module, inputs: Any, output: Any) -> Tensor:
 
 
 def _place(config: Described) -> str:
-    return config.name.partition("/")[2]
+    """Return a folder's absolute path, or an ID."""
+    place = config.name.partition("/")[2]
+    return str(Path(place).absolute()) if Path(place).is_dir() else place
 
 
 def _kind(config: Described) -> tuple[str, Any]:
