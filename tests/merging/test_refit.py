@@ -590,7 +590,7 @@ def test_auto_takes_what_leaves_less_on_held_out_samples_that_the_trials_did_not
     experts = experts_of(networks, tasks)
     made = Refit(ridge=None).make(experts, ROW)
     residuals = made.chosen["held_out_error"]
-    options = [(target, ridge) for target in ("own", "mix", "both") for ridge in RIDGES]
+    options = [(target, ridge) for target in ("own", "both") for ridge in RIDGES]
     assert list(residuals) == [f"{target}/{ridge:g}" for target, ridge in options]
     seen, held_out = (torch.cat(list(batches)) for batches in experts.split)
     task = experts.tasks[: len(seen)]
@@ -612,18 +612,18 @@ def test_auto_takes_what_leaves_less_on_held_out_samples_that_the_trials_did_not
     assert_answers_close(made.network, alone.network, tasks, 1e-12)
 
 
-@pytest.mark.parametrize("best", ["own", "mix", "both"])
-def test_auto_can_take_each_and_counts_what_it_tried(best, monkeypatch):
+@pytest.mark.parametrize("best", ["own", "both"])
+def test_auto_can_take_either_and_counts_what_it_tried(best, monkeypatch):
     networks, tasks = kind_of("two layers")
-    trials = iter([1.0 if each == best else 2.0 for each in ("own", "mix", "both")])
+    trials = iter([1.0 if each == best else 2.0 for each in ("own", "both")])
     monkeypatch.setattr("coin.merging.refit.held_out_error", lambda *_: next(trials))
     experts = experts_of(networks, tasks)
     made = Refit().make(experts, ROW)
     assert made.chosen["target"] == best
     total, fit = sum(SIZES), sum(len(batch) for batch in experts.split[0])
-    tried = (1 + 2 + 1) * fit + 2 * (3 + 2 + 1) * fit  # own, mix, both: experts, coded network, features of its head
+    tried = (1 + 2 + 1) * fit + (3 + 2 + 1) * fit  # own, both: experts, the coded network, the features of its head
     outputs = 3 * total  # for the head, read once for all
-    assert experts.passes == tried + outputs + 4 * PROBES + ((1 if best == "own" else 3) + 2 + 1) * total
+    assert experts.passes == tried + outputs + 3 * PROBES + ((1 if best == "own" else 3) + 2 + 1) * total
 
 
 def test_options_are_checked():
