@@ -62,14 +62,8 @@ def train_network(
         options=network.options,
         num_classes=data.num_classes,
         initial=None if initial is None else str(initial),
-        optimizer=config.optimizer,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        schedule=config.schedule,
-        label_smoothing=config.label_smoothing,
         seed=seed,
-        compile_network=config.compile_network,
+        **config.recipe,
     )
     best: dict[str, Any] = (
         {"monitor": "val/accuracy", "mode": "max", "save_top_k": 1} if weights == Weights.best else {}
