@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from coin.callbacks import Weights
 from coin.choices import chosen
 from coin.data import Augmentation, TaskData
+from coin.data.torchvision_transforms import TransformSpec, build_transforms
 from coin.errors import ConfigurationError
 from coin.modules import Recipe
 from coin.reporting.wandb_logging import TAG_LENGTH
@@ -24,6 +25,8 @@ class TrainingConfig(Recipe):
         epochs: Passes over the training split.
         batch_size: Samples a step and process.
         augmentation: What happens to training images: ``none``, ``crop``, ``crop_flip`` or ``shift``.
+        transform: What happens to them after that, transforms of ``torchvision.transforms.v2`` by class path; none
+            leaves it to the task's own option. See `coin.data.TaskData`.
 
     Raises:
         ConfigurationError: An option is not of its type or out of its range.
@@ -34,11 +37,13 @@ class TrainingConfig(Recipe):
     epochs: int = 3
     batch_size: int = 64
     augmentation: Augmentation = Augmentation.none
+    transform: TransformSpec = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_integer("epochs", self.epochs, 1)
         _check_integer("batch_size", self.batch_size, 2)
+        build_transforms(self.transform)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -78,7 +83,8 @@ class ExpertConfig(TrainingConfig):
     _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {**TrainingConfig._ENUMS, "weights": Weights}
 
     weights: Weights = Weights.last
-    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # Plain values: of dict[str, Any] jsonargparse would make objects where there is a class_path.
+    overrides: dict[str, dict] = field(default_factory=dict)  # type: ignore[type-arg]
     checkpoints: dict[str, str] = field(default_factory=dict)
 
     def of(self, task: str) -> "ExpertConfig":

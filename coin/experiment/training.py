@@ -54,7 +54,13 @@ def train_network(
     """
     checkpoints = folder / "checkpoints"
     last = from_first(lambda: _begin(checkpoints, key, output))
-    data = task_with(task, seed=seed, batch_size=config.batch_size, augmentation=config.augmentation)
+    data = task_with(
+        task,
+        seed=seed,
+        batch_size=config.batch_size,
+        augmentation=config.augmentation,
+        transform=config.transform or task.transform,
+    )
     module = Expert(
         network=network.name,
         image_size=network.image_size,

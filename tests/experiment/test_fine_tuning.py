@@ -18,9 +18,10 @@ def make_expert(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -
     """Return a function that makes one expert and returns its tensors, and those of its shared initialisation."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
-    def make(task: str, *, network: Any = None, **expert: Any) -> tuple[Any, Any]:
+    def make(task: str, *, network: Any = None, tasks: Any = None, **expert: Any) -> tuple[Any, Any]:
         over = tmp_path / "over.yaml"
-        sections = {"expert": {"epochs": 1, **expert}, "base": None} | ({"network": network} if network else {})
+        own = {"network": network, "tasks": tasks}
+        sections = {"expert": {"epochs": 1, **expert}, "base": None, **{name: own[name] for name in own if own[name]}}
         over.write_text(yaml.safe_dump(sections))
         command = ["run", "-c", str(config), "-c", str(over), f"--output={tmp_path}", "--only", task]
         assert main(command) == 0
@@ -54,6 +55,25 @@ def test_the_penalty_draws_to_the_shared_initialisation(make_expert: Any) -> Non
         return float(sum((expert[name] - initial[name]).square().sum() for name in names))
 
     assert distance(l2_sp=10.0) < 0.8 * distance()
+
+
+FLIP = {"class_path": "torchvision.transforms.v2.RandomVerticalFlip", "init_args": {"p": 1.0}}
+NESTED = {"class_path": "torchvision.transforms.v2.RandomApply", "init_args": {"transforms": [FLIP], "p": 1.0}}
+
+
+def test_a_transform_of_a_task_or_of_an_expert_makes_another_expert(make_expert: Any) -> None:
+    """And the training step is done again, since its key has changed."""
+    plain, initial = make_expert("digits")
+    experts = [make_expert("digits", transform=FLIP)[0]]
+    experts.append(make_expert("digits", overrides={"digits": {"transform": [NESTED]}})[0])
+    digits = {"class_path": "Digits", "init_args": {"max_train": 120, "max_test": 77, "transform": FLIP}}
+    experts.append(make_expert("digits", tasks={"digits": digits, "b": {"class_path": "Digits"}})[0])
+    assert changed(plain, initial)
+    for expert in experts:
+        assert changed(expert, plain)
+    # All three ways name one transform of the same images.
+    assert not changed(experts[2], experts[0])
+    assert not changed(experts[1], experts[0])
 
 
 def test_a_run_and_a_single_training_have_the_same_options() -> None:
