@@ -35,6 +35,9 @@ def test_configuration_is_parsed(
         command, *rest = COMMANDS[room]
         over = path.stem == "methods" or room == "cluster"
         under = ["-c", str(ROOT / "experiment/quickstart.yaml")] if over else []
+        if path.parent.name == "paper":
+            under = ["-c", str(path.parent / "base.yaml")]
+            rest = ["--name=mine", f"--tasks={TASKS}"] if path.stem == "base" else []
         commands = [[command, *under, "-c", str(path), *rest]]
         if path.read_text().splitlines()[-1].startswith("  strategy"):  # a trainer section, for trainings as well
             commands.append(["fit", "-c", str(ROOT / "expert/mnist5k.yaml"), "-c", str(path)])

@@ -19,7 +19,9 @@ from coin.modules import Distillation, Expert
 from coin.reporting import read_results
 
 ROOT = Path(__file__).parent.parent / "configs"
-FILES = sorted([*(ROOT / "experiment/paper").glob("*.yaml"), *(ROOT / "experiment/beyond").glob("*.yaml")])
+BASE = ROOT / "experiment/paper/base.yaml"
+PAIRS = sorted(path for path in BASE.parent.glob("*.yaml") if path != BASE)
+FILES = [*sorted((ROOT / "experiment/beyond").glob("*.yaml")), *PAIRS]
 NAMES = ("mnist", "fashionmnist", "kmnist", "svhn", "cifar10", "gtsrb", "stl10")
 
 # Channels, side, training and test images as torchvision has them; GTSRB is resized when it is read.
@@ -94,14 +96,35 @@ def build() -> Callable[[Sequence[str]], Experiment]:
     return found[0]
 
 
-def test_every_pair_of_sets_has_a_file() -> None:
-    pairs = {f"{first}-{second}" for first, second in combinations(NAMES, 2)}
-    assert {path.stem for path in (ROOT / "experiment/paper").glob("*.yaml")} == pairs
+def options_of(path: Path) -> list[str]:
+    """Return the options with which a file is run: a pair's lies over what all pairs share."""
+    return [*(["-c", str(BASE)] if path in PAIRS else []), "-c", str(path)]
+
+
+def test_every_pair_of_sets_has_a_file_that_says_how_to_run_it() -> None:
+    assert {path.stem for path in PAIRS} == {f"{first}-{second}" for first, second in combinations(NAMES, 2)}
+    for path in PAIRS:
+        command = " ".join(["coin run", *options_of(path)]).replace(f"{ROOT.parent}/", "")
+        assert f"#   {command}\n" in path.read_text()
+
+
+@pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
+def test_a_pair_has_all_that_the_pairs_share(path: Path, build: Callable[..., Experiment]) -> None:
+    experiment = build(options_of(path))
+    most = 4500 if "stl10" in path.stem else 7000
+    labels = ["average", "coin", "regmean", "distillation", "distillation-plain", f"distillation-{most}"]
+    assert [method.label for method in experiment.methods] == labels
+    assert experiment.methods[-1].samples_per_task == most
+    assert (experiment.expert.epochs, experiment.expert.batch_size) == (5, 128)
+    assert {task: experiment.expert.of(task).epochs for task in experiment.tasks} == {
+        task: 30 if task == "stl10" else 5 for task in path.stem.split("-")
+    }
+    assert experiment.network.weights == "IMAGENET1K_V2"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_tasks_networks_and_samples_fit_together(path: Path, build: Callable[..., Experiment]) -> None:
-    experiment = build(["-c", str(path)])
+    experiment = build(options_of(path))
     assert experiment.name.endswith(path.stem)
     assert experiment.seeds[:3] == [0, 1, 2]
     assert len(experiment.seeds) == 5 or path.parent.name == "beyond"
@@ -122,18 +145,17 @@ def test_tasks_networks_and_samples_fit_together(path: Path, build: Callable[...
     assert tasks.calibration().num_samples == max(wanted) * len(tasks.tasks)
 
 
-def distinct_networks() -> list[tuple[str, int]]:
+def distinct_networks() -> list[tuple[Path, int]]:
     """The first file of every architecture, by what it says, and the class counts."""
-    lines = {
-        path: next(line for line in path.read_text().splitlines() if line.startswith("network:")) for path in FILES
-    }
+    texts = {path: (BASE if path in PAIRS else path).read_text().splitlines() for path in FILES}
+    lines = {path: next(line for line in text if line.startswith("network:")) for path, text in texts.items()}
     firsts = {line: path for path, line in reversed(lines.items())}
-    return [(str(path), 43 if "resnet50" in line else 10) for line, path in firsts.items()]
+    return [(path, 43 if "resnet50" in line else 10) for line, path in firsts.items()]
 
 
 @pytest.mark.parametrize(("path", "classes"), distinct_networks(), ids=lambda value: Path(str(value)).stem)
-def test_one_batch_through_the_real_network(path: str, classes: int, build: Callable[..., Experiment]) -> None:
-    experiment = build(["-c", path])
+def test_one_batch_through_the_real_network(path: Path, classes: int, build: Callable[..., Experiment]) -> None:
+    experiment = build(options_of(path))
     config = replace(experiment.network, weights=None)  # they are not here, and their names were checked when parsed
     expert = Expert(
         config.name, config.image_size, options=config.options, num_classes=classes, lr=experiment.expert.lr
@@ -154,7 +176,8 @@ def test_a_pair_of_unequal_class_counts_from_start_to_finish(tmp_path: Path, mon
     path = ROOT / "experiment/paper/gtsrb-stl10.yaml"
     narrow = "{name: resnet50, image_size: 64, weights: null, options: {width_per_group: 2}}"
     few = "{accelerator: cpu, devices: 1, limit_train_batches: 1, limit_val_batches: 1, limit_test_batches: 1}"
-    methods = path.read_text().partition("methods:\n")[2].partition("decoders:")[0]
+    methods = BASE.read_text().partition("methods:")[2].partition("\n")[2].partition("decoders:")[0]
+    methods += "  - " + path.read_text().partition("methods+: [")[2].removesuffix("]\n") + "\n"
     fair = "{class_path: Distillation}", "{class_path: Distillation, init_args: {lr: 0.001, steps: 2}}"
     fewer = (("steps: 500", "lr: 0.001, steps: 2"), ("steps: 2000", "lr: 0.001, steps: 2"), ("4500,", "4,"))
     for many, two in (fair, *fewer):
@@ -165,7 +188,7 @@ def test_a_pair_of_unequal_class_counts_from_start_to_finish(tmp_path: Path, mon
         "calibration: {samples_per_task: 3, batch_size: 3}\n"
         "methods:\n" + methods
     )
-    command = ["run", "-c", str(path), "-c", str(tmp_path / "few.yaml"), f"--output={tmp_path}", "--seeds=[0]"]
+    command = ["run", *options_of(path), "-c", str(tmp_path / "few.yaml"), f"--output={tmp_path}", "--seeds=[0]"]
     tasks = (
         "{gtsrb: {class_path: GTSRB, init_args: {eval_batch_size: 4}},"
         " stl10: {class_path: STL10, init_args: {eval_batch_size: 4}}}"

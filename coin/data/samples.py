@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from coin.data.augmentation import Augmentation, augment, draw_augmentation
 from coin.data.sampling import Draw
+from coin.data.torchvision_transforms import TransformSpec, build_transforms, transform_images
 from coin.errors import ConfigurationError, DataError
 
 
@@ -73,13 +74,21 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
     Args:
         samples: The images.
         augmentation: What happens to the images of draws that carry an epoch.
-        seed: Decides, with the epoch and the sample, the augmentation.
+        seed: Decides, with the epoch and the sample, the augmentation and what `transform` draws.
+        transform: What happens to them after that.
     """
 
-    def __init__(self, samples: Samples, augmentation: Augmentation = Augmentation.none, seed: int = 0) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        augmentation: Augmentation = Augmentation.none,
+        seed: int = 0,
+        transform: TransformSpec = None,
+    ) -> None:
         self.samples = samples
         self.augmentation = augmentation
         self.seed = seed
+        self._transforms = build_transforms(transform)
         self._epoch: int | None = None
         self._draws = torch.empty(0, 3, dtype=torch.int64)
 
@@ -100,6 +109,8 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
                 self._draws = draw_augmentation(len(self.samples), height, width, self.seed, draw.epoch)
                 self._epoch = draw.epoch
             images = augment(images, self.augmentation, self._draws[draw.positions])
+        if draw.epoch is not None and self._transforms:
+            images = transform_images(images, self._transforms, self.seed, draw.epoch, draw.positions)
         return images, self.samples.targets[draw.positions]
 
 

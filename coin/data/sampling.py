@@ -27,6 +27,7 @@ class Stream(IntEnum):
     RENDER_TRAIN = 5
     RENDER_TEST = 6
     WORKERS = 7
+    TRANSFORM = 8
 
 
 class Draw(NamedTuple):

@@ -14,6 +14,7 @@ from coin.data.resumable import ResumableLoader
 from coin.data.samples import BatchDataset, ImagesOnly, Samples
 from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded
 from coin.data.source import Source, split_source
+from coin.data.torchvision_transforms import TransformSpec, build_transforms
 from coin.data.transform import check_stored, to_input
 from coin.errors import ConfigurationError, DataError
 
@@ -41,6 +42,10 @@ class TaskData(LightningDataModule, ABC):
         split_seed: Decides which samples are in which split.
         seed: Decides the order of the training samples, their augmentation and the choice of calibration samples.
         augmentation: What happens to training images.
+        transform: What happens to them after that: a transform of ``torchvision.transforms.v2``, such as
+            ``{class_path: torchvision.transforms.v2.RandomResizedCrop, init_args: {size: 32}}``, or a list of them. It
+            sees one image at a time, uint8 [1 or 3, H, W], and must return one, all of one size; its random numbers
+            are a function of the seed, the epoch and the image.
         max_train: At most so many training samples, a stratified choice; validation shrinks in proportion.
         max_test: At most so many test samples, a stratified choice.
         num_workers: Worker processes of each loader.
@@ -64,6 +69,7 @@ class TaskData(LightningDataModule, ABC):
         split_seed: int = 0,
         seed: int = 0,
         augmentation: Augmentation = Augmentation.none,
+        transform: TransformSpec = None,
         max_train: int | None = None,
         max_test: int | None = None,
         num_workers: int = 0,
@@ -92,6 +98,7 @@ class TaskData(LightningDataModule, ABC):
         self.split_seed = split_seed
         self.seed = seed
         self.augmentation = self.check_augmentation(Augmentation(augmentation))
+        self.transform = self.check_transform(transform)
         self.max_train = max_train
         self.max_test = max_test
         self.num_workers = num_workers
@@ -109,6 +116,20 @@ class TaskData(LightningDataModule, ABC):
                 f"{', '.join(self.augmentations)}; set augmentation of the task, the expert or the method"
             )
         return augmentation
+
+    def check_transform(self, transform: TransformSpec) -> TransformSpec:
+        """Return a transform that can be made, and makes sense for the task's samples.
+
+        Raises:
+            ConfigurationError: It does not.
+        """
+        if transform and self.content != "images":
+            raise ConfigurationError(
+                f"found a transform for {type(self).__name__}, whose samples are {self.content}, expected none; leave "
+                "transform out"
+            )
+        build_transforms(transform)
+        return transform
 
     @abstractmethod
     def class_names(self) -> tuple[str, ...]:
@@ -158,8 +179,9 @@ class TaskData(LightningDataModule, ABC):
         epoch = 0 if trainer is None else trainer.current_epoch
         self.check_augmentation(self.augmentation)
         train = self.splits.train
+        dataset = BatchDataset(train, self.augmentation, self.seed, self.transform)
         sampler = TrainingBatches(len(train), self.batch_size, self.seed, epoch, rank, world_size)
-        return ResumableLoader(BatchDataset(train, self.augmentation, self.seed), sampler, trainer, **self._options())
+        return ResumableLoader(dataset, sampler, trainer, **self._options())
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The validation split; an empty list, which Lightning takes for no validation, with a share of 0."""

@@ -1,73 +1,54 @@
 """The parts of an experiment file."""
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, ClassVar
 
 from coin.callbacks import Weights
 from coin.choices import chosen
 from coin.data import Augmentation, TaskData
+from coin.data.torchvision_transforms import TransformSpec, build_transforms
 from coin.errors import ConfigurationError
-from coin.modules import OptimizerKind, Schedule
+from coin.modules import Recipe
 from coin.reporting.wandb_logging import TAG_LENGTH
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind
 from coin.statistics.statistic import DataChoice
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """How a network is trained; the tuned values live in YAML.
+class TrainingConfig(Recipe):
+    """How a network is trained, and on what; the tuned values live in YAML.
+
+    The options of `coin.modules.Recipe` are those of ``coin fit`` as well.
 
     Args:
         epochs: Passes over the training split.
-        lr: The (peak) learning rate.
         batch_size: Samples a step and process.
-        optimizer: ``sgd`` or ``adamw``.
-        momentum: Of ``sgd``.
-        weight_decay: The factor of the L2 penalty or of the decay.
-        schedule: ``one_cycle``, ``cosine`` or ``constant``.
-        label_smoothing: The share of the target spread over all classes.
         augmentation: What happens to training images: ``none``, ``crop``, ``crop_flip`` or ``shift``.
-        compile_network: Whether to run the network through `torch.compile`.
+        transform: What happens to them after that, transforms of ``torchvision.transforms.v2`` by class path; none
+            leaves it to the task's own option. See `coin.data.TaskData`.
 
     Raises:
-        ConfigurationError: An option is not of its type or out of its range. Overrides bring plain values, which no
-            parser has seen.
+        ConfigurationError: An option is not of its type or out of its range.
     """
 
-    _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {
-        "optimizer": OptimizerKind,
-        "schedule": Schedule,
-        "augmentation": Augmentation,
-    }
+    _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {**Recipe._ENUMS, "augmentation": Augmentation}
 
     epochs: int = 3
-    lr: float = 0.01
     batch_size: int = 64
-    optimizer: OptimizerKind = OptimizerKind.sgd
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: Schedule = Schedule.one_cycle
-    label_smoothing: float = 0.0
     augmentation: Augmentation = Augmentation.none
-    compile_network: bool = False
+    transform: TransformSpec = None
 
     def __post_init__(self) -> None:
-        for name, kind in self._ENUMS.items():
-            object.__setattr__(self, name, chosen(kind, name, getattr(self, name)))
+        super().__post_init__()
         _check_integer("epochs", self.epochs, 1)
         _check_integer("batch_size", self.batch_size, 2)
-        if not (_is_number(self.lr) and self.lr > 0):
-            raise ConfigurationError(f"found lr={self.lr!r}, expected a positive number")
-        if not (_is_number(self.weight_decay) and self.weight_decay >= 0):
-            raise ConfigurationError(f"found weight_decay={self.weight_decay!r}, expected a number of at least 0")
-        for name in ("momentum", "label_smoothing"):
-            value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value < 1):
-                raise ConfigurationError(f"found {name}={value!r}, expected a number from 0 to below 1")
-        if not isinstance(self.compile_network, bool):
-            raise ConfigurationError(f"found compile_network={self.compile_network!r}, expected true or false")
+        build_transforms(self.transform)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The options of the `Recipe` alone."""
+        return {option.name: getattr(self, option.name) for option in fields(Recipe)}
 
 
 @dataclass(frozen=True)
@@ -102,7 +83,8 @@ class ExpertConfig(TrainingConfig):
     _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {**TrainingConfig._ENUMS, "weights": Weights}
 
     weights: Weights = Weights.last
-    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # Plain values: of dict[str, Any] jsonargparse would make objects where there is a class_path.
+    overrides: dict[str, dict] = field(default_factory=dict)  # type: ignore[type-arg]
     checkpoints: dict[str, str] = field(default_factory=dict)
 
     def of(self, task: str) -> "ExpertConfig":
@@ -181,7 +163,3 @@ class WandbConfig:
 def _check_integer(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigurationError(f"found {name}={value!r}, expected a whole number of at least {least}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -94,7 +94,9 @@ class Experiment:
             network.check_content(base.task.content)
         for task, data in tasks.items():
             network.check_content(data.content)
-            data.check_augmentation(expert.of(task).augmentation)
+            own = expert.of(task)
+            data.check_augmentation(own.augmentation)
+            data.check_transform(own.transform)
             for method in methods:
                 data.check_augmentation(Augmentation(method.augmentation))
         kinds = {which.kind for method in methods for which in method.statistics()}

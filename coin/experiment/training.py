@@ -54,7 +54,13 @@ def train_network(
     """
     checkpoints = folder / "checkpoints"
     last = from_first(lambda: _begin(checkpoints, key, output))
-    data = task_with(task, seed=seed, batch_size=config.batch_size, augmentation=config.augmentation)
+    data = task_with(
+        task,
+        seed=seed,
+        batch_size=config.batch_size,
+        augmentation=config.augmentation,
+        transform=config.transform or task.transform,
+    )
     module = Expert(
         network=network.name,
         image_size=network.image_size,
@@ -62,14 +68,8 @@ def train_network(
         options=network.options,
         num_classes=data.num_classes,
         initial=None if initial is None else str(initial),
-        optimizer=config.optimizer,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        schedule=config.schedule,
-        label_smoothing=config.label_smoothing,
         seed=seed,
-        compile_network=config.compile_network,
+        **config.recipe,
     )
     best: dict[str, Any] = (
         {"monitor": "val/accuracy", "mode": "max", "save_top_k": 1} if weights == Weights.best else {}

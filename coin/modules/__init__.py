@@ -3,7 +3,8 @@
 from coin.modules.coded import Coded
 from coin.modules.distillation import Distillation, ReadoutDistillation
 from coin.modules.evaluator import DecodingEvaluator
-from coin.modules.expert import Expert, OptimizerKind, Schedule
+from coin.modules.expert import Expert
+from coin.modules.recipe import OptimizerKind, Recipe, Schedule
 from coin.modules.statistic_pass import StatisticPass
 from coin.modules.variants import Outcome
 
@@ -15,6 +16,7 @@ __all__ = [
     "OptimizerKind",
     "Outcome",
     "ReadoutDistillation",
+    "Recipe",
     "Schedule",
     "StatisticPass",
 ]

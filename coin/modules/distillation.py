@@ -19,7 +19,7 @@ from coin.merging import Average, CodedModel, Experts, HeadFit, Method
 from coin.merging.calibrated import CalibratedExperts
 from coin.merging.method import check_label, check_row
 from coin.merging.start import starting_method
-from coin.modules.expert import Schedule
+from coin.modules.recipe import Schedule
 from coin.modules.shared import plain_options, plot_against_epochs, tasks_of
 from coin.networks import (
     BatchNormPolicy,

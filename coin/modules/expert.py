@@ -1,8 +1,8 @@
 """The LightningModule that fine-tunes one expert on one task (or pretrains a base)."""
 
-from enum import StrEnum
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,25 +13,17 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 from torchmetrics.classification import MulticlassAccuracy
 
-from coin.choices import chosen
 from coin.errors import ConfigurationError
+from coin.modules.fine_tuning import (
+    hold_batchnorm,
+    parameter_groups,
+    squared_distance,
+    trainable_names,
+    without_head,
+)
+from coin.modules.recipe import OptimizerKind, Recipe, Schedule
 from coin.modules.shared import plain_options, plot_against_epochs
 from coin.networks import NetworkConfig, initial_network
-
-
-class OptimizerKind(StrEnum):
-    """The optimiser: ``sgd`` (with momentum) or ``adamw``."""
-
-    sgd = "sgd"
-    adamw = "adamw"
-
-
-class Schedule(StrEnum):
-    """The learning rate over the run: ``constant``, ``cosine`` to zero, or ``one_cycle`` (up, then to zero)."""
-
-    constant = "constant"
-    cosine = "cosine"
-    one_cycle = "one_cycle"
 
 
 class Expert(LightningModule):
@@ -45,14 +37,8 @@ class Expert(LightningModule):
         num_classes: The number of classes; none asks the datamodule when training starts.
         initial: A base checkpoint to start from (the shared initialisation), or none for `weights`.
         initial_seed: Of what is random in the shared initialisation; equal for all experts of an experiment.
-        optimizer: ``sgd`` or ``adamw``.
-        lr: The (peak) learning rate.
-        momentum: Of ``sgd``.
-        weight_decay: The L2 penalty's (``sgd``) or the decay's (``adamw``) factor.
-        schedule: The learning rate's course, over all optimiser steps of the run.
-        label_smoothing: The share of the target spread over all classes, in [0, 1).
         seed: Of dropout and the like; the state of the global generator is a function of this and the epoch alone.
-        compile_network: Whether to run the network through `torch.compile`.
+        **recipe: How it is trained; see `coin.modules.recipe.Recipe`.
 
     Raises:
         ConfigurationError: An option is out of its range.
@@ -67,26 +53,17 @@ class Expert(LightningModule):
         num_classes: int | None = None,
         initial: str | None = None,
         initial_seed: int = 0,
-        optimizer: OptimizerKind = OptimizerKind.sgd,
-        lr: float = 0.01,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-        schedule: Schedule = Schedule.one_cycle,
-        label_smoothing: float = 0.0,
         seed: int = 0,
-        compile_network: bool = False,
+        **recipe: Any,
     ) -> None:
         super().__init__()
         options = options or {}
-        optimizer = chosen(OptimizerKind, "optimizer", optimizer)
-        schedule = chosen(Schedule, "schedule", schedule)
-        self.save_hyperparameters(plain_options(locals()))
-        _check("lr", lr, low=0.0, strict=True)
-        _check("momentum", momentum, low=0.0, high=1.0)
-        _check("weight_decay", weight_decay, low=0.0)
-        _check("label_smoothing", label_smoothing, low=0.0, high=1.0)
+        self.recipe = Recipe(**recipe)
+        own = {name: value for name, value in locals().items() if name != "recipe"}
+        self.save_hyperparameters(plain_options({**own, **asdict(self.recipe)}))
         self.config = NetworkConfig(network, image_size, weights, options)
         self.network: nn.Module | None = None
+        self._start: dict[str, Tensor] = {}
         if num_classes is not None:
             self._build(num_classes)
 
@@ -115,6 +92,27 @@ class Expert(LightningModule):
             )
         plot_against_epochs(self, [f"{stage}/{what}" for stage in ("train", "val") for what in ("loss", "accuracy")])
 
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training or evaluation; BatchNorm stays in evaluation where the recipe says so."""
+        super().train(mode)
+        if self.recipe.freeze_batchnorm:
+            hold_batchnorm(self)
+        return self
+
+    def on_train_start(self) -> None:
+        """Bring the shared initialisation to the parameters' device."""
+        self._start = {name: tensor.to(self.device) for name, tensor in self._start.items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the shared initialisation, where training is drawn towards it."""
+        if self._start:
+            checkpoint["l2_sp_start"] = dict(self._start)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the shared initialisation that the training began with, whatever `initial` holds by now."""
+        kept = checkpoint.get("l2_sp_start", {})
+        self._start = {name: kept.get(name, tensor) for name, tensor in self._start.items()}
+
     def on_train_epoch_start(self) -> None:
         """Make dropout a function of (seed, epoch), so that a run resumed at an epoch equals an undisturbed one."""
         torch.manual_seed(int(self.hparams["seed"]) * 100_003 + self.current_epoch * 1_009 + self.global_rank)
@@ -125,8 +123,12 @@ class Expert(LightningModule):
         return self.network(images)  # type: ignore[no-any-return]
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the batch's cross-entropy."""
-        return self._step(batch, "train")
+        """Return the batch's cross-entropy, which is logged, plus the penalty ½·l2_sp·‖θ − θ₀‖²."""
+        loss = self._step(batch, "train")
+        if not self._start:
+            return loss
+        assert self.network is not None
+        return loss + 0.5 * self.recipe.l2_sp * squared_distance(dict(self.network.named_parameters()), self._start)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Log loss and accuracy on the validation split."""
@@ -147,15 +149,19 @@ class Expert(LightningModule):
         Raises:
             ConfigurationError: The run has no known length, as with ``max_time`` alone, and the schedule asks for one.
         """
-        options = self.hparams
-        lr, decay = options["lr"], options["weight_decay"]
-        optimizer: Optimizer = AdamW(self.parameters(), lr, weight_decay=decay)
-        if options["optimizer"] == OptimizerKind.sgd:
-            optimizer = SGD(self.parameters(), lr, momentum=options["momentum"], weight_decay=decay)
+        recipe = self.recipe
+        assert self.network is not None
+        groups = parameter_groups(self.network, recipe.lr, recipe.head_lr)
+        optimizer: Optimizer
+        if recipe.optimizer == OptimizerKind.sgd:
+            optimizer = SGD(groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+        else:
+            optimizer = AdamW(groups, recipe.lr, weight_decay=recipe.weight_decay)
         scheduler: LRScheduler
-        if options["schedule"] == Schedule.one_cycle:
-            scheduler = OneCycleLR(optimizer, lr, total_steps=self._steps(), cycle_momentum=False)
-        elif options["schedule"] == Schedule.cosine:
+        if recipe.schedule == Schedule.one_cycle:
+            peaks = [group["lr"] for group in groups]
+            scheduler = OneCycleLR(optimizer, peaks, total_steps=self._steps(), cycle_momentum=False)
+        elif recipe.schedule == Schedule.cosine:
             scheduler = CosineAnnealingLR(optimizer, self._steps())
         else:
             scheduler = ConstantLR(optimizer, factor=1.0, total_iters=0)
@@ -166,7 +172,7 @@ class Expert(LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ConfigurationError(
-                f"found schedule='{self.hparams['schedule']}' for a run of no known length, expected its number of "
+                f"found schedule='{self.recipe.schedule}' for a run of no known length, expected its number of "
                 "steps; set trainer.max_epochs or trainer.max_steps, or schedule=constant"
             )
         return int(steps)
@@ -176,10 +182,18 @@ class Expert(LightningModule):
         network = initial_network(
             self.config, num_classes, None if initial is None else Path(initial), seed=self.hparams["initial_seed"]
         )
+        trained = trainable_names(network, self.recipe.trainable)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in trained)
+        parameter_groups(network, self.recipe.lr, self.recipe.head_lr)  # refuses a rate of a head that is not trained
+        if self.recipe.l2_sp:
+            state = network.state_dict()
+            self._start = {name: state[name].clone() for name in without_head(network, trained)}
         # Convolutions run fastest on channels-last tensors, on CPUs and GPUs alike; elsewhere it changes nothing.
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.hparams["compile_network"]:
+        if self.recipe.compile_network:
             self.network.compile()
+        self.train(self.training)
         self.accuracy = nn.ModuleDict(
             {f"{stage}_": MulticlassAccuracy(num_classes, average="micro") for stage in ("train", "val", "test")}
         )
@@ -187,7 +201,7 @@ class Expert(LightningModule):
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         images, labels = batch
         logits = self(images)
-        smoothing = self.hparams["label_smoothing"] if stage == "train" else 0.0
+        smoothing = self.recipe.label_smoothing if stage == "train" else 0.0
         loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
         accuracy = self.accuracy[f"{stage}_"]  # a ModuleDict refuses the key "train"
         assert isinstance(accuracy, MulticlassAccuracy)
@@ -196,10 +210,3 @@ class Expert(LightningModule):
         self.log(f"{stage}/loss", loss, sync_dist=stage != "train", **shared)
         self.log(f"{stage}/accuracy", accuracy, prog_bar=True, **shared)
         return loss
-
-
-def _check(name: str, value: float, *, low: float, high: float | None = None, strict: bool = False) -> None:
-    fits = (value > low if strict else value >= low) and (high is None or value < high)
-    if not fits:
-        bound = f"{'above' if strict else 'at least'} {low:g}" + ("" if high is None else f" and below {high:g}")
-        raise ConfigurationError(f"found {name}={value}, expected a number {bound}")

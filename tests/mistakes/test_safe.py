@@ -140,3 +140,13 @@ def test_a_variable_that_is_neither_on_nor_off_is_refused() -> None:
     assert wanted([], {"COIN_SAFE": ""}) == (False, [])
     with pytest.raises(ConfigurationError, match="COIN_SAFE=true, expected 0 or 1"):
         wanted([], {"COIN_SAFE": "true"})
+
+
+def test_transforms_are_not_on_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = "{class_path: torchvision.transforms.v2.RandomVerticalFlip}"
+    task = f"Glyphs, init_args: {{classes: A-C, transform: {spec}}}}}, more: {{class_path: Glyphs"
+    for options in (run("Glyphs", f"--expert.transform={spec}"), run(task)):
+        assert main([safe.SAFE, *options]) == 2
+        line = last_line(capsys)
+        assert "found transform {'class_path': 'torchvision.transforms.v2.RandomVerticalFlip'}, which cannot be" in line
+        assert "not allowed" in line

@@ -12,6 +12,7 @@ from coin.modules import Expert
 from coin.networks import load_network
 from coin.statistics import fisher_diagonal
 
+JITTER = {"class_path": "torchvision.transforms.v2.ColorJitter", "init_args": {"brightness": 0.5}}
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}}
 
 
@@ -175,7 +176,7 @@ def test_a_run_killed_and_resumed_equals_an_undisturbed_one(tmp_path, synthetic,
         saver = ModelCheckpoint(tmp_path / folder, save_last=True)
         trainer = make_trainer(max_epochs=3, enable_checkpointing=True, callbacks=[saver, *callbacks])
         expert = Expert(**network, lr=0.05, seed=seed)
-        task = synthetic(train=20, image_size=network["image_size"], augmentation="crop", seed=4)
+        task = synthetic(train=20, image_size=network["image_size"], augmentation="crop", seed=4, transform=JITTER)
         trainer.fit(expert, datamodule=task, ckpt_path=ckpt_path)
         return expert.network.state_dict()
 

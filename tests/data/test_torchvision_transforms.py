@@ -1,0 +1,119 @@
+"""torchvision's transforms by class path: what they do to training images, and that nothing else has a say in it."""
+
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from coin.data import Augmentation
+from coin.data.samples import BatchDataset
+from coin.data.sampling import Draw
+from coin.data.text import TextTask
+from coin.data.torchvision_transforms import build_transforms, transform_images
+from coin.errors import ConfigurationError
+
+CROP = {"class_path": "torchvision.transforms.v2.RandomResizedCrop", "init_args": {"size": 12}}
+FLIP = {"class_path": "torchvision.transforms.v2.RandomVerticalFlip", "init_args": {"p": 1.0}}
+NESTED = {
+    "class_path": "torchvision.transforms.v2.RandomApply",
+    "init_args": {"transforms": [FLIP], "p": 1.0},
+}
+
+
+def images(count: int = 6, channels: int = 3) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(3)
+    return torch.randint(0, 256, (count, channels, 16, 16), generator=draw, dtype=torch.uint8)
+
+
+def test_what_is_named_is_made():
+    crop, flip = build_transforms([CROP, FLIP])
+    assert isinstance(crop, v2.RandomResizedCrop)
+    assert crop.size == (12, 12)
+    assert isinstance(flip, v2.RandomVerticalFlip)
+    assert isinstance(build_transforms(NESTED)[0], v2.RandomApply)
+    assert build_transforms(None) == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"class_path": "torchvision.transforms.v2.RandomCrpo"}, "has no attribute 'RandomCrpo'"),
+        ({"class_path": "torchvision.transforms.v2.RandomCrop"}, "the following arguments are required: size"),
+        ({**CROP, "init_args": {"sise": 3}}, "Option 'sise' is not accepted"),
+        ({"class_path": "os.system"}, "os.system does not correspond to a subclass of Transform"),
+        ({"class_path": "torchvision.transforms.v2.RandomCrop", "init_args": {"size": [1, 2, 3]}}, "size"),
+        ([3], "Got value: 3"),
+    ],
+)
+def test_what_cannot_be_made_is_told_in_one_line(spec, reason, synthetic):
+    with pytest.raises(ConfigurationError, match=r"^found transform .*; name a class of torchvision") as caught:
+        synthetic(transform=spec)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_image_draws_for_itself_and_from_seed_epoch_and_position_alone(channels):
+    crop, given = build_transforms([CROP]), images(channels=channels)
+    positions = torch.tensor([7, 1, 4, 2, 9, 0])
+    whole = transform_images(given, crop, 5, 2, positions)
+    assert whole.shape == (6, channels, 12, 12)
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    parts = [transform_images(given[i : i + 2], crop, 5, 2, positions[i : i + 2]) for i in (4, 0, 2)]
+    assert torch.equal(torch.cat([parts[1], parts[2], parts[0]]), whole)
+    assert torch.equal(torch.get_rng_state(), before)
+    same = transform_images(given[:1].expand(6, -1, -1, -1), crop, 5, 2, positions)
+    assert len({image.numpy().tobytes() for image in same}) == 6
+    for seed, epoch in ((6, 2), (5, 3)):
+        assert not torch.equal(transform_images(given, crop, seed, epoch, positions), whole)
+
+
+def test_training_batches_alone_are_transformed_after_their_augmentation(synthetic):
+    train = synthetic().splits.train
+    draw = Draw(torch.tensor([3, 0, 5]), 1)
+    plain, _ = BatchDataset(train, Augmentation.crop, 4)[draw]
+    both, labels = BatchDataset(train, Augmentation.crop, 4, FLIP)[draw]
+    assert torch.equal(both, plain.flip(2))
+    assert torch.equal(labels, train.targets[draw.positions])
+    evaluated, _ = BatchDataset(train, Augmentation.crop, 4, FLIP)[Draw(draw.positions, None)]
+    assert torch.equal(evaluated, train.images(draw.positions))
+
+
+def test_a_task_transforms_what_it_trains_on_and_nothing_else(synthetic):
+    plain, flipped = synthetic(), synthetic(transform=[FLIP])
+    for loader in ("val_dataloader", "test_dataloader"):
+        ours, theirs = (next(iter(getattr(task, loader)()))[0] for task in (flipped, plain))
+        assert torch.equal(ours, theirs)
+    assert torch.equal(next(iter(flipped.calibration(8))), next(iter(plain.calibration(8))))
+    ours, theirs = (next(iter(task.train_dataloader()))[0] for task in (flipped, plain))
+    assert torch.equal(ours, theirs.flip(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ToDtype", {"dtype": torch.float32}, r"the transforms give torch.float32 \[3, 16, 16\], expected torch.uint8"),
+        ("RandomCrop", {"size": 99}, r"the transform RandomCrop fails on an image of shape \[3, 16, 16\]"),
+        ("ToPILImage", {}, "the transforms give Image, expected torch.uint8 images of one size"),
+        ("MixUp", {"num_classes": 3}, "the transform MixUp fails"),
+    ],
+)
+def test_what_leaves_no_images_is_refused(name, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        transform_images(images(), [getattr(v2, name)(**options)], 0, 0, torch.arange(6))
+
+
+def test_images_of_different_sizes_are_refused():
+    with pytest.raises(ConfigurationError, match=r"expected torch\.uint8 images of one size"):
+        transform_images(images(), [v2.RandomResize(8, 14)], 0, 0, torch.arange(6))
+
+
+def test_texts_have_none():
+    class Words(TextTask):
+        def class_names(self):
+            return ("a", "b")
+
+        def load(self):
+            raise NotImplementedError
+
+    with pytest.raises(ConfigurationError, match="found a transform for Words, whose samples are texts"):
+        Words(transform=FLIP)
