@@ -13,8 +13,8 @@ from coin.errors import ConfigurationError
 from coin.inputs import as_input
 from coin.networks.batchnorm import has_batchnorm
 from coin.state import State, check_finite
-from coin.statistics import FisherKind, fisher_sums, gram_sums, process_generator
-from coin.statistics.guard import evaluating
+from coin.statistics import TRANSPOSED, FisherKind, fisher_sums, gram_sums, process_generator
+from coin.statistics.guard import evaluating, trainable
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 HELD_OUT = 0.2
@@ -140,15 +140,19 @@ class Experts:
         """Return every expert's Fisher of a kind, or none for its Gram matrices, on its samples; count the passes."""
         if kind is FisherKind.empirical:
             raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
-        sums = []
+        sums, shared = [], set(self.parameters[0])
         for network, batches in zip(self.each_network(), samples, strict=True):
+            shared &= trainable(network).keys()  # what is frozen in one expert is averaged
             if kind is None:
                 sums.append(gram_sums(network, batches))
             else:
                 generator = process_generator(kind, seed=0, rank=0)
                 sums.append(fisher_sums(network, batches, kind=kind, generator=generator))
         self.passes += sum(each.passes for each in sums)
-        return [each.mean() for each in sums]
+        return [
+            {name: value for name, value in each.mean().items() if name.removesuffix(TRANSPOSED) in shared}
+            for each in sums
+        ]
 
     def samples(self, data: DataChoice) -> Sequence[Iterable[Tensor]]:
         """Return for every expert the batches that its statistics are of: its own task's, or all tasks'."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from coin.errors import ConfigurationError, DataError
 from coin.inputs import as_input
 from coin.statistics.cotangents import FisherKind, check_cotangents, make_cotangents
-from coin.statistics.guard import evaluating, trainable
+from coin.statistics.guard import differentiable, evaluating, trainable
 from coin.statistics.memory import Layout, check_memory, choose_cut
 from coin.statistics.sums import Sums, sum_type
 from coin.statistics.tape import Tape
@@ -32,6 +32,8 @@ class FisherOptions(TypedDict, total=False):
 
 def fisher_sums(network: nn.Module, batches: Iterable[Tensor], **options: Unpack[FisherOptions]) -> Sums:
     """Return the sum over samples of the per-sample Fisher diagonal, for the parameters that require gradients.
+
+    If none does, as in a network that was frozen after its training, it is of all of them.
 
     Args:
         network: Maps [B, …] to logits [B, C]; run in eval mode and left as found.
@@ -106,7 +108,7 @@ class FisherPass:
             DataError: The network's output is not [B, C], or labels do not fit.
             StateError: The network changes in place what a gradient needs.
         """
-        with evaluating(self.network):
+        with evaluating(self.network), differentiable(self._parameters.values()):
             inputs = as_input(batch, self.network)
             start = 0
             while start < len(inputs):

@@ -22,9 +22,11 @@ _BLOCK = 1 << 24
 def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callable[[int], None] | None = None) -> Sums:
     """Return, for every trainable weight of a linear map, the sum over samples of Σ_positions a aᵀ.
 
+    Trainable is what requires gradients; if nothing does, as in a network that was frozen, everything.
+
     a is the input that the map multiplies at a position, in the order of ``weight.flatten(1)`` (for a convolution: the
-    im2col patch of one group, zeros where it meets the padding), with a last entry 1 if the map has a bias: the
-    parameter that is called as the weight is, "bias" for "weight". Another's bias, as of a head that is tied to an
+    im2col patch of one group, zeros where it meets the padding), with a last entry 1 if the map has a trainable bias:
+    the parameter that is called as the weight is, "bias" for "weight". Another's bias, as of a head that is tied to an
     embedding, is not the map's own.
 
     Linear maps are calls of linear, of convolutions, of addmm, and of matmul by a matrix, and the projections of
@@ -42,22 +44,21 @@ def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callab
         Every other trainable parameter of two dimensions or more is in `Sums.uncovered`.
 
     Raises:
-        ConfigurationError: No parameter requires a gradient.
+        ConfigurationError: There are no parameters.
     """
     values: dict[str, Tensor] = {}
     count = 0
-    named = dict(network.named_parameters())
+    parameters = trainable(network)
 
     def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:
         name = names.get("weight")
         if name is None or not isinstance(call, LinearCall) or call.inputs.numel() == 0:
             return
-        bias = call.bias is not None and call.bias is named.get(name.removesuffix("weight") + "bias")
+        bias = call.bias is not None and call.bias is parameters.get(name.removesuffix("weight") + "bias")
         for a in patches_of(call):
             _add(values, name + TRANSPOSED if call.transposed else name, a, bias)
 
     with evaluating(network, gradients=False):
-        parameters = trainable(network)
         for batch in batches:
             inputs = as_input(batch, network)
             with Interceptor(parameters, visit):
