@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.errors import ConfigurationError
-from coin.inputs import as_input
+from coin.errors import ConfigurationError, DataError
+from coin.inputs import Batch, Forward, adapted, as_input, checked, joined, samples_of, shapes_in, size_of
 from coin.networks.batchnorm import has_batchnorm
 from coin.state import State, check_finite
 from coin.statistics import TRANSPOSED, FisherKind, fisher_sums, gram_sums, process_generator
@@ -34,7 +34,11 @@ class Experts:
         fishers: Every expert's Fisher diagonal; or several by their data, ``own`` and ``pooled``.
         grams: Every expert's Gram matrices, likewise.
         initial: The shared initialisation, for methods and policies that want it.
-        calibration: For every expert the batches ``[B, …]`` of its own task's unlabelled samples, read more than once.
+        calibration: For every expert the batches ``[B, …]`` of its own task's samples, read once; of pairs
+            (inputs, labels) the inputs.
+        forward: (network, batch) → logits ``[B, C]``, where networks are not called with one tensor: batches may then
+            be mappings of tensors too. Whatever a method makes is called with batches as well; what `merge_networks`
+            returns is not.
 
     Attributes:
         passes: Forward-equivalents spent so far on what was asked for: what a merge has cost.
@@ -43,6 +47,7 @@ class Experts:
 
     Raises:
         ConfigurationError: There are no experts, or the parts are of different numbers of experts.
+        DataError: There is no calibration batch, or one holds anything but tensors of as many samples.
     """
 
     def __init__(
@@ -52,13 +57,14 @@ class Experts:
         fishers: Given | None = None,
         grams: Given | None = None,
         initial: nn.Module | None = None,
-        calibration: Sequence[Iterable[Tensor]] | None = None,
+        calibration: Sequence[Iterable[Any]] | None = None,
+        forward: Forward | None = None,
     ) -> None:
         self.passes = self.seconds = 0.0
         self.train: Callable[[Any, Any, Sequence[float]], Any] | None = None
         if not networks:
             raise ConfigurationError("found no experts, expected at least one")
-        self.networks: Sequence[nn.Module] = list(networks)
+        self.networks: Sequence[nn.Module] = [adapted(network, forward) for network in networks]
         self._given = {StatisticKind.fisher: fishers, StatisticKind.gram: grams}
         for name, given in self._given.items():
             for each in given.values() if isinstance(given, Mapping) else [] if given is None else [given]:
@@ -66,17 +72,12 @@ class Experts:
         self._initial = initial
         self._computed: dict[Statistic, Sequence[State]] = {}
         self._outputs: dict[int, Tensor] = {}
-        self._calibration: Sequence[Iterable[Tensor]] | None = None
+        self._calibration: Sequence[Iterable[Batch]] | None = None
         if calibration is not None:
-            self._calibration = inputs = [list(batches) for batches in calibration]
-            self._check_count(len(inputs), "tasks' calibration inputs")
-            every = [batch for batches in inputs for batch in batches]
-            found = next((each for each in every if not isinstance(each, Tensor) or each.ndim == 0), None)
-            if found is not None or not every:
-                raise ConfigurationError(
-                    f"found calibration batches of type {type(found).__name__}, expected input tensors [B, …] without "
-                    "labels, at least one; give only the inputs"
-                )
+            self._check_count(len(calibration), "tasks' calibration inputs")
+            self._calibration = [[checked(batch, self.networks[0]) for batch in batches] for batches in calibration]
+            if not any(self._calibration):
+                raise DataError("found no calibration batches, expected at least one; give those of every task")
 
     @property
     def count(self) -> int:
@@ -136,7 +137,7 @@ class Experts:
             self._computed[which] = self.computed(which.kind, self.samples(which.data))
         return self._computed[which]
 
-    def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Tensor]]) -> list[State]:
+    def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Batch]]) -> list[State]:
         """Return every expert's Fisher of a kind, or none for its Gram matrices, on its samples; count the passes."""
         if kind is FisherKind.empirical:
             raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
@@ -154,7 +155,7 @@ class Experts:
             for each in sums
         ]
 
-    def samples(self, data: DataChoice) -> Sequence[Iterable[Tensor]]:
+    def samples(self, data: DataChoice) -> Sequence[Iterable[Batch]]:
         """Return for every expert the batches that its statistics are of: its own task's, or all tasks'."""
         if data is DataChoice.pooled:
             return [self.pooled] * self.count
@@ -170,7 +171,7 @@ class Experts:
         return self._calibration is not None
 
     @cached_property
-    def pooled(self) -> Iterable[Tensor]:
+    def pooled(self) -> Iterable[Batch]:
         """All tasks' calibration samples, evenly interleaved, in batches."""
         return self._batched(self._mixed)
 
@@ -180,12 +181,12 @@ class Experts:
         return torch.tensor([task for task, _ in self._mixed])
 
     @cached_property
-    def split(self) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
+    def split(self) -> tuple[Iterable[Batch], Iterable[Batch]]:
         """The pooled samples to fit on, and the last fifth of them, on which choices are made."""
         border = len(self._mixed) - held_out_count(len(self._mixed))
         return self._batched(self._mixed[:border]), self._batched(self._mixed[border:])
 
-    def fitted(self, data: DataChoice) -> Sequence[Iterable[Tensor]]:
+    def fitted(self, data: DataChoice) -> Sequence[Iterable[Batch]]:
         """Return what `samples` does, without the samples that are held out."""
         if data is DataChoice.pooled:
             return [self.split[0]] * self.count
@@ -197,7 +198,7 @@ class Experts:
         return Experts(self.networks, calibration=self.fitted(DataChoice.own))
 
     @cached_property
-    def _mixed(self) -> list[tuple[int, Tensor]]:
+    def _mixed(self) -> list[tuple[int, Batch]]:
         """The pooled samples ``[1, …]`` with their tasks, evenly mixed.
 
         Every stretch of them then holds the tasks in proportion: batches, whose statistics BatchNorm may take, and the
@@ -205,19 +206,19 @@ class Experts:
         """
         placed = []
         for task, batches in enumerate(self.samples(DataChoice.own)):
-            samples = [sample[None] for batch in batches for sample in batch]
+            samples = [sample for batch in batches for sample in samples_of(batch)]
             placed += [((place + 0.5) / len(samples), task, sample) for place, sample in enumerate(samples)]
         return [(task, sample) for _, task, sample in sorted(placed, key=itemgetter(0, 1))]
 
-    def _batched(self, mixed: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
+    def _batched(self, mixed: Sequence[tuple[int, Batch]]) -> list[Batch]:
         """Return samples in batches as large as the largest given, a new one wherever the shape changes."""
-        size = max(len(batch) for batches in self.samples(DataChoice.own) for batch in batches)
-        batches: list[list[Tensor]] = []
+        size = max(size_of(batch) for batches in self.samples(DataChoice.own) for batch in batches)
+        batches: list[list[Batch]] = []
         for _, sample in mixed:
-            if not batches or len(batches[-1]) == size or batches[-1][0].shape != sample.shape:
+            if not batches or len(batches[-1]) == size or shapes_in(batches[-1][0]) != shapes_in(sample):
                 batches.append([])
             batches[-1].append(sample)
-        return [torch.cat(batch) for batch in batches]
+        return [joined(batch) for batch in batches]
 
     def target(self, row: Sequence[float]) -> Tensor:
         """Return Σ_i β_i f_i on the pooled samples ``[P, C]``; raises StateError where an output is not finite."""
@@ -232,7 +233,7 @@ class Experts:
         """All experts' logits on the held-out samples, the end of the pooled ones, ``[N, H, C]``."""
         return self._run_all(1)
 
-    def run(self, network: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    def run(self, network: nn.Module, batches: Iterable[Batch]) -> Tensor:
         """Return a network's logits ``[P, C]`` in eval mode, and count the passes."""
         with evaluating(network, gradients=False):
             logits = torch.cat([network(as_input(batch, network)) for batch in batches])

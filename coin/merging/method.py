@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from coin.choices import chosen
 from coin.coding import Code
 from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateError
+from coin.inputs import Forward, plain, samples_of
 from coin.merging.experts import Experts, Given, parameters_of
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
 from coin.networks.files import fill_network
@@ -97,18 +98,20 @@ def merge_networks(
     fishers: Given | None = None,
     grams: Given | None = None,
     initial: nn.Module | None = None,
-    calibration: Sequence[Iterable[Tensor]] | None = None,
+    calibration: Sequence[Iterable[Any]] | None = None,
+    forward: Forward | None = None,
 ) -> list[nn.Module]:
     """Merge N experts into coded models: R new networks in eval mode, one a row of the code, R×N.
 
     `Experts` says what the other arguments are. To learn what was chosen, use ``method.make(coin.Experts(…), row)``.
+    The networks are of the experts' class and called as it says, whatever `forward`.
 
     Raises:
         ConfigurationError: Something the method or its BatchNorm policy wants is not there.
         StateError: The experts do not fit together, or the result is not finite.
     """
-    experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration)
-    return [method.make(experts, row).network for row in code.matrix.tolist()]
+    experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration, forward=forward)
+    return [plain(method.make(experts, row).network) for row in code.matrix.tolist()]
 
 
 class MergeMethod(Method):
@@ -193,7 +196,7 @@ class MergeMethod(Method):
             return [str(self.batchnorm)]
         if _alike(experts.buffers):
             return [SAME]
-        fitted = chain.from_iterable(experts.split[0]) if experts.is_calibrated else ()
+        fitted = chain.from_iterable(map(samples_of, experts.split[0])) if experts.is_calibrated else ()
         if len(list(islice(fitted, 2))) < 2:
             found = "two calibration samples" if experts.is_calibrated else "no calibration inputs"
             warnings.warn(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coin.errors import HeadError, StateError
+from coin.inputs import Batch
 from coin.state import State
 
 
@@ -94,7 +95,7 @@ def pad_logits(logits: Tensor, num_outputs: int) -> Tensor:
     return F.pad(logits, (0, num_outputs - logits.shape[-1]))
 
 
-def features_and_logits(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
     """Run a network once on inputs ``[B, ...]`` and return its penultimate features beside its logits ``[B, C]``.
 
     The features ``[B, F]`` are the head's input, averaged over positions where it has any. Whether the logits are the

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coin.inputs import as_input
+from coin.inputs import Forward, adapted, as_input, size_of
 from coin.statistics.guard import evaluating, trainable
 from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call
@@ -19,7 +20,13 @@ _BLOCK = 1 << 24
 """Floats of unfolded patches formed at a time."""
 
 
-def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callable[[int], None] | None = None) -> Sums:
+def gram_sums(
+    network: nn.Module,
+    batches: Iterable[Any],
+    *,
+    progress: Callable[[int], None] | None = None,
+    forward: Forward | None = None,
+) -> Sums:
     """Return, for every trainable weight of a linear map, the sum over samples of Σ_positions a aᵀ.
 
     Trainable is what requires gradients; if nothing does, as in a network that was frozen, everything.
@@ -34,8 +41,10 @@ def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callab
 
     Args:
         network: Maps [B, …] to any output; run in eval mode and left as found.
-        batches: Input batches [B, …].
+        batches: Input batches [B, …], or pairs of inputs and labels, whose labels are not looked at.
         progress: Called with the number of samples after every batch.
+        forward: (network, batch) → output, for a network that is not called with one tensor; batches may then be
+            mappings of tensors too.
 
     Returns:
         Sums of weight name → [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias. A weight
@@ -45,9 +54,11 @@ def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callab
 
     Raises:
         ConfigurationError: There are no parameters.
+        DataError: A batch holds anything but tensors of as many samples.
     """
     values: dict[str, Tensor] = {}
     count = 0
+    network = adapted(network, forward)
     parameters = trainable(network)
 
     def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:
@@ -63,9 +74,9 @@ def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callab
             inputs = as_input(batch, network)
             with Interceptor(parameters, visit):
                 network(inputs)
-            count += len(inputs)
+            count += size_of(inputs)
             if progress is not None:
-                progress(len(inputs))
+                progress(size_of(inputs))
     matrices = [name for name, parameter in parameters.items() if parameter.ndim >= 2]
     uncovered = tuple(name for name in matrices if values.keys().isdisjoint((name, name + TRANSPOSED)))
     return Sums(values, count, float(count), uncovered)

@@ -59,6 +59,19 @@ def full_products() -> Iterator[None]:
 
 
 @contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Run a block with the network in eval mode, and restore every module's mode one by one."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
 def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     """Run a block with the network in eval mode, at full precision, with gradients possible.
 
@@ -67,15 +80,13 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     wrote to gets its old values back. Attention runs on its plain kernels: the fused ones can neither batch their
     backward pass nor differentiate forwards.
     """
-    modes = {module: module.training for module in network.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     fast = torch.backends.mha.get_fastpath_enabled()
     device = next((p.device.type for p in network.parameters()), "cpu")
     try:
-        for module in modes:
-            module.training = False
         torch.backends.mha.set_fastpath_enabled(False)
         with (
+            eval_mode(network),
             torch.inference_mode(False),
             torch.set_grad_enabled(gradients),
             torch.autocast(device, enabled=False),
@@ -85,8 +96,6 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
-            module.training = mode
         with torch.no_grad():
             for buffer, old in buffers:
                 if not torch.equal(buffer, old):
