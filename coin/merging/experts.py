@@ -1,17 +1,20 @@
 """What a merge is made of: the experts, their statistics and their calibration data, each computed when asked for."""
 
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
+from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from coin.errors import ConfigurationError, DataError
+from coin.errors import ConfigurationError, DataError, HeadError
 from coin.inputs import Batch, Forward, adapted, as_input, checked, joined, samples_of, shapes_in, size_of
 from coin.networks.batchnorm import has_batchnorm
+from coin.networks.heads import head_name, of_one_width, pad_logits, padded_rows, widened
 from coin.state import State, check_finite
 from coin.statistics import TRANSPOSED, FisherKind, fisher_sums, gram_sums, process_generator
 from coin.statistics.guard import evaluating, trainable
@@ -25,9 +28,11 @@ Given = Sequence[State] | Mapping[str, Sequence[State]]
 
 
 class Experts:
-    """N experts in memory, of one architecture with equally many outputs.
+    """N experts in memory, of one architecture.
 
-    Statistics that are not given are computed from the calibration data when a method asks for them.
+    Where class counts differ, heads are padded with zeros to the largest (`coin.networks.of_one_width`), and so are
+    statistics that are given and the shared initialisation; the coded models then have as many outputs. Statistics that
+    are not given are computed from the calibration data when a method asks for them.
 
     Args:
         networks: The experts.
@@ -48,6 +53,7 @@ class Experts:
     Raises:
         ConfigurationError: There are no experts, or the parts are of different numbers of experts.
         DataError: There is no calibration batch, or one holds anything but tensors of as many samples.
+        HeadError: Class counts differ, and the heads cannot be padded.
     """
 
     def __init__(
@@ -64,7 +70,9 @@ class Experts:
         self.train: Callable[[Any, Any, Sequence[float]], Any] | None = None
         if not networks:
             raise ConfigurationError("found no experts, expected at least one")
-        self.networks: Sequence[nn.Module] = [adapted(network, forward) for network in networks]
+        own = [adapted(network, forward) for network in networks]
+        self.networks: Sequence[nn.Module] = of_one_width(own)
+        self._padded = any(network is not before for network, before in zip(self.networks, own, strict=True))
         self._given = {StatisticKind.fisher: fishers, StatisticKind.gram: grams}
         for name, given in self._given.items():
             for each in given.values() if isinstance(given, Mapping) else [] if given is None else [given]:
@@ -78,6 +86,10 @@ class Experts:
             self._calibration = [[checked(batch, self.networks[0]) for batch in batches] for batches in calibration]
             if not any(self._calibration):
                 raise DataError("found no calibration batches, expected at least one; give those of every task")
+            sample = next(samples_of(next(chain.from_iterable(self._calibration))))
+            for network, before in zip(self.networks, own, strict=True):
+                if network is not before:
+                    _check_padding(network, before, sample)
 
     @property
     def count(self) -> int:
@@ -93,6 +105,11 @@ class Experts:
     def buffers(self) -> Sequence[State]:
         """Every expert's buffers."""
         return [dict(network.named_buffers()) for network in self.networks]
+
+    @property
+    def _width(self) -> int:
+        """The number of outputs after padding."""
+        return len(self.networks[0].get_submodule(head_name(self.networks[0])).get_parameter("weight"))
 
     @property
     def has_batchnorm(self) -> bool:
@@ -114,7 +131,8 @@ class Experts:
                 "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs; give it as "
                 "initial, or choose another"
             )
-        return parameters_of(self._initial), dict(self._initial.named_buffers())
+        initial = widened(self._initial, self._width) if self._padded else self._initial
+        return parameters_of(initial), dict(initial.named_buffers())
 
     def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
         """Return on which data a statistic can be had, of what a method's option allows."""
@@ -132,7 +150,11 @@ class Experts:
         """Return one statistic of every expert; ConfigurationError if it is not given, nor calibration data for it."""
         given = self._given[which.name]
         if given is not None:
-            return given[which.data] if isinstance(given, Mapping) else given
+            states = given[which.data] if isinstance(given, Mapping) else given
+            head = head_name(self.networks[0]) if self._padded else ""
+            return (
+                [padded_statistic(each, head, self._width, which.kind) for each in states] if self._padded else states
+            )
         if which not in self._computed:
             self._computed[which] = self.computed(which.kind, self.samples(which.data))
         return self._computed[which]
@@ -258,6 +280,41 @@ class Experts:
 
 def _weighted(outputs: Tensor, row: Sequence[float]) -> Tensor:
     return torch.tensordot(outputs.new_tensor(row), outputs, dims=1)  # type: ignore[no-any-return]
+
+
+def padded_statistic(state: State, head: str, width: int, kind: FisherKind | None) -> State:
+    """Return an expert's statistic with its head padded like the expert's, whose added logits are zero.
+
+    The exact Fisher of a linear head is the same for every output, since each logit is its own row times the features:
+    the padded rows get it too. The other kinds weigh the outputs by probabilities, which an output that is no class of
+    the task does not have: their padded rows are zero. Gram matrices are of inputs, and stay as they are.
+
+    Args:
+        state: The statistic, whose other tensors are not read.
+        head: The head's dotted name.
+        width: The number of outputs after padding.
+        kind: Which Fisher it is; none for Gram matrices.
+    """
+    if kind is None:
+        return state
+    own = state.keys() & {f"{head}.weight".lstrip("."), f"{head}.bias".lstrip(".")}
+    fill = {name: state[name].mean(0) for name in own} if kind in (FisherKind.exact, FisherKind.monte_carlo) else None
+    rows = padded_rows(state, head, width, fill=fill)
+    # A ChainMap that is never written to takes any mapping.
+    return ChainMap(rows, cast(Any, state)) if rows else state
+
+
+def _check_padding(padded: nn.Module, own: nn.Module, sample: Batch) -> None:
+    """Raise HeadError where a padded network's answer is not the network's own with zeros behind it."""
+    with evaluating(own, gradients=False), evaluating(padded, gradients=False):
+        found, expected = (network(as_input(sample, network)) for network in (padded, own))
+    spare = found.shape[1] - expected.shape[1]
+    if spare < 1 or not torch.allclose(found, pad_logits(expected, found.shape[1]), rtol=1e-2, atol=1e-4):
+        raise HeadError(
+            f"the logits of {type(own).__name__} are not those of its head '{head_name(own)}', which is padded since "
+            "class counts differ; name the layer that gives them in an attribute 'head_name', or give experts of one "
+            "class count"
+        )
 
 
 def parameters_of(network: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,15 @@ from coin.networks.files import (
     save_network,
     widen_network,
 )
-from coin.networks.heads import check_head, features_and_logits, head_name, pad_logits, padded_rows
+from coin.networks.heads import (
+    check_head,
+    features_and_logits,
+    head_name,
+    of_one_width,
+    pad_logits,
+    padded_rows,
+    widened,
+)
 from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.stages import Run, common_widths, full_precision, run_network
 
@@ -34,6 +42,7 @@ __all__ = [
     "head_name",
     "initial_network",
     "load_network",
+    "of_one_width",
     "open_network",
     "pad_logits",
     "padded_rows",
@@ -42,4 +51,5 @@ __all__ = [
     "run_network",
     "save_network",
     "widen_network",
+    "widened",
 ]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from coin.errors import FileError, StateError, first_line
-from coin.networks.heads import head_name, padded_rows
+from coin.networks.heads import head_name, widened
 from coin.networks.registry import NetworkConfig, build_network
 from coin.state import State, check_finite, save_state
 from coin.state_file import StateFile
@@ -217,9 +217,4 @@ def brought_network(
 
 def widen_network(file: NetworkFile, num_outputs: int) -> nn.Module:
     """Return a file's network with its head padded by zeros to `num_outputs` logits (the same one if it fits)."""
-    if file.num_classes == num_outputs:
-        return file.network
-    network = build_network(file.config, num_outputs)
-    state = file.network.state_dict()
-    fill_network(network, {**state, **padded_rows(state, head_name(network), num_outputs)}, "the padded network")
-    return network.eval()
+    return widened(file.network, num_outputs)
