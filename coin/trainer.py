@@ -25,7 +25,7 @@ from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_logging import logger_mode
 from coin.state import fingerprint
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Sums, check_shares
-from coin.statistics.files import save_statistic
+from coin.statistics.files import write_statistic
 from coin.statistics.statistic import StatisticKind
 
 _EXPECTED = (
@@ -208,7 +208,7 @@ class Trainer(pl.Trainer):
         )
         if self.is_global_zero:
             folder = Path(self.default_root_dir) if ckpt_path is None else Path(ckpt_path).parent
-            save_statistic(
+            write_statistic(
                 Path(output) if output is not None else folder / f"expert.{statistic}.safetensors",
                 sums,
                 statistic=str(statistic),

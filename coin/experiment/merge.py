@@ -23,7 +23,7 @@ from coin.networks import check_layout, open_network, save_network
 from coin.processes import is_first
 from coin.state import State
 from coin.statistics import FisherKind
-from coin.statistics.files import StatisticFile, load_statistic
+from coin.statistics.files import StatisticFile, open_statistic
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
@@ -135,7 +135,7 @@ class StoredExperts(CalibratedExperts):
                     "name the file"
                 )
             marks = self.files.marks
-            found = [load_statistic(paths[task], statistic=which.name, weights=mark) for task, mark in marks.items()]
+            found = [open_statistic(paths[task], statistic=which.name, weights=mark) for task, mark in marks.items()]
             self.seconds += sum(file.seconds for file in found)
             self.passes += sum(file.passes for file in found)
             head, width = self.files.head, self.files.width
