@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         merge_networks,
     )
     from coin.metrics import DecodingAccuracy, Residual
-    from coin.modules import Coded, Distillation, ReadoutDistillation
+    from coin.modules import Coded, Distillation, ReadoutDistillation, distill
     from coin.networks import BatchNormPolicy, recalibrate
     from coin.statistics import FisherKind, fisher_diagonal, gram_sums, load_statistic, save_statistic
 
@@ -52,6 +52,7 @@ _HOMES = {
     "Residual": "coin.metrics",
     "TaskArithmetic": "coin.merging",
     "Ties": "coin.merging",
+    "distill": "coin.modules",
     "fisher_diagonal": "coin.statistics",
     "gram_sums": "coin.statistics",
     "load_statistic": "coin.statistics",
@@ -83,6 +84,7 @@ __all__ = [
     "Residual",
     "TaskArithmetic",
     "Ties",
+    "distill",
     "fisher_diagonal",
     "gram_sums",
     "load_statistic",

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -42,6 +43,12 @@ def plain(network: Network) -> Network:
     """Take back, in place, what `adapted` has changed; return the network."""
     network.__dict__.pop("_call_impl", None)
     return network
+
+
+def twin(network: Network) -> Network:
+    """Return a copy of a network's modules that shares all its tensors: it can be in another mode."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
+    return copy.deepcopy(network, shared)
 
 
 def as_input(batch: Any, network: nn.Module) -> Batch:

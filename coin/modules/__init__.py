@@ -1,7 +1,7 @@
 """LightningModules: experts, coded models, the distillation baseline, and the passes that measure them."""
 
 from coin.modules.coded import Coded
-from coin.modules.distillation import Distillation, ReadoutDistillation
+from coin.modules.distillation import Distillation, ReadoutDistillation, distill
 from coin.modules.evaluator import DecodingEvaluator
 from coin.modules.expert import Expert, OptimizerKind, Schedule
 from coin.modules.statistic_pass import StatisticPass
@@ -17,4 +17,5 @@ __all__ = [
     "ReadoutDistillation",
     "Schedule",
     "StatisticPass",
+    "distill",
 ]

@@ -1,15 +1,13 @@
 """The classifier head of any network: found by name, checked, replaced, padded, and read together with its input."""
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coin.errors import HeadError, StateError
-from coin.inputs import Batch, Network
+from coin.inputs import Batch, Network, twin
 from coin.state import State
 
 
@@ -109,8 +107,7 @@ def widened(network: Network, num_outputs: int) -> Network:
     rows = padded_rows(own, "", num_outputs)
     if not rows:
         return network
-    shared = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
-    padded: Network = deepcopy(network, shared)
+    padded = twin(network)
     head = padded.get_submodule(name)
     for key, tensor in rows.items():
         setattr(head, key, nn.Parameter(tensor, requires_grad=own[key].requires_grad))
