@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         merge_networks,
     )
     from coin.metrics import DecodingAccuracy, Residual
-    from coin.modules import Coded, Distillation, ReadoutDistillation, distill
+    from coin.modules import Coded, Distillation, ReadoutDistillation, distill, evaluate
     from coin.networks import BatchNormPolicy, recalibrate
     from coin.statistics import FisherKind, fisher_diagonal, gram_sums, load_statistic, save_statistic
 
@@ -53,6 +53,7 @@ _HOMES = {
     "TaskArithmetic": "coin.merging",
     "Ties": "coin.merging",
     "distill": "coin.modules",
+    "evaluate": "coin.modules",
     "fisher_diagonal": "coin.statistics",
     "gram_sums": "coin.statistics",
     "load_statistic": "coin.statistics",
@@ -85,6 +86,7 @@ __all__ = [
     "TaskArithmetic",
     "Ties",
     "distill",
+    "evaluate",
     "fisher_diagonal",
     "gram_sums",
     "load_statistic",

@@ -87,7 +87,7 @@ def checked(batch: Any, network: nn.Module) -> Batch:
     elif not _is_batch(batch):
         advice = "give the inputs alone" if reads_any else "or give forward=lambda network, batch: … to read others"
         expected = "a tensor [B, …], or tensors by name," if reads_any else "input tensors [B, …]"
-        raise DataError(f"found a calibration batch of type {type(batch).__name__}, expected {expected}; {advice}")
+        raise DataError(f"found a batch of type {type(batch).__name__}, expected {expected}; {advice}")
     sound: Batch = batch
     return sound
 

@@ -2,6 +2,7 @@
 
 from coin.modules.coded import Coded
 from coin.modules.distillation import Distillation, ReadoutDistillation, distill
+from coin.modules.evaluation import evaluate
 from coin.modules.evaluator import DecodingEvaluator
 from coin.modules.expert import Expert, OptimizerKind, Schedule
 from coin.modules.statistic_pass import StatisticPass
@@ -18,4 +19,5 @@ __all__ = [
     "Schedule",
     "StatisticPass",
     "distill",
+    "evaluate",
 ]

@@ -167,10 +167,10 @@ def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tens
     head = network.get_submodule(head_name(network))
     captured: list[Tensor] = []
 
-    def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        captured.append(arguments[0])
+    def keep(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        captured.append(next(iter((*arguments, *named.values()))))
 
-    with head.register_forward_pre_hook(keep):
+    with head.register_forward_pre_hook(keep, with_kwargs=True):
         logits = network(inputs)
     if len(captured) != 1:
         raise HeadError(f"the head of {type(network).__name__} ran {len(captured)} times in one pass, expected once")

@@ -192,9 +192,9 @@ def test_a_network_that_is_one_layer_is_called_once_with_its_hooks():
         ({"a": torch.zeros(2, 3), "b": torch.zeros(3)}, r"found a batch of \{'a': 2, 'b': 3\} rows, expected as many"),
         (
             (torch.zeros(2, 3), torch.zeros(2)),
-            "found a calibration batch of type tuple, expected a tensor .*, or ten",
+            "found a batch of type tuple, expected a tensor .*, or ten",
         ),
-        ("text", "found a calibration batch of type str, expected a tensor"),
+        ("text", "found a batch of type str, expected a tensor"),
     ],
 )
 def test_batches_of_anything_else_are_told(batch, message):

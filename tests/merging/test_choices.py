@@ -322,7 +322,7 @@ def test_samples_of_unlike_shapes_merge_and_what_is_no_input_is_told():
     for given, expected in zip(Experts(networks, calibration=labelled).pooled, experts.pooled, strict=True):
         assert torch.equal(given, expected)
     for wrong in ((ragged[0][0],) * 3, {"x": ragged[0][0]}, torch.tensor(3), ("a", "b")):
-        with pytest.raises(DataError, match=r"found a calibration batch of type .*, expected input tensors \[B, …\]"):
+        with pytest.raises(DataError, match=r"found a batch of type .*, expected input tensors \[B, …\]"):
             Experts(networks, calibration=[[wrong], [wrong]])
     with pytest.raises(DataError, match="found no calibration batches, expected at least one"):
         Experts(networks, calibration=[[], []])
