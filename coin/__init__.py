@@ -12,11 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coin.coding import Answers, Code, DecoderConfig, DecoderKind, make_decoder
-    from coin.merging import Average, Coin, Experts, Refit, RegMean, merge_networks
+    from coin.merging import (
+        Average,
+        Coin,
+        Experts,
+        FullFisher,
+        GaussNewton,
+        HeadFit,
+        Refit,
+        RegMean,
+        TaskArithmetic,
+        Ties,
+        merge_networks,
+    )
     from coin.metrics import DecodingAccuracy, Residual
-    from coin.modules import Coded
+    from coin.modules import Coded, Distillation, ReadoutDistillation, distill, evaluate
     from coin.networks import BatchNormPolicy, recalibrate
-    from coin.statistics import FisherKind, fisher_diagonal, gram_sums
+    from coin.statistics import FisherKind, fisher_diagonal, gram_sums, load_statistic, save_statistic
 
 _HOMES = {
     "Answers": "coin.coding",
@@ -28,16 +40,27 @@ _HOMES = {
     "DecoderConfig": "coin.coding",
     "DecoderKind": "coin.coding",
     "DecodingAccuracy": "coin.metrics",
+    "Distillation": "coin.modules",
     "Experts": "coin.merging",
     "FisherKind": "coin.statistics",
+    "FullFisher": "coin.merging",
+    "GaussNewton": "coin.merging",
+    "HeadFit": "coin.merging",
+    "ReadoutDistillation": "coin.modules",
     "Refit": "coin.merging",
     "RegMean": "coin.merging",
     "Residual": "coin.metrics",
+    "TaskArithmetic": "coin.merging",
+    "Ties": "coin.merging",
+    "distill": "coin.modules",
+    "evaluate": "coin.modules",
     "fisher_diagonal": "coin.statistics",
     "gram_sums": "coin.statistics",
+    "load_statistic": "coin.statistics",
     "make_decoder": "coin.coding",
     "merge_networks": "coin.merging",
     "recalibrate": "coin.networks",
+    "save_statistic": "coin.statistics",
 }
 
 __all__ = [
@@ -50,16 +73,27 @@ __all__ = [
     "DecoderConfig",
     "DecoderKind",
     "DecodingAccuracy",
+    "Distillation",
     "Experts",
     "FisherKind",
+    "FullFisher",
+    "GaussNewton",
+    "HeadFit",
+    "ReadoutDistillation",
     "Refit",
     "RegMean",
     "Residual",
+    "TaskArithmetic",
+    "Ties",
+    "distill",
+    "evaluate",
     "fisher_diagonal",
     "gram_sums",
+    "load_statistic",
     "make_decoder",
     "merge_networks",
     "recalibrate",
+    "save_statistic",
 ]
 
 

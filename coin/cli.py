@@ -23,6 +23,7 @@ from coin.checkpoints import checkpoint_options
 from coin.commands import COMMANDS, Call
 from coin.commands.command import console
 from coin.errors import CoinError, CoinWarning, ConfigurationError
+from coin.modules.shared import quieten
 from coin.parsing import CoinParser
 from coin.progress import shown
 from coin.reporting import (
@@ -33,7 +34,7 @@ from coin.reporting import (
 )
 from coin.reporting.wandb_logging import logger_mode
 from coin.shortages import shortage_behind
-from coin.trainer import Trainer, quieten
+from coin.trainer import Trainer
 
 _DESCRIPTION = "Erasure-coded neural networks: one coded model, built in closed form, stands in for a lost expert."
 _EPILOG = f"{safe.SAFE}, before or after the command: import no class that is not on coin's allow-list (coin.safe)."

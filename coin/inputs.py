@@ -1,18 +1,149 @@
-"""A batch as a network wants it."""
+"""Batches of anything made of tensors, as a network wants them, and networks that read them in the user's own way."""
 
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
 from torch import Tensor, nn
+
+from coin.errors import DataError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """With which images are normalised, of the channels of images in [0, 1]."""
 
+Batch = Tensor | Mapping[str, Tensor]
+"""Tensors whose first axis is the samples: one ``[B, …]``, or several by name, such as tokens with their mask."""
 
-def as_input(batch: Tensor, network: nn.Module) -> Tensor:
-    """Return a batch as an ordinary tensor on the network's device, in its floating-point type.
+Forward = Callable[[Any, Any], Tensor]
+"""(network, batch) → logits ``[B, C]``: how a network is called that does not take one tensor and return another."""
 
-    Integer inputs (tokens) keep their type. Inference tensors, which autograd refuses, are copied.
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def adapted(network: Network, forward: Forward | None) -> Network:
+    """Return a network that is called with a batch, and calls the user's function with itself and the batch.
+
+    It is a copy that shares everything with the network, its parameters, buffers and submodules, which keep their
+    names; the network itself is untouched. Within `forward` it is one more copy that is called as the class says.
+    Copied deeply, or with other parameters by `torch.func.functional_call`, it stays what it is.
     """
-    reference = next(network.parameters(), None)
-    if reference is not None:
-        batch = batch.to(reference.device, reference.dtype if batch.is_floating_point() else batch.dtype)
-    return batch.clone() if batch.is_inference() else batch.detach()
+    if forward is None:
+        return network
+
+    def call(self: nn.Module, batch: Any) -> Tensor:
+        return forward(plain(copy.copy(self)), batch)
+
+    shared = copy.copy(network)
+    # In place of __call__, not of forward: hooks on the network then see the inner call, and that alone.
+    shared.__dict__["_call_impl"] = MethodType(call, shared)
+    return shared
+
+
+def plain(network: Network) -> Network:
+    """Take back, in place, what `adapted` has changed; return the network."""
+    network.__dict__.pop("_call_impl", None)
+    return network
+
+
+def twin(network: Network) -> Network:
+    """Return a copy of a network's modules that shares all its tensors: it can be in another mode."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
+    return copy.deepcopy(network, shared)
+
+
+def as_input(batch: Any, network: nn.Module) -> Batch:
+    """Return a batch, after `checked`, as ordinary tensors on the network's device, of its floating-point type.
+
+    Integers (tokens) keep their type. Inference tensors, which autograd refuses, are copied.
+    """
+    like = next(network.parameters(), None)
+
+    def ready(tensor: Tensor) -> Tensor:
+        if like is not None:
+            tensor = tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+        return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+    return map_tensors(ready, checked(batch, network))
+
+
+def checked(batch: Any, network: nn.Module) -> Batch:
+    """Return a batch that a network can read as it is, or the inputs of a pair (inputs, labels).
+
+    Raises:
+        DataError: It is neither a tensor nor, for a network that was `adapted`, a mapping of tensors, all of as many
+            samples.
+    """
+    reads_any = "_call_impl" in network.__dict__
+    if isinstance(batch, tuple | list) and len(batch) == 2 and not reads_any:
+        batch = batch[0]
+    if isinstance(batch, Mapping) and reads_any:
+        wrong = next((name for name, entry in batch.items() if not _is_batch(entry)), None)
+        if wrong is not None or not batch:
+            found = f"'{wrong}' of type {type(batch[wrong]).__name__}" if batch else "nothing"
+            raise DataError(f"found {found} in a batch, expected tensors [B, …] alone; leave out what is none")
+        sizes = {name: len(tensor) for name, tensor in batch.items()}
+        if len(set(sizes.values())) > 1:
+            raise DataError(f"found a batch of {sizes} rows, expected as many of each; the first axis is the samples")
+    elif not _is_batch(batch):
+        advice = "give the inputs alone" if reads_any else "or give forward=lambda network, batch: … to read others"
+        expected = "a tensor [B, …], or tensors by name," if reads_any else "input tensors [B, …]"
+        raise DataError(f"found a batch of type {type(batch).__name__}, expected {expected}; {advice}")
+    sound: Batch = batch
+    return sound
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+    """Return a batch of what a function makes of every tensor."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    return {name: function(tensor) for name, tensor in batch.items()}
+
+
+def tensors_in(batch: Batch) -> list[Tensor]:
+    """Return a batch's tensors."""
+    return [batch] if isinstance(batch, Tensor) else list(batch.values())
+
+
+def size_of(batch: Batch) -> int:
+    """Return the number of samples in a batch."""
+    return len(tensors_in(batch)[0])
+
+
+def shapes_in(batch: Batch) -> tuple[object, ...]:
+    """Return what the samples of batches that are joined have in common: the names and shapes of their tensors."""
+    names = [""] if isinstance(batch, Tensor) else list(batch)
+    return tuple((name, *tensor.shape[1:]) for name, tensor in zip(names, tensors_in(batch), strict=True))
+
+
+def take(batch: Batch, samples: slice | Tensor) -> Batch:
+    """Return some of a batch's samples: a slice, or places, int64."""
+    return map_tensors(lambda each: each[samples if isinstance(samples, slice) else samples.to(each.device)], batch)
+
+
+def samples_of(batch: Batch) -> Iterator[Batch]:
+    """Yield a batch's samples as batches of one."""
+    for place in range(size_of(batch)):
+        yield take(batch, slice(place, place + 1))
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return several batches as one.
+
+    Raises:
+        DataError: Their samples differ in shape.
+    """
+    first = batches[0]
+    if unlike := next((other for other in batches if shapes_in(other) != shapes_in(first)), None):
+        found = " and ".join(" ".join(str(list(t.shape[1:])) for t in tensors_in(batch)) for batch in (first, unlike))
+        raise DataError(f"found calibration samples of shapes {found} to run together, expected one shape; pad them")
+    if isinstance(first, Tensor):
+        return torch.cat([tensor for batch in batches for tensor in tensors_in(batch)])
+    return {name: torch.cat([batch[name] for batch in batches if not isinstance(batch, Tensor)]) for name in first}

@@ -1,7 +1,5 @@
 """The Trainer: Lightning's, with the commands that need a model, data and devices."""
 
-import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,35 +23,13 @@ from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_logging import logger_mode
 from coin.state import fingerprint
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Sums, check_shares
-from coin.statistics.files import save_statistic
+from coin.statistics.files import write_statistic
 from coin.statistics.statistic import StatisticKind
-
-_EXPECTED = (
-    r".*does not have many workers.*",  # data live in memory: workers would only copy them
-    r".*Checkpoint directory .* exists and is not empty.*",
-    r".*module\(s\) in eval mode at the start of training.*",  # distillation freezes BatchNorm on purpose
-    r".*is smaller than the logging interval.*",
-    r".*Experiment logs directory .* exists and is not empty.*",
-    r".*treespec.*is deprecated.*",  # Lightning's own
-    r"predict returned None.*",  # a pass that sums needs no predictions
-    r".*`tensorboardX` has been removed.*",
-    r".*your dataloader is not resumable.*",  # it is: coin.data.resumable
-    r"It is recommended to use `self.log\('train/.*",  # the first process's share of an epoch tells how it goes
-)
-"""What Lightning warns of and an experiment means."""
 
 _MIXED = {"bf16-true": "bf16-mixed", "16-true": "16-mixed"}
 """Precisions with weights of 16 bits, and what is meant by them."""
 
 _MATMUL_PRECISIONS = ("highest", "high", "medium")
-
-
-def quieten() -> None:
-    """Silence Lightning's notices on standard error, and the warnings of what ``coin`` does on purpose."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in _EXPECTED:
-        warnings.filterwarnings("ignore", message=message)
 
 
 class Trainer(pl.Trainer):
@@ -208,7 +184,7 @@ class Trainer(pl.Trainer):
         )
         if self.is_global_zero:
             folder = Path(self.default_root_dir) if ckpt_path is None else Path(ckpt_path).parent
-            save_statistic(
+            write_statistic(
                 Path(output) if output is not None else folder / f"expert.{statistic}.safetensors",
                 sums,
                 statistic=str(statistic),

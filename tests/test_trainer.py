@@ -18,7 +18,7 @@ from coin.recording import result_rows
 from coin.reporting import read_examples
 from coin.state import fingerprint
 from coin.statistics import fisher_diagonal
-from coin.statistics.files import load_statistic
+from coin.statistics.files import open_statistic
 
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}}
 SCRIPT = Path(__file__).parent / "measure_in_processes.py"
@@ -39,7 +39,7 @@ def test_fisher_writes_the_diagonal_of_a_configured_expert(tmp_path, synthetic, 
     expert = Expert(**SMALL, num_classes=3, initial_seed=4)
     make_trainer().fisher(expert, synthetic(seed=3), samples=11)
     mark = fingerprint(build_network(expert.config, 3, seed=4).state_dict())
-    statistic = load_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher", weights=mark)
+    statistic = open_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher", weights=mark)
     assert_same(statistic.values, fisher_of(expert.network, synthetic(seed=3).calibration(11)))
     assert (statistic.samples, statistic.passes) == (11, 11 * 7)
     made = statistic.provenance
@@ -50,7 +50,7 @@ def test_fisher_over_several_tasks_is_pooled(tmp_path, synthetic, make_trainer):
     tasks = Tasks({"a": synthetic(key=1), "b": synthetic(key=2)}, samples_per_task=5, seed=6)
     expert = Expert(**SMALL, num_classes=3)
     make_trainer().fisher(expert, tasks, samples=9, output=str(tmp_path / "pooled.safetensors"))
-    statistic = load_statistic(tmp_path / "pooled.safetensors", statistic="fisher")
+    statistic = open_statistic(tmp_path / "pooled.safetensors", statistic="fisher")
     wanted = fisher_of(expert.network, Tasks(tasks.tasks, samples_per_task=9, seed=6).calibration())
     assert_same(statistic.values, wanted)
     assert statistic.samples == 18
@@ -73,7 +73,7 @@ def test_fisher_reads_both_kinds_of_checkpoint_and_writes_beside_them(
     wanted = fisher_of(network, calibration, kind=kind, labels=calibration.labels if kind == "empirical" else None)
     for checkpoint in (path, tmp_path / "checkpoint" / "last.ckpt"):
         make_trainer().fisher(Expert(**SMALL, num_classes=3), synthetic(), str(checkpoint), samples=10, kind=kind)
-        statistic = load_statistic(
+        statistic = open_statistic(
             checkpoint.parent / "expert.fisher.safetensors",
             statistic="fisher",
             weights=fingerprint(network.state_dict()),

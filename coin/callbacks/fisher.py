@@ -20,7 +20,7 @@ from coin.statistics import (
     shard,
 )
 from coin.statistics.cotangents import check_cotangents
-from coin.statistics.files import save_statistic
+from coin.statistics.files import write_statistic
 from coin.statistics.memory import check_memory
 
 
@@ -97,7 +97,7 @@ class FisherEstimator(Callback):
         )
         sums = reduce_sums(sums)
         if trainer.is_global_zero:
-            save_statistic(
+            write_statistic(
                 self.path or Path(trainer.default_root_dir) / "expert.fisher.safetensors",
                 sums,
                 statistic="fisher",

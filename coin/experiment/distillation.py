@@ -1,39 +1,28 @@
-"""Training a coded model: like an expert, its learning rate and steps chosen on held-out calibration samples."""
+"""Distillation within an experiment: on its tasks' calibration samples, by its Trainer and with its loggers."""
 
-import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import Logger
-from torch import Tensor
 
 from coin.data.tasks import Tasks
-from coin.errors import CoinWarning, ConfigurationError, NumericalError
 from coin.experiment.merge import StoredExperts
 from coin.experiment.trainers import make_trainer
-from coin.merging import CodedModel
-from coin.modules import Distillation, Schedule
-from coin.state import not_finite
-
-_POINTS = 10
-"""How often a run with a constant learning rate looks at the held-out samples: the numbers of steps to choose from."""
-
-_TRIALS = 12
-"""The most trials of one search."""
+from coin.modules import Distillation
+from coin.modules.training import Training as AnyTraining
 
 
 @dataclass
-class Training:
+class Training(AnyTraining):
     """Trains the coded models of methods that are trained.
 
     Args:
         tasks: The tasks with P calibration samples each.
         folder: For logs.
-        seed: Of the order of the samples.
+        seed: Of the order of the samples, for methods that do not say their own.
         options: The experiment's ``trainer`` section.
         loggers: Where the final run's losses go.
     """
@@ -44,136 +33,24 @@ class Training:
     options: dict[str, Any] = field(default_factory=dict)
     loggers: Sequence[Logger] = ()
 
-    def __call__(self, method: Distillation, experts: StoredExperts, row: Sequence[float]) -> CodedModel:
-        """Train the coded model of one row of the code, and count what all runs take.
+    def num_samples(self, method: Distillation, experts: StoredExperts) -> int:
+        """Return the number of pooled calibration samples."""
+        return self._samples(method) * len(self.tasks.tasks)
 
-        With its learning rate left open, the pair of learning rate and number of steps with the smallest loss on
-        held-out samples is chosen: under a one-cycle schedule by `search_grid`, whose answer is at no edge; with a
-        constant rate among the given ones and some ten points of their runs. The final run is on all samples.
+    def prepared(self, method: Distillation, experts: StoredExperts, options: dict[str, Any]) -> Distillation:
+        """Return the module of one run, with the files of its experts."""
+        own = {"experts": list(map(str, experts.files.paths.values())), "samples_per_task": self._samples(method)}
+        return type(method)(**dict(method.hparams) | own | options)  # loggers get these options
 
-        Raises:
-            NumericalError: All runs diverge.
-        """
-        starts: dict[float, dict[str, Tensor]] = {}
-        lr, steps = method.hparams["lr"], int(method.hparams["steps"])
-        samples = method.samples_per_task or self.tasks.samples_per_task
-        chosen: dict[str, Any] = {}
-
-        def run(lr: float, steps: int, held_out: float, every: int = 0) -> Distillation:
-            paths = [str(path) for path in experts.files.paths.values()]
-            own = {"experts": paths, "code_row": list(row), "lr": lr, "steps": steps, "samples_per_task": samples}
-            module = type(method)(**dict(method.hparams) | own)  # loggers get these options
-            module.begun = starts.get(held_out)
-            self._fit(module, steps, samples, held_out, every or steps)
-            assert module.begun is not None
-            starts[held_out] = module.begun
-            experts.passes += module.passes
-            return module
-
-        if lr is None:
-            share = method.hparams["held_out"]
-            self._check_held_out(samples * len(self.tasks.tasks), share)
-            rates = method.hparams["learning_rates"]
-            if method.hparams["schedule"] == Schedule.one_cycle:
-
-                def loss(rate: float, count: int) -> float:
-                    losses = run(rate, count, share).losses
-                    return losses[-1] if losses and math.isfinite(losses[-1]) else math.inf
-
-                (lr, steps), tried, inside = search_grid(loss, rates, steps)
-                if not inside:
-                    warnings.warn(
-                        f"method '{method.label}' chose lr={lr:.3g} and {steps} steps after {_TRIALS} trials, at the "
-                        "edge of what it tried; begin nearer with learning_rates and steps",
-                        CoinWarning,
-                        stacklevel=2,
-                    )
-            else:
-                every = max(1, steps // _POINTS)
-                curves = {rate: run(rate, steps, share, every).losses for rate in rates}
-                tried = {
-                    (rate, (point + 1) * every): loss
-                    for rate, losses in curves.items()
-                    for point, loss in enumerate(losses)
-                    if math.isfinite(loss)
-                }
-            if not any(map(math.isfinite, tried.values())):
-                raise NumericalError(f"{method.label} diverged with every learning rate of {rates}; give smaller ones")
-            lr, steps = min(tried, key=lambda pair: tried[pair])
-            if method.hparams["schedule"] != Schedule.one_cycle:
-                inside = rates[0] < lr < rates[-1]
-            chosen = {
-                "at_edge": not inside,
-                "lr": lr,
-                "steps": steps,
-                "held_out_loss": {f"{rate:.3g} × {count}": loss for (rate, count), loss in tried.items()},
-            }
-        module = run(lr, steps, 0.0)
-        if not_finite(dict(module.named_parameters())) is not None:
-            raise NumericalError(f"{method.label} diverged with lr={lr}; give a smaller one")
-        assert module.student is not None
-        return CodedModel(module.student, chosen | module.chosen)
-
-    def _fit(self, module: Distillation, steps: int, samples: int, held_out: float, every: int) -> None:
-        data = Tasks(self.tasks.tasks, samples, module.hparams["batch_size"], held_out, self.seed)
-        trainer = make_trainer(
-            self.folder,
-            self.options,
-            max_steps=steps,
-            max_epochs=-1,
-            logger=False if held_out else list(self.loggers) or False,
-            log_every_n_steps=max(1, steps // _POINTS),
-            num_sanity_val_steps=0,
-            val_check_interval=every if held_out else None,
-            check_val_every_n_epoch=None if held_out else 1,
-            limit_val_batches=1.0 if held_out else 0,
-        )
-        seed_everything(self.seed, workers=True, verbose=False)
+    def fit(self, module: Distillation, held_out: float, options: dict[str, Any]) -> None:
+        """Run the experiment's Trainer."""
+        seed = self.seed if module.hparams["seed"] is None else module.hparams["seed"]
+        batch_size = module.hparams["batch_size"]
+        data = Tasks(self.tasks.tasks, module.hparams["samples_per_task"], batch_size, held_out, seed)
+        loggers = False if held_out else list(self.loggers) or False
+        trainer = make_trainer(self.folder, self.options, logger=loggers, **options)
+        seed_everything(seed, workers=True, verbose=False)
         trainer.fit(module, datamodule=data)
 
-    def _check_held_out(self, samples: int, share: float) -> None:
-        held_out = max(1, round(share * samples))
-        if samples - held_out < 2:
-            raise ConfigurationError(
-                f"found {samples} pooled calibration samples for distillation, {held_out} of them held out to choose "
-                "its learning rate on, expected at least 2 others to train on; raise samples_per_task or give it an lr"
-            )
-
-
-def search_grid(
-    loss: Callable[[float, int], float], rates: Sequence[float], steps: int
-) -> tuple[tuple[float, int], dict[tuple[float, int], float], bool]:
-    """Walk a grid of learning rates and numbers of steps downhill, until all four neighbours are worse.
-
-    The grid goes on beyond the given rates in their own ratio (√10 for a single one), and from `steps` in powers of
-    two; so the answer is at no edge, unless the trials run out.
-
-    Args:
-        loss: The held-out loss of a pair; infinite where a run diverges.
-        rates: Rising; the walk begins in their middle.
-        steps: Where it begins.
-
-    Returns:
-        The best pair, the losses of all that were tried, and whether the best one's neighbours are all among them.
-    """
-    ratio = (rates[-1] / rates[0]) ** (1 / (len(rates) - 1)) if len(rates) > 1 else math.sqrt(10)
-    tried: dict[tuple[int, int], float] = {}
-
-    def pair(place: tuple[int, int]) -> tuple[float, int]:
-        index, power = place
-        rate = rates[index] if 0 <= index < len(rates) else rates[0] * ratio**index
-        return rate, max(1, round(steps * 2.0**power))
-
-    def neighbours(place: tuple[int, int]) -> list[tuple[int, int]]:
-        index, power = place
-        around = [(index - 1, power), (index + 1, power), (index, power - 1), (index, power + 1)]
-        return [each for each in around if pair(each) != pair(place)]
-
-    best = (len(rates) // 2, 0)
-    tried[best] = loss(*pair(best))
-    while missing := [each for each in neighbours(best) if each not in tried]:
-        if len(tried) == _TRIALS:
-            break
-        tried[missing[0]] = loss(*pair(missing[0]))
-        best = min(tried, key=lambda each: tried[each])
-    return pair(best), {pair(place): value for place, value in tried.items()}, not missing
+    def _samples(self, method: Distillation) -> int:
+        return method.samples_per_task or self.tasks.samples_per_task

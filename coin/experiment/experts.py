@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coin.atomic import sha256_of
 from coin.errors import ConfigurationError
@@ -122,14 +122,9 @@ class ExpertFiles:
         """The experts' buffers, read when they are asked for."""
         return [file.state.select(self.layout.buffers) for file in self.opened.values()]
 
-    def padded(self, state: State, fill: Mapping[str, Tensor] | None = None) -> State:
-        """Return a state with its head padded to `width` logits, all its other tensors yet to be read.
-
-        Args:
-            state: A network's tensors, or a statistic of the same names.
-            fill: The value of a padded row by tensor name; zero where there is none.
-        """
-        rows = padded_rows(state, self.layout.head, self.width, fill=fill)
+    def padded(self, state: State) -> State:
+        """Return a network's tensors with its head padded to `width` logits, all its other tensors yet to be read."""
+        rows = padded_rows(state, self.layout.head, self.width)
         # A ChainMap that is never written to takes any mapping.
         return ChainMap(rows, cast(Any, state)) if rows else state
 

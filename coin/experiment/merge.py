@@ -18,10 +18,12 @@ from coin.experiment.experts import ExpertFiles
 from coin.experiment.records import described
 from coin.merging import CodedModel, Method
 from coin.merging.calibrated import CalibratedExperts
+from coin.merging.experts import padded_statistic
 from coin.networks import check_layout, open_network, save_network
 from coin.processes import is_first
 from coin.state import State
-from coin.statistics.files import StatisticFile, load_statistic
+from coin.statistics import FisherKind
+from coin.statistics.files import StatisticFile, open_statistic
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
@@ -133,28 +135,16 @@ class StoredExperts(CalibratedExperts):
                     "name the file"
                 )
             marks = self.files.marks
-            found = [load_statistic(paths[task], statistic=which.name, weights=mark) for task, mark in marks.items()]
+            found = [open_statistic(paths[task], statistic=which.name, weights=mark) for task, mark in marks.items()]
             self.seconds += sum(file.seconds for file in found)
             self.passes += sum(file.passes for file in found)
-            self._computed[which] = [self._padded(file, which) for file in found]
+            head, width = self.files.head, self.files.width
+            self._computed[which] = [padded_statistic(file.values, head, width, _kind_of(file)) for file in found]
         return self._computed[which]
 
-    def _padded(self, file: StatisticFile, which: Statistic) -> State:
-        """Pad a Fisher's head like the expert's, whose added logits are zero.
 
-        The exact Fisher of a linear head is the same for every output, since each logit is its own row times the
-        features: the padded rows get it too. The other kinds weigh the outputs by probabilities, which an output that
-        is no class of the task does not have: their padded rows are zero.
-        """
-        if which.name is not StatisticKind.fisher:
-            return file.values
-        fill = None
-        if file.provenance["kind"] in ("exact", "monte_carlo"):
-            names = [
-                name for name in (f"{self.files.head}.{part}" for part in ("weight", "bias")) if name in file.values
-            ]
-            fill = {name: file.values[name].mean(0) for name in names}
-        return self.files.padded(file.values, fill)
+def _kind_of(file: StatisticFile) -> FisherKind | None:
+    return FisherKind(file.provenance["kind"]) if file.provenance["statistic"] == StatisticKind.fisher else None
 
 
 def make_coded_models(

@@ -9,7 +9,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from coin.errors import ConfigurationError, first_line
-from coin.trainer import Trainer, quieten
+from coin.modules.shared import quieten
+from coin.trainer import Trainer
 
 _DECIDED = {
     "callbacks": "use coin fit for callbacks of your own",

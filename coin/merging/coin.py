@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coin.choices import chosen
 from coin.merging.experts import Experts
-from coin.merging.method import MergeMethod, check_fishers, checked, data_of, weighted_mean
+from coin.merging.method import MergeMethod, check_fishers, checked, covered_by, data_of, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.state import State
 from coin.statistics import FisherKind
@@ -81,23 +81,28 @@ def coin_parameters(
 
     θ = (Σ_i β_i F_i + λ)⁻¹ (Σ_i β_i F_i θ_i + λ Σ_i β_i θ_i), entry by entry, with F_i the diagonal of the Fisher of
     the outputs and λ = damping × the mean of Σ_i β_i F_i over all entries of all parameters. Damping therefore pulls
-    towards the β-average, never towards zero. Where every F_i is exactly zero the β-average stands.
+    towards the β-average, never towards zero. Where every F_i is exactly zero the β-average stands, and so it does in
+    parameters that an expert's Fisher does not have, as those that were frozen.
 
     It is computed as the β-average plus (Σβ_iF_i + λ)⁻¹ Σβ_iF_i(θ_i − Σβ_kθ_k), in float64: experts that agree in an
     entry leave it alone, however small their Fisher.
     """
-    entries = sum(tensor.numel() for tensor in fishers[0].values())
+    known = covered_by(fishers)
+    entries = sum(fishers[0][key].numel() for key in known)
     mass = sum(
-        weight * float(tensor.sum(dtype=torch.float64))
+        weight * float(fisher[key].sum(dtype=torch.float64))
         for fisher, weight in zip(fishers, weights, strict=True)
-        for tensor in fisher.values()
+        for key in known
     )
     absolute = damping * mass / max(entries, 1)
 
     merged: dict[str, Tensor] = {}
-    for key in fishers[0]:
-        total = weighted_mean(fishers, weights, key)
+    for key in experts[0]:
         average = weighted_mean(experts, weights, key)
+        if key not in known:
+            merged[key] = average.to(experts[0][key].dtype)
+            continue
+        total = weighted_mean(fishers, weights, key)
         pull = torch.zeros_like(average)
         for expert, fisher, weight in zip(experts, fishers, weights, strict=True):
             step = expert[key].double() - average

@@ -1,20 +1,23 @@
 """What a merge is made of: the experts, their statistics and their calibration data, each computed when asked for."""
 
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
+from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from coin.errors import ConfigurationError
-from coin.inputs import as_input
+from coin.errors import ConfigurationError, DataError, HeadError
+from coin.inputs import Batch, Forward, adapted, as_input, checked, joined, samples_of, shapes_in, size_of
 from coin.networks.batchnorm import has_batchnorm
+from coin.networks.heads import head_name, of_one_width, pad_logits, padded_rows, widened
 from coin.state import State, check_finite
-from coin.statistics import FisherKind, fisher_sums, gram_sums, process_generator
-from coin.statistics.guard import evaluating
+from coin.statistics import TRANSPOSED, FisherKind, fisher_sums, gram_sums, process_generator
+from coin.statistics.guard import evaluating, trainable
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 HELD_OUT = 0.2
@@ -25,16 +28,22 @@ Given = Sequence[State] | Mapping[str, Sequence[State]]
 
 
 class Experts:
-    """N experts in memory, of one architecture with equally many outputs.
+    """N experts in memory, of one architecture.
 
-    Statistics that are not given are computed from the calibration data when a method asks for them.
+    Where class counts differ, heads are padded with zeros to the largest (`coin.networks.of_one_width`), and so are
+    statistics that are given and the shared initialisation; the coded models then have as many outputs. Statistics that
+    are not given are computed from the calibration data when a method asks for them.
 
     Args:
         networks: The experts.
         fishers: Every expert's Fisher diagonal; or several by their data, ``own`` and ``pooled``.
         grams: Every expert's Gram matrices, likewise.
         initial: The shared initialisation, for methods and policies that want it.
-        calibration: For every expert the batches ``[B, …]`` of its own task's unlabelled samples, read more than once.
+        calibration: For every expert the batches ``[B, …]`` of its own task's samples, read once; of pairs
+            (inputs, labels) the inputs.
+        forward: (network, batch) → logits ``[B, C]``, where networks are not called with one tensor: batches may then
+            be mappings of tensors too. Whatever a method makes is called with batches as well; what `merge_networks`
+            returns is not.
 
     Attributes:
         passes: Forward-equivalents spent so far on what was asked for: what a merge has cost.
@@ -43,6 +52,8 @@ class Experts:
 
     Raises:
         ConfigurationError: There are no experts, or the parts are of different numbers of experts.
+        DataError: There is no calibration batch, or one holds anything but tensors of as many samples.
+        HeadError: Class counts differ, and the heads cannot be padded.
     """
 
     def __init__(
@@ -52,13 +63,16 @@ class Experts:
         fishers: Given | None = None,
         grams: Given | None = None,
         initial: nn.Module | None = None,
-        calibration: Sequence[Iterable[Tensor]] | None = None,
+        calibration: Sequence[Iterable[Any]] | None = None,
+        forward: Forward | None = None,
     ) -> None:
         self.passes = self.seconds = 0.0
         self.train: Callable[[Any, Any, Sequence[float]], Any] | None = None
         if not networks:
             raise ConfigurationError("found no experts, expected at least one")
-        self.networks: Sequence[nn.Module] = list(networks)
+        own = [adapted(network, forward) for network in networks]
+        self.networks: Sequence[nn.Module] = of_one_width(own)
+        self._padded = any(network is not before for network, before in zip(self.networks, own, strict=True))
         self._given = {StatisticKind.fisher: fishers, StatisticKind.gram: grams}
         for name, given in self._given.items():
             for each in given.values() if isinstance(given, Mapping) else [] if given is None else [given]:
@@ -66,17 +80,16 @@ class Experts:
         self._initial = initial
         self._computed: dict[Statistic, Sequence[State]] = {}
         self._outputs: dict[int, Tensor] = {}
-        self._calibration: Sequence[Iterable[Tensor]] | None = None
+        self._calibration: Sequence[Iterable[Batch]] | None = None
         if calibration is not None:
-            self._calibration = inputs = [list(batches) for batches in calibration]
-            self._check_count(len(inputs), "tasks' calibration inputs")
-            every = [batch for batches in inputs for batch in batches]
-            found = next((each for each in every if not isinstance(each, Tensor) or each.ndim == 0), None)
-            if found is not None or not every:
-                raise ConfigurationError(
-                    f"found calibration batches of type {type(found).__name__}, expected input tensors [B, …] without "
-                    "labels, at least one; give only the inputs"
-                )
+            self._check_count(len(calibration), "tasks' calibration inputs")
+            self._calibration = [[checked(batch, self.networks[0]) for batch in batches] for batches in calibration]
+            if not any(self._calibration):
+                raise DataError("found no calibration batches, expected at least one; give those of every task")
+            sample = next(samples_of(next(chain.from_iterable(self._calibration))))
+            for network, before in zip(self.networks, own, strict=True):
+                if network is not before:
+                    _check_padding(network, before, sample)
 
     @property
     def count(self) -> int:
@@ -92,6 +105,11 @@ class Experts:
     def buffers(self) -> Sequence[State]:
         """Every expert's buffers."""
         return [dict(network.named_buffers()) for network in self.networks]
+
+    @property
+    def _width(self) -> int:
+        """The number of outputs after padding."""
+        return len(self.networks[0].get_submodule(head_name(self.networks[0])).get_parameter("weight"))
 
     @property
     def has_batchnorm(self) -> bool:
@@ -113,7 +131,8 @@ class Experts:
                 "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs; give it as "
                 "initial, or choose another"
             )
-        return parameters_of(self._initial), dict(self._initial.named_buffers())
+        initial = widened(self._initial, self._width) if self._padded else self._initial
+        return parameters_of(initial), dict(initial.named_buffers())
 
     def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
         """Return on which data a statistic can be had, of what a method's option allows."""
@@ -131,26 +150,34 @@ class Experts:
         """Return one statistic of every expert; ConfigurationError if it is not given, nor calibration data for it."""
         given = self._given[which.name]
         if given is not None:
-            return given[which.data] if isinstance(given, Mapping) else given
+            states = given[which.data] if isinstance(given, Mapping) else given
+            head = head_name(self.networks[0]) if self._padded else ""
+            return (
+                [padded_statistic(each, head, self._width, which.kind) for each in states] if self._padded else states
+            )
         if which not in self._computed:
             self._computed[which] = self.computed(which.kind, self.samples(which.data))
         return self._computed[which]
 
-    def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Tensor]]) -> list[State]:
+    def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Batch]]) -> list[State]:
         """Return every expert's Fisher of a kind, or none for its Gram matrices, on its samples; count the passes."""
         if kind is FisherKind.empirical:
             raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
-        sums = []
+        sums, shared = [], set(self.parameters[0])
         for network, batches in zip(self.each_network(), samples, strict=True):
+            shared &= trainable(network).keys()  # what is frozen in one expert is averaged
             if kind is None:
                 sums.append(gram_sums(network, batches))
             else:
                 generator = process_generator(kind, seed=0, rank=0)
                 sums.append(fisher_sums(network, batches, kind=kind, generator=generator))
         self.passes += sum(each.passes for each in sums)
-        return [each.mean() for each in sums]
+        return [
+            {name: value for name, value in each.mean().items() if name.removesuffix(TRANSPOSED) in shared}
+            for each in sums
+        ]
 
-    def samples(self, data: DataChoice) -> Sequence[Iterable[Tensor]]:
+    def samples(self, data: DataChoice) -> Sequence[Iterable[Batch]]:
         """Return for every expert the batches that its statistics are of: its own task's, or all tasks'."""
         if data is DataChoice.pooled:
             return [self.pooled] * self.count
@@ -166,7 +193,7 @@ class Experts:
         return self._calibration is not None
 
     @cached_property
-    def pooled(self) -> Iterable[Tensor]:
+    def pooled(self) -> Iterable[Batch]:
         """All tasks' calibration samples, evenly interleaved, in batches."""
         return self._batched(self._mixed)
 
@@ -176,12 +203,12 @@ class Experts:
         return torch.tensor([task for task, _ in self._mixed])
 
     @cached_property
-    def split(self) -> tuple[Iterable[Tensor], Iterable[Tensor]]:
+    def split(self) -> tuple[Iterable[Batch], Iterable[Batch]]:
         """The pooled samples to fit on, and the last fifth of them, on which choices are made."""
         border = len(self._mixed) - held_out_count(len(self._mixed))
         return self._batched(self._mixed[:border]), self._batched(self._mixed[border:])
 
-    def fitted(self, data: DataChoice) -> Sequence[Iterable[Tensor]]:
+    def fitted(self, data: DataChoice) -> Sequence[Iterable[Batch]]:
         """Return what `samples` does, without the samples that are held out."""
         if data is DataChoice.pooled:
             return [self.split[0]] * self.count
@@ -193,7 +220,7 @@ class Experts:
         return Experts(self.networks, calibration=self.fitted(DataChoice.own))
 
     @cached_property
-    def _mixed(self) -> list[tuple[int, Tensor]]:
+    def _mixed(self) -> list[tuple[int, Batch]]:
         """The pooled samples ``[1, …]`` with their tasks, evenly mixed.
 
         Every stretch of them then holds the tasks in proportion: batches, whose statistics BatchNorm may take, and the
@@ -201,19 +228,19 @@ class Experts:
         """
         placed = []
         for task, batches in enumerate(self.samples(DataChoice.own)):
-            samples = [sample[None] for batch in batches for sample in batch]
+            samples = [sample for batch in batches for sample in samples_of(batch)]
             placed += [((place + 0.5) / len(samples), task, sample) for place, sample in enumerate(samples)]
         return [(task, sample) for _, task, sample in sorted(placed, key=itemgetter(0, 1))]
 
-    def _batched(self, mixed: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
+    def _batched(self, mixed: Sequence[tuple[int, Batch]]) -> list[Batch]:
         """Return samples in batches as large as the largest given, a new one wherever the shape changes."""
-        size = max(len(batch) for batches in self.samples(DataChoice.own) for batch in batches)
-        batches: list[list[Tensor]] = []
+        size = max(size_of(batch) for batches in self.samples(DataChoice.own) for batch in batches)
+        batches: list[list[Batch]] = []
         for _, sample in mixed:
-            if not batches or len(batches[-1]) == size or batches[-1][0].shape != sample.shape:
+            if not batches or len(batches[-1]) == size or shapes_in(batches[-1][0]) != shapes_in(sample):
                 batches.append([])
             batches[-1].append(sample)
-        return [torch.cat(batch) for batch in batches]
+        return [joined(batch) for batch in batches]
 
     def target(self, row: Sequence[float]) -> Tensor:
         """Return Σ_i β_i f_i on the pooled samples ``[P, C]``; raises StateError where an output is not finite."""
@@ -228,7 +255,7 @@ class Experts:
         """All experts' logits on the held-out samples, the end of the pooled ones, ``[N, H, C]``."""
         return self._run_all(1)
 
-    def run(self, network: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    def run(self, network: nn.Module, batches: Iterable[Batch]) -> Tensor:
         """Return a network's logits ``[P, C]`` in eval mode, and count the passes."""
         with evaluating(network, gradients=False):
             logits = torch.cat([network(as_input(batch, network)) for batch in batches])
@@ -253,6 +280,41 @@ class Experts:
 
 def _weighted(outputs: Tensor, row: Sequence[float]) -> Tensor:
     return torch.tensordot(outputs.new_tensor(row), outputs, dims=1)  # type: ignore[no-any-return]
+
+
+def padded_statistic(state: State, head: str, width: int, kind: FisherKind | None) -> State:
+    """Return an expert's statistic with its head padded like the expert's, whose added logits are zero.
+
+    The exact Fisher of a linear head is the same for every output, since each logit is its own row times the features:
+    the padded rows get it too. The other kinds weigh the outputs by probabilities, which an output that is no class of
+    the task does not have: their padded rows are zero. Gram matrices are of inputs, and stay as they are.
+
+    Args:
+        state: The statistic, whose other tensors are not read.
+        head: The head's dotted name.
+        width: The number of outputs after padding.
+        kind: Which Fisher it is; none for Gram matrices.
+    """
+    if kind is None:
+        return state
+    own = state.keys() & {f"{head}.weight".lstrip("."), f"{head}.bias".lstrip(".")}
+    fill = {name: state[name].mean(0) for name in own} if kind in (FisherKind.exact, FisherKind.monte_carlo) else None
+    rows = padded_rows(state, head, width, fill=fill)
+    # A ChainMap that is never written to takes any mapping.
+    return ChainMap(rows, cast(Any, state)) if rows else state
+
+
+def _check_padding(padded: nn.Module, own: nn.Module, sample: Batch) -> None:
+    """Raise HeadError where a padded network's answer is not the network's own with zeros behind it."""
+    with evaluating(own, gradients=False), evaluating(padded, gradients=False):
+        found, expected = (network(as_input(sample, network)) for network in (padded, own))
+    spare = found.shape[1] - expected.shape[1]
+    if spare < 1 or not torch.allclose(found, pad_logits(expected, found.shape[1]), rtol=1e-2, atol=1e-4):
+        raise HeadError(
+            f"the logits of {type(own).__name__} are not those of its head '{head_name(own)}', which is padded since "
+            "class counts differ; name the layer that gives them in an attribute 'head_name', or give experts of one "
+            "class count"
+        )
 
 
 def parameters_of(network: nn.Module) -> dict[str, Tensor]:

@@ -97,10 +97,13 @@ def full_fisher_parameters(
     (Σ_i β_i F_i + λD) (θ − θ̄) = Σ_i β_i F_i (θ_i − θ̄) with θ̄ the β-average, F_i = E J_iᵀJ_i the whole Fisher matrix
     of expert i on its calibration inputs, and D = Σ_i β_i diag F_i plus 10⁻³ of its mean. A product with F_i is one jvp
     and one vjp; the system is solved by conjugate gradients preconditioned with D, from θ̄. What is added to D keeps it
-    from dividing by the Fisher of parameters that no calibration sample reaches; those stay at θ̄.
+    from dividing by the Fisher of parameters that no calibration sample reaches; those stay at θ̄, and so do
+    parameters that an expert's diagonal does not have.
     """
-    average = average_parameters(experts, weights)
+    whole = average_parameters(experts, weights)
     diagonal = floored_diagonal(fishers, weights, 1e-3)
+    average = {key: whole[key] for key in diagonal}
+    experts = [{key: expert[key] for key in diagonal} for expert in experts]
     metric = {key: tensor.to(average[key].dtype) for key, tensor in diagonal.items()}
 
     def weighted_products(tangents: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -125,4 +128,4 @@ def full_fisher_parameters(
             max_steps=max_iterations,
             tolerance=tolerance,
         )
-    return {key: tensor + solved.solution[key] for key, tensor in average.items()}, solved
+    return whole | {key: tensor + solved.solution[key] for key, tensor in average.items()}, solved

@@ -97,7 +97,8 @@ class GaussNewton(Coin):
             experts.passes += fitted.passes + sums.passes
             metric = floored_diagonal([sums.mean()], [1.0], self.ridge)
         outputs = OutputMap(made.network, experts.pooled)
-        parameters = self._steps(outputs, parameters_of(made.network), experts.target(row), metric)
+        begun = {key: tensor for key, tensor in parameters_of(made.network).items() if key in metric}
+        parameters = self._steps(outputs, begun, experts.target(row), metric)
         experts.passes += outputs.passes
         fill(made.network, parameters)
         return refined(made, self.label)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.errors import StateError
-from coin.inputs import as_input
+from coin.inputs import Batch, as_input, size_of, take
 from coin.statistics.guard import evaluating
 from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call
@@ -39,7 +39,7 @@ class PausedPass:
         trail: The weights of the calls that it has made, in their order.
     """
 
-    def __init__(self, network: nn.Module, inputs: Tensor) -> None:
+    def __init__(self, network: nn.Module, inputs: Batch) -> None:
         self._network, self._inputs = network, inputs
         self.trail: list[str] = []
         self._names = dict(network.named_parameters())
@@ -131,9 +131,10 @@ class Walk:
     """
 
     def __init__(
-        self, coded: nn.Module, experts: Sequence[nn.Module], inputs: Tensor, parts: Sequence[Tensor], piece: int
+        self, coded: nn.Module, experts: Sequence[nn.Module], inputs: Batch, parts: Sequence[Tensor], piece: int
     ) -> None:
         self._coded, self._experts, self._inputs, self._parts, self._piece = coded, experts, inputs, parts, piece
+        self._samples = size_of(inputs)
         self._group: _Group | None = None
         self._stack = ExitStack()
         self.passes = 0.0
@@ -155,13 +156,13 @@ class Walk:
             weight: The name of the weight of the unit's first call.
             end: That of its last call.
         """
-        if self._piece >= len(self._inputs):
+        if self._piece >= self._samples:
             self._group = self._group or self._start(0)
             look = self._group.reach(weight, end)
             return lambda: iter([look])
 
         def from_the_inputs() -> Iterator[Look]:
-            for first in range(0, len(self._inputs), self._piece):
+            for first in range(0, self._samples, self._piece):
                 self._group = self._start(first)
                 try:
                     yield self._group.reach(weight, end)
@@ -171,14 +172,15 @@ class Walk:
         return from_the_inputs
 
     def _start(self, first: int) -> "_Group":
-        samples = slice(first, min(first + self._piece, len(self._inputs)))
+        samples = slice(first, min(first + self._piece, self._samples))
         inside = [(part >= samples.start) & (part < samples.stop) for part in self._parts]
         places = [part[within] - samples.start for part, within in zip(self._parts, inside, strict=True)]
-        inputs = self._inputs[samples]
+        inputs = take(self._inputs, samples)
         # In one pass for all units the coded network does every call twice.
-        times = 2 if self._piece >= len(self._inputs) else 1
-        self.passes += times * len(inputs) + sum(map(len, places))
-        experts = [PausedPass(network, inputs[place]) for network, place in zip(self._experts, places, strict=True)]
+        times = 2 if self._piece >= self._samples else 1
+        self.passes += times * size_of(inputs) + sum(map(len, places))
+        pairs = zip(self._experts, places, strict=True)
+        experts = [PausedPass(network, take(inputs, place)) for network, place in pairs]
         return _Group(PausedPass(self._coded, inputs), experts, places, samples)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from coin.choices import chosen
 from coin.coding import Code
 from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateError
+from coin.inputs import Forward, plain, samples_of
 from coin.merging.experts import Experts, Given, parameters_of
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
 from coin.networks.weights import fill_network
@@ -97,18 +98,20 @@ def merge_networks(
     fishers: Given | None = None,
     grams: Given | None = None,
     initial: nn.Module | None = None,
-    calibration: Sequence[Iterable[Tensor]] | None = None,
+    calibration: Sequence[Iterable[Any]] | None = None,
+    forward: Forward | None = None,
 ) -> list[nn.Module]:
     """Merge N experts into coded models: R new networks in eval mode, one a row of the code, R×N.
 
     `Experts` says what the other arguments are. To learn what was chosen, use ``method.make(coin.Experts(…), row)``.
+    The networks are of the experts' class and called as it says, whatever `forward`.
 
     Raises:
         ConfigurationError: Something the method or its BatchNorm policy wants is not there.
         StateError: The experts do not fit together, or the result is not finite.
     """
-    experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration)
-    return [method.make(experts, row).network for row in code.matrix.tolist()]
+    experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration, forward=forward)
+    return [plain(method.make(experts, row).network) for row in code.matrix.tolist()]
 
 
 class MergeMethod(Method):
@@ -193,7 +196,7 @@ class MergeMethod(Method):
             return [str(self.batchnorm)]
         if _alike(experts.buffers):
             return [SAME]
-        fitted = chain.from_iterable(experts.split[0]) if experts.is_calibrated else ()
+        fitted = chain.from_iterable(map(samples_of, experts.split[0])) if experts.is_calibrated else ()
         if len(list(islice(fitted, 2))) < 2:
             found = "two calibration samples" if experts.is_calibrated else "no calibration inputs"
             warnings.warn(
@@ -295,14 +298,26 @@ def check_buffers(network: nn.Module, buffers: Sequence[State], label: str) -> N
 
 
 def check_fishers(fishers: Sequence[State], expert: State) -> None:
-    """Raise StateError where Fisher diagonals do not fit an expert, are not finite or negative; warn of zero ones."""
+    """Raise StateError where Fisher diagonals do not fit an expert, are not finite or negative; warn of zero ones.
+
+    They may lack parameters of the expert, as those of experts that were partly frozen do (`covered_by`).
+    """
     names = [f"the Fisher of expert {index}" for index in range(len(fishers))]
-    check_same_layout([expert, *fishers], ["expert 0", *names])
     zero = []
     for index, (fisher, name) in enumerate(zip(fishers, names, strict=True)):
+        if unknown := sorted(set(fisher) - set(expert)):
+            raise StateError(
+                f"{name} has a tensor '{unknown[0]}', which the experts have not ({len(unknown)} superfluous); compute "
+                "the Fishers of these experts"
+            )
         check_finite(fisher, name)
         largest = 0.0
         for key, tensor in fisher.items():
+            if tensor.shape != expert[key].shape:
+                raise StateError(
+                    f"tensor '{key}' is {list(tensor.shape)} in {name} but {list(expert[key].shape)} in expert 0; "
+                    "compute the Fishers of these experts"
+                )
             if not tensor.numel():
                 continue
             least, most = map(float, torch.aminmax(tensor))
@@ -355,20 +370,34 @@ def data_of(choice: DataChoice | None) -> tuple[DataChoice, ...]:
     return (choice,) if choice in (DataChoice.own, DataChoice.pooled) else (DataChoice.own, DataChoice.pooled)
 
 
+def covered_by(statistics: Sequence[State]) -> list[str]:
+    """Return the names that every expert's statistic has, in the first one's order; what else there is, is averaged."""
+    shared = set(statistics[0]).intersection(*statistics[1:])
+    return [name for name in statistics[0] if name in shared]
+
+
 def weighted_mean(states: Sequence[State], weights: Sequence[float], key: str) -> Tensor:
-    """Return Σ_i w_i · state_i[key] in float64."""
-    total = states[0][key].double() * weights[0]
+    """Return Σ_i w_i · state_i[key] in float64, for weights that sum to 1; entries that agree in all stay as they are.
+
+    So identical experts, and what was frozen in all of them, merge to themselves, to the last bit.
+    """
+    first = states[0][key].double()
+    total, agree = first * weights[0], torch.ones_like(first, dtype=torch.bool)
     for state, weight in zip(states[1:], weights[1:], strict=True):
-        total.add_(state[key].double(), alpha=weight)
-    return total
+        tensor = state[key].double()
+        agree &= tensor == first
+        total.add_(tensor, alpha=weight)
+    return torch.where(agree, first, total)
 
 
 def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: float) -> dict[str, Tensor]:
     """Return Σ_i β_i F_i + ridge × its mean over all entries, in float64; ones where every entry is zero.
 
+    Of the parameters alone that all the Fishers have.
+
     Raises NumericalError where the mean is so small that dividing by its share overflows the type of the Fishers.
     """
-    totals = {key: weighted_mean(fishers, weights, key) for key in fishers[0]}
+    totals = {key: weighted_mean(fishers, weights, key) for key in covered_by(fishers)}
     mean = sum(float(total.sum()) for total in totals.values()) / max(sum(t.numel() for t in totals.values()), 1)
     floor = ridge * mean if mean > 0 else 1.0
     largest = torch.finfo(next(iter(fishers[0].values())).dtype).max

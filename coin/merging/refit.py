@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.choices import chosen
 from coin.errors import ConfigurationError
+from coin.inputs import joined, size_of
 from coin.merging.affine import fit_affine
 from coin.merging.average import average_parameters
 from coin.merging.experts import Experts, parameters_of
@@ -157,14 +158,8 @@ class Refit(Method):
             ridge: λ, relative.
             held_out: Whether the held-out samples are left out.
         """
-        batches = list(experts.split[0] if held_out else experts.pooled)
-        if unlike := next((each.shape for each in batches if each.shape[1:] != batches[0].shape[1:]), None):
-            raise ConfigurationError(
-                f"found calibration samples of shapes {list(batches[0].shape[1:])} and {list(unlike[1:])} for method "
-                f"'{self.label}', which runs them together, expected one shape; pad them"
-            )
-        inputs = torch.cat(batches)
-        mixtures, shares = _objective(target, row, experts.tasks[: len(inputs)])
+        inputs = joined(list(experts.split[0] if held_out else experts.pooled))
+        mixtures, shares = _objective(target, row, experts.tasks[: size_of(inputs)])
         network = experts.blank().eval()
         average = average_parameters(experts.parameters, row)
         fill(network, {**average, **weighted_sum(experts.buffers, row)})

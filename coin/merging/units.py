@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from coin.errors import StateError
-from coin.inputs import as_input
+from coin.inputs import Batch, as_input, size_of, take
 from coin.statistics.guard import evaluating
 from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call
@@ -53,7 +53,7 @@ class Unit:
         return {self.weight, self.bias, self.end, self.shift}
 
 
-def affine_units(network: nn.Module, inputs: Tensor) -> tuple[list[Unit], int]:
+def affine_units(network: nn.Module, inputs: Batch) -> tuple[list[Unit], int]:
     """Find a network's affine units in the order of execution, by running it on two and on three samples.
 
     A unit is a linear map, a normalisation or a scale, whose weight and bias nothing else reads in a forward pass, and
@@ -70,7 +70,7 @@ def affine_units(network: nn.Module, inputs: Tensor) -> tuple[list[Unit], int]:
     Raises:
         StateError: The calls depend on the number of samples.
     """
-    two, three = (_trace(network, inputs[torch.arange(count) % len(inputs)]) for count in (2, 3))
+    two, three = (_trace(network, take(inputs, torch.arange(count) % size_of(inputs))) for count in (2, 3))
     if [seen.weight for seen in two] != [seen.weight for seen in three]:
         raise StateError(
             f"{type(network).__name__} makes other calls on two samples than on three, expected the same; give experts "
@@ -148,7 +148,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def _trace(network: nn.Module, samples: Tensor) -> list[_Seen]:
+def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
     """Return the ruled calls with a weight of a forward pass, in their order."""
     seen: list[tuple[Call, Mapping[str, str], tuple[int, int], Tensor, tuple[int, int]]] = []
 

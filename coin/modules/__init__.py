@@ -1,7 +1,8 @@
 """LightningModules: experts, coded models, the distillation baseline, and the passes that measure them."""
 
 from coin.modules.coded import Coded
-from coin.modules.distillation import Distillation, ReadoutDistillation
+from coin.modules.distillation import Distillation, ReadoutDistillation, distill
+from coin.modules.evaluation import evaluate
 from coin.modules.evaluator import DecodingEvaluator
 from coin.modules.expert import Expert
 from coin.modules.recipe import OptimizerKind, Recipe, Schedule
@@ -19,4 +20,6 @@ __all__ = [
     "Recipe",
     "Schedule",
     "StatisticPass",
+    "distill",
+    "evaluate",
 ]

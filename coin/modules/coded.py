@@ -9,27 +9,37 @@ from torch import Tensor, nn
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, make_decoder
 from coin.errors import ConfigurationError
+from coin.inputs import Batch, Forward, adapted, checked
 from coin.networks import Run, common_widths, pad_logits, run_network
+from coin.statistics.guard import eval_mode
 
 
 class Coded(LightningModule):
     """N experts, R coded models and the code between them.
 
     ``forward`` returns the encoded outputs: what the coded models answer in place of Σ_i β_i f_i. `answers` returns
-    what all servers answer, and `decode` a lost expert's logits. Everything stays in eval mode.
+    what all servers answer, and `decode` a lost expert's logits. The networks run in eval mode and without gradients;
+    their own modes and what requires gradients are left as found.
 
     Args:
         code: The code, R×N.
         experts: The N experts.
         coded: The R coded models, one a row of the code.
         names: The experts' tasks; ``0``, ``1``, … by default.
+        forward: (network, inputs) → logits ``[B, C]``, where networks are not called with one tensor; inputs may then
+            be mappings of tensors too.
 
     Raises:
         ConfigurationError: The numbers of experts or coded models do not fit the code.
     """
 
     def __init__(
-        self, code: Code, experts: Sequence[nn.Module], coded: Sequence[nn.Module], names: Sequence[str] | None = None
+        self,
+        code: Code,
+        experts: Sequence[nn.Module],
+        coded: Sequence[nn.Module],
+        names: Sequence[str] | None = None,
+        forward: Forward | None = None,
     ) -> None:
         super().__init__()
         if len(experts) != code.num_experts or len(coded) != code.num_coded:
@@ -39,21 +49,24 @@ class Coded(LightningModule):
             )
         self.code = code
         self.names = tuple(names) if names is not None else tuple(str(index) for index in range(len(experts)))
-        self.experts = nn.ModuleList(experts)
-        self.coded = nn.ModuleList(coded)
+        self.experts = nn.ModuleList([adapted(network, forward) for network in experts])
+        self.coded = nn.ModuleList([adapted(network, forward) for network in coded])
         self.decoder: Decoder | None = None
-        self.eval().requires_grad_(False)
+        self.training = False
 
     def train(self, mode: bool = True) -> "Coded":
-        """Stay in eval mode: nothing here is trained."""
-        return super().train(False)
+        """Leave the networks' modes alone: nothing here is trained, and whatever they are, they run in eval mode."""
+        return self
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    @torch.no_grad()
+    def forward(self, inputs: Batch) -> Tensor:
         """Return the coded models' logits ``[R, B, C]`` for inputs ``[B, ...]``."""
-        return _padded([network(inputs) for network in self.coded])
+        with eval_mode(self.coded):
+            return _padded([network(checked(inputs, network)) for network in self.coded])
 
+    @torch.no_grad()
     def answers(
-        self, inputs: Tensor, *, features: bool = False, stages: bool = False, erased: Sequence[int] = ()
+        self, inputs: Batch, *, features: bool = False, stages: bool = False, erased: Sequence[int] = ()
     ) -> Answers:
         """Run every server that is not lost, once.
 
@@ -63,11 +76,12 @@ class Coded(LightningModule):
             stages: Whether these are the features of all stages.
             erased: Lost experts, which do not run: their entries are NaN.
         """
-        return server_answers(self.experts, self.coded, inputs, features, stages, erased)
+        with eval_mode(self):
+            return server_answers(self.experts, self.coded, checked(inputs, self.coded[0]), features, stages, erased)
 
     def fit_decoder(
         self,
-        calibration: Sequence[Tensor],
+        calibration: Sequence[Batch],
         erased: Sequence[int],
         kind: DecoderKind | str | DecoderConfig,
         tasks: Tensor | None = None,
@@ -87,7 +101,7 @@ class Coded(LightningModule):
         self.decoder = decoder
         return self
 
-    def decode(self, inputs: Tensor) -> Tensor:
+    def decode(self, inputs: Batch) -> Tensor:
         """Return the lost experts' logits ``[|erased|, B, C]``, from the servers that are left.
 
         Raises:
@@ -97,14 +111,13 @@ class Coded(LightningModule):
             raise ConfigurationError("found no decoder; call fit_decoder with the lost experts first")
         return self.decoder.decode(self._answers_for(self.decoder, inputs, self.decoder.erased))
 
-    @torch.no_grad()
-    def _answers_for(self, decoder: Decoder, inputs: Tensor, erased: Sequence[int] = ()) -> Answers:
+    def _answers_for(self, decoder: Decoder, inputs: Batch, erased: Sequence[int] = ()) -> Answers:
         config = decoder.config
         return self.answers(inputs, features=config.reads_features, stages=config.reads_stages, erased=erased)
 
 
 def server_answers(
-    experts: nn.ModuleList, coded: nn.ModuleList, inputs: Tensor, features: bool, stages: bool, erased: Sequence[int]
+    experts: nn.ModuleList, coded: nn.ModuleList, inputs: Batch, features: bool, stages: bool, erased: Sequence[int]
 ) -> Answers:
     """Run every server that is not lost, once; see `Coded.answers`."""
     servers = [*(None if index in erased else network for index, network in enumerate(experts)), *coded]

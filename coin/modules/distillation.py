@@ -1,6 +1,6 @@
 """Coded models that are trained on the experts' weighted outputs: the ensemble-distillation baseline, and its kin."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 from coin.choices import chosen
+from coin.coding import Code
 from coin.data import Augmentation
 from coin.errors import ConfigurationError, HeadError
-from coin.merging import Average, CodedModel, Experts, HeadFit, Method
+from coin.inputs import Batch, Forward, as_input
+from coin.merging import Average, CodedModel, Experts, HeadFit, Method, merge_networks
 from coin.merging.calibrated import CalibratedExperts
 from coin.merging.method import check_label, check_row
 from coin.merging.start import starting_method
+from coin.modules.memory_training import BatchCalibration, MemoryTraining
 from coin.modules.recipe import Schedule
 from coin.modules.shared import plain_options, plot_against_epochs, tasks_of
 from coin.networks import (
@@ -47,7 +50,8 @@ class Distillation(LightningModule, Method):
 
     An experiment names it among its methods and fills in `experts` and `code_row`. With `lr` left open, learning rate
     and number of steps are chosen by the loss on held-out calibration samples, and the final run is on all of them; all
-    of that counts as the method's cost. See `coin.experiment.distillation`.
+    of that counts as the method's cost; see `coin.modules.training`. With `merge_networks` it trains in memory, on the
+    calibration batches, by a Trainer of its own of which nothing is seen.
 
     The defaults are those of a fair baseline. The older, plain recipe is ``start: average, augmentation: none,
     schedule: constant``.
@@ -65,11 +69,16 @@ class Distillation(LightningModule, Method):
         batch_size: Samples a step and process.
         held_out: The share of the calibration samples held out to choose on.
         samples_per_task: P, at least 1; none takes the experiment's.
-        augmentation: What happens to the samples in training: ``none``, ``crop``, ``crop_flip`` or ``shift``.
+        augmentation: What happens to the samples in training: ``none``, ``crop``, ``crop_flip`` or ``shift``. Left out
+            it is ``shift`` for stored images, and nothing for batches in memory, which allow no other.
         schedule: The learning rate's course: ``one_cycle`` or ``constant``.
         start: ``auto``, which is ``head_fit`` or, where the head cannot be fitted, ``average``; another closed form's
             name; or its ``class_path`` and ``init_args`` (`coin.merging.start`).
         label: What results and files call this variant.
+        seed: Of the order of the samples; none takes the experiment's, or 0 in memory.
+
+    Attributes:
+        augments: Whether an augmentation was asked for.
 
     Raises:
         ConfigurationError: An option is out of its range.
@@ -89,12 +98,15 @@ class Distillation(LightningModule, Method):
         batch_size: int = 64,
         held_out: float = 0.2,
         samples_per_task: int | None = None,
-        augmentation: Augmentation = Augmentation.shift,
+        augmentation: Augmentation | None = None,
         schedule: Schedule = Schedule.one_cycle,
         start: str | dict[str, Any] = AUTO,
         label: str | None = None,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
+        self.augments = augmentation not in (None, Augmentation.none)
+        augmentation = Augmentation.shift if augmentation is None else augmentation
         learning_rates = [3e-4, 1e-3, 3e-3] if learning_rates is None else list(learning_rates)
         augmentation = chosen(Augmentation, "augmentation", augmentation)
         schedule = chosen(Schedule, "schedule", schedule)
@@ -108,6 +120,8 @@ class Distillation(LightningModule, Method):
             raise ConfigurationError(f"found steps={steps}, batch_size={batch_size}, expected at least 1 and 2")
         if samples_per_task is not None and samples_per_task < 1:
             raise ConfigurationError(f"found samples_per_task={samples_per_task}, expected at least 1, or none")
+        if seed is not None and seed < 0:
+            raise ConfigurationError(f"found seed={seed}, expected at least 0, or none")
         if not 0 < held_out < 1:
             raise ConfigurationError(f"found held_out={held_out}, expected a share above 0 and below 1")
         if schedule is Schedule.cosine:
@@ -118,7 +132,7 @@ class Distillation(LightningModule, Method):
         self.samples_per_task = samples_per_task
         self.augmentation = str(augmentation)
         self.student: nn.Module | None = None
-        self.teachers = nn.ModuleList()
+        self.teachers: nn.ModuleList | list[nn.Module] = []
         self.readouts = nn.ModuleList()
         self.passes = 0.0
         self.losses: list[float] = []
@@ -129,11 +143,14 @@ class Distillation(LightningModule, Method):
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Train the coded model of one row of the code; see `coin.merging.Method.make`."""
-        if experts.train is None:
-            raise ConfigurationError(
-                f"found no Trainer for method '{self.label}', which trains; use it in coin run, coin merge or coin fit"
-            )
-        return experts.train(self, experts, row)  # type: ignore[no-any-return]
+        if experts.train is not None:
+            return experts.train(self, experts, row)  # type: ignore[no-any-return]
+        with torch.inference_mode(False), torch.enable_grad():
+            return MemoryTraining()(self, experts, row)
+
+    def hold(self, teachers: nn.ModuleList | list[nn.Module], student: nn.Module) -> None:
+        """Take the experts, in eval mode, and the network that is trained, whose weights the start replaces."""
+        self.teachers, self.student = teachers, student
 
     def configure_model(self) -> None:
         """Read the experts, and build a student whose weights the start of training replaces."""
@@ -147,9 +164,9 @@ class Distillation(LightningModule, Method):
         check_row(row, len(paths))
         files = [load_network(Path(path)) for path in paths]
         outputs = max(file.num_classes for file in files)
-        self.teachers = nn.ModuleList([widen_network(file, outputs).requires_grad_(False) for file in files])
+        teachers = nn.ModuleList([widen_network(file, outputs).requires_grad_(False) for file in files])
         student = build_network(files[0].config, outputs)
-        self.student = student.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.hold(teachers, student.to(memory_format=torch.channels_last).eval())  # type: ignore[call-overload]
 
     def setup(self, stage: str) -> None:
         """Have the data augmented as the options say."""
@@ -171,8 +188,10 @@ class Distillation(LightningModule, Method):
         if self.hparams["augmentation"] != Augmentation.none:
             return
         calibration = tasks_of(self).training_calibration()
+        assert self.student is not None
         with torch.no_grad():
-            self._outputs = torch.cat([self.expert_outputs(batch.to(self.device)) for batch in calibration], dim=1)
+            batches = [as_input(batch, self.student) for batch in calibration]
+            self._outputs = torch.cat([self.expert_outputs(batch) for batch in batches], dim=1)
         if fresh:  # a method's cost is the same however often its training is interrupted
             self.passes += calibration.num_samples * len(self.teachers)
 
@@ -181,7 +200,8 @@ class Distillation(LightningModule, Method):
         if self.begun is None:
             samples = tasks_of(self).training_calibration()
             tasks = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(len(samples.parts))]
-            experts = CalibratedExperts(list(self.teachers), tasks)
+            teachers, in_memory = list(self.teachers), isinstance(samples, BatchCalibration)
+            experts = Experts(teachers, calibration=tasks) if in_memory else CalibratedExperts(teachers, tasks)
             made = self._start(experts)
             self.begun = made.network.state_dict()
             self.passes += experts.passes
@@ -212,12 +232,12 @@ class Distillation(LightningModule, Method):
         kept = checkpoint.get("distillation", {})
         self.passes, self.losses = kept.get("passes", self.passes), list(kept.get("losses", self.losses))
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Batch) -> Tensor:
         """Return the coded model's logits ``[B, C]``."""
         assert self.student is not None
         return self.student(inputs)  # type: ignore[no-any-return]
 
-    def expert_outputs(self, inputs: Tensor) -> Tensor:
+    def expert_outputs(self, inputs: Batch) -> Tensor:
         """Return the experts' logits ``[N, B, C]``."""
         return torch.stack([network(inputs) for network in self.teachers])
 
@@ -226,14 +246,14 @@ class Distillation(LightningModule, Method):
         row = torch.tensor(self.hparams["code_row"]).to(outputs)
         return torch.tensordot(row, outputs, dims=1)  # type: ignore[no-any-return]
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> Tensor:
         """Return ½ mean‖f_θ(x) − target‖² of one batch of positions and inputs."""
         return self._coding_loss(self(batch[1]), self.target(self._training_outputs(*batch)), "train")
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> None:
         """Log the same on held-out samples."""
-        _, inputs = batch
-        self.passes += (1 + len(self.teachers)) * len(inputs) * self.trainer.world_size
+        positions, inputs = batch
+        self.passes += (1 + len(self.teachers)) * len(positions) * self.trainer.world_size
         self._coding_loss(self(inputs), self.target(self.expert_outputs(inputs)), "val")
 
     def on_validation_epoch_end(self) -> None:
@@ -257,12 +277,12 @@ class Distillation(LightningModule, Method):
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _training_outputs(self, positions: Tensor, inputs: Tensor) -> Tensor:
+    def _training_outputs(self, positions: Tensor, inputs: Batch) -> Tensor:
         """Return the experts' logits ``[N, B, C]`` for a training batch, and count what the step costs."""
-        self.passes += 3 * len(inputs) * self.trainer.world_size
+        self.passes += 3 * len(positions) * self.trainer.world_size
         if self._outputs is not None:
             return self._outputs[:, positions]
-        self.passes += len(self.teachers) * len(inputs) * self.trainer.world_size
+        self.passes += len(self.teachers) * len(positions) * self.trainer.world_size
         with torch.no_grad():
             return self.expert_outputs(inputs)
 
@@ -310,11 +330,10 @@ class ReadoutDistillation(Distillation):
             raise ConfigurationError(f"found readout_weight={readout_weight}, expected a number of at least 0")
         self.save_hyperparameters({"readout_weight": readout_weight})
 
-    def configure_model(self) -> None:
-        """Read the experts, and copy their heads as the first readouts."""
-        if self.student is None:
-            super().configure_model()
-            self.readouts = nn.ModuleList([self._readout(network) for network in self.teachers])
+    def hold(self, teachers: nn.ModuleList | list[nn.Module], student: nn.Module) -> None:
+        """Take the experts and the student, and copy the experts' heads as the first readouts."""
+        super().hold(teachers, student)
+        self.readouts = nn.ModuleList([self._readout(network) for network in teachers])
 
     def on_fit_start(self) -> None:
         """Note which task each training sample is from, and start."""
@@ -322,7 +341,7 @@ class ReadoutDistillation(Distillation):
         plot_against_epochs(self, ["train/readout_loss"])
         self._parts = tasks_of(self).training_calibration().part.to(self.device)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> Tensor:
         """Return the coding loss plus the weighted readout loss of one batch of positions and inputs."""
         positions, inputs = batch
         outputs = self._training_outputs(positions, inputs)
@@ -349,6 +368,33 @@ class ReadoutDistillation(Distillation):
                 f"'{name}'; leave the method out for this network"
             )
         return deepcopy(head).requires_grad_(True)
+
+
+def distill(
+    networks: Sequence[nn.Module],
+    code: Code,
+    calibration: Sequence[Iterable[Any]],
+    *,
+    readout: bool = False,
+    forward: Forward | None = None,
+    **options: Any,
+) -> list[nn.Module]:
+    """Distil N experts into coded models: R new networks in eval mode, one a row of the code, R×N.
+
+    Args:
+        networks: The experts.
+        code: The code.
+        calibration: For every expert the batches of its own task's samples, as of `merge_networks`.
+        readout: Whether it is a `ReadoutDistillation`.
+        forward: How networks are called, as of `merge_networks`.
+        **options: Those of `Distillation`, such as ``lr``, ``steps`` and ``seed``.
+
+    Raises:
+        ConfigurationError: An option does not exist or is out of its range.
+        NumericalError: The training diverges.
+    """
+    method = (ReadoutDistillation if readout else Distillation)(**options)
+    return merge_networks(method, networks, code, calibration=calibration, forward=forward)
 
 
 class _OneCycle(OneCycleLR):

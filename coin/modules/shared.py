@@ -1,5 +1,7 @@
 """What the modules ask of Lightning in one way: options that a checkpoint keeps, axes in W&B, tasks as their data."""
 
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
@@ -9,6 +11,28 @@ from lightning.pytorch.loggers import WandbLogger
 
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
+
+_EXPECTED = (
+    r".*does not have many workers.*",  # data live in memory: workers would only copy them
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*module\(s\) in eval mode at the start of training.*",  # distillation freezes BatchNorm on purpose
+    r".*is smaller than the logging interval.*",
+    r".*Experiment logs directory .* exists and is not empty.*",
+    r".*treespec.*is deprecated.*",  # Lightning's own
+    r"predict returned None.*",  # a pass that sums needs no predictions
+    r".*`tensorboardX` has been removed.*",
+    r".*your dataloader is not resumable.*",  # it is: coin.data.resumable
+    r"It is recommended to use `self.log\('train/.*",  # the first process's share of an epoch tells how it goes
+)
+"""What Lightning warns of and an experiment means."""
+
+
+def quieten() -> None:
+    """Silence Lightning's notices on standard error, and the warnings of what ``coin`` does on purpose."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _EXPECTED:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def plain_options(arguments: Mapping[str, Any]) -> dict[str, Any]:

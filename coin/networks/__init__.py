@@ -10,7 +10,15 @@ from coin.networks.files import (
     save_network,
     widen_network,
 )
-from coin.networks.heads import check_head, features_and_logits, head_name, pad_logits, padded_rows
+from coin.networks.heads import (
+    check_head,
+    features_and_logits,
+    head_name,
+    of_one_width,
+    pad_logits,
+    padded_rows,
+    widened,
+)
 from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.stages import Run, common_widths, full_precision, run_network
 from coin.networks.weights import check_layout, fill_network, read_weights
@@ -32,6 +40,7 @@ __all__ = [
     "head_name",
     "initial_network",
     "load_network",
+    "of_one_width",
     "open_network",
     "pad_logits",
     "padded_rows",
@@ -40,4 +49,5 @@ __all__ = [
     "run_network",
     "save_network",
     "widen_network",
+    "widened",
 ]

@@ -3,13 +3,14 @@
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from itertools import chain
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.errors import StateError
-from coin.inputs import as_input
+from coin.inputs import Batch, Forward, adapted, as_input, joined, size_of
 
 
 class BatchNormPolicy(StrEnum):
@@ -36,7 +37,7 @@ def has_batchnorm(network: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> int:
+def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> int:
     """Estimate all BatchNorm layers' statistics anew, in place (`BatchNormPolicy.recalibrate`).
 
     The statistics are reset and become the average of the batches' statistics, weighted by their numbers of samples,
@@ -46,13 +47,17 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> int:
 
     Args:
         network: The network; its mode and its layers' momenta are restored.
-        batches: Input batches ``[B, ...]``, of any device and floating-point type.
+        batches: Input batches ``[B, ...]``, of any device and floating-point type, or pairs of inputs and labels.
+        forward: (network, batch) → output, for a network that is not called with one tensor; batches may then be
+            mappings of tensors too.
 
     Raises:
         StateError: There are fewer than two samples; the network is then as it was.
+        DataError: A batch holds anything but tensors of as many samples.
     """
-    joined = _joined(batches)
-    first = next(joined, None)
+    network = adapted(network, forward)
+    sound = _without_singles(as_input(batch, network) for batch in batches)
+    first = next(sound, None)
     if first is None:
         raise StateError("found no calibration batch to recalibrate BatchNorm on, expected at least one")
     layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
@@ -64,11 +69,11 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> int:
         layer.train()
     samples = 0
     try:
-        for batch in chain([first], joined):
-            samples += len(batch)
+        for batch in chain([first], sound):
+            samples += size_of(batch)
             for layer in layers:
-                layer.momentum = len(batch) / samples  # the cumulative average over samples
-            network(as_input(batch, network))
+                layer.momentum = size_of(batch) / samples  # the cumulative average over samples
+            network(batch)
     finally:
         for layer, momentum in momenta.items():
             layer.momentum = momentum
@@ -77,13 +82,13 @@ def recalibrate(network: nn.Module, batches: Iterable[Tensor]) -> int:
     return samples
 
 
-def _joined(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+def _without_singles(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Yield the batches, those of one sample joined to the next, the last to the one before it."""
-    ready: Tensor | None = None  # held back until it is known that no single sample is left after it
-    single: Tensor | None = None
+    ready: Batch | None = None  # held back until it is known that no single sample is left after it
+    single: Batch | None = None
     for batch in batches:
-        piece = batch if single is None else torch.cat([single, batch])
-        if len(piece) < 2:
+        piece = batch if single is None else joined([single, batch])
+        if size_of(piece) < 2:
             single = piece
             continue
         if ready is not None:
@@ -92,4 +97,4 @@ def _joined(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     if single is not None and ready is None:
         raise StateError("found one calibration sample to recalibrate BatchNorm on, expected at least two")
     if ready is not None:
-        yield ready if single is None else torch.cat([ready, single])
+        yield ready if single is None else joined([ready, single])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from coin.errors import FileError, StateError
-from coin.networks.heads import head_name, padded_rows
+from coin.networks.heads import widened
 from coin.networks.registry import NetworkConfig, build_network, with_own_head
 from coin.networks.weights import fill_network, read_weights
 from coin.state import check_finite, save_state
@@ -156,9 +156,4 @@ def brought_network(
 
 def widen_network(file: NetworkFile, num_outputs: int) -> nn.Module:
     """Return a file's network with its head padded by zeros to `num_outputs` logits (the same one if it fits)."""
-    if file.num_classes == num_outputs:
-        return file.network
-    network = build_network(file.config, num_outputs)
-    state = file.network.state_dict()
-    fill_network(network, {**state, **padded_rows(state, head_name(network), num_outputs)}, "the padded network")
-    return network.eval()
+    return widened(file.network, num_outputs)

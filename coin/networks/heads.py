@@ -1,12 +1,13 @@
 """The classifier head of any network: found by name, checked, replaced, padded, and read together with its input."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coin.errors import HeadError, StateError
+from coin.inputs import Batch, Network, twin
 from coin.state import State
 
 
@@ -68,20 +69,80 @@ def padded_rows(
         fill: The value of a padded row, by tensor name; zeros where absent (a padded logit is then zero).
 
     Raises:
-        StateError: The head already has more rows.
+        HeadError: The head already has more rows.
     """
     padded = {}
-    for key in (f"{head}.weight", f"{head}.bias"):
+    for key in (_key(head, "weight"), _key(head, "bias")):
         if key not in state:
             continue
         tensor = state[key]
         missing = num_outputs - tensor.shape[0]
         if missing < 0:
-            raise StateError(f"'{key}' has {tensor.shape[0]} outputs, expected at most {num_outputs}")
+            raise HeadError(f"'{key}' has {tensor.shape[0]} outputs, expected at most {num_outputs}")
         if missing:
             row = torch.zeros_like(tensor[:1]) if fill is None or key not in fill else fill[key].to(tensor)[None]
             padded[key] = torch.cat([tensor, row.expand(missing, *tensor.shape[1:])])
     return padded
+
+
+def widened(network: Network, num_outputs: int) -> Network:
+    """Return a network with its head padded by zeros to `num_outputs` logits, itself if it has as many.
+
+    It is a new one that shares all other tensors with the network.
+
+    Raises:
+        HeadError: The head is neither a Linear nor a Conv2d layer, its weight is used elsewhere too, or it has more
+            outputs.
+    """
+    name = head_name(network)
+    head = network.get_submodule(name)
+    own = dict(head.named_parameters(recurse=False))
+    uses = sum(each is own.get("weight") for _, each in network.named_parameters(remove_duplicate=False))
+    if not isinstance(head, nn.Linear | nn.Conv2d) or getattr(head, "groups", 1) > 1 or uses != 1:
+        found = "whose weight is used elsewhere too" if uses > 1 else f"of type {type(head).__name__}"
+        raise HeadError(
+            f"found experts of unequal class counts and a head '{name}' {found}, expected a Linear or Conv2d layer to "
+            "pad; name another in an attribute 'head_name', or give experts of one class count"
+        )
+    rows = padded_rows(own, "", num_outputs)
+    if not rows:
+        return network
+    padded = twin(network)
+    head = padded.get_submodule(name)
+    for key, tensor in rows.items():
+        setattr(head, key, nn.Parameter(tensor, requires_grad=own[key].requires_grad))
+    setattr(head, "out_features" if isinstance(head, nn.Linear) else "out_channels", num_outputs)
+    if hasattr(padded, "num_classes"):  # SqueezeNet reshapes by it
+        padded.num_classes = num_outputs  # type: ignore[assignment]
+    return padded
+
+
+def of_one_width(networks: Sequence[Network]) -> list[Network]:
+    """Return networks that differ in their class counts alone with their heads padded to the largest (`widened`).
+
+    Networks that differ in more are returned as they are, for `coin.state.check_same_layout` to refuse.
+
+    Raises:
+        HeadError: They seem to differ in class counts, but their heads cannot be padded, or are elsewhere.
+    """
+    every = [dict(network.named_parameters(remove_duplicate=False)) for network in networks]
+    shapes = [{name: parameter.shape for name, parameter in parameters.items()} for parameters in every]
+    first = shapes[0]
+    if any(other.keys() != first.keys() for other in shapes):
+        return list(networks)
+    differing = {name: other[name] for other in shapes for name in first if other[name] != first[name]}
+    if not differing or any(shape[1:] != first[name][1:] or not shape for name, shape in differing.items()):
+        return list(networks)
+    head = head_name(networks[0])
+    own = {id(parameter) for parameter in networks[0].get_submodule(head).parameters(recurse=False)}
+    if other := sorted(name for name in differing if id(every[0][name]) not in own):
+        raise HeadError(
+            f"tensor '{other[0]}' is {list(differing[other[0]])} in one expert but {list(first[other[0]])} in another, "
+            f"and their head is '{head}'; name the layer that gives the logits in an attribute 'head_name', or give "
+            "experts of one class count"
+        )
+    width = max(shape[_key(head, "weight")][0] for shape in shapes)
+    return [widened(network, width) for network in networks]
 
 
 def pad_logits(logits: Tensor, num_outputs: int) -> Tensor:
@@ -94,7 +155,7 @@ def pad_logits(logits: Tensor, num_outputs: int) -> Tensor:
     return F.pad(logits, (0, num_outputs - logits.shape[-1]))
 
 
-def features_and_logits(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
     """Run a network once on inputs ``[B, ...]`` and return its penultimate features beside its logits ``[B, C]``.
 
     The features ``[B, F]`` are the head's input, averaged over positions where it has any. Whether the logits are the
@@ -106,10 +167,10 @@ def features_and_logits(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Ten
     head = network.get_submodule(head_name(network))
     captured: list[Tensor] = []
 
-    def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        captured.append(arguments[0])
+    def keep(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        captured.append(next(iter((*arguments, *named.values()))))
 
-    with head.register_forward_pre_hook(keep):
+    with head.register_forward_pre_hook(keep, with_kwargs=True):
         logits = network(inputs)
     if len(captured) != 1:
         raise HeadError(f"the head of {type(network).__name__} ran {len(captured)} times in one pass, expected once")
@@ -117,6 +178,11 @@ def features_and_logits(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Ten
     if isinstance(head, nn.Conv2d):
         return features.flatten(2).mean(2), logits
     return features if features.ndim <= 2 else features.flatten(1, -2).mean(1), logits
+
+
+def _key(head: str, part: str) -> str:
+    """Return a parameter's name; a network may itself be its head."""
+    return f"{head}.{part}" if head else part
 
 
 _TOLERANCES = {torch.float64: 2.0**-30, torch.float32: 2.0**-8, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import PatchMerging, PatchMergingV2, SwinTransformerBlock
 
 from coin.errors import ConfigurationError, StateError
+from coin.inputs import Batch
 from coin.networks.heads import features_and_logits, head_name
 
 _CHANNELS_LAST = (PatchMerging, PatchMergingV2, SwinTransformerBlock)
@@ -24,7 +25,7 @@ class Run(NamedTuple):
     widths: tuple[int, ...] | None = None
 
 
-def run_network(network: nn.Module, inputs: Tensor, features: bool, stages: bool = False) -> Run:
+def run_network(network: nn.Module, inputs: Batch, features: bool, stages: bool = False) -> Run:
     """Run a network once; F is 0 unless its features are wanted, the penultimate ones or those of all stages."""
     if features and stages:
         found = Run(*stages_and_logits(network, inputs))
@@ -77,7 +78,7 @@ def stage_names(network: nn.Module) -> list[str]:
     return [*(_outermost(network, name) for name in ends or _parts(network, head)), head]
 
 
-def stages_and_logits(network: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+def stages_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Run a network once and return the pooled features of its stages beside its logits.
 
     These are the stages' features side by side ``[B, F]``, the logits ``[B, C]``, and the stages' widths, which add up

@@ -2,6 +2,7 @@
 
 from coin.statistics.conjugate_gradient import Solution, conjugate_gradient
 from coin.statistics.cotangents import FisherKind, process_generator
+from coin.statistics.files import load_statistic, save_statistic
 from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass, fisher_diagonal, fisher_sums
 from coin.statistics.gram import gram_sums
 from coin.statistics.products import OutputMap
@@ -20,7 +21,9 @@ __all__ = [
     "fisher_diagonal",
     "fisher_sums",
     "gram_sums",
+    "load_statistic",
     "process_generator",
     "reduce_sums",
+    "save_statistic",
     "shard",
 ]

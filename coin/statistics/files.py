@@ -4,10 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coin.errors import FileError
-from coin.state import State, check_finite, save_state
+from torch import Tensor, nn
+
+from coin.choices import chosen
+from coin.errors import FileError, StateError
+from coin.state import State, check_finite, fingerprint, load_state, save_state
 from coin.state_file import StateFile
-from coin.statistics.sums import Sums
+from coin.statistics.cotangents import FisherKind
+from coin.statistics.statistic import StatisticKind
+from coin.statistics.sums import TRANSPOSED, Sums
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class StatisticFile:
     provenance: dict[str, Any]
 
 
-def save_statistic(path: Path, sums: Sums, *, statistic: str, weights: str, seconds: float, **provenance: Any) -> None:
+def write_statistic(path: Path, sums: Sums, *, statistic: str, weights: str, seconds: float, **provenance: Any) -> None:
     """Write the mean of a statistic.
 
     Args:
@@ -49,8 +54,8 @@ def save_statistic(path: Path, sums: Sums, *, statistic: str, weights: str, seco
     save_state(path, sums.mean(), provenance | found | spent)
 
 
-def load_statistic(path: Path, *, statistic: str, weights: str | None = None) -> StatisticFile:
-    """Open a statistic that `save_statistic` wrote.
+def open_statistic(path: Path, *, statistic: str, weights: str | None = None) -> StatisticFile:
+    """Open a statistic that `write_statistic` wrote.
 
     Args:
         path: The file.
@@ -69,11 +74,8 @@ def load_statistic(path: Path, *, statistic: str, weights: str | None = None) ->
         raise FileError(
             f"'{path}' holds {found or 'no statistic'}, expected {statistic}; give the file that coin fisher wrote"
         )
-    if weights is not None and provenance.get("weights") != weights:
-        raise FileError(
-            f"'{path}' is of weights {str(provenance.get('weights'))[:12]}…, expected {weights[:12]}…: the expert has "
-            "changed since; run coin fisher again"
-        )
+    if weights is not None:
+        _check_weights(path, provenance, weights, "run coin fisher again")
     check_finite(values, f"the {statistic} in '{path}'")
     if statistic == "fisher" and (negative := [name for name, value in values.items() if bool((value < 0).any())]):
         raise FileError(f"'{path}' holds a negative number in '{negative[0]}', expected squares; run coin fisher again")
@@ -84,3 +86,73 @@ def load_statistic(path: Path, *, statistic: str, weights: str | None = None) ->
             f"'{path}' does not say its samples, seconds, passes as numbers; run coin fisher again"
         ) from error
     return StatisticFile(values, *spent, provenance)
+
+
+def _check_weights(path: Path | str, provenance: dict[str, Any], weights: str, advice: str) -> None:
+    if (found := provenance.get("weights")) != weights:
+        raise FileError(
+            f"'{path}' is of weights {str(found)[:12]}…, expected {weights[:12]}…: the expert has changed since; "
+            f"{advice}"
+        )
+
+
+def save_statistic(
+    path: Path | str, values: State | Sums, network: nn.Module, *, kind: FisherKind | str = FisherKind.exact
+) -> None:
+    """Write a network's Fisher diagonal or Gram matrices, with the fingerprint of the weights that they are of.
+
+    Args:
+        path: The file, safetensors.
+        values: What `fisher_diagonal` returns, or ``gram_sums(…).mean()``: the mean over samples by name; or sums.
+        network: The network, with the weights that it had then.
+        kind: Which Fisher it is; nothing of Gram matrices.
+
+    Raises:
+        StateError: There is a tensor for a parameter that the network does not have, or one that is neither of the
+            parameter's shape nor a Gram matrix ``[G, K, K]``; or a number is not finite, or a Fisher negative.
+        FileError: The file cannot be written.
+    """
+    state = values.mean() if isinstance(values, Sums) else values
+    name = _checked_kind(state, network)
+    described = {"statistic": str(name), "weights": fingerprint(network.state_dict())}
+    if name is StatisticKind.fisher:
+        described["kind"] = str(chosen(FisherKind, "kind", kind))
+    save_state(Path(path), state, described)
+
+
+def load_statistic(path: Path | str, network: nn.Module) -> dict[str, Tensor]:
+    """Return a network's Fisher diagonal or Gram matrices from a file of `save_statistic` or of ``coin fisher``.
+
+    Raises:
+        FileError: The file is missing, damaged or no statistic, or it is of other weights than the network's.
+        StateError: A tensor does not fit the network.
+    """
+    state, provenance = load_state(Path(path))
+    if provenance.get("statistic") not in list(StatisticKind):
+        raise FileError(f"'{path}' holds no statistic, expected a Fisher or Gram matrices; give what was saved as one")
+    _check_weights(path, provenance, fingerprint(network.state_dict()), "compute the statistic again")
+    _checked_kind(state, network)
+    return state
+
+
+def _checked_kind(state: State, network: nn.Module) -> StatisticKind:
+    """Say which statistic it is of a network's parameters, after checking that it can be."""
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    fisher = True
+    for name, tensor in state.items():
+        own = parameters.get(name.removesuffix(TRANSPOSED))
+        if own is None:
+            raise StateError(
+                f"the statistic has a tensor '{name}', which {type(network).__name__} has not; give its own"
+            )
+        is_like = name in parameters and own.shape == tensor.shape
+        if not is_like and (tensor.ndim != 3 or tensor.shape[1] != tensor.shape[2]):
+            raise StateError(
+                f"the statistic's '{name}' is {list(tensor.shape)}, expected {list(own.shape)} of a Fisher, or "
+                "[G, K, K] of Gram matrices; give the network's own"
+            )
+        fisher &= is_like
+    check_finite(state, "the statistic")
+    if fisher and (negative := [name for name, tensor in state.items() if bool((tensor < 0).any())]):
+        raise StateError(f"the Fisher is negative in '{negative[0]}', expected mean squares")
+    return StatisticKind.fisher if fisher else StatisticKind.gram

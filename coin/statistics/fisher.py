@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from coin.errors import ConfigurationError, DataError
-from coin.inputs import as_input
+from coin.inputs import Batch, Forward, adapted, as_input, joined, shapes_in, size_of, take, tensors_in
 from coin.statistics.cotangents import FisherKind, check_cotangents, make_cotangents
-from coin.statistics.guard import evaluating, trainable
+from coin.statistics.guard import differentiable, evaluating, trainable
 from coin.statistics.memory import Layout, check_memory, choose_cut
 from coin.statistics.sums import Sums, sum_type
 from coin.statistics.tape import Tape
@@ -28,14 +28,17 @@ class FisherOptions(TypedDict, total=False):
     generator: torch.Generator | None
     memory_mib: int
     progress: Callable[[int], None] | None
+    forward: Forward | None
 
 
-def fisher_sums(network: nn.Module, batches: Iterable[Tensor], **options: Unpack[FisherOptions]) -> Sums:
+def fisher_sums(network: nn.Module, batches: Iterable[Any], **options: Unpack[FisherOptions]) -> Sums:
     """Return the sum over samples of the per-sample Fisher diagonal, for the parameters that require gradients.
+
+    If none does, as in a network that was frozen after its training, it is of all of them.
 
     Args:
         network: Maps [B, …] to logits [B, C]; run in eval mode and left as found.
-        batches: Input batches [B, …], of any sizes.
+        batches: Input batches [B, …], of any sizes, or pairs of inputs and labels, whose labels are not looked at.
         **options: Those of `FisherPass`, which also says what is raised.
     """
     fisher = FisherPass(network, **options)
@@ -44,9 +47,7 @@ def fisher_sums(network: nn.Module, batches: Iterable[Tensor], **options: Unpack
     return fisher.sums()
 
 
-def fisher_diagonal(
-    network: nn.Module, batches: Iterable[Tensor], **options: Unpack[FisherOptions]
-) -> dict[str, Tensor]:
+def fisher_diagonal(network: nn.Module, batches: Iterable[Any], **options: Unpack[FisherOptions]) -> dict[str, Tensor]:
     """Return the Fisher diagonal, the mean over samples of what `fisher_sums` adds up; by the same arguments."""
     sums = fisher_sums(network, batches, **options)
     # The sums are this function's own: dividing them in place saves a copy of the network's size.
@@ -67,6 +68,8 @@ class FisherPass:
         generator: Source of Monte Carlo's randomness; torch's global one if None.
         memory_mib: Bound on the working memory in MiB; batches are cut to fit, the numbers do not change.
         progress: Called with the number of samples done after every cut.
+        forward: (network, batch) → logits [B, C], for a network that is not called with one tensor; batches may then be
+            mappings of tensors too.
 
     Attributes:
         count: Samples so far.
@@ -83,9 +86,11 @@ class FisherPass:
     generator: torch.Generator | None = None
     memory_mib: int = DEFAULT_MEMORY_MIB
     progress: Callable[[int], None] | None = None
+    forward: Forward | None = None
 
     def __post_init__(self) -> None:
         self.kind = FisherKind(self.kind)
+        self.network = adapted(self.network, self.forward)
         if (self.kind is FisherKind.empirical) != (self.labels is not None):
             found = "no labels" if self.labels is None else "labels"
             raise ConfigurationError(
@@ -99,17 +104,17 @@ class FisherPass:
         self._layouts: dict[tuple[object, ...], Layout] = {}
         self.count, self._passes = 0, 0.0
 
-    def add(self, batch: Tensor) -> None:
+    def add(self, batch: Any) -> None:
         """Add a batch [B, …], cut to fit the memory.
 
         Raises:
-            DataError: The network's output is not [B, C], or labels do not fit.
+            DataError: The network's output is not [B, C], labels do not fit, or the batch holds no tensors.
             StateError: The network changes in place what a gradient needs.
         """
-        with evaluating(self.network):
+        with evaluating(self.network), differentiable(self._parameters.values()):
             inputs = as_input(batch, self.network)
             start = 0
-            while start < len(inputs):
+            while start < size_of(inputs):
                 done = self._add_cut(inputs, start)
                 start += done
                 self.count += done
@@ -130,14 +135,14 @@ class FisherPass:
             )
         return Sums({name: total.contiguous() for name, total in self._totals.items()}, self.count, self._passes)
 
-    def _add_cut(self, inputs: Tensor, start: int) -> int:
+    def _add_cut(self, inputs: Batch, start: int) -> int:
         """Add as many of the samples from `start` on as the memory allows; return their number."""
-        key = (*inputs.shape[1:], len(inputs) > 1)
-        layout = self._layouts.get(key) or self._find_layout(inputs[:1])
+        key = (*shapes_in(inputs), size_of(inputs) > 1)
+        layout = self._layouts.get(key) or self._find_layout(take(inputs, slice(0, 1)))
         fewer = {FisherKind.empirical: 1, FisherKind.monte_carlo: self.cotangents or 1}
         number = fewer.get(self.kind, len(layout.logits))
         samples, chunk = choose_cut(layout, number, self.memory_mib, next(iter(self._parameters.values())))
-        piece = inputs[start : start + samples]
+        piece = take(inputs, slice(start, start + samples))
         tape = Tape(self._parameters, self._totals, layout.rows)
         output = tape.run(self.network, piece)
         if key not in self._layouts:
@@ -151,29 +156,29 @@ class FisherPass:
                 self._layouts[key] = replace(layout, rows={})
                 tape = Tape(self._parameters, self._totals, {})
                 output = tape.run(self.network, piece)
-        labels = None if self.labels is None else self.labels[self.count : self.count + len(piece)]
+        labels = None if self.labels is None else self.labels[self.count : self.count + len(output)]
         rows = make_cotangents(
             self.kind, output.detach(), labels=labels, cotangents=self.cotangents, generator=self.generator
         )
         general = self._add_by_rules(tape, output, rows, chunk)
         del tape, output
-        for n in range(len(piece) if general else 0):
-            self._add_one_by_one(piece[n : n + 1], rows[:, n : n + 1], general)
-        return len(piece)
+        for n in range(rows.shape[1] if general else 0):
+            self._add_one_by_one(take(piece, slice(n, n + 1)), rows[:, n : n + 1], general)
+        return size_of(piece)
 
-    def _find_layout(self, sample: Tensor) -> Layout:
+    def _find_layout(self, sample: Batch) -> Layout:
         """Find, on two copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape.
 
         If values decide what lies where, one sample says nothing about others: then every cut is looked at by itself.
         """
         tape = Tape(self._parameters, self._totals, None)
-        output = tape.run(self.network, torch.cat([sample, sample]))
+        output = tape.run(self.network, joined([sample, sample]))
         untrusted = tape.misplaced(output, unseen=True) | tape.close(output)
         rows: dict[str, int] = {}
         for call, names in tape.calls.items():
             if untrusted.isdisjoint(names.values()):
                 rows.update(dict.fromkeys(names.values(), len(call.inputs) // 2))
-        sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sample.numel()]
+        sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sum(each.numel() for each in tensors_in(sample))]
         return Layout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach())
 
     def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> set[str]:
@@ -190,7 +195,7 @@ class FisherPass:
                 self._passes += 2 * len(piece) * len(output)
         return general
 
-    def _add_one_by_one(self, sample: Tensor, rows: Tensor, names: set[str]) -> None:
+    def _add_one_by_one(self, sample: Batch, rows: Tensor, names: set[str]) -> None:
         """Add a sample's [1, …] squares for the parameters named, by one backward pass for each of its V cotangents.
 
         The general route: exact whatever the network does with a parameter, as it rests on the sample's gradient alone.

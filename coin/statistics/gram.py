@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coin.inputs import as_input
+from coin.inputs import Forward, adapted, as_input, size_of
 from coin.statistics.guard import evaluating, trainable
 from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call
@@ -19,12 +20,20 @@ _BLOCK = 1 << 24
 """Floats of unfolded patches formed at a time."""
 
 
-def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callable[[int], None] | None = None) -> Sums:
+def gram_sums(
+    network: nn.Module,
+    batches: Iterable[Any],
+    *,
+    progress: Callable[[int], None] | None = None,
+    forward: Forward | None = None,
+) -> Sums:
     """Return, for every trainable weight of a linear map, the sum over samples of Σ_positions a aᵀ.
 
+    Trainable is what requires gradients; if nothing does, as in a network that was frozen, everything.
+
     a is the input that the map multiplies at a position, in the order of ``weight.flatten(1)`` (for a convolution: the
-    im2col patch of one group, zeros where it meets the padding), with a last entry 1 if the map has a bias: the
-    parameter that is called as the weight is, "bias" for "weight". Another's bias, as of a head that is tied to an
+    im2col patch of one group, zeros where it meets the padding), with a last entry 1 if the map has a trainable bias:
+    the parameter that is called as the weight is, "bias" for "weight". Another's bias, as of a head that is tied to an
     embedding, is not the map's own.
 
     Linear maps are calls of linear, of convolutions, of addmm, and of matmul by a matrix, and the projections of
@@ -32,8 +41,10 @@ def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callab
 
     Args:
         network: Maps [B, …] to any output; run in eval mode and left as found.
-        batches: Input batches [B, …].
+        batches: Input batches [B, …], or pairs of inputs and labels, whose labels are not looked at.
         progress: Called with the number of samples after every batch.
+        forward: (network, batch) → output, for a network that is not called with one tensor; batches may then be
+            mappings of tensors too.
 
     Returns:
         Sums of weight name → [G, K, K] with G groups and K = C_in/G · kernel entries, plus 1 for a bias. A weight
@@ -42,29 +53,30 @@ def gram_sums(network: nn.Module, batches: Iterable[Tensor], *, progress: Callab
         Every other trainable parameter of two dimensions or more is in `Sums.uncovered`.
 
     Raises:
-        ConfigurationError: No parameter requires a gradient.
+        ConfigurationError: There are no parameters.
+        DataError: A batch holds anything but tensors of as many samples.
     """
     values: dict[str, Tensor] = {}
     count = 0
-    named = dict(network.named_parameters())
+    network = adapted(network, forward)
+    parameters = trainable(network)
 
     def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:
         name = names.get("weight")
         if name is None or not isinstance(call, LinearCall) or call.inputs.numel() == 0:
             return
-        bias = call.bias is not None and call.bias is named.get(name.removesuffix("weight") + "bias")
+        bias = call.bias is not None and call.bias is parameters.get(name.removesuffix("weight") + "bias")
         for a in patches_of(call):
             _add(values, name + TRANSPOSED if call.transposed else name, a, bias)
 
     with evaluating(network, gradients=False):
-        parameters = trainable(network)
         for batch in batches:
             inputs = as_input(batch, network)
             with Interceptor(parameters, visit):
                 network(inputs)
-            count += len(inputs)
+            count += size_of(inputs)
             if progress is not None:
-                progress(len(inputs))
+                progress(size_of(inputs))
     matrices = [name for name, parameter in parameters.items() if parameter.ndim >= 2]
     uncovered = tuple(name for name in matrices if values.keys().isdisjoint((name, name + TRANSPOSED)))
     return Sums(values, count, float(count), uncovered)

@@ -1,6 +1,6 @@
 """Leave the caller's network as found: mode, buffers, gradients, and Lightning's inference mode."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,16 +11,18 @@ from coin.errors import ConfigurationError
 
 
 def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that require gradients, those that a statistic is of.
+    """Return the parameters that a statistic is of: those that require gradients; if none does, all of them.
 
     Raises:
-        ConfigurationError: There are none, or one is complex: the square of its gradient is no real number.
+        ConfigurationError: There are none, or one that requires gradients is complex: the square of its gradient is no
+            real number.
     """
-    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    every = {name: p for name, p in network.named_parameters() if p.is_floating_point() or p.requires_grad}
+    parameters = {name: p for name, p in every.items() if p.requires_grad} or every
     if not parameters:
         raise ConfigurationError(
-            "the network has no parameter that requires a gradient; expected at least one; call requires_grad_() on "
-            "those that the statistic is of"
+            f"found no floating-point parameters in {type(network).__name__}, expected at least one; give a network "
+            "that has weights"
         )
     if complex_ones := [name for name, p in parameters.items() if p.is_complex()]:
         raise ConfigurationError(
@@ -28,6 +30,19 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
             "it out by requires_grad_(False)"
         )
     return parameters
+
+
+@contextmanager
+def differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Run a block in which these parameters require gradients; whether they did is left as found."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_()
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @contextmanager
@@ -44,6 +59,19 @@ def full_products() -> Iterator[None]:
 
 
 @contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Run a block with the network in eval mode, and restore every module's mode one by one."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
 def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     """Run a block with the network in eval mode, at full precision, with gradients possible.
 
@@ -52,15 +80,13 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     wrote to gets its old values back. Attention runs on its plain kernels: the fused ones can neither batch their
     backward pass nor differentiate forwards.
     """
-    modes = {module: module.training for module in network.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     fast = torch.backends.mha.get_fastpath_enabled()
     device = next((p.device.type for p in network.parameters()), "cpu")
     try:
-        for module in modes:
-            module.training = False
         torch.backends.mha.set_fastpath_enabled(False)
         with (
+            eval_mode(network),
             torch.inference_mode(False),
             torch.set_grad_enabled(gradients),
             torch.autocast(device, enabled=False),
@@ -70,8 +96,6 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes.items():
-            module.training = mode
         with torch.no_grad():
             for buffer, old in buffers:
                 if not torch.equal(buffer, old):

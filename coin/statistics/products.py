@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from coin.errors import StateError
-from coin.inputs import as_input
+from coin.inputs import Batch, as_input, size_of
 from coin.state import State, check_same_layout
 from coin.statistics.guard import evaluating
 from coin.statistics.sums import sum_type
@@ -27,7 +27,7 @@ class OutputMap:
         passes: Forward-equivalents spent so far: 1 a sample for outputs, 2 for a jvp, 3 for a vjp.
     """
 
-    def __init__(self, network: nn.Module, inputs: Iterable[Tensor]) -> None:
+    def __init__(self, network: nn.Module, inputs: Iterable[Batch]) -> None:
         self._network, self._inputs = network, inputs
         self.passes = 0.0
 
@@ -54,7 +54,7 @@ class OutputMap:
             StateError: The cotangent has another number of rows than there are inputs.
         """
         with evaluating(self._network):
-            total, seen = self._pull_back(parameters, 3, lambda x, start: cotangent[start : start + len(x)])
+            total, seen = self._pull_back(parameters, 3, lambda x, start: cotangent[start : start + size_of(x)])
         if seen != len(cotangent):
             raise StateError(f"found a cotangent of {len(cotangent)} rows for {seen} inputs, expected one row each")
         return {name: value.to(parameters[name].dtype) for name, value in total.items()}
@@ -72,26 +72,27 @@ class OutputMap:
             raise StateError("found no inputs, expected at least one batch")
         return {name: (value / seen).to(parameters[name].dtype) for name, value in total.items()}
 
-    def _batches(self, passes: int) -> Iterator[Tensor]:
+    def _batches(self, passes: int) -> Iterator[Batch]:
         for batch in self._inputs:
-            self.passes += passes * len(batch)
-            yield as_input(batch, self._network)
+            inputs = as_input(batch, self._network)
+            self.passes += passes * size_of(inputs)
+            yield inputs
 
-    def _along(self, parameters: State, tangent: State) -> Callable[[Tensor], Tensor]:
+    def _along(self, parameters: State, tangent: State) -> Callable[[Batch], Tensor]:
         """Return x → J·v there."""
         check_same_layout([parameters, tangent], ["the parameters", "the tangent"])
         states = (_own(parameters),), (_own(tangent),)
         return lambda x: jvp(lambda values: functional_call(self._network, values, (x,)), *states)[1]
 
     def _pull_back(
-        self, parameters: State, passes: int, cotangent: Callable[[Tensor, int], Tensor]
+        self, parameters: State, passes: int, cotangent: Callable[[Batch, int], Tensor]
     ) -> tuple[dict[str, Tensor], int]:
         """Return Jᵀ·u, in the type of sums, and the number of inputs; u is asked for by a batch and where it starts."""
         total, seen = {name: torch.zeros_like(value, dtype=sum_type(value)) for name, value in parameters.items()}, 0
         leaves = {name: value.requires_grad_() for name, value in _own(parameters).items()}
         for x in self._batches(passes):
-            piece, seen = cotangent(x, seen).detach(), seen + len(x)
-            if len(piece) < len(x):  # for the caller to refuse
+            piece, seen = cotangent(x, seen).detach(), seen + size_of(x)
+            if len(piece) < size_of(x):  # for the caller to refuse
                 continue
             output = functional_call(self._network, leaves, (x,))
             gradients = torch.autograd.grad(output, list(leaves.values()), piece, allow_unused=True)

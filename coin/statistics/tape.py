@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from coin.errors import DataError, StateError
+from coin.inputs import Batch, size_of
 from coin.statistics.recognise import Interceptor, reached_tensors
 from coin.statistics.rules.call import Call, Totals
 from coin.statistics.sums import sum_type
@@ -42,7 +43,7 @@ class Tape:
         self._scales: Tensor | None = None
         self._placed: dict[Call, bool] = {}
 
-    def run(self, network: nn.Module, inputs: Tensor) -> Tensor:
+    def run(self, network: nn.Module, inputs: Batch) -> Tensor:
         """Return the network's output [B, C] for samples [B, …], with the ruled calls recorded.
 
         Raises:
@@ -50,7 +51,7 @@ class Tape:
             StateError: The network changed a ruled call's input in place, so that its gradient is gone.
         """
         versions: dict[Call, int] = {}
-        self._samples = len(inputs)
+        self._samples = size_of(inputs)
 
         def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
             k, odd = divmod(len(call.inputs), self._samples)
@@ -64,8 +65,8 @@ class Tape:
         with Interceptor(self._parameters, visit) as interceptor:
             output: Tensor = network(inputs)
         self.sorts = interceptor.sorts
-        if output.ndim != 2 or len(output) != len(inputs):
-            raise DataError(f"the network's output is {list(output.shape)}, expected logits [{len(inputs)}, C]")
+        if output.ndim != 2 or len(output) != self._samples:
+            raise DataError(f"the network's output is {list(output.shape)}, expected logits [{self._samples}, C]")
         for call, version in versions.items():
             if call.reads_input and call.inputs._version != version:
                 raise StateError(

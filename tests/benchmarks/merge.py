@@ -29,7 +29,7 @@ from coin.commands.merge import merge
 from coin.merging import Average, Coin, RegMean, TaskArithmetic, Ties
 from coin.networks import BatchNormPolicy, NetworkConfig, build_network, load_network, save_network
 from coin.state import fingerprint, save_state
-from coin.statistics.files import load_statistic
+from coin.statistics.files import open_statistic
 
 CLASSES = 10
 OUTPUT = Path("runs/bench/merge.json")
@@ -116,7 +116,7 @@ def load_each(files: dict[str, dict[str, str] | str]) -> None:
     for option, group in files.items():
         for path in [group] if isinstance(group, str) else group.values():
             if option in ("fisher", "gram"):
-                state: Any = load_statistic(Path(path), statistic=option).values
+                state: Any = open_statistic(Path(path), statistic=option).values
             else:
                 state = load_network(Path(path)).network.state_dict()
             for tensor in state.values():

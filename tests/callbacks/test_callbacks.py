@@ -11,7 +11,7 @@ from coin.modules import Expert
 from coin.networks import load_network, read_weights
 from coin.state import fingerprint
 from coin.statistics import fisher_diagonal
-from coin.statistics.files import load_statistic
+from coin.statistics.files import open_statistic
 
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}, "lr": 0.05}
 
@@ -52,7 +52,7 @@ def test_the_fisher_at_the_end_of_training_is_that_of_the_exported_expert(tmp_pa
     fit(ExpertExport(), FisherEstimator(samples=20, kind=kind, path=str(path), **options))
     exported = load_network(tmp_path / "run" / "expert.safetensors").network
     mark = fingerprint(exported.state_dict())
-    statistic = load_statistic(path, statistic="fisher", weights=mark)
+    statistic = open_statistic(path, statistic="fisher", weights=mark)
     # In the memory format that it trained in, so that the same kernels give the same bits.
     exported.to(memory_format=torch.channels_last)
     calibration = synthetic(key=5, seed=2).calibration(20)
@@ -70,9 +70,9 @@ def test_the_fisher_at_the_end_of_training_is_that_of_the_exported_expert(tmp_pa
     assert (statistic.samples, statistic.passes) == (20, 20 * (1 + 2 * cotangents))
     assert (statistic.provenance["kind"], statistic.provenance["data"]) == (kind, "own")
     with pytest.raises(FileError, match="expected gram"):
-        load_statistic(path, statistic="gram")
+        open_statistic(path, statistic="gram")
     with pytest.raises(FileError, match="the expert has changed since"):
-        load_statistic(path, statistic="fisher", weights="0" * 64)
+        open_statistic(path, statistic="fisher", weights="0" * 64)
 
 
 def test_the_module_is_left_as_training_left_it(fit):
@@ -90,7 +90,7 @@ def test_best_takes_the_best_checkpoint_for_both_files(tmp_path, fit):
     assert mark != fingerprint(expert.network.state_dict())
     exported = load_network(tmp_path / "run" / "expert.safetensors")
     assert fingerprint(exported.network.state_dict()) == mark
-    assert load_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher", weights=mark).samples == 8
+    assert open_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher", weights=mark).samples == 8
 
 
 def test_best_without_a_monitor_is_refused(fit):

@@ -119,6 +119,18 @@ def test_a_merge_from_files_keeps_few_tensors_and_one_network(
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
 
 
+def test_a_fisher_file_of_the_head_alone_leaves_the_rest_to_the_average(files: dict[str, Any], tmp_path: Path) -> None:
+    first = Path(next(iter(files["fisher"].values())))
+    values, provenance = load_state(first)
+    save_state(first, {name: values[name] for name in ("fc.weight", "fc.bias")}, provenance)
+    average, coin_ = (
+        load_state(merge(method=method, output=str(tmp_path / "coded"), code=ROWS, **files)[0])[0]
+        for method in METHODS[:2]
+    )
+    for name, tensor in average.items():
+        assert torch.equal(coin_[name], tensor) == (name not in ("fc.weight", "fc.bias"))
+
+
 def _spoil(path: str, change: Callable[[dict[str, Tensor]], None]) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     with Path(path).open("rb") as file:

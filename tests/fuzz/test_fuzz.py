@@ -26,7 +26,7 @@ from coin.networks import NetworkConfig, build_network, load_network, read_weigh
 from coin.reporting.results import read_configuration, read_confusions, read_results
 from coin.reporting.sweeps import read_sweep_table
 from coin.state import load_provenance, load_state
-from coin.statistics.files import load_statistic
+from coin.statistics.files import open_statistic
 from coin.sweeps.points import read_sweep, sweep_points
 from coin.sweeps.sharing import _declared
 from coin.yaml_files import read_yaml
@@ -112,7 +112,7 @@ def test_damaged_networks(path: Path) -> None:
         file.write_bytes(content)
         for read in (load_network, load_state, load_provenance, read_weights):
             survives(lambda read=read: read(file))
-        survives(lambda: load_statistic(file, statistic="fisher"))
+        survives(lambda: open_statistic(file, statistic="fisher"))
 
     for_a_while(test)
 

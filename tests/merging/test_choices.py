@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from coin.errors import CoinWarning, ConfigurationError
+from coin.errors import CoinWarning, ConfigurationError, DataError
 from coin.merging import Average, Coin, Experts, FullFisher, RegMean
 from coin.merging.regmean import ALPHAS, DAMPINGS, regmean_parameters
 from coin.networks import recalibrate
@@ -318,9 +318,14 @@ def test_samples_of_unlike_shapes_merge_and_what_is_no_input_is_told():
     assert [tuple(batch.shape) for batch in experts.pooled] == [(10, 4), (10, 4), (10, 7), (10, 7)]
     assert experts.tasks.tolist() == [0, 1] * 20
     assert Average().make(experts, ROW).network(ragged[0][1]).shape == (10, 3)
-    labelled = [[(torch.randn(4, 6), torch.zeros(4))]] * 2
-    with pytest.raises(ConfigurationError, match="found calibration batches of type tuple, expected input tensors"):
-        Experts(networks, calibration=labelled)
+    labelled = [[(batch, torch.zeros(10)) for batch in batches] for batches in ragged]
+    for given, expected in zip(Experts(networks, calibration=labelled).pooled, experts.pooled, strict=True):
+        assert torch.equal(given, expected)
+    for wrong in ((ragged[0][0],) * 3, {"x": ragged[0][0]}, torch.tensor(3), ("a", "b")):
+        with pytest.raises(DataError, match=r"found a batch of type .*, expected input tensors \[B, …\]"):
+            Experts(networks, calibration=[[wrong], [wrong]])
+    with pytest.raises(DataError, match="found no calibration batches, expected at least one"):
+        Experts(networks, calibration=[[], []])
 
 
 def test_a_task_without_samples_takes_no_place():

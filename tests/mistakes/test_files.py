@@ -27,7 +27,7 @@ from coin.reporting.results import (
 from coin.reporting.sweeps import SWEEP_CSV, read_sweep_table
 from coin.state import fingerprint
 from coin.statistics import Sums
-from coin.statistics.files import load_statistic, save_statistic
+from coin.statistics.files import open_statistic, write_statistic
 from coin.sweeps.points import read_sweep
 from coin.sweeps.sharing import _link_step
 from coin.yaml_files import read_yaml
@@ -167,12 +167,12 @@ def test_a_statistic_that_is_not_of_its_expert(case: str, tmp_path: Path) -> Non
     path = tmp_path / "a.fisher.safetensors"
     weights = fingerprint({"a": torch.ones(3)})
     sums = Sums({"a": torch.ones(3)}, 2, 4.0)
-    save_statistic(path, sums, statistic="fisher", weights=weights, seconds=1.0)
-    assert load_statistic(path, statistic="fisher", weights=weights).samples == 2
+    write_statistic(path, sums, statistic="fisher", weights=weights, seconds=1.0)
+    assert open_statistic(path, statistic="fisher", weights=weights).samples == 2
     damage, message = STATISTICS[case]
     damage(path)
     with pytest.raises(CoinError, match=message):
-        load_statistic(path, statistic="fisher", weights=weights)
+        open_statistic(path, statistic="fisher", weights=weights)
 
 
 CODED: dict[str, tuple[Damage, str]] = {

@@ -94,11 +94,23 @@ def test_unequal_class_counts_decode_exactly_with_padding(inputs):
     torch.testing.assert_close(small[:, 2:], torch.zeros(30, 2, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-def test_a_coded_system_stays_in_eval_mode_and_trains_nothing():
-    coded = Coded(Code(CODES[0]), [linear(0), nn.Sequential(nn.Dropout(), nn.Linear(5, 3))], [linear(2)], ["a", "b"])
-    coded.train()
-    assert not any(module.training for module in coded.modules())
-    assert not any(parameter.requires_grad for parameter in coded.parameters())
+def test_a_coded_system_runs_in_eval_mode_and_leaves_its_networks_as_found(inputs):
+    dropping = nn.Sequential(nn.Dropout(), nn.Linear(5, 3).double())
+    dropping[1].bias.requires_grad_(False)
+    stand_in = linear(2).eval()
+    coded = Coded(Code(CODES[0]), [linear(0), dropping], [stand_in], ["a", "b"])
+    for change in (coded.train, coded.eval):
+        change()
+        assert dropping.training
+        assert dropping[0].training
+        assert not stand_in.training
+        assert [p.requires_grad for p in coded.parameters()] == [True] * 3 + [False] + [True] * 2
+        answers = coded.answers(inputs)
+        assert torch.equal(answers.experts[1], dropping[1](inputs))
+        assert not answers.experts.requires_grad
+        assert not coded(inputs).requires_grad
+        assert not coded.fit_decoder(inputs.split(7), [1], "ridge").decode(inputs).requires_grad
+        assert dropping[0].training
     assert coded.names == ("a", "b")
     assert Coded(Code(CODES[0]), [linear(0), linear(1)], [linear(2)]).names == ("0", "1")
 
@@ -125,9 +137,8 @@ def test_what_does_not_fit_is_refused(inputs):
     ids=lambda config: config.name,
 )
 def test_decoders_with_options_read_what_they_need_and_lost_experts_never_run(config):
-    networks = [
-        build_network(NetworkConfig("small_resnet", 16, None, {"width": 2}), 3, seed=s).double() for s in range(3)
-    ]
+    architecture = NetworkConfig("small_resnet", 16, None, {"width": 2})
+    networks = [build_network(architecture, 3, seed=s).double().eval() for s in range(3)]
     images = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tasks = torch.arange(24) % 2
     coded = Coded(Code(CODES[0]), networks[:2], networks[2:]).fit_decoder(images.split(7), [1], config, tasks)

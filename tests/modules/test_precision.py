@@ -9,7 +9,7 @@ from coin.coding import DecoderKind
 from coin.errors import ConfigurationError
 from coin.modules import DecodingEvaluator, Distillation, Expert, ReadoutDistillation
 from coin.networks import load_network
-from coin.statistics.files import load_statistic
+from coin.statistics.files import open_statistic
 
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}, "num_classes": 3, "lr": 0.05}
 
@@ -82,7 +82,7 @@ def test_an_expert_trained_in_bf16_is_exported_with_its_full_fisher(tmp_path, ma
         make_trainer(max_epochs=1, callbacks=callbacks, **options).fit(Expert(**SMALL), datamodule=synthetic())
     mixed, full = (load_network(tmp_path / name).network.state_dict() for name in ("mixed", "full"))
     assert any(not mixed[name].equal(full[name]) for name in full)
-    values = load_statistic(tmp_path / "mixed.fisher", statistic="fisher").values
+    values = open_statistic(tmp_path / "mixed.fisher", statistic="fisher").values
     assert all(value.dtype == torch.float32 for value in values.values())
 
 
@@ -129,6 +129,6 @@ def test_a_compiled_expert_trains_alike_and_keeps_its_names(tmp_path, make_train
     compiled, alone = (load_network(tmp_path / name).network.state_dict() for name in ("compiled", "plain"))
     for key, value in alone.items():
         torch.testing.assert_close(compiled[key], value, rtol=1e-4, atol=1e-5)
-    fishers = [load_statistic(tmp_path / f"{name}.fisher", statistic="fisher").values for name in ("compiled", "plain")]
+    fishers = [open_statistic(tmp_path / f"{name}.fisher", statistic="fisher").values for name in ("compiled", "plain")]
     for key, value in fishers[1].items():
         torch.testing.assert_close(fishers[0][key], value, rtol=1e-2, atol=1e-3 * float(value.max()))

@@ -11,7 +11,7 @@ from coin.experiment.trainers import make_trainer
 from coin.networks import load_network
 from coin.processes import is_first
 from coin.statistics import FisherKind
-from coin.statistics.files import save_statistic
+from coin.statistics.files import write_statistic
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 
@@ -42,7 +42,7 @@ def estimate(run: SeedRun, which: Statistic) -> None:
             )
             fisher = {} if which.kind is None else {"cotangents": cotangents}
             if is_first():
-                save_statistic(
+                write_statistic(
                     path,
                     sums,
                     statistic=str(which.name),

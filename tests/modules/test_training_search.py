@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from coin.experiment.distillation import _TRIALS, search_grid
+from coin.modules.training import TRIALS, search_grid
 
 GIVEN = [[3e-4, 1e-3, 3e-3], [1e-3], [1e-3, 1e-2]]
 
@@ -39,7 +39,7 @@ def test_it_walks_to_a_minimum_beyond_what_was_given(rates, times, power):
     assert inside
     assert rate == pytest.approx(wanted[0], rel=0.2)
     assert steps == round(160 * 2.0**power)
-    assert len(tried) <= _TRIALS
+    assert len(tried) <= TRIALS
     assert all(value == loss(*pair) for pair, value in tried.items())
     assert min(tried, key=tried.get) == (rate, steps)
     for pair in neighbours((rate, steps), rates):
@@ -56,7 +56,7 @@ def test_on_a_loss_that_falls_for_ever_it_stops_and_says_so(rates, loss):
     calls = []
     pair, tried, inside = search_grid(lambda *each: calls.append(each) or loss(*each), rates, 100)
     assert not inside
-    assert len(calls) == len(set(calls)) == len(tried) == _TRIALS
+    assert len(calls) == len(set(calls)) == len(tried) == TRIALS
     assert loss(*pair) == min(tried.values())
     assert not all(is_among(each, tried) for each in neighbours(pair, rates))
 

@@ -1,0 +1,240 @@
+"""Networks that are called in the user's own way, with batches of anything made of tensors."""
+
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from coin.coding import Code
+from coin.errors import DataError
+from coin.inputs import adapted
+from coin.merging import (
+    Average,
+    Coin,
+    Experts,
+    FullFisher,
+    GaussNewton,
+    HeadFit,
+    Refit,
+    RegMean,
+    TaskArithmetic,
+    merge_networks,
+)
+from coin.modules import Coded
+from coin.networks import recalibrate
+from coin.statistics import fisher_diagonal, gram_sums
+
+CODE = Code([[0.4, 0.6]])
+
+
+class Texts(nn.Module):
+    """A small network that is called as Hugging Face's are."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(11, 6)
+        self.inner = nn.Linear(6, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, input_ids, attention_mask):
+        words = self.words(input_ids) * attention_mask[..., None]
+        hidden = self.norm(torch.tanh(self.inner(words.sum(1) / attention_mask.sum(1, keepdim=True))))
+        return SimpleNamespace(logits=self.classifier(hidden))
+
+
+class Stacked(Texts):
+    """The same network of one tensor: tokens and mask ``[B, 2, T]``."""
+
+    def forward(self, inputs):
+        return super().forward(*inputs.unbind(1)).logits
+
+
+def call(network, batch):
+    return network(**batch).logits
+
+
+def named(batch):
+    return dict(zip(("input_ids", "attention_mask"), batch.unbind(1), strict=True))
+
+
+def stacked_batches(seed):
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(11, (14, 5), generator=draw)
+    lengths = torch.randint(1, 6, (14, 1), generator=draw)
+    whole = torch.stack([tokens, (torch.arange(5) < lengths).long()], 1)
+    return list(whole.split(5))
+
+
+def networks(kind):
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made.append(kind().double().eval())
+        made[-1].norm.running_mean += 0.1 * seed
+    return made
+
+
+STACKED = [stacked_batches(seed) for seed in (5, 6)]
+NAMED = [[named(batch) for batch in batches] for batches in STACKED]
+METHODS = [
+    Average(),
+    Average(batchnorm="recalibrate"),
+    Coin(),
+    RegMean(),
+    RegMean(alpha=None, damping=None),
+    HeadFit(),
+    Refit(),
+    Refit(target="mix", memory_mib=1),
+    FullFisher(max_iterations=2, tolerance=0.9),
+    GaussNewton(max_steps=1, max_iterations=3),
+    GaussNewton(max_steps=1, max_iterations=3, start="refit"),
+    TaskArithmetic(batchnorm="keep"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+def test_batches_by_name_merge_as_one_tensor_does(method):
+    initial = networks(Stacked)[0]
+    (expected,) = merge_networks(method, networks(Stacked), CODE, calibration=STACKED, initial=initial)
+    (found,) = merge_networks(method, networks(Texts), CODE, calibration=NAMED, initial=initial, forward=call)
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+    assert type(found) is Texts
+    assert vars(found).keys() == vars(Texts()).keys()
+    assert torch.equal(call(found, NAMED[0][0]), expected(STACKED[0][0]))
+
+
+def test_experts_are_left_as_found():
+    experts = networks(Texts)
+    experts[0].train()
+    before, contents = [deepcopy(expert.state_dict()) for expert in experts], [dict(vars(each)) for each in experts]
+    merge_networks(GaussNewton(max_steps=1, max_iterations=2), experts, CODE, calibration=NAMED, forward=call)
+    for expert, state, content in zip(experts, before, contents, strict=True):
+        assert vars(expert) == content
+        assert all(torch.equal(expert.state_dict()[name], tensor) for name, tensor in state.items())
+    assert experts[0].norm.training
+    assert not experts[1].norm.training
+
+
+def test_statistics_and_recalibration_read_batches_by_name():
+    plain, own = networks(Stacked)[0], networks(Texts)[0]
+    for statistic in (
+        fisher_diagonal,
+        lambda *given, **options: fisher_diagonal(*given, memory_mib=1, **options),
+        lambda *given, **options: fisher_diagonal(*given, kind="empirical", labels=torch.arange(14) % 3, **options),
+        lambda *given, **options: gram_sums(*given, **options).mean(),
+    ):
+        expected, found = statistic(plain, STACKED[0]), statistic(own, NAMED[0], forward=call)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert recalibrate(plain, STACKED[0]) == recalibrate(own, NAMED[0], forward=call) == 14
+    assert torch.equal(plain.norm.running_var, own.norm.running_var)
+
+
+def test_labels_beside_the_inputs_are_not_looked_at():
+    network = networks(Stacked)[0]
+    labelled = [(batch, torch.zeros(len(batch))) for batch in STACKED[0]]
+    assert torch.equal(
+        fisher_diagonal(network, labelled)["inner.weight"], fisher_diagonal(network, STACKED[0])["inner.weight"]
+    )
+    (expected,), (found,) = (
+        merge_networks(Coin(), networks(Stacked), CODE, calibration=[given, STACKED[1]])
+        for given in (STACKED[0], labelled)
+    )
+    assert torch.equal(found.inner.weight, expected.inner.weight)
+    assert gram_sums(network, labelled).count == recalibrate(network, labelled) == 14
+
+
+@pytest.mark.parametrize("kind", ["linear", "ridge", "feature_ridge"])
+def test_a_coded_system_reads_batches_by_name(kind):
+    (coded,) = merge_networks(HeadFit(), networks(Texts), CODE, calibration=NAMED, forward=call)
+    (plain,) = merge_networks(HeadFit(), networks(Stacked), CODE, calibration=STACKED)
+    system = Coded(CODE, networks(Texts), [coded], forward=call).fit_decoder([*NAMED[0], *NAMED[1]], [0], kind)
+    other = Coded(CODE, networks(Stacked), [plain]).fit_decoder([*STACKED[0], *STACKED[1]], [0], kind)
+    assert torch.equal(system.decode(NAMED[0][0]), other.decode(STACKED[0][0]))
+    assert torch.equal(system(NAMED[0][0]), other(STACKED[0][0]))
+
+
+def test_an_adapted_network_shares_everything_and_can_be_copied_and_called_with_other_parameters():
+    network = networks(Texts)[0]
+    own, batch = adapted(network, call), NAMED[0][0]
+    assert isinstance(own, Texts)
+    assert all(first is second for first, second in zip(network.parameters(), own.parameters(), strict=True))
+    assert torch.equal(own(batch), network(**batch).logits)
+    copied = deepcopy(own)
+    with torch.no_grad():
+        copied.classifier.bias += 1
+    torch.testing.assert_close(copied(batch), own(batch) + 1)
+    other = {name: torch.zeros_like(tensor) for name, tensor in network.named_parameters()}
+    assert not functional_call(own, other, (batch,)).any()
+    assert own(batch).any()
+    assert "_call_impl" not in vars(network)
+
+
+def test_a_network_that_is_one_layer_is_called_once_with_its_hooks():
+    layer, seen = nn.Linear(4, 2), []
+    layer.register_forward_hook(lambda module, arguments, output: seen.append(arguments[0]))
+    batch = {"x": torch.randn(3, 4), "unused": torch.zeros(3)}
+    adapted(layer, lambda network, batch: network(batch["x"]))(batch)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], batch["x"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"input_ids": torch.zeros(2, 3), "text": ["a", "b"]}, r"found 'text' of type list in a batch, expected tens"),
+        ({"input_ids": torch.zeros(2, 3), "length": torch.tensor(3)}, "found 'length' of type Tensor in a batch"),
+        ({}, "found nothing in a batch, expected tensors"),
+        ({"a": torch.zeros(2, 3), "b": torch.zeros(3)}, r"found a batch of \{'a': 2, 'b': 3\} rows, expected as many"),
+        (
+            (torch.zeros(2, 3), torch.zeros(2)),
+            "found a batch of type tuple, expected a tensor .*, or ten",
+        ),
+        ("text", "found a batch of type str, expected a tensor"),
+    ],
+)
+def test_batches_of_anything_else_are_told(batch, message):
+    network = networks(Texts)[0]
+    for use in (
+        lambda: fisher_diagonal(network, [batch], forward=call),
+        lambda: gram_sums(network, [batch], forward=call),
+        lambda: recalibrate(network, [batch], forward=call),
+        lambda: Experts([network], calibration=[[batch]], forward=call),
+        lambda: Coded(Code([[1.0]]), [network], [network], forward=call)(batch),
+    ):
+        with pytest.raises(DataError, match=message) as told:
+            use()
+        assert "\n" not in str(told.value)
+
+
+def test_without_forward_a_mapping_is_told_of_it():
+    with pytest.raises(DataError, match=r"type dict, expected input tensors .* give forward=lambda network, batch"):
+        fisher_diagonal(networks(Texts)[0], NAMED[0])
+
+
+def test_texts_of_several_lengths_merge_and_a_refit_asks_for_one():
+    ragged = [[{name: each[:, :length] for name, each in NAMED[0][0].items()} for length in (3, 5)], NAMED[1]]
+    (coded,) = merge_networks(Coin(batchnorm="average"), networks(Texts), CODE, calibration=ragged, forward=call)
+    assert call(coded, ragged[0][0]).shape == (5, 3)
+    with pytest.raises(DataError, match=r"shapes \[5\] \[5\] and \[3\] \[3\] to run together, expected one shape; pad"):
+        merge_networks(Refit(), networks(Texts), CODE, calibration=ragged, forward=call)
+
+
+def test_a_hugging_face_classifier_merges_and_decodes():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12}
+    config = transformers.BertConfig(vocab_size=11, max_position_embeddings=8, num_labels=3, **sizes)
+    torch.manual_seed(0)
+    experts = [transformers.BertForSequenceClassification(config).eval() for _ in range(2)]
+    batches = [[transformers.BatchEncoding(batch) for batch in group] for group in NAMED]
+    for method in (Coin(fisher_data="own"), RegMean(), Refit(target="own")):
+        (coded,) = merge_networks(method, experts, CODE, calibration=batches, forward=call)
+        assert type(coded) is type(experts[0])
+        logits = coded(**batches[0][0]).logits
+        assert torch.isfinite(logits).all()
+    system = Coded(CODE, experts, [coded], forward=call).fit_decoder([*batches[0], *batches[1]], [1], "feature_ridge")
+    assert system.decode(batches[0][0]).shape == (1, 5, 3)

@@ -1,0 +1,112 @@
+"""Networks of which some parameters were frozen, or all."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from coin.coding import Code
+from coin.merging import Average, Coin, FullFisher, GaussNewton, HeadFit, Refit, RegMean, merge_networks
+from coin.statistics import fisher_diagonal, gram_sums
+
+CODE = Code([[0.3, 0.7]])
+METHODS = [
+    Average(),
+    Coin(),
+    Coin(fisher_kind="monte_carlo", fisher_data="own"),
+    RegMean(),
+    RegMean(alpha=None, damping=None),
+    FullFisher(max_iterations=3, tolerance=0.9, fisher_data="own"),
+    GaussNewton(max_steps=1, max_iterations=3),
+    GaussNewton(max_steps=1, max_iterations=3, start="average"),
+    HeadFit(),
+]
+HEAD = ("2.weight", "2.bias")
+
+
+def make(seed, base=0, dtype=torch.float64):
+    torch.manual_seed(base)
+    network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    torch.manual_seed(seed)
+    network[2].reset_parameters()
+    return network
+
+
+def calibration(dtype=torch.float64):
+    draw = torch.Generator().manual_seed(5)
+    return [[torch.randn(12, 6, generator=draw, dtype=dtype)] for _ in range(2)]
+
+
+def flags(networks):
+    return [[p.requires_grad for p in network.parameters()] for network in networks]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_was_frozen_stays_to_the_last_bit_and_the_rest_merges(method, dtype):
+    experts = [make(1, dtype=dtype), make(2, dtype=dtype)]
+    for expert in experts:
+        expert[0].requires_grad_(False)
+    found = flags(experts)
+    (coded,) = merge_networks(method, experts, CODE, calibration=calibration(dtype))
+    assert flags(experts) == found
+    for name, tensor in coded.state_dict().items():
+        assert torch.equal(tensor, experts[0].state_dict()[name]) == (name not in HEAD)
+
+
+@pytest.mark.parametrize("method", [*METHODS, Refit(target="mix")], ids=lambda method: method.label)
+def test_networks_that_are_frozen_altogether_merge_as_if_they_were_not(method):
+    experts = [make(1), make(2, base=3)]
+    frozen = [deepcopy(expert).requires_grad_(False) for expert in experts]
+    expected, found = (
+        merge_networks(method, each, CODE, calibration=calibration())[0].state_dict() for each in (experts, frozen)
+    )
+    assert not any(map(any, flags(frozen)))
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor)
+
+
+def test_statistics_of_a_frozen_network_are_those_of_all_its_parameters():
+    network, (batches, _) = make(1), calibration()
+    frozen = deepcopy(network).requires_grad_(False)
+    for statistic in (fisher_diagonal, lambda *given: gram_sums(*given).mean()):
+        expected, found = (statistic(each, batches) for each in (network, frozen))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS[1:7], ids=lambda method: method.label)
+def test_what_is_frozen_in_one_expert_alone_is_averaged(method):
+    experts = [make(1), make(2, base=3)]
+    experts[1][0].requires_grad_(False)
+    (coded,) = merge_networks(method, experts, CODE, calibration=calibration())
+    average = merge_networks(Average(), experts, CODE)[0].state_dict()
+    for name, tensor in coded.state_dict().items():
+        if name not in HEAD:
+            assert torch.equal(tensor, average[name])
+        elif name == HEAD[0]:  # the Fisher of a bias is the same for all experts
+            assert (tensor - average[name]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("method", [Coin(), FullFisher(max_iterations=3, tolerance=0.9), GaussNewton(max_steps=1)])
+def test_given_fishers_of_the_head_alone_leave_the_rest_to_the_average(method):
+    experts, inputs = [make(1), make(2, base=3)], calibration()
+    fishers = [fisher_diagonal(expert, batches) for expert, batches in zip(experts, inputs, strict=True)]
+    short = [{name: fisher[name] for name in HEAD} for fisher in fishers]
+    average = merge_networks(Average(), experts, CODE)[0].state_dict()
+    for given in (short, [fishers[0], short[1]]):
+        (coded,) = merge_networks(method, experts, CODE, fishers=given, calibration=inputs)
+        for name, tensor in coded.state_dict().items():
+            assert torch.equal(tensor, average[name]) == (name not in HEAD)
+
+
+def test_a_frozen_bias_is_no_part_of_its_map():
+    experts = [make(1), make(2)]
+    for expert in experts:
+        expert[2].bias.data.fill_(0.3)
+        expert[2].bias.requires_grad_(False)
+    (coded,) = merge_networks(RegMean(), experts, CODE, calibration=calibration())
+    assert torch.equal(coded[2].bias, experts[0][2].bias)
+    assert not torch.equal(coded[2].weight, merge_networks(Average(), experts, CODE)[0][2].weight)

@@ -1,0 +1,154 @@
+"""Distillation of networks in memory, on batches in memory."""
+
+import logging
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import coin
+from coin.errors import ConfigurationError, NumericalError
+from coin.merging import Experts
+
+CODE = coin.Code([[0.4, 0.6]])
+FAST = {"lr": 1e-2, "steps": 40, "batch_size": 8}
+
+
+class Named(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Tanh())
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x):
+        return SimpleNamespace(logits=self.head(self.body(x)))
+
+
+class Plain(Named):
+    def forward(self, x):
+        return super().forward(x).logits
+
+
+def call(network, batch):
+    return network(**batch).logits
+
+
+def make(kind=Plain, counts=(3, 3)):
+    made = []
+    for seed, classes in enumerate(counts):
+        torch.manual_seed(seed)
+        made.append(kind(classes).train(seed == 0))
+    return made
+
+
+def calibration():
+    draw = torch.Generator().manual_seed(5)
+    return [list(torch.randn(30, 6, generator=draw).split(8)) for _ in range(2)]
+
+
+def loss(network, experts):
+    inputs = torch.cat([batch for batches in calibration() for batch in batches])
+    with torch.no_grad():
+        outputs = [deepcopy(expert).eval()(inputs) for expert in experts]
+        return float((network(inputs) - 0.4 * outputs[0] - 0.6 * outputs[1]).square().mean())
+
+
+@pytest.mark.parametrize("readout", [False, True])
+def test_it_comes_nearer_than_its_start_and_leaves_the_experts_as_found(readout, capfd, caplog, recwarn):
+    experts = make()
+    before = deepcopy([expert.state_dict() for expert in experts])
+    modes = [[module.training for module in expert.modules()] for expert in experts]
+    torch.manual_seed(17)
+    state, level = torch.get_rng_state(), logging.getLogger("lightning.pytorch").level
+    options = {"lr": 1e-2, "steps": 200, "start": "average", "batch_size": 32}
+    (coded,) = coin.distill(experts, CODE, calibration(), readout=readout, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert logging.getLogger("lightning.pytorch").level == level
+    (start,) = coin.merge_networks(coin.Average(), experts, CODE, calibration=calibration())
+    assert loss(coded, experts) < 0.2 * loss(start, experts)
+    assert not any(module.training for module in coded.modules())
+    assert all(parameter.grad is None for parameter in coded.parameters())
+    assert type(coded) is Plain
+    for expert, own, mode in zip(experts, before, modes, strict=True):
+        assert [module.training for module in expert.modules()] == mode
+        assert all(torch.equal(tensor, own[name]) for name, tensor in expert.state_dict().items())
+        assert all(p.requires_grad and p.grad is None for p in expert.parameters())
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+    assert not [warning for warning in recwarn if "lightning" in str(warning.filename)]
+
+
+def test_a_seed_gives_the_same_network_whatever_was_drawn_before():
+    def trained(seed, state):
+        torch.manual_seed(state)
+        method = coin.Distillation(seed=seed, **FAST)
+        return coin.merge_networks(method, make(), CODE, calibration=calibration())[0].head.weight
+
+    assert torch.equal(trained(None, 1), trained(0, 2))
+    assert torch.equal(trained(3, 1), trained(3, 2))
+    assert not torch.equal(trained(0, 1), trained(3, 1))
+    with pytest.raises(ConfigurationError, match="found seed=-1"):
+        coin.Distillation(seed=-1)
+
+
+def test_batches_by_name_and_other_class_counts_train_as_well():
+    named = [[{"x": batch} for batch in batches] for batches in calibration()]
+    for readout in (False, True):
+        (expected,) = coin.distill(make(counts=(3, 2)), CODE, calibration(), readout=readout, **FAST)
+        (found,) = coin.distill(make(Named, (3, 2)), CODE, named, readout=readout, forward=call, **FAST)
+        assert type(found) is Named
+        assert vars(found).keys() == vars(Named(3)).keys()
+        assert all(torch.equal(found.state_dict()[name], each) for name, each in expected.state_dict().items())
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_frozen_parameters_stay_unless_all_are(whole):
+    experts = make()
+    experts[1].body[0].load_state_dict(experts[0].body[0].state_dict())
+    for expert in experts:
+        (expert if whole else expert.body[0]).requires_grad_(False)
+    (coded,) = coin.distill(experts, CODE, calibration(), **FAST)
+    assert torch.equal(coded.body[0].weight, experts[0].body[0].weight) != whole
+    assert not coded.body[0].weight.requires_grad
+    assert coded.head.weight.requires_grad != whole
+    assert not any(p.requires_grad for expert in experts for p in expert.body[0].parameters())
+
+
+def test_the_learning_rate_is_chosen_on_held_out_samples_and_all_runs_count():
+    experts = Experts(make(), calibration=calibration())
+    method = coin.Distillation(
+        learning_rates=[1e-3, 1e-2], steps=4, batch_size=16, schedule="constant", start="average"
+    )
+    made = method.make(experts, [0.4, 0.6])
+    assert made.chosen["lr"] in (1e-3, 1e-2)
+    assert len(made.chosen["held_out_loss"]) == 8
+    assert experts.passes > 3 * 4 * 16 * 3
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_it_trains_inside_a_callers_context(context):
+    experts = make()
+    with context():
+        (coded,) = coin.distill(experts, CODE, calibration(), **FAST)
+    (expected,) = coin.distill(make(), CODE, calibration(), **FAST)
+    assert torch.equal(coded.head.weight, expected.head.weight)
+
+
+def test_what_memory_does_not_allow_is_told():
+    experts = make()
+    for options in ({"augmentation": "shift"}, {"samples_per_task": 4}):
+        with pytest.raises(ConfigurationError, match="for calibration batches in memory, which are taken as they are"):
+            coin.distill(experts, CODE, calibration(), **FAST, **options)
+    coin.distill(experts, CODE, calibration(), **{**FAST, "steps": 1}, augmentation="none")
+    with pytest.raises(ConfigurationError, match="found no calibration inputs, which the merge needs"):
+        coin.merge_networks(coin.Distillation(lr=1e-3), experts, CODE)
+    with pytest.raises(NumericalError, match="distillation diverged with lr=1e"):
+        coin.distill(experts, CODE, calibration(), lr=1e30, steps=5)
+
+
+def test_a_default_of_files_stays_what_it_was():
+    assert coin.Distillation().hparams["augmentation"] == "shift"
+    assert coin.Distillation().augmentation == "shift"
+    assert coin.ReadoutDistillation(augmentation="none").augmentation == "none"

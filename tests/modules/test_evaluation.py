@@ -1,0 +1,96 @@
+"""The evaluation of systems in memory gives the numbers of the evaluator."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import coin
+from coin.data import to_input
+from coin.errors import ConfigurationError, DataError
+from coin.modules import DecodingEvaluator
+from coin.networks import load_network
+
+CLASSES = (3, 2, 3)
+PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]
+COLUMNS = ["decoder", "task", "expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual"]
+
+
+def batches_of(task):
+    images, labels = task.splits.test.images(), task.splits.test.targets
+    return [(to_input(images[start : start + 7], 16), labels[start : start + 7]) for start in range(0, len(labels), 7)]
+
+
+def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trainer):
+    experts, tasks = write_experts(CLASSES), tasks_of(CLASSES)
+    decoders = [
+        "linear",
+        "ridge",
+        {"kind": "ridge", "fitted_on": "own"},
+        {"kind": "feature_ridge", "features": "stages"},
+    ]
+    paths = write_coded(PAIR, experts)
+    evaluator = DecodingEvaluator(experts, paths, decoders)
+    make_trainer().test(evaluator, datamodule=tasks, verbose=False)
+    networks = [[load_network(Path(path)).network.train() for path in each] for each in (experts.values(), paths)]
+    system = coin.Coded(coin.Code(PAIR), *networks, names=list(experts))
+    loaders = [batches_of(task) for task in tasks.tasks.values()]
+    calibration = list(tasks.calibrations().values())
+    found = coin.evaluate(system, loaders, decoders=decoders, calibration=calibration)
+    assert list(found.columns) == COLUMNS
+    assert len(found) == 4 * 3
+    checked = 0
+    for outcome in evaluator.outcomes:
+        if outcome.variant.method == "average" and len(outcome.erased) == 1:
+            (row,) = found[(found.decoder == outcome.decoder) & (found.task == outcome.task)].to_dict("records")
+            for column in COLUMNS[2:]:
+                assert row[column] == pytest.approx(getattr(outcome, column), rel=1e-4)
+            checked += 1
+    assert checked == 12
+    assert all(network.training for group in networks for network in group)
+    linear = coin.evaluate(system, loaders, decoders=["linear"])
+    assert linear.equals(found[found.decoder == "linear"])
+
+
+def test_batches_by_name_and_an_exact_system():
+    torch.manual_seed(0)
+
+    class Named(nn.Linear):
+        def forward(self, x):
+            return SimpleNamespace(logits=super().forward(x))
+
+    experts, code = [Named(6, 3), Named(6, 2)], coin.Code([[0.5, 0.5]])
+
+    def call(network, batch):
+        return network(**batch).logits
+
+    (coded,) = coin.merge_networks(coin.Average(), experts, code, forward=call)
+    inputs = [[{"x": torch.randn(9, 6)} for _ in range(3)] for _ in experts]
+    pairs = [[(batch, torch.arange(9) % 2) for batch in batches] for batches in inputs]
+    table = coin.evaluate(coin.Coded(code, experts, [coded], forward=call), pairs, calibration=inputs)
+    assert list(table.decoder) == ["linear"] * 2 + ["ridge"] * 2 + ["feature_ridge"] * 2
+    assert list(table.task) == ["0", "1"] * 3
+    assert (table.nda == 1).all()
+    assert (table.residual < 1e-5).all()
+
+
+def test_what_is_missing_is_told():
+    torch.manual_seed(0)
+    experts = [nn.Linear(6, 3) for _ in range(3)]
+    system = coin.Coded(coin.Code([[0.5, 0.5]]), experts[:2], experts[2:])
+    pairs, inputs = [(torch.randn(4, 6), torch.zeros(4))], [torch.randn(4, 6)]
+    for options, kind, message in (
+        ({}, ConfigurationError, r"found no calibration, on which the decoder ridge is fitted; give it, or decoders="),
+        ({"calibration": [inputs]}, ConfigurationError, "found calibration data of 1 tasks, expected 2"),
+        ({"decoders": ["cubic"]}, ValueError, "found decoder='cubic'"),
+    ):
+        with pytest.raises(kind, match=message):
+            coin.evaluate(system, [pairs, pairs], **options)
+    with pytest.raises(ConfigurationError, match="found loaders of 1 tasks, expected 2; give every expert's"):
+        coin.evaluate(system, [pairs], decoders=["linear"])
+    with pytest.raises(DataError, match=r"found a test batch of type Tensor, expected pairs \(inputs, labels\)"):
+        coin.evaluate(system, [pairs, inputs], decoders=["linear"])
+    with pytest.raises(DataError, match="found no test batches of task '1'"):
+        coin.evaluate(system, [pairs, []], decoders=["linear"])
