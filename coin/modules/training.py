@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from coin.errors import CoinWarning, ConfigurationError, NumericalError
 from coin.merging import CodedModel, Experts
-from coin.modules.expert import Schedule
+from coin.modules.recipe import Schedule
 from coin.state import not_finite
 
 if TYPE_CHECKING:
