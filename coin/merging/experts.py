@@ -48,7 +48,7 @@ class Experts:
     Attributes:
         passes: Forward-equivalents spent so far on what was asked for: what a merge has cost.
         seconds: Wall time that statistics took elsewhere.
-        train: Makes the coded model of a method that trains, for a code row; none where nothing can train.
+        train: Makes the coded model of a method that trains, for a code row; without one it trains in memory.
 
     Raises:
         ConfigurationError: There are no experts, or the parts are of different numbers of experts.
@@ -86,9 +86,9 @@ class Experts:
             self._calibration = [[checked(batch, self.networks[0]) for batch in batches] for batches in calibration]
             if not any(self._calibration):
                 raise DataError("found no calibration batches, expected at least one; give those of every task")
-            sample = next(samples_of(next(chain.from_iterable(self._calibration))))
+            sample = next(chain.from_iterable(map(samples_of, chain.from_iterable(self._calibration))), None)
             for network, before in zip(self.networks, own, strict=True):
-                if network is not before:
+                if network is not before and sample is not None:
                     _check_padding(network, before, sample)
 
     @property
