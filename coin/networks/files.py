@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from coin.errors import FileError, StateError, first_line
 from coin.networks.heads import head_name, padded_rows
+from coin.networks.lora import holds_adapters
 from coin.networks.registry import NetworkConfig, build_network
 from coin.state import State, check_finite, save_state
 from coin.state_file import StateFile
@@ -200,11 +201,16 @@ def brought_network(
         fresh_head: Whether a head of another class count is replaced by a fresh one.
 
     Raises:
-        FileError: The file is missing or damaged.
+        FileError: The file is missing or damaged, or holds adapters beside the weights.
         StateError: It is of another architecture or number of classes, or a tensor is not finite.
     """
     network = build_network(replace(config, weights=None), num_classes, seed=seed)
     state = read_weights(path)
+    if holds_adapters(list(state)):
+        raise FileError(
+            f"'{path}' holds LoRA adapters beside the weights, expected them merged; give the expert.safetensors that "
+            "was written at the end of that training"
+        )
     check_finite(state, f"the network in '{path}'", {name for name, _ in network.named_buffers()})
     if fresh_head:
         own, head = network.state_dict(), head_name(network)

@@ -20,8 +20,8 @@ def make_expert(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def make(task: str, *, network: Any = None, tasks: Any = None, **expert: Any) -> tuple[Any, Any]:
         over = tmp_path / "over.yaml"
-        own = {"network": network, "tasks": tasks}
-        sections = {"expert": {"epochs": 1, **expert}, "base": None, **{name: own[name] for name in own if own[name]}}
+        own = {name: value for name, value in {"network": network, "tasks": tasks}.items() if value}
+        sections = {"expert": {"epochs": 1, **expert}, "base": None, "methods": [{"class_path": "Average"}], **own}
         over.write_text(yaml.safe_dump(sections))
         command = ["run", "-c", str(config), "-c", str(over), f"--output={tmp_path}", "--only", task]
         assert main(command) == 0
@@ -76,8 +76,16 @@ def test_a_transform_of_a_task_or_of_an_expert_makes_another_expert(make_expert:
     assert not changed(experts[1], experts[0])
 
 
+def test_adapters_are_trained_for_one_task_and_merged(make_expert: Any) -> None:
+    vit = {"name": "small_vit", "image_size": 16, "options": {"depth": 1, "width": 16, "mlp_width": 16}}
+    own = {"letters": {"lora": {"rank": 2, "targets": ["*.mlp.0"]}}}
+    found = changed(*make_expert("letters", network=vit, overrides=own))
+    layers = {"encoder.layers.encoder_layer_0.mlp.0.weight"}
+    assert found == layers | {"heads.head.weight", "heads.head.bias"}
+
+
 def test_a_run_and_a_single_training_have_the_same_options() -> None:
-    for options in ({"l2_sp": -1}, {"trainable": "head"}, {"head_lr": 0}, {"freeze_batchnorm": "yes"}):
+    for options in ({"l2_sp": -1}, {"trainable": "head"}, {"head_lr": 0}, {"freeze_batchnorm": "yes"}, {"lora": 4}):
         (name,) = options
         with pytest.raises(ConfigurationError, match=f"^found {name}="):
             ExpertConfig(overrides={"a": options}).of("a")
