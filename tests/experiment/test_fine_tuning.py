@@ -89,3 +89,23 @@ def test_a_run_and_a_single_training_have_the_same_options() -> None:
         (name,) = options
         with pytest.raises(ConfigurationError, match=f"^found {name}="):
             ExpertConfig(overrides={"a": options}).of("a")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("expert.overrides.letters={trainable: [layer4.*]}", "found trainable pattern 'layer4.*', which matches no"),
+        ("expert={lora: {rank: 2}}", "found lora.targets pattern '*', which matches no linear layer of SmallResNet"),
+        ("base.trainable=[fc.wieght]", "the nearest names are fc.weight"),
+        ("expert={head_lr: 0.1, trainable: [stem.*]}", "found head_lr=0.1 and a head that is not trained"),
+    ],
+)
+def test_what_does_not_fit_the_network_is_told_before_the_base_is_trained(
+    section: str, message: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", f"--{section}"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("coin: error: ")
+    assert message in line
+    assert "pretraining" not in line
+    assert len(line.splitlines()) == 1
