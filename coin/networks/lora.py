@@ -63,7 +63,7 @@ class Lora:
 def check_peft() -> None:
     """Raise a ConfigurationError unless peft is installed."""
     if find_spec("peft") is None:
-        raise ConfigurationError("lora needs the package peft, which is missing: pip install 'coded-coin[lora]'")
+        raise ConfigurationError("found lora and no package peft, expected it; pip install 'coded-coin[lora]'")
 
 
 def add_adapters(network: nn.Module, lora: Lora, example: Tensor, *, seed: int = 0) -> None:

@@ -1,5 +1,6 @@
 """How an experiment fine-tunes its experts: the options that ``coin fit`` has, for all tasks or one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def test_a_transform_of_a_task_or_of_an_expert_makes_another_expert(make_expert:
     digits = {"class_path": "Digits", "init_args": {"max_train": 120, "max_test": 77, "transform": FLIP}}
     experts.append(make_expert("digits", tasks={"digits": digits, "b": {"class_path": "Digits"}})[0])
     assert changed(plain, initial)
+    without = make_expert("digits", transform=[], tasks={"digits": digits, "b": {"class_path": "Digits"}})[0]
+    assert not changed(without, plain)
     for expert in experts:
         assert changed(expert, plain)
     # All three ways name one transform of the same images.
@@ -109,3 +112,26 @@ def test_what_does_not_fit_the_network_is_told_before_the_base_is_trained(
     assert message in line
     assert "pretraining" not in line
     assert len(line.splitlines()) == 1
+
+
+def test_overrides_on_the_command_line_are_plain_values_of_their_types(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {
+        "lr": 1e-3,
+        "epochs": 7,
+        "l2_sp": 0,
+        "freeze_batchnorm": True,
+        "head_lr": None,
+        "optimizer": "adamw",
+        "trainable": ["head", "fc.*"],
+        "lora": {"rank": 2},
+        "transform": [NESTED],
+    }
+    for name, value in options.items():
+        given = f"--expert.overrides.letters.{name}={json.dumps(value)}"
+        with pytest.raises(SystemExit):
+            main(["run", "-c", str(config), given, "--print_config"])
+        found = yaml.safe_load(capsys.readouterr().out)["expert"]["overrides"]["letters"][name]
+        assert found == value
+        assert type(found) is type(value)

@@ -286,3 +286,9 @@ def test_bad_adapters_are_refused_at_construction(lora, message):
 def test_adapters_have_no_penalty_towards_the_start():
     with pytest.raises(ConfigurationError, match=r"found l2_sp=0\.1 with lora"):
         Expert(**VIT, lora=LORA, l2_sp=0.1)
+
+
+def test_without_peft_a_training_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr("coin.networks.lora.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match="found lora and no package peft"):
+        Expert(**VIT, lora=LORA)
