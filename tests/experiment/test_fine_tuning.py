@@ -129,7 +129,7 @@ def test_overrides_on_the_command_line_are_plain_values_of_their_types(
         "transform": [NESTED],
     }
     for name, value in options.items():
-        given = f"--expert.overrides.letters.{name}={json.dumps(value)}"
+        given = f"--expert.overrides.letters.{name}={value if isinstance(value, str) else json.dumps(value)}"
         with pytest.raises(SystemExit):
             main(["run", "-c", str(config), given, "--print_config"])
         found = yaml.safe_load(capsys.readouterr().out)["expert"]["overrides"]["letters"][name]
