@@ -88,7 +88,7 @@ class CoinCLI(LightningCLI):
             raise ConfigurationError(f"found ckpt_path '{path}', expected a .ckpt of Lightning's for coin {subcommand}")
         found = checkpoint_options(Path(path))
         init_args = options["model"]["init_args"]
-        for name in ("network", "image_size", "options", "num_classes"):
+        for name in ("network", "image_size", "options", "num_classes", "lora"):
             if name in found and name in init_args:
                 init_args[name] = found[name]
         for name in ("weights", "initial"):  # about to be overwritten: nothing to download or to look for

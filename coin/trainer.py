@@ -17,7 +17,7 @@ from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, StateError
 from coin.modules import DecodingEvaluator, Expert, Outcome, StatisticPass
-from coin.networks import NetworkConfig, fill_network, load_network, read_weights
+from coin.networks import NetworkConfig, fill_network, load_network, plain_network, read_weights
 from coin.recording import record_evaluation
 from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_logging import logger_mode
@@ -280,4 +280,4 @@ def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, 
         )
     if ckpt_path is not None:
         fill_network(network, read_weights(Path(ckpt_path)), ckpt_path)
-    return network, model.config
+    return plain_network(network), model.config

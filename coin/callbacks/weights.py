@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from coin.errors import ConfigurationError
-from coin.networks import NetworkConfig
+from coin.networks import NetworkConfig, plain_network
 
 _NO_BEST = "found no best checkpoint; add a ModelCheckpoint with a monitor, or set weights=last"
 
@@ -35,7 +35,10 @@ def check_weights(trainer: Trainer, weights: Weights) -> None:
 def trained_network(trainer: Trainer, module: LightningModule, weights: Weights) -> nn.Module:
     """Return the trained network with the chosen weights; with ``best`` a copy, so that the module stays as it is.
 
-    A network that was compiled for its training comes plain, with the same tensors: statistics look inside it.
+    It comes as its architecture has it: not compiled, adapters merged into the weights, every parameter trainable,
+    whatever was trained. So files have the architecture's names, and a Fisher is of all parameters, as `coin fisher`
+    estimates it of the expert's file: what an expert has left at the shared initialisation counts in a merge with
+    others that have moved it.
 
     Raises:
         ConfigurationError: The module has no ``network``, or there is no best checkpoint.
@@ -44,7 +47,7 @@ def trained_network(trainer: Trainer, module: LightningModule, weights: Weights)
     if not isinstance(network, nn.Module):
         raise ConfigurationError(f"found a {type(module).__name__} without a network, expected an Expert")
     if weights == Weights.last:
-        return copy(network)  # which leaves torch.compile's call behind
+        return plain_network(copy(network))  # a copy leaves torch.compile's call behind
     monitored = _monitored(trainer)
     if not monitored or not monitored[0].best_model_path:
         raise ConfigurationError(_NO_BEST)
@@ -58,7 +61,7 @@ def trained_network(trainer: Trainer, module: LightningModule, weights: Weights)
             if name.startswith(prefix)
         }
     )
-    return best
+    return plain_network(best)
 
 
 def _monitored(trainer: Trainer) -> list[ModelCheckpoint]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from coin.callbacks import Weights
 from coin.choices import chosen
@@ -13,6 +13,9 @@ from coin.modules import Recipe
 from coin.reporting.wandb_logging import TAG_LENGTH
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind
 from coin.statistics.statistic import DataChoice
+
+# What an override may be; of Any, jsonargparse would make objects where there is a class_path.
+_Plain: TypeAlias = bool | int | float | list | dict | str | None  # type: ignore[type-arg]
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class TrainingConfig(Recipe):
         batch_size: Samples a step and process.
         augmentation: What happens to training images: ``none``, ``crop``, ``crop_flip`` or ``shift``.
         transform: What happens to them after that, transforms of ``torchvision.transforms.v2`` by class path; none
-            leaves it to the task's own option. See `coin.data.TaskData`.
+            leaves it to the task's own option, an empty list leaves it out. See `coin.data.TaskData`.
 
     Raises:
         ConfigurationError: An option is not of its type or out of its range.
@@ -83,8 +86,7 @@ class ExpertConfig(TrainingConfig):
     _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {**TrainingConfig._ENUMS, "weights": Weights}
 
     weights: Weights = Weights.last
-    # Plain values: of dict[str, Any] jsonargparse would make objects where there is a class_path.
-    overrides: dict[str, dict] = field(default_factory=dict)  # type: ignore[type-arg]
+    overrides: dict[str, dict[str, _Plain]] = field(default_factory=dict)
     checkpoints: dict[str, str] = field(default_factory=dict)
 
     def of(self, task: str) -> "ExpertConfig":
@@ -93,8 +95,9 @@ class ExpertConfig(TrainingConfig):
         Raises:
             ConfigurationError: An override is no option of an expert, or out of its range.
         """
+        options: dict[str, Any] = dict(self.overrides.get(task, {}))
         try:
-            own = replace(self, **self.overrides.get(task, {}))
+            own = replace(self, **options)
         except TypeError as error:
             raise ConfigurationError(
                 f"expert.overrides.{task} has an option that an expert has not: {error}"

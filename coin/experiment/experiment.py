@@ -9,9 +9,10 @@ from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
 from coin.experiment.codes import read_code
-from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
+from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, TrainingConfig, WandbConfig
 from coin.experiment.merge import coded_paths
 from coin.merging import Method
+from coin.modules import Expert
 from coin.names import is_folder_name
 from coin.networks import NetworkConfig, brought_network, build_network, has_batchnorm
 from coin.statistics import FisherKind
@@ -145,6 +146,25 @@ class Experiment:
                 f"found method {repeated} more than once for {self.network.name}, which has no BatchNorm for their "
                 "policies to differ in; leave one, or give them labels"
             )
+
+    def check_fine_tuning(self) -> None:
+        """Refuse, before anything is trained, what fits the options of a training and not this network.
+
+        Raises:
+            ConfigurationError: A pattern matches no parameter or layer, or a head with its own rate is not trained.
+        """
+        trained: list[TrainingConfig] = [
+            self.expert.of(task) for task in self.tasks if task not in self.expert.checkpoints
+        ]
+        if self.base is not None and self.base.task is not None:
+            trained.append(self.base)
+        checked: list[dict[str, Any]] = []
+        for config in trained:
+            options = {name: getattr(config, name) for name in ("trainable", "head_lr", "lora")}
+            if options not in checked and any(value is not None for value in options.values()):
+                network = self.network
+                Expert(network.name, network.image_size, options=network.options, num_classes=2, **options)
+                checked.append(options)
 
     def initial_path(self, num_classes: int) -> Path:
         """Return the file of the shared initialisation with `num_classes` outputs."""

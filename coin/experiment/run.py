@@ -90,6 +90,7 @@ def _begin(experiment: Experiment, console: Console | None) -> Console:
     check_connection()
     check_trainer_options(experiment.trainer)
     experiment.check_batchnorm()
+    experiment.check_fine_tuning()
     try:
         experiment.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

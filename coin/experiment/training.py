@@ -59,7 +59,7 @@ def train_network(
         seed=seed,
         batch_size=config.batch_size,
         augmentation=config.augmentation,
-        transform=config.transform or task.transform,
+        transform=task.transform if config.transform is None else config.transform,
     )
     module = Expert(
         network=network.name,

@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from coin.errors import ConfigurationError
 from coin.modules.fine_tuning import (
+    HEAD,
     hold_batchnorm,
     parameter_groups,
     squared_distance,
@@ -23,7 +24,7 @@ from coin.modules.fine_tuning import (
 )
 from coin.modules.recipe import OptimizerKind, Recipe, Schedule
 from coin.modules.shared import plain_options, plot_against_epochs
-from coin.networks import NetworkConfig, initial_network
+from coin.networks import NetworkConfig, add_adapters, initial_network
 
 
 class Expert(LightningModule):
@@ -182,13 +183,19 @@ class Expert(LightningModule):
         network = initial_network(
             self.config, num_classes, None if initial is None else Path(initial), seed=self.hparams["initial_seed"]
         )
-        trained = trainable_names(network, self.recipe.trainable)
+        lora = self.recipe.lora
+        trained = trainable_names(network, self.recipe.trainable or ([HEAD] if lora else None))
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in trained)
         parameter_groups(network, self.recipe.lr, self.recipe.head_lr)  # refuses a rate of a head that is not trained
         if self.recipe.l2_sp:
             state = network.state_dict()
             self._start = {name: state[name].clone() for name in without_head(network, trained)}
+        if lora is not None:
+            size = self.config.image_size
+            texts = self.config.reads == "texts"
+            example = torch.zeros(1, size, dtype=torch.int64) if texts else torch.zeros(1, 3, size, size)
+            add_adapters(network, lora, example, seed=self.hparams["initial_seed"])
         # Convolutions run fastest on channels-last tensors, on CPUs and GPUs alike; elsewhere it changes nothing.
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.recipe.compile_network:

@@ -6,7 +6,8 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from coin.choices import chosen
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, first_line
+from coin.networks import Lora, check_peft
 
 
 class OptimizerKind(StrEnum):
@@ -42,8 +43,10 @@ class Recipe:
         freeze_batchnorm: Whether BatchNorm layers stay in eval mode: their running statistics are used and never move,
             their weights and biases train.
         trainable: Which parameters train, by glob patterns over their names, such as ``layer4.*``; the word ``head``
-            stands for the head, whatever it is called. None trains all. BatchNorm's running statistics are no
-            parameters: see `freeze_batchnorm`.
+            stands for the head, whatever it is called. None trains all, or with `lora` the head. BatchNorm's running
+            statistics are no parameters: see `freeze_batchnorm`.
+        lora: Low-rank adapters that are trained in the place of the layers that they are in; see `coin.networks.Lora`.
+            They are merged into the weights before the expert is written or its Fisher estimated.
         compile_network: Whether to run the network through `torch.compile`.
 
     Raises:
@@ -63,6 +66,7 @@ class Recipe:
     l2_sp: float = 0.0
     freeze_batchnorm: bool = False
     trainable: list[str] | None = None
+    lora: Lora | None = None
     compile_network: bool = False
 
     def __post_init__(self) -> None:
@@ -79,6 +83,26 @@ class Recipe:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"found {name}={getattr(self, name)!r}, expected true or false")
         check_patterns("trainable", self.trainable)
+        if self.lora is not None:
+            object.__setattr__(self, "lora", _lora(self.lora))
+            check_peft()
+            if self.l2_sp:
+                raise ConfigurationError(
+                    f"found l2_sp={self.l2_sp} with lora, whose adapters start at zero and are drawn there by "
+                    "weight_decay; leave one of them out"
+                )
+
+
+def _lora(value: Any) -> Lora:
+    """Return adapters' options, which an override brings as plain values."""
+    if isinstance(value, Lora):
+        return value
+    try:
+        return Lora(**value)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"found lora={value!r}, expected null or some of rank, alpha, targets and dropout: {first_line(error)}"
+        ) from error
 
 
 def check_number(name: str, value: Any, *, low: float, high: float | None = None, strict: bool = False) -> None:

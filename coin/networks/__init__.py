@@ -19,19 +19,23 @@ from coin.networks.heads import (
     padded_rows,
     widened,
 )
+from coin.networks.lora import Lora, add_adapters, check_peft, plain_network
 from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.stages import Run, common_widths, full_precision, run_network
 from coin.networks.weights import check_layout, fill_network, read_weights
 
 __all__ = [
     "BatchNormPolicy",
+    "Lora",
     "NetworkConfig",
     "NetworkFile",
     "Run",
+    "add_adapters",
     "brought_network",
     "build_network",
     "check_head",
     "check_layout",
+    "check_peft",
     "common_widths",
     "features_and_logits",
     "fill_network",
@@ -44,6 +48,7 @@ __all__ = [
     "open_network",
     "pad_logits",
     "padded_rows",
+    "plain_network",
     "read_weights",
     "recalibrate",
     "run_network",

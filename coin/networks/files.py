@@ -11,6 +11,7 @@ from torch import nn
 
 from coin.errors import FileError, StateError
 from coin.networks.heads import widened
+from coin.networks.lora import holds_adapters
 from coin.networks.registry import NetworkConfig, build_network, with_own_head
 from coin.networks.weights import fill_network, read_weights
 from coin.state import check_finite, save_state
@@ -142,11 +143,16 @@ def brought_network(
         fresh_head: Whether a head of another class count is replaced by a fresh one.
 
     Raises:
-        FileError: The file is missing or damaged.
+        FileError: The file is missing or damaged, or holds adapters beside the weights.
         StateError: It is of another architecture or number of classes, or a tensor is not finite.
     """
     network = build_network(replace(config, weights=None), num_classes, seed=seed)
     state = read_weights(path)
+    if holds_adapters(list(state)):
+        raise FileError(
+            f"'{path}' holds LoRA adapters beside the weights, expected them merged; give the expert.safetensors that "
+            "was written at the end of that training"
+        )
     check_finite(state, f"the network in '{path}'", {name for name, _ in network.named_buffers()})
     if fresh_head:
         state = with_own_head(network, state)

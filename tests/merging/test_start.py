@@ -64,7 +64,10 @@ def test_a_start_is_a_closed_form_by_its_name_or_by_its_class(start, kind, optio
         ({"class_path": "Refitted"}, r"found start=\{'class_path': 'Refitted'\}, expected one of"),
         ({"class": "Refit"}, r"found start=\{'class': 'Refit'\}, expected one of"),
         ({"class_path": "Refit", "init_args": {"goal": "own"}}, "expected options of Refit .*unexpected.*'goal'"),
-        ({"class_path": "Refit", "init_args": {"target": "all"}}, "found target='all', expected one of own, mix, both, auto"),
+        (
+            {"class_path": "Refit", "init_args": {"target": "all"}},
+            "found target='all', expected one of own, mix, both, auto",
+        ),
     ],
 )
 def test_what_cannot_be_a_start_is_refused(start, message):

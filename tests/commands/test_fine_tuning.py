@@ -1,0 +1,61 @@
+"""Experts that were fine-tuned in part, on the command line: trained, measured, merged."""
+
+from pathlib import Path
+
+from coin.cli import main
+from coin.state import load_provenance, load_state
+
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.enable_model_summary=false"]
+DIGITS = ["--data=Digits", "--data.max_train=120", "--data.max_test=77", "--data.image_size=16"]
+SAMPLES = 10
+CALLBACKS = [
+    "--trainer.callbacks+=ExpertExport",
+    "--trainer.callbacks+=FisherEstimator",
+    f"--trainer.callbacks.init_args.samples={SAMPLES}",
+]
+
+
+def fit(folder: Path, network: str, options: str, *more: str) -> int:
+    model = [f"--model.network={network}", f"--model.options={options}", "--model.image_size=16"]
+    root = f"--trainer.default_root_dir={folder}"
+    return main(["fit", *model, *more, *DIGITS, "--trainer.max_epochs=1", root, *CALLBACKS, *QUIET])
+
+
+def test_a_checkpoint_with_adapters_is_measured_like_the_file_in_which_they_are_merged(tmp_path: Path) -> None:
+    lora = "--model.lora={rank: 2, targets: ['*.mlp.*']}"
+    assert fit(tmp_path, "small_vit", "{depth: 1, width: 16, mlp_width: 16}", lora, "--model.lr=0.05") == 0
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    root = f"--trainer.default_root_dir={tmp_path}"
+    assert main(["test", f"--ckpt_path={checkpoint}", *DIGITS, root, *QUIET]) == 0
+    fisher = ["fisher", f"--samples={SAMPLES}", *DIGITS, root, *QUIET]
+    for name, path in (("a", checkpoint), ("b", tmp_path / "expert.safetensors")):
+        assert main([*fisher, f"--ckpt_path={path}", f"--output={tmp_path / name}.safetensors"]) == 0
+    ours, theirs, written = (
+        load_state(tmp_path / name)[0] for name in ("a.safetensors", "b.safetensors", "expert.fisher.safetensors")
+    )
+    assert ours.keys() == theirs.keys() == written.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].sub(tensor).abs().max() <= 1e-5 * tensor.abs().max()
+        assert written[name].sub(tensor).abs().max() <= 1e-5 * tensor.abs().max()
+    marks = {load_provenance(tmp_path / name)["weights"] for name in ("a.safetensors", "b.safetensors")}
+    assert len(marks) == 1
+
+
+def test_an_expert_of_a_head_alone_merges_with_one_that_was_trained_as_a_whole(tmp_path: Path) -> None:
+    names = {"whole": "--model.lr=0.02", "head": "--model.trainable=[head]"}
+    for name, option in names.items():
+        assert fit(tmp_path / name, "small_resnet", "{width: 4}", option, "--model.freeze_batchnorm=true") == 0
+    experts, fishers = (
+        "{" + ", ".join(f"{name}: {tmp_path / name}/expert{kind}.safetensors" for name in names) + "}"
+        for kind in ("", ".fisher")
+    )
+    task = "{class_path: Digits, init_args: {max_train: 120, max_test: 77, image_size: 16}}"
+    tasks = f"--tasks={{whole: {task}, head: {task}}}"
+    command = ["merge", "--method=Coin", f"--experts={experts}", f"--fisher={fishers}", tasks]
+    assert main([*command, f"--samples_per_task={SAMPLES}", f"--output={tmp_path}"]) == 0
+    coded, _ = load_state(tmp_path / "coin.safetensors")
+    whole, head = (load_state(tmp_path / name / "expert.safetensors")[0] for name in names)
+    assert coded.keys() == whole.keys()
+    name = "stages.3.1.conv2.weight"
+    assert not coded[name].equal(whole[name])
+    assert not coded[name].equal(head[name])
