@@ -17,6 +17,10 @@ VIT = NetworkConfig("small_vit", 16, None, {"depth": 2, "width": 16, "mlp_width"
 MINILM = NetworkConfig(
     "minilm", 8, None, {"depth": 2, "width": 16, "mlp_width": 24, "heads": 2, "vocabulary": 50, "dropout": 0.0}
 )
+BERT_LAYERS = [
+    *(f"attention.self.{part}" for part in ("query", "key", "value")),
+    *("attention.output.dense", "intermediate.dense", "output.dense"),
+]
 CASES = {"vit": (VIT, IMAGES), "minilm": (MINILM, TOKENS)}
 
 
@@ -40,7 +44,7 @@ def adapted(case, **options):
     ("case", "layers"),
     [
         ("vit", [f"encoder.layers.encoder_layer_{i}.mlp.{j}" for i in range(2) for j in (0, 3)]),
-        ("minilm", [f"encoder.layers.{i}.linear{j}" for i in range(2) for j in (1, 2)]),
+        ("minilm", [f"bert.encoder.layer.{i}.{name}" for i in range(2) for name in BERT_LAYERS]),
     ],
 )
 def test_layers_that_run_by_themselves_can_be_adapted(case, layers):
@@ -67,7 +71,7 @@ def test_merged_weights_are_w_plus_the_scaled_product(case):
             products += 1
         else:
             assert torch.equal(merged[name], tensor)
-    assert products == 4
+    assert products == (4 if case == "vit" else 2 * len(BERT_LAYERS))
 
 
 @pytest.mark.parametrize("training", [True, False])
