@@ -150,6 +150,8 @@ def main(args: list[str] | None = None) -> int:
         is_safe, args = safe.wanted(sys.argv[1:] if args is None else args, os.environ)
         if is_safe:
             safe.enforce()
+        elif (folder := str(Path.cwd())) not in sys.path:
+            sys.path.append(folder)  # for classes of the user's own, as `python -m` would have it
         with _warnings_in_one_line(), shown(Console(stderr=True)):
             CoinCLI(
                 LightningModule,

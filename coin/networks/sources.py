@@ -2,11 +2,9 @@
 
 import difflib
 import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 from urllib.error import URLError
 
@@ -134,7 +132,7 @@ class Torchvision(Source):
 
 
 class ImportPath(Source):
-    """A class of the user's, by its import path; the working folder is looked in too.
+    """A class of the user's, by its import path; ``coin`` looks in the working folder too.
 
     It is constructed with ``num_classes`` and the options, and reads images unless it has an attribute ``reads``.
     """
@@ -156,8 +154,6 @@ class ImportPath(Source):
         if os.environ.get("COIN_SAFE") == "1":
             raise ConfigurationError(f"found network.name '{path}' with --safe, expected a network by name")
         module, _, name = path.rpartition(".")
-        if (folder := str(Path.cwd())) not in sys.path:
-            sys.path.append(folder)
         try:
             kind = getattr(import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:

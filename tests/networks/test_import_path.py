@@ -30,14 +30,13 @@ def function(num_classes):
 
 @pytest.fixture(autouse=True)
 def module(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "ownnetworks.py").write_text(MODULE)
     yield
     sys.modules.pop("ownnetworks", None)
 
 
-def test_a_class_in_the_working_folder_is_found():
+def test_a_class_is_found():
     network = build_network(NetworkConfig("ownnetworks.Small", 16, None, {"width": 6}), 5, seed=2)
     assert network(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
     assert network.fc.in_features == 6
