@@ -18,13 +18,14 @@ def starting_method(start: str | Mapping[str, Any]) -> Method:
         ConfigurationError: It is none, it trains or needs the shared initialisation, or an option is unknown or out of
             its range.
     """
-    kinds = {kind.name: kind for kind in _kinds() if not (kind.is_trained or kind.reads_initial)}
+    allowed = [kind for kind in _kinds() if not (kind.is_trained or kind.reads_initial)]
+    kinds = {kind.name: kind for kind in allowed if "name" in vars(kind)}  # not one that inherits another's
     expected = f"expected one of {', '.join(sorted(kinds))}, or class_path and init_args of one"
     if isinstance(start, str):
         kind, options = kinds.get(start), {}
     elif set(start) <= {"class_path", "init_args"}:
         path = str(start.get("class_path")).rpartition(".")[2]
-        kind = next((each for each in kinds.values() if each.__name__ == path), None)
+        kind = next((each for each in allowed if each.__name__ == path), None)
         options = dict(start.get("init_args") or {})
     else:
         kind, options = None, {}

@@ -55,6 +55,18 @@ def test_a_start_is_a_closed_form_by_its_name_or_by_its_class(start, kind, optio
     assert {name: getattr(method, name) for name in options} == options
 
 
+def test_a_variant_that_somebody_has_made_of_a_method_does_not_take_its_name():
+    class Special(Average):
+        def __init__(self, share):
+            super().__init__()
+            self.share = share
+
+    assert type(starting_method("average")) is Average
+    made = starting_method({"class_path": "Special", "init_args": {"share": 0.5}})
+    assert type(made) is Special
+    assert made.share == 0.5
+
+
 @pytest.mark.parametrize(
     ("start", "message"),
     [
