@@ -16,7 +16,7 @@ from coin.modules.fine_tuning import squared_distance, trainable_names
 from coin.networks import NetworkConfig, build_network, load_network
 from coin.state import fingerprint
 from coin.statistics import fisher_diagonal
-from coin.statistics.files import load_statistic
+from coin.statistics.files import open_statistic
 
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}, "num_classes": 3}
 HEAD = {"fc.weight", "fc.bias"}
@@ -223,7 +223,7 @@ def test_adapters_are_merged_in_what_is_written(tmp_path, synthetic, make_traine
     with torch.no_grad():
         torch.testing.assert_close(file.network(inputs), expert.eval()(inputs))
     mark = fingerprint(file.network.state_dict())
-    fisher = load_statistic(run / "expert.fisher.safetensors", statistic="fisher", weights=mark).values
+    fisher = open_statistic(run / "expert.fisher.safetensors", statistic="fisher", weights=mark).values
     wanted = fisher_diagonal(file.network, synthetic().calibration(8))
     assert fisher.keys() == wanted.keys() == dict(initial.named_parameters()).keys()
     for name, tensor in wanted.items():
@@ -233,7 +233,7 @@ def test_adapters_are_merged_in_what_is_written(tmp_path, synthetic, make_traine
 def test_a_head_alone_has_a_fisher_of_all_parameters(tmp_path, synthetic, make_trainer):
     expert = Expert(**SMALL, trainable=["head"])
     make_trainer(max_epochs=1, callbacks=[FisherEstimator(samples=8)]).fit(expert, datamodule=synthetic())
-    fisher = load_statistic(tmp_path / "run/expert.fisher.safetensors", statistic="fisher").values
+    fisher = open_statistic(tmp_path / "run/expert.fisher.safetensors", statistic="fisher").values
     assert fisher.keys() == dict(expert.network.named_parameters()).keys()
     assert {name for name, each in expert.network.named_parameters() if each.requires_grad} == HEAD
 
