@@ -1,10 +1,11 @@
 """Statistics as safetensors files that say which weights, which data and how many samples they are of.
 
 Other programs can read them: `safetensors.torch.load_file` gives the tensors, and the file's metadata have one JSON
-value under ``coin`` (``statistic``, ``kind``, ``task``, ``data``, ``samples``, ``passes``, ``seconds``; ``weights``, the
-fingerprint of the network's tensors). A Fisher holds a tensor a parameter, of its name and shape: the mean over the
-samples of its squared derivatives, of what outputs the kind says. A Gram file holds for the weight of every linear map
-the mean over the samples of Σ_positions a aᵀ, [G, K, K], of its inputs as `coin.statistics.gram_sums` describes them.
+value under ``coin`` (``statistic``, ``kind``, ``task``, ``data``, ``samples``, ``passes``, ``seconds``, and
+``weights``, the fingerprint of the network's tensors). A Fisher holds a tensor a parameter, of its name and shape: the
+mean over the samples of its squared derivatives, of what outputs the kind says. A Gram file holds for the weight of
+every linear map the mean over the samples of Σ_positions a aᵀ, [G, K, K], of its inputs as
+`coin.statistics.gram_sums` describes them.
 """
 
 from dataclasses import dataclass
