@@ -40,11 +40,13 @@ class Training(AnyTraining):
     def prepared(self, method: Distillation, experts: StoredExperts, options: dict[str, Any]) -> Distillation:
         """Return the module of one run, with the files of its experts."""
         own = {"experts": list(map(str, experts.files.paths.values())), "samples_per_task": self._samples(method)}
+        if method.hparams["seed"] is None:
+            own["seed"] = self.seed
         return type(method)(**dict(method.hparams) | own | options)  # loggers get these options
 
     def fit(self, module: Distillation, held_out: float, options: dict[str, Any]) -> None:
         """Run the experiment's Trainer."""
-        seed = self.seed if module.hparams["seed"] is None else module.hparams["seed"]
+        seed = module.hparams["seed"]
         batch_size = module.hparams["batch_size"]
         data = Tasks(self.tasks.tasks, module.hparams["samples_per_task"], batch_size, held_out, seed)
         loggers = False if held_out else list(self.loggers) or False
