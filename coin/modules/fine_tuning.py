@@ -65,14 +65,13 @@ def parameter_groups(network: nn.Module, lr: float, head_lr: float | None) -> li
     trained = {name: each for name, each in network.named_parameters() if each.requires_grad}
     if head_lr is None:
         return [{"params": list(trained.values()), "lr": lr}]
-    head = f"{head_name(network)}."
-    own = [each for name, each in trained.items() if name.startswith(head)]
+    body = without_head(network, list(trained))
+    own = [each for name, each in trained.items() if name not in body]
     if not own:
         raise ConfigurationError(
             f"found head_lr={head_lr} and a head that is not trained; add '{HEAD}' to trainable, or leave head_lr out"
         )
-    rest = [each for name, each in trained.items() if not name.startswith(head)]
-    groups = [{"params": rest, "lr": lr}] if rest else []
+    groups = [{"params": [trained[name] for name in body], "lr": lr}] if body else []
     return [*groups, {"params": own, "lr": head_lr}]
 
 

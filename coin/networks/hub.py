@@ -1,9 +1,20 @@
-"""The Hugging Face hub without a network."""
+"""The Hugging Face hub, and what becomes of its users without a network."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
+
+from torch import nn
+
+from coin.networks.sources import Described, pretrained
+
+
+def pretrained_from_hub(config: Described, builder: Callable[[], Any]) -> nn.Module:
+    """Call a constructor that may download weights from the hub; see `pretrained`."""
+    with offline_unless_found():
+        return pretrained(config, builder, "fill the cache of huggingface_hub (HF_HOME)")
 
 
 @contextmanager

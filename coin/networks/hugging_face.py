@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from coin.errors import ConfigurationError, FileError, first_line
 from coin.networks.heads import replace_head
-from coin.networks.hub import offline_unless_found
+from coin.networks.hub import offline_unless_found, pretrained_from_hub
 from coin.networks.normalised import Renormalised
-from coin.networks.sources import Described, Source, check_weights, constructed, pretrained
+from coin.networks.sources import Described, Source, check_weights, constructed
 
 
 class HuggingFace(Source):
@@ -40,18 +40,12 @@ class HuggingFace(Source):
             raise ConfigurationError(
                 f"found network.options with '{unknown[0]}', expected entries of the configuration of {config.name}"
             )
-        source = _place(config)
         found = type(found).from_dict({**found.to_dict(), **config.options})
         if config.weights is None:
             found.num_labels = num_classes
             network = constructed(config, auto.from_config, found)
         else:
-            with offline_unless_found():
-                network = pretrained(
-                    config,
-                    lambda: auto.from_pretrained(source, config=found),
-                    "fill the cache of huggingface_hub (HF_HOME)",
-                )
+            network = pretrained_from_hub(config, lambda: auto.from_pretrained(_place(config), config=found))
             replace_head(network, num_classes)
             network.config.num_labels = num_classes  # type: ignore[union-attr]
         hook = _Images(config, found, network) if reads == "images" else _Texts(config, found)

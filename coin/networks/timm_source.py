@@ -8,9 +8,9 @@ from torch import nn
 
 from coin.errors import ConfigurationError, FileError
 from coin.networks.heads import head_name, replace_head
-from coin.networks.hub import offline_unless_found
+from coin.networks.hub import pretrained_from_hub
 from coin.networks.normalised import Renormalised
-from coin.networks.sources import Described, Source, check_name, check_weights, constructed, pretrained
+from coin.networks.sources import Described, Source, check_name, check_weights, constructed
 from coin.packages import packaged_file
 
 PACKAGED = {
@@ -58,12 +58,9 @@ class Timm(Source):
             network = constructed(config, timm.create_model, name, num_classes=num_classes, **options)
         else:
             tagged = name if weights == "default" else f"{name}.{weights}"
-            with offline_unless_found():
-                network = pretrained(
-                    config,
-                    lambda: timm.create_model(tagged, pretrained=True, num_classes=num_classes, **options),
-                    "fill the cache of huggingface_hub (HF_HOME)",
-                )
+            network = pretrained_from_hub(
+                config, lambda: timm.create_model(tagged, pretrained=True, num_classes=num_classes, **options)
+            )
         if weights in PACKAGED:
             _load_packaged(network, weights, config)
         found: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]

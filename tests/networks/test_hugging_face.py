@@ -1,6 +1,5 @@
 """Classifiers of Hugging Face's transformers, from folders with a configuration: nothing is downloaded."""
 
-import builtins
 import json
 from copy import deepcopy
 
@@ -194,15 +193,8 @@ def test_options_replace_entries_of_the_configuration(folder):
     assert len(network.bert.encoder.layer) == 1
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch):
-    real = builtins.__import__
-
-    def refuse(name, *rest):
-        if name == "transformers":
-            raise ImportError(name)
-        return real(name, *rest)
-
+def test_without_the_package_the_extra_is_named(without_package):
     _read.cache_clear()
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    without_package("transformers")
     with pytest.raises(ConfigurationError, match=r"found no package transformers.*pip install 'coded-coin\[text\]'"):
         NetworkConfig("hf/some/model")

@@ -1,6 +1,5 @@
 """Networks of timm: names, weights, heads, their own normalisation, and what the passes make of them."""
 
-import builtins
 from copy import deepcopy
 from pathlib import Path
 
@@ -152,15 +151,8 @@ def test_weights_that_cannot_be_had_say_what_to_do(monkeypatch):
         build_network(NetworkConfig("timm/resnet50", 32, "a1_in1k"), 3)
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch):
-    real = builtins.__import__
-
-    def refuse(name, *rest):
-        if name == "timm":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+def test_without_the_package_the_extra_is_named(without_package):
+    without_package("timm")
     with pytest.raises(ConfigurationError, match=r"found no package timm.*pip install 'coded-coin\[timm\]'"):
         NetworkConfig("timm/resnet50")
 
