@@ -71,9 +71,22 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-def test_networks_of_timm(name: str, tmp_path: Path) -> None:
-    run(f"network: {{name: timm/{name}, image_size: 32}}" + IMAGES, tmp_path)
+RESNET50 = "{name: timm/resnet50, image_size: 32, options: {layers: [1, 1, 1, 1], channels: [4, 8, 12, 16]}}"
+VIT = "{name: timm/vit_tiny_patch16_224, image_size: 32, options: {patch_size: 8, embed_dim: 24, depth: 2}}"
+
+
+@pytest.mark.parametrize(
+    ("network", "expert"),
+    [
+        (RESNET50, "freeze_batchnorm: true"),
+        (RESNET50, "overrides: {letters: {trainable: [head], freeze_batchnorm: true}}"),
+        (VIT, "l2_sp: 0.1"),
+        (VIT, "lora: {rank: 2, targets: ['*.attn.qkv', '*.mlp.*']}"),
+    ],
+    ids=["resnet50", "resnet50-head-only", "vit", "vit-lora"],
+)
+def test_networks_of_timm(network: str, expert: str, tmp_path: Path) -> None:
+    run(f"network: {network}{IMAGES.rstrip().removesuffix('}')}, {expert}}}", tmp_path)
 
 
 def test_an_image_classifier_of_hugging_face(tmp_path: Path) -> None:
