@@ -19,10 +19,10 @@ import coin.merging
 import coin.modules  # noqa: F401
 from coin import safe
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
-from coin.checkpoints import checkpoint_options
 from coin.commands import COMMANDS, Call
 from coin.commands.command import console
 from coin.errors import CoinError, CoinWarning, ConfigurationError
+from coin.files.checkpoints import checkpoint_options
 from coin.modules.shared import quieten
 from coin.parsing import CoinParser
 from coin.progress import shown

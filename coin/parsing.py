@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from coin.errors import ConfigurationError
-from coin.yaml_files import read_yaml
+from coin.files.yaml import read_yaml
 
 
 class CoinParser(LightningArgumentParser):

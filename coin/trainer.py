@@ -12,16 +12,16 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
 from coin.callbacks import Requeue, RunProgress
-from coin.checkpoints import check_training_checkpoint
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, StateError
+from coin.files.checkpoints import check_training_checkpoint
+from coin.files.tensors import fingerprint
 from coin.modules import DecodingEvaluator, Expert, Outcome, StatisticPass
 from coin.networks import NetworkConfig, fill_network, load_network, plain_network, read_weights
 from coin.recording import record_evaluation
 from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_logging import logger_mode
-from coin.state import fingerprint
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Sums, check_shares
 from coin.statistics.files import write_statistic
 from coin.statistics.statistic import StatisticKind

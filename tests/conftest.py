@@ -16,8 +16,8 @@ from wandb.util import get_core_path
 from coin.cli import main
 from coin.coding import Code
 from coin.data import Samples, Source, TaskData
+from coin.files.tensors import fingerprint
 from coin.networks import NetworkConfig, build_network, load_network, recalibrate, save_network
-from coin.state import fingerprint
 from coin.trainer import Trainer
 
 # The tests' tensors are tiny: threads only wait for one another, and a sum's rounding would depend on their number.

@@ -12,11 +12,11 @@ import torch
 
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, DataError, FileError, StateError
+from coin.files.tensors import fingerprint
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import build_network, load_network
 from coin.recording import result_rows
 from coin.reporting import read_examples
-from coin.state import fingerprint
 from coin.statistics import fisher_diagonal
 from coin.statistics.files import open_statistic
 

@@ -7,8 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from coin.callbacks.weights import Weights, check_weights, description, trained_network
 from coin.choices import chosen
 from coin.errors import NumericalError
+from coin.files.tensors import not_finite
 from coin.networks import save_network
-from coin.state import not_finite
 
 
 class ExpertExport(Callback):

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from coin.callbacks.weights import Weights, check_weights, trained_network
 from coin.choices import chosen
 from coin.errors import ConfigurationError
-from coin.state import fingerprint
+from coin.files.tensors import fingerprint
 from coin.statistics import (
     DEFAULT_MEMORY_MIB,
     FisherKind,

@@ -13,8 +13,8 @@ from coin.experiment.codes import SeedCode, read_code
 from coin.experiment.distillation import Training
 from coin.experiment.experts import ExpertFiles
 from coin.experiment.merge import StoredExperts, make_coded_models
+from coin.files.safetensors import load_provenance
 from coin.merging import Method
-from coin.state import load_provenance
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 

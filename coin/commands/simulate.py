@@ -11,12 +11,12 @@ import numpy as np
 from lightning.pytorch.cli import LightningArgumentParser
 from numpy.typing import NDArray
 
-from coin.atomic import atomic_path, write_text
 from coin.coding import Code
 from coin.commands.command import Call, Command, console
 from coin.commands.served import Accuracies, Served, read_accuracies, read_served, results_folders
 from coin.errors import ConfigurationError
 from coin.experiment.records import described
+from coin.files.atomic import atomic_path, write_text
 from coin.reporting import print_simulation
 from coin.reporting.canvas import as_png, settle
 from coin.reporting.results import read_results

@@ -14,7 +14,7 @@ from coin.data.samples import Samples
 from coin.data.source import Source
 from coin.data.task import TaskData
 from coin.errors import DataError, first_line
-from coin.packages import packaged_file
+from coin.files.packaged import packaged_file
 
 PADDING = ("[PAD]", "<pad>")
 """What vocabularies call the token that fills up short texts; its id is 0 in those that have none."""

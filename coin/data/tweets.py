@@ -8,7 +8,7 @@ from typing import Any
 from coin.choices import chosen
 from coin.data.source import Source, hold_out
 from coin.data.text import TextTask
-from coin.packages import packaged_file
+from coin.files.packaged import packaged_file
 
 TEST_SHARE = 0.2
 SENTIMENTS = ("negative", "neutral", "positive")

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.atomic import write_text
 from coin.coding import Code, choose_code, convex, decoded_error_bound, simplex_codes, uniform
 from coin.data import Calibration
 from coin.errors import ConfigurationError, FileError, NumericalError
+from coin.files.atomic import write_text
 from coin.merging import Average, Experts
 
 AUTO = "auto"

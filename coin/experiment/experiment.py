@@ -11,9 +11,9 @@ from coin.errors import ConfigurationError
 from coin.experiment.codes import read_code
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, TrainingConfig, WandbConfig
 from coin.experiment.merge import coded_paths
+from coin.files.atomic import is_folder_name
 from coin.merging import Method
 from coin.modules import Expert
-from coin.names import is_folder_name
 from coin.networks import NetworkConfig, brought_network, build_network, has_batchnorm
 from coin.statistics import FisherKind
 

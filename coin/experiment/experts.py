@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from coin.atomic import sha256_of
 from coin.errors import ConfigurationError
+from coin.files.atomic import sha256_of
+from coin.files.tensors import State, fingerprint
 from coin.networks import (
     NetworkConfig,
     NetworkFile,
@@ -24,7 +25,6 @@ from coin.networks import (
     padded_rows,
     widen_network,
 )
-from coin.state import State, fingerprint
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class ExpertFiles:
 
     @cached_property
     def marks(self) -> dict[str, str]:
-        """The fingerprints of the networks by task; see `coin.state.fingerprint`."""
+        """The fingerprints of the networks by task; see `coin.files.tensors.fingerprint`."""
         return {task: fingerprint(file.state) for task, file in self.opened.items()}
 
     @property

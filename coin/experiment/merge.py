@@ -9,19 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from coin.atomic import sha256_of
 from coin.coding import Code
 from coin.data import Calibration
 from coin.errors import ConfigurationError
 from coin.experiment.codes import SeedCode
 from coin.experiment.experts import ExpertFiles
 from coin.experiment.records import described
+from coin.files.atomic import sha256_of
+from coin.files.tensors import State
 from coin.merging import CodedModel, Method
 from coin.merging.calibrated import CalibratedExperts
 from coin.merging.experts import padded_statistic
 from coin.networks import check_layout, open_network, save_network
 from coin.processes import is_first
-from coin.state import State
 from coin.statistics import FisherKind
 from coin.statistics.files import StatisticFile, open_statistic
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind

@@ -12,8 +12,8 @@ import numpy as np
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from coin.atomic import sha256_of, write_text
 from coin.errors import ConfigurationError
+from coin.files.atomic import sha256_of, write_text
 from coin.processes import from_first
 from coin.versions import versions
 

@@ -7,7 +7,6 @@ from typing import IO
 import pandas as pd
 from rich.console import Console
 
-from coin.atomic import remove_leftovers, write_text
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, FileError
 from coin.experiment.experiment import Experiment
@@ -24,6 +23,7 @@ from coin.experiment.steps.layers import compare_layers
 from coin.experiment.steps.merge import merge
 from coin.experiment.steps.statistics import estimate
 from coin.experiment.trainers import check_trainer_options, join_processes
+from coin.files.atomic import remove_leftovers, write_text
 from coin.processes import from_first, is_first, process_count
 from coin.reporting import write_report
 from coin.reporting.results import RESULTS_CSV

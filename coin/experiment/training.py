@@ -10,12 +10,12 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
-from coin.atomic import write_text
 from coin.callbacks import ExpertExport, Weights
 from coin.data import TaskData
 from coin.data.tasks import task_with
 from coin.experiment.config import TrainingConfig
 from coin.experiment.trainers import make_trainer
+from coin.files.atomic import write_text
 from coin.modules import Expert
 from coin.networks import NetworkConfig
 from coin.processes import from_first

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from coin.files.tensors import State
 from coin.merging.experts import Experts
 from coin.merging.method import MergeMethod, weighted_mean
-from coin.state import State
 
 
 class Average(MergeMethod):

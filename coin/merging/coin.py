@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from coin.choices import chosen
+from coin.files.tensors import State
 from coin.merging.experts import Experts
 from coin.merging.method import MergeMethod, check_fishers, checked, covered_by, data_of, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.state import State
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from coin.errors import CoinWarning
+from coin.files.tensors import State
 from coin.merging.average import average_parameters
 from coin.merging.coin import Coin
 from coin.merging.experts import Experts
 from coin.merging.method import check_fishers, checked, floored_diagonal
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import progress
-from coin.state import State
 from coin.statistics import FisherKind
 from coin.statistics.conjugate_gradient import Solution, conjugate_gradient
 from coin.statistics.products import OutputMap

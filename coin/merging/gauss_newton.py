@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from coin.errors import ConfigurationError
+from coin.files.tensors import State
 from coin.merging.coin import Coin
 from coin.merging.experts import Experts, held_out_count, parameters_of
 from coin.merging.method import CodedModel, Method, checked, fill, floored_diagonal, refined
@@ -15,7 +16,6 @@ from coin.merging.sample_space import solve_in_sample_space
 from coin.merging.start import starting_method
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import Bar, progress
-from coin.state import State
 from coin.statistics import FisherKind, fisher_sums
 from coin.statistics.products import OutputMap
 from coin.statistics.statistic import DataChoice, Statistic

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from coin.choices import chosen
 from coin.coding import Code
 from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateError
+from coin.files.tensors import State, check_finite, check_same_layout, weighted_sum
 from coin.inputs import Forward, plain, samples_of
 from coin.merging.experts import Experts, Given, parameters_of
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
 from coin.networks.weights import fill_network
-from coin.state import State, check_finite, check_same_layout, weighted_sum
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
 

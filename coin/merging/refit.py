@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.choices import chosen
 from coin.errors import ConfigurationError
+from coin.files.tensors import check_finite, weighted_sum
 from coin.inputs import joined, size_of
 from coin.merging.affine import fit_affine
 from coin.merging.average import average_parameters
@@ -31,7 +32,6 @@ from coin.merging.method import (
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import progress
-from coin.state import check_finite, weighted_sum
 from coin.statistics.gram import patches_of
 from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from coin.choices import chosen
 from coin.errors import NumericalError, StateError
+from coin.files.tensors import State
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel, MergeMethod, check_each, checked, data_of, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import tracked
-from coin.state import State
 from coin.statistics import TRANSPOSED, FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coin.files.tensors import State, check_finite, check_same_layout
 from coin.merging.experts import Experts
 from coin.merging.method import MergeMethod, checked, weighted_mean
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.state import State, check_finite, check_same_layout
 
 
 class TaskArithmetic(MergeMethod):

@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder, uniform
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
+from coin.files.tensors import fingerprint
 from coin.metrics import DecodingAccuracy, Residual
 from coin.modules.coded import server_answers
 from coin.modules.examples import ExampleSamples, KeptSamples
@@ -23,7 +24,6 @@ from coin.modules.shared import tasks_of
 from coin.modules.variants import NONE, ORACLE, Outcome, Variant, read_coded
 from coin.networks import load_network, widen_network
 from coin.progress import tracked
-from coin.state import fingerprint
 from coin.statistics.guard import full_products
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from coin.errors import CoinWarning, ConfigurationError, NumericalError
+from coin.files.tensors import not_finite
 from coin.merging import CodedModel, Experts
 from coin.modules.recipe import Schedule
-from coin.state import not_finite
 
 if TYPE_CHECKING:
     from coin.modules.distillation import Distillation

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from coin.errors import FileError, StateError
+from coin.files.safetensors import StateFile, save_state
+from coin.files.tensors import check_finite
 from coin.networks.heads import widened
 from coin.networks.lora import holds_adapters
 from coin.networks.registry import NetworkConfig, build_network, with_own_head
 from coin.networks.weights import fill_network, read_weights
-from coin.state import check_finite, save_state
-from coin.state_file import StateFile
 
 
 @dataclass(frozen=True)

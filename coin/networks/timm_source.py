@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from coin.errors import ConfigurationError, FileError
+from coin.files.packaged import packaged_file
 from coin.networks.heads import head_name, replace_head
 from coin.networks.hub import pretrained_from_hub
 from coin.networks.normalised import Renormalised
 from coin.networks.sources import Described, Source, check_name, check_weights, constructed
-from coin.packages import packaged_file
 
 PACKAGED = {
     "IMAGENET1K_LITE0": (

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from coin.errors import FileError, StateError, first_line
-from coin.state import State
+from coin.files.tensors import State
 
 
 def fill_network(network: nn.Module, state: State, source: str) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from coin.atomic import atomic_path
 from coin.errors import FileError
+from coin.files.atomic import atomic_path
 
 DAMAGED_NPZ = (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 """What NumPy raises on archives that are cut off, damaged, or something else altogether."""

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from coin.files.tensors import State, check_same_layout
 from coin.merging.method import weighted_mean
-from coin.state import State, check_same_layout
 
 
 def layers_of(names: Iterable[str]) -> dict[str, list[str]]:

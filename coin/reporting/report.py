@@ -9,7 +9,7 @@ from string import Template
 
 import pandas as pd
 
-from coin.atomic import atomic_path, write_text
+from coin.files.atomic import atomic_path, write_text
 from coin.progress import progress
 from coin.reporting import details, figures, markup, sections, tables
 from coin.reporting.canvas import WIDTH, as_element, as_png, as_svg, settle

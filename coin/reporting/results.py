@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from coin.atomic import atomic_path, write_text
 from coin.errors import ConfigurationError, FileError
+from coin.files.atomic import atomic_path, write_text
 from coin.reporting.frames import DAMAGED_NPZ, one_line, read_frame, write_frame
 from coin.versions import versions
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from coin.errors import FileError
-from coin.names import is_folder_name
+from coin.files.atomic import is_folder_name
 from coin.reporting.frames import one_line, read_frame
 from coin.reporting.results import COLUMNS, INTEGERS, KEYS, NUMBERS
 

@@ -8,8 +8,8 @@ from typing import Any
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from coin.atomic import sha256_of
 from coin.errors import ConfigurationError, FileError
+from coin.files.atomic import sha256_of
 from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_settings import default_project, in_sweep, mode, run_environment, settings, user_tags
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coin.errors import ConfigurationError, NumericalError
-from coin.state import State
+from coin.files.tensors import State
 
 Operator = Callable[[dict[str, Tensor]], State]
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from coin.choices import chosen
 from coin.errors import FileError, StateError
-from coin.state import State, check_finite, fingerprint, load_state, save_state
-from coin.state_file import StateFile
+from coin.files.safetensors import StateFile, load_state, save_state
+from coin.files.tensors import State, check_finite, fingerprint
 from coin.statistics.cotangents import FisherKind
 from coin.statistics.statistic import StatisticKind
 from coin.statistics.sums import TRANSPOSED, Sums
@@ -49,7 +49,7 @@ def write_statistic(path: Path, sums: Sums, *, statistic: str, weights: str, sec
         path: The file.
         sums: The sums over all processes.
         statistic: What it is: ``fisher`` or ``gram``.
-        weights: The `coin.state.fingerprint` of the network's state dict.
+        weights: The `coin.files.tensors.fingerprint` of the network's state dict.
         seconds: What the pass took, wall time.
         provenance: Further JSON values: the kind, the task, the data, the seed.
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from coin.errors import StateError
+from coin.files.tensors import State, check_same_layout
 from coin.inputs import Batch, as_input, size_of
-from coin.state import State, check_same_layout
 from coin.statistics.guard import evaluating
 from coin.statistics.sums import sum_type
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, distributed
 
 from coin.errors import ConfigurationError, StateError
-from coin.state import check_same_layout
+from coin.files.tensors import check_same_layout
 
 TRANSPOSED = ":T"
 """Ends the name of a Gram matrix of a weight [in, out] that multiplies from the right, x @ W."""

@@ -13,8 +13,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from coin.errors import ConfigurationError
-from coin.names import is_folder_name
-from coin.yaml_files import read_yaml
+from coin.files.atomic import is_folder_name
+from coin.files.yaml import read_yaml
 
 _KEYS = {"program", "command", "method", "metric", "parameters", "name", "description", "project", "entity"}
 _AGENT_KEYS = {"run_cap", "early_terminate", "controller", "settings", "apiVersion", "kind"}

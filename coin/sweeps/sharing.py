@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from coin.atomic import write_text
 from coin.data.tasks import task_with
 from coin.experiment.experiment import Experiment
 from coin.experiment.records import step_key
+from coin.files.atomic import write_text
 
 _SWEEP_JSON = "sweep.json"
 

@@ -33,11 +33,11 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from coin.atomic import write_text
 from coin.errors import CoinError, ConfigurationError
 from coin.experiment.children import last_line, stop, terminated_as_exit
 from coin.experiment.experiment import Experiment
 from coin.experiment.locks import alone_in
+from coin.files.atomic import write_text
 from coin.processes import cores
 from coin.reporting.frames import write_frame
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML

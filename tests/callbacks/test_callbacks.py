@@ -7,9 +7,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from coin.callbacks import ExpertExport, FisherEstimator, Weights
 from coin.errors import ConfigurationError, DataError, FileError
+from coin.files.tensors import fingerprint
 from coin.modules import Expert
 from coin.networks import load_network, read_weights
-from coin.state import fingerprint
 from coin.statistics import fisher_diagonal
 from coin.statistics.files import open_statistic
 

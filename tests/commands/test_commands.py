@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from coin.cli import main
+from coin.files.safetensors import load_provenance, load_state
 from coin.reporting import read_results, read_summary
-from coin.state import load_provenance, load_state
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.enable_model_summary=false"]
 DIGITS = ["--data=Digits", "--data.max_train=120", "--data.max_test=77", "--data.image_size=16"]

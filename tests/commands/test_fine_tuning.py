@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from coin.cli import main
-from coin.state import load_provenance, load_state
+from coin.files.safetensors import load_provenance, load_state
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.enable_model_summary=false"]
 DIGITS = ["--data=Digits", "--data.max_train=120", "--data.max_test=77", "--data.image_size=16"]

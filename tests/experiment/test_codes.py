@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from coin.atomic import sha256_of
 from coin.cli import main
 from coin.coding import Code, convex, uniform
 from coin.data import Calibration, Digits, Glyphs, Samples
@@ -17,11 +16,12 @@ from coin.errors import ConfigurationError, DecodingError, FileError, StateError
 from coin.experiment import Experiment, merge
 from coin.experiment.codes import candidate_codes, choose_weights, read_choice, read_code
 from coin.experiment.experts import ExpertFiles
+from coin.files.atomic import sha256_of
+from coin.files.safetensors import load_provenance
 from coin.merging import Average
 from coin.networks import NetworkConfig
 from coin.reporting import read_results
 from coin.reporting.summary import seed_folders
-from coin.state import load_provenance
 from coin.sweeps.sharing import shared_steps
 
 CONFIG = """

@@ -9,9 +9,9 @@ import torch
 
 from coin.cli import main
 from coin.errors import CoinWarning
+from coin.files.safetensors import load_state
 from coin.networks import load_network
 from coin.reporting import read_results
-from coin.state import load_state
 
 CONFIG = """
 network: {name: small_resnet, image_size: 16, options: {width: 4}}

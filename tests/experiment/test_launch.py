@@ -11,7 +11,7 @@ import coin.experiment.run
 from coin.cli import main
 from coin.errors import CoinError, ConfigurationError
 from coin.experiment.launch import Executor, ExpertJob, Launch, train_side_by_side, worker_environments
-from coin.state import load_state
+from coin.files.safetensors import load_state
 
 DEBUG = Launch(Executor.slurm, 2, {"cluster": "debug"})
 

@@ -17,6 +17,8 @@ from coin.coding import Code
 from coin.commands.merge import merge
 from coin.errors import CoinError
 from coin.experiment.experts import ExpertFiles
+from coin.files.safetensors import StateFile, load_state, save_state
+from coin.files.tensors import fingerprint
 from coin.merging import Average, Coin, MergeMethod, RegMean, TaskArithmetic, Ties, merge_networks
 from coin.networks import (
     BatchNormPolicy,
@@ -27,8 +29,6 @@ from coin.networks import (
     save_network,
     widen_network,
 )
-from coin.state import fingerprint, load_state, save_state
-from coin.state_file import StateFile
 from coin.statistics import fisher_diagonal, gram_sums
 
 COUNTS = [3, 2, 3, 3, 2, 3]

@@ -17,9 +17,10 @@ import pytest
 import coin.experiment.run
 from coin.cli import main
 from coin.errors import ConfigurationError
+from coin.files.safetensors import load_provenance, load_state
+from coin.files.tensors import fingerprint
 from coin.reporting import COLUMNS, read_examples, read_layers, read_results, read_summary, write_summary
 from coin.reporting.results import asked_policy
-from coin.state import fingerprint, load_provenance, load_state
 
 
 def same_numbers(one: Path, other: Path) -> None:

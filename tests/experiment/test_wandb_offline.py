@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 import pytest
 from lightning.pytorch.loggers import Logger
 
-from coin.atomic import sha256_of
 from coin.cli import main
 from coin.errors import NumericalError
+from coin.files.atomic import sha256_of
 from coin.reporting import read_results
 from coin.reporting.comparison import variant_names
 

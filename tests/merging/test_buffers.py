@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from coin.errors import StateError
+from coin.files.tensors import weighted_sum
 from coin.merging import Average, Coin, Experts, GaussNewton
 from coin.networks import NetworkConfig, load_network, save_network, sources
-from coin.state import weighted_sum
 
 
 class Causal(nn.Module):

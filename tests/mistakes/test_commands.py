@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from coin.atomic import write_text
 from coin.cli import main
 from coin.errors import ConfigurationError, FileError
+from coin.files.atomic import write_text
+from coin.files.safetensors import save_state
 from coin.parsing import in_one_line
 from coin.shortages import shortage_behind
-from coin.state import save_state
 
 EXPERIMENT = """
 name: small
@@ -142,7 +142,7 @@ def full_disk(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", refuse)
-        patch.setattr("coin.state.save_file", refuse)
+        patch.setattr("coin.files.safetensors.save_file", refuse)
         yield
 
 

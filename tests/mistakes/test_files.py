@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from coin.errors import CoinError, ConfigurationError, FileError
+from coin.files.tensors import fingerprint
+from coin.files.yaml import read_yaml
 from coin.modules.variants import read_coded
 from coin.networks import load_network, read_weights
 from coin.reporting.results import (
@@ -25,12 +27,10 @@ from coin.reporting.results import (
     read_results,
 )
 from coin.reporting.sweeps import SWEEP_CSV, read_sweep_table
-from coin.state import fingerprint
 from coin.statistics import Sums
 from coin.statistics.files import open_statistic, write_statistic
 from coin.sweeps.points import read_sweep
 from coin.sweeps.sharing import _link_step
-from coin.yaml_files import read_yaml
 
 Damage = Callable[[Path], None]
 

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from coin.callbacks import ExpertExport, FisherEstimator
 from coin.errors import ConfigurationError, FileError
+from coin.files.tensors import fingerprint
 from coin.modules import Expert
 from coin.modules.fine_tuning import squared_distance, trainable_names
 from coin.networks import NetworkConfig, build_network, load_network
-from coin.state import fingerprint
 from coin.statistics import fisher_diagonal
 from coin.statistics.files import open_statistic
 

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from coin.errors import StateError
+from coin.files.tensors import weighted_sum
 from coin.networks import build_network, has_batchnorm, recalibrate
-from coin.state import weighted_sum
 
 
 def network():

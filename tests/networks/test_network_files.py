@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from coin.errors import FileError, StateError
+from coin.files.safetensors import save_state
 from coin.networks import (
     NetworkConfig,
     brought_network,
@@ -18,7 +19,6 @@ from coin.networks import (
     save_network,
     widen_network,
 )
-from coin.state import save_state
 
 
 @pytest.fixture

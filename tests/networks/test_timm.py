@@ -8,6 +8,7 @@ import timm
 import torch
 
 from coin.errors import ConfigurationError, FileError, StateError
+from coin.files.packaged import packaged_file
 from coin.inputs import IMAGENET_MEAN, IMAGENET_STD
 from coin.merging import Experts, Refit
 from coin.networks import (
@@ -19,7 +20,6 @@ from coin.networks import (
     save_network,
     timm_source,
 )
-from coin.packages import packaged_file
 from coin.statistics import fisher_diagonal
 
 LITE0 = "timm/tf_efficientnet_lite0"

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from coin.coding import Answers, Code, DecoderConfig, LinearDecoder, make_decoder
 from coin.errors import ConfigurationError, DecodingError, StateError
+from coin.files.safetensors import load_state, save_state
+from coin.files.tensors import check_same_layout, fingerprint, weighted_sum
 from coin.merging.average import average_parameters
 from coin.merging.coin import coin_parameters
 from coin.reporting.results import NUMBERS, Row, read_results, write_results
-from coin.state import check_same_layout, fingerprint, load_state, save_state, weighted_sum
 
 FEW = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]

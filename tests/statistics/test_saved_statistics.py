@@ -9,7 +9,7 @@ from torch import nn
 
 import coin
 from coin.errors import FileError, StateError
-from coin.state import save_state
+from coin.files.safetensors import save_state
 
 
 @pytest.fixture

@@ -13,6 +13,9 @@ from coin.errors import FileError
 _LONGEST_WRITE = 3600.0
 """In seconds."""
 
+_LONGEST_NAME = 200
+"""Bytes; file systems take 255, and what is made of a name is longer than it."""
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -76,3 +79,14 @@ def sha256_of(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise FileError(f"cannot read '{path}' ({error.strerror}), expected a file; check the path") from error
+
+
+def is_folder_name(name: str) -> bool:
+    """Return whether a folder of this name is one, visible, and lies where it is put: no separators, no ``..``."""
+    return (
+        bool(name)
+        and not name.startswith(".")
+        and not any(mark in name for mark in "/\\")
+        and name.isprintable()
+        and len(name.encode()) <= _LONGEST_NAME
+    )

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import coin.state_file
+import coin.files.safetensors
 from coin.errors import FileError
-from coin.state import load_state, save_state
-from coin.state_file import StateFile
+from coin.files.safetensors import StateFile, load_state, save_state
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def mapped_kib(path: Path) -> int:
 def test_what_was_read_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "large.safetensors"
     save_state(path, {f"layer{i}.weight": torch.ones(512, 512) for i in range(16)}, {})  # one MiB each
-    monkeypatch.setattr(coin.state_file, "_MAPPED", 2**20 - 1)
+    monkeypatch.setattr(coin.files.safetensors, "_MAPPED", 2**20 - 1)
     state = StateFile(path)
     peak = 0
     for tensor in state.values():
@@ -67,7 +66,7 @@ def test_what_was_read_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coin.state_file, "_MAPPED", 4000 - 1)
+    monkeypatch.setattr(coin.files.safetensors, "_MAPPED", 4000 - 1)
     state = StateFile(path)
     before = state["layer0.weight"]
     kept = before.clone()

@@ -1,28 +1,19 @@
-"""Named tensors: checks, arithmetic, and safetensors files that say where they came from.
+"""Named tensors: checks, arithmetic and fingerprints.
 
 Parameters, buffers and statistics all travel as ``Mapping[str, Tensor]``. Names and shapes are checked before any
 arithmetic, so that a mistake ends in one line that names the tensor.
 """
 
 import hashlib
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from coin.atomic import atomic_path
-from coin.errors import FileError, StateError
-from coin.versions import versions
+from coin.errors import StateError
 
 State = Mapping[str, Tensor]
 
-_METADATA_KEY = "coin"
 _ALIKE = "give tensors of one architecture and class count"
 
 
@@ -128,92 +119,3 @@ def fingerprint(state: State) -> str:
         digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def save_state(path: Path, state: State, provenance: Mapping[str, Any], infinite: Collection[str] = ()) -> None:
-    """Write named tensors and one JSON value that says what made them.
-
-    Args:
-        path: The file, written under a temporary name and renamed.
-        state: Tensors of any shape and type; they are copied to contiguous CPU memory.
-        provenance: Anything that JSON holds; `versions()` is added under ``versions``.
-        infinite: Names of tensors that may hold infinities.
-
-    Raises:
-        StateError: A tensor is not finite: such a file is never written.
-        FileError: The file cannot be written.
-    """
-    check_finite(state, f"the state for '{path}'", infinite)
-    metadata = {_METADATA_KEY: json.dumps({**provenance, "versions": versions()}, sort_keys=True)}
-    tensors: dict[str, Tensor] = {}
-    written: set[int] = set()
-    for key, tensor in state.items():
-        plain = tensor.detach().cpu().contiguous()
-        place = plain.untyped_storage().data_ptr()
-        # safetensors takes no two tensors of one storage, as tied parameters are, nor a part of one.
-        shared = place in written or plain.nbytes != plain.untyped_storage().nbytes()
-        tensors[key] = plain.clone() if shared else plain
-        written.add(place)
-    with atomic_path(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:
-            raise FileError(
-                f"cannot write '{path}': {error}; free the space or choose a folder you can write to"
-            ) from error
-
-
-def load_provenance(path: Path) -> dict[str, Any]:
-    """Return the JSON value that `save_state` wrote with a file, without reading its tensors.
-
-    Raises:
-        FileError: The file is missing, damaged, or was not written by ``coin``.
-    """
-    with _opened(path) as file:
-        return provenance_in(file.metadata(), path)
-
-
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the provenance of a file that `save_state` wrote.
-
-    Raises:
-        FileError: The file is missing, damaged, or was not written by ``coin``.
-    """
-    with _opened(path) as file:
-        provenance = provenance_in(file.metadata(), path)
-        return {key: file.get_tensor(key) for key in file.keys()}, provenance  # noqa: SIM118 (not a dict)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise missing_file(path)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError(f"'{path}' is not a whole safetensors file ({error}); make it again") from error
-
-
-def missing_file(path: Path) -> FileError:
-    """Return the error for a file that is not there."""
-    return FileError(f"found no file '{path}', expected a safetensors file; check the path or make it first")
-
-
-def provenance_in(metadata: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
-    """Return the JSON value in a file's metadata.
-
-    Raises:
-        FileError: There is none: the file was not written by ``coin``.
-    """
-    try:
-        value = json.loads((metadata or {})[_METADATA_KEY])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise FileError(
-            f"'{path}' does not say what made it (no '{_METADATA_KEY}' metadata); make it with coin"
-        ) from error
-    if not isinstance(value, dict):
-        raise FileError(f"'{path}' has '{_METADATA_KEY}' metadata of type {type(value).__name__}, expected an object")
-    return value
