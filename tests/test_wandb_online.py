@@ -18,7 +18,9 @@ from coin.cli import main
 from coin.data.tasks import Tasks
 from coin.errors import CoinWarning
 from coin.modules import DecodingEvaluator
-from coin.reporting import finish_run, read_results, run_environment
+from coin.reporting import read_results
+from coin.reporting.wandb_logging import finish_run
+from coin.reporting.wandb_settings import run_environment
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 EXPERIMENT = {

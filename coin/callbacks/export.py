@@ -28,7 +28,7 @@ class ExpertExport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse, before the training, what could not be written after it."""
-        check_weights(trainer, self.weights)
+        check_weights(trainer, pl_module, self.weights)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file, on the first process.

@@ -74,7 +74,7 @@ class FisherEstimator(Callback):
             raise ConfigurationError(
                 "found no datamodule to draw calibration samples from, expected a task; give fit a datamodule"
             )
-        check_weights(trainer, self.weights)
+        check_weights(trainer, pl_module, self.weights)
         check_shares(self.samples, trainer.world_size)
         data.calibration(self.samples)
 

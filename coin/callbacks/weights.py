@@ -15,6 +15,10 @@ from coin.networks import NetworkConfig, plain_network
 _NO_BEST = "found no best checkpoint; add a ModelCheckpoint with a monitor, or set weights=last"
 
 
+_DESCRIBED = {"network", "image_size", "weights", "options", "num_classes"}
+"""The options of a module from which its network is built."""
+
+
 class Weights(StrEnum):
     """``last``: as training left them; ``best``: of the checkpoint that ModelCheckpoint's monitor likes best."""
 
@@ -22,12 +26,17 @@ class Weights(StrEnum):
     best = "best"
 
 
-def check_weights(trainer: Trainer, weights: Weights) -> None:
-    """Check, before a training, that there will be the chosen weights after it.
+def check_weights(trainer: Trainer, module: LightningModule, weights: Weights) -> None:
+    """Check, before a training, that there will be the chosen weights after it, of a module that can be written.
 
     Raises:
-        ConfigurationError: Nothing looks for the best ones.
+        ConfigurationError: Nothing looks for the best ones, or the module is not an expert.
     """
+    if not isinstance(getattr(module, "network", None), nn.Module) or not module.hparams.keys() >= _DESCRIBED:
+        raise ConfigurationError(
+            f"found a {type(module).__name__}, expected an Expert, whose network can be built anew from its options; "
+            "leave out ExpertExport and FisherEstimator, or set model to Expert"
+        )
     if weights == Weights.best and not _monitored(trainer):
         raise ConfigurationError(_NO_BEST)
 
@@ -41,11 +50,9 @@ def trained_network(trainer: Trainer, module: LightningModule, weights: Weights)
     others that have moved it.
 
     Raises:
-        ConfigurationError: The module has no ``network``, or there is no best checkpoint.
+        ConfigurationError: There is no best checkpoint.
     """
-    network: Any = getattr(module, "network", None)
-    if not isinstance(network, nn.Module):
-        raise ConfigurationError(f"found a {type(module).__name__} without a network, expected an Expert")
+    network: Any = module.network
     if weights == Weights.last:
         return plain_network(copy(network))  # a copy leaves torch.compile's call behind
     monitored = _monitored(trainer)

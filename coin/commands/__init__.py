@@ -1,22 +1,20 @@
-"""The commands that need no model, no data and no Trainer from the command line, by name."""
-
-from coin.commands.command import Call, Command
-from coin.commands.dashboard import DASHBOARD
-from coin.commands.merge import MERGE
-from coin.commands.report import REPORT
-from coin.commands.run import RUN
-from coin.commands.serve import SERVE
-from coin.commands.simulate import SIMULATE
-from coin.commands.sweep import SWEEP
+"""The commands: a module each, whose ``main`` takes the command's arguments; `coin.cli` imports them when called."""
 
 COMMANDS = {
-    "run": RUN,
-    "merge": MERGE,
-    "sweep": SWEEP,
-    "report": REPORT,
-    "dashboard": DASHBOARD,
-    "simulate": SIMULATE,
-    "serve": SERVE,
+    "run": "Run a whole experiment, resumably.",
+    "fit": "Fine-tune one expert, or pretrain a base.",
+    "fisher": "Compute the statistics of an existing checkpoint.",
+    "merge": "Merge experts into coded models.",
+    "evaluate": "Measure how well lost experts are decoded.",
+    "sweep": "Run an experiment over a grid of its options.",
+    "report": "Write the report of finished experiments.",
+    "serve": "Serve an experiment's experts and coded models over HTTP, on Ray Serve.",
+    "simulate": "Simulate the tail latency of coded serving with an experiment's networks.",
+    "dashboard": "Make a W&B workspace of a project's experiments, online.",
+    "validate": "Measure an expert on the validation split.",
+    "test": "Measure an expert on the test set.",
+    "predict": "Predict with an expert.",
 }
+"""The commands and what they do. Those of the Trainer are LightningCLI's, the others functions of `coin.commands`."""
 
-__all__ = ["COMMANDS", "Call", "Command"]
+ON_TRAINER = ("fit", "validate", "test", "predict", "fisher", "evaluate")

@@ -1,11 +1,10 @@
 """``coin merge``: experts and their statistics in, coded models out."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser
-
-from coin.commands.command import Call, Command
+from coin.commands.parser import command_parser, parsed
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, FileError
@@ -105,13 +104,9 @@ def _samples(statistics: dict[StatisticKind, dict[str, Path]]) -> int | None:
     return found or None
 
 
-def _add_arguments(parser: LightningArgumentParser) -> None:
+def main(arguments: Sequence[str]) -> None:
+    """Merge, and print the files that were written."""
+    parser = command_parser("merge")
     parser.add_function_arguments(merge)
-
-
-def _execute(call: Call) -> None:
-    for path in merge(**call.options):
+    for path in merge(**parsed(parser, arguments)):
         print(path)
-
-
-MERGE = Command("Merge experts into coded models.", _add_arguments, _execute)

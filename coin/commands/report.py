@@ -1,25 +1,20 @@
 """``coin report``: the report of finished experiments, from their files alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from lightning.pytorch.cli import LightningArgumentParser
-
-from coin.commands.command import Call, Command, add_json_argument
-from coin.reporting import as_json, write_report
-from coin.reporting.report import report_summary
+from coin.commands.parser import command_parser, parsed
+from coin.reporting.report import report_summary, write_report
+from coin.reporting.results import as_json
 
 
-def _add_arguments(parser: LightningArgumentParser) -> None:
+def main(arguments: Sequence[str]) -> None:
+    """Write a report, and print where it is."""
+    parser = command_parser("report")
     parser.add_argument("folders", nargs="+", type=str, help="Experiments', seeds' or sweeps' folders.")
     parser.add_argument("--output", type=str | None, default=None, help="The HTML file to write.")
-    add_json_argument(parser)
-
-
-def _execute(call: Call) -> None:
-    folders = [Path(folder) for folder in call.options["folders"]]
-    output = call.options["output"]
-    page = write_report(folders, None if output is None else Path(output))
-    print(as_json({"report": page, "summary": report_summary(folders)}) if call.options["json"] else page)
-
-
-REPORT = Command("Write the report of finished experiments.", _add_arguments, _execute)
+    parser.add_argument("--json", action="store_true", help="Print the summary as one JSON document on stdout.")
+    options = parsed(parser, arguments)
+    folders = [Path(folder) for folder in options["folders"]]
+    page = write_report(folders, None if options["output"] is None else Path(options["output"]))
+    print(as_json({"report": page, "summary": report_summary(folders)}) if options["json"] else page)

@@ -7,15 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser
-
 from coin.coding import Answers, Decoder, make_decoder
-from coin.commands.command import Call, Command
+from coin.commands.parser import command_parser, parsed
+from coin.commands.run import experiment_of
 from coin.commands.served import Served, read_served
 from coin.data import Calibration
 from coin.data.tasks import Tasks, task_with
 from coin.errors import FileError
-from coin.experiment.experiment import Experiment
 from coin.modules import Coded
 from coin.networks import load_network
 from coin.serving.decodings import Decodings
@@ -35,8 +33,6 @@ def serve(
     policy: PolicyKind = PolicyKind.coded_hedged,
     quantile: float = 0.9,
     ray: RayOptions = RayOptions(),  # noqa: B008 (frozen)
-    *,
-    build: Callable[[Sequence[str]], Experiment],
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve an experiment until the process is told to stop.
@@ -50,7 +46,6 @@ def serve(
         policy: Decides whom a query asks.
         quantile: Of the time that own answers take, after which the coded policies take them for late.
         ray: Where and how to serve.
-        build: Returns the experiment that ``coin run`` makes of arguments.
         say: Tells the user.
 
     Raises:
@@ -58,7 +53,7 @@ def serve(
         FileError: A file is missing or damaged.
         ServingError: Ray cannot serve here.
     """
-    system = read_system(folder, method, batchnorm, decoder, policy, quantile, build)
+    system = read_system(folder, method, batchnorm, decoder, policy, quantile)
     if ray.faults:
         say("with faults put in on purpose; leave out --ray.faults for a sound system")
     stop = start(system, ray)
@@ -80,7 +75,6 @@ def read_system(
     decoder: str,
     policy: PolicyKind | str,
     quantile: float,
-    build: Callable[[Sequence[str]], Experiment],
 ) -> System:
     """Return what `serve` serves; the arguments are its own."""
     chosen = make_policy(policy, quantile)
@@ -94,7 +88,7 @@ def read_system(
     if chosen.coded:
         names += [f"coded-{row}" for row in range(served.code.num_coded)]
         if make_decoder(served.decoder, served.code, [0]).needs_fit:
-            fitted = fit_decoders(served, read_tasks(served, build).calibration())
+            fitted = fit_decoders(served, read_tasks(served).calibration())
     decodings = Decodings(served.code, fitted, widths if served.decoder.reads_stages else None)
     layout = decodings.layout() if chosen.coded else spread_copies(served.code.num_experts, served.code.num_coded)
     names += [f"copy-{place}-{served.tasks[expert]}" for place, expert in enumerate(layout.copies)]
@@ -119,12 +113,12 @@ def fit_decoders(served: Served, calibration: Calibration) -> list[Decoder]:
     return [make_decoder(config, served.code, erased).fit(answers) for erased in served.code.erasures()]
 
 
-def read_tasks(served: Served, build: Callable[[Sequence[str]], Experiment]) -> Tasks:
+def read_tasks(served: Served) -> Tasks:
     """Return the tasks of the seed that is served, with their images, from the configuration that it has left."""
     path = served.folder / "config.yaml"
     if not path.is_file():
         raise FileError(f"found no '{path}', which says what the tasks are; use --decoder=linear, or coin run")
-    experiment = build(["-c", str(path)])
+    experiment = experiment_of(["-c", str(path)])
     options: dict[str, Any] = {"seed": experiment.seeds[0]}
     tasks = {name: task_with(experiment.tasks[name], **options) for name in served.tasks}
     data = Tasks(tasks, experiment.calibration.samples_per_task, experiment.calibration.batch_size)
@@ -133,13 +127,9 @@ def read_tasks(served: Served, build: Callable[[Sequence[str]], Experiment]) -> 
     return data
 
 
-def _add_arguments(parser: LightningArgumentParser) -> None:
+def main(arguments: Sequence[str]) -> None:
+    """Serve until the process is told to stop."""
+    parser = command_parser("serve")
     parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
-    parser.add_function_arguments(serve, skip={"folder", "build", "say"})
-
-
-def _execute(call: Call) -> None:
-    serve(build=call.experiment, **call.options)
-
-
-SERVE = Command("Serve an experiment's experts and coded models over HTTP, on Ray Serve.", _add_arguments, _execute)
+    parser.add_function_arguments(serve, skip={"folder", "say"})
+    serve(**parsed(parser, arguments))

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.cli import LightningArgumentParser
 from numpy.typing import NDArray
 
 from coin.coding import Code
-from coin.commands.command import Call, Command, console
+from coin.commands.parser import command_parser, parsed
 from coin.commands.served import Accuracies, Served, read_accuracies, read_served, results_folders
 from coin.errors import ConfigurationError
 from coin.experiment.records import described
@@ -22,6 +21,7 @@ from coin.reporting.canvas import as_png, settle
 from coin.reporting.results import read_results
 from coin.reporting.simulation import LEVELS, SIMULATION_CSV, SIMULATION_JSON, SimulationRow, write_simulation
 from coin.reporting.simulation_plots import accuracy_against_latency, latency_against_load
+from coin.reporting.table import results_console
 from coin.serving.case import Case, Outcome, Want
 from coin.serving.decodings import coded_layout
 from coin.serving.grid import simulate_all
@@ -232,16 +232,11 @@ def _write(folder: Path, rows: Sequence[SimulationRow], options: Any) -> None:
                 temporary.write_bytes(as_png(settle(draw(chosen))))
 
 
-def _add_arguments(parser: LightningArgumentParser) -> None:
+def main(arguments: Sequence[str]) -> None:
+    """Simulate, and print the table."""
+    parser = command_parser("simulate")
     parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
     parser.add_function_arguments(simulate, skip={"folder"})
-
-
-def _execute(call: Call) -> None:
-    print_simulation(simulate(**call.options), console())
-    print(f"table: {Path(call.options['output'] or call.options['folder']) / SIMULATION_CSV}")
-
-
-SIMULATE = Command(
-    "Simulate the tail latency of coded serving with an experiment's networks.", _add_arguments, _execute
-)
+    options = parsed(parser, arguments)
+    print_simulation(simulate(**options), results_console())
+    print(f"table: {Path(options['output'] or options['folder']) / SIMULATION_CSV}")

@@ -1,14 +1,21 @@
 """The parts of an experiment file."""
 
-from dataclasses import dataclass, field, fields, replace
-from enum import StrEnum
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from enum import Enum, StrEnum
+from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
+
+from lightning.pytorch import LightningModule
 
 from coin.callbacks import Weights
 from coin.choices import chosen
 from coin.data import Augmentation, TaskData
 from coin.data.torchvision_transforms import TransformSpec, build_transforms
 from coin.errors import ConfigurationError
+from coin.merging import Method
 from coin.modules import Recipe
 from coin.reporting.wandb_logging import TAG_LENGTH
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind
@@ -161,6 +168,56 @@ class WandbConfig:
     def __post_init__(self) -> None:
         if wrong := [tag for tag in self.tags if not 1 <= len(tag) <= TAG_LENGTH]:
             raise ConfigurationError(f"found W&B tag '{wrong[0]}', expected one of 1 to {TAG_LENGTH} characters")
+
+
+def as_options(value: Any) -> Any:
+    """Return what a configuration file says of a value: the constructor's options of tasks and methods by class path.
+
+    Raises:
+        ConfigurationError: An object does not keep one of its options under the option's name.
+    """
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(name): as_options(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_options(entry) for entry in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {option.name: as_options(getattr(value, option.name)) for option in fields(value)}
+    if isinstance(value, TaskData | Method):
+        hparams = value.hparams if isinstance(value, LightningModule) else {}
+        options = {}
+        for name in _constructor_options(type(value)):
+            if name not in hparams and not hasattr(value, name):
+                raise ConfigurationError(
+                    f"found a {type(value).__name__} that does not keep its option {name}, expected an attribute of "
+                    "that name; set it in the constructor"
+                )
+            options[name] = as_options(hparams[name] if name in hparams else getattr(value, name))
+        return {"class_path": _import_path(type(value)), "init_args": options}
+    return value
+
+
+def _constructor_options(kind: type) -> list[str]:
+    """Return the names of a constructor's arguments, those that it hands on to its base class among them."""
+    names: dict[str, None] = {}
+    for each in kind.__mro__:
+        if "__init__" in vars(each):
+            arguments = list(inspect.signature(each.__init__).parameters.values())[1:]  # type: ignore[misc]
+            names |= dict.fromkeys(a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD))
+            if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
+                break
+    return list(names)
+
+
+def _import_path(kind: type) -> str:
+    """Return the shortest path that a class is imported by."""
+    parts = kind.__module__.split(".")
+    packages = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    home = next(each for each in packages if getattr(import_module(each), kind.__name__, None) is kind)
+    return f"{home}.{kind.__name__}"
 
 
 def _check_integer(name: str, value: Any, least: int) -> None:

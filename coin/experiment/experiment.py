@@ -4,12 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+
 from coin.coding import DecoderConfig, DecoderKind, distinct_decoders, uniform
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
 from coin.experiment.codes import read_code
-from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, TrainingConfig, WandbConfig
+from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, TrainingConfig, WandbConfig, as_options
 from coin.experiment.merge import coded_paths
 from coin.files.atomic import is_folder_name
 from coin.merging import Method
@@ -36,7 +38,7 @@ class Experiment:
             data (`coin.experiment.codes.choose_weights`); none, for one coded model that weighs all experts alike.
         calibration: The unlabelled samples for merging and decoding.
         decoders: The decoders to compare: kinds, or sections of a kind and its options; none takes all kinds.
-        seeds: One run each; a seed draws the calibration samples and everything random after the base.
+        seeds: One run each, or a single one; a seed draws calibration samples and all that is random after the base.
         output: Where experiments go.
         trainer: Options of the Trainer for all steps, such as ``accelerator``, ``devices``, ``precision``. With several
             devices or nodes, all processes go through all steps: trainings share out their batches (of
@@ -59,11 +61,12 @@ class Experiment:
         code: list[list[float]] | int | str | None = None,
         calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008 (frozen)
         decoders: list[str | dict[str, Any] | DecoderConfig] | None = None,
-        seeds: list[int] | None = None,
+        seeds: int | list[int] | None = None,
         output: str = "runs",
         trainer: dict[str, Any] | None = None,
         wandb: WandbConfig = WandbConfig(),  # noqa: B008 (frozen)
     ) -> None:
+        self._given: dict[str, Any] = {option: value for option, value in locals().items() if option != "self"}
         if not is_folder_name(name):
             raise ConfigurationError(f"found name {name!r}, expected a plain folder name without slashes")
         if len(tasks) < 2:
@@ -74,7 +77,7 @@ class Experiment:
                     f"found task name {task!r}, expected one without + / | \\, no dot at its start, and not 'mean' or "
                     "'none'"
                 )
-        self.seeds = [0] if seeds is None else seeds
+        self.seeds = [seeds or 0] if seeds is None or isinstance(seeds, int) else seeds
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(seed in _SEEDS for seed in self.seeds):
             raise ConfigurationError(f"found seeds {self.seeds}, expected distinct numbers from 0 to {_SEEDS[-1]}")
         self.code = read_code(code, len(tasks))
@@ -118,6 +121,10 @@ class Experiment:
         self.trainer = trainer or {}
         self.wandb = wandb
         self._checked = False
+
+    def as_yaml(self, seed: int) -> str:
+        """Return the configuration with which ``coin run`` repeats one seed."""
+        return str(yaml.safe_dump(as_options({**self._given, "seeds": [seed]}), sort_keys=False, allow_unicode=True))
 
     def check_parts(self) -> None:
         """Look at what the user has brought, once, before anything is trained: the tasks' samples, trained experts.

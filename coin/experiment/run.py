@@ -1,6 +1,6 @@
 """A whole experiment: every step of every seed whose inputs have changed, the summary, and the reports."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import IO
 
@@ -38,7 +38,6 @@ _LAUNCH_YAML = "launch.yaml"
 
 def run_experiment(
     experiment: Experiment,
-    dump: Callable[[int], str] | None = None,
     console: Console | None = None,
     launch: Launch | None = None,
 ) -> pd.DataFrame:
@@ -46,9 +45,8 @@ def run_experiment(
 
     Args:
         experiment: The experiment.
-        dump: Returns the configuration that repeats the run of one seed, as YAML.
         console: Where progress and the table go.
-        launch: How the experts are trained; needs `dump` where they are trained side by side.
+        launch: How the experts are trained.
 
     Returns:
         The summary over seeds: the contents of ``summary.csv``.
@@ -61,15 +59,14 @@ def run_experiment(
         from_first(lambda: remove_leftovers(experiment.folder))
         seeds = _seed_runs(experiment, console)
         for run in seeds:
-            if dump is not None and is_first() and not (run.folder / RESULTS_CSV).exists():
-                write_text(run.folder / CONFIG_YAML, dump(run.seed))
+            if is_first() and not (run.folder / RESULTS_CSV).exists():
+                write_text(run.folder / CONFIG_YAML, experiment.as_yaml(run.seed))
         if launch is not None and launch.side_by_side:
-            assert dump is not None
-            _train_side_by_side(experiment, seeds, launch, lock, dump, console)
+            _train_side_by_side(experiment, seeds, launch, lock, console)
         for run in seeds:
             run_seed(run)
-            if dump is not None and is_first():  # until now it was that of the results that stood there
-                write_text(run.folder / CONFIG_YAML, dump(run.seed))
+            if is_first():  # until now it was that of the results that stood there
+                write_text(run.folder / CONFIG_YAML, experiment.as_yaml(run.seed))
         return from_first(partial(_summarise, experiment))
 
 
@@ -133,7 +130,6 @@ def _train_side_by_side(
     seeds: Sequence[SeedRun],
     launch: Launch,
     lock: IO[bytes] | None,
-    dump: Callable[[int], str],
     console: Console,
 ) -> None:
     if process_count() > 1:
@@ -154,7 +150,7 @@ def _train_side_by_side(
     ]
     if jobs:
         for run in seeds:
-            write_text(run.folder / _LAUNCH_YAML, dump(run.seed))
+            write_text(run.folder / _LAUNCH_YAML, experiment.as_yaml(run.seed))
         experiment.check_parts()
         console.print(f"training {len(jobs)} experts, {launch.workers} at a time")
         say = partial(console.print, highlight=False, markup=False)

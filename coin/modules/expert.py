@@ -39,6 +39,7 @@ class Expert(LightningModule):
         initial: A base checkpoint to start from (the shared initialisation), or none for `weights`.
         initial_seed: Of what is random in the shared initialisation; equal for all experts of an experiment.
         seed: Of dropout and the like; the state of the global generator is a function of this and the epoch alone.
+            None is 0, and what ``--seed_everything`` says on the command line.
         **recipe: How it is trained; see `coin.modules.recipe.Recipe`.
 
     Raises:
@@ -54,7 +55,7 @@ class Expert(LightningModule):
         num_classes: int | None = None,
         initial: str | None = None,
         initial_seed: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         **recipe: Any,
     ) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ class Expert(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Make dropout a function of (seed, epoch), so that a run resumed at an epoch equals an undisturbed one."""
-        torch.manual_seed(int(self.hparams["seed"]) * 100_003 + self.current_epoch * 1_009 + self.global_rank)
+        torch.manual_seed(int(self.hparams["seed"] or 0) * 100_003 + self.current_epoch * 1_009 + self.global_rank)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits ``[B, C]`` of images ``[B, 3, H, W]``."""

@@ -1,4 +1,4 @@
-"""Tables, plots, the HTML report and what goes to W&B, from measured rows alone."""
+"""Tables, plots and the HTML report from measured rows alone, without PyTorch; `wandb_*` sends them to W&B."""
 
 from coin.reporting.extras import Examples, read_examples, read_layers, write_examples, write_layers
 from coin.reporting.findings import Finding, findings
@@ -16,10 +16,6 @@ from coin.reporting.results import (
 from coin.reporting.simulation import SimulationRow, print_simulation, read_simulation, write_simulation
 from coin.reporting.summary import read_seeds, read_summary, summarise, write_summary
 from coin.reporting.table import print_summary
-from coin.reporting.wandb_connection import check_connection
-from coin.reporting.wandb_evaluation import code_axes, log_evaluation, log_examples, log_method_runs, log_summary
-from coin.reporting.wandb_logging import finish_run, log_artifact, start_run, training_loggers, use_artifact
-from coin.reporting.wandb_settings import run_environment
 
 __all__ = [
     "COLUMNS",
@@ -28,16 +24,8 @@ __all__ = [
     "Row",
     "SimulationRow",
     "as_json",
-    "check_connection",
-    "code_axes",
     "confusion_key",
     "findings",
-    "finish_run",
-    "log_artifact",
-    "log_evaluation",
-    "log_examples",
-    "log_method_runs",
-    "log_summary",
     "print_simulation",
     "print_summary",
     "read_configuration",
@@ -48,11 +36,7 @@ __all__ = [
     "read_seeds",
     "read_simulation",
     "read_summary",
-    "run_environment",
-    "start_run",
     "summarise",
-    "training_loggers",
-    "use_artifact",
     "write_examples",
     "write_layers",
     "write_report",

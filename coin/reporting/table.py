@@ -1,6 +1,7 @@
 """The results in a terminal: tables that fit 100 columns, also when piped."""
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
@@ -28,17 +29,19 @@ _LONGEST_NAME = 30
 _COSTS = ("resid.", "seconds", "passes")
 
 
+def results_console() -> Console:
+    """Return a console for results: as wide as the terminal, or `WIDTH` columns where nobody watches."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
+
+
 def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None:
     """Print the experts' own accuracies, then one table of NDA per experiment and size of erasure.
 
     Args:
         summary: What `coin.reporting.summarise` returns.
-        console: Where to print; standard output by default, 100 columns wide where it is not a terminal.
+        console: Where to print; `results_console` by default.
     """
-    if console is None:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=WIDTH)
+    console = console or results_console()
     console.print(experts_table(summary))
     for table in summary_tables(summary, console.width):
         console.print(table)

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from coin.callbacks import ExpertExport, FisherEstimator, Weights
@@ -151,3 +151,16 @@ def test_fewer_samples_than_processes_are_refused():
     trainer = SimpleNamespace(datamodule=object(), world_size=9)
     with pytest.raises(ConfigurationError, match=r"found 8 calibration samples for 9 processes.*take fewer devices"):
         FisherEstimator(samples=8).on_fit_start(trainer, None)
+
+
+def test_a_foreign_module_is_refused_before_the_training(synthetic, make_trainer, tmp_path):
+    class Foreign(LightningModule):
+        def training_step(self, batch, batch_idx):
+            pytest.fail("trained")
+
+        def configure_optimizers(self):
+            return None
+
+    for callback in (ExpertExport(str(tmp_path / "a.safetensors")), FisherEstimator(samples=4)):
+        with pytest.raises(ConfigurationError, match="found a Foreign, expected an Expert"):
+            make_trainer(max_epochs=1, callbacks=[callback]).fit(Foreign(), datamodule=synthetic())

@@ -5,16 +5,15 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from coin.cli import main
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError, FileError, shortage_behind
 from coin.files.atomic import write_text
 from coin.files.safetensors import save_state
-from coin.parsing import in_one_line
-from coin.shortages import shortage_behind
 
 EXPERIMENT = """
 name: small
@@ -49,16 +48,20 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 TYPOS = {
-    "a section": ("calibration:", "calibratoin:", "found option 'calibratoin.samples_per_task'"),
-    "an option": ("samples_per_task", "sample_per_task", "did you mean 'calibration.samples_per_task'?"),
-    "a task's option": ("max_train", "max_trian", "found option 'max_trian' in 'tasks'"),
+    "a section": ("calibration:", "calibratoin:", "calibratoin"),
+    "an option": ("samples_per_task", "sample_per_task", "sample_per_task"),
+    "a task's option": ("max_train", "max_trian", "Option 'max_trian' is not accepted"),
     "a task's class": ("class_path: Digits", "class_path: Digist", "Digist"),
-    "a section that is null": ("calibration: {samples_per_task: 4}", "calibration: null", "a section that is null"),
+    "a section that is null": (
+        "calibration: {samples_per_task: 4}",
+        "calibration: null",
+        "a section of options that is null",
+    ),
     "a key twice": ("name: small\n", "name: small\nname: other\n", "found key 'name' twice"),
     "a method's option": (
         "Average}",
         "Average, init_args: {batchnrom: keep}}",
-        "found option 'batchnrom' in 'methods'",
+        "Option 'batchnrom' is not accepted",
     ),
     "a task that leads out": ("  digits:", "  '..':", "found task name '..'"),
     "an experiment that leads out": ("name: small\n", "name: ../small\n", "found name '../small'"),
@@ -75,21 +78,26 @@ def test_a_typo_is_named(case: str, config: Path, capsys: pytest.CaptureFixture[
     assert message in refused(["run", "-c", str(config)], capsys)
 
 
-MESSAGES = {
-    "unrecognized arguments: --epochs=3": "found option '--epochs=3', expected one that coin has; see",
-    "Subcommand 'run' does not accept option 'nmae'": "(did you mean 'name'?)",
-    "Parser key \"config\": File does not exist: 'a.yaml'": "found no file 'a.yaml', expected",
-    "Unexpected config: - a - b": "found '- a - b' as a configuration, expected YAML",
-    "Parser key \"expert.epochs\": Expected a <class 'int'>. Got value: many": "found expert.epochs=many, expected",
-    'Parser key "tasks": Expected a dot import path string: Mnist': "found class 'Mnist' in 'tasks', expected one of",
-    "argument subcommand: invalid choice: 'runn' (choose from 'fit', 'run')": "found command 'runn', expected one of",
-    "the following arguments are required: run.name": "found no run.name, expected it; give it",
+MISTAKES = {
+    "a command": (["rnu"], "found command 'rnu' (did you mean run?), expected one of run, fit,"),
+    "a task's class": (["fit", "--data=Mnist5k"], "Mnist5k"),
+    "a folder's root": (["fit", "--data=ImageFolder"], "required: root"),
+    "an optimiser of torch's": (["fit", "--data=Digits", "--optimizer=Adam"], "unrecognized arguments: --optimizer"),
+    "a file": (["run", "-c", "a.yaml"], "found no file 'a.yaml', expected a YAML file"),
+    "a number": (["run", "--expert.epochs=many"], "expert.epochs"),
+    "nothing": (["run"], "required: name, tasks, methods"),
+    "a list that is none": (["run", "--seeds=[a]"], "Parser key \"seeds\": found ['a']"),
+    "a checkpoint": (["fisher", "--data=Digits", "--ckpt_path=no.safetensors"], "no.safetensors"),
+    "a seed": (["fit", "--data=Digits", "--seed_everything=-1"], "seed"),
 }
 
 
-@pytest.mark.parametrize("message", MESSAGES)
-def test_the_parsers_messages_say_what_to_do(message: str) -> None:
-    assert MESSAGES[message] in in_one_line(message, ["name", "network"])
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_command_line_that_does_not_fit_is_one_line(case: str, config: Path, capsys: Any) -> None:
+    arguments, message = MISTAKES[case]
+    line = refused(arguments, capsys)
+    assert message in line
+    assert len(line) < 500
 
 
 def test_a_folder_that_is_missing_is_told_of_before_the_base_is_trained(
@@ -109,7 +117,7 @@ def test_a_folder_that_is_missing_is_told_of_before_the_base_is_trained(
 @pytest.mark.parametrize("section", ["[]", "[1]"])
 def test_a_section_that_is_a_list_is_one_line(section: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(["run", "-c", str(config), "--output=o", f"--network={section}"], capsys)
-    assert "expected" in line
+    assert "network" in line
 
 
 def test_a_message_is_one_line_whatever_it_quotes() -> None:

@@ -10,7 +10,6 @@ import pytest
 from coin import safe
 from coin.cli import main
 from coin.errors import ConfigurationError
-from coin.safe import wanted
 
 TASKS = "--tasks={digits: {class_path: Digits}, letters: {class_path: THEIRS, init_args: {classes: A-C}}}"
 RUN = ["run", "--name=x", "--methods=[{class_path: Average}]", "--seeds=[-1]"]
@@ -122,9 +121,13 @@ def test_a_callback_cannot_be_handed_a_function(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(
     ("options", "found"),
-    [({"launch.slurm": {"slurm_setup": ["rm -rf ~"]}}, "launch.slurm"), ({"weights_only": False}, "weights_only")],
+    [({"launch": {"slurm": {"slurm_setup": ["rm -rf ~"]}}}, "launch.slurm"), ({"weights_only": False}, "weights_only")],
 )
-def test_options_that_run_or_unpickle_are_refused(options: dict[str, object], found: str) -> None:
+def test_options_that_run_or_unpickle_are_refused(
+    options: dict[str, object], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    safe.check_options(options)  # without --safe they are the user's to give
+    monkeypatch.setenv(safe.VARIABLE, "1")
     with pytest.raises(ConfigurationError, match=f"found {found}"):
         safe.check_options(options)
 
@@ -135,11 +138,12 @@ def test_commands_for_a_cluster_are_refused(capsys: pytest.CaptureFixture[str]) 
     assert "found launch.slurm with --safe" in last_line(capsys)
 
 
-def test_a_variable_that_is_neither_on_nor_off_is_refused() -> None:
-    assert wanted([], {"COIN_SAFE": "0"}) == (False, [])
-    assert wanted([], {"COIN_SAFE": ""}) == (False, [])
-    with pytest.raises(ConfigurationError, match="COIN_SAFE=true, expected 0 or 1"):
-        wanted([], {"COIN_SAFE": "true"})
+def test_a_variable_that_is_neither_on_nor_off_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(safe.VARIABLE, "true")
+    assert main(["report", "x"]) == 2
+    assert "COIN_SAFE=true, expected 0 or 1" in last_line(capsys)
 
 
 def test_transforms_are_not_on_the_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,23 +13,12 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from coin.errors import CoinError, ConfigurationError, FileError
-from coin.reporting import (
-    Examples,
-    check_connection,
-    finish_run,
-    log_artifact,
-    log_evaluation,
-    log_examples,
-    log_method_runs,
-    log_summary,
-    run_environment,
-    start_run,
-    summarise,
-    training_loggers,
-    use_artifact,
-)
+from coin.reporting import Examples, summarise
 from coin.reporting.results import Row
-from coin.reporting.wandb_logging import JOB_TYPES
+from coin.reporting.wandb_connection import check_connection
+from coin.reporting.wandb_evaluation import log_evaluation, log_examples, log_method_runs, log_summary
+from coin.reporting.wandb_logging import JOB_TYPES, finish_run, log_artifact, start_run, training_loggers, use_artifact
+from coin.reporting.wandb_settings import run_environment
 
 Measured = Callable[..., tuple[list[Row], dict[str, Any]]]
 Read = Callable[[Path], list[dict[str, Any]]]

@@ -1,0 +1,123 @@
+"""``coin fit | validate | test | predict | fisher | evaluate``: what needs a Trainer, by LightningCLI."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+
+import coin.data
+import coin.merging
+import coin.modules  # noqa: F401
+from coin import safe
+from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
+from coin.commands import ON_TRAINER
+from coin.commands.parser import check_files
+from coin.errors import ConfigurationError
+from coin.files.checkpoints import checkpoint_options
+from coin.modules.shared import quieten
+from coin.reporting.results import read_results
+from coin.reporting.summary import summarise
+from coin.reporting.table import print_summary
+from coin.reporting.wandb_logging import logger_mode
+from coin.reporting.wandb_settings import run_environment
+from coin.trainer import Trainer
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Leaves ``config.yaml`` with what was trained; the other commands write what they did into their results."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file before a training run."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class TrainerCLI(LightningCLI):
+    """LightningCLI with ``fisher`` and ``evaluate``, and every run's W&B files in its own folder."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the Trainer's commands and which of their arguments LightningCLI supplies."""
+        own = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "fisher": own, "evaluate": own | {"configuration"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Make the expert the default model: ``coin fit --data MNIST5k`` is a whole command."""
+        parser.set_defaults({"model": {"class_path": "coin.modules.Expert"}})
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the architecture from a checkpoint that is to be tested, and leave a configured training run alone.
+
+        Lightning would replace all of the configured model's options by the checkpoint's, and do so in ``fit`` too.
+        """
+        subcommand = self.config.subcommand
+        if subcommand not in ("validate", "test", "predict", "fisher"):
+            return
+        options = self.config[subcommand]
+        path = options.get("ckpt_path")
+        if path is None or (subcommand == "fisher" and not str(path).endswith(".ckpt")):
+            return
+        if not str(path).endswith(".ckpt"):
+            raise ConfigurationError(f"found ckpt_path '{path}', expected a .ckpt of Lightning's for coin {subcommand}")
+        found = checkpoint_options(Path(path))
+        init_args = options["model"]["init_args"]
+        for name in ("network", "image_size", "options", "num_classes", "lora"):
+            if name in found and name in init_args:
+                init_args[name] = found[name]
+        for name in ("weights", "initial"):  # about to be overwritten: nothing to download or to look for
+            if name in init_args:
+                init_args[name] = None
+
+    def before_instantiate_classes(self) -> None:
+        """Hand on the seed to what was given none, and refuse, with ``--safe``, what no allow-list can hold back."""
+        options = self.config[self.subcommand]
+        safe.check_options(options.as_dict())
+        for part in ("model", "data"):
+            init_args = (options.get(part) or {}).get("init_args") or {}
+            if init_args.get("seed", 0) is None:
+                init_args["seed"] = int(options["seed_everything"])
+
+    def after_instantiate_classes(self) -> None:
+        """Keep W&B's files in the run's folder, until the command ends."""
+        asked = [logger_mode(logger) for logger in self.trainer.loggers if isinstance(logger, WandbLogger)]
+        _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir), next(iter(asked), None)))
+
+    def after_evaluate(self) -> None:
+        """Print the table of what was just measured."""
+        options = self.config["evaluate"]
+        if self.trainer.is_global_zero:
+            folder = Path(options["output"] or self.trainer.default_root_dir)
+            print_summary(summarise(read_results(folder)))
+
+
+_ENVIRONMENT = ExitStack()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run a Trainer's command; ``arguments`` begin with its name."""
+    check_files(arguments)
+    quieten()
+    told: dict[str, object] = {"exit_on_error": False}
+    try:
+        with _ENVIRONMENT:
+            TrainerCLI(
+                LightningModule,
+                LightningDataModule,
+                trainer_class=Trainer,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,  # an expert's optimiser is an option of its own
+                save_config_callback=SaveFitConfig,
+                save_config_kwargs={"overwrite": True},
+                parser_kwargs={"prog": "coin", **told, **{name: dict(told) for name in ON_TRAINER}},
+                seed_everything_default=0,
+                args=list(arguments),
+            )
+    except ValueError as error:
+        if "is not in bounds" not in str(error):  # what Lightning says of a seed
+            raise
+        raise ConfigurationError(f"found seed_everything out of range: {error}; give another") from error
