@@ -13,7 +13,7 @@ from coin.data import Digits
 from coin.data.tasks import Tasks
 from coin.modules import DecodingEvaluator
 from coin.networks import load_network
-from coin.trainer import Trainer
+from coin.steps.trainer import Trainer
 
 
 def measure(folder: Path, devices: int) -> None:

@@ -15,10 +15,10 @@ from coin.errors import ConfigurationError, DataError, FileError, StateError
 from coin.files.tensors import fingerprint
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import build_network, load_network
-from coin.recording import result_rows
 from coin.reporting import read_examples
 from coin.statistics import fisher_diagonal
 from coin.statistics.files import open_statistic
+from coin.steps.evaluate import result_rows
 
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}}
 SCRIPT = Path(__file__).parent / "measure_in_processes.py"

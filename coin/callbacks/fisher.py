@@ -74,8 +74,8 @@ class FisherEstimator(Callback):
             raise ConfigurationError(
                 "found no datamodule to draw calibration samples from, expected a task; give fit a datamodule"
             )
-        check_weights(trainer, pl_module, self.weights)
         check_shares(self.samples, trainer.world_size)
+        check_weights(trainer, pl_module, self.weights)
         data.calibration(self.samples)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,11 +8,11 @@ import pandas as pd
 
 from coin.coding import Code, DecoderConfig
 from coin.errors import ConfigurationError, FileError
-from coin.experiment.experts import ExpertFiles
 from coin.files.safetensors import load_provenance
 from coin.modules.variants import NONE, ORACLE, read_coded
 from coin.reporting.results import RESULTS_CSV, asked_policy, read_configuration, read_results
 from coin.reporting.summary import seed_folders
+from coin.steps.experts import ExpertFiles
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from coin.reporting.summary import summarise
 from coin.reporting.table import print_summary
 from coin.reporting.wandb_logging import logger_mode
 from coin.reporting.wandb_settings import run_environment
-from coin.trainer import Trainer
+from coin.steps.trainer import Trainer
 
 
 class SaveFitConfig(SaveConfigCallback):

@@ -1,6 +1,6 @@
 """Whole experiments: every step from images to results, resumable."""
 
-from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, TrainingConfig, WandbConfig
+from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.experiment.experiment import Experiment
 
 __all__ = [
@@ -8,6 +8,5 @@ __all__ = [
     "CalibrationConfig",
     "Experiment",
     "ExpertConfig",
-    "TrainingConfig",
     "WandbConfig",
 ]

@@ -10,14 +10,16 @@ from coin.coding import DecoderConfig, DecoderKind, distinct_decoders, uniform
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
-from coin.experiment.codes import read_code
-from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, TrainingConfig, WandbConfig, as_options
-from coin.experiment.merge import coded_paths
+from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.files.atomic import is_folder_name
 from coin.merging import Method
 from coin.modules import Expert
 from coin.networks import NetworkConfig, brought_network, build_network, has_batchnorm
+from coin.options import as_options
 from coin.statistics import FisherKind
+from coin.steps.code import read_code
+from coin.steps.merge import coded_paths
+from coin.steps.train import TrainingConfig
 
 _SEEDS = range(2**32)
 """What NumPy takes for a seed."""
@@ -35,7 +37,7 @@ class Experiment:
         expert: How the experts are trained, or where they are.
         code: R rows of N coding weights, one coded model a row; a number R, for the ready code of R coded models
             (`coin.coding.convex`); ``auto``, for one coded model whose weights every seed chooses from its calibration
-            data (`coin.experiment.codes.choose_weights`); none, for one coded model that weighs all experts alike.
+            data (`coin.steps.code.choose_weights`); none, for one coded model that weighs all experts alike.
         calibration: The unlabelled samples for merging and decoding.
         decoders: The decoders to compare: kinds, or sections of a kind and its options; none takes all kinds.
         seeds: One run each, or a single one; a seed draws calibration samples and all that is random after the base.

@@ -22,7 +22,6 @@ from coin.experiment.steps.initial import make_initial
 from coin.experiment.steps.layers import compare_layers
 from coin.experiment.steps.merge import merge
 from coin.experiment.steps.statistics import estimate
-from coin.experiment.trainers import check_trainer_options, join_processes
 from coin.files.atomic import remove_leftovers, write_text
 from coin.processes import from_first, is_first, process_count
 from coin.reporting import write_report
@@ -31,6 +30,7 @@ from coin.reporting.summary import SUMMARY_CSV, write_summary
 from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_evaluation import log_summary
 from coin.reporting.wandb_settings import logging_only
+from coin.steps.trainer import check_trainer_options, join_processes
 
 CONFIG_YAML = "config.yaml"
 _LAUNCH_YAML = "launch.yaml"

@@ -10,14 +10,14 @@ from rich.console import Console
 
 from coin.data import Calibration, TaskData
 from coin.data.tasks import Tasks, task_with
-from coin.experiment.codes import SeedCode, read_choice
 from coin.experiment.experiment import Experiment
-from coin.experiment.experts import ExpertFiles
 from coin.experiment.jobs import Job, job, resolved, run_config
-from coin.experiment.merge import coded_paths
 from coin.experiment.records import Steps
 from coin.merging import Method
 from coin.statistics.statistic import DataChoice, Statistic
+from coin.steps.code import SeedCode, read_choice
+from coin.steps.experts import ExpertFiles
+from coin.steps.merge import coded_paths
 
 CODE_JSON = "code.json"
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from coin.experiment.children import child_environment
-from coin.experiment.codes import AUTO
 from coin.experiment.experiment import Experiment
 from coin.experiment.locks import LOCK, handed_on, locked
 from coin.experiment.records import Steps, step_key
 from coin.reporting.results import RESULTS_CSV
 from coin.reporting.wandb_logging import TAG_LENGTH
 from coin.reporting.wandb_settings import user_tags
+from coin.steps.code import AUTO
 from coin.sweeps.points import SweepPoint
 from coin.sweeps.sharing import Shelf, shared_steps
 

@@ -14,14 +14,14 @@ from coin.coding import Code, convex, uniform
 from coin.data import Calibration, Digits, Glyphs, Samples
 from coin.errors import ConfigurationError, DecodingError, FileError, StateError
 from coin.experiment import Experiment, merge
-from coin.experiment.codes import candidate_codes, choose_weights, read_choice, read_code
-from coin.experiment.experts import ExpertFiles
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance
 from coin.merging import Average
 from coin.networks import NetworkConfig
 from coin.reporting import read_results
 from coin.reporting.summary import seed_folders
+from coin.steps.code import candidate_codes, choose_weights, read_choice, read_code
+from coin.steps.experts import ExpertFiles
 from coin.sweeps.sharing import shared_steps
 
 CONFIG = """

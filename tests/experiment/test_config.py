@@ -7,9 +7,10 @@ import pytest
 from coin.callbacks import Weights
 from coin.data import Augmentation
 from coin.errors import ConfigurationError
-from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, TrainingConfig, WandbConfig
+from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.modules import OptimizerKind, Schedule
 from coin.statistics import FisherKind
+from coin.steps.train import TrainingConfig
 
 
 def test_strings_of_an_override_become_members():

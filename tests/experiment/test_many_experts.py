@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import coin.experiment.experts
+import coin.steps.experts
 from coin.coding import Code
 from coin.commands.merge import merge
 from coin.errors import CoinError
-from coin.experiment.experts import ExpertFiles
 from coin.files.safetensors import StateFile, load_state, save_state
 from coin.files.tensors import fingerprint
 from coin.merging import Average, Coin, MergeMethod, RegMean, TaskArithmetic, Ties, merge_networks
@@ -30,6 +29,7 @@ from coin.networks import (
     widen_network,
 )
 from coin.statistics import fisher_diagonal, gram_sums
+from coin.steps.experts import ExpertFiles
 
 COUNTS = [3, 2, 3, 3, 2, 3]
 ROWS = [[0.1, 0.2, 0.1, 0.3, 0.1, 0.2]]
@@ -108,7 +108,7 @@ def test_a_merge_from_files_keeps_few_tensors_and_one_network(
         return network
 
     monkeypatch.setattr(StateFile, "__getitem__", read)
-    monkeypatch.setattr(coin.experiment.experts, "build_network", build)
+    monkeypatch.setattr(coin.steps.experts, "build_network", build)
     (path,) = merge(method=method, output=str(tmp_path / "coded"), code=ROWS, **files)
     assert tensors.ever > len(COUNTS) * 20, "nothing was counted"
     assert tensors.most <= 4

@@ -13,11 +13,11 @@ from coin.coding import Code
 from coin.data import Digits, ImageFolder, TextFile
 from coin.errors import ConfigurationError
 from coin.experiment.config import CalibrationConfig, ExpertConfig
-from coin.experiment.merge import coded_paths
 from coin.experiment.records import Steps, described, step_key
 from coin.experiment.steps.merge import record_name
 from coin.merging import Average, Coin
 from coin.modules import Distillation
+from coin.steps.merge import coded_paths
 
 
 def test_a_step_is_finished_only_with_its_key_and_its_outputs(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from coin.cli import main
 from coin.data import Digits, Glyphs
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, NumericalError, StateError
-from coin.experiment.experts import ExpertFiles
 from coin.merging import Experts, Refit
 from coin.merging.affine import fit_affine
 from coin.merging.average import average_parameters
@@ -23,6 +22,7 @@ from coin.merging.refit import OWN_SHARE, RIDGES
 from coin.merging.units import PROBES
 from coin.networks import load_network
 from coin.networks.small import SmallViT
+from coin.steps.experts import ExpertFiles
 
 ROW = (0.2, 0.3, 0.5)
 SIZES = (9, 14, 11)

@@ -1,9 +1,9 @@
 """The step that chooses a seed's code, where the experiment leaves it to the seed."""
 
-from coin.experiment.codes import write_choice
 from coin.experiment.records import step_key
 from coin.experiment.seed_run import CODE_JSON, SeedRun
 from coin.processes import from_first
+from coin.steps.code import write_choice
 
 
 def choose_code(run: SeedRun) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from coin.experiment.jobs import FileKind, by_stem, common_tags, run_config
 from coin.experiment.records import step_key
 from coin.experiment.seed_run import SeedRun
-from coin.experiment.trainers import make_trainer
 from coin.modules import DecodingEvaluator
 from coin.processes import from_first
 from coin.reporting.extras import EXAMPLES_NPZ
 from coin.reporting.results import COLUMNS, CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_results
 from coin.reporting.wandb_evaluation import code_axes, log_method_runs
 from coin.reporting.wandb_settings import logging_only
+from coin.steps.trainer import make_trainer
 
 
 def evaluate(run: SeedRun) -> None:

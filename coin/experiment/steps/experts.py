@@ -8,9 +8,9 @@ from coin.experiment.jobs import FileKind
 from coin.experiment.locks import alone_in
 from coin.experiment.records import step_key
 from coin.experiment.seed_run import SeedRun
-from coin.experiment.training import train_network
 from coin.networks import brought_network, save_network
 from coin.processes import from_first
+from coin.steps.train import train_network
 
 
 def make_expert(run: SeedRun, name: str, *, patient: bool = False) -> None:

@@ -12,9 +12,9 @@ from coin.experiment.experiment import Experiment
 from coin.experiment.jobs import FileKind, by_stem, job, resolved, run_config
 from coin.experiment.locks import alone_in
 from coin.experiment.records import Steps, step_key
-from coin.experiment.training import train_network
 from coin.networks import initial_network, save_network
 from coin.processes import from_first
+from coin.steps.train import train_network
 
 
 def make_initial(experiment: Experiment, console: Console) -> Path:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pandas as pd
 
-from coin.experiment.merge import StoredExperts
 from coin.experiment.records import step_key
 from coin.experiment.seed_run import SeedRun
 from coin.merging import Method
@@ -17,6 +16,7 @@ from coin.progress import tracked
 from coin.reporting.extras import LAYERS_CSV, write_layers
 from coin.reporting.layers import fisher_shares, relative_distances
 from coin.statistics.statistic import StatisticKind
+from coin.steps.experts import StoredExperts
 
 
 def compare_layers(run: SeedRun) -> None:

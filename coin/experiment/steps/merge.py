@@ -5,14 +5,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coin.experiment.distillation import Training
 from coin.experiment.jobs import FileKind, Job, by_stem
-from coin.experiment.merge import StatisticPaths, StoredExperts, make_coded_models
 from coin.experiment.records import step_key
 from coin.experiment.seed_run import SeedRun
 from coin.merging import Method
 from coin.processes import from_first
 from coin.statistics.statistic import StatisticKind
+from coin.steps.distill import Training
+from coin.steps.experts import StatisticPaths, StoredExperts
+from coin.steps.merge import make_coded_models
 
 
 def merge(run: SeedRun) -> None:

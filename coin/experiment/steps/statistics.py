@@ -7,12 +7,12 @@ from coin.data import TaskData
 from coin.experiment.jobs import FileKind, by_stem
 from coin.experiment.records import step_key
 from coin.experiment.seed_run import SeedRun
-from coin.experiment.trainers import make_trainer
 from coin.networks import load_network
 from coin.processes import is_first
 from coin.statistics import FisherKind
 from coin.statistics.files import write_statistic
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+from coin.steps.trainer import make_trainer
 
 
 def estimate(run: SeedRun, which: Statistic) -> None:

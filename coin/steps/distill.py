@@ -9,10 +9,10 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import Logger
 
 from coin.data.tasks import Tasks
-from coin.experiment.merge import StoredExperts
-from coin.experiment.trainers import make_trainer
 from coin.modules import Distillation
 from coin.modules.training import Training as AnyTraining
+from coin.steps.experts import StoredExperts
+from coin.steps.trainer import make_trainer
 
 
 @dataclass

@@ -2,8 +2,10 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, seed_everything
@@ -11,14 +13,51 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from coin.callbacks import ExpertExport, Weights
-from coin.data import TaskData
+from coin.choices import check_integer
+from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
-from coin.experiment.config import TrainingConfig
-from coin.experiment.trainers import make_trainer
+from coin.data.torchvision_transforms import TransformSpec, build_transforms
 from coin.files.atomic import write_text
-from coin.modules import Expert
+from coin.modules import Expert, Recipe
 from coin.networks import NetworkConfig
 from coin.processes import from_first
+from coin.steps.trainer import make_trainer
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Recipe):
+    """How a network is trained, and on what; the tuned values live in YAML.
+
+    The options of `coin.modules.Recipe` are those of ``coin fit`` as well.
+
+    Args:
+        epochs: Passes over the training split.
+        batch_size: Samples a step and process.
+        augmentation: What happens to training images: ``none``, ``crop``, ``crop_flip`` or ``shift``.
+        transform: What happens to them after that, transforms of ``torchvision.transforms.v2`` by class path; none
+            leaves it to the task's own option, an empty list leaves it out. See `coin.data.TaskData`.
+
+    Raises:
+        ConfigurationError: An option is not of its type or out of its range.
+    """
+
+    _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {**Recipe._ENUMS, "augmentation": Augmentation}
+
+    epochs: int = 3
+    batch_size: int = 64
+    augmentation: Augmentation = Augmentation.none
+    transform: TransformSpec = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("epochs", self.epochs, 1)
+        check_integer("batch_size", self.batch_size, 2)
+        build_transforms(self.transform)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The options of the `Recipe` alone."""
+        return {option.name: getattr(self, option.name) for option in fields(Recipe)}
 
 
 def train_network(
@@ -45,7 +84,7 @@ def train_network(
         task: On what.
         folder: For checkpoints and logs.
         output: The safetensors file.
-        key: The step's key; see `coin.experiment.records`.
+        key: The step's key; what it depends on, hashed.
         seed: Of the samples' order and of dropout.
         initial: The shared initialisation's file; none starts from the network's own weights.
         trainer_options: The experiment's ``trainer`` section.

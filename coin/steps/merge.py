@@ -1,0 +1,173 @@
+"""The merge step: experts and statistics from files in, coded models as files out."""
+
+import inspect
+import time
+from pathlib import Path
+from typing import Any
+
+from coin.coding import Code
+from coin.data import TaskData
+from coin.data.tasks import Tasks, task_with
+from coin.errors import ConfigurationError, FileError
+from coin.files.atomic import sha256_of
+from coin.files.safetensors import load_provenance
+from coin.merging import Method
+from coin.networks import save_network
+from coin.options import as_options
+from coin.processes import is_first
+from coin.statistics import FisherKind
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+from coin.steps.code import SeedCode, read_code
+from coin.steps.distill import Training
+from coin.steps.experts import ExpertFiles, StoredExperts
+
+
+def make_coded_models(
+    method: Method, choice: SeedCode, experts: StoredExperts, folder: Path, samples_per_task: int | None
+) -> list[Path]:
+    """Make the coded models of one method, one a row of the code, and write them.
+
+    Args:
+        method: The method with its options.
+        choice: The code, R×N, and what choosing it has cost, which is part of what the coded models cost.
+        experts: The experts, their statistics and calibration data.
+        folder: Where the files go: ``METHOD.safetensors``, or ``METHOD.row-r.safetensors`` for several rows.
+        samples_per_task: P, for the record.
+
+    Returns:
+        The R files, in the order of the rows.
+
+    Raises:
+        ConfigurationError: Something the method needs is not there.
+    """
+    code = choice.code
+    if code.num_experts != experts.count:
+        raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {experts.count}")
+    paths = coded_paths(method, code, folder)
+    shared = {"shared_seconds": choice.seconds, "shared_passes": choice.passes}
+    for index, (path, row) in enumerate(zip(paths, code.matrix.tolist(), strict=True)):
+        started, passes, elsewhere = time.perf_counter(), experts.passes, experts.seconds
+        made = method.make(experts, row)
+        seconds = time.perf_counter() - started + experts.seconds - elsewhere
+        if is_first():
+            provenance = _provenance(method, code, index, experts, method.samples_per_task or samples_per_task)
+            provenance |= {"seconds": seconds, "passes": experts.passes - passes, "chosen": made.chosen, **shared}
+            save_network(path, made.network, experts.files.config, experts.files.width, provenance)
+    return paths
+
+
+def coded_paths(method: Method, code: Code, folder: Path) -> list[Path]:
+    """Return the files of a method's coded models: the label, and the policy where it is not the default one."""
+    option = inspect.signature(type(method)).parameters.get("batchnorm")
+    plain = option is None or method.batchnorm == option.default
+    stem = method.label if plain else f"{method.label}-{method.batchnorm}"
+    if code.num_coded == 1:
+        return [folder / f"{stem}.safetensors"]
+    return [folder / f"{stem}.row-{row}.safetensors" for row in range(code.num_coded)]
+
+
+def _provenance(
+    method: Method, code: Code, row: int, experts: StoredExperts, samples_per_task: int | None
+) -> dict[str, Any]:
+    """Return what a coded model's file says of itself, but for what it cost."""
+    files = experts.files
+    hashes = files.sha256 | {path: sha256_of(path) for paths in experts._paths.values() for path in paths.values()}
+    return {
+        "made_by": "coin merge",
+        "label": method.label,
+        "method": {"name": method.name, "options": as_options(method)},
+        "batchnorm": str(method.batchnorm) if files.layout.batchnorm else "",
+        "code": code.matrix.tolist(),
+        "row": row,
+        "tasks": list(files.paths),
+        "class_counts": list(files.class_counts.values()),
+        "experts": list(files.marks.values()),
+        "samples_per_task": samples_per_task,
+        "sha256": {str(path): found for path, found in hashes.items()},
+    }
+
+
+def merge(
+    experts: dict[str, str],
+    method: Method,
+    output: str,
+    code: list[list[float]] | int | None = None,
+    fisher: dict[str, str] | None = None,
+    gram: dict[str, str] | None = None,
+    initial: str | None = None,
+    tasks: dict[str, TaskData] | None = None,
+    samples_per_task: int = 200,
+    batch_size: int = 64,
+    seed: int = 0,
+    trainer: dict[str, Any] | None = None,
+) -> list[Path]:
+    """Merge experts into coded models.
+
+    Args:
+        experts: The experts' safetensors files by task.
+        method: The merge method.
+        output: The folder for the coded models: ``METHOD.safetensors``, or ``METHOD.row-r.safetensors``.
+        code: R rows of N coding weights, or a number R for the ready code of R coded models (`coin.coding.convex`);
+            none weighs all experts alike, with one coded model.
+        fisher: The experts' Fisher files by task, for the methods that need them.
+        gram: The experts' Gram files by task, for the methods that need them.
+        initial: The shared initialisation's file, for the methods that need it.
+        tasks: The tasks by name, for methods and BatchNorm policies that look at calibration data.
+        samples_per_task: P, the calibration samples of each task.
+        batch_size: Calibration samples a batch.
+        seed: Draws the calibration samples and their order.
+        trainer: Options of the Trainer, for distillation.
+
+    Returns:
+        The files that were written.
+    """
+    paths = {task: Path(path) for task, path in experts.items()}
+    matrix = read_code(code, len(paths))
+    assert matrix is not None  # only an experiment chooses its code
+    named = {StatisticKind.fisher: fisher, StatisticKind.gram: gram}
+    statistics = {name: {task: Path(path) for task, path in files.items()} for name, files in named.items() if files}
+    opened, calibrations, train, samples = ExpertFiles(paths), None, None, _samples(statistics)
+    if tasks is not None:
+        if list(tasks) != list(experts):
+            raise ConfigurationError(
+                f"found tasks {list(tasks)} for experts {list(experts)}; name the same, in one order"
+            )
+        sized = {name: task_with(task, image_size=opened.config.image_size) for name, task in tasks.items()}
+        data = Tasks(sized, samples_per_task, batch_size, seed=seed)
+        data.prepare_data()
+        data.setup()
+        calibrations, samples = data.calibrations(), samples_per_task
+        train = Training(data, Path(output), seed, trainer or {})
+    elif method.is_trained:
+        raise ConfigurationError("found no tasks, expected them: distillation trains on their calibration samples")
+    described = {_described(name, files): files for name, files in statistics.items()}
+    kinds = [which.kind for which in described if which.kind is not None]
+    method = method.settled(kinds[0] if kinds else FisherKind.exact, DataChoice.auto)  # as the files say
+    stored = StoredExperts(opened, described, calibrations, None if initial is None else Path(initial), train)
+    return make_coded_models(method, SeedCode(matrix), stored, Path(output), samples)
+
+
+def _described(name: StatisticKind, files: dict[str, Path]) -> Statistic:
+    """Return what files say that they are of."""
+    found = {}
+    for path in files.values():
+        made = load_provenance(path)
+        try:
+            kind = FisherKind(made["kind"]) if name is StatisticKind.fisher else None
+            found[Statistic(name, DataChoice(made["data"]), kind)] = path
+        except (KeyError, ValueError) as error:
+            raise FileError(
+                f"'{path}' does not say what {name} it holds, and of what data; make it with coin fisher"
+            ) from error
+    if len(found) > 1:
+        raise ConfigurationError(f"found {name} files of {' and '.join(map(str, found))}, expected one kind of them")
+    return next(iter(found))
+
+
+def _samples(statistics: dict[StatisticKind, dict[str, Path]]) -> int | None:
+    """Return P as the statistics say it."""
+    files = [path for paths in statistics.values() for path in paths.values()]
+    found = load_provenance(files[0]).get("samples_per_task") if files else None
+    if not isinstance(found, int | None):
+        raise FileError(f"'{files[0]}' says {found!r:.40} for its samples_per_task, expected a number; make it again")
+    return found or None
