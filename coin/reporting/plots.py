@@ -2,9 +2,10 @@
 
 from coin.reporting.curves import nda_against_option, nda_against_samples
 from coin.reporting.dots import nda_by_experiment, nda_by_method, nda_per_task
-from coin.reporting.scatter import nda_against_cost, nda_against_residual
+from coin.reporting.scatter import nda_against_accuracy, nda_against_cost, nda_against_residual
 
 __all__ = [
+    "nda_against_accuracy",
     "nda_against_cost",
     "nda_against_option",
     "nda_against_residual",

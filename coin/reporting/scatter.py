@@ -52,6 +52,38 @@ def nda_against_residual(means: pd.DataFrame) -> Figure:
         return figure
 
 
+def nda_against_accuracy(rows: pd.DataFrame, choices: "pd.Series[str]") -> Figure:
+    """Mean NDA against the experts' own mean accuracy, both ± spread over seeds: how they were trained against coding.
+
+    A panel per decoder; a colour per method, a marker per way of training the experts.
+
+    Args:
+        rows: Rows of ``results.csv`` or ``sweep.csv``, of one set of tasks.
+        choices: What each row's experts were trained by, in words.
+    """
+    with style():
+        rows = rows.assign(choice=choices)[~rows["method"].isin(REFERENCES)]
+        keys = ["choice", "method", "decoder"]
+        per_seed = rows.groupby([*keys, "seed"], sort=False)[["expert_accuracy", "nda"]].mean().mul(100)
+        means, spreads = per_seed.groupby(keys, sort=False).mean(), per_seed.groupby(keys, sort=False).std().fillna(0.0)
+        methods, ways = list(rows["method"].unique()), list(rows["choice"].unique())
+        figure, panels = panels_for(decoders_of(rows), 3.4)
+        for (way, method, decoder), mean in means.iterrows():
+            spread = spreads.loc[(way, method, decoder)]
+            panels[decoder].errorbar(
+                mean["expert_accuracy"], mean["nda"], spread["nda"], spread["expert_accuracy"], linestyle="none",
+                color=colour(methods.index(method)), marker=marker(ways.index(way)), markersize=6, capsize=2,
+            )  # fmt: skip
+        for axes in panels.values():
+            paper_line(axes)
+            axes.set_ylabel("NDA (%), mean over tasks")
+        label_bottom(panels, "experts' own accuracy (%), mean over tasks")
+        handles = [Line2D([], [], color=colour(i), marker="o", linestyle="none") for i in range(len(methods))]
+        handles += [Line2D([], [], color=INK, marker=marker(k), linestyle="none") for k in range(len(ways))]
+        place_legend(figure, handles, [*methods, *ways], "colour: method, shape: the experts' training", columns=3)
+        return figure
+
+
 def _scatter(means: pd.DataFrame, x: "pd.Series[float]", label: str) -> tuple[Figure, dict[str, Axes]]:
     """Draw all decoders together where few methods and decoders leave room, else a panel per decoder.
 

@@ -93,9 +93,14 @@ def training_loggers(
     loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="logs")]
     if job_type == "evaluate" or not in_sweep():
         logger = WandbLogger(save_dir=str((run_folder or folder).absolute()), id=run_id, **options)
-        logger._wandb_init.pop("anonymous", None)  # W&B warns of it, even where it is none
-        loggers.append(logger)
+        loggers.append(quiet(logger))
     return loggers
+
+
+def quiet(logger: WandbLogger) -> WandbLogger:
+    """Take from a logger that has not started what W&B warns of even where it is none; return the logger."""
+    logger._wandb_init.pop("anonymous", None)
+    return logger
 
 
 def logger_mode(logger: WandbLogger) -> str | None:
