@@ -14,7 +14,7 @@ from coin.data import Calibration
 from coin.errors import ConfigurationError
 from coin.experiment.codes import SeedCode
 from coin.experiment.experts import ExpertFiles
-from coin.experiment.records import described
+from coin.experiment.store import described
 from coin.files.atomic import sha256_of
 from coin.files.tensors import State
 from coin.merging import CodedModel, Method

@@ -15,7 +15,7 @@ from coin.experiment.experiment import Experiment
 from coin.experiment.experts import ExpertFiles
 from coin.experiment.jobs import Job, job, resolved, run_config
 from coin.experiment.merge import coded_paths
-from coin.experiment.records import Steps
+from coin.experiment.store import Steps
 from coin.merging import Method
 from coin.statistics.statistic import DataChoice, Statistic
 

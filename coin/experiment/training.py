@@ -45,7 +45,7 @@ def train_network(
         task: On what.
         folder: For checkpoints and logs.
         output: The safetensors file.
-        key: The step's key; see `coin.experiment.records`.
+        key: The step's key; see `coin.experiment.store`.
         seed: Of the samples' order and of dropout.
         initial: The shared initialisation's file; none starts from the network's own weights.
         trainer_options: The experiment's ``trainer`` section.

@@ -14,7 +14,7 @@ from coin.data import Digits, ImageFolder, TextFile
 from coin.errors import ConfigurationError
 from coin.experiment.config import CalibrationConfig, ExpertConfig
 from coin.experiment.merge import coded_paths
-from coin.experiment.records import Steps, described, step_key
+from coin.experiment.store import Steps, described, step_key
 from coin.experiment.steps.merge import record_name
 from coin.merging import Average, Coin
 from coin.modules import Distillation
