@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from coin.cli import main
-from coin.sweeps.points import read_sweep, sweep_points
+from coin.sweep import read_sweep, sweep_points
 
 ROOT = Path(__file__).parent.parent / "configs"
 EXPERTS = "--experts={a: a.safetensors, b: b.safetensors}"
@@ -29,7 +29,7 @@ def test_configuration_is_parsed(
     room = path.relative_to(ROOT).parts[0]
     if room == "sweep":  # its first and last point, as experiments
         monkeypatch.chdir(ROOT.parent)
-        points = sweep_points(read_sweep(path), Path("runs"), count=None)
+        points = sweep_points(read_sweep(path), Path("runs"))
         commands = [["run", *point.arguments] for point in (points[0], points[-1])]
     else:
         command, *rest = COMMANDS[room]

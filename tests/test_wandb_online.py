@@ -29,12 +29,7 @@ EXPERIMENT = {
     "tasks": {"a": {"class_path": "Digits"}, "b": {"class_path": "Glyphs", "init_args": {"classes": "A-F"}}},
     "methods": [{"class_path": "Average"}],
 }
-SWEEP = {
-    "name": "grid",
-    "command": ["coin", "run", "-c", "experiment.yaml", "${args}"],
-    "method": "grid",
-    "parameters": {"seeds": {"values": [[0], [1]]}},
-}
+SWEEP = {"name": "grid", "experiment": "experiment.yaml", "grid": {"seeds": [[0], [1]]}}
 SCRIPT = """
 import json, os, sys
 import wandb

@@ -1,5 +1,6 @@
 """``coin fit | validate | test | predict | fisher | evaluate``: what needs a Trainer, by LightningCLI."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -101,6 +102,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run a Trainer's command; ``arguments`` begin with its name."""
     check_files(arguments)
     quieten()
+    warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")  # without --safe in it
     told: dict[str, object] = {"exit_on_error": False}
     try:
         with _ENVIRONMENT:

@@ -13,7 +13,6 @@ from coin.experiment.experiment import Experiment
 from coin.experiment.jobs import common_tags, resolved, run_config
 from coin.experiment.launch import ExpertJob, Launch, train_side_by_side
 from coin.experiment.locks import alone_in, handed_on
-from coin.experiment.records import Steps, step_key
 from coin.experiment.seed_run import SeedRun
 from coin.experiment.steps.code import choose_code
 from coin.experiment.steps.evaluation import evaluate
@@ -22,6 +21,7 @@ from coin.experiment.steps.initial import make_initial
 from coin.experiment.steps.layers import compare_layers
 from coin.experiment.steps.merge import merge
 from coin.experiment.steps.statistics import estimate
+from coin.experiment.store import Steps, step_key, sweep_of
 from coin.files.atomic import remove_leftovers, write_text
 from coin.processes import from_first, is_first, process_count
 from coin.reporting import write_report
@@ -55,7 +55,7 @@ def run_experiment(
         CoinError: A step cannot be done.
     """
     console = _begin(experiment, console)
-    with alone_in(experiment.folder) as lock:
+    with alone_in(experiment.folder, patient=sweep_of(experiment.folder) is not None) as lock:
         from_first(lambda: remove_leftovers(experiment.folder))
         seeds = _seed_runs(experiment, console)
         for run in seeds:

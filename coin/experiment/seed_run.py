@@ -12,7 +12,7 @@ from coin.data import Calibration, TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.experiment.experiment import Experiment
 from coin.experiment.jobs import Job, job, resolved, run_config
-from coin.experiment.records import Steps
+from coin.experiment.store import Steps
 from coin.merging import Method
 from coin.statistics.statistic import DataChoice, Statistic
 from coin.steps.code import SeedCode, read_choice

@@ -65,11 +65,11 @@ def nda_against_accuracy(rows: pd.DataFrame, choices: "pd.Series[str]") -> Figur
         rows = rows.assign(choice=choices)[~rows["method"].isin(REFERENCES)]
         keys = ["choice", "method", "decoder"]
         per_seed = rows.groupby([*keys, "seed"], sort=False)[["expert_accuracy", "nda"]].mean().mul(100)
-        means, spreads = per_seed.groupby(keys, sort=False).mean(), per_seed.groupby(keys, sort=False).std().fillna(0.0)
         methods, ways = list(rows["method"].unique()), list(rows["choice"].unique())
         figure, panels = panels_for(decoders_of(rows), 3.4)
-        for (way, method, decoder), mean in means.iterrows():
-            spread = spreads.loc[(way, method, decoder)]
+        for key, seeds in per_seed.groupby(keys, sort=False):
+            way, method, decoder = map(str, key)
+            mean, spread = seeds.mean(), seeds.std().fillna(0.0)
             panels[decoder].errorbar(
                 mean["expert_accuracy"], mean["nda"], spread["nda"], spread["expert_accuracy"], linestyle="none",
                 color=colour(methods.index(method)), marker=marker(ways.index(way)), markersize=6, capsize=2,

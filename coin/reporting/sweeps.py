@@ -1,17 +1,23 @@
-"""A finished sweep's table, read back: its points side by side, those that differ in seeds or P alone put together."""
+"""The table of a sweep, ``sweep.csv``: made from its points' results, shown in the terminal, and read back."""
 
 import csv
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from coin.errors import FileError
 from coin.files.atomic import is_folder_name
 from coin.reporting.frames import one_line, read_frame
-from coin.reporting.results import COLUMNS, INTEGERS, KEYS, NUMBERS
+from coin.reporting.results import COLUMNS, INTEGERS, KEYS, NUMBERS, read_results
+from coin.reporting.summary import seed_means
+from coin.reporting.table import decoder_heading
 
 SWEEP_CSV = "sweep.csv"
 SWEEP_YAML = "sweep.yaml"
@@ -89,10 +95,71 @@ def read_sweep_table(folder: Path) -> Sweep | None:
     return Sweep(folder.resolve().name, swept, tuple(groups), len(groups) == combinations)
 
 
+def sweep_frame(points: Sequence[tuple[Mapping[str, Any], Sequence[Path]]]) -> pd.DataFrame:
+    """Return the rows of all points' results: the columns of ``results.csv`` behind one column per swept key.
+
+    Args:
+        points: The swept keys' values and the seeds' folders of every finished point. A value that is a list or a
+            section is written as JSON.
+
+    Raises:
+        FileError: A point's results are missing or damaged.
+    """
+    frames = []
+    for values, folders in points:
+        frame = pd.concat([read_results(folder) for folder in folders], ignore_index=True)
+        for place, (key, value) in enumerate(values.items()):
+            plain = value if isinstance(value, bool | int | float | str) else as_text(value)
+            frame.insert(place, key, [plain] * len(frame))
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def sweep_table(frame: pd.DataFrame, swept: Sequence[str], title: str) -> Table:
+    """Return a table of mean NDA in %, a line per point and method, a column per decoder.
+
+    Points that differ in their seeds alone share a line: mean ± standard deviation over seeds. The oracle, whose NDA
+    is 1 everywhere, is left out.
+
+    Args:
+        frame: What `sweep_frame` returns.
+        swept: The swept keys, the frame's first columns.
+        title: The table's title.
+    """
+    points = frame[["experiment", *swept]].drop_duplicates("experiment")
+    means = seed_means(frame[frame["method"] != "oracle"].drop(columns=list(swept))).merge(points, on="experiment")
+    keys = [key for key in swept if key != SEEDS]
+    heads = [*keys, *(["erased"] if means["erased"].nunique() > 1 else []), "method", "batchnorm"]
+    decoders = list(dict.fromkeys(means["decoder"]))
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for head in heads:
+        table.add_column(Text({"batchnorm": "BatchNorm"}.get(head, head.rsplit(".")[-1])), overflow="fold")
+    for decoder in decoders:
+        table.add_column(decoder_heading(decoder), justify="right", overflow="fold")
+    for _, lines in means.groupby(keys, sort=False, dropna=False) if keys else [((), means)]:
+        for line, group in lines.groupby(heads, sort=False, dropna=False):
+            cells = [_cell(group.loc[group["decoder"] == decoder, "nda"]) for decoder in decoders]
+            table.add_row(*(Text(str(part) or "–") for part in line), *cells)
+        table.add_section()
+    return table
+
+
+def as_text(value: Any) -> str:
+    """Return a value as a command line or a table holds it: text as it stands, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def as_numbers(values: "pd.Series[Any]") -> "pd.Series[Any]":
     """Return the values of an option as numbers where all of them are, else as they stand."""
     numbers = pd.to_numeric(values, errors="coerce")
     return values if numbers.isna().any() else numbers
+
+
+def _cell(values: "pd.Series[float]") -> Text:
+    if values.empty or values.isna().any():
+        return Text("–")
+    spread = f" ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return Text(f"{100 * values.mean():.1f}{spread}")
 
 
 def _without_name() -> list[str]:

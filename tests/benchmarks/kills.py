@@ -2,7 +2,7 @@
 
     python tests/benchmarks/kills.py configs/experiment/smallest.yaml --kills 30 --seed 0 --folder /tmp/kills
 
-A file with a ``command`` is a sweep. Every round starts in an empty folder; the command is killed (``kill -9``, the
+A file with a ``grid`` is a sweep. Every round starts in an empty folder; the command is killed (``kill -9``, the
 whole process group) after a random time, started again in the same folder, killed again, …, until it comes to its end
 before it is killed. Then everything is compared: the rows of all ``results.csv`` but for their seconds, and every
 number of all experts, statistics and coded models. Rounds follow until there were enough kills. The time to a kill is
@@ -32,7 +32,7 @@ TIMES = ("merge_seconds", "decoder_seconds")
 
 def command_of(file: Path, output: Path) -> list[str]:
     """Return the arguments of ``coin`` that run an experiment's or a sweep's file."""
-    if "command" in yaml.safe_load(file.read_text()):
+    if "grid" in yaml.safe_load(file.read_text()):
         return ["sweep", str(file), f"--output={output}", "--jobs=1"]
     return ["run", "-c", str(file), f"--output={output}"]
 

@@ -21,14 +21,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from lightning.pytorch.cli import LightningArgumentParser
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +35,6 @@ from rich.table import Table
 from coin.commands.serve import read_tasks
 from coin.commands.served import read_accuracies, read_served
 from coin.errors import ServingError
-from coin.experiment import Experiment
 from coin.reporting import read_results
 from coin.serving.case import Case, Outcome, Want
 from coin.serving.client import Client, TaskAnswer
@@ -77,13 +75,6 @@ class Measured:
     right: NDArray[np.bool_]
     failed: int
     down: tuple[float, float]
-
-
-def build(arguments: Sequence[str]) -> Experiment:
-    """Return the experiment of a configuration that ``coin run`` has left."""
-    parser = LightningArgumentParser()
-    parser.add_class_arguments(Experiment)
-    return Experiment(**parser.instantiate_classes(parser.parse_path(arguments[1])).as_dict())
 
 
 @contextmanager
@@ -258,7 +249,7 @@ def main() -> None:
     results = results[chosen & (results.decoder == options.decoder)].set_index("task")
     tasks, layout = list(system.tasks), coded_layout(system.code)
     images, labels = [], []
-    for task in read_tasks(system, build).tasks.values():
+    for task in read_tasks(system).tasks.values():
         batches = list(task.test_dataloader())
         images.append(np.concatenate([batch[0].numpy() for batch in batches]))
         labels.append(np.concatenate([batch[1].numpy() for batch in batches]))

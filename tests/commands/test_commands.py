@@ -274,7 +274,7 @@ MISTAKES = {
         ["merge", "--experts=EXPERTS", "--method=Coin", "--fisher=SWAPPED", "--output=x"],
         "coin fisher",
     ),
-    "no command": ([], "subcommand"),
+    "no command": ([], "found no command, expected one of run"),
 }
 
 

@@ -7,20 +7,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.cli import LightningArgumentParser
 
 from coin.cli import main
 from coin.commands.serve import read_system, read_tasks
 from coin.commands.served import read_served
 from coin.errors import ServingError
-from coin.experiment import Experiment
 from coin.reporting import read_results
 from coin.reporting.results import asked_policy
 from coin.serving.client import Client
@@ -30,15 +28,8 @@ from coin.serving.ray_engine import System
 from coin.serving.replies import Reply
 
 
-def build(arguments: Sequence[str]) -> Experiment:
-    """Return the experiment of a configuration that ``coin run`` has left."""
-    parser = LightningArgumentParser()
-    parser.add_class_arguments(Experiment)
-    return Experiment(**parser.instantiate_classes(parser.parse_path(arguments[1])).as_dict())
-
-
 def read(folder: Path, policy: str = "coded_hedged", decoder: str = "feature_ridge") -> System:
-    return read_system(str(folder), "coin", "auto", decoder, policy, 0.9, build)
+    return read_system(str(folder), "coin", "auto", decoder, policy, 0.9)
 
 
 def front_end(system: System, lost: int) -> FrontEnd:
@@ -68,7 +59,7 @@ def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decode
     results = results[
         (results.method == "coin") & (results.batchnorm.map(asked_policy) == "auto") & (results.decoder == decoder)
     ]
-    tasks = read_tasks(read_served(finished, "coin", "auto", decoder), build).tasks
+    tasks = read_tasks(read_served(finished, "coin", "auto", decoder)).tasks
 
     async def accuracy(task: str, expert: int, lost: int) -> float:
         right = count = 0

@@ -11,18 +11,15 @@ from torch import nn
 
 from coin.cli import main
 from coin.coding import Code, convex, uniform
-from coin.data import Calibration, Digits, Glyphs, Samples
+from coin.data import Calibration, Samples
 from coin.errors import ConfigurationError, DecodingError, FileError, StateError
-from coin.experiment import Experiment, merge
+from coin.experiment import merge
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance
-from coin.merging import Average
-from coin.networks import NetworkConfig
 from coin.reporting import read_results
 from coin.reporting.summary import seed_folders
 from coin.steps.code import candidate_codes, choose_weights, read_choice, read_code
 from coin.steps.experts import ExpertFiles
-from coin.sweeps.sharing import shared_steps
 
 CONFIG = """
 name: {name}
@@ -122,15 +119,6 @@ def test_a_damaged_choice_is_named(tmp_path: Path) -> None:
     (tmp_path / "code.json").write_text("{")
     with pytest.raises(FileError, match="delete it and run again"):
         read_choice(tmp_path / "code.json")
-
-
-def test_points_of_a_sweep_share_their_choice() -> None:
-    def experiment(code: Any) -> Experiment:
-        tasks = {"digits": Digits(), "letters": Glyphs(classes="A-F")}
-        return Experiment("x", tasks, [Average()], NetworkConfig("small_resnet", 16, None, {"width": 4}), code=code)
-
-    assert "seed-0/code.json" in {step.name for step in shared_steps(experiment("auto"))}
-    assert "seed-0/code.json" not in {step.name for step in shared_steps(experiment(2))}
 
 
 AVERAGE, COIN = "{class_path: Average}", "{class_path: Coin}"

@@ -1,5 +1,6 @@
 """The records that make an experiment resumable."""
 
+import threading
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from coin.coding import Code
 from coin.data import Digits, ImageFolder, TextFile
 from coin.errors import ConfigurationError
 from coin.experiment.config import CalibrationConfig, ExpertConfig
-from coin.experiment.records import Steps, described, step_key
 from coin.experiment.steps.merge import record_name
+from coin.experiment.store import Steps, described, step_key
 from coin.merging import Average, Coin
 from coin.modules import Distillation
 from coin.steps.merge import coded_paths
@@ -41,6 +42,93 @@ def test_a_damaged_record_counts_as_none(tmp_path: Path) -> None:
     steps.finish("a", "k", [output])
     (tmp_path / ".steps/a.json").write_text("{")
     assert not steps.finished("a", "k", [output])
+
+
+@pytest.fixture
+def points(tmp_path: Path) -> tuple[Steps, Steps]:
+    """The steps of one seed in two points of a sweep; the first has finished one, with two outputs."""
+    (tmp_path / "sweep.yaml").touch()
+    first, second = (Steps(tmp_path / name / "seed-0") for name in ("first", "second"))
+    (first.folder / "experts").mkdir(parents=True)
+    for name in OUTPUTS:
+        (first.folder / name).write_text(f"weights of {name}")
+    first.finish("expert-a[1]", "k", [first.folder / name for name in OUTPUTS])
+    return first, second
+
+
+OUTPUTS = ("experts/a.bin", "b.bin")
+
+
+def finished(steps: Steps, name: str = "expert-a[1]", key: str = "k", shared: bool = True) -> bool:
+    return steps.finished(name, key, [steps.folder / output for output in OUTPUTS], shared=shared)
+
+
+def test_a_shared_step_is_taken_over_from_a_point_with_the_same_key(points: tuple[Steps, Steps]) -> None:
+    first, second = points
+    assert not finished(second, shared=False)
+    assert not finished(second, key="other")
+    assert not finished(second, name="expert-a1")
+    assert not finished(Steps(second.folder.with_name("seed-1")))
+    assert not second.folder.exists()
+    (second.folder / "experts").mkdir(parents=True)
+    (second.folder / "experts/a.bin").write_text("half a training")
+    assert finished(second)
+    assert all((first.folder / name).samefile(second.folder / name) for name in OUTPUTS)
+    assert finished(second, shared=False)
+    (second.folder / "b.bin").unlink()
+    assert finished(second)
+    assert not list(second.folder.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("damage", ["no sweep", "changed", "gone", "record"])
+def test_nothing_is_taken_over_from_a_damaged_point_or_outside_a_sweep(
+    damage: str, points: tuple[Steps, Steps], tmp_path: Path
+) -> None:
+    first, second = points
+    match damage:
+        case "no sweep":
+            (tmp_path / "sweep.yaml").unlink()
+        case "changed":
+            (first.folder / "b.bin").write_text("other weights")
+        case "gone":
+            (first.folder / "b.bin").unlink()
+        case "record":
+            (first.folder / ".steps/expert-a[1].json").write_text("[1]")
+    assert not finished(second)
+    assert not second.folder.exists()
+
+
+def test_outputs_are_copied_where_there_are_no_links(
+    points: tuple[Steps, Steps], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    assert finished(points[1])
+    assert (points[1].folder / "b.bin").read_text() == "weights of b.bin"
+
+
+def test_a_point_waits_for_another_that_does_the_same_step(points: tuple[Steps, Steps], tmp_path: Path) -> None:
+    first, second = points
+    done: list[str] = []
+
+    def wait() -> None:
+        with second.alone("expert-b", "k"):
+            done.append("second")
+
+    waiting = threading.Thread(target=wait)
+    with first.alone("expert-b", "k"):
+        waiting.start()
+        with second.alone("expert-b", "other key"), second.alone("expert-a", "k"):
+            done.append("other steps")
+        waiting.join(1)
+        done.append("first")
+    waiting.join(60)
+    assert done == ["other steps", "first", "second"]
+    (tmp_path / "sweep.yaml").unlink()
+    with first.alone("expert-b", "k"), second.alone("expert-b", "k"):  # outside a sweep nobody waits
+        pass
 
 
 def test_key_follows_options_and_input_contents(tmp_path: Path) -> None:

@@ -28,8 +28,7 @@ from coin.networks import NetworkConfig, build_network, load_network, read_weigh
 from coin.reporting.results import read_configuration, read_confusions, read_results
 from coin.reporting.sweeps import read_sweep_table
 from coin.statistics.files import open_statistic
-from coin.sweeps.points import read_sweep, sweep_points
-from coin.sweeps.sharing import _declared
+from coin.sweep import read_sweep, sweep_points
 
 SECONDS = float(os.environ.get("COIN_FUZZ_SECONDS", "0"))
 ROUND = settings(
@@ -141,9 +140,9 @@ def test_random_results(path: Path) -> None:
     @ROUND
     @given(st.binary(max_size=100) | st.text(max_size=100).map(str.encode) | JSON.map(lambda x: json.dumps(x).encode()))
     def test(content: bytes) -> None:
-        for name in ("results.csv", "results.json", "confusion.npz", "sweep.csv", "sweep.json"):
+        for name in ("results.csv", "results.json", "confusion.npz", "sweep.csv"):
             (path.parent / name).write_bytes(content)
-        for read in (read_results, read_configuration, read_confusions, read_sweep_table, _declared):
+        for read in (read_results, read_configuration, read_confusions, read_sweep_table):
             survives(lambda read=read: read(path.parent))
 
     for_a_while(test)
@@ -151,12 +150,9 @@ def test_random_results(path: Path) -> None:
 
 YAML = st.text(st.sampled_from("ab:{}[]&*!|>-\n \t\"'#,0123.%@"), max_size=60) | JSON.map(json.dumps)
 SWEEPS = st.fixed_dictionaries(
-    {"command": st.just(["coin", "run", "-c", "x", "${args}"]) | JSON, "parameters": JSON | st.dictionaries(
-        st.text(max_size=8), st.fixed_dictionaries({}, optional={
-            "value": JSON, "values": st.lists(JSON, max_size=3) | JSON, "min": JSON, "max": JSON,
-            "distribution": JSON, "probabilities": JSON,
-        }), max_size=2)},
-    optional={"method": st.sampled_from(["grid", "random"]) | JSON, "name": JSON, "run_cap": JSON},
+    {"experiment": st.just("x.yaml") | JSON, "grid": JSON | st.dictionaries(
+        st.text(max_size=8), st.lists(JSON, max_size=3) | JSON, max_size=2)},
+    optional={"name": JSON, "set": JSON | st.dictionaries(st.text(max_size=8), JSON, max_size=2)},
 )  # fmt: skip
 
 
@@ -166,7 +162,7 @@ def test_random_yaml_and_sweeps(path: Path) -> None:
     def test(text: str) -> None:
         path.write_text(text)
         survives(lambda: read_yaml(path))
-        survives(lambda: sweep_points(read_sweep(path), path.parent, count=3))
+        survives(lambda: sweep_points(read_sweep(path), path.parent))
 
     for_a_while(test)
 

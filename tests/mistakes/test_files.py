@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from coin.errors import CoinError, ConfigurationError, FileError
+from coin.errors import CoinError, FileError
 from coin.files.tensors import fingerprint
 from coin.files.yaml import read_yaml
 from coin.modules.variants import read_coded
@@ -29,8 +29,6 @@ from coin.reporting.results import (
 from coin.reporting.sweeps import SWEEP_CSV, read_sweep_table
 from coin.statistics import Sums
 from coin.statistics.files import open_statistic, write_statistic
-from coin.sweeps.points import read_sweep
-from coin.sweeps.sharing import _link_step
 
 Damage = Callable[[Path], None]
 
@@ -235,34 +233,6 @@ def test_yaml_that_is_not_there(tmp_path: Path) -> None:
         read_yaml(tmp_path)
 
 
-SWEEP = "command: [coin, run, -c, x.yaml, '${args}']\nmethod: grid\nparameters:\n  seeds: {values: [[0], [1]]}\n"
-SWEEPS = {
-    "a typo in a key": (("parameters", "paramters"), "'paramters'"),
-    "another program": (("coin, run", "rm, -rf"), "does not call 'coin run'"),
-    "no arguments": (("'${args}'", "x"), "without one"),
-    "a list of methods": (("grid", "[grid]"), "expected grid or random"),
-    "a value that is no list": (("[[0], [1]]", "3"), "expected a list"),
-    "no values": (("{values: [[0], [1]]}", "[1, 2]"), "expected one of values"),
-    "a name that leads out": (("command:", "name: ../out\ncommand:"), r"'\.\./out'"),
-    "a name of the parent": (("command:", "name: '..'\ncommand:"), r"'\.\.'"),
-    "a date that is none": (("[[0], [1]]", "[2020-13-45]"), "that no option takes"),
-    "a date": (("[[0], [1]]", "[2020-01-31]"), "that no option takes"),
-    "a list as a key": (("seeds:", "[1, 2]:"), "that no option takes"),
-    "a number as a key": (("seeds:", "7:"), "found parameter 7"),
-    "probabilities that are a word": (("[[0], [1]]", "[[0], [1]], probabilities: ab"), "probabilities"),
-}
-
-
-@pytest.mark.parametrize("case", SWEEPS)
-def test_a_sweep_file_that_is_wrong(case: str, tmp_path: Path) -> None:
-    path = tmp_path / "sweep.yaml"
-    (old, new), message = SWEEPS[case]
-    assert old in SWEEP
-    path.write_text(SWEEP.replace(old, new, 1))
-    with pytest.raises(ConfigurationError, match=message):
-        read_sweep(path)
-
-
 def results_row() -> str:
     values = dict.fromkeys(COLUMNS, "0.5") | {"experiment": "e", "seed": "0", "samples_per_task": "9", "code_row": "0"}
     return ",".join(COLUMNS) + "\n" + ",".join(values[name] for name in COLUMNS) + "\n"
@@ -316,15 +286,3 @@ def test_counts_are_never_unpickled(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"not a whole \.npz file"):
         read_confusions(tmp_path)
     assert not (tmp_path / "unpickled").exists()
-
-
-@pytest.mark.parametrize("name", ["../../outside", "/tmp/coin-outside"])
-def test_a_record_of_another_point_cannot_lead_out_of_the_folder(name: str, tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    outside.write_text("mine")
-    record = tmp_path / "theirs" / "seed-0" / ".steps" / "expert-a.json"
-    record.parent.mkdir(parents=True)
-    record.write_text(json.dumps({"key": "k", "outputs": {name: "0"}}))
-    with pytest.raises(ValueError, match="expected one within its folder"):
-        _link_step(record, tmp_path / "mine" / "seed-0")
-    assert outside.read_text() == "mine"

@@ -1,7 +1,7 @@
 """The step that chooses a seed's code, where the experiment leaves it to the seed."""
 
-from coin.experiment.records import step_key
 from coin.experiment.seed_run import CODE_JSON, SeedRun
+from coin.experiment.store import step_key
 from coin.processes import from_first
 from coin.steps.code import write_choice
 
@@ -13,7 +13,7 @@ def choose_code(run: SeedRun) -> None:
     path = run.folder / CODE_JSON
     options = {"tasks": run.tasks, "calibration": run.experiment.calibration}
     key = step_key(options, list(run.experts.paths.values()), run.experts.sha256)
-    if not run.steps.finished("code", key, [path]):
+    if not run.steps.finished("code", key, [path], shared=True):
         from_first(lambda: write_choice(path, run.experts.networks, list(run.calibrations().values())))
         run.steps.finish("code", key, [path])
     weights = ", ".join(f"{weight:.3g}" for weight in run.code.code.matrix[0].tolist())

@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 
 from coin.experiment.jobs import FileKind, by_stem, common_tags, run_config
-from coin.experiment.records import step_key
 from coin.experiment.seed_run import SeedRun
+from coin.experiment.store import step_key
 from coin.modules import DecodingEvaluator
 from coin.processes import from_first
 from coin.reporting.extras import EXAMPLES_NPZ

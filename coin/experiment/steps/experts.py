@@ -6,8 +6,8 @@ from coin.data import TaskData
 from coin.errors import ConfigurationError
 from coin.experiment.jobs import FileKind
 from coin.experiment.locks import alone_in
-from coin.experiment.records import step_key
 from coin.experiment.seed_run import SeedRun
+from coin.experiment.store import step_key
 from coin.networks import brought_network, save_network
 from coin.processes import from_first
 from coin.steps.train import train_network
@@ -27,14 +27,14 @@ def make_expert(run: SeedRun, name: str, *, patient: bool = False) -> None:
     given = config.checkpoints.get(name)
     if given is not None:
         key = step_key({"network": experiment.network, "classes": list(task.classes)}, [_existing(given)])
-        if not run.steps.finished(f"expert-{name}", key, [output]):
+        if not run.steps.finished(f"expert-{name}", key, [output], shared=True):
             from_first(lambda: _take_over(run, name, task, Path(given)))
             run.steps.finish(f"expert-{name}", key, [output])
         return
     training = config.of(name)
     key = _training_key(run, name, task)
-    with alone_in(output.parent, patient=patient):
-        if run.steps.finished(f"expert-{name}", key, [output]):
+    with alone_in(output.parent, patient=patient), run.steps.alone(f"expert-{name}", key):
+        if run.steps.finished(f"expert-{name}", key, [output], shared=True):
             run.say(f"expert {name}: up to date")
             return
         run.say(f"expert {name}: fine-tuning for {training.epochs} epochs")
@@ -62,7 +62,7 @@ def lacks_expert(run: SeedRun, name: str) -> bool:
     if name in run.experiment.expert.checkpoints:
         return False
     key = _training_key(run, name, run.tasks[name])
-    return not run.steps.finished(f"expert-{name}", key, [run.expert_path(name)])
+    return not run.steps.finished(f"expert-{name}", key, [run.expert_path(name)], shared=True)
 
 
 def _training_key(run: SeedRun, name: str, task: TaskData) -> str:

@@ -11,7 +11,7 @@ from coin.experiment.config import BaseConfig
 from coin.experiment.experiment import Experiment
 from coin.experiment.jobs import FileKind, by_stem, job, resolved, run_config
 from coin.experiment.locks import alone_in
-from coin.experiment.records import Steps, step_key
+from coin.experiment.store import Steps, step_key
 from coin.networks import initial_network, save_network
 from coin.processes import from_first
 from coin.steps.train import train_network
@@ -31,10 +31,10 @@ def make_initial(experiment: Experiment, console: Console) -> Path:
         task = task_with(experiment.base.task, image_size=experiment.network.image_size)
         options = {"network": experiment.network, "base": experiment.base, "task": task, "trainer": experiment.trainer}
         key = step_key(options)
-        if not steps.finished("base", key, [checkpoint]):
+        if not steps.finished("base", key, [checkpoint], shared=True):
             experiment.check_parts()
-        with alone_in(folder, patient=True):
-            if not steps.finished("base", key, [checkpoint]):
+        with alone_in(folder, patient=True), steps.alone("base", key):
+            if not steps.finished("base", key, [checkpoint], shared=True):
                 console.print(f"base: pretraining {experiment.network.name} on {type(task).__name__}")
                 _pretrain(experiment, experiment.base, task, key, steps, checkpoint)
     elif experiment.base is not None and experiment.base.checkpoint is not None:
@@ -74,9 +74,10 @@ def _write_initial(experiment: Experiment, steps: Steps, checkpoint: Path | None
         # What a constructor draws depends on the class count, below the head too.
         source = largest if checkpoint is None and path != largest else checkpoint
         key = step_key({"network": experiment.network, "classes": count}, [] if source is None else [source])
-        if not steps.finished(f"initial-{count}", key, [path]):
-            from_first(partial(_save_initial, experiment, path, count, source, checkpoint))
-            steps.finish(f"initial-{count}", key, [path])
+        with steps.alone(f"initial-{count}", key):
+            if not steps.finished(f"initial-{count}", key, [path], shared=True):
+                from_first(partial(_save_initial, experiment, path, count, source, checkpoint))
+                steps.finish(f"initial-{count}", key, [path])
     return [experiment.initial_path(count) for count in counts]
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from coin.experiment.records import step_key
 from coin.experiment.seed_run import SeedRun
+from coin.experiment.store import step_key
 from coin.merging import Method
 from coin.merging.experts import parameters_of
 from coin.networks import load_network

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from coin.experiment.jobs import FileKind, Job, by_stem
-from coin.experiment.records import step_key
 from coin.experiment.seed_run import SeedRun
+from coin.experiment.store import step_key
 from coin.merging import Method
 from coin.processes import from_first
 from coin.statistics.statistic import StatisticKind

@@ -5,8 +5,8 @@ from typing import Any
 
 from coin.data import TaskData
 from coin.experiment.jobs import FileKind, by_stem
-from coin.experiment.records import step_key
 from coin.experiment.seed_run import SeedRun
+from coin.experiment.store import step_key
 from coin.networks import load_network
 from coin.processes import is_first
 from coin.statistics import FisherKind
@@ -23,7 +23,7 @@ def estimate(run: SeedRun, which: Statistic) -> None:
     for task in run.tasks:
         path = run.statistic_path(which, task)
         key = step_key(_key_options(run, task, which), [run.expert_path(task)], run.experts.sha256)
-        if not run.steps.finished(path.stem, key, [path]):
+        if not run.steps.finished(path.stem, key, [path], shared=True):
             missing[task] = (path, key)
     if not missing:
         return

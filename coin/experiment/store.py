@@ -1,8 +1,17 @@
-"""What makes an experiment resumable: a step is done again only if what goes into it has changed."""
+"""What makes an experiment resumable: a step is done again only if what goes into it has changed.
 
+The points of a sweep share steps by the same records: a step that another point has finished with the same key is
+taken over by links to its outputs. That is sound, since the key stands for all that goes into a step.
+"""
+
+import contextlib
+import glob
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -13,12 +22,20 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from coin.errors import ConfigurationError
-from coin.files.atomic import sha256_of, write_text
+from coin.experiment.locks import alone_in
+from coin.files.atomic import atomic_path, sha256_of, write_text
 from coin.processes import from_first
+from coin.reporting.sweeps import SWEEP_YAML
 from coin.versions import versions
 
 # Attributes that Lightning gives every datamodule: no options of ours.
 _LIGHTNING = {"trainer", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"}
+_LOCKS = ".locks"
+
+
+def sweep_of(experiment: Path) -> Path | None:
+    """Return the folder of the sweep that an experiment's folder is a point of, None where it is of none."""
+    return experiment.parent if (experiment.parent / SWEEP_YAML).is_file() else None
 
 
 class Steps:
@@ -30,19 +47,36 @@ class Steps:
     With several processes the first one looks and writes, and all of them hear the same.
 
     Args:
-        folder: Where the outputs are; the records go to ``folder/.steps``.
+        folder: Where the outputs are, ``base`` or ``seed-K`` of an experiment; the records go to ``folder/.steps``.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def finished(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
-        """Return whether the step `name` has been finished with this key and its outputs stand."""
-        return from_first(lambda: self._stands(name, key, outputs))
+    def finished(self, name: str, key: str, outputs: Sequence[Path], *, shared: bool = False) -> bool:
+        """Return whether the step `name` has been finished with this key and its outputs stand.
+
+        Args:
+            name: The step.
+            key: See `step_key`.
+            outputs: Its files.
+            shared: Whether another point of the same sweep may have finished it, whose outputs are then linked here:
+                for steps that cost much and whose outputs do not say which experiment they are of.
+        """
+        return from_first(
+            lambda: self._stands(name, key, outputs) or (shared and self._is_taken_over(name, key, outputs))
+        )
 
     def finish(self, name: str, key: str, outputs: Sequence[Path]) -> None:
         """Record that the step `name` has been finished, once the first process has come to here."""
         from_first(lambda: self._write(name, key, outputs))
+
+    def alone(self, name: str, key: str) -> AbstractContextManager[Any]:
+        """Return a context for a shared step, which waits for another point of the sweep that is doing the same."""
+        sweep = from_first(lambda: sweep_of(self.folder.parent))
+        if sweep is None:
+            return contextlib.nullcontext()
+        return alone_in(sweep / _LOCKS / f"{name}-{key[:16]}", patient=True)
 
     def _stands(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
         try:
@@ -50,6 +84,24 @@ class Steps:
             return bool(record["key"] == key and record["outputs"] == self._contents(outputs))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
+
+    def _is_taken_over(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
+        """Link the outputs of another point that has finished the step with this key, if one has."""
+        sweep = sweep_of(self.folder.parent)
+        if sweep is None:
+            return False
+        for record in sorted(sweep.glob(f"*/{glob.escape(self.folder.name)}/.steps/{glob.escape(name)}.json")):
+            other = Steps(record.parent.parent)
+            theirs = [other.folder / path.relative_to(self.folder) for path in outputs]
+            if other._stands(name, key, theirs):
+                try:
+                    for source, target in zip(theirs, outputs, strict=True):
+                        _link(source, target)
+                except OSError:  # it is just being made again: the step is done here
+                    continue
+                self._write(name, key, outputs)
+                return True
+        return False
 
     def _write(self, name: str, key: str, outputs: Sequence[Path]) -> None:
         record = {"key": key, "outputs": self._contents(outputs)}
@@ -60,6 +112,15 @@ class Steps:
 
     def _contents(self, outputs: Sequence[Path]) -> dict[str, str]:
         return {str(path.relative_to(self.folder)): sha256_of(path) for path in outputs}
+
+
+def _link(source: Path, target: Path) -> None:
+    with atomic_path(target) as temporary:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:  # another file system, or one without hard links
+            shutil.copy2(source, temporary)
 
 
 def step_key(options: Any, inputs: Sequence[Path] = (), hashes: Mapping[Path, str] | None = None) -> str:
