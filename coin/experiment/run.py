@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import IO
 
 import pandas as pd
 from rich.console import Console
@@ -12,7 +11,7 @@ from coin.errors import ConfigurationError, FileError
 from coin.experiment.experiment import Experiment
 from coin.experiment.jobs import common_tags, resolved, run_config
 from coin.experiment.launch import ExpertJob, Launch, train_side_by_side
-from coin.experiment.locks import alone_in, handed_on
+from coin.experiment.locks import alone_in
 from coin.experiment.records import Steps, step_key
 from coin.experiment.seed_run import SeedRun
 from coin.experiment.steps.code import choose_code
@@ -57,7 +56,7 @@ def run_experiment(
         CoinError: A step cannot be done.
     """
     console = _begin(experiment, console)
-    with alone_in(experiment.folder) as lock:
+    with alone_in(experiment.folder):
         from_first(lambda: remove_leftovers(experiment.folder))
         seeds = _seed_runs(experiment, console)
         for run in seeds:
@@ -65,7 +64,7 @@ def run_experiment(
                 write_text(run.folder / CONFIG_YAML, dump(run.seed))
         if launch is not None and launch.side_by_side:
             assert dump is not None
-            _train_side_by_side(experiment, seeds, launch, lock, dump, console)
+            _train_side_by_side(experiment, seeds, launch, dump, console)
         for run in seeds:
             run_seed(run)
             if dump is not None and is_first():  # until now it was that of the results that stood there
@@ -132,7 +131,6 @@ def _train_side_by_side(
     experiment: Experiment,
     seeds: Sequence[SeedRun],
     launch: Launch,
-    lock: IO[bytes] | None,
     dump: Callable[[int], str],
     console: Console,
 ) -> None:
@@ -146,7 +144,6 @@ def _train_side_by_side(
             run.folder / _LAUNCH_YAML,
             task,
             run.expert_path(task).with_name("launch.log"),
-            *handed_on(lock),
         )
         for run in seeds
         for task in experiment.tasks

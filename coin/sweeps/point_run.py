@@ -1,4 +1,4 @@
-"""One point of a sweep: its folder, its process, and the lock that the process holds."""
+"""One point of a sweep: its folder, and its process, which holds the folder."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 from coin.experiment.children import child_environment
 from coin.experiment.codes import AUTO
 from coin.experiment.experiment import Experiment
-from coin.experiment.locks import LOCK, handed_on, locked
+from coin.experiment.locks import alone_in, is_held
 from coin.experiment.records import Steps, step_key
 from coin.reporting.results import RESULTS_CSV
 from coin.reporting.wandb_logging import TAG_LENGTH
@@ -54,10 +54,7 @@ class PointRun:
     @property
     def held(self) -> bool:
         """Whether a process of an earlier, killed sweep is still at work on this point."""
-        if not (self.folder / LOCK).exists():
-            return False
-        with locked(self.folder / LOCK) as lock:
-            return lock is None
+        return is_held(self.folder)
 
     def start(self, threads: int) -> bool:
         """Take over what other points have done alike, and start ``coin run``.
@@ -67,12 +64,11 @@ class PointRun:
         """
         command = [sys.executable, "-m", "coin", "run", *self.point.arguments]
         tags = ",".join([*user_tags(), f"sweep-{self.folder.parent.name}"[:TAG_LENGTH]])
-        with locked(self.folder / LOCK) as lock, self.log.open("a", encoding="utf-8") as log:
-            if lock is None:
-                return False
+        if self.held:
+            return False
+        with alone_in(self.folder):
             taken = self.shelf.open()
-            # The process inherits the lock and holds it as long as it lives, whatever becomes of this one.
-            variables, descriptors = handed_on(lock)
+        with self.log.open("a", encoding="utf-8") as log:
             print(*(f"# {line}" for line in taken), f"# {' '.join(command)}", sep="\n", file=log, flush=True)
             self.started = time.monotonic()
             self.process = subprocess.Popen(
@@ -80,8 +76,7 @@ class PointRun:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**child_environment(threads), **variables, "WANDB_TAGS": tags},
-                pass_fds=descriptors,
+                env={**child_environment(threads), "WANDB_TAGS": tags},
             )
         return True
 

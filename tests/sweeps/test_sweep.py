@@ -22,7 +22,7 @@ from coin.cli import main
 from coin.data import Digits, Glyphs
 from coin.errors import ConfigurationError
 from coin.experiment import CalibrationConfig, Experiment, ExpertConfig
-from coin.experiment.locks import locked
+from coin.experiment.locks import alone_in, is_held
 from coin.merging import Average, Coin
 from coin.networks import NetworkConfig
 from coin.reporting import COLUMNS, read_results
@@ -305,18 +305,6 @@ def test_damaged_neighbour_is_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "second/seed-0/.steps/expert-a.json").exists()
 
 
-def test_lock_outlives_the_process_that_took_it(tmp_path: Path) -> None:
-    with locked(tmp_path / "lock") as lock:
-        assert lock is not None
-        command = [sys.executable, "-c", "input()"]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[lock.fileno()])
-    with locked(tmp_path / "lock") as again:
-        assert again is None
-    child.communicate(b"\n", timeout=60)
-    with locked(tmp_path / "lock") as again:
-        assert again is not None
-
-
 def test_table_holds_every_points_results(swept: Path) -> None:
     frame = pd.read_csv(swept / "sweep.csv", keep_default_na=False)
     assert list(frame.columns) == ["calibration.samples_per_task", "seeds", *COLUMNS]
@@ -364,7 +352,7 @@ def test_finished_sweep_starts_nothing(
 
 
 def test_second_sweep_in_the_same_folder_is_refused(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with locked(swept / ".lock"):
+    with alone_in(swept):
         assert main(["sweep", str(swept.parent / "grid.yaml"), f"--output={swept.parent}"]) == 2
     assert "found another coin command at work in" in capsys.readouterr().err
 
@@ -407,15 +395,13 @@ def test_ended_sweep_goes_on_to_the_same_table(swept: Path, config: Path, tmp_pa
     wait_for((folder / NAMES[0] / "base/checkpoints/step-key").exists, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
-    with locked(folder / NAMES[0] / ".lock") as lock:
-        assert lock is not None
+    assert not is_held(folder / NAMES[0])
     # SIGKILL leaves it working, and the next sweep must not start a second process beside it.
     process = subprocess.Popen(command, **quiet)
     wait_for((folder / NAMES[1] / "seed-1/experts/digits/checkpoints/step-key").exists, process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait(60)
-    with locked(folder / NAMES[1] / ".lock") as lock:
-        assert lock is None
+    assert is_held(folder / NAMES[1])
     assert set(pd.read_csv(folder / "sweep.csv").experiment) == {NAMES[0]}
     first = (folder / NAMES[0] / "seed-0/results.csv").stat().st_mtime_ns
     assert main(["sweep", str(file), f"--output={tmp_path}", "--jobs=2", "--count=3"]) == 0
