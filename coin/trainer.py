@@ -6,12 +6,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from torch import nn
 
-from coin.callbacks import Requeue, RunProgress
+from coin.callbacks import RunProgress
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, StateError
@@ -38,7 +39,8 @@ class Trainer(pl.Trainer):
     ``coin`` shards samples by index and never pads, so that one process and many give the same numbers; Lightning's
     `DistributedSampler` would repeat samples.
 
-    In a SLURM job it queues the job again when that is about to end; see `coin.callbacks.Requeue`.
+    In a SLURM job Lightning's own handler of the signal before the end is off: it would save in the middle of an epoch,
+    of which the rest could not be had again. ``configs/cluster/run.sbatch`` queues the job again itself.
 
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
@@ -88,9 +90,9 @@ class Trainer(pl.Trainer):
         for logger in self.loggers:
             if isinstance(logger, WandbLogger):
                 check_connection(logger_mode(logger))
-        self.requeue = Requeue.of(self)
-        if self.requeue is not None:
-            self.callbacks.insert(0, self.requeue)
+        environment = self._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False
 
     def fit(
         self,
@@ -101,7 +103,7 @@ class Trainer(pl.Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Train, as Lightning's ``fit`` does, going on where an earlier start of the same SLURM job has left.
+        """Train, as Lightning's ``fit`` does.
 
         Args:
             model: What to train.
@@ -116,8 +118,6 @@ class Trainer(pl.Trainer):
             FileError: `ckpt_path` is missing, damaged or no checkpoint of a training.
             StateError: It is of another model.
         """
-        if self.requeue is not None:
-            ckpt_path = self.requeue.resume_path(self, ckpt_path)
         if ckpt_path is not None and ckpt_path not in _LIGHTNING_PATHS and weights_only is not False:
             check_training_checkpoint(Path(ckpt_path))
         try:
