@@ -12,7 +12,6 @@ import lightning.pytorch as pl
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
-from rich.console import Console
 
 import coin.data
 import coin.merging
@@ -25,7 +24,6 @@ from coin.errors import CoinError, CoinWarning, ConfigurationError
 from coin.files.checkpoints import checkpoint_options
 from coin.modules.shared import quieten
 from coin.parsing import CoinParser
-from coin.progress import shown
 from coin.reporting import (
     print_summary,
     read_results,
@@ -152,7 +150,7 @@ def main(args: list[str] | None = None) -> int:
             safe.enforce()
         elif (folder := str(Path.cwd())) not in sys.path:
             sys.path.append(folder)  # for classes of the user's own, as `python -m` would have it
-        with _warnings_in_one_line(), shown(Console(stderr=True)):
+        with _warnings_in_one_line():
             CoinCLI(
                 LightningModule,
                 LightningDataModule,

@@ -1,5 +1,6 @@
 """The Trainer: Lightning's, with the commands that need a model, data and devices."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Trainer(pl.Trainer):
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
         callbacks: Lightning's or your own; `coin.callbacks.RunProgress` is among them unless there is another bar.
-        enable_progress_bar: Whether to tell `coin.progress` how far a run has come.
+        enable_progress_bar: Whether to show how far a run has come; without a terminal, only a bar of yours does.
         matmul_precision: Of float32 matrix products, for the whole process: ``high`` lets GPUs use TF32, ``medium``
             bfloat16; ``highest`` is torch's own choice. None leaves it.
         **kwargs: Lightning's own arguments. With ``precision: bf16-mixed`` the networks' passes are mixed, in training
@@ -73,8 +74,9 @@ class Trainer(pl.Trainer):
                 f"found precision '{precision}', in which no weights are trained or written; use {_MIXED[precision]}"
             )
         given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks] if callbacks is not None else []
-        if enable_progress_bar and not any(isinstance(callback, ProgressBar) for callback in given):
-            given.append(RunProgress())
+        if not any(isinstance(callback, ProgressBar) for callback in given):
+            enable_progress_bar = enable_progress_bar and sys.stderr.isatty()
+            given += [RunProgress()] if enable_progress_bar else []
         super().__init__(
             use_distributed_sampler=use_distributed_sampler,
             callbacks=given,
