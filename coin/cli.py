@@ -13,11 +13,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from rich.console import Console
-
 from coin.commands import COMMANDS, ON_TRAINER
 from coin.errors import CoinError, CoinWarning, ConfigurationError, shortage_behind
-from coin.progress import shown
 from coin.safe import SAFE, VARIABLE, enforce
 
 
@@ -33,7 +30,7 @@ def main(args: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     name = next((each for each in arguments if not each.startswith("-")), "")
     try:
-        with _warnings_in_one_line(), shown(Console(stderr=True)):
+        with _warnings_in_one_line():
             _run(arguments, name)
     except Exception as error:
         mistake = _mistake_behind(error) or shortage_behind(error)

@@ -7,7 +7,6 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
-import torch
 from torch import distributed
 
 from coin.errors import CoinError, first_line
@@ -62,15 +61,6 @@ def from_first(compute: Callable[[], T]) -> T:
         _alone.reset(token)
     _broadcast((True, result))
     return result
-
-
-def any_process(flag: bool) -> bool:
-    """Return whether `flag` is set on any process."""
-    if process_count() == 1:
-        return flag
-    flags = torch.tensor([int(flag)])
-    distributed.all_reduce(flags, distributed.ReduceOp.MAX, group=_control())
-    return bool(flags)
 
 
 def _received() -> Any:

@@ -3,7 +3,6 @@
 from coin.callbacks.export import ExpertExport
 from coin.callbacks.fisher import FisherEstimator
 from coin.callbacks.progress import RunProgress
-from coin.callbacks.requeue import Requeue
 from coin.callbacks.weights import Weights
 
-__all__ = ["ExpertExport", "FisherEstimator", "Requeue", "RunProgress", "Weights"]
+__all__ = ["ExpertExport", "FisherEstimator", "RunProgress", "Weights"]

@@ -122,11 +122,6 @@ class TrainingBatches(Sampler[Draw]):
         self.world_size = world_size
         share = samples // world_size
         self._share = share - 1 if share % batch_size == 1 else share
-        self._skipped = 0
-
-    def skip(self, batches: int) -> None:
-        """Leave out the first batches of the next iteration, which a training that goes on has had before."""
-        self._skipped = batches
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the permutation of the next iteration."""
@@ -140,6 +135,5 @@ class TrainingBatches(Sampler[Draw]):
         epoch = self.epoch
         order = torch.randperm(self.samples, generator=seeded(self.seed, Stream.ORDER, epoch))
         mine = order[self.rank :: self.world_size][: self._share]
-        first, self._skipped = self._skipped * self.batch_size, 0
-        for start in range(first, self._share, self.batch_size):
+        for start in range(0, self._share, self.batch_size):
             yield Draw(mine[start : start + self.batch_size], epoch)

@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from coin.data.augmentation import Augmentation
 from coin.data.calibration import Calibration
-from coin.data.resumable import ResumableLoader
 from coin.data.samples import BatchDataset, ImagesOnly, Samples
 from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded
 from coin.data.source import Source, split_source
@@ -174,14 +173,13 @@ class TaskData(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Shuffled from (seed, epoch), augmented; equally many batches on every process."""
         rank, world_size = self._process()
-        trainer = self.trainer
         # A resumed Trainer makes the iterator before it calls set_epoch, and workers start to fetch at once.
-        epoch = 0 if trainer is None else trainer.current_epoch
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
         self.check_augmentation(self.augmentation)
         train = self.splits.train
         dataset = BatchDataset(train, self.augmentation, self.seed, self.transform)
         sampler = TrainingBatches(len(train), self.batch_size, self.seed, epoch, rank, world_size)
-        return ResumableLoader(dataset, sampler, trainer, **self._options())
+        return DataLoader(dataset, sampler=sampler, **self._options())
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The validation split; an empty list, which Lightning takes for no validation, with a share of 0."""

@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from coin.data.augmentation import Augmentation
 from coin.data.calibration import Calibration, View, pooled
-from coin.data.resumable import ResumableLoader
 from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded
 from coin.data.task import TaskData, at_least
 from coin.errors import ConfigurationError, DataError
@@ -108,7 +107,7 @@ class Tasks(LightningDataModule):
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         sampler = TrainingBatches(calibration.num_samples, self.batch_size, self.seed, epoch, rank, world_size)
         dataset = _Positioned(calibration, self.augmentation, self.seed)
-        return ResumableLoader(dataset, sampler, self.trainer, **self._options())
+        return DataLoader(dataset, sampler=sampler, **self._options())
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The held-out calibration samples; an empty list, Lightning's no validation, with a share of 0."""

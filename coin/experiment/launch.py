@@ -77,33 +77,19 @@ class ExpertJob:
         config: The resolved configuration of its seed, a file.
         task: The task.
         log: Where the output goes.
-        variables: Further environment variables, for a process of this machine; see `coin.experiment.locks.handed_on`.
-        descriptors: The file descriptors that go with them.
     """
 
     name: str
     config: Path
     task: str
     log: Path
-    variables: dict[str, str] = field(default_factory=dict)
-    descriptors: Sequence[int] = ()
 
     def start(self, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
-        """Start the training as a process of this machine, which holds the experiment's folder as long as it lives."""
-        return self._start({**environment, **self.variables}, self.descriptors)
-
-    def _start(self, environment: dict[str, str], descriptors: Sequence[int] = ()) -> "subprocess.Popen[bytes]":
+        """Start the training as a process of this machine."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "coin", "run", "-c", str(self.config), "--only", self.task]
         with self.log.open("ab") as log:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                pass_fds=descriptors,
-            )
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
     def __call__(self) -> None:
         """Train, within a job of the cluster.
@@ -111,7 +97,7 @@ class ExpertJob:
         Raises:
             ExpertFailedError: The training failed.
         """
-        if self._start(child_environment(cores())).wait() != 0:
+        if self.start(child_environment(cores())).wait() != 0:
             raise ExpertFailedError(f"{self.name}: {last_line(self.log)}")
 
     def checkpoint(self) -> Any:
@@ -134,40 +120,16 @@ def train_side_by_side(jobs: Sequence[ExpertJob], launch: Launch, folder: Path, 
         ExpertFailedError: Naming the experts that failed, after all have ended.
         ConfigurationError: submitit or SLURM is missing, or refuses an option.
     """
-    train = _in_array if launch.executor is Executor.slurm else _in_processes
-    failed = train(jobs, launch, folder, say)
+    if launch.executor is Executor.slurm:
+        failed = _in_array(jobs, launch, folder, say)
+    else:
+        failed = _in_processes(jobs, worker_environments(launch.workers), say)
     if failed:
         first = failed[0]
         raise ExpertFailedError(
             f"{len(failed)} of {len(jobs)} experts failed, the first of them {first.name}: {last_line(first.log)} "
             f"(see {first.log}); mend the cause and run the same command again"
         )
-
-
-def _in_processes(
-    jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Callable[[str], None]
-) -> list[ExpertJob]:
-    """Run jobs as processes, each on a place of its own, and return those that failed."""
-    places = worker_environments(launch.workers)
-    waiting, failed = list(jobs), []
-    running: dict[int, tuple[ExpertJob, subprocess.Popen[bytes]]] = {}
-    with terminated_as_exit():
-        try:
-            while waiting or running:
-                for place, (job, process) in list(running.items()):
-                    if (status := process.poll()) is not None:
-                        del running[place]
-                        say(f"{job.name}: {'finished' if status == 0 else f'failed with exit status {status}'}")
-                        failed += [job] if status != 0 else []
-                for place in range(len(places)):
-                    if waiting and place not in running:
-                        job = waiting.pop(0)
-                        running[place] = (job, job.start(places[place]))
-                        say(f"{job.name}: started")
-                time.sleep(_POLL_SECONDS)
-        finally:
-            stop([process for _, process in running.values()])
-    return failed
 
 
 def worker_environments(workers: int) -> list[dict[str, str]]:
@@ -184,6 +146,30 @@ def worker_environments(workers: int) -> list[dict[str, str]]:
     return [{**environment, "CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} for place in range(workers)]
 
 
+def _in_processes(
+    jobs: Sequence[ExpertJob], places: Sequence[dict[str, str]], say: Callable[[str], None]
+) -> list[ExpertJob]:
+    """Run jobs as processes, one a place at a time, and return those that failed."""
+    waiting, failed = list(jobs), []
+    running: dict[int, tuple[ExpertJob, subprocess.Popen[bytes]]] = {}
+    with terminated_as_exit():
+        try:
+            while waiting or running:
+                for place, environment in enumerate(places):
+                    if place in running and (status := running[place][1].poll()) is not None:
+                        job, _ = running.pop(place)
+                        say(f"{job.name}: {'finished' if status == 0 else f'failed with exit status {status}'}")
+                        failed += [job] if status != 0 else []
+                    if waiting and place not in running:
+                        job = waiting.pop(0)
+                        running[place] = (job, job.start(environment))
+                        say(f"{job.name}: started")
+                time.sleep(_POLL_SECONDS)
+        finally:
+            stop([process for _, process in running.values()])
+    return failed
+
+
 def _in_array(jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Callable[[str], None]) -> list[ExpertJob]:
     """Run jobs as one array of a cluster, and return those that failed."""
     try:
@@ -192,19 +178,18 @@ def _in_array(jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Call
         raise ConfigurationError(
             "launch.executor=slurm needs the package submitit: pip install 'coded-coin[slurm]'"
         ) from error
-    options = dict(launch.slurm)
+    options = {"cluster": "slurm", "name": "coin-expert", "slurm_array_parallelism": launch.workers, **launch.slurm}
     try:
-        executor = submitit.AutoExecutor(folder, cluster=options.pop("cluster", "slurm"))
-        executor.update_parameters(**{"name": "coin-expert", "slurm_array_parallelism": launch.workers, **options})
-        with executor.batch():
-            submitted = [executor.submit(job) for job in jobs]
+        executor = submitit.AutoExecutor(folder, cluster=options.pop("cluster"))
+        executor.update_parameters(**options)
+        submitted = executor.submit_array(jobs)
     except Exception as error:  # submitit's and sbatch's errors share no base class
         raise ConfigurationError(f"cannot submit the experts with {launch.slurm}: {first_line(error)}") from error
     failed = []
     for job, handle in zip(jobs, submitted, strict=True):
-        say(f"{job.name}: submitted as job {handle.job_id}")
+        say(f"{job.name}: job {handle.job_id}")
     for job, handle in zip(jobs, submitted, strict=True):
-        problem = handle.exception()
-        say(f"{job.name}: {'finished' if problem is None else 'failed'}")
-        failed += [job] if problem is not None else []
+        if handle.exception() is not None:
+            failed.append(job)
+        say(f"{job.name}: {'failed' if job in failed else 'finished'}")
     return failed

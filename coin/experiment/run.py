@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import IO
 
 import pandas as pd
 from rich.console import Console
@@ -12,7 +11,7 @@ from coin.errors import ConfigurationError, FileError
 from coin.experiment.experiment import Experiment
 from coin.experiment.jobs import common_tags, resolved, run_config
 from coin.experiment.launch import ExpertJob, Launch, train_side_by_side
-from coin.experiment.locks import alone_in, handed_on
+from coin.experiment.locks import alone_in
 from coin.experiment.seed_run import SeedRun
 from coin.experiment.steps.code import choose_code
 from coin.experiment.steps.evaluation import evaluate
@@ -55,14 +54,14 @@ def run_experiment(
         CoinError: A step cannot be done.
     """
     console = _begin(experiment, console)
-    with alone_in(experiment.folder, patient=sweep_of(experiment.folder) is not None) as lock:
+    with alone_in(experiment.folder, patient=sweep_of(experiment.folder) is not None):
         from_first(lambda: remove_leftovers(experiment.folder))
         seeds = _seed_runs(experiment, console)
         for run in seeds:
             if is_first() and not (run.folder / RESULTS_CSV).exists():
                 write_text(run.folder / CONFIG_YAML, experiment.as_yaml(run.seed))
         if launch is not None and launch.side_by_side:
-            _train_side_by_side(experiment, seeds, launch, lock, console)
+            _train_side_by_side(experiment, seeds, launch, console)
         for run in seeds:
             run_seed(run)
             if is_first():  # until now it was that of the results that stood there
@@ -129,7 +128,6 @@ def _train_side_by_side(
     experiment: Experiment,
     seeds: Sequence[SeedRun],
     launch: Launch,
-    lock: IO[bytes] | None,
     console: Console,
 ) -> None:
     if process_count() > 1:
@@ -142,7 +140,6 @@ def _train_side_by_side(
             run.folder / _LAUNCH_YAML,
             task,
             run.expert_path(task).with_name("launch.log"),
-            *handed_on(lock),
         )
         for run in seeds
         for task in experiment.tasks

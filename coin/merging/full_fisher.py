@@ -116,11 +116,11 @@ def full_fisher_parameters(
 
     def operator(tangent: dict[str, Tensor]) -> State:
         product = weighted_products([tangent] * len(experts))
-        bar.advance()
+        advance()
         return {key: product[key] + damping * metric[key] * tangent[key] for key in product}
 
     pull = weighted_products([{key: expert[key] - average[key] for key in average} for expert in experts])
-    with progress(label, max_iterations) as bar:
+    with progress(label, max_iterations) as advance:
         solved = conjugate_gradient(
             operator,
             pull,

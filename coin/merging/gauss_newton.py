@@ -1,7 +1,7 @@
 """Gauss–Newton on the coding objective itself."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from coin.merging.method import CodedModel, Method, checked, fill, floored_diago
 from coin.merging.sample_space import solve_in_sample_space
 from coin.merging.start import starting_method
 from coin.networks.batchnorm import BatchNormPolicy
-from coin.progress import Bar, progress
+from coin.progress import progress
 from coin.statistics import FisherKind, fisher_sums
 from coin.statistics.products import OutputMap
 from coin.statistics.statistic import DataChoice, Statistic
@@ -110,10 +110,9 @@ class GaussNewton(Coin):
 
         residual = target - outputs.outputs(parameters)
         error = _squared(residual[~training])
-        with progress(self.label, self.max_steps * self.max_iterations) as bar:
-            for count in range(self.max_steps):
-                bar.reach(count * self.max_iterations, f"step {count + 1} of {self.max_steps} at most")
-                step = self._step(outputs, parameters, residual, training, inverse_metric, bar)
+        with progress(self.label, self.max_steps * self.max_iterations) as advance:
+            for _ in range(self.max_steps):
+                step = self._step(outputs, parameters, residual, training, inverse_metric, advance)
                 if step is None:
                     break
                 for halving in range(_HALVINGS + 1):
@@ -131,7 +130,13 @@ class GaussNewton(Coin):
         return parameters
 
     def _step(
-        self, outputs: OutputMap, parameters: State, residual: Tensor, training: Tensor, inverse_metric: State, bar: Bar
+        self,
+        outputs: OutputMap,
+        parameters: State,
+        residual: Tensor,
+        training: Tensor,
+        inverse_metric: State,
+        advance: Callable[[], None],
     ) -> dict[str, Tensor] | None:
         """Return D⁻¹Jᵀu for the best u, or None if no u is predicted to help the held-out samples."""
 
@@ -140,7 +145,7 @@ class GaussNewton(Coin):
             return {key: tensor * inverse_metric[key] for key, tensor in gradient.items()}
 
         def product(cotangent: Tensor) -> Tensor:
-            bar.advance()
+            advance()
             return outputs.jvp(parameters, step_for(cotangent))
 
         choice = solve_in_sample_space(product, residual, training, residual.new_tensor(DAMPINGS), self.max_iterations)

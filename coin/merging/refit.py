@@ -170,11 +170,11 @@ class Refit(Method):
         each = floats * 4 * _KEPT * (experts.count + 1)
         piece = max(experts.count, (self.memory_mib << 20) // max(1, each))
         walk = Walk(network, list(experts.networks), inputs, parts, piece)
-        with walk, torch.no_grad(), progress(self.label, len(units)) as bar:
+        with walk, torch.no_grad(), progress(self.label, len(units)) as advance:
             for unit in units:
                 looks = walk.looks(unit.weight, unit.end)
                 _fit(network, unit, looks, shares, mixtures, ridge)
-                bar.advance()
+                advance()
         experts.passes += walk.passes
         if self.head:
             fit_head(network, experts, row, held_out=held_out)

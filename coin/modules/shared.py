@@ -21,7 +21,6 @@ _EXPECTED = (
     r".*treespec.*is deprecated.*",  # Lightning's own
     r"predict returned None.*",  # a pass that sums needs no predictions
     r".*`tensorboardX` has been removed.*",
-    r".*your dataloader is not resumable.*",  # it is: coin.data.resumable
     r"It is recommended to use `self.log\('train/.*",  # the first process's share of an epoch tells how it goes
 )
 """What Lightning warns of and an experiment means."""

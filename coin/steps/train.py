@@ -110,14 +110,12 @@ def train_network(
         seed=seed,
         **config.recipe,
     )
-    best: dict[str, Any] = (
-        {"monitor": "val/accuracy", "mode": "max", "save_top_k": 1} if weights == Weights.best else {}
-    )
     export = ExpertExport(str(output), weights)
-    callbacks: list[Callback] = [
-        export,
-        ModelCheckpoint(checkpoints, save_last=True, **{"save_top_k": 0, **best}),
-    ]
+    callbacks: list[Callback] = [export]
+    if weights == Weights.best:
+        callbacks.append(ModelCheckpoint(checkpoints, monitor="val/accuracy", mode="max"))
+    # Lightning's save_last would write only where another checkpoint is written: where none is the best, nowhere.
+    callbacks.append(ModelCheckpoint(checkpoints, "last", enable_version_counter=False))
     trainer = make_trainer(
         checkpoints,
         trainer_options,
@@ -132,8 +130,6 @@ def train_network(
     if not from_first(output.is_file):
         # The checkpoint was of a finished training, killed before the export: Lightning restores it and trains nothing.
         export.on_train_end(trainer, module)
-    if trainer.requeue is not None:
-        trainer.requeue.leave_if_asked(trainer)
 
 
 def _begin(checkpoints: Path, key: str, output: Path) -> str | None:

@@ -1,12 +1,14 @@
 """The Trainer: Lightning's, with the commands that need a model, data and devices; one for every step."""
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ProgressBar
@@ -14,7 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import nn
 
-from coin.callbacks import Requeue, RunProgress
+from coin.callbacks import RunProgress
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, StateError, first_line
@@ -52,12 +54,13 @@ class Trainer(pl.Trainer):
     ``coin`` shards samples by index and never pads, so that one process and many give the same numbers; Lightning's
     `DistributedSampler` would repeat samples.
 
-    In a SLURM job it queues the job again when that is about to end; see `coin.callbacks.Requeue`.
+    In a SLURM job Lightning's own handler of the signal before the end is off: it would save in the middle of an epoch,
+    of which the rest could not be had again. ``configs/cluster/run.sbatch`` queues the job again itself.
 
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
         callbacks: Lightning's or your own; `coin.callbacks.RunProgress` is among them unless there is another bar.
-        enable_progress_bar: Whether to tell `coin.progress` how far a run has come.
+        enable_progress_bar: Whether to show how far a run has come; without a terminal, only a bar of yours does.
         matmul_precision: Of float32 matrix products, for the whole process: ``high`` lets GPUs use TF32, ``medium``
             bfloat16; ``highest`` is torch's own choice. None leaves it.
         **kwargs: Lightning's own arguments. With ``precision: bf16-mixed`` the networks' passes are mixed, in training
@@ -85,8 +88,9 @@ class Trainer(pl.Trainer):
                 f"found precision '{precision}', in which no weights are trained or written; use {_MIXED[precision]}"
             )
         given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks] if callbacks is not None else []
-        if enable_progress_bar and not any(isinstance(callback, ProgressBar) for callback in given):
-            given.append(RunProgress())
+        if not any(isinstance(callback, ProgressBar) for callback in given):
+            enable_progress_bar = enable_progress_bar and sys.stderr.isatty()
+            given += [RunProgress()] if enable_progress_bar else []
         super().__init__(
             use_distributed_sampler=use_distributed_sampler,
             callbacks=given,
@@ -102,9 +106,9 @@ class Trainer(pl.Trainer):
         for logger in self.loggers:
             if isinstance(logger, WandbLogger):
                 check_connection(logger_mode(logger))
-        self.requeue = Requeue.of(self)
-        if self.requeue is not None:
-            self.callbacks.insert(0, self.requeue)
+        environment = self._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False
 
     def fit(
         self,
@@ -115,7 +119,7 @@ class Trainer(pl.Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Train, as Lightning's ``fit`` does, going on where an earlier start of the same SLURM job has left.
+        """Train, as Lightning's ``fit`` does.
 
         Args:
             model: What to train.
@@ -130,8 +134,6 @@ class Trainer(pl.Trainer):
             FileError: `ckpt_path` is missing, damaged or no checkpoint of a training.
             StateError: It is of another model.
         """
-        if self.requeue is not None:
-            ckpt_path = self.requeue.resume_path(self, ckpt_path)
         if ckpt_path is not None and ckpt_path not in _LIGHTNING_PATHS and weights_only is not False:
             check_training_checkpoint(Path(ckpt_path))
         try:

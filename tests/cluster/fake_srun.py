@@ -1,17 +1,16 @@
-"""What srun does, for `test_slurm.py`: starts the tasks with SLURM's variables, and hands signals on to them.
+"""What srun does, for `test_slurm.py`: starts the tasks with SLURM's variables.
 
 Every training step of every task is noted in ``steps-TASK.txt``: its global step, its epoch, and the labels it saw. In
-the step that ``SIGNAL_AT`` names, srun gets the signal that announces the end of the job.
+the step that ``SIGNAL_AT`` names, the batch script gets the signal that announces the end of the job; its ``scontrol``
+ends the tasks, whose numbers are in ``tasks.txt``.
 """
 
-import contextlib
 import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from coin.modules import Expert
 
 TASKS = int(os.environ["SLURM_NTASKS"])
 NOTES = Path(os.environ["FAKE_SLURM"])
+SCRIPT = os.getppid()
 
 
 def run(task: int, arguments: list[str]) -> int:
@@ -33,10 +33,11 @@ def run(task: int, arguments: list[str]) -> int:
     def noted(self: Expert, batch: Any, batch_idx: int) -> Any:
         with (NOTES / f"steps-{task}.txt").open("a") as file:
             print(json.dumps([self.global_step, self.current_epoch, batch[1].tolist()]), file=file)
-        if task == 1 and self.global_step == int(os.environ["SIGNAL_AT"]) and not (NOTES / "scontrol.txt").exists():
-            os.kill(os.getppid(), signal.SIGUSR1)
-            while not self.trainer.requeue.asked:
-                time.sleep(0.01)
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL, "Lightning would save in the middle of an epoch"
+        if self.global_step == int(os.environ["SIGNAL_AT"]) and not (NOTES / "scontrol.txt").exists():
+            if task == 1:
+                os.kill(SCRIPT, signal.SIGUSR1)
+            time.sleep(60)
         return plain(self, batch, batch_idx)
 
     Expert.training_step = noted  # type: ignore[method-assign]
@@ -56,13 +57,7 @@ def start(arguments: list[str]) -> int:
                 print(repr(error), file=sys.stderr, flush=True)
                 os._exit(1)
         tasks.append(child)
-
-    def forward(number: int, _: FrameType | None) -> None:
-        for child in tasks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, number)
-
-    signal.signal(signal.SIGUSR1, forward)
+    (NOTES / "tasks.txt").write_text(" ".join(map(str, tasks)))
     return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in tasks)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from coin.data import Digits
@@ -21,6 +20,8 @@ TEMPLATE = ROOT / "configs/cluster/run.sbatch"
 JOB = "4242"
 EPOCHS = 4
 SIGNAL_AT = 7
+WHOLE = 5
+"""The steps of the epochs that are whole by then."""
 
 # 81 training samples for two tasks of 8 a step: five steps an epoch, and one sample left out.
 CONFIG = f"""
@@ -31,6 +32,11 @@ tasks:
   letters: {{class_path: Glyphs, init_args: {{classes: A-E, train_per_class: 17, test_per_class: 5}}}}
 expert: {{epochs: {EPOCHS}, lr: 0.02, batch_size: 8}}
 methods: [{{class_path: Average}}]
+"""
+FIT = f"""
+model: {{class_path: Expert, init_args: {{network: small_resnet, image_size: 16, options: {{width: 4}}, lr: 0.02}}}}
+data: {{class_path: Digits, init_args: {{max_train: 81, max_test: 37, image_size: 16, batch_size: 8}}}}
+trainer: {{max_epochs: {EPOCHS}, logger: false, callbacks: [{{class_path: ExpertExport}}]}}
 """
 TRAINER = "trainer: {accelerator: cpu, devices: 2, num_nodes: 1, strategy: ddp}"
 
@@ -47,7 +53,7 @@ def test_the_template_is_a_script_and_asks_for_what_the_trainer_uses() -> None:
     assert int(asked["nodes"]) == trainer["num_nodes"]
     assert int(asked["ntasks-per-node"]) == trainer["devices"]
     assert asked["gres"] == f"gpu:{trainer['devices']}"
-    assert asked["signal"].startswith("SIGUSR1@")
+    assert asked["signal"].startswith("B:USR1@")
     assert "requeue" in asked
     assert asked["open-mode"] == "append"
 
@@ -59,11 +65,12 @@ def cluster(tmp_path: Path) -> dict[str, str]:
     fakes.mkdir()
     for name, lines in {
         "srun": f'exec {sys.executable} -W ignore {Path(__file__).with_name("fake_srun.py")} "$@"',
-        "scontrol": f'echo "$@" >> {tmp_path}/scontrol.txt',
+        "scontrol": f'echo "$@" >> {tmp_path}/scontrol.txt\nkill -9 $(cat {tmp_path}/tasks.txt)',
     }.items():
         (fakes / name).write_text(f"#!/bin/sh\n{lines}\n")
         (fakes / name).chmod(0o755)
     (tmp_path / "job.yaml").write_text(CONFIG)
+    (tmp_path / "fit.yaml").write_text(FIT)
     (tmp_path / "two.yaml").write_text(TRAINER)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -92,18 +99,25 @@ def steps(folder: Path, task: int) -> list[Any]:
     return [json.loads(line) for line in (folder / f"steps-{task}.txt").read_text().splitlines()]
 
 
-def test_a_signalled_job_goes_on_at_the_next_step(cluster: dict[str, str], tmp_path: Path) -> None:
-    command = ["bash", str(TEMPLATE), "run", "-c", str(tmp_path / "job.yaml"), "--only=digits"]
-    folder = tmp_path / "runs/job/seed-0/experts/digits"
-    left = subprocess.run(command, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=400, check=False)
-    assert left.returncode == 75, left.stderr
-    assert (tmp_path / "scontrol.txt").read_text().splitlines() == [f"requeue {JOB}"]
-    saved = torch.load(folder / f"checkpoints/requeue-{JOB}.ckpt", map_location="cpu", weights_only=True)
+@pytest.mark.parametrize("command", ["run", "fit"])
+def test_a_signalled_job_goes_on_from_its_last_whole_epoch(
+    command: str, cluster: dict[str, str], tmp_path: Path
+) -> None:
+    options = {
+        "run": ["-c", str(tmp_path / "job.yaml"), "--only=digits"],
+        "fit": ["-c", str(tmp_path / "fit.yaml")],
+    }
+    job = ["bash", str(TEMPLATE), command, *options[command]]
+    left = subprocess.run(job, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=400, check=False)
+    assert left.returncode != 0, left.stderr
+    assert (tmp_path / "scontrol.txt").read_text().splitlines() == [f"requeue {JOB}"], left.stderr
     done = [steps(tmp_path, task) for task in (0, 1)]
-    assert len(done[0]) == len(done[1]) == saved["global_step"] == SIGNAL_AT + 1
-    run_id = (folder / "wandb-run-id").read_text()
+    assert len(done[0]) == len(done[1]) == SIGNAL_AT + 1
+    assert not list((tmp_path / "runs").rglob("expert.safetensors"))
+    assert [path.name for path in (tmp_path / "runs").rglob("*.ckpt")] == ["last.ckpt"]
+    run_ids = [path.read_text() for path in (tmp_path / "runs").rglob("wandb-run-id")]
 
-    subprocess.run(command, cwd=ROOT, env=cluster, check=True, timeout=400)
+    subprocess.run(job, cwd=ROOT, env=cluster, check=True, timeout=400)
     for task in (0, 1):
         batches = TrainingBatches(81, 8, seed=0, rank=task, world_size=2)
         data = Digits(max_train=81, max_test=37)
@@ -112,10 +126,18 @@ def test_a_signalled_job_goes_on_at_the_next_step(cluster: dict[str, str], tmp_p
         for epoch in range(EPOCHS):
             batches.set_epoch(epoch)
             wanted += [[epoch, data.splits.train.targets[draw.positions].tolist()] for draw in batches]
-        assert steps(tmp_path, task) == [[step, *entry] for step, entry in enumerate(wanted)]
-    assert (folder / "expert.safetensors").is_file()
-    assert not list((tmp_path / "runs").rglob("requeue-*.ckpt"))
+        numbered = [[step, *entry] for step, entry in enumerate(wanted)]
+        assert steps(tmp_path, task) == done[task] + numbered[WHOLE:]
+        assert done[task] == numbered[: SIGNAL_AT + 1]
+    (expert,) = (tmp_path / "runs").rglob("expert.safetensors")
     assert len((tmp_path / "scontrol.txt").read_text().splitlines()) == 1
-    runs = [re.sub(r".*-", "", path.name) for path in (tmp_path / "runs").rglob("offline-run-*") if path.is_dir()]
-    assert runs == [run_id] * 2
-    assert not (folder / "wandb-run-id").exists()
+    if command == "run":
+        runs = [re.sub(r".*-", "", path.name) for path in (tmp_path / "runs").rglob("offline-run-*") if path.is_dir()]
+        assert runs == run_ids * 2
+        assert not (expert.parent / "wandb-run-id").exists()
+
+
+def test_a_job_that_fails_says_so_and_is_not_queued_again(cluster: dict[str, str], tmp_path: Path) -> None:
+    job = ["bash", str(TEMPLATE), "run", "-c", str(tmp_path / "job.yaml"), "--only=nothing"]
+    assert subprocess.run(job, cwd=ROOT, env=cluster, capture_output=True, timeout=400, check=False).returncode == 2
+    assert not (tmp_path / "scontrol.txt").exists()

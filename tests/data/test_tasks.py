@@ -145,16 +145,6 @@ def test_no_loader_moves_torchs_own_random_state(members):
         assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_training_that_goes_on_within_an_epoch_has_the_rest_of_its_batches(members):
-    options = {"samples_per_task": 10, "batch_size": 4}
-    whole = positions(Tasks(members, **options).train_dataloader())
-    tasks = on_process(Tasks(members, **options), 0, 1)
-    tasks.trainer.training = True
-    done = SimpleNamespace(current=SimpleNamespace(ready=3))
-    tasks.trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=done))
-    assert positions(tasks.train_dataloader()) == whole[12:]
-
-
 def test_only_test_images_are_still_to_be_turned_into_inputs(members):
     tasks = on_process(Tasks(members, samples_per_task=10), 0, 1)
     batch = (torch.arange(2), torch.zeros(2, 3, 16, 16))

@@ -1,7 +1,13 @@
 """Experts side by side: the same experts as one after the other, each worker on a place of its own."""
 
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,21 +35,67 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[ExpertJob]:
     return [ExpertJob(f"expert {task}", tmp_path / "config.yaml", task, tmp_path / task / "log") for task in "abc"]
 
 
-def test_experts_side_by_side_are_those_of_one_after_the_other(
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come so far"
+        time.sleep(0.02)
+
+
+def test_experts_side_by_side_are_those_of_one_after_the_other_and_none_is_trained_by_two(
     finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The command is killed, and started again while its children, which live on, still train."""
     monkeypatch.setattr(coin.experiment.run, "write_report", lambda *_: None)  # its plots take long
     shutil.copytree(finished / "base", tmp_path / "tiny/base")
+    folders = [tmp_path / f"tiny/seed-0/experts/{task}" for task in ("digits", "letters")]
+    logs = [folder / "launch.log" for folder in folders]
     command = ["run", "-c", str(config), f"--output={tmp_path}", "--methods=[{class_path: Average}]"]
-    assert main([*command, "--launch.workers=2", "--decoders=[linear]"]) == 0
-    for task in ("digits", "letters"):
-        found, _ = load_state(tmp_path / f"tiny/seed-0/experts/{task}/expert.safetensors")
-        wanted, _ = load_state(finished / f"seed-0/experts/{task}/expert.safetensors")
+    command += ["--launch.workers=2", "--decoders=[linear]"]
+    parent = subprocess.Popen([sys.executable, "-m", "coin", *command], stderr=subprocess.DEVNULL)
+    wait_for(lambda: all((folder / "checkpoints/step-key").exists() for folder in folders))
+    orphans = [int((folder / ".lock").read_text().split()[1]) for folder in folders]
+    for process in (*orphans, parent.pid):
+        os.kill(process, signal.SIGSTOP)
+    parent.kill()
+    parent.wait()
+
+    def let_go() -> None:
+        try:
+            wait_for(lambda: all("waiting for another coin command at work" in log.read_text() for log in logs))
+        finally:
+            for process in orphans:
+                os.kill(process, signal.SIGCONT)
+
+    watch = threading.Thread(target=let_go)
+    watch.start()
+    assert main(command) == 0
+    watch.join()
+    for folder, log in zip(folders, logs, strict=True):
+        found, _ = load_state(folder / "expert.safetensors")
+        wanted, _ = load_state(finished / f"seed-0/experts/{folder.name}/expert.safetensors")
         assert all(found[name].equal(wanted[name]) for name in wanted)
-        log = (tmp_path / f"tiny/seed-0/experts/{task}/launch.log").read_text()
-        assert f"seed 0: expert {task}: fine-tuning" in log
-        assert len(log.split("fine-tuning")) == 2, "a child trains its own expert alone"
+        assert log.read_text().count(f"seed 0: expert {folder.name}: fine-tuning") == 1
+        assert log.read_text().count("fine-tuning") == 1, "a child trains its own expert alone"
+        assert log.read_text().count(f"seed 0: expert {folder.name}: up to date") == 1
     assert (tmp_path / "tiny/summary.csv").is_file()
+
+
+def test_the_end_of_the_command_is_the_end_of_its_children(jobs: list[ExpertJob], tmp_path: Path) -> None:
+    """As with SIGTERM, which a scheduler sends before the end of an allocation."""
+    Path(sys.executable).write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/started\nexec sleep 60\n")
+
+    def told(text: str) -> None:
+        if text == "expert b: started":
+            wait_for(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text().count("\n") == 2)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as left:
+        train_side_by_side(jobs, Launch(workers=2), tmp_path / "submitit", told)
+    assert left.value.code == 128 + signal.SIGTERM
+    for number in (tmp_path / "started").read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(number), 0)
 
 
 @pytest.mark.parametrize("launch", [Launch(workers=2), DEBUG], ids=["local", "slurm"])

@@ -1,6 +1,7 @@
 """One command at a time in a folder, and no lock that outlives its holder."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -10,17 +11,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import coin.experiment.locks
 from coin.cli import main
 from coin.errors import CoinWarning, ConfigurationError, FileError
-from coin.experiment.locks import LOCK, alone_in, handed_on, locked
+from coin.experiment.locks import LOCK, alone_in, is_held
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork, and no fcntl")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 
 
 @contextlib.contextmanager
-def holder(folder: Path, then: Callable[[], None] = lambda: time.sleep(60)) -> Iterator[int]:
+def holder(folder: Path, then: Callable[[], object] = lambda: time.sleep(60)) -> Iterator[int]:
     """Yield the number of a process that holds a folder and goes on with `then`; it is killed at the end."""
     ready, told = os.pipe()
     process = os.fork()
@@ -40,64 +42,53 @@ def holder(folder: Path, then: Callable[[], None] = lambda: time.sleep(60)) -> I
             os.waitpid(process, 0)
 
 
-def is_free(folder: Path) -> bool:
-    with locked(folder / LOCK) as lock:
-        return lock is not None
-
-
 def test_a_second_command_is_refused_until_the_first_is_killed(tmp_path: Path) -> None:
+    assert not is_held(tmp_path / "nowhere")
     with holder(tmp_path) as process:
         told = rf"at work in .*\(process {process} on .*\), expected none; wait for it or stop it"
-        with pytest.raises(ConfigurationError, match=told), alone_in(tmp_path):
-            raise AssertionError("held twice")
+        for _ in range(2):  # who is refused leaves the holder's name alone
+            with pytest.raises(ConfigurationError, match=told), alone_in(tmp_path):
+                raise AssertionError("held twice")
+            assert is_held(tmp_path)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
+        assert not is_held(tmp_path)
         with alone_in(tmp_path):
             pass
 
 
-def test_a_child_shares_the_lock_and_keeps_it_when_its_parent_lets_go(tmp_path: Path) -> None:
-    with alone_in(tmp_path) as lock:
-        variables, descriptors = handed_on(lock)
-        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=descriptors)
-    assert int(variables["COIN_LOCK"]) == descriptors[0]
-    assert not is_free(tmp_path)
-    child.communicate(b"\n", timeout=60)
-    assert is_free(tmp_path)
+def child() -> None:
+    subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 
 
-def test_who_was_handed_a_lock_may_work_there_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with holder(tmp_path / "theirs"), alone_in(tmp_path / "mine") as lock:
-        variables, descriptors = handed_on(lock)
-        monkeypatch.setenv("COIN_LOCK", variables["COIN_LOCK"])
-        with alone_in(tmp_path / "mine") as shared:
-            assert shared is None
-            assert handed_on(shared) == (variables, descriptors)  # to a grandchild
-        with pytest.raises(ConfigurationError, match="at work"), alone_in(tmp_path / "theirs"):
-            pass
-    # The variable alone is no pass: the descriptor is closed by now.
-    with holder(tmp_path / "mine"), pytest.raises(ConfigurationError, match="at work"), alone_in(tmp_path / "mine"):
-        pass
-
-
-def test_a_forked_worker_does_not_hold_what_its_killed_parent_held(tmp_path: Path) -> None:
-    def with_worker() -> None:
-        os.fork()  # lives on for seconds where its parent is killed, like a loader's
+@pytest.mark.parametrize("start", [os.fork, child], ids=["forked", "started"])
+def test_what_a_killed_process_leaves_behind_does_not_hold_its_lock(tmp_path: Path, start: Callable[[], None]) -> None:
+    def with_child() -> None:
+        start()  # lives on for seconds where its parent is killed, like a loader's worker or an expert's training
         time.sleep(60)
 
-    with holder(tmp_path, with_worker) as process:
-        assert not is_free(tmp_path)
-        time.sleep(0.2)
+    with holder(tmp_path, with_child) as process:
+        assert is_held(tmp_path)
+        time.sleep(0.3)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        assert is_free(tmp_path)
+        assert not is_held(tmp_path)
+
+
+def test_a_forked_worker_that_ends_leaves_its_parents_lock_alone(tmp_path: Path) -> None:
+    with alone_in(tmp_path):
+        if not (worker := os.fork()):
+            os._exit(0)
+        os.waitpid(worker, 0)
+        with pytest.raises(ConfigurationError, match="at work"), alone_in(tmp_path):
+            pass
 
 
 def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(coin.experiment.locks.errno.ENOLCK, "No locks available")
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(coin.experiment.locks.fcntl, "flock", refuse)
+    monkeypatch.setattr(FileLock, "acquire", refuse)
     with pytest.warns(CoinWarning, match="has no locks: see to it"), alone_in(tmp_path):
         pass
 
@@ -122,9 +113,7 @@ def test_coin_run_is_refused_where_another_is_at_work(
 
 def test_a_patient_process_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.monotonic()
-    told = pytest.warns(CoinWarning, match="waiting for another coin")
     monkeypatch.setattr(coin.experiment.locks, "_POLL_SECONDS", 0.05)
-    before = len(list(Path("/proc/self/fd").iterdir()))
+    told = pytest.warns(CoinWarning, match="waiting for another coin")
     with holder(tmp_path, lambda: time.sleep(0.7)), told, alone_in(tmp_path, patient=True):
         assert time.monotonic() - started > 0.3
-        assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3  # no file a look
