@@ -8,18 +8,13 @@ from rich.console import Console
 
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, FileError
+from coin.experiment.coded_models import choose_code, compare_layers, estimate, evaluate, merge
 from coin.experiment.experiment import Experiment
+from coin.experiment.experts import lacks_expert, make_expert, make_initial
 from coin.experiment.jobs import common_tags, resolved, run_config
 from coin.experiment.launch import ExpertJob, Launch, train_side_by_side
 from coin.experiment.locks import alone_in
 from coin.experiment.seed_run import SeedRun
-from coin.experiment.steps.code import choose_code
-from coin.experiment.steps.evaluation import evaluate
-from coin.experiment.steps.experts import lacks_expert, make_expert
-from coin.experiment.steps.initial import make_initial
-from coin.experiment.steps.layers import compare_layers
-from coin.experiment.steps.merge import merge
-from coin.experiment.steps.statistics import estimate
 from coin.experiment.store import Steps, step_key, sweep_of
 from coin.files.atomic import remove_leftovers, write_text
 from coin.processes import from_first, is_first, process_count

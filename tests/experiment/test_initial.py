@@ -6,7 +6,7 @@ from rich.console import Console
 
 from coin.data import Digits, Glyphs
 from coin.experiment import Experiment
-from coin.experiment.steps.initial import make_initial
+from coin.experiment.experts import make_initial
 from coin.merging import Average
 from coin.networks import NetworkConfig, load_network
 

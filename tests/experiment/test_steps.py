@@ -13,8 +13,8 @@ from PIL import Image
 from coin.coding import Code
 from coin.data import Digits, ImageFolder, TextFile
 from coin.errors import ConfigurationError
+from coin.experiment.coded_models import record_name
 from coin.experiment.config import CalibrationConfig, ExpertConfig
-from coin.experiment.steps.merge import record_name
 from coin.experiment.store import Steps, described, step_key
 from coin.merging import Average, Coin
 from coin.modules import Distillation

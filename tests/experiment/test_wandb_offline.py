@@ -199,7 +199,7 @@ def test_a_job_that_fails_is_told_to_have_failed(
         assert [logger.experiment for logger in loggers]  # begins the run
         raise NumericalError("it diverged; give a smaller learning rate")
 
-    monkeypatch.setattr("coin.experiment.steps.initial.train_network", fail)
+    monkeypatch.setattr("coin.experiment.experts.train_network", fail)
     assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 2
     (folder,) = (tmp_path / "tiny/base/wandb").glob("offline-run-*")
     assert read_wandb(folder)[-1]["exit"]["exit_code"] == 1
@@ -216,7 +216,7 @@ def test_runs_of_methods_that_failed_are_tried_again(
         raise ConnectionError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("coin.experiment.steps.evaluation.log_method_runs", fail)
+        patch.setattr("coin.experiment.coded_models.log_method_runs", fail)
         with pytest.warns(UserWarning, match="did not take the runs of the methods"):
             assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
     assert not record.exists()

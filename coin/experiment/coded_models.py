@@ -1,0 +1,275 @@
+"""The steps after the experts: code, statistics, coded models, their comparison layer by layer, the evaluation."""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from coin.data import TaskData
+from coin.experiment.jobs import FileKind, Job, by_stem, common_tags, run_config
+from coin.experiment.seed_run import CODE_JSON, SeedRun
+from coin.experiment.store import step_key
+from coin.merging import Method
+from coin.merging.experts import parameters_of
+from coin.modules import DecodingEvaluator
+from coin.networks import load_network
+from coin.processes import from_first, is_first
+from coin.progress import tracked
+from coin.reporting.extras import EXAMPLES_NPZ, LAYERS_CSV, write_layers
+from coin.reporting.layers import fisher_shares, relative_distances
+from coin.reporting.results import COLUMNS, CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_results
+from coin.reporting.wandb_evaluation import code_axes, log_method_runs
+from coin.reporting.wandb_settings import logging_only
+from coin.statistics import FisherKind
+from coin.statistics.files import write_statistic
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+from coin.steps.code import write_choice
+from coin.steps.distill import Training
+from coin.steps.experts import StatisticPaths, StoredExperts
+from coin.steps.merge import make_coded_models
+from coin.steps.trainer import make_trainer
+
+
+def choose_code(run: SeedRun) -> None:
+    """Choose the code from calibration data, where the experiment does not give it."""
+    if run.experiment.code is not None:
+        return
+    path = run.folder / CODE_JSON
+    options = {"tasks": run.tasks, "calibration": run.experiment.calibration}
+    key = step_key(options, list(run.experts.paths.values()), run.experts.sha256)
+    if not run.steps.finished("code", key, [path], shared=True):
+        from_first(lambda: write_choice(path, run.experts.networks, list(run.calibrations().values())))
+        run.steps.finish("code", key, [path])
+    weights = ", ".join(f"{weight:.3g}" for weight in run.code.code.matrix[0].tolist())
+    run.say(f"code: chosen weights {weights}")
+
+
+def estimate(run: SeedRun, which: Statistic) -> None:
+    """Compute one statistic of every expert whose file is missing or of other inputs."""
+    calibration = run.experiment.calibration
+    cotangents = calibration.fisher_cotangents if which.kind == FisherKind.monte_carlo else None
+    missing: dict[str, tuple[Path, str]] = {}
+    for task in run.tasks:
+        path = run.statistic_path(which, task)
+        key = step_key(_key_options(run, task, which), [run.expert_path(task)], run.experts.sha256)
+        if not run.steps.finished(path.stem, key, [path], shared=True):
+            missing[task] = (path, key)
+    if not missing:
+        return
+    run.say(f"{which} of {', '.join(missing)}")
+    name = "-".join((str(which.name), *which.options.values()))
+    with run.job("fisher", name, list(which.options.values()), statistic=str(which.name), **which.options) as work:
+        work.reads(FileKind.expert, {task: run.expert_path(task) for task in missing})
+        for task, (path, key) in missing.items():
+            sums, seconds = make_trainer(run.folder, run.experiment.trainer).statistic_sums(
+                load_network(run.expert_path(task)).network,
+                run.data(_of(run, task, which)),
+                statistic=which.name,
+                kind=which.kind or FisherKind.exact,
+                cotangents=cotangents,
+                memory_mib=calibration.memory_mib,
+            )
+            fisher = {} if which.kind is None else {"cotangents": cotangents}
+            if is_first():
+                write_statistic(
+                    path,
+                    sums,
+                    statistic=str(which.name),
+                    weights=run.experts.marks[task],
+                    seconds=seconds,
+                    task=task,
+                    samples_per_task=calibration.samples_per_task,
+                    seed=run.seed,
+                    **which.options,
+                    **fisher,
+                )
+            run.steps.finish(path.stem, key, [path])
+            costs = {"seconds": seconds, "passes": sums.passes}
+            for logger in work.loggers:
+                logger.log_metrics({f"{which.name}/{task}/{what}": cost for what, cost in costs.items()})
+        if which.name is StatisticKind.fisher:  # Gram matrices are many times the size of the networks
+            work.makes(FileKind.statistics, by_stem(path for path, _ in missing.values()))
+
+
+def _of(run: SeedRun, task: str, which: Statistic) -> dict[str, TaskData]:
+    return run.tasks if which.data is DataChoice.pooled else {task: run.tasks[task]}
+
+
+def _key_options(run: SeedRun, task: str, which: Statistic) -> dict[str, Any]:
+    calibration = run.experiment.calibration
+    options = {
+        "tasks": _of(run, task, which),
+        "samples": calibration.samples_per_task,
+        "batch_size": calibration.batch_size,
+    }
+    if which.kind is None:
+        return options
+    return options | {"kind": which.kind, "k": calibration.fisher_cotangents}
+
+
+def merge(run: SeedRun) -> None:
+    """Make every method's coded models."""
+    for method in run.experiment.methods:
+        paths = run.coded_paths(method)
+        name = record_name(paths[0])
+        statistics = run.statistics(method)
+        key = _merge_key(run, method, statistics)
+        if run.steps.finished(f"coded-{name}", key, paths):
+            run.say(f"{name}: up to date")
+            continue
+        run.say(f"{name}: {'training' if method.is_trained else 'merging'}")
+        job_type = "distill" if method.is_trained else "merge"
+        with run.job(job_type, name, [method.label], method=method.label, batchnorm=str(method.batchnorm)) as work:
+            _tell_inputs(run, work, method, statistics)
+            folder, options = run.folder / "logs", run.experiment.trainer
+            train = Training(run.data(run.tasks), folder, run.seed, options, work.loggers)
+            experts = StoredExperts(run.experts, statistics, run.calibrations(), run.initial, train)
+            samples = run.experiment.calibration.samples_per_task
+            make = partial(make_coded_models, method, run.code, experts, run.folder / "coded", samples)
+            make() if method.is_trained else from_first(make)
+            work.makes(FileKind.coded_model, by_stem(paths))
+        run.steps.finish(f"coded-{name}", key, paths)
+
+
+def record_name(path: Path) -> str:
+    """Return what a method's coded models are called together, from one of their files."""
+    return re.sub(r"(\.row-\d+)?\.safetensors$", "", path.name)
+
+
+def _merge_key(run: SeedRun, method: Method, statistics: StatisticPaths) -> str:
+    options: dict[str, Any] = {
+        "method": method,
+        "code": run.code.code.matrix,
+        "calibration": run.experiment.calibration,
+        "tasks": run.tasks,
+        "seed": run.seed,
+    }
+    if run.experiment.code is None:
+        options["code_passes"] = run.code.passes  # they are part of what the coded models cost
+    if method.is_trained:
+        options["trainer"] = run.experiment.trainer
+    sources = [*run.experts.paths.values(), *(path for files in statistics.values() for path in files.values())]
+    if method.reads_initial:
+        sources.append(run.initial)
+    return step_key(options, sources, run.experts.sha256)
+
+
+def _tell_inputs(run: SeedRun, work: Job, method: Method, statistics: StatisticPaths) -> None:
+    """Tell W&B which files a method reads."""
+    work.reads(FileKind.expert, run.experts.paths)
+    for which, files in statistics.items():
+        logged = which.name is StatisticKind.fisher
+        (work.reads if logged else work.reads_unlogged)(FileKind.statistics, by_stem(files.values()))
+    if method.reads_initial:
+        work.reads(FileKind.initialisation, {run.initial.stem: run.initial})
+
+
+def compare_layers(run: SeedRun) -> None:
+    """Write ``layers.csv``, unless it stands and is of these files."""
+    methods = run.experiment.methods
+    coded = {path: method for method in methods for path in run.coded_paths(method)}
+    statistics = {path for method in methods for files in run.statistics(method).values() for path in files.values()}
+    output = run.folder / LAYERS_CSV
+    key = step_key({}, [*run.experts.paths.values(), *coded, *sorted(statistics)], run.experts.sha256)
+    if not coded:
+        from_first(lambda: output.unlink(missing_ok=True))
+    if not coded or run.steps.finished("layers", key, [output]):
+        return
+    run.say("comparing the coded models layer by layer")
+    from_first(lambda: write_layers(run.folder, _compared(run, coded)))
+    run.steps.finish("layers", key, [output])
+
+
+def _compared(run: SeedRun, coded: Mapping[Path, Method]) -> pd.DataFrame:
+    """Return one row a coded model and layer: the layer's share of Fisher mass, its distance to the experts."""
+    experts = run.experts.parameters
+    fishers: dict[tuple[Any, ...], dict[str, float]] = {}
+    rows: list[dict[str, Any]] = []
+    for path, method in tracked(coded.items(), "layers"):
+        file = load_network(path)
+        made = file.provenance
+        weights = made["code"][made["row"]]
+        files = run.statistics(method)
+        data = made.get("chosen", {}).get("fisher_data")
+        shares: dict[str, float] = {}
+        for which in files:
+            if which.name is StatisticKind.fisher and which.data == data:
+                key = (which, *weights)  # methods share their statistics, and the rows of a code too
+                if key not in fishers:
+                    fishers[key] = fisher_shares(StoredExperts(run.experts, files).statistic(which), weights)
+                shares = fishers[key]
+        distances = relative_distances(parameters_of(file.network), experts, weights)
+        rows += [
+            {
+                "method": made["label"],
+                "batchnorm": made["batchnorm"],
+                "code_row": str(made["row"]),
+                "layer": layer,
+                "fisher_share": shares.get(layer),
+                "distance": distance,
+            }
+            for layer, distance in distances.items()
+        ]
+    return pd.DataFrame(rows)
+
+
+def evaluate(run: SeedRun) -> None:
+    """Measure every method with every decoder, unless nothing that goes into it has changed."""
+    experiment, code = run.experiment, run.code.code.matrix
+    coded = [path for method in experiment.methods for path in run.coded_paths(method)]
+    shown = coded and experiment.network.reads == "images"
+    files = (RESULTS_CSV, RESULTS_JSON, CONFUSION_NPZ, *([EXAMPLES_NPZ] if shown else []))
+    outputs = [run.folder / name for name in files]
+    options = {**run.options, "tasks": run.tasks, "code": code}  # results.json says all of them
+    key = step_key(options | {"columns": COLUMNS}, [*run.experts.paths.values(), *coded], run.experts.sha256)
+    if run.steps.finished("evaluate", key, outputs):
+        from_first((run.folder / RESULTS_JSON).touch)  # of seeds with different options, the latest run's count
+        run.say("evaluation: up to date")
+    else:
+        _measure(run, coded)
+        run.steps.finish("evaluate", key, outputs)
+    if experiment.wandb.method_runs:
+        from_first(partial(_log_methods, run))
+
+
+def _measure(run: SeedRun, coded: Sequence[Path]) -> None:
+    experiment = run.experiment
+    run.say("evaluating every method with every decoder")
+    model = DecodingEvaluator(
+        experts={name: str(path) for name, path in run.experts.paths.items()},
+        coded=[str(path) for path in coded],
+        decoders=list(experiment.decoders),
+        code=run.code.code.matrix.tolist(),
+    )
+    with run.job("evaluate", "evaluate") as work:
+        work.reads(FileKind.expert, run.experts.paths)
+        work.reads(FileKind.coded_model, by_stem(coded))
+        trainer = make_trainer(run.folder, experiment.trainer, logger=work.loggers or False)
+        trainer.evaluate(
+            model,
+            run.data(run.tasks),
+            output=str(run.folder),
+            name=experiment.name,
+            configuration=run.options,
+        )
+        work.makes(FileKind.results, {"rows": run.folder / RESULTS_JSON})
+
+
+def _log_methods(run: SeedRun) -> None:
+    """Give every method a W&B run of its own, where its numbers are new."""
+    key = step_key({}, [run.folder / RESULTS_CSV])
+    if run.steps.finished("wandb-methods", key, []):
+        return
+    with logging_only("the runs of the methods"):
+        log_method_runs(
+            run.folder,
+            read_results(run.folder),
+            group=run.experiment.name,
+            config=run_config(run.experiment, run.options),
+            tags=common_tags(run.experiment),
+            axes=code_axes(list(run.tasks), run.code.code.matrix.tolist()),
+        )
+        run.steps.finish("wandb-methods", key, [])
