@@ -13,11 +13,11 @@ from coin.cli import main
 from coin.coding import Code, convex, uniform
 from coin.data import Calibration, Samples
 from coin.errors import ConfigurationError, DecodingError, FileError, StateError
-from coin.experiment import merge
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance
 from coin.reporting import read_results
 from coin.reporting.summary import seed_folders
+from coin.steps import merge
 from coin.steps.code import candidate_codes, choose_weights, read_choice, read_code
 from coin.steps.experts import ExpertFiles
 

@@ -4,15 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from coin.experiment.training import train_network
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from coin.callbacks import Weights
 from coin.data import TaskData
-from coin.experiment.config import TrainingConfig
 from coin.files.safetensors import load_state
 from coin.modules import Expert
 from coin.networks import NetworkConfig
+from coin.steps.train import TrainingConfig, train_network
 
 
 class KilledError(Exception):
