@@ -1,15 +1,19 @@
 """The parser of a command that is a function: YAML files, dotted overrides, ``--print_config``."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser
 
 from coin.commands import COMMANDS
 from coin.errors import ConfigurationError
 from coin.files.yaml import read_yaml
 from coin.safe import check_options
+
+_WHOLE = {"methods": "[]", "tasks": "{}"}
+"""Options whose entries are objects, and what they are without any."""
 
 
 def command_parser(name: str) -> ArgumentParser:
@@ -21,8 +25,7 @@ def command_parser(name: str) -> ArgumentParser:
 
 def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
     """Return a command's options, instantiated."""
-    check_files(arguments)
-    found = parser.parse_args(list(arguments))
+    found = parser.parse_args(checked(arguments))
     check_options(found.as_dict())
     try:
         options: dict[str, Any] = parser.instantiate(found).as_dict()
@@ -36,11 +39,20 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def check_files(arguments: Sequence[str]) -> None:
-    """Refuse YAML files that have a key twice, of which YAML itself would take the last one."""
+def checked(arguments: Sequence[str]) -> list[str]:
+    """Return arguments after a look at their YAML files, whose keys must all differ: YAML would take the last one.
+
+    Before options that are given whole, in a file or by themselves, comes an empty one. Else an entry would keep what
+    the entry in its place had been given before, though it be of another class.
+    """
+    found: list[str] = []
     for place, argument in enumerate(arguments):
         option, given, path = argument.partition("=")
+        keys: Collection[str] = [option.removeprefix("--")] if option.startswith("--") else []
         if option in ("-c", "--config"):
             path = path if given else next(iter(arguments[place + 1 :]), "")
-            if path and not path.lstrip().startswith("{"):
-                read_yaml(Path(path))
+            document = yaml.safe_load(read_yaml(Path(path))) if path and not path.lstrip().startswith("{") else None
+            keys = document if isinstance(document, dict) else []
+        found += [f"--{key}={empty}" for key, empty in _WHOLE.items() if key in keys]
+        found.append(argument)
+    return found

@@ -16,7 +16,7 @@ import coin.modules  # noqa: F401
 from coin import safe
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
 from coin.commands import ON_TRAINER
-from coin.commands.parser import check_files
+from coin.commands.parser import checked
 from coin.errors import ConfigurationError
 from coin.files.checkpoints import checkpoint_options
 from coin.modules.shared import quieten
@@ -100,7 +100,6 @@ _ENVIRONMENT = ExitStack()
 
 def main(arguments: Sequence[str]) -> None:
     """Run a Trainer's command; ``arguments`` begin with its name."""
-    check_files(arguments)
     quieten()
     warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")  # without --safe in it
     told: dict[str, object] = {"exit_on_error": False}
@@ -117,7 +116,7 @@ def main(arguments: Sequence[str]) -> None:
                 save_config_kwargs={"overwrite": True},
                 parser_kwargs={"prog": "coin", **told, **{name: dict(told) for name in ON_TRAINER}},
                 seed_everything_default=0,
-                args=list(arguments),
+                args=checked(arguments),
             )
     except ValueError as error:
         if "is not in bounds" not in str(error):  # what Lightning says of a seed

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from coin.cli import main
 from coin.errors import ConfigurationError, FileError, shortage_behind
@@ -251,3 +252,22 @@ def test_trainer_options_that_the_steps_decide_are_refused(
 ) -> None:
     line = refused(["run", "-c", str(config), "--output=o", f"--trainer={{{option}}}"], capsys)
     assert line.startswith(f"found trainer.{option.split(':')[0]}, which the steps decide, expected other options; ")
+
+
+def test_what_is_laid_over_leaves_nothing_behind_of_another_class(tmp_path: Path, capsys: Any) -> None:
+    under, over = tmp_path / "under.yaml", tmp_path / "over.yaml"
+    first = "{class_path: Distillation, init_args: {steps: 5}}"
+    under.write_text(
+        f"name: x\ntasks: {{a: {{class_path: Digits, init_args: {{max_train: 7}}}}}}\nmethods: [{first}]\n"
+    )
+    over.write_text("tasks: {a: {class_path: MNIST5k}}\nmethods: [{class_path: ReadoutDistillation}]\n")
+    given = ["--methods", "[{class_path: ReadoutDistillation}]", "--tasks={a: {class_path: MNIST5k}}"]
+    for more in (["-c", str(over)], given):
+        with pytest.raises(SystemExit):
+            main(["run", "-c", str(under), *more, "--print_config"])
+        found = yaml.safe_load(capsys.readouterr().out)
+        assert found["methods"][0]["init_args"]["steps"] == 100
+        assert found["tasks"]["a"]["init_args"]["max_train"] is None
+    with pytest.raises(SystemExit):
+        main(["run", "-c", str(under), "--tasks.a.init_args.max_train=9", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["tasks"]["a"]["init_args"]["max_train"] == 9
