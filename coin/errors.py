@@ -27,7 +27,11 @@ class CoinError(Exception):
 
     def __str__(self) -> str:
         """Return the message in one line, whatever lines a value that it quotes has."""
-        return " ".join(super().__str__().split())
+        text = super().__str__()
+        if text.startswith("Caught ") and " in DataLoader worker process " in text:
+            # The worker hands on its whole traceback, which ends with the error's type and the message.
+            text = text.strip().splitlines()[-1].partition(": ")[2]
+        return " ".join(text.split())
 
 
 class ConfigurationError(CoinError, ValueError):

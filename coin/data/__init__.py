@@ -2,15 +2,13 @@
 
 from coin.data.augmentation import Augmentation
 from coin.data.calibration import Calibration, pooled
-from coin.data.digits import Digits
+from coin.data.embedded import Digits, MNIST5k
 from coin.data.glyphs import Glyphs
 from coin.data.image_folder import ImageFolder
-from coin.data.mnist5k import MNIST5k
-from coin.data.samples import Samples
+from coin.data.samples import Samples, Source
 from coin.data.sampling import EvaluationBatches, TrainingBatches
-from coin.data.source import Source
 from coin.data.task import TaskData
-from coin.data.text import TextFile, TextTask
+from coin.data.text import TextFile, TextTask, Tweets
 from coin.data.torchvision_sets import (
     CIFAR10,
     CIFAR100,
@@ -24,7 +22,6 @@ from coin.data.torchvision_sets import (
     TorchvisionTask,
 )
 from coin.data.transform import to_image, to_input
-from coin.data.tweets import Tweets
 
 __all__ = [
     "CIFAR10",

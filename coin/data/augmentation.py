@@ -1,12 +1,25 @@
-"""Random changes of training images, on whole batches of uint8 tensors."""
+"""Random changes of training images: crops and flips of whole batches, and torchvision's own, image by image."""
 
+from argparse import ArgumentError
+from collections.abc import Sequence
 from enum import StrEnum
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from jsonargparse import ArgumentParser
 from torch import Tensor
+from torchvision.transforms import v2
 
 from coin.data.sampling import Stream, seeded
+from coin.errors import ConfigurationError, first_line
+
+# Of plain values, which a step's key holds; jsonargparse would make objects of `dict[str, Any]`.
+TransformSpec: TypeAlias = dict | list[dict] | None  # type: ignore[type-arg]
+"""``{class_path: …, init_args: {…}}``, or a list of such, applied one after the other."""
+
+_ADVICE = "name a class of torchvision.transforms.v2 and its init_args"
 
 
 class Augmentation(StrEnum):
@@ -25,6 +38,52 @@ class Augmentation(StrEnum):
     """The crop after padding with the border's own pixels: no black edges on images whose ground is not black."""
 
 
+class View(NamedTuple):
+    """One random look at every sample of a selection.
+
+    Attributes:
+        augmentation: What happens to the images.
+        seed: Together with `epoch`, what is drawn.
+        epoch: Another epoch is another look.
+    """
+
+    augmentation: Augmentation
+    seed: int
+    epoch: int
+
+
+def augmented(images: Tensor, view: View, positions: Tensor, samples: int) -> Tensor:
+    """Change images as their view says.
+
+    Args:
+        images: uint8 [B, C, H, W].
+        view: What is drawn for them.
+        positions: Their positions in the selection, int64 [B].
+        samples: The size of the selection.
+
+    Returns:
+        uint8 [B, C, H, W]; the input itself for `Augmentation.none`.
+    """
+    if view.augmentation is Augmentation.none:
+        return images
+    height, width = images.shape[-2:]
+    draws = draw_augmentation(samples, height, width, view.seed, view.epoch)[positions]
+    vertical, horizontal = _padding(height), _padding(width)
+    rows = draws[:, 0, None] + torch.arange(height)
+    columns = draws[:, 1, None] + torch.arange(width)
+    if view.augmentation is Augmentation.shift:
+        padded = images
+        rows = (rows - vertical).clamp(0, height - 1)
+        columns = (columns - horizontal).clamp(0, width - 1)
+    else:
+        padded = F.pad(images, (horizontal, horizontal, vertical, vertical))
+    if view.augmentation is Augmentation.crop_flip:
+        columns = torch.where(draws[:, 2, None] == 1, columns.flip(1), columns)
+    sample = torch.arange(len(images))[:, None, None]
+    return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+@lru_cache(maxsize=2)  # asked for batch after batch
 def draw_augmentation(samples: int, height: int, width: int, seed: int, epoch: int) -> Tensor:
     """Every sample's random crop and flip in one epoch.
 
@@ -41,34 +100,71 @@ def draw_augmentation(samples: int, height: int, width: int, seed: int, epoch: i
     return torch.stack([top, left, flip], 1)
 
 
-def augment(images: Tensor, kind: Augmentation, draws: Tensor) -> Tensor:
-    """Apply drawn augmentations.
+def _padding(side: int) -> int:
+    return max(1, side // 8)
+
+
+def build_transforms(spec: TransformSpec) -> list[v2.Transform]:
+    """Return the transforms that a configuration names.
+
+    Raises:
+        ConfigurationError: It names something else, or options that its class has not; or, with ``coin --safe``,
+            anything at all: `coin.safe.ALLOWED` has no transforms.
+    """
+    if not spec:
+        return []
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--transform", type=list[v2.Transform])
+    try:
+        parsed = parser.parse_object({"transform": spec if isinstance(spec, list) else [spec]})
+        return list(parser.instantiate_classes(parsed).transform)
+    except (ArgumentError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()).removeprefix('Parser key "transform": ')
+        raise ConfigurationError(
+            f"found transform {spec!r:.200}, which cannot be made ({reason}); {_ADVICE}"
+        ) from error
+
+
+def transform_images(
+    images: Tensor, transforms: Sequence[v2.Transform], seed: int, epoch: int, positions: Tensor
+) -> Tensor:
+    """Apply transforms to each image by itself.
+
+    All that they draw from torch's generator is a function of (seed, epoch, position), and the generator is left as
+    found: what becomes of a sample does not hang on its batch, its worker or its process, nor on what ran before.
 
     Args:
         images: uint8 [B, C, H, W].
-        kind: Which of the drawn changes are made.
-        draws: The samples' rows of `draw_augmentation`, int64 [B, 3].
+        transforms: Applied one after the other.
+        seed: The task's.
+        epoch: The epoch that the batch belongs to.
+        positions: The samples' positions in the training split, int64 [B].
 
     Returns:
-        uint8 [B, C, H, W]; the input itself for `Augmentation.none`.
+        uint8 [B, C, H', W'].
+
+    Raises:
+        ConfigurationError: A transform fails, or its results are no images of one size.
     """
-    if kind is Augmentation.none:
-        return images
-    height, width = images.shape[-2:]
-    vertical, horizontal = _padding(height), _padding(width)
-    rows = draws[:, 0, None] + torch.arange(height)
-    columns = draws[:, 1, None] + torch.arange(width)
-    if kind is Augmentation.shift:
-        padded = images
-        rows = (rows - vertical).clamp(0, height - 1)
-        columns = (columns - horizontal).clamp(0, width - 1)
-    else:
-        padded = F.pad(images, (horizontal, horizontal, vertical, vertical))
-    if kind is Augmentation.crop_flip:
-        columns = torch.where(draws[:, 2, None] == 1, columns.flip(1), columns)
-    sample = torch.arange(len(images))[:, None, None]
-    return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
-
-
-def _padding(side: int) -> int:
-    return max(1, side // 8)
+    changed = []
+    with torch.random.fork_rng(devices=[]):
+        for image, position in zip(images, positions.tolist(), strict=True):
+            # Not torch.manual_seed, which would move the generators of GPUs as well.
+            torch.default_generator.manual_seed(seeded(seed, Stream.TRANSFORM, epoch, position).initial_seed())
+            for transform in transforms:
+                try:
+                    image = transform(image)
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise ConfigurationError(
+                        f"the transform {type(transform).__name__} fails on an image of shape "
+                        f"{list(images.shape[1:])}: {first_line(error)}; {_ADVICE}"
+                    ) from error
+            changed.append(image)
+    for image in changed:
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape != changed[0].shape:
+            found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise ConfigurationError(
+                f"the transforms give {found}, expected torch.uint8 images of one size; leave out what changes their "
+                "type, and crop or resize them to one size"
+            )
+    return torch.stack(changed)

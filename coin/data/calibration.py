@@ -6,36 +6,11 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from coin.data.augmentation import Augmentation, augment, draw_augmentation
+from coin.data.augmentation import View, augmented
 from coin.data.samples import Samples
-from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError, DataError
-
-
-@dataclass(frozen=True)
-class View:
-    """One random look at every calibration sample, for methods that train on them.
-
-    Attributes:
-        augmentation: What happens to the images.
-        seed: Together with `epoch`, what is drawn.
-        epoch: Another epoch is another look.
-    """
-
-    augmentation: Augmentation
-    seed: int
-    epoch: int
-
-    def __call__(self, images: Tensor, position: Tensor, samples: int) -> Tensor:
-        """Return uint8 images [B, C, H, W] changed as drawn for their positions [B] among so many samples."""
-        if self.augmentation is Augmentation.none:
-            return images
-        height, width = images.shape[-2:]
-        draws = draw_augmentation(samples, height, width, self.seed, self.epoch)
-        return augment(images, self.augmentation, draws[position])
 
 
 @dataclass(frozen=True)
@@ -96,15 +71,16 @@ class Calibration:
             if len(rows) or not len(part):
                 images = samples.images(position[rows])
                 if view is not None:
-                    images = view(images, position[rows], len(samples))
+                    images = augmented(images, view, position[rows], len(samples))
                 pieces.append((rows, to_input(images, self.image_size)))
-        return _side_by_side(pieces, len(part), "pool tasks of one kind")
-
-    def batches(self, batch_size: int) -> Self:
-        """The same samples in batches of another size."""
-        if batch_size < 1:
-            raise ConfigurationError(f"the batch size of calibration data is {batch_size}; expected at least 1")
-        return replace(self, batch_size=batch_size)
+        shapes = sorted({(str(piece.dtype), tuple(piece.shape[1:])) for _, piece in pieces})
+        if len(shapes) != 1:
+            found = " and ".join(f"{list(shape)} of {dtype}" for dtype, shape in shapes)
+            raise DataError(f"the pooled tasks' samples are {found} and do not fit one tensor; pool tasks of one kind")
+        out = pieces[0][1].new_empty(len(part), *shapes[0][1])
+        for rows, piece in pieces:
+            out[rows] = piece
+        return out
 
     def subset(self, chosen: Tensor | Sequence[int] | range) -> Self:
         """The samples at these places, in this order; ``range(rank, P, world_size)`` gives a process its share."""
@@ -136,70 +112,6 @@ class Calibration:
             rows = self.part == number
             out[rows] = samples.targets[self.position[rows]]
         return out
-
-    @property
-    def images(self) -> Tensor:
-        """The stored images, uint8 [P, C, H, W], or tokens, int64 [P, L].
-
-        Raises:
-            DataError: Pooled tasks whose stored images differ in shape; their `inputs` do not.
-        """
-        pieces = [
-            (rows, samples.images(self.position[rows]))
-            for number, samples in enumerate(self.parts)
-            if len(rows := (self.part == number).nonzero().flatten())
-        ]
-        return _side_by_side(pieces, self.num_samples, "use inputs()")
-
-    def loader(
-        self, batch_size: int | None = None, shuffle_seed: int | None = None, rank: int = 0, world_size: int = 1
-    ) -> DataLoader[Tensor]:
-        """A DataLoader over the same inputs, for a Trainer with ``use_distributed_sampler=False``.
-
-        Args:
-            batch_size: Samples a batch and process; by default that of the iteration.
-            shuffle_seed: Reshuffle every epoch from this seed (to train on the samples); None keeps the order.
-            rank: This process.
-            world_size: Number of processes that share the samples.
-
-        Returns:
-            A loader of float32 [B, 3, S, S].
-        """
-        size = self.batch_size if batch_size is None else batch_size
-        sampler: EvaluationBatches | TrainingBatches
-        if shuffle_seed is None:
-            sampler = EvaluationBatches(self.num_samples, size, rank, world_size)
-        else:
-            sampler = TrainingBatches(self.num_samples, size, shuffle_seed, rank=rank, world_size=world_size)
-        # DataLoader draws a seed for its workers; from this generator instead of torch's global one.
-        return DataLoader(
-            _Inputs(self), batch_size=None, sampler=sampler, generator=seeded(shuffle_seed or 0, Stream.WORKERS)
-        )
-
-
-class _Inputs(Dataset[Tensor]):
-    """A calibration set as a dataset of whole batches."""
-
-    def __init__(self, calibration: Calibration) -> None:
-        self.calibration = calibration
-
-    def __len__(self) -> int:
-        return self.calibration.num_samples
-
-    def __getitem__(self, draw: Draw) -> Tensor:
-        return self.calibration.inputs(draw.positions)
-
-
-def _side_by_side(pieces: Sequence[tuple[Tensor, Tensor]], count: int, advice: str) -> Tensor:
-    """Return one tensor [count, …] of pieces with their rows; `advice` is for pieces that do not fit."""
-    shapes = sorted({(str(piece.dtype), tuple(piece.shape[1:])) for _, piece in pieces})
-    if len(shapes) != 1:
-        found = " and ".join(f"{list(shape)} of {dtype}" for dtype, shape in shapes)
-        raise DataError(f"the pooled tasks' samples are {found} and do not fit one tensor; {advice}")
-    out = pieces[0][1].new_empty(count, *shapes[0][1])
-    for rows, piece in pieces:
-        out[rows] = piece
-    return out
 
 
 def pooled(calibrations: Sequence[Calibration]) -> Calibration:

@@ -1,11 +1,11 @@
-"""Image files to uint8 tensors, decoded in parallel threads."""
+"""Image files to uint8 tensors."""
 
+import math
 import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,26 +47,22 @@ def to_square(image: Image.Image, side: int) -> NDArray[np.uint8]:
     """
     # JPEG decoders can halve an image while decoding; twice the final size leaves the rest to the antialiased resize.
     image.draft("RGB", (2 * side, 2 * side))
-    rgb = _not_too_long(image).convert("RGB")
+    # The ends of a strip are cut off: resized as a whole, one of a single row of pixels would be enormous.
+    short = min(image.size)
+    rgb = _centre(image, min(image.width, _LONGEST * short), min(image.height, _LONGEST * short)).convert("RGB")
     scale = side / min(rgb.size)
     width, height = (max(side, round(length * scale)) for length in rgb.size)
     if (width, height) != rgb.size:
         rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (width - side) // 2, (height - side) // 2
-    return _channels_first(rgb.crop((left, top, left + side, top + side)))
+    return np.asarray(_centre(rgb, side, side)).transpose(2, 0, 1)
 
 
-def _not_too_long(image: Image.Image) -> Image.Image:
-    """Cut the ends off a strip: resized as a whole, one of a single row of pixels would be enormous."""
-    short = min(image.size)
-    width, height = (min(length, _LONGEST * short) for length in image.size)
-    if (width, height) == image.size:
-        return image
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
-def read_file(path: Path, side: int, native: bool = False) -> NDArray[np.uint8]:
+def read_file(path: str | Path, side: int, native: bool = False) -> NDArray[np.uint8]:
     """Read one image file.
 
     Args:
@@ -96,32 +92,8 @@ def read_file(path: Path, side: int, native: bool = False) -> NDArray[np.uint8]:
         raise DataError(f"{path} cannot be read as an image ({error}); replace or remove it") from error
 
 
-def read_files(paths: Sequence[Path], image_size: int) -> Tensor:
-    """Read images into one tensor.
-
-    Square images that all have one size up to ``image_size`` keep it; all others become ``image_size`` by `to_square`.
-
-    Returns:
-        uint8 [P, 3, S, S].
-
-    Raises:
-        DataError: A file cannot be decoded.
-    """
-    try:
-        with Image.open(paths[0]) as first:
-            width, height = first.size
-    except DAMAGE as error:
-        raise DataError(f"{paths[0]} cannot be read as an image ({error}); replace or remove it") from error
-    if width == height <= image_size:
-        try:
-            return in_parallel(lambda i: read_file(paths[i], width, native=True), len(paths), width)
-        except OtherSizeError:
-            pass
-    return in_parallel(lambda i: read_file(paths[i], image_size), len(paths), image_size)
-
-
 def in_parallel(read: Callable[[int], NDArray[np.uint8]], count: int, side: int) -> Tensor:
-    """Fill a tensor from threads (PIL decodes outside Python's lock).
+    """Fill a tensor from threads (PIL decodes outside Python's lock): for what is read once, as a whole.
 
     Args:
         read: Gives image ``i`` as uint8 [3, side, side].
@@ -133,13 +105,15 @@ def in_parallel(read: Callable[[int], NDArray[np.uint8]], count: int, side: int)
     """
     out = torch.empty(count, 3, side, side, dtype=torch.uint8)
     view = out.numpy()
+    threads = min(32, os.cpu_count() or 1)
+    step = max(1, min(_CHUNK, count // threads))
 
     def fill(start: int) -> None:
-        for i in range(start, min(start + _CHUNK, count)):
+        for i in range(start, min(start + step, count)):
             view[i] = read(i)
 
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        jobs = [pool.submit(fill, start) for start in range(0, count, _CHUNK)]
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = [pool.submit(fill, start) for start in range(0, count, step)]
         try:
             for job in jobs:
                 job.result()
@@ -149,20 +123,21 @@ def in_parallel(read: Callable[[int], NDArray[np.uint8]], count: int, side: int)
     return out
 
 
-@dataclass(frozen=True)
 class LazyImages:
-    """An image store that decodes files when they are asked for.
+    """An image store that decodes files when they are asked for, in the process that asks: a loader's worker.
 
-    Attributes:
+    Args:
         paths: The files.
         side: Side of the images in pixels.
     """
 
-    paths: tuple[Path, ...]
-    side: int
+    def __init__(self, paths: Sequence[str], side: int) -> None:
+        # One array instead of a million objects, whose reference counts would copy their pages into every worker.
+        self._paths = np.array([os.fsencode(path) for path in paths])
+        self.side = side
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._paths)
 
     def __getitem__(self, positions: Tensor, /) -> Tensor:
         """The images at these positions (int64 [B]), uint8 [B, 3, side, side].
@@ -170,9 +145,39 @@ class LazyImages:
         Raises:
             DataError: A file cannot be decoded.
         """
-        chosen = [self.paths[i] for i in positions.tolist()]
-        return in_parallel(lambda i: read_file(chosen[i], self.side), len(chosen), self.side)
+        images = torch.empty(len(positions), 3, self.side, self.side, dtype=torch.uint8)
+        for image, position in zip(images.numpy(), positions.tolist(), strict=True):
+            image[:] = self.read(position)
+        return images
+
+    def read(self, position: int) -> NDArray[np.uint8]:
+        """One image, uint8 [3, side, side]."""
+        return read_file(os.fsdecode(self._paths[position]), self.side)
+
+    def decoded(self, positions: Tensor) -> Tensor:
+        """The same as indexing, in parallel: for a selection that is to stay in memory."""
+        places = positions.tolist()
+        return in_parallel(lambda i: self.read(places[i]), len(places), self.side)
 
 
-def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
-    return np.asarray(image).transpose(2, 0, 1)
+def read_files(paths: Sequence[str], image_size: int, most: float = math.inf) -> Tensor | LazyImages:
+    """Read images into one tensor, uint8 [P, 3, S, S]; or lazily, if it took more than so many bytes.
+
+    Square images that all have one size up to ``image_size`` keep it; all others, and those that are read lazily,
+    become ``image_size`` by `to_square`.
+
+    Raises:
+        DataError: A file cannot be decoded.
+    """
+    try:
+        with Image.open(paths[0]) as first:
+            width, height = first.size
+    except DAMAGE as error:
+        raise DataError(f"{paths[0]} cannot be read as an image ({error}); replace or remove it") from error
+    if width == height <= image_size and 3 * width**2 * len(paths) <= most:
+        try:
+            return in_parallel(lambda i: read_file(paths[i], width, native=True), len(paths), width)
+        except OtherSizeError:
+            pass
+    lazy = LazyImages(paths, image_size)
+    return lazy.decoded(torch.arange(len(paths))) if 3 * image_size**2 * len(paths) <= most else lazy

@@ -1,18 +1,32 @@
 """Rendered characters in random fonts, poses and colours."""
 
 import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import get_data_path
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from coin.data.fonts import CANVAS, character_masks
-from coin.data.samples import Samples
+from coin.data.samples import Samples, Source
 from coin.data.sampling import Stream, seeded
-from coin.data.source import Source
 from coin.data.task import TaskData, at_least
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, DataError
+
+CANVAS = 48
+"""Side of a mask in pixels."""
+
+FONT_SIZE = 32
+"""Nominal height of the letters in pixels, the same for all fonts, so that A and a keep their proportion."""
+
+# They name a glyph for every code, or for the letters' codes, but it is a box or a mathematical sign.
+_NOT_LETTERS = ("LastResort", "cmex10", "cmsy10")
 
 SIDE = 32
 """Side of the rendered images in pixels."""
@@ -52,6 +66,8 @@ class Glyphs(TaskData):
     Raises:
         ConfigurationError: An option is out of range; the classes cannot be read, repeat or are fewer than two.
     """
+
+    reads_at_size = False
 
     def __init__(
         self,
@@ -121,6 +137,42 @@ def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
     if len(characters) < 2:
         raise ConfigurationError(f"the classes {classes!r} are {len(characters)} character(s); expected at least 2")
     return tuple(characters)
+
+
+@cache
+def usable_fonts() -> tuple[Path, ...]:
+    """The shipped fonts in which all of A-Z, a-z and 0-9 are drawn, sorted by name."""
+    letters = {ord(character) for character in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"}
+    folder = Path(get_data_path(), "fonts", "ttf")
+    return tuple(
+        path
+        for path in sorted(folder.glob("*.ttf"))
+        if not path.name.startswith(_NOT_LETTERS) and letters <= FT2Font(str(path)).get_charmap().keys()
+    )
+
+
+def character_masks(characters: Sequence[str]) -> Tensor:
+    """Every character in every usable font, its ink centred.
+
+    Returns:
+        Coverage from 0 to 1, float32 [fonts, characters, CANVAS, CANVAS].
+
+    Raises:
+        DataError: A font lacks a character, or draws nothing for it.
+    """
+    masks = np.zeros((len(usable_fonts()), len(characters), CANVAS, CANVAS), dtype=np.uint8)
+    for row, path in enumerate(usable_fonts()):
+        font = ImageFont.truetype(str(path), FONT_SIZE)
+        available = FT2Font(str(path)).get_charmap()
+        for column, character in enumerate(characters):
+            left, top, right, bottom = font.getbbox(character)
+            if ord(character) not in available or right <= left or bottom <= top:
+                raise DataError(f"the font {path.name} cannot draw {character!r}; choose classes from A-Z, a-z and 0-9")
+            canvas = Image.new("L", (CANVAS, CANVAS))
+            corner = ((CANVAS - left - right) / 2, (CANVAS - top - bottom) / 2)
+            ImageDraw.Draw(canvas).text(corner, character, fill=255, font=font)
+            masks[row, column] = np.asarray(canvas)
+    return torch.from_numpy(masks).float() / 255
 
 
 def render(masks: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:

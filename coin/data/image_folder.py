@@ -1,18 +1,23 @@
 """A user's own images, in one folder per class."""
 
 import hashlib
+import math
+import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from coin.data.decoding import LazyImages, read_files
-from coin.data.samples import ImageStore, Samples
-from coin.data.source import Source
+from coin.data.decoding import read_files
+from coin.data.samples import Samples, Source
 from coin.data.task import TaskData
 from coin.errors import DataError
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+IN_MEMORY = 2**30
+"""Up to how many bytes of decoded images a folder is held in memory, unless it is said."""
 
 
 class ImageFolder(TaskData):
@@ -25,15 +30,15 @@ class ImageFolder(TaskData):
     Args:
         root: The folder.
         in_memory: Decode everything once, into 3·S² bytes an image. False decodes each batch when it is needed, for
-            folders that do not fit into memory; always at ``image_size``.
+            folders that do not fit into memory: always at ``image_size``, and in worker processes (see
+            ``num_workers``). None holds in memory what takes up to 1 GiB, all splits together.
         kwargs: See `TaskData`.
     """
 
-    def __init__(self, root: str, *, in_memory: bool = True, **kwargs: Any) -> None:
+    def __init__(self, root: str, *, in_memory: bool | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.root = Path(root)
         self.in_memory = in_memory
-        self._classes: tuple[str, ...] | None = None
 
     def class_names(self) -> tuple[str, ...]:
         """The names of the folders in ``ROOT/train``, sorted.
@@ -41,81 +46,92 @@ class ImageFolder(TaskData):
         Raises:
             DataError: The folder or its ``train`` is missing, or holds fewer than two classes.
         """
-        if self._classes is None:
-            if not self.root.is_dir():
-                raise DataError(f"the image folder {self.root.absolute()} does not exist; set root to the right one")
-            self._classes = self._folders("train")
-            if len(self._classes) < 2:
-                raise DataError(
-                    f"{self.root / 'train'} holds {len(self._classes)} class folder(s); expected at least 2, as in "
-                    f"{self.root / 'train' / 'CLASS' / 'image.png'}"
-                )
-        return self._classes
+        if not self.root.is_dir():
+            raise DataError(f"the image folder {self.root.absolute()} does not exist; set root to the right one")
+        classes = tuple(self._split("train"))
+        if len(classes) < 2:
+            raise DataError(
+                f"{self.root / 'train'} holds {len(classes)} class folder(s); expected at least 2, as in "
+                f"{self.root / 'train' / 'CLASS' / 'image.png'}"
+            )
+        return classes
 
     def load(self) -> Source:
-        """Find and (with ``in_memory``) decode the images of all splits.
+        """Find and, where they are held in memory, decode the images of all splits.
 
         Raises:
             DataError: A split is missing, its classes differ from those of ``train``, a class is empty, or an image
                 cannot be read.
         """
-        splits = ["train", "test"] + (["val"] if (self.root / "val").is_dir() else [])
-        paths: list[Path] = []
+        paths: list[str] = []
         labels: list[int] = []
-        ends = []
-        for split in splits:
-            for label, files in enumerate(self._files(split)):
-                paths += files
-                labels += [label] * len(files)
-            ends.append(len(paths))
-        store: ImageStore
-        store = read_files(paths, self.image_size) if self.in_memory else LazyImages(tuple(paths), self.image_size)
-        everything = Samples.of(store, torch.tensor(labels))
-        train, test, *validation = (
-            everything.subset(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)
-        )
-        return Source(train, test, validation[0] if validation else None)
+        ends = [0]
+        for split in ("train", "test", "val"):
+            if split != "val" or split in self._listing:
+                for label, (name, files) in enumerate(self._files(split).items()):
+                    paths += [str(self.root / split / name / file) for file in files]
+                    labels += [label] * len(files)
+                ends.append(len(paths))
+        most = {None: IN_MEMORY, True: math.inf, False: 0}[self.in_memory]
+        everything = Samples.of(read_files(paths, self.image_size, most), torch.tensor(labels))
+        return Source(*(everything.subset(range(*part)) for part in pairwise(ends)))
 
     def content_key(self) -> str:
-        """A hash of the image files' names, sizes and times: an experiment notices when the folder has changed."""
+        """A hash of the image files' names, sizes and times: an experiment notices when the folder has changed.
+
+        All copies of a task look once.
+        """
+        return self._shared.fact("content", self._hash)
+
+    @property
+    def _listing(self) -> dict[str, dict[str, list[str]]]:
+        return self._shared.fact("listing", lambda: list_images(self.root))
+
+    def _hash(self) -> str:
         digest = hashlib.sha256()
-        for split in ("train", "val", "test"):
-            for path in sorted((self.root / split).glob("*/*")):
-                try:
-                    state = path.stat()
-                except OSError:  # a link to nowhere, which is no image
-                    continue
-                digest.update(f"{path.relative_to(self.root)}:{state.st_size}:{state.st_mtime_ns};".encode())
+        for split, classes in self._listing.items():
+            for place in (f"{split}/{name}/{file}" for name, files in classes.items() for file in files):
+                state = (self.root / place).stat()
+                digest.update(f"{place}:{state.st_size}:{state.st_mtime_ns};".encode())
         return digest.hexdigest()
 
-    def _files(self, split: str) -> list[list[Path]]:
+    def _files(self, split: str) -> dict[str, list[str]]:
         """The image files of each class in a split."""
-        classes, found = set(self.class_names()), set(self._folders(split))
-        if found - classes:
+        names, here = self.class_names(), self._split(split)
+        if odd := sorted(set(here) ^ set(names)):
+            verb = "has" if odd[0] in here else "lacks"
             raise DataError(
-                f"{self.root / split} has the class {min(found - classes)!r}, which {self.root / 'train'} lacks; "
-                "both need the same class folders"
+                f"{self.root / split} {verb} the class {odd[0]!r}, unlike {self.root / 'train'}; both need the same "
+                "class folders"
             )
-        if classes - found:
-            raise DataError(
-                f"{self.root / split} lacks the class {min(classes - found)!r} of {self.root / 'train'}; "
-                "both need the same class folders"
-            )
-        files = []
-        for name in self.class_names():
-            folder = self.root / split / name
-            images = sorted(
-                path
-                for path in folder.iterdir()
-                if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
-            )
-            if not images:
-                raise DataError(f"{folder} holds no images; expected files ending in {', '.join(EXTENSIONS)}")
-            files.append(images)
-        return files
+        for name, files in here.items():
+            if not files:
+                raise DataError(
+                    f"{self.root / split / name} holds no images; expected files ending in {', '.join(EXTENSIONS)}"
+                )
+        return here
 
-    def _folders(self, split: str) -> tuple[str, ...]:
-        folder = self.root / split
-        if not folder.is_dir():
+    def _split(self, split: str) -> dict[str, list[str]]:
+        if split not in self._listing:
+            folder = self.root / split
             raise DataError(f"{folder} does not exist; expected images as {folder / 'CLASS' / 'image.png'}")
-        return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+        return self._listing[split]
+
+
+def list_images(root: Path) -> dict[str, dict[str, list[str]]]:
+    """The names of the images of each class, both sorted, of each split that there is."""
+    return {
+        split: {folder.name: _images(folder.path) for folder in _visible(root / split) if folder.is_dir()}
+        for split in ("train", "val", "test")
+        if (root / split).is_dir()
+    }
+
+
+def _images(folder: str) -> list[str]:
+    return [entry.name for entry in _visible(folder) if entry.name.lower().endswith(EXTENSIONS) and entry.is_file()]
+
+
+def _visible(folder: str | Path) -> list["os.DirEntry[str]"]:
+    """What a folder holds that is not hidden, sorted by name."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)

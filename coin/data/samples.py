@@ -1,17 +1,20 @@
-"""Labelled images held as uint8, and the dataset that hands them out a batch at a time."""
+"""Labelled samples, how a task's source is split, and the dataset that hands out whole batches of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from coin.data.augmentation import Augmentation, augment, draw_augmentation
-from coin.data.sampling import Draw
-from coin.data.torchvision_transforms import TransformSpec, build_transforms, transform_images
+from coin.data.augmentation import Augmentation, TransformSpec, View, augmented, build_transforms, transform_images
+from coin.data.decoding import LazyImages
+from coin.data.sampling import Draw, Stream, seeded, stratified_order
 from coin.errors import ConfigurationError, DataError
+
+T = TypeVar("T")
 
 
 class ImageStore(Protocol):
@@ -59,6 +62,11 @@ class Samples:
         """The selected samples' class indices, int64 [P]."""
         return self.labels[self.index]
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are, or are read whenever they are asked for."""
+        return isinstance(self.store, Tensor)
+
     def images(self, positions: Tensor | None = None) -> Tensor:
         """The images at these positions of the selection (all by default), uint8 [B, C, H, W]."""
         return self.store[self.index if positions is None else self.index[positions]]
@@ -66,6 +74,111 @@ class Samples:
     def subset(self, positions: Tensor | Sequence[int]) -> Self:
         """The samples at these positions of the selection, in this order."""
         return replace(self, index=self.index[torch.as_tensor(positions, dtype=torch.int64)])
+
+    def held(self) -> Self:
+        """The same samples, with their images in memory."""
+        if self.in_memory:
+            return self
+        images = self.store.decoded(self.index) if isinstance(self.store, LazyImages) else self.images()
+        return type(self).of(images, self.targets)
+
+    def stratified(self, count: int, generator: torch.Generator) -> tuple[Self, Self]:
+        """`count` samples in which the classes are in proportion, and the rest, both in their order."""
+        order = stratified_order(self.targets, generator)
+        return self.subset(order[:count].sort().values), self.subset(order[count:].sort().values)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a task reads from its source.
+
+    Attributes:
+        train: Samples to train on; the validation split comes out of them where the source brings none.
+        test: Samples to test on, and nothing else.
+        validation: The source's own validation samples.
+    """
+
+    train: Samples
+    test: Samples
+    validation: Samples | None = None
+
+
+def hold_out(samples: Samples, share: float, seed: int) -> Source:
+    """Split a source that comes in one piece: a stratified `share` is left for testing."""
+    test, train = samples.stratified(round(share * len(samples)), seeded(seed, Stream.TEST_SPLIT))
+    return Source(train, test)
+
+
+def split_source(
+    source: Source, validation_share: float, split_seed: int, max_train: int | None, max_test: int | None
+) -> Source:
+    """Set the validation samples aside where the source brings none, and keep at most so many of each split.
+
+    All choices are stratified. Reducing a split keeps a subset of it, so no sample ever changes sides.
+
+    Args:
+        source: What the source holds.
+        validation_share: Share of the training samples to set aside, in [0, 1).
+        split_seed: Decides the choices.
+        max_train: At most so many training samples; validation shrinks in proportion.
+        max_test: At most so many test samples.
+
+    Raises:
+        ConfigurationError: The share leaves no sample to train on.
+    """
+    test = source.test
+    if max_test is not None:
+        test, _ = test.stratified(max_test, seeded(split_seed, Stream.TEST_SPLIT))
+    order = stratified_order(source.train.targets, seeded(split_seed, Stream.TRAIN_SPLIT))
+    held_out = 0
+    if source.validation is None and validation_share > 0:
+        held_out = max(1, round(validation_share * len(order)))
+        if held_out >= len(order):
+            raise ConfigurationError(
+                f"validation_share {validation_share} of {len(order)} samples leaves none to train on; expected at "
+                "least one; lower it"
+            )
+    validation, train = order[:held_out], order[held_out:]
+    if max_train is not None and max_train < len(train):
+        validation = validation[: max(1, round(held_out * max_train / len(train)))]
+        train = train[:max_train]
+    return Source(
+        source.train.subset(train.sort().values),
+        test,
+        source.train.subset(validation.sort().values) if held_out else source.validation,
+    )
+
+
+class Shared:
+    """What all copies of one task share, so that none of them finds out or reads again what another has.
+
+    In another process a copy finds out and reads for itself.
+
+    Attributes:
+        latest: What was read last is kept as long as there is a copy.
+    """
+
+    def __init__(self) -> None:
+        self.latest: object = None
+        self._facts: dict[Hashable, Any] = {}
+        self._read: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
+
+    def fact(self, key: Hashable, find: Callable[[], T]) -> T:
+        """Return something small, found out once."""
+        if key not in self._facts:
+            self._facts[key] = find()
+        found: T = self._facts[key]
+        return found
+
+    def read(self, key: Hashable, read: Callable[[], T]) -> T:
+        """Return samples, which are read if nobody holds them."""
+        found: T | None = self._read.get(key)
+        if found is None:
+            found = self._read[key] = read()
+        return found
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
 
 
 class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -89,8 +202,6 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
         self.augmentation = augmentation
         self.seed = seed
         self._transforms = build_transforms(transform)
-        self._epoch: int | None = None
-        self._draws = torch.empty(0, 3, dtype=torch.int64)
 
     def __len__(self) -> int:
         """The number of samples (not of batches)."""
@@ -103,26 +214,9 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
                 "the loader's sampler was replaced (overfit_batches does that); use max_train for a small training set"
             )
         images = self.samples.images(draw.positions)
-        if draw.epoch is not None and self.augmentation is not Augmentation.none:
-            if draw.epoch != self._epoch:
-                height, width = images.shape[-2:]
-                self._draws = draw_augmentation(len(self.samples), height, width, self.seed, draw.epoch)
-                self._epoch = draw.epoch
-            images = augment(images, self.augmentation, self._draws[draw.positions])
-        if draw.epoch is not None and self._transforms:
-            images = transform_images(images, self._transforms, self.seed, draw.epoch, draw.positions)
+        if draw.epoch is not None:
+            view = View(self.augmentation, self.seed, draw.epoch)
+            images = augmented(images, view, draw.positions, len(self.samples))
+            if self._transforms:
+                images = transform_images(images, self._transforms, self.seed, draw.epoch, draw.positions)
         return images, self.samples.targets[draw.positions]
-
-
-class ImagesOnly(Dataset[Tensor]):
-    """The same batches without their labels, for prediction."""
-
-    def __init__(self, batches: BatchDataset) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, draw: Draw) -> Tensor:
-        """One batch of images, uint8 [B, C, H, W]."""
-        return self.batches[draw][0]

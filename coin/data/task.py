@@ -1,23 +1,25 @@
 """What all tasks have in common: options, splits, loaders and calibration data."""
 
+import os
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, TypeVar
+from operator import itemgetter
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from coin.data.augmentation import Augmentation
+from coin.choices import chosen
+from coin.data.augmentation import Augmentation, TransformSpec, build_transforms
 from coin.data.calibration import Calibration
-from coin.data.samples import BatchDataset, ImagesOnly, Samples
-from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded
-from coin.data.source import Source, split_source
-from coin.data.torchvision_transforms import TransformSpec, build_transforms
+from coin.data.samples import BatchDataset, Samples, Shared, Source, split_source
+from coin.data.sampling import EvaluationBatches, Stream, TrainingBatches, seeded
 from coin.data.transform import check_stored, to_input
 from coin.errors import ConfigurationError, DataError
 
-T = TypeVar("T")
+WORKERS = 8
+"""At most so many processes decode images that are not held in memory, unless it is said."""
 
 
 class TaskData(LightningDataModule, ABC):
@@ -30,7 +32,8 @@ class TaskData(LightningDataModule, ABC):
 
     A task of texts stores tokens, int64 [B, L], in the place of images (`coin.data.text`); all else is the same.
 
-    A subclass says what the classes are (`class_names`, without reading images) and reads them (`load`).
+    A subclass says what the classes are (`class_names`, without reading images) and reads them (`load`). What has been
+    read is shared by all copies of a task that `coin.data.tasks.task_with` makes, and kept as long as there is one.
 
     Args:
         image_size: Side of the networks' inputs in pixels; for texts, their number of tokens.
@@ -47,7 +50,8 @@ class TaskData(LightningDataModule, ABC):
             are a function of the seed, the epoch and the image.
         max_train: At most so many training samples, a stratified choice; validation shrinks in proportion.
         max_test: At most so many test samples, a stratified choice.
-        num_workers: Worker processes of each loader.
+        num_workers: Worker processes of each loader; 0 works in the main process what is held in memory, and decodes
+            what is not in a process a core, 8 at most.
 
     Raises:
         ConfigurationError: An option is out of range.
@@ -57,6 +61,8 @@ class TaskData(LightningDataModule, ABC):
     """What may happen to training samples."""
     content: ClassVar[str] = "images"
     """What networks read of it: ``images`` or ``texts``."""
+    reads_at_size: ClassVar[bool] = True
+    """Whether what `load` reads depends on ``image_size``."""
 
     def __init__(
         self,
@@ -86,21 +92,18 @@ class TaskData(LightningDataModule, ABC):
             at_least("max_test", max_test, 1)
         if not 0 <= validation_share < 1:
             raise ConfigurationError(f"validation_share is {validation_share}; expected a number in [0, 1)")
-        if augmentation not in list(Augmentation):
-            raise ConfigurationError(
-                f"augmentation is {augmentation!r}; expected one of {[a.value for a in Augmentation]}"
-            )
         self.image_size = image_size
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.validation_share = validation_share
         self.split_seed = split_seed
         self.seed = seed
-        self.augmentation = self.check_augmentation(Augmentation(augmentation))
+        self.augmentation = self.check_augmentation(chosen(Augmentation, "augmentation", augmentation))
         self.transform = self.check_transform(transform)
         self.max_train = max_train
         self.max_test = max_test
         self.num_workers = num_workers
+        self._shared = Shared()
         self._source: Source | None = None
 
     def check_augmentation(self, augmentation: Augmentation) -> Augmentation:
@@ -158,10 +161,18 @@ class TaskData(LightningDataModule, ABC):
         Raises:
             DataError: The images are missing or unusable.
         """
-        if self._source is None:
-            self._source = split_source(
-                self._check(self.load()), self.validation_share, self.split_seed, self.max_train, self.max_test
-            )
+        self._source = self._shared.read(self._key, lambda: split_source(self._check(self.load()), *self._key[1:]))
+        self._shared.latest = self._source
+
+    def release(self) -> None:
+        """Let go of the images, once neither this task nor a copy is going to be used for long; `setup` reads anew."""
+        self._source = self._shared.latest = None
+
+    @property
+    def _key(self) -> tuple[int | None, float, int, int | None, int | None]:
+        """All options of any task that decide what its splits are."""
+        size = self.image_size if self.reads_at_size else None
+        return size, self.validation_share, self.split_seed, self.max_train, self.max_test
 
     @property
     def splits(self) -> Source:
@@ -179,7 +190,7 @@ class TaskData(LightningDataModule, ABC):
         train = self.splits.train
         dataset = BatchDataset(train, self.augmentation, self.seed, self.transform)
         sampler = TrainingBatches(len(train), self.batch_size, self.seed, epoch, rank, world_size)
-        return DataLoader(dataset, sampler=sampler, **self._options())
+        return DataLoader(dataset, sampler=sampler, **self._options(train))
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The validation split; an empty list, which Lightning takes for no validation, with a share of 0."""
@@ -192,9 +203,7 @@ class TaskData(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
         """The test images without their labels."""
-        test = self.splits.test
-        sampler = EvaluationBatches(len(test), self.eval_batch_size, *self._process())
-        return self._loader(ImagesOnly(BatchDataset(test)), sampler)
+        return self._evaluation(self.splits.test, collate_fn=itemgetter(0))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn the stored images of a batch into inputs, float32 [B, 3, S, S], on the device."""
@@ -203,14 +212,15 @@ class TaskData(LightningDataModule, ABC):
         images, labels = batch
         return to_input(images, self.image_size), labels
 
-    def calibration(self, samples: int, batch_size: int = 64) -> Calibration:
+    def calibration(self, samples: int, batch_size: int = 64, name: str | None = None) -> Calibration:
         """P unaugmented samples of the training split, drawn from ``seed`` without a look at their labels.
 
-        A smaller P gives a prefix of a larger one.
+        A smaller P gives a prefix of a larger one. The samples are held in memory.
 
         Args:
             samples: P.
             batch_size: Samples a batch when iterating over the result.
+            name: What the task is called, for an error.
 
         Raises:
             ConfigurationError: P or the batch size is below 1.
@@ -220,12 +230,15 @@ class TaskData(LightningDataModule, ABC):
         at_least("the batch size of calibration data", batch_size, 1)
         train = self.splits.train
         if samples > len(train):
+            task = type(self).__name__ if name is None else f"the task '{name}' ({type(self).__name__})"
             raise DataError(
-                f"{samples} calibration samples asked of {type(self).__name__}, whose training split has {len(train)}; "
-                f"ask for at most {len(train)}"
+                f"{samples} calibration samples asked of {task}, whose training split has {len(train)}; ask for at "
+                f"most {len(train)}: calibration.samples_per_task or a method's own in a run, --samples of coin "
+                "fisher, samples_per_task of Tasks"
             )
         order = torch.randperm(len(train), generator=seeded(self.seed, Stream.CALIBRATION))
-        return Calibration.of(train.subset(order[:samples]), self.image_size, batch_size)
+        held = self._shared.read((*self._key, self.seed, samples), train.subset(order[:samples]).held)
+        return Calibration.of(held, self.image_size, batch_size)
 
     def _check(self, source: Source) -> Source:
         """Refuse what would fail much later and less clearly."""
@@ -256,18 +269,19 @@ class TaskData(LightningDataModule, ABC):
             )
         return trainer.global_rank, trainer.world_size
 
-    def _evaluation(self, samples: Samples) -> DataLoader[tuple[Tensor, Tensor]]:
+    def _evaluation(self, samples: Samples, **options: Any) -> DataLoader[Any]:
         sampler = EvaluationBatches(len(samples), self.eval_batch_size, *self._process())
-        return self._loader(BatchDataset(samples), sampler)
+        return DataLoader(BatchDataset(samples), sampler=sampler, **self._options(samples), **options)
 
-    def _loader(self, dataset: Dataset[T], sampler: torch.utils.data.Sampler[Draw]) -> DataLoader[T]:
-        return DataLoader(dataset, sampler=sampler, **self._options())
-
-    def _options(self) -> dict[str, Any]:
+    def _options(self, samples: Samples) -> dict[str, Any]:
+        workers = self.num_workers
+        if not workers and not samples.in_memory:
+            processes = 1 if self.trainer is None else self.trainer.num_devices
+            workers = max(1, min(WORKERS, (os.cpu_count() or 1) // processes))
         return {
             "batch_size": None,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
             "pin_memory": torch.cuda.is_available(),
             # DataLoader draws a seed for its workers; from this generator instead of torch's global one.
             "generator": seeded(self.seed, Stream.WORKERS),

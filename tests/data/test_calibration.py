@@ -28,7 +28,6 @@ def test_calibration_is_unaugmented_training_data_in_a_fixed_order():
     assert not set(chosen(calibration)) & (validation | test)
     assert len(set(chosen(calibration))) == 200
     stored = task.splits.train.store[torch.tensor(chosen(calibration))]
-    assert torch.equal(calibration.images, stored)
     assert torch.equal(calibration.labels, task.splits.train.labels[torch.tensor(chosen(calibration))])
     batches = list(calibration)
     assert [len(batch) for batch in batches] == [64, 64, 64, 8]
@@ -59,15 +58,6 @@ def test_more_samples_than_there_are_is_an_error_with_both_numbers():
         task.calibration(10, batch_size=0)
 
 
-def test_batch_size_changes_the_batches_and_nothing_else():
-    calibration = numbered(10)
-    other = calibration.batches(3)
-    assert [len(batch) for batch in other] == [3, 3, 3, 1]
-    assert torch.equal(torch.cat(list(other)), calibration.inputs())
-    with pytest.raises(ConfigurationError, match="batch size of calibration data is 0"):
-        calibration.batches(0)
-
-
 def test_split_holds_out_the_last_samples():
     calibration = numbered(10)
     fit, held_out = calibration.split(0.2)
@@ -94,15 +84,15 @@ def test_pooled_data_mix_tasks_of_different_image_shapes():
     assert torch.equal(both.inputs()[both.part == 0], a.inputs())
     assert torch.equal(both.inputs()[both.part == 1], b.inputs())
     assert torch.equal(both.labels[both.part == 1], b.labels)
-    with pytest.raises(DataError, match="use inputs"):
-        _ = both.images
     assert both.split(0.25)[1].part.bincount().tolist() == [2, 1]
 
 
 def test_pooling_pooled_data_is_pooling_all():
     a, b, c = (numbered(4, first=first) for first in (0, 50, 100))
     nested = pooled([pooled([a, b]), c])
-    assert sorted(nested.images[:, 0, 0, 0].tolist()) == [*range(4), *range(50, 54), *range(100, 104)]
+    assert sorted(nested.inputs().flatten(1).unique(dim=0).tolist()) == sorted(
+        torch.cat([each.inputs() for each in (a, b, c)]).flatten(1).unique(dim=0).tolist()
+    )
     assert torch.equal(pooled([a]).inputs(), a.inputs())
 
 
@@ -111,16 +101,3 @@ def test_pooling_needs_one_image_size():
         pooled([numbered(4), numbered(4, image_size=16)])
     with pytest.raises(DataError, match=r"image sizes \[\]"):
         pooled([])
-
-
-def test_the_loader_keeps_the_order_or_reshuffles_every_epoch():
-    calibration = numbered(10)
-    assert torch.equal(torch.cat(list(calibration.loader())), calibration.inputs())
-    assert [len(batch) for batch in calibration.loader(batch_size=5)] == [5, 5]
-    loader = calibration.loader(shuffle_seed=0)
-    first = torch.cat(list(loader))
-    assert not torch.equal(first, calibration.inputs())
-    assert sorted(first[:, 0, 0, 0].tolist()) == sorted(calibration.inputs()[:, 0, 0, 0].tolist())
-    assert torch.equal(torch.cat(list(calibration.loader(shuffle_seed=0))), first)
-    loader.sampler.set_epoch(1)
-    assert not torch.equal(torch.cat(list(loader)), first)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from coin.data import Digits, Glyphs, MNIST5k
-from coin.data.fonts import CANVAS, character_masks, usable_fonts
-from coin.data.glyphs import CONTRAST, parse_characters, render
+from coin.data.glyphs import CANVAS, CONTRAST, character_masks, parse_characters, render, usable_fonts
 from coin.data.sampling import seeded
 from coin.errors import ConfigurationError, DataError
 

@@ -1,12 +1,16 @@
+import os
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from coin.data import ImageFolder
-from coin.data.decoding import to_square
+from coin.data import ImageFolder, decoding, image_folder
+from coin.data.decoding import LazyImages, to_square
+from coin.data.tasks import Tasks, task_with
 from coin.errors import DataError
 
 
@@ -72,15 +76,82 @@ def test_a_val_folder_is_the_validation_split(root):
     assert len(task.splits.validation) == 6
 
 
-def test_lazy_reading_gives_the_same_images(root):
+def test_lazy_reading_gives_the_same_images_and_makes_no_threads_for_a_batch(root, monkeypatch):
     write(root / "train" / "ant", 4, (30, 22))
     eager = ImageFolder(str(root), image_size=10)
     lazy = ImageFolder(str(root), image_size=10, in_memory=False)
+    calibration = lazy.calibration(5)
+    assert torch.equal(eager.calibration(5).inputs(), calibration.inputs())
+    assert eager.splits.train.in_memory
+    monkeypatch.setattr(decoding, "ThreadPoolExecutor", lambda *_: pytest.fail("made threads"))
+    monkeypatch.setattr(decoding, "read_file", lambda *_: pytest.fail("decoded in the main process"))
+    assert len(calibration.inputs()) == 5
+    monkeypatch.undo()
+    monkeypatch.setattr(decoding, "ThreadPoolExecutor", lambda *_: pytest.fail("made threads"))
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
-        for (a, x), (b, y) in zip(getattr(eager, name)(), getattr(lazy, name)(), strict=True):
+        ours, theirs = getattr(eager, name)(), getattr(lazy, name)()
+        assert (ours.num_workers, theirs.num_workers) == (0, min(8, os.cpu_count() or 1))
+        for (a, x), (b, y) in zip(ours, theirs, strict=True):
             assert torch.equal(a, b)
             assert torch.equal(x, y)
-    assert torch.equal(eager.calibration(5).inputs(), lazy.calibration(5).inputs())
+    assert ImageFolder(str(root), image_size=10, in_memory=False, num_workers=1).train_dataloader().num_workers == 1
+
+
+@pytest.mark.parametrize(
+    ("odd", "in_memory", "bound", "expected"),
+    [
+        (False, None, 28 * 3 * 12**2, 12),  # 28 images as they are
+        (False, None, 28 * 3 * 12**2 - 1, None),
+        (True, None, 28 * 3 * 12**2, None),  # one image is larger: all would become 16 x 16
+        (True, None, 29 * 3 * 16**2, 16),
+        (True, True, 0, 16),
+        (True, False, 10**9, None),
+    ],
+)
+def test_what_is_too_large_is_not_held_in_memory(root, monkeypatch, odd, in_memory, bound, expected):
+    monkeypatch.setattr(image_folder, "IN_MEMORY", bound)
+    if odd:
+        write(root / "test" / "zoo", 1, (13, 14))
+        (root / "test" / "zoo" / "000.png").rename(root / "test" / "cat" / "odd.png")
+        (root / "test" / "zoo").rmdir()
+    store = ImageFolder(str(root), image_size=16, in_memory=in_memory).splits.train.store
+    if expected is None:
+        assert isinstance(store, LazyImages)
+        assert store[torch.tensor([3, 0])].shape == (2, 3, 16, 16)
+    else:
+        assert store.shape[1:] == (3, expected, expected)
+
+
+def test_the_seeds_and_uses_of_tasks_decode_and_list_once(root, tmp_path_factory, monkeypatch):
+    other = tmp_path_factory.mktemp("other")
+    shutil.copytree(root, other, dirs_exist_ok=True)
+    decoded: Counter[str] = Counter()
+    listed: Counter[str] = Counter()
+    stats: Counter[str] = Counter()
+    read_file, scandir, stat = decoding.read_file, os.scandir, Path.stat
+    monkeypatch.setattr(
+        decoding, "read_file", lambda path, *a, **o: decoded.update([str(path)]) or read_file(path, *a, **o)
+    )
+    monkeypatch.setattr(os, "scandir", lambda path: listed.update([str(path)]) or scandir(path))
+    monkeypatch.setattr(Path, "stat", lambda path, **o: stats.update([str(path)]) or stat(path, **o))
+    given = {"a": ImageFolder(str(root), image_size=16), "b": ImageFolder(str(other), image_size=16)}
+    copies = [{name: task_with(task, seed=seed) for name, task in given.items()} for seed in range(3)]
+    keys = set()
+    for tasks in copies:
+        keys |= {task.content_key() for task in tasks.values()}
+        both = Tasks({name: task_with(task, batch_size=4) for name, task in tasks.items()}, samples_per_task=3)
+        both.setup()
+        both.calibration()
+        assert both.num_classes == 2
+    assert len(keys) == 1  # names, sizes and times are alike
+    assert (len(decoded), set(decoded.values())) == (56, {1})
+    assert set(listed.values()) == {1}
+    assert {count for path, count in stats.items() if path.endswith(".png")} == {1}
+    # A new task looks anew.
+    write(root / "train" / "cat", 11, colour=(1, 2, 3))
+    again = ImageFolder(str(root), image_size=16, validation_share=0.0)
+    assert again.content_key() not in keys
+    assert len(again.splits.train) == 21
 
 
 def test_grey_palette_and_jpeg_images_become_rgb(root):
@@ -132,11 +203,11 @@ def test_an_empty_class(root, split):
 
 def test_classes_must_be_the_same_in_all_splits(root):
     write(root / "test" / "bee", 1)
-    with pytest.raises(DataError, match=r"test has the class 'bee', which .*train lacks"):
+    with pytest.raises(DataError, match=r"test has the class 'bee', unlike .*train; both need"):
         ImageFolder(str(root)).setup()
     shutil.rmtree(root / "test" / "bee")
     shutil.rmtree(root / "test" / "cat")
-    with pytest.raises(DataError, match=r"test lacks the class 'cat' of .*train"):
+    with pytest.raises(DataError, match=r"test lacks the class 'cat', unlike .*train"):
         ImageFolder(str(root)).setup()
     write(root / "test" / "cat", 1)
     write(root / "val" / "ant", 1)
@@ -155,8 +226,10 @@ def test_a_truncated_image_is_named(root, name, extension):
     (folder / f"{name}.{extension}").write_bytes(data[: len(data) // 2])
     for in_memory in (True, False):
         task = ImageFolder(str(root), in_memory=in_memory, validation_share=0.0)
-        with pytest.raises(DataError, match=rf"{name}.{extension} cannot be read as an image .*replace or remove it"):
+        with pytest.raises(DataError, match=rf"{name}.{extension} cannot be read as an image") as caught:
             list(task.train_dataloader())
+        assert str(caught.value).startswith(str(folder))
+        assert str(caught.value).endswith("replace or remove it")
 
 
 def test_an_image_that_is_none_is_named(root):

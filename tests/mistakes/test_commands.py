@@ -131,7 +131,7 @@ def test_too_few_samples_are_told_of_before_the_training(
 ) -> None:
     monkeypatch.setattr("coin.experiment.experts.train_network", lambda *_, **__: pytest.fail("trained"))
     line = refused(["run", "-c", str(config), "--output=o", "--calibration.samples_per_task=4000"], capsys)
-    assert line.startswith("4000 calibration samples asked of Digits")
+    assert line.startswith("4000 calibration samples asked of the task 'digits' (Digits)")
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_too_few_samples_for_a_method_of_its_own_are_told_of_before_the_training
     monkeypatch.setattr("coin.experiment.experts.train_network", lambda *_, **__: pytest.fail("trained"))
     methods = "--methods=[{class_path: Distillation, init_args: {samples_per_task: 4000}}]"
     line = refused(["run", "-c", str(config), "--output=o", methods], capsys)
-    assert line.startswith("4000 calibration samples asked of Digits")
+    assert line.startswith("4000 calibration samples asked of the task 'digits' (Digits)")
 
 
 @pytest.mark.parametrize("option", ["max_epochs: 3", "logger: false", "callbacks: []"])

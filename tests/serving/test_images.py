@@ -45,7 +45,7 @@ def test_files_are_read_as_a_tasks_own_folder_is(shape: tuple[int, ...], format:
     body = encoded(noise(*shape), format)
     path = tmp_path / "image"
     path.write_bytes(body)
-    assert torch.equal(read_images(body, "image/any", 32, LIMITS), read_files([path], 32))
+    assert torch.equal(read_images(body, "image/any", 32, LIMITS), read_files([str(path)], 32))
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (1, 9, 7), (3, 9, 7), (2, 3, 9, 7)])
