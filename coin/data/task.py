@@ -199,11 +199,11 @@ class TaskData(LightningDataModule, ABC):
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The test split."""
-        return self._evaluation(self.splits.test)
+        return self._evaluation(self.splits.test, persistent_workers=False)
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
         """The test images without their labels."""
-        return self._evaluation(self.splits.test, collate_fn=itemgetter(0))
+        return self._evaluation(self.splits.test, persistent_workers=False, collate_fn=itemgetter(0))
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn the stored images of a batch into inputs, float32 [B, 3, S, S], on the device."""
@@ -271,7 +271,7 @@ class TaskData(LightningDataModule, ABC):
 
     def _evaluation(self, samples: Samples, **options: Any) -> DataLoader[Any]:
         sampler = EvaluationBatches(len(samples), self.eval_batch_size, *self._process())
-        return DataLoader(BatchDataset(samples), sampler=sampler, **self._options(samples), **options)
+        return DataLoader(BatchDataset(samples), sampler=sampler, **self._options(samples) | options)
 
     def _options(self, samples: Samples) -> dict[str, Any]:
         workers = self.num_workers
