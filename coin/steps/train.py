@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import Logger
 from coin.callbacks import ExpertExport, Weights
 from coin.choices import check_integer
 from coin.data import Augmentation, TaskData
+from coin.data.augmentation import TransformSpec, build_transforms
 from coin.data.tasks import task_with
-from coin.data.torchvision_transforms import TransformSpec, build_transforms
 from coin.files.atomic import write_text
 from coin.modules import Expert, Recipe
 from coin.networks import NetworkConfig
