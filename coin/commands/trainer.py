@@ -4,8 +4,10 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
@@ -78,9 +80,7 @@ class TrainerCLI(LightningCLI):
         options = self.config[self.subcommand]
         safe.check_options(options.as_dict())
         for part in ("model", "data"):
-            init_args = (options.get(part) or {}).get("init_args") or {}
-            if init_args.get("seed", 0) is None:
-                init_args["seed"] = int(options["seed_everything"])
+            _hand_on_seed(options.get(part), int(options["seed_everything"]))
 
     def after_instantiate_classes(self) -> None:
         """Keep W&B's files in the run's folder, until the command ends."""
@@ -96,6 +96,18 @@ class TrainerCLI(LightningCLI):
 
 
 _ENVIRONMENT = ExitStack()
+
+
+def _hand_on_seed(options: Any, seed: int) -> None:
+    """Give a seed to the model, and to every task, that was given none; `Tasks` leaves each task its own."""
+    if not isinstance(options, dict | Namespace):
+        return
+    for entry in options.values():
+        _hand_on_seed(entry, seed)
+    if "init_args" in options and not str(options["class_path"]).endswith(".Tasks"):
+        init_args = options["init_args"]
+        if "seed" in init_args and init_args["seed"] is None:
+            init_args["seed"] = seed
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -42,7 +42,8 @@ class TaskData(LightningDataModule, ABC):
         validation_share: Share of the training samples that is set aside for validation, in [0, 1). With 0 there is
             no validation. Unused where the source has a validation split of its own.
         split_seed: Decides which samples are in which split.
-        seed: Decides the order of the training samples, their augmentation and the choice of calibration samples.
+        seed: Decides the order of the training samples, their augmentation and the choice of calibration samples. None
+            is 0, and what ``--seed_everything`` says on the command line.
         augmentation: What happens to training images.
         transform: What happens to them after that: a transform of ``torchvision.transforms.v2``, such as
             ``{class_path: torchvision.transforms.v2.RandomResizedCrop, init_args: {size: 32}}``, or a list of them. It
@@ -72,7 +73,7 @@ class TaskData(LightningDataModule, ABC):
         eval_batch_size: int = 256,
         validation_share: float = 0.1,
         split_seed: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         augmentation: Augmentation = Augmentation.none,
         transform: TransformSpec = None,
         max_train: int | None = None,
@@ -84,7 +85,7 @@ class TaskData(LightningDataModule, ABC):
         at_least("batch_size", batch_size, 2, why="BatchNorm cannot train on one sample")
         at_least("eval_batch_size", eval_batch_size, 1)
         at_least("split_seed", split_seed, 0)
-        at_least("seed", seed, 0)
+        at_least("seed", seed or 0, 0)
         at_least("num_workers", num_workers, 0)
         if max_train is not None:
             at_least("max_train", max_train, 2)
@@ -97,7 +98,7 @@ class TaskData(LightningDataModule, ABC):
         self.eval_batch_size = eval_batch_size
         self.validation_share = validation_share
         self.split_seed = split_seed
-        self.seed = seed
+        self.seed = seed or 0
         self.augmentation = self.check_augmentation(chosen(Augmentation, "augmentation", augmentation))
         self.transform = self.check_transform(transform)
         self.max_train = max_train

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from coin.cli import main
 from coin.files.safetensors import load_provenance, load_state
 
@@ -59,3 +61,21 @@ def test_an_expert_of_a_head_alone_merges_with_one_that_was_trained_as_a_whole(t
     name = "stages.3.1.conv2.weight"
     assert not coded[name].equal(whole[name])
     assert not coded[name].equal(head[name])
+
+
+def test_the_seed_of_a_command_is_that_of_its_model_and_its_data(tmp_path: Path) -> None:
+    def weights(*options: str) -> dict[str, torch.Tensor]:
+        network = ["--model.network=small_resnet", "--model.image_size=16", "--model.options={width: 4}"]
+        callbacks = ["--trainer.callbacks+=ExpertExport", f"--trainer.callbacks.path={tmp_path / 'a.safetensors'}"]
+        steps = ["--trainer.max_epochs=1", "--trainer.enable_checkpointing=false"]
+        assert main(["fit", *DIGITS, *QUIET, *network, *callbacks, *steps, *options]) == 0
+        return load_state(tmp_path / "a.safetensors")[0]
+
+    def alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(one[name], other[name]) for name in one)
+
+    first = weights("--seed_everything=1")
+    assert alike(first, weights("--seed_everything=1"))
+    assert alike(first, weights("--model.seed=1", "--data.seed=1"))
+    assert not alike(first, weights("--seed_everything=2"))
+    assert not alike(first, weights("--seed_everything=1", "--data.seed=2"))
