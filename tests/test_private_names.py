@@ -1,0 +1,28 @@
+"""What ``coin`` takes of other packages that they do not promise to keep: named here, so that an upgrade says so."""
+
+import inspect
+from typing import Any
+
+import pytest
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from coin.commands.trainer import TrainerCLI
+
+
+def test_one_private_method_is_overridden() -> None:
+    own = {name for name in vars(TrainerCLI) if name.startswith("_") and not name.startswith("__")}
+    assert own == {"_parse_ckpt_path"}  # Lightning would replace a model's options by a checkpoint's, in fit too
+    assert callable(LightningCLI._parse_ckpt_path)
+    assert "self._parse_ckpt_path()" in inspect.getsource(LightningCLI.__init__)
+
+
+def test_private_names_that_are_read(make_trainer: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer()
+    assert trainer._accelerator_connector.use_distributed_sampler is False
+    assert trainer._accelerator_connector.cluster_environment is None or trainer.num_nodes == 1
+    assert callable(_SubprocessScriptLauncher.launch)
+    logger = WandbLogger(save_dir=tmp_path, offline=True, mode="offline")
+    assert logger._offline is True
+    assert logger._wandb_init["mode"] == "offline"
