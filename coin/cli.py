@@ -118,9 +118,17 @@ def _mistake_behind(error: BaseException | None) -> CoinError | None:
 def _told(message: str) -> str:
     """Return what a parser says of an option, in one line of bearable length."""
     text = " ".join(message.split())
-    before, union, after = text.partition(" Does not validate against any of the Union subtypes")
-    if union:
+    before, union, after = text.partition("Does not validate against any of the Union subtypes")
+    if union:  # of all types that an option may be, the reasons that say more than that it is not left out
         reasons = after.partition("Errors: - ")[2].partition(" Given value type")[0].split(" - ")
-        value = after.rpartition("Given value: ")[2]
-        text = f"{before} found {value[:80]}: {'; or '.join(dict.fromkeys(reasons))}"
+        told = [reason for reason in reasons if "NoneType" not in reason and "Expected a path" not in reason]
+        text = f"{before.partition(' - ')[0].strip()} {'; or '.join(dict.fromkeys(told))}"
+    before, wanted, name = text.partition("Expected a dot import path string: ")
+    if wanted:
+        name = name.split("; or ")[0]
+        rooms = [import_module(f"coin.{room}").__all__ for room in ("data", "merging", "modules")]
+        known = {each.lower(): each for room in rooms for each in room}
+        near = difflib.get_close_matches(name.lower(), known, n=1)
+        meant = f" (did you mean {known[near[0]]}?)" if near else ""
+        text = f"{before}found class '{name}'{meant}, expected one of coin's or a dotted import path; check it"
     return text if len(text) <= 400 else f"{text[:400]} …"

@@ -81,13 +81,16 @@ def test_a_typo_is_named(case: str, config: Path, capsys: pytest.CaptureFixture[
 
 MISTAKES = {
     "a command": (["rnu"], "found command 'rnu' (did you mean run?), expected one of run, fit,"),
-    "a task's class": (["fit", "--data=Mnist5k"], "Mnist5k"),
-    "a folder's root": (["fit", "--data=ImageFolder"], "required: root"),
+    "a task's class": (["fit", "--data=Mnist5k"], "Parser key \"data\": found class 'Mnist5k' (did you mean MNIST5k?)"),
+    "a folder's root": (
+        ["fit", "--data=ImageFolder"],
+        "arguments are required: root",
+    ),
     "an optimiser of torch's": (["fit", "--data=Digits", "--optimizer=Adam"], "unrecognized arguments: --optimizer"),
     "a file": (["run", "-c", "a.yaml"], "found no file 'a.yaml', expected a YAML file"),
     "a number": (["run", "--expert.epochs=many"], "expert.epochs"),
     "nothing": (["run"], "required: name, tasks, methods"),
-    "a list that is none": (["run", "--seeds=[a]"], "Parser key \"seeds\": found ['a']"),
+    "a list that is none": (["run", "--seeds=[a]"], "Expected a <class 'int'>. Got value: a"),
     "a checkpoint": (["fisher", "--data=Digits", "--ckpt_path=no.safetensors"], "no.safetensors"),
     "a seed": (["fit", "--data=Digits", "--seed_everything=-1"], "seed"),
 }
@@ -99,6 +102,7 @@ def test_a_command_line_that_does_not_fit_is_one_line(case: str, config: Path, c
     line = refused(arguments, capsys)
     assert message in line
     assert len(line) < 500
+    assert "Namespace" not in line
 
 
 def test_a_folder_that_is_missing_is_told_of_before_the_base_is_trained(
