@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO ?= -c configs/experiment/quickstart.yaml
 FUZZ ?= 60
+SLOW := -m 'not slow'
 # Python compiles what it imports, and most of what torch and wandb bring it never does.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-small test lint format types imports pytest bench fuzz notebooks clean
+.PHONY: help install demo demo-small test test-all lint format types imports pytest bench fuzz notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,7 +37,10 @@ demo: $(VENV)/.demo  ## run the quickstart: two experts, one coded model, two se
 demo-small: $(VENV)/.demo  ## the quickstart's smallest form: one seed, one epoch, a few steps
 	$(BIN)/coin run -c configs/experiment/smallest.yaml
 
-test: lint types imports pytest  ## everything that must be green: lint, types, import contracts, tests
+test: lint types imports pytest  ## lint, types, import contracts, and the tests that are quick
+
+test-all: SLOW =
+test-all: test  ## the same with the whole runs too: everything that must be green
 
 lint: $(VENV)/.dev  ## check style and docstrings
 	$(BIN)/ruff check coin tests
@@ -52,8 +56,8 @@ types: $(VENV)/.dev  ## check the types (mypy, strict)
 imports: $(VENV)/.dev  ## check that imports flow one way
 	$(BIN)/lint-imports
 
-pytest: $(VENV)/.dev  ## run the tests
-	OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
+pytest: $(VENV)/.dev  ## run the tests that are quick
+	OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile $(SLOW)
 
 bench: $(VENV)/.bench  ## time the exact Fisher against its limit and its peers
 	$(BIN)/python -W ignore tests/benchmarks/fisher.py

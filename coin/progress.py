@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
-import rich
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
@@ -19,9 +19,7 @@ def progress(what: str, total: float | None) -> Iterator[Callable[[], None]]:
         what: A few words.
         total: How many steps there are at most; none where nobody knows.
     """
-    console = rich.get_console()  # a Trainer's bar is on it too, and lines on one console stand below one another
-    if not console.stderr:
-        rich.reconfigure(stderr=True)
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     quiet = not console.is_interactive
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, disable=quiet) as display:

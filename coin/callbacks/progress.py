@@ -1,7 +1,9 @@
 """A Trainer's progress bar."""
 
-from lightning.pytorch import Trainer
+import rich
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 
 
 class RunProgress(RichProgressBar):
@@ -14,3 +16,20 @@ class RunProgress(RichProgressBar):
         super()._init_progress(trainer)
         if self.progress is not None:
             self.progress.live.transient = True
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the bar, and give rich's console, on which Lightning prints the results, back to standard output."""
+        super().on_test_end(trainer, pl_module)
+        self._give_back()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same, unless it is within a training."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+            rich.reconfigure()

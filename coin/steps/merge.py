@@ -75,7 +75,7 @@ def _provenance(
     return {
         "made_by": "coin merge",
         "label": method.label,
-        "method": {"name": method.name, "options": as_options(method)},
+        "method": {"name": method.name, "options": as_options(method)["init_args"]},
         "batchnorm": str(method.batchnorm) if files.layout.batchnorm else "",
         "code": code.matrix.tolist(),
         "row": row,

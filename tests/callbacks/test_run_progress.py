@@ -28,6 +28,7 @@ def test_a_run_has_a_bar_where_somebody_watches(watched, make_trainer, synthetic
     written = capsys.readouterr()
     assert written.out == ""
     assert ("Testing" in written.err) == watched
+    assert not rich.get_console().stderr  # what Lightning prints after it are results
     assert not written.err.rpartition("\x1b[2K")[2].strip("\r\n\x1b[?25h")
 
 

@@ -111,11 +111,11 @@ class Killed(Callback):
 
 @pytest.mark.parametrize("augmentation", ["none", "shift"])
 @pytest.mark.parametrize("kind", [Distillation, ReadoutDistillation])
-@pytest.mark.parametrize("step", [2, 5, 7])
+@pytest.mark.parametrize("step", [5, 10])
 def test_a_run_killed_and_resumed_equals_an_undisturbed_one(
     tmp_path, experts, tasks, make_trainer, kind, augmentation, step
 ):
-    """Five steps an epoch: steps 2 and 7 are in the middle of one, and step 5 is an epoch's first."""
+    """Five steps an epoch: both are an epoch's first; a training goes on from whole epochs."""
 
     def run(callbacks=(), ckpt_path=None):
         module = kind(experts, ROW, steps=12, lr=1e-3, batch_size=8, augmentation=augmentation)
