@@ -18,6 +18,8 @@ from coin.experiment import Experiment
 from coin.modules import Distillation, Expert
 from coin.reporting import read_results
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent / "configs"
 BASE = ROOT / "experiment/paper/base.yaml"
 PAIRS = sorted(path for path in BASE.parent.glob("*.yaml") if path != BASE)

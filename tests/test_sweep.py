@@ -29,7 +29,7 @@ from coin.reporting import COLUMNS, read_results
 from coin.reporting.sweeps import sweep_frame, sweep_table
 from coin.sweep import PointRun, SweepPoint, read_sweep, sweep_points
 
-pytestmark = pytest.mark.usefixtures("elsewhere")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("elsewhere")]
 
 SWEEP: dict[str, Any] = {
     "name": "grid",

@@ -22,6 +22,8 @@ from coin.reporting import read_results
 from coin.reporting.wandb_logging import finish_run
 from coin.reporting.wandb_settings import run_environment
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 EXPERIMENT = {
     "name": "tiny",

@@ -15,6 +15,8 @@ import yaml
 from coin.data import Digits
 from coin.data.sampling import TrainingBatches
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "configs/cluster/run.sbatch"
 JOB = "4242"

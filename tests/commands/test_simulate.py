@@ -18,6 +18,8 @@ from coin.files.safetensors import load_state, save_state
 from coin.reporting import read_results, read_simulation
 from coin.serving.model import NetworkServer
 
+pytestmark = pytest.mark.slow
+
 GIVEN = ["--service.kind=exponential", "--service.seconds=0.01", "--jobs=1", "--queries=400"]
 
 

@@ -21,6 +21,8 @@ from coin.steps import merge
 from coin.steps.code import candidate_codes, choose_weights, read_choice, read_code
 from coin.steps.experts import ExpertFiles
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 name: {name}
 network: {{name: small_resnet, image_size: 16, options: {{width: 4}}}}

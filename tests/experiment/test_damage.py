@@ -13,6 +13,8 @@ from coin.files.safetensors import load_state
 from coin.networks import load_network
 from coin.reporting import read_results
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 network: {name: small_resnet, image_size: 16, options: {width: 4}}
 tasks:

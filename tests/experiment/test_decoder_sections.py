@@ -8,6 +8,8 @@ import yaml
 from coin.cli import main
 from coin.reporting import read_results
 
+pytestmark = pytest.mark.slow
+
 SECTIONS = """
 decoders:
   - linear

@@ -19,6 +19,8 @@ from coin.errors import CoinError, ConfigurationError
 from coin.experiment.launch import Executor, ExpertJob, Launch, train_side_by_side, worker_environments
 from coin.files.safetensors import load_state
 
+pytestmark = pytest.mark.slow
+
 DEBUG = Launch(Executor.slurm, 2, {"cluster": "debug"})
 
 

@@ -18,7 +18,7 @@ from coin.cli import main
 from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.experiment.locks import LOCK, alone_in, is_held
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")]
 
 
 @contextlib.contextmanager

@@ -31,6 +31,8 @@ from coin.networks import (
 from coin.statistics import fisher_diagonal, gram_sums
 from coin.steps.experts import ExpertFiles
 
+pytestmark = pytest.mark.slow
+
 COUNTS = [3, 2, 3, 3, 2, 3]
 ROWS = [[0.1, 0.2, 0.1, 0.3, 0.1, 0.2]]
 METHODS = [method(batchnorm=BatchNormPolicy.average) for method in (Average, Coin, RegMean, TaskArithmetic, Ties)]

@@ -14,6 +14,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from coin.cli import main
 from coin.reporting import read_results
 
+pytestmark = pytest.mark.slow
+
 REST = """
 code: [[0.5, 0.5]]
 calibration: {samples_per_task: 24, batch_size: 16}

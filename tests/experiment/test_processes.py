@@ -13,6 +13,8 @@ import coin.experiment.run
 from coin.cli import main
 from coin.reporting import read_results
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent / "run_in_processes.py"
 
 # Neither training samples nor calibration samples nor test samples can be halved.

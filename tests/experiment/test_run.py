@@ -22,6 +22,8 @@ from coin.files.tensors import fingerprint
 from coin.reporting import COLUMNS, read_examples, read_layers, read_results, read_summary, write_summary
 from coin.reporting.results import asked_policy
 
+pytestmark = pytest.mark.slow
+
 
 def same_numbers(one: Path, other: Path) -> None:
     pd.testing.assert_frame_equal(

@@ -11,6 +11,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from coin.cli import main
 from coin.reporting import read_results
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 name: vit
 network:

@@ -15,6 +15,8 @@ from coin.files.atomic import sha256_of
 from coin.reporting import read_results
 from coin.reporting.comparison import variant_names
 
+pytestmark = pytest.mark.slow
+
 Records = list[dict[str, Any]]
 
 

@@ -20,6 +20,8 @@ from coin.statistics import fisher_diagonal
 from coin.statistics.files import open_statistic
 from coin.steps.evaluate import result_rows
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}}
 SCRIPT = Path(__file__).parent / "measure_in_processes.py"
 
