@@ -167,8 +167,8 @@ class Refit(Method):
         experts.passes += PROBES
         _fold(network, units, experts, row)
         parts = [mixture.nonzero().flatten() for mixture in mixtures]
-        each = floats * 4 * _KEPT * (experts.count + 1)
-        piece = max(experts.count, (self.memory_mib << 20) // max(1, each))
+        networks = 1 + sum(map(len, parts)) / size_of(inputs)  # own: every sample is one expert's
+        piece = max(experts.count, int((self.memory_mib << 20) / max(1, floats * 4 * _KEPT * networks)))
         walk = Walk(network, list(experts.networks), inputs, parts, piece)
         with walk, torch.no_grad(), progress(self.label, len(units)) as advance:
             for unit in units:

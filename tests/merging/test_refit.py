@@ -546,6 +546,20 @@ def test_in_pieces_gives_the_same_and_both_count_their_passes(target, head):
     assert_answers_close(one.network, two.network, tasks, 1e-10)
 
 
+def test_own_targets_need_the_memory_of_two_networks_however_many_experts_there_are(monkeypatch):
+    pieces = []
+
+    class Noted(Walk):
+        def __init__(self, network, experts, inputs, parts, piece):
+            pieces.append(piece)
+            super().__init__(network, experts, inputs, parts, piece)
+
+    monkeypatch.setattr("coin.merging.refit.Walk", Noted)
+    for target in ("own", "mix"):
+        Refit(target, RIDGE).make(experts_of(*setup(wide, (1, 8, 8))), ROW)
+    assert pieces[0] / pieces[1] == pytest.approx((3 + 1) / 2, rel=0.01)
+
+
 @pytest.mark.parametrize("kind", ["convolutions", "layernorm", "in turn", "vit"])
 @every_target
 def test_the_smallest_pieces_give_the_same(kind, target, monkeypatch):
