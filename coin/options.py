@@ -1,4 +1,4 @@
-"""What a configuration file says of objects: the options that would make them again."""
+"""What a configuration file says of objects, the options that would make them again; and what a record says."""
 
 import inspect
 from collections.abc import Mapping
@@ -8,11 +8,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from coin.data import TaskData
 from coin.errors import ConfigurationError
 from coin.merging import Method
+
+# Attributes that Lightning gives every datamodule: no options of ours.
+_LIGHTNING = {"trainer", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"}
 
 
 def as_options(value: Any) -> Any:
@@ -25,6 +30,8 @@ def as_options(value: Any) -> Any:
         return value.value
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, Mapping):
         return {str(name): as_options(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -35,12 +42,13 @@ def as_options(value: Any) -> Any:
         hparams = value.hparams if isinstance(value, LightningModule) else {}
         options = {}
         for name in _constructor_options(type(value)):
-            if name not in hparams and not hasattr(value, name):
+            kept = name if hasattr(value, name) else f"_{name}"
+            if name not in hparams and not hasattr(value, kept):
                 raise ConfigurationError(
-                    f"found a {type(value).__name__} that does not keep its option {name}, expected an attribute of "
-                    "that name; set it in the constructor"
+                    f"found a {type(value).__name__} that does not keep its option {name}, which a configuration must "
+                    f"say, expected an attribute {name} or _{name}; set it in the constructor"
                 )
-            options[name] = as_options(hparams[name] if name in hparams else getattr(value, name))
+            options[name] = as_options(hparams[name] if name in hparams else getattr(value, kept))
         return {"class_path": _import_path(type(value)), "init_args": options}
     return value
 
@@ -61,5 +69,46 @@ def _import_path(kind: type) -> str:
     """Return the shortest path that a class is imported by."""
     parts = kind.__module__.split(".")
     packages = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
-    home = next(each for each in packages if getattr(import_module(each), kind.__name__, None) is kind)
+    homes = (each for each in packages if getattr(import_module(each), kind.__name__, None) is kind)
+    home = next(homes, f"{kind.__module__}.{kind.__qualname__}".rpartition(".")[0])  # of a function, for one
     return f"{home}.{kind.__name__}"
+
+
+def described(value: Any) -> Any:
+    """Return options as plain JSON values: dataclasses, enums, tasks and methods become their public attributes.
+
+    Raises:
+        ConfigurationError: There is something among them whose changes nobody would notice.
+    """
+    if isinstance(value, Enum):
+        return value.value
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {str(name): described(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        entries = [described(entry) for entry in value]
+        return sorted(entries) if isinstance(value, set | frozenset) else entries
+    if is_dataclass(value) and not isinstance(value, type):
+        return described({field.name: getattr(value, field.name) for field in fields(value)})
+    kind = type(value)
+    if isinstance(value, LightningModule):
+        options = dict(value.hparams)
+    elif hasattr(value, "__dict__") and not callable(value):
+        options = vars(value)
+    else:
+        raise ConfigurationError(
+            f"found an option of type {kind.__name__}, whose changes an experiment cannot notice; expected plain "
+            "values, or an attribute whose name begins with an underscore"
+        )
+    public = {name: entry for name, entry in options.items() if not name.startswith("_") and name not in _LIGHTNING}
+    # A task that reads a folder of the user's says when its contents have changed.
+    contents = getattr(value, "content_key", None)
+    name = kind.__name__ if kind.__module__.startswith("coin.") else f"{kind.__module__}.{kind.__qualname__}"
+    return {"class": name, **described(public), **({"contents": contents()} if contents else {})}

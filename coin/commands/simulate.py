@@ -14,8 +14,8 @@ from coin.coding import Code
 from coin.commands.parser import command_parser, parsed
 from coin.commands.served import Accuracies, Served, read_accuracies, read_served, results_folders
 from coin.errors import ConfigurationError
-from coin.experiment.store import described
 from coin.files.atomic import atomic_path, write_text
+from coin.options import described
 from coin.reporting import print_simulation
 from coin.reporting.canvas import as_png, settle
 from coin.reporting.results import read_results

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from coin.errors import DataError
+from coin.processes import cores
 
 # What PIL's decoders raise on files that are cut off, damaged, or something else altogether.
 DAMAGE = (
@@ -105,7 +106,7 @@ def in_parallel(read: Callable[[int], NDArray[np.uint8]], count: int, side: int)
     """
     out = torch.empty(count, 3, side, side, dtype=torch.uint8)
     view = out.numpy()
-    threads = min(32, os.cpu_count() or 1)
+    threads = min(32, cores())
     step = max(1, min(_CHUNK, count // threads))
 
     def fill(start: int) -> None:

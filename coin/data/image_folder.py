@@ -25,7 +25,8 @@ class ImageFolder(TaskData):
 
     The classes are the folders' names, sorted. Files with other than image extensions and hidden files are passed
     over. Every image becomes RGB; its short side is resized to ``image_size`` and its centre cropped. If all images
-    are squares of one size that is not above ``image_size``, they are stored as they are.
+    are squares of one size that is not above ``image_size``, they are stored as they are. The folder is listed once for
+    a task and its copies: a task that is made anew sees what has been added.
 
     Args:
         root: The folder.

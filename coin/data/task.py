@@ -1,6 +1,5 @@
 """What all tasks have in common: options, splits, loaders and calibration data."""
 
-import os
 from abc import ABC, abstractmethod
 from operator import itemgetter
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from coin.data.samples import BatchDataset, Samples, Shared, Source, split_sourc
 from coin.data.sampling import EvaluationBatches, Stream, TrainingBatches, seeded
 from coin.data.transform import check_stored, to_input
 from coin.errors import ConfigurationError, DataError
+from coin.processes import cores
 
 WORKERS = 8
 """At most so many processes decode images that are not held in memory, unless it is said."""
@@ -278,7 +278,7 @@ class TaskData(LightningDataModule, ABC):
         workers = self.num_workers
         if not workers and not samples.in_memory:
             processes = 1 if self.trainer is None else self.trainer.num_devices
-            workers = max(1, min(WORKERS, (os.cpu_count() or 1) // processes))
+            workers = max(1, min(WORKERS, cores() // processes))
         return {
             "batch_size": None,
             "num_workers": workers,

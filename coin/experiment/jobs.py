@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from coin.data import TaskData
 from coin.experiment.experiment import Experiment
-from coin.experiment.store import described
 from coin.files.atomic import write_text
+from coin.options import described
 from coin.processes import from_first, is_first
 from coin.reporting.wandb_logging import finish_run, log_artifact, record_input, training_loggers, use_artifact
 from coin.reporting.wandb_settings import logging_only, run_environment

@@ -17,7 +17,7 @@ LOCK = ".lock"
 """The file in a folder that is locked; it stays when the lock ends, and says who had it last."""
 
 _POLL_SECONDS = 0.5
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def alone_in(folder: Path, *, patient: bool = False) -> Iterator[None]:
         ConfigurationError: Another process works in the folder.
         FileError: The folder cannot be written.
     """
-    lock = FileLock(folder / LOCK)
+    lock = FileLock(folder / LOCK, fallback_to_soft=False)  # a file whose mere existence is the lock survives a kill
     try:
         from_first(lambda: _acquire(lock, folder, patient))
         yield
@@ -46,7 +46,7 @@ def is_held(folder: Path) -> bool:
     """Return whether a process holds a folder."""
     path = folder / LOCK
     try:
-        with FileLock(path, blocking=False) if path.exists() else contextlib.nullcontext():
+        with FileLock(path, blocking=False, fallback_to_soft=False) if path.exists() else contextlib.nullcontext():
             return False
     except Timeout:
         return True

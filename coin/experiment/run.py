@@ -82,6 +82,7 @@ def _begin(experiment: Experiment, console: Console | None) -> Console:
     check_trainer_options(experiment.trainer)
     experiment.check_batchnorm()
     experiment.check_fine_tuning()
+    experiment.as_yaml(experiment.seeds[0])  # a task or method that it cannot say is better told of now
     try:
         experiment.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -12,24 +12,16 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields, is_dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from lightning.pytorch import LightningModule
-from torch import Tensor
-
-from coin.errors import ConfigurationError
 from coin.experiment.locks import alone_in
 from coin.files.atomic import atomic_path, sha256_of, write_text
+from coin.options import described
 from coin.processes import from_first
 from coin.reporting.sweeps import SWEEP_YAML
 from coin.versions import versions
 
-# Attributes that Lightning gives every datamodule: no options of ours.
-_LIGHTNING = {"trainer", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices"}
 _LOCKS = ".locks"
 
 
@@ -135,43 +127,3 @@ def step_key(options: Any, inputs: Sequence[Path] = (), hashes: Mapping[Path, st
     contents = [known[path] if path in known else sha256_of(path) for path in inputs]
     value = [described(options), contents, versions()["coded-coin"]]
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def described(value: Any) -> Any:
-    """Return options as plain JSON values: dataclasses, enums, tasks and methods become their public attributes.
-
-    Raises:
-        ConfigurationError: There is something among them whose changes nobody would notice.
-    """
-    if isinstance(value, Enum):
-        return value.value
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {str(name): described(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        entries = [described(entry) for entry in value]
-        return sorted(entries) if isinstance(value, set | frozenset) else entries
-    if is_dataclass(value) and not isinstance(value, type):
-        return described({field.name: getattr(value, field.name) for field in fields(value)})
-    kind = type(value)
-    if isinstance(value, LightningModule):
-        options = dict(value.hparams)
-    elif hasattr(value, "__dict__") and not callable(value):
-        options = vars(value)
-    else:
-        raise ConfigurationError(
-            f"found an option of type {kind.__name__}, whose changes an experiment cannot notice; expected plain "
-            "values, or an attribute whose name begins with an underscore"
-        )
-    public = {name: entry for name, entry in options.items() if not name.startswith("_") and name not in _LIGHTNING}
-    # A task that reads a folder of the user's says when its contents have changed.
-    contents = getattr(value, "content_key", None)
-    name = kind.__name__ if kind.__module__.startswith("coin.") else f"{kind.__module__}.{kind.__qualname__}"
-    return {"class": name, **described(public), **({"contents": contents()} if contents else {})}

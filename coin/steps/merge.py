@@ -13,7 +13,7 @@ from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance
 from coin.merging import Method
 from coin.networks import save_network
-from coin.options import as_options
+from coin.options import described
 from coin.processes import is_first
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
@@ -75,7 +75,7 @@ def _provenance(
     return {
         "made_by": "coin merge",
         "label": method.label,
-        "method": {"name": method.name, "options": as_options(method)["init_args"]},
+        "method": {"name": method.name, "options": described(method)},
         "batchnorm": str(method.batchnorm) if files.layout.batchnorm else "",
         "code": code.matrix.tolist(),
         "row": row,

@@ -55,7 +55,8 @@ class Trainer(pl.Trainer):
     `DistributedSampler` would repeat samples.
 
     In a SLURM job Lightning's own handler of the signal before the end is off: it would save in the middle of an epoch,
-    of which the rest could not be had again. ``configs/cluster/run.sbatch`` queues the job again itself.
+    of which the rest could not be had again. ``configs/cluster/run.sbatch`` queues the job again itself. Who wants
+    Lightning's gives the plugin ``SLURMEnvironment``.
 
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
@@ -106,8 +107,9 @@ class Trainer(pl.Trainer):
         for logger in self.loggers:
             if isinstance(logger, WandbLogger):
                 check_connection(logger_mode(logger))
-        environment = self._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment):
+        environment, plugins = self._accelerator_connector.cluster_environment, kwargs.get("plugins") or []
+        own = environment in plugins if isinstance(plugins, list) else environment is plugins
+        if isinstance(environment, SLURMEnvironment) and not own:
             environment.auto_requeue = False
 
     def fit(

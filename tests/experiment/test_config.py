@@ -1,14 +1,21 @@
 """What the parts of an experiment file take, whether a parser has seen it or an override brings it."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
 from coin.callbacks import Weights
-from coin.data import Augmentation
+from coin.data import Augmentation, Digits
 from coin.errors import ConfigurationError
+from coin.experiment import Experiment
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
+from coin.merging import Coin
 from coin.modules import OptimizerKind, Schedule
+from coin.options import as_options
 from coin.statistics import FisherKind
 from coin.steps.train import TrainingConfig
 
@@ -81,3 +88,37 @@ def test_a_number_of_cotangents_belongs_to_monte_carlo():
 def test_a_tag_that_w_and_b_refuses_is_refused_before_anything_runs(tag):
     with pytest.raises(ConfigurationError, match="expected one of 1 to 64 characters"):
         WandbConfig(tags=["fine", tag])
+
+
+class OwnTask(Digits):
+    """A user's task that keeps its option its own way."""
+
+    def __init__(self, folder: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._folder = Path(folder)
+
+
+class Forgetful(OwnTask):
+    """One that keeps it nowhere."""
+
+    def __init__(self, shade: int, **options: Any) -> None:
+        super().__init__("x", **options)
+
+
+def test_an_experiment_of_objects_says_the_configuration_that_repeats_it() -> None:
+    own: Any = {"a": OwnTask("images", max_train=40), "b": Digits(augmentation="shift")}
+    code: Any = [[np.float64(0.25), 0.75]]
+    experiment = Experiment("x", own, [Coin(damping=0.1)], expert=ExpertConfig(lr=np.float64(0.5)), code=code)
+    said = yaml.safe_load(experiment.as_yaml(7))
+    assert said["seeds"] == [7]
+    assert said["tasks"]["a"]["init_args"]["folder"] == "images"
+    assert said["tasks"]["a"]["init_args"]["max_train"] == 40
+    assert said["tasks"]["a"]["class_path"].endswith("test_config.OwnTask")
+    assert said["tasks"]["b"]["class_path"] == "coin.data.Digits"
+    assert said["tasks"]["b"]["init_args"]["augmentation"] == "shift"
+    assert said["methods"] == [as_options(Coin(damping=0.1))]
+    assert said["code"] == [[0.25, 0.75]]
+    assert said["expert"]["lr"] == 0.5
+    forgetful: Any = {**own, "a": Forgetful(3)}
+    with pytest.raises(ConfigurationError, match="found a Forgetful that does not keep its option shade"):
+        Experiment("x", forgetful, [Coin()]).as_yaml(0)

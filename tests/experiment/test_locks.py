@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 import coin.experiment.locks
 from coin.cli import main
@@ -84,11 +83,12 @@ def test_a_forked_worker_that_ends_leaves_its_parents_lock_alone(tmp_path: Path)
             pass
 
 
-def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_of(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, "No locks available")
 
-    monkeypatch.setattr(FileLock, "acquire", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.warns(CoinWarning, match="has no locks: see to it"), alone_in(tmp_path):
         pass
 

@@ -15,9 +15,10 @@ from coin.data import Digits, ImageFolder, TextFile
 from coin.errors import ConfigurationError
 from coin.experiment.coded_models import record_name
 from coin.experiment.config import CalibrationConfig, ExpertConfig
-from coin.experiment.store import Steps, described, step_key
+from coin.experiment.store import Steps, step_key
 from coin.merging import Average, Coin
 from coin.modules import Distillation
+from coin.options import described
 from coin.steps.merge import coded_paths
 
 
