@@ -1,7 +1,7 @@
 """What a configuration file says of objects, the options that would make them again; and what a record says."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from importlib import import_module
@@ -24,33 +24,48 @@ def as_options(value: Any) -> Any:
     """Return what a configuration file says of a value: the constructor's options of tasks and methods by class path.
 
     Raises:
-        ConfigurationError: An object does not keep one of its options under the option's name.
+        ConfigurationError: An object does not keep one of its options under the option's name, or is of another kind.
     """
+    return _plain(value, _constructed)
+
+
+def _plain(value: Any, of_object: Callable[[Any], Any]) -> Any:
+    """Return a value as plain JSON values, with what a function says of the objects in it."""
     if isinstance(value, Enum):
         return value.value
-    if isinstance(value, Path):
-        return str(value)
     if isinstance(value, np.generic):
         return value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Tensor):
+        return value.tolist()
     if isinstance(value, Mapping):
-        return {str(name): as_options(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_options(entry) for entry in value]
+        return {str(name): _plain(entry, of_object) for name, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        entries = [_plain(entry, of_object) for entry in value]
+        return sorted(entries) if isinstance(value, set | frozenset) else entries
     if is_dataclass(value) and not isinstance(value, type):
-        return {option.name: as_options(getattr(value, option.name)) for option in fields(value)}
-    if isinstance(value, TaskData | Method):
-        hparams = value.hparams if isinstance(value, LightningModule) else {}
-        options = {}
-        for name in _constructor_options(type(value)):
-            kept = name if hasattr(value, name) else f"_{name}"
-            if name not in hparams and not hasattr(value, kept):
-                raise ConfigurationError(
-                    f"found a {type(value).__name__} that does not keep its option {name}, which a configuration must "
-                    f"say, expected an attribute {name} or _{name}; set it in the constructor"
-                )
-            options[name] = as_options(hparams[name] if name in hparams else getattr(value, kept))
-        return {"class_path": _import_path(type(value)), "init_args": options}
-    return value
+        return {option.name: _plain(getattr(value, option.name), of_object) for option in fields(value)}
+    return of_object(value)
+
+
+def _constructed(value: Any) -> dict[str, Any]:
+    """Return the class of a task or a method, and what its constructor was given."""
+    if not isinstance(value, TaskData | Method):
+        raise ConfigurationError(f"found an option of type {type(value).__name__}, expected plain values")
+    hparams = value.hparams if isinstance(value, LightningModule) else {}
+    options = {}
+    for name in _constructor_options(type(value)):
+        kept = name if hasattr(value, name) else f"_{name}"
+        if name not in hparams and not hasattr(value, kept):
+            raise ConfigurationError(
+                f"found a {type(value).__name__} that does not keep its option {name}, which a configuration must "
+                f"say, expected an attribute {name} or _{name}; set it in the constructor"
+            )
+        options[name] = as_options(hparams[name] if name in hparams else getattr(value, kept))
+    return {"class_path": _import_path(type(value)), "init_args": options}
 
 
 def _constructor_options(kind: type) -> list[str]:
@@ -80,23 +95,11 @@ def described(value: Any) -> Any:
     Raises:
         ConfigurationError: There is something among them whose changes nobody would notice.
     """
-    if isinstance(value, Enum):
-        return value.value
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {str(name): described(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        entries = [described(entry) for entry in value]
-        return sorted(entries) if isinstance(value, set | frozenset) else entries
-    if is_dataclass(value) and not isinstance(value, type):
-        return described({field.name: getattr(value, field.name) for field in fields(value)})
+    return _plain(value, _attributes)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return an object's class and public attributes."""
     kind = type(value)
     if isinstance(value, LightningModule):
         options = dict(value.hparams)

@@ -23,6 +23,13 @@ def command_parser(name: str) -> ArgumentParser:
     return parser
 
 
+def add_json_argument(parser: ArgumentParser) -> None:
+    """Let a command print its summary for a machine."""
+    parser.add_argument(
+        "--json", action="store_true", help="Print the summary as one JSON document, and nothing else, on stdout."
+    )
+
+
 def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
     """Return a command's options, instantiated."""
     found = parser.parse_args(checked(arguments))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from coin.commands.parser import command_parser, parsed
+from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.reporting.report import report_summary, write_report
 from coin.reporting.results import as_json
 
@@ -13,7 +13,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = command_parser("report")
     parser.add_argument("folders", nargs="+", type=str, help="Experiments', seeds' or sweeps' folders.")
     parser.add_argument("--output", type=str | None, default=None, help="The HTML file to write.")
-    parser.add_argument("--json", action="store_true", help="Print the summary as one JSON document on stdout.")
+    add_json_argument(parser)
     options = parsed(parser, arguments)
     folders = [Path(folder) for folder in options["folders"]]
     page = write_report(folders, None if options["output"] is None else Path(options["output"]))

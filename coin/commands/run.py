@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from coin.commands.parser import command_parser, parsed
+from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.experiment import Experiment
 from coin.experiment.launch import Launch
 from coin.experiment.run import make_experts, run_experiment
@@ -46,7 +46,5 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--only", type=str | None, default=None, help="Make this task's expert for every seed, and nothing else."
     )
-    parser.add_argument(
-        "--json", action="store_true", help="Print the summary as one JSON document, and nothing else, on stdout."
-    )
+    add_json_argument(parser)
     return parser

@@ -42,18 +42,6 @@ def alone_in(folder: Path, *, patient: bool = False) -> Iterator[None]:
         lock.release()
 
 
-def is_held(folder: Path) -> bool:
-    """Return whether a process holds a folder."""
-    path = folder / LOCK
-    try:
-        with FileLock(path, blocking=False, fallback_to_soft=False) if path.exists() else contextlib.nullcontext():
-            return False
-    except Timeout:
-        return True
-    except OSError:  # a file system without locks
-        return False
-
-
 def _acquire(lock: FileLock, folder: Path, patient: bool) -> None:
     path = folder / LOCK
     try:

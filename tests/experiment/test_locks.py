@@ -11,13 +11,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
 import coin.experiment.locks
 from coin.cli import main
 from coin.errors import CoinWarning, ConfigurationError, FileError
-from coin.experiment.locks import LOCK, alone_in, is_held
+from coin.experiment.locks import LOCK, alone_in
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")]
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process holds a folder."""
+    path = folder / LOCK
+    try:
+        with FileLock(path, blocking=False, fallback_to_soft=False) if path.exists() else contextlib.nullcontext():
+            return False
+    except Timeout:
+        return True
 
 
 @contextlib.contextmanager
