@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
@@ -41,6 +42,8 @@ def _plain(value: Any, of_object: Callable[[Any], Any]) -> Any:
         return str(value)
     if isinstance(value, Tensor):
         return value.tolist()
+    if isinstance(value, Namespace):  # what jsonargparse leaves of a class path within a plain dictionary
+        value = value.as_dict()
     if isinstance(value, Mapping):
         return {str(name): _plain(entry, of_object) for name, entry in value.items()}
     if isinstance(value, list | tuple | set | frozenset):

@@ -117,7 +117,7 @@ def build_transforms(spec: TransformSpec) -> list[v2.Transform]:
     parser.add_argument("--transform", type=list[v2.Transform])
     try:
         parsed = parser.parse_object({"transform": spec if isinstance(spec, list) else [spec]})
-        return list(parser.instantiate_classes(parsed).transform)
+        return list(parser.instantiate(parsed).transform)
     except (ArgumentError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()).removeprefix('Parser key "transform": ')
         raise ConfigurationError(
