@@ -7,21 +7,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from coin.callbacks.weights import Weights, check_weights, trained_network
-from coin.choices import chosen
+from coin.choices import check_integer, chosen
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
-from coin.statistics import (
-    DEFAULT_MEMORY_MIB,
-    FisherKind,
-    check_shares,
-    fisher_sums,
-    process_generator,
-    reduce_sums,
-    shard,
-)
-from coin.statistics.cotangents import check_cotangents
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, check_shares, reduce_sums, shard
 from coin.statistics.files import write_statistic
-from coin.statistics.memory import check_memory
+from coin.statistics.statistic import StatisticOptions
 
 
 class FisherEstimator(Callback):
@@ -52,13 +43,9 @@ class FisherEstimator(Callback):
         path: str | None = None,
         weights: Weights = Weights.last,
     ) -> None:
-        if samples < 1:
-            raise ConfigurationError(f"found samples={samples}, expected at least 1 calibration sample")
+        check_integer("samples", samples, 1)
         self.samples = samples
-        self.kind = chosen(FisherKind, "kind", kind)
-        check_cotangents(self.kind, cotangents)
-        self.cotangents = cotangents
-        self.memory_mib = check_memory(memory_mib)
+        self.options = StatisticOptions(kind=kind, cotangents=cotangents, memory_mib=memory_mib)
         self.path = None if path is None else Path(path)
         self.weights = chosen(Weights, "weights", weights)
 
@@ -83,29 +70,20 @@ class FisherEstimator(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         network = trained_network(trainer, pl_module, self.weights)
         started = time.perf_counter()
-        calibration = data.calibration(self.samples)
-        places = shard(calibration.num_samples, trainer.global_rank, trainer.world_size)
-        mine = calibration.subset(places)
-        sums = fisher_sums(
-            network,
-            (batch.to(pl_module.device) for batch in mine),
-            kind=self.kind,
-            cotangents=self.cotangents,
-            memory_mib=self.memory_mib,
-            generator=process_generator(self.kind, data.seed, trainer.global_rank, pl_module.device),
-            labels=mine.labels.to(pl_module.device) if self.kind is FisherKind.empirical else None,
-        )
-        sums = reduce_sums(sums)
+        calibration, rank, world = data.calibration(self.samples), trainer.global_rank, trainer.world_size
+        labels = calibration.labels if self.options.needs_labels else None
+        work = self.options.begin(network, labels, seed=data.seed, rank=rank, world=world, device=pl_module.device)
+        for batch in calibration.subset(shard(calibration.num_samples, rank, world)):
+            work.add(batch.to(pl_module.device))
+        sums = reduce_sums(work.sums())
         if trainer.is_global_zero:
             write_statistic(
                 self.path or Path(trainer.default_root_dir) / "expert.fisher.safetensors",
                 sums,
-                statistic="fisher",
                 weights=fingerprint(network.state_dict()),
                 seconds=time.perf_counter() - started,
-                kind=str(self.kind),
-                cotangents=self.cotangents,
-                data="own",
                 samples_per_task=self.samples,
                 seed=data.seed,
+                data="own",
+                **self.options.provenance,
             )

@@ -16,20 +16,19 @@ from coin.merging import Method
 from coin.merging.experts import parameters_of
 from coin.modules import DecodingEvaluator
 from coin.networks import load_network
-from coin.processes import from_first, is_first
+from coin.processes import from_first
 from coin.progress import tracked
 from coin.reporting.extras import EXAMPLES_NPZ, LAYERS_CSV, write_layers
 from coin.reporting.layers import fisher_shares, relative_distances
 from coin.reporting.results import COLUMNS, CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_results
 from coin.reporting.wandb_evaluation import code_axes, log_method_runs
 from coin.reporting.wandb_settings import logging_only
-from coin.statistics import FisherKind
-from coin.statistics.files import write_statistic
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 from coin.steps.code import write_choice
 from coin.steps.distill import Training
 from coin.steps.experts import StatisticPaths, StoredExperts
 from coin.steps.merge import make_coded_models
+from coin.steps.statistics import estimate_statistic
 from coin.steps.trainer import make_trainer
 
 
@@ -50,7 +49,6 @@ def choose_code(run: SeedRun) -> None:
 def estimate(run: SeedRun, which: Statistic) -> None:
     """Compute one statistic of every expert whose file is missing or of other inputs."""
     calibration = run.experiment.calibration
-    cotangents = calibration.fisher_cotangents if which.kind == FisherKind.monte_carlo else None
     missing: dict[str, tuple[Path, str]] = {}
     for task in run.tasks:
         path = run.statistic_path(which, task)
@@ -64,30 +62,17 @@ def estimate(run: SeedRun, which: Statistic) -> None:
     with run.job("fisher", name, list(which.options.values()), statistic=str(which.name), **which.options) as work:
         work.reads(FileKind.expert, {task: run.expert_path(task) for task in missing})
         for task, (path, key) in missing.items():
-            sums, seconds = make_trainer(run.folder, run.experiment.trainer).statistic_sums(
+            costs = estimate_statistic(
+                make_trainer(run.folder, run.experiment.trainer),
                 load_network(run.expert_path(task)).network,
                 run.data(_of(run, task, which)),
-                statistic=which.name,
-                kind=which.kind or FisherKind.exact,
-                cotangents=cotangents,
-                memory_mib=calibration.memory_mib,
+                calibration.options_of(which),
+                path,
+                weights=run.experts.marks[task],
+                task=task,
+                data=str(which.data),
             )
-            fisher = {} if which.kind is None else {"cotangents": cotangents}
-            if is_first():
-                write_statistic(
-                    path,
-                    sums,
-                    statistic=str(which.name),
-                    weights=run.experts.marks[task],
-                    seconds=seconds,
-                    task=task,
-                    samples_per_task=calibration.samples_per_task,
-                    seed=run.seed,
-                    **which.options,
-                    **fisher,
-                )
             run.steps.finish(path.stem, key, [path])
-            costs = {"seconds": seconds, "passes": sums.passes}
             for logger in work.loggers:
                 logger.log_metrics({f"{which.name}/{task}/{what}": cost for what, cost in costs.items()})
         if which.name is StatisticKind.fisher:  # Gram matrices are many times the size of the networks

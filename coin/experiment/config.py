@@ -10,7 +10,8 @@ from coin.data import TaskData
 from coin.errors import ConfigurationError
 from coin.reporting.wandb_logging import TAG_LENGTH
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind
-from coin.statistics.statistic import DataChoice
+from coin.statistics.memory import check_memory
+from coin.statistics.statistic import DataChoice, Statistic, StatisticOptions
 from coin.steps.train import TrainingConfig
 
 # What an override may be; of Any, jsonargparse would make objects where there is a class_path.
@@ -97,13 +98,17 @@ class CalibrationConfig:
             raise ConfigurationError(
                 f"found samples_per_task={self.samples_per_task}, batch_size={self.batch_size}, expected at least 1"
             )
-        if self.memory_mib < 1:
-            raise ConfigurationError(f"found memory_mib={self.memory_mib}, expected at least 1")
+        check_memory(self.memory_mib)
         object.__setattr__(self, "fisher_data", chosen(DataChoice, "fisher_data", self.fisher_data))
         kind = chosen(FisherKind, "fisher_kind", self.fisher_kind)
         object.__setattr__(self, "fisher_kind", kind)
         if self.fisher_cotangents is not None:
             check_integer("fisher_cotangents", self.fisher_cotangents, 1)
+
+    def options_of(self, which: Statistic) -> StatisticOptions:
+        """Return how a statistic is computed."""
+        cotangents = self.fisher_cotangents if which.kind is FisherKind.monte_carlo else None
+        return StatisticOptions(which.name, which.kind, cotangents, self.memory_mib)
 
 
 @dataclass(frozen=True)

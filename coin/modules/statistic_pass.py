@@ -6,17 +6,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from coin.errors import DataError
-from coin.statistics import (
-    DEFAULT_MEMORY_MIB,
-    FisherKind,
-    FisherPass,
-    Sums,
-    gram_sums,
-    process_generator,
-    reduce_sums,
-    shard,
-)
-from coin.statistics.statistic import StatisticKind
+from coin.statistics import FisherPass, Sums, reduce_sums
+from coin.statistics.gram import GramPass
+from coin.statistics.statistic import StatisticOptions
 
 
 class StatisticPass(LightningModule):
@@ -26,62 +18,40 @@ class StatisticPass(LightningModule):
 
     Args:
         network: The network.
-        statistic: ``fisher`` or ``gram``; the other options are for the Fisher.
-        kind: Which Fisher diagonal.
-        cotangents: k, for the Monte Carlo kind.
+        options: Which statistic.
         seed: Of Monte Carlo's random cotangents.
         labels: The true classes of the samples ``[P]`` in order, for the empirical kind.
-        memory_mib: Bound on the pass's working memory in MiB.
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        statistic: StatisticKind = StatisticKind.fisher,
-        kind: FisherKind = FisherKind.exact,
-        cotangents: int | None = None,
-        seed: int = 0,
-        labels: Tensor | None = None,
-        memory_mib: int = DEFAULT_MEMORY_MIB,
+        self, network: nn.Module, options: StatisticOptions, seed: int = 0, labels: Tensor | None = None
     ) -> None:
         super().__init__()
         self.network = network
-        self.statistic = statistic
-        self.memory_mib = memory_mib
-        self.kind = kind
-        self.cotangents = cotangents
+        self.options = options
         self.seed = seed
         self.labels = labels
         self.sums: Sums | None = None
         self.seconds = 0.0
         self._started = 0.0
-        self._fisher: FisherPass | None = None
+        self._pass: FisherPass | GramPass | None = None
 
     def on_predict_start(self) -> None:
         """Start the clock, the random stream and the sums."""
-        self._started = time.perf_counter()
-        self.sums = self._fisher = None
-        if self.statistic is StatisticKind.gram:
-            return
-        mine = None
-        if self.labels is not None:
-            mine = self.labels[list(shard(len(self.labels), self.global_rank, self.trainer.world_size))].to(self.device)
-        self._fisher = FisherPass(
+        self._started, self.sums = time.perf_counter(), None
+        self._pass = self.options.begin(
             self.network,
-            kind=self.kind,
-            labels=mine,
-            cotangents=self.cotangents,
-            generator=process_generator(self.kind, self.seed, self.global_rank, self.device),
-            memory_mib=self.memory_mib,
+            self.labels,
+            seed=self.seed,
+            rank=self.global_rank,
+            world=self.trainer.world_size,
+            device=self.device,
         )
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add the batch's sums."""
-        if self._fisher is not None:
-            self._fisher.add(batch)
-            return
-        sums = gram_sums(self.network, [batch])
-        self.sums = sums if self.sums is None else self.sums + sums
+        assert self._pass is not None
+        self._pass.add(batch)
 
     def on_predict_end(self) -> None:
         """Add up the processes' sums.
@@ -89,13 +59,11 @@ class StatisticPass(LightningModule):
         Raises:
             DataError: This process had no samples, and so has no sums to add.
         """
-        if self._fisher is not None and self._fisher.count > 0:
-            self.sums = self._fisher.sums()
-            self._fisher = None
-        if self.sums is None:
+        done, self._pass = self._pass, None
+        if done is None or done.count == 0:
             raise DataError(
                 f"found no calibration samples on process {self.global_rank} of {self.trainer.world_size}, expected at "
                 "least one; raise the number of samples or take fewer devices"
             )
-        self.sums = reduce_sums(self.sums)
+        self.sums = reduce_sums(done.sums())
         self.seconds = time.perf_counter() - self._started

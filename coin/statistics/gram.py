@@ -82,6 +82,32 @@ def gram_sums(
     return Sums(values, count, float(count), uncovered)
 
 
+class GramPass:
+    """Adds up `gram_sums` over the batches it is given.
+
+    Args:
+        network: Maps [B, …] to any output; run in eval mode and left as found.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._sums: Sums | None = None
+
+    @property
+    def count(self) -> int:
+        """Samples so far."""
+        return 0 if self._sums is None else self._sums.count
+
+    def add(self, batch: Any) -> None:
+        """Add a batch [B, …]; raises as `gram_sums` does."""
+        sums = gram_sums(self.network, [batch])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def sums(self) -> Sums:
+        """Return the sums, when all batches were added."""
+        return gram_sums(self.network, []) if self._sums is None else self._sums
+
+
 def patches_of(call: LinearCall) -> Iterable[Tensor]:
     """Yield what a map multiplies, [rows, G, K]; the patches of a convolution a few samples at a time."""
     if not isinstance(call, ConvolutionCall):

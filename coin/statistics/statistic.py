@@ -1,9 +1,19 @@
-"""Which statistic of the experts a merge asks for."""
+"""Which statistic of the experts a merge asks for, and how one is computed."""
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
-from coin.statistics.cotangents import FisherKind
+import torch
+from torch import Tensor, nn
+
+from coin.choices import chosen
+from coin.errors import ConfigurationError
+from coin.statistics.cotangents import FisherKind, check_cotangents, process_generator
+from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass
+from coin.statistics.gram import GramPass
+from coin.statistics.memory import check_memory
+from coin.statistics.sums import shard
 
 
 class StatisticKind(StrEnum):
@@ -49,3 +59,78 @@ class Statistic:
     def options(self) -> dict[str, str]:
         """What tells it from others of its name."""
         return ({} if self.kind is None else {"kind": str(self.kind)}) | {"data": str(self.data)}
+
+
+@dataclass(frozen=True)
+class StatisticOptions:
+    """How a statistic is computed; the same options wherever it is: of a file, after a training, in an experiment.
+
+    Args:
+        statistic: ``fisher`` or ``gram``.
+        kind: Which Fisher diagonal; none takes ``exact``. Gram matrices have no kinds.
+        cotangents: k, for the Monte Carlo kind.
+        memory_mib: Bound on a Fisher pass's working memory in MiB, beside the network and the accumulators.
+
+    Raises:
+        ConfigurationError: An option is out of its range, or belongs to another statistic or kind.
+    """
+
+    statistic: StatisticKind = StatisticKind.fisher
+    kind: FisherKind | None = None
+    cotangents: int | None = None
+    memory_mib: int = DEFAULT_MEMORY_MIB
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "statistic", chosen(StatisticKind, "statistic", self.statistic))
+        check_memory(self.memory_mib)
+        if self.statistic is StatisticKind.fisher:
+            kind = FisherKind.exact if self.kind is None else chosen(FisherKind, "kind", self.kind)
+            object.__setattr__(self, "kind", kind)
+            check_cotangents(kind, self.cotangents)
+        elif not (self.kind is None and self.cotangents is None):
+            raise ConfigurationError(
+                f"found kind={self.kind} and cotangents={self.cotangents} for Gram matrices, expected neither: they "
+                "are a Fisher's; leave them out or set statistic=fisher"
+            )
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the true classes of the samples go into it."""
+        return self.kind is FisherKind.empirical
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a file says of them."""
+        own = {} if self.kind is None else {"kind": str(self.kind), "cotangents": self.cotangents}
+        return {"statistic": str(self.statistic), **own}
+
+    def begin(
+        self,
+        network: nn.Module,
+        labels: Tensor | None = None,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> FisherPass | GramPass:
+        """Return a pass to which this process adds the batches of its share of the samples.
+
+        Args:
+            network: The network.
+            labels: The true classes [P] of all processes' samples, where they are needed.
+            seed: Of Monte Carlo's random cotangents.
+            rank: This process.
+            world: The number of processes.
+            device: Where the network is.
+        """
+        if self.kind is None:
+            return GramPass(network)
+        return FisherPass(
+            network,
+            kind=self.kind,
+            labels=None if labels is None else labels[list(shard(len(labels), rank, world))].to(device),
+            cotangents=self.cotangents,
+            generator=process_generator(self.kind, seed, rank, device),
+            memory_mib=self.memory_mib,
+        )

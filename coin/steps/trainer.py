@@ -21,16 +21,15 @@ from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, StateError, first_line
 from coin.files.checkpoints import check_training_checkpoint
-from coin.files.tensors import fingerprint
-from coin.modules import DecodingEvaluator, Expert, Outcome, StatisticPass
+from coin.modules import DecodingEvaluator, Expert, Outcome
 from coin.modules.shared import quieten
 from coin.networks import NetworkConfig, fill_network, load_network, plain_network, read_weights
 from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_logging import logger_mode
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Sums, check_shares
-from coin.statistics.files import write_statistic
-from coin.statistics.statistic import StatisticKind
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind
+from coin.statistics.statistic import StatisticKind, StatisticOptions
 from coin.steps.evaluate import record_evaluation
+from coin.steps.statistics import estimate_statistic
 
 _MIXED = {"bf16-true": "bf16-mixed", "16-true": "16-mixed"}
 """Precisions with weights of 16 bits, and what is meant by them."""
@@ -180,13 +179,8 @@ class Trainer(pl.Trainer):
             StateError: It does not fit the model.
             DataError: A task has fewer than `samples` training samples.
         """
-        if statistic == StatisticKind.gram and not (kind is None and cotangents is None):
-            raise ConfigurationError(
-                f"found kind={kind} and cotangents={cotangents} for Gram matrices, expected neither: they are a "
-                "Fisher's; leave them out or set statistic=fisher"
-            )
+        options = StatisticOptions(statistic, kind, cotangents, memory_mib)
         network, config = _network(model, ckpt_path)
-        single = isinstance(datamodule, TaskData)
         if isinstance(datamodule, TaskData):
             tasks = Tasks({"task": datamodule}, samples_per_task=samples)
         elif isinstance(datamodule, Tasks):
@@ -196,59 +190,10 @@ class Trainer(pl.Trainer):
         for task in tasks.tasks.values():
             config.check_content(task.content)
         tasks.resize(config.image_size)
-        kind = FisherKind.exact if kind is None else FisherKind(kind)
-        sums, seconds = self.statistic_sums(
-            network, tasks, statistic=statistic, kind=kind, cotangents=cotangents, memory_mib=memory_mib
-        )
-        if self.is_global_zero:
-            folder = Path(self.default_root_dir) if ckpt_path is None else Path(ckpt_path).parent
-            write_statistic(
-                Path(output) if output is not None else folder / f"expert.{statistic}.safetensors",
-                sums,
-                statistic=str(statistic),
-                weights=fingerprint(network.state_dict()),
-                seconds=seconds,
-                data="own" if single else "pooled",
-                samples_per_task=samples,
-                seed=tasks.seed,
-                **({"kind": str(kind), "cotangents": cotangents} if statistic == StatisticKind.fisher else {}),
-            )
-
-    def statistic_sums(
-        self,
-        network: nn.Module,
-        tasks: Tasks,
-        *,
-        statistic: StatisticKind = StatisticKind.fisher,
-        kind: FisherKind = FisherKind.exact,
-        cotangents: int | None = None,
-        memory_mib: int = DEFAULT_MEMORY_MIB,
-    ) -> tuple[Sums, float]:
-        """Return the sums of a network's statistic over the tasks' calibration samples, and the seconds it took.
-
-        The samples are shared out over this Trainer's processes; every process gets the sums over all of them.
-
-        Raises:
-            ConfigurationError: There are fewer samples than processes.
-        """
-        check_shares(tasks.samples_per_task * len(tasks.tasks), self.world_size)
-        labels = None
-        if kind == FisherKind.empirical:
-            tasks.prepare_data()
-            tasks.setup("predict")
-            labels = tasks.calibration().labels
-        module = StatisticPass(
-            network,
-            StatisticKind(statistic),
-            FisherKind(kind),
-            cotangents,
-            seed=tasks.seed,
-            labels=labels,
-            memory_mib=memory_mib,
-        )
-        self.predict(module, datamodule=tasks, return_predictions=False)
-        assert module.sums is not None
-        return module.sums, module.seconds
+        folder = Path(self.default_root_dir) if ckpt_path is None else Path(ckpt_path).parent
+        path = Path(output) if output is not None else folder / f"expert.{options.statistic}.safetensors"
+        data = "own" if isinstance(datamodule, TaskData) else "pooled"
+        estimate_statistic(self, network, tasks, options, path, data=data)
 
     def evaluate(
         self,

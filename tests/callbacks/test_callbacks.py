@@ -113,7 +113,7 @@ class Started(Callback):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples": 0}, "found samples=0, expected at least 1"),
+        ({"samples": 0}, "found samples=0, expected a whole number of at least 1"),
         ({"cotangents": 2}, "found cotangents=2 for the exact Fisher; only monte_carlo takes a number"),
         ({"kind": "empirical", "cotangents": 2}, "found cotangents=2 for the empirical Fisher"),
         ({"kind": "monte_carlo", "cotangents": 0}, "found cotangents=0, expected at least 1"),

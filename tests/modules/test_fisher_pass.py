@@ -6,6 +6,8 @@ from coin.errors import ConfigurationError, DataError
 from coin.modules import StatisticPass
 from coin.networks import build_network
 from coin.statistics import FisherKind, fisher_sums
+from coin.statistics.statistic import StatisticOptions
+from coin.steps.statistics import statistic_sums
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def test_the_pass_under_a_trainer_equals_the_function(tasks, small_config, make_
         cotangents=cotangents,
         generator=torch.Generator().manual_seed(3 * 100_003) if kind == "monte_carlo" else None,
     )
-    module = StatisticPass(network, kind=FisherKind(kind), cotangents=cotangents, seed=3, labels=labels)
+    module = StatisticPass(network, StatisticOptions(kind=kind, cotangents=cotangents), seed=3, labels=labels)
     trainer = make_trainer()
     assert trainer.predict_loop.inference_mode
     for _ in range(2):  # a second run starts from nothing
@@ -45,7 +47,7 @@ def test_the_pass_under_a_trainer_equals_the_function(tasks, small_config, make_
 def test_the_networks_layout_is_found_once_for_all_batches(tasks, small_config, make_trainer):
     network, sizes = build_network(small_config, 3), []
     network.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
-    make_trainer().predict(StatisticPass(network), datamodule=tasks, return_predictions=False)
+    make_trainer().predict(StatisticPass(network, StatisticOptions()), datamodule=tasks, return_predictions=False)
     assert len(tasks.predict_dataloader()) > 1
     assert sizes == [2, *(len(batch) for batch in tasks.predict_dataloader())]
 
@@ -57,11 +59,11 @@ def test_fewer_samples_than_processes_are_refused_in_one_line(
     trainer = make_trainer()
     monkeypatch.setattr(type(trainer), "world_size", 21)
     with pytest.raises(ConfigurationError, match=r"found 20 calibration samples for 21 processes.*take fewer devices"):
-        trainer.statistic_sums(build_network(small_config, 3), tasks, statistic=statistic)
+        statistic_sums(trainer, build_network(small_config, 3), tasks, StatisticOptions(statistic))
 
 
 def test_a_process_without_samples_has_no_sums_to_add(small_config, make_trainer):
-    module = StatisticPass(build_network(small_config, 3))
+    module = StatisticPass(build_network(small_config, 3), StatisticOptions())
     with pytest.raises(DataError, match=r"found no calibration samples on process 0 of 1.*raise the number"):
         make_trainer().predict(module, EmptyLoader())
 

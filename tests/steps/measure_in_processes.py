@@ -13,6 +13,8 @@ from coin.data import Digits
 from coin.data.tasks import Tasks
 from coin.modules import DecodingEvaluator
 from coin.networks import load_network
+from coin.statistics.statistic import StatisticOptions
+from coin.steps.statistics import statistic_sums
 from coin.steps.trainer import Trainer
 
 
@@ -46,7 +48,7 @@ def measure(folder: Path, devices: int) -> None:
     network = load_network(Path(paths["experts"]["task0"])).network.double()
     fishers = {}
     for kind in ("exact", "empirical"):
-        sums, _ = trainer().statistic_sums(network, tasks, kind=kind)
+        sums, _ = statistic_sums(trainer(), network, tasks, StatisticOptions(kind=kind))
         fishers[kind] = {"values": dict(sums.values), "count": sums.count, "passes": sums.passes}
     run = trainer()
     outcomes = run.evaluate(DecodingEvaluator(paths["experts"], paths["coded"]), tasks, name="processes")
