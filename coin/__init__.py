@@ -11,90 +11,55 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coin.coding import Answers, Code, DecoderConfig, DecoderKind, make_decoder
-    from coin.merging import (
-        Average,
-        Coin,
-        Experts,
-        FullFisher,
-        GaussNewton,
-        HeadFit,
-        Refit,
-        RegMean,
-        TaskArithmetic,
-        Ties,
-        merge_networks,
+    from coin.coding import (
+        Answers as Answers,
+        Code as Code,
+        DecoderConfig as DecoderConfig,
+        DecoderKind as DecoderKind,
+        make_decoder as make_decoder,
     )
-    from coin.metrics import DecodingAccuracy, Residual
-    from coin.modules import Coded, Distillation, ReadoutDistillation, distill, evaluate
-    from coin.networks import BatchNormPolicy, recalibrate
-    from coin.statistics import FisherKind, fisher_diagonal, gram_sums, load_statistic, save_statistic
+    from coin.merging import (
+        Average as Average,
+        Coin as Coin,
+        Experts as Experts,
+        FullFisher as FullFisher,
+        GaussNewton as GaussNewton,
+        HeadFit as HeadFit,
+        Refit as Refit,
+        RegMean as RegMean,
+        TaskArithmetic as TaskArithmetic,
+        Ties as Ties,
+        merge_networks as merge_networks,
+    )
+    from coin.metrics import DecodingAccuracy as DecodingAccuracy, Residual as Residual
+    from coin.modules import (
+        Coded as Coded,
+        Distillation as Distillation,
+        ReadoutDistillation as ReadoutDistillation,
+        distill as distill,
+        evaluate as evaluate,
+    )
+    from coin.networks import BatchNormPolicy as BatchNormPolicy, recalibrate as recalibrate
+    from coin.statistics import (
+        FisherKind as FisherKind,
+        fisher_diagonal as fisher_diagonal,
+        gram_sums as gram_sums,
+        load_statistic as load_statistic,
+        save_statistic as save_statistic,
+    )
 
-_HOMES = {
-    "Answers": "coin.coding",
-    "Average": "coin.merging",
-    "BatchNormPolicy": "coin.networks",
-    "Code": "coin.coding",
-    "Coded": "coin.modules",
-    "Coin": "coin.merging",
-    "DecoderConfig": "coin.coding",
-    "DecoderKind": "coin.coding",
-    "DecodingAccuracy": "coin.metrics",
-    "Distillation": "coin.modules",
-    "Experts": "coin.merging",
-    "FisherKind": "coin.statistics",
-    "FullFisher": "coin.merging",
-    "GaussNewton": "coin.merging",
-    "HeadFit": "coin.merging",
-    "ReadoutDistillation": "coin.modules",
-    "Refit": "coin.merging",
-    "RegMean": "coin.merging",
-    "Residual": "coin.metrics",
-    "TaskArithmetic": "coin.merging",
-    "Ties": "coin.merging",
-    "distill": "coin.modules",
-    "evaluate": "coin.modules",
-    "fisher_diagonal": "coin.statistics",
-    "gram_sums": "coin.statistics",
-    "load_statistic": "coin.statistics",
-    "make_decoder": "coin.coding",
-    "merge_networks": "coin.merging",
-    "recalibrate": "coin.networks",
-    "save_statistic": "coin.statistics",
+_ROOMS = {
+    "coin.coding": "Answers Code DecoderConfig DecoderKind make_decoder",
+    "coin.merging": "Average Coin Experts FullFisher GaussNewton HeadFit Refit RegMean TaskArithmetic Ties"
+    " merge_networks",
+    "coin.metrics": "DecodingAccuracy Residual",
+    "coin.modules": "Coded Distillation ReadoutDistillation distill evaluate",
+    "coin.networks": "BatchNormPolicy recalibrate",
+    "coin.statistics": "FisherKind fisher_diagonal gram_sums load_statistic save_statistic",
 }
+_HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}
 
-__all__ = [
-    "Answers",
-    "Average",
-    "BatchNormPolicy",
-    "Code",
-    "Coded",
-    "Coin",
-    "DecoderConfig",
-    "DecoderKind",
-    "DecodingAccuracy",
-    "Distillation",
-    "Experts",
-    "FisherKind",
-    "FullFisher",
-    "GaussNewton",
-    "HeadFit",
-    "ReadoutDistillation",
-    "Refit",
-    "RegMean",
-    "Residual",
-    "TaskArithmetic",
-    "Ties",
-    "distill",
-    "evaluate",
-    "fisher_diagonal",
-    "gram_sums",
-    "load_statistic",
-    "make_decoder",
-    "merge_networks",
-    "recalibrate",
-    "save_statistic",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,4 @@
-"""Configurations from strangers: what they may name under ``coin --safe``.
-
-A configuration names classes by import paths; importing a module runs it, and a class may run anything it is given.
-With ``--safe`` only names on an allow-list are imported, and of those only what configurations are for: no loaders of
-files, no functions that others call, no commands for other programs. ``output`` is still the configuration's to choose.
-"""
+"""Configurations from strangers name classes, and importing runs them: ``coin --safe`` imports those on a list alone."""
 
 import os
 from collections.abc import Mapping
@@ -18,19 +13,14 @@ SAFE = "--safe"
 VARIABLE = "COIN_SAFE"
 """Set to 1, the commands that an experiment or a sweep starts are as safe as itself."""
 
-_ROOMS = ("callbacks", "coding", "data", "merging", "modules", "networks", "statistics")
+_OURS = (*coin.__all__, "callbacks", "coding", "data", "merging", "modules", "networks", "statistics")
 _LIGHTNING = ("accelerators", "callbacks", "plugins.precision", "profilers", "strategies")
 _LOGGERS = ("CSVLogger", "WandbLogger", "csv_logs.CSVLogger", "wandb.WandbLogger")
-ALLOWED = (
-    *(f"coin.{name}" for name in (*coin.__all__, *_ROOMS)),
-    *(f"lightning.pytorch.{name}" for name in _LIGHTNING),
-    *(f"lightning.pytorch.loggers.{name}" for name in _LOGGERS),
-    "torch.optim",
-)
+_PYTORCH = (*_LIGHTNING, *(f"loggers.{name}" for name in _LOGGERS))
+ALLOWED = (*(f"coin.{name}" for name in _OURS), *(f"lightning.pytorch.{name}" for name in _PYTORCH), "torch.optim")
 """What may be named; an entry stands for all that is below it."""
-
-# What may not, although it is below an entry; `*` is everything else, and a LambdaCallback calls what it is given.
 DENIED = ("*", "lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.callbacks.lambda_function")
+"""What may not, although it is below an entry: a LambdaCallback calls what it is given."""
 
 
 def enforce() -> None:
@@ -40,14 +30,8 @@ def enforce() -> None:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse, where that is asked for, options that hand commands to other programs or unpickle.
-
-    Raises:
-        ConfigurationError: There is such an option.
-    """
-    if os.environ.get(VARIABLE) != "1":
-        return
-    if (options.get("launch") or {}).get("slurm"):
+    """Refuse, where it is safe to be, options that hand commands to other programs or unpickle."""
+    if os.environ.get(VARIABLE) == "1" and (options.get("launch") or {}).get("slurm"):
         raise ConfigurationError(f"found launch.slurm with {SAFE}, expected none: it holds commands; leave it out")
-    if options.get("weights_only") is False:
+    if os.environ.get(VARIABLE) == "1" and options.get("weights_only") is False:
         raise ConfigurationError(f"found weights_only false with {SAFE}, expected true: it unpickles; leave it out")

@@ -12,7 +12,7 @@ from coin.files.safetensors import load_provenance
 from coin.modules.variants import NONE, ORACLE, read_coded
 from coin.reporting.results import RESULTS_CSV, asked_policy, read_configuration, read_results
 from coin.reporting.summary import seed_folders
-from coin.steps.experts import ExpertFiles
+from coin.steps.expert_files import ExpertFiles
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from coin.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import DataError
-from coin.inputs import IMAGENET_MEAN, IMAGENET_STD
 
 
 def to_input(stored: Tensor, image_size: int) -> Tensor:

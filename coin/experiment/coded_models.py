@@ -10,7 +10,7 @@ import pandas as pd
 
 from coin.data import TaskData
 from coin.experiment.jobs import FileKind, Job, by_stem, common_tags, run_config
-from coin.experiment.seed_run import CODE_JSON, SeedRun
+from coin.experiment.seed_run import SeedRun
 from coin.experiment.store import step_key
 from coin.merging import Method
 from coin.merging.experts import parameters_of
@@ -18,15 +18,15 @@ from coin.modules import DecodingEvaluator
 from coin.networks import load_network
 from coin.processes import from_first
 from coin.progress import tracked
-from coin.reporting.extras import EXAMPLES_NPZ, LAYERS_CSV, write_layers
+from coin.reporting.extras import write_layers
 from coin.reporting.layers import fisher_shares, relative_distances
-from coin.reporting.results import COLUMNS, CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_results
+from coin.reporting.results import COLUMNS, read_results
 from coin.reporting.wandb_evaluation import code_axes, log_method_runs
 from coin.reporting.wandb_settings import logging_only
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 from coin.steps.code import write_choice
 from coin.steps.distill import Training
-from coin.steps.experts import StatisticPaths, StoredExperts
+from coin.steps.expert_files import StatisticPaths, StoredExperts
 from coin.steps.merge import make_coded_models
 from coin.steps.statistics import estimate_statistic
 from coin.steps.trainer import make_trainer
@@ -36,7 +36,7 @@ def choose_code(run: SeedRun) -> None:
     """Choose the code from calibration data, where the experiment does not give it."""
     if run.experiment.code is not None:
         return
-    path = run.folder / CODE_JSON
+    path = run.layout.code
     options = {"tasks": run.tasks, "calibration": run.experiment.calibration}
     key = step_key(options, list(run.experts.paths.values()), run.experts.sha256)
     if not run.steps.finished("code", key, [path], shared=True):
@@ -52,7 +52,7 @@ def estimate(run: SeedRun, which: Statistic) -> None:
     missing: dict[str, tuple[Path, str]] = {}
     for task in run.tasks:
         path = run.statistic_path(which, task)
-        key = step_key(_key_options(run, task, which), [run.expert_path(task)], run.experts.sha256)
+        key = step_key(_key_options(run, task, which), [run.layout.expert(task)], run.experts.sha256)
         if not run.steps.finished(path.stem, key, [path], shared=True):
             missing[task] = (path, key)
     if not missing:
@@ -60,11 +60,11 @@ def estimate(run: SeedRun, which: Statistic) -> None:
     run.say(f"{which} of {', '.join(missing)}")
     name = "-".join((str(which.name), *which.options.values()))
     with run.job("fisher", name, list(which.options.values()), statistic=str(which.name), **which.options) as work:
-        work.reads(FileKind.expert, {task: run.expert_path(task) for task in missing})
+        work.reads(FileKind.expert, {task: run.layout.expert(task) for task in missing})
         for task, (path, key) in missing.items():
             costs = estimate_statistic(
                 make_trainer(run.folder, run.experiment.trainer),
-                load_network(run.expert_path(task)).network,
+                load_network(run.layout.expert(task)).network,
                 run.data(_of(run, task, which)),
                 calibration.options_of(which),
                 path,
@@ -109,11 +109,11 @@ def merge(run: SeedRun) -> None:
         job_type = "distill" if method.is_trained else "merge"
         with run.job(job_type, name, [method.label], method=method.label, batchnorm=str(method.batchnorm)) as work:
             _tell_inputs(run, work, method, statistics)
-            folder, options = run.folder / "logs", run.experiment.trainer
+            folder, options = run.layout.logs, run.experiment.trainer
             train = Training(run.data(run.tasks), folder, run.seed, options, work.loggers)
             experts = StoredExperts(run.experts, statistics, run.calibrations(), run.initial, train)
             samples = run.experiment.calibration.samples_per_task
-            make = partial(make_coded_models, method, run.code, experts, run.folder / "coded", samples)
+            make = partial(make_coded_models, method, run.code, experts, run.layout.coded, samples)
             make() if method.is_trained else from_first(make)
             work.makes(FileKind.coded_model, by_stem(paths))
         run.steps.finish(f"coded-{name}", key, paths)
@@ -157,7 +157,7 @@ def compare_layers(run: SeedRun) -> None:
     methods = run.experiment.methods
     coded = {path: method for method in methods for path in run.coded_paths(method)}
     statistics = {path for method in methods for files in run.statistics(method).values() for path in files.values()}
-    output = run.folder / LAYERS_CSV
+    output = run.layout.layers
     key = step_key({}, [*run.experts.paths.values(), *coded, *sorted(statistics)], run.experts.sha256)
     if not coded:
         from_first(lambda: output.unlink(missing_ok=True))
@@ -206,12 +206,12 @@ def evaluate(run: SeedRun) -> None:
     experiment, code = run.experiment, run.code.code.matrix
     coded = [path for method in experiment.methods for path in run.coded_paths(method)]
     shown = coded and experiment.network.reads == "images"
-    files = (RESULTS_CSV, RESULTS_JSON, CONFUSION_NPZ, *([EXAMPLES_NPZ] if shown else []))
-    outputs = [run.folder / name for name in files]
+    layout = run.layout
+    outputs = [layout.results, layout.results_json, layout.confusions, *([layout.examples] if shown else [])]
     options = {**run.options, "tasks": run.tasks, "code": code}  # results.json says all of them
     key = step_key(options | {"columns": COLUMNS}, [*run.experts.paths.values(), *coded], run.experts.sha256)
     if run.steps.finished("evaluate", key, outputs):
-        from_first((run.folder / RESULTS_JSON).touch)  # of seeds with different options, the latest run's count
+        from_first(layout.results_json.touch)  # of seeds with different options, the latest run's count
         run.say("evaluation: up to date")
     else:
         _measure(run, coded)
@@ -240,12 +240,12 @@ def _measure(run: SeedRun, coded: Sequence[Path]) -> None:
             name=experiment.name,
             configuration=run.options,
         )
-        work.makes(FileKind.results, {"rows": run.folder / RESULTS_JSON})
+        work.makes(FileKind.results, {"rows": run.layout.results_json})
 
 
 def _log_methods(run: SeedRun) -> None:
     """Give every method a W&B run of its own, where its numbers are new."""
-    key = step_key({}, [run.folder / RESULTS_CSV])
+    key = step_key({}, [run.layout.results])
     if run.steps.finished("wandb-methods", key, []):
         return
     with logging_only("the runs of the methods"):

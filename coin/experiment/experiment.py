@@ -11,6 +11,7 @@ from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
+from coin.experiment.layout import ExperimentLayout
 from coin.files.atomic import is_folder_name
 from coin.merging import Method
 from coin.modules import Expert
@@ -120,6 +121,7 @@ class Experiment:
         self.calibration = calibration
         self.decoders = distinct_decoders(list(DecoderKind) if decoders is None else decoders)
         self.folder = Path(output) / name
+        self.layout = ExperimentLayout(self.folder)
         self.trainer = trainer or {}
         self.wandb = wandb
         self._checked = False
@@ -174,11 +176,3 @@ class Experiment:
                 network = self.network
                 Expert(network.name, network.image_size, options=network.options, num_classes=2, **options)
                 checked.append(options)
-
-    def initial_path(self, num_classes: int) -> Path:
-        """Return the file of the shared initialisation with `num_classes` outputs."""
-        return self.folder / "base" / f"initial-{num_classes}.safetensors"
-
-    def seed_folder(self, seed: int) -> Path:
-        """Return the folder of a seed."""
-        return self.folder / f"seed-{seed}"

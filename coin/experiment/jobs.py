@@ -95,7 +95,7 @@ def job(
         config: The W&B run's configuration; see `run_config`.
         tags: Short words to filter by.
     """
-    run_folder = experiment.folder / ("base" if seed is None else f"seed-{seed}")
+    run_folder = experiment.layout.base if seed is None else experiment.layout.seed(seed).folder
     kept = folder / "wandb-run-id"
     with run_environment(run_folder):
         try:

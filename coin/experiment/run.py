@@ -10,24 +10,20 @@ from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, FileError
 from coin.experiment.coded_models import choose_code, compare_layers, estimate, evaluate, merge
 from coin.experiment.experiment import Experiment
-from coin.experiment.experts import lacks_expert, make_expert, make_initial
 from coin.experiment.jobs import common_tags, resolved, run_config
 from coin.experiment.launch import ExpertJob, Launch, train_side_by_side
 from coin.experiment.locks import alone_in
 from coin.experiment.seed_run import SeedRun
 from coin.experiment.store import Steps, step_key, sweep_of
+from coin.experiment.training import lacks_expert, make_expert, make_initial
 from coin.files.atomic import remove_leftovers, write_text
 from coin.processes import from_first, is_first, process_count
 from coin.reporting import write_report
-from coin.reporting.results import RESULTS_CSV
-from coin.reporting.summary import SUMMARY_CSV, write_summary
+from coin.reporting.summary import write_summary
 from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_evaluation import log_summary
 from coin.reporting.wandb_settings import logging_only
 from coin.steps.trainer import check_trainer_options, join_processes
-
-CONFIG_YAML = "config.yaml"
-_LAUNCH_YAML = "launch.yaml"
 
 
 def run_experiment(
@@ -53,14 +49,14 @@ def run_experiment(
         from_first(lambda: remove_leftovers(experiment.folder))
         seeds = _seed_runs(experiment, console)
         for run in seeds:
-            if is_first() and not (run.folder / RESULTS_CSV).exists():
-                write_text(run.folder / CONFIG_YAML, experiment.as_yaml(run.seed))
+            if is_first() and not run.layout.results.exists():
+                write_text(run.layout.config, experiment.as_yaml(run.seed))
         if launch is not None and launch.side_by_side:
             _train_side_by_side(experiment, seeds, launch, console)
         for run in seeds:
             run_seed(run)
             if is_first():  # until now it was that of the results that stood there
-                write_text(run.folder / CONFIG_YAML, experiment.as_yaml(run.seed))
+                write_text(run.layout.config, experiment.as_yaml(run.seed))
         return from_first(partial(_summarise, experiment))
 
 
@@ -133,9 +129,9 @@ def _train_side_by_side(
     jobs = [
         ExpertJob(
             f"seed {run.seed}: expert {task}",
-            run.folder / _LAUNCH_YAML,
+            run.layout.launch,
             task,
-            run.expert_path(task).with_name("launch.log"),
+            run.layout.expert(task).with_name("launch.log"),
         )
         for run in seeds
         for task in experiment.tasks
@@ -143,25 +139,25 @@ def _train_side_by_side(
     ]
     if jobs:
         for run in seeds:
-            write_text(run.folder / _LAUNCH_YAML, experiment.as_yaml(run.seed))
+            write_text(run.layout.launch, experiment.as_yaml(run.seed))
         experiment.check_parts()
         console.print(f"training {len(jobs)} experts, {launch.workers} at a time")
         say = partial(console.print, highlight=False, markup=False)
-        train_side_by_side(jobs, launch, experiment.folder / "submitit", say)
+        train_side_by_side(jobs, launch, experiment.layout.submitit, say)
 
 
 def _summarise(experiment: Experiment) -> pd.DataFrame:
     summary = write_summary(experiment.folder)
     _log_summary(experiment, summary)
     for seed in experiment.seeds:
-        write_report([experiment.seed_folder(seed)])
+        write_report([experiment.layout.seed(seed).folder])
     write_report([experiment.folder])
     return summary
 
 
 def _log_summary(experiment: Experiment, summary: pd.DataFrame) -> None:
     """Give all seeds together a W&B run, where there are several and their numbers are new."""
-    steps, key = Steps(experiment.folder), step_key({}, [experiment.folder / SUMMARY_CSV])
+    steps, key = Steps(experiment.folder), step_key({}, [experiment.layout.summary])
     if len(experiment.seeds) < 2 or steps.finished("wandb-summary", key, []):
         return
     with logging_only("the summary over seeds"):

@@ -16,10 +16,8 @@ from coin.experiment.store import Steps
 from coin.merging import Method
 from coin.statistics.statistic import DataChoice, Statistic
 from coin.steps.code import SeedCode, read_choice
-from coin.steps.experts import ExpertFiles
+from coin.steps.expert_files import ExpertFiles
 from coin.steps.merge import coded_paths
-
-CODE_JSON = "code.json"
 
 
 class SeedRun:
@@ -35,30 +33,27 @@ class SeedRun:
     def __init__(self, experiment: Experiment, seed: int, initial: Path, console: Console) -> None:
         self.experiment = experiment
         self.seed = seed
-        self.folder = experiment.seed_folder(seed)
+        self.layout = experiment.layout.seed(seed)
+        self.folder = self.layout.folder
         self.initial = initial
         self.console = console
         self.steps = Steps(self.folder)
         self.tasks: dict[str, TaskData] = {name: task_with(task, seed=seed) for name, task in experiment.tasks.items()}
 
-    def expert_path(self, task: str) -> Path:
-        """Return the file of a task's expert."""
-        return self.folder / "experts" / task / "expert.safetensors"
-
     @cached_property
     def experts(self) -> ExpertFiles:
         """The experts, once they are made."""
-        return ExpertFiles({task: self.expert_path(task) for task in self.tasks})
+        return ExpertFiles({task: self.layout.expert(task) for task in self.tasks})
 
     @cached_property
     def code(self) -> SeedCode:
         """The experiment's code, or the one that this seed has chosen."""
         given = self.experiment.code
-        return read_choice(self.folder / CODE_JSON) if given is None else SeedCode(given)
+        return read_choice(self.layout.code) if given is None else SeedCode(given)
 
     def coded_paths(self, method: Method) -> list[Path]:
         """Return the files of a method's coded models."""
-        return coded_paths(method, self.code.code, self.folder / "coded")
+        return coded_paths(method, self.code.code, self.layout.coded)
 
     def statistics(self, method: Method) -> dict[Statistic, dict[str, Path]]:
         """Return the files of the statistics that a method asks for."""
@@ -69,8 +64,7 @@ class SeedRun:
         calibration = self.experiment.calibration
         data = DataChoice.pooled if calibration.fisher_data is DataChoice.pooled else DataChoice.own
         plain = Statistic(which.name, data, which.kind and calibration.fisher_kind)
-        suffix = "" if which == plain else "".join(f"-{part}" for part in which.options.values())
-        return self.folder / "statistics" / f"{task}.{which.name}{suffix}.safetensors"
+        return self.layout.statistic(which, task, plain)
 
     def data(self, tasks: Mapping[str, TaskData]) -> Tasks:
         """Return tasks with the experiment's calibration samples."""
@@ -97,10 +91,8 @@ class SeedRun:
             tags: Short words to filter its W&B run by.
             **own: What its W&B run's configuration tells it from others of its type by.
         """
-        folder = self.folder / "experts" / name if job_type == "expert" else self.folder / "logs" / name
-        return job(
-            self.experiment, folder, job_type, name, self.seed, run_config(self.experiment, self.options, **own), tags
-        )
+        config = run_config(self.experiment, self.options, **own)
+        return job(self.experiment, self.layout.log(job_type, name), job_type, name, self.seed, config, tags)
 
     def say(self, text: str) -> None:
         """Tell about the progress."""

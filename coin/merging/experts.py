@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from coin.batches import Batch, Forward, adapted, as_input, checked, joined, samples_of, shapes_in, size_of
 from coin.errors import ConfigurationError, DataError, HeadError
 from coin.files.tensors import State, check_finite
-from coin.inputs import Batch, Forward, adapted, as_input, checked, joined, samples_of, shapes_in, size_of
 from coin.networks.batchnorm import has_batchnorm
 from coin.networks.heads import head_name, of_one_width, pad_logits, padded_rows, widened
 from coin.statistics import TRANSPOSED, FisherKind, fisher_sums, gram_sums, process_generator

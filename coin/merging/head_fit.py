@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from coin.batches import as_input
 from coin.coding import fit_ridge
 from coin.errors import HeadError
-from coin.inputs import as_input
 from coin.merging.average import Average
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel, refined

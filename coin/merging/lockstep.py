@@ -9,8 +9,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from coin.batches import Batch, as_input, size_of, take
 from coin.errors import StateError
-from coin.inputs import Batch, as_input, size_of, take
 from coin.statistics.guard import evaluating
 from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call

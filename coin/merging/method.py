@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from coin.batches import Forward, plain, samples_of
 from coin.choices import chosen
 from coin.coding import Code
 from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateError
 from coin.files.tensors import State, check_finite, check_same_layout, weighted_sum
-from coin.inputs import Forward, plain, samples_of
 from coin.merging.experts import Experts, Given, parameters_of
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
 from coin.networks.weights import fill_network

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from coin.batches import joined, size_of
 from coin.choices import chosen
 from coin.errors import ConfigurationError
 from coin.files.tensors import check_finite, weighted_sum
-from coin.inputs import joined, size_of
 from coin.merging.affine import fit_affine
 from coin.merging.average import average_parameters
 from coin.merging.experts import Experts, parameters_of

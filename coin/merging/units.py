@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from coin.batches import Batch, as_input, size_of, take
 from coin.errors import StateError
-from coin.inputs import Batch, as_input, size_of, take
 from coin.statistics.guard import evaluating
 from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call

@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from coin.batches import Batch, Forward, adapted, checked
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, make_decoder
 from coin.errors import ConfigurationError
-from coin.inputs import Batch, Forward, adapted, checked
 from coin.networks import Run, common_widths, pad_logits, run_network
 from coin.statistics.guard import eval_mode
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
+from coin.batches import Batch, Forward, as_input
 from coin.choices import chosen
 from coin.coding import Code
 from coin.data import Augmentation
 from coin.errors import ConfigurationError, HeadError
-from coin.inputs import Batch, Forward, as_input
 from coin.merging import Average, CodedModel, Experts, HeadFit, Method, merge_networks
 from coin.merging.calibrated import CalibratedExperts
 from coin.merging.method import check_label, check_row

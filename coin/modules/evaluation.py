@@ -8,9 +8,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from coin.batches import as_input, take
 from coin.coding import Answers, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder
 from coin.errors import ConfigurationError, DataError
-from coin.inputs import as_input, take
 from coin.metrics import DecodingAccuracy, Residual
 from coin.modules.coded import Coded
 from coin.statistics.guard import eval_mode, full_products

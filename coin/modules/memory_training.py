@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 
+from coin.batches import Batch, as_input, joined, size_of, take, twin
 from coin.data import Calibration
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
-from coin.inputs import Batch, as_input, joined, size_of, take, twin
 from coin.merging import Experts
 from coin.modules.shared import quieten
 from coin.modules.training import Training

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from coin.batches import Batch, Forward, adapted, as_input, joined, size_of
 from coin.errors import StateError
-from coin.inputs import Batch, Forward, adapted, as_input, joined, size_of
 
 
 class BatchNormPolicy(StrEnum):

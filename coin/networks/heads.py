@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from coin.batches import Batch, Network, twin
 from coin.errors import HeadError, StateError
 from coin.files.tensors import State
-from coin.inputs import Batch, Network, twin
 
 
 def head_name(network: nn.Module) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from coin.inputs import IMAGENET_MEAN, IMAGENET_STD
+from coin.batches import IMAGENET_MEAN, IMAGENET_STD
 
 
 class Renormalised:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import PatchMerging, PatchMergingV2, SwinTransformerBlock
 
+from coin.batches import Batch
 from coin.errors import ConfigurationError, StateError
-from coin.inputs import Batch
 from coin.networks.heads import features_and_logits, head_name
 
 _CHANNELS_LAST = (PatchMerging, PatchMergingV2, SwinTransformerBlock)

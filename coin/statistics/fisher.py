@@ -7,8 +7,8 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
+from coin.batches import Batch, Forward, adapted, as_input, joined, shapes_in, size_of, take, tensors_in
 from coin.errors import ConfigurationError, DataError
-from coin.inputs import Batch, Forward, adapted, as_input, joined, shapes_in, size_of, take, tensors_in
 from coin.statistics.cotangents import FisherKind, check_cotangents, make_cotangents
 from coin.statistics.guard import differentiable, evaluating, trainable
 from coin.statistics.memory import Layout, check_memory, choose_cut

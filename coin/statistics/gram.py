@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from coin.inputs import Forward, adapted, as_input, size_of
+from coin.batches import Forward, adapted, as_input, size_of
 from coin.statistics.guard import evaluating, trainable
 from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call

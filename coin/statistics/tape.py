@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from coin.batches import Batch, size_of
 from coin.errors import DataError, StateError
-from coin.inputs import Batch, size_of
 from coin.statistics.recognise import Interceptor, reached_tensors
 from coin.statistics.rules.call import Call, Totals
 from coin.statistics.sums import sum_type

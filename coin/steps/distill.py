@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from coin.data.tasks import Tasks
 from coin.modules import Distillation
 from coin.modules.training import Training as AnyTraining
-from coin.steps.experts import StoredExperts
+from coin.steps.expert_files import StoredExperts
 from coin.steps.trainer import make_trainer
 
 

@@ -19,7 +19,7 @@ from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 from coin.steps.code import SeedCode, read_code
 from coin.steps.distill import Training
-from coin.steps.experts import ExpertFiles, StoredExperts
+from coin.steps.expert_files import ExpertFiles, StoredExperts
 
 
 def make_coded_models(

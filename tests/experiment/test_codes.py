@@ -19,7 +19,7 @@ from coin.reporting import read_results
 from coin.reporting.summary import seed_folders
 from coin.steps import merge
 from coin.steps.code import candidate_codes, choose_weights, read_choice, read_code
-from coin.steps.experts import ExpertFiles
+from coin.steps.expert_files import ExpertFiles
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from coin.data import Digits, Glyphs
 from coin.experiment import Experiment
-from coin.experiment.experts import make_initial
+from coin.experiment.training import make_initial
 from coin.merging import Average
 from coin.networks import NetworkConfig, load_network
 
@@ -19,8 +19,8 @@ from coin.networks import NetworkConfig, load_network
 def test_experts_of_different_class_counts_start_from_one_body(network, tmp_path):
     tasks = {"digits": Digits(), "letters": Glyphs(classes="A-F")}
     experiment = Experiment("x", tasks, [Average()], network, output=str(tmp_path))
-    assert make_initial(experiment, Console(quiet=True)) == experiment.initial_path(10)
-    ten, six = (load_network(experiment.initial_path(count)).network.state_dict() for count in (10, 6))
+    assert make_initial(experiment, Console(quiet=True)) == experiment.layout.initial(10)
+    ten, six = (load_network(experiment.layout.initial(count)).network.state_dict() for count in (10, 6))
     differing = [name for name in ten if ten[name].shape != six[name].shape or not torch.equal(ten[name], six[name])]
     assert 0 < len(differing) <= 2
     assert all(ten[name].shape != six[name].shape for name in differing)

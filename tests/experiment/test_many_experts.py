@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import coin.steps.experts
+import coin.steps.expert_files
 from coin.coding import Code
 from coin.commands.merge import merge
 from coin.errors import CoinError
@@ -29,7 +29,7 @@ from coin.networks import (
     widen_network,
 )
 from coin.statistics import fisher_diagonal, gram_sums
-from coin.steps.experts import ExpertFiles
+from coin.steps.expert_files import ExpertFiles
 
 pytestmark = pytest.mark.slow
 
@@ -110,7 +110,7 @@ def test_a_merge_from_files_keeps_few_tensors_and_one_network(
         return network
 
     monkeypatch.setattr(StateFile, "__getitem__", read)
-    monkeypatch.setattr(coin.steps.experts, "build_network", build)
+    monkeypatch.setattr(coin.steps.expert_files, "build_network", build)
     (path,) = merge(method=method, output=str(tmp_path / "coded"), code=ROWS, **files)
     assert tensors.ever > len(COUNTS) * 20, "nothing was counted"
     assert tensors.most <= 4

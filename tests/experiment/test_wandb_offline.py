@@ -201,7 +201,7 @@ def test_a_job_that_fails_is_told_to_have_failed(
         assert [logger.experiment for logger in loggers]  # begins the run
         raise NumericalError("it diverged; give a smaller learning rate")
 
-    monkeypatch.setattr("coin.experiment.experts.train_network", fail)
+    monkeypatch.setattr("coin.experiment.training.train_network", fail)
     assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 2
     (folder,) = (tmp_path / "tiny/base/wandb").glob("offline-run-*")
     assert read_wandb(folder)[-1]["exit"]["exit_code"] == 1

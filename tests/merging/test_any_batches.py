@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from coin.batches import adapted
 from coin.coding import Code
 from coin.errors import DataError
-from coin.inputs import adapted
 from coin.merging import (
     Average,
     Coin,

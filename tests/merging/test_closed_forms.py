@@ -4,8 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from coin.errors import ConfigurationError, NumericalError, StateError

@@ -22,7 +22,7 @@ from coin.merging.refit import OWN_SHARE, RIDGES
 from coin.merging.units import PROBES
 from coin.networks import load_network
 from coin.networks.small import SmallViT
-from coin.steps.experts import ExpertFiles
+from coin.steps.expert_files import ExpertFiles
 
 ROW = (0.2, 0.3, 0.5)
 SIZES = (9, 14, 11)

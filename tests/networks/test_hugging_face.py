@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
+from coin.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError
-from coin.inputs import IMAGENET_MEAN, IMAGENET_STD
 from coin.merging import Coin, Experts, Refit
 from coin.networks import (
     NetworkConfig,

@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 
+from coin.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.packaged import packaged_file
-from coin.inputs import IMAGENET_MEAN, IMAGENET_STD
 from coin.merging import Experts, Refit
 from coin.networks import (
     NetworkConfig,

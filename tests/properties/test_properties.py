@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, assume, given, settings, strategies as st
 
 from coin.coding import Answers, Code, DecoderConfig, LinearDecoder, make_decoder
 from coin.errors import ConfigurationError, DecodingError, StateError

@@ -11,8 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from coin.errors import DeadlineError, LostError, ServingError
 from coin.serving.front_end import FrontEnd

@@ -25,11 +25,11 @@ def make_initial(experiment: Experiment, console: Console) -> Path:
     With different class counts there is one file a count (experts of one count share their head, all experts the
     rest, random or not); the one with the most classes is returned.
     """
-    folder = experiment.folder / "base"
+    folder = experiment.layout.base
     steps = Steps(folder)
     checkpoint: Path | None = None
     if experiment.base is not None and experiment.base.task is not None:
-        checkpoint = folder / "base.safetensors"
+        checkpoint = experiment.layout.pretrained
         task = task_with(experiment.base.task, image_size=experiment.network.image_size)
         options = {"network": experiment.network, "base": experiment.base, "task": task, "trainer": experiment.trainer}
         key = step_key(options)
@@ -71,9 +71,9 @@ def _pretrain(
 def _write_initial(experiment: Experiment, steps: Steps, checkpoint: Path | None) -> list[Path]:
     """Write the shared initialisation once for every class count, where it is missing or of another base."""
     counts = sorted({task.num_classes for task in experiment.tasks.values()})
-    largest = experiment.initial_path(counts[-1])
+    largest = experiment.layout.initial(counts[-1])
     for count in reversed(counts):
-        path = experiment.initial_path(count)
+        path = experiment.layout.initial(count)
         # What a constructor draws depends on the class count, below the head too.
         source = largest if checkpoint is None and path != largest else checkpoint
         key = step_key({"network": experiment.network, "classes": count}, [] if source is None else [source])
@@ -81,7 +81,7 @@ def _write_initial(experiment: Experiment, steps: Steps, checkpoint: Path | None
             if not steps.finished(f"initial-{count}", key, [path], shared=True):
                 from_first(partial(_save_initial, experiment, path, count, source, checkpoint))
                 steps.finish(f"initial-{count}", key, [path])
-    return [experiment.initial_path(count) for count in counts]
+    return [experiment.layout.initial(count) for count in counts]
 
 
 def _save_initial(experiment: Experiment, path: Path, count: int, source: Path | None, checkpoint: Path | None) -> None:
@@ -97,8 +97,8 @@ def make_expert(run: SeedRun, name: str, *, patient: bool = False) -> None:
         name: The task.
         patient: Whether to wait for another process that is training it.
     """
-    experiment, task, output = run.experiment, run.tasks[name], run.expert_path(name)
-    initial = experiment.initial_path(task.num_classes)
+    experiment, task, output = run.experiment, run.tasks[name], run.layout.expert(name)
+    initial = experiment.layout.initial(task.num_classes)
     config = experiment.expert
     given = config.checkpoints.get(name)
     if given is not None:
@@ -138,7 +138,7 @@ def lacks_expert(run: SeedRun, name: str) -> bool:
     if name in run.experiment.expert.checkpoints:
         return False
     key = _training_key(run, name, run.tasks[name])
-    return not run.steps.finished(f"expert-{name}", key, [run.expert_path(name)], shared=True)
+    return not run.steps.finished(f"expert-{name}", key, [run.layout.expert(name)], shared=True)
 
 
 def _training_key(run: SeedRun, name: str, task: TaskData) -> str:
@@ -150,13 +150,13 @@ def _training_key(run: SeedRun, name: str, task: TaskData) -> str:
         "seed": run.seed,
         "network": experiment.network,
     }
-    return step_key(options, [experiment.initial_path(task.num_classes)])
+    return step_key(options, [experiment.layout.initial(task.num_classes)])
 
 
 def _take_over(run: SeedRun, name: str, task: TaskData, given: Path) -> None:
     network = brought_network(run.experiment.network, task.num_classes, given)
     provenance = {"made_by": "coin run", "source": str(given), "task": name, "classes": list(task.classes)}
-    save_network(run.expert_path(name), network, run.experiment.network, task.num_classes, provenance)
+    save_network(run.layout.expert(name), network, run.experiment.network, task.num_classes, provenance)
 
 
 def _existing(path: str) -> Path:
