@@ -1,4 +1,4 @@
-"""Configurations from strangers name classes, and importing runs them: ``coin --safe`` imports those on a list alone."""
+"""Configurations from strangers name classes, and importing runs them: ``--safe`` imports those on a list alone."""
 
 import os
 from collections.abc import Mapping
