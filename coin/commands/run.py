@@ -11,7 +11,7 @@ from coin.experiment.run import make_experts, run_experiment
 from coin.processes import is_first
 from coin.reporting.report import REPORT_HTML
 from coin.reporting.results import as_json
-from coin.reporting.table import print_summary
+from coin.reporting.tables import print_summary
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -17,11 +17,11 @@ from coin.errors import ConfigurationError
 from coin.files.atomic import atomic_path, write_text
 from coin.options import described
 from coin.reporting import print_simulation
-from coin.reporting.canvas import as_png, settle
+from coin.reporting.figures import as_png
 from coin.reporting.results import read_results
 from coin.reporting.simulation import LEVELS, SIMULATION_CSV, SIMULATION_JSON, SimulationRow, write_simulation
 from coin.reporting.simulation_plots import accuracy_against_latency, latency_against_load
-from coin.reporting.table import results_console
+from coin.reporting.tables import results_console
 from coin.serving.case import Case, Outcome, Want
 from coin.serving.decodings import coded_layout
 from coin.serving.grid import simulate_all
@@ -229,7 +229,7 @@ def _write(folder: Path, rows: Sequence[SimulationRow], options: Any) -> None:
         chosen = [row for row in rows if row.want == want]
         for what, draw in (("latency", latency_against_load), ("accuracy", accuracy_against_latency)):
             with atomic_path(folder / "plots" / f"simulation-{want}-{what}.png") as temporary:
-                temporary.write_bytes(as_png(settle(draw(chosen))))
+                temporary.write_bytes(as_png(draw(chosen)))
 
 
 def main(arguments: Sequence[str]) -> None:

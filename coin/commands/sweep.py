@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from coin.commands.parser import command_parser, parsed
 from coin.commands.run import experiment_of
-from coin.reporting.table import results_console
+from coin.reporting.tables import results_console
 from coin.sweep import sweep
 
 

@@ -24,7 +24,7 @@ from coin.files.checkpoints import checkpoint_options
 from coin.modules.shared import quieten
 from coin.reporting.results import read_results
 from coin.reporting.summary import summarise
-from coin.reporting.table import print_summary
+from coin.reporting.tables import print_summary
 from coin.reporting.wandb_logging import logger_mode, quiet
 from coin.reporting.wandb_settings import run_environment
 from coin.steps.trainer import Trainer

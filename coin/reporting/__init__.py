@@ -1,7 +1,7 @@
-"""Tables, plots and the HTML report from measured rows alone, without PyTorch; `wandb_*` sends them to W&B."""
+"""Tables, figures and the HTML report from measured rows alone, without PyTorch; `wandb_*` sends them to W&B."""
 
 from coin.reporting.extras import Examples, read_examples, read_layers, write_examples, write_layers
-from coin.reporting.findings import Finding, findings
+from coin.reporting.findings import findings
 from coin.reporting.report import write_report
 from coin.reporting.results import (
     COLUMNS,
@@ -15,17 +15,17 @@ from coin.reporting.results import (
 )
 from coin.reporting.simulation import SimulationRow, print_simulation, read_simulation, write_simulation
 from coin.reporting.summary import read_seeds, read_summary, summarise, write_summary
-from coin.reporting.table import print_summary
+from coin.reporting.tables import nda_tables, print_summary
 
 __all__ = [
     "COLUMNS",
     "Examples",
-    "Finding",
     "Row",
     "SimulationRow",
     "as_json",
     "confusion_key",
     "findings",
+    "nda_tables",
     "print_simulation",
     "print_summary",
     "read_configuration",

@@ -1,7 +1,8 @@
 """Two optional files beside the results: a merge layer by layer, and example images."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pandas as pd
 
 from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import atomic_path
-from coin.reporting.frames import DAMAGED_NPZ, one_line, read_frame, write_frame
+from coin.reporting.results import DAMAGED_NPZ, one_line, read_frame, write_frame
 
 LAYERS_CSV = "layers.csv"
 EXAMPLES_NPZ = "examples.npz"
 LAYER_COLUMNS = ("method", "batchnorm", "code_row", "layer", "fisher_share", "distance")
+
+Answers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -25,29 +28,23 @@ class Examples:
     Args:
         images: ``[n, H, W, 3]``, uint8.
         expert: The expert's answers ``[n]``, each a place in `names`.
-        decoded: The decoded answers ``[n]``, likewise.
         label: The labels ``[n]``, likewise.
+        decoded: The decoded answers ``[n]``, likewise, by ``method|batchnorm|decoder``.
         names: The names of the classes, those of all tasks one after the other; may be empty.
         task: The task that each image is of ``[n]``; empty where that is not known.
         position: The places of the images in their tasks' test sets ``[n]``; empty where they are not known.
-        method: The method and BatchNorm policy that decoded, as a person would say it; nothing where not known.
-        decoder: The decoder.
-        choice: How method and decoder were chosen among others.
 
     Raises:
         ConfigurationError: The shapes or types do not fit together.
     """
 
     images: npt.NDArray[np.uint8]
-    expert: npt.NDArray[np.int64]
-    decoded: npt.NDArray[np.int64]
-    label: npt.NDArray[np.int64]
+    expert: Answers
+    label: Answers
+    decoded: Mapping[str, Answers] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     task: tuple[str, ...] = ()
     position: tuple[int, ...] = ()
-    method: str = ""
-    decoder: str = ""
-    choice: str = ""
 
     def __post_init__(self) -> None:
         count = len(self.images)
@@ -55,12 +52,11 @@ class Examples:
             raise ConfigurationError(
                 f"found example images {list(self.images.shape)} of {self.images.dtype}, expected [n, H, W, 3] of uint8"
             )
-        for name in ("expert", "decoded", "label"):
-            answers = getattr(self, name)
+        for name, answers in {"expert": self.expert, "label": self.label, **self.decoded}.items():
             if answers.shape != (count,) or answers.dtype.kind not in "iu":
                 raise ConfigurationError(
-                    f"found {name} {list(answers.shape)} of {answers.dtype} for {count} example images, expected whole "
-                    f"numbers [{count}]"
+                    f"found answers of '{name}' {list(answers.shape)} of {answers.dtype} for {count} example images, "
+                    f"expected whole numbers [{count}]"
                 )
         if not all(isinstance(place, int) for place in self.position):
             raise ConfigurationError("found positions of example images that are no whole numbers, expected such")
@@ -91,6 +87,8 @@ def write_examples(folder: Path, examples: Examples | None) -> None:
         return
     arrays: dict[str, Any] = {
         **vars(examples),
+        "decoded": np.array(list(examples.decoded.values()), np.int64).reshape(-1, len(examples.images)),
+        "decoded_by": np.asarray(list(examples.decoded), dtype=str),
         "names": np.asarray(examples.names, dtype=str),
         "task": np.asarray(examples.task, dtype=str),
         "position": np.asarray(examples.position, dtype=np.int64),
@@ -100,7 +98,7 @@ def write_examples(folder: Path, examples: Examples | None) -> None:
 
 
 def read_examples(folder: Path) -> Examples | None:
-    """Return the examples, None where there is no such file.
+    """Return the examples, None where there is no such file, or one of an earlier version that held another choice.
 
     Raises:
         FileError: The file is damaged.
@@ -110,13 +108,12 @@ def read_examples(folder: Path) -> Examples | None:
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            answers = [file[name] for name in ("images", "expert", "decoded", "label")]
-            names, tasks = (tuple(str(name) for name in file[key]) for key in ("names", "task"))
-            chosen = [str(file[key]) for key in ("method", "decoder", "choice")]
-            images, expert, decoded, label = answers
-            method, decoder, choice = chosen
-            position = tuple(file["position"].tolist())
-            return Examples(images, expert, decoded, label, names, tasks, position, method, decoder, choice)
+            if "choice" in file.files:
+                return None
+            images, expert, label = (file[name] for name in ("images", "expert", "label"))
+            names, tasks, by = (tuple(str(name) for name in file[key]) for key in ("names", "task", "decoded_by"))
+            decoded = dict(zip(by, file["decoded"], strict=True))
+            return Examples(images, expert, label, decoded, names, tasks, tuple(file["position"].tolist()))
     except DAMAGED_NPZ as error:
         raise FileError(f"'{path}' holds no example images ({one_line(error)}); make it again") from error
 

@@ -1,132 +1,370 @@
-"""Which figures a report has, each with the name of its files and its caption."""
+"""All figures: one colour a method, one marker a decoder, names beside what they name.
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+Colours belong to methods, by name, in every figure: cold for closed forms, warm for what is trained, grey for the
+references. Variants of a method share its colour.
+"""
+
+import io
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from coin.reporting import details, plots
-from coin.reporting.comparison import REFERENCES, decoders_of, largest_samples, over_tasks
-from coin.reporting.series import FEW
-from coin.reporting.sources import Source
-from coin.reporting.sweeps import SEEDS, Sweep, as_numbers
+from coin.reporting.results import Counts
+from coin.reporting.summary import REFERENCES, decoders_of, largest_samples, variant_names
 
-_DOTTED = "dotted: 97.5 %, which the paper exceeds in some cases"
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure, the name of its files and what stands below it."""
-
-    name: str
-    figure: Figure
-    caption: str
-
-
-def comparing(summary: pd.DataFrame, experiments: int) -> Iterator[Plot]:
-    """Draw what several experiments, or several P, have to say together."""
-    means = over_tasks(summary)
-    if means["method"].isin(REFERENCES).all():
-        return
-    if experiments > 1:
-        yield Plot(
-            "nda_by_experiment",
-            plots.nda_by_experiment(largest_samples(means)),
-            f"NDA by method and experiment, each task lost in turn; {_DOTTED}.",
-        )
-    if means["samples_per_task"].nunique() > 1:
-        yield Plot(
-            "nda_against_samples",
-            plots.nda_against_samples(means),
-            "NDA against the number of calibration samples per task, mean ± spread over seeds.",
-        )
+PAPER_NDA = 0.975
+"""What the paper reports that COIN's NDA exceeds "in some cases" (arXiv 2409.01420, abstract): no least."""
+INK, _SOFT = "#1b1f24", "#6b7480"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C", "#B8A800")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+WIDTH = 5.4
+"""Inches. Narrow, so that the text is still legible on a phone."""
+_METHODS = {
+    "average": "#56B4E9", "coin": "#0072B2", "regmean": "#6A3D9A", "head_fit": "#44AA99", "refit": "#009E73",
+    "full_fisher": "#332288", "gauss_newton": "#117733", "task_arithmetic": "#88A0C8", "ties": "#7BAFDE",
+    "distillation": "#E69F00", "readout_distillation": "#D55E00", "none": _SOFT, "oracle": INK,
+}  # fmt: skip
+_OTHERS = ("#CC79A7", "#B8A800", "#A65628", "#F781BF", "#999933")
+_NAMED = 16
+"""So many layers or classes are named on an axis."""
+# Any: a list of matplotlib's own literal names would tie us to one version of its stubs.
+_STYLE: Any = {
+    "font.size": 10, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "axes.edgecolor": INK,
+    "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": INK,
+    "grid.alpha": 0.15, "legend.frameon": False, "legend.fontsize": 9, "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # names come from the user: a dollar sign is no mathematics
+}  # fmt: skip
 
 
-def against_options(summary: pd.DataFrame, sweep: Sweep, options: Mapping[str, Mapping[str, Any]]) -> Iterator[Plot]:
-    """Draw NDA against each option of a sweep over more than P and seeds.
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw in the house's style within this block, whatever the user's matplotlib settings say."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
+        yield
+
+
+def colour(index: int) -> str:
+    """Return the colour of a series that is no method, by its index; they repeat after eight."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def marker(index: int) -> str:
+    """Return the marker of the series with this index."""
+    return MARKERS[index % len(MARKERS)]
+
+
+def method_colour(name: str) -> str:
+    """Return the colour of a method, whatever its label, BatchNorm policy or code add to its name."""
+    known = [method for method in _METHODS if name.startswith(method)]
+    return _METHODS[max(known, key=len)] if known else _OTHERS[zlib.crc32(name.encode()) % len(_OTHERS)]
+
+
+def as_png(figure: Figure, dpi: int = 200) -> bytes:
+    """Return a figure as PNG on white."""
+    buffer = io.BytesIO()
+    with style():
+        figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def legend_below(figure: Figure, axes: Axes, title: str | None = None, columns: int = 3) -> None:
+    """Put the legend of `axes` under the figure, where it hides no point."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, min(columns, len(labels), int(12 * figure.get_figwidth() / (8 + max(map(len, labels), default=0)))))
+    figure.set_figheight(figure.get_figheight() + 0.19 * max(0, math.ceil(len(labels) / columns) - 2))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
+
+
+def nda_against_cost(means: pd.DataFrame, decoder: str | None = None) -> Figure:
+    """Mean NDA ± spread of every method against the seconds that it took, decoder included, for one decoder.
+
+    What is free stands at the left end of the logarithmic axis. Names stand at the right, the best one first.
 
     Args:
-        summary: The summary of all points.
-        sweep: The sweep.
-        options: Every point's options, by its name.
+        means: Rows of a summary, means over tasks.
+        decoder: Which decoder; the one with the largest mean NDA by default.
     """
-    means = over_tasks(summary[summary["experiment"].isin(list(options))])
-    if means["method"].isin(REFERENCES).all():
-        return
-    names = [name for name in next(iter(options.values())) if len(sweep.swept[name]) > 1]
-    for name in names:
-        values = as_numbers(means["experiment"].map({part: own[name] for part, own in options.items()}))
-        others = [other for other in (*names, *sweep.swept) if other not in (name, SEEDS)]
-        others = [other for other in dict.fromkeys(others) if len(sweep.swept[other]) > 1]
-        over = f"; mean over {', '.join(others)}" if others else ""
-        yield Plot(
-            f"{sweep.name}-nda_against_{name}",
-            plots.nda_against_option(largest_samples(means), name, values, joined=sweep.full),
-            f"NDA against {name}, mean ± spread over seeds{over}.",
-        )
+    with style():
+        means, decoder = _of_decoder(means, decoder, last=True)
+        cost = means["merge_seconds_mean"] + means["decoder_seconds_mean"]
+        spent = cost[(cost > 0) & ~means["method"].isin(REFERENCES)]
+        least, most = (float(spent.min()), float(spent.max())) if len(spent) else (1.0, 1.0)
+        free = 10 ** (math.floor(math.log10(least)) - 0.5)
+        figure, axes = _scatter(means, cost.where(cost > 0, free), decoder)
+        _log_scale(axes)
+        left = free if (cost[~means["method"].isin(REFERENCES)] <= 0).any() else least
+        axes.set_xlim(left / 1.6, most * 1.6)
+        if left == free:
+            ticks = [10.0**k for k in range(math.ceil(math.log10(least)) - 1, 9) if 2 * free < 10.0**k <= most * 1.6]
+            axes.set_xticks([free, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
+            axes.minorticks_off()
+        axes.set_xlabel("seconds for coded model and decoder (log scale)")
+        return figure
 
 
-def accuracies(summary: pd.DataFrame, prefix: str) -> Iterator[Plot]:
-    """Draw one experiment's NDA by method, cost, residual and task.
+def nda_against_residual(means: pd.DataFrame, decoder: str | None = None) -> Figure:
+    """Mean NDA ± spread against the residual ‖f_c − Σβf‖ / ‖Σβf‖, for one decoder, ``linear`` by default."""
+    with style():
+        means, decoder = _of_decoder(means[means["method"] != "none"], decoder, last=False)
+        means = means[np.isfinite(means["residual_mean"])]
+        figure, axes = _scatter(means, means["residual_mean"], decoder)
+        axes.set_xlabel("residual, ‖f_c − Σβf‖ / ‖Σβf‖")
+        return figure
+
+
+def nda_by_method(means: pd.DataFrame) -> Figure:
+    """Mean NDA ± spread, a line per method's variant and a marker per decoder."""
+    return _dots(means, decoders_of(means), "decoder", ["decoder"])
+
+
+def nda_by_experiment(means: pd.DataFrame) -> Figure:
+    """Mean NDA ± spread of several experiments, a marker each, for the first two of `decoders_of`."""
+    decoders = decoders_of(means)[:2]
+    return _dots(means[means["decoder"].isin(decoders)], list(dict.fromkeys(means["experiment"])), "experiment", decoders)
+
+
+def nda_against_samples(means: pd.DataFrame) -> Figure:
+    """Mean NDA ± spread against P, a panel for each of the first two of `decoders_of`, a line per variant."""
+    return nda_against_option(means, "calibration samples per task, P", means["samples_per_task"])
+
+
+def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]", *, joined: bool = True) -> Figure:
+    """The same against an option of a sweep: along its values where they are numbers, else in order of appearance.
+
+    Where several experiments hold one variant and value, the point is the mean of their means.
 
     Args:
-        summary: Its summary.
-        prefix: Of the files' names, where several experiments are reported.
+        means: Rows of a summary, means over tasks.
+        option: The option's name.
+        values: Its value in each row.
+        joined: Whether to join the points of a variant by a line; not where other options differ from point to point.
     """
-    means = over_tasks(summary)
-    if means.empty or means["method"].isin(REFERENCES).all():
-        return
-    means = largest_samples(means)
-    samples = _samples(means)
-    yield Plot(
-        f"{prefix}nda_by_method",
-        plots.nda_by_method(means),
-        f"NDA by method and decoder, P = {samples}; {_DOTTED}.{_scales(means)}",
-    )
-    yield Plot(
-        f"{prefix}nda_against_cost",
-        plots.nda_against_cost(means),
-        f"NDA against the time it takes to make the coded model and fit the decoder, both together, P = {samples}. Up "
-        "and to the left is better.",
-    )
-    if np.isfinite(means.loc[~means["method"].isin(REFERENCES), "residual_mean"]).any():
-        yield Plot(
-            f"{prefix}nda_against_residual",
-            plots.nda_against_residual(means),
-            "NDA against the residual. Where a decoder is fitted, a large residual need not cost accuracy.",
-        )
-    tasks = summary[(summary["task"] != "mean") & (summary["erased"] == summary["task"])]
-    yield Plot(
-        f"{prefix}nda_per_task",
-        plots.nda_per_task(largest_samples(tasks)),
-        f"NDA of each task when it is lost, P = {samples}; {_DOTTED}.{_scales(means)}",
-    )
+    with style():
+        points = means.assign(name=variant_names(means), value=values)[~means["method"].isin(REFERENCES)]
+        numeric = pd.api.types.is_numeric_dtype(points["value"]) and points["value"].dtype != bool
+        known = list(dict.fromkeys(points["value"].sort_values() if numeric else points["value"]))
+        logarithmic = numeric and known[0] > 0 and known[-1] >= 8 * known[0]
+        decoders = decoders_of(points)[:2]
+        figure = Figure(figsize=(WIDTH, 0.8 + 2.5 * len(decoders)))
+        panels = figure.subplots(len(decoders), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, decoder in zip(panels, decoders, strict=True):
+            for i, (name, rows) in enumerate(points[points["decoder"] == decoder].groupby("name", sort=False)):
+                at = rows.groupby("value", sort=False)[["nda_mean", "nda_std"]].mean().reindex(known).dropna(how="all")
+                axes.errorbar(
+                    list(at.index) if numeric else [known.index(value) for value in at.index], 100 * at["nda_mean"],
+                    100 * at["nda_std"].fillna(0.0), color=method_colour(str(name)), marker=marker(i), markersize=5,
+                    capsize=2, linewidth=1.2, linestyle="-" if joined and numeric else "none", label=str(name),
+                )  # fmt: skip
+            axes.set(ylabel="NDA (%)", title=f"decoder {decoder}")
+            if logarithmic:
+                _log_scale(axes)
+            if not numeric or len(known) <= 8:
+                axes.set_xticks(known if numeric else range(len(known)), [_short(value) for value in known])
+                axes.minorticks_off()
+        panels[-1].set_xlabel(f"{option} (log scale)" if logarithmic else option)
+        legend_below(figure, panels[0])
+        return figure
 
 
-def _scales(means: pd.DataFrame) -> str:
-    """Say how the panels of many decoders are to be read."""
-    if len(decoders_of(means)) <= FEW:
-        return ""
-    return (
-        " Every decoder has a scale of its own; a diamond is its best method, hollow are the survivors alone, an arrow "
-        "where they are beyond the scale."
-    )
+def confusion_matrices(counts: Mapping[str, Counts], classes: Sequence[str]) -> Figure:
+    """Expert's answer against decoded answer, a panel per entry, each row in shares of the expert's answers.
+
+    Args:
+        counts: Panel title → counts ``[C, C]``, the expert's answer × the decoded answer.
+        classes: The names of the C classes.
+    """
+    with style():
+        figure = Figure(figsize=(WIDTH, 1.0 + (WIDTH - 1.4) / max(2, len(counts))))
+        panels = figure.subplots(1, max(2, len(counts)), squeeze=False)[0]
+        ticks = np.arange(0, len(classes), max(1, math.ceil(len(classes) / 26)))
+        names = [_short(classes[i]) for i in ticks]
+        image = None
+        for axes, (title, matrix) in zip(panels, counts.items(), strict=False):
+            totals = matrix.sum(1, keepdims=True)
+            shares = np.divide(matrix, totals, out=np.zeros(matrix.shape), where=totals > 0)
+            # The square root lets the few confusions be seen beside a full diagonal.
+            image = axes.imshow(shares, cmap="cividis", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+            axes.grid(visible=False)
+            axes.set_title(title, fontsize=9)
+            axes.set_xticks(ticks, names, rotation=90 if max(map(len, names)) > 2 else 0)
+            axes.set_yticks(ticks, names if axes is panels[0] else [])
+            axes.set_xlabel("decoded answer", fontsize=9)
+            axes.tick_params(labelsize=7)
+        panels[0].set_ylabel("expert's answer", fontsize=9)
+        for axes in panels[len(counts) :]:
+            axes.set_visible(False)
+        if image is not None:
+            figure.colorbar(image, ax=list(panels), shrink=0.8, aspect=25).set_label("share", fontsize=9)
+        return figure
 
 
-def layers(source: Source, prefix: str) -> Iterator[Plot]:
-    """Draw where the Fisher's mass lies and how far merges are from the average, layer by layer, where it is known."""
-    if source.layers is not None:
-        yield Plot(
-            f"{prefix}layers",
-            details.layer_profile(source.layers),
-            "Where the Fisher's mass lies, and how far each merge is from the average of the experts, from input to "
-            "head. Methods with the same numbers, such as those that differ in their BatchNorm policy alone, are drawn "
-            "once. Blank: the experts agree.",
-        )
+def layer_profile(layers: pd.DataFrame) -> Figure:
+    """Where the mass of the Fisher lies, and how far each merge is from the average, layer by layer.
+
+    Methods with the same numbers, such as those that differ in their BatchNorm policy alone, are drawn once.
+
+    Args:
+        layers: What `coin.reporting.read_layers` returns.
+    """
+    with style():
+        names = list(dict.fromkeys(layers["layer"]))
+        named = layers.assign(name=variant_names(layers))
+        titles = {"fisher_share": "share of the Fisher's mass (%)", "distance": "distance from the average"}
+        drawn = {}
+        for column in titles:
+            table = named.pivot(index="name", columns="layer", values=column).reindex(columns=names)
+            table = table.loc[list(dict.fromkeys(named["name"]))].dropna(how="all")
+            if len(table := table[~table.round(6).duplicated()]):
+                drawn[column] = table * (100 if column == "fisher_share" else 1)
+        figure = Figure(figsize=(2 * WIDTH, 1.3 + sum(0.5 + 0.22 * len(table) for table in drawn.values())))
+        heights = [0.5 + 0.22 * len(table) for table in drawn.values()] or [1.0]
+        panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (column, table) in zip(panels, drawn.items(), strict=False):
+            values = np.ma.masked_invalid(table.to_numpy(float))
+            # Most layers hold little of the mass, and most merges stay near the average.
+            norm = SymLogNorm(1.0 if column == "fisher_share" else 0.1, vmin=0, vmax=max(float(values.max()), 1e-3))
+            image = axes.imshow(values, aspect="auto", cmap="cividis", norm=norm, interpolation="nearest")
+            axes.grid(visible=False)
+            axes.set_yticks(range(len(table)), list(table.index), fontsize=8)
+            axes.set_title(titles[column], fontsize=9)
+            bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=12, format=FuncFormatter(lambda value, _: f"{value:g}"))
+            bar.ax.tick_params(labelsize=7)
+        ticks = np.arange(0, len(names), max(1, math.ceil(len(names) / 40)))
+        panels[-1].set_xticks(ticks, [names[i] for i in ticks], rotation=90, fontsize=7)
+        panels[-1].set_xlabel("layer, from the input to the head")
+        return figure
 
 
-def _samples(rows: pd.DataFrame) -> str:
-    return " and ".join(str(samples) for samples in sorted(set(rows["samples_per_task"])))
+def training_curves(curves: pd.DataFrame) -> Figure:
+    """Accuracy of every expert by epoch, a panel per task, a thin line per seed: in training and in validation.
+
+    Args:
+        curves: ``task``, ``seed``, ``epoch``, ``train/accuracy`` and ``val/accuracy``, with gaps.
+    """
+    with style():
+        tasks = list(dict.fromkeys(curves["task"]))
+        columns = min(3, len(tasks))
+        rows = math.ceil(len(tasks) / columns)
+        figure = Figure(figsize=(WIDTH, 0.8 + 1.9 * rows))
+        panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+        for axes, task in zip(panels, tasks, strict=False):
+            for kind, dash in (("train", "--"), ("val", "-")):
+                for _, line in curves[curves["task"] == task].groupby("seed"):
+                    line = line.dropna(subset=f"{kind}/accuracy")
+                    axes.plot(line["epoch"] + 1, 100 * line[f"{kind}/accuracy"], dash, color=INK, marker=".", lw=0.9)
+            axes.set(title=f"task {task}", xlabel="epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        for axes in panels[len(tasks) :]:
+            axes.set_visible(False)
+        panels[0].set_ylabel("accuracy (%)")
+        keys = [Line2D([], [], color=INK, linestyle=dash) for dash in ("--", "-")]
+        figure.legend(keys, ["training, mean of the epoch", "validation"], loc="outside lower center", ncols=2)
+        return figure
+
+
+def _of_decoder(means: pd.DataFrame, decoder: str | None, *, last: bool) -> tuple[pd.DataFrame, str]:
+    means = largest_samples(means[means["method"] != "oracle"])
+    decoder = decoder or decoders_of(means)[:2][-1 if last else 0]
+    return means[means["decoder"] == decoder], decoder
+
+
+def _scatter(means: pd.DataFrame, x: "pd.Series[float]", decoder: str) -> tuple[Figure, Axes]:
+    """Draw NDA ± spread against a number, with the names and numbers of the points in a column at the right."""
+    names, own = variant_names(means), ~means["method"].isin(REFERENCES)
+    figure = Figure(figsize=(WIDTH, max(3.3, 0.6 + 0.2 * len(means))))
+    axes = figure.subplots()
+    labels = []
+    for i in means.index:
+        nda, spread = 100 * float(means.loc[i, "nda_mean"]), 100 * float(means.loc[i, "nda_std"])
+        ink = method_colour(names[i])
+        text = f"{names[i]}  {nda:.1f}" + ("" if math.isnan(spread) else f" ± {spread:.1f}")
+        labels.append((nda, float(x[i]) if own[i] else None, text, ink))
+        if own[i]:
+            axes.errorbar(x[i], nda, 0 if math.isnan(spread) else spread, color=ink, marker="o", markersize=7, capsize=3)
+    low, high = axes.get_ylim()
+    for nda in (nda for nda, at, _, _ in labels if at is None and nda > low - 1.5 * (high - low)):
+        axes.axhline(nda, color=_SOFT, linestyle="--", linewidth=1.1)
+    if low - 0.5 * (high - low) < 100 * PAPER_NDA < high + 0.5 * (high - low):
+        axes.axhline(100 * PAPER_NDA, color=INK, linewidth=0.9, linestyle=":")
+    _column_of_names(axes, labels, 0.18 / (figure.get_figheight() - 0.8))
+    axes.set_ylabel(f"NDA (%), {decoder} decoder")
+    return figure, axes
+
+
+def _column_of_names(axes: Axes, labels: list[tuple[float, float | None, str, str]], gap: float) -> None:
+    """Write names beside the axes, from the best down and `gap` of its height apart, each with a line to its point."""
+    low, high = axes.get_ylim()
+    labels = sorted((label for label in labels if not math.isnan(label[0])), key=lambda label: -label[0])
+    heights: list[float] = []
+    for nda, *_ in labels:
+        wanted = (min(max(nda, low), high) - low) / (high - low)
+        heights.append(min(wanted, heights[-1] - gap) if heights else wanted)
+    floor = 0.02
+    for i in reversed(range(len(heights))):
+        heights[i] = max(heights[i], floor)
+        floor = heights[i] + gap
+    right = axes.get_yaxis_transform()
+    for (nda, x, text, ink), height in zip(labels, heights, strict=True):
+        beyond = x is None and nda < low
+        axes.annotate(
+            f"{text} ↓" if beyond else text, (1.0, nda) if x is None else (x, nda), (1.04, height),
+            xycoords=right if x is None else "data", textcoords="axes fraction", fontsize=9, color=ink, va="center",
+            annotation_clip=False,
+            arrowprops=None if beyond else {"arrowstyle": "-", "color": ink, "alpha": 0.35, "linewidth": 0.8},
+        )  # fmt: skip
+
+
+def _dots(means: pd.DataFrame, series: list[str], column: str, decoders: list[str]) -> Figure:
+    """Draw NDA ± spread, a line per variant and a marker per value of `column`, in a panel per decoder if need be."""
+    with style():
+        means = largest_samples(means[means["method"] != "oracle"])
+        means = means.assign(name=variant_names(means), last=means["method"].isin(REFERENCES))
+        names = list(dict.fromkeys(means.sort_values("last", kind="stable")["name"]))
+        panels_of = {"": means} if column == "decoder" else {d: means[means["decoder"] == d] for d in decoders}
+        lines = [[name for name in names if name in set(part["name"])] for part in panels_of.values()]
+        crowd = 0.26 * max(1.0, len(series) / 4)
+        figure = Figure(figsize=(WIDTH, 1.3 + sum(0.4 + crowd * len(own) for own in lines)))
+        panels = figure.subplots(len(lines), 1, squeeze=False, sharex=True, height_ratios=[len(own) for own in lines])
+        for axes, own, (decoder, part) in zip(panels[:, 0], lines, panels_of.items(), strict=True):
+            for i, value in enumerate(series):
+                for _, row in part[part[column] == value].iterrows():
+                    place = own.index(row["name"]) + 0.6 * ((i + 0.5) / len(series) - 0.5)
+                    spread = 0.0 if math.isnan(row["nda_std"]) else 100 * row["nda_std"]
+                    look = {"color": method_colour(row["name"]), "marker": marker(i), "markersize": 5.5, "capsize": 2}
+                    axes.errorbar(100 * row["nda_mean"], place, xerr=spread, **look)
+            axes.set_yticks(range(len(own)), own)
+            axes.set_ylim(len(own) - 0.5, -0.5)
+            axes.axvline(100 * PAPER_NDA, color=INK, linewidth=0.9, linestyle=":")
+            axes.set_title(f"decoder {decoder}" if decoder else "")
+        panels[-1, 0].set_xlabel("NDA (%), mean over tasks ± spread over seeds")
+        for i, value in enumerate(series):
+            panels[0, 0].plot([], [], color=_SOFT, marker=marker(i), linestyle="none", label=value)
+        legend_below(figure, panels[0, 0], column)
+        return figure
+
+
+def _log_scale(axes: Axes) -> None:
+    """Make the x axis logarithmic with plain numbers: matplotlib's own labels need parsed mathematics."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _short(value: object) -> str:
+    """Return a tick's text: a number in full, a long name cut off."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= _NAMED else f"{text[: _NAMED - 1]}…"

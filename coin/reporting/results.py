@@ -1,14 +1,19 @@
-"""The files of a measurement: one folder's results, and their mean and spread over seeds.
+"""The files of a measurement, written and read back exactly.
 
 ``results.csv`` is long format, one row per measured number set; ``results.json`` holds the same rows with the
-configuration and the versions; ``confusion.npz`` counts the expert's answers against the decoded ones. Nothing else
-is needed to draw a table, a plot or the report.
+configuration, the versions, the date and the machine; ``confusion.npz`` counts the expert's answers against the decoded
+ones. Nothing else is needed to draw a table, a figure or the report.
 """
 
 import json
 import math
+import os
+import platform
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +23,13 @@ import pandas as pd
 
 from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import atomic_path, write_text
-from coin.reporting.frames import DAMAGED_NPZ, one_line, read_frame, write_frame
 from coin.versions import versions
 
 RESULTS_CSV = "results.csv"
 RESULTS_JSON = "results.json"
 CONFUSION_NPZ = "confusion.npz"
+DAMAGED_NPZ = (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What NumPy raises on archives that are cut off, damaged, or something else altogether."""
 
 Counts = npt.NDArray[np.int64]
 
@@ -80,10 +86,7 @@ INTEGERS = ("seed", "samples_per_task")
 
 
 def asked_policy(batchnorm: str) -> str:
-    """Return the BatchNorm policy that was asked for: ``auto`` of ``auto:recalibrate``.
-
-    Seeds may choose differently: whatever is taken over seeds, or names a method, goes by what was asked for.
-    """
+    """Return the BatchNorm policy that was asked for: ``auto`` of ``auto:recalibrate``, which seeds may differ in."""
     return batchnorm.partition(":")[0]
 
 
@@ -93,38 +96,44 @@ def write_results(
     configuration: Mapping[str, Any],
     confusions: Mapping[str, Counts] | None = None,
     methods: Sequence[Mapping[str, Any]] = (),
+    classes: Mapping[str, Sequence[str]] | None = None,
+    wandb_url: str | None = None,
 ) -> None:
-    """Write ``results.csv``, ``results.json`` and, with `confusions`, ``confusion.npz``.
-
-    Every file appears whole or not at all. ``results.json`` is strict JSON: a number that is not finite is ``null``.
+    """Write ``results.csv``, ``results.json`` and, with `confusions`, ``confusion.npz``, each whole or not at all.
 
     Args:
         folder: The seed's folder, made where it is missing.
-        rows: The measurements, in the order in which tables and plots shall show the methods.
+        rows: The measurements, in the order in which tables and figures shall show the methods.
         configuration: The resolved configuration; what JSON does not know (paths, enums) is written as text.
         confusions: `confusion_key` → counts ``[C, C]``, the expert's answer × the decoded answer.
         methods: What every coded model says of its making: its label, its BatchNorm policy, and what was chosen.
+        classes: The names of every task's classes.
+        wandb_url: Where the evaluation's W&B run is to be seen; None where it is not online.
 
     Raises:
         ConfigurationError: There are no rows, two rows measure the same thing, or a task has a reserved name.
         FileError: A file cannot be written.
     """
     _check_rows(rows)
-    records = [asdict(row) for row in rows]
-    document = {
-        "rows": records,
-        "methods": list(methods),
-        "configuration": dict(configuration),
-        "versions": versions(),
-    }
     # The text is made first: a value that cannot be written leaves all three files as they were.
-    text = as_json(document)
+    text = as_json(
+        {
+            "rows": [asdict(row) for row in rows],
+            "methods": list(methods),
+            "configuration": dict(configuration),
+            "classes": classes or {},
+            "versions": versions(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": _machine(),
+            "wandb": wandb_url,
+        }
+    )
     if confusions is not None:
         arrays: dict[str, Any] = {key: np.asarray(counts) for key, counts in confusions.items()}
         with atomic_path(folder / CONFUSION_NPZ) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
     write_text(folder / RESULTS_JSON, text + "\n")
-    write_frame(folder / RESULTS_CSV, pd.DataFrame.from_records(records, columns=list(COLUMNS)))
+    write_frame(folder / RESULTS_CSV, pd.DataFrame([asdict(row) for row in rows], columns=list(COLUMNS)))
 
 
 def read_results(folder: Path) -> pd.DataFrame:
@@ -138,9 +147,7 @@ def read_results(folder: Path) -> pd.DataFrame:
     for name in NUMBERS:
         if name != "residual" and bool(np.isinf(frame[name]).any()):
             raise FileError(f"'{path}' holds an infinite {name}, expected finite numbers; make it again")
-    twice = frame[frame.duplicated(list(KEYS))]
-    if not twice.empty:
-        row = twice.iloc[0]
+    for row in frame[frame.duplicated(list(KEYS))].to_dict("records"):
         raise FileError(
             f"'{path}' holds two rows of method '{row['method']}', decoder '{row['decoder']}', task '{row['task']}', "
             "expected one; make it again"
@@ -149,7 +156,7 @@ def read_results(folder: Path) -> pd.DataFrame:
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:
-    """Return the object of ``results.json``: ``rows``, ``methods``, ``configuration`` and ``versions``.
+    """Return the object of ``results.json``: ``rows``, ``methods``, ``configuration``, ``versions`` and the rest.
 
     Raises:
         FileError: The file is missing or damaged.
@@ -197,9 +204,68 @@ def read_confusions(folder: Path) -> dict[str, Counts]:
     return found
 
 
+def write_frame(path: Path, frame: pd.DataFrame) -> None:
+    """Write a frame as CSV, without its index; NaN becomes an empty field and floats keep every digit.
+
+    Raises:
+        FileError: The file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
+    """Return the named columns of a CSV file: text as it stands, an empty number as NaN.
+
+    Args:
+        path: The file.
+        columns: Names that must be there, in the order to return.
+        integers: Those among them that hold integers.
+        numbers: Those among them that hold floats.
+
+    Raises:
+        FileError: The file is missing, damaged, or lacks a column or a row.
+    """
+    if not path.is_file():
+        raise FileError(f"found no file '{path}', expected an evaluated run; make it with `coin run`")
+    try:
+        # As text first: pandas would read a task called "NA" as missing and the code row "0" as a number.
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise FileError(f"'{path}' cannot be read as CSV ({one_line(error)}); make it again") from error
+    if missing := [name for name in columns if name not in frame.columns]:
+        raise FileError(
+            f"'{path}' has no column '{missing[0]}' ({len(missing)} missing): it is damaged, or of another version of "
+            "coin; run the experiment again"
+        )
+    if frame.empty:
+        raise FileError(f"'{path}' holds no rows, expected at least one; make it again")
+    frame = frame[list(columns)]
+    try:
+        for name in integers:
+            frame[name] = [int(text) for text in frame[name]]
+        for name in numbers:
+            frame[name] = [float(text) if text else math.nan for text in frame[name]]
+    except (TypeError, ValueError) as error:
+        raise FileError(f"'{path}' is damaged in column '{name}' ({one_line(error)}); make it again") from error
+    return frame
+
+
+def one_line(error: Exception) -> str:
+    """Return an exception's message on one line, its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def as_json(document: Any) -> str:
     """Return a value as strict JSON text: a number that is not finite is ``null``, a data frame a list of its rows."""
     return json.dumps(_strict(document), indent=1, allow_nan=False, ensure_ascii=False)
+
+
+def _machine() -> str:
+    from torch import cuda  # only whoever measures has loaded it
+
+    devices = [cuda.get_device_name(i) for i in range(cuda.device_count())]
+    return ", ".join([f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} cores", *devices])
 
 
 def _check_rows(rows: Sequence[Row]) -> None:
@@ -220,18 +286,14 @@ def _check_rows(rows: Sequence[Row]) -> None:
 
 def _strict(value: Any) -> Any:
     """Return `value` as strict JSON has it: no NaN, no infinity, frames as lists of rows, keys and the rest as text."""
-    if value is None or isinstance(value, (bool, int)) or type(value) is str:
-        return value
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, pd.DataFrame):
+        value = value.to_dict("records")
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return _strict(value.tolist())
-    if isinstance(value, pd.DataFrame):
-        return _strict(value.to_dict("records"))
-    if isinstance(value, np.generic):
-        return _strict(value.item())
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, list | tuple | set | frozenset):
         return [_strict(item) for item in value]
-    return str(value)
+    return value if value is None or isinstance(value, bool | int) or type(value) is str else str(value)

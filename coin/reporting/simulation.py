@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coin.errors import ConfigurationError
-from coin.reporting.frames import read_frame, write_frame
+from coin.reporting.results import read_frame, write_frame
 
 SIMULATION_CSV = "simulation.csv"
 SIMULATION_JSON = "simulation.json"

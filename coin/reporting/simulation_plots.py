@@ -8,7 +8,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from coin.reporting.canvas import WIDTH, colour, legend_below, marker, style
+from coin.reporting.figures import WIDTH, colour, legend_below, marker, style
 from coin.reporting.simulation import SimulationRow
 
 _PANELS = {"p50": "median", "p99": "99 % quantile", "p999": "99.9 % quantile"}

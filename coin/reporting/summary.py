@@ -1,4 +1,4 @@
-"""Mean and spread over seeds, and the mean over tasks."""
+"""Mean and spread over seeds, the mean over tasks, and the names of the methods' variants."""
 
 import re
 import warnings
@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 
 from coin.errors import CoinWarning, FileError
-from coin.reporting.frames import read_frame, write_frame
 from coin.reporting.results import (
     KEYS,
     NUMBERS,
@@ -16,10 +15,18 @@ from coin.reporting.results import (
     RESULTS_JSON,
     asked_policy,
     read_configuration,
+    read_frame,
     read_results,
+    write_frame,
 )
 
 SUMMARY_CSV = "summary.csv"
+REFERENCES = ("none", "oracle")
+"""Methods that are no contenders: the survivors alone, and the exact sum of the experts."""
+TRAINED = ("distillation", "readout_distillation")
+"""Methods that train the coded model by gradient descent; labels begin with the name."""
+_KEEPING = ("refit", *TRAINED)
+"""Methods whose one BatchNorm policy is ``keep``; the others' default is ``auto``."""
 
 GROUP: tuple[str, ...] = tuple(name for name in KEYS if name != "seed")
 """What one row of a summary stands for."""
@@ -134,6 +141,63 @@ def seed_folders(experiment_folder: Path) -> list[Path]:
             )
         found = [folder for folder in found if options[folder] == latest]
     return sorted(found, key=by_number)
+
+def over_tasks(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of means over tasks, each lost alone."""
+    return summary[(summary["task"] == "mean") & summary["erased"].str.startswith("1 of ")]
+
+
+def largest_samples(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return each variant's rows at its largest P: one point per variant, whatever P the others had."""
+    variant = ["experiment", "method", "batchnorm"]
+    return rows[rows["samples_per_task"] == rows.groupby(variant)["samples_per_task"].transform("max")]
+
+
+def decoders_of(means: pd.DataFrame) -> list[str]:
+    """Return the decoders: ``linear``, the one with the best method's largest mean NDA, then the others as they come.
+
+    Args:
+        means: Rows of a summary, means over tasks.
+    """
+    contenders = means[~means["method"].isin(REFERENCES)]
+    rows = (contenders if len(contenders) else means).groupby("decoder")["nda_mean"].max().dropna()
+    matter = [*(["linear"] if "linear" in set(means["decoder"]) else []), *([str(rows.idxmax())] if len(rows) else [])]
+    if len(set(matter)) == 1 and len(others := rows.drop(matter[0], errors="ignore")):
+        matter.append(str(others.idxmax()))
+    return list(dict.fromkeys([*matter, *contenders["decoder"], *means["decoder"]]))
+
+
+def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
+    """Return one name per row that tells a method's variants apart.
+
+    A name depends on the method's own options alone: its label, and the BatchNorm policy that was asked for where that
+    is not the method's default (``coin (recalibrate)``). Where a method was read out through several sets of coded
+    models, the set follows in brackets (``coin[0+1]``).
+
+    Args:
+        frame: Rows of results or of a summary; or of ``layers.csv``, where the brackets hold the row of the code.
+    """
+    code_rows: Any = frame["code_row"]
+    if "layer" in frame:
+        several = pd.Series(code_rows.nunique() > 1, index=frame.index)
+    else:
+        # Several sets count as variants only where they read out the same loss; R = 2 uses other sets for other sizes.
+        same = ["experiment", "method", "batchnorm", "decoder", "erased", "task", "samples_per_task"]
+        own = frame.groupby(same, sort=False)["code_row"].transform("nunique") > 1
+        several = frame["method"].isin(frame.loc[own, "method"])
+    names = []
+    asked = frame["batchnorm"].map(asked_policy)
+    for method, policy, code_row, ambiguous in zip(frame["method"], asked, code_rows, several, strict=True):
+        default = policy in ("", "auto") or (policy == "keep" and method.startswith(_KEEPING))
+        names.append(method + ("" if default else f" ({policy})") + (f"[{code_row}]" if ambiguous else ""))
+    return pd.Series(names, index=frame.index, dtype=object)
+
+
+def expert_accuracies(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return each task's own expert's accuracy: ``experiment, task, seeds, mean, spread``, one row per task."""
+    tasks = summary[summary["task"] != "mean"].drop_duplicates(["experiment", "task"])
+    renamed = tasks.rename(columns={"expert_accuracy_mean": "mean", "expert_accuracy_std": "spread"})
+    return renamed[["experiment", "task", "seeds", "mean", "spread"]].reset_index(drop=True)
 
 
 def _comparable(configuration: Any) -> Any:

@@ -2,22 +2,20 @@
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from coin.errors import FileError
 from coin.files.atomic import is_folder_name
-from coin.reporting.frames import one_line, read_frame
-from coin.reporting.results import COLUMNS, INTEGERS, KEYS, NUMBERS, read_results
-from coin.reporting.summary import seed_means
-from coin.reporting.table import decoder_heading
+from coin.reporting.results import COLUMNS, INTEGERS, KEYS, NUMBERS, one_line, read_frame, read_results
+from coin.reporting.summary import seed_means, variant_names
+from coin.reporting.tables import percent, rich_table
 
 SWEEP_CSV = "sweep.csv"
 SWEEP_YAML = "sweep.yaml"
@@ -29,37 +27,23 @@ _LONGEST = 24
 
 
 @dataclass(frozen=True)
-class SweptGroup:
-    """Points of a sweep that differ in nothing but their seeds and P.
-
-    Args:
-        options: What the swept options were, each under its short name, as text; P and the seeds are not among them.
-        frame: The points' rows of ``results.csv``.
-    """
-
-    options: Mapping[str, str]
-    frame: pd.DataFrame
-
-    @property
-    def label(self) -> str:
-        """The options in one line; nothing where only P or seeds were swept."""
-        return ", ".join(f"{name} {value}" for name, value in self.options.items())
-
-
-@dataclass(frozen=True)
 class Sweep:
-    """A finished sweep.
+    """A finished sweep. Points that differ in nothing but their seeds and P are one experiment of it.
 
     Args:
         name: The sweep's name, which is its folder's.
         swept: What each option takes, in order of appearance, by its short name; P and seeds included.
-        groups: Its points, put together.
-        full: Whether the groups are all combinations of the options' values.
+        options: What the other options are, as text, by experiment; none where only P or seeds were swept.
+        frame: All rows of ``results.csv``; ``experiment`` says the options, or is the sweep's name.
+        points: The folders of the points with the largest P.
+        full: Whether the experiments are all combinations of the options' values.
     """
 
     name: str
     swept: Mapping[str, tuple[str, ...]]
-    groups: tuple[SweptGroup, ...]
+    options: Mapping[str, Mapping[str, str]]
+    frame: pd.DataFrame
+    points: tuple[str, ...]
     full: bool
 
 
@@ -80,19 +64,21 @@ def read_sweep_table(folder: Path) -> Sweep | None:
     frame = read_frame(path, [*keys, *COLUMNS], INTEGERS, NUMBERS)
     if wrong := [name for name in frame["experiment"] if not is_folder_name(name)]:
         raise FileError(f"'{path}' has the experiment {wrong[0]!r}, expected a folder's name; make it again")
-    short = _short_names(keys)
+    name, short = folder.resolve().name, _short_names(keys)
     swept = {short[key]: tuple(dict.fromkeys(frame[key])) for key in keys}
-    named = {key: _named(swept[short[key]]) for key in keys}
     others = [key for key in keys if key != SEEDS and key.rsplit(".")[-1] != _SAMPLES]
-    groups = []
+    options, parts = {}, []
     for values, part in frame.groupby(others, sort=False) if others else [((), frame)]:
-        options = {short[key]: named[key][str(value)] for key, value in zip(others, values, strict=True)}
+        own = {short[key]: _named(str(value), swept[short[key]]) for key, value in zip(others, values, strict=True)}
+        label = ", ".join(f"{option} {value}" for option, value in own.items()) or name
+        options[label] = own
         # A seed that several points have run is one seed.
-        groups.append(SweptGroup(options, part[list(COLUMNS)].drop_duplicates(_without_name(), ignore_index=True)))
-    combinations = 1
-    for key in others:
-        combinations *= len(swept[short[key]])
-    return Sweep(folder.resolve().name, swept, tuple(groups), len(groups) == combinations)
+        own_keys = [key for key in KEYS if key != "experiment"]
+        parts.append(part[list(COLUMNS)].drop_duplicates(own_keys).assign(experiment=label))
+    largest = frame[frame[_SAMPLES] == frame[_SAMPLES].max()]
+    full = len(options) == math.prod(len(swept[short[key]]) for key in others)
+    rows = pd.concat(parts, ignore_index=True)
+    return Sweep(name, swept, options, rows, tuple(dict.fromkeys(largest["experiment"])), full)
 
 
 def sweep_frame(points: Sequence[tuple[Mapping[str, Any], Sequence[Path]]]) -> pd.DataFrame:
@@ -116,32 +102,42 @@ def sweep_frame(points: Sequence[tuple[Mapping[str, Any], Sequence[Path]]]) -> p
 
 
 def sweep_table(frame: pd.DataFrame, swept: Sequence[str], title: str) -> Table:
-    """Return a table of mean NDA in %, a line per point and method, a column per decoder.
-
-    Points that differ in their seeds alone share a line: mean ± standard deviation over seeds. The oracle, whose NDA
-    is 1 everywhere, is left out.
+    """Return `sweep_text` as a table for the terminal.
 
     Args:
         frame: What `sweep_frame` returns.
         swept: The swept keys, the frame's first columns.
         title: The table's title.
     """
-    points = frame[["experiment", *swept]].drop_duplicates("experiment")
-    means = seed_means(frame[frame["method"] != "oracle"].drop(columns=list(swept))).merge(points, on="experiment")
     keys = [key for key in swept if key != SEEDS]
-    heads = [*keys, *(["erased"] if means["erased"].nunique() > 1 else []), "method", "batchnorm"]
+    points = frame[["experiment", *keys]].drop_duplicates("experiment")
+    text = sweep_text(frame.drop(columns=list(swept)), points.set_index("experiment"))
+    text.columns = pd.Index([str(name).rsplit(".")[-1] for name in text.columns])
+    ends = [place for place in range(1, len(text)) if keys and not text.iloc[place, 0] == text.iloc[place - 1, 0]]
+    return rich_table(text, title, [*text.columns[: len(keys) + 1], "method"], ends)
+
+
+def sweep_text(frame: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
+    """Return mean NDA ± spread in % as text, a line per point and method, a column per decoder.
+
+    Points that differ in their seeds alone share a line. The oracle, whose NDA is 1 everywhere, is left out.
+
+    Args:
+        frame: Rows of ``results.csv``.
+        points: The options, by experiment.
+    """
+    keys = [str(key) for key in points.columns]
+    means = seed_means(frame[frame["method"] != "oracle"])
+    means = means.assign(method=variant_names(means)).merge(points, left_on="experiment", right_index=True)
+    heads = [*keys, *(["erased"] if means["erased"].nunique() > 1 else []), "method"]
     decoders = list(dict.fromkeys(means["decoder"]))
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for head in heads:
-        table.add_column(Text({"batchnorm": "BatchNorm"}.get(head, head.rsplit(".")[-1])), overflow="fold")
-    for decoder in decoders:
-        table.add_column(decoder_heading(decoder), justify="right", overflow="fold")
-    for _, lines in means.groupby(keys, sort=False, dropna=False) if keys else [((), means)]:
-        for line, group in lines.groupby(heads, sort=False, dropna=False):
-            cells = [_cell(group.loc[group["decoder"] == decoder, "nda"]) for decoder in decoders]
-            table.add_row(*(Text(str(part) or "–") for part in line), *cells)
-        table.add_section()
-    return table
+    lines = []
+    means = means.assign(place=means.groupby(keys, sort=False, dropna=False).ngroup() if keys else 0)
+    for (_, *head), part in means.sort_values("place", kind="stable").groupby(["place", *heads], sort=False):
+        ndas = {decoder: part.loc[part["decoder"] == decoder, "nda"] for decoder in decoders}
+        cells = {d: percent(nda.mean(skipna=False), nda.std(), digits=1) if len(nda) else "–" for d, nda in ndas.items()}
+        lines.append(dict(zip(heads, map(str, head), strict=True)) | cells)
+    return pd.DataFrame(lines, columns=[*heads, *decoders])
 
 
 def as_text(value: Any) -> str:
@@ -155,21 +151,10 @@ def as_numbers(values: "pd.Series[Any]") -> "pd.Series[Any]":
     return values if numbers.isna().any() else numbers
 
 
-def _cell(values: "pd.Series[float]") -> Text:
-    if values.empty or values.isna().any():
-        return Text("–")
-    spread = f" ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    return Text(f"{100 * values.mean():.1f}{spread}")
-
-
-def _without_name() -> list[str]:
-    return [name for name in KEYS if name != "experiment"]
-
-
 def _short_names(keys: list[str]) -> dict[str, str]:
     last = [key.rsplit(".")[-1] for key in keys]
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 
-def _named(values: tuple[str, ...]) -> dict[str, str]:
-    return {value: value if len(value) <= _LONGEST else f"#{place}" for place, value in enumerate(values)}
+def _named(value: str, values: Sequence[str]) -> str:
+    return value if len(value) <= _LONGEST else f"#{values.index(value)}"

@@ -1,112 +1,159 @@
-"""The report's tables of numbers."""
+"""Tables of mean NDA as data frames of text, for the terminal, the page and notebooks; and how a terminal shows them."""
 
 import math
-from collections.abc import Mapping, Sequence
-from html import escape
+import re
+import sys
+from collections.abc import Sequence
 
 import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from coin.reporting import markup
-from coin.reporting.comparison import (
-    Cell,
-    Comparison,
-    Line,
-    comparisons,
-    expert_accuracies,
-    percent,
-    seconds,
-    short,
-)  # fmt: skip
+from coin.reporting.summary import REFERENCES, decoders_of, expert_accuracies, variant_names
 
-NOTE = (
-    "NDA in %: accuracy of the decoded output ÷ accuracy of the expert itself, mean over the lost tasks, ± sample "
-    "standard deviation over seeds. Shaded: the largest mean of its decoder (and P). <i>none</i>: the survivors alone, "
-    "without a coded model; <i>oracle</i>: Σβf itself. Seconds and passes (forward-equivalents of one sample): <i>merge"
-    "</i> is what it took to make the coded model, <i>decoder</i> what fitting the dearest of the decoders took beside "
-    "it; the linear one takes nothing."
-)
-"""How to read a table of NDA, as HTML."""
-_COSTS = ("residual", "merge seconds", "merge passes", "decoder seconds", "decoder passes")
+WIDTH = 80
+"""Columns of text where nobody watches."""
+COSTS = ("residual", "merge s", "decoder s", "merge passes", "decoder passes")
+BEST = "*"
+"""Behind the largest mean of a decoder (and P)."""
 
 
-def nda_tables(summary: pd.DataFrame) -> str:
-    """Return all comparisons of a summary, one table each."""
-    several = summary["experiment"].nunique() > 1
-    return "".join(
-        f"<h3>{escape(f'{each.experiment}: ' if several else '')}{escape(each.erased)} lost</h3>{nda_table(each)}"
-        for each in comparisons(summary)
-    )
+def percent(mean: float, spread: float = math.nan, sign: str = " ± ", digits: int = 2) -> str:
+    """Return ``98.02 ± 0.31`` in percent, without the spread where there is none, ``–`` where there is no number."""
+    if math.isnan(mean):
+        return "–"
+    return f"{100 * mean:.{digits}f}" + ("" if math.isnan(spread) else f"{sign}{100 * spread:.{digits}f}")
 
 
-def nda_table(comparison: Comparison) -> str:
-    """Return one comparison as a table: the best cells marked, the references set apart."""
-    several = len(comparison.samples) > 1
-    head = ["method", "BatchNorm", *(["P"] if several else []), *comparison.decoders, *_COSTS]
-    rows = []
-    before: Line | None = None
-    for line in comparison.lines:
-        rows.append(markup.row(_line_cells(line, comparison.decoders, several), _kind(line, before)))
-        before = line
-    return markup.table(head, rows, text_columns=("method", "BatchNorm"))
+def seconds(value: float) -> str:
+    """Return a duration in seconds with about three digits, ``–`` for NaN."""
+    return "–" if math.isnan(value) else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def sweep_table(summary: pd.DataFrame, options: Mapping[str, Mapping[str, str]]) -> str:
-    """Return all comparisons of a sweep's parts as one table, a part after the other; the best of each part is marked.
+def short(value: float) -> str:
+    """Return a count in at most five characters: ``840``, ``8.4k``, ``57.6k``, ``1.2M``; ``–`` for NaN."""
+    if math.isnan(value):
+        return "–"
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}".removesuffix(".0") + unit
+    return f"{value:.0f}"
+
+
+def nda_tables(summary: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    """Return a table of mean NDA ± spread in % for every experiment and size of erasure (``1 of 2``).
+
+    A line per method's variant (and P where there are several), the references last. The columns: ``method``, ``P``,
+    the decoders in the order of `decoders_of`, then `COSTS`: what made the coded model (``merge``) and what fitted the
+    dearest decoder beside it. The largest mean of a decoder and P, to the two decimals printed, carries `BEST`.
 
     Args:
-        summary: The parts' summaries; ``experiment`` is the part.
-        options: The swept options by part.
+        summary: What `coin.reporting.summarise` returns; only its means over tasks are read.
     """
-    found = comparisons(summary)
-    decoders = tuple(dict.fromkeys(decoder for each in found for decoder in each.decoders))
-    names = list(next(iter(options.values())))
-    several = len({samples for each in found for samples in each.samples}) > 1
-    erasures = len({each.erased for each in found}) > 1
-    head = [*names, *(["lost"] if erasures else []), "method", "BatchNorm", *(["P"] if several else [])]
-    rows: list[str] = []
-    for each in found:
-        lead = [markup.cell(options[each.experiment][name], "text") for name in names]
-        lead += [markup.cell(each.erased, "text")] if erasures else []
-        for place, line in enumerate(line for line in each.lines if line.method != "oracle"):
-            kind = " ".join(["reference"] * line.is_reference + ["first"] * (place == 0 and bool(rows)))
-            rows.append(markup.row([*lead, *_line_cells(line, decoders, several)], kind))
-    return markup.table([*head, *decoders, *_COSTS], rows, text_columns=head)
+    means = summary[summary["task"] == "mean"].assign(name=variant_names(summary))
+    return {
+        (str(experiment), str(erased)): _nda_table(part)
+        for (experiment, erased), part in means.groupby(["experiment", "erased"], sort=False)
+    }
 
 
-def experts_table(summary: pd.DataFrame) -> str:
-    """Return the experts' own accuracies; experiments that share their experts share a line."""
+def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
+    contenders = means[~means["method"].isin(REFERENCES)]
+    best = contenders.groupby(["decoder", "samples_per_task"])["nda_mean"].max().round(4).to_dict()
+    rank = {name: place for place, name in enumerate(dict.fromkeys([*contenders["name"], *means["name"]]))}
+    decoders = decoders_of(means)
+    lines = []
+    for (name, samples), part in means.groupby(["name", "samples_per_task"], sort=False):
+        first = part.iloc[0]
+        line = {"method": str(name), "P": str(samples)} | dict.fromkeys(decoders, "–")
+        for row in part.to_dict("records"):
+            top = best.get((row["decoder"], samples), math.nan)
+            is_best = row["method"] not in REFERENCES and round(row["nda_mean"], 4) == top
+            line[row["decoder"]] = percent(row["nda_mean"], row["nda_std"]) + BEST * is_best
+        line["residual"] = "–" if math.isnan(first["residual_mean"]) else f"{first['residual_mean']:.3f}"
+        for step, row in (("merge", first), ("decoder", part.loc[:, "decoder_seconds_mean":"decoder_passes_std"].max())):
+            line |= {f"{step} s": seconds(row[f"{step}_seconds_mean"]), f"{step} passes": short(row[f"{step}_passes_mean"])}
+        lines.append((rank[name], samples, line))
+    columns = ["method", *(["P"] if means["samples_per_task"].nunique() > 1 else []), *decoders, *COSTS]
+    return pd.DataFrame([line for *_, line in sorted(lines, key=lambda each: each[:2])], columns=columns)
+
+
+def results_console() -> Console:
+    """Return a console for results: as wide as the terminal, or `WIDTH` columns where nobody watches."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
+
+
+def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None:
+    """Print the experts' own accuracies, then one table of NDA per experiment and size of erasure.
+
+    The linear decoder and the winning one always have their columns; of the others and of the costs there is as much as
+    fits the width.
+
+    Args:
+        summary: What `coin.reporting.summarise` returns.
+        console: Where to print; `results_console` by default.
+    """
+    console = console or results_console()
     experts = expert_accuracies(summary)
-    total = experts["experiment"].nunique()
-    rows = []
-    for _, same in experts.groupby(["task", "seeds", "mean", "spread"], sort=False, dropna=False):
-        row = same.iloc[0]
-        whose = ", ".join(same["experiment"]) if len(same) < total else "all"
-        cells = [markup.cell(whose, "text wrap")] if total > 1 else []
-        cells += [
-            markup.cell(row["task"], "text"),
-            markup.cell(percent(Cell(row["mean"], row["spread"]))),
-            markup.cell(str(row["seeds"])),
-        ]
-        rows.append(markup.row(cells))
-    head = [*(["experiment"] if total > 1 else []), "task", "test accuracy (%)", "seeds"]
-    return markup.table(head, rows, text_columns=("experiment", "task"))
+    for experiment, part in experts.groupby("experiment", sort=False):
+        whose = f" of {experiment}" if experts["experiment"].nunique() > 1 else ""
+        each = (f"{row.task} {percent(row.mean, row.spread)}" for row in part.itertuples(index=False))
+        console.print(Text(f"Experts{whose}, own accuracy in %: {', '.join(each)}"))
+    left_out: dict[str, None] = {}
+    for (experiment, erased), table in nda_tables(summary).items():
+        shown = _fitting(table, console.width)
+        left_out |= dict.fromkeys(name for name in table.columns if name not in shown)
+        references = sum(name.partition("[")[0] in REFERENCES for name in table["method"])
+        title = f"{experiment}: NDA in %, {erased} lost"
+        console.print(rich_table(table[shown], title, ends=[len(table) - references]))
+    rest = f" Not shown: {', '.join(left_out)}; see summary.csv." if left_out else ""
+    console.print(Text(f"Mean over tasks ± spread over seeds; {BEST} largest of its decoder.{rest}"))
 
 
-def _kind(line: Line, before: Line | None) -> str:
-    several = before is not None and before.samples_per_task != line.samples_per_task and before.name != line.name
-    first = several or (before is not None and line.is_reference and not before.is_reference)
-    return " ".join(["reference"] * line.is_reference + ["first"] * first)
+def rich_table(table: pd.DataFrame, title: str, texts: Sequence[str] = ("method",), ends: Sequence[int] = ()) -> Table:
+    """Return a frame of text as a table for the terminal.
+
+    Args:
+        table: The cells.
+        title: What stands above.
+        texts: The columns that are set to the left, and may break.
+        ends: A rule follows after so many rows.
+    """
+    out = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    for name in table.columns:
+        justify, fold = ("left", False) if name in texts else ("right", True)
+        out.add_column(Text(heading(str(name))), justify=justify, no_wrap=fold, overflow="fold")  # type: ignore[arg-type]
+    starred = {name: any(str(cell).endswith(BEST) for cell in table[name]) for name in table.columns}
+    for place, row in enumerate(table.itertuples(index=False), 1):
+        cells = (
+            # Without its star a number keeps its place, so that the digits stay aligned.
+            Text(cell, style="bold") if cell.endswith(BEST) else Text(cell + " " * starred[name])
+            for name, cell in zip(table.columns, map(str, row), strict=True)
+        )
+        out.add_row(*cells, end_section=place in ends)
+    return out
 
 
-def _line_cells(line: Line, decoders: Sequence[str], several_samples: bool) -> list[str]:
-    cells = [markup.cell(line.name), markup.cell(line.batchnorm or "–", "text")]
-    cells += [markup.cell(str(line.samples_per_task))] if several_samples else []
-    for decoder in decoders:
-        cell = line.cells.get(decoder)
-        cells.append(markup.cell("–") if cell is None else markup.cell(percent(cell), "best" if cell.best else ""))
-    costs = (
-        "–" if math.isnan(line.residual) else f"{line.residual:.3f}",
-        *(seconds(line.merge_seconds), short(line.merge_passes)),
-        *(seconds(line.decoder_seconds), short(line.decoder_passes)),
-    )
-    return [*cells, *map(markup.cell, costs)]
+def heading(name: str, width: int = 14) -> str:
+    """Return a name as a heading: a long one on several lines, each broken behind a hyphen or between words."""
+    lines = [""]
+    for part in re.findall(r"[^- ]*[- ]|[^- ]+", name):
+        if lines[-1] and len(lines[-1] + part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _fitting(table: pd.DataFrame, width: int) -> list[str]:
+    """Return the columns that fit, the two decoders that matter before the costs and the other decoders."""
+    decoders = [name for name in table.columns if name not in ("method", "P", *COSTS)]
+    room, shown = width - 1, []
+    for name in ["method", *(["P"] if "P" in table else []), *decoders[:2], "merge s", *decoders[2:], *COSTS]:
+        widths = [len(line) for text in (heading(name), *table[name]) for line in text.split("\n")]
+        wanted = min(max(widths), 30 if name == "method" else width) + 1
+        if name not in shown and (wanted <= room or name in ("method", *decoders[:2])):
+            shown.append(name)
+            room -= wanted
+    return [name for name in table.columns if name in shown]

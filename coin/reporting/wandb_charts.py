@@ -9,9 +9,9 @@ import pandas as pd
 import wandb
 from PIL import Image
 
-from coin.reporting import plots
-from coin.reporting.canvas import as_png
-from coin.reporting.comparison import REFERENCES, largest_samples, over_tasks, variant_names
+from coin.reporting import figures as plots
+from coin.reporting.figures import as_png
+from coin.reporting.summary import REFERENCES, largest_samples, over_tasks, variant_names
 from coin.reporting.results import COLUMNS, Counts, Row, confusion_key
 
 _AXIS = "samples_per_task"

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import wandb
 
-from coin.reporting.comparison import REFERENCES, variant_names
+from coin.reporting.summary import REFERENCES, variant_names
 from coin.reporting.extras import Examples
 from coin.reporting.results import COLUMNS, NUMBERS, Counts, Row, asked_policy
 from coin.reporting.summary import summarise
