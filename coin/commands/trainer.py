@@ -25,8 +25,7 @@ from coin.modules.shared import quieten
 from coin.reporting.results import read_results
 from coin.reporting.summary import summarise
 from coin.reporting.tables import print_summary
-from coin.reporting.wandb_logging import logger_mode, quiet
-from coin.reporting.wandb_settings import run_environment
+from coin.reporting.wandb_settings import logger_mode, run_environment
 from coin.steps.trainer import Trainer
 
 
@@ -84,7 +83,7 @@ class TrainerCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Keep W&B's files in the run's folder, until the command ends."""
-        asked = [logger_mode(quiet(each)) for each in self.trainer.loggers if isinstance(each, WandbLogger)]
+        asked = [logger_mode(each) for each in self.trainer.loggers if isinstance(each, WandbLogger)]
         _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir), next(iter(asked), None)))
 
     def after_evaluate(self) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from coin.data import TaskData
-from coin.experiment.jobs import FileKind, Job, by_stem, common_tags, run_config
+from coin.experiment.jobs import FileKind, Job, by_stem
 from coin.experiment.seed_run import SeedRun
 from coin.experiment.store import step_key
 from coin.merging import Method
@@ -20,9 +21,10 @@ from coin.processes import from_first
 from coin.progress import tracked
 from coin.reporting.extras import write_layers
 from coin.reporting.layers import fisher_shares, relative_distances
-from coin.reporting.results import COLUMNS, read_results
-from coin.reporting.wandb_evaluation import code_axes, log_method_runs
-from coin.reporting.wandb_settings import logging_only
+from coin.reporting.results import COLUMNS, asked_policy, read_results
+from coin.reporting.summary import variant_names
+from coin.reporting.wandb_evaluation import METHOD_TAG, best, log_method
+from coin.reporting.wandb_settings import in_sweep, logging_only
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 from coin.steps.code import write_choice
 from coin.steps.distill import Training
@@ -95,8 +97,13 @@ def _key_options(run: SeedRun, task: str, which: Statistic) -> dict[str, Any]:
     return options | {"kind": which.kind, "k": calibration.fisher_cotangents}
 
 
-def merge(run: SeedRun) -> None:
-    """Make every method's coded models."""
+def merge(run: SeedRun, jobs: ExitStack) -> None:
+    """Make every method's coded models.
+
+    Args:
+        run: The seed.
+        jobs: Keeps the methods' jobs open, which have their numbers yet to come.
+    """
     for method in run.experiment.methods:
         paths = run.coded_paths(method)
         name = record_name(paths[0])
@@ -106,17 +113,19 @@ def merge(run: SeedRun) -> None:
             run.say(f"{name}: up to date")
             continue
         run.say(f"{name}: {'training' if method.is_trained else 'merging'}")
-        job_type = "distill" if method.is_trained else "merge"
-        with run.job(job_type, name, [method.label], method=method.label, batchnorm=str(method.batchnorm)) as work:
-            _tell_inputs(run, work, method, statistics)
-            folder, options = run.layout.logs, run.experiment.trainer
-            train = Training(run.data(run.tasks), folder, run.seed, options, work.loggers)
-            experts = StoredExperts(run.experts, statistics, run.calibrations(), run.initial, train)
-            samples = run.experiment.calibration.samples_per_task
-            make = partial(make_coded_models, method, run.code, experts, run.layout.coded, samples)
-            make() if method.is_trained else from_first(make)
-            work.makes(FileKind.coded_model, by_stem(paths))
+        work = run.method_jobs[name] = jobs.enter_context(_method_job(run, method, name))
+        _tell_inputs(run, work, method, statistics)
+        folder, options = run.layout.logs, run.experiment.trainer
+        train = Training(run.data(run.tasks), folder, run.seed, options, work.loggers)
+        experts = StoredExperts(run.experts, statistics, run.calibrations(), run.initial, train)
+        samples = run.experiment.calibration.samples_per_task
+        make = partial(make_coded_models, method, run.code, experts, run.layout.coded, samples)
+        make() if method.is_trained else from_first(make)
         run.steps.finish(f"coded-{name}", key, paths)
+
+
+def _method_job(run: SeedRun, method: Method, name: str) -> AbstractContextManager[Job]:
+    return run.job("method", name, [METHOD_TAG, method.label], method=method.label, batchnorm=str(method.batchnorm))
 
 
 def record_name(path: Path) -> str:
@@ -216,8 +225,7 @@ def evaluate(run: SeedRun) -> None:
     else:
         _measure(run, coded)
         run.steps.finish("evaluate", key, outputs)
-    if experiment.wandb.method_runs:
-        from_first(partial(_log_methods, run))
+    from_first(partial(_log_methods, run))
 
 
 def _measure(run: SeedRun, coded: Sequence[Path]) -> None:
@@ -244,17 +252,26 @@ def _measure(run: SeedRun, coded: Sequence[Path]) -> None:
 
 
 def _log_methods(run: SeedRun) -> None:
-    """Give every method a W&B run of its own, where its numbers are new."""
+    """Write every method's numbers into its W&B run, which a method that was made before has anew."""
     key = step_key({}, [run.layout.results])
-    if run.steps.finished("wandb-methods", key, []):
+    logged = run.steps.finished("wandb-methods", key, [])
+    if in_sweep() or (logged and not run.method_jobs):
         return
     with logging_only("the runs of the methods"):
-        log_method_runs(
-            run.folder,
-            read_results(run.folder),
-            group=run.experiment.name,
-            config=run_config(run.experiment, run.options),
-            tags=common_tags(run.experiment),
-            axes=code_axes(list(run.tasks), run.code.code.matrix.tolist()),
-        )
+        rows = read_results(run.folder)
+        top = best(rows).get("best_method")
+        for method in run.experiment.methods:
+            paths = run.coded_paths(method)
+            name = record_name(paths[0])
+            asked = rows["batchnorm"].map(asked_policy)
+            own = rows[(rows["method"] == method.label) & asked.isin(["", str(method.batchnorm)])]
+            aliases = ["best"] if not own.empty and variant_names(own).iloc[0] == top else []
+            with ExitStack() as stack:
+                work = run.method_jobs.pop(name, None)
+                if work is None and logged:
+                    continue
+                work = work or stack.enter_context(_method_job(run, method, name))
+                work.makes(FileKind.coded_model, by_stem(paths), aliases)
+                if work.run is not None and not own.empty:
+                    log_method(work.run, own)
         run.steps.finish("wandb-methods", key, [])

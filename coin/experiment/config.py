@@ -8,7 +8,7 @@ from coin.callbacks import Weights
 from coin.choices import check_integer, chosen
 from coin.data import TaskData
 from coin.errors import ConfigurationError
-from coin.reporting.wandb_logging import TAG_LENGTH
+from coin.reporting.wandb_settings import TAG_LENGTH
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind
 from coin.statistics.memory import check_memory
 from coin.statistics.statistic import DataChoice, Statistic, StatisticOptions
@@ -116,14 +116,12 @@ class WandbConfig:
     """What of an experiment goes to W&B; ``WANDB_MODE``, ``WANDB_PROJECT`` and ``WANDB_ENTITY`` say where to.
 
     Args:
-        method_runs: Whether every method has a run of its own, beside the jobs', so that a dashboard can group by it.
         tags: Short words to filter by, on all runs.
 
     Raises:
         ConfigurationError: A tag is empty or longer than W&B allows.
     """
 
-    method_runs: bool = True
     tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -3,21 +3,21 @@
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import wandb
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from coin.data import TaskData
 from coin.experiment.experiment import Experiment
 from coin.files.atomic import write_text
 from coin.options import described
-from coin.processes import from_first, is_first
-from coin.reporting.wandb_logging import finish_run, log_artifact, record_input, training_loggers, use_artifact
-from coin.reporting.wandb_settings import logging_only, run_environment
+from coin.processes import is_first
+from coin.reporting.wandb_runs import log_artifact, record_input, start_run, use_artifact
+from coin.reporting.wandb_settings import in_sweep, logging_only, run_environment
 from coin.steps.code import AUTO
 
 
@@ -37,17 +37,26 @@ class Job:
 
     Args:
         experiment: The experiment's name.
-        seed: The seed; none for the base.
-        loggers: CSV files, and a W&B run in the experiment's group.
+        seed: The seed; none for what all seeds share.
+        run: The W&B run, on the first process; none where W&B takes none.
+        loggers: Of a Trainer: CSV files, and the W&B run.
     """
 
     experiment: str
     seed: int | None
-    loggers: list[Logger]
+    run: wandb.Run | None = None
+    loggers: list[Logger] = field(default_factory=list)
 
-    def makes(self, kind: FileKind, files: Mapping[str, Path]) -> None:
-        """Log files as W&B artifacts, named after the experiment, the seed, their kind and what they are of."""
-        self._each(files, lambda run, name, path: log_artifact(run, path, self._called(kind, name), kind, {"of": name}))
+    def makes(self, kind: FileKind, files: Mapping[str, Path], aliases: Sequence[str] = ()) -> None:
+        """Log files as W&B artifacts, named after the experiment, their kind and what they are of.
+
+        Seeds are versions of one artifact, called ``seed-K``.
+        """
+        called = [*aliases, *([] if self.seed is None else [f"seed-{self.seed}"])]
+        self._each(
+            files,
+            lambda run, name, path: log_artifact(run, path, self._called(kind, name), kind, called, {"of": name}),
+        )
 
     def reads(self, kind: FileKind, files: Mapping[str, Path]) -> None:
         """Say that the job reads files that other jobs have logged."""
@@ -58,17 +67,14 @@ class Job:
         self._each(files, lambda run, name, path: record_input(run, path, self._called(kind, name)))
 
     def _each(self, files: Mapping[str, Path], tell: Callable[[wandb.Run, str, Path], None]) -> None:
-        for logger in self.loggers:
-            if isinstance(logger, WandbLogger):
-                with logging_only("the files of a job"):
-                    for name, path in files.items():
-                        if not logger.experiment.disabled:
-                            tell(logger.experiment, name, path)
+        if self.run is not None and not self.run.disabled:
+            with logging_only("the files of a job"):
+                for name, path in files.items():
+                    tell(self.run, name, path)
 
     def _called(self, kind: FileKind, name: str) -> str:
-        if kind is FileKind.initialisation:  # all seeds share it, and its files say what they are
-            return f"{self.experiment}-{name}"
-        return run_name(self.experiment, self.seed, str(kind), name)
+        plain = kind is FileKind.initialisation or name.startswith(kind)  # such files say what they are
+        return "-".join([self.experiment, *([] if plain else [kind]), name])
 
 
 @contextmanager
@@ -81,43 +87,50 @@ def job(
     config: Mapping[str, Any],
     tags: Sequence[str] = (),
 ) -> Iterator[Job]:
-    """Yield one job with its loggers: CSV files, and a W&B run in the experiment's group.
+    """Yield one job with its loggers: CSV files in ``folder/logs``, and a W&B run in the experiment's group.
 
     The W&B runs of a seed lie side by side in ``runs/NAME/seed-K/wandb``, to be brought online by one ``wandb sync``. A
     job that was interrupted goes on with its run: the run's name is kept in ``folder/wandb-run-id`` until it is done.
+    Several jobs may be at work at once. An agent of a W&B sweep knows of one run alone, which is the evaluation's.
 
     Args:
         experiment: The experiment.
         folder: For the logs.
-        job_type: ``expert``, ``fisher``, ``merge``, ``distill`` or ``evaluate``.
+        job_type: ``expert``, ``fisher``, ``method`` or ``evaluate``.
         name: What the job works on.
-        seed: The seed; none for the base.
+        seed: The seed; none for what all seeds share.
         config: The W&B run's configuration; see `run_config`.
         tags: Short words to filter by.
     """
-    run_folder = experiment.layout.base if seed is None else experiment.layout.seed(seed).folder
-    kept = folder / "wandb-run-id"
-    with run_environment(run_folder):
-        try:
-            loggers = training_loggers(
-                folder,
-                experiment.name,
-                job_type,
-                run_name(experiment.name, seed, job_type, name),
+    layout = experiment.layout
+    run_folder = layout.seed(seed).folder if seed is not None else layout.base if name == "base" else layout.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    # CSV comes first: Lightning's log_dir is the first logger's, and W&B's is another for every run.
+    loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="logs")]
+    kept, run = folder / "wandb-run-id", None
+    if is_first() and (job_type == "evaluate" or not in_sweep()):
+        with logging_only("the start of a run"):
+            run = start_run(
+                run_folder,
+                group=experiment.name,
+                job_type=job_type,
+                name=run_name(experiment.name, seed, job_type, name),
                 config=config,
-                tags=[*tags, *common_tags(experiment)],
-                run_folder=run_folder,
-                run_id=from_first(lambda: _run_id(kept)),
+                tags=[*tags, experiment.network.name, *experiment.wandb.tags],
+                run_id=None if in_sweep() else _run_id(kept),
             )
-            yield Job(experiment.name, seed, loggers)
-            if is_first():
-                kept.unlink(missing_ok=True)
-        except BaseException:
+            loggers.append(WandbLogger(experiment=run))
+    failed = True
+    try:
+        with run_environment(run_folder):
+            yield Job(experiment.name, seed, run, loggers)
+        failed = False
+    finally:
+        if run is not None:
             with logging_only("the end of a run"):
-                finish_run(failed=True)
-            raise
-        with logging_only("the end of a run"):
-            finish_run()
+                run.finish(exit_code=int(failed))
+            if not failed:
+                kept.unlink(missing_ok=True)
 
 
 def _run_id(kept: Path) -> str:
@@ -134,15 +147,11 @@ def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
     return {path.stem: path for path in paths}
 
 
-def common_tags(experiment: Experiment) -> list[str]:
-    """Return the tags that all runs of an experiment have."""
-    return [experiment.network.name, *experiment.wandb.tags]
-
-
 def run_name(experiment: str, seed: int | None, job_type: str, name: str) -> str:
-    """Return what a job's run is called, and likewise the files it makes: ``quickstart-seed-0-expert-mnist``."""
+    """Return what a job's run is called: ``quickstart-seed-0-expert-mnist``; a method's bears its name alone."""
     seeds = [] if seed is None else [f"seed-{seed}"]
-    return "-".join([experiment, *seeds, *([] if name.startswith(job_type) else [job_type]), name])
+    types = [] if job_type in ("method", "evaluate") or name.startswith(job_type) else [job_type]
+    return "-".join([experiment, *seeds, *types, name])
 
 
 def resolved(experiment: Experiment, tasks: Mapping[str, TaskData], seed: int | None) -> dict[str, Any]:

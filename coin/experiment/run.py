@@ -1,6 +1,7 @@
 """A whole experiment: every step of every seed whose inputs have changed, the summary, and the reports."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 
 import pandas as pd
@@ -10,7 +11,7 @@ from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, FileError
 from coin.experiment.coded_models import choose_code, compare_layers, estimate, evaluate, merge
 from coin.experiment.experiment import Experiment
-from coin.experiment.jobs import common_tags, resolved, run_config
+from coin.experiment.jobs import job, resolved, run_config
 from coin.experiment.launch import ExpertJob, Launch, train_side_by_side
 from coin.experiment.locks import alone_in
 from coin.experiment.seed_run import SeedRun
@@ -20,9 +21,8 @@ from coin.files.atomic import remove_leftovers, write_text
 from coin.processes import from_first, is_first, process_count
 from coin.reporting import write_report
 from coin.reporting.summary import write_summary
-from coin.reporting.wandb_connection import check_connection
-from coin.reporting.wandb_evaluation import log_summary
-from coin.reporting.wandb_settings import logging_only
+from coin.reporting.wandb_evaluation import SUMMARY_TAG, log_summary
+from coin.reporting.wandb_settings import check_connection, in_sweep, logging_only
 from coin.steps.trainer import check_trainer_options, join_processes
 
 
@@ -110,10 +110,11 @@ def run_seed(run: SeedRun) -> None:
     choose_code(run)
     for which in dict.fromkeys(which for method in experiment.methods for which in method.statistics()):
         estimate(run, which)
-    merge(run)
-    compare_layers(run)
-    run.experts.release()
-    evaluate(run)
+    with ExitStack() as jobs:
+        merge(run, jobs)
+        compare_layers(run)
+        run.experts.release()
+        evaluate(run)
 
 
 def _train_side_by_side(
@@ -158,9 +159,14 @@ def _summarise(experiment: Experiment) -> pd.DataFrame:
 def _log_summary(experiment: Experiment, summary: pd.DataFrame) -> None:
     """Give all seeds together a W&B run, where there are several and their numbers are new."""
     steps, key = Steps(experiment.folder), step_key({}, [experiment.layout.summary])
-    if len(experiment.seeds) < 2 or steps.finished("wandb-summary", key, []):
+    if len(experiment.seeds) < 2 or in_sweep() or steps.finished("wandb-summary", key, []):
         return
-    with logging_only("the summary over seeds"):
-        config = run_config(experiment, resolved(experiment, experiment.tasks, None))
-        log_summary(experiment.folder, summary, group=experiment.name, config=config, tags=common_tags(experiment))
+    config = run_config(experiment, resolved(experiment, experiment.tasks, None))
+    folder = experiment.layout.folder / "logs"
+    with (
+        logging_only("the summary over seeds"),
+        job(experiment, folder, "evaluate", "summary", None, config, [SUMMARY_TAG]) as work,
+    ):
+        if work.run is not None:
+            log_summary(work.run, summary)
         steps.finish("wandb-summary", key, [])

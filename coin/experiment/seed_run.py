@@ -38,6 +38,8 @@ class SeedRun:
         self.initial = initial
         self.console = console
         self.steps = Steps(self.folder)
+        self.method_jobs: dict[str, Job] = {}
+        """The jobs of the methods that were made in this process, by their files' name: until they are evaluated."""
         self.tasks: dict[str, TaskData] = {name: task_with(task, seed=seed) for name, task in experiment.tasks.items()}
 
     @cached_property

@@ -194,11 +194,15 @@ class _Page:
         ]
         title = self.sources[0].name if len(self.sources) == 1 else f"{len(self.sources)} experiments compared"
         ranked = [each for each in found.values() if each.best is not None]
-        top = max(ranked, key=lambda each: each.best.nda.mean() if each.best else 0.0, default=next(iter(found.values())))
+        top = max(
+            ranked, key=lambda each: each.best.nda.mean() if each.best else 0.0, default=next(iter(found.values()))
+        )
         where = next(name for name, each in found.items() if each is top)
         return self._content(title, [top], parts, f"The best of {len(found)} experiments is {where}. ")
 
-    def _content(self, title: str, found: list[Findings], parts: list[dict[str, Any]], lead: str = "") -> dict[str, Any]:
+    def _content(
+        self, title: str, found: list[Findings], parts: list[dict[str, Any]], lead: str = ""
+    ) -> dict[str, Any]:
         several = len(self.sources) > 1 or self.frame["experiment"].nunique() > 1
         facts = [_facts(source) for source in self.sources]
         names = [source.name for source in self.sources]
@@ -223,7 +227,12 @@ class _Page:
         }
 
     def _nda_tables(self) -> Iterator[tuple[str, pd.DataFrame]]:
-        swept = {name for each in self.sources if each.sweep and len(each.sweep.options) > 1 for name in each.frame.experiment}
+        swept = {
+            name
+            for each in self.sources
+            if each.sweep and len(each.sweep.options) > 1
+            for name in each.frame.experiment
+        }
         several = self.frame["experiment"].nunique() > 1
         for (name, erased), table in nda_tables(self.summary).items():
             if name not in swept:
@@ -231,7 +240,9 @@ class _Page:
         for source in self.sources:
             if source.sweep is not None and len(source.sweep.options) > 1:
                 names = dict(zip(source.sweep.options, dict.fromkeys(source.frame["experiment"]), strict=True))
-                points = pd.DataFrame.from_dict({names[own]: o for own, o in source.sweep.options.items()}, orient="index")
+                points = pd.DataFrame.from_dict(
+                    {names[own]: o for own, o in source.sweep.options.items()}, orient="index"
+                )
                 yield source.name, sweep_text(source.frame, points)
 
     def _draw(self, name: str, figure: Figure, caption: str, wide: bool = False) -> dict[str, Any]:
@@ -318,7 +329,9 @@ class _Page:
                 classes = (source.document.get("classes") or {}).get(task)
                 names = list(map(str, classes if classes and len(classes) == size else range(size)))
                 figure = figures.confusion_matrices(counts, names)
-                caption = f"Task {task} lost, {shown[0].decoder} decoder, all seeds. A perfect decoder fills the diagonal."
+                caption = (
+                    f"Task {task} lost, {shown[0].decoder} decoder, all seeds. A perfect decoder fills the diagonal."
+                )
                 yield self._draw(f"confusion_{task}", figure, caption)
 
     def _reproduce(self, source: Source) -> dict[str, Any]:
@@ -329,7 +342,14 @@ class _Page:
             command = ["coin", "sweep", name]
         else:
             name, path = f"{source.frame['experiment'].iloc[0]}.yaml", source.seeds[0] / "config.yaml"
-            command = ["coin", "run", "-c", name, f"--seeds={json.dumps(seeds, separators=(',', ':'))}", "--output=runs"]
+            command = [
+                "coin",
+                "run",
+                "-c",
+                name,
+                f"--seeds={json.dumps(seeds, separators=(',', ':'))}",
+                "--output=runs",
+            ]
         files = [source.folder / name for name in (SUMMARY_CSV, SWEEP_CSV)]
         files += [seed / file for seed in source.seeds for file in (RESULTS_CSV, LAYERS_CSV)]
         here = self.path.parent.resolve()
@@ -407,7 +427,9 @@ def _task_tables(summary: pd.DataFrame, found: Findings) -> Iterator[tuple[str, 
         return
     alone = (summary["erased"] == summary["task"]) & (summary["decoder"] == best.decoder)
     rows = largest_samples(summary[alone & (summary["method"] != "oracle")])
-    rows = rows.assign(name=variant_names(rows), last=rows["method"].isin(REFERENCES)).sort_values("last", kind="stable")
+    rows = rows.assign(name=variant_names(rows), last=rows["method"].isin(REFERENCES)).sort_values(
+        "last", kind="stable"
+    )
     lines = []
     for name, part in rows.groupby("name", sort=False):
         line = {"method": str(name)}
@@ -442,7 +464,9 @@ def _examples(source: Source, found: Findings) -> Iterator[dict[str, Any]]:
         return
     decoded = {name: examples.decoded[key] for name, key in shown.items() if key in examples.decoded}
     for task, indices in examples.by_task().items():
-        differ = {name: sum(int(answers[i] != examples.expert[i]) for i in indices) for name, answers in decoded.items()}
+        differ = {
+            name: sum(int(answers[i] != examples.expert[i]) for i in indices) for name, answers in decoded.items()
+        }
         said = ", ".join(f"{count} of {len(indices)} for {name}" for name, count in differ.items())
         yield {
             "title": f"Task {task} lost" if task else "",
@@ -498,7 +522,9 @@ def _facts(source: Source) -> dict[str, str]:
         start = f"checkpoint {base['checkpoint']}" if base.get("checkpoint") else "a base trained beforehand"
     methods = list(dict.fromkeys(frame.loc[~frame["method"].isin(REFERENCES), "method"]))
     code, sweep = configuration.get("code"), source.sweep
-    swept = (f"{name}: {', '.join(values)}" for name, values in (sweep.swept if sweep else {}).items() if len(values) > 1)
+    swept = (
+        f"{name}: {', '.join(values)}" for name, values in (sweep.swept if sweep else {}).items() if len(values) > 1
+    )
     size = "tokens" if network.get("name") == "minilm" else "pixels"
     found = {
         "tasks": ", ".join(tasks),

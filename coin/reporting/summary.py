@@ -142,6 +142,7 @@ def seed_folders(experiment_folder: Path) -> list[Path]:
         found = [folder for folder in found if options[folder] == latest]
     return sorted(found, key=by_number)
 
+
 def over_tasks(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of means over tasks, each lost alone."""
     return summary[(summary["task"] == "mean") & summary["erased"].str.startswith("1 of ")]

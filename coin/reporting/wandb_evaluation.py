@@ -1,209 +1,128 @@
-"""An evaluation in W&B: scalars that group by method, the table of all rows, charts and confusions."""
+"""An evaluation in W&B: final numbers in the summaries of its runs, one table of all rows, few charts."""
 
+import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import wandb
+from PIL import Image
 
-from coin.reporting.summary import REFERENCES, variant_names
+from coin.reporting import figures
 from coin.reporting.extras import Examples
-from coin.reporting.results import COLUMNS, NUMBERS, Counts, Row, asked_policy
-from coin.reporting.summary import summarise
-from coin.reporting.wandb_charts import charts, confusion_charts, contenders, figures, results_table
-from coin.reporting.wandb_logging import start_run
-from coin.reporting.wandb_settings import in_sweep, mode, run_environment
+from coin.reporting.results import COLUMNS, Counts, Row, asked_policy, confusion_key
+from coin.reporting.summary import REFERENCES, largest_samples, over_tasks, summarise, variant_names
+from coin.reporting.wandb_runs import folder_of
+from coin.reporting.wandb_settings import run_environment
 
-_SUMS = ("seconds", "passes")
-"""What making the coded model and fitting the decoder took together."""
-_AXIS = "samples_per_task"
 METHOD_TAG = "method"
 """The tag of the runs that hold one method each."""
 SUMMARY_TAG = "summary"
 """The tag of the run that holds all seeds."""
 
-
-def code_axes(tasks: Sequence[str], matrix: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Return what a code gives charts to plot against, beside P: N, R and the coding weights.
-
-    Args:
-        tasks: The tasks' names, N of them.
-        matrix: The code, R rows of N weights.
-
-    Returns:
-        ``num_experts``, ``num_coded`` and ``beta/<task>``, or ``beta/<row>/<task>`` where there are several rows.
-    """
-    rows = [f"{row}/" if len(matrix) > 1 else "" for row in range(len(matrix))]
-    weights = {
-        f"beta/{row}{task}": float(weight)
-        for row, weights in zip(rows, matrix, strict=True)
-        for task, weight in zip(tasks, weights, strict=True)
-    }
-    return {"num_experts": float(len(tasks)), "num_coded": float(len(matrix)), **weights}
+_ACCURACIES = ("nda", "agreement", "decoded_accuracy")
+"""What a method's run has for every decoder and loss."""
+_MADE = ("residual", "merge_seconds", "merge_passes")
+"""What it has once."""
 
 
 def log_evaluation(
     run: wandb.Run,
     rows: Sequence[Row],
     confusions: Mapping[str, Counts] | None = None,
-    axes: Mapping[str, float] | None = None,
+    examples: Examples | None = None,
+    classes: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Log one seed's evaluation as an overview of all its methods.
 
-    - Scalars ``<number>/<method>/<decoder>/<task>`` and ``…/mean`` over P, for every number of ``results.csv``, and for
-      ``seconds`` and ``passes``, the sums of merging and decoder. An erasure of several tasks stands before its task:
-      ``nda/coin/linear/a+b/a``, ``nda/coin/linear/2-of-3/mean``. Numbers that are not defined are left out.
-    - Tables ``results`` (all rows) and ``confusions`` (long format); charts under ``charts/`` and ``confusion/``.
-    - For sweeps, the summary has ``nda_mean/<decoder>`` (the best method's) and ``nda_mean_best`` with
-      ``best_method`` and ``best_decoder``. The best is chosen on the test sets: it ranks, it does not validate.
+    The summary has ``nda/<method>/<decoder>/mean``, the means over tasks each lost alone; and, for sweeps,
+    ``nda_mean/<decoder>`` (the best method's) and ``nda_mean_best`` with ``best_method`` and ``best_decoder``. The best
+    is chosen on the test sets: it ranks, it does not validate. Beside it are the tables ``results`` (all rows) and
+    ``examples``, NDA against cost as a figure, and the confusions of the best method, a chart a task.
 
     Args:
         run: An open run of job type ``evaluate``.
         rows: One seed's measurements.
         confusions: Counts ``[C, C]`` by `confusion_key`.
-        axes: What else charts may plot against; see `code_axes`.
+        examples: Test images with the answers.
+        classes: The names of each task's classes.
     """
     if run.disabled:
         return
     frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
-    summary = summarise(frame)
-    _log_scalars(run, summary, axes or {})
-    run.summary.update(_best(summary))
-    with run_environment(Path(run.settings.root_dir)):
-        run.log({"results": results_table(frame), **charts(summary), **figures(summary)})
-        if confusions:
-            run.log(confusion_charts(rows, confusions))
+    found = best(frame)
+    logged = {"results": _table(frame), **_headline(summarise(frame))}
+    if examples is not None:
+        logged["examples"] = _examples(examples)
+    names = variant_names(frame)
+    for row, name in zip(rows, names, strict=True):
+        chart = f"confusion/{row.erased}/{row.task}"
+        counts = (confusions or {}).get(confusion_key(row))
+        if counts is not None and name == found.get("best_method") and row.decoder == found["best_decoder"]:
+            title = f"{name}, {row.decoder}: expert (actual) against decoded, {row.task} lost"
+            logged[chart] = _confusion(counts, (classes or {}).get(row.task, ()), title)
+    with run_environment(folder_of(run)):
+        run.log(logged)
+    run.summary.update(_overview(summarise(frame)) | found)
 
 
-def log_examples(run: wandb.Run, examples: Examples) -> None:
-    """Log test images with the expert's answer, the decoded answer and the label, as the table ``examples``."""
-    columns: list[str | int] = ["image", "task", "expert", "decoded", "label", "differs"]
-    answers = zip(examples.expert, examples.decoded, examples.label, strict=True)
-    tasks = examples.task or ("",) * len(examples.images)
-    with run_environment(Path(run.settings.root_dir)):
-        rows: Any = [
-            [
-                wandb.Image(image),
-                task,
-                *(examples.name_of(answer) for answer in (expert, decoded, label)),
-                bool(expert != decoded),
-            ]
-            for image, task, (expert, decoded, label) in zip(examples.images, tasks, answers, strict=True)
-        ]
-        run.log({"examples": wandb.Table(columns=columns, data=rows)})
+def log_method(run: wandb.Run, rows: pd.DataFrame) -> None:
+    """Write one method's numbers into the summary of its run, so that a dashboard can group runs by ``variant``.
 
-
-def log_method_runs(
-    folder: Path,
-    frame: pd.DataFrame,
-    *,
-    group: str,
-    config: Mapping[str, Any],
-    tags: Sequence[str] = (),
-    axes: Mapping[str, float] | None = None,
-) -> None:
-    """Log one run per variant of a method, so that a dashboard can group runs by ``method`` and spread over ``seed``.
-
-    Each run is of job type ``evaluate``, has the tag ``method``, and holds ``method``, ``batchnorm`` (the policy asked
-    for) and ``batchnorm_taken``, ``variant``, ``reference`` (whether it is no contender) and ``seed`` in its
-    configuration beside `config`. Its scalars have no method in their names: ``nda/linear/mean``. An agent of a W&B
-    sweep gets none: it knows of one run alone.
+    The summary has ``nda/<decoder>/<task>`` and ``…/mean``, likewise ``agreement`` and ``decoded_accuracy``; what
+    making the coded model took, ``residual``, ``merge_seconds`` and ``merge_passes``; and ``seconds/<decoder>`` and
+    ``passes/<decoder>``, the decoder's part included. The loss of several tasks stands before its task:
+    ``nda/linear/a+b/a``, ``nda/linear/2-of-3/mean``. The configuration says what was measured: ``variant``, ``method``,
+    ``batchnorm`` (the policy asked for), ``batchnorm_taken``.
 
     Args:
-        folder: The run's folder.
-        frame: One seed's measurements, as `coin.reporting.read_results` returns them.
-        group: The experiment's name.
-        config: The resolved configuration.
-        tags: Further tags.
-        axes: What else charts may plot against; see `code_axes`.
+        run: The run in which the method's coded models were made, or a new one.
+        rows: The method's rows of one seed, as `coin.reporting.read_results` returns them.
     """
-    if not _extra_runs():
-        return
-    for name, part in frame.groupby(variant_names(frame), sort=False):
-        first = part.iloc[0]
-        own = {
-            "method": first["method"],
-            "batchnorm": asked_policy(first["batchnorm"]),
-            "batchnorm_taken": first["batchnorm"],
-            "variant": name,
-            "seed": int(first["seed"]),
-            "reference": first["method"] in REFERENCES,
-        }
-        run = start_run(
-            folder, group=group, job_type="evaluate", name=f"{group}-seed-{own['seed']}-method-{name}",
-            config={**config, **own}, tags=[METHOD_TAG, first["method"], *tags],
-        )  # fmt: skip
-        _log_scalars(run, summarise(part), axes or {}, with_method=False)
-        run.finish()
+    summary = summarise(rows)
+    first = rows.iloc[0]
+    own = {
+        "variant": variant_names(rows).iloc[0],
+        "method": first["method"],
+        "batchnorm": asked_policy(first["batchnorm"]),
+        "batchnorm_taken": first["batchnorm"],
+        "samples_per_task": int(first["samples_per_task"]),
+    }
+    run.config.update(own, allow_val_change=True)
+    numbers: dict[str, float] = {}
+    for _, row in summary.iterrows():
+        single = row["erased"] == row["task"] or row["erased"].startswith("1 of ")
+        leaf = row["task"] if single else f"{row['erased'].replace(' of ', '-of-')}/{row['task']}"
+        for name in _ACCURACIES:
+            numbers[f"{name}/{row['decoder']}/{leaf}"] = float(row[f"{name}_mean"])
+        if single and row["task"] == "mean":
+            numbers |= {name: float(row[f"{name}_mean"]) for name in _MADE}
+            for unit in ("seconds", "passes"):
+                numbers[f"{unit}/{row['decoder']}"] = float(row[f"merge_{unit}_mean"] + row[f"decoder_{unit}_mean"])
+    run.summary.update({name: number for name, number in numbers.items() if not math.isnan(number)})
 
 
-def log_summary(
-    folder: Path, summary: pd.DataFrame, *, group: str, config: Mapping[str, Any], tags: Sequence[str] = ()
-) -> None:
-    """Log one run for all seeds of an experiment: the summary as a table, charts of its means, figures with the spread.
-
-    An agent of a W&B sweep gets none: it knows of one run alone.
+def log_summary(run: wandb.Run, summary: pd.DataFrame) -> None:
+    """Log all seeds of an experiment together: the table ``summary``, NDA against cost with the spread, the means.
 
     Args:
-        folder: The experiment's folder.
+        run: An open run of job type ``evaluate``.
         summary: What `coin.reporting.summarise` returns.
-        group: The experiment's name.
-        config: The resolved configuration.
-        tags: Further tags.
     """
-    if not _extra_runs():
-        return
-    run = start_run(
-        folder, group=group, job_type="evaluate", name=f"{group}-summary", config=config, tags=[SUMMARY_TAG, *tags]
-    )
-    with run_environment(folder):
-        run.log({"summary": results_table(summary), **charts(summary), **figures(summary)})
-    run.summary.update(_best(summary))
-    run.finish()
+    with run_environment(folder_of(run)):
+        run.log({"summary": _table(summary), **_headline(summary)})
+    run.summary.update(_overview(summary) | _best(summary))
 
 
-def _extra_runs() -> bool:
-    """Return whether there may be runs beside those of the jobs."""
-    return not in_sweep() and mode() != "disabled"
-
-
-def _log_scalars(run: wandb.Run, summary: pd.DataFrame, axes: Mapping[str, float], *, with_method: bool = True) -> None:
-    """Log one row of scalars for each P, against it; the other `axes` stand in every row.
-
-    Every name is defined by itself: W&B takes any of several patterns that fit, and Lightning's ``*`` fits all.
-    """
-    for axis in (_AXIS, *axes):
-        run.define_metric(axis)
-    defined: set[str] = set()
-    for samples, scalars in _by_samples(summary, with_method=with_method):
-        for name in scalars.keys() - defined:
-            run.define_metric(name, step_metric=_AXIS)
-        defined |= scalars.keys()
-        run.log({_AXIS: samples, **axes, **scalars})
-
-
-def _by_samples(summary: pd.DataFrame, *, with_method: bool) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield each P, increasing, with its scalars."""
-    sums = {f"{unit}_mean": summary[f"merge_{unit}_mean"] + summary[f"decoder_{unit}_mean"] for unit in _SUMS}
-    named = summary.assign(name=variant_names(summary), **sums)
-    for samples, part in named.groupby(_AXIS, sort=True):
-        scalars = {}
-        for _, row in part.iterrows():
-            single = row["erased"] == row["task"] or row["erased"].startswith("1 of ")
-            leaf = row["task"] if single else f"{row['erased'].replace(' of ', '-of-')}/{row['task']}"
-            path = "/".join([*([row["name"]] if with_method else []), row["decoder"], leaf])
-            for number in (*NUMBERS, *_SUMS):
-                value = float(row[f"{number}_mean"])
-                if not math.isnan(value):
-                    scalars[f"{number}/{path}"] = value
-        yield int(str(samples)), scalars
+def best(rows: pd.DataFrame) -> dict[str, Any]:
+    """Return the largest mean NDA over all methods and decoders, and for each decoder; nothing without methods."""
+    return _best(summarise(rows))
 
 
 def _best(summary: pd.DataFrame) -> dict[str, Any]:
-    means = contenders(summary)
-    means = means[means["nda_mean"].notna()]
+    means = over_tasks(summary.assign(name=variant_names(summary)))
+    means = means[~means["method"].isin(REFERENCES) & means["nda_mean"].notna()]
     if means.empty:
         return {}
     top = means.iloc[int(means["nda_mean"].to_numpy().argmax())]
@@ -214,3 +133,49 @@ def _best(summary: pd.DataFrame) -> dict[str, Any]:
         "best_method": top["name"],
         "best_decoder": top["decoder"],
     }
+
+
+def _overview(summary: pd.DataFrame) -> dict[str, float]:
+    means = largest_samples(over_tasks(summary.assign(name=variant_names(summary))))
+    return {
+        f"nda/{row['name']}/{row['decoder']}/mean": float(row["nda_mean"])
+        for _, row in means[means["nda_mean"].notna()].iterrows()
+    }
+
+
+def _headline(summary: pd.DataFrame) -> dict[str, wandb.Image]:
+    """Return the report's first figure as an image: it needs no network and shows the spread."""
+    means = largest_samples(over_tasks(summary))
+    if means.empty or means["method"].isin(REFERENCES).all():
+        return {}
+    png = figures.as_png(figures.nda_against_cost(means), dpi=110)
+    return {"figures/nda_against_cost": wandb.Image(Image.open(io.BytesIO(png)))}
+
+
+def _table(frame: pd.DataFrame) -> wandb.Table:
+    """Return a frame as a table, with None where a number is not defined (W&B's charts stumble over NaN)."""
+    rows: Any = [[None if isinstance(x, float) and math.isnan(x) else x for x in row] for row in frame.values.tolist()]
+    return wandb.Table(columns=list(frame.columns), data=rows)
+
+
+def _examples(examples: Examples) -> wandb.Table:
+    """Return test images with the expert's answer, the decoded answer and the label."""
+    tasks = examples.task or ("",) * len(examples.images)
+    answers = zip(examples.expert, examples.decoded, examples.label, strict=True)
+    rows: Any = [
+        [wandb.Image(image), task, *(examples.name_of(each) for each in answer), bool(answer[0] != answer[1])]
+        for image, task, answer in zip(examples.images, tasks, answers, strict=True)
+    ]
+    return wandb.Table(columns=["image", "task", "expert", "decoded", "label", "differs"], data=rows)
+
+
+def _confusion(counts: Counts, classes: Sequence[str], title: str) -> Any:
+    """Return W&B's confusion chart, which `wandb.plot.confusion_matrix` makes of single predictions, of counts."""
+    names = [classes[i] if i < len(classes) else str(i) for i in range(len(counts))]
+    cells: Any = [[names[i], names[k], int(counts[i, k])] for i, k in zip(*counts.nonzero(), strict=True)]
+    return wandb.plot_table(
+        vega_spec_name="wandb/confusion_matrix/v1",
+        data_table=wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=cells),
+        fields={"Actual": "Actual", "Predicted": "Predicted", "nPredictions": "nPredictions"},
+        string_fields={"title": title},
+    )

@@ -1,20 +1,36 @@
 """How W&B works here: offline by default, everything inside the run's folder, and never in an experiment's way.
 
-``wandb sync RUN_FOLDER/wandb/offline-run-*`` later brings a run along with its artifacts, which are staged in the same
-folder.
+``wandb sync RUN_FOLDER/wandb/offline-run-*`` later brings a run along with its artifacts, whose files are linked into
+the same folder.
 """
 
+import netrc
 import os
+import socket
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import wandb
+from lightning.pytorch.loggers import WandbLogger
 
-from coin.errors import CoinWarning, ConfigurationError, first_line
+from coin.errors import CoinError, CoinWarning, ConfigurationError, first_line
 
 OFFLINE_MODES = ("offline", "dryrun", "disabled")
+TAG_LENGTH = 64
+"""W&B refuses longer tags, and empty ones."""
+
+_OLDER_HOST = "api.wandb.ai"
+_CONNECT_SECONDS = 5.0
+_JOIN_SECONDS = 6.0
+
+
+class ConnectionFailedError(CoinError, ConnectionError):
+    """W&B was asked to work online and cannot: no key, or no way to the server."""
 
 
 @contextmanager
@@ -30,11 +46,7 @@ def run_environment(folder: Path, asked: str | None = None) -> Iterator[None]:
     """
     folder = folder.absolute()
     wanted = asked or mode()
-    changed = {
-        "WANDB_MODE": wanted,
-        "WANDB_DIR": str(folder),
-        "WANDB_DATA_DIR": str(folder / "wandb"),
-    }
+    changed = {"WANDB_MODE": wanted, "WANDB_DIR": str(folder), "WANDB_DATA_DIR": str(folder / "wandb")}
     if wanted in OFFLINE_MODES:
         changed["WANDB_SILENT"] = os.environ.get("WANDB_SILENT", "true")
     before = {name: os.environ.get(name) for name in changed}
@@ -72,27 +84,18 @@ def in_sweep() -> bool:
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
-def default_project() -> str:
-    """Return ``WANDB_PROJECT`` as the user set it, ``coin`` otherwise."""
-    return os.environ.get("WANDB_PROJECT") or "coin"
-
-
 def user_tags() -> list[str]:
     """Return the tags in ``WANDB_TAGS``, which W&B would drop in favour of a run's own."""
     return [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
 
 
-def settings() -> wandb.Settings:
-    """Return settings that keep the start quick: no system metrics, no copy of the code, of git or of the console."""
-    return wandb.Settings(
-        mode=mode(),  # type: ignore[arg-type]
-        console="off",
-        disable_git=True,
-        save_code=False,
-        silent=mode() in OFFLINE_MODES,
-        x_disable_stats=True,
-        x_save_requirements=False,
-    )
+def logger_mode(logger: WandbLogger) -> str | None:
+    """Return the mode that a W&B logger was given, none where it goes by the environment."""
+    logger._wandb_init.pop("anonymous", None)  # of which W&B warns even where it is none
+    if logger._offline:
+        return "offline"
+    given: str | None = logger._wandb_init.get("mode")
+    return given
 
 
 @contextmanager
@@ -112,3 +115,80 @@ def logging_only(what: str) -> Iterator[None]:
             CoinWarning,
             stacklevel=3,
         )
+
+
+def check_connection(asked: str | None = None, *, later: bool = True) -> None:
+    """Check, within seconds, that W&B can log online where it is asked to; do nothing offline.
+
+    W&B itself tries for more than a minute.
+
+    Args:
+        asked: The mode that a logger was given; none takes the environment's.
+        later: Whether the advice is to log offline and to go online later.
+
+    Raises:
+        ConnectionFailedError: There is no API key, or the server (or the proxy on the way) does not answer.
+    """
+    wanted = asked or mode()
+    if wanted in OFFLINE_MODES:
+        return
+    offline = "set WANDB_MODE=offline" if asked is None else "give the logger mode: offline"
+    escape = f", or {offline} and `wandb sync` later" if later else ""
+    # The settings that `wandb login --host` wrote count as well, but they may have been read before the environment.
+    found = wandb.setup().settings
+    address = os.environ.get("WANDB_BASE_URL") or found.base_url
+    url = urlsplit(address)
+    host = url.hostname or address
+    if not (found.api_key or _has_key([url.netloc, host])):
+        raise ConnectionFailedError(
+            f"W&B is to work {wanted}, but there is no W&B API key for {host}; run `wandb login` or set WANDB_API_KEY"
+            f"{escape}"
+        )
+    proxy = urlsplit(getproxies().get(url.scheme, ""))
+    port = url.port or (80 if url.scheme == "http" else 443)
+    target = (proxy.hostname, proxy.port or 80) if proxy.hostname else (host, port)
+    if problem := _unreachable(*target):
+        raise ConnectionFailedError(
+            f"W&B is to work {wanted}, but {target[0]}:{target[1]} does not answer ({problem}); check the network"
+            f"{escape}"
+        )
+
+
+def _has_key(hosts: Sequence[str]) -> bool:
+    """Return whether there is a key in the environment, or in the netrc file for one of these hosts.
+
+    W&B's own hosts share their keys under the older name, so that one is tried last; a key too many is W&B's to
+    refuse, while a key overlooked here would lock its owner out.
+    """
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    given = os.environ.get("NETRC")
+    files = [Path(given).expanduser()] if given else [Path.home() / ".netrc", Path.home() / "_netrc"]
+    for file in files:
+        try:
+            known = netrc.netrc(str(file))
+        except (OSError, netrc.NetrcParseError):
+            continue
+        if any(known.authenticators(host) for host in (*hosts, _OLDER_HOST)):
+            return True
+    return False
+
+
+def _unreachable(host: str, port: int) -> str | None:
+    """Return why no connection can be opened within seconds, None where it can.
+
+    The attempt runs in a thread of its own: a time limit on a socket does not cover the look-up of the host's name.
+    """
+    outcome: list[str | None] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+            outcome.append(None)
+        except OSError as error:
+            outcome.append(error.strerror or str(error))
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_JOIN_SECONDS)
+    return outcome[0] if outcome else f"no answer in {_JOIN_SECONDS:g} s"

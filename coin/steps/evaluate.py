@@ -11,7 +11,7 @@ from coin.data.tasks import Tasks
 from coin.modules import DecodingEvaluator, Outcome
 from coin.reporting.extras import Examples, write_examples
 from coin.reporting.results import Row, confusion_key, write_results
-from coin.reporting.wandb_evaluation import code_axes, log_evaluation, log_examples
+from coin.reporting.wandb_evaluation import log_evaluation
 from coin.reporting.wandb_settings import logging_only
 
 EXAMPLES_CHOICE = (
@@ -46,15 +46,15 @@ def record_evaluation(
         for row, chosen in enumerate(variant.chosen)
     ]
     configuration = {"tasks": list(model.tasks), "code": code, **(configuration or {})}
-    write_results(folder, rows, configuration, confusions, methods)
+    classes = {name: list(task.classes) for name, task in tasks.tasks.items()}
+    runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
+    address = next((run.url for run in runs), None)
+    write_results(folder, rows, configuration, confusions, methods, classes, address)
     examples = examples_of(model, tasks)
     write_examples(folder, examples)
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            with logging_only("the evaluation"):
-                log_evaluation(logger.experiment, rows, confusions, code_axes(model.tasks, code))
-                if examples is not None:
-                    log_examples(logger.experiment, examples)
+    for run in runs:
+        with logging_only("the evaluation"):
+            log_evaluation(run, rows, confusions, examples, classes)
 
 
 def result_rows(outcomes: Sequence[Outcome], experiment: str, seed: int, samples_per_task: int) -> list[Row]:

@@ -24,8 +24,7 @@ from coin.files.checkpoints import check_training_checkpoint
 from coin.modules import DecodingEvaluator, Expert, Outcome
 from coin.modules.shared import quieten
 from coin.networks import NetworkConfig, fill_network, load_network, plain_network, read_weights
-from coin.reporting.wandb_connection import check_connection
-from coin.reporting.wandb_logging import logger_mode
+from coin.reporting.wandb_settings import check_connection, logger_mode
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind
 from coin.statistics.statistic import StatisticKind, StatisticOptions
 from coin.steps.evaluate import record_evaluation

@@ -1,0 +1,146 @@
+"""Runs and artifacts in W&B: one group an experiment, one run a job, lineage from job to job."""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from coin.errors import ConfigurationError, FileError
+from coin.files.atomic import sha256_of
+from coin.reporting.wandb_settings import OFFLINE_MODES, TAG_LENGTH, check_connection, mode, run_environment, user_tags
+
+JOB_TYPES = ("expert", "fisher", "method", "evaluate")
+
+
+def start_run(
+    folder: Path,
+    *,
+    group: str,
+    job_type: str,
+    name: str,
+    config: Mapping[str, Any] | None = None,
+    tags: Sequence[str] = (),
+    run_id: str | None = None,
+) -> wandb.Run:
+    """Start a W&B run that keeps its files below ``folder/wandb``, beside others that are open.
+
+    System metrics, git and the console are taken as W&B does by default.
+
+    Args:
+        folder: The run's folder.
+        group: The experiment's name.
+        job_type: One of `JOB_TYPES`.
+        name: What the run is, for a person: ``quickstart-seed-0-expert-mnist``.
+        config: The resolved configuration.
+        tags: Short words to filter by, beside those in ``WANDB_TAGS``.
+        run_id: W&B's own name of the run; one that W&B knows has it go on with that run.
+
+    Raises:
+        ConfigurationError: The job type is unknown.
+        ConnectionFailedError: ``WANDB_MODE=online`` and there is no key or no network.
+    """
+    if job_type not in JOB_TYPES:
+        raise ConfigurationError(f"found W&B job type '{job_type}', expected one of {', '.join(JOB_TYPES)}")
+    check_connection()
+    wanted: Any = mode()
+    with run_environment(folder):
+        return wandb.init(
+            dir=str(folder.absolute()),
+            project=os.environ.get("WANDB_PROJECT") or "coin",
+            group=group,
+            job_type=job_type,
+            name=name,
+            config=dict(config or {}),
+            tags=list(dict.fromkeys(tag[:TAG_LENGTH] for tag in (*tags, *user_tags()))),
+            mode=wanted,
+            id=run_id,
+            resume=None if run_id is None or wanted in OFFLINE_MODES else "allow",
+            reinit="create_new",
+            settings=wandb.Settings(silent=wanted in OFFLINE_MODES),
+        )
+
+
+def folder_of(run: wandb.Run) -> Path:
+    """Return the folder that a run was started in."""
+    return Path(run.settings.root_dir)
+
+
+def log_artifact(
+    run: wandb.Run,
+    path: Path,
+    name: str,
+    type: str,
+    aliases: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Log a file as an artifact: an expert, a statistic, a coded model.
+
+    The file is linked into the run's folder and not copied; since every file of an experiment is renamed into its place
+    and never written to, a later step may write a new one without spoiling this.
+
+    Args:
+        run: An open run.
+        path: The file.
+        name: The artifact's name, the same for all seeds; characters that W&B does not allow become hyphens.
+        type: ``initialisation``, ``expert``, ``statistics``, ``coded-model`` or ``results``.
+        aliases: What this version is called, such as ``seed-0``.
+        metadata: What made the file.
+
+    Raises:
+        FileError: There is no such file.
+    """
+    with run_environment(folder_of(run)):
+        run.log_artifact(_artifact(run, path, name, type, metadata), aliases=["latest", *aliases])
+
+
+def use_artifact(run: wandb.Run, path: Path, name: str, type: str) -> None:
+    """Say that a run reads a file which an earlier run logged as an artifact.
+
+    W&B takes lineage online only. The file's SHA-256 goes into the run's configuration under ``inputs`` in any case;
+    the artifact that the earlier run logged has the same value as ``sha256`` in its metadata.
+
+    Raises:
+        FileError: There is no such file.
+    """
+    record_input(run, path, name)
+    if not (run.offline or run.disabled):
+        with run_environment(folder_of(run)):
+            run.use_artifact(_artifact(run, path, name, type, None))
+
+
+def record_input(run: wandb.Run, path: Path, name: str) -> None:
+    """Write the SHA-256 of a file that a run reads into the run's configuration, under ``inputs``.
+
+    Raises:
+        FileError: There is no such file.
+    """
+    config: Any = run.config
+    config.update({"inputs": {**config.get("inputs", {}), _allowed(name): _digest(path)}}, allow_val_change=True)
+
+
+def _artifact(run: wandb.Run, path: Path, name: str, type: str, metadata: Mapping[str, Any] | None) -> wandb.Artifact:
+    digest = _digest(path)
+    linked = folder_of(run) / "wandb" / "artifacts" / "linked" / digest[:16] / path.name
+    if not linked.exists():
+        linked.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, linked)
+        except OSError:  # another file system, or one without hard links
+            shutil.copy2(path, linked)
+    artifact = wandb.Artifact(_allowed(name), type=type, metadata={**(metadata or {}), "sha256": digest})
+    artifact.add_file(str(linked), name=path.name, policy="immutable")
+    return artifact
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        raise FileError(f"found no file '{path}', expected an artifact to log; make it first")
+    return sha256_of(path)
+
+
+def _allowed(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:128]
