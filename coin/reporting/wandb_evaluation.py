@@ -80,7 +80,8 @@ def log_evaluation(
 def log_examples(run: wandb.Run, examples: Examples) -> None:
     """Log test images with the expert's answer, the decoded answer and the label, as the table ``examples``."""
     columns: list[str | int] = ["image", "task", "expert", "decoded", "label", "differs"]
-    answers = zip(examples.expert, examples.decoded, examples.label, strict=True)
+    last = next(reversed(examples.decoded.values()), examples.expert)
+    answers = zip(examples.expert, last, examples.label, strict=True)
     tasks = examples.task or ("",) * len(examples.images)
     with run_environment(Path(run.settings.root_dir)):
         rows: Any = [
