@@ -31,7 +31,7 @@ from coin.statistics.guard import full_products
 class _Case:
     """One fitted decoder of one variant for one erasure, what fitting it took, and what it is measured with.
 
-    ``measures`` are the accuracy and the confusion of every lost expert; ``examples`` keeps test images of the one.
+    ``measures`` are the accuracy and the confusion of every lost expert.
     """
 
     variant: int
@@ -39,7 +39,6 @@ class _Case:
     seconds: float
     passes: float
     measures: dict[int, tuple[DecodingAccuracy, MulticlassConfusionMatrix]]
-    examples: ExampleSamples | None
 
 
 class DecodingEvaluator(LightningModule):
@@ -47,7 +46,7 @@ class DecodingEvaluator(LightningModule):
 
     Every expert and coded model runs once per batch. Decoders are fitted on the pooled calibration samples of the
     datamodule before the first test batch. After ``trainer.test`` the results are in `outcomes`, and in `kept` some
-    test images of every task with the answers of its expert and of one decoder in its place (`coin.modules.examples`).
+    test images of every task with the answers of its expert and of all in its place (`coin.modules.examples`).
 
     Beside the methods stand two references: ``none``, decoding from the surviving experts alone, and ``oracle``,
     Σβ_if_i itself in place of a coded model's output (NDA 1 by construction: a check of the evaluator).
@@ -89,6 +88,7 @@ class DecodingEvaluator(LightningModule):
             raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
         self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
         self.outcomes: list[Outcome] = []
+        self.examples: dict[int, ExampleSamples] = {}
         self.kept: dict[str, KeptSamples] = {}
         self.cases: list[_Case] = []
         self.eval().requires_grad_(False)
@@ -117,7 +117,12 @@ class DecodingEvaluator(LightningModule):
         answers = replace(Answers.concatenate(parts), tasks=calibration.part)
         # The networks run together here; each one's share of the time is what a decoder that needs it is charged.
         share = (time.perf_counter() - started) / (len(self.experts) + len(self.coded))
-        self.cases = self._fitted(answers, share, data)
+        self.cases = self._fitted(answers, share)
+        self.examples = {
+            place: ExampleSamples(len(task.splits.test), self.config.image_size, len(self.alone(place)))
+            for place, task in enumerate(data.tasks.values())
+            if task.content == "images" and len(self.coded)
+        }
         coded = [index for index, variant in enumerate(self.variants) if not variant.is_none]
         self.residuals = {index: [Residual() for _ in self.tasks] for index in coded}
 
@@ -135,6 +140,7 @@ class DecodingEvaluator(LightningModule):
             residuals[task].update(seen[index].coded.flatten(0, 1), target.flatten(0, 1))
         own, classes = answers.experts[task], self.class_counts[task]
         expert = own[:, :classes].argmax(1)
+        alone = []
         for case in self.cases:
             if task not in case.measures:
                 continue
@@ -143,21 +149,24 @@ class DecodingEvaluator(LightningModule):
             accuracy, confusion = case.measures[task]
             accuracy.update(decoded, own, labels)
             confusion.update(answer, expert)
-            if case.examples is not None:
-                # Where in the test set the samples of this process's batch are; see `EvaluationBatches`.
-                before = batch_idx * list(tasks_of(self).tasks.values())[task].eval_batch_size
-                places = torch.arange(before, before + len(labels))
-                positions = self.global_rank + self.trainer.world_size * places
-                case.examples.update(inputs, positions, expert, answer, labels)
+            if len(case.measures) == 1:
+                alone.append(answer)
+        if task in self.examples:
+            # Where in the test set the samples of this process's batch are; see `EvaluationBatches`.
+            before = batch_idx * list(tasks_of(self).tasks.values())[task].eval_batch_size
+            positions = self.global_rank + self.trainer.world_size * torch.arange(before, before + len(labels))
+            self.examples[task].update(inputs, positions, expert, labels, torch.stack(alone, 1))
+
+    def alone(self, task: int) -> list[tuple[Variant, str]]:
+        """Return in what order `kept` has the answers decoded in a task's place: by which variant and decoder."""
+        return [(self.variants[c.variant], c.decoder.config.name) for c in self.cases if list(c.measures) == [task]]
 
     def on_test_epoch_end(self) -> None:
         """Collect the totals of all processes into `outcomes`."""
         if self.trainer.world_size > 1:  # processes add up where their device is: NCCL reduces no tensors of the CPU
             for metric in self._metrics:
                 metric.to(self.device)
-        self.kept = {
-            self.tasks[case.decoder.erased[0]]: case.examples.kept() for case in self.cases if case.examples is not None
-        }
+        self.kept = {self.tasks[task]: examples.kept() for task, examples in self.examples.items()}
         found = {index: [float(each.compute()) for each in residuals] for index, residuals in self.residuals.items()}
         self.outcomes = [
             Outcome(
@@ -175,9 +184,8 @@ class DecodingEvaluator(LightningModule):
             for expert, (accuracy, confusion) in case.measures.items()
         ]
 
-    def _fitted(self, answers: Answers, share: float, data: Tasks) -> list[_Case]:
+    def _fitted(self, answers: Answers, share: float) -> list[_Case]:
         """Return every case with its decoder fitted; `share` is the seconds one network took over the samples."""
-        tasks = list(data.tasks.values())
         wanted = [
             (index, erased, config)
             for index, variant in enumerate(self.variants)
@@ -198,11 +206,7 @@ class DecodingEvaluator(LightningModule):
                 seconds += share * passes / answers.num_samples
             counts = [self.class_counts[lost] for lost in erased]
             pairs = [(DecodingAccuracy(count), MulticlassConfusionMatrix(count)) for count in counts]
-            task, examples = tasks[erased[0]], None
-            # Of every task of images that is lost alone.
-            if (variant, config.name) == self.shown and len(erased) == 1 and task.content == "images":
-                examples = ExampleSamples(len(task.splits.test), self.config.image_size)
-            cases.append(_Case(index, decoder, seconds, passes, dict(zip(erased, pairs, strict=True)), examples))
+            cases.append(_Case(index, decoder, seconds, passes, dict(zip(erased, pairs, strict=True))))
         return cases
 
     @property
@@ -210,13 +214,4 @@ class DecodingEvaluator(LightningModule):
         """All metrics. As no submodules they stay on the CPU when the networks move."""
         residuals = [metric for metrics in self.residuals.values() for metric in metrics]
         measures = [metric for case in self.cases for pair in case.measures.values() for metric in pair]
-        return [*residuals, *measures, *(case.examples for case in self.cases if case.examples is not None)]
-
-    @property
-    def shown(self) -> tuple[Variant, str] | None:
-        """The variant and the decoder that examples are of: the last method's, the last that is listed.
-
-        A choice by results would be one by the test set. None where there is no coded model.
-        """
-        coded = [variant for variant in self.variants if variant.networks]
-        return (coded[-1], self.decoders[-1].name) if coded and self.decoders else None
+        return [*residuals, *measures, *self.examples.values()]

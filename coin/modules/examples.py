@@ -1,4 +1,4 @@
-"""Which test images an evaluation keeps to be looked at: a fixed choice that no result has a say in."""
+"""Which test images an evaluation keeps to be looked at: a fixed draw that no result has a say in."""
 
 from dataclasses import dataclass
 
@@ -8,96 +8,74 @@ from torchmetrics import Metric
 
 from coin.data import to_image
 
-DIFFERING, AGREEING = 48, 8
-"""How many images are kept of a task: where expert and decoder answer differently, and where they agree."""
+KEPT = 24
+"""How many images are kept of a task."""
 SIDE = 96
 """The largest side of a kept image in pixels."""
 
 
 @dataclass(frozen=True)
 class KeptSamples:
-    """Test samples of one task; those with differing answers come first.
+    """Test samples of one task, in a random order.
 
-    The images are uint8 ``[n, 3, H, W]``, all others ``[n]``: their places in the test set, and the classes that the
-    expert answers, that were decoded, and that are true.
+    The images are uint8 ``[n, 3, H, W]``, their places in the test set, the classes that the expert answers and those
+    that are true ``[n]``, and what was decoded in K ways ``[n, K]``.
     """
 
     images: Tensor
     position: Tensor
     expert: Tensor
-    decoded: Tensor
     label: Tensor
+    decoded: Tensor
 
 
 class ExampleSamples(Metric):
-    """Keeps the first few samples of a test set in a fixed random order: some whose answers differ, some that agree.
+    """Keeps the first few samples of a test set in a fixed random order, with what was answered for them.
 
     The same samples are kept whatever the batches and the processes, which each see a share of the test set.
 
     Args:
         samples: The size of the test set.
         image_size: The side of the inputs in pixels.
-        differing: How many samples with differing answers to keep at most.
-        agreeing: How many with the same answer.
+        ways: In how many ways the answers are decoded, K.
+        count: How many samples to keep at most.
     """
 
     is_differentiable = False
     higher_is_better = None
     full_state_update = False
-    # One row per sample that is kept; a place of `samples` marks an empty row.
-    places: Tensor
     answers: Tensor
     images: Tensor
 
-    def __init__(self, samples: int, image_size: int, differing: int = DIFFERING, agreeing: int = AGREEING) -> None:
+    def __init__(self, samples: int, image_size: int, ways: int, count: int = KEPT) -> None:
         super().__init__()
-        self.samples, self.side = samples, min(image_size, SIDE)
-        self.most = (differing, agreeing)
+        self.side = min(image_size, SIDE)
         self.order = torch.randperm(samples, generator=torch.Generator().manual_seed(0))
-        self.place_of = self.order.argsort()
-        rows = differing + agreeing
-        # Processes' rows are put one after the other.
-        self.add_state("places", torch.full((rows,), samples), dist_reduce_fx=_stacked)
-        self.add_state("answers", torch.zeros(rows, 3, dtype=torch.int64), dist_reduce_fx=_stacked)
-        self.add_state("images", torch.zeros(rows, 3, self.side, self.side, dtype=torch.uint8), dist_reduce_fx=_stacked)
+        self.row_of = self.order.argsort()
+        rows = min(count, samples)
+        # Each sample has a row of its own; a process that has not seen it holds what is less than any answer.
+        self.add_state("answers", torch.full((rows, 2 + ways), -1), dist_reduce_fx="max")
+        self.add_state("images", torch.zeros(rows, 3, self.side, self.side, dtype=torch.uint8), dist_reduce_fx="max")
 
-    def update(self, inputs: Tensor, positions: Tensor, expert: Tensor, decoded: Tensor, labels: Tensor) -> None:
-        """Look at a batch: what networks read ``[B, 3, S, S]``, and of the others ``[B]`` each; see `KeptSamples`."""
-        rows = len(self.places)
-        places = torch.cat([self.places, self.place_of[positions.cpu()].to(self.places)])
-        answers = torch.cat([self.answers, torch.stack([expert, decoded, labels], 1).to(self.answers)])
-        chosen = self._chosen(places, answers)
-        old, new = chosen[chosen < rows], chosen[chosen >= rows]
-        if len(new) == 0:
+    def update(self, inputs: Tensor, positions: Tensor, expert: Tensor, labels: Tensor, decoded: Tensor) -> None:
+        """Look at a batch: what networks read ``[B, 3, S, S]``, and of the others ``[B]``; `decoded` ``[B, K]``."""
+        rows = self.row_of[positions.cpu()]
+        chosen = torch.nonzero(rows < len(self.answers)).flatten()
+        if len(chosen) == 0:
             return
-        images = to_image(inputs[(new - rows).to(inputs.device)], self.side).to(self.images)
-        kept, chosen = slice(0, len(chosen)), torch.cat([old, new])
-        self.images[kept] = torch.cat([self.images[old], images])
-        self.places[kept], self.answers[kept] = places[chosen], answers[chosen]
+        rows = rows[chosen].to(self.answers.device)
+        answers = torch.column_stack([expert, labels, decoded]).to(self.answers)
+        self.answers[rows] = answers[chosen.to(answers.device)]
+        self.images[rows] = to_image(inputs[chosen.to(inputs.device)], self.side).to(self.images)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the places, answers and images of what was kept of all processes' shares."""
-        chosen = self._chosen(self.places, self.answers)
-        return {"places": self.places[chosen], "answers": self.answers[chosen], "images": self.images[chosen]}
+        """Return the answers and images of what was kept of all processes' shares."""
+        return {"answers": self.answers, "images": self.images}
 
     def kept(self) -> KeptSamples:
         """Return what was kept of all processes' shares."""
         # torchmetrics makes scalars of results with a single number.
-        found = {name: value.cpu() for name, value in self.compute().items()}
-        expert, decoded, label = found["answers"].reshape(-1, 3).unbind(1)
-        position = self.order[found["places"].reshape(-1)]
-        return KeptSamples(found["images"].reshape(-1, 3, self.side, self.side), position, expert, decoded, label)
-
-    def _chosen(self, places: Tensor, answers: Tensor) -> Tensor:
-        """Return the rows to keep: the first that differ, then the first that agree."""
-        differing = answers[:, 0] != answers[:, 1]
-        chosen = []
-        for kind, most in zip((differing, ~differing), self.most, strict=True):
-            rows = torch.nonzero(kind & (places < self.samples)).flatten()
-            chosen.append(rows[places[rows].argsort()[:most]])
-        return torch.cat(chosen)
-
-
-def _stacked(states: Tensor) -> Tensor:
-    """Return the states of all processes ``[processes, rows, ...]`` as one ``[processes · rows, ...]``."""
-    return states.flatten(0, 1)
+        answers, images = (value.cpu() for value in self.compute().values())
+        answers = answers.reshape(len(self.answers), -1)
+        images = images.reshape(-1, 3, self.side, self.side)
+        return KeptSamples(images, self.order[: len(answers)], answers[:, 0], answers[:, 1], answers[:, 2:])

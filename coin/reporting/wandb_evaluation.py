@@ -54,7 +54,7 @@ def log_evaluation(
     found = best(frame)
     logged = {"results": _table(frame), **_headline(summarise(frame))}
     if examples is not None:
-        logged["examples"] = _examples(examples)
+        logged["examples"] = _examples(examples, found.get("best_decoder"))
     names = variant_names(frame)
     for row, name in zip(rows, names, strict=True):
         chart = f"confusion/{row.erased}/{row.task}"
@@ -67,8 +67,28 @@ def log_evaluation(
     run.summary.update(_overview(summarise(frame)) | found)
 
 
+<<<<<<< HEAD
 def log_method(run: wandb.Run, rows: pd.DataFrame) -> None:
     """Write one method's numbers into the summary of its run, so that a dashboard can group runs by ``variant``.
+=======
+def log_examples(run: wandb.Run, examples: Examples) -> None:
+    """Log test images with the expert's answer, the decoded answer and the label, as the table ``examples``."""
+    columns: list[str | int] = ["image", "task", "expert", "decoded", "label", "differs"]
+    last = next(reversed(examples.decoded.values()), examples.expert)
+    answers = zip(examples.expert, last, examples.label, strict=True)
+    tasks = examples.task or ("",) * len(examples.images)
+    with run_environment(Path(run.settings.root_dir)):
+        rows: Any = [
+            [
+                wandb.Image(image),
+                task,
+                *(examples.name_of(answer) for answer in (expert, decoded, label)),
+                bool(expert != decoded),
+            ]
+            for image, task, (expert, decoded, label) in zip(examples.images, tasks, answers, strict=True)
+        ]
+        run.log({"examples": wandb.Table(columns=columns, data=rows)})
+>>>>>>> report
 
     The summary has ``nda/<decoder>/<task>`` and ``…/mean``, likewise ``agreement`` and ``decoded_accuracy``; what
     making the coded model took, ``residual``, ``merge_seconds`` and ``merge_passes``; and ``seconds/<decoder>`` and
@@ -158,15 +178,16 @@ def _table(frame: pd.DataFrame) -> wandb.Table:
     return wandb.Table(columns=list(frame.columns), data=rows)
 
 
-def _examples(examples: Examples) -> wandb.Table:
-    """Return test images with the expert's answer, the decoded answer and the label."""
+def _examples(examples: Examples, decoder: str | None) -> wandb.Table:
+    """Return test images with the label, the expert's answer and every method's by one decoder."""
+    answers = {key.rpartition("|")[0].strip("|"): of for key, of in examples.decoded.items() if key.endswith(f"|{decoder}")}
+    shown = {"label": examples.label, "expert": examples.expert, **answers}
     tasks = examples.task or ("",) * len(examples.images)
-    answers = zip(examples.expert, examples.decoded, examples.label, strict=True)
     rows: Any = [
-        [wandb.Image(image), task, *(examples.name_of(each) for each in answer), bool(answer[0] != answer[1])]
-        for image, task, answer in zip(examples.images, tasks, answers, strict=True)
+        [wandb.Image(image), task, *(examples.name_of(int(each[i])) for each in shown.values())]
+        for i, (image, task) in enumerate(zip(examples.images, tasks, strict=True))
     ]
-    return wandb.Table(columns=["image", "task", "expert", "decoded", "label", "differs"], data=rows)
+    return wandb.Table(columns=["image", "task", *shown], data=rows)
 
 
 def _confusion(counts: Counts, classes: Sequence[str], title: str) -> Any:

@@ -10,13 +10,9 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from coin.data.tasks import Tasks
 from coin.modules import DecodingEvaluator, Outcome
 from coin.reporting.extras import Examples, write_examples
-from coin.reporting.results import Row, confusion_key, write_results
+from coin.reporting.results import Row, asked_policy, confusion_key, write_results
 from coin.reporting.wandb_evaluation import log_evaluation
 from coin.reporting.wandb_settings import logging_only
-
-EXAMPLES_CHOICE = (
-    "the last method with the last decoder that were listed; images in a fixed random order of the test set"
-)
 
 
 def record_evaluation(
@@ -46,10 +42,10 @@ def record_evaluation(
         for row, chosen in enumerate(variant.chosen)
     ]
     configuration = {"tasks": list(model.tasks), "code": code, **(configuration or {})}
-    classes = {name: list(task.classes) for name, task in tasks.tasks.items()}
     runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
-    address = next((run.url for run in runs), None)
-    write_results(folder, rows, configuration, confusions, methods, classes, address)
+    urls = [run.url for run in runs if isinstance(run.url, str)]
+    classes = {name: task.classes for name, task in tasks.tasks.items()}
+    write_results(folder, rows, configuration, confusions, methods, classes, next(iter(urls), None))
     examples = examples_of(model, tasks)
     write_examples(folder, examples)
     for run in runs:
@@ -93,24 +89,25 @@ def result_rows(outcomes: Sequence[Outcome], experiment: str, seed: int, samples
 
 def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
     """Return the test images that an evaluation has kept, with the names of their tasks' classes; none without any."""
-    if model.shown is None or not model.kept:
+    if not model.kept:
         return None
-    variant, decoder = model.shown
     names: list[str] = []
-    parts: dict[str, list[Any]] = {name: [] for name in ("images", "expert", "decoded", "label", "task", "position")}
+    parts: dict[str, list[Any]] = {name: [] for name in ("images", "expert", "label", "task", "position")}
+    decoded: dict[str, list[Any]] = {}
     for task, kept in model.kept.items():
-        for name in ("expert", "decoded", "label"):
+        for (variant, decoder), answers in zip(model.alone(list(model.tasks).index(task)), kept.decoded.T, strict=True):
+            key = "|".join((variant.method, asked_policy(variant.batchnorm), decoder))
+            decoded.setdefault(key, []).append(answers.numpy() + len(names))
+        for name in ("expert", "label"):
             parts[name].append(getattr(kept, name).numpy() + len(names))
         parts["images"].append(kept.images.permute(0, 2, 3, 1).numpy())
         parts["position"] += kept.position.tolist()
         parts["task"] += [task] * len(kept.images)
         names += tasks.tasks[task].classes
     return Examples(
-        **{name: np.concatenate(parts[name]) for name in ("images", "expert", "decoded", "label")},
+        **{name: np.concatenate(parts[name]) for name in ("images", "expert", "label")},
+        decoded={key: np.concatenate(answers) for key, answers in decoded.items()},
         names=tuple(names),
         task=tuple(parts["task"]),
         position=tuple(parts["position"]),
-        method=" ".join([variant.method, *([f"(BatchNorm: {variant.batchnorm})"] if variant.batchnorm else [])]),
-        decoder=decoder,
-        choice=EXAMPLES_CHOICE,
     )
