@@ -5,9 +5,6 @@ finds it there as it would find its own of an earlier, killed run.
 """
 
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -17,10 +14,8 @@ from typing import Any
 import torch
 
 from coin.errors import CoinError, ConfigurationError, first_line
-from coin.experiment.children import child_environment, last_line, stop, terminated_as_exit
+from coin.experiment.process_pool import Command, child_environment, run_side_by_side
 from coin.processes import cores
-
-_POLL_SECONDS = 0.1
 
 
 class ExpertFailedError(CoinError):
@@ -68,9 +63,8 @@ class Launch:
         return self.executor is Executor.slurm or self.workers > 1
 
 
-@dataclass(frozen=True)
-class ExpertJob:
-    """One expert's training as a command.
+class ExpertJob(Command):
+    """One expert's training, which submitit can call.
 
     Args:
         name: What it is, for a person.
@@ -79,17 +73,8 @@ class ExpertJob:
         log: Where the output goes.
     """
 
-    name: str
-    config: Path
-    task: str
-    log: Path
-
-    def start(self, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
-        """Start the training as a process of this machine."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "coin", "run", "-c", str(self.config), "--only", self.task]
-        with self.log.open("ab") as log:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+    def __init__(self, name: str, config: Path, task: str, log: Path) -> None:
+        super().__init__(name, ("run", "-c", str(config), "--only", task), log)
 
     def __call__(self) -> None:
         """Train, within a job of the cluster.
@@ -98,7 +83,7 @@ class ExpertJob:
             ExpertFailedError: The training failed.
         """
         if self.start(child_environment(cores())).wait() != 0:
-            raise ExpertFailedError(f"{self.name}: {last_line(self.log)}")
+            raise ExpertFailedError(f"{self.name}: {self.last_line()}")
 
     def checkpoint(self) -> Any:
         """Return the job to queue when the cluster wants its machine back: the same, which goes on where this was."""
@@ -121,22 +106,19 @@ def train_side_by_side(jobs: Sequence[ExpertJob], launch: Launch, folder: Path, 
         ConfigurationError: submitit or SLURM is missing, or refuses an option.
     """
     if launch.executor is Executor.slurm:
-        failed = _in_array(jobs, launch, folder, say)
+        failed = _run_as_array(jobs, launch, folder, say)
     else:
-        failed = _in_processes(jobs, worker_environments(launch.workers), say)
+        failed = run_side_by_side(jobs, worker_environments(launch.workers), say)
     if failed:
         first = failed[0]
         raise ExpertFailedError(
-            f"{len(failed)} of {len(jobs)} experts failed, the first of them {first.name}: {last_line(first.log)} "
+            f"{len(failed)} of {len(jobs)} experts failed, the first of them {first.name}: {first.last_line()} "
             f"(see {first.log}); mend the cause and run the same command again"
         )
 
 
 def worker_environments(workers: int) -> list[dict[str, str]]:
-    """Return the environment of each worker on this machine: a GPU of its own, or its share of the cores.
-
-    With fewer GPUs than workers, several share one.
-    """
+    """Return the environment of each worker on this machine: a GPU, which several share if need be, or some cores."""
     environment = child_environment(max(1, cores() // workers))
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
@@ -146,31 +128,9 @@ def worker_environments(workers: int) -> list[dict[str, str]]:
     return [{**environment, "CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} for place in range(workers)]
 
 
-def _in_processes(
-    jobs: Sequence[ExpertJob], places: Sequence[dict[str, str]], say: Callable[[str], None]
+def _run_as_array(
+    jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Callable[[str], None]
 ) -> list[ExpertJob]:
-    """Run jobs as processes, one a place at a time, and return those that failed."""
-    waiting, failed = list(jobs), []
-    running: dict[int, tuple[ExpertJob, subprocess.Popen[bytes]]] = {}
-    with terminated_as_exit():
-        try:
-            while waiting or running:
-                for place, environment in enumerate(places):
-                    if place in running and (status := running[place][1].poll()) is not None:
-                        job, _ = running.pop(place)
-                        say(f"{job.name}: {'finished' if status == 0 else f'failed with exit status {status}'}")
-                        failed += [job] if status != 0 else []
-                    if waiting and place not in running:
-                        job = waiting.pop(0)
-                        running[place] = (job, job.start(environment))
-                        say(f"{job.name}: started")
-                time.sleep(_POLL_SECONDS)
-        finally:
-            stop([process for _, process in running.values()])
-    return failed
-
-
-def _in_array(jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Callable[[str], None]) -> list[ExpertJob]:
     """Run jobs as one array of a cluster, and return those that failed."""
     try:
         import submitit
@@ -185,9 +145,9 @@ def _in_array(jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Call
         submitted = executor.submit_array(jobs)
     except Exception as error:  # submitit's and sbatch's errors share no base class
         raise ConfigurationError(f"cannot submit the experts with {launch.slurm}: {first_line(error)}") from error
-    failed = []
     for job, handle in zip(jobs, submitted, strict=True):
         say(f"{job.name}: job {handle.job_id}")
+    failed = []
     for job, handle in zip(jobs, submitted, strict=True):
         if handle.exception() is not None:
             failed.append(job)
