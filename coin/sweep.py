@@ -15,7 +15,6 @@ For anything beyond a grid, ``coin run`` is the program: of a W&B sweep, with
 """
 
 import itertools
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,28 +77,29 @@ def read_sweep(path: Path) -> SweepFile:
         if not fits:
             raise ConfigurationError(f"found {found} in '{path}', expected {expected}")
 
-    document = read_yaml(path)
+    document: Any = read_yaml(path)
     check(isinstance(document, dict), "no keys", f"a sweep with {', '.join(_KEYS)}")
     for key in document:
-        check(key in _KEYS, f"key {key!r}", f"{', '.join(_KEYS)}; a file for W&B is run by `wandb sweep`")
-    name, files, grid, fixed = ({"name": path.stem, "set": {}, **document}.get(key) for key in _KEYS)
+        check(key in _KEYS, f"key {key!r}", f"{', '.join(_KEYS)}; of a file for W&B, `wandb sweep` makes a sweep")
+    name, files = document.get("name", path.stem), document.get("experiment")
+    grid, fixed = document.get("grid"), document.get("set", {})
     files = [files] if isinstance(files, str) else files
-    check(isinstance(name, str) and is_folder_name(name), f"name '{name}'", "a plain folder name without slashes")
     are_files = isinstance(files, list) and files and all(isinstance(file, str) for file in files)
+    check(isinstance(name, str) and is_folder_name(name), f"name '{name}'", "a plain folder name without slashes")
     check(are_files, f"experiment {files}", "one experiment's file or several")
     check(isinstance(grid, dict) and grid, f"grid {grid}", "dotted keys of an experiment, each with a list of values")
     check(isinstance(fixed, dict), f"set {fixed}", "dotted keys of an experiment, each with a value")
     for key, value in (*grid.items(), *fixed.items()):
         check(isinstance(key, str), f"key {key!r}", "a dotted key of an experiment")
-        check(key not in _DECIDED, f"key '{key}'", "none, since the sweep decides it for every point; leave it out")
+        check(key not in _DECIDED, f"key '{key}'", "none that the sweep decides for every point; leave it out")
         check(key not in grid or key not in fixed, f"'{key}' in grid and in set", "it in one of them")
         try:
-            json.dumps(value)
-        except (TypeError, ValueError):
+            as_text(value)
+        except (TypeError, ValueError):  # YAML has more than a command line, such as dates
             check(False, f"'{key}' with {value}", "values that an option takes; put it in quotes")
     for key, values in grid.items():
-        options = "options inside a section are dotted keys, such as calibration.samples_per_task"
-        check(isinstance(values, list) and values, f"grid '{key}' with {values}", f"a list of values; {options}")
+        expected = "a list of values; options inside a section are dotted keys, such as calibration.samples_per_task"
+        check(isinstance(values, list) and values, f"grid '{key}' with {values}", expected)
     text = path.read_text(encoding="utf-8")
     return SweepFile(name, tuple(files), grid, fixed, text if "name" in document else f"name: {name}\n{text}")
 

@@ -1,14 +1,14 @@
-"""``coin sweep``: every point of a sweep's grid, a process a point, resumable.
+"""``coin sweep``: every point of a grid as a ``coin run`` in a process of its own, resumable.
 
-Each point is one ``coin run`` with a folder of its own, ``runs/SWEEP/SWEEP-INDEX-DESCRIPTION``, and what it printed in
-``sweep.log``. Points share the base, the experts and the statistics that are the same for them; see
-`coin.experiment.store`. A sweep may be killed and started again: finished points are skipped, begun ones go on where
-they were. ``runs/SWEEP/sweep.csv`` holds the rows of all finished points, behind one column per swept key;
-``sweep.yaml`` beside it is the file itself, and ``coin report runs/SWEEP`` makes the report.
+Each point has a folder, ``runs/SWEEP/SWEEP-INDEX-DESCRIPTION``, with what it printed in ``sweep.log``. Points share the
+base, the experts and the statistics that are the same for them; see `coin.experiment.store`. A sweep may be killed and
+started again: finished points are skipped, begun ones go on where they were. ``runs/SWEEP/sweep.csv`` holds the rows of
+all finished points, behind one column per swept key; ``sweep.yaml`` beside it is the file itself.
 """
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -16,60 +16,19 @@ from rich.console import Console
 
 from coin.commands.parser import command_parser, parsed
 from coin.commands.run import experiment_of
-from coin.errors import CoinError, ConfigurationError
+from coin.errors import ConfigurationError
 from coin.experiment.locks import alone_in
-from coin.experiment.process_pool import Command, child_environment, run_side_by_side
+from coin.experiment.process_pool import Command, child_environment, raise_for, run_side_by_side
 from coin.experiment.store import Steps, step_key
 from coin.files.atomic import write_text
 from coin.processes import cores
 from coin.reporting import write_report
 from coin.reporting.frames import write_frame
-from coin.reporting.results import RESULTS_CSV
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, sweep_frame, sweep_table
 from coin.reporting.table import results_console
 from coin.reporting.wandb_connection import check_connection
-from coin.reporting.wandb_logging import TAG_LENGTH
 from coin.reporting.wandb_settings import user_tags
-from coin.steps.code import AUTO
 from coin.sweep import SweepPoint, read_sweep, sweep_points
-
-_NAMED_FAILURES = 4
-
-
-class SweepFailedError(CoinError):
-    """Points of a sweep have failed; the others are finished."""
-
-
-class PointRun(Command):
-    """A point's ``coin run``, and the record of its end.
-
-    Args:
-        point: The point.
-
-    Raises:
-        CoinError: The point is no valid experiment.
-    """
-
-    def __init__(self, point: SweepPoint) -> None:
-        experiment = experiment_of(point.arguments)
-        super().__init__(point.name, ("run", *point.arguments), experiment.folder / "sweep.log")
-        self.values = point.values
-        self.seed_folders = [experiment.seed_folder(seed) for seed in experiment.seeds]
-        parts = ("network", "base", "tasks", "expert", "calibration", "methods", "decoders", "seeds", "trainer")
-        code = AUTO if experiment.code is None else experiment.code.matrix
-        options = {**{name: getattr(experiment, name) for name in parts}, "code": code}
-        brought = [*experiment.expert.checkpoints.values(), experiment.base and experiment.base.checkpoint]
-        files = [Path(path) for path in brought if path and Path(path).is_file()]
-        results = [folder / RESULTS_CSV for folder in self.seed_folders]
-        self._steps, self._step = Steps(experiment.folder), ("sweep", step_key(options, files), results)
-
-    def finished(self) -> bool:
-        """Return whether the point has been run to its end with these options, and its results stand."""
-        return self._steps.finished(*self._step)
-
-    def finish(self) -> None:
-        """Record that the point has been run to its end."""
-        self._steps.finish(*self._step)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -79,6 +38,33 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=str, default="runs", help="Where the sweep's folder goes.")
     parser.add_argument("--jobs", type=int | None, default=None, help="Points at a time; one per two cores by default.")
     sweep(**parsed(parser, arguments))
+
+
+class PointRun(Command):
+    """A point's ``coin run``, and the record of its end; making it checks the experiment.
+
+    Args:
+        point: The point.
+    """
+
+    def __init__(self, point: SweepPoint) -> None:
+        experiment = experiment_of(point.arguments)
+        super().__init__(point.name, ("run", *point.arguments), experiment.folder / "sweep.log")
+        self.values = point.values
+        self.seeds = [experiment.layout.seed(seed) for seed in experiment.seeds]
+        parts = ("network", "base", "tasks", "expert", "code", "calibration", "methods", "decoders", "seeds", "trainer")
+        brought = [*experiment.expert.checkpoints.values(), experiment.base and experiment.base.checkpoint]
+        files = [Path(path) for path in brought if path and Path(path).is_file()]
+        key = step_key({part: getattr(experiment, part) for part in parts}, files)
+        self._steps, self._step = Steps(experiment.folder), ("sweep", key, [seed.results for seed in self.seeds])
+
+    def finished(self) -> bool:
+        """Return whether the point has been run to its end with these options, and its results stand."""
+        return self._steps.finished(*self._step)
+
+    def finish(self) -> None:
+        """Record that the point has been run to its end."""
+        self._steps.finish(*self._step)
 
 
 def sweep(file: str, output: str = "runs", jobs: int | None = None) -> None:
@@ -91,8 +77,8 @@ def sweep(file: str, output: str = "runs", jobs: int | None = None) -> None:
             ``OMP_NUM_THREADS`` is set.
 
     Raises:
+        CommandFailedError: Points have failed, and all others are finished.
         CoinError: The file, or the experiment of one of its points, is not valid; nothing has been run.
-        SweepFailedError: Points have failed, and all others are finished.
     """
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ConfigurationError(
@@ -106,39 +92,34 @@ def sweep(file: str, output: str = "runs", jobs: int | None = None) -> None:
     plan = read_sweep(Path(file))
     folder = Path(output) / plan.name
     runs = [PointRun(point) for point in sweep_points(plan, folder)]
-    table = folder / SWEEP_CSV
-    progress = Console(stderr=True, soft_wrap=True)
-
-    def say(text: str) -> None:
-        progress.print(f"sweep {plan.name}: {text}", highlight=False, markup=False)
-
-    def record(run: PointRun) -> None:
-        run.finish()
-        done.add(run)
-        write_frame(table, rows())
-
-    def rows() -> pd.DataFrame:
-        return sweep_frame([(run.values, run.seed_folders) for run in runs if run in done])
-
+    say = partial(Console(stderr=True, soft_wrap=True).print, highlight=False, markup=False)
     with alone_in(folder):
         write_text(folder / SWEEP_YAML, plan.text)
-        done = {run for run in runs if run.finished()}
-        say(f"{len(runs)} points, {len(done)} finished already, {jobs} at a time")
-        table.unlink(missing_ok=True)
-        if done:
-            write_frame(table, rows())
-        tags = ",".join([*user_tags(), f"sweep-{plan.name}"[:TAG_LENGTH]])
+        waiting = [run for run in runs if not run.finished()]
+        say(f"sweep {plan.name}: {len(runs)} points, {len(runs) - len(waiting)} finished already, {jobs} at a time")
+        _collect(runs, folder / SWEEP_CSV)
+        tags = ",".join([*user_tags(), f"sweep-{plan.name}"])
         environment = {**child_environment(max(1, cores() // jobs)), "WANDB_TAGS": tags}
-        failed = run_side_by_side([run for run in runs if run not in done], [environment] * jobs, say, record)
-    if done:
-        title = f"{plan.name}: NDA in %, mean over tasks"
-        results_console().print(sweep_table(rows(), list(plan.grid), title))
-        print(f"table: {table}")
+
+        def finish(run: PointRun) -> None:
+            run.finish()
+            _collect(runs, folder / SWEEP_CSV)
+
+        failed = run_side_by_side(waiting, [environment] * jobs, say, finish)
+        frame = _collect(runs, folder / SWEEP_CSV)
+    if frame is not None:
+        results_console().print(sweep_table(frame, list(plan.grid), f"{plan.name}: NDA in %, mean over tasks"))
+        print(f"table: {folder / SWEEP_CSV}")
         print(f"report: {write_report([folder])}")
-    if failed:
-        more = f" and {len(failed) - _NAMED_FAILURES} more" if len(failed) > _NAMED_FAILURES else ""
-        raise SweepFailedError(
-            f"{len(failed)} of {len(runs)} points failed: see "
-            f"{', '.join(str(run.log) for run in failed[:_NAMED_FAILURES])}{more}; "
-            "mend the cause and run the same command again"
-        )
+    raise_for(failed, len(runs), "points")
+
+
+def _collect(runs: Sequence[PointRun], table: Path) -> pd.DataFrame | None:
+    """Write and return the rows of all finished points."""
+    points = [(run.values, [seed.folder for seed in run.seeds]) for run in runs if run.finished()]
+    if not points:
+        table.unlink(missing_ok=True)
+        return None
+    frame = sweep_frame(points)
+    write_frame(table, frame)
+    return frame

@@ -13,13 +13,9 @@ from typing import Any
 
 import torch
 
-from coin.errors import CoinError, ConfigurationError, first_line
-from coin.experiment.process_pool import Command, child_environment, run_side_by_side
+from coin.errors import ConfigurationError, first_line
+from coin.experiment.process_pool import Command, CommandFailedError, child_environment, raise_for, run_side_by_side
 from coin.processes import cores
-
-
-class ExpertFailedError(CoinError):
-    """Experts that were trained side by side have failed; the others are finished."""
 
 
 class Executor(StrEnum):
@@ -64,14 +60,7 @@ class Launch:
 
 
 class ExpertJob(Command):
-    """One expert's training, which submitit can call.
-
-    Args:
-        name: What it is, for a person.
-        config: The resolved configuration of its seed, a file.
-        task: The task.
-        log: Where the output goes.
-    """
+    """One expert's training, which submitit can call: of a task, with the resolved configuration of a seed."""
 
     def __init__(self, name: str, config: Path, task: str, log: Path) -> None:
         super().__init__(name, ("run", "-c", str(config), "--only", task), log)
@@ -80,10 +69,10 @@ class ExpertJob(Command):
         """Train, within a job of the cluster.
 
         Raises:
-            ExpertFailedError: The training failed.
+            CommandFailedError: The training failed.
         """
         if self.start(child_environment(cores())).wait() != 0:
-            raise ExpertFailedError(f"{self.name}: {self.last_line()}")
+            raise CommandFailedError(f"{self.name}: {self.last_line()}")
 
     def checkpoint(self) -> Any:
         """Return the job to queue when the cluster wants its machine back: the same, which goes on where this was."""
@@ -102,19 +91,14 @@ def train_side_by_side(jobs: Sequence[ExpertJob], launch: Launch, folder: Path, 
         say: Tells about the progress.
 
     Raises:
-        ExpertFailedError: Naming the experts that failed, after all have ended.
+        CommandFailedError: Naming the experts that failed, after all have ended.
         ConfigurationError: submitit or SLURM is missing, or refuses an option.
     """
     if launch.executor is Executor.slurm:
         failed = _run_as_array(jobs, launch, folder, say)
     else:
         failed = run_side_by_side(jobs, worker_environments(launch.workers), say)
-    if failed:
-        first = failed[0]
-        raise ExpertFailedError(
-            f"{len(failed)} of {len(jobs)} experts failed, the first of them {first.name}: {first.last_line()} "
-            f"(see {first.log}); mend the cause and run the same command again"
-        )
+    raise_for(failed, len(jobs), "experts")
 
 
 def worker_environments(workers: int) -> list[dict[str, str]]:
@@ -142,13 +126,14 @@ def _run_as_array(
     try:
         executor = submitit.AutoExecutor(folder, cluster=options.pop("cluster"))
         executor.update_parameters(**options)
-        submitted = executor.submit_array(jobs)
+        handles = executor.submit_array(jobs)
     except Exception as error:  # submitit's and sbatch's errors share no base class
         raise ConfigurationError(f"cannot submit the experts with {launch.slurm}: {first_line(error)}") from error
-    for job, handle in zip(jobs, submitted, strict=True):
+    submitted = list(zip(jobs, handles, strict=True))
+    for job, handle in submitted:
         say(f"{job.name}: job {handle.job_id}")
     failed = []
-    for job, handle in zip(jobs, submitted, strict=True):
+    for job, handle in submitted:
         if handle.exception() is not None:
             failed.append(job)
         say(f"{job.name}: {'failed' if job in failed else 'finished'}")

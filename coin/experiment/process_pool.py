@@ -1,4 +1,4 @@
-"""``coin`` commands as processes of this machine, several at a time, which end when the process that started them does."""
+"""``coin`` commands as processes of this machine, several at a time; they end when the process that runs them does."""
 
 import contextlib
 import os
@@ -7,13 +7,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TypeVar
+
+from coin.errors import CoinError
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 10.0
+
+
+class CommandFailedError(CoinError):
+    """Commands have failed; the others are finished."""
 
 
 class Command:
@@ -22,7 +27,7 @@ class Command:
     Args:
         name: What it does, for a person.
         arguments: The arguments of ``coin``.
-        log: The file that gets what it prints, behind what is there.
+        log: The file to which what it prints is appended.
     """
 
     def __init__(self, name: str, arguments: Sequence[str], log: Path) -> None:
@@ -39,16 +44,15 @@ class Command:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
     def last_line(self) -> str:
-        """Return the last line in the log."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        """Return what the process has printed last."""
+        return self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
 
 
 C = TypeVar("C", bound=Command)
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """Return this process's environment for a child with so many threads, unless ``OMP_NUM_THREADS`` is set."""
+    """Return the environment of a child with so many threads, unless ``OMP_NUM_THREADS`` is set."""
     # W&B's service belongs to the process that started it: a child that inherits its address may find it gone.
     inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     return {"OMP_NUM_THREADS": str(threads), **inherited}
@@ -60,40 +64,51 @@ def run_side_by_side(
     say: Callable[[str], None],
     on_success: Callable[[C], None] = lambda _: None,
 ) -> list[C]:
-    """Run commands in their order, and wait for all of them; one that fails stops none of the others.
+    """Run commands in their order, wait for all of them, and return those that failed.
 
     Args:
         commands: The commands.
-        environments: An environment for each process at a time; a command gets one that no other has meanwhile.
+        environments: One for each process at a time; a command gets one that no other has meanwhile.
         say: Is told of every start and end.
         on_success: Is given every command that has ended well.
-
-    Returns:
-        The commands that failed.
     """
     waiting, failed = list(commands), []
     running: dict[int, tuple[C, subprocess.Popen[bytes], float]] = {}
-    with _sigterm_as_exit():
-        try:
-            while waiting or running:
-                for place, environment in enumerate(environments):
-                    if place in running and (status := running[place][1].poll()) is not None:
-                        command, _, started = running.pop(place)
-                        if status == 0:
-                            on_success(command)
-                            ended = f"{len(commands) - len(waiting) - len(running)} of {len(commands)}"
-                            say(f"{command.name}: finished in {time.monotonic() - started:.0f} s ({ended})")
-                        else:
-                            failed.append(command)
-                            say(f"{command.name}: failed with exit status {status}: {command.last_line()}")
-                    if waiting and place not in running:
-                        command = waiting.pop(0)
-                        running[place] = command, command.start(environment), time.monotonic()
-                        say(f"{command.name}: started")
-                time.sleep(_POLL_SECONDS)
-        finally:
-            _stop([process for _, process, _ in running.values()])
+    # A scheduler sends SIGTERM before the end of an allocation. Python lets the main thread alone listen to it.
+    listens = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)) if listens else None
+    try:
+        while waiting or running:
+            for place, environment in enumerate(environments):
+                if place in running and (status := running[place][1].poll()) is not None:
+                    command, _, started = running.pop(place)
+                    if status == 0:
+                        on_success(command)
+                        ended = len(commands) - len(waiting) - len(running)
+                        seconds = time.monotonic() - started
+                        say(f"{command.name}: finished in {seconds:.0f} s ({ended} of {len(commands)})")
+                    else:
+                        failed.append(command)
+                        say(f"{command.name}: failed with exit status {status}: {command.last_line()}")
+                if waiting and place not in running:
+                    command = waiting.pop(0)
+                    running[place] = command, command.start(environment), time.monotonic()
+                    say(f"{command.name}: started")
+            time.sleep(_POLL_SECONDS)
+    finally:
+        _stop([process for _, process, _ in running.values()])
+        if listens:
+            signal.signal(signal.SIGTERM, before)
     return failed
+
+
+def raise_for(failed: Sequence[Command], count: int, what: str) -> None:
+    """Raise a `CommandFailedError` if any of so many commands has failed."""
+    if failed:
+        raise CommandFailedError(
+            f"{len(failed)} of {count} {what} failed, the first of them {failed[0].name}: {failed[0].last_line()} "
+            f"(see {failed[0].log}); mend the cause and run the same command again"
+        )
 
 
 def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
@@ -101,25 +116,7 @@ def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
     for process in processes:
         process.terminate()
     for process in processes:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-@contextlib.contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """Let SIGTERM, which a scheduler sends before the end of an allocation, end the children as well."""
-
-    def leave(number: int, _: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        process.kill()  # does nothing to one that has ended
+        process.wait()
