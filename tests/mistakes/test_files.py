@@ -216,6 +216,11 @@ YAMLS: dict[str, tuple[bytes, str]] = {
         + b"".join(b"%c: &%c [%s]\n" % (i, i, b",".join([b"*%c" % (i - 1)] * 10)) for i in range(98, 106)),
         "more than 100000 values",
     ),
+    "merges of merges": (
+        b"a: &a {x: 1}\n"
+        + b"".join(b"%c: &%c {<<: [%s]}\n" % (i, i, b",".join([b"*%c" % (i - 1)] * 10)) for i in range(98, 106)),
+        "more than 100000 values",
+    ),
     "no end of brackets": (b"[" * 5000, "as YAML: maximum recursion"),
 }
 
