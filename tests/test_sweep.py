@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -17,17 +16,13 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-import coin.sweep
+import coin.commands.sweep
 from coin.cli import main
-from coin.data import Digits, Glyphs
 from coin.errors import ConfigurationError
-from coin.experiment import Experiment
 from coin.experiment.locks import alone_in
-from coin.merging import Average
-from coin.networks import NetworkConfig
 from coin.reporting import COLUMNS, read_results
 from coin.reporting.sweeps import sweep_frame, sweep_table
-from coin.sweep import PointRun, SweepPoint, read_sweep, sweep_points
+from coin.sweep import SweepPoint, read_sweep, sweep_points
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("elsewhere")]
 
@@ -98,13 +93,11 @@ def test_lists_and_sections_are_swept_as_they_stand(tmp_path: Path) -> None:
     assert arguments["expert.weights"] == "best"
 
 
-OLD = {"command": ["coin", "run", "-c", "e.yaml", "${args}"], "parameters": {"seeds": {"values": [[0]]}}}
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown key": ({"girt": {}}, "girt"),
-    "W&B's dialect": ({"experiment": None, "grid": None, **OLD}, "write experiment: [FILE.yaml] for its command"),
-    "W&B's method": ({"method": "random"}, "or give the file to `wandb sweep`"),
-    "no grid": ({"grid": {}}, "no grid"),
-    "a list for a grid": ({"grid": [1]}, "no grid"),
+    "unknown key": ({"girt": {}}, "found key 'girt'"),
+    "W&B's dialect": ({"experiment": None, "grid": None, "parameters": {}}, "of a file for W&B, `wandb sweep` makes"),
+    "no grid": ({"grid": {}}, "found grid {}"),
+    "a list for a grid": ({"grid": [1]}, "found grid [1]"),
     "a list for set": ({"set": [1]}, "found set [1]"),
     "name": ({"name": "a/b"}, "a/b"),
     "a name that leads out": ({"name": ".."}, "'..'"),
@@ -142,10 +135,11 @@ def test_mistake_is_one_line_before_anything_is_run(
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("a: [", ""), ("", "found no keys"), ("- 1", "found no keys"), (None, "found no file"),
-        ("experiment: e.yaml\ngrid: {seeds: [2020-01-31]}", "that no option takes"),
-        ("experiment: e.yaml\ngrid: {seeds: [2020-13-45]}", "that no option takes"),
-        ("experiment: e.yaml\ngrid: {[1, 2]: [1]}", "that no option takes"),
+        ("a: [", "as YAML"), ("", "found no keys"), ("- 1", "found no keys"), (None, "No such file"),
+        ("experiment: e.yaml\ngrid: {seeds: [2020-01-31]}", "put it in quotes"),
+        ("experiment: e.yaml\ngrid: {seeds: [2020-13-45]}", "month must be in 1..12"),
+        ("experiment: e.yaml\ngrid: {[1, 2]: [1]}", "unhashable key"),
+        ("experiment: e.yaml\ngrid: {seeds: [!!binary aGk=]}", "put it in quotes"),
     ],
 )  # fmt: skip
 def test_file_that_is_no_sweep_is_one_line(
@@ -175,15 +169,23 @@ def test_an_agent_of_a_wandb_sweep_runs_our_command(config: Path, capsys: pytest
     assert [method["class_path"].rsplit(".")[-1] for method in printed["methods"]] == ["Coin"]
 
 
-def test_points_are_tagged_with_their_sweep_for_w_and_b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[dict[str, str]] = []
-    popen = SimpleNamespace(Popen=lambda *_, **options: started.append(options["env"]), DEVNULL=None, STDOUT=None)
-    monkeypatch.setattr(coin.sweep, "subprocess", popen)
+def test_points_are_tagged_with_their_sweep_for_w_and_b_and_share_the_cores(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[list[str], list[dict[str, str]]]] = []
+
+    def run_side_by_side(commands: list[Any], environments: list[dict[str, str]], *_: Any) -> list[Any]:
+        started.append(([command.name for command in commands], environments))
+        return []
+
+    monkeypatch.setattr(coin.commands.sweep, "run_side_by_side", run_side_by_side)
+    monkeypatch.setattr(coin.commands.sweep, "cores", lambda: 7)
     monkeypatch.setenv("WANDB_TAGS", "mine")
-    tasks = {"digits": Digits(), "letters": Glyphs(classes="A-F")}
-    experiment = Experiment("x", tasks, [Average()], NetworkConfig("small_resnet", 16, None, {"width": 4}))
-    PointRun(SweepPoint("grid-000", {}, ()), tmp_path / "grid/grid-000", experiment).start(1)
-    assert [environment["WANDB_TAGS"] for environment in started] == ["mine,sweep-grid"]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    coin.commands.sweep.sweep(str(write_sweep(tmp_path / "grid.yaml", config)), str(tmp_path))
+    ((names, environments),) = started
+    assert names == NAMES
+    assert [(each["WANDB_TAGS"], each["OMP_NUM_THREADS"]) for each in environments] == [("mine,sweep-grid", "2")] * 3
 
 
 def test_table_holds_every_points_results(swept: Path) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
 from jsonargparse import ArgumentParser
 
 from coin.commands import COMMANDS
@@ -58,7 +57,7 @@ def checked(arguments: Sequence[str]) -> list[str]:
         keys: Collection[str] = [option.removeprefix("--")] if option.startswith("--") else []
         if option in ("-c", "--config"):
             path = path if given else next(iter(arguments[place + 1 :]), "")
-            document = yaml.safe_load(read_yaml(Path(path))) if path and not path.lstrip().startswith("{") else None
+            document = read_yaml(Path(path)) if path and not path.lstrip().startswith("{") else None
             keys = document if isinstance(document, dict) else []
         found += [f"--{key}={empty}" for key, empty in _WHOLE.items() if key in keys]
         found.append(argument)

@@ -5,9 +5,6 @@ finds it there as it would find its own of an earlier, killed run.
 """
 
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,15 +13,9 @@ from typing import Any
 
 import torch
 
-from coin.errors import CoinError, ConfigurationError, first_line
-from coin.experiment.children import child_environment, last_line, stop, terminated_as_exit
+from coin.errors import ConfigurationError, first_line
+from coin.experiment.process_pool import Command, CommandFailedError, child_environment, raise_for, run_side_by_side
 from coin.processes import cores
-
-_POLL_SECONDS = 0.1
-
-
-class ExpertFailedError(CoinError):
-    """Experts that were trained side by side have failed; the others are finished."""
 
 
 class Executor(StrEnum):
@@ -68,37 +59,20 @@ class Launch:
         return self.executor is Executor.slurm or self.workers > 1
 
 
-@dataclass(frozen=True)
-class ExpertJob:
-    """One expert's training as a command.
+class ExpertJob(Command):
+    """One expert's training, which submitit can call: of a task, with the resolved configuration of a seed."""
 
-    Args:
-        name: What it is, for a person.
-        config: The resolved configuration of its seed, a file.
-        task: The task.
-        log: Where the output goes.
-    """
-
-    name: str
-    config: Path
-    task: str
-    log: Path
-
-    def start(self, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
-        """Start the training as a process of this machine."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "coin", "run", "-c", str(self.config), "--only", self.task]
-        with self.log.open("ab") as log:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+    def __init__(self, name: str, config: Path, task: str, log: Path) -> None:
+        super().__init__(name, ("run", "-c", str(config), "--only", task), log)
 
     def __call__(self) -> None:
         """Train, within a job of the cluster.
 
         Raises:
-            ExpertFailedError: The training failed.
+            CommandFailedError: The training failed.
         """
         if self.start(child_environment(cores())).wait() != 0:
-            raise ExpertFailedError(f"{self.name}: {last_line(self.log)}")
+            raise CommandFailedError(f"{self.name}: {self.last_line()}")
 
     def checkpoint(self) -> Any:
         """Return the job to queue when the cluster wants its machine back: the same, which goes on where this was."""
@@ -117,26 +91,18 @@ def train_side_by_side(jobs: Sequence[ExpertJob], launch: Launch, folder: Path, 
         say: Tells about the progress.
 
     Raises:
-        ExpertFailedError: Naming the experts that failed, after all have ended.
+        CommandFailedError: Naming the experts that failed, after all have ended.
         ConfigurationError: submitit or SLURM is missing, or refuses an option.
     """
     if launch.executor is Executor.slurm:
-        failed = _in_array(jobs, launch, folder, say)
+        failed = _run_as_array(jobs, launch, folder, say)
     else:
-        failed = _in_processes(jobs, worker_environments(launch.workers), say)
-    if failed:
-        first = failed[0]
-        raise ExpertFailedError(
-            f"{len(failed)} of {len(jobs)} experts failed, the first of them {first.name}: {last_line(first.log)} "
-            f"(see {first.log}); mend the cause and run the same command again"
-        )
+        failed = run_side_by_side(jobs, worker_environments(launch.workers), say)
+    raise_for(failed, len(jobs), "experts")
 
 
 def worker_environments(workers: int) -> list[dict[str, str]]:
-    """Return the environment of each worker on this machine: a GPU of its own, or its share of the cores.
-
-    With fewer GPUs than workers, several share one.
-    """
+    """Return the environment of each worker on this machine: a GPU, which several share if need be, or some cores."""
     environment = child_environment(max(1, cores() // workers))
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
@@ -146,31 +112,9 @@ def worker_environments(workers: int) -> list[dict[str, str]]:
     return [{**environment, "CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} for place in range(workers)]
 
 
-def _in_processes(
-    jobs: Sequence[ExpertJob], places: Sequence[dict[str, str]], say: Callable[[str], None]
+def _run_as_array(
+    jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Callable[[str], None]
 ) -> list[ExpertJob]:
-    """Run jobs as processes, one a place at a time, and return those that failed."""
-    waiting, failed = list(jobs), []
-    running: dict[int, tuple[ExpertJob, subprocess.Popen[bytes]]] = {}
-    with terminated_as_exit():
-        try:
-            while waiting or running:
-                for place, environment in enumerate(places):
-                    if place in running and (status := running[place][1].poll()) is not None:
-                        job, _ = running.pop(place)
-                        say(f"{job.name}: {'finished' if status == 0 else f'failed with exit status {status}'}")
-                        failed += [job] if status != 0 else []
-                    if waiting and place not in running:
-                        job = waiting.pop(0)
-                        running[place] = (job, job.start(environment))
-                        say(f"{job.name}: started")
-                time.sleep(_POLL_SECONDS)
-        finally:
-            stop([process for _, process in running.values()])
-    return failed
-
-
-def _in_array(jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Callable[[str], None]) -> list[ExpertJob]:
     """Run jobs as one array of a cluster, and return those that failed."""
     try:
         import submitit
@@ -182,13 +126,14 @@ def _in_array(jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Call
     try:
         executor = submitit.AutoExecutor(folder, cluster=options.pop("cluster"))
         executor.update_parameters(**options)
-        submitted = executor.submit_array(jobs)
+        handles = executor.submit_array(jobs)
     except Exception as error:  # submitit's and sbatch's errors share no base class
         raise ConfigurationError(f"cannot submit the experts with {launch.slurm}: {first_line(error)}") from error
-    failed = []
-    for job, handle in zip(jobs, submitted, strict=True):
+    submitted = list(zip(jobs, handles, strict=True))
+    for job, handle in submitted:
         say(f"{job.name}: job {handle.job_id}")
-    for job, handle in zip(jobs, submitted, strict=True):
+    failed = []
+    for job, handle in submitted:
         if handle.exception() is not None:
             failed.append(job)
         say(f"{job.name}: {'failed' if job in failed else 'finished'}")

@@ -1,6 +1,9 @@
 """A user's YAML files: what is wrong with them is said in one line, before anything is made of them."""
 
+import itertools
+import math
 from pathlib import Path
+from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
@@ -10,8 +13,8 @@ _MOST_VALUES = 100_000
 """An alias within an alias within … can stand for any number of values."""
 
 
-def read_yaml(path: Path) -> str:
-    """Return the text of a YAML file whose keys all differ.
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds.
 
     Raises:
         FileError: The file is missing, or is no text.
@@ -19,48 +22,33 @@ def read_yaml(path: Path) -> str:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise FileError(f"found no file '{path}', expected a YAML file; check the path") from error
-    except IsADirectoryError as error:
-        raise FileError(f"found a folder '{path}', expected a YAML file; name the file in it") from error
-    except OSError as error:
-        raise FileError(f"cannot read '{path}' ({error.strerror}), expected a YAML file; check the path") from error
     except UnicodeDecodeError as error:
         raise FileError(f"found no text in '{path}', expected a YAML file in UTF-8; check the path") from error
+    except OSError as error:
+        raise FileError(f"cannot read '{path}' ({error.strerror}), expected a YAML file; check the path") from error
     try:
-        document = yaml.compose(text, Loader=yaml.SafeLoader)
-        if document is not None:
-            _check(document, path, {})
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"'{path}' is no YAML: {' '.join(str(error).split())}; mend that line") from error
-    except RecursionError as error:
-        raise ConfigurationError(f"found values within values without end in '{path}'; write them out") from error
-    return text
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None and _count(root, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"found more than {_MOST_VALUES} values with all aliases written out")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError is of a date that is none
+        problem = " ".join(str(error).replace('"<unicode string>", ', "").split())
+        raise ConfigurationError(f"cannot use '{path}' as YAML: {problem}; mend that line") from error
 
 
-def _check(node: yaml.Node, path: Path, sizes: dict[int, int]) -> int:
-    """Return for how many values a node stands, all aliases written out."""
-    if id(node) in sizes:
-        return sizes[id(node)]
-    size = 1
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    line = key.start_mark.line + 1
-                    raise ConfigurationError(
-                        f"found key '{key.value}' twice in '{path}' (again in line {line}), expected it once; "
-                        "leave one out"
-                    )
-                seen.add(key.value)
-            size += _check(key, path, sizes) + _check(value, path, sizes)
-    elif isinstance(node, yaml.SequenceNode):
-        size += sum(_check(entry, path, sizes) for entry in node.value)
-    if size > _MOST_VALUES:
-        raise ConfigurationError(
-            f"found more than {_MOST_VALUES} values in '{path}' with all aliases written out, expected an "
-            "experiment's few; leave out the aliases"
-        )
-    sizes[id(node)] = size
-    return size
+def _count(node: yaml.Node, counts: dict[yaml.Node, float]) -> float:
+    """Return for how many values a node stands, all aliases written out; refuse keys that are given twice."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if node not in counts:
+        counts[node] = math.inf  # of an alias of a node within itself
+        entries = node.value
+        if isinstance(node, yaml.MappingNode):
+            keys = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                    raise yaml.MarkedYAMLError(problem=f"found key '{key.value}' twice", problem_mark=key.start_mark)
+                keys.add(str(key.value))
+            entries = itertools.chain.from_iterable(node.value)
+        counts[node] = 1 + sum(_count(entry, counts) for entry in entries)
+    return counts[node]

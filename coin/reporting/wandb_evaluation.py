@@ -67,28 +67,8 @@ def log_evaluation(
     run.summary.update(_overview(summarise(frame)) | found)
 
 
-<<<<<<< HEAD
 def log_method(run: wandb.Run, rows: pd.DataFrame) -> None:
     """Write one method's numbers into the summary of its run, so that a dashboard can group runs by ``variant``.
-=======
-def log_examples(run: wandb.Run, examples: Examples) -> None:
-    """Log test images with the expert's answer, the decoded answer and the label, as the table ``examples``."""
-    columns: list[str | int] = ["image", "task", "expert", "decoded", "label", "differs"]
-    last = next(reversed(examples.decoded.values()), examples.expert)
-    answers = zip(examples.expert, last, examples.label, strict=True)
-    tasks = examples.task or ("",) * len(examples.images)
-    with run_environment(Path(run.settings.root_dir)):
-        rows: Any = [
-            [
-                wandb.Image(image),
-                task,
-                *(examples.name_of(answer) for answer in (expert, decoded, label)),
-                bool(expert != decoded),
-            ]
-            for image, task, (expert, decoded, label) in zip(examples.images, tasks, answers, strict=True)
-        ]
-        run.log({"examples": wandb.Table(columns=columns, data=rows)})
->>>>>>> report
 
     The summary has ``nda/<decoder>/<task>`` and ``…/mean``, likewise ``agreement`` and ``decoded_accuracy``; what
     making the coded model took, ``residual``, ``merge_seconds`` and ``merge_passes``; and ``seconds/<decoder>`` and
@@ -180,8 +160,9 @@ def _table(frame: pd.DataFrame) -> wandb.Table:
 
 def _examples(examples: Examples, decoder: str | None) -> wandb.Table:
     """Return test images with the label, the expert's answer and every method's by one decoder."""
-    answers = {key.rpartition("|")[0].strip("|"): of for key, of in examples.decoded.items() if key.endswith(f"|{decoder}")}
-    shown = {"label": examples.label, "expert": examples.expert, **answers}
+    decoded = {key.rpartition("|"): answers for key, answers in examples.decoded.items()}
+    own = {name.strip("|"): answers for (name, _, by), answers in decoded.items() if by == decoder}
+    shown = {"label": examples.label, "expert": examples.expert, **own}
     tasks = examples.task or ("",) * len(examples.images)
     rows: Any = [
         [wandb.Image(image), task, *(examples.name_of(int(each[i])) for each in shown.values())]

@@ -85,18 +85,24 @@ def test_experts_side_by_side_are_those_of_one_after_the_other_and_none_is_train
     assert (tmp_path / "tiny/summary.csv").is_file()
 
 
-def test_the_end_of_the_command_is_the_end_of_its_children(jobs: list[ExpertJob], tmp_path: Path) -> None:
+@pytest.mark.parametrize("work", ["exec sleep 60", "trap '' TERM\nwhile :; do sleep 0.05; done"], ids=["ends", "stays"])
+def test_the_end_of_the_command_is_the_end_of_its_children(
+    work: str, jobs: list[ExpertJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As with SIGTERM, which a scheduler sends before the end of an allocation."""
-    Path(sys.executable).write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/started\nexec sleep 60\n")
+    monkeypatch.setattr("coin.experiment.process_pool._STOP_SECONDS", 0.5)
+    Path(sys.executable).write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/started\n{work}\n")
 
     def told(text: str) -> None:
         if text == "expert b: started":
             wait_for(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text().count("\n") == 2)
             os.kill(os.getpid(), signal.SIGTERM)
 
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:
         train_side_by_side(jobs, Launch(workers=2), tmp_path / "submitit", told)
     assert left.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
     for number in (tmp_path / "started").read_text().split():
         with pytest.raises(ProcessLookupError):
             os.kill(int(number), 0)

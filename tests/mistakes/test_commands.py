@@ -87,7 +87,7 @@ MISTAKES = {
         "arguments are required: root",
     ),
     "an optimiser of torch's": (["fit", "--data=Digits", "--optimizer=Adam"], "unrecognized arguments: --optimizer"),
-    "a file": (["run", "-c", "a.yaml"], "found no file 'a.yaml', expected a YAML file"),
+    "a file": (["run", "-c", "a.yaml"], "cannot read 'a.yaml' (No such file or directory), expected"),
     "a number": (["run", "--expert.epochs=many"], "expert.epochs"),
     "nothing": (["run"], "required: name, tasks, methods"),
     "a list that is none": (["run", "--seeds=[a]"], "Expected a <class 'int'>. Got value: a"),

@@ -201,18 +201,27 @@ def test_a_coded_model_that_says_something_else(
 
 
 YAMLS: dict[str, tuple[bytes, str]] = {
-    "a key twice": (b"seeds: [0]\nname: x\nseeds: [1]\n", r"found key 'seeds' twice in .* \(again in line 3\)"),
+    "a key twice": (
+        b"seeds: [0]\nname: x\nseeds: [1]\n",
+        r"cannot use '.*x.yaml' as YAML: found key 'seeds' twice in line 3",
+    ),
     "a nested key twice": (b"a:\n  b: 1\n  b: 2\n", "found key 'b' twice"),
-    "no YAML": (b"name: [x\n", "is no YAML"),
+    "no YAML": (b"name: [x\n", "as YAML: .* line 2"),
     "no text": (b"\x89PNG\xff\xfe\x00", "found no text"),
-    "a tab": (b"a:\n\tb: 1\n", "is no YAML"),
-    "an alias in itself": (b"a: &a [*a]\n", "without end|is no YAML"),
+    "a tab": (b"a:\n\tb: 1\n", "as YAML: .* line 2"),
+    "a date that is none": (b"name: 2020-13-45\n", "month must be in"),
+    "an alias in itself": (b"a: &a [*a]\n", "more than 100000 values"),
     "aliases of aliases": (
         b"a: &a [x,x,x,x,x,x,x,x,x,x]\n"
         + b"".join(b"%c: &%c [%s]\n" % (i, i, b",".join([b"*%c" % (i - 1)] * 10)) for i in range(98, 106)),
         "more than 100000 values",
     ),
-    "no end of brackets": (b"[" * 5000, "without end|is no YAML"),
+    "merges of merges": (
+        b"a: &a {x: 1}\n"
+        + b"".join(b"%c: &%c {<<: [%s]}\n" % (i, i, b",".join([b"*%c" % (i - 1)] * 10)) for i in range(98, 106)),
+        "more than 100000 values",
+    ),
+    "no end of brackets": (b"[" * 5000, "as YAML: maximum recursion"),
 }
 
 
@@ -226,11 +235,16 @@ def test_yaml_that_says_nothing_clear(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_yaml_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"found no file .*none\.yaml"):
-        read_yaml(tmp_path / "none.yaml")
-    with pytest.raises(FileError, match="found a folder"):
-        read_yaml(tmp_path)
+@pytest.mark.parametrize(("name", "message"), [("none.yaml", "No such file"), (".", "Is a directory")])
+def test_yaml_that_is_not_there(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=rf"cannot read '.*' \({message}.*\), expected a YAML file; check the path"):
+        read_yaml(tmp_path / name)
+
+
+def test_aliases_merges_and_plain_values_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("a: &a {lr: 0.1, epochs: 2}\nb: {<<: *a, lr: 0.2}\nc: [*a, *a]\n")
+    first = {"lr": 0.1, "epochs": 2}
+    assert read_yaml(tmp_path / "x.yaml") == {"a": first, "b": first | {"lr": 0.2}, "c": [first, first]}
 
 
 def results_row() -> str:
