@@ -23,6 +23,7 @@ from coin.experiment.store import Steps, step_key
 from coin.files.atomic import write_text
 from coin.processes import cores
 from coin.reporting import write_report
+from coin.reporting.results import write_frame
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, sweep_frame, sweep_table
 from coin.reporting.tables import results_console
 from coin.reporting.wandb_settings import check_connection, user_tags

@@ -75,8 +75,7 @@ def estimate(run: SeedRun, which: Statistic) -> None:
                 data=str(which.data),
             )
             run.steps.finish(path.stem, key, [path])
-            for logger in work.loggers:
-                logger.log_metrics({f"{which.name}/{task}/{what}": cost for what, cost in costs.items()})
+            work.measures({f"{which.name}/{task}/{what}": cost for what, cost in costs.items()})
         if which.name is StatisticKind.fisher:  # Gram matrices are many times the size of the networks
             work.makes(FileKind.statistics, by_stem(path for path, _ in missing.values()))
 

@@ -66,6 +66,12 @@ class Job:
         """Write down the hashes of files that the job reads and that are too large for W&B."""
         self._each(files, lambda run, name, path: record_input(run, path, self._called(kind, name)))
 
+    def measures(self, numbers: Mapping[str, float]) -> None:
+        """Write final numbers into the run's summary."""
+        if self.run is not None:
+            with logging_only("the numbers of a job"):
+                self.run.summary.update(dict(numbers))
+
     def _each(self, files: Mapping[str, Path], tell: Callable[[wandb.Run, str, Path], None]) -> None:
         if self.run is not None and not self.run.disabled:
             with logging_only("the files of a job"):

@@ -89,7 +89,8 @@ def log_method(run: wandb.Run, rows: pd.DataFrame) -> None:
         "batchnorm_taken": first["batchnorm"],
         "samples_per_task": int(first["samples_per_task"]),
     }
-    run.config.update(own, allow_val_change=True)
+    config: Any = run.config
+    config.update(own, allow_val_change=True)
     numbers: dict[str, float] = {}
     for _, row in summary.iterrows():
         single = row["erased"] == row["task"] or row["erased"].startswith("1 of ")
