@@ -19,7 +19,6 @@ from coin.data.tasks import Tasks
 from coin.errors import CoinWarning
 from coin.modules import DecodingEvaluator
 from coin.reporting import read_results
-from coin.reporting.wandb_logging import finish_run
 from coin.reporting.wandb_settings import run_environment
 
 pytestmark = pytest.mark.slow
@@ -111,7 +110,7 @@ def test_results_stand_where_w_and_b_fails_at_the_very_end(
     def broken(*_: Any, **__: Any) -> None:
         raise BrokenPipeError("the service is gone")
 
-    monkeypatch.setattr(wandb.Run, "define_metric", broken)
+    monkeypatch.setattr(wandb.Run, "log", broken)
     monkeypatch.setattr(WandbLogger, "log_metrics", lambda *_, **__: None)
     with run_environment(tmp_path):
         run = wandb.init(project="p", dir=str(tmp_path))
@@ -120,7 +119,7 @@ def test_results_stand_where_w_and_b_fails_at_the_very_end(
             with pytest.warns(CoinWarning, match=r"W&B did not take the evaluation \(BrokenPipeError: the service is"):
                 outcomes = trainer.evaluate(*evaluation, output=str(tmp_path / "results"))
         finally:
-            finish_run()
+            run.finish()
     frame = read_results(tmp_path / "results")
     assert len(frame) == len(outcomes) > 0
     assert (tmp_path / "results/results.json").is_file()
@@ -138,7 +137,8 @@ def test_shipped_loggers_log_a_training_run(
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
     configs = ["-c", str(CONFIGS / "expert/mnist5k.yaml"), "-c", str(CONFIGS / f"logger/{name}.yaml")]
     assert main(["fit", *configs, *small, *short, *quiet]) == 0
-    finish_run()
+    if wandb.run is not None:
+        wandb.run.finish()
     (metrics,) = (tmp_path / "runs").rglob("metrics.csv")
     assert "val/accuracy" in metrics.read_text(encoding="utf-8").splitlines()[0]
     folders = list((tmp_path / "runs").rglob("offline-run-*"))

@@ -25,7 +25,6 @@ methods:
   - {class_path: Refit, init_args: {target: own}}
   - {class_path: ReadoutDistillation, init_args: {steps: 3, batch_size: 16, augmentation: none, start: refit}}
 decoders: [linear, feature_ridge, {kind: feature_ridge, features: stages}]
-wandb: {method_runs: false}
 """
 IMAGES = """
 name: own

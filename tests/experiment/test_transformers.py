@@ -47,7 +47,6 @@ decoders:
   - feature_ridge
   - {kind: feature_ridge, features: stages, fitted_on: own}
 seeds: [0]
-wandb: {method_runs: false}
 """
 
 
@@ -93,7 +92,6 @@ methods:
   - {class_path: Distillation, init_args: {steps: 3, batch_size: 16, lr: 1.0e-3, augmentation: none}}
   - {class_path: ReadoutDistillation, init_args: {steps: 3, batch_size: 16, augmentation: none}}
 decoders: [linear, ridge, feature_ridge]
-wandb: {method_runs: false}
 """
 
 

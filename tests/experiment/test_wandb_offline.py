@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from lightning.pytorch.loggers import Logger
 
 from coin.cli import main
 from coin.errors import NumericalError
 from coin.files.atomic import sha256_of
 from coin.reporting import read_results
-from coin.reporting.comparison import variant_names
+from coin.reporting.summary import variant_names
 
 pytestmark = pytest.mark.slow
 
@@ -46,29 +45,29 @@ def history_of(records: Records) -> dict[str, Any]:
     return {name: value for row in of_type(records, "history") for name, value in row["item"].items()}
 
 
+def summary_of(records: Records) -> dict[str, Any]:
+    return {name: value for record in of_type(records, "summary") for name, value in record.get("update", {}).items()}
+
+
 def named(runs: list[tuple[Path, Records]], name: str) -> Records:
     return next(records for _, records in runs if run_of(records)["display_name"] == f"tiny-seed-0-{name}")
-
-
-def test_one_group_and_names_that_say_what_runs_are(runs: list[tuple[Path, Records]], finished: Path) -> None:
-    assert {run_of(records)["run_group"] for _, records in runs} == {"tiny"}
-    names = {run_of(records)["display_name"]: run_of(records)["job_type"] for _, records in runs}
-    methods = dict.fromkeys(variant_names(read_results(finished / "seed-0")), "evaluate")
-    assert len(methods) == 7
-    assert {"coin (recalibrate)", "coin (keep)", "distillation", "none", "oracle"} <= methods.keys()
-    jobs = JOBS | {f"method-{name}": job_type for name, job_type in methods.items()}
-    assert names == {f"tiny-seed-0-{name}": job_type for name, job_type in jobs.items()}
-    assert len(names) == len(runs)
 
 
 JOBS = {
     "expert-digits": "expert",
     "expert-letters": "expert",
     "fisher-exact-own": "fisher",
-    **{f"merge-{name}": "merge" for name in ("average", "coin", "coin-recalibrate", "coin-keep")},
-    "distillation": "distill",
+    **dict.fromkeys(("average", "coin", "coin-recalibrate", "coin-keep", "distillation"), "method"),
     "evaluate": "evaluate",
 }
+"""One run a job that does work; the references have none."""
+
+
+def test_one_group_and_names_that_say_what_runs_are(runs: list[tuple[Path, Records]]) -> None:
+    assert {run_of(records)["run_group"] for _, records in runs} == {"tiny"}
+    names = {run_of(records)["display_name"]: run_of(records)["job_type"] for _, records in runs}
+    assert names == {f"tiny-seed-0-{name}": job_type for name, job_type in JOBS.items()}
+    assert len(names) == len(runs)
 
 
 def test_runs_are_tagged_and_configured_to_group_by(runs: list[tuple[Path, Records]]) -> None:
@@ -80,45 +79,42 @@ def test_runs_are_tagged_and_configured_to_group_by(runs: list[tuple[Path, Recor
         assert experiment["calibration"]["fisher_kind"] == "exact"  # a default, filled in
         assert experiment["tasks"]["digits"]["max_train"] == 120
         assert experiment["code"] == [[0.4, 0.6]]
+        assert not of_type(records, "exit")[-1].get("exit_code")
     assert "digits" in run_of(named(runs, "expert-digits"))["tags"]
-    merge = named(runs, "merge-coin-recalibrate")
-    assert (config_of(merge)["method"], config_of(merge)["batchnorm"]) == ("coin", "recalibrate")
-    assert config_of(named(runs, "method-coin (keep)"))["variant"] == "coin (keep)"
+    recalibrated = config_of(named(runs, "coin-recalibrate"))
+    assert (recalibrated["method"], recalibrated["batchnorm"]) == ("coin", "recalibrate")
+    assert config_of(named(runs, "coin-keep"))["variant"] == "coin (keep)"
 
 
-def test_metrics_are_plotted_against_epochs_p_n_and_beta(runs: list[tuple[Path, Records]]) -> None:
-    wanted = {
-        "expert-letters": {"train/loss": "epoch", "val/accuracy": "epoch"},
-        "distillation": {"train/loss": "epoch"},
-        "evaluate": {
-            "nda/coin (keep)/ridge/mean": "samples_per_task",
-            "seconds/coin (keep)/linear/digits": "samples_per_task",
-        },
-        "method-coin (keep)": {"nda/linear/mean": "samples_per_task", "residual/linear/letters": "samples_per_task"},
-    }
-    for name, axes in wanted.items():
+def test_curves_are_plotted_against_epochs_and_numbers_are_the_summary_s(runs: list[tuple[Path, Records]]) -> None:
+    for name, metrics in {"expert-letters": ("train/loss", "val/accuracy"), "distillation": ("train/loss",)}.items():
         records = named(runs, name)
         # By full names: of several patterns that fit, Lightning's * among them, W&B takes any.
         found = {metric.get("name"): metric.get("step_metric") for metric in of_type(records, "metric")}
-        history = history_of(records)
-        for metric, axis in axes.items():
-            assert found[metric] == axis, (name, metric)
-            assert {metric, axis} <= history.keys()
-        if axis == "samples_per_task":
-            assert found.keys() >= {"num_experts", "beta/digits", "beta/letters"}
-            assert (history["num_experts"], history["beta/digits"], history["beta/letters"]) == (2, 0.4, 0.6)
+        for metric in metrics:
+            assert found[metric] == "epoch", (name, metric)
+            assert {metric, "epoch"} <= history_of(records).keys()
+    for name, job_type in JOBS.items():
+        if job_type == "method" and name != "distillation":
+            assert of_type(named(runs, name), "history") == []
 
 
-def test_scalars_are_the_numbers_of_the_file(runs: list[tuple[Path, Records]], finished: Path) -> None:
-    overview = history_of(named(runs, "evaluate"))
+def test_summaries_are_the_numbers_of_the_file(runs: list[tuple[Path, Records]], finished: Path) -> None:
+    overview = summary_of(named(runs, "evaluate"))
     frame = read_results(finished / "seed-0")
-    for row in frame.assign(name=variant_names(frame)).itertuples():
-        assert overview[f"nda/{row.name}/{row.decoder}/{row.task}"] == pytest.approx(row.nda, rel=1e-12)
-        single = history_of(named(runs, f"method-{row.name}"))
-        assert single[f"agreement/{row.decoder}/{row.task}"] == pytest.approx(row.agreement, rel=1e-12)
+    files = {"coin (recalibrate)": "coin-recalibrate", "coin (keep)": "coin-keep"}
+    names = variant_names(frame)
+    assert {"average", "coin", "coin (recalibrate)", "coin (keep)", "distillation", "none", "oracle"} == set(names)
+    for row in frame.assign(name=names).itertuples():
+        if row.method not in ("none", "oracle"):
+            single = summary_of(named(runs, files.get(row.name, row.name)))
+            assert single[f"nda/{row.decoder}/{row.task}"] == pytest.approx(row.nda, rel=1e-12)
+            assert single[f"agreement/{row.decoder}/{row.task}"] == pytest.approx(row.agreement, rel=1e-12)
+            assert single["merge_passes"] == row.merge_passes
     assert overview["nda/distillation/feature_ridge/mean"] == pytest.approx(
         frame[(frame.method == "distillation") & (frame.decoder == "feature_ridge")].nda.mean(), rel=1e-12
     )
+    assert summary_of(named(runs, "fisher-exact-own"))["fisher/digits/passes"] > 0
 
 
 def test_tables_and_charts_lie_in_the_run_folder(runs: list[tuple[Path, Records]], finished: Path) -> None:
@@ -134,16 +130,16 @@ def test_tables_and_charts_lie_in_the_run_folder(runs: list[tuple[Path, Records]
     pictures = [file["local_path"] for file in artifact["manifest"]["contents"] if file["path"].endswith(".png")]
     assert pictures
     assert all(Path(picture).stat().st_size > 0 for picture in pictures)
-    charts = {name for name, value in config_of(records).items() if name.startswith("_wandb.visualize.")}
-    for chart in ("charts/nda_linear", "charts/nda_against_seconds", "charts/nda_task_digits",
-                  "confusion/coin (keep)/linear/letters/letters"):  # fmt: skip
-        assert f"_wandb.visualize.{chart}" in charts
+    charts = {name for name in config_of(records) if name.startswith("_wandb.visualize.")}
+    assert charts == {f"_wandb.visualize.confusion/{task}/{task}" for task in ("digits", "letters")}
+    assert len(of_type(records, "history")) == 1
 
 
-def test_artifacts_are_staged_in_the_folder_and_lead_from_job_to_job(
+def test_artifacts_are_linked_in_the_folder_and_lead_from_job_to_job(
     runs: list[tuple[Path, Records]], finished: Path
 ) -> None:
     made: dict[str, tuple[str, str]] = {}
+    aliases: dict[str, set[str]] = {}
     for _, records in runs:
         for artifact in of_type(records, "artifact"):
             for content in artifact["manifest"]["contents"]:
@@ -153,12 +149,18 @@ def test_artifacts_are_staged_in_the_folder_and_lead_from_job_to_job(
                 digest = sha256_of(Path(content["local_path"]))
                 assert json.loads(artifact["metadata"])["sha256"] == digest
                 made[artifact["name"]] = (run_of(records)["display_name"].removeprefix("tiny-seed-0-"), digest)
+                aliases[artifact["name"]] = set(artifact["aliases"])
+    coded = {"average", "coin", "coin-recalibrate", "coin-keep", "distillation"}
+    assert {f"tiny-coded-model-{name}" for name in coded} | {"tiny-expert-digits", "tiny-expert-letters"} < set(made)
+    assert all(found >= {"latest", "seed-0"} for found in aliases.values())
+    (best,) = [name for name, found in aliases.items() if "best" in found]
+    top = summary_of(named(runs, "evaluate"))["best_method"]
+    assert best == f"tiny-coded-model-{top.replace(' (', '-').rstrip(')')}"
     experts = {"expert-digits", "expert-letters"}
-    coded = {"merge-average", "merge-coin", "merge-coin-recalibrate", "merge-coin-keep", "distillation"}
     wanted = {
         "fisher-exact-own": experts,
-        "merge-average": experts,
-        "merge-coin": experts | {"fisher-exact-own"},
+        "average": experts,
+        "coin": experts | {"fisher-exact-own"},
         "distillation": experts,
         "evaluate": experts | coded,
     }
@@ -168,7 +170,7 @@ def test_artifacts_are_staged_in_the_folder_and_lead_from_job_to_job(
         assert all(made[artifact][1] == digest for artifact, digest in inputs.items())
     initial = sha256_of(finished / "base/initial-6.safetensors")
     assert config_of(named(runs, "expert-letters"))["inputs"] == {"tiny-initial-6": initial}
-    assert "tiny-initial-10" in config_of(named(runs, "merge-coin-keep"))["inputs"]
+    assert "tiny-initial-10" in config_of(named(runs, "coin-keep"))["inputs"]
 
 
 def test_the_base_logs_the_shared_initialisation(finished: Path, read_wandb: Callable[[Path], Records]) -> None:
@@ -179,26 +181,42 @@ def test_the_base_logs_the_shared_initialisation(finished: Path, read_wandb: Cal
     assert artifacts == {"tiny-initial-6": "initialisation", "tiny-initial-10": "initialisation"}
 
 
-def test_an_experiment_s_own_tags_and_no_runs_of_methods(
+def test_an_experiment_s_own_tags_and_runs_of_methods_that_were_made_before(
     finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], Records]
 ) -> None:
     shutil.copytree(finished, tmp_path / "tiny", ignore=shutil.ignore_patterns("wandb"))
     (tmp_path / "tiny/seed-0/results.csv").unlink()  # only the evaluation is run again
+    (tmp_path / "tiny/seed-0/.steps/wandb-methods.json").unlink()  # as new numbers have it
     for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR"):
         monkeypatch.delenv(name, raising=False)
-    options = ["--wandb.method_runs=false", "--wandb.tags=[mine]"]
-    assert main(["run", "-c", str(config), f"--output={tmp_path}", *options]) == 0
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", "--wandb.tags=[mine]"]) == 0
+    found = [read_wandb(folder) for folder in (tmp_path / "tiny").rglob("offline-run-*")]
+    methods = {name for name, job_type in JOBS.items() if job_type == "method"}
+    assert {run_of(each)["display_name"] for each in found} == {f"tiny-seed-0-{n}" for n in ("evaluate", *methods)}
+    for records in found:
+        assert set(run_of(records)["tags"]) >= {"small_resnet", "mine"}
+        assert any(name.startswith("nda/") for name in summary_of(records))
+
+
+def test_an_agent_of_a_sweep_gets_the_evaluation_alone(
+    finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], Records]
+) -> None:
+    shutil.copytree(finished, tmp_path / "tiny", ignore=shutil.ignore_patterns("wandb"))
+    shutil.rmtree(tmp_path / "tiny/seed-0/coded")
+    shutil.rmtree(tmp_path / "tiny/seed-0/.steps")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", "--methods=[Average]"]) == 0
     (folder,) = (tmp_path / "tiny").rglob("offline-run-*")
-    run = run_of(read_wandb(folder))
-    assert run["display_name"] == "tiny-seed-0-evaluate"
-    assert set(run["tags"]) == {"small_resnet", "mine"}
+    records = read_wandb(folder)
+    assert run_of(records)["job_type"] == "evaluate"
+    assert summary_of(records)["best_method"] == "average"
 
 
 def test_a_job_that_fails_is_told_to_have_failed(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], Records]
 ) -> None:
-    def fail(*_: Any, loggers: list[Logger], **__: Any) -> NoReturn:
-        assert [logger.experiment for logger in loggers]  # begins the run
+    def fail(*_: Any, **__: Any) -> NoReturn:
         raise NumericalError("it diverged; give a smaller learning rate")
 
     monkeypatch.setattr("coin.experiment.training.train_network", fail)
@@ -218,7 +236,7 @@ def test_runs_of_methods_that_failed_are_tried_again(
         raise ConnectionError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("coin.experiment.coded_models.log_method_runs", fail)
+        patch.setattr("coin.experiment.coded_models.log_method", fail)
         with pytest.warns(UserWarning, match="did not take the runs of the methods"):
             assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
     assert not record.exists()

@@ -13,22 +13,20 @@ import wandb_workspaces.workspaces.interface as interface
 from coin.cli import main
 from coin.errors import ConfigurationError
 from coin.reporting import dashboard
-from coin.reporting.wandb_workspace import Logged, workspace
+from coin.reporting.dashboard import workspace
 
-OVERVIEW = ["nda/coin/linear/mean", "results", "results_table", "confusion/coin/linear/mnist/mnist_table", "_step"]
-METHOD = [
-    *(f"{number}/{decoder}/{leaf}" for number in ("nda", "seconds") for decoder in ("linear", "ridge")
-      for leaf in ("mean", "mnist", "letters")),
+LOGGED = [
+    *(f"nda/{decoder}/{leaf}" for decoder in ("linear", "ridge") for leaf in ("mean", "mnist", "letters")),
+    *(f"{unit}/{decoder}" for unit in ("seconds", "passes") for decoder in ("linear", "ridge")),
     "nda/linear/mnist+letters/mnist",
-    "beta/mnist",
-    "samples_per_task",
-]  # fmt: skip
-RUNS = [(["small_resnet"], OVERVIEW), (["method", "coin"], METHOD), (["method", "average"], ["nda/linear/mean"])]
+    "residual",
+    "_step",
+]
 
 
 def built(**options: Any) -> dict[str, Any]:
     """Return what is sent to W&B."""
-    spec = workspace("me", "coin", Logged.of(RUNS), **options)._to_model().spec
+    spec = workspace("me", "coin", LOGGED, **options)._to_model().spec
     return spec.model_dump(by_alias=True, exclude_none=True)["section"]
 
 
@@ -37,40 +35,29 @@ def panels() -> dict[str, list[dict[str, Any]]]:
     return {section["name"]: [panel["config"] for panel in section["panels"]] for section in sections}
 
 
-def test_names_are_told_apart_by_the_tag_of_their_runs():
-    logged = Logged.of(RUNS)
-    assert logged.decoders == ["linear", "ridge"]
-    assert logged.tasks == ["letters", "mnist"]
-    assert "results" in logged.overviews
-    assert "results" not in logged.methods
-
-
-def test_bars_and_lines_are_methods_with_their_spread():
+def test_bars_are_methods_with_their_spread():
     found = panels()
     bars = found["NDA by method"]
     assert [bar["metrics"] for bar in bars] == [["nda/linear/mean"], ["nda/ridge/mean"]]
     by_task = [bar["metrics"][0] for bar in found["NDA by task"]]
     assert by_task == ["nda/linear/letters", "nda/ridge/letters", "nda/linear/mnist", "nda/ridge/mnist"]
-    lines = found["NDA against P"] + found["NDA against N and the code"]
-    assert {line["xAxis"] for line in lines} == {"samples_per_task", "num_experts", "beta/mnist"}
-    for panel in [*bars, *lines]:
+    for panel in [*bars, *found["NDA by task"]]:
         assert (panel["groupBy"], panel["groupAgg"], panel["groupArea"]) == ("variant.value", "mean", "stddev")
 
 
-def test_points_are_nda_against_cost():
-    points = panels()["NDA against cost"]
-    axes = {(point["xAxis"], point["yAxis"]) for point in points}
-    assert ("summary:seconds/ridge/mean", "summary:nda/ridge/mean") in axes
-    assert ("summary:passes/linear/mean", "summary:nda/linear/mean") in axes
-
-
-def test_tables_and_confusions_that_were_logged_and_no_others():
+def test_points_are_nda_against_cost_samples_and_residual():
     found = panels()
-    assert len(found["Tables"]) == 1
-    assert "results" in str(found["Tables"])
-    (chart,) = found["Confusion of expert and decoded"]
-    assert chart["panelDefId"] == "wandb/confusion_matrix/v1"
-    assert OVERVIEW[3] in str(chart["userQuery"])
+    axes = {name: {(point["xAxis"], point["yAxis"]) for point in found[name]} for name in found if "against" in name}
+    assert ("summary:seconds/ridge", "summary:nda/ridge/mean") in axes["NDA against cost"]
+    assert ("summary:passes/linear", "summary:nda/linear/mean") in axes["NDA against cost"]
+    assert {x for x, _ in axes["NDA against P and N"]} == {"config:samples_per_task.value", "config:num_experts.value"}
+    assert ("summary:residual", "summary:nda/linear/mean") in axes["NDA against the residual"]
+
+
+def test_tables_and_the_experts_curves():
+    found = panels()
+    assert all(name in str(found["Tables"]) for name in ("summary", "results", "examples"))
+    assert [panel["metrics"] for panel in found["Experts"]] == [["val/accuracy"], ["train/loss"]]
 
 
 def test_runs_are_grouped_by_experiment_job_type_and_method_and_filtered_by_experiment():
@@ -82,8 +69,8 @@ def test_runs_are_grouped_by_experiment_job_type_and_method_and_filtered_by_expe
 
 
 def test_without_runs_of_methods_there_is_advice():
-    with pytest.raises(ConfigurationError, match=r"wandb\.method_runs=true") as caught:
-        workspace("me", "coin", Logged.of(RUNS[:1]))
+    with pytest.raises(ConfigurationError, match=r"found no run of a method in 'me/coin', group 'g'") as caught:
+        workspace("me", "coin", ["nda/coin/linear/mean"], group="g")
     assert "\n" not in str(caught.value)
 
 
@@ -145,7 +132,7 @@ def test_a_server_s_runs_become_a_workspace_with_an_address(
 
         def runs(self, path: str, **options: Any) -> list[SimpleNamespace]:
             asked.update(path=path, **options)
-            return [SimpleNamespace(tags=tags, summary=dict.fromkeys(names, 0)) for tags, names in RUNS]
+            return [SimpleNamespace(summary=dict.fromkeys(LOGGED, 0))]
 
     def upsert(view: Any) -> dict[str, Any]:
         sent.append(view)
@@ -159,6 +146,6 @@ def test_a_server_s_runs_become_a_workspace_with_an_address(
     assert main(["dashboard", "coin", "--group=quickstart"]) == 0
     assert capsys.readouterr().out.strip() == "https://wandb.test/me/coin?nw=abc"
     assert asked["path"] == "me/coin"
-    assert asked["filters"] == {"jobType": "evaluate", "group": "quickstart"}
+    assert asked["filters"] == {"jobType": "method", "group": "quickstart"}
     (view,) = sent
     assert (view.entity, view.project, view.display_name) == ("me", "coin", "quickstart")

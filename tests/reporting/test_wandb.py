@@ -1,0 +1,287 @@
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import wandb
+
+from coin.errors import CoinError, ConfigurationError, FileError
+from coin.reporting import Examples, summarise
+from coin.reporting.results import Row, confusion_key
+from coin.reporting.wandb_evaluation import log_evaluation, log_method, log_summary
+from coin.reporting.wandb_runs import log_artifact, start_run, use_artifact
+from coin.reporting.wandb_settings import check_connection, run_environment
+
+Measured = Callable[..., tuple[list[Row], dict[str, Any]]]
+Read = Callable[[Path], list[dict[str, Any]]]
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    return
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Ask for online mode; W&B reads its environment once per process, so make it forget before and after."""
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    wandb.teardown()
+
+
+def of_type(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [record[kind] for record in records if record["type"] == kind]
+
+
+def run_folders(folder: Path) -> list[Path]:
+    return sorted((folder / "wandb").glob("offline-run-*"))
+
+
+def summary_of(records: list[dict[str, Any]]) -> dict[str, Any]:
+    return {name: value for record in of_type(records, "summary") for name, value in record.get("update", {}).items()}
+
+
+def test_an_evaluation_reads_back_whole(tmp_path: Path, measure: Measured, read_wandb: Read):
+    folder = tmp_path / "runs" / "quickstart" / "seed-0"
+    rows, confusions = measure(0)
+    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    answers = np.array([0, 1])
+    examples = Examples(images, answers, answers, {"coin||feature_ridge": answers[::-1]}, ("cat", "dog"))
+    run = start_run(
+        folder, group="quickstart", job_type="evaluate", name="evaluate seed 0", config={"lr": 0.1}, tags=["overview"]
+    )
+    log_evaluation(run, rows, confusions, examples, {"mnist": [f"digit {i}" for i in range(10)]})
+    run.finish()
+
+    (run_folder,) = run_folders(folder)
+    records = read_wandb(run_folder)
+    (started,) = of_type(records, "run")
+    assert (started["run_group"], started["job_type"], started["display_name"]) == (
+        "quickstart", "evaluate", "evaluate seed 0",
+    )  # fmt: skip
+    assert started["tags"] == ["overview"]
+    assert started["config"]["update"]["lr"] == 0.1
+    assert len(of_type(records, "history")) == 1  # tables and pictures; numbers are the summary's
+
+    summary = summary_of(records)
+    mean = np.mean([row.nda for row in rows if (row.method, row.decoder) == ("distillation", "ridge")])
+    assert summary["nda/distillation/ridge/mean"] == pytest.approx(mean, rel=1e-12)
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for row in rows:
+        if row.method not in ("none", "oracle"):
+            groups.setdefault((row.method, row.batchnorm, row.decoder), []).append(row.nda)
+    means = {key: float(np.mean(ndas)) for key, ndas in groups.items()}
+    (method, _, decoder), largest = max(means.items(), key=lambda entry: entry[1])
+    assert summary["nda_mean_best"] == pytest.approx(largest, rel=1e-12)
+    assert (summary["best_method"], summary["best_decoder"]) == (method, decoder)
+    assert sum(name.startswith("nda") for name in summary) < 30
+
+    tables = run_folder / "files" / "media" / "table"
+    (file,) = tables.glob("results_*.table.json")
+    table = json.loads(file.read_text(encoding="utf-8"))
+    assert len(table["data"]) == len(rows)
+    assert table["columns"][0] == "experiment"
+    (file,) = tables.glob("examples_*.table.json")
+    table = json.loads(file.read_text(encoding="utf-8"))
+    assert table["columns"] == ["image", "task", "label", "expert", "coin"]
+    assert [row[1:] for row in table["data"]] == [["", "cat", "cat", "dog"], ["", "dog", "dog", "cat"]]
+    (file,) = (tables / "confusion" / "mnist").glob("mnist_table_*")
+    cells = json.loads(file.read_text(encoding="utf-8"))["data"]
+    row = next(r for r in rows if (r.method, r.decoder, r.task) == (method, decoder, "mnist"))
+    counts = confusions[confusion_key(row)]
+    assert {(i, k): n for i, k, n in cells} == {
+        (f"digit {i}", f"digit {k}"): counts[i, k] for i, k in zip(*counts.nonzero(), strict=True)
+    }
+    assert list((run_folder / "files/media/images/figures").glob("nda_against_cost_*"))
+
+
+def test_artifacts_have_aliases_and_link_their_files(tmp_path: Path, read_wandb: Read):
+    weights = tmp_path / "expert.safetensors"
+    weights.write_bytes(b"weights")
+    run = start_run(tmp_path, group="g", job_type="expert", name="n")
+    log_artifact(run, weights, "quickstart mnist/expert", "expert", ["seed-0"], {"task": "mnist"})
+    use_artifact(run, weights, "quickstart mnist/expert", "expert")
+    run.finish()
+    weights.unlink()  # another takes its place
+    records = read_wandb(run_folders(tmp_path)[0])
+    (expert,) = of_type(records, "artifact")
+    assert (expert["name"], expert["type"]) == ("quickstart-mnist-expert", "expert")
+    assert set(expert["aliases"]) == {"latest", "seed-0"}
+    (content,) = expert["manifest"]["contents"]
+    linked = Path(content["local_path"])
+    assert linked.is_relative_to(tmp_path)
+    assert linked.read_bytes() == b"weights"
+    metadata = json.loads(expert["metadata"])
+    assert metadata["task"] == "mnist"
+    configured: dict[str, Any] = {}
+    for record in of_type(records, "config"):
+        configured.update(record.get("update", {}))
+    assert metadata["sha256"] in json.dumps(configured)  # the offline stand-in for lineage
+
+
+def test_a_large_file_is_not_copied(tmp_path: Path):
+    weights = tmp_path / "expert.safetensors"
+    weights.write_bytes(b"weights")
+    run = start_run(tmp_path, group="g", job_type="expert", name="n")
+    for name in ("a", "b"):
+        log_artifact(run, weights, name, "expert")
+    run.finish()
+    copies = list((tmp_path / "wandb").rglob("*.safetensors"))
+    assert [path.samefile(weights) for path in copies] == [True]
+
+
+def test_a_method_s_run_holds_its_numbers_and_what_to_group_by(tmp_path: Path, measure: Measured, read_wandb: Read):
+    rows = [row for row in measure(2)[0] if (row.method, row.batchnorm) == ("coin", "recalibrate")]
+    run = start_run(tmp_path, group="g", job_type="method", name="n", config={"lr": 0.1})
+    log_method(run, pd.DataFrame([vars(row) for row in rows]))
+    run.finish()
+    records = read_wandb(run_folders(tmp_path)[0])
+    config = of_type(records, "run")[0]["config"]["update"]
+    for record in of_type(records, "config"):
+        config |= record.get("update", {})
+    assert (config["variant"], config["method"], config["batchnorm"]) == ("coin (recalibrate)", "coin", "recalibrate")
+    assert (config["lr"], config["samples_per_task"]) == (0.1, 200)
+    summary = summary_of(records)
+    linear = [row for row in rows if row.decoder == "linear"]
+    assert summary["nda/linear/mean"] == pytest.approx(np.mean([row.nda for row in linear]), rel=1e-12)
+    for row in linear:
+        assert summary[f"nda/linear/{row.task}"] == pytest.approx(row.nda, rel=1e-12)
+        assert summary[f"agreement/linear/{row.task}"] == pytest.approx(row.agreement, rel=1e-12)
+    assert summary["merge_passes"] == rows[0].merge_passes
+    seconds = [row.merge_seconds + row.decoder_seconds for row in linear]
+    assert summary["seconds/linear"] == pytest.approx(np.mean(seconds), rel=1e-12)
+    assert of_type(records, "history") == []
+
+
+def test_all_seeds_together_are_one_run_with_their_spread(tmp_path: Path, measure: Measured, read_wandb: Read):
+    frame = pd.DataFrame([vars(row) for seed in (0, 1) for row in measure(seed)[0]])
+    run = start_run(tmp_path, group="g", job_type="evaluate", name="g-summary")
+    log_summary(run, summarise(frame))
+    run.finish()
+    (folder,) = run_folders(tmp_path)
+    (file,) = (folder / "files/media/table").glob("summary_*")
+    table = json.loads(file.read_text(encoding="utf-8"))
+    spread = table["columns"].index("nda_std")
+    assert all(row[spread] is not None for row in table["data"])
+    assert list((folder / "files/media/images/figures").glob("nda_against_cost_*"))
+    mean = np.mean(
+        frame[(frame.method == "coin") & (frame.batchnorm != "recalibrate") & (frame.decoder == "linear")].nda
+    )
+    assert summary_of(read_wandb(folder))["nda/coin/linear/mean"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_the_user_s_project_and_tags_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Read):
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    monkeypatch.setenv("WANDB_TAGS", "one, two")
+    start_run(tmp_path, group="g", job_type="method", name="n", tags=["two", "x" * 100]).finish()
+    (started,) = of_type(read_wandb(run_folders(tmp_path)[0]), "run")
+    assert started["project"] == "theirs"
+    assert set(started["tags"]) == {"one", "two", "x" * 64}
+
+
+def test_the_environment_is_offline_and_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_DIR", "/elsewhere")
+    with run_environment(tmp_path / "seed-0"):
+        assert os.environ["WANDB_MODE"] == "offline"
+        assert os.environ["WANDB_DIR"] == str(tmp_path / "seed-0")
+        assert Path(os.environ["WANDB_DATA_DIR"]).is_relative_to(tmp_path / "seed-0")
+    assert os.environ["WANDB_DIR"] == "/elsewhere"
+    assert "WANDB_MODE" not in os.environ
+    assert "WANDB_DATA_DIR" not in os.environ
+
+
+def test_the_user_s_mode_is_kept_and_nonsense_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with run_environment(tmp_path):
+        assert os.environ["WANDB_MODE"] == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    with pytest.raises(ConfigurationError, match="expected one of"), run_environment(tmp_path):
+        pass
+
+
+@pytest.mark.usefixtures("online")
+def test_online_without_a_key_is_one_line_of_advice(tmp_path: Path):
+    with pytest.raises(CoinError, match="wandb login") as caught:
+        start_run(tmp_path / "run", group="g", job_type="evaluate", name="n")
+    assert "\n" not in str(caught.value)
+    assert wandb.run is None
+
+
+@pytest.mark.usefixtures("online")
+def test_online_without_a_server_is_one_line_of_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as taken:  # bound but not listening: the port refuses connections
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+        with pytest.raises(CoinError, match="does not answer") as caught:
+            start_run(tmp_path, group="g", job_type="expert", name="n")
+    assert "wandb sync" in str(caught.value)
+
+
+@pytest.mark.usefixtures("online")
+def test_a_server_that_answers_and_a_key_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login user password secret\n", encoding="utf-8")
+    netrc.chmod(0o600)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("NETRC", str(netrc))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        check_connection()
+        monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+        with pytest.raises(CoinError, match="no W&B API key"):
+            check_connection()
+
+
+@pytest.mark.usefixtures("online")
+def test_a_key_under_w_and_b_s_older_name_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine api.wandb.ai login user password secret\n", encoding="utf-8")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: socket.socket())
+    check_connection()
+
+
+@pytest.mark.usefixtures("online")
+def test_a_name_server_that_hangs_does_not_hang_us(monkeypatch: pytest.MonkeyPatch):
+    from coin.reporting import wandb_settings
+
+    monkeypatch.setattr(wandb_settings, "_CONNECT_SECONDS", 0.05)
+    monkeypatch.setattr(wandb_settings, "_JOIN_SECONDS", 0.1)
+    released = threading.Event()
+
+    def hang(*_: Any, **__: Any) -> None:
+        released.wait(30)
+        raise OSError("released")
+
+    monkeypatch.setattr(socket, "create_connection", hang)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    try:
+        with pytest.raises(CoinError, match="no answer in"):
+            check_connection()
+    finally:
+        released.set()
+
+
+def test_unknown_job_type_and_missing_artifact(tmp_path: Path):
+    with pytest.raises(ConfigurationError, match="job type"):
+        start_run(tmp_path, group="g", job_type="training", name="n")
+    run = start_run(tmp_path, group="g", job_type="method", name="n")
+    with pytest.raises(FileError, match="make it first"):
+        log_artifact(run, tmp_path / "nothing", "a", "expert")
+    with pytest.raises(FileError, match="make it first"):
+        use_artifact(run, tmp_path / "nothing", "a", "expert")
+    run.finish()
