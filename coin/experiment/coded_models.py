@@ -19,7 +19,7 @@ from coin.networks import load_network
 from coin.processes import from_first, is_first
 from coin.progress import tracked
 from coin.reporting.extras import EXAMPLES_NPZ, LAYERS_CSV, write_layers
-from coin.reporting.layers import fisher_shares, relative_distances
+from coin.merging.layers import fisher_shares, relative_distances
 from coin.reporting.results import COLUMNS, CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_results
 from coin.reporting.wandb_evaluation import code_axes, log_method_runs
 from coin.reporting.wandb_settings import logging_only

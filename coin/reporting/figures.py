@@ -84,7 +84,9 @@ def as_png(figure: Figure, dpi: int = 200) -> bytes:
 def legend_below(figure: Figure, axes: Axes, title: str | None = None, columns: int = 3) -> None:
     """Put the legend of `axes` under the figure, where it hides no point."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = max(1, min(columns, len(labels), int(12 * figure.get_figwidth() / (8 + max(map(len, labels), default=0)))))
+    columns = max(
+        1, min(columns, len(labels), int(12 * figure.get_figwidth() / (8 + max(map(len, labels), default=0))))
+    )
     figure.set_figheight(figure.get_figheight() + 0.19 * max(0, math.ceil(len(labels) / columns) - 2))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
 
@@ -134,7 +136,9 @@ def nda_by_method(means: pd.DataFrame) -> Figure:
 def nda_by_experiment(means: pd.DataFrame) -> Figure:
     """Mean NDA ± spread of several experiments, a marker each, for the first two of `decoders_of`."""
     decoders = decoders_of(means)[:2]
-    return _dots(means[means["decoder"].isin(decoders)], list(dict.fromkeys(means["experiment"])), "experiment", decoders)
+    return _dots(
+        means[means["decoder"].isin(decoders)], list(dict.fromkeys(means["experiment"])), "experiment", decoders
+    )
 
 
 def nda_against_samples(means: pd.DataFrame) -> Figure:
@@ -241,7 +245,9 @@ def layer_profile(layers: pd.DataFrame) -> Figure:
             axes.grid(visible=False)
             axes.set_yticks(range(len(table)), list(table.index), fontsize=8)
             axes.set_title(titles[column], fontsize=9)
-            bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=12, format=FuncFormatter(lambda value, _: f"{value:g}"))
+            bar = figure.colorbar(
+                image, ax=axes, pad=0.01, aspect=12, format=FuncFormatter(lambda value, _: f"{value:g}")
+            )
             bar.ax.tick_params(labelsize=7)
         ticks = np.arange(0, len(names), max(1, math.ceil(len(names) / 40)))
         panels[-1].set_xticks(ticks, [names[i] for i in ticks], rotation=90, fontsize=7)
@@ -294,7 +300,9 @@ def _scatter(means: pd.DataFrame, x: "pd.Series[float]", decoder: str) -> tuple[
         text = f"{names[i]}  {nda:.1f}" + ("" if math.isnan(spread) else f" ± {spread:.1f}")
         labels.append((nda, float(x[i]) if own[i] else None, text, ink))
         if own[i]:
-            axes.errorbar(x[i], nda, 0 if math.isnan(spread) else spread, color=ink, marker="o", markersize=7, capsize=3)
+            axes.errorbar(
+                x[i], nda, 0 if math.isnan(spread) else spread, color=ink, marker="o", markersize=7, capsize=3
+            )
     low, high = axes.get_ylim()
     for nda in (nda for nda, at, _, _ in labels if at is None and nda > low - 1.5 * (high - low)):
         axes.axhline(nda, color=_SOFT, linestyle="--", linewidth=1.1)

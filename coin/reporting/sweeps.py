@@ -135,7 +135,9 @@ def sweep_text(frame: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     means = means.assign(place=means.groupby(keys, sort=False, dropna=False).ngroup() if keys else 0)
     for (_, *head), part in means.sort_values("place", kind="stable").groupby(["place", *heads], sort=False):
         ndas = {decoder: part.loc[part["decoder"] == decoder, "nda"] for decoder in decoders}
-        cells = {d: percent(nda.mean(skipna=False), nda.std(), digits=1) if len(nda) else "–" for d, nda in ndas.items()}
+        cells = {
+            d: percent(nda.mean(skipna=False), nda.std(), digits=1) if len(nda) else "–" for d, nda in ndas.items()
+        }
         lines.append(dict(zip(heads, map(str, head), strict=True)) | cells)
     return pd.DataFrame(lines, columns=[*heads, *decoders])
 

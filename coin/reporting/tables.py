@@ -73,8 +73,14 @@ def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
             is_best = row["method"] not in REFERENCES and round(row["nda_mean"], 4) == top
             line[row["decoder"]] = percent(row["nda_mean"], row["nda_std"]) + BEST * is_best
         line["residual"] = "–" if math.isnan(first["residual_mean"]) else f"{first['residual_mean']:.3f}"
-        for step, row in (("merge", first), ("decoder", part.loc[:, "decoder_seconds_mean":"decoder_passes_std"].max())):
-            line |= {f"{step} s": seconds(row[f"{step}_seconds_mean"]), f"{step} passes": short(row[f"{step}_passes_mean"])}
+        for step, row in (
+            ("merge", first),
+            ("decoder", part.loc[:, "decoder_seconds_mean":"decoder_passes_std"].max()),
+        ):
+            line |= {
+                f"{step} s": seconds(row[f"{step}_seconds_mean"]),
+                f"{step} passes": short(row[f"{step}_passes_mean"]),
+            }
         lines.append((rank[name], samples, line))
     columns = ["method", *(["P"] if means["samples_per_task"].nunique() > 1 else []), *decoders, *COSTS]
     return pd.DataFrame([line for *_, line in sorted(lines, key=lambda each: each[:2])], columns=columns)
