@@ -4,15 +4,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from coin.errors import ConfigurationError, FileError
-from coin.files.atomic import atomic_path
-from coin.reporting.results import DAMAGED_NPZ, one_line, read_frame, write_frame
+from coin.reporting.results import one_line, read_archive, read_frame, write_archive, write_frame
 
 LAYERS_CSV = "layers.csv"
 EXAMPLES_NPZ = "examples.npz"
@@ -85,16 +83,12 @@ def write_examples(folder: Path, examples: Examples | None) -> None:
     if examples is None:
         (folder / EXAMPLES_NPZ).unlink(missing_ok=True)
         return
-    arrays: dict[str, Any] = {
-        **vars(examples),
-        "decoded": np.array(list(examples.decoded.values()), np.int64).reshape(-1, len(examples.images)),
-        "decoded_by": np.asarray(list(examples.decoded), dtype=str),
-        "names": np.asarray(examples.names, dtype=str),
-        "task": np.asarray(examples.task, dtype=str),
-        "position": np.asarray(examples.position, dtype=np.int64),
-    }
-    with atomic_path(folder / EXAMPLES_NPZ) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+    decoded = np.array(list(examples.decoded.values()), np.int64).reshape(-1, len(examples.images))
+    text = {name: np.asarray(getattr(examples, name), dtype=str) for name in ("names", "task")}
+    by = np.asarray(list(examples.decoded), dtype=str)
+    position = np.asarray(examples.position, dtype=np.int64)
+    arrays = {**vars(examples), **text, "decoded": decoded, "decoded_by": by, "position": position}
+    write_archive(folder / EXAMPLES_NPZ, arrays)
 
 
 def read_examples(folder: Path) -> Examples | None:
@@ -106,15 +100,15 @@ def read_examples(folder: Path) -> Examples | None:
     path = folder / EXAMPLES_NPZ
     if not path.exists():
         return None
+    found = read_archive(path)
+    if "choice" in found:
+        return None
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if "choice" in file.files:
-                return None
-            images, expert, label = (file[name] for name in ("images", "expert", "label"))
-            names, tasks, by = (tuple(str(name) for name in file[key]) for key in ("names", "task", "decoded_by"))
-            decoded = dict(zip(by, file["decoded"], strict=True))
-            return Examples(images, expert, label, decoded, names, tasks, tuple(file["position"].tolist()))
-    except DAMAGED_NPZ as error:
+        names, tasks, by = (tuple(map(str, found[key])) for key in ("names", "task", "decoded_by"))
+        decoded = dict(zip(by, found["decoded"], strict=True))
+        place = tuple(found["position"].tolist())
+        return Examples(found["images"], found["expert"], found["label"], decoded, names, tasks, place)
+    except (KeyError, ValueError, TypeError) as error:
         raise FileError(f"'{path}' holds no example images ({one_line(error)}); make it again") from error
 
 

@@ -98,7 +98,7 @@ def findings(frame: pd.DataFrame) -> Findings:
     return Findings(
         _headline(erased, closed, trained, floor),
         closed, trained, floor,
-        tuple(_beyond_spread(entries, closed, trained, floor))[:_MOST],
+        tuple(_beyond_spread(entries, closed, trained, floor) or _nothing(means))[:_MOST],
         tuple(_cautions(means)),
         entries,
     )  # fmt: skip
@@ -197,6 +197,11 @@ def _beyond_spread(
         text = f"{_called(coin)} is {_points(abs(mean), spread, '')} points {side} the {100 * PAPER_NDA:.1f} %"
         out += [f"{text} that the paper reports in some cases."] if sign else []
     return out
+
+
+def _nothing(means: pd.DataFrame) -> list[str]:
+    enough = means["seed"].nunique() >= FEWEST_SEEDS
+    return ["No difference between methods is beyond the spread over seeds."] if enough else []
 
 
 def _cautions(means: pd.DataFrame) -> list[str]:

@@ -28,7 +28,7 @@ from coin.versions import versions
 RESULTS_CSV = "results.csv"
 RESULTS_JSON = "results.json"
 CONFUSION_NPZ = "confusion.npz"
-DAMAGED_NPZ = (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
+_DAMAGED = (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 """What NumPy raises on archives that are cut off, damaged, or something else altogether."""
 
 Counts = npt.NDArray[np.int64]
@@ -129,9 +129,7 @@ def write_results(
         }
     )
     if confusions is not None:
-        arrays: dict[str, Any] = {key: np.asarray(counts) for key, counts in confusions.items()}
-        with atomic_path(folder / CONFUSION_NPZ) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+        write_archive(folder / CONFUSION_NPZ, confusions)
     write_text(folder / RESULTS_JSON, text + "\n")
     write_frame(folder / RESULTS_CSV, pd.DataFrame([asdict(row) for row in rows], columns=list(COLUMNS)))
 
@@ -190,11 +188,7 @@ def read_confusions(folder: Path) -> dict[str, Counts]:
     path = folder / CONFUSION_NPZ
     if not path.exists():
         return {}
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            found = {key: archive[key] for key in archive.files}
-    except DAMAGED_NPZ as error:
-        raise FileError(f"'{path}' is not a whole .npz file ({one_line(error)}); make it again") from error
+    found = read_archive(path)
     for key, counts in found.items():
         if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or counts.dtype.kind not in "iu":
             raise FileError(
@@ -205,23 +199,13 @@ def read_confusions(folder: Path) -> dict[str, Counts]:
 
 
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
-    """Write a frame as CSV, without its index; NaN becomes an empty field and floats keep every digit.
-
-    Raises:
-        FileError: The file cannot be written.
-    """
+    """Write a frame as CSV, without its index; NaN becomes an empty field and floats keep every digit."""
     with atomic_path(path) as temporary:
         frame.to_csv(temporary, index=False)
 
 
 def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
-    """Return the named columns of a CSV file: text as it stands, an empty number as NaN.
-
-    Args:
-        path: The file.
-        columns: Names that must be there, in the order to return.
-        integers: Those among them that hold integers.
-        numbers: Those among them that hold floats.
+    """Return the named columns of a CSV file, in this order: text as it stands, an empty number as NaN.
 
     Raises:
         FileError: The file is missing, damaged, or lacks a column or a row.
@@ -240,15 +224,31 @@ def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numb
         )
     if frame.empty:
         raise FileError(f"'{path}' holds no rows, expected at least one; make it again")
-    frame = frame[list(columns)]
     try:
-        for name in integers:
-            frame[name] = [int(text) for text in frame[name]]
-        for name in numbers:
-            frame[name] = [float(text) if text else math.nan for text in frame[name]]
+        for name in [*integers, *numbers]:
+            frame[name] = [int(text) if name in integers else float(text or "nan") for text in frame[name]]
     except (TypeError, ValueError) as error:
         raise FileError(f"'{path}' is damaged in column '{name}' ({one_line(error)}); make it again") from error
-    return frame
+    return frame[list(columns)]
+
+
+def read_archive(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays of an ``.npz`` file.
+
+    Raises:
+        FileError: It is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except _DAMAGED as error:
+        raise FileError(f"'{path}' is not a whole .npz file ({one_line(error)}); make it again") from error
+
+
+def write_archive(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays as an ``.npz`` file."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **{name: np.asarray(array) for name, array in arrays.items()})
 
 
 def one_line(error: Exception) -> str:
@@ -258,7 +258,16 @@ def one_line(error: Exception) -> str:
 
 def as_json(document: Any) -> str:
     """Return a value as strict JSON text: a number that is not finite is ``null``, a data frame a list of its rows."""
-    return json.dumps(_strict(document), indent=1, allow_nan=False, ensure_ascii=False)
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, pd.DataFrame):
+            return value.to_dict("records")
+        if isinstance(value, np.ndarray | np.generic):
+            return value.tolist()
+        return dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, set) else str(value)
+
+    finite = json.loads(json.dumps(document, default=plain), parse_constant=lambda name: None)
+    return json.dumps(finite, indent=1, allow_nan=False, ensure_ascii=False)
 
 
 def _machine() -> str:
@@ -282,18 +291,3 @@ def _check_rows(rows: Sequence[Row]) -> None:
                 f"erased '{row.erased}', task '{row.task}'), expected one; tell the two apart with 'label'"
             )
         seen.add(key)
-
-
-def _strict(value: Any) -> Any:
-    """Return `value` as strict JSON has it: no NaN, no infinity, frames as lists of rows, keys and the rest as text."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, pd.DataFrame):
-        value = value.to_dict("records")
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_strict(item) for item in value]
-    return value if value is None or isinstance(value, bool | int) or type(value) is str else str(value)

@@ -43,14 +43,11 @@ _VARIANT = [name for name in GROUP if name not in ("erased", "task")]
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """Return mean and spread over seeds, per task and as the mean over tasks.
 
-    One row per (experiment, method, batchnorm, decoder, code_row, erased, task, samples_per_task), in order of
-    appearance, with the BatchNorm policy that was asked for: seeds may have chosen differently. After the tasks of each
-    variant come rows with ``task = "mean"``: for every size r of erasure, with ``erased = "r of N"``, the mean over all
-    (erasure, task) pairs of that size, taken within each seed first and then over seeds. N counts the tasks that the
-    experiment's erasures name. With one coded model, ``1 of N`` is the mean over the tasks, each lost in turn.
-
-    The spread is the sample standard deviation over seeds (n − 1 in the denominator): NaN with one seed. A number
-    that is NaN in any seed or task is NaN in the mean; nothing is left out of a mean silently.
+    One row per group of `GROUP`, in order of appearance, with the BatchNorm policy that was asked for: seeds may have
+    chosen differently. After the tasks of each variant come rows with ``task = "mean"``: for every size r of erasure,
+    with ``erased = "r of N"``, the mean over all (erasure, task) pairs of that size, within each seed first and then
+    over seeds. The spread is the sample standard deviation over seeds: NaN with one seed. A number that is NaN in any
+    seed or task is NaN in the mean.
 
     Args:
         frame: Rows of one or several ``results.csv``, as `read_results` returns them.
@@ -59,23 +56,13 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         `SUMMARY_COLUMNS`: the group, ``seeds`` (how many), and ``<number>_mean``, ``<number>_std`` of each number.
     """
     frame = frame.assign(batchnorm=frame["batchnorm"].map(asked_policy))
-    per_task = _over_seeds(frame)
-    means = _over_seeds(seed_means(frame))
-    both = pd.concat([per_task, means], ignore_index=True)
+    both = pd.concat([_over_seeds(frame), _over_seeds(seed_means(frame))], ignore_index=True)
     order = both.groupby(_VARIANT, sort=False).ngroup()
-    both = both.iloc[order.argsort(kind="stable")]
-    return both.reset_index(drop=True)
+    return both.iloc[order.argsort(kind="stable")].reset_index(drop=True)
 
 
 def seed_means(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the means over tasks of every seed: one row per seed, variant and size of erasure.
-
-    Args:
-        frame: Rows of one or several ``results.csv``.
-
-    Returns:
-        The columns of ``results.csv``, with ``task = "mean"`` and ``erased = "r of N"`` as in `summarise`.
-    """
+    """Return the means over tasks of every seed, in the columns of ``results.csv``, named as in `summarise`."""
     erasures = frame["erased"].map(lambda erased: frozenset(erased.split("+")))
     tasks = erasures.groupby(frame["experiment"]).agg(lambda sets: len(frozenset().union(*sets)))
     sizes = erasures.map(len).astype(str) + " of " + frame["experiment"].map(tasks).astype(str)
