@@ -80,7 +80,7 @@ def read_sweep(path: Path) -> SweepFile:
     document: Any = read_yaml(path)
     check(isinstance(document, dict), "no keys", f"a sweep with {', '.join(_KEYS)}")
     for key in document:
-        check(key in _KEYS, f"key {key!r}", f"{', '.join(_KEYS)}; of a file for W&B, `wandb sweep` makes a sweep")
+        check(key in _KEYS, f"key {key!r}", f"{', '.join(_KEYS)}; a sweep of W&B's is started by `wandb sweep`")
     name, files = document.get("name", path.stem), document.get("experiment")
     grid, fixed = document.get("grid"), document.get("set", {})
     files = [files] if isinstance(files, str) else files

@@ -95,7 +95,7 @@ def test_lists_and_sections_are_swept_as_they_stand(tmp_path: Path) -> None:
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"girt": {}}, "found key 'girt'"),
-    "W&B's dialect": ({"experiment": None, "grid": None, "parameters": {}}, "of a file for W&B, `wandb sweep` makes"),
+    "W&B's dialect": ({"experiment": None, "grid": None, "parameters": {}}, "started by `wandb sweep`"),
     "no grid": ({"grid": {}}, "found grid {}"),
     "a list for a grid": ({"grid": [1]}, "found grid [1]"),
     "a list for set": ({"set": [1]}, "found set [1]"),
