@@ -46,8 +46,7 @@ from coin.files.atomic import is_folder_name, write_text
 from coin.files.yaml import read_yaml
 from coin.processes import cores
 from coin.reporting import write_report
-from coin.reporting.results import write_frame
-from coin.reporting.results import RESULTS_CSV
+from coin.reporting.results import RESULTS_CSV, write_frame
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, as_text, sweep_frame, sweep_table
 from coin.reporting.wandb_connection import check_connection
 from coin.reporting.wandb_logging import TAG_LENGTH

@@ -14,12 +14,12 @@ from coin.experiment.seed_run import CODE_JSON, SeedRun
 from coin.experiment.store import step_key
 from coin.merging import Method
 from coin.merging.experts import parameters_of
+from coin.merging.layers import fisher_shares, relative_distances
 from coin.modules import DecodingEvaluator
 from coin.networks import load_network
 from coin.processes import from_first, is_first
 from coin.progress import tracked
 from coin.reporting.extras import EXAMPLES_NPZ, LAYERS_CSV, write_layers
-from coin.merging.layers import fisher_shares, relative_distances
 from coin.reporting.results import COLUMNS, CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON, read_results
 from coin.reporting.wandb_evaluation import code_axes, log_method_runs
 from coin.reporting.wandb_settings import logging_only

@@ -14,7 +14,6 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder, uniform
-from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
 from coin.metrics import DecodingAccuracy, Residual

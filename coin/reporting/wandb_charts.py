@@ -11,8 +11,8 @@ from PIL import Image
 
 from coin.reporting import figures as plots
 from coin.reporting.figures import as_png
-from coin.reporting.summary import REFERENCES, largest_samples, over_tasks, variant_names
 from coin.reporting.results import COLUMNS, Counts, Row, confusion_key
+from coin.reporting.summary import REFERENCES, largest_samples, over_tasks, variant_names
 
 _AXIS = "samples_per_task"
 

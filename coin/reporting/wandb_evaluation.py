@@ -8,10 +8,9 @@ from typing import Any
 import pandas as pd
 import wandb
 
-from coin.reporting.summary import REFERENCES, variant_names
 from coin.reporting.extras import Examples
 from coin.reporting.results import COLUMNS, NUMBERS, Counts, Row, asked_policy
-from coin.reporting.summary import summarise
+from coin.reporting.summary import REFERENCES, summarise, variant_names
 from coin.reporting.wandb_charts import charts, confusion_charts, contenders, figures, results_table
 from coin.reporting.wandb_logging import start_run
 from coin.reporting.wandb_settings import in_sweep, mode, run_environment
@@ -80,7 +79,7 @@ def log_evaluation(
 def log_examples(run: wandb.Run, examples: Examples) -> None:
     """Log test images with the expert's answer, the decoded answer and the label, as the table ``examples``."""
     columns: list[str | int] = ["image", "task", "expert", "decoded", "label", "differs"]
-    last = next(reversed(examples.decoded.values()), examples.expert)
+    last = [examples.expert, *examples.decoded.values()][-1]
     answers = zip(examples.expert, last, examples.label, strict=True)
     tasks = examples.task or ("",) * len(examples.images)
     with run_environment(Path(run.settings.root_dir)):
