@@ -195,7 +195,7 @@ def confusion_matrices(counts: Mapping[str, Counts], classes: Sequence[str]) -> 
         figure = Figure(figsize=(WIDTH, 1.0 + (WIDTH - 1.4) / max(2, len(counts))))
         panels = figure.subplots(1, max(2, len(counts)), squeeze=False)[0]
         ticks = np.arange(0, len(classes), max(1, math.ceil(len(classes) / 26)))
-        names = [_short(classes[i]) for i in ticks]
+        names = [_short(classes[int(i)]) for i in ticks]
         image = None
         for axes, (title, matrix) in zip(panels, counts.items(), strict=False):
             totals = matrix.sum(1, keepdims=True)

@@ -24,20 +24,27 @@ from coin.files.atomic import atomic_path, write_text
 from coin.progress import progress
 from coin.reporting import figures
 from coin.reporting.extras import LAYERS_CSV, read_examples, read_layers
-from coin.reporting.findings import Entry, Findings, findings, paired_differences
+from coin.reporting.findings import FLOOR, Findings, findings, paired_differences
 from coin.reporting.results import RESULTS_CSV, asked_policy, read_configuration, read_confusions, read_results
 from coin.reporting.summary import (
-    REFERENCES, SUMMARY_CSV, decoders_of, expert_accuracies, largest_samples, over_tasks, seed_folders, summarise,
+    REFERENCES,
+    SUMMARY_CSV,
+    decoders_of,
+    expert_accuracies,
+    largest_samples,
+    over_tasks,
+    seed_folders,
+    summarise,
     variant_names,
 )  # fmt: skip
-from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, Sweep, as_numbers, read_sweep_table, sweep_text
+from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, Sweep, as_numbers, read_sweep_table, short_value, sweep_text
 from coin.reporting.tables import nda_tables, percent
 
 REPORT_HTML = "report.html"
 PLOTS = "plots"
 _COST = (
-    "NDA (accuracy of the decoded answer ÷ that of the lost expert, mean over tasks ± spread over seeds) of every method "
-    "against what it costs, by decoder. Up and left is better. Blue and green: closed forms; orange and red: trained; "
+    "NDA (accuracy of the decoded answer ÷ that of the lost expert, mean over tasks ± spread over seeds) of every "
+    "method against what it costs, by decoder. Up and left is better. Blue and green: closed forms; orange and red: trained; "
     "dashed: the survivors alone, without a coded model; dotted: the paper's 97.5 %."
 )
 _LAYERS = (
@@ -97,9 +104,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     page = _Page(path if path.suffix == ".html" and output else path / REPORT_HTML, sources)
     with progress("drawing the report", total=None):
         content = page.content()
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
-    )
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     write_text(page.path, templates.get_template("report.html.jinja").render(references=REFERENCES, **content))
     return page.path
 
@@ -162,15 +167,19 @@ class _Page:
         """Return what the template wants: the finding first, then what lies behind it."""
         source, several = self.sources[0], len(self.found) > 1
         best, found = max(self.found.items(), key=lambda each: each[1].best.nda.mean() if each[1].best else -1.0)
+        costs = not several and self.has_methods
         facts = [_facts(each) for each in self.sources]
         lines = dict.fromkeys(name for each in facts for name in each)
         table = [[line, *(each.get(line, "–") for each in facts)] for line in lines]
         lists = [f"{name}: {each.headline}" for name, each in self.found.items()] if several else found.beyond_spread
         sections: list[dict[str, Any]] = [
             {"title": "Findings", "list": lists, "text": "" if several else _PAIRED},
-            {"title": "Figures", "figures": list(self._across() if several else self._more_figures())},
+            {"title": "Figures", "figures": [] if several else list(self._more_figures())},
             {"title": "Experts", "tables": [("", _experts(self.summary))], "figures": list(self._curves())},
-            {"title": "Configuration", "tables": [("", pd.DataFrame(table, columns=["", *(s.name for s in self.sources)]))]},
+            {
+                "title": "Configuration",
+                "tables": [("", pd.DataFrame(table, columns=["", *(s.name for s in self.sources)]))],
+            },
             {"title": "How to reproduce", "commands": [self._reproduce(each) for each in self.sources]},
         ]
         if not several:
@@ -184,25 +193,19 @@ class _Page:
                 {"title": "Examples", "examples": list(_examples(source, found))},
             ]
         name = source.name if len(self.sources) == 1 else f"{len(self.sources)} experiments compared"
-        said = (facts[0].get(fact, "")[:40] for fact in ("tasks", "network", "date", "machine"))
+        said = (facts[0].get(fact, "") for fact in ("tasks", "network", "date", "machine"))
         return {
             "title": f"coin: {name}",
             "subtitle": "" if several else " · ".join([*filter(None, said), f"seeds {facts[0]['seeds']}"]),
             "headline": (f"The best of {len(self.found)} experiments is {best}. " if several else "") + found.headline,
-            "entries": {
-                role: entry
-                for role, entry in (
-                    ("best closed form", found.closed_form),
-                    ("fair baseline: best trained", found.trained),
-                    ("floor: no coded model", found.floor),
-                )
-                if entry is not None
-            },
+            "roles": found.roles,
             "cautions": found.cautions,
-            "hero": [] if several or not self.has_methods else list(self._costs()),
+            "hero": list(self._costs() if costs else self._across()),
             "tables": list(self._tables()),
             "phone": ["method", "P", *decoders_of(self.means)[:2]],
-            "sections": [each for each in sections if any(each.get(part) for part in each if part not in ("title", "text"))],
+            "sections": [
+                each for each in sections if any(each.get(part) for part in each if part not in ("title", "text"))
+            ],
         }
 
     def _tables(self) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -254,7 +257,9 @@ class _Page:
             names = [name for name in options[0] if len(sweep.swept[name]) > 1]
             for name in names:
                 value = dict(zip(source.names, (each[name] for each in options), strict=True))
-                figure = figures.nda_against_option(own, name, as_numbers(own["experiment"].map(value)), joined=sweep.full)
+                figure = figures.nda_against_option(
+                    own, name, as_numbers(own["experiment"].map(value)), joined=sweep.full
+                )
                 others = ", ".join(other for other in names if other != name)
                 caption = f"NDA against {name}, mean ± spread over seeds{f'; mean over {others}' if others else ''}."
                 yield self._draw(f"{sweep.name}-nda_against_{name}", figure, caption)
@@ -294,7 +299,9 @@ class _Page:
                 size = len(next(iter(counts.values())))
                 classes = _dict(source.document.get("classes")).get(task) or []
                 names = [str(name) for name in (classes if len(classes) == size else range(size))]
-                caption = f"Task {task} lost, {found.best.decoder} decoder, all seeds. A perfect decoder fills the diagonal."
+                caption = (
+                    f"Task {task} lost, {found.best.decoder} decoder, all seeds. A perfect decoder fills the diagonal."
+                )
                 yield self._draw(f"confusion_{task}", figures.confusion_matrices(counts, names), caption)
 
     def _reproduce(self, source: Source) -> dict[str, Any]:
@@ -303,10 +310,13 @@ class _Page:
             name, path = f"{source.sweep.name}.yaml", source.folder / SWEEP_YAML
             command = ["coin", "sweep", name]
         else:
-            name, path = f"{source.frame['experiment'].iloc[0]}.yaml", source.seeds[0] / "config.yaml"
+            own = source.document["configuration"].get("name") or source.folder.resolve().name
+            name, path = f"{own}.yaml", source.seeds[0] / "config.yaml"
             seeds = ",".join(str(seed) for seed in sorted(set(source.frame["seed"])))
             command = ["coin", "run", "-c", name, f"--seeds=[{seeds}]", "--output=runs"]
-        files = [source.folder / own for own in (SUMMARY_CSV, SWEEP_CSV, *([REPORT_HTML] if len(self.sources) > 1 else []))]
+        files = [
+            source.folder / own for own in (SUMMARY_CSV, SWEEP_CSV, *([REPORT_HTML] if len(self.sources) > 1 else []))
+        ]
         files += [seed / file for seed in source.seeds for file in (RESULTS_CSV, LAYERS_CSV)]
         versions = _dict(source.document.get("versions"))
         return {
@@ -335,16 +345,16 @@ def _shown(source: Source, found: Findings) -> dict[str, str]:
     best, frame = found.best, source.frame
     if best is None:
         return {}
-    names, out = variant_names(frame), {}
-    for name in dict.fromkeys([best.name, "coin"]):
-        for row in frame[(names == name) & (frame["decoder"] == best.decoder)].head(1).to_dict("records"):
-            out[name] = f"{row['method']}|{asked_policy(row['batchnorm'])}|{best.decoder}"
-    return out
+    frame = frame[frame["decoder"] == best.decoder].assign(name=variant_names)
+    keys = {}
+    for row in [*_records(frame[frame["name"] == best.name])[:1], *_records(frame[frame["method"] == "coin"])[:1]]:
+        keys[str(row["name"])] = f"{row['method']}|{asked_policy(row['batchnorm'])}|{best.decoder}"
+    return keys
 
 
 def _by_task(summary: pd.DataFrame, found: Findings) -> Iterator[tuple[str, pd.DataFrame]]:
     """Return the expert's accuracy, the decoded accuracy and the agreement of every task with the best decoder."""
-    best: Entry | None = found.best or found.floor
+    best = found.best or found.roles.get(FLOOR)
     if best is None:
         return
     alone = (summary["erased"] == summary["task"]) & (summary["decoder"] == best.decoder)
@@ -408,7 +418,11 @@ def _facts(source: Source) -> dict[str, str]:
     weights = base.get("checkpoint") or ("a base trained beforehand" if base else network.get("weights"))
     code = [f"[{', '.join(f'{weight:.3g}' for weight in row)}]" for row in configuration.get("code") or ()]
     chosen = f", chosen from the calibration data of {source.seeds[0].name}" if configuration.get("code_choice") else ""
-    swept = source.sweep.swept.items() if source.sweep else ()
+    swept = [
+        f"{name}: {', '.join(dict.fromkeys(text for v in values for text in (short_value(v, values), v)))}"
+        for name, values in (source.sweep.swept.items() if source.sweep else ())
+        if len(values) > 1
+    ]
     found = {
         "tasks": ", ".join(tasks),
         "network": ", ".join(str(network[each]) for each in ("name", "image_size") if network.get(each)),
@@ -418,7 +432,7 @@ def _facts(source: Source) -> dict[str, str]:
         "methods": ", ".join(dict.fromkeys(frame.loc[~frame["method"].isin(REFERENCES), "method"])),
         "decoders": ", ".join(dict.fromkeys(frame["decoder"])),
         "seeds": ", ".join(map(str, sorted(set(frame["seed"])))),
-        "swept": "; ".join(f"{name}: {', '.join(values)}" for name, values in swept if len(values) > 1),
+        "swept": "; ".join(swept),
         "date": str(source.document.get("date") or "").replace("T", " "),
         "machine": str(source.document.get("machine") or ""),
     }

@@ -1,9 +1,10 @@
-"""Tables of mean NDA as data frames of text, for the terminal, the page and notebooks; and how a terminal shows them."""
+"""Tables of mean NDA as data frames of text, for terminal, page and notebooks; and how a terminal shows them."""
 
 import math
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from rich import box
@@ -73,14 +74,9 @@ def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
             is_best = row["method"] not in REFERENCES and round(row["nda_mean"], 4) == top
             line[row["decoder"]] = percent(row["nda_mean"], row["nda_std"]) + BEST * is_best
         line["residual"] = "–" if math.isnan(first["residual_mean"]) else f"{first['residual_mean']:.3f}"
-        for step, row in (
-            ("merge", first),
-            ("decoder", part.loc[:, "decoder_seconds_mean":"decoder_passes_std"].max()),
-        ):
-            line |= {
-                f"{step} s": seconds(row[f"{step}_seconds_mean"]),
-                f"{step} passes": short(row[f"{step}_passes_mean"]),
-            }
+        for step in ("merge", "decoder"):
+            line[f"{step} s"] = seconds(part[f"{step}_seconds_mean"].max())
+            line[f"{step} passes"] = short(part[f"{step}_passes_mean"].max())
         lines.append((rank[name], samples, line))
     columns = ["method", *(["P"] if means["samples_per_task"].nunique() > 1 else []), *decoders, *COSTS]
     return pd.DataFrame([line for *_, line in sorted(lines, key=lambda each: each[:2])], columns=columns)
@@ -105,7 +101,8 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
     experts = expert_accuracies(summary)
     for experiment, part in experts.groupby("experiment", sort=False):
         whose = f" of {experiment}" if experts["experiment"].nunique() > 1 else ""
-        each = (f"{row.task} {percent(row.mean, row.spread)}" for row in part.itertuples(index=False))
+        rows: Any = part.itertuples(index=False)
+        each = (f"{row.task} {percent(row.mean, row.spread)}" for row in rows)
         console.print(Text(f"Experts{whose}, own accuracy in %: {', '.join(each)}"))
     left_out: dict[str, None] = {}
     for (experiment, erased), table in nda_tables(summary).items():
