@@ -90,16 +90,19 @@ def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str,
     check_same_layout(states)
     if len(states) != len(weights):
         raise StateError(f"found {len(weights)} weights for {len(states)} states, expected one each; give as many")
-    return {key: _weighted(states, weights, key) for key in states[0]}
+    return {key: weighted_mean(states, weights, key) for key in states[0]}
 
 
-def _weighted(states: Sequence[State], weights: Sequence[float], key: str) -> Tensor:
-    first = states[0][key]
+def weighted_mean(
+    states: Sequence[State], weights: Sequence[float], key: str, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return one tensor of `weighted_sum`, summed in its own type or in `dtype`; of states of the same layout."""
+    first = states[0][key].to(dtype or states[0][key].dtype)
     summed = first.is_floating_point() or first.is_complex()
     total = torch.zeros_like(first) if summed else first.clone()
     agree = torch.ones_like(first, dtype=torch.bool)
     for state, weight in zip(states, weights, strict=True):
-        tensor = state[key]  # one at a time: states may lie in files
+        tensor = state[key].to(first.dtype)  # one at a time: states may lie in files
         agree &= tensor == first
         if not summed:
             total = torch.maximum(total, tensor)

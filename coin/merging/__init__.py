@@ -1,11 +1,10 @@
 """Merge methods: experts and what their calibration data tell in, coded models out."""
 
-from coin.merging.average import Average
+from coin.merging.average import Average, HeadFit
 from coin.merging.coin import Coin
 from coin.merging.experts import Experts
 from coin.merging.full_fisher import FullFisher
 from coin.merging.gauss_newton import GaussNewton
-from coin.merging.head_fit import HeadFit
 from coin.merging.method import CodedModel, MergeMethod, Method, merge_networks
 from coin.merging.refit import Refit, Target
 from coin.merging.regmean import RegMean, RegMeanLayers

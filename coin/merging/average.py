@@ -1,13 +1,18 @@
-"""Plain averaging."""
+"""Plain averaging, as it is and with its head fitted to the coding objective."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from coin.files.tensors import State
+from coin.batches import as_input
+from coin.coding import fit_ridge
+from coin.errors import HeadError
+from coin.files.tensors import State, weighted_mean
 from coin.merging.experts import Experts
-from coin.merging.method import MergeMethod, weighted_mean
+from coin.merging.method import Candidate, CodedModel, MergeMethod, refined
+from coin.networks.heads import check_head, features_and_logits, head_name
+from coin.statistics.guard import evaluating
 
 
 class Average(MergeMethod):
@@ -18,11 +23,63 @@ class Average(MergeMethod):
 
     name = "average"
 
-    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one average."""
         yield {}, average_parameters(experts.parameters, row)
 
 
 def average_parameters(experts: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
     """Return Σ_i β_i θ_i, summed in float64, in the experts' types."""
-    return {key: weighted_mean(experts, weights, key).to(tensor.dtype) for key, tensor in experts[0].items()}
+    return {
+        key: weighted_mean(experts, weights, key, torch.float64).to(tensor.dtype) for key, tensor in experts[0].items()
+    }
+
+
+class HeadFit(Average):
+    """The β-average with its head fitted to Σ_i β_i f_i; see `fit_head`.
+
+    It costs one forward pass of each network and one singular value decomposition; no Fisher, no labels. BatchNorm's
+    statistics are settled first, by the policy.
+    """
+
+    name = "head_fit"
+
+    def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
+        """Make the coded model of one row of the code; see `Method.make`."""
+        made = super().make(experts, row)
+        fit_head(made.network, experts, row)
+        return refined(made, self.label)
+
+
+def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], *, held_out: bool = False) -> None:
+    """Fit a coded network's head, in place, so that it reads Σ_i β_i f_i out of the network's features.
+
+    With φ(x) the features and (W, b) the head, the head becomes (W + ΔW, b + Δb), where ΔW φ + Δb is the ridge
+    regression of the residual Σβ_if_i − (Wφ + b) on the pooled calibration samples, without the held-out ones if
+    `held_out`, its ridge chosen by leave-one-out (`fit_ridge`). The ridge pulls towards the head that is there, so
+    experts that agree keep theirs.
+
+    Raises:
+        HeadError: The head is not a fully connected layer with a bias, or the logits are not the head of its inputs.
+    """
+    name = head_name(network)
+    head = network.get_submodule(name)
+    if not isinstance(head, nn.Linear) or head.bias is None:
+        raise HeadError(
+            f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer with a bias; "
+            "name another in an attribute 'head_name', or leave the method out for this network"
+        )
+    batches, targets = (experts.split[0], experts.fitted_target) if held_out else (experts.pooled, experts.target)
+    target = targets(row).double()  # checked to be finite
+    found = []
+    with evaluating(network, gradients=False):
+        for batch in batches:
+            found.append(features_and_logits(network, as_input(batch, network)))
+            check_head(network, *found[-1])
+    features, logits = (torch.cat(pieces).double() for pieces in zip(*found, strict=True))
+    experts.passes += len(features)
+    fit = fit_ridge(features, target - logits)
+    step = fit.coefficients.T
+    with torch.no_grad():
+        head.weight.add_(step.to(head.weight))
+        head.bias.add_((fit.target_mean - step @ fit.input_mean).to(head.bias))

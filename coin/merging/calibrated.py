@@ -13,12 +13,7 @@ from coin.statistics.statistic import DataChoice
 
 
 class CalibratedExperts(Experts):
-    """Experts with each task's `coin.data.Calibration`.
-
-    Args:
-        networks: The experts.
-        calibrations: One a task, in the experts' order; none for methods and policies that run no networks.
-    """
+    """Experts with each task's `coin.data.Calibration`, in their order; none for what runs no networks."""
 
     _calibration: Sequence[Calibration] | None
 

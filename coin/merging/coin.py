@@ -1,17 +1,20 @@
 """COIN: the closed form with the diagonal Fisher."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from copy import copy
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from coin.choices import chosen
-from coin.files.tensors import State
+from coin.errors import CoinWarning, NumericalError, StateError
+from coin.files.tensors import State, check_finite, weighted_mean
+from coin.merging.checks import checked
 from coin.merging.experts import Experts
-from coin.merging.method import MergeMethod, check_fishers, checked, covered_by, data_of, weighted_mean
+from coin.merging.method import Candidate, MergeMethod
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
@@ -57,7 +60,7 @@ class Coin(MergeMethod):
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the Fishers that the options ask for."""
-        return tuple(self.fisher(data) for data in data_of(self.fisher_data))
+        return tuple(map(self.fisher, (self.fisher_data or DataChoice.auto).alternatives))
 
     def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice) -> Self:
         """Return the method with the experiment's choice where its options leave the kind or the data open."""
@@ -66,9 +69,13 @@ class Coin(MergeMethod):
         settled.fisher_data = self.fisher_data or fisher_data
         return settled
 
-    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    def available(self, experts: Experts) -> list[DataChoice]:
+        """Return on which data there are Fishers, of what the option allows."""
+        return experts.available(StatisticKind.fisher, self.fisher_data or DataChoice.auto)
+
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the closed form for the Fishers of every kind of data that the option allows."""
-        for data in experts.available(StatisticKind.fisher, self.fisher_data or DataChoice.auto):
+        for data in self.available(experts):
             fishers = experts.statistic(self.fisher(data))
             check_fishers(fishers, experts.parameters[0])
             yield {"fisher_data": str(data)}, coin_parameters(experts.parameters, fishers, row, self.damping)
@@ -87,7 +94,7 @@ def coin_parameters(
     It is computed as the β-average plus (Σβ_iF_i + λ)⁻¹ Σβ_iF_i(θ_i − Σβ_kθ_k), in float64: experts that agree in an
     entry leave it alone, however small their Fisher.
     """
-    known = covered_by(fishers)
+    known = _covered_by(fishers)
     entries = sum(fishers[0][key].numel() for key in known)
     mass = sum(
         weight * float(fisher[key].sum(dtype=torch.float64))
@@ -98,17 +105,76 @@ def coin_parameters(
 
     merged: dict[str, Tensor] = {}
     for key in experts[0]:
-        average = weighted_mean(experts, weights, key)
-        if key not in known:
-            merged[key] = average.to(experts[0][key].dtype)
-            continue
-        total = weighted_mean(fishers, weights, key)
-        pull = torch.zeros_like(average)
-        for expert, fisher, weight in zip(experts, fishers, weights, strict=True):
-            step = expert[key].double() - average
-            pull.add_(step.mul_(fisher[key]), alpha=weight)
-        curvature = total.add_(absolute)
-        # With no damping and no Fisher the pull is exactly 0, so any divisor gives the β-average.
-        correction = pull.div_(curvature.masked_fill_(curvature <= 0, 1))
-        merged[key] = average.add_(correction).to(experts[0][key].dtype)
+        average = weighted_mean(experts, weights, key, torch.float64)
+        if key in known:
+            pull = torch.zeros_like(average)
+            for expert, fisher, weight in zip(experts, fishers, weights, strict=True):
+                step = expert[key].double() - average
+                pull.add_(step.mul_(fisher[key]), alpha=weight)
+            curvature = weighted_mean(fishers, weights, key, torch.float64).add_(absolute)
+            # With no damping and no Fisher the pull is exactly 0, so any divisor gives the β-average.
+            average.add_(pull.div_(curvature.masked_fill_(curvature <= 0, 1)))
+        merged[key] = average.to(experts[0][key].dtype)
     return merged
+
+
+def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: float) -> dict[str, Tensor]:
+    """Return Σ_i β_i F_i + ridge × its mean over all entries, in float64; ones where every entry is zero.
+
+    Of the parameters alone that all the Fishers have. Raises NumericalError where the mean is so small that dividing by
+    its share overflows the type of the Fishers.
+    """
+    totals = {key: weighted_mean(fishers, weights, key, torch.float64) for key in _covered_by(fishers)}
+    mean = sum(float(total.sum()) for total in totals.values()) / max(sum(t.numel() for t in totals.values()), 1)
+    floor = ridge * mean if mean > 0 else 1.0
+    largest = torch.finfo(next(iter(fishers[0].values())).dtype).max
+    if floor * largest < 1:
+        raise NumericalError(
+            f"the mean entry of the Fishers is {mean:.3g}, too small to divide by; check the experts' outputs on the "
+            "calibration data"
+        )
+    return {key: total + floor for key, total in totals.items()}
+
+
+def _covered_by(fishers: Sequence[State]) -> list[str]:
+    """Return the names that every expert's Fisher has, in the first one's order."""
+    shared = set(fishers[0]).intersection(*fishers[1:])
+    return [name for name in fishers[0] if name in shared]
+
+
+def check_fishers(fishers: Sequence[State], expert: State) -> None:
+    """Raise StateError where Fisher diagonals do not fit an expert, are not finite or negative; warn of zero ones.
+
+    They may lack parameters of the expert, as those of experts that were partly frozen do.
+    """
+    zero = []
+    for index, fisher in enumerate(fishers):
+        name = f"the Fisher of expert {index}"
+        if unknown := sorted(set(fisher) - set(expert)):
+            raise StateError(
+                f"{name} has a tensor '{unknown[0]}', which the experts have not ({len(unknown)} superfluous); compute "
+                "the Fishers of these experts"
+            )
+        check_finite(fisher, name)
+        largest = 0.0
+        for key, tensor in fisher.items():
+            if tensor.shape != expert[key].shape:
+                raise StateError(
+                    f"tensor '{key}' is {list(tensor.shape)} in {name} but {list(expert[key].shape)} in expert 0; "
+                    "compute the Fishers of these experts"
+                )
+            if not tensor.numel():
+                continue
+            least, most = map(float, torch.aminmax(tensor))
+            largest = max(largest, most)
+            if least < 0:
+                raise StateError(f"{name} is negative in '{key}' (least entry {least:.3g}), expected mean squares")
+        if largest == 0:
+            zero.append(str(index))
+    if zero:
+        warnings.warn(
+            f"the Fisher of expert {', '.join(zero)} is zero everywhere, so that the expert has no say beyond the "
+            "average; check its outputs on the calibration data",
+            CoinWarning,
+            stacklevel=4,
+        )

@@ -30,9 +30,9 @@ Given = Sequence[State] | Mapping[str, Sequence[State]]
 class Experts:
     """N experts in memory, of one architecture.
 
-    Where class counts differ, heads are padded with zeros to the largest (`coin.networks.of_one_width`), and so are
-    statistics that are given and the shared initialisation; the coded models then have as many outputs. Statistics that
-    are not given are computed from the calibration data when a method asks for them.
+    Where class counts differ, heads are padded with zeros to the largest, and so are statistics that are given and the
+    shared initialisation; the coded models then have as many outputs. Statistics that are not given are computed from
+    the calibration data when a method asks for them.
 
     Args:
         networks: The experts.
@@ -42,7 +42,7 @@ class Experts:
         calibration: For every expert the batches ``[B, …]`` of its own task's samples, read once; of pairs
             (inputs, labels) the inputs.
         forward: (network, batch) → logits ``[B, C]``, where networks are not called with one tensor: batches may then
-            be mappings of tensors too. Whatever a method makes is called with batches as well; what `merge_networks`
+            be mappings of tensors too. What a method makes is called with batches as well; what `merge_networks`
             returns is not.
 
     Attributes:
@@ -72,24 +72,30 @@ class Experts:
             raise ConfigurationError("found no experts, expected at least one")
         own = [adapted(network, forward) for network in networks]
         self.networks: Sequence[nn.Module] = of_one_width(own)
-        self._padded = any(network is not before for network, before in zip(self.networks, own, strict=True))
+        padded = [pair for pair in zip(self.networks, own, strict=True) if pair[0] is not pair[1]]
+        self._is_padded = bool(padded)
         self._given = {StatisticKind.fisher: fishers, StatisticKind.gram: grams}
         for name, given in self._given.items():
-            for each in given.values() if isinstance(given, Mapping) else [] if given is None else [given]:
-                self._check_count(len(each), f"{name} statistics")
+            for states in given.values() if isinstance(given, Mapping) else [given]:
+                self._check_count(states, f"{name} statistics")
         self._initial = initial
         self._computed: dict[Statistic, Sequence[State]] = {}
         self._outputs: dict[int, Tensor] = {}
         self._calibration: Sequence[Iterable[Batch]] | None = None
         if calibration is not None:
-            self._check_count(len(calibration), "tasks' calibration inputs")
+            self._check_count(calibration, "tasks' calibration inputs")
             self._calibration = [[checked(batch, self.networks[0]) for batch in batches] for batches in calibration]
             if not any(self._calibration):
                 raise DataError("found no calibration batches, expected at least one; give those of every task")
             sample = next(chain.from_iterable(map(samples_of, chain.from_iterable(self._calibration))), None)
-            for network, before in zip(self.networks, own, strict=True):
-                if network is not before and sample is not None:
-                    _check_padding(network, before, sample)
+            for network, before in padded if sample is not None else []:
+                _check_padding(network, before, sample)
+
+    def _check_count(self, parts: Sequence[Any] | None, what: str) -> None:
+        if parts is not None and len(parts) != len(self.networks):
+            raise ConfigurationError(
+                f"found {what} of {len(parts)} experts, expected {len(self.networks)}; give those of every expert"
+            )
 
     @property
     def count(self) -> int:
@@ -107,14 +113,14 @@ class Experts:
         return [dict(network.named_buffers()) for network in self.networks]
 
     @property
-    def _width(self) -> int:
-        """The number of outputs after padding."""
-        return len(self.networks[0].get_submodule(head_name(self.networks[0])).get_parameter("weight"))
-
-    @property
     def has_batchnorm(self) -> bool:
         """Whether the networks have BatchNorm layers with running statistics."""
         return has_batchnorm(self.networks[0])
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether there are calibration samples."""
+        return self._calibration is not None
 
     def each_network(self) -> Iterator[nn.Module]:
         """Yield the experts, one at a time where memory counts."""
@@ -131,7 +137,7 @@ class Experts:
                 "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs; give it as "
                 "initial, or choose another"
             )
-        initial = widened(self._initial, self._width) if self._padded else self._initial
+        initial = widened(self._initial, self._head_and_width()[1]) if self._is_padded else self._initial
         return parameters_of(initial), dict(initial.named_buffers())
 
     def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
@@ -142,22 +148,19 @@ class Experts:
             if not allowed:
                 raise ConfigurationError(f"found {name} statistics of {', '.join(given)} data, expected {data}")
             return allowed
-        if data is not DataChoice.auto:
-            return [data]
-        return [DataChoice.own] if given is not None else [DataChoice.own, DataChoice.pooled]
+        return data.alternatives if given is None or data is not DataChoice.auto else [DataChoice.own]
 
     def statistic(self, which: Statistic) -> Sequence[State]:
         """Return one statistic of every expert; ConfigurationError if it is not given, nor calibration data for it."""
         given = self._given[which.name]
-        if given is not None:
-            states = given[which.data] if isinstance(given, Mapping) else given
-            head = head_name(self.networks[0]) if self._padded else ""
-            return (
-                [padded_statistic(each, head, self._width, which.kind) for each in states] if self._padded else states
-            )
-        if which not in self._computed:
-            self._computed[which] = self.computed(which.kind, self.samples(which.data))
-        return self._computed[which]
+        if given is None:
+            if which not in self._computed:
+                self._computed[which] = self.computed(which.kind, self.samples(which.data))
+            return self._computed[which]
+        states = given[which.data] if isinstance(given, Mapping) else given
+        if not self._is_padded:
+            return states
+        return [padded_statistic(state, *self._head_and_width(), which.kind) for state in states]
 
     def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Batch]]) -> list[State]:
         """Return every expert's Fisher of a kind, or none for its Gram matrices, on its samples; count the passes."""
@@ -187,10 +190,12 @@ class Experts:
             )
         return self._calibration
 
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether there are calibration samples."""
-        return self._calibration is not None
+    def fitted(self, data: DataChoice) -> Sequence[Iterable[Batch]]:
+        """Return what `samples` does, without the samples that are held out."""
+        if data is DataChoice.pooled:
+            return [self.split[0]] * self.count
+        fitted = self._mixed[: len(self._mixed) - held_out_count(len(self._mixed))]
+        return [self._batched([each for each in fitted if each[0] == task]) for task in range(self.count)]
 
     @cached_property
     def pooled(self) -> Iterable[Batch]:
@@ -208,22 +213,11 @@ class Experts:
         border = len(self._mixed) - held_out_count(len(self._mixed))
         return self._batched(self._mixed[:border]), self._batched(self._mixed[border:])
 
-    def fitted(self, data: DataChoice) -> Sequence[Iterable[Batch]]:
-        """Return what `samples` does, without the samples that are held out."""
-        if data is DataChoice.pooled:
-            return [self.split[0]] * self.count
-        fitted = self._mixed[: len(self._mixed) - held_out_count(len(self._mixed))]
-        return [self._batched([each for each in fitted if each[0] == task]) for task in range(self.count)]
-
-    def without_held_out(self) -> "Experts":
-        """Return the same experts with the samples alone that are not held out, their statistics yet to be computed."""
-        return Experts(self.networks, calibration=self.fitted(DataChoice.own))
-
     @cached_property
     def _mixed(self) -> list[tuple[int, Batch]]:
-        """The pooled samples ``[1, …]`` with their tasks, evenly mixed.
+        """The pooled samples ``[1, …]`` with their tasks.
 
-        Every stretch of them then holds the tasks in proportion: batches, whose statistics BatchNorm may take, and the
+        Every stretch of them holds the tasks in proportion: batches, whose statistics BatchNorm may take, and the
         held-out end.
         """
         placed = []
@@ -271,11 +265,10 @@ class Experts:
             self._outputs[part] = torch.stack(found)
         return self._outputs[part]
 
-    def _check_count(self, found: int, what: str) -> None:
-        if found != len(self.networks):
-            raise ConfigurationError(
-                f"found {what} of {found} experts, expected {len(self.networks)}; give those of every expert"
-            )
+    def _head_and_width(self) -> tuple[str, int]:
+        """Return the head's name, and its number of outputs after padding."""
+        head = head_name(self.networks[0])
+        return head, len(self.networks[0].get_submodule(head).get_parameter("weight"))
 
 
 def _weighted(outputs: Tensor, row: Sequence[float]) -> Tensor:
@@ -287,20 +280,14 @@ def padded_statistic(state: State, head: str, width: int, kind: FisherKind | Non
 
     The exact Fisher of a linear head is the same for every output, since each logit is its own row times the features:
     the padded rows get it too. The other kinds weigh the outputs by probabilities, which an output that is no class of
-    the task does not have: their padded rows are zero. Gram matrices are of inputs, and stay as they are.
-
-    Args:
-        state: The statistic, whose other tensors are not read.
-        head: The head's dotted name.
-        width: The number of outputs after padding.
-        kind: Which Fisher it is; none for Gram matrices.
+    the task does not have: their padded rows are zero. Gram matrices (no kind) are of inputs, and stay as they are.
     """
     if kind is None:
         return state
     own = state.keys() & {f"{head}.weight".lstrip("."), f"{head}.bias".lstrip(".")}
     fill = {name: state[name].mean(0) for name in own} if kind in (FisherKind.exact, FisherKind.monte_carlo) else None
     rows = padded_rows(state, head, width, fill=fill)
-    # A ChainMap that is never written to takes any mapping.
+    # A ChainMap that is never written to takes any mapping; the other tensors are not read.
     return ChainMap(rows, cast(Any, state)) if rows else state
 
 

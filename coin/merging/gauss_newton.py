@@ -1,4 +1,4 @@
-"""Gauss–Newton on the coding objective itself."""
+"""Gauss–Newton on the coding objective itself, each step solved in the space of the samples' outputs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,16 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import State
-from coin.merging.coin import Coin
+from coin.merging.checks import checked
+from coin.merging.coin import Coin, floored_diagonal
 from coin.merging.experts import Experts, held_out_count, parameters_of
-from coin.merging.method import CodedModel, Method, checked, fill, floored_diagonal, refined
-from coin.merging.sample_space import solve_in_sample_space
-from coin.merging.start import starting_method
-from coin.networks.batchnorm import BatchNormPolicy
+from coin.merging.method import CodedModel, Method, fill, refined, starting_method
 from coin.progress import progress
-from coin.statistics import FisherKind, fisher_sums
+from coin.statistics import fisher_sums
 from coin.statistics.products import OutputMap
 from coin.statistics.statistic import DataChoice, Statistic
 
@@ -24,6 +22,9 @@ DAMPINGS = tuple(10.0 ** (k / 2) for k in range(-12, 13))
 """The grid of λ, 10⁻⁶ … 10⁶: the choice is free, so the grid is wide."""
 
 _HALVINGS = 3
+_BREAKDOWN = 1e-10
+_PATIENCE = 5
+"""Iterations without a better held-out prediction after which the Krylov space grows no further."""
 
 
 class GaussNewton(Coin):
@@ -38,7 +39,7 @@ class GaussNewton(Coin):
     `max_steps`. No labels, no learning rate.
 
     BatchNorm's statistics are those of the start, where its policy has settled them, and stay frozen: recalibrating
-    them afterwards would undo part of the fit. Options that are not listed are those of `Coin`, for the COIN start.
+    them afterwards would undo part of the fit.
 
     Source: Levenberg (1944) and Marquardt (1963) for the damping by the diagonal; Martens, *Deep learning via
     Hessian-free optimization* (ICML 2010), section 4, for Jacobian products and truncated solves.
@@ -49,7 +50,7 @@ class GaussNewton(Coin):
         tolerance: Relative fall of the held-out squared error below which the steps end.
         ridge: Relative to the mean Fisher entry: how freely parameters with no Fisher at the experts may move.
         start: ``coin``, another closed form's name, or its ``class_path`` and ``init_args``; see `starting_method`.
-        damping: Of the COIN start, see `Coin`.
+        **options: Of the COIN start, as of `Coin`.
     """
 
     name = "gauss_newton"
@@ -62,13 +63,9 @@ class GaussNewton(Coin):
         ridge: float = 1e-2,
         *,
         start: str | dict[str, Any] = "coin",
-        damping: float = 1e-6,
-        fisher_kind: FisherKind | None = None,
-        fisher_data: DataChoice | None = None,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
-        label: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(damping, fisher_kind=fisher_kind, fisher_data=fisher_data, batchnorm=batchnorm, label=label)
+        super().__init__(**options)
         if max_steps < 1 or max_iterations < 1:
             raise ConfigurationError(
                 f"found max_steps {max_steps} and max_iterations {max_iterations}, expected at least 1 of each"
@@ -91,7 +88,7 @@ class GaussNewton(Coin):
             metric = floored_diagonal(fishers, row, self.ridge)
         else:
             # What was fitted to the held-out samples would look best to them as it is.
-            fitted = experts.without_held_out()
+            fitted = Experts(experts.networks, calibration=experts.fitted(DataChoice.own))
             made = self._start.make(fitted, row)
             sums = fisher_sums(made.network, fitted.pooled)
             experts.passes += fitted.passes + sums.passes
@@ -106,7 +103,8 @@ class GaussNewton(Coin):
     def _steps(self, outputs: OutputMap, parameters: State, target: Tensor, metric: State) -> State:
         """Return the parameters after all steps."""
         inverse_metric = {key: tensor.reciprocal().to(parameters[key].dtype) for key, tensor in metric.items()}
-        training = training_mask(target.shape[0]).to(target.device)
+        samples = len(target)
+        training = (torch.arange(samples) < samples - held_out_count(samples)).to(target.device)
 
         residual = target - outputs.outputs(parameters)
         error = _squared(residual[~training])
@@ -148,14 +146,82 @@ class GaussNewton(Coin):
             advance()
             return outputs.jvp(parameters, step_for(cotangent))
 
-        choice = solve_in_sample_space(product, residual, training, residual.new_tensor(DAMPINGS), self.max_iterations)
-        return step_for(choice.solution) if choice.iterations else None
-
-
-def training_mask(samples: int) -> Tensor:
-    """Return which of the pooled calibration samples are fitted, bool ``[P]``: all but those of `held_out_count`."""
-    return torch.arange(samples) < samples - held_out_count(samples)
+        best = solve_in_sample_space(product, residual, training, residual.new_tensor(DAMPINGS), self.max_iterations)
+        return None if best is None else step_for(best)
 
 
 def _squared(residual: Tensor) -> float:
     return float(residual.double().square().sum())
+
+
+def solve_in_sample_space(
+    product: Callable[[Tensor], Tensor], residual: Tensor, training: Tensor, dampings: Tensor, max_iterations: int
+) -> Tensor | None:
+    """Return damped least squares for many parameters and few outputs, solved where the outputs live.
+
+    For a residual r over P samples with C outputs each, the step δ that minimises
+
+        1/(2P) ‖r − Jδ‖² + λ/2 δᵀDδ
+
+    is δ = D⁻¹Jᵀu with (K + λP I) u = r and K = J D⁻¹ Jᵀ, a matrix of P·C rows and columns, however many parameters
+    there are. K is never formed: one vjp and one jvp multiply by it. A Lanczos basis of K from r is the Krylov space in
+    which conjugate gradients preconditioned with D would move, but it serves every λ, since a damped K has the same
+    Krylov space, and J may cover samples that the basis does not train on: their predicted change comes with the same
+    product, so the damping and the number of iterations are chosen on held-out samples at no extra cost.
+
+    Source: Golub and Van Loan, *Matrix Computations*, 4th ed., sections 10.1 (Lanczos) and 11.3 (its relation to
+    conjugate gradients).
+
+    Args:
+        product: u ``[P, C]`` ↦ J D⁻¹ Jᵀ u ``[P, C]``, symmetric and positive semi-definite.
+        residual: r on all samples ``[P, C]``.
+        training: Which samples the solution may use ``[P]``, bool; the others, at least one, are held out.
+        dampings: λ ``[K]``, positive.
+        max_iterations: Largest size of the Krylov space, which stops growing earlier where that no longer helps.
+
+    Returns:
+        The u ``[P, C]``, zero outside the training samples, with the smallest predicted Σ‖r − Jδ‖² over the held-out
+        samples; none if no u is predicted to help them.
+
+    Raises:
+        NumericalError: A product is not finite.
+    """
+    r = residual.to(torch.float64)
+    fitted = training[:, None].to(torch.float64).expand_as(r)
+    judged = 1 - fitted
+    start = r * fitted
+    size = start.norm()
+    best, least, found_at = None, float((r * judged).square().sum()), 0
+    if size == 0:
+        return None
+
+    ridges = dampings.to(torch.float64) * int(training.sum())
+    basis: list[Tensor] = [start / size]
+    images: list[Tensor] = []
+    while len(images) < max_iterations:
+        image = product(basis[-1].to(residual)).to(torch.float64)
+        if not bool(torch.isfinite(image).all()):
+            raise NumericalError("a Jacobian product on the calibration data is not finite; check the experts' outputs")
+        images.append(image)
+        q, kq = torch.stack(basis).flatten(1), torch.stack(images).flatten(1)
+        projected = q @ kq.T
+        values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
+        # Coordinates in the basis of (T + λP)⁻¹ ‖r‖e₁, one column per damping.
+        columns = vectors @ (vectors[0][:, None] * size / (values.clamp_min(0)[:, None] + ridges))
+        left = r.flatten()[:, None] - kq.T @ columns
+        errors = (left.square() * judged.flatten()[:, None]).sum(0)
+        index = int(errors.argmin())
+        if float(errors[index]) < least:
+            best = (q.T @ columns[:, index]).reshape(r.shape).to(residual)
+            least, found_at = float(errors[index]), len(images)
+        elif len(images) - found_at >= _PATIENCE:
+            break
+        following = (image * fitted).flatten()
+        # Twice is enough: one pass of Gram–Schmidt leaves what rounding put back.
+        for _ in range(2):
+            following = following - q.T @ (q @ following)
+        norm = following.norm()
+        if norm <= _BREAKDOWN * image.norm():
+            break
+        basis.append((following / norm).reshape(r.shape))
+    return best

@@ -1,22 +1,18 @@
-"""A merge layer by layer: where the Fisher's mass lies, and how far the coded model is from the average."""
+"""A merge layer by layer: where the Fisher's mass lies, and how far the coded model is from the average.
+
+A layer is a module that holds parameters of its own: a convolution, a normalisation, a linear layer.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
 
 import torch
 
-from coin.files.tensors import State, check_same_layout
-from coin.merging.method import weighted_mean
+from coin.files.tensors import State, check_same_layout, weighted_mean
 
 
 def layers_of(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return the parameters of every layer by the layer's dotted name, in the order of the parameters.
-
-    A layer is a module that holds parameters of its own: a convolution, a normalisation, a linear layer.
-
-    Args:
-        names: The dotted names of a network's parameters, in the network's order.
-    """
+    """Return the dotted names of a network's parameters by their layer's dotted name, both in the network's order."""
     layers: dict[str, list[str]] = {}
     for name in names:
         layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
@@ -26,12 +22,7 @@ def layers_of(names: Iterable[str]) -> dict[str, list[str]]:
 def fisher_shares(fishers: Sequence[State], weights: Sequence[float]) -> dict[str, float]:
     """Return each layer's share of the mass of Σ_i β_i F_i, the sum of its entries over that of all.
 
-    Args:
-        fishers: The experts' Fisher diagonals, by parameter; their heads may differ in size.
-        weights: β ``[N]``.
-
-    Returns:
-        Shares by layer, of sum 1; all NaN where the Fishers are zero everywhere.
+    The experts' heads may differ in size. All shares are NaN where the Fishers are zero everywhere.
     """
     masses = {
         layer: sum(
@@ -49,33 +40,24 @@ def relative_distances(coded: State, experts: Sequence[State], weights: Sequence
     """Return each layer's distance from the β-average of the experts, relative to how far the experts are from it.
 
     ‖θ_c − θ̄‖ / √(Σ_i β_i ‖θ_i − θ̄‖²) with θ̄ = Σ_i β_i θ_i: 0 for plain averaging, 1 as far away as the experts are on
-    the average. The distances to the experts follow: Σ_i β_i ‖θ_c − θ_i‖² is the same mean of squares times one plus
-    the square of this number.
-
-    Args:
-        coded: The coded model's parameters.
-        experts: The experts' parameters, of the same names and shapes.
-        weights: β ``[N]``.
-
-    Returns:
-        Distances by layer; NaN where the experts agree as far as their type can tell.
+    the average; NaN where the experts agree as far as their type can tell. The distances to the experts follow:
+    Σ_i β_i ‖θ_c − θ_i‖² is the same mean of squares times one plus the square of this number.
 
     Raises:
         StateError: Names or shapes differ.
     """
     check_same_layout([coded, *experts], ["the coded model", *(f"expert {i}" for i in range(len(experts)))])
-    return {layer: _relative(coded, experts, weights, names) for layer, names in layers_of(experts[0]).items()}
-
-
-def _relative(coded: State, experts: Sequence[State], weights: Sequence[float], names: Sequence[str]) -> float:
-    moved = spread = size = 0.0
-    for name in names:
-        average = weighted_mean(experts, weights, name)
-        moved += float((coded[name].double() - average).square().sum())
-        size += float(average.square().sum())
-        spread += sum(
-            weight * float((expert[name].double() - average).square().sum())
-            for expert, weight in zip(experts, weights, strict=True)
-        )
-    rounding = 4 * torch.finfo(experts[0][names[0]].dtype).eps
-    return math.sqrt(moved / spread) if spread > rounding**2 * size else math.nan
+    distances = {}
+    for layer, names in layers_of(experts[0]).items():
+        moved = spread = size = 0.0
+        for name in names:
+            average = weighted_mean(experts, weights, name, torch.float64)
+            moved += float((coded[name].double() - average).square().sum())
+            size += float(average.square().sum())
+            spread += sum(
+                weight * float((expert[name].double() - average).square().sum())
+                for expert, weight in zip(experts, weights, strict=True)
+            )
+        rounding = 4 * torch.finfo(experts[0][names[0]].dtype).eps
+        distances[layer] = math.sqrt(moved / spread) if spread > rounding**2 * size else math.nan
+    return distances

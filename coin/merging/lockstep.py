@@ -150,12 +150,7 @@ class Walk:
         self._stack.close()
 
     def looks(self, weight: str, end: str) -> Callable[[], Iterator[Look]]:
-        """Return what yields the looks at the next unit, as often as it is called.
-
-        Args:
-            weight: The name of the weight of the unit's first call.
-            end: That of its last call.
-        """
+        """Return what yields the looks at the next unit, from the call of a weight to that of its `end`, repeatedly."""
         if self._piece >= self._samples:
             self._group = self._group or self._start(0)
             look = self._group.reach(weight, end)
@@ -173,46 +168,46 @@ class Walk:
 
     def _start(self, first: int) -> "_Group":
         samples = slice(first, min(first + self._piece, self._samples))
-        inside = [(part >= samples.start) & (part < samples.stop) for part in self._parts]
-        places = [part[within] - samples.start for part, within in zip(self._parts, inside, strict=True)]
-        inputs = take(self._inputs, samples)
+        inside = [part[(part >= samples.start) & (part < samples.stop)] - samples.start for part in self._parts]
         # In one pass for all units the coded network does every call twice.
         times = 2 if self._piece >= self._samples else 1
-        self.passes += times * size_of(inputs) + sum(map(len, places))
-        pairs = zip(self._experts, places, strict=True)
-        experts = [PausedPass(network, take(inputs, place)) for network, place in pairs]
-        return _Group(PausedPass(self._coded, inputs), experts, places, samples)
+        self.passes += times * (samples.stop - samples.start) + sum(map(len, inside))
+        return _Group(self._coded, self._experts, take(self._inputs, samples), inside, samples)
 
 
 class _Group:
     """The passes of all networks on the same samples."""
 
-    def __init__(self, coded: PausedPass, experts: Sequence[PausedPass], places: list[Tensor], samples: slice) -> None:
-        self._coded, self._experts, self._places, self._samples = coded, experts, places, samples
-        self._pairs = list(zip(experts, places, strict=True))
-        self._changed = False
+    def __init__(
+        self, coded: nn.Module, experts: Sequence[nn.Module], inputs: Batch, places: list[Tensor], samples: slice
+    ) -> None:
+        self._coded, self._places, self._samples = PausedPass(coded, inputs), places, samples
+        self._experts = [PausedPass(e, take(inputs, place)) for e, place in zip(experts, places, strict=True)]
+        self._has_changed = False
 
     def reach(self, weight: str, end: str) -> Look:
-        stop = _reached(self._coded, weight, self._changed)
-        self._changed = True
-        targets = [_reached(each, end).output if len(place) else None for each, place in self._pairs]
-        for (expert, place), target in zip(self._pairs, targets, strict=True):
+        stop = _reached(self._coded, weight, self._has_changed)
+        self._has_changed = True
+        targets: list[Tensor | None] = []
+        for expert, place in zip(self._experts, self._places, strict=True):
+            target = _reached(expert, end).output if len(place) else None
             if target is not None:
-                self._check(expert, place, target, stop, end)
+                self._check(expert, len(place), target, stop, end)
+            targets.append(target)
         return Look(stop.call, stop.output, targets, self._places, self._samples)
 
-    def _check(self, expert: PausedPass, place: Tensor, target: Tensor, stop: Stop, end: str) -> None:
+    def _check(self, expert: PausedPass, samples: int, target: Tensor, stop: Stop, end: str) -> None:
         """Raise StateError where an expert has made other calls than the coded network, or gives another shape."""
         trail = self._coded.trail + ([end] if end != stop.weight else [])
         for theirs, own in zip(expert.trail, trail, strict=False):
             if theirs != own:
                 raise StateError(f"an expert calls '{theirs}' where the coded network calls '{own}'; {_SAME}")
-        theirs, own = (
-            str([len(output) // samples, *output.shape[1:]])
-            for output, samples in ((target, len(place)), (stop.output, self._samples.stop - self._samples.start))
-        )
-        if theirs != own:
-            raise StateError(f"'{end}' gives {theirs} a sample in an expert and {own} in the coded network; {_SAME}")
+        found = [len(target) // samples, *target.shape[1:]]
+        expected = [len(stop.output) // (self._samples.stop - self._samples.start), *stop.output.shape[1:]]
+        if found != expected:
+            raise StateError(
+                f"'{end}' gives {found} a sample in an expert and {expected} in the coded network; {_SAME}"
+            )
 
     def close(self) -> None:
         for each in (self._coded, *self._experts):

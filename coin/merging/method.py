@@ -1,13 +1,12 @@
-"""What all methods have in common: options, checks, and the choices that are made on held-out calibration samples."""
+"""What all methods have in common, and the choices that closed forms make on held-out calibration samples."""
 
 import math
-import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +14,23 @@ from torch import Tensor, nn
 from coin.batches import Forward, plain, samples_of
 from coin.choices import chosen
 from coin.coding import Code
-from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateError
-from coin.files.tensors import State, check_finite, check_same_layout, weighted_sum
+from coin.errors import CoinWarning, ConfigurationError
+from coin.files.tensors import State, check_finite, weighted_sum
+from coin.merging.checks import check_buffers, check_each, check_errors, check_label, check_row
 from coin.merging.experts import Experts, Given, parameters_of
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
 
-Number = TypeVar("Number", bound=float)
+SAME = "same"
+"""What `BatchNormPolicy.auto` is called where all experts have the same buffers."""
 
 _FEW = 10
 """With fewer held-out samples a choice is told of: it is little better than chance."""
 
-_RESERVED = ("none", "oracle")
-_LABEL = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*")
+Candidate = tuple[dict[str, Any], dict[str, Tensor]]
+"""What tells a candidate from others, and its parameters in the experts' types."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,47 @@ def merge_networks(
     """Merge N experts into coded models: R new networks in eval mode, one a row of the code, R×N.
 
     `Experts` says what the other arguments are. To learn what was chosen, use ``method.make(coin.Experts(…), row)``.
-    The networks are of the experts' class and called as it says, whatever `forward`.
-
-    Raises:
-        ConfigurationError: Something the method or its BatchNorm policy wants is not there.
-        StateError: The experts do not fit together, or the result is not finite.
+    The networks are of the experts' class and called as it says, whatever `forward`. Raises as `Method.make`.
     """
     experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration, forward=forward)
     return [plain(method.make(experts, row).network) for row in code.matrix.tolist()]
+
+
+def starting_method(start: str | Mapping[str, Any]) -> Method:
+    """Return the closed form that another method's option `start` stands for.
+
+    Args:
+        start: The name that results give it, for its default options; or ``{class_path: …, init_args: {…}}``, as in
+            an experiment's list of methods.
+
+    Raises:
+        ConfigurationError: It is none, it trains or needs the shared initialisation, or an option is unknown or out of
+            its range.
+    """
+    allowed = [kind for kind in _subclasses(Method) if not (kind.is_trained or kind.reads_initial)]
+    kinds = {kind.name: kind for kind in allowed if "name" in vars(kind)}  # not one that inherits another's
+    kind, options = None, {}
+    if isinstance(start, str):
+        kind = kinds.get(start)
+    elif set(start) <= {"class_path", "init_args"}:
+        path = str(start.get("class_path")).rpartition(".")[2]
+        kind = next((each for each in allowed if each.__name__ == path), None)
+        options = dict(start.get("init_args") or {})
+    if kind is None:
+        expected = f"one of {', '.join(sorted(kinds))}, or class_path and init_args of one"
+        raise ConfigurationError(f"found start={start!r}, expected {expected}")
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ConfigurationError(f"found start={start!r}, expected options of {kind.__name__} ({error})") from error
+
+
+def _subclasses(kind: Any) -> Iterator[type[Method]]:
+    """Yield all methods that can be made."""
+    for each in kind.__subclasses__():
+        if not each.__abstractmethods__:
+            yield each
+        yield from _subclasses(each)
 
 
 class MergeMethod(Method):
@@ -127,7 +161,7 @@ class MergeMethod(Method):
         label: Name of this variant in results.
 
     Raises:
-        ConfigurationError: The policy is unknown, or the label cannot be used (`check_label`).
+        ConfigurationError: The policy is unknown, or the label is no plain file name.
     """
 
     def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.auto, label: str | None = None) -> None:
@@ -136,57 +170,60 @@ class MergeMethod(Method):
         self.reads_initial = self.reads_initial or self.batchnorm is BatchNormPolicy.keep
 
     @abstractmethod
-    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
-        """Yield (what it is, parameters) of every candidate, in the experts' types; the experts have been checked."""
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
+        """Yield what it is and the parameters of every candidate; the experts have been checked."""
+
+    def trials(self, experts: Experts, row: Sequence[float]) -> list[Candidate]:
+        """Return what the candidates are judged by, their like without held-out data; nothing for themselves."""
+        return []
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
         check_row(row, experts.count)
         check_each(experts.parameters, "expert")
         candidates = list(self.candidates(experts, row))
-        trials = self.trials(experts, row) if len(candidates) > 1 and experts.is_calibrated else []
-        policies = self._policies(experts)
-        if not experts.is_calibrated and len(candidates) > 1:
+        if len(candidates) > 1 and not experts.is_calibrated:
             raise ConfigurationError(
                 f"found no calibration inputs, by which method '{self.label}' chooses; give them, or set its options"
             )
-        measured = len(candidates) * len(policies) > 1
+        trials = self.trials(experts, row) if len(candidates) > 1 else []
+        policies = self._policies(experts)
         for _, parameters in (*candidates, *trials):
             check_finite(parameters, f"the coded model of method '{self.label}'")
-        residuals = {
-            (place, policy): held_out_error(experts, self._build(experts, row, parameters, policy, True), row)
-            for place, (_, parameters) in enumerate(trials or candidates)
-            for policy in policies
-            if measured
-        }
-        place, policy = min(residuals, key=lambda each: residuals[each], default=(0, policies[0]))
+        errors = {}
+        if len(candidates) * len(policies) > 1:
+            for place, (_, parameters) in enumerate(trials or candidates):
+                for policy in policies:
+                    network = self._build(experts, row, parameters, policy, held_out=True)
+                    errors[place, policy] = held_out_error(experts, network, row)
+        place, policy = min(errors, key=lambda each: errors[each], default=(0, policies[0]))
         options, parameters = candidates[place]
-        coded = self._build(experts, row, parameters, policy, False)
+        network = self._build(experts, row, parameters, policy, held_out=False)
         taken = options | ({"batchnorm": policy} if policy else {})
-        if measured:
-            if (held_out := experts.held_out_outputs.shape[1]) < _FEW:
-                warnings.warn(
-                    f"method '{self.label}' chose by {held_out} held-out calibration samples, expected at least "
-                    f"{_FEW}; raise samples_per_task, or set its options",
-                    CoinWarning,
-                    stacklevel=2,
-                )
-            check_residuals([residuals[place, policy]], self.label)
+        if errors:
+            self._check_choice(experts, errors[place, policy])
+            data = [[str(value) for name, value in each.items() if name.endswith("_data")] for each, _ in candidates]
             taken["held_out_error"] = {
-                "/".join(filter(None, [*_data(candidates[place][0]), policy])): residual
-                for (place, policy), residual in residuals.items()
+                "/".join(filter(None, [*data[place], policy])): error for (place, policy), error in errors.items()
             }
-        check_buffers(coded, experts.buffers, self.label)
-        return CodedModel(coded, taken)
-
-    def trials(self, experts: Experts, row: Sequence[float]) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
-        """Return what the candidates are judged by, their like without held-out data; nothing for themselves."""
-        return []
+        check_buffers(network, experts.buffers, self.label)
+        return CodedModel(network, taken)
 
     def measure(self, experts: Experts, row: Sequence[float], parameters: State) -> float:
         """Return the held-out error of parameters, with the better of the BatchNorm policies."""
-        networks = (self._build(experts, row, parameters, policy, True) for policy in self._policies(experts))
+        policies = self._policies(experts)
+        networks = (self._build(experts, row, parameters, policy, held_out=True) for policy in policies)
         return min(held_out_error(experts, network, row) for network in networks)
+
+    def _check_choice(self, experts: Experts, error: float) -> None:
+        if (held_out := experts.held_out_outputs.shape[1]) < _FEW:
+            warnings.warn(
+                f"method '{self.label}' chose by {held_out} held-out calibration samples, expected at least "
+                f"{_FEW}; raise samples_per_task, or set its options",
+                CoinWarning,
+                stacklevel=3,
+            )
+        check_errors([error], self.label)
 
     def _policies(self, experts: Experts) -> list[str]:
         """Return the BatchNorm policies to choose from; an empty one where there is no BatchNorm."""
@@ -194,7 +231,9 @@ class MergeMethod(Method):
             return [""]
         if self.batchnorm is not BatchNormPolicy.auto:
             return [str(self.batchnorm)]
-        if _alike(experts.buffers):
+        first, *others = experts.buffers
+        floating = [name for name, buffer in first.items() if buffer.is_floating_point()]
+        if all(torch.equal(first[name], other[name]) for other in others for name in floating):
             return [SAME]
         fitted = chain.from_iterable(map(samples_of, experts.split[0])) if experts.is_calibrated else ()
         if len(list(islice(fitted, 2))) < 2:
@@ -209,9 +248,9 @@ class MergeMethod(Method):
         return [str(BatchNormPolicy.average), str(BatchNormPolicy.recalibrate)]
 
     def _build(
-        self, experts: Experts, row: Sequence[float], parameters: State, policy: str, measured: bool
+        self, experts: Experts, row: Sequence[float], parameters: State, policy: str, *, held_out: bool
     ) -> nn.Module:
-        """Return the coded model with its buffers; recalibrated without the held-out samples if it is measured on."""
+        """Return the coded model with its buffers; if `held_out`, recalibrated without the held-out samples."""
         buffers = weighted_sum(experts.buffers, row)
         if policy == BatchNormPolicy.keep:
             initial = experts.initial()[1]
@@ -219,26 +258,21 @@ class MergeMethod(Method):
         network = experts.blank().eval()
         fill(network, {**parameters, **buffers})
         if policy == BatchNormPolicy.recalibrate:
-            experts.passes += recalibrate(network, experts.split[0] if measured else experts.pooled)
+            experts.passes += recalibrate(network, experts.split[0] if held_out else experts.pooled)
         return network
 
 
 def fill(network: nn.Module, state: State) -> None:
     """Copy parameters and buffers into a network, which may name tied ones twice."""
     own = network.state_dict()  # tensors that share the network's memory
-    state = {name: tensor for name, tensor in state.items() if name in own}
-    fill_network(network, {**own, **state}, "the coded model")
+    fill_network(network, own | {name: tensor for name, tensor in state.items() if name in own}, "the coded model")
 
 
 def refined(start: CodedModel, label: str) -> CodedModel:
-    """Return a coded model that was changed since it was made, after checking it; its residual was the start's."""
+    """Return a coded model that was changed since it was made, after checking it; its error was the start's."""
     check_finite(parameters_of(start.network), f"the coded model of method '{label}'")
     renamed = {"held_out_error": "held_out_error_of_start"}
     return CodedModel(start.network, {renamed.get(name, name): value for name, value in start.chosen.items()})
-
-
-SAME = "same"
-"""What `BatchNormPolicy.auto` is called where all experts have the same buffers."""
 
 
 def held_out_error(experts: Experts, coded: nn.Module, row: Sequence[float]) -> float:
@@ -264,160 +298,3 @@ def held_out_error(experts: Experts, coded: nn.Module, row: Sequence[float]) -> 
             errors.append(1 - torch.cosine_similarity(decoded, truth).mean())
     error = float(torch.stack(errors).mean())
     return error if math.isfinite(error) else math.inf
-
-
-def check_residuals(residuals: Iterable[float], label: str) -> None:
-    """Raise NumericalError where no candidate of a method has a finite held-out error."""
-    if not any(map(math.isfinite, residuals)):
-        raise NumericalError(
-            f"the outputs of method '{label}' on held-out calibration samples are not finite; check the experts' "
-            "outputs"
-        )
-
-
-def check_each(states: Sequence[State], what: str) -> None:
-    """Raise StateError, which names the expert and the tensor, where states differ in layout or are not finite."""
-    names = [f"{what} {index}" for index in range(len(states))]
-    check_same_layout(states, names)
-    for state, name in zip(states, names, strict=True):
-        check_finite(state, name)
-
-
-def check_buffers(network: nn.Module, buffers: Sequence[State], label: str) -> None:
-    """Raise StateError where a coded model's buffer is not finite, unless every expert's is the same infinity."""
-    for name, buffer in network.named_buffers():
-        if not (buffer.is_floating_point() or buffer.is_complex()) or bool(torch.isfinite(buffer).all()):
-            continue
-        wrong = ~torch.isfinite(buffer)
-        theirs = [state[name].to(buffer)[wrong] for state in buffers if name in state]
-        if not all(torch.equal(buffer[wrong], other) for other in theirs):  # as no NaN is
-            raise StateError(
-                f"the coded model of method '{label}' is not finite: buffer '{name}' holds a NaN, or an infinity that "
-                "the experts do not share; check the experts' buffers"
-            )
-
-
-def check_fishers(fishers: Sequence[State], expert: State) -> None:
-    """Raise StateError where Fisher diagonals do not fit an expert, are not finite or negative; warn of zero ones.
-
-    They may lack parameters of the expert, as those of experts that were partly frozen do (`covered_by`).
-    """
-    names = [f"the Fisher of expert {index}" for index in range(len(fishers))]
-    zero = []
-    for index, (fisher, name) in enumerate(zip(fishers, names, strict=True)):
-        if unknown := sorted(set(fisher) - set(expert)):
-            raise StateError(
-                f"{name} has a tensor '{unknown[0]}', which the experts have not ({len(unknown)} superfluous); compute "
-                "the Fishers of these experts"
-            )
-        check_finite(fisher, name)
-        largest = 0.0
-        for key, tensor in fisher.items():
-            if tensor.shape != expert[key].shape:
-                raise StateError(
-                    f"tensor '{key}' is {list(tensor.shape)} in {name} but {list(expert[key].shape)} in expert 0; "
-                    "compute the Fishers of these experts"
-                )
-            if not tensor.numel():
-                continue
-            least, most = map(float, torch.aminmax(tensor))
-            largest = max(largest, most)
-            if least < 0:
-                raise StateError(f"{name} is negative in '{key}' (least entry {least:.3g}), expected mean squares")
-        if largest == 0:
-            zero.append(str(index))
-    if zero:
-        warnings.warn(
-            f"the Fisher of expert {', '.join(zero)} is zero everywhere, so that the expert has no say beyond the "
-            "average; check its outputs on the calibration data",
-            CoinWarning,
-            stacklevel=4,
-        )
-
-
-def check_row(weights: Sequence[float], count: int) -> None:
-    """Raise ConfigurationError where weights are no code row: one an expert, non-negative, with the sum 1."""
-    if len(weights) != count:
-        raise ConfigurationError(
-            f"found {len(weights)} weights for {count} experts, expected one each; give a row of the code"
-        )
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
-        raise ConfigurationError(
-            f"found weights {list(weights)}, expected non-negative numbers that sum to 1; give a row of the code"
-        )
-
-
-def check_label(label: str) -> str:
-    """Return `label`; raise ConfigurationError where it is no plain file name, or results use it otherwise."""
-    if label in _RESERVED:
-        raise ConfigurationError(f"found label '{label}', which results use for something else; choose another")
-    if not _LABEL.fullmatch(label):
-        raise ConfigurationError(
-            f"found label {label!r}, expected a plain file name: letters, digits, '_', '-', '+', and '.' not first"
-        )
-    return label
-
-
-def checked(name: str, value: Number, is_sound: bool, expected: str) -> Number:
-    """Return an option's value if it is sound, and raise ConfigurationError with what is expected otherwise."""
-    if not is_sound:
-        raise ConfigurationError(f"found {name} {value}, expected {expected}")
-    return value
-
-
-def data_of(choice: DataChoice | None) -> tuple[DataChoice, ...]:
-    """Return the data that an option stands for."""
-    return (choice,) if choice in (DataChoice.own, DataChoice.pooled) else (DataChoice.own, DataChoice.pooled)
-
-
-def covered_by(statistics: Sequence[State]) -> list[str]:
-    """Return the names that every expert's statistic has, in the first one's order; what else there is, is averaged."""
-    shared = set(statistics[0]).intersection(*statistics[1:])
-    return [name for name in statistics[0] if name in shared]
-
-
-def weighted_mean(states: Sequence[State], weights: Sequence[float], key: str) -> Tensor:
-    """Return Σ_i w_i · state_i[key] in float64, for weights that sum to 1; entries that agree in all stay as they are.
-
-    So identical experts, and what was frozen in all of them, merge to themselves, to the last bit.
-    """
-    first = states[0][key].double()
-    total, agree = first * weights[0], torch.ones_like(first, dtype=torch.bool)
-    for state, weight in zip(states[1:], weights[1:], strict=True):
-        tensor = state[key].double()
-        agree &= tensor == first
-        total.add_(tensor, alpha=weight)
-    return torch.where(agree, first, total)
-
-
-def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: float) -> dict[str, Tensor]:
-    """Return Σ_i β_i F_i + ridge × its mean over all entries, in float64; ones where every entry is zero.
-
-    Of the parameters alone that all the Fishers have.
-
-    Raises NumericalError where the mean is so small that dividing by its share overflows the type of the Fishers.
-    """
-    totals = {key: weighted_mean(fishers, weights, key) for key in covered_by(fishers)}
-    mean = sum(float(total.sum()) for total in totals.values()) / max(sum(t.numel() for t in totals.values()), 1)
-    floor = ridge * mean if mean > 0 else 1.0
-    largest = torch.finfo(next(iter(fishers[0].values())).dtype).max
-    if floor * largest < 1:
-        raise NumericalError(
-            f"the mean entry of the Fishers is {mean:.3g}, too small to divide by; check the experts' outputs on the "
-            "calibration data"
-        )
-    return {key: total + floor for key, total in totals.items()}
-
-
-def _data(options: dict[str, Any]) -> list[str]:
-    return [str(value) for name, value in options.items() if name.endswith("_data")]
-
-
-def _alike(states: Sequence[State]) -> bool:
-    """Whether all experts have the same floating-point buffers."""
-    return all(
-        torch.equal(tensor, other[key])
-        for other in states[1:]
-        for key, tensor in states[0].items()
-        if tensor.is_floating_point()
-    )

@@ -10,25 +10,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.batches import joined, size_of
-from coin.choices import chosen
-from coin.errors import ConfigurationError
+from coin.choices import check_integer, chosen
 from coin.files.tensors import check_finite, weighted_sum
 from coin.merging.affine import fit_affine
-from coin.merging.average import average_parameters
+from coin.merging.average import average_parameters, fit_head
 from coin.merging.experts import Experts, parameters_of
-from coin.merging.head_fit import fit_head
 from coin.merging.lockstep import Look, Walk
-from coin.merging.method import (
-    CodedModel,
-    Method,
-    check_buffers,
-    check_each,
-    check_label,
-    check_residuals,
-    check_row,
-    fill,
-    held_out_error,
-)
+from coin.merging.checks import check_buffers, check_each, check_errors, check_label, check_row, checked
+from coin.merging.method import CodedModel, Method, fill, held_out_error
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import progress
@@ -117,10 +106,9 @@ class Refit(Method):
         label: str | None = None,
     ) -> None:
         self.target = chosen(Target, "target", target)
-        if ridge is not None and not 0 < ridge < float("inf"):
-            raise ConfigurationError(f"found ridge {ridge}, expected a positive number, or none")
-        if memory_mib < 1:
-            raise ConfigurationError(f"found memory_mib={memory_mib}, expected at least 1")
+        if ridge is not None:
+            checked("ridge", ridge, 0 < ridge < float("inf"), "a positive number, or none")
+        check_integer("memory_mib", memory_mib, 1)
         self.ridge, self.head, self.memory_mib = ridge, head, memory_mib
         self.label = check_label(self.name if label is None else label)
 
@@ -136,7 +124,7 @@ class Refit(Method):
             for option in options:
                 trial = self._refit(experts, row, *option, held_out=True)[0]
                 residuals[option] = held_out_error(experts, trial, row)
-            check_residuals(residuals.values(), self.label)
+            check_errors(residuals.values(), self.label)
         best = min(options, key=lambda option: residuals.get(option, 0.0))
         network, averaged = self._refit(experts, row, *best, held_out=False)
         check_finite(parameters_of(network), f"the coded model of method '{self.label}'")
@@ -149,15 +137,7 @@ class Refit(Method):
     def _refit(
         self, experts: Experts, row: Sequence[float], target: Target, ridge: float, *, held_out: bool
     ) -> tuple[nn.Module, list[str]]:
-        """Return a refitted network and the names of the parameters that keep the average.
-
-        Args:
-            experts: The experts.
-            row: β.
-            target: ``own``, ``mix`` or ``both``.
-            ridge: λ, relative.
-            held_out: Whether the held-out samples are left out.
-        """
+        """Return a network refitted without the held-out samples or with, and the parameters that keep the average."""
         inputs = joined(list(experts.split[0] if held_out else experts.pooled))
         mixtures, shares = _objective(target, row, experts.tasks[: size_of(inputs)])
         network = experts.blank().eval()
@@ -233,16 +213,7 @@ def _fit(
     mixtures: Tensor,
     ridge: float,
 ) -> None:
-    """Refit one unit of a network in place.
-
-    Args:
-        network: The coded network.
-        unit: The unit.
-        looks: What the networks make of the samples there.
-        shares: Every sample's weight in the objective [P].
-        mixtures: Every sample's mixture of the experts, which is its target [N, P].
-        ridge: λ, relative.
-    """
+    """Refit one unit of a network in place, from what the networks make of the samples there; see `_objective`."""
     weight = network.get_parameter(unit.weight)
     shift = None if unit.shift is None else network.get_parameter(unit.shift)
     turned = False
@@ -252,7 +223,10 @@ def _fit(
         for look in looks():
             turned = isinstance(look.call, LinearCall) and look.call.transposed
             # In a unit with a BatchNorm the shift comes behind the call.
-            output = look.output if unit.norm is None or shift is None else _shifted(look, shift)
+            output = look.output
+            if unit.norm is not None and shift is not None:
+                convolved = isinstance(look.call, ConvolutionCall)
+                output = output + (shift.view(-1, *[1] * (output.ndim - 2)) if convolved else shift)
             residual = _target(look, mixtures) - output
             yield from _rows(look.call, residual, shares[look.samples])
 
@@ -261,11 +235,6 @@ def _fit(
     weight.add_((flat.T if turned else flat).reshape(weight.shape))
     if shift is not None:
         shift.add_(constant.reshape(shift.shape))
-
-
-def _shifted(look: Look, shift: Tensor) -> Tensor:
-    convolved = isinstance(look.call, ConvolutionCall)
-    return look.output + (shift.view(-1, *[1] * (look.output.ndim - 2)) if convolved else shift)
 
 
 def _target(look: Look, mixtures: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from coin.choices import chosen
 from coin.errors import NumericalError, StateError
-from coin.files.tensors import State
+from coin.files.tensors import State, weighted_mean
+from coin.merging.checks import check_each, checked
 from coin.merging.experts import Experts
-from coin.merging.method import CodedModel, MergeMethod, check_each, checked, data_of, weighted_mean
+from coin.merging.method import Candidate, CodedModel, MergeMethod
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import tracked
 from coin.statistics import TRANSPOSED, FisherKind
@@ -78,7 +79,8 @@ class RegMean(MergeMethod):
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the Gram matrices that the option asks for."""
-        return tuple(Statistic(StatisticKind.gram, data) for data in data_of(self.gram_data))
+        choice = self.gram_data or DataChoice.auto
+        return tuple(Statistic(StatisticKind.gram, data) for data in choice.alternatives)
 
     def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice) -> Self:
         """Return the method with the experiment's choice where its option leaves the data open."""
@@ -97,29 +99,26 @@ class RegMean(MergeMethod):
         chosen = {"alpha": tuned.alpha, "damping": tuned.damping, "at_edge": at_edge}
         return CodedModel(made.network, made.chosen | chosen)
 
-    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the solution for the Gram matrices of every kind of data that the option allows."""
         for data in experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto):
             yield self._solved(experts, row, data, experts.statistic(Statistic(StatisticKind.gram, data)))
 
-    def trials(self, experts: Experts, row: Sequence[float]) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+    def trials(self, experts: Experts, row: Sequence[float]) -> list[Candidate]:
         """Return the same with Gram matrices of the samples that are not held out: they know what they have seen."""
         fitted = {data: experts.fitted(data) for data in experts.available(StatisticKind.gram, DataChoice.auto)}
         if any(next(iter(batches), None) is None for samples in fitted.values() for batches in samples):
             return []  # one sample a task
-        return [
-            self._solved(experts, row, data, experts.computed(None, fitted[data]))
-            for data in experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto)
-        ]
+        return [self._solved(experts, row, data, experts.computed(None, samples)) for data, samples in fitted.items()]
 
-    def _solved(
-        self, experts: Experts, row: Sequence[float], data: DataChoice, grams: Sequence[State]
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _solved(self, experts: Experts, row: Sequence[float], data: DataChoice, grams: Sequence[State]) -> Candidate:
         assert self.alpha is not None
         assert self.damping is not None
         grams = completed(grams)
         solved = regmean_parameters(experts.parameters, grams, row, self.alpha, self.damping, self.layers, self.label)
-        averaged = uncovered(experts.parameters[0], grams[0], self.layers)
+        most = 2 if self.layers is RegMeanLayers.linear else math.inf
+        solvable = {name for name, tensor in experts.parameters[0].items() if 2 <= tensor.ndim <= most}
+        averaged = sorted(solvable - {name.removesuffix(TRANSPOSED) for name in grams[0]})
         return {"gram_data": str(data)} | ({"averaged": averaged} if averaged else {}), solved
 
     def _tuned(self, experts: Experts, row: Sequence[float]) -> tuple[float, float, bool]:
@@ -130,13 +129,13 @@ class RegMean(MergeMethod):
             solved = regmean_parameters(experts.parameters, grams, row, alpha, damping, self.layers, self.label)
             return self.measure(experts, row, solved)
 
-        alpha, damping = 0.7 if self.alpha is None else self.alpha, self.damping
-        free = damping is None
+        alpha, damping, at_edge = 0.7 if self.alpha is None else self.alpha, self.damping, False
         if damping is None:
             damping = min(DAMPINGS, key=lambda each: residual(alpha, each))
+            at_edge = damping in (DAMPINGS[0], DAMPINGS[-1])
         if self.alpha is None:
             alpha = min(ALPHAS, key=lambda each: residual(each, damping))
-        return alpha, damping, free and damping in (DAMPINGS[0], DAMPINGS[-1])
+        return alpha, damping, at_edge
 
 
 def completed(grams: Sequence[State]) -> list[State]:
@@ -148,13 +147,6 @@ def completed(grams: Sequence[State]) -> list[State]:
         found.append(ChainMap(zeros, cast(Any, gram)) if zeros else gram)
     check_each(found, "the Gram statistic of expert")
     return found
-
-
-def uncovered(expert: State, gram: State, layers: RegMeanLayers) -> list[str]:
-    """Return the names of the parameters of two dimensions or more that RegMean averages, having no Gram matrix."""
-    most = 2 if layers == RegMeanLayers.linear else math.inf
-    named = {name.removesuffix(TRANSPOSED) for name in gram}
-    return sorted(name for name, tensor in expert.items() if 2 <= tensor.ndim <= most and name not in named)
 
 
 def regmean_parameters(
@@ -182,7 +174,7 @@ def regmean_parameters(
             in its groups.
         NumericalError: A damped Gram matrix is singular.
     """
-    merged = {key: weighted_mean(experts, weights, key) for key in experts[0]}
+    merged = {key: weighted_mean(experts, weights, key, torch.float64) for key in experts[0]}
     for name in tracked(grams[0], label):
         key = name.removesuffix(TRANSPOSED)
         if key not in merged:
@@ -194,20 +186,23 @@ def regmean_parameters(
             continue
         turned = name != key  # the map is x ↦ x W: its weight lies the other way round
         first = grams[0][name]
-        bias = bias_of(key, first.shape[-1], merged[key], turned)
-        average = joint_map(merged, key, bias, first, turned)
+        bias = _bias_of(key, first.shape[-1], merged[key], turned)
+        average = _joint_map(merged, key, bias, first, turned)
         pull, total = torch.zeros_like(average), torch.zeros_like(first, dtype=torch.float64)
         for expert, statistic, weight in zip(experts, grams, weights, strict=True):
             gram = statistic[name].double()
             gram = alpha * gram + (1 - alpha) * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
-            pull += weight * (joint_map(expert, key, bias, gram, turned) - average) @ gram
+            pull += weight * (_joint_map(expert, key, bias, gram, turned) - average) @ gram
             total.add_(gram, alpha=weight)
-        solution = average + solve_gram(total, pull, damping, key)
-        split_map(solution, merged, key, bias, turned)
+        rows = (average + _solve(total, pull, damping, key)).flatten(0, 1)
+        if bias is not None:
+            merged[bias] = rows[:, -1].reshape(merged[bias].shape)
+            rows = rows[:, :-1]
+        merged[key] = rows.T if turned else rows.reshape(merged[key].shape)
     return {key: tensor.to(experts[0][key].dtype) for key, tensor in merged.items()}
 
 
-def bias_of(key: str, inputs: int, weight: Tensor, turned: bool = False) -> str | None:
+def _bias_of(key: str, inputs: int, weight: Tensor, turned: bool) -> str | None:
     """Return the bias that a Gram matrix with `inputs` rows, one more than the weight has, solves for too, or None."""
     width = weight.shape[0] if turned else weight[0].numel()
     if inputs == width:
@@ -220,7 +215,7 @@ def bias_of(key: str, inputs: int, weight: Tensor, turned: bool = False) -> str 
     )
 
 
-def joint_map(state: State, key: str, bias: str | None, gram: Tensor, turned: bool = False) -> Tensor:
+def _joint_map(state: State, key: str, bias: str | None, gram: Tensor, turned: bool) -> Tensor:
     """Return a layer's weight and bias as one float64 map a group ``[G, C_out/G, K]``; `turned` from ``[K, C_out]``."""
     weight = (state[key].T if turned else state[key]).double().flatten(1)
     if bias is not None:
@@ -239,20 +234,10 @@ def joint_map(state: State, key: str, bias: str | None, gram: Tensor, turned: bo
     return weight.reshape(groups, -1, weight.shape[1])
 
 
-def split_map(solution: Tensor, into: dict[str, Tensor], key: str, bias: str | None, turned: bool = False) -> None:
-    """Write a joint map ``[G, C_out/G, K]`` back as the weight and the bias of a layer."""
-    rows = solution.flatten(0, 1)
-    if bias is not None:
-        into[bias] = rows[:, -1].reshape(into[bias].shape)
-        rows = rows[:, :-1]
-    into[key] = rows.T if turned else rows.reshape(into[key].shape)
-
-
-def solve_gram(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
+def _solve(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
     """Return pull (gram + λI)⁻¹ ``[G, C_out/G, K]`` with λ = damping × the mean diagonal entry, per group.
 
-    `gram` is symmetric and positive semi-definite ``[G, K, K]``; NumericalError says in which layer, `key`, the damped
-    matrix is singular, or as good as singular in float64.
+    Raises NumericalError, which names the layer, where the damped matrix ``[G, K, K]`` is as good as singular.
     """
     ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
     damped = gram + torch.diag_embed(ridge[:, None].expand(gram.shape[:2]))

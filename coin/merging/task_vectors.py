@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from coin.files.tensors import State, check_finite, check_same_layout
+from coin.files.tensors import State, check_finite, check_same_layout, weighted_mean
+from coin.merging.checks import checked
 from coin.merging.experts import Experts
-from coin.merging.method import MergeMethod, checked, weighted_mean
+from coin.merging.method import Candidate, MergeMethod
 from coin.networks.batchnorm import BatchNormPolicy
 
 
@@ -35,7 +35,7 @@ class TaskArithmetic(MergeMethod):
         super().__init__(batchnorm=batchnorm, label=label)
         self.scale = checked("scale", scale, math.isfinite(scale), "a finite number")
 
-    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one sum."""
         yield {}, task_arithmetic(experts.parameters, _checked_initial(experts), row, self.scale)
 
@@ -72,9 +72,16 @@ class Ties(MergeMethod):
         self.keep = checked("keep", keep, 0 < keep <= 1, "a share above 0 and at most 1")
         self.scale = checked("scale", scale, math.isfinite(scale), "a finite number")
 
-    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one merge."""
         yield {}, ties(experts.parameters, _checked_initial(experts), row, self.keep, self.scale)
+
+
+def _checked_initial(experts: Experts) -> State:
+    initial, _ = experts.initial()
+    check_same_layout([experts.parameters[0], initial], ["expert 0", "the shared initialisation"])
+    check_finite(initial, "the shared initialisation")
+    return initial
 
 
 def task_arithmetic(
@@ -83,7 +90,7 @@ def task_arithmetic(
     """Return `TaskArithmetic`'s sum, in the experts' types."""
     merged = {}
     for key, start in initial.items():
-        step = weighted_mean(experts, weights, key) - start.double()
+        step = weighted_mean(experts, weights, key, torch.float64) - start.double()
         merged[key] = (start.double() + scale * len(weights) * step).to(experts[0][key].dtype)
     return merged
 
@@ -109,10 +116,3 @@ def ties(
         step = (agreeing * steps).sum(0) / torch.where(share > 0, share, torch.ones_like(share))
         merged[key] = (start.double() + scale * step).to(experts[0][key].dtype)
     return merged
-
-
-def _checked_initial(experts: Experts) -> State:
-    initial, _ = experts.initial()
-    check_same_layout([experts.parameters[0], initial], ["expert 0", "the shared initialisation"])
-    check_finite(initial, "the shared initialisation")
-    return initial

@@ -25,13 +25,7 @@ PROBES = 5
 
 @dataclass(frozen=True)
 class Unit:
-    """An affine map of a network, with the BatchNorm behind it.
-
-    Attributes:
-        weight: The name of its weight.
-        bias: The name of its bias.
-        norm: The BatchNorm's module.
-    """
+    """An affine map of a network by the names of its weight and bias, with the module of the BatchNorm behind it."""
 
     weight: str
     bias: str | None
@@ -78,11 +72,12 @@ def affine_units(network: nn.Module, inputs: Batch) -> tuple[list[Unit], int]:
         )
     units: list[Unit] = []
     for seen, other, following in zip(two, three, [*two[1:], None], strict=True):
-        leading = seen.shape[1:] == other.shape[1:] and 3 * seen.shape[0] == 2 * other.shape[0]
-        part = bool(units) and units[-1].end == seen.weight
-        if seen.is_affine and seen.is_unshared and leading and not part:
-            folds = following is not None and seen.precedes(following)
-            norm = following.weight.rpartition(".")[0] if folds and following is not None else None
+        leads = seen.shape[1:] == other.shape[1:] and 3 * seen.shape[0] == 2 * other.shape[0]
+        is_part = bool(units) and units[-1].end == seen.weight
+        if seen.is_affine and seen.is_unshared and leads and not is_part:
+            norm = None
+            if following is not None and seen.is_map and following.is_batchnorm and following.is_unshared:
+                norm = following.weight.rpartition(".")[0] if following.source == seen.output else None
             units.append(Unit(seen.weight, seen.bias, norm))
     return units, max((seen.shape.numel() // 2 for seen in two), default=1)
 
@@ -107,10 +102,6 @@ class _Seen:
     is_unshared: bool
     is_map: bool
     is_batchnorm: bool
-
-    def precedes(self, norm: "_Seen") -> bool:
-        """Say whether the next call is a BatchNorm that can be folded into this one."""
-        return self.is_map and norm.is_batchnorm and norm.is_unshared and norm.source == self.output
 
 
 class _Readers(TorchFunctionMode):
@@ -150,37 +141,37 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
     """Return the ruled calls with a weight of a forward pass, in their order."""
-    seen: list[tuple[Call, Mapping[str, str], tuple[int, int], Tensor, tuple[int, int]]] = []
+    calls: list[tuple[Call, Mapping[str, str], tuple[int, int], Tensor, tuple[int, int]]] = []
 
     def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor:
         source = (call.inputs.data_ptr(), call.inputs._version)
         output = function()
         if "weight" in names:
-            seen.append((call, names, source, output, (output.data_ptr(), output._version)))
+            calls.append((call, names, source, output, (output.data_ptr(), output._version)))
         return output
 
     readers, named = _Readers(), dict(network.named_parameters())
     # The readers come last, and so see what the network calls but not what the interceptor does on the way.
     with evaluating(network, gradients=False), Interceptor(named, visit), readers:
         network(as_input(samples, network))
-    times = Counter(names["weight"] for _, names, *_ in seen)
-    return [
-        _Seen(
-            names["weight"],
-            names.get("bias"),
-            source,
-            made,
-            output.shape,
-            isinstance(call, LinearCall) or (isinstance(call, ElementwiseCall) and call.normalised is not None),
-            times[names["weight"]] == 1 and all(readers.parameters[id(named[name])] <= 1 for name in names.values()),
-            isinstance(call, LinearCall)
-            and not call.transposed
-            and (isinstance(call, ConvolutionCall) or output.ndim == 2),
-            isinstance(_owner(network, names["weight"]), _BatchNorm) and readers.times[source[0]] == 1,
+    times = Counter(names["weight"] for _, names, *_ in calls)
+    seen = []
+    for call, names, source, output, made in calls:
+        weight = names["weight"]
+        owner = network.get_submodule(weight.rpartition(".")[0])
+        seen.append(
+            _Seen(
+                weight,
+                names.get("bias"),
+                source,
+                made,
+                output.shape,
+                is_affine=isinstance(call, LinearCall)
+                or (isinstance(call, ElementwiseCall) and call.normalised is not None),
+                is_unshared=times[weight] == 1 and all(readers.parameters[id(named[n])] <= 1 for n in names.values()),
+                is_map=isinstance(call, ConvolutionCall)
+                or (isinstance(call, LinearCall) and not call.transposed and output.ndim == 2),
+                is_batchnorm=isinstance(owner, _BatchNorm) and readers.times[source[0]] == 1,
+            )
         )
-        for call, names, source, output, made in seen
-    ]
-
-
-def _owner(network: nn.Module, parameter: str) -> nn.Module:
-    return network.get_submodule(parameter.rpartition(".")[0])
+    return seen

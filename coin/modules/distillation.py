@@ -19,8 +19,8 @@ from coin.data import Augmentation
 from coin.errors import ConfigurationError, HeadError
 from coin.merging import Average, CodedModel, Experts, HeadFit, Method, merge_networks
 from coin.merging.calibrated import CalibratedExperts
-from coin.merging.method import check_label, check_row
-from coin.merging.start import starting_method
+from coin.merging.checks import check_label, check_row
+from coin.merging.method import starting_method
 from coin.modules.memory_training import BatchCalibration, MemoryTraining
 from coin.modules.recipe import Schedule
 from coin.modules.shared import plain_options, plot_against_epochs, tasks_of
@@ -73,7 +73,7 @@ class Distillation(LightningModule, Method):
             it is ``shift`` for stored images, and nothing for batches in memory, which allow no other.
         schedule: The learning rate's course: ``one_cycle`` or ``constant``.
         start: ``auto``, which is ``head_fit`` or, where the head cannot be fitted, ``average``; another closed form's
-            name; or its ``class_path`` and ``init_args`` (`coin.merging.start`).
+            name; or its ``class_path`` and ``init_args`` (`coin.merging.method.starting_method`).
         label: What results and files call this variant.
         seed: Of the order of the samples; none takes the experiment's, or 0 in memory.
 

@@ -36,6 +36,11 @@ class DataChoice(StrEnum):
     auto = "auto"
     """Both, and the merge with the smaller error of decoded answers on held-out calibration samples."""
 
+    @property
+    def alternatives(self) -> "list[DataChoice]":
+        """The data that it stands for."""
+        return [DataChoice.own, DataChoice.pooled] if self is DataChoice.auto else [self]
+
 
 @dataclass(frozen=True)
 class Statistic:
