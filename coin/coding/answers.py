@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -118,11 +118,18 @@ class Answers:
         return self._each(Tensor.cpu, None if self.tasks is None else self.tasks.cpu())
 
     def _each(self, change: Callable[[Tensor], Tensor], tasks: Tensor | None) -> Self:
-        groups = {"expert_features": self.expert_features, "coded_features": self.coded_features}
-        features: dict[str, Any] = {
-            name: None if group is None else [change(each) for each in group] for name, group in groups.items()
-        }
-        return replace(self, experts=change(self.experts), coded=change(self.coded), tasks=tasks, **features)
+        experts, coded = (
+            None if group is None else [change(each) for each in group]
+            for group in (self.expert_features, self.coded_features)
+        )
+        return replace(
+            self,
+            experts=change(self.experts),
+            coded=change(self.coded),
+            expert_features=experts,
+            coded_features=coded,
+            tasks=tasks,
+        )
 
     @classmethod
     def concatenate(cls, batches: Sequence["Answers"]) -> Self:

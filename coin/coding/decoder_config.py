@@ -5,22 +5,22 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from coin.choices import chosen
+from coin.choices import check_integer, chosen
 from coin.coding.ridge import ProjectionKind
 from coin.errors import ConfigurationError
 
 
 class DecoderKind(StrEnum):
-    """How lost outputs are computed from the ones that arrived.
-
-    * ``linear``, the paper's: solve the code's equations for the lost outputs. Needs no calibration.
-    * ``ridge``: ridge regression from all arriving logits to the lost logits, fitted on calibration data.
-    * ``feature_ridge``: the same from the arriving logits and features.
-    """
+    """How lost outputs are computed from the ones that arrived."""
 
     linear = "linear"
+    """The paper's: solve the code's equations for the lost outputs. Needs no calibration."""
+
     ridge = "ridge"
+    """Ridge regression from all arriving logits to the lost logits, fitted on calibration data."""
+
     feature_ridge = "feature_ridge"
+    """The same from the arriving logits and features."""
 
 
 class FeatureChoice(StrEnum):
@@ -65,14 +65,13 @@ class DecoderConfig:
         object.__setattr__(self, "kind", chosen(DecoderKind, "decoder", self.kind))
         for option, enum in _ENUMS.items():
             object.__setattr__(self, option, chosen(enum, option, getattr(self, option)))
-        k = self.components
-        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
-            raise ConfigurationError(f"found components={k!r}, expected a whole number of at least 1, or none")
+        if self.components is not None:
+            check_integer("components", self.components, 1)
         for option, value in self._given.items():
             calibrated = [DecoderKind.ridge] if option == "fitted_on" else []
             if self.kind not in (kinds := [*calibrated, DecoderKind.feature_ridge]):
                 raise ConfigurationError(f"found {option}={value} for {self.kind}, expected {' or '.join(kinds)}")
-        if k is None and "projection" in self._given:
+        if self.components is None and "projection" in self._given:
             raise ConfigurationError(
                 f"found projection={self.projection} without components; say how many, or leave it"
             )

@@ -49,9 +49,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def decode(self, answers: Answers) -> Tensor:
-        """Return the lost experts' logits ``[len(erased), B, C]`` in the type of the answers.
-
-        The lost experts' entries in `answers` are not read.
+        """Return the lost experts' logits ``[len(erased), B, C]``, whose own entries are not read, in their type.
 
         Raises:
             DecodingError: The decoder was not fitted, or the answers do not fit it.
@@ -66,11 +64,7 @@ class Decoder(ABC):
 
 
 class LinearDecoder(Decoder):
-    """The paper's decoder, by `decode_linear` over all rows of the code; exact when the coded outputs are.
-
-    Raises:
-        DecodingError: More experts are lost than the code has rows.
-    """
+    """The paper's decoder, by `decode_linear` over all rows of the code; exact when the coded outputs are."""
 
     needs_fit = False
 
@@ -212,11 +206,8 @@ class RidgeDecoder(Decoder):
 def make_decoder(kind: DecoderKind | str | DecoderConfig, code: Code, erased: Sequence[int]) -> Decoder:
     """Return an unfitted decoder of a kind with its default options, or of a configuration.
 
-    The calibrated kinds read only the number of experts from the code, so they serve ``method: none`` (no coded
-    answers) as they are.
-
-    Raises:
-        DecodingError: There is no such kind, or it cannot decode the erasure.
+    The calibrated kinds read only the number of experts from the code, and serve without coded answers too. Raises
+    DecodingError where there is no such kind, or it cannot decode the erasure.
     """
     try:
         config = DecoderConfig.of(kind)

@@ -7,8 +7,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from coin.choices import chosen
-from coin.errors import ConfigurationError, NumericalError
+from coin.errors import NumericalError
 
 RIDGE_EXPONENTS = tuple(k / 2 for k in range(-20, 5))
 """The grid: ridges are 10^k times the mean squared singular value of the centred inputs, k = −10, −9.5, … 2."""
@@ -16,15 +15,14 @@ RIDGE_EXPONENTS = tuple(k / 2 for k in range(-20, 5))
 
 @dataclass(frozen=True)
 class RidgeFit:
-    """An affine map x ↦ (x − input_mean) · coefficients + target_mean, and how it was chosen.
+    """An affine map x ↦ (x − input_mean) · coefficients + target_mean in float64, and how it was chosen.
 
     Args:
-        coefficients: ``[D, T]``, float64.
+        coefficients: ``[D, T]``.
         input_mean: ``[D]``.
         target_mean: ``[T]``.
         ridges: The absolute ridge chosen for each group of targets ``[G]``.
-        leave_one_out: Mean squared leave-one-out error per group and grid point ``[G, K]``, summed over the group's
-            targets.
+        leave_one_out: Mean squared leave-one-out error by group and grid point ``[G, K]``, summed over the targets.
     """
 
     coefficients: Tensor
@@ -48,8 +46,6 @@ def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1) -> RidgeFit:
 
     Source: Golub, Heath and Wahba, *Generalized cross-validation as a method for choosing a good ridge parameter*
     (Technometrics 1979), eq. 1.4 for the leave-one-out (PRESS) identity.
-
-    Everything is in float64, on the device of `inputs`.
 
     Args:
         inputs: ``[P, D]``, P ≥ 2, finite.
@@ -107,12 +103,7 @@ class ProjectionKind(StrEnum):
 
 @dataclass(frozen=True)
 class Projection:
-    """The affine map x ↦ (x − mean) · directions of one network's features to fewer numbers.
-
-    Args:
-        mean: ``[F]``.
-        directions: ``[F, K]``; orthonormal columns from `fit_projection`.
-    """
+    """The affine map x ↦ (x − mean) · directions of one network's features, mean ``[F]`` and directions ``[F, K]``."""
 
     mean: Tensor
     directions: Tensor
@@ -122,23 +113,15 @@ class Projection:
         return (features - self.mean.to(features)) @ self.directions.to(features)
 
 
-def fit_projection(features: Tensor, components: int, kind: ProjectionKind | str) -> Projection:
-    """Return a projection of one network's features on calibration data ``[P, F]``.
+def fit_projection(features: Tensor, components: int, kind: ProjectionKind) -> Projection:
+    """Return a projection of features ``[P, F]`` to K components, orthonormal; at most F, or P of the principal kind.
 
-    Args:
-        features: The features.
-        components: K, at least 1; where F, or for the principal kind P, is smaller, that many.
-        kind: Principal or random. Random directions are the same for all networks of one width, so that what holds
-            between the features of coded models and experts holds between the reduced ones.
-
-    Raises:
-        ConfigurationError: There is no such kind, or `components` is less than 1.
+    Random directions are the same for all networks of one width, so that what holds between the features of coded
+    models and experts holds between the reduced ones.
     """
-    if components < 1:
-        raise ConfigurationError(f"found {components} components, expected at least 1")
     x = features.to(torch.float64)
     mean, width = x.mean(0), x.shape[1]
-    if chosen(ProjectionKind, "projection", kind) is ProjectionKind.principal:
+    if kind == ProjectionKind.principal:
         return Projection(mean, thin_svd(x - mean)[2][:components].T)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(width, min(components, width), generator=generator, dtype=torch.float64)
@@ -148,15 +131,9 @@ def fit_projection(features: Tensor, components: int, kind: ProjectionKind | str
 def fit_blocks(blocks: Sequence[Tensor], targets: Tensor) -> RidgeFit:
     """Fit a ridge regression to blocks of different units, each divided by its root mean square deviation.
 
-    Within a block a small column is one that carries little, and stays small.
-
-    Args:
-        blocks: ``[P, ·]`` each.
-        targets: ``[K, P, C]``: K groups with a ridge each.
-
-    Returns:
-        The fit of targets ``[P, K·C]``, group by group, as a map of the blocks side by side as they are, undivided;
-        raises as `fit_ridge`.
+    Within a block a small column is one that carries little, and stays small. Of blocks ``[P, ·]`` and targets
+    ``[K, P, C]``, K groups with a ridge each, it is the fit of targets ``[P, K·C]``, group by group, as a map of the
+    blocks side by side as they are, undivided. Raises as `fit_ridge`.
     """
     scales = _scales(blocks)
     side_by_side = targets.transpose(0, 1).reshape(targets.shape[1], -1)

@@ -10,7 +10,6 @@ from coin.data import TaskData
 from coin.errors import ConfigurationError
 from coin.reporting.wandb_settings import TAG_LENGTH
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind
-from coin.statistics.memory import check_memory
 from coin.statistics.statistic import DataChoice, Statistic, StatisticOptions
 from coin.steps.train import TrainingConfig
 
@@ -98,7 +97,7 @@ class CalibrationConfig:
             raise ConfigurationError(
                 f"found samples_per_task={self.samples_per_task}, batch_size={self.batch_size}, expected at least 1"
             )
-        check_memory(self.memory_mib)
+        check_integer("memory_mib", self.memory_mib, 1)
         object.__setattr__(self, "fisher_data", chosen(DataChoice, "fisher_data", self.fisher_data))
         kind = chosen(FisherKind, "fisher_kind", self.fisher_kind)
         object.__setattr__(self, "fisher_kind", kind)

@@ -88,8 +88,9 @@ class Experts:
             if not any(self._calibration):
                 raise DataError("found no calibration batches, expected at least one; give those of every task")
             sample = next(chain.from_iterable(map(samples_of, chain.from_iterable(self._calibration))), None)
-            for network, before in padded if sample is not None else []:
-                _check_padding(network, before, sample)
+            if sample is not None:
+                for network, before in padded:
+                    _check_padding(network, before, sample)
 
     def _check_count(self, parts: Sequence[Any] | None, what: str) -> None:
         if parts is not None and len(parts) != len(self.networks):

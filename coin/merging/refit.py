@@ -14,9 +14,9 @@ from coin.choices import check_integer, chosen
 from coin.files.tensors import check_finite, weighted_sum
 from coin.merging.affine import fit_affine
 from coin.merging.average import average_parameters, fit_head
+from coin.merging.checks import check_buffers, check_each, check_errors, check_label, check_row, checked
 from coin.merging.experts import Experts, parameters_of
 from coin.merging.lockstep import Look, Walk
-from coin.merging.checks import check_buffers, check_each, check_errors, check_label, check_row, checked
 from coin.merging.method import CodedModel, Method, fill, held_out_error
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.batchnorm import BatchNormPolicy

@@ -29,7 +29,7 @@ class Solution:
 
     @property
     def steps(self) -> int:
-        """Return the number of steps taken, each of which applied the operator once."""
+        """The number of steps taken, each of which applied the operator once."""
         return len(self.residuals) - 1
 
 

@@ -29,11 +29,7 @@ class FisherKind(StrEnum):
 
 
 def check_cotangents(kind: FisherKind, cotangents: int | None) -> None:
-    """Check that a number of cotangents belongs to the kind.
-
-    Raises:
-        ConfigurationError: `cotangents` without Monte Carlo, or below 1.
-    """
+    """Raise ConfigurationError for a number of cotangents without Monte Carlo, or below 1."""
     if cotangents is None:
         return
     if kind is not FisherKind.monte_carlo:

@@ -25,15 +25,7 @@ from coin.statistics.sums import TRANSPOSED, Sums
 
 @dataclass(frozen=True)
 class StatisticFile:
-    """A statistic read from a file.
-
-    Attributes:
-        values: Name → mean over samples, read when they are asked for.
-        samples: The number of samples in the mean.
-        seconds: What it took to compute, wall time.
-        passes: What it took, in forward-equivalents.
-        provenance: Everything that was written with it.
-    """
+    """A statistic in a file: the mean over samples by name, read when asked for, and what its computation took."""
 
     values: State
     samples: int
@@ -43,15 +35,10 @@ class StatisticFile:
 
 
 def write_statistic(path: Path, sums: Sums, *, statistic: str, weights: str, seconds: float, **provenance: Any) -> None:
-    """Write the mean of a statistic.
+    """Write the mean of a statistic, ``fisher`` or ``gram``, from the sums over all processes.
 
-    Args:
-        path: The file.
-        sums: The sums over all processes.
-        statistic: What it is: ``fisher`` or ``gram``.
-        weights: The `coin.files.tensors.fingerprint` of the network's state dict.
-        seconds: What the pass took, wall time.
-        provenance: Further JSON values: the kind, the task, the data, the seed.
+    Beside it the file says the fingerprint of the network's weights, what the pass took in wall time, and any further
+    JSON values: the kind, the task, the data, the seed.
 
     Raises:
         StateError: There are no samples or a value is not finite.
@@ -63,12 +50,7 @@ def write_statistic(path: Path, sums: Sums, *, statistic: str, weights: str, sec
 
 
 def open_statistic(path: Path, *, statistic: str, weights: str | None = None) -> StatisticFile:
-    """Open a statistic that `write_statistic` wrote.
-
-    Args:
-        path: The file.
-        statistic: What it must be: ``fisher`` or ``gram``.
-        weights: The fingerprint of the network it must belong to; none accepts any.
+    """Open a statistic that `write_statistic` wrote, of the weights with a fingerprint; none accepts any.
 
     Raises:
         FileError: The file is missing, damaged, of another statistic, or of other weights than the expert's,
@@ -85,8 +67,8 @@ def open_statistic(path: Path, *, statistic: str, weights: str | None = None) ->
     if weights is not None:
         _check_weights(path, provenance, weights, "run coin fisher again")
     check_finite(values, f"the {statistic} in '{path}'")
-    if statistic == "fisher" and (negative := [name for name, value in values.items() if bool((value < 0).any())]):
-        raise FileError(f"'{path}' holds a negative number in '{negative[0]}', expected squares; run coin fisher again")
+    if statistic == "fisher" and (name := _negative(values)):
+        raise FileError(f"'{path}' holds a negative number in '{name}', expected squares; run coin fisher again")
     try:
         spent = int(provenance["samples"]), float(provenance["seconds"]), float(provenance["passes"])
     except (KeyError, TypeError, ValueError) as error:
@@ -161,6 +143,11 @@ def _checked_kind(state: State, network: nn.Module) -> StatisticKind:
             )
         fisher &= is_like
     check_finite(state, "the statistic")
-    if fisher and (negative := [name for name, tensor in state.items() if bool((tensor < 0).any())]):
-        raise StateError(f"the Fisher is negative in '{negative[0]}', expected mean squares")
+    if fisher and (negative := _negative(state)):
+        raise StateError(f"the Fisher is negative in '{negative}', expected mean squares")
     return StatisticKind.fisher if fisher else StatisticKind.gram
+
+
+def _negative(state: State) -> str | None:
+    """Return the name of the first tensor with a negative entry."""
+    return next((name for name, tensor in state.items() if bool((tensor < 0).any())), None)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from coin.batches import Batch, Forward, adapted, as_input, joined, shapes_in, size_of, take, tensors_in
+from coin.choices import check_integer
 from coin.errors import ConfigurationError, DataError
 from coin.statistics.cotangents import FisherKind, check_cotangents, make_cotangents
 from coin.statistics.guard import differentiable, evaluating, trainable
-from coin.statistics.memory import Layout, check_memory, choose_cut
+from coin.statistics.memory import Layout, choose_cut
 from coin.statistics.sums import Sums, sum_type
 from coin.statistics.tape import Tape
 
@@ -58,8 +59,6 @@ def fisher_diagonal(network: nn.Module, batches: Iterable[Any], **options: Unpac
 class FisherPass:
     """Adds up Σ_n Σ_v (Uᵥₙ · ∂f(x_n)/∂θ)² over the batches it is given, U the cotangents of the kind.
 
-    What it finds out of the network's layout, in a pass over copies of one sample, holds for all batches of that shape.
-
     Args:
         network: Maps [B, …] to logits [B, C]; run in eval mode and left as found.
         kind: Which diagonal.
@@ -97,7 +96,7 @@ class FisherPass:
                 f"found {found} for the {self.kind} Fisher; labels belong to the empirical kind, and only to it"
             )
         check_cotangents(self.kind, self.cotangents)
-        check_memory(self.memory_mib)
+        check_integer("memory_mib", self.memory_mib, 1)
         self._parameters = trainable(self.network)
         with torch.inference_mode(False):
             self._totals = {name: _accumulator(parameter) for name, parameter in self._parameters.items()}
@@ -148,11 +147,8 @@ class FisherPass:
         if key not in self._layouts:
             self._layouts[key] = layout
             # Not the same if it depends on its neighbours; outputs that overflow tell nothing, and end in the sums.
-            apart, rounding = (
-                output[0] - layout.logits,
-                torch.finfo(output.dtype).eps ** 0.5 * layout.logits.abs().amax(),
-            )
-            if bool((apart.abs() > rounding).any()):
+            rounding = torch.finfo(output.dtype).eps ** 0.5 * layout.logits.abs().amax()
+            if bool(((output[0] - layout.logits).abs() > rounding).any()):
                 self._layouts[key] = replace(layout, rows={})
                 tape = Tape(self._parameters, self._totals, {})
                 output = tape.run(self.network, piece)

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from coin.errors import ConfigurationError
-
 _GRADIENTS = 6
 """Tensors of the widest layer's cotangents alive at once: at its output and input, and what a rule makes of them."""
 
@@ -16,17 +14,6 @@ _KEPT = 2
 _ENOUGH_BYTES = 48 << 20
 """On CPUs, cotangents of the widest layer beyond this many bytes gain no more speed, and only take memory: measured on
 ResNets at 32×32, where smaller cuts read the weights too often."""
-
-
-def check_memory(memory_mib: int) -> int:
-    """Return a bound on the working memory, in MiB, after checking that there is some.
-
-    Raises:
-        ConfigurationError: It is below 1.
-    """
-    if memory_mib < 1:
-        raise ConfigurationError(f"found memory_mib={memory_mib}, expected at least 1")
-    return memory_mib
 
 
 @dataclass(frozen=True)

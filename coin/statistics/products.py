@@ -38,21 +38,13 @@ class OutputMap:
             return _rows([functional_call(self._network, state, (x,)) for x in self._batches(1)])
 
     def jvp(self, parameters: State, tangent: State) -> Tensor:
-        """Return J·v at θ, [P, C], for a tangent v with the parameters' names and shapes.
-
-        Raises:
-            StateError: The names or shapes differ.
-        """
+        """Return J·v at θ, [P, C]; raises StateError unless the tangent v has the parameters' names and shapes."""
         with evaluating(self._network):
             push = self._along(parameters, tangent)
             return _rows([push(x).detach() for x in self._batches(2)])
 
     def vjp(self, parameters: State, cotangent: Tensor) -> dict[str, Tensor]:
-        """Return Jᵀ·u at θ for a cotangent u [P, C].
-
-        Raises:
-            StateError: The cotangent has another number of rows than there are inputs.
-        """
+        """Return Jᵀ·u at θ; raises StateError unless the cotangent u [P, C] has a row for every input."""
         with evaluating(self._network):
             total, seen = self._pull_back(parameters, 3, lambda x, start: cotangent[start : start + size_of(x)])
         if seen != len(cotangent):
@@ -60,11 +52,7 @@ class OutputMap:
         return {name: value.to(parameters[name].dtype) for name, value in total.items()}
 
     def fisher_product(self, parameters: State, tangent: State) -> dict[str, Tensor]:
-        """Return F·v = (1/P) Jᵀ J v at θ, the product with the whole Gaussian-output Fisher matrix.
-
-        Raises:
-            StateError: The names or shapes differ, or there are no inputs.
-        """
+        """Return F·v = (1/P) Jᵀ J v at θ, F the whole Gaussian-output Fisher matrix; raises as `jvp`."""
         with evaluating(self._network):
             push = self._along(parameters, tangent)
             total, seen = self._pull_back(parameters, 5, lambda x, _: push(x))

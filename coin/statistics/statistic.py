@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.choices import chosen
+from coin.choices import check_integer, chosen
 from coin.errors import ConfigurationError
 from coin.statistics.cotangents import FisherKind, check_cotangents, process_generator
 from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass
 from coin.statistics.gram import GramPass
-from coin.statistics.memory import check_memory
 from coin.statistics.sums import shard
 
 
@@ -44,13 +43,7 @@ class DataChoice(StrEnum):
 
 @dataclass(frozen=True)
 class Statistic:
-    """One statistic of every expert.
-
-    Args:
-        name: ``fisher`` or ``gram``.
-        data: On which samples, ``own`` or ``pooled``.
-        kind: Which Fisher diagonal; none for Gram matrices.
-    """
+    """One statistic of every expert: on ``own`` or ``pooled`` samples, a Fisher diagonal of a kind or Gram matrices."""
 
     name: StatisticKind
     data: DataChoice
@@ -87,7 +80,7 @@ class StatisticOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "statistic", chosen(StatisticKind, "statistic", self.statistic))
-        check_memory(self.memory_mib)
+        check_integer("memory_mib", self.memory_mib, 1)
         if self.statistic is StatisticKind.fisher:
             kind = FisherKind.exact if self.kind is None else chosen(FisherKind, "kind", self.kind)
             object.__setattr__(self, "kind", kind)
@@ -119,15 +112,10 @@ class StatisticOptions:
         world: int = 1,
         device: torch.device | str = "cpu",
     ) -> FisherPass | GramPass:
-        """Return a pass to which this process adds the batches of its share of the samples.
+        """Return a pass to which process `rank` of `world` adds the batches of its share of the samples.
 
-        Args:
-            network: The network.
-            labels: The true classes [P] of all processes' samples, where they are needed.
-            seed: Of Monte Carlo's random cotangents.
-            rank: This process.
-            world: The number of processes.
-            device: Where the network is.
+        `labels` are the true classes [P] of all processes' samples, where they are needed, and `seed` is of Monte
+        Carlo's random cotangents.
         """
         if self.kind is None:
             return GramPass(network)

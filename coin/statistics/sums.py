@@ -32,11 +32,7 @@ class Sums:
     uncovered: tuple[str, ...] = ()
 
     def mean(self) -> dict[str, Tensor]:
-        """Return the mean over samples of every tensor.
-
-        Raises:
-            StateError: There are no samples.
-        """
+        """Return the mean over samples of every tensor; raises StateError where there are none."""
         if self.count < 1:
             raise StateError("found 0 calibration samples, expected at least 1; raise the number of samples")
         return {name: value / self.count for name, value in self.values.items()}
@@ -44,8 +40,7 @@ class Sums:
     def __add__(self, other: "Sums") -> "Sums":
         """Return the sums over both sets of samples; what one of them did not cover, the other brings.
 
-        Raises:
-            StateError: The names or shapes differ in anything else.
+        Raises StateError where the names or shapes differ in anything else.
         """
         left, right = self._beside(other), other._beside(self)
         check_same_layout([left, right], ["the first sums", "the second sums"])
@@ -98,11 +93,7 @@ def reduce_sums(sums: Sums) -> Sums:
 
 
 def check_shares(samples: int, world: int) -> None:
-    """Check that every process gets a sample, as it must to have sums.
-
-    Raises:
-        ConfigurationError: There are fewer samples than processes.
-    """
+    """Raise ConfigurationError where there are fewer samples than processes, each of which must have some."""
     if samples < world:
         raise ConfigurationError(
             f"found {samples} calibration samples for {world} processes, expected at least one each; raise the number "
@@ -111,11 +102,7 @@ def check_shares(samples: int, world: int) -> None:
 
 
 def shard(n: int, rank: int, world: int) -> range:
-    """Return the indices of the samples that process `rank` of `world` takes: every sample once, none twice.
-
-    Raises:
-        ConfigurationError: The rank is not in [0, world).
-    """
+    """Return the indices of the samples that process `rank` of `world` takes: every sample once, none twice."""
     if not 0 <= rank < world:
         raise ConfigurationError(f"found rank {rank} of {world} processes, expected 0 ≤ rank < {world}")
     return range(rank, n, world)

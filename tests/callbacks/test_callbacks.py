@@ -117,7 +117,7 @@ class Started(Callback):
         ({"cotangents": 2}, "found cotangents=2 for the exact Fisher; only monte_carlo takes a number"),
         ({"kind": "empirical", "cotangents": 2}, "found cotangents=2 for the empirical Fisher"),
         ({"kind": "monte_carlo", "cotangents": 0}, "found cotangents=0, expected at least 1"),
-        ({"memory_mib": 0}, "found memory_mib=0, expected at least 1"),
+        ({"memory_mib": 0}, "found memory_mib=0, expected a whole number of at least 1"),
         ({"kind": "exactly"}, "found kind='exactly', expected one of exact, monte_carlo, categorical, empirical"),
         ({"weights": "first"}, "found weights='first', expected one of last, best"),
     ],

@@ -645,7 +645,7 @@ def test_options_are_checked():
         ({"target": "all"}, "found target='all', expected one of own, mix, both, auto"),
         ({"ridge": 0.0}, "found ridge 0.0, expected a positive number, or none"),
         ({"ridge": float("inf")}, "found ridge inf"),
-        ({"memory_mib": 0}, "found memory_mib=0, expected at least 1"),
+        ({"memory_mib": 0}, "found memory_mib=0, expected a whole number of at least 1"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             Refit(**options)

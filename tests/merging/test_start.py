@@ -8,8 +8,9 @@ from coin.data import pooled
 from coin.errors import ConfigurationError
 from coin.merging import Average, Coin, Experts, GaussNewton, HeadFit, Refit, Target
 from coin.merging.calibrated import CalibratedExperts
-from coin.merging.start import starting_method
+from coin.merging.method import starting_method
 from coin.statistics import fisher_diagonal
+from coin.statistics.statistic import DataChoice
 
 ROW = (0.4, 0.6)
 
@@ -92,7 +93,7 @@ def test_what_cannot_be_a_start_is_refused(start, message):
 def test_gauss_newton_goes_on_from_a_refit_without_the_held_out_samples(monkeypatch):
     experts = setup()
     start = Refit("own")
-    refitted = start.make(experts.without_held_out(), ROW).network
+    refitted = start.make(Experts(experts.networks, calibration=experts.fitted(DataChoice.own)), ROW).network
     metrics = []
     real = GaussNewton._steps
     monkeypatch.setattr(GaussNewton, "_steps", lambda self, *given: (metrics.append(given[-1]), real(self, *given))[1])
@@ -108,14 +109,14 @@ def test_gauss_newton_goes_on_from_a_refit_without_the_held_out_samples(monkeypa
         torch.testing.assert_close(metric, fisher[name] + floor)
     for name, buffer in refitted.named_buffers():
         assert torch.equal(made.network.get_buffer(name), buffer)
-    alone = experts.without_held_out()
+    alone = Experts(experts.networks, calibration=experts.fitted(DataChoice.own))
     start.make(alone, ROW)
     assert experts.passes - before > alone.passes + 96 * 4  # the start, its Fisher, and the steps
 
 
 def test_without_held_out_leaves_every_tasks_last_samples_out():
     experts = setup()
-    fitted = experts.without_held_out()
+    fitted = Experts(experts.networks, calibration=experts.fitted(DataChoice.own))
     assert [sum(map(len, each)) for each in fitted.samples("own")] == [48, 48]
     assert torch.equal(torch.cat(list(fitted.pooled)), torch.cat(list(experts.split[0])))
 

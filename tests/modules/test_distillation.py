@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from coin.errors import ConfigurationError, HeadError, StateError
-from coin.merging import Refit, head_fit, method
+from coin.merging import Refit, average, method
 from coin.merging.calibrated import CalibratedExperts
 from coin.modules import Distillation
 from coin.networks import NetworkConfig, build_network, load_network, pad_logits, save_network, widen_network
@@ -72,7 +72,7 @@ def test_where_the_head_cannot_be_fitted_it_starts_from_the_average(experts, tas
     def refuse(*_, **__):
         raise HeadError("found a head 'conv' of type Conv2d")
 
-    monkeypatch.setattr(head_fit, "fit_head", refuse)
+    monkeypatch.setattr(average, "fit_head", refuse)
     module = begun(experts, tasks(), make_trainer)
     plain = begun(experts, tasks(), make_trainer, start="average")
     assert module.chosen["start"] == plain.chosen["start"] == "average"
