@@ -63,11 +63,7 @@ class Code:
         return [erased for size in sizes for erased in combinations(range(self.num_experts), size)]
 
     def encode(self, outputs: Tensor) -> Tensor:
-        """Return what ideal coded models would answer to outputs ``[N, ...]``: ``[R, ...]``, Σ_i matrix[r, i] · f_i.
-
-        Raises:
-            ConfigurationError: The first dimension is not N.
-        """
+        """Return what ideal coded models would answer to outputs ``[N, ...]``: ``[R, ...]``, Σ_i matrix[r, i] · f_i."""
         if outputs.shape[0] != self.num_experts:
             raise ConfigurationError(
                 f"found outputs of {outputs.shape[0]} experts, the code is for {self.num_experts}; give them "

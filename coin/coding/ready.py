@@ -57,9 +57,6 @@ def simplex_codes(num_experts: int, resolution: int) -> list[Code]:
     """Return all codes of one row whose weights are positive multiples of 1/resolution.
 
     There are (resolution − 1 choose N − 1) of them: 9 for two experts at resolution 10, 36 for three.
-
-    Raises:
-        ConfigurationError: `resolution` is less than N, so that no such row exists.
     """
     if not 1 <= num_experts <= resolution:
         raise ConfigurationError(f"found resolution {resolution} for {num_experts} experts, expected at least as many")
@@ -78,11 +75,7 @@ def decoded_error_bound(code: Code, residual: float) -> float:
 
 
 def choose_code(candidates: Iterable[Code], residual_of: Callable[[Code], float]) -> Code:
-    """Return the candidate with the smallest `decoded_error_bound` of its residual; the first of equals.
-
-    Raises:
-        ConfigurationError: There are no candidates.
-    """
+    """Return the candidate with the smallest `decoded_error_bound` of its residual; the first of equals."""
     codes = list(candidates)
     if not codes:
         raise ConfigurationError("found no candidate codes, expected at least one")

@@ -1,11 +1,96 @@
-"""Weighted ridge regressions of affine maps, a group at a time, from rows that are passed over twice."""
+"""One affine unit of a network refitted in closed form: weighted ridge regressions, a group at a time."""
 
 from collections.abc import Callable, Iterable, Iterator
+from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coin.errors import NumericalError
+from coin.merging.lockstep import Look
+from coin.merging.units import Unit
+from coin.statistics.gram import patches_of
+from coin.statistics.rules.call import Call
+from coin.statistics.rules.convolution import ConvolutionCall
+from coin.statistics.rules.elementwise import ElementwiseCall
+from coin.statistics.rules.linear import LinearCall
+from coin.statistics.sums import sum_type
+
+
+def fit_unit(
+    network: nn.Module,
+    unit: Unit,
+    looks: Callable[[], Iterator[Look]],
+    shares: Tensor,
+    mixtures: Tensor,
+    ridge: float,
+) -> None:
+    """Refit one unit of a network in place, from what the networks make of the samples there.
+
+    `mixtures` [N, P] are every sample's mixture of the experts, which is its target, and `shares` [P] its weight.
+    """
+    weight = network.get_parameter(unit.weight)
+    shift = None if unit.shift is None else network.get_parameter(unit.shift)
+    turned = False
+
+    def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        nonlocal turned
+        for look in looks():
+            turned = isinstance(look.call, LinearCall) and look.call.transposed
+            # In a unit with a BatchNorm the shift comes behind the call.
+            output = look.output
+            if unit.norm is not None and shift is not None:
+                convolved = isinstance(look.call, ConvolutionCall)
+                output = output + (shift.view(-1, *[1] * (output.ndim - 2)) if convolved else shift)
+            residual = _target(look, mixtures) - output
+            yield from _rows(look.call, residual, shares[look.samples])
+
+    step, constant = fit_affine(rows, ridge, intercept=shift is not None)
+    flat = step.flatten(0, 1)
+    weight.add_((flat.T if turned else flat).reshape(weight.shape))
+    if shift is not None:
+        shift.add_(constant.reshape(shift.shape))
+
+
+def _target(look: Look, mixtures: Tensor) -> Tensor:
+    """Return what the unit is to give, of the output's shape."""
+    target = torch.zeros_like(look.output)
+    count = look.samples.stop - look.samples.start
+    by_sample = target.view(count, -1, *target.shape[1:])
+    for each, place, mixture in zip(look.targets, look.places, mixtures[:, look.samples], strict=True):
+        if each is not None:
+            share = mixture[place].to(target).view(-1, *[1] * (by_sample.ndim - 1))
+            by_sample[place] += share * each.reshape(len(place), *by_sample.shape[1:])
+    return target
+
+
+def _rows(call: Call, residual: Tensor, shares: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield a unit's inputs [n, G, K], residuals [n, G, O] and weights [n] at all positions, in blocks."""
+    residual = residual.to(sum_type(residual))
+    if isinstance(call, ElementwiseCall):
+        assert call.normalised is not None
+        inputs: Iterable[Tensor] = [_entries(call.normalised(call.inputs), call.shape)]
+        residual = _entries(residual, call.shape)
+    else:
+        assert isinstance(call, LinearCall)
+        inputs = patches_of(call)
+        residual = residual.movedim(1, -1) if isinstance(call, ConvolutionCall) else residual
+        groups = call.geometry.groups if isinstance(call, ConvolutionCall) else 1
+        residual = residual.reshape(-1, groups, residual.shape[-1] // groups)
+    weights = shares.to(residual.device).repeat_interleave(len(residual) // len(shares))
+    start = 0
+    for piece in inputs:
+        end = start + len(piece)
+        yield piece.to(residual), residual[start:end], weights[start:end]
+        start = end
+
+
+def _entries(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return x [N, …] as [N · positions, entries, 1] for a parameter that is broadcast over x[n] in this shape."""
+    whole = (1,) * (x.ndim - 1 - len(shape)) + shape
+    entries = [1 + place for place, size in enumerate(whole) if size > 1]
+    positions = [place for place in range(1, x.ndim) if place not in entries]
+    return x.permute(0, *positions, *entries).reshape(-1, max(1, prod(shape)), 1)
 
 
 def fit_affine(

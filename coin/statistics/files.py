@@ -93,7 +93,7 @@ def save_statistic(
 
     Args:
         path: The file, safetensors.
-        values: What `fisher_diagonal` returns, or ``gram_sums(…).mean()``: the mean over samples by name; or sums.
+        values: What `fisher_diagonal` or ``gram_sums(…).mean()`` returns, the mean over samples by name; or sums.
         network: The network, with the weights that it had then.
         kind: Which Fisher it is; nothing of Gram matrices.
 

@@ -83,11 +83,7 @@ def gram_sums(
 
 
 class GramPass:
-    """Adds up `gram_sums` over the batches it is given.
-
-    Args:
-        network: Maps [B, …] to any output; run in eval mode and left as found.
-    """
+    """Adds up `gram_sums` of a network over the batches it is given."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -99,7 +95,7 @@ class GramPass:
         return 0 if self._sums is None else self._sums.count
 
     def add(self, batch: Any) -> None:
-        """Add a batch [B, …]; raises as `gram_sums` does."""
+        """Add a batch [B, …]."""
         sums = gram_sums(self.network, [batch])
         self._sums = sums if self._sums is None else self._sums + sums
 

@@ -13,9 +13,7 @@ from coin.errors import ConfigurationError
 def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that a statistic is of: those that require gradients; if none does, all of them.
 
-    Raises:
-        ConfigurationError: There are none, or one that requires gradients is complex: the square of its gradient is no
-            real number.
+    Raises ConfigurationError where there are none, or one is complex: the square of its gradient is no real number.
     """
     every = {name: p for name, p in network.named_parameters() if p.is_floating_point() or p.requires_grad}
     parameters = {name: p for name, p in every.items() if p.requires_grad} or every

@@ -62,11 +62,9 @@ def sum_type(tensor: Tensor) -> torch.dtype:
 def reduce_sums(sums: Sums) -> Sums:
     """Return the sums over all processes of the default process group, the same on each; `sums` itself without one.
 
-    The processes first agree on the tensors, as one may not have covered what another has. All accumulators then travel
-    as one float64 vector, the count behind them, in a single SUM reduction on the device that the backend needs.
-
-    Raises:
-        StateError: The names or shapes differ in anything else.
+    The processes first agree on the tensors, as one may not have covered what another has; StateError where they differ
+    otherwise. All accumulators then travel as one float64 vector, the count behind them, in a single SUM reduction on
+    the device that the backend needs.
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return sums

@@ -46,9 +46,7 @@ class Tape:
     def run(self, network: nn.Module, inputs: Batch) -> Tensor:
         """Return the network's output [B, C] for samples [B, …], with the ruled calls recorded.
 
-        Raises:
-            DataError: The output is not [B, C].
-            StateError: The network changed a ruled call's input in place, so that its gradient is gone.
+        Raises DataError for another output, and StateError where a ruled call's input was changed in place.
         """
         versions: dict[Call, int] = {}
         self._samples = size_of(inputs)
@@ -103,9 +101,8 @@ class Tape:
     def close(self, output: Tensor, misplaced: Collection[str] = ()) -> set[str]:
         """Settle who is responsible for which parameter, before the backward passes that count.
 
-        Returns:
-            The names that the rules must not answer for, because the parameter is misplaced, called more than once or
-            also used outside a ruled call: their per-sample gradients have to be summed before squaring.
+        Returned are the names that the rules must not answer for, because the parameter is misplaced, called more than
+        once or also used outside a ruled call: their per-sample gradients have to be summed before squaring.
         """
         times = Counter(name for names in self.calls.values() for name in names.values())
         reached = reached_tensors(output)

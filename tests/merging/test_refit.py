@@ -572,30 +572,6 @@ def test_the_smallest_pieces_give_the_same(kind, target, monkeypatch):
     assert_answers_close(one.network, two.network, tasks, 1e-10)
 
 
-@pytest.mark.parametrize("piece", [100, 4])
-def test_a_walk_meets_every_network_at_the_same_call(piece):
-    networks, tasks = kind_of("two layers")
-    coded, x = deepcopy(networks[0]), torch.cat(tasks)
-    parts = [torch.arange(0, 34, 3), torch.arange(1, 30, 2), torch.tensor([33])]
-    with Walk(coded, networks, x, parts, piece) as walk:
-        for name, depth in (("0.weight", 1), ("2.weight", 3)):
-            seen = 0
-            for look in walk.looks(name, name)():
-                samples = x[look.samples]
-                seen += len(samples)
-                torch.testing.assert_close(look.output, answers(coded[:depth], samples), rtol=0, atol=1e-12)
-                torch.testing.assert_close(look.call.inputs, answers(coded[: depth - 1], samples), rtol=0, atol=1e-12)
-                for network, target, place, part in zip(networks, look.targets, look.places, parts, strict=True):
-                    inside = part[(part >= look.samples.start) & (part < look.samples.stop)]
-                    assert torch.equal(place + look.samples.start, inside)
-                    assert (target is None) == (len(inside) == 0)
-                    if target is not None:
-                        torch.testing.assert_close(target, answers(network[:depth], x[inside]), rtol=0, atol=1e-12)
-            assert seen == len(x)
-            with torch.no_grad():
-                coded.get_parameter(name).mul_(2)  # as a refit would
-
-
 # Choices
 
 
@@ -728,7 +704,7 @@ def test_bfloat16_is_fitted_in_float32(monkeypatch):
         types.update(each.dtype for a, r, _ in rows() for each in (a, r))
         return fit_affine(rows, *options, **named)
 
-    monkeypatch.setattr("coin.merging.refit.fit_affine", recorded)
+    monkeypatch.setattr("coin.merging.affine.fit_affine", recorded)
     made = Refit("own", RIDGE).make(experts_of([network.bfloat16() for network in networks], tasks), ROW)
     assert types == {torch.float32}
     assert {parameter.dtype for parameter in made.network.parameters()} == {torch.bfloat16}

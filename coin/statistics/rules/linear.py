@@ -138,14 +138,9 @@ def contract_pairs(g: Tensor) -> Tensor:
 
 
 def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
-    """Add Σ_n Σ_p pairs_np a_t a_t' to `total`.
+    """Add Σ_n Σ_p pairs_np a_t a_t' to `total` [G, O/G, K], of contracted pairs [B, P, O] and inputs a [B, T, G·K].
 
     The sum is one of squares, but where positions cancel its terms do not, and rounding may leave less than nothing.
-
-    Args:
-        total: Accumulator [G, O/G, K], a view that is written in place.
-        pairs: From `contract_pairs`, [B, P, O].
-        a: Inputs [B, T, G·K], group after group.
     """
     groups, outputs, k = total.shape
     first, second, _ = position_pairs(a.shape[1], a.device)
@@ -161,12 +156,9 @@ def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
 
 
 def add_direct(total: Tensor, g: Tensor, a: Iterable[Tensor]) -> None:
-    """Add Σ_n Σ_v (Σ_t g_vt a_tᵀ)² to `total` by forming the per-sample gradients a block at a time.
+    """Add Σ_n Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, O/G, K] by forming the per-sample gradients a block at a time.
 
-    Args:
-        total: Accumulator [G, O/G, K], a view that is written in place.
-        g: Cotangents [V, B, O, T].
-        a: Each sample's inputs [G, T, K].
+    The cotangents g are [V, B, O, T], and each sample's inputs in a [G, T, K].
     """
     v, _, o, t = g.shape
     groups, outputs, k = total.shape
