@@ -13,8 +13,9 @@ from coin.merging.checks import checked
 from coin.merging.coin import Coin, floored_diagonal
 from coin.merging.experts import Experts, held_out_count, parameters_of
 from coin.merging.method import CodedModel, Method, fill, refined, starting_method
+from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import progress
-from coin.statistics import fisher_sums
+from coin.statistics import FisherKind, fisher_sums
 from coin.statistics.products import OutputMap
 from coin.statistics.statistic import DataChoice, Statistic
 
@@ -39,7 +40,7 @@ class GaussNewton(Coin):
     `max_steps`. No labels, no learning rate.
 
     BatchNorm's statistics are those of the start, where its policy has settled them, and stay frozen: recalibrating
-    them afterwards would undo part of the fit.
+    them afterwards would undo part of the fit. Options that are not listed are those of `Coin`, for the COIN start.
 
     Source: Levenberg (1944) and Marquardt (1963) for the damping by the diagonal; Martens, *Deep learning via
     Hessian-free optimization* (ICML 2010), section 4, for Jacobian products and truncated solves.
@@ -50,7 +51,7 @@ class GaussNewton(Coin):
         tolerance: Relative fall of the held-out squared error below which the steps end.
         ridge: Relative to the mean Fisher entry: how freely parameters with no Fisher at the experts may move.
         start: ``coin``, another closed form's name, or its ``class_path`` and ``init_args``; see `starting_method`.
-        **options: Of the COIN start, as of `Coin`.
+        damping: Of the COIN start, see `Coin`.
     """
 
     name = "gauss_newton"
@@ -63,9 +64,13 @@ class GaussNewton(Coin):
         ridge: float = 1e-2,
         *,
         start: str | dict[str, Any] = "coin",
-        **options: Any,
+        damping: float = 1e-6,
+        fisher_kind: FisherKind | None = None,
+        fisher_data: DataChoice | None = None,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
+        label: str | None = None,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(damping, fisher_kind=fisher_kind, fisher_data=fisher_data, batchnorm=batchnorm, label=label)
         if max_steps < 1 or max_iterations < 1:
             raise ConfigurationError(
                 f"found max_steps {max_steps} and max_iterations {max_iterations}, expected at least 1 of each"

@@ -108,27 +108,6 @@ def test_coin_stays_between_the_experts(entries, damping):
     assert min(values) - 1e-12 <= merged <= max(values) + 1e-12
 
 
-def test_regmean_minimises_its_objective():
-    """Against the stacked least-squares problem, written with the inputs themselves, for a layer with a bias."""
-    generator = torch.Generator().manual_seed(0)
-    data = [torch.randn(30, 5, generator=generator, dtype=torch.float64) * (i + 1) for i in range(3)]
-    joined = [torch.cat([x, torch.ones(30, 1).double()], 1) for x in data]
-    grams = [{"head.weight": (x.T @ x / 30)[None]} for x in joined]
-    merged = regmean_parameters(EXPERTS, grams, WEIGHTS, alpha=1, damping=0)
-    rows = torch.cat([math.sqrt(w) * x for w, x in zip(WEIGHTS, joined, strict=True)])
-    targets = torch.cat(
-        [
-            math.sqrt(w) * (x @ torch.cat([e["head.weight"], e["head.bias"][:, None]], 1).T)
-            for w, x, e in zip(WEIGHTS, joined, EXPERTS, strict=True)
-        ]
-    )
-    expected = torch.linalg.lstsq(rows, targets).solution.T
-    torch.testing.assert_close(merged["head.weight"], expected[:, :-1])
-    torch.testing.assert_close(merged["head.bias"], expected[:, -1])
-    for key in ("conv.weight", "conv.bias", "norm.weight"):
-        torch.testing.assert_close(merged[key], weighted(EXPERTS)[key])
-
-
 def test_regmean_solves_each_group_of_a_convolution_by_itself():
     generator = torch.Generator().manual_seed(5)
     factors = [torch.randn(2, 18, 30, generator=generator, dtype=torch.float64) for _ in range(2)]

@@ -61,15 +61,6 @@ def test_every_row_of_the_code_gives_a_network_of_its_own(make_expert):
     assert all(bool(network.fc.weight.any()) for network in [merged[1], *experts])
 
 
-def test_an_average_of_linear_networks_answers_the_encoded_outputs(batches):
-    torch.manual_seed(0)
-    experts = [nn.Sequential(nn.Flatten(), nn.Linear(768, 4)).double() for _ in range(2)]
-    (merged,) = merge_networks(Average(), experts, CODE)
-    inputs = batches[0]
-    wanted = CODE.encode(torch.stack([expert(inputs) for expert in experts]))[0]
-    torch.testing.assert_close(merged(inputs), wanted, rtol=1e-12, atol=1e-12)
-
-
 def test_keep_takes_the_shared_initialisations_statistics(make_expert):
     experts, initial = [make_expert(1), make_expert(2)], make_expert(3)
     method = Average(batchnorm=BatchNormPolicy.keep)
