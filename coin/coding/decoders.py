@@ -15,15 +15,9 @@ from coin.errors import ConfigurationError, DecodingError, NumericalError
 
 
 class Decoder(ABC):
-    """Computes the outputs of a fixed set of lost experts.
+    """Computes the outputs of a fixed set of lost experts, `erased`, in their order.
 
-    Args:
-        num_experts: N.
-        erased: Indices of the lost experts, in the order in which `decode` returns them.
-        config: The kind and its options.
-
-    Raises:
-        DecodingError: `erased` is empty, or names an expert twice or one that does not exist.
+    Raises DecodingError where `erased` is empty, or names an expert twice or one that does not exist.
     """
 
     needs_fit = True

@@ -27,16 +27,10 @@ class Stop(NamedTuple):
 
 
 class PausedPass:
-    """One network's forward pass, in a thread of its own that runs only while it is asked to.
+    """A forward pass of a network in eval mode, in a thread of its own that runs only while it is asked to.
 
-    A thread is what can stop inside any network's forward. Never do two run at once.
-
-    Args:
-        network: In eval mode.
-        inputs: [B, …].
-
-    Attributes:
-        trail: The weights of the calls that it has made, in their order.
+    A thread is what can stop inside any network's forward. Never do two run at once. `trail` has the weights of the
+    calls that it has made, in their order.
     """
 
     def __init__(self, network: nn.Module, inputs: Batch) -> None:
@@ -50,8 +44,7 @@ class PausedPass:
     def advance(self, again: bool = False) -> Stop | None:
         """Go on to the end of the next ruled call; return None at the end of the pass.
 
-        Args:
-            again: Whether the call that it stands at is to be done again first, since its parameters have changed.
+        If `again`, the call that it stands at is done again first, since its parameters have changed.
         """
         if self._thread.ident is None:
             self._thread.start()
@@ -119,15 +112,8 @@ class Walk:
     Within its context, where all samples may run together, every network runs once, and the coded network does a call
     again after it was changed. Otherwise they are taken in pieces, and run from their inputs anew for every unit.
 
-    Args:
-        coded: The network that is changed on the way.
-        experts: The experts, which make the same calls in the same order.
-        inputs: All samples [P, …].
-        parts: Of every expert the places of the samples that it runs on, int64, rising.
-        piece: How many samples may run together.
-
-    Attributes:
-        passes: Forward-equivalents spent so far; a pass that was not brought to its end counts as one.
+    Of all samples [P, …] every expert runs on its part, at the rising places given, and `piece` samples may run
+    together. `passes` counts forward-equivalents; a pass that was not brought to its end counts as one.
     """
 
     def __init__(

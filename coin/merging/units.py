@@ -54,15 +54,8 @@ def affine_units(network: nn.Module, inputs: Batch) -> tuple[list[Unit], int]:
     whose output has the samples, or several rows of each, along its leading dimension. A BatchNorm over a linear map's
     outputs that alone reads them, and next, is part of it.
 
-    Args:
-        network: In eval mode.
-        inputs: At least two samples [B, …].
-
-    Returns:
-        The units, and the floats of one sample in the widest call.
-
-    Raises:
-        StateError: The calls depend on the number of samples.
+    The network is in eval mode, and there are at least two samples. Returned are the units, and the floats of one
+    sample in the widest call. Raises StateError where the calls depend on the number of samples.
     """
     two, three = (_trace(network, take(inputs, torch.arange(count) % size_of(inputs))) for count in (2, 3))
     if [seen.weight for seen in two] != [seen.weight for seen in three]:
@@ -105,11 +98,10 @@ class _Seen:
 
 
 class _Readers(TorchFunctionMode):
-    """Counts how many functions read each piece of memory, and keeps all tensors so that none is used twice.
+    """Counts how many functions that return tensors read each address, and each parameter by id: `times`, `parameters`.
 
-    Attributes:
-        times: Address → how many functions were given a tensor there and returned tensors.
-        parameters: The same of parameters by id, as a view of one, read once, may be all that is made of it.
+    All tensors are kept so that no memory is used twice. A view of a parameter, read once, may be all that is made of
+    it.
     """
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ class Layout:
             that a layer rule may answer for; None if it has to be found out for every cut.
         activations: Floats per sample in the inputs of all ruled calls together.
         widest: Floats per sample in the largest of those inputs.
-        logits: The network's output [C] for the first of these samples, on its own.
+        logits: The output [C] for the first of these samples, on its own.
     """
 
     rows: Mapping[str, int] | None

@@ -181,10 +181,8 @@ def _self_attention(arguments: tuple[Any, ...], options: dict[str, Any]) -> tupl
 
     Its projections of query, key, value [T, B, E] are then ordinary linear calls with the samples first.
     As in torch, what is_causal says replaces the mask only where there is neither padding nor a call for the weights.
-
-    Returns:
-        (output [T, B, E], attention weights or None), or None for every other form of attention (cross attention, extra
-        keys, separate projections, dropout), which is left to the function itself.
+    None stands for every other form of attention (cross attention, extra keys, separate projections, dropout), which is
+    left to the function itself.
     """
     bound = _ATTENTION.bind(*arguments, **options)
     bound.apply_defaults()

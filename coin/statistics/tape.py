@@ -81,10 +81,8 @@ class Tape:
         digit of the samples' numbers in base 4 tells all samples apart. A row at which no gradient arrives has no
         share in the squares and is as good as any.
 
-        Args:
-            output: [B, C], whose graph is kept.
-            unseen: Whether a call counts as misplaced if no gradient arrives at it, as if its weight could be trusted
-                for other samples too; where a weight of zero is all that hides the gradient, it is looked behind.
+        The output's graph is kept. If `unseen`, a call at which no gradient arrives counts as misplaced, since it is to
+        be trusted for other samples too; where a weight of zero is all that hides the gradient, it is looked behind.
         """
         numbers = torch.arange(self._samples, device=output.device)
         scales = [torch.ones_like(numbers)]

@@ -41,11 +41,9 @@ class Geometry:
         return rows.as_strided(shape, (outer, *steps, *taps, last))
 
     def taps(self, size: tuple[int, ...]) -> list[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
-        """Return, for every kernel tap that meets the image, its flat index and where it does.
+        """Return, for every kernel tap that meets an image of this size, its flat index and where it does.
 
-        Returns:
-            (index into the flattened kernel, slices of the output positions, slices of the input positions) for an
-            input of spatial size `size`; taps that only ever meet padding are left out.
+        That is slices of the output positions, and of the input positions.
         """
         output = self.output_size(size)
         axes = []
