@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from coin.reporting.comparison import variant_names
 from lightning.pytorch.loggers import Logger
 
 from coin.cli import main
 from coin.errors import NumericalError
 from coin.files.atomic import sha256_of
 from coin.reporting import read_results
-from coin.reporting.comparison import variant_names
 
 pytestmark = pytest.mark.slow
 

@@ -141,7 +141,14 @@ def test_it_says_what_was_run_and_how_to_do_it_again_elsewhere(full: Path):
     (config,) = [link for link in page.links if link.startswith("data:text/yaml")]
     assert base64.b64decode(config.partition(",")[2]) == b"name: quickstart\n"
     assert "wandb sync" in page.said
-    for words in ("mnist (MNIST5k)", "small_resnet, 32", "[[0.5, 0.5]]", "torch ", "cores", "seeds 0, 1, 2"):
+    for words in (
+        "mnist (MNIST5k)",
+        "small_resnet, images of 32 pixels",
+        "[[0.5, 0.5]]",
+        "torch ",
+        "cores",
+        "seeds 0, 1, 2",
+    ):
         assert words in page.said, words
     assert re.search(r"date 20\d\d-\d\d-\d\d \d\d:\d\d", page.said)
 
@@ -183,7 +190,9 @@ def test_confusions_are_summed_over_seeds_with_the_classes_names(
     rows, confusions = measure(0, methods=FEW)
     write_results(full / "seed-0", rows, {"name": "quickstart"}, confusions, classes=classes)
     for seed in (1, 2):
-        write_results(full / f"seed-{seed}", measure(seed, methods=FEW)[0], {"name": "quickstart"}, measure(seed, methods=FEW)[1])
+        write_results(
+            full / f"seed-{seed}", measure(seed, methods=FEW)[0], {"name": "quickstart"}, measure(seed, methods=FEW)[1]
+        )
     seen = []
     draw = drawn.confusion_matrices
     monkeypatch.setattr(drawn, "confusion_matrices", lambda *given: seen.append(given) or draw(*given))
@@ -214,7 +223,10 @@ def test_several_experiments_stand_side_by_side(make_experiment: Make, tmp_path:
     page = Page(path)
     for words in ("2 experiments compared", "p50: 1 of 2 lost", "p1000: 1 of 2 lost", "p50: When one of 2 experts"):
         assert words in page.said
-    assert {item.name for item in (path.parent / "plots").iterdir()} == {"nda_by_experiment.png", "nda_against_samples.png"}
+    assert {item.name for item in (path.parent / "plots").iterdir()} == {
+        "nda_by_experiment.png",
+        "nda_against_samples.png",
+    }
     again = write_report([folders[0], folders[0]], tmp_path / "elsewhere")
     assert again == tmp_path / "elsewhere" / "report.html"
     assert "compared" not in again.read_text(encoding="utf-8")  # one folder given twice is one experiment

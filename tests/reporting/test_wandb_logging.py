@@ -194,7 +194,7 @@ def test_examples_are_a_table_of_images(tmp_path: Path):
     images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     answers = np.array([0, 1])
     run = start_run(tmp_path, group="g", job_type="evaluate", name="n")
-    log_examples(run, Examples(images, answers, answers[::-1], answers, ("cat", "dog")))
+    log_examples(run, Examples(images, answers, answers, {"coin||ridge": answers[::-1]}, ("cat", "dog")))
     finish_run()
     (file,) = (run_folders(tmp_path)[0] / "files" / "media" / "table").glob("examples_*")
     data = json.loads(file.read_text(encoding="utf-8"))["data"]
