@@ -418,6 +418,8 @@ def _facts(source: Source) -> dict[str, str]:
     weights = base.get("checkpoint") or ("a base trained beforehand" if base else network.get("weights"))
     code = [f"[{', '.join(f'{weight:.3g}' for weight in row)}]" for row in configuration.get("code") or ()]
     chosen = f", chosen from the calibration data of {source.seeds[0].name}" if configuration.get("code_choice") else ""
+    size = network.get("image_size")
+    reads = f"texts of {size} tokens" if network.get("name") == "minilm" else f"images of {size} pixels"
     swept = [
         f"{name}: {', '.join(dict.fromkeys(text for v in values for text in (short_value(v, values), v)))}"
         for name, values in (source.sweep.swept.items() if source.sweep else ())
@@ -425,7 +427,7 @@ def _facts(source: Source) -> dict[str, str]:
     ]
     found = {
         "tasks": ", ".join(tasks),
-        "network": ", ".join(str(network[each]) for each in ("name", "image_size") if network.get(each)),
+        "network": f"{network['name']}, {reads}" if network.get("name") else "",
         "starts from": str(weights or "random weights") if network else "",
         "code": f"[{', '.join(code)}]{chosen}" if code else "",
         "P, calibration samples per task": ", ".join(map(str, sorted(set(frame["samples_per_task"])))),

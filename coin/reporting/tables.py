@@ -82,9 +82,9 @@ def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([line for *_, line in sorted(lines, key=lambda each: each[:2])], columns=columns)
 
 
-def results_console() -> Console:
-    """Return a console for results: as wide as the terminal, or `WIDTH` columns where nobody watches."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH)
+def results_console(width: int = WIDTH) -> Console:
+    """Return a console for results: as wide as the terminal, or so many columns where nobody watches."""
+    return Console(width=None if sys.stdout.isatty() else width)
 
 
 def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None:

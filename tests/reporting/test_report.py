@@ -141,7 +141,14 @@ def test_it_says_what_was_run_and_how_to_do_it_again_elsewhere(full: Path):
     (config,) = [link for link in page.links if link.startswith("data:text/yaml")]
     assert base64.b64decode(config.partition(",")[2]) == b"name: quickstart\n"
     assert "wandb sync" in page.said
-    for words in ("mnist (MNIST5k)", "small_resnet, 32", "[[0.5, 0.5]]", "torch ", "cores", "seeds 0, 1, 2"):
+    for words in (
+        "mnist (MNIST5k)",
+        "small_resnet, images of 32 pixels",
+        "[[0.5, 0.5]]",
+        "torch ",
+        "cores",
+        "seeds 0, 1, 2",
+    ):
         assert words in page.said, words
     assert re.search(r"date 20\d\d-\d\d-\d\d \d\d:\d\d", page.said)
 
