@@ -168,23 +168,20 @@ class _Page:
         source, several = self.sources[0], len(self.found) > 1
         best, found = max(self.found.items(), key=lambda each: each[1].best.nda.mean() if each[1].best else -1.0)
         facts = [_facts(each) for each in self.sources]
-        lines = dict.fromkeys(name for each in facts for name in each)
+        lines, names = dict.fromkeys(name for each in facts for name in each), [each.name for each in self.sources]
         table = [[line, *(each.get(line, "–") for each in facts)] for line in lines]
         lists = [f"{name}: {each.headline}" for name, each in self.found.items()] if several else found.beyond_spread
         sections: list[dict[str, Any]] = [
             {"title": "Findings", "list": lists, "text": "" if several else _PAIRED},
-            {"title": "Figures", "figures": [] if several else list(self._more_figures())},
+            {"title": "Configuration", "tables": [("", pd.DataFrame(table, columns=["", *names]))]},
             {"title": "Experts", "tables": [("", _experts(self.summary))], "figures": list(self._curves())},
-            {
-                "title": "Configuration",
-                "tables": [("", pd.DataFrame(table, columns=["", *(s.name for s in self.sources)]))],
-            },
             {"title": "How to reproduce", "commands": [self._reproduce(each) for each in self.sources]},
         ]
         if not several:
             sections[1:1] = [
                 {"title": "Differences between methods", "tables": list(self._differences(found)), "text": _PAIRED},
                 {"title": "Accuracy and agreement by task", "tables": list(_by_task(self.summary, found))},
+                {"title": "Figures", "figures": list(self._more_figures())},
             ]
             sections[-1:-1] = [
                 {"title": "Layers", "figures": list(self._layers(source))},
@@ -430,7 +427,7 @@ def _facts(source: Source) -> dict[str, str]:
         "decoders": ", ".join(dict.fromkeys(frame["decoder"])),
         "seeds": ", ".join(map(str, sorted(set(frame["seed"])))),
         "swept": "; ".join(swept),
-        "date": str(source.document.get("date") or "").replace("T", " "),
+        "date": str(source.document.get("date") or "")[:16].replace("T", " "),
         "machine": str(source.document.get("machine") or ""),
     }
     return {name: text for name, text in found.items() if text}
