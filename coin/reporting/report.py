@@ -129,7 +129,8 @@ def read_sources(folders: Sequence[Path]) -> list[Source]:
     names = [source.name for source in found]
     for name, source in zip(names, found, strict=True):
         if source.sweep is not None and len(found) > 1:
-            source.frame["experiment"] = f"{source.sweep.name} " + source.frame["experiment"]
+            own: Any = source.frame["experiment"]
+            source.frame["experiment"] = own.where(own == source.sweep.name, f"{source.sweep.name} " + own)
         elif names.count(name) > 1:
             source.frame["experiment"] = f"{name} ({source.folder})"
     return found
@@ -319,7 +320,7 @@ class _Page:
             "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
             "json": json.dumps(source.document["configuration"], indent=2, ensure_ascii=False),
             "files": [os.path.relpath(file.resolve(), self.path.parent.resolve()) for file in files if file.is_file()],
-            "wandb": str(source.document.get("wandb") or ""),
+            "wandb": url if (url := str(source.document.get("wandb"))).startswith("http") else "",
             "offline": any(True for seed in source.seeds for _ in seed.glob("wandb/offline-run-*")),
         }
 
