@@ -44,8 +44,8 @@ REPORT_HTML = "report.html"
 PLOTS = "plots"
 _COST = (
     "NDA (accuracy of the decoded answer ÷ that of the lost expert, mean over tasks ± spread over seeds) of every "
-    "method against what it costs, by decoder. Up and left is better. Blue and green: closed forms; orange and red: trained; "
-    "dashed: the survivors alone, without a coded model; dotted: the paper's 97.5 %."
+    "method against what it costs, by decoder. Up and left is better. Blue and green: closed forms; orange and red: "
+    "trained; dashed: the survivors alone, without a coded model; dotted: the paper's 97.5 %."
 )
 _LAYERS = (
     "Above, where the Fisher's mass lies. Below, how far each merge is from the average of the experts (1: as far as "
@@ -129,7 +129,8 @@ def read_sources(folders: Sequence[Path]) -> list[Source]:
     names = [source.name for source in found]
     for name, source in zip(names, found, strict=True):
         if source.sweep is not None and len(found) > 1:
-            source.frame["experiment"] = f"{source.sweep.name} " + source.frame["experiment"]
+            own: Any = source.frame["experiment"]
+            source.frame["experiment"] = own.where(own == source.sweep.name, f"{source.sweep.name} " + own)
         elif names.count(name) > 1:
             source.frame["experiment"] = f"{name} ({source.folder})"
     return found
@@ -167,25 +168,21 @@ class _Page:
         """Return what the template wants: the finding first, then what lies behind it."""
         source, several = self.sources[0], len(self.found) > 1
         best, found = max(self.found.items(), key=lambda each: each[1].best.nda.mean() if each[1].best else -1.0)
-        costs = not several and self.has_methods
         facts = [_facts(each) for each in self.sources]
-        lines = dict.fromkeys(name for each in facts for name in each)
+        lines, names = dict.fromkeys(name for each in facts for name in each), [each.name for each in self.sources]
         table = [[line, *(each.get(line, "–") for each in facts)] for line in lines]
         lists = [f"{name}: {each.headline}" for name, each in self.found.items()] if several else found.beyond_spread
         sections: list[dict[str, Any]] = [
             {"title": "Findings", "list": lists, "text": "" if several else _PAIRED},
-            {"title": "Figures", "figures": [] if several else list(self._more_figures())},
+            {"title": "Configuration", "tables": [("", pd.DataFrame(table, columns=["", *names]))]},
             {"title": "Experts", "tables": [("", _experts(self.summary))], "figures": list(self._curves())},
-            {
-                "title": "Configuration",
-                "tables": [("", pd.DataFrame(table, columns=["", *(s.name for s in self.sources)]))],
-            },
             {"title": "How to reproduce", "commands": [self._reproduce(each) for each in self.sources]},
         ]
         if not several:
             sections[1:1] = [
                 {"title": "Differences between methods", "tables": list(self._differences(found)), "text": _PAIRED},
                 {"title": "Accuracy and agreement by task", "tables": list(_by_task(self.summary, found))},
+                {"title": "Figures", "figures": list(self._more_figures())},
             ]
             sections[-1:-1] = [
                 {"title": "Layers", "figures": list(self._layers(source))},
@@ -200,7 +197,7 @@ class _Page:
             "headline": (f"The best of {len(self.found)} experiments is {best}. " if several else "") + found.headline,
             "roles": found.roles,
             "cautions": found.cautions,
-            "hero": list(self._costs() if costs else self._across()),
+            "hero": list(self._across() if several else self._costs()) if self.has_methods else [],
             "tables": list(self._tables()),
             "phone": ["method", "P", *decoders_of(self.means)[:2]],
             "sections": [
@@ -230,36 +227,32 @@ class _Page:
             yield self._draw(f"nda_against_cost_{decoder}", figures.nda_against_cost(self.means, decoder), _COST)
 
     def _more_figures(self) -> Iterator[dict[str, Any]]:
-        if self.has_methods and self.means["samples_per_task"].nunique() > 1:
+        """Draw P, all decoders and residuals where there is something to be seen."""
+        coded = self.means[~self.means["method"].isin(REFERENCES)]
+        if coded["samples_per_task"].nunique() > 1:
             caption = "NDA against the number of calibration samples per task."
             yield self._draw("nda_against_samples", figures.nda_against_samples(self.means), caption)
-        if self.has_methods and self.means["decoder"].nunique() > 2:
+        if len(self.found) == 1 and coded["decoder"].nunique() > 2:
             caption = "All decoders: a marker each. Dotted: the paper's 97.5 %."
             yield self._draw("nda_by_method", figures.nda_by_method(self.means), caption)
-        if np.isfinite(self.means.loc[~self.means["method"].isin(REFERENCES), "residual_mean"]).any():
+        if len(self.found) == 1 and np.isfinite(coded["residual_mean"]).any():
             caption = "NDA against the residual. Where a decoder is fitted, a large residual need not cost accuracy."
             yield self._draw("nda_against_residual", figures.nda_against_residual(self.means), caption)
 
     def _across(self) -> Iterator[dict[str, Any]]:
-        if not self.has_methods:
-            return
-        means = largest_samples(self.means)
+        """Draw several experiments side by side, and NDA against the options of sweeps."""
+        means = largest_samples(self.means[~self.means["method"].eq("oracle")])
         whole = means[means["experiment"].isin([source.name for source in self.sources])]
         if whole["experiment"].nunique() > 1:
             yield self._draw("nda_by_experiment", figures.nda_by_experiment(whole), "NDA by method and experiment.")
-        if self.means["samples_per_task"].nunique() > 1:
-            caption = "NDA against the number of calibration samples per task; mean over all else."
-            yield self._draw("nda_against_samples", figures.nda_against_samples(self.means), caption)
-        for source in self.sources:
-            if (sweep := source.sweep) is None:
-                continue
+        yield from self._more_figures()
+        for source, sweep in ((each, each.sweep) for each in self.sources if each.sweep):
             own, options = means[means["experiment"].isin(source.names)], list(sweep.options.values())
             names = [name for name in options[0] if len(sweep.swept[name]) > 1]
             for name in names:
                 value = dict(zip(source.names, (each[name] for each in options), strict=True))
-                figure = figures.nda_against_option(
-                    own, name, as_numbers(own["experiment"].map(value)), joined=sweep.full
-                )
+                values = as_numbers(own["experiment"].map(value))
+                figure = figures.nda_against_option(own, name, values, joined=sweep.full)
                 others = ", ".join(other for other in names if other != name)
                 caption = f"NDA against {name}, mean ± spread over seeds{f'; mean over {others}' if others else ''}."
                 yield self._draw(f"{sweep.name}-nda_against_{name}", figure, caption)
@@ -327,7 +320,7 @@ class _Page:
             "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
             "json": json.dumps(source.document["configuration"], indent=2, ensure_ascii=False),
             "files": [os.path.relpath(file.resolve(), self.path.parent.resolve()) for file in files if file.is_file()],
-            "wandb": str(source.document.get("wandb") or ""),
+            "wandb": url if (url := str(source.document.get("wandb"))).startswith("http") else "",
             "offline": any(True for seed in source.seeds for _ in seed.glob("wandb/offline-run-*")),
         }
 
@@ -435,7 +428,7 @@ def _facts(source: Source) -> dict[str, str]:
         "decoders": ", ".join(dict.fromkeys(frame["decoder"])),
         "seeds": ", ".join(map(str, sorted(set(frame["seed"])))),
         "swept": "; ".join(swept),
-        "date": str(source.document.get("date") or "").replace("T", " "),
+        "date": str(source.document.get("date") or "")[:16].replace("T", " "),
         "machine": str(source.document.get("machine") or ""),
     }
     return {name: text for name, text in found.items() if text}

@@ -117,7 +117,10 @@ def test_a_sweep_over_options_has_a_figure_for_each_and_one_table(write_sweep: W
 
 
 def test_a_sweep_stands_beside_an_experiment(write_sweep: Write, make_experiment):
-    sweep, other = write_sweep(grid(("exact",), (0,))), make_experiment(seeds=(0,), methods=FEW)
+    other = make_experiment(seeds=(0,), methods=FEW)
+    alone = write_sweep([{"seeds": "[0]"}])
+    assert [source.names for source in read_sources([alone, other])] == [["kinds"], ["quickstart"]]
+    sweep = write_sweep(grid(("exact",), (0,)))
     text = write_report([sweep, other]).read_text(encoding="utf-8")
     assert "2 experiments compared" in text
     assert "<h3>sweep kinds</h3>" in text
