@@ -9,7 +9,6 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 from PIL import Image
 
-from coin.errors import FileError
 from coin.files.atomic import atomic_path, write_text
 from coin.progress import progress
 from coin.reporting import figures
 from coin.reporting.extras import LAYERS_CSV, read_examples, read_layers
 from coin.reporting.findings import FLOOR, Findings, findings, paired_differences
-from coin.reporting.results import RESULTS_CSV, asked_policy, read_configuration, read_confusions, read_results
+from coin.reporting.results import RESULTS_CSV, asked_policy, read_confusions
+from coin.reporting.sources import Source, as_dict, facts_of, read_sources
 from coin.reporting.summary import (
     REFERENCES,
     SUMMARY_CSV,
@@ -33,11 +32,10 @@ from coin.reporting.summary import (
     expert_accuracies,
     largest_samples,
     over_tasks,
-    seed_folders,
     summarise,
     variant_names,
 )  # fmt: skip
-from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, Sweep, as_numbers, read_sweep_table, short_value, sweep_text
+from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, as_numbers, sweep_text
 from coin.reporting.tables import nda_tables, percent
 
 REPORT_HTML = "report.html"
@@ -55,31 +53,6 @@ _PAIRED = (
     "Paired by seed, ± standard deviation over seeds. Bold, and among the findings: what a 95 % confidence interval "
     "(t-test, three seeds or more, not corrected for the number of comparisons) tells from zero."
 )
-
-
-@dataclass(frozen=True)
-class Source:
-    """A folder of an experiment, a seed or a sweep: all its rows, ``results.json`` of its first seed.
-
-    ``experiment`` is unique among the sources of a report. ``seeds`` are those folders that hold results; of a sweep,
-    those of the largest P, which may be gone.
-    """
-
-    folder: Path
-    seeds: tuple[Path, ...]
-    frame: pd.DataFrame
-    document: dict[str, Any]
-    sweep: Sweep | None = None
-
-    @property
-    def name(self) -> str:
-        """What the source is called."""
-        return str(self.frame["experiment"].iloc[0]) if self.sweep is None else f"sweep {self.sweep.name}"
-
-    @property
-    def names(self) -> list[str]:
-        """Its experiments: one, or several of a sweep."""
-        return list(dict.fromkeys(self.frame["experiment"]))
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -114,45 +87,6 @@ def report_summary(folders: Sequence[Path]) -> pd.DataFrame:
     return summarise(pd.concat([each.frame for each in read_sources([Path(f) for f in folders])], ignore_index=True))
 
 
-def read_sources(folders: Sequence[Path]) -> list[Source]:
-    """Read experiments' folders (with ``seed-*``), single seeds' folders or sweeps' folders (with ``sweep.csv``).
-
-    Experiments of one name are told apart by their folders, a sweep's beside others by the sweep's name.
-
-    Raises:
-        FileError: No folder is given, one holds no results, or a file is damaged.
-    """
-    unique = {folder.resolve(): folder for folder in folders}
-    if not unique:
-        raise FileError("found no folder to report on, expected at least one; `coin report runs/NAME`")
-    found = [_read(folder) for folder in unique.values()]
-    names = [source.name for source in found]
-    for name, source in zip(names, found, strict=True):
-        if source.sweep is not None and len(found) > 1:
-            own: Any = source.frame["experiment"]
-            source.frame["experiment"] = own.where(own == source.sweep.name, f"{source.sweep.name} " + own)
-        elif names.count(name) > 1:
-            source.frame["experiment"] = f"{name} ({source.folder})"
-    return found
-
-
-def _read(folder: Path) -> Source:
-    sweep = read_sweep_table(folder)
-    if sweep is not None:
-        found = (seed for point in sweep.points for seed in sorted((folder / point).glob("seed-*")))
-        seeds, frame = [seed for seed in found if (seed / RESULTS_CSV).is_file()], sweep.frame
-    else:
-        seeds = [folder] if (folder / RESULTS_CSV).is_file() else seed_folders(folder)
-        if not seeds:
-            raise FileError(
-                f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' nor '{SWEEP_CSV}' in '{folder}', expected "
-                "the folder of an experiment, of one seed or of a sweep; make it with `coin run` or `coin sweep`"
-            )
-        frame = pd.concat([read_results(seed) for seed in seeds], ignore_index=True)
-    document = read_configuration(seeds[0]) if seeds else {"configuration": {}}
-    return Source(folder, tuple(seeds), frame, document, sweep)
-
-
 class _Page:
     """Collects what the template shows; figures are written as they are drawn."""
 
@@ -168,7 +102,7 @@ class _Page:
         """Return what the template wants: the finding first, then what lies behind it."""
         source, several = self.sources[0], len(self.found) > 1
         best, found = max(self.found.items(), key=lambda each: each[1].best.nda.mean() if each[1].best else -1.0)
-        facts = [_facts(each) for each in self.sources]
+        facts = [facts_of(each) for each in self.sources]
         lines, names = dict.fromkeys(name for each in facts for name in each), [each.name for each in self.sources]
         table = [[line, *(each.get(line, "–") for each in facts)] for line in lines]
         lists = [f"{name}: {each.headline}" for name, each in self.found.items()] if several else found.beyond_spread
@@ -290,7 +224,7 @@ class _Page:
                     counts[name] = np.sum(own, axis=0)
             if counts and found.best:
                 size = len(next(iter(counts.values())))
-                classes = _dict(source.document.get("classes")).get(task) or []
+                classes = as_dict(source.document.get("classes")).get(task) or []
                 names = [str(name) for name in (classes if len(classes) == size else range(size))]
                 caption = (
                     f"Task {task} lost, {found.best.decoder} decoder, all seeds. A perfect decoder fills the diagonal."
@@ -311,7 +245,7 @@ class _Page:
             source.folder / own for own in (SUMMARY_CSV, SWEEP_CSV, *([REPORT_HTML] if len(self.sources) > 1 else []))
         ]
         files += [seed / file for seed in source.seeds for file in (RESULTS_CSV, LAYERS_CSV)]
-        versions = _dict(source.document.get("versions"))
+        versions = as_dict(source.document.get("versions"))
         return {
             "title": source.name if len(self.sources) > 1 else "",
             "command": shlex.join(command),
@@ -327,10 +261,6 @@ class _Page:
 
 def _data(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _dict(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _shown(source: Source, found: Findings) -> dict[str, str]:
@@ -397,38 +327,3 @@ def _examples(source: Source, found: Findings) -> Iterator[dict[str, Any]]:
         text = f"A random draw of the test set, the same for all methods, {found.best.decoder} decoder. "
         text += f"Answers that differ from the expert's: {said}."
         yield {"title": f"Task {task} lost" if task else "", "text": text, "images": images}
-
-
-def _facts(source: Source) -> dict[str, str]:
-    """Return what was run, in words; what the results do not say is left out."""
-    frame, configuration = source.frame, source.document["configuration"]
-    network, base = _dict(configuration.get("network")), _dict(configuration.get("base"))
-    tasks = []
-    for task in dict.fromkeys(frame["task"]):
-        given = _dict(_dict(configuration.get("tasks")).get(task))
-        kind = given.get("class") or str(given.get("class_path") or "").rpartition(".")[2]
-        tasks.append(f"{task} ({kind})" if kind else task)
-    weights = base.get("checkpoint") or ("a base trained beforehand" if base else network.get("weights"))
-    code = [f"[{', '.join(f'{weight:.3g}' for weight in row)}]" for row in configuration.get("code") or ()]
-    chosen = f", chosen from the calibration data of {source.seeds[0].name}" if configuration.get("code_choice") else ""
-    size = network.get("image_size")
-    reads = f"texts of {size} tokens" if network.get("name") == "minilm" else f"images of {size} pixels"
-    swept = [
-        f"{name}: {', '.join(dict.fromkeys(text for v in values for text in (short_value(v, values), v)))}"
-        for name, values in (source.sweep.swept.items() if source.sweep else ())
-        if len(values) > 1
-    ]
-    found = {
-        "tasks": ", ".join(tasks),
-        "network": f"{network['name']}, {reads}" if network.get("name") else "",
-        "starts from": str(weights or "random weights") if network else "",
-        "code": f"[{', '.join(code)}]{chosen}" if code else "",
-        "P, calibration samples per task": ", ".join(map(str, sorted(set(frame["samples_per_task"])))),
-        "methods": ", ".join(dict.fromkeys(frame.loc[~frame["method"].isin(REFERENCES), "method"])),
-        "decoders": ", ".join(dict.fromkeys(frame["decoder"])),
-        "seeds": ", ".join(map(str, sorted(set(frame["seed"])))),
-        "swept": "; ".join(swept),
-        "date": str(source.document.get("date") or "")[:16].replace("T", " "),
-        "machine": str(source.document.get("machine") or ""),
-    }
-    return {name: text for name, text in found.items() if text}

@@ -22,7 +22,8 @@ from coin.reporting import (
     write_report,
     write_results,
 )
-from coin.reporting.report import read_sources, report_summary
+from coin.reporting.report import report_summary
+from coin.reporting.sources import read_sources
 
 FEW = (
     ("none", "", (None, 0.56, 0.91), float("nan"), 0.0, 0.0),

@@ -9,8 +9,8 @@ import pytest
 
 from coin.errors import FileError
 from coin.reporting import write_report, write_results
-from coin.reporting.report import read_sources
 from coin.reporting.results import write_frame
+from coin.reporting.sources import read_sources
 from coin.reporting.sweeps import as_numbers, read_sweep_table, sweep_frame, sweep_table
 
 FEW = (
