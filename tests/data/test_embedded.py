@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coin.data import Digits, Glyphs, MNIST5k
-from coin.data.glyphs import CANVAS, CONTRAST, character_masks, parse_characters, render, usable_fonts
+from coin.data.embedded import CANVAS, CONTRAST, character_masks, parse_characters, render, usable_fonts
 from coin.data.sampling import seeded
 from coin.errors import ConfigurationError, DataError
 

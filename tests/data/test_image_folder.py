@@ -173,7 +173,9 @@ def test_other_files_are_passed_over(root):
 
 
 def test_a_missing_folder(tmp_path):
-    with pytest.raises(DataError, match="nowhere does not exist; set root"):
+    with pytest.raises(
+        DataError, match=r"train does not exist; expected images as .*nowhere.train.CLASS.image.png; set root"
+    ):
         ImageFolder(str(tmp_path / "nowhere")).setup()
 
 

@@ -9,7 +9,6 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from coin.data import Augmentation, TextFile, Tweets
 from coin.data.tasks import Tasks, task_with
-from coin.data.text import tokenize
 from coin.errors import ConfigurationError, DataError, FileError
 
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "meal", "the"]
@@ -39,7 +38,8 @@ def table(tmp_path: Path, tokenizer: str):
 
 
 def test_texts_become_rows_of_tokens_cut_and_filled_up(tokenizer: str) -> None:
-    rows = tokenize(["the good film", "good good good good good good", "tasty", ""], 4, tokenizer)
+    task = Tweets(image_size=4, tokenizer=tokenizer)
+    rows = task.samples(["the good film", "good good good good good good", "tasty", ""], [0, 1, 2, 0]).images()
     assert rows.dtype == torch.int64
     assert rows.tolist() == [[6, 2, 4, 0], [2, 2, 2, 2], [1, 0, 0, 0], [0, 0, 0, 0]]
 
@@ -82,7 +82,7 @@ def test_texts_and_images_are_not_pooled(table, synthetic) -> None:
 
 
 def test_texts_are_not_augmented(table) -> None:
-    with pytest.raises(ConfigurationError, match="found augmentation 'shift' for TextFile, expected one of none"):
+    with pytest.raises(ConfigurationError, match="found augmentation 'shift' for TextFile, whose samples"):
         table(augmentation="shift")
     tasks = Tasks({"a": table()}, samples_per_task=6)
     tasks.augmentation = Augmentation.crop
