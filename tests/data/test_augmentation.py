@@ -1,24 +1,48 @@
-"""torchvision's transforms by class path: what they do to training images, and that nothing else has a say in it."""
-
 import pytest
 import torch
+from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from coin.data import Augmentation, Tweets
-from coin.data.augmentation import View, build_transforms, transform_images
+from coin.data import Augmentation
+from coin.data.augmentation import View, augmented, build_transforms, draw_augmentation, transform_images
 from coin.errors import ConfigurationError
 
 CROP = {"class_path": "torchvision.transforms.v2.RandomResizedCrop", "init_args": {"size": 12}}
 FLIP = {"class_path": "torchvision.transforms.v2.RandomVerticalFlip", "init_args": {"p": 1.0}}
-NESTED = {
-    "class_path": "torchvision.transforms.v2.RandomApply",
-    "init_args": {"transforms": [FLIP], "p": 1.0},
-}
+NESTED = {"class_path": "torchvision.transforms.v2.RandomApply", "init_args": {"transforms": [FLIP], "p": 1.0}}
 
 
 def images(count: int = 6, channels: int = 3) -> torch.Tensor:
     draw = torch.Generator().manual_seed(3)
     return torch.randint(0, 256, (count, channels, 16, 16), generator=draw, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kind", [Augmentation.crop, Augmentation.crop_flip, Augmentation.shift])
+def test_augmentation_equals_cropping_one_by_one(kind):
+    images = torch.randint(256, (40, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    draws = draw_augmentation(40, 16, 24, seed=0, epoch=0)
+    assert set(draws[:, 0].tolist()) <= set(range(5))
+    assert set(draws[:, 2].tolist()) == {0, 1}
+    padded = F.pad(images.float(), (3, 3, 2, 2), mode="replicate" if kind is Augmentation.shift else "constant").byte()
+    result = augmented(images, View(kind, 0, 0), torch.arange(40), 40)
+    for image, (top, left, flip), got in zip(padded, draws.tolist(), result, strict=True):
+        expected = image[:, top : top + 16, left : left + 24]
+        assert torch.equal(got, expected.flip(2) if flip and kind is Augmentation.crop_flip else expected)
+
+
+def test_no_augmentation_is_the_identity():
+    given = images()
+    assert augmented(given, View(Augmentation.none, 0, 0), torch.arange(6), 6) is given
+
+
+def test_draws_depend_on_seed_and_epoch_alone():
+    torch.manual_seed(0)
+    first = draw_augmentation(20, 32, 32, seed=0, epoch=0)
+    torch.manual_seed(1)
+    draw_augmentation.cache_clear()
+    assert torch.equal(draw_augmentation(20, 32, 32, seed=0, epoch=0), first)
+    assert not torch.equal(draw_augmentation(20, 32, 32, seed=0, epoch=1), first)
+    assert not torch.equal(draw_augmentation(20, 32, 32, seed=1, epoch=0), first)
 
 
 def test_what_is_named_is_made():
@@ -88,8 +112,3 @@ def test_a_task_transforms_what_it_trains_on_after_its_augmentation_and_nothing_
 def test_what_leaves_no_images_is_refused(name, options, message):
     with pytest.raises(ConfigurationError, match=message):
         transform_images(images(), [getattr(v2, name)(**options)], View(Augmentation.none, 0, 0), torch.arange(6))
-
-
-def test_texts_have_none():
-    with pytest.raises(ConfigurationError, match="found a transform for Tweets, whose samples are texts"):
-        Tweets(transform=FLIP)
