@@ -57,21 +57,21 @@ class Calibration:
         """The inputs at these places, int64 [B] (all P by default), changed as a view says: float32 [B, 3, S, S]."""
         part = self.part if chosen is None else self.part[chosen]
         position = self.position if chosen is None else self.position[chosen]
-        pieces = []
+        out: Tensor | None = None
         for number, samples in enumerate(self.parts):
             rows = (part == number).nonzero().flatten()
-            if len(rows) or not len(part):
-                images = samples.images(position[rows])
-                if view is not None:
-                    images = augmented(images, view, position[rows], len(samples))
-                pieces.append((rows, to_input(images, self.image_size)))
-        shapes = sorted({(str(piece.dtype), tuple(piece.shape[1:])) for _, piece in pieces})
-        if len(shapes) != 1:
-            found = " and ".join(f"{list(shape)} of {dtype}" for dtype, shape in shapes)
-            raise DataError(f"the pooled tasks' samples are {found} and do not fit one tensor; pool tasks of one kind")
-        out = pieces[0][1].new_empty(len(part), *shapes[0][1])
-        for rows, piece in pieces:
-            out[rows] = piece
+            if len(rows) == 0 and len(part):
+                continue
+            images = samples.images(position[rows])
+            if view is not None:
+                images = augmented(images, view, position[rows], len(samples))
+            inputs = to_input(images, self.image_size)
+            if out is None:
+                out = inputs.new_empty(len(part), *inputs.shape[1:])
+            if inputs.dtype != out.dtype:
+                raise DataError("found images and texts among the calibration samples, expected tasks of one kind")
+            out[rows] = inputs
+        assert out is not None
         return out
 
     def subset(self, chosen: Tensor | Sequence[int]) -> Self:

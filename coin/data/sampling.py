@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from coin.errors import ConfigurationError, DataError
 
@@ -114,19 +114,23 @@ class TrainingBatches(Sampler[Draw]):
             yield Draw(mine[start : start + self.batch_size], epoch)
 
 
-def process_of(trainer: Trainer | None) -> tuple[int, int]:
-    """Rank and number of processes of a Trainer, which must not shard the data again; without one, of one process."""
-    if trainer is None:
-        return 0, 1
-    if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-        raise ConfigurationError(
-            "coin shards its data by index, and the Trainer would shard it again; set "
-            "trainer.use_distributed_sampler=false"
-        )
-    return trainer.global_rank, trainer.world_size
+def batch_loader(
+    dataset: Any, batch_size: int, seed: int, trainer: Trainer | None, *, shuffle: bool = False, **options: Any
+) -> DataLoader[Any]:
+    """A DataLoader of this process's batches of a data set that takes a `Draw`; without a Trainer, of all.
 
-
-def batch_loader(dataset: Dataset[Any], sampler: Sampler[Draw], seed: int, **options: Any) -> DataLoader[Any]:
-    """A DataLoader of whole batches, whose workers draw from the seed and not from torch's global state."""
-    generator = seeded(seed, Stream.WORKERS)
-    return DataLoader(dataset, batch_size=None, sampler=sampler, generator=generator, **options)
+    Its workers draw from the seed, not from torch's global state.
+    """
+    rank, world_size, epoch = 0, 1, 0
+    if trainer is not None:
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ConfigurationError(
+                "coin shards its data by index, and the Trainer would shard it again; set "
+                "trainer.use_distributed_sampler=false"
+            )
+        # A resumed Trainer makes the iterator before it calls set_epoch, and workers start to fetch at once.
+        rank, world_size, epoch = trainer.global_rank, trainer.world_size, trainer.current_epoch
+    sampler: Sampler[Draw] = EvaluationBatches(len(dataset), batch_size, rank, world_size)
+    if shuffle:
+        sampler = TrainingBatches(len(dataset), batch_size, seed, epoch, rank, world_size)
+    return DataLoader(dataset, batch_size=None, sampler=sampler, generator=seeded(seed, Stream.WORKERS), **options)

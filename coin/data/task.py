@@ -13,7 +13,7 @@ from coin.choices import chosen
 from coin.data.augmentation import Augmentation, TransformSpec, build_transforms
 from coin.data.calibration import Calibration
 from coin.data.samples import BatchDataset, Samples, Shared, Source, split_source
-from coin.data.sampling import EvaluationBatches, Stream, TrainingBatches, batch_loader, process_of, seeded
+from coin.data.sampling import Stream, batch_loader, seeded
 from coin.data.transform import check_stored, to_input
 from coin.errors import ConfigurationError, DataError
 from coin.processes import cores
@@ -170,13 +170,10 @@ class TaskData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Shuffled from (seed, epoch), augmented; equally many batches on every process."""
-        # A resumed Trainer makes the iterator before it calls set_epoch, and workers start to fetch at once.
-        epoch = 0 if self.trainer is None else self.trainer.current_epoch
         self.check_augmentation(self.augmentation, self.transform)
         train = self.splits.train
         dataset = BatchDataset(train, self.augmentation, self.seed, build_transforms(self.transform))
-        sampler = TrainingBatches(len(train), self.batch_size, self.seed, epoch, *process_of(self.trainer))
-        return batch_loader(dataset, sampler, self.seed, **self._options(train))
+        return batch_loader(dataset, self.batch_size, self.seed, self.trainer, shuffle=True, **self._options(train))
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The validation split; an empty list, which Lightning takes for no validation, with a share of 0."""
@@ -192,8 +189,8 @@ class TaskData(LightningDataModule, ABC):
         return self._evaluation(self.splits.test, persistent_workers=False, collate_fn=itemgetter(0))
 
     def _evaluation(self, samples: Samples, **options: Any) -> DataLoader[Any]:
-        sampler = EvaluationBatches(len(samples), self.eval_batch_size, *process_of(self.trainer))
-        return batch_loader(BatchDataset(samples), sampler, self.seed, **self._options(samples) | options)
+        options = self._options(samples) | options
+        return batch_loader(BatchDataset(samples), self.eval_batch_size, self.seed, self.trainer, **options)
 
     def _options(self, samples: Samples) -> dict[str, Any]:
         workers = self.num_workers

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from coin.data.augmentation import Augmentation, View
 from coin.data.calibration import Calibration, pooled
-from coin.data.sampling import Draw, EvaluationBatches, TrainingBatches, batch_loader, process_of
+from coin.data.sampling import Draw, batch_loader
 from coin.data.task import TaskData, at_least, check_share
 from coin.errors import DataError
 
@@ -104,11 +104,8 @@ class Tasks(LightningDataModule):
         """The calibration samples to train on, positions beside inputs, shuffled from (seed, epoch)."""
         for task in self.tasks.values():
             task.check_augmentation(self.augmentation)
-        calibration = self.training_calibration()
-        epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        process = process_of(self.trainer)
-        sampler = TrainingBatches(calibration.num_samples, self.batch_size, self.seed, epoch, *process)
-        return batch_loader(_Positioned(calibration, self.augmentation, self.seed), sampler, self.seed)
+        dataset = _Positioned(self.training_calibration(), self.augmentation, self.seed)
+        return batch_loader(dataset, self.batch_size, self.seed, self.trainer, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The held-out calibration samples; an empty list, Lightning's no validation, with a share of 0."""
@@ -123,8 +120,7 @@ class Tasks(LightningDataModule):
         return self._in_order(self.calibration(), collate_fn=itemgetter(1))
 
     def _in_order(self, calibration: Calibration, **options: Any) -> DataLoader[Any]:
-        sampler = EvaluationBatches(calibration.num_samples, self.batch_size, *process_of(self.trainer))
-        return batch_loader(_Positioned(calibration), sampler, self.seed, **options)
+        return batch_loader(_Positioned(calibration), self.batch_size, self.seed, self.trainer, **options)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn test images into inputs as their task does; calibration samples are inputs already."""

@@ -84,7 +84,10 @@ class TextFile(TextTask):
 
     def class_names(self) -> tuple[str, ...]:
         """The distinct labels of the training file, sorted."""
-        return self._shared.fact("classes", self._find_classes)
+        labels = self._shared.fact("labels", lambda: set(self._table(self.train)[self.label_column]))
+        if len(labels) < 2:
+            raise DataError(f"'{self.train}' has {len(labels)} label(s) in '{self.label_column}'; expected at least 2")
+        return tuple(sorted(labels))
 
     def load(self) -> Source:
         """Read and tokenise both files."""
@@ -97,12 +100,6 @@ class TextFile(TextTask):
             if path is not None and Path(path).is_file():
                 digest.update(Path(path).read_bytes())
         return digest.hexdigest()
-
-    def _find_classes(self) -> tuple[str, ...]:
-        classes = tuple(sorted(set(self._table(self.train)[self.label_column])))
-        if len(classes) < 2:
-            raise DataError(f"'{self.train}' has {len(classes)} label(s) in '{self.label_column}'; expected at least 2")
-        return classes
 
     def _samples(self, path: Path) -> Samples:
         table = self._table(path)

@@ -71,15 +71,11 @@ class TorchvisionTask(TaskData):
             return getattr(datasets, self.dataset)(self.root, download=download, **self.arguments(train))
         except Exception as error:  # from AssertionError to BadZipFile, whatever torchvision and urllib raise
             name, place = type(self).__name__, (self.root / self.folder).absolute()
+            found = "the download failed and there are" if download else "there are"
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            if download:
-                raise DataError(
-                    f"{name}: the download failed ({reason}) and {place} lacks usable files; copy torchvision's files "
-                    f"for {name} there and set download: false"
-                ) from error
             raise DataError(
-                f"{name}: no usable files in {place} ({reason}); copy torchvision's files for {name} there, or set "
-                "download: true and call prepare_data (a Trainer does)"
+                f"{name}: {found} no usable files in {place} ({reason}); copy torchvision's files for {name} there and "
+                "set download: false, or set download: true and call prepare_data (a Trainer does)"
             ) from error
 
 

@@ -81,7 +81,7 @@ def test_resizing_tokenises_anew(table) -> None:
 def test_texts_and_images_are_not_pooled(table, synthetic) -> None:
     tasks = Tasks({"a": table(image_size=16), "b": synthetic()}, samples_per_task=4)
     tasks.setup()
-    with pytest.raises(DataError, match=r"\[16\] of torch\.int64.*pool tasks of one kind"):
+    with pytest.raises(DataError, match="found images and texts among the calibration samples"):
         tasks.calibration().inputs()
 
 

@@ -135,7 +135,7 @@ def test_cifar_with_other_checksums_is_refused(tmp_path):
     batches = [f"data_batch_{number}" for number in range(1, 6)]
     folder = tmp_path / "cifar-10-batches-py"
     write_cifar(folder, batches, ["test_batch"], "labels", 10, "batches.meta", "label_names", CIFAR10.names)
-    with pytest.raises(DataError, match=r"CIFAR10: no usable files in .*cifar-10-batches-py \(.*corrupted"):
+    with pytest.raises(DataError, match=r"CIFAR10: there are no usable files in .*cifar-10-batches-py \(.*corrupted"):
         CIFAR10(root=str(tmp_path), download=False).setup()
 
 
@@ -206,13 +206,13 @@ def test_missing_files_are_one_line_with_path_and_way_out_and_nothing_is_substit
     with pytest.raises(DataError) as caught:
         task_class(root=str(tmp_path)).prepare_data()
     message = str(caught.value)
-    assert message.startswith(f"{name}: the download failed (")
+    assert message.startswith(f"{name}: the download failed and ")
     assert "\n" not in message
     for part in ("route to host", str(place), "set download: false"):
         assert part in message
     task = task_class(root=str(tmp_path), download=False)
     task.prepare_data()
-    with pytest.raises(DataError, match=f"{name}: no usable files in {place}"):
+    with pytest.raises(DataError, match=f"{name}: there are no usable files in {place}"):
         task.setup()
     assert task.num_classes >= 10
 
@@ -221,5 +221,5 @@ def test_a_truncated_file_is_an_error(tmp_path):
     write_mnist_like(tmp_path / "MNIST" / "raw")
     file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DataError, match="MNIST: no usable files in"):
+    with pytest.raises(DataError, match="MNIST: there are no usable files in"):
         MNIST(root=str(tmp_path), download=False).setup()
