@@ -128,8 +128,7 @@ class TaskData(LightningDataModule, ABC):
 
     def setup(self, stage: str | None = None) -> None:
         """Read the images and split them, once; every stage needs the same."""
-        self._source = self._shared.read(self._key, self._read)
-        self._shared.latest = self._source
+        self._source = self._shared.latest = self._shared.read(self._key, self._read)
 
     def release(self) -> None:
         """Let go of the images, once neither this task nor a copy is going to be used for long; `setup` reads anew."""

@@ -114,15 +114,15 @@ def test_characters_are_read(classes, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("", r"0 character\(s\); expected at least 2"),
-        ("A", r"1 character\(s\)"),
-        ("D-A", "hold 'D-A'; expected characters and rising ranges"),
-        ("A-", "hold '-'"),
-        ("A B", "hold ' '"),
-        ("A-CB", "hold 'B' twice; name each once"),
-        (["A", "BC"], "hold 'BC'; expected single letters"),
-        (["A", "A"], "hold 'A' twice"),
-        ("Z-a", "hold '\\['"),
+        ({"classes": ""}, r"0 character\(s\); expected at least 2"),
+        ({"classes": "A"}, r"1 character\(s\)"),
+        ({"classes": "D-A"}, "hold 'D-A'; expected characters and rising ranges"),
+        ({"classes": "A-"}, "hold '-'"),
+        ({"classes": "A B"}, "hold ' '"),
+        ({"classes": "A-CB"}, "hold 'B' twice; name each once"),
+        ({"classes": ["A", "BC"]}, "hold 'BC'; expected single letters"),
+        ({"classes": ["A", "A"]}, "hold 'A' twice"),
+        ({"classes": "Z-a"}, "hold '\\['"),
         ({"train_per_class": 1}, "train_per_class is 1"),
         ({"test_per_class": 0}, "test_per_class is 0"),
         ({"train_samples": 9}, "train_samples is 9; expected at least 10"),
@@ -130,4 +130,4 @@ def test_characters_are_read(classes, expected):
 )
 def test_unreadable_characters_and_too_few_images_are_refused(options, message):
     with pytest.raises(ConfigurationError, match=message):
-        Glyphs(**(options if isinstance(options, dict) else {"classes": options}))
+        Glyphs(**options)

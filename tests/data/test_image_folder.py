@@ -43,18 +43,15 @@ def test_a_folder_becomes_a_task(root):
             assert image[:, 0, 0].tolist() == [[0, 100, 250], [200, 10, 20]][label]
 
 
-def test_small_squares_of_one_size_are_kept_as_they_are(root):
-    task = ImageFolder(str(root), image_size=32)
-    assert task.splits.train.images().shape[1:] == (3, 12, 12)
-    assert next(iter(ImageFolder(str(root), image_size=8).train_dataloader()))[0].shape[1:] == (3, 8, 8)
-
-
-@pytest.mark.parametrize("size", [(13, 13), (12, 30), (40, 20)])
-def test_one_other_size_brings_all_to_the_image_size(root, size):
+@pytest.mark.parametrize(
+    ("size", "image_size", "expected"),
+    [((12, 12), 32, 12), ((12, 12), 8, 8), ((13, 13), 16, 16), ((12, 30), 16, 16), ((40, 20), 16, 16)],
+)
+def test_only_small_squares_of_one_size_are_kept_as_they_are(root, size, image_size, expected):
     write(root / "test" / "cat", 1, size)
-    task = ImageFolder(str(root), image_size=16)
-    assert task.splits.train.images().shape[1:] == (3, 16, 16)
-    assert task.splits.test.images().shape[1:] == (3, 16, 16)
+    splits = ImageFolder(str(root), image_size=image_size).splits
+    for part in (splits.train, splits.test):
+        assert part.images().shape[1:] == (3, expected, expected)
 
 
 def test_the_short_side_is_resized_and_the_centre_cropped(root):
