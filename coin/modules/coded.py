@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from coin.batches import Batch, Forward, adapted, checked
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, make_decoder
 from coin.errors import ConfigurationError
-from coin.networks import Run, common_widths, pad_logits, run_network
+from coin.networks import Run, pad_logits, run_network
+from coin.networks.stages import common_widths
 from coin.statistics.guard import eval_mode
 
 

@@ -27,9 +27,6 @@ class MiniLM(nn.Module):
         vocabulary: The number of tokens there are.
         dropout: In training, in [0, 1).
         num_classes, depth, heads, width, mlp_width: As `coin.networks.small.SmallViT`.
-
-    Raises:
-        ConfigurationError: An option is out of its range, or the package transformers is missing.
     """
 
     def __init__(
@@ -73,8 +70,7 @@ class MiniLM(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits ``[B, num_classes]`` of tokens, int64 ``[B, L]``, 0 where a text has ended.
 
-        Raises:
-            ConfigurationError: A token is beyond the vocabulary; only noticed on CPUs.
+        Raises a ConfigurationError where a token is beyond the vocabulary, which is only noticed on CPUs.
         """
         present = (tokens != 0).long()
         attended = present.clone()
