@@ -1,8 +1,7 @@
 """LightningModules: experts, coded models, the distillation baseline, and the passes that measure them."""
 
-from coin.modules.coded import Coded
+from coin.modules.coded import Coded, evaluate
 from coin.modules.distillation import Distillation
-from coin.modules.evaluation import evaluate
 from coin.modules.evaluator import DecodingEvaluator
 from coin.modules.expert import Expert
 from coin.modules.readout_distillation import ReadoutDistillation, distill

@@ -38,13 +38,12 @@ class Distillation(LightningModule, Method):
 
     It starts from a merge in closed form and stays in eval mode throughout: BatchNorm keeps the start's running
     statistics (policy ``keep``) and dropout is off. Its data is a `coin.data.Tasks`. With an `augmentation` every epoch
-    sees other views of the samples, and the experts answer to each of them; the samples that choices are made on are
-    never augmented.
+    sees other views of the samples, and the experts answer to each of them; held-out samples are never augmented.
 
     An experiment names it among its methods and fills in `experts` and `code_row`. With `lr` left open, learning rate
     and number of steps are chosen by the loss on held-out calibration samples, and the final run is on all of them; all
-    of that counts as the method's cost; see `coin.modules.training`. With `merge_networks` it trains in memory, on the
-    calibration batches, by a Trainer of its own of which nothing is seen.
+    of that counts as the method's cost. With `merge_networks` it trains in memory, on the calibration batches, by a
+    Trainer of its own of which nothing is seen.
 
     The defaults are those of a fair baseline. The older, plain recipe is ``start: average, augmentation: none,
     schedule: constant``.
@@ -69,12 +68,6 @@ class Distillation(LightningModule, Method):
             name; or its ``class_path`` and ``init_args`` (`coin.merging.start`).
         label: What results and files call this variant.
         seed: Of the order of the samples; none takes the experiment's, or 0 in memory.
-
-    Attributes:
-        augments: Whether an augmentation was asked for.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
     """
 
     name = "distillation"
@@ -123,7 +116,7 @@ class Distillation(LightningModule, Method):
         self.label = check_label(self.name if label is None else label)
         self.samples_per_task = samples_per_task
         self.augmentation = str(augmentation)
-        self.student: nn.Module | None = None
+        self.student: Any = None  # the network that is trained, once there is one
         self.teachers: nn.ModuleList | list[nn.Module] = []
         self.readouts = nn.ModuleList()
         self.passes = 0.0
@@ -145,7 +138,6 @@ class Distillation(LightningModule, Method):
             module = self._run(experts, row, lr, steps)
         if not_finite(dict(module.named_parameters())) is not None:
             raise NumericalError(f"{self.label} diverged with lr={lr}; give a smaller one")
-        assert module.student is not None
         return CodedModel(module.student, (choice.described if choice else {}) | module.chosen)
 
     def _search(self, experts: Experts, row: Sequence[float]) -> Choice:
@@ -270,7 +262,6 @@ class Distillation(LightningModule, Method):
         if self.hparams["augmentation"] != Augmentation.none:
             return
         calibration = tasks_of(self).training_calibration()
-        assert self.student is not None
         with torch.no_grad():
             batches = [as_input(batch, self.student) for batch in calibration]
             self._outputs = torch.cat([self.expert_outputs(batch) for batch in batches], dim=1)
@@ -278,32 +269,28 @@ class Distillation(LightningModule, Method):
             self.passes += calibration.num_samples * len(self.teachers)
 
     def _begin(self) -> None:
-        assert self.student is not None
+        """Set the student to its start, which is made unless it is known."""
         if self.begun is None:
             samples = tasks_of(self).training_calibration()
             tasks = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(len(samples.parts))]
             teachers, in_memory = list(self.teachers), isinstance(samples, BatchCalibration)
             experts = Experts(teachers, calibration=tasks) if in_memory else CalibratedExperts(teachers, tasks)
-            made = self._start(experts)
+            start, row = self.hparams["start"], self.hparams["code_row"]
+            if start == AUTO:
+                try:
+                    made, start = HeadFit().make(experts, row), HeadFit.name
+                except HeadError:
+                    made, start = Average().make(experts, row), Average.name
+            else:
+                made = starting_method(start).make(experts, row)
             self.begun = made.network.state_dict()
             self.passes += experts.passes
             self.chosen = {name: value for name, value in made.chosen.items() if name != "held_out_error"}
+            self.chosen["start"] = start
             if self.trainer.world_size > 1:  # all processes must start alike, to the last bit
                 here = {name: tensor.cpu() for name, tensor in self.begun.items()}
                 self.begun = self.trainer.strategy.broadcast(here)
         fill_network(self.student, self.begun, f"the start of {self.name}")
-
-    def _start(self, experts: Experts) -> CodedModel:
-        """Make the network that training begins with, and say which it is."""
-        start, row = self.hparams["start"], self.hparams["code_row"]
-        if start == AUTO:
-            try:
-                made, start = HeadFit().make(experts, row), HeadFit.name
-            except HeadError:
-                made, start = Average().make(experts, row), Average.name
-        else:
-            made = starting_method(start).make(experts, row)
-        return CodedModel(made.network, {**made.chosen, "start": start})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the training has cost so far, and the held-out losses."""
@@ -316,7 +303,6 @@ class Distillation(LightningModule, Method):
 
     def forward(self, inputs: Batch) -> Tensor:
         """Return the coded model's logits ``[B, C]``."""
-        assert self.student is not None
         return self.student(inputs)  # type: ignore[no-any-return]
 
     def expert_outputs(self, inputs: Batch) -> Tensor:
@@ -347,7 +333,6 @@ class Distillation(LightningModule, Method):
         """Return Adam over what is trained, and the schedule, which moves with every step."""
         if (lr := self.hparams["lr"]) is None:
             raise ConfigurationError("found no lr; give one, or let 'coin merge' or 'coin run' choose it")
-        assert self.student is not None
         optimizer = Adam([*self.student.parameters(), *self.readouts.parameters()], lr)
         scheduler: LRScheduler = ConstantLR(optimizer, factor=1.0, total_iters=0)
         if self.hparams["schedule"] == Schedule.one_cycle:

@@ -208,7 +208,7 @@ class DecodingEvaluator(LightningModule):
 
     @property
     def _metrics(self) -> list[Metric]:
-        """All metrics. As no submodules they stay on the CPU when the networks move."""
+        """All metrics; as they are no submodules, they stay on the CPU when the networks move."""
         residuals = [metric for metrics in self.residuals.values() for metric in metrics]
         others = [metric for fitted in self.fitted for pair in fitted.metrics.values() for metric in pair]
         return [*residuals, *others, *self.examples.values()]

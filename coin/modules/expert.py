@@ -43,9 +43,6 @@ class Expert(LightningModule):
         seed: Of dropout and the like; the state of the global generator is a function of this and the epoch alone.
             None is 0, and what ``--seed_everything`` says on the command line.
         **recipe: How it is trained; see `coin.modules.recipe.Recipe`.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
     """
 
     def __init__(

@@ -67,7 +67,6 @@ class ReadoutDistillation(Distillation):
         """Return the coding loss plus the weighted readout loss of one batch of positions and inputs."""
         positions, inputs = batch
         outputs = self._training_outputs(positions, inputs)
-        assert self.student is not None
         features, logits = features_and_logits(self.student, inputs)
         if batch_idx == 0:
             check_head(self.student, features.detach(), logits.detach())

@@ -58,10 +58,6 @@ class Recipe:
         lora: Low-rank adapters that are trained in the place of the layers that they are in; see `coin.networks.Lora`.
             They are merged into the weights before the expert is written or its Fisher estimated.
         compile_network: Whether to run the network through `torch.compile`.
-
-    Raises:
-        ConfigurationError: An option is not of its type or out of its range. Overrides bring plain values, which no
-            parser has seen.
     """
 
     _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {"optimizer": OptimizerKind, "schedule": Schedule}
@@ -79,7 +75,7 @@ class Recipe:
     lora: Lora | None = None
     compile_network: bool = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # overrides bring plain values, which no parser has seen
         for name, kind in self._ENUMS.items():
             object.__setattr__(self, name, chosen(kind, name, getattr(self, name)))
         check_number("lr", self.lr, low=0.0, strict=True)

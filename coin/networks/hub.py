@@ -1,16 +1,29 @@
-"""What networks of timm and of Hugging Face share: their hub without a network, their own normalisation of images."""
+"""What networks of other packages share: the packages, their hub without a network, their normalisation of images."""
 
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 from urllib.parse import urlsplit
 
 from torch import Tensor, nn
 
 from coin.batches import IMAGENET_MEAN, IMAGENET_STD
+from coin.errors import ConfigurationError
 
 CACHE = "fill the cache of huggingface_hub (HF_HOME)"
 """Where to put by hand what cannot be downloaded."""
+
+
+def package_of(extra: str, package: str, needed_by: str) -> Any:
+    """Import a package of one of our extras; a ConfigurationError says what to install."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"found no package {package}, which {needed_by} needs; pip install 'coded-coin[{extra}]'"
+        ) from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from coin.errors import ConfigurationError, FileError, first_line
 from coin.networks.heads import replace_head
-from coin.networks.hub import CACHE, Renormalised, offline_unless_found
+from coin.networks.hub import CACHE, Renormalised, offline_unless_found, package_of
 from coin.networks.sources import Source
 
 
@@ -133,12 +133,7 @@ def _logits(network: nn.Module, inputs: Any, output: Any) -> Tensor:
 
 @cache
 def _configuration(place: str, name: str) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigurationError(
-            f"found no package transformers, which network.name '{name}' needs; pip install 'coded-coin[text]'"
-        ) from error
+    transformers = package_of("text", "transformers", f"network.name '{name}'")
     try:
         with offline_unless_found():
             return transformers.AutoConfig.from_pretrained(place)

@@ -31,9 +31,6 @@ class Lora:
             as a whole, whatever they say. Only layers that run by themselves can be adapted: attention that packs its
             projections (`nn.MultiheadAttention`) reads their weights past them.
         dropout: Of the adapters' inputs, in [0, 1).
-
-    Raises:
-        ConfigurationError: An option is not of its type or out of its range.
     """
 
     rank: int = 8

@@ -87,12 +87,7 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
     """Build a network with a head of `num_classes` outputs.
 
     The same arguments give the same weights, whatever the state of the global random generators, which are left as
-    found.
-
-    Args:
-        config: The network.
-        num_classes: The number of logits.
-        seed: Of the random initialisation: the whole network's, or with pretrained weights the head's.
+    found. The seed is of the random initialisation: the whole network's, or with pretrained weights the head's.
 
     Raises:
         ConfigurationError: The options do not fit the architecture.

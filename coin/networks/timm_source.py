@@ -9,7 +9,7 @@ from torch import nn
 from coin.errors import ConfigurationError, FileError
 from coin.files.packaged import packaged_file
 from coin.networks.heads import head_name, replace_head
-from coin.networks.hub import CACHE, Renormalised, offline_unless_found
+from coin.networks.hub import CACHE, Renormalised, offline_unless_found, package_of
 from coin.networks.sources import Source
 
 PACKAGED = {
@@ -37,7 +37,8 @@ class Timm(Source):
 
     def check(self) -> None:
         """Refuse names and weights that timm does not know."""
-        timm, name = self._package(), self.architecture
+        timm = package_of("timm", "timm", f"network.name '{self.name}'")
+        name = self.architecture
         if "." in name:
             bare, _, tag = name.partition(".")
             raise ConfigurationError(
@@ -52,7 +53,8 @@ class Timm(Source):
 
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; with pretrained weights, under a fresh head."""
-        timm, name, weights = self._package(), self.architecture, self.weights
+        timm = package_of("timm", "timm", f"network.name '{self.name}'")
+        name, weights = self.architecture, self.weights
         usual = timm.get_pretrained_cfg(name)
         options = dict(self.options)
         if usual is not None and usual.fixed_input_size:
@@ -79,15 +81,6 @@ class Timm(Source):
             replace_head(network, num_classes)
         network.register_forward_pre_hook(Renormalised(found["mean"], found["std"]))
         return network
-
-    def _package(self) -> Any:
-        try:
-            import timm
-        except ImportError as error:
-            raise ConfigurationError(
-                f"found no package timm, which network.name '{self.name}' needs; pip install 'coded-coin[timm]'"
-            ) from error
-        return timm
 
     def _load_packaged(self, network: nn.Module, weights: str) -> None:
         """Copy a package's weights into everything but the head; its tensors are timm's in the same order."""

@@ -21,11 +21,7 @@ def fill_network(network: nn.Module, state: State, source: str) -> None:
 
 
 def check_layout(own: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], source: str) -> None:
-    """Check that a state, from `source`, has the names and `shapes` of a network's `own`.
-
-    Raises:
-        StateError: A name is missing or superfluous or a shape differs; the message says which, and in what `source`.
-    """
+    """Raise a StateError unless a state, from `source`, has the names and `shapes` of a network's `own`."""
     advice = "it is of another architecture: give one of the same network.name and network.options"
     if missing := sorted(own.keys() - shapes.keys()):
         raise StateError(f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); {advice}")
