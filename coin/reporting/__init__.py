@@ -14,7 +14,7 @@ from coin.reporting.results import (
     write_results,
 )
 from coin.reporting.simulation import SimulationRow, print_simulation, read_simulation, write_simulation
-from coin.reporting.summary import read_seeds, read_summary, summarise, write_summary
+from coin.reporting.summary import read_summary, summarise, write_summary
 from coin.reporting.tables import nda_tables, print_summary
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "read_examples",
     "read_layers",
     "read_results",
-    "read_seeds",
     "read_simulation",
     "read_summary",
     "summarise",

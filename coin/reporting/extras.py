@@ -30,7 +30,6 @@ class Examples:
         decoded: The decoded answers ``[n]``, likewise, by ``method|batchnorm|decoder``.
         names: The names of the classes, those of all tasks one after the other; may be empty.
         task: The task that each image is of ``[n]``; empty where that is not known.
-        position: The places of the images in their tasks' test sets ``[n]``; empty where they are not known.
 
     Raises:
         ConfigurationError: The shapes or types do not fit together.
@@ -42,26 +41,19 @@ class Examples:
     decoded: Mapping[str, Answers] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     task: tuple[str, ...] = ()
-    position: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        count = len(self.images)
-        if self.images.ndim != 4 or self.images.shape[3] != 3 or self.images.dtype != np.uint8:
+        count, images = len(self.images), self.images
+        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or len(self.task) not in (0, count):
             raise ConfigurationError(
-                f"found example images {list(self.images.shape)} of {self.images.dtype}, expected [n, H, W, 3] of uint8"
+                f"found example images {list(images.shape)} of {images.dtype} and {len(self.task)} tasks, expected "
+                "[n, H, W, 3] of uint8 and n"
             )
         for name, answers in {"expert": self.expert, "label": self.label, **self.decoded}.items():
             if answers.shape != (count,) or answers.dtype.kind not in "iu":
                 raise ConfigurationError(
                     f"found answers of '{name}' {list(answers.shape)} of {answers.dtype} for {count} example images, "
                     f"expected whole numbers [{count}]"
-                )
-        if not all(isinstance(place, int) for place in self.position):
-            raise ConfigurationError("found positions of example images that are no whole numbers, expected such")
-        for name in ("task", "position"):
-            if len(getattr(self, name)) not in (0, count):
-                raise ConfigurationError(
-                    f"found {name} of {len(getattr(self, name))} images for {count} example images, expected {count}"
                 )
 
     def by_task(self) -> dict[str, list[int]]:
@@ -86,9 +78,7 @@ def write_examples(folder: Path, examples: Examples | None) -> None:
     decoded = np.array(list(examples.decoded.values()), np.int64).reshape(-1, len(examples.images))
     text = {name: np.asarray(getattr(examples, name), dtype=str) for name in ("names", "task")}
     by = np.asarray(list(examples.decoded), dtype=str)
-    position = np.asarray(examples.position, dtype=np.int64)
-    arrays = {**vars(examples), **text, "decoded": decoded, "decoded_by": by, "position": position}
-    write_archive(folder / EXAMPLES_NPZ, arrays)
+    write_archive(folder / EXAMPLES_NPZ, {**vars(examples), **text, "decoded": decoded, "decoded_by": by})
 
 
 def read_examples(folder: Path) -> Examples | None:
@@ -106,8 +96,7 @@ def read_examples(folder: Path) -> Examples | None:
     try:
         names, tasks, by = (tuple(map(str, found[key])) for key in ("names", "task", "decoded_by"))
         decoded = dict(zip(by, found["decoded"], strict=True))
-        place = tuple(found["position"].tolist())
-        return Examples(found["images"], found["expert"], found["label"], decoded, names, tasks, place)
+        return Examples(found["images"], found["expert"], found["label"], decoded, names, tasks)
     except (KeyError, ValueError, TypeError) as error:
         raise FileError(f"'{path}' holds no example images ({one_line(error)}); make it again") from error
 

@@ -1,31 +1,33 @@
 """What the numbers say, in words made from the numbers: also where they speak against a method."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
 from scipy import stats
 
 from coin.reporting.figures import PAPER_NDA
-from coin.reporting.summary import REFERENCES, TRAINED, seed_means, variant_names
+from coin.reporting.summary import ITERATIVE, REFERENCES, TRAINED, seed_means, variant_names
 from coin.reporting.tables import BEST, percent, seconds
 
 FEWEST_SEEDS = 3
 """With fewer seeds no difference is told from chance."""
 _MOST = 5
+CLOSED_FORM, STEPS, BASELINE, FLOOR = (
+    "best closed form", "best in a few steps", "fair baseline: best trained", "floor: no coded model",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method's variant with one decoder: its NDA by seed, and what it took as a mean over seeds."""
+    """A method's variant with one decoder: its NDA by seed, and the seconds it took as a mean over seeds."""
 
     name: str
     method: str
     decoder: str
     nda: "pd.Series[float]"
     seconds: float
-    passes: float
 
     @property
     def text(self) -> str:
@@ -33,9 +35,13 @@ class Entry:
         return percent(self.nda.mean(), self.nda.std(ddof=1), digits=1) + " %"
 
     @property
-    def is_trained(self) -> bool:
-        """Whether the coded model was trained by gradient descent."""
-        return self.method.startswith(TRAINED)
+    def role(self) -> str:
+        """What it is compared as; nothing for the oracle."""
+        if self.method in REFERENCES:
+            return FLOOR if self.method == "none" else ""
+        return (
+            BASELINE if self.method.startswith(TRAINED) else STEPS if self.method.startswith(ITERATIVE) else CLOSED_FORM
+        )
 
 
 @dataclass(frozen=True)
@@ -44,33 +50,26 @@ class Findings:
 
     Args:
         headline: The finding in one sentence.
-        closed_form: The best method that is not trained.
-        trained: The best trained one: the fair baseline.
-        floor: The survivors alone, without a coded model.
+        roles: The best of each role with its best decoder, on the test sets.
         beyond_spread: What is clear of the seeds' spread, five at most.
         cautions: What to be careful about.
-        entries: Everything that was measured, by variant and decoder.
+        entries: Everything that was measured.
     """
 
     headline: str
-    closed_form: Entry | None
-    trained: Entry | None
-    floor: Entry | None
+    roles: dict[str, Entry]
     beyond_spread: tuple[str, ...]
     cautions: tuple[str, ...]
-    entries: dict[tuple[str, str], Entry]
+    entries: tuple[Entry, ...]
 
     @property
     def best(self) -> Entry | None:
         """The best coded model, with its decoder."""
-        return _strongest(entry for entry in (self.closed_form, self.trained) if entry is not None)
+        return _strongest(entry for role, entry in self.roles.items() if role != FLOOR)
 
 
 def findings(frame: pd.DataFrame) -> Findings:
-    """Return what the rows of one experiment say.
-
-    Variants are compared seed by seed, since the seeds share experts and calibration samples. The best are the best on
-    the test sets.
+    """Return what the rows of one experiment say; its variants are compared seed by seed.
 
     Args:
         frame: Rows of one experiment's ``results.csv``, of one or several seeds.
@@ -80,28 +79,16 @@ def findings(frame: pd.DataFrame) -> Findings:
     methods = means.groupby("samples_per_task")["name"].nunique()
     samples = methods[methods == methods.max()].index.max()
     means = means[(means["erased"] == erased) & (means["samples_per_task"] == samples)]
-    entries = {
-        (str(name), str(decoder)): Entry(
-            str(name), str(rows["method"].iloc[0]), str(decoder), rows.set_index("seed")["nda"],
-            float((rows["merge_seconds"] + rows["decoder_seconds"]).mean()),
-            float((rows["merge_passes"] + rows["decoder_passes"]).mean()),
-        )
-        for (name, decoder), rows in means.groupby(["name", "decoder"], sort=False)
-    }  # fmt: skip
-
-    def best(accept: Callable[[Entry], bool]) -> Entry | None:
-        return _strongest(entry for entry in entries.values() if accept(entry))
-
-    closed = best(lambda entry: entry.method not in REFERENCES and not entry.is_trained)
-    trained = best(lambda entry: entry.is_trained)
-    floor = best(lambda entry: entry.method == "none")
-    return Findings(
-        _headline(erased, closed, trained, floor),
-        closed, trained, floor,
-        tuple(_beyond_spread(entries, closed, trained, floor) or _nothing(means))[:_MOST],
-        tuple(_cautions(means)),
-        entries,
-    )  # fmt: skip
+    entries = []
+    for (name, decoder), rows in means.groupby(["name", "decoder"], sort=False):
+        took = float((rows["merge_seconds"] + rows["decoder_seconds"]).mean())
+        entries.append(Entry(str(name), rows["method"].iloc[0], str(decoder), rows.set_index("seed")["nda"], took))
+    best = {role: _strongest(entries, role=role) for role in (CLOSED_FORM, STEPS, BASELINE, FLOOR)}
+    roles = {role: entry for role, entry in best.items() if entry is not None}
+    said = _beyond_spread(entries, roles)
+    if not said and means["seed"].nunique() >= FEWEST_SEEDS:
+        said = ["No difference between methods is beyond the spread over seeds."]
+    return Findings(_headline(erased, roles), roles, tuple(said[:_MOST]), tuple(_cautions(means)), tuple(entries))
 
 
 def paired(one: Entry, other: Entry) -> tuple[float, float, int]:
@@ -118,48 +105,41 @@ def paired(one: Entry, other: Entry) -> tuple[float, float, int]:
 
 
 def paired_differences(found: Findings, decoder: str) -> pd.DataFrame:
-    """Return differences in NDA between methods in points, ± spread over seeds; those that are clear carry a star.
+    """Return differences in NDA between methods in points, ± spread over seeds; those that are clear carry `BEST`.
 
     Args:
         found: What `findings` returns.
         decoder: Which decoder.
 
     Returns:
-        Text: a line per method, less each of a few: the survivors alone, averaging, COIN, the best trained.
+        Text: a line per method, minus each of a few: the survivors alone, averaging, COIN, the best trained.
     """
-    entries = {name: entry for (name, own), entry in found.entries.items() if own == decoder and name != "oracle"}
-    trained = _strongest(entry for entry in entries.values() if entry.is_trained)
-    against = [name for name in ("none", "average", "coin", trained and trained.name) if name in entries]
+    entries = [entry for entry in found.entries if entry.decoder == decoder and entry.method != "oracle"]
+    against = [_strongest(entries, method=method) for method in ("none", "average", "coin")]
+    against.append(_strongest(entries, role=BASELINE))
     lines = []
-    for name, entry in entries.items():
-        line = {"method": name}
-        for other in against:
-            mean, spread, sign = paired(entry, entries[other])
-            line[f"minus {other}"] = "–" if name == other else f"{_points(mean, spread)}{BEST if sign else ''}"
+    for entry in entries:
+        line = {"method": entry.name}
+        for other in filter(None, against):
+            mean, spread, sign = paired(entry, other)
+            line[f"minus {other.name}"] = "–" if entry is other else _points(mean, spread) + BEST * (sign != 0)
         lines.append(line)
     return pd.DataFrame(lines)
 
 
-def _headline(erased: str, closed: Entry | None, trained: Entry | None, floor: Entry | None) -> str:
-    lost = f"When {erased.replace('1 of', 'one of')} experts is lost, "
-    best = closed or trained
-    if best is None:
-        alone = "nothing was measured" if floor is None else f"the survivors alone keep {floor.text} of its accuracy"
-        return f"{lost}{alone}; there is no coded model."
-    kind = "the best trained method" if closed is None else "the best closed form"
-    text = f"{lost}{best.name}, {kind}, keeps {best.text} of its accuracy with the {best.decoder} decoder"
-    relations = [
-        (_relation(best, other), f"{other.text} {what}")
-        for other, what in (
-            (trained if closed else None, f"for {trained.name}, the best trained method" if trained else ""),
-            (floor, "without a coded model"),
-        )
-        if other is not None
-    ]
-    for place, (relation, said) in enumerate(relations):
-        same = place > 0 and relation == relations[place - 1][0]
-        text += ", and " if place else ", "
-        text += said if same else f"{relation} {said}"
+def _headline(erased: str, roles: dict[str, Entry]) -> str:
+    text = f"When {erased.replace('1 of', 'one of')} experts is lost, "
+    first = next(iter(roles), FLOOR)
+    if first == FLOOR:
+        alone = f"the survivors alone keep {roles[FLOOR].text} of its accuracy" if roles else "nothing was measured"
+        return f"{text}{alone}; there is no coded model."
+    best, relation, kind = roles[first], "", first.rpartition(": ")[2]
+    text += f"{best.name}, the {kind}, keeps {best.text} of its accuracy with the {best.decoder} decoder"
+    for place, (role, other) in enumerate(list(roles.items())[1:]):
+        same, relation = relation, _relation(best, other)
+        what = {STEPS: "", BASELINE: ", the best trained method"}.get(role)
+        said = f"{other.text} without a coded model" if what is None else f"{other.text} for {other.name}{what}"
+        text += (", and " if place else ", ") + (said if relation == same else f"{relation} {said}")
     return f"{text}."
 
 
@@ -169,39 +149,33 @@ def _relation(one: Entry, other: Entry) -> str:
     return {1: "above", 0: "not clearly apart from", -1: "below"}[paired(one, other)[2]]
 
 
-def _beyond_spread(
-    entries: dict[tuple[str, str], Entry], closed: Entry | None, trained: Entry | None, floor: Entry | None
-) -> list[str]:
+def _beyond_spread(entries: list[Entry], roles: dict[str, Entry]) -> list[str]:
     """Return differences that are clear of the spread, the most telling first."""
-
-    def compare(one: Entry | None, other: Entry | None, what: str = "") -> list[str]:
-        if one is None or other is None or (one.name, one.decoder) == (other.name, other.decoder):
-            return []
-        mean, spread, sign = paired(one, other)
+    best = roles.get(CLOSED_FORM) or _strongest(entry for role, entry in roles.items() if role != FLOOR)
+    if best is None:
+        return []
+    pairs: list[tuple[Entry | None, Entry | None, str]] = []
+    if trained := roles.get(BASELINE):
+        pairs.append((best, trained, f", at {seconds(best.seconds)} s against {seconds(trained.seconds)} s"))
+    pairs.append((best, roles.get(FLOOR), ", without a coded model"))
+    pairs.append((best, _strongest(entries, name=best.name, decoder="linear"), ": the decoder alone"))
+    for decoder in {"linear": 0, best.decoder: 0}:
+        coin, average = (_strongest(entries, method=method, decoder=decoder) for method in ("coin", "average"))
+        pairs.append((coin, average, ""))
+    if coin := _strongest(entries, method="coin", decoder="linear"):
+        line = Entry(f"the {100 * PAPER_NDA:.1f} %", "", "paper, in some cases", coin.nda * 0 + PAPER_NDA, 0.0)
+        pairs.append((coin, line, ""))
+    out = []
+    for one, other, what in pairs:
+        if one is None or other is None or one is other or not (sign := paired(one, other)[2]):
+            continue
+        mean, spread, _ = paired(one, other)
         side = "above" if sign > 0 else "below"
-        text = f"{_called(one)} is {_points(abs(mean), spread, '')} points {side} {_called(other)}{what}."
-        return [text] if sign else []
-
-    out = compare(closed, trained, f", at {seconds(closed.seconds)} s against {seconds(trained.seconds)} s"
-                  if closed and trained else "")  # fmt: skip
-    out += compare(closed or trained, floor, ", with no coded model at all")
-    if closed is not None:
-        out += compare(closed, entries.get((closed.name, "linear")), ": the decoder alone")
-    for decoder in dict.fromkeys(["linear", *([closed.decoder] if closed else [])]):
-        out += compare(entries.get(("coin", decoder)), entries.get(("average", decoder)))
-    coin = entries.get(("coin", "linear"))
-    if coin is not None:
-        line = Entry("paper", "", "", coin.nda * 0 + PAPER_NDA, 0.0, 0.0)
-        mean, spread, sign = paired(coin, line)
-        side = "above" if sign > 0 else "below"
-        text = f"{_called(coin)} is {_points(abs(mean), spread, '')} points {side} the {100 * PAPER_NDA:.1f} %"
-        out += [f"{text} that the paper reports in some cases."] if sign else []
+        out.append(
+            f"{one.name} ({one.decoder}) is {_points(abs(mean), spread, '')} points {side} {other.name} "
+            f"({other.decoder}){what}."
+        )
     return out
-
-
-def _nothing(means: pd.DataFrame) -> list[str]:
-    enough = means["seed"].nunique() >= FEWEST_SEEDS
-    return ["No difference between methods is beyond the spread over seeds."] if enough else []
 
 
 def _cautions(means: pd.DataFrame) -> list[str]:
@@ -217,13 +191,11 @@ def _cautions(means: pd.DataFrame) -> list[str]:
     return out
 
 
-def _strongest(entries: Iterable[Entry]) -> Entry | None:
-    measured = [entry for entry in entries if not entry.nda.isna().any()]
+def _strongest(entries: Iterable[Entry], **wanted: str) -> Entry | None:
+    """Return the entry of the largest mean NDA among those that have these attributes."""
+    fit = [entry for entry in entries if all(getattr(entry, name) == value for name, value in wanted.items())]
+    measured = [entry for entry in fit if not entry.nda.isna().any()]
     return max(measured, key=lambda entry: float(entry.nda.mean()), default=None)
-
-
-def _called(entry: Entry) -> str:
-    return f"{entry.name} ({entry.decoder})"
 
 
 def _points(mean: float, spread: float, sign: str = "+") -> str:

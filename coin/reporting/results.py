@@ -6,7 +6,6 @@ ones. Nothing else is needed to draw a table, a figure or the report.
 """
 
 import json
-import math
 import os
 import platform
 import zipfile
@@ -247,8 +246,9 @@ def read_archive(path: Path) -> dict[str, npt.NDArray[Any]]:
 
 def write_archive(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write arrays as an ``.npz`` file."""
+    named: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **{name: np.asarray(array) for name, array in arrays.items()})
+        np.savez_compressed(file, **named)
 
 
 def one_line(error: Exception) -> str:
@@ -280,14 +280,12 @@ def _machine() -> str:
 def _check_rows(rows: Sequence[Row]) -> None:
     if not rows:
         raise ConfigurationError("found no rows to write, expected at least one measurement")
-    seen = set()
-    for row in rows:
-        if row.task == "mean":
-            raise ConfigurationError("found a task called 'mean', the name of the mean over tasks; rename the task")
-        key = tuple(getattr(row, name) for name in KEYS)
-        if key in seen:
-            raise ConfigurationError(
-                f"found two results of method '{row.method}' (batchnorm '{row.batchnorm}', decoder '{row.decoder}', "
-                f"erased '{row.erased}', task '{row.task}'), expected one; tell the two apart with 'label'"
-            )
-        seen.add(key)
+    if any(row.task == "mean" for row in rows):
+        raise ConfigurationError("found a task called 'mean', the name of the mean over tasks; rename the task")
+    frame = pd.DataFrame([asdict(row) for row in rows])
+    for row in frame[frame.duplicated(list(KEYS))].to_dict("records"):
+        raise ConfigurationError(
+            f"found two results of method '{row['method']}' (batchnorm '{row['batchnorm']}', decoder "
+            f"'{row['decoder']}', erased '{row['erased']}', task '{row['task']}'), expected one; tell the two apart "
+            "with 'label'"
+        )

@@ -25,6 +25,8 @@ REFERENCES = ("none", "oracle")
 """Methods that are no contenders: the survivors alone, and the exact sum of the experts."""
 TRAINED = ("distillation", "readout_distillation")
 """Methods that train the coded model by gradient descent; labels begin with the name."""
+ITERATIVE = ("gauss_newton",)
+"""Methods that take a few steps without a learning rate: neither closed forms nor trained."""
 _KEEPING = ("refit", *TRAINED)
 """Methods whose one BatchNorm policy is ``keep``; the others' default is ``auto``."""
 
@@ -76,7 +78,12 @@ def write_summary(experiment_folder: Path) -> pd.DataFrame:
     Raises:
         FileError: There is no seed with results, a file is damaged, or the summary cannot be written.
     """
-    summary = summarise(read_seeds(experiment_folder))
+    folders = seed_folders(experiment_folder)
+    if not folders:
+        raise FileError(
+            f"found no 'seed-*/results.csv' in '{experiment_folder}', expected an experiment; make it with `coin run`"
+        )
+    summary = summarise(pd.concat([read_results(folder) for folder in folders], ignore_index=True))
     write_frame(experiment_folder / SUMMARY_CSV, summary)
     return summary
 
@@ -89,20 +96,6 @@ def read_summary(experiment_folder: Path) -> pd.DataFrame:
     """
     numbers = SUMMARY_COLUMNS[len(GROUP) + 1 :]
     return read_frame(experiment_folder / SUMMARY_CSV, SUMMARY_COLUMNS, ("samples_per_task", "seeds"), numbers)
-
-
-def read_seeds(experiment_folder: Path) -> pd.DataFrame:
-    """Return the rows of all ``seed-*/results.csv`` below an experiment's folder, in the order of the seeds.
-
-    Raises:
-        FileError: There is none, or one is damaged.
-    """
-    folders = seed_folders(experiment_folder)
-    if not folders:
-        raise FileError(
-            f"found no 'seed-*/results.csv' in '{experiment_folder}', expected an experiment; make it with `coin run`"
-        )
-    return pd.concat([read_results(folder) for folder in folders], ignore_index=True)
 
 
 def seed_folders(experiment_folder: Path) -> list[Path]:

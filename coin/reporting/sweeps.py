@@ -69,7 +69,9 @@ def read_sweep_table(folder: Path) -> Sweep | None:
     others = [key for key in keys if key != SEEDS and key.rsplit(".")[-1] != _SAMPLES]
     options, parts = {}, []
     for values, part in frame.groupby(others, sort=False) if others else [((), frame)]:
-        own = {short[key]: _named(str(value), swept[short[key]]) for key, value in zip(others, values, strict=True)}
+        own = {
+            short[key]: short_value(str(value), swept[short[key]]) for key, value in zip(others, values, strict=True)
+        }
         label = ", ".join(f"{option} {value}" for option, value in own.items()) or name
         options[label] = own
         # A seed that several points have run is one seed.
@@ -113,7 +115,8 @@ def sweep_table(frame: pd.DataFrame, swept: Sequence[str], title: str) -> Table:
     points = frame[["experiment", *keys]].drop_duplicates("experiment")
     text = sweep_text(frame.drop(columns=list(swept)), points.set_index("experiment"))
     text.columns = pd.Index([str(name).rsplit(".")[-1] for name in text.columns])
-    ends = [place for place in range(1, len(text)) if keys and not text.iloc[place, 0] == text.iloc[place - 1, 0]]
+    firsts = text.iloc[:, 0].tolist() if keys else []
+    ends = [place for place in range(1, len(firsts)) if firsts[place] != firsts[place - 1]]
     return rich_table(text, title, [*text.columns[: len(keys) + 1], "method"], ends)
 
 
@@ -128,9 +131,9 @@ def sweep_text(frame: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     """
     keys = [str(key) for key in points.columns]
     means = seed_means(frame[frame["method"] != "oracle"])
+    decoders = list(dict.fromkeys([*means.loc[means["method"] != "none", "decoder"], *means["decoder"]]))
     means = means.assign(method=variant_names(means)).merge(points, left_on="experiment", right_index=True)
     heads = [*keys, *(["erased"] if means["erased"].nunique() > 1 else []), "method"]
-    decoders = list(dict.fromkeys(means["decoder"]))
     lines = []
     means = means.assign(place=means.groupby(keys, sort=False, dropna=False).ngroup() if keys else 0)
     for (_, *head), part in means.sort_values("place", kind="stable").groupby(["place", *heads], sort=False):
@@ -158,5 +161,6 @@ def _short_names(keys: list[str]) -> dict[str, str]:
     return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
 
 
-def _named(value: str, values: Sequence[str]) -> str:
+def short_value(value: str, values: Sequence[str]) -> str:
+    """Return a value of an option, a long one by its place among the values."""
     return value if len(value) <= _LONGEST else f"#{values.index(value)}"

@@ -1,11 +1,13 @@
-"""Tables of mean NDA as data frames of text, for the terminal, the page and notebooks; and how a terminal shows them."""
+"""Tables of mean NDA as data frames of text, for terminal, page and notebooks; and how a terminal shows them."""
 
 import math
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
+from matplotlib.ticker import EngFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -33,13 +35,8 @@ def seconds(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """Return a count in at most five characters: ``840``, ``8.4k``, ``57.6k``, ``1.2M``; ``–`` for NaN."""
-    if math.isnan(value):
-        return "–"
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.1f}".removesuffix(".0") + unit
-    return f"{value:.0f}"
+    """Return a count in a few characters: ``840``, ``8.4k``, ``57.6k``, ``1.2M``; ``–`` for NaN."""
+    return "–" if math.isnan(value) else EngFormatter(sep="")(float(f"{value:.3g}"))
 
 
 def nda_tables(summary: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
@@ -73,22 +70,17 @@ def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
             is_best = row["method"] not in REFERENCES and round(row["nda_mean"], 4) == top
             line[row["decoder"]] = percent(row["nda_mean"], row["nda_std"]) + BEST * is_best
         line["residual"] = "–" if math.isnan(first["residual_mean"]) else f"{first['residual_mean']:.3f}"
-        for step, row in (
-            ("merge", first),
-            ("decoder", part.loc[:, "decoder_seconds_mean":"decoder_passes_std"].max()),
-        ):
-            line |= {
-                f"{step} s": seconds(row[f"{step}_seconds_mean"]),
-                f"{step} passes": short(row[f"{step}_passes_mean"]),
-            }
+        for step in ("merge", "decoder"):
+            line[f"{step} s"] = seconds(part[f"{step}_seconds_mean"].max())
+            line[f"{step} passes"] = short(part[f"{step}_passes_mean"].max())
         lines.append((rank[name], samples, line))
     columns = ["method", *(["P"] if means["samples_per_task"].nunique() > 1 else []), *decoders, *COSTS]
     return pd.DataFrame([line for *_, line in sorted(lines, key=lambda each: each[:2])], columns=columns)
 
 
-def results_console() -> Console:
-    """Return a console for results: as wide as the terminal, or `WIDTH` columns where nobody watches."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH)
+def results_console(width: int = WIDTH) -> Console:
+    """Return a console for results: as wide as the terminal, or so many columns where nobody watches."""
+    return Console(width=None if sys.stdout.isatty() else width)
 
 
 def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None:
@@ -105,7 +97,8 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
     experts = expert_accuracies(summary)
     for experiment, part in experts.groupby("experiment", sort=False):
         whose = f" of {experiment}" if experts["experiment"].nunique() > 1 else ""
-        each = (f"{row.task} {percent(row.mean, row.spread)}" for row in part.itertuples(index=False))
+        rows: Any = part.itertuples(index=False)
+        each = (f"{row.task} {percent(row.mean, row.spread)}" for row in rows)
         console.print(Text(f"Experts{whose}, own accuracy in %: {', '.join(each)}"))
     left_out: dict[str, None] = {}
     for (experiment, erased), table in nda_tables(summary).items():

@@ -124,7 +124,7 @@ def record_input(run: wandb.Run, path: Path, name: str) -> None:
 
 def _artifact(run: wandb.Run, path: Path, name: str, type: str, metadata: Mapping[str, Any] | None) -> wandb.Artifact:
     digest = _digest(path)
-    linked = folder_of(run) / "wandb" / "artifacts" / "linked" / digest[:16] / path.name
+    linked = folder_of(run) / "wandb" / "artifacts" / "linked" / f"{digest[:16]}{path.suffix}"
     if not linked.exists():
         linked.parent.mkdir(parents=True, exist_ok=True)
         try:

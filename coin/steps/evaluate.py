@@ -92,7 +92,7 @@ def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
     if not model.kept:
         return None
     names: list[str] = []
-    parts: dict[str, list[Any]] = {name: [] for name in ("images", "expert", "label", "task", "position")}
+    parts: dict[str, list[Any]] = {name: [] for name in ("images", "expert", "label", "task")}
     decoded: dict[str, list[Any]] = {}
     for task, kept in model.kept.items():
         for (variant, decoder), answers in zip(model.alone(list(model.tasks).index(task)), kept.decoded.T, strict=True):
@@ -101,7 +101,6 @@ def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
         for name in ("expert", "label"):
             parts[name].append(getattr(kept, name).numpy() + len(names))
         parts["images"].append(kept.images.permute(0, 2, 3, 1).numpy())
-        parts["position"] += kept.position.tolist()
         parts["task"] += [task] * len(kept.images)
         names += tasks.tasks[task].classes
     return Examples(
@@ -109,5 +108,4 @@ def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
         decoded={key: np.concatenate(answers) for key, answers in decoded.items()},
         names=tuple(names),
         task=tuple(parts["task"]),
-        position=tuple(parts["position"]),
     )

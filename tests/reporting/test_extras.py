@@ -9,52 +9,48 @@ from coin.errors import ConfigurationError, FileError
 from coin.reporting import Examples, read_examples, read_layers, write_examples, write_layers
 from coin.reporting.extras import EXAMPLES_NPZ
 
+IMAGES = np.arange(2 * 3 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3, 3)
+ONE = np.array([0, 1])
 
-def test_examples_read_back(tmp_path: Path):
-    images = np.arange(2 * 3 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3, 3)
-    written = Examples(
-        images, np.array([0, 1]), np.array([1, 1]), np.array([0, 2]), ("a", "ß"), ("t", "ü"), (7, 3), "m", "d", "why"
-    )
+
+def test_examples_read_back_and_none_are_left_of_an_earlier_run(tmp_path: Path):
+    assert read_examples(tmp_path) is None
+    written = Examples(IMAGES, ONE, np.array([0, 2]), {"ü||ridge": np.array([1, 1])}, ("a", "ß"), ("t", "ü"))
     write_examples(tmp_path, written)
     read = read_examples(tmp_path)
     assert read is not None
-    np.testing.assert_array_equal(read.images, images)
-    np.testing.assert_array_equal(read.decoded, written.decoded)
-    assert read.names == ("a", "ß")
-    assert (read.task, read.position, read.method, read.decoder, read.choice) == (("t", "ü"), (7, 3), "m", "d", "why")
-    assert read.by_task() == {"t": [0], "ü": [1]}
+    np.testing.assert_array_equal(read.images, IMAGES)
+    assert {name: answers.tolist() for name, answers in read.decoded.items()} == {"ü||ridge": [1, 1]}
+    assert (read.label.tolist(), read.names, read.by_task()) == ([0, 2], ("a", "ß"), {"t": [0], "ü": [1]})
     assert [read.name_of(i) for i in (0, 1, 2, -1)] == ["a", "ß", "2", "-1"]
-
-
-def test_no_examples_leave_none_of_an_earlier_run(tmp_path: Path):
-    none = np.zeros(0, np.int64)
-    write_examples(tmp_path, Examples(np.zeros((0, 3, 3, 3), np.uint8), none, none, none))
-    assert read_examples(tmp_path) is not None
     write_examples(tmp_path, None)
     assert read_examples(tmp_path) is None
 
 
-def test_wrong_shapes_are_refused():
-    answers = np.array([0])
-    with pytest.raises(ConfigurationError, match=r"expected \[n, H, W, 3\]"):
-        Examples(np.zeros((1, 3, 3, 1), np.uint8), answers, answers, answers)
-    with pytest.raises(ConfigurationError, match="found decoded"):
-        Examples(np.zeros((1, 3, 3, 3), np.uint8), answers, np.array([0, 1]), answers)
-    with pytest.raises(ConfigurationError, match="found task of 2 images"):
-        Examples(np.zeros((1, 3, 3, 3), np.uint8), answers, answers, answers, task=("a", "b"))
+def test_those_of_an_earlier_version_are_none(tmp_path: Path):
+    np.savez(tmp_path / EXAMPLES_NPZ, images=IMAGES, choice=np.asarray("the last method"))
+    assert read_examples(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": np.zeros((2, 3, 3, 1), np.uint8)}, r"expected \[n, H, W, 3\]"),
+        ({"images": IMAGES.astype(float)}, "of float64"),
+        ({"decoded": {"m||d": np.array([0])}}, r"answers of 'm\|\|d' \[1\]"),
+        ({"label": np.array(["x", "y"])}, "whole numbers"),
+        ({"task": ("a",)}, "and 1 tasks"),
+    ],
+)
+def test_wrong_shapes_and_types_are_refused(changes: dict, message: str):
+    with pytest.raises(ConfigurationError, match=message):
+        Examples(**{"images": IMAGES, "expert": ONE, "label": ONE, **changes})
 
 
 def test_layers_read_back_with_gaps(tmp_path: Path):
-    layers = pd.DataFrame(
-        {
-            "method": ["average", "coin"],
-            "batchnorm": ["average", ""],
-            "code_row": ["0", "1"],
-            "layer": ["0", "0"],
-            "fisher_share": [np.nan, 0.1 + 0.2],
-            "distance": [0.5, 1],
-        }
-    )
+    assert read_layers(tmp_path) is None
+    columns = {"method": ["average", "coin"], "batchnorm": ["average", ""], "code_row": ["0", "1"], "layer": ["0", "0"]}
+    layers = pd.DataFrame({**columns, "fisher_share": [np.nan, 0.1 + 0.2], "distance": [0.5, 1]})
     write_layers(tmp_path, layers)
     read = read_layers(tmp_path)
     assert read is not None
@@ -63,30 +59,24 @@ def test_layers_read_back_with_gaps(tmp_path: Path):
         write_layers(tmp_path, layers.drop(columns="distance"))
 
 
-def test_absent_is_none_and_damaged_is_an_error(tmp_path: Path):
-    assert read_examples(tmp_path) is None
-    assert read_layers(tmp_path) is None
-    (tmp_path / "examples.npz").write_bytes(b"nothing")
-    (tmp_path / "layers.csv").write_text(
-        "method,batchnorm,code_row,layer,fisher_share,distance\na,,0,b,x,1\n", encoding="utf-8"
-    )
-    with pytest.raises(FileError, match=r"examples\.npz"):
-        read_examples(tmp_path)
-    with pytest.raises(FileError, match="damaged in column 'fisher_share'"):
+@pytest.mark.parametrize(("share", "message"), [("x", "damaged in column 'fisher_share'"), ("inf", "infinite")])
+def test_damaged_files_are_one_clear_line(tmp_path: Path, share: str, message: str):
+    head = "method,batchnorm,code_row,layer,fisher_share,distance"
+    (tmp_path / "layers.csv").write_text(f"{head}\na,,0,b,{share},1\n", encoding="utf-8")
+    with pytest.raises(FileError, match=message):
         read_layers(tmp_path)
+    for content in (b"nothing", b""):
+        (tmp_path / EXAMPLES_NPZ).write_bytes(content)
+        with pytest.raises(FileError, match=r"examples\.npz"):
+            read_examples(tmp_path)
+    np.savez(tmp_path / EXAMPLES_NPZ, images=IMAGES)
+    with pytest.raises(FileError, match="holds no example images"):
+        read_examples(tmp_path)
 
 
-def test_positions_and_answers_are_whole_numbers(tmp_path: Path) -> None:
-    """Text among them would go into a page as it stands."""
-    images, zero = np.zeros((1, 2, 2, 3), np.uint8), np.array([0])
-    for wrong in ({"position": ("<script>",)}, {"label": np.array(["x"])}):
-        with pytest.raises(ConfigurationError, match="whole numbers"):
-            Examples(**{"images": images, "expert": zero, "decoded": zero, "label": zero, **wrong})
-
-
-def test_a_damaged_archive_is_one_line(tmp_path: Path) -> None:
+def test_an_archive_damaged_anywhere_is_an_error_of_ours(tmp_path: Path) -> None:
     answers = np.arange(4000)
-    write_examples(tmp_path, Examples(np.zeros((4000, 2, 2, 3), np.uint8), answers, answers, answers))
+    write_examples(tmp_path, Examples(np.zeros((4000, 2, 2, 3), np.uint8), answers, answers, {"m||d": answers}))
     path = tmp_path / EXAMPLES_NPZ
     whole = bytearray(path.read_bytes())
     for start in range(60, 2000, 97):

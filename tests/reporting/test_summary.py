@@ -7,6 +7,7 @@ import pytest
 
 from coin.errors import FileError
 from coin.reporting import Row, read_summary, summarise, write_results, write_summary
+from coin.reporting.summary import decoders_of, expert_accuracies, largest_samples, over_tasks, variant_names
 
 NUMBERS = (
     "expert_accuracy",
@@ -161,3 +162,44 @@ def test_nothing_to_collect_is_one_clear_line(tmp_path: Path):
     (tmp_path / "seed-0" / "results.csv").write_text("experiment\nx\n", encoding="utf-8")
     with pytest.raises(FileError, match="no column 'seed'"):
         write_summary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"method": "none", "batchnorm": "", "code_row": ""}, "none"),
+        ({"batchnorm": "auto:average"}, "coin"),
+        ({"batchnorm": "recalibrate"}, "coin (recalibrate)"),
+        ({"method": "distillation-own", "batchnorm": "keep"}, "distillation-own"),
+        ({"method": "gauss_newton", "batchnorm": "average"}, "gauss_newton (average)"),
+        ({"method": "regmean", "batchnorm": "keep"}, "regmean (keep)"),
+    ],
+)
+def test_a_name_depends_on_the_method_s_own_options_alone(changes: dict[str, str], name: str):
+    own = row(0, "a", 0.9, **changes)
+    assert list(variant_names(frame(own))) == [name]
+    assert variant_names(frame(row(0, "b", 0.9, method="other"), own)).iloc[1] == name
+
+
+def test_names_give_the_code_rows_only_where_one_loss_is_read_out_by_several():
+    one, two = row(0, "a", 0.9), row(0, "a", 0.9, code_row="0+1")
+    assert list(variant_names(frame(one, row(0, "a", 0.9, erased="a+b", code_row="0+1")))) == ["coin (average)"] * 2
+    assert list(variant_names(frame(one, two))) == ["coin (average)[0]", "coin (average)[0+1]"]
+    layers = pd.DataFrame({"method": "coin", "batchnorm": "auto", "code_row": ["0", "1"], "layer": "stem"})
+    assert list(variant_names(layers)) == ["coin[0]", "coin[1]"]
+
+
+def test_decoders_that_matter_come_first():
+    rows = [row(0, "a", nda, decoder=name) for name, nda in (("ridge", 0.8), ("linear", 0.7), ("own", 0.9))]
+    assert decoders_of(over_tasks(summarise(frame(*rows)))) == ["linear", "own", "ridge"]
+    rows.append(row(0, "a", 0.95, decoder="linear", method="refit"))
+    assert decoders_of(over_tasks(summarise(frame(*rows)))) == ["linear", "own", "ridge"]  # the second best
+    reference = row(0, "a", 1.0, decoder="new", method="none")
+    assert decoders_of(over_tasks(summarise(frame(rows[0], reference)))) == ["ridge", "new"]
+
+
+def test_experts_and_largest_samples():
+    summary = summarise(frame(*(row(seed, "a", 0.9, samples_per_task=p) for seed in (0, 1) for p in (50, 200))))
+    experts = expert_accuracies(summary)
+    assert experts[["task", "seeds", "mean"]].values.tolist() == [["a", 2, 0.9]]
+    assert set(largest_samples(summary)["samples_per_task"]) == {200}

@@ -1,0 +1,105 @@
+"""Tables of NDA, as text and in a terminal of 80 columns."""
+
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from coin.reporting import Row, nda_tables, print_summary, summarise
+from coin.reporting.tables import heading, percent, seconds, short
+
+BASE = Row(
+    "x", 0, "coin", "auto:average", "linear", "0", "a", "a", 200, 0.9, 0.8, 8 / 9, 0.85, 0.5, 4.0, 8400.0, 0.2, 1200.0
+)
+
+
+def frame(*rows: Row) -> pd.DataFrame:
+    return pd.DataFrame([vars(row) for row in rows])
+
+
+def printed(summary: pd.DataFrame, width: int = 80) -> str:
+    # A console that is no terminal: what a pipe receives.
+    console = Console(width=width, force_terminal=False, color_system=None)
+    with console.capture() as capture:
+        print_summary(summary, console)
+    return capture.get()
+
+
+def test_a_table_has_a_line_a_variant_the_references_last_and_the_best_starred(measure):
+    summary = summarise(frame(*(row for seed in (0, 1) for row in measure(seed)[0])))
+    ((key, table),) = nda_tables(summary).items()
+    assert key == ("quickstart", "1 of 2")
+    # linear and the winner come first
+    assert list(table.columns)[:3] == ["method", "linear", "feature_ridge"]
+    assert list(table["method"]) == ["average", "coin", "coin (recalibrate)", "distillation", "none", "oracle"]
+    means = summary[summary["task"] == "mean"]
+    for decoder in ("linear", "ridge", "feature_ridge"):
+        part = means[(means["decoder"] == decoder) & ~means["method"].isin(["none", "oracle"])]
+        top = part.loc[part["nda_mean"].idxmax()]
+        (starred,) = [cell for cell in table[decoder] if cell.endswith("*")]
+        assert starred == f"{100 * top['nda_mean']:.2f} ± {100 * top['nda_std']:.2f}*"
+    assert table.loc[4, "linear"] == "–"
+    assert list(table.loc[3, ["merge passes", "decoder passes"]]) == ["57.6k", "1.2k"]
+
+
+def test_means_that_print_alike_are_starred_alike_and_samples_have_a_column():
+    rows = [replace(BASE, nda=0.900001), replace(BASE, method="average", nda=0.899999)]
+    rows += [replace(row, samples_per_task=50, nda=0.5) for row in rows]
+    (table,) = nda_tables(summarise(frame(*rows))).values()
+    assert list(table["P"]) == ["50", "200"] * 2
+    assert list(table["linear"]) == ["50.00*", "90.00*"] * 2
+
+
+def test_the_table_fits_80_columns_with_the_winning_decoder_in_it(measure):
+    rows = [row for seed in range(3) for samples in (50, 1000) for row in measure(seed, samples=samples)[0]]
+    rows += [replace(row, method="readout_distillation_long", batchnorm="keep") for row in rows if row.method == "coin"]
+    names = {"linear": "linear", "ridge": "ridge-own", "feature_ridge": "feature_ridge-stages-64-random-own"}
+    rows = [replace(row, decoder=names[row.decoder]) for row in rows]
+    rows += [replace(row, decoder=f"ridge-{i}", nda=0.5) for row in rows if row.decoder == "linear" for i in range(9)]
+    summary = summarise(frame(*rows))
+    (table,) = nda_tables(summary).values()
+    text = printed(summary)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "\x1b" not in text
+    assert "…" not in text  # nothing is cut off
+    assert "random-own" in text
+    assert table.columns[3] == names["feature_ridge"]
+    assert table.iloc[1, 3] in next(line for line in text.splitlines() if "average" in line and "1000" in line)
+    assert "Not shown: " in text
+    assert "ridge-8" in text.partition("Not shown: ")[2]
+
+
+def test_a_wide_terminal_has_all_and_markup_in_a_name_stands_as_it_is(measure):
+    rows = [replace(row, experiment="[red]x[/red]", task="[b]", erased="[b]") for row in measure(0, tasks=("t",))[0]]
+    rows += [replace(row, experiment="other") for row in rows]
+    text = printed(summarise(frame(*rows)), 160)
+    assert "Not shown" not in text
+    assert "[red]x[/red]: NDA in %, 1 of 1 lost" in text
+    assert "Experts of other, own accuracy in %: [b] 95.60" in text
+    assert "decoder passes" in text
+
+
+def test_the_default_console_is_80_wide_when_piped(measure, capsys: pytest.CaptureFixture[str]):
+    print_summary(summarise(frame(*measure(0)[0])))
+    lines = capsys.readouterr().out.splitlines()
+    assert any("feature_ridge" in line and "linear" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        *((short(value), text) for value, text in ((0, "0"), (840, "840"), (57600, "57.6k"), (1.2e6, "1.2M"))),
+        (short(math.nan), "–"),
+        *((seconds(value), text) for value, text in ((0.0, "0.0"), (31.06, "31.1"), (12345.0, "12,345"))),
+        (percent(0.98024, 0.00314), "98.02 ± 0.31"),
+        (percent(0.98024), "98.02"),
+        (percent(math.nan), "–"),
+        (heading("feature_ridge-stages-64"), "feature_ridge-\nstages-64"),
+        (heading("decoder passes", 10), "decoder\npasses"),
+    ],
+)
+def test_numbers_and_names_as_text(text: str, wanted: str):
+    assert text == wanted
