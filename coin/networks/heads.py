@@ -65,7 +65,8 @@ def padded_rows(
         fill: The value of a padded row, by tensor name; zeros where absent (a padded logit is then zero).
     """
     padded = {}
-    for key in (_key(head, "weight"), _key(head, "bias")):
+    for part in ("weight", "bias"):
+        key = f"{head}.{part}" if head else part  # a network may itself be its head
         if key not in state:
             continue
         tensor = state[key]
@@ -129,7 +130,7 @@ def of_one_width(networks: Sequence[Network]) -> list[Network]:
             f"and their head is '{head}'; name the layer that gives the logits in an attribute 'head_name', or give "
             "experts of one class count"
         )
-    width = max(shape[_key(head, "weight")][0] for shape in shapes)
+    width = max(len(network.get_submodule(head).get_parameter("weight")) for network in networks)
     return [widened(network, width) for network in networks]
 
 
@@ -163,11 +164,6 @@ def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tens
     if isinstance(head, nn.Conv2d):
         return features.flatten(2).mean(2), logits
     return features if features.ndim <= 2 else features.flatten(1, -2).mean(1), logits
-
-
-def _key(head: str, part: str) -> str:
-    """Return a parameter's name; a network may itself be its head."""
-    return f"{head}.{part}" if head else part
 
 
 _TOLERANCES = {torch.float64: 2.0**-30, torch.float32: 2.0**-8, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
