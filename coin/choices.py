@@ -1,5 +1,6 @@
-"""Options that name one entry of an enum, or are a whole number."""
+"""Options that name one entry of an enum, are a number in a range, or a list of names."""
 
+import math
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -28,3 +29,16 @@ def check_integer(name: str, value: Any, least: int) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigurationError(f"found {name}={value!r}, expected a whole number of at least {least}")
+
+
+def check_number(name: str, value: Any, *, low: float, high: float | None = None, strict: bool = False) -> None:
+    """Refuse, with a ConfigurationError, what is no finite number from `low` (above it, if strict) to below `high`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number and (value > low if strict else value >= low) and (high is None or value < high)):
+        bound = f"{'above' if strict else 'at least'} {low:g}" + ("" if high is None else f" and below {high:g}")
+        raise ConfigurationError(f"found {name}={value!r}, expected a number {bound}")
+
+
+def is_list_of_names(value: Any) -> bool:
+    """Return whether a value is a list of at least one string."""
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)

@@ -1,6 +1,5 @@
 """The paper's experiments and those beyond it: every file, on stand-ins with the sets' shapes, sizes and classes."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -12,9 +11,9 @@ from torch import Tensor
 
 import coin.experiment.run
 from coin.cli import main
+from coin.commands.run import experiment_of
 from coin.data import CIFAR10, GTSRB, KMNIST, MNIST, STL10, SVHN, FashionMNIST, Samples, Source, TextTask, Tweets
 from coin.data.tasks import Tasks
-from coin.experiment import Experiment
 from coin.modules import Distillation, Expert
 from coin.reporting import read_results
 
@@ -79,25 +78,6 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tweets, "load", tweets)
 
 
-@pytest.fixture(scope="module")
-def build() -> Callable[[Sequence[str]], Experiment]:
-    """Return the function by which the command line makes an experiment of arguments."""
-    found: list[Callable[[Sequence[str]], Experiment]] = []
-
-    class StopHereError(Exception):
-        pass
-
-    def capture(build: Callable[[Sequence[str]], Experiment], **_: Any) -> None:
-        found.append(build)
-        raise StopHereError
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("coin.commands.sweep.sweep", capture)
-        with pytest.raises(StopHereError):
-            main(["sweep", "any.yaml"])
-    return found[0]
-
-
 def options_of(path: Path) -> list[str]:
     """Return the options with which a file is run: a pair's lies over what all pairs share."""
     return [*(["-c", str(BASE)] if path in PAIRS else []), "-c", str(path)]
@@ -111,8 +91,8 @@ def test_every_pair_of_sets_has_a_file_that_says_how_to_run_it() -> None:
 
 
 @pytest.mark.parametrize("path", PAIRS, ids=lambda path: path.stem)
-def test_a_pair_has_all_that_the_pairs_share(path: Path, build: Callable[..., Experiment]) -> None:
-    experiment = build(options_of(path))
+def test_a_pair_has_all_that_the_pairs_share(path: Path) -> None:
+    experiment = experiment_of(options_of(path))
     most = 4500 if "stl10" in path.stem else 7000
     labels = ["average", "coin", "regmean", "distillation", "distillation-plain", f"distillation-{most}"]
     assert [method.label for method in experiment.methods] == labels
@@ -125,8 +105,8 @@ def test_a_pair_has_all_that_the_pairs_share(path: Path, build: Callable[..., Ex
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_tasks_networks_and_samples_fit_together(path: Path, build: Callable[..., Experiment]) -> None:
-    experiment = build(options_of(path))
+def test_tasks_networks_and_samples_fit_together(path: Path) -> None:
+    experiment = experiment_of(options_of(path))
     assert experiment.name.endswith(path.stem)
     assert experiment.seeds[:3] == [0, 1, 2]
     assert len(experiment.seeds) == 5 or path.parent.name == "beyond"
@@ -156,8 +136,8 @@ def distinct_networks() -> list[tuple[Path, int]]:
 
 
 @pytest.mark.parametrize(("path", "classes"), distinct_networks(), ids=lambda value: Path(str(value)).stem)
-def test_one_batch_through_the_real_network(path: Path, classes: int, build: Callable[..., Experiment]) -> None:
-    experiment = build(options_of(path))
+def test_one_batch_through_the_real_network(path: Path, classes: int) -> None:
+    experiment = experiment_of(options_of(path))
     config = replace(experiment.network, weights=None)  # they are not here, and their names were checked when parsed
     expert = Expert(
         config.name, config.image_size, options=config.options, num_classes=classes, lr=experiment.expert.lr

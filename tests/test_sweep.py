@@ -195,8 +195,8 @@ def test_table_holds_every_points_results(swept: Path) -> None:
 def test_report_shows_the_swept_samples(swept: Path) -> None:
     page = (swept / "report.html").read_text()
     assert "coin: sweep grid" in page
-    assert f"coin sweep {swept.resolve()}/sweep.yaml" in page
-    assert (swept / "plots/nda_against_samples.svg").is_file()
+    assert "coin sweep grid.yaml" in page
+    assert (swept / "plots/nda_against_samples.png").is_file()
     assert "samples_per_task: 12, 24" in page
     assert "Task letters lost" in page  # of the points with the most samples
     again = read_sweep(swept / "sweep.yaml")
@@ -242,7 +242,7 @@ def test_terminal_table_is_the_mean_over_tasks_and_seeds(swept: Path) -> None:
     )
     table = sweep_table(frame, keys, "a sweep")
     cells = {str(column.header): [str(cell) for cell in column.cells] for column in table.columns}
-    assert list(cells) == ["samples_per_task", "method", "BatchNorm", "linear"]
+    assert list(cells) == ["samples_per_task", "method", "linear"]
     assert cells["samples_per_task"] == ["12", "24"]
     assert cells["method"] == ["average", "average"]
     for line, samples in enumerate((12, 24)):

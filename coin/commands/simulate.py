@@ -238,5 +238,5 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
     parser.add_function_arguments(simulate, skip={"folder"})
     options = parsed(parser, arguments)
-    print_simulation(simulate(**options), results_console())
+    print_simulation(simulate(**options), results_console(100))
     print(f"table: {Path(options['output'] or options['folder']) / SIMULATION_CSV}")

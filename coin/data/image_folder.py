@@ -16,8 +16,7 @@ from coin.errors import DataError
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-IN_MEMORY = 2**30
-"""Up to how many bytes of decoded images a folder is held in memory, unless it is said."""
+IN_MEMORY = 2**30  # up to how many bytes of decoded images a folder is held in memory, unless it is said
 
 
 class ImageFolder(TaskData):
@@ -42,14 +41,8 @@ class ImageFolder(TaskData):
         self.in_memory = in_memory
 
     def class_names(self) -> tuple[str, ...]:
-        """The names of the folders in ``ROOT/train``, sorted.
-
-        Raises:
-            DataError: The folder or its ``train`` is missing, or holds fewer than two classes.
-        """
-        if not self.root.is_dir():
-            raise DataError(f"the image folder {self.root.absolute()} does not exist; set root to the right one")
-        classes = tuple(self._split("train"))
+        """The names of the folders in ``ROOT/train``, sorted."""
+        classes = tuple(self._files("train"))
         if len(classes) < 2:
             raise DataError(
                 f"{self.root / 'train'} holds {len(classes)} class folder(s); expected at least 2, as in "
@@ -58,35 +51,26 @@ class ImageFolder(TaskData):
         return classes
 
     def load(self) -> Source:
-        """Find and, where they are held in memory, decode the images of all splits.
-
-        Raises:
-            DataError: A split is missing, its classes differ from those of ``train``, a class is empty, or an image
-                cannot be read.
-        """
+        """Find and, where they are held in memory, decode the images of all splits."""
         paths: list[str] = []
         labels: list[int] = []
         ends = [0]
         for split in ("train", "test", "val"):
-            if split != "val" or split in self._listing:
-                for label, (name, files) in enumerate(self._files(split).items()):
-                    paths += [str(self.root / split / name / file) for file in files]
-                    labels += [label] * len(files)
-                ends.append(len(paths))
+            if split == "val" and split not in self._listing:
+                continue
+            files = self._files(split)
+            self._check_classes(split, files)
+            for label, (name, images) in enumerate(files.items()):
+                paths += [str(self.root / split / name / image) for image in images]
+                labels += [label] * len(images)
+            ends.append(len(paths))
         most = {None: IN_MEMORY, True: math.inf, False: 0}[self.in_memory]
         everything = Samples.of(read_files(paths, self.image_size, most), torch.tensor(labels))
         return Source(*(everything.subset(range(*part)) for part in pairwise(ends)))
 
     def content_key(self) -> str:
-        """A hash of the image files' names, sizes and times: an experiment notices when the folder has changed.
-
-        All copies of a task look once.
-        """
+        """A hash of the image files' names, sizes and times: an experiment notices when the folder has changed."""
         return self._shared.fact("content", self._hash)
-
-    @property
-    def _listing(self) -> dict[str, dict[str, list[str]]]:
-        return self._shared.fact("listing", lambda: list_images(self.root))
 
     def _hash(self) -> str:
         digest = hashlib.sha256()
@@ -97,26 +81,30 @@ class ImageFolder(TaskData):
         return digest.hexdigest()
 
     def _files(self, split: str) -> dict[str, list[str]]:
-        """The image files of each class in a split."""
-        names, here = self.class_names(), self._split(split)
-        if odd := sorted(set(here) ^ set(names)):
-            verb = "has" if odd[0] in here else "lacks"
+        """The images of each class in a split."""
+        if split not in self._listing:
+            folder = (self.root / split).absolute()
+            raise DataError(
+                f"{folder} does not exist; expected images as {folder / 'CLASS' / 'image.png'}; set root to the right "
+                "folder"
+            )
+        return self._listing[split]
+
+    def _check_classes(self, split: str, files: dict[str, list[str]]) -> None:
+        if odd := sorted(set(files) ^ set(self.class_names())):
+            verb = "has" if odd[0] in files else "lacks"
             raise DataError(
                 f"{self.root / split} {verb} the class {odd[0]!r}, unlike {self.root / 'train'}; both need the same "
                 "class folders"
             )
-        for name, files in here.items():
-            if not files:
-                raise DataError(
-                    f"{self.root / split / name} holds no images; expected files ending in {', '.join(EXTENSIONS)}"
-                )
-        return here
+        if empty := next((name for name, images in files.items() if not images), None):
+            raise DataError(
+                f"{self.root / split / empty} holds no images; expected files ending in {', '.join(EXTENSIONS)}"
+            )
 
-    def _split(self, split: str) -> dict[str, list[str]]:
-        if split not in self._listing:
-            folder = self.root / split
-            raise DataError(f"{folder} does not exist; expected images as {folder / 'CLASS' / 'image.png'}")
-        return self._listing[split]
+    @property
+    def _listing(self) -> dict[str, dict[str, list[str]]]:
+        return self._shared.fact("listing", lambda: list_images(self.root))
 
 
 def list_images(root: Path) -> dict[str, dict[str, list[str]]]:

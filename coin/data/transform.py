@@ -16,55 +16,45 @@ def to_input(stored: Tensor, image_size: int) -> Tensor:
     on the images' device.
 
     Args:
-        stored: Images, uint8 [B, 1 or 3, H, W], or tokens, int64 [B, image_size].
-        image_size: Side of the result in pixels, or the number of tokens.
+        stored: Images, uint8 [B, 1 or 3, H, W], or tokens, int64 [B, S]; a `DataError` if it is neither.
+        image_size: S, the side of the result in pixels, or the number of tokens.
 
     Returns:
-        float32 [B, 3, image_size, image_size], or int64 [B, image_size].
-
-    Raises:
-        DataError: What is stored has another type or shape.
+        float32 [B, 3, S, S], or int64 [B, S].
     """
     check_stored(stored, image_size)
-    if is_tokens(stored):
+    if stored.dtype == torch.int64:
         return stored
-    x = stored.float() / 255
-    if x.shape[-2:] != (image_size, image_size):
-        x = F.interpolate(x, size=(image_size, image_size), mode="bilinear", antialias=True)
+    x = _resized(stored.float() / 255, image_size)
     mean = x.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
     std = x.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
     return (x - mean) / std
 
 
 def to_image(inputs: Tensor, side: int | None = None) -> Tensor:
-    """Turn inputs back into images: the inverse of `to_input`, but for what resizing has lost.
+    """Turn inputs, float [B, 3, S, S], back into images, uint8 [B, 3, side, side]; no side keeps S.
 
-    Args:
-        inputs: float [B, 3, S, S], normalised with ImageNet's mean and standard deviation.
-        side: The side of the result in pixels; none keeps S.
-
-    Returns:
-        uint8 [B, 3, side, side].
+    The inverse of `to_input`, but for what resizing has lost.
     """
     x = inputs.float()
     x = x * x.new_tensor(IMAGENET_STD).view(1, 3, 1, 1) + x.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
-    if side is not None and x.shape[-2:] != (side, side):
-        x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
+    if side is not None:
+        x = _resized(x, side)
     return (x * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def is_tokens(stored: Tensor) -> bool:
-    """Say whether stored samples are tokens, int64 [B, L], and not images."""
-    return stored.dtype == torch.int64 and stored.ndim == 2
+def _resized(images: Tensor, side: int) -> Tensor:
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
 
 
 def check_stored(stored: Tensor, image_size: int) -> None:
     """Raise a `DataError` unless these are images, uint8 [B, 1 or 3, H, W], or tokens, int64 [B, image_size]."""
-    if is_tokens(stored):
-        if stored.shape[1] != image_size:
-            raise DataError(f"texts have {stored.shape[1]} tokens; expected {image_size}, the network's image_size")
-    else:
+    if stored.dtype != torch.int64 or stored.ndim != 2:
         check_images(stored)
+    elif stored.shape[1] != image_size:
+        raise DataError(f"texts have {stored.shape[1]} tokens; expected {image_size}, the network's image_size")
 
 
 def check_images(stored: Tensor) -> None:

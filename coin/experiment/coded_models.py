@@ -61,7 +61,8 @@ def estimate(run: SeedRun, which: Statistic) -> None:
         return
     run.say(f"{which} of {', '.join(missing)}")
     name = "-".join((str(which.name), *which.options.values()))
-    with run.job("fisher", name, list(which.options.values()), statistic=str(which.name), **which.options) as work:
+    own: dict[str, Any] = {"statistic": str(which.name), **which.options}
+    with run.job("fisher", name, list(which.options.values()), **own) as work:
         work.reads(FileKind.expert, {task: run.layout.expert(task) for task in missing})
         for task, (path, key) in missing.items():
             costs = estimate_statistic(
@@ -120,11 +121,13 @@ def merge(run: SeedRun, jobs: ExitStack) -> None:
         samples = run.experiment.calibration.samples_per_task
         make = partial(make_coded_models, method, run.code, experts, run.layout.coded, samples)
         make() if method.is_trained else from_first(make)
+        work.makes(FileKind.coded_model, by_stem(paths))
         run.steps.finish(f"coded-{name}", key, paths)
 
 
-def _method_job(run: SeedRun, method: Method, name: str) -> AbstractContextManager[Job]:
-    return run.job("method", name, [METHOD_TAG, method.label], method=method.label, batchnorm=str(method.batchnorm))
+def _method_job(run: SeedRun, method: Method, name: str, *, again: bool = False) -> AbstractContextManager[Job]:
+    own = {"method": method.label, "batchnorm": str(method.batchnorm)}
+    return run.job("method", name, [METHOD_TAG, method.label], again=again, **own)
 
 
 def record_name(path: Path) -> str:
@@ -251,26 +254,33 @@ def _measure(run: SeedRun, coded: Sequence[Path]) -> None:
 
 
 def _log_methods(run: SeedRun) -> None:
-    """Write every method's numbers into its W&B run, which a method that was made before has anew."""
+    """Write every method's numbers into its W&B run; that of a method that was made before is written whole again."""
     key = step_key({}, [run.layout.results])
     logged = run.steps.finished("wandb-methods", key, [])
     if in_sweep() or (logged and not run.method_jobs):
         return
     with logging_only("the runs of the methods"):
         rows = read_results(run.folder)
-        top = best(rows).get("best_method")
+        asked = rows["batchnorm"].map(asked_policy)
+        top, whole = best(rows).get("best_method"), True
         for method in run.experiment.methods:
             paths = run.coded_paths(method)
             name = record_name(paths[0])
-            asked = rows["batchnorm"].map(asked_policy)
             own = rows[(rows["method"] == method.label) & asked.isin(["", str(method.batchnorm)])]
-            aliases = ["best"] if not own.empty and variant_names(own).iloc[0] == top else []
             with ExitStack() as stack:
                 work = run.method_jobs.pop(name, None)
                 if work is None and logged:
                     continue
-                work = work or stack.enter_context(_method_job(run, method, name))
-                work.makes(FileKind.coded_model, by_stem(paths), aliases)
-                if work.run is not None and not own.empty:
+                if work is None:
+                    work = stack.enter_context(_method_job(run, method, name, again=True))
+                    _tell_inputs(run, work, method, run.statistics(method))
+                    work.repeat_curve(run.layout.log("method", name))
+                    work.makes(FileKind.coded_model, by_stem(paths))
+                if variant_names(own).iloc[0] == top:
+                    work.makes(FileKind.coded_model, by_stem(paths), ["best"])
+                if work.run is None:
+                    whole = False
+                else:
                     log_method(work.run, own)
-        run.steps.finish("wandb-methods", key, [])
+        if whole:
+            run.steps.finish("wandb-methods", key, [])

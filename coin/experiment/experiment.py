@@ -102,8 +102,7 @@ class Experiment:
         for task, data in tasks.items():
             network.check_content(data.content)
             own = expert.of(task)
-            data.check_augmentation(own.augmentation)
-            data.check_transform(own.transform)
+            data.check_augmentation(own.augmentation, own.transform)
             for method in methods:
                 data.check_augmentation(Augmentation(method.augmentation))
         kinds = {which.kind for method in methods for which in method.statistics()}

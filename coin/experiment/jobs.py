@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
@@ -72,6 +73,18 @@ class Job:
             with logging_only("the numbers of a job"):
                 self.run.summary.update(dict(numbers))
 
+    def repeat_curve(self, folder: Path) -> None:
+        """Log again what an earlier process has left of a training in ``logs/metrics.csv``: W&B may have lost it."""
+        path = folder / "logs" / "metrics.csv"
+        if self.run is None or not self.run.offline or not path.is_file():
+            return
+        with logging_only("the curve of a training"):
+            for row in pd.read_csv(path).to_dict("records"):
+                numbers = {str(name): value for name, value in row.items() if pd.notna(value)}
+                for name in numbers.keys() - {"epoch", "step"}:
+                    self.run.define_metric(name, step_metric="epoch")
+                self.run.log({"trainer/global_step": numbers.pop("step", None), **numbers})
+
     def _each(self, files: Mapping[str, Path], tell: Callable[[wandb.Run, str, Path], None]) -> None:
         if self.run is not None and not self.run.disabled:
             with logging_only("the files of a job"):
@@ -92,12 +105,14 @@ def job(
     seed: int | None,
     config: Mapping[str, Any],
     tags: Sequence[str] = (),
+    again: bool = False,
 ) -> Iterator[Job]:
     """Yield one job with its loggers: CSV files in ``folder/logs``, and a W&B run in the experiment's group.
 
     The W&B runs of a seed lie side by side in ``runs/NAME/seed-K/wandb``, to be brought online by one ``wandb sync``. A
-    job that was interrupted goes on with its run: the run's name is kept in ``folder/wandb-run-id`` until it is done.
-    Several jobs may be at work at once. An agent of a W&B sweep knows of one run alone, which is the evaluation's.
+    job that was interrupted goes on with its run, whose name is kept in ``folder``; one that is done does so if it is
+    asked to. Several jobs may be at work at once. An agent of a W&B sweep knows of one run alone, which is the
+    evaluation's.
 
     Args:
         experiment: The experiment.
@@ -107,23 +122,25 @@ def job(
         seed: The seed; none for what all seeds share.
         config: The W&B run's configuration; see `run_config`.
         tags: Short words to filter by.
+        again: Whether a job that is done goes on with its run.
     """
     layout = experiment.layout
     run_folder = layout.seed(seed).folder if seed is not None else layout.base if name == "base" else layout.folder
+    called = run_name(experiment.name, seed, job_type, name)
     folder.mkdir(parents=True, exist_ok=True)
     # CSV comes first: Lightning's log_dir is the first logger's, and W&B's is another for every run.
     loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="logs")]
-    kept, run = folder / "wandb-run-id", None
+    run, kept, done = None, folder / f"wandb-run-id-{job_type}", folder / f"wandb-run-done-{job_type}"
     if is_first() and (job_type == "evaluate" or not in_sweep()):
-        with logging_only("the start of a run"):
+        with logging_only(f"the start of the run '{called}'"):
             run = start_run(
                 run_folder,
                 group=experiment.name,
                 job_type=job_type,
-                name=run_name(experiment.name, seed, job_type, name),
+                name=called,
                 config=config,
                 tags=[*tags, experiment.network.name, *experiment.wandb.tags],
-                run_id=None if in_sweep() else _run_id(kept),
+                run_id=None if in_sweep() else _run_id(kept, done if again else kept),
             )
             loggers.append(WandbLogger(experiment=run))
     failed = True
@@ -133,16 +150,17 @@ def job(
         failed = False
     finally:
         if run is not None:
-            with logging_only("the end of a run"):
+            with logging_only(f"the end of the run '{called}'"):
                 run.finish(exit_code=int(failed))
-            if not failed:
-                kept.unlink(missing_ok=True)
+            if not failed and kept.exists():
+                kept.replace(done)
 
 
-def _run_id(kept: Path) -> str:
-    """Return the W&B run that a file names, or a new one's name, which goes into the file."""
-    if kept.is_file():
-        return kept.read_text(encoding="utf-8").strip()
+def _run_id(kept: Path, done: Path) -> str:
+    """Return the W&B run that one of two files names, or a new one's name, which goes into the first."""
+    for path in (kept, done):
+        if path.is_file():
+            return path.read_text(encoding="utf-8").strip()
     found = secrets.token_hex(4)
     write_text(kept, found)
     return found

@@ -132,9 +132,10 @@ def _run_as_array(
     submitted = list(zip(jobs, handles, strict=True))
     for job, handle in submitted:
         say(f"{job.name}: job {handle.job_id}")
-    failed = []
+    failed: list[ExpertJob] = []
     for job, handle in submitted:
-        if handle.exception() is not None:
+        ended = handle.exception()
+        if ended is not None:
             failed.append(job)
-        say(f"{job.name}: {'failed' if job in failed else 'finished'}")
+        say(f"{job.name}: finished" if ended is None else f"{job.name}: failed ({first_line(ended)[:200]})")
     return failed

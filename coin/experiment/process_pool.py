@@ -44,7 +44,9 @@ class Command:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
     def last_line(self) -> str:
-        """Return what the process has printed last."""
+        """Return what the process has printed last, nothing where it has not begun."""
+        if not self.log.is_file():
+            return "it has printed nothing"
         return self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
 
 

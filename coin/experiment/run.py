@@ -22,7 +22,7 @@ from coin.processes import from_first, is_first, process_count
 from coin.reporting import write_report
 from coin.reporting.summary import write_summary
 from coin.reporting.wandb_evaluation import SUMMARY_TAG, log_summary
-from coin.reporting.wandb_settings import check_connection, in_sweep, logging_only
+from coin.reporting.wandb_settings import check_connection, logging_only
 from coin.steps.trainer import check_trainer_options, join_processes
 
 
@@ -157,9 +157,12 @@ def _summarise(experiment: Experiment) -> pd.DataFrame:
 
 
 def _log_summary(experiment: Experiment, summary: pd.DataFrame) -> None:
-    """Give all seeds together a W&B run, where there are several and their numbers are new."""
+    """Give all seeds together a W&B run, where there are several and their numbers are new.
+
+    An agent of a W&B sweep, which knows of one run alone, gets their means in that run's summary.
+    """
     steps, key = Steps(experiment.folder), step_key({}, [experiment.layout.summary])
-    if len(experiment.seeds) < 2 or in_sweep() or steps.finished("wandb-summary", key, []):
+    if len(experiment.seeds) < 2 or steps.finished("wandb-summary", key, []):
         return
     config = run_config(experiment, resolved(experiment, experiment.tasks, None))
     folder = experiment.layout.folder / "logs"
@@ -169,4 +172,4 @@ def _log_summary(experiment: Experiment, summary: pd.DataFrame) -> None:
     ):
         if work.run is not None:
             log_summary(work.run, summary)
-        steps.finish("wandb-summary", key, [])
+            steps.finish("wandb-summary", key, [])

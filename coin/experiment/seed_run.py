@@ -84,17 +84,20 @@ class SeedRun:
         """The experiment's options with all defaults filled in."""
         return resolved(self.experiment, self.tasks, self.seed)
 
-    def job(self, job_type: str, name: str, tags: Sequence[str] = (), **own: Any) -> AbstractContextManager[Job]:
+    def job(
+        self, job_type: str, name: str, tags: Sequence[str] = (), *, again: bool = False, **own: Any
+    ) -> AbstractContextManager[Job]:
         """Return a context with one of this seed's jobs; see `coin.experiment.jobs.job`.
 
         Args:
             job_type: The job's type.
             name: What it works on.
             tags: Short words to filter its W&B run by.
+            again: Whether a job that is done goes on with its run.
             **own: What its W&B run's configuration tells it from others of its type by.
         """
         config = run_config(self.experiment, self.options, **own)
-        return job(self.experiment, self.layout.log(job_type, name), job_type, name, self.seed, config, tags)
+        return job(self.experiment, self.layout.log(job_type, name), job_type, name, self.seed, config, tags, again)
 
     def say(self, text: str) -> None:
         """Tell about the progress."""

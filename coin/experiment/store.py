@@ -8,15 +8,13 @@ import contextlib
 import glob
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from coin.experiment.locks import alone_in
-from coin.files.atomic import atomic_path, sha256_of, write_text
+from coin.files.atomic import link_file, sha256_of, write_text
 from coin.options import described
 from coin.processes import from_first
 from coin.reporting.sweeps import SWEEP_YAML
@@ -88,7 +86,7 @@ class Steps:
             if other._stands(name, key, theirs):
                 try:
                     for source, target in zip(theirs, outputs, strict=True):
-                        _link(source, target)
+                        link_file(source, target)
                 except OSError:  # it is just being made again: the step is done here
                     continue
                 self._write(name, key, outputs)
@@ -104,15 +102,6 @@ class Steps:
 
     def _contents(self, outputs: Sequence[Path]) -> dict[str, str]:
         return {str(path.relative_to(self.folder)): sha256_of(path) for path in outputs}
-
-
-def _link(source: Path, target: Path) -> None:
-    with atomic_path(target) as temporary:
-        temporary.unlink()
-        try:
-            os.link(source, temporary)
-        except OSError:  # another file system, or one without hard links
-            shutil.copy2(source, temporary)
 
 
 def step_key(options: Any, inputs: Sequence[Path] = (), hashes: Mapping[Path, str] | None = None) -> str:

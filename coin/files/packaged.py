@@ -1,9 +1,11 @@
 """Files that installed packages ship: pretrained weights and texts that arrive by pip."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from coin.errors import FileError
+from coin.errors import DataError, FileError
 
 
 def packaged_file(package: str, file: str, extra: str = "text") -> Path:
@@ -19,3 +21,11 @@ def packaged_file(package: str, file: str, extra: str = "text") -> Path:
             f"found no package {package} with a file {file}, expected it installed: pip install 'coded-coin[{extra}]'"
         )
     return path
+
+
+def extra_module(name: str, extra: str) -> Any:
+    """Import a module that an extra brings; a `DataError` if it is missing."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise DataError(f"found no module {name}, expected it installed: pip install 'coded-coin[{extra}]'") from error

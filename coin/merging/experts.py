@@ -1,7 +1,7 @@
 """What a merge is made of: the experts, their statistics and their calibration data, each computed when asked for."""
 
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cached_property
 from itertools import chain
@@ -48,7 +48,8 @@ class Experts:
     Attributes:
         passes: Forward-equivalents spent so far on what was asked for: what a merge has cost.
         seconds: Wall time that statistics took elsewhere.
-        train: Makes the coded model of a method that trains, for a code row; without one it trains in memory.
+        train: What methods that are trained are trained by, a `coin.modules.training.Training`; without one they train
+            in memory.
 
     Raises:
         ConfigurationError: There are no experts, or the parts are of different numbers of experts.
@@ -67,7 +68,7 @@ class Experts:
         forward: Forward | None = None,
     ) -> None:
         self.passes = self.seconds = 0.0
-        self.train: Callable[[Any, Any, Sequence[float]], Any] | None = None
+        self.train: Any = None
         if not networks:
             raise ConfigurationError("found no experts, expected at least one")
         own = [adapted(network, forward) for network in networks]

@@ -1,17 +1,21 @@
-"""A code with its networks: the experts and the coded models that stand by for them."""
+"""A code with its networks, the experts and the coded models that stand by for them, and how well it decodes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
+import pandas as pd
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from coin.batches import Batch, Forward, adapted, checked
-from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, make_decoder
-from coin.errors import ConfigurationError
-from coin.networks import Run, common_widths, pad_logits, run_network
-from coin.statistics.guard import eval_mode
+from coin.batches import Batch, Forward, adapted, as_input, checked, take
+from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder
+from coin.errors import ConfigurationError, DataError
+from coin.metrics import DecodingAccuracy, Residual
+from coin.networks import Run, pad_logits, run_network
+from coin.networks.stages import common_widths
+from coin.statistics.guard import eval_mode, full_products
 
 
 class Coded(LightningModule):
@@ -96,7 +100,7 @@ class Coded(LightningModule):
         """
         decoder = make_decoder(kind, self.code, erased)
         if decoder.needs_fit:
-            parts = [self._answers_for(decoder, batch) for batch in calibration]
+            parts = [self._answers_for([decoder.config], batch) for batch in calibration]
             decoder.fit(replace(Answers.concatenate(parts), tasks=tasks))
         self.decoder = decoder
         return self
@@ -104,16 +108,17 @@ class Coded(LightningModule):
     def decode(self, inputs: Batch) -> Tensor:
         """Return the lost experts' logits ``[|erased|, B, C]``, from the servers that are left.
 
-        Raises:
-            ConfigurationError: `fit_decoder` has not been called.
+        Raises a ConfigurationError where `fit_decoder` has not been called.
         """
         if self.decoder is None:
             raise ConfigurationError("found no decoder; call fit_decoder with the lost experts first")
-        return self.decoder.decode(self._answers_for(self.decoder, inputs, self.decoder.erased))
+        return self.decoder.decode(self._answers_for([self.decoder.config], inputs, self.decoder.erased))
 
-    def _answers_for(self, decoder: Decoder, inputs: Batch, erased: Sequence[int] = ()) -> Answers:
-        config = decoder.config
-        return self.answers(inputs, features=config.reads_features, stages=config.reads_stages, erased=erased)
+    def _answers_for(self, decoders: Sequence[DecoderConfig], inputs: Batch, erased: Sequence[int] = ()) -> Answers:
+        """Return the answers that these decoders read."""
+        features = any(config.reads_features for config in decoders)
+        stages = any(config.reads_stages for config in decoders)
+        return self.answers(inputs, features=features, stages=stages, erased=erased)
 
 
 def server_answers(
@@ -138,3 +143,102 @@ def server_answers(
 def _padded(logits: Sequence[Tensor]) -> Tensor:
     width = max(entry.shape[1] for entry in logits)
     return torch.stack([pad_logits(entry, width) for entry in logits])
+
+
+def evaluate(
+    system: Coded,
+    loaders: Sequence[Iterable[Any]],
+    *,
+    decoders: Sequence[DecoderKind | str | dict[str, Any] | DecoderConfig] = tuple(DecoderKind),
+    calibration: Sequence[Iterable[Any]] | None = None,
+) -> pd.DataFrame:
+    """Measure how well every expert is decoded, on its own task, where it alone is lost.
+
+    Every network runs once over the inputs, whatever the number of decoders. The numbers are those of a run's results.
+
+    Args:
+        system: The code, its experts and its coded models.
+        loaders: For every expert the batches (inputs, labels) of its task's test set; labels are classes ``[B]``.
+        decoders: Kinds, or configurations of one.
+        calibration: For every expert the batches of its own task's samples, on which decoders are fitted without
+            labels; the linear one needs none.
+
+    Returns:
+        One row a decoder and task, with the columns ``decoder``, ``task`` (the system's name of it),
+        ``expert_accuracy``, ``decoded_accuracy``, ``nda``, ``agreement`` (`coin.metrics.DecodingAccuracy`) and
+        ``residual`` (`coin.metrics.Residual`).
+
+    Raises:
+        ConfigurationError: The loaders or the calibration data are of another number of experts, a decoder does not
+            exist or comes twice, or one that is to be fitted finds no calibration data.
+        DataError: A batch of a loader is no pair of inputs and labels, or a task has none.
+        DecodingError: The code cannot make up for the loss of an expert.
+    """
+    configs, count = distinct_decoders(list(decoders)), len(system.experts)
+    for what, given in (("loaders", loaders), ("calibration data", calibration)):
+        if given is not None and len(given) != count:
+            raise ConfigurationError(f"found {what} of {len(given)} tasks, expected {count}; give every expert's")
+    by_task = [[make_decoder(config, system.code, [task]) for config in configs] for task in range(count)]
+    if to_fit := [decoder for each in by_task for decoder in each if decoder.needs_fit]:
+        if calibration is None:
+            raise ConfigurationError(
+                f"found no calibration, on which the decoder {to_fit[0].config.name} is fitted; give it, or "
+                "decoders=['linear']"
+            )
+        answers = _calibration_answers(system, configs, calibration)
+        for decoder in to_fit:
+            decoder.fit(answers)
+    measured = [_measured(system, by_task[task], task, loader) for task, loader in enumerate(loaders)]
+    return pd.DataFrame(
+        {"decoder": config.name, "task": system.names[task], **measured[task][index]}
+        for index, config in enumerate(configs)
+        for task in range(count)
+    )
+
+
+def _measured(system: Coded, decoders: Sequence[Decoder], task: int, loader: Iterable[Any]) -> list[dict[str, float]]:
+    """Return the numbers of every decoder of the loss of one expert, on its task."""
+    accuracies: list[DecodingAccuracy] = []
+    residual = Residual()
+    for batch in loader:
+        if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+            raise DataError(
+                f"found a test batch of type {type(batch).__name__}, expected pairs (inputs, labels) of a task's test "
+                "set"
+            )
+        inputs, labels = batch
+        answers = _answers(system, inputs, [decoder.config for decoder in decoders])
+        if not accuracies:
+            accuracies = [DecodingAccuracy(_num_classes(system.experts[task], inputs)) for _ in decoders]
+        with torch.autocast("cpu", enabled=False), full_products():
+            residual.update(answers.coded.flatten(0, 1), system.code.encode(answers.experts).flatten(0, 1))
+            for decoder, accuracy in zip(decoders, accuracies, strict=True):
+                accuracy.update(decoder.decode(answers)[0], answers.experts[task], labels.cpu())
+    if not accuracies:
+        raise DataError(f"found no test batches of task '{system.names[task]}', expected at least one")
+    shared = {"residual": float(residual.compute())}
+    return [{name: float(value) for name, value in each.compute().items()} | shared for each in accuracies]
+
+
+def _calibration_answers(
+    system: Coded, configs: Sequence[DecoderConfig], calibration: Sequence[Iterable[Any]]
+) -> Answers:
+    """Return all servers' answers to the calibration samples, which tell their tasks."""
+    parts = []
+    for task, batches in enumerate(calibration):
+        for batch in batches:
+            answers = _answers(system, batch, configs)
+            parts.append(replace(answers, tasks=torch.full((answers.num_samples,), task)))
+    return Answers.concatenate(parts)
+
+
+def _num_classes(expert: nn.Module, inputs: Any) -> int:
+    """Return how many logits an expert has of its own, which answers pad."""
+    with torch.no_grad(), eval_mode(expert):
+        logits: Tensor = expert(take(as_input(inputs, expert), slice(0, 1)))
+    return logits.shape[1]
+
+
+def _answers(system: Coded, inputs: Any, configs: Sequence[DecoderConfig]) -> Answers:
+    """Return all servers' answers, on the CPU: there decoders are fitted, and not every device has float64."""
+    return system._answers_for(configs, as_input(inputs, system.coded[0])).cpu()

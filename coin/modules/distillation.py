@@ -1,7 +1,8 @@
-"""Coded models that are trained on the experts' weighted outputs: the ensemble-distillation baseline, and its kin."""
+"""Coded models that are trained on the experts' weighted outputs: the ensemble-distillation baseline."""
 
-from collections.abc import Iterable, Sequence
-from copy import deepcopy
+import math
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +13,21 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
-from coin.batches import Batch, Forward, as_input
-from coin.choices import chosen
-from coin.coding import Code
+from coin.batches import Batch, as_input, twin
+from coin.choices import check_integer, check_number, chosen
 from coin.data import Augmentation
-from coin.errors import ConfigurationError, HeadError
-from coin.merging import Average, CodedModel, Experts, HeadFit, Method, merge_networks
+from coin.errors import CoinWarning, ConfigurationError, HeadError, NumericalError
+from coin.files.tensors import not_finite
+from coin.merging import Average, CodedModel, Experts, HeadFit, Method
 from coin.merging.calibrated import CalibratedExperts
 from coin.merging.checks import check_label, check_row
 from coin.merging.method import starting_method
-from coin.modules.memory_training import BatchCalibration, MemoryTraining
 from coin.modules.recipe import Schedule
+from coin.modules.search import POINTS, TRIALS, Choice, search_curves, search_grid
 from coin.modules.shared import plain_options, plot_against_epochs, tasks_of
-from coin.networks import (
-    BatchNormPolicy,
-    build_network,
-    check_head,
-    features_and_logits,
-    fill_network,
-    full_precision,
-    head_name,
-    load_network,
-    widen_network,
-)
+from coin.modules.training import BatchCalibration, MemoryTraining, Training
+from coin.networks import BatchNormPolicy, build_network, fill_network, load_network, widened
+from coin.networks.stages import full_precision
 
 AUTO = "auto"
 """Start with the head fitted, where there is one that can be: a fully connected layer with a bias."""
@@ -45,13 +38,12 @@ class Distillation(LightningModule, Method):
 
     It starts from a merge in closed form and stays in eval mode throughout: BatchNorm keeps the start's running
     statistics (policy ``keep``) and dropout is off. Its data is a `coin.data.Tasks`. With an `augmentation` every epoch
-    sees other views of the samples, and the experts answer to each of them; the samples that choices are made on are
-    never augmented.
+    sees other views of the samples, and the experts answer to each of them; held-out samples are never augmented.
 
     An experiment names it among its methods and fills in `experts` and `code_row`. With `lr` left open, learning rate
     and number of steps are chosen by the loss on held-out calibration samples, and the final run is on all of them; all
-    of that counts as the method's cost; see `coin.modules.training`. With `merge_networks` it trains in memory, on the
-    calibration batches, by a Trainer of its own of which nothing is seen.
+    of that counts as the method's cost. With `merge_networks` it trains in memory, on the calibration batches, by a
+    Trainer of its own of which nothing is seen.
 
     The defaults are those of a fair baseline. The older, plain recipe is ``start: average, augmentation: none,
     schedule: constant``.
@@ -76,12 +68,6 @@ class Distillation(LightningModule, Method):
             name; or its ``class_path`` and ``init_args`` (`coin.merging.method.starting_method`).
         label: What results and files call this variant.
         seed: Of the order of the samples; none takes the experiment's, or 0 in memory.
-
-    Attributes:
-        augments: Whether an augmentation was asked for.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
     """
 
     name = "distillation"
@@ -111,19 +97,18 @@ class Distillation(LightningModule, Method):
         augmentation = chosen(Augmentation, "augmentation", augmentation)
         schedule = chosen(Schedule, "schedule", schedule)
         self.save_hyperparameters(plain_options(locals()))
-        rates = [*learning_rates, *([] if lr is None else [lr])]
-        if not learning_rates or not all(0 < rate < float("inf") for rate in rates):
-            raise ConfigurationError(f"found learning rates {learning_rates} and lr={lr}, expected positive numbers")
-        if learning_rates != sorted(set(learning_rates)):
-            raise ConfigurationError(f"found learning rates {learning_rates}, expected rising ones")
-        if steps < 1 or batch_size < 2:
-            raise ConfigurationError(f"found steps={steps}, batch_size={batch_size}, expected at least 1 and 2")
-        if samples_per_task is not None and samples_per_task < 1:
-            raise ConfigurationError(f"found samples_per_task={samples_per_task}, expected at least 1, or none")
-        if seed is not None and seed < 0:
-            raise ConfigurationError(f"found seed={seed}, expected at least 0, or none")
-        if not 0 < held_out < 1:
-            raise ConfigurationError(f"found held_out={held_out}, expected a share above 0 and below 1")
+        if lr is not None:
+            check_number("lr", lr, low=0.0, strict=True)
+        for rate in learning_rates:
+            check_number("learning_rates", rate, low=0.0, strict=True)
+        if not learning_rates or learning_rates != sorted(set(learning_rates)):
+            raise ConfigurationError(f"found learning_rates={learning_rates}, expected at least one, rising")
+        check_integer("steps", steps, 1)
+        check_integer("batch_size", batch_size, 2)
+        check_number("held_out", held_out, low=0.0, high=1.0, strict=True)
+        for name, number, least in (("samples_per_task", samples_per_task, 1), ("seed", seed, 0)):
+            if number is not None:
+                check_integer(name, number, least)
         if schedule is Schedule.cosine:
             raise ConfigurationError("found schedule=cosine, expected one_cycle or constant")
         if start != AUTO:
@@ -131,7 +116,7 @@ class Distillation(LightningModule, Method):
         self.label = check_label(self.name if label is None else label)
         self.samples_per_task = samples_per_task
         self.augmentation = str(augmentation)
-        self.student: nn.Module | None = None
+        self.student: Any = None  # the network that is trained, once there is one
         self.teachers: nn.ModuleList | list[nn.Module] = []
         self.readouts = nn.ModuleList()
         self.passes = 0.0
@@ -142,11 +127,100 @@ class Distillation(LightningModule, Method):
         self._outputs: Tensor | None = None
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
-        """Train the coded model of one row of the code; see `coin.merging.Method.make`."""
-        if experts.train is not None:
-            return experts.train(self, experts, row)  # type: ignore[no-any-return]
+        """Train the coded model of one row of the code, and count what all runs take; see `coin.merging.Method.make`.
+
+        With its learning rate left open, the pair of learning rate and number of steps with the smallest loss on
+        held-out samples is chosen; the final run is on all samples. Raises a NumericalError where all runs diverge.
+        """
         with torch.inference_mode(False), torch.enable_grad():
-            return MemoryTraining()(self, experts, row)
+            choice = None if self.hparams["lr"] is not None else self._search(experts, row)
+            lr, steps = choice.best if choice else (self.hparams["lr"], self.hparams["steps"])
+            module = self._run(experts, row, lr, steps)
+        if not_finite(dict(module.named_parameters())) is not None:
+            raise NumericalError(f"{self.label} diverged with lr={lr}; give a smaller one")
+        return CodedModel(module.student, (choice.described if choice else {}) | module.chosen)
+
+    def _search(self, experts: Experts, row: Sequence[float]) -> Choice:
+        """Choose the learning rate and the number of steps on held-out samples."""
+        rates, steps, share = (self.hparams[name] for name in ("learning_rates", "steps", "held_out"))
+        samples = self._training(experts).num_samples(experts, self.samples_per_task)
+        held_out = max(1, round(share * samples))
+        if samples - held_out < 2:
+            raise ConfigurationError(
+                f"found {samples} pooled calibration samples for distillation, {held_out} of them held out to choose "
+                "its learning rate on, expected at least 2 others to train on; raise samples_per_task or give it an lr"
+            )
+        start: dict[str, Tensor] | None = None
+
+        def losses(lr: float, steps: int, every: int) -> list[float]:
+            nonlocal start
+            module = self._run(experts, row, lr, steps, held_out=share, every=every, start=start)
+            start = module.begun
+            return module.losses
+
+        def last_loss(lr: float, steps: int) -> float:
+            found = losses(lr, steps, steps)
+            return found[-1] if found and math.isfinite(found[-1]) else math.inf
+
+        if self.hparams["schedule"] == Schedule.one_cycle:
+            choice = search_grid(last_loss, rates, steps)
+            if choice.at_edge:
+                lr, steps = choice.best
+                warnings.warn(
+                    f"method '{self.label}' chose lr={lr:.3g} and {steps} steps after {TRIALS} trials, at the "
+                    "edge of what it tried; begin nearer with learning_rates and steps",
+                    CoinWarning,
+                    stacklevel=2,
+                )
+        else:
+            choice = search_curves(lambda lr, every: losses(lr, steps, every), rates, steps)
+        if not any(map(math.isfinite, choice.losses.values())):
+            raise NumericalError(f"{self.label} diverged with every learning rate of {rates}; give smaller ones")
+        return choice
+
+    def _run(
+        self,
+        experts: Experts,
+        row: Sequence[float],
+        lr: float,
+        steps: int,
+        *,
+        held_out: float = 0.0,
+        every: int | None = None,
+        start: dict[str, Tensor] | None = None,
+    ) -> "Distillation":
+        """Train a module with these options, validated every so many steps on a share of the samples."""
+        training = self._training(experts)
+        options = dict(self.hparams) | training.run_options(experts, self.hparams)
+        module = type(self)(**options | {"code_row": list(row), "lr": lr, "steps": steps})
+        module.begun = start
+        if isinstance(training, MemoryTraining):
+            module.hold([twin(network).eval() for network in experts.networks], experts.blank().eval())
+        trainer_options = {
+            "max_steps": steps,
+            "max_epochs": -1,
+            "log_every_n_steps": max(1, steps // POINTS),
+            "num_sanity_val_steps": 0,
+            "val_check_interval": every if held_out else None,
+            "check_val_every_n_epoch": None if held_out else 1,
+            "limit_val_batches": 1.0 if held_out else 0,
+        }
+        training.fit(module, experts, held_out, trainer_options)
+        experts.passes += module.passes
+        return module
+
+    def _training(self, experts: Experts) -> Training:
+        """Return what trains: what the experts bring, or their samples in memory, which are taken as they are."""
+        if experts.train is not None:
+            training: Training = experts.train
+            return training
+        if self.augments or self.samples_per_task is not None:
+            name = "augmentation" if self.samples_per_task is None else "samples_per_task"
+            raise ConfigurationError(
+                f"found {name}={self.hparams[name]} for calibration batches in memory, which are taken as they are, "
+                "expected none; leave it out"
+            )
+        return MemoryTraining()
 
     def hold(self, teachers: nn.ModuleList | list[nn.Module], student: nn.Module) -> None:
         """Take the experts, in eval mode, and the network that is trained, whose weights the start replaces."""
@@ -164,7 +238,7 @@ class Distillation(LightningModule, Method):
         check_row(row, len(paths))
         files = [load_network(Path(path)) for path in paths]
         outputs = max(file.num_classes for file in files)
-        teachers = nn.ModuleList([widen_network(file, outputs).requires_grad_(False) for file in files])
+        teachers = nn.ModuleList([widened(file.network, outputs).requires_grad_(False) for file in files])
         student = build_network(files[0].config, outputs)
         self.hold(teachers, student.to(memory_format=torch.channels_last).eval())  # type: ignore[call-overload]
 
@@ -188,7 +262,6 @@ class Distillation(LightningModule, Method):
         if self.hparams["augmentation"] != Augmentation.none:
             return
         calibration = tasks_of(self).training_calibration()
-        assert self.student is not None
         with torch.no_grad():
             batches = [as_input(batch, self.student) for batch in calibration]
             self._outputs = torch.cat([self.expert_outputs(batch) for batch in batches], dim=1)
@@ -196,32 +269,28 @@ class Distillation(LightningModule, Method):
             self.passes += calibration.num_samples * len(self.teachers)
 
     def _begin(self) -> None:
-        assert self.student is not None
+        """Set the student to its start, which is made unless it is known."""
         if self.begun is None:
             samples = tasks_of(self).training_calibration()
             tasks = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(len(samples.parts))]
             teachers, in_memory = list(self.teachers), isinstance(samples, BatchCalibration)
             experts = Experts(teachers, calibration=tasks) if in_memory else CalibratedExperts(teachers, tasks)
-            made = self._start(experts)
+            start, row = self.hparams["start"], self.hparams["code_row"]
+            if start == AUTO:
+                try:
+                    made, start = HeadFit().make(experts, row), HeadFit.name
+                except HeadError:
+                    made, start = Average().make(experts, row), Average.name
+            else:
+                made = starting_method(start).make(experts, row)
             self.begun = made.network.state_dict()
             self.passes += experts.passes
             self.chosen = {name: value for name, value in made.chosen.items() if name != "held_out_error"}
+            self.chosen["start"] = start
             if self.trainer.world_size > 1:  # all processes must start alike, to the last bit
                 here = {name: tensor.cpu() for name, tensor in self.begun.items()}
                 self.begun = self.trainer.strategy.broadcast(here)
         fill_network(self.student, self.begun, f"the start of {self.name}")
-
-    def _start(self, experts: Experts) -> CodedModel:
-        """Make the network that training begins with, and say which it is."""
-        start, row = self.hparams["start"], self.hparams["code_row"]
-        if start == AUTO:
-            try:
-                made, start = HeadFit().make(experts, row), HeadFit.name
-            except HeadError:
-                made, start = Average().make(experts, row), Average.name
-        else:
-            made = starting_method(start).make(experts, row)
-        return CodedModel(made.network, {**made.chosen, "start": start})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the training has cost so far, and the held-out losses."""
@@ -234,7 +303,6 @@ class Distillation(LightningModule, Method):
 
     def forward(self, inputs: Batch) -> Tensor:
         """Return the coded model's logits ``[B, C]``."""
-        assert self.student is not None
         return self.student(inputs)  # type: ignore[no-any-return]
 
     def expert_outputs(self, inputs: Batch) -> Tensor:
@@ -265,7 +333,6 @@ class Distillation(LightningModule, Method):
         """Return Adam over what is trained, and the schedule, which moves with every step."""
         if (lr := self.hparams["lr"]) is None:
             raise ConfigurationError("found no lr; give one, or let 'coin merge' or 'coin run' choose it")
-        assert self.student is not None
         optimizer = Adam([*self.student.parameters(), *self.readouts.parameters()], lr)
         scheduler: LRScheduler = ConstantLR(optimizer, factor=1.0, total_iters=0)
         if self.hparams["schedule"] == Schedule.one_cycle:
@@ -293,108 +360,6 @@ class Distillation(LightningModule, Method):
 
     def _log(self, name: str, loss: Tensor, samples: int, *, prog_bar: bool = False) -> None:
         self.log(name, loss, on_step=False, on_epoch=True, batch_size=samples, sync_dist=True, prog_bar=prog_bar)
-
-
-class ReadoutDistillation(Distillation):
-    """Distillation that also asks for features from which every expert's own answer can be read.
-
-    The decoder `feature_ridge` needs from the coded network, on samples of task j, features φ from which f_j can be
-    read linearly; it needs Σ_i β_i f_i only as far as the linear decoder does. So the loss is
-
-        ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖² + w · ½ E_j E_{x∈T_j}‖R_j φ_θ(x) − f_j(x)‖²
-
-    with one affine readout R_j a task, which starts as expert j's head, is trained along, and is thrown away: the
-    decoder fits its own. It is told which task a calibration sample is from, and no label. By default nothing is
-    chosen per run.
-
-    Source: the loss is this project's. Readouts beside a distilled network: Romero et al., *FitNets* (ICLR 2015).
-
-    Args:
-        readout_weight: w, at least 0; 0 leaves a distillation of fixed learning rate and steps.
-        **options: The others are those of `Distillation`.
-    """
-
-    name = "readout_distillation"
-
-    def __init__(
-        self,
-        experts: list[str] | None = None,
-        code_row: list[float] | None = None,
-        lr: float | None = 1e-3,
-        steps: int = 100,
-        readout_weight: float = 1.0,
-        **options: Any,
-    ) -> None:
-        super().__init__(experts, code_row, lr=lr, steps=steps, **options)
-        if not 0 <= readout_weight < float("inf"):
-            raise ConfigurationError(f"found readout_weight={readout_weight}, expected a number of at least 0")
-        self.save_hyperparameters({"readout_weight": readout_weight})
-
-    def hold(self, teachers: nn.ModuleList | list[nn.Module], student: nn.Module) -> None:
-        """Take the experts and the student, and copy the experts' heads as the first readouts."""
-        super().hold(teachers, student)
-        self.readouts = nn.ModuleList([self._readout(network) for network in teachers])
-
-    def on_fit_start(self) -> None:
-        """Note which task each training sample is from, and start."""
-        super().on_fit_start()
-        plot_against_epochs(self, ["train/readout_loss"])
-        self._parts = tasks_of(self).training_calibration().part.to(self.device)
-
-    def training_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> Tensor:
-        """Return the coding loss plus the weighted readout loss of one batch of positions and inputs."""
-        positions, inputs = batch
-        outputs = self._training_outputs(positions, inputs)
-        assert self.student is not None
-        features, logits = features_and_logits(self.student, inputs)
-        if batch_idx == 0:
-            check_head(self.student, features.detach(), logits.detach())
-        loss = self._coding_loss(logits, self.target(outputs), "train")
-        parts = self._parts[positions]
-        read = torch.stack([readout(features) for readout in self.readouts])
-        own = torch.arange(len(parts), device=parts.device)
-        errors = full_precision(read[parts, own]) - full_precision(outputs[parts, own])
-        readout_loss = 0.5 * errors.square().sum(1).mean()
-        self._log("train/readout_loss", readout_loss, len(own))
-        return loss + self.hparams["readout_weight"] * readout_loss  # type: ignore[no-any-return]
-
-    def _readout(self, network: nn.Module) -> nn.Linear:
-        """Return a copy of a network's head."""
-        name = head_name(network)
-        head = network.get_submodule(name)
-        if not isinstance(head, nn.Linear) or head.bias is None:
-            raise ConfigurationError(
-                f"method '{self.label}' needs a fully connected head with a bias, found {type(head).__name__} in "
-                f"'{name}'; leave the method out for this network"
-            )
-        return deepcopy(head).requires_grad_(True)
-
-
-def distill(
-    networks: Sequence[nn.Module],
-    code: Code,
-    calibration: Sequence[Iterable[Any]],
-    *,
-    readout: bool = False,
-    forward: Forward | None = None,
-    **options: Any,
-) -> list[nn.Module]:
-    """Distil N experts into coded models: R new networks in eval mode, one a row of the code, R×N.
-
-    Args:
-        networks: The experts.
-        code: The code.
-        calibration: For every expert the batches of its own task's samples, as of `merge_networks`.
-        readout: Whether it is a `ReadoutDistillation`.
-        forward: How networks are called, as of `merge_networks`.
-        **options: Those of `Distillation`, such as ``lr``, ``steps`` and ``seed``.
-
-    Raises:
-        ConfigurationError: An option does not exist or is out of its range.
-        NumericalError: The training diverges.
-    """
-    method = (ReadoutDistillation if readout else Distillation)(**options)
-    return merge_networks(method, networks, code, calibration=calibration, forward=forward)
 
 
 class _OneCycle(OneCycleLR):

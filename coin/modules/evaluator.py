@@ -21,23 +21,20 @@ from coin.modules.coded import server_answers
 from coin.modules.examples import ExampleSamples, KeptSamples
 from coin.modules.shared import tasks_of
 from coin.modules.variants import NONE, ORACLE, Outcome, Variant, read_coded
-from coin.networks import load_network, widen_network
+from coin.networks import load_network, widened
 from coin.progress import tracked
 from coin.statistics.guard import full_products
 
 
 @dataclass(frozen=True)
-class _Case:
-    """One fitted decoder of one variant for one erasure, what fitting it took, and what it is measured with.
-
-    ``measures`` are the accuracy and the confusion of every lost expert.
-    """
+class _FittedDecoder:
+    """A decoder of one variant, by index, for one erasure; what fitting it took; every lost expert's metrics."""
 
     variant: int
     decoder: Decoder
     seconds: float
     passes: float
-    measures: dict[int, tuple[DecodingAccuracy, MulticlassConfusionMatrix]]
+    metrics: dict[int, tuple[DecodingAccuracy, MulticlassConfusionMatrix]]
 
 
 class DecodingEvaluator(LightningModule):
@@ -77,7 +74,7 @@ class DecodingEvaluator(LightningModule):
         self.class_counts = [file.num_classes for file in files]
         self.config = files[0].config
         width = max(self.class_counts)
-        self.experts = nn.ModuleList([widen_network(file, width) for file in files])
+        self.experts = nn.ModuleList([widened(file.network, width) for file in files])
         marks = [fingerprint(file.network.state_dict()) for file in files]
         networks, self.variants = read_coded([Path(path) for path in coded or []], marks)
         self.coded = nn.ModuleList(networks)
@@ -89,7 +86,7 @@ class DecodingEvaluator(LightningModule):
         self.outcomes: list[Outcome] = []
         self.examples: dict[int, ExampleSamples] = {}
         self.kept: dict[str, KeptSamples] = {}
-        self.cases: list[_Case] = []
+        self.fitted: list[_FittedDecoder] = []
         self.eval().requires_grad_(False)
 
     def forward(self, inputs: Tensor) -> Answers:
@@ -116,7 +113,7 @@ class DecodingEvaluator(LightningModule):
         answers = replace(Answers.concatenate(parts), tasks=calibration.part)
         # The networks run together here; each one's share of the time is what a decoder that needs it is charged.
         share = (time.perf_counter() - started) / (len(self.experts) + len(self.coded))
-        self.cases = self._fitted(answers, share)
+        self.fitted = self._fit_decoders(answers, share)
         self.examples = {
             place: ExampleSamples(len(task.splits.test), self.config.image_size, len(self.alone(place)))
             for place, task in enumerate(data.tasks.values())
@@ -140,15 +137,15 @@ class DecodingEvaluator(LightningModule):
         own, classes = answers.experts[task], self.class_counts[task]
         expert = own[:, :classes].argmax(1)
         alone = []
-        for case in self.cases:
-            if task not in case.measures:
+        for fitted in self.fitted:
+            if task not in fitted.metrics:
                 continue
-            decoded = case.decoder.decode(seen[case.variant])[case.decoder.erased.index(task)]
+            decoded = fitted.decoder.decode(seen[fitted.variant])[fitted.decoder.erased.index(task)]
             answer = decoded[:, :classes].argmax(1)
-            accuracy, confusion = case.measures[task]
+            accuracy, confusion = fitted.metrics[task]
             accuracy.update(decoded, own, labels)
             confusion.update(answer, expert)
-            if len(case.measures) == 1:
+            if len(fitted.metrics) == 1:
                 alone.append(answer)
         if task in self.examples:
             # Where in the test set the samples of this process's batch are; see `EvaluationBatches`.
@@ -158,7 +155,8 @@ class DecodingEvaluator(LightningModule):
 
     def alone(self, task: int) -> list[tuple[Variant, str]]:
         """Return in what order `kept` has the answers decoded in a task's place: by which variant and decoder."""
-        return [(self.variants[c.variant], c.decoder.config.name) for c in self.cases if list(c.measures) == [task]]
+        alone = [fitted for fitted in self.fitted if list(fitted.metrics) == [task]]
+        return [(self.variants[fitted.variant], fitted.decoder.config.name) for fitted in alone]
 
     def on_test_epoch_end(self) -> None:
         """Collect the totals of all processes into `outcomes`."""
@@ -166,34 +164,34 @@ class DecodingEvaluator(LightningModule):
             for metric in self._metrics:
                 metric.to(self.device)
         self.kept = {self.tasks[task]: examples.kept() for task, examples in self.examples.items()}
-        found = {index: [float(each.compute()) for each in residuals] for index, residuals in self.residuals.items()}
+        residuals = {index: [float(each.compute()) for each in metrics] for index, metrics in self.residuals.items()}
         self.outcomes = [
             Outcome(
-                variant=self.variants[case.variant],
-                decoder=case.decoder.config.name,
-                erased=tuple(self.tasks[lost] for lost in case.decoder.erased),
+                variant=self.variants[fitted.variant],
+                decoder=fitted.decoder.config.name,
+                erased=tuple(self.tasks[lost] for lost in fitted.decoder.erased),
                 task=self.tasks[expert],
-                residual=found[case.variant][expert] if case.variant in found else math.nan,
-                decoder_seconds=case.seconds,
-                decoder_passes=case.passes,
+                residual=residuals[fitted.variant][expert] if fitted.variant in residuals else math.nan,
+                decoder_seconds=fitted.seconds,
+                decoder_passes=fitted.passes,
                 confusion=confusion.compute().cpu().numpy().astype(np.int64),
                 **{name: float(value) for name, value in accuracy.compute().items()},
             )
-            for case in self.cases
-            for expert, (accuracy, confusion) in case.measures.items()
+            for fitted in self.fitted
+            for expert, (accuracy, confusion) in fitted.metrics.items()
         ]
 
-    def _fitted(self, answers: Answers, share: float) -> list[_Case]:
-        """Return every case with its decoder fitted; `share` is the seconds one network took over the samples."""
-        wanted = [
+    def _fit_decoders(self, answers: Answers, share: float) -> list[_FittedDecoder]:
+        """Fit a decoder for every variant and erasure; `share` is the seconds one network took over the samples."""
+        combinations = [
             (index, erased, config)
             for index, variant in enumerate(self.variants)
             for erased in variant.erasures()
             for config in self.decoders
             if variant.applies(config.kind)
         ]
-        cases = []
-        for index, erased, config in tracked(wanted, "fitting decoders"):
+        fitted = []
+        for index, erased, config in tracked(combinations, "fitting decoders"):
             variant = self.variants[index]
             seen = variant.seen(answers)
             started = time.perf_counter()
@@ -205,12 +203,12 @@ class DecodingEvaluator(LightningModule):
                 seconds += share * passes / answers.num_samples
             counts = [self.class_counts[lost] for lost in erased]
             pairs = [(DecodingAccuracy(count), MulticlassConfusionMatrix(count)) for count in counts]
-            cases.append(_Case(index, decoder, seconds, passes, dict(zip(erased, pairs, strict=True))))
-        return cases
+            fitted.append(_FittedDecoder(index, decoder, seconds, passes, dict(zip(erased, pairs, strict=True))))
+        return fitted
 
     @property
     def _metrics(self) -> list[Metric]:
-        """All metrics. As no submodules they stay on the CPU when the networks move."""
+        """All metrics; as they are no submodules, they stay on the CPU when the networks move."""
         residuals = [metric for metrics in self.residuals.values() for metric in metrics]
-        measures = [metric for case in self.cases for pair in case.measures.values() for metric in pair]
-        return [*residuals, *measures, *self.examples.values()]
+        others = [metric for fitted in self.fitted for pair in fitted.metrics.values() for metric in pair]
+        return [*residuals, *others, *self.examples.values()]

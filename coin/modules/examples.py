@@ -16,10 +16,10 @@ SIDE = 96
 
 @dataclass(frozen=True)
 class KeptSamples:
-    """Test samples of one task, in a random order.
+    """Test samples of one task, in a random order: images are uint8 ``[n, 3, H, W]``.
 
-    The images are uint8 ``[n, 3, H, W]``, their places in the test set, the classes that the expert answers and those
-    that are true ``[n]``, and what was decoded in K ways ``[n, K]``.
+    `position` in the test set, the classes that the expert answers and those that are true are ``[n]``, what was
+    decoded in K ways is ``[n, K]``.
     """
 
     images: Tensor
@@ -69,7 +69,7 @@ class ExampleSamples(Metric):
         self.images[rows] = to_image(inputs[chosen.to(inputs.device)], self.side).to(self.images)
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the answers and images of what was kept of all processes' shares."""
+        """Return the states; see `kept`."""
         return {"answers": self.answers, "images": self.images}
 
     def kept(self) -> KeptSamples:

@@ -9,20 +9,22 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 from torchmetrics.classification import MulticlassAccuracy
 
 from coin.errors import ConfigurationError
-from coin.modules.fine_tuning import (
+from coin.modules.recipe import (
     HEAD,
-    hold_batchnorm,
+    OptimizerKind,
+    Recipe,
+    Schedule,
     parameter_groups,
     squared_distance,
     trainable_names,
     without_head,
 )
-from coin.modules.recipe import OptimizerKind, Recipe, Schedule
 from coin.modules.shared import plain_options, plot_against_epochs
 from coin.networks import NetworkConfig, add_adapters, initial_network
 
@@ -41,9 +43,6 @@ class Expert(LightningModule):
         seed: Of dropout and the like; the state of the global generator is a function of this and the epoch alone.
             None is 0, and what ``--seed_everything`` says on the command line.
         **recipe: How it is trained; see `coin.modules.recipe.Recipe`.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
     """
 
     def __init__(
@@ -98,7 +97,9 @@ class Expert(LightningModule):
         """Switch to training or evaluation; BatchNorm stays in evaluation where the recipe says so."""
         super().train(mode)
         if self.recipe.freeze_batchnorm:
-            hold_batchnorm(self)
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         return self
 
     def on_train_start(self) -> None:
@@ -148,8 +149,8 @@ class Expert(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimiser and the schedule, which moves with every step.
 
-        Raises:
-            ConfigurationError: The run has no known length, as with ``max_time`` alone, and the schedule asks for one.
+        Raises a ConfigurationError where the schedule asks for the length of the run and that is not known, as with
+        ``max_time`` alone.
         """
         recipe = self.recipe
         assert self.network is not None

@@ -1,13 +1,23 @@
-"""How a network is trained: the options that ``coin fit`` and ``coin run`` share."""
+"""How a network is trained: the options that ``coin fit`` and ``coin run`` share, and what they mean for a network."""
 
-import math
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from coin.choices import chosen
+import torch
+from torch import Tensor, nn
+
+from coin.choices import check_number, chosen, is_list_of_names
 from coin.errors import ConfigurationError, first_line
-from coin.networks import Lora, check_peft
+from coin.networks.heads import head_name
+from coin.networks.lora import Lora, check_peft
+from coin.networks.stages import full_precision
+
+HEAD = "head"
+"""The pattern that stands for a network's head, whatever it is called."""
 
 
 class OptimizerKind(StrEnum):
@@ -48,10 +58,6 @@ class Recipe:
         lora: Low-rank adapters that are trained in the place of the layers that they are in; see `coin.networks.Lora`.
             They are merged into the weights before the expert is written or its Fisher estimated.
         compile_network: Whether to run the network through `torch.compile`.
-
-    Raises:
-        ConfigurationError: An option is not of its type or out of its range. Overrides bring plain values, which no
-            parser has seen.
     """
 
     _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {"optimizer": OptimizerKind, "schedule": Schedule}
@@ -69,7 +75,7 @@ class Recipe:
     lora: Lora | None = None
     compile_network: bool = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # overrides bring plain values, which no parser has seen
         for name, kind in self._ENUMS.items():
             object.__setattr__(self, name, chosen(kind, name, getattr(self, name)))
         check_number("lr", self.lr, low=0.0, strict=True)
@@ -82,42 +88,80 @@ class Recipe:
         for name in ("freeze_batchnorm", "compile_network"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"found {name}={getattr(self, name)!r}, expected true or false")
-        check_patterns("trainable", self.trainable)
+        if self.trainable is not None and not is_list_of_names(self.trainable):
+            raise ConfigurationError(
+                f"found trainable={self.trainable!r}, expected a list of names or glob patterns, such as "
+                "[head], or null"
+            )
         if self.lora is not None:
-            object.__setattr__(self, "lora", _lora(self.lora))
-            check_peft()
-            if self.l2_sp:
-                raise ConfigurationError(
-                    f"found l2_sp={self.l2_sp} with lora, whose adapters start at zero and are drawn there by "
-                    "weight_decay; leave one of them out"
-                )
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        """Make adapters' options of what an override brings, plain values, and check them."""
+        given: Any = self.lora
+        try:
+            object.__setattr__(self, "lora", given if isinstance(given, Lora) else Lora(**given))
+        except TypeError as error:
+            raise ConfigurationError(
+                f"found lora={given!r}, expected null or some of rank, alpha, targets and dropout: {first_line(error)}"
+            ) from error
+        check_peft()
+        if self.l2_sp:
+            raise ConfigurationError(
+                f"found l2_sp={self.l2_sp} with lora, whose adapters start at zero and are drawn there by "
+                "weight_decay; leave one of them out"
+            )
 
 
-def _lora(value: Any) -> Lora:
-    """Return adapters' options, which an override brings as plain values."""
-    if isinstance(value, Lora):
-        return value
-    try:
-        return Lora(**value)
-    except TypeError as error:
+def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[str]:
+    """Return the names of the parameters that match glob patterns or `HEAD`, in the network's order; none takes all.
+
+    Raises a ConfigurationError where a pattern matches nothing.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    if patterns is None:
+        return names
+    found: set[str] = set()
+    for pattern in patterns:
+        glob = f"{head_name(network)}.*" if pattern == HEAD else pattern
+        matching = {name for name in names if fnmatchcase(name, glob)}
+        if not matching:
+            stem = pattern.split("*")[0].rstrip(".")
+            near = [name for name in names if stem and name.startswith(stem)]
+            near = near[:3] or difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+            raise ConfigurationError(
+                f"found trainable pattern '{pattern}', which matches no parameter of {type(network).__name__}; the "
+                f"nearest names are {', '.join(near)} (or '{HEAD}'; 'layer.*' takes all of a layer)"
+            )
+        found |= matching
+    return [name for name in names if name in found]
+
+
+def parameter_groups(network: nn.Module, lr: float, head_lr: float | None) -> list[dict[str, Any]]:
+    """Return an optimiser's groups of the parameters that require gradients: one, or the head apart with its own rate.
+
+    Raises a ConfigurationError where the head has a rate of its own and is not trained.
+    """
+    trained = {name: each for name, each in network.named_parameters() if each.requires_grad}
+    if head_lr is None:
+        return [{"params": list(trained.values()), "lr": lr}]
+    body = without_head(network, list(trained))
+    own = [each for name, each in trained.items() if name not in body]
+    if not own:
         raise ConfigurationError(
-            f"found lora={value!r}, expected null or some of rank, alpha, targets and dropout: {first_line(error)}"
-        ) from error
-
-
-def check_number(name: str, value: Any, *, low: float, high: float | None = None, strict: bool = False) -> None:
-    """Refuse, with a ConfigurationError, what is no finite number from `low` (above it, if strict) to below `high`."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not (number and (value > low if strict else value >= low) and (high is None or value < high)):
-        bound = f"{'above' if strict else 'at least'} {low:g}" + ("" if high is None else f" and below {high:g}")
-        raise ConfigurationError(f"found {name}={value!r}, expected a number {bound}")
-
-
-def check_patterns(name: str, value: Any) -> None:
-    """Refuse, with a ConfigurationError, what is neither null nor a list of patterns."""
-    if value is not None and not (
-        isinstance(value, list) and value and all(isinstance(pattern, str) for pattern in value)
-    ):
-        raise ConfigurationError(
-            f"found {name}={value!r}, expected a list of names or glob patterns, such as [head], or null"
+            f"found head_lr={head_lr} and a head that is not trained; add '{HEAD}' to trainable, or leave head_lr out"
         )
+    groups = [{"params": [trained[name] for name in body], "lr": lr}] if body else []
+    return [*groups, {"params": own, "lr": head_lr}]
+
+
+def without_head(network: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the names that are not of the head's parameters."""
+    head = f"{head_name(network)}."
+    return [name for name in names if not name.startswith(head)]
+
+
+def squared_distance(parameters: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
+    """Return ‖θ − θ₀‖², a scalar, over the tensors that `start` names; in float32 at least."""
+    moved = (full_precision(parameters[name]) - full_precision(tensor) for name, tensor in start.items())
+    return torch.stack([difference.square().sum() for difference in moved]).sum()

@@ -58,11 +58,7 @@ def plot_against_epochs(module: LightningModule, names: Sequence[str]) -> None:
 
 
 def tasks_of(module: LightningModule) -> Tasks:
-    """Return the datamodule of a module's trainer.
-
-    Raises:
-        ConfigurationError: It is no `coin.data.Tasks`.
-    """
+    """Return the datamodule of a module's trainer; a ConfigurationError where it is no `coin.data.Tasks`."""
     data: Any = getattr(module.trainer, "datamodule", None)
     if not isinstance(data, Tasks):
         raise ConfigurationError(f"found data of {type(data).__name__}, expected Tasks; set data.class_path: Tasks")

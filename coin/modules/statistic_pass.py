@@ -54,11 +54,7 @@ class StatisticPass(LightningModule):
         self._pass.add(batch)
 
     def on_predict_end(self) -> None:
-        """Add up the processes' sums.
-
-        Raises:
-            DataError: This process had no samples, and so has no sums to add.
-        """
+        """Add up the processes' sums; a DataError where this process had no samples, and so has none to add."""
         done, self._pass = self._pass, None
         if done is None or done.count == 0:
             raise DataError(

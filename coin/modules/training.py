@@ -1,164 +1,118 @@
-"""How a coded model is trained: like an expert, its learning rate and steps chosen on held-out calibration samples."""
+"""What a method that is trained is trained on: calibration samples, those in memory here, and a Trainer over them."""
 
-import math
+import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
 
-from coin.errors import CoinWarning, ConfigurationError, NumericalError
-from coin.files.tensors import not_finite
-from coin.merging import CodedModel, Experts
-from coin.modules.recipe import Schedule
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from coin.modules.distillation import Distillation
-
-POINTS = 10
-"""How often a run with a constant learning rate looks at the held-out samples: the numbers of steps to choose from."""
-
-TRIALS = 12
-"""The most trials of one search."""
+from coin.batches import Batch, as_input, joined, size_of, take
+from coin.data import Calibration
+from coin.data.tasks import Tasks
+from coin.merging import Experts
+from coin.modules.shared import quieten
+from coin.statistics.guard import differentiable, trainable
 
 
 class Training(ABC):
-    """Trains the coded models of methods that are trained, on samples that a subclass has."""
+    """What trains the networks of a method: calibration samples of the experts, and a Trainer over them."""
 
     @abstractmethod
-    def num_samples(self, method: "Distillation", experts: Any) -> int:
+    def num_samples(self, experts: Any, samples_per_task: int | None) -> int:
         """Return the number of pooled calibration samples, the held-out ones among them."""
 
     @abstractmethod
-    def prepared(self, method: "Distillation", experts: Any, options: dict[str, Any]) -> "Distillation":
-        """Return the module of one run: the method with other options, and its experts."""
+    def run_options(self, experts: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what options a method gets for its runs, beside those that it was given."""
 
     @abstractmethod
-    def fit(self, module: "Distillation", held_out: float, options: dict[str, Any]) -> None:
+    def fit(self, module: LightningModule, experts: Any, held_out: float, options: dict[str, Any]) -> None:
         """Run a Trainer with these options over the samples without a share of them, which it validates on."""
 
-    def __call__(self, method: "Distillation", experts: Experts, row: Sequence[float]) -> CodedModel:
-        """Train the coded model of one row of the code, and count what all runs take.
 
-        With its learning rate left open, the pair of learning rate and number of steps with the smallest loss on
-        held-out samples is chosen: under a one-cycle schedule by `search_grid`, whose answer is at no edge; with a
-        constant rate among the given ones and some ten points of their runs. The final run is on all samples.
+class MemoryTraining(Training):
+    """Trains on experts' calibration batches in memory, on their device: no files, no logger, nothing printed."""
 
-        Raises:
-            NumericalError: All runs diverge.
+    def num_samples(self, experts: Experts, samples_per_task: int | None) -> int:
+        """Return the number of pooled calibration samples."""
+        return len(experts.tasks)
+
+    def run_options(self, experts: Experts, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return that the samples are taken as they are."""
+        return {"augmentation": "none"}
+
+    def fit(self, module: LightningModule, experts: Experts, held_out: float, options: dict[str, Any]) -> None:
+        """Run a Trainer of which nothing is seen."""
+        samples = BatchCalibration.pooled(experts, module.hparams["batch_size"])
+        data = BatchTasks(samples, held_out, module.hparams["seed"] or 0)
+        student = module.get_submodule("student")
+        parameters = trainable(student).values()
+        device = next(iter(parameters)).device
+        with _quietly(), differentiable(parameters):
+            trainer = Trainer(
+                accelerator=device.type,
+                devices=1 if device.index is None else [device.index],
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+                **options,
+            )
+            trainer.fit(module, datamodule=data)
+        student.to(device).zero_grad()
+
+
+@dataclass(frozen=True)
+class BatchCalibration(Calibration):
+    """Calibration samples in one batch in memory, in which `position` is a sample's place."""
+
+    batch: Batch | None = None
+
+    @classmethod
+    def pooled(cls, experts: Experts, batch_size: int) -> "BatchCalibration":
+        """Return the pooled samples of experts in memory, on their device and of their type.
+
+        Raises a DataError where the samples differ in shape.
         """
-        starts: dict[float, Any] = {}
-        lr, steps = method.hparams["lr"], int(method.hparams["steps"])
-        chosen: dict[str, Any] = {}
+        batch = as_input(joined(list(experts.pooled)), experts.networks[0])
+        places = torch.arange(size_of(batch))
+        return cls(cast(Any, (None,) * experts.count), experts.tasks, places, 0, batch_size, batch)
 
-        def run(lr: float, steps: int, held_out: float, every: int = 0) -> "Distillation":
-            module = self.prepared(method, experts, {"code_row": list(row), "lr": lr, "steps": steps})
-            module.begun = starts.get(held_out)
-            self.fit(module, held_out, _trainer_options(steps, held_out, every or steps))
-            assert module.begun is not None
-            starts[held_out] = module.begun
-            experts.passes += module.passes
-            return module
-
-        if lr is None:
-            share = method.hparams["held_out"]
-            _check_held_out(self.num_samples(method, experts), share)
-            rates = method.hparams["learning_rates"]
-            if method.hparams["schedule"] == Schedule.one_cycle:
-
-                def loss(rate: float, count: int) -> float:
-                    losses = run(rate, count, share).losses
-                    return losses[-1] if losses and math.isfinite(losses[-1]) else math.inf
-
-                (lr, steps), tried, inside = search_grid(loss, rates, steps)
-                if not inside:
-                    warnings.warn(
-                        f"method '{method.label}' chose lr={lr:.3g} and {steps} steps after {TRIALS} trials, at the "
-                        "edge of what it tried; begin nearer with learning_rates and steps",
-                        CoinWarning,
-                        stacklevel=2,
-                    )
-            else:
-                every = max(1, steps // POINTS)
-                curves = {rate: run(rate, steps, share, every).losses for rate in rates}
-                tried = {
-                    (rate, (point + 1) * every): loss
-                    for rate, losses in curves.items()
-                    for point, loss in enumerate(losses)
-                    if math.isfinite(loss)
-                }
-            if not any(map(math.isfinite, tried.values())):
-                raise NumericalError(f"{method.label} diverged with every learning rate of {rates}; give smaller ones")
-            lr, steps = min(tried, key=lambda pair: tried[pair])
-            if method.hparams["schedule"] != Schedule.one_cycle:
-                inside = rates[0] < lr < rates[-1]
-            chosen = {
-                "at_edge": not inside,
-                "lr": lr,
-                "steps": steps,
-                "held_out_loss": {f"{rate:.3g} × {count}": loss for (rate, count), loss in tried.items()},
-            }
-        module = run(lr, steps, 0.0)
-        if not_finite(dict(module.named_parameters())) is not None:
-            raise NumericalError(f"{method.label} diverged with lr={lr}; give a smaller one")
-        assert module.student is not None
-        return CodedModel(module.student, chosen | module.chosen)
+    def inputs(self, chosen: Tensor | None = None, view: Any = None) -> Any:
+        """Return the inputs of these samples, all of them by default, in one batch; they are never changed."""
+        assert self.batch is not None
+        return take(self.batch, self.position if chosen is None else self.position[chosen])
 
 
-def _trainer_options(steps: int, held_out: float, every: int) -> dict[str, Any]:
-    return {
-        "max_steps": steps,
-        "max_epochs": -1,
-        "log_every_n_steps": max(1, steps // POINTS),
-        "num_sanity_val_steps": 0,
-        "val_check_interval": every if held_out else None,
-        "check_val_every_n_epoch": None if held_out else 1,
-        "limit_val_batches": 1.0 if held_out else 0,
-    }
+class BatchTasks(Tasks):
+    """Calibration samples in memory, as the data that a method trains on."""
+
+    def __init__(self, samples: BatchCalibration, held_out: float, seed: int) -> None:
+        LightningDataModule.__init__(self)
+        self._samples, self.tasks = samples, {}
+        self.batch_size, self.held_out, self.seed = samples.batch_size, held_out, seed
+
+    def calibration(self) -> BatchCalibration:
+        """Return all tasks' samples, interleaved."""
+        return self._samples
 
 
-def _check_held_out(samples: int, share: float) -> None:
-    held_out = max(1, round(share * samples))
-    if samples - held_out < 2:
-        raise ConfigurationError(
-            f"found {samples} pooled calibration samples for distillation, {held_out} of them held out to choose "
-            "its learning rate on, expected at least 2 others to train on; raise samples_per_task or give it an lr"
-        )
-
-
-def search_grid(
-    loss: Callable[[float, int], float], rates: Sequence[float], steps: int
-) -> tuple[tuple[float, int], dict[tuple[float, int], float], bool]:
-    """Walk a grid of learning rates and numbers of steps downhill, until all four neighbours are worse.
-
-    The grid goes on beyond the given rates in their own ratio (√10 for a single one), and from `steps` in powers of
-    two; so the answer is at no edge, unless the trials run out.
-
-    Args:
-        loss: The held-out loss of a pair; infinite where a run diverges.
-        rates: Rising; the walk begins in their middle.
-        steps: Where it begins.
-
-    Returns:
-        The best pair, the losses of all that were tried, and whether the best one's neighbours are all among them.
-    """
-    ratio = (rates[-1] / rates[0]) ** (1 / (len(rates) - 1)) if len(rates) > 1 else math.sqrt(10)
-    tried: dict[tuple[int, int], float] = {}
-
-    def pair(place: tuple[int, int]) -> tuple[float, int]:
-        index, power = place
-        rate = rates[index] if 0 <= index < len(rates) else rates[0] * ratio**index
-        return rate, max(1, round(steps * 2.0**power))
-
-    def neighbours(place: tuple[int, int]) -> list[tuple[int, int]]:
-        index, power = place
-        around = [(index - 1, power), (index + 1, power), (index, power - 1), (index, power + 1)]
-        return [each for each in around if pair(each) != pair(place)]
-
-    best = (len(rates) // 2, 0)
-    tried[best] = loss(*pair(best))
-    while missing := [each for each in neighbours(best) if each not in tried]:
-        if len(tried) == TRIALS:
-            break
-        tried[missing[0]] = loss(*pair(missing[0]))
-        best = min(tried, key=lambda each: tried[each])
-    return pair(best), {pair(place): value for place, value in tried.items()}, not missing
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Run a block in which Lightning neither prints nor warns of what is meant."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings():
+            quieten()
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -73,7 +73,6 @@ class Outcome:
     """What was measured for one lost expert, under one erasure, with one variant and one decoder.
 
     Attributes:
-        variant: The variant, with what making it took.
         erased: The lost tasks.
         task: The task whose expert was decoded, on whose test set.
         expert_accuracy: As `DecodingAccuracy`, and so the three after it.
@@ -128,12 +127,8 @@ def _check_provenance(path: Path, made: dict[str, Any], marks: Sequence[str]) ->
 def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Module], list[Variant]]:
     """Read coded models, and group the rows of each code into a variant.
 
-    Args:
-        paths: The coded models' safetensors files.
-        marks: The fingerprints of the experts that they must have been made of.
-
-    Raises:
-        FileError: A file is missing or damaged, was made of other experts, or lacks the other rows of its code.
+    Raises a FileError where a file is missing or damaged, lacks the other rows of its code, or was made of other
+    experts than those whose fingerprints `marks` are.
     """
     files = [load_network(path) for path in paths]
     groups: dict[tuple[str, str], list[int]] = {}

@@ -8,20 +8,11 @@ from coin.networks.files import (
     load_network,
     open_network,
     save_network,
-    widen_network,
 )
-from coin.networks.heads import (
-    check_head,
-    features_and_logits,
-    head_name,
-    of_one_width,
-    pad_logits,
-    padded_rows,
-    widened,
-)
-from coin.networks.lora import Lora, add_adapters, check_peft, plain_network
+from coin.networks.heads import check_head, features_and_logits, head_name, pad_logits, padded_rows, widened
+from coin.networks.lora import Lora, add_adapters, plain_network
 from coin.networks.registry import NetworkConfig, build_network
-from coin.networks.stages import Run, common_widths, full_precision, run_network
+from coin.networks.stages import Run, run_network
 from coin.networks.weights import check_layout, fill_network, read_weights
 
 __all__ = [
@@ -35,16 +26,12 @@ __all__ = [
     "build_network",
     "check_head",
     "check_layout",
-    "check_peft",
-    "common_widths",
     "features_and_logits",
     "fill_network",
-    "full_precision",
     "has_batchnorm",
     "head_name",
     "initial_network",
     "load_network",
-    "of_one_width",
     "open_network",
     "pad_logits",
     "padded_rows",
@@ -53,6 +40,5 @@ __all__ = [
     "recalibrate",
     "run_network",
     "save_network",
-    "widen_network",
     "widened",
 ]

@@ -33,7 +33,11 @@ class BatchNormPolicy(StrEnum):
 
 def has_batchnorm(network: nn.Module) -> bool:
     """Return whether any BatchNorm layer of `network` tracks running statistics."""
-    return any(isinstance(module, _BatchNorm) and module.track_running_stats for module in network.modules())
+    return bool(_tracking(network))
+
+
+def _tracking(network: nn.Module) -> list[_BatchNorm]:
+    return [each for each in network.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
 
 
 @torch.no_grad()
@@ -46,7 +50,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward 
     one before it. Returns the number of samples seen.
 
     Args:
-        network: The network; its mode and its layers' momenta are restored.
+        network: The network.
         batches: Input batches ``[B, ...]``, of any device and floating-point type, or pairs of inputs and labels.
         forward: (network, batch) → output, for a network that is not called with one tensor; batches may then be
             mappings of tensors too.
@@ -60,7 +64,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward 
     first = next(sound, None)
     if first is None:
         raise StateError("found no calibration batch to recalibrate BatchNorm on, expected at least one")
-    layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = _tracking(network)
     modes = {module: module.training for module in network.modules()}
     momenta = {layer: layer.momentum for layer in layers}
     network.eval()

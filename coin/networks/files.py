@@ -12,10 +12,8 @@ from torch import nn
 from coin.errors import FileError, StateError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite
-from coin.networks.heads import widened
-from coin.networks.lora import holds_adapters
-from coin.networks.registry import NetworkConfig, build_network, with_own_head
-from coin.networks.weights import fill_network, read_weights
+from coin.networks.registry import NetworkConfig, build_network
+from coin.networks.weights import fill_network, read_weights, with_own_head
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,8 @@ def save_network(
 ) -> None:
     """Write a network's parameters and buffers with its architecture and its provenance.
 
-    Raises:
-        StateError: A parameter is not finite, or a buffer holds a NaN.
-        FileError: The file cannot be written.
+    Raises StateError where a parameter is not finite or a buffer holds a NaN, and FileError where the file cannot be
+    written.
     """
     # As a causal mask does.
     infinite = [name for name, buffer in network.named_buffers() if bool(torch.isinf(buffer).any())]
@@ -70,11 +67,7 @@ def open_network(path: Path) -> NetworkFile:
 
 
 def load_network(path: Path) -> NetworkFile:
-    """Open a network as `open_network` does, and read it.
-
-    Raises:
-        StateError: Its tensors do not fit the architecture that the file names.
-    """
+    """Open a network as `open_network` does and read it: a StateError where its tensors do not fit its architecture."""
     file = open_network(path)
     file.network  # noqa: B018 (read now, so that what is wrong with it shows)
     return file
@@ -116,14 +109,10 @@ def _check_size(path: Path, config: NetworkConfig, num_classes: int, shapes: Map
 
 
 def initial_network(config: NetworkConfig, num_classes: int, checkpoint: Path | None, *, seed: int = 0) -> nn.Module:
-    """Build the shared initialisation that all experts of one class count start from; see `build_network`.
+    """Build the shared initialisation that all experts of one class count start from.
 
-    Args:
-        config: The architecture.
-        num_classes: The number of logits.
-        checkpoint: A base checkpoint to start from, or none for `config.weights` (or random weights). Its head is
-            taken over when its class count agrees; otherwise the head is the one that `seed` gives.
-        seed: Of whatever is random in the initialisation.
+    It comes from a base checkpoint (see `brought_network`), whose head is taken over when its class count agrees, or
+    without one from `build_network`. The seed is of whatever is random in it.
     """
     if checkpoint is None:
         return build_network(config, num_classes, seed=seed)
@@ -133,14 +122,9 @@ def initial_network(config: NetworkConfig, num_classes: int, checkpoint: Path | 
 def brought_network(
     config: NetworkConfig, num_classes: int, path: Path, *, seed: int = 0, fresh_head: bool = False
 ) -> nn.Module:
-    """Build a network that was trained elsewhere.
+    """Build a network that was trained elsewhere, from a state dict as safetensors or a checkpoint.
 
-    Args:
-        config: The architecture.
-        num_classes: The number of logits; the file's head must have as many unless it may be a fresh one.
-        path: A state dict as safetensors, or a checkpoint.
-        seed: Of a fresh head.
-        fresh_head: Whether a head of another class count is replaced by a fresh one.
+    Its head must be of `num_classes` logits, unless it may be replaced by a fresh one, drawn from the seed.
 
     Raises:
         FileError: The file is missing or damaged, or holds adapters beside the weights.
@@ -148,7 +132,7 @@ def brought_network(
     """
     network = build_network(replace(config, weights=None), num_classes, seed=seed)
     state = read_weights(path)
-    if holds_adapters(list(state)):
+    if any(".lora_A." in name for name in state):
         raise FileError(
             f"'{path}' holds LoRA adapters beside the weights, expected them merged; give the expert.safetensors that "
             "was written at the end of that training"
@@ -158,8 +142,3 @@ def brought_network(
         state = with_own_head(network, state)
     fill_network(network, state, str(path))
     return network
-
-
-def widen_network(file: NetworkFile, num_outputs: int) -> nn.Module:
-    """Return a file's network with its head padded by zeros to `num_outputs` logits (the same one if it fits)."""
-    return widened(file.network, num_outputs)

@@ -15,10 +15,8 @@ def head_name(network: nn.Module) -> str:
     """Return the dotted name of the classifier head.
 
     The head is the last `nn.Linear` in the order of registration, or, where a network has none (SqueezeNet), the
-    last `nn.Conv2d`. A network whose head is elsewhere names it itself in an attribute ``head_name: str``.
-
-    Raises:
-        StateError: The network has neither, or names a layer that it does not have.
+    last `nn.Conv2d`. A network whose head is elsewhere names it itself in an attribute ``head_name: str``. Raises a
+    StateError where it has neither, or names a layer that it does not have.
     """
     layers: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
     own = getattr(network, "head_name", None)
@@ -58,21 +56,17 @@ def replace_head(network: nn.Module, num_classes: int) -> None:
 def padded_rows(
     state: State, head: str, num_outputs: int, *, fill: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return the head's tensors padded to `num_outputs` rows, so that tasks of unequal class counts merge.
-
-    The padded tensors alone: none where the head has as many.
+    """Return the head's tensors padded to `num_outputs` rows, none where it has as many; a HeadError if it has more.
 
     Args:
         state: A network's tensors, or a statistic with the same names.
         head: The head's dotted name.
         num_outputs: The number of rows after padding.
         fill: The value of a padded row, by tensor name; zeros where absent (a padded logit is then zero).
-
-    Raises:
-        HeadError: The head already has more rows.
     """
     padded = {}
-    for key in (_key(head, "weight"), _key(head, "bias")):
+    for part in ("weight", "bias"):
+        key = f"{head}.{part}" if head else part  # a network may itself be its head
         if key not in state:
             continue
         tensor = state[key]
@@ -88,11 +82,8 @@ def padded_rows(
 def widened(network: Network, num_outputs: int) -> Network:
     """Return a network with its head padded by zeros to `num_outputs` logits, itself if it has as many.
 
-    It is a new one that shares all other tensors with the network.
-
-    Raises:
-        HeadError: The head is neither a Linear nor a Conv2d layer, its weight is used elsewhere too, or it has more
-            outputs.
+    It is a new one that shares all other tensors with the network. Raises a HeadError where the head is neither a
+    Linear nor a Conv2d layer, its weight is used elsewhere too, or it has more outputs.
     """
     name = head_name(network)
     head = network.get_submodule(name)
@@ -120,10 +111,8 @@ def widened(network: Network, num_outputs: int) -> Network:
 def of_one_width(networks: Sequence[Network]) -> list[Network]:
     """Return networks that differ in their class counts alone with their heads padded to the largest (`widened`).
 
-    Networks that differ in more are returned as they are, for `coin.files.tensors.check_same_layout` to refuse.
-
-    Raises:
-        HeadError: They seem to differ in class counts, but their heads cannot be padded, or are elsewhere.
+    Networks that differ in more are returned as they are, for `coin.files.tensors.check_same_layout` to refuse. Raises
+    a HeadError where they seem to differ in class counts, but their heads cannot be padded, or are elsewhere.
     """
     every = [dict(network.named_parameters(remove_duplicate=False)) for network in networks]
     shapes = [{name: parameter.shape for name, parameter in parameters.items()} for parameters in every]
@@ -141,7 +130,7 @@ def of_one_width(networks: Sequence[Network]) -> list[Network]:
             f"and their head is '{head}'; name the layer that gives the logits in an attribute 'head_name', or give "
             "experts of one class count"
         )
-    width = max(shape[_key(head, "weight")][0] for shape in shapes)
+    width = max(len(network.get_submodule(head).get_parameter("weight")) for network in networks)
     return [widened(network, width) for network in networks]
 
 
@@ -159,10 +148,7 @@ def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tens
     """Run a network once on inputs ``[B, ...]`` and return its penultimate features beside its logits ``[B, C]``.
 
     The features ``[B, F]`` are the head's input, averaged over positions where it has any. Whether the logits are the
-    head of those is for `check_head` to say.
-
-    Raises:
-        StateError: The network has no head, or its head did not run exactly once.
+    head of those is for `check_head` to say. Raises a StateError where there is no head or it did not run exactly once.
     """
     head = network.get_submodule(head_name(network))
     captured: list[Tensor] = []
@@ -178,11 +164,6 @@ def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tens
     if isinstance(head, nn.Conv2d):
         return features.flatten(2).mean(2), logits
     return features if features.ndim <= 2 else features.flatten(1, -2).mean(1), logits
-
-
-def _key(head: str, part: str) -> str:
-    """Return a parameter's name; a network may itself be its head."""
-    return f"{head}.{part}" if head else part
 
 
 _TOLERANCES = {torch.float64: 2.0**-30, torch.float32: 2.0**-8, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
@@ -205,7 +186,7 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
         logits: ``[B, C]`` of the same pass, in the type that the network gave them.
 
     Raises:
-        StateError: They are not, or the head is neither a Linear nor a 1×1 Conv2d layer.
+        HeadError: They are not, or the head is neither a Linear nor a 1×1 Conv2d layer.
     """
     name = head_name(network)
     head = network.get_submodule(name)

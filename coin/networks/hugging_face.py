@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from coin.errors import ConfigurationError, FileError, first_line
 from coin.networks.heads import replace_head
-from coin.networks.hub import offline_unless_found, pretrained_from_hub
-from coin.networks.normalised import Renormalised
-from coin.networks.sources import Described, Source, check_weights, constructed
+from coin.networks.hub import CACHE, Renormalised, offline_unless_found, package_of
+from coin.networks.sources import Source
 
 
 class HuggingFace(Source):
@@ -23,52 +22,75 @@ class HuggingFace(Source):
     tensor and returns logits, and its tensors keep their names.
     """
 
-    def check(self, config: Described) -> None:
+    @property
+    def place(self) -> str:
+        """A folder's absolute path, or an ID."""
+        place = self.name.removeprefix("hf/")
+        return str(Path(place).absolute()) if Path(place).is_dir() else place
+
+    def check(self) -> None:
         """Refuse what is no folder or ID of a classifier, and other weights."""
-        self.reads(config)
-        check_weights(config, ["pretrained"])
+        self._kind()
+        self.check_weights(["pretrained"])
 
-    def reads(self, config: Described) -> str:
-        """Return what the model's kind reads."""
-        return _kind(config)[0]
+    @property
+    def reads(self) -> str:
+        """What the model's kind reads."""
+        return self._kind()[0]
 
-    def build(self, config: Described, num_classes: int) -> nn.Module:
-        """Build a network; see `Source`."""
-        reads, auto = _kind(config)
-        found = _configuration(config)
-        if unknown := sorted(name for name in config.options if not hasattr(found, name)):
+    def build(self, num_classes: int) -> nn.Module:
+        """Build the network; with pretrained weights, under a fresh head."""
+        reads, auto = self._kind()
+        found = _configuration(self.place, self.name)
+        if unknown := sorted(name for name in self.options if not hasattr(found, name)):
             raise ConfigurationError(
-                f"found network.options with '{unknown[0]}', expected entries of the configuration of {config.name}"
+                f"found network.options with '{unknown[0]}', expected entries of the configuration of {self.name}"
             )
-        found = type(found).from_dict({**found.to_dict(), **config.options})
-        if config.weights is None:
+        found = type(found).from_dict({**found.to_dict(), **self.options})
+        if self.weights is None:
             found.num_labels = num_classes
-            network = constructed(config, auto.from_config, found)
+            network = self.construct(auto.from_config, found)
         else:
-            network = pretrained_from_hub(config, lambda: auto.from_pretrained(_place(config), config=found))
+            with offline_unless_found():
+                network = self.download(lambda: auto.from_pretrained(self.place, config=found), CACHE)
             replace_head(network, num_classes)
             network.config.num_labels = num_classes  # type: ignore[union-attr]
-        hook = _Images(config, found, network) if reads == "images" else _Texts(config, found)
+        hook = _Images(self, found, network) if reads == "images" else _Texts(self, found)
         network.register_forward_pre_hook(hook, with_kwargs=True)
         network.register_forward_hook(_logits)
         return network
+
+    def _kind(self) -> tuple[str, Any]:
+        """Return what the model reads, and the class that makes it."""
+        found = _configuration(self.place, self.name)
+        import transformers
+
+        for reads, auto in (
+            ("images", transformers.AutoModelForImageClassification),
+            ("texts", transformers.AutoModelForSequenceClassification),
+        ):
+            if type(found) in auto._model_mapping:
+                return reads, auto
+        raise ConfigurationError(
+            f"found network.name '{self.name}', a {type(found).__name__}, expected a classifier of images or sequences"
+        )
 
 
 class _Images:
     """A hook that hands images over by name, in their own normalisation."""
 
-    def __init__(self, config: Described, found: Any, network: nn.Module) -> None:
+    def __init__(self, source: HuggingFace, found: Any, network: nn.Module) -> None:
         from transformers import ImageProcessingMixin
 
         try:
             with offline_unless_found():
-                processor, _ = ImageProcessingMixin.get_image_processor_dict(_place(config))
+                processor, _ = ImageProcessingMixin.get_image_processor_dict(source.place)
         except OSError:
             processor = {}
         mean, std = processor.get("image_mean"), processor.get("image_std")
         self.normalise = None if mean is None or std is None else Renormalised(mean, std)
         self.options: dict[str, Any] = {}
-        if getattr(found, "image_size", None) not in (None, config.image_size):
+        if getattr(found, "image_size", None) not in (None, source.image_size):
             # Where positions were learned for images of one size; convolutions take any.
             interpolates = "interpolate_pos_encoding" in inspect.signature(network.forward).parameters
             self.options = {"interpolate_pos_encoding": True} if interpolates else {}
@@ -85,12 +107,12 @@ class _Images:
 class _Texts:
     """A hook that hands tokens over by name, with the mask of those that are no padding."""
 
-    def __init__(self, config: Described, found: Any) -> None:
+    def __init__(self, source: HuggingFace, found: Any) -> None:
         self.padding = getattr(found, "pad_token_id", None) or 0
         longest = getattr(found, "max_position_embeddings", None)
-        if longest is not None and config.image_size > longest:
+        if longest is not None and source.image_size > longest:
             raise ConfigurationError(
-                f"found network.image_size {config.image_size} tokens for {config.name}, expected at most {longest}"
+                f"found network.image_size {source.image_size} tokens for {source.name}, expected at most {longest}"
             )
 
     def __call__(
@@ -109,40 +131,9 @@ def _logits(network: nn.Module, inputs: Any, output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def _place(config: Described) -> str:
-    """Return a folder's absolute path, or an ID."""
-    place = config.name.partition("/")[2]
-    return str(Path(place).absolute()) if Path(place).is_dir() else place
-
-
-def _kind(config: Described) -> tuple[str, Any]:
-    """Return what a model reads, and the class that makes it."""
-    found = _configuration(config)
-    import transformers
-
-    for reads, auto in (
-        ("images", transformers.AutoModelForImageClassification),
-        ("texts", transformers.AutoModelForSequenceClassification),
-    ):
-        if type(found) in auto._model_mapping:
-            return reads, auto
-    raise ConfigurationError(
-        f"found network.name '{config.name}', a {type(found).__name__}, expected a classifier of images or sequences"
-    )
-
-
-def _configuration(config: Described) -> Any:
-    return _read(_place(config), config.name)
-
-
 @cache
-def _read(place: str, name: str) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigurationError(
-            f"found no package transformers, which network.name '{name}' needs; pip install 'coded-coin[text]'"
-        ) from error
+def _configuration(place: str, name: str) -> Any:
+    transformers = package_of("text", "transformers", f"network.name '{name}'")
     try:
         with offline_unless_found():
             return transformers.AutoConfig.from_pretrained(place)

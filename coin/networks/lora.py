@@ -1,7 +1,6 @@
 """Low-rank adapters: put into a network's linear layers for its training, merged into the weights after it."""
 
 import re
-from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -11,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coin.batches import twin
+from coin.choices import check_integer, check_number, is_list_of_names
 from coin.errors import ConfigurationError
 from coin.networks.heads import head_name
-
-ADAPTER_MARK = ".lora_A."
-"""Part of the names of a state dict that holds adapters."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +31,6 @@ class Lora:
             as a whole, whatever they say. Only layers that run by themselves can be adapted: attention that packs its
             projections (`nn.MultiheadAttention`) reads their weights past them.
         dropout: Of the adapters' inputs, in [0, 1).
-
-    Raises:
-        ConfigurationError: An option is not of its type or out of its range.
     """
 
     rank: int = 8
@@ -44,19 +39,10 @@ class Lora:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        numbers = {"alpha": self.alpha, "dropout": self.dropout}
-        for name, value in numbers.items():
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ConfigurationError(f"found lora.{name}={value!r}, expected a number")
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ConfigurationError(f"found lora.rank={self.rank!r}, expected a whole number of at least 1")
-        if not 0 < self.alpha < float("inf") or not 0 <= self.dropout < 1:
-            raise ConfigurationError(
-                f"found lora.alpha={self.alpha}, lora.dropout={self.dropout}, expected a number above 0 and one from 0 "
-                "to below 1"
-            )
-        listed = isinstance(self.targets, list) and all(isinstance(pattern, str) for pattern in self.targets)
-        if not listed or not self.targets:
+        check_integer("lora.rank", self.rank, 1)
+        check_number("lora.alpha", self.alpha, low=0.0, strict=True)
+        check_number("lora.dropout", self.dropout, low=0.0, high=1.0)
+        if not is_list_of_names(self.targets):
             raise ConfigurationError(f"found lora.targets={self.targets!r}, expected a list of glob patterns")
 
 
@@ -70,16 +56,13 @@ def add_adapters(network: nn.Module, lora: Lora, example: Tensor, *, seed: int =
     """Put adapters into the matching linear layers of a network, in place.
 
     What requires a gradient among the network's own parameters stays as it is. The global random generator is left as
-    found.
+    found. Raises a ConfigurationError where peft is missing, or a pattern matches no layer that can be adapted.
 
     Args:
         network: The network.
         lora: The adapters.
         example: One input ``[1, ...]``, which shows what layers run.
         seed: Of the adapters' A.
-
-    Raises:
-        ConfigurationError: peft is missing, or a pattern matches no layer that can be adapted.
     """
     check_peft()
     from peft import LoraConfig, inject_adapter_in_model
@@ -119,26 +102,20 @@ def _no_fast_path(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 @torch.no_grad()
 def adaptable_layers(network: nn.Module, example: Tensor) -> list[str]:
     """Return the names of the linear layers that run by themselves on an input ``[1, ...]``, but for the head."""
-    head = head_name(network)
+    network = twin(network).eval()
     linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     run: set[nn.Module] = set()
-    hooks = [module.register_forward_pre_hook(lambda module, _: run.add(module)) for module in linear.values()]
-    modes = {module: module.training for module in network.modules()}
-    try:
-        network.eval()(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes.items():
-            module.training = training
-    return [name for name, module in linear.items() if module in run and name != head]
+    for module in linear.values():
+        module.register_forward_pre_hook(lambda module, _: run.add(module))
+    network(example)
+    return [name for name, module in linear.items() if module in run and name != head_name(network)]
 
 
 def plain_network(network: nn.Module) -> nn.Module:
     """Return a network as its architecture has it: adapters merged into the weights, every parameter trainable.
 
-    What is written of an expert, and what is estimated of it, is of this network, whatever was trained of it. It is the
-    network itself where it is plain already, else a copy.
+    What is written of an expert and estimated of it is of this network. It is the network itself where it is plain
+    already, else a copy.
     """
     modules = dict(network.named_modules())
     adapted = [name for name, each in modules.items() if hasattr(each, "lora_A") and hasattr(each, "get_base_layer")]
@@ -151,8 +128,3 @@ def plain_network(network: nn.Module) -> nn.Module:
         parent, _, child = name.rpartition(".")
         setattr(plain.get_submodule(parent), child, layer.get_base_layer())
     return plain.requires_grad_(True)
-
-
-def holds_adapters(names: Sequence[str]) -> bool:
-    """Return whether tensors of these names are a network's with adapters that are yet to be merged."""
-    return any(ADAPTER_MARK in name for name in names)

@@ -1,22 +1,20 @@
 """Networks by name, from wherever they come."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coin.errors import ConfigurationError
 from coin.networks.heads import head_name
 from coin.networks.hugging_face import HuggingFace
 from coin.networks.sources import ImportPath, Own, Source, Torchvision
 from coin.networks.timm_source import Timm
-from coin.networks.weights import fill_network, read_weights
+from coin.networks.weights import fill_network, read_weights, with_own_head
 
-_BY_PREFIX: Mapping[str, type[Source]] = {"timm": Timm, "hf": HuggingFace}
 _FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 
 
@@ -42,17 +40,16 @@ class NetworkConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        file = _weights_file(self.weights)
-        self._source.check(self if file is None else replace(self, weights=None))
-        if file is not None and not file.is_file():
-            raise ConfigurationError(f"found no file '{file}', expected network.weights; check the path")
+        self.source.check()
+        if self.weights_file is not None and not self.weights_file.is_file():
+            raise ConfigurationError(f"found no file '{self.weights_file}', expected network.weights; check the path")
         if self.image_size < 1:
             raise ConfigurationError(f"found network.image_size {self.image_size}, expected at least 1 pixel")
 
     @property
     def reads(self) -> str:
         """What the network reads: ``images`` or ``texts``."""
-        return self._source.reads(self)
+        return self.source.reads
 
     def check_content(self, content: str) -> None:
         """Refuse data that the network does not read, ``images`` or ``texts``, with a ConfigurationError."""
@@ -63,30 +60,34 @@ class NetworkConfig:
             )
 
     @property
-    def _source(self) -> Source:
+    def weights_file(self) -> Path | None:
+        """The file that `weights` are; none where they have a name."""
+        if self.weights is None or not (self.weights.endswith(_FILES) or os.sep in self.weights):
+            return None
+        return Path(self.weights)
+
+    @property
+    def source(self) -> Source:
+        """The network of its family, which builds it."""
         prefix, slash, _ = self.name.partition("/")
-        if slash and prefix in _BY_PREFIX:
-            return _BY_PREFIX[prefix]()
-        if self.name in Own.kinds:
-            return Own()
-        return ImportPath() if "." in self.name.strip(".") and not slash else Torchvision()
-
-
-def network_names() -> list[str]:
-    """Return our own names and torchvision's."""
-    return [*Own.kinds, *Torchvision.names()]
+        kind: type[Source] = Torchvision
+        if slash and prefix == "timm":
+            kind = Timm
+        elif slash and prefix == "hf":
+            kind = HuggingFace
+        elif self.name in Own.kinds:
+            kind = Own
+        elif "." in self.name.strip(".") and not slash:
+            kind = ImportPath
+        named = None if self.weights_file else self.weights
+        return kind(self.name, self.image_size, named, self.options)
 
 
 def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> nn.Module:
     """Build a network with a head of `num_classes` outputs.
 
     The same arguments give the same weights, whatever the state of the global random generators, which are left as
-    found.
-
-    Args:
-        config: The network.
-        num_classes: The number of logits.
-        seed: Of the random initialisation: the whole network's, or with pretrained weights the head's.
+    found. The seed is of the random initialisation: the whole network's, or with pretrained weights the head's.
 
     Raises:
         ConfigurationError: The options do not fit the architecture.
@@ -95,27 +96,10 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
     """
     if num_classes < 1:
         raise ConfigurationError(f"found {num_classes} classes, expected at least 1")
-    file = _weights_file(config.weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = config._source.build(config if file is None else replace(config, weights=None), num_classes)
-    head_name(network)
-    if file is not None:
+        network = config.source.build(num_classes)
+    head_name(network)  # refuses a network without one
+    if (file := config.weights_file) is not None:
         fill_network(network, with_own_head(network, read_weights(file)), str(file))
     return network
-
-
-def with_own_head(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state with the network's own head in the place of one of another class count."""
-    own, head = network.state_dict(), head_name(network)
-    for name in {f"{head}.weight", f"{head}.bias"} & own.keys() & state.keys():
-        if state[name].shape != own[name].shape and state[name].shape[1:] == own[name].shape[1:]:
-            state[name] = own[name]
-    return state
-
-
-def _weights_file(weights: str | None) -> Path | None:
-    """Return the file that weights name, and none where they have a name of their own."""
-    if weights is None or not (weights.endswith(_FILES) or os.sep in weights):
-        return None
-    return Path(weights)

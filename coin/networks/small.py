@@ -19,10 +19,7 @@ class SmallResNet(nn.Module):
 
     Args:
         num_classes: The number of logits.
-        width: The channels of the first stage; each later stage doubles them.
-
-    Raises:
-        ConfigurationError: `width` is below 1.
+        width: The channels of the first stage, at least 1; each later stage doubles them.
     """
 
     def __init__(self, num_classes: int = 10, width: int = 32) -> None:
@@ -75,9 +72,6 @@ class SmallViT(VisionTransformer):  # type: ignore[misc]  # torchvision is untyp
         heads: Attention heads of a block, a divisor of `width`.
         width: The size of a token.
         mlp_width: The hidden units of a block's perceptron.
-
-    Raises:
-        ConfigurationError: A size is below 1, or does not divide as it should.
     """
 
     def __init__(

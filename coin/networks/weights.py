@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from coin.errors import FileError, StateError, first_line
 from coin.files.tensors import State
+from coin.networks.heads import head_name
 
 
 def fill_network(network: nn.Module, state: State, source: str) -> None:
@@ -20,11 +21,7 @@ def fill_network(network: nn.Module, state: State, source: str) -> None:
 
 
 def check_layout(own: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], source: str) -> None:
-    """Check that a state, from `source`, has the names and `shapes` of a network's `own`.
-
-    Raises:
-        StateError: A name is missing or superfluous or a shape differs; the message says which, and in what `source`.
-    """
+    """Raise a StateError unless a state, from `source`, has the names and `shapes` of a network's `own`."""
     advice = "it is of another architecture: give one of the same network.name and network.options"
     if missing := sorted(own.keys() - shapes.keys()):
         raise StateError(f"'{source}' has no tensor '{missing[0]}' ({len(missing)} missing); {advice}")
@@ -36,6 +33,15 @@ def check_layout(own: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]
                 f"'{source}' has tensor '{name}' of shape {list(shapes[name])}, expected {list(shape)}; "
                 "it has another architecture or another number of classes: give one of the same"
             )
+
+
+def with_own_head(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state with the network's own head in the place of one of another class count."""
+    own, head = network.state_dict(), head_name(network)
+    for name in {f"{head}.weight", f"{head}.bias"} & own.keys() & state.keys():
+        if state[name].shape != own[name].shape and state[name].shape[1:] == own[name].shape[1:]:
+            state[name] = own[name]
+    return state
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -167,11 +167,12 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
         panels = figure.subplots(len(decoders), 1, sharex=True, squeeze=False)[:, 0]
         for axes, decoder in zip(panels, decoders, strict=True):
             for i, (name, rows) in enumerate(points[points["decoder"] == decoder].groupby("name", sort=False)):
-                at = rows.groupby("value", sort=False)[["nda_mean", "nda_std"]].mean().reindex(known).dropna(how="all")
+                at = 100 * rows.groupby("value", sort=False)[["nda_mean", "nda_std"]].mean()
+                at = at.set_axis([value if numeric else known.index(value) for value in at.index]).sort_index()
                 axes.errorbar(
-                    list(at.index) if numeric else [known.index(value) for value in at.index], 100 * at["nda_mean"],
-                    100 * at["nda_std"].fillna(0.0), color=method_colour(str(name)), marker=marker(i), markersize=5,
-                    capsize=2, linewidth=1.2, linestyle="-" if joined and numeric else "none", label=str(name),
+                    at.index, at["nda_mean"], at["nda_std"].fillna(0.0), color=method_colour(str(name)),
+                    marker=marker(i), markersize=5, capsize=2, linewidth=1.2, label=str(name),
+                    linestyle="-" if joined and numeric else "none",
                 )  # fmt: skip
             axes.set(ylabel="NDA (%)", title=f"decoder {decoder}")
             if logarithmic:
@@ -245,9 +246,7 @@ def layer_profile(layers: pd.DataFrame) -> Figure:
             axes.grid(visible=False)
             axes.set_yticks(range(len(table)), list(table.index), fontsize=8)
             axes.set_title(titles[column], fontsize=9)
-            bar = figure.colorbar(
-                image, ax=axes, pad=0.01, aspect=12, format=FuncFormatter(lambda value, _: f"{value:g}")
-            )
+            bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=12, format=FuncFormatter(_plain))
             bar.ax.tick_params(labelsize=7)
         ticks = np.arange(0, len(names), max(1, math.ceil(len(names) / 40)))
         panels[-1].set_xticks(ticks, [names[i] for i in ticks], rotation=90, fontsize=7)
@@ -368,8 +367,12 @@ def _dots(means: pd.DataFrame, series: list[str], column: str, decoders: list[st
 def _log_scale(axes: Axes) -> None:
     """Make the x axis logarithmic with plain numbers: matplotlib's own labels need parsed mathematics."""
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(_plain))
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _plain(value: float, _: object) -> str:
+    return f"{value:g}"
 
 
 def _short(value: object) -> str:

@@ -83,7 +83,7 @@ def findings(frame: pd.DataFrame) -> Findings:
     for (name, decoder), rows in means.groupby(["name", "decoder"], sort=False):
         took = float((rows["merge_seconds"] + rows["decoder_seconds"]).mean())
         entries.append(Entry(str(name), rows["method"].iloc[0], str(decoder), rows.set_index("seed")["nda"], took))
-    best = {role: _strongest(e for e in entries if e.role == role) for role in (CLOSED_FORM, STEPS, BASELINE, FLOOR)}
+    best = {role: _strongest(entries, role=role) for role in (CLOSED_FORM, STEPS, BASELINE, FLOOR)}
     roles = {role: entry for role, entry in best.items() if entry is not None}
     said = _beyond_spread(entries, roles)
     if not said and means["seed"].nunique() >= FEWEST_SEEDS:
@@ -115,8 +115,8 @@ def paired_differences(found: Findings, decoder: str) -> pd.DataFrame:
         Text: a line per method, minus each of a few: the survivors alone, averaging, COIN, the best trained.
     """
     entries = [entry for entry in found.entries if entry.decoder == decoder and entry.method != "oracle"]
-    against = [_variant(entries, method, decoder) for method in ("none", "average", "coin")]
-    against.append(_strongest(entry for entry in entries if entry.role == BASELINE))
+    against = [_strongest(entries, method=method) for method in ("none", "average", "coin")]
+    against.append(_strongest(entries, role=BASELINE))
     lines = []
     for entry in entries:
         line = {"method": entry.name}
@@ -158,11 +158,11 @@ def _beyond_spread(entries: list[Entry], roles: dict[str, Entry]) -> list[str]:
     if trained := roles.get(BASELINE):
         pairs.append((best, trained, f", at {seconds(best.seconds)} s against {seconds(trained.seconds)} s"))
     pairs.append((best, roles.get(FLOOR), ", without a coded model"))
-    pairs.append((best, _of(entries, best.name, "linear"), ": the decoder alone"))
-    pairs += [
-        (_variant(entries, "coin", d), _variant(entries, "average", d), "") for d in {"linear": 0, best.decoder: 0}
-    ]
-    if coin := _variant(entries, "coin", "linear"):
+    pairs.append((best, _strongest(entries, name=best.name, decoder="linear"), ": the decoder alone"))
+    for decoder in {"linear": 0, best.decoder: 0}:
+        coin, average = (_strongest(entries, method=method, decoder=decoder) for method in ("coin", "average"))
+        pairs.append((coin, average, ""))
+    if coin := _strongest(entries, method="coin", decoder="linear"):
         line = Entry(f"the {100 * PAPER_NDA:.1f} %", "", "paper, in some cases", coin.nda * 0 + PAPER_NDA, 0.0)
         pairs.append((coin, line, ""))
     out = []
@@ -191,18 +191,11 @@ def _cautions(means: pd.DataFrame) -> list[str]:
     return out
 
 
-def _strongest(entries: Iterable[Entry]) -> Entry | None:
-    measured = [entry for entry in entries if not entry.nda.isna().any()]
+def _strongest(entries: Iterable[Entry], **wanted: str) -> Entry | None:
+    """Return the entry of the largest mean NDA among those that have these attributes."""
+    fit = [entry for entry in entries if all(getattr(entry, name) == value for name, value in wanted.items())]
+    measured = [entry for entry in fit if not entry.nda.isna().any()]
     return max(measured, key=lambda entry: float(entry.nda.mean()), default=None)
-
-
-def _variant(entries: Iterable[Entry], method: str, decoder: str) -> Entry | None:
-    """Return the strongest variant of a method (a BatchNorm policy) with a decoder."""
-    return _strongest(entry for entry in entries if (entry.method, entry.decoder) == (method, decoder))
-
-
-def _of(entries: Iterable[Entry], name: str, decoder: str) -> Entry | None:
-    return next((entry for entry in entries if (entry.name, entry.decoder) == (name, decoder)), None)
 
 
 def _points(mean: float, spread: float, sign: str = "+") -> str:

@@ -9,7 +9,6 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 from PIL import Image
 
-from coin.errors import FileError
 from coin.files.atomic import atomic_path, write_text
 from coin.progress import progress
 from coin.reporting import figures
 from coin.reporting.extras import LAYERS_CSV, read_examples, read_layers
 from coin.reporting.findings import FLOOR, Findings, findings, paired_differences
-from coin.reporting.results import RESULTS_CSV, asked_policy, read_configuration, read_confusions, read_results
+from coin.reporting.results import RESULTS_CSV, asked_policy, read_confusions
+from coin.reporting.sources import Source, as_dict, facts_of, read_sources
 from coin.reporting.summary import (
     REFERENCES,
     SUMMARY_CSV,
@@ -33,19 +32,18 @@ from coin.reporting.summary import (
     expert_accuracies,
     largest_samples,
     over_tasks,
-    seed_folders,
     summarise,
     variant_names,
 )  # fmt: skip
-from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, Sweep, as_numbers, read_sweep_table, short_value, sweep_text
+from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, as_numbers, sweep_text
 from coin.reporting.tables import nda_tables, percent
 
 REPORT_HTML = "report.html"
 PLOTS = "plots"
 _COST = (
     "NDA (accuracy of the decoded answer ÷ that of the lost expert, mean over tasks ± spread over seeds) of every "
-    "method against what it costs, by decoder. Up and left is better. Blue and green: closed forms; orange and red: trained; "
-    "dashed: the survivors alone, without a coded model; dotted: the paper's 97.5 %."
+    "method against what it costs, by decoder. Up and left is better. Blue and green: closed forms; orange and red: "
+    "trained; dashed: the survivors alone, without a coded model; dotted: the paper's 97.5 %."
 )
 _LAYERS = (
     "Above, where the Fisher's mass lies. Below, how far each merge is from the average of the experts (1: as far as "
@@ -55,31 +53,6 @@ _PAIRED = (
     "Paired by seed, ± standard deviation over seeds. Bold, and among the findings: what a 95 % confidence interval "
     "(t-test, three seeds or more, not corrected for the number of comparisons) tells from zero."
 )
-
-
-@dataclass(frozen=True)
-class Source:
-    """A folder of an experiment, a seed or a sweep: all its rows, ``results.json`` of its first seed.
-
-    ``experiment`` is unique among the sources of a report. ``seeds`` are those folders that hold results; of a sweep,
-    those of the largest P, which may be gone.
-    """
-
-    folder: Path
-    seeds: tuple[Path, ...]
-    frame: pd.DataFrame
-    document: dict[str, Any]
-    sweep: Sweep | None = None
-
-    @property
-    def name(self) -> str:
-        """What the source is called."""
-        return str(self.frame["experiment"].iloc[0]) if self.sweep is None else f"sweep {self.sweep.name}"
-
-    @property
-    def names(self) -> list[str]:
-        """Its experiments: one, or several of a sweep."""
-        return list(dict.fromkeys(self.frame["experiment"]))
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -114,44 +87,6 @@ def report_summary(folders: Sequence[Path]) -> pd.DataFrame:
     return summarise(pd.concat([each.frame for each in read_sources([Path(f) for f in folders])], ignore_index=True))
 
 
-def read_sources(folders: Sequence[Path]) -> list[Source]:
-    """Read experiments' folders (with ``seed-*``), single seeds' folders or sweeps' folders (with ``sweep.csv``).
-
-    Experiments of one name are told apart by their folders, a sweep's beside others by the sweep's name.
-
-    Raises:
-        FileError: No folder is given, one holds no results, or a file is damaged.
-    """
-    unique = {folder.resolve(): folder for folder in folders}
-    if not unique:
-        raise FileError("found no folder to report on, expected at least one; `coin report runs/NAME`")
-    found = [_read(folder) for folder in unique.values()]
-    names = [source.name for source in found]
-    for name, source in zip(names, found, strict=True):
-        if source.sweep is not None and len(found) > 1:
-            source.frame["experiment"] = f"{source.sweep.name} " + source.frame["experiment"]
-        elif names.count(name) > 1:
-            source.frame["experiment"] = f"{name} ({source.folder})"
-    return found
-
-
-def _read(folder: Path) -> Source:
-    sweep = read_sweep_table(folder)
-    if sweep is not None:
-        found = (seed for point in sweep.points for seed in sorted((folder / point).glob("seed-*")))
-        seeds, frame = [seed for seed in found if (seed / RESULTS_CSV).is_file()], sweep.frame
-    else:
-        seeds = [folder] if (folder / RESULTS_CSV).is_file() else seed_folders(folder)
-        if not seeds:
-            raise FileError(
-                f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' nor '{SWEEP_CSV}' in '{folder}', expected "
-                "the folder of an experiment, of one seed or of a sweep; make it with `coin run` or `coin sweep`"
-            )
-        frame = pd.concat([read_results(seed) for seed in seeds], ignore_index=True)
-    document = read_configuration(seeds[0]) if seeds else {"configuration": {}}
-    return Source(folder, tuple(seeds), frame, document, sweep)
-
-
 class _Page:
     """Collects what the template shows; figures are written as they are drawn."""
 
@@ -167,25 +102,21 @@ class _Page:
         """Return what the template wants: the finding first, then what lies behind it."""
         source, several = self.sources[0], len(self.found) > 1
         best, found = max(self.found.items(), key=lambda each: each[1].best.nda.mean() if each[1].best else -1.0)
-        costs = not several and self.has_methods
-        facts = [_facts(each) for each in self.sources]
-        lines = dict.fromkeys(name for each in facts for name in each)
+        facts = [facts_of(each) for each in self.sources]
+        lines, names = dict.fromkeys(name for each in facts for name in each), [each.name for each in self.sources]
         table = [[line, *(each.get(line, "–") for each in facts)] for line in lines]
         lists = [f"{name}: {each.headline}" for name, each in self.found.items()] if several else found.beyond_spread
         sections: list[dict[str, Any]] = [
             {"title": "Findings", "list": lists, "text": "" if several else _PAIRED},
-            {"title": "Figures", "figures": [] if several else list(self._more_figures())},
+            {"title": "Configuration", "tables": [("", pd.DataFrame(table, columns=["", *names]))]},
             {"title": "Experts", "tables": [("", _experts(self.summary))], "figures": list(self._curves())},
-            {
-                "title": "Configuration",
-                "tables": [("", pd.DataFrame(table, columns=["", *(s.name for s in self.sources)]))],
-            },
             {"title": "How to reproduce", "commands": [self._reproduce(each) for each in self.sources]},
         ]
         if not several:
             sections[1:1] = [
                 {"title": "Differences between methods", "tables": list(self._differences(found)), "text": _PAIRED},
                 {"title": "Accuracy and agreement by task", "tables": list(_by_task(self.summary, found))},
+                {"title": "Figures", "figures": list(self._more_figures())},
             ]
             sections[-1:-1] = [
                 {"title": "Layers", "figures": list(self._layers(source))},
@@ -200,7 +131,7 @@ class _Page:
             "headline": (f"The best of {len(self.found)} experiments is {best}. " if several else "") + found.headline,
             "roles": found.roles,
             "cautions": found.cautions,
-            "hero": list(self._costs() if costs else self._across()),
+            "hero": list(self._across() if several else self._costs()) if self.has_methods else [],
             "tables": list(self._tables()),
             "phone": ["method", "P", *decoders_of(self.means)[:2]],
             "sections": [
@@ -230,36 +161,32 @@ class _Page:
             yield self._draw(f"nda_against_cost_{decoder}", figures.nda_against_cost(self.means, decoder), _COST)
 
     def _more_figures(self) -> Iterator[dict[str, Any]]:
-        if self.has_methods and self.means["samples_per_task"].nunique() > 1:
+        """Draw P, all decoders and residuals where there is something to be seen."""
+        coded = self.means[~self.means["method"].isin(REFERENCES)]
+        if coded["samples_per_task"].nunique() > 1:
             caption = "NDA against the number of calibration samples per task."
             yield self._draw("nda_against_samples", figures.nda_against_samples(self.means), caption)
-        if self.has_methods and self.means["decoder"].nunique() > 2:
+        if len(self.found) == 1 and coded["decoder"].nunique() > 2:
             caption = "All decoders: a marker each. Dotted: the paper's 97.5 %."
             yield self._draw("nda_by_method", figures.nda_by_method(self.means), caption)
-        if np.isfinite(self.means.loc[~self.means["method"].isin(REFERENCES), "residual_mean"]).any():
+        if len(self.found) == 1 and np.isfinite(coded["residual_mean"]).any():
             caption = "NDA against the residual. Where a decoder is fitted, a large residual need not cost accuracy."
             yield self._draw("nda_against_residual", figures.nda_against_residual(self.means), caption)
 
     def _across(self) -> Iterator[dict[str, Any]]:
-        if not self.has_methods:
-            return
-        means = largest_samples(self.means)
+        """Draw several experiments side by side, and NDA against the options of sweeps."""
+        means = largest_samples(self.means[~self.means["method"].eq("oracle")])
         whole = means[means["experiment"].isin([source.name for source in self.sources])]
         if whole["experiment"].nunique() > 1:
             yield self._draw("nda_by_experiment", figures.nda_by_experiment(whole), "NDA by method and experiment.")
-        if self.means["samples_per_task"].nunique() > 1:
-            caption = "NDA against the number of calibration samples per task; mean over all else."
-            yield self._draw("nda_against_samples", figures.nda_against_samples(self.means), caption)
-        for source in self.sources:
-            if (sweep := source.sweep) is None:
-                continue
+        yield from self._more_figures()
+        for source, sweep in ((each, each.sweep) for each in self.sources if each.sweep):
             own, options = means[means["experiment"].isin(source.names)], list(sweep.options.values())
             names = [name for name in options[0] if len(sweep.swept[name]) > 1]
             for name in names:
                 value = dict(zip(source.names, (each[name] for each in options), strict=True))
-                figure = figures.nda_against_option(
-                    own, name, as_numbers(own["experiment"].map(value)), joined=sweep.full
-                )
+                values = as_numbers(own["experiment"].map(value))
+                figure = figures.nda_against_option(own, name, values, joined=sweep.full)
                 others = ", ".join(other for other in names if other != name)
                 caption = f"NDA against {name}, mean ± spread over seeds{f'; mean over {others}' if others else ''}."
                 yield self._draw(f"{sweep.name}-nda_against_{name}", figure, caption)
@@ -297,7 +224,7 @@ class _Page:
                     counts[name] = np.sum(own, axis=0)
             if counts and found.best:
                 size = len(next(iter(counts.values())))
-                classes = _dict(source.document.get("classes")).get(task) or []
+                classes = as_dict(source.document.get("classes")).get(task) or []
                 names = [str(name) for name in (classes if len(classes) == size else range(size))]
                 caption = (
                     f"Task {task} lost, {found.best.decoder} decoder, all seeds. A perfect decoder fills the diagonal."
@@ -318,7 +245,7 @@ class _Page:
             source.folder / own for own in (SUMMARY_CSV, SWEEP_CSV, *([REPORT_HTML] if len(self.sources) > 1 else []))
         ]
         files += [seed / file for seed in source.seeds for file in (RESULTS_CSV, LAYERS_CSV)]
-        versions = _dict(source.document.get("versions"))
+        versions = as_dict(source.document.get("versions"))
         return {
             "title": source.name if len(self.sources) > 1 else "",
             "command": shlex.join(command),
@@ -327,17 +254,13 @@ class _Page:
             "versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
             "json": json.dumps(source.document["configuration"], indent=2, ensure_ascii=False),
             "files": [os.path.relpath(file.resolve(), self.path.parent.resolve()) for file in files if file.is_file()],
-            "wandb": str(source.document.get("wandb") or ""),
+            "wandb": url if (url := str(source.document.get("wandb"))).startswith("http") else "",
             "offline": any(True for seed in source.seeds for _ in seed.glob("wandb/offline-run-*")),
         }
 
 
 def _data(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _dict(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _shown(source: Source, found: Findings) -> dict[str, str]:
@@ -404,36 +327,3 @@ def _examples(source: Source, found: Findings) -> Iterator[dict[str, Any]]:
         text = f"A random draw of the test set, the same for all methods, {found.best.decoder} decoder. "
         text += f"Answers that differ from the expert's: {said}."
         yield {"title": f"Task {task} lost" if task else "", "text": text, "images": images}
-
-
-def _facts(source: Source) -> dict[str, str]:
-    """Return what was run, in words; what the results do not say is left out."""
-    frame, configuration = source.frame, source.document["configuration"]
-    network, base = _dict(configuration.get("network")), _dict(configuration.get("base"))
-    tasks = []
-    for task in dict.fromkeys(frame["task"]):
-        given = _dict(_dict(configuration.get("tasks")).get(task))
-        kind = given.get("class") or str(given.get("class_path") or "").rpartition(".")[2]
-        tasks.append(f"{task} ({kind})" if kind else task)
-    weights = base.get("checkpoint") or ("a base trained beforehand" if base else network.get("weights"))
-    code = [f"[{', '.join(f'{weight:.3g}' for weight in row)}]" for row in configuration.get("code") or ()]
-    chosen = f", chosen from the calibration data of {source.seeds[0].name}" if configuration.get("code_choice") else ""
-    swept = [
-        f"{name}: {', '.join(dict.fromkeys(text for v in values for text in (short_value(v, values), v)))}"
-        for name, values in (source.sweep.swept.items() if source.sweep else ())
-        if len(values) > 1
-    ]
-    found = {
-        "tasks": ", ".join(tasks),
-        "network": ", ".join(str(network[each]) for each in ("name", "image_size") if network.get(each)),
-        "starts from": str(weights or "random weights") if network else "",
-        "code": f"[{', '.join(code)}]{chosen}" if code else "",
-        "P, calibration samples per task": ", ".join(map(str, sorted(set(frame["samples_per_task"])))),
-        "methods": ", ".join(dict.fromkeys(frame.loc[~frame["method"].isin(REFERENCES), "method"])),
-        "decoders": ", ".join(dict.fromkeys(frame["decoder"])),
-        "seeds": ", ".join(map(str, sorted(set(frame["seed"])))),
-        "swept": "; ".join(swept),
-        "date": str(source.document.get("date") or "").replace("T", " "),
-        "machine": str(source.document.get("machine") or ""),
-    }
-    return {name: text for name, text in found.items() if text}

@@ -285,6 +285,7 @@ def _check_rows(rows: Sequence[Row]) -> None:
     frame = pd.DataFrame([asdict(row) for row in rows])
     for row in frame[frame.duplicated(list(KEYS))].to_dict("records"):
         raise ConfigurationError(
-            f"found two results of method '{row['method']}' (batchnorm '{row['batchnorm']}', decoder '{row['decoder']}', "
-            f"erased '{row['erased']}', task '{row['task']}'), expected one; tell the two apart with 'label'"
+            f"found two results of method '{row['method']}' (batchnorm '{row['batchnorm']}', decoder "
+            f"'{row['decoder']}', erased '{row['erased']}', task '{row['task']}'), expected one; tell the two apart "
+            "with 'label'"
         )

@@ -131,9 +131,9 @@ def sweep_text(frame: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
     """
     keys = [str(key) for key in points.columns]
     means = seed_means(frame[frame["method"] != "oracle"])
+    decoders = list(dict.fromkeys([*means.loc[means["method"] != "none", "decoder"], *means["decoder"]]))
     means = means.assign(method=variant_names(means)).merge(points, left_on="experiment", right_index=True)
     heads = [*keys, *(["erased"] if means["erased"].nunique() > 1 else []), "method"]
-    decoders = list(dict.fromkeys(means["decoder"]))
     lines = []
     means = means.assign(place=means.groupby(keys, sort=False, dropna=False).ngroup() if keys else 0)
     for (_, *head), part in means.sort_values("place", kind="stable").groupby(["place", *heads], sort=False):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+from matplotlib.ticker import EngFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -34,13 +35,8 @@ def seconds(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """Return a count in at most five characters: ``840``, ``8.4k``, ``57.6k``, ``1.2M``; ``–`` for NaN."""
-    if math.isnan(value):
-        return "–"
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.1f}".removesuffix(".0") + unit
-    return f"{value:.0f}"
+    """Return a count in a few characters: ``840``, ``8.4k``, ``57.6k``, ``1.2M``; ``–`` for NaN."""
+    return "–" if math.isnan(value) else EngFormatter(sep="")(float(f"{value:.3g}"))
 
 
 def nda_tables(summary: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
@@ -82,9 +78,9 @@ def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([line for *_, line in sorted(lines, key=lambda each: each[:2])], columns=columns)
 
 
-def results_console() -> Console:
-    """Return a console for results: as wide as the terminal, or `WIDTH` columns where nobody watches."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH)
+def results_console(width: int = WIDTH) -> Console:
+    """Return a console for results: as wide as the terminal, or so many columns where nobody watches."""
+    return Console(width=None if sys.stdout.isatty() else width)
 
 
 def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import wandb
 
 from coin.errors import ConfigurationError, FileError
-from coin.files.atomic import sha256_of
+from coin.files.atomic import link_file, sha256_of
 from coin.reporting.wandb_settings import OFFLINE_MODES, TAG_LENGTH, check_connection, mode, run_environment, user_tags
 
 JOB_TYPES = ("expert", "fisher", "method", "evaluate")
@@ -58,7 +57,7 @@ def start_run(
             tags=list(dict.fromkeys(tag[:TAG_LENGTH] for tag in (*tags, *user_tags()))),
             mode=wanted,
             id=run_id,
-            resume=None if run_id is None or wanted in OFFLINE_MODES else "allow",
+            resume=None if wanted in OFFLINE_MODES else "allow",
             reinit="create_new",
             settings=wandb.Settings(silent=wanted in OFFLINE_MODES),
         )
@@ -126,11 +125,7 @@ def _artifact(run: wandb.Run, path: Path, name: str, type: str, metadata: Mappin
     digest = _digest(path)
     linked = folder_of(run) / "wandb" / "artifacts" / "linked" / f"{digest[:16]}{path.suffix}"
     if not linked.exists():
-        linked.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path, linked)
-        except OSError:  # another file system, or one without hard links
-            shutil.copy2(path, linked)
+        link_file(path, linked)
     artifact = wandb.Artifact(_allowed(name), type=type, metadata={**(metadata or {}), "sha256": digest})
     artifact.add_file(str(linked), name=path.name, policy="immutable")
     return artifact

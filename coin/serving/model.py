@@ -9,7 +9,7 @@ from torch import Tensor
 from coin.coding import DecoderConfig
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError
-from coin.networks import Run, load_network, run_network, widen_network
+from coin.networks import Run, load_network, run_network, widened
 from coin.serving.replies import Reply
 
 
@@ -34,7 +34,7 @@ class NetworkServer:
                 f"found '{path}', a network for texts, expected one for images: they alone are served"
             )
         self.image_size = file.config.image_size
-        self._network = widen_network(file, outputs).requires_grad_(False).to(device)
+        self._network = widened(file.network, outputs).requires_grad_(False).to(device)
         self._device = device
         self._features, self._stages = decoder.reads_features, decoder.reads_stages
         self._turn = threading.Lock()

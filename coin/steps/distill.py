@@ -1,15 +1,14 @@
 """Distillation within an experiment: on its tasks' calibration samples, by its Trainer and with its loggers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.loggers import Logger
 
 from coin.data.tasks import Tasks
-from coin.modules import Distillation
 from coin.modules.training import Training as AnyTraining
 from coin.steps.expert_files import StoredExperts
 from coin.steps.trainer import make_trainer
@@ -33,18 +32,19 @@ class Training(AnyTraining):
     options: dict[str, Any] = field(default_factory=dict)
     loggers: Sequence[Logger] = ()
 
-    def num_samples(self, method: Distillation, experts: StoredExperts) -> int:
+    def num_samples(self, experts: StoredExperts, samples_per_task: int | None) -> int:
         """Return the number of pooled calibration samples."""
-        return self._samples(method) * len(self.tasks.tasks)
+        return (samples_per_task or self.tasks.samples_per_task) * len(self.tasks.tasks)
 
-    def prepared(self, method: Distillation, experts: StoredExperts, options: dict[str, Any]) -> Distillation:
-        """Return the module of one run, with the files of its experts."""
-        own = {"experts": list(map(str, experts.files.paths.values())), "samples_per_task": self._samples(method)}
-        if method.hparams["seed"] is None:
-            own["seed"] = self.seed
-        return type(method)(**dict(method.hparams) | own | options)  # loggers get these options
+    def run_options(self, experts: StoredExperts, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the files of the experts, and the experiment's number of samples and seed for a method without."""
+        return {
+            "experts": list(map(str, experts.files.paths.values())),
+            "samples_per_task": given["samples_per_task"] or self.tasks.samples_per_task,
+            "seed": self.seed if given["seed"] is None else given["seed"],
+        }
 
-    def fit(self, module: Distillation, held_out: float, options: dict[str, Any]) -> None:
+    def fit(self, module: LightningModule, experts: StoredExperts, held_out: float, options: dict[str, Any]) -> None:
         """Run the experiment's Trainer."""
         seed = module.hparams["seed"]
         batch_size = module.hparams["batch_size"]
@@ -53,6 +53,3 @@ class Training(AnyTraining):
         trainer = make_trainer(self.folder, self.options, logger=loggers, **options)
         seed_everything(seed, workers=True, verbose=False)
         trainer.fit(module, datamodule=data)
-
-    def _samples(self, method: Distillation) -> int:
-        return method.samples_per_task or self.tasks.samples_per_task

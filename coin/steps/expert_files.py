@@ -1,7 +1,7 @@
 """The experts of one seed, or of one merge: files that are hashed once, and read as far as they are needed."""
 
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,6 @@ from coin.data import Calibration
 from coin.errors import ConfigurationError
 from coin.files.atomic import sha256_of
 from coin.files.tensors import State, fingerprint
-from coin.merging import CodedModel
 from coin.merging.calibrated import CalibratedExperts
 from coin.merging.experts import padded_statistic
 from coin.networks import (
@@ -27,7 +26,7 @@ from coin.networks import (
     load_network,
     open_network,
     padded_rows,
-    widen_network,
+    widened,
 )
 from coin.statistics import FisherKind
 from coin.statistics.files import StatisticFile, open_statistic
@@ -145,7 +144,7 @@ class ExpertFiles:
             yield from self.networks
         else:
             for path in self.paths.values():
-                yield widen_network(load_network(path), self.width)
+                yield widened(load_network(path).network, self.width)
 
     @cached_property
     def files(self) -> dict[str, NetworkFile]:
@@ -156,7 +155,7 @@ class ExpertFiles:
     @cached_property
     def networks(self) -> list[nn.Module]:
         """The networks with their heads padded by zeros to `width` logits."""
-        return [widen_network(file, self.width) for file in self.files.values()]
+        return [widened(file.network, self.width) for file in self.files.values()]
 
     @cached_property
     def marks(self) -> dict[str, str]:
@@ -201,7 +200,7 @@ class StoredExperts(CalibratedExperts):
         statistics: The files of their statistics.
         calibrations: Each task's calibration samples; for methods and policies that run networks.
         initial: The shared initialisation's file.
-        train: What trains the coded model of a method that is trained.
+        train: What methods that are trained are trained by (`coin.modules.training.Training`).
     """
 
     def __init__(
@@ -210,7 +209,7 @@ class StoredExperts(CalibratedExperts):
         statistics: StatisticPaths | None = None,
         calibrations: Mapping[str, Calibration] | None = None,
         initial: Path | None = None,
-        train: Callable[[Any, Any, Sequence[float]], CodedModel] | None = None,
+        train: Any = None,
     ) -> None:
         self.passes = self.seconds = 0.0
         self.train = train

@@ -58,23 +58,19 @@ def test_more_samples_than_there_are_is_an_error_with_both_numbers():
         task.calibration(10, batch_size=0)
 
 
-def test_split_holds_out_the_last_samples():
+def test_a_split_holds_out_the_last_samples_and_processes_take_every_sample_once():
     calibration = numbered(10)
     fit, held_out = calibration.split(0.2)
     assert chosen(fit) + chosen(held_out) == list(range(10))
     assert held_out.num_samples == 2
     assert [part.num_samples for part in calibration.split(0.001)] == [9, 1]
     assert [part.num_samples for part in calibration.split(0.999)] == [1, 9]
+    shards = [calibration.subset(range(rank, 10, 3)) for rank in range(3)]
+    assert sorted(position for shard in shards for position in chosen(shard)) == list(range(10))
     with pytest.raises(ConfigurationError, match=r"held-out share is 1\.0"):
         calibration.split(1.0)
     with pytest.raises(DataError, match="1 calibration sample"):
         numbered(1).split(0.5)
-
-
-def test_processes_take_every_sample_once():
-    calibration = numbered(11)
-    shards = [calibration.subset(range(rank, 11, 3)) for rank in range(3)]
-    assert sorted(position for shard in shards for position in chosen(shard)) == list(range(11))
 
 
 def test_pooled_data_mix_tasks_of_different_image_shapes():

@@ -19,12 +19,11 @@ TORCHVISION = ("MNIST", "FashionMNIST", "KMNIST", "EMNISTLetters", "SVHN", "CIFA
 class Numbered(TaskData):
     """Images whose pixels spell the sample's number, so that a test can follow every sample."""
 
+    names = ("a", "b", "c", "d")
+
     def __init__(self, train: int = 200, test: int = 60, side: int = 8, **kwargs: Any) -> None:
         super().__init__(**{"image_size": side, **kwargs})
         self.counts, self.side = (train, test), side
-
-    def class_names(self):
-        return ("a", "b", "c", "d")
 
     def load(self):
         train, test = self.counts
@@ -50,19 +49,15 @@ def splits(task):
     return [set(part.index.tolist()) for part in (task.splits.train, validation, task.splits.test)]
 
 
-def test_splits_are_disjoint_complete_and_stratified():
+def test_splits_are_disjoint_complete_stratified_and_of_the_split_seed_alone():
     train, validation, test = splits(Numbered())
     assert train | validation == set(range(200))
     assert test == set(range(200, 260))
     assert not train & validation
     assert len(validation) == 20
     assert sorted(torch.bincount(torch.tensor(sorted(validation)) % 4).tolist()) == [5, 5, 5, 5]
-
-
-def test_split_seed_alone_decides_the_splits():
-    first = splits(Numbered(split_seed=0, seed=0))
-    assert splits(Numbered(split_seed=0, seed=1)) == first
-    assert splits(Numbered(split_seed=1, seed=0)) != first
+    assert splits(Numbered(seed=1)) == [train, validation, test]
+    assert splits(Numbered(split_seed=1)) != [train, validation, test]
 
 
 def test_limits_keep_stratified_subsets_of_the_same_splits():
@@ -105,56 +100,42 @@ def test_loaders_yield_stored_images_with_their_labels():
     assert (task.classes, task.num_classes) == (("a", "b", "c", "d"), 4)
 
 
-def test_training_order_follows_seed_and_epoch_and_not_the_global_state():
+def test_training_order_follows_the_seed_and_no_loader_moves_torchs_own_random_state():
     torch.manual_seed(0)
-    first = order(Numbered(seed=5).train_dataloader())
+    task = Numbered(seed=5)
+    first = order(task.train_dataloader())
     state = torch.manual_seed(1).get_state()
     assert order(Numbered(seed=5).train_dataloader()) == first
+    assert len(order(task.val_dataloader()) + order(task.test_dataloader())) == 80
     assert torch.equal(torch.get_rng_state(), state)
     assert order(Numbered(seed=6).train_dataloader()) != first
-    loader = Numbered(seed=5).train_dataloader()
-    loader.sampler.set_epoch(1)
-    assert order(loader) != first
-
-
-def test_workers_give_the_same_batches():
-    options = {"augmentation": Augmentation.crop_flip, "batch_size": 32}
-    alone = [images for images, _ in Numbered(**options).train_dataloader()]
-    with_worker = [images for images, _ in Numbered(num_workers=1, **options).train_dataloader()]
-    assert all(torch.equal(a, b) for a, b in zip(alone, with_worker, strict=True))
 
 
 def test_augmentation_touches_training_images_only_and_changes_with_the_epoch():
-    def first_batch(augmentation, seed=0):
-        return next(iter(Numbered(augmentation=augmentation, seed=seed).train_dataloader()))[0]
-
     plain, augmented = Numbered(), Numbered(augmentation=Augmentation.crop)
-    for name in ("val_dataloader", "test_dataloader"):
-        for (a, _), (b, _) in zip(getattr(augmented, name)(), getattr(plain, name)(), strict=True):
-            assert torch.equal(a, b)
-    first = first_batch(Augmentation.crop)
-    assert torch.equal(first, first_batch(Augmentation.crop))
-    assert not torch.equal(first, first_batch(Augmentation.none))
 
-    def by_sample(epoch):
-        loader = augmented.train_dataloader()
+    def by_sample(task, epoch):
+        loader = task.train_dataloader()
         loader.sampler.set_epoch(epoch)
         positions = torch.cat([draw.positions for draw in loader.sampler])
         return torch.cat([images for images, _ in loader])[positions.argsort()]
 
-    assert not torch.equal(by_sample(0), by_sample(1))
-    assert torch.equal(by_sample(1), by_sample(1))
+    for name in ("val_dataloader", "test_dataloader"):
+        for (a, _), (b, _) in zip(getattr(augmented, name)(), getattr(plain, name)(), strict=True):
+            assert torch.equal(a, b)
+    assert torch.equal(by_sample(augmented, 1), by_sample(augmented, 1))
+    assert not torch.equal(by_sample(augmented, 0), by_sample(augmented, 1))
+    assert torch.equal(by_sample(plain, 0), by_sample(plain, 1))
+    assert not torch.equal(by_sample(plain, 0), by_sample(augmented, 0))
 
 
-def test_a_samples_augmentation_does_not_depend_on_its_batch():
-    def by_sample(batch_size):
-        task = Numbered(augmentation=Augmentation.crop, batch_size=batch_size)
-        loader = task.train_dataloader()
+def test_a_samples_augmentation_does_not_depend_on_its_batch_or_worker():
+    def by_sample(**options):
+        loader = Numbered(augmentation=Augmentation.crop_flip, **options).train_dataloader()
         positions = torch.cat([draw.positions for draw in loader.sampler])
-        images = torch.cat([images for images, _ in loader])
-        return images[positions.argsort()]
+        return torch.cat([images for images, _ in loader])[positions.argsort()]
 
-    assert torch.equal(by_sample(20), by_sample(60))
+    assert torch.equal(by_sample(batch_size=20), by_sample(batch_size=60, num_workers=1))
 
 
 def test_the_transfer_hook_makes_inputs():
@@ -177,10 +158,8 @@ class Counted(Numbered):
         return super().load()
 
 
-@pytest.mark.parametrize("reads_at_size", [True, False])
-def test_copies_read_once_and_let_go_when_none_of_them_is_left(monkeypatch, reads_at_size):
+def test_copies_read_once_and_let_go_when_none_of_them_is_left(monkeypatch):
     monkeypatch.setattr(Counted, "reads", [])
-    monkeypatch.setattr(Counted, "reads_at_size", reads_at_size)
     given = Counted()
     options = [{"seed": 1}, {"seed": 2, "batch_size": 3}, {"augmentation": Augmentation.crop, "trainer": "another"}]
     copies = [task_with(given, **each) for each in options]
@@ -189,8 +168,8 @@ def test_copies_read_once_and_let_go_when_none_of_them_is_left(monkeypatch, read
     assert given.splits is first
     assert given.calibration(5).parts[0].store is first.train.store
     larger = task_with(given, image_size=12)
-    assert (larger.splits is first) is not reads_at_size
-    assert Counted.reads == ([8, 12] if reads_at_size else [8])
+    assert larger.splits is not first
+    assert Counted.reads == [8, 12]
     assert pickle.loads(pickle.dumps(copies[0])).splits.train.index.equal(first.train.index)
     assert len(task_with(given, max_train=20).splits.train) == 20
     before = len(Counted.reads)
@@ -201,10 +180,6 @@ def test_copies_read_once_and_let_go_when_none_of_them_is_left(monkeypatch, read
     assert len(Counted.reads) == before
     given.release()
     assert seen() is None
-
-
-def test_a_copy_leaves_the_trainer_behind():
-    assert task_with(on_rank(Numbered(), 1, 2)).trainer is None
 
 
 def on_rank(task, rank, world_size, use_distributed_sampler=False):
@@ -218,16 +193,14 @@ def on_rank(task, rank, world_size, use_distributed_sampler=False):
     return task
 
 
-def test_two_processes_share_the_samples():
+def test_two_processes_share_the_samples_and_lightning_does_not_share_them_again():
     ranks = [on_rank(Numbered(test=61), rank, 2) for rank in range(2)]
+    assert task_with(ranks[1]).trainer is None
     assert sorted(order(ranks[0].test_dataloader()) + order(ranks[1].test_dataloader())) == list(range(200, 261))
     first, second = (order(task.train_dataloader()) for task in ranks)
     assert sorted(first + second) == sorted(order(Numbered().train_dataloader()))
     predicted = [number for task in ranks for images in task.predict_dataloader() for number in numbers(images)]
     assert sorted(predicted) == list(range(200, 261))
-
-
-def test_lightnings_own_sharding_is_refused():
     with pytest.raises(ConfigurationError, match=r"set trainer\.use_distributed_sampler=false"):
         on_rank(Numbered(), 0, 2, use_distributed_sampler=True).train_dataloader()
 
@@ -338,26 +311,19 @@ def test_a_validation_share_that_leaves_nothing_to_train_on_is_refused(share, sa
         task.setup()
 
 
-class Broken(Numbered):
-    """Gives whatever a test puts in."""
+def test_sources_are_checked(monkeypatch):
+    def read(source):
+        monkeypatch.setattr(Numbered, "load", lambda task: source)
+        Numbered().setup()
 
-    def __init__(self, source: Source) -> None:
-        super().__init__()
-        self.given = source
-
-    def load(self):
-        return self.given
-
-
-def test_sources_are_checked():
-    images = torch.zeros(8, 1, 4, 4, dtype=torch.uint8)
-    good = Samples.of(images, torch.arange(8) % 4)
+    images, labels = torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.arange(8) % 4
+    good = Samples.of(images, labels)
     with pytest.raises(DataError, match="test labels from 1 to 8; expected 0 to 3"):
-        Broken(Source(good, Samples.of(images, torch.arange(8) + 1))).setup()
+        read(Source(good, Samples.of(images, torch.arange(8) + 1)))
     with pytest.raises(DataError, match="no test images, expected at least one; check its source"):
-        Broken(Source(good, good.subset([]))).setup()
+        read(Source(good, good.subset([])))
     with pytest.raises(DataError, match=r"images are torch\.float32"):
-        Broken(Source(Samples.of(images.float(), torch.arange(8) % 4), good)).setup()
+        read(Source(Samples.of(images.float(), labels), good))
     with pytest.raises(DataError, match="8 images but 3 labels"):
         Samples.of(images, torch.arange(3))
 

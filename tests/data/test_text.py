@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from coin.data import Augmentation, TextFile, Tweets
 from coin.data.tasks import Tasks, task_with
-from coin.data.text import tokenize
 from coin.errors import ConfigurationError, DataError, FileError
 
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "meal", "the"]
@@ -38,10 +38,14 @@ def table(tmp_path: Path, tokenizer: str):
     return make
 
 
-def test_texts_become_rows_of_tokens_cut_and_filled_up(tokenizer: str) -> None:
-    rows = tokenize(["the good film", "good good good good good good", "tasty", ""], 4, tokenizer)
+def test_texts_become_rows_of_tokens_cut_and_filled_up(tokenizer: str, monkeypatch) -> None:
+    task = Tweets(image_size=4, tokenizer=tokenizer)
+    rows = task.samples(["the good film", "good good good good good good", "tasty", ""], [0, 1, 2, 0]).images()
     assert rows.dtype == torch.int64
     assert rows.tolist() == [[6, 2, 4, 0], [2, 2, 2, 2], [1, 0, 0, 0], [0, 0, 0, 0]]
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(DataError, match=r"no module tokenizers, .* pip install 'coded-coin\[text\]'"):
+        task.samples(["the good film"], [0])
 
 
 def test_a_table_is_a_task_like_others(table) -> None:
@@ -77,13 +81,15 @@ def test_resizing_tokenises_anew(table) -> None:
 def test_texts_and_images_are_not_pooled(table, synthetic) -> None:
     tasks = Tasks({"a": table(image_size=16), "b": synthetic()}, samples_per_task=4)
     tasks.setup()
-    with pytest.raises(DataError, match=r"\[16\] of torch\.int64.*pool tasks of one kind"):
+    with pytest.raises(DataError, match="found images and texts among the calibration samples"):
         tasks.calibration().inputs()
 
 
-def test_texts_are_not_augmented(table) -> None:
-    with pytest.raises(ConfigurationError, match="found augmentation 'shift' for TextFile, expected one of none"):
+def test_texts_are_neither_augmented_nor_transformed(table) -> None:
+    with pytest.raises(ConfigurationError, match="found augmentation 'shift' for TextFile, whose samples are texts"):
         table(augmentation="shift")
+    with pytest.raises(ConfigurationError, match="found a transform for TextFile, whose samples are texts"):
+        table(transform={"class_path": "torchvision.transforms.v2.RandomVerticalFlip"})
     tasks = Tasks({"a": table()}, samples_per_task=6)
     tasks.augmentation = Augmentation.crop
     with pytest.raises(ConfigurationError, match="found augmentation 'crop' for TextFile"):

@@ -1,9 +1,7 @@
 import pytest
 import torch
-from torch.nn import functional as F
 
 from coin.data import to_image, to_input
-from coin.data.augmentation import Augmentation, View, augmented, draw_augmentation
 from coin.errors import DataError
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])
@@ -49,52 +47,22 @@ def test_halving_is_antialiased():
     assert (grey - 0.5).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("images", [torch.zeros(2, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(2, 3, 8, 8),
+        torch.zeros(3, 8, 8, dtype=torch.uint8),
+        torch.zeros(1, 2, 8, 8, dtype=torch.uint8),
+        torch.zeros(2, 3, 8, 8, dtype=torch.int64),
+    ],
+)
 def test_other_images_are_refused(images):
     with pytest.raises(DataError, match=r"expected torch.uint8 \[B, 1 or 3, H, W\]"):
         to_input(images, 8)
 
 
-def test_two_channels_are_refused():
-    with pytest.raises(DataError, match=r"shape \[1, 2, 8, 8\]"):
-        to_input(torch.zeros(1, 2, 8, 8, dtype=torch.uint8), 8)
-
-
-@pytest.mark.parametrize("kind", [Augmentation.crop, Augmentation.crop_flip])
-def test_augmentation_equals_cropping_one_by_one(kind):
-    images = torch.randint(256, (40, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    draws = draw_augmentation(40, 16, 24, seed=0, epoch=0)
-    assert set(draws[:, 0].tolist()) <= set(range(5))
-    assert set(draws[:, 2].tolist()) == {0, 1}
-    result = augmented(images, View(kind, 0, 0), torch.arange(40), 40)
-    for image, (top, left, flip), got in zip(images, draws.tolist(), result, strict=True):
-        padded = torch.zeros(3, 20, 30, dtype=torch.uint8)
-        padded[:, 2:18, 3:27] = image
-        expected = padded[:, top : top + 16, left : left + 24]
-        if flip and kind is Augmentation.crop_flip:
-            expected = expected.flip(2)
-        assert torch.equal(got, expected)
-
-
-def test_a_shift_pads_with_the_border():
-    images = torch.randint(256, (40, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    draws = draw_augmentation(40, 16, 24, seed=0, epoch=0)
-    padded = F.pad(images.float(), (3, 3, 2, 2), mode="replicate").to(torch.uint8)
-    result = augmented(images, View(Augmentation.shift, 0, 0), torch.arange(40), 40)
-    for image, (top, left, _), got in zip(padded, draws.tolist(), result, strict=True):
-        assert torch.equal(got, image[:, top : top + 16, left : left + 24])
-
-
-def test_no_augmentation_is_the_identity():
-    images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
-    assert augmented(images, View(Augmentation.none, 0, 0), torch.arange(4), 4) is images
-
-
-def test_draws_depend_on_seed_and_epoch_alone():
-    torch.manual_seed(0)
-    first = draw_augmentation(20, 32, 32, seed=0, epoch=0)
-    torch.manual_seed(1)
-    draw_augmentation.cache_clear()
-    assert torch.equal(draw_augmentation(20, 32, 32, seed=0, epoch=0), first)
-    assert not torch.equal(draw_augmentation(20, 32, 32, seed=0, epoch=1), first)
-    assert not torch.equal(draw_augmentation(20, 32, 32, seed=1, epoch=0), first)
+def test_tokens_are_inputs_already_and_as_many_as_the_network_reads():
+    tokens = torch.arange(8).view(2, 4)
+    assert to_input(tokens, 4) is tokens
+    with pytest.raises(DataError, match="texts have 4 tokens; expected 8"):
+        to_input(tokens, 8)

@@ -157,5 +157,5 @@ def test_augmented_texts_are_refused_before_anything_is_trained(
     text_config.write_text(TEXT.replace(", augmentation: none", ""))
     assert main(["run", "-c", str(text_config), f"--output={tmp_path}"]) == 2
     told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "found augmentation 'shift' for TextFile, expected one of none" in told
+    assert "found augmentation 'shift' for TextFile, whose samples are texts, expected none" in told
     assert not (tmp_path / "text").exists()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pandas as pd
 import pytest
 
 from coin.cli import main
@@ -225,8 +226,48 @@ def test_a_job_that_fails_is_told_to_have_failed(
     assert read_wandb(folder)[-1]["exit"]["exit_code"] == 1
 
 
-def test_runs_of_methods_that_failed_are_tried_again(
+def test_a_method_s_run_is_whole_again_where_it_was_killed_before_the_evaluation(
+    finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], Records]
+) -> None:
+    """Of what an open run holds, a kill leaves nothing."""
+    shutil.copytree(finished, tmp_path / "tiny", ignore=shutil.ignore_patterns("wandb"))
+    for name in ("results.csv", ".steps/wandb-methods.json", ".steps/evaluate.json"):
+        (tmp_path / "tiny/seed-0" / name).unlink()
+    logs = tmp_path / "tiny/seed-0/logs"
+    before = (logs / "distillation/wandb-run-done-method").rename(logs / "distillation/wandb-run-id-method")
+    run_id = before.read_text()
+    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
+    found = [(path, read_wandb(path)) for path in (tmp_path / "tiny/seed-0/wandb").glob("offline-run-*")]
+    records = named(found, "distillation")
+    assert run_of(records)["run_id"] == run_id
+    curve = pd.read_csv(logs / "distillation/logs/metrics.csv")["train/loss"].dropna()
+    logged = [row["item"]["train/loss"] for row in of_type(records, "history") if "train/loss" in row["item"]]
+    assert logged == pytest.approx(curve.tolist())
+    assert {"tiny-expert-digits", "tiny-expert-letters"} <= config_of(records)["inputs"].keys()
+    assert "tiny-coded-model-distillation" in {artifact["name"] for artifact in of_type(records, "artifact")}
+    assert summary_of(records)["nda/linear/mean"] > 0
+
+
+def test_a_coded_model_is_logged_before_the_evaluation_reads_it(
     finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "tiny", ignore=shutil.ignore_patterns("wandb", "coded"))
+    told: list[tuple[str, str]] = []
+    jobs = "coin.experiment.jobs"
+    monkeypatch.setattr(f"{jobs}.log_artifact", lambda run, path, name, *_: told.append(("made", name)))
+    monkeypatch.setattr(f"{jobs}.use_artifact", lambda run, path, name, *_: told.append(("read", name)))
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", "--methods=[Average]"]) == 0
+    assert told.index(("made", "tiny-coded-model-average")) < told.index(("read", "tiny-coded-model-average"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("coded_models.log_method", "the runs of the methods"), ("jobs.start_run", "the start of the run")],
+)
+def test_runs_of_methods_that_failed_are_tried_again(
+    finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
 ) -> None:
     shutil.copytree(finished, tmp_path / "tiny")
     record = tmp_path / "tiny/seed-0/.steps/wandb-methods.json"
@@ -236,8 +277,8 @@ def test_runs_of_methods_that_failed_are_tried_again(
         raise ConnectionError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("coin.experiment.coded_models.log_method", fail)
-        with pytest.warns(UserWarning, match="did not take the runs of the methods"):
+        patch.setattr(f"coin.experiment.{name}", fail)
+        with pytest.warns(UserWarning, match=f"did not take {said}"):
             assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
     assert not record.exists()
     assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0

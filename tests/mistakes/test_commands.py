@@ -116,7 +116,7 @@ def test_a_folder_that_is_missing_is_told_of_before_the_base_is_trained(
         )
     )
     base = "--base={task: {class_path: Digits}}"
-    assert "nowhere does not exist; set root" in refused(["run", "-c", str(config), "--output=o", base], capsys)
+    assert "nowhere/train does not exist" in refused(["run", "-c", str(config), "--output=o", base], capsys)
 
 
 @pytest.mark.parametrize("section", ["[]", "[1]"])

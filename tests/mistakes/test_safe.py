@@ -75,7 +75,7 @@ def test_a_child_of_a_safe_command_is_safe(
 
 
 def test_coins_own_classes_are_allowed(capsys: pytest.CaptureFixture[str]) -> None:
-    for task in ("Glyphs", "coin.data.Glyphs", "coin.data.glyphs.Glyphs"):
+    for task in ("Glyphs", "coin.data.Glyphs", "coin.data.embedded.Glyphs"):
         assert main([safe.SAFE, *run(task)]) == 2
         assert "found seeds [-1]" in last_line(capsys)
 

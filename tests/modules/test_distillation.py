@@ -8,7 +8,7 @@ from coin.errors import ConfigurationError, HeadError, StateError
 from coin.merging import Refit, average, method
 from coin.merging.calibrated import CalibratedExperts
 from coin.modules import Distillation
-from coin.networks import NetworkConfig, build_network, load_network, pad_logits, save_network, widen_network
+from coin.networks import NetworkConfig, build_network, load_network, pad_logits, save_network, widened
 
 ROW = [0.25, 0.75]
 PLAIN = {"start": "average", "augmentation": "none", "schedule": "constant"}
@@ -30,7 +30,7 @@ def begun(experts, data, make_trainer, **options):
 
 def test_the_student_starts_from_the_weighted_average_or_that_with_its_head_fitted(experts, tasks, make_trainer):
     averaged = begun(experts, tasks(), make_trainer, start="average").student.state_dict()
-    first, second = (dict(widen_network(load_network(Path(path)), 3).named_parameters()) for path in experts)
+    first, second = (dict(widened(load_network(Path(path)).network, 3).named_parameters()) for path in experts)
     for name in first:
         torch.testing.assert_close(averaged[name], 0.25 * first[name] + 0.75 * second[name])
     fitted = begun(experts, tasks(), make_trainer, start="head_fit").student.state_dict()
@@ -147,16 +147,16 @@ def test_the_same_run_gives_the_same_student(experts, tasks, make_trainer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": 0.0}, r"found learning rates .* and lr=0.0, expected positive"),
-        ({"lr": float("nan")}, "expected positive numbers"),
-        ({"samples_per_task": 0}, "found samples_per_task=0, expected at least 1"),
-        ({"learning_rates": []}, "expected positive numbers"),
-        ({"learning_rates": [1e-3, 3e-4]}, r"found learning rates \[0.001, 0.0003\], expected rising ones"),
+        ({"lr": 0.0}, "found lr=0.0, expected a number above 0"),
+        ({"lr": float("nan")}, "found lr=nan, expected a number above 0"),
+        ({"samples_per_task": 0}, "found samples_per_task=0, expected a whole number of at least 1"),
+        ({"learning_rates": []}, r"found learning_rates=\[\], expected at least one"),
+        ({"learning_rates": [1e-3, 3e-4]}, r"found learning_rates=\[0.001, 0.0003\], expected at least one, rising"),
         ({"schedule": "cosine"}, "found schedule=cosine, expected one_cycle or constant"),
         ({"start": "refined"}, "found start='refined', expected one of average, coin, .*refit"),
-        ({"learning_rates": [1e-3, -1.0]}, "expected positive numbers"),
+        ({"learning_rates": [1e-3, -1.0]}, "found learning_rates=-1.0, expected a number above 0"),
         ({"steps": 0}, "found steps=0"),
-        ({"batch_size": 1}, "batch_size=1"),
+        ({"batch_size": 1}, "found batch_size=1, expected a whole number of at least 2"),
         ({"held_out": 0.0}, "found held_out=0.0"),
         ({"held_out": 1.0}, "found held_out=1.0"),
     ],

@@ -91,11 +91,23 @@ def test_predictions_are_probabilities_in_the_order_of_the_test_set(synthetic, m
         ({"schedule": "linear"}, "found schedule='linear', expected one of constant, cosine, one_cycle"),
         ({"network": "small_resnett"}, "did you mean 'small_resnet'"),
         ({"num_classes": 0}, "found 0 classes"),
+        ({"l2_sp": -1.0}, "^found l2_sp=-1.0"),
+        ({"l2_sp": float("inf")}, "^found l2_sp=inf"),
+        ({"head_lr": 0.0}, "^found head_lr=0.0"),
+        ({"freeze_batchnorm": 1}, "^found freeze_batchnorm=1, expected true or false"),
+        ({"trainable": "head"}, "^found trainable='head', expected a list"),
+        ({"trainable": []}, r"^found trainable=\[\]"),
+        ({"trainable": [3]}, r"^found trainable=\[3\]"),
+        ({"lora": {"rnak": 3}}, "found lora={'rnak': 3}, expected null or some of rank, alpha, targets and dropout"),
+        ({"lora": 4}, "found lora=4, expected null or some of rank"),
+        ({"lora": {"rank": 0}}, "found lora.rank=0"),
+        ({"lora": {"targets": ["nothing"]}}, "found lora.targets pattern 'nothing'"),
+        ({"lora": {}, "l2_sp": 0.1}, r"found l2_sp=0\.1 with lora"),
     ],
 )
 def test_bad_options_are_refused_at_construction(options, message):
     with pytest.raises(ConfigurationError, match=message):
-        Expert(**{**SMALL, **options})
+        Expert(**{**SMALL, "num_classes": 3, **options})
 
 
 def test_the_task_and_the_network_must_have_equally_many_classes(synthetic, make_trainer):

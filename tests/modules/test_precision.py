@@ -40,7 +40,7 @@ def test_networks_are_evaluated_in_bf16_and_decoded_in_full(make_trainer, write_
         if outcome.variant.is_oracle:
             assert outcome.agreement == 1
     # The decoders' own arithmetic: with 8 bits of mantissa the ridge's solution would be far off.
-    for one, other in zip(mixed.cases, full.cases, strict=True):
+    for one, other in zip(mixed.fitted, full.fitted, strict=True):
         assert one.decoder.config.name == other.decoder.config.name
     assert {outcome.decoder for outcome in mixed.outcomes} == {str(kind) for kind in DecoderKind}
 

@@ -6,15 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from coin.errors import StateError
-from coin.networks import (
-    NetworkConfig,
-    build_network,
-    check_head,
-    features_and_logits,
-    head_name,
-    pad_logits,
-    padded_rows,
-)
+from coin.networks import check_head, features_and_logits, head_name, pad_logits, padded_rows
 from coin.networks.heads import replace_head
 
 
@@ -256,29 +248,6 @@ def test_float32_products_of_medium_precision_pass():
         check_head(network, features, rounded + 0.01 * logits)
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        ("small_resnet", 16),
-        ("small_vit", 16),
-        ("resnet18", 32),
-        ("mobilenet_v3_small", 32),
-        ("efficientnet_b0", 32),
-        ("densenet121", 32),
-        ("swin_t", 32),
-        ("convnext_tiny", 32),
-        ("googlenet", 32),
-    ],
-)
-def test_the_families_of_torchvision_pass(name, size):
-    check_head(*made(lambda: build_network(NetworkConfig(name, size), 3), (2, 3, size, size)))
-
-
-def test_a_squeezenet_has_a_nonlinearity_after_its_head():
-    with pytest.raises(StateError, match=r"the logits of SqueezeNet are not its head 'classifier.1' \(Conv2d\)"):
-        check_head(*made(lambda: build_network(NetworkConfig("squeezenet1_1", 64), 3), (2, 3, 64, 64)))
 
 
 # Padding

@@ -19,7 +19,7 @@ from coin.networks import (
     load_network,
     save_network,
 )
-from coin.networks.hugging_face import _read
+from coin.networks.hugging_face import _configuration
 from coin.statistics import fisher_diagonal
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -47,7 +47,7 @@ def folder(tmp_path, request):
         getattr(transformers, auto).from_config(configuration).save_pretrained(path)
         if processor:
             (path / "preprocessor_config.json").write_text(json.dumps(processor))
-        _read.cache_clear()
+        _configuration.cache_clear()
         return f"hf/{path}"
 
     return make
@@ -194,7 +194,7 @@ def test_options_replace_entries_of_the_configuration(folder):
 
 
 def test_without_the_package_the_extra_is_named(without_package):
-    _read.cache_clear()
+    _configuration.cache_clear()
     without_package("transformers")
     with pytest.raises(ConfigurationError, match=r"found no package transformers.*pip install 'coded-coin\[text\]'"):
         NetworkConfig("hf/some/model")

@@ -160,16 +160,10 @@ def test_without_peft_one_line_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        {"rank": 0},
-        {"rank": 2.0},
-        {"rank": True},
-        {"alpha": 0.0},
-        {"alpha": "8"},
-        {"alpha": float("nan")},
-        {"dropout": 1.0},
-        {"dropout": -0.1},
-        {"targets": []},
-        {"targets": "*"},
+        *({"rank": value} for value in (0, 2.0, True)),
+        *({"alpha": value} for value in (0.0, "8", float("nan"))),
+        *({"dropout": value} for value in (1.0, -0.1)),
+        *({"targets": value} for value in ([], "*")),
     ],
 )
 def test_bad_options_are_refused(options):

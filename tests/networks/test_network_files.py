@@ -17,7 +17,7 @@ from coin.networks import (
     load_network,
     read_weights,
     save_network,
-    widen_network,
+    widened,
 )
 
 
@@ -162,12 +162,12 @@ def test_an_expert_from_outside_keeps_its_head_or_is_refused(small_config, saved
 
 def test_a_widened_network_answers_zero_for_the_added_classes_and_the_same_for_the_others(saved, images):
     file = load_network(saved)
-    wide = widen_network(file, 5)
+    wide = widened(file.network, 5)
     with torch.no_grad():
         logits, wanted = wide.double()(images.double()), file.network.double()(images.double())
     torch.testing.assert_close(logits[:, :3], wanted, rtol=1e-12, atol=1e-12)
     assert torch.equal(logits[:, 3:], torch.zeros(4, 2, dtype=torch.float64))
     assert not wide.training
-    assert widen_network(file, 3) is file.network
+    assert widened(file.network, 3) is file.network
     with pytest.raises(StateError, match=r"has 3 outputs, expected at most 2"):
-        widen_network(file, 2)
+        widened(file.network, 2)

@@ -1,7 +1,6 @@
 """Networks of timm: names, weights, heads, their own normalisation, and what the passes make of them."""
 
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import timm
@@ -196,10 +195,3 @@ def test_identical_networks_of_timm_are_refitted_to_themselves(name):
     tasks = [usual(images(count=8) * scale).double() for scale in (1.0, 0.5)]
     made = Refit("own").make(Experts([network, deepcopy(network)], calibration=[[task] for task in tasks]), [0.5, 0.5])
     torch.testing.assert_close(answers(made.network, tasks[0]), answers(network, tasks[0]), rtol=1e-8, atol=1e-8)
-
-
-def test_nothing_of_a_file_is_unpickled(tmp_path: Path):
-    path = tmp_path / "evil.pt"
-    torch.save({"weight": torch.nn.Linear(1, 1)}, path)
-    with pytest.raises(FileError, match="without unpickling objects"):
-        build_network(NetworkConfig("small_resnet", 32, str(path)), 3)

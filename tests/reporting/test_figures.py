@@ -108,7 +108,7 @@ def test_a_floor_far_below_takes_no_room(measure: Measure):
     means.loc[means["method"] == "none", "nda_mean"] = 0.1
     figure = nda_against_cost(means)
     assert figure.axes[0].get_ylim()[0] > 90
-    assert [name for name in names_of(figure) if name.startswith("none")][0].endswith("↓")
+    assert next(name for name in names_of(figure) if name.startswith("none")).endswith("↓")
 
 
 def test_a_method_has_one_colour_in_every_figure(measure: Measure):

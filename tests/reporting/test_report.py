@@ -22,7 +22,8 @@ from coin.reporting import (
     write_report,
     write_results,
 )
-from coin.reporting.report import read_sources, report_summary
+from coin.reporting.report import report_summary
+from coin.reporting.sources import read_sources
 
 FEW = (
     ("none", "", (None, 0.56, 0.91), float("nan"), 0.0, 0.0),
@@ -115,7 +116,7 @@ def test_a_report_is_whole_and_needs_nothing_from_outside(full: Path):
     assert all((full / link).is_file() for link in beside)
     titles = (
         "Normalised decoding accuracy", "Findings", "Differences between methods", "Accuracy and agreement by task",
-        "Figures", "Experts", "Configuration", "Layers", "Confusions", "Examples", "How to reproduce",
+        "Figures", "Configuration", "Experts", "Layers", "Confusions", "Examples", "How to reproduce",
     )  # fmt: skip
     places = [page.text.index(f"<h2>{title}</h2>") for title in titles]
     assert places == sorted(places)
@@ -141,7 +142,14 @@ def test_it_says_what_was_run_and_how_to_do_it_again_elsewhere(full: Path):
     (config,) = [link for link in page.links if link.startswith("data:text/yaml")]
     assert base64.b64decode(config.partition(",")[2]) == b"name: quickstart\n"
     assert "wandb sync" in page.said
-    for words in ("mnist (MNIST5k)", "small_resnet, 32", "[[0.5, 0.5]]", "torch ", "cores", "seeds 0, 1, 2"):
+    for words in (
+        "mnist (MNIST5k)",
+        "small_resnet, images of 32 pixels",
+        "[[0.5, 0.5]]",
+        "torch ",
+        "cores",
+        "seeds 0, 1, 2",
+    ):
         assert words in page.said, words
     assert re.search(r"date 20\d\d-\d\d-\d\d \d\d:\d\d", page.said)
 

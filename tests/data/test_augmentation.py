@@ -1,27 +1,48 @@
-"""torchvision's transforms by class path: what they do to training images, and that nothing else has a say in it."""
-
 import pytest
 import torch
+from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from coin.data import Augmentation
-from coin.data.augmentation import build_transforms, transform_images
-from coin.data.samples import BatchDataset
-from coin.data.sampling import Draw
-from coin.data.text import TextTask
+from coin.data.augmentation import View, augmented, build_transforms, draw_augmentation, transform_images
 from coin.errors import ConfigurationError
 
 CROP = {"class_path": "torchvision.transforms.v2.RandomResizedCrop", "init_args": {"size": 12}}
 FLIP = {"class_path": "torchvision.transforms.v2.RandomVerticalFlip", "init_args": {"p": 1.0}}
-NESTED = {
-    "class_path": "torchvision.transforms.v2.RandomApply",
-    "init_args": {"transforms": [FLIP], "p": 1.0},
-}
+NESTED = {"class_path": "torchvision.transforms.v2.RandomApply", "init_args": {"transforms": [FLIP], "p": 1.0}}
 
 
 def images(count: int = 6, channels: int = 3) -> torch.Tensor:
     draw = torch.Generator().manual_seed(3)
     return torch.randint(0, 256, (count, channels, 16, 16), generator=draw, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kind", [Augmentation.crop, Augmentation.crop_flip, Augmentation.shift])
+def test_augmentation_equals_cropping_one_by_one(kind):
+    images = torch.randint(256, (40, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    draws = draw_augmentation(40, 16, 24, seed=0, epoch=0)
+    assert set(draws[:, 0].tolist()) <= set(range(5))
+    assert set(draws[:, 2].tolist()) == {0, 1}
+    padded = F.pad(images.float(), (3, 3, 2, 2), mode="replicate" if kind is Augmentation.shift else "constant").byte()
+    result = augmented(images, View(kind, 0, 0), torch.arange(40), 40)
+    for image, (top, left, flip), got in zip(padded, draws.tolist(), result, strict=True):
+        expected = image[:, top : top + 16, left : left + 24]
+        assert torch.equal(got, expected.flip(2) if flip and kind is Augmentation.crop_flip else expected)
+
+
+def test_no_augmentation_is_the_identity():
+    given = images()
+    assert augmented(given, View(Augmentation.none, 0, 0), torch.arange(6), 6) is given
+
+
+def test_draws_depend_on_seed_and_epoch_alone():
+    torch.manual_seed(0)
+    first = draw_augmentation(20, 32, 32, seed=0, epoch=0)
+    torch.manual_seed(1)
+    draw_augmentation.cache_clear()
+    assert torch.equal(draw_augmentation(20, 32, 32, seed=0, epoch=0), first)
+    assert not torch.equal(draw_augmentation(20, 32, 32, seed=0, epoch=1), first)
+    assert not torch.equal(draw_augmentation(20, 32, 32, seed=1, epoch=0), first)
 
 
 def test_what_is_named_is_made():
@@ -54,32 +75,22 @@ def test_what_cannot_be_made_is_told_in_one_line(spec, reason, synthetic):
 def test_every_image_draws_for_itself_and_from_seed_epoch_and_position_alone(channels):
     crop, given = build_transforms([CROP]), images(channels=channels)
     positions = torch.tensor([7, 1, 4, 2, 9, 0])
-    whole = transform_images(given, crop, 5, 2, positions)
+    view = View(Augmentation.none, 5, 2)
+    whole = transform_images(given, crop, view, positions)
     assert whole.shape == (6, channels, 12, 12)
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    parts = [transform_images(given[i : i + 2], crop, 5, 2, positions[i : i + 2]) for i in (4, 0, 2)]
+    parts = [transform_images(given[i : i + 2], crop, view, positions[i : i + 2]) for i in (4, 0, 2)]
     assert torch.equal(torch.cat([parts[1], parts[2], parts[0]]), whole)
     assert torch.equal(torch.get_rng_state(), before)
-    same = transform_images(given[:1].expand(6, -1, -1, -1), crop, 5, 2, positions)
+    same = transform_images(given[:1].expand(6, -1, -1, -1), crop, view, positions)
     assert len({image.numpy().tobytes() for image in same}) == 6
-    for seed, epoch in ((6, 2), (5, 3)):
-        assert not torch.equal(transform_images(given, crop, seed, epoch, positions), whole)
+    for other in (view._replace(seed=6), view._replace(epoch=3)):
+        assert not torch.equal(transform_images(given, crop, other, positions), whole)
 
 
-def test_training_batches_alone_are_transformed_after_their_augmentation(synthetic):
-    train = synthetic().splits.train
-    draw = Draw(torch.tensor([3, 0, 5]), 1)
-    plain, _ = BatchDataset(train, Augmentation.crop, 4)[draw]
-    both, labels = BatchDataset(train, Augmentation.crop, 4, FLIP)[draw]
-    assert torch.equal(both, plain.flip(2))
-    assert torch.equal(labels, train.targets[draw.positions])
-    evaluated, _ = BatchDataset(train, Augmentation.crop, 4, FLIP)[Draw(draw.positions, None)]
-    assert torch.equal(evaluated, train.images(draw.positions))
-
-
-def test_a_task_transforms_what_it_trains_on_and_nothing_else(synthetic):
-    plain, flipped = synthetic(), synthetic(transform=[FLIP])
+def test_a_task_transforms_what_it_trains_on_after_its_augmentation_and_nothing_else(synthetic):
+    plain, flipped = synthetic(augmentation="crop"), synthetic(augmentation="crop", transform=[FLIP])
     for loader in ("val_dataloader", "test_dataloader"):
         ours, theirs = (next(iter(getattr(task, loader)()))[0] for task in (flipped, plain))
         assert torch.equal(ours, theirs)
@@ -95,25 +106,9 @@ def test_a_task_transforms_what_it_trains_on_and_nothing_else(synthetic):
         ("RandomCrop", {"size": 99}, r"the transform RandomCrop fails on an image of shape \[3, 16, 16\]"),
         ("ToPILImage", {}, "the transforms give Image, expected torch.uint8 images of one size"),
         ("MixUp", {"num_classes": 3}, "the transform MixUp fails"),
+        ("RandomResize", {"min_size": 8, "max_size": 14}, r"expected torch\.uint8 images of one size"),
     ],
 )
 def test_what_leaves_no_images_is_refused(name, options, message):
     with pytest.raises(ConfigurationError, match=message):
-        transform_images(images(), [getattr(v2, name)(**options)], 0, 0, torch.arange(6))
-
-
-def test_images_of_different_sizes_are_refused():
-    with pytest.raises(ConfigurationError, match=r"expected torch\.uint8 images of one size"):
-        transform_images(images(), [v2.RandomResize(8, 14)], 0, 0, torch.arange(6))
-
-
-def test_texts_have_none():
-    class Words(TextTask):
-        def class_names(self):
-            return ("a", "b")
-
-        def load(self):
-            raise NotImplementedError
-
-    with pytest.raises(ConfigurationError, match="found a transform for Words, whose samples are texts"):
-        Words(transform=FLIP)
+        transform_images(images(), [getattr(v2, name)(**options)], View(Augmentation.none, 0, 0), torch.arange(6))

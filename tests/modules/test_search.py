@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from coin.modules.training import TRIALS, search_grid
+from coin.modules.search import TRIALS, search_curves, search_grid
 
 GIVEN = [[3e-4, 1e-3, 3e-3], [1e-3], [1e-3, 1e-2]]
 
@@ -35,8 +35,9 @@ def test_it_walks_to_a_minimum_beyond_what_was_given(rates, times, power):
     edge = rates[len(rates) // 2] if times == 0 else rates[-1] if times > 0 else rates[0]
     wanted = (edge * ratio_of(rates) ** times, 150 * 2.0**power)
     loss = bowl(*wanted)
-    (rate, steps), tried, inside = search_grid(loss, rates, 160)
-    assert inside
+    choice = search_grid(loss, rates, 160)
+    (rate, steps), tried = choice.best, choice.losses
+    assert not choice.at_edge
     assert rate == pytest.approx(wanted[0], rel=0.2)
     assert steps == round(160 * 2.0**power)
     assert len(tried) <= TRIALS
@@ -54,11 +55,11 @@ def test_it_walks_to_a_minimum_beyond_what_was_given(rates, times, power):
 )
 def test_on_a_loss_that_falls_for_ever_it_stops_and_says_so(rates, loss):
     calls = []
-    pair, tried, inside = search_grid(lambda *each: calls.append(each) or loss(*each), rates, 100)
-    assert not inside
-    assert len(calls) == len(set(calls)) == len(tried) == TRIALS
-    assert loss(*pair) == min(tried.values())
-    assert not all(is_among(each, tried) for each in neighbours(pair, rates))
+    choice = search_grid(lambda *each: calls.append(each) or loss(*each), rates, 100)
+    assert choice.at_edge
+    assert len(calls) == len(set(calls)) == len(choice.losses) == TRIALS
+    assert loss(*choice.best) == min(choice.losses.values())
+    assert not all(is_among(each, choice.losses) for each in neighbours(choice.best, rates))
 
 
 def test_it_begins_in_the_middle_and_given_rates_are_taken_as_they_are():
@@ -69,17 +70,28 @@ def test_it_begins_in_the_middle_and_given_rates_are_taken_as_they_are():
 
 
 def test_a_single_step_has_no_half():
-    (_, steps), tried, inside = search_grid(lambda rate, steps: steps + bowl(1e-3, 1)(rate, 1), [1e-3], 4)
-    assert (steps, inside) == (1, True)
-    assert min(count for _, count in tried) == 1
+    choice = search_grid(lambda rate, steps: steps + bowl(1e-3, 1)(rate, 1), [1e-3], 4)
+    assert (choice.best[1], choice.at_edge) == (1, False)
+    assert min(count for _, count in choice.losses) == 1
 
 
 def test_where_runs_diverge_it_turns_back():
     def loss(rate, steps):
         return math.inf if rate > 1.1e-3 else bowl(1e-2, 100)(rate, steps)
 
-    (rate, steps), tried, inside = search_grid(loss, [3e-4, 1e-3, 3e-3], 100)
-    assert (rate, steps, inside) == (1e-3, 100, True)
-    assert math.inf in tried.values()
-    pair, tried, inside = search_grid(lambda *_: math.inf, [3e-4, 1e-3, 3e-3], 100)
-    assert (pair, len(tried), inside) == ((1e-3, 100), 5, True)
+    choice = search_grid(loss, [3e-4, 1e-3, 3e-3], 100)
+    assert (choice.best, choice.at_edge) == ((1e-3, 100), False)
+    assert math.inf in choice.losses.values()
+    choice = search_grid(lambda *_: math.inf, [3e-4, 1e-3, 3e-3], 100)
+    assert (choice.best, len(choice.losses), choice.at_edge) == ((1e-3, 100), 5, False)
+
+
+def test_with_a_constant_rate_the_points_of_the_given_runs_are_compared():
+    def losses(rate, every):
+        return [rate * abs(steps - 60) + 1 if rate < 1 else math.nan for steps in range(every, 101, every)]
+
+    choice = search_curves(losses, [1e-3, 1e-2, 1.0], 100)
+    assert (choice.best, choice.at_edge) == ((1e-3, 60), True)
+    assert len(choice.losses) == 20
+    assert not search_curves(losses, [1e-4, 1e-3, 1.0], 100).losses.keys() & {(1.0, 10)}
+    assert search_curves(lambda *_: [math.inf], [1e-3], 5).losses == {}

@@ -1,0 +1,90 @@
+"""The learning rate and the number of steps of a training, chosen by its loss on held-out samples."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+POINTS = 10
+"""How often a run with a constant learning rate looks at the held-out samples: the numbers of steps to choose from."""
+
+TRIALS = 12
+"""The most trials of one search."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a search has found.
+
+    Attributes:
+        losses: The held-out losses of all pairs of a learning rate and a number of steps that were tried.
+        at_edge: Whether the best of them is at the edge of what was tried.
+    """
+
+    losses: dict[tuple[float, int], float]
+    at_edge: bool
+
+    @property
+    def best(self) -> tuple[float, int]:
+        """The pair with the smallest loss."""
+        return min(self.losses, key=lambda pair: self.losses[pair])
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a coded model's file says of the choice."""
+        lr, steps = self.best
+        losses = {f"{rate:.3g} × {count}": loss for (rate, count), loss in self.losses.items()}
+        return {"at_edge": self.at_edge, "lr": lr, "steps": steps, "held_out_loss": losses}
+
+
+def search_grid(loss: Callable[[float, int], float], rates: Sequence[float], steps: int) -> Choice:
+    """Walk a grid of learning rates and numbers of steps downhill, until all four neighbours are worse.
+
+    The grid goes on beyond the given rates in their own ratio (√10 for a single one), and from `steps` in powers of
+    two; so the answer is at no edge, unless the trials run out.
+
+    Args:
+        loss: The held-out loss of a pair; infinite where a run diverges.
+        rates: Rising; the walk begins in their middle.
+        steps: Where it begins.
+    """
+    ratio = (rates[-1] / rates[0]) ** (1 / (len(rates) - 1)) if len(rates) > 1 else math.sqrt(10)
+    tried: dict[tuple[int, int], float] = {}
+
+    def pair(place: tuple[int, int]) -> tuple[float, int]:
+        index, power = place
+        rate = rates[index] if 0 <= index < len(rates) else rates[0] * ratio**index
+        return rate, max(1, round(steps * 2.0**power))
+
+    def neighbours(place: tuple[int, int]) -> list[tuple[int, int]]:
+        index, power = place
+        around = [(index - 1, power), (index + 1, power), (index, power - 1), (index, power + 1)]
+        return [each for each in around if pair(each) != pair(place)]
+
+    best = (len(rates) // 2, 0)
+    tried[best] = loss(*pair(best))
+    while missing := [each for each in neighbours(best) if each not in tried]:
+        if len(tried) == TRIALS:
+            break
+        tried[missing[0]] = loss(*pair(missing[0]))
+        best = min(tried, key=lambda each: tried[each])
+    return Choice({pair(place): value for place, value in tried.items()}, at_edge=bool(missing))
+
+
+def search_curves(losses: Callable[[float, int], Sequence[float]], rates: Sequence[float], steps: int) -> Choice:
+    """Try the given learning rates, with some ten numbers of steps each: the points of a run with a constant rate.
+
+    Args:
+        losses: The held-out losses of a run with a learning rate, one after every so many steps.
+        rates: Rising.
+        steps: The number of steps of a run.
+    """
+    every = max(1, steps // POINTS)
+    tried = {
+        (rate, (point + 1) * every): loss
+        for rate in rates
+        for point, loss in enumerate(losses(rate, every))
+        if math.isfinite(loss)
+    }
+    best, _ = min(tried, key=lambda pair: tried[pair], default=(rates[0], steps))
+    return Choice(tried, at_edge=best in (rates[0], rates[-1]))
