@@ -1,7 +1,7 @@
 """What the numbers say, in words made from the numbers: also where they speak against a method."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -21,7 +21,10 @@ CLOSED_FORM, STEPS, BASELINE, FLOOR = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A method's variant with one decoder: its NDA by seed, and the seconds it took as a mean over seeds."""
+    """A method's variant with one decoder: its NDA by seed, and the seconds it took as a mean over seeds.
+
+    ``name`` is the variant's in tables, ``method`` the method's own, whatever its label.
+    """
 
     name: str
     method: str
@@ -39,9 +42,7 @@ class Entry:
         """What it is compared as; nothing for the oracle."""
         if self.method in REFERENCES:
             return FLOOR if self.method == "none" else ""
-        return (
-            BASELINE if self.method.startswith(TRAINED) else STEPS if self.method.startswith(ITERATIVE) else CLOSED_FORM
-        )
+        return BASELINE if self.method in TRAINED else STEPS if self.method in ITERATIVE else CLOSED_FORM
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,12 @@ class Findings:
         return _strongest(entry for role, entry in self.roles.items() if role != FLOOR)
 
 
-def findings(frame: pd.DataFrame) -> Findings:
+def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Findings:
     """Return what the rows of one experiment say; its variants are compared seed by seed.
 
     Args:
         frame: Rows of one experiment's ``results.csv``, of one or several seeds.
+        kinds: Label → the method's own name; a label that is not among them says by its beginning what it is.
     """
     means = seed_means(frame).assign(name=lambda rows: variant_names(rows))
     erased = min(means["erased"], key=lambda size: int(size.partition(" ")[0]))
@@ -82,7 +84,10 @@ def findings(frame: pd.DataFrame) -> Findings:
     entries = []
     for (name, decoder), rows in means.groupby(["name", "decoder"], sort=False):
         took = float((rows["merge_seconds"] + rows["decoder_seconds"]).mean())
-        entries.append(Entry(str(name), rows["method"].iloc[0], str(decoder), rows.set_index("seed")["nda"], took))
+        label = str(rows["method"].iloc[0])
+        begins = (known for known in (*TRAINED, *ITERATIVE) if label.startswith(known))
+        method = (kinds or {}).get(label) or next(begins, label)
+        entries.append(Entry(str(name), method, str(decoder), rows.set_index("seed")["nda"], took))
     best = {role: _strongest(entries, role=role) for role in (CLOSED_FORM, STEPS, BASELINE, FLOOR)}
     roles = {role: entry for role, entry in best.items() if entry is not None}
     said = _beyond_spread(entries, roles)

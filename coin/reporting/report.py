@@ -96,7 +96,11 @@ class _Page:
         self.summary = summarise(self.frame)
         self.means = over_tasks(self.summary)
         self.has_methods = not self.means["method"].isin(REFERENCES).all()
-        self.found = {str(name): findings(part) for name, part in self.frame.groupby("experiment", sort=False)}
+        self.found = {
+            str(name): findings(part, kinds=source.kinds)
+            for source in sources
+            for name, part in source.frame.groupby("experiment", sort=False)
+        }
 
     def content(self) -> dict[str, Any]:
         """Return what the template wants: the finding first, then what lies behind it."""

@@ -47,6 +47,21 @@ def test_roles_are_the_best_of_each_kind_with_its_best_decoder():
     assert said.best.name == "gauss_newton"
 
 
+def test_a_role_is_of_what_a_method_is_whatever_its_label():
+    rows = [
+        rows_of("best-fisher", [0.9] * 3),
+        rows_of("kd", [0.95] * 3, batchnorm="keep"),
+        rows_of("average", [0.8] * 3),
+    ]
+    frame = pd.DataFrame([vars(row) for part in rows for row in part])
+    said = findings(frame, kinds={"best-fisher": "coin", "kd": "distillation"})
+    roles = {role: entry.name for role, entry in said.roles.items()}
+    assert roles == {CLOSED_FORM: "best-fisher", BASELINE: "kd (keep)"}
+    assert "best-fisher (linear) is 10.00 ± 0.00 points above average (linear)." in said.beyond_spread
+    assert "minus kd (keep)" in paired_differences(said, "linear")
+    assert BASELINE not in findings(frame).roles  # the label alone does not tell
+
+
 @pytest.mark.parametrize(
     ("trained", "relation"),
     [

@@ -307,3 +307,16 @@ def test_a_method_with_a_p_of_its_own_hides_no_other(make_experiment: Make, meas
     assert "distillation-7000" in page.words
     assert "the best trained method" not in page.said  # with other samples it is no fair baseline
     assert "refit, the best closed form" in page.said
+
+
+def test_a_trained_method_with_a_label_of_its_own_is_the_fair_baseline(make_experiment: Make, measure):
+    folder = make_experiment(seeds=(0,))
+    rows = [
+        replace(row, method="kd" if row.method == "distillation" else row.method)
+        for row in measure(0, methods=FEW)[0] + [row for row in measure(0)[0] if row.method == "distillation"]
+    ]
+    made = [{"label": "kd", "method": "distillation", "batchnorm": "keep", "row": 0, "chosen": {}}]
+    write_results(folder / "seed-0", rows, {"name": "quickstart"}, methods=made)
+    said = Page(write_report([folder])).said
+    assert "for kd (keep), the best trained method" in said
+    assert "fair baseline: best trained" in said
