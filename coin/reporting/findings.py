@@ -81,6 +81,9 @@ def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Fin
     methods = means.groupby("samples_per_task")["name"].nunique()
     samples = methods[methods == methods.max()].index.max()
     means = means[(means["erased"] == erased) & (means["samples_per_task"] == samples)]
+    defined = means.groupby("seed")["nda"].transform("count") > 0
+    undefined = sorted(set(means.loc[~defined, "seed"])) if defined.any() else []
+    means = means[~means["seed"].isin(undefined)]
     entries = []
     for (name, decoder), rows in means.groupby(["name", "decoder"], sort=False):
         took = float((rows["merge_seconds"] + rows["decoder_seconds"]).mean())
@@ -93,7 +96,11 @@ def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Fin
     said = _beyond_spread(entries, roles)
     if not said and means["seed"].nunique() >= FEWEST_SEEDS:
         said = ["No difference between methods is beyond the spread over seeds."]
-    return Findings(_headline(erased, roles), roles, tuple(said[:_MOST]), tuple(_cautions(means)), tuple(entries))
+    cautions = _cautions(means)
+    if undefined:
+        cautions.append(f"Left out: seed {_listed(undefined)}, where an expert is never right and NDA is not defined.")
+    headline = _headline(erased, roles, entries)
+    return Findings(headline, roles, tuple(said[:_MOST]), tuple(cautions), tuple(entries))
 
 
 def paired(one: Entry, other: Entry) -> tuple[float, float, int]:
@@ -132,12 +139,16 @@ def paired_differences(found: Findings, decoder: str) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _headline(erased: str, roles: dict[str, Entry]) -> str:
+def _headline(erased: str, roles: dict[str, Entry], entries: list[Entry]) -> str:
     text = f"When {erased.replace('1 of', 'one of')} experts is lost, "
     first = next(iter(roles), FLOOR)
     if first == FLOOR:
-        alone = f"the survivors alone keep {roles[FLOOR].text} of its accuracy" if roles else "nothing was measured"
-        return f"{text}{alone}; there is no coded model."
+        undefined = "NDA is not defined, since an expert is never right"
+        nothing = undefined if any(entry.nda.isna().any() for entry in entries) else "nothing was measured"
+        alone = f"the survivors alone keep {roles[FLOOR].text} of its accuracy" if roles else nothing
+        if all(entry.method in REFERENCES for entry in entries):
+            return f"{text}{alone}; there is no coded model."
+        return f"{text}{alone}; of the coded models {undefined}." if roles else f"{text}{alone}."
     best, relation, kind = roles[first], "", first.rpartition(": ")[2]
     text += f"{best.name}, the {kind}, keeps {best.text} of its accuracy with the {best.decoder} decoder"
     for place, (role, other) in enumerate(list(roles.items())[1:]):
@@ -201,6 +212,10 @@ def _strongest(entries: Iterable[Entry], **wanted: str) -> Entry | None:
     fit = [entry for entry in entries if all(getattr(entry, name) == value for name, value in wanted.items())]
     measured = [entry for entry in fit if not entry.nda.isna().any()]
     return max(measured, key=lambda entry: float(entry.nda.mean()), default=None)
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _points(mean: float, spread: float, sign: str = "+") -> str:

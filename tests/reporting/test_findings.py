@@ -156,6 +156,29 @@ def test_cautions():
     assert broken.roles[CLOSED_FORM].name == "ties"  # what is not defined is not the best
 
 
+def test_a_seed_in_which_an_expert_is_never_right_is_left_out():
+    nan = float("nan")
+    none = rows_of("none", [0.8, nan, 0.8, 0.8], code_row="", batchnorm="")
+    said = found(none, rows_of("coin", [0.9, nan, 0.91, 0.92]), rows_of("average", [0.7, nan, 0.7, 0.7]))
+    assert "coin, the best closed form, keeps 91.0 ± 1.0 % of its accuracy" in said.headline
+    assert "above 80.0 ± 0.0 % without a coded model." in said.headline
+    assert said.cautions == ("Left out: seed 1, where an expert is never right and NDA is not defined.",)
+
+
+def test_where_nothing_is_defined_the_headline_says_why():
+    nan = float("nan")
+    none, coin = rows_of("none", [nan], code_row="", batchnorm=""), rows_of("coin", [nan])
+    assert found(none, coin).headline == (
+        "When one of 1 experts is lost, NDA is not defined, since an expert is never right."
+    )
+    assert found(none).headline.endswith("since an expert is never right; there is no coded model.")
+    none = rows_of("none", [0.8], code_row="", batchnorm="")
+    assert found(none, coin).headline.endswith(
+        "the survivors alone keep 80.0 % of its accuracy; of the coded models NDA is not defined, since an expert is "
+        "never right."
+    )
+
+
 def test_only_the_p_of_most_methods_and_the_smallest_loss_are_compared():
     rows = [
         *rows_of("coin", [0.9] * 3), *rows_of("average", [0.8] * 3),
