@@ -52,7 +52,7 @@ class Findings:
     Args:
         headline: The finding in one sentence.
         roles: The best of each role with its best decoder, on the test sets.
-        beyond_spread: What is clear of the seeds' spread, five at most.
+        beyond_spread: Which differences are clear, five at most, or between whom none is.
         cautions: What to be careful about.
         entries: Everything that was measured.
     """
@@ -94,8 +94,6 @@ def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Fin
     best = {role: _strongest(entries, role=role) for role in (CLOSED_FORM, STEPS, BASELINE, FLOOR)}
     roles = {role: entry for role, entry in best.items() if entry is not None}
     said = _beyond_spread(entries, roles)
-    if not said and means["seed"].nunique() >= FEWEST_SEEDS:
-        said = ["No difference between methods is beyond the spread over seeds."]
     cautions = _cautions(means)
     if undefined:
         cautions.append(f"Left out: seed {_listed(undefined)}, where an expert is never right and NDA is not defined.")
@@ -166,7 +164,7 @@ def _relation(one: Entry, other: Entry) -> str:
 
 
 def _beyond_spread(entries: list[Entry], roles: dict[str, Entry]) -> list[str]:
-    """Return differences that are clear of the spread, the most telling first."""
+    """Return differences that are clear, the most telling first; where none is, what was compared."""
     best = roles.get(CLOSED_FORM) or _strongest(entry for role, entry in roles.items() if role != FLOOR)
     if best is None:
         return []
@@ -181,17 +179,20 @@ def _beyond_spread(entries: list[Entry], roles: dict[str, Entry]) -> list[str]:
     if coin := _strongest(entries, method="coin", decoder="linear"):
         line = Entry(f"the {100 * PAPER_NDA:.1f} %", "", "paper, in some cases", coin.nda * 0 + PAPER_NDA, 0.0)
         pairs.append((coin, line, ""))
-    out = []
+    out, level = [], []
     for one, other, what in pairs:
-        if one is None or other is None or one is other or not (sign := paired(one, other)[2]):
+        if one is None or other is None or one is other or len((one.nda - other.nda).dropna()) < FEWEST_SEEDS:
             continue
-        mean, spread, _ = paired(one, other)
+        mean, spread, sign = paired(one, other)
+        if not sign:
+            level.append(f"{one.name} ({one.decoder}) against {other.name} ({other.decoder})")
+            continue
         side = "above" if sign > 0 else "below"
         out.append(
             f"{one.name} ({one.decoder}) is {_points(abs(mean), spread, '')} points {side} {other.name} "
             f"({other.decoder}){what}."
         )
-    return out
+    return out or ([f"None of these differences is clear: {_listed(dict.fromkeys(level))}."] if level else [])
 
 
 def _cautions(means: pd.DataFrame) -> list[str]:
