@@ -80,7 +80,9 @@ def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Fin
     erased = min(means["erased"], key=lambda size: int(size.partition(" ")[0]))
     methods = means.groupby("samples_per_task")["name"].nunique()
     samples = methods[methods == methods.max()].index.max()
-    means = means[(means["erased"] == erased) & (means["samples_per_task"] == samples)]
+    lost = means[means["erased"] == erased]
+    means = lost[lost["samples_per_task"] == samples]
+    others = lost[~lost["name"].isin(means["name"]) & ~lost["method"].isin(REFERENCES)]
     defined = means.groupby("seed")["nda"].transform("count") > 0
     undefined = sorted(set(means.loc[~defined, "seed"])) if defined.any() else []
     means = means[~means["seed"].isin(undefined)]
@@ -97,6 +99,8 @@ def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Fin
     cautions = _cautions(means)
     if undefined:
         cautions.append(f"Left out: seed {_listed(undefined)}, where an expert is never right and NDA is not defined.")
+    if own := [f"{name} (P = {p})" for name, p in others.groupby("name", sort=False)["samples_per_task"].max().items()]:
+        cautions.append(f"Not compared with the others at P = {samples}, its P differs: {_listed(own)}.")
     headline = _headline(erased, roles, entries)
     return Findings(headline, roles, tuple(said[:_MOST]), tuple(cautions), tuple(entries))
 

@@ -190,5 +190,6 @@ def test_only_the_p_of_most_methods_and_the_smallest_loss_are_compared():
     ]  # fmt: skip
     said = found(rows)
     assert {entry.name for entry in said.entries} == {"coin", "average", "ties"}
+    assert said.cautions == ("Not compared with the others at P = 200, its P differs: distillation-7000 (P = 7000).",)
     assert said.best is not None
     assert said.best.name == "coin"
