@@ -101,6 +101,10 @@ def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Fin
         cautions.append(f"Left out: seed {_listed(undefined)}, where an expert is never right and NDA is not defined.")
     if own := [f"{name} (P = {p})" for name, p in others.groupby("name", sort=False)["samples_per_task"].max().items()]:
         cautions.append(f"Not compared with the others at P = {samples}, its P differs: {_listed(own)}.")
+    seeds = {entry.name: _listed(sorted(entry.nda.index)) for entry in roles.values()}
+    if len(set(seeds.values())) > 1:
+        differ = "; ".join(f"{name}: {own}" for name, own in seeds.items())
+        cautions.append(f"The headline's means are over different seeds, {differ}.")
     headline = _headline(erased, roles, entries)
     return Findings(headline, roles, tuple(said[:_MOST]), tuple(cautions), tuple(entries))
 
@@ -224,4 +228,6 @@ def _listed(values: Iterable[object]) -> str:
 
 
 def _points(mean: float, spread: float, sign: str = "+") -> str:
+    if math.isnan(mean):
+        return "–"
     return f"{100 * mean:{sign}.2f}" + ("" if math.isnan(spread) else f" ± {100 * spread:.2f}")

@@ -168,6 +168,14 @@ def test_a_seed_in_which_an_expert_is_never_right_is_left_out():
     assert said.cautions == ("Left out: seed 1, where an expert is never right and NDA is not defined.",)
 
 
+def test_methods_of_other_seeds_are_told_apart():
+    later = [replace(row, seed=row.seed + 3) for row in rows_of("distillation", [0.9] * 3)]
+    said = found(rows_of("coin", [0.8] * 3), later)
+    assert paired_differences(said, "linear")["minus coin"].tolist() == ["–", "–"]
+    assert any("coin: 0, 1, 2; distillation: 3, 4, 5" in text for text in said.cautions)
+    assert not found(rows_of("coin", [0.8] * 3), rows_of("distillation", [0.9] * 3)).cautions
+
+
 def test_where_nothing_is_defined_the_headline_says_why():
     nan = float("nan")
     none, coin = rows_of("none", [nan], code_row="", batchnorm=""), rows_of("coin", [nan])
