@@ -30,6 +30,7 @@ class Variant:
         samples_per_task: P, the calibration samples of each task that made it; none without any.
         seconds: What making it took, wall time; in forward-equivalents these are the `passes`.
         chosen: What every coded model's file says was chosen for it, by option; empty where nothing was.
+        kind: The merge method's own name, whatever the results call it; none where its file does not say.
     """
 
     method: str
@@ -40,6 +41,7 @@ class Variant:
     seconds: float = 0.0
     passes: float = 0.0
     chosen: tuple[dict[str, Any], ...] = ()
+    kind: str | None = None
 
     @property
     def is_none(self) -> bool:
@@ -105,6 +107,7 @@ _PROVENANCE: dict[str, type | tuple[type, ...]] = {
     "row": int,
     "samples_per_task": (int, type(None)),
     "chosen": (dict, type(None)),
+    "method": (dict, type(None)),
     **dict.fromkeys(("seconds", "passes", "shared_seconds", "shared_passes"), (int, float)),
 }
 
@@ -113,7 +116,7 @@ def _check_provenance(path: Path, made: dict[str, Any], marks: Sequence[str]) ->
     if "code" not in made:
         raise FileError(f"'{path}' is no coded model, expected a file that coin merge wrote")
     for name, kind in _PROVENANCE.items():
-        if (name not in made and name != "chosen") or not isinstance(made.get(name), kind):
+        if (name not in made and name not in ("chosen", "method")) or not isinstance(made.get(name), kind):
             raise FileError(
                 f"'{path}' says {made.get(name)!r:.60} for its '{name}', expected what coin merge writes there; "
                 "run coin merge again"
@@ -159,6 +162,7 @@ def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Mod
                 seconds=sum(float(row["seconds"]) for row in rows) + float(first["shared_seconds"]),
                 passes=sum(float(row["passes"]) for row in rows) + float(first["shared_passes"]),
                 chosen=chosen,
+                kind=(first.get("method") or {}).get("name"),
             )
         )
     return [file.network for file in files], variants

@@ -1,7 +1,7 @@
 """What the numbers say, in words made from the numbers: also where they speak against a method."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -21,7 +21,10 @@ CLOSED_FORM, STEPS, BASELINE, FLOOR = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A method's variant with one decoder: its NDA by seed, and the seconds it took as a mean over seeds."""
+    """A method's variant with one decoder: its NDA by seed, and the seconds it took as a mean over seeds.
+
+    ``name`` is the variant's in tables, ``method`` the method's own, whatever its label.
+    """
 
     name: str
     method: str
@@ -39,9 +42,7 @@ class Entry:
         """What it is compared as; nothing for the oracle."""
         if self.method in REFERENCES:
             return FLOOR if self.method == "none" else ""
-        return (
-            BASELINE if self.method.startswith(TRAINED) else STEPS if self.method.startswith(ITERATIVE) else CLOSED_FORM
-        )
+        return BASELINE if self.method in TRAINED else STEPS if self.method in ITERATIVE else CLOSED_FORM
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Findings:
     Args:
         headline: The finding in one sentence.
         roles: The best of each role with its best decoder, on the test sets.
-        beyond_spread: What is clear of the seeds' spread, five at most.
+        beyond_spread: Which differences are clear, five at most, or between whom none is.
         cautions: What to be careful about.
         entries: Everything that was measured.
     """
@@ -68,27 +69,44 @@ class Findings:
         return _strongest(entry for role, entry in self.roles.items() if role != FLOOR)
 
 
-def findings(frame: pd.DataFrame) -> Findings:
+def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Findings:
     """Return what the rows of one experiment say; its variants are compared seed by seed.
 
     Args:
         frame: Rows of one experiment's ``results.csv``, of one or several seeds.
+        kinds: Label → the method's own name; a label that is not among them says by its beginning what it is.
     """
     means = seed_means(frame).assign(name=lambda rows: variant_names(rows))
     erased = min(means["erased"], key=lambda size: int(size.partition(" ")[0]))
     methods = means.groupby("samples_per_task")["name"].nunique()
     samples = methods[methods == methods.max()].index.max()
-    means = means[(means["erased"] == erased) & (means["samples_per_task"] == samples)]
+    lost = means[means["erased"] == erased]
+    means = lost[lost["samples_per_task"] == samples]
+    others = lost[~lost["name"].isin(means["name"]) & ~lost["method"].isin(REFERENCES)]
+    defined = means.groupby("seed")["nda"].transform("count") > 0
+    undefined = sorted(set(means.loc[~defined, "seed"])) if defined.any() else []
+    means = means[~means["seed"].isin(undefined)]
     entries = []
     for (name, decoder), rows in means.groupby(["name", "decoder"], sort=False):
         took = float((rows["merge_seconds"] + rows["decoder_seconds"]).mean())
-        entries.append(Entry(str(name), rows["method"].iloc[0], str(decoder), rows.set_index("seed")["nda"], took))
+        label = str(rows["method"].iloc[0])
+        begins = (known for known in (*TRAINED, *ITERATIVE) if label.startswith(known))
+        method = (kinds or {}).get(label) or next(begins, label)
+        entries.append(Entry(str(name), method, str(decoder), rows.set_index("seed")["nda"], took))
     best = {role: _strongest(entries, role=role) for role in (CLOSED_FORM, STEPS, BASELINE, FLOOR)}
     roles = {role: entry for role, entry in best.items() if entry is not None}
     said = _beyond_spread(entries, roles)
-    if not said and means["seed"].nunique() >= FEWEST_SEEDS:
-        said = ["No difference between methods is beyond the spread over seeds."]
-    return Findings(_headline(erased, roles), roles, tuple(said[:_MOST]), tuple(_cautions(means)), tuple(entries))
+    cautions = _cautions(means)
+    if undefined:
+        cautions.append(f"Left out: seed {_listed(undefined)}, where an expert is never right and NDA is not defined.")
+    if own := [f"{name} (P = {p})" for name, p in others.groupby("name", sort=False)["samples_per_task"].max().items()]:
+        cautions.append(f"Not compared with the others at P = {samples}, its P differs: {_listed(own)}.")
+    seeds = {entry.name: _listed(sorted(entry.nda.index)) for entry in roles.values()}
+    if len(set(seeds.values())) > 1:
+        differ = "; ".join(f"{name}: {own}" for name, own in seeds.items())
+        cautions.append(f"The headline's means are over different seeds, {differ}.")
+    headline = _headline(erased, roles, entries)
+    return Findings(headline, roles, tuple(said[:_MOST]), tuple(cautions), tuple(entries))
 
 
 def paired(one: Entry, other: Entry) -> tuple[float, float, int]:
@@ -127,12 +145,16 @@ def paired_differences(found: Findings, decoder: str) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _headline(erased: str, roles: dict[str, Entry]) -> str:
+def _headline(erased: str, roles: dict[str, Entry], entries: list[Entry]) -> str:
     text = f"When {erased.replace('1 of', 'one of')} experts is lost, "
     first = next(iter(roles), FLOOR)
     if first == FLOOR:
-        alone = f"the survivors alone keep {roles[FLOOR].text} of its accuracy" if roles else "nothing was measured"
-        return f"{text}{alone}; there is no coded model."
+        undefined = "NDA is not defined, since an expert is never right"
+        nothing = undefined if any(entry.nda.isna().any() for entry in entries) else "nothing was measured"
+        alone = f"the survivors alone keep {roles[FLOOR].text} of its accuracy" if roles else nothing
+        if all(entry.method in REFERENCES for entry in entries):
+            return f"{text}{alone}; there is no coded model."
+        return f"{text}{alone}; of the coded models {undefined}." if roles else f"{text}{alone}."
     best, relation, kind = roles[first], "", first.rpartition(": ")[2]
     text += f"{best.name}, the {kind}, keeps {best.text} of its accuracy with the {best.decoder} decoder"
     for place, (role, other) in enumerate(list(roles.items())[1:]):
@@ -150,7 +172,7 @@ def _relation(one: Entry, other: Entry) -> str:
 
 
 def _beyond_spread(entries: list[Entry], roles: dict[str, Entry]) -> list[str]:
-    """Return differences that are clear of the spread, the most telling first."""
+    """Return differences that are clear, the most telling first; where none is, what was compared."""
     best = roles.get(CLOSED_FORM) or _strongest(entry for role, entry in roles.items() if role != FLOOR)
     if best is None:
         return []
@@ -165,17 +187,20 @@ def _beyond_spread(entries: list[Entry], roles: dict[str, Entry]) -> list[str]:
     if coin := _strongest(entries, method="coin", decoder="linear"):
         line = Entry(f"the {100 * PAPER_NDA:.1f} %", "", "paper, in some cases", coin.nda * 0 + PAPER_NDA, 0.0)
         pairs.append((coin, line, ""))
-    out = []
+    out, level = [], []
     for one, other, what in pairs:
-        if one is None or other is None or one is other or not (sign := paired(one, other)[2]):
+        if one is None or other is None or one is other or len((one.nda - other.nda).dropna()) < FEWEST_SEEDS:
             continue
-        mean, spread, _ = paired(one, other)
+        mean, spread, sign = paired(one, other)
+        if not sign:
+            level.append(f"{one.name} ({one.decoder}) against {other.name} ({other.decoder})")
+            continue
         side = "above" if sign > 0 else "below"
         out.append(
             f"{one.name} ({one.decoder}) is {_points(abs(mean), spread, '')} points {side} {other.name} "
             f"({other.decoder}){what}."
         )
-    return out
+    return out or ([f"None of these differences is clear: {_listed(dict.fromkeys(level))}."] if level else [])
 
 
 def _cautions(means: pd.DataFrame) -> list[str]:
@@ -198,5 +223,11 @@ def _strongest(entries: Iterable[Entry], **wanted: str) -> Entry | None:
     return max(measured, key=lambda entry: float(entry.nda.mean()), default=None)
 
 
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
+
+
 def _points(mean: float, spread: float, sign: str = "+") -> str:
+    if math.isnan(mean):
+        return "–"
     return f"{100 * mean:{sign}.2f}" + ("" if math.isnan(spread) else f" ± {100 * spread:.2f}")

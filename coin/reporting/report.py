@@ -96,13 +96,28 @@ class _Page:
         self.summary = summarise(self.frame)
         self.means = over_tasks(self.summary)
         self.has_methods = not self.means["method"].isin(REFERENCES).all()
-        self.found = {str(name): findings(part) for name, part in self.frame.groupby("experiment", sort=False)}
+        self.found = {
+            str(name): findings(part, kinds=source.kinds)
+            for source in sources
+            for name, part in source.frame.groupby("experiment", sort=False)
+        }
 
     def content(self) -> dict[str, Any]:
         """Return what the template wants: the finding first, then what lies behind it."""
         source, several = self.sources[0], len(self.found) > 1
         best, found = max(self.found.items(), key=lambda each: each[1].best.nda.mean() if each[1].best else -1.0)
         facts = [facts_of(each) for each in self.sources]
+        cautions: dict[str, list[str]] = {}
+        for name, each in self.found.items():
+            for text in each.cautions:
+                cautions.setdefault(text, []).append(name)
+        # NDA of other tasks or another network is another quantity: there is no best of such experiments.
+        alike = len({(each.get("tasks"), each.get("network")) for each in facts}) == 1 and found.best is not None
+        headline, roles = found.headline, found.roles
+        if several and alike:
+            headline = f"The best of {len(self.found)} experiments is {best}. {headline}"
+        elif several:
+            headline, roles = f"{len(self.found)} experiments; what each of them says stands under Findings.", {}
         lines, names = dict.fromkeys(name for each in facts for name in each), [each.name for each in self.sources]
         table = [[line, *(each.get(line, "–") for each in facts)] for line in lines]
         lists = [f"{name}: {each.headline}" for name, each in self.found.items()] if several else found.beyond_spread
@@ -128,9 +143,9 @@ class _Page:
         return {
             "title": f"coin: {name}",
             "subtitle": "" if several else " · ".join([*filter(None, said), f"seeds {facts[0]['seeds']}"]),
-            "headline": (f"The best of {len(self.found)} experiments is {best}. " if several else "") + found.headline,
-            "roles": found.roles,
-            "cautions": found.cautions,
+            "headline": headline,
+            "roles": roles,
+            "cautions": [f"{'; '.join(whose)}: {text}" if several else text for text, whose in cautions.items()],
             "hero": list(self._across() if several else self._costs()) if self.has_methods else [],
             "tables": list(self._tables()),
             "phone": ["method", "P", *decoders_of(self.means)[:2]],

@@ -18,13 +18,14 @@ class Source:
     """A folder of an experiment, a seed or a sweep: all its rows, ``results.json`` of its first seed.
 
     ``experiment`` is unique among the sources of a report. ``seeds`` are those folders that hold results; of a sweep,
-    those of the largest P, which may be gone.
+    those of the largest P, which may be gone. ``methods`` is what the coded models of all seeds say of their making.
     """
 
     folder: Path
     seeds: tuple[Path, ...]
     frame: pd.DataFrame
     document: dict[str, Any]
+    methods: tuple[dict[str, Any], ...]
     sweep: Sweep | None = None
 
     @property
@@ -36,6 +37,11 @@ class Source:
     def names(self) -> list[str]:
         """Its experiments: one, or several of a sweep."""
         return list(dict.fromkeys(self.frame["experiment"]))
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """What every label is: the method's own name, where the results say it."""
+        return {str(made.get("label")): str(made["method"]) for made in self.methods if made.get("method")}
 
 
 def read_sources(folders: Sequence[Path]) -> list[Source]:
@@ -73,8 +79,9 @@ def _read(folder: Path) -> Source:
                 "the folder of an experiment, of one seed or of a sweep; make it with `coin run` or `coin sweep`"
             )
         frame = pd.concat([read_results(seed) for seed in seeds], ignore_index=True)
-    document = read_configuration(seeds[0]) if seeds else {"configuration": {}}
-    return Source(folder, tuple(seeds), frame, document, sweep)
+    documents = [read_configuration(seed) for seed in seeds] or [{"configuration": {}}]
+    methods = tuple(as_dict(made) for document in documents for made in document.get("methods") or ())
+    return Source(folder, tuple(seeds), frame, documents[0], methods, sweep)
 
 
 def facts_of(source: Source) -> dict[str, str]:

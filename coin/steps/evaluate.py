@@ -37,7 +37,13 @@ def record_evaluation(
     confusions = {confusion_key(row): o.confusion for row, o in zip(rows, model.outcomes, strict=True)}
     code = model.code.matrix.tolist()
     methods = [
-        {"label": variant.method, "batchnorm": variant.batchnorm, "row": row, "chosen": chosen}
+        {
+            "label": variant.method,
+            "method": variant.kind,
+            "batchnorm": variant.batchnorm,
+            "row": row,
+            "chosen": chosen,
+        }
         for variant in model.variants
         for row, chosen in enumerate(variant.chosen)
     ]

@@ -14,6 +14,8 @@ from coin.errors import ConfigurationError, FileError
 from coin.modules import DecodingEvaluator
 from coin.modules.examples import ExampleSamples
 from coin.networks import features_and_logits, load_network, pad_logits, save_network
+from coin.reporting import read_configuration
+from coin.steps.evaluate import record_evaluation
 
 CLASSES = (3, 2, 3)
 PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]
@@ -200,6 +202,23 @@ def test_what_a_method_chose_is_said_of_its_variant(experts, write_coded):
     assert policy("", {}, {}) == ""
     with pytest.raises(FileError, match="says 3 for its 'chosen'"):
         policy("auto", 3, 3)
+
+
+def test_the_results_say_which_method_a_label_stands_for(experts, write_coded, tasks, make_trainer, tmp_path):
+    (path,) = map(Path, write_coded([[0.5, 0.3, 0.2]], experts, label="kd"))
+
+    def methods(**said):
+        file = load_network(path)
+        save_network(path, file.network, file.config, file.num_classes, {**file.provenance, **said})
+        evaluator = DecodingEvaluator(experts, [str(path)], ["linear"])
+        run(evaluator, tasks, make_trainer)
+        record_evaluation(evaluator, tasks, tmp_path, "x", None, [])
+        return [(made["label"], made.get("method")) for made in read_configuration(tmp_path)["methods"]]
+
+    assert methods() == [("kd", None)]  # its file does not say
+    assert methods(method={"name": "distillation", "options": {}}) == [("kd", "distillation")]
+    with pytest.raises(FileError, match="says 3 for its 'method'"):
+        methods(method=3)
 
 
 def test_rows_may_come_in_any_order(experts, write_coded, tasks, make_trainer):

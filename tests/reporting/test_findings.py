@@ -47,6 +47,21 @@ def test_roles_are_the_best_of_each_kind_with_its_best_decoder():
     assert said.best.name == "gauss_newton"
 
 
+def test_a_role_is_of_what_a_method_is_whatever_its_label():
+    rows = [
+        rows_of("best-fisher", [0.9] * 3),
+        rows_of("kd", [0.95] * 3, batchnorm="keep"),
+        rows_of("average", [0.8] * 3),
+    ]
+    frame = pd.DataFrame([vars(row) for part in rows for row in part])
+    said = findings(frame, kinds={"best-fisher": "coin", "kd": "distillation"})
+    roles = {role: entry.name for role, entry in said.roles.items()}
+    assert roles == {CLOSED_FORM: "best-fisher", BASELINE: "kd (keep)"}
+    assert "best-fisher (linear) is 10.00 ± 0.00 points above average (linear)." in said.beyond_spread
+    assert "minus kd (keep)" in paired_differences(said, "linear")
+    assert BASELINE not in findings(frame).roles  # the label alone does not tell
+
+
 @pytest.mark.parametrize(
     ("trained", "relation"),
     [
@@ -99,7 +114,7 @@ def test_a_difference_is_clear_by_a_paired_interval(differences: list[float], si
     assert table.loc[1, "minus average"].endswith("*") == (sign != 0)
     assert table.loc[1, "minus average"].startswith(f"{100 * mean:+.2f} ± ")
     assert table.loc[0, "minus average"] == "–"
-    assert any("coin (linear)" in text and "average" in text for text in said.beyond_spread) == (sign != 0)
+    assert any("coin (linear) is" in text and "average" in text for text in said.beyond_spread) == (sign != 0)
 
 
 def test_findings_are_five_at_most_and_speak_against_a_method_too():
@@ -115,8 +130,11 @@ def test_findings_are_five_at_most_and_speak_against_a_method_too():
     assert said.beyond_spread[0].startswith("coin (ridge) is 3.03 ± 0.06 points below distillation (ridge), at 4.2 s")
     assert "15.00 ± 0.00 points above none (ridge), without a coded model" in said.beyond_spread[1]
     assert "coin (linear) is 10.00 ± 0.00 points below average (linear)." in said.beyond_spread
-    level = found(rows_of("average", [0.90, 0.91, 0.92]), rows_of("coin", [0.91, 0.90, 0.92], decoder="ridge"))
-    assert level.beyond_spread == ("No difference between methods is beyond the spread over seeds.",)
+    level = found(rows_of("average", [0.96, 0.98, 0.97]), rows_of("coin", [0.97, 0.96, 0.98]))
+    pairs = "coin (linear) against average (linear), coin (linear) against the 97.5 % (paper, in some cases)"
+    assert level.beyond_spread == (f"None of these differences is clear: {pairs}.",)
+    for alone in (rows_of("refit", [0.9, 0.91, 0.92]), rows_of("none", [0.8] * 3), rows_of("oracle", [1.0] * 3)):
+        assert found(alone).beyond_spread == ()  # nothing was compared
 
 
 def test_the_paper_s_figure_is_compared_with_coin_and_the_linear_decoder():
@@ -141,6 +159,37 @@ def test_cautions():
     assert broken.roles[CLOSED_FORM].name == "ties"  # what is not defined is not the best
 
 
+def test_a_seed_in_which_an_expert_is_never_right_is_left_out():
+    nan = float("nan")
+    none = rows_of("none", [0.8, nan, 0.8, 0.8], code_row="", batchnorm="")
+    said = found(none, rows_of("coin", [0.9, nan, 0.91, 0.92]), rows_of("average", [0.7, nan, 0.7, 0.7]))
+    assert "coin, the best closed form, keeps 91.0 ± 1.0 % of its accuracy" in said.headline
+    assert "above 80.0 ± 0.0 % without a coded model." in said.headline
+    assert said.cautions == ("Left out: seed 1, where an expert is never right and NDA is not defined.",)
+
+
+def test_methods_of_other_seeds_are_told_apart():
+    later = [replace(row, seed=row.seed + 3) for row in rows_of("distillation", [0.9] * 3)]
+    said = found(rows_of("coin", [0.8] * 3), later)
+    assert paired_differences(said, "linear")["minus coin"].tolist() == ["–", "–"]
+    assert any("coin: 0, 1, 2; distillation: 3, 4, 5" in text for text in said.cautions)
+    assert not found(rows_of("coin", [0.8] * 3), rows_of("distillation", [0.9] * 3)).cautions
+
+
+def test_where_nothing_is_defined_the_headline_says_why():
+    nan = float("nan")
+    none, coin = rows_of("none", [nan], code_row="", batchnorm=""), rows_of("coin", [nan])
+    assert found(none, coin).headline == (
+        "When one of 1 experts is lost, NDA is not defined, since an expert is never right."
+    )
+    assert found(none).headline.endswith("since an expert is never right; there is no coded model.")
+    none = rows_of("none", [0.8], code_row="", batchnorm="")
+    assert found(none, coin).headline.endswith(
+        "the survivors alone keep 80.0 % of its accuracy; of the coded models NDA is not defined, since an expert is "
+        "never right."
+    )
+
+
 def test_only_the_p_of_most_methods_and_the_smallest_loss_are_compared():
     rows = [
         *rows_of("coin", [0.9] * 3), *rows_of("average", [0.8] * 3),
@@ -149,5 +198,6 @@ def test_only_the_p_of_most_methods_and_the_smallest_loss_are_compared():
     ]  # fmt: skip
     said = found(rows)
     assert {entry.name for entry in said.entries} == {"coin", "average", "ties"}
+    assert said.cautions == ("Not compared with the others at P = 200, its P differs: distillation-7000 (P = 7000).",)
     assert said.best is not None
     assert said.best.name == "coin"

@@ -235,6 +235,26 @@ def test_several_experiments_stand_side_by_side(make_experiment: Make, tmp_path:
     assert set(report_summary(folders)["experiment"]) == {"p50", "p1000"}
 
 
+def test_the_cautions_of_all_experiments_are_shown_and_say_whose_they_are(make_experiment: Make):
+    folders = [make_experiment("weak", seeds=(0,), methods=FEW[:3]), make_experiment("strong", methods=FEW)]
+    page = Page(write_report(folders))
+    assert "The best of 2 experiments is strong. When one of 2" in page.said
+    assert page.said.count("weak: One seed only") == 1
+    both = Page(write_report([folders[0], make_experiment("other", seeds=(0,), methods=FEW)]))
+    assert "weak; other: One seed only" in both.said
+
+
+def test_no_experiment_is_the_best_where_tasks_differ(make_experiment: Make):
+    folders = [
+        make_experiment("two", seeds=(0,), methods=FEW),
+        make_experiment("three", seeds=(0,), methods=FEW, tasks=("mnist", "letters", "more")),
+    ]
+    page = Page(write_report(folders))
+    assert "The best of" not in page.said
+    assert "best closed form" not in page.said[: page.said.index("Normalised decoding accuracy")]
+    assert "three: When one of 3 experts is lost, refit" in page.said
+
+
 def test_experiments_of_one_name_stay_apart(make_experiment: Make):
     folder = make_experiment("same", seeds=(0, 1), methods=FEW)
     sources = read_sources([folder / "seed-0", folder / "seed-1"])
@@ -307,3 +327,16 @@ def test_a_method_with_a_p_of_its_own_hides_no_other(make_experiment: Make, meas
     assert "distillation-7000" in page.words
     assert "the best trained method" not in page.said  # with other samples it is no fair baseline
     assert "refit, the best closed form" in page.said
+
+
+def test_a_trained_method_with_a_label_of_its_own_is_the_fair_baseline(make_experiment: Make, measure):
+    folder = make_experiment(seeds=(0,))
+    rows = [
+        replace(row, method="kd" if row.method == "distillation" else row.method)
+        for row in measure(0, methods=FEW)[0] + [row for row in measure(0)[0] if row.method == "distillation"]
+    ]
+    made = [{"label": "kd", "method": "distillation", "batchnorm": "keep", "row": 0, "chosen": {}}]
+    write_results(folder / "seed-0", rows, {"name": "quickstart"}, methods=made)
+    said = Page(write_report([folder])).said
+    assert "for kd (keep), the best trained method" in said
+    assert "fair baseline: best trained" in said
