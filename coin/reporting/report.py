@@ -178,9 +178,14 @@ class _Page:
     def _more_figures(self) -> Iterator[dict[str, Any]]:
         """Draw P, all decoders and residuals where there is something to be seen."""
         coded = self.means[~self.means["method"].isin(REFERENCES)]
-        if coded["samples_per_task"].nunique() > 1:
-            caption = "NDA against the number of calibration samples per task."
-            yield self._draw("nda_against_samples", figures.nda_against_samples(self.means), caption)
+        for source in self.sources:  # a line never joins the points of one with another's
+            own = coded[coded["experiment"].isin(source.names)]
+            if own["samples_per_task"].nunique() > 1:
+                name = f"{source.name}-nda_against_samples" if len(self.sources) > 1 else "nda_against_samples"
+                caption = "NDA against the number of calibration samples per task"
+                caption += f" of {source.name}" * (len(self.sources) > 1)
+                caption += "; mean over the sweep's other options." if len(source.names) > 1 else "."
+                yield self._draw(name, figures.nda_against_samples(own), caption)
         if len(self.found) == 1 and coded["decoder"].nunique() > 2:
             caption = "All decoders: a marker each. Dotted: the paper's 97.5 %."
             yield self._draw("nda_by_method", figures.nda_by_method(self.means), caption)
