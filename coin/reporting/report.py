@@ -35,7 +35,7 @@ from coin.reporting.summary import (
     summarise,
     variant_names,
 )  # fmt: skip
-from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, as_numbers, sweep_text
+from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, as_numbers, as_text, sweep_text
 from coin.reporting.tables import nda_tables, percent
 
 REPORT_HTML = "report.html"
@@ -53,6 +53,7 @@ _PAIRED = (
     "Paired by seed, ± standard deviation over seeds. Bold, and among the findings: what a 95 % confidence interval "
     "(t-test, three seeds or more, not corrected for the number of comparisons) tells from zero."
 )
+_CHOSEN = "Chosen on calibration data, or how a solve ended; several values: seeds or rows of the code differ."
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -130,6 +131,7 @@ class _Page:
         if not several:
             sections[1:1] = [
                 {"title": "Differences between methods", "tables": list(self._differences(found)), "text": _PAIRED},
+                {"title": "What was chosen", "tables": list(_chosen(source)), "text": _CHOSEN},
                 {"title": "Accuracy and agreement by task", "tables": list(_by_task(self.summary, found))},
                 {"title": "Figures", "figures": list(self._more_figures())},
             ]
@@ -178,9 +180,14 @@ class _Page:
     def _more_figures(self) -> Iterator[dict[str, Any]]:
         """Draw P, all decoders and residuals where there is something to be seen."""
         coded = self.means[~self.means["method"].isin(REFERENCES)]
-        if coded["samples_per_task"].nunique() > 1:
-            caption = "NDA against the number of calibration samples per task."
-            yield self._draw("nda_against_samples", figures.nda_against_samples(self.means), caption)
+        for source in self.sources:  # a line never joins the points of one with another's
+            own = coded[coded["experiment"].isin(source.names)]
+            if own["samples_per_task"].nunique() > 1:
+                name = f"{source.name}-nda_against_samples" if len(self.sources) > 1 else "nda_against_samples"
+                caption = "NDA against the number of calibration samples per task"
+                caption += f" of {source.name}" * (len(self.sources) > 1)
+                caption += "; mean over the sweep's other options." if len(source.names) > 1 else "."
+                yield self._draw(name, figures.nda_against_samples(own), caption)
         if len(self.found) == 1 and coded["decoder"].nunique() > 2:
             caption = "All decoders: a marker each. Dotted: the paper's 97.5 %."
             yield self._draw("nda_by_method", figures.nda_by_method(self.means), caption)
@@ -288,6 +295,23 @@ def _shown(source: Source, found: Findings) -> dict[str, str]:
     for row in [*_records(frame[frame["name"] == best.name])[:1], *_records(frame[frame["method"] == "coin"])[:1]]:
         keys[str(row["name"])] = f"{row['method']}|{asked_policy(row['batchnorm'])}|{best.decoder}"
     return keys
+
+
+def _chosen(source: Source) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Return what every method chose, without the errors that it was chosen by."""
+    made = pd.DataFrame([(each.get("label"), each.get("batchnorm")) for each in source.methods]).astype(str)
+    if made.empty:
+        return
+    named = made.set_axis(["method", "batchnorm"], axis=1).assign(code_row="", layer="")
+    lines: dict[str, dict[str, dict[str, None]]] = {}
+    for name, each in zip(variant_names(named), source.methods, strict=True):
+        for option, value in as_dict(each.get("chosen")).items():
+            if not isinstance(value, dict):
+                text = f"{value:.3g}" if isinstance(value, float) else as_text(value)
+                lines.setdefault(name, {}).setdefault(option, {})[text] = None
+    said = [(name, "; ".join(f"{option}: {', '.join(v)}" for option, v in own.items())) for name, own in lines.items()]
+    if said:
+        yield "", pd.DataFrame(said, columns=["method", "chosen"])
 
 
 def _by_task(summary: pd.DataFrame, found: Findings) -> Iterator[tuple[str, pd.DataFrame]]:

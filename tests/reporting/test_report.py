@@ -224,10 +224,8 @@ def test_several_experiments_stand_side_by_side(make_experiment: Make, tmp_path:
     page = Page(path)
     for words in ("2 experiments compared", "p50: 1 of 2 lost", "p1000: 1 of 2 lost", "p50: When one of 2 experts"):
         assert words in page.said
-    assert {item.name for item in (path.parent / "plots").iterdir()} == {
-        "nda_by_experiment.png",
-        "nda_against_samples.png",
-    }
+    # No line over P joins two experiments.
+    assert {item.name for item in (path.parent / "plots").iterdir()} == {"nda_by_experiment.png"}
     again = write_report([folders[0], folders[0]], tmp_path / "elsewhere")
     assert again == tmp_path / "elsewhere" / "report.html"
     assert "compared" not in again.read_text(encoding="utf-8")  # one folder given twice is one experiment
@@ -340,3 +338,22 @@ def test_a_trained_method_with_a_label_of_its_own_is_the_fair_baseline(make_expe
     said = Page(write_report([folder])).said
     assert "for kd (keep), the best trained method" in said
     assert "fair baseline: best trained" in said
+
+
+def test_it_says_what_every_method_chose(make_experiment: Make, measure):
+    folder = make_experiment(seeds=(0, 1), methods=FEW)
+    for seed, policy in enumerate(("average", "recalibrate")):
+        chosen = {"batchnorm": policy, "fisher_data": "own", "held_out_error": {"own/average": 0.5}}
+        made = [
+            {"label": "coin", "batchnorm": f"auto:{policy}", "row": 0, "chosen": chosen},
+            {"label": "full_fisher", "batchnorm": "recalibrate", "row": 0, "chosen": {"converged": False}},
+            {"label": "distillation", "batchnorm": "keep", "row": 0, "chosen": {"lr": 0.0003, "steps": 400}},
+            {"label": "ties", "batchnorm": "keep", "row": 0, "chosen": {}},
+        ]
+        write_results(folder / f"seed-{seed}", measure(seed, methods=FEW)[0], {"name": "quickstart"}, methods=made)
+    page = Page(write_report([folder]))
+    said = page.said[page.said.rindex("What was chosen") : page.said.rindex("Accuracy and agreement by task")]
+    assert "coin batchnorm: average, recalibrate; fisher_data: own full_fisher (recalibrate) converged: false" in said
+    assert "distillation lr: 0.0003; steps: 400" in said
+    assert "held_out_error" not in said
+    assert "ties" not in said

@@ -99,6 +99,14 @@ def test_a_sweep_over_samples_is_an_experiment_with_several_p(write_sweep: Write
     assert {"nda_against_samples.png", "nda_by_method.png", "nda_against_cost_linear.png"} <= plots
 
 
+def test_a_sweep_over_samples_keeps_its_line_beside_an_experiment(write_sweep: Write, make_experiment):
+    sweep = write_sweep([{"seeds": "[0]", "calibration.samples_per_task": p} for p in (50, 400)])
+    path = write_report([sweep, make_experiment(seeds=(0,), methods=FEW, samples=100)])
+    plots = {item.name for item in (path.parent / "plots").iterdir()}
+    assert plots == {"sweep-kinds-nda_against_samples.png"}
+    assert "calibration samples per task of sweep kinds." in path.read_text(encoding="utf-8")
+
+
 def test_a_sweep_over_options_has_a_figure_for_each_and_one_table(write_sweep: Write):
     folder = write_sweep(grid())
     path = write_report([folder])
