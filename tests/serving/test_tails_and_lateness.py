@@ -73,15 +73,13 @@ def test_lateness_has_limits() -> None:
             Lateness(**wrong)
 
 
-def test_breaker_lets_one_query_through_after_each_cooldown() -> None:
-    breaker = Breaker(failures=2, cooldown=1.0)
-    breaker.fail(0.0)
-    assert not breaker.refuses(0.1)
-    breaker.fail(0.2)
-    assert breaker.is_down
-    assert [breaker.refuses(now) for now in (0.3, 1.1, 1.2, 1.3, 2.1, 2.2)] == [True, True, False, True, True, False]
+def test_breaker_counts_failures_on_end() -> None:
+    breaker = Breaker(failures=2)
+    breaker.fail()
+    assert (breaker.is_doubted, breaker.is_down) == (True, False)
+    breaker.fail()
+    assert [breaker.is_down for _ in range(3)] == [True] * 3  # to ask changes nothing
     breaker.succeed()
-    assert not breaker.is_down
-    assert not breaker.refuses(2.3)
+    assert not breaker.is_doubted
     with pytest.raises(ConfigurationError, match="failures=0"):
         Breaker(failures=0)
