@@ -151,7 +151,7 @@ class FrontEnd:
             raise OverloadedError(f"{self._open} queries are under way, the most there may be; ask again later")
         loop = asyncio.get_running_loop()
         began = loop.time()
-        pieces = inputs.split(self.limits.batch)
+        pieces = torch.split(inputs, self.limits.batch)
         self._open += 1
         try:
             found = [

@@ -1,6 +1,7 @@
 """The bounded queue before one server: batches go out one at a time, and every request hears of its end."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from coin.errors import ServingError
 from coin.serving.breaker import Breaker
 from coin.serving.limits import Limits
 from coin.serving.replies import Reply, ReplyFormat, Server
+
+logger = logging.getLogger("coin.serving")
 
 
 @dataclass(eq=False)
@@ -180,6 +183,9 @@ class ServerQueue:
     def _failed(self, why: str) -> None:
         self.last_error = " ".join(why.split())
         self.breaker.fail()
+        logger.warning(
+            "lost a batch", extra={"server": self.name, "error": self.last_error, "down": self.breaker.is_down}
+        )
 
     @staticmethod
     def _lose(requests: list[Request]) -> None:

@@ -369,8 +369,8 @@ def test_each_expert_and_size_of_a_batch_has_a_lateness_of_its_own(world: Any, v
     async def main() -> None:
         async with it.front as front:
             for number in range(300):
-                await front.ask(X, 2)
-                await front.ask(X, 0)
+                for _ in range(20):
+                    await front.ask(X, 2)
                 slow, eight = await front.ask(X, 1), await front.ask(X.repeat(8, 1), 0)
                 if number >= 200:
                     decoded["slow"] += slow.decoded
@@ -379,7 +379,6 @@ def test_each_expert_and_size_of_a_batch_has_a_lateness_of_its_own(world: Any, v
     virtually(main())
     assert decoded["slow"] < 40  # about a tenth is late by definition
     assert decoded["eight"] < 40
-    assert it.asked[3] < 0.3 * 4 * 300
 
 
 def test_server_that_is_down_is_asked_where_nobody_else_can_answer(world: Any, virtually: Any) -> None:
