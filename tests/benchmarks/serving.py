@@ -28,6 +28,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from coin.serving.case import Case, Outcome, Want
+from coin.serving.client import Client, TaskAnswer
+from coin.serving.scenario import Scenario, Slowdown, poisson_arrivals
+from coin.serving.simulation import simulate, wanted_experts
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -36,12 +40,8 @@ from coin.commands.serve import read_tasks
 from coin.commands.served import read_accuracies, read_served
 from coin.errors import ServingError
 from coin.reporting import read_results
-from coin.serving.case import Case, Outcome, Want
-from coin.serving.client import Client, TaskAnswer
 from coin.serving.decodings import coded_layout
 from coin.serving.policies import make_policy
-from coin.serving.scenario import Scenario, Slowdown, poisson_arrivals
-from coin.serving.simulation import simulate, wanted_experts
 
 OUTPUT = Path("runs/bench/serving.json")
 QUANTILES = (0.5, 0.9, 0.99)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from coin.reporting.frames import write_frame
+from coin.reporting.sources import read_sources
 
 from coin.errors import FileError
 from coin.reporting import write_report, write_results
-from coin.reporting.frames import write_frame
-from coin.reporting.sources import read_sources
 from coin.reporting.sweeps import as_numbers, read_sweep_table
 
 FEW = (

@@ -23,9 +23,9 @@ class Interval:
 def tail_intervals(series: Sequence[NDArray[np.float64]], levels: Sequence[float], seed: int = 0) -> list[Interval]:
     """Return quantiles of several series together, with percentile intervals of a block bootstrap.
 
-    Latencies of neighbouring queries depend on one another, so that what is drawn again, 200 times, are blocks: each
-    series is cut into 20. A quantile is the smallest value that at least this share of the values does not exceed:
-    infinite values, which are failures, are never interpolated.
+    Latencies of neighbouring queries depend on one another, so that what is drawn again, 200 times, are blocks: whole
+    series where there are at least 20, and else each is cut into 20. A quantile is the smallest value that at least
+    this share of the values does not exceed: infinite values, which are failures, are never interpolated.
 
     Source: Kunsch, *The jackknife and the bootstrap for general stationary observations* (1989), with blocks that do
     not overlap as in Carlstein (1986).
@@ -43,12 +43,13 @@ def tail_intervals(series: Sequence[NDArray[np.float64]], levels: Sequence[float
             f"found fewer than {_BLOCKS} latencies, expected at least as many; simulate more queries"
         )
     values = np.concatenate(series)
+    cuts = 1 if len(series) >= _BLOCKS else _BLOCKS
     blocks = np.concatenate(
-        [index * _BLOCKS + np.arange(len(each)) * _BLOCKS // len(each) for index, each in enumerate(series)]
+        [index * cuts + np.arange(len(each)) * cuts // len(each) for index, each in enumerate(series)]
     )
     order = np.argsort(values, kind="stable")
     values, blocks = values[order], blocks[order]
-    count = _BLOCKS * len(series)
+    count = cuts * len(series)
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), _DRAWS)
     found = np.array([_quantiles(values, times[blocks], levels) for times in draws])
     own = _quantiles(values, np.ones(len(values), dtype=np.int64), levels)

@@ -1,6 +1,7 @@
 """The simulation against queueing theory, against an exact recursion, and against what must be so."""
 
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -8,25 +9,25 @@ import pytest
 from numpy.typing import NDArray
 
 from coin.errors import ConfigurationError
-from coin.serving.case import Case, Outcome, Want
-from coin.serving.grid import simulate_all
-from coin.serving.layout import Layout, spread_copies
-from coin.serving.policies import PolicyKind, make_policy
-from coin.serving.scenario import (
+from coin.serving.layout import Layout, spread_copies, spread_spares
+from coin.serving.policies import Policy, PolicyKind
+from coin.serving.sim.case import Case, Outcome, Want
+from coin.serving.sim.scenario import (
+    Conditions,
     Failures,
-    Scenario,
+    FrontEndCost,
     Service,
     ServiceKind,
     Slowdown,
     poisson_arrivals,
-    uniform_samples,
 )
-from coin.serving.simulation import _Simulation, simulate
+from coin.serving.sim.simulation import _Simulation, simulate, simulate_all
 
 CODED = Layout(3, 1, solvable=frozenset({(1, 1), (1, 2), (1, 4)}))
 MS = 1e-3
 EXPONENTIAL = Service(ServiceKind.exponential, 10 * MS)
 NEVER_SLOW, NEVER_DOWN = Slowdown(), Failures()
+FREE = FrontEndCost(0.0, 0.0)
 
 
 def case(
@@ -36,13 +37,19 @@ def case(
     service: Service = EXPONENTIAL,
     slowdown: Slowdown = NEVER_SLOW,
     failures: Failures = NEVER_DOWN,
+    front_end: FrontEndCost = FREE,
     quantile: float = 0.9,
+    batch: int = 1,
+    queue: int = 256,
+    deadline: float = 1000.0,
+    cooldown: float = 100.0,
     **options: Any,
 ) -> Case:
-    policy = make_policy(kind, quantile)
+    policy = Policy(PolicyKind(kind), quantile)
     layout = layout or (CODED if policy.coded else spread_copies(3, 1))
-    scenario = Scenario(uniform_samples(10 * MS, layout.num_servers), service, slowdown, failures)
-    return Case(layout, policy, scenario, load, **{"queries": 4000, **options})
+    conditions = Conditions(service, slowdown, failures, front_end, batch, deadline, queue, cooldown)
+    samples = (np.array([10 * MS]),) * layout.num_servers
+    return Case(layout, policy, samples, conditions, load, **{"queries": 4000, **options})
 
 
 def mean_and_error(latencies: NDArray[np.float64]) -> tuple[float, float]:
@@ -78,7 +85,7 @@ def test_latencies_are_those_of_lindleys_recursion() -> None:
     """One server, first come first served: W_{k+1} = max(0, W_k + S_k − A_{k+1}), query by query."""
     it = case(layout=Layout(1), load=0.8, queries=3000, queue=10**6, deadline=1e9)
     arrivals = poisson_arrivals(it.rate, it.queries, it.seed)
-    services = it.scenario.service_times(0, it.seed)
+    services = it.conditions.service_times(it.samples[0], np.random.default_rng([it.seed, 1, 0]))
     free, expected = 0.0, []
     for arrival in arrivals:
         free = max(free, arrival) + next(services)
@@ -117,11 +124,15 @@ def test_share_that_is_late_is_what_the_quantile_says(kind: str, quantile: float
 
 
 @pytest.mark.parametrize("want", list(Want))
-@pytest.mark.parametrize("kind", ["uncoded", "replicated", "coded_proactive", "coded_hedged"])
-def test_every_request_is_taken_off_its_server_once(kind: str, want: Want) -> None:
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("kind", list(PolicyKind))
+def test_every_request_is_taken_off_its_server_once(kind: str, want: Want, batch: int) -> None:
     """Full queues, failing servers, deadlines: when all queries have ended, no server expects to answer any."""
     failures = Failures(share=0.05, length=50.0)
-    simulation = _Simulation(case(kind, load=0.8, queue=4, want=want, failures=failures, deadline=30.0))
+    layout = None if kind.startswith("coded") else spread_spares(3, 1)
+    machines = () if layout is None else (0, 1, 2, 3, 3, 3)
+    options = {"queue": 4, "want": want, "failures": failures, "deadline": 30.0, "batch": batch}
+    simulation = _Simulation(case(kind, layout, 0.8, machines=machines, front_end=FrontEndCost(0, 2 * MS), **options))
     outcome = simulation.run()
     assert simulation.held == [0] * len(simulation.held)
     assert 0 < outcome.failed < outcome.answers
@@ -190,21 +201,88 @@ def test_overload_fails_queries_instead_of_waiting_for_ever() -> None:
 
 
 def test_measured_times_are_drawn_from_the_samples() -> None:
-    samples = (np.array([1.0, 2.0]), np.array([3.0]))
-    scenario = Scenario(samples, Service(tail=0.0))
-    times = scenario.service_times(0, seed=3)
-    drawn = [next(times) for _ in range(500)]
-    assert set(drawn) == {1.0, 2.0}
-    assert scenario.unit == pytest.approx(2.25)
+    times = Conditions(Service()).service_times(np.array([1.0, 2.0]), np.random.default_rng(3))
+    assert {next(times) for _ in range(500)} == {1.0, 2.0}
 
 
-def test_phases_take_their_share_of_the_time() -> None:
-    scenario = Scenario(uniform_samples(0.01, 1), slowdown=Slowdown(0.2, 5.0, 10.0))
-    turns = scenario.slow_phases(0, seed=1)
-    times = np.array([next(turns) for _ in range(20_001)])
-    on = np.diff(times)[::2]
-    assert on.mean() == pytest.approx(0.1, rel=0.05)
-    assert on.sum() / (times[-1] - times[0]) == pytest.approx(0.2, rel=0.05)
+@pytest.mark.parametrize("together", [0.0, 0.5, 1.0])
+def test_phases_take_their_share_of_the_time_and_are_shared_as_said(together: float) -> None:
+    conditions = Conditions(slowdown=Slowdown(0.2, 5.0, 10.0, together))
+    grid = np.arange(0, 20_000, 0.05)
+
+    def on(turns: Any) -> NDArray[np.bool_]:
+        times = np.array(list(islice(turns, 100_000)))
+        return np.searchsorted(times, grid) % 2 == 1
+
+    slow = []
+    for machine in (0, 1):
+        own, shared = (on(turns) for turns in conditions.slow_phases(machine, 1, unit=0.1))
+        slow.append(own | shared)
+    assert slow[0].mean() == pytest.approx(0.2, abs=0.02)
+    shared_share = 0.2 * together
+    own_share = (0.2 - shared_share) / (1 - shared_share)
+    both = shared_share + (1 - shared_share) * own_share**2
+    assert (slow[0] & slow[1]).mean() == pytest.approx(both, abs=0.02)
+
+
+def test_a_spare_answers_for_every_expert_and_its_machine_runs_one_batch_at_a_time() -> None:
+    """One expert always down: its queries are the spare's, an M/D/1 queue of a third of all."""
+    service = Service(ServiceKind.deterministic, 10 * MS)
+    options = {"service": service, "load": 0.6, "queries": 20_000, "machines": (0, 1, 2, 3, 3, 3)}
+    it = _Simulation(case("hedged", spread_spares(3, 1), failures=Failures(1e-9), **options))
+    it.turns[0] = iter([0.0])
+    outcome = it.run()
+    assert outcome.spared / outcome.answers == pytest.approx(1 / 3, abs=0.05)
+    assert not outcome.decoded
+    assert outcome.failed == 0
+    assert outcome.forwards == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_spare_shares_its_machine_among_experts() -> None:
+    """All experts down for ever at a load of 0.3 each: an M/D/1 queue at 0.9 on one machine, three at 0.3 on three."""
+    service, waits = Service(ServiceKind.deterministic, 10 * MS), []
+    for machines in ((0, 1, 2, 3, 3, 3), (0, 1, 2, 3, 4, 5)):
+        it = _Simulation(
+            case(
+                "hedged",
+                spread_spares(3, 1),
+                0.3,
+                service,
+                machines=machines,
+                queries=40_000,
+                queue=10**6,
+                deadline=1e9,
+            )
+        )
+        for machine in range(3):
+            it.turns[machine] = iter([0.0])
+        outcome = it.run()
+        assert outcome.spared == outcome.answers
+        waits.append(outcome.latencies.mean() - 10 * MS)
+    assert waits[0] == pytest.approx(0.9 / 0.1 * 5 * MS, rel=0.3)
+    assert waits[1] == pytest.approx(0.3 / 0.7 * 5 * MS, rel=0.3)
+
+
+def test_batches_carry_a_load_that_one_at_a_time_could_not() -> None:
+    """Load 0.95 and eight inputs for the price of one and a bit: waits stay within a few services."""
+    service = Service(ServiceKind.deterministic, 10 * MS, marginal=0.1)
+    layout = Layout(1)
+    alone, together = (
+        np.quantile(simulate(case("uncoded", layout, 0.95, service, batch=batch, queries=20_000)).latencies, 0.99)
+        for batch in (1, 8)
+    )
+    assert together < 4 * 10 * MS < alone
+
+
+def test_the_front_end_takes_its_time_and_its_way() -> None:
+    service = Service(ServiceKind.deterministic, 10 * MS)
+    front_end = FrontEndCost(seconds=2 * MS, hop=3 * MS)
+    outcome = simulate(case("uncoded", Layout(3), 0.001, service, front_end=front_end))
+    assert np.median(outcome.latencies) == pytest.approx(15 * MS)
+    busy = simulate(case("uncoded", Layout(3), 0.5, service, front_end=FrontEndCost(seconds=6 * MS)))
+    # 150 queries a second at 6 ms each: an M/D/1 queue at 0.9 before the servers, 27 ms of waiting in the mean
+    free = simulate(case("uncoded", Layout(3), 0.5, service))
+    assert busy.latencies.mean() - free.latencies.mean() > 20 * MS
 
 
 def test_outcomes_depend_neither_on_processes_nor_on_what_ran_before() -> None:
@@ -221,12 +299,12 @@ def test_mistakes() -> None:
         with pytest.raises(ConfigurationError, match=str(next(iter(wrong.values())))):
             case(**wrong)
     with pytest.raises(ConfigurationError, match="service times of 2 servers, expected positive ones of 4"):
-        replace(case(), scenario=Scenario(uniform_samples(1.0, 2)))
-    with pytest.raises(ConfigurationError, match=r"slowdown share=1\.0"):
+        replace(case(), samples=(np.array([1.0]),) * 2)
+    with pytest.raises(ConfigurationError, match=r"share=1\.0"):
         Slowdown(1.0)
-    with pytest.raises(ConfigurationError, match=r"failures share=-1"):
+    with pytest.raises(ConfigurationError, match="share=-1"):
         Failures(-1)
-    with pytest.raises(ConfigurationError, match="measured times"):
+    with pytest.raises(ConfigurationError, match="measured"):
         Service(seconds=1.0)
     with pytest.raises(ConfigurationError, match="tail"):
         Service(tail=-1.0)
