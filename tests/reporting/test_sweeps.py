@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from coin.reporting.frames import write_frame
-from coin.reporting.sources import read_sources
 
 from coin.errors import FileError
 from coin.reporting import write_report, write_results
-from coin.reporting.sweeps import as_numbers, read_sweep_table
+from coin.reporting.results import write_frame
+from coin.reporting.sources import read_sources
+from coin.reporting.sweeps import as_numbers, read_sweep_table, sweep_frame, sweep_table
 
 FEW = (
     ("none", "", (None, 0.56, 0.91), float("nan"), 0.0, 0.0),
@@ -57,30 +57,28 @@ def grid(kinds: tuple[str, ...] = ("exact", "empirical"), seeds: tuple[int, ...]
     ]
 
 
-def test_points_that_differ_in_seeds_alone_are_one_part(write_sweep: Write):
+def test_points_that_differ_in_seeds_alone_are_one_experiment(write_sweep: Write):
     sweep = read_sweep_table(write_sweep([*grid(), *grid()[:1]]))
     assert sweep is not None
-    assert sweep.name == "kinds"
-    assert sweep.full
+    assert (sweep.name, sweep.full) == ("kinds", True)
     assert dict(sweep.swept) == {"fisher_kind": ("exact", "empirical"), "lr": ("0.01", "0.1"), "seeds": ("[0]", "[1]")}
-    assert [group.label for group in sweep.groups] == [
-        "fisher_kind exact, lr 0.01", "fisher_kind exact, lr 0.1", "fisher_kind empirical, lr 0.01",
-        "fisher_kind empirical, lr 0.1",
-    ]  # fmt: skip
+    labels = [f"fisher_kind {kind}, lr {lr}" for kind in ("exact", "empirical") for lr in ("0.01", "0.1")]
+    assert list(sweep.options) == labels
     # The point that is there twice counts once.
-    assert [len(group.frame) for group in sweep.groups] == [2 * 16] * 4
+    assert sweep.frame["experiment"].value_counts(sort=False).to_dict() == dict.fromkeys(labels, 2 * 16)
     assert not read_sweep_table(write_sweep(grid()[:-2])).full  # type: ignore[union-attr]
 
 
 def test_long_values_and_like_names_are_told_apart(write_sweep: Write):
     methods = [f'[{{"class_path": "Coin", "init_args": {{"damping": {damping}}}}}]' for damping in (0.1, 0.2)]
     points = [{"methods": m, "expert.lr": 1, "base.lr": 2, "seeds": "[0]"} for m in methods]
-    sweep = read_sweep_table(write_sweep(points))
+    folder = write_sweep(points)
+    sweep = read_sweep_table(folder)
     assert sweep is not None
-    assert [dict(group.options) for group in sweep.groups] == [
-        {"methods": f"#{i}", "expert.lr": "1", "base.lr": "2"} for i in (0, 1)
-    ]
+    assert list(sweep.options.values()) == [{"methods": f"#{i}", "expert.lr": "1", "base.lr": "2"} for i in (0, 1)]
     assert sweep.swept["methods"] == tuple(methods)
+    page = write_report([folder]).read_text(encoding="utf-8")
+    assert "#1, [{&#34;class_path&#34;: &#34;Coin&#34;, &#34;init_args&#34;: {&#34;damping&#34;: 0.2}}]" in page
 
 
 def test_values_are_numbers_only_where_all_of_them_are():
@@ -92,14 +90,13 @@ def test_a_sweep_over_samples_is_an_experiment_with_several_p(write_sweep: Write
     points = [{"seeds": f"[{seed}]", "calibration.samples_per_task": p} for seed in (0, 1) for p in (50, 400)]
     folder = write_sweep(points, with_folders=True)
     (source,) = read_sources([folder])
-    assert source.name == "kinds"
+    assert source.name == "sweep kinds"
     assert [str(seed.relative_to(folder)) for seed in source.seeds] == ["kinds-001/seed-0", "kinds-003/seed-1"]
     page = write_report([folder]).read_text(encoding="utf-8")
     assert "coin: sweep kinds" in page
-    assert "With more calibration samples" in page
-    assert "Every point has a report" not in page
+    assert "samples_per_task: 50, 400" in page
     plots = {item.name for item in (folder / "plots").iterdir()}
-    assert {"nda_against_samples.svg", "nda_by_method.png", "nda_against_cost.png"} <= plots
+    assert {"nda_against_samples.png", "nda_by_method.png", "nda_against_cost_linear.png"} <= plots
 
 
 def test_a_sweep_over_options_has_a_figure_for_each_and_one_table(write_sweep: Write):
@@ -107,25 +104,48 @@ def test_a_sweep_over_options_has_a_figure_for_each_and_one_table(write_sweep: W
     path = write_report([folder])
     text = path.read_text(encoding="utf-8")
     plots = {item.name for item in (path.parent / "plots").iterdir()}
-    assert plots == {f"kinds-nda_against_{name}.{kind}" for name in ("fisher_kind", "lr") for kind in ("png", "svg")}
+    assert plots == {f"kinds-nda_against_{name}.png" for name in ("fisher_kind", "lr")}
     assert "NDA against lr, mean ± spread over seeds; mean over fisher_kind." in text
-    assert "Every point has a report of its own" in text
-    assert text.count('<td class="text">empirical</td>') == 2 * 3  # two rates; two methods and the survivors
-    assert "coin sweep SWEEP.yaml" in text
+    assert text.count(">empirical</td>") == 2 * 3  # two rates; two methods and the survivors
+    assert "coin sweep kinds.yaml" in text
+    assert "The best of 4 experiments is fisher_kind " in text
     frame = pd.read_csv(folder / "sweep.csv", keep_default_na=False)
     chosen = frame[(frame["calibration.fisher_kind"] == "exact") & (frame["expert.lr"] == 0.1)]
     chosen = chosen[(chosen.method == "coin") & (chosen.decoder == "ridge")]
     by_seed = chosen.groupby("seed")["nda"].apply(lambda values: values.astype(float).mean())
-    assert f"{100 * by_seed.mean():.2f} ± {100 * by_seed.std(ddof=1):.2f}" in text
+    assert f">{100 * by_seed.mean():.1f} ± {100 * by_seed.std(ddof=1):.1f}</td>" in text
 
 
 def test_a_sweep_stands_beside_an_experiment(write_sweep: Write, make_experiment):
-    sweep, other = write_sweep(grid(("exact",), (0,))), make_experiment(seeds=(0,), methods=FEW)
+    other = make_experiment(seeds=(0,), methods=FEW)
+    alone = write_sweep([{"seeds": "[0]"}])
+    assert [source.names for source in read_sources([alone, other])] == [["kinds"], ["quickstart"]]
+    sweep = write_sweep(grid(("exact",), (0,)))
     text = write_report([sweep, other]).read_text(encoding="utf-8")
     assert "2 experiments compared" in text
-    assert "Sweep kinds" in text
-    assert "kinds fisher_kind exact, lr 0.1: 1 of 2 lost" in text
-    assert text.count(": figures</summary>") == 1  # the experiment's; points have reports of their own
+    assert "<h3>sweep kinds</h3>" in text
+    assert "kinds fisher_kind exact, lr 0.1: When one of 2 experts is lost" in text
+    assert "<h3>quickstart: 1 of 2 lost</h3>" in text
+
+
+def test_the_table_in_the_terminal_has_a_line_a_point_and_method(tmp_path: Path, measure):
+    points = []
+    for lr, seed in ((0.1, 0), (0.1, 1), (0.01, 0)):
+        folder = tmp_path / f"p-{lr}-{seed}"
+        write_results(folder, [replace(row, experiment=folder.name) for row in measure(seed, methods=FEW)[0]], {})
+        points.append(({"expert.lr": lr, "seeds": [seed]}, [folder]))
+    frame = sweep_frame(points)
+    assert list(frame.columns[:3]) == ["expert.lr", "seeds", "experiment"]
+    table = sweep_table(frame, ["expert.lr", "seeds"], "a sweep")
+    cells = {str(column.header): [str(cell).strip() for cell in column.cells] for column in table.columns}
+    assert list(cells) == ["lr", "method", "linear", "ridge", "feature_ridge"]
+    assert cells["lr"] == ["0.1"] * 3 + ["0.01"] * 3
+    assert cells["method"] == ["none", "average", "coin"] * 2
+    own = frame[(frame["expert.lr"] == 0.1) & (frame["method"] == "coin") & (frame["decoder"] == "ridge")]
+    by_seed = own.groupby("seed")["nda"].mean()
+    assert cells["ridge"][2] == f"{100 * by_seed.mean():.1f} ± {100 * by_seed.std(ddof=1):.1f}"
+    assert cells["linear"][0] == "–"
+    assert [row.end_section for row in table.rows] == [False, False, True, False, False, False]
 
 
 def test_damaged_tables_are_one_clear_line(write_sweep: Write):
