@@ -83,6 +83,7 @@ class Resources:
         cpus: Ray's processor cores for each; with 0 Ray does not count them.
         gpus: GPUs for each, or a share of one.
         threads: PyTorch's threads for each.
+        front_ends: Processes of the front end, each with its own view of the servers.
         node: A Ray resource of which every server takes one: nodes that are started with one each
             (``ray start --resources='{"coin": 1}'``) then hold one server each, or serving does not start.
 
@@ -93,11 +94,12 @@ class Resources:
     cpus: float = 0.0
     gpus: float = 0.0
     threads: int = 1
+    front_ends: int = 1
     node: str | None = None
 
     def __post_init__(self) -> None:
-        if self.cpus < 0 or self.gpus < 0 or self.threads < 1:
-            raise ConfigurationError(f"found {self}, expected no negative number and at least one thread")
+        if self.cpus < 0 or self.gpus < 0 or self.threads < 1 or self.front_ends < 1:
+            raise ConfigurationError(f"found {self}, expected no negative number, at least one thread and front end")
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,7 @@ def application(system: System, resources: Resources, limits: Limits, inputs: In
 
     front = serve.deployment(serve.ingress(build)()).options(
         name="front-end",
+        num_replicas=resources.front_ends,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=2 * (limits.queries + inputs.uploads),
         **_STOPPING,

@@ -10,8 +10,8 @@ What the numbers mean:
   largest server, and of all.
 - The load is what own answers alone take up of the experts' capacity. What a policy asks on top costs on top: the
   column ``forwards`` says what that came to.
-- Servers take what waits in one batch, as the real ones do; a spare's batches are of one network. The front end takes
-  its own time for a query, one after the other, and every request takes a way there and back.
+- Servers take what waits in one batch, as the real ones do; a spare's batches are of one network. Front ends take
+  their own time for a query, one after the other, and every request takes a way there and back.
 - Effective accuracy is the mean over answers: experts' own, decoded ones and a spare's, with the accuracies that the
   experiment's results or a measurement give; NaN where neither does. Answers that never came count as wrong.
 

@@ -1,5 +1,7 @@
 """What machines are like in a simulation: how long they take, when they are slow, when they fail."""
 
+import heapq
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,21 +110,34 @@ class Failures:
 
 @dataclass(frozen=True)
 class FrontEndCost:
-    """What the front end adds. The defaults are what ``coin serve`` took on loopback, with two cores for everything.
+    """What the front end adds. The defaults are what ``coin serve`` took on loopback, on two cores for everything.
 
     Args:
         seconds: How long it is busy with one query.
         hop: How long a request to a server takes there and back, in seconds.
+        processes: How many front ends share the queries; none takes as many as keep them below half busy.
 
     Raises:
-        ConfigurationError: One of them is negative.
+        ConfigurationError: One of them is out of its range.
     """
 
-    seconds: float = 0.001
-    hop: float = 0.003
+    seconds: float = 0.01
+    hop: float = 0.005
+    processes: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.seconds >= 0 and self.hop >= 0, self, "no negative time")
+        fine = self.seconds >= 0 and self.hop >= 0 and (self.processes is None or self.processes > 0)
+        require(fine, self, "no negative time, and at least one process")
+
+    def entries(self, arrivals: NDArray[np.float64], rate: float) -> list[float]:
+        """Return when the front ends are done with reading queries that arrive at these times and at this rate."""
+        count = max(1, math.ceil(2 * rate * self.seconds)) if self.processes is None else self.processes
+        free = [0.0] * count
+        done = []
+        for arrival in arrivals.tolist():
+            done.append(max(heapq.heappop(free), arrival) + self.seconds)
+            heapq.heappush(free, done[-1])
+        return done
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ class _Simulation:
         layout, conditions, unit = case.layout, case.conditions, case.unit
         servers, machines = range(layout.num_servers), range(max(case.machines) + 1)
         self.case = case
-        self.arrivals = poisson_arrivals(case.rate, case.queries, case.seed).tolist()
+        arrivals = poisson_arrivals(case.rate, case.queries, case.seed)
+        self.arrivals, self.entries = arrivals.tolist(), conditions.front_end.entries(arrivals, case.rate)
         self.wanted = wanted_experts(case)
         self.warm_up = case.queries // 20
         self.deadline, self.cooldown = conditions.deadline * unit, conditions.cooldown * unit
@@ -91,10 +92,7 @@ class _Simulation:
         case, heap = self.case, self.heap
         for machine, turns in enumerate(self.turns):
             self._schedule_turn(machine, turns)
-        entries, free = [], 0.0
-        for arrival in self.arrivals:  # the front end takes one after the other
-            free = max(free, arrival) + case.conditions.front_end.seconds
-            entries.append(free)
+        entries = self.entries
         events = (self._complete, self._arrived, self._become_late, self._expire, self._lose, self._turn, self._try)
         last, place, now = len(entries), 0, 0.0
         while place < last or self.open:

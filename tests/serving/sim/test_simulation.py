@@ -132,7 +132,7 @@ def test_every_request_is_taken_off_its_server_once(kind: str, want: Want, batch
     layout = None if kind.startswith("coded") else spread_spares(3, 1)
     machines = () if layout is None else (0, 1, 2, 3, 3, 3)
     options = {"queue": 4, "want": want, "failures": failures, "deadline": 30.0, "batch": batch}
-    simulation = _Simulation(case(kind, layout, 0.8, machines=machines, front_end=FrontEndCost(0, 2 * MS), **options))
+    simulation = _Simulation(case(kind, layout, 0.8, machines=machines, front_end=FrontEndCost(0.0, 2 * MS), **options))
     outcome = simulation.run()
     assert simulation.held == [0] * len(simulation.held)
     assert 0 < outcome.failed < outcome.answers
@@ -279,10 +279,12 @@ def test_the_front_end_takes_its_time_and_its_way() -> None:
     front_end = FrontEndCost(seconds=2 * MS, hop=3 * MS)
     outcome = simulate(case("uncoded", Layout(3), 0.001, service, front_end=front_end))
     assert np.median(outcome.latencies) == pytest.approx(15 * MS)
-    busy = simulate(case("uncoded", Layout(3), 0.5, service, front_end=FrontEndCost(seconds=6 * MS)))
+    busy = simulate(case("uncoded", Layout(3), 0.5, service, front_end=FrontEndCost(6 * MS, 0.0, processes=1)))
     # 150 queries a second at 6 ms each: an M/D/1 queue at 0.9 before the servers, 27 ms of waiting in the mean
     free = simulate(case("uncoded", Layout(3), 0.5, service))
     assert busy.latencies.mean() - free.latencies.mean() > 20 * MS
+    enough = simulate(case("uncoded", Layout(3), 0.5, service, front_end=FrontEndCost(6 * MS, 0.0)))
+    assert enough.latencies.mean() - free.latencies.mean() < 10 * MS
 
 
 def test_outcomes_depend_neither_on_processes_nor_on_what_ran_before() -> None:
