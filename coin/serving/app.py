@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
 
 from coin.errors import CoinError, ConfigurationError, DataError, DeadlineError, OverloadedError, ServingError
 from coin.serving.front_end import FrontEnd
@@ -100,6 +101,8 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits) -> FastAP
                     read += part
                     if len(read) > limits.bytes:
                         raise too_large
+        except ClientDisconnect:
+            raise SlowError("found half a body, and nobody to send the rest") from None
         except TimeoutError:
             raise SlowError(f"found no end of the body within {limits.seconds:g} s; send it faster") from None
         finally:

@@ -3,11 +3,15 @@
 import asyncio
 import base64
 import io
+import os
+import random
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -81,18 +85,19 @@ def serve_toy() -> Iterator[Any]:
         thread = threading.Thread(target=server.run)
         thread.start()
         client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
-        running.append((server, thread, client))
+        running.append((toy, server, thread, client))
         while not server.started:
             time.sleep(0.01)
         return toy, client, port
 
     yield serve
-    for server, thread, client in running:
+    for toy, server, thread, client in running:
         client.close()
         server.should_exit = True
         server.force_exit = True
         thread.join(20)
         assert not thread.is_alive()
+        assert not toy.front.can_answer()  # it was stopped with the application
 
 
 def plain(*colour: int) -> np.ndarray:
@@ -220,11 +225,11 @@ def test_body_that_does_not_tell_its_length_is_not_read_beyond_the_limit(serve_t
     assert found.status_code == 413
 
 
-def half_sent(port: int) -> socket.socket:
-    """Begin an upload of a megabyte and send a thousandth of it."""
+def half_sent(port: int, length: int = 1_000_000) -> socket.socket:
+    """Begin an upload and send a hundred bytes of it."""
     connection = socket.create_connection(("127.0.0.1", port))
-    head = b"POST /v2/models/colours/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
-    connection.sendall(head + bytes(1000))
+    head = f"POST /v2/models/colours/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
+    connection.sendall(head.encode() + bytes(100))
     return connection
 
 
@@ -272,3 +277,83 @@ def test_a_client_of_tritons_reads_a_decoded_answer(serve_toy: Any) -> None:
     files_input.set_data_from_numpy(np.array([base64.b64decode(png(0, 200, 0))], dtype=object), binary_data=True)
     assert client.infer("colours", [files_input]).as_numpy("label").tolist() == ["green"]
     client.close()
+
+
+SECONDS = float(os.environ.get("COIN_LOAD_SECONDS", "4"))
+"""How long the mixed load lasts; 300 for evidence."""
+
+
+def test_good_clients_are_served_among_slow_oversized_and_broken_ones(serve_toy: Any) -> None:
+    """No answer is wrong, nobody waits longer than the deadline and a bit, and memory does not grow."""
+    limits = InputLimits(bytes=300_000, pixels=10_000, samples=64, seconds=1.0, uploads=64)
+    toy, client, port = serve_toy(limits, timeout=0.5, deadline=3.0, initial_lateness=0.1, cooldown=0.2)
+    end, draw = time.monotonic() + SECONDS, random.Random(0)
+    counts: Counter[str] = Counter()
+    waited: list[float] = []
+    memory: list[int] = []
+
+    def good(number: int) -> None:
+        own = random.Random(number)
+        with httpx.Client(base_url=client.base_url, timeout=20) as http:
+            while time.monotonic() < end:
+                colours = [[own.randrange(256) for _ in range(3)] for _ in range(own.choice([1, 1, 1, 3, 64]))]
+                body = pixels(np.stack([plain(*colour) for colour in colours]))
+                began = time.monotonic()
+                found = http.post("/v2/models/colours/infer", json=body)
+                waited.append(time.monotonic() - began)
+                counts[str(found.status_code)] += 1
+                if found.status_code == 200:
+                    data = {output["name"]: output["data"] for output in found.json()["outputs"]}
+                    counts["decoded"] += found.json()["parameters"]["decoded"]
+                    likely = torch.tensor(colours).float().mul(10 / 255).softmax(1)
+                    given = torch.tensor(data["probabilities"]).view(-1, 3)
+                    counts["wrong"] += int(not torch.allclose(given, likely, atol=1e-4))
+                else:
+                    assert found.status_code in (503, 504), found.text
+
+    def slow() -> None:
+        while time.monotonic() < end:
+            connections = [half_sent(port, 200_000) for _ in range(14)]
+            for connection in connections:
+                connection.settimeout(10)
+                counts["told to hurry"] += connection.recv(100).startswith(b"HTTP/1.1 408")
+                connection.close()
+
+    def broken() -> None:
+        with httpx.Client(base_url=client.base_url, timeout=20) as http:
+            while time.monotonic() < end:
+                half_sent(port, 1000).close()
+                bodies: list[Any] = [bytes(400_000), b"{", os.urandom(2000), b'{"inputs": [' + b"[" * 2000]
+                for body in bodies:
+                    status = http.post("/v2/models/all/infer", content=body).status_code
+                    assert status in (400, 413, 503), status
+                    counts["refused"] += 1
+                assert http.get("/health").status_code == 200
+                time.sleep(0.01)
+
+    def trouble() -> None:
+        while time.monotonic() < end:
+            toy.ways[draw.randrange(3)] = draw.choice(["", "", "raise", "hang"])
+            toy.ways[draw.randrange(3)] = ""
+            memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 if Path("/proc").exists() else 0)
+            time.sleep(0.3)
+
+    with ThreadPoolExecutor(16) as pool:
+        works = [pool.submit(good, number) for number in range(6)]
+        works += [pool.submit(work) for work in (slow, slow, broken, broken, trouble)]
+        for work in works:
+            work.result()
+    print(
+        dict(counts),
+        f"longest wait {max(waited):.2f} s",
+        f"memory {memory[len(memory) // 4] >> 20} → {memory[-1] >> 20} MiB",
+    )
+    assert counts["wrong"] == 0
+    assert counts["200"] > 20 * SECONDS
+    assert counts["decoded"] > 0
+    assert counts["told to hurry"] > 0
+    assert max(waited) < 8
+    assert max(memory) - memory[len(memory) // 4] < 200 * 2**20
+    toy.ways = ["", "", ""]
+    time.sleep(1)
+    assert client.get("/v2/health/ready").status_code == 200
