@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -25,7 +26,6 @@ from coin.serving.model import NetworkServer
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.protocol import Description
 from coin.serving.ray_app import RayOptions, System, application as ray_application, start
-from coin.serving.remote import local_folder
 from coin.serving.replies import ReplyFormat
 
 
@@ -42,7 +42,7 @@ def serve(
     """Serve an experiment until the process is told to stop.
 
     Args:
-        folder: An experiment's folder, whose first seed is taken, or a seed's; a URI is fetched.
+        folder: An experiment's folder, whose first seed is taken, or a seed's.
         method: The merge method whose coded models serve; none takes the first one in the results.
         batchnorm: The BatchNorm policy that its run asked for; none takes its first one.
         decoder: The decoder, as the results call it. A calibrated one is fitted anew on the experiment's calibration
@@ -80,7 +80,7 @@ def read_system(
 ) -> System:
     """Return what `serve` serves; the arguments are its own."""
     chosen = Policy(PolicyKind(policy), quantile)
-    root = local_folder(folder)
+    root = Path(folder)
     served = read_served(root, method, batchnorm, decoder)
     paths = list(served.experts.paths.values())
     width = served.experts.width
@@ -181,6 +181,6 @@ def main(arguments: Sequence[str]) -> None:
 
 def _parser() -> ArgumentParser:
     parser = command_parser("serve")
-    parser.add_argument("folder", type=str, help="An experiment's or a seed's folder, or its URI.")
+    parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
     parser.add_function_arguments(serve, skip={"folder", "say"})
     return parser

@@ -24,7 +24,6 @@ from coin.serving.limits import Limits
 from coin.serving.model import NetworkServer
 from coin.serving.policies import Policy
 from coin.serving.protocol import Description
-from coin.serving.remote import local_folder
 from coin.serving.replies import Reply, ReplyFormat, Server
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class System:
     """Everything that is served.
 
     Args:
-        folder: Where the networks' files are: a path that all machines see, or a URI.
+        folder: Where the networks' files are, a path that all machines see.
         processes: For every process, its name and its networks' files, relative to the folder.
         places: For every server in the order of the layout, its process and the network's place in it.
         names: The servers' names.
@@ -158,8 +157,7 @@ class ModelProcess:
         from ray import serve
 
         torch.set_num_threads(threads)
-        root = local_folder(folder)
-        self._networks = [NetworkServer(root / path, outputs, decoder, device) for path in paths]
+        self._networks = [NetworkServer(Path(folder, path), outputs, decoder, device) for path in paths]
         self._thread = ThreadPoolExecutor(1, "pass")
         batched = serve.batch(max_batch_size=batch, batch_wait_timeout_s=0.0)
         self._passes = [batched(self._pass_of(network)) for network in self._networks]
@@ -221,7 +219,7 @@ def application(system: System, resources: Resources, limits: Limits, inputs: In
     if resources.node is not None:
         actor["resources"] = {resources.node: 1}
     device, outputs = "cuda" if resources.gpus > 0 else "cpu", system.expects.outputs
-    shared = system.folder if "://" in system.folder else str(Path(system.folder).resolve())
+    shared = str(Path(system.folder).resolve())
     deployments = [
         serve.deployment(ModelProcess)
         .options(

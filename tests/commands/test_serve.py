@@ -26,7 +26,6 @@ from coin.reporting.results import asked_policy
 from coin.serving.front_end import FrontEnd
 from coin.serving.model import NetworkServer
 from coin.serving.ray_app import System
-from coin.serving.remote import local_folder
 from coin.serving.replies import Reply
 
 
@@ -96,18 +95,6 @@ def test_a_spare_holds_every_expert_and_answers_like_them(finished: Path) -> Non
     own, spare = asyncio.run(answers(1)), asyncio.run(answers(0))
     assert (spare.decoded, spare.answered_by) == (False, ("spare-0-digits",))
     torch.testing.assert_close(own.logits, spare.logits)
-
-
-def test_a_folder_may_be_a_uri_which_is_fetched_once(finished: Path, tmp_path: Path) -> None:
-    place = local_folder(f"file://{finished}", tmp_path)
-    served = read_served(place, "coin", "auto", "linear")
-    assert served.tasks == ("digits", "letters")
-    assert not list(place.rglob("*.fisher.safetensors"))
-    before = served.coded[0].stat().st_mtime_ns
-    assert local_folder(f"file://{finished}", tmp_path) == place
-    assert served.coded[0].stat().st_mtime_ns == before
-    with pytest.raises(FileError, match="cannot fetch 'nothing://here'"):
-        local_folder("nothing://here", tmp_path)
 
 
 def test_a_serve_yaml_builds_the_application(finished: Path) -> None:
