@@ -207,7 +207,7 @@ MISTAKES = {
     "mean of measured times": (["simulate", "FOLDER", "--service.seconds=1"], "measured times"),
     "share": (["simulate", "FOLDER", "--slowdown.share=1.5"], "1.5"),
     "queries": (["simulate", "FOLDER", *GIVEN, "--queries=3"], "3 queries"),
-    "queries of which intervals want more": (["simulate", "FOLDER", *GIVEN, "--queries=21"], "at least 22"),
+    "queries of which intervals want more": (["simulate", "FOLDER", *GIVEN, "--queries=27"], "at least 28"),
     "no loads": (["simulate", "FOLDER", *GIVEN, "--loads=[]"], "no loads"),
 }
 

@@ -11,8 +11,8 @@ from coin.serving.layout import Layout
 from coin.serving.policies import Policy
 from coin.serving.sim.scenario import Conditions, require
 
-_FEWEST = 22
-"""Queries: a twentieth of them warms the system up, and intervals want 20 at least."""
+_FEWEST = 28
+"""Queries: a quarter of them warms the system up, and intervals want 20 at least."""
 
 
 class Want(StrEnum):
@@ -36,7 +36,7 @@ class Case:
         load: The share of the experts' capacity that own answers alone take up, one at a time, in (0, 1).
         machines: Every server's machine, which runs one batch at a time; none gives each server one of its own.
         want: Whose answers a query wants.
-        queries: How many, the first twentieth included, which warms the system up and is not reported.
+        queries: How many, the first quarter included, which warms the system up and is not reported.
         seed: Of everything random. Cases that differ in their policy alone see the same queries and phases.
         decoding: Seconds that it takes to decode.
 

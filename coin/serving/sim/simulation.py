@@ -53,7 +53,7 @@ class _Simulation:
         arrivals = poisson_arrivals(case.rate, case.queries, case.seed)
         self.arrivals, self.entries = arrivals.tolist(), conditions.front_end.entries(arrivals, case.rate)
         self.wanted = wanted_experts(case)
-        self.warm_up = case.queries // 20
+        self.warm_up = case.queries // 4
         self.deadline, self.cooldown = conditions.deadline * unit, conditions.cooldown * unit
         self.hop, self.detection = conditions.front_end.hop, conditions.failures.detection * unit
         self.lateness: dict[int, Lateness] = {}
@@ -128,7 +128,10 @@ class _Simulation:
 
     def _lateness(self, wanted: int) -> Lateness:
         if wanted not in self.lateness:
-            self.lateness[wanted] = Lateness(self.case.policy.quantile, 3 * self.case.unit, longest=self.deadline)
+            # As in a system that has run for long: a first slow phase would else teach it to wait for too long.
+            self.lateness[wanted] = Lateness(
+                self.case.policy.quantile, 3 * self.case.unit, longest=self.deadline, experience=4000
+            )
         return self.lateness[wanted]
 
     def _push(self, when: float, kind: int, where: int, item: Any) -> None:

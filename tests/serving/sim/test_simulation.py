@@ -90,7 +90,7 @@ def test_latencies_are_those_of_lindleys_recursion() -> None:
     for arrival in arrivals:
         free = max(free, arrival) + next(services)
         expected.append(free - arrival)
-    np.testing.assert_allclose(simulate(it).latencies, expected[150:], rtol=1e-9)
+    np.testing.assert_allclose(simulate(it).latencies, expected[750:], rtol=1e-9)
 
 
 def test_replicated_server_takes_the_faster_of_two() -> None:
