@@ -115,7 +115,7 @@ def test_decoding_at_once_is_an_order_statistic() -> None:
 @pytest.mark.parametrize("kind", ["coded_proactive", "coded_hedged"])
 @pytest.mark.parametrize("quantile", [0.6, 0.9])
 def test_share_that_is_late_is_what_the_quantile_says(kind: str, quantile: float) -> None:
-    outcome = simulate(case(kind, load=0.001, quantile=quantile, queries=10_000))
+    outcome = simulate(case(kind, load=0.001, quantile=quantile, queries=40_000))
     late = outcome.forwards - 1 if kind == "coded_hedged" else None
     decoded = sum(outcome.decoded.values()) / outcome.answers
     assert 0 < decoded <= 1 - quantile + 0.02
