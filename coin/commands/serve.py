@@ -47,8 +47,9 @@ def serve(
         batchnorm: The BatchNorm policy that its run asked for; none takes its first one.
         decoder: The decoder, as the results call it. A calibrated one is fitted anew on the experiment's calibration
             samples.
-        policy: Decides whom a query asks.
-        quantile: Of the time that own answers take, after which the coded policies take them for late.
+        policy: Decides whom a query asks. With ``hedged`` and ``replicated`` spares hold every expert, as many
+            as the code has rows, in place of the coded models; with ``uncoded`` there is neither.
+        quantile: Of the time that own answers take, after which they are late.
         ray: Where and how to serve.
         say: Tells the user.
 
