@@ -82,7 +82,7 @@ def print_simulation(rows: pd.DataFrame, console: Console) -> None:
         console.print(simulation_table(group, f"{experts} experts, {want} wanted, load {load:g}"))
     console.print(
         Text(
-            "p50 and p99.9 in ms with its 95 % interval, ∞ where too many queries failed; memory of weights in MiB, of "
+            "p99.9 in ms with its 95 % interval, ∞ where too many queries failed; memory of weights in MiB, of "
             "the largest server and in all; answers that were decoded or came from a copy or spare, and that never "
             "came, in %; forward passes a query; effective accuracy in %, – where it was not measured."
         )
@@ -92,14 +92,13 @@ def print_simulation(rows: pd.DataFrame, console: Console) -> None:
 def simulation_table(rows: pd.DataFrame, title: str) -> Table:
     """Return one table."""
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("redundancy", overflow="fold")
-    for heading in ("p50", "p99.9", "", "server", "in all", "stood in", "failed", "forw.", "acc."):
+    table.add_column("redundancy", no_wrap=True)
+    for heading in ("p99.9", "", "server", "in all", "stood\nin", "failed", "forw.", "acc."):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows.to_dict("records"):
         name = str(row["redundancy"]) + (f", q = {row['quantile']:g}" if rows["quantile"].nunique() > 1 else "")
         table.add_row(
             name if row["extras"] < 2 else f"{name}, {row['extras']}",
-            milliseconds(row["p50"]),
             milliseconds(row["p999"]),
             f"[{milliseconds(row['p999_low'])}, {milliseconds(row['p999_high'])}]".replace("[", "\\["),
             f"{row['memory_server'] / 2**20:.0f}",
