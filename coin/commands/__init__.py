@@ -10,6 +10,7 @@ COMMANDS = {
     "report": "Write the report of finished experiments.",
     "serve": "Serve an experiment's experts and coded models over HTTP, on Ray Serve.",
     "simulate": "Simulate the tail latency of coded serving with an experiment's networks.",
+    "advise": "Say which redundancy to buy for an experiment's experts, from a budget of servers and memory.",
     "dashboard": "Make a W&B workspace of a project's experiments, online.",
     "validate": "Measure an expert on the validation split.",
     "test": "Measure an expert on the test set.",

@@ -1,86 +1,66 @@
-"""``coin simulate``: the serving policies over an experiment's networks and results."""
+"""``coin simulate``: how late answers are, and how right, by what extra servers hold."""
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
+from matplotlib.figure import Figure
 
-from coin.coding import Code
+from coin.commands.fleet import Chosen, read_fleet
 from coin.commands.parser import command_parser, parsed
-from coin.commands.served import Accuracies, Served, read_accuracies, read_served, results_folders
 from coin.errors import ConfigurationError
 from coin.files.atomic import atomic_path, write_text
 from coin.options import described
-from coin.reporting import print_simulation
 from coin.reporting.figures import as_png
-from coin.reporting.results import read_results
-from coin.reporting.simulation import LEVELS, SIMULATION_CSV, SIMULATION_JSON, SimulationRow, write_simulation
-from coin.reporting.simulation_plots import accuracy_against_latency, latency_against_load
 from coin.reporting.tables import results_console
-from coin.serving.case import Case, Outcome, Want
-from coin.serving.decodings import coded_layout
-from coin.serving.grid import simulate_all
-from coin.serving.layout import spread_copies
-from coin.serving.measure import measure_decoding, measure_service
-from coin.serving.model import NetworkServer
-from coin.serving.policies import Policy, PolicyKind, make_policy
-from coin.serving.replies import ReplyFormat
-from coin.serving.scenario import Failures, Scenario, Service, ServiceKind, Slowdown, uniform_samples
-from coin.serving.tails import tail_intervals
+from coin.serving.sim.case import Case, Want
+from coin.serving.sim.measure import Precision
+from coin.serving.sim.plots import tail_against_load, tail_against_memory
+from coin.serving.sim.redundancy import Failover, Fleet, Redundancy
+from coin.serving.sim.scenario import Conditions, require
+from coin.serving.sim.simulation import simulate_all
+from coin.serving.sim.table import SIMULATION_CSV, as_row, print_simulation, write_simulation
 from coin.versions import versions
 
-LOADS = (0.2, 0.4, 0.6, 0.8, 0.9)
+SEEDS = 20
 
 
 def simulate(
     folder: str,
-    method: str | None = None,
-    batchnorm: str | None = None,
-    decoder: str = "linear",
+    conditions: Conditions = Conditions(),  # noqa: B008 (frozen)
+    chosen: Chosen = Chosen(),  # noqa: B008 (frozen)
     wants: list[Want] | None = None,
-    policies: list[PolicyKind] | None = None,
+    policies: list[Redundancy] | None = None,
     quantiles: list[float] | None = None,
     loads: list[float] | None = None,
-    queries: int = 100_000,
+    experts: list[int] | None = None,
+    extras: list[int] | None = None,
+    queries: int = 20_000,
     seeds: list[int] | None = None,
-    service: Service = Service(),  # noqa: B008 (frozen)
-    slowdown: Slowdown = Slowdown(),  # noqa: B008 (frozen)
-    failures: Failures = Failures(),  # noqa: B008 (frozen)
-    deadline: float = 1000.0,
-    queue: int = 256,
-    cooldown: float = 100.0,
+    failover: Failover | None = None,
     jobs: int | None = None,
     output: str | None = None,
-) -> list[SimulationRow]:
-    """Simulate how late answers are, and how right, under every serving policy at the same number of servers.
-
-    With N experts and R coded models every policy has N + R servers: the policies without coding have R copies of
-    experts instead. The load is the share of the experts' capacity that own answers alone take up; what a policy asks
-    beyond them comes on top.
+) -> pd.DataFrame:
+    """Simulate how late answers are, and how right, by what R servers beside the N experts' hold.
 
     Args:
         folder: An experiment's folder, or a seed's.
-        method: The merge method whose coded models serve; none takes the first one in the results.
-        batchnorm: The BatchNorm policy that its run asked for; none takes its first one.
-        decoder: The decoder, as the results call it.
+        conditions: What machines and the front end are like.
+        chosen: Which of the experiment's coded systems.
         wants: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'; none takes both.
-        policies: The policies; none takes all.
-        quantiles: Of the time that own answers take, after which the coded policies take them for late; none takes
-            0.9.
-        loads: The loads; none takes 0.2, 0.4, 0.6, 0.8 and 0.9.
+        policies: What the extra servers hold; none takes all for which nothing but the results is needed. For
+            ``spare_half`` and ``spare_int8`` the experts' accuracy is measured with rounded weights.
+        quantiles: Of the time that own answers take, after which they are late; none takes 0.9.
+        loads: The loads; none takes 0.2, 0.4 and 0.6.
+        experts: Numbers of experts; none takes the experiment's. With others, experts are repeated, and the accuracy of
+            decoded answers is not known.
+        extras: Numbers of extra servers; none takes the number of the experiment's coded models.
         queries: Queries per seed, policy and load.
-        seeds: Of arrivals, service times and phases; none takes 0.
-        service: How long a server takes.
-        slowdown: Phases in which servers are slow.
-        failures: Phases in which servers are down.
-        deadline: After how many mean service times a query fails.
-        queue: The most requests that wait for one server.
-        cooldown: After how many mean service times a server is tried again that is believed to be down.
+        seeds: Of arrivals, service times and phases; none takes 20.
+        failover: A small network for all tasks, for the policy of that name.
         jobs: Processes; one a processor core by default.
         output: Where ``simulation.csv``, ``simulation.json`` and the figures go; none takes `folder`.
 
@@ -91,152 +71,92 @@ def simulate(
         ConfigurationError: An option is out of its range, or the experiment has no such results.
         FileError: A file is missing or damaged, or cannot be written.
     """
-    wants, seeds = [Want(want) for want in wants or Want], [0] if seeds is None else seeds
-    loads = list(LOADS) if loads is None else loads
-    if not loads:
-        raise ConfigurationError("found no loads, expected one at least; leave the option out for all of them")
-    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ConfigurationError(f"found seeds {seeds}, expected distinct numbers of at least 0")
-    chosen = _policies(policies, quantiles)
-    folders = results_folders(Path(folder))
-    served = read_served(Path(folder), method, batchnorm, decoder)
-    system = _System.of(served, service, slowdown, failures)
-    limits = {"queries": queries, "deadline": deadline, "queue": queue, "cooldown": cooldown}
-    cases = [
-        system.case(policy, load=load, want=want, seed=seed, **limits)
+    wants, quantiles = [Want(want) for want in wants or Want], quantiles or [0.9]
+    loads = [0.2, 0.4, 0.6] if loads is None else loads
+    seeds = list(range(SEEDS)) if seeds is None else seeds
+    require(bool(loads), "no loads", "one at least; leave the option out for all of them")
+    require(bool(seeds) and len(set(seeds)) == len(seeds) and min(seeds) >= 0, f"seeds {seeds}", "distinct ones from 0")
+    kinds = [Redundancy(kind) for kind in policies or _known(failover)]
+    rounded = [kind.precision for kind in kinds if kind.precision not in (None, Precision.full)]
+    served, fleet, conditions = read_fleet(Path(folder), chosen, conditions, rounded, failover)
+    if Redundancy.failover in kinds and failover is None:
+        raise ConfigurationError(
+            "found policy failover, expected what its network is like; give --failover.accuracy, …"
+        )
+    grid = [
+        (kind, sized, conditions, quantile, {"load": load, "want": want, "queries": queries})
         for want in wants
+        for count in experts or [fleet.code.num_experts]
         for load in loads
-        for policy in chosen
-        for seed in seeds
+        for extra in extras or [fleet.code.num_coded]
+        for sized in [fleet.resized(count, extra)]
+        for kind in kinds
+        for quantile in (quantiles[:1] if kind is Redundancy.uncoded else quantiles)
     ]
-    outcomes = simulate_all(cases, jobs)
-    accuracies = read_accuracies(folders, served.method, served.batchnorm, decoder)
-    name = str(read_results(folders[0])["experiment"].iloc[0])
-    count = len(seeds)
-    rows = [
-        _row(name, served, accuracies, cases[start], outcomes[start : start + count])
-        for start in range(0, len(cases), count)
-    ]
+    rows = simulate_rows(grid, seeds, jobs)
+    place = Path(folder if output is None else output)
+    write_simulation(place / SIMULATION_CSV, rows)
     options = {
-        **limits, "method": served.method, "batchnorm": served.batchnorm, "decoder": decoder, "wants": wants,
-        "policies": [(policy.kind, policy.quantile) for policy in chosen], "loads": loads, "seeds": seeds,
-        "service": service, "slowdown": slowdown, "failures": failures, "decoding_seconds": system.decoding,
-        "service_times": [each.tolist() for each in (*system.experts, *system.coded)],
+        "method": served.method, "batchnorm": served.batchnorm, "decoder": served.decoder.name, "seeds": seeds,
+        "conditions": conditions, "failover": failover, "code": fleet.code.matrix.tolist(),
+        "service_seconds": [float(each.mean()) for each in (*fleet.expert_seconds, *fleet.coded_seconds)],
     }  # fmt: skip
-    _write(Path(folder if output is None else output), rows, described(options))
+    text = json.dumps({"options": described(options), "versions": versions()}, indent=1) + "\n"
+    write_text(place / "simulation.json", text)
+    middle = loads[len(loads) // 2]
+    draw(place / "plots" / "simulation-memory.png", tail_against_memory(rows[rows["load"] == middle]))
+    for count in dict.fromkeys(rows["experts"]):
+        name = f"simulation-load-{count}.png"
+        draw(place / "plots" / name, tail_against_load(rows[rows["experts"] == count]))
     return rows
 
 
-def _policies(kinds: list[PolicyKind] | None, quantiles: list[float] | None) -> list[Policy]:
-    """Return the policies, the coded ones once with every quantile."""
-    plain = [make_policy(kind) for kind in kinds or PolicyKind]
-    return [
-        each
-        for policy in plain
-        for each in ([make_policy(policy.kind, q) for q in quantiles] if policy.coded and quantiles else [policy])
-    ]
+def _known(failover: Failover | None) -> list[Redundancy]:
+    """Return the policies that need no measured accuracy beyond the results."""
+    unknown = (Redundancy.spare_half, Redundancy.spare_int8, *((Redundancy.failover,) if failover is None else ()))
+    return [kind for kind in Redundancy if kind not in unknown]
 
 
-@dataclass(frozen=True)
-class _System:
-    """The code, and the service times in seconds of each of its experts' and coded models' servers and of decoding."""
-
-    code: Code
-    experts: tuple[NDArray[np.float64], ...]
-    coded: tuple[NDArray[np.float64], ...]
-    decoding: float
-    service: Service
-    slowdown: Slowdown
-    failures: Failures
-
-    @classmethod
-    def of(cls, served: Served, service: Service, slowdown: Slowdown, failures: Failures) -> "_System":
-        """Measure the networks and the decoder of an experiment, or take the service times that are given."""
-        code = served.code
-        if service.kind is not ServiceKind.measured:
-            if service.seconds is None:
-                raise ConfigurationError(f"found {service.kind} service times without a mean, give service.seconds")
-            experts = uniform_samples(service.seconds, code.num_experts)
-            return cls(code, experts, experts[:1] * code.num_coded, 0.0, service, slowdown, failures)
-        width = served.experts.width
-        paths = [*served.experts.paths.values(), *served.coded]
-        times = []
-        for path in paths:
-            server = NetworkServer(path, width, served.decoder)
-            times.append(measure_service(server))
-        widths = server.feature_widths()
-        expects = ReplyFormat(width, None if widths is None else sum(widths))
-        decoding = float(np.median(measure_decoding(code, served.decoder, expects, widths)))
-        count = code.num_experts
-        return cls(code, tuple(times[:count]), tuple(times[count:]), decoding, service, slowdown, failures)
-
-    def case(self, policy: Policy, **options: Any) -> Case:
-        """Return a case of this system under a policy; every policy has as many servers."""
-        if policy.coded:
-            layout, samples = coded_layout(self.code), (*self.experts, *self.coded)
-        else:
-            layout = spread_copies(self.code.num_experts, self.code.num_coded)
-            samples = (*self.experts, *(self.experts[expert] for expert in layout.copies))
-        mean = float(np.mean([each.mean() for each in self.experts]))
-        scenario = Scenario(samples, self.service, self.slowdown, self.failures, mean)
-        return Case(layout, policy, scenario, decoding=self.decoding, **options)
-
-
-def _row(name: str, served: Served, accuracies: Accuracies, case: Case, outcomes: Sequence[Outcome]) -> SimulationRow:
-    """Return what the seeds of one case come to."""
-    answers = sum(outcome.answers for outcome in outcomes)
-    decoded = {
-        size: sum(outcome.decoded.get(size, 0) for outcome in outcomes) / answers
-        for size in sorted({size for outcome in outcomes for size in outcome.decoded})
-    }
-    share, failed = sum(decoded.values()), sum(outcome.failed for outcome in outcomes) / answers
-    right = sum(part * accuracies.decoded.get(size, math.nan) for size, part in decoded.items())
-    intervals = tail_intervals([outcome.latencies for outcome in outcomes], list(LEVELS.values()))
-    latencies = {
-        f"{column}{part}": getattr(interval, value)
-        for column, interval in zip(LEVELS, intervals, strict=True)
-        for part, value in (("", "value"), ("_low", "low"), ("_high", "high"))
-    }
-    return SimulationRow(
-        experiment=name,
-        method=served.method,
-        batchnorm=served.batchnorm,
-        decoder=served.decoder.name,
-        want=str(case.want),
-        policy=str(case.policy.kind),
-        quantile=case.policy.quantile if case.policy.coded else math.nan,
-        load=case.load,
-        servers=case.layout.num_servers,
-        queries=case.queries,
-        seeds=len(outcomes),
-        **latencies,
-        share_decoded=share,
-        share_failed=failed,
-        forwards=float(np.mean([outcome.forwards for outcome in outcomes])),
-        utilisation=float(np.mean([outcome.utilisation for outcome in outcomes])),
-        expert_accuracy=accuracies.expert,
-        decoded_accuracy=right / share if share else math.nan,
-        effective_accuracy=(1 - share - failed) * accuracies.expert + right,
-        service_seconds=case.scenario.unit * (1 + case.scenario.service.tail),
-        decoding_seconds=case.decoding,
+def simulate_rows(
+    grid: Sequence[tuple[Redundancy, Fleet, Conditions, float, dict[str, Any]]], seeds: Sequence[int], jobs: int | None
+) -> pd.DataFrame:
+    """Return a row for each redundancy of a fleet with its quantile and the case's options; what is alike runs once."""
+    cases: dict[tuple[Any, ...], list[Case]] = {}
+    keys = []
+    for kind, fleet, conditions, quantile, options in grid:
+        # Weights that are kept otherwise take as long.
+        timed = Redundancy.spare if kind.precision is not None else kind
+        key = (timed, id(fleet.code), fleet.code.num_experts, fleet.code.num_coded, quantile, *options.values())
+        keys.append(key)
+        if key not in cases:
+            cases[key] = [fleet.case(kind, conditions, quantile, seed=seed, **options) for seed in seeds]
+    outcomes = simulate_all([case for group in cases.values() for case in group], jobs)
+    found = {key: outcomes[place * len(seeds) : (place + 1) * len(seeds)] for place, key in enumerate(cases)}
+    return pd.DataFrame(
+        [as_row(kind, fleet, cases[key][0], found[key]) for (kind, fleet, *_), key in zip(grid, keys, strict=True)]
     )
 
 
-def _write(folder: Path, rows: Sequence[SimulationRow], options: Any) -> None:
-    write_simulation(folder, rows)
-    write_text(folder / SIMULATION_JSON, json.dumps({"options": options, "versions": versions()}, indent=1) + "\n")
-    for want in dict.fromkeys(row.want for row in rows):
-        chosen = [row for row in rows if row.want == want]
-        for what, draw in (("latency", latency_against_load), ("accuracy", accuracy_against_latency)):
-            with atomic_path(folder / "plots" / f"simulation-{want}-{what}.png") as temporary:
-                temporary.write_bytes(as_png(draw(chosen)))
+def draw(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(as_png(figure))
+
+
+def conditions_of(options: dict[str, Any]) -> tuple[Conditions, Chosen]:
+    """Take what `Conditions` and `Chosen` are made of out of a command's options."""
+    made = [kind(**{each.name: options.pop(each.name) for each in fields(kind)}) for kind in (Conditions, Chosen)]
+    return made[0], made[1]  # type: ignore[return-value]
 
 
 def main(arguments: Sequence[str]) -> None:
     """Simulate, and print the table."""
     parser = command_parser("simulate")
     parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
-    parser.add_function_arguments(simulate, skip={"folder"})
+    parser.add_class_arguments(Conditions)
+    parser.add_class_arguments(Chosen)
+    parser.add_function_arguments(simulate, skip={"folder", "conditions", "chosen"})
     options = parsed(parser, arguments)
-    print_simulation(simulate(**options), results_console(100))
+    conditions, chosen = conditions_of(options)
+    print_simulation(simulate(conditions=conditions, chosen=chosen, **options), results_console())
     print(f"table: {Path(options['output'] or options['folder']) / SIMULATION_CSV}")

@@ -13,7 +13,6 @@ from coin.reporting.results import (
     read_results,
     write_results,
 )
-from coin.reporting.simulation import SimulationRow, print_simulation, read_simulation, write_simulation
 from coin.reporting.summary import read_summary, summarise, write_summary
 from coin.reporting.tables import nda_tables, print_summary
 
@@ -21,25 +20,21 @@ __all__ = [
     "COLUMNS",
     "Examples",
     "Row",
-    "SimulationRow",
     "as_json",
     "confusion_key",
     "findings",
     "nda_tables",
-    "print_simulation",
     "print_summary",
     "read_configuration",
     "read_confusions",
     "read_examples",
     "read_layers",
     "read_results",
-    "read_simulation",
     "read_summary",
     "summarise",
     "write_examples",
     "write_layers",
     "write_report",
     "write_results",
-    "write_simulation",
     "write_summary",
 ]

@@ -4,29 +4,26 @@ from coin.errors import ConfigurationError
 
 
 class Breaker:
-    """Believes a server to be down after several failures on end, and lets a query try it again now and then.
+    """Believes a server to be down after several failures on end, until it has answered.
+
+    Queries only look; that a server is tried again, and when, is its queue's business (`coin.serving.server_queue`).
 
     Args:
         failures: So many failures without an answer in between.
-        cooldown: Seconds from one try to the next.
 
     Raises:
-        ConfigurationError: An option is out of its range.
+        ConfigurationError: That is less than one.
     """
 
-    def __init__(self, failures: int = 3, cooldown: float = 1.0) -> None:
-        if failures < 1 or cooldown <= 0:
-            raise ConfigurationError(
-                f"found failures={failures}, cooldown={cooldown} of a breaker, expected at least 1 and a positive time"
-            )
+    def __init__(self, failures: int = 3) -> None:
+        if failures < 1:
+            raise ConfigurationError(f"found failures={failures} of a breaker, expected at least 1")
         self.failures = failures
-        self.cooldown = cooldown
         self._count = 0
-        self._closed_until = 0.0
 
     @property
     def is_down(self) -> bool:
-        """Whether the server is believed to be down."""
+        """Whether the server is believed to be down: queries do without it if they can."""
         return self._count >= self.failures
 
     @property
@@ -38,16 +35,6 @@ class Breaker:
         """Note an answer."""
         self._count = 0
 
-    def fail(self, now: float) -> None:
+    def fail(self) -> None:
         """Note a failure."""
         self._count += 1
-        self._closed_until = now + self.cooldown
-
-    def refuses(self, now: float) -> bool:
-        """Whether a query should do without the server; after the cooldown, one query is let through."""
-        if self._count < self.failures:
-            return False
-        if now < self._closed_until:
-            return True
-        self._closed_until = now + self.cooldown
-        return False

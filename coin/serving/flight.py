@@ -31,13 +31,26 @@ class Flight:
             a query that tries such a server does not wait for it.
     """
 
-    __slots__ = ("arrived", "asked", "avoided", "decoded", "late", "layout", "lost", "policy", "state", "wanted")
+    __slots__ = (
+        "arrived",
+        "asked",
+        "avoided",
+        "decoded",
+        "late",
+        "layout",
+        "loads",
+        "lost",
+        "policy",
+        "state",
+        "wanted",
+    )
 
     def __init__(self, layout: Layout, policy: Policy, wanted: int, patient: bool = True) -> None:
         self.layout = layout
         self.policy = policy
         self.wanted = wanted
         self.late = not patient
+        self.loads: Sequence[int] = ()
         self.asked = self.arrived = self.lost = self.avoided = 0
         self.decoded = 0
         """The wanted experts whose answers are to be decoded, once the query is answered."""
@@ -57,17 +70,18 @@ class Flight:
         """Return the servers to ask at first.
 
         Args:
-            loads: The number of requests at each server.
+            loads: The number of requests at each server, now and later on.
             down: Servers that are believed to be down; they are left out if the others suffice.
         """
         layout = self.layout
+        self.loads = loads
         usable = layout.everyone & ~down
         if down and not layout.covers(usable, self.wanted):
             usable = layout.everyone
         self.avoided = layout.everyone & ~usable
         chosen = self.policy.first(layout, self.wanted, usable, loads)
         if self.late:
-            chosen |= self.policy.when_late(layout, usable & ~chosen)
+            chosen |= self.policy.when_late(layout, usable & ~chosen, self.wanted, loads)
         self.asked = chosen
         return chosen or self._last_resort()
 
@@ -83,14 +97,14 @@ class Flight:
         if not layout.covers(layout.everyone & ~self.lost, self.wanted):
             self.state = State.failed
             return 0
-        chosen = self.policy.after_loss(layout, self._left(), self.missing, self.expected)
+        chosen = self.policy.after_loss(layout, self._left(), self.missing, self.expected, self.loads)
         self.asked |= chosen
         return chosen | self._settle()
 
     def become_late(self) -> int:
         """Stop to wait for own answers; return the servers to ask now."""
         self.late = True
-        chosen = self.policy.when_late(self.layout, self._left())
+        chosen = self.policy.when_late(self.layout, self._left(), self.missing, self.loads)
         self.asked |= chosen
         return chosen | self._settle()
 

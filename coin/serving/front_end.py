@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor
 
-from coin.errors import ConfigurationError, DeadlineError, LostError, OverloadedError, ServingError
-from coin.serving.breaker import Breaker
+from coin.errors import ConfigurationError, DeadlineError, DecodingError, LostError, OverloadedError, ServingError
 from coin.serving.decodings import Decodings
 from coin.serving.flight import Flight, State
 from coin.serving.lateness import Lateness
@@ -21,11 +21,18 @@ from coin.serving.replies import Answer, Reply, ReplyFormat, Server
 from coin.serving.server_queue import Request, ServerQueue
 
 
+class _Part(NamedTuple):
+    logits: Tensor
+    decoded: bool
+    answered_by: tuple[str, ...]
+
+
 @dataclass(eq=False)
 class _Query:
     flight: Flight
     inputs: Tensor
     finished: asyncio.Future[None]
+    lateness: Lateness | None
     requests: dict[int, Request] = field(default_factory=dict)
     replies: dict[int, Reply] = field(default_factory=dict)
 
@@ -33,15 +40,17 @@ class _Query:
 class FrontEnd:
     """Answers queries from experts and, where an expert is late or lost, from the others and the coded models.
 
-    Every query gets one answer or one `ServingError`, by its deadline at the latest. All timing is that of the running
-    event loop: a loop with a virtual clock makes everything here deterministic. Use it as an async context manager, or
-    call `start` and `stop`.
+    Every query gets one answer or one `ServingError`, by its deadline at the latest. A query with more inputs than a
+    batch takes is cut into batches, which go one after the other and are never hedged: what takes long because it is
+    large must not be sent to everybody. All timing is that of the running event loop: a loop with a virtual clock makes
+    everything here deterministic. Use it as an async context manager, or call `start` and `stop`.
 
     Args:
         servers: What asks each server, in the order of the layout: experts, coded models, copies.
         layout: The servers; `Decodings.layout` or `coin.serving.layout.spread_copies`.
         policy: Decides whom to ask.
         expects: What a valid reply looks like.
+        probe: One input ``[1, ...]``, that a server is tried with while it is believed to be down.
         decodings: The decoders; needed where the layout has coded models.
         limits: What bounds the waiting.
         names: The servers' names.
@@ -56,6 +65,7 @@ class FrontEnd:
         layout: Layout,
         policy: Policy,
         expects: ReplyFormat,
+        probe: Tensor,
         decodings: Decodings | None = None,
         limits: Limits = Limits(),  # noqa: B008 (frozen)
         names: Sequence[str] | None = None,
@@ -70,23 +80,16 @@ class FrontEnd:
         self.policy = policy
         self.limits = limits
         self.names = tuple(names) if names is not None else tuple(str(index) for index in range(len(servers)))
-        self.lateness = Lateness(policy.quantile, limits.initial_lateness, longest=limits.deadline)
+        self.lateness: dict[tuple[int, int], Lateness] = {}
+        """By the set of wanted experts and the size class of the query, the bits of its number of inputs."""
         self.counts: Counter[str] = Counter()
         """Queries by how they ended, and ``decoded``: the answers that were."""
         self.queues = [
-            ServerQueue(
-                name,
-                server,
-                expects,
-                Breaker(limits.failures, limits.cooldown),
-                limit=limits.queue,
-                max_batch=limits.batch,
-                timeout=limits.timeout,
-            )
-            for name, server in zip(self.names, servers, strict=True)
+            ServerQueue(name, server, expects, probe, limits) for name, server in zip(self.names, servers, strict=True)
         ]
         self._decodings = decodings
         self._in_flight: set[_Query] = set()
+        self._open = 0
         self._running = False
 
     async def __aenter__(self) -> Self:
@@ -110,6 +113,12 @@ class FrontEnd:
         for query in list(self._in_flight):
             self._end(query, ServingError("the front end is stopping; ask again later"))
         await asyncio.gather(*(queue.stop() for queue in self.queues))
+
+    def can_answer(self, experts: int | None = None) -> bool:
+        """Whether the servers that are believed to be up suffice for a set of experts; none means all."""
+        up = sum(1 << place for place, queue in enumerate(self.queues) if not queue.breaker.is_down)
+        wanted = self.layout.every_expert if experts is None else experts
+        return self._running and self.layout.covers(up, wanted)
 
     async def ask(self, inputs: Tensor, expert: int) -> Answer:
         """Return an expert's answer to inputs ``[B, ...]``.
@@ -137,41 +146,66 @@ class FrontEnd:
                 )
         if not self._running:
             raise ServingError("the front end is not running; call start first")
-        if len(self._in_flight) >= self.limits.queries:
+        if self._open >= self.limits.queries:
             self.counts["overloaded"] += 1
-            raise OverloadedError(
-                f"{len(self._in_flight)} queries are under way, the most there may be; ask again later"
-            )
+            raise OverloadedError(f"{self._open} queries are under way, the most there may be; ask again later")
         loop = asyncio.get_running_loop()
         began = loop.time()
+        pieces = torch.split(inputs, self.limits.batch)
+        self._open += 1
+        try:
+            found = [
+                await self._piece(piece, experts, began + self.limits.deadline, hedged=len(pieces) == 1)
+                for piece in pieces
+            ]
+        except (ServingError, DecodingError, asyncio.CancelledError) as error:
+            self.counts[_ENDS.get(type(error), "stopped")] += 1
+            raise
+        finally:
+            self._open -= 1
+        seconds = loop.time() - began
+        answers = [
+            _joined(expert, parts, seconds) for expert, parts in zip(experts, zip(*found, strict=True), strict=True)
+        ]
+        self.counts["answered"] += 1
+        self.counts["decoded"] += sum(answer.decoded for answer in answers)
+        return answers
+
+    async def _piece(self, inputs: Tensor, experts: Sequence[int], deadline: float, hedged: bool) -> list[_Part]:
+        """Ask for no more inputs than a batch takes, and return each expert's part of the answer."""
+        loop = asyncio.get_running_loop()
         wanted = sum(1 << expert for expert in experts)
         down = doubted = 0
         for place, queue in enumerate(self.queues):
-            if queue.breaker.refuses(began):
+            if queue.breaker.is_down:
                 down |= 1 << place
             elif queue.breaker.is_doubted:
                 doubted |= 1 << place
-        patience = self.lateness.seconds if not doubted & self.layout.hosts(wanted) else 0.0
-        flight = Flight(self.layout, self.policy, wanted, patient=patience > 0)
-        query = _Query(flight, inputs, loop.create_future())
+        lateness = self._lateness(wanted, len(inputs)) if hedged and self.policy.hedges else None
+        patience = lateness.seconds if lateness and not doubted & self.layout.hosts(wanted) else 0.0
+        flight = Flight(self.layout, self.policy, wanted, patient=patience > 0 or not hedged)
+        query = _Query(flight, inputs, loop.create_future(), lateness)
         self._in_flight.add(query)
-        timers = [loop.call_later(self.limits.deadline, self._expire, query)]
-        if self.policy.coded and patience > 0:
+        timers = [loop.call_at(deadline, self._expire, query)]
+        if patience > 0:
             timers.append(loop.call_later(patience, self._become_late, query))
         try:
-            loads = [len(queue) for queue in self.queues]
-            self._proceed(query, flight.start(loads, down))
+            self._proceed(query, flight.start([len(queue) for queue in self.queues], down))
             await query.finished
-        except asyncio.CancelledError:
-            self.counts["cancelled"] += 1
-            raise
         finally:
             for timer in timers:
                 timer.cancel()
             self._in_flight.discard(query)
             for request in query.requests.values():
                 request.cancelled = True
-        return self._answers(query, experts, began)
+        return self._parts(query, experts)
+
+    def _lateness(self, wanted: int, samples: int) -> Lateness:
+        key = wanted, samples.bit_length()
+        if key not in self.lateness:
+            limits = self.limits
+            self.lateness[key] = Lateness(self.policy.quantile, limits.initial_lateness, longest=limits.deadline)
+        return self.lateness[key]
 
     def _proceed(self, query: _Query, servers: int) -> None:
         """Ask servers, and end the query if it is answered or has failed."""
@@ -207,8 +241,8 @@ class FrontEnd:
     def _become_late(self, query: _Query) -> None:
         if query.finished.done():
             return
-        if self.layout.hosts(query.flight.missing) & query.flight.expected:
-            self.lateness.observe(True)
+        if query.lateness and self.layout.hosts(query.flight.missing) & query.flight.expected:
+            query.lateness.observe(True)
         self._proceed(query, query.flight.become_late())
 
     def _expire(self, query: _Query) -> None:
@@ -221,30 +255,35 @@ class FrontEnd:
     def _end(self, query: _Query, error: ServingError | None) -> None:
         if query.finished.done():
             return
-        if error is None:
-            self.counts["answered"] += 1
-            if not query.flight.late and not query.flight.decoded:
-                self.lateness.observe(False)
-            query.finished.set_result(None)
-        else:
-            self.counts[{LostError: "lost", DeadlineError: "expired"}.get(type(error), "stopped")] += 1
+        if error is not None:
             query.finished.set_exception(error)
+            return
+        if query.lateness and not query.flight.late and not query.flight.decoded:
+            query.lateness.observe(False)
+        query.finished.set_result(None)
 
-    def _answers(self, query: _Query, experts: Sequence[int], began: float) -> list[Answer]:
+    def _parts(self, query: _Query, experts: Sequence[int]) -> list[_Part]:
         decoded: dict[int, Tensor] = {}
         used: tuple[int, ...] = ()
         if query.flight.decoded:
             assert self._decodings is not None
             decoded, used = self._decodings.decode(query.replies)
-            self.counts["decoded"] += query.flight.decoded.bit_count()
-        seconds = asyncio.get_running_loop().time() - began
-        answers = []
+        parts = []
         for expert in experts:
             if query.flight.decoded >> expert & 1:
-                logits, sources = decoded[expert], used
+                parts.append(_Part(decoded[expert], True, tuple(self.names[server] for server in used)))
             else:
                 own = next(server for server in members(self.layout.hosts(1 << expert)) if server in query.replies)
-                logits, sources = query.replies[own].logits, (own,)
-            by = tuple(self.names[server] for server in sources)
-            answers.append(Answer(expert, logits, query.flight.decoded >> expert & 1 == 1, by, seconds))
-        return answers
+                parts.append(_Part(query.replies[own].logits, False, (self.names[own],)))
+        return parts
+
+
+_ENDS: dict[type[BaseException], str] = {
+    LostError: "lost", DeadlineError: "expired", DecodingError: "undecodable", asyncio.CancelledError: "cancelled",
+}  # fmt: skip
+
+
+def _joined(expert: int, parts: Sequence[_Part], seconds: float) -> Answer:
+    names = tuple(dict.fromkeys(name for part in parts for name in part.answered_by))
+    logits = torch.cat([part.logits for part in parts])
+    return Answer(expert, logits, any(part.decoded for part in parts), names, seconds)

@@ -21,12 +21,15 @@ class Lateness:
         initial: t at first, in seconds.
         gain: The last value of g.
         longest: The largest t, in seconds.
+        experience: From how many queries t is known already.
 
     Raises:
         ConfigurationError: An option is out of its range.
     """
 
-    def __init__(self, quantile: float, initial: float, gain: float = 0.005, longest: float = math.inf) -> None:
+    def __init__(
+        self, quantile: float, initial: float, gain: float = 0.005, longest: float = math.inf, experience: int = 0
+    ) -> None:
         if not 0 <= quantile < 1:
             raise ConfigurationError(f"found quantile={quantile}, expected a number from 0 to below 1")
         if not (initial > 0 and gain > 0 and longest > 0):
@@ -37,7 +40,7 @@ class Lateness:
         self.gain = gain
         self.longest = longest
         self._seconds = min(initial, longest)
-        self._count = 0
+        self._count = experience
 
     @property
     def seconds(self) -> float:

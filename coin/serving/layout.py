@@ -94,6 +94,11 @@ def spread_copies(num_experts: int, extras: int) -> Layout:
     return Layout(num_experts, copies=tuple(extra % num_experts for extra in range(extras)))
 
 
+def spread_spares(num_experts: int, extras: int) -> Layout:
+    """Return N experts with so many spares, each of which holds all of them: a server for every network it holds."""
+    return Layout(num_experts, copies=tuple(range(num_experts)) * extras)
+
+
 def members(mask: int) -> Iterator[int]:
     """Yield the members of a set in ascending order."""
     while mask:

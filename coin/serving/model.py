@@ -1,4 +1,4 @@
-"""A network as a server: images in, a reply out."""
+"""A network as a server: images or texts in, a reply out."""
 
 import threading
 from pathlib import Path
@@ -8,13 +8,12 @@ from torch import Tensor
 
 from coin.coding import DecoderConfig
 from coin.data.transform import to_input
-from coin.errors import ConfigurationError
 from coin.networks import Run, load_network, run_network, widened
 from coin.serving.replies import Reply
 
 
 class NetworkServer:
-    """An expert or a coded model that answers batches of stored images.
+    """An expert or a coded model that answers batches of what an experiment stores.
 
     Args:
         path: The network's safetensors file.
@@ -23,39 +22,42 @@ class NetworkServer:
         device: Where the network runs.
 
     Raises:
-        ConfigurationError: The network is one for texts.
         FileError: The file is missing or damaged.
     """
 
     def __init__(self, path: Path, outputs: int, decoder: DecoderConfig, device: str = "cpu") -> None:
         file = load_network(path)
-        if file.config.reads == "texts":
-            raise ConfigurationError(
-                f"found '{path}', a network for texts, expected one for images: they alone are served"
-            )
         self.image_size = file.config.image_size
+        self.reads = file.config.reads
         self._network = widened(file.network, outputs).requires_grad_(False).to(device)
         self._device = device
         self._features, self._stages = decoder.reads_features, decoder.reads_stages
         self._turn = threading.Lock()
         """Held during a pass: features are taken by hooks, which cannot tell two passes at a time apart."""
 
-    def __call__(self, images: Tensor) -> Reply:
-        """Return the reply to uint8 images ``[B, 1 or 3, H, W]``.
+    @property
+    def probe(self) -> Tensor:
+        """One black image, or one text without words."""
+        if self.reads == "texts":
+            return torch.zeros(1, self.image_size, dtype=torch.int64)
+        return torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)
+
+    def __call__(self, stored: Tensor) -> Reply:
+        """Return the reply to images, uint8 ``[B, 1 or 3, H, W]``, or texts, int64 tokens ``[B, L]``.
 
         Raises:
-            DataError: The images have another type or shape.
+            DataError: They have another type or shape.
         """
-        run = self._run(images)
+        run = self._run(stored)
         return Reply(run.logits.cpu(), run.features.cpu() if self._features else None)
 
     def feature_widths(self) -> tuple[int, ...] | None:
         """Return the widths of the features in a reply by stage; None where it has none."""
-        run = self._run(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8))
+        run = self._run(self.probe)
         return (run.widths or (run.features.shape[1],)) if self._features else None
 
     @torch.no_grad()
-    def _run(self, images: Tensor) -> Run:
-        inputs = to_input(images.to(self._device), self.image_size)
+    def _run(self, stored: Tensor) -> Run:
+        inputs = to_input(stored.to(self._device), self.image_size)
         with self._turn:
             return run_network(self._network, inputs, self._features, self._stages)

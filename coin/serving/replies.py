@@ -63,7 +63,7 @@ class Answer:
     Attributes:
         expert: The expert.
         logits: ``[B, C]``.
-        decoded: Whether the logits were decoded from other servers' answers; otherwise they are the expert's own.
+        decoded: Whether any of the logits were decoded from other servers' answers; else they are the expert's own.
         answered_by: The names of the servers whose answers these are or were decoded from.
         seconds: From the query to its answer.
     """

@@ -1,6 +1,7 @@
 """The bounded queue before one server: batches go out one at a time, and every request hears of its end."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from coin.errors import ServingError
 from coin.serving.breaker import Breaker
+from coin.serving.limits import Limits
 from coin.serving.replies import Reply, ReplyFormat, Server
+
+logger = logging.getLogger("coin.serving")
 
 
 @dataclass(eq=False)
@@ -32,37 +36,26 @@ class ServerQueue:
     """Sends requests to one server, first come first served, several in one batch.
 
     A batch whose reply is garbage, whose server raises, or that takes longer than the timeout is lost, and so are its
-    requests; the next batch is sent all the same. Cancelled requests are dropped before they are sent.
+    requests; the next batch is sent all the same. Cancelled requests are dropped before they are sent. While the server
+    is believed to be down and nobody asks it, a probe goes out after every cooldown: queries need not try it.
 
     Args:
         name: The server's name.
         server: Answers a batch.
         expects: What a valid reply looks like.
-        breaker: Is told of answers and failures.
-        limit: The most requests that wait.
-        max_batch: The most inputs of several requests that are sent together; a larger request is sent alone.
-        timeout: Seconds that the server gets for a batch.
+        probe: One input ``[1, ...]``.
+        limits: What bounds the waiting.
     """
 
-    def __init__(
-        self,
-        name: str,
-        server: Server,
-        expects: ReplyFormat,
-        breaker: Breaker,
-        limit: int,
-        max_batch: int,
-        timeout: float,
-    ) -> None:
+    def __init__(self, name: str, server: Server, expects: ReplyFormat, probe: Tensor, limits: Limits) -> None:
         self.name = name
-        self.breaker = breaker
+        self.breaker = Breaker(limits.failures)
         self.last_error = ""
         """Why the last lost batch was lost."""
         self._server = server
         self._expects = expects
-        self._limit = limit
-        self._max_batch = max_batch
-        self._timeout = timeout
+        self._probe = probe
+        self._limits = limits
         self._waiting: deque[Request] = deque()
         self._sent: list[Request] = []
         self._filled = asyncio.Event()
@@ -87,9 +80,9 @@ class ServerQueue:
 
     def put(self, request: Request) -> bool:
         """Take a request, and return whether there was room for it."""
-        if len(self._waiting) >= self._limit:
+        if len(self._waiting) >= self._limits.queue:
             self._waiting = deque(waiting for waiting in self._waiting if not waiting.cancelled)
-            if len(self._waiting) >= self._limit:
+            if len(self._waiting) >= self._limits.queue:
                 return False
         self._waiting.append(request)
         self._filled.set()
@@ -100,8 +93,11 @@ class ServerQueue:
             self._sent = self._next_batch()
             if not self._sent:
                 self._filled.clear()
-                await self._filled.wait()
-                continue
+                try:
+                    await asyncio.wait_for(self._filled.wait(), self._limits.cooldown if self.breaker.is_down else None)
+                    continue
+                except TimeoutError:
+                    self._sent = [Request(self._probe, lambda _: None)]
             inputs = [request.inputs for request in self._sent]
             try:
                 reply = await self._call(inputs[0] if len(inputs) == 1 else torch.cat(inputs))
@@ -121,7 +117,7 @@ class ServerQueue:
                 self._waiting.popleft()
                 continue
             if batch and not (
-                samples + len(request.inputs) <= self._max_batch
+                samples + len(request.inputs) <= self._limits.batch
                 and request.inputs.shape[1:] == batch[0].inputs.shape[1:]
                 and request.inputs.dtype == batch[0].inputs.dtype
             ):
@@ -136,11 +132,11 @@ class ServerQueue:
         # A failure that comes after the timeout has been dealt with: asyncio need not tell of it.
         task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
         try:
-            await asyncio.wait({task}, timeout=self._timeout)
+            await asyncio.wait({task}, timeout=self._limits.timeout)
         finally:
             task.cancel()
         if not task.done():
-            self._failed(f"no answer after {self._timeout:g} s")
+            self._failed(f"no answer after {self._limits.timeout:g} s")
         elif task.cancelled():
             self._failed("the server gave up")
         elif (error := task.exception()) is not None:
@@ -186,7 +182,10 @@ class ServerQueue:
 
     def _failed(self, why: str) -> None:
         self.last_error = " ".join(why.split())
-        self.breaker.fail(asyncio.get_running_loop().time())
+        self.breaker.fail()
+        logger.warning(
+            "lost a batch", extra={"server": self.name, "error": self.last_error, "down": self.breaker.is_down}
+        )
 
     @staticmethod
     def _lose(requests: list[Request]) -> None:

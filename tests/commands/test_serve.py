@@ -11,20 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from coin.cli import main
-from coin.commands.serve import read_system, read_tasks
+from coin.commands.serve import application, read_system, read_tasks
 from coin.commands.served import read_served
-from coin.errors import ServingError
+from coin.errors import FileError
 from coin.reporting import read_results
 from coin.reporting.results import asked_policy
-from coin.serving.client import Client
 from coin.serving.front_end import FrontEnd
 from coin.serving.model import NetworkServer
-from coin.serving.ray_engine import System
+from coin.serving.ray_app import System
 from coin.serving.replies import Reply
 
 
@@ -36,7 +37,9 @@ def front_end(system: System, lost: int) -> FrontEnd:
     """Return a front end with the networks in this process, one of which is lost."""
 
     def serve(place: int) -> Any:
-        network = NetworkServer(system.paths[place], system.expects.outputs, system.decoder)
+        process, inside = system.places[place]
+        path = Path(system.folder) / system.processes[process][1][inside]
+        network = NetworkServer(path, system.expects.outputs, system.decoder)
 
         async def ask(images: torch.Tensor) -> Reply:
             if place == lost:
@@ -45,9 +48,9 @@ def front_end(system: System, lost: int) -> FrontEnd:
 
         return ask
 
-    servers = [serve(place) for place in range(len(system.paths))]
+    servers = [serve(place) for place in range(len(system.places))]
     return FrontEnd(
-        servers, system.layout, system.policy, system.expects, system.decodings, names=system.names
+        servers, system.layout, system.policy, system.expects, system.probe, system.decodings, names=system.names
     )  # fmt: skip
 
 
@@ -77,10 +80,31 @@ def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decode
         assert asyncio.run(accuracy(task, expert, lost=expert)) == pytest.approx(row.decoded_accuracy)
 
 
-def test_without_coding_the_extra_server_is_a_copy(finished: Path) -> None:
-    system = read(finished, "replicated")
-    assert system.names == ("expert-digits", "expert-letters", "copy-0-digits")
-    assert system.paths[2] == system.paths[0]
+def test_a_spare_holds_every_expert_and_answers_like_them(finished: Path) -> None:
+    system = read(finished, "hedged")
+    assert system.names == ("expert-digits", "expert-letters", "spare-0-digits", "spare-0-letters")
+    assert system.processes[2] == ("spare-0", tuple(path for _, (path,) in system.processes[:2]))
+    assert system.layout.copies == (0, 1)
+    assert [name for name, _ in read(finished, "uncoded").processes] == ["expert-digits", "expert-letters"]
+    images = torch.randint(256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+    async def answers(lost: int) -> Any:
+        async with front_end(system, lost) as front:
+            return await front.ask(images, 0)
+
+    own, spare = asyncio.run(answers(1)), asyncio.run(answers(0))
+    assert (spare.decoded, spare.answered_by) == (False, ("spare-0-digits",))
+    torch.testing.assert_close(own.logits, spare.logits)
+
+
+def test_a_serve_yaml_builds_the_application(finished: Path) -> None:
+    pytest.importorskip("ray", reason="Ray Serve is not installed: pip install 'coded-coin[serve]'")
+    text = (Path(__file__).parents[2] / "configs/serve/three-machines.yaml").read_text()
+    (app,) = yaml.safe_load(text)["applications"]
+    assert app["import_path"] == "coin.commands.serve:application"
+    assert application({**app["args"], "folder": str(finished), "method": "coin"}) is not None
+    with pytest.raises(FileError, match="nowhere"):
+        application({"folder": "nowhere"})
 
 
 MISTAKES = {
@@ -91,7 +115,6 @@ MISTAKES = {
     "limit": (["FOLDER", "--ray.limits.queue=0"], "queue=0"),
     "input limit": (["FOLDER", "--ray.inputs.bytes=0"], "bytes=0"),
     "threads": (["FOLDER", "--ray.resources.threads=0"], "at least one thread"),
-    "slow server": (["FOLDER", "--ray.faults.slow={expert-9: 2.0}"], "expected one of expert-digits, expert-letters"),
     "no Ray": (["FOLDER"], "pip install 'coded-coin[serve]'"),
 }
 
@@ -109,7 +132,7 @@ def test_mistake_is_one_line(
 
 
 @pytest.fixture
-def on_ray(finished: Path, tmp_path: Path) -> Iterator[tuple[Client, subprocess.Popen[bytes]]]:
+def on_ray(finished: Path, tmp_path: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
     """A client of ``coin serve``, and its process."""
     pytest.importorskip("ray", reason="Ray Serve is not installed: pip install 'coded-coin[serve]'")
     with socket.socket() as probe:
@@ -121,7 +144,7 @@ def on_ray(finished: Path, tmp_path: Path) -> Iterator[tuple[Client, subprocess.
             [sys.executable, "-m", "coin", "serve", str(finished), f"--ray.port={port}", "--decoder=ridge"],
             stdout=said, stderr=said, env=environment,
         )  # fmt: skip
-        client = Client(f"http://127.0.0.1:{port}")
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
         try:
             end = time.monotonic() + 400
             while not said_so(tmp_path / "said"):
@@ -157,25 +180,43 @@ def replica(name: str, ancestor: int) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="it finds the server's process in /proc")
 def test_ray_serves_and_a_killed_expert_is_decoded(
-    on_ray: tuple[Client, subprocess.Popen[bytes]], finished: Path
+    on_ray: tuple[httpx.Client, subprocess.Popen[bytes]], finished: Path, tmp_path: Path
 ) -> None:
     client, process = on_ray
     images = np.random.default_rng(0).integers(256, size=(3, 3, 16, 16), dtype=np.uint8)
-    assert client.tasks()["servers"] == ["expert-digits", "expert-letters", "coded-0"]
-    own = client.ask("digits", images)
-    if not own.decoded:  # Ray's first call takes its time
-        alone = NetworkServer(finished / "seed-0/experts/digits/expert.safetensors", 10, read(finished).decoder)
-        expected = alone(torch.tensor(images)).logits.softmax(1)
-        found = torch.tensor([prediction.probabilities for prediction in own.predictions])
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        assert own.answered_by == ("expert-digits",)
-    assert len(client.ask_all(images[0])) == 2
+    body = {"inputs": [{"name": "images", "datatype": "UINT8", "shape": [3, 3, 16, 16], "data": images.tolist()}]}
+
+    def ask(model: str) -> tuple[bool, str, list[float]]:
+        found = client.post(f"/v2/models/{model}/infer", json=body)
+        assert found.status_code == 200, found.text
+        said = found.json()["parameters"]
+        return said["decoded"], said["answered_by"], found.json()["outputs"][0]["data"]
+
+    assert list(client.get("/health").json()["servers"]) == ["expert-digits", "expert-letters", "coded-0"]
+    assert client.get("/v2/health/ready").status_code == 200
+    alone = NetworkServer(finished / "seed-0/experts/digits/expert.safetensors", 10, read(finished).decoder)
+    expected = alone(torch.tensor(images)).logits.softmax(1)
+    own = next(found for found in (ask("digits") for _ in range(20)) if not found[0])
+    assert own[1] == "expert-digits"
+    torch.testing.assert_close(torch.tensor(own[2]).view(3, 10), expected, rtol=0, atol=1e-5)
+    assert client.post("/v2/models/all/infer", json=body).status_code == 200
     os.kill(replica("expert-digits", process.pid), signal.SIGKILL)
-    decoded = [client.ask("digits", images) for _ in range(3)]
-    assert all(answer.decoded for answer in decoded)
-    assert all(answer.answered_by == ("expert-letters", "coded-0") for answer in decoded)
-    letters = client.ask("letters", images)
-    assert {letters.task, len(letters.predictions)} == {"letters", 3}
-    with pytest.raises(ServingError, match="expected one of digits, letters"):
-        client.ask("magic", images)
-    assert client.health()["queries"]["decoded"] >= 3
+    assert [ask("digits")[:2] for _ in range(3)] == [(True, "expert-letters,coded-0")] * 3
+    assert client.post("/v2/models/magic/infer", json=body).status_code == 404
+    assert client.get("/health").json()["queries"]["decoded"] >= 3
+    slow = [socket.create_connection(("127.0.0.1", client.base_url.port)) for _ in range(14)]
+    for connection in slow:
+        head = b"POST /v2/models/digits/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
+        connection.sendall(head + bytes(1000))
+    time.sleep(0.5)
+    began = time.monotonic()
+    assert client.get("/health").status_code == 200
+    ask("letters")
+    assert time.monotonic() - began < 2
+    for connection in slow:
+        connection.close()
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert time.monotonic() - began < 20  # 41 s, before the servers were told that there is nothing to wait for
+    assert "failed to shut down" not in (tmp_path / "said").read_text()

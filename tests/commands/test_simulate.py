@@ -8,79 +8,146 @@ from pathlib import Path
 from shutil import copytree
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from coin.cli import main
+from coin.commands.fleet import rounded_accuracies
 from coin.commands.served import read_accuracies, read_served, results_folders
 from coin.errors import FileError
 from coin.files.safetensors import load_state, save_state
-from coin.reporting import read_results, read_simulation
+from coin.reporting import read_results
 from coin.serving.model import NetworkServer
+from coin.serving.sim.measure import Precision, kept_bytes, rounded
+from coin.serving.sim.redundancy import Redundancy
+from coin.serving.sim.table import read_simulation
 
 pytestmark = pytest.mark.slow
 
 GIVEN = ["--service.kind=exponential", "--service.seconds=0.01", "--jobs=1", "--queries=400"]
+FAILOVER = ["--failover.accuracy=0.125", "--failover.mib=0.01", "--failover.seconds=0.002"]
 
 
 @pytest.fixture(scope="module")
 def simulated(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("simulated")
-    arguments = [*GIVEN, "--loads=[0.2, 0.5]", "--seeds=[0, 1]", "--decoder=ridge", f"--output={folder}"]
+    arguments = [*GIVEN, *FAILOVER, "--loads=[0.2, 0.5]", "--seeds=[0, 1]", "--decoder=ridge", f"--output={folder}"]
+    policies = f"--policies=[{', '.join(Redundancy)}]"
     with redirect_stdout(StringIO()) as printed:
-        assert main(["simulate", str(finished), *arguments, "--quantiles=[0.0, 0.9]"]) == 0
+        assert main(["simulate", str(finished), *arguments, policies, "--experts=[2, 4]"]) == 0
     return folder, printed.getvalue()
 
 
-def test_a_row_for_every_load_policy_and_quantile(simulated: tuple[Path, str]) -> None:
+def test_a_row_for_every_load_redundancy_and_number_of_experts(simulated: tuple[Path, str], finished: Path) -> None:
     folder, printed = simulated
     rows = read_simulation(folder)
-    assert len(rows) == 2 * 2 * (2 + 2 * 2)
-    assert {row.servers for row in rows} == {3}
-    assert {row.policy for row in rows} == {"uncoded", "replicated", "coded_proactive", "coded_hedged"}
-    assert {row.seeds for row in rows} == {2}
-    for row in rows:
-        assert row.p50_low <= row.p50 <= row.p50_high
-        assert row.p50 <= row.p99 <= row.p995 <= row.p999
-        coded = row.policy.startswith("coded")
-        assert (row.share_decoded > 0) == coded
-        assert np.isnan(row.quantile) == (not coded)
+    assert len(rows) == 2 * 2 * 2 * len(Redundancy)
+    assert set(rows["redundancy"]) == set(Redundancy)
+    assert set(rows["seeds"]) == {2}
+    assert (rows["p50"] <= rows["p999"]).all()
+    coded = rows["redundancy"].str.startswith("coded")
+    assert ((rows["share_decoded"] > 0) == coded).all()
+    sizes = [kept_bytes(finished / f"seed-0/experts/{task}/expert.safetensors") for task in ("digits", "letters")]
+    first = rows[rows["experts"] == 2].groupby("redundancy")["memory_server"].first()
+    assert first["spare"] == sum(sizes)
+    assert first["uncoded"] == first["copy"] == max(sizes) <= first["coded_hedged"] < 1.1 * max(sizes)
+    assert max(sizes) <= first["spare_half"] < 0.6 * sum(sizes)
     assert f"table: {folder / 'simulation.csv'}" in printed
-    assert "coded_hedged, q = 0.9" in printed
     assert max(len(line) for line in printed.splitlines()) <= 100 + len(str(folder))
-    figures = [f"simulation-{want}-{what}.png" for want in ("all", "one") for what in ("accuracy", "latency")]
+    figures = ["simulation-load-2.png", "simulation-load-4.png", "simulation-memory.png"]
     assert sorted(path.name for path in (folder / "plots").iterdir()) == figures
     options = json.loads((folder / "simulation.json").read_text())["options"]
-    assert options["service"] == {"kind": "exponential", "seconds": 0.01, "tail": 0.0}
+    assert options["conditions"]["service"] == {"kind": "exponential", "seconds": 0.01, "tail": 0.0, "marginal": None}
 
 
-def test_effective_accuracy_is_that_of_the_results(simulated: tuple[Path, str], finished: Path) -> None:
+def test_accuracies_are_those_of_the_results_or_measured_or_unknown(
+    simulated: tuple[Path, str], finished: Path
+) -> None:
     results = read_results(finished / "seed-0")
     own = results[(results.method == "average") & (results.decoder == "ridge")]
     expert, decoded = own.expert_accuracy.mean(), own.decoded_accuracy.mean()
-    assert expert != pytest.approx(decoded, abs=0.01)
-    for row in read_simulation(simulated[0]):
-        assert row.method == "average"
-        share, failed = row.share_decoded, row.share_failed
-        assert row.effective_accuracy == pytest.approx((1 - share - failed) * expert + share * decoded)
-        assert row.expert_accuracy == pytest.approx(expert)
-        if share:
-            assert row.decoded_accuracy == pytest.approx(decoded)
+    rows = read_simulation(simulated[0])
+    assert rows["expert_accuracy"].unique() == pytest.approx([expert])
+    shares = rows["share_decoded"] + rows["share_spared"]
+    expected = (1 - shares - rows["share_failed"]) * expert + shares * rows["standing_in_accuracy"].fillna(0)
+    known = rows["effective_accuracy"].notna()
+    np.testing.assert_allclose(rows["effective_accuracy"][known], expected[known])
+    standing = rows[rows["experts"] == 2].groupby("redundancy")["standing_in_accuracy"].first()
+    assert standing["coded_hedged"] == pytest.approx(decoded)
+    assert standing["spare"] == pytest.approx(expert)
+    assert standing["spare_half"] == pytest.approx(expert, abs=0.03)
+    assert standing["failover"] == pytest.approx(0.125)
+    assert set(rows["redundancy"][~known]) == {"coded_proactive", "coded_hedged"}
+    assert set(rows["experts"][~known]) == {4}
 
 
-@pytest.mark.filterwarnings("ignore::coin.errors.CoinWarning")  # tests run beside one another
+def test_rounded_weights_are_measured_on_the_tests_of_the_results(finished: Path) -> None:
+    served = read_served(finished, "average", None, "linear")
+    found = rounded_accuracies(served, list(Precision))
+    results = read_results(finished / "seed-0")
+    assert found[Precision.full] == pytest.approx(results[results.method == "average"].expert_accuracy.mean())
+    weight = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    kept, count = rounded(weight, Precision.int8)
+    assert count == 5 * 4 + 5 * 4
+    assert ((kept - weight).abs().amax(1) <= weight.abs().amax(1) / 254 + 1e-6).all()
+    assert rounded(torch.tensor([3]), Precision.half)[0].dtype == torch.int64
+
+
+@pytest.mark.filterwarnings("ignore::coin.errors.CoinWarning")
 def test_times_are_measured(finished: Path, tmp_path: Path) -> None:
     arguments = ["--queries=60", "--loads=[0.2]", "--wants=[one]", "--policies=[coded_hedged]", "--jobs=1"]
     chosen = ["--method=coin", "--batchnorm=recalibrate", "--decoder=feature_ridge", f"--output={tmp_path}"]
-    assert main(["simulate", str(finished / "seed-0"), *arguments, *chosen]) == 0
-    (row,) = read_simulation(tmp_path)
-    assert (row.method, row.batchnorm, row.decoder) == ("coin", "recalibrate", "feature_ridge")
+    assert main(["simulate", str(finished / "seed-0"), *arguments, *chosen, "--seeds=[0, 1]"]) == 0
+    (row,) = read_simulation(tmp_path).to_dict("records")
     options = json.loads((tmp_path / "simulation.json").read_text())["options"]
-    times = np.array(options["service_times"])
-    assert times.shape == (3, 200)
+    assert (options["method"], options["batchnorm"], options["decoder"]) == ("coin", "recalibrate", "feature_ridge")
+    times = np.array(options["service_seconds"])
+    assert times.shape == (3,)
     assert (times > 0).all()
-    assert row.service_seconds == pytest.approx(times[:2].mean())
-    assert row.decoding_seconds == options["decoding_seconds"] > 0
+    assert row["service_seconds"] == pytest.approx(times[:2].mean())
+    assert row["decoding_seconds"] > 0
+    assert options["conditions"]["service"]["marginal"] >= 0
+
+
+ADVISE = [*GIVEN[:2], "--jobs=1", "--queries=1000", "--seeds=3", "--slowdown.share=0.02", "--decoder=feature_ridge"]
+
+
+def advised(capsys: pytest.CaptureFixture[str], finished: Path, output: Path, *more: str) -> tuple[str, pd.DataFrame]:
+    assert main(["advise", str(finished), *ADVISE, f"--output={output}", *more]) == 0
+    return capsys.readouterr().out, pd.read_csv(output / "advice.csv")
+
+
+def test_advice_keeps_to_the_budget_and_says_what_is_not_known(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = kept_bytes(finished / "seed-0/experts/digits/expert.safetensors")
+    said, rows = advised(capsys, finished, tmp_path, "--servers=3", f"--memory_gib={1.2 * size / 2**30}")
+    assert "failover: left out" in said
+    assert "spare: does not fit" in said
+    assert said.splitlines()[-2].startswith("buy ")
+    assert set(rows["redundancy"]) == set(Redundancy) - {"failover"}
+    assert not rows.set_index("redundancy")["fits"]["spare"]
+    assert rows["buy"].sum() == 1
+    assert (rows["memory_server"][rows["buy"]] <= 1.2 * size).all()
+    assert (tmp_path / "plots/advice.png").is_file()
+    said, rows = advised(capsys, finished, tmp_path, "--servers=4", "--memory_gib=1", "--p999_ms=100000", *FAILOVER)
+    assert list(rows["redundancy"][rows["buy"]]) == ["uncoded"]  # whatever keeps what is wanted, and costs nothing
+    assert set(rows["extras"][rows["redundancy"] == "spare"]) == {1, 2}
+    assert set(rows["extras"][rows["redundancy"] == "coded_hedged"]) == {1}
+    said, _ = advised(capsys, finished, tmp_path, "--servers=2", "--memory_gib=1", "--p999_ms=1")
+    assert "nothing that fits keeps a p99.9 of 1 ms" in said
+
+
+def test_advice_leaves_out_what_could_not_be_measured(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    copytree(finished / "seed-0", copy)
+    (copy / "config.yaml").unlink()
+    said, rows = advised(capsys, copy, tmp_path, "--servers=3", "--memory_gib=1")
+    assert "spare_half, spare_int8: left out" in said
+    assert set(rows["redundancy"]) == {"uncoded", "copy", "spare", "coded_proactive", "coded_hedged"}
 
 
 def test_a_served_system_is_that_of_the_experiment(finished: Path) -> None:
@@ -129,15 +196,18 @@ MISTAKES = {
         ["simulate", "FOLDER", "--method=coin", "--batchnorm=average"],
         "'average' of method coin, expected the policy that its run asked for, one of auto, recalibrate, keep;",
     ),
+    "no failover": (["simulate", "FOLDER", *GIVEN, "--policies=[failover]"], "--failover.accuracy"),
+    "too few servers": (["advise", "FOLDER", *GIVEN[:2], "--servers=1", "--memory_gib=1"], "at least 2"),
+    "too little memory": (["advise", "FOLDER", *GIVEN[:2], "--servers=3", "--memory_gib=1e-9"], "an expert's"),
     "unknown policy": (["simulate", "FOLDER", "--policies=[magic]"], "magic"),
     "load": (["simulate", "FOLDER", *GIVEN, "--loads=[1.5]"], "1.5"),
     "quantile": (["simulate", "FOLDER", *GIVEN, "--quantiles=[2.0]"], "2.0"),
     "seeds": (["simulate", "FOLDER", *GIVEN, "--seeds=[1, 1]"], "[1, 1]"),
     "no mean": (["simulate", "FOLDER", "--service.kind=deterministic"], "service.seconds"),
-    "mean of measured times": (["simulate", "FOLDER", "--service.seconds=1"], "measured"),
+    "mean of measured times": (["simulate", "FOLDER", "--service.seconds=1"], "measured times"),
     "share": (["simulate", "FOLDER", "--slowdown.share=1.5"], "1.5"),
     "queries": (["simulate", "FOLDER", *GIVEN, "--queries=3"], "3 queries"),
-    "queries of which intervals want more": (["simulate", "FOLDER", *GIVEN, "--queries=21"], "at least 22"),
+    "queries of which intervals want more": (["simulate", "FOLDER", *GIVEN, "--queries=27"], "at least 28"),
     "no loads": (["simulate", "FOLDER", *GIVEN, "--loads=[]"], "no loads"),
 }
 

@@ -9,17 +9,17 @@ import torch
 
 from coin.coding import Answers, decode_linear, make_decoder
 from coin.errors import ConfigurationError, DeadlineError, DecodingError, LostError, OverloadedError, ServingError
-from coin.serving.breaker import Breaker
 from coin.serving.decodings import Decodings
 from coin.serving.front_end import FrontEnd
 from coin.serving.layout import Layout, spread_copies
 from coin.serving.limits import Limits
-from coin.serving.policies import make_policy
+from coin.serving.policies import Policy, PolicyKind
 from coin.serving.replies import Reply, ReplyFormat
 from coin.serving.server_queue import Request, ServerQueue
 
 MATRIX = [[0.5, 0.3, 0.2]]
 X = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
+PROBE = torch.tensor([[-1.0, 0.0]], dtype=torch.float64)
 Behaviour = Callable[[torch.Tensor, Reply], Awaitable[Any]]
 
 
@@ -98,8 +98,9 @@ class World:
         self.front = FrontEnd(
             [server(index) for index in range(len(behaviours))],
             layout,
-            make_policy(policy, quantile),
+            Policy(PolicyKind(policy), quantile),
             system.expects,
+            PROBE,
             system.decodings if coded else None,
             limits,
             names=["a", "b", "c", "extra"],
@@ -256,7 +257,7 @@ def test_server_is_left_alone_while_it_is_down_and_tried_again(world: Any, virtu
     virtually(main())
 
 
-def test_nobody_waits_for_a_server_that_is_tried_after_a_failure(world: Any, virtually: Any) -> None:
+def test_nobody_waits_for_a_server_that_hangs(world: Any, virtually: Any) -> None:
     it = world([hangs, after(0.1), after(0.1), after(0.1)], timeout=2.0, failures=2, cooldown=5.0)
 
     async def main() -> None:
@@ -264,16 +265,120 @@ def test_nobody_waits_for_a_server_that_is_tried_after_a_failure(world: Any, vir
             first = await front.ask(X, 0)
             assert first.seconds == pytest.approx(0.6)  # late after 0.5 s: nothing is known of the server
             await asyncio.sleep(2.0)
-            patience = front.lateness.seconds
-            for _ in range(3):  # the timeout is known: tried again after each, and down after the second
+            (patience,) = (each.seconds for each in front.lateness.values())
+            for _ in range(3):  # the timeout is known; the server is down after the second one, and left to its queue
                 answer = await front.ask(X, 0)
                 assert answer.decoded
                 assert answer.seconds == pytest.approx(0.1)
                 await asyncio.sleep(8.0)
-            assert it.asked[0] == 4
-            assert front.lateness.seconds == patience  # a server that hangs says nothing of the time that others take
+            assert [each.seconds for each in front.lateness.values()] == [patience]  # that of servers that do answer
 
     virtually(main())
+
+
+def test_an_expert_that_is_back_answers_itself_whatever_others_ask(world: Any, virtually: Any) -> None:
+    """Queries for other experts must not use up the tries of one that was down."""
+    began = 0.0
+
+    async def gone_for_four_seconds(inputs: torch.Tensor, reply: Reply) -> Reply:
+        if asyncio.get_running_loop().time() < 4.0:
+            raise RuntimeError
+        return reply
+
+    it = world([gone_for_four_seconds, after(0.01), after(0.01), after(0.01)], cooldown=1.0)
+
+    async def main() -> None:
+        nonlocal began
+        async with it.front as front:
+            for number in range(400):
+                answer = await front.ask(X, 0 if number % 10 == 9 else 1 + number % 2)
+                if answer.expert == 0 and not answer.decoded:
+                    began = asyncio.get_running_loop().time()
+                    break
+                await asyncio.sleep(0.09)
+
+    virtually(main())
+    assert 4.0 <= began < 6.5
+
+
+def test_a_server_that_nobody_asks_is_tried_until_it_is_back(world: Any, virtually: Any) -> None:
+    healthy = False
+
+    async def recovers(inputs: torch.Tensor, reply: Reply) -> Reply:
+        if not healthy:
+            raise RuntimeError
+        return reply
+
+    it = world([recovers, after(0.1), after(0.1), recovers], failures=1, cooldown=1.0)
+
+    async def main() -> None:
+        nonlocal healthy
+        async with it.front as front:
+            assert front.can_answer()
+            with pytest.raises(LostError):
+                await front.ask(X, 0)
+            assert not front.can_answer()
+            assert front.can_answer(2)
+            await asyncio.sleep(3.5)
+            assert not front.can_answer()
+            healthy = True
+            await asyncio.sleep(1.0)
+            assert front.can_answer()
+
+    virtually(main())
+    assert it.asked[0] == 5  # the query, and every second's try
+
+
+def test_a_large_query_is_cut_to_batches_and_sent_to_nobody_else(world: Any, virtually: Any) -> None:
+    """64 images that a server needs longer for than its timeout allows slow nobody else down by more than a batch."""
+
+    async def by_the_image(inputs: torch.Tensor, reply: Reply) -> Reply:
+        await asyncio.sleep(0.05 * len(inputs))
+        return reply
+
+    it = world([by_the_image] * 4, timeout=2.0, initial_lateness=0.3)
+    large = torch.arange(128, dtype=torch.float64).reshape(64, 2)
+    others: list[float] = []
+
+    async def main() -> None:
+        async with it.front as front:
+            poison = asyncio.create_task(front.ask(large, 0))
+            for number in range(20):
+                await asyncio.sleep(0.1)
+                others.append((await front.ask(X, 1 + number % 2)).seconds)
+            answer = await poison
+            assert (answer.decoded, answer.answered_by) == (False, ("a",))
+            assert exact(answer.logits, it.system.truth(0, large))
+
+    virtually(main())
+    assert max(others) == pytest.approx(0.05)
+    assert it.asked[3] == 0
+    assert max(it.batches) == 8
+
+
+def test_each_expert_and_size_of_a_batch_has_a_lateness_of_its_own(world: Any, virtually: Any) -> None:
+    """One estimate for a fast and a slow expert, or for 1 and 8 images, has the slower one's answers always late."""
+
+    async def by_the_image(inputs: torch.Tensor, reply: Reply) -> Reply:
+        await asyncio.sleep(0.01 * len(inputs))
+        return reply
+
+    it = world([by_the_image, after(0.4), after(0.01), after(0.01)], quantile=0.9, initial_lateness=0.5)
+    decoded = {"slow": 0, "eight": 0}
+
+    async def main() -> None:
+        async with it.front as front:
+            for number in range(300):
+                for _ in range(20):
+                    await front.ask(X, 2)
+                slow, eight = await front.ask(X, 1), await front.ask(X.repeat(8, 1), 0)
+                if number >= 200:
+                    decoded["slow"] += slow.decoded
+                    decoded["eight"] += eight.decoded
+
+    virtually(main())
+    assert decoded["slow"] < 40  # about a tenth is late by definition
+    assert decoded["eight"] < 40
 
 
 def test_server_that_is_down_is_asked_where_nobody_else_can_answer(world: Any, virtually: Any) -> None:
@@ -398,17 +503,17 @@ def test_mistakes(world: Any, virtually: Any, linear_system: Any) -> None:
 
     virtually(main())
     system = linear_system(MATRIX)
-    policy, layout = make_policy("uncoded"), system.decodings.layout()
+    policy, layout = Policy(PolicyKind.uncoded), system.decodings.layout()
     with pytest.raises(ConfigurationError, match="found 0 servers"):
-        FrontEnd([], layout, policy, system.expects)
+        FrontEnd([], layout, policy, system.expects, PROBE)
     with pytest.raises(ConfigurationError, match="decodings"):
-        FrontEnd([after(1.0)] * 4, layout, policy, system.expects)  # type: ignore[list-item]
+        FrontEnd([after(1.0)] * 4, layout, policy, system.expects, PROBE)  # type: ignore[list-item]
     with pytest.raises(ConfigurationError, match="deadline=0"):
         Limits(deadline=0)
     with pytest.raises(ConfigurationError, match="coded_proactive"):
-        make_policy("coded")
+        Policy("coded")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match=r"quantile=1\.0"):
-        make_policy("coded_hedged", 1.0)
+        Policy(PolicyKind.coded_hedged, 1.0)
     with pytest.raises(ConfigurationError, match="copy of expert 3"):
         Layout(3, copies=(3,))
 
@@ -460,7 +565,7 @@ def test_a_queue_lives_on_whatever_goes_wrong_in_it(virtually: Any) -> None:
         return Reply(inputs @ torch.ones(2, 3, dtype=inputs.dtype), None)
 
     async def main() -> None:
-        queue = ServerQueue("it", server, ReplyFormat(3), Breaker(3, 1.0), limit=4, max_batch=1, timeout=10.0)
+        queue = ServerQueue("it", server, ReplyFormat(3), PROBE.float(), Limits(queue=4, batch=1, timeout=10.0))
         queue.start()
 
         def refuse(_: Reply | None) -> None:

@@ -15,9 +15,9 @@ from hypothesis import given, settings, strategies as st
 
 from coin.errors import DeadlineError, LostError, ServingError
 from coin.serving.front_end import FrontEnd
-from coin.serving.layout import members, spread_copies
+from coin.serving.layout import Layout, members, spread_copies
 from coin.serving.limits import Limits
-from coin.serving.policies import PolicyKind, make_policy
+from coin.serving.policies import Policy, PolicyKind
 from coin.serving.replies import Answer, Reply
 
 CODES = ([[0.5, 0.5]], [[0.5, 0.3, 0.2]], [[0.6, 0.4, 0.0], [0.0, 0.4, 0.6]], [[0.4, 0.3, 0.2, 0.1]])
@@ -54,8 +54,9 @@ class Schedule:
         draw = self.draw = random.Random(seed)
         self.system = _system(linear_system, draw.randrange(len(CODES)))
         count, rows = self.system.code.num_experts, self.system.code.num_coded
-        policy = make_policy(kind, quantile)
-        self.layout = self.system.decodings.layout() if policy.coded else spread_copies(count, rows)
+        policy = Policy(kind, quantile)
+        spares = Layout(count, copies=tuple(range(count)) * rows) if draw.random() < 0.5 else spread_copies(count, rows)
+        self.layout = self.system.decodings.layout() if policy.coded else spares
         self.trouble = draw.choice((0.0, 0.1, 0.4))
         self.bad = bad
         self.small = bad is None and draw.random() < 0.3
@@ -79,12 +80,13 @@ class Schedule:
         )
         servers = [self._server(index) for index in range(self.layout.num_servers)]
         decodings = self.system.decodings if policy.coded else None
-        self.front = FrontEnd(servers, self.layout, policy, self.system.expects, decodings, limits)
+        probe = torch.tensor([[-1.0, 0.0]]).double()  # no query's
+        self.front = FrontEnd(servers, self.layout, policy, self.system.expects, probe, decodings, limits)
 
     def _server(self, index: int) -> Any:
         async def answer(inputs: torch.Tensor) -> Reply:
             now = asyncio.get_running_loop().time()
-            concerned = [self.queries[int(k)] for k in set(inputs[:, 0].tolist())]
+            concerned = [self.queries[int(k)] for k in set(inputs[:, 0].tolist()) if k >= 0]
             way, delay = self._way(index, now), self.draw.expovariate(1.0)
             if self.bad is not None:
                 delay = min(delay, 1.0)  # nobody else is late enough to be lost
@@ -159,9 +161,13 @@ class Schedule:
                 assert self.small or not self.layout.covers(left, query.wanted)
             else:
                 assert isinstance(query.error, DeadlineError)
-                assert not self.layout.covers(query.valid, query.wanted)
+                assert self.is_cut(query) or not self.layout.covers(query.valid, query.wanted)
         counts = self.front.counts
         assert counts.total() - counts["decoded"] == len(self.queries)
+
+    def is_cut(self, query: Asked) -> bool:
+        """Whether the query went in several batches, each of which may have gone its own way."""
+        return len(query.inputs) > self.front.limits.batch
 
     def check_answers(self, query: Asked) -> None:
         answers = query.answers[0]
@@ -172,7 +178,9 @@ class Schedule:
             hosts = {str(server) for server in members(self.layout.hosts(1 << answer.expert))}
             used = sum(1 << int(server) for server in answer.answered_by)
             assert used & ~query.valid == 0
-            if answer.decoded:
+            if self.is_cut(query):
+                assert answer.decoded or set(answer.answered_by) <= hosts
+            elif answer.decoded:
                 assert not hosts & set(answer.answered_by)
                 assert self.layout.covers(used, query.wanted)
             else:

@@ -1,0 +1,160 @@
+"""``coin advise``: which redundancy to buy for an experiment's experts, from a budget of servers and memory."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+
+from coin.commands.fleet import Chosen, read_fleet, rounded_accuracies
+from coin.commands.parser import command_parser, parsed
+from coin.commands.simulate import SEEDS, conditions_of, draw, simulate_rows
+from coin.errors import CoinError
+from coin.reporting.results import write_frame
+from coin.reporting.tables import results_console
+from coin.serving.sim.case import Want
+from coin.serving.sim.measure import Precision
+from coin.serving.sim.plots import tail_against_memory
+from coin.serving.sim.redundancy import Failover, Fleet, Redundancy
+from coin.serving.sim.scenario import Conditions, require
+from coin.serving.sim.table import milliseconds, simulation_table
+
+ADVICE_CSV = "advice.csv"
+
+
+def advise(
+    folder: str,
+    servers: int,
+    memory_gib: float,
+    p999_ms: float | None = None,
+    conditions: Conditions = Conditions(),  # noqa: B008 (frozen)
+    chosen: Chosen = Chosen(),  # noqa: B008 (frozen)
+    want: Want = Want.one,
+    load: float = 0.4,
+    queries: int = 20_000,
+    seeds: int = SEEDS,
+    failover: Failover | None = None,
+    jobs: int | None = None,
+    output: str | None = None,
+) -> tuple[pd.DataFrame, list[str]]:
+    """Return every redundancy that may be bought, the one to buy marked, and what is to be said of them.
+
+    Among those that the budget allows and whose accuracy is known it takes those that keep the wanted p99.9, or, where
+    none is wanted or none keeps it, those whose p99.9 cannot be told from the lowest. Of these the most accurate, to a
+    tenth of a percent; then the one with the least memory in all, the fewest servers, the fewest forward passes.
+
+    Args:
+        folder: An experiment's folder, or a seed's.
+        servers: How many servers there may be, the experts' own included.
+        memory_gib: What one server holds of weights.
+        p999_ms: The wanted 99.9 % quantile of the latency.
+        conditions: What machines and the front end are like.
+        chosen: Which of the experiment's coded systems.
+        want: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'.
+        load: The share of the experts' capacity that own answers take up.
+        queries: Queries per seed.
+        seeds: How many seeds.
+        failover: A small network for all tasks: what it is like is yours to say.
+        jobs: Processes; one a processor core by default.
+        output: Where ``advice.csv`` and the figure go; none takes `folder`.
+
+    Raises:
+        ConfigurationError: The budget does not hold the experts, or an option is out of its range.
+        FileError: A file is missing or damaged, or cannot be written.
+    """
+    require(memory_gib > 0 and seeds > 0, f"memory_gib={memory_gib}, seeds={seeds}", "positive numbers")
+    served, fleet, conditions = read_fleet(Path(folder), chosen, conditions, failover=failover)
+    count, notes = fleet.code.num_experts, []
+    largest = max(fleet.expert_bytes[Precision.full])
+    require(servers >= count, f"servers={servers}", f"at least {count}, one for each expert")
+    require(memory_gib * 2**30 >= largest, f"memory_gib={memory_gib}", f"at least {largest / 2**30:.3g}, an expert's")
+    kinds = [kind for kind in Redundancy if kind is not Redundancy.failover or failover is not None]
+    if failover is None:
+        notes.append(
+            "failover: left out, for nothing is known of such a network; give --failover.accuracy, .mib, .seconds"
+        )
+    try:
+        fleet = replace(fleet, rounded_accuracy=rounded_accuracies(served, (Precision.half, Precision.int8)))
+    except CoinError as error:
+        notes.append(f"spare_half, spare_int8: left out, for their accuracy could not be measured ({error})")
+        kinds = [kind for kind in kinds if kind.precision in (None, Precision.full)]
+    grid = []
+    for extra in range(1, max(servers - count, 0) + 1):
+        sized = fleet.resized(count, extra)
+        for kind in kinds:
+            if kind is Redundancy.uncoded or (kind.name.startswith("coded") and not sized.decoded_accuracy):
+                continue
+            grid.append((kind, sized, conditions, 0.9, {"load": load, "want": Want(want), "queries": queries}))
+    own = (Redundancy.uncoded, fleet, conditions, 0.9, {"load": load, "want": Want(want), "queries": queries})
+    rows = simulate_rows([own, *grid], range(seeds), jobs)
+    if servers - count != fleet.code.num_coded:
+        notes.append(f"coded: with {fleet.code.num_coded} coded models only, as many as the experiment has measured")
+    rows["fits"] = rows["memory_server"] <= memory_gib * 2**30
+    rows["buy"] = False
+    best = choose(rows, p999_ms)
+    rows.loc[best, "buy"] = True
+    notes += _reasons(rows, fleet, memory_gib, p999_ms)
+    place = Path(folder if output is None else output)
+    write_frame(place / ADVICE_CSV, rows)
+    draw(place / "plots" / "advice.png", tail_against_memory(rows))
+    return rows, notes
+
+
+def choose(rows: pd.DataFrame, p999_ms: float | None) -> int:
+    """Return the index of the row to buy; see `advise`."""
+    able = rows[rows["fits"] & rows["effective_accuracy"].notna()]
+    keeps = able[able["p999"] <= (np.inf if p999_ms is None else p999_ms / 1e3)]
+    if p999_ms is None or keeps.empty:
+        keeps = able[able["p999_low"] <= able.sort_values(["p999", "p999_high"])["p999_high"].iloc[0]]
+    order = keeps.assign(
+        wrong=(1 - keeps["effective_accuracy"]).round(3), servers=keeps["experts"] + keeps["extras"]
+    ).sort_values(["wrong", "memory", "servers", "forwards"], kind="stable")
+    return int(order.index[0])
+
+
+def _reasons(rows: pd.DataFrame, fleet: Fleet, memory_gib: float, p999_ms: float | None) -> list[str]:
+    """Return what the choice rests on, the choice last."""
+    notes, budget = [], memory_gib * 2**30
+    for kind, group in rows[~rows["fits"]].groupby("redundancy", sort=False):
+        needs = group["memory_server"].iloc[0] / 2**30
+        notes.append(
+            f"{kind}: does not fit, for its server holds {needs:.3g} GiB of weights and there are {memory_gib:g}"
+        )
+    for kind in (Redundancy.spare, Redundancy.spare_half, Redundancy.spare_int8):
+        mean = float(np.mean(fleet.expert_bytes[kind.precision or Precision.full]))
+        notes.append(f"{kind}: would fit up to {int(budget // mean)} experts of this size, a coded model any number")
+    row = rows[rows["buy"]].iloc[0]
+    if p999_ms is not None and not row["p999"] <= p999_ms / 1e3:
+        notes.append(f"nothing that fits keeps a p99.9 of {p999_ms:g} ms; this is the nearest")
+    extras = int(row["extras"])
+    what = "no redundancy" if not extras else f"{extras} server{'s' if extras > 1 else ''} of {row['redundancy']}"
+    notes.append(
+        f"buy {what}: p99.9 {milliseconds(row['p999'])} ms [{milliseconds(row['p999_low'])}, "
+        f"{milliseconds(row['p999_high'])}], {100 * row['effective_accuracy']:.2f} % right, "
+        f"{row['memory_server'] / 2**20:.0f} MiB on the largest server, {row['memory'] / 2**20:.0f} in all"
+    )
+    return notes
+
+
+def print_advice(rows: pd.DataFrame, notes: Sequence[str], console: Console) -> None:
+    """Print the table and the advice."""
+    first = rows.iloc[0]
+    console.print(simulation_table(rows, f"{first['experts']} experts, {first['want']} wanted, load {first['load']:g}"))
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Advise, and print it."""
+    parser = command_parser("advise")
+    parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
+    parser.add_class_arguments(Conditions)
+    parser.add_class_arguments(Chosen)
+    parser.add_function_arguments(advise, skip={"folder", "conditions", "chosen"})
+    options = parsed(parser, arguments)
+    conditions, chosen = conditions_of(options)
+    rows, notes = advise(conditions=conditions, chosen=chosen, **options)
+    print_advice(rows, notes, results_console())
+    print(f"table: {Path(options['output'] or options['folder']) / ADVICE_CSV}")

@@ -1,0 +1,136 @@
+"""What a query brings over the network: image files, arrays of pixels or texts, bounded before they are decoded."""
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from coin.data.decoding import DAMAGE, to_square
+from coin.errors import ConfigurationError, DataError, first_line
+
+_FORMATS = ("PNG", "JPEG")
+
+
+class TooLargeError(DataError):
+    """What came is larger than the limits allow."""
+
+
+@dataclass(frozen=True)
+class InputLimits:
+    """What a query may bring.
+
+    Args:
+        bytes: The largest body.
+        pixels: The most pixels of one image.
+        samples: The most images or texts of one query.
+        seconds: How long a body may take to arrive.
+        uploads: How many bodies are read at a time.
+
+    Raises:
+        ConfigurationError: One of them is not positive.
+    """
+
+    bytes: int = 8 * 2**20
+    pixels: int = 4096 * 4096
+    samples: int = 64
+    seconds: float = 5.0
+    uploads: int = 64
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ConfigurationError(f"found {name}={value}, expected a positive number")
+
+    def check_samples(self, count: int) -> None:
+        """Raise a `TooLargeError` where there are too many images or texts, a `DataError` where there are none."""
+        if count < 1:
+            raise DataError("found no images or texts in the query, expected at least one")
+        if count > self.samples:
+            raise TooLargeError(f"found {count} images or texts, expected at most {self.samples}; send fewer at a time")
+
+    def check_pixels(self, pixels: int) -> None:
+        """Raise a `TooLargeError` where an image has too many pixels."""
+        if pixels > self.pixels:
+            raise TooLargeError(
+                f"found an image of {pixels} pixels, expected at most {self.pixels}; send a smaller one"
+            )
+
+
+def read_files(files: Sequence[bytes], image_size: int, limits: InputLimits) -> Tensor:
+    """Read image files.
+
+    Args:
+        files: PNG or JPEG.
+        image_size: The side of the networks' inputs: larger images and those that are no squares become squares of
+            this side, as a task's own images do.
+        limits: What is too large.
+
+    Returns:
+        uint8 ``[B, 3, S, S]``.
+
+    Raises:
+        TooLargeError: There are too many images or pixels.
+        DataError: One is no such image, or they are of different sizes.
+    """
+    limits.check_samples(len(files))
+    images = [_read_file(file, image_size, limits) for file in files]
+    if len({image.shape for image in images}) > 1:
+        raise DataError(f"found small images of different sizes, expected one; resize them to {image_size} pixels")
+    return torch.stack(images)
+
+
+def _read_file(file: bytes, image_size: int, limits: InputLimits) -> Tensor:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit on pixels is ours
+            image = Image.open(io.BytesIO(file), formats=_FORMATS)
+        with image:
+            width, height = image.size
+            limits.check_pixels(width * height)
+            if image.mode.startswith(("I", "F")):
+                raise DataError(
+                    f"found pixels of type {image.mode}, expected 8 bits a channel; convert the image first"
+                )
+            side = width if width == height <= image_size else image_size
+            return torch.from_numpy(to_square(image, side).copy())
+    except DAMAGE as error:
+        if isinstance(error, DataError):
+            raise
+        why = "neither PNG nor JPEG" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise DataError(f"found no readable image ({why}), expected PNG or JPEG") from error
+
+
+def read_array(values: bytes | Sequence[object], shape: Sequence[int], limits: InputLimits) -> Tensor:
+    """Read an array of pixels.
+
+    Args:
+        values: The pixels, as raw bytes or as numbers from 0 to 255, nested or not.
+        shape: ``[B, 1 or 3, H, W]``.
+        limits: What is too large.
+
+    Returns:
+        uint8 of this shape.
+
+    Raises:
+        TooLargeError: There are too many images or pixels.
+        DataError: The values are no such array.
+    """
+    if len(shape) != 4 or shape[1] not in (1, 3) or min(shape) < 1:
+        raise DataError(f"found an array of shape {list(shape)}, expected [B, 1 or 3, H, W]")
+    limits.check_samples(shape[0])
+    limits.check_pixels(shape[2] * shape[3])
+    try:
+        found = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.asarray(values)
+    except ValueError as error:
+        raise DataError(f"found data that is no array ({first_line(error)}), expected whole numbers") from error
+    if found.size != math.prod(shape):
+        raise DataError(f"found {found.size} values for an array {list(shape)}, expected {math.prod(shape)}")
+    if found.dtype.kind not in "iu" or found.min() < 0 or found.max() > 255:
+        raise DataError("found values that are no pixels, expected whole numbers from 0 to 255")
+    return torch.from_numpy(found.astype(np.uint8).reshape(shape))

@@ -1,0 +1,303 @@
+"""The application on Ray Serve: a deployment for every expert, coded model and spare, and the front end before them."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from coin.coding import DecoderConfig
+from coin.errors import ConfigurationError, ServingError
+from coin.serving.decodings import Decodings
+from coin.serving.front_end import FrontEnd
+from coin.serving.inputs import InputLimits
+from coin.serving.layout import Layout
+from coin.serving.limits import Limits
+from coin.serving.model import NetworkServer
+from coin.serving.policies import Policy
+from coin.serving.protocol import Description
+from coin.serving.replies import Reply, ReplyFormat, Server
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+Arrays = tuple[NDArray[np.float32], NDArray[np.float32] | None]
+
+_RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+"""What Ray reads from the environment: nothing is reported to its makers, and servers are not put last in line for
+the processor, as Ray's workers are otherwise."""
+
+_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""For a cluster of this machine alone, on any system: Ray's own ports, which take orders from whoever reaches them,
+listen at the loopback address, not at all interfaces."""
+
+_STOPPING = {"graceful_shutdown_timeout_s": 3.0, "graceful_shutdown_wait_loop_s": 0.1}
+"""A server has nothing to finish: the front end gives every query its end before it stops."""
+
+
+@dataclass(frozen=True)
+class System:
+    """Everything that is served.
+
+    Args:
+        folder: Where the networks' files are, a path that all machines see.
+        processes: For every process, its name and its networks' files, relative to the folder.
+        places: For every server in the order of the layout, its process and the network's place in it.
+        names: The servers' names.
+        layout: The servers.
+        policy: Decides whom to ask.
+        expects: The format of their replies.
+        probe: One input.
+        decoder: The decoder that reads the replies.
+        decodings: The decoders, fitted.
+        description: What is served.
+    """
+
+    folder: str
+    processes: tuple[tuple[str, tuple[str, ...]], ...]
+    places: tuple[tuple[int, int], ...]
+    names: tuple[str, ...]
+    layout: Layout
+    policy: Policy
+    expects: ReplyFormat
+    probe: Tensor
+    decoder: DecoderConfig
+    decodings: Decodings
+    description: Description
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a server gets.
+
+    Args:
+        cpus: Ray's processor cores for each; with 0 Ray does not count them.
+        gpus: GPUs for each, or a share of one.
+        threads: PyTorch's threads for each.
+        front_ends: Processes of the front end, each with its own view of the servers.
+        node: A Ray resource of which every server takes one: nodes that are started with one each
+            (``ray start --resources='{"coin": 1}'``) then hold one server each, or serving does not start.
+
+    Raises:
+        ConfigurationError: One of them is negative, or there is no thread.
+    """
+
+    cpus: float = 0.0
+    gpus: float = 0.0
+    threads: int = 1
+    front_ends: int = 1
+    node: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.cpus < 0 or self.gpus < 0 or self.threads < 1 or self.front_ends < 1:
+            raise ConfigurationError(f"found {self}, expected no negative number, at least one thread and front end")
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Where and how to serve.
+
+    Args:
+        host: The address to listen at; the default one is reached from this machine alone.
+        port: The port.
+        address: Of a running Ray cluster, such as ``auto``; none starts one of its own on this machine.
+        resources: What every server gets.
+        limits: What bounds waiting.
+        inputs: What a query may bring.
+
+    Raises:
+        ConfigurationError: The port is none.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    address: str | None = None
+    resources: Resources = field(default_factory=Resources)
+    limits: Limits = field(default_factory=Limits)
+    inputs: InputLimits = field(default_factory=InputLimits)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 65536:
+            raise ConfigurationError(f"found port {self.port}, expected one from 1 to 65535")
+
+
+class ModelProcess:
+    """One network, or all of a spare's, in a process of its own, which runs one pass at a time.
+
+    A pass that nobody waits for any more is not begun; one that has begun holds its thread, and there is one thread.
+
+    Args:
+        folder: Where the files are; see `System`.
+        paths: The networks' files in it.
+        outputs: C.
+        decoder: The decoder that reads the replies.
+        device: Where they run.
+        threads: PyTorch's.
+        batch: The most requests of several front ends that run together.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        paths: tuple[str, ...],
+        outputs: int,
+        decoder: DecoderConfig,
+        device: str,
+        threads: int,
+        batch: int,
+    ) -> None:
+        from ray import serve
+
+        torch.set_num_threads(threads)
+        self._networks = [NetworkServer(Path(folder, path), outputs, decoder, device) for path in paths]
+        self._thread = ThreadPoolExecutor(1, "pass")
+        batched = serve.batch(max_batch_size=batch, batch_wait_timeout_s=0.0)
+        self._passes = [batched(self._pass_of(network)) for network in self._networks]
+        self.check_health()  # and the first query need not wait for what a first pass takes
+
+    async def __call__(self, place: int, stored: NDArray[Any]) -> Arrays:
+        """Return logits ``[B, C]`` and features ``[B, F]``, if they are read, of a network's stored inputs."""
+        found: Arrays = await self._passes[place](stored)
+        return found
+
+    def _pass_of(self, network: NetworkServer) -> Callable[[list[NDArray[Any]]], Any]:
+        async def run(requests: list[NDArray[Any]]) -> list[Arrays]:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, run_together, network, requests)
+
+        return run
+
+    def check_health(self) -> None:
+        """Raise where a network does not answer with finite numbers; Ray then starts another process."""
+        for network in self._networks:
+            if not bool(torch.isfinite(network(network.probe).logits).all()):
+                raise ServingError("the network's answer is not finite")
+
+
+def run_together(network: NetworkServer, requests: list[NDArray[Any]]) -> list[Arrays]:
+    """Return a network's replies to several requests, in one pass where their shapes allow it."""
+    if len({request.shape[1:] for request in requests}) > 1:
+        return [reply for request in requests for reply in run_together(network, [request])]
+    reply = network(torch.tensor(np.concatenate(requests)))
+    stops = np.cumsum([len(request) for request in requests])[:-1]
+    features = [None] * len(requests) if reply.features is None else np.split(reply.features.numpy(), stops)
+    return list(zip(np.split(reply.logits.numpy(), stops), features, strict=True))
+
+
+def _asking(handle: Any, place: int) -> Server:
+    async def ask(stored: Tensor) -> Reply:
+        response = handle.remote(place, stored.numpy())
+        try:
+            logits, features = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        except Exception as error:
+            cause = getattr(error, "cause", None)  # what the server raised: Ray's own message is its stack
+            raise cause if isinstance(cause, Exception) else error from None
+        # Ray's arrays cannot be written to, and PyTorch has no such tensors.
+        return Reply(torch.tensor(logits), None if features is None else torch.tensor(features))
+
+    return ask
+
+
+def application(system: System, resources: Resources, limits: Limits, inputs: InputLimits) -> Any:
+    """Return the Ray Serve application: what ``serve.run`` takes, and what a Serve YAML's builder gives.
+
+    Raises:
+        ConfigurationError: Ray Serve is not installed.
+    """
+    serve = _serve()
+    actor: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
+    if resources.node is not None:
+        actor["resources"] = {resources.node: 1}
+    device, outputs = "cuda" if resources.gpus > 0 else "cpu", system.expects.outputs
+    shared = str(Path(system.folder).resolve())
+    deployments = [
+        serve.deployment(ModelProcess)
+        .options(
+            name=name,
+            ray_actor_options=actor,
+            max_ongoing_requests=2 * limits.batch,
+            health_check_period_s=5,
+            **_STOPPING,
+        )
+        .bind(shared, paths, outputs, system.decoder, device, resources.threads, limits.batch)
+        for name, paths in system.processes
+    ]
+
+    def build() -> "FastAPI":
+        from coin.serving.app import JsonLines, make_app
+
+        handler = logging.StreamHandler()
+        handler.setFormatter(JsonLines())
+        logger = logging.getLogger("coin.serving")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        own = serve.get_replica_context().app_name
+        handles = [serve.get_deployment_handle(name, app_name=own) for name, _ in system.processes]
+        front = FrontEnd(
+            [_asking(handles[process], place) for process, place in system.places],
+            system.layout,
+            system.policy,
+            system.expects,
+            system.probe,
+            system.decodings if system.layout.num_coded else None,
+            limits,
+            system.names,
+        )
+        return make_app(front, system.description, inputs)
+
+    front = serve.deployment(serve.ingress(build)()).options(
+        name="front-end",
+        num_replicas=resources.front_ends,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=2 * (limits.queries + inputs.uploads),
+        **_STOPPING,
+    )
+    return front.bind(*deployments)
+
+
+def _serve() -> Any:
+    try:
+        import fastapi  # noqa: F401 (Ray Serve has none without its extra)
+        from ray import serve
+    except ImportError as error:
+        raise ConfigurationError("found no Ray Serve, expected it; pip install 'coded-coin[serve]'") from error
+    return serve
+
+
+def start(system: System, options: RayOptions) -> Callable[[], None]:
+    """Serve on Ray Serve until the returned function is called.
+
+    Raises:
+        ConfigurationError: Ray is not installed.
+        ServingError: Ray cannot serve here.
+    """
+    for name, value in {**_RAY, **({} if options.address else _ALONE)}.items():
+        os.environ.setdefault(name, value)
+    serve = _serve()
+    import ray
+
+    def stop() -> None:
+        serve.shutdown()
+        ray.shutdown()
+
+    try:
+        if not ray.is_initialized():
+            ray.init(options.address or "local", include_dashboard=False, log_to_driver=False, logging_level="error")
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        serve.start(http_options={"host": options.host, "port": options.port})
+        served = application(system, options.resources, options.limits, options.inputs)
+        serve.run(served, name="coin", route_prefix="/")
+    except Exception as error:  # Ray's errors share no base class
+        stop()
+        raise ServingError(f"Ray cannot serve here ({error}); see its logs in /tmp/ray") from error
+    return stop

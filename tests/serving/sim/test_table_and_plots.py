@@ -1,0 +1,134 @@
+"""What is known of a fleet, and a simulation's rows, file, table and figures."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from coin.coding.ready import uniform
+from coin.commands.advise import choose
+from coin.errors import ConfigurationError, FileError
+from coin.serving.sim.case import Want
+from coin.serving.sim.measure import Precision
+from coin.serving.sim.plots import tail_against_load, tail_against_memory
+from coin.serving.sim.redundancy import Failover, Fleet, Redundancy
+from coin.serving.sim.scenario import Conditions, Slowdown
+from coin.serving.sim.simulation import simulate
+from coin.serving.sim.table import as_row, print_simulation, read_simulation, write_simulation
+
+CONDITIONS = Conditions(slowdown=Slowdown(0.05, 10.0, 50.0))
+
+
+def fleet(**changes: Any) -> Fleet:
+    sizes = {Precision.full: (400, 420, 440), Precision.half: (200, 210, 220), Precision.int8: (100, 110, 120)}
+    known: dict[str, Any] = {
+        "rounded_accuracy": {Precision.half: 0.94}, "failover": Failover(0.7, 1 / 2**12, 0.001), **changes,
+    }  # fmt: skip
+    times = (np.array([0.01]),) * 3
+    return Fleet(uniform(3), times, times[:1], sizes, (410,), 0.95, {1: 0.9}, **known)
+
+
+def row(kind: Redundancy, own: Fleet, want: Want = Want.one, load: float = 0.4) -> dict[str, object]:
+    case = own.case(kind, CONDITIONS, load=load, want=want, queries=2000)
+    return as_row(kind, own, case, [simulate(case)])
+
+
+def test_memory_and_accuracy_are_those_of_what_extra_servers_hold() -> None:
+    known = fleet()
+    assert known.memory(Redundancy.uncoded) == (440, 1260)
+    assert known.memory(Redundancy.copy) == (440, 1660)
+    assert known.memory(Redundancy.spare) == (1260, 2520)
+    assert known.memory(Redundancy.spare_half) == (630, 1890)
+    assert known.memory(Redundancy.spare_int8) == (440, 1590)
+    assert known.memory(Redundancy.coded_hedged) == (440, 1670)
+    assert known.memory(Redundancy.failover) == (440, 1516)
+    assert known.accuracy(Redundancy.spare) == 0.95
+    assert known.accuracy(Redundancy.spare_half) == 0.94
+    assert math.isnan(known.accuracy(Redundancy.spare_int8))  # was not measured, and is not made up
+    larger = known.resized(8, 2)
+    assert larger.memory(Redundancy.spare) == (3340, 3 * 3340)
+    assert larger.memory(Redundancy.coded_hedged) == (440, 3340 + 820)
+    assert not larger.decoded_accuracy
+    with pytest.raises(ConfigurationError, match="no failover network"):
+        fleet(failover=None).case(Redundancy.failover, CONDITIONS, load=0.4)
+
+
+def test_rows_tell_who_stood_in_and_how_right() -> None:
+    rows = {kind: row(kind, fleet()) for kind in Redundancy}
+    for kind, found in rows.items():
+        spare = kind.name.startswith("spare") or kind in (Redundancy.failover, Redundancy.copy)
+        assert (found["share_spared"] > 0) == spare  # type: ignore[operator]
+        assert (found["share_decoded"] > 0) == kind.name.startswith("coded")  # type: ignore[operator]
+        assert found["extras"] == (kind is not Redundancy.uncoded)
+    assert rows[Redundancy.spare]["effective_accuracy"] == pytest.approx(0.95)
+    assert rows[Redundancy.failover]["standing_in_accuracy"] == pytest.approx(0.7)
+    assert rows[Redundancy.coded_hedged]["standing_in_accuracy"] == pytest.approx(0.9)
+    assert math.isnan(rows[Redundancy.spare_int8]["effective_accuracy"])  # type: ignore[arg-type]
+    assert rows[Redundancy.spare]["p999"] == rows[Redundancy.spare_half]["p999"]
+    assert rows[Redundancy.spare]["p999"] < rows[Redundancy.uncoded]["p999"]  # type: ignore[operator]
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    kinds = (Redundancy.uncoded, Redundancy.spare, Redundancy.spare_int8, Redundancy.coded_hedged)
+    return pd.DataFrame([row(kind, fleet(), want, load) for want in Want for load in (0.2, 0.4) for kind in kinds])
+
+
+def test_file_reads_back(rows: pd.DataFrame, tmp_path: Path) -> None:
+    write_simulation(tmp_path / "simulation.csv", rows)
+    found = read_simulation(tmp_path)
+    pd.testing.assert_frame_equal(found, rows[list(found.columns)], check_dtype=False)
+    with pytest.raises(FileError, match=r"simulation\.csv"):
+        read_simulation(tmp_path / "elsewhere")
+
+
+def test_table_fits_80_columns_and_shows_failures_and_what_is_not_known(rows: pd.DataFrame) -> None:
+    console = Console(width=80, record=True)
+    print_simulation(rows.assign(p999=rows["p999"].where(rows["redundancy"] != "uncoded", np.inf)), console)
+    text = console.export_text()
+    assert "3 experts, one wanted, load 0.2" in text
+    lines = {words[0]: words for line in text.splitlines() if len(words := line.split()) > 5}
+    assert lines["uncoded"][1] == "∞"
+    assert lines["spare_int8"][-1] == "–"
+
+
+@pytest.mark.parametrize("draw", [tail_against_memory, tail_against_load])
+def test_figures_have_a_line_a_policy_and_no_infinite_point(draw: Any, rows: pd.DataFrame) -> None:
+    lost = rows.assign(p999=rows["p999"].where((rows["redundancy"] != "uncoded") | (rows["load"] < 0.4), np.inf))
+    figure = draw(lost)
+    assert len(figure.axes) == 2
+    lines = {each.get_label(): each.lines[0].get_xdata() for each in figure.axes[0].containers}
+    assert set(lines) == {"uncoded", "spare", "spare_int8", "coded_hedged"}
+    assert len(lines["uncoded"]) == 1
+    assert len(lines["spare"]) == 2
+
+
+def advice(**columns: Any) -> pd.DataFrame:
+    plain = {"fits": True, "memory": 5, "experts": 3, "extras": 1, "forwards": 1.0, "effective_accuracy": 0.95}
+    frame = pd.DataFrame({**plain, **columns})
+    return frame.assign(p999_low=0.9 * frame["p999"], p999_high=1.1 * frame["p999"])
+
+
+CHOICES = {
+    "the lowest": ({"p999": [0.5, 0.1, 0.9]}, None, 1),
+    "that fits": ({"p999": [0.5, 0.1, 0.9], "fits": [True, False, True]}, None, 0),
+    "whose accuracy is known": ({"p999": [0.5, 0.1], "effective_accuracy": [0.95, math.nan]}, None, 0),
+    "more accurate where latencies cannot be told apart": (
+        {"p999": [0.10, 0.105], "effective_accuracy": [0.93, 0.95]}, None, 1,
+    ),
+    "less memory where accuracies cannot": (
+        {"p999": [0.1, 0.1], "effective_accuracy": [0.9502, 0.9499], "memory": [9, 5]}, None, 1,
+    ),
+    "cheapest that keeps what is wanted": ({"p999": [0.19, 0.1], "memory": [3, 5]}, 200, 0),
+    "nearest where none does": ({"p999": [0.5, 0.3], "memory": [3, 5]}, 200, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_what_to_buy(name: str) -> None:
+    columns, wanted, best = CHOICES[name]
+    assert choose(advice(**columns), wanted) == best

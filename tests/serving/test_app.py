@@ -1,0 +1,359 @@
+"""The application over real HTTP on loopback, with servers in this process instead of Ray's."""
+
+import asyncio
+import base64
+import io
+import os
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from coin.coding import Code
+from coin.errors import ConfigurationError
+from coin.serving.decodings import Decodings
+from coin.serving.front_end import FrontEnd
+from coin.serving.inputs import InputLimits
+from coin.serving.limits import Limits
+from coin.serving.policies import Policy, PolicyKind
+from coin.serving.protocol import Description
+from coin.serving.replies import Reply, ReplyFormat
+
+pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install 'coded-coin[serve]'")
+uvicorn = pytest.importorskip("uvicorn")
+
+from coin.serving.app import make_app  # noqa: E402 (needs FastAPI)
+
+CODE = Code([[0.5, 0.5]])
+CLASSES = {"colours": ["red", "green", "blue"], "lights & darks": ["light", "dark"]}
+
+
+class Toy:
+    """Two experts and an exact coded model for images of one colour, each of which can be told to fail."""
+
+    def __init__(self, inputs: InputLimits, **limits: Any) -> None:
+        self.ways = ["", "", ""]
+        decodings = Decodings(CODE)
+        self.front = FrontEnd(
+            [self._server(index) for index in range(3)],
+            decodings.layout(),
+            Policy(PolicyKind.coded_hedged),
+            ReplyFormat(3),
+            torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+            decodings,
+            Limits(**{"initial_lateness": 30.0, "deadline": 60.0, "timeout": 60.0, **limits}),
+            ["expert-colours", "expert-lights", "coded-0"],
+        )
+        self.app = make_app(self.front, Description(CLASSES, 8, "average", "linear"), inputs)
+
+    def _server(self, index: int) -> Any:
+        async def answer(images: torch.Tensor) -> Reply:
+            if self.ways[index] == "raise":
+                raise RuntimeError("gone")
+            if self.ways[index] == "hang":
+                await asyncio.sleep(3600)
+            colours = images.float().mean((2, 3)) / 255
+            light = torch.stack([colours.mean(1) - 0.5, 0.5 - colours.mean(1), torch.zeros(len(images))], 1)
+            outputs = (colours, light, 0.5 * colours + 0.5 * light)
+            return Reply(10 * outputs[index])
+
+        return answer
+
+
+@pytest.fixture
+def serve_toy() -> Iterator[Any]:
+    """Return a function that serves a toy in the background and returns it with a client and its port."""
+    running = []
+
+    def serve(inputs: InputLimits | None = None, **limits: Any) -> tuple[Toy, httpx.Client, int]:
+        toy = Toy(inputs or InputLimits(bytes=5000, pixels=1000, samples=4), **limits)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        server = uvicorn.Server(uvicorn.Config(toy.app, port=port, log_level="error", lifespan="on"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
+        running.append((toy, server, thread, client))
+        while not server.started:
+            time.sleep(0.01)
+        return toy, client, port
+
+    yield serve
+    for toy, server, thread, client in running:
+        client.close()
+        server.should_exit = True
+        server.force_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+        assert not toy.front.can_answer()  # it was stopped with the application
+
+
+def plain(*colour: int) -> np.ndarray:
+    return np.tile(np.array(colour, np.uint8)[:, None, None], (1, 6, 6))
+
+
+def png(*colour: int) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(plain(*colour).transpose(1, 2, 0)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def files(*contents: str) -> dict[str, Any]:
+    return {"inputs": [{"name": "images", "datatype": "BYTES", "shape": [len(contents)], "data": list(contents)}]}
+
+
+def pixels(images: np.ndarray) -> dict[str, Any]:
+    tensor = {"name": "images", "datatype": "UINT8", "shape": list(images.shape), "data": images.flatten().tolist()}
+    return {"id": "7", "inputs": [tensor]}
+
+
+def ask(client: httpx.Client, model: str, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the response and the data of its outputs by name."""
+    found = client.post(f"/v2/models/{model}/infer", json=body)
+    assert found.status_code == 200, found.text
+    return found.json(), {output["name"]: output["data"] for output in found.json()["outputs"]}
+
+
+def test_own_and_decoded_answers(serve_toy: Any) -> None:
+    toy, client, _ = serve_toy()
+    own, data = ask(client, "colours", files(png(0, 200, 0)))
+    assert (own["parameters"]["decoded"], own["parameters"]["answered_by"]) == (False, "expert-colours")
+    assert (data["class"], data["label"]) == ([1], ["green"])
+    assert sum(data["probabilities"]) == pytest.approx(1)
+    toy.ways[0] = "raise"
+    decoded, again = ask(client, "colours", pixels(plain(0, 200, 0)[None]))
+    assert (decoded["parameters"]["decoded"], decoded["parameters"]["answered_by"]) == (True, "expert-lights,coded-0")
+    assert decoded["id"] == "7"
+    assert again["probabilities"] == pytest.approx(data["probabilities"], abs=1e-5)
+    every, data = ask(client, "all", pixels(np.stack([plain(0, 0, 90), plain(90, 0, 0)])))
+    assert data["colours.label"] == ["blue", "red"]
+    said = {output["name"]: output["parameters"]["decoded"] for output in every["outputs"]}
+    assert (said["colours.class"], said["lights & darks.class"]) == (True, False)
+    shapes = {output["name"]: output["shape"] for output in every["outputs"]}
+    assert shapes["lights & darks.probabilities"] == [2, 2]
+
+
+def test_readiness_metrics_and_description(serve_toy: Any) -> None:
+    toy, client, _ = serve_toy(failures=1, cooldown=0.2)
+    assert client.get("/v2/health/live").status_code == client.get("/v2/health/ready").status_code == 200
+    metadata = client.get("/v2/models/colours").json()
+    assert metadata["parameters"] == {"colours.classes": "red,green,blue"}
+    assert {output["name"] for output in metadata["outputs"]} == {"probabilities", "class", "label"}
+    toy.ways[0] = "raise"
+    ask(client, "colours", files(png(9, 0, 0)))
+    health = client.get("/health").json()
+    assert health["servers"]["expert-colours"] == {"up": False, "requests": 0, "last_error": "RuntimeError: gone"}
+    assert health["queries"] == {"answered": 1, "decoded": 1}
+    assert client.get("/v2/health/ready").status_code == 200  # the others make up for it
+    toy.ways[2] = "raise"
+    lost = client.post("/v2/models/colours/infer", json=files(png(9, 0, 0)))
+    assert (lost.status_code, lost.json()["kind"]) == (503, "LostError")
+    assert client.get("/v2/health/ready").status_code == 503
+    assert client.get("/v2/models/colours/ready").status_code == 503
+    assert client.get("/v2/models/lights & darks/ready").status_code == 200
+    metrics = client.get("/metrics").text
+    for line in (
+        'coin_queries_total{end="lost"} 1.0',
+        'coin_server_up{server="coded-0"} 0.0',
+        "coin_decoded_answers_total 1.0",
+    ):
+        assert line in metrics
+    toy.ways = ["", "", ""]
+    time.sleep(1.0)  # and nobody asks
+    assert client.get("/v2/health/ready").status_code == 200
+    assert "/v2/models/{model}/infer" in client.get("/openapi.json").json()["paths"]
+
+
+def test_deadline_and_too_many_queries(serve_toy: Any) -> None:
+    toy, client, _ = serve_toy(deadline=0.4, queries=1)
+    toy.ways = ["hang"] * 3
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: client.post("/v2/models/colours/infer", json=files(png(9, 0, 0))), range(2)))
+    assert {(each.status_code, each.json()["kind"]) for each in found} == {
+        (504, "DeadlineError"),
+        (503, "OverloadedError"),
+    }
+
+
+def wrong(**changes: Any) -> dict[str, Any]:
+    return {"inputs": [{**pixels(plain(1, 2, 3)[None])["inputs"][0], **changes}]}
+
+
+MISTAKES = {
+    "path": ("/nothing", {}, 404, "Not Found"),
+    "model": ("/v2/models/magic/infer", wrong(), 404, "expected one of colours, lights & darks, all"),
+    "no request": ("/v2/models/colours/infer", {"a": 1}, 400, "wrong at inputs"),
+    "datatype": ("/v2/models/colours/infer", wrong(datatype="FP32"), 400, "inputs.0.datatype"),
+    "shape": ("/v2/models/colours/infer", wrong(shape=[6, 6, 3]), 400, "[B, 1 or 3, H, W]"),
+    "too few values": ("/v2/models/colours/infer", wrong(data=[1, 2]), 400, "found 2 values for an array"),
+    "ragged": ("/v2/models/colours/infer", wrong(data=[[1], [2, 3]]), 400, "no array"),
+    "no pixels": ("/v2/models/colours/infer", wrong(data=[300] * 108), 400, "from 0 to 255"),
+    "no data": ("/v2/models/colours/infer", wrong(data=None), 400, "without data"),
+    "no image": ("/v2/models/colours/infer", files("aGVsbG8="), 400, "neither PNG nor JPEG"),
+    "no base64": ("/v2/models/colours/infer", files("%%"), 400, "base64"),
+    "rows": ("/v2/models/colours/infer", wrong(datatype="BYTES", shape=[3], data=["aGVsbG8="]), 400, "one a row"),
+    "too many": ("/v2/models/colours/infer", files(*["aGVsbG8="] * 5), 413, "at most 4"),
+    "too large": ("/v2/models/colours/infer", wrong(data=[0] * 9000), 413, "5000 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_get_a_status_and_one_line(serve_toy: Any, case: str) -> None:
+    path, body, status, message = MISTAKES[case]
+    _, client, _ = serve_toy()
+    found = client.post(path, json=body)
+    assert found.status_code == status
+    assert message in found.text
+    assert "\n" not in found.text
+
+
+def test_body_that_does_not_tell_its_length_is_not_read_beyond_the_limit(serve_toy: Any) -> None:
+    _, client, _ = serve_toy()
+    found = client.post("/v2/models/colours/infer", content=(bytes(1000) for _ in range(100)))
+    assert found.status_code == 413
+
+
+def half_sent(port: int, length: int = 1_000_000) -> socket.socket:
+    """Begin an upload and send a hundred bytes of it."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    head = f"POST /v2/models/colours/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
+    connection.sendall(head.encode() + bytes(100))
+    return connection
+
+
+def test_half_sent_bodies_hold_nobody_up_and_end(serve_toy: Any) -> None:
+    limits = InputLimits(bytes=2_000_000, seconds=1.5, uploads=16)
+    _, client, port = serve_toy(limits)
+    slow = [half_sent(port) for _ in range(14)]
+    time.sleep(0.3)
+    began = time.monotonic()
+    assert client.get("/health").status_code == 200
+    ask(client, "colours", files(png(9, 0, 0)))
+    assert time.monotonic() - began < 1.0
+    slow += [half_sent(port) for _ in range(2)]
+    time.sleep(0.2)
+    assert client.post("/v2/models/colours/infer", json=files(png(9, 0, 0))).status_code == 503  # and not for ever
+    for connection in slow:
+        connection.settimeout(5)
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+        connection.close()
+    ask(client, "colours", files(png(9, 0, 0)))
+
+
+def test_a_task_may_not_have_the_name_of_all(serve_toy: Any) -> None:
+    toy, _, _ = serve_toy()
+    with pytest.raises(ConfigurationError, match="a task 'all'"):
+        make_app(toy.front, Description({"all": ["a"]}, 8, "average", "linear"), InputLimits())
+
+
+def test_a_client_of_tritons_reads_a_decoded_answer(serve_toy: Any) -> None:
+    triton = pytest.importorskip("tritonclient.http", reason="pip install 'tritonclient[http]'")
+    toy, _, port = serve_toy()
+    toy.ways[0] = "raise"
+    client = triton.InferenceServerClient(f"127.0.0.1:{port}")
+    assert client.is_server_ready()
+    assert client.is_model_ready("colours")
+    for binary in (True, False):
+        tensor = triton.InferInput("images", [1, 3, 6, 6], "UINT8")
+        tensor.set_data_from_numpy(plain(0, 200, 0)[None], binary_data=binary)
+        found = client.infer("colours", [tensor])
+        assert found.as_numpy("class").tolist() == [1]
+        assert found.as_numpy("probabilities").shape == (1, 3)
+        assert found.get_response()["parameters"]["decoded"] is True
+        assert found.get_response()["parameters"]["answered_by"] == "expert-lights,coded-0"
+    files_input = triton.InferInput("images", [1], "BYTES")
+    files_input.set_data_from_numpy(np.array([base64.b64decode(png(0, 200, 0))], dtype=object), binary_data=True)
+    assert client.infer("colours", [files_input]).as_numpy("label").tolist() == ["green"]
+    client.close()
+
+
+SECONDS = float(os.environ.get("COIN_LOAD_SECONDS", "4"))
+"""How long the mixed load lasts; 300 for evidence."""
+
+
+def test_good_clients_are_served_among_slow_oversized_and_broken_ones(serve_toy: Any) -> None:
+    """No answer is wrong, nobody waits longer than the deadline and a bit, and memory does not grow."""
+    limits = InputLimits(bytes=300_000, pixels=10_000, samples=64, seconds=1.0, uploads=64)
+    toy, client, port = serve_toy(limits, timeout=0.5, deadline=3.0, initial_lateness=0.1, cooldown=0.2)
+    end, draw = time.monotonic() + SECONDS, random.Random(0)
+    counts: Counter[str] = Counter()
+    waited: list[float] = []
+    memory: list[int] = []
+
+    def good(number: int) -> None:
+        own = random.Random(number)
+        with httpx.Client(base_url=client.base_url, timeout=20) as http:
+            while time.monotonic() < end:
+                colours = [[own.randrange(256) for _ in range(3)] for _ in range(own.choice([1, 1, 1, 3, 64]))]
+                body = pixels(np.stack([plain(*colour) for colour in colours]))
+                began = time.monotonic()
+                found = http.post("/v2/models/colours/infer", json=body)
+                waited.append(time.monotonic() - began)
+                counts[str(found.status_code)] += 1
+                if found.status_code == 200:
+                    data = {output["name"]: output["data"] for output in found.json()["outputs"]}
+                    counts["decoded"] += found.json()["parameters"]["decoded"]
+                    likely = torch.tensor(colours).float().mul(10 / 255).softmax(1)
+                    given = torch.tensor(data["probabilities"]).view(-1, 3)
+                    counts["wrong"] += int(not torch.allclose(given, likely, atol=1e-4))
+                else:
+                    assert found.status_code in (503, 504), found.text
+
+    def slow() -> None:
+        while time.monotonic() < end:
+            connections = [half_sent(port, 200_000) for _ in range(14)]
+            for connection in connections:
+                connection.settimeout(10)
+                counts["told to hurry"] += connection.recv(100).startswith(b"HTTP/1.1 408")
+                connection.close()
+
+    def broken() -> None:
+        with httpx.Client(base_url=client.base_url, timeout=20) as http:
+            while time.monotonic() < end:
+                half_sent(port, 1000).close()
+                bodies: list[Any] = [bytes(400_000), b"{", os.urandom(2000), b'{"inputs": [' + b"[" * 2000]
+                for body in bodies:
+                    status = http.post("/v2/models/all/infer", content=body).status_code
+                    assert status in (400, 413, 503), status
+                    counts["refused"] += 1
+                assert http.get("/health").status_code == 200
+                time.sleep(0.01)
+
+    def trouble() -> None:
+        while time.monotonic() < end:
+            toy.ways[draw.randrange(3)] = draw.choice(["", "", "raise", "hang"])
+            toy.ways[draw.randrange(3)] = ""
+            memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 if Path("/proc").exists() else 0)
+            time.sleep(0.3)
+
+    with ThreadPoolExecutor(16) as pool:
+        works = [pool.submit(good, number) for number in range(6)]
+        works += [pool.submit(work) for work in (slow, slow, broken, broken, trouble)]
+        for work in works:
+            work.result()
+    print(
+        dict(counts),
+        f"longest wait {max(waited):.2f} s",
+        f"memory {memory[len(memory) // 4] >> 20} → {memory[-1] >> 20} MiB",
+    )
+    assert counts["wrong"] == 0
+    assert counts["200"] > 20 * SECONDS
+    assert counts["decoded"] > 0
+    assert counts["told to hurry"] > 0
+    assert max(waited) < 8
+    assert max(memory) - memory[len(memory) // 4] < 200 * 2**20
+    toy.ways = ["", "", ""]
+    time.sleep(1)
+    assert client.get("/v2/health/ready").status_code == 200
