@@ -15,8 +15,9 @@ STORED = ("03_results", "04_serving", "05_fine_tuning")
 
 
 def said(notebook: nbformat.NotebookNode) -> list[str]:
-    """Return what the cells print and show, without pictures and the ids that pandas draws by chance."""
+    """Return what the cells print and show, without warnings, pictures and the ids that pandas draws by chance."""
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    outputs = [output for output in outputs if output.get("name") != "stderr"]
     shown = [output.get("text") or output.get("data", {}).get("text/html", "") for output in outputs]
     return [re.sub(r"T_[0-9a-f]+", "T", text) for text in shown]
 
