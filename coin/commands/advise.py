@@ -15,9 +15,9 @@ from coin.errors import CoinError
 from coin.reporting.results import write_frame
 from coin.reporting.tables import results_console
 from coin.serving.sim.case import Want
-from coin.serving.sim.measure import Precision
+from coin.serving.sim.fleet import Failover, Fleet
 from coin.serving.sim.plots import tail_against_memory
-from coin.serving.sim.redundancy import Failover, Fleet, Redundancy
+from coin.serving.sim.redundancy import Precision, Redundancy
 from coin.serving.sim.scenario import Conditions, require
 from coin.serving.sim.table import milliseconds, simulation_table
 

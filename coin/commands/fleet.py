@@ -10,8 +10,9 @@ from coin.commands.serve import read_tasks
 from coin.commands.served import Served, read_accuracies, read_served, results_folders
 from coin.serving.model import NetworkServer
 from coin.serving.replies import ReplyFormat
-from coin.serving.sim.measure import Precision, kept_bytes, measure_accuracy, measure_decoding, measure_service
-from coin.serving.sim.redundancy import Failover, Fleet
+from coin.serving.sim.fleet import Failover, Fleet
+from coin.serving.sim.measure import kept_bytes, measure_accuracy, measure_decoding, measure_service
+from coin.serving.sim.redundancy import Precision
 from coin.serving.sim.scenario import Conditions, ServiceKind
 
 

@@ -17,9 +17,9 @@ from coin.options import described
 from coin.reporting.figures import as_png
 from coin.reporting.tables import results_console
 from coin.serving.sim.case import Case, Want
-from coin.serving.sim.measure import Precision
+from coin.serving.sim.fleet import Failover, Fleet
 from coin.serving.sim.plots import tail_against_load, tail_against_memory
-from coin.serving.sim.redundancy import Failover, Fleet, Redundancy
+from coin.serving.sim.redundancy import Precision, Redundancy
 from coin.serving.sim.scenario import Conditions, require
 from coin.serving.sim.simulation import simulate_all
 from coin.serving.sim.table import SIMULATION_CSV, as_row, print_simulation, write_simulation

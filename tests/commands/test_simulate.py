@@ -19,8 +19,8 @@ from coin.errors import FileError
 from coin.files.safetensors import load_state, save_state
 from coin.reporting import read_results
 from coin.serving.model import NetworkServer
-from coin.serving.sim.measure import Precision, kept_bytes, rounded
-from coin.serving.sim.redundancy import Redundancy
+from coin.serving.sim.measure import kept_bytes, rounded
+from coin.serving.sim.redundancy import Precision, Redundancy
 from coin.serving.sim.table import read_simulation
 
 pytestmark = pytest.mark.slow

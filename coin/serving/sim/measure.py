@@ -5,7 +5,6 @@ In seconds of one processor core, as `coin serve` runs its servers unless it is 
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +18,9 @@ from coin.networks import load_network
 from coin.serving.decodings import Decodings
 from coin.serving.model import NetworkServer
 from coin.serving.replies import Reply, ReplyFormat
+from coin.serving.sim.redundancy import Precision
 
 _WARM_UP, _REPEATS, _BATCH = 20, 200, 8
-
-
-class Precision(StrEnum):
-    """How a spare keeps its weights; it computes in float32."""
-
-    full = "full"
-    """As they are."""
-    half = "half"
-    """float16: two bytes a weight."""
-    int8 = "int8"
-    """One byte a weight, and a scale for every output: w ≈ scale·q, q from −127 to 127. Vectors stay as they are."""
 
 
 def rounded(values: Tensor, precision: Precision) -> tuple[Tensor, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,8 +13,11 @@ from rich.text import Text
 
 from coin.reporting.results import read_frame, write_frame
 from coin.serving.sim.case import Case, Outcome
-from coin.serving.sim.redundancy import Fleet, Redundancy
+from coin.serving.sim.redundancy import Redundancy
 from coin.serving.sim.tails import tail_intervals
+
+if TYPE_CHECKING:
+    from coin.serving.sim.fleet import Fleet
 
 SIMULATION_CSV = "simulation.csv"
 LEVELS: dict[str, float] = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
@@ -28,7 +32,7 @@ _NUMBERS = (
 COLUMNS = (*_TEXT, *_INTEGERS, *_NUMBERS)
 
 
-def as_row(kind: Redundancy, fleet: Fleet, case: Case, outcomes: Sequence[Outcome]) -> dict[str, object]:
+def as_row(kind: Redundancy, fleet: "Fleet", case: Case, outcomes: Sequence[Outcome]) -> dict[str, object]:
     """Return what the seeds of one case come to.
 
     Latencies are in seconds, infinite where too many queries failed, and memory in bytes of weights: ``memory_server``

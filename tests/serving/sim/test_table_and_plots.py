@@ -13,9 +13,9 @@ from coin.coding.ready import uniform
 from coin.commands.advise import choose
 from coin.errors import ConfigurationError, FileError
 from coin.serving.sim.case import Want
-from coin.serving.sim.measure import Precision
+from coin.serving.sim.fleet import Failover, Fleet
 from coin.serving.sim.plots import tail_against_load, tail_against_memory
-from coin.serving.sim.redundancy import Failover, Fleet, Redundancy
+from coin.serving.sim.redundancy import Precision, Redundancy
 from coin.serving.sim.scenario import Conditions, Slowdown
 from coin.serving.sim.simulation import simulate
 from coin.serving.sim.table import as_row, print_simulation, read_simulation, write_simulation
