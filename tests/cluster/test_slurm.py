@@ -117,7 +117,7 @@ def test_a_signalled_job_goes_on_from_its_last_whole_epoch(
     assert len(done[0]) == len(done[1]) == SIGNAL_AT + 1
     assert not list((tmp_path / "runs").rglob("expert.safetensors"))
     assert [path.name for path in (tmp_path / "runs").rglob("*.ckpt")] == ["last.ckpt"]
-    run_ids = [path.read_text() for path in (tmp_path / "runs").rglob("wandb-run-id")]
+    run_ids = [path.read_text() for path in (tmp_path / "runs").rglob("wandb-run-id-expert")]
 
     subprocess.run(job, cwd=ROOT, env=cluster, check=True, timeout=400)
     for task in (0, 1):
@@ -136,7 +136,7 @@ def test_a_signalled_job_goes_on_from_its_last_whole_epoch(
     if command == "run":
         runs = [re.sub(r".*-", "", path.name) for path in (tmp_path / "runs").rglob("offline-run-*") if path.is_dir()]
         assert runs == run_ids * 2
-        assert not (expert.parent / "wandb-run-id").exists()
+        assert not (expert.parent / "wandb-run-id-expert").exists()
 
 
 def test_a_job_that_fails_says_so_and_is_not_queued_again(cluster: dict[str, str], tmp_path: Path) -> None:
