@@ -9,8 +9,7 @@ import pandas as pd
 from rich.console import Console
 
 from coin.commands.fleet import Chosen, read_fleet, rounded_accuracies
-from coin.commands.parser import command_parser, parsed
-from coin.commands.simulate import SEEDS, conditions_of, draw, simulate_rows
+from coin.commands.simulate import SEEDS, draw, parse_fleet, simulate_rows
 from coin.errors import CoinError
 from coin.reporting.results import write_frame
 from coin.reporting.tables import results_console
@@ -148,13 +147,7 @@ def print_advice(rows: pd.DataFrame, notes: Sequence[str], console: Console) -> 
 
 def main(arguments: Sequence[str]) -> None:
     """Advise, and print it."""
-    parser = command_parser("advise")
-    parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
-    parser.add_class_arguments(Conditions)
-    parser.add_class_arguments(Chosen)
-    parser.add_function_arguments(advise, skip={"folder", "conditions", "chosen"})
-    options = parsed(parser, arguments)
-    conditions, chosen = conditions_of(options)
-    rows, notes = advise(conditions=conditions, chosen=chosen, **options)
+    options = parse_fleet("advise", advise, arguments)
+    rows, notes = advise(**options)
     print_advice(rows, notes, results_console())
     print(f"table: {Path(options['output'] or options['folder']) / ADVICE_CSV}")

@@ -1,7 +1,7 @@
 """``coin simulate``: how late answers are, and how right, by what extra servers hold."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -143,20 +143,21 @@ def draw(path: Path, figure: Figure) -> None:
         temporary.write_bytes(as_png(figure))
 
 
-def conditions_of(options: dict[str, Any]) -> tuple[Conditions, Chosen]:
-    """Take what `Conditions` and `Chosen` are made of out of a command's options."""
-    made = [kind(**{each.name: options.pop(each.name) for each in fields(kind)}) for kind in (Conditions, Chosen)]
-    return made[0], made[1]  # type: ignore[return-value]
+def parse_fleet(name: str, function: Callable[..., Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of a function that takes a fleet's folder, its `Conditions` and what is `Chosen` of it."""
+    parser = command_parser(name)
+    parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
+    parser.add_class_arguments(Conditions)
+    parser.add_class_arguments(Chosen)
+    parser.add_function_arguments(function, skip={"folder", "conditions", "chosen"})
+    options = parsed(parser, arguments)
+    for section, kind in (("conditions", Conditions), ("chosen", Chosen)):
+        options[section] = kind(**{each.name: options.pop(each.name) for each in fields(kind)})
+    return options
 
 
 def main(arguments: Sequence[str]) -> None:
     """Simulate, and print the table."""
-    parser = command_parser("simulate")
-    parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
-    parser.add_class_arguments(Conditions)
-    parser.add_class_arguments(Chosen)
-    parser.add_function_arguments(simulate, skip={"folder", "conditions", "chosen"})
-    options = parsed(parser, arguments)
-    conditions, chosen = conditions_of(options)
-    print_simulation(simulate(conditions=conditions, chosen=chosen, **options), results_console())
+    options = parse_fleet("simulate", simulate, arguments)
+    print_simulation(simulate(**options), results_console())
     print(f"table: {Path(options['output'] or options['folder']) / SIMULATION_CSV}")

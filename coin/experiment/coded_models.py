@@ -22,7 +22,7 @@ from coin.processes import from_first
 from coin.progress import tracked
 from coin.reporting.extras import write_layers
 from coin.reporting.results import COLUMNS, asked_policy, read_results
-from coin.reporting.summary import variant_names
+from coin.reporting.summary import summarise, variant_names
 from coin.reporting.wandb_evaluation import METHOD_TAG, best, log_method
 from coin.reporting.wandb_settings import in_sweep, logging_only
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
@@ -262,7 +262,7 @@ def _log_methods(run: SeedRun) -> None:
     with logging_only("the runs of the methods"):
         rows = read_results(run.folder)
         asked = rows["batchnorm"].map(asked_policy)
-        top, whole = best(rows).get("best_method"), True
+        top, whole = best(summarise(rows)).get("best_method"), True
         for method in run.experiment.methods:
             paths = run.coded_paths(method)
             name = record_name(paths[0])

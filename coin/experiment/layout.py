@@ -59,6 +59,8 @@ class ExperimentLayout:
         self.base = folder / "base"
         """The folder of the shared initialisation."""
         self.pretrained = self.base / "base.safetensors"
+        self.logs = folder / "logs"
+        """The folder of the logs of what is of all seeds."""
         self.submitit = folder / "submitit"
         self.summary = folder / SUMMARY_CSV
 

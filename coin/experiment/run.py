@@ -165,10 +165,9 @@ def _log_summary(experiment: Experiment, summary: pd.DataFrame) -> None:
     if len(experiment.seeds) < 2 or steps.finished("wandb-summary", key, []):
         return
     config = run_config(experiment, resolved(experiment, experiment.tasks, None))
-    folder = experiment.layout.folder / "logs"
     with (
         logging_only("the summary over seeds"),
-        job(experiment, folder, "evaluate", "summary", None, config, [SUMMARY_TAG]) as work,
+        job(experiment, experiment.layout.logs, "evaluate", "summary", None, config, [SUMMARY_TAG]) as work,
     ):
         if work.run is not None:
             log_summary(work.run, summary)

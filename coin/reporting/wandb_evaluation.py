@@ -51,8 +51,9 @@ def log_evaluation(
     if run.disabled:
         return
     frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
-    found = best(frame)
-    logged = {"results": _table(frame), **_headline(summarise(frame))}
+    summary = summarise(frame)
+    found = best(summary)
+    logged = {"results": _table(frame), **_headline(summary)}
     if examples is not None:
         logged["examples"] = _examples(examples, found.get("best_decoder"))
     names = variant_names(frame)
@@ -64,7 +65,7 @@ def log_evaluation(
             logged[chart] = _confusion(counts, (classes or {}).get(row.task, ()), title)
     with run_environment(folder_of(run)):
         run.log(logged)
-    run.summary.update(_overview(summarise(frame)) | found)
+    run.summary.update(_overview(summary) | found)
 
 
 def log_method(run: wandb.Run, rows: pd.DataFrame) -> None:
@@ -113,15 +114,11 @@ def log_summary(run: wandb.Run, summary: pd.DataFrame) -> None:
     """
     with run_environment(folder_of(run)):
         run.log({"summary": _table(summary), **_headline(summary)})
-    run.summary.update(_overview(summary) | _best(summary))
+    run.summary.update(_overview(summary) | best(summary))
 
 
-def best(rows: pd.DataFrame) -> dict[str, Any]:
+def best(summary: pd.DataFrame) -> dict[str, Any]:
     """Return the largest mean NDA over all methods and decoders, and for each decoder; nothing without methods."""
-    return _best(summarise(rows))
-
-
-def _best(summary: pd.DataFrame) -> dict[str, Any]:
     means = over_tasks(summary.assign(name=variant_names(summary)))
     means = means[~means["method"].isin(REFERENCES) & means["nda_mean"].notna()]
     if means.empty:
