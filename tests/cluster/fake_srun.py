@@ -24,6 +24,12 @@ NOTES = Path(os.environ["FAKE_SLURM"])
 SCRIPT = os.getppid()
 
 
+def reached(task: int) -> bool:
+    """Whether a task has noted the step of the signal: the kill that follows must find all tasks in the same step."""
+    notes = NOTES / f"steps-{task}.txt"
+    return notes.is_file() and len(notes.read_text().splitlines()) > int(os.environ["SIGNAL_AT"])
+
+
 def run(task: int, arguments: list[str]) -> int:
     """Run one task."""
     os.environ.update(SLURM_PROCID=str(task), SLURM_LOCALID=str(task), SLURM_NODEID="0")
@@ -36,6 +42,8 @@ def run(task: int, arguments: list[str]) -> int:
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL, "Lightning would save in the middle of an epoch"
         if self.global_step == int(os.environ["SIGNAL_AT"]) and not (NOTES / "scontrol.txt").exists():
             if task == 1:
+                while not all(reached(other) for other in range(TASKS)):
+                    time.sleep(0.01)
                 os.kill(SCRIPT, signal.SIGUSR1)
             time.sleep(60)
         return plain(self, batch, batch_idx)
