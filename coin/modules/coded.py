@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from coin.batches import Batch, Forward, adapted, as_input, checked, take
-from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder
+from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Kept, distinct_decoders, make_decoder
 from coin.errors import ConfigurationError, DataError
 from coin.metrics import DecodingAccuracy, Residual
 from coin.networks import Run, pad_logits, run_network
@@ -186,8 +186,9 @@ def evaluate(
                 "decoders=['linear']"
             )
         answers = _calibration_answers(system, configs, calibration)
+        kept = Kept()
         for decoder in to_fit:
-            decoder.fit(answers)
+            decoder.fit(answers, kept)
     measured = [_measured(system, by_task[task], task, loader) for task, loader in enumerate(loaders)]
     return pd.DataFrame(
         {"decoder": config.name, "task": system.names[task], **measured[task][index]}
