@@ -93,7 +93,7 @@ class GaussNewton(Coin):
             metric = floored_diagonal(fishers, row, self.ridge)
         else:
             # What was fitted to the held-out samples would look best to them as it is.
-            fitted = Experts(experts.networks, calibration=experts.fitted(DataChoice.own))
+            fitted = Experts(experts.networks, calibration=[list(each) for each in experts.fitted(DataChoice.own)])
             made = self._start.make(fitted, row)
             sums = fisher_sums(made.network, fitted.pooled)
             experts.passes += fitted.passes + sums.passes

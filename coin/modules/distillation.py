@@ -19,13 +19,12 @@ from coin.data import Augmentation
 from coin.errors import CoinWarning, ConfigurationError, HeadError, NumericalError
 from coin.files.tensors import not_finite
 from coin.merging import Average, CodedModel, Experts, HeadFit, Method
-from coin.merging.calibrated import CalibratedExperts
 from coin.merging.checks import check_label, check_row
 from coin.merging.method import starting_method
 from coin.modules.recipe import Schedule
 from coin.modules.search import POINTS, TRIALS, Choice, search_curves, search_grid
 from coin.modules.shared import plain_options, plot_against_epochs, tasks_of
-from coin.modules.training import BatchCalibration, MemoryTraining, Training
+from coin.modules.training import MemoryTraining, Training
 from coin.networks import BatchNormPolicy, build_network, fill_network, load_network, widened
 from coin.networks.stages import full_precision
 
@@ -273,8 +272,7 @@ class Distillation(LightningModule, Method):
         if self.begun is None:
             samples = tasks_of(self).training_calibration()
             tasks = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(len(samples.parts))]
-            teachers, in_memory = list(self.teachers), isinstance(samples, BatchCalibration)
-            experts = Experts(teachers, calibration=tasks) if in_memory else CalibratedExperts(teachers, tasks)
+            experts = Experts(list(self.teachers), calibration=tasks)
             start, row = self.hparams["start"], self.hparams["code_row"]
             if start == AUTO:
                 try:

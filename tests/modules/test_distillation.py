@@ -5,8 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from coin.errors import ConfigurationError, HeadError, StateError
-from coin.merging import Refit, average, method
-from coin.merging.calibrated import CalibratedExperts
+from coin.merging import Experts, Refit, average, method
 from coin.modules import Distillation
 from coin.networks import NetworkConfig, build_network, load_network, pad_logits, save_network, widened
 
@@ -88,7 +87,7 @@ def test_it_goes_on_from_a_refit_whose_options_a_checkpoint_keeps(experts, tasks
     trainer.fit(module, datamodule=data)
     samples = data.training_calibration()
     parts = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(2)]
-    expected = Refit("own").make(CalibratedExperts(list(module.teachers), parts), ROW)
+    expected = Refit("own").make(Experts(list(module.teachers), calibration=parts), ROW)
     for name, tensor in expected.network.state_dict().items():
         torch.testing.assert_close(module.begun[name], tensor, rtol=1e-5, atol=1e-6)
     assert module.chosen["start"] == start
