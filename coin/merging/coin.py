@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from copy import copy
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,10 +12,8 @@ from torch import Tensor
 from coin.choices import chosen
 from coin.errors import CoinWarning, NumericalError, StateError
 from coin.files.tensors import State, check_finite, weighted_mean
-from coin.merging.checks import checked
 from coin.merging.experts import Experts
-from coin.merging.method import Candidate, MergeMethod
-from coin.networks.batchnorm import BatchNormPolicy
+from coin.merging.method import Candidate, MergeMethod, checked
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -36,6 +34,7 @@ class Coin(MergeMethod):
         damping: λ relative to the mean of Σβ_iF_i, dimensionless, at least 0.
         fisher_kind: Which Fisher it wants; none for the experiment's, or ``exact``.
         fisher_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
+        **options: ``batchnorm`` and ``label``, see `MergeMethod`.
     """
 
     name = "coin"
@@ -46,10 +45,9 @@ class Coin(MergeMethod):
         *,
         fisher_kind: FisherKind | None = None,
         fisher_data: DataChoice | None = None,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
-        label: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(batchnorm=batchnorm, label=label)
+        super().__init__(**options)
         self.damping = checked("damping", damping, 0 <= damping < math.inf, "a finite number of at least 0")
         self.fisher_kind = None if fisher_kind is None else chosen(FisherKind, "fisher_kind", fisher_kind)
         self.fisher_data = None if fisher_data is None else chosen(DataChoice, "fisher_data", fisher_data)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,13 +10,10 @@ from torch import Tensor
 from coin.errors import CoinWarning
 from coin.files.tensors import State
 from coin.merging.average import average_parameters
-from coin.merging.checks import checked
 from coin.merging.coin import Coin, check_fishers, floored_diagonal
 from coin.merging.experts import Experts
-from coin.merging.method import Candidate
-from coin.networks.batchnorm import BatchNormPolicy
+from coin.merging.method import Candidate, checked
 from coin.progress import progress
-from coin.statistics import FisherKind
 from coin.statistics.conjugate_gradient import Solution, conjugate_gradient
 from coin.statistics.products import OutputMap
 from coin.statistics.statistic import DataChoice
@@ -27,7 +25,6 @@ class FullFisher(Coin):
     Running out of iterations is a warning that states the remaining residual, not an error: stopping early damps. What
     was chosen then says ``converged: false``, since a result that depends on the number of iterations is not the
     barycentre's. With ``fisher_data: auto`` the data are those that are better for `Coin`, whose closed form is tried.
-    Options that are not listed are those of `Coin`.
 
     Source: arXiv 2409.01420, the quadratic form before its diagonal approximation; Tam et al., *Merging by matching
     models in task parameter subspaces* (TMLR 2024), for conjugate gradients on merging objectives.
@@ -36,22 +33,15 @@ class FullFisher(Coin):
         damping: λ, relative to the diagonal, dimensionless, at least 0.
         max_iterations: Conjugate-gradient steps at most, each one jvp and one vjp of every expert.
         tolerance: Relative residual at which the solve ends.
+        **options: Those of `Coin`.
     """
 
     name = "full_fisher"
 
     def __init__(
-        self,
-        damping: float = 1e-2,
-        max_iterations: int = 50,
-        tolerance: float = 1e-3,
-        *,
-        fisher_kind: FisherKind | None = None,
-        fisher_data: DataChoice | None = None,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
-        label: str | None = None,
+        self, damping: float = 1e-2, max_iterations: int = 50, tolerance: float = 1e-3, **options: Any
     ) -> None:
-        super().__init__(damping, fisher_kind=fisher_kind, fisher_data=fisher_data, batchnorm=batchnorm, label=label)
+        super().__init__(damping, **options)
         self.max_iterations = checked("max_iterations", max_iterations, max_iterations >= 1, "at least 1")
         self.tolerance = checked("tolerance", tolerance, 0 <= tolerance < 1, "a number from 0 to below 1")
 

@@ -13,10 +13,8 @@ from torch import Tensor
 from coin.choices import chosen
 from coin.errors import NumericalError, StateError
 from coin.files.tensors import State, weighted_mean
-from coin.merging.checks import check_each, checked
 from coin.merging.experts import Experts
-from coin.merging.method import Candidate, CodedModel, MergeMethod
-from coin.networks.batchnorm import BatchNormPolicy
+from coin.merging.method import Candidate, CodedModel, MergeMethod, check_each, checked
 from coin.progress import tracked
 from coin.statistics import TRANSPOSED, FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
@@ -54,6 +52,7 @@ class RegMean(MergeMethod):
             diagonal merge; none has it chosen.
         damping: λ relative to the mean diagonal entry, dimensionless, at least 0; none has it chosen.
         gram_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
+        **options: ``batchnorm`` and ``label``, see `MergeMethod`.
     """
 
     name = "regmean"
@@ -65,10 +64,9 @@ class RegMean(MergeMethod):
         damping: float | None = 1.0,
         *,
         gram_data: DataChoice | None = None,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
-        label: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(batchnorm=batchnorm, label=label)
+        super().__init__(**options)
         self.layers = chosen(RegMeanLayers, "layers", layers)
         if alpha is not None:
             checked("alpha", alpha, 0 <= alpha <= 1, "a number from 0 to 1, or none")
