@@ -66,7 +66,7 @@ class Method(ABC):
     samples_per_task: int | None = None
     augmentation: str = "none"
     label: str
-    batchnorm: BatchNormPolicy
+    batchnorm: BatchNormPolicy = BatchNormPolicy.auto
 
     @abstractmethod
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:

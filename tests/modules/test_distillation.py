@@ -118,7 +118,7 @@ def test_passes_count_forward_equivalents(experts, tasks, make_trainer, recalibr
     module = Distillation(experts, ROW, lr=1e-3, **PLAIN)
     make_trainer(max_epochs=3).fit(module, datamodule=tasks(held_out=0.2))
     start = start_passes(32, 6, head_fit=False) + 32 * recalibrated
-    assert module.passes == start + 32 * 2 + 3 * (3 * 32) + 3 * 8 * (1 + 2)
+    assert module.passes == start + 32 * 2 + 3 * (3 * 32) + 3 * 8 + 8 * 2
     module = Distillation(experts, ROW, lr=1e-3, steps=7)
     make_trainer(max_steps=7, max_epochs=-1).fit(module, datamodule=tasks())
     assert module.passes == start_passes(40, 8, head_fit=True) + 40 * recalibrated + 7 * 8 * (3 + 2)
