@@ -111,16 +111,11 @@ class RidgeDecoder(Decoder):
     leave-one-out error (`fit_ridge`). It works with any number of coded models, none included, and has no erasure
     budget: something must arrive, that is all. All arithmetic is in float64.
 
-    As ``feature_ridge`` it reads the features of every arriving network beside the logits, as `DecoderConfig` says. All
-    logits together, and each stage of each network, are blocks that are divided by their scale (`fit_blocks`): logits
-    and features differ in unit and size.
-
-    With `components` each network's features, every stage divided by its scale, are first reduced to that many numbers
-    by a `fit_projection` on all calibration answers, whatever the regression is fitted on: a server sends the same
-    numbers whoever is lost.
-
-    With ``fitted_on: own`` each lost expert has a regression of its own, scales included, on the calibration inputs of
-    its task.
+    As ``feature_ridge`` it reads the features of every arriving network too. All logits together, and each stage of
+    each network, are blocks that are divided by their scale (`fit_blocks`): they differ in unit and size. With
+    `components` each network's features are first reduced to that many numbers by a `fit_projection` on all calibration
+    answers, whatever the regression is fitted on: a server sends the same numbers whoever is lost. With
+    ``fitted_on: own`` each lost expert has a regression of its own, on the calibration inputs of its task.
     """
 
     def __init__(self, num_experts: int, erased: Sequence[int], config: DecoderConfig) -> None:

@@ -24,8 +24,8 @@ class Coin(MergeMethod):
     Which objective it minimises depends on the data of the Fishers: with ``pooled`` data the coding objective
     E_x‖f_θ − Σ_i β_i f_i‖² to second order (exactly for one linear layer); with ``own`` data
     Σ_i β_i E_{x∈T_i}‖f_θ − f_i‖², which asks every expert's answer of its own task's inputs alone. ``auto`` makes both
-    and takes the one with the smaller error of decoded answers on held-out samples. (The Fishers are of all calibration
-    samples; they know the experts' slopes there, but nothing of the coded model's error that decides.)
+    and takes the one with the smaller error of decoded answers on held-out samples (which the Fishers have seen, but
+    they know nothing of the coded model's error that decides).
 
     Source: arXiv 2409.01420, section III, the closed form of the diagonal approximation; Matena and Raffel, *Merging
     models with Fisher-weighted averaging* (NeurIPS 2022), eq. 3, for the same form with the categorical Fisher.

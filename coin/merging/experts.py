@@ -92,13 +92,11 @@ class Experts:
     Attributes:
         passes: Forward-equivalents spent so far on what was asked for: what a merge has cost.
         seconds: Wall time that statistics took elsewhere.
-        train: What methods that are trained are trained by, a `coin.modules.training.Training`; without one they train
-            in memory.
+        train: A `coin.modules.training.Training` for methods that are trained; without one they train in memory.
 
-    Raises:
-        ConfigurationError: There are no experts, or the parts are of different numbers of experts.
-        DataError: There is no calibration batch, or one holds anything but tensors of as many samples.
-        HeadError: Class counts differ, and the heads cannot be padded.
+    Raises ConfigurationError where there are no experts, or parts are of different numbers of them; DataError where
+    there is no calibration batch, or one holds anything but tensors of as many samples; HeadError where class counts
+    differ, and the heads cannot be padded.
     """
 
     def __init__(
@@ -307,8 +305,8 @@ def padded_statistic(state: State, head: str, width: int, kind: FisherKind | Non
     """Return an expert's statistic with its head padded like the expert's, whose added logits are zero.
 
     The exact Fisher of a linear head is the same for every output, since each logit is its own row times the features:
-    the padded rows get it too. The other kinds weigh the outputs by probabilities, which an output that is no class of
-    the task does not have: their padded rows are zero. Gram matrices (no kind) are of inputs, and stay as they are.
+    the padded rows get it too. The other kinds weigh outputs by probabilities, of which those have none: zero. Gram
+    matrices (no kind) are of inputs, and stay as they are.
     """
     if kind is None:
         return state

@@ -164,9 +164,9 @@ def solve_in_sample_space(
 
     is δ = D⁻¹Jᵀu with (K + λP I) u = r and K = J D⁻¹ Jᵀ, a matrix of P·C rows and columns, however many parameters
     there are. K is never formed: one vjp and one jvp multiply by it. A Lanczos basis of K from r is the Krylov space in
-    which conjugate gradients preconditioned with D would move, but it serves every λ, since a damped K has the same
-    Krylov space, and J may cover samples that the basis does not train on: their predicted change comes with the same
-    product, so the damping and the number of iterations are chosen on held-out samples at no extra cost.
+    which conjugate gradients preconditioned with D would move, but it serves every λ, and J may cover samples that the
+    basis does not train on: their predicted change comes with the same product, so the damping and the number of
+    iterations are chosen on held-out samples at no extra cost.
 
     Source: Golub and Van Loan, *Matrix Computations*, 4th ed., sections 10.1 (Lanczos) and 11.3 (its relation to
     conjugate gradients).
@@ -180,10 +180,7 @@ def solve_in_sample_space(
 
     Returns:
         The u ``[P, C]``, zero outside the training samples, with the smallest predicted Σ‖r − Jδ‖² over the held-out
-        samples; none if no u is predicted to help them.
-
-    Raises:
-        NumericalError: A product is not finite.
+        samples; none if no u is predicted to help them. Raises NumericalError where a product is not finite.
     """
     r = residual.to(torch.float64)
     fitted = training[:, None].to(torch.float64).expand_as(r)

@@ -166,10 +166,7 @@ class MergeMethod(Method):
 
     Args:
         batchnorm: Policy for BatchNorm statistics, as for every method.
-        label: Name of this variant in results.
-
-    Raises:
-        ConfigurationError: The policy is unknown, or the label is no plain file name.
+        label: Name of this variant in results, a plain file name.
     """
 
     def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.auto, label: str | None = None) -> None:

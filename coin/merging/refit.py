@@ -77,8 +77,7 @@ class Refit(Method):
     all samples would need more than `memory_mib` are they computed anew for every layer.
 
     ``own`` is best where the experts are near a strong base, ``both`` where they are not; ``mix`` was behind ``both``
-    on every set of tasks. Tried without gain: positions weighted by the experts' Fisher, a Kronecker-factored metric of
-    the outputs, own in one half of the layers and mix in the other, a second sweep towards less error of the output.
+    on every set of tasks.
 
     Source: this project's. Relatives, none of which codes: RegMean++ (inputs from the merged network), Chain of Merges,
     LOT (normalisation layers too).
@@ -89,9 +88,6 @@ class Refit(Method):
         head: Whether the head is fitted at last.
         memory_mib: Bound on the activations that are kept, in MiB.
         label: Name of this variant in results.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
     """
 
     name = "refit"
