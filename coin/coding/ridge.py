@@ -190,6 +190,10 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _scales(blocks: Sequence[Tensor]) -> Tensor:
     """Return every column's divisor: the root mean square deviation of its block, 1 for a constant block."""
-    deviations = [(block - block.mean(0)).square().mean().sqrt().expand(block.shape[1]) for block in blocks]
-    scales = torch.cat(deviations)
-    return scales.where(scales > 0, 1.0)
+    scales = []
+    for block in blocks:
+        deviation = (block - block.mean(0)).square().mean().sqrt()
+        # The mean of equal numbers is rounded: what is left of them is no deviation.
+        noise = torch.finfo(block.dtype).eps * len(block) * block.abs().amax()
+        scales.append(deviation.where(deviation > noise, 1.0).expand(block.shape[1]))
+    return torch.cat(scales)
