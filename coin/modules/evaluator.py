@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder, uniform
+from coin.coding import (
+    Answers,
+    Code,
+    Decoder,
+    DecoderConfig,
+    DecoderKind,
+    Kept,
+    distinct_decoders,
+    make_decoder,
+    uniform,
+)
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
 from coin.metrics import DecodingAccuracy, Residual
@@ -190,12 +200,12 @@ class DecodingEvaluator(LightningModule):
             for config in self.decoders
             if variant.applies(config.kind)
         ]
-        fitted = []
+        fitted, kept = [], Kept()
         for index, erased, config in tracked(combinations, "fitting decoders"):
             variant = self.variants[index]
             seen = variant.seen(answers)
             started = time.perf_counter()
-            decoder = make_decoder(config, variant.code, erased).fit(seen)
+            decoder = make_decoder(config, variant.code, erased).fit(seen, kept)
             seconds = passes = 0.0
             if decoder.needs_fit:
                 seconds = time.perf_counter() - started
