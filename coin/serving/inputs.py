@@ -1,10 +1,9 @@
-"""What a query brings over the network: image files, arrays of pixels or texts, bounded before they are decoded."""
+"""What a query brings over the network: image files or arrays of pixels, bounded before they are decoded."""
 
 import io
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,73 +11,43 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from coin.data.decoding import DAMAGE, to_square
-from coin.errors import ConfigurationError, DataError, first_line
-
-_FORMATS = ("PNG", "JPEG")
+from coin.errors import DataError, first_line
+from coin.serving.limits import InputLimits
 
 
 class TooLargeError(DataError):
     """What came is larger than the limits allow."""
 
 
-@dataclass(frozen=True)
-class InputLimits:
-    """What a query may bring.
+def check_samples(count: int, limits: InputLimits) -> None:
+    """Raise a `TooLargeError` where there are too many images or texts, a `DataError` where there are none."""
+    if count < 1:
+        raise DataError("found no images or texts in the query, expected at least one")
+    if count > limits.samples:
+        raise TooLargeError(f"found {count} images or texts, expected at most {limits.samples}; send fewer at a time")
 
-    Args:
-        bytes: The largest body.
-        pixels: The most pixels of one image.
-        samples: The most images or texts of one query.
-        seconds: How long a body may take to arrive.
-        uploads: How many bodies are read at a time.
 
-    Raises:
-        ConfigurationError: One of them is not positive.
-    """
-
-    bytes: int = 8 * 2**20
-    pixels: int = 4096 * 4096
-    samples: int = 64
-    seconds: float = 5.0
-    uploads: int = 64
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ConfigurationError(f"found {name}={value}, expected a positive number")
-
-    def check_samples(self, count: int) -> None:
-        """Raise a `TooLargeError` where there are too many images or texts, a `DataError` where there are none."""
-        if count < 1:
-            raise DataError("found no images or texts in the query, expected at least one")
-        if count > self.samples:
-            raise TooLargeError(f"found {count} images or texts, expected at most {self.samples}; send fewer at a time")
-
-    def check_pixels(self, pixels: int) -> None:
-        """Raise a `TooLargeError` where an image has too many pixels."""
-        if pixels > self.pixels:
-            raise TooLargeError(
-                f"found an image of {pixels} pixels, expected at most {self.pixels}; send a smaller one"
-            )
+def _check_pixels(pixels: int, limits: InputLimits) -> None:
+    if pixels > limits.pixels:
+        raise TooLargeError(f"found an image of {pixels} pixels, expected at most {limits.pixels}; send a smaller one")
 
 
 def read_files(files: Sequence[bytes], image_size: int, limits: InputLimits) -> Tensor:
-    """Read image files.
+    """Read image files, as a task's own images are read.
 
     Args:
         files: PNG or JPEG.
-        image_size: The side of the networks' inputs: larger images and those that are no squares become squares of
-            this side, as a task's own images do.
+        image_size: S, the side of the networks' inputs: larger images and those that are no squares are brought to it.
         limits: What is too large.
 
     Returns:
-        uint8 ``[B, 3, S, S]``.
+        uint8 ``[B, 3, S, S]``, or of the one smaller size that all have.
 
     Raises:
         TooLargeError: There are too many images or pixels.
         DataError: One is no such image, or they are of different sizes.
     """
-    limits.check_samples(len(files))
+    check_samples(len(files), limits)
     images = [_read_file(file, image_size, limits) for file in files]
     if len({image.shape for image in images}) > 1:
         raise DataError(f"found small images of different sizes, expected one; resize them to {image_size} pixels")
@@ -89,19 +58,19 @@ def _read_file(file: bytes, image_size: int, limits: InputLimits) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit on pixels is ours
-            image = Image.open(io.BytesIO(file), formats=_FORMATS)
+            image = Image.open(io.BytesIO(file), formats=("PNG", "JPEG"))
         with image:
             width, height = image.size
-            limits.check_pixels(width * height)
+            _check_pixels(width * height, limits)
             if image.mode.startswith(("I", "F")):
                 raise DataError(
                     f"found pixels of type {image.mode}, expected 8 bits a channel; convert the image first"
                 )
             side = width if width == height <= image_size else image_size
             return torch.from_numpy(to_square(image, side).copy())
+    except DataError:
+        raise
     except DAMAGE as error:
-        if isinstance(error, DataError):
-            raise
         why = "neither PNG nor JPEG" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise DataError(f"found no readable image ({why}), expected PNG or JPEG") from error
 
@@ -123,8 +92,8 @@ def read_array(values: bytes | Sequence[object], shape: Sequence[int], limits: I
     """
     if len(shape) != 4 or shape[1] not in (1, 3) or min(shape) < 1:
         raise DataError(f"found an array of shape {list(shape)}, expected [B, 1 or 3, H, W]")
-    limits.check_samples(shape[0])
-    limits.check_pixels(shape[2] * shape[3])
+    check_samples(shape[0], limits)
+    _check_pixels(shape[2] * shape[3], limits)
     try:
         found = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.asarray(values)
     except ValueError as error:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from coin.data.text import tokenize
 from coin.errors import DataError
-from coin.serving.inputs import InputLimits, read_array, read_files
+from coin.serving.inputs import check_samples, read_array, read_files
+from coin.serving.limits import InputLimits
 from coin.serving.replies import Answer
 
 ALL = "all"
@@ -96,7 +97,7 @@ def read_request(body: bytes, header: int | None, about: Description, limits: In
     items = _split(raw) if given.data is None else given.data
     if given.shape[0] != len(items):
         raise DataError(f"found {len(items)} values for an input of shape {given.shape}, expected one a row")
-    limits.check_samples(len(items))
+    check_samples(len(items), limits)
     if about.reads == "images":
         return request.id, read_files([_file(item) for item in items], about.image_size, limits)
     return request.id, tokenize([_text(item) for item in items], about.image_size, about.tokenizer)

@@ -22,10 +22,9 @@ from PIL import Image
 
 from coin.coding import Code
 from coin.errors import ConfigurationError
-from coin.serving.decodings import Decodings
+from coin.serving.decodings import Decodings, coded_layout
 from coin.serving.front_end import FrontEnd
-from coin.serving.inputs import InputLimits
-from coin.serving.limits import Limits
+from coin.serving.limits import InputLimits, Limits
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.protocol import Description
 from coin.serving.replies import Reply, ReplyFormat
@@ -44,16 +43,14 @@ class Toy:
 
     def __init__(self, inputs: InputLimits, **limits: Any) -> None:
         self.ways = ["", "", ""]
-        decodings = Decodings(CODE)
         self.front = FrontEnd(
-            [self._server(index) for index in range(3)],
-            decodings.layout(),
+            {name: self._server(index) for index, name in enumerate(["expert-colours", "expert-lights", "coded-0"])},
+            coded_layout(CODE),
             Policy(PolicyKind.coded_hedged),
             ReplyFormat(3),
             torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
-            decodings,
+            Decodings(CODE),
             Limits(**{"initial_lateness": 30.0, "deadline": 60.0, "timeout": 60.0, **limits}),
-            ["expert-colours", "expert-lights", "coded-0"],
         )
         self.app = make_app(self.front, Description(CLASSES, 8, "average", "linear"), inputs)
 

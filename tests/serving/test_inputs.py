@@ -11,7 +11,8 @@ from PIL import Image
 
 from coin.data.decoding import read_files as read_from_disk
 from coin.errors import ConfigurationError, DataError
-from coin.serving.inputs import InputLimits, TooLargeError, read_array, read_files
+from coin.serving.inputs import TooLargeError, read_array, read_files
+from coin.serving.limits import InputLimits
 
 LIMITS = InputLimits(bytes=200_000, pixels=64 * 64, samples=3)
 

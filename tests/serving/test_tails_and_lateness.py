@@ -1,4 +1,4 @@
-"""Quantiles with intervals, the quantile that is followed, and the breaker."""
+"""Quantiles with intervals, and the quantile that is followed."""
 
 import math
 import random
@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from coin.errors import ConfigurationError
-from coin.serving.breaker import Breaker
-from coin.serving.lateness import Lateness
+from coin.serving.policies import Lateness
 from coin.serving.sim.tails import tail_intervals
 
 
@@ -77,18 +76,3 @@ def test_lateness_has_limits() -> None:
     for _ in range(50):
         bounded.observe(True)
     assert bounded.seconds == 2.0
-    for wrong in ({"quantile": 1.0, "initial": 1.0}, {"quantile": 0.5, "initial": 0.0}):
-        with pytest.raises(ConfigurationError):
-            Lateness(**wrong)
-
-
-def test_breaker_counts_failures_on_end() -> None:
-    breaker = Breaker(failures=2)
-    breaker.fail()
-    assert (breaker.is_doubted, breaker.is_down) == (True, False)
-    breaker.fail()
-    assert [breaker.is_down for _ in range(3)] == [True] * 3  # to ask changes nothing
-    breaker.succeed()
-    assert not breaker.is_doubted
-    with pytest.raises(ConfigurationError, match="failures=0"):
-        Breaker(failures=0)

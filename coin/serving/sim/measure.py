@@ -18,19 +18,18 @@ from coin.networks import load_network
 from coin.serving.decodings import Decodings
 from coin.serving.model import NetworkServer
 from coin.serving.replies import Reply, ReplyFormat
-from coin.serving.sim.redundancy import Precision
+from coin.serving.sim.profile import Precision
 
 _WARM_UP, _REPEATS, _BATCH = 20, 200, 8
 
 
 def rounded(values: Tensor, precision: Precision) -> tuple[Tensor, int]:
     """Return what a tensor is once it was kept in a precision, and the bytes that it took."""
-    if precision is Precision.full or not values.is_floating_point():
+    whole = precision is Precision.full or not values.is_floating_point()
+    if whole or (precision is Precision.int8 and values.ndim < 2):
         return values, values.numel() * values.element_size()
     if precision is Precision.half:
         return values.half().to(values.dtype), 2 * values.numel()
-    if values.ndim < 2:
-        return values, values.numel() * values.element_size()
     scale = values.flatten(1).abs().amax(1).clamp(min=torch.finfo(values.dtype).tiny) / 127
     scale = scale.view(-1, *[1] * (values.ndim - 1))
     return (values / scale).round() * scale, values.numel() + 4 * len(values)
@@ -43,13 +42,7 @@ def kept_bytes(path: Path, precision: Precision = Precision.full) -> int:
 
 @torch.no_grad()
 def measure_accuracy(path: Path, precision: Precision, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Return the accuracy of a network with rounded weights.
-
-    Args:
-        path: The network.
-        precision: What its weights are rounded to.
-        batches: Of a test set, as it is stored: inputs and labels.
-    """
+    """Return the accuracy of a network with rounded weights on a test set's inputs, as they are stored, and labels."""
     file = load_network(path)
     state = {name: rounded(values, precision)[0] for name, values in file.network.state_dict().items()}
     file.network.load_state_dict(state)
@@ -90,29 +83,23 @@ def measure_decoding(
         feature_widths: The widths of the stages within their features.
     """
     draw = torch.Generator().manual_seed(0)
-    count, rows = code.num_experts, code.num_coded
+    count, servers, width = code.num_experts, code.num_experts + code.num_coded, expects.features
     samples = 64 + 2 * (config.components or 0)
-
-    def replies(inputs: int) -> list[Reply]:
-        widths = (expects.outputs, expects.features or 0)
-        made = [[torch.randn(inputs, width, generator=draw) for width in widths] for _ in range(count + rows)]
-        return [Reply(logits, features if expects.features else None) for logits, features in made]
-
-    fit = replies(samples)
-    features = None if fit[0].features is None else [reply.features for reply in fit if reply.features is not None]
-    decoder = make_decoder(config, code, [0]).fit(
-        Answers(
-            experts=torch.stack([reply.logits for reply in fit[:count]]),
-            coded=torch.stack([reply.logits for reply in fit[count:]]),
-            expert_features=None if features is None else features[:count],
-            coded_features=None if features is None else features[count:],
-            feature_widths=feature_widths,
-            tasks=torch.arange(samples) % count,
-        )
+    logits = torch.randn(servers, samples, expects.outputs, generator=draw)
+    features = None if width is None else torch.randn(servers, samples, width, generator=draw).unbind()
+    answers = Answers(
+        experts=logits[:count],
+        coded=logits[count:],
+        expert_features=features and features[:count],
+        coded_features=features and features[count:],
+        feature_widths=feature_widths,
+        tasks=torch.arange(samples) % count,
     )
-    decodings = Decodings(code, [decoder], feature_widths)
-    arrived = dict(enumerate(replies(1)))
-    del arrived[0]
+    decodings = Decodings(code, [make_decoder(config, code, [0]).fit(answers)], feature_widths)
+    arrived = {
+        server: Reply(logits[server, :1], None if features is None else features[server][:1])
+        for server in range(1, servers)
+    }
     return float(np.median(_times(lambda: decodings.decode(arrived))))
 
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from coin.reporting.figures import WIDTH, colour, legend_below, marker, style
-from coin.serving.sim.redundancy import Redundancy
+from coin.serving.sim.profile import Redundancy
 
 _WANTS = {"one": "one expert's answer a query", "all": "all experts' answers a query"}
 

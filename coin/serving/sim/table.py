@@ -1,8 +1,6 @@
-"""A simulation's results: a row a redundancy and load, as a frame, a file and a table in a terminal."""
+"""A simulation's results: a row a redundancy and load, and a table of them in a terminal."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -11,29 +9,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coin.reporting.results import read_frame, write_frame
-from coin.serving.sim.case import Case, Outcome
-from coin.serving.sim.redundancy import Redundancy
+from coin.serving.sim.profile import Profile, Redundancy
+from coin.serving.sim.simulation import Outcome, Simulation
 from coin.serving.sim.tails import tail_intervals
 
-if TYPE_CHECKING:
-    from coin.serving.sim.fleet import Fleet
-
-SIMULATION_CSV = "simulation.csv"
 LEVELS: dict[str, float] = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 """The quantiles of the latency, by the names of their columns."""
-_TEXT = ("want", "redundancy")
-_INTEGERS = ("experts", "extras", "queries", "seeds", "memory_server", "memory")
-_NUMBERS = (
-    "quantile", "load", *(f"{name}{part}" for name in LEVELS for part in ("", "_low", "_high")), "share_decoded",
-    "share_spared", "share_failed", "forwards", "utilisation", "expert_accuracy", "standing_in_accuracy",
-    "effective_accuracy", "service_seconds", "decoding_seconds",
-)  # fmt: skip
-COLUMNS = (*_TEXT, *_INTEGERS, *_NUMBERS)
 
 
-def as_row(kind: Redundancy, fleet: "Fleet", case: Case, outcomes: Sequence[Outcome]) -> dict[str, object]:
-    """Return what the seeds of one case come to.
+def as_row(
+    kind: Redundancy, profile: Profile, simulation: Simulation, outcomes: Sequence[Outcome]
+) -> dict[str, object]:
+    """Return what the seeds of one simulation come to: a row of ``simulation.csv``.
 
     Latencies are in seconds, infinite where too many queries failed, and memory in bytes of weights: ``memory_server``
     of the largest server, ``memory`` of all. ``share_spared`` are answers from copies and spares;
@@ -45,45 +32,44 @@ def as_row(kind: Redundancy, fleet: "Fleet", case: Case, outcomes: Sequence[Outc
     spared = sum(outcome.spared for outcome in outcomes) / answers
     failed, decoded = sum(outcome.failed for outcome in outcomes) / answers, sum(shares.values())
     nan = float("nan")
-    right = sum(share * fleet.decoded_accuracy.get(size, nan) for size, share in shares.items())
-    right += spared * fleet.accuracy(kind) if spared else 0.0
-    server, memory = fleet.memory(kind)
-    row: dict[str, object] = {
-        "want": str(case.want), "redundancy": str(kind), "load": case.load,
-        "quantile": case.policy.quantile if case.policy.hedges else nan,
-        "experts": fleet.code.num_experts, "extras": len(set(case.machines)) - fleet.code.num_experts,
-        "queries": case.queries, "seeds": len(outcomes), "share_decoded": decoded, "share_spared": spared,
-        "share_failed": failed, "forwards": float(np.mean([outcome.forwards for outcome in outcomes])),
-        "utilisation": float(np.mean([outcome.utilisation for outcome in outcomes])), "memory_server": server,
-        "memory": memory, "expert_accuracy": fleet.expert_accuracy,
-        "standing_in_accuracy": right / (decoded + spared) if decoded + spared else nan,
-        "effective_accuracy": (1 - decoded - spared - failed) * fleet.expert_accuracy + right,
-        "service_seconds": case.unit * (1 + case.conditions.service.tail), "decoding_seconds": case.decoding,
-    }  # fmt: skip
+    right = sum(share * profile.decoded_accuracy.get(size, nan) for size, share in shares.items())
+    right += spared * profile.accuracy(kind) if spared else 0.0
+    memory_server, memory = profile.memory(kind)
     intervals = tail_intervals([outcome.latencies for outcome in outcomes], list(LEVELS.values()))
-    for name, interval in zip(LEVELS, intervals, strict=True):
-        row |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return row
-
-
-def write_simulation(path: Path, rows: pd.DataFrame) -> None:
-    """Write the rows as CSV."""
-    write_frame(path, rows[list(COLUMNS)])
-
-
-def read_simulation(folder: Path) -> pd.DataFrame:
-    """Return the rows of ``simulation.csv``.
-
-    Raises:
-        FileError: The file is missing or damaged.
-    """
-    return read_frame(folder / SIMULATION_CSV, COLUMNS, _INTEGERS, _NUMBERS)
+    latencies = {
+        f"{name}{part}": value
+        for name, interval in zip(LEVELS, intervals, strict=True)
+        for part, value in (("", interval.value), ("_low", interval.low), ("_high", interval.high))
+    }
+    return {
+        "want": str(simulation.want),
+        "redundancy": str(kind),
+        "experts": profile.code.num_experts,
+        "extras": len(set(simulation.machines)) - profile.code.num_experts,
+        "queries": simulation.queries,
+        "seeds": len(outcomes),
+        "memory_server": memory_server,
+        "memory": memory,
+        "quantile": simulation.policy.quantile if simulation.policy.hedges else nan,
+        "load": simulation.load,
+        **latencies,
+        "share_decoded": decoded,
+        "share_spared": spared,
+        "share_failed": failed,
+        "forwards": float(np.mean([outcome.forwards for outcome in outcomes])),
+        "utilisation": float(np.mean([outcome.utilisation for outcome in outcomes])),
+        "expert_accuracy": profile.expert_accuracy,
+        "standing_in_accuracy": right / (decoded + spared) if decoded + spared else nan,
+        "effective_accuracy": (1 - decoded - spared - failed) * profile.expert_accuracy + right,
+        "service_seconds": simulation.unit * (1 + simulation.conditions.service.tail),
+        "decoding_seconds": simulation.decoding,
+    }
 
 
 def print_simulation(rows: pd.DataFrame, console: Console) -> None:
     """Print a table for each kind of query, number of experts and load."""
     for (want, experts, load), group in rows.groupby(["want", "experts", "load"], sort=False):
-        console.print(simulation_table(group, f"{experts} experts, {want} wanted, load {load:g}"))
+        console.print(_table(group, f"{experts} experts, {want} wanted, load {load:g}"))
     console.print(
         Text(
             "p99.9 in ms with its 95 % interval, ∞ where too many queries failed; memory of weights in MiB, of "
@@ -93,8 +79,7 @@ def print_simulation(rows: pd.DataFrame, console: Console) -> None:
     )
 
 
-def simulation_table(rows: pd.DataFrame, title: str) -> Table:
-    """Return one table."""
+def _table(rows: pd.DataFrame, title: str) -> Table:
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("redundancy", no_wrap=True)
     for heading in ("p99.9", "", "server", "in all", "stood\nin", "failed", "forw.", "acc."):
@@ -104,7 +89,7 @@ def simulation_table(rows: pd.DataFrame, title: str) -> Table:
         table.add_row(
             name if row["extras"] < 2 else f"{name}, {row['extras']}",
             milliseconds(row["p999"]),
-            f"[{milliseconds(row['p999_low'])}, {milliseconds(row['p999_high'])}]".replace("[", "\\["),
+            f"\\[{milliseconds(row['p999_low'])}, {milliseconds(row['p999_high'])}]",
             f"{row['memory_server'] / 2**20:.0f}",
             f"{row['memory'] / 2**20:.0f}",
             f"{100 * (row['share_decoded'] + row['share_spared']):.2f}",

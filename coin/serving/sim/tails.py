@@ -1,7 +1,7 @@
 """Quantiles of latencies with bootstrap intervals."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +11,7 @@ from coin.errors import ConfigurationError
 _BLOCKS, _DRAWS = 20, 200
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A quantity and its 95 % bootstrap interval."""
 
     value: float
@@ -34,14 +33,9 @@ def tail_intervals(series: Sequence[NDArray[np.float64]], levels: Sequence[float
         series: Values in their order ``[Q]``, at least 20 each.
         levels: Of the quantiles, in (0, 1).
         seed: Of the bootstrap's draws.
-
-    Raises:
-        ConfigurationError: A series is too short.
     """
-    if not series or min(map(len, series)) < _BLOCKS:
-        raise ConfigurationError(
-            f"found fewer than {_BLOCKS} latencies, expected at least as many; simulate more queries"
-        )
+    if min(map(len, series)) < _BLOCKS:
+        raise ConfigurationError(f"found fewer than {_BLOCKS} latencies, expected as many; simulate more queries")
     values = np.concatenate(series)
     cuts = 1 if len(series) >= _BLOCKS else _BLOCKS
     blocks = np.concatenate(
@@ -60,6 +54,5 @@ def tail_intervals(series: Sequence[NDArray[np.float64]], levels: Sequence[float
 def _quantiles(values: NDArray[np.float64], weights: NDArray[np.int64], levels: Sequence[float]) -> NDArray[np.float64]:
     """Return quantiles of ascending values that count so many times."""
     total = weights.cumsum()
-    places = np.searchsorted(total, np.asarray(levels) * total[-1])
-    chosen: NDArray[np.float64] = values[places]
+    chosen: NDArray[np.float64] = values[np.searchsorted(total, np.asarray(levels) * total[-1])]
     return chosen

@@ -1,7 +1,6 @@
-"""What is known of a fleet, and a simulation's rows, file, table and figures."""
+"""What is known of a system, and a simulation's rows, file, table and figures."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,34 +10,32 @@ from rich.console import Console
 
 from coin.coding.ready import uniform
 from coin.commands.advise import choose
-from coin.errors import ConfigurationError, FileError
-from coin.serving.sim.case import Want
-from coin.serving.sim.fleet import Failover, Fleet
+from coin.errors import ConfigurationError
+from coin.serving.sim.conditions import Conditions, Slowdown
 from coin.serving.sim.plots import tail_against_load, tail_against_memory
-from coin.serving.sim.redundancy import Precision, Redundancy
-from coin.serving.sim.scenario import Conditions, Slowdown
-from coin.serving.sim.simulation import simulate
-from coin.serving.sim.table import as_row, print_simulation, read_simulation, write_simulation
+from coin.serving.sim.profile import Failover, Precision, Profile, Redundancy
+from coin.serving.sim.simulation import Want, simulate
+from coin.serving.sim.table import as_row, print_simulation
 
 CONDITIONS = Conditions(slowdown=Slowdown(0.05, 10.0, 50.0))
 
 
-def fleet(**changes: Any) -> Fleet:
+def profile(**changes: Any) -> Profile:
     sizes = {Precision.full: (400, 420, 440), Precision.half: (200, 210, 220), Precision.int8: (100, 110, 120)}
     known: dict[str, Any] = {
         "rounded_accuracy": {Precision.half: 0.94}, "failover": Failover(0.7, 1 / 2**12, 0.001), **changes,
     }  # fmt: skip
     times = (np.array([0.01]),) * 3
-    return Fleet(uniform(3), times, times[:1], sizes, (410,), 0.95, {1: 0.9}, **known)
+    return Profile(uniform(3), times, times[:1], sizes, (410,), 0.95, {1: 0.9}, **known)
 
 
-def row(kind: Redundancy, own: Fleet, want: Want = Want.one, load: float = 0.4) -> dict[str, object]:
-    case = own.case(kind, CONDITIONS, load=load, want=want, queries=2000)
-    return as_row(kind, own, case, [simulate(case)])
+def row(kind: Redundancy, own: Profile, want: Want = Want.one, load: float = 0.4) -> dict[str, object]:
+    simulation = own.simulation(kind, CONDITIONS, load=load, want=want, queries=2000)
+    return as_row(kind, own, simulation, [simulate(simulation)])
 
 
 def test_memory_and_accuracy_are_those_of_what_extra_servers_hold() -> None:
-    known = fleet()
+    known = profile()
     assert known.memory(Redundancy.uncoded) == (440, 1260)
     assert known.memory(Redundancy.copy) == (440, 1660)
     assert known.memory(Redundancy.spare) == (1260, 2520)
@@ -54,11 +51,11 @@ def test_memory_and_accuracy_are_those_of_what_extra_servers_hold() -> None:
     assert larger.memory(Redundancy.coded_hedged) == (440, 3340 + 820)
     assert not larger.decoded_accuracy
     with pytest.raises(ConfigurationError, match="no failover network"):
-        fleet(failover=None).case(Redundancy.failover, CONDITIONS, load=0.4)
+        profile(failover=None).simulation(Redundancy.failover, CONDITIONS, load=0.4)
 
 
 def test_rows_tell_who_stood_in_and_how_right() -> None:
-    rows = {kind: row(kind, fleet()) for kind in Redundancy}
+    rows = {kind: row(kind, profile()) for kind in Redundancy}
     for kind, found in rows.items():
         spare = kind.name.startswith("spare") or kind in (Redundancy.failover, Redundancy.copy)
         assert (found["share_spared"] > 0) == spare  # type: ignore[operator]
@@ -75,15 +72,7 @@ def test_rows_tell_who_stood_in_and_how_right() -> None:
 @pytest.fixture(scope="module")
 def rows() -> pd.DataFrame:
     kinds = (Redundancy.uncoded, Redundancy.spare, Redundancy.spare_int8, Redundancy.coded_hedged)
-    return pd.DataFrame([row(kind, fleet(), want, load) for want in Want for load in (0.2, 0.4) for kind in kinds])
-
-
-def test_file_reads_back(rows: pd.DataFrame, tmp_path: Path) -> None:
-    write_simulation(tmp_path / "simulation.csv", rows)
-    found = read_simulation(tmp_path)
-    pd.testing.assert_frame_equal(found, rows[list(found.columns)], check_dtype=False)
-    with pytest.raises(FileError, match=r"simulation\.csv"):
-        read_simulation(tmp_path / "elsewhere")
+    return pd.DataFrame([row(kind, profile(), want, load) for want in Want for load in (0.2, 0.4) for kind in kinds])
 
 
 def test_table_fits_80_columns_and_shows_failures_and_what_is_not_known(rows: pd.DataFrame) -> None:

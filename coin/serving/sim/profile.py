@@ -1,0 +1,186 @@
+"""What is known of N experts and of what may stand in for them: times, sizes and accuracies."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from itertools import cycle, islice
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coin.choices import check_number
+from coin.coding import Code
+from coin.coding.ready import convex
+from coin.errors import ConfigurationError
+from coin.serving.decodings import coded_layout
+from coin.serving.layout import Layout, spread_copies, spread_spares
+from coin.serving.policies import Policy, PolicyKind
+from coin.serving.sim.conditions import Conditions
+from coin.serving.sim.simulation import Simulation
+
+T = TypeVar("T")
+
+
+class Precision(StrEnum):
+    """How a spare keeps its weights; it computes in float32."""
+
+    full = "full"
+    """As they are."""
+    half = "half"
+    """float16: two bytes a weight."""
+    int8 = "int8"
+    """One byte a weight, and a scale for every output: w ≈ scale·q, q from −127 to 127. Vectors stay as they are."""
+
+
+class Redundancy(StrEnum):
+    """What the extra servers hold, and how they are asked."""
+
+    uncoded = "uncoded"
+    """There are none."""
+    copy = "copy"
+    """A copy of one expert each, asked when that expert is late or lost."""
+    spare = "spare"
+    """All experts' weights each; one is asked for an expert that is late or lost. Its answers are exact."""
+    spare_half = "spare_half"
+    """The same, kept in float16 (`Precision`)."""
+    spare_int8 = "spare_int8"
+    """The same, kept in int8."""
+    failover = "failover"
+    """One small network for all tasks each, asked likewise; its accuracy, size and speed are the user's to give."""
+    coded_proactive = "coded_proactive"
+    """A coded model each; every query asks all servers at once."""
+    coded_hedged = "coded_hedged"
+    """A coded model each; all servers are asked when an expert is late or lost."""
+
+    @property
+    def precision(self) -> Precision | None:
+        """How the experts' weights are kept on an extra server that holds all of them."""
+        kept = {Redundancy.spare: Precision.full, Redundancy.spare_half: Precision.half}
+        return {**kept, Redundancy.spare_int8: Precision.int8}.get(self)
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the extra servers hold coded models."""
+        return self in (Redundancy.coded_proactive, Redundancy.coded_hedged)
+
+
+@dataclass(frozen=True)
+class Failover:
+    """A small network for all tasks.
+
+    Args:
+        accuracy: Its mean accuracy over the tasks, from 0 to 1.
+        mib: The size of its weights in MiB.
+        seconds: What it takes for one input.
+    """
+
+    accuracy: float
+    mib: float
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.accuracy <= 1:
+            raise ConfigurationError(f"found failover.accuracy={self.accuracy}, expected a number from 0 to 1")
+        check_number("failover.mib", self.mib, low=0, strict=True)
+        check_number("failover.seconds", self.seconds, low=0, strict=True)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is known of N experts and what may stand in for them.
+
+    Args:
+        code: The code of the coded models.
+        expert_seconds: Every expert's service times ``[K]``.
+        coded_seconds: Every coded model's.
+        expert_bytes: Every expert's size by precision.
+        coded_bytes: Every coded model's size.
+        expert_accuracy: Mean over tasks.
+        decoded_accuracy: Of decoded answers by the number of experts that are lost; empty where it was not measured.
+        rounded_accuracy: Of experts by the precision that they are kept in, as far as it was measured.
+        decoding: Seconds that it takes to decode.
+        failover: A small network for all tasks.
+    """
+
+    code: Code
+    expert_seconds: tuple[NDArray[np.float64], ...]
+    coded_seconds: tuple[NDArray[np.float64], ...]
+    expert_bytes: Mapping[Precision, tuple[int, ...]]
+    coded_bytes: tuple[int, ...]
+    expert_accuracy: float
+    decoded_accuracy: Mapping[int, float]
+    rounded_accuracy: Mapping[Precision, float] = field(default_factory=dict)
+    decoding: float = 0.0
+    failover: Failover | None = None
+
+    def resized(self, experts: int, extras: int) -> "Profile":
+        """Return as many experts like these and as many coded models; decoding them was then not measured."""
+        if (experts, extras) == (self.code.num_experts, self.code.num_coded):
+            return self
+
+        def repeated(values: tuple[T, ...], number: int) -> tuple[T, ...]:
+            return tuple(islice(cycle(values), number))
+
+        return replace(
+            self,
+            code=convex(experts, extras),
+            expert_seconds=repeated(self.expert_seconds, experts),
+            coded_seconds=repeated(self.coded_seconds, extras),
+            expert_bytes={kept: repeated(sizes, experts) for kept, sizes in self.expert_bytes.items()},
+            coded_bytes=repeated(self.coded_bytes, extras),
+            decoded_accuracy={},
+        )
+
+    def simulation(self, kind: Redundancy, conditions: Conditions, quantile: float = 0.9, **options: Any) -> Simulation:
+        """Return the simulation of these experts with a redundancy; the options are the simulation's own."""
+        count, layout = self.code.num_experts, self._layout(kind)
+        own = PolicyKind.uncoded if kind is Redundancy.uncoded else PolicyKind.hedged
+        policy = Policy(PolicyKind(kind) if kind.is_coded else own, quantile)
+        if kind.is_coded:
+            extra: Sequence[NDArray[np.float64]] = self.coded_seconds
+        elif kind is Redundancy.failover:
+            extra = [np.array([self._failover.seconds])] * len(layout.copies)
+        else:
+            extra = [self.expert_seconds[expert] for expert in layout.copies]
+        networks = 1 if kind.is_coded or kind is Redundancy.copy else count
+        machines = [*range(count), *(count + place // networks for place in range(len(extra)))]
+        samples = (*self.expert_seconds, *extra)
+        return Simulation(
+            layout, policy, samples, conditions, machines=tuple(machines), decoding=self.decoding, **options
+        )
+
+    def memory(self, kind: Redundancy) -> tuple[int, int]:
+        """Return the bytes of weights of the largest server, and of all."""
+        own, extras = self.expert_bytes[Precision.full], self.code.num_coded
+        if kind.precision is not None:
+            extra: Sequence[int] = [sum(self.expert_bytes[kind.precision])] * extras
+        elif kind is Redundancy.failover:
+            extra = [int(self._failover.mib * 2**20)] * extras
+        elif kind.is_coded:
+            extra = self.coded_bytes
+        else:
+            extra = [own[expert] for expert in self._layout(kind).copies]
+        return max(*own, *extra), sum(own) + sum(extra)
+
+    def accuracy(self, kind: Redundancy) -> float:
+        """Return the accuracy of the extra servers' own answers; NaN where it was not measured."""
+        if kind is Redundancy.failover:
+            return self._failover.accuracy
+        if kind.precision not in (None, Precision.full):
+            return self.rounded_accuracy.get(kind.precision, float("nan"))
+        return self.expert_accuracy
+
+    def _layout(self, kind: Redundancy) -> Layout:
+        count, extras = self.code.num_experts, self.code.num_coded
+        if kind.is_coded:
+            return coded_layout(self.code)
+        if kind in (Redundancy.uncoded, Redundancy.copy):
+            return spread_copies(count, 0 if kind is Redundancy.uncoded else extras)
+        return spread_spares(count, extras)
+
+    @property
+    def _failover(self) -> Failover:
+        if self.failover is None:
+            raise ConfigurationError("found no failover network, give its --failover.accuracy, .mib and .seconds")
+        return self.failover
