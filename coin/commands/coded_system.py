@@ -13,7 +13,6 @@ from coin.commands.parser import command_parser, parsed
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, FileError
-from coin.experiment.config import CalibrationConfig
 from coin.files.safetensors import load_provenance
 from coin.files.yaml import read_yaml
 from coin.modules import Coded
@@ -109,8 +108,7 @@ class CodedSystem:
         tasks = parser.instantiate(parser.parse_object({"tasks": given["tasks"]})).tasks
         sized = {name: task_with(tasks[name], image_size=self.experts.config.image_size) for name in self.tasks}
         named = {name: given["calibration"][name] for name in ("samples_per_task", "batch_size")}
-        calibration = CalibrationConfig(**named)
-        return Tasks(sized, calibration.samples_per_task, calibration.batch_size, seed=int(given["seeds"][0]))
+        return Tasks(sized, **named, seed=given["seeds"][0])
 
     def fitted_decoders(self) -> list[Decoder]:
         """Return the decoders of every loss that the code promises to make up for, as the evaluation fits them."""

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from coin.cli import main
 from coin.commands.coded_system import Choice, read_coded_system
@@ -18,7 +19,9 @@ from coin.commands.simulate import rounded_accuracies
 from coin.errors import FileError
 from coin.files.safetensors import load_state, save_state
 from coin.reporting import read_results
+from coin.serving.decodings import Decodings
 from coin.serving.model import NetworkServer
+from coin.serving.replies import Reply
 from coin.serving.sim.measure import kept_bytes, rounded
 from coin.serving.sim.profile import Precision, Redundancy
 
@@ -147,6 +150,23 @@ def test_advice_leaves_out_what_could_not_be_measured(
     said, rows = advised(capsys, copy, tmp_path, "--servers=3", "--memory_gib=1")
     assert "spare_half, spare_int8: left out" in said
     assert set(rows["redundancy"]) == {"uncoded", "copy", "spare", "coded_proactive", "coded_hedged"}
+
+
+def test_options_of_another_version_that_serving_does_not_need_are_not_read(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copytree(finished / "seed-0", copy)
+    config = copy / "config.yaml"
+    given = yaml.safe_load(config.read_text())
+    given |= {"wandb": {"method_runs": True}, "methods": [{"class_path": "coin.Gone"}], "expert": {"gone": 1}}
+    config.write_text(yaml.safe_dump(given))
+    choice = Choice("coin", "keep", "feature_ridge")
+    system, own = read_coded_system(copy, choice), read_coded_system(finished, choice)
+    assert rounded_accuracies(system, [Precision.full]) == rounded_accuracies(own, [Precision.full])
+    answers = {place: Reply(torch.ones(1, 10), torch.ones(1, 32)) for place in (1, 2)}
+    (decoded,), (wanted,) = (
+        Decodings(each.code, each.fitted_decoders()).decode(answers)[0].values() for each in (system, own)
+    )
+    assert torch.equal(decoded, wanted)
 
 
 def test_a_served_system_is_that_of_the_experiment(finished: Path) -> None:

@@ -1,7 +1,7 @@
 """The simulation against the front end itself, on a virtual clock, with the same arrivals and service times.
 
-Without what the two have differently: the way there and back, in which the real server is idle; a spare's machine, which
-serves its networks' batches in the order in which they were formed; and queues that are full at the same instant.
+Without what the two have differently: the way there and back, in which the real server is idle; a spare's machine,
+which serves its networks' batches in the order in which they were formed; and queues that are full.
 """
 
 import asyncio
