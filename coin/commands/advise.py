@@ -14,10 +14,9 @@ from coin.errors import CoinError, ConfigurationError
 from coin.reporting.results import write_frame
 from coin.reporting.tables import results_console
 from coin.serving.sim.conditions import Conditions
-from coin.serving.sim.plots import tail_against_memory
 from coin.serving.sim.profile import Failover, Precision, Profile, Redundancy
+from coin.serving.sim.results import milliseconds, print_simulation, tail_against_memory
 from coin.serving.sim.simulation import Want
-from coin.serving.sim.table import milliseconds, print_simulation
 
 ADVICE_CSV = "advice.csv"
 

@@ -19,11 +19,18 @@ from coin.reporting.tables import results_console
 from coin.serving.model import NetworkServer
 from coin.serving.replies import ReplyFormat
 from coin.serving.sim.conditions import Conditions, ServiceKind
-from coin.serving.sim.measure import kept_bytes, measure_accuracy, measure_decoding, measure_service
-from coin.serving.sim.plots import tail_against_load, tail_against_memory
-from coin.serving.sim.profile import Failover, Precision, Profile, Redundancy
+from coin.serving.sim.profile import (
+    Failover,
+    Precision,
+    Profile,
+    Redundancy,
+    kept_bytes,
+    measure_accuracy,
+    measure_decoding,
+    measure_service,
+)
+from coin.serving.sim.results import as_row, print_simulation, tail_against_load, tail_against_memory
 from coin.serving.sim.simulation import Simulation, Want, simulate_all
-from coin.serving.sim.table import as_row, print_simulation
 from coin.versions import versions
 
 SIMULATION_CSV = "simulation.csv"

@@ -22,8 +22,7 @@ from coin.reporting import read_results
 from coin.serving.decodings import Decodings
 from coin.serving.model import NetworkServer
 from coin.serving.replies import Reply
-from coin.serving.sim.measure import kept_bytes, rounded
-from coin.serving.sim.profile import Precision, Redundancy
+from coin.serving.sim.profile import Precision, Redundancy, kept_bytes, rounded
 
 pytestmark = pytest.mark.slow
 
