@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from coin.errors import CoinError, ConfigurationError, DataError, DeadlineError, OverloadedError, ServingError
 from coin.serving.front_end import FrontEnd
-from coin.serving.inputs import TooLargeError
+from coin.serving.images import TooLargeError
 from coin.serving.limits import InputLimits
 from coin.serving.protocol import ALL, Description, InferRequest, model_metadata, read_request, response
 

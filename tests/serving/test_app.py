@@ -201,7 +201,8 @@ MISTAKES = {
     "no image": ("/v2/models/colours/infer", files("aGVsbG8="), 400, "neither PNG nor JPEG"),
     "no base64": ("/v2/models/colours/infer", files("%%"), 400, "base64"),
     "rows": ("/v2/models/colours/infer", wrong(datatype="BYTES", shape=[3], data=["aGVsbG8="]), 400, "one a row"),
-    "too many": ("/v2/models/colours/infer", files(*["aGVsbG8="] * 5), 413, "at most 4"),
+    "too many": ("/v2/models/colours/infer", files(*["aGVsbG8="] * 5), 413, "1 to 4 at a time"),
+    "none": ("/v2/models/colours/infer", files(), 413, "found 0 images"),
     "too large": ("/v2/models/colours/infer", wrong(data=[0] * 9000), 413, "5000 bytes"),
 }
 

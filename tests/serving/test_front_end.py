@@ -12,7 +12,7 @@ from coin.errors import ConfigurationError, DeadlineError, DecodingError, LostEr
 from coin.serving.decodings import Decodings, coded_layout
 from coin.serving.front_end import FrontEnd
 from coin.serving.layout import spread_copies
-from coin.serving.limits import Limits
+from coin.serving.limits import InputLimits, Limits
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.replies import Reply, ReplyFormat
 from coin.serving.server_queue import Request, ServerQueue
@@ -497,6 +497,8 @@ def test_mistakes() -> None:
         Limits(deadline=0)
     with pytest.raises(ConfigurationError, match="failures=0"):
         Limits(failures=0)
+    with pytest.raises(ConfigurationError, match="pixels=0"):
+        InputLimits(pixels=0)
     with pytest.raises(ConfigurationError, match="coded_proactive"):
         Policy("coded")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match=r"quantile=1\.0"):

@@ -1,4 +1,4 @@
-"""What a query brings over the network: image files or arrays of pixels, bounded before they are decoded."""
+"""A query's images: files or arrays of pixels, bounded before they are decoded."""
 
 import io
 import math
@@ -12,56 +12,41 @@ from torch import Tensor
 
 from coin.data.decoding import DAMAGE, to_square
 from coin.errors import DataError, first_line
-from coin.serving.limits import InputLimits
 
 
 class TooLargeError(DataError):
     """What came is larger than the limits allow."""
 
 
-def check_samples(count: int, limits: InputLimits) -> None:
-    """Raise a `TooLargeError` where there are too many images or texts, a `DataError` where there are none."""
-    if count < 1:
-        raise DataError("found no images or texts in the query, expected at least one")
-    if count > limits.samples:
-        raise TooLargeError(f"found {count} images or texts, expected at most {limits.samples}; send fewer at a time")
-
-
-def _check_pixels(pixels: int, limits: InputLimits) -> None:
-    if pixels > limits.pixels:
-        raise TooLargeError(f"found an image of {pixels} pixels, expected at most {limits.pixels}; send a smaller one")
-
-
-def read_files(files: Sequence[bytes], image_size: int, limits: InputLimits) -> Tensor:
+def read_files(files: Sequence[bytes], image_size: int, most_pixels: int) -> Tensor:
     """Read image files, as a task's own images are read.
 
     Args:
         files: PNG or JPEG.
         image_size: S, the side of the networks' inputs: larger images and those that are no squares are brought to it.
-        limits: What is too large.
+        most_pixels: Of one image.
 
     Returns:
         uint8 ``[B, 3, S, S]``, or of the one smaller size that all have.
 
     Raises:
-        TooLargeError: There are too many images or pixels.
+        TooLargeError: There are too many pixels.
         DataError: One is no such image, or they are of different sizes.
     """
-    check_samples(len(files), limits)
-    images = [_read_file(file, image_size, limits) for file in files]
+    images = [_read_file(file, image_size, most_pixels) for file in files]
     if len({image.shape for image in images}) > 1:
         raise DataError(f"found small images of different sizes, expected one; resize them to {image_size} pixels")
     return torch.stack(images)
 
 
-def _read_file(file: bytes, image_size: int, limits: InputLimits) -> Tensor:
+def _read_file(file: bytes, image_size: int, most_pixels: int) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit on pixels is ours
             image = Image.open(io.BytesIO(file), formats=("PNG", "JPEG"))
         with image:
             width, height = image.size
-            _check_pixels(width * height, limits)
+            _check_pixels(width * height, most_pixels)
             if image.mode.startswith(("I", "F")):
                 raise DataError(
                     f"found pixels of type {image.mode}, expected 8 bits a channel; convert the image first"
@@ -75,25 +60,24 @@ def _read_file(file: bytes, image_size: int, limits: InputLimits) -> Tensor:
         raise DataError(f"found no readable image ({why}), expected PNG or JPEG") from error
 
 
-def read_array(values: bytes | Sequence[object], shape: Sequence[int], limits: InputLimits) -> Tensor:
+def read_array(values: bytes | Sequence[object], shape: Sequence[int], most_pixels: int) -> Tensor:
     """Read an array of pixels.
 
     Args:
         values: The pixels, as raw bytes or as numbers from 0 to 255, nested or not.
         shape: ``[B, 1 or 3, H, W]``.
-        limits: What is too large.
+        most_pixels: Of one image.
 
     Returns:
         uint8 of this shape.
 
     Raises:
-        TooLargeError: There are too many images or pixels.
+        TooLargeError: There are too many pixels.
         DataError: The values are no such array.
     """
     if len(shape) != 4 or shape[1] not in (1, 3) or min(shape) < 1:
         raise DataError(f"found an array of shape {list(shape)}, expected [B, 1 or 3, H, W]")
-    check_samples(shape[0], limits)
-    _check_pixels(shape[2] * shape[3], limits)
+    _check_pixels(shape[2] * shape[3], most_pixels)
     try:
         found = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.asarray(values)
     except ValueError as error:
@@ -103,3 +87,8 @@ def read_array(values: bytes | Sequence[object], shape: Sequence[int], limits: I
     if found.dtype.kind not in "iu" or found.min() < 0 or found.max() > 255:
         raise DataError("found values that are no pixels, expected whole numbers from 0 to 255")
     return torch.from_numpy(found.astype(np.uint8).reshape(shape))
+
+
+def _check_pixels(pixels: int, most: int) -> None:
+    if pixels > most:
+        raise TooLargeError(f"found an image of {pixels} pixels, expected at most {most}; send a smaller one")
