@@ -330,6 +330,8 @@ def test_good_clients_are_served_among_slow_oversized_and_broken_ones(serve_toy:
                 time.sleep(0.01)
 
     def trouble() -> None:
+        toy.ways[0] = "raise"  # so that some are decoded however few turns there are
+        time.sleep(0.5)
         while time.monotonic() < end:
             toy.ways[draw.randrange(3)] = draw.choice(["", "", "raise", "hang"])
             toy.ways[draw.randrange(3)] = ""
