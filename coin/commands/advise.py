@@ -56,10 +56,6 @@ def advise(
         failover: A small network for all tasks: what it is like is yours to say.
         jobs: Processes; one a processor core by default.
         output: Where ``advice.csv`` and the figure go; none takes `folder`.
-
-    Raises:
-        ConfigurationError: The budget does not hold the experts, or an option is out of its range.
-        FileError: A file is missing or damaged, or cannot be written.
     """
     check_integer("seeds", seeds, 1)
     system, profile, conditions = read_profile(folder, choice, conditions, failover)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,32 +91,38 @@ class CodedSystem:
         """
         if self.experts.config.reads != "texts":
             return None
-        found = {getattr(task, "tokenizer", None) for task in self.data().tasks.values()}
+        found = {getattr(task, "tokenizer", None) for task in self._described().values()}
         if len(found) > 1:
             raise ConfigurationError(f"found tokenizers {found}, expected one for all tasks; train them with one")
         tokenizer: str | None = found.pop()
         return tokenizer
 
     def data(self) -> Tasks:
-        """Return the tasks with this seed's samples, as far as the configuration that it has left describes them."""
+        """Return the tasks with this seed's samples, read."""
+        given = self._configuration["calibration"]
+        options = {name: given[name] for name in ("samples_per_task", "batch_size")}
+        data = Tasks(self._described(), **options, seed=self._configuration["seeds"][0])
+        data.prepare_data()
+        data.setup()
+        return data
+
+    @cached_property
+    def _configuration(self) -> dict[str, Any]:
         path = self.folder / "config.yaml"
         if not path.is_file():
             raise FileError(f"found no '{path}', which says what the tasks are; use --decoder=linear, or coin run")
-        given = read_yaml(path)
-        # Nothing else is read: other options may be those of another version.
+        return dict(read_yaml(path))
+
+    def _described(self) -> dict[str, TaskData]:
+        """Return the tasks of the configuration; its other options are not read, which may be another version's."""
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--tasks", type=dict[str, TaskData])
-        tasks = parser.instantiate(parser.parse_object({"tasks": given["tasks"]})).tasks
-        sized = {name: task_with(tasks[name], image_size=self.experts.config.image_size) for name in self.tasks}
-        named = {name: given["calibration"][name] for name in ("samples_per_task", "batch_size")}
-        return Tasks(sized, **named, seed=given["seeds"][0])
+        tasks = parser.instantiate(parser.parse_object({"tasks": self._configuration["tasks"]})).tasks
+        return {name: task_with(tasks[name], image_size=self.experts.config.image_size) for name in self.tasks}
 
     def fitted_decoders(self) -> list[Decoder]:
         """Return the decoders of every loss that the code promises to make up for, as the evaluation fits them."""
-        config, data = self.decoder, self.data()
-        data.prepare_data()
-        data.setup()
-        calibration = data.calibration()
+        config, calibration = self.decoder, self.data().calibration()
         coded = Coded(self.code, self.experts.networks, [load_network(path).network for path in self.coded])
         parts = [
             coded.answers(batch, features=config.reads_features, stages=config.reads_stages) for batch in calibration

@@ -34,11 +34,6 @@ def serve(
             as the code has rows, in place of the coded models; with ``uncoded`` there is neither.
         quantile: Of the time that own answers take, after which they are late.
         ray: Where and how to serve.
-
-    Raises:
-        ConfigurationError: Ray is not installed, or an option is wrong.
-        FileError: A file is missing or damaged.
-        ServingError: Ray cannot serve here.
     """
     system = read_system(folder, choice, policy, quantile)
     stop = start(system, ray)

@@ -72,9 +72,6 @@ def simulate(
         failover: A small network for all tasks, for the policy of that name.
         jobs: Processes; one a processor core by default.
         output: Where ``simulation.csv``, ``simulation.json`` and the figures go; none takes `folder`.
-
-    Returns:
-        The rows of ``simulation.csv``.
     """
     quantiles = quantiles or [0.9]
     loads = [0.2, 0.4, 0.6] if loads is None else loads
@@ -149,17 +146,11 @@ def read_profile(
 
 def rounded_accuracies(system: CodedSystem, precisions: Collection[Precision | None]) -> dict[Precision, float]:
     """Return the experts' mean accuracy on their own test sets by the precision that their weights are kept in."""
-    data = system.data()
-    data.prepare_data()
-    data.setup()
-    found = {}
-    for precision in filter(None, precisions):
-        each = [
-            measure_accuracy(path, precision, data.tasks[name].test_dataloader())
-            for name, path in system.experts.paths.items()
-        ]
-        found[precision] = float(np.mean(each))
-    return found
+    tests, paths = system.data().test_dataloader(), system.experts.paths.values()
+    return {
+        precision: float(np.mean([measure_accuracy(*each, precision) for each in zip(paths, tests, strict=True)]))
+        for precision in filter(None, precisions)
+    }
 
 
 def simulate_rows(

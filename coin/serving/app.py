@@ -99,9 +99,6 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits) -> FastAP
         front: Answers.
         about: What is served.
         limits: What a query may bring.
-
-    Raises:
-        ConfigurationError: A task has the name of the model that answers for every task.
     """
     if ALL in about.classes:
         raise ConfigurationError(f"found a task '{ALL}', which is the model of every task; rename it")

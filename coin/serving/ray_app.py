@@ -196,11 +196,7 @@ def _asking(handle: Any, name: str) -> Server:
 
 
 def application(system: System, options: RayOptions) -> Any:
-    """Return the Ray Serve application: what ``serve.run`` takes, and what a Serve YAML's builder gives.
-
-    Raises:
-        ConfigurationError: Ray Serve is not installed.
-    """
+    """Return the Ray Serve application: what ``serve.run`` takes, and what a Serve YAML's builder gives."""
     serve = _serve()
     resources, limits, inputs = options.resources, options.limits, options.inputs
     actor: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}

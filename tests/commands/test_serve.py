@@ -61,10 +61,7 @@ def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decode
     results = results[
         (results.method == "coin") & (results.batchnorm.map(asked_policy) == "auto") & (results.decoder == decoder)
     ]
-    data = read_coded_system(finished, Choice("coin", "auto", decoder)).data()
-    data.prepare_data()
-    data.setup()
-    tasks = data.tasks
+    tasks = read_coded_system(finished, Choice("coin", "auto", decoder)).data().tasks
 
     async def accuracy(task: str, expert: int, lost: int) -> float:
         right = count = 0

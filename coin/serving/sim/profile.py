@@ -68,8 +68,7 @@ class Redundancy(StrEnum):
     @property
     def precision(self) -> Precision | None:
         """How the experts' weights are kept on an extra server that holds all of them."""
-        kept = {Redundancy.spare: Precision.full, Redundancy.spare_half: Precision.half}
-        return {**kept, Redundancy.spare_int8: Precision.int8}.get(self)
+        return {"spare": Precision.full, "spare_half": Precision.half, "spare_int8": Precision.int8}.get(self)
 
     @property
     def is_coded(self) -> bool:
@@ -146,56 +145,42 @@ class Profile:
 
     def simulation(self, kind: Redundancy, conditions: Conditions, quantile: float = 0.9, **options: Any) -> Simulation:
         """Return the simulation of these experts with a redundancy; the options are the simulation's own."""
-        count, layout = self.code.num_experts, self._layout(kind)
+        count, (layout, seconds, _, _) = self.code.num_experts, self._extra(kind)
         own = PolicyKind.uncoded if kind is Redundancy.uncoded else PolicyKind.hedged
         policy = Policy(PolicyKind(kind) if kind.is_coded else own, quantile)
-        if kind.is_coded:
-            extra: Sequence[NDArray[np.float64]] = self.coded_seconds
-        elif kind is Redundancy.failover:
-            extra = [np.array([self._failover.seconds])] * len(layout.copies)
-        else:
-            extra = [self.expert_seconds[expert] for expert in layout.copies]
-        networks = 1 if kind.is_coded or kind is Redundancy.copy else count
-        machines = [*range(count), *(count + place // networks for place in range(len(extra)))]
-        samples = (*self.expert_seconds, *extra)
-        return Simulation(
-            layout, policy, samples, conditions, machines=tuple(machines), decoding=self.decoding, **options
-        )
+        networks = len(seconds) // self.code.num_coded or 1  # on one extra server
+        machines = (*range(count), *(count + place // networks for place in range(len(seconds))))
+        samples = (*self.expert_seconds, *seconds)
+        return Simulation(layout, policy, samples, conditions, machines=machines, decoding=self.decoding, **options)
 
     def memory(self, kind: Redundancy) -> tuple[int, int]:
         """Return the bytes of weights of the largest server, and of all."""
-        own, extras = self.expert_bytes[Precision.full], self.code.num_coded
-        if kind.precision is not None:
-            extra: Sequence[int] = [sum(self.expert_bytes[kind.precision])] * extras
-        elif kind is Redundancy.failover:
-            extra = [int(self._failover.mib * 2**20)] * extras
-        elif kind.is_coded:
-            extra = self.coded_bytes
-        else:
-            extra = [own[expert] for expert in self._layout(kind).copies]
-        return max(*own, *extra), sum(own) + sum(extra)
+        every = [*self.expert_bytes[Precision.full], *self._extra(kind)[2]]
+        return max(every), sum(every)
 
     def accuracy(self, kind: Redundancy) -> float:
-        """Return the accuracy of the extra servers' own answers; NaN where it was not measured."""
-        if kind is Redundancy.failover:
-            return self._failover.accuracy
-        if kind.precision not in (None, Precision.full):
-            return self.rounded_accuracy.get(kind.precision, float("nan"))
-        return self.expert_accuracy
+        """Return the accuracy of the extra servers' own answers; NaN where it was not measured, or there are none."""
+        return self._extra(kind)[3]
 
-    def _layout(self, kind: Redundancy) -> Layout:
-        count, extras = self.code.num_experts, self.code.num_coded
+    def _extra(self, kind: Redundancy) -> tuple[Layout, Sequence[NDArray[np.float64]], Sequence[int], float]:
+        """Return the layout, the times of the extra servers' networks, their sizes, and how right they are."""
+        count, extras, nan = self.code.num_experts, self.code.num_coded, float("nan")
+        if kind is Redundancy.uncoded:
+            return Layout(count), (), (), nan
         if kind.is_coded:
-            return coded_layout(self.code)
-        if kind in (Redundancy.uncoded, Redundancy.copy):
-            return spread_copies(count, 0 if kind is Redundancy.uncoded else extras)
-        return spread_spares(count, extras)
-
-    @property
-    def _failover(self) -> Failover:
+            return coded_layout(self.code), self.coded_seconds, self.coded_bytes, nan
+        if kind is Redundancy.copy:
+            layout, sizes = spread_copies(count, extras), self.expert_bytes[Precision.full]
+            seconds = [self.expert_seconds[expert] for expert in layout.copies]
+            return layout, seconds, [sizes[expert] for expert in layout.copies], self.expert_accuracy
+        layout = spread_spares(count, extras)
+        if kind.precision is not None:
+            accuracy = {Precision.full: self.expert_accuracy, **self.rounded_accuracy}.get(kind.precision, nan)
+            return layout, self.expert_seconds * extras, [sum(self.expert_bytes[kind.precision])] * extras, accuracy
         if self.failover is None:
             raise ConfigurationError("found no failover network, give its --failover.accuracy, .mib and .seconds")
-        return self.failover
+        times, size = np.array([self.failover.seconds]), int(self.failover.mib * 2**20)
+        return layout, [times] * (count * extras), [size] * extras, self.failover.accuracy
 
 
 def rounded(values: Tensor, precision: Precision) -> tuple[Tensor, int]:
@@ -216,7 +201,7 @@ def kept_bytes(path: Path, precision: Precision = Precision.full) -> int:
 
 
 @torch.no_grad()
-def measure_accuracy(path: Path, precision: Precision, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def measure_accuracy(path: Path, batches: Iterable[tuple[Tensor, Tensor]], precision: Precision) -> float:
     """Return the accuracy of a network with rounded weights on a test set's inputs, as they are stored, and labels."""
     file = load_network(path)
     state = {name: rounded(values, precision)[0] for name, values in file.network.state_dict().items()}
