@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -129,7 +130,12 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits) -> FastAP
         headers = {"connection": "close"} if status in (408, 413) or isinstance(error, OverloadedError) else None
         return JSONResponse({"error": str(error), "kind": type(error).__name__}, status, headers)
 
-    def experts_of(model: str) -> int:
+    @app.exception_handler(RequestValidationError)
+    async def tell_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return await tell(request, DataError(f"found a wrong {first['loc'][-1]} ({first['msg']})"))
+
+    async def experts_of(model: str) -> int:
         if model not in models:
             raise UnknownModelError(f"found model '{model}', expected one of {', '.join(models)}")
         return models[model]

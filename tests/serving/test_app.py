@@ -217,6 +217,14 @@ def test_mistakes_get_a_status_and_one_line(serve_toy: Any, case: str) -> None:
     assert "\n" not in found.text
 
 
+def test_a_header_that_is_no_number_is_a_mistake_like_others(serve_toy: Any) -> None:
+    _, client, _ = serve_toy()
+    headers = {"Inference-Header-Content-Length": "many"}
+    found = client.post("/v2/models/colours/infer", content=b"{}", headers=headers)
+    assert found.status_code == 400
+    assert "inference-header-content-length" in found.json()["error"]
+
+
 def test_body_that_does_not_tell_its_length_is_not_read_beyond_the_limit(serve_toy: Any) -> None:
     _, client, _ = serve_toy()
     found = client.post("/v2/models/colours/infer", content=(bytes(1000) for _ in range(100)))
