@@ -185,13 +185,9 @@ def _results_of(frame: pd.DataFrame, choice: Choice, folder: Path) -> pd.DataFra
 def parse_options(
     name: str, function: Callable[..., Any], arguments: Sequence[str], **sections: type
 ) -> dict[str, Any]:
-    """Return the arguments of a function that takes a folder, some of which are dataclasses of options beside its own.
+    """Return the arguments of a command's function that takes a folder, and sections whose options stand by themselves.
 
-    Args:
-        name: The command.
-        function: What it runs.
-        arguments: The command's.
-        sections: By argument of the function, the dataclass whose options are given by their own names.
+    Such a section is a dataclass, under the name of the function's argument: its options are given by their own names.
     """
     parser = command_parser(name)
     parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")

@@ -94,13 +94,7 @@ class _Collector:
 
 
 def make_app(front: FrontEnd, about: Description, limits: InputLimits) -> FastAPI:
-    """Return the application; it starts the front end and stops it with itself.
-
-    Args:
-        front: Answers.
-        about: What is served.
-        limits: What a query may bring.
-    """
+    """Return the application; it starts the front end and stops it with itself."""
     if ALL in about.classes:
         raise ConfigurationError(f"found a task '{ALL}', which is the model of every task; rename it")
     models = {task: 1 << place for place, task in enumerate(about.classes)} | {ALL: front.layout.every_expert}

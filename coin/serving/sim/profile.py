@@ -235,12 +235,6 @@ def measure_decoding(
     """Return the median seconds that it takes to decode one expert's answer to one input.
 
     The decoder is fitted on random numbers: what it takes does not depend on them.
-
-    Args:
-        code: The code.
-        config: The decoder.
-        expects: The format of the servers' replies.
-        feature_widths: The widths of the stages within their features.
     """
     draw = torch.Generator().manual_seed(0)
     count, servers, width = code.num_experts, code.num_experts + code.num_coded, expects.features
