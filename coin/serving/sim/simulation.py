@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from coin.choices import check_integer
 from coin.errors import ConfigurationError
-from coin.processes import cores
 from coin.serving.layout import Layout, members
 from coin.serving.limits import Limits
 from coin.serving.policies import Lateness, Policy
@@ -123,11 +122,13 @@ def simulate(simulation: Simulation) -> Outcome:
 
 def simulate_all(simulations: Sequence[Simulation], jobs: int | None = None) -> list[Outcome]:
     """Run several, in so many processes, one a processor core by default; nothing depends on how many."""
+    from coin.processes import cores  # which brings PyTorch, that the processes below need not wait for
+
     jobs = cores() if jobs is None else jobs
     check_integer("jobs", jobs, 1)
     if jobs == 1 or len(simulations) == 1:
         return [simulate(simulation) for simulation in simulations]
-    # Spawned processes start without what this one has loaded, PyTorch's threads above all.
+    # Spawned processes start without what this one has loaded, PyTorch above all.
     with ProcessPoolExecutor(min(jobs, len(simulations)), mp_context=get_context("spawn")) as pool:
         return list(pool.map(simulate, simulations))
 

@@ -1,5 +1,7 @@
 """The simulation against queueing theory, against an exact recursion, and against what must be so."""
 
+import subprocess
+import sys
 from itertools import islice
 from typing import Any
 
@@ -296,6 +298,11 @@ def test_outcomes_depend_neither_on_processes_nor_on_what_ran_before() -> None:
         np.testing.assert_array_equal(a.latencies, b.latencies)
         np.testing.assert_array_equal(a.latencies, c.latencies)
     assert not np.array_equal(one[0].latencies, one[1].latencies)
+
+
+def test_processes_that_simulate_need_not_load_pytorch() -> None:
+    code = "import sys, coin.serving.sim.simulation; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 def test_mistakes() -> None:
