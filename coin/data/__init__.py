@@ -5,7 +5,6 @@ from coin.data.calibration import Calibration, pooled
 from coin.data.embedded import Digits, Glyphs, MNIST5k
 from coin.data.image_folder import ImageFolder
 from coin.data.samples import Samples, Source
-from coin.data.sampling import EvaluationBatches, TrainingBatches
 from coin.data.task import TaskData
 from coin.data.text import TextFile, TextTask, Tweets
 from coin.data.torchvision_sets import (
@@ -34,7 +33,6 @@ __all__ = [
     "Calibration",
     "Digits",
     "EMNISTLetters",
-    "EvaluationBatches",
     "FashionMNIST",
     "Glyphs",
     "ImageFolder",
@@ -45,7 +43,6 @@ __all__ = [
     "TextFile",
     "TextTask",
     "TorchvisionTask",
-    "TrainingBatches",
     "Tweets",
     "pooled",
     "to_image",

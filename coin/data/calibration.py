@@ -17,8 +17,7 @@ from coin.errors import ConfigurationError, DataError
 class Calibration:
     """Calibration samples in a fixed order; iterating yields input batches, as often as one likes.
 
-    The images stay uint8 and become inputs a batch at a time, so that thousands of samples at 224 pixels cost little
-    memory. ``len`` is the number of batches, as of a loader; `num_samples` is P.
+    The images stay uint8 and become inputs a batch at a time. ``len`` is the number of batches; `num_samples` is P.
 
     Attributes:
         parts: The selections that the samples come from; one, or one per task after `pooled`.
@@ -80,10 +79,7 @@ class Calibration:
         return replace(self, part=self.part[places], position=self.position[places])
 
     def split(self, share: float) -> tuple[Self, Self]:
-        """Part of the samples to fit on, and a held-out ``share`` of them (at least one each) to tune on.
-
-        The samples' order is random already, so the held-out ones are the last. Pooled data stay in proportion.
-        """
+        """Part of the samples to fit on, and the last ``share`` of them to tune on; pooled data stay in proportion."""
         if not 0 < share < 1:
             raise ConfigurationError(f"the held-out share is {share}; expected a number between 0 and 1")
         if self.num_samples < 2:
@@ -103,10 +99,7 @@ class Calibration:
 
 
 def pooled(calibrations: Sequence[Calibration]) -> Calibration:
-    """Several tasks' calibration data as one, evenly interleaved so that every batch mixes the tasks.
-
-    Mixed batches matter where statistics are taken per batch, as when BatchNorm is recalibrated.
-    """
+    """Several tasks' calibration data as one, evenly interleaved: every batch mixes the tasks, as BatchNorm needs."""
     sizes = sorted({calibration.image_size for calibration in calibrations})
     if len(sizes) != 1:
         raise DataError(f"calibration data to pool have the image sizes {sizes}; expected one common size")

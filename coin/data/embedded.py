@@ -16,9 +16,10 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from coin.choices import check_integer
 from coin.data.samples import Samples, Source, hold_out
 from coin.data.sampling import Stream, seeded
-from coin.data.task import TaskData, at_least
+from coin.data.task import TaskData
 from coin.errors import ConfigurationError, DataError
 from coin.files.packaged import extra_module
 
@@ -94,9 +95,10 @@ class Glyphs(TaskData):
     ) -> None:
         super().__init__(**kwargs)
         self.characters = parse_characters(classes)
-        at_least("train_per_class", train_per_class, 2)
-        at_least("test_per_class", test_per_class, 1)
-        at_least("train_samples", train_samples, len(self.characters), why="one image for each class")
+        check_integer("train_per_class", train_per_class, 2)
+        check_integer("test_per_class", test_per_class, 1)
+        if train_samples is not None:
+            check_integer("train_samples", train_samples, len(self.characters))
         self.train_per_class = train_per_class
         self.test_per_class = test_per_class
         self.train_samples = train_samples
@@ -123,18 +125,15 @@ def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
     if isinstance(classes, str):
         characters = []
         for part in re.findall(".-.|.", classes, re.DOTALL):
-            first, last = part[0], part[-1]
-            if not (first.isalnum() and last.isalnum() and first <= last):
-                raise ConfigurationError(
-                    f"the classes {classes!r} hold {part!r}; expected characters and rising ranges, as in 'A-J' or "
-                    "'K-Za-z'"
-                )
-            characters += map(chr, range(ord(first), ord(last) + 1))
+            ends = part[0] + part[-1]
+            between = map(chr, range(ord(part[0]), ord(part[-1]) + 1))
+            characters += between if ends.isalnum() and ends[0] <= ends[1] else [part]
     for place, character in enumerate(characters):
-        if len(character) != 1 or not character.isalnum():
-            raise ConfigurationError(f"the classes {classes!r} hold {character!r}; expected single letters and digits")
-        if character in characters[:place]:
-            raise ConfigurationError(f"the classes {classes!r} hold {character!r} twice; name each once")
+        if len(character) != 1 or not character.isalnum() or character in characters[:place]:
+            raise ConfigurationError(
+                f"the classes {classes!r} hold {character!r}; expected letters and digits, each once, and rising "
+                "ranges, as in 'A-J' or 'K-Za-z'"
+            )
     if len(characters) < 2:
         raise ConfigurationError(f"the classes {classes!r} are {len(characters)} character(s); expected at least 2")
     return tuple(characters)

@@ -1,9 +1,8 @@
 """Labelled samples, how a task's source is split, and the dataset that hands out whole batches of them."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self, TypeVar
-from weakref import WeakValueDictionary
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,14 +14,10 @@ from coin.data.decoding import LazyImages
 from coin.data.sampling import Draw, Stream, seeded, stratified_order
 from coin.errors import ConfigurationError, DataError
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Samples:
-    """A selection of labelled samples.
-
-    Selecting copies indices, never images, so that splits and calibration sets share one store.
+    """A selection of labelled samples, which copies indices, never images.
 
     Attributes:
         store: All images of the source's part that this was selected from, uint8 [N, C, H, W] (or tokens), or what
@@ -78,10 +73,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Source:
-    """The samples that a task reads: to train on, to test on, and for validation.
-
-    Where the source brings no validation samples, they are set aside from those to train on.
-    """
+    """The samples that a task reads; without validation samples, some are set aside from those to train on."""
 
     train: Samples
     test: Samples
@@ -99,7 +91,7 @@ def split_source(
 ) -> Source:
     """Set validation samples aside where the source brings none, and limit the splits; see `coin.data.TaskData`.
 
-    All choices are stratified. Reducing a split keeps a subset of it, so no sample ever changes sides.
+    All choices are stratified. Reducing a split keeps a subset of it.
     """
     test = source.test
     if max_test is not None:
@@ -122,32 +114,6 @@ def split_source(
         test,
         source.train.subset(validation.sort().values) if held_out else source.validation,
     )
-
-
-class Shared:
-    """What the copies of one task have found out and read; in another process a copy does so for itself."""
-
-    def __init__(self) -> None:
-        self.latest: object = None  # what was read last, kept as long as there is a copy
-        self._facts: dict[Hashable, Any] = {}
-        self._read: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
-
-    def fact(self, key: Hashable, find: Callable[[], T]) -> T:
-        """Return something small, found out once."""
-        if key not in self._facts:
-            self._facts[key] = find()
-        found: T = self._facts[key]
-        return found
-
-    def read(self, key: Hashable, read: Callable[[], T]) -> T:
-        """Return samples, which are read if nobody holds them."""
-        found: T | None = self._read.get(key)
-        if found is None:
-            found = self._read[key] = read()
-        return found
-
-    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
-        return type(self), ()
 
 
 @dataclass

@@ -10,10 +10,11 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from coin.choices import check_integer, check_number
 from coin.data.augmentation import Augmentation, View
 from coin.data.calibration import Calibration, pooled
 from coin.data.sampling import Draw, batch_loader
-from coin.data.task import TaskData, at_least, check_share
+from coin.data.task import TaskData
 from coin.errors import DataError
 
 
@@ -45,18 +46,17 @@ class Tasks(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        at_least("samples_per_task", samples_per_task, 1)
-        at_least("batch_size", batch_size, 1)
-        at_least("seed", seed, 0)
-        check_share("held_out", held_out)
+        check_integer("samples_per_task", samples_per_task, 1)
+        check_integer("batch_size", batch_size, 1)
+        check_integer("seed", seed or 0, 0)
+        check_number("held_out", held_out, low=0.0, high=1.0)
         if not tasks:
             raise DataError("found no tasks, expected at least one; name them under data.tasks")
         sizes = {name: task.image_size for name, task in tasks.items()}
         if len(set(sizes.values())) > 1:
             raise DataError(f"the tasks' images differ in size ({sizes}); give them one image_size, the network's")
-        self.tasks = dict(tasks)
-        if seed is not None:
-            self.tasks = {name: task_with(task, seed=seed) for name, task in tasks.items()}
+        own = {} if seed is None else {"seed": seed}
+        self.tasks = {name: task_with(task, **own) for name, task in tasks.items()}
         self.samples_per_task = samples_per_task
         self.batch_size = batch_size
         self.held_out = held_out
@@ -65,10 +65,7 @@ class Tasks(LightningDataModule):
 
     def resize(self, image_size: int) -> None:
         """Give every task the image size of the networks that are to look at it, in pixels."""
-        self.tasks = {
-            name: task if task.image_size == image_size else task_with(task, image_size=image_size)
-            for name, task in self.tasks.items()
-        }
+        self.tasks = {name: task_with(task, image_size=image_size) for name, task in self.tasks.items()}
 
     @property
     def num_classes(self) -> int:
@@ -130,10 +127,7 @@ class Tasks(LightningDataModule):
 
 
 def task_with(task: TaskData, **options: Any) -> TaskData:
-    """Return the same task with other values for some of the options that all tasks have.
-
-    What has been read is shared, so that all uses and seeds of an experiment read it once.
-    """
+    """Return the same task with other values for some of the options that all tasks have; it shares what is read."""
     other = copy.copy(task)
     other.trainer = None
     for name, value in options.items():
