@@ -1,10 +1,9 @@
 """Tasks as LightningDataModules, one file per source, and the calibration data drawn from them."""
 
 from coin.data.augmentation import Augmentation
-from coin.data.calibration import Calibration, pooled
 from coin.data.embedded import Digits, Glyphs, MNIST5k
 from coin.data.image_folder import ImageFolder
-from coin.data.samples import Samples, Source
+from coin.data.samples import Calibration, Samples, Source, pooled
 from coin.data.task import TaskData
 from coin.data.text import TextFile, TextTask, Tweets
 from coin.data.torchvision_sets import (

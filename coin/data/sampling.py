@@ -1,8 +1,4 @@
-"""Which samples make up which batch: explicit generators, sharding by index, no padded duplicates.
-
-Nothing here reads or moves torch's global random state, so the same options give the same batches whether they are
-drawn by ``coin fit``, by ``coin run`` or by a plain loop.
-"""
+"""Which samples make up which batch: explicit generators, sharding by index, no padded duplicates."""
 
 from collections.abc import Iterator
 from enum import IntEnum
@@ -38,10 +34,7 @@ def seeded(seed: int, *keys: int) -> torch.Generator:
 
 
 def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """A shuffle of ``range(P)``, int64 [P], of which every prefix holds the classes in proportion.
-
-    That is as nearly as whole samples allow; the generator decides the order within the classes and between ties.
-    """
+    """A shuffle of ``range(P)``, int64 [P], of which every prefix holds the classes in proportion, or nearly."""
     shuffled = torch.randperm(len(labels), generator=generator)
     by_class = torch.argsort(labels[shuffled], stable=True)
     counts = torch.bincount(labels)
@@ -79,9 +72,8 @@ class EvaluationBatches(Sampler[Draw]):
 class TrainingBatches(Sampler[Draw]):
     """A permutation drawn from ``(seed, epoch)``, dealt out to the processes.
 
-    Every process gets equally many batches of equal sizes: the ``samples % world_size`` last samples of the
-    permutation are left out of that epoch. The last, partial batch is kept, unless it would hold a single sample:
-    BatchNorm cannot train on one. Lightning calls `set_epoch` before each epoch.
+    Every process gets equally many batches of equal sizes: the ``samples % world_size`` last samples are left out. The
+    last, partial batch is kept, unless it would hold a single sample: BatchNorm cannot train on one.
     """
 
     def __init__(
@@ -99,7 +91,7 @@ class TrainingBatches(Sampler[Draw]):
         self._share = share - 1 if share % batch_size == 1 else share
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation of the next iteration."""
+        """Choose the permutation of the next iteration; Lightning does before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -117,10 +109,7 @@ class TrainingBatches(Sampler[Draw]):
 def batch_loader(
     dataset: Any, batch_size: int, seed: int, trainer: Trainer | None, *, shuffle: bool = False, **options: Any
 ) -> DataLoader[Any]:
-    """A DataLoader of this process's batches of a data set that takes a `Draw`; without a Trainer, of all.
-
-    Its workers draw from the seed, not from torch's global state.
-    """
+    """A DataLoader of this process's batches of a data set that takes a `Draw`; without a Trainer, of all."""
     rank, world_size, epoch = 0, 1, 0
     if trainer is not None:
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:

@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader
 
 from coin.choices import check_integer, check_number, chosen
 from coin.data.augmentation import Augmentation, TransformSpec, build_transforms
-from coin.data.calibration import Calibration
-from coin.data.samples import BatchDataset, Samples, Source, split_source
+from coin.data.samples import BatchDataset, Calibration, Samples, Source, split_source
 from coin.data.sampling import Stream, batch_loader, seeded
 from coin.data.transform import check_stored, to_input
 from coin.errors import ConfigurationError, DataError
@@ -137,7 +136,7 @@ class TaskData(LightningDataModule, ABC):
             )
 
     def class_names(self) -> tuple[str, ...]:
-        """The classes in the order of their labels; cheap, so that a network can be built before data are read."""
+        """The classes in the order of their labels; cheap, for a network is built before data are read."""
         return self.names
 
     @abstractmethod
@@ -155,15 +154,15 @@ class TaskData(LightningDataModule, ABC):
         return len(self.classes)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the images and split them, once; every stage needs the same."""
+        """Read the images and split them, once."""
         self._source = self._shared.latest = self._shared.read(self._key, self._read)
 
     def release(self) -> None:
-        """Let go of the images, once neither this task nor a copy is going to be used for long; `setup` reads anew."""
+        """Let go of the images; `setup` reads them anew."""
         self._source = self._shared.latest = None
 
     @property
-    def _key(self) -> tuple[int, float, int, int | None, int | None]:
+    def _key(self) -> tuple[Any, ...]:
         """All options of any task that decide what its splits are."""
         return self.image_size, self.validation_share, self.split_seed, self.max_train, self.max_test
 
@@ -182,10 +181,7 @@ class TaskData(LightningDataModule, ABC):
                 raise DataError(f"{task} has no {name} {self.content}, expected at least one; check its source")
             least, most = int(part.targets.min()), int(part.targets.max())
             if least < 0 or most >= self.num_classes:
-                raise DataError(
-                    f"{task} has {name} labels from {least} to {most}; expected 0 to {self.num_classes - 1}; number "
-                    "the classes as class_names does"
-                )
+                raise DataError(f"{task} has {name} labels {least} to {most}; expected 0 to {self.num_classes - 1}")
             check_stored(part.images(torch.tensor([0])), self.image_size)
 
     @property
@@ -237,7 +233,7 @@ class TaskData(LightningDataModule, ABC):
     def calibration(self, samples: int, batch_size: int = 64, name: str | None = None) -> Calibration:
         """P unaugmented samples of the training split, drawn from ``seed`` without a look at their labels.
 
-        A smaller P gives a prefix of a larger one. The samples are held in memory. An error calls the task by `name`.
+        A smaller P gives a prefix of a larger one. An error calls the task by `name`.
         """
         check_integer("calibration samples", samples, 1)
         check_integer("the calibration data's batch size", batch_size, 1)

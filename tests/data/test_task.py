@@ -318,7 +318,7 @@ def test_sources_are_checked(monkeypatch):
 
     images, labels = torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.arange(8) % 4
     good = Samples.of(images, labels)
-    with pytest.raises(DataError, match="test labels from 1 to 8; expected 0 to 3"):
+    with pytest.raises(DataError, match="test labels 1 to 8; expected 0 to 3"):
         read(Source(good, Samples.of(images, torch.arange(8) + 1)))
     with pytest.raises(DataError, match="no test images, expected at least one; check its source"):
         read(Source(good, good.subset([])))

@@ -196,7 +196,7 @@ def test_options_of_every_kind_change_the_key() -> None:
 
 @pytest.mark.parametrize("part", [object(), lambda: None, torch.nn.Linear(1, 1)])
 def test_an_option_of_another_kind_is_refused(part: object) -> None:
-    with pytest.raises(ConfigurationError, match="found an option of type .*, expected plain values"):
+    with pytest.raises(ConfigurationError, match=r"found an option of type .*, expected plain values"):
         step_key(Odd(part))
 
 
