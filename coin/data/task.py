@@ -21,6 +21,10 @@ from coin.processes import cores
 
 WORKERS = 8  # at most so many processes decode images that are not held in memory, unless it is said
 
+# Of the options that are whole numbers; BatchNorm cannot train on one sample.
+_LEAST = dict.fromkeys(("image_size", "eval_batch_size", "max_test"), 1)
+_LEAST |= dict.fromkeys(("batch_size", "max_train"), 2) | dict.fromkeys(("split_seed", "seed", "num_workers"), 0)
+
 T = TypeVar("T")
 
 
@@ -101,15 +105,6 @@ class TaskData(LightningDataModule, ABC):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        check_integer("image_size", image_size, 1)
-        check_integer("batch_size", batch_size, 2)  # BatchNorm cannot train on one sample
-        check_integer("eval_batch_size", eval_batch_size, 1)
-        check_integer("split_seed", split_seed, 0)
-        check_integer("seed", seed or 0, 0)
-        check_integer("num_workers", num_workers, 0)
-        check_integer("max_train", 2 if max_train is None else max_train, 2)
-        check_integer("max_test", 1 if max_test is None else max_test, 1)
-        check_number("validation_share", validation_share, low=0.0, high=1.0)
         self.image_size = image_size
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -123,6 +118,10 @@ class TaskData(LightningDataModule, ABC):
         self.max_train = max_train
         self.max_test = max_test
         self.num_workers = num_workers
+        for name, least in _LEAST.items():
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least)
+        check_number("validation_share", validation_share, low=0.0, high=1.0)
         self._shared = Shared()
         self._source: Source | None = None
 

@@ -54,8 +54,9 @@ class Tasks(LightningDataModule):
         sizes = {name: task.image_size for name, task in tasks.items()}
         if len(set(sizes.values())) > 1:
             raise DataError(f"the tasks' images differ in size ({sizes}); give them one image_size, the network's")
-        own = {} if seed is None else {"seed": seed}
-        self.tasks = {name: task_with(task, **own) for name, task in tasks.items()}
+        self.tasks = dict(tasks)
+        if seed is not None:
+            self.tasks = {name: task_with(task, seed=seed) for name, task in tasks.items()}
         self.samples_per_task = samples_per_task
         self.batch_size = batch_size
         self.held_out = held_out

@@ -50,8 +50,7 @@ def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward 
     Args:
         network: The network.
         batches: Input batches ``[B, ...]``, of any device and floating-point type, or pairs of inputs and labels.
-        forward: (network, batch) → output, for a network that is not called with one tensor; batches may then be
-            mappings of tensors too.
+        forward: (network, batch) → output, for a network that is not called with one tensor.
     """
     network = adapted(network, forward)
     sound = _without_singles(as_input(batch, network) for batch in batches)
