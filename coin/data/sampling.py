@@ -1,6 +1,6 @@
 """Which samples make up which batch: explicit generators, sharding by index, no padded duplicates."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -53,20 +53,10 @@ class Draw(NamedTuple):
     epoch: int | None
 
 
-class EvaluationBatches(Sampler[Draw]):
+def evaluation_batches(samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Draw]:
     """The positions ``range(rank, samples, world_size)`` in batches: every sample on exactly one process."""
-
-    def __init__(self, samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.positions = range(rank, samples, world_size)
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        """The number of batches on this process."""
-        return -(-len(self.positions) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Draw]:
-        for start in range(0, len(self.positions), self.batch_size):
-            yield Draw(torch.tensor(self.positions[start : start + self.batch_size]), None)
+    positions = range(rank, samples, world_size)
+    return [Draw(torch.tensor(positions[i : i + batch_size]), None) for i in range(0, len(positions), batch_size)]
 
 
 class TrainingBatches(Sampler[Draw]):
@@ -119,7 +109,7 @@ def batch_loader(
             )
         # A resumed Trainer makes the iterator before it calls set_epoch, and workers start to fetch at once.
         rank, world_size, epoch = trainer.global_rank, trainer.world_size, trainer.current_epoch
-    sampler: Sampler[Draw] = EvaluationBatches(len(dataset), batch_size, rank, world_size)
+    sampler: Iterable[Draw] = evaluation_batches(len(dataset), batch_size, rank, world_size)
     if shuffle:
         sampler = TrainingBatches(len(dataset), batch_size, seed, epoch, rank, world_size)
     return DataLoader(dataset, batch_size=None, sampler=sampler, generator=seeded(seed, Stream.WORKERS), **options)

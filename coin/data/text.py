@@ -4,7 +4,6 @@ import csv
 import hashlib
 import re
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,10 +11,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from coin.choices import chosen
 from coin.data.samples import Samples, Source, hold_out
 from coin.data.task import TaskData
-from coin.errors import DataError, first_line
+from coin.errors import ConfigurationError, DataError, first_line
 from coin.files.packaged import extra_module, packaged_file
 
 PADDING = ("[PAD]", "<pad>")  # what vocabularies call the token that fills up short texts
@@ -122,20 +120,13 @@ class TextFile(TextTask):
         return table[columns].astype(str)
 
 
-class Topic(StrEnum):
-    """What the tweets are about: six airlines (14,000), a football affair (10,000), a festival, Apple (3,800 each)."""
-
-    airlines = "airlines"
-    deflategate = "deflategate"
-    coachella = "coachella"
-    apple = "apple"
-
-
+# The topics: six American airlines (14,000 tweets), a football affair of 2015 (10,000), a music festival's
+# line-up and a company (3,800 each).
 _KEYWORDS = {
-    Topic.airlines: r"@(jetblue|united|virginamerica|southwestair|americanair|usairways)\b",
-    Topic.deflategate: r"deflate|patriots",
-    Topic.coachella: r"coachella",
-    Topic.apple: r"apple|aapl",
+    "airlines": r"@(jetblue|united|virginamerica|southwestair|americanair|usairways)\b",
+    "deflategate": r"deflate|patriots",
+    "coachella": r"coachella",
+    "apple": r"apple|aapl",
 }
 
 
@@ -152,9 +143,11 @@ class Tweets(TextTask):
 
     names = ("negative", "neutral", "positive")
 
-    def __init__(self, about: Topic = Topic.airlines, **kwargs: Any) -> None:
+    def __init__(self, about: str = "airlines", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.about = chosen(Topic, "about", about)
+        if about not in _KEYWORDS:
+            raise ConfigurationError(f"found about={about!r}, expected one of {', '.join(_KEYWORDS)}")
+        self.about = about
 
     def load(self) -> Source:
         """Read the tweets of the topic from the installed package."""
