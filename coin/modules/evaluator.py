@@ -158,7 +158,7 @@ class DecodingEvaluator(LightningModule):
             if len(fitted.metrics) == 1:
                 alone.append(answer)
         if task in self.examples:
-            # Where in the test set the samples of this process's batch are; see `EvaluationBatches`.
+            # Where in the test set the samples of this process's batch are; see `evaluation_batches`.
             before = batch_idx * list(tasks_of(self).tasks.values())[task].eval_batch_size
             positions = self.global_rank + self.trainer.world_size * torch.arange(before, before + len(labels))
             self.examples[task].update(inputs, positions, expert, labels, torch.stack(alone, 1))
