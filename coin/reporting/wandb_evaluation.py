@@ -109,7 +109,7 @@ def best(summary: pd.DataFrame) -> dict[str, Any]:
     means = means[~means["method"].isin(REFERENCES) & means["nda_mean"].notna()]
     if means.empty:
         return {}
-    top = means.loc[means["nda_mean"].idxmax()]
+    top = means.iloc[int(means["nda_mean"].to_numpy().argmax())]
     by_decoder = means.groupby("decoder")["nda_mean"].max()
     return {
         **{f"nda_mean/{decoder}": float(value) for decoder, value in by_decoder.items()},
