@@ -138,18 +138,20 @@ def paired_differences(found: Findings, decoder: str) -> pd.DataFrame:
 
 def _headline(erased: str, roles: dict[str, Entry], entries: list[Entry]) -> str:
     text = f"When {erased.replace('1 of', 'one of')} experts is lost, "
-    (first, best), *rest = [*roles.items()] or [(FLOOR, None)]
-    if best is None or first == FLOOR:
-        parts = [f"the survivors alone keep {best.text} of its accuracy"] if best else []
+    first, *others = roles or [FLOOR]
+    if first == FLOOR:
+        parts = [f"the survivors alone keep {each.text} of its accuracy" for each in roles.values()]
         if any(entry.nda.isna().any() for entry in entries):
             parts.append("NDA is not defined, since an expert is never right")
         if all(entry.method in REFERENCES for entry in entries):
             parts.append("there is no coded model")
         return f"{text}{'; '.join(parts)}."
+    best = roles[first]
     text += f"{best.name}, the {first.rpartition(': ')[2]}, keeps {best.text} of its accuracy "
     text += f"with the {best.decoder} decoder"
     words, relation = {None: "against", 1: "above", 0: "not clearly apart from", -1: "below"}, ""
-    for place, (role, other) in enumerate(rest):
+    for place, role in enumerate(others):
+        other = roles[role]
         same, relation = relation, words[paired(best, other)[2]]
         named = f"for {other.name}{', the best trained method' if role == BASELINE else ''}"
         said = f"{other.text} {'without a coded model' if role == FLOOR else named}"

@@ -1,6 +1,6 @@
 """What a report is of: folders of experiments, seeds and sweeps, read as a whole."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,11 @@ class Source:
     def names(self) -> list[str]:
         """Its experiments: one, or several of a sweep."""
         return list(dict.fromkeys(self.frame["experiment"]))
+
+    @property
+    def options(self) -> dict[str, Mapping[str, str]]:
+        """What the options of a sweep's experiments are."""
+        return dict(zip(self.names, self.sweep.options.values(), strict=True)) if self.sweep else {}
 
     @property
     def kinds(self) -> dict[str, str]:
