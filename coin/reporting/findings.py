@@ -21,9 +21,9 @@ CLOSED_FORM, STEPS, BASELINE, FLOOR = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A method's variant with one decoder: its NDA by seed, and the seconds it took as a mean over seeds.
+    """A method's variant, ``name`` as in tables, with one decoder: its NDA by seed, its seconds as a mean over seeds.
 
-    ``name`` is the variant's in tables, ``method`` the method's own, whatever its label.
+    ``method`` is the method's own name, whatever its label.
     """
 
     name: str

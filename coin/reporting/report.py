@@ -117,7 +117,7 @@ class _Page:
         elif several:
             headline, roles = f"{len(self.found)} experiments; what each of them says stands under Findings.", {}
         lists = [f"{name}: {each.headline}" for name, each in self.found.items()] if several else found.beyond_spread
-        configuration = pd.DataFrame(facts, index=[each.name for each in self.sources]).T.fillna("–").reset_index(names="")
+        configuration = pd.DataFrame(facts, index=[each.name for each in self.sources]).T.fillna("–")
         before: list[dict[str, Any]] = [
             {"title": "Differences between methods", "tables": self._differences(found), "text": _PAIRED},
             {"title": "What was chosen", "tables": _chosen(source), "text": _CHOSEN},
@@ -132,7 +132,7 @@ class _Page:
         sections: list[dict[str, Any]] = [
             {"title": "Findings", "list": lists, "text": "" if several else _PAIRED},
             *([] if several else before),
-            {"title": "Configuration", "tables": [("", configuration)]},
+            {"title": "Configuration", "tables": [("", configuration.reset_index(names=""))]},
             {"title": "Experts", "tables": [("", _experts(self.summary))], "figures": self._curves()},
             *([] if several else after),
             {"title": "How to reproduce", "commands": [self._reproduce(each) for each in self.sources]},

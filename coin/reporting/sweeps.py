@@ -64,17 +64,14 @@ def read_sweep_table(folder: Path) -> Sweep | None:
     others = [key for key in keys if key != SEEDS and key.rsplit(".")[-1] != _SAMPLES]
     options, parts = {}, []
     for values, part in frame.groupby(others, sort=False) if others else [((), frame)]:
-        own = {
-            short[key]: short_value(str(value), swept[short[key]]) for key, value in zip(others, values, strict=True)
-        }
+        named = zip((short[key] for key in others), values, strict=True)
+        own = {option: short_value(str(value), swept[option]) for option, value in named}
         label = ", ".join(f"{option} {value}" for option, value in own.items()) or name
         options[label] = own
-        # A seed that several points have run is one seed.
-        own_keys = [key for key in KEYS if key != "experiment"]
-        parts.append(part[list(COLUMNS)].drop_duplicates(own_keys).assign(experiment=label))
+        parts.append(part[list(COLUMNS)].assign(experiment=label))
     largest = frame[frame[_SAMPLES] == frame[_SAMPLES].max()]
     full = len(options) == math.prod(len(swept[short[key]]) for key in others)
-    rows = pd.concat(parts, ignore_index=True)
+    rows = pd.concat(parts, ignore_index=True).drop_duplicates(list(KEYS), ignore_index=True)  # a seed run twice is one
     return Sweep(name, swept, options, rows, tuple(dict.fromkeys(largest["experiment"])), full)
 
 
