@@ -99,14 +99,11 @@ def read_examples(folder: Path) -> Examples | None:
 
 
 def write_layers(folder: Path, layers: pd.DataFrame) -> None:
-    """Write ``layers.csv``: a merge layer by layer.
+    """Write ``layers.csv``, a row per coded model and layer, layers in the network's order.
 
-    Args:
-        folder: The seed's folder.
-        layers: A row per coded model and layer, layers in the network's order: ``method``, ``batchnorm``, ``code_row``
-            (which row of the code), ``layer``, ``fisher_share`` (share of the Fisher's mass in this layer; NaN for
-            methods without one) and ``distance`` (to the experts' β-average, relative to how far they are from it
-            themselves: 0 for plain averaging; NaN where they agree).
+    ``code_row`` is which row of the code, ``fisher_share`` the share of the Fisher's mass in this layer (NaN for methods
+    without one), ``distance`` that to the experts' β-average, relative to how far they are from it themselves: 0 for
+    plain averaging, NaN where they agree.
 
     Raises:
         FileError: The file cannot be written.

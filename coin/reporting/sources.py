@@ -15,7 +15,7 @@ from coin.reporting.sweeps import SWEEP_CSV, Sweep, read_sweep_table, short_valu
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of an experiment, a seed or a sweep: all its rows, ``results.json`` of its first seed.
+    """A folder of an experiment, a seed or a sweep: all its rows, and ``results.json`` of its first seed.
 
     ``experiment`` is unique among the sources of a report. ``seeds`` are those folders that hold results; of a sweep,
     those of the largest P, which may be gone. ``methods`` is what the coded models of all seeds say of their making.

@@ -94,12 +94,7 @@ def log_method(run: wandb.Run, rows: pd.DataFrame) -> None:
 
 
 def log_summary(run: wandb.Run, summary: pd.DataFrame) -> None:
-    """Log all seeds of an experiment together: `_log_overview`, and the table ``summary``.
-
-    Args:
-        run: An open run of job type ``evaluate``.
-        summary: What `coin.reporting.summarise` returns.
-    """
+    """Log all seeds of an experiment together, what `coin.reporting.summarise` returns, as an overview and a table."""
     _log_overview(run, summary, {"summary": _table(summary)})
 
 
