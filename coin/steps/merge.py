@@ -1,6 +1,5 @@
 """The merge step: experts and statistics from files in, coded models as files out."""
 
-import inspect
 import time
 from pathlib import Path
 from typing import Any
@@ -58,8 +57,7 @@ def make_coded_models(
 
 def coded_paths(method: Method, code: Code, folder: Path) -> list[Path]:
     """Return the files of a method's coded models: the label, and the policy where it is not the default one."""
-    option = inspect.signature(type(method)).parameters.get("batchnorm")
-    plain = option is None or method.batchnorm == option.default
+    plain = method.batchnorm is type(method).batchnorm
     stem = method.label if plain else f"{method.label}-{method.batchnorm}"
     if code.num_coded == 1:
         return [folder / f"{stem}.safetensors"]
