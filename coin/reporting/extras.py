@@ -101,7 +101,7 @@ def read_examples(folder: Path) -> Examples | None:
 def write_layers(folder: Path, layers: pd.DataFrame) -> None:
     """Write ``layers.csv``, a row per coded model and layer, layers in the network's order.
 
-    ``code_row`` is which row of the code, ``fisher_share`` the share of the Fisher's mass in this layer (NaN for methods
+    ``code_row`` is which row of the code, ``fisher_share`` its share of the Fisher's mass (NaN for methods
     without one), ``distance`` that to the experts' β-average, relative to how far they are from it themselves: 0 for
     plain averaging, NaN where they agree.
 
