@@ -10,14 +10,9 @@ from coin.errors import ConfigurationError, DataError
 class DecodingAccuracy(Metric):
     """How well one decoded expert stands in for the expert itself, on its own task's test set.
 
-    `compute` returns, as float64 scalars:
-
-    - ``expert_accuracy``: share of samples that the expert classifies correctly;
-    - ``decoded_accuracy``: the same for the decoded output;
-    - ``nda``: decoded_accuracy / expert_accuracy, a ratio of totals (`normalized_decoding_accuracy`);
-    - ``agreement``: share of samples where both predict the same class.
-
-    All four are NaN before the first sample. The state is four integer counts, summed over processes.
+    `compute` returns float64 scalars, NaN before the first sample: ``expert_accuracy`` and ``decoded_accuracy``, shares
+    of samples that are classified correctly, ``nda``, their ratio (`normalized_decoding_accuracy`), and ``agreement``,
+    the share of samples where both predict the same class. The state is four integer counts, summed over processes.
 
     Args:
         num_classes: The task's class count C_j: only the first C_j outputs are read, which drops the padding. None
@@ -42,17 +37,25 @@ class DecodingAccuracy(Metric):
     def update(self, decoded: Tensor, expert: Tensor, labels: Tensor) -> None:
         """Add a batch: logits f̂_j and f_j ``[B, C]`` with C ≥ C_j, and labels ``[B]``.
 
+        A decoded row that is not finite is never right and never agrees: an answer of NaN is no answer.
+
         Raises:
             DataError: The shapes do not fit together, or there are fewer outputs than classes.
         """
+        if decoded.ndim != 2 or decoded.shape != expert.shape or labels.shape != decoded.shape[:1]:
+            raise DataError(
+                f"found decoded logits {list(decoded.shape)}, expert's logits {list(expert.shape)} and labels "
+                f"{list(labels.shape)}, expected [B, C], [B, C] and [B]"
+            )
         if self.num_classes is not None:
-            if min(decoded.shape[-1], expert.shape[-1]) < self.num_classes:
-                raise DataError(
-                    f"found {decoded.shape[-1]} decoded and {expert.shape[-1]} expert's outputs, "
-                    f"expected at least {self.num_classes}"
-                )
-            decoded, expert = decoded[..., : self.num_classes], expert[..., : self.num_classes]
-        self.counts += decoding_counts(decoded, expert, labels).to(self.counts.device)
+            if decoded.shape[1] < self.num_classes:
+                raise DataError(f"found {decoded.shape[1]} outputs, expected at least {self.num_classes}")
+            decoded, expert = decoded[:, : self.num_classes], expert[:, : self.num_classes]
+        answered = torch.isfinite(decoded).all(1)
+        from_decoded, from_expert = decoded.argmax(1), expert.argmax(1)
+        right, stand_in_right = from_expert == labels, (from_decoded == labels) & answered
+        agreeing, every = (from_decoded == from_expert) & answered, torch.ones_like(answered)
+        self.counts += torch.stack([right, stand_in_right, agreeing, every]).sum(1).to(self.counts.device)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the four numbers; see the class."""
@@ -68,8 +71,8 @@ class DecodingAccuracy(Metric):
 class Residual(Metric):
     """The relative residual of a coded model, ‖f_c − Σβ_if_i‖ / ‖Σβ_if_i‖ over a data set.
 
-    The norms are over all samples and outputs. The state is their two squares in float64, summed over processes. NaN
-    before the first sample and where the target is exactly zero everywhere.
+    The norms are over all samples and outputs, summed over processes in float64. NaN before the first sample and where
+    the target is exactly zero everywhere.
     """
 
     is_differentiable = False
@@ -101,34 +104,11 @@ class Residual(Metric):
         return torch.where(wanted > 0, (error / wanted).sqrt(), torch.full_like(error, torch.nan))
 
 
-def decoding_counts(decoded: Tensor, expert: Tensor, labels: Tensor) -> Tensor:
-    """Return over a batch how often the expert is right, the decoded output is right, both agree, and the samples.
-
-    All int64, ``[4]``. A decoded row that is not finite is never right and never agrees: an answer of NaN is no answer.
-    """
-    if decoded.ndim != 2 or decoded.shape != expert.shape or labels.shape != decoded.shape[:1]:
-        raise DataError(
-            f"found decoded logits {list(decoded.shape)}, expert's logits {list(expert.shape)} and labels "
-            f"{list(labels.shape)}, expected [B, C], [B, C] and [B]"
-        )
-    answered = torch.isfinite(decoded).all(1)
-    from_decoded, from_expert = decoded.argmax(1), expert.argmax(1)
-    right, stand_in_right = from_expert == labels, (from_decoded == labels) & answered
-    agreeing, every = (from_decoded == from_expert) & answered, torch.ones_like(answered)
-    return torch.stack([right, stand_in_right, agreeing, every]).sum(1)
-
-
 def normalized_decoding_accuracy(decoded_correct: Tensor, expert_correct: Tensor) -> Tensor:
-    """Return NDA, the decoded accuracy over the expert's accuracy, from totals over the whole test set; float64.
+    """Return NDA in float64 from how many test samples the decoded output and the expert itself classify correctly.
 
-    Both accuracies divide by the same number of samples, so the counts' ratio is theirs. An expert that is never
-    right leaves nothing to recover: NDA is then NaN, whatever was decoded.
-
-    Source: arXiv 2409.01420, section IV.
-
-    Args:
-        decoded_correct: Number of test samples that the decoded output classifies correctly, any shape.
-        expert_correct: The same for the expert itself.
+    Both accuracies divide by the same number of samples, so the counts' ratio is theirs, never a mean of the batches'.
+    NaN where the expert is never right, which leaves nothing to recover. Source: arXiv 2409.01420, section IV.
     """
     ratio = decoded_correct.to(torch.float64) / expert_correct
     return torch.where(expert_correct > 0, ratio, torch.full_like(ratio, torch.nan))

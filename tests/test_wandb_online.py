@@ -71,6 +71,7 @@ def test_every_command_that_cannot_log_online_says_so_at_once(tmp_path: Path, wr
         environment = ours | {
             "NETRC": str(tmp_path / "no-netrc"),
             "WANDB_BASE_URL": f"http://127.0.0.1:{taken.getsockname()[1]}",
+            "WANDB_HTTP_TIMEOUT": "1",
             "no_proxy": "*",
         }
         done = subprocess.run(

@@ -74,8 +74,5 @@ class ExampleSamples(Metric):
 
     def kept(self) -> KeptSamples:
         """Return what was kept of all processes' shares."""
-        # torchmetrics makes scalars of results with a single number.
         answers, images = (value.cpu() for value in self.compute().values())
-        answers = answers.reshape(len(self.answers), -1)
-        images = images.reshape(-1, 3, self.side, self.side)
         return KeptSamples(images, self.order[: len(answers)], answers[:, 0], answers[:, 1], answers[:, 2:])

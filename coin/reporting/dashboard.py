@@ -59,12 +59,7 @@ def dashboard(project: str, group: str | None = None, name: str | None = None) -
 def workspace(entity: str, project: str, logged: Collection[str], group: str | None = None, name: str = "coin") -> Any:
     """Return the workspace, not yet saved: bars and points are methods, with the spread over seeds.
 
-    Args:
-        entity: Whose project it is.
-        project: The project.
-        logged: The names in the summaries of the methods' runs: ``nda/linear/mean``, …; refused without any.
-        group: The one experiment to show; none shows all.
-        name: What the workspace is called.
+    `logged` are the names in the summaries of the methods' runs: ``nda/linear/mean``, …; it is refused without any.
     """
     ws, wr = _import()
     measured = [parts[1:] for parts in sorted(each.split("/") for each in logged) if parts[0] == "nda"]

@@ -1,6 +1,5 @@
 """Two optional files beside the results: a merge layer by layer, and example images."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,18 +42,18 @@ class Examples:
     task: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        count, images = len(self.images), self.images
-        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or len(self.task) not in (0, count):
+        count, answers = len(self.images), [self.expert, self.label, *self.decoded.values()]
+        if (
+            self.images.ndim != 4
+            or self.images.shape[3] != 3
+            or self.images.dtype != np.uint8
+            or any(own.shape != (count,) or own.dtype.kind not in "iu" for own in answers)
+            or len(self.task) not in (0, count)
+        ):
             raise ConfigurationError(
-                f"found example images {list(images.shape)} of {images.dtype} and {len(self.task)} tasks, expected "
-                "[n, H, W, 3] of uint8 and n"
+                f"found example images {list(self.images.shape)} of {self.images.dtype}, expected [n, H, W, 3] of "
+                "uint8, and n whole numbers for the expert's answers, the labels and what was decoded"
             )
-        for name, answers in {"expert": self.expert, "label": self.label, **self.decoded}.items():
-            if answers.shape != (count,) or answers.dtype.kind not in "iu":
-                raise ConfigurationError(
-                    f"found answers of '{name}' {list(answers.shape)} of {answers.dtype} for {count} example images, "
-                    f"expected whole numbers [{count}]"
-                )
 
     def by_task(self) -> dict[str, list[int]]:
         """Return the indices of each task's images, in order of appearance; all under ``""`` where it is not known."""
@@ -82,7 +81,7 @@ def write_examples(folder: Path, examples: Examples | None) -> None:
 
 
 def read_examples(folder: Path) -> Examples | None:
-    """Return the examples, None where there is no such file, or one of an earlier version that held another choice.
+    """Return the examples, None where there is no such file.
 
     Raises:
         FileError: The file is damaged.
@@ -91,8 +90,6 @@ def read_examples(folder: Path) -> Examples | None:
     if not path.exists():
         return None
     found = read_archive(path)
-    if "choice" in found:
-        return None
     try:
         names, tasks, by = (tuple(map(str, found[key])) for key in ("names", "task", "decoded_by"))
         decoded = dict(zip(by, found["decoded"], strict=True))
@@ -102,21 +99,15 @@ def read_examples(folder: Path) -> Examples | None:
 
 
 def write_layers(folder: Path, layers: pd.DataFrame) -> None:
-    """Write ``layers.csv``: a merge layer by layer.
+    """Write ``layers.csv``, a row per coded model and layer, layers in the network's order.
 
-    Args:
-        folder: The seed's folder.
-        layers: A row per coded model and layer, layers in the network's order: ``method``, ``batchnorm``, ``code_row``
-            (which row of the code), ``layer``, ``fisher_share`` (share of the Fisher's mass in this layer; NaN for
-            methods without one) and ``distance`` (to the experts' β-average, relative to how far they are from it
-            themselves: 0 for plain averaging; NaN where they agree).
+    ``code_row`` is which row of the code, ``fisher_share`` its share of the Fisher's mass (NaN for methods
+    without one), ``distance`` that to the experts' β-average, relative to how far they are from it themselves: 0 for
+    plain averaging, NaN where they agree.
 
     Raises:
-        ConfigurationError: A column is missing.
         FileError: The file cannot be written.
     """
-    if missing := [name for name in LAYER_COLUMNS if name not in layers.columns]:
-        raise ConfigurationError(f"found no column '{missing[0]}' among the layers', expected {list(LAYER_COLUMNS)}")
     write_frame(folder / LAYERS_CSV, layers[list(LAYER_COLUMNS)])
 
 
@@ -124,12 +115,7 @@ def read_layers(folder: Path) -> pd.DataFrame | None:
     """Return the layers, None where there is no such file.
 
     Raises:
-        FileError: The file is damaged, or a number is infinite.
+        FileError: The file is damaged.
     """
     path = folder / LAYERS_CSV
-    if not path.exists():
-        return None
-    layers = read_frame(path, LAYER_COLUMNS, (), ("fisher_share", "distance"))
-    if any(math.isinf(value) for name in ("fisher_share", "distance") for value in layers[name]):
-        raise FileError(f"'{path}' holds an infinite number, expected finite ones; make it again")
-    return layers
+    return read_frame(path, LAYER_COLUMNS, (), ("fisher_share", "distance")) if path.exists() else None

@@ -1,7 +1,7 @@
 """All figures: one colour a method, one marker a decoder, names beside what they name.
 
 Colours belong to methods, by name, in every figure: cold for closed forms, warm for what is trained, grey for the
-references. Variants of a method share its colour.
+references. Variants of a method share its colour. `means` are rows of a summary, means over tasks.
 """
 
 import io
@@ -94,23 +94,20 @@ def legend_below(figure: Figure, axes: Axes, title: str | None = None, columns: 
 def nda_against_cost(means: pd.DataFrame, decoder: str | None = None) -> Figure:
     """Mean NDA ± spread of every method against the seconds that it took, decoder included, for one decoder.
 
-    What is free stands at the left end of the logarithmic axis. Names stand at the right, the best one first.
-
-    Args:
-        means: Rows of a summary, means over tasks.
-        decoder: Which decoder; the one with the largest mean NDA by default.
+    What is free stands at the left end of the logarithmic axis. Names stand at the right, the best one first. The
+    decoder is the one with the largest mean NDA by default.
     """
     with style():
         means, decoder = _of_decoder(means, decoder, last=True)
         cost = means["merge_seconds_mean"] + means["decoder_seconds_mean"]
-        spent = cost[(cost > 0) & ~means["method"].isin(REFERENCES)]
-        least, most = (float(spent.min()), float(spent.max())) if len(spent) else (1.0, 1.0)
+        own = cost[~means["method"].isin(REFERENCES)]
+        least, most = (float(own[own > 0].min()), float(own.max())) if (own > 0).any() else (1.0, 1.0)
         free = 10 ** (math.floor(math.log10(least)) - 0.5)
         figure, axes = _scatter(means, cost.where(cost > 0, free), decoder)
         _log_scale(axes)
-        left = free if (cost[~means["method"].isin(REFERENCES)] <= 0).any() else least
-        axes.set_xlim(left / 1.6, most * 1.6)
-        if left == free:
+        some_free = bool((own <= 0).any())
+        axes.set_xlim((free if some_free else least) / 1.6, most * 1.6)
+        if some_free:
             ticks = [10.0**k for k in range(math.ceil(math.log10(least)) - 1, 9) if 2 * free < 10.0**k <= most * 1.6]
             axes.set_xticks([free, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
             axes.minorticks_off()
@@ -149,13 +146,8 @@ def nda_against_samples(means: pd.DataFrame) -> Figure:
 def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]", *, joined: bool = True) -> Figure:
     """The same against an option of a sweep: along its values where they are numbers, else in order of appearance.
 
-    Where several experiments hold one variant and value, the point is the mean of their means.
-
-    Args:
-        means: Rows of a summary, means over tasks.
-        option: The option's name.
-        values: Its value in each row.
-        joined: Whether to join the points of a variant by a line; not where other options differ from point to point.
+    Where several experiments hold one variant and value, the point is the mean of their means. The points of a variant
+    are `joined` by a line, unless other options differ from point to point.
     """
     with style():
         points = means.assign(name=variant_names(means), value=values)[~means["method"].isin(REFERENCES)]
@@ -188,9 +180,7 @@ def nda_against_option(means: pd.DataFrame, option: str, values: "pd.Series[Any]
 def confusion_matrices(counts: Mapping[str, Counts], classes: Sequence[str]) -> Figure:
     """Expert's answer against decoded answer, a panel per entry, each row in shares of the expert's answers.
 
-    Args:
-        counts: Panel title → counts ``[C, C]``, the expert's answer × the decoded answer.
-        classes: The names of the C classes.
+    `counts` are ``[C, C]`` by the panel's title, the expert's answer × the decoded answer; `classes` are C names.
     """
     with style():
         figure = Figure(figsize=(WIDTH, 1.0 + (WIDTH - 1.4) / max(2, len(counts))))
@@ -220,10 +210,8 @@ def confusion_matrices(counts: Mapping[str, Counts], classes: Sequence[str]) -> 
 def layer_profile(layers: pd.DataFrame) -> Figure:
     """Where the mass of the Fisher lies, and how far each merge is from the average, layer by layer.
 
-    Methods with the same numbers, such as those that differ in their BatchNorm policy alone, are drawn once.
-
-    Args:
-        layers: What `coin.reporting.read_layers` returns.
+    Methods with the same numbers, such as those that differ in their BatchNorm policy alone, are drawn once. `layers`
+    is what `coin.reporting.read_layers` returns.
     """
     with style():
         names = list(dict.fromkeys(layers["layer"]))
@@ -235,8 +223,8 @@ def layer_profile(layers: pd.DataFrame) -> Figure:
             table = table.loc[list(dict.fromkeys(named["name"]))].dropna(how="all")
             if len(table := table[~table.round(6).duplicated()]):
                 drawn[column] = table * (100 if column == "fisher_share" else 1)
-        figure = Figure(figsize=(2 * WIDTH, 1.3 + sum(0.5 + 0.22 * len(table) for table in drawn.values())))
         heights = [0.5 + 0.22 * len(table) for table in drawn.values()] or [1.0]
+        figure = Figure(figsize=(2 * WIDTH, 1.3 + sum(heights)))
         panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         for axes, (column, table) in zip(panels, drawn.items(), strict=False):
             values = np.ma.masked_invalid(table.to_numpy(float))
@@ -257,8 +245,7 @@ def layer_profile(layers: pd.DataFrame) -> Figure:
 def training_curves(curves: pd.DataFrame) -> Figure:
     """Accuracy of every expert by epoch, a panel per task, a thin line per seed: in training and in validation.
 
-    Args:
-        curves: ``task``, ``seed``, ``epoch``, ``train/accuracy`` and ``val/accuracy``, with gaps.
+    `curves` has ``task``, ``seed``, ``epoch``, ``train/accuracy`` and ``val/accuracy``, with gaps.
     """
     with style():
         tasks = list(dict.fromkeys(curves["task"]))

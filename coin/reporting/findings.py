@@ -21,9 +21,9 @@ CLOSED_FORM, STEPS, BASELINE, FLOOR = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A method's variant with one decoder: its NDA by seed, and the seconds it took as a mean over seeds.
+    """A method's variant, ``name`` as in tables, with one decoder: its NDA by seed, its seconds as a mean over seeds.
 
-    ``name`` is the variant's in tables, ``method`` the method's own, whatever its label.
+    ``method`` is the method's own name, whatever its label.
     """
 
     name: str
@@ -83,9 +83,6 @@ def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Fin
     lost = means[means["erased"] == erased]
     means = lost[lost["samples_per_task"] == samples]
     others = lost[~lost["name"].isin(means["name"]) & ~lost["method"].isin(REFERENCES)]
-    defined = means.groupby("seed")["nda"].transform("count") > 0
-    undefined = sorted(set(means.loc[~defined, "seed"])) if defined.any() else []
-    means = means[~means["seed"].isin(undefined)]
     entries = []
     for (name, decoder), rows in means.groupby(["name", "decoder"], sort=False):
         took = float((rows["merge_seconds"] + rows["decoder_seconds"]).mean())
@@ -95,29 +92,23 @@ def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Fin
         entries.append(Entry(str(name), method, str(decoder), rows.set_index("seed")["nda"], took))
     best = {role: _strongest(entries, role=role) for role in (CLOSED_FORM, STEPS, BASELINE, FLOOR)}
     roles = {role: entry for role, entry in best.items() if entry is not None}
-    said = _beyond_spread(entries, roles)
     cautions = _cautions(means)
-    if undefined:
-        cautions.append(f"Left out: seed {_listed(undefined)}, where an expert is never right and NDA is not defined.")
     if own := [f"{name} (P = {p})" for name, p in others.groupby("name", sort=False)["samples_per_task"].max().items()]:
-        cautions.append(f"Not compared with the others at P = {samples}, its P differs: {_listed(own)}.")
-    seeds = {entry.name: _listed(sorted(entry.nda.index)) for entry in roles.values()}
-    if len(set(seeds.values())) > 1:
-        differ = "; ".join(f"{name}: {own}" for name, own in seeds.items())
-        cautions.append(f"The headline's means are over different seeds, {differ}.")
-    headline = _headline(erased, roles, entries)
-    return Findings(headline, roles, tuple(said[:_MOST]), tuple(cautions), tuple(entries))
+        cautions.append(f"Not compared with the others at P = {samples}, its P differs: {', '.join(own)}.")
+    said = _beyond_spread(entries, roles)
+    return Findings(_headline(erased, roles, entries), roles, tuple(said[:_MOST]), tuple(cautions), tuple(entries))
 
 
-def paired(one: Entry, other: Entry) -> tuple[float, float, int]:
-    """Return by how much one's NDA is above another's: the mean over seeds, the spread, and the sign where it is clear.
+def paired(one: Entry, other: Entry) -> tuple[float, float, int | None]:
+    """Return by how much one's NDA is above another's: the mean over seeds, the spread, and the sign.
 
-    It is clear where the 95 % confidence interval of a paired t-test excludes zero, over at least `FEWEST_SEEDS`.
+    The sign is 0 where the 95 % confidence interval of a paired t-test does not exclude zero, and None where the two
+    share fewer than `FEWEST_SEEDS`.
     """
     gains = (one.nda - other.nda).dropna()
     mean, spread = float(gains.mean()), float(gains.std(ddof=1))
     if len(gains) < FEWEST_SEEDS:
-        return mean, spread, 0
+        return mean, spread, None
     half = float(stats.t.ppf(0.975, len(gains) - 1)) * spread / math.sqrt(len(gains))
     return mean, spread, 0 if abs(mean) <= max(half, 1e-12) else int(math.copysign(1, mean))
 
@@ -140,35 +131,32 @@ def paired_differences(found: Findings, decoder: str) -> pd.DataFrame:
         line = {"method": entry.name}
         for other in filter(None, against):
             mean, spread, sign = paired(entry, other)
-            line[f"minus {other.name}"] = "–" if entry is other else _points(mean, spread) + BEST * (sign != 0)
+            line[f"minus {other.name}"] = "–" if entry is other else _points(mean, spread) + BEST * bool(sign)
         lines.append(line)
     return pd.DataFrame(lines)
 
 
 def _headline(erased: str, roles: dict[str, Entry], entries: list[Entry]) -> str:
     text = f"When {erased.replace('1 of', 'one of')} experts is lost, "
-    first = next(iter(roles), FLOOR)
+    first, *others = roles or [FLOOR]
     if first == FLOOR:
-        undefined = "NDA is not defined, since an expert is never right"
-        nothing = undefined if any(entry.nda.isna().any() for entry in entries) else "nothing was measured"
-        alone = f"the survivors alone keep {roles[FLOOR].text} of its accuracy" if roles else nothing
+        parts = [f"the survivors alone keep {each.text} of its accuracy" for each in roles.values()]
+        if any(entry.nda.isna().any() for entry in entries):
+            parts.append("NDA is not defined, since an expert is never right")
         if all(entry.method in REFERENCES for entry in entries):
-            return f"{text}{alone}; there is no coded model."
-        return f"{text}{alone}; of the coded models {undefined}." if roles else f"{text}{alone}."
-    best, relation, kind = roles[first], "", first.rpartition(": ")[2]
-    text += f"{best.name}, the {kind}, keeps {best.text} of its accuracy with the {best.decoder} decoder"
-    for place, (role, other) in enumerate(list(roles.items())[1:]):
-        same, relation = relation, _relation(best, other)
-        what = {STEPS: "", BASELINE: ", the best trained method"}.get(role)
-        said = f"{other.text} without a coded model" if what is None else f"{other.text} for {other.name}{what}"
+            parts.append("there is no coded model")
+        return f"{text}{'; '.join(parts)}."
+    best = roles[first]
+    text += f"{best.name}, the {first.rpartition(': ')[2]}, keeps {best.text} of its accuracy "
+    text += f"with the {best.decoder} decoder"
+    words, relation = {None: "against", 1: "above", 0: "not clearly apart from", -1: "below"}, ""
+    for place, role in enumerate(others):
+        other = roles[role]
+        same, relation = relation, words[paired(best, other)[2]]
+        named = f"for {other.name}{', the best trained method' if role == BASELINE else ''}"
+        said = f"{other.text} {'without a coded model' if role == FLOOR else named}"
         text += (", and " if place else ", ") + (said if relation == same else f"{relation} {said}")
     return f"{text}."
-
-
-def _relation(one: Entry, other: Entry) -> str:
-    if len((one.nda - other.nda).dropna()) < FEWEST_SEEDS:
-        return "against"
-    return {1: "above", 0: "not clearly apart from", -1: "below"}[paired(one, other)[2]]
 
 
 def _beyond_spread(entries: list[Entry], roles: dict[str, Entry]) -> list[str]:
@@ -176,12 +164,14 @@ def _beyond_spread(entries: list[Entry], roles: dict[str, Entry]) -> list[str]:
     best = roles.get(CLOSED_FORM) or _strongest(entry for role, entry in roles.items() if role != FLOOR)
     if best is None:
         return []
-    pairs: list[tuple[Entry | None, Entry | None, str]] = []
-    if trained := roles.get(BASELINE):
-        pairs.append((best, trained, f", at {seconds(best.seconds)} s against {seconds(trained.seconds)} s"))
-    pairs.append((best, roles.get(FLOOR), ", without a coded model"))
-    pairs.append((best, _strongest(entries, name=best.name, decoder="linear"), ": the decoder alone"))
-    for decoder in {"linear": 0, best.decoder: 0}:
+    trained = roles.get(BASELINE)
+    took = f", at {seconds(best.seconds)} s against {seconds(trained.seconds)} s" if trained else ""
+    pairs: list[tuple[Entry | None, Entry | None, str]] = [
+        (best, trained, took),
+        (best, roles.get(FLOOR), ", without a coded model"),
+        (best, _strongest(entries, name=best.name, decoder="linear"), ": the decoder alone"),
+    ]
+    for decoder in dict.fromkeys(("linear", best.decoder)):
         coin, average = (_strongest(entries, method=method, decoder=decoder) for method in ("coin", "average"))
         pairs.append((coin, average, ""))
     if coin := _strongest(entries, method="coin", decoder="linear"):
@@ -189,18 +179,16 @@ def _beyond_spread(entries: list[Entry], roles: dict[str, Entry]) -> list[str]:
         pairs.append((coin, line, ""))
     out, level = [], []
     for one, other, what in pairs:
-        if one is None or other is None or one is other or len((one.nda - other.nda).dropna()) < FEWEST_SEEDS:
+        if one is None or other is None or one is other:
             continue
         mean, spread, sign = paired(one, other)
-        if not sign:
-            level.append(f"{one.name} ({one.decoder}) against {other.name} ({other.decoder})")
-            continue
-        side = "above" if sign > 0 else "below"
-        out.append(
-            f"{one.name} ({one.decoder}) is {_points(abs(mean), spread, '')} points {side} {other.name} "
-            f"({other.decoder}){what}."
-        )
-    return out or ([f"None of these differences is clear: {_listed(dict.fromkeys(level))}."] if level else [])
+        first, second = (f"{entry.name} ({entry.decoder})" for entry in (one, other))
+        if sign:
+            side = "above" if sign > 0 else "below"
+            out.append(f"{first} is {_points(abs(mean), spread, '')} points {side} {second}{what}.")
+        elif sign == 0:
+            level.append(f"{first} against {second}")
+    return out or ([f"None of these differences is clear: {', '.join(dict.fromkeys(level))}."] if level else [])
 
 
 def _cautions(means: pd.DataFrame) -> list[str]:
@@ -221,10 +209,6 @@ def _strongest(entries: Iterable[Entry], **wanted: str) -> Entry | None:
     fit = [entry for entry in entries if all(getattr(entry, name) == value for name, value in wanted.items())]
     measured = [entry for entry in fit if not entry.nda.isna().any()]
     return max(measured, key=lambda entry: float(entry.nda.mean()), default=None)
-
-
-def _listed(values: Iterable[object]) -> str:
-    return ", ".join(map(str, values))
 
 
 def _points(mean: float, spread: float, sign: str = "+") -> str:

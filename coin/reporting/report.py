@@ -57,7 +57,7 @@ _CHOSEN = "Chosen on calibration data, or how a solve ended; several values: see
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
-    """Write ``report.html`` and ``plots/*.png`` from the files of experiments alone.
+    """Write ``report.html`` and ``plots/*.png`` from the files of experiments alone, and return the page's path.
 
     The page needs no network and no second file. Optional files of a seed (``layers.csv``, ``examples.npz``, the
     experts' logs) get their sections where they exist.
@@ -66,9 +66,6 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
         folders: Experiments (``runs/NAME``), single seeds (``runs/NAME/seed-0``), sweeps, or several to compare.
         output: The HTML file, or a folder for ``report.html``. By default the one folder that is reported, or the
             nearest folder above all of them.
-
-    Returns:
-        The path of the HTML file; the plots are in ``plots`` beside it.
 
     Raises:
         FileError: A folder holds no results, a file is damaged, or the report cannot be written.
@@ -119,27 +116,31 @@ class _Page:
             headline = f"The best of {len(self.found)} experiments is {best}. {headline}"
         elif several:
             headline, roles = f"{len(self.found)} experiments; what each of them says stands under Findings.", {}
-        lines, names = dict.fromkeys(name for each in facts for name in each), [each.name for each in self.sources]
-        table = [[line, *(each.get(line, "–") for each in facts)] for line in lines]
         lists = [f"{name}: {each.headline}" for name, each in self.found.items()] if several else found.beyond_spread
+        configuration = pd.DataFrame(facts, index=[each.name for each in self.sources]).T.fillna("–")
+        before: list[dict[str, Any]] = [
+            {"title": "Differences between methods", "tables": self._differences(found), "text": _PAIRED},
+            {"title": "What was chosen", "tables": _chosen(source), "text": _CHOSEN},
+            {"title": "Accuracy and agreement by task", "tables": _by_task(self.summary, found)},
+            {"title": "Figures", "figures": self._more_figures()},
+        ]
+        after: list[dict[str, Any]] = [
+            {"title": "Layers", "figures": self._layers(source)},
+            {"title": "Confusions", "figures": self._confusions(source, found)},
+            {"title": "Examples", "examples": _examples(source, found)},
+        ]
         sections: list[dict[str, Any]] = [
             {"title": "Findings", "list": lists, "text": "" if several else _PAIRED},
-            {"title": "Configuration", "tables": [("", pd.DataFrame(table, columns=["", *names]))]},
-            {"title": "Experts", "tables": [("", _experts(self.summary))], "figures": list(self._curves())},
+            *([] if several else before),
+            {"title": "Configuration", "tables": [("", configuration.reset_index(names=""))]},
+            {"title": "Experts", "tables": [("", _experts(self.summary))], "figures": self._curves()},
+            *([] if several else after),
             {"title": "How to reproduce", "commands": [self._reproduce(each) for each in self.sources]},
         ]
-        if not several:
-            sections[1:1] = [
-                {"title": "Differences between methods", "tables": list(self._differences(found)), "text": _PAIRED},
-                {"title": "What was chosen", "tables": list(_chosen(source)), "text": _CHOSEN},
-                {"title": "Accuracy and agreement by task", "tables": list(_by_task(self.summary, found))},
-                {"title": "Figures", "figures": list(self._more_figures())},
-            ]
-            sections[-1:-1] = [
-                {"title": "Layers", "figures": list(self._layers(source))},
-                {"title": "Confusions", "figures": list(self._confusions(source, found))},
-                {"title": "Examples", "examples": list(_examples(source, found))},
-            ]
+        drawn = [
+            {part: value if isinstance(value, str) else list(value) for part, value in section.items()}
+            for section in sections
+        ]
         name = source.name if len(self.sources) == 1 else f"{len(self.sources)} experiments compared"
         said = (facts[0].get(fact, "") for fact in ("tasks", "network", "date", "machine"))
         return {
@@ -151,9 +152,7 @@ class _Page:
             "hero": list(self._across() if several else self._costs()) if self.has_methods else [],
             "tables": list(self._tables()),
             "phone": ["method", "P", *decoders_of(self.means)[:2]],
-            "sections": [
-                each for each in sections if any(each.get(part) for part in each if part not in ("title", "text"))
-            ],
+            "sections": [each for each in drawn if any(each[part] for part in each.keys() - {"title", "text"})],
         }
 
     def _tables(self) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -162,9 +161,7 @@ class _Page:
             if not any(name in source.names for source in sweeps):
                 yield f"{f'{name}: ' if len(self.found) > 1 else ''}{erased} lost", table
         for source in sweeps:
-            assert source.sweep is not None
-            options = dict(zip(source.names, source.sweep.options.values(), strict=True))
-            yield source.name, sweep_text(source.frame, pd.DataFrame.from_dict(options, orient="index"))
+            yield source.name, sweep_text(source.frame, pd.DataFrame.from_dict(source.options, orient="index"))
 
     def _draw(self, name: str, figure: Figure, caption: str) -> dict[str, Any]:
         png = figures.as_png(figure)
@@ -183,11 +180,10 @@ class _Page:
         for source in self.sources:  # a line never joins the points of one with another's
             own = coded[coded["experiment"].isin(source.names)]
             if own["samples_per_task"].nunique() > 1:
-                name = f"{source.name}-nda_against_samples" if len(self.sources) > 1 else "nda_against_samples"
-                caption = "NDA against the number of calibration samples per task"
-                caption += f" of {source.name}" * (len(self.sources) > 1)
-                caption += "; mean over the sweep's other options." if len(source.names) > 1 else "."
-                yield self._draw(name, figures.nda_against_samples(own), caption)
+                prefix, whose = (f"{source.name}-", f" of {source.name}") if len(self.sources) > 1 else ("", "")
+                rest = "; mean over the sweep's other options" if len(source.names) > 1 else ""
+                caption = f"NDA against the number of calibration samples per task{whose}{rest}."
+                yield self._draw(f"{prefix}nda_against_samples", figures.nda_against_samples(own), caption)
         if len(self.found) == 1 and coded["decoder"].nunique() > 2:
             caption = "All decoders: a marker each. Dotted: the paper's 97.5 %."
             yield self._draw("nda_by_method", figures.nda_by_method(self.means), caption)
@@ -203,11 +199,11 @@ class _Page:
             yield self._draw("nda_by_experiment", figures.nda_by_experiment(whole), "NDA by method and experiment.")
         yield from self._more_figures()
         for source, sweep in ((each, each.sweep) for each in self.sources if each.sweep):
-            own, options = means[means["experiment"].isin(source.names)], list(sweep.options.values())
-            names = [name for name in options[0] if len(sweep.swept[name]) > 1]
+            own = means[means["experiment"].isin(source.names)]
+            names = [name for name in next(iter(source.options.values())) if len(sweep.swept[name]) > 1]
             for name in names:
-                value = dict(zip(source.names, (each[name] for each in options), strict=True))
-                values = as_numbers(own["experiment"].map(value))
+                options = {experiment: each[name] for experiment, each in source.options.items()}
+                values = as_numbers(own["experiment"].map(options))
                 figure = figures.nda_against_option(own, name, values, joined=sweep.full)
                 others = ", ".join(other for other in names if other != name)
                 caption = f"NDA against {name}, mean ± spread over seeds{f'; mean over {others}' if others else ''}."

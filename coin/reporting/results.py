@@ -1,8 +1,8 @@
-"""The files of a measurement, written and read back exactly.
+"""The files of a measurement, written and read back exactly; tables, figures and the report need nothing else.
 
 ``results.csv`` is long format, one row per measured number set; ``results.json`` holds the same rows with the
 configuration, the versions, the date and the machine; ``confusion.npz`` counts the expert's answers against the decoded
-ones. Nothing else is needed to draw a table, a figure or the report.
+ones.
 """
 
 import json
@@ -11,7 +11,7 @@ import platform
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -113,24 +113,28 @@ def write_results(
         ConfigurationError: There are no rows, two rows measure the same thing, or a task has a reserved name.
         FileError: A file cannot be written.
     """
-    _check_rows(rows)
-    # The text is made first: a value that cannot be written leaves all three files as they were.
-    text = as_json(
-        {
-            "rows": [asdict(row) for row in rows],
-            "methods": list(methods),
-            "configuration": dict(configuration),
-            "classes": classes or {},
-            "versions": versions(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": _machine(),
-            "wandb": wandb_url,
-        }
-    )
+    if not rows:
+        raise ConfigurationError("found no rows to write, expected at least one measurement")
+    frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
+    if (frame["task"] == "mean").any():
+        raise ConfigurationError("found a task called 'mean', the name of the mean over tasks; rename the task")
+    if twice := _measured_twice(frame):
+        raise ConfigurationError(f"found two results of {twice}, expected one; tell the two apart with 'label'")
+    document = {
+        "rows": frame,
+        "methods": list(methods),
+        "configuration": dict(configuration),
+        "classes": classes or {},
+        "versions": versions(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": _machine(),
+        "wandb": wandb_url,
+    }
+    text = as_json(document)  # a value that cannot be written leaves all three files as they were
     if confusions is not None:
         write_archive(folder / CONFUSION_NPZ, confusions)
     write_text(folder / RESULTS_JSON, text + "\n")
-    write_frame(folder / RESULTS_CSV, pd.DataFrame([asdict(row) for row in rows], columns=list(COLUMNS)))
+    write_frame(folder / RESULTS_CSV, frame)
 
 
 def read_results(folder: Path) -> pd.DataFrame:
@@ -140,15 +144,12 @@ def read_results(folder: Path) -> pd.DataFrame:
         FileError: The file is missing, damaged, lacks a column or a number, or has a row twice.
     """
     path = folder / RESULTS_CSV
-    frame = read_frame(path, COLUMNS, INTEGERS, NUMBERS)
+    frame = read_frame(path, COLUMNS, INTEGERS, NUMBERS)[list(COLUMNS)]
     for name in NUMBERS:
         if name != "residual" and bool(np.isinf(frame[name]).any()):
             raise FileError(f"'{path}' holds an infinite {name}, expected finite numbers; make it again")
-    for row in frame[frame.duplicated(list(KEYS))].to_dict("records"):
-        raise FileError(
-            f"'{path}' holds two rows of method '{row['method']}', decoder '{row['decoder']}', task '{row['task']}', "
-            "expected one; make it again"
-        )
+    if twice := _measured_twice(frame):
+        raise FileError(f"'{path}' holds two rows of {twice}, expected one; make it again")
     return frame
 
 
@@ -204,7 +205,7 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
 
 
 def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
-    """Return the named columns of a CSV file, in this order: text as it stands, an empty number as NaN.
+    """Return a CSV file that has these columns, beside others: text as it stands, an empty number as NaN.
 
     Raises:
         FileError: The file is missing, damaged, or lacks a column or a row.
@@ -224,11 +225,13 @@ def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numb
     if frame.empty:
         raise FileError(f"'{path}' holds no rows, expected at least one; make it again")
     try:
-        for name in [*integers, *numbers]:
-            frame[name] = [int(text) if name in integers else float(text or "nan") for text in frame[name]]
+        for name in integers:
+            frame[name] = [int(text) for text in frame[name]]
+        for name in numbers:
+            frame[name] = [float(text or "nan") for text in frame[name]]
     except (TypeError, ValueError) as error:
         raise FileError(f"'{path}' is damaged in column '{name}' ({one_line(error)}); make it again") from error
-    return frame[list(columns)]
+    return frame
 
 
 def read_archive(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -277,15 +280,7 @@ def _machine() -> str:
     return ", ".join([f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} cores", *devices])
 
 
-def _check_rows(rows: Sequence[Row]) -> None:
-    if not rows:
-        raise ConfigurationError("found no rows to write, expected at least one measurement")
-    if any(row.task == "mean" for row in rows):
-        raise ConfigurationError("found a task called 'mean', the name of the mean over tasks; rename the task")
-    frame = pd.DataFrame([asdict(row) for row in rows])
-    for row in frame[frame.duplicated(list(KEYS))].to_dict("records"):
-        raise ConfigurationError(
-            f"found two results of method '{row['method']}' (batchnorm '{row['batchnorm']}', decoder "
-            f"'{row['decoder']}', erased '{row['erased']}', task '{row['task']}'), expected one; tell the two apart "
-            "with 'label'"
-        )
+def _measured_twice(frame: pd.DataFrame) -> str:
+    """Say what has a second row, nothing where all rows measure something else."""
+    again = frame.loc[frame.duplicated(list(KEYS)), ["method", "batchnorm", "decoder", "erased", "task"]]
+    return ", ".join(f"{name} '{value}'" for name, value in again.iloc[0].items()) if len(again) else ""

@@ -1,6 +1,6 @@
 """What a report is of: folders of experiments, seeds and sweeps, read as a whole."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from coin.reporting.sweeps import SWEEP_CSV, Sweep, read_sweep_table, short_valu
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of an experiment, a seed or a sweep: all its rows, ``results.json`` of its first seed.
+    """A folder of an experiment, a seed or a sweep: all its rows, and ``results.json`` of its first seed.
 
     ``experiment`` is unique among the sources of a report. ``seeds`` are those folders that hold results; of a sweep,
     those of the largest P, which may be gone. ``methods`` is what the coded models of all seeds say of their making.
@@ -37,6 +37,11 @@ class Source:
     def names(self) -> list[str]:
         """Its experiments: one, or several of a sweep."""
         return list(dict.fromkeys(self.frame["experiment"]))
+
+    @property
+    def options(self) -> dict[str, Mapping[str, str]]:
+        """What the options of a sweep's experiments are."""
+        return dict(zip(self.names, self.sweep.options.values(), strict=True)) if self.sweep else {}
 
     @property
     def kinds(self) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Mean and spread over seeds, the mean over tasks, and the names of the methods' variants."""
 
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -32,14 +31,7 @@ _KEEPING = ("refit", *TRAINED)
 
 GROUP: tuple[str, ...] = tuple(name for name in KEYS if name != "seed")
 """What one row of a summary stands for."""
-
-SUMMARY_COLUMNS: tuple[str, ...] = (
-    *GROUP,
-    "seeds",
-    *(f"{name}_{part}" for name in NUMBERS for part in ("mean", "std")),
-)
-
-_VARIANT = [name for name in GROUP if name not in ("erased", "task")]
+SUMMARY_COLUMNS = (*GROUP, "seeds", *(f"{name}_{part}" for name in NUMBERS for part in ("mean", "std")))
 
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
@@ -59,7 +51,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """
     frame = frame.assign(batchnorm=frame["batchnorm"].map(asked_policy))
     both = pd.concat([_over_seeds(frame), _over_seeds(seed_means(frame))], ignore_index=True)
-    order = both.groupby(_VARIANT, sort=False).ngroup()
+    order = both.groupby([name for name in GROUP if name not in ("erased", "task")], sort=False).ngroup()
     return both.iloc[order.argsort(kind="stable")].reset_index(drop=True)
 
 
@@ -95,7 +87,8 @@ def read_summary(experiment_folder: Path) -> pd.DataFrame:
         FileError: The file is missing or damaged.
     """
     numbers = SUMMARY_COLUMNS[len(GROUP) + 1 :]
-    return read_frame(experiment_folder / SUMMARY_CSV, SUMMARY_COLUMNS, ("samples_per_task", "seeds"), numbers)
+    integers = ("samples_per_task", "seeds")
+    return read_frame(experiment_folder / SUMMARY_CSV, SUMMARY_COLUMNS, integers, numbers)[list(SUMMARY_COLUMNS)]
 
 
 def seed_folders(experiment_folder: Path) -> list[Path]:
@@ -105,13 +98,8 @@ def seed_folders(experiment_folder: Path) -> list[Path]:
     warning that names them.
     """
     found = [path.parent for path in experiment_folder.glob(f"seed-*/{RESULTS_CSV}")]
-
-    def by_number(folder: Path) -> tuple[int, str]:
-        number = re.fullmatch(r"seed-(\d+)", folder.name)
-        return (int(number[1]) if number else -1, folder.name)
-
     if len(found) > 1:
-        options = {folder: _comparable(read_configuration(folder).get("configuration")) for folder in found}
+        options = {folder: _comparable(read_configuration(folder)["configuration"]) for folder in found}
         latest = options[max(found, key=lambda folder: (folder / RESULTS_JSON).stat().st_mtime_ns)]
         if other := sorted(folder.name for folder in found if options[folder] != latest):
             warnings.warn(
@@ -120,7 +108,7 @@ def seed_folders(experiment_folder: Path) -> list[Path]:
                 stacklevel=2,
             )
         found = [folder for folder in found if options[folder] == latest]
-    return sorted(found, key=by_number)
+    return sorted(found, key=lambda folder: (len(folder.name), folder.name))
 
 
 def over_tasks(summary: pd.DataFrame) -> pd.DataFrame:
@@ -158,20 +146,16 @@ def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
     Args:
         frame: Rows of results or of a summary; or of ``layers.csv``, where the brackets hold the row of the code.
     """
-    code_rows: Any = frame["code_row"]
     if "layer" in frame:
-        several = pd.Series(code_rows.nunique() > 1, index=frame.index)
+        several = pd.Series(frame["code_row"].nunique() > 1, index=frame.index)
     else:
         # Several sets count as variants only where they read out the same loss; R = 2 uses other sets for other sizes.
         same = ["experiment", "method", "batchnorm", "decoder", "erased", "task", "samples_per_task"]
         own = frame.groupby(same, sort=False)["code_row"].transform("nunique") > 1
         several = frame["method"].isin(frame.loc[own, "method"])
-    names = []
     asked = frame["batchnorm"].map(asked_policy)
-    for method, policy, code_row, ambiguous in zip(frame["method"], asked, code_rows, several, strict=True):
-        default = policy in ("", "auto") or (policy == "keep" and method.startswith(_KEEPING))
-        names.append(method + ("" if default else f" ({policy})") + (f"[{code_row}]" if ambiguous else ""))
-    return pd.Series(names, index=frame.index, dtype=object)
+    default = asked.isin(["", "auto"]) | (asked.eq("keep") & frame["method"].str.startswith(_KEEPING))
+    return frame["method"] + (" (" + asked + ")").mask(default, "") + ("[" + frame["code_row"] + "]").where(several, "")
 
 
 def expert_accuracies(summary: pd.DataFrame) -> pd.DataFrame:
@@ -182,17 +166,13 @@ def expert_accuracies(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _comparable(configuration: Any) -> Any:
-    """Return what seeds of one experiment have in common: neither the seed nor a code that each chose for itself."""
-    if isinstance(configuration, dict) and configuration.get("code_choice") is not None:
-        configuration = {name: entry for name, entry in configuration.items() if name != "code"}
-    return _without_seeds(configuration)
-
-
-def _without_seeds(value: Any) -> Any:
-    """Return a configuration without its entries called ``seed``, at any depth."""
-    if isinstance(value, dict):
-        return {name: _without_seeds(entry) for name, entry in value.items() if name != "seed"}
-    return [_without_seeds(entry) for entry in value] if isinstance(value, list) else value
+    """Return what seeds of one experiment have in common: no ``seed``, and no code that each chose for itself."""
+    if isinstance(configuration, list):
+        return [_comparable(entry) for entry in configuration]
+    if not isinstance(configuration, dict):
+        return configuration
+    own = {"seed"} | ({"code"} if configuration.get("code_choice") is not None else set())
+    return {name: _comparable(entry) for name, entry in configuration.items() if name not in own}
 
 
 def _over_seeds(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,5 @@
 """The table of a sweep, ``sweep.csv``: made from its points' results, shown in the terminal, and read back."""
 
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from coin.errors import FileError
 from coin.files.atomic import is_folder_name
-from coin.reporting.results import COLUMNS, INTEGERS, KEYS, NUMBERS, one_line, read_frame, read_results
+from coin.reporting.results import COLUMNS, INTEGERS, KEYS, NUMBERS, read_frame, read_results
 from coin.reporting.summary import seed_means, variant_names
 from coin.reporting.tables import percent, rich_table
 
@@ -56,12 +55,8 @@ def read_sweep_table(folder: Path) -> Sweep | None:
     path = folder / SWEEP_CSV
     if not path.is_file():
         return None
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            keys = [name for name in next(csv.reader(file), []) if name not in COLUMNS]
-    except (OSError, ValueError, csv.Error) as error:
-        raise FileError(f"'{path}' cannot be read as CSV ({one_line(error)}); make it again") from error
-    frame = read_frame(path, [*keys, *COLUMNS], INTEGERS, NUMBERS)
+    frame = read_frame(path, COLUMNS, INTEGERS, NUMBERS)
+    keys = [name for name in frame.columns if name not in COLUMNS]
     if wrong := [name for name in frame["experiment"] if not is_folder_name(name)]:
         raise FileError(f"'{path}' has the experiment {wrong[0]!r}, expected a folder's name; make it again")
     name, short = folder.resolve().name, _short_names(keys)
@@ -69,17 +64,14 @@ def read_sweep_table(folder: Path) -> Sweep | None:
     others = [key for key in keys if key != SEEDS and key.rsplit(".")[-1] != _SAMPLES]
     options, parts = {}, []
     for values, part in frame.groupby(others, sort=False) if others else [((), frame)]:
-        own = {
-            short[key]: short_value(str(value), swept[short[key]]) for key, value in zip(others, values, strict=True)
-        }
+        named = zip((short[key] for key in others), values, strict=True)
+        own = {option: short_value(str(value), swept[option]) for option, value in named}
         label = ", ".join(f"{option} {value}" for option, value in own.items()) or name
         options[label] = own
-        # A seed that several points have run is one seed.
-        own_keys = [key for key in KEYS if key != "experiment"]
-        parts.append(part[list(COLUMNS)].drop_duplicates(own_keys).assign(experiment=label))
+        parts.append(part[list(COLUMNS)].assign(experiment=label))
     largest = frame[frame[_SAMPLES] == frame[_SAMPLES].max()]
     full = len(options) == math.prod(len(swept[short[key]]) for key in others)
-    rows = pd.concat(parts, ignore_index=True)
+    rows = pd.concat(parts, ignore_index=True).drop_duplicates(list(KEYS), ignore_index=True)  # a seed run twice is one
     return Sweep(name, swept, options, rows, tuple(dict.fromkeys(largest["experiment"])), full)
 
 

@@ -40,14 +40,11 @@ def short(value: float) -> str:
 
 
 def nda_tables(summary: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
-    """Return a table of mean NDA ± spread in % for every experiment and size of erasure (``1 of 2``).
+    """Return a table of mean NDA ± spread in % for every experiment and size of erasure (``1 of 2``) of a summary.
 
     A line per method's variant (and P where there are several), the references last. The columns: ``method``, ``P``,
     the decoders in the order of `decoders_of`, then `COSTS`: what made the coded model (``merge``) and what fitted the
     dearest decoder beside it. The largest mean of a decoder and P, to the two decimals printed, carries `BEST`.
-
-    Args:
-        summary: What `coin.reporting.summarise` returns; only its means over tasks are read.
     """
     means = summary[summary["task"] == "mean"].assign(name=variant_names(summary))
     return {

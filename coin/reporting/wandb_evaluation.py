@@ -21,11 +21,6 @@ METHOD_TAG = "method"
 SUMMARY_TAG = "summary"
 """The tag of the run that holds all seeds."""
 
-_ACCURACIES = ("nda", "agreement", "decoded_accuracy")
-"""What a method's run has for every decoder and loss."""
-_MADE = ("residual", "merge_seconds", "merge_passes")
-"""What it has once."""
-
 
 def log_evaluation(
     run: wandb.Run,
@@ -34,12 +29,9 @@ def log_evaluation(
     examples: Examples | None = None,
     classes: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Log one seed's evaluation as an overview of all its methods.
+    """Log one seed's evaluation as an overview of all its methods: `_log_overview`, and what is of the seed alone.
 
-    The summary has ``nda/<method>/<decoder>/mean``, the means over tasks each lost alone; and, for sweeps,
-    ``nda_mean/<decoder>`` (the best method's) and ``nda_mean_best`` with ``best_method`` and ``best_decoder``. The best
-    is chosen on the test sets: it ranks, it does not validate. Beside it are the tables ``results`` (all rows) and
-    ``examples``, NDA against cost as a figure, and the confusions of the best method, a chart a task.
+    That are the tables ``results`` (all rows) and ``examples``, and the confusions of the best method, a chart a task.
 
     Args:
         run: An open run of job type ``evaluate``.
@@ -53,19 +45,16 @@ def log_evaluation(
     frame = pd.DataFrame([vars(row) for row in rows], columns=list(COLUMNS))
     summary = summarise(frame)
     found = best(summary)
-    logged = {"results": _table(frame), **_headline(summary)}
+    logged = {"results": _table(frame)}
     if examples is not None:
         logged["examples"] = _examples(examples, found.get("best_decoder"))
-    names = variant_names(frame)
-    for row, name in zip(rows, names, strict=True):
-        chart = f"confusion/{row.erased}/{row.task}"
+    for row, name in zip(rows, variant_names(frame), strict=True):
         counts = (confusions or {}).get(confusion_key(row))
-        if counts is not None and name == found.get("best_method") and row.decoder == found["best_decoder"]:
+        if counts is not None and (name, row.decoder) == (found.get("best_method"), found.get("best_decoder")):
             title = f"{name}, {row.decoder}: expert (actual) against decoded, {row.task} lost"
-            logged[chart] = _confusion(counts, (classes or {}).get(row.task, ()), title)
-    with run_environment(folder_of(run)):
-        run.log(logged)
-    run.summary.update(_overview(summary) | found)
+            chart = _confusion(counts, (classes or {}).get(row.task, ()), title)
+            logged[f"confusion/{row.erased}/{row.task}"] = chart
+    _log_overview(run, summary, logged)
 
 
 def log_method(run: wandb.Run, rows: pd.DataFrame) -> None:
@@ -81,7 +70,6 @@ def log_method(run: wandb.Run, rows: pd.DataFrame) -> None:
         run: The run in which the method's coded models were made, or a new one.
         rows: The method's rows of one seed, as `coin.reporting.read_results` returns them.
     """
-    summary = summarise(rows)
     first = rows.iloc[0]
     own = {
         "variant": variant_names(rows).iloc[0],
@@ -93,28 +81,21 @@ def log_method(run: wandb.Run, rows: pd.DataFrame) -> None:
     config: Any = run.config
     config.update(own, allow_val_change=True)
     numbers: dict[str, float] = {}
-    for _, row in summary.iterrows():
+    for row in summarise(rows).to_dict("records"):
         single = row["erased"] == row["task"] or row["erased"].startswith("1 of ")
         leaf = row["task"] if single else f"{row['erased'].replace(' of ', '-of-')}/{row['task']}"
-        for name in _ACCURACIES:
-            numbers[f"{name}/{row['decoder']}/{leaf}"] = float(row[f"{name}_mean"])
+        for name in ("nda", "agreement", "decoded_accuracy"):
+            numbers[f"{name}/{row['decoder']}/{leaf}"] = row[f"{name}_mean"]
         if single and row["task"] == "mean":
-            numbers |= {name: float(row[f"{name}_mean"]) for name in _MADE}
+            numbers |= {name: row[f"{name}_mean"] for name in ("residual", "merge_seconds", "merge_passes")}
             for unit in ("seconds", "passes"):
-                numbers[f"{unit}/{row['decoder']}"] = float(row[f"merge_{unit}_mean"] + row[f"decoder_{unit}_mean"])
+                numbers[f"{unit}/{row['decoder']}"] = row[f"merge_{unit}_mean"] + row[f"decoder_{unit}_mean"]
     run.summary.update({name: number for name, number in numbers.items() if not math.isnan(number)})
 
 
 def log_summary(run: wandb.Run, summary: pd.DataFrame) -> None:
-    """Log all seeds of an experiment together: the table ``summary``, NDA against cost with the spread, the means.
-
-    Args:
-        run: An open run of job type ``evaluate``.
-        summary: What `coin.reporting.summarise` returns.
-    """
-    with run_environment(folder_of(run)):
-        run.log({"summary": _table(summary), **_headline(summary)})
-    run.summary.update(_overview(summary) | best(summary))
+    """Log all seeds of an experiment together, what `coin.reporting.summarise` returns, as an overview and a table."""
+    _log_overview(run, summary, {"summary": _table(summary)})
 
 
 def best(summary: pd.DataFrame) -> dict[str, Any]:
@@ -133,21 +114,22 @@ def best(summary: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _overview(summary: pd.DataFrame) -> dict[str, float]:
-    means = largest_samples(over_tasks(summary.assign(name=variant_names(summary))))
-    return {
-        f"nda/{row['name']}/{row['decoder']}/mean": float(row["nda_mean"])
-        for _, row in means[means["nda_mean"].notna()].iterrows()
-    }
+def _log_overview(run: wandb.Run, summary: pd.DataFrame, logged: dict[str, Any]) -> None:
+    """Log NDA against cost as a figure beside what else is to be logged, and the final numbers into the summary.
 
-
-def _headline(summary: pd.DataFrame) -> dict[str, wandb.Image]:
-    """Return the report's first figure as an image: it needs no network and shows the spread."""
-    means = largest_samples(over_tasks(summary))
-    if means.empty or means["method"].isin(REFERENCES).all():
-        return {}
-    png = figures.as_png(figures.nda_against_cost(means), dpi=110)
-    return {"figures/nda_against_cost": wandb.Image(Image.open(io.BytesIO(png)))}
+    The summary has ``nda/<method>/<decoder>/mean``, the means over tasks each lost alone; and, for sweeps,
+    ``nda_mean/<decoder>`` (the best method's) and ``nda_mean_best`` with ``best_method`` and ``best_decoder``. The best
+    is chosen on the test sets: it ranks, it does not validate.
+    """
+    means = over_tasks(summary.assign(name=variant_names(summary)))
+    if not means["method"].isin(REFERENCES).all():
+        png = figures.as_png(figures.nda_against_cost(means), dpi=110)
+        logged["figures/nda_against_cost"] = wandb.Image(Image.open(io.BytesIO(png)))
+    with run_environment(folder_of(run)):
+        run.log(logged)
+    means = largest_samples(means).dropna(subset="nda_mean")
+    overview = {f"nda/{row['name']}/{row['decoder']}/mean": row["nda_mean"] for row in means.to_dict("records")}
+    run.summary.update(overview | best(summary))
 
 
 def _table(frame: pd.DataFrame) -> wandb.Table:

@@ -8,11 +8,8 @@ from typing import Any
 
 import wandb
 
-from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import link_file, sha256_of
-from coin.reporting.wandb_settings import OFFLINE_MODES, TAG_LENGTH, check_connection, mode, run_environment, user_tags
-
-JOB_TYPES = ("expert", "fisher", "method", "evaluate")
+from coin.reporting.wandb_settings import OFFLINE_MODES, TAG_LENGTH, mode, run_environment, user_tags
 
 
 def start_run(
@@ -32,19 +29,12 @@ def start_run(
     Args:
         folder: The run's folder.
         group: The experiment's name.
-        job_type: One of `JOB_TYPES`.
+        job_type: ``expert``, ``fisher``, ``method`` or ``evaluate``.
         name: What the run is, for a person: ``quickstart-seed-0-expert-mnist``.
         config: The resolved configuration.
         tags: Short words to filter by, beside those in ``WANDB_TAGS``.
         run_id: W&B's own name of the run; one that W&B knows has it go on with that run.
-
-    Raises:
-        ConfigurationError: The job type is unknown.
-        ConnectionFailedError: ``WANDB_MODE=online`` and there is no key or no network.
     """
-    if job_type not in JOB_TYPES:
-        raise ConfigurationError(f"found W&B job type '{job_type}', expected one of {', '.join(JOB_TYPES)}")
-    check_connection()
     wanted: Any = mode()
     with run_environment(folder):
         return wandb.init(
@@ -108,7 +98,7 @@ def use_artifact(run: wandb.Run, path: Path, name: str, type: str) -> None:
     record_input(run, path, name)
     if not (run.offline or run.disabled):
         with run_environment(folder_of(run)):
-            run.use_artifact(_artifact(run, path, name, type, None))
+            run.use_artifact(_artifact(run, path, name, type))
 
 
 def record_input(run: wandb.Run, path: Path, name: str) -> None:
@@ -118,23 +108,19 @@ def record_input(run: wandb.Run, path: Path, name: str) -> None:
         FileError: There is no such file.
     """
     config: Any = run.config
-    config.update({"inputs": {**config.get("inputs", {}), _allowed(name): _digest(path)}}, allow_val_change=True)
+    config.update({"inputs": {**config.get("inputs", {}), _allowed(name): sha256_of(path)}}, allow_val_change=True)
 
 
-def _artifact(run: wandb.Run, path: Path, name: str, type: str, metadata: Mapping[str, Any] | None) -> wandb.Artifact:
-    digest = _digest(path)
+def _artifact(
+    run: wandb.Run, path: Path, name: str, type: str, metadata: Mapping[str, Any] | None = None
+) -> wandb.Artifact:
+    digest = sha256_of(path)
     linked = folder_of(run) / "wandb" / "artifacts" / "linked" / f"{digest[:16]}{path.suffix}"
     if not linked.exists():
         link_file(path, linked)
     artifact = wandb.Artifact(_allowed(name), type=type, metadata={**(metadata or {}), "sha256": digest})
     artifact.add_file(str(linked), name=path.name, policy="immutable")
     return artifact
-
-
-def _digest(path: Path) -> str:
-    if not path.is_file():
-        raise FileError(f"found no file '{path}', expected an artifact to log; make it first")
-    return sha256_of(path)
 
 
 def _allowed(name: str) -> str:

@@ -27,23 +27,18 @@ def test_examples_read_back_and_none_are_left_of_an_earlier_run(tmp_path: Path):
     assert read_examples(tmp_path) is None
 
 
-def test_those_of_an_earlier_version_are_none(tmp_path: Path):
-    np.savez(tmp_path / EXAMPLES_NPZ, images=IMAGES, choice=np.asarray("the last method"))
-    assert read_examples(tmp_path) is None
-
-
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"images": np.zeros((2, 3, 3, 1), np.uint8)}, r"expected \[n, H, W, 3\]"),
-        ({"images": IMAGES.astype(float)}, "of float64"),
-        ({"decoded": {"m||d": np.array([0])}}, r"answers of 'm\|\|d' \[1\]"),
-        ({"label": np.array(["x", "y"])}, "whole numbers"),
-        ({"task": ("a",)}, "and 1 tasks"),
+        {"images": np.zeros((2, 3, 3, 1), np.uint8)},
+        {"images": IMAGES.astype(float)},
+        {"decoded": {"m||d": np.array([0])}},
+        {"label": np.array(["x", "y"])},
+        {"task": ("a",)},
     ],
 )
-def test_wrong_shapes_and_types_are_refused(changes: dict, message: str):
-    with pytest.raises(ConfigurationError, match=message):
+def test_wrong_shapes_and_types_are_refused(changes: dict):
+    with pytest.raises(ConfigurationError, match=r"expected \[n, H, W, 3\] of uint8, and n whole numbers"):
         Examples(**{"images": IMAGES, "expert": ONE, "label": ONE, **changes})
 
 
@@ -55,15 +50,12 @@ def test_layers_read_back_with_gaps(tmp_path: Path):
     read = read_layers(tmp_path)
     assert read is not None
     pd.testing.assert_frame_equal(read, layers.astype({"distance": float}), check_exact=True, check_dtype=False)
-    with pytest.raises(ConfigurationError, match="no column 'distance'"):
-        write_layers(tmp_path, layers.drop(columns="distance"))
 
 
-@pytest.mark.parametrize(("share", "message"), [("x", "damaged in column 'fisher_share'"), ("inf", "infinite")])
-def test_damaged_files_are_one_clear_line(tmp_path: Path, share: str, message: str):
+def test_damaged_files_are_one_clear_line(tmp_path: Path):
     head = "method,batchnorm,code_row,layer,fisher_share,distance"
-    (tmp_path / "layers.csv").write_text(f"{head}\na,,0,b,{share},1\n", encoding="utf-8")
-    with pytest.raises(FileError, match=message):
+    (tmp_path / "layers.csv").write_text(f"{head}\na,,0,b,x,1\n", encoding="utf-8")
+    with pytest.raises(FileError, match="damaged in column 'fisher_share'"):
         read_layers(tmp_path)
     for content in (b"nothing", b""):
         (tmp_path / EXAMPLES_NPZ).write_bytes(content)
