@@ -5,7 +5,7 @@ finds it there as it would find its own of an earlier, killed run.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 
 from coin.errors import ConfigurationError, first_line
 from coin.experiment.process_pool import Command, CommandFailedError, child_environment, raise_for, run_side_by_side
-from coin.processes import cores
+from coin.processes import cores, say
 
 
 class Executor(StrEnum):
@@ -38,9 +38,6 @@ class Launch:
         slurm: Options of the jobs, as of `submitit.AutoExecutor.update_parameters`: ``timeout_min``,
             ``gpus_per_node``, ``cpus_per_task``, ``slurm_partition``, …; and ``cluster``, which is ``slurm`` unless
             it says ``local`` or ``debug``, to try the jobs on this machine.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
     """
 
     executor: Executor = Executor.local
@@ -66,11 +63,7 @@ class ExpertJob(Command):
         super().__init__(name, ("run", "-c", str(config), "--only", task), log)
 
     def __call__(self) -> None:
-        """Train, within a job of the cluster.
-
-        Raises:
-            CommandFailedError: The training failed.
-        """
+        """Train, within a job of the cluster."""
         if self.start(child_environment(cores())).wait() != 0:
             raise CommandFailedError(f"{self.name}: {self.last_line()}")
 
@@ -81,23 +74,22 @@ class ExpertJob(Command):
         return submitit.helpers.DelayedSubmission(self)
 
 
-def train_side_by_side(jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Callable[[str], None]) -> None:
-    """Train experts, several at a time, and wait for all of them.
+def train_side_by_side(jobs: Sequence[ExpertJob], launch: Launch, folder: Path) -> None:
+    """Train experts that are missing, several at a time, and wait for all of them.
 
     Args:
-        jobs: The experts that are missing.
+        jobs: The experts.
         launch: How.
         folder: For submitit's own files.
-        say: Tells about the progress.
 
     Raises:
         CommandFailedError: Naming the experts that failed, after all have ended.
         ConfigurationError: submitit or SLURM is missing, or refuses an option.
     """
     if launch.executor is Executor.slurm:
-        failed = _run_as_array(jobs, launch, folder, say)
+        failed = _run_as_array(jobs, launch, folder)
     else:
-        failed = run_side_by_side(jobs, worker_environments(launch.workers), say)
+        failed = run_side_by_side(jobs, worker_environments(launch.workers))
     raise_for(failed, len(jobs), "experts")
 
 
@@ -112,9 +104,7 @@ def worker_environments(workers: int) -> list[dict[str, str]]:
     return [{**environment, "CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} for place in range(workers)]
 
 
-def _run_as_array(
-    jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Callable[[str], None]
-) -> list[ExpertJob]:
+def _run_as_array(jobs: Sequence[ExpertJob], launch: Launch, folder: Path) -> list[ExpertJob]:
     """Run jobs as one array of a cluster, and return those that failed."""
     try:
         import submitit
@@ -129,11 +119,10 @@ def _run_as_array(
         handles = executor.submit_array(jobs)
     except Exception as error:  # submitit's and sbatch's errors share no base class
         raise ConfigurationError(f"cannot submit the experts with {launch.slurm}: {first_line(error)}") from error
-    submitted = list(zip(jobs, handles, strict=True))
-    for job, handle in submitted:
+    for job, handle in zip(jobs, handles, strict=True):
         say(f"{job.name}: job {handle.job_id}")
     failed: list[ExpertJob] = []
-    for job, handle in submitted:
+    for job, handle in zip(jobs, handles, strict=True):
         ended = handle.exception()
         if ended is not None:
             failed.append(job)

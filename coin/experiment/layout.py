@@ -9,11 +9,7 @@ from coin.statistics.statistic import Statistic
 
 
 class SeedLayout:
-    """The files of one seed.
-
-    Args:
-        folder: ``runs/NAME/seed-K``, or ``runs/NAME/base`` of what all seeds share.
-    """
+    """The files of one seed, in ``runs/NAME/seed-K``; ``logs`` are those of all steps but the experts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -24,9 +20,7 @@ class SeedLayout:
         self.code = folder / "code.json"
         """A code that the seed has chosen."""
         self.coded = folder / "coded"
-        """The folder of the coded models."""
         self.logs = folder / "logs"
-        """The folder of the steps' logs, but for those of the experts."""
         self.results = folder / RESULTS_CSV
         self.results_json = folder / RESULTS_JSON
         self.confusions = folder / CONFUSION_NPZ
@@ -48,19 +42,13 @@ class SeedLayout:
 
 
 class ExperimentLayout:
-    """The files of an experiment.
-
-    Args:
-        folder: ``runs/NAME``.
-    """
+    """The files of an experiment, in ``runs/NAME``; ``base`` holds the shared initialisation."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.base = folder / "base"
-        """The folder of the shared initialisation."""
         self.pretrained = self.base / "base.safetensors"
         self.logs = folder / "logs"
-        """The folder of the logs of what is of all seeds."""
         self.submitit = folder / "submitit"
         self.summary = folder / SUMMARY_CSV
 

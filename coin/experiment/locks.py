@@ -49,7 +49,7 @@ def _acquire(lock: FileLock, folder: Path, patient: bool) -> None:
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            at_work = f"another coin command at work in '{folder}'{_holder(path)}"
+            at_work = f"another coin command at work in '{folder}' ({_text(path) or 'it does not say who'})"
             if not patient:
                 raise ConfigurationError(
                     f"found {at_work}, expected none; wait for it or stop it, or give this one another name or output"
@@ -70,9 +70,7 @@ def _acquire(lock: FileLock, folder: Path, patient: bool) -> None:
         path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
 
 
-def _holder(path: Path) -> str:
-    try:
-        name = path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-    return f" ({name})" if name else ""
+def _text(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    return ""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from coin.errors import CoinError
+from coin.processes import say
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 10.0
@@ -22,13 +23,7 @@ class CommandFailedError(CoinError):
 
 
 class Command:
-    """A ``coin`` command that is run in a process of its own.
-
-    Args:
-        name: What it does, for a person.
-        arguments: The arguments of ``coin``.
-        log: The file to which what it prints is appended.
-    """
+    """A ``coin`` command that is run in a process of its own, which appends what it prints to `log`."""
 
     def __init__(self, name: str, arguments: Sequence[str], log: Path) -> None:
         self.name = name
@@ -63,7 +58,6 @@ def child_environment(threads: int) -> dict[str, str]:
 def run_side_by_side(
     commands: Sequence[C],
     environments: Sequence[Mapping[str, str]],
-    say: Callable[[str], None],
     on_success: Callable[[C], None] = lambda _: None,
 ) -> list[C]:
     """Run commands in their order, wait for all of them, and return those that failed.
@@ -71,7 +65,6 @@ def run_side_by_side(
     Args:
         commands: The commands.
         environments: One for each process at a time; a command gets one that no other has meanwhile.
-        say: Is told of every start and end.
         on_success: Is given every command that has ended well.
     """
     waiting, failed = list(commands), []

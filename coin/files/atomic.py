@@ -14,6 +14,9 @@ from coin.errors import FileError
 _LONGEST_WRITE = 3600.0
 """In seconds."""
 
+_CLOCK_STEP = 2.0
+"""Seconds after which a file that is written to anew has another time of change, whatever the file system."""
+
 _LONGEST_NAME = 200
 """Bytes; file systems take 255, and what is made of a name is longer than it."""
 
@@ -84,16 +87,24 @@ def link_file(source: Path, target: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits.
+    """Return the SHA-256 of a file as 64 hexadecimal digits; a process reads a file that has not changed once.
 
     Raises:
         FileError: The file is missing or cannot be read.
     """
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            found = os.fstat(file.fileno())
+            known = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+            digest = _hashes.get(known) or hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise FileError(f"cannot read '{path}' ({error.strerror}), expected a file; check the path") from error
+    if time.time() - found.st_mtime > _CLOCK_STEP:
+        _hashes[known] = digest
+    return digest
+
+
+_hashes: dict[tuple[int, int, int, int], str] = {}
 
 
 def is_folder_name(name: str) -> bool:

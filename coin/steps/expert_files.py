@@ -1,4 +1,4 @@
-"""The experts of one seed, or of one merge: files that are hashed once, and read as far as they are needed."""
+"""The experts of one seed, or of one merge, in files that are read as far as they are needed."""
 
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,6 @@ from torch import nn
 
 from coin.data import Calibration
 from coin.errors import ConfigurationError
-from coin.files.atomic import sha256_of
 from coin.files.tensors import State, fingerprint
 from coin.merging.calibrated import CalibratedExperts
 from coin.merging.experts import padded_statistic
@@ -29,7 +28,7 @@ from coin.networks import (
     widened,
 )
 from coin.statistics import FisherKind
-from coin.statistics.files import StatisticFile, open_statistic
+from coin.statistics.files import open_statistic
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 
@@ -53,26 +52,14 @@ class Layout:
 
 
 class ExpertFiles:
-    """The experts' files and what is in them.
-
-    `parameters` and `buffers` read a tensor at a time and keep none, so that many experts merge in little memory;
-    `networks` and `files` keep all of them until `release`.
-
-    Args:
-        paths: The files by task.
-    """
+    """The experts' files and what is in them, by task; `networks` keeps all of them in memory until `release`."""
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self.paths = dict(paths)
 
     @cached_property
-    def sha256(self) -> dict[Path, str]:
-        """The hashes of the files."""
-        return {path: sha256_of(path) for path in self.paths.values()}
-
-    @cached_property
     def opened(self) -> dict[str, NetworkFile]:
-        """The networks' files by task, checked, their tensors yet to be read.
+        """The networks' files, checked, their tensors yet to be read.
 
         Raises:
             FileError: A file is missing or damaged, or holds no network.
@@ -88,6 +75,21 @@ class ExpertFiles:
                 )
         return opened
 
+    @property
+    def config(self) -> NetworkConfig:
+        """The architecture that all experts share."""
+        return next(iter(self.opened.values())).config
+
+    @property
+    def width(self) -> int:
+        """The largest class count."""
+        return max(file.num_classes for file in self.opened.values())
+
+    @cached_property
+    def marks(self) -> dict[str, str]:
+        """The fingerprints of the networks; see `coin.files.tensors.fingerprint`."""
+        return {task: fingerprint(file.state) for task, file in self.opened.items()}
+
     @cached_property
     def layout(self) -> Layout:
         """The names and shapes that all experts share.
@@ -95,12 +97,12 @@ class ExpertFiles:
         Raises:
             StateError: The tensors of an expert do not fit its architecture.
         """
-        _ = self.config, self.width  # from files, whose tensors must not become meta ones
+        config, width = self.config, self.width  # from files, whose tensors must not become meta ones
         try:
             with torch.device("meta"):  # names and shapes alone, without the memory
-                network = self.blank()
+                network = build_network(config, width)
         except NotImplementedError:  # RegNets look at their tensors while they are built
-            network = self.blank()
+            network = build_network(config, width)
         every = {name for name, _ in network.named_parameters(remove_duplicate=False)}
         shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
         layout = Layout(
@@ -118,25 +120,11 @@ class ExpertFiles:
             check_layout(own, file.state.shapes(), str(file.state.path))
         return layout
 
-    @property
-    def parameters(self) -> list[State]:
-        """The experts' parameters with their heads padded by zeros to `width` logits, read when they are asked for."""
-        return [self.padded(file.state.select(self.layout.parameters)) for file in self.opened.values()]
-
-    @property
-    def buffers(self) -> list[State]:
-        """The experts' buffers, read when they are asked for."""
-        return [file.state.select(self.layout.buffers) for file in self.opened.values()]
-
-    def padded(self, state: State) -> State:
-        """Return a network's tensors with its head padded to `width` logits, all its other tensors yet to be read."""
-        rows = padded_rows(state, self.layout.head, self.width)
-        # A ChainMap that is never written to takes any mapping.
-        return ChainMap(rows, cast(Any, state)) if rows else state
-
-    def blank(self) -> nn.Module:
-        """Return a network of the experts' architecture with `width` logits and random weights."""
-        return build_network(self.config, self.width)
+    @cached_property
+    def networks(self) -> list[nn.Module]:
+        """The networks with their heads padded by zeros to `width` logits; raises as `opened` and `layout` do."""
+        self.layout  # noqa: B018 (checks that they belong together)
+        return list(self.each_network())
 
     def each_network(self) -> Iterator[nn.Module]:
         """Yield the networks as `networks` has them, but one at a time unless they are there already."""
@@ -146,46 +134,9 @@ class ExpertFiles:
             for path in self.paths.values():
                 yield widened(load_network(path).network, self.width)
 
-    @cached_property
-    def files(self) -> dict[str, NetworkFile]:
-        """The networks by task, each with its own head; raises as `opened` and `layout` do."""
-        self.layout  # noqa: B018 (checks that they belong together)
-        return {task: load_network(path) for task, path in self.paths.items()}
-
-    @cached_property
-    def networks(self) -> list[nn.Module]:
-        """The networks with their heads padded by zeros to `width` logits."""
-        return [widened(file.network, self.width) for file in self.files.values()]
-
-    @cached_property
-    def marks(self) -> dict[str, str]:
-        """The fingerprints of the networks by task; see `coin.files.tensors.fingerprint`."""
-        return {task: fingerprint(file.state) for task, file in self.opened.items()}
-
-    @property
-    def class_counts(self) -> dict[str, int]:
-        """The class counts by task."""
-        return {task: file.num_classes for task, file in self.opened.items()}
-
-    @property
-    def width(self) -> int:
-        """The largest class count."""
-        return max(self.class_counts.values())
-
-    @property
-    def config(self) -> NetworkConfig:
-        """The architecture that all experts share."""
-        return next(iter(self.opened.values())).config
-
-    @property
-    def head(self) -> str:
-        """The dotted name of the head."""
-        return self.layout.head
-
     def release(self) -> None:
         """Let go of the networks' memory; whoever needs them next has the files read again."""
-        for name in ("files", "networks"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("networks", None)
 
 
 StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
@@ -194,6 +145,8 @@ StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
 
 class StoredExperts(CalibratedExperts):
     """The experts of one merge in files, read as far as they are needed.
+
+    `parameters` and `buffers` read a tensor at a time and keep none, so that many experts merge in little memory.
 
     Args:
         files: The experts.
@@ -214,7 +167,7 @@ class StoredExperts(CalibratedExperts):
         self.passes = self.seconds = 0.0
         self.train = train
         self.files = files
-        self._paths = dict(statistics or {})
+        self.statistic_paths = dict(statistics or {})
         self._calibration = None if not calibrations else list(calibrations.values())
         self._initial_path = initial
         self._computed, self._outputs = {}, {}
@@ -227,12 +180,19 @@ class StoredExperts(CalibratedExperts):
     @property
     def parameters(self) -> Sequence[State]:
         """Every expert's parameters, its head padded with zeros; read when they are asked for."""
-        return self.files.parameters
+        names = self.files.layout.parameters
+        return [self._padded(file.state.select(names)) for file in self.files.opened.values()]
 
     @property
     def buffers(self) -> Sequence[State]:
         """Every expert's buffers, read when they are asked for."""
-        return self.files.buffers
+        return [file.state.select(self.files.layout.buffers) for file in self.files.opened.values()]
+
+    def _padded(self, state: State) -> State:
+        """Return a network's tensors with its head padded to the largest class count, all others yet to be read."""
+        rows = padded_rows(state, self.files.layout.head, self.files.width)
+        # A ChainMap that is never written to takes any mapping.
+        return ChainMap(rows, cast(Any, state)) if rows else state
 
     @cached_property
     def networks(self) -> Sequence[nn.Module]:  # type: ignore[override]
@@ -250,7 +210,7 @@ class StoredExperts(CalibratedExperts):
 
     def blank(self) -> nn.Module:
         """Return a new network of the experts' architecture, whose contents do not matter."""
-        return self.files.blank()
+        return build_network(self.files.config, self.files.width)
 
     def initial(self) -> tuple[State, State]:
         """Return the shared initialisation's parameters and buffers, its head padded like the experts'.
@@ -263,13 +223,13 @@ class StoredExperts(CalibratedExperts):
         if self._initial_path is None:
             raise ConfigurationError("found no shared initialisation, which the method or 'keep' needs; name its file")
         file, layout = open_network(self._initial_path).state, self.files.layout
-        shapes = {name: each.shape for name, each in self.files.padded(file).items()}
+        shapes = {name: each.shape for name, each in self._padded(file).items()}
         check_layout(layout.shapes, shapes, str(self._initial_path))
-        return self.files.padded(file.select(layout.parameters)), file.select(layout.buffers)
+        return self._padded(file.select(layout.parameters)), file.select(layout.buffers)
 
     def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
         """Return on which data a statistic can be had, of what a method's option allows."""
-        there = list(dict.fromkeys(which.data for which in self._paths if which.name is name))
+        there = list(dict.fromkeys(which.data for which in self.statistic_paths if which.name is name))
         allowed = [each for each in there if data in (DataChoice.auto, each)]
         if not there:
             raise ConfigurationError(
@@ -290,7 +250,7 @@ class StoredExperts(CalibratedExperts):
             FileError: A file is damaged or of other weights.
         """
         if which not in self._computed:
-            paths = self._paths.get(which, {})
+            paths = self.statistic_paths.get(which, {})
             if missing := [task for task in self.files.paths if task not in paths]:
                 raise ConfigurationError(
                     f"found no {which} of expert '{missing[0]}', which the method needs; run coin fisher on it and "
@@ -300,10 +260,14 @@ class StoredExperts(CalibratedExperts):
             found = [open_statistic(paths[task], statistic=which.name, weights=mark) for task, mark in marks.items()]
             self.seconds += sum(file.seconds for file in found)
             self.passes += sum(file.passes for file in found)
-            head, width = self.files.head, self.files.width
-            self._computed[which] = [padded_statistic(file.values, head, width, _kind_of(file)) for file in found]
+            head, width = self.files.layout.head, self.files.width
+            self._computed[which] = [
+                padded_statistic(
+                    file.values,
+                    head,
+                    width,
+                    FisherKind(file.provenance["kind"]) if which.name is StatisticKind.fisher else None,
+                )
+                for file in found
+            ]
         return self._computed[which]
-
-
-def _kind_of(file: StatisticFile) -> FisherKind | None:
-    return FisherKind(file.provenance["kind"]) if file.provenance["statistic"] == StatisticKind.fisher else None
