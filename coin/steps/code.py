@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coin.coding import Code, choose_code, convex, decoded_error_bound, simplex_codes, uniform
 from coin.data import Calibration
@@ -28,13 +28,7 @@ _CANDIDATES = 39
 
 @dataclass(frozen=True)
 class SeedCode:
-    """A code and what choosing it has cost.
-
-    Args:
-        code: The code.
-        seconds: Wall time; 0 for a code that was given.
-        passes: Forward-equivalents.
-    """
+    """A code, and what choosing it has cost: wall time and forward-equivalents, none for a code that was given."""
 
     code: Code
     seconds: float = 0.0
@@ -57,7 +51,7 @@ def read_code(option: Any, num_experts: int) -> Code | None:
         return None
     if option is None:
         return uniform(num_experts)
-    if isinstance(option, int) and not isinstance(option, bool):
+    if isinstance(option, int):
         return convex(num_experts, option)
     if not isinstance(option, list):
         raise ConfigurationError(
@@ -112,7 +106,8 @@ def choose_weights(
     for code in candidates:
         row = code.matrix[0].tolist()
         average = method.make(experts, row).network
-        residuals[code] = _root_mean_square(experts.run(average, experts.pooled) - experts.target(row))
+        error = experts.run(average, experts.pooled) - experts.target(row)
+        residuals[code] = float(error.double().square().mean().sqrt())
         if not math.isfinite(residuals[code]):
             raise NumericalError(
                 f"the outputs of the experts or of their average with weights {row} on calibration data are not "
@@ -154,7 +149,3 @@ def read_choice(path: Path) -> SeedCode:
         return SeedCode(Code(document["matrix"]), float(document["seconds"]), float(document["passes"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileError(f"cannot read the chosen code '{path}' ({error}); delete it and run again") from error
-
-
-def _root_mean_square(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt())

@@ -2,7 +2,6 @@
 
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +11,7 @@ from torch import nn
 
 from coin.data import Calibration
 from coin.errors import ConfigurationError
+from coin.files.safetensors import StateFile
 from coin.files.tensors import State, fingerprint
 from coin.merging.calibrated import CalibratedExperts
 from coin.merging.experts import padded_statistic
@@ -30,25 +30,6 @@ from coin.networks import (
 from coin.statistics import FisherKind
 from coin.statistics.files import open_statistic
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What an architecture's tensors are called.
-
-    Attributes:
-        parameters: The names of the parameters, in the network's order; tied ones have one.
-        buffers: The names of the buffers that files hold.
-        head: The dotted name of the head.
-        batchnorm: Whether BatchNorm layers track running statistics.
-        shapes: The shapes of all tensors in a file, with the head of `ExpertFiles.width` outputs.
-    """
-
-    parameters: tuple[str, ...]
-    buffers: tuple[str, ...]
-    head: str
-    batchnorm: bool
-    shapes: dict[str, torch.Size]
 
 
 class ExpertFiles:
@@ -91,39 +72,26 @@ class ExpertFiles:
         return {task: fingerprint(file.state) for task, file in self.opened.items()}
 
     @cached_property
-    def layout(self) -> Layout:
-        """The names and shapes that all experts share.
+    def skeleton(self) -> nn.Module:
+        """A network of the experts' architecture with `width` logits, for its names and shapes, without weights.
 
         Raises:
             StateError: The tensors of an expert do not fit its architecture.
         """
         config, width = self.config, self.width  # from files, whose tensors must not become meta ones
         try:
-            with torch.device("meta"):  # names and shapes alone, without the memory
+            with torch.device("meta"):
                 network = build_network(config, width)
         except NotImplementedError:  # RegNets look at their tensors while they are built
-            network = build_network(config, width)
-        every = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-        shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-        layout = Layout(
-            parameters=tuple(name for name, _ in network.named_parameters()),
-            buffers=tuple(name for name in shapes if name not in every),
-            head=head_name(network),
-            batchnorm=has_batchnorm(network),
-            shapes=shapes,
-        )
+            network = build_network(config, width).to("meta")
         for file in self.opened.values():
-            own = dict(shapes)
-            for name in (f"{layout.head}.weight", f"{layout.head}.bias"):
-                if name in own:
-                    own[name] = torch.Size([file.num_classes, *own[name][1:]])
-            check_layout(own, file.state.shapes(), str(file.state.path))
-        return layout
+            _check(file, network, width)
+        return network
 
     @cached_property
     def networks(self) -> list[nn.Module]:
-        """The networks with their heads padded by zeros to `width` logits; raises as `opened` and `layout` do."""
-        self.layout  # noqa: B018 (checks that they belong together)
+        """The networks with their heads padded by zeros to `width` logits; raises as `opened` and `skeleton` do."""
+        self.skeleton  # noqa: B018 (checks that they belong together)
         return list(self.each_network())
 
     def each_network(self) -> Iterator[nn.Module]:
@@ -137,6 +105,15 @@ class ExpertFiles:
     def release(self) -> None:
         """Let go of the networks' memory; whoever needs them next has the files read again."""
         self.__dict__.pop("networks", None)
+
+
+def _check(file: NetworkFile, skeleton: nn.Module, width: int) -> None:
+    """Refuse a file whose tensors are not those of a network, but for a head of fewer outputs."""
+    own = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+    for name in (f"{head_name(skeleton)}.weight", f"{head_name(skeleton)}.bias"):
+        if name in own:
+            own[name] = torch.Size([min(file.num_classes, width), *own[name][1:]])
+    check_layout(own, file.state.shapes(), str(file.state.path))
 
 
 StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
@@ -180,19 +157,22 @@ class StoredExperts(CalibratedExperts):
     @property
     def parameters(self) -> Sequence[State]:
         """Every expert's parameters, its head padded with zeros; read when they are asked for."""
-        names = self.files.layout.parameters
-        return [self._padded(file.state.select(names)) for file in self.files.opened.values()]
+        return [self._parts(file.state)[0] for file in self.files.opened.values()]
 
     @property
     def buffers(self) -> Sequence[State]:
         """Every expert's buffers, read when they are asked for."""
-        return [file.state.select(self.files.layout.buffers) for file in self.files.opened.values()]
+        return [self._parts(file.state)[1] for file in self.files.opened.values()]
 
-    def _padded(self, state: State) -> State:
-        """Return a network's tensors with its head padded to the largest class count, all others yet to be read."""
-        rows = padded_rows(state, self.files.layout.head, self.files.width)
-        # A ChainMap that is never written to takes any mapping.
-        return ChainMap(rows, cast(Any, state)) if rows else state
+    def _parts(self, state: StateFile) -> tuple[State, State]:
+        """Return a network's parameters, tied ones once, and its buffers; only a head to be padded has been read."""
+        skeleton = self.files.skeleton
+        every = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+        parameters: State = state.select([name for name, _ in skeleton.named_parameters()])
+        rows = padded_rows(parameters, head_name(skeleton), self.files.width)
+        if rows:  # a ChainMap that is never written to takes any mapping
+            parameters = ChainMap(rows, cast(Any, parameters))
+        return parameters, state.select([name for name in skeleton.state_dict() if name not in every])
 
     @cached_property
     def networks(self) -> Sequence[nn.Module]:  # type: ignore[override]
@@ -202,7 +182,7 @@ class StoredExperts(CalibratedExperts):
     @property
     def has_batchnorm(self) -> bool:
         """Whether the networks have BatchNorm layers with running statistics."""
-        return self.files.layout.batchnorm
+        return has_batchnorm(self.files.skeleton)
 
     def each_network(self) -> Iterator[nn.Module]:
         """Yield the experts, one at a time unless they are in memory already."""
@@ -222,10 +202,9 @@ class StoredExperts(CalibratedExperts):
         """
         if self._initial_path is None:
             raise ConfigurationError("found no shared initialisation, which the method or 'keep' needs; name its file")
-        file, layout = open_network(self._initial_path).state, self.files.layout
-        shapes = {name: each.shape for name, each in self._padded(file).items()}
-        check_layout(layout.shapes, shapes, str(self._initial_path))
-        return self._padded(file.select(layout.parameters)), file.select(layout.buffers)
+        file = open_network(self._initial_path)
+        _check(file, self.files.skeleton, self.files.width)
+        return self._parts(file.state)
 
     def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
         """Return on which data a statistic can be had, of what a method's option allows."""
@@ -260,7 +239,7 @@ class StoredExperts(CalibratedExperts):
             found = [open_statistic(paths[task], statistic=which.name, weights=mark) for task, mark in marks.items()]
             self.seconds += sum(file.seconds for file in found)
             self.passes += sum(file.passes for file in found)
-            head, width = self.files.layout.head, self.files.width
+            head, width = head_name(self.files.skeleton), self.files.width
             self._computed[which] = [
                 padded_statistic(
                     file.values,

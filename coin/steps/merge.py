@@ -61,7 +61,7 @@ def _provenance(
         "made_by": "coin merge",
         "label": method.label,
         "method": {"name": method.name, "options": described(method)},
-        "batchnorm": str(method.batchnorm) if files.layout.batchnorm else "",
+        "batchnorm": str(method.batchnorm) if experts.has_batchnorm else "",
         "code": code.matrix.tolist(),
         "row": row,
         "tasks": list(files.paths),
@@ -148,14 +148,15 @@ def merge(
     return make_coded_models(method, SeedCode(matrix), stored, Path(output), samples)
 
 
-def _described(name: StatisticKind, files: dict[str, Path]) -> tuple[Statistic, int]:
-    """Return what all experts' files of a statistic say that they are of, and the first one's P."""
-    found: dict[Statistic, int] = {}
+def _described(name: StatisticKind, files: dict[str, Path]) -> tuple[Statistic, int | None]:
+    """Return what all experts' files of a statistic say that they are of, and the first one's P where it says it."""
+    found: dict[Statistic, int | None] = {}
     for path in files.values():
         made = load_provenance(path)
         try:
             kind = FisherKind(made["kind"]) if name is StatisticKind.fisher else None
-            found.setdefault(Statistic(name, DataChoice(made["data"]), kind), int(made["samples_per_task"]))
+            samples = made.get("samples_per_task")
+            found.setdefault(Statistic(name, DataChoice(made["data"]), kind), samples and int(samples))
         except (KeyError, ValueError, TypeError) as error:
             raise FileError(
                 f"'{path}' does not say what {name} it holds, and of what data; make it with coin fisher"

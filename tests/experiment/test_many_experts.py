@@ -173,9 +173,9 @@ def test_the_layout_is_the_networks_own(name: str, tmp_path: Path) -> None:
     assert list(experts.parameters[0]) == [key for key, _ in network.named_parameters()]
     assert all(tensor.equal(network.get_parameter(key)) for key, tensor in experts.parameters[0].items())
     assert {*experts.buffers[0]} == {*state} - {*experts.parameters[0]} == {key for key, _ in network.named_buffers()}
-    assert files.layout.head == "fc"
-    assert files.layout.batchnorm
-    assert files.layout.shapes == {key: tensor.shape for key, tensor in network.state_dict().items()}
+    assert experts.has_batchnorm
+    shapes = {key: tensor.shape for key, tensor in files.skeleton.state_dict().items()}
+    assert shapes == {key: tensor.shape for key, tensor in network.state_dict().items()}
 
 
 def test_experts_are_read_one_at_a_time_where_networks_run(files: dict[str, Any]) -> None:
