@@ -16,8 +16,8 @@ from coin.choices import check_integer
 from coin.commands.parser import command_parser, parsed
 from coin.commands.run import experiment_of
 from coin.errors import ConfigurationError
+from coin.experiment.launch import Command, child_environment, raise_for, run_side_by_side
 from coin.experiment.locks import alone_in
-from coin.experiment.process_pool import Command, child_environment, raise_for, run_side_by_side
 from coin.experiment.store import Steps, step_key
 from coin.files.atomic import write_text
 from coin.processes import cores, say

@@ -1,6 +1,6 @@
 """The steps after the experts: code, statistics, coded models, their comparison layer by layer, the evaluation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
@@ -196,32 +196,27 @@ def evaluate(run: SeedRun) -> None:
     coded = [path for method in experiment.methods for path in run.coded_paths(method)]
     shown = coded and experiment.network.reads == "images"
     outputs = [layout.results, layout.results_json, layout.confusions, *([layout.examples] if shown else [])]
-    options = experiment.described(run.seed)  # results.json says all of them
-    key = step_key(options | {"code": run.code.code.matrix, "columns": COLUMNS}, [*run.experts.paths.values(), *coded])
+    options, code = experiment.described(run.seed), run.code.code.matrix  # results.json says all of them
+    key = step_key({**options, "code": code, "columns": COLUMNS}, [*run.experts.paths.values(), *coded])
     if run.steps.finished("evaluate", key, outputs):
         from_first(layout.results_json.touch)  # of seeds with different options, the latest run's count
         run.say("evaluation: up to date")
     else:
-        _measure(run, coded, options)
+        run.say("evaluating every method with every decoder")
+        model = DecodingEvaluator(
+            experts={name: str(path) for name, path in run.experts.paths.items()},
+            coded=[str(path) for path in coded],
+            decoders=list(experiment.decoders),
+            code=code.tolist(),
+        )
+        with job(experiment, "evaluate", "evaluate", run.seed) as work:
+            work.reads(FileKind.expert, run.experts.paths)
+            work.reads(FileKind.coded_model, by_stem(coded))
+            trainer = make_trainer(run.folder, experiment.trainer, logger=work.loggers)
+            trainer.evaluate(model, run.data(run.tasks), str(run.folder), experiment.name, options)
+            work.makes(FileKind.results, {"rows": layout.results_json})
         run.steps.finish("evaluate", key, outputs)
     from_first(partial(_log_methods, run))
-
-
-def _measure(run: SeedRun, coded: Sequence[Path], options: dict[str, Any]) -> None:
-    experiment = run.experiment
-    run.say("evaluating every method with every decoder")
-    model = DecodingEvaluator(
-        experts={name: str(path) for name, path in run.experts.paths.items()},
-        coded=[str(path) for path in coded],
-        decoders=list(experiment.decoders),
-        code=run.code.code.matrix.tolist(),
-    )
-    with job(experiment, "evaluate", "evaluate", run.seed) as work:
-        work.reads(FileKind.expert, run.experts.paths)
-        work.reads(FileKind.coded_model, by_stem(coded))
-        trainer = make_trainer(run.folder, experiment.trainer, logger=work.loggers or False)
-        trainer.evaluate(model, run.data(run.tasks), str(run.folder), experiment.name, options)
-        work.makes(FileKind.results, {"rows": run.layout.results_json})
 
 
 def _log_methods(run: SeedRun) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from coin.reporting.extras import EXAMPLES_NPZ, LAYERS_CSV
 from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON
 from coin.reporting.summary import SUMMARY_CSV
-from coin.statistics.statistic import Statistic
 
 
 class SeedLayout:
@@ -30,11 +29,6 @@ class SeedLayout:
     def expert(self, task: str) -> Path:
         """Return the file of a task's expert; its checkpoints and logs lie beside it."""
         return self.folder / "experts" / task / "expert.safetensors"
-
-    def statistic(self, which: Statistic, task: str, usual: Statistic) -> Path:
-        """Return the file of an expert's statistic; that of the experiment's usual kind and data has the plain name."""
-        suffix = "" if which == usual else "".join(f"-{part}" for part in which.options.values())
-        return self.folder / "statistics" / f"{task}.{which.name}{suffix}.safetensors"
 
     def log(self, job_type: str, name: str) -> Path:
         """Return the folder of a job's logs."""

@@ -61,7 +61,8 @@ class SeedRun:
         calibration = self.experiment.calibration
         data = DataChoice.pooled if calibration.fisher_data is DataChoice.pooled else DataChoice.own
         plain = Statistic(which.name, data, which.kind and calibration.fisher_kind)
-        return self.layout.statistic(which, task, plain)
+        suffix = "" if which == plain else "".join(f"-{part}" for part in which.options.values())
+        return self.folder / "statistics" / f"{task}.{which.name}{suffix}.safetensors"
 
     def data(self, tasks: Mapping[str, TaskData]) -> Tasks:
         """Return tasks with the experiment's calibration samples."""

@@ -37,9 +37,6 @@ class TrainingConfig(Recipe):
         augmentation: What happens to training images: ``none``, ``crop``, ``crop_flip`` or ``shift``.
         transform: What happens to them after that, transforms of ``torchvision.transforms.v2`` by class path; none
             leaves it to the task's own option, an empty list leaves it out. See `coin.data.TaskData`.
-
-    Raises:
-        ConfigurationError: An option is not of its type or out of its range.
     """
 
     _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {**Recipe._ENUMS, "augmentation": Augmentation}

@@ -104,9 +104,8 @@ class Trainer(pl.Trainer):
         for logger in self.loggers:
             if isinstance(logger, WandbLogger):
                 check_connection(logger_mode(logger))
-        environment, plugins = self._accelerator_connector.cluster_environment, kwargs.get("plugins") or []
-        own = environment in plugins if isinstance(plugins, list) else environment is plugins
-        if isinstance(environment, SLURMEnvironment) and not own:
+        environment = self._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and not kwargs.get("plugins"):
             environment.auto_requeue = False
 
     def fisher(
@@ -136,10 +135,7 @@ class Trainer(pl.Trainer):
                 the checkpoint.
 
         Raises:
-            ConfigurationError: Options of a Fisher are given for Gram matrices.
-            FileError: The checkpoint is missing or damaged.
-            StateError: It does not fit the model.
-            DataError: A task has fewer than `samples` training samples.
+            CoinError: Options do not fit together, the checkpoint does not fit the model, or samples are too few.
         """
         options = StatisticOptions(statistic, kind, cotangents, memory_mib)
         network, config = _network(model, ckpt_path)
@@ -205,11 +201,7 @@ def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, 
 
 
 def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer:
-    """Return a Trainer for one step: the experiment's ``trainer`` section, and what the step decides.
-
-    Raises:
-        ConfigurationError: The Trainer has no such option, or refuses a value.
-    """
+    """Return a Trainer for one step: the experiment's ``trainer`` section, and what the step decides."""
     quieten()
     settings: dict[str, Any] = {
         "accelerator": "auto",

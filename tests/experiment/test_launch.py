@@ -16,7 +16,6 @@ import torch
 import coin.experiment.run
 from coin.cli import main
 from coin.errors import CoinError, ConfigurationError
-from coin.experiment import process_pool
 from coin.experiment.launch import Executor, ExpertJob, Launch, train_side_by_side, worker_environments
 from coin.files.safetensors import load_state
 
@@ -91,7 +90,7 @@ def test_the_end_of_the_command_is_the_end_of_its_children(
     work: str, jobs: list[ExpertJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with SIGTERM, which a scheduler sends before the end of an allocation."""
-    monkeypatch.setattr(process_pool, "_STOP_SECONDS", 0.5)
+    monkeypatch.setattr("coin.experiment.launch._STOP_SECONDS", 0.5)
     Path(sys.executable).write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/started\n{work}\n")
 
     def told(text: str) -> None:
@@ -99,7 +98,7 @@ def test_the_end_of_the_command_is_the_end_of_its_children(
             wait_for(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text().count("\n") == 2)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(process_pool, "say", told)
+    monkeypatch.setattr("coin.experiment.launch.say", told)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:
         train_side_by_side(jobs, Launch(workers=2), tmp_path / "submitit")
