@@ -19,7 +19,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 import coin.commands.sweep
 from coin.cli import main
 from coin.errors import ConfigurationError
-from coin.experiment.locks import alone_in
+from coin.experiment.store import alone_in
 from coin.reporting import COLUMNS, read_results
 from coin.reporting.sweeps import sweep_frame, sweep_table
 from coin.sweep import SweepPoint, read_sweep, sweep_points

@@ -17,8 +17,7 @@ from coin.commands.parser import command_parser, parsed
 from coin.commands.run import experiment_of
 from coin.errors import ConfigurationError
 from coin.experiment.launch import Command, child_environment, raise_for, run_side_by_side
-from coin.experiment.locks import alone_in
-from coin.experiment.store import Steps, step_key
+from coin.experiment.store import Steps, alone_in, step_key
 from coin.files.atomic import write_text
 from coin.processes import cores, say
 from coin.reporting import write_report

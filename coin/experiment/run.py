@@ -12,9 +12,8 @@ from coin.experiment.coded_models import choose_code, compare_layers, estimate, 
 from coin.experiment.experiment import Experiment
 from coin.experiment.jobs import job
 from coin.experiment.launch import ExpertJob, Launch, train_side_by_side
-from coin.experiment.locks import alone_in
 from coin.experiment.seed_run import SeedRun
-from coin.experiment.store import Steps, step_key, sweep_of
+from coin.experiment.store import Steps, alone_in, step_key, sweep_of
 from coin.experiment.training import lacks_expert, make_expert, make_initial
 from coin.files.atomic import remove_leftovers, write_text
 from coin.processes import from_first, is_first, process_count, say

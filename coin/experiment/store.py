@@ -2,23 +2,37 @@
 
 The points of a sweep share steps by the same records: a step that another point has finished with the same key is
 taken over by links to its outputs. That is sound, since the key stands for all that goes into a step.
+
+One process at a time works in a folder: a lock ends with the process that holds it, however that ends.
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from coin.experiment.locks import alone_in
+from filelock import FileLock, Timeout
+
+from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.files.atomic import link_file, sha256_of, write_text
 from coin.options import described
 from coin.processes import from_first
 from coin.reporting.sweeps import SWEEP_YAML
 from coin.versions import versions
+
+LOCK = ".lock"
+"""The file in a folder that is locked; it stays when the lock ends, and says who had it last."""
+
+_POLL_SECONDS = 0.5
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def sweep_of(experiment: Path) -> Path | None:
@@ -103,3 +117,59 @@ def step_key(options: Any, inputs: Sequence[Path] = ()) -> str:
     """Return a hash of a step's options (as `described`), of its input files' contents and of coin's version."""
     value = [described(options), [sha256_of(path) for path in inputs], versions()["coded-coin"]]
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, *, patient: bool = False) -> Iterator[None]:
+    """Hold a folder while the block runs; with several processes the first one holds it for all.
+
+    Processes that this one starts or forks do not hold it. Where the file system has no locks, a warning says so.
+
+    Args:
+        folder: The folder.
+        patient: Whether to wait for another process that holds it.
+
+    Raises:
+        ConfigurationError: Another process works in the folder.
+        FileError: The folder cannot be written.
+    """
+    lock = FileLock(folder / LOCK, fallback_to_soft=False)  # a file whose mere existence is the lock survives a kill
+    try:
+        from_first(lambda: _acquire(lock, folder, patient))
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path, patient: bool) -> None:
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            at_work = f"another coin command at work in '{folder}' ({_text(path) or 'it does not say who'})"
+            if not patient:
+                raise ConfigurationError(
+                    f"found {at_work}, expected none; wait for it or stop it, or give this one another name or output"
+                ) from None
+            warnings.warn(f"waiting for {at_work}", CoinWarning, stacklevel=2)
+            lock.acquire(poll_interval=_POLL_SECONDS)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise FileError(
+                f"cannot write '{path}': {error.strerror or error}; choose a folder you can write to with output"
+            ) from error
+        warnings.warn(
+            f"the file system of '{folder}' has no locks: see to it that only one coin command works there",
+            CoinWarning,
+            stacklevel=2,
+        )
+    with contextlib.suppress(OSError):  # a full disk: nobody's name is in the file then
+        path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+
+
+def _text(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    return ""

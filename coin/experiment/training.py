@@ -9,9 +9,8 @@ from coin.errors import ConfigurationError
 from coin.experiment.config import BaseConfig
 from coin.experiment.experiment import Experiment
 from coin.experiment.jobs import FileKind, by_stem, job
-from coin.experiment.locks import alone_in
 from coin.experiment.seed_run import SeedRun
-from coin.experiment.store import Steps, step_key
+from coin.experiment.store import Steps, alone_in, step_key
 from coin.networks import brought_network, initial_network, save_network
 from coin.processes import from_first, say
 from coin.steps.train import train_network
