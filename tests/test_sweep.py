@@ -322,4 +322,4 @@ def test_failing_point_leaves_the_others_alone(
 
 def test_jobs_are_at_least_one(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", str(write_sweep(tmp_path / "s.yaml", config)), "--jobs=0"]) == 2
-    assert "jobs 0" in capsys.readouterr().err
+    assert "jobs=0" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from coin.data import TaskData
-from coin.experiment.jobs import FileKind, Job, by_stem, job
+from coin.experiment.jobs import Job, by_stem, job
 from coin.experiment.seed_run import SeedRun
 from coin.experiment.store import step_key
 from coin.merging import Method
@@ -67,7 +67,7 @@ def estimate(run: SeedRun, which: Statistic) -> None:
     name = "-".join((str(which.name), *which.options.values()))
     own: dict[str, Any] = {"statistic": str(which.name), **which.options}
     with job(run.experiment, "fisher", name, run.seed, list(which.options.values()), **own) as work:
-        work.reads(FileKind.expert, {task: run.layout.expert(task) for task in missing})
+        work.reads("expert", {task: run.layout.expert(task) for task in missing})
         for task, (path, key, tasks) in missing.items():
             costs = estimate_statistic(
                 make_trainer(run.folder, run.experiment.trainer),
@@ -82,7 +82,7 @@ def estimate(run: SeedRun, which: Statistic) -> None:
             run.steps.finish(path.stem, key, [path])
             work.measures({f"{which.name}/{task}/{what}": cost for what, cost in costs.items()})
         if which.name is StatisticKind.fisher:  # Gram matrices are many times the size of the networks
-            work.makes(FileKind.statistics, by_stem(path for path, _, _ in missing.values()))
+            work.makes("statistics", by_stem(path for path, _, _ in missing.values()))
 
 
 def merge(run: SeedRun, jobs: ExitStack) -> None:
@@ -106,7 +106,7 @@ def merge(run: SeedRun, jobs: ExitStack) -> None:
         samples = run.experiment.calibration.samples_per_task
         make = partial(make_coded_models, method, run.code, experts, run.layout.coded, samples)
         make() if method.is_trained else from_first(make)
-        work.makes(FileKind.coded_model, by_stem(paths))
+        work.makes("coded-model", by_stem(paths))
         run.steps.finish(f"coded-{name}", key, paths)
 
 
@@ -136,11 +136,11 @@ def _merge_key(run: SeedRun, method: Method, statistics: StatisticPaths) -> str:
 
 def _tell_inputs(run: SeedRun, work: Job, method: Method, statistics: StatisticPaths) -> None:
     """Tell W&B which files a method reads."""
-    work.reads(FileKind.expert, run.experts.paths)
+    work.reads("expert", run.experts.paths)
     for which, files in statistics.items():
-        work.reads(FileKind.statistics, by_stem(files.values()), logged=which.name is StatisticKind.fisher)
+        work.reads("statistics", by_stem(files.values()), logged=which.name is StatisticKind.fisher)
     if method.reads_initial:
-        work.reads(FileKind.initialisation, by_stem([run.initial]))
+        work.reads("initialisation", by_stem([run.initial]))
 
 
 def compare_layers(run: SeedRun) -> None:
@@ -210,11 +210,11 @@ def evaluate(run: SeedRun) -> None:
             code=code.tolist(),
         )
         with job(experiment, "evaluate", "evaluate", run.seed) as work:
-            work.reads(FileKind.expert, run.experts.paths)
-            work.reads(FileKind.coded_model, by_stem(coded))
+            work.reads("expert", run.experts.paths)
+            work.reads("coded-model", by_stem(coded))
             trainer = make_trainer(run.folder, experiment.trainer, logger=work.loggers)
             trainer.evaluate(model, run.data(run.tasks), str(run.folder), experiment.name, options)
-            work.makes(FileKind.results, {"rows": layout.results_json})
+            work.makes("results", {"rows": layout.results_json})
         run.steps.finish("evaluate", key, outputs)
     from_first(partial(_log_methods, run))
 
@@ -240,9 +240,9 @@ def _log_methods(run: SeedRun) -> None:
                     work = stack.enter_context(_method_job(run, method, again=True))
                     _tell_inputs(run, work, method, run.statistics(method))
                     work.repeat_curve(run.layout.log("method", coded_name(method)))
-                    work.makes(FileKind.coded_model, paths)
+                    work.makes("coded-model", paths)
                 if variant_names(own).iloc[0] == top:
-                    work.makes(FileKind.coded_model, paths, ["best"])
+                    work.makes("coded-model", paths, ["best"])
                 if work.run is None:
                     whole = False
                 else:

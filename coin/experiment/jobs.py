@@ -4,7 +4,6 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,6 @@ from coin.processes import is_first
 from coin.reporting.wandb_runs import log_artifact, record_input, start_run, use_artifact
 from coin.reporting.wandb_settings import in_sweep, logging_only, run_environment
 from coin.steps.code import AUTO
-
-
-class FileKind(StrEnum):
-    """The types of W&B artifacts that pass from job to job."""
-
-    initialisation = "initialisation"
-    expert = "expert"
-    statistics = "statistics"
-    coded_model = "coded-model"
-    results = "results"
 
 
 @dataclass(frozen=True)
@@ -46,17 +35,16 @@ class Job:
     run: wandb.Run | None
     loggers: list[Logger]
 
-    def makes(self, kind: FileKind, files: Mapping[str, Path], aliases: Sequence[str] = ()) -> None:
+    def makes(self, kind: str, files: Mapping[str, Path], aliases: Sequence[str] = ()) -> None:
         """Log files as W&B artifacts, named after the experiment, their kind and what they are of.
 
-        Seeds are versions of one artifact, called ``seed-K``.
+        The kinds are initialisation, expert, statistics, coded-model and results. Seeds are versions of one artifact,
+        called ``seed-K``.
         """
         called = [*aliases, *([] if self.seed is None else [f"seed-{self.seed}"])]
-        self._each(
-            kind, files, lambda run, path, name, of: log_artifact(run, path, name, kind, called, metadata={"of": of})
-        )
+        self._each(kind, files, lambda run, path, name, of: log_artifact(run, path, name, kind, called, {"of": of}))
 
-    def reads(self, kind: FileKind, files: Mapping[str, Path], *, logged: bool = True) -> None:
+    def reads(self, kind: str, files: Mapping[str, Path], *, logged: bool = True) -> None:
         """Say that the job reads files that other jobs have logged, or that are too large for W&B to have them."""
         if logged:
             self._each(kind, files, lambda run, path, name, _: use_artifact(run, path, name, kind))
@@ -81,14 +69,12 @@ class Job:
                     self.run.define_metric(name, step_metric="epoch")
                 self.run.log({"trainer/global_step": numbers.pop("step", None), **numbers})
 
-    def _each(
-        self, kind: FileKind, files: Mapping[str, Path], tell: Callable[[wandb.Run, Path, str, str], None]
-    ) -> None:
+    def _each(self, kind: str, files: Mapping[str, Path], tell: Callable[[wandb.Run, Path, str, str], None]) -> None:
         """Tell W&B of files, by their artifacts' names and what they are of."""
         if self.run is not None and not self.run.disabled:
             with logging_only("the files of a job"):
                 for of, path in files.items():
-                    plain = kind is FileKind.initialisation or of.startswith(kind)  # such files say what they are
+                    plain = kind == "initialisation" or of.startswith(kind)  # such files say what they are
                     tell(self.run, path, "-".join([self.experiment, *([] if plain else [kind]), of]), of)
 
 

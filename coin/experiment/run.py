@@ -7,7 +7,7 @@ from functools import partial
 import pandas as pd
 
 from coin.data.tasks import Tasks
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError
 from coin.experiment.coded_models import choose_code, compare_layers, estimate, evaluate, merge
 from coin.experiment.experiment import Experiment
 from coin.experiment.jobs import job
@@ -71,12 +71,6 @@ def _begin(experiment: Experiment) -> None:
     check_connection()
     experiment.check_fit()
     experiment.as_yaml(experiment.seeds[0])  # a task or method that it cannot say is better told of now
-    try:
-        experiment.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(
-            f"cannot make the folder '{experiment.folder}' ({error.strerror}); choose another with output"
-        ) from error
     join_processes(experiment.folder, experiment.trainer)
 
 

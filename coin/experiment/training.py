@@ -8,7 +8,7 @@ from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
 from coin.experiment.config import BaseConfig
 from coin.experiment.experiment import Experiment
-from coin.experiment.jobs import FileKind, by_stem, job
+from coin.experiment.jobs import by_stem, job
 from coin.experiment.seed_run import SeedRun
 from coin.experiment.store import Steps, alone_in, step_key
 from coin.networks import brought_network, initial_network, save_network
@@ -56,7 +56,7 @@ def _pretrain(
         )
         task.release()
         steps.finish("base", key, [checkpoint])
-        work.makes(FileKind.initialisation, by_stem(_write_initial(experiment, steps, checkpoint)))
+        work.makes("initialisation", by_stem(_write_initial(experiment, steps, checkpoint)))
 
 
 def _write_initial(experiment: Experiment, steps: Steps, checkpoint: Path | None) -> list[Path]:
@@ -104,7 +104,7 @@ def make_expert(run: SeedRun, name: str, *, patient: bool = False) -> None:
             return
         run.say(f"expert {name}: fine-tuning for {training.epochs} epochs")
         with job(experiment, "expert", name, run.seed, [name], task=name) as work:
-            work.reads(FileKind.initialisation, by_stem([initial]))
+            work.reads("initialisation", by_stem([initial]))
             train_network(
                 training,
                 experiment.network,
@@ -117,7 +117,7 @@ def make_expert(run: SeedRun, name: str, *, patient: bool = False) -> None:
                 loggers=work.loggers,
                 weights=training.weights,
             )
-            work.makes(FileKind.expert, {name: output})
+            work.makes("expert", {name: output})
         run.steps.finish(f"expert-{name}", key, [output])
 
 
