@@ -27,11 +27,7 @@ class Weights(StrEnum):
 
 
 def check_weights(trainer: Trainer, module: LightningModule, weights: Weights) -> None:
-    """Check, before a training, that there will be the chosen weights after it, of a module that can be written.
-
-    Raises:
-        ConfigurationError: Nothing looks for the best ones, or the module is not an expert.
-    """
+    """Check, before a training, that there will be the chosen weights after it, of a module that can be written."""
     if not isinstance(getattr(module, "network", None), nn.Module) or not module.hparams.keys() >= _DESCRIBED:
         raise ConfigurationError(
             f"found a {type(module).__name__}, expected an Expert, whose network can be built anew from its options; "
@@ -70,9 +66,6 @@ class ExpertExport(Callback):
     Args:
         path: The file; none writes ``expert.safetensors`` into the trainer's ``default_root_dir``.
         weights: ``last`` or ``best``.
-
-    Raises:
-        ConfigurationError: `weights` is neither.
     """
 
     def __init__(self, path: str | None = None, weights: Weights = Weights.last) -> None:
@@ -84,11 +77,7 @@ class ExpertExport(Callback):
         check_weights(trainer, pl_module, self.weights)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file, on the first process.
-
-        Raises:
-            NumericalError: The training diverged; nothing is written.
-        """
+        """Write the file, on the first process; nothing, but a NumericalError, if the training diverged."""
         network = trained_network(trainer, pl_module, self.weights)
         if not trainer.is_global_zero:
             return

@@ -27,9 +27,6 @@ class FisherEstimator(Callback):
         memory_mib: Bound on the pass's working memory in MiB.
         path: The file; none writes ``expert.fisher.safetensors`` into the trainer's ``default_root_dir``.
         weights: ``last`` or ``best``.
-
-    Raises:
-        ConfigurationError: An option is out of its range, or `cotangents` is given without Monte Carlo.
     """
 
     def __init__(

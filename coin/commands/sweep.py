@@ -55,11 +55,8 @@ class PointRun(Command):
 def sweep(file: str, output: str = "runs", jobs: int | None = None) -> None:
     """Run every point of a sweep that is not finished yet, collect one table, and print and report it.
 
-    Args:
-        file: The sweep's YAML file.
-        output: Where the sweep's folder goes.
-        jobs: Points at a time; one per two cores by default. Each gets an even share of the cores' threads, unless
-            ``OMP_NUM_THREADS`` is set.
+    Each of the `jobs` at a time (one per two cores by default) gets an even share of the cores' threads, unless
+    ``OMP_NUM_THREADS`` is set.
 
     Raises:
         CommandFailedError: Points have failed, and all others are finished.

@@ -86,12 +86,7 @@ def estimate(run: SeedRun, which: Statistic) -> None:
 
 
 def merge(run: SeedRun, jobs: ExitStack) -> None:
-    """Make every method's coded models.
-
-    Args:
-        run: The seed.
-        jobs: Keeps the methods' jobs open, which have their numbers yet to come.
-    """
+    """Make every method's coded models; `jobs` keeps the methods' jobs open, which have their numbers yet to come."""
     for method in run.experiment.methods:
         name, paths, statistics = coded_name(method), run.coded_paths(method), run.statistics(method)
         key = _merge_key(run, method, statistics)

@@ -21,14 +21,7 @@ from coin.steps.code import AUTO
 
 @dataclass(frozen=True)
 class Job:
-    """A job at work.
-
-    Args:
-        experiment: The experiment's name.
-        seed: The seed; none for what all seeds share.
-        run: The W&B run, on the first process; none where W&B takes none.
-        loggers: Of a Trainer: CSV files, and the W&B run.
-    """
+    """A job at work: of a seed or of what all seeds share, with its W&B run on the first process, if W&B takes one."""
 
     experiment: str
     seed: int | None
@@ -105,16 +98,18 @@ def job(
         job_type: ``expert``, ``fisher``, ``method`` or ``evaluate``.
         name: What the job works on.
         seed: The seed; none for what all seeds share.
-        tags: Short words to filter by.
+        tags: To filter by.
         again: Whether a job that is done goes on with its run.
-        **own: What the run's configuration tells it from others of its job type by.
+        **own: What the run's configuration says beside the experiment's.
     """
     layout = experiment.layout
     if seed is not None:
         home, folder = layout.seed(seed).folder, layout.seed(seed).log(job_type, name)
     else:
         home, folder = (layout.base, layout.base) if name == "base" else (layout.folder, layout.logs)
-    called = run_name(experiment.name, seed, job_type, name)
+    seeds = [] if seed is None else [f"seed-{seed}"]
+    types = [] if job_type in ("method", "evaluate") or name.startswith(job_type) else [job_type]
+    called = "-".join([experiment.name, *seeds, *types, name])  # quickstart-seed-0-expert-mnist
     folder.mkdir(parents=True, exist_ok=True)
     # CSV comes first: Lightning's log_dir is the first logger's, and W&B's is another for every run.
     loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="logs")]
@@ -152,13 +147,6 @@ def _run_id(kept: Path, done: Path) -> str:
     found = secrets.token_hex(4)
     write_text(kept, found)
     return found
-
-
-def run_name(experiment: str, seed: int | None, job_type: str, name: str) -> str:
-    """Return what a job's run is called: ``quickstart-seed-0-expert-mnist``; a method's bears its name alone."""
-    seeds = [] if seed is None else [f"seed-{seed}"]
-    types = [] if job_type in ("method", "evaluate") or name.startswith(job_type) else [job_type]
-    return "-".join([experiment, *seeds, *types, name])
 
 
 def _run_config(experiment: Experiment, seed: int | None) -> dict[str, Any]:

@@ -25,18 +25,7 @@ from coin.steps.trainer import join_processes
 
 
 def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.DataFrame:
-    """Run every step whose inputs have changed, for every seed, and report.
-
-    Args:
-        experiment: The experiment.
-        launch: How the experts are trained.
-
-    Returns:
-        The summary over seeds: the contents of ``summary.csv``.
-
-    Raises:
-        CoinError: A step cannot be done.
-    """
+    """Run every step whose inputs have changed, for every seed, report, and return the contents of ``summary.csv``."""
     _begin(experiment)
     with alone_in(experiment.folder, patient=sweep_of(experiment.folder) is not None):
         from_first(lambda: remove_leftovers(experiment.folder))
@@ -54,11 +43,7 @@ def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.D
 
 
 def make_experts(experiment: Experiment, task: str) -> None:
-    """Make one task's expert for every seed, and the shared initialisation; nothing else.
-
-    Raises:
-        CoinError: There is no such task, or the expert cannot be made.
-    """
+    """Make one task's expert for every seed, and the shared initialisation; nothing else."""
     if task not in experiment.tasks:
         raise ConfigurationError(f"found no task '{task}', expected one of {', '.join(experiment.tasks)}")
     _begin(experiment)

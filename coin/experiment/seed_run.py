@@ -18,13 +18,7 @@ from coin.steps.merge import coded_paths
 
 
 class SeedRun:
-    """What the steps of one seed share.
-
-    Args:
-        experiment: The experiment.
-        seed: The seed.
-        initial: The shared initialisation's file.
-    """
+    """What the steps of one seed share; `initial` is the shared initialisation's file."""
 
     def __init__(self, experiment: Experiment, seed: int, initial: Path) -> None:
         self.experiment = experiment

@@ -80,13 +80,7 @@ def _save_initial(experiment: Experiment, path: Path, count: int, source: Path |
 
 
 def make_expert(run: SeedRun, name: str, *, patient: bool = False) -> None:
-    """Train a task's expert, or take over one that was brought along.
-
-    Args:
-        run: The seed.
-        name: The task.
-        patient: Whether to wait for another process that is training it.
-    """
+    """Train a task's expert, or take over one that was brought along; if patient, wait for another process at it."""
     experiment, task, output = run.experiment, run.tasks[name], run.layout.expert(name)
     initial = experiment.layout.initial(task.num_classes)
     if name in experiment.expert.checkpoints:

@@ -44,8 +44,7 @@ def read_code(option: Any, num_experts: int) -> Code | None:
         num_experts: N.
 
     Raises:
-        ConfigurationError: It is none of these, or a matrix for another number of experts.
-        DecodingError: The matrix does not decode every erasure of R experts, or there is no ready code that does.
+        CoinError: It is none of these, for another number of experts, or decodes not every erasure of R experts.
     """
     if option == AUTO:
         return None
@@ -95,9 +94,6 @@ def choose_weights(
 
     Returns:
         The code, what was found for every candidate, and the forward-equivalents spent.
-
-    Raises:
-        NumericalError: The outputs of an expert or of an average are not finite.
     """
     few = [each.subset(range(min(SAMPLES, each.num_samples))) for each in calibrations]
     experts = Experts(networks, calibration=few)
@@ -139,11 +135,7 @@ def write_choice(path: Path, networks: Sequence[nn.Module], calibrations: Sequen
 
 
 def read_choice(path: Path) -> SeedCode:
-    """Return the code that `write_choice` wrote.
-
-    Raises:
-        FileError: The file is missing or damaged.
-    """
+    """Return the code that `write_choice` wrote."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         return SeedCode(Code(document["matrix"]), float(document["seconds"]), float(document["passes"]))

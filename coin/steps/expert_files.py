@@ -40,13 +40,7 @@ class ExpertFiles:
 
     @cached_property
     def opened(self) -> dict[str, NetworkFile]:
-        """The networks' files, checked, their tensors yet to be read.
-
-        Raises:
-            FileError: A file is missing or damaged, or holds no network.
-            StateError: A tensor is not finite.
-            ConfigurationError: The experts are of different architectures.
-        """
+        """The networks' files, their tensors yet to be read; raises a CoinError where they do not belong together."""
         opened = {task: open_network(path) for task, path in self.paths.items()}
         first = next(iter(opened.values())).config.name
         for task, file in opened.items():
@@ -75,8 +69,7 @@ class ExpertFiles:
     def skeleton(self) -> nn.Module:
         """A network of the experts' architecture with `width` logits, for its names and shapes, without weights.
 
-        Raises:
-            StateError: The tensors of an expert do not fit its architecture.
+        Raises a StateError where the tensors of an expert do not fit it.
         """
         config, width = self.config, self.width  # from files, whose tensors must not become meta ones
         try:
@@ -193,13 +186,7 @@ class StoredExperts(CalibratedExperts):
         return build_network(self.files.config, self.files.width)
 
     def initial(self) -> tuple[State, State]:
-        """Return the shared initialisation's parameters and buffers, its head padded like the experts'.
-
-        Raises:
-            ConfigurationError: There is none.
-            FileError: The file is missing or damaged.
-            StateError: It is of another architecture, or not finite.
-        """
+        """Return the shared initialisation's parameters and buffers, its head padded like the experts'."""
         if self._initial_path is None:
             raise ConfigurationError("found no shared initialisation, which the method or 'keep' needs; name its file")
         file = open_network(self._initial_path)
@@ -222,12 +209,7 @@ class StoredExperts(CalibratedExperts):
         return allowed
 
     def statistic(self, which: Statistic) -> Sequence[State]:
-        """Open one statistic of every expert, after checking that it is of that expert's weights.
-
-        Raises:
-            ConfigurationError: There is none for some expert.
-            FileError: A file is damaged or of other weights.
-        """
+        """Open one statistic of every expert, after checking that it is of that expert's weights."""
         if which not in self._computed:
             paths = self.statistic_paths.get(which, {})
             if missing := [task for task in self.files.paths if task not in paths]:

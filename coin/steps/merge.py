@@ -37,39 +37,34 @@ def make_coded_models(
     Raises:
         ConfigurationError: Something the method needs is not there.
     """
-    code = choice.code
+    code, files = choice.code, experts.files
     paths = coded_paths(method, code, folder)
-    shared = {"shared_seconds": choice.seconds, "shared_passes": choice.passes}
+    read = [*files.paths.values(), *(path for paths in experts.statistic_paths.values() for path in paths.values())]
     for index, (path, row) in enumerate(zip(paths, code.matrix.tolist(), strict=True)):
         started, passes, elsewhere = time.perf_counter(), experts.passes, experts.seconds
         made = method.make(experts, row)
         seconds = time.perf_counter() - started + experts.seconds - elsewhere
         if is_first():
-            provenance = _provenance(method, code, index, experts, method.samples_per_task or samples_per_task)
-            provenance |= {"seconds": seconds, "passes": experts.passes - passes, "chosen": made.chosen, **shared}
-            save_network(path, made.network, experts.files.config, experts.files.width, provenance)
+            provenance = {
+                "made_by": "coin merge",
+                "label": method.label,
+                "method": {"name": method.name, "options": described(method)},
+                "batchnorm": str(method.batchnorm) if experts.has_batchnorm else "",
+                "code": code.matrix.tolist(),
+                "row": index,
+                "tasks": list(files.paths),
+                "class_counts": [file.num_classes for file in files.opened.values()],
+                "experts": list(files.marks.values()),
+                "samples_per_task": method.samples_per_task or samples_per_task,
+                "sha256": {str(path): sha256_of(path) for path in read},
+                "seconds": seconds,
+                "passes": experts.passes - passes,
+                "chosen": made.chosen,
+                "shared_seconds": choice.seconds,
+                "shared_passes": choice.passes,
+            }
+            save_network(path, made.network, files.config, files.width, provenance)
     return paths
-
-
-def _provenance(
-    method: Method, code: Code, row: int, experts: StoredExperts, samples_per_task: int | None
-) -> dict[str, Any]:
-    """Return what a coded model's file says of itself, but for what it cost."""
-    files = experts.files
-    read = [*files.paths.values(), *(path for paths in experts.statistic_paths.values() for path in paths.values())]
-    return {
-        "made_by": "coin merge",
-        "label": method.label,
-        "method": {"name": method.name, "options": described(method)},
-        "batchnorm": str(method.batchnorm) if experts.has_batchnorm else "",
-        "code": code.matrix.tolist(),
-        "row": row,
-        "tasks": list(files.paths),
-        "class_counts": [file.num_classes for file in files.opened.values()],
-        "experts": list(files.marks.values()),
-        "samples_per_task": samples_per_task,
-        "sha256": {str(path): sha256_of(path) for path in read},
-    }
 
 
 def coded_name(method: Method) -> str:

@@ -64,10 +64,6 @@ class Trainer(pl.Trainer):
         **kwargs: Lightning's own arguments. With ``precision: bf16-mixed`` the networks' passes are mixed, in training
             and in evaluation alike. Statistics and decoding are in full precision whatever these options say, without
             TF32, which torch else uses in a GPU's convolutions.
-
-    Raises:
-        ConfigurationError: There is no such `matmul_precision`, or the weights would be of 16 bits.
-        ConnectionFailedError: A W&B logger is to work online, and there is no key or no network.
     """
 
     callbacks: list[Callback]
