@@ -50,7 +50,7 @@ def read_code(option: Any, num_experts: int) -> Code | None:
         return None
     if option is None:
         return uniform(num_experts)
-    if isinstance(option, int):
+    if isinstance(option, int) and not isinstance(option, bool):
         return convex(num_experts, option)
     if not isinstance(option, list):
         raise ConfigurationError(
