@@ -174,7 +174,7 @@ def test_points_are_tagged_with_their_sweep_for_w_and_b_and_share_the_cores(
     monkeypatch.setattr(coin.commands.sweep, "cores", lambda: 7)
     monkeypatch.setenv("WANDB_TAGS", "mine")
     monkeypatch.delenv("OMP_NUM_THREADS")
-    coin.commands.sweep.sweep(str(write_sweep(tmp_path / "grid.yaml", config)), str(tmp_path))
+    coin.commands.sweep.main([str(write_sweep(tmp_path / "grid.yaml", config)), f"--output={tmp_path}"])
     ((names, environments),) = started
     assert names == NAMES
     assert [(each["WANDB_TAGS"], each["OMP_NUM_THREADS"]) for each in environments] == [("mine,sweep-grid", "2")] * 3

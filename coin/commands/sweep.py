@@ -28,15 +28,6 @@ from coin.reporting.wandb_settings import check_connection, user_tags
 from coin.sweep import SweepPoint, read_sweep, sweep_points
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run every point, and print the table of all of them."""
-    parser = command_parser("sweep")
-    parser.add_argument("file", type=str, help="The sweep's YAML: an experiment and a grid; see configs/sweep.")
-    parser.add_argument("--output", type=str, default="runs", help="Where the sweep's folder goes.")
-    parser.add_argument("--jobs", type=int | None, default=None, help="Points at a time; one per two cores by default.")
-    sweep(**parsed(parser, arguments))
-
-
 class PointRun(Command):
     """A point's ``coin run``, and the record of its end; making it checks the experiment."""
 
@@ -52,26 +43,34 @@ class PointRun(Command):
         self.steps, self.record = Steps(experiment.folder), ("sweep", key, [seed.results for seed in self.seeds])
 
 
-def sweep(file: str, output: str = "runs", jobs: int | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Run every point of a sweep that is not finished yet, collect one table, and print and report it.
-
-    Each of the `jobs` at a time (one per two cores by default) gets an even share of the cores' threads, unless
-    ``OMP_NUM_THREADS`` is set.
 
     Raises:
         CommandFailedError: Points have failed, and all others are finished.
         CoinError: The file, or the experiment of one of its points, is not valid; nothing has been run.
     """
+    parser = command_parser("sweep")
+    parser.add_argument("file", type=str, help="The sweep's YAML: an experiment and a grid; see configs/sweep.")
+    parser.add_argument("--output", type=str, default="runs", help="Where the sweep's folder goes.")
+    parser.add_argument(
+        "--jobs",
+        type=int | None,
+        default=None,
+        help="Points at a time; one per two cores by default. Each gets an even share of the cores' threads, unless "
+        "OMP_NUM_THREADS is set.",
+    )
+    options = parsed(parser, arguments)
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ConfigurationError(
             f"found WORLD_SIZE={processes}, expected one: every point is a process of its own; start coin sweep "
             "without torchrun or srun"
         )
-    jobs = max(1, cores() // 2) if jobs is None else jobs
+    jobs = max(1, cores() // 2) if options["jobs"] is None else options["jobs"]
     check_integer("jobs", jobs, 1)
     check_connection()
-    plan = read_sweep(Path(file))
-    folder = Path(output) / plan.name
+    plan = read_sweep(Path(options["file"]))
+    folder = Path(options["output"]) / plan.name
     runs = [PointRun(point) for point in sweep_points(plan, folder)]
     with alone_in(folder):
         write_text(folder / SWEEP_YAML, plan.text)
