@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from coin.errors import DataError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the channels of images in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""With which images are normalised, of the channels of images in [0, 1]."""
 
 Batch = Tensor | Mapping[str, Tensor]
 """Tensors whose first axis is the samples: one ``[B, …]``, or several by name, such as tokens with their mask."""
@@ -27,9 +26,8 @@ Network = TypeVar("Network", bound=nn.Module)
 def adapted(network: Network, forward: Forward | None) -> Network:
     """Return a network that is called with a batch, and calls the user's function with itself and the batch.
 
-    It is a copy that shares everything with the network, its parameters, buffers and submodules, which keep their
-    names; the network itself is untouched. Within `forward` it is one more copy that is called as the class says.
-    Copied deeply, or with other parameters by `torch.func.functional_call`, it stays what it is.
+    It is a copy that shares everything with the network, which is untouched. Within `forward` it is one more copy that
+    is called as the class says. Copied deeply, or called by `torch.func.functional_call`, it stays what it is.
     """
     if forward is None:
         return network
@@ -73,21 +71,15 @@ def as_input(batch: Any, network: nn.Module) -> Batch:
 def checked(batch: Any, network: nn.Module) -> Batch:
     """Return a batch that a network can read as it is, or the inputs of a pair (inputs, labels).
 
-    Raises:
-        DataError: It is neither a tensor nor, for a network that was `adapted`, a mapping of tensors, all of as many
-            samples.
+    A DataError where it is neither a tensor nor, for a network that was `adapted`, a mapping of tensors of one length.
     """
     reads_any = "_call_impl" in network.__dict__
     if isinstance(batch, tuple | list) and len(batch) == 2 and not reads_any:
         batch = batch[0]
     if isinstance(batch, Mapping) and reads_any:
-        wrong = next((name for name, entry in batch.items() if not _is_batch(entry)), None)
-        if wrong is not None or not batch:
-            found = f"'{wrong}' of type {type(batch[wrong]).__name__}" if batch else "nothing"
-            raise DataError(f"found {found} in a batch, expected tensors [B, …] alone; leave out what is none")
-        sizes = {name: len(tensor) for name, tensor in batch.items()}
-        if len(set(sizes.values())) > 1:
-            raise DataError(f"found a batch of {sizes} rows, expected as many of each; the first axis is the samples")
+        sizes = {name: len(entry) if _is_batch(entry) else type(entry).__name__ for name, entry in batch.items()}
+        if len(set(sizes.values())) != 1 or not all(map(_is_batch, batch.values())):
+            raise DataError(f"found a batch of {sizes}, expected tensors [B, …] of as many samples, and nothing else")
     elif not _is_batch(batch):
         advice = "give the inputs alone" if reads_any else "or give forward=lambda network, batch: … to read others"
         expected = "a tensor [B, …], or tensors by name," if reads_any else "input tensors [B, …]"
@@ -135,11 +127,7 @@ def samples_of(batch: Batch) -> Iterator[Batch]:
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """Return several batches as one.
-
-    Raises:
-        DataError: Their samples differ in shape.
-    """
+    """Return several batches as one; a DataError where their samples differ in shape."""
     first = batches[0]
     if unlike := next((other for other in batches if shapes_in(other) != shapes_in(first)), None):
         found = " and ".join(" ".join(str(list(t.shape[1:])) for t in tensors_in(batch)) for batch in (first, unlike))

@@ -10,11 +10,7 @@ E = TypeVar("E", bound=StrEnum)
 
 
 def chosen(kind: type[E], name: str, value: Any) -> E:
-    """Return the entry of an enum that the option `name` gives.
-
-    Raises:
-        ConfigurationError: There is none.
-    """
+    """Return the entry of an enum that the option `name` gives, or raise a ConfigurationError."""
     try:
         return kind(value)
     except ValueError as error:
@@ -22,11 +18,7 @@ def chosen(kind: type[E], name: str, value: Any) -> E:
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number of at least `least`.
-
-    Raises:
-        ConfigurationError: It is something else.
-    """
+    """Refuse, with a ConfigurationError, what is no whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigurationError(f"found {name}={value!r}, expected a whole number of at least {least}")
 

@@ -13,12 +13,7 @@ T = TypeVar("T")
 
 @contextmanager
 def progress(what: str, total: float | None) -> Iterator[Callable[[], None]]:
-    """Yield a function that says that one more step of a piece of work is done.
-
-    Args:
-        what: A few words.
-        total: How many steps there are at most; none where nobody knows.
-    """
+    """Yield a function that says that one more of `total` steps is done, none where nobody knows how many."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     quiet = not console.is_interactive

@@ -11,11 +11,9 @@ _M_MMAP_MAX = -4
 def tune_process() -> None:
     """Keep OpenMP's threads from spinning for long and glibc from giving large blocks back.
 
-    Idle OpenMP threads that spin starve every other process on the machine: three small trainings at once on two cores
-    take six times as long with GNU's default as without any spinning. A thousand rounds, some microseconds, cost them
-    a tenth and save a training that has the machine to itself a sixth. And a training step that asks the kernel for
-    fresh pages time and again spends up to half its time there. Environment variables that the user has set stand;
-    where the C library is not glibc, the second part is left out.
+    Idle threads that spin starve all other processes: three small trainings at once on two cores take six times as
+    long. And a training step that asks the kernel for fresh pages time and again spends up to half its time there.
+    Environment variables that the user has set stand; where the C library is not glibc, that part is left out.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"

@@ -17,13 +17,10 @@ def versions() -> dict[str, str]:
             found[package] = "not installed"
     root = Path(__file__).parents[1]
     try:
-        if not (root / ".git").exists():  # an installed package, perhaps within another project's repository
-            raise FileNotFoundError(root)
-        revision = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=root, capture_output=True, text=True, check=True, timeout=10,
-        ).stdout.strip()  # fmt: skip
+        # Not of an installed package, perhaps within another project's repository.
+        command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always", "--dirty"]
+        done = subprocess.run([*command, "--abbrev=12"], capture_output=True, text=True, check=True, timeout=10)
+        found["git"] = done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        revision = "unknown"
-    found["git"] = revision
+        found["git"] = "unknown"
     return found

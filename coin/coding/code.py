@@ -72,13 +72,11 @@ class Code:
         return torch.tensordot(self.matrix.to(outputs), outputs, dims=1)  # type: ignore[no-any-return]
 
     def amplification(self, erased: Sequence[int]) -> float:
-        """Return by how much the linear decoder may enlarge an error of the coded models' outputs.
+        """Return by how much the linear decoder may enlarge an error of the coded outputs; infinity where it cannot.
 
         The decoding map of the erasure E is the pseudo-inverse of B_E = ``matrix[:, E]``, so an error e of the coded
-        outputs becomes B_E⁺e in the lost experts' outputs and the answer is ‖B_E⁺‖₂ = 1/σ_min(B_E). One row and one
-        lost expert j: 1/β_j. Dimensionless; infinity if the erasure cannot be decoded.
-
-        Raises as `check_erasure`.
+        outputs becomes B_E⁺e in the lost experts' outputs and the answer is ‖B_E⁺‖₂ = 1/σ_min(B_E); for one row and one
+        lost expert j it is 1/β_j. Dimensionless. Raises as `check_erasure`.
         """
         return _amplification(self.matrix, check_erasure(erased, self.num_experts))
 

@@ -1,8 +1,9 @@
 """The decoders: the outputs that did arrive → the outputs of the lost experts, without a label."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,8 +11,25 @@ from torch import Tensor
 from coin.coding.answers import Answers
 from coin.coding.code import Code, check_erasure, decode_linear
 from coin.coding.decoder_config import DecoderConfig, DecoderKind, FittedOn
-from coin.coding.ridge import Projection, RidgeFit, fit_blocks, project_blocks
+from coin.coding.ridge import Projection, RidgeFit, block_kernel, fit_blocks, project_blocks
 from coin.errors import ConfigurationError, DecodingError, NumericalError
+
+Made = TypeVar("Made")
+
+
+class Kept:
+    """What fitting decoders has made of the networks' features, for all that are fitted on the same ones."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, tuple[Tensor, Any]] = {}
+
+    def of(self, source: Tensor, what: Hashable, make: Callable[[], Made]) -> Made:
+        """Return what was made of this very tensor before, or make it."""
+        key = (id(source), what)
+        if key not in self._made:
+            self._made[key] = source, make()  # the source is held: no other tensor gets its id
+        made: Made = self._made[key][1]
+        return made
 
 
 class Decoder(ABC):
@@ -31,8 +49,10 @@ class Decoder(ABC):
         self.samples_read = 0
         """How many of the calibration inputs `fit` has looked at."""
 
-    def fit(self, calibration: Answers) -> Self:
+    def fit(self, calibration: Answers, kept: Kept | None = None) -> Self:
         """Learn from answers to calibration inputs, the lost experts' own logits being the targets, if anything.
+
+        One `kept` saves work for the decoders of several systems and erasures that are fitted on the same answers.
 
         Raises:
             DecodingError: The answers come from another number of experts, nothing arrives to decode from, or the
@@ -91,16 +111,11 @@ class RidgeDecoder(Decoder):
     leave-one-out error (`fit_ridge`). It works with any number of coded models, none included, and has no erasure
     budget: something must arrive, that is all. All arithmetic is in float64.
 
-    As ``feature_ridge`` it reads the features of every arriving network beside the logits, as `DecoderConfig` says. All
-    logits together, and each stage of each network, are blocks that are divided by their scale (`fit_blocks`): logits
-    and features differ in unit and size.
-
-    With `components` each network's features, every stage divided by its scale, are first reduced to that many numbers
-    by a `fit_projection` on all calibration answers, whatever the regression is fitted on: a server sends the same
-    numbers whoever is lost.
-
-    With ``fitted_on: own`` each lost expert has a regression of its own, scales included, on the calibration inputs of
-    its task.
+    As ``feature_ridge`` it reads the features of every arriving network too. All logits together, and each stage of
+    each network, are blocks that are divided by their scale (`fit_blocks`): they differ in unit and size. With
+    `components` each network's features are first reduced to that many numbers by a `fit_projection` on all calibration
+    answers, whatever the regression is fitted on: a server sends the same numbers whoever is lost. With
+    ``fitted_on: own`` each lost expert has a regression of its own, on the calibration inputs of its task.
     """
 
     def __init__(self, num_experts: int, erased: Sequence[int], config: DecoderConfig) -> None:
@@ -110,10 +125,11 @@ class RidgeDecoder(Decoder):
         self._projections: list[Projection] = []
         self._widths: list[list[int]] = []
 
-    def fit(self, calibration: Answers) -> Self:
+    def fit(self, calibration: Answers, kept: Kept | None = None) -> Self:
         """Fit the projections, if any, then the regressions; see the class."""
         self._check(calibration)
-        arrived = self._arrived(calibration)
+        kept = kept or Kept()
+        arrived = self._arrived(calibration, kept)
         if not arrived:
             raise DecodingError(
                 "every expert is lost and no coded model answers: nothing to decode from; lose fewer, or add coded "
@@ -122,14 +138,28 @@ class RidgeDecoder(Decoder):
         self._widths = _widths(arrived)
         components, kind = self.config.components, self.config.projection
         if components is not None:
-            self._projections = [project_blocks(stages, components, kind) for stages in arrived[1:]]
-        blocks, regressions = self._blocks(arrived), self._regressions(calibration)
-        self.fitted = [
-            fit_blocks([block[samples] for block in blocks], calibration.experts[list(experts)][:, samples])
-            for experts, samples in regressions
-        ]
-        own = sum(len(samples) for _, samples in regressions)
-        self.samples_read = own if components is None else calibration.num_samples  # a projection looks at all
+            self._projections = [
+                kept.of(stages[0], (len(stages), components, kind), partial(project_blocks, stages, components, kind))
+                for stages in arrived[1:]
+            ]
+        blocks = self._blocks(arrived)
+        if self.config.fitted_on is FittedOn.all:
+            logits = blocks[0]
+
+            def kernel_of(block: Tensor) -> Tensor:
+                make = partial(block_kernel, block)
+                return make() if block is logits else kept.of(block, "kernel", make)
+
+            self.fitted = [fit_blocks(blocks, calibration.experts[list(self.erased)], kernel_of)]
+            self.samples_read = calibration.num_samples
+        else:
+            own = self._own_samples(calibration)
+            self.fitted = [
+                fit_blocks([block[samples] for block in blocks], calibration.experts[[expert]][:, samples])
+                for expert, samples in own.items()
+            ]
+            read = sum(map(len, own.values()))
+            self.samples_read = read if components is None else calibration.num_samples  # a projection looks at all
         return self
 
     def decode(self, answers: Answers) -> Tensor:
@@ -139,7 +169,7 @@ class RidgeDecoder(Decoder):
                 f"the {self.config.name} decoder is not fitted; call fit with calibration answers first"
             )
         self._check(answers)
-        arrived = self._arrived(answers)
+        arrived = self._arrived(answers, Kept())
         if (found := _widths(arrived)) != self._widths:
             raise DecodingError(
                 f"found answers of widths {found}, the decoder was fitted on {self._widths}; fit it on answers of the "
@@ -149,14 +179,10 @@ class RidgeDecoder(Decoder):
         decoded = torch.cat([fit(inputs) for fit in self.fitted], 1)
         return decoded.reshape(len(inputs), len(self.erased), -1).transpose(0, 1).to(answers.experts)
 
-    def _arrived(self, answers: Answers) -> list[list[Tensor]]:
+    def _arrived(self, answers: Answers, kept: Kept) -> list[list[Tensor]]:
         """Return what arrives, in float64: all logits as one block ``[B, ·]``, then each network's stages as blocks."""
-
-        def arriving(coded: Sequence[Tensor] | Tensor, experts: Sequence[Tensor] | Tensor) -> list[Tensor]:
-            return [values.to(torch.float64) for values in (*coded, *(experts[expert] for expert in self.survivors))]
-
-        logits = arriving(answers.coded, answers.experts)
-        arrived = [[torch.cat(logits, 1)]] if logits else []
+        logits = [*answers.coded, *answers.experts[list(self.survivors)]]
+        arrived = [[torch.cat(logits, 1).double()]] if logits else []
         if not self.config.reads_features:
             return arrived
         if answers.expert_features is None or answers.coded_features is None:
@@ -168,8 +194,10 @@ class RidgeDecoder(Decoder):
                 f"the {self.config.name} decoder found features of one stage, expected several; use the last"
             )
         first = 0 if self.config.reads_stages else -1
-        features = arriving(answers.coded_features, answers.expert_features)
-        return [*arrived, *(list(answers.stages(each)[first:]) for each in features)]
+        for features in (*answers.coded_features, *(answers.expert_features[expert] for expert in self.survivors)):
+            stages = list(enumerate(answers.stages(features)))[first:]
+            arrived.append([kept.of(features, place, stage.double) for place, stage in stages])
+        return arrived
 
     def _blocks(self, arrived: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Return the inputs of the regressions ``[B, ·]``, each of one kind and one scale."""
@@ -179,10 +207,8 @@ class RidgeDecoder(Decoder):
         pairs = zip(self._projections, networks, strict=True)
         return [*logits, *(project(torch.cat(list(stages), 1)) for project, stages in pairs)]
 
-    def _regressions(self, calibration: Answers) -> list[tuple[tuple[int, ...], Tensor]]:
-        """Return of each regression the lost experts, and the positions of the inputs that it is fitted on."""
-        if self.config.fitted_on is FittedOn.all:
-            return [(self.erased, torch.arange(calibration.num_samples))]
+    def _own_samples(self, calibration: Answers) -> dict[int, Tensor]:
+        """Return the positions of the inputs of every lost expert's own task."""
         if calibration.tasks is None:
             raise DecodingError(
                 f"the {self.config.name} decoder found answers that do not tell their tasks; give it tasks"
@@ -194,7 +220,7 @@ class RidgeDecoder(Decoder):
                     f"found {len(samples)} calibration samples of expert {expert}'s own task, expected at least 2 for "
                     f"the {self.config.name} decoder; raise samples_per_task or use fitted_on: all"
                 )
-        return [((expert,), samples) for expert, samples in own.items()]
+        return own
 
 
 def make_decoder(kind: DecoderKind | str | DecoderConfig, code: Code, erased: Sequence[int]) -> Decoder:

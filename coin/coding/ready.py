@@ -17,26 +17,18 @@ def uniform(num_experts: int) -> Code:
 def convex(num_experts: int, num_coded: int) -> Code:
     """Return R convex rows for N experts that decode every erasure of up to R experts.
 
-    - R = 1: uniform weights.
-    - R = N: the identity. Each coded model is then a copy of its expert, and no code amplifies less.
+    - R = 1: uniform weights. R = N: the identity, a copy of each expert, which no code amplifies less than.
     - R = 2 … 4 with N ≤ 8: tabulated rows. They minimise the worst noise amplification over all erasures of R
       experts, as found by gradient descent on a soft maximum from 96 random starts; weights under 0.01 were then
       dropped where that cost less than 5 %. Sparse rows win: (4, 5) is one pair of experts per coded model.
     - otherwise: Gaussian bumps, ``matrix[r, i] ∝ exp(−(t_i − c_r)²/2w²)`` with evenly spaced t and c and the width
       of least amplification from a grid. The Gaussian kernel is strictly totally positive, so every R columns are
-      independent in exact arithmetic, but the amplification grows fast with R and N − R.
-
-    `Code.worst_amplification` says what a code costs.
+      independent in exact arithmetic, but the amplification grows fast with R and N − R (`Code.worst_amplification`).
 
     Source: Karlin, *Total positivity* (1968), chapter 1, for the Gaussian kernel.
 
-    Args:
-        num_experts: N, at least 1.
-        num_coded: R, from 1 to N.
-
-    Raises:
-        ConfigurationError: N or R is out of its range.
-        DecodingError: No width gives a code that can be decoded in floating point.
+    Raises ConfigurationError unless 1 ≤ R ≤ N, DecodingError where no width gives a code that can be decoded in
+    floating point.
     """
     if num_experts < 1:
         raise ConfigurationError(f"found {num_experts} experts, expected at least 1")
@@ -65,11 +57,10 @@ def simplex_codes(num_experts: int, resolution: int) -> list[Code]:
 
 
 def decoded_error_bound(code: Code, residual: float) -> float:
-    """Return residual × worst noise amplification, by which codes are chosen.
+    """Return residual × worst noise amplification, by which codes are chosen: a bound on the decoded error.
 
-    The product bounds the decoded error over all erasures that the code promises; see `Code.amplification`. The
-    residual is the root mean square of f_c − Σβ_if_i over calibration data, or a prediction of it; not divided by the
-    size of the target, which differs between codes.
+    The residual is the root mean square of f_c − Σβ_if_i over calibration data, or a prediction of it; not divided by
+    the size of the target, which differs between codes.
     """
     return residual * code.worst_amplification()
 

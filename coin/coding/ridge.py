@@ -1,6 +1,6 @@
 """Affine maps fitted to calibration data: ridge regressions, and projections to fewer numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -36,13 +36,15 @@ class RidgeFit:
         return (inputs - self.input_mean) @ self.coefficients + self.target_mean
 
 
-def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1) -> RidgeFit:
+def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1, kernel: Tensor | None = None) -> RidgeFit:
     """Fit ridge regressions with an unpenalised intercept and the ridge that predicts left-out samples best.
 
     With X = U S Vᵀ the centred inputs and Y the centred targets, the coefficients for a ridge λ are
     V diag(s/(s² + λ)) UᵀY, the hat matrix is H = 11ᵀ/P + U diag(s²/(s² + λ)) Uᵀ, and refitting without sample i
     leaves exactly the error (y_i − ŷ_i)/(1 − H_ii). So one decomposition serves the whole grid. U and V have at most
-    min(P, D) columns: where inputs outnumber samples this is the dual form.
+    min(P, D) columns: where inputs outnumber samples this is the dual form. With the kernel XXᵀ = U S² Uᵀ given, its
+    eigenvectors take the place of the singular ones and the coefficients are Xᵀ U diag(1/(s² + λ)) UᵀY: for ridges of
+    this grid as good to about ten digits, and faster, above all where parts of the kernel are known already.
 
     Source: Golub, Heath and Wahba, *Generalized cross-validation as a method for choosing a good ridge parameter*
     (Technometrics 1979), eq. 1.4 for the leave-one-out (PRESS) identity.
@@ -51,6 +53,7 @@ def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1) -> RidgeFit:
         inputs: ``[P, D]``, P ≥ 2, finite.
         targets: ``[P, T]``, finite.
         groups: The targets are this many blocks of equal width, each with a ridge of its own.
+        kernel: The products of the centred inputs ``[P, P]``, float64.
 
     Raises:
         NumericalError: There are fewer than two samples, or a value is not finite.
@@ -65,11 +68,17 @@ def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1) -> RidgeFit:
                 f"the calibration {what} of the decoder hold a NaN or an infinity, expected finite logits"
             )
     input_mean, target_mean = x.mean(0), y.mean(0)
-    u, s, vt = thin_svd(x - input_mean)
+    eps = torch.finfo(torch.float64).eps
     # The round-off of centring is not signal: without this cut a constant input gets huge coefficients.
     size = x.abs().amax() if x.numel() else x.new_zeros(())
-    kept = s > torch.finfo(torch.float64).eps * max(x.shape) * size * samples**0.5
-    u, s, vt = u[:, kept], s[kept], vt[kept]
+    least = eps * max(x.shape) * size * samples**0.5
+    if kernel is None:
+        u, s, vt = thin_svd(x - input_mean)
+    else:
+        squares, u = torch.linalg.eigh(kernel)
+        s, least = squares.clamp_min(0).sqrt(), torch.maximum(least, (eps * samples * squares[-1].clamp_min(0)).sqrt())
+    kept = s > least
+    u, s = u[:, kept], s[kept]
 
     y = y - target_mean
     projected = u.T @ y
@@ -89,8 +98,11 @@ def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1) -> RidgeFit:
     ridges = grid[leave_one_out.argmin(1)]
 
     per_target = ridges.repeat_interleave(y.shape[1] // groups)
-    gains = s[:, None] / (s.square()[:, None] + per_target[None, :])
-    coefficients = vt.T @ (gains * projected)
+    damped = s.square()[:, None] + per_target[None, :]
+    if kernel is None:
+        coefficients = vt[kept].T @ (s[:, None] / damped * projected)
+    else:
+        coefficients = (x - input_mean).T @ (u @ (projected / damped))
     return RidgeFit(coefficients, input_mean, target_mean, ridges, leave_one_out)
 
 
@@ -128,17 +140,30 @@ def fit_projection(features: Tensor, components: int, kind: ProjectionKind) -> P
     return Projection(mean, torch.linalg.qr(drawn).Q.to(features.device))
 
 
-def fit_blocks(blocks: Sequence[Tensor], targets: Tensor) -> RidgeFit:
+def fit_blocks(
+    blocks: Sequence[Tensor], targets: Tensor, kernel_of: Callable[[Tensor], Tensor] | None = None
+) -> RidgeFit:
     """Fit a ridge regression to blocks of different units, each divided by its root mean square deviation.
 
     Within a block a small column is one that carries little, and stays small. Of blocks ``[P, ·]`` and targets
     ``[K, P, C]``, K groups with a ridge each, it is the fit of targets ``[P, K·C]``, group by group, as a map of the
-    blocks side by side as they are, undivided. Raises as `fit_ridge`.
+    blocks side by side as they are, undivided. Where columns outnumber samples it is fitted by the sum of the blocks'
+    kernels, each from `kernel_of`, which may know it already, or `block_kernel`. Raises as `fit_ridge`.
     """
     scales = _scales(blocks)
-    side_by_side = targets.transpose(0, 1).reshape(targets.shape[1], -1)
-    fit = fit_ridge(torch.cat(list(blocks), 1) / scales, side_by_side, groups=len(targets))
+    samples = targets.shape[1]
+    kernel = None
+    if len(scales) > samples:
+        kernel = torch.stack([(kernel_of or block_kernel)(block) for block in blocks]).sum(0)
+    side_by_side = targets.transpose(0, 1).reshape(samples, -1)
+    fit = fit_ridge(torch.cat(list(blocks), 1) / scales, side_by_side, len(targets), kernel)
     return replace(fit, coefficients=fit.coefficients / scales[:, None], input_mean=fit.input_mean * scales)
+
+
+def block_kernel(block: Tensor) -> Tensor:
+    """Return the products ``[P, P]`` of a block's rows ``[P, ·]``, centred and divided by their deviation."""
+    centred = (block - block.mean(0)) / _scales([block])
+    return centred @ centred.T
 
 
 def project_blocks(blocks: Sequence[Tensor], components: int, kind: ProjectionKind) -> Projection:
@@ -165,6 +190,10 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _scales(blocks: Sequence[Tensor]) -> Tensor:
     """Return every column's divisor: the root mean square deviation of its block, 1 for a constant block."""
-    deviations = [(block - block.mean(0)).square().mean().sqrt().expand(block.shape[1]) for block in blocks]
-    scales = torch.cat(deviations)
-    return scales.where(scales > 0, 1.0)
+    scales = []
+    for block in blocks:
+        deviation = (block - block.mean(0)).square().mean().sqrt()
+        # The mean of equal numbers is rounded: what is left of them is no deviation.
+        noise = torch.finfo(block.dtype).eps * len(block) * block.abs().amax()
+        scales.append(deviation.where(deviation > noise, 1.0).expand(block.shape[1]))
+    return torch.cat(scales)

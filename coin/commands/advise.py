@@ -6,30 +6,28 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
 
-from coin.commands.fleet import Chosen, read_fleet, rounded_accuracies
-from coin.commands.simulate import SEEDS, draw, parse_fleet, simulate_rows
-from coin.errors import CoinError
+from coin.choices import check_integer
+from coin.commands.coded_system import Choice, parse_options
+from coin.commands.simulate import SEEDS, draw, read_profile, rounded_accuracies, simulate_rows
+from coin.errors import CoinError, ConfigurationError
 from coin.reporting.results import write_frame
 from coin.reporting.tables import results_console
-from coin.serving.sim.case import Want
-from coin.serving.sim.fleet import Failover, Fleet
-from coin.serving.sim.plots import tail_against_memory
-from coin.serving.sim.redundancy import Precision, Redundancy
-from coin.serving.sim.scenario import Conditions, require
-from coin.serving.sim.table import milliseconds, simulation_table
+from coin.serving.sim.conditions import Conditions
+from coin.serving.sim.profile import Failover, Precision, Profile, Redundancy
+from coin.serving.sim.results import milliseconds, print_simulation, tail_against_memory
+from coin.serving.sim.simulation import Want
 
 ADVICE_CSV = "advice.csv"
 
 
 def advise(
     folder: str,
+    conditions: Conditions,
+    choice: Choice,
     servers: int,
     memory_gib: float,
     p999_ms: float | None = None,
-    conditions: Conditions = Conditions(),  # noqa: B008 (frozen)
-    chosen: Chosen = Chosen(),  # noqa: B008 (frozen)
     want: Want = Want.one,
     load: float = 0.4,
     queries: int = 20_000,
@@ -46,11 +44,11 @@ def advise(
 
     Args:
         folder: An experiment's folder, or a seed's.
+        conditions: What machines and the front end are like.
+        choice: Which of the experiment's coded systems.
         servers: How many servers there may be, the experts' own included.
         memory_gib: What one server holds of weights.
         p999_ms: The wanted 99.9 % quantile of the latency.
-        conditions: What machines and the front end are like.
-        chosen: Which of the experiment's coded systems.
         want: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'.
         load: The share of the experts' capacity that own answers take up.
         queries: Queries per seed.
@@ -58,44 +56,43 @@ def advise(
         failover: A small network for all tasks: what it is like is yours to say.
         jobs: Processes; one a processor core by default.
         output: Where ``advice.csv`` and the figure go; none takes `folder`.
-
-    Raises:
-        ConfigurationError: The budget does not hold the experts, or an option is out of its range.
-        FileError: A file is missing or damaged, or cannot be written.
     """
-    require(memory_gib > 0 and seeds > 0, f"memory_gib={memory_gib}, seeds={seeds}", "positive numbers")
-    served, fleet, conditions = read_fleet(Path(folder), chosen, conditions, failover=failover)
-    count, notes = fleet.code.num_experts, []
-    largest = max(fleet.expert_bytes[Precision.full])
-    require(servers >= count, f"servers={servers}", f"at least {count}, one for each expert")
-    require(memory_gib * 2**30 >= largest, f"memory_gib={memory_gib}", f"at least {largest / 2**30:.3g}, an expert's")
+    check_integer("seeds", seeds, 1)
+    system, profile, conditions = read_profile(folder, choice, conditions, failover)
+    count, notes = profile.code.num_experts, []
+    check_integer("servers", servers, count)
+    largest = max(profile.expert_bytes[Precision.full]) / 2**30
+    if not memory_gib >= largest:
+        raise ConfigurationError(f"found memory_gib={memory_gib}, expected at least {largest:.3g}, an expert's")
     kinds = [kind for kind in Redundancy if kind is not Redundancy.failover or failover is not None]
     if failover is None:
         notes.append(
             "failover: left out, for nothing is known of such a network; give --failover.accuracy, .mib, .seconds"
         )
     try:
-        fleet = replace(fleet, rounded_accuracy=rounded_accuracies(served, (Precision.half, Precision.int8)))
+        rounded = rounded_accuracies(system, (Precision.half, Precision.int8))
+        profile = replace(profile, rounded_accuracy=rounded)
     except CoinError as error:
         notes.append(f"spare_half, spare_int8: left out, for their accuracy could not be measured ({error})")
         kinds = [kind for kind in kinds if kind.precision in (None, Precision.full)]
-    grid = []
-    for extra in range(1, max(servers - count, 0) + 1):
-        sized = fleet.resized(count, extra)
-        for kind in kinds:
-            if kind is Redundancy.uncoded or (kind.name.startswith("coded") and not sized.decoded_accuracy):
-                continue
-            grid.append((kind, sized, conditions, 0.9, {"load": load, "want": Want(want), "queries": queries}))
-    own = (Redundancy.uncoded, fleet, conditions, 0.9, {"load": load, "want": Want(want), "queries": queries})
-    rows = simulate_rows([own, *grid], range(seeds), jobs)
-    if servers - count != fleet.code.num_coded:
-        notes.append(f"coded: with {fleet.code.num_coded} coded models only, as many as the experiment has measured")
+    candidates = [(Redundancy.uncoded, profile)]
+    for extra in range(1, servers - count + 1):
+        sized = profile.resized(count, extra)
+        known = [
+            kind for kind in kinds if kind is not Redundancy.uncoded and (sized.decoded_accuracy or not kind.is_coded)
+        ]
+        candidates += [(kind, sized) for kind in known]
+    points = [
+        (kind, sized, sized.simulation(kind, conditions, load=load, want=want, queries=queries))
+        for kind, sized in candidates
+    ]
+    rows = simulate_rows(points, range(seeds), jobs)
+    if servers - count != profile.code.num_coded:
+        notes.append(f"coded: with {profile.code.num_coded} coded models only, as many as the experiment has measured")
     rows["fits"] = rows["memory_server"] <= memory_gib * 2**30
-    rows["buy"] = False
-    best = choose(rows, p999_ms)
-    rows.loc[best, "buy"] = True
-    notes += _reasons(rows, fleet, memory_gib, p999_ms)
-    place = Path(folder if output is None else output)
+    rows["buy"] = rows.index == choose(rows, p999_ms)
+    notes += _reasons(rows, profile, memory_gib, p999_ms)
+    place = Path(output or folder)
     write_frame(place / ADVICE_CSV, rows)
     draw(place / "plots" / "advice.png", tail_against_memory(rows))
     return rows, notes
@@ -113,17 +110,18 @@ def choose(rows: pd.DataFrame, p999_ms: float | None) -> int:
     return int(order.index[0])
 
 
-def _reasons(rows: pd.DataFrame, fleet: Fleet, memory_gib: float, p999_ms: float | None) -> list[str]:
+def _reasons(rows: pd.DataFrame, profile: Profile, memory_gib: float, p999_ms: float | None) -> list[str]:
     """Return what the choice rests on, the choice last."""
-    notes, budget = [], memory_gib * 2**30
+    notes = []
     for kind, group in rows[~rows["fits"]].groupby("redundancy", sort=False):
         needs = group["memory_server"].iloc[0] / 2**30
         notes.append(
             f"{kind}: does not fit, for its server holds {needs:.3g} GiB of weights and there are {memory_gib:g}"
         )
     for kind in (Redundancy.spare, Redundancy.spare_half, Redundancy.spare_int8):
-        mean = float(np.mean(fleet.expert_bytes[kind.precision or Precision.full]))
-        notes.append(f"{kind}: would fit up to {int(budget // mean)} experts of this size, a coded model any number")
+        mean = float(np.mean(profile.expert_bytes[kind.precision or Precision.full]))
+        most = int(memory_gib * 2**30 // mean)
+        notes.append(f"{kind}: would fit up to {most} experts of this size, a coded model any number")
     row = rows[rows["buy"]].iloc[0]
     if p999_ms is not None and not row["p999"] <= p999_ms / 1e3:
         notes.append(f"nothing that fits keeps a p99.9 of {p999_ms:g} ms; this is the nearest")
@@ -137,17 +135,12 @@ def _reasons(rows: pd.DataFrame, fleet: Fleet, memory_gib: float, p999_ms: float
     return notes
 
 
-def print_advice(rows: pd.DataFrame, notes: Sequence[str], console: Console) -> None:
-    """Print the table and the advice."""
-    first = rows.iloc[0]
-    console.print(simulation_table(rows, f"{first['experts']} experts, {first['want']} wanted, load {first['load']:g}"))
-    for note in notes:
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
-
-
 def main(arguments: Sequence[str]) -> None:
     """Advise, and print it."""
-    options = parse_fleet("advise", advise, arguments)
+    options = parse_options("advise", advise, arguments, conditions=Conditions, choice=Choice)
     rows, notes = advise(**options)
-    print_advice(rows, notes, results_console())
+    console = results_console()
+    print_simulation(rows, console)
+    for note in notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     print(f"table: {Path(options['output'] or options['folder']) / ADVICE_CSV}")

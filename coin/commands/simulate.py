@@ -1,37 +1,46 @@
 """``coin simulate``: how late answers are, and how right, by what extra servers hold."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from coin.commands.fleet import Chosen, read_fleet
-from coin.commands.parser import command_parser, parsed
+from coin.commands.coded_system import Choice, CodedSystem, parse_options, read_coded_system
 from coin.errors import ConfigurationError
 from coin.files.atomic import atomic_path, write_text
 from coin.options import described
 from coin.reporting.figures import as_png
+from coin.reporting.results import write_frame
 from coin.reporting.tables import results_console
-from coin.serving.sim.case import Case, Want
-from coin.serving.sim.fleet import Failover, Fleet
-from coin.serving.sim.plots import tail_against_load, tail_against_memory
-from coin.serving.sim.redundancy import Precision, Redundancy
-from coin.serving.sim.scenario import Conditions, require
-from coin.serving.sim.simulation import simulate_all
-from coin.serving.sim.table import SIMULATION_CSV, as_row, print_simulation, write_simulation
+from coin.serving.model import NetworkServer
+from coin.serving.replies import ReplyFormat
+from coin.serving.sim.conditions import Conditions, ServiceKind
+from coin.serving.sim.profile import (
+    Failover,
+    Precision,
+    Profile,
+    Redundancy,
+    kept_bytes,
+    measure_accuracy,
+    measure_decoding,
+    measure_service,
+)
+from coin.serving.sim.results import as_row, print_simulation, tail_against_load, tail_against_memory
+from coin.serving.sim.simulation import Simulation, Want, simulate_all
 from coin.versions import versions
 
+SIMULATION_CSV = "simulation.csv"
 SEEDS = 20
 
 
 def simulate(
     folder: str,
-    conditions: Conditions = Conditions(),  # noqa: B008 (frozen)
-    chosen: Chosen = Chosen(),  # noqa: B008 (frozen)
+    conditions: Conditions,
+    choice: Choice,
     wants: list[Want] | None = None,
     policies: list[Redundancy] | None = None,
     quantiles: list[float] | None = None,
@@ -49,7 +58,7 @@ def simulate(
     Args:
         folder: An experiment's folder, or a seed's.
         conditions: What machines and the front end are like.
-        chosen: Which of the experiment's coded systems.
+        choice: Which of the experiment's coded systems.
         wants: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'; none takes both.
         policies: What the extra servers hold; none takes all for which nothing but the results is needed. For
             ``spare_half`` and ``spare_int8`` the experts' accuracy is measured with rounded weights.
@@ -63,43 +72,36 @@ def simulate(
         failover: A small network for all tasks, for the policy of that name.
         jobs: Processes; one a processor core by default.
         output: Where ``simulation.csv``, ``simulation.json`` and the figures go; none takes `folder`.
-
-    Returns:
-        The rows of ``simulation.csv``.
-
-    Raises:
-        ConfigurationError: An option is out of its range, or the experiment has no such results.
-        FileError: A file is missing or damaged, or cannot be written.
     """
-    wants, quantiles = [Want(want) for want in wants or Want], quantiles or [0.9]
+    quantiles = quantiles or [0.9]
     loads = [0.2, 0.4, 0.6] if loads is None else loads
     seeds = list(range(SEEDS)) if seeds is None else seeds
-    require(bool(loads), "no loads", "one at least; leave the option out for all of them")
-    require(bool(seeds) and len(set(seeds)) == len(seeds) and min(seeds) >= 0, f"seeds {seeds}", "distinct ones from 0")
-    kinds = [Redundancy(kind) for kind in policies or _known(failover)]
-    rounded = [kind.precision for kind in kinds if kind.precision not in (None, Precision.full)]
-    served, fleet, conditions = read_fleet(Path(folder), chosen, conditions, rounded, failover)
-    if Redundancy.failover in kinds and failover is None:
-        raise ConfigurationError(
-            "found policy failover, expected what its network is like; give --failover.accuracy, …"
-        )
-    grid = [
-        (kind, sized, conditions, quantile, {"load": load, "want": want, "queries": queries})
-        for want in wants
-        for count in experts or [fleet.code.num_experts]
+    if not loads:
+        raise ConfigurationError("found no loads, expected one at least; leave the option out for all of them")
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise ConfigurationError(f"found seeds {seeds}, expected distinct ones from 0")
+    unknown = (Redundancy.spare_half, Redundancy.spare_int8, *((Redundancy.failover,) if failover is None else ()))
+    kinds = policies or [kind for kind in Redundancy if kind not in unknown]
+    system, profile, conditions = read_profile(folder, choice, conditions, failover)
+    if rounded := [kind.precision for kind in kinds if kind.precision not in (None, Precision.full)]:
+        profile = replace(profile, rounded_accuracy=rounded_accuracies(system, rounded))
+    points = [
+        (kind, sized, sized.simulation(kind, conditions, quantile, load=load, want=want, queries=queries))
+        for want in wants or Want
+        for count in experts or [profile.code.num_experts]
         for load in loads
-        for extra in extras or [fleet.code.num_coded]
-        for sized in [fleet.resized(count, extra)]
+        for extra in extras or [profile.code.num_coded]
+        for sized in [profile.resized(count, extra)]
         for kind in kinds
         for quantile in (quantiles[:1] if kind is Redundancy.uncoded else quantiles)
     ]
-    rows = simulate_rows(grid, seeds, jobs)
-    place = Path(folder if output is None else output)
-    write_simulation(place / SIMULATION_CSV, rows)
+    rows = simulate_rows(points, seeds, jobs)
+    place = Path(output or folder)
+    write_frame(place / SIMULATION_CSV, rows)
     options = {
-        "method": served.method, "batchnorm": served.batchnorm, "decoder": served.decoder.name, "seeds": seeds,
-        "conditions": conditions, "failover": failover, "code": fleet.code.matrix.tolist(),
-        "service_seconds": [float(each.mean()) for each in (*fleet.expert_seconds, *fleet.coded_seconds)],
+        "method": system.method, "batchnorm": system.batchnorm, "decoder": system.decoder.name, "seeds": seeds,
+        "conditions": conditions, "failover": failover, "code": profile.code.matrix.tolist(),
+        "service_seconds": [float(each.mean()) for each in (*profile.expert_seconds, *profile.coded_seconds)],
     }  # fmt: skip
     text = json.dumps({"options": described(options), "versions": versions()}, indent=1) + "\n"
     write_text(place / "simulation.json", text)
@@ -111,30 +113,60 @@ def simulate(
     return rows
 
 
-def _known(failover: Failover | None) -> list[Redundancy]:
-    """Return the policies that need no measured accuracy beyond the results."""
-    unknown = (Redundancy.spare_half, Redundancy.spare_int8, *((Redundancy.failover,) if failover is None else ()))
-    return [kind for kind in Redundancy if kind not in unknown]
+def read_profile(
+    folder: str, choice: Choice, conditions: Conditions, failover: Failover | None
+) -> tuple[CodedSystem, Profile, Conditions]:
+    """Return an experiment's coded system, what is known of it, and the conditions with what was measured for them."""
+    system = read_coded_system(Path(folder), choice)
+    paths = [*system.experts.paths.values(), *system.coded]
+    service, count = conditions.service, system.code.num_experts
+    if service.kind is ServiceKind.measured:
+        servers = [NetworkServer(path, system.experts.width, system.decoder) for path in paths]
+        times, marginals = zip(*map(measure_service, servers), strict=True)
+        widths = servers[0].feature_widths()
+        expects = ReplyFormat(system.experts.width, None if widths is None else sum(widths))
+        decoding = measure_decoding(system.code, system.decoder, expects, widths)
+        if service.marginal is None:
+            conditions = replace(conditions, service=replace(service, marginal=float(np.mean(marginals))))
+    else:
+        times, decoding = (np.array([service.seconds]),) * len(paths), 0.0
+    profile = Profile(
+        code=system.code,
+        expert_seconds=times[:count],
+        coded_seconds=times[count:],
+        expert_bytes={kept: tuple(kept_bytes(path, kept) for path in paths[:count]) for kept in Precision},
+        coded_bytes=tuple(kept_bytes(path) for path in system.coded),
+        expert_accuracy=float(system.results["expert_accuracy"].mean()),
+        decoded_accuracy=system.decoded_accuracy,
+        decoding=decoding,
+        failover=failover,
+    )
+    return system, profile, conditions
+
+
+def rounded_accuracies(system: CodedSystem, precisions: Collection[Precision | None]) -> dict[Precision, float]:
+    """Return the experts' mean accuracy on their own test sets by the precision that their weights are kept in."""
+    tests, paths = system.data().test_dataloader(), system.experts.paths.values()
+    return {
+        precision: float(np.mean([measure_accuracy(*each, precision) for each in zip(paths, tests, strict=True)]))
+        for precision in filter(None, precisions)
+    }
 
 
 def simulate_rows(
-    grid: Sequence[tuple[Redundancy, Fleet, Conditions, float, dict[str, Any]]], seeds: Sequence[int], jobs: int | None
+    points: Sequence[tuple[Redundancy, Profile, Simulation]], seeds: Sequence[int], jobs: int | None
 ) -> pd.DataFrame:
-    """Return a row for each redundancy of a fleet with its quantile and the case's options; what is alike runs once."""
-    cases: dict[tuple[Any, ...], list[Case]] = {}
-    keys = []
-    for kind, fleet, conditions, quantile, options in grid:
+    """Return a row for each redundancy of a profile and its simulation, over the seeds; what is alike runs once."""
+
+    def key(kind: Redundancy, profile: Profile, simulation: Simulation) -> tuple[object, ...]:
         # Weights that are kept otherwise take as long.
         timed = Redundancy.spare if kind.precision is not None else kind
-        key = (timed, id(fleet.code), fleet.code.num_experts, fleet.code.num_coded, quantile, *options.values())
-        keys.append(key)
-        if key not in cases:
-            cases[key] = [fleet.case(kind, conditions, quantile, seed=seed, **options) for seed in seeds]
-    outcomes = simulate_all([case for group in cases.values() for case in group], jobs)
-    found = {key: outcomes[place * len(seeds) : (place + 1) * len(seeds)] for place, key in enumerate(cases)}
-    return pd.DataFrame(
-        [as_row(kind, fleet, cases[key][0], found[key]) for (kind, fleet, *_), key in zip(grid, keys, strict=True)]
-    )
+        return timed, id(profile), simulation.policy.quantile, simulation.load, simulation.want
+
+    distinct = {key(*point): point[2] for point in points}
+    outcomes = simulate_all([replace(each, seed=seed) for each in distinct.values() for seed in seeds], jobs)
+    found = {name: outcomes[place * len(seeds) : (place + 1) * len(seeds)] for place, name in enumerate(distinct)}
+    return pd.DataFrame([as_row(*point, found[key(*point)]) for point in points])
 
 
 def draw(path: Path, figure: Figure) -> None:
@@ -143,21 +175,8 @@ def draw(path: Path, figure: Figure) -> None:
         temporary.write_bytes(as_png(figure))
 
 
-def parse_fleet(name: str, function: Callable[..., Any], arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments of a function that takes a fleet's folder, its `Conditions` and what is `Chosen` of it."""
-    parser = command_parser(name)
-    parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
-    parser.add_class_arguments(Conditions)
-    parser.add_class_arguments(Chosen)
-    parser.add_function_arguments(function, skip={"folder", "conditions", "chosen"})
-    options = parsed(parser, arguments)
-    for section, kind in (("conditions", Conditions), ("chosen", Chosen)):
-        options[section] = kind(**{each.name: options.pop(each.name) for each in fields(kind)})
-    return options
-
-
 def main(arguments: Sequence[str]) -> None:
     """Simulate, and print the table."""
-    options = parse_fleet("simulate", simulate, arguments)
+    options = parse_options("simulate", simulate, arguments, conditions=Conditions, choice=Choice)
     print_simulation(simulate(**options), results_console())
     print(f"table: {Path(options['output'] or options['folder']) / SIMULATION_CSV}")

@@ -1,11 +1,9 @@
 """Tasks as LightningDataModules, one file per source, and the calibration data drawn from them."""
 
 from coin.data.augmentation import Augmentation
-from coin.data.calibration import Calibration, pooled
 from coin.data.embedded import Digits, Glyphs, MNIST5k
 from coin.data.image_folder import ImageFolder
-from coin.data.samples import Samples, Source
-from coin.data.sampling import EvaluationBatches, TrainingBatches
+from coin.data.samples import Calibration, Samples, Source, pooled
 from coin.data.task import TaskData
 from coin.data.text import TextFile, TextTask, Tweets
 from coin.data.torchvision_sets import (
@@ -34,7 +32,6 @@ __all__ = [
     "Calibration",
     "Digits",
     "EMNISTLetters",
-    "EvaluationBatches",
     "FashionMNIST",
     "Glyphs",
     "ImageFolder",
@@ -45,7 +42,6 @@ __all__ = [
     "TextFile",
     "TextTask",
     "TorchvisionTask",
-    "TrainingBatches",
     "Tweets",
     "pooled",
     "to_image",

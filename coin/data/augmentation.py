@@ -72,8 +72,7 @@ def augmented(images: Tensor, view: View, positions: Tensor, samples: int) -> Te
 def draw_augmentation(samples: int, height: int, width: int, seed: int, epoch: int) -> Tensor:
     """Every sample's crop in one epoch, int64 [samples, 3]: top and left in the padded image, and 1 for a mirrored one.
 
-    Drawn for the whole epoch at once, so that a sample's augmentation depends on (seed, epoch, sample) alone and not
-    on the batch, the worker or the process that it lands on.
+    Drawn for the whole epoch at once: it depends on (seed, epoch, sample) alone, not on the batch or the process.
     """
     generator = seeded(seed, Stream.AUGMENTATION, epoch)
     top = torch.randint(2 * _padding(height) + 1, (samples,), generator=generator)
@@ -87,11 +86,7 @@ def _padding(side: int) -> int:
 
 
 def build_transforms(spec: TransformSpec) -> list[v2.Transform]:
-    """Return the transforms that a configuration names; with ``coin --safe`` it may name none.
-
-    Raises:
-        ConfigurationError: It names something else, or options that its class has not.
-    """
+    """Return the transforms that a configuration names; with ``coin --safe`` it may name none."""
     if not spec:
         return []
     parser = ArgumentParser(exit_on_error=False)
@@ -110,10 +105,7 @@ def transform_images(images: Tensor, transforms: Sequence[v2.Transform], view: V
     """Apply transforms, one after the other, to each of some images, uint8 [B, C, H, W], by itself.
 
     All that they draw from torch's generator is a function of (seed, epoch, position), and the generator is left as
-    found: what becomes of a sample does not hang on its batch, its worker or its process, nor on what ran before.
-
-    Raises:
-        ConfigurationError: A transform fails, or its results are no images of one size.
+    found. A ConfigurationError where a transform fails, or its results are no images of one size.
     """
     if not transforms:
         return images

@@ -17,10 +17,9 @@ from torch import Tensor
 from coin.errors import DataError
 from coin.processes import cores
 
-# What PIL's decoders raise on files that are cut off, damaged, or something else altogether.
+# What PIL's decoders raise on files that are cut off or damaged.
 DAMAGE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
-_CHUNK = 64  # images per job: enough that handing jobs to threads costs nothing beside decoding
 _LONGEST = 8  # the longest side that is resized as a whole, in short sides: far from what the centre square needs
 
 
@@ -79,7 +78,7 @@ def in_parallel(read: Callable[[int], NDArray[np.uint8]], count: int, side: int)
     out = torch.empty(count, 3, side, side, dtype=torch.uint8)
     view = out.numpy()
     threads = min(32, cores())
-    step = max(1, min(_CHUNK, count // threads))
+    step = max(1, min(64, count // threads))  # a job of many, for handing it to a thread costs as well
 
     def fill(start: int) -> None:
         for i in range(start, min(start + step, count)):

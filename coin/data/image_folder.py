@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -44,9 +43,9 @@ class ImageFolder(TaskData):
         """The names of the folders in ``ROOT/train``, sorted."""
         classes = tuple(self._files("train"))
         if len(classes) < 2:
+            train = self.root / "train"
             raise DataError(
-                f"{self.root / 'train'} holds {len(classes)} class folder(s); expected at least 2, as in "
-                f"{self.root / 'train' / 'CLASS' / 'image.png'}"
+                f"{train} holds {len(classes)} class folder(s); expected at least 2, as in {train}/CLASS/image.png"
             )
         return classes
 
@@ -55,12 +54,8 @@ class ImageFolder(TaskData):
         paths: list[str] = []
         labels: list[int] = []
         ends = [0]
-        for split in ("train", "test", "val"):
-            if split == "val" and split not in self._listing:
-                continue
-            files = self._files(split)
-            self._check_classes(split, files)
-            for label, (name, images) in enumerate(files.items()):
+        for split in ("train", "test", *({"val"} & self._listing.keys())):
+            for label, (name, images) in enumerate(self._checked(split).items()):
                 paths += [str(self.root / split / name / image) for image in images]
                 labels += [label] * len(images)
             ends.append(len(paths))
@@ -85,42 +80,42 @@ class ImageFolder(TaskData):
         if split not in self._listing:
             folder = (self.root / split).absolute()
             raise DataError(
-                f"{folder} does not exist; expected images as {folder / 'CLASS' / 'image.png'}; set root to the right "
-                "folder"
+                f"{folder} does not exist; expected images as {folder}/CLASS/image.png; set root to the right folder"
             )
         return self._listing[split]
 
-    def _check_classes(self, split: str, files: dict[str, list[str]]) -> None:
+    def _checked(self, split: str) -> dict[str, list[str]]:
+        """The same, of a split that has the classes of the training split and images of each."""
+        files, folder = self._files(split), self.root / split
         if odd := sorted(set(files) ^ set(self.class_names())):
             verb = "has" if odd[0] in files else "lacks"
             raise DataError(
-                f"{self.root / split} {verb} the class {odd[0]!r}, unlike {self.root / 'train'}; both need the same "
-                "class folders"
+                f"{folder} {verb} the class {odd[0]!r}, unlike {self.root / 'train'}; both need the same class folders"
             )
         if empty := next((name for name, images in files.items() if not images), None):
-            raise DataError(
-                f"{self.root / split / empty} holds no images; expected files ending in {', '.join(EXTENSIONS)}"
-            )
+            raise DataError(f"{folder / empty} holds no images; expected files ending in {', '.join(EXTENSIONS)}")
+        return files
 
     @property
     def _listing(self) -> dict[str, dict[str, list[str]]]:
-        return self._shared.fact("listing", lambda: list_images(self.root))
+        """The names of the images of each class, both sorted, of each split that there is."""
+        return self._shared.fact(
+            "listing",
+            lambda: {
+                split: {name: _images(self.root / split / name) for name in _folders(self.root / split)}
+                for split in ("train", "val", "test")
+                if (self.root / split).is_dir()
+            },
+        )
 
 
-def list_images(root: Path) -> dict[str, dict[str, list[str]]]:
-    """The names of the images of each class, both sorted, of each split that there is."""
-    return {
-        split: {folder.name: _images(folder.path) for folder in _visible(root / split) if folder.is_dir()}
-        for split in ("train", "val", "test")
-        if (root / split).is_dir()
-    }
+def _folders(folder: Path) -> list[str]:
+    return [name for name in _visible(folder) if (folder / name).is_dir()]
 
 
-def _images(folder: str) -> list[str]:
-    return [entry.name for entry in _visible(folder) if entry.name.lower().endswith(EXTENSIONS) and entry.is_file()]
+def _images(folder: Path) -> list[str]:
+    return [name for name in _visible(folder) if name.lower().endswith(EXTENSIONS)]
 
 
-def _visible(folder: str | Path) -> list["os.DirEntry[str]"]:
-    """What a folder holds that is not hidden, sorted by name."""
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+def _visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))

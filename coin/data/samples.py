@@ -1,9 +1,8 @@
-"""Labelled samples, how a task's source is split, and the dataset that hands out whole batches of them."""
+"""Selections of labelled samples: a task's splits, whole batches of them, and calibration data drawn from them."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self, TypeVar
-from weakref import WeakValueDictionary
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -13,16 +12,13 @@ from torchvision.transforms import v2
 from coin.data.augmentation import Augmentation, View, augmented, transform_images
 from coin.data.decoding import LazyImages
 from coin.data.sampling import Draw, Stream, seeded, stratified_order
+from coin.data.transform import to_input
 from coin.errors import ConfigurationError, DataError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A selection of labelled samples.
-
-    Selecting copies indices, never images, so that splits and calibration sets share one store.
+    """A selection of labelled samples, which copies indices, never images.
 
     Attributes:
         store: All images of the source's part that this was selected from, uint8 [N, C, H, W] (or tokens), or what
@@ -52,7 +48,7 @@ class Samples:
 
     @property
     def in_memory(self) -> bool:
-        """Whether the images are, or are read whenever they are asked for."""
+        """Whether the images are."""
         return isinstance(self.store, Tensor)
 
     def images(self, positions: Tensor | None = None) -> Tensor:
@@ -65,10 +61,9 @@ class Samples:
 
     def held(self) -> Self:
         """The same samples, with their images in memory."""
-        if self.in_memory:
+        if not isinstance(self.store, LazyImages):
             return self
-        images = self.store.decoded(self.index) if isinstance(self.store, LazyImages) else self.images()
-        return type(self).of(images, self.targets)
+        return type(self).of(self.store.decoded(self.index), self.targets)
 
     def stratified(self, count: int, generator: torch.Generator) -> tuple[Self, Self]:
         """`count` samples in which the classes are in proportion, and the rest, both in their order."""
@@ -78,10 +73,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Source:
-    """The samples that a task reads: to train on, to test on, and for validation.
-
-    Where the source brings no validation samples, they are set aside from those to train on.
-    """
+    """The samples that a task reads; without validation samples, some are set aside from those to train on."""
 
     train: Samples
     test: Samples
@@ -99,7 +91,7 @@ def split_source(
 ) -> Source:
     """Set validation samples aside where the source brings none, and limit the splits; see `coin.data.TaskData`.
 
-    All choices are stratified. Reducing a split keeps a subset of it, so no sample ever changes sides.
+    All choices are stratified. Reducing a split keeps a subset of it.
     """
     test = source.test
     if max_test is not None:
@@ -124,38 +116,9 @@ def split_source(
     )
 
 
-class Shared:
-    """What the copies of one task have found out and read; in another process a copy does so for itself."""
-
-    def __init__(self) -> None:
-        self.latest: object = None  # what was read last, kept as long as there is a copy
-        self._facts: dict[Hashable, Any] = {}
-        self._read: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
-
-    def fact(self, key: Hashable, find: Callable[[], T]) -> T:
-        """Return something small, found out once."""
-        if key not in self._facts:
-            self._facts[key] = find()
-        found: T = self._facts[key]
-        return found
-
-    def read(self, key: Hashable, read: Callable[[], T]) -> T:
-        """Return samples, which are read if nobody holds them."""
-        found: T | None = self._read.get(key)
-        if found is None:
-            found = self._read[key] = read()
-        return found
-
-    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
-        return type(self), ()
-
-
 @dataclass
 class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Whole batches of a selection, images and labels, for a sampler of `Draw`.
-
-    Draws that carry an epoch are augmented and then transformed; `seed` decides how, with the epoch and the sample.
-    """
+    """Whole batches of a selection, images and labels; draws that carry an epoch are augmented and transformed."""
 
     samples: Samples
     augmentation: Augmentation = Augmentation.none
@@ -163,7 +126,6 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
     transforms: Sequence[v2.Transform] = ()
 
     def __len__(self) -> int:
-        """The number of samples (not of batches)."""
         return len(self.samples)
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, Tensor]:
@@ -177,3 +139,104 @@ class BatchDataset(Dataset[tuple[Tensor, Tensor]]):
             images = augmented(images, view, draw.positions, len(self.samples))
             images = transform_images(images, self.transforms, view, draw.positions)
         return images, self.samples.targets[draw.positions]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration samples in a fixed order; iterating yields input batches, as often as one likes.
+
+    The images stay uint8 and become inputs a batch at a time. ``len`` is the number of batches; `num_samples` is P.
+
+    Attributes:
+        parts: The selections that the samples come from; one, or one per task after `pooled`.
+        part: Which part each sample comes from, int64 [P].
+        position: The sample's position in its part, int64 [P].
+        image_size: S, the side of the inputs in pixels, or the number of tokens.
+        batch_size: Samples a batch when iterating.
+    """
+
+    parts: tuple[Samples, ...]
+    part: Tensor
+    position: Tensor
+    image_size: int
+    batch_size: int = 64
+
+    @classmethod
+    def of(cls, samples: Samples, image_size: int, batch_size: int = 64) -> Self:
+        """All of a selection, in its order."""
+        count = len(samples)
+        return cls((samples,), torch.zeros(count, dtype=torch.int64), torch.arange(count), image_size, batch_size)
+
+    @property
+    def num_samples(self) -> int:
+        """P."""
+        return len(self.position)
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the inputs, float32 [B, 3, S, S], or int64 [B, S] of texts."""
+        for start in range(0, self.num_samples, self.batch_size):
+            yield self.inputs(torch.arange(start, min(start + self.batch_size, self.num_samples)))
+
+    def inputs(self, chosen: Tensor | None = None, view: View | None = None) -> Tensor:
+        """The inputs at these places, int64 [B] (all P by default), changed as a view says: float32 [B, 3, S, S]."""
+        part = self.part if chosen is None else self.part[chosen]
+        position = self.position if chosen is None else self.position[chosen]
+        out: Tensor | None = None
+        for number, samples in enumerate(self.parts):
+            rows = (part == number).nonzero().flatten()
+            if len(rows) == 0 and len(part):
+                continue
+            images = samples.images(position[rows])
+            if view is not None:
+                images = augmented(images, view, position[rows], len(samples))
+            inputs = to_input(images, self.image_size)
+            if out is None:
+                out = inputs.new_empty(len(part), *inputs.shape[1:])
+            if inputs.dtype != out.dtype:
+                raise DataError("found images and texts among the calibration samples, expected tasks of one kind")
+            out[rows] = inputs
+        assert out is not None
+        return out
+
+    def subset(self, chosen: Tensor | Sequence[int]) -> Self:
+        """The samples at these places, in this order; ``range(rank, P, world_size)`` gives a process its share."""
+        places = torch.as_tensor(chosen, dtype=torch.int64)
+        return replace(self, part=self.part[places], position=self.position[places])
+
+    def split(self, share: float) -> tuple[Self, Self]:
+        """Part of the samples to fit on, and the last ``share`` of them to tune on; pooled data stay in proportion."""
+        if not 0 < share < 1:
+            raise ConfigurationError(f"the held-out share is {share}; expected a number between 0 and 1")
+        if self.num_samples < 2:
+            raise DataError(f"{self.num_samples} calibration sample(s) cannot be split; at least 2 are needed")
+        held_out = min(max(1, round(share * self.num_samples)), self.num_samples - 1)
+        border = self.num_samples - held_out
+        return self.subset(range(border)), self.subset(range(border, self.num_samples))
+
+    @property
+    def labels(self) -> Tensor:
+        """Class indices within each sample's own task, int64 [P]. Only for the `empirical` Fisher ablation."""
+        out = torch.empty(self.num_samples, dtype=torch.int64)
+        for number, samples in enumerate(self.parts):
+            rows = self.part == number
+            out[rows] = samples.targets[self.position[rows]]
+        return out
+
+
+def pooled(calibrations: Sequence[Calibration]) -> Calibration:
+    """Several tasks' calibration data as one, evenly interleaved: every batch mixes the tasks, as BatchNorm needs."""
+    sizes = sorted({calibration.image_size for calibration in calibrations})
+    if len(sizes) != 1:
+        raise DataError(f"calibration data to pool have the image sizes {sizes}; expected one common size")
+    parts: tuple[Samples, ...] = ()
+    part, progress = [], []
+    for each in calibrations:
+        part.append(each.part + len(parts))
+        parts += each.parts
+        progress.append((torch.arange(each.num_samples, dtype=torch.float64) + 0.5) / each.num_samples)
+    order = torch.argsort(torch.cat(progress), stable=True)
+    position = torch.cat([each.position for each in calibrations])
+    return Calibration(parts, torch.cat(part)[order], position[order], sizes[0], calibrations[0].batch_size)

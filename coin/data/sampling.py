@@ -1,10 +1,6 @@
-"""Which samples make up which batch: explicit generators, sharding by index, no padded duplicates.
+"""Which samples make up which batch: explicit generators, sharding by index, no padded duplicates."""
 
-Nothing here reads or moves torch's global random state, so the same options give the same batches whether they are
-drawn by ``coin fit``, by ``coin run`` or by a plain loop.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -38,10 +34,7 @@ def seeded(seed: int, *keys: int) -> torch.Generator:
 
 
 def stratified_order(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """A shuffle of ``range(P)``, int64 [P], of which every prefix holds the classes in proportion.
-
-    That is as nearly as whole samples allow; the generator decides the order within the classes and between ties.
-    """
+    """A shuffle of ``range(P)``, int64 [P], of which every prefix holds the classes in proportion, or nearly."""
     shuffled = torch.randperm(len(labels), generator=generator)
     by_class = torch.argsort(labels[shuffled], stable=True)
     counts = torch.bincount(labels)
@@ -60,28 +53,17 @@ class Draw(NamedTuple):
     epoch: int | None
 
 
-class EvaluationBatches(Sampler[Draw]):
+def evaluation_batches(samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[Draw]:
     """The positions ``range(rank, samples, world_size)`` in batches: every sample on exactly one process."""
-
-    def __init__(self, samples: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.positions = range(rank, samples, world_size)
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        """The number of batches on this process."""
-        return -(-len(self.positions) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Draw]:
-        for start in range(0, len(self.positions), self.batch_size):
-            yield Draw(torch.tensor(self.positions[start : start + self.batch_size]), None)
+    positions = range(rank, samples, world_size)
+    return [Draw(torch.tensor(positions[i : i + batch_size]), None) for i in range(0, len(positions), batch_size)]
 
 
 class TrainingBatches(Sampler[Draw]):
     """A permutation drawn from ``(seed, epoch)``, dealt out to the processes.
 
-    Every process gets equally many batches of equal sizes: the ``samples % world_size`` last samples of the
-    permutation are left out of that epoch. The last, partial batch is kept, unless it would hold a single sample:
-    BatchNorm cannot train on one. Lightning calls `set_epoch` before each epoch.
+    Every process gets equally many batches of equal sizes: the ``samples % world_size`` last samples are left out. The
+    last, partial batch is kept, unless it would hold a single sample: BatchNorm cannot train on one.
     """
 
     def __init__(
@@ -99,7 +81,7 @@ class TrainingBatches(Sampler[Draw]):
         self._share = share - 1 if share % batch_size == 1 else share
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the permutation of the next iteration."""
+        """Choose the permutation of the next iteration; Lightning does before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -117,10 +99,7 @@ class TrainingBatches(Sampler[Draw]):
 def batch_loader(
     dataset: Any, batch_size: int, seed: int, trainer: Trainer | None, *, shuffle: bool = False, **options: Any
 ) -> DataLoader[Any]:
-    """A DataLoader of this process's batches of a data set that takes a `Draw`; without a Trainer, of all.
-
-    Its workers draw from the seed, not from torch's global state.
-    """
+    """A DataLoader of this process's batches of a data set that takes a `Draw`; without a Trainer, of all."""
     rank, world_size, epoch = 0, 1, 0
     if trainer is not None:
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
@@ -130,7 +109,7 @@ def batch_loader(
             )
         # A resumed Trainer makes the iterator before it calls set_epoch, and workers start to fetch at once.
         rank, world_size, epoch = trainer.global_rank, trainer.world_size, trainer.current_epoch
-    sampler: Sampler[Draw] = EvaluationBatches(len(dataset), batch_size, rank, world_size)
+    sampler: Iterable[Draw] = evaluation_batches(len(dataset), batch_size, rank, world_size)
     if shuffle:
         sampler = TrainingBatches(len(dataset), batch_size, seed, epoch, rank, world_size)
     return DataLoader(dataset, batch_size=None, sampler=sampler, generator=seeded(seed, Stream.WORKERS), **options)

@@ -1,18 +1,19 @@
 """What all tasks have in common: options, splits, loaders and calibration data."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from operator import itemgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from coin.choices import chosen
+from coin.choices import check_integer, check_number, chosen
 from coin.data.augmentation import Augmentation, TransformSpec, build_transforms
-from coin.data.calibration import Calibration
-from coin.data.samples import BatchDataset, Samples, Shared, Source, split_source
+from coin.data.samples import BatchDataset, Calibration, Samples, Source, split_source
 from coin.data.sampling import Stream, batch_loader, seeded
 from coin.data.transform import check_stored, to_input
 from coin.errors import ConfigurationError, DataError
@@ -20,18 +21,48 @@ from coin.processes import cores
 
 WORKERS = 8  # at most so many processes decode images that are not held in memory, unless it is said
 
+# Of the options that are whole numbers; BatchNorm cannot train on one sample.
+_LEAST = dict.fromkeys(("image_size", "eval_batch_size", "max_test"), 1)
+_LEAST |= dict.fromkeys(("batch_size", "max_train"), 2) | dict.fromkeys(("split_seed", "seed", "num_workers"), 0)
+
+T = TypeVar("T")
+
+
+class Shared:
+    """What the copies of one task have found out and read; in another process a copy does so for itself."""
+
+    def __init__(self) -> None:
+        self.latest: object = None  # what was read last, kept as long as there is a copy
+        self._facts: dict[Hashable, Any] = {}
+        self._read: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
+
+    def fact(self, key: Hashable, find: Callable[[], T]) -> T:
+        """Return something small, found out once."""
+        if key not in self._facts:
+            self._facts[key] = find()
+        found: T = self._facts[key]
+        return found
+
+    def read(self, key: Hashable, read: Callable[[], T]) -> T:
+        """Return samples, which are read if nobody holds them."""
+        found: T | None = self._read.get(key)
+        if found is None:
+            found = self._read[key] = read()
+        return found
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
+
 
 class TaskData(LightningDataModule, ABC):
     """One task: images with their classes, or texts, whose tokens, int64 [B, L], stand in the place of images.
 
     The loaders yield stored images, uint8 [B, C, H, W], and labels, int64 [B] (`predict_dataloader` the test images
-    alone); `on_after_batch_transfer` turns the images into inputs on the device. Used without a Trainer, that is
-    `coin.data.to_input`. Samples are sharded over processes by index, so the Trainer runs with
-    ``use_distributed_sampler=False``.
+    alone); `on_after_batch_transfer` turns the images into inputs on the device, as `coin.data.to_input` does without
+    a Trainer. Samples are sharded over processes by index, so the Trainer runs with ``use_distributed_sampler=False``.
 
     A subclass says what the classes are (`names`, or `class_names` where they depend on its options) and reads the
-    images (`load`). What has been read is shared by all copies of a task that `coin.data.tasks.task_with` makes, and
-    kept as long as there is one.
+    images (`load`). What has been read is shared by all copies of a task that `coin.data.tasks.task_with` makes.
 
     Args:
         image_size: Side of the networks' inputs in pixels; for texts, their number of tokens.
@@ -74,15 +105,6 @@ class TaskData(LightningDataModule, ABC):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        at_least("image_size", image_size, 1)
-        at_least("batch_size", batch_size, 2, why="BatchNorm cannot train on one sample")
-        at_least("eval_batch_size", eval_batch_size, 1)
-        at_least("split_seed", split_seed, 0)
-        at_least("seed", seed, 0)
-        at_least("num_workers", num_workers, 0)
-        at_least("max_train", max_train, 2)
-        at_least("max_test", max_test, 1)
-        check_share("validation_share", validation_share)
         self.image_size = image_size
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -92,15 +114,19 @@ class TaskData(LightningDataModule, ABC):
         self.augmentation = chosen(Augmentation, "augmentation", augmentation)
         self.transform = transform
         self.check_augmentation(self.augmentation, transform)
-        build_transforms(transform)
+        build_transforms(transform)  # refuses what cannot be made
         self.max_train = max_train
         self.max_test = max_test
         self.num_workers = num_workers
+        for name, least in _LEAST.items():
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least)
+        check_number("validation_share", validation_share, low=0.0, high=1.0)
         self._shared = Shared()
         self._source: Source | None = None
 
     def check_augmentation(self, augmentation: Augmentation, transform: TransformSpec = None) -> None:
-        """Raise a `ConfigurationError` for an augmentation or a transform of what are no images."""
+        """Refuse an augmentation or a transform of what are no images."""
         if self.content != "images" and (transform or augmentation is not Augmentation.none):
             found = "a transform" if transform else f"augmentation '{augmentation}'"
             raise ConfigurationError(
@@ -109,7 +135,7 @@ class TaskData(LightningDataModule, ABC):
             )
 
     def class_names(self) -> tuple[str, ...]:
-        """The classes in the order of their labels; cheap, so that a network can be built before data are read."""
+        """The classes in the order of their labels; cheap, for a network is built before data are read."""
         return self.names
 
     @abstractmethod
@@ -127,15 +153,15 @@ class TaskData(LightningDataModule, ABC):
         return len(self.classes)
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the images and split them, once; every stage needs the same."""
+        """Read the images and split them, once."""
         self._source = self._shared.latest = self._shared.read(self._key, self._read)
 
     def release(self) -> None:
-        """Let go of the images, once neither this task nor a copy is going to be used for long; `setup` reads anew."""
+        """Let go of the images; `setup` reads them anew."""
         self._source = self._shared.latest = None
 
     @property
-    def _key(self) -> tuple[int, float, int, int | None, int | None]:
+    def _key(self) -> tuple[Any, ...]:
         """All options of any task that decide what its splits are."""
         return self.image_size, self.validation_share, self.split_seed, self.max_train, self.max_test
 
@@ -154,10 +180,7 @@ class TaskData(LightningDataModule, ABC):
                 raise DataError(f"{task} has no {name} {self.content}, expected at least one; check its source")
             least, most = int(part.targets.min()), int(part.targets.max())
             if least < 0 or most >= self.num_classes:
-                raise DataError(
-                    f"{task} has {name} labels from {least} to {most}; expected 0 to {self.num_classes - 1}; number "
-                    "the classes as class_names does"
-                )
+                raise DataError(f"{task} has {name} labels {least} to {most}; expected 0 to {self.num_classes - 1}")
             check_stored(part.images(torch.tensor([0])), self.image_size)
 
     @property
@@ -209,10 +232,10 @@ class TaskData(LightningDataModule, ABC):
     def calibration(self, samples: int, batch_size: int = 64, name: str | None = None) -> Calibration:
         """P unaugmented samples of the training split, drawn from ``seed`` without a look at their labels.
 
-        A smaller P gives a prefix of a larger one. The samples are held in memory. An error calls the task by `name`.
+        A smaller P gives a prefix of a larger one. An error calls the task by `name`.
         """
-        at_least("the number of calibration samples", samples, 1)
-        at_least("the batch size of calibration data", batch_size, 1)
+        check_integer("calibration samples", samples, 1)
+        check_integer("the calibration data's batch size", batch_size, 1)
         train = self.splits.train
         if samples > len(train):
             task = type(self).__name__ if name is None else f"the task '{name}' ({type(self).__name__})"
@@ -224,15 +247,3 @@ class TaskData(LightningDataModule, ABC):
         order = torch.randperm(len(train), generator=seeded(self.seed, Stream.CALIBRATION))
         held = self._shared.read((*self._key, self.seed, samples), train.subset(order[:samples]).held)
         return Calibration.of(held, self.image_size, batch_size)
-
-
-def at_least(name: str, value: int | None, least: int, why: str = "") -> None:
-    """Raise a `ConfigurationError` for a value that is too small; None will do."""
-    if value is not None and value < least:
-        raise ConfigurationError(f"{name} is {value}; expected at least {least}" + (f" ({why})" if why else ""))
-
-
-def check_share(name: str, value: float) -> None:
-    """Raise a `ConfigurationError` for a share that is not in [0, 1)."""
-    if not 0 <= value < 1:
-        raise ConfigurationError(f"{name} is {value}; expected a number in [0, 1)")

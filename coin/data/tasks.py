@@ -10,19 +10,20 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from coin.choices import check_integer, check_number
 from coin.data.augmentation import Augmentation, View
-from coin.data.calibration import Calibration, pooled
+from coin.data.samples import Calibration, pooled
 from coin.data.sampling import Draw, batch_loader
-from coin.data.task import TaskData, at_least, check_share
+from coin.data.task import TaskData
 from coin.errors import DataError
 
 
 class Tasks(LightningDataModule):
     """The tasks of an experiment.
 
-    ``test_dataloader`` yields one loader a task, in the order of `tasks`; ``predict_dataloader`` the pooled
-    calibration samples, in order; ``train_dataloader`` the same, reshuffled every epoch, as pairs of the samples'
-    positions ``[B]`` and inputs ``[B, 3, S, S]``; ``val_dataloader`` the held-out ones in the same form.
+    ``test_dataloader`` yields one loader a task; ``predict_dataloader`` the pooled calibration samples, in order;
+    ``train_dataloader`` the same, reshuffled every epoch, as pairs of the samples' positions ``[B]`` and inputs
+    ``[B, 3, S, S]``; ``val_dataloader`` the held-out ones in the same form.
 
     Args:
         tasks: The tasks by name.
@@ -32,8 +33,7 @@ class Tasks(LightningDataModule):
         seed: Draws the calibration samples and their order; none leaves every task its own seed.
 
     Attributes:
-        augmentation: What happens to calibration samples that are trained on, anew in every epoch; nothing unless the
-            module that trains on them says so. All other uses, the held-out samples among them, see them as they are.
+        augmentation: What happens to calibration samples that are trained on, where the module that trains says so.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Tasks(LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        at_least("samples_per_task", samples_per_task, 1)
-        at_least("batch_size", batch_size, 1)
-        at_least("seed", seed, 0)
-        check_share("held_out", held_out)
+        check_integer("samples_per_task", samples_per_task, 1)
+        check_integer("batch_size", batch_size, 1)
+        check_integer("seed", seed or 0, 0)
+        check_number("held_out", held_out, low=0.0, high=1.0)
         if not tasks:
             raise DataError("found no tasks, expected at least one; name them under data.tasks")
         sizes = {name: task.image_size for name, task in tasks.items()}
@@ -65,10 +65,7 @@ class Tasks(LightningDataModule):
 
     def resize(self, image_size: int) -> None:
         """Give every task the image size of the networks that are to look at it, in pixels."""
-        self.tasks = {
-            name: task if task.image_size == image_size else task_with(task, image_size=image_size)
-            for name, task in self.tasks.items()
-        }
+        self.tasks = {name: task_with(task, image_size=image_size) for name, task in self.tasks.items()}
 
     @property
     def num_classes(self) -> int:
@@ -97,18 +94,17 @@ class Tasks(LightningDataModule):
 
     def training_calibration(self) -> Calibration:
         """Return the pooled calibration samples without the held-out ones, in the order of their positions."""
-        calibration = self.calibration()
-        return calibration if self.held_out == 0 else calibration.split(self.held_out)[0]
+        return self.calibration() if self.held_out == 0 else self.calibration().split(self.held_out)[0]
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """The calibration samples to train on, positions beside inputs, shuffled from (seed, epoch)."""
+        """The calibration samples to train on, shuffled from (seed, epoch)."""
         for task in self.tasks.values():
             task.check_augmentation(self.augmentation)
         dataset = _Positioned(self.training_calibration(), self.augmentation, self.seed)
         return batch_loader(dataset, self.batch_size, self.seed, self.trainer, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
-        """The held-out calibration samples; an empty list, Lightning's no validation, with a share of 0."""
+        """The held-out calibration samples; an empty list with a share of 0."""
         return [] if self.held_out == 0 else self._in_order(self.calibration().split(self.held_out)[1])
 
     def test_dataloader(self) -> list[DataLoader[tuple[Tensor, Tensor]]]:
@@ -116,7 +112,7 @@ class Tasks(LightningDataModule):
         return [task.test_dataloader() for task in self.tasks.values()]
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
-        """All calibration samples' inputs, in order, every sample on exactly one process."""
+        """All calibration samples' inputs, in order."""
         return self._in_order(self.calibration(), collate_fn=itemgetter(1))
 
     def _in_order(self, calibration: Calibration, **options: Any) -> DataLoader[Any]:
@@ -130,10 +126,7 @@ class Tasks(LightningDataModule):
 
 
 def task_with(task: TaskData, **options: Any) -> TaskData:
-    """Return the same task with other values for some of the options that all tasks have.
-
-    What has been read is shared, so that all uses and seeds of an experiment read it once.
-    """
+    """Return the same task with other values for some of the options that all tasks have; it shares what is read."""
     other = copy.copy(task)
     other.trainer = None
     for name, value in options.items():

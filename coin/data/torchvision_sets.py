@@ -12,7 +12,8 @@ from coin.data.samples import Samples, Source
 from coin.data.task import TaskData
 from coin.errors import DataError
 
-_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+_BY_SPLIT = {"split": "train"}, {"split": "test"}
+_DIGITS = tuple("0123456789")
 _CIFAR100 = (
     "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
     "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
@@ -34,10 +35,12 @@ class TorchvisionTask(TaskData):
         kwargs: See `TaskData`.
     """
 
-    dataset: ClassVar[str]
-    """What torchvision calls the set."""
     folder: ClassVar[str]
     """Where torchvision keeps the files, under ``root``."""
+    dataset: ClassVar[str | None] = None
+    """What torchvision calls the set; the class's name by default."""
+    arguments: ClassVar[tuple[dict[str, Any], dict[str, Any]]] = ({"train": True}, {"train": False})
+    """What torchvision is told beside `root` and `download` to open the training and the test split."""
 
     def __init__(self, *, root: str = "data", download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -47,30 +50,28 @@ class TorchvisionTask(TaskData):
     def prepare_data(self) -> None:
         """Download what is missing, if ``download`` is set; a `DataError` if that fails."""
         if self.download:
-            self._shared.fact("downloaded", lambda: [self._open(train, download=True) for train in (True, False)])
+            self._shared.fact("downloaded", lambda: self._open(download=True))
 
     def load(self) -> Source:
         """Read the downloaded files."""
-        train, test = (Samples.of(*self.tensors(self._open(train, download=False))) for train in (True, False))
-        return Source(train, test)
-
-    def arguments(self, train: bool) -> dict[str, Any]:
-        """What torchvision is told beside `root` and `download` to open the training or the test split."""
-        return {"train": train}
+        return Source(*(Samples.of(*self.tensors(split)) for split in self._open(download=False)))
 
     def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
         """The images, uint8 [P, C, H, W], and labels, int64 [P], of an opened data set."""
         images = torch.as_tensor(dataset.data)
         if images.ndim == 3:
             images = images.unsqueeze(1)
+        elif images.shape[3] == 3:
+            images = images.permute(0, 3, 1, 2)
         labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
         return images.contiguous(), torch.as_tensor(labels)
 
-    def _open(self, train: bool, download: bool) -> Any:
+    def _open(self, download: bool) -> list[Any]:
+        name, place = type(self).__name__, (self.root / self.folder).absolute()
+        kind = getattr(datasets, self.dataset or name)
         try:
-            return getattr(datasets, self.dataset)(self.root, download=download, **self.arguments(train))
+            return [kind(self.root, download=download, **arguments) for arguments in self.arguments]
         except Exception as error:  # from AssertionError to BadZipFile, whatever torchvision and urllib raise
-            name, place = type(self).__name__, (self.root / self.folder).absolute()
             found = "the download failed and there are" if download else "there are"
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise DataError(
@@ -82,15 +83,13 @@ class TorchvisionTask(TaskData):
 class MNIST(TorchvisionTask):
     """Handwritten digits, 28×28 grey; 60,000 and 10,000 images."""
 
-    dataset = "MNIST"
     folder = "MNIST/raw"
-    names = tuple("0123456789")
+    names = _DIGITS
 
 
 class FashionMNIST(TorchvisionTask):
     """Articles of clothing, 28×28 grey; 60,000 and 10,000 images."""
 
-    dataset = "FashionMNIST"
     folder = "FashionMNIST/raw"
     names = tuple(datasets.FashionMNIST.classes)
 
@@ -98,7 +97,6 @@ class FashionMNIST(TorchvisionTask):
 class KMNIST(TorchvisionTask):
     """Cursive Japanese characters, 28×28 grey; 60,000 and 10,000 images."""
 
-    dataset = "KMNIST"
     folder = "KMNIST/raw"
     names = tuple(datasets.KMNIST.classes)
 
@@ -106,13 +104,10 @@ class KMNIST(TorchvisionTask):
 class EMNISTLetters(TorchvisionTask):
     """Handwritten letters, both cases in one class, 28×28 grey; 124,800 and 20,800 images."""
 
-    dataset = "EMNIST"
     folder = "EMNIST/raw"
     names = tuple("abcdefghijklmnopqrstuvwxyz")
-
-    def arguments(self, train: bool) -> dict[str, Any]:
-        """One part of EMNIST's split "letters"."""
-        return {"split": "letters", "train": train}
+    dataset = "EMNIST"
+    arguments = {"split": "letters", "train": True}, {"split": "letters", "train": False}
 
     def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
         """The letters upright (EMNIST stores them transposed) and labelled from 0 (EMNIST counts from 1)."""
@@ -122,57 +117,43 @@ class EMNISTLetters(TorchvisionTask):
 class CIFAR10(TorchvisionTask):
     """Photographs of things and animals, 32×32 RGB; 50,000 and 10,000 images."""
 
-    dataset = "CIFAR10"
     folder = "cifar-10-batches-py"
-    names = tuple(_CIFAR10.split())
-
-    def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
-        """The images with their channels first."""
-        return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(dataset.targets)
+    names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-class CIFAR100(CIFAR10):
+class CIFAR100(TorchvisionTask):
     """Photographs in 100 classes, 32×32 RGB; 50,000 and 10,000 images."""
 
-    dataset = "CIFAR100"
     folder = "cifar-100-python"
     names = tuple(_CIFAR100.split())
 
 
-class _BySplit(TorchvisionTask):
-    """A set of which torchvision calls the splits ``train`` and ``test``."""
-
-    def arguments(self, train: bool) -> dict[str, Any]:
-        """One of these splits."""
-        return {"split": "train" if train else "test"}
-
-
-class SVHN(_BySplit):
+class SVHN(TorchvisionTask):
     """House numbers' digits from photographs, 32×32 RGB; 73,257 and 26,032 images."""
 
-    dataset = "SVHN"
     folder = ""
-    names = tuple("0123456789")
+    names = _DIGITS
+    arguments = _BY_SPLIT
 
 
-class STL10(_BySplit):
+class STL10(TorchvisionTask):
     """Photographs of things and animals, 96×96 RGB; 5,000 and 8,000 labelled images."""
 
-    dataset = "STL10"
     folder = "stl10_binary"
     names = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+    arguments = _BY_SPLIT
 
 
-class GTSRB(_BySplit):
+class GTSRB(TorchvisionTask):
     """German traffic signs in 43 classes, RGB; 26,640 and 12,630 images.
 
     The images differ in size, so they are resized to ``image_size`` when they are read: the short side first, then
     the centre is cropped.
     """
 
-    dataset = "GTSRB"
     folder = "gtsrb"
     names = tuple(map(str, range(43)))
+    arguments = _BY_SPLIT
 
     def tensors(self, dataset: Any) -> tuple[Tensor, Tensor]:
         """The decoded images at ``image_size``."""

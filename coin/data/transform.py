@@ -12,8 +12,7 @@ def to_input(stored: Tensor, image_size: int) -> Tensor:
     """Turn stored samples into what every network of an experiment reads.
 
     Tokens are inputs already. Images: scales to [0, 1], resizes with antialiased bilinear interpolation where the size
-    differs, repeats grey images over three channels, and normalises with ImageNet's mean and standard deviation. Runs
-    on the images' device.
+    differs, repeats grey images over three channels, and normalises with ImageNet's mean and standard deviation.
 
     Args:
         stored: Images, uint8 [B, 1 or 3, H, W], or tokens, int64 [B, S]; a `DataError` if it is neither.
@@ -51,15 +50,10 @@ def _resized(images: Tensor, side: int) -> Tensor:
 
 def check_stored(stored: Tensor, image_size: int) -> None:
     """Raise a `DataError` unless these are images, uint8 [B, 1 or 3, H, W], or tokens, int64 [B, image_size]."""
-    if stored.dtype != torch.int64 or stored.ndim != 2:
-        check_images(stored)
-    elif stored.shape[1] != image_size:
-        raise DataError(f"texts have {stored.shape[1]} tokens; expected {image_size}, the network's image_size")
-
-
-def check_images(stored: Tensor) -> None:
-    """Raise a `DataError` unless these are images, uint8 [B, 1 or 3, H, W]."""
-    if stored.dtype != torch.uint8 or stored.ndim != 4 or stored.shape[1] not in (1, 3):
+    if stored.dtype == torch.int64 and stored.ndim == 2:
+        if stored.shape[1] != image_size:
+            raise DataError(f"texts have {stored.shape[1]} tokens; expected {image_size}, the network's image_size")
+    elif stored.dtype != torch.uint8 or stored.ndim != 4 or stored.shape[1] not in (1, 3):
         raise DataError(
             f"images are {stored.dtype} of shape {list(stored.shape)}; expected torch.uint8 [B, 1 or 3, H, W]"
         )

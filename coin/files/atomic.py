@@ -11,33 +11,23 @@ from pathlib import Path
 
 from coin.errors import FileError
 
-_LONGEST_WRITE = 3600.0
-"""In seconds."""
-
-_CLOCK_STEP = 2.0
-"""Seconds after which a file that is written to anew has another time of change, whatever the file system."""
-
-_LONGEST_NAME = 200
-"""Bytes; file systems take 255, and what is made of a name is longer than it."""
+_LONGEST_WRITE = 3600.0  # seconds
+_LONGEST_NAME = 200  # bytes; file systems take 255, and what is made of a name is longer than it
+_CLOCK_STEP = 2.0  # seconds after which a file that is written to anew has another time of change
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, renamed onto it when the block ends without an error.
 
-    A reader therefore sees the old file or the whole new one, whenever the writer is killed.
-
-    Raises:
-        FileError: The folder or the file cannot be written.
+    A reader therefore sees the old file or the whole new one. A FileError where it cannot be written.
     """
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    temporary = Path(name)
-    try:
+        temporary = Path(name)
         yield temporary
         # mkstemp makes the file private to its owner; results are meant to be read by others.
         umask = os.umask(0)
@@ -47,15 +37,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except FileError:  # says what it is about
         raise
     except OSError as error:
-        raise _unwritable(path, error) from error
+        reason = error.strerror or error
+        raise FileError(
+            f"cannot write '{path}': {reason}; free the space or choose a folder you can write to"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _unwritable(path: Path, error: OSError) -> FileError:
-    return FileError(
-        f"cannot write '{path}': {error.strerror or error}; free the space or choose a folder you can write to"
-    )
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -73,11 +61,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Give a file a second name; copy it where the two places have no links between them.
-
-    Raises:
-        OSError: The source is missing, or the target cannot be written.
-    """
+    """Give a file a second name; copy it where the two places have no links between them."""
     with atomic_path(target) as temporary:
         temporary.unlink()
         try:
@@ -87,10 +71,9 @@ def link_file(source: Path, target: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits; a process reads a file that has not changed once.
+    """Return the SHA-256 of a file as 64 hexadecimal digits; a FileError where it cannot be read.
 
-    Raises:
-        FileError: The file is missing or cannot be read.
+    A process reads a file that has not changed once.
     """
     try:
         with path.open("rb") as file:
@@ -109,10 +92,5 @@ _hashes: dict[tuple[int, int, int, int], str] = {}
 
 def is_folder_name(name: str) -> bool:
     """Return whether a folder of this name is one, visible, and lies where it is put: no separators, no ``..``."""
-    return (
-        bool(name)
-        and not name.startswith(".")
-        and not any(mark in name for mark in "/\\")
-        and name.isprintable()
-        and len(name.encode()) <= _LONGEST_NAME
-    )
+    plain = bool(name) and name.isprintable() and not name.startswith(".") and "/" not in name and "\\" not in name
+    return plain and len(name.encode()) <= _LONGEST_NAME

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from coin.files.tensors import State, check_finite
 from coin.versions import versions
 
 _METADATA_KEY = "coin"
-_MAPPED = 2**20
-"""After so many bytes of tensors, in bytes, the file is mapped anew, so that what was read of it can go."""
+_MAPPED = 2**20  # after so many bytes of tensors the file is mapped anew, so that what was read of it can go
 
 
 def save_state(path: Path, state: State, provenance: Mapping[str, Any], infinite: Collection[str] = ()) -> None:
@@ -26,7 +24,7 @@ def save_state(path: Path, state: State, provenance: Mapping[str, Any], infinite
 
     Args:
         path: The file, written under a temporary name and renamed.
-        state: Tensors of any shape and type; they are copied to contiguous CPU memory.
+        state: Tensors of any shape and type.
         provenance: Anything that JSON holds; `versions()` is added under ``versions``.
         infinite: Names of tensors that may hold infinities.
 
@@ -49,65 +47,7 @@ def save_state(path: Path, state: State, provenance: Mapping[str, Any], infinite
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
-            raise FileError(
-                f"cannot write '{path}': {error}; free the space or choose a folder you can write to"
-            ) from error
-
-
-def load_provenance(path: Path) -> dict[str, Any]:
-    """Return the JSON value that `save_state` wrote with a file, without reading its tensors.
-
-    Raises:
-        FileError: The file is missing, damaged, or was not written by ``coin``.
-    """
-    with _opened(path) as file:
-        return _provenance(file.metadata(), path)
-
-
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the provenance of a file that `save_state` wrote.
-
-    Raises:
-        FileError: The file is missing, damaged, or was not written by ``coin``.
-    """
-    with _opened(path) as file:
-        provenance = _provenance(file.metadata(), path)
-        return {key: file.get_tensor(key) for key in file.keys()}, provenance  # noqa: SIM118 (not a dict)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise _missing(path)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError(f"'{path}' is not a whole safetensors file ({error}); make it again") from error
-
-
-def _missing(path: Path) -> FileError:
-    """Return the error for a file that is not there."""
-    return FileError(f"found no file '{path}', expected a safetensors file; check the path or make it first")
-
-
-def _provenance(metadata: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
-    """Return the JSON value in a file's metadata.
-
-    Raises:
-        FileError: There is none: the file was not written by ``coin``.
-    """
-    try:
-        value = json.loads((metadata or {})[_METADATA_KEY])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise FileError(
-            f"'{path}' does not say what made it (no '{_METADATA_KEY}' metadata); make it with coin"
-        ) from error
-    if not isinstance(value, dict):
-        raise FileError(f"'{path}' has '{_METADATA_KEY}' metadata of type {type(value).__name__}, expected an object")
-    return value
+            raise OSError(str(error)) from error
 
 
 class StateFile(Mapping[str, Tensor]):
@@ -129,18 +69,16 @@ class StateFile(Mapping[str, Tensor]):
         self._mapped = 0
         self._version: tuple[int, ...] | None = None
         self._file: Any = self._opened()
-        self.provenance = _provenance(self._file.metadata(), path)
+        self.provenance = self._provenance()
         self._names = dict.fromkeys(self._file.keys() if names is None else names)
-        self._last = next(reversed(self._names), None)  # where a pass ends
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        if self._file is None:
-            self._file = self._opened()
+        self._file = self._file or self._opened()
         tensor: Tensor = self._file.get_tensor(name)
         self._mapped += tensor.nbytes
-        if self._mapped > _MAPPED or name == self._last:
+        if self._mapped > _MAPPED:
             self._file, self._mapped = None, 0  # the tensor itself keeps what it needs
         return tensor
 
@@ -161,14 +99,34 @@ class StateFile(Mapping[str, Tensor]):
 
     def _opened(self) -> Any:
         if not self.path.is_file():
-            raise _missing(self.path)
+            raise FileError(f"found no file '{self.path}', expected safetensors; check the path or make it first")
         try:
             file = safe_open(str(self.path), framework="pt")
             found = self.path.stat()
         except (SafetensorError, OSError) as error:
             raise FileError(f"'{self.path}' is not a whole safetensors file ({error}); make it again") from error
         version = (found.st_ino, found.st_size, found.st_mtime_ns)
-        if self._version is not None and version != self._version:
+        if self._version not in (None, version):
             raise FileError(f"'{self.path}' has changed while it was read; run the command again, alone on its files")
         self._version = version
         return file
+
+    def _provenance(self) -> dict[str, Any]:
+        """Return the JSON value in the file's metadata."""
+        try:
+            return dict(json.loads(self._file.metadata()[_METADATA_KEY]))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise FileError(
+                f"'{self.path}' does not say what made it (no '{_METADATA_KEY}' metadata); make it with coin"
+            ) from error
+
+
+def load_provenance(path: Path) -> dict[str, Any]:
+    """Return the JSON value that `save_state` wrote with a file, without its tensors; raises as `StateFile`."""
+    return StateFile(path).provenance
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the provenance of a file that `save_state` wrote; raises as `StateFile`."""
+    file = StateFile(path)
+    return dict(file), file.provenance

@@ -1,8 +1,4 @@
-"""Named tensors: checks, arithmetic and fingerprints.
-
-Parameters, buffers and statistics all travel as ``Mapping[str, Tensor]``. Names and shapes are checked before any
-arithmetic, so that a mistake ends in one line that names the tensor.
-"""
+"""Named tensors, ``Mapping[str, Tensor]``: checks, arithmetic and fingerprints."""
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
@@ -14,46 +10,33 @@ from coin.errors import StateError
 
 State = Mapping[str, Tensor]
 
-_ALIKE = "give tensors of one architecture and class count"
-
 
 def check_same_layout(states: Sequence[State], names: Sequence[str] | None = None) -> None:
-    """Check that all states hold the same tensor names with the same shapes.
+    """Raise a StateError that names the first tensor unless all states have the same names and shapes.
 
-    Args:
-        states: At least one state.
-        names: What to call each state in the message; ``state 0``, ``state 1``, … otherwise.
-
-    Raises:
-        StateError: A name is missing or superfluous, or a shape differs; the message names the first such tensor.
+    `names` are what the message calls them; ``state 0``, ``state 1``, … otherwise.
     """
     if not states:
         raise StateError("found no states, expected at least one")
-    called = list(names) if names is not None else [f"state {i}" for i in range(len(states))]
+    called = names or [f"state {i}" for i in range(len(states))]
     first = states[0]
     for other, name in zip(states[1:], called[1:], strict=True):
         if missing := sorted(first.keys() - other.keys()):
-            raise StateError(
-                f"{name} has no tensor '{missing[0]}', which {called[0]} has ({len(missing)} missing); {_ALIKE}"
-            )
-        if extra := sorted(other.keys() - first.keys()):
-            raise StateError(
-                f"{name} has a tensor '{extra[0]}', which {called[0]} has not ({len(extra)} superfluous); {_ALIKE}"
-            )
-        for key, tensor in first.items():
-            if other[key].shape != tensor.shape:
-                raise StateError(
-                    f"tensor '{key}' is {list(other[key].shape)} in {name} but {list(tensor.shape)} in {called[0]}; "
-                    f"{_ALIKE}"
-                )
+            found = f"{name} has no tensor '{missing[0]}', which {called[0]} has ({len(missing)} missing)"
+        elif extra := sorted(other.keys() - first.keys()):
+            found = f"{name} has a tensor '{extra[0]}', which {called[0]} has not ({len(extra)} superfluous)"
+        elif unlike := next((key for key, tensor in first.items() if other[key].shape != tensor.shape), None):
+            shapes = list(other[unlike].shape), list(first[unlike].shape)
+            found = f"tensor '{unlike}' is {shapes[0]} in {name} but {shapes[1]} in {called[0]}"
+        else:
+            continue
+        raise StateError(f"{found}; give tensors of one architecture and class count")
 
 
 def not_finite(state: State, infinite: Collection[str] = ()) -> str | None:
     """Return the name of the first tensor that holds a NaN or an infinity, None if none does.
 
-    Args:
-        state: Named tensors.
-        infinite: Names of tensors that may hold infinities, as a causal mask does, but no NaN.
+    Those named in `infinite` may hold infinities, as a causal mask does.
     """
     for key, tensor in state.items():
         if not (tensor.is_floating_point() or tensor.is_complex()):
@@ -68,11 +51,7 @@ def not_finite(state: State, infinite: Collection[str] = ()) -> str | None:
 
 
 def check_finite(state: State, what: str, infinite: Collection[str] = ()) -> None:
-    """Check that no tensor holds a NaN or an infinity; those named in `infinite` may hold infinities.
-
-    Raises:
-        StateError: Naming the first tensor that does, and `what` it belongs to.
-    """
+    """Raise a StateError, about `what`, that names the tensor `not_finite` finds."""
     if (key := not_finite(state, infinite)) is not None:
         raise StateError(f"{what} is not finite: tensor '{key}' holds a NaN or an infinity; check what made it")
 
@@ -82,10 +61,8 @@ def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str,
 
     Entries that agree in all states stay as they are, to the last bit and infinities included, and a state of weight
     zero has no say. Floating-point and complex tensors are summed in their own type; of others (BatchNorm's
-    ``num_batches_tracked``) the maximum over the states is taken, since a weighted count has no meaning.
-
-    Raises:
-        StateError: The states' names or shapes differ.
+    ``num_batches_tracked``) the maximum over the states is taken, since a weighted count has no meaning. A StateError
+    where names or shapes differ.
     """
     check_same_layout(states)
     if len(states) != len(weights):
@@ -112,10 +89,7 @@ def weighted_mean(
 
 
 def fingerprint(state: State) -> str:
-    """Return a SHA-256 over names, types, shapes and values: two networks are the same if and only if theirs agree.
-
-    A file's own hash would change with its metadata; this one identifies the weights wherever they are kept.
-    """
+    """Return a SHA-256 over names, types, shapes and values, which identifies weights wherever they are kept."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

@@ -9,23 +9,16 @@ import yaml  # type: ignore[import-untyped]
 
 from coin.errors import ConfigurationError, FileError
 
-_MOST_VALUES = 100_000
-"""An alias within an alias within … can stand for any number of values."""
+_MOST_VALUES = 100_000  # an alias within an alias within … can stand for any number of values
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds.
-
-    Raises:
-        FileError: The file is missing, or is no text.
-        ConfigurationError: It is no YAML, has a key twice, or stands for more values than any configuration has.
-    """
+    """Return what a YAML file holds; a FileError where it cannot be read, a ConfigurationError where it is no YAML."""
     try:
         text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FileError(f"found no text in '{path}', expected a YAML file in UTF-8; check the path") from error
-    except OSError as error:
-        raise FileError(f"cannot read '{path}' ({error.strerror}), expected a YAML file; check the path") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "no text")
+        raise FileError(f"cannot read '{path}' ({reason}), expected a YAML file in UTF-8; check the path") from error
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None and _count(root, {}) > _MOST_VALUES:

@@ -36,10 +36,9 @@ def average_parameters(experts: Sequence[State], weights: Sequence[float]) -> di
 
 
 class HeadFit(Average):
-    """The β-average with its head fitted to Σ_i β_i f_i; see `fit_head`.
+    """The β-average with its head fitted to Σ_i β_i f_i (`fit_head`), after BatchNorm's statistics, by the policy.
 
-    It costs one forward pass of each network and one singular value decomposition; no Fisher, no labels. BatchNorm's
-    statistics are settled first, by the policy.
+    It costs one forward pass of each network and one singular value decomposition; no Fisher, no labels.
     """
 
     name = "head_fit"

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from copy import copy
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,10 +12,8 @@ from torch import Tensor
 from coin.choices import chosen
 from coin.errors import CoinWarning, NumericalError, StateError
 from coin.files.tensors import State, check_finite, weighted_mean
-from coin.merging.checks import checked
 from coin.merging.experts import Experts
-from coin.merging.method import Candidate, MergeMethod
-from coin.networks.batchnorm import BatchNormPolicy
+from coin.merging.method import Candidate, MergeMethod, checked
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -26,8 +24,8 @@ class Coin(MergeMethod):
     Which objective it minimises depends on the data of the Fishers: with ``pooled`` data the coding objective
     E_x‖f_θ − Σ_i β_i f_i‖² to second order (exactly for one linear layer); with ``own`` data
     Σ_i β_i E_{x∈T_i}‖f_θ − f_i‖², which asks every expert's answer of its own task's inputs alone. ``auto`` makes both
-    and takes the one with the smaller error of decoded answers on held-out samples. (The Fishers are of all calibration
-    samples; they know the experts' slopes there, but nothing of the coded model's error that decides.)
+    and takes the one with the smaller error of decoded answers on held-out samples (which the Fishers have seen, but
+    they know nothing of the coded model's error that decides).
 
     Source: arXiv 2409.01420, section III, the closed form of the diagonal approximation; Matena and Raffel, *Merging
     models with Fisher-weighted averaging* (NeurIPS 2022), eq. 3, for the same form with the categorical Fisher.
@@ -36,6 +34,7 @@ class Coin(MergeMethod):
         damping: λ relative to the mean of Σβ_iF_i, dimensionless, at least 0.
         fisher_kind: Which Fisher it wants; none for the experiment's, or ``exact``.
         fisher_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
+        **options: ``batchnorm`` and ``label``, see `MergeMethod`.
     """
 
     name = "coin"
@@ -46,10 +45,9 @@ class Coin(MergeMethod):
         *,
         fisher_kind: FisherKind | None = None,
         fisher_data: DataChoice | None = None,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
-        label: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(batchnorm=batchnorm, label=label)
+        super().__init__(**options)
         self.damping = checked("damping", damping, 0 <= damping < math.inf, "a finite number of at least 0")
         self.fisher_kind = None if fisher_kind is None else chosen(FisherKind, "fisher_kind", fisher_kind)
         self.fisher_data = None if fisher_data is None else chosen(DataChoice, "fisher_data", fisher_data)
@@ -155,7 +153,6 @@ def check_fishers(fishers: Sequence[State], expert: State) -> None:
                 f"{name} has a tensor '{unknown[0]}', which the experts have not ({len(unknown)} superfluous); compute "
                 "the Fishers of these experts"
             )
-        check_finite(fisher, name)
         largest = 0.0
         for key, tensor in fisher.items():
             if tensor.shape != expert[key].shape:
@@ -165,7 +162,9 @@ def check_fishers(fishers: Sequence[State], expert: State) -> None:
                 )
             if not tensor.numel():
                 continue
-            least, most = map(float, torch.aminmax(tensor))
+            least, most = map(float, torch.aminmax(tensor))  # both are NaN where an entry is
+            if not (math.isfinite(least) and math.isfinite(most)):
+                check_finite({key: tensor}, name)
             largest = max(largest, most)
             if least < 0:
                 raise StateError(f"{name} is negative in '{key}' (least entry {least:.3g}), expected mean squares")

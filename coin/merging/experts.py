@@ -3,15 +3,17 @@
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from operator import itemgetter
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from coin.batches import Batch, Forward, adapted, as_input, checked, joined, samples_of, shapes_in, size_of
+from coin.data import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, HeadError
 from coin.files.tensors import State, check_finite
 from coin.networks.batchnorm import has_batchnorm
@@ -27,6 +29,48 @@ Given = Sequence[State] | Mapping[str, Sequence[State]]
 """Every expert's statistic; or several of them, by the data that they are of: ``own``, ``pooled``."""
 
 
+@dataclass(frozen=True)
+class MemoryCalibration(Calibration):
+    """Calibration samples in memory, as batches of one ``[1, …]``, in which `position` is a sample's place."""
+
+    samples: Sequence[Batch] = ()
+
+    @classmethod
+    def of_tasks(cls, tasks: Sequence[Sequence[Batch]]) -> Self:
+        """Return all tasks' samples, evenly interleaved, in batches as large as the largest given.
+
+        Every stretch of them holds the tasks in proportion: batches, whose statistics BatchNorm may take, and the
+        held-out end.
+        """
+        placed = []
+        for task, batches in enumerate(tasks):
+            samples = [sample for batch in batches for sample in samples_of(batch)]
+            placed += [((place + 0.5) / len(samples), task, sample) for place, sample in enumerate(samples)]
+        placed.sort(key=itemgetter(0, 1))
+        size = max(size_of(batch) for batches in tasks for batch in batches)
+        part = torch.tensor([task for _, task, _ in placed], dtype=torch.int64)
+        return cls.of_samples([sample for _, _, sample in placed], part, len(tasks), size)
+
+    @classmethod
+    def of_samples(cls, samples: Sequence[Batch], part: Tensor, tasks: int, batch_size: int) -> Self:
+        """Return samples of so many tasks in this order."""
+        return cls(cast(Any, (None,) * tasks), part, torch.arange(len(samples)), 0, batch_size, samples)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield batches, a new one wherever the shape of the samples changes."""
+        batches: list[list[Batch]] = []
+        for sample in map(self.samples.__getitem__, self.position.tolist()):
+            if not batches or len(batches[-1]) == self.batch_size or shapes_in(batches[-1][0]) != shapes_in(sample):
+                batches.append([])
+            batches[-1].append(sample)
+        return map(joined, batches)
+
+    def inputs(self, chosen: Tensor | None = None, view: Any = None) -> Any:
+        """Return these samples, all of them by default, in one batch; they are never changed."""
+        places = self.position if chosen is None else self.position[chosen]
+        return joined([self.samples[place] for place in places.tolist()])
+
+
 class Experts:
     """N experts in memory, of one architecture.
 
@@ -39,8 +83,8 @@ class Experts:
         fishers: Every expert's Fisher diagonal; or several by their data, ``own`` and ``pooled``.
         grams: Every expert's Gram matrices, likewise.
         initial: The shared initialisation, for methods and policies that want it.
-        calibration: For every expert the batches ``[B, …]`` of its own task's samples, read once; of pairs
-            (inputs, labels) the inputs.
+        calibration: For every expert the samples of its own task: a `coin.data.Calibration`, or batches ``[B, …]``,
+            read once; of pairs (inputs, labels) the inputs.
         forward: (network, batch) → logits ``[B, C]``, where networks are not called with one tensor: batches may then
             be mappings of tensors too. What a method makes is called with batches as well; what `merge_networks`
             returns is not.
@@ -48,13 +92,11 @@ class Experts:
     Attributes:
         passes: Forward-equivalents spent so far on what was asked for: what a merge has cost.
         seconds: Wall time that statistics took elsewhere.
-        train: What methods that are trained are trained by, a `coin.modules.training.Training`; without one they train
-            in memory.
+        train: A `coin.modules.training.Training` for methods that are trained; without one they train in memory.
 
-    Raises:
-        ConfigurationError: There are no experts, or the parts are of different numbers of experts.
-        DataError: There is no calibration batch, or one holds anything but tensors of as many samples.
-        HeadError: Class counts differ, and the heads cannot be padded.
+    Raises ConfigurationError where there are no experts, or parts are of different numbers of them; DataError where
+    there is no calibration batch, or one holds anything but tensors of as many samples; HeadError where class counts
+    differ, and the heads cannot be padded.
     """
 
     def __init__(
@@ -85,11 +127,12 @@ class Experts:
         self._calibration: Sequence[Iterable[Batch]] | None = None
         if calibration is not None:
             self._check_count(calibration, "tasks' calibration inputs")
+            self._calibration = calibration
+        if calibration is not None and not all(type(each) is Calibration for each in calibration):
             self._calibration = [[checked(batch, self.networks[0]) for batch in batches] for batches in calibration]
             if not any(self._calibration):
                 raise DataError("found no calibration batches, expected at least one; give those of every task")
-            sample = next(chain.from_iterable(map(samples_of, chain.from_iterable(self._calibration))), None)
-            if sample is not None:
+            for sample in islice(chain.from_iterable(map(samples_of, chain.from_iterable(self._calibration))), 1):
                 for network, before in padded:
                     _check_padding(network, before, sample)
 
@@ -192,51 +235,32 @@ class Experts:
             )
         return self._calibration
 
-    def fitted(self, data: DataChoice) -> Sequence[Iterable[Batch]]:
+    def fitted(self, data: DataChoice) -> Sequence[Calibration]:
         """Return what `samples` does, without the samples that are held out."""
+        fitted = self.split[0]
         if data is DataChoice.pooled:
-            return [self.split[0]] * self.count
-        fitted = self._mixed[: len(self._mixed) - held_out_count(len(self._mixed))]
-        return [self._batched([each for each in fitted if each[0] == task]) for task in range(self.count)]
+            return [fitted] * self.count
+        tasks = self.tasks[: fitted.num_samples]
+        return [fitted.subset((tasks == task).nonzero().flatten()) for task in range(self.count)]
 
     @cached_property
-    def pooled(self) -> Iterable[Batch]:
-        """All tasks' calibration samples, evenly interleaved, in batches."""
-        return self._batched(self._mixed)
+    def pooled(self) -> Calibration:
+        """All tasks' calibration samples, evenly interleaved."""
+        own: Any = self.samples(DataChoice.own)
+        return pooled(own) if isinstance(own[0], Calibration) else MemoryCalibration.of_tasks(own)
 
     @cached_property
     def tasks(self) -> Tensor:
         """Which task each pooled sample is from, int64 ``[P]``."""
-        return torch.tensor([task for task, _ in self._mixed])
+        parts = [len(each.parts) if isinstance(each, Calibration) else 1 for each in self.samples(DataChoice.own)]
+        return torch.arange(self.count).repeat_interleave(torch.tensor(parts))[self.pooled.part]
 
     @cached_property
-    def split(self) -> tuple[Iterable[Batch], Iterable[Batch]]:
+    def split(self) -> tuple[Calibration, Calibration]:
         """The pooled samples to fit on, and the last fifth of them, on which choices are made."""
-        border = len(self._mixed) - held_out_count(len(self._mixed))
-        return self._batched(self._mixed[:border]), self._batched(self._mixed[border:])
-
-    @cached_property
-    def _mixed(self) -> list[tuple[int, Batch]]:
-        """The pooled samples ``[1, …]`` with their tasks.
-
-        Every stretch of them holds the tasks in proportion: batches, whose statistics BatchNorm may take, and the
-        held-out end.
-        """
-        placed = []
-        for task, batches in enumerate(self.samples(DataChoice.own)):
-            samples = [sample for batch in batches for sample in samples_of(batch)]
-            placed += [((place + 0.5) / len(samples), task, sample) for place, sample in enumerate(samples)]
-        return [(task, sample) for _, task, sample in sorted(placed, key=itemgetter(0, 1))]
-
-    def _batched(self, mixed: Sequence[tuple[int, Batch]]) -> list[Batch]:
-        """Return samples in batches as large as the largest given, a new one wherever the shape changes."""
-        size = max(size_of(batch) for batches in self.samples(DataChoice.own) for batch in batches)
-        batches: list[list[Batch]] = []
-        for _, sample in mixed:
-            if not batches or len(batches[-1]) == size or shapes_in(batches[-1][0]) != shapes_in(sample):
-                batches.append([])
-            batches[-1].append(sample)
-        return [joined(batch) for batch in batches]
+        samples = self.pooled.num_samples
+        border = samples - held_out_count(samples)
+        return self.pooled.subset(range(border)), self.pooled.subset(range(border, samples))
 
     def target(self, row: Sequence[float]) -> Tensor:
         """Return Σ_i β_i f_i on the pooled samples ``[P, C]``; raises StateError where an output is not finite."""
@@ -281,8 +305,8 @@ def padded_statistic(state: State, head: str, width: int, kind: FisherKind | Non
     """Return an expert's statistic with its head padded like the expert's, whose added logits are zero.
 
     The exact Fisher of a linear head is the same for every output, since each logit is its own row times the features:
-    the padded rows get it too. The other kinds weigh the outputs by probabilities, which an output that is no class of
-    the task does not have: their padded rows are zero. Gram matrices (no kind) are of inputs, and stay as they are.
+    the padded rows get it too. The other kinds weigh outputs by probabilities, of which those have none: zero. Gram
+    matrices (no kind) are of inputs, and stay as they are.
     """
     if kind is None:
         return state

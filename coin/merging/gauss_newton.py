@@ -9,13 +9,11 @@ from torch import Tensor
 
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import State
-from coin.merging.checks import checked
 from coin.merging.coin import Coin, floored_diagonal
 from coin.merging.experts import Experts, held_out_count, parameters_of
-from coin.merging.method import CodedModel, Method, fill, refined, starting_method
-from coin.networks.batchnorm import BatchNormPolicy
+from coin.merging.method import CodedModel, Method, checked, fill, refined, starting_method
 from coin.progress import progress
-from coin.statistics import FisherKind, fisher_sums
+from coin.statistics import fisher_sums
 from coin.statistics.products import OutputMap
 from coin.statistics.statistic import DataChoice, Statistic
 
@@ -40,7 +38,7 @@ class GaussNewton(Coin):
     `max_steps`. No labels, no learning rate.
 
     BatchNorm's statistics are those of the start, where its policy has settled them, and stay frozen: recalibrating
-    them afterwards would undo part of the fit. Options that are not listed are those of `Coin`, for the COIN start.
+    them afterwards would undo part of the fit.
 
     Source: Levenberg (1944) and Marquardt (1963) for the damping by the diagonal; Martens, *Deep learning via
     Hessian-free optimization* (ICML 2010), section 4, for Jacobian products and truncated solves.
@@ -51,7 +49,7 @@ class GaussNewton(Coin):
         tolerance: Relative fall of the held-out squared error below which the steps end.
         ridge: Relative to the mean Fisher entry: how freely parameters with no Fisher at the experts may move.
         start: ``coin``, another closed form's name, or its ``class_path`` and ``init_args``; see `starting_method`.
-        damping: Of the COIN start, see `Coin`.
+        **options: Those of `Coin`, for the COIN start.
     """
 
     name = "gauss_newton"
@@ -64,13 +62,9 @@ class GaussNewton(Coin):
         ridge: float = 1e-2,
         *,
         start: str | dict[str, Any] = "coin",
-        damping: float = 1e-6,
-        fisher_kind: FisherKind | None = None,
-        fisher_data: DataChoice | None = None,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
-        label: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(damping, fisher_kind=fisher_kind, fisher_data=fisher_data, batchnorm=batchnorm, label=label)
+        super().__init__(**options)
         if max_steps < 1 or max_iterations < 1:
             raise ConfigurationError(
                 f"found max_steps {max_steps} and max_iterations {max_iterations}, expected at least 1 of each"
@@ -93,7 +87,7 @@ class GaussNewton(Coin):
             metric = floored_diagonal(fishers, row, self.ridge)
         else:
             # What was fitted to the held-out samples would look best to them as it is.
-            fitted = Experts(experts.networks, calibration=experts.fitted(DataChoice.own))
+            fitted = Experts(experts.networks, calibration=[list(each) for each in experts.fitted(DataChoice.own)])
             made = self._start.make(fitted, row)
             sums = fisher_sums(made.network, fitted.pooled)
             experts.passes += fitted.passes + sums.passes
@@ -170,9 +164,9 @@ def solve_in_sample_space(
 
     is δ = D⁻¹Jᵀu with (K + λP I) u = r and K = J D⁻¹ Jᵀ, a matrix of P·C rows and columns, however many parameters
     there are. K is never formed: one vjp and one jvp multiply by it. A Lanczos basis of K from r is the Krylov space in
-    which conjugate gradients preconditioned with D would move, but it serves every λ, since a damped K has the same
-    Krylov space, and J may cover samples that the basis does not train on: their predicted change comes with the same
-    product, so the damping and the number of iterations are chosen on held-out samples at no extra cost.
+    which conjugate gradients preconditioned with D would move, but it serves every λ, and J may cover samples that the
+    basis does not train on: their predicted change comes with the same product, so the damping and the number of
+    iterations are chosen on held-out samples at no extra cost.
 
     Source: Golub and Van Loan, *Matrix Computations*, 4th ed., sections 10.1 (Lanczos) and 11.3 (its relation to
     conjugate gradients).
@@ -186,10 +180,7 @@ def solve_in_sample_space(
 
     Returns:
         The u ``[P, C]``, zero outside the training samples, with the smallest predicted Σ‖r − Jδ‖² over the held-out
-        samples; none if no u is predicted to help them.
-
-    Raises:
-        NumericalError: A product is not finite.
+        samples; none if no u is predicted to help them. Raises NumericalError where a product is not finite.
     """
     r = residual.to(torch.float64)
     fitted = training[:, None].to(torch.float64).expand_as(r)

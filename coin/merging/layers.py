@@ -40,11 +40,8 @@ def relative_distances(coded: State, experts: Sequence[State], weights: Sequence
     """Return each layer's distance from the β-average of the experts, relative to how far the experts are from it.
 
     ‖θ_c − θ̄‖ / √(Σ_i β_i ‖θ_i − θ̄‖²) with θ̄ = Σ_i β_i θ_i: 0 for plain averaging, 1 as far away as the experts are on
-    the average; NaN where the experts agree as far as their type can tell. The distances to the experts follow:
-    Σ_i β_i ‖θ_c − θ_i‖² is the same mean of squares times one plus the square of this number.
-
-    Raises:
-        StateError: Names or shapes differ.
+    the average; NaN where the experts agree as far as their type can tell. Raises StateError where names or shapes
+    differ.
     """
     check_same_layout([coded, *experts], ["the coded model", *(f"expert {i}" for i in range(len(experts)))])
     distances = {}

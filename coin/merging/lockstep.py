@@ -41,19 +41,25 @@ class PausedPass:
         self._tell: queue.SimpleQueue[Stop | BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def advance(self, again: bool = False) -> Stop | None:
-        """Go on to the end of the next ruled call; return None at the end of the pass.
+    def reach(self, weight: str, again: bool = False) -> Stop:
+        """Go on until it stands after the call of a weight.
 
         If `again`, the call that it stands at is done again first, since its parameters have changed.
         """
-        if self._thread.ident is None:
-            self._thread.start()
-        else:
-            self._ask.put(again)
-        told = self._tell.get()
-        if isinstance(told, BaseException):
-            raise told
-        return told
+        while True:
+            if self._thread.ident is None:
+                self._thread.start()
+            else:
+                self._ask.put(again)
+            stop, again = self._tell.get(), False
+            if isinstance(stop, BaseException):
+                raise stop
+            if stop is None:
+                raise StateError(
+                    f"a network's forward pass came to its end without '{weight}', which another network calls; {_SAME}"
+                )
+            if stop.weight == weight:
+                return stop
 
     def close(self) -> None:
         """End the pass where it stands."""
@@ -119,14 +125,14 @@ class Walk:
     def __init__(
         self, coded: nn.Module, experts: Sequence[nn.Module], inputs: Batch, parts: Sequence[Tensor], piece: int
     ) -> None:
-        self._coded, self._experts, self._inputs, self._parts, self._piece = coded, experts, inputs, parts, piece
+        self._networks, self._inputs, self._parts, self._piece = [coded, *experts], inputs, parts, piece
         self._samples = size_of(inputs)
         self._group: _Group | None = None
         self._stack = ExitStack()
         self.passes = 0.0
 
     def __enter__(self) -> Self:
-        for network in (self._coded, *self._experts):
+        for network in self._networks:
             self._stack.enter_context(evaluating(network, gradients=False))
         return self
 
@@ -158,25 +164,26 @@ class Walk:
         # In one pass for all units the coded network does every call twice.
         times = 2 if self._piece >= self._samples else 1
         self.passes += times * (samples.stop - samples.start) + sum(map(len, inside))
-        return _Group(self._coded, self._experts, take(self._inputs, samples), inside, samples)
+        inputs = take(self._inputs, samples)
+        own = [inputs, *(take(inputs, places) for places in inside)]
+        passes = [PausedPass(network, x) for network, x in zip(self._networks, own, strict=True)]
+        return _Group(passes, inside, samples)
 
 
 class _Group:
     """The passes of all networks on the same samples."""
 
-    def __init__(
-        self, coded: nn.Module, experts: Sequence[nn.Module], inputs: Batch, places: list[Tensor], samples: slice
-    ) -> None:
-        self._coded, self._places, self._samples = PausedPass(coded, inputs), places, samples
-        self._experts = [PausedPass(e, take(inputs, place)) for e, place in zip(experts, places, strict=True)]
+    def __init__(self, passes: list[PausedPass], places: list[Tensor], samples: slice) -> None:
+        self._passes, self._places, self._samples = passes, places, samples
         self._has_changed = False
 
     def reach(self, weight: str, end: str) -> Look:
-        stop = _reached(self._coded, weight, self._has_changed)
+        coded, *experts = self._passes
+        stop = coded.reach(weight, self._has_changed)
         self._has_changed = True
         targets: list[Tensor | None] = []
-        for expert, place in zip(self._experts, self._places, strict=True):
-            target = _reached(expert, end).output if len(place) else None
+        for expert, place in zip(experts, self._places, strict=True):
+            target = expert.reach(end).output if len(place) else None
             if target is not None:
                 self._check(expert, len(place), target, stop, end)
             targets.append(target)
@@ -184,7 +191,7 @@ class _Group:
 
     def _check(self, expert: PausedPass, samples: int, target: Tensor, stop: Stop, end: str) -> None:
         """Raise StateError where an expert has made other calls than the coded network, or gives another shape."""
-        trail = self._coded.trail + ([end] if end != stop.weight else [])
+        trail = self._passes[0].trail + ([end] if end != stop.weight else [])
         for theirs, own in zip(expert.trail, trail, strict=False):
             if theirs != own:
                 raise StateError(f"an expert calls '{theirs}' where the coded network calls '{own}'; {_SAME}")
@@ -196,17 +203,5 @@ class _Group:
             )
 
     def close(self) -> None:
-        for each in (self._coded, *self._experts):
+        for each in self._passes:
             each.close()
-
-
-def _reached(one: PausedPass, weight: str, again: bool = False) -> Stop:
-    """Let a pass go on until it stands after the call of a weight."""
-    stop = one.advance(again)
-    while stop is not None and stop.weight != weight:
-        stop = one.advance()
-    if stop is None:
-        raise StateError(
-            f"a network's forward pass came to its end without '{weight}', which another network calls; {_SAME}"
-        )
-    return stop

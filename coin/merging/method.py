@@ -1,22 +1,21 @@
 """What all methods have in common, and the choices that closed forms make on held-out calibration samples."""
 
 import math
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from coin.batches import Forward, plain, samples_of
+from coin.batches import Forward, plain
 from coin.choices import chosen
 from coin.coding import Code
-from coin.errors import CoinWarning, ConfigurationError
-from coin.files.tensors import State, check_finite, weighted_sum
-from coin.merging.checks import check_buffers, check_each, check_errors, check_label, check_row
+from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateError
+from coin.files.tensors import State, check_finite, check_same_layout, weighted_sum
 from coin.merging.experts import Experts, Given, parameters_of
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
 from coin.networks.weights import fill_network
@@ -28,6 +27,8 @@ SAME = "same"
 
 _FEW = 10
 """With fewer held-out samples a choice is told of: it is little better than chance."""
+
+Number = TypeVar("Number", bound=float)
 
 Candidate = tuple[dict[str, Any], dict[str, Tensor]]
 """What tells a candidate from others, and its parameters in the experts' types."""
@@ -65,7 +66,7 @@ class Method(ABC):
     samples_per_task: int | None = None
     augmentation: str = "none"
     label: str
-    batchnorm: BatchNormPolicy
+    batchnorm: BatchNormPolicy = BatchNormPolicy.auto
 
     @abstractmethod
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
@@ -89,6 +90,17 @@ class Method(ABC):
     def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice) -> Self:
         """Return the method with the experiment's choice where its options leave the kind or the data open."""
         return self
+
+    def labelled(self, label: str | None) -> str:
+        """Return the label that an option gives, or the name; a ConfigurationError unless results can be called it."""
+        label = self.name if label is None else label
+        if label in ("none", "oracle"):
+            raise ConfigurationError(f"found label '{label}', which results use for something else; choose another")
+        if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", label):
+            raise ConfigurationError(
+                f"found label {label!r}, expected a plain file name: letters, digits, '_', '-', '+', and '.' not first"
+            )
+        return label
 
 
 def merge_networks(
@@ -114,13 +126,9 @@ def merge_networks(
 def starting_method(start: str | Mapping[str, Any]) -> Method:
     """Return the closed form that another method's option `start` stands for.
 
-    Args:
-        start: The name that results give it, for its default options; or ``{class_path: …, init_args: {…}}``, as in
-            an experiment's list of methods.
-
-    Raises:
-        ConfigurationError: It is none, it trains or needs the shared initialisation, or an option is unknown or out of
-            its range.
+    It is the name that results give it, for its default options, or ``{class_path: …, init_args: {…}}`` as in an
+    experiment's list of methods. Raises a ConfigurationError where it is none, it trains or needs the shared
+    initialisation, or an option is unknown or out of its range.
     """
     allowed = [kind for kind in _subclasses(Method) if not (kind.is_trained or kind.reads_initial)]
     kinds = {kind.name: kind for kind in allowed if "name" in vars(kind)}  # not one that inherits another's
@@ -152,21 +160,18 @@ class MergeMethod(Method):
     """A method in closed form: one or several candidates for the coded model's parameters.
 
     Where there is a choice, of candidates or of a BatchNorm policy, the smallest error of decoded answers on held-out
-    calibration samples decides (`held_out_error`): no labels, and the passes count. No
-    fixed policy is safe: ``average`` ruins networks whose statistics were trained along (NDA 17 where 81 is to be had),
-    ``recalibrate`` those whose statistics were frozen (18 where 92 is).
+    calibration samples decides (`held_out_error`): no labels, and the passes count. No fixed policy is safe:
+    ``average`` ruins networks whose statistics were trained along (NDA 17 where 81 is to be had), ``recalibrate`` those
+    whose statistics were frozen (18 where 92 is).
 
     Args:
         batchnorm: Policy for BatchNorm statistics, as for every method.
-        label: Name of this variant in results.
-
-    Raises:
-        ConfigurationError: The policy is unknown, or the label is no plain file name.
+        label: Name of this variant in results, a plain file name.
     """
 
     def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.auto, label: str | None = None) -> None:
         self.batchnorm = chosen(BatchNormPolicy, "batchnorm", batchnorm)
-        self.label = check_label(self.name if label is None else label)
+        self.label = self.labelled(label)
         self.reads_initial = self.reads_initial or self.batchnorm is BatchNormPolicy.keep
 
     @abstractmethod
@@ -179,8 +184,7 @@ class MergeMethod(Method):
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
-        check_row(row, experts.count)
-        check_each(experts.parameters, "expert")
+        check_experts(experts, row)
         candidates = list(self.candidates(experts, row))
         if len(candidates) > 1 and not experts.is_calibrated:
             raise ConfigurationError(
@@ -192,38 +196,37 @@ class MergeMethod(Method):
             check_finite(parameters, f"the coded model of method '{self.label}'")
         errors = {}
         if len(candidates) * len(policies) > 1:
-            for place, (_, parameters) in enumerate(trials or candidates):
-                for policy in policies:
-                    network = self._build(experts, row, parameters, policy, held_out=True)
-                    errors[place, policy] = held_out_error(experts, network, row)
+            errors = {
+                (place, policy): self._error(experts, row, parameters, policy)
+                for place, (_, parameters) in enumerate(trials or candidates)
+                for policy in policies
+            }
         place, policy = min(errors, key=lambda each: errors[each], default=(0, policies[0]))
         options, parameters = candidates[place]
         network = self._build(experts, row, parameters, policy, held_out=False)
         taken = options | ({"batchnorm": policy} if policy else {})
         if errors:
-            self._check_choice(experts, errors[place, policy])
+            if (held_out := experts.held_out_outputs.shape[1]) < _FEW:
+                warnings.warn(
+                    f"method '{self.label}' chose by {held_out} held-out calibration samples, expected at least "
+                    f"{_FEW}; raise samples_per_task, or set its options",
+                    CoinWarning,
+                    stacklevel=2,
+                )
+            check_errors(errors.values(), self.label)
             data = [[str(value) for name, value in each.items() if name.endswith("_data")] for each, _ in candidates]
             taken["held_out_error"] = {
                 "/".join(filter(None, [*data[place], policy])): error for (place, policy), error in errors.items()
             }
-        check_buffers(network, experts.buffers, self.label)
+        check_coded(network, experts, self.label)
         return CodedModel(network, taken)
 
     def measure(self, experts: Experts, row: Sequence[float], parameters: State) -> float:
         """Return the held-out error of parameters, with the better of the BatchNorm policies."""
-        policies = self._policies(experts)
-        networks = (self._build(experts, row, parameters, policy, held_out=True) for policy in policies)
-        return min(held_out_error(experts, network, row) for network in networks)
+        return min(self._error(experts, row, parameters, policy) for policy in self._policies(experts))
 
-    def _check_choice(self, experts: Experts, error: float) -> None:
-        if (held_out := experts.held_out_outputs.shape[1]) < _FEW:
-            warnings.warn(
-                f"method '{self.label}' chose by {held_out} held-out calibration samples, expected at least "
-                f"{_FEW}; raise samples_per_task, or set its options",
-                CoinWarning,
-                stacklevel=3,
-            )
-        check_errors([error], self.label)
+    def _error(self, experts: Experts, row: Sequence[float], parameters: State, policy: str) -> float:
+        return held_out_error(experts, self._build(experts, row, parameters, policy, held_out=True), row)
 
     def _policies(self, experts: Experts) -> list[str]:
         """Return the BatchNorm policies to choose from; an empty one where there is no BatchNorm."""
@@ -235,8 +238,7 @@ class MergeMethod(Method):
         floating = [name for name, buffer in first.items() if buffer.is_floating_point()]
         if all(torch.equal(first[name], other[name]) for other in others for name in floating):
             return [SAME]
-        fitted = chain.from_iterable(map(samples_of, experts.split[0])) if experts.is_calibrated else ()
-        if len(list(islice(fitted, 2))) < 2:
+        if not experts.is_calibrated or experts.split[0].num_samples < 2:
             found = "two calibration samples" if experts.is_calibrated else "no calibration inputs"
             warnings.warn(
                 f"found {found}, by which method '{self.label}' chooses what becomes of BatchNorm's statistics: it "
@@ -298,3 +300,59 @@ def held_out_error(experts: Experts, coded: nn.Module, row: Sequence[float]) -> 
             errors.append(1 - torch.cosine_similarity(decoded, truth).mean())
     error = float(torch.stack(errors).mean())
     return error if math.isfinite(error) else math.inf
+
+
+def checked(name: str, value: Number, is_sound: bool, expected: str) -> Number:
+    """Return an option's value if it is sound, and raise ConfigurationError with what is expected otherwise."""
+    if not is_sound:
+        raise ConfigurationError(f"found {name} {value}, expected {expected}")
+    return value
+
+
+def check_row(weights: Sequence[float], count: int) -> None:
+    """Raise ConfigurationError where weights are no code row: one an expert, non-negative, with the sum 1."""
+    if len(weights) != count:
+        raise ConfigurationError(
+            f"found {len(weights)} weights for {count} experts, expected one each; give a row of the code"
+        )
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise ConfigurationError(
+            f"found weights {list(weights)}, expected non-negative numbers that sum to 1; give a row of the code"
+        )
+
+
+def check_each(states: Sequence[State], what: str) -> None:
+    """Raise StateError, which names the expert and the tensor, where states differ in layout or are not finite."""
+    names = [f"{what} {index}" for index in range(len(states))]
+    check_same_layout(states, names)
+    for state, name in zip(states, names, strict=True):
+        check_finite(state, name)
+
+
+def check_experts(experts: Experts, row: Sequence[float]) -> None:
+    """Raise as `check_row` and `check_each`, of the experts' parameters."""
+    check_row(row, experts.count)
+    check_each(experts.parameters, "expert")
+
+
+def check_coded(network: nn.Module, experts: Experts, label: str) -> None:
+    """Raise StateError where a coded model's buffer is not finite, unless every expert's is the same infinity."""
+    for name, buffer in network.named_buffers():
+        if not (buffer.is_floating_point() or buffer.is_complex()) or bool(torch.isfinite(buffer).all()):
+            continue
+        wrong = ~torch.isfinite(buffer)
+        theirs = [state[name].to(buffer)[wrong] for state in experts.buffers if name in state]
+        if not all(torch.equal(buffer[wrong], other) for other in theirs):  # as no NaN is
+            raise StateError(
+                f"the coded model of method '{label}' is not finite: buffer '{name}' holds a NaN, or an infinity that "
+                "the experts do not share; check the experts' buffers"
+            )
+
+
+def check_errors(errors: Iterable[float], label: str) -> None:
+    """Raise NumericalError where no candidate of a method has a finite held-out error."""
+    if not any(map(math.isfinite, errors)):
+        raise NumericalError(
+            f"the outputs of method '{label}' on held-out calibration samples are not finite; check the experts' "
+            "outputs"
+        )

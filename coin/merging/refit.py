@@ -13,10 +13,18 @@ from coin.choices import check_integer, chosen
 from coin.files.tensors import check_finite, weighted_sum
 from coin.merging.affine import fit_unit
 from coin.merging.average import average_parameters, fit_head
-from coin.merging.checks import check_buffers, check_each, check_errors, check_label, check_row, checked
 from coin.merging.experts import Experts, parameters_of
 from coin.merging.lockstep import Walk
-from coin.merging.method import CodedModel, Method, fill, held_out_error
+from coin.merging.method import (
+    CodedModel,
+    Method,
+    check_coded,
+    check_errors,
+    check_experts,
+    checked,
+    fill,
+    held_out_error,
+)
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.progress import progress
@@ -69,8 +77,7 @@ class Refit(Method):
     all samples would need more than `memory_mib` are they computed anew for every layer.
 
     ``own`` is best where the experts are near a strong base, ``both`` where they are not; ``mix`` was behind ``both``
-    on every set of tasks. Tried without gain: positions weighted by the experts' Fisher, a Kronecker-factored metric of
-    the outputs, own in one half of the layers and mix in the other, a second sweep towards less error of the output.
+    on every set of tasks.
 
     Source: this project's. Relatives, none of which codes: RegMean++ (inputs from the merged network), Chain of Merges,
     LOT (normalisation layers too).
@@ -81,9 +88,6 @@ class Refit(Method):
         head: Whether the head is fitted at last.
         memory_mib: Bound on the activations that are kept, in MiB.
         label: Name of this variant in results.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
     """
 
     name = "refit"
@@ -103,13 +107,12 @@ class Refit(Method):
             checked("ridge", ridge, 0 < ridge < float("inf"), "a positive number, or none")
         check_integer("memory_mib", memory_mib, 1)
         self.ridge, self.head, self.memory_mib = ridge, head, memory_mib
-        self.label = check_label(self.name if label is None else label)
+        self.label = self.labelled(label)
 
     @torch.inference_mode(False)
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
-        check_row(row, experts.count)
-        check_each(experts.parameters, "expert")
+        check_experts(experts, row)
         targets = [Target.own, Target.both] if self.target is Target.auto else [self.target]
         options = [(target, ridge) for target in targets for ridge in ([self.ridge] if self.ridge else RIDGES)]
         residuals = {}
@@ -121,7 +124,7 @@ class Refit(Method):
         best = min(options, key=lambda option: residuals.get(option, 0.0))
         network, averaged = self._refit(experts, row, *best, held_out=False)
         check_finite(parameters_of(network), f"the coded model of method '{self.label}'")
-        check_buffers(network, experts.buffers, self.label)
+        check_coded(network, experts, self.label)
         taken: dict[str, Any] = {"target": str(best[0]), "ridge": best[1], "averaged": averaged}
         if residuals:
             taken["held_out_error"] = {f"{target}/{ridge:g}": r for (target, ridge), r in residuals.items()}

@@ -13,10 +13,8 @@ from torch import Tensor
 from coin.choices import chosen
 from coin.errors import NumericalError, StateError
 from coin.files.tensors import State, weighted_mean
-from coin.merging.checks import check_each, checked
 from coin.merging.experts import Experts
-from coin.merging.method import Candidate, CodedModel, MergeMethod
-from coin.networks.batchnorm import BatchNormPolicy
+from coin.merging.method import Candidate, CodedModel, MergeMethod, check_each, check_experts, checked
 from coin.progress import tracked
 from coin.statistics import TRANSPOSED, FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
@@ -41,9 +39,9 @@ class RegMean(MergeMethod):
     """The linear maps that best reproduce, on each expert's inputs, the expert's outputs; see `regmean_parameters`.
 
     With 200 samples the Gram matrix of a wide layer is singular or nearly so, and weak damping fits noise. The fixed
-    defaults were settled on calibration samples of the embedded tasks, which tables report: prefer to leave them open,
-    or take them as they are. Left open, α and the damping are chosen first, one after the other, by the residual on
-    held-out calibration samples, with Gram matrices of the other samples; then the data, as in `coin.merging.Coin`.
+    defaults were settled on calibration samples of the embedded tasks. Left open, α and the damping are chosen first,
+    one after the other, by the error on held-out calibration samples, with Gram matrices of the others; then the data,
+    as in `coin.merging.Coin`.
 
     Source: Jin et al., *Dataless knowledge fusion by merging weights of language models* (ICLR 2023), eq. 1–2 and
     section 3.3 for α.
@@ -54,6 +52,7 @@ class RegMean(MergeMethod):
             diagonal merge; none has it chosen.
         damping: λ relative to the mean diagonal entry, dimensionless, at least 0; none has it chosen.
         gram_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
+        **options: ``batchnorm`` and ``label``, see `MergeMethod`.
     """
 
     name = "regmean"
@@ -65,10 +64,9 @@ class RegMean(MergeMethod):
         damping: float | None = 1.0,
         *,
         gram_data: DataChoice | None = None,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
-        label: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(batchnorm=batchnorm, label=label)
+        super().__init__(**options)
         self.layers = chosen(RegMeanLayers, "layers", layers)
         if alpha is not None:
             checked("alpha", alpha, 0 <= alpha <= 1, "a number from 0 to 1, or none")
@@ -92,7 +90,7 @@ class RegMean(MergeMethod):
         """Make the coded model of one row of the code; see `Method.make`."""
         if self.alpha is not None and self.damping is not None:
             return super().make(experts, row)
-        check_each(experts.parameters, "expert")
+        check_experts(experts, row)
         tuned = copy(self)
         tuned.alpha, tuned.damping, at_edge = self._tuned(experts, row)
         made = tuned.make(experts, row)
@@ -125,16 +123,16 @@ class RegMean(MergeMethod):
         """Return α and the damping by the held-out error, and whether the damping is at an end of its grid."""
         grams = completed(experts.computed(None, experts.fitted(DataChoice.pooled)))
 
-        def residual(alpha: float, damping: float) -> float:
+        def error(alpha: float, damping: float) -> float:
             solved = regmean_parameters(experts.parameters, grams, row, alpha, damping, self.layers, self.label)
             return self.measure(experts, row, solved)
 
         alpha, damping, at_edge = 0.7 if self.alpha is None else self.alpha, self.damping, False
         if damping is None:
-            damping = min(DAMPINGS, key=lambda each: residual(alpha, each))
+            damping = min(DAMPINGS, key=lambda each: error(alpha, each))
             at_edge = damping in (DAMPINGS[0], DAMPINGS[-1])
         if self.alpha is None:
-            alpha = min(ALPHAS, key=lambda each: residual(each, damping))
+            alpha = min(ALPHAS, key=lambda each: error(each, damping))
         return alpha, damping, at_edge
 
 
@@ -184,15 +182,14 @@ def regmean_parameters(
             )
         if layers == RegMeanLayers.linear and merged[key].ndim != 2:
             continue
-        turned = name != key  # the map is x ↦ x W: its weight lies the other way round
-        first = grams[0][name]
-        bias = _bias_of(key, first.shape[-1], merged[key], turned)
-        average = _joint_map(merged, key, bias, first, turned)
+        first, turned = grams[0][name], name != key  # then the map is x ↦ x W: its weight lies the other way round
+        bias = _bias_of(first, key, merged, turned)
+        average = _joint_map(merged, key, bias, len(first), turned)
         pull, total = torch.zeros_like(average), torch.zeros_like(first, dtype=torch.float64)
         for expert, statistic, weight in zip(experts, grams, weights, strict=True):
             gram = statistic[name].double()
             gram = alpha * gram + (1 - alpha) * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
-            pull += weight * (_joint_map(expert, key, bias, gram, turned) - average) @ gram
+            pull += weight * (_joint_map(expert, key, bias, len(gram), turned) - average) @ gram
             total.add_(gram, alpha=weight)
         rows = (average + _solve(total, pull, damping, key)).flatten(0, 1)
         if bias is not None:
@@ -202,35 +199,30 @@ def regmean_parameters(
     return {key: tensor.to(experts[0][key].dtype) for key, tensor in merged.items()}
 
 
-def _bias_of(key: str, inputs: int, weight: Tensor, turned: bool) -> str | None:
-    """Return the bias that a Gram matrix with `inputs` rows, one more than the weight has, solves for too, or None."""
-    width = weight.shape[0] if turned else weight[0].numel()
-    if inputs == width:
-        return None
-    if inputs == width + 1:
-        return key.removesuffix("weight") + "bias"
-    raise StateError(
-        f"the Gram matrix of '{key}' has {inputs} rows, expected {width}, or {width + 1} with a bias; compute the Gram "
-        "matrices of these experts"
-    )
+def _bias_of(gram: Tensor, key: str, state: State, turned: bool) -> str | None:
+    """Return the bias that a Gram matrix ``[G, K, K]`` with one more row than the weight has solves for too, or None.
+
+    Raises StateError unless it fits the weight.
+    """
+    weight, rows = state[key], gram.shape[-1]
+    width, outputs = (len(weight), weight.shape[1]) if turned else (weight[0].numel(), len(weight))
+    bias = key.removesuffix("weight") + "bias" if rows == width + 1 else None
+    if bias is None and rows != width:
+        found = f"has {rows} rows, expected {width}, or {width + 1} with a bias"
+    elif bias is not None and bias not in state:
+        found = f"has a row for a bias, but there is no '{bias}'"
+    elif outputs % len(gram):
+        found = f"has {len(gram)} groups, which do not divide {outputs} outputs"
+    else:
+        return bias
+    raise StateError(f"the Gram matrix of '{key}' {found}; compute the Gram matrices of these experts")
 
 
-def _joint_map(state: State, key: str, bias: str | None, gram: Tensor, turned: bool) -> Tensor:
+def _joint_map(state: State, key: str, bias: str | None, groups: int, turned: bool) -> Tensor:
     """Return a layer's weight and bias as one float64 map a group ``[G, C_out/G, K]``; `turned` from ``[K, C_out]``."""
     weight = (state[key].T if turned else state[key]).double().flatten(1)
     if bias is not None:
-        if bias not in state:
-            raise StateError(
-                f"the Gram matrix of '{key}' has a row for a bias, but there is no '{bias}'; compute the Gram matrices "
-                "of these experts"
-            )
         weight = torch.cat([weight, state[bias].double()[:, None]], dim=1)
-    groups = gram.shape[0]
-    if weight.shape[0] % groups:
-        raise StateError(
-            f"the Gram matrix of '{key}' has {groups} groups, which do not divide {weight.shape[0]} outputs; compute "
-            "the Gram matrices of these experts"
-        )
     return weight.reshape(groups, -1, weight.shape[1])
 
 

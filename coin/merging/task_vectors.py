@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from coin.files.tensors import State, check_finite, check_same_layout, weighted_mean
-from coin.merging.checks import checked
 from coin.merging.experts import Experts
-from coin.merging.method import Candidate, MergeMethod
-from coin.networks.batchnorm import BatchNormPolicy
+from coin.merging.method import Candidate, MergeMethod, checked
 
 
 class TaskArithmetic(MergeMethod):
@@ -24,15 +23,14 @@ class TaskArithmetic(MergeMethod):
 
     Args:
         scale: Dimensionless, finite.
+        **options: ``batchnorm`` and ``label``, see `MergeMethod`.
     """
 
     name = "task_arithmetic"
     reads_initial = True
 
-    def __init__(
-        self, scale: float = 0.4, *, batchnorm: BatchNormPolicy = BatchNormPolicy.auto, label: str | None = None
-    ) -> None:
-        super().__init__(batchnorm=batchnorm, label=label)
+    def __init__(self, scale: float = 0.4, **options: Any) -> None:
+        super().__init__(**options)
         self.scale = checked("scale", scale, math.isfinite(scale), "a finite number")
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
@@ -55,20 +53,14 @@ class Ties(MergeMethod):
     Args:
         keep: Share of entries that the trim leaves, in (0, 1].
         scale: Dimensionless, finite.
+        **options: ``batchnorm`` and ``label``, see `MergeMethod`.
     """
 
     name = "ties"
     reads_initial = True
 
-    def __init__(
-        self,
-        keep: float = 0.2,
-        scale: float = 1.0,
-        *,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
-        label: str | None = None,
-    ) -> None:
-        super().__init__(batchnorm=batchnorm, label=label)
+    def __init__(self, keep: float = 0.2, scale: float = 1.0, **options: Any) -> None:
+        super().__init__(**options)
         self.keep = checked("keep", keep, 0 < keep <= 1, "a share above 0 and at most 1")
         self.scale = checked("scale", scale, math.isfinite(scale), "a finite number")
 

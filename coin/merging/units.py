@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,34 +67,25 @@ def affine_units(network: nn.Module, inputs: Batch) -> tuple[list[Unit], int]:
     for seen, other, following in zip(two, three, [*two[1:], None], strict=True):
         leads = seen.shape[1:] == other.shape[1:] and 3 * seen.shape[0] == 2 * other.shape[0]
         is_part = bool(units) and units[-1].end == seen.weight
-        if seen.is_affine and seen.is_unshared and leads and not is_part:
+        if seen.is_unit and leads and not is_part:
             norm = None
-            if following is not None and seen.is_map and following.is_batchnorm and following.is_unshared:
-                norm = following.weight.rpartition(".")[0] if following.source == seen.output else None
+            if following is not None and seen.is_map and following.is_batchnorm and following.source == seen.output:
+                norm = following.weight.rpartition(".")[0]
             units.append(Unit(seen.weight, seen.bias, norm))
     return units, max((seen.shape.numel() // 2 for seen in two), default=1)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """A call of a trace: its parameters, where its input and output are in memory, and what it is.
-
-    Attributes:
-        is_affine: Whether it is linear in its weight and bias.
-        is_unshared: Whether nothing else reads its weight or its bias.
-        is_map: Whether a BatchNorm over its output has a channel for every row of the weight.
-        is_batchnorm: Whether it is a BatchNorm that alone reads its input.
-    """
+class _Seen(NamedTuple):
+    """A call of a trace: its parameters, its input's and output's place in memory, its output's shape, what it is."""
 
     weight: str
     bias: str | None
     source: tuple[int, int]
     output: tuple[int, int]
     shape: torch.Size
-    is_affine: bool
-    is_unshared: bool
-    is_map: bool
-    is_batchnorm: bool
+    is_unit: bool  # it is linear in its weight and bias, which nothing else reads
+    is_map: bool  # a BatchNorm over its output has a channel for every row of the weight
+    is_batchnorm: bool  # of a module that alone reads its input, and of a weight and bias that nothing else reads
 
 
 class _Readers(TorchFunctionMode):
@@ -150,20 +141,11 @@ def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
     seen = []
     for call, names, source, output, made in calls:
         weight = names["weight"]
-        owner = network.get_submodule(weight.rpartition(".")[0])
-        seen.append(
-            _Seen(
-                weight,
-                names.get("bias"),
-                source,
-                made,
-                output.shape,
-                is_affine=isinstance(call, LinearCall)
-                or (isinstance(call, ElementwiseCall) and call.normalised is not None),
-                is_unshared=times[weight] == 1 and all(readers.parameters[id(named[n])] <= 1 for n in names.values()),
-                is_map=isinstance(call, ConvolutionCall)
-                or (isinstance(call, LinearCall) and not call.transposed and output.ndim == 2),
-                is_batchnorm=isinstance(owner, _BatchNorm) and readers.times[source[0]] == 1,
-            )
-        )
+        linear, convolution = isinstance(call, LinearCall), isinstance(call, ConvolutionCall)
+        affine = linear or (isinstance(call, ElementwiseCall) and call.normalised is not None)
+        unshared = times[weight] == 1 and all(readers.parameters[id(named[n])] <= 1 for n in names.values())
+        is_map = convolution or (isinstance(call, LinearCall) and not call.transposed and output.ndim == 2)
+        norm = isinstance(network.get_submodule(weight.rpartition(".")[0]), _BatchNorm)
+        alone = norm and unshared and readers.times[source[0]] == 1
+        seen.append(_Seen(weight, names.get("bias"), source, made, output.shape, affine and unshared, is_map, alone))
     return seen

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from coin.batches import Batch, Forward, adapted, as_input, checked, take
-from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder
+from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Kept, distinct_decoders, make_decoder
 from coin.errors import ConfigurationError, DataError
 from coin.metrics import DecodingAccuracy, Residual
 from coin.networks import Run, pad_logits, run_network
@@ -72,13 +72,13 @@ class Coded(LightningModule):
     def answers(
         self, inputs: Batch, *, features: bool = False, stages: bool = False, erased: Sequence[int] = ()
     ) -> Answers:
-        """Run every server that is not lost, once.
+        """Run every server that is not lost, once; a lost expert's entries are NaN.
 
         Args:
             inputs: ``[B, ...]``.
             features: Whether the servers answer with penultimate features beside their logits.
             stages: Whether these are the features of all stages.
-            erased: Lost experts, which do not run: their entries are NaN.
+            erased: Lost experts, which do not run.
         """
         with eval_mode(self):
             return server_answers(self.experts, self.coded, checked(inputs, self.coded[0]), features, stages, erased)
@@ -106,10 +106,7 @@ class Coded(LightningModule):
         return self
 
     def decode(self, inputs: Batch) -> Tensor:
-        """Return the lost experts' logits ``[|erased|, B, C]``, from the servers that are left.
-
-        Raises a ConfigurationError where `fit_decoder` has not been called.
-        """
+        """Return the lost experts' logits ``[|erased|, B, C]``, from the servers that are left, after `fit_decoder`."""
         if self.decoder is None:
             raise ConfigurationError("found no decoder; call fit_decoder with the lost experts first")
         return self.decoder.decode(self._answers_for([self.decoder.config], inputs, self.decoder.erased))
@@ -168,11 +165,8 @@ def evaluate(
         ``expert_accuracy``, ``decoded_accuracy``, ``nda``, ``agreement`` (`coin.metrics.DecodingAccuracy`) and
         ``residual`` (`coin.metrics.Residual`).
 
-    Raises:
-        ConfigurationError: The loaders or the calibration data are of another number of experts, a decoder does not
-            exist or comes twice, or one that is to be fitted finds no calibration data.
-        DataError: A batch of a loader is no pair of inputs and labels, or a task has none.
-        DecodingError: The code cannot make up for the loss of an expert.
+    Raises ConfigurationError where numbers of tasks differ, or a decoder does not exist, comes twice or finds no
+    calibration data; DataError where a batch is no pair (inputs, labels), or a task has none.
     """
     configs, count = distinct_decoders(list(decoders)), len(system.experts)
     for what, given in (("loaders", loaders), ("calibration data", calibration)):
@@ -185,9 +179,13 @@ def evaluate(
                 f"found no calibration, on which the decoder {to_fit[0].config.name} is fitted; give it, or "
                 "decoders=['linear']"
             )
-        answers = _calibration_answers(system, configs, calibration)
+        parts = []
+        for task, batches in enumerate(calibration):
+            each = [_answers(system, batch, configs) for batch in batches]
+            parts += [replace(answers, tasks=torch.full((answers.num_samples,), task)) for answers in each]
+        answers, kept = Answers.concatenate(parts), Kept()
         for decoder in to_fit:
-            decoder.fit(answers)
+            decoder.fit(answers, kept)
     measured = [_measured(system, by_task[task], task, loader) for task, loader in enumerate(loaders)]
     return pd.DataFrame(
         {"decoder": config.name, "task": system.names[task], **measured[task][index]}
@@ -218,18 +216,6 @@ def _measured(system: Coded, decoders: Sequence[Decoder], task: int, loader: Ite
         raise DataError(f"found no test batches of task '{system.names[task]}', expected at least one")
     shared = {"residual": float(residual.compute())}
     return [{name: float(value) for name, value in each.compute().items()} | shared for each in accuracies]
-
-
-def _calibration_answers(
-    system: Coded, configs: Sequence[DecoderConfig], calibration: Sequence[Iterable[Any]]
-) -> Answers:
-    """Return all servers' answers to the calibration samples, which tell their tasks."""
-    parts = []
-    for task, batches in enumerate(calibration):
-        for batch in batches:
-            answers = _answers(system, batch, configs)
-            parts.append(replace(answers, tasks=torch.full((answers.num_samples,), task)))
-    return Answers.concatenate(parts)
 
 
 def _num_classes(expert: nn.Module, inputs: Any) -> int:

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,11 @@ from coin.data import Augmentation
 from coin.errors import CoinWarning, ConfigurationError, HeadError, NumericalError
 from coin.files.tensors import not_finite
 from coin.merging import Average, CodedModel, Experts, HeadFit, Method
-from coin.merging.calibrated import CalibratedExperts
-from coin.merging.checks import check_label, check_row
-from coin.merging.method import starting_method
+from coin.merging.method import check_row, starting_method
 from coin.modules.recipe import Schedule
 from coin.modules.search import POINTS, TRIALS, Choice, search_curves, search_grid
 from coin.modules.shared import plain_options, plot_against_epochs, tasks_of
-from coin.modules.training import BatchCalibration, MemoryTraining, Training
+from coin.modules.training import MemoryTraining, Training
 from coin.networks import BatchNormPolicy, build_network, fill_network, load_network, widened
 from coin.networks.stages import full_precision
 
@@ -113,7 +112,7 @@ class Distillation(LightningModule, Method):
             raise ConfigurationError("found schedule=cosine, expected one_cycle or constant")
         if start != AUTO:
             starting_method(start)
-        self.label = check_label(self.name if label is None else label)
+        self.label = self.labelled(label)
         self.samples_per_task = samples_per_task
         self.augmentation = str(augmentation)
         self.student: Any = None  # the network that is trained, once there is one
@@ -124,7 +123,8 @@ class Distillation(LightningModule, Method):
         self.chosen: dict[str, Any] = {}
         self.begun: dict[str, Tensor] | None = None
         """The student's tensors at the start, where they are known already; made when training starts otherwise."""
-        self._outputs: Tensor | None = None
+        self.known: dict[int | None, Tensor] = {}
+        """The experts' logits ``[N, ·, C]``: for training samples that never change, and for each held-out batch."""
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Train the coded model of one row of the code, and count what all runs take; see `coin.merging.Method.make`.
@@ -132,16 +132,18 @@ class Distillation(LightningModule, Method):
         With its learning rate left open, the pair of learning rate and number of steps with the smallest loss on
         held-out samples is chosen; the final run is on all samples. Raises a NumericalError where all runs diverge.
         """
+        lr, steps, described, trial = self.hparams["lr"], self.hparams["steps"], {}, None
         with torch.inference_mode(False), torch.enable_grad():
-            choice = None if self.hparams["lr"] is not None else self._search(experts, row)
-            lr, steps = choice.best if choice else (self.hparams["lr"], self.hparams["steps"])
-            module = self._run(experts, row, lr, steps)
+            if lr is None:
+                choice, trial = self._search(experts, row)
+                (lr, steps), described = choice.best, choice.described
+            module = self._run(experts, row, lr, steps, before=trial)
         if not_finite(dict(module.named_parameters())) is not None:
             raise NumericalError(f"{self.label} diverged with lr={lr}; give a smaller one")
-        return CodedModel(module.student, (choice.described if choice else {}) | module.chosen)
+        return CodedModel(module.student, described | module.chosen)
 
-    def _search(self, experts: Experts, row: Sequence[float]) -> Choice:
-        """Choose the learning rate and the number of steps on held-out samples."""
+    def _search(self, experts: Experts, row: Sequence[float]) -> tuple[Choice, "Distillation | None"]:
+        """Choose the learning rate and the number of steps on held-out samples; return the last trial too."""
         rates, steps, share = (self.hparams[name] for name in ("learning_rates", "steps", "held_out"))
         samples = self._training(experts).num_samples(experts, self.samples_per_task)
         held_out = max(1, round(share * samples))
@@ -150,13 +152,12 @@ class Distillation(LightningModule, Method):
                 f"found {samples} pooled calibration samples for distillation, {held_out} of them held out to choose "
                 "its learning rate on, expected at least 2 others to train on; raise samples_per_task or give it an lr"
             )
-        start: dict[str, Tensor] | None = None
+        trial: Distillation | None = None
 
         def losses(lr: float, steps: int, every: int) -> list[float]:
-            nonlocal start
-            module = self._run(experts, row, lr, steps, held_out=share, every=every, start=start)
-            start = module.begun
-            return module.losses
+            nonlocal trial
+            trial = self._run(experts, row, lr, steps, held_out=share, every=every, before=trial)
+            return trial.losses
 
         def last_loss(lr: float, steps: int) -> float:
             found = losses(lr, steps, steps)
@@ -176,7 +177,7 @@ class Distillation(LightningModule, Method):
             choice = search_curves(lambda lr, every: losses(lr, steps, every), rates, steps)
         if not any(map(math.isfinite, choice.losses.values())):
             raise NumericalError(f"{self.label} diverged with every learning rate of {rates}; give smaller ones")
-        return choice
+        return choice, trial
 
     def _run(
         self,
@@ -187,14 +188,20 @@ class Distillation(LightningModule, Method):
         *,
         held_out: float = 0.0,
         every: int | None = None,
-        start: dict[str, Tensor] | None = None,
+        before: "Distillation | None" = None,
     ) -> "Distillation":
-        """Train a module with these options, validated every so many steps on a share of the samples."""
+        """Train a module with these options, validated every so many steps on a share of the samples.
+
+        It takes over the experts of a trial `before`, and if it is one too, on the same samples, what it knows of them.
+        """
         training = self._training(experts)
         options = dict(self.hparams) | training.run_options(experts, self.hparams)
         module = type(self)(**options | {"code_row": list(row), "lr": lr, "steps": steps})
-        module.begun = start
-        if isinstance(training, MemoryTraining):
+        if before is not None:
+            module.hold(before.teachers, deepcopy(before.student))
+            if held_out:
+                module.begun, module.known = before.begun, before.known
+        elif isinstance(training, MemoryTraining):
             module.hold([twin(network).eval() for network in experts.networks], experts.blank().eval())
         trainer_options = {
             "max_steps": steps,
@@ -259,13 +266,13 @@ class Distillation(LightningModule, Method):
         plot_against_epochs(self, ["train/loss", "val/loss"])
         if fresh := self.trainer.ckpt_path is None:
             self._begin()
-        if self.hparams["augmentation"] != Augmentation.none:
+        if self.hparams["augmentation"] != Augmentation.none or None in self.known:
             return
         calibration = tasks_of(self).training_calibration()
         with torch.no_grad():
             batches = [as_input(batch, self.student) for batch in calibration]
-            self._outputs = torch.cat([self.expert_outputs(batch) for batch in batches], dim=1)
-        if fresh:  # a method's cost is the same however often its training is interrupted
+            self.known[None] = torch.cat([self.expert_outputs(batch) for batch in batches], dim=1)
+        if fresh:
             self.passes += calibration.num_samples * len(self.teachers)
 
     def _begin(self) -> None:
@@ -273,8 +280,7 @@ class Distillation(LightningModule, Method):
         if self.begun is None:
             samples = tasks_of(self).training_calibration()
             tasks = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(len(samples.parts))]
-            teachers, in_memory = list(self.teachers), isinstance(samples, BatchCalibration)
-            experts = Experts(teachers, calibration=tasks) if in_memory else CalibratedExperts(teachers, tasks)
+            experts = Experts(list(self.teachers), calibration=tasks)
             start, row = self.hparams["start"], self.hparams["code_row"]
             if start == AUTO:
                 try:
@@ -321,8 +327,12 @@ class Distillation(LightningModule, Method):
     def validation_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> None:
         """Log the same on held-out samples."""
         positions, inputs = batch
-        self.passes += (1 + len(self.teachers)) * len(positions) * self.trainer.world_size
-        self._coding_loss(self(inputs), self.target(self.expert_outputs(inputs)), "val")
+        self.passes += len(positions) * self.trainer.world_size
+        if batch_idx not in self.known:
+            if not self.losses:  # a method's cost is the same however often its training is interrupted
+                self.passes += len(self.teachers) * len(positions) * self.trainer.world_size
+            self.known[batch_idx] = self.expert_outputs(inputs)
+        self._coding_loss(self(inputs), self.target(self.known[batch_idx]), "val")
 
     def on_validation_epoch_end(self) -> None:
         """Keep the held-out loss, one number a validation."""
@@ -347,8 +357,8 @@ class Distillation(LightningModule, Method):
     def _training_outputs(self, positions: Tensor, inputs: Batch) -> Tensor:
         """Return the experts' logits ``[N, B, C]`` for a training batch, and count what the step costs."""
         self.passes += 3 * len(positions) * self.trainer.world_size
-        if self._outputs is not None:
-            return self._outputs[:, positions]
+        if None in self.known:
+            return self.known[None][:, positions]
         self.passes += len(self.teachers) * len(positions) * self.trainer.world_size
         with torch.no_grad():
             return self.expert_outputs(inputs)

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, distinct_decoders, make_decoder, uniform
+from coin.coding import (
+    Answers,
+    Code,
+    Decoder,
+    DecoderConfig,
+    DecoderKind,
+    Kept,
+    distinct_decoders,
+    make_decoder,
+    uniform,
+)
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
 from coin.metrics import DecodingAccuracy, Residual
@@ -148,7 +158,7 @@ class DecodingEvaluator(LightningModule):
             if len(fitted.metrics) == 1:
                 alone.append(answer)
         if task in self.examples:
-            # Where in the test set the samples of this process's batch are; see `EvaluationBatches`.
+            # Where in the test set the samples of this process's batch are; see `evaluation_batches`.
             before = batch_idx * list(tasks_of(self).tasks.values())[task].eval_batch_size
             positions = self.global_rank + self.trainer.world_size * torch.arange(before, before + len(labels))
             self.examples[task].update(inputs, positions, expert, labels, torch.stack(alone, 1))
@@ -190,12 +200,12 @@ class DecodingEvaluator(LightningModule):
             for config in self.decoders
             if variant.applies(config.kind)
         ]
-        fitted = []
+        fitted, kept = [], Kept()
         for index, erased, config in tracked(combinations, "fitting decoders"):
             variant = self.variants[index]
             seen = variant.seen(answers)
             started = time.perf_counter()
-            decoder = make_decoder(config, variant.code, erased).fit(seen)
+            decoder = make_decoder(config, variant.code, erased).fit(seen, kept)
             seconds = passes = 0.0
             if decoder.needs_fit:
                 seconds = time.perf_counter() - started

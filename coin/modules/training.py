@@ -5,17 +5,14 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch import Tensor
 
-from coin.batches import Batch, as_input, joined, size_of, take
-from coin.data import Calibration
+from coin.batches import as_input, joined, samples_of
 from coin.data.tasks import Tasks
 from coin.merging import Experts
+from coin.merging.experts import MemoryCalibration
 from coin.modules.shared import quieten
 from coin.statistics.guard import differentiable, trainable
 
@@ -49,7 +46,11 @@ class MemoryTraining(Training):
 
     def fit(self, module: LightningModule, experts: Experts, held_out: float, options: dict[str, Any]) -> None:
         """Run a Trainer of which nothing is seen."""
-        samples = BatchCalibration.pooled(experts, module.hparams["batch_size"])
+        # On the networks' device and of their type; a DataError where samples differ in shape.
+        whole = as_input(joined(list(experts.pooled)), experts.networks[0])
+        samples = MemoryCalibration.of_samples(
+            list(samples_of(whole)), experts.tasks, experts.count, module.hparams["batch_size"]
+        )
         data = BatchTasks(samples, held_out, module.hparams["seed"] or 0)
         student = module.get_submodule("student")
         parameters = trainable(student).values()
@@ -69,37 +70,15 @@ class MemoryTraining(Training):
         student.to(device).zero_grad()
 
 
-@dataclass(frozen=True)
-class BatchCalibration(Calibration):
-    """Calibration samples in one batch in memory, in which `position` is a sample's place."""
-
-    batch: Batch | None = None
-
-    @classmethod
-    def pooled(cls, experts: Experts, batch_size: int) -> "BatchCalibration":
-        """Return the pooled samples of experts in memory, on their device and of their type.
-
-        Raises a DataError where the samples differ in shape.
-        """
-        batch = as_input(joined(list(experts.pooled)), experts.networks[0])
-        places = torch.arange(size_of(batch))
-        return cls(cast(Any, (None,) * experts.count), experts.tasks, places, 0, batch_size, batch)
-
-    def inputs(self, chosen: Tensor | None = None, view: Any = None) -> Any:
-        """Return the inputs of these samples, all of them by default, in one batch; they are never changed."""
-        assert self.batch is not None
-        return take(self.batch, self.position if chosen is None else self.position[chosen])
-
-
 class BatchTasks(Tasks):
     """Calibration samples in memory, as the data that a method trains on."""
 
-    def __init__(self, samples: BatchCalibration, held_out: float, seed: int) -> None:
+    def __init__(self, samples: MemoryCalibration, held_out: float, seed: int) -> None:
         LightningDataModule.__init__(self)
         self._samples, self.tasks = samples, {}
         self.batch_size, self.held_out, self.seed = samples.batch_size, held_out, seed
 
-    def calibration(self) -> BatchCalibration:
+    def calibration(self) -> MemoryCalibration:
         """Return all tasks' samples, interleaved."""
         return self._samples
 

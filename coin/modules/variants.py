@@ -99,15 +99,14 @@ class Outcome:
     confusion: NDArray[np.int64]
 
 
-_PROVENANCE: dict[str, type | tuple[type, ...]] = {
-    "experts": list,
-    "label": str,
-    "batchnorm": str,
-    "code": list,
-    "row": int,
+_PROVENANCE: dict[str, tuple[type, ...]] = {
+    "experts": (list,),
+    "label": (str,),
+    "batchnorm": (str,),
+    "code": (list,),
+    "row": (int,),
     "samples_per_task": (int, type(None)),
-    "chosen": (dict, type(None)),
-    "method": (dict, type(None)),
+    **dict.fromkeys(("chosen", "method"), (dict, type(None))),  # which a file may lack
     **dict.fromkeys(("seconds", "passes", "shared_seconds", "shared_passes"), (int, float)),
 }
 
@@ -115,8 +114,8 @@ _PROVENANCE: dict[str, type | tuple[type, ...]] = {
 def _check_provenance(path: Path, made: dict[str, Any], marks: Sequence[str]) -> None:
     if "code" not in made:
         raise FileError(f"'{path}' is no coded model, expected a file that coin merge wrote")
-    for name, kind in _PROVENANCE.items():
-        if (name not in made and name not in ("chosen", "method")) or not isinstance(made.get(name), kind):
+    for name, kinds in _PROVENANCE.items():
+        if not isinstance(made.get(name, {} if name in ("chosen", "method") else ()), kinds):
             raise FileError(
                 f"'{path}' says {made.get(name)!r:.60} for its '{name}', expected what coin merge writes there; "
                 "run coin merge again"
@@ -135,16 +134,16 @@ def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Mod
     """
     files = [load_network(path) for path in paths]
     groups: dict[tuple[str, str], list[int]] = {}
-    for index, file in enumerate(files):
-        _check_provenance(paths[index], made := file.provenance, marks)
+    for index, (path, file) in enumerate(zip(paths, files, strict=True)):
+        made = file.provenance
+        _check_provenance(path, made, marks)
         groups.setdefault((made["label"], made["batchnorm"]), []).append(index)
     variants = []
     for (method, policy), indices in groups.items():
         networks = sorted(indices, key=lambda index: int(files[index].provenance["row"]))
         rows = [files[index].provenance for index in networks]
-        first = rows[0]
+        first, found = rows[0], [row["row"] for row in rows]
         code = Code(first["code"])
-        found = [row["row"] for row in rows]
         if found != list(range(code.num_coded)) or any(row["code"] != first["code"] for row in rows):
             raise FileError(
                 f"found rows {found} of method {method}, expected one file for each of the {code.num_coded} rows of "

@@ -21,8 +21,7 @@ class BatchNormPolicy(StrEnum):
     * ``average``: the experts' running means and variances, averaged with the code's weights β.
     * ``recalibrate``: running statistics reset and estimated anew, by a cumulative average over the pooled
       calibration samples, in the merged network itself.
-    * ``keep``: the buffers that the merge started from. A closed-form merge keeps those of the shared
-      initialisation; a method that trains with frozen statistics keeps those that it trained with.
+    * ``keep``: those that the merge started from, the shared initialisation's, or that training left frozen.
     """
 
     auto = "auto"
@@ -32,7 +31,7 @@ class BatchNormPolicy(StrEnum):
 
 
 def has_batchnorm(network: nn.Module) -> bool:
-    """Return whether any BatchNorm layer of `network` tracks running statistics."""
+    """Return whether any BatchNorm layer tracks running statistics."""
     return bool(_tracking(network))
 
 
@@ -42,28 +41,22 @@ def _tracking(network: nn.Module) -> list[_BatchNorm]:
 
 @torch.no_grad()
 def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> int:
-    """Estimate all BatchNorm layers' statistics anew, in place (`BatchNormPolicy.recalibrate`).
+    """Estimate all BatchNorm layers' statistics anew, in place, and return the number of samples seen.
 
-    The statistics are reset and become the average of the batches' statistics, weighted by their numbers of samples,
-    each layer seeing what the layers before it produce from batch statistics, as in training. Everything else of the
-    network is left as found. A single sample has no variance: a batch of one is joined to the next, the last to the
-    one before it. Returns the number of samples seen.
+    They become the average of the batches' statistics, weighted by their numbers of samples, each layer seeing what
+    the layers before it produce from batch statistics, as in training. A single sample has no variance: a batch of one
+    is joined to the next, the last to the one before it. A StateError, the network as it was, below two samples.
 
     Args:
         network: The network.
         batches: Input batches ``[B, ...]``, of any device and floating-point type, or pairs of inputs and labels.
-        forward: (network, batch) → output, for a network that is not called with one tensor; batches may then be
-            mappings of tensors too.
-
-    Raises:
-        StateError: There are fewer than two samples; the network is then as it was.
-        DataError: A batch holds anything but tensors of as many samples.
+        forward: (network, batch) → output, for a network that is not called with one tensor.
     """
     network = adapted(network, forward)
     sound = _without_singles(as_input(batch, network) for batch in batches)
     first = next(sound, None)
     if first is None:
-        raise StateError("found no calibration batch to recalibrate BatchNorm on, expected at least one")
+        raise StateError("found fewer than two calibration samples to recalibrate BatchNorm on, expected at least two")
     layers = _tracking(network)
     modes = {module: module.training for module in network.modules()}
     momenta = {layer: layer.momentum for layer in layers}
@@ -98,7 +91,5 @@ def _without_singles(batches: Iterable[Batch]) -> Iterator[Batch]:
         if ready is not None:
             yield ready
         ready, single = piece, None
-    if single is not None and ready is None:
-        raise StateError("found one calibration sample to recalibrate BatchNorm on, expected at least two")
     if ready is not None:
         yield ready if single is None else joined([ready, single])

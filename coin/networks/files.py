@@ -1,6 +1,8 @@
 """Networks as safetensors files that say what they are."""
 
+import operator
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,19 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from coin.errors import FileError, StateError
+from coin.errors import FileError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite
 from coin.networks.registry import NetworkConfig, build_network
-from coin.networks.weights import fill_network, read_weights, with_own_head
+from coin.networks.weights import check_layout, fill_network, read_weights, with_own_head
 
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """A network's file, its tensors (`state`) read when they are asked for, and what it says of itself.
-
-    `provenance` is everything that was written with it, `config` and `num_classes` among it.
-    """
+    """A network's file, its tensors read when they are asked for, and all that was written with it (`provenance`)."""
 
     state: StateFile
     config: NetworkConfig
@@ -41,8 +40,7 @@ def save_network(
 ) -> None:
     """Write a network's parameters and buffers with its architecture and its provenance.
 
-    Raises StateError where a parameter is not finite or a buffer holds a NaN, and FileError where the file cannot be
-    written.
+    A StateError where a parameter is not finite or a buffer holds a NaN, a FileError where it cannot be written.
     """
     # As a causal mask does.
     infinite = [name for name, buffer in network.named_buffers() if bool(torch.isinf(buffer).any())]
@@ -51,23 +49,24 @@ def save_network(
 
 
 def open_network(path: Path) -> NetworkFile:
-    """Open a network that `save_network` wrote, and check that it is finite. Whether it is whole is for `check_layout`.
+    """Open a network that `save_network` wrote, and check that it is finite and what its metadata say.
 
     Raises:
         FileError: The file is missing or damaged, or does not hold a network.
-        StateError: A tensor is not finite, or the tensors are too few for the architecture that the file names.
+        StateError: A tensor is not finite, or the tensors are not those of the architecture that the file names.
     """
     state = StateFile(path)
-    provenance = state.provenance
-    infinite = provenance.get("infinite", [])
+    infinite = state.provenance.get("infinite", [])
     check_finite(state, f"the network in '{path}'", infinite if isinstance(infinite, list) else ())
-    config, num_classes = _described(path, provenance)
-    _check_size(path, config, num_classes, state.shapes())
-    return NetworkFile(state, config, num_classes, provenance)
+    config, num_classes = _described(path, state.provenance)
+    with suppress(NotImplementedError), torch.device("meta"):  # raised by a constructor that looks at its weights
+        described = build_network(config, num_classes).state_dict()
+        check_layout({name: tensor.shape for name, tensor in described.items()}, state.shapes(), str(path))
+    return NetworkFile(state, config, num_classes, state.provenance)
 
 
 def load_network(path: Path) -> NetworkFile:
-    """Open a network as `open_network` does and read it: a StateError where its tensors do not fit its architecture."""
+    """Open a network as `open_network` does and read it."""
     file = open_network(path)
     file.network  # noqa: B018 (read now, so that what is wrong with it shows)
     return file
@@ -75,44 +74,23 @@ def load_network(path: Path) -> NetworkFile:
 
 def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig, int]:
     """Return the architecture and the number of classes that a file's metadata tell of."""
-    if "network" not in provenance or "num_classes" not in provenance:
+    network, num_classes = provenance.get("network"), provenance.get("num_classes")
+    if network is None:
         raise FileError(f"'{path}' holds no network (no 'network' in its metadata); give an expert or a coded model")
-    network, num_classes = provenance["network"], provenance["num_classes"]
-    kinds = {"name": str, "image_size": int, "options": dict}
-    if (
-        not isinstance(network, dict)
-        or not isinstance(num_classes, int)
-        or not all(isinstance(network.get(name), kind) for name, kind in kinds.items())
-        or network.keys() - kinds.keys() - {"weights"}
-    ):
+    try:
+        # Pretrained weights are about to be overwritten: never download them to read a file.
+        return NetworkConfig(**{**network, "weights": None}), operator.index(num_classes)  # type: ignore[arg-type]
+    except (TypeError, AttributeError) as error:
         raise FileError(
             f"'{path}' has metadata that describe no network (network {network!r:.120}, num_classes {num_classes!r:.20}"
             "), expected name, image_size and options; make the file again"
-        )
-    # Pretrained weights are about to be overwritten: never download them to read a file.
-    return NetworkConfig(**{**network, "weights": None}), num_classes
-
-
-def _check_size(path: Path, config: NetworkConfig, num_classes: int, shapes: Mapping[str, torch.Size]) -> None:
-    """Refuse metadata that describe a network of another size than the tensors', before memory is taken for it."""
-    try:
-        with torch.device("meta"):
-            described = {name: each.shape for name, each in build_network(config, num_classes).state_dict().items()}
-    except NotImplementedError:  # a constructor that looks at its weights
-        return
-    size, found = (sum(shape.numel() for shape in each.values()) for each in (described, shapes))
-    if size > max(10**8, 4 * found):  # 400 MB may be taken for nothing, before names and shapes are compared
-        raise StateError(
-            f"'{path}' holds {found} numbers, expected {size} of {config.name} with {num_classes} classes and options "
-            f"{config.options}, as its metadata say; make the file again"
-        )
+        ) from error
 
 
 def initial_network(config: NetworkConfig, num_classes: int, checkpoint: Path | None, *, seed: int = 0) -> nn.Module:
     """Build the shared initialisation that all experts of one class count start from.
 
-    It comes from a base checkpoint (see `brought_network`), whose head is taken over when its class count agrees, or
-    without one from `build_network`. The seed is of whatever is random in it.
+    It comes from a base checkpoint, whose head is taken over when its class count agrees, or from the seed alone.
     """
     if checkpoint is None:
         return build_network(config, num_classes, seed=seed)
@@ -126,9 +104,7 @@ def brought_network(
 
     Its head must be of `num_classes` logits, unless it may be replaced by a fresh one, drawn from the seed.
 
-    Raises:
-        FileError: The file is missing or damaged, or holds adapters beside the weights.
-        StateError: It is of another architecture or number of classes, or a tensor is not finite.
+    A FileError where it cannot be used, a StateError where it is of another architecture or not finite.
     """
     network = build_network(replace(config, weights=None), num_classes, seed=seed)
     state = read_weights(path)

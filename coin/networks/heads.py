@@ -15,8 +15,7 @@ def head_name(network: nn.Module) -> str:
     """Return the dotted name of the classifier head.
 
     The head is the last `nn.Linear` in the order of registration, or, where a network has none (SqueezeNet), the
-    last `nn.Conv2d`. A network whose head is elsewhere names it itself in an attribute ``head_name: str``. Raises a
-    StateError where it has neither, or names a layer that it does not have.
+    last `nn.Conv2d`. A network whose head is elsewhere names it itself in an attribute ``head_name: str``.
     """
     layers: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
     own = getattr(network, "head_name", None)
@@ -49,8 +48,7 @@ def replace_head(network: nn.Module, num_classes: int) -> None:
         nn.init.zeros_(new.bias)
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, new)
-    if hasattr(network, "num_classes"):  # SqueezeNet reshapes by it
-        network.num_classes = num_classes  # type: ignore[assignment]
+    _tell_classes(network, num_classes)
 
 
 def padded_rows(
@@ -103,16 +101,20 @@ def widened(network: Network, num_outputs: int) -> Network:
     for key, tensor in rows.items():
         setattr(head, key, nn.Parameter(tensor, requires_grad=own[key].requires_grad))
     setattr(head, "out_features" if isinstance(head, nn.Linear) else "out_channels", num_outputs)
-    if hasattr(padded, "num_classes"):  # SqueezeNet reshapes by it
-        padded.num_classes = num_outputs  # type: ignore[assignment]
+    _tell_classes(padded, num_outputs)
     return padded
+
+
+def _tell_classes(network: nn.Module, num_classes: int) -> None:
+    if hasattr(network, "num_classes"):  # SqueezeNet reshapes by it
+        network.num_classes = num_classes  # type: ignore[assignment]
 
 
 def of_one_width(networks: Sequence[Network]) -> list[Network]:
     """Return networks that differ in their class counts alone with their heads padded to the largest (`widened`).
 
-    Networks that differ in more are returned as they are, for `coin.files.tensors.check_same_layout` to refuse. Raises
-    a HeadError where they seem to differ in class counts, but their heads cannot be padded, or are elsewhere.
+    Networks that differ in more are returned as they are, for `check_same_layout` to refuse. Raises a HeadError where
+    they seem to differ in class counts, but their heads cannot be padded, or are elsewhere.
     """
     every = [dict(network.named_parameters(remove_duplicate=False)) for network in networks]
     shapes = [{name: parameter.shape for name, parameter in parameters.items()} for parameters in every]
@@ -148,7 +150,7 @@ def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tens
     """Run a network once on inputs ``[B, ...]`` and return its penultimate features beside its logits ``[B, C]``.
 
     The features ``[B, F]`` are the head's input, averaged over positions where it has any. Whether the logits are the
-    head of those is for `check_head` to say. Raises a StateError where there is no head or it did not run exactly once.
+    head of those is for `check_head` to say.
     """
     head = network.get_submodule(head_name(network))
     captured: list[Tensor] = []
@@ -166,27 +168,19 @@ def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tens
     return features if features.ndim <= 2 else features.flatten(1, -2).mean(1), logits
 
 
+# How far logits of a type may be from the head's, in the size of the sum's terms: four times the type's precision, for
+# float32 that of TF32, in which GPUs compute it. Float64 has no such short cut; its room is for long sums.
 _TOLERANCES = {torch.float64: 2.0**-30, torch.float32: 2.0**-8, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
-"""How far logits of a type may be from the head's, in the size of the sum's terms: four times the type's precision, for
-float32 that of TF32, in which GPUs compute it. Float64 has no such short cut; its room is for long sums."""
 
 
 @torch.no_grad()
 def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
     """Refuse a network whose logits are not W φ + b, with (W, b) its head and φ the head's input.
 
-    Methods that fit a head or start from one assume so. A temperature, a softmax or a normalisation of the weights
-    breaks it, and so does a head that runs at every position when a nonlinearity stands between it and the average;
-    the average itself does not, since the head is affine. Every logit is compared, in float64, in units of
-    |Wφ + b| + √(Σ_k (W_k φ_k)² + b²), in which rounding errors grow whatever cancels.
-
-    Args:
-        network: Any network.
-        features: φ ``[B, F]``, as `features_and_logits` returns it.
-        logits: ``[B, C]`` of the same pass, in the type that the network gave them.
-
-    Raises:
-        HeadError: They are not, or the head is neither a Linear nor a 1×1 Conv2d layer.
+    Methods that fit a head or start from one assume so; a temperature, a softmax or a nonlinearity after the head
+    breaks it. The features ``[B, F]`` and logits ``[B, C]`` are those of `features_and_logits`. Every logit is
+    compared, in float64, in units of |Wφ + b| + √(Σ_k (W_k φ_k)² + b²), in which rounding errors grow whatever cancels.
+    A HeadError, too, where the head is neither a Linear nor a 1×1 Conv2d layer.
     """
     name = head_name(network)
     head = network.get_submodule(name)

@@ -55,14 +55,9 @@ def check_peft() -> None:
 def add_adapters(network: nn.Module, lora: Lora, example: Tensor, *, seed: int = 0) -> None:
     """Put adapters into the matching linear layers of a network, in place.
 
-    What requires a gradient among the network's own parameters stays as it is. The global random generator is left as
-    found. Raises a ConfigurationError where peft is missing, or a pattern matches no layer that can be adapted.
-
-    Args:
-        network: The network.
-        lora: The adapters.
-        example: One input ``[1, ...]``, which shows what layers run.
-        seed: Of the adapters' A.
+    What requires a gradient among the network's own parameters stays as it is. `example` is one input ``[1, ...]``,
+    which shows what layers run; the seed is of the adapters' A. A ConfigurationError where peft is missing, or a
+    pattern matches no layer that can be adapted.
     """
     check_peft()
     from peft import LoraConfig, inject_adapter_in_model
@@ -73,8 +68,7 @@ def add_adapters(network: nn.Module, lora: Lora, example: Tensor, *, seed: int =
             found = f"those that do are {', '.join(layers[:6])}{', …' * (len(layers) > 6)}" if layers else "none does"
             raise ConfigurationError(
                 f"found lora.targets pattern '{pattern}', which matches no linear layer of {type(network).__name__} "
-                f"that runs by itself and is not its head ({found}; packed attention reads its weights past its "
-                "layers); change lora.targets, or leave lora out"
+                f"that runs by itself and is not its head ({found}); change lora.targets, or leave lora out"
             )
     adapted = [name for name in layers if any(fnmatchcase(name, pattern) for pattern in lora.targets)]
     trained = {parameter: parameter.requires_grad for parameter in network.parameters()}
@@ -96,7 +90,7 @@ def add_adapters(network: nn.Module, lora: Lora, example: Tensor, *, seed: int =
 
 
 def _no_fast_path(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Change nothing."""
+    pass
 
 
 @torch.no_grad()
@@ -114,8 +108,7 @@ def adaptable_layers(network: nn.Module, example: Tensor) -> list[str]:
 def plain_network(network: nn.Module) -> nn.Module:
     """Return a network as its architecture has it: adapters merged into the weights, every parameter trainable.
 
-    What is written of an expert and estimated of it is of this network. It is the network itself where it is plain
-    already, else a copy.
+    It is the network itself where it is plain already, else a copy.
     """
     modules = dict(network.named_modules())
     adapted = [name for name, each in modules.items() if hasattr(each, "lora_A") and hasattr(each, "get_base_layer")]

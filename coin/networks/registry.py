@@ -10,9 +10,8 @@ from torch import nn
 
 from coin.errors import ConfigurationError
 from coin.networks.heads import head_name
-from coin.networks.hugging_face import HuggingFace
+from coin.networks.hub import HuggingFace, Timm
 from coin.networks.sources import ImportPath, Own, Source, Torchvision
-from coin.networks.timm_source import Timm
 from coin.networks.weights import fill_network, read_weights, with_own_head
 
 _FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
@@ -69,18 +68,16 @@ class NetworkConfig:
     @property
     def source(self) -> Source:
         """The network of its family, which builds it."""
-        prefix, slash, _ = self.name.partition("/")
         kind: type[Source] = Torchvision
-        if slash and prefix == "timm":
+        if self.name.startswith("timm/"):
             kind = Timm
-        elif slash and prefix == "hf":
+        elif self.name.startswith("hf/"):
             kind = HuggingFace
         elif self.name in Own.kinds:
             kind = Own
-        elif "." in self.name.strip(".") and not slash:
+        elif "." in self.name.strip(".") and "/" not in self.name:
             kind = ImportPath
-        named = None if self.weights_file else self.weights
-        return kind(self.name, self.image_size, named, self.options)
+        return kind(self.name, self.image_size, None if self.weights_file else self.weights, self.options)
 
 
 def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> nn.Module:

@@ -8,8 +8,6 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, conv1x1
 from torchvision.models.vision_transformer import VisionTransformer
 
-from coin.errors import ConfigurationError
-
 
 class SmallResNet(nn.Module):
     """A ResNet of eight basic blocks (2-2-2-2, widths 32 to 256) behind a 3×3 stride-2 stem; 2.8 M parameters.
@@ -25,7 +23,7 @@ class SmallResNet(nn.Module):
     def __init__(self, num_classes: int = 10, width: int = 32) -> None:
         super().__init__()
         if width < 1:
-            raise ConfigurationError(f"found width={width}, expected at least 1 channel")
+            raise ValueError(f"found width={width}, expected at least 1 channel")
         self.stem = nn.Sequential(
             nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
         )
@@ -84,12 +82,6 @@ class SmallViT(VisionTransformer):  # type: ignore[misc]  # torchvision is untyp
         width: int = 128,
         mlp_width: int = 256,
     ) -> None:
-        if min(patch_size, depth, heads, width, mlp_width) < 1 or image_size % patch_size or width % heads:
-            raise ConfigurationError(
-                f"found patch_size={patch_size}, depth={depth}, heads={heads}, width={width}, mlp_width={mlp_width} "
-                f"for images of {image_size} pixels, expected numbers of at least 1, patches that divide the images "
-                "and heads that divide the width"
-            )
         super().__init__(image_size, patch_size, depth, heads, width, mlp_width, num_classes=num_classes)
         # Nearer to a token's scale than torchvision's 0.02: attention tells positions apart from the first step on.
         nn.init.normal_(self.encoder.pos_embedding, std=0.3)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
-from urllib.error import URLError
 
 import torch
 from torch import nn
@@ -21,10 +20,7 @@ from coin.networks.text_encoder import PRETRAINED, MiniLM, load_pretrained
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """A network of one family, whose members are built in one way.
-
-    Its fields are those of `coin.networks.NetworkConfig`, but for weights from a file, which are none here.
-    """
+    """A network of one family; the fields are `NetworkConfig`'s, but for weights from a file, which are none here."""
 
     name: str
     image_size: int
@@ -44,8 +40,7 @@ class Source(ABC):
     def build(self, num_classes: int) -> nn.Module:
         """Build the network; what is random is drawn from torch's global generator.
 
-        Raises ConfigurationError where the options do not fit the architecture, and FileError where pretrained weights
-        could not be downloaded or read.
+        A ConfigurationError where the options do not fit, a FileError where weights cannot be downloaded or read.
         """
 
     def check_name(self, known: Iterable[str], expected: str, advice: str) -> None:
@@ -72,30 +67,29 @@ class Source(ABC):
     def construct(self, builder: Callable[..., Any], *arguments: Any, **options: Any) -> nn.Module:
         """Call a constructor; what does not fit becomes one line."""
         try:
-            network = builder(*arguments, **options)
-        except (TypeError, ValueError, AssertionError) as error:
+            network: nn.Module = builder(*arguments, **options)
+        except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
             raise ConfigurationError(
-                f"cannot build {self.name} for images of {self.image_size} pixels with options {self.options}: "
+                f"cannot build {self.name} for {self.reads} of size {self.image_size} with options {self.options}: "
                 f"{first_line(error)}; change network.image_size or network.options"
             ) from error
-        assert isinstance(network, nn.Module)
         return network
 
     def download(self, builder: Callable[[], Any], elsewhere: str) -> nn.Module:
         """Call a constructor that may download weights; `elsewhere` says where to put them by hand."""
-        try:
-            return self.construct(builder)
-        except (URLError, OSError, RuntimeError) as error:
-            if "state_dict" in str(error):
-                raise ConfigurationError(
-                    f"the weights {self.weights} of {self.name} do not fit network.options {self.options}; leave out "
-                    "the options, or set network.weights=null"
+
+        def downloaded() -> Any:
+            try:
+                return builder()
+            except (OSError, RuntimeError) as error:  # torch.hub's RuntimeError is of a wrong checksum
+                if "state_dict" in str(error):
+                    raise ValueError(f"the weights {self.weights} do not fit") from error
+                raise FileError(
+                    f"cannot download the weights {self.weights} of {self.name} ({first_line(error)}); {elsewhere}, or "
+                    "set network.weights=null or to a file, or give trained weights as base.checkpoint"
                 ) from error
-            # torch.hub raises RuntimeError for a wrong checksum, the rest for a network that is not there.
-            raise FileError(
-                f"cannot download the weights {self.weights} of {self.name} ({first_line(error)}); {elsewhere}, or set "
-                "network.weights=null or to a file, or give trained weights as base.checkpoint"
-            ) from error
+
+        return self.construct(downloaded)
 
 
 class Own(Source):
@@ -189,7 +183,6 @@ class ImportPath(Source):
         return self.construct(self._kind(), num_classes=num_classes, **self.options)
 
     def _kind(self) -> type[nn.Module]:
-        """Import the class."""
         if os.environ.get("COIN_SAFE") == "1":
             raise ConfigurationError(f"found network.name '{self.name}' with --safe, expected a network by name")
         module, _, name = self.name.rpartition(".")

@@ -27,10 +27,8 @@ class Run(NamedTuple):
 
 def run_network(network: nn.Module, inputs: Batch, features: bool, stages: bool = False) -> Run:
     """Run a network once; F is 0 unless its features are wanted, the penultimate ones or those of all stages."""
-    if features and stages:
-        found = Run(*stages_and_logits(network, inputs))
-    elif features:
-        found = Run(*features_and_logits(network, inputs))
+    if features:
+        found = Run(*(stages_and_logits if stages else features_and_logits)(network, inputs))
     else:
         logits = network(inputs)
         found = Run(logits[:, :0], logits)
@@ -79,8 +77,7 @@ def stages_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor
     """Run a network once; return its stages' features ``[B, F]``, its logits ``[B, C]``, and the widths of the stages.
 
     The features stand side by side; maps are averaged over positions (Swin's have their channels last), sequences over
-    all tokens, the class token among them. The last stage is what `features_and_logits` returns. Raises a StateError
-    where a stage did not run exactly once, or its output is no map, sequence or vector.
+    all tokens, the class token among them. The last stage is what `features_and_logits` returns.
     """
     pooled: dict[str, list[Tensor]] = {name: [] for name in stage_names(network)[:-1]}
     with ExitStack() as hooks:
@@ -133,9 +130,8 @@ def _outermost(network: nn.Module, name: str) -> str:
     """Return the outermost `nn.Sequential` that ends with a block, and so has its output."""
     parent, _, child = name.rpartition(".")
     container = network.get_submodule(parent)
-    if not parent or not isinstance(container, nn.Sequential) or child != list(container._modules)[-1]:
-        return name
-    return _outermost(network, parent)
+    ends = parent and isinstance(container, nn.Sequential) and child == list(container._modules)[-1]
+    return _outermost(network, parent) if ends else name
 
 
 def _is_within(name: str, outer: str) -> bool:

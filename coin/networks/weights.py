@@ -1,4 +1,4 @@
-"""State dicts from elsewhere, checked name by name, and from files of any of the kinds that people have."""
+"""State dicts from elsewhere, checked name by name, and from files of the kinds that people have."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from coin.networks.heads import head_name
 
 
 def fill_network(network: nn.Module, state: State, source: str) -> None:
-    """Copy a state dict into a network, name by name and shape by shape; raises as `check_layout`."""
+    """Copy a state dict into a network; raises as `check_layout`."""
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     check_layout(shapes, {name: tensor.shape for name, tensor in state.items()}, source)
     network.load_state_dict(dict(state))
@@ -48,10 +48,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a network's tensors from a file of any of the kinds that people have.
 
     Understood are ``coin``'s own files, any flat safetensors state dict, and Lightning or plain PyTorch checkpoints
-    (read with ``weights_only=True``; a Lightning checkpoint's ``network.`` prefix is dropped).
-
-    Raises:
-        FileError: The file is missing or damaged, or holds more than tensors.
+    (read with ``weights_only=True``; a Lightning checkpoint's ``network.`` prefix is dropped). A FileError for others.
     """
     if not path.is_file():
         raise FileError(f"found no file '{path}', expected a network's weights; check the path")

@@ -8,5 +8,5 @@ serve`` makes them of Ray Serve's deployments (`coin.serving.ray_app`), and `coi
 Protocol before it. Requests that wait for one server go out together while it is at the previous batch: no request
 waits for others to come.
 
-Import from the modules: those of the policies and the simulation need no PyTorch, FastAPI or Ray.
+The modules of the policies and the simulation need no PyTorch, FastAPI or Ray.
 """

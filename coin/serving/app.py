@@ -1,100 +1,59 @@
 """The front end over HTTP: a FastAPI application of the Open Inference Protocol, with metrics and readiness."""
 
 import asyncio
-import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.requests import ClientDisconnect
 
 from coin.errors import CoinError, ConfigurationError, DataError, DeadlineError, OverloadedError, ServingError
 from coin.serving.front_end import FrontEnd
-from coin.serving.inputs import InputLimits, TooLargeError
-from coin.serving.metrics import Metrics
+from coin.serving.images import TooLargeError
+from coin.serving.limits import InputLimits
 from coin.serving.protocol import ALL, Description, InferRequest, model_metadata, read_request, response
 
-logger = logging.getLogger("coin.serving")
+logger = logging.getLogger("ray.serve.coin")  # Ray Serve writes what is logged below its own, as JSON where told to
 
 
 class SlowError(ServingError):
     """A body took too long to arrive."""
 
 
-class UnknownModelError(ConfigurationError):
+class UnknownModelError(DataError):
     """There is no such model."""
 
 
-_STATUS: tuple[tuple[type[CoinError], int], ...] = (
-    (TooLargeError, 413),
-    (UnknownModelError, 404),
-    (DataError, 400),
-    (ConfigurationError, 400),
-    (SlowError, 408),
-    (DeadlineError, 504),
-    (ServingError, 503),
-    (CoinError, 500),
-)
+_STATUS: dict[type[CoinError], int] = {
+    TooLargeError: 413, UnknownModelError: 404, DataError: 400, SlowError: 408, DeadlineError: 504, ServingError: 503,
+    CoinError: 500,
+}  # fmt: skip
+"""The first that an error is an instance of counts."""
 
 
-def make_app(front: FrontEnd, about: Description, limits: InputLimits) -> FastAPI:
-    """Return the application; it starts the front end and stops it with itself.
+class _Uploads:
+    """Reads bodies: so many at a time, each of them so long and for so long."""
 
-    Args:
-        front: Answers.
-        about: What is served.
-        limits: What a query may bring.
+    def __init__(self, limits: InputLimits) -> None:
+        self.limits = limits
+        self.count = 0
 
-    Raises:
-        ConfigurationError: A task has the name of the model that answers for every task.
-    """
-    tasks = list(about.classes)
-    if ALL in tasks:
-        raise ConfigurationError(f"found a task '{ALL}', which is the model of every task; rename it")
-    experts = {**{task: (place,) for place, task in enumerate(tasks)}, ALL: tuple(range(len(tasks)))}
-    metrics = Metrics(front)
-    readers = ThreadPoolExecutor(2, "reader")
-    """Reading images and JSON takes long enough to hold everybody else up, and memory enough to bound it."""
-    uploads = 0
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        front.start()
-        try:
-            yield
-        finally:
-            await front.stop()
-            logger.info("stopped", extra={"queries": dict(front.counts)})
-            readers.shutdown(wait=False, cancel_futures=True)
-
-    app = FastAPI(title="coin", summary="Coded serving by the Open Inference Protocol", version="2", lifespan=lifespan)
-
-    async def tell(request: Request, error: CoinError) -> JSONResponse:
-        status = next(status for kind, status in _STATUS if isinstance(error, kind))
-        logger.info("refused", extra={"path": request.url.path, "status": status, "error": str(error)})
-        # Nobody reads on in a body that was given up.
-        headers = {"connection": "close"} if status in (408, 413) or isinstance(error, OverloadedError) else None
-        return JSONResponse({"error": str(error), "kind": type(error).__name__}, status, headers)
-
-    def chosen(model: str) -> tuple[int, ...]:
-        if model not in experts:
-            raise UnknownModelError(f"found model '{model}', expected one of {', '.join(experts)}")
-        return experts[model]
-
-    async def body(request: Request) -> bytes:
-        nonlocal uploads
-        if uploads >= limits.uploads:
-            raise OverloadedError(f"{uploads} queries are being read, the most there may be; ask again later")
-        told = request.headers.get("content-length", "0")
+    async def read(self, request: Request) -> bytes:
+        limits = self.limits
+        if self.count >= limits.uploads:
+            raise OverloadedError(f"{self.count} queries are being read, the most there may be; ask again later")
         too_large = TooLargeError(f"found a body of more than {limits.bytes} bytes; send fewer or smaller inputs")
-        if not told.isdecimal() or int(told) > limits.bytes:
+        if int(request.headers.get("content-length", 0)) > limits.bytes:
             raise too_large
         read = bytearray()
-        uploads += 1
+        self.count += 1
         try:
             async with asyncio.timeout(limits.seconds):
                 async for part in request.stream():
@@ -106,84 +65,139 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits) -> FastAP
         except TimeoutError:
             raise SlowError(f"found no end of the body within {limits.seconds:g} s; send it faster") from None
         finally:
-            uploads -= 1
+            self.count -= 1
         return bytes(read)
 
+
+class _Collector:
+    """What Prometheus reads off a front end."""
+
+    def __init__(self, front: FrontEnd) -> None:
+        self.front = front
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield what prometheus_client asks for."""
+        front = self.front
+        queries = CounterMetricFamily("coin_queries", "Queries by how they ended", labels=["end"])
+        for end in ("answered", "lost", "expired", "overloaded", "cancelled", "undecodable", "stopped"):
+            queries.add_metric([end], front.counts[end])
+        up = GaugeMetricFamily("coin_server_up", "Whether a server is believed to be up", labels=["server"])
+        requests = GaugeMetricFamily("coin_server_requests", "Requests that wait for a server", labels=["server"])
+        for queue in front.queues:
+            up.add_metric([queue.name], not queue.is_down)
+            requests.add_metric([queue.name], len(queue))
+        late = GaugeMetricFamily("coin_late_after_seconds", "When an answer is late", labels=["experts", "size"])
+        for (wanted, size), lateness in front.lateness.items():
+            late.add_metric([f"{wanted:b}", str(2**size - 1)], lateness.seconds)
+        decoded = CounterMetricFamily("coin_decoded_answers", "Answers that were decoded", front.counts["decoded"])
+        return queries, decoded, up, requests, late
+
+
+def make_app(front: FrontEnd, about: Description, limits: InputLimits) -> FastAPI:
+    """Return the application; it starts the front end and stops it with itself."""
+    if ALL in about.classes:
+        raise ConfigurationError(f"found a task '{ALL}', which is the model of every task; rename it")
+    models = {task: 1 << place for place, task in enumerate(about.classes)} | {ALL: front.layout.every_expert}
+    registry = CollectorRegistry()
+    registry.register(_Collector(front))
+    buckets = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+    seconds = Histogram(
+        "coin_answer_seconds", "From a query to its answer", ["model", "decoded"], registry=registry, buckets=buckets
+    )
+    uploads = _Uploads(limits)
+    readers = ThreadPoolExecutor(2, "reader")
+    """Reading images and JSON takes long enough to hold everybody else up, and memory enough to bound it."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with front:
+            yield
+        readers.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(title="coin", summary="Coded serving by the Open Inference Protocol", version="2", lifespan=lifespan)
+
+    @app.exception_handler(CoinError)
+    async def tell(request: Request, error: CoinError) -> JSONResponse:
+        status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
+        logger.info("refused", extra={"path": request.url.path, "status": status, "error": str(error)})
+        # Nobody reads on in a body that was given up.
+        headers = {"connection": "close"} if status in (408, 413) or isinstance(error, OverloadedError) else None
+        return JSONResponse({"error": str(error), "kind": type(error).__name__}, status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def tell_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return await tell(request, DataError(f"found a wrong {first['loc'][-1]} ({first['msg']})"))
+
+    async def experts_of(model: str) -> int:
+        if model not in models:
+            raise UnknownModelError(f"found model '{model}', expected one of {', '.join(models)}")
+        return models[model]
+
+    Experts = Annotated[int, Depends(experts_of)]
     schema = {"content": {"application/json": {"schema": InferRequest.model_json_schema()}}}
 
-    async def infer(model: str, request: Request) -> dict[str, Any]:
+    @app.post("/v2/models/{model}/infer", openapi_extra={"requestBody": schema})
+    async def infer(
+        model: str,
+        experts: Experts,
+        request: Request,
+        inference_header_content_length: Annotated[int | None, Header(ge=0)] = None,
+    ) -> dict[str, Any]:
         """Answer for a task, or for all of them; see `coin.serving.protocol`."""
-        wanted = chosen(model)
-        told = request.headers.get("inference-header-content-length")
-        if told is not None and not told.isdecimal():
-            raise DataError(f"found inference-header-content-length '{told}', expected a number of bytes")
-        content, header = await body(request), None if told is None else int(told)
-        loop = asyncio.get_running_loop()
-        identity, inputs = await loop.run_in_executor(readers, read_request, content, header, about, limits)
-        answers = await front.ask_all(inputs) if model == ALL else [await front.ask(inputs, wanted[0])]
-        told_answers = response(model, identity, answers, about)
-        said = told_answers["parameters"]
-        metrics.seconds.labels(model, said["decoded"]).observe(said["seconds"])
+        body = await uploads.read(request)
+        identity, inputs = await asyncio.get_running_loop().run_in_executor(
+            readers, read_request, body, inference_header_content_length, about, limits
+        )
+        answers = await front.ask_all(inputs) if model == ALL else [await front.ask(inputs, experts.bit_length() - 1)]
+        told = response(model, identity, answers, about)
+        said = told["parameters"]
+        seconds.labels(model, said["decoded"]).observe(said["seconds"])
         logger.info("answered", extra={"model": model, "samples": len(inputs), **said})
-        return told_answers
+        return told
 
+    @app.get("/v2")
     async def server() -> dict[str, Any]:
         """Return what the protocol says of a server."""
-        return {"name": "coin", "version": "2", "extensions": ["binary_tensor_data"], "models": list(experts)}
+        return {"name": "coin", "version": "2", "extensions": ["binary_tensor_data"], "models": list(models)}
 
+    @app.get("/v2/health/live")
     async def live() -> dict[str, bool]:
         """Answer."""
         return {"live": True}
 
-    async def ready() -> JSONResponse:
+    @app.get("/v2/health/ready")
+    async def ready(response: Response) -> dict[str, bool]:
         """Say whether every task could be answered: 503 where it could not."""
         is_ready = front.can_answer()
-        return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
+        response.status_code = 200 if is_ready else 503
+        return {"ready": is_ready}
 
-    async def model_ready(model: str) -> JSONResponse:
+    @app.get("/v2/models/{model}/ready")
+    async def model_ready(model: str, experts: Experts, response: Response) -> dict[str, Any]:
         """Say whether a task could be answered: 503 where it could not."""
-        is_ready = front.can_answer(sum(1 << expert for expert in chosen(model)))
-        return JSONResponse({"name": model, "ready": is_ready}, 200 if is_ready else 503)
+        is_ready = front.can_answer(experts)
+        response.status_code = 200 if is_ready else 503
+        return {"name": model, "ready": is_ready}
 
+    @app.get("/v2/models/{model}", dependencies=[Depends(experts_of)])
     async def metadata(model: str) -> dict[str, Any]:
         """Return a model's inputs, outputs and classes."""
-        chosen(model)
         return model_metadata(model, about)
 
+    @app.get("/health")
     async def health() -> dict[str, Any]:
         """Return who is believed to be up and why not, and what became of the queries so far."""
         servers = {
-            queue.name: {"up": not queue.breaker.is_down, "requests": len(queue), "last_error": queue.last_error}
+            queue.name: {"up": not queue.is_down, "requests": len(queue), "last_error": queue.last_error}
             for queue in front.queues
         }
         policy = {"policy": str(front.policy.kind), "quantile": front.policy.quantile}
         return {"ready": front.can_answer(), "servers": servers, "queries": dict(front.counts), **policy}
 
+    @app.get("/metrics")
     async def prometheus() -> Response:
         """Return Prometheus' metrics."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    app.add_exception_handler(CoinError, tell)
-    app.add_api_route("/v2/models/{model}/infer", infer, methods=["POST"], openapi_extra={"requestBody": schema})
-    for path, endpoint in {
-        "/v2": server,
-        "/v2/health/live": live,
-        "/v2/health/ready": ready,
-        "/v2/models/{model}/ready": model_ready,
-        "/v2/models/{model}": metadata,
-        "/health": health,
-        "/metrics": prometheus,
-    }.items():
-        app.add_api_route(path, endpoint, methods=["GET"])
     return app
-
-
-class JsonLines(logging.Formatter):
-    """Log records as JSON, a line each, with what they carry."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
-        plain = vars(logging.makeLogRecord({}))
-        extra = {name: value for name, value in vars(record).items() if name not in plain}
-        told = {"time": record.created, "level": record.levelname, "event": record.getMessage(), **extra}
-        return json.dumps(told, default=str)

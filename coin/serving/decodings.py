@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coin.coding import Answers, Code, Decoder, decode_linear
 from coin.coding.code import MAX_AMPLIFICATION
-from coin.errors import ConfigurationError, DecodingError
+from coin.errors import DecodingError
 from coin.serving.layout import Layout
 from coin.serving.replies import Reply
 
@@ -23,28 +23,12 @@ class Decodings:
         code: The code.
         fitted: Fitted decoders of different erasures.
         feature_widths: The widths of the stages within the servers' features, for decoders that read several stages.
-
-    Raises:
-        ConfigurationError: Two decoders are for the same erasure, or one is for another number of experts.
     """
 
     def __init__(self, code: Code, fitted: Iterable[Decoder] = (), feature_widths: Sequence[int] | None = None) -> None:
         self.code = code
         self.feature_widths = feature_widths
-        self.fitted: dict[tuple[int, ...], Decoder] = {}
-        for decoder in fitted:
-            if decoder.num_experts != code.num_experts:
-                raise ConfigurationError(
-                    f"found a decoder for {decoder.num_experts} experts, the code is for {code.num_experts}"
-                )
-            erased = tuple(sorted(decoder.erased))
-            if erased in self.fitted:
-                raise ConfigurationError(f"found two decoders for the loss of {list(erased)}, expected one")
-            self.fitted[erased] = decoder
-
-    def layout(self) -> Layout:
-        """Return the servers of the coded system."""
-        return coded_layout(self.code)
+        self.fitted = {tuple(sorted(decoder.erased)): decoder for decoder in fitted}
 
     def decode(self, replies: Mapping[int, Reply]) -> tuple[dict[int, Tensor], tuple[int, ...]]:
         """Decode every expert whose reply is missing.
@@ -59,25 +43,22 @@ class Decodings:
             DecodingError: The replies do not suffice, or what comes out is not finite.
         """
         count = self.code.num_experts
+        present = [expert for expert in range(count) if expert in replies]
         erased = tuple(expert for expert in range(count) if expert not in replies)
         rows = [row for row in range(self.code.num_coded) if count + row in replies]
-        if not rows:
-            raise DecodingError(f"found no answer of a coded model, expected one to decode {list(erased)} from")
-        used = (*(expert for expert in range(count) if expert in replies), *(count + row for row in rows))
-        decoder = self.fitted.get(erased) if len(rows) == self.code.num_coded else None
-        if decoder is not None:
-            decoded = decoder.decode(self._answers(replies))
-            order: Sequence[int] = decoder.erased
+        order: Sequence[int] = erased
+        if erased in self.fitted and len(rows) == self.code.num_coded:
+            decoder = self.fitted[erased]
+            decoded, order = decoder.decode(self._answers(replies)), decoder.erased
         else:
             coded = torch.stack([replies[count + row].logits for row in rows])
-            present = [replies[expert].logits for expert in range(count) if expert in replies]
-            survivors = torch.stack(present) if present else coded[:0]
-            decoded, order = decode_linear(self.code.matrix[rows], coded, survivors, erased), erased
+            survivors = torch.stack([replies[expert].logits for expert in present]) if present else coded[:0]
+            decoded = decode_linear(self.code.matrix[rows], coded, survivors, erased)
         if not bool(torch.isfinite(decoded).all()):
             raise DecodingError(
                 f"the decoded answers of {list(erased)} are not finite; the servers' answers are too large"
             )
-        return dict(zip(order, decoded, strict=True)), used
+        return dict(zip(order, decoded, strict=True)), (*present, *(count + row for row in rows))
 
     def _answers(self, replies: Mapping[int, Reply]) -> Answers:
         count = self.code.num_experts

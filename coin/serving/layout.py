@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from coin.errors import ConfigurationError
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -18,9 +16,6 @@ class Layout:
         copies: For every copy, the expert that it is a copy of.
         solvable: Pairs of a set of coded models (bit r for row r) and a set of missing experts that they make up for;
             `coin.serving.decodings.coded_layout` takes them from a code.
-
-    Raises:
-        ConfigurationError: There is no expert, or a copy of one that does not exist.
     """
 
     num_experts: int
@@ -29,14 +24,6 @@ class Layout:
     solvable: frozenset[tuple[int, int]] = frozenset()
     _known: dict[int, tuple[int, bool]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _hosts: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.num_experts < 1:
-            raise ConfigurationError(f"found {self.num_experts} experts to serve, expected at least 1")
-        if wrong := [expert for expert in self.copies if not 0 <= expert < self.num_experts]:
-            raise ConfigurationError(
-                f"found a copy of expert {wrong[0]}, expected one from 0 to {self.num_experts - 1}"
-            )
 
     @property
     def num_servers(self) -> int:
@@ -58,11 +45,8 @@ class Layout:
         found = self._hosts.get(experts)
         if found is None:
             first = self.num_experts + self.num_coded
-            found = experts
-            for place, expert in enumerate(self.copies):
-                if experts >> expert & 1:
-                    found |= 1 << (first + place)
-            self._hosts[experts] = found
+            held = (1 << (first + place) for place, expert in enumerate(self.copies) if experts >> expert & 1)
+            found = self._hosts[experts] = experts | sum(held)
         return found
 
     def read(self, arrived: int) -> tuple[int, bool]:
@@ -79,8 +63,7 @@ class Layout:
                     own |= 1 << expert
             rows = arrived >> self.num_experts & ((1 << self.num_coded) - 1)
             missing = self.every_expert & ~own
-            found = own, not missing or (rows, missing) in self.solvable
-            self._known[arrived] = found
+            found = self._known[arrived] = own, not missing or (rows, missing) in self.solvable
         return found
 
     def covers(self, arrived: int, wanted: int) -> bool:

@@ -1,13 +1,13 @@
-"""What bounds waiting, in the front end and in the simulation."""
+"""What bounds waiting, and what a query may bring."""
 
 from dataclasses import dataclass
 
-from coin.errors import ConfigurationError
+from coin.choices import check_number
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds waiting.
+    """What bounds waiting; all of them positive.
 
     Args:
         deadline: Seconds after which a query fails.
@@ -18,9 +18,6 @@ class Limits:
         initial_lateness: Seconds after which an own answer is late, before there is any experience.
         failures: A server is believed to be down after so many failures on end.
         cooldown: Seconds until such a server is tried again, while nobody asks it.
-
-    Raises:
-        ConfigurationError: One of them is not positive.
     """
 
     deadline: float = 10.0
@@ -34,5 +31,27 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
-                raise ConfigurationError(f"found {name}={value}, expected a positive number")
+            check_number(name, value, low=0, strict=True)
+
+
+@dataclass(frozen=True)
+class InputLimits:
+    """What a query may bring; all of them positive.
+
+    Args:
+        bytes: The largest body.
+        pixels: The most pixels of one image.
+        samples: The most images or texts of one query.
+        seconds: How long a body may take to arrive.
+        uploads: How many bodies are read at a time.
+    """
+
+    bytes: int = 8 * 2**20
+    pixels: int = 4096 * 4096
+    samples: int = 64
+    seconds: float = 5.0
+    uploads: int = 64
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check_number(name, value, low=0, strict=True)

@@ -1,10 +1,11 @@
-"""Whom a query asks and when: decisions alone, shared by the front end and by the simulation."""
+"""Whom a query asks, and from when on an answer is late: shared by the front end and the simulation."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from coin.errors import ConfigurationError
+from coin.choices import check_number, chosen
 from coin.serving.layout import Layout, members
 
 
@@ -30,22 +31,16 @@ class Policy:
     Args:
         kind: Whom it asks and when.
         quantile: How often an expert's own answer shall come in time: it is late when it is not there after this
-            quantile of the time that own answers take (`coin.serving.lateness.Lateness`). 0 waits for nobody. Only for
-            the policies that hedge.
-
-    Raises:
-        ConfigurationError: There is no such policy, or the quantile is outside [0, 1).
+            quantile of the time that own answers take (`Lateness`). 0 waits for nobody. Only for the policies that
+            hedge.
     """
 
     kind: PolicyKind
     quantile: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.kind not in list(PolicyKind):
-            raise ConfigurationError(f"found policy '{self.kind}', expected one of {', '.join(PolicyKind)}")
-        object.__setattr__(self, "kind", PolicyKind(self.kind))
-        if not 0 <= self.quantile < 1:
-            raise ConfigurationError(f"found quantile={self.quantile}, expected a number from 0 to below 1")
+        object.__setattr__(self, "kind", chosen(PolicyKind, "policy", self.kind))
+        check_number("quantile", self.quantile, low=0, high=1)
 
     @property
     def coded(self) -> bool:
@@ -104,3 +99,40 @@ def _one_each(layout: Layout, experts: int, servers: int, loads: Sequence[int]) 
         if hosts := list(members(layout.hosts(1 << expert) & servers)):
             chosen |= 1 << min(hosts, key=loads.__getitem__)
     return chosen
+
+
+class Lateness:
+    """The time after which a share of 1 − q of the queries are late.
+
+    ln t rises by g·q when a query is late and falls by g·(1 − q) when its own answer came in time, so that in the long
+    run exactly the share 1 − q is late, whatever the distribution. All it needs to know of a query is whether it was
+    late, which is known however the query ends: answers that are never waited for bias nothing. The gain g falls from
+    1 as 20/(20 + k) to 0.005.
+
+    Source: Robbins and Monro, *A stochastic approximation method* (1951), section 4, on quantiles; on a logarithmic
+    scale, so that it works in any unit.
+
+    Args:
+        quantile: q in [0, 1); with 0 every answer that is not there at once is late.
+        initial: t at first, in seconds.
+        longest: The largest t, in seconds.
+        experience: From how many queries t is known already.
+    """
+
+    def __init__(self, quantile: float, initial: float, longest: float = math.inf, experience: int = 0) -> None:
+        self.quantile = quantile
+        self.longest = longest
+        self._seconds = min(initial, longest)
+        self._count = experience
+
+    @property
+    def seconds(self) -> float:
+        """From when on an answer is late."""
+        return self._seconds if self.quantile > 0 else 0.0
+
+    def observe(self, late: bool) -> None:
+        """Learn whether a query's own answer was late."""
+        self._count += 1
+        gain = max(0.005, 20.0 / (20.0 + self._count))
+        change = self.quantile if late else self.quantile - 1.0
+        self._seconds = min(self._seconds * math.exp(gain * change), self.longest)

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from coin.data.text import tokenize
 from coin.errors import DataError
-from coin.serving.inputs import InputLimits, read_array, read_files
+from coin.serving.images import TooLargeError, read_array, read_files
+from coin.serving.limits import InputLimits
 from coin.serving.replies import Answer
 
 ALL = "all"
 """The model that answers for every task."""
-OUTPUTS = {"probabilities": "FP32", "class": "INT64", "label": "BYTES"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def read_request(body: bytes, header: int | None, about: Description, limits: In
         request = InferRequest.model_validate_json(body[:header])
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the body"
+        where = ".".join(map(str, first["loc"])) or "the body"
         raise DataError(f"found an inference request that is wrong at {where} ({first['msg']})") from error
     given = request.inputs[0]
     raw = body[header:] if header is not None else b""
@@ -92,14 +92,21 @@ def read_request(body: bytes, header: int | None, about: Description, limits: In
     if given.datatype == "UINT8":
         if about.reads != "images":
             raise DataError("found an input of UINT8, expected texts as BYTES")
-        return request.id, read_array(raw if given.data is None else given.data, given.shape, limits)
+        images = read_array(raw if given.data is None else given.data, given.shape, limits.pixels)
+        _check_samples(len(images), limits)
+        return request.id, images
     items = _split(raw) if given.data is None else given.data
     if given.shape[0] != len(items):
         raise DataError(f"found {len(items)} values for an input of shape {given.shape}, expected one a row")
-    limits.check_samples(len(items))
+    _check_samples(len(items), limits)
     if about.reads == "images":
-        return request.id, read_files([_file(item) for item in items], about.image_size, limits)
+        return request.id, read_files([_file(item) for item in items], about.image_size, limits.pixels)
     return request.id, tokenize([_text(item) for item in items], about.image_size, about.tokenizer)
+
+
+def _check_samples(count: int, limits: InputLimits) -> None:
+    if not 1 <= count <= limits.samples:
+        raise TooLargeError(f"found {count} images or texts, expected 1 to {limits.samples} at a time")
 
 
 def _split(raw: bytes) -> list[bytes]:
@@ -115,10 +122,8 @@ def _split(raw: bytes) -> list[bytes]:
 
 
 def _file(item: Any) -> bytes:
-    if isinstance(item, bytes):
-        return item
     try:
-        return base64.b64decode(item, validate=True)
+        return item if isinstance(item, bytes) else base64.b64decode(item, validate=True)
     except (TypeError, ValueError) as error:
         raise DataError("found a value that is not base64, expected a PNG or JPEG file in base64") from error
 
@@ -135,19 +140,27 @@ def response(model: str, identity: str | None, answers: Sequence[Answer], about:
     tasks = list(about.classes)
     outputs = []
     for answer in answers:
-        names = about.classes[tasks[answer.expert]]
-        probabilities = answer.logits[:, : len(names)].softmax(1)
+        task = tasks[answer.expert]
+        probabilities = answer.logits[:, : len(about.classes[task])].softmax(1)
         classes = probabilities.argmax(1).tolist()
-        values = (probabilities.flatten().tolist(), classes, [names[index] for index in classes])
-        prefix = f"{tasks[answer.expert]}." if model == ALL else ""
-        for (name, datatype), data in zip(OUTPUTS.items(), values, strict=True):
-            shape = list(probabilities.shape) if name == "probabilities" else [len(classes)]
-            said = _parameters([answer])
-            outputs.append(
-                {"name": prefix + name, "datatype": datatype, "shape": shape, "data": data, "parameters": said}
-            )
+        labels = [about.classes[task][index] for index in classes]
+        for output, data in zip(
+            _outputs(model, task, about), (probabilities.flatten().tolist(), classes, labels), strict=True
+        ):
+            shape = [len(classes), *output["shape"][1:]]
+            outputs.append({**output, "shape": shape, "data": data, "parameters": _parameters([answer])})
     told = {"model_name": model, "model_version": "1", "parameters": _parameters(answers), "outputs": outputs}
     return told if identity is None else {**told, "id": identity}
+
+
+def _outputs(model: str, task: str, about: Description) -> list[dict[str, Any]]:
+    """Return the outputs of a task: their names, types and shapes."""
+    prefix, classes = f"{task}." if model == ALL else "", len(about.classes[task])
+    return [
+        {"name": f"{prefix}probabilities", "datatype": "FP32", "shape": [-1, classes]},
+        {"name": f"{prefix}class", "datatype": "INT64", "shape": [-1]},
+        {"name": f"{prefix}label", "datatype": "BYTES", "shape": [-1]},
+    ]
 
 
 def _parameters(answers: Sequence[Answer]) -> dict[str, Any]:
@@ -161,16 +174,11 @@ def model_metadata(model: str, about: Description) -> dict[str, Any]:
     tasks = list(about.classes) if model == ALL else [model]
     is_image = about.reads == "images"
     shape, datatype = ([-1, 3, about.image_size, about.image_size], "UINT8") if is_image else ([-1], "BYTES")
-    outputs = [
-        {"name": f"{task}.{name}" if model == ALL else name, "datatype": kind,
-         "shape": [-1, len(about.classes[task])] if name == "probabilities" else [-1]}
-        for task in tasks for name, kind in OUTPUTS.items()
-    ]  # fmt: skip
     return {
         "name": model,
         "versions": ["1"],
         "platform": f"coin ({about.method}, {about.decoder})",
         "inputs": [{"name": about.reads, "datatype": datatype, "shape": shape}],
-        "outputs": outputs,
+        "outputs": [output for task in tasks for output in _outputs(model, task, about)],
         "parameters": {f"{task}.classes": ",".join(about.classes[task]) for task in tasks},
     }

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from coin.choices import check_integer, check_number
 from coin.coding import DecoderConfig
 from coin.errors import ConfigurationError, ServingError
 from coin.serving.decodings import Decodings
 from coin.serving.front_end import FrontEnd
-from coin.serving.inputs import InputLimits
 from coin.serving.layout import Layout
-from coin.serving.limits import Limits
+from coin.serving.limits import InputLimits, Limits
 from coin.serving.model import NetworkServer
 from coin.serving.policies import Policy
 from coin.serving.protocol import Description
@@ -49,29 +49,29 @@ class System:
 
     Args:
         folder: Where the networks' files are, a path that all machines see.
-        processes: For every process, its name and its networks' files, relative to the folder.
-        places: For every server in the order of the layout, its process and the network's place in it.
-        names: The servers' names.
+        processes: For every process its servers, in the order of the layout: their networks' files in the folder.
         layout: The servers.
         policy: Decides whom to ask.
         expects: The format of their replies.
         probe: One input.
         decoder: The decoder that reads the replies.
-        decodings: The decoders, fitted.
+        decodings: The decoders, fitted; none without coded models.
         description: What is served.
     """
 
     folder: str
-    processes: tuple[tuple[str, tuple[str, ...]], ...]
-    places: tuple[tuple[int, int], ...]
-    names: tuple[str, ...]
+    processes: Mapping[str, Mapping[str, str]]
     layout: Layout
     policy: Policy
     expects: ReplyFormat
     probe: Tensor
     decoder: DecoderConfig
-    decodings: Decodings
+    decodings: Decodings | None
     description: Description
+
+    def front_end(self, servers: Mapping[str, Server], limits: Limits) -> FrontEnd:
+        """Return the front end before these servers."""
+        return FrontEnd(servers, self.layout, self.policy, self.expects, self.probe, self.decodings, limits)
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,6 @@ class Resources:
         front_ends: Processes of the front end, each with its own view of the servers.
         node: A Ray resource of which every server takes one: nodes that are started with one each
             (``ray start --resources='{"coin": 1}'``) then hold one server each, or serving does not start.
-
-    Raises:
-        ConfigurationError: One of them is negative, or there is no thread.
     """
 
     cpus: float = 0.0
@@ -97,8 +94,10 @@ class Resources:
     node: str | None = None
 
     def __post_init__(self) -> None:
-        if self.cpus < 0 or self.gpus < 0 or self.threads < 1 or self.front_ends < 1:
-            raise ConfigurationError(f"found {self}, expected no negative number, at least one thread and front end")
+        check_number("cpus", self.cpus, low=0)
+        check_number("gpus", self.gpus, low=0)
+        check_integer("threads", self.threads, 1)
+        check_integer("front_ends", self.front_ends, 1)
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,6 @@ class RayOptions:
         resources: What every server gets.
         limits: What bounds waiting.
         inputs: What a query may bring.
-
-    Raises:
-        ConfigurationError: The port is none.
     """
 
     host: str = "127.0.0.1"
@@ -125,8 +121,7 @@ class RayOptions:
     inputs: InputLimits = field(default_factory=InputLimits)
 
     def __post_init__(self) -> None:
-        if not 0 < self.port < 65536:
-            raise ConfigurationError(f"found port {self.port}, expected one from 1 to 65535")
+        check_number("port", self.port, low=1, high=65536)
 
 
 class ModelProcess:
@@ -135,8 +130,7 @@ class ModelProcess:
     A pass that nobody waits for any more is not begun; one that has begun holds its thread, and there is one thread.
 
     Args:
-        folder: Where the files are; see `System`.
-        paths: The networks' files in it.
+        paths: The networks' files, by the servers' names.
         outputs: C.
         decoder: The decoder that reads the replies.
         device: Where they run.
@@ -145,27 +139,20 @@ class ModelProcess:
     """
 
     def __init__(
-        self,
-        folder: str,
-        paths: tuple[str, ...],
-        outputs: int,
-        decoder: DecoderConfig,
-        device: str,
-        threads: int,
-        batch: int,
+        self, paths: Mapping[str, Path], outputs: int, decoder: DecoderConfig, device: str, threads: int, batch: int
     ) -> None:
         from ray import serve
 
         torch.set_num_threads(threads)
-        self._networks = [NetworkServer(Path(folder, path), outputs, decoder, device) for path in paths]
+        self._networks = {name: NetworkServer(path, outputs, decoder, device) for name, path in paths.items()}
         self._thread = ThreadPoolExecutor(1, "pass")
         batched = serve.batch(max_batch_size=batch, batch_wait_timeout_s=0.0)
-        self._passes = [batched(self._pass_of(network)) for network in self._networks]
+        self._passes = {name: batched(self._pass_of(network)) for name, network in self._networks.items()}
         self.check_health()  # and the first query need not wait for what a first pass takes
 
-    async def __call__(self, place: int, stored: NDArray[Any]) -> Arrays:
+    async def __call__(self, name: str, stored: NDArray[Any]) -> Arrays:
         """Return logits ``[B, C]`` and features ``[B, F]``, if they are read, of a network's stored inputs."""
-        found: Arrays = await self._passes[place](stored)
+        found: Arrays = await self._passes[name](stored)
         return found
 
     def _pass_of(self, network: NetworkServer) -> Callable[[list[NDArray[Any]]], Any]:
@@ -176,7 +163,7 @@ class ModelProcess:
 
     def check_health(self) -> None:
         """Raise where a network does not answer with finite numbers; Ray then starts another process."""
-        for network in self._networks:
+        for network in self._networks.values():
             if not bool(torch.isfinite(network(network.probe).logits).all()):
                 raise ServingError("the network's answer is not finite")
 
@@ -191,9 +178,9 @@ def run_together(network: NetworkServer, requests: list[NDArray[Any]]) -> list[A
     return list(zip(np.split(reply.logits.numpy(), stops), features, strict=True))
 
 
-def _asking(handle: Any, place: int) -> Server:
+def _asking(handle: Any, name: str) -> Server:
     async def ask(stored: Tensor) -> Reply:
-        response = handle.remote(place, stored.numpy())
+        response = handle.remote(name, stored.numpy())
         try:
             logits, features = await response
         except asyncio.CancelledError:
@@ -208,58 +195,40 @@ def _asking(handle: Any, place: int) -> Server:
     return ask
 
 
-def application(system: System, resources: Resources, limits: Limits, inputs: InputLimits) -> Any:
-    """Return the Ray Serve application: what ``serve.run`` takes, and what a Serve YAML's builder gives.
-
-    Raises:
-        ConfigurationError: Ray Serve is not installed.
-    """
+def application(system: System, options: RayOptions) -> Any:
+    """Return the Ray Serve application: what ``serve.run`` takes, and what a Serve YAML's builder gives."""
     serve = _serve()
+    resources, limits, inputs = options.resources, options.limits, options.inputs
     actor: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
     if resources.node is not None:
         actor["resources"] = {resources.node: 1}
     device, outputs = "cuda" if resources.gpus > 0 else "cpu", system.expects.outputs
-    shared = str(Path(system.folder).resolve())
-    deployments = [
-        serve.deployment(ModelProcess)
-        .options(
-            name=name,
-            ray_actor_options=actor,
-            max_ongoing_requests=2 * limits.batch,
-            health_check_period_s=5,
-            **_STOPPING,
-        )
-        .bind(shared, paths, outputs, system.decoder, device, resources.threads, limits.batch)
-        for name, paths in system.processes
-    ]
+    shared = Path(system.folder).resolve()
+    servers = serve.deployment(ModelProcess).options(
+        ray_actor_options=actor, max_ongoing_requests=2 * limits.batch, health_check_period_s=5, **_STOPPING
+    )
+    deployments = []
+    for process, networks in system.processes.items():
+        paths = {name: shared / path for name, path in networks.items()}
+        deployment = servers.options(name=process)
+        deployments.append(deployment.bind(paths, outputs, system.decoder, device, resources.threads, limits.batch))
 
     def build() -> "FastAPI":
-        from coin.serving.app import JsonLines, make_app
+        from coin.serving.app import make_app
 
-        handler = logging.StreamHandler()
-        handler.setFormatter(JsonLines())
-        logger = logging.getLogger("coin.serving")
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
         own = serve.get_replica_context().app_name
-        handles = [serve.get_deployment_handle(name, app_name=own) for name, _ in system.processes]
-        front = FrontEnd(
-            [_asking(handles[process], place) for process, place in system.places],
-            system.layout,
-            system.policy,
-            system.expects,
-            system.probe,
-            system.decodings if system.layout.num_coded else None,
-            limits,
-            system.names,
-        )
-        return make_app(front, system.description, inputs)
+        asking: dict[str, Server] = {}
+        for process, networks in system.processes.items():
+            handle = serve.get_deployment_handle(process, app_name=own)
+            asking |= {name: _asking(handle, name) for name in networks}
+        return make_app(system.front_end(asking, limits), system.description, inputs)
 
     front = serve.deployment(serve.ingress(build)()).options(
         name="front-end",
         num_replicas=resources.front_ends,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=2 * (limits.queries + inputs.uploads),
+        logging_config={"encoding": "JSON"},
         **_STOPPING,
     )
     return front.bind(*deployments)
@@ -295,8 +264,7 @@ def start(system: System, options: RayOptions) -> Callable[[], None]:
             ray.init(options.address or "local", include_dashboard=False, log_to_driver=False, logging_level="error")
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={"host": options.host, "port": options.port})
-        served = application(system, options.resources, options.limits, options.inputs)
-        serve.run(served, name="coin", route_prefix="/")
+        serve.run(application(system, options), name="coin", route_prefix="/")
     except Exception as error:  # Ray's errors share no base class
         stop()
         raise ServingError(f"Ray cannot serve here ({error}); see its logs in /tmp/ray") from error

@@ -44,16 +44,17 @@ class ReplyFormat:
 
     def check(self, reply: Reply, samples: int) -> None:
         """Raise a `ServingError` unless the reply has the shapes for so many inputs and is finite."""
-        self._check(reply.logits, "logits", samples, self.outputs)
-        if self.features is not None:
-            self._check(reply.features, "features", samples, self.features)
-
-    def _check(self, values: Tensor | None, what: str, samples: int, width: int) -> None:
-        if not isinstance(values, Tensor) or tuple(values.shape) != (samples, width):
-            found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ServingError(f"found {what} {found}, expected [{samples}, {width}]")
-        if not values.is_floating_point() or not bool(torch.isfinite(values).all()):
-            raise ServingError(f"found {what} that are not finite numbers")
+        for what, values, width in (
+            ("logits", reply.logits, self.outputs),
+            ("features", reply.features, self.features),
+        ):
+            if width is None:
+                continue
+            if values is None or values.shape != (samples, width):
+                found = None if values is None else list(values.shape)
+                raise ServingError(f"found {what} {found}, expected [{samples}, {width}]")
+            if not values.is_floating_point() or not bool(torch.isfinite(values).all()):
+                raise ServingError(f"found {what} that are not finite numbers")
 
 
 @dataclass(frozen=True)

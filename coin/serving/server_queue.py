@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from coin.errors import ServingError
-from coin.serving.breaker import Breaker
 from coin.serving.limits import Limits
 from coin.serving.replies import Reply, ReplyFormat, Server
 
-logger = logging.getLogger("coin.serving")
+logger = logging.getLogger("ray.serve.coin")
 
 
 @dataclass(eq=False)
@@ -49,21 +48,32 @@ class ServerQueue:
 
     def __init__(self, name: str, server: Server, expects: ReplyFormat, probe: Tensor, limits: Limits) -> None:
         self.name = name
-        self.breaker = Breaker(limits.failures)
         self.last_error = ""
         """Why the last lost batch was lost."""
         self._server = server
         self._expects = expects
         self._probe = probe
         self._limits = limits
+        self._failures = 0
+        """Lost batches since the last good one."""
         self._waiting: deque[Request] = deque()
-        self._sent: list[Request] = []
+        self._sent: deque[Request] = deque()
         self._filled = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         """The number of requests that wait or have been sent, without cancelled ones."""
         return sum(not request.cancelled for request in (*self._waiting, *self._sent))
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the server is believed to be down: queries do without it if they can."""
+        return self._failures >= self._limits.failures
+
+    @property
+    def is_doubted(self) -> bool:
+        """Whether the last that was heard of the server is a failure: nobody should wait for it alone."""
+        return self._failures > 0
 
     def start(self) -> None:
         """Begin to send requests, in the running event loop."""
@@ -74,9 +84,8 @@ class ServerQueue:
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.wait({self._worker})
-        self._lose([*self._sent, *self._waiting])
-        self._sent = []
-        self._waiting.clear()
+        _lose(self._sent)
+        _lose(self._waiting)
 
     def put(self, request: Request) -> bool:
         """Take a request, and return whether there was room for it."""
@@ -94,22 +103,22 @@ class ServerQueue:
             if not self._sent:
                 self._filled.clear()
                 try:
-                    await asyncio.wait_for(self._filled.wait(), self._limits.cooldown if self.breaker.is_down else None)
+                    await asyncio.wait_for(self._filled.wait(), self._limits.cooldown if self.is_down else None)
                     continue
                 except TimeoutError:
-                    self._sent = [Request(self._probe, lambda _: None)]
-            inputs = [request.inputs for request in self._sent]
+                    self._sent.append(Request(self._probe, lambda _: None))
             try:
-                reply = await self._call(inputs[0] if len(inputs) == 1 else torch.cat(inputs))
-                sent, self._sent = self._sent, []
-                self._distribute(sent, reply)
+                self._distribute(await self._call(torch.cat([request.inputs for request in self._sent])))
+                self._failures = 0
             except Exception as error:  # whatever it is, the requests behind these are still to be served
-                self._failed(f"{type(error).__name__}: {error}")
-                self._lose(self._sent)
-                self._sent = []
+                self.last_error = " ".join(f"{type(error).__name__}: {error}".split())
+                self._failures += 1
+                told = {"server": self.name, "error": self.last_error, "down": self.is_down}
+                logger.warning("lost a batch", extra=told)
+                _lose(self._sent)
 
-    def _next_batch(self) -> list[Request]:
-        batch: list[Request] = []
+    def _next_batch(self) -> deque[Request]:
+        batch: deque[Request] = deque()
         samples = 0
         while self._waiting:
             request = self._waiting[0]
@@ -126,9 +135,9 @@ class ServerQueue:
             samples += len(request.inputs)
         return batch
 
-    async def _call(self, inputs: Tensor) -> Reply | None:
-        """Return the server's reply, or None where it has none: whatever the server does, this returns in time."""
-        task = asyncio.ensure_future(self._ask(inputs))
+    async def _call(self, inputs: Tensor) -> Reply:
+        """Return the server's reply; whatever the server does, this returns or raises in time."""
+        task = asyncio.ensure_future(self._server(inputs))
         # A failure that comes after the timeout has been dealt with: asyncio need not tell of it.
         task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
         try:
@@ -136,59 +145,36 @@ class ServerQueue:
         finally:
             task.cancel()
         if not task.done():
-            self._failed(f"no answer after {self._limits.timeout:g} s")
-        elif task.cancelled():
-            self._failed("the server gave up")
-        elif (error := task.exception()) is not None:
-            self._failed(f"{type(error).__name__}: {error}")
-        elif not isinstance(reply := task.result(), Reply):
-            self._failed(f"found an answer of type {type(reply).__name__}, expected a Reply")
-        else:
-            return reply
-        return None
+            raise TimeoutError(f"no answer after {self._limits.timeout:g} s")
+        if task.cancelled():
+            raise ServingError("the server gave up")
+        return task.result()
 
-    async def _ask(self, inputs: Tensor) -> Reply:
-        return await self._server(inputs)
-
-    def _distribute(self, sent: list[Request], reply: Reply | None) -> None:
-        if reply is None:
-            self._lose(sent)
-            return
-        samples = sum(len(request.inputs) for request in sent)
-        try:
-            # The whole reply's shape first: rows can only be told apart if there is one for each input.
-            whole = len(reply.logits) == samples
-        except TypeError:
-            whole = False
-        problem, start = "", 0
-        for request in sent:
+    def _distribute(self, reply: Reply) -> None:
+        """Hand each request its rows; raise a `ServingError` where some are garbage, which lose their request alone."""
+        samples = sum(len(request.inputs) for request in self._sent)
+        if len(reply.logits) != samples:  # rows can only be told apart if there is one for each input
+            raise ServingError(f"found no reply to {samples} inputs")
+        problem, start = None, 0
+        while self._sent:
+            request = self._sent.popleft()
             stop = start + len(request.inputs)
+            rows = reply.rows(start, stop)
             try:
-                if not whole:
-                    raise ServingError(f"found no reply to {samples} inputs")
-                rows = reply.rows(start, stop)
                 self._expects.check(rows, stop - start)
-            except (ServingError, TypeError, IndexError) as error:
-                problem = str(error)
-                self._lose([request])
+            except ServingError as error:
+                problem = error
+                _lose(deque([request]))
             else:
                 if not request.cancelled:
                     request.deliver(rows)
             start = stop
-        if problem:
-            self._failed(problem)
-        else:
-            self.breaker.succeed()
+        if problem is not None:
+            raise problem
 
-    def _failed(self, why: str) -> None:
-        self.last_error = " ".join(why.split())
-        self.breaker.fail()
-        logger.warning(
-            "lost a batch", extra={"server": self.name, "error": self.last_error, "down": self.breaker.is_down}
-        )
 
-    @staticmethod
-    def _lose(requests: list[Request]) -> None:
-        for request in requests:
-            if not request.cancelled:
-                request.deliver(None)
+def _lose(requests: deque[Request]) -> None:
+    while requests:
+        request = requests.popleft()
+        if not request.cancelled:
+            request.deliver(None)

@@ -13,8 +13,7 @@ from coin.data import Calibration
 from coin.errors import ConfigurationError
 from coin.files.safetensors import StateFile
 from coin.files.tensors import State, fingerprint
-from coin.merging.calibrated import CalibratedExperts
-from coin.merging.experts import padded_statistic
+from coin.merging.experts import Experts, padded_statistic
 from coin.networks import (
     NetworkConfig,
     NetworkFile,
@@ -113,7 +112,7 @@ StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
 """The files of every expert's statistics, by task."""
 
 
-class StoredExperts(CalibratedExperts):
+class StoredExperts(Experts):
     """The experts of one merge in files, read as far as they are needed.
 
     `parameters` and `buffers` read a tensor at a time and keep none, so that many experts merge in little memory.

@@ -1,6 +1,5 @@
 """The merge step: experts and statistics from files in, coded models as files out."""
 
-import inspect
 import time
 from pathlib import Path
 from typing import Any
@@ -69,8 +68,7 @@ def make_coded_models(
 
 def coded_name(method: Method) -> str:
     """Return what a method's coded models are called: the label, and the policy where it is not the default one."""
-    option = inspect.signature(type(method)).parameters.get("batchnorm")
-    plain = option is None or method.batchnorm == option.default
+    plain = method.batchnorm is type(method).batchnorm
     return method.label if plain else f"{method.label}-{method.batchnorm}"
 
 

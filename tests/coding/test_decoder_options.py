@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from coin.coding import Answers, Code, DecoderConfig, DecoderKind, distinct_decoders, make_decoder
+from coin.coding import Answers, Code, DecoderConfig, DecoderKind, Kept, decoders, distinct_decoders, make_decoder
 from coin.coding.decoder_config import FeatureChoice, FittedOn
 from coin.coding.ridge import Projection, ProjectionKind, fit_projection
 from coin.errors import ConfigurationError, DecodingError, NumericalError
@@ -292,6 +292,40 @@ def test_own_needs_to_know_the_tasks_and_two_samples():
     tasks[4] = 2
     with pytest.raises(NumericalError, match="found 1 calibration samples of expert 2's own task, expected at least 2"):
         make_decoder(own, CODE, [0, 2]).fit(dataclasses.replace(answers, tasks=tasks))
+
+
+# What fits share
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"features": "stages"}, {"components": 2}, {"features": "stages", "components": 3}, {"fitted_on": "own"}],
+    ids=str,
+)
+def test_decoders_that_share_their_work_are_those_that_do_not_and_do_it_once(options, monkeypatch):
+    """Two systems of the same experts and every erasure: a kernel or a projection for each of the five networks."""
+    code = Code([[0.2, 0.3, 0.5], [0.5, 0.3, 0.2]])
+    calibration, test = noisy_answers(9, 1, code), noisy_answers(5, 2, code)
+    config, kept, done = DecoderConfig("feature_ridge", **options), Kept(), []
+    for name in ("block_kernel", "project_blocks"):
+        real = getattr(decoders, name)
+        monkeypatch.setattr(decoders, name, lambda *given, real=real: done.append(given[0]) or real(*given))
+    if "fitted_on" in options:
+        calibration = dataclasses.replace(calibration, tasks=torch.arange(9) % 3)
+    cases = [([system], erased) for system in (0, 1) for erased in code.erasures()]
+    shared = [
+        make_decoder(config, code, erased).fit(calibration.with_coded(rows), kept).decode(test.with_coded(rows))
+        for rows, erased in cases
+    ]
+    sources = [each[0] if isinstance(each, list) else each for each in done]
+    if "fitted_on" not in options:
+        assert sources
+        assert len(set(map(id, sources))) == len(sources)
+        assert sum(isinstance(each, list) for each in done) == (5 if "components" in options else 0)
+    alone = [
+        decoded(config, calibration.with_coded(rows), test.with_coded(rows), erased, code) for rows, erased in cases
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(shared, alone, strict=True))
 
 
 # Answers

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from coin.coding.ridge import RIDGE_EXPONENTS, fit_blocks, fit_projection, fit_ridge, thin_svd
+from coin.coding.ridge import RIDGE_EXPONENTS, block_kernel, fit_blocks, fit_projection, fit_ridge, thin_svd
 from coin.errors import NumericalError
 
 
@@ -107,6 +107,29 @@ def test_blocks_are_divided_by_their_scales_and_the_map_is_of_the_blocks_as_they
     reference = fit_ridge(divided, y, groups=2)
     torch.testing.assert_close(fit.ridges, reference.ridges)
     torch.testing.assert_close(fit(torch.cat(blocks, 1)), reference(divided), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_wide_blocks_are_fitted_by_their_kernels_as_by_the_singular_values(dead, groups):
+    x, y = problem(40, 90)
+    if dead:  # a constant column, and a block that says nothing
+        x[:, 3] = 7.0
+        x[:, 80:] = 1e4 / 3
+    blocks = [1000 * x[:, :2], x[:, 2:50], 0.01 * x[:, 50:80], x[:, 80:]]
+    targets = y.reshape(40, groups, -1).transpose(0, 1)
+    asked = []
+    fit = fit_blocks(blocks, targets, lambda block: asked.append(block) or block_kernel(block))
+    assert list(map(id, asked)) == list(map(id, blocks))
+    deviations = [(block - block.mean(0)).square().mean().sqrt() for block in blocks]
+    scales = [deviation if deviation > 1e-9 else 1.0 for deviation in deviations]
+    divided = torch.cat([block / scale for block, scale in zip(blocks, scales, strict=True)], 1)
+    reference = fit_ridge(divided, y, groups)
+    torch.testing.assert_close(fit.ridges, reference.ridges, rtol=1e-10, atol=0)
+    torch.testing.assert_close(fit(torch.cat(blocks, 1)), reference(divided), rtol=1e-10, atol=1e-10)
+    assert torch.equal(fit_blocks(blocks, targets).coefficients, fit.coefficients)
+    narrow = [block[:, :2] for block in blocks]
+    fit_blocks(narrow, targets, lambda block: pytest.fail("found a kernel of what has few columns"))
 
 
 # Projections

@@ -18,51 +18,50 @@ import torch
 import yaml
 
 from coin.cli import main
-from coin.commands.serve import application, read_system, read_tasks
-from coin.commands.served import read_served
+from coin.commands.coded_system import Choice, read_coded_system
+from coin.commands.serve import application, read_system
 from coin.errors import FileError
 from coin.reporting import read_results
 from coin.reporting.results import asked_policy
 from coin.serving.front_end import FrontEnd
+from coin.serving.limits import Limits
 from coin.serving.model import NetworkServer
+from coin.serving.policies import PolicyKind
 from coin.serving.ray_app import System
 from coin.serving.replies import Reply
 
 
 def read(folder: Path, policy: str = "coded_hedged", decoder: str = "feature_ridge") -> System:
-    return read_system(str(folder), "coin", "auto", decoder, policy, 0.9)
+    return read_system(str(folder), Choice("coin", "auto", decoder), PolicyKind(policy), 0.9)
 
 
 def front_end(system: System, lost: int) -> FrontEnd:
     """Return a front end with the networks in this process, one of which is lost."""
 
-    def serve(place: int) -> Any:
-        process, inside = system.places[place]
-        path = Path(system.folder) / system.processes[process][1][inside]
-        network = NetworkServer(path, system.expects.outputs, system.decoder)
+    def serve(name: str, path: str, is_lost: bool) -> Any:
+        network = NetworkServer(Path(system.folder) / path, system.expects.outputs, system.decoder)
 
         async def ask(images: torch.Tensor) -> Reply:
-            if place == lost:
+            if is_lost:
                 raise RuntimeError("killed")
             return network(images)
 
         return ask
 
-    servers = [serve(place) for place in range(len(system.places))]
-    return FrontEnd(
-        servers, system.layout, system.policy, system.expects, system.probe, system.decodings, names=system.names
-    )  # fmt: skip
+    files = {name: path for networks in system.processes.values() for name, path in networks.items()}
+    servers = {name: serve(name, path, place == lost) for place, (name, path) in enumerate(files.items())}
+    return system.front_end(servers, Limits())
 
 
 @pytest.mark.parametrize("decoder", ["linear", "feature_ridge"])
 def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decoder: str) -> None:
     system = read(finished, decoder=decoder)
-    assert system.names == ("expert-digits", "expert-letters", "coded-0")
+    assert list(system.processes) == ["expert-digits", "expert-letters", "coded-0"]
     results = read_results(finished / "seed-0")
     results = results[
         (results.method == "coin") & (results.batchnorm.map(asked_policy) == "auto") & (results.decoder == decoder)
     ]
-    tasks = read_tasks(read_served(finished, "coin", "auto", decoder)).tasks
+    tasks = read_coded_system(finished, Choice("coin", "auto", decoder)).data().tasks
 
     async def accuracy(task: str, expert: int, lost: int) -> float:
         right = count = 0
@@ -82,10 +81,11 @@ def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decode
 
 def test_a_spare_holds_every_expert_and_answers_like_them(finished: Path) -> None:
     system = read(finished, "hedged")
-    assert system.names == ("expert-digits", "expert-letters", "spare-0-digits", "spare-0-letters")
-    assert system.processes[2] == ("spare-0", tuple(path for _, (path,) in system.processes[:2]))
+    assert list(system.processes) == ["expert-digits", "expert-letters", "spare-0"]
+    own = [path for process in ("expert-digits", "expert-letters") for path in system.processes[process].values()]
+    assert system.processes["spare-0"] == dict(zip(("spare-0-digits", "spare-0-letters"), own, strict=True))
     assert system.layout.copies == (0, 1)
-    assert [name for name, _ in read(finished, "uncoded").processes] == ["expert-digits", "expert-letters"]
+    assert list(read(finished, "uncoded").processes) == ["expert-digits", "expert-letters"]
     images = torch.randint(256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     async def answers(lost: int) -> Any:
@@ -111,10 +111,10 @@ MISTAKES = {
     "no results": (["nowhere"], "nowhere"),
     "decoder": (["FOLDER", "--decoder=magic"], "results of linear, ridge, feature_ridge"),
     "policy": (["FOLDER", "--policy=magic"], "magic"),
-    "port": (["FOLDER", "--ray.port=0"], "port 0"),
+    "port": (["FOLDER", "--ray.port=0"], "port=0"),
     "limit": (["FOLDER", "--ray.limits.queue=0"], "queue=0"),
     "input limit": (["FOLDER", "--ray.inputs.bytes=0"], "bytes=0"),
-    "threads": (["FOLDER", "--ray.resources.threads=0"], "at least one thread"),
+    "threads": (["FOLDER", "--ray.resources.threads=0"], "threads=0"),
     "no Ray": (["FOLDER"], "pip install 'coded-coin[serve]'"),
 }
 

@@ -11,17 +11,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from coin.cli import main
-from coin.commands.fleet import rounded_accuracies
-from coin.commands.served import read_accuracies, read_served, results_folders
+from coin.commands.coded_system import Choice, read_coded_system
+from coin.commands.simulate import rounded_accuracies
 from coin.errors import FileError
 from coin.files.safetensors import load_state, save_state
 from coin.reporting import read_results
+from coin.serving.decodings import Decodings
 from coin.serving.model import NetworkServer
-from coin.serving.sim.measure import kept_bytes, rounded
-from coin.serving.sim.redundancy import Precision, Redundancy
-from coin.serving.sim.table import read_simulation
+from coin.serving.replies import Reply
+from coin.serving.sim.profile import Precision, Redundancy, kept_bytes, rounded
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +42,7 @@ def simulated(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 def test_a_row_for_every_load_redundancy_and_number_of_experts(simulated: tuple[Path, str], finished: Path) -> None:
     folder, printed = simulated
-    rows = read_simulation(folder)
+    rows = pd.read_csv(folder / "simulation.csv")
     assert len(rows) == 2 * 2 * 2 * len(Redundancy)
     assert set(rows["redundancy"]) == set(Redundancy)
     assert set(rows["seeds"]) == {2}
@@ -67,7 +68,7 @@ def test_accuracies_are_those_of_the_results_or_measured_or_unknown(
     results = read_results(finished / "seed-0")
     own = results[(results.method == "average") & (results.decoder == "ridge")]
     expert, decoded = own.expert_accuracy.mean(), own.decoded_accuracy.mean()
-    rows = read_simulation(simulated[0])
+    rows = pd.read_csv(simulated[0] / "simulation.csv")
     assert rows["expert_accuracy"].unique() == pytest.approx([expert])
     shares = rows["share_decoded"] + rows["share_spared"]
     expected = (1 - shares - rows["share_failed"]) * expert + shares * rows["standing_in_accuracy"].fillna(0)
@@ -83,7 +84,7 @@ def test_accuracies_are_those_of_the_results_or_measured_or_unknown(
 
 
 def test_rounded_weights_are_measured_on_the_tests_of_the_results(finished: Path) -> None:
-    served = read_served(finished, "average", None, "linear")
+    served = read_coded_system(finished, Choice("average", None, "linear"))
     found = rounded_accuracies(served, list(Precision))
     results = read_results(finished / "seed-0")
     assert found[Precision.full] == pytest.approx(results[results.method == "average"].expert_accuracy.mean())
@@ -99,7 +100,7 @@ def test_times_are_measured(finished: Path, tmp_path: Path) -> None:
     arguments = ["--queries=60", "--loads=[0.2]", "--wants=[one]", "--policies=[coded_hedged]", "--jobs=1"]
     chosen = ["--method=coin", "--batchnorm=recalibrate", "--decoder=feature_ridge", f"--output={tmp_path}"]
     assert main(["simulate", str(finished / "seed-0"), *arguments, *chosen, "--seeds=[0, 1]"]) == 0
-    (row,) = read_simulation(tmp_path).to_dict("records")
+    (row,) = pd.read_csv(tmp_path / "simulation.csv").to_dict("records")
     options = json.loads((tmp_path / "simulation.json").read_text())["options"]
     assert (options["method"], options["batchnorm"], options["decoder"]) == ("coin", "recalibrate", "feature_ridge")
     times = np.array(options["service_seconds"])
@@ -150,31 +151,47 @@ def test_advice_leaves_out_what_could_not_be_measured(
     assert set(rows["redundancy"]) == {"uncoded", "copy", "spare", "coded_proactive", "coded_hedged"}
 
 
+def test_options_of_another_version_that_serving_does_not_need_are_not_read(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copytree(finished / "seed-0", copy)
+    config = copy / "config.yaml"
+    given = yaml.safe_load(config.read_text())
+    given |= {"wandb": {"method_runs": True}, "methods": [{"class_path": "coin.Gone"}], "expert": {"gone": 1}}
+    config.write_text(yaml.safe_dump(given))
+    choice = Choice("coin", "keep", "feature_ridge")
+    system, own = read_coded_system(copy, choice), read_coded_system(finished, choice)
+    assert rounded_accuracies(system, [Precision.full]) == rounded_accuracies(own, [Precision.full])
+    answers = {place: Reply(torch.ones(1, 10), torch.ones(1, 32)) for place in (1, 2)}
+    (decoded,), (wanted,) = (
+        Decodings(each.code, each.fitted_decoders()).decode(answers)[0].values() for each in (system, own)
+    )
+    assert torch.equal(decoded, wanted)
+
+
 def test_a_served_system_is_that_of_the_experiment(finished: Path) -> None:
-    served = read_served(finished, "coin", "keep", "feature_ridge")
+    served = read_coded_system(finished, Choice("coin", "keep", "feature_ridge"))
     assert served.tasks == ("digits", "letters")
     assert [path.name for path in served.coded] == ["coin-keep.safetensors"]
     assert served.code.matrix.tolist() == [[0.4, 0.6]]
     assert served.classes["letters"] == ["A", "B", "C", "D", "E", "F"]
     server = NetworkServer(served.coded[0], served.experts.width, served.decoder)
     assert server.feature_widths() is not None
-    accuracies = read_accuracies(results_folders(finished), "coin", "keep", "feature_ridge")
-    assert set(accuracies.decoded) == {1}
+    assert set(served.decoded_accuracy) == {1}
 
 
 def test_a_policy_that_chose_is_named_by_what_was_asked_for_or_as_the_results_name_it(finished: Path) -> None:
     written = {row.batchnorm for row in read_results(finished / "seed-0").itertuples() if row.method == "coin"}
     (taken,) = (policy for policy in written if policy.startswith("auto:"))
     for named in ("auto", taken):
-        served = read_served(finished, "coin", named, "linear")
+        served = read_coded_system(finished, Choice("coin", named, "linear"))
         assert served.batchnorm == "auto"
         assert [path.name for path in served.coded] == ["coin.safetensors"]
-        assert read_accuracies(results_folders(finished), "coin", "auto", "linear").decoded.keys() == {1}
+        assert set(served.decoded_accuracy) == {1}
 
 
 def test_a_server_is_asked_by_several_threads_at_a_time(finished: Path) -> None:
     # As Ray does with queries and its own questions after the server's health.
-    served = read_served(finished, "average", None, "feature_ridge")
+    served = read_coded_system(finished, Choice("average", None, "feature_ridge"))
     server = NetworkServer(served.coded[0], served.experts.width, served.decoder)
     draw = torch.Generator().manual_seed(0)
     images = [torch.randint(256, (1, 3, 16, 16), generator=draw, dtype=torch.uint8) for _ in range(60)]
@@ -191,10 +208,10 @@ MISTAKES = {
     "unknown decoder": (["simulate", "FOLDER", "--decoder=magic"], "results of linear, ridge, feature_ridge"),
     "unknown method": (["simulate", "FOLDER", "--method=magic"], "results of average, coin, distillation"),
     "a reference": (["simulate", "FOLDER", "--method=oracle"], "results of average"),
-    "unknown policy of BatchNorm": (["simulate", "FOLDER", "--method=average", "--batchnorm=keep"], "one of auto;"),
+    "unknown policy of BatchNorm": (["simulate", "FOLDER", "--method=average", "--batchnorm=keep"], "results of auto;"),
     "what auto took": (
         ["simulate", "FOLDER", "--method=coin", "--batchnorm=average"],
-        "'average' of method coin, expected the policy that its run asked for, one of auto, recalibrate, keep;",
+        "results of auto, recalibrate, keep;",
     ),
     "no failover": (["simulate", "FOLDER", *GIVEN, "--policies=[failover]"], "--failover.accuracy"),
     "too few servers": (["advise", "FOLDER", *GIVEN[:2], "--servers=1", "--memory_gib=1"], "at least 2"),
@@ -206,7 +223,7 @@ MISTAKES = {
     "no mean": (["simulate", "FOLDER", "--service.kind=deterministic"], "service.seconds"),
     "mean of measured times": (["simulate", "FOLDER", "--service.seconds=1"], "measured times"),
     "share": (["simulate", "FOLDER", "--slowdown.share=1.5"], "1.5"),
-    "queries": (["simulate", "FOLDER", *GIVEN, "--queries=3"], "3 queries"),
+    "queries": (["simulate", "FOLDER", *GIVEN, "--queries=3"], "queries=3"),
     "queries of which intervals want more": (["simulate", "FOLDER", *GIVEN, "--queries=27"], "at least 28"),
     "no loads": (["simulate", "FOLDER", *GIVEN, "--loads=[]"], "no loads"),
 }
@@ -226,10 +243,10 @@ def test_coded_models_that_are_gone_or_of_other_experts(finished: Path, tmp_path
     copytree(finished / "seed-0", copy)
     (copy / "experts/digits/expert.safetensors").write_bytes((copy / "experts/letters/expert.safetensors").read_bytes())
     with pytest.raises(FileError, match="other experts"):
-        read_served(copy, "average", None, "linear")
+        read_coded_system(copy, Choice("average", None, "linear"))
     (copy / "coded/average.safetensors").unlink()
     with pytest.raises(FileError, match="no coded model of method average"):
-        read_served(copy, "average", None, "linear")
+        read_coded_system(copy, Choice("average", None, "linear"))
 
 
 def test_coded_models_of_other_codes_beside_those_of_the_results_do_not_serve(finished: Path, tmp_path: Path) -> None:
@@ -238,4 +255,6 @@ def test_coded_models_of_other_codes_beside_those_of_the_results_do_not_serve(fi
     state, made = load_state(copy / "coded/average.safetensors")
     save_state(copy / "coded/average.row-0.safetensors", state, {**made, "code": [[0.5, 0.5], [0.9, 0.1]], "row": 0})
     save_state(copy / "coded/average.row-1.safetensors", state, {**made, "tasks": ["digits", "gone"]})
-    assert [path.name for path in read_served(copy, "average", None, "linear").coded] == ["average.safetensors"]
+    assert [path.name for path in read_coded_system(copy, Choice("average", None, "linear")).coded] == [
+        "average.safetensors"
+    ]

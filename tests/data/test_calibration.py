@@ -52,9 +52,9 @@ def test_more_samples_than_there_are_is_an_error_with_both_numbers():
     assert task.calibration(100).num_samples == 100
     with pytest.raises(DataError, match="101 calibration samples asked of Digits, whose training split has 100"):
         task.calibration(101)
-    with pytest.raises(ConfigurationError, match="number of calibration samples is 0"):
+    with pytest.raises(ConfigurationError, match="calibration samples=0"):
         task.calibration(0)
-    with pytest.raises(ConfigurationError, match="batch size of calibration data is 0"):
+    with pytest.raises(ConfigurationError, match="batch size=0"):
         task.calibration(10, batch_size=0)
 
 

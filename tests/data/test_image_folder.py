@@ -123,11 +123,11 @@ def test_the_seeds_and_uses_of_tasks_decode_and_list_once(root, tmp_path_factory
     decoded: Counter[str] = Counter()
     listed: Counter[str] = Counter()
     stats: Counter[str] = Counter()
-    read_file, scandir, stat = decoding.read_file, os.scandir, Path.stat
+    read_file, listdir, stat = decoding.read_file, os.listdir, Path.stat
     monkeypatch.setattr(
         decoding, "read_file", lambda path, *a, **o: decoded.update([str(path)]) or read_file(path, *a, **o)
     )
-    monkeypatch.setattr(os, "scandir", lambda path: listed.update([str(path)]) or scandir(path))
+    monkeypatch.setattr(os, "listdir", lambda path: listed.update([str(path)]) or listdir(path))
     monkeypatch.setattr(Path, "stat", lambda path, **o: stats.update([str(path)]) or stat(path, **o))
     given = {"a": ImageFolder(str(root), image_size=16), "b": ImageFolder(str(other), image_size=16)}
     copies = [{name: task_with(task, seed=seed) for name, task in given.items()} for seed in range(3)]

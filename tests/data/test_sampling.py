@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from coin.data.sampling import EvaluationBatches, Stream, TrainingBatches, seeded, stratified_order
+from coin.data.sampling import Stream, TrainingBatches, evaluation_batches, seeded, stratified_order
 from coin.errors import ConfigurationError, DataError
 
 
@@ -15,7 +15,7 @@ def flat(batches):
 
 @pytest.mark.parametrize(("samples", "world_size"), [(10, 1), (10, 2), (11, 2), (7, 3), (2, 3)])
 def test_evaluation_covers_every_sample_exactly_once(samples, world_size):
-    shards = [EvaluationBatches(samples, 3, rank, world_size) for rank in range(world_size)]
+    shards = [evaluation_batches(samples, 3, rank, world_size) for rank in range(world_size)]
     assert sorted(position for shard in shards for position in flat(shard)) == list(range(samples))
     assert [flat(shard) for shard in shards] == [list(range(r, samples, world_size)) for r in range(world_size)]
     assert [len(shard) for shard in shards] == [len(positions(shard)) for shard in shards]

@@ -286,17 +286,17 @@ def test_overfit_batches_is_refused_with_a_hint():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 0}, "image_size is 0; expected at least 1"),
-        ({"batch_size": 1}, "batch_size is 1; expected at least 2"),
-        ({"eval_batch_size": 0}, "eval_batch_size is 0"),
-        ({"validation_share": 1.0}, r"validation_share is 1.0; expected a number in \[0, 1\)"),
-        ({"validation_share": -0.1}, "validation_share is -0.1"),
-        ({"split_seed": -1}, "split_seed is -1"),
-        ({"seed": -1}, "seed is -1; expected at least 0"),
+        ({"image_size": 0}, "image_size=0, expected a whole number of at least 1"),
+        ({"batch_size": 1}, "batch_size=1, expected a whole number of at least 2"),
+        ({"eval_batch_size": 0}, "eval_batch_size=0"),
+        ({"validation_share": 1.0}, "validation_share=1.0, expected a number at least 0 and below 1"),
+        ({"validation_share": -0.1}, "validation_share=-0.1"),
+        ({"split_seed": -1}, "split_seed=-1"),
+        ({"seed": -1}, "seed=-1, expected a whole number of at least 0"),
         ({"augmentation": "rotate"}, "found augmentation='rotate', expected one of none, crop"),
-        ({"max_train": 1}, "max_train is 1"),
-        ({"max_test": 0}, "max_test is 0"),
-        ({"num_workers": -1}, "num_workers is -1"),
+        ({"max_train": 1}, "max_train=1"),
+        ({"max_test": 0}, "max_test=0"),
+        ({"num_workers": -1}, "num_workers=-1"),
     ],
 )
 def test_options_are_checked_at_construction(options, message):
@@ -318,7 +318,7 @@ def test_sources_are_checked(monkeypatch):
 
     images, labels = torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.arange(8) % 4
     good = Samples.of(images, labels)
-    with pytest.raises(DataError, match="test labels from 1 to 8; expected 0 to 3"):
+    with pytest.raises(DataError, match="test labels 1 to 8; expected 0 to 3"):
         read(Source(good, Samples.of(images, torch.arange(8) + 1)))
     with pytest.raises(DataError, match="no test images, expected at least one; check its source"):
         read(Source(good, good.subset([])))

@@ -144,11 +144,11 @@ def test_only_test_images_are_still_to_be_turned_into_inputs(members):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples_per_task": 0}, "samples_per_task is 0; expected at least 1"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"held_out": 1.0}, r"held_out is 1.0; expected a number in \[0, 1\)"),
-        ({"held_out": -0.1}, "held_out is -0.1"),
-        ({"seed": -1}, "seed is -1; expected at least 0"),
+        ({"samples_per_task": 0}, "samples_per_task=0, expected a whole number of at least 1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"held_out": 1.0}, "held_out=1.0, expected a number at least 0 and below 1"),
+        ({"held_out": -0.1}, "held_out=-0.1"),
+        ({"seed": -1}, "seed=-1, expected a whole number of at least 0"),
     ],
 )
 def test_options_are_checked_at_construction(members, options, message):

@@ -44,7 +44,7 @@ def test_texts_become_rows_of_tokens_cut_and_filled_up(tokenizer: str, monkeypat
     assert rows.dtype == torch.int64
     assert rows.tolist() == [[6, 2, 4, 0], [2, 2, 2, 2], [1, 0, 0, 0], [0, 0, 0, 0]]
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(DataError, match=r"no module tokenizers, .* pip install 'coded-coin\[text\]'"):
+    with pytest.raises(ConfigurationError, match=r"no package tokenizers, .* pip install 'coded-coin\[text\]'"):
         task.samples(["the good film"], [0])
 
 

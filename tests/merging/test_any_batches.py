@@ -186,10 +186,19 @@ def test_a_network_that_is_one_layer_is_called_once_with_its_hooks():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"input_ids": torch.zeros(2, 3), "text": ["a", "b"]}, r"found 'text' of type list in a batch, expected tens"),
-        ({"input_ids": torch.zeros(2, 3), "length": torch.tensor(3)}, "found 'length' of type Tensor in a batch"),
-        ({}, "found nothing in a batch, expected tensors"),
-        ({"a": torch.zeros(2, 3), "b": torch.zeros(3)}, r"found a batch of \{'a': 2, 'b': 3\} rows, expected as many"),
+        (
+            {"input_ids": torch.zeros(2, 3), "text": ["a", "b"]},
+            r"found a batch of \{'input_ids': 2, 'text': 'list'\}, expected tens",
+        ),
+        (
+            {"input_ids": torch.zeros(2, 3), "length": torch.tensor(3)},
+            r"found a batch of .*'length': 'Tensor'\}, exp",
+        ),
+        ({}, r"found a batch of \{\}, expected tensors"),
+        (
+            {"a": torch.zeros(2, 3), "b": torch.zeros(3)},
+            r"found a batch of \{'a': 2, 'b': 3\}, expected tensors .* of as many",
+        ),
         (
             (torch.zeros(2, 3), torch.zeros(2)),
             "found a batch of type tuple, expected a tensor .*, or ten",

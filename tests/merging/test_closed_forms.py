@@ -10,8 +10,8 @@ from torch import nn
 from coin.errors import ConfigurationError, NumericalError, StateError
 from coin.merging import Average, Coin, Experts, FullFisher, GaussNewton, RegMean, TaskArithmetic, Ties
 from coin.merging.average import average_parameters
-from coin.merging.checks import check_each
 from coin.merging.coin import check_fishers, coin_parameters
+from coin.merging.method import check_each
 from coin.merging.regmean import regmean_parameters
 from coin.merging.task_vectors import task_arithmetic, ties
 from coin.networks.batchnorm import BatchNormPolicy

@@ -105,7 +105,7 @@ def test_every_task_is_fitted_and_held_out_in_its_share(sizes):
     assert torch.equal(torch.cat(list(experts.pooled))[:, 0], stored.float())
     training = torch.arange(sum(sizes)) < sum(sizes) - held_out_count(sum(sizes))
     for split, mask in zip(experts.split, (training, ~training), strict=True):
-        assert torch.equal(torch.cat(split)[:, 0], stored[mask].float())
+        assert torch.equal(torch.cat(list(split))[:, 0], stored[mask].float())
     for index, size in enumerate(sizes):
         assert int((stored[~training] == index).sum()) == size // 5
         assert int((stored[training] == index).sum()) == size - size // 5

@@ -7,7 +7,6 @@ from torch import nn
 from coin.data import pooled
 from coin.errors import ConfigurationError
 from coin.merging import Average, Coin, Experts, GaussNewton, HeadFit, Refit, Target
-from coin.merging.calibrated import CalibratedExperts
 from coin.merging.method import starting_method
 from coin.statistics import fisher_diagonal
 from coin.statistics.statistic import DataChoice
@@ -126,7 +125,7 @@ def test_samples_of_a_calibration_of_several_parts_belong_to_its_task(synthetic)
     parts = [synthetic(2, key=key).calibration(10) for key in (1, 2)]
     both = pooled(parts)
     tasks = [both.subset((both.part == task).nonzero().flatten()) for task in range(2)]
-    experts = CalibratedExperts([nn.Linear(1, 1)] * 2, tasks)
+    experts = Experts([nn.Linear(1, 1)] * 2, calibration=tasks)
     assert experts.tasks.tolist() == [0, 1] * 10
     for task, fitted in enumerate(experts.fitted("own")):
         assert torch.equal(fitted.inputs(), parts[task].inputs()[: fitted.num_samples])

@@ -127,6 +127,23 @@ def test_the_learning_rate_is_chosen_on_held_out_samples_and_all_runs_count():
     assert experts.passes > 3 * 4 * 16 * 3
 
 
+def test_experts_answer_once_to_the_samples_of_all_trials_and_once_more_to_all(monkeypatch):
+    asked, starts = [], []
+    answer, begin = coin.Distillation.expert_outputs, coin.Distillation._begin
+    monkeypatch.setattr(coin.Distillation, "expert_outputs", lambda self, x: asked.append(len(x)) or answer(self, x))
+    monkeypatch.setattr(coin.Distillation, "_begin", lambda self: starts.append(self.begun is None) or begin(self))
+    experts = Experts(make(), calibration=calibration())
+    method = coin.Distillation(learning_rates=[1e-3, 1e-2], steps=4, batch_size=64)
+    made = method.make(experts, [0.4, 0.6])
+    trials = len(made.chosen["held_out_loss"])
+    assert trials > 2
+    assert asked == [48, 12, 60]  # those that are fitted, those held out, and all for the final run
+    assert starts == [True, *[False] * (trials - 1), True]
+    fixed = coin.Distillation(lr=made.chosen["lr"], steps=made.chosen["steps"], batch_size=64)
+    expected = fixed.make(Experts(make(), calibration=calibration()), [0.4, 0.6]).network.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in made.network.state_dict().items())
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_it_trains_inside_a_callers_context(context):
     experts = make()

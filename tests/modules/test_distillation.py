@@ -5,8 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from coin.errors import ConfigurationError, HeadError, StateError
-from coin.merging import Refit, average, method
-from coin.merging.calibrated import CalibratedExperts
+from coin.merging import Experts, Refit, average, method
 from coin.modules import Distillation
 from coin.networks import NetworkConfig, build_network, load_network, pad_logits, save_network, widened
 
@@ -88,7 +87,7 @@ def test_it_goes_on_from_a_refit_whose_options_a_checkpoint_keeps(experts, tasks
     trainer.fit(module, datamodule=data)
     samples = data.training_calibration()
     parts = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(2)]
-    expected = Refit("own").make(CalibratedExperts(list(module.teachers), parts), ROW)
+    expected = Refit("own").make(Experts(list(module.teachers), calibration=parts), ROW)
     for name, tensor in expected.network.state_dict().items():
         torch.testing.assert_close(module.begun[name], tensor, rtol=1e-5, atol=1e-6)
     assert module.chosen["start"] == start
@@ -119,7 +118,7 @@ def test_passes_count_forward_equivalents(experts, tasks, make_trainer, recalibr
     module = Distillation(experts, ROW, lr=1e-3, **PLAIN)
     make_trainer(max_epochs=3).fit(module, datamodule=tasks(held_out=0.2))
     start = start_passes(32, 6, head_fit=False) + 32 * recalibrated
-    assert module.passes == start + 32 * 2 + 3 * (3 * 32) + 3 * 8 * (1 + 2)
+    assert module.passes == start + 32 * 2 + 3 * (3 * 32) + 3 * 8 + 8 * 2
     module = Distillation(experts, ROW, lr=1e-3, steps=7)
     make_trainer(max_steps=7, max_epochs=-1).fit(module, datamodule=tasks())
     assert module.passes == start_passes(40, 8, head_fit=True) + 40 * recalibrated + 7 * 8 * (3 + 2)

@@ -19,7 +19,7 @@ from coin.networks import (
     load_network,
     save_network,
 )
-from coin.networks.hugging_face import _configuration
+from coin.networks.hub import _configuration
 from coin.statistics import fisher_diagonal
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

@@ -68,7 +68,7 @@ def test_names_are_torchvisions_classifiers_and_our_own():
         (("small_resnet", 32, "IMAGENET1K_V1"), 3, r"no pretrained weights; set network\.weights=null"),
         (("resnet18", 0), 3, r"network\.image_size 0, expected at least 1 pixel"),
         (("resnet18", 32, None, {"bogus": 1}), 3, "cannot build resnet18 .*'bogus': 1.*; change network.image_size or"),
-        (("vit_b_16", 33), 3, "images of 33 pixels"),
+        (("vit_b_16", 33), 3, "images of size 33"),
         (("small_resnet", 32, None, {"width": 0}), 3, "found width=0, expected at least 1 channel"),
         (("resnet18", 32), 0, "found 0 classes, expected at least 1"),
     ],
@@ -160,5 +160,5 @@ def test_options_that_do_not_fit_pretrained_weights_are_no_failed_download(monke
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: state)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: state)
     config = NetworkConfig("resnet50", weights="IMAGENET1K_V1", options={"width_per_group": 128})
-    with pytest.raises(ConfigurationError, match="do not fit network"):
+    with pytest.raises(ConfigurationError, match="weights IMAGENET1K_V1 do not fit; change"):
         build_network(config, 3)

@@ -18,9 +18,9 @@ def test_image_size_and_options_arrive():
     assert network(images(size=16)).shape == (2, 3)
 
 
-@pytest.mark.parametrize("options", [{"patch_size": 5}, {"patch_size": 0}, {"heads": 3}, {"depth": 0}])
+@pytest.mark.parametrize("options", [{"patch_size": 5}, {"patch_size": 0}, {"heads": 3}, {"width": -4}])
 def test_sizes_that_do_not_divide_are_refused(options):
-    with pytest.raises(ConfigurationError, match="images of 32 pixels, expected numbers of at least 1") as caught:
+    with pytest.raises(ConfigurationError, match="cannot build small_vit for images of size 32") as caught:
         build_network(NetworkConfig("small_vit", 32, None, options), 3)
     assert "\n" not in str(caught.value)
 

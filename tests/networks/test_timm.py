@@ -15,9 +15,9 @@ from coin.networks import (
     build_network,
     features_and_logits,
     head_name,
+    hub,
     load_network,
     save_network,
-    timm_source,
 )
 from coin.statistics import fisher_diagonal
 
@@ -102,7 +102,7 @@ def test_the_packaged_weights_are_timms_to_the_last_bit(size):
 def test_other_contents_of_the_package_are_refused(tmp_path, monkeypatch):
     wrong = tmp_path / "weights.pth"
     torch.save({}, wrong)
-    monkeypatch.setattr(timm_source, "packaged_file", lambda *_, **__: wrong)
+    monkeypatch.setattr(hub, "packaged_file", lambda *_, **__: wrong)
     with pytest.raises(FileError, match=r"has SHA-256 \w{12}…, expected 579344248a93…; install efficientnet_lite0"):
         build_network(NetworkConfig(LITE0, 32, "IMAGENET1K_LITE0"), 3)
 

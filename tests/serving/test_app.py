@@ -22,10 +22,9 @@ from PIL import Image
 
 from coin.coding import Code
 from coin.errors import ConfigurationError
-from coin.serving.decodings import Decodings
+from coin.serving.decodings import Decodings, coded_layout
 from coin.serving.front_end import FrontEnd
-from coin.serving.inputs import InputLimits
-from coin.serving.limits import Limits
+from coin.serving.limits import InputLimits, Limits
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.protocol import Description
 from coin.serving.replies import Reply, ReplyFormat
@@ -44,16 +43,14 @@ class Toy:
 
     def __init__(self, inputs: InputLimits, **limits: Any) -> None:
         self.ways = ["", "", ""]
-        decodings = Decodings(CODE)
         self.front = FrontEnd(
-            [self._server(index) for index in range(3)],
-            decodings.layout(),
+            {name: self._server(index) for index, name in enumerate(["expert-colours", "expert-lights", "coded-0"])},
+            coded_layout(CODE),
             Policy(PolicyKind.coded_hedged),
             ReplyFormat(3),
             torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
-            decodings,
+            Decodings(CODE),
             Limits(**{"initial_lateness": 30.0, "deadline": 60.0, "timeout": 60.0, **limits}),
-            ["expert-colours", "expert-lights", "coded-0"],
         )
         self.app = make_app(self.front, Description(CLASSES, 8, "average", "linear"), inputs)
 
@@ -204,7 +201,8 @@ MISTAKES = {
     "no image": ("/v2/models/colours/infer", files("aGVsbG8="), 400, "neither PNG nor JPEG"),
     "no base64": ("/v2/models/colours/infer", files("%%"), 400, "base64"),
     "rows": ("/v2/models/colours/infer", wrong(datatype="BYTES", shape=[3], data=["aGVsbG8="]), 400, "one a row"),
-    "too many": ("/v2/models/colours/infer", files(*["aGVsbG8="] * 5), 413, "at most 4"),
+    "too many": ("/v2/models/colours/infer", files(*["aGVsbG8="] * 5), 413, "1 to 4 at a time"),
+    "none": ("/v2/models/colours/infer", files(), 413, "found 0 images"),
     "too large": ("/v2/models/colours/infer", wrong(data=[0] * 9000), 413, "5000 bytes"),
 }
 
@@ -217,6 +215,14 @@ def test_mistakes_get_a_status_and_one_line(serve_toy: Any, case: str) -> None:
     assert found.status_code == status
     assert message in found.text
     assert "\n" not in found.text
+
+
+def test_a_header_that_is_no_number_is_a_mistake_like_others(serve_toy: Any) -> None:
+    _, client, _ = serve_toy()
+    headers = {"Inference-Header-Content-Length": "many"}
+    found = client.post("/v2/models/colours/infer", content=b"{}", headers=headers)
+    assert found.status_code == 400
+    assert "inference-header-content-length" in found.json()["error"]
 
 
 def test_body_that_does_not_tell_its_length_is_not_read_beyond_the_limit(serve_toy: Any) -> None:
@@ -332,6 +338,8 @@ def test_good_clients_are_served_among_slow_oversized_and_broken_ones(serve_toy:
                 time.sleep(0.01)
 
     def trouble() -> None:
+        toy.ways[0] = "raise"  # so that some are decoded however few turns there are
+        time.sleep(0.5)
         while time.monotonic() < end:
             toy.ways[draw.randrange(3)] = draw.choice(["", "", "raise", "hang"])
             toy.ways[draw.randrange(3)] = ""

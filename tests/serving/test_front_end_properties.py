@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from coin.errors import DeadlineError, LostError, ServingError
+from coin.serving.decodings import coded_layout
 from coin.serving.front_end import FrontEnd
 from coin.serving.layout import Layout, members, spread_copies
 from coin.serving.limits import Limits
@@ -56,7 +57,7 @@ class Schedule:
         count, rows = self.system.code.num_experts, self.system.code.num_coded
         policy = Policy(kind, quantile)
         spares = Layout(count, copies=tuple(range(count)) * rows) if draw.random() < 0.5 else spread_copies(count, rows)
-        self.layout = self.system.decodings.layout() if policy.coded else spares
+        self.layout = coded_layout(self.system.code) if policy.coded else spares
         self.trouble = draw.choice((0.0, 0.1, 0.4))
         self.bad = bad
         self.small = bad is None and draw.random() < 0.3
@@ -78,7 +79,7 @@ class Schedule:
             failures=draw.choice((1, 3)),
             cooldown=draw.choice((0.5, 100.0)),
         )
-        servers = [self._server(index) for index in range(self.layout.num_servers)]
+        servers = {str(index): self._server(index) for index in range(self.layout.num_servers)}
         decodings = self.system.decodings if policy.coded else None
         probe = torch.tensor([[-1.0, 0.0]]).double()  # no query's
         self.front = FrontEnd(servers, self.layout, policy, self.system.expects, probe, decodings, limits)

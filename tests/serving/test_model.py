@@ -72,8 +72,8 @@ def test_passes_that_nobody_waits_for_are_not_begun(
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=SimpleNamespace(batch=one_by_one)))
     path = tmp_path / "expert.safetensors"
     save_network(path, build_network(small_config, 3), small_config, 3, {})
-    process = ModelProcess(str(tmp_path), (path.name,), 3, DecoderConfig("linear"), "cpu", 1, 8)
-    network, ran, threads = process._networks[0], [], set()
+    process = ModelProcess({"it": path}, 3, DecoderConfig("linear"), "cpu", 1, 8)
+    network, ran, threads = process._networks["it"], [], set()
     image = network.probe.numpy()
     answer = network._run
 
@@ -88,8 +88,8 @@ def test_passes_that_nobody_waits_for_are_not_begun(
     async def main() -> np.ndarray:
         for count in range(1, 9):
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(process(0, image.repeat(count, 0)), 0.02)
-        return (await process(0, image.repeat(9, 0)))[0]
+                await asyncio.wait_for(process("it", image.repeat(count, 0)), 0.02)
+        return (await process("it", image.repeat(9, 0)))[0]
 
     assert asyncio.run(main()).shape == (9, 3)
     assert ran == [1, 9]

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from coin.errors import DataError
-from coin.serving.inputs import InputLimits
+from coin.serving.limits import InputLimits
 from coin.serving.protocol import Description, model_metadata, read_request, response
 from coin.serving.replies import Answer
 

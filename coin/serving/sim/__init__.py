@@ -6,7 +6,7 @@ What the numbers mean:
   that fails has infinite latency, so that failing fast makes no policy look quick. All seeds' queries are taken
   together, and intervals are 95 % bootstrap intervals over seeds (over blocks of neighbouring queries with fewer than
   20 seeds): slow phases are rare and long, so that few seeds say little of the tail.
-- `coin.serving.sim.redundancy.Redundancy` lists what the R extra servers may hold. Memory is that of weights: of the
+- `coin.serving.sim.profile.Redundancy` lists what the R extra servers may hold. Memory is that of weights: of the
   largest server, and of all.
 - The load is what own answers alone take up of the experts' capacity. What a policy asks on top costs on top: the
   column ``forwards`` says what that came to.

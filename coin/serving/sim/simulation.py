@@ -2,250 +2,335 @@
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
 from itertools import count
 from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from coin.processes import cores
-from coin.serving.breaker import Breaker
-from coin.serving.flight import Flight, State
-from coin.serving.lateness import Lateness
-from coin.serving.layout import members
-from coin.serving.sim.case import Case, Outcome, Want
-from coin.serving.sim.scenario import poisson_arrivals, require
+from coin.choices import check_integer
+from coin.errors import ConfigurationError
+from coin.serving.layout import Layout, members
+from coin.serving.limits import Limits
+from coin.serving.policies import Lateness, Policy
+from coin.serving.query import Query, State
+from coin.serving.sim.conditions import Conditions, poisson_arrivals
 
-Query = tuple[int, Flight]
+_FEWEST = 28
+"""Queries: a quarter of them warms the system up, and intervals want 20 at least."""
 
 
-def simulate(case: Case) -> Outcome:
-    """Simulate one case.
+class Want(StrEnum):
+    """Whose answers a query wants."""
+
+    one = "one"
+    """One expert's, drawn at random: the experts serve different users."""
+    all = "all"
+    """Every expert's: the experts look at the same input."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What is simulated.
+
+    Args:
+        layout: The servers.
+        policy: Decides whom to ask.
+        samples: For every server, measured service times in seconds ``[K]``, or their mean ``[1]``.
+        conditions: What machines and the front end are like.
+        load: The share of the experts' capacity that own answers alone take up, one at a time, in (0, 1).
+        machines: Every server's machine, which runs one batch at a time; none gives each server one of its own.
+        want: Whose answers a query wants.
+        queries: How many, the first quarter included, which warms the system up and is not reported.
+        seed: Of everything random. Simulations that differ in their policy alone see the same queries and phases.
+        decoding: Seconds that it takes to decode.
+    """
+
+    layout: Layout
+    policy: Policy
+    samples: tuple[NDArray[np.float64], ...]
+    conditions: Conditions
+    load: float
+    machines: tuple[int, ...] = ()
+    want: Want = Want.one
+    queries: int = 20_000
+    seed: int = 0
+    decoding: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.load < 1:
+            raise ConfigurationError(f"found load {self.load}, expected a number between 0 and 1")
+        check_integer("queries", self.queries, _FEWEST)
+        if not self.machines:
+            object.__setattr__(self, "machines", tuple(range(self.layout.num_servers)))
+
+    @property
+    def unit(self) -> float:
+        """The experts' mean service time without the tail, in seconds: loads and phases refer to it."""
+        return float(np.mean([each.mean() for each in self.samples[: self.layout.num_experts]]))
+
+    @property
+    def rate(self) -> float:
+        """Queries a second."""
+        forwards = self.layout.num_experts if self.want is Want.all else 1
+        return self.load * self.conditions.capacity(self.unit) * self.layout.num_experts / forwards
+
+    def wanted(self) -> list[int]:
+        """Return the set of experts that each query wants."""
+        if self.want is Want.all:
+            return [self.layout.every_expert] * self.queries
+        experts = np.random.default_rng([self.seed, 2]).integers(self.layout.num_experts, size=self.queries)
+        return [1 << expert for expert in experts.tolist()]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of the queries of one simulation, in the order of their arrival, without the warm-up ones.
+
+    Attributes:
+        latencies: Seconds from arrival to answer ``[Q]``; infinity for a query that failed.
+        decoded: By number of missing experts, how many answers were decoded.
+        spared: How many answers came from copies and spares.
+        answers: How many answers were wanted.
+        failed: How many of those the failed queries had wanted.
+        forwards: Inputs that servers have begun with, per query.
+        utilisation: The share of the time that machines were busy, mean over machines.
+    """
+
+    latencies: NDArray[np.float64]
+    decoded: dict[int, int]
+    spared: int
+    answers: int
+    failed: int
+    forwards: float
+    utilisation: float
+
+
+def simulate(simulation: Simulation) -> Outcome:
+    """Run one simulation.
 
     A machine takes what waits for the server whose first request came first, in one batch. A query that ends takes back
     its requests that wait, not those being served. Time to decode delays the answer and occupies nobody.
     """
-    return _Simulation(case).run()
+    return _Run(simulation).run()
 
 
-def simulate_all(cases: Sequence[Case], jobs: int | None = None) -> list[Outcome]:
-    """Simulate several cases, in so many processes, one a processor core by default; nothing depends on how many.
+def simulate_all(simulations: Sequence[Simulation], jobs: int | None = None) -> list[Outcome]:
+    """Run several, in so many processes, one a processor core by default; nothing depends on how many."""
+    from coin.processes import cores  # which brings PyTorch, that the processes below need not wait for
 
-    Raises:
-        ConfigurationError: `jobs` is less than 1.
-    """
     jobs = cores() if jobs is None else jobs
-    require(jobs >= 1, f"jobs={jobs}", "at least 1")
-    if jobs == 1 or len(cases) == 1:
-        return [simulate(case) for case in cases]
-    # Spawned processes start without what this one has loaded, PyTorch's threads above all.
-    with ProcessPoolExecutor(min(jobs, len(cases)), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(simulate, cases))
+    check_integer("jobs", jobs, 1)
+    if jobs == 1 or len(simulations) == 1:
+        return [simulate(simulation) for simulation in simulations]
+    # Spawned processes start without what this one has loaded, PyTorch above all.
+    with ProcessPoolExecutor(min(jobs, len(simulations)), mp_context=get_context("spawn")) as pool:
+        return list(pool.map(simulate, simulations))
 
 
-class _Simulation:
-    def __init__(self, case: Case) -> None:
-        layout, conditions, unit = case.layout, case.conditions, case.unit
-        servers, machines = range(layout.num_servers), range(max(case.machines) + 1)
-        self.case = case
-        arrivals = poisson_arrivals(case.rate, case.queries, case.seed)
-        self.arrivals, self.entries = arrivals.tolist(), conditions.front_end.entries(arrivals, case.rate)
-        self.wanted = wanted_experts(case)
-        self.warm_up = case.queries // 4
+class _Query(Query):
+    """A query with its place among all."""
+
+    place = 0
+
+
+class _Run:
+    def __init__(self, simulation: Simulation) -> None:
+        layout, conditions, unit = simulation.layout, simulation.conditions, simulation.unit
+        seed, servers = simulation.seed, range(layout.num_servers)
+        self.simulation, self.layout, self.machine = simulation, layout, simulation.machines
+        machines = range(max(self.machine) + 1)
+        arrivals = poisson_arrivals(simulation.rate, simulation.queries, seed)
+        self.arrivals, self.entries = arrivals.tolist(), conditions.front_end.entries(arrivals, simulation.rate)
+        self.wanted = simulation.wanted()
+        self.warm_up = simulation.queries // 4
         self.deadline, self.cooldown = conditions.deadline * unit, conditions.cooldown * unit
         self.hop, self.detection = conditions.front_end.hop, conditions.failures.detection * unit
         self.lateness: dict[int, Lateness] = {}
-        self.patient = case.policy.hedges and case.policy.quantile > 0
-        self.breakers = [Breaker() for _ in servers]
-        self.suspects = self.down = 0
-        """The servers whose last request failed, and those that are believed to be down."""
+        self.patient = simulation.policy.hedges and simulation.policy.quantile > 0
+        self.failures = [0 for _ in servers]
+        """Lost requests of each server since its last answer."""
+        self.doubted = self.down = 0
+        """The servers whose last request was lost, and those that are believed to be down."""
         self.times = [
-            conditions.service_times(samples, np.random.default_rng([case.seed, 1, server]))
-            for server, samples in enumerate(case.samples)
+            conditions.service_times(samples, np.random.default_rng([seed, 1, server]))
+            for server, samples in enumerate(simulation.samples)
         ]
         self.marginal = 1.0 if conditions.service.marginal is None else conditions.service.marginal
-        self.slow = [
-            [_Phase(turns) for turns in conditions.slow_phases(machine, case.seed, unit)] for machine in machines
-        ]
-        self.turns = [conditions.down_phases(machine, case.seed, unit) for machine in machines]
-        self.machine = case.machines
-        self.residents = [[server for server in servers if case.machines[server] == each] for each in machines]
+        self.slow = [[Phase(turns) for turns in conditions.slow_phases(each, seed, unit)] for each in machines]
+        self.turns = [conditions.down_phases(each, seed, unit) for each in machines]
+        self.residents = [[server for server in servers if self.machine[server] == each] for each in machines]
         self.up = [True for _ in machines]
-        self.serving: list[tuple[int, list[Query]] | None] = [None for _ in machines]
-        self.batches = [0 for _ in machines]
-        """Batches begun; together with the machine this names one."""
-        self.waiting: list[deque[tuple[int, Query]]] = [deque() for _ in servers]
+        self.serving: list[tuple[int, list[_Query]] | None] = [None for _ in machines]
+        """What each machine is at: a server and its batch."""
+        self.waiting: list[deque[tuple[int, _Query]]] = [deque() for _ in servers]
         self.held = [0 for _ in servers]
         """The number of pending queries that expect each server's answer."""
         self.busy, self.begun = 0.0, 0
-        self.heap: list[tuple[float, int, int, int, Any]] = []
-        """Events: time, order, kind, server or machine, and the query or batch that it is about."""
+        self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        """A heap: the time, the order among those of one time, and what happens."""
         self.order = count()
         self.open = 0
-        self.latencies = np.full(case.queries, np.inf)
+        self.latencies = np.full(simulation.queries, np.inf)
         self.decoded: Counter[int] = Counter()
         self.spared = self.failed = 0
 
     def run(self) -> Outcome:
-        case, heap = self.case, self.heap
-        for machine, turns in enumerate(self.turns):
-            self._schedule_turn(machine, turns)
-        entries = self.entries
-        events = (self._complete, self._arrived, self._become_late, self._expire, self._lose, self._turn, self._try)
+        events, entries = self.events, self.entries
+        for machine in range(len(self.up)):
+            self._schedule_turn(machine)
         last, place, now = len(entries), 0, 0.0
         while place < last or self.open:
-            if place < last and (not heap or entries[place] <= heap[0][0]):
+            if place < last and (not events or entries[place] <= events[0][0]):
                 now = entries[place]
-                self._enter(place, now)
+                self._enter(now, place)
                 place += 1
             else:
-                now, _, kind, where, item = heapq.heappop(heap)
-                events[kind](now, where, item)
-        counted = case.queries - self.warm_up
-        each = case.layout.num_experts if case.want is Want.all else 1
+                now, _, happen, about = heapq.heappop(events)
+                happen(now, *about)
+        each = self.layout.num_experts if self.simulation.want is Want.all else 1
         return Outcome(
             latencies=self.latencies[self.warm_up :],
             decoded=dict(self.decoded),
             spared=self.spared,
-            answers=counted * each,
+            answers=(last - self.warm_up) * each,
             failed=self.failed * each,
-            forwards=self.begun / case.queries,
+            forwards=self.begun / last,
             utilisation=self.busy / (now * len(self.up)),
         )
 
-    def _enter(self, place: int, now: float) -> None:
-        case, wanted = self.case, self.wanted[place]
-        patient = self.patient and not self.suspects & ~self.down & case.layout.hosts(wanted)
-        flight = Flight(case.layout, case.policy, wanted, patient)
-        query = (place, flight)
+    def _push(self, when: float, happen: Callable[..., None], *about: Any) -> None:
+        heapq.heappush(self.events, (when, next(self.order), happen, about))
+
+    def _enter(self, now: float, place: int) -> None:
+        wanted = self.wanted[place]
+        patient = self.patient and not self.doubted & ~self.down & self.layout.hosts(wanted)
+        query = _Query(self.layout, self.simulation.policy, wanted, patient)
+        query.place = place
         self.open += 1
         if patient:
-            self._push(now + self._lateness(wanted).seconds, _LATE, 0, query)
-        self._push(now + self.deadline, _EXPIRED, 0, query)
-        self._ask(query, flight.start(self.held, self.down), now)
+            self._push(now + self._lateness(wanted).seconds, self._become_late, query)
+        self._push(now + self.deadline, self._expire, query)
+        self._ask(now, query, query.start(self.held, self.down))
 
     def _lateness(self, wanted: int) -> Lateness:
         if wanted not in self.lateness:
             # As in a system that has run for long: a first slow phase would else teach it to wait for too long.
             self.lateness[wanted] = Lateness(
-                self.case.policy.quantile, 3 * self.case.unit, longest=self.deadline, experience=4000
+                self.simulation.policy.quantile, 3 * self.simulation.unit, longest=self.deadline, experience=4000
             )
         return self.lateness[wanted]
 
-    def _push(self, when: float, kind: int, where: int, item: Any) -> None:
-        heapq.heappush(self.heap, (when, next(self.order), kind, where, item))
-
-    def _ask(self, query: Query, servers: int, now: float) -> None:
-        flight = query[1]
-        while servers and flight.state is State.pending:
+    def _ask(self, now: float, query: _Query, servers: int) -> None:
+        while servers and query.state is State.pending:
             lowest = servers & -servers
             servers ^= lowest
             server = lowest.bit_length() - 1
             machine = self.machine[server]
             if not self.up[machine]:
-                self._push(now + self.detection + self.hop, _LOST, server, query)
+                self._push(now + self.detection + self.hop, self._lose, server, query)
             elif self._is_full(server):
-                servers |= flight.lose(server)
+                servers |= query.lose(server)
                 continue
             else:
                 self.waiting[server].append((next(self.order), query))
                 if self.serving[machine] is None:
-                    self._begin(machine, now)
+                    self._begin(now, machine)
             self.held[server] += 1
-        if flight.state is not State.pending:
-            self._end(query, now, unasked=servers)
+        if query.state is not State.pending:
+            self._end(now, query, unasked=servers)
 
     def _is_full(self, server: int) -> bool:
         """Whether no more requests may wait for a server; those of its present batch do not wait."""
-        if self.held[server] < self.case.conditions.queue:
+        most = self.simulation.conditions.queue
+        if self.held[server] < most:
             return False
         current = self.serving[self.machine[server]]
         own = current[1] if current is not None and current[0] == server else []
-        return self.held[server] - sum(each[1].state is State.pending for each in own) >= self.case.conditions.queue
+        return self.held[server] - sum(query.state is State.pending for query in own) >= most
 
-    def _begin(self, machine: int, now: float) -> None:
+    def _begin(self, now: float, machine: int) -> None:
         """Let a machine that is free take what waits for one of its servers."""
         first, chosen = -1, -1
         for server in self.residents[machine]:
             waiting = self.waiting[server]
-            while waiting and waiting[0][1][1].state is not State.pending:
+            while waiting and waiting[0][1].state is not State.pending:
                 waiting.popleft()
             if waiting and (chosen < 0 or waiting[0][0] < first):
                 first, chosen = waiting[0][0], server
         if chosen < 0:
             return
         waiting = self.waiting[chosen]
-        batch: list[Query] = []
-        while waiting and len(batch) < self.case.conditions.batch:
+        batch: list[_Query] = []
+        while waiting and len(batch) < self.simulation.conditions.batch:
             query = waiting.popleft()[1]
-            if query[1].state is State.pending:
+            if query.state is State.pending:
                 batch.append(query)
         seconds = next(self.times[chosen]) * (1 + self.marginal * (len(batch) - 1))
         if any(phase.is_on(now) for phase in self.slow[machine]):
-            seconds *= self.case.conditions.slowdown.factor
-        self.serving[machine] = (chosen, batch)
-        self.batches[machine] += 1
+            seconds *= self.simulation.conditions.slowdown.factor
+        self.serving[machine] = current = chosen, batch
         self.begun += len(batch)
         self.busy += seconds
-        self._push(now + seconds, _COMPLETED, machine, self.batches[machine])
+        self._push(now + seconds, self._complete, machine, current)
 
-    def _complete(self, now: float, machine: int, number: int) -> None:
-        current = self.serving[machine]
-        if current is None or number != self.batches[machine] or not self.up[machine]:
+    def _complete(self, now: float, machine: int, served: tuple[int, list[_Query]]) -> None:
+        if self.serving[machine] is not served:
             return  # the machine has failed since
         self.serving[machine] = None
         if self.hop:
-            self._push(now + self.hop, _ARRIVED, current[0], current[1])
+            self._push(now + self.hop, self._arrive, *served)
         else:
-            self._arrived(now, *current)
+            self._arrive(now, *served)
         if self.serving[machine] is None:
-            self._begin(machine, now)
+            self._begin(now, machine)
 
-    def _arrived(self, now: float, server: int, batch: list[Query]) -> None:
+    def _arrive(self, now: float, server: int, batch: list[_Query]) -> None:
         self._succeed(server)
         for query in batch:
-            if query[1].state is State.pending:
+            if query.state is State.pending:
                 self.held[server] -= 1
-                self._ask(query, query[1].arrive(server), now)
+                self._ask(now, query, query.arrive(server))
 
     def _succeed(self, server: int) -> None:
-        if self.suspects >> server & 1:
-            self.breakers[server].succeed()
-            self.suspects &= ~(1 << server)
-            self.down &= ~(1 << server)
+        self.failures[server] = 0
+        self.doubted &= ~(1 << server)
+        self.down &= ~(1 << server)
 
-    def _become_late(self, now: float, _: int, query: Query) -> None:
-        flight = query[1]
-        if flight.state is State.pending:
-            if self.case.layout.hosts(flight.missing) & flight.expected:
-                self._lateness(flight.wanted).observe(True)
-            self._ask(query, flight.become_late(), now)
+    def _become_late(self, now: float, query: _Query) -> None:
+        if query.state is State.pending:
+            if query.waits_for_own:
+                self._lateness(query.wanted).observe(True)
+            self._ask(now, query, query.become_late())
 
-    def _expire(self, now: float, _: int, query: Query) -> None:
-        if query[1].state is State.pending:
-            query[1].state = State.failed
-            self._end(query, now)
+    def _expire(self, now: float, query: _Query) -> None:
+        if query.state is State.pending:
+            query.state = State.failed
+            self._end(now, query)
 
-    def _lose(self, now: float, server: int, query: Query) -> None:
-        self.breakers[server].fail()
-        self.suspects |= 1 << server
-        if self.breakers[server].is_down and not self.down >> server & 1:
+    def _lose(self, now: float, server: int, query: _Query) -> None:
+        self.failures[server] += 1
+        self.doubted |= 1 << server
+        if self.failures[server] >= Limits.failures and not self.down >> server & 1:
             self.down |= 1 << server
-            self._push(now + self.cooldown, _TRIED, server, None)
-        if query[1].state is State.pending:
+            self._push(now + self.cooldown, self._try, server)
+        if query.state is State.pending:
             self.held[server] -= 1
-            self._ask(query, query[1].lose(server), now)
+            self._ask(now, query, query.lose(server))
 
-    def _try(self, now: float, server: int, _: None) -> None:
+    def _try(self, now: float, server: int) -> None:
         """Find out whether a server is back, as its queue does."""
         if self.up[self.machine[server]]:
             self._succeed(server)
         elif self.down >> server & 1:
-            self._push(now + self.cooldown, _TRIED, server, None)
+            self._push(now + self.cooldown, self._try, server)
 
-    def _turn(self, now: float, machine: int, _: int) -> None:
+    def _turn(self, now: float, machine: int) -> None:
         """Let a machine fail, or come back."""
         self.up[machine] = not self.up[machine]
         if not self.up[machine]:
@@ -255,42 +340,37 @@ class _Simulation:
                 lost += [(server, query) for _, query in self.waiting[server]]
                 self.waiting[server].clear()
             for server, query in lost:
-                if query[1].state is State.pending:
-                    self._push(now + self.detection, _LOST, server, query)
+                if query.state is State.pending:
+                    self._push(now + self.detection, self._lose, server, query)
             self.serving[machine] = None
-        self._schedule_turn(machine, self.turns[machine])
+        self._schedule_turn(machine)
 
-    def _schedule_turn(self, machine: int, turns: Iterator[float]) -> None:
-        if (when := next(turns, None)) is not None:
-            self._push(when, _TURNED, machine, 0)
+    def _schedule_turn(self, machine: int) -> None:
+        if (when := next(self.turns[machine], None)) is not None:
+            self._push(when, self._turn, machine)
 
-    def _end(self, query: Query, now: float, unasked: int = 0) -> None:
-        place, flight = query
+    def _end(self, now: float, query: _Query, unasked: int = 0) -> None:
         self.open -= 1
-        for server in members(flight.expected & ~unasked):
+        for server in members(query.expected & ~unasked):
             self.held[server] -= 1
-        counted = place >= self.warm_up
-        if flight.state is State.failed:
+        counted = query.place >= self.warm_up
+        if query.state is State.failed:
             self.failed += counted
             return
-        seconds = now - self.arrivals[place]
-        layout = self.case.layout
-        if flight.decoded:
-            seconds += self.case.decoding
+        seconds = now - self.arrivals[query.place]
+        if query.decoded:
+            seconds += self.simulation.decoding
             if counted:
-                gone = layout.every_expert & ~layout.read(flight.arrived)[0]
-                self.decoded[gone.bit_count()] += flight.decoded.bit_count()
-        elif self.patient and not flight.late:
-            self._lateness(flight.wanted).observe(False)
+                gone = self.layout.every_expert & ~self.layout.read(query.arrived)[0]
+                self.decoded[gone.bit_count()] += query.decoded.bit_count()
+        elif self.patient and not query.late:
+            self._lateness(query.wanted).observe(False)
         if counted:
-            self.spared += (flight.wanted & ~flight.decoded & ~flight.arrived).bit_count()
-        self.latencies[place] = seconds
+            self.spared += (query.wanted & ~query.decoded & ~query.arrived).bit_count()
+        self.latencies[query.place] = seconds
 
 
-_COMPLETED, _ARRIVED, _LATE, _EXPIRED, _LOST, _TURNED, _TRIED = range(7)
-
-
-class _Phase:
+class Phase:
     """Tells whether a phase is on; it is asked at ascending times."""
 
     def __init__(self, turns: Iterator[float]) -> None:
@@ -299,15 +379,8 @@ class _Phase:
         self._next = next(turns, float("inf"))
 
     def is_on(self, now: float) -> bool:
+        """Whether it is, at a time."""
         while now >= self._next:
             self._on = not self._on
             self._next = next(self._turns)
         return self._on
-
-
-def wanted_experts(case: Case) -> list[int]:
-    """Return the set of experts that each query of a case wants."""
-    if case.want is Want.all:
-        return [case.layout.every_expert] * case.queries
-    experts = np.random.default_rng([case.seed, 2]).integers(case.layout.num_experts, size=case.queries)
-    return [1 << expert for expert in experts.tolist()]

@@ -1,6 +1,7 @@
 """The simulation against queueing theory, against an exact recursion, and against what must be so."""
 
-from dataclasses import replace
+import subprocess
+import sys
 from itertools import islice
 from typing import Any
 
@@ -11,8 +12,7 @@ from numpy.typing import NDArray
 from coin.errors import ConfigurationError
 from coin.serving.layout import Layout, spread_copies, spread_spares
 from coin.serving.policies import Policy, PolicyKind
-from coin.serving.sim.case import Case, Outcome, Want
-from coin.serving.sim.scenario import (
+from coin.serving.sim.conditions import (
     Conditions,
     Failures,
     FrontEndCost,
@@ -21,7 +21,7 @@ from coin.serving.sim.scenario import (
     Slowdown,
     poisson_arrivals,
 )
-from coin.serving.sim.simulation import _Simulation, simulate, simulate_all
+from coin.serving.sim.simulation import Outcome, Simulation, Want, _Run, simulate, simulate_all
 
 CODED = Layout(3, 1, solvable=frozenset({(1, 1), (1, 2), (1, 4)}))
 MS = 1e-3
@@ -30,7 +30,7 @@ NEVER_SLOW, NEVER_DOWN = Slowdown(), Failures()
 FREE = FrontEndCost(0.0, 0.0)
 
 
-def case(
+def make(
     kind: str = "uncoded",
     layout: Layout | None = None,
     load: float = 0.5,
@@ -44,12 +44,12 @@ def case(
     deadline: float = 1000.0,
     cooldown: float = 100.0,
     **options: Any,
-) -> Case:
+) -> Simulation:
     policy = Policy(PolicyKind(kind), quantile)
     layout = layout or (CODED if policy.coded else spread_copies(3, 1))
     conditions = Conditions(service, slowdown, failures, front_end, batch, deadline, queue, cooldown)
     samples = (np.array([10 * MS]),) * layout.num_servers
-    return Case(layout, policy, samples, conditions, load, **{"queries": 4000, **options})
+    return Simulation(layout, policy, samples, conditions, load, **{"queries": 4000, **options})
 
 
 def mean_and_error(latencies: NDArray[np.float64]) -> tuple[float, float]:
@@ -63,7 +63,7 @@ def mean_and_error(latencies: NDArray[np.float64]) -> tuple[float, float]:
 def test_mean_wait_is_that_of_theory(kind: ServiceKind, load: float) -> None:
     """M/M/1: W = ρ/(1 − ρ)·E[S]; M/D/1 half of it (Pollaczek and Khinchine). 99.7 % intervals, fixed seeds."""
     outcome = simulate(
-        case(layout=Layout(1), load=load, service=Service(kind, 10 * MS), queries=40_000, queue=10**6, deadline=1e9)
+        make(layout=Layout(1), load=load, service=Service(kind, 10 * MS), queries=40_000, queue=10**6, deadline=1e9)
     )
     wait = load / (1 - load) * 10 * MS * (1 if kind is ServiceKind.exponential else 0.5)
     mean, error = mean_and_error(outcome.latencies)
@@ -74,7 +74,7 @@ def test_mean_wait_is_that_of_theory(kind: ServiceKind, load: float) -> None:
 
 def test_shifted_exponential_service_waits_as_pollaczek_and_khinchine_say() -> None:
     service = Service(ServiceKind.deterministic, 10 * MS, tail=0.5)
-    outcome = simulate(case(layout=Layout(1), load=0.6, service=service, queries=40_000, queue=10**6, deadline=1e9))
+    outcome = simulate(make(layout=Layout(1), load=0.6, service=service, queries=40_000, queue=10**6, deadline=1e9))
     mean_service, variance = 15 * MS, (5 * MS) ** 2
     wait = 0.6 / 0.4 * (mean_service**2 + variance) / (2 * mean_service)
     mean, error = mean_and_error(outcome.latencies)
@@ -83,7 +83,7 @@ def test_shifted_exponential_service_waits_as_pollaczek_and_khinchine_say() -> N
 
 def test_latencies_are_those_of_lindleys_recursion() -> None:
     """One server, first come first served: W_{k+1} = max(0, W_k + S_k − A_{k+1}), query by query."""
-    it = case(layout=Layout(1), load=0.8, queries=3000, queue=10**6, deadline=1e9)
+    it = make(layout=Layout(1), load=0.8, queries=3000, queue=10**6, deadline=1e9)
     arrivals = poisson_arrivals(it.rate, it.queries, it.seed)
     services = it.conditions.service_times(it.samples[0], np.random.default_rng([it.seed, 1, 0]))
     free, expected = 0.0, []
@@ -95,7 +95,7 @@ def test_latencies_are_those_of_lindleys_recursion() -> None:
 
 def test_replicated_server_takes_the_faster_of_two() -> None:
     """One expert, one copy, next to no load: the smaller of two exponential times has half the mean."""
-    outcome = simulate(case("replicated", spread_copies(1, 1), load=0.01, queries=10_000))
+    outcome = simulate(make("replicated", spread_copies(1, 1), load=0.01, queries=10_000))
     mean, error = mean_and_error(outcome.latencies)
     assert abs(mean - 5 * MS) < 3 * error + 0.02 * 5 * MS
     assert outcome.forwards == pytest.approx(2.0, abs=0.02)
@@ -103,7 +103,7 @@ def test_replicated_server_takes_the_faster_of_two() -> None:
 
 def test_decoding_at_once_is_an_order_statistic() -> None:
     """All of three experts from any three of four servers, next to no load: the third of four exponential times."""
-    outcome = simulate(case("coded_proactive", load=0.001, quantile=0.0, want=Want.all, queries=20_000))
+    outcome = simulate(make("coded_proactive", load=0.001, quantile=0.0, want=Want.all, queries=20_000))
     mean, error = mean_and_error(outcome.latencies)
     expected = 10 * MS * (1 / 4 + 1 / 3 + 1 / 2)
     assert abs(mean - expected) < 3 * error + 0.01 * expected
@@ -115,7 +115,7 @@ def test_decoding_at_once_is_an_order_statistic() -> None:
 @pytest.mark.parametrize("kind", ["coded_proactive", "coded_hedged"])
 @pytest.mark.parametrize("quantile", [0.6, 0.9])
 def test_share_that_is_late_is_what_the_quantile_says(kind: str, quantile: float) -> None:
-    outcome = simulate(case(kind, load=0.001, quantile=quantile, queries=40_000))
+    outcome = simulate(make(kind, load=0.001, quantile=quantile, queries=40_000))
     late = outcome.forwards - 1 if kind == "coded_hedged" else None
     decoded = sum(outcome.decoded.values()) / outcome.answers
     assert 0 < decoded <= 1 - quantile + 0.02
@@ -132,7 +132,7 @@ def test_every_request_is_taken_off_its_server_once(kind: str, want: Want, batch
     layout = None if kind.startswith("coded") else spread_spares(3, 1)
     machines = () if layout is None else (0, 1, 2, 3, 3, 3)
     options = {"queue": 4, "want": want, "failures": failures, "deadline": 30.0, "batch": batch}
-    simulation = _Simulation(case(kind, layout, 0.8, machines=machines, front_end=FrontEndCost(0.0, 2 * MS), **options))
+    simulation = _Run(make(kind, layout, 0.8, machines=machines, front_end=FrontEndCost(0.0, 2 * MS), **options))
     outcome = simulation.run()
     assert simulation.held == [0] * len(simulation.held)
     assert 0 < outcome.failed < outcome.answers
@@ -140,7 +140,7 @@ def test_every_request_is_taken_off_its_server_once(kind: str, want: Want, batch
 
 def test_decoding_time_delays_decoded_answers_alone() -> None:
     plain, slow = (
-        simulate(case("coded_proactive", load=0.2, quantile=0.0, decoding=seconds)) for seconds in (0.0, 1.0)
+        simulate(make("coded_proactive", load=0.2, quantile=0.0, decoding=seconds)) for seconds in (0.0, 1.0)
     )
     added = slow.latencies - plain.latencies
     assert np.isclose(added, 0.0).mean() == pytest.approx(1 - sum(plain.decoded.values()) / plain.answers)
@@ -150,8 +150,8 @@ def test_decoding_time_delays_decoded_answers_alone() -> None:
 def test_policies_see_the_same_queries_and_phases() -> None:
     slow = Slowdown(0.1, 5.0, 50.0)
     layout = Layout(3)
-    alone = simulate(case("uncoded", layout, slowdown=slow)).latencies
-    np.testing.assert_array_equal(alone, simulate(case("replicated", layout, slowdown=slow)).latencies)
+    alone = simulate(make("uncoded", layout, slowdown=slow)).latencies
+    np.testing.assert_array_equal(alone, simulate(make("replicated", layout, slowdown=slow)).latencies)
 
 
 @pytest.mark.parametrize("want", list(Want))
@@ -159,7 +159,7 @@ def test_hedging_cuts_the_tail_of_stragglers_and_costs_little(want: Want) -> Non
     # Uniform service and rare slow phases, so that what is late is late because of them.
     options = {"service": Service(ServiceKind.deterministic, 10 * MS), "slowdown": Slowdown(0.02, 20.0, 50.0)}
     outcomes = {
-        kind: simulate(case(kind, load=0.2, want=want, queries=6000, quantile=0.9, **options)) for kind in PolicyKind
+        kind: simulate(make(kind, load=0.2, want=want, queries=6000, quantile=0.9, **options)) for kind in PolicyKind
     }
     tails = {kind: np.quantile(outcome.latencies, 0.99, method="higher") for kind, outcome in outcomes.items()}
     assert tails[PolicyKind.coded_hedged] < 0.5 * tails[PolicyKind.uncoded]
@@ -173,7 +173,7 @@ def test_hedging_cuts_the_tail_of_stragglers_and_costs_little(want: Want) -> Non
 def test_failures_lose_what_is_uncoded_and_little_of_what_is_coded() -> None:
     failures = Failures(share=0.05, length=50.0, detection=2.0)
     options = {"load": 0.2, "failures": failures, "queries": 10_000}
-    lost = {kind: simulate(case(kind, **options)) for kind in PolicyKind}
+    lost = {kind: simulate(make(kind, **options)) for kind in PolicyKind}
     shares = {kind: outcome.failed / outcome.answers for kind, outcome in lost.items()}
     assert 0.02 < shares[PolicyKind.uncoded] < 0.05
     # A copy saves its own expert's queries either way: asked at once, or after the loss.
@@ -188,13 +188,13 @@ def test_nobody_waits_for_a_server_that_has_failed() -> None:
     # With hardly a cooldown, every query to a server that is down tries it; a tenth of the queries does.
     service = Service(ServiceKind.deterministic, 10 * MS)
     failures = Failures(share=0.1, length=2000.0, detection=3.0)
-    outcome = simulate(case("coded_hedged", load=0.05, service=service, failures=failures, cooldown=0.01, seed=1))
+    outcome = simulate(make("coded_hedged", load=0.05, service=service, failures=failures, cooldown=0.01, seed=1))
     assert outcome.decoded[1] > 0.1 * outcome.answers
     assert np.quantile(outcome.latencies, 0.9, method="higher") == pytest.approx(10 * MS)
 
 
 def test_overload_fails_queries_instead_of_waiting_for_ever() -> None:
-    outcome = simulate(case("coded_proactive", load=0.9, queries=5000, deadline=200.0))
+    outcome = simulate(make("coded_proactive", load=0.9, queries=5000, deadline=200.0))
     assert outcome.failed > 0
     assert outcome.latencies[np.isfinite(outcome.latencies)].max() <= 200 * 10 * MS + 1e-9
     assert outcome.utilisation > 0.9
@@ -229,7 +229,7 @@ def test_a_spare_answers_for_every_expert_and_its_machine_runs_one_batch_at_a_ti
     """One expert always down: its queries are the spare's, an M/D/1 queue of a third of all."""
     service = Service(ServiceKind.deterministic, 10 * MS)
     options = {"service": service, "load": 0.6, "queries": 20_000, "machines": (0, 1, 2, 3, 3, 3)}
-    it = _Simulation(case("hedged", spread_spares(3, 1), failures=Failures(1e-9), **options))
+    it = _Run(make("hedged", spread_spares(3, 1), failures=Failures(1e-9), **options))
     it.turns[0] = iter([0.0])
     outcome = it.run()
     assert outcome.spared / outcome.answers == pytest.approx(1 / 3, abs=0.05)
@@ -242,8 +242,8 @@ def test_a_spare_shares_its_machine_among_experts() -> None:
     """All experts down for ever at a load of 0.3 each: an M/D/1 queue at 0.9 on one machine, three at 0.3 on three."""
     service, waits = Service(ServiceKind.deterministic, 10 * MS), []
     for machines in ((0, 1, 2, 3, 3, 3), (0, 1, 2, 3, 4, 5)):
-        it = _Simulation(
-            case(
+        it = _Run(
+            make(
                 "hedged",
                 spread_spares(3, 1),
                 0.3,
@@ -268,7 +268,7 @@ def test_batches_carry_a_load_that_one_at_a_time_could_not() -> None:
     service = Service(ServiceKind.deterministic, 10 * MS, marginal=0.1)
     layout = Layout(1)
     alone, together = (
-        np.quantile(simulate(case("uncoded", layout, 0.95, service, batch=batch, queries=20_000)).latencies, 0.99)
+        np.quantile(simulate(make("uncoded", layout, 0.95, service, batch=batch, queries=20_000)).latencies, 0.99)
         for batch in (1, 8)
     )
     assert together < 4 * 10 * MS < alone
@@ -277,31 +277,38 @@ def test_batches_carry_a_load_that_one_at_a_time_could_not() -> None:
 def test_the_front_end_takes_its_time_and_its_way() -> None:
     service = Service(ServiceKind.deterministic, 10 * MS)
     front_end = FrontEndCost(seconds=2 * MS, hop=3 * MS)
-    outcome = simulate(case("uncoded", Layout(3), 0.001, service, front_end=front_end))
+    outcome = simulate(make("uncoded", Layout(3), 0.001, service, front_end=front_end))
     assert np.median(outcome.latencies) == pytest.approx(15 * MS)
-    busy = simulate(case("uncoded", Layout(3), 0.5, service, front_end=FrontEndCost(6 * MS, 0.0, processes=1)))
+    busy = simulate(make("uncoded", Layout(3), 0.5, service, front_end=FrontEndCost(6 * MS, 0.0, processes=1)))
     # 150 queries a second at 6 ms each: an M/D/1 queue at 0.9 before the servers, 27 ms of waiting in the mean
-    free = simulate(case("uncoded", Layout(3), 0.5, service))
+    free = simulate(make("uncoded", Layout(3), 0.5, service))
     assert busy.latencies.mean() - free.latencies.mean() > 20 * MS
-    enough = simulate(case("uncoded", Layout(3), 0.5, service, front_end=FrontEndCost(6 * MS, 0.0)))
+    enough = simulate(make("uncoded", Layout(3), 0.5, service, front_end=FrontEndCost(6 * MS, 0.0)))
     assert enough.latencies.mean() - free.latencies.mean() < 10 * MS
 
 
 def test_outcomes_depend_neither_on_processes_nor_on_what_ran_before() -> None:
-    cases = [case("coded_hedged", queries=400, seed=seed) for seed in (0, 1)]
-    one, two, again = simulate_all(cases, jobs=1), simulate_all(cases, jobs=2), simulate_all(cases[::-1], jobs=1)
+    simulations = [make("coded_hedged", queries=400, seed=seed) for seed in (0, 1)]
+    one, two, again = (
+        simulate_all(simulations, jobs=1),
+        simulate_all(simulations, jobs=2),
+        simulate_all(simulations[::-1], jobs=1),
+    )
     for a, b, c in zip(one, two, again[::-1], strict=True):
         np.testing.assert_array_equal(a.latencies, b.latencies)
         np.testing.assert_array_equal(a.latencies, c.latencies)
     assert not np.array_equal(one[0].latencies, one[1].latencies)
 
 
+def test_processes_that_simulate_need_not_load_pytorch() -> None:
+    code = "import sys, coin.serving.sim.simulation; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
 def test_mistakes() -> None:
     for wrong in ({"load": 1.0}, {"load": 0.0}, {"queries": 3}):
         with pytest.raises(ConfigurationError, match=str(next(iter(wrong.values())))):
-            case(**wrong)
-    with pytest.raises(ConfigurationError, match="service times of 2 servers, expected positive ones of 4"):
-        replace(case(), samples=(np.array([1.0]),) * 2)
+            make(**wrong)
     with pytest.raises(ConfigurationError, match=r"share=1\.0"):
         Slowdown(1.0)
     with pytest.raises(ConfigurationError, match="share=-1"):
@@ -311,5 +318,5 @@ def test_mistakes() -> None:
     with pytest.raises(ConfigurationError, match="tail"):
         Service(tail=-1.0)
     with pytest.raises(ConfigurationError, match="jobs=0"):
-        simulate_all([case()], jobs=0)
-    assert isinstance(simulate(case()), Outcome)
+        simulate_all([make()], jobs=0)
+    assert isinstance(simulate(make()), Outcome)

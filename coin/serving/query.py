@@ -15,7 +15,7 @@ class State(IntEnum):
     failed = 2
 
 
-class Flight:
+class Query:
     """The state of one query. Whoever drives it tells what happens and asks the servers that it returns.
 
     The query is answered as soon as the own answers of all wanted experts are there, or, once it is late or no own
@@ -30,20 +30,6 @@ class Flight:
         patient: Whether to wait for own answers until `become_late`. Not where a wanted expert's last answer failed:
             a query that tries such a server does not wait for it.
     """
-
-    __slots__ = (
-        "arrived",
-        "asked",
-        "avoided",
-        "decoded",
-        "late",
-        "layout",
-        "loads",
-        "lost",
-        "policy",
-        "state",
-        "wanted",
-    )
 
     def __init__(self, layout: Layout, policy: Policy, wanted: int, patient: bool = True) -> None:
         self.layout = layout
@@ -65,6 +51,11 @@ class Flight:
     def missing(self) -> int:
         """The wanted experts whose own answers are not there."""
         return self.wanted & ~self.layout.read(self.arrived)[0]
+
+    @property
+    def waits_for_own(self) -> bool:
+        """Whether a wanted expert's own answer is missing and may still come."""
+        return bool(self.layout.hosts(self.missing) & self.expected)
 
     def start(self, loads: Sequence[int], down: int = 0) -> int:
         """Return the servers to ask at first.
@@ -115,7 +106,7 @@ class Flight:
         layout = self.layout
         own, decodable = layout.read(self.arrived)
         missing = self.wanted & ~own
-        expected = self.asked & ~(self.arrived | self.lost)
+        expected = self.expected
         if not missing or (decodable and (self.late or not layout.hosts(missing) & expected)):
             self.state = State.answered
             self.decoded = missing

@@ -10,13 +10,10 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from coin.choices import check_integer, check_number, chosen
 from coin.errors import ConfigurationError
 
-
-def require(fine: bool, found: object, expected: str) -> None:
-    """Raise a `ConfigurationError` unless all is fine."""
-    if not fine:
-        raise ConfigurationError(f"found {found}, expected {expected}")
+_CHUNK = 4096
 
 
 class ServiceKind(StrEnum):
@@ -39,9 +36,6 @@ class Service:
         seconds: Its mean for one input; measured where it is not given.
         tail: The mean of an exponential time on top, in multiples of `seconds`.
         marginal: What each further input of a batch takes, as a share of the first; none measures it, or takes 1.
-
-    Raises:
-        ConfigurationError: An option is out of its range or does not apply.
     """
 
     kind: ServiceKind = ServiceKind.measured
@@ -50,15 +44,16 @@ class Service:
     marginal: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", ServiceKind(self.kind))
-        require(self.seconds is None or self.seconds > 0, f"service.seconds={self.seconds}", "a positive time")
-        require(
-            (self.seconds is None) == (self.kind is ServiceKind.measured),
-            f"service.kind={self.kind} with service.seconds={self.seconds}",
-            "seconds for a kind that is not measured, and none for measured times",
-        )
-        require(self.tail >= 0, f"service.tail={self.tail}", "at least 0")
-        require(self.marginal is None or self.marginal >= 0, f"service.marginal={self.marginal}", "at least 0")
+        object.__setattr__(self, "kind", chosen(ServiceKind, "service.kind", self.kind))
+        if (self.seconds is None) != (self.kind is ServiceKind.measured):
+            raise ConfigurationError(
+                f"found service.kind={self.kind} with service.seconds={self.seconds}, expected seconds for a kind that "
+                "is not measured, and none for measured times"
+            )
+        if self.seconds is not None:
+            check_number("service.seconds", self.seconds, low=0, strict=True)
+        check_number("service.tail", self.tail, low=0)
+        check_number("service.marginal", self.marginal or 0.0, low=0)
 
 
 @dataclass(frozen=True)
@@ -71,9 +66,6 @@ class Slowdown:
         length: The mean length of a slow phase, in mean service times.
         together: The share of the slow time in which all machines are slow at once, as on a shared network or host;
             the rest comes to each on its own.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
     """
 
     share: float = 0.0
@@ -82,8 +74,10 @@ class Slowdown:
     together: float = 0.0
 
     def __post_init__(self) -> None:
-        fine = 0 <= self.share < 1 and self.factor >= 1 and self.length > 0 and 0 <= self.together <= 1
-        require(fine, self, "a share from 0 to below 1, a factor of at least 1, a positive length, together in [0, 1]")
+        check_number("slowdown.share", self.share, low=0, high=1)
+        check_number("slowdown.factor", self.factor, low=1)
+        check_number("slowdown.length", self.length, low=0, strict=True)
+        check_number("slowdown.together", self.together, low=0, high=math.nextafter(1, 2))
 
 
 @dataclass(frozen=True)
@@ -94,9 +88,6 @@ class Failures:
         share: The share of the time that a machine is down; 0 for never.
         length: How long it is down, on average. What it was working on and what waited for it is lost.
         detection: How long it takes to find out that a request to it is lost.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
     """
 
     share: float = 0.0
@@ -104,8 +95,9 @@ class Failures:
     detection: float = 1.0
 
     def __post_init__(self) -> None:
-        fine = 0 <= self.share < 1 and self.length > 0 and self.detection >= 0
-        require(fine, self, "a share from 0 to below 1, a positive length and a detection time of at least 0")
+        check_number("failures.share", self.share, low=0, high=1)
+        check_number("failures.length", self.length, low=0, strict=True)
+        check_number("failures.detection", self.detection, low=0)
 
 
 @dataclass(frozen=True)
@@ -116,9 +108,6 @@ class FrontEndCost:
         seconds: How long it is busy with one query.
         hop: How long a request to a server takes there and back, in seconds.
         processes: How many front ends share the queries; none takes as many as keep them below half busy.
-
-    Raises:
-        ConfigurationError: One of them is out of its range.
     """
 
     seconds: float = 0.01
@@ -126,8 +115,10 @@ class FrontEndCost:
     processes: int | None = None
 
     def __post_init__(self) -> None:
-        fine = self.seconds >= 0 and self.hop >= 0 and (self.processes is None or self.processes > 0)
-        require(fine, self, "no negative time, and at least one process")
+        check_number("front_end.seconds", self.seconds, low=0)
+        check_number("front_end.hop", self.hop, low=0)
+        if self.processes is not None:
+            check_integer("front_end.processes", self.processes, 1)
 
     def entries(self, arrivals: NDArray[np.float64], rate: float) -> list[float]:
         """Return when the front ends are done with reading queries that arrive at these times and at this rate."""
@@ -153,9 +144,6 @@ class Conditions:
         deadline: After how many mean service times a query fails.
         queue: The most requests that wait for one server.
         cooldown: How many mean service times pass between two tries of a server that is believed to be down.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
     """
 
     service: Service = Service()
@@ -168,8 +156,8 @@ class Conditions:
     cooldown: float = 100.0
 
     def __post_init__(self) -> None:
-        bounds = {name: getattr(self, name) for name in ("batch", "deadline", "queue", "cooldown")}
-        require(min(bounds.values()) > 0, bounds, "positive numbers")
+        for name in ("batch", "deadline", "queue", "cooldown"):
+            check_number(name, getattr(self, name), low=0, strict=True)
 
     def capacity(self, unit: float) -> float:
         """Return the queries a second that a server can do one at a time in the long run, troubles taken off."""
@@ -218,6 +206,3 @@ def phases(share: float, length: float, draw: random.Random) -> Iterator[float]:
         now += draw.expovariate(1 / length)
         yield now
         now += draw.expovariate(1 / between)
-
-
-_CHUNK = 4096

@@ -1,4 +1,4 @@
-"""What comes over the network: what is taken, and what is refused before it costs anything."""
+"""Images that come over the network: what is taken, and what is refused before it costs anything."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from coin.data.decoding import read_files as read_from_disk
-from coin.errors import ConfigurationError, DataError
-from coin.serving.inputs import InputLimits, TooLargeError, read_array, read_files
+from coin.errors import DataError
+from coin.serving.images import TooLargeError, read_array, read_files
 
-LIMITS = InputLimits(bytes=200_000, pixels=64 * 64, samples=3)
+PIXELS = 64 * 64
 
 
 def encoded(array: np.ndarray, format: str = "PNG") -> bytes:
@@ -28,7 +28,7 @@ def noise(*shape: int) -> np.ndarray:
 
 def test_png_is_exact_in_colour_and_grey() -> None:
     colour, grey = noise(20, 20, 3), noise(20, 20)
-    found = read_files([encoded(colour), encoded(grey)], 32, LIMITS)
+    found = read_files([encoded(colour), encoded(grey)], 32, PIXELS)
     assert torch.equal(found[0], torch.from_numpy(colour).permute(2, 0, 1))
     assert torch.equal(found[1], torch.from_numpy(grey).expand(3, 20, 20))
 
@@ -39,14 +39,14 @@ def test_files_are_read_as_a_tasks_own_folder_is(shape: tuple[int, ...], format:
     body = encoded(noise(*shape), format)
     path = tmp_path / "image"
     path.write_bytes(body)
-    assert torch.equal(read_files([body], 32, LIMITS), read_from_disk([str(path)], 32))
+    assert torch.equal(read_files([body], 32, PIXELS), read_from_disk([str(path)], 32))
 
 
 def test_arrays_of_bytes_and_of_numbers_from_many_threads() -> None:
     array = noise(2, 3, 9, 7)
     given = [array.tobytes(), array.tolist(), array.flatten().tolist()] * 200
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda values: read_array(values, array.shape, LIMITS), given))
+        found = list(pool.map(lambda values: read_array(values, array.shape, PIXELS), given))
     assert all(torch.equal(each, torch.from_numpy(array)) for each in found)
 
 
@@ -63,25 +63,19 @@ BAD_FILES = {
 def test_what_is_no_image(case: str) -> None:
     body, message = BAD_FILES[case]
     with pytest.raises(DataError, match=message) as caught:
-        read_files([body], 32, LIMITS)
+        read_files([body], 32, PIXELS)
     assert not isinstance(caught.value, TooLargeError)
     assert "\n" not in str(caught.value)
 
 
 def test_what_does_not_fit_together_or_is_too_large_is_refused() -> None:
     with pytest.raises(DataError, match="different sizes"):
-        read_files([encoded(noise(20, 20)), encoded(noise(10, 10))], 32, LIMITS)
-    with pytest.raises(DataError, match="no images"):
-        read_files([], 32, LIMITS)
+        read_files([encoded(noise(20, 20)), encoded(noise(10, 10))], 32, PIXELS)
     with pytest.raises(TooLargeError, match="6400 pixels"):
-        read_files([encoded(np.zeros((80, 80), np.uint8))], 32, LIMITS)
+        read_files([encoded(np.zeros((80, 80), np.uint8))], 32, PIXELS)
     with pytest.raises(TooLargeError, match="6400 pixels"):
-        read_array(bytes(6400), (1, 1, 80, 80), LIMITS)
-    with pytest.raises(TooLargeError, match="found 4 images"):
-        read_array(bytes(16), (4, 1, 2, 2), LIMITS)
+        read_array(bytes(6400), (1, 1, 80, 80), PIXELS)
     with pytest.raises(DataError, match="found 4 values for an array"):
-        read_array(bytes(4), (1, 1, 60, 60), LIMITS)
+        read_array(bytes(4), (1, 1, 60, 60), PIXELS)
     with pytest.raises(DataError, match="no pixels"):
-        read_array([0.5] * 4, (1, 1, 2, 2), LIMITS)
-    with pytest.raises(ConfigurationError, match="pixels=0"):
-        InputLimits(pixels=0)
+        read_array([0.5] * 4, (1, 1, 2, 2), PIXELS)

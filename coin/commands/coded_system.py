@@ -1,0 +1,200 @@
+"""A finished experiment's coded system: its experts, one method's coded models, one decoder, and their results."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jsonargparse import ArgumentParser
+
+from coin.coding import Answers, Code, Decoder, DecoderConfig, make_decoder
+from coin.commands.parser import command_parser, parsed
+from coin.data import TaskData
+from coin.data.tasks import Tasks, task_with
+from coin.errors import ConfigurationError, FileError
+from coin.files.safetensors import load_provenance
+from coin.files.yaml import read_yaml
+from coin.modules import Coded
+from coin.modules.variants import NONE, ORACLE, read_coded
+from coin.networks import load_network
+from coin.reporting.results import RESULTS_CSV, asked_policy, read_configuration, read_results
+from coin.reporting.summary import seed_folders
+from coin.steps.expert_files import ExpertFiles
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which of an experiment's coded systems is meant.
+
+    Args:
+        method: The merge method whose coded models serve; none takes the first one in the results.
+        batchnorm: The BatchNorm policy that its run asked for; none takes its first one.
+        decoder: The decoder, as the results call it. A calibrated one is fitted anew on the experiment's calibration
+            samples.
+    """
+
+    method: str | None = None
+    batchnorm: str | None = None
+    decoder: str = "linear"
+
+
+@dataclass(frozen=True)
+class CodedSystem:
+    """A coded system of one seed.
+
+    Attributes:
+        folder: The seed's.
+        experts: The experts, in the order of the code.
+        coded: The coded models' files, in the order of the code's rows.
+        code: The code.
+        method: What the results call the merge method.
+        batchnorm: Its BatchNorm policy.
+        decoder: The decoder.
+        results: What was measured of it, in all seeds.
+    """
+
+    folder: Path
+    experts: ExpertFiles
+    coded: tuple[Path, ...]
+    code: Code
+    method: str
+    batchnorm: str
+    decoder: DecoderConfig
+    results: pd.DataFrame
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of the tasks."""
+        return tuple(self.experts.paths)
+
+    @property
+    def classes(self) -> dict[str, list[str]]:
+        """The names of every task's classes; numbers where the expert's file does not say."""
+        opened = self.experts.opened
+        return {task: list(map(str, file.provenance.get("classes") or range(file.num_classes)))
+                for task, file in opened.items()}  # fmt: skip
+
+    @property
+    def decoded_accuracy(self) -> dict[int, float]:
+        """The mean accuracy of decoded answers by the number of experts that are lost at once."""
+        sizes = self.results["erased"].str.count(r"\+") + 1
+        return {int(size): float(rows["decoded_accuracy"].mean()) for size, rows in self.results.groupby(sizes)}
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The tokenizer of a system for texts; none for images, and for the packaged encoder's.
+
+        Raises:
+            ConfigurationError: Tasks have tokenizers of their own, which no one front end can read texts with.
+        """
+        if self.experts.config.reads != "texts":
+            return None
+        found = {getattr(task, "tokenizer", None) for task in self._described().values()}
+        if len(found) > 1:
+            raise ConfigurationError(f"found tokenizers {found}, expected one for all tasks; train them with one")
+        tokenizer: str | None = found.pop()
+        return tokenizer
+
+    def data(self) -> Tasks:
+        """Return the tasks with this seed's samples, read."""
+        given = self._configuration["calibration"]
+        options = {name: given[name] for name in ("samples_per_task", "batch_size")}
+        data = Tasks(self._described(), **options, seed=self._configuration["seeds"][0])
+        data.prepare_data()
+        data.setup()
+        return data
+
+    @cached_property
+    def _configuration(self) -> dict[str, Any]:
+        path = self.folder / "config.yaml"
+        if not path.is_file():
+            raise FileError(f"found no '{path}', which says what the tasks are; use --decoder=linear, or coin run")
+        return dict(read_yaml(path))
+
+    def _described(self) -> dict[str, TaskData]:
+        """Return the tasks of the configuration; its other options are not read, which may be another version's."""
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--tasks", type=dict[str, TaskData])
+        tasks = parser.instantiate(parser.parse_object({"tasks": self._configuration["tasks"]})).tasks
+        return {name: task_with(tasks[name], image_size=self.experts.config.image_size) for name in self.tasks}
+
+    def fitted_decoders(self) -> list[Decoder]:
+        """Return the decoders of every loss that the code promises to make up for, as the evaluation fits them."""
+        config, calibration = self.decoder, self.data().calibration()
+        coded = Coded(self.code, self.experts.networks, [load_network(path).network for path in self.coded])
+        parts = [
+            coded.answers(batch, features=config.reads_features, stages=config.reads_stages) for batch in calibration
+        ]
+        answers = replace(Answers.concatenate(parts), tasks=calibration.part)
+        return [make_decoder(config, self.code, erased).fit(answers) for erased in self.code.erasures()]
+
+
+def read_coded_system(folder: Path, choice: Choice) -> CodedSystem:
+    """Read a coded system of an experiment's first seed, or of a seed.
+
+    Raises:
+        ConfigurationError: There are no such results.
+        FileError: A file is missing or damaged, or a coded model was made of other experts.
+    """
+    seeds = [folder] if (folder / RESULTS_CSV).is_file() else seed_folders(folder)
+    if not seeds:
+        raise FileError(
+            f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}', expected the folder of an "
+            "experiment or of one seed; make it with `coin run`"
+        )
+    seed = seeds[0]
+    frame = pd.concat([read_results(each) for each in seeds], ignore_index=True)
+    results = _results_of(frame.assign(batchnorm=frame["batchnorm"].map(asked_policy)), choice, folder)
+    method, batchnorm = str(results["method"].iloc[0]), str(results["batchnorm"].iloc[0])
+    tasks = list(dict.fromkeys(results["task"]))
+    experts = ExpertFiles({task: seed / "experts" / task / "expert.safetensors" for task in tasks})
+    code = (read_configuration(seed).get("configuration") or {}).get("code")
+    coded = {}
+    for path in (seed / "coded").glob("*.safetensors"):
+        made = load_provenance(path)
+        # Beside them may lie what earlier runs have made for other codes or tasks.
+        current = made.get("code") == code and set(made.get("tasks", ())) == set(tasks)
+        if current and (made.get("label"), made.get("batchnorm")) == (method, batchnorm):
+            experts.paths = {task: experts.paths[task] for task in made["tasks"]}  # in the order of the code
+            coded[int(made["row"])] = path
+    if not coded:
+        raise FileError(f"found no coded model of method {method} ({batchnorm}) in '{seed / 'coded'}'; run it again")
+    paths = tuple(coded[row] for row in sorted(coded))
+    _, (variant,) = read_coded(paths, list(experts.marks.values()))
+    decoder = DecoderConfig.named(choice.decoder)
+    return CodedSystem(seed, experts, paths, variant.code, method, batchnorm, decoder, results)
+
+
+def _results_of(frame: pd.DataFrame, choice: Choice, folder: Path) -> pd.DataFrame:
+    """Return the rows of a decoder, a method and its BatchNorm policy, of those that are chosen or come first."""
+    frame = frame[~frame["method"].isin([NONE, ORACLE])]
+    policy = None if choice.batchnorm is None else asked_policy(choice.batchnorm)
+    for column, wanted in (("decoder", choice.decoder), ("method", choice.method), ("batchnorm", policy)):
+        known = list(dict.fromkeys(frame[column]))
+        if not known or wanted not in (None, *known):
+            raise ConfigurationError(
+                f"found {column} '{wanted}', '{folder}' has results of {', '.join(known) or 'no coded models'}; "
+                "choose one of them"
+            )
+        frame = frame[frame[column] == (known[0] if wanted is None else wanted)]
+    return frame
+
+
+def parse_options(
+    name: str, function: Callable[..., Any], arguments: Sequence[str], **sections: type
+) -> dict[str, Any]:
+    """Return the arguments of a command's function that takes a folder, and sections whose options stand by themselves.
+
+    Such a section is a dataclass, under the name of the function's argument: its options are given by their own names.
+    """
+    parser = command_parser(name)
+    parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")
+    for section in sections.values():
+        parser.add_class_arguments(section)
+    parser.add_function_arguments(function, skip={"folder", *sections})
+    options = parsed(parser, arguments)
+    for argument, kind in sections.items():
+        options[argument] = kind(**{each.name: options.pop(each.name) for each in fields(kind)})
+    return options
