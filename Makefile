@@ -9,7 +9,7 @@ SLOW := -m 'not slow'
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-small test test-all lint format types imports pytest bench fuzz notebooks clean
+.PHONY: help install demo demo-small test test-all lint format types imports pytest bench bench-check fuzz notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -61,6 +61,9 @@ pytest: $(VENV)/.dev  ## run the tests that are quick
 
 bench: $(VENV)/.bench  ## time the exact Fisher against its limit and its peers
 	$(BIN)/python -W ignore tests/benchmarks/fisher.py
+
+bench-check: $(VENV)/.demo  ## fail if the exact Fisher has become slow, as a ratio to its limit
+	$(BIN)/python -W ignore tests/benchmarks/fisher.py --check --repeats 3 --networks resnet18 mobilenet_v2 efficientnet_b0
 
 fuzz: $(VENV)/.dev  ## random configurations and checkpoints, FUZZ seconds a test
 	COIN_FUZZ_SECONDS=$(FUZZ) $(BIN)/pytest -n0 tests/fuzz

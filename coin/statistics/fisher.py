@@ -12,7 +12,7 @@ from coin.choices import check_integer
 from coin.errors import ConfigurationError, DataError
 from coin.statistics.cotangents import FisherKind, check_cotangents, make_cotangents
 from coin.statistics.guard import differentiable, evaluating, trainable
-from coin.statistics.memory import Layout, choose_cut
+from coin.statistics.memory import Layout, arranged, choose_cut
 from coin.statistics.sums import Sums, sum_type
 from coin.statistics.tape import Tape
 
@@ -143,7 +143,7 @@ class FisherPass:
         samples, chunk = choose_cut(layout, number, self.memory_mib, next(iter(self._parameters.values())))
         piece = take(inputs, slice(start, start + samples))
         tape = Tape(self._parameters, self._totals, layout.rows)
-        output = tape.run(self.network, piece)
+        output = tape.run(self.network, layout.arranged(piece))
         if key not in self._layouts:
             self._layouts[key] = layout
             # Not the same if it depends on its neighbours; outputs that overflow tell nothing, and end in the sums.
@@ -151,7 +151,7 @@ class FisherPass:
             if bool(((output[0] - layout.logits).abs() > rounding).any()):
                 self._layouts[key] = replace(layout, rows={})
                 tape = Tape(self._parameters, self._totals, {})
-                output = tape.run(self.network, piece)
+                output = tape.run(self.network, layout.arranged(piece))
         labels = None if self.labels is None else self.labels[self.count : self.count + len(output)]
         rows = make_cotangents(
             self.kind, output.detach(), labels=labels, cotangents=self.cotangents, generator=self.generator
@@ -167,15 +167,24 @@ class FisherPass:
 
         If values decide what lies where, one sample says nothing about others: then every cut is looked at by itself.
         """
-        tape = Tape(self._parameters, self._totals, None)
-        output = tape.run(self.network, joined([sample, sample]))
+        two = joined([sample, sample])
+        channels_last = any(tensor.ndim == 4 for tensor in tensors_in(two))
+        try:
+            tape = Tape(self._parameters, self._totals, None)
+            output = tape.run(self.network, arranged(two, channels_last=channels_last))
+        except RuntimeError:
+            if not channels_last:
+                raise
+            channels_last = False  # a view of its activations may hold in the usual order alone
+            tape = Tape(self._parameters, self._totals, None)
+            output = tape.run(self.network, two)
         untrusted = tape.misplaced(output, unseen=True) | tape.close(output)
         rows: dict[str, int] = {}
         for call, names in tape.calls.items():
             if untrusted.isdisjoint(names.values()):
                 rows.update(dict.fromkeys(names.values(), len(call.inputs) // 2))
         sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sum(each.numel() for each in tensors_in(sample))]
-        return Layout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach())
+        return Layout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach(), channels_last)
 
     def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> set[str]:
         """Add what the rules answer for, `chunk` of the cotangents [V, b, C] at a time; return the other names."""

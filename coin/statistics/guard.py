@@ -95,6 +95,9 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         with torch.no_grad():
-            for buffer, old in buffers:
-                if not torch.equal(buffer, old):
-                    buffer.copy_(old)
+            # Their devices are waited for once, not for every buffer.
+            changed = [(buffer != old).any() for buffer, old in buffers]
+            if changed and bool(torch.stack([each.to(changed[0].device) for each in changed]).any()):
+                for (buffer, old), differs in zip(buffers, changed, strict=True):
+                    if bool(differs):
+                        buffer.copy_(old)

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from coin.statistics.rules.call import Call
-from coin.statistics.rules.convolution import ConvolutionCall, Geometry
+from coin.statistics.rules.convolution import ConvolutionCall, DepthwiseCall, Geometry
 from coin.statistics.rules.elementwise import batch_norm, group_norm, layer_norm, scale, shift
 from coin.statistics.rules.linear import EmbeddingCall, LinearCall
 
@@ -24,6 +25,7 @@ _SORTING |= {"masked_select", "masked_scatter", "scatter", "scatter_add", "scatt
 _SORTING |= {"__bool__", "__int__", "__float__", "__index__"}
 """Functions by which values can decide where a row goes; those that work in place have the same names."""
 
+_signature = lru_cache(maxsize=None)(inspect.signature)
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
@@ -76,7 +78,7 @@ def _sorts(func: Any, args: tuple[Any, ...]) -> bool:
 def _fits(reader: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:
     """Say whether a function was called in a form that its reader knows."""
     try:
-        inspect.signature(reader).bind(*args, **options)
+        _signature(reader).bind(*args, **options)
     except TypeError:
         return False
     return True
@@ -139,7 +141,8 @@ def _convolution(
     else:
         sides = _sizes(0 if padding == "valid" else padding, dims)
     geometry = Geometry(kernel, _sizes(stride, dims), sides, dilations, groups)
-    return ConvolutionCall(input, weight, bias, geometry=geometry)
+    rule = DepthwiseCall if groups == len(weight) == input.shape[1] > 1 else ConvolutionCall
+    return rule(input, weight, bias, geometry=geometry)
 
 
 def _sizes(value: Any, dims: int) -> tuple[int, ...]:

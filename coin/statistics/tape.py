@@ -6,6 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import (
+    _add_batch_dim,
+    get_unwrapped,
+    is_batchedtensor,
+    maybe_get_bdim,
+    maybe_get_level,
+)
 from torch.autograd import Function
 
 from coin.batches import Batch, size_of
@@ -123,7 +130,7 @@ class Tape:
         torch.vmap(one)(cotangents)
         return True
 
-    def contract(self, call: Call, g: Tensor, needs_input: bool) -> Tensor:
+    def contract(self, call: Call, g: Tensor, needs_input: bool) -> Tensor | None:
         """Let a call's rule see the cotangents [V, N, …] of its output; return those of its input, if asked."""
         if self._scales is not None:
             self._placed[call] = self._is_placed(self._scales, g)
@@ -132,7 +139,7 @@ class Tape:
             if self._last:
                 call.finish(self._samples, totals)
         if not needs_input:
-            return g.new_zeros(())
+            return None
         gradient = call.input_gradient(g, call.weight)
         if self._scales is not None and self._unseen and not bool(gradient.any()):
             gradient = call.input_gradient(g, torch.where(call.weight == 0, 1, call.weight))
@@ -140,11 +147,14 @@ class Tape:
 
     def _is_placed(self, scales: Tensor, g: Tensor) -> bool:
         """Say whether the cotangents [1 + digits, N, …] are those of the first repetition in the right scales."""
-        rows = g.reshape(len(g), self._samples, g.shape[1] // self._samples, -1)
-        expected = scales[..., None, None] * rows[0]
-        eps = torch.finfo(g.dtype).eps
-        bound = eps**0.5 * expected.abs().amax(-1) + 64 * eps * rows.abs().amax()
-        return bool(((rows - expected).abs().amax(-1) <= bound).all() & (rows.any() | (not self._unseen)))
+        first, *rest = g.reshape(len(g), self._samples, g.shape[1] // self._samples, -1)
+        row_size, eps = first.abs().amax(-1), torch.finfo(g.dtype).eps
+        size = row_size.amax()
+        for scale, rows in zip(scales[1:, :, None], rest, strict=True):
+            error = (rows - scale[..., None] * first).abs_().amax(-1)
+            if not bool((error <= scale * (eps**0.5 * row_size + 64 * eps * size)).all()):
+                return False
+        return not self._unseen or bool(size > 0)
 
 
 class _RuledCall(Function):
@@ -164,27 +174,14 @@ class _RuledCall(Function):
     def backward(ctx: Any, g: Tensor | None) -> tuple[None, Tensor | None, None, None, None]:
         if g is None:
             return None, None, None, None, None
-        needed = ctx.needs_input_grad[1]
-        gradient = _Contraction.apply(g, ctx.call, ctx.tape, needed)  # type: ignore[no-untyped-call]
-        return None, gradient if needed else None, None, None, None
-
-
-class _Contraction(Function):
-    """Reaches below autograd's batching of cotangents, where all V of them are one tensor."""
-
-    @staticmethod
-    def forward(g: Tensor, call: Call, tape: Tape, needed: bool) -> Tensor:
-        # Not batched: the same cotangent for every v. The sum of V equal squares and V equal input gradients.
-        gradient = tape.contract(call, g.expand(tape.cotangents, *g.shape), needed)
-        return gradient[0] if needed else gradient
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], g: Tensor, call: Call, tape: Tape, needed: bool
-    ) -> tuple[Tensor, int | None]:
-        gradient = tape.contract(call, g.movedim(in_dims[0] or 0, 0), needed)
-        return gradient, 0 if needed else None
+        # Below autograd's batching of cotangents all V of them are one tensor. A Function with a vmap of its own would
+        # get there too, but takes longer than most rules.
+        if is_batchedtensor(g):
+            level = maybe_get_level(g)
+            folded = get_unwrapped(g).movedim(maybe_get_bdim(g), 0)
+        else:  # the same cotangent for every v: V equal squares and V equal input gradients
+            level, folded = None, g.expand(ctx.tape.cotangents, *g.shape)
+        gradient = ctx.tape.contract(ctx.call, folded, ctx.needs_input_grad[1])
+        if gradient is None:
+            return None, None, None, None, None
+        return None, gradient[0] if level is None else _add_batch_dim(gradient, 0, level), None, None, None

@@ -1,15 +1,17 @@
 """The layer rules one by one, and what must not be ruled: tied weights, modules called twice, odd layouts."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from coin.errors import ConfigurationError, DataError, StateError
-from coin.statistics import fisher_diagonal
+from coin.statistics import FisherPass, fisher_diagonal
 
 CLASSES = 3
 
@@ -56,6 +58,10 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dilated": (lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2), (4, 6, 5)),
     "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2), (4, 6, 6)),
     "depthwise, large map": (lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1), (6, 9, 9)),
+    "depthwise, strided": (lambda: nn.Conv2d(6, 6, 3, groups=6, padding=1, stride=2), (6, 7, 8)),
+    "depthwise, dilated, no bias": (lambda: nn.Conv2d(6, 6, 3, groups=6, dilation=2, bias=False), (6, 8, 7)),
+    "depthwise, one dimension": (lambda: nn.Conv1d(6, 6, 5, groups=6, padding=2, stride=3), (6, 20)),
+    "depthwise, two outputs a channel": (lambda: nn.Conv2d(3, 6, 3, groups=3, padding=1), (3, 9, 9)),
     "depthwise, small map": (lambda: nn.Conv2d(6, 6, 5, groups=6, padding=2), (6, 2, 2)),
     "large map": (lambda: nn.Conv2d(4, 6, 3, padding=1), (4, 12, 11)),
     "pointwise, strided": (lambda: nn.Conv2d(4, 6, 1, stride=(2, 3)), (4, 5, 6)),
@@ -118,6 +124,7 @@ FOLDED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "convolution": (lambda: nn.Conv2d(4, 6, 3), (4, 4, 4), 24),
     "convolution of a large map": (lambda: nn.Conv2d(2, 3, 3, padding=1, bias=False), (2, 9, 9), 243),
     "convolution to one position": (lambda: nn.Conv2d(4, 6, (2, 3)), (4, 2, 3), 6),
+    "depthwise convolution": (lambda: nn.Conv2d(4, 4, 3, groups=4, stride=2, padding=1), (4, 4, 4), 16),
     "grouped convolution": (lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2, padding=1), (4, 4, 4), 24),
     "one dimension": (lambda: nn.Conv1d(4, 6, 3, dilation=2), (4, 7), 18),
     "three dimensions": (lambda: nn.Conv3d(2, 4, 2, groups=2), (2, 3, 2, 3), 16),
@@ -299,6 +306,45 @@ def test_a_transformer_layer() -> None:
             return self.head(self.layer(x)[:, 0])
 
     assert_exact_attention(Encoder(), torch.randn(3, 5, 4))
+
+
+def test_a_network_whose_views_hold_in_the_usual_order_of_memory_alone() -> None:
+    class Viewing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1), nn.Tanh())
+            self.head = nn.Linear(54, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layers(x).view(len(x), -1))
+
+    torch.manual_seed(0)
+    network, inputs = Viewing(), torch.randn(3, 4, 5, 5)
+    with pytest.raises(RuntimeError, match="view"):
+        network(inputs.to(memory_format=torch.channels_last))
+    assert_exact(network, inputs)
+
+
+def test_after_the_first_batch_nothing_waits_for_the_device() -> None:
+    class Waits(TorchDispatchMode):
+        """Counts what makes a processor wait for an accelerator: values read, and copies between devices."""
+
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            self.count += func is torch.ops.aten._to_copy.default and "device" in (kwargs or {})
+            return func(*args, **(kwargs or {}))
+
+    torch.manual_seed(0)
+    network = Pooled(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Hardswish(), nn.Conv2d(6, 6, 3, groups=6), width=6)
+    fisher = FisherPass(network, kind="exact")
+    counts = []
+    for _ in range(3):
+        with Waits() as waits:
+            fisher.add(torch.randn(3, 4, 9, 9))
+        counts.append(waits.count)
+    assert counts[0] > counts[1] == counts[2] == 1  # whether the buffers are as they were
 
 
 def test_in_place_operations_on_a_layers_output() -> None:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from coin.statistics.rules.linear import LinearCall, add_gram, position_pairs
+from coin.statistics.rules.call import Totals
+from coin.statistics.rules.linear import BLOCK, LinearCall, add_gram, position_pairs
 
 
 @dataclass(frozen=True)
@@ -77,28 +78,28 @@ class ConvolutionCall(LinearCall):
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:
         geometry, size, folded = self.geometry, tuple(self.inputs.shape[2:]), g.flatten(0, 1)
+        last = self.inputs.ndim == 4 and self.inputs.is_contiguous(memory_format=torch.channels_last)
+        order = torch.channels_last if last else torch.contiguous_format
+        shape = (len(folded), *self.inputs.shape[1:])
+        gradient = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=order)
         pointwise = prod(geometry.kernel) == 1 and not any(geometry.padding)
         one_position = prod(geometry.output_size(size)) == 1
         if geometry.groups == 1 and (one_position or (pointwise and max(geometry.stride) > 1)):
             # One product for each tap, as no two meet: several times faster than the library's kernel.
-            gradient = folded.new_zeros(len(folded), *self.inputs.shape[1:])
-            rows = folded.movedim(1, -1)
+            rows, by_place = folded.movedim(1, -1), gradient.zero_().movedim(1, -1)
             for index, _, places in geometry.taps(size):
-                gradient[(slice(None), slice(None), *places)] = (rows @ weight.flatten(2)[..., index]).movedim(-1, 1)
+                by_place[(slice(None), *places)] = rows @ weight.flatten(2)[..., index]
         else:
-            like = g.new_empty(1).expand(len(folded), *self.inputs.shape[1:])  # only its shape is read
+            folded = folded.contiguous(memory_format=order)
             gradient = torch.ops.aten.convolution_backward(
-                folded, like, weight, None, geometry.stride, geometry.padding, geometry.dilation, False,
+                folded, gradient, weight, None, geometry.stride, geometry.padding, geometry.dilation, False,
                 [0] * len(size), geometry.groups, [True, False, False],
             )[0]  # fmt: skip
         return gradient.view(*g.shape[:2], *gradient.shape[1:])
 
     @override
     def positions(self, g: Tensor, samples: int) -> Tensor:
-        columns = g.flatten(3)  # [V, B·k, O, T]
-        if g.shape[1] != samples:  # a sample's rows are further positions
-            columns = columns.reshape(len(g), samples, -1, *columns.shape[2:]).transpose(2, 3).flatten(3)
-        return columns.mT
+        return g.movedim(2, -1).reshape(len(g), samples, -1, g.shape[2])  # a sample's rows are further positions
 
     @override
     def patches(self, rows: Tensor) -> Tensor:
@@ -126,3 +127,24 @@ class ConvolutionCall(LinearCall):
                 first, second = (met[places] for places in position_pairs(len(met), met.device)[:2])
                 met_pairs = pairs.index_select(1, first * (2 * grid.numel() - 1 - first) // 2 + second)
             add_gram(by_tap[:, :, index], met_pairs, a)
+
+
+@dataclass(eq=False)
+class DepthwiseCall(ConvolutionCall):
+    """A convolution of each channel by itself, W [C, 1, *kernel]: one product with the cotangents for each tap."""
+
+    @override
+    def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
+        rows = g.movedim(2, -1).contiguous()  # [V, B·k, *output, C]
+        if "bias" in totals:
+            sums = rows.view(len(g), samples, -1, g.shape[2]).sum(2)
+            totals["bias"].add_(torch.square(sums).sum((0, 1)))
+        if "weight" not in totals:
+            return
+        inputs = self.inputs.movedim(1, -1).to(g.dtype)
+        by_tap = totals["weight"].view(len(self.weight), -1)
+        for index, outputs, places in self.geometry.taps(tuple(self.inputs.shape[2:])):
+            a = inputs[(slice(None), *places)].contiguous()
+            for block in torch.split(rows[(slice(None), slice(None), *outputs)], max(1, BLOCK // a.numel())):
+                sums = (block * a).view(len(block), samples, -1, a.shape[-1]).sum(2)
+                by_tap[:, index] += sums.square_().sum((0, 1))

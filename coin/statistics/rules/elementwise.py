@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from coin.statistics.rules.call import Call, Totals
+from coin.statistics.rules.linear import BLOCK
 from coin.statistics.sums import sum_type
 
 
@@ -35,13 +36,15 @@ class ElementwiseCall(Call):
 
     @override
     def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
-        for role, total in totals.items():
-            local = g if role == "bias" or self.normalised is None else g * self.normalised(self.inputs)
-            inner = local.shape[2:]
-            shape = (1,) * (len(inner) - len(self.shape)) + self.shape
-            over = [2, *(3 + d for d, size in enumerate(shape) if size == 1)]
-            sums = local.reshape(len(local), samples, -1, *inner).sum(over)
-            total.add_(torch.square(sums).sum((0, 1)).view(total.shape))
+        inner = g.shape[2:]
+        shape = (1,) * (len(inner) - len(self.shape)) + self.shape
+        over = [2, *(3 + d for d, size in enumerate(shape) if size == 1)]
+        factor = None if self.normalised is None or "weight" not in totals else self.normalised(self.inputs)
+        for block in torch.split(g, max(1, BLOCK // g[0].numel())):
+            for role, total in totals.items():
+                local = block if role == "bias" or factor is None else block * factor
+                sums = local.reshape(len(block), samples, -1, *inner).sum(over)
+                total.add_(sums.square_().sum((0, 1)).view(total.shape))
 
     @override
     def input_gradient(self, g: Tensor, weight: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from coin.statistics.rules.call import Call, Totals
 
-_BLOCK = 1 << 20
-"""Floats of per-sample gradients that the direct rule forms at a time: few enough to stay in a core's cache."""
+BLOCK = 1 << 20
+"""Floats that a rule makes at a time, as a direct rule's per-sample gradients: few enough to stay in a core's cache."""
 
 
 @dataclass(eq=False)
@@ -50,13 +50,13 @@ class LinearCall(Call):
             totals["bias"].add_(torch.square(rows.sum(2)).sum((0, 1)))
         if "weight" not in totals:
             return
-        k = g.shape[1] // samples
-        if (k == 1 or self.many_rows) and prefers_gram(rows.shape[2], len(rows)):
+        k, total = g.shape[1] // samples, self.matrices(totals["weight"])
+        if (k == 1 or self.many_rows) and prefers_gram(rows.shape[2], len(rows), total.shape[-1]):
             pairs = contract_pairs(rows)
             self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
         else:
             inputs = (self.patches(sample.to(g.dtype)) for sample in torch.split(self.inputs, k))
-            add_direct(self.matrices(totals["weight"]), rows.mT, inputs)
+            add_direct(total, rows, inputs)
 
     @override
     def finish(self, samples: int, totals: Totals) -> None:
@@ -106,14 +106,15 @@ class EmbeddingCall(Call):
             totals["weight"].index_add_(0, found, squares)
 
 
-def prefers_gram(positions: int, cotangents: int) -> bool:
-    """Say whether the Gram rule is the quicker one, by a rule of thumb measured on CPUs.
+def prefers_gram(positions: int, cotangents: int, columns: int) -> bool:
+    """Say whether the Gram rule is the quicker one for T positions, V cotangents and W [O, K], as measured on CPUs.
 
-    The Gram rule's products grow with T(T+1)/2 and not with V; the direct rule's with V·T, and it also writes and
-    reads V gradients.
+    Per output and sample, the Gram rule multiplies V·T(T+1)/2 times outside a matrix product, which takes as long as 17
+    times inside one, and K·T(T+1)/2 times inside; the direct rule V·T·K times inside, and squares V·K numbers, as long
+    as 8 times.
     """
     pairs = positions * (positions + 1) // 2
-    return positions == 1 or (positions <= 32 and pairs <= cotangents * (positions + 32))
+    return positions == 1 or (17 * cotangents + columns) * pairs <= cotangents * columns * (positions + 8)
 
 
 @lru_cache(maxsize=64)
@@ -124,17 +125,10 @@ def position_pairs(positions: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def contract_pairs(g: Tensor) -> Tensor:
-    """Return w_tt' Σ_v g_vt g_vt' over the pairs of positions, [B, P, O], from g [V, B, T, O].
-
-    Channels come last, so that picking pairs copies whole rows.
-    """
-    v, b, t, o = g.shape
-    if t == 1:
-        return torch.square(g).sum(0)
-    columns = g.permute(1, 3, 0, 2).reshape(b * o, v, t)
-    products = torch.bmm(columns.mT, columns).view(b, o, t * t)
-    first, second, weights = position_pairs(t, g.device)
-    return products.mT.contiguous().index_select(1, first * t + second).mul_(weights[:, None])
+    """Return w_tt' Σ_v g_vt g_vt' over the pairs of positions, [B, P, O], from g [V, B, T, O]."""
+    t = g.shape[2]
+    pairs = [(g[:, :, first : first + 1] * g[:, :, first:]).sum(0) for first in range(t)]
+    return torch.cat(pairs, 1).mul_(position_pairs(t, g.device)[2][:, None])
 
 
 def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
@@ -158,17 +152,14 @@ def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
 def add_direct(total: Tensor, g: Tensor, a: Iterable[Tensor]) -> None:
     """Add Σ_n Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, O/G, K] by forming the per-sample gradients a block at a time.
 
-    The cotangents g are [V, B, O, T], and each sample's inputs in a [G, T, K].
+    The cotangents g are [V, B, T, O], and each sample's inputs in a [G, T, K].
     """
-    v, _, o, t = g.shape
     groups, outputs, k = total.shape
-    rows = max(1, min(v, _BLOCK // (o * k)))
-    buffer = total.new_empty(rows * o * k)
+    step = max(1, BLOCK // total.numel())
+    buffer = total.new_empty(min(step, len(g)) * total.numel())
     for n, right in enumerate(a):
-        for start in range(0, v, rows):
-            block = g[start : start + rows, n]
-            left = block.reshape(-1, groups, outputs, t).transpose(0, 1).reshape(groups, -1, t)
-            gradients = buffer[: left.shape[0] * left.shape[1] * k].view(groups, -1, k)
-            torch.bmm(left, right, out=gradients)
-            squares = torch.mul(gradients, gradients, out=gradients).view(groups, len(block), outputs, k)
-            total.add_(squares.sum(1))
+        for block in torch.split(g[:, n], step):
+            left = block.view(*block.shape[:2], groups, outputs).permute(0, 2, 3, 1).flatten(0, 1)  # [v·G, O/G, T]
+            gradients = buffer[: len(left) * outputs * k].view(-1, outputs, k)
+            torch.bmm(left, right.expand(len(block), *right.shape).flatten(0, 1), out=gradients)
+            total.add_(gradients.square_().view(-1, *total.shape).sum(0))
