@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from coin.commands import COMMANDS, ON_TRAINER
 from coin.errors import CoinError, CoinWarning, ConfigurationError, shortage_behind
@@ -45,7 +46,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], name: str) -> None:
-    safe = SAFE in arguments or _is_set(VARIABLE)
+    if (asked := os.environ.get(VARIABLE, "0")) not in ("", "0", "1"):
+        raise ConfigurationError(f"found {VARIABLE}={asked}, expected 0 or 1; set it to 1 to be safe")
+    safe = SAFE in arguments or asked == "1"
     arguments = [each for each in arguments if each != SAFE]
     if not arguments:
         raise ConfigurationError(f"found no command, expected one of {', '.join(COMMANDS)}")
@@ -67,23 +70,15 @@ def _run(arguments: list[str], name: str) -> None:
 
 
 def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: coin COMMAND [options]\n",
-            "Erasure-coded neural networks: one coded model, built in closed form, stands in for a lost expert.\n",
-            *lines,
-            "\ncoin COMMAND --help lists a command's options; -c FILE.yaml gives them in a file, --print_config shows",
-            f"all of them. {SAFE}: import no class that is not on coin's allow-list (coin.safe).",
-        ]
-    )
+    commands = "\n".join(f"  {name:10} {summary}" for name, summary in COMMANDS.items())
+    return f"""usage: coin COMMAND [options]
 
+Erasure-coded neural networks: one coded model, built in closed form, stands in for a lost expert.
 
-def _is_set(variable: str) -> bool:
-    if (given := os.environ.get(variable, "0")) not in ("", "0", "1"):
-        raise ConfigurationError(f"found {variable}={given}, expected 0 or 1; set it to 1 to be safe")
-    return given == "1"
+{commands}
+
+coin COMMAND --help lists a command's options; -c FILE.yaml gives them in a file, --print_config shows
+all of them. {SAFE}: import no class that is not on coin's allow-list (coin.safe)."""
 
 
 @contextmanager
@@ -91,14 +86,12 @@ def _warnings_in_one_line() -> Iterator[None]:
     """Print our own warnings like our errors; Python's form names a line of source that says nothing to a user."""
     plain = warnings.formatwarning
 
-    def formatted(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-    ) -> str:
+    def formatted(message: Warning | str, category: type[Warning], *place: Any) -> str:
         if issubclass(category, CoinWarning):
             return f"coin: warning: {' '.join(str(message).split())}\n"
-        return plain(message, category, filename, lineno, line)
+        return plain(message, category, *place)
 
-    warnings.formatwarning = formatted
+    warnings.formatwarning = formatted  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -6,17 +6,17 @@ Every message is one line: what was found, what was expected, what to do. The co
 
 import errno
 
+_SPACE = "free some space, and run the same command again"
+_LOWER = "lower batch sizes or calibration.memory_mib"
 _ADVICE = {
-    errno.ENOSPC: "free some space, and run the same command again",
-    errno.EDQUOT: "free some of your quota, and run the same command again",
-    errno.EROFS: "choose a folder you can write to",
-    errno.EACCES: "choose another path, or mend its permissions",
-    errno.EPERM: "choose another path, or mend its permissions",
-    errno.ENOTDIR: "choose a folder, not a file",
-    errno.EISDIR: "name a file, not a folder",
-    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.ENOMEM: _LOWER,
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.ENOMEM: "lower batch sizes or calibration.memory_mib",
+    **dict.fromkeys(
+        (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+        "choose a folder you can write to, or mend the path",
+    ),
 }
 _WRITING = ("PytorchStreamWriter failed", "unexpected pos ")
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -106,8 +106,8 @@ def shortage_behind(error: BaseException | None) -> CoinError | None:
         if isinstance(error, MemoryError) or (
             isinstance(error, RuntimeError) and any(part in text for part in _MEMORY)
         ):
-            return ShortageError(f"found too little memory ({text[:200]}), expected more; {_ADVICE[errno.ENOMEM]}")
+            return ShortageError(f"found too little memory ({text[:200]}), expected more; {_LOWER}")
         if isinstance(error, RuntimeError) and any(part in text for part in _WRITING):
-            return FileError(f"found a file that cannot be written ({text[:200]}); {_ADVICE[errno.ENOSPC]}")
+            return FileError(f"found a file that cannot be written ({text[:200]}); {_SPACE}")
         error = error.__cause__ or error.__context__
     return None

@@ -1,6 +1,7 @@
 """The processes that do one piece of work together: which is the first, and what it decides for all of them."""
 
 import os
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import timedelta
@@ -34,6 +35,12 @@ def is_first() -> bool:
     return process_count() == 1 or distributed.get_rank() == 0
 
 
+def say(text: str) -> None:
+    """Tell the user how far the work is, on the first process's standard error."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
 def from_first(compute: Callable[[], T]) -> T:
     """Return what `compute` gives on the first process, which alone runs it; the others wait for it.
 
@@ -49,8 +56,13 @@ def from_first(compute: Callable[[], T]) -> T:
     if process_count() == 1 or _alone.get():
         return compute()
     if distributed.get_rank() != 0:
-        received: T = _received()
-        return received
+        try:
+            done, received = _broadcast(None)
+        except RuntimeError as error:  # its connection is closed
+            raise OtherProcessError("the first process has ended; see what it has printed") from error
+        if not done:
+            raise OtherProcessError(f"the first process has stopped: {received}")
+        return received  # type: ignore[no-any-return]
     token = _alone.set(True)
     try:
         result = compute()
@@ -61,16 +73,6 @@ def from_first(compute: Callable[[], T]) -> T:
         _alone.reset(token)
     _broadcast((True, result))
     return result
-
-
-def _received() -> Any:
-    try:
-        done, value = _broadcast(None)
-    except RuntimeError as error:  # its connection is closed
-        raise OtherProcessError("the first process has ended; see what it has printed") from error
-    if not done:
-        raise OtherProcessError(f"the first process has stopped: {value}")
-    return value
 
 
 def _broadcast(value: Any) -> Any:

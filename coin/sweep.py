@@ -33,14 +33,9 @@ _NAME_LENGTH = 60
 
 @dataclass(frozen=True)
 class SweepFile:
-    """What a sweep's file says.
+    """What a sweep's file says: values by dotted key, those of the grid and those that all points have.
 
-    Args:
-        name: The sweep's name; the file's own where it says none.
-        experiment: The experiment's files.
-        grid: By dotted key, the values that it takes.
-        fixed: By dotted key, the value that all points have.
-        text: The file itself, its name in it.
+    `text` is the file itself, its name in it.
     """
 
     name: str
@@ -52,13 +47,7 @@ class SweepFile:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One point of a sweep: one experiment.
-
-    Args:
-        name: The experiment's name, ``SWEEP-INDEX-DESCRIPTION``.
-        values: The swept keys' values.
-        arguments: The arguments of ``coin run``.
-    """
+    """One point of a sweep: the experiment ``SWEEP-INDEX-DESCRIPTION``, made by ``coin run`` with these arguments."""
 
     name: str
     values: Mapping[str, Any]
@@ -105,12 +94,7 @@ def read_sweep(path: Path) -> SweepFile:
 
 
 def sweep_points(sweep: SweepFile, folder: Path) -> list[SweepPoint]:
-    """Return the points of the grid in the file's order, the last key varying fastest.
-
-    Args:
-        sweep: The sweep.
-        folder: The sweep's folder, in which each experiment gets its own.
-    """
+    """Return the points of the grid in the file's order, the last key varying fastest, in the sweep's folder."""
     files = [argument for file in sweep.experiment for argument in ("-c", file)]
     points = []
     for index, chosen in enumerate(itertools.product(*(enumerate(values) for values in sweep.grid.values()))):

@@ -19,7 +19,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 import coin.commands.sweep
 from coin.cli import main
 from coin.errors import ConfigurationError
-from coin.experiment.locks import alone_in
+from coin.experiment.store import alone_in
 from coin.reporting import COLUMNS, read_results
 from coin.reporting.sweeps import sweep_frame, sweep_table
 from coin.sweep import SweepPoint, read_sweep, sweep_points
@@ -174,7 +174,7 @@ def test_points_are_tagged_with_their_sweep_for_w_and_b_and_share_the_cores(
     monkeypatch.setattr(coin.commands.sweep, "cores", lambda: 7)
     monkeypatch.setenv("WANDB_TAGS", "mine")
     monkeypatch.delenv("OMP_NUM_THREADS")
-    coin.commands.sweep.sweep(str(write_sweep(tmp_path / "grid.yaml", config)), str(tmp_path))
+    coin.commands.sweep.main([str(write_sweep(tmp_path / "grid.yaml", config)), f"--output={tmp_path}"])
     ((names, environments),) = started
     assert names == NAMES
     assert [(each["WANDB_TAGS"], each["OMP_NUM_THREADS"]) for each in environments] == [("mine,sweep-grid", "2")] * 3
@@ -322,4 +322,4 @@ def test_failing_point_leaves_the_others_alone(
 
 def test_jobs_are_at_least_one(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", str(write_sweep(tmp_path / "s.yaml", config)), "--jobs=0"]) == 2
-    assert "jobs 0" in capsys.readouterr().err
+    assert "jobs=0" in capsys.readouterr().err

@@ -1,8 +1,7 @@
 """Callbacks: what is written of an expert when its training ends or is interrupted, and how far a Trainer has come."""
 
-from coin.callbacks.export import ExpertExport
+from coin.callbacks.export import ExpertExport, Weights
 from coin.callbacks.fisher import FisherEstimator
 from coin.callbacks.progress import RunProgress
-from coin.callbacks.weights import Weights
 
 __all__ = ["ExpertExport", "FisherEstimator", "RunProgress", "Weights"]

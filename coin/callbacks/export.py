@@ -1,14 +1,63 @@
-"""Writes the trained network as a safetensors file when training ends."""
+"""What is written of an expert when its training ends: which weights, of which modules, and the expert's file."""
 
+from copy import copy, deepcopy
+from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
-from coin.callbacks.weights import Weights, check_weights, description, trained_network
 from coin.choices import chosen
-from coin.errors import NumericalError
+from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import not_finite
-from coin.networks import save_network
+from coin.networks import NetworkConfig, plain_network, save_network
+
+_DESCRIBED = {"network", "image_size", "weights", "options", "num_classes"}
+"""The options of a module from which its network is built."""
+
+
+class Weights(StrEnum):
+    """``last``: as training left them; ``best``: of the checkpoint that ModelCheckpoint's monitor likes best."""
+
+    last = "last"
+    best = "best"
+
+
+def check_weights(trainer: Trainer, module: LightningModule, weights: Weights) -> None:
+    """Check, before a training, that there will be the chosen weights after it, of a module that can be written."""
+    if not isinstance(getattr(module, "network", None), nn.Module) or not module.hparams.keys() >= _DESCRIBED:
+        raise ConfigurationError(
+            f"found a {type(module).__name__}, expected an Expert, whose network can be built anew from its options; "
+            "leave out ExpertExport and FisherEstimator, or set model to Expert"
+        )
+    if weights == Weights.best and _monitored(trainer) is None:
+        raise ConfigurationError("found no best checkpoint; add a ModelCheckpoint with a monitor, or set weights=last")
+
+
+def _monitored(trainer: Trainer) -> ModelCheckpoint | None:
+    found = (c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None)
+    return next(found, None)
+
+
+def trained_network(trainer: Trainer, module: LightningModule, weights: Weights) -> nn.Module:
+    """Return the trained network with the chosen weights; with ``best`` a copy, so that the module stays as it is.
+
+    It comes as its architecture has it: not compiled, adapters merged into the weights, every parameter trainable,
+    whatever was trained. So files have the architecture's names, and a Fisher is of all parameters, as `coin fisher`
+    estimates it of the expert's file: what an expert has left at the shared initialisation counts in a merge with
+    others that have moved it.
+    """
+    network: Any = module.network
+    monitored = _monitored(trainer)
+    if weights == Weights.last or monitored is None:
+        return plain_network(copy(network))  # a copy leaves torch.compile's call behind
+    state = torch.load(monitored.best_model_path, map_location=module.device, weights_only=True)["state_dict"]
+    best, prefix = deepcopy(network), "network."
+    best.load_state_dict({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
+    return plain_network(best)
 
 
 class ExpertExport(Callback):
@@ -17,9 +66,6 @@ class ExpertExport(Callback):
     Args:
         path: The file; none writes ``expert.safetensors`` into the trainer's ``default_root_dir``.
         weights: ``last`` or ``best``.
-
-    Raises:
-        ConfigurationError: `weights` is neither.
     """
 
     def __init__(self, path: str | None = None, weights: Weights = Weights.last) -> None:
@@ -31,17 +77,24 @@ class ExpertExport(Callback):
         check_weights(trainer, pl_module, self.weights)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file, on the first process.
-
-        Raises:
-            NumericalError: The training diverged; nothing is written.
-        """
+        """Write the file, on the first process; nothing, but a NumericalError, if the training diverged."""
         network = trained_network(trainer, pl_module, self.weights)
-        if trainer.is_global_zero:
-            config, num_classes, provenance = description(pl_module, trainer)
-            path = self.path or Path(trainer.default_root_dir) / "expert.safetensors"
-            if not_finite(network.state_dict()) is not None:
-                raise NumericalError(
-                    f"training diverged: the weights for '{path}' are not finite; give a smaller learning rate"
-                )
-            save_network(path, network, config, num_classes, provenance)
+        if not trainer.is_global_zero:
+            return
+        path = self.path or Path(trainer.default_root_dir) / "expert.safetensors"
+        if not_finite(network.state_dict()) is not None:
+            raise NumericalError(
+                f"training diverged: the weights for '{path}' are not finite; give a smaller learning rate"
+            )
+        options = dict(pl_module.hparams)
+        data = getattr(trainer, "datamodule", None)
+        config = NetworkConfig(options["network"], options["image_size"], options["weights"], options["options"] or {})
+        provenance = {
+            "made_by": "coin fit",
+            "task": None if data is None else type(data).__name__,
+            "classes": None if data is None else list(data.classes),
+            "options": {name: value for name, value in options.items() if not name.startswith("_")},
+            "epochs": trainer.current_epoch,
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        }
+        save_network(path, network, config, int(options["num_classes"]), provenance)

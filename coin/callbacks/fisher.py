@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from coin.callbacks.weights import Weights, check_weights, trained_network
+from coin.callbacks.export import Weights, check_weights, trained_network
 from coin.choices import check_integer, chosen
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
@@ -18,9 +18,7 @@ from coin.statistics.statistic import StatisticOptions
 class FisherEstimator(Callback):
     """Writes the Fisher diagonal of the trained network on calibration samples of its own task.
 
-    It runs on `on_train_end`, while the network is still on its device, in eval mode, and leaves the module as found.
-    ``last.ckpt`` is written before that, so the statistic has a file of its own. ``coin fisher --ckpt_path`` computes
-    the same of any checkpoint, by the same functions.
+    It leaves the module as found. ``coin fisher --ckpt_path`` computes the same of any checkpoint.
 
     Args:
         samples: P, the number of unlabelled training samples.
@@ -29,9 +27,6 @@ class FisherEstimator(Callback):
         memory_mib: Bound on the pass's working memory in MiB.
         path: The file; none writes ``expert.fisher.safetensors`` into the trainer's ``default_root_dir``.
         weights: ``last`` or ``best``.
-
-    Raises:
-        ConfigurationError: An option is out of its range, or `cotangents` is given without Monte Carlo.
     """
 
     def __init__(
@@ -50,12 +45,7 @@ class FisherEstimator(Callback):
         self.weights = chosen(Weights, "weights", weights)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse, before the training, what could not be estimated after it.
-
-        Raises:
-            ConfigurationError: There is no datamodule, no best checkpoint to expect, or not one sample a process.
-            DataError: The task has fewer training samples than `samples`.
-        """
+        """Refuse, before the training, what could not be estimated after it."""
         data: Any = getattr(trainer, "datamodule", None)
         if data is None:
             raise ConfigurationError(

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.experiment import Experiment
 from coin.experiment.launch import Launch
@@ -16,13 +14,11 @@ from coin.reporting.tables import print_summary
 
 def main(arguments: Sequence[str]) -> None:
     """Run an experiment, and print what has come of it."""
-    options = parsed(_parser(), arguments)
-    launch, only, machine = (options.pop(name) for name in ("launch", "only", "json"))
-    experiment = Experiment(**options)
+    experiment, launch, only, machine = _read(arguments)
     if only is not None:
         make_experts(experiment, only)
         return
-    summary = run_experiment(experiment, launch=launch)
+    summary = run_experiment(experiment, launch)
     page = experiment.folder / REPORT_HTML
     if not is_first():
         return
@@ -35,11 +31,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def experiment_of(arguments: Sequence[str]) -> Experiment:
     """Return the experiment that ``coin run`` makes of arguments."""
-    options = parsed(_parser(), arguments)
-    return Experiment(**{name: value for name, value in options.items() if name not in ("launch", "only", "json")})
+    return _read(arguments)[0]
 
 
-def _parser() -> ArgumentParser:
+def _read(arguments: Sequence[str]) -> tuple[Experiment, Launch, str | None, bool]:
     parser = command_parser("run")
     parser.add_class_arguments(Experiment)
     parser.add_class_arguments(Launch, "launch")
@@ -47,4 +42,6 @@ def _parser() -> ArgumentParser:
         "--only", type=str | None, default=None, help="Make this task's expert for every seed, and nothing else."
     )
     add_json_argument(parser)
-    return parser
+    options = parsed(parser, arguments)
+    launch, only, machine = (options.pop(name) for name in ("launch", "only", "json"))
+    return Experiment(**options), launch, only, machine

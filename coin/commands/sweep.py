@@ -8,20 +8,18 @@ all finished points, behind one column per swept key; ``sweep.yaml`` beside it i
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from rich.console import Console
 
+from coin.choices import check_integer
 from coin.commands.parser import command_parser, parsed
 from coin.commands.run import experiment_of
 from coin.errors import ConfigurationError
-from coin.experiment.locks import alone_in
-from coin.experiment.process_pool import Command, child_environment, raise_for, run_side_by_side
-from coin.experiment.store import Steps, step_key
+from coin.experiment.launch import Command, child_environment, raise_for, run_side_by_side
+from coin.experiment.store import Steps, alone_in, step_key
 from coin.files.atomic import write_text
-from coin.processes import cores
+from coin.processes import cores, say
 from coin.reporting import write_report
 from coin.reporting.results import write_frame
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, sweep_frame, sweep_table
@@ -30,21 +28,8 @@ from coin.reporting.wandb_settings import check_connection, user_tags
 from coin.sweep import SweepPoint, read_sweep, sweep_points
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run every point, and print the table of all of them."""
-    parser = command_parser("sweep")
-    parser.add_argument("file", type=str, help="The sweep's YAML: an experiment and a grid; see configs/sweep.")
-    parser.add_argument("--output", type=str, default="runs", help="Where the sweep's folder goes.")
-    parser.add_argument("--jobs", type=int | None, default=None, help="Points at a time; one per two cores by default.")
-    sweep(**parsed(parser, arguments))
-
-
 class PointRun(Command):
-    """A point's ``coin run``, and the record of its end; making it checks the experiment.
-
-    Args:
-        point: The point.
-    """
+    """A point's ``coin run``, and the record of its end; making it checks the experiment."""
 
     def __init__(self, point: SweepPoint) -> None:
         experiment = experiment_of(point.arguments)
@@ -55,57 +40,53 @@ class PointRun(Command):
         brought = [*experiment.expert.checkpoints.values(), experiment.base and experiment.base.checkpoint]
         files = [Path(path) for path in brought if path and Path(path).is_file()]
         key = step_key({part: getattr(experiment, part) for part in parts}, files)
-        self._steps, self._step = Steps(experiment.folder), ("sweep", key, [seed.results for seed in self.seeds])
-
-    def finished(self) -> bool:
-        """Return whether the point has been run to its end with these options, and its results stand."""
-        return self._steps.finished(*self._step)
-
-    def finish(self) -> None:
-        """Record that the point has been run to its end."""
-        self._steps.finish(*self._step)
+        self.steps, self.record = Steps(experiment.folder), ("sweep", key, [seed.results for seed in self.seeds])
 
 
-def sweep(file: str, output: str = "runs", jobs: int | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Run every point of a sweep that is not finished yet, collect one table, and print and report it.
-
-    Args:
-        file: The sweep's YAML file.
-        output: Where the sweep's folder goes.
-        jobs: Points at a time; one per two cores by default. Each gets an even share of the cores' threads, unless
-            ``OMP_NUM_THREADS`` is set.
 
     Raises:
         CommandFailedError: Points have failed, and all others are finished.
         CoinError: The file, or the experiment of one of its points, is not valid; nothing has been run.
     """
+    parser = command_parser("sweep")
+    parser.add_argument("file", type=str, help="The sweep's YAML: an experiment and a grid; see configs/sweep.")
+    parser.add_argument("--output", type=str, default="runs", help="Where the sweep's folder goes.")
+    parser.add_argument(
+        "--jobs",
+        type=int | None,
+        default=None,
+        help="Points at a time; one per two cores by default. Each gets an even share of the cores' threads, unless "
+        "OMP_NUM_THREADS is set.",
+    )
+    options = parsed(parser, arguments)
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ConfigurationError(
             f"found WORLD_SIZE={processes}, expected one: every point is a process of its own; start coin sweep "
             "without torchrun or srun"
         )
-    jobs = max(1, cores() // 2) if jobs is None else jobs
-    if jobs < 1:
-        raise ConfigurationError(f"found jobs {jobs}, expected at least 1")
+    jobs = max(1, cores() // 2) if options["jobs"] is None else options["jobs"]
+    check_integer("jobs", jobs, 1)
     check_connection()
-    plan = read_sweep(Path(file))
-    folder = Path(output) / plan.name
+    plan = read_sweep(Path(options["file"]))
+    folder = Path(options["output"]) / plan.name
     runs = [PointRun(point) for point in sweep_points(plan, folder)]
-    say = partial(Console(stderr=True, soft_wrap=True).print, highlight=False, markup=False)
     with alone_in(folder):
         write_text(folder / SWEEP_YAML, plan.text)
-        waiting = [run for run in runs if not run.finished()]
-        say(f"sweep {plan.name}: {len(runs)} points, {len(runs) - len(waiting)} finished already, {jobs} at a time")
-        _collect(runs, folder / SWEEP_CSV)
+        done = [run for run in runs if run.steps.finished(*run.record)]
+        say(f"sweep {plan.name}: {len(runs)} points, {len(done)} finished already, {jobs} at a time")
         tags = ",".join([*user_tags(), f"sweep-{plan.name}"])
         environment = {**child_environment(max(1, cores() // jobs)), "WANDB_TAGS": tags}
 
         def finish(run: PointRun) -> None:
-            run.finish()
-            _collect(runs, folder / SWEEP_CSV)
+            run.steps.finish(*run.record)
+            done.append(run)
+            _collect([each for each in runs if each in done], folder / SWEEP_CSV)
 
-        failed = run_side_by_side(waiting, [environment] * jobs, say, finish)
-        frame = _collect(runs, folder / SWEEP_CSV)
+        _collect(done, folder / SWEEP_CSV)
+        failed = run_side_by_side([run for run in runs if run not in done], [environment] * jobs, finish)
+        frame = _collect([run for run in runs if run in done], folder / SWEEP_CSV)
     if frame is not None:
         results_console().print(sweep_table(frame, list(plan.grid), f"{plan.name}: NDA in %, mean over tasks"))
         print(f"table: {folder / SWEEP_CSV}")
@@ -113,12 +94,11 @@ def sweep(file: str, output: str = "runs", jobs: int | None = None) -> None:
     raise_for(failed, len(runs), "points")
 
 
-def _collect(runs: Sequence[PointRun], table: Path) -> pd.DataFrame | None:
-    """Write and return the rows of all finished points."""
-    points = [(run.values, [seed.folder for seed in run.seeds]) for run in runs if run.finished()]
-    if not points:
+def _collect(done: Sequence[PointRun], table: Path) -> pd.DataFrame | None:
+    """Write and return the rows of finished points."""
+    if not done:
         table.unlink(missing_ok=True)
         return None
-    frame = sweep_frame(points)
+    frame = sweep_frame([(run.values, [seed.folder for seed in run.seeds]) for run in done])
     write_frame(table, frame)
     return frame

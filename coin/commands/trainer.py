@@ -19,8 +19,8 @@ from coin import safe
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
 from coin.commands import ON_TRAINER
 from coin.commands.parser import checked
-from coin.errors import ConfigurationError
-from coin.files.checkpoints import checkpoint_options
+from coin.errors import ConfigurationError, StateError
+from coin.files.checkpoints import check_training_checkpoint, checkpoint_options
 from coin.modules.shared import quieten
 from coin.reporting.results import read_results
 from coin.reporting.summary import summarise
@@ -86,6 +86,12 @@ class TrainerCLI(LightningCLI):
         asked = [logger_mode(each) for each in self.trainer.loggers if isinstance(each, WandbLogger)]
         _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir), next(iter(asked), None)))
 
+    def before_fit(self) -> None:
+        """Look at the checkpoint that a training is to go on from, unless it is one that Lightning finds itself."""
+        path, trusted = (self.config["fit"][name] for name in ("ckpt_path", "weights_only"))
+        if path not in (None, "best", "last", "hpc", "registry") and trusted is not False:
+            check_training_checkpoint(Path(path))
+
     def after_evaluate(self) -> None:
         """Print the table of what was just measured."""
         options = self.config["evaluate"]
@@ -113,7 +119,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run a Trainer's command; ``arguments`` begin with its name."""
     quieten()
     warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")  # without --safe in it
-    told: dict[str, object] = {"exit_on_error": False}
+    quiet: dict[str, object] = {"exit_on_error": False}
     try:
         with _ENVIRONMENT:
             TrainerCLI(
@@ -125,11 +131,14 @@ def main(arguments: Sequence[str]) -> None:
                 auto_configure_optimizers=False,  # an expert's optimiser is an option of its own
                 save_config_callback=SaveFitConfig,
                 save_config_kwargs={"overwrite": True},
-                parser_kwargs={"prog": "coin", **told, **{name: dict(told) for name in ON_TRAINER}},
+                parser_kwargs={"prog": "coin", **quiet, **{name: dict(quiet) for name in ON_TRAINER}},
                 seed_everything_default=0,
                 args=checked(arguments),
             )
-    except ValueError as error:
-        if "is not in bounds" not in str(error):  # what Lightning says of a seed
-            raise
-        raise ConfigurationError(f"found seed_everything out of range: {error}; give another") from error
+    except (ValueError, RuntimeError) as error:
+        if "is not in bounds" in str(error):  # what Lightning says of a seed
+            raise ConfigurationError(f"found seed_everything out of range: {error}; give another") from error
+        if "loading state_dict" in str(error):
+            told = " ".join(str(error).split())[:160]
+            raise StateError(f"ckpt_path is of another model ({told}); give the model that wrote it") from error
+        raise

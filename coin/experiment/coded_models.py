@@ -1,7 +1,6 @@
 """The steps after the experts: code, statistics, coded models, their comparison layer by layer, the evaluation."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from coin.data import TaskData
-from coin.experiment.jobs import FileKind, Job, by_stem
+from coin.experiment.jobs import Job, by_stem, job
 from coin.experiment.seed_run import SeedRun
 from coin.experiment.store import step_key
 from coin.merging import Method
@@ -29,7 +28,7 @@ from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 from coin.steps.code import write_choice
 from coin.steps.distill import Training
 from coin.steps.expert_files import StatisticPaths, StoredExperts
-from coin.steps.merge import make_coded_models
+from coin.steps.merge import coded_name, make_coded_models
 from coin.steps.statistics import estimate_statistic
 from coin.steps.trainer import make_trainer
 
@@ -39,11 +38,12 @@ def choose_code(run: SeedRun) -> None:
     if run.experiment.code is not None:
         return
     path = run.layout.code
-    options = {"tasks": run.tasks, "calibration": run.experiment.calibration}
-    key = step_key(options, list(run.experts.paths.values()), run.experts.sha256)
-    if not run.steps.finished("code", key, [path], shared=True):
-        from_first(lambda: write_choice(path, run.experts.networks, list(run.calibrations().values())))
-        run.steps.finish("code", key, [path])
+    key = step_key({"tasks": run.tasks, "calibration": run.experiment.calibration}, list(run.experts.paths.values()))
+
+    def choose() -> None:
+        write_choice(path, run.experts.networks, list(run.calibrations().values()))
+
+    run.steps.once("code", key, [path], choose, shared=True)
     weights = ", ".join(f"{weight:.3g}" for weight in run.code.code.matrix[0].tolist())
     run.say(f"code: chosen weights {weights}")
 
@@ -51,24 +51,28 @@ def choose_code(run: SeedRun) -> None:
 def estimate(run: SeedRun, which: Statistic) -> None:
     """Compute one statistic of every expert whose file is missing or of other inputs."""
     calibration = run.experiment.calibration
-    missing: dict[str, tuple[Path, str]] = {}
+    missing: dict[str, tuple[Path, str, dict[str, TaskData]]] = {}
     for task in run.tasks:
         path = run.statistic_path(which, task)
-        key = step_key(_key_options(run, task, which), [run.layout.expert(task)], run.experts.sha256)
+        tasks = run.tasks if which.data is DataChoice.pooled else {task: run.tasks[task]}
+        options = {"tasks": tasks, "samples": calibration.samples_per_task, "batch_size": calibration.batch_size}
+        if which.kind is not None:
+            options |= {"kind": which.kind, "k": calibration.fisher_cotangents}
+        key = step_key(options, [run.layout.expert(task)])
         if not run.steps.finished(path.stem, key, [path], shared=True):
-            missing[task] = (path, key)
+            missing[task] = (path, key, tasks)
     if not missing:
         return
     run.say(f"{which} of {', '.join(missing)}")
     name = "-".join((str(which.name), *which.options.values()))
     own: dict[str, Any] = {"statistic": str(which.name), **which.options}
-    with run.job("fisher", name, list(which.options.values()), **own) as work:
-        work.reads(FileKind.expert, {task: run.layout.expert(task) for task in missing})
-        for task, (path, key) in missing.items():
+    with job(run.experiment, "fisher", name, run.seed, list(which.options.values()), **own) as work:
+        work.reads("expert", {task: run.layout.expert(task) for task in missing})
+        for task, (path, key, tasks) in missing.items():
             costs = estimate_statistic(
                 make_trainer(run.folder, run.experiment.trainer),
                 load_network(run.layout.expert(task)).network,
-                run.data(_of(run, task, which)),
+                run.data(tasks),
                 calibration.options_of(which),
                 path,
                 weights=run.experts.marks[task],
@@ -78,61 +82,33 @@ def estimate(run: SeedRun, which: Statistic) -> None:
             run.steps.finish(path.stem, key, [path])
             work.measures({f"{which.name}/{task}/{what}": cost for what, cost in costs.items()})
         if which.name is StatisticKind.fisher:  # Gram matrices are many times the size of the networks
-            work.makes(FileKind.statistics, by_stem(path for path, _ in missing.values()))
-
-
-def _of(run: SeedRun, task: str, which: Statistic) -> dict[str, TaskData]:
-    return run.tasks if which.data is DataChoice.pooled else {task: run.tasks[task]}
-
-
-def _key_options(run: SeedRun, task: str, which: Statistic) -> dict[str, Any]:
-    calibration = run.experiment.calibration
-    options = {
-        "tasks": _of(run, task, which),
-        "samples": calibration.samples_per_task,
-        "batch_size": calibration.batch_size,
-    }
-    if which.kind is None:
-        return options
-    return options | {"kind": which.kind, "k": calibration.fisher_cotangents}
+            work.makes("statistics", by_stem(path for path, _, _ in missing.values()))
 
 
 def merge(run: SeedRun, jobs: ExitStack) -> None:
-    """Make every method's coded models.
-
-    Args:
-        run: The seed.
-        jobs: Keeps the methods' jobs open, which have their numbers yet to come.
-    """
+    """Make every method's coded models; `jobs` keeps the methods' jobs open, which have their numbers yet to come."""
     for method in run.experiment.methods:
-        paths = run.coded_paths(method)
-        name = record_name(paths[0])
-        statistics = run.statistics(method)
+        name, paths, statistics = coded_name(method), run.coded_paths(method), run.statistics(method)
         key = _merge_key(run, method, statistics)
         if run.steps.finished(f"coded-{name}", key, paths):
             run.say(f"{name}: up to date")
             continue
         run.say(f"{name}: {'training' if method.is_trained else 'merging'}")
-        work = run.method_jobs[name] = jobs.enter_context(_method_job(run, method, name))
+        work = run.method_jobs[name] = jobs.enter_context(_method_job(run, method))
         _tell_inputs(run, work, method, statistics)
-        folder, options = run.layout.logs, run.experiment.trainer
-        train = Training(run.data(run.tasks), folder, run.seed, options, work.loggers)
+        train = Training(run.data(run.tasks), run.layout.logs, run.seed, run.experiment.trainer, work.loggers)
         experts = StoredExperts(run.experts, statistics, run.calibrations(), run.initial, train)
         samples = run.experiment.calibration.samples_per_task
         make = partial(make_coded_models, method, run.code, experts, run.layout.coded, samples)
         make() if method.is_trained else from_first(make)
-        work.makes(FileKind.coded_model, by_stem(paths))
+        work.makes("coded-model", by_stem(paths))
         run.steps.finish(f"coded-{name}", key, paths)
 
 
-def _method_job(run: SeedRun, method: Method, name: str, *, again: bool = False) -> AbstractContextManager[Job]:
+def _method_job(run: SeedRun, method: Method, *, again: bool = False) -> AbstractContextManager[Job]:
     own = {"method": method.label, "batchnorm": str(method.batchnorm)}
-    return run.job("method", name, [METHOD_TAG, method.label], again=again, **own)
-
-
-def record_name(path: Path) -> str:
-    """Return what a method's coded models are called together, from one of their files."""
-    return re.sub(r"(\.row-\d+)?\.safetensors$", "", path.name)
+    tags = [METHOD_TAG, method.label]
+    return job(run.experiment, "method", coded_name(method), run.seed, tags, again=again, **own)
 
 
 def _merge_key(run: SeedRun, method: Method, statistics: StatisticPaths) -> str:
@@ -150,17 +126,16 @@ def _merge_key(run: SeedRun, method: Method, statistics: StatisticPaths) -> str:
     sources = [*run.experts.paths.values(), *(path for files in statistics.values() for path in files.values())]
     if method.reads_initial:
         sources.append(run.initial)
-    return step_key(options, sources, run.experts.sha256)
+    return step_key(options, sources)
 
 
 def _tell_inputs(run: SeedRun, work: Job, method: Method, statistics: StatisticPaths) -> None:
     """Tell W&B which files a method reads."""
-    work.reads(FileKind.expert, run.experts.paths)
+    work.reads("expert", run.experts.paths)
     for which, files in statistics.items():
-        logged = which.name is StatisticKind.fisher
-        (work.reads if logged else work.reads_unlogged)(FileKind.statistics, by_stem(files.values()))
+        work.reads("statistics", by_stem(files.values()), logged=which.name is StatisticKind.fisher)
     if method.reads_initial:
-        work.reads(FileKind.initialisation, {run.initial.stem: run.initial})
+        work.reads("initialisation", by_stem([run.initial]))
 
 
 def compare_layers(run: SeedRun) -> None:
@@ -169,20 +144,18 @@ def compare_layers(run: SeedRun) -> None:
     coded = {path: method for method in methods for path in run.coded_paths(method)}
     statistics = {path for method in methods for files in run.statistics(method).values() for path in files.values()}
     output = run.layout.layers
-    key = step_key({}, [*run.experts.paths.values(), *coded, *sorted(statistics)], run.experts.sha256)
     if not coded:
         from_first(lambda: output.unlink(missing_ok=True))
-    if not coded or run.steps.finished("layers", key, [output]):
         return
-    run.say("comparing the coded models layer by layer")
-    from_first(lambda: write_layers(run.folder, _compared(run, coded)))
-    run.steps.finish("layers", key, [output])
+    key = step_key({}, [*run.experts.paths.values(), *coded, *sorted(statistics)])
+    run.steps.once("layers", key, [output], lambda: write_layers(run.folder, _compared(run, coded)))
 
 
 def _compared(run: SeedRun, coded: Mapping[Path, Method]) -> pd.DataFrame:
     """Return one row a coded model and layer: the layer's share of Fisher mass, its distance to the experts."""
-    experts = run.experts.parameters
-    fishers: dict[tuple[Any, ...], dict[str, float]] = {}
+    run.say("comparing the coded models layer by layer")
+    experts = StoredExperts(run.experts).parameters
+    fishers: dict[tuple[Any, ...], dict[str, float]] = {}  # methods share their statistics, and the rows of a code too
     rows: list[dict[str, Any]] = []
     for path, method in tracked(coded.items(), "layers"):
         file = load_network(path)
@@ -193,7 +166,7 @@ def _compared(run: SeedRun, coded: Mapping[Path, Method]) -> pd.DataFrame:
         shares: dict[str, float] = {}
         for which in files:
             if which.name is StatisticKind.fisher and which.data == data:
-                key = (which, *weights)  # methods share their statistics, and the rows of a code too
+                key = (which, *weights)
                 if key not in fishers:
                     fishers[key] = fisher_shares(StoredExperts(run.experts, files).statistic(which), weights)
                 shares = fishers[key]
@@ -214,43 +187,31 @@ def _compared(run: SeedRun, coded: Mapping[Path, Method]) -> pd.DataFrame:
 
 def evaluate(run: SeedRun) -> None:
     """Measure every method with every decoder, unless nothing that goes into it has changed."""
-    experiment, code = run.experiment, run.code.code.matrix
+    experiment, layout = run.experiment, run.layout
     coded = [path for method in experiment.methods for path in run.coded_paths(method)]
     shown = coded and experiment.network.reads == "images"
-    layout = run.layout
     outputs = [layout.results, layout.results_json, layout.confusions, *([layout.examples] if shown else [])]
-    options = {**run.options, "tasks": run.tasks, "code": code}  # results.json says all of them
-    key = step_key(options | {"columns": COLUMNS}, [*run.experts.paths.values(), *coded], run.experts.sha256)
+    options, code = experiment.described(run.seed), run.code.code.matrix  # results.json says all of them
+    key = step_key({**options, "code": code, "columns": COLUMNS}, [*run.experts.paths.values(), *coded])
     if run.steps.finished("evaluate", key, outputs):
         from_first(layout.results_json.touch)  # of seeds with different options, the latest run's count
         run.say("evaluation: up to date")
     else:
-        _measure(run, coded)
+        run.say("evaluating every method with every decoder")
+        model = DecodingEvaluator(
+            experts={name: str(path) for name, path in run.experts.paths.items()},
+            coded=[str(path) for path in coded],
+            decoders=list(experiment.decoders),
+            code=code.tolist(),
+        )
+        with job(experiment, "evaluate", "evaluate", run.seed) as work:
+            work.reads("expert", run.experts.paths)
+            work.reads("coded-model", by_stem(coded))
+            trainer = make_trainer(run.folder, experiment.trainer, logger=work.loggers)
+            trainer.evaluate(model, run.data(run.tasks), str(run.folder), experiment.name, options)
+            work.makes("results", {"rows": layout.results_json})
         run.steps.finish("evaluate", key, outputs)
     from_first(partial(_log_methods, run))
-
-
-def _measure(run: SeedRun, coded: Sequence[Path]) -> None:
-    experiment = run.experiment
-    run.say("evaluating every method with every decoder")
-    model = DecodingEvaluator(
-        experts={name: str(path) for name, path in run.experts.paths.items()},
-        coded=[str(path) for path in coded],
-        decoders=list(experiment.decoders),
-        code=run.code.code.matrix.tolist(),
-    )
-    with run.job("evaluate", "evaluate") as work:
-        work.reads(FileKind.expert, run.experts.paths)
-        work.reads(FileKind.coded_model, by_stem(coded))
-        trainer = make_trainer(run.folder, experiment.trainer, logger=work.loggers or False)
-        trainer.evaluate(
-            model,
-            run.data(run.tasks),
-            output=str(run.folder),
-            name=experiment.name,
-            configuration=run.options,
-        )
-        work.makes(FileKind.results, {"rows": run.layout.results_json})
 
 
 def _log_methods(run: SeedRun) -> None:
@@ -264,20 +225,19 @@ def _log_methods(run: SeedRun) -> None:
         asked = rows["batchnorm"].map(asked_policy)
         top, whole = best(summarise(rows)).get("best_method"), True
         for method in run.experiment.methods:
-            paths = run.coded_paths(method)
-            name = record_name(paths[0])
+            paths = by_stem(run.coded_paths(method))
             own = rows[(rows["method"] == method.label) & asked.isin(["", str(method.batchnorm)])]
             with ExitStack() as stack:
-                work = run.method_jobs.pop(name, None)
+                work = run.method_jobs.pop(coded_name(method), None)
                 if work is None and logged:
                     continue
                 if work is None:
-                    work = stack.enter_context(_method_job(run, method, name, again=True))
+                    work = stack.enter_context(_method_job(run, method, again=True))
                     _tell_inputs(run, work, method, run.statistics(method))
-                    work.repeat_curve(run.layout.log("method", name))
-                    work.makes(FileKind.coded_model, by_stem(paths))
+                    work.repeat_curve(run.layout.log("method", coded_name(method)))
+                    work.makes("coded-model", paths)
                 if variant_names(own).iloc[0] == top:
-                    work.makes(FileKind.coded_model, by_stem(paths), ["best"])
+                    work.makes("coded-model", paths, ["best"])
                 if work.run is None:
                     whole = False
                 else:

@@ -53,19 +53,14 @@ class ExpertConfig(TrainingConfig):
     checkpoints: dict[str, str] = field(default_factory=dict)
 
     def of(self, task: str) -> "ExpertConfig":
-        """Return the training options with a task's own in place.
-
-        Raises:
-            ConfigurationError: An override is no option of an expert, or out of its range.
-        """
-        options: dict[str, Any] = dict(self.overrides.get(task, {}))
+        """Return the training options with a task's own in place."""
+        options: dict[str, Any] = {**self.overrides.get(task, {}), "overrides": {}, "checkpoints": {}}
         try:
-            own = replace(self, **options)
+            return replace(self, **options)
         except TypeError as error:
             raise ConfigurationError(
                 f"expert.overrides.{task} has an option that an expert has not: {error}"
             ) from error
-        return replace(own, overrides={}, checkpoints={})
 
 
 @dataclass(frozen=True)
@@ -80,9 +75,6 @@ class CalibrationConfig:
         fisher_cotangents: k, for the Monte Carlo kind and only for it.
         memory_mib: Bound on the Fisher pass's working memory in MiB, beside the network and the accumulators.
         batch_size: Samples a batch.
-
-    Raises:
-        ConfigurationError: An option is out of its range, or k is given for another kind.
     """
 
     samples_per_task: int = 200
@@ -93,16 +85,12 @@ class CalibrationConfig:
     batch_size: int = 50
 
     def __post_init__(self) -> None:
-        if self.samples_per_task < 1 or self.batch_size < 1:
-            raise ConfigurationError(
-                f"found samples_per_task={self.samples_per_task}, batch_size={self.batch_size}, expected at least 1"
-            )
-        check_integer("memory_mib", self.memory_mib, 1)
-        object.__setattr__(self, "fisher_data", chosen(DataChoice, "fisher_data", self.fisher_data))
-        kind = chosen(FisherKind, "fisher_kind", self.fisher_kind)
-        object.__setattr__(self, "fisher_kind", kind)
+        for name in ("samples_per_task", "batch_size", "memory_mib"):
+            check_integer(name, getattr(self, name), 1)
         if self.fisher_cotangents is not None:
             check_integer("fisher_cotangents", self.fisher_cotangents, 1)
+        object.__setattr__(self, "fisher_data", chosen(DataChoice, "fisher_data", self.fisher_data))
+        object.__setattr__(self, "fisher_kind", chosen(FisherKind, "fisher_kind", self.fisher_kind))
 
     def options_of(self, which: Statistic) -> StatisticOptions:
         """Return how a statistic is computed."""
@@ -116,9 +104,6 @@ class WandbConfig:
 
     Args:
         tags: Short words to filter by, on all runs.
-
-    Raises:
-        ConfigurationError: A tag is empty or longer than W&B allows.
     """
 
     tags: list[str] = field(default_factory=list)

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from coin.coding import DecoderConfig, DecoderKind, distinct_decoders, uniform
+from coin.coding import DecoderConfig, DecoderKind, distinct_decoders
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
@@ -16,10 +16,10 @@ from coin.files.atomic import is_folder_name
 from coin.merging import Method
 from coin.modules import Expert
 from coin.networks import NetworkConfig, brought_network, build_network, has_batchnorm
-from coin.options import as_options
+from coin.options import as_options, described
 from coin.statistics import FisherKind
-from coin.steps.code import read_code
-from coin.steps.merge import coded_paths
+from coin.steps.code import AUTO, read_code
+from coin.steps.merge import coded_name
 from coin.steps.train import TrainingConfig
 
 _SEEDS = range(2**32)
@@ -86,15 +86,14 @@ class Experiment:
         self.code = read_code(code, len(tasks))
         """The code; none where every seed chooses its own."""
         methods = [method.settled(calibration.fisher_kind, calibration.fisher_data) for method in methods]
+        names = [coded_name(method) for method in methods]
         variants = [(method.label, str(method.batchnorm)) for method in methods]
-        if repeated := sorted({variant for variant in variants if variants.count(variant) > 1}):
-            raise ConfigurationError(
-                f"found method {repeated[0][0]} with BatchNorm policy {repeated[0][1]} twice; give one of them a label"
-            )
-        planned = self.code or uniform(len(tasks))  # a chosen code has one row too
-        files = [path.name for method in methods for path in coded_paths(method, planned, Path())]
-        if repeated_files := sorted({name for name in files if files.count(name) > 1}):
-            raise ConfigurationError(f"found two methods with one file '{repeated_files[0]}'; change one's label")
+        for name_, variant in zip(names, variants, strict=True):
+            if names.count(name_) > 1 or variants.count(variant) > 1:
+                raise ConfigurationError(
+                    f"found method {variant[0]} with BatchNorm policy {variant[1]} twice, or another of its file's "
+                    f"name '{name_}'; give one of them a label"
+                )
         if unknown := sorted((expert.overrides.keys() | expert.checkpoints.keys()) - tasks.keys()):
             raise ConfigurationError(f"found options for an expert '{unknown[0]}', expected one of {', '.join(tasks)}")
         if base is not None and base.task is not None:
@@ -129,6 +128,21 @@ class Experiment:
         """Return the configuration with which ``coin run`` repeats one seed."""
         return str(yaml.safe_dump(as_options({**self._given, "seeds": [seed]}), sort_keys=False, allow_unicode=True))
 
+    def tasks_of(self, seed: int) -> dict[str, TaskData]:
+        """Return the tasks as a seed draws from them."""
+        return {name: task_with(task, seed=seed) for name, task in self.tasks.items()}
+
+    def described(self, seed: int | None) -> dict[str, Any]:
+        """Return all options with their defaults filled in, but for the code; of a seed, or of what all seeds share."""
+        names = ("network", "base", "expert", "calibration", "methods", "trainer")
+        return {name: described(getattr(self, name)) for name in names} | {
+            **({"code_choice": AUTO} if self.code is None else {}),
+            "name": self.name,
+            "decoders": [decoder.name for decoder in self.decoders],
+            "tasks": described(self.tasks if seed is None else self.tasks_of(seed)),
+            "seed": seed,
+        }
+
     def check_parts(self) -> None:
         """Look at what the user has brought, once, before anything is trained: the tasks' samples, trained experts.
 
@@ -145,33 +159,28 @@ class Experiment:
                 brought_network(self.network, task.num_classes, Path(given))
         self._checked = True
 
-    def check_batchnorm(self) -> None:
-        """Refuse variants that differ in their BatchNorm policy alone, for a network that has no BatchNorm."""
-        labels = [method.label for method in self.methods]
-        if len(set(labels)) == len(labels):
-            return
-        if not has_batchnorm(build_network(replace(self.network, weights=None), 2)):
-            repeated = next(label for label in labels if labels.count(label) > 1)
-            raise ConfigurationError(
-                f"found method {repeated} more than once for {self.network.name}, which has no BatchNorm for their "
-                "policies to differ in; leave one, or give them labels"
-            )
-
-    def check_fine_tuning(self) -> None:
-        """Refuse, before anything is trained, what fits the options of a training and not this network.
+    def check_fit(self) -> None:
+        """Refuse, before anything is trained, options that do not fit this network.
 
         Raises:
-            ConfigurationError: A pattern matches no parameter or layer, or a head with its own rate is not trained.
+            ConfigurationError: Variants differ in their BatchNorm policy alone, and there is no BatchNorm; a pattern
+                matches no parameter or layer, or a head with its own rate is not trained.
         """
+        network, labels = self.network, [method.label for method in self.methods]
+        repeated = [label for label in labels if labels.count(label) > 1]
+        if repeated and not has_batchnorm(build_network(replace(network, weights=None), 2)):
+            raise ConfigurationError(
+                f"found method {repeated[0]} more than once for {network.name}, which has no BatchNorm for their "
+                "policies to differ in; leave one, or give them labels"
+            )
         trained: list[TrainingConfig] = [
             self.expert.of(task) for task in self.tasks if task not in self.expert.checkpoints
         ]
         if self.base is not None and self.base.task is not None:
             trained.append(self.base)
-        checked: list[dict[str, Any]] = []
+        checked: list[dict[str, Any]] = [{"trainable": None, "head_lr": None, "lora": None}]
         for config in trained:
-            options = {name: getattr(config, name) for name in ("trainable", "head_lr", "lora")}
-            if options not in checked and any(value is not None for value in options.values()):
-                network = self.network
+            options = {name: getattr(config, name) for name in checked[0]}
+            if options not in checked:
                 Expert(network.name, network.image_size, options=network.options, num_classes=2, **options)
                 checked.append(options)

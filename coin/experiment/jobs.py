@@ -3,8 +3,7 @@
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,60 +11,38 @@ import pandas as pd
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from coin.data import TaskData
 from coin.experiment.experiment import Experiment
 from coin.files.atomic import write_text
-from coin.options import described
 from coin.processes import is_first
 from coin.reporting.wandb_runs import log_artifact, record_input, start_run, use_artifact
 from coin.reporting.wandb_settings import in_sweep, logging_only, run_environment
 from coin.steps.code import AUTO
 
 
-class FileKind(StrEnum):
-    """The types of W&B artifacts that pass from job to job."""
-
-    initialisation = "initialisation"
-    expert = "expert"
-    statistics = "statistics"
-    coded_model = "coded-model"
-    results = "results"
-
-
 @dataclass(frozen=True)
 class Job:
-    """A job at work.
-
-    Args:
-        experiment: The experiment's name.
-        seed: The seed; none for what all seeds share.
-        run: The W&B run, on the first process; none where W&B takes none.
-        loggers: Of a Trainer: CSV files, and the W&B run.
-    """
+    """A job at work: of a seed or of what all seeds share, with its W&B run on the first process, if W&B takes one."""
 
     experiment: str
     seed: int | None
-    run: wandb.Run | None = None
-    loggers: list[Logger] = field(default_factory=list)
+    run: wandb.Run | None
+    loggers: list[Logger]
 
-    def makes(self, kind: FileKind, files: Mapping[str, Path], aliases: Sequence[str] = ()) -> None:
+    def makes(self, kind: str, files: Mapping[str, Path], aliases: Sequence[str] = ()) -> None:
         """Log files as W&B artifacts, named after the experiment, their kind and what they are of.
 
-        Seeds are versions of one artifact, called ``seed-K``.
+        The kinds are initialisation, expert, statistics, coded-model and results. Seeds are versions of one artifact,
+        called ``seed-K``.
         """
         called = [*aliases, *([] if self.seed is None else [f"seed-{self.seed}"])]
-        self._each(
-            files,
-            lambda run, name, path: log_artifact(run, path, self._called(kind, name), kind, called, {"of": name}),
-        )
+        self._each(kind, files, lambda run, path, name, of: log_artifact(run, path, name, kind, called, {"of": of}))
 
-    def reads(self, kind: FileKind, files: Mapping[str, Path]) -> None:
-        """Say that the job reads files that other jobs have logged."""
-        self._each(files, lambda run, name, path: use_artifact(run, path, self._called(kind, name), kind))
-
-    def reads_unlogged(self, kind: FileKind, files: Mapping[str, Path]) -> None:
-        """Write down the hashes of files that the job reads and that are too large for W&B."""
-        self._each(files, lambda run, name, path: record_input(run, path, self._called(kind, name)))
+    def reads(self, kind: str, files: Mapping[str, Path], *, logged: bool = True) -> None:
+        """Say that the job reads files that other jobs have logged, or that are too large for W&B to have them."""
+        if logged:
+            self._each(kind, files, lambda run, path, name, _: use_artifact(run, path, name, kind))
+        else:
+            self._each(kind, files, lambda run, path, name, _: record_input(run, path, name))
 
     def measures(self, numbers: Mapping[str, float]) -> None:
         """Write final numbers into the run's summary."""
@@ -85,48 +62,54 @@ class Job:
                     self.run.define_metric(name, step_metric="epoch")
                 self.run.log({"trainer/global_step": numbers.pop("step", None), **numbers})
 
-    def _each(self, files: Mapping[str, Path], tell: Callable[[wandb.Run, str, Path], None]) -> None:
+    def _each(self, kind: str, files: Mapping[str, Path], tell: Callable[[wandb.Run, Path, str, str], None]) -> None:
+        """Tell W&B of files, by their artifacts' names and what they are of."""
         if self.run is not None and not self.run.disabled:
             with logging_only("the files of a job"):
-                for name, path in files.items():
-                    tell(self.run, name, path)
+                for of, path in files.items():
+                    plain = kind == "initialisation" or of.startswith(kind)  # such files say what they are
+                    tell(self.run, path, "-".join([self.experiment, *([] if plain else [kind]), of]), of)
 
-    def _called(self, kind: FileKind, name: str) -> str:
-        plain = kind is FileKind.initialisation or name.startswith(kind)  # such files say what they are
-        return "-".join([self.experiment, *([] if plain else [kind]), name])
+
+def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    """Return files by their names without the ending."""
+    return {path.stem: path for path in paths}
 
 
 @contextmanager
 def job(
     experiment: Experiment,
-    folder: Path,
     job_type: str,
     name: str,
     seed: int | None,
-    config: Mapping[str, Any],
     tags: Sequence[str] = (),
+    *,
     again: bool = False,
+    **own: Any,
 ) -> Iterator[Job]:
-    """Yield one job with its loggers: CSV files in ``folder/logs``, and a W&B run in the experiment's group.
+    """Yield one job with its loggers: CSV files in its folder's ``logs``, and a W&B run in the experiment's group.
 
     The W&B runs of a seed lie side by side in ``runs/NAME/seed-K/wandb``, to be brought online by one ``wandb sync``. A
-    job that was interrupted goes on with its run, whose name is kept in ``folder``; one that is done does so if it is
-    asked to. Several jobs may be at work at once. An agent of a W&B sweep knows of one run alone, which is the
-    evaluation's.
+    job that was interrupted goes on with its run, whose name is kept in its folder. Several jobs may be at work at
+    once. An agent of a W&B sweep knows of one run alone, which is the evaluation's.
 
     Args:
         experiment: The experiment.
-        folder: For the logs.
         job_type: ``expert``, ``fisher``, ``method`` or ``evaluate``.
         name: What the job works on.
         seed: The seed; none for what all seeds share.
-        config: The W&B run's configuration; see `run_config`.
-        tags: Short words to filter by.
+        tags: To filter by.
         again: Whether a job that is done goes on with its run.
+        **own: What the run's configuration says beside the experiment's.
     """
     layout = experiment.layout
-    run_folder = layout.seed(seed).folder if seed is not None else layout.base if name == "base" else layout.folder
-    called = run_name(experiment.name, seed, job_type, name)
+    if seed is not None:
+        home, folder = layout.seed(seed).folder, layout.seed(seed).log(job_type, name)
+    else:
+        home, folder = (layout.base, layout.base) if name == "base" else (layout.folder, layout.logs)
+    seeds = [] if seed is None else [f"seed-{seed}"]
+    types = [] if job_type in ("method", "evaluate") or name.startswith(job_type) else [job_type]
+    called = "-".join([experiment.name, *seeds, *types, name])  # quickstart-seed-0-expert-mnist
     folder.mkdir(parents=True, exist_ok=True)
     # CSV comes first: Lightning's log_dir is the first logger's, and W&B's is another for every run.
     loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="logs")]
@@ -134,18 +117,18 @@ def job(
     if is_first() and (job_type == "evaluate" or not in_sweep()):
         with logging_only(f"the start of the run '{called}'"):
             run = start_run(
-                run_folder,
+                home,
                 group=experiment.name,
                 job_type=job_type,
                 name=called,
-                config=config,
+                config=_run_config(experiment, seed) | own,
                 tags=[*tags, experiment.network.name, *experiment.wandb.tags],
                 run_id=None if in_sweep() else _run_id(kept, done if again else kept),
             )
             loggers.append(WandbLogger(experiment=run))
     failed = True
     try:
-        with run_environment(run_folder):
+        with run_environment(home):
             yield Job(experiment.name, seed, run, loggers)
         failed = False
     finally:
@@ -166,52 +149,14 @@ def _run_id(kept: Path, done: Path) -> str:
     return found
 
 
-def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
-    """Return files by their names without the ending."""
-    return {path.stem: path for path in paths}
-
-
-def run_name(experiment: str, seed: int | None, job_type: str, name: str) -> str:
-    """Return what a job's run is called: ``quickstart-seed-0-expert-mnist``; a method's bears its name alone."""
-    seeds = [] if seed is None else [f"seed-{seed}"]
-    types = [] if job_type in ("method", "evaluate") or name.startswith(job_type) else [job_type]
-    return "-".join([experiment, *seeds, *types, name])
-
-
-def resolved(experiment: Experiment, tasks: Mapping[str, TaskData], seed: int | None) -> dict[str, Any]:
-    """Return an experiment's options with all defaults filled in, but for its code.
-
-    Args:
-        experiment: The experiment.
-        tasks: Its tasks, as the seed has them.
-        seed: The seed; none for what is the same for all.
-    """
-    names = ("network", "base", "expert", "calibration", "methods", "trainer")
-    chosen = {"code_choice": AUTO} if experiment.code is None else {}
-    return {name: described(getattr(experiment, name)) for name in names} | {
-        **chosen,
-        "name": experiment.name,
-        "decoders": [decoder.name for decoder in experiment.decoders],
-        "tasks": described(tasks),
-        "seed": seed,
-    }
-
-
-def run_config(experiment: Experiment, options: Mapping[str, Any], **own: Any) -> dict[str, Any]:
-    """Return a run's configuration: everything under ``experiment``, and beside it what runs are grouped by.
-
-    Args:
-        experiment: The experiment.
-        options: What `resolved` returns.
-        **own: What tells the run from others of its job type.
-    """
+def _run_config(experiment: Experiment, seed: int | None) -> dict[str, Any]:
+    """Return a run's configuration: everything under ``experiment``, and beside it what runs are grouped by."""
     code = AUTO if experiment.code is None else experiment.code.matrix.tolist()
     return {
-        "experiment": {**options, "code": code},
+        "experiment": {**experiment.described(seed), "code": code},
         "network": experiment.network.name,
-        "seed": options["seed"],
+        "seed": seed,
         "samples_per_task": experiment.calibration.samples_per_task,
         "num_experts": len(experiment.tasks),
         "num_coded": 1 if experiment.code is None else experiment.code.num_coded,
-        **own,
     }

@@ -1,21 +1,28 @@
-"""The experts of an experiment trained side by side: as processes of this machine, or as an array of SLURM jobs.
+"""``coin`` commands side by side: as processes of this machine, or as an array of SLURM jobs.
 
-Every expert is a ``coin run -c … --only TASK`` of its own that fills the experiment's folder, so that the experiment
-finds it there as it would find its own of an earlier, killed run.
+Every expert that an experiment has trained so is a ``coin run -c … --only TASK`` of its own that fills the experiment's
+folder, so that the experiment finds it there as it would find its own of an earlier, killed run.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from coin.errors import ConfigurationError, first_line
-from coin.experiment.process_pool import Command, CommandFailedError, child_environment, raise_for, run_side_by_side
-from coin.processes import cores
+from coin.errors import CoinError, ConfigurationError, first_line
+from coin.processes import cores, say
+
+_POLL_SECONDS = 0.1
+_STOP_SECONDS = 10.0
 
 
 class Executor(StrEnum):
@@ -38,9 +45,6 @@ class Launch:
         slurm: Options of the jobs, as of `submitit.AutoExecutor.update_parameters`: ``timeout_min``,
             ``gpus_per_node``, ``cpus_per_task``, ``slurm_partition``, …; and ``cluster``, which is ``slurm`` unless
             it says ``local`` or ``debug``, to try the jobs on this machine.
-
-    Raises:
-        ConfigurationError: An option is out of its range.
     """
 
     executor: Executor = Executor.local
@@ -59,6 +63,33 @@ class Launch:
         return self.executor is Executor.slurm or self.workers > 1
 
 
+class CommandFailedError(CoinError):
+    """Commands have failed; the others are finished."""
+
+
+class Command:
+    """A ``coin`` command that is run in a process of its own, which appends what it prints to `log`."""
+
+    def __init__(self, name: str, arguments: Sequence[str], log: Path) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.log = log
+
+    def start(self, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+        """Start the process."""
+        command = [sys.executable, "-m", "coin", *self.arguments]
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("a", encoding="utf-8") as log:
+            print(f"# {' '.join(command)}", file=log, flush=True)
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+
+    def last_line(self) -> str:
+        """Return what the process has printed last, nothing where it has not begun."""
+        if not self.log.is_file():
+            return "it has printed nothing"
+        return self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
+
+
 class ExpertJob(Command):
     """One expert's training, which submitit can call: of a task, with the resolved configuration of a seed."""
 
@@ -66,11 +97,7 @@ class ExpertJob(Command):
         super().__init__(name, ("run", "-c", str(config), "--only", task), log)
 
     def __call__(self) -> None:
-        """Train, within a job of the cluster.
-
-        Raises:
-            CommandFailedError: The training failed.
-        """
+        """Train, within a job of the cluster."""
         if self.start(child_environment(cores())).wait() != 0:
             raise CommandFailedError(f"{self.name}: {self.last_line()}")
 
@@ -81,23 +108,20 @@ class ExpertJob(Command):
         return submitit.helpers.DelayedSubmission(self)
 
 
-def train_side_by_side(jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Callable[[str], None]) -> None:
-    """Train experts, several at a time, and wait for all of them.
+C = TypeVar("C", bound=Command)
 
-    Args:
-        jobs: The experts that are missing.
-        launch: How.
-        folder: For submitit's own files.
-        say: Tells about the progress.
+
+def train_side_by_side(jobs: Sequence[ExpertJob], launch: Launch, folder: Path) -> None:
+    """Train experts that are missing, several at a time, and wait for all of them; submitit's own files go to `folder`.
 
     Raises:
         CommandFailedError: Naming the experts that failed, after all have ended.
         ConfigurationError: submitit or SLURM is missing, or refuses an option.
     """
     if launch.executor is Executor.slurm:
-        failed = _run_as_array(jobs, launch, folder, say)
+        failed = _run_as_array(jobs, launch, folder)
     else:
-        failed = run_side_by_side(jobs, worker_environments(launch.workers), say)
+        failed = run_side_by_side(jobs, worker_environments(launch.workers))
     raise_for(failed, len(jobs), "experts")
 
 
@@ -112,9 +136,67 @@ def worker_environments(workers: int) -> list[dict[str, str]]:
     return [{**environment, "CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} for place in range(workers)]
 
 
-def _run_as_array(
-    jobs: Sequence[ExpertJob], launch: Launch, folder: Path, say: Callable[[str], None]
-) -> list[ExpertJob]:
+def child_environment(threads: int) -> dict[str, str]:
+    """Return the environment of a child with so many threads, unless ``OMP_NUM_THREADS`` is set."""
+    # W&B's service belongs to the process that started it: a child that inherits its address may find it gone.
+    inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return {"OMP_NUM_THREADS": str(threads), **inherited}
+
+
+def run_side_by_side(
+    commands: Sequence[C],
+    environments: Sequence[Mapping[str, str]],
+    on_success: Callable[[C], None] = lambda _: None,
+) -> list[C]:
+    """Run commands on this machine in their order, wait for all of them, and return those that failed.
+
+    The processes end when this one does. Python lets the main thread alone listen to signals, which has to call this.
+
+    Args:
+        commands: The commands.
+        environments: One for each process at a time; a command gets one that no other has meanwhile.
+        on_success: Is given every command that has ended well.
+    """
+    waiting, failed = list(commands), []
+    running: dict[int, tuple[C, subprocess.Popen[bytes], float]] = {}
+    # A scheduler sends SIGTERM before the end of an allocation.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        while waiting or running:
+            for place, environment in enumerate(environments):
+                if place in running and (status := running[place][1].poll()) is not None:
+                    command, _, started = running.pop(place)
+                    if status == 0:
+                        on_success(command)
+                        ended = len(commands) - len(waiting) - len(running)
+                        seconds = time.monotonic() - started
+                        say(f"{command.name}: finished in {seconds:.0f} s ({ended} of {len(commands)})")
+                    else:
+                        failed.append(command)
+                        say(f"{command.name}: failed with exit status {status}: {command.last_line()}")
+                if waiting and place not in running:
+                    command = waiting.pop(0)
+                    running[place] = command, command.start(environment), time.monotonic()
+                    say(f"{command.name}: started")
+            time.sleep(_POLL_SECONDS)
+    finally:
+        _stop([process for _, process, _ in running.values()])
+        signal.signal(signal.SIGTERM, before)
+    return failed
+
+
+def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """End processes, by force those that do not end within seconds."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+        process.kill()  # does nothing to one that has ended
+        process.wait()
+
+
+def _run_as_array(jobs: Sequence[ExpertJob], launch: Launch, folder: Path) -> list[ExpertJob]:
     """Run jobs as one array of a cluster, and return those that failed."""
     try:
         import submitit
@@ -129,13 +211,21 @@ def _run_as_array(
         handles = executor.submit_array(jobs)
     except Exception as error:  # submitit's and sbatch's errors share no base class
         raise ConfigurationError(f"cannot submit the experts with {launch.slurm}: {first_line(error)}") from error
-    submitted = list(zip(jobs, handles, strict=True))
-    for job, handle in submitted:
+    for job, handle in zip(jobs, handles, strict=True):
         say(f"{job.name}: job {handle.job_id}")
     failed: list[ExpertJob] = []
-    for job, handle in submitted:
+    for job, handle in zip(jobs, handles, strict=True):
         ended = handle.exception()
         if ended is not None:
             failed.append(job)
         say(f"{job.name}: finished" if ended is None else f"{job.name}: failed ({first_line(ended)[:200]})")
     return failed
+
+
+def raise_for(failed: Sequence[Command], count: int, what: str) -> None:
+    """Raise a `CommandFailedError` if any of so many commands has failed."""
+    if failed:
+        raise CommandFailedError(
+            f"{len(failed)} of {count} {what} failed, the first of them {failed[0].name}: {failed[0].last_line()} "
+            f"(see {failed[0].log}); mend the cause and run the same command again"
+        )

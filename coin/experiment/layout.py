@@ -5,15 +5,10 @@ from pathlib import Path
 from coin.reporting.extras import EXAMPLES_NPZ, LAYERS_CSV
 from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON
 from coin.reporting.summary import SUMMARY_CSV
-from coin.statistics.statistic import Statistic
 
 
 class SeedLayout:
-    """The files of one seed.
-
-    Args:
-        folder: ``runs/NAME/seed-K``, or ``runs/NAME/base`` of what all seeds share.
-    """
+    """The files of one seed, in ``runs/NAME/seed-K``; ``logs`` are those of all steps but the experts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -24,9 +19,7 @@ class SeedLayout:
         self.code = folder / "code.json"
         """A code that the seed has chosen."""
         self.coded = folder / "coded"
-        """The folder of the coded models."""
         self.logs = folder / "logs"
-        """The folder of the steps' logs, but for those of the experts."""
         self.results = folder / RESULTS_CSV
         self.results_json = folder / RESULTS_JSON
         self.confusions = folder / CONFUSION_NPZ
@@ -37,30 +30,19 @@ class SeedLayout:
         """Return the file of a task's expert; its checkpoints and logs lie beside it."""
         return self.folder / "experts" / task / "expert.safetensors"
 
-    def statistic(self, which: Statistic, task: str, usual: Statistic) -> Path:
-        """Return the file of an expert's statistic; that of the experiment's usual kind and data has the plain name."""
-        suffix = "" if which == usual else "".join(f"-{part}" for part in which.options.values())
-        return self.folder / "statistics" / f"{task}.{which.name}{suffix}.safetensors"
-
     def log(self, job_type: str, name: str) -> Path:
         """Return the folder of a job's logs."""
         return self.expert(name).parent if job_type == "expert" else self.logs / name
 
 
 class ExperimentLayout:
-    """The files of an experiment.
-
-    Args:
-        folder: ``runs/NAME``.
-    """
+    """The files of an experiment, in ``runs/NAME``; ``base`` holds the shared initialisation."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.base = folder / "base"
-        """The folder of the shared initialisation."""
         self.pretrained = self.base / "base.safetensors"
         self.logs = folder / "logs"
-        """The folder of the logs of what is of all seeds."""
         self.submitit = folder / "submitit"
         self.summary = folder / SUMMARY_CSV
 

@@ -5,103 +5,70 @@ from contextlib import ExitStack
 from functools import partial
 
 import pandas as pd
-from rich.console import Console
 
 from coin.data.tasks import Tasks
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError
 from coin.experiment.coded_models import choose_code, compare_layers, estimate, evaluate, merge
 from coin.experiment.experiment import Experiment
-from coin.experiment.jobs import job, resolved, run_config
+from coin.experiment.jobs import job
 from coin.experiment.launch import ExpertJob, Launch, train_side_by_side
-from coin.experiment.locks import alone_in
 from coin.experiment.seed_run import SeedRun
-from coin.experiment.store import Steps, step_key, sweep_of
+from coin.experiment.store import Steps, alone_in, step_key, sweep_of
 from coin.experiment.training import lacks_expert, make_expert, make_initial
 from coin.files.atomic import remove_leftovers, write_text
-from coin.processes import from_first, is_first, process_count
+from coin.processes import from_first, is_first, process_count, say
 from coin.reporting import write_report
 from coin.reporting.summary import write_summary
 from coin.reporting.wandb_evaluation import SUMMARY_TAG, log_summary
 from coin.reporting.wandb_settings import check_connection, logging_only
-from coin.steps.trainer import check_trainer_options, join_processes
+from coin.steps.trainer import join_processes
 
 
-def run_experiment(
-    experiment: Experiment,
-    console: Console | None = None,
-    launch: Launch | None = None,
-) -> pd.DataFrame:
-    """Run every step whose inputs have changed, for every seed, and report.
-
-    Args:
-        experiment: The experiment.
-        console: Where progress and the table go.
-        launch: How the experts are trained.
-
-    Returns:
-        The summary over seeds: the contents of ``summary.csv``.
-
-    Raises:
-        CoinError: A step cannot be done.
-    """
-    console = _begin(experiment, console)
+def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.DataFrame:
+    """Run every step whose inputs have changed, for every seed, report, and return the contents of ``summary.csv``."""
+    _begin(experiment)
     with alone_in(experiment.folder, patient=sweep_of(experiment.folder) is not None):
         from_first(lambda: remove_leftovers(experiment.folder))
-        seeds = _seed_runs(experiment, console)
+        seeds = _seed_runs(experiment)
         for run in seeds:
             if is_first() and not run.layout.results.exists():
                 write_text(run.layout.config, experiment.as_yaml(run.seed))
         if launch is not None and launch.side_by_side:
-            _train_side_by_side(experiment, seeds, launch, console)
+            _train_side_by_side(experiment, seeds, launch)
         for run in seeds:
-            run_seed(run)
+            _run_seed(run)
             if is_first():  # until now it was that of the results that stood there
                 write_text(run.layout.config, experiment.as_yaml(run.seed))
         return from_first(partial(_summarise, experiment))
 
 
-def make_experts(experiment: Experiment, task: str, console: Console | None = None) -> None:
-    """Make one task's expert for every seed, and the shared initialisation; nothing else.
-
-    Raises:
-        CoinError: There is no such task, or the expert cannot be made.
-    """
+def make_experts(experiment: Experiment, task: str) -> None:
+    """Make one task's expert for every seed, and the shared initialisation; nothing else."""
     if task not in experiment.tasks:
         raise ConfigurationError(f"found no task '{task}', expected one of {', '.join(experiment.tasks)}")
-    for run in _seed_runs(experiment, _begin(experiment, console)):
+    _begin(experiment)
+    for run in _seed_runs(experiment):
         make_expert(run, task, patient=True)
 
 
-def _begin(experiment: Experiment, console: Console | None) -> Console:
-    """Check what can be checked at once, gather all processes, and return where progress goes."""
+def _begin(experiment: Experiment) -> None:
+    """Check what can be checked at once, and gather all processes."""
     check_connection()
-    check_trainer_options(experiment.trainer)
-    experiment.check_batchnorm()
-    experiment.check_fine_tuning()
+    experiment.check_fit()
     experiment.as_yaml(experiment.seeds[0])  # a task or method that it cannot say is better told of now
-    try:
-        experiment.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(
-            f"cannot make the folder '{experiment.folder}' ({error.strerror}); choose another with output"
-        ) from error
     join_processes(experiment.folder, experiment.trainer)
-    if not is_first():
-        console = Console(quiet=True)
-    return console or Console(stderr=True, soft_wrap=True)
 
 
-def _seed_runs(experiment: Experiment, console: Console) -> list[SeedRun]:
+def _seed_runs(experiment: Experiment) -> list[SeedRun]:
     """Prepare what all seeds share, and return the seeds to run."""
     from_first(Tasks(experiment.tasks).prepare_data)
     for task in experiment.tasks.values():
         _ = task.num_classes  # a folder that is missing or has one class is better told of before the pretraining
-    initial = make_initial(experiment, console)
-    return [SeedRun(experiment, seed, initial, console) for seed in experiment.seeds]
+    initial = make_initial(experiment)
+    return [SeedRun(experiment, seed, initial) for seed in experiment.seeds]
 
 
-def run_seed(run: SeedRun) -> None:
-    """Run all steps of one seed."""
+def _run_seed(run: SeedRun) -> None:
     experiment = run.experiment
     if any(lacks_expert(run, name) for name in run.tasks):
         experiment.check_parts()
@@ -117,34 +84,22 @@ def run_seed(run: SeedRun) -> None:
         evaluate(run)
 
 
-def _train_side_by_side(
-    experiment: Experiment,
-    seeds: Sequence[SeedRun],
-    launch: Launch,
-    console: Console,
-) -> None:
+def _train_side_by_side(experiment: Experiment, seeds: Sequence[SeedRun], launch: Launch) -> None:
     if process_count() > 1:
         raise ConfigurationError(
             f"found {process_count()} processes that share every training, and a launch section; leave out one"
         )
-    jobs = [
-        ExpertJob(
-            f"seed {run.seed}: expert {task}",
-            run.layout.launch,
-            task,
-            run.layout.expert(task).with_name("launch.log"),
-        )
-        for run in seeds
-        for task in experiment.tasks
-        if lacks_expert(run, task)
-    ]
+    jobs = []
+    for run in seeds:
+        write_text(run.layout.launch, experiment.as_yaml(run.seed))
+        for task in experiment.tasks:
+            if lacks_expert(run, task):
+                log = run.layout.expert(task).with_name("launch.log")
+                jobs.append(ExpertJob(f"seed {run.seed}: expert {task}", run.layout.launch, task, log))
     if jobs:
-        for run in seeds:
-            write_text(run.layout.launch, experiment.as_yaml(run.seed))
         experiment.check_parts()
-        console.print(f"training {len(jobs)} experts, {launch.workers} at a time")
-        say = partial(console.print, highlight=False, markup=False)
-        train_side_by_side(jobs, launch, experiment.layout.submitit, say)
+        say(f"training {len(jobs)} experts, {launch.workers} at a time")
+        train_side_by_side(jobs, launch, experiment.layout.submitit)
 
 
 def _summarise(experiment: Experiment) -> pd.DataFrame:
@@ -164,11 +119,7 @@ def _log_summary(experiment: Experiment, summary: pd.DataFrame) -> None:
     steps, key = Steps(experiment.folder), step_key({}, [experiment.layout.summary])
     if len(experiment.seeds) < 2 or steps.finished("wandb-summary", key, []):
         return
-    config = run_config(experiment, resolved(experiment, experiment.tasks, None))
-    with (
-        logging_only("the summary over seeds"),
-        job(experiment, experiment.layout.logs, "evaluate", "summary", None, config, [SUMMARY_TAG]) as work,
-    ):
+    with logging_only("the summary over seeds"), job(experiment, "evaluate", "summary", None, [SUMMARY_TAG]) as work:
         if work.run is not None:
             log_summary(work.run, summary)
             steps.finish("wandb-summary", key, [])

@@ -1,19 +1,16 @@
 """One seed of an experiment: its folder, its tasks, and what its steps have made so far."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
 
 from coin.data import Calibration, TaskData
-from coin.data.tasks import Tasks, task_with
+from coin.data.tasks import Tasks
 from coin.experiment.experiment import Experiment
-from coin.experiment.jobs import Job, job, resolved, run_config
+from coin.experiment.jobs import Job
 from coin.experiment.store import Steps
 from coin.merging import Method
+from coin.processes import say
 from coin.statistics.statistic import DataChoice, Statistic
 from coin.steps.code import SeedCode, read_choice
 from coin.steps.expert_files import ExpertFiles
@@ -21,26 +18,18 @@ from coin.steps.merge import coded_paths
 
 
 class SeedRun:
-    """What the steps of one seed share.
+    """What the steps of one seed share; `initial` is the shared initialisation's file."""
 
-    Args:
-        experiment: The experiment.
-        seed: The seed.
-        initial: The shared initialisation's file.
-        console: Where progress goes.
-    """
-
-    def __init__(self, experiment: Experiment, seed: int, initial: Path, console: Console) -> None:
+    def __init__(self, experiment: Experiment, seed: int, initial: Path) -> None:
         self.experiment = experiment
         self.seed = seed
+        self.initial = initial
         self.layout = experiment.layout.seed(seed)
         self.folder = self.layout.folder
-        self.initial = initial
-        self.console = console
         self.steps = Steps(self.folder)
+        self.tasks = experiment.tasks_of(seed)
         self.method_jobs: dict[str, Job] = {}
         """The jobs of the methods that were made in this process, by their files' name: until they are evaluated."""
-        self.tasks: dict[str, TaskData] = {name: task_with(task, seed=seed) for name, task in experiment.tasks.items()}
 
     @cached_property
     def experts(self) -> ExpertFiles:
@@ -66,7 +55,8 @@ class SeedRun:
         calibration = self.experiment.calibration
         data = DataChoice.pooled if calibration.fisher_data is DataChoice.pooled else DataChoice.own
         plain = Statistic(which.name, data, which.kind and calibration.fisher_kind)
-        return self.layout.statistic(which, task, plain)
+        suffix = "" if which == plain else "".join(f"-{part}" for part in which.options.values())
+        return self.folder / "statistics" / f"{task}.{which.name}{suffix}.safetensors"
 
     def data(self, tasks: Mapping[str, TaskData]) -> Tasks:
         """Return tasks with the experiment's calibration samples."""
@@ -79,26 +69,6 @@ class SeedRun:
         tasks.setup()
         return tasks.calibrations()
 
-    @cached_property
-    def options(self) -> dict[str, Any]:
-        """The experiment's options with all defaults filled in."""
-        return resolved(self.experiment, self.tasks, self.seed)
-
-    def job(
-        self, job_type: str, name: str, tags: Sequence[str] = (), *, again: bool = False, **own: Any
-    ) -> AbstractContextManager[Job]:
-        """Return a context with one of this seed's jobs; see `coin.experiment.jobs.job`.
-
-        Args:
-            job_type: The job's type.
-            name: What it works on.
-            tags: Short words to filter its W&B run by.
-            again: Whether a job that is done goes on with its run.
-            **own: What its W&B run's configuration tells it from others of its type by.
-        """
-        config = run_config(self.experiment, self.options, **own)
-        return job(self.experiment, self.layout.log(job_type, name), job_type, name, self.seed, config, tags, again)
-
     def say(self, text: str) -> None:
-        """Tell about the progress."""
-        self.console.print(f"seed {self.seed}: {text}", highlight=False, markup=False)
+        """Tell how far the seed is."""
+        say(f"seed {self.seed}: {text}")

@@ -2,25 +2,37 @@
 
 The points of a sweep share steps by the same records: a step that another point has finished with the same key is
 taken over by links to its outputs. That is sound, since the key stands for all that goes into a step.
+
+One process at a time works in a folder: a lock ends with the process that holds it, however that ends.
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from coin.experiment.locks import alone_in
+from filelock import FileLock, Timeout
+
+from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.files.atomic import link_file, sha256_of, write_text
 from coin.options import described
 from coin.processes import from_first
 from coin.reporting.sweeps import SWEEP_YAML
 from coin.versions import versions
 
-_LOCKS = ".locks"
+LOCK = ".lock"
+"""The file in a folder that is locked; it stays when the lock ends, and says who had it last."""
+
+_POLL_SECONDS = 0.5
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def sweep_of(experiment: Path) -> Path | None:
@@ -31,10 +43,10 @@ def sweep_of(experiment: Path) -> Path | None:
 class Steps:
     """The record of finished steps of one folder, one small file a step.
 
-    A step is finished when its record names the same key and every output has the contents it had then. The key is a
-    hash of the step's options and of the contents of its input files.
-
-    With several processes the first one looks and writes, and all of them hear the same.
+    A step is finished when its record names the same key (see `step_key`) and every output has the contents it had
+    then. With several processes the first one looks and writes, and all of them hear the same. A step that is `shared`
+    may have been finished by another point of the same sweep, whose outputs are then linked here: for steps that cost
+    much and whose outputs do not say which experiment they are of.
 
     Args:
         folder: Where the outputs are, ``base`` or ``seed-K`` of an experiment; the records go to ``folder/.steps``.
@@ -44,29 +56,29 @@ class Steps:
         self.folder = folder
 
     def finished(self, name: str, key: str, outputs: Sequence[Path], *, shared: bool = False) -> bool:
-        """Return whether the step `name` has been finished with this key and its outputs stand.
-
-        Args:
-            name: The step.
-            key: See `step_key`.
-            outputs: Its files.
-            shared: Whether another point of the same sweep may have finished it, whose outputs are then linked here:
-                for steps that cost much and whose outputs do not say which experiment they are of.
-        """
+        """Return whether the step `name` has been finished with this key and its outputs stand."""
         return from_first(
             lambda: self._stands(name, key, outputs) or (shared and self._is_taken_over(name, key, outputs))
         )
 
     def finish(self, name: str, key: str, outputs: Sequence[Path]) -> None:
         """Record that the step `name` has been finished, once the first process has come to here."""
-        from_first(lambda: self._write(name, key, outputs))
+        from_first(lambda: self._write(name, {"key": key, "outputs": self._contents(outputs)}))
+
+    def once(
+        self, name: str, key: str, outputs: Sequence[Path], make: Callable[[], Any], *, shared: bool = False
+    ) -> None:
+        """Do a step on the first process and record it, unless it is finished."""
+        if not self.finished(name, key, outputs, shared=shared):
+            from_first(make)
+            self.finish(name, key, outputs)
 
     def alone(self, name: str, key: str) -> AbstractContextManager[Any]:
         """Return a context for a shared step, which waits for another point of the sweep that is doing the same."""
         sweep = from_first(lambda: sweep_of(self.folder.parent))
         if sweep is None:
             return contextlib.nullcontext()
-        return alone_in(sweep / _LOCKS / f"{name}-{key[:16]}", patient=True)
+        return alone_in(sweep / ".locks" / f"{name}-{key[:16]}", patient=True)
 
     def _stands(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
         try:
@@ -84,17 +96,14 @@ class Steps:
             other = Steps(record.parent.parent)
             theirs = [other.folder / path.relative_to(self.folder) for path in outputs]
             if other._stands(name, key, theirs):
-                try:
+                with contextlib.suppress(OSError):  # it is just being made again: the step is done here
                     for source, target in zip(theirs, outputs, strict=True):
                         link_file(source, target)
-                except OSError:  # it is just being made again: the step is done here
-                    continue
-                self._write(name, key, outputs)
-                return True
+                    self.finish(name, key, outputs)
+                    return True
         return False
 
-    def _write(self, name: str, key: str, outputs: Sequence[Path]) -> None:
-        record = {"key": key, "outputs": self._contents(outputs)}
+    def _write(self, name: str, record: dict[str, Any]) -> None:
         write_text(self._record(name), json.dumps(record, indent=1))
 
     def _record(self, name: str) -> Path:
@@ -104,15 +113,63 @@ class Steps:
         return {str(path.relative_to(self.folder)): sha256_of(path) for path in outputs}
 
 
-def step_key(options: Any, inputs: Sequence[Path] = (), hashes: Mapping[Path, str] | None = None) -> str:
-    """Return a hash of a step's options, of its input files' contents and of coin's version.
+def step_key(options: Any, inputs: Sequence[Path] = ()) -> str:
+    """Return a hash of a step's options (as `described`), of its input files' contents and of coin's version."""
+    value = [described(options), [sha256_of(path) for path in inputs], versions()["coded-coin"]]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, *, patient: bool = False) -> Iterator[None]:
+    """Hold a folder while the block runs; with several processes the first one holds it for all.
+
+    Processes that this one starts or forks do not hold it. Where the file system has no locks, a warning says so.
 
     Args:
-        options: Anything `described` understands.
-        inputs: Files.
-        hashes: The SHA-256 of those input files for which it is known already.
+        folder: The folder.
+        patient: Whether to wait for another process that holds it.
+
+    Raises:
+        ConfigurationError: Another process works in the folder.
+        FileError: The folder cannot be written.
     """
-    known = hashes or {}
-    contents = [known[path] if path in known else sha256_of(path) for path in inputs]
-    value = [described(options), contents, versions()["coded-coin"]]
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    lock = FileLock(folder / LOCK, fallback_to_soft=False)  # a file whose mere existence is the lock survives a kill
+    try:
+        from_first(lambda: _acquire(lock, folder, patient))
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path, patient: bool) -> None:
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            at_work = f"another coin command at work in '{folder}' ({_text(path) or 'it does not say who'})"
+            if not patient:
+                raise ConfigurationError(
+                    f"found {at_work}, expected none; wait for it or stop it, or give this one another name or output"
+                ) from None
+            warnings.warn(f"waiting for {at_work}", CoinWarning, stacklevel=2)
+            lock.acquire(poll_interval=_POLL_SECONDS)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise FileError(
+                f"cannot write '{path}': {error.strerror or error}; choose a folder you can write to with output"
+            ) from error
+        warnings.warn(
+            f"the file system of '{folder}' has no locks: see to it that only one coin command works there",
+            CoinWarning,
+            stacklevel=2,
+        )
+    with contextlib.suppress(OSError):  # a full disk: nobody's name is in the file then
+        path.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
+
+
+def _text(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    return ""

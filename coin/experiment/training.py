@@ -3,59 +3,50 @@
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from coin.data import TaskData
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
 from coin.experiment.config import BaseConfig
 from coin.experiment.experiment import Experiment
-from coin.experiment.jobs import FileKind, by_stem, job, resolved, run_config
-from coin.experiment.locks import alone_in
+from coin.experiment.jobs import by_stem, job
 from coin.experiment.seed_run import SeedRun
-from coin.experiment.store import Steps, step_key
+from coin.experiment.store import Steps, alone_in, step_key
 from coin.networks import brought_network, initial_network, save_network
-from coin.processes import from_first
+from coin.processes import from_first, say
 from coin.steps.train import train_network
 
 
-def make_initial(experiment: Experiment, console: Console) -> Path:
+def make_initial(experiment: Experiment) -> Path:
     """Make the shared initialisation, and return its file.
 
     With different class counts there is one file a count (experts of one count share their head, all experts the
     rest, random or not); the one with the most classes is returned.
     """
-    folder = experiment.layout.base
-    steps = Steps(folder)
-    checkpoint: Path | None = None
-    if experiment.base is not None and experiment.base.task is not None:
+    base = experiment.base
+    steps = Steps(experiment.layout.base)
+    checkpoint = None if base is None or base.checkpoint is None else Path(base.checkpoint)
+    if base is not None and base.task is not None:
         checkpoint = experiment.layout.pretrained
-        task = task_with(experiment.base.task, image_size=experiment.network.image_size)
-        options = {"network": experiment.network, "base": experiment.base, "task": task, "trainer": experiment.trainer}
+        task = task_with(base.task, image_size=experiment.network.image_size)
+        options = {"network": experiment.network, "base": base, "task": task, "trainer": experiment.trainer}
         key = step_key(options)
-        if not steps.finished("base", key, [checkpoint], shared=True):
-            experiment.check_parts()
-        with alone_in(folder, patient=True), steps.alone("base", key):
+        with alone_in(steps.folder, patient=True), steps.alone("base", key):
             if not steps.finished("base", key, [checkpoint], shared=True):
-                console.print(f"base: pretraining {experiment.network.name} on {type(task).__name__}")
-                _pretrain(experiment, experiment.base, task, key, steps, checkpoint)
-    elif experiment.base is not None and experiment.base.checkpoint is not None:
-        checkpoint = Path(experiment.base.checkpoint)
+                experiment.check_parts()
+                say(f"base: pretraining {experiment.network.name} on {type(task).__name__}")
+                _pretrain(experiment, base, task, key, steps, checkpoint)
     return _write_initial(experiment, steps, checkpoint)[-1]
 
 
 def _pretrain(
     experiment: Experiment, base: BaseConfig, task: TaskData, key: str, steps: Steps, checkpoint: Path
 ) -> None:
-    folder = steps.folder
     from_first(task.prepare_data)
-    config = run_config(experiment, resolved(experiment, experiment.tasks, None), task="base")
-    with job(experiment, folder, "expert", "base", None, config, ["base"]) as work:
+    with job(experiment, "expert", "base", None, ["base"], task="base") as work:
         train_network(
             base,
             experiment.network,
             task,
-            folder,
             checkpoint,
             key=key,
             seed=0,
@@ -65,7 +56,7 @@ def _pretrain(
         )
         task.release()
         steps.finish("base", key, [checkpoint])
-        work.makes(FileKind.initialisation, by_stem(_write_initial(experiment, steps, checkpoint)))
+        work.makes("initialisation", by_stem(_write_initial(experiment, steps, checkpoint)))
 
 
 def _write_initial(experiment: Experiment, steps: Steps, checkpoint: Path | None) -> list[Path]:
@@ -78,9 +69,8 @@ def _write_initial(experiment: Experiment, steps: Steps, checkpoint: Path | None
         source = largest if checkpoint is None and path != largest else checkpoint
         key = step_key({"network": experiment.network, "classes": count}, [] if source is None else [source])
         with steps.alone(f"initial-{count}", key):
-            if not steps.finished(f"initial-{count}", key, [path], shared=True):
-                from_first(partial(_save_initial, experiment, path, count, source, checkpoint))
-                steps.finish(f"initial-{count}", key, [path])
+            save = partial(_save_initial, experiment, path, count, source, checkpoint)
+            steps.once(f"initial-{count}", key, [path], save, shared=True)
     return [experiment.layout.initial(count) for count in counts]
 
 
@@ -90,37 +80,29 @@ def _save_initial(experiment: Experiment, path: Path, count: int, source: Path |
 
 
 def make_expert(run: SeedRun, name: str, *, patient: bool = False) -> None:
-    """Train a task's expert, or take over one that was brought along.
-
-    Args:
-        run: The seed.
-        name: The task.
-        patient: Whether to wait for another process that is training it.
-    """
+    """Train a task's expert, or take over one that was brought along; if patient, wait for another process at it."""
     experiment, task, output = run.experiment, run.tasks[name], run.layout.expert(name)
     initial = experiment.layout.initial(task.num_classes)
-    config = experiment.expert
-    given = config.checkpoints.get(name)
-    if given is not None:
-        key = step_key({"network": experiment.network, "classes": list(task.classes)}, [_existing(given)])
-        if not run.steps.finished(f"expert-{name}", key, [output], shared=True):
-            from_first(lambda: _take_over(run, name, task, Path(given)))
-            run.steps.finish(f"expert-{name}", key, [output])
+    if name in experiment.expert.checkpoints:
+        given = Path(experiment.expert.checkpoints[name])
+        if not given.is_file():
+            raise ConfigurationError(f"found no file '{given}', expected an expert's weights; check expert.checkpoints")
+        key = step_key({"network": experiment.network, "classes": list(task.classes)}, [given])
+        run.steps.once(f"expert-{name}", key, [output], partial(_take_over, run, name, given), shared=True)
         return
-    training = config.of(name)
-    key = _training_key(run, name, task)
+    training = experiment.expert.of(name)
+    key = _training_key(run, name)
     with alone_in(output.parent, patient=patient), run.steps.alone(f"expert-{name}", key):
-        if run.steps.finished(f"expert-{name}", key, [output], shared=True):
+        if not lacks_expert(run, name):
             run.say(f"expert {name}: up to date")
             return
         run.say(f"expert {name}: fine-tuning for {training.epochs} epochs")
-        with run.job("expert", name, [name], task=name) as work:
-            work.reads(FileKind.initialisation, {initial.stem: initial})
+        with job(experiment, "expert", name, run.seed, [name], task=name) as work:
+            work.reads("initialisation", by_stem([initial]))
             train_network(
                 training,
                 experiment.network,
                 task,
-                output.parent,
                 output,
                 key=key,
                 seed=run.seed,
@@ -129,20 +111,27 @@ def make_expert(run: SeedRun, name: str, *, patient: bool = False) -> None:
                 loggers=work.loggers,
                 weights=training.weights,
             )
-            work.makes(FileKind.expert, {name: output})
+            work.makes("expert", {name: output})
         run.steps.finish(f"expert-{name}", key, [output])
+
+
+def _take_over(run: SeedRun, name: str, given: Path) -> None:
+    task, config = run.tasks[name], run.experiment.network
+    network = brought_network(config, task.num_classes, given)
+    provenance = {"made_by": "coin run", "source": str(given), "task": name, "classes": list(task.classes)}
+    save_network(run.layout.expert(name), network, config, task.num_classes, provenance)
 
 
 def lacks_expert(run: SeedRun, name: str) -> bool:
     """Return whether a task's expert is still to be trained."""
     if name in run.experiment.expert.checkpoints:
         return False
-    key = _training_key(run, name, run.tasks[name])
+    key = _training_key(run, name)
     return not run.steps.finished(f"expert-{name}", key, [run.layout.expert(name)], shared=True)
 
 
-def _training_key(run: SeedRun, name: str, task: TaskData) -> str:
-    experiment = run.experiment
+def _training_key(run: SeedRun, name: str) -> str:
+    experiment, task = run.experiment, run.tasks[name]
     options = {
         "training": experiment.expert.of(name),
         "task": task,
@@ -151,15 +140,3 @@ def _training_key(run: SeedRun, name: str, task: TaskData) -> str:
         "network": experiment.network,
     }
     return step_key(options, [experiment.layout.initial(task.num_classes)])
-
-
-def _take_over(run: SeedRun, name: str, task: TaskData, given: Path) -> None:
-    network = brought_network(run.experiment.network, task.num_classes, given)
-    provenance = {"made_by": "coin run", "source": str(given), "task": name, "classes": list(task.classes)}
-    save_network(run.layout.expert(name), network, run.experiment.network, task.num_classes, provenance)
-
-
-def _existing(path: str) -> Path:
-    if not Path(path).is_file():
-        raise ConfigurationError(f"found no file '{path}', expected an expert's weights; check expert.checkpoints")
-    return Path(path)

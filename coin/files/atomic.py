@@ -13,6 +13,7 @@ from coin.errors import FileError
 
 _LONGEST_WRITE = 3600.0  # seconds
 _LONGEST_NAME = 200  # bytes; file systems take 255, and what is made of a name is longer than it
+_CLOCK_STEP = 2.0  # seconds after which a file that is written to anew has another time of change
 
 
 @contextmanager
@@ -70,12 +71,23 @@ def link_file(source: Path, target: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file as 64 hexadecimal digits; a FileError where it cannot be read."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits; a FileError where it cannot be read.
+
+    A process reads a file that has not changed once.
+    """
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            found = os.fstat(file.fileno())
+            known = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+            digest = _hashes.get(known) or hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise FileError(f"cannot read '{path}' ({error.strerror}), expected a file; check the path") from error
+    if time.time() - found.st_mtime > _CLOCK_STEP:
+        _hashes[known] = digest
+    return digest
+
+
+_hashes: dict[tuple[int, int, int, int], str] = {}
 
 
 def is_folder_name(name: str) -> bool:

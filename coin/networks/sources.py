@@ -68,6 +68,8 @@ class Source(ABC):
         """Call a constructor; what does not fit becomes one line."""
         try:
             network: nn.Module = builder(*arguments, **options)
+        except NotImplementedError:  # of the meta device, on which not every network can be built
+            raise
         except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
             raise ConfigurationError(
                 f"cannot build {self.name} for {self.reads} of size {self.image_size} with options {self.options}: "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coin.coding import Code, choose_code, convex, decoded_error_bound, simplex_codes, uniform
 from coin.data import Calibration
@@ -28,13 +28,7 @@ _CANDIDATES = 39
 
 @dataclass(frozen=True)
 class SeedCode:
-    """A code and what choosing it has cost.
-
-    Args:
-        code: The code.
-        seconds: Wall time; 0 for a code that was given.
-        passes: Forward-equivalents.
-    """
+    """A code, and what choosing it has cost: wall time and forward-equivalents, none for a code that was given."""
 
     code: Code
     seconds: float = 0.0
@@ -50,8 +44,7 @@ def read_code(option: Any, num_experts: int) -> Code | None:
         num_experts: N.
 
     Raises:
-        ConfigurationError: It is none of these, or a matrix for another number of experts.
-        DecodingError: The matrix does not decode every erasure of R experts, or there is no ready code that does.
+        CoinError: It is none of these, for another number of experts, or decodes not every erasure of R experts.
     """
     if option == AUTO:
         return None
@@ -101,9 +94,6 @@ def choose_weights(
 
     Returns:
         The code, what was found for every candidate, and the forward-equivalents spent.
-
-    Raises:
-        NumericalError: The outputs of an expert or of an average are not finite.
     """
     few = [each.subset(range(min(SAMPLES, each.num_samples))) for each in calibrations]
     experts = Experts(networks, calibration=few)
@@ -112,7 +102,8 @@ def choose_weights(
     for code in candidates:
         row = code.matrix[0].tolist()
         average = method.make(experts, row).network
-        residuals[code] = _root_mean_square(experts.run(average, experts.pooled) - experts.target(row))
+        error = experts.run(average, experts.pooled) - experts.target(row)
+        residuals[code] = float(error.double().square().mean().sqrt())
         if not math.isfinite(residuals[code]):
             raise NumericalError(
                 f"the outputs of the experts or of their average with weights {row} on calibration data are not "
@@ -144,17 +135,9 @@ def write_choice(path: Path, networks: Sequence[nn.Module], calibrations: Sequen
 
 
 def read_choice(path: Path) -> SeedCode:
-    """Return the code that `write_choice` wrote.
-
-    Raises:
-        FileError: The file is missing or damaged.
-    """
+    """Return the code that `write_choice` wrote."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         return SeedCode(Code(document["matrix"]), float(document["seconds"]), float(document["passes"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileError(f"cannot read the chosen code '{path}' ({error}); delete it and run again") from error
-
-
-def _root_mean_square(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt())

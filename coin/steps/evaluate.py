@@ -60,14 +60,7 @@ def record_evaluation(
 
 
 def result_rows(outcomes: Sequence[Outcome], experiment: str, seed: int, samples_per_task: int) -> list[Row]:
-    """Return the rows of the results for what an evaluation measured.
-
-    Args:
-        outcomes: What was measured.
-        experiment: The experiment's name.
-        seed: The seed of the run.
-        samples_per_task: P of the decoders, and of a coded model whose file does not say.
-    """
+    """Return the rows of the results; P is of the decoders, and of a coded model whose file does not say."""
     return [
         Row(
             experiment=experiment,

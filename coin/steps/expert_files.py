@@ -1,8 +1,7 @@
-"""The experts of one seed, or of one merge: files that are hashed once, and read as far as they are needed."""
+"""The experts of one seed, or of one merge, in files that are read as far as they are needed."""
 
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +11,7 @@ from torch import nn
 
 from coin.data import Calibration
 from coin.errors import ConfigurationError
-from coin.files.atomic import sha256_of
+from coin.files.safetensors import StateFile
 from coin.files.tensors import State, fingerprint
 from coin.merging.experts import Experts, padded_statistic
 from coin.networks import (
@@ -28,56 +27,19 @@ from coin.networks import (
     widened,
 )
 from coin.statistics import FisherKind
-from coin.statistics.files import StatisticFile, open_statistic
+from coin.statistics.files import open_statistic
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What an architecture's tensors are called.
-
-    Attributes:
-        parameters: The names of the parameters, in the network's order; tied ones have one.
-        buffers: The names of the buffers that files hold.
-        head: The dotted name of the head.
-        batchnorm: Whether BatchNorm layers track running statistics.
-        shapes: The shapes of all tensors in a file, with the head of `ExpertFiles.width` outputs.
-    """
-
-    parameters: tuple[str, ...]
-    buffers: tuple[str, ...]
-    head: str
-    batchnorm: bool
-    shapes: dict[str, torch.Size]
-
-
 class ExpertFiles:
-    """The experts' files and what is in them.
-
-    `parameters` and `buffers` read a tensor at a time and keep none, so that many experts merge in little memory;
-    `networks` and `files` keep all of them until `release`.
-
-    Args:
-        paths: The files by task.
-    """
+    """The experts' files and what is in them, by task; `networks` keeps all of them in memory until `release`."""
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self.paths = dict(paths)
 
     @cached_property
-    def sha256(self) -> dict[Path, str]:
-        """The hashes of the files."""
-        return {path: sha256_of(path) for path in self.paths.values()}
-
-    @cached_property
     def opened(self) -> dict[str, NetworkFile]:
-        """The networks' files by task, checked, their tensors yet to be read.
-
-        Raises:
-            FileError: A file is missing or damaged, or holds no network.
-            StateError: A tensor is not finite.
-            ConfigurationError: The experts are of different architectures.
-        """
+        """The networks' files, their tensors yet to be read; raises a CoinError where they do not belong together."""
         opened = {task: open_network(path) for task, path in self.paths.items()}
         first = next(iter(opened.values())).config.name
         for task, file in opened.items():
@@ -87,55 +49,42 @@ class ExpertFiles:
                 )
         return opened
 
+    @property
+    def config(self) -> NetworkConfig:
+        """The architecture that all experts share."""
+        return next(iter(self.opened.values())).config
+
+    @property
+    def width(self) -> int:
+        """The largest class count."""
+        return max(file.num_classes for file in self.opened.values())
+
     @cached_property
-    def layout(self) -> Layout:
-        """The names and shapes that all experts share.
+    def marks(self) -> dict[str, str]:
+        """The fingerprints of the networks; see `coin.files.tensors.fingerprint`."""
+        return {task: fingerprint(file.state) for task, file in self.opened.items()}
 
-        Raises:
-            StateError: The tensors of an expert do not fit its architecture.
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """A network of the experts' architecture with `width` logits, for its names and shapes, without weights.
+
+        Raises a StateError where the tensors of an expert do not fit it.
         """
-        _ = self.config, self.width  # from files, whose tensors must not become meta ones
+        config, width = self.config, self.width  # from files, whose tensors must not become meta ones
         try:
-            with torch.device("meta"):  # names and shapes alone, without the memory
-                network = self.blank()
+            with torch.device("meta"):
+                network = build_network(config, width)
         except NotImplementedError:  # RegNets look at their tensors while they are built
-            network = self.blank()
-        every = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-        shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-        layout = Layout(
-            parameters=tuple(name for name, _ in network.named_parameters()),
-            buffers=tuple(name for name in shapes if name not in every),
-            head=head_name(network),
-            batchnorm=has_batchnorm(network),
-            shapes=shapes,
-        )
+            network = build_network(config, width).to("meta")
         for file in self.opened.values():
-            own = dict(shapes)
-            for name in (f"{layout.head}.weight", f"{layout.head}.bias"):
-                if name in own:
-                    own[name] = torch.Size([file.num_classes, *own[name][1:]])
-            check_layout(own, file.state.shapes(), str(file.state.path))
-        return layout
+            _check(file, network, width)
+        return network
 
-    @property
-    def parameters(self) -> list[State]:
-        """The experts' parameters with their heads padded by zeros to `width` logits, read when they are asked for."""
-        return [self.padded(file.state.select(self.layout.parameters)) for file in self.opened.values()]
-
-    @property
-    def buffers(self) -> list[State]:
-        """The experts' buffers, read when they are asked for."""
-        return [file.state.select(self.layout.buffers) for file in self.opened.values()]
-
-    def padded(self, state: State) -> State:
-        """Return a network's tensors with its head padded to `width` logits, all its other tensors yet to be read."""
-        rows = padded_rows(state, self.layout.head, self.width)
-        # A ChainMap that is never written to takes any mapping.
-        return ChainMap(rows, cast(Any, state)) if rows else state
-
-    def blank(self) -> nn.Module:
-        """Return a network of the experts' architecture with `width` logits and random weights."""
-        return build_network(self.config, self.width)
+    @cached_property
+    def networks(self) -> list[nn.Module]:
+        """The networks with their heads padded by zeros to `width` logits; raises as `opened` and `skeleton` do."""
+        self.skeleton  # noqa: B018 (checks that they belong together)
+        return list(self.each_network())
 
     def each_network(self) -> Iterator[nn.Module]:
         """Yield the networks as `networks` has them, but one at a time unless they are there already."""
@@ -145,46 +94,18 @@ class ExpertFiles:
             for path in self.paths.values():
                 yield widened(load_network(path).network, self.width)
 
-    @cached_property
-    def files(self) -> dict[str, NetworkFile]:
-        """The networks by task, each with its own head; raises as `opened` and `layout` do."""
-        self.layout  # noqa: B018 (checks that they belong together)
-        return {task: load_network(path) for task, path in self.paths.items()}
-
-    @cached_property
-    def networks(self) -> list[nn.Module]:
-        """The networks with their heads padded by zeros to `width` logits."""
-        return [widened(file.network, self.width) for file in self.files.values()]
-
-    @cached_property
-    def marks(self) -> dict[str, str]:
-        """The fingerprints of the networks by task; see `coin.files.tensors.fingerprint`."""
-        return {task: fingerprint(file.state) for task, file in self.opened.items()}
-
-    @property
-    def class_counts(self) -> dict[str, int]:
-        """The class counts by task."""
-        return {task: file.num_classes for task, file in self.opened.items()}
-
-    @property
-    def width(self) -> int:
-        """The largest class count."""
-        return max(self.class_counts.values())
-
-    @property
-    def config(self) -> NetworkConfig:
-        """The architecture that all experts share."""
-        return next(iter(self.opened.values())).config
-
-    @property
-    def head(self) -> str:
-        """The dotted name of the head."""
-        return self.layout.head
-
     def release(self) -> None:
         """Let go of the networks' memory; whoever needs them next has the files read again."""
-        for name in ("files", "networks"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("networks", None)
+
+
+def _check(file: NetworkFile, skeleton: nn.Module, width: int) -> None:
+    """Refuse a file whose tensors are not those of a network, but for a head of fewer outputs."""
+    own = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+    for name in (f"{head_name(skeleton)}.weight", f"{head_name(skeleton)}.bias"):
+        if name in own:
+            own[name] = torch.Size([min(file.num_classes, width), *own[name][1:]])
+    check_layout(own, file.state.shapes(), str(file.state.path))
 
 
 StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
@@ -193,6 +114,8 @@ StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
 
 class StoredExperts(Experts):
     """The experts of one merge in files, read as far as they are needed.
+
+    `parameters` and `buffers` read a tensor at a time and keep none, so that many experts merge in little memory.
 
     Args:
         files: The experts.
@@ -213,7 +136,7 @@ class StoredExperts(Experts):
         self.passes = self.seconds = 0.0
         self.train = train
         self.files = files
-        self._paths = dict(statistics or {})
+        self.statistic_paths = dict(statistics or {})
         self._calibration = None if not calibrations else list(calibrations.values())
         self._initial_path = initial
         self._computed, self._outputs = {}, {}
@@ -226,12 +149,22 @@ class StoredExperts(Experts):
     @property
     def parameters(self) -> Sequence[State]:
         """Every expert's parameters, its head padded with zeros; read when they are asked for."""
-        return self.files.parameters
+        return [self._parts(file.state)[0] for file in self.files.opened.values()]
 
     @property
     def buffers(self) -> Sequence[State]:
         """Every expert's buffers, read when they are asked for."""
-        return self.files.buffers
+        return [self._parts(file.state)[1] for file in self.files.opened.values()]
+
+    def _parts(self, state: StateFile) -> tuple[State, State]:
+        """Return a network's parameters, tied ones once, and its buffers; only a head to be padded has been read."""
+        skeleton = self.files.skeleton
+        every = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+        parameters: State = state.select([name for name, _ in skeleton.named_parameters()])
+        rows = padded_rows(parameters, head_name(skeleton), self.files.width)
+        if rows:  # a ChainMap that is never written to takes any mapping
+            parameters = ChainMap(rows, cast(Any, parameters))
+        return parameters, state.select([name for name in skeleton.state_dict() if name not in every])
 
     @cached_property
     def networks(self) -> Sequence[nn.Module]:  # type: ignore[override]
@@ -241,7 +174,7 @@ class StoredExperts(Experts):
     @property
     def has_batchnorm(self) -> bool:
         """Whether the networks have BatchNorm layers with running statistics."""
-        return self.files.layout.batchnorm
+        return has_batchnorm(self.files.skeleton)
 
     def each_network(self) -> Iterator[nn.Module]:
         """Yield the experts, one at a time unless they are in memory already."""
@@ -249,26 +182,19 @@ class StoredExperts(Experts):
 
     def blank(self) -> nn.Module:
         """Return a new network of the experts' architecture, whose contents do not matter."""
-        return self.files.blank()
+        return build_network(self.files.config, self.files.width)
 
     def initial(self) -> tuple[State, State]:
-        """Return the shared initialisation's parameters and buffers, its head padded like the experts'.
-
-        Raises:
-            ConfigurationError: There is none.
-            FileError: The file is missing or damaged.
-            StateError: It is of another architecture, or not finite.
-        """
+        """Return the shared initialisation's parameters and buffers, its head padded like the experts'."""
         if self._initial_path is None:
             raise ConfigurationError("found no shared initialisation, which the method or 'keep' needs; name its file")
-        file, layout = open_network(self._initial_path).state, self.files.layout
-        shapes = {name: each.shape for name, each in self.files.padded(file).items()}
-        check_layout(layout.shapes, shapes, str(self._initial_path))
-        return self.files.padded(file.select(layout.parameters)), file.select(layout.buffers)
+        file = open_network(self._initial_path)
+        _check(file, self.files.skeleton, self.files.width)
+        return self._parts(file.state)
 
     def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
         """Return on which data a statistic can be had, of what a method's option allows."""
-        there = list(dict.fromkeys(which.data for which in self._paths if which.name is name))
+        there = list(dict.fromkeys(which.data for which in self.statistic_paths if which.name is name))
         allowed = [each for each in there if data in (DataChoice.auto, each)]
         if not there:
             raise ConfigurationError(
@@ -282,14 +208,9 @@ class StoredExperts(Experts):
         return allowed
 
     def statistic(self, which: Statistic) -> Sequence[State]:
-        """Open one statistic of every expert, after checking that it is of that expert's weights.
-
-        Raises:
-            ConfigurationError: There is none for some expert.
-            FileError: A file is damaged or of other weights.
-        """
+        """Open one statistic of every expert, after checking that it is of that expert's weights."""
         if which not in self._computed:
-            paths = self._paths.get(which, {})
+            paths = self.statistic_paths.get(which, {})
             if missing := [task for task in self.files.paths if task not in paths]:
                 raise ConfigurationError(
                     f"found no {which} of expert '{missing[0]}', which the method needs; run coin fisher on it and "
@@ -299,10 +220,14 @@ class StoredExperts(Experts):
             found = [open_statistic(paths[task], statistic=which.name, weights=mark) for task, mark in marks.items()]
             self.seconds += sum(file.seconds for file in found)
             self.passes += sum(file.passes for file in found)
-            head, width = self.files.head, self.files.width
-            self._computed[which] = [padded_statistic(file.values, head, width, _kind_of(file)) for file in found]
+            head, width = head_name(self.files.skeleton), self.files.width
+            self._computed[which] = [
+                padded_statistic(
+                    file.values,
+                    head,
+                    width,
+                    FisherKind(file.provenance["kind"]) if which.name is StatisticKind.fisher else None,
+                )
+                for file in found
+            ]
         return self._computed[which]
-
-
-def _kind_of(file: StatisticFile) -> FisherKind | None:
-    return FisherKind(file.provenance["kind"]) if file.provenance["statistic"] == StatisticKind.fisher else None

@@ -24,65 +24,60 @@ from coin.steps.expert_files import ExpertFiles, StoredExperts
 def make_coded_models(
     method: Method, choice: SeedCode, experts: StoredExperts, folder: Path, samples_per_task: int | None
 ) -> list[Path]:
-    """Make the coded models of one method, one a row of the code, and write them.
+    """Make the coded models of one method, one a row of the code, write them, and return their files.
 
     Args:
         method: The method with its options.
         choice: The code, R×N, and what choosing it has cost, which is part of what the coded models cost.
         experts: The experts, their statistics and calibration data.
-        folder: Where the files go: ``METHOD.safetensors``, or ``METHOD.row-r.safetensors`` for several rows.
+        folder: Where the files go; see `coded_paths`.
         samples_per_task: P, for the record.
-
-    Returns:
-        The R files, in the order of the rows.
 
     Raises:
         ConfigurationError: Something the method needs is not there.
     """
-    code = choice.code
-    if code.num_experts != experts.count:
-        raise ConfigurationError(f"found a code for {code.num_experts} experts, expected {experts.count}")
+    code, files = choice.code, experts.files
     paths = coded_paths(method, code, folder)
-    shared = {"shared_seconds": choice.seconds, "shared_passes": choice.passes}
+    read = [*files.paths.values(), *(path for paths in experts.statistic_paths.values() for path in paths.values())]
     for index, (path, row) in enumerate(zip(paths, code.matrix.tolist(), strict=True)):
         started, passes, elsewhere = time.perf_counter(), experts.passes, experts.seconds
         made = method.make(experts, row)
         seconds = time.perf_counter() - started + experts.seconds - elsewhere
         if is_first():
-            provenance = _provenance(method, code, index, experts, method.samples_per_task or samples_per_task)
-            provenance |= {"seconds": seconds, "passes": experts.passes - passes, "chosen": made.chosen, **shared}
-            save_network(path, made.network, experts.files.config, experts.files.width, provenance)
+            provenance = {
+                "made_by": "coin merge",
+                "label": method.label,
+                "method": {"name": method.name, "options": described(method)},
+                "batchnorm": str(method.batchnorm) if experts.has_batchnorm else "",
+                "code": code.matrix.tolist(),
+                "row": index,
+                "tasks": list(files.paths),
+                "class_counts": [file.num_classes for file in files.opened.values()],
+                "experts": list(files.marks.values()),
+                "samples_per_task": method.samples_per_task or samples_per_task,
+                "sha256": {str(path): sha256_of(path) for path in read},
+                "seconds": seconds,
+                "passes": experts.passes - passes,
+                "chosen": made.chosen,
+                "shared_seconds": choice.seconds,
+                "shared_passes": choice.passes,
+            }
+            save_network(path, made.network, files.config, files.width, provenance)
     return paths
 
 
-def coded_paths(method: Method, code: Code, folder: Path) -> list[Path]:
-    """Return the files of a method's coded models: the label, and the policy where it is not the default one."""
+def coded_name(method: Method) -> str:
+    """Return what a method's coded models are called: the label, and the policy where it is not the default one."""
     plain = method.batchnorm is type(method).batchnorm
-    stem = method.label if plain else f"{method.label}-{method.batchnorm}"
+    return method.label if plain else f"{method.label}-{method.batchnorm}"
+
+
+def coded_paths(method: Method, code: Code, folder: Path) -> list[Path]:
+    """Return the files of a method's coded models, one a row of the code."""
+    name = coded_name(method)
     if code.num_coded == 1:
-        return [folder / f"{stem}.safetensors"]
-    return [folder / f"{stem}.row-{row}.safetensors" for row in range(code.num_coded)]
-
-
-def _provenance(
-    method: Method, code: Code, row: int, experts: StoredExperts, samples_per_task: int | None
-) -> dict[str, Any]:
-    """Return what a coded model's file says of itself, but for what it cost."""
-    files = experts.files
-    hashes = files.sha256 | {path: sha256_of(path) for paths in experts._paths.values() for path in paths.values()}
-    return {
-        "made_by": "coin merge",
-        "label": method.label,
-        "method": {"name": method.name, "options": described(method)},
-        "batchnorm": str(method.batchnorm) if files.layout.batchnorm else "",
-        "code": code.matrix.tolist(),
-        "row": row,
-        "tasks": list(files.paths),
-        "class_counts": list(files.class_counts.values()),
-        "experts": list(files.marks.values()),
-        "samples_per_task": samples_per_task,
-        "sha256": {str(path): found for path, found in hashes.items()},
-    }
+        return [folder / f"{name}.safetensors"]
+    return [folder / f"{name}.row-{row}.safetensors" for row in range(code.num_coded)]
 
 
 def merge(
@@ -119,12 +114,14 @@ def merge(
     Returns:
         The files that were written.
     """
-    paths = {task: Path(path) for task, path in experts.items()}
-    matrix = read_code(code, len(paths))
+    matrix = read_code(code, len(experts))
     assert matrix is not None  # only an experiment chooses its code
     named = {StatisticKind.fisher: fisher, StatisticKind.gram: gram}
-    statistics = {name: {task: Path(path) for task, path in files.items()} for name, files in named.items() if files}
-    opened, calibrations, train, samples = ExpertFiles(paths), None, None, _samples(statistics)
+    given = {name: {task: Path(path) for task, path in files.items()} for name, files in named.items() if files}
+    found = {name: _described(name, files) for name, files in given.items()}
+    statistics = {which: given[name] for name, (which, _) in found.items()}
+    opened, calibrations, train = ExpertFiles({task: Path(path) for task, path in experts.items()}), None, None
+    samples = next((samples for _, samples in found.values()), None)
     if tasks is not None:
         if list(tasks) != list(experts):
             raise ConfigurationError(
@@ -138,34 +135,25 @@ def merge(
         train = Training(data, Path(output), seed, trainer or {})
     elif method.is_trained:
         raise ConfigurationError("found no tasks, expected them: distillation trains on their calibration samples")
-    described = {_described(name, files): files for name, files in statistics.items()}
-    kinds = [which.kind for which in described if which.kind is not None]
+    kinds = [which.kind for which in statistics if which.kind is not None]
     method = method.settled(kinds[0] if kinds else FisherKind.exact, DataChoice.auto)  # as the files say
-    stored = StoredExperts(opened, described, calibrations, None if initial is None else Path(initial), train)
+    stored = StoredExperts(opened, statistics, calibrations, None if initial is None else Path(initial), train)
     return make_coded_models(method, SeedCode(matrix), stored, Path(output), samples)
 
 
-def _described(name: StatisticKind, files: dict[str, Path]) -> Statistic:
-    """Return what files say that they are of."""
-    found = {}
+def _described(name: StatisticKind, files: dict[str, Path]) -> tuple[Statistic, int | None]:
+    """Return what all experts' files of a statistic say that they are of, and the first one's P where it says it."""
+    found: dict[Statistic, int | None] = {}
     for path in files.values():
         made = load_provenance(path)
         try:
             kind = FisherKind(made["kind"]) if name is StatisticKind.fisher else None
-            found[Statistic(name, DataChoice(made["data"]), kind)] = path
-        except (KeyError, ValueError) as error:
+            samples = made.get("samples_per_task")
+            found.setdefault(Statistic(name, DataChoice(made["data"]), kind), samples and int(samples))
+        except (KeyError, ValueError, TypeError) as error:
             raise FileError(
                 f"'{path}' does not say what {name} it holds, and of what data; make it with coin fisher"
             ) from error
     if len(found) > 1:
         raise ConfigurationError(f"found {name} files of {' and '.join(map(str, found))}, expected one kind of them")
-    return next(iter(found))
-
-
-def _samples(statistics: dict[StatisticKind, dict[str, Path]]) -> int | None:
-    """Return P as the statistics say it."""
-    files = [path for paths in statistics.values() for path in paths.values()]
-    found = load_provenance(files[0]).get("samples_per_task") if files else None
-    if not isinstance(found, int | None):
-        raise FileError(f"'{files[0]}' says {found!r:.40} for its samples_per_task, expected a number; make it again")
-    return found or None
+    return next(iter(found.items()))

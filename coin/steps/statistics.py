@@ -44,19 +44,16 @@ def estimate_statistic(
     weights: str | None = None,
     **provenance: Any,
 ) -> dict[str, float]:
-    """Compute a network's statistic and write it, on the first process.
+    """Compute a network's statistic, write it on the first process, and return its cost in ``seconds`` and ``passes``.
 
     Args:
         trainer: Its processes and devices do the work.
         network: The network.
-        tasks: Whose calibration samples; the experts' own task, or all of them.
+        tasks: Whose calibration samples; the expert's own task, or all of them.
         options: Which statistic.
         path: The file.
         weights: The network's fingerprint, where it is known.
         **provenance: What else the file says: the data (``own`` or ``pooled``), the task.
-
-    Returns:
-        What it cost: ``seconds`` and ``passes``.
     """
     sums, seconds = statistic_sums(trainer, network, tasks, options)
     if trainer.is_global_zero:

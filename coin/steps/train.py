@@ -7,7 +7,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -17,7 +16,9 @@ from coin.choices import check_integer
 from coin.data import Augmentation, TaskData
 from coin.data.augmentation import TransformSpec, build_transforms
 from coin.data.tasks import task_with
+from coin.errors import FileError
 from coin.files.atomic import write_text
+from coin.files.checkpoints import check_training_checkpoint
 from coin.modules import Expert, Recipe
 from coin.networks import NetworkConfig
 from coin.processes import from_first
@@ -36,9 +37,6 @@ class TrainingConfig(Recipe):
         augmentation: What happens to training images: ``none``, ``crop``, ``crop_flip`` or ``shift``.
         transform: What happens to them after that, transforms of ``torchvision.transforms.v2`` by class path; none
             leaves it to the task's own option, an empty list leaves it out. See `coin.data.TaskData`.
-
-    Raises:
-        ConfigurationError: An option is not of its type or out of its range.
     """
 
     _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {**Recipe._ENUMS, "augmentation": Augmentation}
@@ -54,17 +52,11 @@ class TrainingConfig(Recipe):
         check_integer("batch_size", self.batch_size, 2)
         build_transforms(self.transform)
 
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """The options of the `Recipe` alone."""
-        return {option.name: getattr(self, option.name) for option in fields(Recipe)}
-
 
 def train_network(
     config: TrainingConfig,
     network: NetworkConfig,
     task: TaskData,
-    folder: Path,
     output: Path,
     *,
     key: str,
@@ -74,7 +66,7 @@ def train_network(
     loggers: Sequence[Logger],
     weights: Weights = Weights.last,
 ) -> None:
-    """Train one network on one task and write it as a safetensors file.
+    """Train one network on one task and write it as a safetensors file, its checkpoints beside it.
 
     A run that was interrupted goes on from its last whole epoch, if it was started with the same `key`.
 
@@ -82,7 +74,6 @@ def train_network(
         config: How to train.
         network: What to train.
         task: On what.
-        folder: For checkpoints and logs.
         output: The safetensors file.
         key: The step's key; what it depends on, hashed.
         seed: Of the samples' order and of dropout.
@@ -91,7 +82,7 @@ def train_network(
         loggers: Where losses and accuracies go.
         weights: ``last`` or ``best``.
     """
-    checkpoints = folder / "checkpoints"
+    checkpoints = output.parent / "checkpoints"
     last = from_first(lambda: _begin(checkpoints, key, output))
     data = task_with(
         task,
@@ -108,7 +99,7 @@ def train_network(
         num_classes=data.num_classes,
         initial=None if initial is None else str(initial),
         seed=seed,
-        **config.recipe,
+        **{option.name: getattr(config, option.name) for option in fields(Recipe)},
     )
     export = ExpertExport(str(output), weights)
     callbacks: list[Callback] = [export]
@@ -134,22 +125,15 @@ def train_network(
 
 def _begin(checkpoints: Path, key: str, output: Path) -> str | None:
     """Remove what is of another training, and return the checkpoint to go on from."""
-    mark = checkpoints / "step-key"
+    mark, last = checkpoints / "step-key", checkpoints / "last.ckpt"
     if not mark.is_file() or mark.read_text(encoding="utf-8", errors="replace") != key:
         if checkpoints.is_dir():
             shutil.rmtree(checkpoints)
         write_text(mark, key)
     output.unlink(missing_ok=True)
-    last = checkpoints / "last.ckpt"
-    if last.is_file() and not _is_whole(last):
-        last.unlink()
-    return str(last) if last.is_file() else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Return whether a checkpoint can be read: Lightning copies it across file systems, and may be killed at that."""
     try:
-        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # pickle's and zip's errors share no base class
-        return False
-    return True
+        check_training_checkpoint(last)
+    except FileError:  # Lightning copies it across file systems, and may be killed at that
+        last.unlink(missing_ok=True)
+        return None
+    return str(last)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from torch import nn
 from coin.callbacks import RunProgress
 from coin.data import TaskData
 from coin.data.tasks import Tasks
-from coin.errors import ConfigurationError, StateError, first_line
-from coin.files.checkpoints import check_training_checkpoint
+from coin.errors import ConfigurationError, first_line
 from coin.modules import DecodingEvaluator, Expert, Outcome
 from coin.modules.shared import quieten
 from coin.networks import NetworkConfig, fill_network, load_network, plain_network, read_weights
@@ -41,7 +40,7 @@ _DECIDED = {
     "max_epochs": "set expert.epochs or base.epochs",
     "max_steps": "set expert.epochs, or steps of a distillation",
 }
-"""What to do in place of giving the option."""
+"""Options of the Trainer that an experiment's steps decide, and what to do in place of giving them."""
 
 _MATMUL_PRECISIONS = ("highest", "high", "medium")
 
@@ -65,10 +64,6 @@ class Trainer(pl.Trainer):
         **kwargs: Lightning's own arguments. With ``precision: bf16-mixed`` the networks' passes are mixed, in training
             and in evaluation alike. Statistics and decoding are in full precision whatever these options say, without
             TF32, which torch else uses in a GPU's convolutions.
-
-    Raises:
-        ConfigurationError: There is no such `matmul_precision`, or the weights would be of 16 bits.
-        ConnectionFailedError: A W&B logger is to work online, and there is no key or no network.
     """
 
     callbacks: list[Callback]
@@ -105,46 +100,9 @@ class Trainer(pl.Trainer):
         for logger in self.loggers:
             if isinstance(logger, WandbLogger):
                 check_connection(logger_mode(logger))
-        environment, plugins = self._accelerator_connector.cluster_environment, kwargs.get("plugins") or []
-        own = environment in plugins if isinstance(plugins, list) else environment is plugins
-        if isinstance(environment, SLURMEnvironment) and not own:
+        environment = self._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and not kwargs.get("plugins"):
             environment.auto_requeue = False
-
-    def fit(
-        self,
-        model: LightningModule,
-        train_dataloaders: Any = None,
-        val_dataloaders: Any = None,
-        datamodule: LightningDataModule | None = None,
-        ckpt_path: str | Path | None = None,
-        weights_only: bool | None = None,
-    ) -> None:
-        """Train, as Lightning's ``fit`` does.
-
-        Args:
-            model: What to train.
-            train_dataloaders: Lightning's; ``coin`` has datamodules.
-            val_dataloaders: Lightning's.
-            datamodule: The data.
-            ckpt_path: A Lightning checkpoint to go on from.
-            weights_only: False reads checkpoints that hold more than tensors and plain values, which can run anything;
-                none refuses them.
-
-        Raises:
-            FileError: `ckpt_path` is missing, damaged or no checkpoint of a training.
-            StateError: It is of another model.
-        """
-        if ckpt_path is not None and ckpt_path not in _LIGHTNING_PATHS and weights_only is not False:
-            check_training_checkpoint(Path(ckpt_path))
-        try:
-            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only is not False)
-        except RuntimeError as error:
-            if ckpt_path is None or "loading state_dict" not in str(error):
-                raise
-            raise StateError(
-                f"'{ckpt_path}' is of another model ({' '.join(str(error).split())[:160]}); "
-                "give the model that wrote it"
-            ) from error
 
     def fisher(
         self,
@@ -173,10 +131,7 @@ class Trainer(pl.Trainer):
                 the checkpoint.
 
         Raises:
-            ConfigurationError: Options of a Fisher are given for Gram matrices.
-            FileError: The checkpoint is missing or damaged.
-            StateError: It does not fit the model.
-            DataError: A task has fewer than `samples` training samples.
+            CoinError: Options do not fit together, the checkpoint does not fit the model, or samples are too few.
         """
         options = StatisticOptions(statistic, kind, cotangents, memory_mib)
         network, config = _network(model, ckpt_path)
@@ -226,10 +181,6 @@ class Trainer(pl.Trainer):
         return model.outcomes
 
 
-_LIGHTNING_PATHS = ("best", "last", "hpc", "registry")
-"""What Lightning takes for a checkpoint that it looks for itself."""
-
-
 def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, NetworkConfig]:
     """Return an expert's network with the weights of a checkpoint, and what it was built from."""
     if ckpt_path is not None and ckpt_path.endswith(".safetensors"):
@@ -246,16 +197,7 @@ def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, 
 
 
 def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer:
-    """Return a Trainer for one step of an experiment.
-
-    Args:
-        folder: Its ``default_root_dir``.
-        options: The experiment's ``trainer`` section.
-        **fixed: What the step decides.
-
-    Raises:
-        ConfigurationError: The Trainer has no such option, or refuses a value.
-    """
+    """Return a Trainer for one step: the experiment's ``trainer`` section, and what the step decides."""
     quieten()
     settings: dict[str, Any] = {
         "accelerator": "auto",
@@ -267,24 +209,11 @@ def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer
         **fixed,
     }
     try:
-        trainer = Trainer(default_root_dir=str(folder), **settings)
+        return Trainer(default_root_dir=str(folder), **settings)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise ConfigurationError(
             f"the trainer section {options} does not fit: {first_line(error)}; see Lightning's Trainer"
         ) from error
-    return trainer
-
-
-def check_trainer_options(options: Mapping[str, Any]) -> None:
-    """Refuse options of the ``trainer`` section that the steps of an experiment decide themselves.
-
-    Raises:
-        ConfigurationError: There is such an option.
-    """
-    for name in options.keys() & _DECIDED.keys():
-        raise ConfigurationError(
-            f"found trainer.{name}, which the steps decide, expected other options; {_DECIDED[name]}"
-        )
 
 
 def join_processes(folder: Path, options: dict[str, Any]) -> None:
@@ -292,13 +221,14 @@ def join_processes(folder: Path, options: dict[str, Any]) -> None:
 
     Under ``torchrun`` and ``srun`` they run already; a plain ``coin run`` starts the others of its machine itself.
 
-    Args:
-        folder: A ``default_root_dir``.
-        options: The experiment's ``trainer`` section.
-
     Raises:
-        ConfigurationError: The options do not fit the processes that run already.
+        ConfigurationError: The experiment's ``trainer`` section has an option that the steps decide, or does not fit
+            the processes that run already.
     """
+    if taken := next(iter(options.keys() & _DECIDED.keys()), None):
+        raise ConfigurationError(
+            f"found trainer.{taken}, which the steps decide, expected other options; {_DECIDED[taken]}"
+        )
     trainer = make_trainer(folder, options)
     running = int(os.environ.get("WORLD_SIZE", "1"))
     if running > 1 and trainer.world_size == 1:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from rich.console import Console
 
 from coin.data import Digits, Glyphs
 from coin.experiment import Experiment
@@ -19,7 +18,7 @@ from coin.networks import NetworkConfig, load_network
 def test_experts_of_different_class_counts_start_from_one_body(network, tmp_path):
     tasks = {"digits": Digits(), "letters": Glyphs(classes="A-F")}
     experiment = Experiment("x", tasks, [Average()], network, output=str(tmp_path))
-    assert make_initial(experiment, Console(quiet=True)) == experiment.layout.initial(10)
+    assert make_initial(experiment) == experiment.layout.initial(10)
     ten, six = (load_network(experiment.layout.initial(count)).network.state_dict() for count in (10, 6))
     differing = [name for name in ten if ten[name].shape != six[name].shape or not torch.equal(ten[name], six[name])]
     assert 0 < len(differing) <= 2

@@ -90,7 +90,7 @@ def test_the_end_of_the_command_is_the_end_of_its_children(
     work: str, jobs: list[ExpertJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with SIGTERM, which a scheduler sends before the end of an allocation."""
-    monkeypatch.setattr("coin.experiment.process_pool._STOP_SECONDS", 0.5)
+    monkeypatch.setattr("coin.experiment.launch._STOP_SECONDS", 0.5)
     Path(sys.executable).write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/started\n{work}\n")
 
     def told(text: str) -> None:
@@ -98,9 +98,10 @@ def test_the_end_of_the_command_is_the_end_of_its_children(
             wait_for(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text().count("\n") == 2)
             os.kill(os.getpid(), signal.SIGTERM)
 
+    monkeypatch.setattr("coin.experiment.launch.say", told)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:
-        train_side_by_side(jobs, Launch(workers=2), tmp_path / "submitit", told)
+        train_side_by_side(jobs, Launch(workers=2), tmp_path / "submitit")
     assert left.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     for number in (tmp_path / "started").read_text().split():
@@ -109,14 +110,16 @@ def test_the_end_of_the_command_is_the_end_of_its_children(
 
 
 @pytest.mark.parametrize("launch", [Launch(workers=2), DEBUG], ids=["local", "slurm"])
-def test_a_failed_expert_stops_none_of_the_others(launch: Launch, jobs: list[ExpertJob], tmp_path: Path) -> None:
-    told: list[str] = []
+def test_a_failed_expert_stops_none_of_the_others(
+    launch: Launch, jobs: list[ExpertJob], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(
         CoinError, match=r"1 of 3 experts failed, the first of them expert b: the last word of b .*b/log"
     ):
-        train_side_by_side(jobs, launch, tmp_path / "submitit", told.append)
+        train_side_by_side(jobs, launch, tmp_path / "submitit")
     commands = (tmp_path / "done").read_text().splitlines()
     assert sorted(commands) == [f"-m coin run -c {tmp_path}/config.yaml --only {task}" for task in "abc"]
+    told = capsys.readouterr().err.splitlines()
     assert [line for line in told if "failed" in line] == [
         next(line for line in told if line.startswith("expert b: f"))
     ]
@@ -153,15 +156,15 @@ def test_what_does_not_fit_is_one_line(
         Launch(slurm={"timeout_min": 3})
     wrong = Launch(Executor.slurm, 2, {"cluster": "debug", "speed": 9})
     with pytest.raises(ConfigurationError, match=r"cannot submit the experts with .*speed"):
-        train_side_by_side(jobs, wrong, tmp_path / "submitit", print)
+        train_side_by_side(jobs, wrong, tmp_path / "submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigurationError, match="cannot submit"):
-        train_side_by_side(jobs, Launch(Executor.slurm), tmp_path / "submitit", print)
+        train_side_by_side(jobs, Launch(Executor.slurm), tmp_path / "submitit")
     assert main(["run", "-c", str(config), "--only=nothing", "--name=mistake"]) == 2
     assert "found no task 'nothing', expected one of digits, letters" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'coded-coin\[slurm\]'"):
-        train_side_by_side(jobs, DEBUG, tmp_path / "submitit", print)
+        train_side_by_side(jobs, DEBUG, tmp_path / "submitit")
 
 
 def test_a_seeds_configuration_does_not_launch_again(finished: Path) -> None:

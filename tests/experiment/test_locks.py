@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
-import coin.experiment.locks
+import coin.experiment.store
 from coin.cli import main
 from coin.errors import CoinWarning, ConfigurationError, FileError
-from coin.experiment.locks import LOCK, alone_in
+from coin.experiment.store import LOCK, alone_in
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")]
 
@@ -124,7 +124,7 @@ def test_coin_run_is_refused_where_another_is_at_work(
 
 def test_a_patient_process_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = time.monotonic()
-    monkeypatch.setattr(coin.experiment.locks, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(coin.experiment.store, "_POLL_SECONDS", 0.05)
     told = pytest.warns(CoinWarning, match="waiting for another coin")
     with holder(tmp_path, lambda: time.sleep(0.7)), told, alone_in(tmp_path, patient=True):
         assert time.monotonic() - started > 0.3

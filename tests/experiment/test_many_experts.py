@@ -29,7 +29,7 @@ from coin.networks import (
     widened,
 )
 from coin.statistics import fisher_diagonal, gram_sums
-from coin.steps.expert_files import ExpertFiles
+from coin.steps.expert_files import ExpertFiles, StoredExperts
 
 pytestmark = pytest.mark.slow
 
@@ -168,14 +168,14 @@ def test_the_layout_is_the_networks_own(name: str, tmp_path: Path) -> None:
     config = NetworkConfig(name, 32)
     network = build_network(config, 3)
     save_network(tmp_path / "expert.safetensors", network, config, 3, {})
-    experts = ExpertFiles({"task": tmp_path / "expert.safetensors"})
-    state = experts.opened["task"].state
+    files = ExpertFiles({"task": tmp_path / "expert.safetensors"})
+    experts, state = StoredExperts(files), files.opened["task"].state
     assert list(experts.parameters[0]) == [key for key, _ in network.named_parameters()]
     assert all(tensor.equal(network.get_parameter(key)) for key, tensor in experts.parameters[0].items())
     assert {*experts.buffers[0]} == {*state} - {*experts.parameters[0]} == {key for key, _ in network.named_buffers()}
-    assert experts.head == "fc"
-    assert experts.layout.batchnorm
-    assert experts.layout.shapes == {key: tensor.shape for key, tensor in network.state_dict().items()}
+    assert experts.has_batchnorm
+    shapes = {key: tensor.shape for key, tensor in files.skeleton.state_dict().items()}
+    assert shapes == {key: tensor.shape for key, tensor in network.state_dict().items()}
 
 
 def test_experts_are_read_one_at_a_time_where_networks_run(files: dict[str, Any]) -> None:

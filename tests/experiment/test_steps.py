@@ -13,13 +13,12 @@ from PIL import Image
 from coin.coding import Code
 from coin.data import Digits, ImageFolder, TextFile
 from coin.errors import ConfigurationError
-from coin.experiment.coded_models import record_name
 from coin.experiment.config import CalibrationConfig, ExpertConfig
 from coin.experiment.store import Steps, step_key
 from coin.merging import Average, Coin
 from coin.modules import Distillation
 from coin.options import described
-from coin.steps.merge import coded_paths
+from coin.steps.merge import coded_name, coded_paths
 
 
 def test_a_step_is_finished_only_with_its_key_and_its_outputs(tmp_path: Path) -> None:
@@ -221,6 +220,5 @@ class Fixed(Average):
 def test_methods_have_a_file_and_a_record_each() -> None:
     one = Code([[0.5, 0.5]])
     assert coded_paths(Fixed(0.5), one, Path("coded"))[0].parent == Path("coded")
-    names = {record_name(coded_paths(Average(label=label), one, Path())[0]) for label in ("a-0.2", "a-0.5")}
-    assert names == {"a-0.2", "a-0.5"}
-    assert record_name(Path("coded/average.row-12.safetensors")) == "average"
+    assert {coded_name(Average(label=label)) for label in ("a-0.2", "a-0.5")} == {"a-0.2", "a-0.5"}
+    assert coded_name(Average(batchnorm="keep")) == "average-keep"

@@ -233,9 +233,10 @@ def test_a_truncated_checkpoint_of_a_training_is_no_end(
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     assert main(command) == 0
     assert (folder / "expert.safetensors").read_bytes() == wanted
-    # Given by hand, it is a mistake.
-    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    # Given by hand, it is a mistake, as is one of another network.
     fit = ["fit", "--data=Digits", "--data.image_size=16", "--model.network=small_resnet", "--model.image_size=16"]
+    assert "ckpt_path is of another model" in refused([*fit, f"--ckpt_path={last}", "--trainer.logger=false"], capsys)
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     line = refused([*fit, f"--ckpt_path={last}", "--trainer.logger=false"], capsys)
     assert f"cannot read '{last}' as a checkpoint" in line
     shutil.rmtree(tmp_path / "o")

@@ -40,7 +40,7 @@ def test_a_killed_training_goes_on_from_its_last_whole_epoch_to_where_an_undistu
         options: dict[str, Any] = {"key": "key", "seed": 3, "initial": None, "loggers": [], "weights": weights}
         options["trainer_options"] = {"accelerator": "cpu", "num_sanity_val_steps": 0}
         output = tmp_path / folder / "expert.safetensors"
-        train_network(config, small_config, task, tmp_path / folder, output, **options)
+        train_network(config, small_config, task, output, **options)
         return dict(load_state(output)[0])
 
     monkeypatch.setattr(Expert, "training_step", noted)
