@@ -40,6 +40,8 @@ class Timm(Source):
     normalised anew with the mean and the deviation that timm has for the network.
     """
 
+    channels_last = True
+
     @property
     def architecture(self) -> str:
         """What timm calls the network."""

@@ -96,7 +96,14 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = config.source.build(num_classes)
+    if config.source.channels_last:
+        network.register_forward_pre_hook(_with_channels_last)
     head_name(network)  # refuses a network without one
     if (file := config.weights_file) is not None:
         fill_network(network, with_own_head(network, read_weights(file)), str(file))
     return network
+
+
+def _with_channels_last(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Order images [B, C, H, W] with the channels last in memory, before a network sees them."""
+    return tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in arguments)
