@@ -36,10 +36,11 @@ class PointRun(Command):
         super().__init__(point.name, ("run", *point.arguments), experiment.folder / "sweep.log")
         self.values = point.values
         self.seeds = [experiment.layout.seed(seed) for seed in experiment.seeds]
-        parts = ("network", "base", "tasks", "expert", "code", "calibration", "methods", "decoders", "seeds", "trainer")
+        parts = ("network", "base", "tasks", "expert", "calibration", "methods", "decoders", "seeds", "trainer")
         brought = [*experiment.expert.checkpoints.values(), experiment.base and experiment.base.checkpoint]
         files = [Path(path) for path in brought if path and Path(path).is_file()]
-        key = step_key({part: getattr(experiment, part) for part in parts}, files)
+        code = experiment.code and experiment.code.matrix
+        key = step_key({"code": code, **{part: getattr(experiment, part) for part in parts}}, files)
         self.steps, self.record = Steps(experiment.folder), ("sweep", key, [seed.results for seed in self.seeds])
 
 

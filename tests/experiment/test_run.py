@@ -107,7 +107,8 @@ def test_costs_count_statistics_and_tuning(finished: Path) -> None:
     def trained(steps: int, sizes: list[int]) -> int:
         return 3 * sum(sizes[step % len(sizes)] for step in range(steps))
 
-    trials = 2 * (2 * training + trained(steps, per_epoch) + steps * 3 * held_out)
+    # The experts answer once to what is trained on and once to what is held out, for both trials.
+    trials = 2 * (training + held_out) + 2 * (trained(steps, per_epoch) + steps * held_out)
     final = 2 * 48 + trained(distilled["steps"], [16, 16, 16])
     # Both trials have one start, an average of the samples that they train on; the final run's is `average` itself.
     starts = [4 * 8 + 30 + 38 * recalibrated + choice("average") for recalibrated in (0, 1)]
