@@ -5,7 +5,6 @@ import traceback
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -52,22 +51,19 @@ class Foreign(Method):
 
     def __init__(self, function: str, options: dict[str, Any] | None = None, label: str | None = None) -> None:
         self.function, self.options = function, options or {}
-        self._function = imported("function", function, "a Python function")
-        if not isinstance(self._function, FunctionType):
-            found = type(self._function).__name__
-            raise ConfigurationError(f"found function '{function}', a {found}, expected a Python function; write one")
         self.label = self.labelled(function.rpartition(".")[2] if label is None else label)
-        signature = inspect.signature(self._function)
-        self._asks = {"row", "initial"} & signature.parameters.keys()
-        self.reads_initial = "initial" in self._asks
+        self._function = imported("function", function, "a Python function")
         try:
+            signature = inspect.signature(self._function)
+            self._asks = {"row", "initial"} & signature.parameters.keys()
             signature.bind(None, None, **dict.fromkeys(self._asks), **self.options)
-        except TypeError as error:
+            self._source = inspect.getfile(inspect.unwrap(self._function))
+        except (TypeError, ValueError) as error:
             raise ConfigurationError(
-                f"found function '{function}' that takes {signature}, expected one of experts and calibration with "
+                f"found function '{function}', expected a Python function of experts and calibration that takes the "
                 f"options {self.options} ({error}); change it, or its options"
             ) from error
-        self._source = inspect.getfile(inspect.unwrap(self._function))
+        self.reads_initial = "initial" in self._asks
         self._content = sha256_of(Path(self._source))  # of now: it may be edited while experts train
 
     def content_key(self) -> str:
@@ -119,7 +115,7 @@ def _counted(network: nn.Module, experts: Experts) -> nn.Module:
             experts.passes += 2 * samples
 
         if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(count_backward)
+            output.register_hook(count_backward)  # type: ignore[no-untyped-call]
 
     network.register_forward_hook(count, with_kwargs=True)
     return network
