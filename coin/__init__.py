@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Average as Average,
         Coin as Coin,
         Experts as Experts,
+        Foreign as Foreign,
         FullFisher as FullFisher,
         GaussNewton as GaussNewton,
         HeadFit as HeadFit,
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
 
 _ROOMS = {
     "coin.coding": "Answers Code DecoderConfig DecoderKind make_decoder",
-    "coin.merging": "Average Coin Experts FullFisher GaussNewton HeadFit Refit RegMean TaskArithmetic Ties"
-    " merge_networks",
+    "coin.merging": "Average Coin Experts Foreign FullFisher GaussNewton HeadFit Refit RegMean TaskArithmetic"
+    " Ties merge_networks",
     "coin.metrics": "DecodingAccuracy Residual",
     "coin.modules": "Coded Distillation ReadoutDistillation distill evaluate",
     "coin.networks": "BatchNormPolicy recalibrate",

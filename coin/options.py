@@ -31,7 +31,7 @@ def as_options(value: Any) -> Any:
 
 
 def described(value: Any) -> Any:
-    """Return the same as a record has it: with what is in a task's files, so that a change is noticed."""
+    """Return the same as a record has it: with what is in a task's or method's files, so that a change is noticed."""
 
     def made(value: Any, options: dict[str, Any]) -> dict[str, Any]:
         kind = type(value)

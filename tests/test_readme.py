@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import coin
+from coin.reporting.results import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,7 +39,17 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_files_it_names_exist() -> None:
-    for path in re.findall(r"configs/[\w/.-]+\.yaml|notebooks/[\w.-]+\.ipynb", TEXT):
+    for path in re.findall(r"configs/[\w/.-]+\.yaml|notebooks/[\w.-]+\.(?:ipynb|md)", TEXT):
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_benchmarks_page_tells_of_every_column_and_names_files_that_exist() -> None:
+    text = (ROOT / "notebooks/BENCHMARK.md").read_text(encoding="utf-8")
+    _, results, _ = (part.split("\n## ")[0] for part in re.split(r"\n## (?=`\w+\.csv`)", text))
+    assert re.findall(r"^\| `(\w+)` \|", results, flags=re.MULTILINE) == list(COLUMNS)
+    paths = re.findall(r"(?:configs|notebooks)/[\w/.-]+\.\w+", text)
+    assert paths
+    for path in paths:
         assert (ROOT / path).is_file(), path
 
 

@@ -1,11 +1,12 @@
-"""What extras bring: modules, and files that packages ship, such as pretrained weights that arrive by pip."""
+"""What is not coin's own: modules and packaged files of extras, and what a user names by its import path."""
 
+import os
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from coin.errors import ConfigurationError, FileError
+from coin.errors import ConfigurationError, FileError, first_line
 
 
 def packaged_file(package: str, file: str, extra: str = "text") -> Path:
@@ -26,4 +27,21 @@ def extra_module(name: str, extra: str) -> Any:
     except ImportError as error:
         raise ConfigurationError(
             f"found no package {name}, expected it installed: pip install 'coded-coin[{extra}]'"
+        ) from error
+
+
+def imported(option: str, path: str, expected: str) -> Any:
+    """Import what an option names by its import path; ``coin`` looks in the working folder too.
+
+    A ConfigurationError where it cannot be, and with ``--safe``, which imports nothing of a user's.
+    """
+    if os.environ.get("COIN_SAFE") == "1":
+        raise ConfigurationError(f"found {option} '{path}' with --safe, expected nothing of your own; leave it out")
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except Exception as error:  # the module is the user's, and does what it likes
+        raise ConfigurationError(
+            f"found {option} '{path}', expected the import path of {expected} ({first_line(error)}); check the "
+            "spelling, or run where its module is"
         ) from error

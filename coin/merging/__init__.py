@@ -3,6 +3,7 @@
 from coin.merging.average import Average, HeadFit
 from coin.merging.coin import Coin
 from coin.merging.experts import Experts
+from coin.merging.foreign import Foreign
 from coin.merging.full_fisher import FullFisher
 from coin.merging.gauss_newton import GaussNewton
 from coin.merging.method import CodedModel, MergeMethod, Method, merge_networks
@@ -15,6 +16,7 @@ __all__ = [
     "CodedModel",
     "Coin",
     "Experts",
+    "Foreign",
     "FullFisher",
     "GaussNewton",
     "HeadFit",

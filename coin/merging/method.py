@@ -53,7 +53,7 @@ class Method(ABC):
     Attributes:
         name: The name in result tables.
         label: What results and files call this variant; the name by default.
-        batchnorm: What becomes of BatchNorm's running statistics.
+        batchnorm: What becomes of BatchNorm's running statistics; empty where the method alone knows.
         is_trained: Whether it trains with a Trainer, on all processes; others run on the first alone.
         reads_initial: Whether it needs the shared initialisation.
         samples_per_task: P of its own; none takes the experiment's.
@@ -66,7 +66,7 @@ class Method(ABC):
     samples_per_task: int | None = None
     augmentation: str = "none"
     label: str
-    batchnorm: BatchNormPolicy = BatchNormPolicy.auto
+    batchnorm: BatchNormPolicy | str = BatchNormPolicy.auto
 
     @abstractmethod
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:

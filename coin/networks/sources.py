@@ -1,11 +1,9 @@
 """Where networks come from: our own small ones and torchvision's by name, a class of the user's by its import path."""
 
 import difflib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +11,7 @@ from torch import nn
 from torchvision import models
 
 from coin.errors import ConfigurationError, FileError, first_line
+from coin.files.packaged import imported
 from coin.networks.heads import replace_head
 from coin.networks.small import SmallResNet, SmallViT
 from coin.networks.text_encoder import PRETRAINED, MiniLM, load_pretrained
@@ -190,16 +189,7 @@ class ImportPath(Source):
         return self.construct(self._kind(), num_classes=num_classes, **self.options)
 
     def _kind(self) -> type[nn.Module]:
-        if os.environ.get("COIN_SAFE") == "1":
-            raise ConfigurationError(f"found network.name '{self.name}' with --safe, expected a network by name")
-        module, _, name = self.name.rpartition(".")
-        try:
-            kind = getattr(import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigurationError(
-                f"found network.name '{self.name}', expected the import path of a class ({first_line(error)}); check "
-                "the spelling, or run where its module is"
-            ) from error
+        kind = imported("network.name", self.name, "a class")
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise ConfigurationError(
                 f"found network.name '{self.name}', a {type(kind).__name__}, expected an nn.Module"

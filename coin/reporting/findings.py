@@ -14,8 +14,8 @@ from coin.reporting.tables import BEST, percent, seconds
 FEWEST_SEEDS = 3
 """With fewer seeds no difference is told from chance."""
 _MOST = 5
-CLOSED_FORM, STEPS, BASELINE, FLOOR = (
-    "best closed form", "best in a few steps", "fair baseline: best trained", "floor: no coded model",
+CLOSED_FORM, STEPS, BASELINE, FOREIGN, FLOOR = (
+    "best closed form", "best in a few steps", "fair baseline: best trained", "best foreign", "floor: no coded model",
 )  # fmt: skip
 
 
@@ -42,6 +42,8 @@ class Entry:
         """What it is compared as; nothing for the oracle."""
         if self.method in REFERENCES:
             return FLOOR if self.method == "none" else ""
+        if self.method == "foreign":  # whatever it is
+            return FOREIGN
         return BASELINE if self.method in TRAINED else STEPS if self.method in ITERATIVE else CLOSED_FORM
 
 
@@ -90,7 +92,7 @@ def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Fin
         begins = (known for known in (*TRAINED, *ITERATIVE) if label.startswith(known))
         method = (kinds or {}).get(label) or next(begins, label)
         entries.append(Entry(str(name), method, str(decoder), rows.set_index("seed")["nda"], took))
-    best = {role: _strongest(entries, role=role) for role in (CLOSED_FORM, STEPS, BASELINE, FLOOR)}
+    best = {role: _strongest(entries, role=role) for role in (CLOSED_FORM, STEPS, BASELINE, FOREIGN, FLOOR)}
     roles = {role: entry for role, entry in best.items() if entry is not None}
     cautions = _cautions(means)
     if own := [f"{name} (P = {p})" for name, p in others.groupby("name", sort=False)["samples_per_task"].max().items()]:

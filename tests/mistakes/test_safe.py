@@ -146,6 +146,14 @@ def test_a_variable_that_is_neither_on_nor_off_is_refused(
     assert "COIN_SAFE=true, expected 0 or 1" in last_line(capsys)
 
 
+def test_a_method_of_the_users_own_is_refused(evil: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    methods = "--methods=[{class_path: Foreign, init_args: {function: evil_module.merge}}]"
+    assert main([safe.SAFE, *run("Glyphs", methods)]) == 2
+    line = last_line(capsys)
+    assert line.startswith("coin: error: found function 'evil_module.merge' with --safe, expected nothing of your own;")
+    assert not evil.exists()
+
+
 def test_transforms_are_not_on_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     spec = "{class_path: torchvision.transforms.v2.RandomVerticalFlip}"
     task = f"Glyphs, init_args: {{classes: A-C, transform: {spec}}}}}, more: {{class_path: Glyphs"

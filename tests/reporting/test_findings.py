@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from coin.reporting import Row, findings
-from coin.reporting.findings import BASELINE, CLOSED_FORM, FLOOR, STEPS, Findings, paired, paired_differences
+from coin.reporting.findings import BASELINE, CLOSED_FORM, FLOOR, FOREIGN, STEPS, Findings, paired, paired_differences
 
 BASE = Row(
     "x", 0, "coin", "auto:average", "linear", "0", "a", "a", 200, 0.9, 0.8, 0.9, 0.85, 0.5, 4.0, 8400.0, 0.2, 1200.0
@@ -52,11 +52,12 @@ def test_a_role_is_of_what_a_method_is_whatever_its_label():
         rows_of("best-fisher", [0.9] * 3),
         rows_of("kd", [0.95] * 3, batchnorm="keep"),
         rows_of("average", [0.8] * 3),
+        rows_of("slerp", [0.85] * 3, batchnorm=""),
     ]
     frame = pd.DataFrame([vars(row) for part in rows for row in part])
-    said = findings(frame, kinds={"best-fisher": "coin", "kd": "distillation"})
+    said = findings(frame, kinds={"best-fisher": "coin", "kd": "distillation", "slerp": "foreign"})
     roles = {role: entry.name for role, entry in said.roles.items()}
-    assert roles == {CLOSED_FORM: "best-fisher", BASELINE: "kd (keep)"}
+    assert roles == {CLOSED_FORM: "best-fisher", BASELINE: "kd (keep)", FOREIGN: "slerp"}
     assert "best-fisher (linear) is 10.00 ± 0.00 points above average (linear)." in said.beyond_spread
     assert "minus kd (keep)" in paired_differences(said, "linear")
     assert BASELINE not in findings(frame).roles  # the label alone does not tell

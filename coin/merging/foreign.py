@@ -1,0 +1,121 @@
+"""Methods that are no part of coin: a function of the user's own, measured like every other method."""
+
+import inspect
+import traceback
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coin.batches import as_input, size_of
+from coin.errors import ConfigurationError, first_line
+from coin.files.atomic import sha256_of
+from coin.files.packaged import imported
+from coin.files.tensors import check_finite
+from coin.merging.experts import Experts, parameters_of
+from coin.merging.method import CodedModel, Method, check_coded, check_experts, fill
+from coin.networks.weights import fill_network
+from coin.statistics.statistic import DataChoice
+
+
+class Foreign(Method):
+    """A merge by a function of the user's own, ``function(experts, calibration, **options)`` → the coded model.
+
+    * ``experts``: the N networks, with equally many outputs, in eval mode; copies, which the function may change.
+    * ``calibration``: for every expert the list of its own task's batches ``[B, …]``: all P samples, without labels.
+    * What it returns is a network of the experts' architecture, such as a copy of one of them. Its parameters and
+      buffers, BatchNorm's statistics too, are taken as they are.
+
+    A parameter called ``row`` gets the code row β, a list of N numbers; one called ``initial`` the shared
+    initialisation, a network like the experts. Autograd is on, and torch's random numbers start from the run's seed.
+
+    What it costs is the wall time, and the samples that pass through the experts, the initialisation and copies of
+    them: 1 forward, 2 more where autograd goes back from the output. Through other networks, or back by `torch.func`,
+    nothing is counted.
+
+    Args:
+        function: Its import path; ``coin`` looks in the working folder too. A run that finds its source file changed
+            makes its coded models anew; the modules that it imports are not looked at.
+        options: Its further arguments by name.
+        label: Name of this variant in results; the function's by default.
+
+    Raises ConfigurationError where there is no such function, or it does not take these arguments.
+    """
+
+    name = "foreign"
+    reads_initial = True  # for all that is known of the class: so no other method starts from one
+    batchnorm = ""  # the function's own business
+
+    def __init__(self, function: str, options: dict[str, Any] | None = None, label: str | None = None) -> None:
+        self.function, self.options = function, options or {}
+        self.label = self.labelled(function.rpartition(".")[2] if label is None else label)
+        self._function = imported("function", function, "a Python function")
+        try:
+            signature = inspect.signature(self._function)
+            self._asks = {"row", "initial"} & signature.parameters.keys()
+            signature.bind(None, None, **dict.fromkeys(self._asks), **self.options)
+            self._source = inspect.getfile(inspect.unwrap(self._function))
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"found function '{function}', expected a Python function of experts and calibration that takes the "
+                f"options {self.options} ({error}); change it, or its options"
+            ) from error
+        self.reads_initial = "initial" in self._asks
+        self._content = sha256_of(Path(self._source))  # of now: it may be edited while experts train
+
+    def content_key(self) -> str:
+        """Return a hash of the function's source file, of when it was imported."""
+        return self._content
+
+    def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
+        """Call the function for one row of the code, and check what it returns; see `Method.make`."""
+        check_experts(experts, row)
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0 if experts.train is None else experts.train.seed)
+            networks = [_counted(deepcopy(network).eval(), experts) for network in experts.each_network()]
+            samples = experts.samples(DataChoice.own)
+            calibration = [[as_input(batch, networks[0]) for batch in batches] for batches in samples]
+            extra: dict[str, Any] = {"row": list(row)} if "row" in self._asks else {}
+            if self.reads_initial:
+                parameters, buffers = experts.initial()
+                extra["initial"] = _counted(experts.blank().eval(), experts)
+                fill(extra["initial"], {**parameters, **buffers})
+            try:
+                made = self._function(networks, calibration, **extra, **self.options)
+            except Exception as error:
+                frames = traceback.extract_tb(error.__traceback__)
+                lines = [frame.lineno for frame in frames if frame.filename == self._source]
+                raise ConfigurationError(
+                    f"function '{self.function}' of method '{self.label}' raised {type(error).__name__}: "
+                    f"{first_line(error)}; see line {lines[-1] if lines else 1} of '{self._source}'"
+                ) from error
+        if not isinstance(made, nn.Module):
+            raise ConfigurationError(
+                f"function '{self.function}' returned a {type(made).__name__}, expected a network like the experts; "
+                "return one of them, or a copy"
+            )
+        network = experts.blank().eval()
+        fill_network(network, made.state_dict(), f"the network that {self.function} returned")
+        check_finite(parameters_of(network), f"the coded model of method '{self.label}'")
+        check_coded(network, experts, self.label)
+        return CodedModel(network)
+
+
+def _counted(network: nn.Module, experts: Experts) -> nn.Module:
+    """Return a network after having passes through it, and through copies of it, counted as the experts'."""
+
+    def count(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        samples = size_of(next(iter((*arguments, *named.values()))))
+        experts.passes += samples
+
+        def count_backward(_: Tensor) -> None:
+            experts.passes += 2 * samples
+
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(count_backward)  # type: ignore[no-untyped-call]
+
+    network.register_forward_hook(count, with_kwargs=True)
+    return network

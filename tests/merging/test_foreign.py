@@ -1,0 +1,239 @@
+"""Methods of the user's own: how they are called, what they cost, and what is said of what they do wrong."""
+
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from coin.coding import Code
+from coin.errors import CoinError, ConfigurationError
+from coin.experiment.store import step_key
+from coin.merging import Average, Experts, Foreign, merge_networks
+from coin.options import as_options
+from coin.steps.merge import coded_name
+
+ROOT = Path(__file__).parents[2]
+ROW = [0.25, 0.75]
+MODULE = """
+from copy import deepcopy
+import functools
+import torch
+from torch import nn
+
+def first(experts, calibration):
+    with torch.no_grad():
+        for parameter in experts[0].parameters():
+            parameter.mul_(2)
+    return experts[0].train()
+
+def told(experts, calibration, row, initial, scale=1.0):
+    made = deepcopy(initial)
+    made[0].running_mean.fill_(row[0])
+    made[0].running_var.fill_(len(calibration[1]) + sum(map(len, calibration[1])))
+    with torch.no_grad():
+        made[1].bias.fill_(scale).add_(torch.rand(()))
+    return made
+
+def passes(experts, calibration):
+    student = deepcopy(experts[0])
+    with torch.no_grad():
+        experts[1](calibration[0][0])
+    student(calibration[0][0]).sum().backward()
+    return student
+
+@functools.wraps(first)
+def wrapped(experts, calibration):
+    return first(experts, calibration)
+
+def broken(experts, calibration):
+    return experts[2]  # line 33
+
+def nothing(experts, calibration):
+    pass
+
+def other(experts, calibration):
+    return nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3), nn.Linear(3, 3))
+
+def wider(experts, calibration):
+    return nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 5))
+
+def infinite(experts, calibration):
+    experts[0][1].bias.data[0] = float("inf")
+    return experts[0]
+
+def infinite_buffer(experts, calibration):
+    experts[0][0].running_var[0] = float("nan")
+    return experts[0]
+
+none = first
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's module, in a folder that is looked at."""
+    path = tmp_path / "mine.py"
+    path.write_text(MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    return path
+
+
+def network() -> nn.Sequential:
+    made = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
+    made[0].running_mean = torch.rand(4)
+    return made
+
+
+def experts() -> Experts:
+    torch.manual_seed(0)
+    samples = [[torch.randn(6, 4), torch.randn(2, 4)] for _ in ROW]
+    return Experts([network(), network()], initial=network(), calibration=samples)
+
+
+def test_it_gets_copies_that_it_may_change_and_its_network_is_taken_as_it_is() -> None:
+    given = experts()
+    before = deepcopy(given.networks[0].state_dict())
+    made = Foreign("mine.first").make(given, ROW).network
+    assert not made.training
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(given.networks[0].state_dict()[name], before[name])
+        assert torch.equal(tensor, before[name] * (1 if "running" in name or "num" in name else 2))
+
+
+def test_it_gets_what_its_parameters_ask_for_and_draws_the_same_numbers_every_time() -> None:
+    method, given = Foreign("mine.told", {"scale": 3.0}), experts()
+    assert method.reads_initial
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        made = method.make(given, ROW).network
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(made[1].weight, given._initial[1].weight)  # type: ignore[index]
+    assert (made[0].running_mean == ROW[0]).all()
+    assert (made[0].running_var == 2 + 8).all()
+    assert 3 < made[1].bias[0] < 4
+    assert torch.equal(method.make(given, ROW).network[1].bias, made[1].bias)
+    assert not Foreign("mine.first").reads_initial
+
+
+def test_passes_through_experts_and_their_copies_are_counted() -> None:
+    given = experts()
+    network = Foreign("mine.passes").make(given, ROW).network
+    assert given.passes == 6 + 6 + 2 * 6
+    network(torch.zeros(5, 4)).sum().backward()
+    assert given.passes == 24
+
+
+def test_it_merges_in_memory_beside_others_and_with_networks_that_read_mappings() -> None:
+    given = experts()
+    batches = [[{"x": torch.randn(5, 4)}] for _ in ROW]
+    (made,) = merge_networks(
+        Foreign("mine.passes"), given.networks, Code([ROW]), calibration=batches, forward=lambda f, batch: f(batch["x"])
+    )
+    assert torch.equal(made(torch.ones(2, 4)), given.networks[0](torch.ones(2, 4)))
+
+
+def test_it_is_called_by_its_functions_name_or_a_label() -> None:
+    method = Foreign("mine.told", {"scale": 2.0})
+    assert (method.label, coded_name(method), method.batchnorm) == ("told", "told", "")
+    assert Foreign("mine.wrapped", label="mine-2").label == "mine-2"
+    options = {"function": "mine.told", "options": {"scale": 2.0}, "label": "told"}
+    assert as_options(method) == {"class_path": "coin.Foreign", "init_args": options}
+
+
+def test_a_record_of_it_changes_with_the_source_file_and_the_options(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {step_key({"method": Foreign("mine.told")}), step_key({"method": Foreign("mine.told", {"scale": 2.0})})}
+    before = Foreign("mine.told")
+    mine.write_text(MODULE + "\n# changed\n")
+    assert step_key({"method": before}) in keys  # the function that was read is still the old one
+    monkeypatch.delitem(sys.modules, "mine")
+    keys.add(step_key({"method": Foreign("mine.told")}))
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        ("mine.merge", {}, r"found function 'mine\.merge', expected the import path of a Python function \(module"),
+        ("theirs.merge", {}, r"found function 'theirs\.merge', expected .*\(No module named 'theirs'\); check the"),
+        ("first", {}, r"found function 'first', expected the import path"),
+        (
+            "mine.number",
+            {},
+            r"found function 'mine\.number', expected a Python function .*\(3 is not a callable object\)",
+        ),
+        ("mine.none", {}, "found label 'none', which results use for something else"),
+        (
+            "mine.first",
+            {"scale": 1},
+            r"takes the options \{'scale': 1\} \(got an unexpected keyword argument 'scale'\)",
+        ),
+        ("mine.told", {"row": [1]}, "multiple values for keyword argument 'row'"),
+        ("textwrap.dedent", {}, "of experts and calibration .*too many positional arguments"),
+    ],
+)
+def test_what_cannot_be_called_is_refused(function: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Foreign(function, options)
+
+
+def test_a_module_that_cannot_be_read_is_told_in_one_line(mine: Path) -> None:
+    mine.write_text("def first(:\n")
+    with pytest.raises(ConfigurationError, match="expected the import path of a Python function") as caught:
+        Foreign("mine.first")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "broken",
+            r"^function 'mine\.broken' of method 'broken' raised IndexError: list index out of range; see line 33 of",
+        ),
+        ("nothing", r"^function 'mine\.nothing' returned a NoneType, expected a network like the experts"),
+        ("other", r"^'the network that mine\.other returned' has a tensor '2\.\w+' too many \(2 in all\)"),
+        (
+            "wider",
+            r"^'the network that mine\.wider returned' has tensor '1\.weight' of shape \[5, 4\], expected \[3, 4",
+        ),
+        ("infinite", r"^the coded model of method 'infinite' is not finite: tensor '1\.bias'"),
+        ("infinite_buffer", r"^the coded model of method 'infinite_buffer' is not finite: buffer '0\.running_var'"),
+    ],
+)
+def test_what_goes_wrong_is_told_in_one_line(name: str, message: str) -> None:
+    with pytest.raises(CoinError, match=message):
+        Foreign(f"mine.{name}").make(experts(), ROW)
+
+
+def test_it_wants_calibration_data_and_a_row_of_the_code() -> None:
+    with pytest.raises(ConfigurationError, match="found no calibration inputs"):
+        Foreign("mine.first").make(Experts([network(), network()]), ROW)
+    with pytest.raises(ConfigurationError, match="found 1 weights for 2 experts"):
+        Foreign("mine.first").make(experts(), [1.0])
+
+
+def test_the_examples_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    given = experts()
+    average = Average(batchnorm="average").make(given, ROW).network  # type: ignore[arg-type]
+    plain = Foreign("notebooks.foreign_methods.dare", {"drop": 0.0}).make(given, ROW).network
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(tensor, average.state_dict()[name])
+    dropped = Foreign("notebooks.foreign_methods.dare", {"drop": 0.9}).make(given, ROW).network
+    assert (dropped[1].weight == given._initial[1].weight).float().mean() > 0.5  # type: ignore[index, union-attr]
+    assert given.passes == 0
+
+    def error(coded: nn.Module) -> float:
+        return float((given.run(coded, given.pooled) - given.target(ROW)).square().mean())
+
+    options = {"steps": 200, "lr": 0.01, "batch_size": 16}
+    trained = Foreign("notebooks.foreign_methods.distil", options).make(given, ROW).network
+    assert given.passes == 2 * 16 + 200 * 16 * 3
+    assert error(trained) < 0.2 * error(average)
