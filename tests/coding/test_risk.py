@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from coin.coding import Answers, Code, decoding_risk, make_decoder, uniform
+from coin.coding import Answers, Code, DecoderConfig, decoding_risk, make_decoder, uniform
 from coin.errors import DecodingError
 
 
@@ -77,11 +77,9 @@ def test_padding_is_not_read_and_the_right_expert_is():
 
 @pytest.mark.parametrize("fitted_on", ["all", "own"])
 def test_the_errors_are_those_of_fits_without_the_sample(fitted_on):
-    answers, config = answers_of(0.3, 24), {"kind": "ridge", "fitted_on": fitted_on}
+    answers = answers_of(0.3, 24)
     answers = Answers(answers.experts, answers.coded, tasks=torch.arange(24) % 3)
-    decoder = make_decoder("ridge", uniform(3), [1])
-    config = type(decoder.config).of(config)
-    decoder = make_decoder(config, uniform(3), [1]).fit(answers)
+    decoder = make_decoder(DecoderConfig("ridge", fitted_on=fitted_on), uniform(3), [1]).fit(answers)
     chosen = answers if fitted_on == "all" else answers.select(answers.tasks == 1)
     (fit,) = decoder.fitted
     inputs, wanted = torch.cat([*chosen.coded, chosen.experts[0], chosen.experts[2]], 1), chosen.experts[1]
