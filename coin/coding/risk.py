@@ -11,9 +11,10 @@ def decoding_risk(decoded: Tensor, errors: Tensor) -> Tensor:
 
     With a the decoded class, b any other and e the decoder's error, it is max_b Φ(−(f̂_a − f̂_b)/σ_ab): the margin
     between two decoded logits over the error of that margin, σ_ab² = E(e_a − e_b)², whose E is over calibration inputs
-    that the decoder was not fitted on (`Decoder.errors`), with the normal distribution's tail. Estimated without a
-    label; it holds as far as queries are like the calibration inputs. 0 where the decoder makes no error, 1 where what
-    was decoded is not finite.
+    that the decoder was not fitted on (`Decoder.errors`), with the normal distribution's tail. No label is needed; it
+    holds as far as queries are like the calibration inputs, and falls short where the coded model was fitted on the
+    same ones. 0 where the decoder makes no error, ½ at most: between two classes, as decoded is the likelier. 1 where
+    what was decoded is not finite.
 
     Args:
         decoded: The decoded logits of one lost expert, without padding ``[B, C]``.

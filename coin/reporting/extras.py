@@ -135,7 +135,7 @@ def write_risk(folder: Path, risk: pd.DataFrame) -> None:
     """Write ``risk.csv``: how the risk of decoded answers turned out, two curves for every row of the results.
 
     On ``coverage`` are the share `at` of the test samples with the least risk, on ``calibration`` those whose risk is
-    within 0.1 above `at`. Of these `samples`, `risk` is the mean, and the rest is as in ``results.csv``.
+    within 0.05 above `at`. Of these `samples`, `risk` is the mean, and the rest is as in ``results.csv``.
 
     Raises:
         FileError: The file cannot be written.

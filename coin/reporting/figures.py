@@ -222,9 +222,9 @@ def risk_curves(risk: pd.DataFrame) -> Figure:
             at = points[points["curve"] == "coverage"].sort_values("at")
             coverage.plot(100 * at["at"], 100 * at["decoded_accuracy"], **look)
             coverage.plot(100 * at["at"], 100 * at["expert_accuracy"], **look | {"marker": None, "linestyle": ":"})
-        calibration.plot([0, 100], [0, 100], color=_SOFT, linestyle="--", linewidth=0.9)
+        calibration.plot([0, 50], [0, 50], color=_SOFT, linestyle="--", linewidth=0.9)
         calibration.set(xlabel="risk (%), mean of a bin", ylabel="disagree with the expert (%)")
-        coverage.set(xlabel="answers kept, least risk first (%)", ylabel="accuracy (%)")
+        coverage.set(xlabel="kept, of least risk (%)", ylabel="accuracy (%)")
         coverage.invert_xaxis()
         legend_below(figure, calibration)
         return figure
