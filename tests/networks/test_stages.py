@@ -42,6 +42,7 @@ def test_every_family_has_stages_from_one_pass(name):
     network = build_network(NetworkConfig(name, size), 3).eval()
     passes = []
     network.register_forward_hook(lambda *_: passes.append(1))
+    hooks = [len(module._forward_pre_hooks) for module in network.modules()]
     with torch.no_grad():
         features, logits, widths = stages_and_logits(network, images(size))
         assert len(passes) == 1
@@ -51,7 +52,7 @@ def test_every_family_has_stages_from_one_pass(name):
     assert torch.equal(features[:, -widths[-1] :], last)
     assert torch.equal(logits, alone)
     assert len(set(stage_names(network))) == len(widths)
-    assert all(not module._forward_pre_hooks for module in network.modules())
+    assert [len(module._forward_pre_hooks) for module in network.modules()] == hooks
     assert sum(len(module._forward_hooks) for module in network.modules()) == 1  # ours
     # Different images leave different features at every stage: none is cut off from the input.
     assert all(bool((stage[0] != stage[1]).any()) for stage in features.split(widths, 1))
