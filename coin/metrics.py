@@ -1,10 +1,15 @@
 """Metrics of decoding over pure functions. They hold totals, so batches, processes and their order do not matter."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from coin.errors import ConfigurationError, DataError
+
+COVERAGES = (1.0, 0.95, 0.8)
+"""The shares of the samples, those of least risk, whose accuracy is told."""
 
 
 class DecodingAccuracy(Metric):
@@ -51,11 +56,7 @@ class DecodingAccuracy(Metric):
             if decoded.shape[1] < self.num_classes:
                 raise DataError(f"found {decoded.shape[1]} outputs, expected at least {self.num_classes}")
             decoded, expert = decoded[:, : self.num_classes], expert[:, : self.num_classes]
-        answered = torch.isfinite(decoded).all(1)
-        from_decoded, from_expert = decoded.argmax(1), expert.argmax(1)
-        right, stand_in_right = from_expert == labels, (from_decoded == labels) & answered
-        agreeing, every = (from_decoded == from_expert) & answered, torch.ones_like(answered)
-        self.counts += torch.stack([right, stand_in_right, agreeing, every]).sum(1).to(self.counts.device)
+        self.counts += _judged(decoded, expert, labels).sum(1).to(self.counts.device)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the four numbers; see the class."""
@@ -66,6 +67,59 @@ class DecodingAccuracy(Metric):
             "nda": normalized_decoding_accuracy(decoded, expert),
             "agreement": agreeing / total,
         }
+
+
+class RiskPoint(NamedTuple):
+    """Some of the test samples, with their mean `risk` and what came of it.
+
+    On the curve ``coverage`` they are the share `at` with the least risk, on ``calibration`` those whose risk is within
+    0.05 above `at`; it is ½ at most. The rest is as in `DecodingAccuracy`.
+    """
+
+    curve: str
+    at: float
+    samples: int
+    risk: float
+    agreement: float
+    decoded_accuracy: float
+    expert_accuracy: float
+
+
+class RiskCurves(Metric):
+    """What the risk of decoded answers foretells, on one expert's own task: `compute` returns a list of `RiskPoint`.
+
+    Every sample has a row of its own, which one process fills in; the rows are summed over processes.
+
+    Args:
+        samples: The size of the test set.
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+    seen: Tensor
+
+    def __init__(self, samples: int) -> None:
+        super().__init__()
+        self.add_state("seen", torch.zeros(samples, 5), dist_reduce_fx="sum")
+
+    def update(self, positions: Tensor, risk: Tensor, decoded: Tensor, expert: Tensor, labels: Tensor) -> None:
+        """Add a batch: places in the test set, risks and labels ``[B]``, and logits without padding ``[B, C]``."""
+        self.seen[positions] = torch.stack([risk, *_judged(decoded, expert, labels)], 1).to(self.seen)
+
+    def compute(self) -> list[RiskPoint]:
+        """Return the points of both curves; bins without a sample are left out."""
+        seen = self.seen[self.seen[:, 4] > 0].cpu().double()
+        seen = seen[seen[:, 0].argsort(stable=True)]
+        parts = [("coverage", share, seen[: round(share * len(seen))]) for share in COVERAGES]
+        bins = (20 * seen[:, 0]).long().clamp_max(9)
+        parts += [("calibration", place / 20, seen[bins == place]) for place in range(10)]
+        points = []
+        for curve, at, part in parts:
+            if len(part):
+                risk, right, decoded_right, agreeing, _ = part.mean(0).tolist()
+                points.append(RiskPoint(curve, at, len(part), risk, agreeing, decoded_right, right))
+        return points
 
 
 class Residual(Metric):
@@ -102,6 +156,14 @@ class Residual(Metric):
         """Return the residual, a float64 scalar, dimensionless."""
         error, wanted = self.squares
         return torch.where(wanted > 0, (error / wanted).sqrt(), torch.full_like(error, torch.nan))
+
+
+def _judged(decoded: Tensor, expert: Tensor, labels: Tensor) -> Tensor:
+    """Return ``[4, B]``: whether the expert is right, the decoded answer is, both agree; and 1 for every sample."""
+    answered = torch.isfinite(decoded).all(1)
+    from_decoded, from_expert = decoded.argmax(1), expert.argmax(1)
+    right, stand_in_right = from_expert == labels, (from_decoded == labels) & answered
+    return torch.stack([right, stand_in_right, (from_decoded == from_expert) & answered, torch.ones_like(answered)])
 
 
 def normalized_decoding_accuracy(decoded_correct: Tensor, expert_correct: Tensor) -> Tensor:

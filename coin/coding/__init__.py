@@ -4,8 +4,10 @@ from coin.coding.answers import Answers
 from coin.coding.code import Code, check_erasure, decode_linear
 from coin.coding.decoder_config import DecoderConfig, DecoderKind, distinct_decoders
 from coin.coding.decoders import Decoder, Kept, LinearDecoder, make_decoder
+from coin.coding.parity import oddness, parity_residual, parity_significance
 from coin.coding.ready import choose_code, convex, decoded_error_bound, simplex_codes, uniform
 from coin.coding.ridge import fit_ridge
+from coin.coding.risk import decoding_risk
 
 __all__ = [
     "Answers",
@@ -20,9 +22,13 @@ __all__ = [
     "convex",
     "decode_linear",
     "decoded_error_bound",
+    "decoding_risk",
     "distinct_decoders",
     "fit_ridge",
     "make_decoder",
+    "oddness",
+    "parity_residual",
+    "parity_significance",
     "simplex_codes",
     "uniform",
 ]

@@ -12,6 +12,7 @@ from coin.coding.answers import Answers
 from coin.coding.code import Code, check_erasure, decode_linear
 from coin.coding.decoder_config import DecoderConfig, DecoderKind, FittedOn
 from coin.coding.ridge import Projection, RidgeFit, block_kernel, fit_blocks, project_blocks
+from coin.coding.risk import decoding_risk
 from coin.errors import ConfigurationError, DecodingError, NumericalError
 
 Made = TypeVar("Made")
@@ -48,6 +49,7 @@ class Decoder(ABC):
         self.num_experts = num_experts
         self.samples_read = 0
         """How many of the calibration inputs `fit` has looked at."""
+        self._errors: Tensor | None = None
 
     def fit(self, calibration: Answers, kept: Kept | None = None) -> Self:
         """Learn from answers to calibration inputs, the lost experts' own logits being the targets, if anything.
@@ -68,6 +70,27 @@ class Decoder(ABC):
         Raises:
             DecodingError: The decoder was not fitted, or the answers do not fit it.
         """
+
+    @property
+    def errors(self) -> Tensor:
+        """E e eᵀ of the errors e = f̂ − f of each lost expert ``[|erased|, C, C]``.
+
+        The mean is over the calibration inputs of `fit`, each of them left out of the regression that decodes it.
+
+        Raises:
+            DecodingError: There was no `fit`, which the linear decoder needs for this too.
+        """
+        if self._errors is None:
+            raise DecodingError(f"the {self.config.name} decoder knows no errors; call fit with calibration answers")
+        return self._errors
+
+    def risk(self, expert: int, decoded: Tensor, num_classes: int | None = None) -> Tensor:
+        """Return the risk of a lost expert's decoded logits ``[B, C]``, of which it has `num_classes`: `decoding_risk`.
+
+        Raises as `errors`.
+        """
+        errors = self.errors[self.erased.index(expert)]
+        return decoding_risk(decoded[:, :num_classes], errors[:num_classes, :num_classes])
 
     def _check(self, answers: Answers) -> None:
         if answers.num_experts != self.num_experts:
@@ -90,6 +113,11 @@ class LinearDecoder(Decoder):
                 "add rows to the code or use a calibrated decoder"
             )
         self.code = code
+
+    def fit(self, calibration: Answers, kept: Kept | None = None) -> Self:
+        """Learn nothing but what errors the code's equations make: of the coded models, there is no other."""
+        self._errors = _second_moments(self.decode(calibration) - calibration.experts[list(self.erased)])
+        return self
 
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits; see `decode_linear`."""
@@ -160,6 +188,9 @@ class RidgeDecoder(Decoder):
             ]
             read = sum(map(len, own.values()))
             self.samples_read = read if components is None else calibration.num_samples  # a projection looks at all
+        shape = (-1, calibration.experts.shape[2])
+        left_out = [fit.left_out.reshape(len(fit.left_out), *shape).transpose(0, 1) for fit in self.fitted]
+        self._errors = torch.cat([_second_moments(errors) for errors in left_out])
         return self
 
     def decode(self, answers: Answers) -> Tensor:
@@ -236,6 +267,11 @@ def make_decoder(kind: DecoderKind | str | DecoderConfig, code: Code, erased: Se
     if config.kind is DecoderKind.linear:
         return LinearDecoder(code, erased)
     return RidgeDecoder(code.num_experts, erased, config)
+
+
+def _second_moments(errors: Tensor) -> Tensor:
+    """Return E e eᵀ ``[K, C, C]`` of errors ``[K, P, C]``."""
+    return errors.double().mT @ errors.double() / errors.shape[1]
 
 
 def _widths(arrived: Sequence[Sequence[Tensor]]) -> list[list[int]]:

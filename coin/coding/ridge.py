@@ -23,6 +23,7 @@ class RidgeFit:
         target_mean: ``[T]``.
         ridges: The absolute ridge chosen for each group of targets ``[G]``.
         leave_one_out: Mean squared leave-one-out error by group and grid point ``[G, K]``, summed over the targets.
+        left_out: The error made for every sample by the same ridges fitted to all others ``[P, T]``.
     """
 
     coefficients: Tensor
@@ -30,6 +31,7 @@ class RidgeFit:
     target_mean: Tensor
     ridges: Tensor
     leave_one_out: Tensor
+    left_out: Tensor
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the predictions ``[B, T]`` for `inputs` ``[B, D]``."""
@@ -87,15 +89,15 @@ def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1, kernel: Tensor |
     scale = s.square().mean() if s.numel() else x.new_ones(())
     grid = scale * 10.0 ** x.new_tensor(RIDGE_EXPONENTS)
 
-    errors = []
-    for ridge in grid:
+    def left_out_errors(ridge: Tensor) -> Tensor:
         shrunk = ridge / (s.square() + ridge)
         residual = outside + u @ (shrunk[:, None] * projected)
         slack = leverage_left + u.square() @ shrunk
-        left_out = residual / slack[:, None]
-        errors.append(left_out.square().reshape(samples, groups, -1).sum(2).mean(0))
-    leave_one_out = torch.stack(errors, dim=1)
+        return (residual / slack[:, None]).reshape(samples, groups, -1)
+
+    leave_one_out = torch.stack([left_out_errors(ridge).square().sum(2).mean(0) for ridge in grid], dim=1)
     ridges = grid[leave_one_out.argmin(1)]
+    left_out = torch.cat([left_out_errors(ridge)[:, group] for group, ridge in enumerate(ridges)], 1)
 
     per_target = ridges.repeat_interleave(y.shape[1] // groups)
     damped = s.square()[:, None] + per_target[None, :]
@@ -103,7 +105,7 @@ def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1, kernel: Tensor |
         coefficients = vt[kept].T @ (s[:, None] / damped * projected)
     else:
         coefficients = (x - input_mean).T @ (u @ (projected / damped))
-    return RidgeFit(coefficients, input_mean, target_mean, ridges, leave_one_out)
+    return RidgeFit(coefficients, input_mean, target_mean, ridges, leave_one_out, left_out)
 
 
 class ProjectionKind(StrEnum):

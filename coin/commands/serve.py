@@ -3,12 +3,14 @@
 import json
 import signal
 import threading
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coin.coding import make_decoder
-from coin.commands.coded_system import Choice, parse_options, read_coded_system
+from coin.coding import Decoder, DecoderKind
+from coin.commands.coded_system import Choice, CodedSystem, parse_options, read_coded_system
+from coin.errors import CoinError, CoinWarning
 from coin.serving.decodings import Decodings, coded_layout
 from coin.serving.layout import spread_spares
 from coin.serving.model import NetworkServer
@@ -62,9 +64,8 @@ def read_system(folder: str, choice: Choice, policy: PolicyKind, quantile: float
         processes |= {
             f"coded-{row}": {f"coded-{row}": str(path.relative_to(root))} for row, path in enumerate(coded.coded)
         }
-        needs_fit = make_decoder(coded.decoder, coded.code, [0]).needs_fit
         stages = widths if coded.decoder.reads_stages else None
-        decodings = Decodings(coded.code, coded.fitted_decoders() if needs_fit else (), stages)
+        decodings = Decodings(coded.code, _fitted(coded), stages, [len(own) for own in coded.classes.values()])
     else:
         spares = 0 if rule.kind is PolicyKind.uncoded else coded.code.num_coded
         layout = spread_spares(len(paths), spares)
@@ -83,6 +84,17 @@ def read_system(folder: str, choice: Choice, policy: PolicyKind, quantile: float
             coded.classes, probe.image_size, coded.method, coded.decoder.name, probe.reads, coded.tokenizer
         ),
     )
+
+
+def _fitted(coded: CodedSystem) -> list[Decoder]:
+    """Return the decoders of a system; the linear one serves without calibration samples too, if need be."""
+    try:
+        return coded.fitted_decoders()
+    except CoinError as error:
+        if coded.decoder.kind is not DecoderKind.linear:
+            raise
+        warnings.warn(f"decoded answers will not tell their risk: {error}", CoinWarning, stacklevel=2)
+        return []
 
 
 def application(args: dict[str, Any]) -> Any:

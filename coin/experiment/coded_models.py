@@ -190,7 +190,8 @@ def evaluate(run: SeedRun) -> None:
     experiment, layout = run.experiment, run.layout
     coded = [path for method in experiment.methods for path in run.coded_paths(method)]
     shown = coded and experiment.network.reads == "images"
-    outputs = [layout.results, layout.results_json, layout.confusions, *([layout.examples] if shown else [])]
+    outputs = [layout.results, layout.results_json, layout.confusions, layout.risk]
+    outputs += [layout.examples] if shown else []
     options, code = experiment.described(run.seed), run.code.code.matrix  # results.json says all of them
     key = step_key({**options, "code": code, "columns": COLUMNS}, [*run.experts.paths.values(), *coded])
     if run.steps.finished("evaluate", key, outputs):

@@ -26,7 +26,7 @@ from coin.coding import (
 )
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
-from coin.metrics import DecodingAccuracy, Residual
+from coin.metrics import DecodingAccuracy, Residual, RiskCurves
 from coin.modules.coded import server_answers
 from coin.modules.examples import ExampleSamples, KeptSamples
 from coin.modules.shared import tasks_of
@@ -44,7 +44,7 @@ class _FittedDecoder:
     decoder: Decoder
     seconds: float
     passes: float
-    metrics: dict[int, tuple[DecodingAccuracy, MulticlassConfusionMatrix]]
+    metrics: dict[int, tuple[DecodingAccuracy, MulticlassConfusionMatrix, RiskCurves]]
 
 
 class DecodingEvaluator(LightningModule):
@@ -123,6 +123,7 @@ class DecodingEvaluator(LightningModule):
         answers = replace(Answers.concatenate(parts), tasks=calibration.part)
         # The networks run together here; each one's share of the time is what a decoder that needs it is charged.
         share = (time.perf_counter() - started) / (len(self.experts) + len(self.coded))
+        self._test_sizes = [len(task.splits.test) for task in data.tasks.values()]
         self.fitted = self._fit_decoders(answers, share)
         self.examples = {
             place: ExampleSamples(len(task.splits.test), self.config.image_size, len(self.alone(place)))
@@ -146,21 +147,23 @@ class DecodingEvaluator(LightningModule):
             residuals[task].update(seen[index].coded.flatten(0, 1), target.flatten(0, 1))
         own, classes = answers.experts[task], self.class_counts[task]
         expert = own[:, :classes].argmax(1)
+        # Where in the test set the samples of this process's batch are; see `evaluation_batches`.
+        before = batch_idx * list(tasks_of(self).tasks.values())[task].eval_batch_size
+        positions = self.global_rank + self.trainer.world_size * torch.arange(before, before + len(labels))
         alone = []
         for fitted in self.fitted:
             if task not in fitted.metrics:
                 continue
             decoded = fitted.decoder.decode(seen[fitted.variant])[fitted.decoder.erased.index(task)]
             answer = decoded[:, :classes].argmax(1)
-            accuracy, confusion = fitted.metrics[task]
+            accuracy, confusion, curves = fitted.metrics[task]
             accuracy.update(decoded, own, labels)
             confusion.update(answer, expert)
+            risk = fitted.decoder.risk(task, decoded, classes)
+            curves.update(positions, risk, decoded[:, :classes], own[:, :classes], labels)
             if len(fitted.metrics) == 1:
                 alone.append(answer)
         if task in self.examples:
-            # Where in the test set the samples of this process's batch are; see `evaluation_batches`.
-            before = batch_idx * list(tasks_of(self).tasks.values())[task].eval_batch_size
-            positions = self.global_rank + self.trainer.world_size * torch.arange(before, before + len(labels))
             self.examples[task].update(inputs, positions, expert, labels, torch.stack(alone, 1))
 
     def alone(self, task: int) -> list[tuple[Variant, str]]:
@@ -185,10 +188,11 @@ class DecodingEvaluator(LightningModule):
                 decoder_seconds=fitted.seconds,
                 decoder_passes=fitted.passes,
                 confusion=confusion.compute().cpu().numpy().astype(np.int64),
+                risk=tuple(curves.compute()),
                 **{name: float(value) for name, value in accuracy.compute().items()},
             )
             for fitted in self.fitted
-            for expert, (accuracy, confusion) in fitted.metrics.items()
+            for expert, (accuracy, confusion, curves) in fitted.metrics.items()
         ]
 
     def _fit_decoders(self, answers: Answers, share: float) -> list[_FittedDecoder]:
@@ -211,14 +215,17 @@ class DecodingEvaluator(LightningModule):
                 seconds = time.perf_counter() - started
                 passes = float((len(self.experts) + len(variant.networks)) * decoder.samples_read)
                 seconds += share * passes / answers.num_samples
-            counts = [self.class_counts[lost] for lost in erased]
-            pairs = [(DecodingAccuracy(count), MulticlassConfusionMatrix(count)) for count in counts]
-            fitted.append(_FittedDecoder(index, decoder, seconds, passes, dict(zip(erased, pairs, strict=True))))
+            counts = {lost: self.class_counts[lost] for lost in erased}
+            metrics = {
+                lost: (DecodingAccuracy(count), MulticlassConfusionMatrix(count), RiskCurves(self._test_sizes[lost]))
+                for lost, count in counts.items()
+            }
+            fitted.append(_FittedDecoder(index, decoder, seconds, passes, metrics))
         return fitted
 
     @property
     def _metrics(self) -> list[Metric]:
         """All metrics; as they are no submodules, they stay on the CPU when the networks move."""
         residuals = [metric for metrics in self.residuals.values() for metric in metrics]
-        others = [metric for fitted in self.fitted for pair in fitted.metrics.values() for metric in pair]
+        others = [metric for fitted in self.fitted for own in fitted.metrics.values() for metric in own]
         return [*residuals, *others, *self.examples.values()]

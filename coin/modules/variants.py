@@ -11,6 +11,7 @@ from torch import nn
 
 from coin.coding import Answers, Code, DecoderKind
 from coin.errors import FileError
+from coin.metrics import RiskPoint
 from coin.networks import BatchNormPolicy, load_network
 
 NONE = "none"
@@ -83,6 +84,7 @@ class Outcome:
         decoder_passes: The same in forward-equivalents: every expert, lost ones too, and every coded model of the
             variant on every sample that the decoder reads.
         confusion: Counts ``[C_j, C_j]``: the expert's answer by the decoded one.
+        risk: How the risk of the decoded answers turned out.
     """
 
     variant: Variant
@@ -97,6 +99,7 @@ class Outcome:
     decoder_seconds: float
     decoder_passes: float
     confusion: NDArray[np.int64]
+    risk: tuple[RiskPoint, ...] = ()
 
 
 _PROVENANCE: dict[str, tuple[type, ...]] = {

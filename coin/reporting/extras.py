@@ -1,4 +1,4 @@
-"""Two optional files beside the results: a merge layer by layer, and example images."""
+"""Optional files beside the results: a merge layer by layer, example images, the risk of decoded answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,10 +9,20 @@ import numpy.typing as npt
 import pandas as pd
 
 from coin.errors import ConfigurationError, FileError
-from coin.reporting.results import one_line, read_archive, read_frame, write_archive, write_frame
+from coin.reporting.results import (
+    INTEGERS,
+    KEYS,
+    one_line,
+    read_archive,
+    read_frame,
+    write_archive,
+    write_frame,
+)
 
 LAYERS_CSV = "layers.csv"
 EXAMPLES_NPZ = "examples.npz"
+RISK_CSV = "risk.csv"
+RISK_COLUMNS = (*KEYS, "curve", "at", "samples", "risk", "agreement", "decoded_accuracy", "expert_accuracy")
 LAYER_COLUMNS = ("method", "batchnorm", "code_row", "layer", "fisher_share", "distance")
 
 Answers = npt.NDArray[np.int64]
@@ -119,3 +129,25 @@ def read_layers(folder: Path) -> pd.DataFrame | None:
     """
     path = folder / LAYERS_CSV
     return read_frame(path, LAYER_COLUMNS, (), ("fisher_share", "distance")) if path.exists() else None
+
+
+def write_risk(folder: Path, risk: pd.DataFrame) -> None:
+    """Write ``risk.csv``: how the risk of decoded answers turned out, two curves for every row of the results.
+
+    On ``coverage`` are the share `at` of the test samples with the least risk, on ``calibration`` those whose risk is
+    within 0.05 above `at`. Of these `samples`, `risk` is the mean, and the rest is as in ``results.csv``.
+
+    Raises:
+        FileError: The file cannot be written.
+    """
+    write_frame(folder / RISK_CSV, risk)
+
+
+def read_risk(folder: Path) -> pd.DataFrame | None:
+    """Return the lines of ``risk.csv``, None where there is no such file.
+
+    Raises:
+        FileError: The file is damaged.
+    """
+    path, numbers = folder / RISK_CSV, ["at", *RISK_COLUMNS[-4:]]
+    return read_frame(path, RISK_COLUMNS, (*INTEGERS, "samples"), numbers) if path.exists() else None

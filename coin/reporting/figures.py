@@ -207,6 +207,29 @@ def confusion_matrices(counts: Mapping[str, Counts], classes: Sequence[str]) -> 
         return figure
 
 
+def risk_curves(risk: pd.DataFrame) -> Figure:
+    """Whether decoded answers disagree with the expert's as often as foretold, and how right those of least risk are.
+
+    `risk` are `coin.reporting.tables.risk_totals`, a colour per ``name``.
+    """
+    with style():
+        figure = Figure(figsize=(WIDTH, 3.0))
+        calibration, coverage = figure.subplots(1, 2)
+        for i, (name, points) in enumerate(risk.groupby("name", sort=False)):
+            look = {"color": method_colour(str(name)), "marker": marker(i), "markersize": 5, "linewidth": 1.2}
+            at = points[points["curve"] == "calibration"].sort_values("at")
+            calibration.plot(100 * at["risk"], 100 * (1 - at["agreement"]), label=str(name), **look)
+            at = points[points["curve"] == "coverage"].sort_values("at")
+            coverage.plot(100 * at["at"], 100 * at["decoded_accuracy"], **look)
+            coverage.plot(100 * at["at"], 100 * at["expert_accuracy"], **look | {"marker": None, "linestyle": ":"})
+        calibration.plot([0, 50], [0, 50], color=_SOFT, linestyle="--", linewidth=0.9)
+        calibration.set(xlabel="risk (%), mean of a bin", ylabel="disagree with the expert (%)")
+        coverage.set(xlabel="kept, of least risk (%)", ylabel="accuracy (%)")
+        coverage.invert_xaxis()
+        legend_below(figure, calibration)
+        return figure
+
+
 def layer_profile(layers: pd.DataFrame) -> Figure:
     """Where the mass of the Fisher lies, and how far each merge is from the average, layer by layer.
 

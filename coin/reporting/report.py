@@ -21,7 +21,7 @@ from PIL import Image
 from coin.files.atomic import atomic_path, write_text
 from coin.progress import progress
 from coin.reporting import figures
-from coin.reporting.extras import LAYERS_CSV, read_examples, read_layers
+from coin.reporting.extras import LAYERS_CSV, RISK_CSV, read_examples, read_layers, read_risk
 from coin.reporting.findings import FLOOR, Findings, findings, paired_differences
 from coin.reporting.results import RESULTS_CSV, asked_policy, read_confusions
 from coin.reporting.sources import Source, as_dict, facts_of, read_sources
@@ -36,7 +36,7 @@ from coin.reporting.summary import (
     variant_names,
 )  # fmt: skip
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, as_numbers, as_text, sweep_text
-from coin.reporting.tables import nda_tables, percent
+from coin.reporting.tables import nda_tables, percent, risk_table, risk_totals
 
 REPORT_HTML = "report.html"
 PLOTS = "plots"
@@ -48,6 +48,11 @@ _COST = (
 _LAYERS = (
     "Above, where the Fisher's mass lies. Below, how far each merge is from the average of the experts (1: as far as "
     "the experts are). Methods with the same numbers are drawn once. Blank: the experts agree."
+)
+_RISK = (
+    "Left: how often decoded answers differ from the expert's, against the risk that was estimated for them without "
+    "labels, in ten bins. Dashed: as foretold. Right: their accuracy, and the expert's own (dotted), on the answers of "
+    "least risk. All tasks and seeds."
 )
 _PAIRED = (
     "Paired by seed, ± standard deviation over seeds. Bold, and among the findings: what a 95 % confidence interval "
@@ -125,6 +130,7 @@ class _Page:
             {"title": "Figures", "figures": self._more_figures()},
         ]
         after: list[dict[str, Any]] = [
+            {"title": "Risk of decoded answers", **self._risk(source, found)},
             {"title": "Layers", "figures": self._layers(source)},
             {"title": "Confusions", "figures": self._confusions(source, found)},
             {"title": "Examples", "examples": _examples(source, found)},
@@ -231,6 +237,19 @@ class _Page:
         if layers is not None:
             yield self._draw("layers", figures.layer_profile(layers), _LAYERS)
 
+    def _risk(self, source: Source, found: Findings) -> dict[str, Any]:
+        read = [own for own in map(read_risk, source.seeds) if own is not None]
+        if not read or found.best is None:
+            return {"tables": []}
+        totals = risk_totals(pd.concat(read, ignore_index=True))
+        totals = totals[(totals["decoder"] == found.best.decoder) & (totals["name"] != "oracle")]
+        shown = totals[totals["name"].isin(_shown(source, found))]
+        title = f"Agreement with the expert, and accuracy, of the answers kept, in %, {found.best.decoder} decoder"
+        return {
+            "tables": [(title, risk_table(totals))],
+            "figures": [self._draw("risk", figures.risk_curves(shown), _RISK)],
+        }
+
     def _confusions(self, source: Source, found: Findings) -> Iterator[dict[str, Any]]:
         archives = [read_confusions(seed) for seed in source.seeds]
         shown = _shown(source, found)
@@ -262,7 +281,7 @@ class _Page:
         files = [
             source.folder / own for own in (SUMMARY_CSV, SWEEP_CSV, *([REPORT_HTML] if len(self.sources) > 1 else []))
         ]
-        files += [seed / file for seed in source.seeds for file in (RESULTS_CSV, LAYERS_CSV)]
+        files += [seed / file for seed in source.seeds for file in (RESULTS_CSV, RISK_CSV, LAYERS_CSV)]
         versions = as_dict(source.document.get("versions"))
         return {
             "title": source.name if len(self.sources) > 1 else "",

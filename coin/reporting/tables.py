@@ -53,6 +53,29 @@ def nda_tables(summary: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
     }
 
 
+def risk_totals(risk: pd.DataFrame) -> pd.DataFrame:
+    """Return the points of ``risk.csv`` over all tasks that are lost alone and all seeds, by ``name`` and decoder.
+
+    Every test sample counts alike. ``name`` is a method's variant.
+    """
+    alone = risk[risk["erased"] == risk["task"]].assign(name=variant_names)
+    numbers = ["risk", "agreement", "decoded_accuracy", "expert_accuracy"]
+    alone[numbers] = alone[numbers].mul(alone["samples"], axis=0)
+    totals = alone.groupby(["name", "decoder", "curve", "at"], sort=False)[["samples", *numbers]].sum().reset_index()
+    totals[numbers] = totals[numbers].div(totals["samples"], axis=0)
+    return totals
+
+
+def risk_table(totals: pd.DataFrame) -> pd.DataFrame:
+    """Return a line per method's variant of `risk_totals` of one decoder: accuracy and agreement in % by coverage."""
+    lines: dict[str, dict[str, str]] = {}
+    for row in totals[totals["curve"] == "coverage"].to_dict("records"):
+        line = lines.setdefault(row["name"], {"foretold": percent(1 - row["risk"])})
+        for what, column in (("agree", "agreement"), ("right", "decoded_accuracy"), ("expert", "expert_accuracy")):
+            line[f"{what} at {row['at']:.0%}"] = percent(row[column])
+    return pd.DataFrame([{"method": name, **line} for name, line in lines.items()])
+
+
 def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
     contenders = means[~means["method"].isin(REFERENCES)]
     best = contenders.groupby(["decoder", "samples_per_task"])["nda_mean"].max().round(4).to_dict()

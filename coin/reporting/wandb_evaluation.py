@@ -28,10 +28,12 @@ def log_evaluation(
     confusions: Mapping[str, Counts] | None = None,
     examples: Examples | None = None,
     classes: Mapping[str, Sequence[str]] | None = None,
+    risk: pd.DataFrame | None = None,
 ) -> None:
     """Log one seed's evaluation as an overview of all its methods: `_log_overview`, and what is of the seed alone.
 
-    That are the tables ``results`` (all rows) and ``examples``, and the confusions of the best method, a chart a task.
+    That are the tables ``results`` (all rows), ``risk`` and ``examples``, and the confusions of the best method, a
+    chart a task.
 
     Args:
         run: An open run of job type ``evaluate``.
@@ -39,6 +41,7 @@ def log_evaluation(
         confusions: Counts ``[C, C]`` by `confusion_key`.
         examples: Test images with the answers.
         classes: The names of each task's classes.
+        risk: As in ``risk.csv``.
     """
     if run.disabled:
         return
@@ -46,6 +49,8 @@ def log_evaluation(
     summary = summarise(frame)
     found = best(summary)
     logged = {"results": _table(frame)}
+    if risk is not None:
+        logged["risk"] = _table(risk)
     if examples is not None:
         logged["examples"] = _examples(examples, found.get("best_decoder"))
     for row, name in zip(rows, variant_names(frame), strict=True):

@@ -23,21 +23,30 @@ class Decodings:
         code: The code.
         fitted: Fitted decoders of different erasures.
         feature_widths: The widths of the stages within the servers' features, for decoders that read several stages.
+        class_counts: Of every expert, for the risk of its decoded answers; none takes all outputs.
     """
 
-    def __init__(self, code: Code, fitted: Iterable[Decoder] = (), feature_widths: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        code: Code,
+        fitted: Iterable[Decoder] = (),
+        feature_widths: Sequence[int] | None = None,
+        class_counts: Sequence[int] | None = None,
+    ) -> None:
         self.code = code
         self.feature_widths = feature_widths
+        self.class_counts = class_counts
         self.fitted = {tuple(sorted(decoder.erased)): decoder for decoder in fitted}
 
-    def decode(self, replies: Mapping[int, Reply]) -> tuple[dict[int, Tensor], tuple[int, ...]]:
+    def decode(self, replies: Mapping[int, Reply]) -> tuple[dict[int, Tensor], tuple[int, ...], dict[int, Tensor]]:
         """Decode every expert whose reply is missing.
 
         Args:
             replies: By server, of one batch: at least one of a coded model.
 
         Returns:
-            The missing experts' logits ``[B, C]``, and the servers that they were decoded from.
+            The missing experts' logits ``[B, C]``, the servers that they were decoded from, and the risk of each
+            answer ``[B]`` where a fitted decoder gave it.
 
         Raises:
             DecodingError: The replies do not suffice, or what comes out is not finite.
@@ -47,9 +56,12 @@ class Decodings:
         erased = tuple(expert for expert in range(count) if expert not in replies)
         rows = [row for row in range(self.code.num_coded) if count + row in replies]
         order: Sequence[int] = erased
+        risks: dict[int, Tensor] = {}
         if erased in self.fitted and len(rows) == self.code.num_coded:
             decoder = self.fitted[erased]
             decoded, order = decoder.decode(self._answers(replies)), decoder.erased
+            for lost, logits in zip(order, decoded, strict=True):
+                risks[lost] = decoder.risk(lost, logits, self.class_counts[lost] if self.class_counts else None)
         else:
             coded = torch.stack([replies[count + row].logits for row in rows])
             survivors = torch.stack([replies[expert].logits for expert in present]) if present else coded[:0]
@@ -58,7 +70,7 @@ class Decodings:
             raise DecodingError(
                 f"the decoded answers of {list(erased)} are not finite; the servers' answers are too large"
             )
-        return dict(zip(order, decoded, strict=True)), (*present, *(count + row for row in rows))
+        return dict(zip(order, decoded, strict=True)), (*present, *(count + row for row in rows)), risks
 
     def _answers(self, replies: Mapping[int, Reply]) -> Answers:
         count = self.code.num_experts

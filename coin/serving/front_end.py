@@ -231,14 +231,15 @@ class FrontEnd:
 
     def _answers(self, query: _Query, experts: Sequence[int]) -> list[Answer]:
         decoded: dict[int, Tensor] = {}
+        risks: dict[int, Tensor] = {}
         used: Iterable[int] = ()
         if query.decoded:
             assert self._decodings is not None
-            decoded, used = self._decodings.decode(query.replies)
+            decoded, used, risks = self._decodings.decode(query.replies)
         answers = []
         for expert in experts:
             if query.decoded >> expert & 1:
-                answers.append(Answer(expert, decoded[expert], True, self._names(used), 0.0))
+                answers.append(Answer(expert, decoded[expert], True, self._names(used), 0.0, risks.get(expert)))
             else:
                 own = next(server for server in members(self.layout.hosts(1 << expert)) if server in query.replies)
                 answers.append(Answer(expert, query.replies[own].logits, False, self._names([own]), 0.0))
@@ -254,4 +255,8 @@ def _joined(parts: Sequence[Answer], seconds: float) -> Answer:
     """Return the answer to a query of the answers to its pieces."""
     names = tuple(dict.fromkeys(name for part in parts for name in part.answered_by))
     logits = torch.cat([part.logits for part in parts])
-    return Answer(parts[0].expert, logits, any(part.decoded for part in parts), names, seconds)
+    risk = None
+    if any(part.risk is not None for part in parts):
+        unknown = [torch.full((len(part.logits),), torch.nan, dtype=torch.float64) for part in parts]
+        risk = torch.cat([each if part.risk is None else part.risk for part, each in zip(parts, unknown, strict=True)])
+    return Answer(parts[0].expert, logits, any(part.decoded for part in parts), names, seconds, risk)

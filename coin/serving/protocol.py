@@ -4,11 +4,14 @@ A model is a task, or ``all`` for every task's answer to the same inputs. Its on
 ``[B, 1 or 3, H, W]``) or as PNG or JPEG files (BYTES, in base64 where they are JSON), or texts (BYTES). Its outputs are
 ``probabilities`` FP32 ``[B, C]``, ``class`` INT64 ``[B]`` and ``label`` BYTES ``[B]``, with the task before them and a
 dot where the model is ``all``. The response's parameters say whether any of it was ``decoded``, which servers it was
-``answered_by``, and the ``seconds`` that the front end took; each output's say so of its own task. Inputs may come in
-the binary extension; outputs are JSON.
+``answered_by``, and the ``seconds`` that the front end took; each output's say so of its own task. Of a task, they hold
+the ``risk`` of each decoded answer too: the estimated probability that the expert's own would have been another class,
+for inputs of its task; null for an expert's own answers, and where it is not known. Inputs may come in the binary
+extension; outputs are JSON.
 """
 
 import base64
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -166,7 +169,11 @@ def _outputs(model: str, task: str, about: Description) -> list[dict[str, Any]]:
 def _parameters(answers: Sequence[Answer]) -> dict[str, Any]:
     by = dict.fromkeys(name for answer in answers for name in answer.answered_by)
     decoded = any(answer.decoded for answer in answers)
-    return {"decoded": decoded, "answered_by": ",".join(by), "seconds": max(answer.seconds for answer in answers)}
+    told = {"decoded": decoded, "answered_by": ",".join(by), "seconds": max(answer.seconds for answer in answers)}
+    if len(answers) == 1:
+        risk = None if answers[0].risk is None else answers[0].risk.tolist()
+        told["risk"] = risk and [None if math.isnan(each) else each for each in risk]
+    return told
 
 
 def model_metadata(model: str, about: Description) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from coin.data.tasks import Tasks
 from coin.modules import DecodingEvaluator, Outcome
-from coin.reporting.extras import Examples, write_examples
-from coin.reporting.results import Row, asked_policy, confusion_key, write_results
+from coin.reporting.extras import RISK_COLUMNS, Examples, write_examples, write_risk
+from coin.reporting.results import KEYS, Row, asked_policy, confusion_key, write_results
 from coin.reporting.wandb_evaluation import log_evaluation
 from coin.reporting.wandb_settings import logging_only
 
@@ -54,9 +55,18 @@ def record_evaluation(
     write_results(folder, rows, configuration, confusions, methods, classes, next(iter(urls), None))
     examples = examples_of(model, tasks)
     write_examples(folder, examples)
+    risk = pd.DataFrame(
+        [
+            {**{key: getattr(row, key) for key in KEYS}, **point._asdict()}
+            for row, outcome in zip(rows, model.outcomes, strict=True)
+            for point in outcome.risk
+        ],
+        columns=list(RISK_COLUMNS),
+    )
+    write_risk(folder, risk)
     for run in runs:
         with logging_only("the evaluation"):
-            log_evaluation(run, rows, confusions, examples, classes)
+            log_evaluation(run, rows, confusions, examples, classes, risk)
 
 
 def result_rows(outcomes: Sequence[Outcome], experiment: str, seed: int, samples_per_task: int) -> list[Row]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ import yaml
 from coin.cli import main
 from coin.commands.coded_system import Choice, read_coded_system
 from coin.commands.serve import application, read_system
-from coin.errors import FileError
+from coin.errors import CoinWarning, FileError
 from coin.reporting import read_results
 from coin.reporting.results import asked_policy
 from coin.serving.front_end import FrontEnd
@@ -69,6 +70,10 @@ def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decode
             for images, labels in tasks[task].test_dataloader():
                 answer = await front.ask(images, expert)
                 assert answer.decoded == (lost == expert)
+                assert (answer.risk is not None) == answer.decoded
+                if answer.risk is not None:
+                    assert len(answer.risk) == len(labels)
+                    assert 0 <= float(answer.risk.min()) <= float(answer.risk.max()) <= 1
                 right += int((answer.logits[:, : tasks[task].num_classes].argmax(1) == labels).sum())
                 count += len(labels)
         return right / count
@@ -220,3 +225,17 @@ def test_ray_serves_and_a_killed_expert_is_decoded(
     assert process.wait(60) == 0
     assert time.monotonic() - began < 20  # 41 s, before the servers were told that there is nothing to wait for
     assert "failed to shut down" not in (tmp_path / "said").read_text()
+
+
+def test_the_linear_decoder_serves_without_its_samples_and_says_that_it_tells_no_risk(
+    finished: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(finished, tmp_path / "copy")
+    for config in other.glob("seed-*/config.yaml"):
+        config.unlink()
+    with pytest.warns(CoinWarning, match="will not tell their risk"):
+        system = read(other, decoder="linear")
+    assert system.decodings is not None
+    assert not system.decodings.fitted
+    with pytest.raises(FileError, match="use --decoder=linear"):
+        read(other, decoder="feature_ridge")

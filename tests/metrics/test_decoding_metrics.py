@@ -1,10 +1,12 @@
 import math
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 from coin.errors import ConfigurationError, DataError
-from coin.metrics import DecodingAccuracy, Residual, normalized_decoding_accuracy
+from coin.metrics import DecodingAccuracy, Residual, RiskCurves, normalized_decoding_accuracy
 
 
 def logits_for(predictions, classes=3):
@@ -118,3 +120,23 @@ def test_long_sums_do_not_lose_counts():
     metric.counts += 2**25
     metric.update(logits_for([0]), logits_for([0]), torch.tensor([0]))
     assert metric.counts.tolist() == [2**25 + 1] * 4
+
+
+def test_the_curves_of_risk_by_hand_whatever_the_batches():
+    risk = torch.tensor([0.03, 0.0, 0.49, 0.16, 1.0])
+    decoded, expert = logits_for([0, 1, 2, 1, 0]), logits_for([0, 1, 0, 1, 1])
+    decoded[4] = math.nan
+    labels = torch.tensor([0, 1, 0, 2, 0])
+    found = []
+    for cuts in ([0, 5], [0, 2, 5]):
+        metric = RiskCurves(7)  # two samples are never seen
+        for start, stop in pairwise(cuts):
+            rows = slice(start, stop)
+            metric.update(torch.arange(6, -1, -1)[rows], risk[rows], decoded[rows], expert[rows], labels[rows])
+        found.append(metric.compute())
+    assert found[0] == found[1]
+    coverage = [point[1:] for point in found[0] if point.curve == "coverage"]
+    wanted = [(1.0, 5, 0.336, 0.6, 0.4, 0.6), (0.95, 5, 0.336, 0.6, 0.4, 0.6), (0.8, 4, 0.17, 0.75, 0.5, 0.75)]
+    np.testing.assert_allclose(coverage, wanted, rtol=1e-6)
+    bins = {point.at: (point.samples, point.agreement) for point in found[0] if point.curve == "calibration"}
+    assert bins == {0.0: (2, 1.0), 0.15: (1, 1.0), 0.45: (2, 0.0)}

@@ -7,7 +7,7 @@ import pytest
 
 from coin.errors import ConfigurationError, FileError
 from coin.reporting import Examples, read_examples, read_layers, write_examples, write_layers
-from coin.reporting.extras import EXAMPLES_NPZ
+from coin.reporting.extras import EXAMPLES_NPZ, RISK_COLUMNS, read_risk, write_risk
 
 IMAGES = np.arange(2 * 3 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3, 3)
 ONE = np.array([0, 1])
@@ -77,3 +77,17 @@ def test_an_archive_damaged_anywhere_is_an_error_of_ours(tmp_path: Path) -> None
         path.write_bytes(damaged)
         with contextlib.suppress(FileError):
             read_examples(tmp_path)
+
+
+def test_risks_read_back_exactly_and_a_damaged_file_is_one_clear_line(tmp_path: Path) -> None:
+    assert read_risk(tmp_path) is None
+    key = ["x", 0, "coin", "auto:keep", "linear", "0", "a", "a", 200]
+    lines = [[*key, "coverage", 0.95, 19, 0.1 + 0.2, 1 / 3, 0.5, 1.0], [*key, "calibration", 0.0, 20, 0.0, 1, 1, 1]]
+    risk = pd.DataFrame(lines, columns=list(RISK_COLUMNS))
+    write_risk(tmp_path, risk)
+    read = read_risk(tmp_path)
+    assert read is not None
+    pd.testing.assert_frame_equal(read, risk, check_exact=True, check_dtype=False)
+    (tmp_path / "risk.csv").write_text((tmp_path / "risk.csv").read_text().replace("0.95", "most"))
+    with pytest.raises(FileError, match="damaged in column 'at'"):
+        read_risk(tmp_path)

@@ -22,7 +22,9 @@ from coin.reporting import (
     write_report,
     write_results,
 )
+from coin.reporting.extras import RISK_COLUMNS, write_risk
 from coin.reporting.report import report_summary
+from coin.reporting.results import KEYS
 from coin.reporting.sources import read_sources
 
 FEW = (
@@ -81,6 +83,14 @@ def layers_of(*variants: tuple[str, str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "batchnorm", "code_row", "layer", "fisher_share", "distance"])
 
 
+def risks_of(*keys: dict) -> pd.DataFrame:
+    """Answers of which every method says what comes true."""
+    points = [("coverage", 1.0, 100, 0.1, 0.9, 0.85, 0.95), ("coverage", 0.8, 80, 0.05, 0.95, 0.9, 0.98)]
+    points += [("calibration", at, 50, at + 0.05, 0.95 - at, 0.9, 0.95) for at in (0.0, 0.1)]
+    lines = [[*key.values(), *point] for key in keys for point in points]
+    return pd.DataFrame(lines, columns=list(RISK_COLUMNS))
+
+
 @pytest.fixture
 def full(make_experiment: Make) -> Path:
     """Everything that a run leaves."""
@@ -91,6 +101,7 @@ def full(make_experiment: Make) -> Path:
     write_examples(
         folder / "seed-0", Examples(images, answers, answers, decoded, ("cat", "dog"), ("mnist", "mnist", "letters"))
     )
+    write_risk(folder / "seed-2", risks_of(*read_results(folder / "seed-2")[list(KEYS)].to_dict("records")))
     write_layers(folder / "seed-1", layers_of(("average", "auto"), ("coin", "auto"), ("coin", "recalibrate")))
     (folder / "seed-0" / "config.yaml").write_text("name: quickstart\n")
     for task in ("mnist", "letters"):
@@ -112,11 +123,12 @@ def test_a_report_is_whole_and_needs_nothing_from_outside(full: Path):
     assert len(set(page.identifiers)) == len(page.identifiers)
     assert {link[1:] for link in page.links if link.startswith("#")} == set(page.identifiers)
     beside = [link for link in page.links if not link.startswith(("#", "data:"))]
-    assert {"summary.csv", "seed-0/results.csv", "seed-1/layers.csv"} <= set(beside)
+    assert {"summary.csv", "seed-0/results.csv", "seed-1/layers.csv", "seed-2/risk.csv"} <= set(beside)
     assert all((full / link).is_file() for link in beside)
     titles = (
         "Normalised decoding accuracy", "Findings", "Differences between methods", "Accuracy and agreement by task",
-        "Figures", "Configuration", "Experts", "Layers", "Confusions", "Examples", "How to reproduce",
+        "Figures", "Configuration", "Experts",
+        "Risk of decoded answers", "Layers", "Confusions", "Examples", "How to reproduce",
     )  # fmt: skip
     places = [page.text.index(f"<h2>{title}</h2>") for title in titles]
     assert places == sorted(places)
@@ -129,7 +141,7 @@ def test_a_report_is_whole_and_needs_nothing_from_outside(full: Path):
     plots = {item.name for item in (full / "plots").iterdir()}
     assert plots == {
         "nda_against_cost_linear.png", "nda_against_cost_feature_ridge.png", "nda_by_method.png", "training.png",
-        "nda_against_residual.png", "layers.png", "confusion_mnist.png", "confusion_letters.png",
+        "nda_against_residual.png", "layers.png", "risk.png", "confusion_mnist.png", "confusion_letters.png",
     }  # fmt: skip
     inside = [base64.b64decode(source.partition(",")[2]) for source in page.sources]
     assert all((full / "plots" / name).read_bytes() in inside for name in plots)

@@ -3,12 +3,14 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
 
 from coin.reporting import Row, nda_tables, print_summary, summarise
-from coin.reporting.tables import heading, percent, seconds, short
+from coin.reporting.extras import RISK_COLUMNS
+from coin.reporting.tables import heading, percent, risk_table, risk_totals, seconds, short
 
 BASE = Row(
     "x", 0, "coin", "auto:average", "linear", "0", "a", "a", 200, 0.9, 0.8, 8 / 9, 0.85, 0.5, 4.0, 8400.0, 0.2, 1200.0
@@ -103,3 +105,26 @@ def test_the_default_console_is_80_wide_when_piped(measure, capsys: pytest.Captu
 )
 def test_numbers_and_names_as_text(text: str, wanted: str):
     assert text == wanted
+
+
+def test_risk_is_told_over_all_tasks_and_seeds_every_sample_alike():
+    points = {
+        ("a", "a", 0): ("coverage", 0.8, 30, 0.1, 0.9, 0.8, 1.0),
+        ("b", "b", 1): ("coverage", 0.8, 10, 0.3, 0.5, 0.4, 0.6),
+        ("a+b", "b", 1): ("coverage", 0.8, 10, 1.0, 0.0, 0.0, 0.0),  # with others lost: left out
+    }
+    keys = [["x", seed, "coin", "auto", "ridge", "0", erased, task, 200] for erased, task, seed in points]
+    lines = [[*key, *point] for key, point in zip(keys, points.values(), strict=True)]
+    totals = risk_totals(pd.DataFrame(lines, columns=list(RISK_COLUMNS)))
+    assert totals[["name", "decoder", "curve", "at", "samples"]].to_numpy().tolist() == [
+        ["coin", "ridge", "coverage", 0.8, 40]
+    ]
+    np.testing.assert_allclose(totals.iloc[0, 5:].to_numpy(float), [0.15, 0.8, 0.7, 0.9])
+    line = {
+        "method": "coin",
+        "foretold": "85.00",
+        "agree at 80%": "80.00",
+        "right at 80%": "70.00",
+        "expert at 80%": "90.00",
+    }
+    assert risk_table(totals).to_dict("records") == [line]

@@ -44,9 +44,20 @@ def test_texts_as_json_and_as_bytes_become_tokens(about: Description) -> None:
 def test_a_response_leaves_out_padded_outputs_and_says_who_answered(about: Description) -> None:
     answer = Answer(0, torch.tensor([[0.0, 2.0, 9.0]]), True, ("expert-b", "coded-0"), 0.5)
     told = response("moods", None, [answer], about)
-    assert told["parameters"] == {"decoded": True, "answered_by": "expert-b,coded-0", "seconds": 0.5}
+    assert told["parameters"] == {"decoded": True, "answered_by": "expert-b,coded-0", "seconds": 0.5, "risk": None}
     probabilities, classes, labels = told["outputs"]
     assert probabilities["shape"] == [1, 2]
     assert probabilities["data"] == pytest.approx([0.1192, 0.8808], abs=1e-4)
     assert (classes["data"], labels["data"]) == ([1], ["glad"])
     assert "id" not in told
+
+
+def test_a_response_says_the_risk_of_every_decoded_answer(about: Description) -> None:
+    risky = Answer(0, torch.zeros(3, 3), True, ("coded-0",), 0.5, torch.tensor([0.25, torch.nan, 0.0]))
+    told = response("moods", None, [risky], about)
+    assert told["parameters"]["risk"] == [0.25, None, 0.0]
+    assert all(output["parameters"]["risk"] == [0.25, None, 0.0] for output in told["outputs"])
+    own = Answer(0, torch.zeros(3, 3), False, ("expert-a",), 0.5)
+    both = response("all", None, [risky, own], about)
+    assert "risk" not in both["parameters"]  # there are as many as tasks
+    assert [output["parameters"]["risk"] for output in both["outputs"]] == [[0.25, None, 0.0]] * 3 + [None] * 3

@@ -1,0 +1,49 @@
+"""The code as a check of servers that answer in time, but wrongly."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from coin.coding.answers import Answers
+from coin.coding.code import Code
+from coin.coding.decoders import Decoder
+from coin.errors import DecodingError
+
+
+def parity_residual(code: Code, answers: Answers) -> Tensor:
+    """Return how far the coded models' answers to each input are from Σβ_if_i ``[B]``: a root mean square.
+
+    The experts all have answered. Far outside what it is on calibration inputs (`parity_significance`), some server
+    answers wrongly, though in time.
+    """
+    return (answers.coded - code.encode(answers.experts)).double().square().mean((0, 2)).sqrt()
+
+
+def parity_significance(residual: Tensor, calibration: Tensor) -> Tensor:
+    """Return what share of the residuals of calibration inputs ``[P]`` are as large ``[B]``, in 1/(P + 1) … 1.
+
+    Both are `parity_residual`'s. Of inputs like the calibration's and servers that work, a share s has at most s.
+    """
+    ranked = calibration.sort().values
+    return (1 + len(ranked) - torch.searchsorted(ranked, residual)) / (1 + len(ranked))
+
+
+def oddness(decoders: Sequence[Decoder], answers: Answers) -> Tensor:
+    """Return how much every expert's own answers are at odds with what the others' say of them ``[N]``.
+
+    Expert j's is the root mean square of f̂_j − f_j over the inputs, relative to the same on calibration inputs that
+    the decoder was not fitted on; about 1 where all servers work. Where the parity fails, the oddest is the suspect.
+
+    Args:
+        decoders: For every expert a fitted one that loses it alone. The linear decoder of one coded model finds every
+            expert equally odd: its equation is the same for all. ``feature_ridge`` tells them apart.
+        answers: Those of all experts and coded models.
+    """
+    if [decoder.erased for decoder in decoders] != [(expert,) for expert in range(answers.num_experts)]:
+        raise DecodingError(f"found decoders that lose {[d.erased for d in decoders]}, expected each expert alone")
+    odds = []
+    for expert, decoder in enumerate(decoders):
+        wrong = (decoder.decode(answers)[0] - answers.experts[expert]).double().square().sum(1).mean()
+        odds.append((wrong / decoder.errors[0].trace()).sqrt())
+    return torch.stack(odds)
