@@ -39,6 +39,13 @@ def merge(experts, calibration, share=0.5):
 """
 
 
+@pytest.fixture(autouse=True)
+def workplace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Find the examples, and forget this test's folder after it: another's has a module of the same name."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+
 def run(capsys: pytest.CaptureFixture[str], *options: str) -> str:
     sys.modules.pop("mine", None)
     assert main(["run", "-c", "foreign.yaml", "--output=.", *options]) == 0
@@ -47,9 +54,8 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> str:
 
 @pytest.mark.usefixtures("no_reports")
 def test_it_enters_the_table_by_one_line_and_is_made_anew_when_its_source_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
     (tmp_path / "foreign.yaml").write_text(CONFIG)
     (tmp_path / "mine.py").write_text(MINE)  # in the working folder
     run(capsys)
@@ -85,7 +91,6 @@ def test_it_enters_the_table_by_one_line_and_is_made_anew_when_its_source_change
 def test_what_it_does_wrong_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "foreign.yaml").write_text(CONFIG)
     (tmp_path / "mine.py").write_text("def merge(experts, calibration, share=1):\n    return share / 0\n")
-    sys.modules.pop("mine", None)
     methods = "--methods=[{class_path: Foreign, init_args: {function: mine.merge}}]"
     assert main(["run", "-c", "foreign.yaml", "--output=.", methods]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
