@@ -99,6 +99,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     return {name: function(tensor) for name, tensor in batch.items()}
 
 
+def channels_last(batch: Batch) -> Batch:
+    """Return a batch with the channels of its images [B, C, H, W], if it has any, last in memory."""
+    return map_tensors(lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t, batch)
+
+
 def tensors_in(batch: Batch) -> list[Tensor]:
     """Return a batch's tensors."""
     return [batch] if isinstance(batch, Tensor) else list(batch.values())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coin.batches import channels_last
 from coin.errors import ConfigurationError
 from coin.networks.heads import head_name
 from coin.networks.hub import HuggingFace, Timm
@@ -106,4 +107,4 @@ def build_network(config: NetworkConfig, num_classes: int, *, seed: int = 0) -> 
 
 def _with_channels_last(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """Order images [B, C, H, W] with the channels last in memory, before a network sees them."""
-    return tuple(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in arguments)
+    return tuple(map(channels_last, arguments))

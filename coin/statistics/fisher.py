@@ -7,12 +7,12 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from coin.batches import Batch, Forward, adapted, as_input, joined, shapes_in, size_of, take, tensors_in
+from coin.batches import Batch, Forward, adapted, as_input, channels_last, joined, shapes_in, size_of, take, tensors_in
 from coin.choices import check_integer
 from coin.errors import ConfigurationError, DataError
 from coin.statistics.cotangents import FisherKind, check_cotangents, make_cotangents
 from coin.statistics.guard import differentiable, evaluating, trainable
-from coin.statistics.memory import Layout, arranged, choose_cut
+from coin.statistics.memory import Layout, choose_cut
 from coin.statistics.sums import Sums, sum_type
 from coin.statistics.tape import Tape
 
@@ -142,8 +142,9 @@ class FisherPass:
         number = fewer.get(self.kind, len(layout.logits))
         samples, chunk = choose_cut(layout, number, self.memory_mib, next(iter(self._parameters.values())))
         piece = take(inputs, slice(start, start + samples))
+        arranged = layout.arranged(piece)
         tape = Tape(self._parameters, self._totals, layout.rows)
-        output = tape.run(self.network, layout.arranged(piece))
+        output = tape.run(self.network, arranged)
         if key not in self._layouts:
             self._layouts[key] = layout
             # Not the same if it depends on its neighbours; outputs that overflow tell nothing, and end in the sums.
@@ -151,7 +152,7 @@ class FisherPass:
             if bool(((output[0] - layout.logits).abs() > rounding).any()):
                 self._layouts[key] = replace(layout, rows={})
                 tape = Tape(self._parameters, self._totals, {})
-                output = tape.run(self.network, layout.arranged(piece))
+                output = tape.run(self.network, arranged)
         labels = None if self.labels is None else self.labels[self.count : self.count + len(output)]
         rows = make_cotangents(
             self.kind, output.detach(), labels=labels, cotangents=self.cotangents, generator=self.generator
@@ -168,14 +169,14 @@ class FisherPass:
         If values decide what lies where, one sample says nothing about others: then every cut is looked at by itself.
         """
         two = joined([sample, sample])
-        channels_last = any(tensor.ndim == 4 for tensor in tensors_in(two))
+        last = any(tensor.ndim == 4 for tensor in tensors_in(two))
+        tape = Tape(self._parameters, self._totals, None)
         try:
-            tape = Tape(self._parameters, self._totals, None)
-            output = tape.run(self.network, arranged(two, channels_last=channels_last))
+            output = tape.run(self.network, channels_last(two) if last else two)
         except RuntimeError:
-            if not channels_last:
+            if not last:
                 raise
-            channels_last = False  # a view of its activations may hold in the usual order alone
+            last = False  # a view of its activations may hold in the usual order alone
             tape = Tape(self._parameters, self._totals, None)
             output = tape.run(self.network, two)
         untrusted = tape.misplaced(output, unseen=True) | tape.close(output)
@@ -184,7 +185,7 @@ class FisherPass:
             if untrusted.isdisjoint(names.values()):
                 rows.update(dict.fromkeys(names.values(), len(call.inputs) // 2))
         sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sum(each.numel() for each in tensors_in(sample))]
-        return Layout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach(), channels_last)
+        return Layout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach(), last)
 
     def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> set[str]:
         """Add what the rules answer for, `chunk` of the cotangents [V, b, C] at a time; return the other names."""

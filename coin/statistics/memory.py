@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from coin.batches import Batch, map_tensors
+from coin.batches import Batch, channels_last
 
 _GRADIENTS = 6
 """Tensors of the widest layer's cotangents alive at once: at its output and input, and what a rule makes of them."""
@@ -41,14 +40,7 @@ class Layout:
 
     def arranged(self, batch: Batch) -> Batch:
         """Return a batch with its images' channels last in memory, if the network takes them so."""
-        return arranged(batch, channels_last=self.channels_last)
-
-
-def arranged(batch: Batch, *, channels_last: bool) -> Batch:
-    """Return a batch whose tensors [B, C, H, W], if any, have the channels last in memory if so wished."""
-    if not channels_last:
-        return batch
-    return map_tensors(lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t, batch)
+        return channels_last(batch) if self.channels_last else batch
 
 
 def choose_cut(layout: Layout, cotangents: int, memory_mib: int, like: Tensor) -> tuple[int, int]:

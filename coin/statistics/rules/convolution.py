@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from coin.statistics.rules.call import Totals
 from coin.statistics.rules.linear import BLOCK, LinearCall, add_gram, position_pairs
 
 
@@ -134,17 +133,12 @@ class DepthwiseCall(ConvolutionCall):
     """A convolution of each channel by itself, W [C, 1, *kernel]: one product with the cotangents for each tap."""
 
     @override
-    def accumulate(self, g: Tensor, samples: int, totals: Totals) -> None:
-        rows = g.movedim(2, -1).contiguous()  # [V, B·k, *output, C]
-        if "bias" in totals:
-            sums = rows.view(len(g), samples, -1, g.shape[2]).sum(2)
-            totals["bias"].add_(torch.square(sums).sum((0, 1)))
-        if "weight" not in totals:
-            return
+    def add_weight(self, g: Tensor, rows: Tensor, weight: Tensor) -> None:
+        maps = rows.contiguous().view(*g.shape[:2], *g.shape[3:], g.shape[2])  # [V, B·k, *output, C]
         inputs = self.inputs.movedim(1, -1).to(g.dtype)
-        by_tap = totals["weight"].view(len(self.weight), -1)
+        by_tap = weight.view(len(weight), -1)
         for index, outputs, places in self.geometry.taps(tuple(self.inputs.shape[2:])):
             a = inputs[(slice(None), *places)].contiguous()
-            for block in torch.split(rows[(slice(None), slice(None), *outputs)], max(1, BLOCK // a.numel())):
-                sums = (block * a).view(len(block), samples, -1, a.shape[-1]).sum(2)
+            for block in torch.split(maps[(slice(None), slice(None), *outputs)], max(1, BLOCK // a.numel())):
+                sums = (block * a).view(len(block), rows.shape[1], -1, a.shape[-1]).sum(2)
                 by_tap[:, index] += sums.square_().sum((0, 1))

@@ -48,9 +48,12 @@ class LinearCall(Call):
         rows = self.positions(g, samples)
         if "bias" in totals:
             totals["bias"].add_(torch.square(rows.sum(2)).sum((0, 1)))
-        if "weight" not in totals:
-            return
-        k, total = g.shape[1] // samples, self.matrices(totals["weight"])
+        if "weight" in totals:
+            self.add_weight(g, rows, totals["weight"])
+
+    def add_weight(self, g: Tensor, rows: Tensor, weight: Tensor) -> None:
+        """Add the weight's squares, or defer them, for cotangents g [V, B·k, …], which are rows [V, B, T, O]."""
+        k, total = g.shape[1] // rows.shape[1], self.matrices(weight)
         if (k == 1 or self.many_rows) and prefers_gram(rows.shape[2], len(rows), total.shape[-1]):
             pairs = contract_pairs(rows)
             self._pairs = pairs if self._pairs is None else self._pairs.add_(pairs)
