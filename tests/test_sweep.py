@@ -190,6 +190,9 @@ def test_table_holds_every_points_results(swept: Path) -> None:
         results = pd.read_csv(next((swept / str(name)).glob("seed-*/results.csv")), keep_default_na=False)
         pd.testing.assert_frame_equal(rows[list(COLUMNS)].reset_index(drop=True), results)
     assert set(frame.method) == {"average", "oracle"}
+    risk = pd.read_csv(swept / "risk.csv", keep_default_na=False)
+    assert list(risk.columns) == ["calibration.samples_per_task", "seeds", *RISK_COLUMNS]
+    assert len(risk) == sum(len(pd.read_csv(path)) for path in swept.glob("*/seed-*/risk.csv"))
 
 
 def test_report_shows_the_swept_samples(swept: Path) -> None:

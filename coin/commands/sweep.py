@@ -3,11 +3,12 @@
 Each point has a folder, ``runs/SWEEP/SWEEP-INDEX-DESCRIPTION``, with what it printed in ``sweep.log``. Points share the
 base, the experts and the statistics that are the same for them; see `coin.experiment.store`. A sweep may be killed and
 started again: finished points are skipped, begun ones go on where they were. ``runs/SWEEP/sweep.csv`` holds the rows of
-all finished points, behind one column per swept key; ``sweep.yaml`` beside it is the file itself.
+all finished points, behind one column per swept key, in the end ``risk.csv`` likewise; ``sweep.yaml`` beside them is
+the file itself.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +22,8 @@ from coin.experiment.store import Steps, alone_in, step_key
 from coin.files.atomic import write_text
 from coin.processes import cores, say
 from coin.reporting import write_report
-from coin.reporting.results import write_frame
+from coin.reporting.extras import RISK_CSV, read_risk
+from coin.reporting.results import read_results, write_frame
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, sweep_frame, sweep_table
 from coin.reporting.tables import results_console
 from coin.reporting.wandb_settings import check_connection, user_tags
@@ -83,11 +85,13 @@ def main(arguments: Sequence[str]) -> None:
         def finish(run: PointRun) -> None:
             run.steps.finish(*run.record)
             done.append(run)
-            _collect([each for each in runs if each in done], folder / SWEEP_CSV)
+            _collect([each for each in runs if each in done], folder / SWEEP_CSV, read_results)
 
-        _collect(done, folder / SWEEP_CSV)
+        _collect(done, folder / SWEEP_CSV, read_results)
         failed = run_side_by_side([run for run in runs if run not in done], [environment] * jobs, finish)
-        frame = _collect([run for run in runs if run in done], folder / SWEEP_CSV)
+        done = [run for run in runs if run in done]
+        frame = _collect(done, folder / SWEEP_CSV, read_results)
+        _collect(done, folder / RISK_CSV, read_risk)
     if frame is not None:
         results_console().print(sweep_table(frame, list(plan.grid), f"{plan.name}: NDA in %, mean over tasks"))
         print(f"table: {folder / SWEEP_CSV}")
@@ -95,11 +99,11 @@ def main(arguments: Sequence[str]) -> None:
     raise_for(failed, len(runs), "points")
 
 
-def _collect(done: Sequence[PointRun], table: Path) -> pd.DataFrame | None:
+def _collect(done: Sequence[PointRun], table: Path, read: Callable[[Path], pd.DataFrame | None]) -> pd.DataFrame | None:
     """Write and return the rows of finished points."""
-    if not done:
+    frame = sweep_frame([(run.values, [seed.folder for seed in run.seeds]) for run in done], read)
+    if frame is None:
         table.unlink(missing_ok=True)
-        return None
-    frame = sweep_frame([(run.values, [seed.folder for seed in run.seeds]) for run in done])
-    write_frame(table, frame)
+    else:
+        write_frame(table, frame)
     return frame

@@ -24,15 +24,18 @@ class BaseConfig(TrainingConfig):
     Args:
         task: What to pretrain on.
         checkpoint: Trained weights instead: a safetensors state dict or a Lightning checkpoint.
+        seed: Of the pretraining: its first weights and the samples' order. All seeds of an experiment share one base.
     """
 
     task: TaskData | None = None
     checkpoint: str | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.task is None) == (self.checkpoint is None):
             raise ConfigurationError("found a base with both or neither of task and checkpoint, expected one of them")
+        check_integer("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)

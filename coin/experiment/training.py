@@ -49,7 +49,7 @@ def _pretrain(
             task,
             checkpoint,
             key=key,
-            seed=0,
+            seed=base.seed,
             initial=None,
             trainer_options=experiment.trainer,
             loggers=work.loggers,

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,24 +75,31 @@ def read_sweep_table(folder: Path) -> Sweep | None:
     return Sweep(name, swept, options, rows, tuple(dict.fromkeys(largest["experiment"])), full)
 
 
-def sweep_frame(points: Sequence[tuple[Mapping[str, Any], Sequence[Path]]]) -> pd.DataFrame:
-    """Return the rows of all points' results: the columns of ``results.csv`` behind one column per swept key.
+def sweep_frame(
+    points: Sequence[tuple[Mapping[str, Any], Sequence[Path]]],
+    read: Callable[[Path], pd.DataFrame | None] = read_results,
+) -> pd.DataFrame | None:
+    """Return the rows of all points' results behind one column per swept key, None where there are none.
 
     Args:
         points: The swept keys' values and the seeds' folders of every finished point. A value that is a list or a
             section is written as JSON.
+        read: What of a seed's folder: the rows of ``results.csv``, or of ``risk.csv``.
 
     Raises:
         FileError: A point's results are missing or damaged.
     """
     frames = []
     for values, folders in points:
-        frame = pd.concat([read_results(folder) for folder in folders], ignore_index=True)
+        rows = [own for folder in folders if (own := read(folder)) is not None]
+        if not rows:
+            continue
+        frame = pd.concat(rows, ignore_index=True)
         for place, (key, value) in enumerate(values.items()):
             plain = value if isinstance(value, bool | int | float | str) else as_text(value)
             frame.insert(place, key, [plain] * len(frame))
         frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True) if frames else None
 
 
 def sweep_table(frame: pd.DataFrame, swept: Sequence[str], title: str) -> Table:
