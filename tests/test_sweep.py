@@ -21,6 +21,7 @@ from coin.cli import main
 from coin.errors import ConfigurationError
 from coin.experiment.store import alone_in
 from coin.reporting import COLUMNS, read_results
+from coin.reporting.extras import RISK_COLUMNS
 from coin.reporting.sweeps import sweep_frame, sweep_table
 from coin.sweep import SweepPoint, read_sweep, sweep_points
 
