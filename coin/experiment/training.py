@@ -66,16 +66,19 @@ def _write_initial(experiment: Experiment, steps: Steps, checkpoint: Path | None
     for count in reversed(counts):
         path = experiment.layout.initial(count)
         # What a constructor draws depends on the class count, below the head too.
-        source = largest if checkpoint is None and path != largest else checkpoint
-        key = step_key({"network": experiment.network, "classes": count}, [] if source is None else [source])
+        wider = None if path == largest else largest
+        key = step_key(
+            {"network": experiment.network, "classes": count},
+            [file for file in (checkpoint, wider) if file is not None],
+        )
         with steps.alone(f"initial-{count}", key):
-            save = partial(_save_initial, experiment, path, count, source, checkpoint)
+            save = partial(_save_initial, experiment, path, count, wider, checkpoint)
             steps.once(f"initial-{count}", key, [path], save, shared=True)
     return [experiment.layout.initial(count) for count in counts]
 
 
-def _save_initial(experiment: Experiment, path: Path, count: int, source: Path | None, checkpoint: Path | None) -> None:
-    network = initial_network(experiment.network, count, source)
+def _save_initial(experiment: Experiment, path: Path, count: int, wider: Path | None, checkpoint: Path | None) -> None:
+    network = initial_network(experiment.network, count, checkpoint, wider=wider)
     save_network(path, network, experiment.network, count, {"made_by": "coin run", "base": str(checkpoint)})
 
 

@@ -87,22 +87,33 @@ def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig
         ) from error
 
 
-def initial_network(config: NetworkConfig, num_classes: int, checkpoint: Path | None, *, seed: int = 0) -> nn.Module:
+def initial_network(
+    config: NetworkConfig, num_classes: int, checkpoint: Path | None, *, seed: int = 0, wider: Path | None = None
+) -> nn.Module:
     """Build the shared initialisation that all experts of one class count start from.
 
     It comes from a base checkpoint, whose head is taken over when its class count agrees, or from the seed alone.
+    Beside one of more classes, `wider`, it is the same but for the head, and that the first rows of the wider one's.
     """
-    if checkpoint is None:
+    source = checkpoint or wider
+    if source is None:
         return build_network(config, num_classes, seed=seed)
-    return brought_network(config, num_classes, checkpoint, seed=seed, fresh_head=True)
+    return brought_network(config, num_classes, source, seed=seed, fresh_head=True, wider=wider)
 
 
 def brought_network(
-    config: NetworkConfig, num_classes: int, path: Path, *, seed: int = 0, fresh_head: bool = False
+    config: NetworkConfig,
+    num_classes: int,
+    path: Path,
+    *,
+    seed: int = 0,
+    fresh_head: bool = False,
+    wider: Path | None = None,
 ) -> nn.Module:
     """Build a network that was trained elsewhere, from a state dict as safetensors or a checkpoint.
 
-    Its head must be of `num_classes` logits, unless it may be replaced by a fresh one, drawn from the seed.
+    Its head must be of `num_classes` logits, unless it may be replaced by a fresh one, drawn from the seed or of the
+    first rows of the head in the file `wider`.
 
     A FileError where it cannot be used, a StateError where it is of another architecture or not finite.
     """
@@ -115,6 +126,6 @@ def brought_network(
         )
     check_finite(state, f"the network in '{path}'", {name for name, _ in network.named_buffers()})
     if fresh_head:
-        state = with_own_head(network, state)
+        state = with_own_head(network, state, seed=seed, wider=None if wider is None else read_weights(wider))
     fill_network(network, state, str(path))
     return network

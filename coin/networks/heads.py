@@ -43,12 +43,20 @@ def replace_head(network: nn.Module, num_classes: int) -> None:
         new = nn.Conv2d(old.in_channels, num_classes, kernel_size=1, bias=old.bias is not None)
     else:
         raise StateError(f"the head '{name}' is a {type(old).__name__}, expected a Linear or a Conv2d layer")
-    nn.init.normal_(new.weight, std=0.01)
-    if new.bias is not None:
-        nn.init.zeros_(new.bias)
+    initialise_head(new)
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, new)
     _tell_classes(network, num_classes)
+
+
+def initialise_head(head: nn.Module) -> None:
+    """Draw a head anew: small, whatever its constructor draws, so that the first steps leave the pretrained rest alone.
+
+    A constructor may draw entries of 1/√C, with which few classes make gradients that no pretrained layer survives.
+    """
+    with torch.no_grad():
+        for name, parameter in head.named_parameters(recurse=False):
+            parameter.zero_() if name == "bias" else parameter.normal_(std=0.01)
 
 
 def padded_rows(

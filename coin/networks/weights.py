@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from coin.errors import FileError, StateError, first_line
 from coin.files.tensors import State
-from coin.networks.heads import head_name
+from coin.networks.heads import head_name, initialise_head
 
 
 def fill_network(network: nn.Module, state: State, source: str) -> None:
@@ -35,13 +35,26 @@ def check_layout(own: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]
             )
 
 
-def with_own_head(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state with the network's own head in the place of one of another class count."""
-    own, head = network.state_dict(), head_name(network)
+def with_own_head(
+    network: nn.Module, state: Mapping[str, Tensor], *, seed: int, wider: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return a state with a fresh head in the place of one of another class count.
+
+    Args:
+        network: What the state is to fill; its head is drawn anew.
+        state: A network's tensors.
+        seed: Of the fresh head.
+        wider: The tensors of a network of more classes, whose head's first rows are taken instead of fresh ones.
+    """
+    head = head_name(network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        initialise_head(network.get_submodule(head))
+    own, found = network.state_dict(), dict(state)
     for name in {f"{head}.weight", f"{head}.bias"} & own.keys() & state.keys():
         if state[name].shape != own[name].shape and state[name].shape[1:] == own[name].shape[1:]:
-            state[name] = own[name]
-    return state
+            found[name] = own[name] if wider is None else wider[name][: len(own[name])].clone()
+    return found
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -140,10 +140,21 @@ def test_otherwise_all_experts_share_the_seeds_fresh_head(small_config, saved):
     base = load_network(saved).network.state_dict()
     first, second, other = (initial_network(small_config, 6, saved, seed=seed).state_dict() for seed in (5, 5, 6))
     assert same(first, second)
-    assert torch.equal(first["fc.weight"], build_network(small_config, 6, seed=5).state_dict()["fc.weight"])
+    assert first["fc.weight"].std() < 0.02  # its constructor draws up to 1/√F
+    assert torch.equal(first["fc.bias"], torch.zeros(6))
     assert not torch.equal(first["fc.weight"], other["fc.weight"])
     body = [name for name in base if not name.startswith("fc.")]
     assert all(torch.equal(first[name], base[name]) for name in body)
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_fewer_classes_start_from_the_first_rows_of_the_widest_head(small_config, saved, tmp_path, base):
+    checkpoint = saved if base else None
+    wide = initial_network(small_config, 6, checkpoint, seed=5)
+    save_network(tmp_path / "wide.safetensors", wide, small_config, 6, {})
+    fewer = initial_network(small_config, 2, checkpoint, seed=5, wider=tmp_path / "wide.safetensors").state_dict()
+    for name, tensor in wide.state_dict().items():
+        assert torch.equal(fewer[name], tensor[:2] if name.startswith("fc.") else tensor)
 
 
 def test_a_base_of_another_architecture_is_refused_by_name(small_config, saved):
