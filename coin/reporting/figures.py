@@ -91,15 +91,15 @@ def legend_below(figure: Figure, axes: Axes, title: str | None = None, columns: 
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=title)
 
 
-def nda_against_cost(means: pd.DataFrame, decoder: str | None = None) -> Figure:
-    """Mean NDA ± spread of every method against the seconds that it took, decoder included, for one decoder.
+def nda_against_cost(means: pd.DataFrame, decoder: str | None = None, unit: str = "seconds") -> Figure:
+    """Mean NDA ± spread of every method against what it cost, decoder included, for one decoder.
 
     What is free stands at the left end of the logarithmic axis. Names stand at the right, the best one first. The
-    decoder is the one with the largest mean NDA by default.
+    decoder is the one with the largest mean NDA by default; the unit ``seconds`` or ``passes``.
     """
     with style():
         means, decoder = _of_decoder(means, decoder, last=True)
-        cost = means["merge_seconds_mean"] + means["decoder_seconds_mean"]
+        cost = means[f"merge_{unit}_mean"] + means[f"decoder_{unit}_mean"]
         own = cost[~means["method"].isin(REFERENCES)]
         least, most = (float(own[own > 0].min()), float(own.max())) if (own > 0).any() else (1.0, 1.0)
         free = 10 ** (math.floor(math.log10(least)) - 0.5)
@@ -111,7 +111,7 @@ def nda_against_cost(means: pd.DataFrame, decoder: str | None = None) -> Figure:
             ticks = [10.0**k for k in range(math.ceil(math.log10(least)) - 1, 9) if 2 * free < 10.0**k <= most * 1.6]
             axes.set_xticks([free, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
             axes.minorticks_off()
-        axes.set_xlabel("seconds for coded model and decoder (log scale)")
+        axes.set_xlabel(f"{unit} for coded model and decoder (log scale)")
         return figure
 
 

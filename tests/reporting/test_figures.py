@@ -103,6 +103,16 @@ def test_what_is_free_stands_at_the_left_end_and_the_floor_is_a_line(measure: Me
     assert [line.get_ydata()[0] for line in dashed] == [pytest.approx(96.0)]
 
 
+def test_cost_is_in_seconds_or_in_passes(measure: Measure):
+    rows = [replace(row, merge_passes=4000.0, decoder_passes=500.0) for row in measure(0)[0]]
+    means = over_tasks(summarise(pd.DataFrame([vars(row) for row in rows])))
+    for unit in ("seconds", "passes"):
+        axes = nda_against_cost(means, "ridge", unit).axes[0]
+        assert axes.get_xlabel().startswith(unit)
+        places = {float(x) for line in axes.get_lines() for x in line.get_xdata()}
+        assert (4500.0 in places) == (unit == "passes")
+
+
 def test_a_floor_far_below_takes_no_room(measure: Measure):
     means = means_of(measure)
     means.loc[means["method"] == "none", "nda_mean"] = 0.1
