@@ -32,13 +32,13 @@ def test_configuration_is_parsed(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = path.relative_to(ROOT).parts[0]
-    if room == "sweep":  # its first and last point, as experiments
+    if room in ("sweep", "study"):  # its first and last point, as experiments
         monkeypatch.chdir(ROOT.parent)
         points = sweep_points(read_sweep(path), Path("runs"))
         commands = [["run", *point.arguments] for point in (points[0], points[-1])]
     else:
         command, *rest = COMMANDS[room]
-        over = path.stem in ("methods", "foreign") or room == "cluster"
+        over = path.stem in ("methods", "slow-methods", "core", "foreign") or room == "cluster"
         under = ["-c", str(ROOT / "experiment/quickstart.yaml")] if over else []
         if path.parent.name == "paper":
             under = ["-c", str(path.parent / "base.yaml")]

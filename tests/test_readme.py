@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import coin
-from coin.reporting.results import COLUMNS
+from coin.reporting.extras import RISK_COLUMNS
+from coin.reporting.results import COLUMNS, KEYS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,8 +46,10 @@ def test_files_it_names_exist() -> None:
 
 def test_the_benchmarks_page_tells_of_every_column_and_names_files_that_exist() -> None:
     text = (ROOT / "notebooks/BENCHMARK.md").read_text(encoding="utf-8")
-    _, results, _ = (part.split("\n## ")[0] for part in re.split(r"\n## (?=`\w+\.csv`)", text))
-    assert re.findall(r"^\| `(\w+)` \|", results, flags=re.MULTILINE) == list(COLUMNS)
+    parts = {part.split("`")[1]: part for part in re.split(r"\n## (?=`\w+\.csv`)", text)[1:]}
+    told = {name: re.findall(r"^\| `(\w+)` \|", part, flags=re.MULTILINE) for name, part in parts.items()}
+    assert told["results.csv"] == list(COLUMNS)
+    assert told["risk.csv"] == list(RISK_COLUMNS[len(KEYS) :])
     paths = re.findall(r"(?:configs|notebooks)/[\w/.-]+\.\w+", text)
     assert paths
     for path in paths:
