@@ -136,7 +136,7 @@ def print_simulation(rows: pd.DataFrame, console: Console) -> None:
 
 
 def _table(rows: pd.DataFrame, title: str) -> Table:
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column("redundancy", no_wrap=True)
     for heading in ("p99.9", "", "server", "in all", "stood\nin", "failed", "forw.", "acc."):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -77,7 +77,9 @@ def rows() -> pd.DataFrame:
 def test_table_fits_80_columns_and_shows_failures_and_what_is_not_known(rows: pd.DataFrame) -> None:
     console = Console(width=80, record=True)
     print_simulation(rows.assign(p999=rows["p999"].where(rows["redundancy"] != "uncoded", np.inf)), console)
+    print_simulation(rows.assign(redundancy="coded_proactive", p999=0.1234, p999_low=0.1111, p999_high=1.2345), console)
     text = console.export_text()
+    assert "…" not in text
     assert "3 experts, one wanted, load 0.2" in text
     lines = {words[0]: words for line in text.splitlines() if len(words := line.split()) > 5}
     assert lines["uncoded"][1] == "∞"
