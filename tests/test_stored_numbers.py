@@ -60,29 +60,35 @@ def test_the_manuals_serving_table_has_no_other_rows() -> None:
 
 
 def measured(suite: str) -> pd.DataFrame:
-    """The rows of a suite's sweep, with the number of experts."""
+    """The rows of a suite's sweep where one expert is lost, with the number of experts."""
     frame = pd.read_csv(RESULTS / suite / "sweep.csv", keep_default_na=False, na_values={"residual": [""], "nda": [""]})
     alone = frame[frame.erased == frame.task]
     return alone.assign(count=alone.groupby("experiment").task.transform("nunique"))
 
 
-def over_points(rows: pd.DataFrame, column: str = "nda") -> "pd.Series[float]":
-    """The mean over tasks for every point of a grid: one draw of base and seed."""
-    return rows.groupby("experiment")[column].mean()
+DECODERS = ("linear", "feature_ridge")
+DEFAULTS = ("", "keep", "auto:same", "auto:average", "auto:recalibrate")
+"""BatchNorm's policies that nobody asked for."""
+
+
+def points(rows: pd.DataFrame, method: str, decoder: str) -> "pd.Series[float]":
+    """The mean NDA over tasks in % of every point of a grid: one draw of base and seed."""
+    own = rows[(rows.method == method) & (rows.decoder == decoder) & rows.batchnorm.isin(DEFAULTS)]
+    return 100 * own.groupby("experiment").nda.mean()
+
+
+def spread(values: "pd.Series[float]") -> str:
+    return f"{values.mean():.1f} ± {values.std():.1f}" if len(values) else "–"
 
 
 def ndas(rows: pd.DataFrame, method: str) -> str:
-    """Mean NDA ± spread over seeds in %, of the linear decoder and of feature_ridge."""
-    cells = []
-    for decoder in ("linear", "feature_ridge"):
-        own = rows[(rows.method == method) & (rows.decoder == decoder) & rows.batchnorm.isin(POLICIES)]
-        means = 100 * over_points(own)
-        cells.append(f"{means.mean():.1f} ± {means.std():.1f}" if len(means) else "–")
-    return " / ".join(cells)
+    return " / ".join(spread(points(rows, method, decoder)) for decoder in DECODERS)
 
 
-POLICIES = ("", "keep", "same", "auto:same", "auto:average", "auto:recalibrate")
-PAIR, EXPERTS = measured("imagenet-pair"), measured("experts")
+def passes(rows: pd.DataFrame, method: str) -> float:
+    return float(rows[(rows.method == method) & rows.batchnorm.isin(DEFAULTS)].merge_passes.mean())
+
+
 NAMES = {
     "none": "*none: no coded model*",
     "average": "`Average`",
@@ -94,18 +100,59 @@ NAMES = {
 }
 
 
-def passes(method: str) -> str:
-    count = PAIR[PAIR.method == method].merge_passes.iloc[0]
-    return f"{count / 1000:.0f}k" if count else "0"
-
-
 def table() -> str:
-    counts = [EXPERTS[EXPERTS["count"] == count] for count in (3, 5, 8)]
-    return "\n".join(
-        f"| {name} | {' | '.join(ndas(rows, method) for rows in (PAIR, *counts))} | {passes(method)} |"
-        for method, name in NAMES.items()
-    )
+    """The README's table: the ImageNet pair, eight experts, the small pair, and the passes on the first."""
+    pair, experts, small = measured("imagenet-pair"), measured("experts"), measured("pair")
+    suites = (pair, experts[experts["count"] == 8], small)
+    cells = {method: [ndas(rows, method) for rows in suites] for method in NAMES}
+    costs = {method: f"{passes(pair, method) / 1000:.0f}k" if passes(pair, method) else "0" for method in NAMES}
+    return "\n".join(f"| {name} | {' | '.join(cells[method])} | {costs[method]} |" for method, name in NAMES.items())
+
+
+def risks(method: str, decoder: str) -> tuple[str, ...]:
+    """How many answers are foretold to differ from the expert's, how many do, and how many of the surest 95 %: in %."""
+    risk = pd.read_csv(RESULTS / "imagenet-pair/risk.csv", keep_default_na=False)
+    own = risk[(risk.method == method) & (risk.decoder == decoder) & (risk.curve == "coverage")]
+    every, kept = own[own["at"] == 1], own[own["at"] == 0.95]
+    parts = ((every, every.risk), (every, 1 - every.agreement), (kept, 1 - kept.agreement))
+    shares = [(part.samples * values).sum() / part.samples.sum() for part, values in parts]
+    return tuple(f"{100 * share:.1f}" for share in shares)
+
+
+def sentences() -> list[str]:
+    pair, demo = measured("imagenet-pair"), pd.read_csv(RESULTS / "demo/summary.csv", keep_default_na=False)
+    demo = demo[demo.task == "mean"].set_index(["method", "decoder"])
+    shown = {
+        method: " / ".join(
+            f"{100 * row.nda_mean:.1f} ± {100 * row.nda_std:.1f}" for row in (demo.loc[(method, d)] for d in DECODERS)
+        )
+        for method in ("average", "coin", "refit", "distillation")
+    }
+    times = demo.loc[("distillation", "linear")].merge_passes_mean / demo.loc[("refit", "linear")].merge_passes_mean
+    foretold, found, kept = risks("refit", "feature_ridge")
+    ratio = passes(pair, "distillation") / passes(pair, "refit")
+    return [
+        f"two seeds, linear / feature_ridge decoder: average {shown['average']}, COIN {shown['coin']}, `Refit` in "
+        f"closed form **{shown['refit']}**, distillation on the same samples at {times:.0f} times its passes "
+        f"{shown['distillation']}",
+        f"{foretold} % foretold, {found} % found; of the 95 % of least risk {kept} %",
+        f"at {ratio:.0f} times its passes",
+    ]
 
 
 def test_the_readmes_table_is_that_of_the_sweeps() -> None:
     assert table() in README, f"expected\n{table()}"
+
+
+def test_the_readmes_sentences_are_those_of_the_results() -> None:
+    text = " ".join(README.split())
+    for sentence in sentences():
+        assert sentence in text, f"expected {sentence}"
+
+
+def test_the_readme_has_no_other_measured_number() -> None:
+    text = " ".join(re.sub(r"```.*?```", "", README.replace(table(), ""), flags=re.DOTALL).split())
+    for sentence in sentences():
+        text = text.replace(sentence, "")
+    plain = text.replace("[arXiv 2409.01420](https://arxiv.org/abs/2409.01420)", "").replace("97.5 %", "")
+    assert re.findall(r"\d+\.\d+|\d+ %|\d ±", plain) == []

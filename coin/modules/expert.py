@@ -65,6 +65,7 @@ class Expert(LightningModule):
         self.config = NetworkConfig(network, image_size, weights, options)
         self.network: nn.Module | None = None
         self._start: dict[str, Tensor] = {}
+        self._begun: int | None = None
         if num_classes is not None:
             self._build(num_classes)
 
@@ -113,6 +114,8 @@ class Expert(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the shared initialisation that the training began with, whatever `initial` holds by now."""
+        schedule = next(iter(checkpoint.get("lr_schedulers", [])), {})
+        self._begun = schedule.get("total_steps", schedule.get("T_max"))
         kept = checkpoint.get("l2_sp_start", {})
         self._start = {name: kept.get(name, tensor) for name, tensor in self._start.items()}
 
@@ -177,6 +180,12 @@ class Expert(LightningModule):
             raise ConfigurationError(
                 f"found schedule='{self.recipe.schedule}' for a run of no known length, expected its number of "
                 "steps; set trainer.max_epochs or trainer.max_steps, or schedule=constant"
+            )
+        if self._begun not in (None, steps):
+            raise ConfigurationError(
+                f"found a checkpoint of a schedule '{self.recipe.schedule}' of {self._begun} steps, expected {steps}, "
+                "as long as this run; give the trainer.max_epochs that it began with, or start anew from the expert "
+                "that it has written (--model.initial)"
             )
         return int(steps)
 

@@ -202,6 +202,23 @@ def test_a_run_killed_and_resumed_equals_an_undisturbed_one(tmp_path, synthetic,
     assert any(not torch.equal(undisturbed[name], other[name]) for name in other) == ("dropout" in network["options"])
 
 
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine", "constant"])
+def test_a_schedule_that_has_run_is_not_lengthened(tmp_path, synthetic, make_trainer, schedule):
+    def run(epochs, ckpt_path=None):
+        saver = ModelCheckpoint(tmp_path, save_last=True)
+        trainer = make_trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=[saver])
+        trainer.fit(Expert(**SMALL, schedule=schedule), datamodule=synthetic(train=20), ckpt_path=ckpt_path)
+        return trainer.global_step
+
+    steps = run(1)
+    if schedule == "constant":
+        assert run(2, tmp_path / "last.ckpt") == 2 * steps
+        return
+    wanted = f"schedule '{schedule}' of {steps} steps, expected {2 * steps}, .* give the trainer.max_epochs"
+    with pytest.raises(ConfigurationError, match=wanted):
+        run(2, tmp_path / "last.ckpt")
+
+
 def test_a_network_that_trained_has_a_fisher_of_every_parameter(synthetic, make_trainer):
     expert, task = Expert(**SMALL), synthetic()
     make_trainer(max_epochs=1).fit(expert, datamodule=task)
