@@ -114,7 +114,7 @@ class Expert(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the shared initialisation that the training began with, whatever `initial` holds by now."""
-        schedule = next(iter(checkpoint.get("lr_schedulers", [])), {})
+        schedule: dict[str, Any] = next(iter(checkpoint.get("lr_schedulers", [])), {})
         self._begun = schedule.get("total_steps", schedule.get("T_max"))
         kept = checkpoint.get("l2_sp_start", {})
         self._start = {name: kept.get(name, tensor) for name, tensor in self._start.items()}
