@@ -43,12 +43,12 @@ test-all: SLOW =
 test-all: test  ## the same with the whole runs too: everything that must be green
 
 lint: $(VENV)/.dev  ## check style and docstrings
-	$(BIN)/ruff check coin tests
-	$(BIN)/ruff format --check coin tests
+	$(BIN)/ruff check coin tests notebooks
+	$(BIN)/ruff format --check coin tests notebooks
 
 format: $(VENV)/.dev  ## format the code and mend what can be mended
-	$(BIN)/ruff check --fix coin tests
-	$(BIN)/ruff format coin tests
+	$(BIN)/ruff check --fix coin tests notebooks
+	$(BIN)/ruff format coin tests notebooks
 
 types: $(VENV)/.dev  ## check the types (mypy, strict)
 	$(BIN)/mypy
