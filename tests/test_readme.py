@@ -40,7 +40,8 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_files_it_names_exist() -> None:
-    for path in re.findall(r"configs/[\w/.-]+\.yaml|notebooks/[\w.-]+\.(?:ipynb|md)", TEXT):
+    manual = (ROOT / "notebooks/MANUAL.md").read_text(encoding="utf-8")
+    for path in re.findall(r"configs/[\w/.-]+\.yaml|notebooks/[\w.-]+\.(?:ipynb|md)", TEXT + manual):
         assert (ROOT / path).is_file(), path
 
 
@@ -63,7 +64,7 @@ def test_make_targets_it_names_exist() -> None:
 
 
 def test_it_stays_short() -> None:
-    assert len(TEXT.splitlines()) < 250
+    assert len(TEXT.splitlines()) < 150
 
 
 def test_top_level_is_what_the_owner_named() -> None:
