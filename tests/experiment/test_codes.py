@@ -29,7 +29,7 @@ tasks:
   digits: {{class_path: Digits, init_args: {{max_train: 120, max_test: 77}}}}
   letters: {{class_path: Glyphs, init_args: {{classes: A-F, train_per_class: 30, test_per_class: 9}}}}
 {more}
-expert: {{epochs: 3, lr: 0.05, batch_size: 32}}
+expert: {{epochs: 3, lr: 0.1, batch_size: 32}}
 code: {code}
 calibration: {{samples_per_task: 12, batch_size: 16}}
 methods: [{methods}]
