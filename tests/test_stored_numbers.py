@@ -9,6 +9,8 @@ import nbformat
 import pandas as pd
 import pytest
 
+from coin.reporting.tables import risk_totals
+
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 RESULTS = NOTEBOOKS / "results"
 README = (NOTEBOOKS.parent / "README.md").read_text(encoding="utf-8")
@@ -124,11 +126,11 @@ def table() -> str:
 
 def risks(method: str, decoder: str) -> tuple[str, ...]:
     """How many answers are foretold to differ from the expert's, how many do, and how many of the surest 95 %: in %."""
-    risk = pd.read_csv(RESULTS / "imagenet-pair/risk.csv", keep_default_na=False)
-    own = risk[(risk.method == method) & (risk.decoder == decoder) & (risk.curve == "coverage")]
-    every, kept = own[own["at"] == 1], own[own["at"] == 0.95]
-    parts = ((every, every.risk), (every, 1 - every.agreement), (kept, 1 - kept.agreement))
-    shares = [(part.samples * values).sum() / part.samples.sum() for part, values in parts]
+    totals = risk_totals(pd.read_csv(RESULTS / "imagenet-pair/risk.csv", keep_default_na=False))
+    own = totals[(totals["name"] == method) & (totals.decoder == decoder) & (totals.curve == "coverage")].set_index(
+        "at"
+    )
+    shares = (own.risk[1.0], 1 - own.agreement[1.0], 1 - own.agreement[0.95])
     return tuple(f"{100 * share:.1f}" for share in shares)
 
 
