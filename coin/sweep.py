@@ -10,6 +10,9 @@ The file names an experiment, and what is varied in it::
     set:                                                    # what all points have in place of the experiment's own
       methods: [{class_path: Average}]
 
+A list of grids has the points of each, one after another, such as single points: ``grid: [{seeds: [[0]], base.seed:
+[1]}, {seeds: [[1]], base.seed: [2]}]``.
+
 For anything beyond a grid, ``coin run`` is the program: of a W&B sweep, with
 ``command: [coin, run, -c, EXPERIMENT.yaml, "${args}"]``, or of an Optuna study that gives it ``--KEY=VALUE``.
 """
@@ -33,14 +36,14 @@ _NAME_LENGTH = 60
 
 @dataclass(frozen=True)
 class SweepFile:
-    """What a sweep's file says: values by dotted key, those of the grid and those that all points have.
+    """What a sweep's file says: values by dotted key, those of its grids and those that all points have.
 
     `text` is the file itself, its name in it.
     """
 
     name: str
     experiment: tuple[str, ...]
-    grid: Mapping[str, list[Any]]
+    grids: list[Mapping[str, list[Any]]]
     fixed: Mapping[str, Any]
     text: str
 
@@ -72,34 +75,39 @@ def read_sweep(path: Path) -> SweepFile:
         check(key in _KEYS, f"key {key!r}", f"{', '.join(_KEYS)}; a sweep of W&B's is started by `wandb sweep`")
     name, files = document.get("name", path.stem), document.get("experiment")
     grid, fixed = document.get("grid"), document.get("set", {})
+    grids = grid if isinstance(grid, list) else [grid]
     files = [files] if isinstance(files, str) else files
     are_files = isinstance(files, list) and files and all(isinstance(file, str) for file in files)
     check(isinstance(name, str) and is_folder_name(name), f"name '{name}'", "a plain folder name without slashes")
     check(are_files, f"experiment {files}", "one experiment's file or several")
-    check(isinstance(grid, dict) and grid, f"grid {grid}", "dotted keys of an experiment, each with a list of values")
+    fits = grids and all(isinstance(each, dict) and each and each.keys() == grids[0].keys() for each in grids)
+    expected = "dotted keys of an experiment, each with a list of values, or a list of such grids with the same keys"
+    check(fits, f"grid {grid}", expected)
     check(isinstance(fixed, dict), f"set {fixed}", "dotted keys of an experiment, each with a value")
-    for key, value in (*grid.items(), *fixed.items()):
+    axes = [axis for each in grids for axis in each.items()]
+    for key, value in (*axes, *fixed.items()):
         check(isinstance(key, str), f"key {key!r}", "a dotted key of an experiment")
         check(key not in _DECIDED, f"key '{key}'", "none that the sweep decides for every point; leave it out")
-        check(key not in grid or key not in fixed, f"'{key}' in grid and in set", "it in one of them")
+        check(key not in grids[0] or key not in fixed, f"'{key}' in grid and in set", "it in one of them")
         try:
             as_text(value)
         except (TypeError, ValueError):  # YAML has more than a command line, such as dates
             check(False, f"'{key}' with {value}", "values that an option takes; put it in quotes")
-    for key, values in grid.items():
+    for key, values in axes:
         expected = "a list of values; options inside a section are dotted keys, such as calibration.samples_per_task"
         check(isinstance(values, list) and values, f"grid '{key}' with {values}", expected)
     text = path.read_text(encoding="utf-8")
-    return SweepFile(name, tuple(files), grid, fixed, text if "name" in document else f"name: {name}\n{text}")
+    return SweepFile(name, tuple(files), grids, fixed, text if "name" in document else f"name: {name}\n{text}")
 
 
 def sweep_points(sweep: SweepFile, folder: Path) -> list[SweepPoint]:
-    """Return the points of the grid in the file's order, the last key varying fastest, in the sweep's folder."""
+    """Return the points of the grids in the file's order, the last key varying fastest, in the sweep's folder."""
     files = [argument for file in sweep.experiment for argument in ("-c", file)]
     points = []
-    for index, chosen in enumerate(itertools.product(*(enumerate(values) for values in sweep.grid.values()))):
-        values = {key: value for key, (_, value) in zip(sweep.grid, chosen, strict=True)}
-        shorts = [f"{key.rsplit('.')[-1]}-{_short(*pair)}" for key, pair in zip(sweep.grid, chosen, strict=True)]
+    axes = [[[(key, *pair) for pair in enumerate(values)] for key, values in grid.items()] for grid in sweep.grids]
+    for index, chosen in enumerate(point for each in axes for point in itertools.product(*each)):
+        values = {key: value for key, _, value in chosen}
+        shorts = [f"{key.rsplit('.')[-1]}-{_short(place, value)}" for key, place, value in chosen]
         plain = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(shorts))[:_NAME_LENGTH].strip("._-")
         name = f"{sweep.name}-{index:03d}" + (f"-{plain}" if plain else "")
         options = {**sweep.fixed, **values}

@@ -94,11 +94,20 @@ def test_lists_and_sections_are_swept_as_they_stand(tmp_path: Path) -> None:
     assert arguments["expert.weights"] == "best"
 
 
+def test_a_list_of_grids_has_the_points_of_each(tmp_path: Path) -> None:
+    grids = [{"seeds": [[0], [1]], "base.seed": [1]}, {"base.seed": [2], "seeds": [[2]]}]
+    points = points_of(tmp_path, experiment="e.yaml", grid=grids, set=None)
+    assert [(point.values["seeds"], point.values["base.seed"]) for point in points] == [([0], 1), ([1], 1), ([2], 2)]
+    assert [point.name[:8] for point in points] == ["grid-000", "grid-001", "grid-002"]
+
+
 MISTAKES: dict[str, tuple[dict[str, Any] | str, str]] = {
     "unknown key": ({"girt": {}}, "found key 'girt'"),
     "W&B's dialect": ({"experiment": None, "grid": None, "parameters": {}}, "started by `wandb sweep`"),
     "no grid": ({"grid": {}}, "found grid {}"),
-    "a list for a grid": ({"grid": [1]}, "found grid [1]"),
+    "a list of no grids": ({"grid": [1]}, "found grid [1]"),
+    "grids of other keys": ({"grid": [{"seeds": [[0]]}, {"base.seed": [1]}]}, "with the same keys"),
+    "a grid whose second has no list": ({"grid": [{"seeds": [[0]]}, {"seeds": 1}]}, "grid 'seeds' with 1"),
     "a list for set": ({"set": [1]}, "found set [1]"),
     "name": ({"name": "a/b"}, "a/b"),
     "a name that leads out": ({"name": ".."}, "'..'"),
@@ -204,7 +213,7 @@ def test_report_shows_the_swept_samples(swept: Path) -> None:
     assert "samples_per_task: 12, 24" in page
     assert "Task letters lost" in page  # of the points with the most samples
     again = read_sweep(swept / "sweep.yaml")
-    assert (again.name, again.grid) == ("grid", SWEEP["grid"])
+    assert (again.name, again.grids) == ("grid", [SWEEP["grid"]])
 
 
 def test_base_and_experts_are_trained_once(swept: Path) -> None:

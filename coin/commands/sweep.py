@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> None:
         frame = _collect(done, folder / SWEEP_CSV, read_results)
         _collect(done, folder / RISK_CSV, read_risk)
     if frame is not None:
-        results_console().print(sweep_table(frame, list(plan.grid), f"{plan.name}: NDA in %, mean over tasks"))
+        results_console().print(sweep_table(frame, list(plan.grids[0]), f"{plan.name}: NDA in %, mean over tasks"))
         print(f"table: {folder / SWEEP_CSV}")
         print(f"report: {write_report([folder])}")
     raise_for(failed, len(runs), "points")
