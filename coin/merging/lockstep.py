@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from coin.batches import Batch, as_input, size_of, take
 from coin.errors import StateError
+from coin.merging.units import Unit
 from coin.statistics.guard import evaluating
 from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call
@@ -113,21 +114,30 @@ class Look(NamedTuple):
 
 
 class Walk:
-    """The coded network and the experts on their way through the network.
+    """The coded network and the experts on their way through the network's units.
 
-    Within its context, where all samples may run together, every network runs once, and the coded network does a call
-    again after it was changed. Otherwise they are taken in pieces, and run from their inputs anew for every unit.
+    Within its context, from the first unit on behind which the activations of all samples fit, every network goes on
+    from unit to unit, and the coded network does a call again after it was changed. For the units before that one the
+    networks run from their inputs anew. Samples are taken in pieces that fit at the widest call.
 
-    Of all samples [P, …] every expert runs on its part, at the rising places given, and `piece` samples may run
-    together. `passes` counts forward-equivalents; a pass that was not brought to its end counts as one.
+    Of all samples [P, …] every expert runs on its part, at the rising places given. `fitting` returns how many samples
+    may run together, given the floats of one in the widest call, and `widest` are those in the whole network. `passes`
+    counts forward-equivalents; a pass that was not brought to its end counts as one.
     """
 
     def __init__(
-        self, coded: nn.Module, experts: Sequence[nn.Module], inputs: Batch, parts: Sequence[Tensor], piece: int
+        self,
+        coded: nn.Module,
+        experts: Sequence[nn.Module],
+        inputs: Batch,
+        parts: Sequence[Tensor],
+        fitting: Callable[[int], int],
+        widest: int,
     ) -> None:
-        self._networks, self._inputs, self._parts, self._piece = [coded, *experts], inputs, parts, piece
-        self._samples = size_of(inputs)
-        self._group: _Group | None = None
+        self._networks, self._inputs, self._parts = [coded, *experts], inputs, parts
+        self._fitting, self._samples = fitting, size_of(inputs)
+        self._starts = range(0, self._samples, fitting(widest))
+        self._groups: list[_Group] = []
         self._stack = ExitStack()
         self.passes = 0.0
 
@@ -137,32 +147,31 @@ class Walk:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._group is not None:
-            self._group.close()
+        for group in self._groups:
+            group.close()
         self._stack.close()
 
-    def looks(self, weight: str, end: str) -> Callable[[], Iterator[Look]]:
-        """Return what yields the looks at the next unit, from the call of a weight to that of its `end`, repeatedly."""
-        if self._piece >= self._samples:
-            self._group = self._group or self._start(0)
-            look = self._group.reach(weight, end)
-            return lambda: iter([look])
+    def looks(self, unit: Unit) -> Callable[[], Iterator[Look]]:
+        """Return what yields the looks at the next unit, repeatedly."""
+        if self._fitting(unit.floats) >= self._samples:
+            if not self._groups:  # the coded network does every call twice
+                self._groups = [self._start(first, times=2) for first in self._starts]
+            looks = [group.reach(unit.weight, unit.end) for group in self._groups]
+            return lambda: iter(looks)
 
         def from_the_inputs() -> Iterator[Look]:
-            for first in range(0, self._samples, self._piece):
-                self._group = self._start(first)
+            for first in self._starts:
+                group = self._start(first)
                 try:
-                    yield self._group.reach(weight, end)
+                    yield group.reach(unit.weight, unit.end)
                 finally:
-                    self._group.close()
+                    group.close()
 
         return from_the_inputs
 
-    def _start(self, first: int) -> "_Group":
-        samples = slice(first, min(first + self._piece, self._samples))
+    def _start(self, first: int, times: int = 1) -> "_Group":
+        samples = slice(first, min(first + self._starts.step, self._samples))
         inside = [part[(part >= samples.start) & (part < samples.stop)] - samples.start for part in self._parts]
-        # In one pass for all units the coded network does every call twice.
-        times = 2 if self._piece >= self._samples else 1
         self.passes += times * (samples.stop - samples.start) + sum(map(len, inside))
         inputs = take(self._inputs, samples)
         own = [inputs, *(take(inputs, places) for places in inside)]

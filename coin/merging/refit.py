@@ -73,8 +73,8 @@ class Refit(Method):
     (`fit_head`). No labels, no gradients, no learning rate.
 
     All networks go through their layers side by side: one refit takes one forward pass of every expert (``own``: on its
-    own task's samples alone) and two of the coded network, however many layers there are. Only where the activations of
-    all samples would need more than `memory_mib` are they computed anew for every layer.
+    own task's samples alone) and two of the coded network, however many layers there are. Only up to the last layer at
+    which the activations of all samples would need more than `memory_mib` do they begin anew for every layer.
 
     ``own`` is best where the experts are near a strong base, ``both`` where they are not; ``mix`` was behind ``both``
     on every set of tasks.
@@ -139,17 +139,19 @@ class Refit(Method):
         network = experts.blank().eval()
         average = average_parameters(experts.parameters, row)
         fill(network, {**average, **weighted_sum(experts.buffers, row)})
-        units, floats = affine_units(network, inputs)
+        units, widest = affine_units(network, inputs)
         experts.passes += PROBES
         _fold(network, units, experts, row)
         parts = [mixture.nonzero().flatten() for mixture in mixtures]
         networks = 1 + sum(map(len, parts)) / size_of(inputs)  # own: every sample is one expert's
-        piece = max(experts.count, int((self.memory_mib << 20) / max(1, floats * 4 * _KEPT * networks)))
-        walk = Walk(network, list(experts.networks), inputs, parts, piece)
+
+        def fitting(floats: int) -> int:
+            return max(experts.count, int((self.memory_mib << 20) / max(1, floats * 4 * _KEPT * networks)))
+
+        walk = Walk(network, list(experts.networks), inputs, parts, fitting, widest)
         with walk, torch.no_grad(), progress(self.label, len(units)) as advance:
             for unit in units:
-                looks = walk.looks(unit.weight, unit.end)
-                fit_unit(network, unit, looks, shares, mixtures, ridge)
+                fit_unit(network, unit, walk.looks(unit), shares, mixtures, ridge)
                 advance()
         experts.passes += walk.passes
         if self.head:

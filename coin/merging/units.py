@@ -25,11 +25,15 @@ PROBES = 5
 
 @dataclass(frozen=True)
 class Unit:
-    """An affine map of a network by the names of its weight and bias, with the module of the BatchNorm behind it."""
+    """An affine map of a network by the names of its weight and bias, with the module of the BatchNorm behind it.
+
+    `floats` are those of one sample in the widest call from the unit before it to the network's end.
+    """
 
     weight: str
     bias: str | None
     norm: str | None
+    floats: int
 
     @property
     def end(self) -> str:
@@ -63,16 +67,19 @@ def affine_units(network: nn.Module, inputs: Batch) -> tuple[list[Unit], int]:
             f"{type(network).__name__} makes other calls on two samples than on three, expected the same; give experts "
             "that make the same calls whatever their inputs"
         )
+    floats = [seen.shape.numel() // 2 for seen in two]
     units: list[Unit] = []
-    for seen, other, following in zip(two, three, [*two[1:], None], strict=True):
+    before = 0
+    for place, (seen, other, following) in enumerate(zip(two, three, [*two[1:], None], strict=True)):
         leads = seen.shape[1:] == other.shape[1:] and 3 * seen.shape[0] == 2 * other.shape[0]
         is_part = bool(units) and units[-1].end == seen.weight
         if seen.is_unit and leads and not is_part:
             norm = None
             if following is not None and seen.is_map and following.is_batchnorm and following.source == seen.output:
                 norm = following.weight.rpartition(".")[0]
-            units.append(Unit(seen.weight, seen.bias, norm))
-    return units, max((seen.shape.numel() // 2 for seen in two), default=1)
+            units.append(Unit(seen.weight, seen.bias, norm, max(floats[before:])))
+            before = place
+    return units, max(floats, default=1)
 
 
 class _Seen(NamedTuple):
