@@ -1,6 +1,6 @@
 """One affine unit of a network refitted in closed form: weighted ridge regressions, a group at a time."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 
 import torch
@@ -18,12 +18,7 @@ from coin.statistics.sums import sum_type
 
 
 def fit_unit(
-    network: nn.Module,
-    unit: Unit,
-    looks: Callable[[], Iterator[Look]],
-    shares: Tensor,
-    mixtures: Tensor,
-    ridge: float,
+    network: nn.Module, unit: Unit, looks: Iterable[Look], shares: Tensor, mixtures: Tensor, ridge: float
 ) -> None:
     """Refit one unit of a network in place, from what the networks make of the samples there.
 
@@ -35,7 +30,7 @@ def fit_unit(
 
     def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         nonlocal turned
-        for look in looks():
+        for look in looks:
             turned = isinstance(look.call, LinearCall) and look.call.transposed
             # In a unit with a BatchNorm the shift comes behind the call.
             output = look.output
@@ -45,7 +40,7 @@ def fit_unit(
             residual = _target(look, mixtures) - output
             yield from _rows(look.call, residual, shares[look.samples])
 
-    step, constant = fit_affine(rows, ridge, intercept=shift is not None)
+    step, constant = fit_affine(rows(), ridge, intercept=shift is not None)
     flat = step.flatten(0, 1)
     weight.add_((flat.T if turned else flat).reshape(weight.shape))
     if shift is not None:
@@ -94,16 +89,16 @@ def _entries(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def fit_affine(
-    rows: Callable[[], Iterable[tuple[Tensor, Tensor, Tensor]]], ridge: float, *, intercept: bool = True
+    rows: Iterable[tuple[Tensor, Tensor, Tensor]], ridge: float, *, intercept: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Return the minimiser ΔW, Δb of Σ_n w_n ‖ΔW a_n + Δb − r_n‖² / Σ_n w_n + λ ‖ΔW‖², a regression a group.
 
     λ = ridge × the mean diagonal entry of the covariance of a, a group's own. With more unknowns than rows the system
-    is solved where the rows are, ΔW = Rᵀ(A Aᵀ + λ I)⁻¹A. Rows are centred first; products are taken in their own type,
-    added up and solved in float64.
+    is solved where the rows are, ΔW = Rᵀ(A Aᵀ + λ I)⁻¹A. Of all rows the first block's mean is taken off before they
+    are multiplied; products are taken in their own type, added up and solved in float64.
 
     Args:
-        rows: Iterated twice: inputs a [n, G, K], residuals r [n, G, O] and weights w [n], in blocks.
+        rows: Inputs a [n, G, K], residuals r [n, G, O] and weights w [n], in blocks.
         ridge: Above 0.
         intercept: Whether there is a Δb; without one nothing is centred and Δb is 0.
 
@@ -113,41 +108,88 @@ def fit_affine(
     Raises:
         NumericalError: A row is not finite, or too large to be squared.
     """
-    count, mass, sums = 0, 0.0, []
-    for a, r, w in rows():
-        count += len(a)
-        mass += float(w.sum())
-        sums.append([torch.einsum("n,ngk->gk", w.to(x), x).double() for x in (a, r)])
-    mean_a, mean_r = (torch.stack(each).sum(0) / mass for each in zip(*sums, strict=True))
-    if not intercept:
-        mean_a, mean_r = torch.zeros_like(mean_a), torch.zeros_like(mean_r)
-    if not bool(torch.isfinite(mean_a).all() and torch.isfinite(mean_r).all()):
+    sums = _Sums(intercept)
+    for block in rows:
+        sums.add(*block)
+    if not bool(torch.isfinite(sums.mean_a).all() and torch.isfinite(sums.mean_r).all()):
         raise NumericalError("a layer's inputs or outputs on calibration data are not finite; check the experts")
-
-    def centred() -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield [G, n, K] and [G, n, O], every row times the root of its weight."""
-        for a, r, w in rows():
-            root = (w / mass).sqrt().to(a)[:, None, None]
-            yield ((a - mean_a.to(a)) * root).transpose(0, 1), ((r - mean_r.to(r)) * root).transpose(0, 1)
-
-    groups, unknowns = mean_a.shape
+    unknowns = sums.mean_a.shape[1]
     # The round-off of centring is not signal: without this cut a constant input gets coefficients from noise.
-    noise = count * torch.finfo(a.dtype).eps ** 2 * mean_a.square().mean(1)
-    if count < unknowns:
-        blocks = list(centred())
-        a, r = (torch.cat([block[i] for block in blocks], 1) for i in (0, 1))
+    noise = sums.count * sums.precision**2 * sums.mean_a.square().mean(1)
+    if sums.kept:
+        a, r = sums.centred_rows()
         gram = (a @ a.mT).double()
         scale = gram.diagonal(dim1=1, dim2=2).sum(1) / unknowns
         step = _solve(gram, r.double(), ridge * scale, scale <= noise).mT @ a.double()
     else:
-        gram = mean_a.new_zeros(groups, unknowns, unknowns)
-        cross = mean_a.new_zeros(groups, unknowns, mean_r.shape[1])
-        for a, r in centred():
-            gram += a.mT @ a
-            cross += a.mT @ r
+        gram, cross = sums.centred_products()
         scale = gram.diagonal(dim1=1, dim2=2).mean(1)
         step = _solve(gram, cross, ridge * scale, scale <= noise).mT
-    return step, mean_r - (step @ mean_a[..., None])[..., 0]
+    return step, sums.mean_r - (step @ sums.mean_a[..., None])[..., 0]
+
+
+class _Sums:
+    """Rows [a | r] less the first block's mean, added up: their products, or the rows while they are fewer than a's K.
+
+    Attributes:
+        count: The number of rows.
+        precision: The relative round-off of their type.
+        kept: The rows in blocks [G, n, K + O] with the roots of their weights [n]; empty where there are products.
+    """
+
+    def __init__(self, intercept: bool) -> None:
+        self._intercept = intercept
+        self.count, self.precision, self._mass = 0, 0.0, 0.0
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self._products: Tensor | None = None
+
+    def add(self, a: Tensor, r: Tensor, w: Tensor) -> None:
+        """Take a block: inputs [n, G, K], residuals [n, G, O], weights [n]."""
+        rows = torch.cat([a, r], 2)
+        if not self.count:
+            self._inputs, self.precision = a.shape[2], torch.finfo(a.dtype).eps
+            mean = torch.einsum("n,ngk->gk", (w / w.sum()).to(rows), rows)
+            self._start = mean if self._intercept else torch.zeros_like(mean)
+            self._sum = torch.zeros_like(mean, dtype=torch.float64)
+        rows = rows - self._start
+        self.count += len(rows)
+        self._mass += float(w.sum())
+        self._sum += torch.einsum("n,ngk->gk", w.to(rows), rows)
+        root = w.sqrt().to(rows)
+        self.kept.append((rows.transpose(0, 1) * root[:, None], root))
+        if self.count >= self._inputs:
+            for block, _ in self.kept:
+                product = block[..., : self._inputs].mT @ block
+                self._products = product.double() if self._products is None else self._products.add_(product)
+            self.kept = []
+
+    @property
+    def _mean(self) -> Tensor:
+        """The mean of the rows less what was taken off them, [G, K + O]; zero without an intercept."""
+        return self._sum / self._mass if self._intercept else torch.zeros_like(self._sum)
+
+    @property
+    def mean_a(self) -> Tensor:
+        """The mean input [G, K], in float64; zero without an intercept."""
+        return (self._start + self._mean)[:, : self._inputs]
+
+    @property
+    def mean_r(self) -> Tensor:
+        """The mean residual [G, O], likewise."""
+        return (self._start + self._mean)[:, self._inputs :]
+
+    def centred_rows(self) -> tuple[Tensor, Tensor]:
+        """Return inputs [G, n, K] and residuals [G, n, O], every row times the root of its share in the weights."""
+        blocks = [rows - root[:, None] * self._mean.to(rows)[:, None] for rows, root in self.kept]
+        rows = torch.cat(blocks, 1) / self._mass**0.5
+        return rows[..., : self._inputs], rows[..., self._inputs :]
+
+    def centred_products(self) -> tuple[Tensor, Tensor]:
+        """Return the covariance of the inputs [G, K, K], and that with the residuals [G, K, O]."""
+        assert self._products is not None
+        mean = self._mean
+        both = self._products / self._mass - mean[:, : self._inputs, None] * mean[:, None, :]
+        return both[..., : self._inputs], both[..., self._inputs :]
 
 
 def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:

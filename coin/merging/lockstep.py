@@ -151,23 +151,20 @@ class Walk:
             group.close()
         self._stack.close()
 
-    def looks(self, unit: Unit) -> Callable[[], Iterator[Look]]:
-        """Return what yields the looks at the next unit, repeatedly."""
+    def looks(self, unit: Unit) -> Iterator[Look]:
+        """Yield the looks at the next unit, of every piece of the samples."""
         if self._fitting(unit.floats) >= self._samples:
             if not self._groups:  # the coded network does every call twice
                 self._groups = [self._start(first, times=2) for first in self._starts]
-            looks = [group.reach(unit.weight, unit.end) for group in self._groups]
-            return lambda: iter(looks)
-
-        def from_the_inputs() -> Iterator[Look]:
-            for first in self._starts:
-                group = self._start(first)
-                try:
-                    yield group.reach(unit.weight, unit.end)
-                finally:
-                    group.close()
-
-        return from_the_inputs
+            for group in self._groups:
+                yield group.reach(unit.weight, unit.end)
+            return
+        for first in self._starts:
+            group = self._start(first)
+            try:
+                yield group.reach(unit.weight, unit.end)
+            finally:
+                group.close()
 
     def _start(self, first: int, times: int = 1) -> "_Group":
         samples = slice(first, min(first + self._starts.step, self._samples))

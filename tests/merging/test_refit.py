@@ -485,7 +485,7 @@ def test_one_regression_in_either_form(rows, unknowns, intercept, dead):
         a[:, 0, 2] = 0.1
     if dead == "one group":
         a[:, 0] = 0.1 * torch.arange(1, unknowns + 1)
-    step, constant = fit_affine(lambda: zip(*(x.split(5) for x in (a, r, w)), strict=True), 0.2, intercept=intercept)
+    step, constant = fit_affine(zip(*(x.split(5) for x in (a, r, w)), strict=True), 0.2, intercept=intercept)
     for g in range(2):
         if dead == "one group" and g == 0 and intercept:
             wanted = torch.zeros(3, unknowns, dtype=torch.float64), (w @ r[:, g]) / w.sum()
@@ -500,7 +500,7 @@ def test_a_constant_input_of_one_number_gets_no_coefficient_from_rounding():
     """Float32, and a mean that is not the number itself."""
     draw = torch.Generator().manual_seed(0)
     a, r, w = torch.full((1001, 1, 1), 0.1), torch.randn(1001, 1, 2, generator=draw), torch.rand(1001, generator=draw)
-    step, constant = fit_affine(lambda: [(a, r, w.double())], 0.03)
+    step, constant = fit_affine([(a, r, w.double())], 0.03)
     assert not bool(step.any())
     torch.testing.assert_close(constant[0], (w.double() @ r[:, 0].double()) / w.double().sum(), rtol=0, atol=1e-6)
 
@@ -509,7 +509,7 @@ def test_a_constant_input_of_one_number_gets_no_coefficient_from_rounding():
 def test_rows_that_cannot_be_squared_are_told(size, message):
     a = torch.tensor([1.0, -1.0, 2.0]).view(3, 1, 1) * size
     with pytest.raises(NumericalError, match=message) as caught:
-        fit_affine(lambda: [(a, a, torch.ones(3).double())], 0.1)
+        fit_affine([(a, a, torch.ones(3).double())], 0.1)
     assert "\n" not in str(caught.value)
 
 
@@ -541,8 +541,8 @@ def test_in_pieces_gives_the_same_and_both_count_their_passes(target, head):
     assert once.passes == PROBES + parts + 2 * total + fitted
     Counted.samples = 0
     two = Refit(target, RIDGE, head=head, memory_mib=1).make(pieces, ROW)
-    # Two units' rows are read twice from the inputs; the third neither meets nor gives what does not fit.
-    assert pieces.passes == PROBES + 2 * 2 * (parts + total) + (parts + 2 * total) + fitted
+    # Two units are reached from the inputs; the third neither meets nor gives what does not fit.
+    assert pieces.passes == PROBES + 2 * (parts + total) + (parts + 2 * total) + fitted
     assert Counted.samples == pieces.passes - total  # the third unit's call was done twice in the same pass
     assert_answers_close(one.network, two.network, tasks, 1e-10)
 
@@ -702,8 +702,9 @@ def test_bfloat16_is_fitted_in_float32(monkeypatch):
     types = set()
 
     def recorded(rows, *options, **named):
-        types.update(each.dtype for a, r, _ in rows() for each in (a, r))
-        return fit_affine(rows, *options, **named)
+        blocks = list(rows)
+        types.update(each.dtype for a, r, _ in blocks for each in (a, r))
+        return fit_affine(blocks, *options, **named)
 
     monkeypatch.setattr("coin.merging.affine.fit_affine", recorded)
     made = Refit("own", RIDGE).make(experts_of([network.bfloat16() for network in networks], tasks), ROW)
