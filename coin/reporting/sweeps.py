@@ -157,7 +157,10 @@ def as_numbers(values: "pd.Series[Any]") -> "pd.Series[Any]":
 
 def _short_names(keys: list[str]) -> dict[str, str]:
     last = [key.rsplit(".")[-1] for key in keys]
-    return {key: name if last.count(name) == 1 else key for key, name in zip(keys, last, strict=True)}
+    taken = {*COLUMNS} - {_SAMPLES}  # whose option it is
+    return {
+        key: name if last.count(name) == 1 and name not in taken else key for key, name in zip(keys, last, strict=True)
+    }
 
 
 def short_value(value: str, values: Sequence[str]) -> str:

@@ -81,6 +81,14 @@ def test_long_values_and_like_names_are_told_apart(write_sweep: Write):
     assert "#1, [{&#34;class_path&#34;: &#34;Coin&#34;, &#34;init_args&#34;: {&#34;damping&#34;: 0.2}}]" in page
 
 
+def test_an_option_that_ends_like_a_column_of_results_keeps_its_name(write_sweep: Write):
+    folder = write_sweep([{"seeds": f"[{seed}]", "base.seed": base, "a.task": "x"} for seed, base in ((0, 1), (1, 2))])
+    sweep = read_sweep_table(folder)
+    assert sweep is not None
+    assert list(sweep.options.values()) == [{"base.seed": base, "a.task": "x"} for base in ("1", "2")]
+    assert "base.seed 2" in write_report([folder]).read_text(encoding="utf-8")
+
+
 def test_values_are_numbers_only_where_all_of_them_are():
     assert as_numbers(pd.Series(["1e-3", "0.1"])).tolist() == [0.001, 0.1]
     assert as_numbers(pd.Series(["1", "none"])).tolist() == ["1", "none"]
