@@ -101,12 +101,18 @@ def read_sweep(path: Path) -> SweepFile:
 
 
 def sweep_points(sweep: SweepFile, folder: Path) -> list[SweepPoint]:
-    """Return the points of the grids in the file's order, the last key varying fastest, in the sweep's folder."""
+    """Return the points of the grids in the file's order, the last key varying fastest, in the sweep's folder.
+
+    Raises:
+        ConfigurationError: A point is there twice.
+    """
     files = [argument for file in sweep.experiment for argument in ("-c", file)]
-    points = []
+    points: list[SweepPoint] = []
     axes = [[[(key, *pair) for pair in enumerate(values)] for key, values in grid.items()] for grid in sweep.grids]
     for index, chosen in enumerate(point for each in axes for point in itertools.product(*each)):
         values = {key: value for key, _, value in chosen}
+        if any(values == point.values for point in points):
+            raise ConfigurationError(f"found the point {as_text(values)} twice in the grid, expected every point once")
         shorts = [f"{key.rsplit('.')[-1]}-{_short(place, value)}" for key, place, value in chosen]
         plain = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(shorts))[:_NAME_LENGTH].strip("._-")
         name = f"{sweep.name}-{index:03d}" + (f"-{plain}" if plain else "")

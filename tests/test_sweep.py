@@ -118,6 +118,7 @@ MISTAKES: dict[str, tuple[dict[str, Any] | str, str]] = {
     "the output is set": ({"set": {"output": "a"}}, "'output'"),
     "one expert alone": ({"set": {"only": "digits"}}, "'only'"),
     "set and swept": ({"set": {"seeds": [0]}}, "'seeds' in grid and in set"),
+    "a point twice": ({"grid": [{"seeds": [[0]]}, {"seeds": [[1], [0]]}]}, 'found the point {"seeds": [0]} twice'),
     "nested": ({"grid": {"expert": {"lr": [1]}}}, "dotted"),
     "no list": ({"grid": {"seeds": 3}}, "seeds"),
     "no value": ({"grid": {"seeds": []}}, "seeds"),

@@ -76,16 +76,27 @@ def test_every_command_that_cannot_log_online_says_so_at_once(tmp_path: Path, wr
             "no_proxy": "*",
         }
 
-        def run() -> subprocess.CompletedProcess[str]:
-            script = [sys.executable, "-W", "ignore", "-c", SCRIPT]
-            given = json.dumps(cases)
-            return subprocess.run(script, input=given, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        def run() -> str:
+            # A file, for W&B's service process would hold a pipe open.
+            script, stderr = [sys.executable, "-W", "ignore", "-c", SCRIPT], tmp_path / "stderr"
+            with stderr.open("w") as file:
+                given = json.dumps(cases)
+                subprocess.run(
+                    script,
+                    input=given,
+                    cwd=tmp_path,
+                    env=environment,
+                    stdout=subprocess.DEVNULL,
+                    stderr=file,
+                    text=True,
+                )
+            return stderr.read_text(encoding="utf-8")
 
-        done = run()
-        if "Timeout (0:01:00)!" in done.stderr:  # W&B waits for its service process without a deadline: seen once
-            done = run()
-    said = done.stderr.strip().splitlines()
-    assert len(said) == 2 * len(cases), done.stderr
+        stderr = run()
+        if "Timeout (0:01:00)!" in stderr:  # W&B waits for its service process without a deadline: seen once
+            stderr = run()
+    said = stderr.strip().splitlines()
+    assert len(said) == 2 * len(cases), stderr
     for number, (line, status) in enumerate(zip(said[::2], said[1::2], strict=True)):
         assert status == "status 2"
         assert line.startswith("coin: error: W&B is to work online, but ")

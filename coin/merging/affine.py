@@ -94,8 +94,8 @@ def fit_affine(
     """Return the minimiser ΔW, Δb of Σ_n w_n ‖ΔW a_n + Δb − r_n‖² / Σ_n w_n + λ ‖ΔW‖², a regression a group.
 
     λ = ridge × the mean diagonal entry of the covariance of a, a group's own. With more unknowns than rows the system
-    is solved where the rows are, ΔW = Rᵀ(A Aᵀ + λ I)⁻¹A. Of all rows the first block's mean is taken off before they
-    are multiplied; products are taken in their own type, added up and solved in float64.
+    is solved where the rows are, ΔW = Rᵀ(A Aᵀ + λ I)⁻¹A. Rows are centred before they are multiplied; products are
+    taken in their own type, added up and solved in float64.
 
     Args:
         rows: Inputs a [n, G, K], residuals r [n, G, O] and weights w [n], in blocks.
@@ -108,88 +108,89 @@ def fit_affine(
     Raises:
         NumericalError: A row is not finite, or too large to be squared.
     """
-    sums = _Sums(intercept)
+    moments = _Moments(intercept)
     for block in rows:
-        sums.add(*block)
-    if not bool(torch.isfinite(sums.mean_a).all() and torch.isfinite(sums.mean_r).all()):
+        moments.add(*block)
+    inputs = moments.inputs
+    mean_a, mean_r = moments.mean[:, :inputs], moments.mean[:, inputs:]
+    if not bool(torch.isfinite(moments.mean).all()):
         raise NumericalError("a layer's inputs or outputs on calibration data are not finite; check the experts")
-    unknowns = sums.mean_a.shape[1]
     # The round-off of centring is not signal: without this cut a constant input gets coefficients from noise.
-    noise = sums.count * sums.precision**2 * sums.mean_a.square().mean(1)
-    if sums.kept:
-        a, r = sums.centred_rows()
+    noise = moments.count * moments.precision**2 * mean_a.square().mean(1)
+    if moments.products is None:
+        both = moments.centred_rows()
+        a, r = both[..., :inputs], both[..., inputs:]
         gram = (a @ a.mT).double()
-        scale = gram.diagonal(dim1=1, dim2=2).sum(1) / unknowns
+        scale = gram.diagonal(dim1=1, dim2=2).sum(1) / inputs
         step = _solve(gram, r.double(), ridge * scale, scale <= noise).mT @ a.double()
     else:
-        gram, cross = sums.centred_products()
+        covariance = moments.products / moments.mass
+        gram = covariance[..., :inputs]
         scale = gram.diagonal(dim1=1, dim2=2).mean(1)
-        step = _solve(gram, cross, ridge * scale, scale <= noise).mT
-    return step, sums.mean_r - (step @ sums.mean_a[..., None])[..., 0]
+        step = _solve(gram, covariance[..., inputs:], ridge * scale, scale <= noise).mT
+    return step, mean_r - (step @ mean_a[..., None])[..., 0]
 
 
-class _Sums:
-    """Rows [a | r] less the first block's mean, added up: their products, or the rows while they are fewer than a's K.
+class _Moments:
+    """Mean and centred products of weighted rows [a | r] that come in blocks, which may lie far apart.
 
     Attributes:
         count: The number of rows.
-        precision: The relative round-off of their type.
-        kept: The rows in blocks [G, n, K + O] with the roots of their weights [n]; empty where there are products.
+        mass: The sum of their weights.
+        mean: Their mean [G, K + O], in float64; zero without an intercept.
+        products: Σ w (a − mean)[a − mean | r − mean] [G, K, K + O], in float64, once there are K rows.
+        kept: Until then the blocks: rows [G, n, K + O] less their own mean, times the roots [n] of their weights; that
+            mean; the sum of their weights.
+        inputs: K.
+        precision: The relative round-off of the rows' type.
     """
+
+    mean: Tensor
+    inputs: int
+    precision: float
 
     def __init__(self, intercept: bool) -> None:
         self._intercept = intercept
-        self.count, self.precision, self._mass = 0, 0.0, 0.0
-        self.kept: list[tuple[Tensor, Tensor]] = []
-        self._products: Tensor | None = None
+        self.count, self.mass = 0, 0.0
+        self.kept: list[tuple[Tensor, Tensor, Tensor, float]] = []
+        self.products: Tensor | None = None
 
     def add(self, a: Tensor, r: Tensor, w: Tensor) -> None:
         """Take a block: inputs [n, G, K], residuals [n, G, O], weights [n]."""
-        rows = torch.cat([a, r], 2)
+        rows, mass = torch.cat([a, r], 2), float(w.sum())
         if not self.count:
-            self._inputs, self.precision = a.shape[2], torch.finfo(a.dtype).eps
-            mean = torch.einsum("n,ngk->gk", (w / w.sum()).to(rows), rows)
-            self._start = mean if self._intercept else torch.zeros_like(mean)
-            self._sum = torch.zeros_like(mean, dtype=torch.float64)
-        rows = rows - self._start
-        self.count += len(rows)
-        self._mass += float(w.sum())
-        self._sum += torch.einsum("n,ngk->gk", w.to(rows), rows)
+            self.inputs, self.precision = a.shape[2], torch.finfo(rows.dtype).eps
+            self.mean = torch.zeros(rows.shape[1:], dtype=torch.float64, device=rows.device)
+        mean = torch.zeros_like(rows[0])
+        if self._intercept and mass > 0:
+            mean = torch.einsum("n,ngk->gk", (w / mass).to(rows), rows)
         root = w.sqrt().to(rows)
-        self.kept.append((rows.transpose(0, 1) * root[:, None], root))
-        if self.count >= self._inputs:
-            for block, _ in self.kept:
-                product = block[..., : self._inputs].mT @ block
-                self._products = product.double() if self._products is None else self._products.add_(product)
-            self.kept = []
+        self.kept.append(((rows - mean).transpose(0, 1) * root[:, None], root, mean, mass))
+        before, mass_before = self.mean, self.mass
+        self.count += len(w)
+        self.mass += mass
+        if mass > 0:
+            self.mean = before + mass / self.mass * (mean.double() - before)
+        if self.count < self.inputs:
+            return
+        if self.products is None:
+            self.products = self.mean.new_zeros(len(before), self.inputs, before.shape[1])
+        else:
+            self.products += mass_before * self._square(before)
+        for block, _, mean, mass in self.kept:
+            self.products += block[..., : self.inputs].mT @ block + mass * self._square(mean.double())
+        self.kept = []
 
-    @property
-    def _mean(self) -> Tensor:
-        """The mean of the rows less what was taken off them, [G, K + O]; zero without an intercept."""
-        return self._sum / self._mass if self._intercept else torch.zeros_like(self._sum)
+    def _square(self, mean: Tensor) -> Tensor:
+        """Return the product of how far another mean is from the mean of all [G, K, K + O]."""
+        apart = mean - self.mean
+        return apart[:, : self.inputs, None] * apart[:, None]
 
-    @property
-    def mean_a(self) -> Tensor:
-        """The mean input [G, K], in float64; zero without an intercept."""
-        return (self._start + self._mean)[:, : self._inputs]
-
-    @property
-    def mean_r(self) -> Tensor:
-        """The mean residual [G, O], likewise."""
-        return (self._start + self._mean)[:, self._inputs :]
-
-    def centred_rows(self) -> tuple[Tensor, Tensor]:
-        """Return inputs [G, n, K] and residuals [G, n, O], every row times the root of its share in the weights."""
-        blocks = [rows - root[:, None] * self._mean.to(rows)[:, None] for rows, root in self.kept]
-        rows = torch.cat(blocks, 1) / self._mass**0.5
-        return rows[..., : self._inputs], rows[..., self._inputs :]
-
-    def centred_products(self) -> tuple[Tensor, Tensor]:
-        """Return the covariance of the inputs [G, K, K], and that with the residuals [G, K, O]."""
-        assert self._products is not None
-        mean = self._mean
-        both = self._products / self._mass - mean[:, : self._inputs, None] * mean[:, None, :]
-        return both[..., : self._inputs], both[..., self._inputs :]
+    def centred_rows(self) -> Tensor:
+        """Return the kept rows [G, n, K + O] less the mean of all, times the roots of their shares in the mass."""
+        blocks = [rows + root[:, None] * (mean - self.mean.to(mean))[:, None] for rows, root, mean, _ in self.kept]
+        rows: Tensor = torch.cat(blocks, 1) / self.mass**0.5
+        return rows
 
 
 def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from coin.statistics.guard import evaluating
 from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call
 
+MOST_PIECES = 16
+"""Every network of every piece is a thread: beyond, pieces are not paused side by side."""
+
 _SAME = "give experts that make the same calls whatever their inputs"
 
 
@@ -118,11 +121,11 @@ class Walk:
 
     Within its context, from the first unit on behind which the activations of all samples fit, every network goes on
     from unit to unit, and the coded network does a call again after it was changed. For the units before that one the
-    networks run from their inputs anew. Samples are taken in pieces that fit at the widest call.
+    networks run from their inputs anew. Samples are taken in pieces that fit at the widest.
 
     Of all samples [P, …] every expert runs on its part, at the rising places given. `fitting` returns how many samples
-    may run together, given the floats of one in the widest call, and `widest` are those in the whole network. `passes`
-    counts forward-equivalents; a pass that was not brought to its end counts as one.
+    may run together, given the floats that one has alive, and `widest` is the largest number of these. `passes` counts
+    forward-equivalents; a pass that was not brought to its end counts as one.
     """
 
     def __init__(
@@ -153,18 +156,16 @@ class Walk:
 
     def looks(self, unit: Unit) -> Iterator[Look]:
         """Yield the looks at the next unit, of every piece of the samples."""
-        if self._fitting(unit.floats) >= self._samples:
-            if not self._groups:  # the coded network does every call twice
+        if self._fitting(unit.floats) >= self._samples and len(self._starts) <= MOST_PIECES:
+            if not self._groups:  # from here on the coded network does every call twice
                 self._groups = [self._start(first, times=2) for first in self._starts]
             for group in self._groups:
                 yield group.reach(unit.weight, unit.end)
             return
         for first in self._starts:
-            group = self._start(first)
-            try:
-                yield group.reach(unit.weight, unit.end)
-            finally:
-                group.close()
+            self._groups = [self._start(first)]  # closed at the latest where the walk ends
+            yield self._groups[0].reach(unit.weight, unit.end)
+            self._groups.pop().close()
 
     def _start(self, first: int, times: int = 1) -> "_Group":
         samples = slice(first, min(first + self._starts.step, self._samples))

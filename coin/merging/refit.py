@@ -35,9 +35,6 @@ RIDGES = (0.01, 0.03, 0.1, 0.3)
 OWN_SHARE = 0.3
 """The share of the experts' own targets in both."""
 
-_KEPT = 6
-"""Tensors of the widest layer's size that a paused forward pass may hold."""
-
 
 class Target(StrEnum):
     """What the layers of the coded network are fitted to."""
@@ -146,7 +143,7 @@ class Refit(Method):
         networks = 1 + sum(map(len, parts)) / size_of(inputs)  # own: every sample is one expert's
 
         def fitting(floats: int) -> int:
-            return max(experts.count, int((self.memory_mib << 20) / max(1, floats * 4 * _KEPT * networks)))
+            return max(experts.count, int((self.memory_mib << 20) / max(1, floats * 4 * networks)))
 
         walk = Walk(network, list(experts.networks), inputs, parts, fitting, widest)
         with walk, torch.no_grad(), progress(self.label, len(units)) as advance:

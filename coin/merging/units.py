@@ -22,12 +22,15 @@ from coin.statistics.rules.linear import LinearCall
 PROBES = 5
 """Forward passes of one sample that the search takes."""
 
+_KEPT = 6
+"""Tensors of a call's size that are alive beside what the modules around it were called with."""
+
 
 @dataclass(frozen=True)
 class Unit:
     """An affine map of a network by the names of its weight and bias, with the module of the BatchNorm behind it.
 
-    `floats` are those of one sample in the widest call from the unit before it to the network's end.
+    `floats` are at most alive of one sample while a pass goes from the unit before it to the network's end.
     """
 
     weight: str
@@ -58,8 +61,8 @@ def affine_units(network: nn.Module, inputs: Batch) -> tuple[list[Unit], int]:
     whose output has the samples, or several rows of each, along its leading dimension. A BatchNorm over a linear map's
     outputs that alone reads them, and next, is part of it.
 
-    The network is in eval mode, and there are at least two samples. Returned are the units, and the floats of one
-    sample in the widest call. Raises StateError where the calls depend on the number of samples.
+    The network is in eval mode, and there are at least two samples. Returned are the units, and the floats that are at
+    most alive of one sample in a pass. Raises StateError where the calls depend on the number of samples.
     """
     two, three = (_trace(network, take(inputs, torch.arange(count) % size_of(inputs))) for count in (2, 3))
     if [seen.weight for seen in two] != [seen.weight for seen in three]:
@@ -67,7 +70,7 @@ def affine_units(network: nn.Module, inputs: Batch) -> tuple[list[Unit], int]:
             f"{type(network).__name__} makes other calls on two samples than on three, expected the same; give experts "
             "that make the same calls whatever their inputs"
         )
-    floats = [seen.shape.numel() // 2 for seen in two]
+    floats = [(seen.open + _KEPT * seen.shape.numel()) // 2 for seen in two]
     units: list[Unit] = []
     before = 0
     for place, (seen, other, following) in enumerate(zip(two, three, [*two[1:], None], strict=True)):
@@ -83,13 +86,14 @@ def affine_units(network: nn.Module, inputs: Batch) -> tuple[list[Unit], int]:
 
 
 class _Seen(NamedTuple):
-    """A call of a trace: its parameters, its input's and output's place in memory, its output's shape, what it is."""
+    """A call of a trace: its parameters, its input's and output's place in memory, their sizes, what it is."""
 
     weight: str
     bias: str | None
     source: tuple[int, int]
     output: tuple[int, int]
     shape: torch.Size
+    open: int  # the floats that the modules around it were called with
     is_unit: bool  # it is linear in its weight and bias, which nothing else reads
     is_map: bool  # a BatchNorm over its output has a channel for every row of the weight
     is_batchnorm: bool  # of a module that alone reads its input, and of a weight and bias that nothing else reads
@@ -131,22 +135,33 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
     """Return the ruled calls with a weight of a forward pass, in their order."""
-    calls: list[tuple[Call, Mapping[str, str], tuple[int, int], Tensor, tuple[int, int]]] = []
+    calls: list[tuple[Call, Mapping[str, str], tuple[int, int], Tensor, tuple[int, int], int]] = []
+    entered: list[dict[int, int]] = []
 
     def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor:
         source = (call.inputs.data_ptr(), call.inputs._version)
         output = function()
         if "weight" in names:
-            calls.append((call, names, source, output, (output.data_ptr(), output._version)))
+            alive = sum({place: size for each in entered for place, size in each.items()}.values())
+            calls.append((call, names, source, output, (output.data_ptr(), output._version), alive))
         return output
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        entered.append({each.data_ptr(): each.numel() for each in _tensors((args, kwargs))})
 
     readers, named = _Readers(), dict(network.named_parameters())
     # The readers come last, and so see what the network calls but not what the interceptor does on the way.
-    with evaluating(network, gradients=False), Interceptor(named, visit), readers:
-        network(as_input(samples, network))
+    hooks = [each.register_forward_pre_hook(enter, with_kwargs=True) for each in network.modules()]
+    hooks += [each.register_forward_hook(lambda *_: entered.pop() and None) for each in network.modules()]
+    try:
+        with evaluating(network, gradients=False), Interceptor(named, visit), readers:
+            network(as_input(samples, network))
+    finally:
+        for hook in hooks:
+            hook.remove()
     times = Counter(names["weight"] for _, names, *_ in calls)
     seen = []
-    for call, names, source, output, made in calls:
+    for call, names, source, output, made, alive in calls:
         weight = names["weight"]
         linear, convolution = isinstance(call, LinearCall), isinstance(call, ConvolutionCall)
         affine = linear or (isinstance(call, ElementwiseCall) and call.normalised is not None)
@@ -154,5 +169,6 @@ def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
         is_map = convolution or (isinstance(call, LinearCall) and not call.transposed and output.ndim == 2)
         norm = isinstance(network.get_submodule(weight.rpartition(".")[0]), _BatchNorm)
         alone = norm and unshared and readers.times[source[0]] == 1
-        seen.append(_Seen(weight, names.get("bias"), source, made, output.shape, affine and unshared, is_map, alone))
+        bias, is_unit = names.get("bias"), affine and unshared
+        seen.append(_Seen(weight, bias, source, made, output.shape, alive, is_unit, is_map, alone))
     return seen

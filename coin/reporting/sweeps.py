@@ -113,7 +113,7 @@ def sweep_table(frame: pd.DataFrame, swept: Sequence[str], title: str) -> Table:
     keys = [key for key in swept if key != SEEDS]
     points = frame[["experiment", *keys]].drop_duplicates("experiment")
     text = sweep_text(frame.drop(columns=list(swept)), points.set_index("experiment"))
-    text.columns = pd.Index([str(name).rsplit(".")[-1] for name in text.columns])
+    text = text.rename(columns=_short_names(keys))
     firsts = text.iloc[:, 0].tolist() if keys else []
     ends = [place for place in range(1, len(firsts)) if firsts[place] != firsts[place - 1]]
     return rich_table(text, title, [*text.columns[: len(keys) + 1], "method"], ends)

@@ -513,6 +513,21 @@ def test_rows_that_cannot_be_squared_are_told(size, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("rows", "unknowns"), [(300, 20), (15, 20)], ids=["primal", "dual"])
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_blocks_that_lie_far_apart_and_weigh_unlike_lose_nothing_in_float32(rows, unknowns, block):
+    draw = torch.Generator().manual_seed(block)
+    a = torch.randn(rows, 1, unknowns, generator=draw)
+    a[: rows // 10] += 30  # the first block says little of the mean
+    r = a[..., :4] + 0.1 * torch.randn(rows, 1, 4, generator=draw)
+    w = torch.rand(rows, generator=draw, dtype=torch.float64) + 0.1
+    w[: rows // 10] *= 1e-3
+    w[0] = 0  # and alone has no mean
+    step, constant = fit_affine(zip(*(x.split(block) for x in (a, r, w)), strict=True), 0.01)
+    wanted = ridge_step(a[:, 0].double(), r[:, 0].double(), w, 0.01, True)
+    torch.testing.assert_close((step[0], constant[0]), wanted, rtol=0, atol=3e-6)
+
+
 # In one pass, and in pieces
 
 
@@ -527,7 +542,8 @@ class Counted(nn.Module):
 
 
 def wide():
-    return tail(Counted(), nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 2, 3))
+    first = nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()
+    return tail(Counted(), *first, nn.Conv2d(32, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 1))
 
 
 @pytest.mark.parametrize("head", [True, False], ids=["head", "no head"])
@@ -540,10 +556,10 @@ def test_in_pieces_gives_the_same_and_both_count_their_passes(target, head):
     one = Refit(target, RIDGE, head=head).make(once, ROW)
     assert once.passes == PROBES + parts + 2 * total + fitted
     Counted.samples = 0
-    two = Refit(target, RIDGE, head=head, memory_mib=1).make(pieces, ROW)
-    # Two units are reached from the inputs; the third neither meets nor gives what does not fit.
+    two = Refit(target, RIDGE, head=head, memory_mib=1 if target == "own" else 2).make(pieces, ROW)
+    # Two units are reached from the inputs; the two behind them are small enough to go on from one another.
     assert pieces.passes == PROBES + 2 * (parts + total) + (parts + 2 * total) + fitted
-    assert Counted.samples == pieces.passes - total  # the third unit's call was done twice in the same pass
+    assert Counted.samples == pieces.passes - total  # which the coded network counts for doing the last call again
     assert_answers_close(one.network, two.network, tasks, 1e-10)
 
 
@@ -566,7 +582,7 @@ def test_own_targets_need_the_memory_of_two_networks_however_many_experts_there_
 def test_the_smallest_pieces_give_the_same(kind, target, monkeypatch):
     networks, tasks = kind_of(kind)
     one = Refit(target, RIDGE).make(experts_of(networks, tasks), ROW)
-    monkeypatch.setattr("coin.merging.refit._KEPT", 10**12)
+    monkeypatch.setattr("coin.merging.units._KEPT", 10**12)
     experts = experts_of(networks, tasks)
     two = Refit(target, RIDGE).make(experts, ROW)
     assert experts.passes > 10 * sum(SIZES)
@@ -756,7 +772,7 @@ def breaking(armed=(1,)):
 @every_target
 def test_the_caller_finds_everything_as_it_was(target, armed, memory_mib, monkeypatch):
     if memory_mib == 1:
-        monkeypatch.setattr("coin.merging.refit._KEPT", 3000)  # pieces of some samples
+        monkeypatch.setattr("coin.merging.units._KEPT", 3000)  # pieces of some samples
     networks, tasks = breaking(armed)
     before, states = flags(), [deepcopy(network.state_dict()) for network in networks]
     experts, caught = experts_of(networks, tasks), None
@@ -776,11 +792,25 @@ def test_the_caller_finds_everything_as_it_was(target, armed, memory_mib, monkey
 def test_no_thread_outlives_an_error_in_a_fit_in_pieces(monkeypatch):
     networks, tasks = kind_of("two layers")
     tasks[2][-1] = torch.nan
-    monkeypatch.setattr("coin.merging.refit._KEPT", 10**12)
+    monkeypatch.setattr("coin.merging.units._KEPT", 10**12)
     before = flags()
     with pytest.raises(NumericalError, match="are not finite") as caught:
         Refit("own", RIDGE).make(experts_of(networks, tasks), ROW)
     assert flags() == before
+    assert caught.tb is not None
+
+
+@pytest.mark.parametrize("kept", [1, 10**12], ids=["one pass", "pieces"])
+def test_no_thread_outlives_an_error_amid_the_rows(kept, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("coin.merging.units._KEPT", kept)
+    monkeypatch.setattr("coin.merging.affine._target", broken)
+    threads = threading.active_count()
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        Refit("own", RIDGE).make(experts_of(*kind_of("two layers")), ROW)
+    assert threading.active_count() == threads
     assert caught.tb is not None
 
 
@@ -830,7 +860,7 @@ class Forks(nn.Module):
     ],
 )
 def test_networks_that_make_other_calls_are_told_in_a_line(way, who, message, piece, monkeypatch):
-    monkeypatch.setattr("coin.merging.refit._KEPT", piece)
+    monkeypatch.setattr("coin.merging.units._KEPT", piece)
     networks, tasks = setup(Forks, (6,))
     networks[who].way = way
     threads = threading.active_count()
