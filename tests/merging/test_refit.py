@@ -563,6 +563,13 @@ def test_in_pieces_gives_the_same_and_both_count_their_passes(target, head):
     assert_answers_close(one.network, two.network, tasks, 1e-10)
 
 
+def test_many_pieces_begin_anew_rather_than_pause_side_by_side(monkeypatch):
+    monkeypatch.setattr("coin.merging.lockstep.MOST_PIECES", 1)
+    experts = experts_of(*setup(wide, (1, 8, 8)))
+    Refit("own", RIDGE, head=False, memory_mib=1).make(experts, ROW)
+    assert experts.passes == PROBES + 4 * 2 * sum(SIZES)  # four units
+
+
 def test_own_targets_need_the_memory_of_two_networks_however_many_experts_there_are(monkeypatch):
     pieces = []
 
