@@ -168,6 +168,8 @@ def sentences() -> list[str]:
     times = demo.loc[("distillation", "linear")].merge_passes_mean / demo.loc[("refit", "linear")].merge_passes_mean
     foretold, found, kept = risks("refit", "feature_ridge")
     triple, small, real = measured("imagenet-triple"), measured("pair"), measured("real")
+    vit = measured("transformer")
+    best = {method: spread(points(vit, method, "feature_ridge")) for method in ("coin", "distillation", "refit")}
     ratios = [f"{passes(rows, 'distillation') / passes(rows, 'refit'):.0f}" for rows in (pair, triple, small, real)]
     return [
         f"two seeds, linear / feature_ridge decoder: average {shown['average']}, COIN {shown['coin']}, `Refit` in "
@@ -179,6 +181,8 @@ def sentences() -> list[str]:
         f"without restraint, {small.experiment.nunique()} runs",
         f"on CIFAR-10, {real.experiment.nunique()} runs",
         f"reach it, linear / feature_ridge: {'; '.join(map(reached, SUITES))}.",
+        f"with features, COIN is the best of all: {best['coin']}, distillation {best['distillation']}, `Refit` "
+        f"{best['refit']}, {vit.experiment.nunique()} runs",
         f"distillation takes {', '.join(ratios[:-1])} and {ratios[-1]} times the passes of `Refit`",
     ]
 
