@@ -40,7 +40,8 @@ def test_residual_and_significance_by_hand():
     own = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]])
     code = Code([[0.5, 0.5]])
     assert parity_residual(code, Answers(own, code.encode(own))).tolist() == [0.0]
-    assert parity_residual(code, Answers(own, torch.tensor([[[2.0, 3.0]]]))).tolist() == pytest.approx([2**0.5], rel=1e-12)
+    residual = parity_residual(code, Answers(own, torch.tensor([[[2.0, 3.0]]])))
+    assert residual.tolist() == pytest.approx([2**0.5], rel=1e-12)
     calibration = torch.tensor([4.0, 1.0, 3.0, 2.0])
     assert parity_significance(torch.tensor([0.5, 2.0, 2.5, 9.0]), calibration).tolist() == pytest.approx(
         [1.0, 0.8, 0.6, 0.2]
