@@ -3,6 +3,7 @@
 import base64
 import math
 import re
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -76,6 +77,7 @@ def test_the_manuals_serving_table_has_no_other_rows() -> None:
     assert len(re.findall(r"^\| \d, ", MANUAL, flags=re.MULTILINE)) == 5
 
 
+@cache
 def measured(suite: str) -> pd.DataFrame:
     """The rows of a suite's sweep where one expert is lost."""
     frame = pd.read_csv(RESULTS / suite / "sweep.csv", keep_default_na=False, na_values={"residual": [""], "nda": [""]})

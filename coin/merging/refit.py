@@ -136,7 +136,7 @@ class Refit(Method):
         network = experts.blank().eval()
         average = average_parameters(experts.parameters, row)
         fill(network, {**average, **weighted_sum(experts.buffers, row)})
-        units, widest = affine_units(network, inputs)
+        units = affine_units(network, inputs)
         experts.passes += PROBES
         _fold(network, units, experts, row)
         parts = [mixture.nonzero().flatten() for mixture in mixtures]
@@ -145,7 +145,9 @@ class Refit(Method):
         def fitting(floats: int) -> int:
             return max(experts.count, int((self.memory_mib << 20) / max(1, floats * 4 * networks)))
 
-        walk = Walk(network, list(experts.networks), inputs, parts, fitting, widest)
+        walk = Walk(
+            network, list(experts.networks), inputs, parts, fitting, max((unit.floats for unit in units), default=1)
+        )
         with walk, torch.no_grad(), progress(self.label, len(units)) as advance:
             for unit in units:
                 fit_unit(network, unit, walk.looks(unit), shares, mixtures, ridge)

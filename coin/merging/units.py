@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,15 +55,15 @@ class Unit:
         return {self.weight, self.bias, self.end, self.shift}
 
 
-def affine_units(network: nn.Module, inputs: Batch) -> tuple[list[Unit], int]:
+def affine_units(network: nn.Module, inputs: Batch) -> list[Unit]:
     """Find a network's affine units in the order of execution, by running it on two and on three samples.
 
     A unit is a linear map, a normalisation or a scale, whose weight and bias nothing else reads in a forward pass, and
     whose output has the samples, or several rows of each, along its leading dimension. A BatchNorm over a linear map's
     outputs that alone reads them, and next, is part of it.
 
-    The network is in eval mode, and there are at least two samples. Returned are the units, and the floats that are at
-    most alive of one sample in a pass. Raises StateError where the calls depend on the number of samples.
+    The network is in eval mode, and there are at least two samples. Raises StateError where the calls depend on the
+    number of samples.
     """
     two, three = (_trace(network, take(inputs, torch.arange(count) % size_of(inputs))) for count in (2, 3))
     if [seen.weight for seen in two] != [seen.weight for seen in three]:
@@ -70,7 +71,7 @@ def affine_units(network: nn.Module, inputs: Batch) -> tuple[list[Unit], int]:
             f"{type(network).__name__} makes other calls on two samples than on three, expected the same; give experts "
             "that make the same calls whatever their inputs"
         )
-    floats = [(seen.open + _KEPT * seen.shape.numel()) // 2 for seen in two]
+    floats = [(seen.around + _KEPT * seen.shape.numel()) // 2 for seen in two]
     units: list[Unit] = []
     before = 0
     for place, (seen, other, following) in enumerate(zip(two, three, [*two[1:], None], strict=True)):
@@ -82,7 +83,7 @@ def affine_units(network: nn.Module, inputs: Batch) -> tuple[list[Unit], int]:
                 norm = following.weight.rpartition(".")[0]
             units.append(Unit(seen.weight, seen.bias, norm, max(floats[before:])))
             before = place
-    return units, max(floats, default=1)
+    return units
 
 
 class _Seen(NamedTuple):
@@ -93,7 +94,7 @@ class _Seen(NamedTuple):
     source: tuple[int, int]
     output: tuple[int, int]
     shape: torch.Size
-    open: int  # the floats that the modules around it were called with
+    around: int  # the floats that the modules around it were called with
     is_unit: bool  # it is linear in its weight and bias, which nothing else reads
     is_map: bool  # a BatchNorm over its output has a channel for every row of the weight
     is_batchnorm: bool  # of a module that alone reads its input, and of a weight and bias that nothing else reads
@@ -142,8 +143,8 @@ def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
         source = (call.inputs.data_ptr(), call.inputs._version)
         output = function()
         if "weight" in names:
-            alive = sum({place: size for each in entered for place, size in each.items()}.values())
-            calls.append((call, names, source, output, (output.data_ptr(), output._version), alive))
+            around = sum({place: size for each in entered for place, size in each.items()}.values())
+            calls.append((call, names, source, output, (output.data_ptr(), output._version), around))
         return output
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -151,17 +152,14 @@ def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
 
     readers, named = _Readers(), dict(network.named_parameters())
     # The readers come last, and so see what the network calls but not what the interceptor does on the way.
-    hooks = [each.register_forward_pre_hook(enter, with_kwargs=True) for each in network.modules()]
-    hooks += [each.register_forward_hook(lambda *_: entered.pop() and None) for each in network.modules()]
-    try:
-        with evaluating(network, gradients=False), Interceptor(named, visit), readers:
-            network(as_input(samples, network))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, evaluating(network, gradients=False), Interceptor(named, visit), readers:
+        for each in network.modules():
+            hooks.enter_context(each.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.enter_context(each.register_forward_hook(lambda *_: entered.pop() and None))
+        network(as_input(samples, network))
     times = Counter(names["weight"] for _, names, *_ in calls)
     seen = []
-    for call, names, source, output, made, alive in calls:
+    for call, names, source, output, made, around in calls:
         weight = names["weight"]
         linear, convolution = isinstance(call, LinearCall), isinstance(call, ConvolutionCall)
         affine = linear or (isinstance(call, ElementwiseCall) and call.normalised is not None)
@@ -170,5 +168,5 @@ def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
         norm = isinstance(network.get_submodule(weight.rpartition(".")[0]), _BatchNorm)
         alone = norm and unshared and readers.times[source[0]] == 1
         bias, is_unit = names.get("bias"), affine and unshared
-        seen.append(_Seen(weight, bias, source, made, output.shape, alive, is_unit, is_map, alone))
+        seen.append(_Seen(weight, bias, source, made, output.shape, around, is_unit, is_map, alone))
     return seen
