@@ -12,6 +12,9 @@ from typing_extensions import override
 
 from coin.statistics.rules.linear import BLOCK, LinearCall, add_gram, position_pairs
 
+_FEW = 32
+"""Positions of a sample below which a depthwise convolution is the quicker one tap by tap, as measured on a CPU."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -39,6 +42,18 @@ class Geometry:
         taps = [distance * d for distance, d in zip(inner, self.dilation, strict=True)]
         shape = (len(x), *self.output_size(tuple(x.shape[2:])), *self.kernel, x.shape[1])
         return rows.as_strided(shape, (outer, *steps, *taps, last))
+
+    def shifted(self, x: Tensor) -> Tensor:
+        """Return x [B, C, *size] as every tap of a channel's kernel meets it, [C, taps, B · positions]."""
+        last = F.pad(x, [side for p in reversed(self.padding) for side in (p, p)]).movedim(1, -1)
+        rows = last.reshape(-1, x.shape[1]).t().contiguous()
+        sizes = last.shape[1:-1]
+        inner = [prod(sizes[d + 1 :]) for d in range(len(sizes))]
+        steps = [distance * s for distance, s in zip(inner, self.stride, strict=True)]
+        taps = [distance * d for distance, d in zip(inner, self.dilation, strict=True)]
+        shape = (len(rows), *self.kernel, len(x), *self.output_size(tuple(x.shape[2:])))
+        shifted = rows.as_strided(shape, (rows.shape[1], *taps, prod(sizes), *steps))
+        return shifted.reshape(len(rows), prod(self.kernel), -1)
 
     def taps(self, size: tuple[int, ...]) -> list[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
         """Return, for every kernel tap that meets an image of this size, its flat index and where it does.
@@ -130,10 +145,25 @@ class ConvolutionCall(LinearCall):
 
 @dataclass(eq=False)
 class DepthwiseCall(ConvolutionCall):
-    """A convolution of each channel by itself, W [C, 1, *kernel]: one product with the cotangents for each tap."""
+    """A convolution of each channel by itself, W [C, 1, *kernel].
+
+    One matrix product a channel and sample, of all cotangents with the input at all taps; both are laid out for it by
+    transposing a matrix, which is the quick way. On few positions, where the matrices are tiny, one product a tap.
+    """
 
     @override
     def add_weight(self, g: Tensor, rows: Tensor, weight: Tensor) -> None:
+        if rows.shape[2] < _FEW:
+            self._add_by_tap(g, rows, weight)
+            return
+        channels, by_channel = len(weight), self.matrices(weight)[:, 0]
+        for n, maps in enumerate(torch.split(self.inputs.to(g.dtype), g.shape[1] // rows.shape[1])):
+            shifted = self.geometry.shifted(maps)
+            for block in torch.split(rows[:, n], max(1, BLOCK // rows[0, n].numel())):
+                cotangents = block.reshape(-1, channels).t().contiguous().view(channels, len(block), -1)
+                by_channel.add_(torch.bmm(cotangents, shifted.mT).square_().sum(1))
+
+    def _add_by_tap(self, g: Tensor, rows: Tensor, weight: Tensor) -> None:
         maps = rows.contiguous().view(*g.shape[:2], *g.shape[3:], g.shape[2])  # [V, B·k, *output, C]
         inputs = self.inputs.movedim(1, -1).to(g.dtype)
         by_tap = weight.view(len(weight), -1)

@@ -162,7 +162,10 @@ def add_direct(total: Tensor, g: Tensor, a: Iterable[Tensor]) -> None:
     buffer = total.new_empty(min(step, len(g)) * total.numel())
     for n, right in enumerate(a):
         for block in torch.split(g[:, n], step):
-            left = block.view(*block.shape[:2], groups, outputs).permute(0, 2, 3, 1).flatten(0, 1)  # [v·G, O/G, T]
-            gradients = buffer[: len(left) * outputs * k].view(-1, outputs, k)
-            torch.bmm(left, right.expand(len(block), *right.shape).flatten(0, 1), out=gradients)
-            total.add_(gradients.square_().view(-1, *total.shape).sum(0))
+            left = block.view(*block.shape[:2], groups, outputs).permute(2, 0, 3, 1)  # [G, v, O/G, T]
+            gradients = buffer[: len(block) * total.numel()].view(groups, len(block) * outputs, k)
+            if groups == 1:  # a product a cotangent, so that nothing is copied
+                torch.bmm(left[0], right.expand(len(block), -1, -1), out=gradients.view(len(block), outputs, k))
+            else:
+                torch.bmm(left.flatten(1, 2), right, out=gradients)
+            total.add_(gradients.square_().view(groups, len(block), outputs, k).sum(1))
