@@ -38,7 +38,7 @@ def test_configuration_is_parsed(
         commands = [["run", *point.arguments] for point in (points[0], points[-1])]
     else:
         command, *rest = COMMANDS[room]
-        over = path.stem in ("methods", "slow-methods", "core", "foreign") or room == "cluster"
+        over = path.stem in ("methods", "core", "foreign") or room == "cluster"
         under = ["-c", str(ROOT / "experiment/quickstart.yaml")] if over else []
         if path.parent.name == "paper":
             under = ["-c", str(path.parent / "base.yaml")]

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         CoinError: The file, or the experiment of one of its points, is not valid; nothing has been run.
     """
     parser = command_parser("sweep")
-    parser.add_argument("file", type=str, help="The sweep's YAML: an experiment and a grid; see configs/sweep.")
+    parser.add_argument("file", type=str, help="The sweep's YAML: an experiment and a grid; see configs/study.")
     parser.add_argument("--output", type=str, default="runs", help="Where the sweep's folder goes.")
     parser.add_argument(
         "--jobs",
