@@ -158,6 +158,26 @@ def risks(method: str, decoder: str) -> tuple[str, ...]:
     return tuple(f"{100 * share:.1f}" for share in shares)
 
 
+def two_lost(method: str) -> str:
+    """The mean NDA over all losses of two of five experts, linear / feature_ridge, two coded models standing in."""
+    rows = pd.read_csv(RESULTS / "two-coded-models/sweep.csv", keep_default_na=False)
+    rows = rows[(rows.erased.str.count(r"\+") == 1) & (rows.method == method)]
+    return " / ".join(spread(100 * rows[rows.decoder == d].groupby("experiment").nda.mean()) for d in DECODERS)
+
+
+def most_sampled() -> pd.DataFrame:
+    """The rows of the sweep over P of the seeds that have the largest one."""
+    rows = measured("samples")
+    return rows[rows.seed.isin(rows[rows.samples_per_task == 1600].seed)]
+
+
+def by_samples(method: str) -> str:
+    """The mean NDA of the linear decoder with the fewest and with the most calibration samples."""
+    rows = most_sampled()
+    few, many = (points(rows[rows.samples_per_task == count], method, "linear").mean() for count in (25, 1600))
+    return f"{few:.1f} → {many:.1f}"
+
+
 def sentences() -> list[str]:
     pair, demo = measured("imagenet-pair"), pd.read_csv(RESULTS / "demo/summary.csv", keep_default_na=False)
     demo = demo[demo.task == "mean"].set_index(["method", "decoder"])
@@ -185,6 +205,10 @@ def sentences() -> list[str]:
         f"reach it, linear / feature_ridge: {'; '.join(map(reached, SUITES))}.",
         f"with features, COIN is the best of all: {best['coin']}, distillation {best['distillation']}, `Refit` "
         f"{best['refit']}, {vit.experiment.nunique()} runs",
+        f"whichever two are lost, {measured('two-coded-models').experiment.nunique()} runs: COIN {two_lost('coin')}, "
+        f"`Refit` {two_lost('refit')}, distillation {two_lost('distillation')}",
+        f"from 25 to 1,600 samples a task, linear: COIN {by_samples('coin')}, `Refit` {by_samples('refit')}, "
+        f"distillation {by_samples('distillation')}, {most_sampled().seed.nunique()} seeds",
         f"distillation takes {', '.join(ratios[:-1])} and {ratios[-1]} times the passes of `Refit`",
     ]
 
