@@ -223,6 +223,14 @@ def test_the_readmes_sentences_are_those_of_the_results() -> None:
         assert sentence in text, f"expected {sentence}"
 
 
+def test_with_features_refit_is_ahead_of_distillation_at_every_number_of_samples() -> None:
+    assert "with features `Refit` is ahead of distillation at every number" in " ".join(README.split())
+    rows = measured("samples")
+    for count in rows.samples_per_task.unique():
+        own = rows[rows.samples_per_task == count]
+        assert points(own, "refit", "feature_ridge").mean() > points(own, "distillation", "feature_ridge").mean()
+
+
 def test_the_readme_has_no_other_measured_number() -> None:
     text = " ".join(re.sub(r"```.*?```", "", README.replace(table(), ""), flags=re.DOTALL).split())
     for sentence in sentences():
