@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO ?= -c configs/experiment/quickstart.yaml --launch.workers 2
+DEMO ?= -c configs/experiment/quickstart.yaml
 FUZZ ?= 60
 SLOW := -m 'not slow'
 # Python compiles what it imports, and most of what torch and wandb bring it never does.
