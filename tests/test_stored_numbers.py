@@ -165,15 +165,9 @@ def two_lost(method: str) -> str:
     return " / ".join(spread(100 * rows[rows.decoder == d].groupby("experiment").nda.mean()) for d in DECODERS)
 
 
-def most_sampled() -> pd.DataFrame:
-    """The rows of the sweep over P of the seeds that have the largest one."""
-    rows = measured("samples")
-    return rows[rows.seed.isin(rows[rows.samples_per_task == 1600].seed)]
-
-
 def by_samples(method: str) -> str:
     """The mean NDA of the linear decoder with the fewest and with the most calibration samples."""
-    rows = most_sampled()
+    rows = measured("samples")
     few, many = (points(rows[rows.samples_per_task == count], method, "linear").mean() for count in (25, 1600))
     return f"{few:.1f} → {many:.1f}"
 
@@ -208,7 +202,7 @@ def sentences() -> list[str]:
         f"whichever two are lost, {measured('two-coded-models').experiment.nunique()} runs: COIN {two_lost('coin')}, "
         f"`Refit` {two_lost('refit')}, distillation {two_lost('distillation')}",
         f"from 25 to 1,600 samples a task, linear: COIN {by_samples('coin')}, `Refit` {by_samples('refit')}, "
-        f"distillation {by_samples('distillation')}, {most_sampled().seed.nunique()} seeds",
+        f"distillation {by_samples('distillation')}, {measured('samples').seed.nunique()} seeds",
         f"distillation takes {', '.join(ratios[:-1])} and {ratios[-1]} times the passes of `Refit`",
     ]
 

@@ -1,5 +1,6 @@
 """The rule for `torch.conv1d`, `conv2d` and `conv3d`: grouped, dilated, strided, padded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -35,25 +36,29 @@ class Geometry:
 
     def patches(self, x: Tensor) -> Tensor:
         """Return the input patches [B, *output, *kernel, C] of x [B, C, *size] as an overlapping view of a copy."""
-        padding = [side for p in reversed(self.padding) for side in (p, p)]
-        rows = F.pad(x, padding).movedim(1, -1).contiguous()
+        rows = self._padded(x).contiguous()
         outer, *inner, last = rows.stride()
-        steps = [distance * s for distance, s in zip(inner, self.stride, strict=True)]
-        taps = [distance * d for distance, d in zip(inner, self.dilation, strict=True)]
+        steps, taps = self._strides(inner)
         shape = (len(x), *self.output_size(tuple(x.shape[2:])), *self.kernel, x.shape[1])
         return rows.as_strided(shape, (outer, *steps, *taps, last))
 
     def shifted(self, x: Tensor) -> Tensor:
         """Return x [B, C, *size] as every tap of a channel's kernel meets it, [C, taps, B · positions]."""
-        last = F.pad(x, [side for p in reversed(self.padding) for side in (p, p)]).movedim(1, -1)
-        rows = last.reshape(-1, x.shape[1]).t().contiguous()
-        sizes = last.shape[1:-1]
-        inner = [prod(sizes[d + 1 :]) for d in range(len(sizes))]
-        steps = [distance * s for distance, s in zip(inner, self.stride, strict=True)]
-        taps = [distance * d for distance, d in zip(inner, self.dilation, strict=True)]
-        shape = (len(rows), *self.kernel, len(x), *self.output_size(tuple(x.shape[2:])))
-        shifted = rows.as_strided(shape, (rows.shape[1], *taps, prod(sizes), *steps))
-        return shifted.reshape(len(rows), prod(self.kernel), -1)
+        last, channels = self._padded(x), x.shape[1]
+        rows = last.reshape(-1, channels).t().contiguous().view(channels, *last.shape[:-1])
+        outer, sample, *inner = rows.stride()
+        steps, taps = self._strides(inner)
+        shape = (channels, *self.kernel, len(x), *self.output_size(tuple(x.shape[2:])))
+        return rows.as_strided(shape, (outer, *taps, sample, *steps)).reshape(channels, prod(self.kernel), -1)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Return x [B, C, *size] with its zeros on either side, the channels last."""
+        return F.pad(x, [side for p in reversed(self.padding) for side in (p, p)]).movedim(1, -1)
+
+    def _strides(self, distances: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return how far apart in memory outputs and taps are, given that of neighbouring inputs, by dimension."""
+        steps = [distance * s for distance, s in zip(distances, self.stride, strict=True)]
+        return steps, [distance * d for distance, d in zip(distances, self.dilation, strict=True)]
 
     def taps(self, size: tuple[int, ...]) -> list[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
         """Return, for every kernel tap that meets an image of this size, its flat index and where it does.
