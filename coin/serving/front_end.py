@@ -35,9 +35,10 @@ class FrontEnd:
     """Answers queries from experts and, where an expert is late or lost, from the others and the coded models.
 
     Every query gets one answer or one `ServingError`, by its deadline at the latest. A query with more inputs than a
-    batch takes is cut into batches, which go one after the other and are never hedged: what takes long because it is
-    large must not be sent to everybody. All timing is that of the running event loop: a loop with a virtual clock makes
-    everything here deterministic. Use it as an async context manager, or call `start` and `stop`.
+    batch takes is cut into batches, which go one after the other, each as a query of its size does: what takes long
+    because it is large is not late for that, and puts one batch at a time before others. All timing is that of the
+    running event loop: a loop with a virtual clock makes everything here deterministic. Use it as an async context
+    manager, or call `start` and `stop`.
 
     Args:
         servers: What asks each server, by its name, in the order of the layout: experts, coded models, copies.
@@ -124,12 +125,11 @@ class FrontEnd:
             raise OverloadedError(f"{self._open} queries are under way, the most there may be; ask again later")
         loop = asyncio.get_running_loop()
         began = loop.time()
-        pieces = torch.split(inputs, self.limits.batch)
         self._open += 1
         try:
+            deadline = began + self.limits.deadline
             found = [
-                await self._ask_piece(piece, experts, began + self.limits.deadline, hedged=len(pieces) == 1)
-                for piece in pieces
+                await self._ask_piece(piece, experts, deadline) for piece in torch.split(inputs, self.limits.batch)
             ]
         except (ServingError, DecodingError, asyncio.CancelledError) as error:
             self.counts[_ENDS.get(type(error), "stopped")] += 1
@@ -142,15 +142,15 @@ class FrontEnd:
         self.counts["decoded"] += sum(answer.decoded for answer in answers)
         return answers
 
-    async def _ask_piece(self, inputs: Tensor, experts: Sequence[int], deadline: float, hedged: bool) -> list[Answer]:
+    async def _ask_piece(self, inputs: Tensor, experts: Sequence[int], deadline: float) -> list[Answer]:
         """Ask for no more inputs than a batch takes, and return each expert's part of the answer."""
         loop = asyncio.get_running_loop()
         wanted = sum(1 << expert for expert in experts)
         down = self._servers(lambda queue: queue.is_down)
         doubted = self._servers(lambda queue: queue.is_doubted) & ~down
-        lateness = self._lateness(wanted, len(inputs)) if hedged and self.policy.hedges else None
+        lateness = self._lateness(wanted, len(inputs)) if self.policy.hedges else None
         patience = lateness.seconds if lateness and not doubted & self.layout.hosts(wanted) else 0.0
-        query = _Query(self.layout, self.policy, wanted, patience > 0 or not hedged, inputs)
+        query = _Query(self.layout, self.policy, wanted, patience > 0, inputs)
         query.lateness = lateness
         self._pending.add(query)
         timers = [loop.call_at(deadline, self._expire, query)]

@@ -14,7 +14,7 @@ class Limits:
         timeout: Seconds that a server gets for one batch.
         queries: The most queries at a time.
         queue: The most requests that wait for one server.
-        batch: The most inputs that are sent to a server together; a query with more is cut, and is not hedged.
+        batch: The most inputs that are sent to a server together; a query with more is cut.
         initial_lateness: Seconds after which an own answer is late, before there is any experience.
         failures: A server is believed to be down after so many failures on end.
         cooldown: Seconds until such a server is tried again, while nobody asks it.

@@ -328,14 +328,14 @@ def test_a_server_that_nobody_asks_is_tried_until_it_is_back(world: Any, virtual
     assert it.asked[0] == 5  # the query, and every second's try
 
 
-def test_a_large_query_is_cut_to_batches_and_sent_to_nobody_else(world: Any, virtually: Any) -> None:
+def test_a_large_query_is_cut_to_batches_that_go_as_any_query_of_their_size(world: Any, virtually: Any) -> None:
     """64 images that a server needs longer for than its timeout allows slow nobody else down by more than a batch."""
 
     async def by_the_image(inputs: torch.Tensor, reply: Reply) -> Reply:
         await asyncio.sleep(0.05 * len(inputs))
         return reply
 
-    it = world([by_the_image] * 4, timeout=2.0, initial_lateness=0.3)
+    it = world([by_the_image] * 4, timeout=2.0, initial_lateness=0.5)
     large = torch.arange(128, dtype=torch.float64).reshape(64, 2)
     others: list[float] = []
 
@@ -346,13 +346,28 @@ def test_a_large_query_is_cut_to_batches_and_sent_to_nobody_else(world: Any, vir
                 await asyncio.sleep(0.1)
                 others.append((await front.ask(X, 1 + number % 2)).seconds)
             answer = await poison
-            assert (answer.decoded, answer.answered_by) == (False, ("a",))
             assert exact(answer.logits, it.system.truth(0, large))
+            assert not answer.decoded
 
     virtually(main())
-    assert max(others) == pytest.approx(0.05)
-    assert it.asked[3] == 0
+    assert max(others) <= 0.05 + 0.4 + 1e-9  # their own image, and one batch of the large query where it was late
+    assert sum(seconds > 0.06 for seconds in others) <= 3
+    assert it.asked[3] <= 2  # of eight
     assert max(it.batches) == 8
+
+
+@pytest.mark.parametrize("policy", ["coded_hedged", "coded_proactive", "hedged"])
+def test_a_large_query_does_not_wait_for_a_server_that_hangs(world: Any, virtually: Any, policy: str) -> None:
+    it = world([hangs, after(0.1), after(0.1), after(0.1)], policy, timeout=5.0, deadline=20.0)
+    large = torch.arange(48, dtype=torch.float64).reshape(24, 2)
+
+    async def main() -> None:
+        async with it.front as front:
+            answer = await front.ask(large, 0)
+            assert exact(answer.logits, it.system.truth(0, large))
+            assert answer.seconds < 5.0
+
+    virtually(main())
 
 
 def test_each_expert_and_size_of_a_batch_has_a_lateness_of_its_own(world: Any, virtually: Any) -> None:

@@ -220,10 +220,8 @@ def test_losing_up_to_r_servers_loses_no_query(
     virtually(schedule.run())
     schedule.check()
     for query in schedule.queries:
-        # A lost coded model and a lost expert may be more than one row that is left makes up for. A query that is cut
-        # is not hedged: behind a server that hangs, call after call, its parts may wait until the deadline.
-        hung = schedule.is_cut(query) and isinstance(query.error, DeadlineError)
-        if schedule.layout.covers(left, query.wanted) and not hung:
+        # A lost coded model and a lost expert may be more than one row that is left makes up for.
+        if schedule.layout.covers(left, query.wanted):
             assert query.error is None
 
 
