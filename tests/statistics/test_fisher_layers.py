@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coin.errors import ConfigurationError, DataError, StateError
 from coin.statistics import FisherPass, fisher_diagonal
+from coin.statistics.rules import convolution, elementwise, linear
 
 CLASSES = 3
 
@@ -155,6 +156,16 @@ def test_a_sample_of_several_rows(name: str, rows: int) -> None:
 def test_tokens_of_a_sample_in_several_rows(rows: int) -> None:
     torch.manual_seed(0)
     assert_exact(Folded(nn.Embedding(3, 4), 20), torch.randint(0, 3, (4, rows, 5)))
+
+
+@pytest.mark.parametrize("block", [1, 20, 100, 500])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_larger_than_a_block(block: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With blocks of one number, of some outputs, of one gradient and of several."""
+    for rule in (linear, convolution, elementwise):
+        monkeypatch.setattr(rule, "BLOCK", block)
+    layers = nn.Conv2d(4, 6, 3, groups=groups), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, groups=6, padding=1)
+    assert_exact(Pooled(*layers, nn.Conv2d(6, 6, 1), width=6), torch.randn(3, 4, 12, 11))
 
 
 @pytest.mark.parametrize("positions", [(), (1,), (5,), (3, 4), (80,)])
