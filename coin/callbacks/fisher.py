@@ -10,7 +10,7 @@ from coin.callbacks.export import Weights, check_weights, trained_network
 from coin.choices import check_integer, chosen
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, check_shares, reduce_sums, shard
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision, check_shares, reduce_sums, shard
 from coin.statistics.files import write_statistic
 from coin.statistics.statistic import StatisticOptions
 
@@ -25,6 +25,7 @@ class FisherEstimator(Callback):
         kind: Which Fisher diagonal; see `coin.statistics.FisherKind`.
         cotangents: k, for the Monte Carlo kind.
         memory_mib: Bound on the pass's working memory in MiB.
+        precision: The type that the network runs in for it.
         path: The file; none writes ``expert.fisher.safetensors`` into the trainer's ``default_root_dir``.
         weights: ``last`` or ``best``.
     """
@@ -35,12 +36,13 @@ class FisherEstimator(Callback):
         kind: FisherKind = FisherKind.exact,
         cotangents: int | None = None,
         memory_mib: int = DEFAULT_MEMORY_MIB,
+        precision: Precision = Precision.full,
         path: str | None = None,
         weights: Weights = Weights.last,
     ) -> None:
         check_integer("samples", samples, 1)
         self.samples = samples
-        self.options = StatisticOptions(kind=kind, cotangents=cotangents, memory_mib=memory_mib)
+        self.options = StatisticOptions(kind=kind, cotangents=cotangents, memory_mib=memory_mib, precision=precision)
         self.path = None if path is None else Path(path)
         self.weights = chosen(Weights, "weights", weights)
 

@@ -24,6 +24,7 @@ from coin.reporting.results import COLUMNS, asked_policy, read_results
 from coin.reporting.summary import summarise, variant_names
 from coin.reporting.wandb_evaluation import METHOD_TAG, best, log_method
 from coin.reporting.wandb_settings import in_sweep, logging_only
+from coin.statistics import Precision
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 from coin.steps.code import write_choice
 from coin.steps.distill import Training
@@ -58,6 +59,8 @@ def estimate(run: SeedRun, which: Statistic) -> None:
         options = {"tasks": tasks, "samples": calibration.samples_per_task, "batch_size": calibration.batch_size}
         if which.kind is not None:
             options |= {"kind": which.kind, "k": calibration.fisher_cotangents}
+        if which.kind is not None and calibration.fisher_precision is not Precision.full:
+            options |= {"precision": calibration.fisher_precision}
         key = step_key(options, [run.layout.expert(task)])
         if not run.steps.finished(path.stem, key, [path], shared=True):
             missing[task] = (path, key, tasks)

@@ -9,7 +9,7 @@ from coin.choices import check_integer, chosen
 from coin.data import TaskData
 from coin.errors import ConfigurationError
 from coin.reporting.wandb_settings import TAG_LENGTH
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
 from coin.statistics.statistic import DataChoice, Statistic, StatisticOptions
 from coin.steps.train import TrainingConfig
 
@@ -76,6 +76,7 @@ class CalibrationConfig:
             own task's samples; ``pooled``: on all tasks'; ``auto``: both, the better one for every method.
         fisher_kind: Which Fisher diagonal.
         fisher_cotangents: k, for the Monte Carlo kind and only for it.
+        fisher_precision: The type that the networks run in for it.
         memory_mib: Bound on the Fisher pass's working memory in MiB, beside the network and the accumulators.
         batch_size: Samples a batch.
     """
@@ -84,6 +85,7 @@ class CalibrationConfig:
     fisher_data: DataChoice = DataChoice.auto
     fisher_kind: FisherKind = FisherKind.exact
     fisher_cotangents: int | None = None
+    fisher_precision: Precision = Precision.full
     memory_mib: int = DEFAULT_MEMORY_MIB
     batch_size: int = 50
 
@@ -94,11 +96,13 @@ class CalibrationConfig:
             check_integer("fisher_cotangents", self.fisher_cotangents, 1)
         object.__setattr__(self, "fisher_data", chosen(DataChoice, "fisher_data", self.fisher_data))
         object.__setattr__(self, "fisher_kind", chosen(FisherKind, "fisher_kind", self.fisher_kind))
+        object.__setattr__(self, "fisher_precision", chosen(Precision, "fisher_precision", self.fisher_precision))
 
     def options_of(self, which: Statistic) -> StatisticOptions:
         """Return how a statistic is computed."""
         cotangents = self.fisher_cotangents if which.kind is FisherKind.monte_carlo else None
-        return StatisticOptions(which.name, which.kind, cotangents, self.memory_mib)
+        precision = Precision.full if which.kind is None else self.fisher_precision
+        return StatisticOptions(which.name, which.kind, cotangents, self.memory_mib, precision)
 
 
 @dataclass(frozen=True)

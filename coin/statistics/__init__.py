@@ -3,7 +3,7 @@
 from coin.statistics.conjugate_gradient import Solution, conjugate_gradient
 from coin.statistics.cotangents import FisherKind, process_generator
 from coin.statistics.files import load_statistic, save_statistic
-from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass, fisher_diagonal, fisher_sums
+from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass, Precision, fisher_diagonal, fisher_sums
 from coin.statistics.gram import gram_sums
 from coin.statistics.products import OutputMap
 from coin.statistics.sums import TRANSPOSED, Sums, check_shares, reduce_sums, shard
@@ -14,6 +14,7 @@ __all__ = [
     "FisherKind",
     "FisherPass",
     "OutputMap",
+    "Precision",
     "Solution",
     "Sums",
     "check_shares",

@@ -1,14 +1,16 @@
 """The Fisher diagonal of a network over calibration data, by layer rules where they hold."""
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, replace
+from enum import StrEnum
 from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from coin.batches import Batch, Forward, adapted, as_input, channels_last, joined, shapes_in, size_of, take, tensors_in
-from coin.choices import check_integer
+from coin.choices import check_integer, chosen
 from coin.errors import ConfigurationError, DataError
 from coin.statistics.cotangents import FisherKind, check_cotangents, make_cotangents
 from coin.statistics.guard import differentiable, evaluating, trainable
@@ -20,6 +22,18 @@ DEFAULT_MEMORY_MIB = 1024
 """What a Fisher pass may take at its peak beyond the network and the accumulators, in MiB, unless the user says."""
 
 
+class Precision(StrEnum):
+    """The type that a Fisher pass runs the network in; squares and sums are in float32 at least, in either."""
+
+    full = "full"
+    """The network's own."""
+
+    bfloat16 = "bfloat16"
+    """A copy in bfloat16: quicker where the processor multiplies it quickly, and slower elsewhere and for depthwise
+    convolutions. Of a fine-tuned EfficientNet-Lite0's diagonal it moved 2.5 % (Σ|Δ| / Σ, at most 7 % of a tensor's),
+    and COIN's NDA by 0.1 points."""
+
+
 class FisherOptions(TypedDict, total=False):
     """The options of a Fisher pass, all of which may be left out; see `FisherPass`."""
 
@@ -28,6 +42,7 @@ class FisherOptions(TypedDict, total=False):
     cotangents: int | None
     generator: torch.Generator | None
     memory_mib: int
+    precision: Precision
     progress: Callable[[int], None] | None
     forward: Forward | None
 
@@ -66,6 +81,7 @@ class FisherPass:
         cotangents: k for the Monte Carlo kind (1 if None).
         generator: Source of Monte Carlo's randomness; torch's global one if None.
         memory_mib: Bound on the working memory in MiB; batches are cut to fit, the numbers do not change.
+        precision: The type that the network runs in.
         progress: Called with the number of samples done after every cut.
         forward: (network, batch) → logits [B, C], for a network that is not called with one tensor; batches may then be
             mappings of tensors too.
@@ -84,12 +100,16 @@ class FisherPass:
     cotangents: int | None = None
     generator: torch.Generator | None = None
     memory_mib: int = DEFAULT_MEMORY_MIB
+    precision: Precision = Precision.full
     progress: Callable[[int], None] | None = None
     forward: Forward | None = None
 
     def __post_init__(self) -> None:
         self.kind = FisherKind(self.kind)
         self.network = adapted(self.network, self.forward)
+        if chosen(Precision, "precision", self.precision) is Precision.bfloat16:
+            with torch.inference_mode(False):
+                self.network = copy.deepcopy(self.network).bfloat16()
         if (self.kind is FisherKind.empirical) != (self.labels is not None):
             found = "no labels" if self.labels is None else "labels"
             raise ConfigurationError(
@@ -137,7 +157,15 @@ class FisherPass:
     def _add_cut(self, inputs: Batch, start: int) -> int:
         """Add as many of the samples from `start` on as the memory allows; return their number."""
         key = (*shapes_in(inputs), size_of(inputs) > 1)
-        layout = self._layouts.get(key) or self._find_layout(take(inputs, slice(0, 1)))
+        try:
+            layout = self._layouts.get(key) or self._find_layout(take(inputs, slice(0, 1)))
+        except RuntimeError as error:
+            if self.precision is Precision.full:
+                raise
+            raise ConfigurationError(
+                f"{type(self.network).__name__} does not run in {self.precision}, which precision asks for "
+                f"({str(error).splitlines()[0]}); leave precision out"
+            ) from error
         fewer = {FisherKind.empirical: 1, FisherKind.monte_carlo: self.cotangents or 1}
         number = fewer.get(self.kind, len(layout.logits))
         samples, chunk = choose_cut(layout, number, self.memory_mib, next(iter(self._parameters.values())))

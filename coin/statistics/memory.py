@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from coin.batches import Batch, channels_last
+from coin.statistics.sums import sum_type
 
 _GRADIENTS = 6
 """Tensors of the widest layer's cotangents alive at once: at its output and input, and what a rule makes of them."""
@@ -50,8 +51,8 @@ def choose_cut(layout: Layout, cotangents: int, memory_mib: int, like: Tensor) -
     are kept together as long as one sample fits, since the Gram rule gains from them; then v shrinks. One sample and
     one cotangent always go, whatever the bound says. `like` is a parameter: its type and device are the pass's.
     """
-    size = like.element_size()
-    kept, widest = layout.activations * _KEPT * size, layout.widest * size
+    kept = layout.activations * _KEPT * like.element_size()
+    widest = layout.widest * sum_type(like).itemsize
     available = memory_mib << 20
     samples = available // (kept + cotangents * widest * _GRADIENTS)
     if samples < 1:

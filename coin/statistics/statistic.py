@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from coin.choices import check_integer, chosen
 from coin.errors import ConfigurationError
 from coin.statistics.cotangents import FisherKind, check_cotangents, process_generator
-from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass
+from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass, Precision
 from coin.statistics.gram import GramPass
 from coin.statistics.sums import shard
 
@@ -68,6 +68,7 @@ class StatisticOptions:
         kind: Which Fisher diagonal; none takes ``exact``. Gram matrices have no kinds.
         cotangents: k, for the Monte Carlo kind.
         memory_mib: Bound on a Fisher pass's working memory in MiB, beside the network and the accumulators.
+        precision: The type that a Fisher pass runs the network in.
 
     Raises:
         ConfigurationError: An option is out of its range, or belongs to another statistic or kind.
@@ -77,18 +78,20 @@ class StatisticOptions:
     kind: FisherKind | None = None
     cotangents: int | None = None
     memory_mib: int = DEFAULT_MEMORY_MIB
+    precision: Precision = Precision.full
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "statistic", chosen(StatisticKind, "statistic", self.statistic))
+        object.__setattr__(self, "precision", chosen(Precision, "precision", self.precision))
         check_integer("memory_mib", self.memory_mib, 1)
         if self.statistic is StatisticKind.fisher:
             kind = FisherKind.exact if self.kind is None else chosen(FisherKind, "kind", self.kind)
             object.__setattr__(self, "kind", kind)
             check_cotangents(kind, self.cotangents)
-        elif not (self.kind is None and self.cotangents is None):
+        elif not (self.kind is None and self.cotangents is None and self.precision is Precision.full):
             raise ConfigurationError(
-                f"found kind={self.kind} and cotangents={self.cotangents} for Gram matrices, expected neither: they "
-                "are a Fisher's; leave them out or set statistic=fisher"
+                f"found kind={self.kind}, cotangents={self.cotangents} and precision={self.precision} for Gram "
+                "matrices, expected none of them: they are a Fisher's; leave them out or set statistic=fisher"
             )
 
     @property
@@ -100,7 +103,8 @@ class StatisticOptions:
     def provenance(self) -> dict[str, Any]:
         """What a file says of them."""
         own = {} if self.kind is None else {"kind": str(self.kind), "cotangents": self.cotangents}
-        return {"statistic": str(self.statistic), **own}
+        rounded = {} if self.precision is Precision.full else {"precision": str(self.precision)}
+        return {"statistic": str(self.statistic), **own, **rounded}
 
     def begin(
         self,
@@ -126,4 +130,5 @@ class StatisticOptions:
             cotangents=self.cotangents,
             generator=process_generator(self.kind, seed, rank, device),
             memory_mib=self.memory_mib,
+            precision=self.precision,
         )

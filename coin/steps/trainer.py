@@ -24,7 +24,7 @@ from coin.modules import DecodingEvaluator, Expert, Outcome
 from coin.modules.shared import quieten
 from coin.networks import NetworkConfig, fill_network, load_network, plain_network, read_weights
 from coin.reporting.wandb_settings import check_connection, logger_mode
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
 from coin.statistics.statistic import StatisticKind, StatisticOptions
 from coin.steps.evaluate import record_evaluation
 from coin.steps.statistics import estimate_statistic
@@ -114,6 +114,7 @@ class Trainer(pl.Trainer):
         cotangents: int | None = None,
         statistic: StatisticKind = StatisticKind.fisher,
         memory_mib: int = DEFAULT_MEMORY_MIB,
+        precision: Precision = Precision.full,
         output: str | None = None,
     ) -> None:
         """Compute the statistics of an existing checkpoint: its Fisher diagonal, or its Gram matrices.
@@ -127,13 +128,14 @@ class Trainer(pl.Trainer):
             cotangents: k, for the Monte Carlo kind.
             statistic: ``fisher`` or ``gram``.
             memory_mib: Bound on the pass's working memory in MiB, beside the network and the accumulators.
+            precision: The type that the network runs in for a Fisher.
             output: The file to write; none writes ``expert.fisher.safetensors`` (or ``expert.gram.safetensors``) beside
                 the checkpoint.
 
         Raises:
             CoinError: Options do not fit together, the checkpoint does not fit the model, or samples are too few.
         """
-        options = StatisticOptions(statistic, kind, cotangents, memory_mib)
+        options = StatisticOptions(statistic, kind, cotangents, memory_mib, precision)
         network, config = _network(model, ckpt_path)
         if isinstance(datamodule, TaskData):
             tasks = Tasks({"task": datamodule}, samples_per_task=samples)

@@ -5,7 +5,8 @@ run in turn in one process, on one thread unless told otherwise, and are compare
 peak memory is taken in a fresh process per candidate. With ``--check`` only coin and the limit run, and the exit status
 says whether a ratio is above what the network is held to.
 
-    python tests/benchmarks/fisher.py [--check] [--networks NAME ...] [--samples P ...] [--repeats N] [--threads N]
+    python tests/benchmarks/fisher.py [--check] [--networks NAME ...] [--samples P ...] [--side N] [--repeats N]
+        [--threads N]
 """
 
 import argparse
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 from torchvision.models.vision_transformer import VisionTransformer
 
-from coin.statistics import fisher_diagonal
+from coin.statistics import Precision, fisher_diagonal
 
 CLASSES = 10
 OUTPUT = Path("runs/bench/fisher.json")
@@ -69,6 +70,10 @@ def limit(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
 
 def coin(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
     return fisher_diagonal(network, [inputs])
+
+
+def coin_bfloat16(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    return fisher_diagonal(network, [inputs], precision=Precision.bfloat16)
 
 
 def naive(network: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
@@ -139,7 +144,7 @@ def candidates(name: str, *, check: bool = False) -> dict[str, tuple[Candidate, 
     """Return each candidate with a network of its own, all of the same weights."""
     functions: dict[str, Candidate] = {"limit": limit, "coin": coin}
     if not check:
-        functions |= {"loop": naive, "vmap of vjp": vmap_of_vjp}
+        functions |= {"coin bf16": coin_bfloat16, "loop": naive, "vmap of vjp": vmap_of_vjp}
     found = {key: (function, build(name)) for key, function in functions.items()}
     network = build(name)
     if not check and (function := make_backpack(network)) is not None:
@@ -149,7 +154,8 @@ def candidates(name: str, *, check: bool = False) -> dict[str, tuple[Candidate, 
 
 def peak_mib(name: str, samples: int, candidate: str, threads: int) -> float:
     """Return how far a candidate raises the resident memory of a fresh process, in MiB."""
-    command = [sys.executable, __file__, "--peak", name, str(samples), candidate, "--threads", str(threads)]
+    options = ["--threads", str(threads), "--side", str(NETWORKS[name][0])]
+    command = [sys.executable, __file__, "--peak", name, str(samples), candidate, *options]
     finished = subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
     return float(finished.stdout.split()[-1])
 
@@ -190,7 +196,7 @@ def seconds_of(chosen: dict[str, tuple[Candidate, nn.Module]], inputs: Tensor, r
     seconds: dict[str, list[float]] = {key: [] for key in chosen}
     for turn in range(repeats + 1):
         for key, (function, network) in chosen.items():
-            if key not in ("limit", "coin") and turn > 2:
+            if not key.startswith(("limit", "coin")) and turn > 2:
                 continue
             start = time.process_time()
             function(network, inputs)
@@ -242,11 +248,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="coin's ratio to the limit alone, against its bound")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--samples", nargs="+", type=int, default=[8], help="P, the samples in a batch")
+    parser.add_argument("--side", type=int, help="the images' side, in the place of each network's own")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved turns after the first one")
     parser.add_argument("--threads", type=int, default=1, help="threads of every candidate")
     parser.add_argument("--peak", nargs=3, metavar=("NETWORK", "P", "CANDIDATE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.side:
+        NETWORKS.update({name: (options.side, bound) for name, (_, bound) in NETWORKS.items()})
     if options.peak:
         measure_peak(options.peak[0], int(options.peak[1]), options.peak[2])
         return 0

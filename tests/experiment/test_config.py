@@ -16,7 +16,8 @@ from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, 
 from coin.merging import Coin
 from coin.modules import OptimizerKind, Schedule
 from coin.options import as_options
-from coin.statistics import FisherKind
+from coin.statistics import FisherKind, Precision
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 from coin.steps.train import TrainingConfig
 
 
@@ -82,6 +83,15 @@ def test_a_number_of_cotangents_belongs_to_monte_carlo():
             CalibrationConfig(fisher_kind=FisherKind.monte_carlo, fisher_cotangents=number)
     with pytest.raises(ConfigurationError, match="found fisher_kind='full', expected one of exact, monte_carlo"):
         CalibrationConfig(fisher_kind="full")
+
+
+def test_a_precision_is_that_of_fishers_and_of_no_gram_matrices():
+    calibration = CalibrationConfig(fisher_precision="bfloat16")
+    fisher = Statistic(StatisticKind.fisher, DataChoice.own, FisherKind.categorical)
+    assert calibration.options_of(fisher).precision is Precision.bfloat16
+    assert calibration.options_of(Statistic(StatisticKind.gram, DataChoice.own)).precision is Precision.full
+    with pytest.raises(ConfigurationError, match="found fisher_precision='half', expected one of full, bfloat16"):
+        CalibrationConfig(fisher_precision="half")
 
 
 @pytest.mark.parametrize("tag", ["", "x" * 65])
