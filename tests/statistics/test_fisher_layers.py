@@ -164,6 +164,7 @@ def test_gradients_larger_than_a_block(block: int, groups: int, monkeypatch: pyt
     """With blocks of one number, of some outputs, of one gradient and of several."""
     for rule in (linear, convolution, elementwise):
         monkeypatch.setattr(rule, "BLOCK", block)
+    monkeypatch.setattr(linear, "CACHED", block)
     layers = nn.Conv2d(4, 6, 3, groups=groups), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, groups=6, padding=1)
     assert_exact(Pooled(*layers, nn.Conv2d(6, 6, 1), width=6), torch.randn(3, 4, 12, 11))
 

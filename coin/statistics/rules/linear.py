@@ -14,8 +14,11 @@ from typing_extensions import override
 
 from coin.statistics.rules.call import Call, Totals
 
-BLOCK = 1 << 18
-"""Floats that a rule makes at a time, as a direct rule's per-sample gradients: few enough to stay in a core's cache."""
+BLOCK = 1 << 20
+"""Floats that a rule makes at a time, as a direct rule's per-sample gradients."""
+
+CACHED = 1 << 18
+"""Floats of a single gradient that stay in a core's cache until they are squared, as measured on CPUs."""
 
 
 @dataclass(eq=False)
@@ -155,11 +158,13 @@ def add_gram(total: Tensor, pairs: Tensor, a: Tensor) -> None:
 def add_direct(total: Tensor, g: Tensor, a: Iterable[Tensor]) -> None:
     """Add Σ_n Σ_v (Σ_t g_vt a_tᵀ)² to `total` [G, O/G, K] by forming the per-sample gradients a block at a time.
 
-    The cotangents g are [V, B, T, O], and each sample's inputs in a [G, T, K]. Of gradients larger than a block, some
-    outputs are formed at a time: squared while it is in a core's cache, a gradient costs a third of what it does later.
+    The cotangents g are [V, B, T, O], and each sample's inputs in a [G, T, K]. Small gradients are formed several at a
+    time, and of large ones some outputs: squared while it is in a core's cache, a gradient costs a third as much.
     """
     groups, outputs, k = total.shape
-    step, height = max(1, BLOCK // total.numel()), max(1, BLOCK // (groups * k))
+    small = 2 * total.numel() <= CACHED
+    step = max(1, BLOCK // total.numel()) if small else 1
+    height = outputs if small else max(1, CACHED // (groups * k))
     buffer = total.new_empty(min(step, len(g)) * groups * min(height, outputs) * k)
     for n, right in enumerate(a):
         rows = g[:, n].view(*g[:, n].shape[:2], groups, outputs)
