@@ -107,7 +107,8 @@ class FisherPass:
     def __post_init__(self) -> None:
         self.kind = FisherKind(self.kind)
         self.network = adapted(self.network, self.forward)
-        if chosen(Precision, "precision", self.precision) is Precision.bfloat16:
+        self.precision = chosen(Precision, "precision", self.precision)
+        if self.precision is Precision.bfloat16:
             with torch.inference_mode(False):
                 self.network = copy.deepcopy(self.network).bfloat16()
         if (self.kind is FisherKind.empirical) != (self.labels is not None):
