@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from coin.networks import BatchNormPolicy as BatchNormPolicy, recalibrate as recalibrate
     from coin.statistics import (
         FisherKind as FisherKind,
+        Precision as Precision,
         fisher_diagonal as fisher_diagonal,
         gram_sums as gram_sums,
         load_statistic as load_statistic,
@@ -56,7 +57,7 @@ _ROOMS = {
     "coin.metrics": "DecodingAccuracy Residual",
     "coin.modules": "Coded Distillation ReadoutDistillation distill evaluate",
     "coin.networks": "BatchNormPolicy recalibrate",
-    "coin.statistics": "FisherKind fisher_diagonal gram_sums load_statistic save_statistic",
+    "coin.statistics": "FisherKind Precision fisher_diagonal gram_sums load_statistic save_statistic",
 }
 _HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}
 
