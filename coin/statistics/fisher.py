@@ -1,6 +1,7 @@
 """The Fisher diagonal of a network over calibration data, by layer rules where they hold."""
 
 import copy
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, replace
 from enum import StrEnum
@@ -161,7 +162,7 @@ class FisherPass:
         try:
             layout = self._layouts.get(key) or self._find_layout(take(inputs, slice(0, 1)))
         except RuntimeError as error:
-            if self.precision is Precision.full:
+            if self.precision is Precision.full or not re.search("type|BFloat16", str(error)):
                 raise
             raise ConfigurationError(
                 f"{type(self.network).__name__} does not run in {self.precision}, which precision asks for "

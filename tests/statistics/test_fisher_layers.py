@@ -494,6 +494,8 @@ class WithConstant(nn.Module):
 def test_a_network_that_does_not_run_in_bfloat16_is_named() -> None:
     with pytest.raises(ConfigurationError, match=r"WithConstant does not run in bfloat16.*leave precision out"):
         fisher_diagonal(WithConstant(), [torch.randn(2, 4)], precision=Precision.bfloat16)
+    with pytest.raises(RuntimeError, match="shapes"):
+        fisher_diagonal(nn.Linear(4, CLASSES), [torch.randn(2, 5)], precision=Precision.bfloat16)
     with pytest.raises(ConfigurationError, match="half"):
         fisher_diagonal(WithConstant(), [torch.randn(2, 4)], precision="half")  # type: ignore[arg-type]
 

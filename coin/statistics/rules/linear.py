@@ -162,7 +162,7 @@ def add_direct(total: Tensor, g: Tensor, a: Iterable[Tensor]) -> None:
     time, and of large ones some outputs: squared while it is in a core's cache, a gradient costs a third as much.
     """
     groups, outputs, k = total.shape
-    small = 2 * total.numel() <= CACHED
+    small = 2 * total.numel() <= CACHED or total.device.type != "cpu"  # elsewhere many small products cost more
     step = max(1, BLOCK // total.numel()) if small else 1
     height = outputs if small else max(1, CACHED // (groups * k))
     buffer = total.new_empty(min(step, len(g)) * groups * min(height, outputs) * k)
