@@ -59,8 +59,8 @@ def estimate(run: SeedRun, which: Statistic) -> None:
         options = {"tasks": tasks, "samples": calibration.samples_per_task, "batch_size": calibration.batch_size}
         if which.kind is not None:
             options |= {"kind": which.kind, "k": calibration.fisher_cotangents}
-        if which.kind is not None and calibration.fisher_precision is not Precision.full:
-            options |= {"precision": calibration.fisher_precision}
+            if calibration.fisher_precision is not Precision.full:
+                options["precision"] = calibration.fisher_precision
         key = step_key(options, [run.layout.expert(task)])
         if not run.steps.finished(path.stem, key, [path], shared=True):
             missing[task] = (path, key, tasks)

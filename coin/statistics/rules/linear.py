@@ -165,10 +165,10 @@ def add_direct(total: Tensor, g: Tensor, a: Iterable[Tensor]) -> None:
     small = 2 * total.numel() <= CACHED or total.device.type != "cpu"  # elsewhere many small products cost more
     step = max(1, BLOCK // total.numel()) if small else 1
     height = outputs if small else max(1, CACHED // (groups * k))
+    rows = g.view(*g.shape[:3], groups, outputs)
     buffer = total.new_empty(min(step, len(g)) * groups * min(height, outputs) * k)
     for n, right in enumerate(a):
-        rows = g[:, n].view(*g[:, n].shape[:2], groups, outputs)
-        for part, chosen in zip(torch.split(total, height, 1), torch.split(rows, height, 3), strict=True):
+        for part, chosen in zip(torch.split(total, height, 1), torch.split(rows[:, n], height, 3), strict=True):
             for block in torch.split(chosen, step):
                 left = block.permute(2, 0, 3, 1)  # [G, v, outputs, T]
                 gradients = buffer[: len(block) * part.numel()].view(groups, -1, k)
