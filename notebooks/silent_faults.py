@@ -1,0 +1,114 @@
+"""Whether the code exposes an expert that answers in time but wrongly, and which one it is: folders of seeds → CSV.
+
+    python notebooks/silent_faults.py runs/experts/*/seed-* --output notebooks/results/silent-faults/faults.csv
+
+All servers answer batches of test inputs of all tasks, without labels. `coin.coding.oddness` says of every expert how
+much its answers are at odds with what is decoded from the others'. An alarm is a batch in which the oddest expert is
+odder than any is in all but 1 % of the batches that working servers answer; the oddest is the suspect.
+"""
+
+import argparse
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from coin.coding import Answers, oddness
+from coin.commands.coded_system import Choice, read_coded_system
+from coin.data.samples import Calibration
+from coin.experiment.layout import ExperimentLayout
+from coin.modules.coded import server_answers
+from coin.networks import load_network
+from coin.networks.heads import widened
+
+
+def between(start, expert, share):
+    """Return the network that is this share of the way from the shared start to the expert."""
+    network, first = deepcopy(expert), start.state_dict()
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.lerp(first[name], tensor, share))
+    return network
+
+
+def noisy(expert, share):
+    """Return the expert with Gaussian noise on its weights, of this share of their root mean square a tensor."""
+    network = deepcopy(expert)
+    for weights in network.parameters():
+        weights.add_(share * weights.square().mean().sqrt() * torch.randn_like(weights))
+    return network
+
+
+def faults(expert, start):
+    """Return what may answer in an expert's place: a roll-out that never was, an old version, damaged memory."""
+    return {"start": start, "half-way": between(start, expert, 0.5), "noise": noisy(expert, 0.03)}
+
+
+def pooled_tests(tasks, samples):
+    """Return inputs of all tasks' test sets, so many each, their labels, and the index of each one's task."""
+    tests = [task.splits.test.subset(range(min(samples, len(task.splits.test)))) for task in tasks.values()]
+    size = next(iter(tasks.values())).image_size
+    inputs = torch.cat([batch for test in tests for batch in Calibration.of(test, size)])
+    which = torch.repeat_interleave(torch.tensor([len(test) for test in tests]))
+    return inputs, torch.cat([test.targets for test in tests]), which
+
+
+@torch.no_grad()
+def measure(folder, method, sizes, samples):
+    """Yield a row for every expert of a seed's folder, fault and number of inputs in a batch."""
+    system = read_coded_system(folder, Choice(method=method, decoder="feature_ridge"))
+    coded = nn.ModuleList([load_network(path).network for path in system.coded])
+    decoders = [decoder for decoder in system.fitted_decoders() if len(decoder.erased) == 1]
+    inputs, labels, which = pooled_tests(system.data().tasks, samples)
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
+
+    def answered(networks):
+        parts = [server_answers(nn.ModuleList(networks), coded, part, True, False, ()) for part in inputs.split(256)]
+        return Answers.concatenate(parts)
+
+    def odds(answers, size):
+        """Return how odd every expert is in each whole batch [batches, N]."""
+        batches = order[: len(order) // size * size].split(size)
+        return torch.stack([oddness(decoders, answers.select(batch)) for batch in batches])
+
+    def accuracy(answers, index):
+        own = which == index
+        return float((answers.experts[index, own].argmax(1) == labels[own]).float().mean())
+
+    working = answered(system.experts.networks)
+    usual = {size: odds(working, size) for size in sizes}
+    for index, (task, file) in enumerate(system.experts.opened.items()):
+        start = load_network(ExperimentLayout(folder.parent).initial(file.num_classes)).network
+        start = widened(start, working.experts.shape[2])
+        torch.manual_seed(index)
+        for fault, network in faults(system.experts.networks[index], start).items():
+            one, experts, features = answered([network]), working.experts.clone(), list(working.expert_features)
+            experts[index], features[index] = one.experts[0], one.expert_features[0]
+            answers = replace(working, experts=experts, expert_features=features)
+            for size in sizes:
+                odd = odds(answers, size)
+                yield {
+                    "experiment": folder.parent.name, "experts": len(experts),
+                    "seed": int(folder.name.removeprefix("seed-")), "method": method, "task": task, "fault": fault,
+                    "batch": size, "expert_accuracy": accuracy(working, index),
+                    "faulty_accuracy": accuracy(answers, index), "usual": float(usual[size][:, index].median()),
+                    "oddness": float(odd[:, index].median()),
+                    "alarm": float((odd.amax(1) > usual[size].amax(1).quantile(0.99)).float().mean()),
+                    "named": float((odd.argmax(1) == index).float().mean()),
+                }  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, help="the folders of seeds")
+    parser.add_argument("--output", type=Path, required=True, help="the CSV to write")
+    parser.add_argument("--method", default="refit")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="inputs in a batch")
+    parser.add_argument("--samples", type=int, default=250, help="test inputs a task, at most")
+    given = parser.parse_args()
+    rows = [row for folder in given.folders for row in measure(folder, given.method, given.batch, given.samples)]
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).round(4).to_csv(given.output, index=False)

@@ -1,0 +1,43 @@
+"""The study of experts that answer wrongly, on a finished experiment."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from torch import nn
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def rows(finished: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+    """What is found of the untouched expert, and of one whose last layer's answers are turned around."""
+    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
+    from notebooks import silent_faults
+
+    def faults(expert: nn.Module, start: nn.Module) -> dict[str, nn.Module]:
+        same, turned = (silent_faults.between(start, expert, 1.0) for _ in range(2))
+        turned.fc.weight.neg_()
+        return {"none": expert, "all the way": same, "turned": turned}
+
+    monkeypatch.setattr(silent_faults, "faults", faults)
+    (seed,) = finished.glob("seed-*")
+    return pd.DataFrame(silent_faults.measure(seed, "average", [4], 40))
+
+
+def test_an_expert_that_works_is_as_odd_as_ever(rows: pd.DataFrame) -> None:
+    working = rows[rows.fault != "turned"]
+    assert list(working.oddness) == pytest.approx(list(working.usual))
+    assert list(working.faulty_accuracy) == list(working.expert_accuracy)
+    assert (working.alarm <= 1 / (40 * rows.task.nunique() // 4) + 1e-6).all()  # the one batch above the quantile
+
+
+def test_an_expert_of_the_opposite_opinion_is_exposed_and_named(rows: pd.DataFrame) -> None:
+    turned = rows[rows.fault == "turned"]
+    assert set(turned.task) == set(rows.task)
+    assert (turned.faulty_accuracy < turned.expert_accuracy).all()
+    assert (turned.oddness > 1.2 * turned.usual).all()
+    assert (turned.alarm > 0.5).all()
+    assert (turned.named > 0.5).all()
