@@ -60,14 +60,13 @@ def pooled_tests(tasks, samples):
 def measure(folder, method, sizes, samples):
     """Yield a row for every expert of a seed's folder, fault and number of inputs in a batch."""
     system = read_coded_system(folder, Choice(method=method, decoder="feature_ridge"))
-    coded = nn.ModuleList([load_network(path).network for path in system.coded])
     decoders = [decoder for decoder in system.fitted_decoders() if len(decoder.erased) == 1]
     inputs, labels, which = pooled_tests(system.data().tasks, samples)
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
 
-    def answered(networks):
-        parts = [server_answers(nn.ModuleList(networks), coded, part, True, False, ()) for part in inputs.split(256)]
-        return Answers.concatenate(parts)
+    def answered(networks, coded):
+        servers = nn.ModuleList(networks), nn.ModuleList(coded)
+        return Answers.concatenate([server_answers(*servers, part, True, False, ()) for part in inputs.split(256)])
 
     def odds(answers, size):
         """Return how odd every expert is in each whole batch [batches, N]."""
@@ -78,14 +77,14 @@ def measure(folder, method, sizes, samples):
         own = which == index
         return float((answers.experts[index, own].argmax(1) == labels[own]).float().mean())
 
-    working = answered(system.experts.networks)
+    working = answered(system.experts.networks, [load_network(path).network for path in system.coded])
     usual = {size: odds(working, size) for size in sizes}
     for index, (task, file) in enumerate(system.experts.opened.items()):
         start = load_network(ExperimentLayout(folder.parent).initial(file.num_classes)).network
         start = widened(start, working.experts.shape[2])
         torch.manual_seed(index)
         for fault, network in faults(system.experts.networks[index], start).items():
-            one, experts, features = answered([network]), working.experts.clone(), list(working.expert_features)
+            one, experts, features = answered([network], []), working.experts.clone(), list(working.expert_features)
             experts[index], features[index] = one.experts[0], one.expert_features[0]
             answers = replace(working, experts=experts, expert_features=features)
             for size in sizes:
