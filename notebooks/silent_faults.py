@@ -4,7 +4,8 @@
 
 All servers answer batches of test inputs of all tasks, without labels. `coin.coding.oddness` says of every expert how
 much its answers are at odds with what is decoded from the others'. An alarm is a batch in which the oddest expert is
-odder than any is in all but 1 % of the batches that working servers answer; the oddest is the suspect.
+odder than any is in all but 1 % of the batches that working servers answer; the oddest is the suspect. Beside the coded
+model stands ``none``: the same with the experts alone.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from coin.coding import Answers, oddness
+from coin.coding import Answers, make_decoder, oddness
 from coin.commands.coded_system import Choice, read_coded_system
 from coin.data.samples import Calibration
 from coin.experiment.layout import ExperimentLayout
@@ -58,44 +59,54 @@ def pooled_tests(tasks, samples):
 
 @torch.no_grad()
 def measure(folder, method, sizes, samples):
-    """Yield a row for every expert of a seed's folder, fault and number of inputs in a batch."""
+    """Yield a row for every expert of a seed's folder, fault and number of inputs in a batch; likewise for `none`."""
     system = read_coded_system(folder, Choice(method=method, decoder="feature_ridge"))
-    decoders = [decoder for decoder in system.fitted_decoders() if len(decoder.erased) == 1]
-    inputs, labels, which = pooled_tests(system.data().tasks, samples)
+    experts, coded = system.experts.networks, [load_network(path).network for path in system.coded]
+    data = system.data()
+    inputs, labels, which = pooled_tests(data.tasks, samples)
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
 
-    def answered(networks, coded):
-        servers = nn.ModuleList(networks), nn.ModuleList(coded)
-        return Answers.concatenate([server_answers(*servers, part, True, False, ()) for part in inputs.split(256)])
+    def answered(batches, experts, coded):
+        servers = nn.ModuleList(experts), nn.ModuleList(coded)
+        return Answers.concatenate([server_answers(*servers, batch, True, False, ()) for batch in batches])
 
-    def odds(answers, size):
+    fit_on = answered(data.calibration(), experts, coded)
+    losses = [make_decoder(system.decoder, system.code, [index]) for index in range(len(experts))]
+    decoders = {
+        method: [deepcopy(decoder).fit(fit_on) for decoder in losses],
+        "none": [deepcopy(decoder).fit(fit_on.without_coded()) for decoder in losses],
+    }
+
+    def odds(answers, name, size):
         """Return how odd every expert is in each whole batch [batches, N]."""
+        arrived = answers.without_coded() if name == "none" else answers
         batches = order[: len(order) // size * size].split(size)
-        return torch.stack([oddness(decoders, answers.select(batch)) for batch in batches])
+        return torch.stack([oddness(decoders[name], arrived.select(batch)) for batch in batches])
 
     def accuracy(answers, index):
         own = which == index
         return float((answers.experts[index, own].argmax(1) == labels[own]).float().mean())
 
-    working = answered(system.experts.networks, [load_network(path).network for path in system.coded])
-    usual = {size: odds(working, size) for size in sizes}
+    working = answered(inputs.split(256), experts, coded)
+    usual = {(name, size): odds(working, name, size) for name in decoders for size in sizes}
     for index, (task, file) in enumerate(system.experts.opened.items()):
         start = load_network(ExperimentLayout(folder.parent).initial(file.num_classes)).network
         start = widened(start, working.experts.shape[2])
         torch.manual_seed(index)
-        for fault, network in faults(system.experts.networks[index], start).items():
-            one, experts, features = answered([network], []), working.experts.clone(), list(working.expert_features)
-            experts[index], features[index] = one.experts[0], one.expert_features[0]
-            answers = replace(working, experts=experts, expert_features=features)
-            for size in sizes:
-                odd = odds(answers, size)
+        for fault, network in faults(experts[index], start).items():
+            one = answered(inputs.split(256), [network], [])
+            logits, features = working.experts.clone(), list(working.expert_features)
+            logits[index], features[index] = one.experts[0], one.expert_features[0]
+            answers = replace(working, experts=logits, expert_features=features)
+            for (name, size), before in usual.items():
+                odd = odds(answers, name, size)
                 yield {
                     "experiment": folder.parent.name, "experts": len(experts),
-                    "seed": int(folder.name.removeprefix("seed-")), "method": method, "task": task, "fault": fault,
+                    "seed": int(folder.name.removeprefix("seed-")), "method": name, "task": task, "fault": fault,
                     "batch": size, "expert_accuracy": accuracy(working, index),
-                    "faulty_accuracy": accuracy(answers, index), "usual": float(usual[size][:, index].median()),
+                    "faulty_accuracy": accuracy(answers, index), "usual": float(before[:, index].median()),
                     "oddness": float(odd[:, index].median()),
-                    "alarm": float((odd.amax(1) > usual[size].amax(1).quantile(0.99)).float().mean()),
+                    "alarm": float((odd.amax(1) > before.amax(1).quantile(0.99)).float().mean()),
                     "named": float((odd.argmax(1) == index).float().mean()),
                 }  # fmt: skip
 
