@@ -178,6 +178,14 @@ def by_samples(method: str, count: int) -> str:
     )
 
 
+def by_experts(method: str) -> str:
+    """The mean NDA with features of the fewest and of the most experts."""
+    rows = measured("experts")
+    counts = rows.groupby("experiment").task.transform("nunique")
+    few, many = (spread(points(rows[counts == count], method, "feature_ridge")) for count in (2, 8))
+    return f"{few} → {many}"
+
+
 def sentences() -> list[str]:
     pair, demo = measured("imagenet-pair"), pd.read_csv(RESULTS / "demo/summary.csv", keep_default_na=False)
     demo = demo[demo.task == "mean"].set_index(["method", "decoder"])
@@ -222,6 +230,8 @@ def sentences() -> list[str]:
         f"whichever two are lost, {measured('two-coded-models').experiment.nunique()} runs: none {two_lost('none')}, "
         f"average {two_lost('average')}, COIN {two_lost('coin')}, `Refit` {two_lost('refit')}, distillation "
         f"{two_lost('distillation')}",
+        f"*Two to eight experts*, ImageNet base, features, {measured('experts').seed.nunique()} seeds: none "
+        f"{by_experts('none')}, average {by_experts('average')}, `Refit` {by_experts('refit')}.",
     ]
 
 
