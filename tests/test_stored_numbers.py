@@ -186,6 +186,20 @@ def by_experts(method: str) -> str:
     return f"{few} → {many}"
 
 
+def exposed(method: str) -> tuple[str, str]:
+    """In what share of batches of 8 an expert half-way back raises an alarm, and is named: in %."""
+    rows = pd.read_csv(RESULTS / "silent-faults/faults.csv", keep_default_na=False)
+    own = rows[(rows.fault == "half-way") & (rows.batch == 8) & (rows.method == method)]
+    return f"{100 * own.alarm.mean():.1f}", f"{100 * own.named.mean():.1f}"
+
+
+def half_way_back() -> str:
+    """The accuracy of working experts and of those half-way back, in %."""
+    rows = pd.read_csv(RESULTS / "silent-faults/faults.csv")
+    own = rows[rows.fault == "half-way"]
+    return f"{100 * own.expert_accuracy.mean():.1f} → {100 * own.faulty_accuracy.mean():.1f} %"
+
+
 def sentences() -> list[str]:
     pair, demo = measured("imagenet-pair"), pd.read_csv(RESULTS / "demo/summary.csv", keep_default_na=False)
     demo = demo[demo.task == "mean"].set_index(["method", "decoder"])
@@ -230,6 +244,9 @@ def sentences() -> list[str]:
         f"whichever two are lost, {measured('two-coded-models').experiment.nunique()} runs: none {two_lost('none')}, "
         f"average {two_lost('average')}, COIN {two_lost('coin')}, `Refit` {two_lost('refit')}, distillation "
         f"{two_lost('distillation')}",
+        f"half-way back to its start ({half_way_back()} right), is exposed by 8 unlabelled inputs in "
+        f"{exposed('refit')[0]} % of cases and named in {exposed('refit')[1]} %; without a coded model in "
+        f"{' and '.join(exposed('none'))} %.",
         f"*Two to eight experts*, ImageNet base, features, {measured('experts').seed.nunique()} seeds: none "
         f"{by_experts('none')}, average {by_experts('average')}, `Refit` {by_experts('refit')}.",
     ]
