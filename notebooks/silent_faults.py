@@ -71,10 +71,9 @@ def measure(folder, method, sizes, samples):
         return Answers.concatenate([server_answers(*servers, batch, True, False, ()) for batch in batches])
 
     fit_on = answered(data.calibration(), experts, coded)
-    losses = [make_decoder(system.decoder, system.code, [index]) for index in range(len(experts))]
     decoders = {
-        method: [deepcopy(decoder).fit(fit_on) for decoder in losses],
-        "none": [deepcopy(decoder).fit(fit_on.without_coded()) for decoder in losses],
+        name: [make_decoder(system.decoder, system.code, [index]).fit(seen) for index in range(len(experts))]
+        for name, seen in {method: fit_on, "none": fit_on.without_coded()}.items()
     }
 
     def odds(answers, name, size):
@@ -98,13 +97,13 @@ def measure(folder, method, sizes, samples):
             logits, features = working.experts.clone(), list(working.expert_features)
             logits[index], features[index] = one.experts[0], one.expert_features[0]
             answers = replace(working, experts=logits, expert_features=features)
+            right = {"expert_accuracy": accuracy(working, index), "faulty_accuracy": accuracy(answers, index)}
             for (name, size), before in usual.items():
                 odd = odds(answers, name, size)
                 yield {
                     "experiment": folder.parent.name, "experts": len(experts),
                     "seed": int(folder.name.removeprefix("seed-")), "method": name, "task": task, "fault": fault,
-                    "batch": size, "expert_accuracy": accuracy(working, index),
-                    "faulty_accuracy": accuracy(answers, index), "usual": float(before[:, index].median()),
+                    "batch": size, **right, "usual": float(before[:, index].median()),
                     "oddness": float(odd[:, index].median()),
                     "alarm": float((odd.amax(1) > before.amax(1).quantile(0.99)).float().mean()),
                     "named": float((odd.argmax(1) == index).float().mean()),
