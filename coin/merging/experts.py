@@ -2,7 +2,6 @@
 
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -12,7 +11,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from coin.batches import Batch, Forward, adapted, as_input, checked, joined, samples_of, shapes_in, size_of
+from coin.batches import Batch, Forward, adapted, as_input, checked, clone, joined, samples_of, shapes_in, size_of
 from coin.data import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, HeadError
 from coin.files.tensors import State, check_finite
@@ -173,7 +172,7 @@ class Experts:
 
     def blank(self) -> nn.Module:
         """Return a new network of the experts' architecture, whose contents do not matter."""
-        return deepcopy(self.networks[0])
+        return clone(self.networks[0])
 
     def initial(self) -> tuple[State, State]:
         """Return the shared initialisation's parameters and buffers; raises ConfigurationError where there is none."""

@@ -1,7 +1,7 @@
 """The affine units of a network in the order of execution, its maps with the BatchNorms behind them: by tracing."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from coin.batches import Batch, as_input, size_of, take
+from coin.batches import Batch, as_input, nested_tensors, size_of, take
 from coin.errors import StateError
 from coin.statistics.guard import evaluating
 from coin.statistics.recognise import Interceptor
@@ -115,23 +115,14 @@ class _Readers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        made = list(_tensors(result))
+        made = list(nested_tensors(result))
         self._kept += made
-        for each in _tensors((args, kwargs)) if made else ():
+        for each in nested_tensors((args, kwargs)) if made else ():
             if isinstance(each, nn.Parameter):
                 self.parameters[id(each)] += each is not result
             else:
                 self.times[each.data_ptr()] += 1
         return result
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple | dict):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
 
 
 def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
@@ -148,14 +139,17 @@ def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
         return output
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        entered.append({each.data_ptr(): each.numel() for each in _tensors((args, kwargs))})
+        entered.append({each.data_ptr(): each.numel() for each in nested_tensors((args, kwargs))})
+
+    def leave(*_: Any) -> None:
+        entered.pop()
 
     readers, named = _Readers(), dict(network.named_parameters())
     # The readers come last, and so see what the network calls but not what the interceptor does on the way.
     with ExitStack() as hooks, evaluating(network, gradients=False), Interceptor(named, visit), readers:
         for each in network.modules():
             hooks.enter_context(each.register_forward_pre_hook(enter, with_kwargs=True))
-            hooks.enter_context(each.register_forward_hook(lambda *_: entered.pop() and None))
+            hooks.enter_context(each.register_forward_hook(leave))
         network(as_input(samples, network))
     times = Counter(names["weight"] for _, names, *_ in calls)
     seen = []

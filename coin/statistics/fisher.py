@@ -1,6 +1,5 @@
 """The Fisher diagonal of a network over calibration data, by layer rules where they hold."""
 
-import copy
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, replace
@@ -10,7 +9,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from coin.batches import Batch, Forward, adapted, as_input, channels_last, joined, shapes_in, size_of, take, tensors_in
+from coin.batches import Batch, Forward, adapted, as_input, channels_last, clone, joined, shapes_in, size_of, take, tensors_in
 from coin.choices import check_integer, chosen
 from coin.errors import ConfigurationError, DataError
 from coin.statistics.cotangents import FisherKind, check_cotangents, make_cotangents
@@ -111,7 +110,7 @@ class FisherPass:
         self.precision = chosen(Precision, "precision", self.precision)
         if self.precision is Precision.bfloat16:
             with torch.inference_mode(False):
-                self.network = copy.deepcopy(self.network).bfloat16()
+                self.network = clone(self.network).bfloat16()
         if (self.kind is FisherKind.empirical) != (self.labels is not None):
             found = "no labels" if self.labels is None else "labels"
             raise ConfigurationError(

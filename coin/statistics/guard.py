@@ -1,12 +1,13 @@
 """Leave the caller's network as found: mode, buffers, gradients, and Lightning's inference mode."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from coin.batches import clear_caches
 from coin.errors import ConfigurationError
 
 
@@ -58,15 +59,23 @@ def full_products() -> Iterator[None]:
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Run a block with the network in eval mode, and restore every module's mode one by one."""
+    """Run a block with the network in eval mode, and restore every module's mode one by one.
+
+    Before every pass, and in the end, modules forget what they keep in eval mode (`clear_caches`): a pass without
+    gradients may have made it, or one with other parameters.
+    """
     modes = {module: module.training for module in network.modules()}
     try:
         for module in modes:
             module.training = False
-        yield
+        clear_caches(network)
+        has_caches = any(type(module).train is not nn.Module.train for module in modes)
+        with network.register_forward_pre_hook(lambda *_: clear_caches(network)) if has_caches else nullcontext():
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        clear_caches(network)
 
 
 @contextmanager
