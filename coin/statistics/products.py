@@ -9,7 +9,7 @@ from torch.func import functional_call, jvp
 from coin.batches import Batch, as_input, size_of
 from coin.errors import StateError
 from coin.files.tensors import State, check_same_layout
-from coin.statistics.guard import evaluating
+from coin.statistics.guard import evaluating, paired
 from coin.statistics.sums import sum_type
 
 
@@ -95,6 +95,8 @@ class OutputMap:
             piece, seen = cotangent(x, seen).detach(), seen + size_of(x)
             if len(piece) < size_of(x):  # for the caller to refuse
                 continue
+            if len(piece) == 1:
+                x, piece = paired(self._network, x, piece)
             output = functional_call(self._network, leaves, (x,))
             gradients = torch.autograd.grad(output, list(leaves.values()), piece, allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):

@@ -23,7 +23,13 @@ _SORTING = {"sort", "argsort", "topk", "unique", "unique_consecutive", "repeat_i
 _SORTING |= {"take", "take_along_dim", "put", "index_select", "index_add", "index_copy", "index_put", "index_fill"}
 _SORTING |= {"masked_select", "masked_scatter", "scatter", "scatter_add", "scatter_reduce", "numpy"}
 _SORTING |= {"__bool__", "__int__", "__float__", "__index__"}
+_SORTING |= {"argmax", "argmin", "one_hot", "nonzero", "argwhere", "kthvalue", "median", "mode", "msort", "multinomial"}
+_SORTING |= {"bucketize", "searchsorted", "sign", "sgn", "heaviside", "round", "floor", "ceil", "trunc"}
 """Functions by which values can decide where a row goes; those that work in place have the same names."""
+
+_COUNTING = {"to", "float", "double", "half", "bfloat16", "int", "long", "type", "type_as", "sum", "cumsum"}
+_COUNTING |= {"mul", "__mul__", "__rmul__", "multiply", "einsum", "matmul", "__matmul__"}
+"""Those that make numbers of truth values, by which rows are picked in products; as masks these move nothing."""
 
 _signature = lru_cache(maxsize=None)(inspect.signature)
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
@@ -72,6 +78,8 @@ def _sorts(func: Any, args: tuple[Any, ...]) -> bool:
     if name in ("__getitem__", "__setitem__") and not isinstance(args[0], nn.Parameter):
         places = args[1] if isinstance(args[1], tuple) else (args[1],)
         return any(isinstance(place, Tensor | list) for place in places)
+    if name in _COUNTING:
+        return any(isinstance(each, Tensor) and each.dtype == torch.bool for each in args)
     return name in _SORTING or name.removesuffix("_") in _SORTING
 
 
