@@ -13,15 +13,16 @@ from torch.overrides import TorchFunctionMode
 
 from coin.batches import Batch, as_input, nested_tensors, size_of, take
 from coin.errors import StateError
-from coin.statistics.guard import evaluating
+from coin.statistics.guard import differentiable, evaluating
 from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.elementwise import ElementwiseCall
 from coin.statistics.rules.linear import LinearCall
+from coin.statistics.tape import Tape
 
-PROBES = 5
-"""Forward passes of one sample that the search takes."""
+PROBES = 20
+"""Forward-equivalents that the search takes: of two and of three samples, and of three with two backward passes."""
 
 _KEPT = 6
 """Tensors of a call's size that are alive beside what the modules around it were called with."""
@@ -59,8 +60,9 @@ def affine_units(network: nn.Module, inputs: Batch) -> list[Unit]:
     """Find a network's affine units in the order of execution, by running it on two and on three samples.
 
     A unit is a linear map, a normalisation or a scale, whose weight and bias nothing else reads in a forward pass, and
-    whose output has the samples, or several rows of each, along its leading dimension. A BatchNorm over a linear map's
-    outputs that alone reads them, and next, is part of it.
+    whose output has the samples, or several rows of each, along its leading dimension: sample by sample, as their
+    gradients say, and in every network alike, so that several rows that activations have sorted are none. A BatchNorm
+    over a linear map's outputs that alone reads them, and next, is part of it.
 
     The network is in eval mode, and there are at least two samples. Raises StateError where the calls depend on the
     number of samples.
@@ -71,19 +73,33 @@ def affine_units(network: nn.Module, inputs: Batch) -> list[Unit]:
             f"{type(network).__name__} makes other calls on two samples than on three, expected the same; give experts "
             "that make the same calls whatever their inputs"
         )
+    misplaced, decided = _misplaced(network, take(inputs, torch.arange(3) % size_of(inputs)))
     floats = [(seen.around + _KEPT * seen.shape.numel()) // 2 for seen in two]
     units: list[Unit] = []
     before = 0
     for place, (seen, other, following) in enumerate(zip(two, three, [*two[1:], None], strict=True)):
         leads = seen.shape[1:] == other.shape[1:] and 3 * seen.shape[0] == 2 * other.shape[0]
         is_part = bool(units) and units[-1].end == seen.weight
-        if seen.is_unit and leads and not is_part:
+        placed = seen.weight not in misplaced and (seen.weight not in decided or seen.shape[:-1] == (2,))
+        if seen.is_unit and leads and placed and not is_part:
             norm = None
             if following is not None and seen.is_map and following.is_batchnorm and following.source == seen.output:
                 norm = following.weight.rpartition(".")[0]
             units.append(Unit(seen.weight, seen.bias, norm, max(floats[before:])))
             before = place
     return units
+
+
+def _misplaced(network: nn.Module, samples: Batch) -> tuple[set[str], set[str]]:
+    """Return the parameters at whose calls row r is not of sample r // k, and before which activations decide."""
+    parameters = {name: p for name, p in network.named_parameters() if p.is_floating_point()}
+    with evaluating(network), differentiable(parameters.values()):
+        tape = Tape(parameters, {}, None)
+        output = tape.run(network, as_input(samples, network))
+        try:
+            return tape.misplaced(output, unseen=True), tape.decided
+        except RuntimeError:  # a function that cannot batch its backward pass: nothing is known
+            return set(parameters), set()
 
 
 class _Seen(NamedTuple):

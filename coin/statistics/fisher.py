@@ -225,22 +225,28 @@ class FisherPass:
         If values decide what lies where, one sample says nothing about others: then every cut is looked at by itself.
         """
         two = joined([sample, sample])
-        last = any(tensor.ndim == 4 for tensor in tensors_in(two))
+        if any(tensor.ndim == 4 for tensor in tensors_in(two)):
+            try:
+                return self._layout_of(channels_last(two), last=True)
+            except RuntimeError:  # a view of its activations, or a backward pass, may hold in the usual order alone
+                pass
+        return self._layout_of(two, last=False)
+
+    def _layout_of(self, two: Batch, *, last: bool) -> Layout:
+        """Return the layout found on two copies of a sample, in the order of memory that they are in."""
         tape = Tape(self._parameters, self._totals, None)
-        try:
-            output = tape.run(self.network, channels_last(two) if last else two)
-        except RuntimeError:
-            if not last:
-                raise
-            last = False  # a view of its activations may hold in the usual order alone
-            tape = Tape(self._parameters, self._totals, None)
-            output = tape.run(self.network, two)
-        untrusted = tape.misplaced(output, unseen=True) | tape.close(output)
+        output = tape.run(self.network, two)
         rows: dict[str, int] = {}
+        try:
+            untrusted = tape.misplaced(output, unseen=True) | tape.close(output)
+        except RuntimeError:
+            if last:
+                raise
+            untrusted, tape.sorts = set(self._parameters), False  # some function cannot batch its backward pass
         for call, names in tape.calls.items():
             if untrusted.isdisjoint(names.values()):
                 rows.update(dict.fromkeys(names.values(), len(call.inputs) // 2))
-        sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sum(each.numel() for each in tensors_in(sample))]
+        sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sum(each.numel() for each in tensors_in(two)) // 2]
         return Layout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach(), last)
 
     def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> set[str]:

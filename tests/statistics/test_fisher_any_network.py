@@ -607,3 +607,9 @@ def test_hard_dispatch_by_products(choice: str, seed: int) -> None:
     """An expert's Fisher was 20 % off in one of four seeds: two copies of a sample said where all others' rows lie."""
     torch.manual_seed(seed)
     assert_exact(Dispatched(CHOICES[choice]), torch.randn(5, 3, 4), zero=("gate.weight",))
+
+
+def test_a_backward_pass_that_cannot_be_batched_with_channels_last() -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4, affine=False), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    torch.manual_seed(0)
+    assert_exact(nn.Sequential(*layers, nn.Linear(4, CLASSES)), torch.randn(5, 3, 8, 8), absolute=1e-12)
