@@ -115,7 +115,7 @@ class Experts:
         own = [adapted(network, forward) for network in networks]
         self.networks: Sequence[nn.Module] = of_one_width(own)
         padded = [pair for pair in zip(self.networks, own, strict=True) if pair[0] is not pair[1]]
-        self._is_padded = bool(padded)
+        self._own, self._is_padded = own, bool(padded)
         self._given = {StatisticKind.fisher: fishers, StatisticKind.gram: grams}
         for name, given in self._given.items():
             for states in given.values() if isinstance(given, Mapping) else [given]:
@@ -200,18 +200,23 @@ class Experts:
         if given is None:
             if which not in self._computed:
                 self._computed[which] = self.computed(which.kind, self.samples(which.data))
-            return self._computed[which]
-        states = given[which.data] if isinstance(given, Mapping) else given
+            states = self._computed[which]
+        else:
+            states = given[which.data] if isinstance(given, Mapping) else given
         if not self._is_padded:
             return states
         return [padded_statistic(state, *self._head_and_width(), which.kind) for state in states]
 
     def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Batch]]) -> list[State]:
-        """Return every expert's Fisher of a kind, or none for its Gram matrices, on its samples; count the passes."""
+        """Return every expert's Fisher of a kind, or none for its Gram matrices, on its samples; count the passes.
+
+        Fishers are of the experts as they are given: a class that a head is padded with has a probability too.
+        """
         if kind is FisherKind.empirical:
             raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
         sums, shared = [], set(self.parameters[0])
-        for network, batches in zip(self.each_network(), samples, strict=True):
+        networks = self.each_network() if kind is None else self._own
+        for network, batches in zip(networks, samples, strict=True):
             shared &= trainable(network).keys()  # what is frozen in one expert is averaged
             if kind is None:
                 sums.append(gram_sums(network, batches))
