@@ -156,7 +156,8 @@ def _parts(network: nn.Module, head: str) -> list[str]:
         and not any(isinstance(block, nn.ModuleList) for block in module)  # which is never called
     ]
     inner = [{name: block for name, block in blocks.items() if not _is_within(head, name)} for blocks in lists]
-    longest = list(max(inner, key=rank)) if inner else []
+    best: dict[str, nn.Module] = max(inner, key=rank, default={})
+    longest = list(best)
     parts = min(4, len(longest))
     return [longest[round(part * len(longest) / parts) - 1] for part in range(1, parts)]
 
