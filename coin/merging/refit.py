@@ -27,6 +27,7 @@ from coin.merging.method import (
 )
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.batchnorm import BatchNormPolicy
+from coin.networks.parametrised import renormalise
 from coin.progress import progress
 
 RIDGES = (0.01, 0.03, 0.1, 0.3)
@@ -136,6 +137,7 @@ class Refit(Method):
         network = experts.blank().eval()
         average = average_parameters(experts.parameters, row)
         fill(network, {**average, **weighted_sum(experts.buffers, row)})
+        renormalise(network, experts.buffers)
         units = affine_units(network, inputs)
         experts.passes += PROBES
         _fold(network, units, experts, row)
