@@ -6,7 +6,7 @@ from torch import nn
 
 import coin
 from coin.batches import clone
-from coin.errors import ConfigurationError, StateError
+from coin.errors import CoinWarning, ConfigurationError, StateError
 from coin.merging import Experts
 
 CLASSES = 3
@@ -317,3 +317,17 @@ def test_refit_of_a_batchnorm_without_bias():
         made = coin.merge_networks(method, experts, coin.Code([[0.5, 0.5]]), calibration=batches(3, 6, 6))[0]
         residuals.append(float((made(x) - sum(expert(x) for expert in experts) / 2).norm()))
     assert residuals[1] < residuals[0]
+
+
+def test_what_cannot_be_refitted_is_told_where_it_is_much():
+    class Untouchable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Parameter(torch.randn(4, 5).double()), nn.Linear(5, CLASSES).double()
+
+        def forward(self, x):
+            return self.head((x @ (2 * self.inner)).tanh())
+
+    experts = [moved(Untouchable(), seed) for seed in (1, 2)]
+    with pytest.warns(CoinWarning, match=r"'refit' kept the average of 53% of the parameters of Untouchable \(1 tens"):
+        coin.merge_networks(coin.Refit(), experts, coin.Code([[0.5, 0.5]]), calibration=batches(4))
