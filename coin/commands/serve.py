@@ -71,6 +71,7 @@ def read_system(folder: str, choice: Choice, policy: PolicyKind, quantile: float
         layout = spread_spares(len(paths), spares)
         for place in range(spares):
             processes[f"spare-{place}"] = {f"spare-{place}-{task}": path for task, path in paths.items()}
+    platform = f"coin ({rule.kind}, {coded.method}, {coded.decoder.name})" if rule.coded else f"coin ({rule.kind})"
     return System(
         folder=folder,
         processes=processes,
@@ -80,9 +81,7 @@ def read_system(folder: str, choice: Choice, policy: PolicyKind, quantile: float
         probe=probe.probe,
         decoder=coded.decoder,
         decodings=decodings,
-        description=Description(
-            coded.classes, probe.image_size, coded.method, coded.decoder.name, probe.reads, coded.tokenizer
-        ),
+        description=Description(coded.classes, probe.image_size, platform, probe.reads, coded.tokenizer),
     )
 
 
