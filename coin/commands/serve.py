@@ -16,7 +16,7 @@ from coin.serving.layout import spread_spares
 from coin.serving.model import NetworkServer
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.protocol import Description
-from coin.serving.ray_app import RayOptions, System, application as ray_application, start
+from coin.serving.ray_app import RayOptions, System, application as ray_application, check_port, start
 from coin.serving.replies import ReplyFormat
 
 
@@ -37,6 +37,7 @@ def serve(
         quantile: Of the time that own answers take, after which they are late.
         ray: Where and how to serve.
     """
+    check_port(ray)
     system = read_system(folder, choice, policy, quantile)
     stop = start(system, ray)
     stopped = threading.Event()

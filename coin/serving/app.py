@@ -74,8 +74,8 @@ class _Collector:
 def make_app(front: FrontEnd, about: Description, limits: InputLimits, name: str = "") -> FastAPI:
     """Return the application; it starts the front end and stops it with itself.
 
-    Its ``state.drain`` refuses new queries and waits for those that are under way. `name` tells several front ends'
-    metrics apart.
+    Its ``state.drain`` refuses new queries and waits for those that are under way; its ``state.name`` tells the metrics
+    of several front ends apart.
     """
     if ALL in about.classes:
         raise ConfigurationError(f"found a task '{ALL}', which is the model of every task; rename it")
@@ -94,14 +94,14 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits, name: str
         reader.stop()
 
     app = FastAPI(title="coin", summary="Coded serving by the Open Inference Protocol", version="2", lifespan=lifespan)
-    app.state.drain = front.drain
+    app.state.drain, app.state.name = front.drain, name
 
     @app.exception_handler(CoinError)
     async def tell(request: Request, error: CoinError) -> JSONResponse:
         status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
         logger.info("refused", extra={"path": request.url.path, "status": status, "error": str(error)})
         headers = {"retry-after": "1"} if status in (429, 503) else {}
-        if status in (408, 413, 429):  # nobody reads on in a body that was given up
+        if status in (408, 413, 429, 503):  # nobody reads on in a body that was given up, or here after the end
             headers["connection"] = "close"
         return JSONResponse({"error": str(error), "kind": type(error).__name__}, status, headers)
 

@@ -40,11 +40,18 @@ class Budget:
 
     @contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
-        """Yield a function that takes more of it, until the end of the block; it raises an `OverloadedError`."""
+        """Yield a function that takes more of it, until the end of the block.
+
+        It raises an `OverloadedError` where there is too little left, a `TooLargeError` where there never is enough.
+        """
         own = 0
 
         def take(amount: int) -> None:
             nonlocal own
+            if 2 * (own + amount) > self.most:
+                raise TooLargeError(
+                    f"found a query of {own + amount} {self.what}, expected at most {self.most // 2}; send fewer inputs"
+                )
             if 2 * (own + amount) > self.most - (self.held - own):
                 raise OverloadedError(f"{self.held} {self.what} of queries are being read already; ask again later")
             own += amount

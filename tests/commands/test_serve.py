@@ -167,6 +167,19 @@ def test_mistake_is_one_line(
     assert wanted in line
 
 
+def test_a_port_that_is_taken_is_refused_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as Ray's proxies do
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", "nowhere", f"--ray.port={port}"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"coin: error: found no way to listen at 127.0.0.1:{port} (")
+    assert main(["serve", "nowhere", f"--ray.port={port}"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
 @pytest.fixture
 def on_ray(finished: Path, tmp_path: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
     """A client of ``coin serve``, and its process."""

@@ -309,19 +309,18 @@ def test_large_images_wait_in_a_line_of_their_own_and_are_refused_beyond_the_bud
         body = binary({"datatype": "BYTES", "shape": [count]}, count * image)
         found = client.post("/v2/models/colours/infer", **body)
         statuses.append(found.status_code)
-        if found.status_code == 429:
-            assert found.headers["retry-after"] == "1"
-            assert found.json()["kind"] == "OverloadedError"
+        assert ("retry-after" in found.headers) == (found.status_code == 429)
 
     with ThreadPoolExecutor(8) as pool:
-        works = [pool.submit(large, count) for count in (64, 64, 4, 4, 4, 2, 2)]
+        works = [pool.submit(large, count) for count in (64, 64, 4, 4, 4, 4, 2, 2)]
         while not all(work.done() for work in works):
             began = time.monotonic()
             ask(client, "colours", files(png(9, 0, 0)))
             waited.append(time.monotonic() - began)
         for work in works:
             work.result()
-    assert statuses.count(429) >= 3  # never more at a time than the budget
+    assert statuses.count(413) == 2
+    assert statuses.count(429) >= 2  # what is decoded at a time is bounded
     assert 200 in statuses
     assert max(waited) < 2
     health = client.get("/health").json()

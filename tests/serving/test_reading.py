@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("fastapi", reason="FastAPI is not installed: pip install 'coded-coin[serve]'")
 
 from coin.errors import OverloadedError
+from coin.serving.images import TooLargeError
 from coin.serving.reading import Budget
 
 
@@ -16,8 +17,10 @@ def test_nobody_takes_more_than_half_of_what_the_others_leave() -> None:
         takes = [stack.enter_context(budget.share()) for _ in range(4)]
         takes[0](300)
         takes[0](200)
-        with pytest.raises(OverloadedError, match="500 bytes of queries are being read already; ask again later"):
+        with pytest.raises(TooLargeError, match="found a query of 501 bytes, expected at most 500;"):
             takes[0](1)
+        with pytest.raises(OverloadedError, match="500 bytes of queries are being read already; ask again later"):
+            takes[1](251)
         takes[1](250)
         with pytest.raises(OverloadedError):
             takes[2](126)
