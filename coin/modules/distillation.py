@@ -325,7 +325,7 @@ class Distillation(LightningModule, Method):
 
     def target(self, outputs: Tensor) -> Tensor:
         """Return Σ_i β_i f_i(x), logits ``[B, C]``, from the experts' ``[N, B, C]``."""
-        row = torch.tensor(self.hparams["code_row"]).to(outputs)
+        row = outputs.new_tensor(self.hparams["code_row"])
         return torch.tensordot(row, outputs, dims=1)  # type: ignore[no-any-return]
 
     def training_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> Tensor:
