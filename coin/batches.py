@@ -86,11 +86,11 @@ def clear_caches(network: nn.Module) -> None:
 
 
 def as_input(batch: Any, network: nn.Module) -> Batch:
-    """Return a batch, after `checked`, as ordinary tensors on the network's device, of its floating-point type.
+    """Return a batch, after `checked`, as ordinary tensors on the network's device, of its first real parameter's type.
 
     Integers (tokens) keep their type. Inference tensors, which autograd refuses, are copied.
     """
-    like = next(network.parameters(), None)
+    like = next((parameter for parameter in network.parameters() if parameter.is_floating_point()), None)
 
     def ready(tensor: Tensor) -> Tensor:
         if like is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from coin.errors import ConfigurationError, DecodingError
 
 MAX_AMPLIFICATION = 1e4
-"""An erasure whose noise amplification is larger cannot be decoded: at 1e6 float32's rounding alone costs 4 % agreement."""
+"""An erasure whose noise amplification is larger cannot be decoded: at 1e6 rounding alone costs 4 % of agreement."""
 
 
 class Code:

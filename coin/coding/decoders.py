@@ -49,7 +49,8 @@ class Decoder(ABC):
         self.num_experts = num_experts
         self.samples_read = 0
         """How many of the calibration inputs `fit` has looked at."""
-        self._errors: Tensor | None = None
+        self.moments: Tensor | None = None
+        """`errors`, once they are known."""
 
     def fit(self, calibration: Answers, kept: Kept | None = None) -> Self:
         """Learn from answers to calibration inputs, the lost experts' own logits being the targets, if anything.
@@ -80,9 +81,9 @@ class Decoder(ABC):
         Raises:
             DecodingError: There was no `fit`, which the linear decoder needs for this too.
         """
-        if self._errors is None:
+        if self.moments is None:
             raise DecodingError(f"the {self.config.name} decoder knows no errors; call fit with calibration answers")
-        return self._errors
+        return self.moments
 
     def risk(self, expert: int, decoded: Tensor, num_classes: int | None = None) -> Tensor:
         """Return the risk of a lost expert's decoded logits ``[B, C]``, of which it has `num_classes`: `decoding_risk`.
@@ -122,7 +123,7 @@ class LinearDecoder(Decoder):
                 f"sample {odd[0]} of the calibration answers holds a NaN or an infinity ({len(odd)} of "
                 f"{calibration.num_samples}), expected finite logits; leave it out"
             )
-        self._errors = _second_moments(errors)
+        self.moments = _second_moments(errors)
         return self
 
     def decode(self, answers: Answers) -> Tensor:
@@ -156,8 +157,10 @@ class RidgeDecoder(Decoder):
         super().__init__(num_experts, erased, config)
         self.fitted: list[RidgeFit] = []
         """The regressions: one for all lost experts, or with ``fitted_on: own`` one for each."""
-        self._projections: list[Projection] = []
-        self._widths: list[list[int]] = []
+        self.projections: list[Projection] = []
+        """With `components`: of every network that arrives, coded models first."""
+        self.widths: list[list[int]] = []
+        """What arrived in `fit`: of all logits, and of every network's stages."""
 
     def fit(self, calibration: Answers, kept: Kept | None = None) -> Self:
         """Fit the projections, if any, then the regressions; see the class."""
@@ -169,10 +172,10 @@ class RidgeDecoder(Decoder):
                 "every expert is lost and no coded model answers: nothing to decode from; lose fewer, or add coded "
                 "models"
             )
-        self._widths = _widths(arrived)
+        self.widths = _widths(arrived)
         components, kind = self.config.components, self.config.projection
         if components is not None:
-            self._projections = [
+            self.projections = [
                 kept.of(stages[0], (len(stages), components, kind), partial(project_blocks, stages, components, kind))
                 for stages in arrived[1:]
             ]
@@ -196,7 +199,7 @@ class RidgeDecoder(Decoder):
             self.samples_read = read if components is None else calibration.num_samples  # a projection looks at all
         shape = (-1, calibration.experts.shape[2])
         left_out = [fit.left_out.reshape(len(fit.left_out), *shape).transpose(0, 1) for fit in self.fitted]
-        self._errors = torch.cat([_second_moments(errors) for errors in left_out])
+        self.moments = torch.cat([_second_moments(errors) for errors in left_out])
         return self
 
     def decode(self, answers: Answers) -> Tensor:
@@ -207,9 +210,9 @@ class RidgeDecoder(Decoder):
             )
         self._check(answers)
         arrived = self._arrived(answers, Kept())
-        if (found := _widths(arrived)) != self._widths:
+        if (found := _widths(arrived)) != self.widths:
             raise DecodingError(
-                f"found answers of widths {found}, the decoder was fitted on {self._widths}; fit it on answers of the "
+                f"found answers of widths {found}, the decoder was fitted on {self.widths}; fit it on answers of the "
                 "same servers"
             )
         inputs = torch.cat(self._blocks(arrived), 1)
@@ -241,7 +244,7 @@ class RidgeDecoder(Decoder):
         logits, *networks = arrived
         if self.config.components is None:
             return [*logits, *(stage for stages in networks for stage in stages)]
-        pairs = zip(self._projections, networks, strict=True)
+        pairs = zip(self.projections, networks, strict=True)
         return [*logits, *(project(torch.cat(list(stages), 1)) for project, stages in pairs)]
 
     def _own_samples(self, calibration: Answers) -> dict[int, Tensor]:

@@ -159,7 +159,10 @@ def fit_blocks(
         kernel = torch.stack([(kernel_of or block_kernel)(block) for block in blocks]).sum(0)
     side_by_side = targets.transpose(0, 1).reshape(samples, -1)
     fit = fit_ridge(torch.cat(list(blocks), 1) / scales, side_by_side, len(targets), kernel)
-    return replace(fit, coefficients=fit.coefficients / scales[:, None], input_mean=fit.input_mean * scales)
+    coefficients = (
+        fit.coefficients / scales[:, None]
+    ).contiguous()  # as it is read back: a product's bits depend on it
+    return replace(fit, coefficients=coefficients, input_mean=fit.input_mean * scales)
 
 
 def block_kernel(block: Tensor) -> Tensor:
@@ -172,7 +175,7 @@ def project_blocks(blocks: Sequence[Tensor], components: int, kind: ProjectionKi
     """Fit a projection to blocks ``[P, ·]``, each divided by its root mean square deviation; a map as `fit_blocks`'."""
     scales = _scales(blocks)
     projection = fit_projection(torch.cat(list(blocks), 1) / scales, components, kind)
-    return Projection(projection.mean * scales, projection.directions / scales[:, None])
+    return Projection(projection.mean * scales, (projection.directions / scales[:, None]).contiguous())
 
 
 def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

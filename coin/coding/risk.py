@@ -49,12 +49,13 @@ def decoding_risk(decoded: Tensor, errors: Tensor) -> Tensor:
     # The margin over its error; a margin of 0 in an exact decoder is a tie: either class.
     margins = (logits.gather(1, answer) - logits.gather(1, rivals)) / spread
     margins, order = margins.nan_to_num(0.0, math.inf).sort(1)
-    risk = torch.special.ndtr(-margins).sum(1)
+    risk: Tensor = torch.special.ndtr(-margins).sum(1)
     first = rivals.gather(1, order)[:, :RIVALS]
-    for unsure in (risk > _SURE).nonzero().flatten().split(_BLOCK):
-        if len(unsure):
-            correlation = _correlation(moments, answer[unsure], first[unsure])
-            risk[unsure] = _any_exceeds(margins[unsure], correlation)
+    every_unsure = (risk > _SURE).nonzero().flatten()
+    for start in range(0, len(every_unsure), _BLOCK):
+        unsure = every_unsure[start : start + _BLOCK]
+        correlation = _correlation(moments, answer[unsure], first[unsure])
+        risk[unsure] = _any_exceeds(margins[unsure], correlation)
     return risk.where(torch.isfinite(logits).all(1), 1.0)
 
 
@@ -93,4 +94,5 @@ def _any_exceeds(margins: Tensor, correlation: Tensor) -> Tensor:
 @lru_cache
 def _points(dimensions: int) -> Tensor:
     """Return points ``[M, K]`` that fill the unit cube evenly, always the same."""
-    return torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=0).draw(POINTS, dtype=torch.float64)
+    engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=0)  # type: ignore[no-untyped-call]
+    return engine.draw(POINTS, dtype=torch.float64)

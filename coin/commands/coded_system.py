@@ -1,6 +1,7 @@
 """A finished experiment's coded system: its experts, one method's coded models, one decoder, and their results."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,19 +10,24 @@ from typing import Any
 import pandas as pd
 from jsonargparse import ArgumentParser
 
-from coin.coding import Answers, Code, Decoder, DecoderConfig, make_decoder
+from coin.coding import Answers, Code, Decoder, DecoderConfig, Kept, make_decoder
+from coin.coding.decoder_state import decoders_state, restore_decoders
 from coin.commands.parser import command_parser, parsed
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
-from coin.errors import ConfigurationError, FileError
-from coin.files.safetensors import load_provenance
+from coin.errors import CoinError, ConfigurationError, FileError
+from coin.files.atomic import sha256_of
+from coin.files.safetensors import load_provenance, load_state, save_state
+from coin.files.tensors import fingerprint
 from coin.files.yaml import read_yaml
 from coin.modules import Coded
 from coin.modules.variants import NONE, ORACLE, read_coded
 from coin.networks import load_network
+from coin.options import described
 from coin.reporting.results import RESULTS_CSV, asked_policy, read_configuration, read_results
 from coin.reporting.summary import seed_folders
 from coin.steps.expert_files import ExpertFiles
+from coin.versions import versions
 
 
 @dataclass(frozen=True)
@@ -29,15 +35,16 @@ class Choice:
     """Which of an experiment's coded systems is meant.
 
     Args:
-        method: The merge method whose coded models serve; none takes the first one in the results.
-        batchnorm: The BatchNorm policy that its run asked for; none takes its first one.
-        decoder: The decoder, as the results call it. A calibrated one is fitted anew on the experiment's calibration
-            samples.
+        method: The merge method whose coded models serve.
+        batchnorm: The BatchNorm policy that its run asked for.
+        decoder: The decoder, as the results call it. It is fitted on the experiment's calibration samples, once.
+
+    What is not given is that of the most accurate decoded answers in the results.
     """
 
     method: str | None = None
     batchnorm: str | None = None
-    decoder: str = "linear"
+    decoder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,13 @@ class CodedSystem:
         return {int(size): float(rows["decoded_accuracy"].mean()) for size, rows in self.results.groupby(sizes)}
 
     @property
+    def title(self) -> str:
+        """What it is and how good, in a line."""
+        right = " and ".join(f"{100 * share:.2f} % with {lost} lost" for lost, share in self.decoded_accuracy.items())
+        name = f"{self.method} ({self.batchnorm})" if self.batchnorm else self.method
+        return f"coded: {name} with the {self.decoder.name} decoder: {right} of the decoded answers are right"
+
+    @property
     def tokenizer(self) -> str | None:
         """The tokenizer of a system for texts; none for images, and for the packaged encoder's.
 
@@ -99,12 +113,16 @@ class CodedSystem:
 
     def data(self) -> Tasks:
         """Return the tasks with this seed's samples, read."""
-        given = self._configuration["calibration"]
-        options = {name: given[name] for name in ("samples_per_task", "batch_size")}
-        data = Tasks(self._described(), **options, seed=self._configuration["seeds"][0])
+        data = Tasks(self._described(), **self._calibration)
         data.prepare_data()
         data.setup()
         return data
+
+    @property
+    def _calibration(self) -> dict[str, Any]:
+        given = self._configuration["calibration"]
+        options = {name: given[name] for name in ("samples_per_task", "batch_size")}
+        return {**options, "seed": self._configuration["seeds"][0]}
 
     @cached_property
     def _configuration(self) -> dict[str, Any]:
@@ -121,14 +139,44 @@ class CodedSystem:
         return {name: task_with(tasks[name], image_size=self.experts.config.image_size) for name in self.tasks}
 
     def fitted_decoders(self) -> list[Decoder]:
-        """Return the decoders of every loss that the code promises to make up for, as the evaluation fits them."""
+        """Return the decoders of every loss that the code promises to make up for, as the evaluation fits them.
+
+        They are fitted once, and kept in the seed's folder with what they were fitted from.
+        """
+        path = self.folder / "decoders" / f"{self.coded[0].stem}-{self.decoder.name}.safetensors"
+        source = self._source()
+        with suppress(CoinError):  # there is none, or it is damaged or of another version
+            state, made = load_state(path)
+            if (made.get("fitted_from"), made.get("fingerprint")) == (source, fingerprint(state)):
+                return restore_decoders(state, made["decoders"], self.code)
+        fitted = self._fit_decoders()
+        state, rests = decoders_state(fitted)
+        made = {"made_by": "coin serve", "fitted_from": source, "fingerprint": fingerprint(state), "decoders": rests}
+        with suppress(CoinError):  # they serve all the same where the folder cannot be written to
+            save_state(path, state, made)
+        return fitted
+
+    def _source(self) -> dict[str, Any]:
+        """Return what decides how the decoders come out."""
+        source: dict[str, Any] = {
+            "experts": {task: sha256_of(path) for task, path in self.experts.paths.items()},
+            "coded": [sha256_of(path) for path in self.coded],
+            "code": self.code.matrix.tolist(),
+            "decoder": self.decoder.name,
+            "tasks": described(self._described()),
+            "calibration": self._calibration,
+            "coin": versions()["coded-coin"],
+        }
+        return source
+
+    def _fit_decoders(self) -> list[Decoder]:
         config, calibration = self.decoder, self.data().calibration()
         coded = Coded(self.code, self.experts.networks, [load_network(path).network for path in self.coded])
         parts = [
             coded.answers(batch, features=config.reads_features, stages=config.reads_stages) for batch in calibration
         ]
-        answers = replace(Answers.concatenate(parts), tasks=calibration.part)
-        return [make_decoder(config, self.code, erased).fit(answers) for erased in self.code.erasures()]
+        answers, kept = replace(Answers.concatenate(parts), tasks=calibration.part), Kept()
+        return [make_decoder(config, self.code, erased).fit(answers, kept) for erased in self.code.erasures()]
 
 
 def read_coded_system(folder: Path, choice: Choice) -> CodedSystem:
@@ -163,23 +211,24 @@ def read_coded_system(folder: Path, choice: Choice) -> CodedSystem:
         raise FileError(f"found no coded model of method {method} ({batchnorm}) in '{seed / 'coded'}'; run it again")
     paths = tuple(coded[row] for row in sorted(coded))
     _, (variant,) = read_coded(paths, list(experts.marks.values()))
-    decoder = DecoderConfig.named(choice.decoder)
+    decoder = DecoderConfig.named(str(results["decoder"].iloc[0]))
     return CodedSystem(seed, experts, paths, variant.code, method, batchnorm, decoder, results)
 
 
 def _results_of(frame: pd.DataFrame, choice: Choice, folder: Path) -> pd.DataFrame:
-    """Return the rows of a decoder, a method and its BatchNorm policy, of those that are chosen or come first."""
+    """Return the rows of a decoder, a method and its BatchNorm policy; of those that may be chosen, the best one's."""
     frame = frame[~frame["method"].isin([NONE, ORACLE])]
     policy = None if choice.batchnorm is None else asked_policy(choice.batchnorm)
     for column, wanted in (("decoder", choice.decoder), ("method", choice.method), ("batchnorm", policy)):
         known = list(dict.fromkeys(frame[column]))
         if not known or wanted not in (None, *known):
             raise ConfigurationError(
-                f"found {column} '{wanted}', '{folder}' has results of {', '.join(known) or 'no coded models'}; "
+                f"found {column} '{wanted or '*'}', '{folder}' has results of {', '.join(known) or 'no coded models'}; "
                 "choose one of them"
             )
-        frame = frame[frame[column] == (known[0] if wanted is None else wanted)]
-    return frame
+        frame = frame if wanted is None else frame[frame[column] == wanted]
+    systems = frame.groupby(["decoder", "method", "batchnorm"], sort=False)
+    return systems.get_group(systems["decoded_accuracy"].mean().idxmax())
 
 
 def parse_options(

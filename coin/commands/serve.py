@@ -16,7 +16,7 @@ from coin.serving.layout import spread_spares
 from coin.serving.model import NetworkServer
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.protocol import Description
-from coin.serving.ray_app import RayOptions, System, application as ray_application, start
+from coin.serving.ray_app import RayOptions, System, application as ray_application, check_port, start
 from coin.serving.replies import ReplyFormat
 
 
@@ -37,6 +37,7 @@ def serve(
         quantile: Of the time that own answers take, after which they are late.
         ray: Where and how to serve.
     """
+    check_port(ray)
     system = read_system(folder, choice, policy, quantile)
     stop = start(system, ray)
     stopped = threading.Event()
@@ -71,6 +72,7 @@ def read_system(folder: str, choice: Choice, policy: PolicyKind, quantile: float
         layout = spread_spares(len(paths), spares)
         for place in range(spares):
             processes[f"spare-{place}"] = {f"spare-{place}-{task}": path for task, path in paths.items()}
+    platform = f"coin ({rule.kind}, {coded.method}, {coded.decoder.name})" if rule.coded else f"coin ({rule.kind})"
     return System(
         folder=folder,
         processes=processes,
@@ -80,9 +82,7 @@ def read_system(folder: str, choice: Choice, policy: PolicyKind, quantile: float
         probe=probe.probe,
         decoder=coded.decoder,
         decodings=decodings,
-        description=Description(
-            coded.classes, probe.image_size, coded.method, coded.decoder.name, probe.reads, coded.tokenizer
-        ),
+        description=Description(coded.classes, probe.image_size, platform, probe.reads, coded.tokenizer),
     )
 
 

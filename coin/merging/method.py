@@ -18,6 +18,7 @@ from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateEr
 from coin.files.tensors import State, check_finite, check_same_layout, weighted_sum
 from coin.merging.experts import Experts, Given, parameters_of
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
+from coin.networks.parametrised import renormalise
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
@@ -259,6 +260,7 @@ class MergeMethod(Method):
             buffers = {name: initial.get(name, tensor) for name, tensor in buffers.items()}
         network = experts.blank().eval()
         fill(network, {**parameters, **buffers})
+        renormalise(network, experts.buffers)
         if policy == BatchNormPolicy.recalibrate:
             experts.passes += recalibrate(network, experts.split[0] if held_out else experts.pooled)
         return network
@@ -268,6 +270,10 @@ def fill(network: nn.Module, state: State) -> None:
     """Copy parameters and buffers into a network, which may name tied ones twice."""
     own = network.state_dict()  # tensors that share the network's memory
     fill_network(network, own | {name: tensor for name, tensor in state.items() if name in own}, "the coded model")
+    with torch.no_grad():
+        for name, buffer in network.named_buffers():  # those that are not persistent are in no state dict
+            if name in state and name not in own and not torch.equal(buffer, state[name]):
+                buffer.copy_(state[name])
 
 
 def refined(start: CodedModel, label: str) -> CodedModel:

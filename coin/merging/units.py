@@ -83,7 +83,8 @@ def affine_units(network: nn.Module, inputs: Batch) -> list[Unit]:
         placed = seen.weight not in misplaced and (seen.weight not in decided or seen.shape[:-1] == (2,))
         if seen.is_unit and leads and placed and not is_part:
             norm = None
-            if following is not None and seen.is_map and following.is_batchnorm and following.source == seen.output:
+            joins = following is not None and seen.is_map and following.is_batchnorm and following.bias is not None
+            if following is not None and joins and following.source == seen.output:
                 norm = following.weight.rpartition(".")[0]
             units.append(Unit(seen.weight, seen.bias, norm, max(floats[before:])))
             before = place
@@ -160,7 +161,7 @@ def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
     def leave(*_: Any) -> None:
         entered.pop()
 
-    readers, named = _Readers(), dict(network.named_parameters())
+    readers, named = _Readers(), {name: p for name, p in network.named_parameters() if p.is_floating_point()}
     # The readers come last, and so see what the network calls but not what the interceptor does on the way.
     with ExitStack() as hooks, evaluating(network, gradients=False), Interceptor(named, visit), readers:
         for each in network.modules():

@@ -234,10 +234,12 @@ class Distillation(LightningModule, Method):
         self.teachers, self.student = teachers, student
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Forget what the student keeps of its parameters in eval mode: they have changed."""
+        """Have the student forget what it keeps of its parameters in eval mode: they have changed."""
         clear_caches(self.student)
 
-    on_validation_batch_start = on_train_batch_start
+    def on_validation_batch_start(self, *_: Any) -> None:
+        """Have the student forget as before a training step."""
+        clear_caches(self.student)
 
     def configure_model(self) -> None:
         """Read the experts, and build a student whose weights the start of training replaces."""

@@ -1,9 +1,9 @@
 """The front end over HTTP: a FastAPI application of the Open Inference Protocol, with metrics and readiness."""
 
 import asyncio
+import json
 import logging
-from collections.abc import AsyncIterator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -12,19 +12,18 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from starlette.requests import ClientDisconnect
+from starlette.exceptions import HTTPException
 
 from coin.errors import CoinError, ConfigurationError, DataError, DeadlineError, OverloadedError, ServingError
 from coin.serving.front_end import FrontEnd
 from coin.serving.images import TooLargeError
+from coin.serving.layout import members
 from coin.serving.limits import InputLimits
-from coin.serving.protocol import ALL, Description, InferRequest, model_metadata, read_request, response
+from coin.serving.protocol import ALL, VERSION, Description, response
+from coin.serving.reading import Reader, SlowError
+from coin.serving.requests import EncodingError, InferRequest
 
 logger = logging.getLogger("ray.serve.coin")  # Ray Serve writes what is logged below its own, as JSON where told to
-
-
-class SlowError(ServingError):
-    """A body took too long to arrive."""
 
 
 class UnknownModelError(DataError):
@@ -32,96 +31,78 @@ class UnknownModelError(DataError):
 
 
 _STATUS: dict[type[CoinError], int] = {
-    TooLargeError: 413, UnknownModelError: 404, DataError: 400, SlowError: 408, DeadlineError: 504, ServingError: 503,
-    CoinError: 500,
+    TooLargeError: 413, UnknownModelError: 404, EncodingError: 415, DataError: 400, SlowError: 408, DeadlineError: 504,
+    OverloadedError: 429, ServingError: 503, CoinError: 500,
 }  # fmt: skip
-"""The first that an error is an instance of counts."""
-
-
-class _Uploads:
-    """Reads bodies: so many at a time, each of them so long and for so long."""
-
-    def __init__(self, limits: InputLimits) -> None:
-        self.limits = limits
-        self.count = 0
-
-    async def read(self, request: Request) -> bytes:
-        limits = self.limits
-        if self.count >= limits.uploads:
-            raise OverloadedError(f"{self.count} queries are being read, the most there may be; ask again later")
-        too_large = TooLargeError(f"found a body of more than {limits.bytes} bytes; send fewer or smaller inputs")
-        if int(request.headers.get("content-length", 0)) > limits.bytes:
-            raise too_large
-        read = bytearray()
-        self.count += 1
-        try:
-            async with asyncio.timeout(limits.seconds):
-                async for part in request.stream():
-                    read += part
-                    if len(read) > limits.bytes:
-                        raise too_large
-        except ClientDisconnect:
-            raise SlowError("found half a body, and nobody to send the rest") from None
-        except TimeoutError:
-            raise SlowError(f"found no end of the body within {limits.seconds:g} s; send it faster") from None
-        finally:
-            self.count -= 1
-        return bytes(read)
+"""The first that an error is an instance of counts; 429 is for too many queries, 503 for too few servers."""
 
 
 class _Collector:
     """What Prometheus reads off a front end."""
 
-    def __init__(self, front: FrontEnd) -> None:
+    def __init__(self, front: FrontEnd, reader: Reader, name: str) -> None:
         self.front = front
+        self.reader = reader
+        self.name = name
 
     def collect(self) -> Iterable[Metric]:
         """Yield what prometheus_client asks for."""
-        front = self.front
-        queries = CounterMetricFamily("coin_queries", "Queries by how they ended", labels=["end"])
-        for end in ("answered", "lost", "expired", "overloaded", "cancelled", "undecodable", "stopped"):
-            queries.add_metric([end], front.counts[end])
-        up = GaugeMetricFamily("coin_server_up", "Whether a server is believed to be up", labels=["server"])
-        requests = GaugeMetricFamily("coin_server_requests", "Requests that wait for a server", labels=["server"])
+        front, name = self.front, self.name
+
+        def gauge(metric: str, help: str, *labels: str) -> GaugeMetricFamily:
+            return GaugeMetricFamily(f"coin_{metric}", help, labels=[*labels, "front_end"])
+
+        queries = CounterMetricFamily("coin_queries", "Queries by how they ended", labels=["end", "front_end"])
+        for end in ("answered", "lost", "expired", "overloaded", "cancelled", "undecodable", "stopped", "refused"):
+            queries.add_metric([end, name], front.counts[end])
+        up = gauge("server_up", "Whether a server is believed to be up", "server")
+        requests = gauge("server_requests", "Requests that wait for a server", "server")
         for queue in front.queues:
-            up.add_metric([queue.name], not queue.is_down)
-            requests.add_metric([queue.name], len(queue))
-        late = GaugeMetricFamily("coin_late_after_seconds", "When an answer is late", labels=["experts", "size"])
+            up.add_metric([queue.name, name], not queue.is_down)
+            requests.add_metric([queue.name, name], len(queue))
+        late = gauge("late_after_seconds", "When an answer is late", "experts", "size")
         for (wanted, size), lateness in front.lateness.items():
-            late.add_metric([f"{wanted:b}", str(2**size - 1)], lateness.seconds)
-        decoded = CounterMetricFamily("coin_decoded_answers", "Answers that were decoded", front.counts["decoded"])
-        return queries, decoded, up, requests, late
+            late.add_metric([f"{wanted:b}", str(2**size - 1), name], lateness.seconds)
+        decoded = CounterMetricFamily("coin_decoded_answers", "Answers that were decoded", labels=["front_end"])
+        decoded.add_metric([name], front.counts["decoded"])
+        reading = gauge("reading", "What queries that are being read hold", "unit")
+        for budget in (self.reader.bytes, self.reader.pixels):
+            reading.add_metric([budget.what, name], budget.held)
+        return queries, decoded, up, requests, late, reading
 
 
-def make_app(front: FrontEnd, about: Description, limits: InputLimits) -> FastAPI:
-    """Return the application; it starts the front end and stops it with itself."""
+def make_app(front: FrontEnd, about: Description, limits: InputLimits, name: str = "") -> FastAPI:
+    """Return the application; it starts the front end and stops it with itself.
+
+    Its ``state.drain`` refuses new queries and waits for those that are under way; its ``state.name`` tells the metrics
+    of several front ends apart.
+    """
     if ALL in about.classes:
         raise ConfigurationError(f"found a task '{ALL}', which is the model of every task; rename it")
     models = {task: 1 << place for place, task in enumerate(about.classes)} | {ALL: front.layout.every_expert}
+    reader = Reader(about, limits)
     registry = CollectorRegistry()
-    registry.register(_Collector(front))
+    registry.register(_Collector(front, reader, name))
     buckets = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-    seconds = Histogram(
-        "coin_answer_seconds", "From a query to its answer", ["model", "decoded"], registry=registry, buckets=buckets
-    )
-    uploads = _Uploads(limits)
-    readers = ThreadPoolExecutor(2, "reader")
-    """Reading images and JSON takes long enough to hold everybody else up, and memory enough to bound it."""
+    labels = ["model", "decoded", "front_end"]
+    seconds = Histogram("coin_answer_seconds", "From a query to its answer", labels, registry=registry, buckets=buckets)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with front:
             yield
-        readers.shutdown(wait=False, cancel_futures=True)
+        reader.stop()
 
     app = FastAPI(title="coin", summary="Coded serving by the Open Inference Protocol", version="2", lifespan=lifespan)
+    app.state.drain, app.state.name = front.drain, name
 
     @app.exception_handler(CoinError)
     async def tell(request: Request, error: CoinError) -> JSONResponse:
         status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
         logger.info("refused", extra={"path": request.url.path, "status": status, "error": str(error)})
-        # Nobody reads on in a body that was given up.
-        headers = {"connection": "close"} if status in (408, 413) or isinstance(error, OverloadedError) else None
+        headers = {"retry-after": "1"} if status in (429, 503) else {}
+        if status in (408, 413, 429, 503):  # nobody reads on in a body that was given up, or here after the end
+            headers["connection"] = "close"
         return JSONResponse({"error": str(error), "kind": type(error).__name__}, status, headers)
 
     @app.exception_handler(RequestValidationError)
@@ -129,32 +110,60 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits) -> FastAP
         first = error.errors()[0]
         return await tell(request, DataError(f"found a wrong {first['loc'][-1]} ({first['msg']})"))
 
-    async def experts_of(model: str) -> int:
+    @app.exception_handler(HTTPException)
+    async def tell_unknown(request: Request, error: HTTPException) -> JSONResponse:
+        said = f"found {request.method} {request.url.path} ({error.detail}), expected a path of /openapi.json"
+        return JSONResponse({"error": said, "kind": type(error).__name__}, error.status_code, error.headers)
+
+    async def experts_of(model: str, request: Request) -> int:
         if model not in models:
             raise UnknownModelError(f"found model '{model}', expected one of {', '.join(models)}")
+        if (version := request.path_params.get("version", VERSION)) != VERSION:
+            raise UnknownModelError(f"found version '{version}' of model '{model}', expected {VERSION}")
         return models[model]
+
+    def route(method: Callable[..., Any], path: str, **options: Any) -> Callable[[Any], Any]:
+        """Return the decorator of a model's path, with its version and without."""
+
+        def decorate(function: Any) -> Any:
+            for version in ("", "/versions/{version}"):
+                method(f"/v2/models/{{model}}{version}{path}", **options)(function)
+            return function
+
+        return decorate
 
     Experts = Annotated[int, Depends(experts_of)]
     schema = {"content": {"application/json": {"schema": InferRequest.model_json_schema()}}}
 
-    @app.post("/v2/models/{model}/infer", openapi_extra={"requestBody": schema})
+    @route(app.post, "/infer", openapi_extra={"requestBody": schema})
     async def infer(
         model: str,
         experts: Experts,
         request: Request,
         inference_header_content_length: Annotated[int | None, Header(ge=0)] = None,
-    ) -> dict[str, Any]:
+    ) -> Response:
         """Answer for a task, or for all of them; see `coin.serving.protocol`."""
-        body = await uploads.read(request)
-        identity, inputs = await asyncio.get_running_loop().run_in_executor(
-            readers, read_request, body, inference_header_content_length, about, limits
-        )
-        answers = await front.ask_all(inputs) if model == ALL else [await front.ask(inputs, experts.bit_length() - 1)]
-        told = response(model, identity, answers, about)
+        deadline = asyncio.get_running_loop().time() + front.limits.deadline
+        with front.admitted():
+            try:
+                async with asyncio.timeout_at(deadline):
+                    parsed, inputs = await reader.read(request, model, inference_header_content_length)
+            except TimeoutError:
+                front.counts["overloaded"] += 1
+                raise OverloadedError("the query waited too long to be read; ask again later") from None
+            except (DataError, SlowError, OverloadedError) as error:
+                front.counts["overloaded" if isinstance(error, OverloadedError) else "refused"] += 1
+                raise
+            answers = await front.ask_experts(inputs, list(members(experts)), deadline)
+        told, binary = response(model, parsed.request.id, parsed.outputs, answers, about)
         said = told["parameters"]
-        seconds.labels(model, said["decoded"]).observe(said["seconds"])
+        seconds.labels(model, said["decoded"], name).observe(said["seconds"])
         logger.info("answered", extra={"model": model, "samples": len(inputs), **said})
-        return told
+        text = json.dumps(told, allow_nan=False).encode()
+        if not binary:
+            return Response(text, media_type="application/json")
+        headers = {"inference-header-content-length": str(len(text))}
+        return Response(text + binary, headers=headers, media_type="application/octet-stream")
 
     @app.get("/v2")
     async def server() -> dict[str, Any]:
@@ -173,17 +182,17 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits) -> FastAP
         response.status_code = 200 if is_ready else 503
         return {"ready": is_ready}
 
-    @app.get("/v2/models/{model}/ready")
+    @route(app.get, "/ready")
     async def model_ready(model: str, experts: Experts, response: Response) -> dict[str, Any]:
         """Say whether a task could be answered: 503 where it could not."""
         is_ready = front.can_answer(experts)
         response.status_code = 200 if is_ready else 503
         return {"name": model, "ready": is_ready}
 
-    @app.get("/v2/models/{model}", dependencies=[Depends(experts_of)])
+    @route(app.get, "", dependencies=[Depends(experts_of)])
     async def metadata(model: str) -> dict[str, Any]:
         """Return a model's inputs, outputs and classes."""
-        return model_metadata(model, about)
+        return about.metadata(model)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

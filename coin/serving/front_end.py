@@ -2,7 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -29,6 +30,8 @@ class _Query(Query):
         self.lateness: Lateness | None = None
         self.requests: list[Request] = []
         self.replies: dict[int, Reply] = {}
+        self.full = 0
+        """The servers among the lost ones that are well, but whose queue had no room."""
 
 
 class FrontEnd:
@@ -71,6 +74,7 @@ class FrontEnd:
         self._decodings = decodings
         self._pending: set[_Query] = set()
         self._open = 0
+        self._ended = asyncio.Event()
         self._running = False
 
     async def __aenter__(self) -> Self:
@@ -88,6 +92,13 @@ class FrontEnd:
             queue.start()
         self._running = True
 
+    async def drain(self) -> None:
+        """Take no more queries, and wait for those that are under way, which end by their deadline."""
+        self._running = False
+        while self._open:
+            self._ended.clear()
+            await self._ended.wait()
+
     async def stop(self) -> None:
         """Take no more queries, and fail those that are under way."""
         self._running = False
@@ -100,43 +111,57 @@ class FrontEnd:
         up = self._servers(lambda queue: not queue.is_down)
         return self._running and self.layout.covers(up, self.layout.every_expert if experts is None else experts)
 
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Count a query as under way, until the end of the block.
+
+        Raises:
+            OverloadedError: There are too many already.
+            ServingError: The front end is not running.
+        """
+        if not self._running:
+            raise ServingError("the front end is not running, or stops; ask again later")
+        if self._open >= self.limits.queries:
+            self.counts["overloaded"] += 1
+            raise OverloadedError(f"{self._open} queries are under way, the most there may be; ask again later")
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+            self._ended.set()
+
     async def ask(self, inputs: Tensor, expert: int) -> Answer:
         """Return an expert's answer to inputs ``[B, ...]``.
 
         Raises:
             LostError: The servers that are left cannot answer.
             DeadlineError: No answer came in time.
-            OverloadedError: There are too many queries already.
+            OverloadedError: There are too many queries already, or the queue of a server that is needed is full.
             ServingError: The front end is not running.
             DecodingError: The decoder failed.
         """
-        (answer,) = await self._ask(inputs, (expert,))
+        with self.admitted():
+            (answer,) = await self.ask_experts(inputs, [expert])
         return answer
 
     async def ask_all(self, inputs: Tensor) -> list[Answer]:
         """Return all experts' answers to inputs ``[B, ...]``; see `ask`."""
-        return await self._ask(inputs, range(self.layout.num_experts))
+        with self.admitted():
+            return await self.ask_experts(inputs, range(self.layout.num_experts))
 
-    async def _ask(self, inputs: Tensor, experts: Sequence[int]) -> list[Answer]:
-        if not self._running:
-            raise ServingError("the front end is not running; call start first")
-        if self._open >= self.limits.queries:
-            self.counts["overloaded"] += 1
-            raise OverloadedError(f"{self._open} queries are under way, the most there may be; ask again later")
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        self._open += 1
+    async def ask_experts(self, inputs: Tensor, experts: Sequence[int], deadline: float | None = None) -> list[Answer]:
+        """Return some experts' answers for a query that was `admitted`, by a time of the event loop; see `ask`."""
+        began = asyncio.get_running_loop().time()
+        deadline = began + self.limits.deadline if deadline is None else deadline
         try:
-            deadline = began + self.limits.deadline
             found = [
                 await self._ask_piece(piece, experts, deadline) for piece in torch.split(inputs, self.limits.batch)
             ]
         except (ServingError, DecodingError, asyncio.CancelledError) as error:
             self.counts[_ENDS.get(type(error), "stopped")] += 1
             raise
-        finally:
-            self._open -= 1
-        seconds = loop.time() - began
+        seconds = asyncio.get_running_loop().time() - began
         answers = [_joined(parts, seconds) for parts in zip(*found, strict=True)]
         self.counts["answered"] += 1
         self.counts["decoded"] += sum(answer.decoded for answer in answers)
@@ -189,12 +214,17 @@ class FrontEnd:
             query.requests.append(request)
             if not self.queues[server].put(request):
                 request.cancelled = True
+                query.full |= 1 << server
                 servers |= query.lose(server)
         if query.state is State.answered:
             self._end(query, None)
         elif query.state is State.failed:
-            lost = ", ".join(self._names(members(query.lost)))
-            self._end(query, LostError(f"lost {lost}, more than the others make up for; ask again later"))
+            lost, full = (", ".join(self._names(members(each))) for each in (query.lost & ~query.full, query.full))
+            if full:
+                told = f"the queue of {full} is full" + (f" and {lost} lost" if lost else "")
+                self._end(query, OverloadedError(f"{told}; ask again later"))
+            else:
+                self._end(query, LostError(f"lost {lost}, more than the others make up for; ask again later"))
 
     def _delivery(self, query: _Query, server: int) -> Callable[[Reply | None], None]:
         def deliver(reply: Reply | None) -> None:
@@ -239,24 +269,24 @@ class FrontEnd:
         answers = []
         for expert in experts:
             if query.decoded >> expert & 1:
-                answers.append(Answer(expert, decoded[expert], True, self._names(used), 0.0, risks.get(expert)))
+                logits, by = decoded[expert], self._names(used)
+                risk = risks.get(expert, torch.full((len(logits),), torch.nan, dtype=torch.float64))
             else:
                 own = next(server for server in members(self.layout.hosts(1 << expert)) if server in query.replies)
-                answers.append(Answer(expert, query.replies[own].logits, False, self._names([own]), 0.0))
+                logits, by = query.replies[own].logits, self._names([own])
+                risk = torch.zeros(len(logits), dtype=torch.float64)
+            answers.append(Answer(expert, logits, bool(query.decoded >> expert & 1), by, 0.0, risk))
         return answers
 
 
 _ENDS: dict[type[BaseException], str] = {
     LostError: "lost", DeadlineError: "expired", DecodingError: "undecodable", asyncio.CancelledError: "cancelled",
+    OverloadedError: "overloaded",
 }  # fmt: skip
 
 
 def _joined(parts: Sequence[Answer], seconds: float) -> Answer:
     """Return the answer to a query of the answers to its pieces."""
     names = tuple(dict.fromkeys(name for part in parts for name in part.answered_by))
-    logits = torch.cat([part.logits for part in parts])
-    risk = None
-    if any(part.risk is not None for part in parts):
-        unknown = [torch.full((len(part.logits),), torch.nan, dtype=torch.float64) for part in parts]
-        risk = torch.cat([each if part.risk is None else part.risk for part, each in zip(parts, unknown, strict=True)])
+    logits, risk = torch.cat([part.logits for part in parts]), torch.cat([part.risk for part in parts])
     return Answer(parts[0].expert, logits, any(part.decoded for part in parts), names, seconds, risk)

@@ -12,64 +12,82 @@ from torch import Tensor
 
 from coin.data.decoding import DAMAGE, to_square
 from coin.errors import DataError, first_line
+from coin.serving.limits import InputLimits
 
 
 class TooLargeError(DataError):
     """What came is larger than the limits allow."""
 
 
-def read_files(files: Sequence[bytes], image_size: int, most_pixels: int) -> Tensor:
-    """Read image files, as a task's own images are read.
+def check_samples(count: int, limits: InputLimits) -> None:
+    """Raise a `TooLargeError` where a query brings nothing, or too much."""
+    if not 1 <= count <= limits.samples:
+        raise TooLargeError(f"found {count} images or texts, expected 1 to {limits.samples} at a time")
+
+
+def open_file(file: bytes, limits: InputLimits) -> Image.Image:
+    """Return a PNG or JPEG file's image, not decoded yet.
+
+    Raises:
+        TooLargeError: It has too many pixels.
+        DataError: It is no such image, or too long and thin.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit on pixels is ours
+            image = Image.open(io.BytesIO(file), formats=("PNG", "JPEG"))
+    except DAMAGE as error:
+        raise _unreadable(error) from error
+    _check_size(*image.size, limits)
+    if image.mode.startswith(("I", "F")):
+        raise DataError(f"found pixels of type {image.mode}, expected 8 bits a channel; convert the image first")
+    return image
+
+
+def to_squares(images: Sequence[Image.Image], image_size: int) -> Tensor:
+    """Return images as a task's own are read, and once for all servers.
 
     Args:
-        files: PNG or JPEG.
-        image_size: S, the side of the networks' inputs: larger images and those that are no squares are brought to it.
-        most_pixels: Of one image.
+        images: Of any size.
+        image_size: S, the side of the networks' inputs: larger images and those that are no squares are brought to it,
+            the centre square of what is no square.
 
     Returns:
         uint8 ``[B, 3, S, S]``, or of the one smaller size that all have.
 
     Raises:
-        TooLargeError: There are too many pixels.
-        DataError: One is no such image, or they are of different sizes.
+        DataError: One is damaged, or they are of different sizes.
     """
-    images = [_read_file(file, image_size, most_pixels) for file in files]
-    if len({image.shape for image in images}) > 1:
-        raise DataError(f"found small images of different sizes, expected one; resize them to {image_size} pixels")
-    return torch.stack(images)
-
-
-def _read_file(file: bytes, image_size: int, most_pixels: int) -> Tensor:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit on pixels is ours
-            image = Image.open(io.BytesIO(file), formats=("PNG", "JPEG"))
-        with image:
-            width, height = image.size
-            _check_pixels(width * height, most_pixels)
-            if image.mode.startswith(("I", "F")):
-                raise DataError(
-                    f"found pixels of type {image.mode}, expected 8 bits a channel; convert the image first"
-                )
-            side = width if width == height <= image_size else image_size
-            return torch.from_numpy(to_square(image, side).copy())
-    except DataError:
-        raise
+        squares = [_to_square(image, image_size) for image in images]
     except DAMAGE as error:
-        why = "neither PNG nor JPEG" if isinstance(error, UnidentifiedImageError) else first_line(error)
-        raise DataError(f"found no readable image ({why}), expected PNG or JPEG") from error
+        raise _unreadable(error) from error
+    if len({square.shape for square in squares}) > 1:
+        raise DataError(f"found small images of different sizes, expected one; resize them to {image_size} pixels")
+    return torch.stack(squares)
 
 
-def read_array(values: bytes | Sequence[object], shape: Sequence[int], most_pixels: int) -> Tensor:
+def _to_square(image: Image.Image, image_size: int) -> Tensor:
+    width, height = image.size
+    return torch.from_numpy(to_square(image, width if width == height <= image_size else image_size).copy())
+
+
+def _unreadable(error: Exception) -> DataError:
+    why = "neither PNG nor JPEG" if isinstance(error, UnidentifiedImageError) else first_line(error)
+    return DataError(f"found no readable image ({why}), expected PNG or JPEG")
+
+
+def read_array(values: bytes | Sequence[object], shape: Sequence[int], image_size: int, limits: InputLimits) -> Tensor:
     """Read an array of pixels.
 
     Args:
         values: The pixels, as raw bytes or as numbers from 0 to 255, nested or not.
         shape: ``[B, 1 or 3, H, W]``.
-        most_pixels: Of one image.
+        image_size: See `to_squares`.
+        limits: On one image.
 
     Returns:
-        uint8 of this shape.
+        uint8 of this shape, or ``[B, 3, S, S]`` by `to_squares`.
 
     Raises:
         TooLargeError: There are too many pixels.
@@ -77,7 +95,8 @@ def read_array(values: bytes | Sequence[object], shape: Sequence[int], most_pixe
     """
     if len(shape) != 4 or shape[1] not in (1, 3) or min(shape) < 1:
         raise DataError(f"found an array of shape {list(shape)}, expected [B, 1 or 3, H, W]")
-    _check_pixels(shape[2] * shape[3], most_pixels)
+    check_samples(shape[0], limits)
+    _check_size(shape[3], shape[2], limits)
     try:
         found = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.asarray(values)
     except ValueError as error:
@@ -86,9 +105,19 @@ def read_array(values: bytes | Sequence[object], shape: Sequence[int], most_pixe
         raise DataError(f"found {found.size} values for an array {list(shape)}, expected {math.prod(shape)}")
     if found.dtype.kind not in "iu" or found.min() < 0 or found.max() > 255:
         raise DataError("found values that are no pixels, expected whole numbers from 0 to 255")
-    return torch.from_numpy(found.astype(np.uint8).reshape(shape))
+    array = found.astype(np.uint8).reshape(shape)
+    if shape[2] == shape[3] <= image_size:
+        return torch.from_numpy(array)
+    planes = array[:, 0] if shape[1] == 1 else array.transpose(0, 2, 3, 1)
+    return to_squares([Image.fromarray(each) for each in planes], image_size)
 
 
-def _check_pixels(pixels: int, most: int) -> None:
-    if pixels > most:
-        raise TooLargeError(f"found an image of {pixels} pixels, expected at most {most}; send a smaller one")
+def _check_size(width: int, height: int, limits: InputLimits) -> None:
+    if width * height > limits.pixels:
+        raise TooLargeError(
+            f"found an image of {width * height} pixels, expected at most {limits.pixels}; send a smaller one"
+        )
+    if max(width, height) > limits.aspect * min(width, height):
+        raise DataError(
+            f"found an image of {width} × {height} pixels, expected sides of at most 1 : {limits.aspect:g}; cut it"
+        )

@@ -10,7 +10,7 @@ class Limits:
     """What bounds waiting; all of them positive.
 
     Args:
-        deadline: Seconds after which a query fails.
+        deadline: Seconds after which a query fails, reading it included.
         timeout: Seconds that a server gets for one batch.
         queries: The most queries at a time.
         queue: The most requests that wait for one server.
@@ -36,21 +36,29 @@ class Limits:
 
 @dataclass(frozen=True)
 class InputLimits:
-    """What a query may bring; all of them positive.
+    """What a query may bring, and all that are being read together; all of them positive.
 
     Args:
-        bytes: The largest body.
+        bytes: The largest body, unpacked.
         pixels: The most pixels of one image.
+        aspect: The longest side of an image over its shortest.
         samples: The most images or texts of one query.
+        values: The most numbers in JSON, which takes long to read: larger arrays come in the binary extension.
         seconds: How long a body may take to arrive.
         uploads: How many bodies are read at a time.
+        held_bytes: Of all bodies that are being read; one may take half of what the others leave.
+        held_pixels: Of all image files that are being decoded, likewise.
     """
 
     bytes: int = 8 * 2**20
     pixels: int = 4096 * 4096
+    aspect: float = 20.0
     samples: int = 64
+    values: int = 2**20
     seconds: float = 5.0
-    uploads: int = 64
+    uploads: int = 1024
+    held_bytes: int = 128 * 2**20
+    held_pixels: int = 128 * 2**20
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

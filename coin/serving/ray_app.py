@@ -3,8 +3,11 @@
 import asyncio
 import logging
 import os
+import socket
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +24,14 @@ from coin.serving.decodings import Decodings
 from coin.serving.front_end import FrontEnd
 from coin.serving.layout import Layout
 from coin.serving.limits import InputLimits, Limits
-from coin.serving.model import NetworkServer
 from coin.serving.policies import Policy
 from coin.serving.protocol import Description
 from coin.serving.replies import Reply, ReplyFormat, Server
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from coin.serving.model import NetworkServer
 
 Arrays = tuple[NDArray[np.float32], NDArray[np.float32] | None]
 
@@ -41,6 +45,9 @@ listen at the loopback address, not at all interfaces."""
 
 _STOPPING = {"graceful_shutdown_timeout_s": 3.0, "graceful_shutdown_wait_loop_s": 0.1}
 """A server has nothing to finish: the front end gives every query its end before it stops."""
+
+_SENDING = 0.5
+"""Seconds for a front end's last word to pass Ray's proxy."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,8 @@ class ModelProcess:
     ) -> None:
         from ray import serve
 
+        from coin.serving.model import NetworkServer  # not for the front end, which is back sooner without it
+
         torch.set_num_threads(threads)
         self._networks = {name: NetworkServer(path, outputs, decoder, device) for name, path in paths.items()}
         self._thread = ThreadPoolExecutor(1, "pass")
@@ -155,7 +164,7 @@ class ModelProcess:
         found: Arrays = await self._passes[name](stored)
         return found
 
-    def _pass_of(self, network: NetworkServer) -> Callable[[list[NDArray[Any]]], Any]:
+    def _pass_of(self, network: "NetworkServer") -> Callable[[list[NDArray[Any]]], Any]:
         async def run(requests: list[NDArray[Any]]) -> list[Arrays]:
             return await asyncio.get_running_loop().run_in_executor(self._thread, run_together, network, requests)
 
@@ -168,7 +177,22 @@ class ModelProcess:
                 raise ServingError("the network's answer is not finite")
 
 
-def run_together(network: NetworkServer, requests: list[NDArray[Any]]) -> list[Arrays]:
+class FrontEndProcess:
+    """What Ray calls of a front end beside its application."""
+
+    app: Any
+    """The application, which Ray Serve adds."""
+
+    def __init__(self, *servers: Any) -> None:
+        """Take the servers' deployments, which Ray starts for that."""
+
+    async def drain(self) -> str:
+        """Take no more queries, wait for those that are under way, and return the name of this front end."""
+        await self.app.state.drain()
+        return str(self.app.state.name)
+
+
+def run_together(network: "NetworkServer", requests: list[NDArray[Any]]) -> list[Arrays]:
     """Return a network's replies to several requests, in one pass where their shapes allow it."""
     if len({request.shape[1:] for request in requests}) > 1:
         return [reply for request in requests for reply in run_together(network, [request])]
@@ -216,14 +240,14 @@ def application(system: System, options: RayOptions) -> Any:
     def build() -> "FastAPI":
         from coin.serving.app import make_app
 
-        own = serve.get_replica_context().app_name
+        own = serve.get_replica_context()
         asking: dict[str, Server] = {}
         for process, networks in system.processes.items():
-            handle = serve.get_deployment_handle(process, app_name=own)
+            handle = serve.get_deployment_handle(process, app_name=own.app_name)
             asking |= {name: _asking(handle, name) for name in networks}
-        return make_app(system.front_end(asking, limits), system.description, inputs)
+        return make_app(system.front_end(asking, limits), system.description, inputs, own.replica_id.unique_id)
 
-    front = serve.deployment(serve.ingress(build)()).options(
+    front = serve.deployment(serve.ingress(build)(FrontEndProcess)).options(
         name="front-end",
         num_replicas=resources.front_ends,
         ray_actor_options={"num_cpus": 0},
@@ -243,8 +267,22 @@ def _serve() -> Any:
     return serve
 
 
+def check_port(options: RayOptions) -> None:
+    """Raise a `ServingError` where somebody listens at the port; Ray would share it with them without a word."""
+    if options.address is not None:
+        return  # it is that of a cluster, which may serve other applications at it
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        socket.create_server((options.host, options.port), family=family).close()
+    except OSError as error:
+        raise ServingError(
+            f"found no way to listen at {options.host}:{options.port} ({os.strerror(error.errno or 0)}), expected a free port; stop "
+            "what listens there, or give another --ray.port"
+        ) from error
+
+
 def start(system: System, options: RayOptions) -> Callable[[], None]:
-    """Serve on Ray Serve until the returned function is called.
+    """Serve on Ray Serve until the returned function is called, which lets queries that are under way end first.
 
     Raises:
         ConfigurationError: Ray is not installed.
@@ -255,7 +293,16 @@ def start(system: System, options: RayOptions) -> Callable[[], None]:
     serve = _serve()
     import ray
 
+    def drain() -> None:
+        drained: set[str] = set()
+        end = time.monotonic() + options.limits.deadline
+        while len(drained) < options.resources.front_ends and time.monotonic() < end:
+            drained.add(serve.get_app_handle("coin").drain.remote().result(timeout_s=options.limits.deadline))
+        time.sleep(_SENDING)
+
     def stop() -> None:
+        with suppress(Exception):  # whoever cannot be drained is stopped all the same
+            drain()
         serve.shutdown()
         ray.shutdown()
 
@@ -263,7 +310,8 @@ def start(system: System, options: RayOptions) -> Callable[[], None]:
         if not ray.is_initialized():
             ray.init(options.address or "local", include_dashboard=False, log_to_driver=False, logging_level="error")
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(http_options={"host": options.host, "port": options.port})
+        waits = options.limits.deadline + _SENDING  # also for a front end that was killed, until Ray has another
+        serve.start(http_options={"host": options.host, "port": options.port, "request_timeout_s": waits})
         serve.run(application(system, options), name="coin", route_prefix="/")
     except Exception as error:  # Ray's errors share no base class
         stop()

@@ -67,8 +67,8 @@ class Answer:
         decoded: Whether any of the logits were decoded from other servers' answers; else they are the expert's own.
         answered_by: The names of the servers whose answers these are or were decoded from.
         seconds: From the query to its answer.
-        risk: The estimated probability that the expert's own answer is another class ``[B]`` (`coin.coding`), NaN
-            where that is not known or the answer is the expert's own; None where that is so of all.
+        risk: The estimated probability that the expert's own answer is another class ``[B]`` (`coin.coding`): 0 where
+            the answer is the expert's own, NaN where it is not known.
     """
 
     expert: int
@@ -76,4 +76,4 @@ class Answer:
     decoded: bool
     answered_by: tuple[str, ...]
     seconds: float
-    risk: Tensor | None = None
+    risk: Tensor

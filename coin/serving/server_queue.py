@@ -140,8 +140,12 @@ class ServerQueue:
         task = asyncio.ensure_future(self._server(inputs))
         # A failure that comes after the timeout has been dealt with: asyncio need not tell of it.
         task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+        loop, left = asyncio.get_running_loop(), self._limits.timeout
         try:
-            await asyncio.wait({task}, timeout=self._limits.timeout)
+            while left > 0.01 and not task.done():
+                ends = loop.time() + left
+                await asyncio.wait({task}, timeout=left)
+                left = loop.time() - ends  # for which the loop was held up: an answer may be there, but not read
         finally:
             task.cancel()
         if not task.done():

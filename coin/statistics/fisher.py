@@ -246,7 +246,9 @@ class FisherPass:
         for call, names in tape.calls.items():
             if untrusted.isdisjoint(names.values()):
                 rows.update(dict.fromkeys(names.values(), len(call.inputs) // 2))
-        sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sum(each.numel() for each in tensors_in(two)) // 2]
+        sizes = [call.inputs.numel() // 2 for call in tape.calls] or [
+            sum(each.numel() for each in tensors_in(two)) // 2
+        ]
         return Layout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach(), last)
 
     def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> set[str]:

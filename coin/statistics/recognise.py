@@ -19,12 +19,15 @@ from coin.statistics.rules.linear import EmbeddingCall, LinearCall
 Visit = Callable[[Call, dict[str, str], Callable[[], Tensor]], Tensor | None]
 """(call, role → trainable parameter's name, the function itself) → the output to use, or None."""
 
-_SORTING = {"sort", "argsort", "topk", "unique", "unique_consecutive", "repeat_interleave", "gather", "tolist", "item"}
-_SORTING |= {"take", "take_along_dim", "put", "index_select", "index_add", "index_copy", "index_put", "index_fill"}
-_SORTING |= {"masked_select", "masked_scatter", "scatter", "scatter_add", "scatter_reduce", "numpy"}
-_SORTING |= {"__bool__", "__int__", "__float__", "__index__"}
-_SORTING |= {"argmax", "argmin", "one_hot", "nonzero", "argwhere", "kthvalue", "median", "mode", "msort", "multinomial"}
-_SORTING |= {"bucketize", "searchsorted", "sign", "sgn", "heaviside", "round", "floor", "ceil", "trunc"}
+_CHOOSING = {"sort", "argsort", "topk", "kthvalue", "median", "mode", "msort", "unique", "unique_consecutive", "argmax"}
+_CHOOSING |= {"argmin", "one_hot", "nonzero", "argwhere", "multinomial", "bucketize", "searchsorted", "tolist", "item"}
+_CHOOSING |= {"__bool__", "__int__", "__float__", "__index__", "sign", "sgn", "heaviside", "round", "floor", "ceil"}
+_CHOOSING |= {"trunc"}
+"""Functions that make places of values."""
+
+_SORTING = _CHOOSING | {"repeat_interleave", "gather", "take", "take_along_dim", "put", "index_select", "index_add"}
+_SORTING |= {"index_copy", "index_put", "index_fill", "masked_select", "masked_scatter", "scatter", "scatter_add"}
+_SORTING |= {"scatter_reduce", "numpy"}
 """Functions by which values can decide where a row goes; those that work in place have the same names."""
 
 _COUNTING = {"to", "float", "double", "half", "bfloat16", "int", "long", "type", "type_as", "sum", "cumsum"}
@@ -35,10 +38,9 @@ _signature = lru_cache(maxsize=None)(inspect.signature)
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
-_DECIDING = {"sort", "argsort", "topk", "kthvalue", "median", "mode", "msort", "unique", "unique_consecutive"}
-_DECIDING |= {"argmax", "argmin", "one_hot", "nonzero", "argwhere", "multinomial", "bucketize", "searchsorted", "tolist"}
-_DECIDING |= {"item", "__bool__", "__int__", "__float__", "__index__", "sign", "sgn", "heaviside", "round", "floor"}
-_DECIDING |= {"ceil", "trunc", "eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
+_DECIDING = (
+    _CHOOSING | {"eq", "ne", "lt", "le", "gt", "ge"} | {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
+)
 """Those by which activations can decide, and so send a row elsewhere in another network."""
 
 

@@ -5,8 +5,10 @@ import torch
 
 from coin.coding import Answers, Code, DecoderConfig, DecoderKind, Kept, decoders, distinct_decoders, make_decoder
 from coin.coding.decoder_config import FeatureChoice, FittedOn
+from coin.coding.decoder_state import decoder_state, decoders_state, restore_decoder, restore_decoders
 from coin.coding.ridge import Projection, ProjectionKind, fit_projection
-from coin.errors import ConfigurationError, DecodingError, NumericalError
+from coin.errors import ConfigurationError, DecodingError, NumericalError, StateError
+from coin.files.safetensors import load_state, save_state
 
 CODE = Code([[0.2, 0.3, 0.5]])
 WIDTHS = (3, 4, 5)
@@ -385,3 +387,54 @@ def test_a_name_stands_for_its_options(config):
 def test_names_of_nothing(name):
     with pytest.raises(ConfigurationError, match="found"):
         DecoderConfig.named(name)
+
+
+# Kept and read back
+
+EVERY_OPTION = [
+    {"kind": "linear"},
+    *({"kind": "ridge", "fitted_on": fitted_on} for fitted_on in FittedOn),
+    *(
+        {"kind": "feature_ridge", "features": features, "fitted_on": fitted_on, **reduced}
+        for features in FeatureChoice
+        for fitted_on in FittedOn
+        for reduced in ({}, *({"components": 3, "projection": kind} for kind in ProjectionKind))
+    ),
+]
+
+
+@pytest.mark.parametrize("options", EVERY_OPTION, ids=lambda options: DecoderConfig.of(options).name)
+@pytest.mark.parametrize("erased", [(1,), (2, 0)])
+def test_a_decoder_that_was_read_back_answers_to_the_last_bit(options, erased, tmp_path):
+    code = Code([[0.2, 0.3, 0.5], [0.5, 0.3, 0.2]])
+    decoder = make_decoder(DecoderConfig.of(options), code, erased).fit(noisy_answers(90, 0, code))
+    state, rests = decoders_state([make_decoder("linear", code, [0]), decoder])
+    save_state(tmp_path / "decoders.safetensors", state, {"decoders": rests})
+    state, told = load_state(tmp_path / "decoders.safetensors")
+    _, found = restore_decoders(state, told["decoders"], code)
+    assert (found.config, found.erased, found.samples_read) == (decoder.config, erased, decoder.samples_read)
+    for size in (1, 2, 7, 40):
+        test = noisy_answers(size, 1, code)
+        logits = decoder.decode(test)
+        assert torch.equal(found.decode(test), logits)
+        assert torch.equal(found.errors, decoder.errors)
+        for place, expert in enumerate(erased):
+            assert torch.equal(found.risk(expert, logits[place]), decoder.risk(expert, logits[place]))
+
+
+def test_a_state_that_is_not_whole_is_refused():
+    unfitted = make_decoder("ridge", CODE, [1])
+    assert not restore_decoder(*decoder_state(unfitted), CODE).fitted
+    state, rest = decoder_state(unfitted.fit(noisy_answers(90, 0)))
+    wrong = {
+        "'fitted.0.left_out'": ({name: state[name] for name in state if name != "fitted.0.left_out"}, rest),
+        "no such tensor": ({**state, "fitted.0.more": state["moments"]}, rest),
+        r"expected \[6, 2\]": ({**state, "fitted.0.coefficients": torch.zeros(5, 2)}, rest),
+        "'widths'": (state, {name: rest[name] for name in rest if name != "widths"}),
+        "4 experts, expected 3": (state, {**rest, "num_experts": 4}),
+    }
+    for message, given in wrong.items():
+        with pytest.raises(StateError, match=message):
+            restore_decoder(*given, CODE)
+    with pytest.raises(StateError, match="'1/moments' in the state of 1 decoders"):
+        restore_decoders({"1/moments": state["moments"]}, [rest], CODE)

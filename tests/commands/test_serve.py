@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from coin.cli import main
-from coin.commands.coded_system import Choice, read_coded_system
+from coin.commands.coded_system import Choice, CodedSystem, read_coded_system
 from coin.commands.serve import application, read_system
 from coin.errors import CoinWarning, FileError
 from coin.reporting import read_results
@@ -84,6 +84,37 @@ def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decode
         assert asyncio.run(accuracy(task, expert, lost=expert)) == pytest.approx(row.decoded_accuracy)
 
 
+def test_decoders_are_fitted_once_and_kept_with_what_they_were_fitted_from(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(finished, tmp_path / "copy", ignore=shutil.ignore_patterns("decoders"))
+    fits: list[str] = []
+    fit = CodedSystem._fit_decoders
+    monkeypatch.setattr(CodedSystem, "_fit_decoders", lambda self: fits.append(self.decoder.name) or fit(self))
+    first = read(copy).decodings
+    (kept,) = (copy / "seed-0" / "decoders").iterdir()
+    again = read(copy).decodings
+    assert fits == ["feature_ridge"]
+    for erased, decoder in first.fitted.items():
+        (own,), (other,) = decoder.fitted, again.fitted[erased].fitted
+        assert torch.equal(own.coefficients, other.coefficients)
+        assert torch.equal(decoder.errors, again.fitted[erased].errors)
+    damaged = bytearray(kept.read_bytes())
+    damaged[-20] ^= 1
+    kept.write_bytes(damaged)
+    read(copy)
+    read(copy)
+    assert len(fits) == 2
+    config = copy / "seed-0" / "config.yaml"
+    given = yaml.safe_load(config.read_text())
+    given["calibration"]["samples_per_task"] -= 1
+    config.write_text(yaml.safe_dump(given))
+    read(copy)
+    assert len(fits) == 3  # of other samples
+    read(copy, decoder="linear")
+    assert fits[3:] == ["linear"]
+
+
 def test_a_spare_holds_every_expert_and_answers_like_them(finished: Path) -> None:
     system = read(finished, "hedged")
     assert list(system.processes) == ["expert-digits", "expert-letters", "spare-0"]
@@ -134,6 +165,19 @@ def test_mistake_is_one_line(
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("coin: error: ")
     assert wanted in line
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as Ray's proxies do
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", "nowhere", f"--ray.port={port}"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"coin: error: found no way to listen at 127.0.0.1:{port} (")
+    assert main(["serve", "nowhere", f"--ray.port={port}"]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 @pytest.fixture

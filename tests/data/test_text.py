@@ -10,6 +10,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from coin.data import Augmentation, TextFile, Tweets
 from coin.data.tasks import Tasks, task_with
+from coin.data.tokens import _loaded
 from coin.errors import ConfigurationError, DataError, FileError
 
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "meal", "the"]
@@ -43,6 +44,7 @@ def test_texts_become_rows_of_tokens_cut_and_filled_up(tokenizer: str, monkeypat
     rows = task.samples(["the good film", "good good good good good good", "tasty", ""], [0, 1, 2, 0]).images()
     assert rows.dtype == torch.int64
     assert rows.tolist() == [[6, 2, 4, 0], [2, 2, 2, 2], [1, 0, 0, 0], [0, 0, 0, 0]]
+    _loaded.cache_clear()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ConfigurationError, match=r"no package tokenizers, .* pip install 'coded-coin\[text\]'"):
         task.samples(["the good film"], [0])

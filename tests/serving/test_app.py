@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import io
+import json
 import os
 import random
 import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -52,7 +54,9 @@ class Toy:
             Decodings(CODE),
             Limits(**{"initial_lateness": 30.0, "deadline": 60.0, "timeout": 60.0, **limits}),
         )
-        self.app = make_app(self.front, Description(CLASSES, 8, "average", "linear"), inputs)
+        self.app = make_app(
+            self.front, Description(CLASSES, 8, "coin (coded_hedged, average, linear)"), inputs, "the first"
+        )
 
     def _server(self, index: int) -> Any:
         async def answer(images: torch.Tensor) -> Reply:
@@ -147,7 +151,7 @@ def test_readiness_metrics_and_description(serve_toy: Any) -> None:
     assert client.get("/v2/health/live").status_code == client.get("/v2/health/ready").status_code == 200
     metadata = client.get("/v2/models/colours").json()
     assert metadata["parameters"] == {"colours.classes": "red,green,blue"}
-    assert {output["name"] for output in metadata["outputs"]} == {"probabilities", "class", "label"}
+    assert {output["name"] for output in metadata["outputs"]} == {"probabilities", "class", "label", "risk"}
     toy.ways[0] = "raise"
     ask(client, "colours", files(png(9, 0, 0)))
     health = client.get("/health").json()
@@ -162,9 +166,9 @@ def test_readiness_metrics_and_description(serve_toy: Any) -> None:
     assert client.get("/v2/models/lights & darks/ready").status_code == 200
     metrics = client.get("/metrics").text
     for line in (
-        'coin_queries_total{end="lost"} 1.0',
-        'coin_server_up{server="coded-0"} 0.0',
-        "coin_decoded_answers_total 1.0",
+        'coin_queries_total{end="lost",front_end="the first"} 1.0',
+        'coin_server_up{front_end="the first",server="coded-0"} 0.0',
+        'coin_decoded_answers_total{front_end="the first"} 1.0',
     ):
         assert line in metrics
     toy.ways = ["", "", ""]
@@ -180,7 +184,7 @@ def test_deadline_and_too_many_queries(serve_toy: Any) -> None:
         found = list(pool.map(lambda _: client.post("/v2/models/colours/infer", json=files(png(9, 0, 0))), range(2)))
     assert {(each.status_code, each.json()["kind"]) for each in found} == {
         (504, "DeadlineError"),
-        (503, "OverloadedError"),
+        (429, "OverloadedError"),
     }
 
 
@@ -189,7 +193,9 @@ def wrong(**changes: Any) -> dict[str, Any]:
 
 
 MISTAKES = {
-    "path": ("/nothing", {}, 404, "Not Found"),
+    "path": ("/nothing", {}, 404, '{"error":"found POST /nothing (Not Found), expected a path of /openapi.json"'),
+    "method": ("/v2/health/live", {}, 405, '{"error":"found POST /v2/health/live (Method Not Allowed)'),
+    "version": ("/v2/models/colours/versions/2/infer", wrong(), 404, "version '2' of model 'colours', expected 1"),
     "model": ("/v2/models/magic/infer", wrong(), 404, "expected one of colours, lights & darks, all"),
     "no request": ("/v2/models/colours/infer", {"a": 1}, 400, "wrong at inputs"),
     "datatype": ("/v2/models/colours/infer", wrong(datatype="FP32"), 400, "inputs.0.datatype"),
@@ -250,7 +256,7 @@ def test_half_sent_bodies_hold_nobody_up_and_end(serve_toy: Any) -> None:
     assert time.monotonic() - began < 1.0
     slow += [half_sent(port) for _ in range(2)]
     time.sleep(0.2)
-    assert client.post("/v2/models/colours/infer", json=files(png(9, 0, 0))).status_code == 503  # and not for ever
+    assert client.post("/v2/models/colours/infer", json=files(png(9, 0, 0))).status_code == 429  # and not for ever
     for connection in slow:
         connection.settimeout(5)
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
@@ -258,31 +264,150 @@ def test_half_sent_bodies_hold_nobody_up_and_end(serve_toy: Any) -> None:
     ask(client, "colours", files(png(9, 0, 0)))
 
 
+def test_a_hundred_slow_bodies_refuse_nobody_else(serve_toy: Any) -> None:
+    _, client, port = serve_toy(InputLimits(seconds=3.0))
+    slow = [half_sent(port) for _ in range(100)]
+    time.sleep(0.3)
+    began = time.monotonic()
+    for _ in range(20):
+        ask(client, "colours", files(png(9, 0, 0)))
+    assert time.monotonic() - began < 2
+    for connection in slow:
+        connection.close()
+
+
+def binary(tensor: dict[str, Any], raw: bytes) -> dict[str, Any]:
+    """Return the content and the headers of a request in the binary extension."""
+    head = json.dumps({"inputs": [{"name": "images", **tensor}]}).encode()
+    return {"content": head + raw, "headers": {"Inference-Header-Content-Length": str(len(head))}}
+
+
+def test_a_strip_of_pixels_is_the_clients_mistake_and_reaches_no_server(serve_toy: Any) -> None:
+    _, client, _ = serve_toy(InputLimits())
+    began = time.monotonic()
+    strip = binary({"datatype": "UINT8", "shape": [1, 1, 8_380_000, 1]}, bytes(8_380_000))
+    found = client.post("/v2/models/colours/infer", **strip)
+    assert (found.status_code, time.monotonic() - began < 2) == (400, True)
+    assert "found an image of 1 × 8380000 pixels, expected sides of at most 1 : 20" in found.json()["error"]
+    health = client.get("/health").json()
+    assert health["queries"] == {"refused": 1}
+    assert all(server["up"] and not server["last_error"] for server in health["servers"].values())
+    wide = binary({"datatype": "UINT8", "shape": [1, 1, 500, 2000]}, bytes([0, 255]) * 500_000)
+    assert client.post("/v2/models/colours/infer", **wide).status_code == 200
+
+
+def test_large_images_wait_in_a_line_of_their_own_and_are_refused_beyond_the_budget(serve_toy: Any) -> None:
+    """Two queries of 64 blank images of 4096² held an ordinary one up for 15 s on two cores."""
+    _, client, _ = serve_toy(InputLimits())
+    buffer = io.BytesIO()
+    Image.new("L", (4096, 4096)).save(buffer, "PNG")
+    image = struct.pack("<I", len(buffer.getvalue())) + buffer.getvalue()
+    statuses: list[int] = []
+    waited: list[float] = []
+
+    def large(count: int) -> None:
+        body = binary({"datatype": "BYTES", "shape": [count]}, count * image)
+        found = client.post("/v2/models/colours/infer", **body)
+        statuses.append(found.status_code)
+        assert ("retry-after" in found.headers) == (found.status_code == 429)
+
+    with ThreadPoolExecutor(8) as pool:
+        works = [pool.submit(large, count) for count in (64, 64, 4, 4, 4, 4, 2, 2)]
+        while not all(work.done() for work in works):
+            began = time.monotonic()
+            ask(client, "colours", files(png(9, 0, 0)))
+            waited.append(time.monotonic() - began)
+        for work in works:
+            work.result()
+    assert statuses.count(413) == 2
+    assert statuses.count(429) >= 2  # what is decoded at a time is bounded
+    assert 200 in statuses
+    assert max(waited) < 2
+    health = client.get("/health").json()
+    assert health["queries"]["overloaded"] == statuses.count(429)
+    assert health["servers"]["expert-colours"]["last_error"] == ""
+    assert 'coin_reading{front_end="the first",unit="pixels"} 0.0' in client.get("/metrics").text
+
+
 def test_a_task_may_not_have_the_name_of_all(serve_toy: Any) -> None:
     toy, _, _ = serve_toy()
     with pytest.raises(ConfigurationError, match="a task 'all'"):
-        make_app(toy.front, Description({"all": ["a"]}, 8, "average", "linear"), InputLimits())
+        make_app(toy.front, Description({"all": ["a"]}, 8, "coin"), InputLimits())
 
 
-def test_a_client_of_tritons_reads_a_decoded_answer(serve_toy: Any) -> None:
-    triton = pytest.importorskip("tritonclient.http", reason="pip install 'tritonclient[http]'")
+@pytest.fixture
+def triton(serve_toy: Any) -> Iterator[tuple[Any, Any, Toy]]:
+    """The module of Triton's client, a client, and what it is served by."""
+    module = pytest.importorskip("tritonclient.http", reason="pip install 'tritonclient[http]'")
     toy, _, port = serve_toy()
-    toy.ways[0] = "raise"
-    client = triton.InferenceServerClient(f"127.0.0.1:{port}")
-    assert client.is_server_ready()
-    assert client.is_model_ready("colours")
-    for binary in (True, False):
-        tensor = triton.InferInput("images", [1, 3, 6, 6], "UINT8")
-        tensor.set_data_from_numpy(plain(0, 200, 0)[None], binary_data=binary)
-        found = client.infer("colours", [tensor])
-        assert found.as_numpy("class").tolist() == [1]
-        assert found.as_numpy("probabilities").shape == (1, 3)
-        assert found.get_response()["parameters"]["decoded"] is True
-        assert found.get_response()["parameters"]["answered_by"] == "expert-lights,coded-0"
-    files_input = triton.InferInput("images", [1], "BYTES")
-    files_input.set_data_from_numpy(np.array([base64.b64decode(png(0, 200, 0))], dtype=object), binary_data=True)
-    assert client.infer("colours", [files_input]).as_numpy("label").tolist() == ["green"]
+    client = module.InferenceServerClient(f"127.0.0.1:{port}")
+    yield module, client, toy
     client.close()
+
+
+def of_pixels(module: Any, image: np.ndarray, binary: bool = True, name: str = "images") -> Any:
+    tensor = module.InferInput(name, [1, *image.shape], "UINT8")
+    tensor.set_data_from_numpy(image[None], binary_data=binary)
+    return tensor
+
+
+def test_tritons_client_finds_what_the_metadata_says(triton: tuple[Any, Any, Toy]) -> None:
+    module, client, _ = triton
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+    for model in ("colours", "lights & darks", "all"):
+        metadata = client.get_model_metadata(model)
+        assert metadata == client.get_model_metadata(model, metadata["versions"][0])
+        assert client.is_model_ready(model)
+        assert client.is_model_ready(model, "1")
+        assert not client.is_model_ready(model, "2")
+        found = client.infer(model, [of_pixels(module, plain(0, 200, 0))], model_version="1", request_id="x")
+        assert (found.get_response()["model_version"], found.get_response()["id"]) == ("1", "x")
+        kinds = {"FP32": np.float32, "INT64": np.int64, "BYTES": np.object_}
+        for output in metadata["outputs"]:
+            array = found.as_numpy(output["name"])
+            assert array.dtype == kinds[output["datatype"]]
+            assert array.shape == (1, *output["shape"][1:])
+
+
+@pytest.mark.parametrize("packed", [None, "gzip", "deflate"])
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritons_client_reads_a_decoded_answer(triton: tuple[Any, Any, Toy], binary: bool, packed: str | None) -> None:
+    module, client, toy = triton
+    toy.ways[0] = "raise"
+    asked = [module.InferRequestedOutput(name, binary_data=binary) for name in ("label", "class", "risk")]
+    tensor = of_pixels(module, plain(0, 200, 0), binary)
+    found = client.infer("colours", [tensor], outputs=asked, request_compression_algorithm=packed)
+    said = found.get_response()
+    assert [output["name"] for output in said["outputs"]] == ["class", "label", "risk"]  # and no probabilities
+    assert all(("data" in output) != binary for output in said["outputs"])
+    assert (said["parameters"]["decoded"], said["parameters"]["answered_by"]) == (True, "expert-lights,coded-0")
+    assert found.as_numpy("class").tolist() == [1]
+    assert found.as_numpy("risk").tolist() == [1.0]  # no decoder was fitted: nothing is known
+    assert [str(each, "utf-8") if binary else each for each in found.as_numpy("label")] == ["green"]
+    files_input = module.InferInput("images", [1], "BYTES")
+    files_input.set_data_from_numpy(np.array([base64.b64decode(png(0, 200, 0))], dtype=object), binary_data=True)
+    assert client.infer("colours", [files_input]).as_numpy("label").tolist() == [b"green"]
+
+
+def test_tritons_client_is_told_its_mistakes(triton: tuple[Any, Any, Toy]) -> None:
+    module, client, _ = triton
+    image, error = plain(0, 200, 0), module.InferenceServerException
+    with pytest.raises(error, match="expected 'images'"):
+        client.infer("colours", [of_pixels(module, image, name="pictures")])
+    with pytest.raises(error, match="found output 'magic'"):
+        client.infer("colours", [of_pixels(module, image)], outputs=[module.InferRequestedOutput("magic")])
+    with pytest.raises(error, match="not supported"):
+        client.infer(
+            "colours", [of_pixels(module, image)], outputs=[module.InferRequestedOutput("label", class_count=2)]
+        )
+    with pytest.raises(error, match="version '2'"):
+        client.infer("colours", [of_pixels(module, image)], model_version="2")
+    with pytest.raises(error, match="found model 'magic'"):
+        client.get_model_metadata("magic")
+    with pytest.raises(error, match=r"found GET /v2/systemsharedmemory/status \(Not Found\)"):
+        client.get_system_shared_memory_status()
 
 
 SECONDS = float(os.environ.get("COIN_LOAD_SECONDS", "4"))

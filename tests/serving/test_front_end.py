@@ -1,6 +1,7 @@
 """The front end in plain situations: one thing goes wrong at a time."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -424,6 +425,69 @@ def test_queries_wait_in_a_bounded_queue_and_beyond_it_are_decoded(world: Any, v
             assert not (await second).decoded
 
     virtually(main())
+
+
+@pytest.mark.parametrize(("policy", "other", "told"), [
+    ("uncoded", after(9.0), "the queue of a, extra is full;"),
+    ("coded_hedged", raises, "the queue of a is full and extra lost;"),
+])  # fmt: skip
+def test_a_full_queue_is_overload_and_no_loss(
+    world: Any, virtually: Any, policy: str, other: Behaviour, told: str
+) -> None:
+    it = world([after(9.0), after(9.0), after(9.0), other], policy, queue=1, batch=1, initial_lateness=9.5, timeout=9.5)
+
+    async def main() -> None:
+        async with it.front as front:
+            tasks = []
+            for _ in range(5 if policy == "uncoded" else 3):  # there are two servers, or one
+                tasks.append(asyncio.create_task(front.ask(X, 0)))
+                await asyncio.sleep(0.01)
+            with pytest.raises(OverloadedError, match=told):
+                await tasks[-1]
+            assert front.counts == {"overloaded": 1}
+            assert not any(queue.is_doubted for queue in front.queues[:3])
+
+    virtually(main())
+
+
+def test_draining_refuses_new_queries_and_answers_those_that_are_under_way(world: Any, virtually: Any) -> None:
+    it = world([after(1.0)] * 4, batch=1, initial_lateness=9.0)
+
+    async def main() -> None:
+        async with it.front as front:
+            tasks = [asyncio.create_task(front.ask(X, 0)) for _ in range(3)]
+            await asyncio.sleep(0.1)
+            draining = asyncio.create_task(front.drain())
+            await asyncio.sleep(0.1)
+            assert not front.can_answer()
+            with pytest.raises(ServingError, match="stops"):
+                await front.ask(X, 0)
+            await draining
+            assert asyncio.get_running_loop().time() == pytest.approx(3.0)
+            assert [(await task).decoded for task in tasks] == [False] * 3
+
+    virtually(main())
+
+
+def test_a_server_is_not_late_because_this_process_was_held_up() -> None:
+    async def server(inputs: torch.Tensor) -> Reply:
+        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # read only once the loop turns again
+        return Reply(inputs @ torch.ones(2, 3, dtype=inputs.dtype))
+
+    async def main() -> None:
+        delivered: list[Reply | None] = []
+        queue = ServerQueue("it", server, ReplyFormat(3), PROBE.float(), Limits(timeout=0.2))
+        queue.start()
+        queue.put(Request(torch.ones(1, 2), delivered.append))
+        await asyncio.sleep(0.02)
+        time.sleep(0.6)
+        await asyncio.sleep(0.3)
+        await queue.stop()
+        assert [reply is not None for reply in delivered] == [True]
+        assert not queue.is_doubted
+
+    asyncio.run(main())
 
 
 def test_too_many_queries_are_refused(world: Any, virtually: Any) -> None:

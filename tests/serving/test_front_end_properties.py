@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from hypothesis import example, given, settings, strategies as st
 
-from coin.errors import DeadlineError, LostError, ServingError
+from coin.errors import DeadlineError, LostError, OverloadedError, ServingError
 from coin.serving.decodings import coded_layout
 from coin.serving.front_end import FrontEnd
 from coin.serving.layout import Layout, members, spread_copies
@@ -159,7 +159,9 @@ class Schedule:
                 assert query.cancel_at is not None
             elif isinstance(query.error, LostError):
                 left = self.layout.everyone & ~query.failed
-                assert self.small or not self.layout.covers(left, query.wanted)
+                assert not self.layout.covers(left, query.wanted)
+            elif isinstance(query.error, OverloadedError):
+                assert self.small
             else:
                 assert isinstance(query.error, DeadlineError)
                 assert self.is_cut(query) or not self.layout.covers(query.valid, query.wanted)

@@ -531,9 +531,7 @@ def test_a_batch_of_one_in_front_of_tokens_against_finite_differences(normed: bo
     """The general route, on which a weight-normed patch embedding was off by 49 to 190 %, and products with J."""
     network, x = tokens(normed), torch.randn(3, 2, 6, 6).double()
     network.norm.requires_grad_(not frozen)
-    wanted = {
-        name: finite_differences(network, x, p) for name, p in network.named_parameters() if p.requires_grad
-    }
+    wanted = {name: finite_differences(network, x, p) for name, p in network.named_parameters() if p.requires_grad}
     cotangent = torch.randn(3, CLASSES).double()
     values = {name: parameter.detach() for name, parameter in network.named_parameters() if parameter.requires_grad}
     pulled = OutputMap(network, x.split(1)).vjp(values, cotangent)

@@ -1,0 +1,118 @@
+"""A fitted decoder as named tensors and plain values, and back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from coin.coding.code import Code
+from coin.coding.decoder_config import DecoderConfig
+from coin.coding.decoders import Decoder, RidgeDecoder, make_decoder
+from coin.coding.ridge import Projection, RidgeFit
+from coin.errors import StateError
+
+Map = TypeVar("Map", RidgeFit, Projection)
+
+
+def decoder_state(decoder: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what a decoder has learnt: its tensors by name, and what JSON holds of the rest.
+
+    `restore_decoder` gives the decoder back, whose answers and risks are the same to the last bit; one that was not
+    fitted has no tensors.
+    """
+    state = {} if decoder.moments is None else {"moments": decoder.moments}
+    rest = {"decoder": decoder.config.name, "erased": list(decoder.erased), "num_experts": decoder.num_experts,
+            "samples_read": decoder.samples_read}  # fmt: skip
+    if isinstance(decoder, RidgeDecoder):
+        rest["widths"] = decoder.widths
+        groups: dict[str, Sequence[RidgeFit | Projection]]
+        groups = {"fitted": decoder.fitted, "projections": decoder.projections}
+        for group, maps in groups.items():
+            for place, each in enumerate(maps):
+                state |= {f"{group}.{place}.{field.name}": getattr(each, field.name) for field in fields(each)}
+    return state, rest
+
+
+def restore_decoder(state: Mapping[str, Tensor], rest: Mapping[str, Any], code: Code) -> Decoder:
+    """Return the decoder that `decoder_state` has told of, for the code that it was made for.
+
+    Raises:
+        StateError: A tensor or value is missing, superfluous, or does not fit the code or the others.
+        DecodingError: There is no such decoder of the code.
+    """
+    try:
+        decoder = make_decoder(DecoderConfig.named(rest["decoder"]), code, rest["erased"])
+        experts, decoder.samples_read = int(rest["num_experts"]), int(rest["samples_read"])
+        if isinstance(decoder, RidgeDecoder):
+            decoder.widths = [list(map(int, widths)) for widths in rest["widths"]]
+            decoder.fitted = _maps(RidgeFit, "fitted", state)
+            decoder.projections = _maps(Projection, "projections", state)
+        decoder.moments = _copied(state["moments"]) if "moments" in state else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise StateError(
+            f"found a decoder's state that is not whole ({error}), expected all of it; {_ADVICE}"
+        ) from None
+    if experts != code.num_experts:
+        raise StateError(f"found a decoder of {experts} experts, expected {code.num_experts}; {_ADVICE}")
+    if superfluous := sorted(state.keys() - decoder_state(decoder)[0].keys()):
+        raise StateError(f"found '{superfluous[0]}' in a decoder's state, expected no such tensor; {_ADVICE}")
+    if isinstance(decoder, RidgeDecoder):
+        _check(decoder)
+    return decoder
+
+
+def decoders_state(decoders: Sequence[Decoder]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return the same of several decoders, for one file: each one's names begin with its place and a slash."""
+    told = [decoder_state(decoder) for decoder in decoders]
+    state = {f"{place}/{name}": tensor for place, (own, _) in enumerate(told) for name, tensor in own.items()}
+    return state, [rest for _, rest in told]
+
+
+def restore_decoders(state: Mapping[str, Tensor], rests: Sequence[Mapping[str, Any]], code: Code) -> list[Decoder]:
+    """Return the decoders that `decoders_state` has told of; raises as `restore_decoder`."""
+    own: list[dict[str, Tensor]] = [{} for _ in rests]
+    for name, tensor in state.items():
+        place, _, rest = name.partition("/")
+        if not (place.isdecimal() and int(place) < len(own)):
+            raise StateError(f"found '{name}' in the state of {len(own)} decoders, expected no such tensor; {_ADVICE}")
+        own[int(place)][rest] = tensor
+    return [restore_decoder(each, rest, code) for each, rest in zip(own, rests, strict=True)]
+
+
+_ADVICE = "fit the decoder anew"
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Return a tensor in memory of its own, aligned as a computed one is: a product's last bit may depend on that."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _maps(kind: type[Map], group: str, state: Mapping[str, Tensor]) -> list[Map]:
+    count = len({name.split(".")[1] for name in state if name.startswith(f"{group}.")})
+    names = [field.name for field in fields(kind)]
+    return [kind(**{name: _copied(state[f"{group}.{place}.{name}"]) for name in names}) for place in range(count)]
+
+
+def _check(decoder: RidgeDecoder) -> None:
+    """Raise unless the regressions take what arrives, reduced where there are projections, and give the lost logits."""
+    logits, *networks = [sum(widths) for widths in decoder.widths] or [0]
+    for width, projection in zip(networks, decoder.projections, strict=False):
+        _check_shape(projection.directions, (width, projection.directions.shape[1]))
+        _check_shape(projection.mean, (width,))
+    reduced = [projection.directions.shape[1] for projection in decoder.projections] or networks
+    inputs, outputs = logits + sum(reduced), 0 if decoder.moments is None else decoder.moments.shape[-1]
+    groups = len(decoder.erased) // max(len(decoder.fitted), 1)
+    for fit in decoder.fitted:
+        _check_shape(fit.coefficients, (inputs, groups * outputs))
+        _check_shape(fit.input_mean, (inputs,))
+        _check_shape(fit.target_mean, (groups * outputs,))
+    if decoder.fitted:
+        assert decoder.moments is not None
+        _check_shape(decoder.moments, (len(decoder.erased), outputs, outputs))
+
+
+def _check_shape(tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise StateError(f"found {list(tensor.shape)} in a decoder's state, expected {list(expected)}; {_ADVICE}")

@@ -1,0 +1,135 @@
+"""Reads queries' bodies: bounded in bytes, pixels and time, and in threads, so that none holds the others up."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+from torch import Tensor
+
+from coin.errors import OverloadedError, ServingError
+from coin.serving.images import TooLargeError
+from coin.serving.limits import InputLimits
+from coin.serving.protocol import Description
+from coin.serving.requests import Parsed, parse
+
+Done = TypeVar("Done")
+
+_LIGHT_BYTES, _LIGHT_PIXELS = 2**16, 2**20
+"""What is larger waits in a line of its own."""
+
+
+class SlowError(ServingError):
+    """A body took too long to arrive."""
+
+
+@dataclass
+class Budget:
+    """So much of something for all who take of it, and each may have half of what the others leave.
+
+    So nobody can take all of it, and who needs little finds some even where many others take what they can.
+    """
+
+    most: int
+    what: str
+    held: int = 0
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Yield a function that takes more of it, until the end of the block.
+
+        It raises an `OverloadedError` where there is too little left, a `TooLargeError` where there never is enough.
+        """
+        own = 0
+
+        def take(amount: int) -> None:
+            nonlocal own
+            if 2 * (own + amount) > self.most:
+                raise TooLargeError(
+                    f"found a query of {own + amount} {self.what}, expected at most {self.most // 2}; send fewer inputs"
+                )
+            if 2 * (own + amount) > self.most - (self.held - own):
+                raise OverloadedError(f"{self.held} {self.what} of queries are being read already; ask again later")
+            own += amount
+            self.held += amount
+
+        try:
+            yield take
+        finally:
+            self.held -= own
+
+
+class Reader:
+    """Reads queries in threads, where what is large never stands in the way of what is small.
+
+    Args:
+        about: What is served.
+        limits: What a query may bring, and all of them together.
+    """
+
+    def __init__(self, about: Description, limits: InputLimits) -> None:
+        self.about = about
+        self.limits = limits
+        self.bytes = Budget(limits.held_bytes, "bytes")
+        self.pixels = Budget(limits.held_pixels, "pixels")
+        self._count = 0
+        self._lanes = {light: ThreadPoolExecutor(2, "reader" if light else "large-reader") for light in (True, False)}
+
+    def stop(self) -> None:
+        """Begin to read no more."""
+        for lane in self._lanes.values():
+            lane.shutdown(wait=False, cancel_futures=True)
+
+    async def read(self, request: Request, model: str, header: int | None) -> tuple[Parsed, Tensor]:
+        """Return a request for a model and its inputs.
+
+        Args:
+            request: The HTTP request.
+            model: The model's name.
+            header: The length of the JSON, where bytes follow it.
+
+        Raises:
+            DataError: The request is none, is too large, or does not fit what is served.
+            OverloadedError: Too much is being read already.
+            SlowError: The body takes too long to arrive.
+        """
+        encoding = request.headers.get("content-encoding", "identity").lower()
+        with self.bytes.share() as take_bytes, self.pixels.share() as take_pixels:
+            body = await self._body(request, take_bytes)
+            is_light = len(body) <= _LIGHT_BYTES and encoding == "identity"
+            parsed = await self._run(is_light, parse, body, encoding, header, model, self.about, self.limits)
+            take_bytes(max(parsed.bytes - len(body), 0))
+            take_pixels(parsed.pixels)
+            inputs = await self._run(is_light and parsed.pixels <= _LIGHT_PIXELS, parsed.read)
+        return parsed, inputs
+
+    async def _run(self, is_light: bool, function: Callable[..., Done], *arguments: object) -> Done:
+        return await asyncio.get_running_loop().run_in_executor(self._lanes[is_light], function, *arguments)
+
+    async def _body(self, request: Request, take: Callable[[int], None]) -> bytes:
+        limits = self.limits
+        if self._count >= limits.uploads:
+            raise OverloadedError(f"{self._count} queries are being read, the most there may be; ask again later")
+        too_large = TooLargeError(f"found a body of more than {limits.bytes} bytes; send fewer or smaller inputs")
+        if int(request.headers.get("content-length", 0)) > limits.bytes:
+            raise too_large
+        read = bytearray()
+        self._count += 1
+        try:
+            async with asyncio.timeout(limits.seconds):
+                async for part in request.stream():
+                    take(len(part))
+                    read += part
+                    if len(read) > limits.bytes:
+                        raise too_large
+        except ClientDisconnect:
+            raise SlowError("found half a body, and nobody to send the rest") from None
+        except TimeoutError:
+            raise SlowError(f"found no end of the body within {limits.seconds:g} s; send it faster") from None
+        finally:
+            self._count -= 1
+        return bytes(read)

@@ -1,0 +1,181 @@
+"""Requests of the Open Inference Protocol, read within limits; see `coin.serving.protocol`."""
+
+import base64
+import math
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError
+from torch import Tensor
+
+from coin.data.tokens import tokenize
+from coin.errors import DataError
+from coin.serving.images import TooLargeError, check_samples, open_file, read_array, to_squares
+from coin.serving.limits import InputLimits
+from coin.serving.protocol import Description
+
+
+class EncodingError(DataError):
+    """A body is packed in a way that nobody here unpacks."""
+
+
+class InferInput(BaseModel):
+    """A request's input."""
+
+    name: str
+    shape: list[int] = Field(min_length=1)
+    datatype: Literal["UINT8", "BYTES"]
+    data: list[Any] | None = None
+    parameters: dict[str, Any] = {}
+
+
+class InferOutput(BaseModel):
+    """An output that a request asks for."""
+
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class InferRequest(BaseModel):
+    """A request."""
+
+    id: str | None = None
+    inputs: list[InferInput] = Field(min_length=1, max_length=1)
+    outputs: list[InferOutput] | None = None
+    parameters: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A request whose inputs are still to be read.
+
+    Args:
+        request: The request.
+        outputs: The names of the outputs that it asks for, and whether each goes in the binary extension.
+        bytes: The length of its body, unpacked.
+        pixels: Of all its image files.
+        read: Returns its inputs as a server takes them, or raises a `DataError`.
+    """
+
+    request: InferRequest
+    outputs: Mapping[str, bool]
+    bytes: int
+    pixels: int
+    read: Callable[[], Tensor]
+
+
+def parse(
+    body: bytes, encoding: str, header: int | None, model: str, about: Description, limits: InputLimits
+) -> Parsed:
+    """Return a request, checked but for its inputs' values.
+
+    Args:
+        body: JSON, and in the binary extension the input's bytes after it.
+        encoding: How it is packed: ``gzip``, ``deflate`` or ``identity``.
+        header: The length of the JSON where bytes follow.
+        model: The model that it is for.
+        about: What is served.
+        limits: What a query may bring.
+
+    Raises:
+        DataError: The request is none, or does not fit what is served.
+    """
+    body = _unpacked(body, encoding, limits.bytes)
+    if header is not None and header > len(body):
+        raise DataError(f"found a body of {len(body)} bytes, expected JSON of {header} as its header says")
+    text, raw = body[:header], b"" if header is None else body[header:]
+    if (values := text.count(b",") + text.count(b"[")) > limits.values:
+        raise TooLargeError(
+            f"found some {values} values in JSON, expected at most {limits.values}; send them in the binary extension"
+        )
+    try:
+        request = InferRequest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the body"
+        raise DataError(f"found an inference request that is wrong at {where} ({first['msg']})") from error
+    outputs, given = _asked(request, model, about), request.inputs[0]
+    if given.name != about.reads:
+        raise DataError(f"found an input '{given.name}', expected '{about.reads}'")
+    if given.data is None and not raw:
+        raise DataError("found an input without data, expected data, or bytes after the JSON")
+    if raw and given.data is not None:
+        raise DataError("found an input with data and bytes after the JSON, expected the one or the other")
+    if raw and (size := given.parameters.get("binary_data_size", len(raw))) != len(raw):
+        raise DataError(f"found {len(raw)} bytes after the JSON, expected {size} as binary_data_size says")
+    made = partial(Parsed, request, outputs, len(body))
+    if given.datatype == "UINT8":
+        if about.reads != "images":
+            raise DataError("found an input of UINT8, expected texts as BYTES")
+        pixels = raw if given.data is None else given.data
+        return made(0, partial(read_array, pixels, given.shape, about.image_size, limits))
+    items = _split(raw, limits.samples) if given.data is None else given.data
+    if not given.shape[0] == math.prod(given.shape) == len(items):
+        raise DataError(f"found {len(items)} values for an input of shape {given.shape}, expected one a row")
+    check_samples(len(items), limits)
+    if about.reads == "texts":
+        return made(0, partial(tokenize, [_text(item) for item in items], about.image_size, about.tokenizer))
+    images = [open_file(_file(item), limits) for item in items]
+    return made(sum(math.prod(image.size) for image in images), partial(to_squares, images, about.image_size))
+
+
+def _unpacked(body: bytes, encoding: str, most: int) -> bytes:
+    if encoding == "identity":
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise EncodingError(f"found a body packed by {encoding[:40]}, expected gzip, deflate or none; send it unpacked")
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS | (16 if encoding == "gzip" else 0))
+    try:
+        unpacked = unpacker.decompress(body, most + 1)
+    except zlib.error as error:
+        raise DataError(f"found a body that is not packed by {encoding} ({error}), expected {encoding}") from error
+    if len(unpacked) > most:
+        raise TooLargeError(f"found a body of more than {most} bytes, unpacked; send fewer or smaller inputs")
+    if not unpacker.eof:
+        raise DataError(f"found a body that ends before its {encoding} does, expected all of it")
+    return unpacked
+
+
+def _asked(request: InferRequest, model: str, about: Description) -> dict[str, bool]:
+    """Return the names of the outputs that are asked for, and whether each is to be binary."""
+    known = [output["name"] for task in about.tasks(model) for output in about.outputs(model, task)]
+    default = bool(request.parameters.get("binary_data_output", False))
+    if not request.outputs:
+        return dict.fromkeys(known, default)
+    asked = {output.name: bool(output.parameters.get("binary_data", default)) for output in request.outputs}
+    if unknown := [name for name in asked if name not in known]:
+        raise DataError(f"found output '{unknown[0]}', expected some of {', '.join(known)}")
+    if any(output.parameters.get("classification") for output in request.outputs):
+        raise DataError("found the parameter classification, which is not supported; ask for the probabilities")
+    return asked
+
+
+def _split(raw: bytes, most: int) -> list[bytes]:
+    """Return the values of a binary BYTES tensor, each after its length in four bytes; one more than the most."""
+    found: list[bytes] = []
+    place = 0
+    while place < len(raw) and len(found) <= most:
+        (length,) = struct.unpack_from("<I", raw, place) if place + 4 <= len(raw) else (len(raw),)
+        if place + 4 + length > len(raw):
+            raise DataError("found a BYTES input that ends before its last value does")
+        found.append(raw[place + 4 : place + 4 + length])
+        place += 4 + length
+    return found
+
+
+def _file(item: Any) -> bytes:
+    try:
+        return item if isinstance(item, bytes) else base64.b64decode(item, validate=True)
+    except (TypeError, ValueError) as error:
+        raise DataError("found a value that is not base64, expected a PNG or JPEG file in base64") from error
+
+
+def _text(item: Any) -> str:
+    try:
+        return item.decode() if isinstance(item, bytes) else str(item)
+    except UnicodeDecodeError as error:
+        raise DataError("found bytes that are no UTF-8, expected a text") from error
