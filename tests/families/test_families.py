@@ -50,7 +50,7 @@ DECODERS: list[Any] = [
 ]
 HEAD = ("head_fit", "refit_own", "refit_mix", "readout_distillation")
 TWO_HEADS = ("timm/volo", "timm/crossvit", "timm/efficientformer", "hugging_face/swiftformer")
-NO_BIAS = "gpt2 gpt_neo gpt_neox opt bloom llama mistral qwen2 gemma phi mixtral".split()
+NO_BIAS = ["gpt2", "gpt_neo", "gpt_neox", "opt", "bloom", "llama", "mistral", "qwen2", "gemma", "phi", "mixtral"]
 STAGES = {
     "timm/tnt": "returns [24, 16, 8]",
     "hugging_face/mobilevit": "returns [24, 1, 8]",
@@ -65,7 +65,6 @@ REFUSED: dict[str, dict[str, str]] = {
     **{family: dict.fromkeys(HEAD, "are not its head") for family in TWO_HEADS},
     **{family: {"feature_ridge-stages": line} for family, line in STAGES.items()},
 }
-
 """What is refused for whom: family → method or decoder → a part of the line."""
 
 
