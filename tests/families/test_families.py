@@ -50,10 +50,9 @@ DECODERS: list[Any] = [
 ]
 HEAD = ("head_fit", "refit_own", "refit_mix", "readout_distillation")
 TWO_HEADS = ("timm/volo", "timm/crossvit", "timm/efficientformer", "hugging_face/swiftformer")
-NO_BIAS = ["gpt2", "gpt_neo", "gpt_neox", "opt", "bloom", "llama", "mistral", "qwen2", "gemma", "phi", "mixtral"]
+NO_BIAS = ["gpt2", "gpt_neo", "gpt_neox", "opt", "bloom", "llama", "gemma", "mixtral"]
 STAGES = {
     "timm/tnt": "returns [24, 16, 8]",
-    "hugging_face/mobilevit": "returns [24, 1, 8]",
     "hugging_face/pvt_v2": "returns tuple",
     "hugging_face/squeezebert": "ran 0 times",
     "hugging_face/xlnet": "returns [7, 6, 16]",
@@ -61,6 +60,7 @@ STAGES = {
 }
 REFUSED: dict[str, dict[str, str]] = {
     "timm/resnetv2": dict.fromkeys(HEAD, "a fully connected"),
+    "timm/dla": dict.fromkeys(HEAD, "a fully connected"),
     **{f"hugging_face/{name}": dict.fromkeys(HEAD, "a fully connected") for name in NO_BIAS},
     **{family: dict.fromkeys(HEAD, "are not its head") for family in TWO_HEADS},
     **{family: {"feature_ridge-stages": line} for family, line in STAGES.items()},
@@ -151,8 +151,8 @@ def test_every_method_is_right_or_refused(family: str) -> None:
                 check_close(case.answers(plain(moved.network)), merged, 1e-6, "in the other order")
             if name in TWINS:
                 check_close(case.answers(plain(make().make(same, ROW).network)), own, 1e-6, "identical experts")
-            if name in ("refit_mix", "distillation"):
-                assert residuals[name] <= 1.01 * residuals["average"], residuals
+            if name in ("refit_mix", "distillation"):  # BatchNorms of the start of distillation see other batches
+                assert residuals[name] <= 1.1 * residuals["average"], residuals
     for expert, state in zip(case.experts, states, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in expert.state_dict().items())
     assert torch.equal(case.answers(first), own)
