@@ -191,8 +191,9 @@ def exposed() -> str:
     coded, alone = found.loc["refit"], found.loc["none"]
     return (
         f"({100 * half.expert_accuracy.mean():.1f} → {100 * half.faulty_accuracy.mean():.1f} % right), is exposed by 8 "
-        f"unlabelled inputs in {coded.alarm:.1f} % of cases and named in {coded.named:.1f} %, at {coded.false_alarm:.1f} "
-        f"% false alarms; without a coded model in {alone.alarm:.1f} and {alone.named:.1f} %, at {alone.false_alarm:.1f} %."
+        f"unlabelled inputs in {coded.alarm:.1f} % of cases and named in {coded.named:.1f} %, at "
+        f"{coded.false_alarm:.1f} % false alarms; without a coded model in {alone.alarm:.1f} and {alone.named:.1f} %, "
+        f"at {alone.false_alarm:.1f} %."
     )
 
 

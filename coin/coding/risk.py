@@ -11,7 +11,7 @@ from coin.errors import NumericalError
 RIVALS = 32
 """Rivals of an answer whose errors are integrated together; what remains counts as independent, which errs upwards."""
 
-POINTS = 32
+POINTS = 256
 """Quasi-random points of the integral."""
 
 _BLOCK = 256
@@ -29,6 +29,11 @@ def decoding_risk(decoded: Tensor, errors: Tensor) -> Tensor:
     fitted on (`Decoder.errors`), so no label is needed. It holds as far as queries are like the calibration inputs, and
     falls short where the coded model was fitted on these. 0 where the decoder makes no error, 1 where what was decoded
     is not finite.
+
+    >>> import coin, torch
+    >>> decoded, errors = torch.tensor([[3.0, 0.0, 0.0], [1.0, 0.0, 0.0]]), 0.5 * torch.eye(3)
+    >>> [round(risk, 3) for risk in coin.decoding_risk(decoded, errors).tolist()]
+    [0.003, 0.254]
 
     Args:
         decoded: The decoded logits of one lost expert, without padding ``[B, C]``.
@@ -71,24 +76,34 @@ def _correlation(moments: Tensor, answer: Tensor, rivals: Tensor) -> Tensor:
 
 
 def _any_exceeds(margins: Tensor, correlation: Tensor) -> Tensor:
-    """Return P(some error exceeds its margin) for standard normal errors ``[B]``: Genz's separation of variables.
+    """Return P(some error exceeds its margin) for standard normal errors ``[B]``, to a bounded relative error.
 
-    Source: Genz, *Numerical computation of multivariate normal probabilities* (1992).
+    Draw a rival k by its own tail, and errors given that k's exceeds its margin; then the probability is the sum of the
+    tails times E 1/S, with S the number of rivals whose errors do.
+
+    Source: Owen, Maximov and Chertkov, *Importance sampling the union of rare events with an application to power
+    systems analysis* (Electronic Journal of Statistics 2019), section 3; here with quasi-random points.
 
     Args:
         margins: In units of their errors ``[B, C − 1]``; those beyond the first K are taken as independent.
         correlation: Of the first K errors ``[B, K, K]``.
     """
-    factor, together = torch.linalg.cholesky(correlation), correlation.shape[1]
-    points = _points(together).to(factor)  # [M, K]
-    safe = torch.special.log_ndtr(margins[:, together:]).sum(1, keepdim=True)
-    drawn = factor.new_zeros(len(factor), *points.shape)
-    for k in range(together):
-        given = (drawn[:, :, :k] @ factor[:, k, :k, None])[:, :, 0]
-        bound = (margins[:, k, None] - given) / factor[:, k, k, None]
-        safe = safe + torch.special.log_ndtr(bound)
-        drawn[:, :, k] = torch.special.ndtri((points[:, k] * torch.special.ndtr(bound)).clamp_min(1e-300))
-    return -torch.expm1(safe).mean(1)
+    together = correlation.shape[1]
+    first, tails = margins[:, None, :together], torch.special.ndtr(-margins)
+    points = _points(2 + together).to(margins)  # [M, 2 + K]
+    total = tails[:, :together].sum(1, keepdim=True)
+    which = torch.searchsorted(
+        tails[:, :together].cumsum(1) / total, points[:, 0].expand(len(margins), -1).contiguous()
+    )
+    which = which.clamp_max(together - 1)  # [B, M]
+    drawn = torch.special.ndtri(points[:, 2:]) @ torch.linalg.cholesky(correlation).mT  # [B, M, K]
+    beyond = -torch.special.ndtri((points[:, 1] * tails.gather(1, which)).clamp_min(1e-300))
+    step = beyond - drawn.gather(2, which[:, :, None])[:, :, 0]
+    rows = correlation.gather(1, which[:, :, None].expand(-1, -1, together))
+    exceeding = (drawn + step[:, :, None] * rows > first).sum(2).clamp_min(1)
+    any_of_first = (total[:, 0] * (1 / exceeding).mean(1)).clamp_max(1)
+    safe = torch.log1p(-tails[:, together:]).sum(1)
+    return 1 - (1 - any_of_first) * safe.exp()
 
 
 @lru_cache
