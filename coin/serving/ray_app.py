@@ -276,8 +276,8 @@ def check_port(options: RayOptions) -> None:
         socket.create_server((options.host, options.port), family=family).close()
     except OSError as error:
         raise ServingError(
-            f"found no way to listen at {options.host}:{options.port} ({os.strerror(error.errno or 0)}), expected a free "
-            "port; stop what listens there, or give another --ray.port"
+            f"cannot listen at {options.host}:{options.port} ({os.strerror(error.errno or 0)}), expected a free port; "
+            "stop what listens there, or give another --ray.port"
         ) from error
 
 
