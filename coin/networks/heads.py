@@ -15,7 +15,8 @@ def head_name(network: nn.Module) -> str:
     """Return the dotted name of the classifier head.
 
     The head is the last `nn.Linear` in the order of registration, or, where a network has none (SqueezeNet), the
-    last `nn.Conv2d`. A network whose head is elsewhere names it itself in an attribute ``head_name: str``.
+    last `nn.Conv2d`. What Hugging Face's models call their base model comes before all else, wherever it is registered.
+    A network whose head is elsewhere names it itself in an attribute ``head_name: str``.
     """
     layers: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
     own = getattr(network, "head_name", None)
@@ -23,9 +24,10 @@ def head_name(network: nn.Module) -> str:
         if own not in layers:
             raise StateError(f"found head_name '{own}', expected a layer of {type(network).__name__}; name one")
         return own
+    base = getattr(network, "base_model_prefix", None)
     for kind in (nn.Linear, nn.Conv2d):
         if names := [name for name, layer in layers.items() if isinstance(layer, kind)]:
-            return names[-1]
+            return max(names, key=lambda name: (name.partition(".")[0] != base, names.index(name)))
     raise HeadError(
         f"found no Linear or Conv2d layer in {type(network).__name__}, expected a classifier head; "
         "name it in an attribute 'head_name'"

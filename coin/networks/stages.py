@@ -141,13 +141,23 @@ def _told(network: nn.Module) -> list[str]:
 
 
 def _parts(network: nn.Module, head: str) -> list[str]:
-    """Return the blocks of the longest list that end all parts but the last, when it is cut into four equal ones."""
+    """Return the blocks that end all parts but the last, when the longest list of them is cut into four equal parts.
+
+    Lists of layers of one type, as a transformer's, come before others, as the layers of a small MLP within.
+    """
+
+    def rank(blocks: dict[str, nn.Module]) -> tuple[bool, int]:
+        return len(blocks) > 1 == len({type(block) for block in blocks.values()}), len(blocks)
+
     lists = [
-        [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+        {f"{name}.{child}" if name else child: block for child, block in module.named_children()}
         for name, module in network.named_modules()
         if isinstance(module, nn.Sequential | nn.ModuleList)
+        and not any(isinstance(block, nn.ModuleList) for block in module)  # which is never called
     ]
-    longest = max(([name for name in names if not _is_within(head, name)] for names in lists), key=len, default=[])
+    inner = [{name: block for name, block in blocks.items() if not _is_within(head, name)} for blocks in lists]
+    best: dict[str, nn.Module] = max(inner, key=rank, default={})
+    longest = list(best)
     parts = min(4, len(longest))
     return [longest[round(part * len(longest) / parts) - 1] for part in range(1, parts)]
 

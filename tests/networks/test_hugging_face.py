@@ -26,12 +26,14 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 CONFIGURATIONS = {
     "bert": transformers.BertConfig(**SMALL, vocab_size=30, max_position_embeddings=12),
     "roberta": transformers.RobertaConfig(**SMALL, vocab_size=30, max_position_embeddings=12, pad_token_id=1),
+    # whose head is registered before the encoder
+    "xlm_roberta": transformers.XLMRobertaConfig(**SMALL, vocab_size=30, max_position_embeddings=12, pad_token_id=0),
     "distilbert": transformers.DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24, vocab_size=30),
     "vit": transformers.ViTConfig(**SMALL, image_size=32, patch_size=8),
     "resnet": transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
     "convnext": transformers.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2),
 }
-TEXTS = ("bert", "roberta", "distilbert")
+TEXTS = ("bert", "roberta", "xlm_roberta", "distilbert")
 
 
 @pytest.fixture
@@ -94,7 +96,7 @@ def test_classifiers_are_built_run_and_written(kind, folder, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), same.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["bert", "vit"])
+@pytest.mark.parametrize("kind", ["bert", "xlm_roberta", "vit"])
 def test_pretrained_weights_get_a_fresh_head(kind, folder):
     name = folder(kind)
     auto = "AutoModelForSequenceClassification" if kind in TEXTS else "AutoModelForImageClassification"

@@ -124,6 +124,13 @@ def test_channels_are_found_wherever_they_are(name, options, names, widths, imag
         torch.testing.assert_close(part, outputs[stage].mean(positions), rtol=0, atol=0)
 
 
+def test_the_layers_of_an_mlp_inside_are_no_stages():
+    transformers = pytest.importorskip("transformers")
+    small = {"image_size": 32, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4}
+    network = transformers.Swinv2ForImageClassification(transformers.Swinv2Config(**small)).eval()
+    assert stage_names(network) == ["swinv2.encoder.layers.0", "classifier"]
+
+
 class TimeMajor(nn.Module):
     def __init__(self):
         super().__init__()
