@@ -275,9 +275,9 @@ def check_port(options: RayOptions) -> None:
     try:
         socket.create_server((options.host, options.port), family=family).close()
     except OSError as error:
+        where, why = f"{options.host}:{options.port}", os.strerror(error.errno or 0)
         raise ServingError(
-            f"found no way to listen at {options.host}:{options.port} ({os.strerror(error.errno or 0)}), expected a free port; stop "
-            "what listens there, or give another --ray.port"
+            f"found no way to listen at {where} ({why}), expected a free port; stop who listens, or set --ray.port"
         ) from error
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -17,10 +16,8 @@ from coin.serving.limits import InputLimits
 from coin.serving.protocol import Description
 from coin.serving.requests import Parsed, parse
 
-Done = TypeVar("Done")
-
 _LIGHT_BYTES, _LIGHT_PIXELS = 2**16, 2**20
-"""What is larger waits in a line of its own."""
+"""What is larger waits in a line of its own; what is not is read at once, by so few threads that it is bounded."""
 
 
 class SlowError(ServingError):
@@ -101,14 +98,18 @@ class Reader:
         with self.bytes.share() as take_bytes, self.pixels.share() as take_pixels:
             body = await self._body(request, take_bytes)
             is_light = len(body) <= _LIGHT_BYTES and encoding == "identity"
-            parsed = await self._run(is_light, parse, body, encoding, header, model, self.about, self.limits)
-            take_bytes(max(parsed.bytes - len(body), 0))
-            take_pixels(parsed.pixels)
-            inputs = await self._run(is_light and parsed.pixels <= _LIGHT_PIXELS, parsed.read)
-        return parsed, inputs
+            run = asyncio.get_running_loop().run_in_executor
 
-    async def _run(self, is_light: bool, function: Callable[..., Done], *arguments: object) -> Done:
-        return await asyncio.get_running_loop().run_in_executor(self._lanes[is_light], function, *arguments)
+            def begin() -> tuple[Parsed, Tensor | None]:
+                parsed = parse(body, encoding, header, model, self.about, self.limits)
+                return parsed, parsed.read() if is_light and parsed.pixels <= _LIGHT_PIXELS else None
+
+            parsed, inputs = await run(self._lanes[is_light], begin)
+            if inputs is None:
+                take_bytes(max(parsed.bytes - len(body), 0))
+                take_pixels(parsed.pixels)
+                inputs = await run(self._lanes[False], parsed.read)
+        return parsed, inputs
 
     async def _body(self, request: Request, take: Callable[[int], None]) -> bytes:
         limits = self.limits
