@@ -251,7 +251,7 @@ def application(system: System, options: RayOptions) -> Any:
         name="front-end",
         num_replicas=resources.front_ends,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=2 * (limits.queries + inputs.uploads),
+        max_ongoing_requests=2 * limits.queries,
         logging_config={"encoding": "JSON"},
         **_STOPPING,
     )

@@ -61,19 +61,13 @@ class Budget:
 
 
 class Reader:
-    """Reads queries in threads, where what is large never stands in the way of what is small.
-
-    Args:
-        about: What is served.
-        limits: What a query may bring, and all of them together.
-    """
+    """Reads queries in threads, where what is large never stands in the way of what is small."""
 
     def __init__(self, about: Description, limits: InputLimits) -> None:
         self.about = about
         self.limits = limits
         self.bytes = Budget(limits.held_bytes, "bytes")
         self.pixels = Budget(limits.held_pixels, "pixels")
-        self._count = 0
         self._lanes = {light: ThreadPoolExecutor(2, "reader" if light else "large-reader") for light in (True, False)}
 
     def stop(self) -> None:
@@ -82,15 +76,10 @@ class Reader:
             lane.shutdown(wait=False, cancel_futures=True)
 
     async def read(self, request: Request, model: str, header: int | None) -> tuple[Parsed, Tensor]:
-        """Return a request for a model and its inputs.
-
-        Args:
-            request: The HTTP request.
-            model: The model's name.
-            header: The length of the JSON, where bytes follow it.
+        """Return a request for a model and its inputs; `header` is the length of its JSON, where bytes follow.
 
         Raises:
-            DataError: The request is none, is too large, or does not fit what is served.
+            DataError: It is no request, is too large, or does not fit what is served.
             OverloadedError: Too much is being read already.
             SlowError: The body takes too long to arrive.
         """
@@ -113,13 +102,10 @@ class Reader:
 
     async def _body(self, request: Request, take: Callable[[int], None]) -> bytes:
         limits = self.limits
-        if self._count >= limits.uploads:
-            raise OverloadedError(f"{self._count} queries are being read, the most there may be; ask again later")
         too_large = TooLargeError(f"found a body of more than {limits.bytes} bytes; send fewer or smaller inputs")
         if int(request.headers.get("content-length", 0)) > limits.bytes:
             raise too_large
         read = bytearray()
-        self._count += 1
         try:
             async with asyncio.timeout(limits.seconds):
                 async for part in request.stream():
@@ -131,6 +117,4 @@ class Reader:
             raise SlowError("found half a body, and nobody to send the rest") from None
         except TimeoutError:
             raise SlowError(f"found no end of the body within {limits.seconds:g} s; send it faster") from None
-        finally:
-            self._count -= 1
         return bytes(read)

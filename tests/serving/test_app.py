@@ -246,8 +246,7 @@ def half_sent(port: int, length: int = 1_000_000) -> socket.socket:
 
 
 def test_half_sent_bodies_hold_nobody_up_and_end(serve_toy: Any) -> None:
-    limits = InputLimits(bytes=2_000_000, seconds=1.5, uploads=16)
-    _, client, port = serve_toy(limits)
+    _, client, port = serve_toy(InputLimits(bytes=2_000_000, seconds=1.5), queries=16)
     slow = [half_sent(port) for _ in range(14)]
     time.sleep(0.3)
     began = time.monotonic()
@@ -416,7 +415,7 @@ SECONDS = float(os.environ.get("COIN_LOAD_SECONDS", "4"))
 
 def test_good_clients_are_served_among_slow_oversized_and_broken_ones(serve_toy: Any) -> None:
     """No answer is wrong, nobody waits longer than the deadline and a bit, and memory does not grow."""
-    limits = InputLimits(bytes=300_000, pixels=10_000, samples=64, seconds=1.0, uploads=64)
+    limits = InputLimits(bytes=300_000, pixels=10_000, samples=64, seconds=1.0)
     toy, client, port = serve_toy(limits, timeout=0.5, deadline=3.0, initial_lateness=0.1, cooldown=0.2)
     end, draw = time.monotonic() + SECONDS, random.Random(0)
     counts: Counter[str] = Counter()
