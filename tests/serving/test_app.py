@@ -8,6 +8,8 @@ import os
 import random
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -273,6 +275,28 @@ def test_a_hundred_slow_bodies_refuse_nobody_else(serve_toy: Any) -> None:
     assert time.monotonic() - began < 2
     for connection in slow:
         connection.close()
+
+
+def test_the_deadline_begins_before_the_body_is_read(serve_toy: Any) -> None:
+    toy, _, port = serve_toy(deadline=1.5)
+    toy.ways = ["hang"] * 3
+    content = json.dumps(files(png(9, 0, 0))).encode()
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        head = f"POST /v2/models/colours/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+        connection.sendall(head.encode() + content[:50])
+        time.sleep(1.0)
+        connection.sendall(content[50:])
+        assert connection.recv(100).startswith(b"HTTP/1.1 504")
+    assert time.monotonic() - began < 2.3
+
+
+def test_a_front_end_starts_without_what_only_training_needs() -> None:
+    """Lightning took ten of the fifteen seconds in which a front end that was killed was back, on two busy cores."""
+    code = "import sys, coin.serving.app, coin.serving.ray_app; sys.exit('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    code = "import sys, coin.serving.model; sys.exit('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def binary(tensor: dict[str, Any], raw: bytes) -> dict[str, Any]:
