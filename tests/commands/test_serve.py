@@ -71,10 +71,9 @@ def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decode
             for images, labels in tasks[task].test_dataloader():
                 answer = await front.ask(images, expert)
                 assert answer.decoded == (lost == expert)
-                assert (answer.risk is not None) == answer.decoded
-                if answer.risk is not None:
-                    assert len(answer.risk) == len(labels)
-                    assert 0 <= float(answer.risk.min()) <= float(answer.risk.max()) <= 1
+                assert len(answer.risk) == len(labels)
+                assert 0 <= float(answer.risk.min()) <= float(answer.risk.max()) <= 1
+                assert bool(answer.risk.any()) == answer.decoded
                 right += int((answer.logits[:, : tasks[task].num_classes].argmax(1) == labels).sum())
                 count += len(labels)
         return right / count
