@@ -16,16 +16,26 @@ if TYPE_CHECKING:
         Code as Code,
         DecoderConfig as DecoderConfig,
         DecoderKind as DecoderKind,
+        convex as convex,
+        decoding_risk as decoding_risk,
         make_decoder as make_decoder,
+        oddness as oddness,
+        parity_residual as parity_residual,
+        parity_significance as parity_significance,
+        uniform as uniform,
     )
     from coin.merging import (
         Average as Average,
+        CodedModel as CodedModel,
         Coin as Coin,
         Experts as Experts,
         Foreign as Foreign,
         FullFisher as FullFisher,
         GaussNewton as GaussNewton,
         HeadFit as HeadFit,
+        Merged as Merged,
+        MergeMethod as MergeMethod,
+        Method as Method,
         Refit as Refit,
         RegMean as RegMean,
         TaskArithmetic as TaskArithmetic,
@@ -51,9 +61,10 @@ if TYPE_CHECKING:
     )
 
 _ROOMS = {
-    "coin.coding": "Answers Code DecoderConfig DecoderKind make_decoder",
-    "coin.merging": "Average Coin Experts Foreign FullFisher GaussNewton HeadFit Refit RegMean TaskArithmetic"
-    " Ties merge_networks",
+    "coin.coding": "Answers Code DecoderConfig DecoderKind convex decoding_risk make_decoder oddness parity_residual"
+    " parity_significance uniform",
+    "coin.merging": "Average CodedModel Coin Experts Foreign FullFisher GaussNewton HeadFit Merged MergeMethod Method"
+    " Refit RegMean TaskArithmetic Ties merge_networks",
     "coin.metrics": "DecodingAccuracy Residual",
     "coin.modules": "Coded Distillation ReadoutDistillation distill evaluate",
     "coin.networks": "BatchNormPolicy recalibrate",

@@ -49,16 +49,48 @@ def plain(network: Network) -> Network:
 
 def twin(network: Network) -> Network:
     """Return a copy of a network's modules that shares all its tensors: it can be in another mode."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
-    return copy.deepcopy(network, shared)
+    return _copied(network, {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())})
+
+
+def clone(network: Network) -> Network:
+    """Return a copy of a network that shares nothing with it, in the same modes."""
+    return _copied(network, {})
+
+
+def _copied(network: Network, memo: dict[int, Any]) -> Network:
+    """Return a deep copy, given what is taken for which id.
+
+    What a forward pass has left in modules, as the weight of `torch.nn.utils.weight_norm`, is copied by its value:
+    tensors with a history refuse to be copied deeply.
+    """
+    for module in network.modules():
+        left = [tensor for tensor in nested_tensors(vars(module)) if not tensor.is_leaf]
+        memo |= {id(tensor): tensor.detach().clone() for tensor in left}
+    copied = copy.deepcopy(network, memo)
+    clear_caches(copied)
+    return copied
+
+
+def clear_caches(network: nn.Module) -> None:
+    """Have modules forget what they keep between passes in eval mode, their modes as they are.
+
+    Modules that keep something of their parameters, as timm's LeViT its attention biases, override `train` to clear it.
+    """
+    modes = {module: module.training for module in network.modules()}
+    for module in modes:
+        if type(module).train is not nn.Module.train:
+            module.train()
+            module.train(modes[module])
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def as_input(batch: Any, network: nn.Module) -> Batch:
-    """Return a batch, after `checked`, as ordinary tensors on the network's device, of its floating-point type.
+    """Return a batch, after `checked`, as ordinary tensors on the network's device, of its first real parameter's type.
 
     Integers (tokens) keep their type. Inference tensors, which autograd refuses, are copied.
     """
-    like = next(network.parameters(), None)
+    like = next((parameter for parameter in network.parameters() if parameter.is_floating_point()), None)
 
     def ready(tensor: Tensor) -> Tensor:
         if like is not None:
@@ -107,6 +139,15 @@ def channels_last(batch: Batch) -> Batch:
 def tensors_in(batch: Batch) -> list[Tensor]:
     """Return a batch's tensors."""
     return [batch] if isinstance(batch, Tensor) else list(batch.values())
+
+
+def nested_tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from nested_tensors(each)
 
 
 def size_of(batch: Batch) -> int:

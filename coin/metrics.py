@@ -73,7 +73,7 @@ class RiskPoint(NamedTuple):
     """Some of the test samples, with their mean `risk` and what came of it.
 
     On the curve ``coverage`` they are the share `at` with the least risk, on ``calibration`` those whose risk is within
-    0.05 above `at`; it is ½ at most. The rest is as in `DecodingAccuracy`.
+    0.05 above `at`. The rest is as in `DecodingAccuracy`.
     """
 
     curve: str
@@ -112,8 +112,8 @@ class RiskCurves(Metric):
         seen = self.seen[self.seen[:, 4] > 0].cpu().double()
         seen = seen[seen[:, 0].argsort(stable=True)]
         parts = [("coverage", share, seen[: round(share * len(seen))]) for share in COVERAGES]
-        bins = (20 * seen[:, 0]).long().clamp_max(9)
-        parts += [("calibration", place / 20, seen[bins == place]) for place in range(10)]
+        bins = (20 * seen[:, 0]).long().clamp_max(19)
+        parts += [("calibration", place / 20, seen[bins == place]) for place in range(20)]
         points = []
         for curve, at, part in parts:
             if len(part):

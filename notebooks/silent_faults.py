@@ -4,8 +4,9 @@
 
 All servers answer batches of test inputs of all tasks, without labels. `coin.coding.oddness` says of every expert how
 much its answers are at odds with what is decoded from the others'. An alarm is a batch in which the oddest expert is
-odder than any is in all but 1 % of the batches that working servers answer; the oddest is the suspect. Beside the coded
-model stands ``none``: the same with the experts alone.
+odder than in 99 % of the batches of validation inputs that working servers answer, which neither experts, coded models
+nor decoders were fitted on; the oddest is the suspect. ``false_alarm`` is how many batches of test inputs raise one
+though all servers work. Beside the coded model stands ``none``: the same with the experts alone.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from coin.coding import Answers, make_decoder, oddness
+from coin.coding import Answers, make_decoder
 from coin.commands.coded_system import Choice, read_coded_system
 from coin.data.samples import Calibration
 from coin.experiment.layout import ExperimentLayout
@@ -48,13 +49,25 @@ def faults(expert, start):
     return {"start": start, "half-way": between(start, expert, 0.5), "noise": noisy(expert, 0.03)}
 
 
-def pooled_tests(tasks, samples):
-    """Return inputs of all tasks' test sets, so many each, their labels, and the index of each one's task."""
-    tests = [task.splits.test.subset(range(min(samples, len(task.splits.test)))) for task in tasks.values()]
+def pooled(tasks, split, samples=None):
+    """Return inputs of a split of all tasks, at most so many each, their labels, and the index of each one's task."""
+    parts = [getattr(task.splits, split) for task in tasks.values()]
+    if not all(parts):
+        raise SystemExit(f"found a task without {split} samples, expected some of each; give it a validation_share")
+    parts = [part.subset(range(min(samples or len(part), len(part)))) for part in parts]
     size = next(iter(tasks.values())).image_size
-    inputs = torch.cat([batch for test in tests for batch in Calibration.of(test, size)])
-    which = torch.repeat_interleave(torch.tensor([len(test) for test in tests]))
-    return inputs, torch.cat([test.targets for test in tests]), which
+    inputs = torch.cat([batch for part in parts for batch in Calibration.of(part, size)])
+    which = torch.repeat_interleave(torch.tensor([len(part) for part in parts]))
+    return inputs, torch.cat([part.targets for part in parts]), which
+
+
+def odds(decoders, answers, size, batches=1000):
+    """Return how odd every expert is, as `oddness` says, in so many random batches of one size [batches, N]."""
+    experts = zip(decoders, answers.experts, strict=True)
+    wrong = [(each.decode(answers)[0] - own).double().square().sum(1) / each.errors[0].trace() for each, own in experts]
+    draw = torch.Generator().manual_seed(size)
+    chosen = [torch.randperm(answers.num_samples, generator=draw)[:size] for _ in range(batches)]
+    return torch.stack(wrong, 1)[torch.stack(chosen)].mean(1).sqrt()
 
 
 @torch.no_grad()
@@ -63,8 +76,7 @@ def measure(folder, method, sizes, samples):
     system = read_coded_system(folder, Choice(method=method, decoder="feature_ridge"))
     experts, coded = system.experts.networks, [load_network(path).network for path in system.coded]
     data = system.data()
-    inputs, labels, which = pooled_tests(data.tasks, samples)
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
+    inputs, labels, which = pooled(data.tasks, "test", samples)
 
     def answered(batches, experts, coded):
         servers = nn.ModuleList(experts), nn.ModuleList(coded)
@@ -76,18 +88,17 @@ def measure(folder, method, sizes, samples):
         for name, seen in {method: fit_on, "none": fit_on.without_coded()}.items()
     }
 
-    def odds(answers, name, size):
-        """Return how odd every expert is in each whole batch [batches, N]."""
-        arrived = answers.without_coded() if name == "none" else answers
-        batches = order[: len(order) // size * size].split(size)
-        return torch.stack([oddness(decoders[name], arrived.select(batch)) for batch in batches])
+    def found(answers, name, size):
+        return odds(decoders[name], answers.without_coded() if name == "none" else answers, size)
 
     def accuracy(answers, index):
         own = which == index
         return float((answers.experts[index, own].argmax(1) == labels[own]).float().mean())
 
     working = answered(inputs.split(256), experts, coded)
-    usual = {(name, size): odds(working, name, size) for name in decoders for size in sizes}
+    usual = {(name, size): found(working, name, size) for name in decoders for size in sizes}
+    unread = answered(pooled(data.tasks, "validation")[0].split(256), experts, coded)
+    threshold = {key: found(unread, *key).amax(1).quantile(0.99) for key in usual}
     for index, (task, file) in enumerate(system.experts.opened.items()):
         start = load_network(ExperimentLayout(folder.parent).initial(file.num_classes)).network
         start = widened(start, working.experts.shape[2])
@@ -99,13 +110,14 @@ def measure(folder, method, sizes, samples):
             answers = replace(working, experts=logits, expert_features=features)
             right = {"expert_accuracy": accuracy(working, index), "faulty_accuracy": accuracy(answers, index)}
             for (name, size), before in usual.items():
-                odd = odds(answers, name, size)
+                odd, most = found(answers, name, size), threshold[name, size]
                 yield {
                     "experiment": folder.parent.name, "experts": len(experts),
                     "seed": int(folder.name.removeprefix("seed-")), "method": name, "task": task, "fault": fault,
                     "batch": size, **right, "usual": float(before[:, index].median()),
                     "oddness": float(odd[:, index].median()),
-                    "alarm": float((odd.amax(1) > before.amax(1).quantile(0.99)).float().mean()),
+                    "false_alarm": float((before.amax(1) > most).float().mean()),
+                    "alarm": float((odd.amax(1) > most).float().mean()),
                     "named": float((odd.argmax(1) == index).float().mean()),
                 }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """What is written of an expert when its training ends: which weights, of which modules, and the expert's file."""
 
-from copy import copy, deepcopy
+from copy import copy
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from coin.batches import clone
 from coin.choices import chosen
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import not_finite
@@ -55,7 +56,7 @@ def trained_network(trainer: Trainer, module: LightningModule, weights: Weights)
     if weights == Weights.last or monitored is None:
         return plain_network(copy(network))  # a copy leaves torch.compile's call behind
     state = torch.load(monitored.best_model_path, map_location=module.device, weights_only=True)["state_dict"]
-    best, prefix = deepcopy(network), "network."
+    best, prefix = clone(network), "network."
     best.load_state_dict({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
     return plain_network(best)
 

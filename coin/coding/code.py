@@ -8,8 +8,8 @@ from torch import Tensor
 
 from coin.errors import ConfigurationError, DecodingError
 
-MAX_AMPLIFICATION = 1e6
-"""An erasure whose noise amplification is larger than this counts as one that cannot be decoded."""
+MAX_AMPLIFICATION = 1e4
+"""An erasure whose noise amplification is larger cannot be decoded: at 1e6 rounding alone costs 4 % of agreement."""
 
 
 class Code:
@@ -21,7 +21,7 @@ class Code:
 
     Args:
         matrix: Coding weights ``[R, N]``, R ≥ 1 and N ≥ 1; rows non-negative with sum 1 (within 1e-6). Kept in
-            float64 with its rows divided by their exact sums.
+            float64 with its rows divided by their sums, unless these are 1 but for rounding.
 
     Raises:
         ConfigurationError: The matrix is not a rectangle of finite numbers, a weight is negative, or a row does not
@@ -169,4 +169,5 @@ def _validated(matrix: Sequence[Sequence[float]] | Tensor) -> Tensor:
             raise ConfigurationError(
                 f"row {index} of the code sums to {total:.8g}, expected 1: {row.tolist()}; divide it by its sum"
             )
-    return weights / weights.sum(dim=1, keepdim=True)
+    totals = weights.sum(dim=1, keepdim=True)
+    return weights / totals.where((totals - 1).abs() > 4 * torch.finfo(torch.float64).eps, 1.0)

@@ -117,7 +117,13 @@ class LinearDecoder(Decoder):
 
     def fit(self, calibration: Answers, kept: Kept | None = None) -> Self:
         """Learn nothing but what errors the code's equations make: of the coded models, there is no other."""
-        self.moments = _second_moments(self.decode(calibration) - calibration.experts[list(self.erased)])
+        errors = self.decode(calibration) - calibration.experts[list(self.erased)]
+        if odd := (~torch.isfinite(errors).all(2).all(0)).nonzero().flatten().tolist():
+            raise NumericalError(
+                f"sample {odd[0]} of the calibration answers holds a NaN or an infinity ({len(odd)} of "
+                f"{calibration.num_samples}), expected finite logits; leave it out"
+            )
+        self.moments = _second_moments(errors)
         return self
 
     def decode(self, answers: Answers) -> Tensor:

@@ -16,6 +16,13 @@ def parity_residual(code: Code, answers: Answers) -> Tensor:
 
     The experts all have answered. Far outside what it is on calibration inputs (`parity_significance`), some server
     answers wrongly, though in time.
+
+    >>> import coin, torch
+    >>> own, code = torch.randn(2, 5, 3), coin.uniform(2)
+    >>> answers = coin.Answers(own, code.encode(own))
+    >>> own[0, 4] += 3  # expert 0 goes wrong at the last input
+    >>> coin.parity_residual(code, answers).gt(0.1).tolist()
+    [False, False, False, False, True]
     """
     return (answers.coded - code.encode(answers.experts)).double().square().mean((0, 2)).sqrt()
 
@@ -24,6 +31,10 @@ def parity_significance(residual: Tensor, calibration: Tensor) -> Tensor:
     """Return what share of the residuals of calibration inputs ``[P]`` are as large ``[B]``, in 1/(P + 1) … 1.
 
     Both are `parity_residual`'s. Of inputs like the calibration's and servers that work, a share s has at most s.
+
+    >>> import coin, torch
+    >>> coin.parity_significance(torch.tensor([0.5, 9.0]), torch.arange(1.0, 10.0)).tolist()
+    [1.0, 0.20000000298023224]
     """
     ranked = calibration.sort().values
     return (1 + len(ranked) - torch.searchsorted(ranked, residual)) / (1 + len(ranked))
@@ -39,6 +50,14 @@ def oddness(decoders: Sequence[Decoder], answers: Answers) -> Tensor:
         decoders: For every expert a fitted one that loses it alone. The linear decoder of one coded model finds every
             expert equally odd: its equation is the same for all. ``feature_ridge`` tells them apart.
         answers: Those of all experts and coded models.
+
+    >>> import coin, torch
+    >>> own, code = torch.randn(3, 200, 4), coin.uniform(3)
+    >>> answers = coin.Answers(own, code.encode(own) + 0.1 * torch.randn(1, 200, 4))
+    >>> decoders = [coin.make_decoder("ridge", code, [expert]).fit(answers) for expert in range(3)]
+    >>> own[1] += torch.randn(200, 4)
+    >>> int(coin.oddness(decoders, answers).argmax())
+    1
     """
     if [decoder.erased for decoder in decoders] != [(expert,) for expert in range(answers.num_experts)]:
         raise DecodingError(f"found decoders that lose {[d.erased for d in decoders]}, expected each expert alone")

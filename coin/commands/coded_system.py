@@ -35,14 +35,16 @@ class Choice:
     """Which of an experiment's coded systems is meant.
 
     Args:
-        method: The merge method whose coded models serve; none takes the first one in the results.
-        batchnorm: The BatchNorm policy that its run asked for; none takes its first one.
+        method: The merge method whose coded models serve.
+        batchnorm: The BatchNorm policy that its run asked for.
         decoder: The decoder, as the results call it. It is fitted on the experiment's calibration samples, once.
+
+    What is not given is that of the most accurate decoded answers in the results.
     """
 
     method: str | None = None
     batchnorm: str | None = None
-    decoder: str = "linear"
+    decoder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,13 @@ class CodedSystem:
         """The mean accuracy of decoded answers by the number of experts that are lost at once."""
         sizes = self.results["erased"].str.count(r"\+") + 1
         return {int(size): float(rows["decoded_accuracy"].mean()) for size, rows in self.results.groupby(sizes)}
+
+    @property
+    def title(self) -> str:
+        """What it is and how good, in a line."""
+        right = " and ".join(f"{100 * share:.2f} % with {lost} lost" for lost, share in self.decoded_accuracy.items())
+        name = f"{self.method} ({self.batchnorm})" if self.batchnorm else self.method
+        return f"coded: {name} with the {self.decoder.name} decoder: {right} of the decoded answers are right"
 
     @property
     def tokenizer(self) -> str | None:
@@ -202,23 +211,24 @@ def read_coded_system(folder: Path, choice: Choice) -> CodedSystem:
         raise FileError(f"found no coded model of method {method} ({batchnorm}) in '{seed / 'coded'}'; run it again")
     paths = tuple(coded[row] for row in sorted(coded))
     _, (variant,) = read_coded(paths, list(experts.marks.values()))
-    decoder = DecoderConfig.named(choice.decoder)
+    decoder = DecoderConfig.named(str(results["decoder"].iloc[0]))
     return CodedSystem(seed, experts, paths, variant.code, method, batchnorm, decoder, results)
 
 
 def _results_of(frame: pd.DataFrame, choice: Choice, folder: Path) -> pd.DataFrame:
-    """Return the rows of a decoder, a method and its BatchNorm policy, of those that are chosen or come first."""
+    """Return the rows of a decoder, a method and its BatchNorm policy; of those that may be chosen, the best one's."""
     frame = frame[~frame["method"].isin([NONE, ORACLE])]
     policy = None if choice.batchnorm is None else asked_policy(choice.batchnorm)
     for column, wanted in (("decoder", choice.decoder), ("method", choice.method), ("batchnorm", policy)):
         known = list(dict.fromkeys(frame[column]))
         if not known or wanted not in (None, *known):
             raise ConfigurationError(
-                f"found {column} '{wanted}', '{folder}' has results of {', '.join(known) or 'no coded models'}; "
+                f"found {column} '{wanted or '*'}', '{folder}' has results of {', '.join(known) or 'no coded models'}; "
                 "choose one of them"
             )
-        frame = frame[frame[column] == (known[0] if wanted is None else wanted)]
-    return frame
+        frame = frame if wanted is None else frame[frame[column] == wanted]
+    systems = frame.groupby(["decoder", "method", "batchnorm"], sort=False)
+    return systems.get_group(systems["decoded_accuracy"].mean().idxmax())
 
 
 def parse_options(

@@ -13,6 +13,7 @@ from coin.commands.coded_system import Choice, CodedSystem, parse_options, read_
 from coin.errors import ConfigurationError
 from coin.files.atomic import atomic_path, write_text
 from coin.options import described
+from coin.processes import say
 from coin.reporting.figures import as_png
 from coin.reporting.results import write_frame
 from coin.reporting.tables import results_console
@@ -83,6 +84,7 @@ def simulate(
     unknown = (Redundancy.spare_half, Redundancy.spare_int8, *((Redundancy.failover,) if failover is None else ()))
     kinds = policies or [kind for kind in Redundancy if kind not in unknown]
     system, profile, conditions = read_profile(folder, choice, conditions, failover)
+    say(system.title)
     if rounded := [kind.precision for kind in kinds if kind.precision not in (None, Precision.full)]:
         profile = replace(profile, rounded_accuracy=rounded_accuracies(system, rounded))
     points = [

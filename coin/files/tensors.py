@@ -73,8 +73,13 @@ def weighted_sum(states: Sequence[State], weights: Sequence[float]) -> dict[str,
 def weighted_mean(
     states: Sequence[State], weights: Sequence[float], key: str, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return one tensor of `weighted_sum`, summed in its own type or in `dtype`; of states of the same layout."""
-    first = states[0][key].to(dtype or states[0][key].dtype)
+    """Return one tensor of `weighted_sum`, summed in its own type or in `dtype`; of states of the same layout.
+
+    Complex tensors are summed in the complex type of `dtype`'s parts.
+    """
+    first = states[0][key]
+    if dtype is not None:
+        first = first.to(dtype.to_complex() if first.is_complex() else dtype)
     summed = first.is_floating_point() or first.is_complex()
     total = torch.zeros_like(first) if summed else first.clone()
     agree = torch.ones_like(first, dtype=torch.bool)
@@ -86,6 +91,11 @@ def weighted_mean(
         elif weight != 0:  # zero times an infinity is NaN
             total.add_(tensor, alpha=weight)
     return torch.where(agree, first, total)
+
+
+def doubled(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, a complex one in complex128."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def fingerprint(state: State) -> str:

@@ -6,7 +6,7 @@ from coin.merging.experts import Experts
 from coin.merging.foreign import Foreign
 from coin.merging.full_fisher import FullFisher
 from coin.merging.gauss_newton import GaussNewton
-from coin.merging.method import CodedModel, MergeMethod, Method, merge_networks
+from coin.merging.method import CodedModel, Merged, MergeMethod, Method, merge_networks
 from coin.merging.refit import Refit, Target
 from coin.merging.regmean import RegMean, RegMeanLayers
 from coin.merging.task_vectors import TaskArithmetic, Ties
@@ -21,6 +21,7 @@ __all__ = [
     "GaussNewton",
     "HeadFit",
     "MergeMethod",
+    "Merged",
     "Method",
     "Refit",
     "RegMean",

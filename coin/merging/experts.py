@@ -2,7 +2,6 @@
 
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -12,7 +11,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from coin.batches import Batch, Forward, adapted, as_input, checked, joined, samples_of, shapes_in, size_of
+from coin.batches import Batch, Forward, adapted, as_input, checked, clone, joined, samples_of, shapes_in, size_of
 from coin.data import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, HeadError
 from coin.files.tensors import State, check_finite
@@ -116,7 +115,7 @@ class Experts:
         own = [adapted(network, forward) for network in networks]
         self.networks: Sequence[nn.Module] = of_one_width(own)
         padded = [pair for pair in zip(self.networks, own, strict=True) if pair[0] is not pair[1]]
-        self._is_padded = bool(padded)
+        self._own, self._is_padded = own, bool(padded)
         self._given = {StatisticKind.fisher: fishers, StatisticKind.gram: grams}
         for name, given in self._given.items():
             for states in given.values() if isinstance(given, Mapping) else [given]:
@@ -173,7 +172,7 @@ class Experts:
 
     def blank(self) -> nn.Module:
         """Return a new network of the experts' architecture, whose contents do not matter."""
-        return deepcopy(self.networks[0])
+        return clone(self.networks[0])
 
     def initial(self) -> tuple[State, State]:
         """Return the shared initialisation's parameters and buffers; raises ConfigurationError where there is none."""
@@ -201,18 +200,23 @@ class Experts:
         if given is None:
             if which not in self._computed:
                 self._computed[which] = self.computed(which.kind, self.samples(which.data))
-            return self._computed[which]
-        states = given[which.data] if isinstance(given, Mapping) else given
+            states = self._computed[which]
+        else:
+            states = given[which.data] if isinstance(given, Mapping) else given
         if not self._is_padded:
             return states
         return [padded_statistic(state, *self._head_and_width(), which.kind) for state in states]
 
     def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Batch]]) -> list[State]:
-        """Return every expert's Fisher of a kind, or none for its Gram matrices, on its samples; count the passes."""
+        """Return every expert's Fisher of a kind, or none for its Gram matrices, on its samples; count the passes.
+
+        Fishers are of the experts as they are given: a class that a head is padded with has a probability too.
+        """
         if kind is FisherKind.empirical:
             raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
         sums, shared = [], set(self.parameters[0])
-        for network, batches in zip(self.each_network(), samples, strict=True):
+        networks = self.each_network() if kind is None else self._own
+        for network, batches in zip(networks, samples, strict=True):
             shared &= trainable(network).keys()  # what is frozen in one expert is averaged
             if kind is None:
                 sums.append(gram_sums(network, batches))

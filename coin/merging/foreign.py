@@ -3,14 +3,13 @@
 import inspect
 import traceback
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from coin.batches import as_input, size_of
+from coin.batches import as_input, clone, size_of
 from coin.errors import ConfigurationError, first_line
 from coin.files.atomic import sha256_of
 from coin.files.packaged import imported
@@ -75,7 +74,7 @@ class Foreign(Method):
         check_experts(experts, row)
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0 if experts.train is None else experts.train.seed)
-            networks = [_counted(deepcopy(network).eval(), experts) for network in experts.each_network()]
+            networks = [_counted(clone(network).eval(), experts) for network in experts.each_network()]
             samples = experts.samples(DataChoice.own)
             calibration = [[as_input(batch, networks[0]) for batch in batches] for batches in samples]
             extra: dict[str, Any] = {"row": list(row)} if "row" in self._asks else {}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from coin.files.tensors import State, check_same_layout, weighted_mean
+from coin.files.tensors import State, check_same_layout, doubled, weighted_mean
 
 
 def layers_of(names: Iterable[str]) -> dict[str, list[str]]:
@@ -49,10 +49,10 @@ def relative_distances(coded: State, experts: Sequence[State], weights: Sequence
         moved = spread = size = 0.0
         for name in names:
             average = weighted_mean(experts, weights, name, torch.float64)
-            moved += float((coded[name].double() - average).square().sum())
-            size += float(average.square().sum())
+            moved += float((doubled(coded[name]) - average).abs().square().sum())
+            size += float(average.abs().square().sum())
             spread += sum(
-                weight * float((expert[name].double() - average).square().sum())
+                weight * float((doubled(expert[name]) - average).abs().square().sum())
                 for expert, weight in zip(experts, weights, strict=True)
             )
         rounding = 4 * torch.finfo(experts[0][names[0]].dtype).eps

@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateEr
 from coin.files.tensors import State, check_finite, check_same_layout, weighted_sum
 from coin.merging.experts import Experts, Given, parameters_of
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
+from coin.networks.parametrised import renormalise
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
@@ -41,10 +43,31 @@ class CodedModel:
     Attributes:
         network: The coded model, in eval mode.
         chosen: What was chosen on the way, and how a solve ended: plain values for the record.
+
+    >>> import coin, torch
+    >>> made = coin.Average().make(coin.Experts([torch.nn.Linear(4, 3) for _ in "ab"]), [0.5, 0.5])
+    >>> type(made.network).__name__, made.chosen
+    ('Linear', {})
     """
 
     network: nn.Module
     chosen: dict[str, Any] = field(default_factory=dict)
+
+
+class Merged(list[nn.Module]):
+    """Coded models, one a row of the code, and how they came about.
+
+    Attributes:
+        chosen: Of every one what its method chose, as plain values: the data of the Fisher, the BatchNorm policy, the
+            held-out errors, under ``averaged`` what a `Refit` left at the average.
+        passes: Forward-equivalents of one sample that all took together.
+        seconds: Wall time.
+    """
+
+    def __init__(self, made: Sequence[CodedModel], passes: float, seconds: float) -> None:
+        super().__init__(plain(each.network) for each in made)
+        self.chosen = [each.chosen for each in made]
+        self.passes, self.seconds = passes, seconds
 
 
 class Method(ABC):
@@ -58,6 +81,21 @@ class Method(ABC):
         reads_initial: Whether it needs the shared initialisation.
         samples_per_task: P of its own; none takes the experiment's.
         augmentation: What happens to calibration samples that it trains on.
+
+    A method of one's own, which every table then has:
+
+    >>> import coin
+    >>> class First(coin.Method):
+    ...     name = label = "first"
+    ...     def make(self, experts, row):
+    ...         network = experts.blank().eval()
+    ...         network.load_state_dict(experts.networks[0].state_dict())
+    ...         return coin.CodedModel(network)
+    >>> import torch
+    >>> experts = [torch.nn.Linear(4, 3) for _ in "ab"]
+    >>> coded = coin.merge_networks(First(), experts, coin.Code([[0.5, 0.5]]))[0]
+    >>> torch.equal(coded.weight, experts[0].weight)
+    True
     """
 
     name: ClassVar[str]
@@ -113,14 +151,25 @@ def merge_networks(
     initial: nn.Module | None = None,
     calibration: Sequence[Iterable[Any]] | None = None,
     forward: Forward | None = None,
-) -> list[nn.Module]:
+) -> Merged:
     """Merge N experts into coded models: R new networks in eval mode, one a row of the code, R×N.
 
-    `Experts` says what the other arguments are. To learn what was chosen, use ``method.make(coin.Experts(…), row)``.
-    The networks are of the experts' class and called as it says, whatever `forward`. Raises as `Method.make`.
+    `Experts` says what the other arguments are. The networks are of the experts' class and called as it says, whatever
+    `forward`. The list also tells what was chosen on the way and what it cost. Raises as `Method.make`.
+
+    >>> import coin, torch
+    >>> experts = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)) for _ in "ab"]
+    >>> calibration = [[torch.randn(50, 4)] for _ in experts]
+    >>> coded = coin.merge_networks(coin.Refit("own"), experts, coin.Code([[0.5, 0.5]]), calibration=calibration)
+    >>> len(coded), coded.chosen[0]["averaged"]
+    (1, [])
+    >>> coded.passes > 200
+    True
     """
     experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration, forward=forward)
-    return [plain(method.make(experts, row).network) for row in code.matrix.tolist()]
+    began = time.perf_counter()
+    made = [method.make(experts, row) for row in code.matrix.tolist()]
+    return Merged(made, experts.passes, time.perf_counter() - began)
 
 
 def starting_method(start: str | Mapping[str, Any]) -> Method:
@@ -167,6 +216,19 @@ class MergeMethod(Method):
     Args:
         batchnorm: Policy for BatchNorm statistics, as for every method.
         label: Name of this variant in results, a plain file name.
+
+    A closed form of one's own:
+
+    >>> import coin, torch
+    >>> class Median(coin.MergeMethod):
+    ...     name = "median"
+    ...     def candidates(self, experts, row):
+    ...         every = experts.parameters
+    ...         yield {}, {name: torch.stack([each[name] for each in every]).median(0).values for name in every[0]}
+    >>> experts = [torch.nn.Linear(4, 3) for _ in "abc"]
+    >>> coded = coin.merge_networks(Median(), experts, coin.uniform(3))[0]
+    >>> torch.equal(coded.bias, torch.stack([each.bias for each in experts]).median(0).values)
+    True
     """
 
     def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.auto, label: str | None = None) -> None:
@@ -259,6 +321,7 @@ class MergeMethod(Method):
             buffers = {name: initial.get(name, tensor) for name, tensor in buffers.items()}
         network = experts.blank().eval()
         fill(network, {**parameters, **buffers})
+        renormalise(network, experts.buffers)
         if policy == BatchNormPolicy.recalibrate:
             experts.passes += recalibrate(network, experts.split[0] if held_out else experts.pooled)
         return network
@@ -268,6 +331,10 @@ def fill(network: nn.Module, state: State) -> None:
     """Copy parameters and buffers into a network, which may name tied ones twice."""
     own = network.state_dict()  # tensors that share the network's memory
     fill_network(network, own | {name: tensor for name, tensor in state.items() if name in own}, "the coded model")
+    with torch.no_grad():
+        for name, buffer in network.named_buffers():  # those that are not persistent are in no state dict
+            if name in state and name not in own and not torch.equal(buffer, state[name]):
+                buffer.copy_(state[name])
 
 
 def refined(start: CodedModel, label: str) -> CodedModel:

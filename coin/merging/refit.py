@@ -1,5 +1,6 @@
 """Refit: every layer of the average fitted anew, in the order of execution, on the coded network's own inputs."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Any
@@ -10,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.batches import joined, size_of
 from coin.choices import check_integer, chosen
+from coin.errors import CoinWarning
 from coin.files.tensors import check_finite, weighted_sum
 from coin.merging.affine import fit_unit
 from coin.merging.average import average_parameters, fit_head
@@ -27,10 +29,14 @@ from coin.merging.method import (
 )
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.batchnorm import BatchNormPolicy
+from coin.networks.parametrised import renormalise
 from coin.progress import progress
 
 RIDGES = (0.01, 0.03, 0.1, 0.3)
 """What the ridge is chosen from."""
+
+MOST_AVERAGED = 0.1
+"""With a larger share of parameters that cannot be refitted a warning is given."""
 
 OWN_SHARE = 0.3
 """The share of the experts' own targets in both."""
@@ -122,10 +128,23 @@ class Refit(Method):
         network, averaged = self._refit(experts, row, *best, held_out=False)
         check_finite(parameters_of(network), f"the coded model of method '{self.label}'")
         check_coded(network, experts, self.label)
+        self._warn_of(averaged, network)
         taken: dict[str, Any] = {"target": str(best[0]), "ridge": best[1], "averaged": averaged}
         if residuals:
             taken["held_out_error"] = {f"{target}/{ridge:g}": r for (target, ridge), r in residuals.items()}
         return CodedModel(network, taken)
+
+    def _warn_of(self, averaged: Sequence[str], network: nn.Module) -> None:
+        sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+        share = sum(sizes[name] for name in averaged) / sum(sizes.values())
+        if share > MOST_AVERAGED:
+            warnings.warn(
+                f"method '{self.label}' kept the average of {share:.0%} of the parameters of {type(network).__name__} "
+                f"({len(averaged)} tensors, such as '{averaged[0]}'), which no affine map that runs once reads row by "
+                "row; compare it with other methods on this network",
+                CoinWarning,
+                stacklevel=3,
+            )
 
     def _refit(
         self, experts: Experts, row: Sequence[float], target: Target, ridge: float, *, held_out: bool
@@ -136,6 +155,7 @@ class Refit(Method):
         network = experts.blank().eval()
         average = average_parameters(experts.parameters, row)
         fill(network, {**average, **weighted_sum(experts.buffers, row)})
+        renormalise(network, experts.buffers)
         units = affine_units(network, inputs)
         experts.passes += PROBES
         _fold(network, units, experts, row)

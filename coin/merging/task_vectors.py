@@ -1,13 +1,14 @@
 """The merging literature's data-free baselines: sums of task vectors, what each expert added to the initialisation."""
 
 import math
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from coin.files.tensors import State, check_finite, check_same_layout, weighted_mean
+from coin.files.tensors import State, check_finite, check_same_layout, doubled, weighted_mean
 from coin.merging.experts import Experts
 from coin.merging.method import Candidate, MergeMethod, checked
 
@@ -82,15 +83,17 @@ def task_arithmetic(
     """Return `TaskArithmetic`'s sum, in the experts' types."""
     merged = {}
     for key, start in initial.items():
-        step = weighted_mean(experts, weights, key, torch.float64) - start.double()
-        merged[key] = (start.double() + scale * len(weights) * step).to(experts[0][key].dtype)
+        step = weighted_mean(experts, weights, key, torch.float64) - doubled(start)
+        merged[key] = (doubled(start) + scale * len(weights) * step).to(experts[0][key].dtype)
     return merged
 
 
 def ties(
     experts: Sequence[State], initial: State, weights: Sequence[float], keep: float, scale: float
 ) -> dict[str, Tensor]:
-    """Return `Ties`' merge, in the experts' types."""
+    """Return `Ties`' merge, in the experts' types; of complex tensors the parts are entries of their own."""
+    kinds = {key: tensor.dtype for key, tensor in experts[0].items()}
+    experts, initial = [_in_parts(expert) for expert in experts], _in_parts(initial)
     thresholds = []  # the magnitude of the smallest entry of each task vector that the trim keeps
     for expert in experts:
         sizes = torch.cat([(expert[key].double() - start.double()).abs().flatten() for key, start in initial.items()])
@@ -106,5 +109,12 @@ def ties(
         agreeing = shares * ((steps.sign() == elected) & (elected != 0))
         share = agreeing.sum(0)
         step = (agreeing * steps).sum(0) / torch.where(share > 0, share, torch.ones_like(share))
-        merged[key] = (start.double() + scale * step).to(experts[0][key].dtype)
+        whole = start.double() + scale * step
+        merged[key] = (torch.view_as_complex(whole) if kinds[key].is_complex else whole).to(kinds[key])
     return merged
+
+
+def _in_parts(state: State) -> State:
+    """Return a state whose complex tensors are real ones of their parts, with an axis more."""
+    parts = {key: torch.view_as_real(tensor) for key, tensor in state.items() if tensor.is_complex()}
+    return ChainMap(parts, cast(Any, state)) if parts else state

@@ -1,7 +1,7 @@
 """The affine units of a network in the order of execution, its maps with the BatchNorms behind them: by tracing."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,17 +11,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from coin.batches import Batch, as_input, size_of, take
+from coin.batches import Batch, as_input, nested_tensors, size_of, take
 from coin.errors import StateError
-from coin.statistics.guard import evaluating
+from coin.statistics.guard import differentiable, evaluating
 from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.elementwise import ElementwiseCall
 from coin.statistics.rules.linear import LinearCall
+from coin.statistics.tape import Tape
 
-PROBES = 5
-"""Forward passes of one sample that the search takes."""
+PROBES = 20
+"""Forward-equivalents that the search takes: of two and of three samples, and of three with two backward passes."""
 
 _KEPT = 6
 """Tensors of a call's size that are alive beside what the modules around it were called with."""
@@ -59,8 +60,9 @@ def affine_units(network: nn.Module, inputs: Batch) -> list[Unit]:
     """Find a network's affine units in the order of execution, by running it on two and on three samples.
 
     A unit is a linear map, a normalisation or a scale, whose weight and bias nothing else reads in a forward pass, and
-    whose output has the samples, or several rows of each, along its leading dimension. A BatchNorm over a linear map's
-    outputs that alone reads them, and next, is part of it.
+    whose output has the samples, or several rows of each, along its leading dimension: sample by sample, as their
+    gradients say, and in every network alike, so that several rows that activations have sorted are none. A BatchNorm
+    over a linear map's outputs that alone reads them, and next, is part of it.
 
     The network is in eval mode, and there are at least two samples. Raises StateError where the calls depend on the
     number of samples.
@@ -71,19 +73,34 @@ def affine_units(network: nn.Module, inputs: Batch) -> list[Unit]:
             f"{type(network).__name__} makes other calls on two samples than on three, expected the same; give experts "
             "that make the same calls whatever their inputs"
         )
+    misplaced, decided = _misplaced(network, take(inputs, torch.arange(3) % size_of(inputs)))
     floats = [(seen.around + _KEPT * seen.shape.numel()) // 2 for seen in two]
     units: list[Unit] = []
     before = 0
     for place, (seen, other, following) in enumerate(zip(two, three, [*two[1:], None], strict=True)):
         leads = seen.shape[1:] == other.shape[1:] and 3 * seen.shape[0] == 2 * other.shape[0]
         is_part = bool(units) and units[-1].end == seen.weight
-        if seen.is_unit and leads and not is_part:
+        placed = seen.weight not in misplaced and (seen.weight not in decided or seen.shape[:-1] == (2,))
+        if seen.is_unit and leads and placed and not is_part:
             norm = None
-            if following is not None and seen.is_map and following.is_batchnorm and following.source == seen.output:
+            joins = following is not None and seen.is_map and following.is_batchnorm and following.bias is not None
+            if following is not None and joins and following.source == seen.output:
                 norm = following.weight.rpartition(".")[0]
             units.append(Unit(seen.weight, seen.bias, norm, max(floats[before:])))
             before = place
     return units
+
+
+def _misplaced(network: nn.Module, samples: Batch) -> tuple[set[str], set[str]]:
+    """Return the parameters at whose calls row r is not of sample r // k, and before which activations decide."""
+    parameters = {name: p for name, p in network.named_parameters() if p.is_floating_point()}
+    with evaluating(network), differentiable(parameters.values()):
+        tape = Tape(parameters, {}, None)
+        output = tape.run(network, as_input(samples, network))
+        try:
+            return tape.misplaced(output, unseen=True), tape.decided
+        except RuntimeError:  # a function that cannot batch its backward pass: nothing is known
+            return set(parameters), set()
 
 
 class _Seen(NamedTuple):
@@ -115,23 +132,14 @@ class _Readers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        made = list(_tensors(result))
+        made = list(nested_tensors(result))
         self._kept += made
-        for each in _tensors((args, kwargs)) if made else ():
+        for each in nested_tensors((args, kwargs)) if made else ():
             if isinstance(each, nn.Parameter):
                 self.parameters[id(each)] += each is not result
             else:
                 self.times[each.data_ptr()] += 1
         return result
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple | dict):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
 
 
 def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
@@ -148,14 +156,17 @@ def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
         return output
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        entered.append({each.data_ptr(): each.numel() for each in _tensors((args, kwargs))})
+        entered.append({each.data_ptr(): each.numel() for each in nested_tensors((args, kwargs))})
 
-    readers, named = _Readers(), dict(network.named_parameters())
+    def leave(*_: Any) -> None:
+        entered.pop()
+
+    readers, named = _Readers(), {name: p for name, p in network.named_parameters() if p.is_floating_point()}
     # The readers come last, and so see what the network calls but not what the interceptor does on the way.
     with ExitStack() as hooks, evaluating(network, gradients=False), Interceptor(named, visit), readers:
         for each in network.modules():
             hooks.enter_context(each.register_forward_pre_hook(enter, with_kwargs=True))
-            hooks.enter_context(each.register_forward_hook(lambda *_: entered.pop() and None))
+            hooks.enter_context(each.register_forward_hook(leave))
         network(as_input(samples, network))
     times = Counter(names["weight"] for _, names, *_ in calls)
     seen = []

@@ -1,9 +1,10 @@
 """LightningModules: experts, coded models, the distillation baseline, and the passes that measure them."""
 
-from coin.modules.coded import Coded, evaluate
+from coin.modules.coded import Coded
 from coin.modules.distillation import Distillation
 from coin.modules.evaluator import DecodingEvaluator
 from coin.modules.expert import Expert
+from coin.modules.measure import evaluate
 from coin.modules.readout_distillation import ReadoutDistillation, distill
 from coin.modules.recipe import OptimizerKind, Recipe, Schedule
 from coin.modules.statistic_pass import StatisticPass

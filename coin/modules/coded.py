@@ -1,21 +1,27 @@
-"""A code with its networks, the experts and the coded models that stand by for them, and how well it decodes."""
+"""A code with its networks: the experts, and the coded models that stand by for them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
-import pandas as pd
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from coin.batches import Batch, Forward, adapted, as_input, checked, take
-from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Kept, distinct_decoders, make_decoder
-from coin.errors import ConfigurationError, DataError
-from coin.metrics import DecodingAccuracy, Residual
+from coin.batches import Batch, Forward, adapted, as_input, checked, clone, take
+from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, make_decoder
+from coin.coding.decoder_state import decoders_state, restore_decoders
+from coin.errors import ConfigurationError, FileError, StateError
+from coin.files.safetensors import load_state, save_state
+from coin.files.tensors import check_same_layout, fingerprint
+from coin.merging.method import fill
 from coin.networks import Run, pad_logits, run_network
+from coin.networks.heads import of_one_width
 from coin.networks.stages import common_widths
-from coin.statistics.guard import eval_mode, full_products
+from coin.statistics.guard import eval_mode
+
+_SYSTEM = "coded system"
 
 
 class Coded(LightningModule):
@@ -35,6 +41,21 @@ class Coded(LightningModule):
 
     Raises:
         ConfigurationError: The numbers of experts or coded models do not fit the code.
+
+    >>> import coin, tempfile, torch
+    >>> experts, inputs = [torch.nn.Linear(4, 3) for _ in range(3)], torch.randn(60, 4)
+    >>> code = coin.convex(3, 2)
+    >>> system = coin.Coded(code, experts, coin.merge_networks(coin.Average(), experts, code))
+    >>> for erased in code.erasures():  # each expert alone, and every two
+    ...     _ = system.fit_decoder([inputs], erased, "linear")
+    >>> decoded = system.decode(inputs, [0, 2])
+    >>> decoded.shape, system.risk(decoded, [0, 2]).shape
+    (torch.Size([2, 60, 3]), torch.Size([2, 60]))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     system.save(f"{folder}/system.safetensors")
+    ...     again = coin.Coded.load(f"{folder}/system.safetensors", experts)
+    >>> torch.equal(again.decode(inputs, [0, 2]), decoded)
+    True
     """
 
     def __init__(
@@ -55,7 +76,10 @@ class Coded(LightningModule):
         self.names = tuple(names) if names is not None else tuple(str(index) for index in range(len(experts)))
         self.experts = nn.ModuleList([adapted(network, forward) for network in experts])
         self.coded = nn.ModuleList([adapted(network, forward) for network in coded])
-        self.decoder: Decoder | None = None
+        self.decoders: dict[tuple[int, ...], Decoder] = {}
+        """By the lost experts, what decodes them; the last one is what `decode` takes by default."""
+        self.classes: list[int] | None = None
+        """How many classes every expert has of its own, once it is known."""
         self.training = False
 
     def train(self, mode: bool = True) -> "Coded":
@@ -92,30 +116,134 @@ class Coded(LightningModule):
     ) -> "Coded":
         """Choose how lost experts are decoded from here on.
 
+        Several erasures may be ready at once, each by its own call.
+
         Args:
-            calibration: Batches of inputs ``[B, ...]``, unlabelled; the linear decoder does not look at them.
+            calibration: Batches of inputs ``[B, ...]``, unlabelled; the linear decoder learns no more of them than its
+                errors, for `risk`, and takes none too.
             erased: Indices of the lost experts.
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
         """
         decoder = make_decoder(kind, self.code, erased)
-        if decoder.needs_fit:
+        if decoder.needs_fit or calibration:
             parts = [self._answers_for([decoder.config], batch) for batch in calibration]
             decoder.fit(replace(Answers.concatenate(parts), tasks=tasks))
-        self.decoder = decoder
+            self.classes = self.classes or [num_classes(expert, calibration[0]) for expert in self.experts]
+        self.decoders.pop(decoder.erased, None)
+        self.decoders[decoder.erased] = decoder
         return self
 
-    def decode(self, inputs: Batch) -> Tensor:
-        """Return the lost experts' logits ``[|erased|, B, C]``, from the servers that are left, after `fit_decoder`."""
-        if self.decoder is None:
-            raise ConfigurationError("found no decoder; call fit_decoder with the lost experts first")
-        return self.decoder.decode(self._answers_for([self.decoder.config], inputs, self.decoder.erased))
+    def decode(self, inputs: Batch, erased: Sequence[int] | None = None) -> Tensor:
+        """Return lost experts' logits ``[|erased|, B, C]``, from the servers that are left, after `fit_decoder`.
+
+        Which experts are lost is what the last `fit_decoder` said, unless it is given.
+        """
+        decoder = self._decoder_of(erased)
+        return decoder.decode(self._answers_for([decoder.config], inputs, decoder.erased))
+
+    def risk(self, decoded: Tensor, erased: Sequence[int] | None = None) -> Tensor:
+        """Return the risk ``[|erased|, B]`` that decoded logits name another class than the lost expert's own.
+
+        It is `coin.decoding_risk`, with the decoder's errors on its calibration inputs. Raises a DecodingError where
+        the decoder has seen none.
+        """
+        decoder = self._decoder_of(erased)
+        widths = dict(enumerate(self.classes or []))
+        each = zip(decoder.erased, decoded, strict=True)
+        return torch.stack([decoder.risk(expert, logits, widths.get(expert)) for expert, logits in each])
+
+    def save(self, path: str | Path) -> None:
+        """Write the code, the coded models and the decoders that are fitted into one safetensors file.
+
+        The experts are not in it, but their fingerprints are; tensors that hold infinities may (masks).
+        """
+        fitted, rests = decoders_state(list(self.decoders.values()))
+        state = {f"decoder.{name}": tensor for name, tensor in fitted.items()}
+        for row, network in enumerate(self.coded):
+            state |= {f"coded.{row}.{name}": tensor for name, tensor in _tensors_of(network).items()}
+        provenance = {
+            "what": _SYSTEM,
+            "code": self.code.matrix.tolist(),
+            "names": self.names,
+            "classes": self.classes,
+            "decoders": rests,
+            "experts": [fingerprint(_tensors_of(each)) for each in self.experts],
+        }
+        infinite = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.isinf().any()]
+        save_state(Path(path), state, provenance, infinite)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        experts: Sequence[nn.Module],
+        coded: Sequence[nn.Module] | None = None,
+        forward: Forward | None = None,
+    ) -> Self:
+        """Return the system that `save` wrote, its answers the same to the last bit.
+
+        Args:
+            path: The file.
+            experts: The same experts as then.
+            coded: Networks for the coded models' tensors, filled in place; copies of the first expert by default.
+            forward: How networks are called, see the class.
+
+        Raises:
+            FileError: The file is missing, damaged or holds something else.
+            StateError: The experts are others than those that the system was saved with, or tensors do not fit.
+        """
+        state, told = load_state(Path(path))
+        if told.get("what") != _SYSTEM:
+            raise FileError(f"'{path}' holds no coded system, expected a file that Coded.save wrote")
+        marks = [fingerprint(_tensors_of(expert)) for expert in experts]
+        if other := [place for place, pair in enumerate(zip(marks, told["experts"], strict=False)) if len({*pair}) > 1]:
+            raise StateError(
+                f"expert {other[0]} is not the one that '{path}' was saved with; give those experts, or make the "
+                "system anew"
+            )
+        code = Code(told["code"])
+        networks = coded or [clone(of_one_width(experts)[0]).eval() for _ in range(code.num_coded)]
+        system = cls(code, experts, networks, told["names"], forward)
+        for row, network in enumerate(networks):
+            prefix = f"coded.{row}."
+            own = {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+            check_same_layout([_tensors_of(network), own], ["the network", f"coded model {row} of '{path}'"])
+            fill(network, own)
+        fitted = {name[len("decoder.") :]: tensor for name, tensor in state.items() if name.startswith("decoder.")}
+        restored = restore_decoders(fitted, told["decoders"], code)
+        system.decoders, system.classes = {decoder.erased: decoder for decoder in restored}, told["classes"]
+        return system
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """The decoder that was fitted last."""
+        return next(reversed(self.decoders.values()), None)
+
+    def _decoder_of(self, erased: Sequence[int] | None) -> Decoder:
+        key = next(reversed(self.decoders), ()) if erased is None else tuple(erased)
+        if key not in self.decoders:
+            lost = "" if erased is None else f" of the loss of {list(erased)}"
+            raise ConfigurationError(f"found no decoder{lost}; call fit_decoder with the lost experts first")
+        return self.decoders[key]
 
     def _answers_for(self, decoders: Sequence[DecoderConfig], inputs: Batch, erased: Sequence[int] = ()) -> Answers:
         """Return the answers that these decoders read."""
         features = any(config.reads_features for config in decoders)
         stages = any(config.reads_stages for config in decoders)
         return self.answers(inputs, features=features, stages=stages, erased=erased)
+
+
+def _tensors_of(network: nn.Module) -> dict[str, Tensor]:
+    """Return a network's parameters and buffers by name, tied ones once and those that are not persistent too."""
+    return {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+
+
+def num_classes(expert: nn.Module, inputs: Any) -> int:
+    """Return how many logits an expert has of its own, which answers pad."""
+    with torch.no_grad(), eval_mode(expert):
+        logits: Tensor = expert(take(as_input(inputs, expert), slice(0, 1)))
+    return logits.shape[1]
 
 
 def server_answers(
@@ -140,91 +268,3 @@ def server_answers(
 def _padded(logits: Sequence[Tensor]) -> Tensor:
     width = max(entry.shape[1] for entry in logits)
     return torch.stack([pad_logits(entry, width) for entry in logits])
-
-
-def evaluate(
-    system: Coded,
-    loaders: Sequence[Iterable[Any]],
-    *,
-    decoders: Sequence[DecoderKind | str | dict[str, Any] | DecoderConfig] = tuple(DecoderKind),
-    calibration: Sequence[Iterable[Any]] | None = None,
-) -> pd.DataFrame:
-    """Measure how well every expert is decoded, on its own task, where it alone is lost.
-
-    Every network runs once over the inputs, whatever the number of decoders. The numbers are those of a run's results.
-
-    Args:
-        system: The code, its experts and its coded models.
-        loaders: For every expert the batches (inputs, labels) of its task's test set; labels are classes ``[B]``.
-        decoders: Kinds, or configurations of one.
-        calibration: For every expert the batches of its own task's samples, on which decoders are fitted without
-            labels; the linear one needs none.
-
-    Returns:
-        One row a decoder and task, with the columns ``decoder``, ``task`` (the system's name of it),
-        ``expert_accuracy``, ``decoded_accuracy``, ``nda``, ``agreement`` (`coin.metrics.DecodingAccuracy`) and
-        ``residual`` (`coin.metrics.Residual`).
-
-    Raises ConfigurationError where numbers of tasks differ, or a decoder does not exist, comes twice or finds no
-    calibration data; DataError where a batch is no pair (inputs, labels), or a task has none.
-    """
-    configs, count = distinct_decoders(list(decoders)), len(system.experts)
-    for what, given in (("loaders", loaders), ("calibration data", calibration)):
-        if given is not None and len(given) != count:
-            raise ConfigurationError(f"found {what} of {len(given)} tasks, expected {count}; give every expert's")
-    by_task = [[make_decoder(config, system.code, [task]) for config in configs] for task in range(count)]
-    if to_fit := [decoder for each in by_task for decoder in each if decoder.needs_fit]:
-        if calibration is None:
-            raise ConfigurationError(
-                f"found no calibration, on which the decoder {to_fit[0].config.name} is fitted; give it, or "
-                "decoders=['linear']"
-            )
-        parts = []
-        for task, batches in enumerate(calibration):
-            each = [_answers(system, batch, configs) for batch in batches]
-            parts += [replace(answers, tasks=torch.full((answers.num_samples,), task)) for answers in each]
-        answers, kept = Answers.concatenate(parts), Kept()
-        for decoder in to_fit:
-            decoder.fit(answers, kept)
-    measured = [_measured(system, by_task[task], task, loader) for task, loader in enumerate(loaders)]
-    return pd.DataFrame(
-        {"decoder": config.name, "task": system.names[task], **measured[task][index]}
-        for index, config in enumerate(configs)
-        for task in range(count)
-    )
-
-
-def _measured(system: Coded, decoders: Sequence[Decoder], task: int, loader: Iterable[Any]) -> list[dict[str, float]]:
-    """Return the numbers of every decoder of the loss of one expert, on its task."""
-    accuracies: list[DecodingAccuracy] = []
-    residual = Residual()
-    for batch in loader:
-        if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-            raise DataError(
-                f"found a test batch of type {type(batch).__name__}, expected pairs (inputs, labels) of a task's test "
-                "set"
-            )
-        inputs, labels = batch
-        answers = _answers(system, inputs, [decoder.config for decoder in decoders])
-        if not accuracies:
-            accuracies = [DecodingAccuracy(_num_classes(system.experts[task], inputs)) for _ in decoders]
-        with torch.autocast("cpu", enabled=False), full_products():
-            residual.update(answers.coded.flatten(0, 1), system.code.encode(answers.experts).flatten(0, 1))
-            for decoder, accuracy in zip(decoders, accuracies, strict=True):
-                accuracy.update(decoder.decode(answers)[0], answers.experts[task], labels.cpu())
-    if not accuracies:
-        raise DataError(f"found no test batches of task '{system.names[task]}', expected at least one")
-    shared = {"residual": float(residual.compute())}
-    return [{name: float(value) for name, value in each.compute().items()} | shared for each in accuracies]
-
-
-def _num_classes(expert: nn.Module, inputs: Any) -> int:
-    """Return how many logits an expert has of its own, which answers pad."""
-    with torch.no_grad(), eval_mode(expert):
-        logits: Tensor = expert(take(as_input(inputs, expert), slice(0, 1)))
-    return logits.shape[1]
-
-
-def _answers(system: Coded, inputs: Any, configs: Sequence[DecoderConfig]) -> Answers:
-    """Return all servers' answers, on the CPU: there decoders are fitted, and not every device has float64."""
-    return system._answers_for(configs, as_input(inputs, system.coded[0])).cpu()

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
-from coin.batches import Batch, as_input, twin
+from coin.batches import Batch, as_input, clear_caches, clone, twin
 from coin.choices import check_integer, check_number, chosen
 from coin.data import Augmentation
 from coin.errors import CoinWarning, ConfigurationError, HeadError, NumericalError
@@ -140,6 +139,7 @@ class Distillation(LightningModule, Method):
             module = self._run(experts, row, lr, steps, before=trial)
         if not_finite(dict(module.named_parameters())) is not None:
             raise NumericalError(f"{self.label} diverged with lr={lr}; give a smaller one")
+        clear_caches(module.student)
         return CodedModel(module.student, described | module.chosen)
 
     def _search(self, experts: Experts, row: Sequence[float]) -> tuple[Choice, "Distillation | None"]:
@@ -198,7 +198,7 @@ class Distillation(LightningModule, Method):
         options = dict(self.hparams) | training.run_options(experts, self.hparams)
         module = type(self)(**options | {"code_row": list(row), "lr": lr, "steps": steps})
         if before is not None:
-            module.hold(before.teachers, deepcopy(before.student))
+            module.hold(before.teachers, clone(before.student))
             if held_out:
                 module.begun, module.known = before.begun, before.known
         elif isinstance(training, MemoryTraining):
@@ -232,6 +232,14 @@ class Distillation(LightningModule, Method):
     def hold(self, teachers: nn.ModuleList | list[nn.Module], student: nn.Module) -> None:
         """Take the experts, in eval mode, and the network that is trained, whose weights the start replaces."""
         self.teachers, self.student = teachers, student
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Have the student forget what it keeps of its parameters in eval mode: they have changed."""
+        clear_caches(self.student)
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        """Have the student forget as before a training step."""
+        clear_caches(self.student)
 
     def configure_model(self) -> None:
         """Read the experts, and build a student whose weights the start of training replaces."""
@@ -317,7 +325,7 @@ class Distillation(LightningModule, Method):
 
     def target(self, outputs: Tensor) -> Tensor:
         """Return Σ_i β_i f_i(x), logits ``[B, C]``, from the experts' ``[N, B, C]``."""
-        row = torch.tensor(self.hparams["code_row"]).to(outputs)
+        row = outputs.new_tensor(self.hparams["code_row"])
         return torch.tensordot(row, outputs, dims=1)  # type: ignore[no-any-return]
 
     def training_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> Tensor:

@@ -1,6 +1,8 @@
 """What becomes of BatchNorm's running statistics when networks are merged: an explicit policy, never a silence."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from enum import StrEnum
 from itertools import chain
 from typing import Any
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.batches import Batch, Forward, adapted, as_input, joined, size_of
+from coin.batches import Batch, Forward, adapted, as_input, clear_caches, joined, size_of
 from coin.errors import StateError
 
 
@@ -43,9 +45,11 @@ def _tracking(network: nn.Module) -> list[_BatchNorm]:
 def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> int:
     """Estimate all BatchNorm layers' statistics anew, in place, and return the number of samples seen.
 
-    They become the average of the batches' statistics, weighted by their numbers of samples, each layer seeing what
-    the layers before it produce from batch statistics, as in training. A single sample has no variance: a batch of one
-    is joined to the next, the last to the one before it. A StateError, the network as it was, below two samples.
+    They become the average of the statistics of the batches that a layer sees, weighted by their sizes, each layer
+    seeing what the layers before it produce from batch statistics, as in training; a layer that runs several times in
+    a pass sees as many batches. So does one whose `train` leaves it in eval mode; one that never runs keeps what it
+    has. A single sample has no variance: a batch of one is joined to the next, the last to the one before it. A
+    StateError, the network as it was, below two samples.
 
     Args:
         network: The network.
@@ -61,21 +65,32 @@ def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward 
     modes = {module: module.training for module in network.modules()}
     momenta = {layer: layer.momentum for layer in layers}
     network.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.train()
+    clear_caches(network)
+    seen: Counter[_BatchNorm] = Counter()
+
+    def weigh(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        assert isinstance(layer, _BatchNorm)
+        if layer not in seen:  # one that never runs keeps its statistics
+            layer.reset_running_stats()
+        rows = len(next(iter((*arguments, *named.values()))))
+        seen[layer] += rows
+        layer.momentum = rows / seen[layer]  # the cumulative average over rows
+
     samples = 0
     try:
-        for batch in chain([first], sound):
-            samples += size_of(batch)
+        with ExitStack() as hooks:
             for layer in layers:
-                layer.momentum = size_of(batch) / samples  # the cumulative average over samples
-            network(batch)
+                layer.training = True
+                hooks.enter_context(layer.register_forward_pre_hook(weigh, with_kwargs=True))
+            for batch in chain([first], sound):
+                samples += size_of(batch)
+                network(batch)
     finally:
         for layer, momentum in momenta.items():
             layer.momentum = momentum
         for module, training in modes.items():
             module.training = training
+        clear_caches(network)
     return samples
 
 

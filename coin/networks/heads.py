@@ -157,23 +157,29 @@ def pad_logits(logits: Tensor, num_outputs: int) -> Tensor:
 def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:
     """Run a network once on inputs ``[B, ...]`` and return its penultimate features beside its logits ``[B, C]``.
 
-    The features ``[B, F]`` are the head's input, averaged over positions where it has any. Whether the logits are the
+    The features ``[B, F]`` are the head's input. Where that has positions they are those of the position at which the
+    head gives the logits, as the last token of a GPT, or else the average over positions. Whether the logits are the
     head of those is for `check_head` to say.
     """
     head = network.get_submodule(head_name(network))
-    captured: list[Tensor] = []
+    captured: list[tuple[Tensor, Tensor]] = []
 
-    def keep(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        captured.append(next(iter((*arguments, *named.values()))))
+    def keep(_: nn.Module, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+        captured.append((next(iter((*arguments, *named.values()))), output))
 
-    with head.register_forward_pre_hook(keep, with_kwargs=True):
+    with head.register_forward_hook(keep, with_kwargs=True):
         logits = network(inputs)
     if len(captured) != 1:
         raise HeadError(f"the head of {type(network).__name__} ran {len(captured)} times in one pass, expected once")
-    features = captured[0]
+    features, output = captured[0]
     if isinstance(head, nn.Conv2d):
         return features.flatten(2).mean(2), logits
-    return features if features.ndim <= 2 else features.flatten(1, -2).mean(1), logits
+    if features.ndim <= 2:
+        return features, logits
+    rows, read = features.flatten(1, -2), output.flatten(1, -2)
+    if read[:, 0].shape == logits.shape and bool((taken := (read == logits[:, None]).all(2)).any(1).all()):
+        return rows[torch.arange(len(rows), device=rows.device), taken.int().argmax(1)], logits
+    return rows.mean(1), logits
 
 
 # How far logits of a type may be from the head's, in the size of the sum's terms: four times the type's precision, for

@@ -1,7 +1,6 @@
 """Low-rank adapters: put into a network's linear layers for its training, merged into the weights after it."""
 
 import re
-from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.batches import twin
+from coin.batches import clone, twin
 from coin.choices import check_integer, check_number, is_list_of_names
 from coin.errors import ConfigurationError
 from coin.networks.heads import head_name
@@ -114,7 +113,7 @@ def plain_network(network: nn.Module) -> nn.Module:
     adapted = [name for name, each in modules.items() if hasattr(each, "lora_A") and hasattr(each, "get_base_layer")]
     if not adapted and all(parameter.requires_grad for parameter in network.parameters()):
         return network
-    plain = deepcopy(network)
+    plain = clone(network)
     for name in adapted:
         layer: Any = plain.get_submodule(name)
         layer.merge()

@@ -1,15 +1,16 @@
 """One forward pass of any network: its logits, and the features that decoders read, of the head or of all stages."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.swin_transformer import PatchMerging, PatchMergingV2, SwinTransformerBlock
 
-from coin.batches import Batch
+from coin.batches import Batch, size_of, take, tensors_in
 from coin.errors import ConfigurationError, StateError
 from coin.networks.heads import features_and_logits, head_name
 
@@ -56,9 +57,10 @@ def stage_names(network: nn.Module) -> list[str]:
 
     The last stage is the head's input, all others are outputs. A network is read as the chain of its blocks: its
     children in the order of registration, with `nn.Sequential` and `nn.ModuleList` opened up. A stage ends before
-    every block that lowers the resolution (one with a stride, or Swin's patch merging). A network that lowers it at
-    most once, as a vision transformer, is cut into four along its longest list of blocks instead. A network where this
-    goes wrong names its stages itself in an attribute ``stage_names: list[str]``, without the head.
+    every block that lowers the resolution (one with a stride, or torchvision's patch merging). Where no block
+    does but the first, the stages are those of timm's ``feature_info`` if they differ in resolution; else, as for a
+    vision transformer, the network is cut into four along its longest list of blocks. A network where this goes wrong
+    names its stages itself in an attribute ``stage_names: list[str]``, without the head.
     """
     head = head_name(network)
     own = getattr(network, "stage_names", None)
@@ -70,24 +72,39 @@ def stage_names(network: nn.Module) -> list[str]:
         if _is_within(head, name):
             break
     ends = [name for (name, _), (_, following) in pairwise(chain) if _lowers_resolution(following)]
-    return [*(_outermost(network, name) for name in ends or _parts(network, head)), head]
+    return [*(_outermost(network, name) for name in ends or _told(network) or _parts(network, head)), head]
 
 
 def stages_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Run a network once; return its stages' features ``[B, F]``, its logits ``[B, C]``, and the widths of the stages.
 
-    The features stand side by side; maps are averaged over positions (Swin's have their channels last), sequences over
-    all tokens, the class token among them. The last stage is what `features_and_logits` returns.
+    The features stand side by side; maps are averaged over positions, wherever their channels are, sequences over all
+    tokens, the class token among them; of a tuple the first is read. The last stage is what `features_and_logits`
+    returns.
     """
     pooled: dict[str, list[Tensor]] = {name: [] for name in stage_names(network)[:-1]}
+    samples, square = size_of(inputs), False
+    ratio = next((each.shape[-2] / each.shape[-1] for each in tensors_in(inputs) if each.ndim == 4), 1.0)
+    told = getattr(network, "output_fmt", None) == "NHWC"  # by timm
     with ExitStack() as hooks:
         for name in pooled:
 
             def keep(module: nn.Module, _: tuple[Tensor, ...], output: object, name: str = name) -> None:
-                pooled[name].append(_pooled(name, module, output))
+                nonlocal square
+                found = output[0] if isinstance(output, tuple) and output else output
+                if not isinstance(found, Tensor) or not 2 <= found.ndim <= 4 or len(found) != samples:
+                    shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                    raise StateError(
+                        f"the stage '{name}' returns {shape}, expected [B, C, H, W], [B, T, C] or [B, C]; name the "
+                        "stages in an attribute 'stage_names'"
+                    )
+                square |= found.ndim == 3 and found.shape[1] == samples > 1
+                pooled[name].append(_pooled(found, ratio, told or _is_channels_last(module)))
 
             hooks.enter_context(network.get_submodule(name).register_forward_hook(keep))
         last, logits = features_and_logits(network, inputs)
+    if square:  # as many tokens as samples: of [T, B, C] a single sample is refused
+        stages_and_logits(network, take(inputs, slice(0, 1)))
     for name, outputs in pooled.items():
         if len(outputs) != 1:
             raise StateError(
@@ -114,6 +131,15 @@ def _lowers_resolution(block: nn.Module) -> bool:
     return any(isinstance(module, PatchMerging | PatchMergingV2) for module in block.modules())
 
 
+def _told(network: nn.Module) -> list[str]:
+    """Return the modules but the last of timm's ``feature_info``, if they are there and of several resolutions."""
+    info: Any = getattr(network, "feature_info", None)
+    stages = info if isinstance(info, list) else []
+    names = list(dict.fromkeys(stage["module"] for stage in stages))
+    several = len({stage["reduction"] for stage in stages}) == len(names) > 1
+    return names[:-1] if several and set(names) <= dict(network.named_modules()).keys() else []
+
+
 def _parts(network: nn.Module, head: str) -> list[str]:
     """Return the blocks of the longest list that end all parts but the last, when it is cut into four equal ones."""
     lists = [
@@ -138,12 +164,22 @@ def _is_within(name: str, outer: str) -> bool:
     return name == outer or name.startswith(f"{outer}.")
 
 
-def _pooled(name: str, stage: nn.Module, output: object) -> Tensor:
-    """Return a stage's output averaged to ``[B, C]``."""
-    if not isinstance(output, Tensor) or not 2 <= output.ndim <= 4:
-        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise StateError(f"the stage '{name}' returns {found}, expected [B, C, H, W], [B, T, C] or [B, C]")
+def _is_channels_last(stage: nn.Module) -> bool:
+    """Return whether the layer that a stage's output is of is one of torchvision's with the channels last."""
     while isinstance(stage, nn.Sequential) and len(stage):
-        stage = stage[-1]  # the layer that the output is of
-    positions = {2: (), 3: (1,), 4: (1, 2) if isinstance(stage, _CHANNELS_LAST) else (2, 3)}[output.ndim]
-    return output.mean(positions) if positions else output
+        stage = stage[-1]
+    return isinstance(stage, _CHANNELS_LAST)
+
+
+def _pooled(output: Tensor, ratio: float, told: bool) -> Tensor:
+    """Return a stage's output averaged to ``[B, C]``.
+
+    A map's axes of positions have the image's ratio of height to width: of ``[B, H, W, C]`` the first two, of
+    ``[B, C, H, W]`` the last two. Where both or neither have, `told` is whether the channels are last.
+    """
+    if output.ndim < 4:
+        return output.mean(1) if output.ndim == 3 else output
+    first, middle, end = output.shape[1:]
+    off = [abs(math.log(height / width / ratio)) for height, width in ((first, middle), (middle, end))]
+    last = told if off[0] == off[1] else off[0] < off[1]
+    return output.mean((1, 2) if last else (2, 3))

@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from coin.batches import clear_caches
 from coin.errors import FileError, StateError, first_line
 from coin.files.tensors import State
 from coin.networks.heads import head_name, initialise_head
@@ -18,6 +19,7 @@ def fill_network(network: nn.Module, state: State, source: str) -> None:
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     check_layout(shapes, {name: tensor.shape for name, tensor in state.items()}, source)
     network.load_state_dict(dict(state))
+    clear_caches(network)
 
 
 def check_layout(own: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size], source: str) -> None:

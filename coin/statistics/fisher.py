@@ -1,6 +1,5 @@
 """The Fisher diagonal of a network over calibration data, by layer rules where they hold."""
 
-import copy
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass, replace
@@ -10,11 +9,24 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from coin.batches import Batch, Forward, adapted, as_input, channels_last, joined, shapes_in, size_of, take, tensors_in
+from coin.batches import (
+    Batch,
+    Forward,
+    adapted,
+    as_input,
+    channels_last,
+    clone,
+    joined,
+    samples_of,
+    shapes_in,
+    size_of,
+    take,
+    tensors_in,
+)
 from coin.choices import check_integer, chosen
 from coin.errors import ConfigurationError, DataError
 from coin.statistics.cotangents import FisherKind, check_cotangents, make_cotangents
-from coin.statistics.guard import differentiable, evaluating, trainable
+from coin.statistics.guard import differentiable, evaluating, paired, trainable
 from coin.statistics.memory import Layout, choose_cut
 from coin.statistics.sums import Sums, sum_type
 from coin.statistics.tape import Tape
@@ -111,7 +123,7 @@ class FisherPass:
         self.precision = chosen(Precision, "precision", self.precision)
         if self.precision is Precision.bfloat16:
             with torch.inference_mode(False):
-                self.network = copy.deepcopy(self.network).bfloat16()
+                self.network = clone(self.network).bfloat16()
         if (self.kind is FisherKind.empirical) != (self.labels is not None):
             found = "no labels" if self.labels is None else "labels"
             raise ConfigurationError(
@@ -172,6 +184,8 @@ class FisherPass:
         number = fewer.get(self.kind, len(layout.logits))
         samples, chunk = choose_cut(layout, number, self.memory_mib, next(iter(self._parameters.values())))
         piece = take(inputs, slice(start, start + samples))
+        if layout.mixes:
+            return self._add_alone(piece)
         arranged = layout.arranged(piece)
         tape = Tape(self._parameters, self._totals, layout.rows)
         output = tape.run(self.network, arranged)
@@ -180,18 +194,30 @@ class FisherPass:
             # Not the same if it depends on its neighbours; outputs that overflow tell nothing, and end in the sums.
             rounding = torch.finfo(output.dtype).eps ** 0.5 * layout.logits.abs().amax()
             if bool(((output[0] - layout.logits).abs() > rounding).any()):
-                self._layouts[key] = replace(layout, rows={})
-                tape = Tape(self._parameters, self._totals, {})
-                output = tape.run(self.network, arranged)
-        labels = None if self.labels is None else self.labels[self.count : self.count + len(output)]
-        rows = make_cotangents(
-            self.kind, output.detach(), labels=labels, cotangents=self.cotangents, generator=self.generator
-        )
+                self._layouts[key] = replace(layout, mixes=True)
+                return self._add_alone(piece)
+        rows = self._cotangents(output, 0)
         general = self._add_by_rules(tape, output, rows, chunk)
         del tape, output
         for n in range(rows.shape[1] if general else 0):
-            self._add_one_by_one(take(piece, slice(n, n + 1)), rows[:, n : n + 1], general)
+            sample, row = paired(self.network, take(piece, slice(n, n + 1)), rows[:, n : n + 1])
+            self._add_one_by_one(self.network(sample), row, general)
         return size_of(piece)
+
+    def _add_alone(self, piece: Batch) -> int:
+        """Add samples one at a time, for all parameters, as each is on its own; return their number."""
+        for n, sample in enumerate(samples_of(piece)):
+            logits = self.network(sample)
+            self._add_one_by_one(logits, self._cotangents(logits, n), set(self._parameters))
+        return size_of(piece)
+
+    def _cotangents(self, output: Tensor, start: int) -> Tensor:
+        """Return the cotangents [V, b, C] at the output [b, C] of samples from `start` after those counted."""
+        first = self.count + start
+        labels = None if self.labels is None else self.labels[first : first + len(output)]
+        return make_cotangents(
+            self.kind, output.detach(), labels=labels, cotangents=self.cotangents, generator=self.generator
+        )
 
     def _find_layout(self, sample: Batch) -> Layout:
         """Find, on two copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape.
@@ -199,22 +225,30 @@ class FisherPass:
         If values decide what lies where, one sample says nothing about others: then every cut is looked at by itself.
         """
         two = joined([sample, sample])
-        last = any(tensor.ndim == 4 for tensor in tensors_in(two))
+        if any(tensor.ndim == 4 for tensor in tensors_in(two)):
+            try:
+                return self._layout_of(channels_last(two), last=True)
+            except RuntimeError:  # a view of its activations, or a backward pass, may hold in the usual order alone
+                pass
+        return self._layout_of(two, last=False)
+
+    def _layout_of(self, two: Batch, *, last: bool) -> Layout:
+        """Return the layout found on two copies of a sample, in the order of memory that they are in."""
         tape = Tape(self._parameters, self._totals, None)
-        try:
-            output = tape.run(self.network, channels_last(two) if last else two)
-        except RuntimeError:
-            if not last:
-                raise
-            last = False  # a view of its activations may hold in the usual order alone
-            tape = Tape(self._parameters, self._totals, None)
-            output = tape.run(self.network, two)
-        untrusted = tape.misplaced(output, unseen=True) | tape.close(output)
+        output = tape.run(self.network, two)
         rows: dict[str, int] = {}
+        try:
+            untrusted = tape.misplaced(output, unseen=True) | tape.close(output)
+        except RuntimeError:
+            if last:
+                raise
+            untrusted, tape.sorts = set(self._parameters), False  # some function cannot batch its backward pass
         for call, names in tape.calls.items():
             if untrusted.isdisjoint(names.values()):
                 rows.update(dict.fromkeys(names.values(), len(call.inputs) // 2))
-        sizes = [call.inputs.numel() // 2 for call in tape.calls] or [sum(each.numel() for each in tensors_in(sample))]
+        sizes = [call.inputs.numel() // 2 for call in tape.calls] or [
+            sum(each.numel() for each in tensors_in(two)) // 2
+        ]
         return Layout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach(), last)
 
     def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> set[str]:
@@ -231,19 +265,19 @@ class FisherPass:
                 self._passes += 2 * len(piece) * len(output)
         return general
 
-    def _add_one_by_one(self, sample: Batch, rows: Tensor, names: set[str]) -> None:
-        """Add a sample's [1, …] squares for the parameters named, by one backward pass for each of its V cotangents.
+    def _add_one_by_one(self, logits: Tensor, rows: Tensor, names: set[str]) -> None:
+        """Add a sample's squares for the parameters named, by one backward pass for each of its V cotangents.
 
         The general route: exact whatever the network does with a parameter, as it rests on the sample's gradient alone.
+        The logits [b, C] are of the sample, or of copies of it that have cotangents [V, b, C] of zero.
         """
-        logits = self.network(sample)
-        self._passes += 1
+        self._passes += len(logits)
         chosen = {name: parameter for name, parameter in self._parameters.items() if name in names}
         tensors = list(chosen.values())
         for v in range(len(rows) if logits.requires_grad else 0):
             keep = v + 1 < len(rows)
             gradients = torch.autograd.grad(logits, tensors, rows[v], retain_graph=keep, allow_unused=True)
-            self._passes += 2
+            self._passes += 2 * len(logits)
             for name, gradient in zip(chosen, gradients, strict=True):
                 if gradient is not None:
                     gradient = gradient.to(self._totals[name].dtype)

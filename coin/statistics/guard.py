@@ -1,12 +1,14 @@
 """Leave the caller's network as found: mode, buffers, gradients, and Lightning's inference mode."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from coin.batches import Batch, clear_caches, joined
 from coin.errors import ConfigurationError
 
 
@@ -28,6 +30,18 @@ def trainable(network: nn.Module) -> dict[str, nn.Parameter]:
             "it out by requires_grad_(False)"
         )
     return parameters
+
+
+def paired(network: nn.Module, sample: Batch, cotangents: Tensor) -> tuple[Batch, Tensor]:
+    """Return a sample ``[1, …]`` twice where the network has a BatchNorm, the copy's cotangents ``[…, 1, C]`` zero.
+
+    In PyTorch 2.13 on CPUs the backward pass of `torch.nn.functional.batch_norm` in eval mode is wrong for a batch of
+    one whose gradient comes transposed, as behind ``flatten(2).transpose(1, 2)``: the strides of a dimension of size 1
+    tell nothing, and the gradient is read as if its channels came last. With two samples it is right.
+    """
+    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        return sample, cotangents
+    return joined([sample, sample]), torch.cat([cotangents, torch.zeros_like(cotangents)], -2)
 
 
 @contextmanager
@@ -58,15 +72,23 @@ def full_products() -> Iterator[None]:
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Run a block with the network in eval mode, and restore every module's mode one by one."""
+    """Run a block with the network in eval mode, and restore every module's mode one by one.
+
+    Before every pass, and in the end, modules forget what they keep in eval mode (`clear_caches`): a pass without
+    gradients may have made it, or one with other parameters.
+    """
     modes = {module: module.training for module in network.modules()}
     try:
         for module in modes:
             module.training = False
-        yield
+        clear_caches(network)
+        has_caches = any(type(module).train is not nn.Module.train for module in modes)
+        with network.register_forward_pre_hook(lambda *_: clear_caches(network)) if has_caches else nullcontext():
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        clear_caches(network)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ class Layout:
         logits: The output [C] for the first of these samples, on its own.
         channels_last: Whether the network takes images whose channels come last in memory. Pointwise convolutions are
             then plain products, and depthwise ones several times as fast.
+        mixes: Whether a sample's output depends on its neighbours in the batch, so that it has to run alone.
     """
 
     rows: Mapping[str, int] | None
@@ -38,6 +39,7 @@ class Layout:
     widest: int
     logits: Tensor
     channels_last: bool
+    mixes: bool = False
 
     def arranged(self, batch: Batch) -> Batch:
         """Return a batch with its images' channels last in memory, if the network takes them so."""

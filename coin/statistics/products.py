@@ -9,7 +9,7 @@ from torch.func import functional_call, jvp
 from coin.batches import Batch, as_input, size_of
 from coin.errors import StateError
 from coin.files.tensors import State, check_same_layout
-from coin.statistics.guard import evaluating
+from coin.statistics.guard import evaluating, paired
 from coin.statistics.sums import sum_type
 
 
@@ -69,8 +69,21 @@ class OutputMap:
     def _along(self, parameters: State, tangent: State) -> Callable[[Batch], Tensor]:
         """Return x → J·v there."""
         check_same_layout([parameters, tangent], ["the parameters", "the tangent"])
-        states = (_own(parameters),), (_own(tangent),)
-        return lambda x: jvp(lambda values: functional_call(self._network, values, (x,)), *states)[1]
+        at, along = _own(parameters), _own(tangent)
+
+        def push(x: Batch) -> Tensor:
+            def function(values: dict[str, Tensor]) -> Tensor:
+                return functional_call(self._network, values, (x,))  # type: ignore[no-any-return]
+
+            try:
+                return jvp(function, (at,), (along,))[1]  # type: ignore[no-any-return]
+            except (NotImplementedError, RuntimeError) as error:
+                if "forward" not in str(error) and "jvp" not in str(error):
+                    raise
+                self.passes += 3 * size_of(x)
+                return _by_two_vjps(function, at, along)  # some function has no derivative forwards, as weight_norm
+
+        return push
 
     def _pull_back(
         self, parameters: State, passes: int, cotangent: Callable[[Batch, int], Tensor]
@@ -82,12 +95,24 @@ class OutputMap:
             piece, seen = cotangent(x, seen).detach(), seen + size_of(x)
             if len(piece) < size_of(x):  # for the caller to refuse
                 continue
+            if len(piece) == 1:
+                x, piece = paired(self._network, x, piece)
             output = functional_call(self._network, leaves, (x,))
             gradients = torch.autograd.grad(output, list(leaves.values()), piece, allow_unused=True)
             for name, gradient in zip(leaves, gradients, strict=True):
                 if gradient is not None:
                     total[name].add_(gradient)
         return total, seen
+
+
+def _by_two_vjps(function: Callable[[dict[str, Tensor]], Tensor], at: State, along: State) -> Tensor:
+    """Return J·v as the derivative of u ↦ Jᵀ·u, which is linear in u, along v."""
+    leaves = {name: value.requires_grad_() for name, value in _own(at).items()}
+    output = function(leaves)
+    u = torch.zeros_like(output, requires_grad=True)
+    pulled = torch.autograd.grad(output, list(leaves.values()), u, create_graph=True, allow_unused=True)
+    pairs = [(each, along[name]) for name, each in zip(leaves, pulled, strict=True) if each is not None]
+    return torch.autograd.grad([each for each, _ in pairs], u, [direction for _, direction in pairs])[0]
 
 
 def _own(state: State) -> dict[str, Tensor]:

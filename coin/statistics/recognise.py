@@ -19,14 +19,29 @@ from coin.statistics.rules.linear import EmbeddingCall, LinearCall
 Visit = Callable[[Call, dict[str, str], Callable[[], Tensor]], Tensor | None]
 """(call, role → trainable parameter's name, the function itself) → the output to use, or None."""
 
-_SORTING = {"sort", "argsort", "topk", "unique", "unique_consecutive", "repeat_interleave", "gather", "tolist", "item"}
-_SORTING |= {"take", "take_along_dim", "put", "index_select", "index_add", "index_copy", "index_put", "index_fill"}
-_SORTING |= {"masked_select", "masked_scatter", "scatter", "scatter_add", "scatter_reduce", "numpy"}
-_SORTING |= {"__bool__", "__int__", "__float__", "__index__"}
+_CHOOSING = {"sort", "argsort", "topk", "kthvalue", "median", "mode", "msort", "unique", "unique_consecutive", "argmax"}
+_CHOOSING |= {"argmin", "one_hot", "nonzero", "argwhere", "multinomial", "bucketize", "searchsorted", "tolist", "item"}
+_CHOOSING |= {"__bool__", "__int__", "__float__", "__index__", "sign", "sgn", "heaviside", "round", "floor", "ceil"}
+_CHOOSING |= {"trunc"}
+"""Functions that make places of values."""
+
+_SORTING = _CHOOSING | {"repeat_interleave", "gather", "take", "take_along_dim", "put", "index_select", "index_add"}
+_SORTING |= {"index_copy", "index_put", "index_fill", "masked_select", "masked_scatter", "scatter", "scatter_add"}
+_SORTING |= {"scatter_reduce", "numpy"}
 """Functions by which values can decide where a row goes; those that work in place have the same names."""
+
+_COUNTING = {"to", "float", "double", "half", "bfloat16", "int", "long", "type", "type_as", "sum", "cumsum"}
+_COUNTING |= {"mul", "__mul__", "__rmul__", "multiply", "einsum", "matmul", "__matmul__"}
+"""Those that make numbers of truth values, by which rows are picked in products; as masks these move nothing."""
 
 _signature = lru_cache(maxsize=None)(inspect.signature)
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
+
+
+_DECIDING = (
+    _CHOOSING | {"eq", "ne", "lt", "le", "gt", "ge"} | {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
+)
+"""Those by which activations can decide, and so send a row elsewhere in another network."""
 
 
 class Interceptor(TorchFunctionMode):
@@ -39,12 +54,14 @@ class Interceptor(TorchFunctionMode):
     Attributes:
         sorts: Whether the network did anything by which values decide where a row goes, as a mixture of experts does:
             what lies where may then differ from batch to batch.
+        decides: Whether it did so by values that depend on its parameters: what lies where may then differ between
+            networks too.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], visit: Visit) -> None:
         super().__init__()
         self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._visit, self.sorts = visit, False
+        self._visit, self.sorts, self.decides = visit, False, False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -56,6 +73,7 @@ class Interceptor(TorchFunctionMode):
                 output = _self_attention(args, options)
         else:
             self.sorts = self.sorts or _sorts(func, args)
+            self.decides = self.decides or _decides(func, args)
             reader = _READERS.get(func)
             call = reader(*args, **options) if reader is not None and _fits(reader, args, options) else None
             if call is not None:
@@ -72,7 +90,15 @@ def _sorts(func: Any, args: tuple[Any, ...]) -> bool:
     if name in ("__getitem__", "__setitem__") and not isinstance(args[0], nn.Parameter):
         places = args[1] if isinstance(args[1], tuple) else (args[1],)
         return any(isinstance(place, Tensor | list) for place in places)
+    if name in _COUNTING:
+        return any(isinstance(each, Tensor) and each.dtype == torch.bool for each in args)
     return name in _SORTING or name.removesuffix("_") in _SORTING
+
+
+def _decides(func: Any, args: tuple[Any, ...]) -> bool:
+    name = getattr(func, "__name__", "")
+    own = name in _DECIDING or name.removesuffix("_") in _DECIDING
+    return own and any(isinstance(each, Tensor) and each.requires_grad for each in args)
 
 
 def _fits(reader: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:

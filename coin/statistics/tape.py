@@ -38,6 +38,7 @@ class Tape:
         calls: The ruled calls and the parameters in their roles.
         cotangents: V, the number of cotangents in the backward pass that is running.
         sorts: Whether values may decide where a row goes (`Interceptor`).
+        decided: The names at whose calls activations had decided before (`Interceptor.decides`).
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], totals: Totals, rows: Mapping[str, int] | None) -> None:
@@ -45,6 +46,7 @@ class Tape:
         # Every ruled output depends on it; differentiating by it makes autograd visit them all, and nothing else.
         self._anchor = next(iter(parameters.values())).new_zeros(()).requires_grad_()
         self.calls: dict[Call, dict[str, str]] = {}
+        self.decided: set[str] = set()
         self.cotangents, self.sorts, self._last = 1, False, True
         self._kept: dict[Call, dict[str, Tensor]] = {}
         self._scales: Tensor | None = None
@@ -64,6 +66,8 @@ class Tape:
                 return None
             source, call.inputs = call.inputs, call.inputs.detach()  # a call that kept it would keep itself alive
             self.calls[call], versions[call] = names, source._version
+            if interceptor.decides:
+                self.decided.update(names.values())
             result: Tensor = _RuledCall.apply(self._anchor, source, call, self, function)  # type: ignore[no-untyped-call]
             return result
 

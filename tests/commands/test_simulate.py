@@ -33,7 +33,15 @@ FAILOVER = ["--failover.accuracy=0.125", "--failover.mib=0.01", "--failover.seco
 @pytest.fixture(scope="module")
 def simulated(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("simulated")
-    arguments = [*GIVEN, *FAILOVER, "--loads=[0.2, 0.5]", "--seeds=[0, 1]", "--decoder=ridge", f"--output={folder}"]
+    arguments = [
+        "--method=average",
+        *GIVEN,
+        *FAILOVER,
+        "--loads=[0.2, 0.5]",
+        "--seeds=[0, 1]",
+        "--decoder=ridge",
+        f"--output={folder}",
+    ]
     policies = f"--policies=[{', '.join(Redundancy)}]"
     with redirect_stdout(StringIO()) as printed:
         assert main(["simulate", str(finished), *arguments, policies, "--experts=[2, 4]"]) == 0
@@ -111,33 +119,67 @@ def test_times_are_measured(finished: Path, tmp_path: Path) -> None:
     assert options["conditions"]["service"]["marginal"] >= 0
 
 
-ADVISE = [*GIVEN[:2], "--jobs=1", "--queries=1000", "--seeds=3", "--slowdown.share=0.02", "--decoder=feature_ridge"]
+ADVISE = [*GIVEN[:2], "--jobs=1", "--queries=1000", "--seeds=3", "--slowdown.share=0.02"]
 
 
 def advised(capsys: pytest.CaptureFixture[str], finished: Path, output: Path, *more: str) -> tuple[str, pd.DataFrame]:
     assert main(["advise", str(finished), *ADVISE, f"--output={output}", *more]) == 0
-    return capsys.readouterr().out, pd.read_csv(output / "advice.csv")
+    rows = pd.read_csv(output / "advice.csv")
+    assert rows["buy"].sum() == 1
+    return capsys.readouterr().out, rows
 
 
 def test_advice_keeps_to_the_budget_and_says_what_is_not_known(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     size = kept_bytes(finished / "seed-0/experts/digits/expert.safetensors")
-    said, rows = advised(capsys, finished, tmp_path, "--servers=3", f"--memory_gib={1.2 * size / 2**30}")
+    budget = f"--memory_gib={1.2 * size / 2**30}"
+    said, rows = advised(capsys, finished, tmp_path, "--servers=3", budget, "--decoder=feature_ridge")
     assert "failover: left out" in said
     assert "spare: does not fit" in said
     assert said.splitlines()[-2].startswith("buy ")
     assert set(rows["redundancy"]) == set(Redundancy) - {"failover"}
-    assert not rows.set_index("redundancy")["fits"]["spare"]
-    assert rows["buy"].sum() == 1
+    assert (rows["quantile"][rows["redundancy"] == "spare_int8"].sort_values() == [0, 0.5, 0.9, 0.99]).all()
+    assert not rows["fits"][rows["redundancy"] == "spare"].any()
+    (advice,) = (line.split() for line in said.splitlines() if line.startswith(" → "))
+    assert advice[1] == rows["redundancy"][rows["buy"]].item()
+    assert sum(line.startswith(" × ") for line in said.splitlines()) == (~rows["fits"]).sum()
     assert (rows["memory_server"][rows["buy"]] <= 1.2 * size).all()
     assert (tmp_path / "plots/advice.png").is_file()
-    said, rows = advised(capsys, finished, tmp_path, "--servers=4", "--memory_gib=1", "--p999_ms=100000", *FAILOVER)
+    more = ["--memory_gib=1", "--quantiles=[0.9]", *FAILOVER]
+    said, rows = advised(capsys, finished, tmp_path, "--servers=4", "--p999_ms=100000", *more)
+    assert "keeps a p99.9 of 100000 ms" in said
     assert list(rows["redundancy"][rows["buy"]]) == ["uncoded"]  # whatever keeps what is wanted, and costs nothing
     assert set(rows["extras"][rows["redundancy"] == "spare"]) == {1, 2}
     assert set(rows["extras"][rows["redundancy"] == "coded_hedged"]) == {1}
     said, _ = advised(capsys, finished, tmp_path, "--servers=2", "--memory_gib=1", "--p999_ms=1")
     assert "nothing that fits keeps a p99.9 of 1 ms" in said
+
+
+def test_what_is_not_named_is_the_most_accurate_that_was_measured(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    copytree(finished / "seed-0", copy)
+    rows = pd.read_csv(copy / "results.csv", keep_default_na=False)
+    measured = rows["batchnorm"].str.startswith("auto") | (rows["batchnorm"] == "keep")
+    for (method, decoder), share in {
+        ("average", "linear"): 0.72, ("average", "feature_ridge"): 0.93, ("coin", "linear"): 0.83,
+        ("coin", "feature_ridge"): 0.94, ("distillation", "linear"): 0.93, ("distillation", "feature_ridge"): 0.96,
+    }.items():  # fmt: skip
+        rows.loc[(rows["method"] == method) & (rows["decoder"] == decoder) & measured, "decoded_accuracy"] = share
+    rows.loc[~measured | (rows["decoder"] == "ridge"), "decoded_accuracy"] = 0.5
+    rows.to_csv(copy / "results.csv", index=False)
+    given = ["--servers=3", "--memory_gib=1", "--quantiles=[0.0]"]
+    for named, expected in {
+        (): "distillation (keep) with the feature_ridge decoder: 96.00 %",
+        ("--decoder=linear",): "distillation (keep) with the linear decoder: 93.00 %",
+        ("--method=average",): "average (auto) with the feature_ridge decoder: 93.00 %",
+    }.items():
+        said, advice = advised(capsys, copy, tmp_path, *given, *named)
+        assert f"coded: {expected} with 1 lost of the decoded answers are right" in said
+        decoded = advice[advice["redundancy"] == "coded_proactive"]["standing_in_accuracy"].unique()
+        assert decoded == pytest.approx([float(expected.split()[-2]) / 100])
 
 
 def test_advice_leaves_out_what_could_not_be_measured(
@@ -225,6 +267,11 @@ MISTAKES = {
     "share": (["simulate", "FOLDER", "--slowdown.share=1.5"], "1.5"),
     "queries": (["simulate", "FOLDER", *GIVEN, "--queries=3"], "queries=3"),
     "queries of which intervals want more": (["simulate", "FOLDER", *GIVEN, "--queries=27"], "at least 28"),
+    "tolerance": (["advise", "FOLDER", *GIVEN[:2], "--servers=3", "--memory_gib=1", "--tolerance=1.5"], "below 1"),
+    "quantile of advice": (
+        ["advise", "FOLDER", *GIVEN[:2], "--servers=3", "--memory_gib=1", "--quantiles=[1.0]"],
+        "quantile",
+    ),
     "no loads": (["simulate", "FOLDER", *GIVEN, "--loads=[]"], "no loads"),
 }
 

@@ -139,4 +139,4 @@ def test_the_curves_of_risk_by_hand_whatever_the_batches():
     wanted = [(1.0, 5, 0.336, 0.6, 0.4, 0.6), (0.95, 5, 0.336, 0.6, 0.4, 0.6), (0.8, 4, 0.17, 0.75, 0.5, 0.75)]
     np.testing.assert_allclose(coverage, wanted, rtol=1e-6)
     bins = {point.at: (point.samples, point.agreement) for point in found[0] if point.curve == "calibration"}
-    assert bins == {0.0: (2, 1.0), 0.15: (1, 1.0), 0.45: (2, 0.0)}
+    assert bins == {0.0: (2, 1.0), 0.15: (1, 1.0), 0.45: (1, 0.0), 0.95: (1, 0.0)}

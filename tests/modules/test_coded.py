@@ -3,7 +3,9 @@ import torch
 from torch import nn
 
 from coin.coding import Answers, Code, DecoderConfig, DecoderKind, make_decoder
-from coin.errors import ConfigurationError, DecodingError
+from coin.errors import ConfigurationError, DecodingError, FileError, StateError
+from coin.files.safetensors import save_state
+from coin.merging import Average, merge_networks
 from coin.modules import Coded
 from coin.networks import NetworkConfig, build_network
 from coin.networks.stages import stages_and_logits
@@ -164,3 +166,84 @@ def test_own_samples_need_tasks_and_stages_one_architecture(inputs):
     wide = [build_network(NetworkConfig("small_resnet", 16, None, {"width": w}), 3) for w in (2, 2, 4)]
     with pytest.raises(ConfigurationError, match=r"stages of widths \(2, 4, 8, 16\) and \(4, 8, 16, 32\)"):
         Coded(Code(CODES[0]), wide[:2], wide[2:]).answers(images, features=True, stages=True)
+
+
+def system_of(matrix=CODES[2]):
+    code = Code(matrix)
+    experts = [linear(seed, outputs) for seed, outputs in enumerate((3, 2, 3))]
+    stand_ins = [encoded(experts, row) for row in matrix]
+    for network in stand_ins:
+        network.weight.data += 0.1 * torch.randn(3, 5, dtype=torch.float64)
+    return Coded(code, experts, stand_ins, names=["a", "b", "c"])
+
+
+def test_several_erasures_are_ready_at_once_and_say_their_risk(inputs):
+    system = system_of()
+    for erased in system.code.erasures():
+        system.fit_decoder(inputs.split(7), erased, "linear" if len(erased) == 1 else "ridge")
+    assert list(system.decoders) == system.code.erasures()
+    for erased in system.code.erasures():
+        decoder = make_decoder("linear" if len(erased) == 1 else "ridge", system.code, erased)
+        decoder.fit(system.answers(inputs))
+        decoded = system.decode(inputs, erased)
+        torch.testing.assert_close(decoded, decoder.decode(system.answers(inputs)))
+        risks = system.risk(decoded, erased)
+        for place, expert in enumerate(erased):
+            classes = 2 if expert == 1 else 3
+            torch.testing.assert_close(risks[place], decoder.risk(expert, decoded[place], classes))
+    assert 0 < float(system.risk(system.decode(inputs, [0]), [0]).mean()) < 1
+    assert torch.equal(system.decode(inputs), system.decode(inputs, system.code.erasures()[-1]))
+    with pytest.raises(ConfigurationError, match=r"no decoder of the loss of \[2, 1\]; call fit_decoder"):
+        system.decode(inputs, [2, 1])
+    with pytest.raises(DecodingError, match="knows no errors"):
+        (fresh := system_of().fit_decoder([], [0], "linear")).risk(fresh.decode(inputs))
+
+
+@pytest.mark.parametrize("kind", list(DecoderKind))
+def test_a_system_in_a_file_answers_as_before(inputs, kind, tmp_path):
+    system = system_of([[0.1, 0.2, 0.7], [0.6, 0.3, 0.1]])
+    for erased in system.code.erasures():
+        system.fit_decoder(inputs.split(7), erased, kind)
+    system.save(tmp_path / "system.safetensors")
+    again = Coded.load(
+        tmp_path / "system.safetensors", [linear(seed, outputs) for seed, outputs in enumerate((3, 2, 3))]
+    )
+    assert again.names == system.names
+    assert again.code == system.code
+    for erased in system.code.erasures():
+        decoded = system.decode(inputs, erased)
+        assert torch.equal(again.decode(inputs, erased), decoded)
+        assert torch.equal(again.risk(decoded, erased), system.risk(decoded, erased))
+    with pytest.raises(StateError, match=r"expert 1 is not the one that '.*' was saved with; give those experts"):
+        Coded.load(tmp_path / "system.safetensors", [linear(0), linear(5, 2), linear(2)])
+    save_state(tmp_path / "other.safetensors", {"x": torch.ones(2)}, {})
+    with pytest.raises(FileError, match=r"holds no coded system, expected a file that Coded\.save wrote"):
+        Coded.load(tmp_path / "other.safetensors", list(system.experts))
+
+
+def test_networks_of_ones_own_with_all_they_hold_are_kept(tmp_path):
+    """BatchNorm's statistics, a mask of infinities, a buffer in no state dict; networks called in one's own way."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc = nn.BatchNorm1d(4), nn.Linear(4, 3)
+            self.register_buffer("mask", torch.full((4,), -torch.inf))
+            self.register_buffer("scale", torch.rand(4), persistent=False)
+
+        def forward(self, x):
+            return self.fc(torch.maximum(self.norm(x) * self.scale, self.mask))
+
+    def call(network, batch):
+        return network(batch["x"])
+
+    torch.manual_seed(0)
+    experts = [Own().eval() for _ in range(2)]
+    experts[1].norm.running_mean += 1
+    coded = merge_networks(Average(batchnorm="average"), experts, Code([[0.5, 0.5]]), forward=call)
+    batch = {"x": torch.randn(9, 4)}
+    system = Coded(Code([[0.5, 0.5]]), experts, coded, forward=call).fit_decoder([batch], [1], "ridge")
+    system.save(tmp_path / "own.safetensors")
+    again = Coded.load(tmp_path / "own.safetensors", experts, forward=call)
+    assert torch.equal(again.decode(batch), system.decode(batch))
+    assert torch.equal(again.coded[0].scale, (experts[0].scale + experts[1].scale) / 2)

@@ -15,7 +15,8 @@ from coin.networks import load_network
 
 CLASSES = (3, 2, 3)
 PAIR = [[0.6, 0.3, 0.1], [0.1, 0.3, 0.6]]
-COLUMNS = ["decoder", "task", "expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual"]
+SHARED = ["expert_accuracy", "decoded_accuracy", "nda", "agreement", "residual", "decoder_passes"]
+COLUMNS = ["decoder", "erased", "task", *SHARED[:4], "risk", *SHARED[4:]]
 
 
 def batches_of(task):
@@ -38,20 +39,27 @@ def test_it_equals_the_evaluator(write_experts, write_coded, tasks_of, make_trai
     system = coin.Coded(coin.Code(PAIR), *networks, names=list(experts))
     loaders = [batches_of(task) for task in tasks.tasks.values()]
     calibration = list(tasks.calibrations().values())
-    found = coin.evaluate(system, loaders, decoders=decoders, calibration=calibration)
-    assert list(found.columns) == COLUMNS
-    assert len(found) == 4 * 3
+    alone = coin.evaluate(system, loaders, decoders=decoders, calibration=calibration)
+    assert list(alone.columns) == COLUMNS
+    assert len(alone) == 4 * 3
+    options = {"calibration": calibration, "erasures": system.code.erasures()}
+    found = coin.evaluate(system, loaders, decoders=decoders, **options)
+    assert found[~found.erased.str.contains("+", regex=False)].reset_index(drop=True).equals(alone)
     checked = 0
     for outcome in evaluator.outcomes:
-        if outcome.variant.method == "average" and len(outcome.erased) == 1:
-            (row,) = found[(found.decoder == outcome.decoder) & (found.task == outcome.task)].to_dict("records")
-            for column in COLUMNS[2:]:
+        if outcome.variant.method == "average":
+            own = (found.decoder == outcome.decoder) & (found.erased == "+".join(outcome.erased))
+            (row,) = found[own & (found.task == outcome.task)].to_dict("records")
+            for column in SHARED:
                 assert row[column] == pytest.approx(getattr(outcome, column), rel=1e-4)
+            if len(outcome.erased) == 1:
+                assert row["risk"] == pytest.approx(outcome.risk[0].risk, rel=1e-4)
             checked += 1
-    assert checked == 12
+    assert checked == len(found) == 4 * (3 + 3 * 2)
     assert all(network.training for group in networks for network in group)
     linear = coin.evaluate(system, loaders, decoders=["linear"])
-    assert linear.equals(found[found.decoder == "linear"])
+    assert linear.drop(columns="risk").equals(alone[alone.decoder == "linear"].drop(columns="risk"))
+    assert linear.risk.isna().all()
 
 
 def test_batches_by_name_and_an_exact_system():

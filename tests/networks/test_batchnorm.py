@@ -142,3 +142,43 @@ def test_batches_of_another_type_recalibrate_alike(batches):
     found, wanted = network(), network()
     assert recalibrate(found, rounded) == recalibrate(wanted, [batch.double() for batch in rounded]) == 13
     assert all(torch.equal(one, other) for one, other in zip(found.buffers(), wanted.buffers(), strict=True))
+
+
+class Twice(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(3 * x) + self.norm(x + 1)
+
+
+def test_a_layer_that_runs_twice_in_a_pass_counts_both(batches):
+    """It had the statistics of its second call: a variance of 1 in the place of 5."""
+    net = Twice(nn.BatchNorm2d(2)).double()
+    recalibrate(net, batches)
+    shares = torch.tensor([5, 5, 3], dtype=torch.float64) / 26
+    mean, variance = (
+        sum(share * (statistics(3 * x)[i] + statistics(x + 1)[i]) for share, x in zip(shares, batches, strict=True))
+        for i in range(2)
+    )
+    torch.testing.assert_close(net.norm.running_mean, mean)
+    torch.testing.assert_close(net.norm.running_var, variance)
+
+
+class Stubborn(nn.BatchNorm2d):
+    def train(self, mode=True):
+        return super().train(False)
+
+
+def test_a_layer_that_stays_in_eval_mode_is_recalibrated_and_one_that_never_runs_is_not_reset(batches):
+    net, usual = nn.Sequential(Stubborn(2)).double(), nn.Sequential(nn.BatchNorm2d(2)).double()
+    net.unused = nn.BatchNorm2d(2)
+    net.forward = lambda x: net[0](x)
+    net.unused.running_mean.fill_(7.0)
+    for each in (net.eval(), usual):
+        recalibrate(each, batches)
+    torch.testing.assert_close(net[0].running_mean, usual[0].running_mean)
+    torch.testing.assert_close(net[0].running_var, usual[0].running_var)
+    assert not net[0].training
+    assert net.unused.running_mean.tolist() == [7.0, 7.0]

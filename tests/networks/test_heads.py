@@ -146,6 +146,7 @@ PLAIN = {
     "linear": (lambda: Network(lambda n, x: n.head(n.body(x))), ROWS),
     "no bias": (lambda: Network(lambda n, x: n.head(n.body(x)), bias=False), ROWS),
     "every token": (lambda: Network(lambda n, x: n.head(n.body(x)).mean(1)), TOKENS),
+    "the first token": (lambda: Network(lambda n, x: n.head(n.body(x))[:, 0]), TOKENS),
     "convolution": (lambda: Maps(lambda y: y.mean((2, 3)), kernel_size=1), IMAGES),
     "convolution without a bias": (lambda: Maps(lambda y: y.mean((2, 3)), kernel_size=1, bias=False), IMAGES),
 }
@@ -157,7 +158,6 @@ OTHERS = {
     "cosine": (lambda: Network(lambda n, x: 8 * n.head(n.body(x)), Cosine(16, 5, bias=False)), ROWS),
     "auxiliary": (with_auxiliary_head, ROWS),
     "every token, then a nonlinearity": (lambda: Network(lambda n, x: n.head(n.body(x)).relu().mean(1)), TOKENS),
-    "the first token": (lambda: Network(lambda n, x: n.head(n.body(x))[:, 0]), TOKENS),
     "convolution, then a nonlinearity": (lambda: Maps(lambda y: y.relu().mean((2, 3)), kernel_size=1), IMAGES),
     "convolution with a stride": (lambda: Maps(lambda y: y.mean((2, 3)), kernel_size=1, stride=2), IMAGES),
     "padded convolution": (lambda: Maps(lambda y: y.mean((2, 3)), kernel_size=1, padding=1), IMAGES),
@@ -277,3 +277,26 @@ def test_pad_logits_adds_zeros():
     assert pad_logits(torch.ones(3, 1, 2), 2).shape == (3, 1, 2)
     with pytest.raises(StateError, match="found 2 logits to pad to 1, expected at most 1; give the largest"):
         pad_logits(torch.ones(3, 1, 2), 1)
+
+
+class LastToken(nn.Module):
+    """A head over all tokens, of which the logits are those of each sequence's last one, as in GPT-2."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.score = nn.Linear(4, 6), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x):
+        last = (x[..., 0] != 0).sum(1) - 1
+        return self.score(self.body(x).tanh())[torch.arange(len(x)), last]
+
+
+def test_features_are_those_of_the_token_that_the_logits_are_read_at():
+    """They were the mean over tokens, of which the head is not the logits."""
+    torch.manual_seed(0)
+    network, x = LastToken(), torch.randn(5, 7, 4)
+    x[2, 4:] = 0
+    features, logits = features_and_logits(network, x)
+    torch.testing.assert_close(features[2], network.body(x[2, 3]).tanh())
+    torch.testing.assert_close(features[0], network.body(x[0, 6]).tanh())
+    check_head(network, features, logits)

@@ -6,6 +6,8 @@ from coin.errors import StateError
 from coin.networks import NetworkConfig, build_network, features_and_logits
 from coin.networks.stages import stage_names, stages_and_logits
 
+DIMS = (16, 32, 64, 128)
+
 # One a family of torchvision's, where the family is not built like another one here.
 FAMILIES = {
     "small_resnet": 16,
@@ -32,7 +34,7 @@ FAMILIES = {
 }
 
 
-def images(size, count=2):
+def images(size, count=3):  # no network here has as many tokens
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -48,7 +50,7 @@ def test_every_family_has_stages_from_one_pass(name):
         assert len(passes) == 1
         last, alone = features_and_logits(network, images(size))
     assert 2 <= len(widths) <= 6
-    assert features.shape == (2, sum(widths))
+    assert features.shape == (3, sum(widths))
     assert torch.equal(features[:, -widths[-1] :], last)
     assert torch.equal(logits, alone)
     assert len(set(stage_names(network))) == len(widths)
@@ -93,6 +95,49 @@ def test_stages_are_pooled_outputs(name, size, names, widths):
     for stage, part in zip(names, features.split(widths, 1), strict=True):
         if stage in outputs:
             torch.testing.assert_close(part, outputs[stage].mean(positions), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "names", "widths"),
+    [
+        ("swin_tiny_patch4_window7_224", {"window_size": 2}, ["layers.0", "layers.1", "layers.2"], (16, 32, 64, 128)),
+        ("swinv2_tiny_window8_256", {"window_size": 2}, ["layers.0", "layers.1", "layers.2"], (16, 32, 64, 128)),
+        ("mambaout_femto", {}, ["stages.0", "stages.1", "stages.2"], (16, 32, 64, 512)),
+        ("convnext_atto", {}, ["stages.0", "stages.1", "stages.2"], (16, 32, 64, 128)),
+    ],
+)
+@pytest.mark.parametrize("image", [(64, 64), (64, 32)])
+def test_channels_are_found_wherever_they_are(name, options, names, widths, image):
+    """The first stage's maps are as high and as wide as they have channels: there timm's word decides."""
+    timm = pytest.importorskip("timm")
+    dims = {"embed_dim": 16, "img_size": image, "num_heads": (2, 2, 4, 8), **options} if options else {"dims": DIMS}
+    network = timm.create_model(name, depths=(1, 1, 3, 1), num_classes=3, **dims).eval()
+    assert stage_names(network)[:-1] == names
+    outputs = {}
+    for stage in names:
+        network.get_submodule(stage).register_forward_hook(lambda _m, _i, out, s=stage: outputs.update({s: out}))
+    with torch.no_grad():
+        features, _, found = stages_and_logits(network, torch.randn(2, 3, *image))
+    assert found == widths
+    positions = (2, 3) if name == "convnext_atto" else (1, 2)
+    for stage, part in zip(names, features.split(widths, 1), strict=False):
+        torch.testing.assert_close(part, outputs[stage].mean(positions), rtol=0, atol=0)
+
+
+class TimeMajor(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stage_names = ["body"]
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):  # [B, T, 4]
+        return self.head(self.body(x.transpose(0, 1)).mean(0))
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 7])
+def test_tokens_before_samples_are_refused_whatever_their_number(tokens):
+    with pytest.raises(StateError, match=rf"stage 'body' returns \[{tokens}, \d, 4\], expected .*'stage_names'"):
+        stages_and_logits(TimeMajor(), torch.randn(5, tokens, 4))
 
 
 class Own(nn.Module):

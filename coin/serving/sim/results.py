@@ -128,9 +128,11 @@ def print_simulation(rows: pd.DataFrame, console: Console) -> None:
         console.print(_table(group, f"{experts} experts, {want} wanted, load {load:g}"))
     console.print(
         Text(
-            "p99.9 in ms with its 95 % interval, ∞ where too many queries failed; memory of weights in MiB, of "
-            "the largest server and in all; answers that were decoded or came from a copy or spare, and that never "
-            "came, in %; forward passes a query; effective accuracy in %, – where it was not measured."
+            "After which quantile of their time own answers are late; p99.9 in ms with its 95 % interval, ∞ where too "
+            "many queries failed; memory of weights in MiB, of the largest server and in all; answers that were "
+            "decoded or came from a copy or spare, and that never came, in %; forward passes a query; effective "
+            "accuracy in %, – where it was not measured."
+            + (" → is the advice, × does not fit the budget." if "buy" in rows else "")
         )
     )
 
@@ -138,14 +140,16 @@ def print_simulation(rows: pd.DataFrame, console: Console) -> None:
 def _table(rows: pd.DataFrame, title: str) -> Table:
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column("redundancy", no_wrap=True)
-    for heading in ("p99.9", "", "server", "in all", "stood\nin", "failed", "forw.", "acc."):
+    for heading in ("late", "p99.9", "95 %", "ser-\nver", "in\nall", "stood\nin", "failed", "forw.", "acc."):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows.to_dict("records"):
-        name = str(row["redundancy"]) + (f", q = {row['quantile']:g}" if rows["quantile"].nunique() > 1 else "")
+        name = str(row["redundancy"]) if row["extras"] < 2 else f"{row['redundancy']}, {row['extras']}"
+        mark = "→ " if row.get("buy") else "× " if not row.get("fits", True) else ""
         table.add_row(
-            name if row["extras"] < 2 else f"{name}, {row['extras']}",
+            mark + name,
+            when_asked(row["quantile"]),
             milliseconds(row["p999"]),
-            f"\\[{milliseconds(row['p999_low'])}, {milliseconds(row['p999_high'])}]",
+            f"{milliseconds(row['p999_low'])}–{milliseconds(row['p999_high'])}",
             f"{row['memory_server'] / 2**20:.0f}",
             f"{row['memory'] / 2**20:.0f}",
             f"{100 * (row['share_decoded'] + row['share_spared']):.2f}",
@@ -154,6 +158,11 @@ def _table(rows: pd.DataFrame, title: str) -> Table:
             "–" if np.isnan(row["effective_accuracy"]) else f"{100 * row['effective_accuracy']:.2f}",
         )
     return table
+
+
+def when_asked(quantile: float) -> str:
+    """Return from which quantile of lateness on others than the expert are asked, or their answers taken."""
+    return "–" if np.isnan(quantile) else "at once" if quantile == 0 else f"q {quantile:g}"
 
 
 def milliseconds(seconds: float) -> str:

@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 
 from coin.coding.ready import uniform
-from coin.commands.advise import choose
 from coin.errors import ConfigurationError
 from coin.serving.sim.conditions import Conditions, Slowdown
 from coin.serving.sim.profile import Failover, Precision, Profile, Redundancy
@@ -77,12 +76,16 @@ def rows() -> pd.DataFrame:
 def test_table_fits_80_columns_and_shows_failures_and_what_is_not_known(rows: pd.DataFrame) -> None:
     console = Console(width=80, record=True)
     print_simulation(rows.assign(p999=rows["p999"].where(rows["redundancy"] != "uncoded", np.inf)), console)
-    print_simulation(rows.assign(redundancy="coded_proactive", p999=0.1234, p999_low=0.1111, p999_high=1.2345), console)
+    widest = rows.assign(redundancy="coded_proactive", p999=0.1234, p999_low=1.1111, p999_high=1.2345, quantile=0.0)
+    print_simulation(widest.assign(extras=2, fits=False, buy=False), console)
+    print_simulation(widest.assign(buy=True), console)
     text = console.export_text()
     assert "…" not in text
     assert "3 experts, one wanted, load 0.2" in text
     lines = {words[0]: words for line in text.splitlines() if len(words := line.split()) > 5}
-    assert lines["uncoded"][1] == "∞"
+    assert lines["uncoded"][2] == "∞"
+    assert lines["→"][1:4] == ["coded_proactive", "at", "once"]
+    assert lines["×"][1:3] == ["coded_proactive,", "2"]
     assert lines["spare_int8"][-1] == "–"
 
 
@@ -95,33 +98,6 @@ def test_figures_have_a_line_a_policy_and_no_infinite_point(draw: Any, rows: pd.
     assert set(lines) == {"uncoded", "spare", "spare_int8", "coded_hedged"}
     assert len(lines["uncoded"]) == 1
     assert len(lines["spare"]) == 2
-
-
-def advice(**columns: Any) -> pd.DataFrame:
-    plain = {"fits": True, "memory": 5, "experts": 3, "extras": 1, "forwards": 1.0, "effective_accuracy": 0.95}
-    frame = pd.DataFrame({**plain, **columns})
-    return frame.assign(p999_low=0.9 * frame["p999"], p999_high=1.1 * frame["p999"])
-
-
-CHOICES = {
-    "the lowest": ({"p999": [0.5, 0.1, 0.9]}, None, 1),
-    "that fits": ({"p999": [0.5, 0.1, 0.9], "fits": [True, False, True]}, None, 0),
-    "whose accuracy is known": ({"p999": [0.5, 0.1], "effective_accuracy": [0.95, math.nan]}, None, 0),
-    "more accurate where latencies cannot be told apart": (
-        {"p999": [0.10, 0.105], "effective_accuracy": [0.93, 0.95]}, None, 1,
-    ),
-    "less memory where accuracies cannot": (
-        {"p999": [0.1, 0.1], "effective_accuracy": [0.9502, 0.9499], "memory": [9, 5]}, None, 1,
-    ),
-    "cheapest that keeps what is wanted": ({"p999": [0.19, 0.1], "memory": [3, 5]}, 200, 0),
-    "nearest where none does": ({"p999": [0.5, 0.3], "memory": [3, 5]}, 200, 1),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_what_to_buy(name: str) -> None:
-    columns, wanted, best = CHOICES[name]
-    assert choose(advice(**columns), wanted) == best
 
 
 def test_quantiles_are_numpys() -> None:

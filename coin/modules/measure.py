@@ -1,0 +1,140 @@
+"""How well a coded system of networks in memory decodes."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from coin.batches import as_input
+from coin.coding import (
+    Answers,
+    Decoder,
+    DecoderConfig,
+    DecoderKind,
+    Kept,
+    check_erasure,
+    distinct_decoders,
+    make_decoder,
+)
+from coin.errors import ConfigurationError, DataError
+from coin.metrics import DecodingAccuracy, Residual
+from coin.modules.coded import Coded, num_classes
+from coin.statistics.guard import full_products
+
+
+def evaluate(
+    system: Coded,
+    loaders: Sequence[Iterable[Any]],
+    *,
+    decoders: Sequence[DecoderKind | str | dict[str, Any] | DecoderConfig] = tuple(DecoderKind),
+    calibration: Sequence[Iterable[Any]] | None = None,
+    erasures: Sequence[Sequence[int]] | None = None,
+) -> pd.DataFrame:
+    """Measure how well lost experts are decoded, each on its own task.
+
+    Every network runs once over the inputs, whatever the number of decoders. The numbers are those of a run's results.
+
+    Args:
+        system: The code, its experts and its coded models.
+        loaders: For every expert the batches (inputs, labels) of its task's test set; labels are classes ``[B]``.
+        decoders: Kinds, or configurations of one.
+        calibration: For every expert the batches of its own task's samples, on which decoders are fitted without
+            labels; the linear one needs none, but knows no risk without.
+        erasures: Which experts are lost together; each alone by default.
+
+    Returns:
+        One row a decoder, erasure and lost expert, with the columns ``decoder``, ``erased`` (names joined by ``+``),
+        ``task`` (the system's name of it), ``expert_accuracy``, ``decoded_accuracy``, ``nda``, ``agreement``
+        (`coin.DecodingAccuracy`), ``risk`` (the mean of `coin.decoding_risk`: about 1 − agreement where it holds),
+        ``residual`` (`coin.Residual`) and ``decoder_passes`` (networks run to fit the decoder, a sample each).
+
+    Raises ConfigurationError where numbers of tasks differ, or a decoder does not exist, comes twice or finds no
+    calibration data; DecodingError where an erasure names no expert or is beyond what a decoder can; DataError where a
+    batch is no pair (inputs, labels), or a task has none.
+
+    >>> import coin, torch
+    >>> experts, code = [torch.nn.Linear(4, 3) for _ in range(3)], coin.convex(3, 2)
+    >>> system = coin.Coded(code, experts, coin.merge_networks(coin.Average(), experts, code), names="abc")
+    >>> tests = [[(torch.randn(40, 4), torch.randint(3, (40,)))] for _ in experts]
+    >>> table = coin.evaluate(system, tests, decoders=["linear"], erasures=[[0, 1]])
+    >>> table[["erased", "task", "nda"]].values.tolist()
+    [['a+b', 'a', 1.0], ['a+b', 'b', 1.0]]
+    """
+    configs, count = distinct_decoders(list(decoders)), len(system.experts)
+    for what, given in (("loaders", loaders), ("calibration data", calibration)):
+        if given is not None and len(given) != count:
+            raise ConfigurationError(f"found {what} of {len(given)} tasks, expected {count}; give every expert's")
+    lost = [check_erasure(erased, count) for erased in erasures or [[task] for task in range(count)]]
+    every = [make_decoder(config, system.code, erased) for config in configs for erased in lost]
+    if calibration is not None:
+        parts = []
+        for task, batches in enumerate(calibration):
+            each = [_answers(system, batch, configs) for batch in batches]
+            parts += [replace(answers, tasks=torch.full((answers.num_samples,), task)) for answers in each]
+        answers, kept = Answers.concatenate(parts), Kept()
+        for decoder in every:
+            decoder.fit(answers, kept)
+    elif to_fit := [decoder for decoder in every if decoder.needs_fit]:
+        raise ConfigurationError(
+            f"found no calibration, on which the decoder {to_fit[0].config.name} is fitted; give it, or "
+            "decoders=['linear']"
+        )
+    measured = [
+        _measured(system, [decoder for decoder in every if task in decoder.erased], task, loader)
+        for task, loader in enumerate(loaders)
+    ]
+    servers = count + system.code.num_coded
+    return pd.DataFrame(
+        {
+            "decoder": decoder.config.name,
+            "erased": "+".join(system.names[expert] for expert in decoder.erased),
+            "task": system.names[task],
+            **measured[task][decoder],
+            "decoder_passes": servers * decoder.samples_read,
+        }
+        for decoder in every
+        for task in decoder.erased
+    )
+
+
+def _measured(
+    system: Coded, decoders: Sequence[Decoder], task: int, loader: Iterable[Any]
+) -> dict[Decoder, dict[str, float]]:
+    """Return the numbers of every decoder that decodes an expert, on its task."""
+    accuracies: list[DecodingAccuracy] = []
+    risks, residual, seen, classes = dict.fromkeys(decoders, 0.0), Residual(), 0, 0
+    for batch in loader if decoders else ():
+        if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+            raise DataError(
+                f"found a test batch of type {type(batch).__name__}, expected pairs (inputs, labels) of a task's test "
+                "set"
+            )
+        inputs, labels = batch
+        answers = _answers(system, inputs, [decoder.config for decoder in decoders])
+        if not accuracies:
+            classes = num_classes(system.experts[task], inputs)
+            accuracies = [DecodingAccuracy(classes) for _ in decoders]
+        seen += len(labels)
+        with torch.autocast("cpu", enabled=False), full_products():
+            residual.update(answers.coded.flatten(0, 1), system.code.encode(answers.experts).flatten(0, 1))
+            for decoder, accuracy in zip(decoders, accuracies, strict=True):
+                decoded = decoder.decode(answers)[decoder.erased.index(task)]
+                accuracy.update(decoded, answers.experts[task], labels.cpu())
+                known = decoder.moments is not None
+                risks[decoder] += float(decoder.risk(task, decoded, classes).sum()) if known else math.nan
+    if decoders and not seen:
+        raise DataError(f"found no test batches of task '{system.names[task]}', expected at least one")
+    return {
+        decoder: {name: float(value) for name, value in accuracy.compute().items()}
+        | {"risk": risks[decoder] / seen, "residual": float(residual.compute())}
+        for decoder, accuracy in zip(decoders, accuracies, strict=True)
+    }
+
+
+def _answers(system: Coded, inputs: Any, configs: Sequence[DecoderConfig]) -> Answers:
+    """Return all servers' answers, on the CPU: there decoders are fitted, and not every device has float64."""
+    return system._answers_for(configs, as_input(inputs, system.coded[0])).cpu()

@@ -1,0 +1,333 @@
+"""Networks that two hostile readings broke: each was merged or estimated wrongly, or crashed."""
+
+import pytest
+import torch
+from torch import nn
+
+import coin
+from coin.batches import clone
+from coin.errors import CoinWarning, ConfigurationError, StateError
+from coin.merging import Experts
+
+CLASSES = 3
+
+
+def moved(network, seed, by=0.1):
+    """A network near another: an expert of the same initialisation."""
+    other, draw = clone(network), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(parameter))
+    return other
+
+
+def batches(*shape, count=2, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [[torch.randn(8, *shape, generator=draw, dtype=torch.float64)] for _ in range(count)]
+
+
+def methods():
+    """Every method that asks for nothing but calibration samples."""
+    plain = [coin.Average(), coin.Coin(), coin.RegMean(layers="all"), coin.RegMean(), coin.HeadFit(), coin.Refit()]
+    return [*plain, coin.FullFisher(max_iterations=2), coin.GaussNewton(max_steps=1, max_iterations=2)]
+
+
+class Silent(nn.Module):
+    """A module that is called without a tensor, as Swin's or BEiT's position biases are."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(5, dtype=torch.float64))
+
+    def forward(self):
+        return self.table.tanh()
+
+
+class Silently(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.bias = nn.Linear(4, 5, dtype=torch.float64), Silent()
+        self.head = nn.Linear(5, CLASSES, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.head((self.first(x) + self.bias()).tanh())
+
+
+def test_refit_takes_modules_that_are_called_without_tensors():
+    experts = [moved(Silently(), 1), moved(Silently(), 2)]
+    calibration = batches(4)
+    residuals = []
+    for method in (coin.Average(), coin.Refit("mix")):
+        made = coin.merge_networks(method, experts, coin.Code([[0.5, 0.5]]), calibration=calibration)[0]
+        x = torch.cat([batch for task in calibration for batch in task])
+        residuals.append(float((made(x) - sum(expert(x) for expert in experts) / 2).norm()))
+    assert residuals[1] < 0.5 * residuals[0]
+
+
+class Caching(nn.Module):
+    """Attention biases that are gathered once in eval mode and kept until `train`, as timm's LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.biases = nn.Parameter(torch.randn(3, dtype=torch.float64))
+        self.cache = {}
+
+    @torch.no_grad()
+    def train(self, mode=True):
+        super().train(mode)
+        if mode and self.cache:
+            self.cache = {}
+        return self
+
+    def gathered(self):
+        if self.training:
+            return self.biases[[0, 1, 2, 1, 0]]
+        if "cpu" not in self.cache:
+            self.cache["cpu"] = self.biases[[0, 1, 2, 1, 0]]
+        return self.cache["cpu"]
+
+    def forward(self, x):
+        return (x + self.gathered()).tanh()
+
+
+def cached(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 5), Caching(), nn.Linear(5, CLASSES)).double().eval()
+
+
+def uncached(network):
+    """What the network is without a cache: in training mode, which nothing else in it looks at."""
+    other = cached().train()
+    other.load_state_dict(network.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_fisher_of_parameters_that_eval_mode_caches(evaluated):
+    network, (samples, _) = cached(), batches(4)
+    if evaluated:
+        with torch.no_grad():
+            network(samples[0])
+    plain = cached().train()
+    expected = torch.stack(
+        [torch.autograd.grad(plain(x[None])[0, c], plain[1].biases)[0] ** 2 for x in samples[0] for c in range(CLASSES)]
+    )
+    found = coin.fisher_diagonal(network, samples)["1.biases"]
+    torch.testing.assert_close(found, expected.sum(0) / len(samples[0]))
+    assert not network.training
+    assert not network[1].training
+
+
+@pytest.mark.parametrize("method", methods(), ids=lambda method: method.label)
+def test_merges_of_networks_that_cache(method):
+    """The coded model and the experts answer as they do without a cache, whatever was cached before."""
+    experts = [moved(cached(), 1).eval(), moved(cached(), 2).eval()]
+    with torch.no_grad():
+        answers = [expert(batches(4)[0][0]) for expert in experts]
+    made = coin.merge_networks(method, experts, coin.Code([[0.5, 0.5]]), calibration=batches(4))[0]
+    x = batches(4, seed=1)[0][0]
+    torch.testing.assert_close(made(x), uncached(made)(x))
+    torch.testing.assert_close(experts[0](batches(4)[0][0]), answers[0])
+
+
+def test_distillation_of_networks_that_cache():
+    experts = [moved(cached(), 1).eval(), moved(cached(), 2).eval()]
+    for readout in (False, True):
+        made = coin.distill(experts, coin.Code([[0.5, 0.5]]), batches(4), lr=0.01, steps=3, readout=readout)[0]
+        assert not torch.equal(made[1].biases, (experts[0][1].biases + experts[1][1].biases) / 2)
+        torch.testing.assert_close(made(batches(4)[0][0]), uncached(made)(batches(4)[0][0]))
+
+
+@pytest.mark.filterwarnings("ignore:.*(weight_norm|spectral_norm).*:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize("method", methods(), ids=lambda method: method.label)
+def test_old_reparametrised_weights_are_copied(norm, method):
+    """Their weight is no parameter but a tensor with a history, which deepcopy refuses."""
+    torch.manual_seed(0)
+    first, second = (
+        nn.Sequential(norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, CLASSES)).double().eval() for _ in range(2)
+    )
+    second.load_state_dict({name: 1.1 * tensor for name, tensor in first.state_dict().items()})
+    for network in (first, second):
+        network(batches(4)[0][0])
+    made = coin.merge_networks(method, [first, second], coin.Code([[0.5, 0.5]]), calibration=batches(4))[0]
+    assert torch.isfinite(made(batches(4)[0][0])).all()
+    if method.label == "average":
+        average = {name: (tensor + second.state_dict()[name]) / 2 for name, tensor in first.state_dict().items()}
+        for name, parameter in made.named_parameters():
+            torch.testing.assert_close(parameter.detach(), average[name])
+
+
+def test_experts_are_found_as_they_were():
+    experts = [moved(cached(), 1).train(), moved(cached(), 2).eval()]
+    Experts(experts, calibration=batches(4)).target([0.5, 0.5])
+    assert [each.training for expert in experts for each in expert.modules()] == [True] * 4 + [False] * 4
+
+
+class Arranged(nn.Module):
+    """Tokens [B, T, 4] through two layers, in rows that lie sample by sample or otherwise."""
+
+    def __init__(self, arrange):
+        super().__init__()
+        self.score, self.first = nn.Linear(4, 1), nn.Linear(4, 6)
+        self.second, self.head = nn.Linear(6, 6), nn.Linear(6, CLASSES)
+        self.arrange = arrange
+
+    def forward(self, x):
+        rows, back = self.arrange(x, self.score)
+        return self.head(back(self.second(self.first(rows).tanh()).tanh()).mean(1))
+
+
+def by_sample(x, score):
+    return x.flatten(0, 1), lambda rows: rows.view(len(x), -1, rows.shape[1])
+
+
+def by_time(x, score):
+    return x.transpose(0, 1).flatten(0, 1), lambda rows: rows.view(-1, len(x), rows.shape[1]).transpose(0, 1)
+
+
+def by_score(x, score):
+    order = score(x).argsort(1)  # of an expert's own: in another network the rows lie otherwise
+    return torch.gather(x, 1, order.expand(x.shape)).flatten(0, 1), lambda rows: rows.view(len(x), -1, rows.shape[1])
+
+
+@pytest.mark.parametrize("arrange", [by_sample, by_time, by_score])
+def test_refit_leaves_rows_alone_that_are_not_of_the_sample_that_it_takes_them_for(arrange):
+    """One function in three layouts: it took row r for sample r // k and looked at shapes alone."""
+    torch.manual_seed(0)
+    network = Arranged(arrange).double()
+    experts, calibration = [moved(network, 1, 0.3), moved(network, 2, 0.3)], batches(3, 4)
+    x, residuals = torch.cat([batch for task in calibration for batch in task]), {}
+    for method in (coin.Average(), coin.Refit("mix", head=False)):
+        made = method.make(Experts(experts, calibration=calibration), [0.5, 0.5])
+        residuals[method.label] = float((made.network(x) - sum(expert(x) for expert in experts) / 2).norm())
+    rows = {"first.weight", "first.bias", "second.weight", "second.bias"}
+    assert rows & set(made.chosen["averaged"]) == (set() if arrange is by_sample else rows)
+    assert residuals["refit"] < residuals["average"]
+
+
+class Turning(nn.Module):
+    """A complex weight between two real layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 5), nn.Linear(5, CLASSES)
+        self.turn = nn.Parameter(torch.randn(5, 5, dtype=torch.complex128))
+
+    def forward(self, x):
+        return self.head((self.first(x).to(self.turn.dtype) @ self.turn).real.tanh())
+
+
+@pytest.mark.filterwarnings("error:Casting complex values")
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(coin.Average(), coin.HeadFit(), coin.Refit()),
+        *(coin.TaskArithmetic(0.5), coin.Ties(keep=1.0)),
+    ],
+    ids=lambda method: method.label,
+)
+def test_complex_parameters_keep_both_parts(method):
+    torch.manual_seed(0)
+    initial = Turning().double()
+    initial.turn.data = torch.randn(5, 5, dtype=torch.complex128)
+    experts = [moved(initial, 1), moved(initial, 2)]
+    for index, expert in enumerate(experts):
+        with torch.no_grad():
+            expert.turn.add_(0.1j * (index + 1))
+    made = coin.merge_networks(method, experts, coin.Code([[0.5, 0.5]]), calibration=batches(4), initial=initial)[0]
+    average = (experts[0].turn + experts[1].turn) / 2
+    assert made.turn.is_complex()
+    if method.label == "ties":  # every entry goes the way on which both agree, or that of the larger
+        assert 0 < (made.turn - average).abs().max() < 1
+        torch.testing.assert_close(made.turn.imag, average.imag)
+    else:
+        torch.testing.assert_close(made.turn, average)
+
+
+def test_methods_that_need_real_gradients_say_so():
+    experts = [moved(Turning().double(), seed) for seed in (1, 2)]
+    with pytest.raises(ConfigurationError, match="parameter 'turn' is complex, expected real ones"):
+        coin.merge_networks(coin.Coin(), experts, coin.Code([[0.5, 0.5]]), calibration=batches(4))
+
+
+def spectral(wrap, seed):
+    torch.manual_seed(seed)
+    layers = [wrap(nn.Linear(4, 6)), nn.Tanh(), wrap(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, CLASSES)]
+    network = nn.Sequential(*layers).double().train()
+    for _ in range(30):  # power iterations
+        network(torch.randn(2, 4).double())
+    return network.eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
+@pytest.mark.parametrize("wrap", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("method", [coin.Average(), coin.Refit("mix"), coin.HeadFit()], ids=lambda each: each.label)
+def test_layers_of_spectral_norm_one_have_it_after_a_merge(wrap, method):
+    """Averaged u and v are no singular vectors: norms were 6.0 and 13.6."""
+    experts = [spectral(wrap, 1), spectral(wrap, 2)]
+    made = coin.merge_networks(method, experts, coin.Code([[0.5, 0.5]]), calibration=batches(4))[0]
+    made(batches(4)[0][0])
+    for layer in (made[0], made[2]):
+        assert float(torch.linalg.matrix_norm(layer.weight, 2)) == pytest.approx(1)
+    same = coin.merge_networks(method, [experts[0]] * 2, coin.Code([[0.5, 0.5]]), calibration=batches(4))[0]
+    torch.testing.assert_close(same(batches(4)[0][0]), experts[0](batches(4)[0][0]))
+
+
+def test_other_parametrisations_whose_buffers_differ_are_refused():
+    experts = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        layer = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))
+        layer.weight = torch.linalg.qr(torch.randn(4, 4)).Q
+        experts.append(nn.Sequential(layer, nn.Linear(4, CLASSES)))
+    with pytest.raises(StateError, match="remove_parametrizations on the experts first") as caught:
+        coin.merge_networks(coin.Average(), experts, coin.Code([[0.5, 0.5]]))
+    assert "\n" not in str(caught.value)
+
+
+class Kept(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.head = nn.Linear(4, CLASSES)
+        self.register_buffer("scale", torch.tensor([scale]), persistent=False)
+
+    def forward(self, x):
+        return self.head(x * self.scale)
+
+
+@pytest.mark.parametrize("method", [coin.Average(), coin.Refit()], ids=lambda each: each.label)
+def test_buffers_that_are_not_persistent_are_averaged_too(method):
+    experts = [Kept(1.0), Kept(3.0)]
+    made = coin.merge_networks(method, experts, coin.Code([[0.25, 0.75]]), calibration=batches(4))[0]
+    assert made.scale.tolist() == [2.5]
+    assert experts[0].scale.tolist() == [1.0]
+
+
+def test_refit_of_a_batchnorm_without_bias():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(5)
+    norm.register_parameter("bias", None)
+    network = nn.Sequential(
+        nn.Conv2d(3, 5, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, CLASSES)
+    )
+    experts = [moved(network.double(), 1).eval(), moved(network.double(), 2).eval()]
+    x, residuals = torch.cat([batch for task in batches(3, 6, 6) for batch in task]), []
+    for method in (coin.Average(batchnorm="average"), coin.Refit("mix")):
+        made = coin.merge_networks(method, experts, coin.Code([[0.5, 0.5]]), calibration=batches(3, 6, 6))[0]
+        residuals.append(float((made(x) - sum(expert(x) for expert in experts) / 2).norm()))
+    assert residuals[1] < residuals[0]
+
+
+def test_what_cannot_be_refitted_is_told_where_it_is_much():
+    class Untouchable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Parameter(torch.randn(4, 5).double()), nn.Linear(5, CLASSES).double()
+
+        def forward(self, x):
+            return self.head((x @ (2 * self.inner)).tanh())
+
+    experts = [moved(Untouchable(), seed) for seed in (1, 2)]
+    with pytest.warns(CoinWarning, match=r"'refit' kept the average of 53% of the parameters of Untouchable \(1 tens"):
+        coin.merge_networks(coin.Refit(), experts, coin.Code([[0.5, 0.5]]), calibration=batches(4))

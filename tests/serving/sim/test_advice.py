@@ -1,0 +1,121 @@
+"""Which redundancy is bought: the rule on rows that are made up, and on a simulation that a pencil can follow."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from coin.coding.ready import uniform
+from coin.commands.advise import candidates, choose
+from coin.commands.simulate import simulate_rows
+from coin.serving.sim.conditions import Conditions, FrontEndCost, Service, Slowdown
+from coin.serving.sim.profile import Precision, Profile, Redundancy
+
+
+def advice(**columns: Any) -> pd.DataFrame:
+    plain = {"fits": True, "memory": 5, "experts": 3, "extras": 1, "forwards": 1.0, "effective_accuracy": 0.95}
+    frame = pd.DataFrame({**plain, **columns})
+    return frame.assign(p999_low=0.9 * frame["p999"], p999_high=1.1 * frame["p999"])
+
+
+CHOICES = {
+    "the lowest": ({"p999": [0.5, 0.1, 0.9]}, None, 1),
+    "that fits": ({"p999": [0.5, 0.1, 0.9], "fits": [True, False, True]}, None, 0),
+    "whose accuracy is known": ({"p999": [0.5, 0.1], "effective_accuracy": [0.95, math.nan]}, None, 0),
+    "as right as the best that fits": ({"p999": [0.1, 0.5], "effective_accuracy": [0.94, 0.95]}, None, 1),
+    "or nearly": ({"p999": [0.1, 0.5], "effective_accuracy": [0.946, 0.95]}, None, 0),
+    "whatever does not fit is": (
+        {"p999": [0.1, 0.5], "effective_accuracy": [0.94, 0.95], "fits": [True, False]}, None, 0,
+    ),
+    "fewer forward passes where latencies cannot be told apart": (
+        {"p999": [0.10, 0.105], "forwards": [2.98, 1.94], "memory": [5, 9]}, None, 1,
+    ),
+    "less memory where these cannot": ({"p999": [0.1, 0.1], "forwards": [1.92, 1.94], "memory": [9, 5]}, None, 1),
+    "the README's spare in int8 at once: proactive, float32, int8, int8 at 0.9": (
+        {
+            "p999": [0.066, 0.056, 0.056, 0.075], "effective_accuracy": [0.9722, 0.9727, 0.9726, 0.974],
+            "forwards": [2.98, 1.94, 1.94, 1.08], "memory": [39, 52, 33, 33], "fits": [True, False, True, True],
+        }, None, 2,
+    ),
+    "cheapest that keeps what is wanted": ({"p999": [0.19, 0.1], "forwards": [1.1, 1.9]}, 200, 0),
+    "nearest where none does": ({"p999": [0.5, 0.3], "forwards": [1.1, 1.9]}, 200, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_what_to_buy(name: str) -> None:
+    columns, wanted, best = CHOICES[name]
+    assert choose(advice(**columns), wanted, 0.005) == best
+
+
+@pytest.fixture(scope="module")
+def rows() -> pd.DataFrame:
+    """Two experts and one server more; every answer takes 10 ms, or 50 on the hundredth of machines that are slow.
+
+    Queries are so rare that none waits for another, so that all latencies can be told by hand.
+    """
+    times = (np.array([0.01]),) * 2
+    sizes = {Precision.full: (400, 400), Precision.half: (200, 200), Precision.int8: (100, 100)}
+    known = {Precision.int8: 0.94, Precision.half: 0.95}
+    own = Profile(uniform(2), times, times[:1], sizes, (400,), 0.95, {1: 0.9}, known)
+    conditions = Conditions(Service(marginal=0.0), Slowdown(0.01, 5.0), front_end=FrontEndCost(0.0, 0.0, 1))
+    kinds = [kind for kind in Redundancy if kind is not Redundancy.failover]
+    points = candidates(own, conditions, kinds, 3, [0.0, 0.9], {"load": 1e-4})
+    return simulate_rows(points, range(1), 1).assign(fits=True)
+
+
+def found(rows: pd.DataFrame, kind: str, quantile: float) -> pd.Series:
+    (row,) = rows[(rows["redundancy"] == kind) & (rows["quantile"].fillna(-1) == quantile)].to_dict("records")
+    return pd.Series(row)
+
+
+BY_HAND = {
+    # P(slow) = 0.01 is above 0.001
+    ("uncoded", -1): (50, 1),
+    # half of the queries have no copy: 0.005
+    ("copy", 0.0): (50, 1.5),
+    # both slow: 0.0001 is below
+    ("spare", 0.0): (10, 2),
+    ("spare_int8", 0.0): (10, 2),
+    # the expert's, and one of the two others that decoding needs: 0.0002
+    ("coded_proactive", 0.0): (10, 3),
+    # a tenth is called late after 10 ms, just before the answer is there, and then asked again
+    ("spare", 0.9): (20, 1.1),
+    ("coded_hedged", 0.9): (20, 1.2),
+    ("coded_proactive", 0.9): (10, 3),
+}
+
+
+@pytest.mark.parametrize(("kind", "quantile"), BY_HAND)
+def test_candidates_are_what_a_pencil_makes_of_them(kind: str, quantile: float, rows: pd.DataFrame) -> None:
+    row, (latency, forwards) = found(rows, kind, quantile), BY_HAND[kind, quantile]
+    assert 1e3 * row["p999"] == pytest.approx(latency, rel=0.02)
+    assert row["forwards"] == pytest.approx(forwards, abs=0.05)  # the first queries wait longer
+
+
+def test_every_redundancy_is_asked_at_once_and_later_but_the_two_that_are_then_one(rows: pd.DataFrame) -> None:
+    quantiles = rows.groupby("redundancy")["quantile"].agg(list)
+    assert quantiles.pop("coded_hedged") == [0.9]
+    assert np.isnan(quantiles.pop("uncoded")).all()
+    assert set(map(tuple, quantiles)) == {(0.0, 0.9)}
+
+
+BOUGHT = {
+    "two machines at once, and in int8": ({}, None, 0.005, ("spare_int8", 0.0)),
+    "in float16 where int8 is not right often enough": ({}, None, 1e-5, ("spare_half", 0.0)),
+    "a coded model where two networks do not fit": ({"largest": 400}, None, 0.005, ("coded_proactive", 0.0)),
+    "the second one later where that will do": ({}, 25, 0.005, ("spare_int8", 0.9)),
+    "nothing where that will do": ({}, 55, 0.005, ("uncoded", -1)),
+}
+
+
+@pytest.mark.parametrize("name", BOUGHT)
+def test_the_advice_is_what_a_pencil_gives(name: str, rows: pd.DataFrame) -> None:
+    budget, wanted, tolerance, (kind, quantile) = BOUGHT[name]
+    fits = rows.assign(fits=rows["memory_server"] <= budget.get("largest", 1000))
+    if budget:  # the experts are as large: only what holds one network fits
+        fits["fits"] &= ~fits["redundancy"].str.startswith("spare")
+    row = fits.loc[choose(fits, wanted, tolerance)]
+    assert (row["redundancy"], row["quantile"] if row["extras"] else -1) == (kind, quantile)
