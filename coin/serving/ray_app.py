@@ -277,7 +277,7 @@ def check_port(options: RayOptions) -> None:
     except OSError as error:
         where, why = f"{options.host}:{options.port}", os.strerror(error.errno or 0)
         raise ServingError(
-            f"cannot listen at {where} ({why}), expected a free port; stop what listens there, or give another --ray.port"
+            f"cannot listen at {where} ({why}), expected a free port; stop what listens there, or set --ray.port"
         ) from error
 
 
