@@ -188,12 +188,13 @@ def exposed() -> str:
     rows = pd.read_csv(RESULTS / "silent-faults/faults.csv", keep_default_na=False)
     half = rows[(rows.fault == "half-way") & (rows.batch == 8)]
     found = 100 * half.groupby("method")[["alarm", "named", "false_alarm"]].mean()
-    coded, alone = found.loc["refit"], found.loc["none"]
+    coded, alone, seeds = found.loc["refit"], found.loc["none"], rows.seed.nunique()
+    over = f"({rows.experts.min()} to {rows.experts.max()} experts, {seeds} seed{'s' if seeds > 1 else ''})"
     return (
         f"({100 * half.expert_accuracy.mean():.1f} → {100 * half.faulty_accuracy.mean():.1f} % right), is exposed by 8 "
         f"unlabelled inputs in {coded.alarm:.1f} % of cases and named in {coded.named:.1f} %, at "
         f"{coded.false_alarm:.1f} % false alarms; without a coded model in {alone.alarm:.1f} and {alone.named:.1f} %, "
-        f"at {alone.false_alarm:.1f} %."
+        f"at {alone.false_alarm:.1f} % {over}."
     )
 
 

@@ -103,7 +103,8 @@ def _any_exceeds(margins: Tensor, correlation: Tensor) -> Tensor:
     exceeding = (drawn + step[:, :, None] * rows > first).sum(2).clamp_min(1)
     any_of_first = (total[:, 0] * (1 / exceeding).mean(1)).clamp_max(1)
     safe = torch.log1p(-tails[:, together:]).sum(1)
-    return 1 - (1 - any_of_first) * safe.exp()
+    any_of_all: Tensor = 1 - (1 - any_of_first) * safe.exp()
+    return any_of_all
 
 
 @lru_cache

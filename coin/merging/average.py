@@ -66,7 +66,7 @@ def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], *, held
     if not isinstance(head, nn.Linear) or head.bias is None:
         raise HeadError(
             f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer with a bias; "
-            "name another in an attribute 'head_name', or leave the method out for this network"
+            "name another in an attribute 'head_name', leave the method out for this network, or give Refit head=False"
         )
     batches, targets = (experts.split[0], experts.fitted_target) if held_out else (experts.pooled, experts.target)
     target = targets(row).double()  # checked to be finite

@@ -100,7 +100,7 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits, name: str
     async def tell(request: Request, error: CoinError) -> JSONResponse:
         status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
         logger.info("refused", extra={"path": request.url.path, "status": status, "error": str(error)})
-        headers = {"retry-after": "1"} if status in (429, 503) else {}
+        headers = {"retry-after": "1"} if status in (429, 503, 504) else {}
         if status in (408, 413, 429, 503):  # nobody reads on in a body that was given up, or here after the end
             headers["connection"] = "close"
         return JSONResponse({"error": str(error), "kind": type(error).__name__}, status, headers)

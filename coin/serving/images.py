@@ -26,12 +26,7 @@ def check_samples(count: int, limits: InputLimits) -> None:
 
 
 def open_file(file: bytes, limits: InputLimits) -> Image.Image:
-    """Return a PNG or JPEG file's image, not decoded yet.
-
-    Raises:
-        TooLargeError: It has too many pixels.
-        DataError: It is no such image, or too long and thin.
-    """
+    """Return a PNG or JPEG file's image, not decoded yet; a `DataError` where it is none, too large or too thin."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit on pixels is ours
@@ -45,31 +40,19 @@ def open_file(file: bytes, limits: InputLimits) -> Image.Image:
 
 
 def to_squares(images: Sequence[Image.Image], image_size: int) -> Tensor:
-    """Return images as a task's own are read, and once for all servers.
+    """Return images as a task's own are read, once for all servers: uint8 ``[B, 3, S, S]`` of the networks' side S.
 
-    Args:
-        images: Of any size.
-        image_size: S, the side of the networks' inputs: larger images and those that are no squares are brought to it,
-            the centre square of what is no square.
-
-    Returns:
-        uint8 ``[B, 3, S, S]``, or of the one smaller size that all have.
-
-    Raises:
-        DataError: One is damaged, or they are of different sizes.
+    Squares that all have one smaller size keep it; of what is no square, the centre is taken. A `DataError` where one
+    is damaged, or there are small ones of different sizes.
     """
     try:
-        squares = [_to_square(image, image_size) for image in images]
+        sides = [image.width if image.width == image.height <= image_size else image_size for image in images]
+        squares = [torch.tensor(to_square(image, side)) for image, side in zip(images, sides, strict=True)]
     except DAMAGE as error:
         raise _unreadable(error) from error
     if len({square.shape for square in squares}) > 1:
         raise DataError(f"found small images of different sizes, expected one; resize them to {image_size} pixels")
     return torch.stack(squares)
-
-
-def _to_square(image: Image.Image, image_size: int) -> Tensor:
-    width, height = image.size
-    return torch.from_numpy(to_square(image, width if width == height <= image_size else image_size).copy())
 
 
 def _unreadable(error: Exception) -> DataError:
@@ -78,20 +61,13 @@ def _unreadable(error: Exception) -> DataError:
 
 
 def read_array(values: bytes | Sequence[object], shape: Sequence[int], image_size: int, limits: InputLimits) -> Tensor:
-    """Read an array of pixels.
+    """Return pixels as uint8 of their shape, or ``[B, 3, S, S]`` by `to_squares`; a `DataError` if they are none.
 
     Args:
         values: The pixels, as raw bytes or as numbers from 0 to 255, nested or not.
         shape: ``[B, 1 or 3, H, W]``.
-        image_size: See `to_squares`.
-        limits: On one image.
-
-    Returns:
-        uint8 of this shape, or ``[B, 3, S, S]`` by `to_squares`.
-
-    Raises:
-        TooLargeError: There are too many pixels.
-        DataError: The values are no such array.
+        image_size: S.
+        limits: On one image, and on B.
     """
     if len(shape) != 4 or shape[1] not in (1, 3) or min(shape) < 1:
         raise DataError(f"found an array of shape {list(shape)}, expected [B, 1 or 3, H, W]")

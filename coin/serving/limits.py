@@ -12,7 +12,7 @@ class Limits:
     Args:
         deadline: Seconds after which a query fails, reading it included.
         timeout: Seconds that a server gets for one batch.
-        queries: The most queries at a time.
+        queries: The most queries at a time, those that are being read among them.
         queue: The most requests that wait for one server.
         batch: The most inputs that are sent to a server together; a query with more is cut.
         initial_lateness: Seconds after which an own answer is late, before there is any experience.
@@ -45,7 +45,6 @@ class InputLimits:
         samples: The most images or texts of one query.
         values: The most numbers in JSON, which takes long to read: larger arrays come in the binary extension.
         seconds: How long a body may take to arrive.
-        uploads: How many bodies are read at a time.
         held_bytes: Of all bodies that are being read; one may take half of what the others leave.
         held_pixels: Of all image files that are being decoded, likewise.
     """
@@ -56,7 +55,6 @@ class InputLimits:
     samples: int = 64
     values: int = 2**20
     seconds: float = 5.0
-    uploads: int = 1024
     held_bytes: int = 128 * 2**20
     held_pixels: int = 128 * 2**20
 

@@ -76,14 +76,9 @@ class Description:
 def response(
     model: str, identity: str | None, asked: Mapping[str, bool], answers: Sequence[Answer], about: Description
 ) -> tuple[dict[str, Any], bytes]:
-    """Return the response to a request, and the bytes of its binary outputs, which follow its JSON.
+    """Return the response to a request of that id, and the bytes of its binary outputs, which follow its JSON.
 
-    Args:
-        model: The model that it was for.
-        identity: Its id.
-        asked: The names of the outputs that it asks for, and whether each is to be binary.
-        answers: One a task.
-        about: What is served.
+    `asked` are the names of the outputs that it asks for, and whether each is to be binary.
     """
     tasks, outputs, binary = list(about.classes), [], []
     for answer in answers:

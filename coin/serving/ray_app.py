@@ -251,7 +251,7 @@ def application(system: System, options: RayOptions) -> Any:
         name="front-end",
         num_replicas=resources.front_ends,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=2 * (limits.queries + inputs.uploads),
+        max_ongoing_requests=2 * limits.queries,
         logging_config={"encoding": "JSON"},
         **_STOPPING,
     )
@@ -275,9 +275,9 @@ def check_port(options: RayOptions) -> None:
     try:
         socket.create_server((options.host, options.port), family=family).close()
     except OSError as error:
+        where, why = f"{options.host}:{options.port}", os.strerror(error.errno or 0)
         raise ServingError(
-            f"found no way to listen at {options.host}:{options.port} ({os.strerror(error.errno or 0)}), expected a free "
-            "port; stop what listens there, or give another --ray.port"
+            f"cannot listen at {where} ({why}), expected a free port; stop what listens there, or set --ray.port"
         ) from error
 
 

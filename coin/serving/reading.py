@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -17,10 +16,8 @@ from coin.serving.limits import InputLimits
 from coin.serving.protocol import Description
 from coin.serving.requests import Parsed, parse
 
-Done = TypeVar("Done")
-
 _LIGHT_BYTES, _LIGHT_PIXELS = 2**16, 2**20
-"""What is larger waits in a line of its own."""
+"""What is larger waits in a line of its own; what is not is read at once, by so few threads that it is bounded."""
 
 
 class SlowError(ServingError):
@@ -64,19 +61,13 @@ class Budget:
 
 
 class Reader:
-    """Reads queries in threads, where what is large never stands in the way of what is small.
-
-    Args:
-        about: What is served.
-        limits: What a query may bring, and all of them together.
-    """
+    """Reads queries in threads, where what is large never stands in the way of what is small."""
 
     def __init__(self, about: Description, limits: InputLimits) -> None:
         self.about = about
         self.limits = limits
         self.bytes = Budget(limits.held_bytes, "bytes")
         self.pixels = Budget(limits.held_pixels, "pixels")
-        self._count = 0
         self._lanes = {light: ThreadPoolExecutor(2, "reader" if light else "large-reader") for light in (True, False)}
 
     def stop(self) -> None:
@@ -85,15 +76,10 @@ class Reader:
             lane.shutdown(wait=False, cancel_futures=True)
 
     async def read(self, request: Request, model: str, header: int | None) -> tuple[Parsed, Tensor]:
-        """Return a request for a model and its inputs.
-
-        Args:
-            request: The HTTP request.
-            model: The model's name.
-            header: The length of the JSON, where bytes follow it.
+        """Return a request for a model and its inputs; `header` is the length of its JSON, where bytes follow.
 
         Raises:
-            DataError: The request is none, is too large, or does not fit what is served.
+            DataError: It is no request, is too large, or does not fit what is served.
             OverloadedError: Too much is being read already.
             SlowError: The body takes too long to arrive.
         """
@@ -101,24 +87,25 @@ class Reader:
         with self.bytes.share() as take_bytes, self.pixels.share() as take_pixels:
             body = await self._body(request, take_bytes)
             is_light = len(body) <= _LIGHT_BYTES and encoding == "identity"
-            parsed = await self._run(is_light, parse, body, encoding, header, model, self.about, self.limits)
-            take_bytes(max(parsed.bytes - len(body), 0))
-            take_pixels(parsed.pixels)
-            inputs = await self._run(is_light and parsed.pixels <= _LIGHT_PIXELS, parsed.read)
-        return parsed, inputs
+            run = asyncio.get_running_loop().run_in_executor
 
-    async def _run(self, is_light: bool, function: Callable[..., Done], *arguments: object) -> Done:
-        return await asyncio.get_running_loop().run_in_executor(self._lanes[is_light], function, *arguments)
+            def begin() -> tuple[Parsed, Tensor | None]:
+                parsed = parse(body, encoding, header, model, self.about, self.limits)
+                return parsed, parsed.read() if is_light and parsed.pixels <= _LIGHT_PIXELS else None
+
+            parsed, inputs = await run(self._lanes[is_light], begin)
+            if inputs is None:
+                take_bytes(max(parsed.bytes - len(body), 0))
+                take_pixels(parsed.pixels)
+                inputs = await run(self._lanes[False], parsed.read)
+        return parsed, inputs
 
     async def _body(self, request: Request, take: Callable[[int], None]) -> bytes:
         limits = self.limits
-        if self._count >= limits.uploads:
-            raise OverloadedError(f"{self._count} queries are being read, the most there may be; ask again later")
         too_large = TooLargeError(f"found a body of more than {limits.bytes} bytes; send fewer or smaller inputs")
         if int(request.headers.get("content-length", 0)) > limits.bytes:
             raise too_large
         read = bytearray()
-        self._count += 1
         try:
             async with asyncio.timeout(limits.seconds):
                 async for part in request.stream():
@@ -130,6 +117,4 @@ class Reader:
             raise SlowError("found half a body, and nobody to send the rest") from None
         except TimeoutError:
             raise SlowError(f"found no end of the body within {limits.seconds:g} s; send it faster") from None
-        finally:
-            self._count -= 1
         return bytes(read)

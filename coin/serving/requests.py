@@ -71,18 +71,15 @@ class Parsed:
 def parse(
     body: bytes, encoding: str, header: int | None, model: str, about: Description, limits: InputLimits
 ) -> Parsed:
-    """Return a request, checked but for its inputs' values.
+    """Return a request for a model, checked but for its inputs' values; a `DataError` where it does not fit.
 
     Args:
         body: JSON, and in the binary extension the input's bytes after it.
         encoding: How it is packed: ``gzip``, ``deflate`` or ``identity``.
         header: The length of the JSON where bytes follow.
-        model: The model that it is for.
+        model: The model's name.
         about: What is served.
         limits: What a query may bring.
-
-    Raises:
-        DataError: The request is none, or does not fit what is served.
     """
     body = _unpacked(body, encoding, limits.bytes)
     if header is not None and header > len(body):

@@ -239,13 +239,15 @@ class FisherPass:
         rows: dict[str, int] = {}
         try:
             untrusted = tape.misplaced(output, unseen=True) | tape.close(output)
+            for call, names in tape.calls.items():
+                if untrusted.isdisjoint(names.values()):
+                    rows.update(dict.fromkeys(names.values(), len(call.inputs) // 2))
+            if len(rows) < len(self._parameters):  # what is left to autograd has to batch its backward pass too
+                Tape(self._parameters, {}, rows).try_backward(self.network, two)
         except RuntimeError:
             if last:
                 raise
-            untrusted, tape.sorts = set(self._parameters), False  # some function cannot batch its backward pass
-        for call, names in tape.calls.items():
-            if untrusted.isdisjoint(names.values()):
-                rows.update(dict.fromkeys(names.values(), len(call.inputs) // 2))
+            rows, tape.sorts = {}, False
         sizes = [call.inputs.numel() // 2 for call in tape.calls] or [
             sum(each.numel() for each in tensors_in(two)) // 2
         ]

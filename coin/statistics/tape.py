@@ -134,6 +134,12 @@ class Tape:
         torch.vmap(one)(cotangents)
         return True
 
+    def try_backward(self, network: nn.Module, inputs: Batch) -> None:
+        """Run a forward pass and a batched backward one, of which nothing is added up; raises as the network does."""
+        output = self.run(network, inputs)
+        self._kept = {call: {} for call in self.calls}
+        self.backward(output, torch.ones_like(output)[None], last=True)
+
     def contract(self, call: Call, g: Tensor, needs_input: bool) -> Tensor | None:
         """Let a call's rule see the cotangents [V, N, …] of its output; return those of its input, if asked."""
         if self._scales is not None:

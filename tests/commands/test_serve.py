@@ -1,6 +1,7 @@
 """``coin serve``: the system it makes of an experiment, its mistakes, and on Ray Serve, where that is installed."""
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -70,10 +71,9 @@ def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decode
             for images, labels in tasks[task].test_dataloader():
                 answer = await front.ask(images, expert)
                 assert answer.decoded == (lost == expert)
-                assert (answer.risk is not None) == answer.decoded
-                if answer.risk is not None:
-                    assert len(answer.risk) == len(labels)
-                    assert 0 <= float(answer.risk.min()) <= float(answer.risk.max()) <= 1
+                assert len(answer.risk) == len(labels)
+                assert 0 <= float(answer.risk.min()) <= float(answer.risk.max()) <= 1
+                assert bool(answer.risk.any()) == answer.decoded
                 right += int((answer.logits[:, : tasks[task].num_classes].argmax(1) == labels).sum())
                 count += len(labels)
         return right / count
@@ -175,7 +175,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_is_read(capsys: pytest.
         port = taken.getsockname()[1]
         assert main(["serve", "nowhere", f"--ray.port={port}"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith(f"coin: error: found no way to listen at 127.0.0.1:{port} (")
+    assert line.startswith(f"coin: error: cannot listen at 127.0.0.1:{port} (")
     assert main(["serve", "nowhere", f"--ray.port={port}"]) == 2
     assert "nowhere" in capsys.readouterr().err
 
@@ -265,7 +265,17 @@ def test_ray_serves_and_a_killed_expert_is_decoded(
     for connection in slow:
         connection.close()
     began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    content = json.dumps(body).encode()
+    with socket.create_connection(("127.0.0.1", client.base_url.port)) as under_way:
+        head = f"POST /v2/models/letters/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+        under_way.sendall(head.encode() + content[:100])
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        refused = client.post("/v2/models/letters/infer", json=body)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        under_way.sendall(content[100:])
+        assert under_way.recv(100).startswith(b"HTTP/1.1 200")
     assert process.wait(60) == 0
     assert time.monotonic() - began < 20  # 41 s, before the servers were told that there is nothing to wait for
     assert "failed to shut down" not in (tmp_path / "said").read_text()
