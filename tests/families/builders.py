@@ -45,11 +45,6 @@ _OBJECTS: dict[str, dict[str, Any]] = {
         "block_args": decode_arch_def([["ds_r1_k3_s2_e1_c8_se0.25_nre"], ["ir_r2_k5_s2_e2_c8_se0.25"]]),
         "act_layer": nn.Hardswish,
     },
-    "mobilenetv4": {
-        "block_args": decode_arch_def(
-            [["uir_r1_a3_k3_s2_e4_c8"], ["mqa_r1_k3_h2_s1_v2_d8_c8", "uir_r1_a0_k3_s1_e2_c8"]]
-        )
-    },
     "poolformer": {"norm_layers": metaformer.GroupNorm1},
     "caformer": {
         "token_mixers": [metaformer.SepConv] * 2 + [metaformer.Attention] * 2,
@@ -114,7 +109,7 @@ def make_case(family: str) -> Case:
     network = (_timm if is_timm else _hugging_face)(family).double()
     _move(network, 1.0, 0.1)  # so that no layer that starts at zero hides others
     draw = _images if is_timm else _named
-    tasks = [[draw(_TABLE[family][1], count, scale) for count in (6, SAMPLES - 6)] for scale in (1.0, 0.6)]
+    tasks = [[draw(_TABLE[family][1], count, scale) for count in (8, SAMPLES - 8)] for scale in (1.0, 0.6)]
     case = Case(network, [], network, tasks, None if is_timm else _logits)
     for norm in _norms(network):
         norm.reset_running_stats()
