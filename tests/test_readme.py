@@ -18,7 +18,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
-def test_python_runs_and_the_oracle_of_a_linear_network_is_exact() -> None:
+def test_python_runs_and_the_oracle_of_a_linear_network_is_exact(monkeypatch, tmp_path) -> None:
     torch.manual_seed(0)
     # What the README leaves to the reader: two trained networks and their data.
     experts = [torch.nn.Sequential(torch.nn.Linear(6, 3)) for _ in range(2)]
@@ -26,10 +26,13 @@ def test_python_runs_and_the_oracle_of_a_linear_network_is_exact() -> None:
     test_loaders = [[(torch.randn(9, 6), torch.randint(3, (9,))) for _ in range(2)] for _ in experts]
     inputs = torch.randn(9, 6)
     names = {"experts": experts, "calibration": calibration, "test_loaders": test_loaders, "inputs": inputs}
+    monkeypatch.chdir(tmp_path)  # it writes a file
     (code,) = blocks("python")
     exec(compile(code, "README.md", "exec"), names)
     assert (names["table"].query("decoder == 'linear'").nda == 1).all()  # type: ignore[attr-defined]
-    torch.testing.assert_close(names["logits"], experts[0](inputs), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(names["decoded"][0], experts[0](inputs), rtol=1e-2, atol=1e-2)
+    again = coin.Coded.load("system.safetensors", experts)
+    assert torch.equal(again.decode(inputs, [0]), names["decoded"])  # type: ignore[attr-defined]
 
 
 def test_every_public_name_is_there() -> None:
