@@ -38,7 +38,9 @@ class RidgeFit:
         return (inputs - self.input_mean) @ self.coefficients + self.target_mean
 
 
-def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1, kernel: Tensor | None = None) -> RidgeFit:
+def fit_ridge(
+    inputs: Tensor, targets: Tensor, groups: int = 1, kernel: Tensor | None = None, *, intercept: bool = True
+) -> RidgeFit:
     """Fit ridge regressions with an unpenalised intercept and the ridge that predicts left-out samples best.
 
     With X = U S Vᵀ the centred inputs and Y the centred targets, the coefficients for a ridge λ are
@@ -56,6 +58,7 @@ def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1, kernel: Tensor |
         targets: ``[P, T]``, finite.
         groups: The targets are this many blocks of equal width, each with a ridge of its own.
         kernel: The products of the centred inputs ``[P, P]``, float64.
+        intercept: Without one nothing is centred, and H is U diag(s²/(s² + λ)) Uᵀ.
 
     Raises:
         NumericalError: There are fewer than two samples, or a value is not finite.
@@ -69,7 +72,7 @@ def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1, kernel: Tensor |
             raise NumericalError(
                 f"the calibration {what} of the decoder hold a NaN or an infinity, expected finite logits"
             )
-    input_mean, target_mean = x.mean(0), y.mean(0)
+    input_mean, target_mean = (each.mean(0) if intercept else torch.zeros_like(each[0]) for each in (x, y))
     eps = torch.finfo(torch.float64).eps
     # The round-off of centring is not signal: without this cut a constant input gets huge coefficients.
     size = x.abs().amax() if x.numel() else x.new_zeros(())
@@ -85,7 +88,7 @@ def fit_ridge(inputs: Tensor, targets: Tensor, groups: int = 1, kernel: Tensor |
     y = y - target_mean
     projected = u.T @ y
     outside = y - u @ projected
-    leverage_left = (1 - 1 / samples - u.square().sum(1)).clamp_min(0.0)
+    leverage_left = (1 - intercept / samples - u.square().sum(1)).clamp_min(0.0)
     scale = s.square().mean() if s.numel() else x.new_ones(())
     grid = scale * 10.0 ** x.new_tensor(RIDGE_EXPONENTS)
 

@@ -55,17 +55,17 @@ def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], *, held
 
     With φ(x) the features and (W, b) the head, the head becomes (W + ΔW, b + Δb), where ΔW φ + Δb is the ridge
     regression of the residual Σβ_if_i − (Wφ + b) on the pooled calibration samples, without the held-out ones if
-    `held_out`, its ridge chosen by leave-one-out (`fit_ridge`). The ridge pulls towards the head that is there, so
-    experts that agree keep theirs.
+    `held_out`, its ridge chosen by leave-one-out (`fit_ridge`); a head without a bias gets none. The ridge pulls
+    towards the head that is there, so experts that agree keep theirs.
 
     Raises:
-        HeadError: The head is not a fully connected layer with a bias, or the logits are not the head of its inputs.
+        HeadError: The head is not a fully connected layer, or the logits are not the head of its inputs.
     """
     name = head_name(network)
     head = network.get_submodule(name)
-    if not isinstance(head, nn.Linear) or head.bias is None:
+    if not isinstance(head, nn.Linear):
         raise HeadError(
-            f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer with a bias; "
+            f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer; "
             "name another in an attribute 'head_name', leave the method out for this network, or give Refit head=False"
         )
     batches, targets = (experts.split[0], experts.fitted_target) if held_out else (experts.pooled, experts.target)
@@ -77,8 +77,9 @@ def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], *, held
             check_head(network, *found[-1])
     features, logits = (torch.cat(pieces).double() for pieces in zip(*found, strict=True))
     experts.passes += len(features)
-    fit = fit_ridge(features, target - logits)
+    fit = fit_ridge(features, target - logits, intercept=head.bias is not None)
     step = fit.coefficients.T
     with torch.no_grad():
         head.weight.add_(step.to(head.weight))
-        head.bias.add_((fit.target_mean - step @ fit.input_mean).to(head.bias))
+        if head.bias is not None:
+            head.bias.add_((fit.target_mean - step @ fit.input_mean).to(head.bias))

@@ -183,3 +183,22 @@ def test_a_matrix_of_lower_rank_keeps_its_zero_singular_values():
     matrix = torch.outer(torch.arange(3.0, dtype=torch.float64), torch.arange(9.0, dtype=torch.float64))
     s = thin_svd(matrix)[1]
     assert float(s[1:].max()) < 1e-12 * float(s[0])
+
+
+def test_without_an_intercept_nothing_is_centred_and_left_out_errors_are_those_of_fits_without_the_sample():
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(12, 4, generator=draw, dtype=torch.float64) + 2
+    y = x @ torch.randn(4, 2, generator=draw, dtype=torch.float64) + 5
+    y += torch.randn(12, 2, generator=draw, dtype=torch.float64)
+    fit = fit_ridge(x, y, intercept=False)
+    assert not fit.input_mean.any()
+    assert not fit.target_mean.any()
+
+    def solved(rows):
+        damped = x[rows].T @ x[rows] + fit.ridges[0] * torch.eye(4, dtype=torch.float64)
+        return torch.linalg.solve(damped, x[rows].T @ y[rows])
+
+    torch.testing.assert_close(fit.coefficients, solved(torch.arange(12)))
+    for place in range(12):
+        alone = y[place] - x[place] @ solved(torch.arange(12) != place)
+        torch.testing.assert_close(fit.left_out[place].flatten(), alone)

@@ -60,7 +60,7 @@ STAGES = {
 }
 REFUSED: dict[str, dict[str, str]] = {
     "timm/resnetv2": dict.fromkeys(HEAD, "a fully connected"),
-    **{f"hugging_face/{name}": dict.fromkeys(HEAD, "a fully connected") for name in NO_BIAS},
+    **{f"hugging_face/{name}": {"readout_distillation": "a fully connected"} for name in NO_BIAS},
     **{family: dict.fromkeys(HEAD, "are not its head") for family in TWO_HEADS},
     **{family: {"feature_ridge-stages": line} for family, line in STAGES.items()},
 }
