@@ -75,14 +75,28 @@ def clear_caches(network: nn.Module) -> None:
     """Have modules forget what they keep between passes in eval mode, their modes as they are.
 
     Modules that keep something of their parameters, as timm's LeViT its attention biases, override `train` to clear it.
+    Where one writes to its parameters there, as LoRA layers that merge in eval mode, all is put back.
     """
     modes = {module: module.training for module in network.modules()}
-    for module in modes:
-        if type(module).train is not nn.Module.train:
-            module.train()
-            module.train(modes[module])
+    keeping = [module for module in modes if type(module).train is not nn.Module.train]
+    found = {module: (dict(vars(module)), _own_tensors(module)) for module in keeping}
+    for module in keeping:
+        module.train()
+        module.train(modes[module])
     for module, mode in modes.items():
         module.training = mode
+    for module, (held, tensors) in found.items():
+        if not all(torch.equal(tensor, old) for tensor, old in tensors):
+            vars(module).clear()
+            vars(module).update(held)
+            for tensor, old in tensors:
+                tensor.data.copy_(old)
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Return a module's own parameters and buffers, each with a copy."""
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return [(tensor, tensor.detach().clone()) for tensor in own]
 
 
 def as_input(batch: Any, network: nn.Module) -> Batch:

@@ -63,10 +63,11 @@ def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], *, held
     """
     name = head_name(network)
     head = network.get_submodule(name)
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear) or "weight" not in head._parameters:  # but computed of others at every pass
         raise HeadError(
-            f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer; "
-            "name another in an attribute 'head_name', leave the method out for this network, or give Refit head=False"
+            f"found a head '{name}' of type {type(head).__name__}, expected a fully connected layer whose weight is "
+            "a parameter; name another in an attribute 'head_name', leave the method out for this network, or give "
+            "Refit head=False"
         )
     batches, targets = (experts.split[0], experts.fitted_target) if held_out else (experts.pooled, experts.target)
     target = targets(row).double()  # checked to be finite

@@ -140,8 +140,8 @@ class Refit(Method):
         if share > MOST_AVERAGED:
             warnings.warn(
                 f"method '{self.label}' kept the average of {share:.0%} of the parameters of {type(network).__name__} "
-                f"({len(averaged)} tensors, such as '{averaged[0]}'), which no affine map that runs once reads row by "
-                "row; compare it with other methods on this network",
+                f"({len(averaged)} tensors, such as '{averaged[0]}'), which are no affine map's that runs once, or "
+                "whose rows cannot be told to be sample by sample; compare it with other methods on this network",
                 CoinWarning,
                 stacklevel=3,
             )

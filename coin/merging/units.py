@@ -97,10 +97,12 @@ def _misplaced(network: nn.Module, samples: Batch) -> tuple[set[str], set[str]]:
     with evaluating(network), differentiable(parameters.values()):
         tape = Tape(parameters, {}, None)
         output = tape.run(network, as_input(samples, network))
-        try:
-            return tape.misplaced(output, unseen=True), tape.decided
-        except RuntimeError:  # a function that cannot batch its backward pass: nothing is known
-            return set(parameters), set()
+        for batched in (True, False):
+            try:
+                return tape.misplaced(output, unseen=True, batched=batched), tape.decided
+            except RuntimeError:  # a function that cannot batch its backward pass, or has none of this kind
+                continue
+        return set(parameters), set()
 
 
 class _Seen(NamedTuple):

@@ -1,6 +1,6 @@
 """A code with its networks: the experts, and the coded models that stand by for them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -109,7 +109,7 @@ class Coded(LightningModule):
 
     def fit_decoder(
         self,
-        calibration: Sequence[Batch],
+        calibration: Iterable[Any],
         erased: Sequence[int],
         kind: DecoderKind | str | DecoderConfig,
         tasks: Tensor | None = None,
@@ -119,17 +119,19 @@ class Coded(LightningModule):
         Several erasures may be ready at once, each by its own call.
 
         Args:
-            calibration: Batches of inputs ``[B, ...]``, unlabelled; the linear decoder learns no more of them than its
-                errors, for `risk`, and takes none too.
+            calibration: Batches of inputs ``[B, ...]``, or of pairs whose labels are not looked at. The linear decoder
+                learns no more of them than its errors, for `risk`, and takes none too.
             erased: Indices of the lost experts.
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
         """
         decoder = make_decoder(kind, self.code, erased)
-        if decoder.needs_fit or calibration:
-            parts = [self._answers_for([decoder.config], batch) for batch in calibration]
+        parts: list[Answers] = []
+        for batch in calibration:
+            parts.append(self._answers_for([decoder.config], batch))
+            self.classes = self.classes or [num_classes(expert, batch) for expert in self.experts]
+        if decoder.needs_fit or parts:
             decoder.fit(replace(Answers.concatenate(parts), tasks=tasks))
-            self.classes = self.classes or [num_classes(expert, calibration[0]) for expert in self.experts]
         self.decoders.pop(decoder.erased, None)
         self.decoders[decoder.erased] = decoder
         return self
@@ -224,7 +226,8 @@ class Coded(LightningModule):
         key = next(reversed(self.decoders), ()) if erased is None else tuple(erased)
         if key not in self.decoders:
             lost = "" if erased is None else f" of the loss of {list(erased)}"
-            raise ConfigurationError(f"found no decoder{lost}; call fit_decoder with the lost experts first")
+            ready = f", only of {', '.join(str(list(each)) for each in self.decoders)}" if self.decoders else ""
+            raise ConfigurationError(f"found no decoder{lost}{ready}; call fit_decoder with the lost experts first")
         return self.decoders[key]
 
     def _answers_for(self, decoders: Sequence[DecoderConfig], inputs: Batch, erased: Sequence[int] = ()) -> Answers:

@@ -69,6 +69,8 @@ def evaluate(
         if given is not None and len(given) != count:
             raise ConfigurationError(f"found {what} of {len(given)} tasks, expected {count}; give every expert's")
     lost = [check_erasure(erased, count) for erased in erasures or [[task] for task in range(count)]]
+    if len({frozenset(erased) for erased in lost}) < len(lost):
+        raise ConfigurationError(f"found erasures {[list(erased) for erased in lost]}, expected each loss once")
     every = [make_decoder(config, system.code, erased) for config in configs for erased in lost]
     if calibration is not None:
         parts = []

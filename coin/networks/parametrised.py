@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from coin.errors import StateError
@@ -23,9 +24,11 @@ def renormalise(network: nn.Module, experts: Sequence[State]) -> None:
         network: The merged network, `torch.nn.utils.spectral_norm` of either kind in it.
         experts: Every expert's buffers, by name.
 
+    A method that changes parameters afterwards, as training does, keeps the vectors that it started with.
+
     Raises:
         StateError: Another parametrisation has buffers that differ between experts, so that their average means
-            nothing, as `torch.nn.utils.parametrizations.orthogonal`.
+            nothing, as `torch.nn.utils.parametrizations.orthogonal`; or masks of `torch.nn.utils.prune` do.
     """
     known = set()
     for names, buffers, matrix in _spectral_norms(network):
@@ -42,6 +45,14 @@ def renormalise(network: nn.Module, experts: Sequence[State]) -> None:
                     f"buffer '{differing[0]}' of a parametrisation differs between experts, and its average means "
                     "nothing; call torch.nn.utils.parametrize.remove_parametrizations on the experts first"
                 )
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                mask = f"{name}.{hook._tensor_name}_mask".lstrip(".")
+                if _differ(experts, [mask]):
+                    raise StateError(
+                        f"the pruning mask '{mask}' differs between experts, and its average prunes nothing; call "
+                        "torch.nn.utils.prune.remove on the experts first"
+                    )
 
 
 def _differ(experts: Sequence[State], names: Sequence[str]) -> list[str]:
@@ -59,9 +70,14 @@ def _differ(experts: Sequence[State], names: Sequence[str]) -> list[str]:
 def _spectral_norms(network: nn.Module) -> Iterator[tuple[list[str], list[Tensor], Tensor]]:
     """Yield of every spectral norm the names of u and v, these buffers, and the matrix that is normalised."""
     for name, module in network.named_modules():
-        if isinstance(module, ParametrizationList):
-            weight: Tensor = module.original
-            for place, step in enumerate(module):
+        if isinstance(module, ParametrizationList) and any(isinstance(step, _SpectralNorm) for step in module):
+            steps = list(enumerate(module))
+            if module.is_tensor:
+                weight: Tensor = module.original
+            else:  # the first makes the weight of several tensors
+                weight = module[0](*(getattr(module, f"original{place}") for place in range(module.ntensors)))
+                del steps[0]
+            for place, step in steps:
                 if isinstance(step, _SpectralNorm) and weight.ndim > 1:
                     names = [f"{name}.{place}.{which}" for which in ("_u", "_v")]
                     yield names, [step._u, step._v], step._reshape_weight_to_matrix(weight)

@@ -191,9 +191,7 @@ class FisherPass:
         output = tape.run(self.network, arranged)
         if key not in self._layouts:
             self._layouts[key] = layout
-            # Not the same if it depends on its neighbours; outputs that overflow tell nothing, and end in the sums.
-            rounding = torch.finfo(output.dtype).eps ** 0.5 * layout.logits.abs().amax()
-            if bool(((output[0] - layout.logits).abs() > rounding).any()):
+            if self._mixes(output, layout.logits, arranged):
                 self._layouts[key] = replace(layout, mixes=True)
                 return self._add_alone(piece)
         rows = self._cotangents(output, 0)
@@ -203,6 +201,15 @@ class FisherPass:
             sample, row = paired(self.network, take(piece, slice(n, n + 1)), rows[:, n : n + 1])
             self._add_one_by_one(self.network(sample), row, general)
         return size_of(piece)
+
+    def _mixes(self, output: Tensor, alone: Tensor, inputs: Batch) -> bool:
+        """Say whether outputs [B, C] depend on neighbours: the first is not `alone`, or they change with the order."""
+        rounding = torch.finfo(output.dtype).eps ** 0.5 * alone.abs().amax()
+        with torch.no_grad():
+            backwards = torch.arange(len(output) - 1, -1, -1)
+            turned = self.network(take(inputs, backwards)).flip(0)
+        # Outputs that overflow tell nothing, and end in the sums.
+        return bool(((output[0] - alone).abs() > rounding).any() or ((output - turned).abs() > rounding).any())
 
     def _add_alone(self, piece: Batch) -> int:
         """Add samples one at a time, for all parameters, as each is on its own; return their number."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from coin.batches import nested_tensors
 from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall, DepthwiseCall, Geometry
 from coin.statistics.rules.elementwise import batch_norm, group_norm, layer_norm, scale, shift
@@ -34,13 +35,15 @@ _COUNTING = {"to", "float", "double", "half", "bfloat16", "int", "long", "type",
 _COUNTING |= {"mul", "__mul__", "__rmul__", "multiply", "einsum", "matmul", "__matmul__"}
 """Those that make numbers of truth values, by which rows are picked in products; as masks these move nothing."""
 
+_FOLLOWED = "_coin_followed"
+"""An attribute of tensors that are made of parameters."""
+
 _signature = lru_cache(maxsize=None)(inspect.signature)
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 
 
-_DECIDING = (
-    _CHOOSING | {"eq", "ne", "lt", "le", "gt", "ge"} | {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
-)
+_DECIDING = _CHOOSING | {"numpy", "eq", "ne", "lt", "le", "gt", "ge"}
+_DECIDING |= {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"}
 """Those by which activations can decide, and so send a row elsewhere in another network."""
 
 
@@ -55,11 +58,12 @@ class Interceptor(TorchFunctionMode):
         sorts: Whether the network did anything by which values decide where a row goes, as a mixture of experts does:
             what lies where may then differ from batch to batch.
         decides: Whether it did so by values that depend on its parameters: what lies where may then differ between
-            networks too.
+            networks too. Only if `follow`: then what is made of parameters is followed, detached or not.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], visit: Visit) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], visit: Visit, *, follow: bool = False) -> None:
         super().__init__()
+        self._follow = follow
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._visit, self.sorts, self.decides = visit, False, False
 
@@ -67,13 +71,26 @@ class Interceptor(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         options = kwargs or {}
+        if not self._follow:
+            return self._call(func, args, options)
+        given = list(nested_tensors((args, options)))
+        if any(hasattr(each, _FOLLOWED) for each in given) and _decides(func):
+            self.decides = True
+        result = self._call(func, args, options)
+        if any(isinstance(each, nn.Parameter) or hasattr(each, _FOLLOWED) for each in given):
+            for each in nested_tensors(result):
+                if not isinstance(each, nn.Parameter):
+                    setattr(each, _FOLLOWED, True)
+        return result
+
+    def _call(self, func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Return what a function returns; a ruled call is handed to the visitor."""
         output: Any = None
         if func is F.multi_head_attention_forward:
             with self:  # the projections inside are calls like any other
                 output = _self_attention(args, options)
         else:
             self.sorts = self.sorts or _sorts(func, args)
-            self.decides = self.decides or _decides(func, args)
             reader = _READERS.get(func)
             call = reader(*args, **options) if reader is not None and _fits(reader, args, options) else None
             if call is not None:
@@ -95,10 +112,9 @@ def _sorts(func: Any, args: tuple[Any, ...]) -> bool:
     return name in _SORTING or name.removesuffix("_") in _SORTING
 
 
-def _decides(func: Any, args: tuple[Any, ...]) -> bool:
+def _decides(func: Any) -> bool:
     name = getattr(func, "__name__", "")
-    own = name in _DECIDING or name.removesuffix("_") in _DECIDING
-    return own and any(isinstance(each, Tensor) and each.requires_grad for each in args)
+    return name in _DECIDING or name.removesuffix("_") in _DECIDING
 
 
 def _fits(reader: Any, args: Sequence[Any], options: Mapping[str, Any]) -> bool:

@@ -51,6 +51,7 @@ class Tape:
         self._kept: dict[Call, dict[str, Tensor]] = {}
         self._scales: Tensor | None = None
         self._placed: dict[Call, bool] = {}
+        self._arrived: dict[Call, list[Tensor]] = {}
 
     def run(self, network: nn.Module, inputs: Batch) -> Tensor:
         """Return the network's output [B, C] for samples [B, …], with the ruled calls recorded.
@@ -71,7 +72,7 @@ class Tape:
             result: Tensor = _RuledCall.apply(self._anchor, source, call, self, function)  # type: ignore[no-untyped-call]
             return result
 
-        with Interceptor(self._parameters, visit) as interceptor:
+        with Interceptor(self._parameters, visit, follow=self.rows is None) as interceptor:
             output: Tensor = network(inputs)
         self.sorts = interceptor.sorts
         if output.ndim != 2 or len(output) != self._samples:
@@ -84,7 +85,7 @@ class Tape:
                 )
         return output
 
-    def misplaced(self, output: Tensor, *, unseen: bool) -> set[str]:
+    def misplaced(self, output: Tensor, *, unseen: bool, batched: bool = True) -> set[str]:
         """Find the parameters at whose calls the rows do not lie sample by sample, k rows each.
 
         A backward pass is repeated with the samples' cotangents scaled by different powers of two, which no rounding
@@ -94,6 +95,7 @@ class Tape:
 
         The output's graph is kept. If `unseen`, a call at which no gradient arrives counts as misplaced, since it is to
         be trusted for other samples too; where a weight of zero is all that hides the gradient, it is looked behind.
+        Unless `batched`, the repetitions run one after another, for networks whose backward pass takes no batch.
         """
         numbers = torch.arange(self._samples, device=output.device)
         scales = [torch.ones_like(numbers)]
@@ -102,7 +104,15 @@ class Tape:
         self._scales, self._unseen, self._placed = torch.stack(scales).to(output.dtype), unseen, {}
         # Any cotangent does that no symmetry of the outputs cancels.
         cotangent = torch.arange(1, output.shape[1] + 1, device=output.device).to(output.dtype).cos()
-        self.backward(output, self._scales[..., None] * cotangent, last=False)
+        scaled = self._scales[..., None] * cotangent
+        if batched:
+            self.backward(output, scaled, last=False)
+        else:
+            self.cotangents, self._last, self._arrived = 1, False, {}
+            for each in scaled:
+                torch.autograd.grad(output, self._anchor, each, retain_graph=True, allow_unused=True)
+            for call, pieces in self._arrived.items():
+                self._placed[call] = self._is_placed(self._scales, torch.cat(pieces))
         self._scales = None
         wrong = [names.values() for call, names in self.calls.items() if not self._placed.get(call, not unseen)]
         return set().union(*wrong)
@@ -143,7 +153,10 @@ class Tape:
     def contract(self, call: Call, g: Tensor, needs_input: bool) -> Tensor | None:
         """Let a call's rule see the cotangents [V, N, …] of its output; return those of its input, if asked."""
         if self._scales is not None:
-            self._placed[call] = self._is_placed(self._scales, g)
+            if len(g) == len(self._scales):
+                self._placed[call] = self._is_placed(self._scales, g)
+            else:
+                self._arrived.setdefault(call, []).append(g)
         elif totals := self._kept[call]:
             call.accumulate(g.to(sum_type(g)), self._samples, totals)
             if self._last:

@@ -7,6 +7,7 @@ import torch
 from scipy.stats import multivariate_normal
 
 from coin.coding import Answers, Code, DecoderConfig, decoding_risk, make_decoder, uniform
+from coin.coding.risk import POINTS
 from coin.errors import DecodingError, NumericalError
 
 
@@ -33,7 +34,11 @@ def test_it_is_the_probability_that_any_rival_wins():
         a = int(row.argmax())
         apart = torch.eye(5, dtype=torch.float64)[a] - torch.eye(5, dtype=torch.float64)[torch.arange(5) != a]
         normal = multivariate_normal(cov=(apart @ moments @ apart.T).numpy(), seed=0)
-        assert risk == pytest.approx(1 - normal.cdf((apart @ row).numpy()), abs=0.01)
+        wanted = 1 - normal.cdf((apart @ row).numpy())
+        total = sum(
+            tail(float(m / v**0.5)) for m, v in zip(apart @ row, (apart @ moments @ apart.T).diagonal(), strict=True)
+        )
+        assert risk == pytest.approx(wanted, abs=1e-4 + 3 * wanted * ((total / wanted - 1) / POINTS) ** 0.5)
 
 
 def test_between_two_classes_it_is_the_tail_of_the_margin_over_its_error():
@@ -52,6 +57,37 @@ def test_among_many_classes_as_many_answers_differ_as_foretold(classes):
     own = decoded - torch.randn(4000, classes, generator=draw, dtype=torch.float64) @ torch.linalg.cholesky(moments).T
     differ = (own.argmax(1) != decoded.argmax(1)).double().mean()
     assert float(decoding_risk(decoded, moments).mean()) == pytest.approx(float(differ), abs=0.025)
+
+
+@pytest.mark.parametrize(("rank", "shift"), [(5, 0.0), (100, 0.0), (100, 50.0)])
+def test_errors_in_few_directions_or_that_all_classes_share(rank, shift):
+    """Each factor of the moments had to be found anew, and was not; rivals beyond 32 counted as independent."""
+    draw = torch.Generator().manual_seed(0)
+    mix = torch.randn(100, rank, generator=draw, dtype=torch.float64) / rank**0.5
+    decoded = torch.randn(2000, 100, generator=draw, dtype=torch.float64)
+    errors = torch.randn(2000, rank, generator=draw, dtype=torch.float64) @ mix.T
+    moments = mix @ mix.T + shift**2
+    differ = ((decoded - errors).argmax(1) != decoded.argmax(1)).double().mean()
+    for precision in (torch.float64, torch.float32):
+        risk = decoding_risk(decoded, moments.to(precision))
+        assert float(risk.mean()) == pytest.approx(float(differ), abs=0.03)
+
+
+def test_a_thousand_classes_that_are_alike():
+    decoded, draw = torch.zeros(1, 1000, dtype=torch.float64), torch.Generator().manual_seed(0)
+    decoded[0, 0] = 5
+    errors = torch.cat([torch.randn(2000, 1000, generator=draw, dtype=torch.float64) for _ in range(5)])
+    differ = ((decoded - errors).argmax(1) != 0).double().mean()
+    assert float(decoding_risk(decoded, torch.eye(1000))) == pytest.approx(
+        float(differ), rel=0.25
+    )  # it was three times
+
+
+def test_inside_inference_mode_and_with_gradients_behind_it():
+    with torch.inference_mode():
+        decoding_risk(torch.zeros(1, 11), torch.eye(11))
+    decoded = torch.zeros(1, 11, requires_grad=True)
+    assert not decoding_risk(2 * decoded, torch.eye(11)).requires_grad
 
 
 def test_errors_in_one_direction_only_and_small_risks():

@@ -163,43 +163,30 @@ def test_experts_are_found_as_they_were():
     assert [each.training for expert in experts for each in expert.modules()] == [True] * 4 + [False] * 4
 
 
-class Arranged(nn.Module):
-    """Tokens [B, T, 4] through two layers, in rows that lie sample by sample or otherwise."""
+class Adapted(nn.Module):
+    """A LoRA layer that merges into its weight in eval mode, as the first implementations do."""
 
-    def __init__(self, arrange):
+    def __init__(self):
         super().__init__()
-        self.score, self.first = nn.Linear(4, 1), nn.Linear(4, 6)
-        self.second, self.head = nn.Linear(6, 6), nn.Linear(6, CLASSES)
-        self.arrange = arrange
+        self.weight, self.merged = nn.Parameter(torch.randn(CLASSES, 4).double(), requires_grad=False), False
+        self.a, self.b = (nn.Parameter(torch.randn(*shape).double()) for shape in ((2, 4), (CLASSES, 2)))
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * (self.b @ self.a)
+            self.merged = not mode
+        return self
 
     def forward(self, x):
-        rows, back = self.arrange(x, self.score)
-        return self.head(back(self.second(self.first(rows).tanh()).tanh()).mean(1))
+        return x @ (self.weight if self.merged else self.weight + self.b @ self.a).T
 
 
-def by_sample(x, score):
-    return x.flatten(0, 1), lambda rows: rows.view(len(x), -1, rows.shape[1])
-
-
-def by_time(x, score):
-    return x.transpose(0, 1).flatten(0, 1), lambda rows: rows.view(-1, len(x), rows.shape[1]).transpose(0, 1)
-
-
-def by_score(x, score):
-    order = score(x).argsort(1)  # of an expert's own: in another network the rows lie otherwise
-    return torch.gather(x, 1, order.expand(x.shape)).flatten(0, 1), lambda rows: rows.view(len(x), -1, rows.shape[1])
-
-
-@pytest.mark.parametrize("arrange", [by_sample, by_time, by_score])
-def test_refit_leaves_rows_alone_that_are_not_of_the_sample_that_it_takes_them_for(arrange):
-    """One function in three layouts: it took row r for sample r // k and looked at shapes alone."""
+def test_layers_that_write_to_their_weights_in_train_are_left_alone():
     torch.manual_seed(0)
-    network = Arranged(arrange).double()
-    experts, calibration = [moved(network, 1, 0.3), moved(network, 2, 0.3)], batches(3, 4)
-    x, residuals = torch.cat([batch for task in calibration for batch in task]), {}
-    for method in (coin.Average(), coin.Refit("mix", head=False)):
-        made = method.make(Experts(experts, calibration=calibration), [0.5, 0.5])
-        residuals[method.label] = float((made.network(x) - sum(expert(x) for expert in experts) / 2).norm())
-    rows = {"first.weight", "first.bias", "second.weight", "second.bias"}
-    assert rows & set(made.chosen["averaged"]) == (set() if arrange is by_sample else rows)
-    assert residuals["refit"] < residuals["average"]
+    network, (samples, _) = nn.Sequential(Adapted()), batches(4)
+    before = [parameter.clone() for parameter in network.parameters()]
+    found = coin.fisher_diagonal(network, samples)
+    assert all(bool(value.any()) for value in found.values())
+    assert all(torch.equal(*pair) for pair in zip(before, network.parameters(), strict=True))
+    assert not network[0].merged

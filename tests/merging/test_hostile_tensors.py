@@ -6,7 +6,7 @@ from torch import nn
 
 import coin
 from coin.batches import clone
-from coin.errors import CoinWarning, ConfigurationError, StateError
+from coin.errors import CoinWarning, ConfigurationError, HeadError, StateError
 
 CLASSES = 3
 
@@ -156,3 +156,36 @@ def test_what_cannot_be_refitted_is_told_where_it_is_much():
     experts = [moved(Untouchable(), seed) for seed in (1, 2)]
     with pytest.warns(CoinWarning, match=r"'refit' kept the average of 53% of the parameters of Untouchable \(1 tens"):
         coin.merge_networks(coin.Refit(), experts, coin.Code([[0.5, 0.5]]), calibration=batches(4))
+
+
+@pytest.mark.parametrize("method", [coin.Average(), coin.Refit("mix")], ids=lambda each: each.label)
+def test_weights_of_several_tensors_with_and_without_a_spectral_norm(method):
+    """Every method crashed on them for want of one tensor of which the weight is made."""
+    wrap, norm = nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm
+    for make in (wrap, lambda layer: norm(wrap(layer))):
+        experts = [spectral(make, 1), spectral(make, 2)]
+        made = coin.merge_networks(method, experts, coin.Code([[0.5, 0.5]]), calibration=batches(4))[0]
+        if make is not wrap:
+            assert float(torch.linalg.matrix_norm(made[0].weight, 2)) == pytest.approx(1)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_head_whose_weight_is_computed_is_not_fitted(wrap):
+    """What was fitted was lost at the next pass, but for the bias."""
+    torch.manual_seed(0)
+    experts = [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), wrap(nn.Linear(5, CLASSES))).double().eval() for _ in "ab"]
+    for method in (coin.HeadFit(), coin.Refit()):
+        with pytest.raises(HeadError, match="whose weight is a parameter; name another"):
+            coin.merge_networks(method, experts, coin.Code([[0.5, 0.5]]), calibration=batches(4))
+
+
+def test_pruning_masks_that_differ_are_refused_and_equal_ones_stay():
+    experts = [nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, CLASSES)).double() for _ in "ab"]
+    for expert in experts:
+        nn.utils.prune.l1_unstructured(expert[0], "weight", 0.5)
+    with pytest.raises(StateError, match=r"the pruning mask '0\.weight_mask' differs between experts"):
+        coin.merge_networks(coin.Average(), experts, coin.Code([[0.5, 0.5]]))
+    experts[1][0].weight_mask.copy_(experts[0][0].weight_mask)
+    made = coin.merge_networks(coin.Average(), experts, coin.Code([[0.5, 0.5]]))[0]
+    assert torch.equal(made[0].weight_mask, experts[0][0].weight_mask)

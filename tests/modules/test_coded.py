@@ -177,6 +177,12 @@ def system_of(matrix=CODES[2]):
     return Coded(code, experts, stand_ins, names=["a", "b", "c"])
 
 
+def test_a_loader_of_pairs_is_calibration_data_too(inputs):
+    pairs = torch.utils.data.DataLoader(list(zip(inputs, torch.zeros(30), strict=True)), batch_size=7)
+    one, other = (system_of().fit_decoder(each, [0], "ridge") for each in (pairs, inputs.split(7)))
+    assert torch.equal(one.decode(inputs), other.decode(inputs))
+
+
 def test_several_erasures_are_ready_at_once_and_say_their_risk(inputs):
     system = system_of()
     for erased in system.code.erasures():
@@ -193,7 +199,7 @@ def test_several_erasures_are_ready_at_once_and_say_their_risk(inputs):
             torch.testing.assert_close(risks[place], decoder.risk(expert, decoded[place], classes))
     assert 0 < float(system.risk(system.decode(inputs, [0]), [0]).mean()) < 1
     assert torch.equal(system.decode(inputs), system.decode(inputs, system.code.erasures()[-1]))
-    with pytest.raises(ConfigurationError, match=r"no decoder of the loss of \[2, 1\]; call fit_decoder"):
+    with pytest.raises(ConfigurationError, match=r"no decoder of the loss of \[2, 1\], only of .*; call fit_dec"):
         system.decode(inputs, [2, 1])
     with pytest.raises(DecodingError, match="knows no errors"):
         (fresh := system_of().fit_decoder([], [0], "linear")).risk(fresh.decode(inputs))

@@ -300,3 +300,14 @@ def test_features_are_those_of_the_token_that_the_logits_are_read_at():
     torch.testing.assert_close(features[2], network.body(x[2, 3]).tanh())
     torch.testing.assert_close(features[0], network.body(x[0, 6]).tanh())
     check_head(network, features, logits)
+
+
+@pytest.mark.parametrize("tokens", [5, 7])
+@pytest.mark.parametrize("read", [lambda y: y[-1], lambda y: y.mean(0)], ids=["last", "mean"])
+def test_features_of_tokens_before_samples(read, tokens):
+    """As many tokens as samples look like samples first: features were of other rows."""
+    torch.manual_seed(0)
+    network, x = Network(lambda n, x: read(n.head(n.body(x).transpose(0, 1)))), torch.randn(5, tokens, 6)
+    features, logits = features_and_logits(network, x)
+    torch.testing.assert_close(features, read(network.body(x).transpose(0, 1)))
+    check_head(network, features, logits)

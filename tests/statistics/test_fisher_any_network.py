@@ -544,21 +544,31 @@ def test_a_batch_of_one_in_front_of_tokens_against_finite_differences(normed: bo
 
 
 class Mixing(nn.Module):
-    """A network that takes the batch's mean off its inputs."""
+    """A network in which a sample's neighbours in the batch have a say."""
 
-    def __init__(self) -> None:
+    def __init__(self, neighbours: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.first, self.head = nn.Linear(4, 5), nn.Linear(5, CLASSES)
+        self.first, self.head, self.neighbours = nn.Linear(4, 5), nn.Linear(5, CLASSES), neighbours
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head((self.first(x) - 0.5 * self.first(x).mean(0)).tanh())
+        hidden = self.first(x)
+        return self.head((hidden + self.neighbours(hidden)).tanh())
 
 
+MIXTURES = {
+    "the mean": lambda h: -0.5 * h.mean(0),
+    "the one before": lambda h: torch.cat([torch.zeros_like(h[:1]), h[:-1]]),
+    "the one after": lambda h: torch.cat([h[1:], torch.zeros_like(h[:1])]),
+    "all before": lambda h: h.cumsum(0),
+}
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("kind", ["categorical", "empirical", "monte_carlo", "exact"])
-def test_a_network_that_mixes_samples_is_taken_a_sample_at_a_time(kind: str) -> None:
+def test_a_network_that_mixes_samples_is_taken_a_sample_at_a_time(kind: str, mixture: str) -> None:
     """Cotangents and gradients of one and the same pass: the cotangents were the batch's, 17 % off."""
     torch.manual_seed(0)
-    network, x = Mixing().double().eval(), 2 * torch.randn(6, 4).double()
+    network, x = Mixing(MIXTURES[mixture]).double().eval(), 2 * torch.randn(6, 4).double()
     labels = torch.arange(6) % CLASSES
 
     def fisher(pieces: list[Tensor]) -> dict[str, Tensor]:
