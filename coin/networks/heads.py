@@ -15,7 +15,8 @@ def head_name(network: nn.Module) -> str:
     """Return the dotted name of the classifier head.
 
     The head is the last `nn.Linear` in the order of registration, or, where a network has none (SqueezeNet), the
-    last `nn.Conv2d`. What Hugging Face's models call their base model comes before all else, wherever it is registered.
+    last `nn.Conv2d`. What lies in a base model of Hugging Face's, at any depth, comes before all else, wherever it is
+    registered.
     A network whose head is elsewhere names it itself in an attribute ``head_name: str``.
     """
     layers: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
@@ -24,14 +25,28 @@ def head_name(network: nn.Module) -> str:
         if own not in layers:
             raise StateError(f"found head_name '{own}', expected a layer of {type(network).__name__}; name one")
         return own
-    base = getattr(network, "base_model_prefix", None)
+    bases = _base_models(layers)
     for kind in (nn.Linear, nn.Conv2d):
         if names := [name for name, layer in layers.items() if isinstance(layer, kind)]:
-            return max(names, key=lambda name: (name.partition(".")[0] != base, names.index(name)))
+            outside = {name: -sum(f"{name}.".startswith(base) for base in bases) for name in names}
+            return max(names, key=lambda name: (outside[name], names.index(name)))
     raise HeadError(
         f"found no Linear or Conv2d layer in {type(network).__name__}, expected a classifier head; "
         "name it in an attribute 'head_name'"
     )
+
+
+def _base_models(layers: Mapping[str, nn.Module]) -> set[str]:
+    """Return the names, each with its dots, of Hugging Face's base models: what a model calls so, or is without one."""
+    found = set()
+    for name, layer in layers.items():
+        if prefix := getattr(type(layer), "base_model_prefix", ""):
+            inner = f"{name}.{prefix}" if name else prefix
+            if inner in layers:
+                found.add(f"{inner}.")
+            elif type(layer).__name__.endswith("Model"):
+                found.add(f"{name}." if name else "")
+    return found
 
 
 def replace_head(network: nn.Module, num_classes: int) -> None:

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torchvision.models.swin_transformer import PatchMerging, PatchMergingV2, SwinTransformerBlock
 
 from coin.batches import Batch, size_of, take, tensors_in
@@ -15,6 +17,16 @@ from coin.errors import ConfigurationError, StateError
 from coin.networks.heads import features_and_logits, head_name
 
 _CHANNELS_LAST = (PatchMerging, PatchMergingV2, SwinTransformerBlock)
+_CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)
+_SEQUENCES = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d)
+_WIDTHS: dict[Any, str] = {
+    _ConvNd: "out_channels",
+    nn.Linear: "out_features",
+    _NormBase: "num_features",
+    nn.GroupNorm: "num_channels",
+    nn.LayerNorm: "normalized_shape",
+    nn.Embedding: "embedding_dim",
+}
 _STRIDED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
@@ -78,9 +90,9 @@ def stage_names(network: nn.Module) -> list[str]:
 def stages_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Run a network once; return its stages' features ``[B, F]``, its logits ``[B, C]``, and the widths of the stages.
 
-    The features stand side by side; maps are averaged over positions, wherever their channels are, sequences over all
-    tokens, the class token among them; of a tuple the first is read. The last stage is what `features_and_logits`
-    returns.
+    The features stand side by side; maps and sequences are averaged over positions, wherever their channels are
+    (`_channels_are_last`), the class token among them; of a tuple the first is read. The last stage is what
+    `features_and_logits` returns.
     """
     pooled: dict[str, list[Tensor]] = {name: [] for name in stage_names(network)[:-1]}
     samples, square = size_of(inputs), False
@@ -99,7 +111,11 @@ def stages_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor
                         "stages in an attribute 'stage_names'"
                     )
                 square |= found.ndim == 3 and found.shape[1] == samples > 1
-                pooled[name].append(_pooled(found, ratio, told or _is_channels_last(module)))
+                if found.ndim > 2:
+                    axes, is_told = found.shape[1:], told or _is_channels_last(module)
+                    last = _channels_are_last(axes, _layers(network, module, axes), is_told, ratio)
+                    found = found.mean(tuple(range(1, found.ndim - 1) if last else range(2, found.ndim)))
+                pooled[name].append(found)
 
             hooks.enter_context(network.get_submodule(name).register_forward_hook(keep))
         last, logits = features_and_logits(network, inputs)
@@ -181,15 +197,41 @@ def _is_channels_last(stage: nn.Module) -> bool:
     return isinstance(stage, _CHANNELS_LAST)
 
 
-def _pooled(output: Tensor, ratio: float, told: bool) -> Tensor:
-    """Return a stage's output averaged to ``[B, C]``.
+def _layers(network: nn.Module, stage: nn.Module, shape: Sequence[int]) -> list[nn.Module]:
+    """Return the layers of a stage that tell of channels, in the order of registration.
 
-    A map's axes of positions have the image's ratio of height to width: of ``[B, H, W, C]`` the first two, of
-    ``[B, C, H, W]`` the last two. Where both or neither have, `told` is whether the channels are last.
+    Where it has none, as an activation, it is the one registered before, if it fits what the stage returns.
     """
-    if output.ndim < 4:
-        return output.mean(1) if output.ndim == 3 else output
-    first, middle, end = output.shape[1:]
-    off = [abs(math.log(height / width / ratio)) for height, width in ((first, middle), (middle, end))]
-    last = told if off[0] == off[1] else off[0] < off[1]
-    return output.mean((1, 2) if last else (2, 3))
+    if inside := [module for module in stage.modules() if _width(module)]:
+        return inside
+    before = [module for module in takewhile(lambda module: module is not stage, network.modules()) if _width(module)]
+    return [layer for layer in before[-1:] if _width(layer) in (shape[0], shape[-1])]
+
+
+def _width(layer: nn.Module) -> int:
+    """Return a layer's number of channels, 0 of what does not tell."""
+    name = next((name for kinds, name in _WIDTHS.items() if isinstance(layer, kinds)), None)
+    found = getattr(layer, name) if name else 0
+    return int(found[-1] if isinstance(found, tuple) else found)
+
+
+def _channels_are_last(shape: Sequence[int], layers: Sequence[nn.Module], told: bool, ratio: float) -> bool:
+    """Return whether a stage's outputs ``[B, *shape]`` have their channels last, not as the first axis after B.
+
+    Maps that are told to have, by timm's ``output_fmt`` or as torchvision's, have them last. Else that axis has the
+    channels that is as long as the last of the layers says with as many channels as one of the two, and not the other.
+    If none says, a map's axes of positions have the image's ratio of height to width; in the end they are first in a
+    map, last in a sequence. After convolutions and their normalisations alone they are first, but where the layers say
+    that they are last, and in a map the ratio too: of several convolutions side by side the sum is in no layer.
+    """
+    first, last = shape[0], shape[-1]
+    if told and len(shape) == 3:
+        return True
+    widths = [width for width in map(_width, layers) if first != last and width in (first, last)]
+    said = widths[-1] == last if widths else None
+    alone = bool(layers) and all(isinstance(layer, _CHANNELS_FIRST) for layer in layers)
+    if len(shape) == 2:
+        return said if said is not None else not (alone and any(isinstance(layer, _SEQUENCES) for layer in layers))
+    height_first, height_second = (abs(math.log(a / b / ratio)) for a, b in pairwise(shape))
+    likely = height_first < height_second
+    return likely and bool(said) if alone else likely if said is None else said

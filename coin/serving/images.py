@@ -20,9 +20,10 @@ class TooLargeError(DataError):
 
 
 def check_samples(count: int, limits: InputLimits) -> None:
-    """Raise a `TooLargeError` where a query brings nothing, or too much."""
+    """Raise a `DataError` where a query brings nothing, a `TooLargeError` where it brings too much."""
     if not 1 <= count <= limits.samples:
-        raise TooLargeError(f"found {count} images or texts, expected 1 to {limits.samples} at a time")
+        kind = TooLargeError if count else DataError
+        raise kind(f"found {count} images or texts, expected 1 to {limits.samples} at a time")
 
 
 def open_file(file: bytes, limits: InputLimits) -> Image.Image:

@@ -3,18 +3,21 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
-from coin.errors import OverloadedError, ServingError
+from coin.errors import DataError, OverloadedError, ServingError
 from coin.serving.images import TooLargeError
 from coin.serving.limits import InputLimits
 from coin.serving.protocol import Description
 from coin.serving.requests import Parsed, parse
+
+Result = TypeVar("Result")
 
 _LIGHT_BYTES, _LIGHT_PIXELS = 2**16, 2**20
 """What is larger waits in a line of its own; what is not is read at once, by so few threads that it is bounded."""
@@ -84,26 +87,41 @@ class Reader:
             SlowError: The body takes too long to arrive.
         """
         encoding = request.headers.get("content-encoding", "identity").lower()
-        with self.bytes.share() as take_bytes, self.pixels.share() as take_pixels:
+        with ExitStack() as held:
+            take_bytes, take_pixels = (held.enter_context(budget.share()) for budget in (self.bytes, self.pixels))
             body = await self._body(request, take_bytes)
             is_light = len(body) <= _LIGHT_BYTES and encoding == "identity"
-            run = asyncio.get_running_loop().run_in_executor
 
             def begin() -> tuple[Parsed, Tensor | None]:
                 parsed = parse(body, encoding, header, model, self.about, self.limits)
                 return parsed, parsed.read() if is_light and parsed.pixels <= _LIGHT_PIXELS else None
 
-            parsed, inputs = await run(self._lanes[is_light], begin)
+            parsed, inputs = await self._run(is_light, begin, held)
             if inputs is None:
                 take_bytes(max(parsed.bytes - len(body), 0))
                 take_pixels(parsed.pixels)
-                inputs = await run(self._lanes[False], parsed.read)
+                inputs = await self._run(False, parsed.read, held)
         return parsed, inputs
+
+    async def _run(self, light: bool, function: Callable[[], Result], held: ExitStack) -> Result:
+        """Return what a function returns in a thread; where nobody waits for that any more, what is held stays so."""
+        work = self._lanes[light].submit(function)
+        done = asyncio.wrap_future(work)
+        try:
+            return await asyncio.shield(done)
+        except asyncio.CancelledError:
+            if not work.cancel():  # the thread goes on
+                rest = held.pop_all()
+                done.add_done_callback(lambda _: rest.close())
+            raise
 
     async def _body(self, request: Request, take: Callable[[int], None]) -> bytes:
         limits = self.limits
         too_large = TooLargeError(f"found a body of more than {limits.bytes} bytes; send fewer or smaller inputs")
-        if int(request.headers.get("content-length", 0)) > limits.bytes:
+        length = request.headers.get("content-length", "0")
+        if not length.isdecimal():
+            raise DataError(f"found a Content-Length of {length[:40]!r}, expected a number of bytes")
+        if int(length[:40]) > limits.bytes:
             raise too_large
         read = bytearray()
         try:

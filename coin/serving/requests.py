@@ -102,7 +102,10 @@ def parse(
         raise DataError("found an input without data, expected data, or bytes after the JSON")
     if raw and given.data is not None:
         raise DataError("found an input with data and bytes after the JSON, expected the one or the other")
-    if raw and (size := given.parameters.get("binary_data_size", len(raw))) != len(raw):
+    size = given.parameters.get("binary_data_size", len(raw))
+    if raw and not isinstance(size, int):
+        raise DataError(f"found {repr(size)[:40]} as binary_data_size, expected a number")
+    if raw and size != len(raw):
         raise DataError(f"found {len(raw)} bytes after the JSON, expected {size} as binary_data_size says")
     made = partial(Parsed, request, outputs, len(body))
     if given.datatype == "UINT8":

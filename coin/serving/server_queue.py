@@ -140,12 +140,13 @@ class ServerQueue:
         task = asyncio.ensure_future(self._server(inputs))
         # A failure that comes after the timeout has been dealt with: asyncio need not tell of it.
         task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
-        loop, left = asyncio.get_running_loop(), self._limits.timeout
+        loop, timeout = asyncio.get_running_loop(), self._limits.timeout
         try:
-            while left > 0.01 and not task.done():
-                ends = loop.time() + left
-                await asyncio.wait({task}, timeout=left)
-                left = loop.time() - ends  # for which the loop was held up: an answer may be there, but not read
+            ends = loop.time() + timeout
+            await asyncio.wait({task}, timeout=timeout)
+            late = loop.time() - ends  # for which the loop was held up: an answer may be there, but not read
+            if late > 0.01 and not task.done():
+                await asyncio.wait({task}, timeout=min(late, timeout))  # once: a busy loop is always late
         finally:
             task.cancel()
         if not task.done():

@@ -35,6 +35,33 @@ class Tokens(nn.Module):
         return self.head(x).mean(1)
 
 
+class BaseModel(nn.Module):
+    """As Hugging Face's: what has a head on it calls it by this name."""
+
+    base_model_prefix = "encoder"
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+
+class ForClassification(nn.Module):
+    base_model_prefix = "encoder"
+
+    def __init__(self):
+        super().__init__()
+        self.score, self.encoder = nn.Linear(2, 3), BaseModel()
+
+
+def test_a_head_is_outside_of_every_base_model_at_any_depth():
+    whole = ForClassification()
+    assert head_name(whole) == "score"
+    assert head_name(nn.ModuleDict({"model": whole})) == "model.score"
+    assert head_name(nn.ModuleDict({"a": nn.ModuleDict({"model": whole}), "norm": nn.LayerNorm(3)})) == "a.model.score"
+    assert head_name(nn.ModuleDict({"fc": nn.Linear(2, 3), "body": BaseModel()})) == "fc"
+    assert head_name(BaseModel()) == "layer"
+
+
 def test_the_head_is_the_last_linear_or_named_or_the_last_convolution():
     assert head_name(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Sequential(nn.Linear(3, 4), nn.Dropout()))) == "2.0"
     assert head_name(Named()) == "answer"

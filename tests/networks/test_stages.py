@@ -124,6 +124,98 @@ def test_channels_are_found_wherever_they_are(name, options, names, widths, imag
         torch.testing.assert_close(part, outputs[stage].mean(positions), rtol=0, atol=0)
 
 
+def convolutions(conv, norm, *strides):
+    def stage(channels, stride):
+        return nn.Sequential(conv(*channels, 3, stride, 1), norm(channels[1]), nn.ReLU())
+
+    body = [stage(*each) for each in zip([(1, 16), (16, 24), (24, 32)], strides, strict=True)]
+    network = nn.Sequential(*body, nn.Flatten(2), nn.Identity())
+    network.add_module("mean", Mean())
+    network.add_module("head", nn.Linear(32, 3))
+    network.stage_names = ["0", "1"]
+    return network.eval()
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(2)
+
+
+@pytest.mark.parametrize("shape", [(64, 40), (64, 16), (64, 96), (16, 16), (256, 24)])
+def test_maps_of_any_strides_are_pooled_over_positions(shape):
+    network, inputs = convolutions(nn.Conv2d, nn.BatchNorm2d, (4, 1), (4, 1), 2), torch.randn(2, 1, *shape)
+    with torch.no_grad():
+        features, _, widths = stages_and_logits(network, inputs)
+        first = network[0](inputs)
+    assert widths == (16, 24, 32)
+    torch.testing.assert_close(features[:, :16], first.mean((2, 3)))
+
+
+@pytest.mark.parametrize("length", [16, 24, 62, 128])
+def test_sequences_of_convolutions_are_pooled_over_positions(length):
+    network, inputs = convolutions(nn.Conv1d, nn.BatchNorm1d, 1, 2, 2), torch.randn(2, 1, length)
+    with torch.no_grad():
+        features, _, widths = stages_and_logits(network, inputs)
+        first = network[0](inputs)
+    assert widths == (16, 24, 32)
+    torch.testing.assert_close(features[:, :16], first.mean(2))
+
+
+class Beside(nn.Module):
+    """Convolutions side by side, as in DenseNet: their sum of channels is in no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Conv2d(1, width, 1) for width in (8, 24, 32)])
+
+    def forward(self, x):
+        return torch.cat([part(x) for part in self.parts], 1)
+
+
+@pytest.mark.parametrize("side", [24, 32, 48])
+def test_convolutions_side_by_side_have_their_channels_first(side):
+    network = nn.Sequential(Beside(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3))
+    network.stage_names = ["0"]
+    assert stages_and_logits(network, torch.randn(2, 1, side, side))[2] == (64, 64)
+
+
+class Last(nn.Module):
+    """A convolution whose channels are moved last, as the patches of transformers are."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        return self.conv(x).movedim(1, -1)
+
+
+@pytest.mark.parametrize(("conv", "shape"), [(nn.Conv1d, (48,)), (nn.Conv2d, (12, 12)), (nn.Conv2d, (24, 10))])
+def test_channels_that_a_convolution_s_stage_moves_are_last(conv, shape):
+    network = nn.Sequential(Last(conv(1, 16, 1)), nn.Flatten(1, -2), nn.AdaptiveAvgPool2d((1, 16)), nn.Flatten())
+    network.append(nn.Linear(16, 3))
+    network.stage_names = ["0"]
+    assert stages_and_logits(network, torch.randn(2, 1, *shape))[2] == (16, 16)
+
+
+class Early(nn.Module):
+    """Registers its dropout before the layer that it follows, as timm's VOLO."""
+
+    def __init__(self):
+        super().__init__()
+        self.stage_names = ["drop"]
+        self.stem, self.drop, self.down = nn.Conv2d(1, 8, 1), nn.Dropout(), Last(nn.Conv2d(8, 16, 2, 2))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.drop(self.down(self.stem(x))).mean((1, 2)))
+
+
+@pytest.mark.parametrize("size", [4, 8, 64])
+def test_a_stage_without_layers_asks_the_one_before_only_where_that_fits(size):
+    assert stages_and_logits(Early(), torch.randn(2, 1, size, size))[2] == (16, 16)
+
+
 def test_the_layers_of_an_mlp_inside_are_no_stages():
     transformers = pytest.importorskip("transformers")
     small = {"image_size": 32, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 4}

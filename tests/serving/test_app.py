@@ -210,7 +210,7 @@ MISTAKES = {
     "no base64": ("/v2/models/colours/infer", files("%%"), 400, "base64"),
     "rows": ("/v2/models/colours/infer", wrong(datatype="BYTES", shape=[3], data=["aGVsbG8="]), 400, "one a row"),
     "too many": ("/v2/models/colours/infer", files(*["aGVsbG8="] * 5), 413, "1 to 4 at a time"),
-    "none": ("/v2/models/colours/infer", files(), 413, "found 0 images"),
+    "none": ("/v2/models/colours/infer", files(), 400, "found 0 images"),
     "too large": ("/v2/models/colours/infer", wrong(data=[0] * 9000), 413, "5000 bytes"),
 }
 
@@ -231,6 +231,21 @@ def test_a_header_that_is_no_number_is_a_mistake_like_others(serve_toy: Any) -> 
     found = client.post("/v2/models/colours/infer", content=b"{}", headers=headers)
     assert found.status_code == 400
     assert "inference-header-content-length" in found.json()["error"]
+
+
+@pytest.mark.parametrize("length", ["many", "-5", "", "1_0"])
+def test_a_length_that_is_no_number_is_a_mistake_whatever_server_is_before(length: str) -> None:
+    app = Toy(InputLimits()).app
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport) as client:
+            headers = {"content-length": length}
+            return await client.post("http://x/v2/models/colours/infer", content=b"{}", headers=headers)
+
+    found = asyncio.run(ask())
+    assert found.status_code == 400
+    assert found.json()["error"] == f"found a Content-Length of {length!r}, expected a number of bytes"
 
 
 def test_body_that_does_not_tell_its_length_is_not_read_beyond_the_limit(serve_toy: Any) -> None:

@@ -490,6 +490,23 @@ def test_a_server_is_not_late_because_this_process_was_held_up() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("lag", [0.015, 0.08, 0.3])
+def test_a_server_that_hangs_is_given_up_while_the_loop_is_busy(lag: float) -> None:
+    async def main() -> None:
+        delivered: list[Reply | None] = []
+        queue = ServerQueue("it", lambda inputs: asyncio.sleep(1e6), ReplyFormat(3), PROBE.float(), Limits(timeout=0.2))
+        queue.start()
+        queue.put(Request(torch.ones(1, 2), delivered.append))
+        start = time.monotonic()
+        while not delivered and time.monotonic() - start < 5:
+            time.sleep(lag)
+            await asyncio.sleep(0)
+        assert delivered == [None]
+        await queue.stop()
+
+    asyncio.run(main())
+
+
 def test_too_many_queries_are_refused(world: Any, virtually: Any) -> None:
     it = world([after(1.0)] * 4, queries=2)
 

@@ -96,6 +96,9 @@ def test_bytes_after_the_json_are_as_many_as_it_says(about: Description) -> None
     head = body(tensor={"data": None, "parameters": {"binary_data_size": 5}})
     with pytest.raises(DataError, match="found 3 bytes after the JSON, expected 5 as binary_data_size says"):
         read(head + bytes(3), len(head), about)
+    text = body(tensor={"data": None, "parameters": {"binary_data_size": "3"}})
+    with pytest.raises(DataError, match="found '3' as binary_data_size, expected a number"):
+        read(text + bytes(3), len(text), about)
     with pytest.raises(DataError, match="data and bytes"):
         read(body() + bytes(3), len(body()), about)
     with pytest.raises(DataError, match="expected JSON of 1000000 as its header says"):
