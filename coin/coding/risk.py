@@ -9,7 +9,7 @@ from torch import Tensor
 from coin.errors import NumericalError
 
 POINTS = 512
-"""Quasi-random points of the integral: of a risk r the standard error is √(r (T − r) / M) at most, T the sum of tails."""
+"""Quasi-random points of the integral; the standard error of a risk r is √(r (T − r)/M) at most, T its tails' sum."""
 
 FEW_POINTS = 64
 """Those with more than 256 classes."""
