@@ -2,33 +2,11 @@
 
 import pytest
 import torch
+from hostile import CLASSES, batches, methods, moved
 from torch import nn
 
 import coin
-from coin.batches import clone
 from coin.merging import Experts
-
-CLASSES = 3
-
-
-def moved(network, seed, by=0.1):
-    """A network near another: an expert of the same initialisation."""
-    other, draw = clone(network), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(by * torch.randn(parameter.shape, generator=draw, dtype=torch.float64).to(parameter))
-    return other
-
-
-def batches(*shape, count=2, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return [[torch.randn(8, *shape, generator=draw, dtype=torch.float64)] for _ in range(count)]
-
-
-def methods():
-    """Every method that asks for nothing but calibration samples."""
-    plain = [coin.Average(), coin.Coin(), coin.RegMean(layers="all"), coin.RegMean(), coin.HeadFit(), coin.Refit()]
-    return [*plain, coin.FullFisher(max_iterations=2), coin.GaussNewton(max_steps=1, max_iterations=2)]
 
 
 class Silent(nn.Module):
