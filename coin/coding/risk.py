@@ -58,12 +58,12 @@ def decoding_risk(decoded: Tensor, errors: Tensor) -> Tensor:
     risk: Tensor = torch.special.ndtr(-margins).sum(1)
     unsure = (risk > _SURE).nonzero().flatten()
     if len(unsure):
-        rivals = rivals.gather(1, order)
+        rivals, spread = rivals.gather(1, order), spread.gather(1, order)
         drawn = _drawn(moments)
         size = max(1, _FLOATS // drawn.numel())
         for start in range(0, len(unsure), size):
             some = unsure[start : start + size]
-            risk[some] = _any_exceeds(margins[some], answer[some], rivals[some], moments, drawn)
+            risk[some] = _any_exceeds(margins[some], spread[some], answer[some], rivals[some], moments, drawn)
     return risk.where(torch.isfinite(logits).all(1), 1.0)
 
 
@@ -84,7 +84,9 @@ def _drawn(moments: Tensor) -> Tensor:
     return torch.zeros_like(points)  # there is no error
 
 
-def _any_exceeds(margins: Tensor, answer: Tensor, rivals: Tensor, moments: Tensor, drawn: Tensor) -> Tensor:
+def _any_exceeds(
+    margins: Tensor, scale: Tensor, answer: Tensor, rivals: Tensor, moments: Tensor, drawn: Tensor
+) -> Tensor:
     """Return P(some rival's error exceeds its margin) ``[B]``, to a bounded relative error.
 
     Draw a rival k by its own tail, and errors given that k's exceeds its margin; then the probability is the sum of the
@@ -95,18 +97,18 @@ def _any_exceeds(margins: Tensor, answer: Tensor, rivals: Tensor, moments: Tenso
 
     Args:
         margins: In units of their errors ``[B, K]``.
+        scale: These units ``[B, K]``.
         answer: The decoded classes ``[B, 1]``.
         rivals: The others, in the margins' order ``[B, K]``.
         moments: Of the errors ``[C, C]``.
         drawn: Errors ``[M, C]``.
     """
-    squares, across = moments.diagonal(), moments[answer, rivals]
-    scale = (squares[answer] + squares[rivals] - 2 * across).clamp_min(0).sqrt()  # [B, K]
+    own, across = moments[answer, answer], moments[answer, rivals]
     tails, points = torch.special.ndtr(-margins), _points(2 + drawn.shape[1]).to(margins)
     total = tails.sum(1, keepdim=True)
     which = torch.searchsorted(tails.cumsum(1) / total, points[:, 0].expand(len(margins), -1).contiguous())
     which = which.clamp_max(margins.shape[1] - 1)  # [B, M]
-    shared = squares[answer][:, :, None] - across[:, :, None] - across.gather(1, which)[:, None]
+    shared = own[:, :, None] - across[:, :, None] - across.gather(1, which)[:, None]
     covariance = shared + moments[rivals[:, :, None], rivals.gather(1, which)[:, None]]  # [B, K, M]
     correlation = covariance / (scale[:, :, None] * scale.gather(1, which)[:, None])
     apart = drawn.T[answer] - drawn.T[rivals]  # [B, K, M]
