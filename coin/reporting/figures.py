@@ -142,7 +142,8 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         figure = Figure(figsize=(1.5 * WIDTH, max(3.6, 1.1 + 0.2 * len(named))))
         axes = figure.subplots()
         counts = rows["forwards"].clip(upper=_MANY).astype(int)
-        kinds, labels = sorted(set(counts)), []
+        kinds = sorted(set(counts))
+        labels: list[tuple[float, float | None, str, str]] = []
         for i, row in enumerate(rows.to_dict("records")):
             nda, spread = 100 * row["nda_mean"], 100 * (0.0 if math.isnan(row["nda_std"]) else row["nda_std"])
             look: Any = {"color": method_colour(row["name"]), "alpha": 1.0 if i in named else 0.3, "markersize": 6.5}
