@@ -11,12 +11,12 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from coin.batches import Batch, Forward, adapted, as_input, checked, clone, joined, samples_of, shapes_in, size_of
+from coin.batches import Batch, Forward, adapted, as_input, checked, clone, joined, samples_of, shapes_in, size_of, take
 from coin.data import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, HeadError
 from coin.files.tensors import State, check_finite
 from coin.networks.batchnorm import has_batchnorm
-from coin.networks.heads import head_name, of_one_width, pad_logits, padded_rows, widened
+from coin.networks.heads import head_name, linear_heads, of_one_width, pad_logits, padded_rows, widened
 from coin.networks.stages import Run, run_network
 from coin.statistics import TRANSPOSED, FisherKind, fisher_sums, gram_sums, process_generator
 from coin.statistics.guard import evaluating, trainable
@@ -301,6 +301,17 @@ class Experts:
                 check_finite({"logits": run.logits}, f"the calibration output of expert {index}")
             self._outputs[asked] = found
         return self._outputs[asked]
+
+    @cached_property
+    def heads(self) -> list[tuple[Tensor, Tensor]]:
+        """All experts' heads, checked on a few samples to give their logits; see `coin.networks.heads.linear_heads`."""
+        few = take(next(iter(self.split[1])), slice(0, 8))
+        found = []
+        for network in self.each_network():
+            with evaluating(network, gradients=False):
+                found += linear_heads([network], as_input(few, network))
+        self.passes += self.count * size_of(few)
+        return found
 
     def _logits(self, part: int) -> Tensor:
         """Return all experts' logits on a part of `split` ``[N, ·, C]``, of whichever runs there are."""

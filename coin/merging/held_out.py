@@ -44,8 +44,12 @@ def held_out_error(
                 others = (weight * mine.experts[i] for i, weight in enumerate(row) if i != task)
                 decoded = (mine.coded[0] - sum(others, torch.zeros(()))) / row[task]
             else:
-                calibration = calibration or _answers(experts, coded, 0, features, stages)
-                decoded = make_decoder(config, uniform(experts.count), [task]).fit(calibration, kept).decode(mine)[0]
+                heads = experts.heads if config.kind is DecoderKind.expert_head else None
+                decoder = make_decoder(config, uniform(experts.count), [task], heads)
+                if decoder.needs_fit:
+                    calibration = calibration or _answers(experts, coded, 0, features, stages)
+                    decoder.fit(calibration, kept)
+                decoded = decoder.decode(mine)[0]
             errors.append(_turned(decoded, truth))
     error = float(torch.stack(errors).mean())
     return error if math.isfinite(error) else math.inf
