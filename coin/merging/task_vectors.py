@@ -13,6 +13,7 @@ from coin.files.tensors import State, check_finite, check_same_layout, doubled, 
 from coin.merging.experts import Experts
 from coin.merging.method import Candidate, MergeMethod, checked
 from coin.merging.regmean import regmean_parameters
+from coin.networks.batchnorm import BatchNormPolicy
 from coin.statistics import TRANSPOSED
 
 WUDI_DAMPING = 1e-4
@@ -20,10 +21,14 @@ WUDI_DAMPING = 1e-4
 
 
 class Base(MergeMethod):
-    """The shared initialisation's parameters, with the experts' buffers by the policy: the floor of every table."""
+    """The shared initialisation itself, the floor of every table; policies but ``keep`` change its statistics."""
 
     name = "base"
     reads_initial = True
+    batchnorm = BatchNormPolicy.keep
+
+    def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.keep, label: str | None = None) -> None:
+        super().__init__(batchnorm=batchnorm, label=label)
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the initialisation."""
