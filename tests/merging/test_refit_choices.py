@@ -184,7 +184,10 @@ def test_decoders_are_told_of_only_where_they_decide():
         Refit(decoders=["lineal"])
 
 
-def test_logits_that_are_no_heads_of_the_features_are_named():
+def test_where_logits_are_no_heads_of_the_features_the_own_head_does_not_judge():
     networks, given = setup(tail=nn.Tanh())
+    experts = Experts(networks, **given)
+    both = held_out_error(experts, networks[0], ROW, of("linear", "expert_head"))
+    assert both == held_out_error(experts, networks[0], ROW)
     with pytest.raises(HeadError, match=r"are not its head '6' .*of the head's input"):
-        coin.merge_networks(Refit(head=False), networks, CODE, decoders=["linear", "expert_head"], **given)
+        held_out_error(experts, networks[0], ROW, of("expert_head"))

@@ -15,6 +15,8 @@ CODE = coin.Code([ROW])
 class Mixed(nn.Module):
     """One layer of every kind."""
 
+    head_name = "head"
+
     def __init__(self):
         super().__init__()
         self.first, self.deep, self.turned = (
@@ -44,13 +46,14 @@ def networks():
     return initial, experts
 
 
-def test_it_minimises_the_interference_of_the_task_vectors_and_averages_what_is_no_map():
+@pytest.mark.parametrize("head", [False, True])
+def test_it_minimises_the_interference_of_the_task_vectors_and_averages_what_is_no_map(head):
     initial, experts = networks()
-    (made,) = coin.merge_networks(coin.Wudi(), experts, CODE, initial=initial)
+    (made,) = coin.merge_networks(coin.Wudi(head=head), experts, CODE, initial=initial)
     for name, found in made.named_parameters():
         own, start = [expert.get_parameter(name) for expert in experts], initial.get_parameter(name)
         average = sum(share * each for share, each in zip(ROW, own, strict=True))
-        if name not in ("first.weight", "head.weight"):
+        if name not in ("first.weight", *["head.weight"] * head):
             torch.testing.assert_close(found, average, rtol=1e-12, atol=1e-12, msg=name)
             continue
         steps = [(each - start).flatten(1) for each in own]
@@ -72,13 +75,15 @@ def test_orthogonal_task_vectors_are_all_kept_whole():
     with torch.no_grad():
         for place, expert in enumerate(experts):
             expert.weight[:, 2 * place : 2 * place + 2] += torch.randn(3, 2, dtype=torch.float64)
-    (made,) = coin.merge_networks(coin.Wudi(), experts, coin.uniform(2), initial=initial)
+    (made,) = coin.merge_networks(coin.Wudi(head=True), experts, coin.uniform(2), initial=initial)
     wanted = experts[0].weight + experts[1].weight - initial.weight
     torch.testing.assert_close(made.weight, wanted, rtol=0.01, atol=0.01)
 
 
 class Conv1D(nn.Module):
     """As Hugging Face's: x ↦ x W."""
+
+    head_name = ""  # the network itself
 
     def __init__(self):
         super().__init__()
@@ -91,11 +96,11 @@ class Conv1D(nn.Module):
 def test_a_weight_that_lies_the_other_way_round_gives_the_same():
     initial, plain = Conv1D(), nn.Linear(4, 6, bias=False).double()
     experts = [Conv1D() for _ in ROW]
-    (turned,) = coin.merge_networks(coin.Wudi(), experts, CODE, initial=initial)
+    (turned,) = coin.merge_networks(coin.Wudi(head=True), experts, CODE, initial=initial)
     linear = [coin.batches.clone(plain) for _ in ROW]
     for one, two in zip([plain, *linear], [initial, *experts], strict=True):
         one.weight.data = two.weight.data.T
-    (made,) = coin.merge_networks(coin.Wudi(), linear, CODE, initial=plain)
+    (made,) = coin.merge_networks(coin.Wudi(head=True), linear, CODE, initial=plain)
     torch.testing.assert_close(turned.weight.T, made.weight, rtol=1e-10, atol=1e-12)
     assert linear_maps(initial) == ["weight:T"]
 
