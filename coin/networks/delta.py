@@ -69,7 +69,8 @@ def quantise(matrix: Tensor, bits: int) -> Rounded:
     matrix = matrix.float()
     most = matrix.abs().amax(1)
     best, error = torch.zeros_like(most, dtype=torch.bfloat16), matrix.square().sum(1)
-    for known, sign in zip(levels(bits), (1, -1) if bits > 1 else (1,), strict=False):
+    kinds = {1: [1], 8: [-1]}.get(bits, [1, -1])  # of 256, even ones are as good
+    for sign, known in ((sign, levels(bits)[int(sign < 0)]) for sign in kinds):
         for clip in _CLIPS if bits > 1 else (1.0,):
             scale = most * clip
             for _ in range(2):
