@@ -17,6 +17,7 @@ from coin.merging.experts import Experts, padded_statistic
 from coin.networks import (
     NetworkConfig,
     NetworkFile,
+    Unpacked,
     build_network,
     check_layout,
     has_batchnorm,
@@ -156,7 +157,7 @@ class StoredExperts(Experts):
         """Every expert's buffers, read when they are asked for."""
         return [self._parts(file.state)[1] for file in self.files.opened.values()]
 
-    def _parts(self, state: StateFile) -> tuple[State, State]:
+    def _parts(self, state: StateFile | Unpacked) -> tuple[State, State]:
         """Return a network's parameters, tied ones once, and its buffers; only a head to be padded has been read."""
         skeleton = self.files.skeleton
         every = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
