@@ -22,11 +22,27 @@ from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.weights import check_layout, fill_network, read_weights, with_own_head
 
 
+class Unpacked(dict[str, Tensor]):
+    """The tensors of a compressed network as `StateFile` has those of a whole one."""
+
+    def __init__(self, path: Path, state: State) -> None:
+        super().__init__(state)
+        self.path = path
+
+    def select(self, names: Iterable[str]) -> "Unpacked":
+        """Return these tensors alone, in this order."""
+        return Unpacked(self.path, {name: self[name] for name in names})
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the tensors' shapes."""
+        return {name: tensor.shape for name, tensor in self.items()}
+
+
 @dataclass(frozen=True)
 class NetworkFile:
     """A network's file, its tensors read when they are asked for, and all that was written with it (`provenance`)."""
 
-    state: StateFile | "Unpacked"
+    state: StateFile | Unpacked
     config: NetworkConfig
     num_classes: int
     provenance: dict[str, Any]
@@ -47,22 +63,6 @@ class NetworkFile:
         network = build_network(self.config, self.num_classes)
         fill_network(network, self.state, str(self.state.path))
         return network.eval()
-
-
-class Unpacked(dict[str, Tensor]):
-    """The tensors of a compressed network as `StateFile` has those of a whole one."""
-
-    def __init__(self, path: Path, state: State) -> None:
-        super().__init__(state)
-        self.path = path
-
-    def select(self, names: Iterable[str]) -> "Unpacked":
-        """Return these tensors alone, in this order."""
-        return Unpacked(self.path, {name: self[name] for name in names})
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """Return the tensors' shapes."""
-        return {name: tensor.shape for name, tensor in self.items()}
 
 
 def nbytes_together(files: Iterable[NetworkFile]) -> int:
