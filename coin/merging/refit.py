@@ -22,7 +22,7 @@ from coin.merging.average import Average, average_parameters, fit_head
 from coin.merging.experts import Experts, parameters_of
 from coin.merging.held_out import LINEAR, check_errors, held_out_error
 from coin.merging.lockstep import Walk
-from coin.merging.method import CodedModel, Method, check_coded, check_experts, checked, fill, starting_method
+from coin.merging.method import CodedModel, Compress, Method, check_coded, check_experts, checked, fill, starting_method
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.batchnorm import BatchNormPolicy, folded
 from coin.networks.parametrised import renormalise
@@ -97,6 +97,7 @@ class Refit(Method):
         head: Whether the head is fitted at last.
         memory_mib: Bound on the activations that are kept, in MiB.
         label: Name of this variant in results.
+        compress: As for every method (`MergeMethod`).
     """
 
     name = "refit"
@@ -112,6 +113,7 @@ class Refit(Method):
         decoders: list[str] | None = None,
         memory_mib: int = 4096,
         label: str | None = None,
+        compress: Compress = None,
     ) -> None:
         self.target = chosen(Target, "target", target)
         if ridge is not None:
@@ -121,6 +123,7 @@ class Refit(Method):
         self.start = start
         self._start = None if start == Average.name else starting_method(start, reads_initial=True)
         self.reads_initial = self._start is not None and self._start.reads_initial
+        self.compress = self.compressed(compress)
         self.decoders = None if decoders is None else [each.name for each in distinct_decoders(decoders)]
         self.label = self.labelled(label)
 

@@ -117,6 +117,7 @@ def save_compressed(
     described = {
         "network": asdict(config),
         "num_classes": num_classes,
+        "compression": asdict(compression),
         "base_file": named and os.path.relpath(named, path.parent),
         "nbytes": made.nbytes,
         "base_nbytes": made.base_nbytes,

@@ -139,7 +139,7 @@ class StoredExperts(Experts):
         self.files = files
         self.statistic_paths = dict(statistics or {})
         self._calibration = None if not calibrations else list(calibrations.values())
-        self._initial_path = initial
+        self.initial_path = initial
         self._computed, self._outputs = {}, {}
 
     @property
@@ -187,9 +187,9 @@ class StoredExperts(Experts):
 
     def initial(self) -> tuple[State, State]:
         """Return the shared initialisation's parameters and buffers, its head padded like the experts'."""
-        if self._initial_path is None:
+        if self.initial_path is None:
             raise ConfigurationError("found no shared initialisation, which the method or 'keep' needs; name its file")
-        file = open_network(self._initial_path)
+        file = open_network(self.initial_path)
         _check(file, self.files.skeleton, self.files.width)
         return self._parts(file.state)
 
