@@ -1,10 +1,12 @@
 """Refit: every layer of the average fitted anew, in the order of execution, on the coded network's own inputs."""
 
 import warnings
+from collections import ChainMap
 from collections.abc import Iterable, Sequence
 from copy import copy
 from enum import StrEnum
-from typing import Any, Self
+from itertools import chain
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +22,9 @@ from coin.merging.average import Average, average_parameters, fit_head
 from coin.merging.experts import Experts, parameters_of
 from coin.merging.held_out import LINEAR, check_errors, held_out_error
 from coin.merging.lockstep import Walk
-from coin.merging.method import CodedModel, Method, check_coded, check_experts, checked, fill, starting_method
+from coin.merging.method import CodedModel, Compress, Method, check_coded, check_experts, checked, fill, starting_method
 from coin.merging.units import PROBES, Unit, affine_units
-from coin.networks.batchnorm import BatchNormPolicy
+from coin.networks.batchnorm import BatchNormPolicy, folded
 from coin.networks.parametrised import renormalise
 from coin.progress import progress
 from coin.statistics import FisherKind
@@ -95,6 +97,7 @@ class Refit(Method):
         head: Whether the head is fitted at last.
         memory_mib: Bound on the activations that are kept, in MiB.
         label: Name of this variant in results.
+        compress: As for every method (`MergeMethod`).
     """
 
     name = "refit"
@@ -110,6 +113,7 @@ class Refit(Method):
         decoders: list[str] | None = None,
         memory_mib: int = 4096,
         label: str | None = None,
+        compress: Compress = None,
     ) -> None:
         self.target = chosen(Target, "target", target)
         if ridge is not None:
@@ -119,6 +123,7 @@ class Refit(Method):
         self.start = start
         self._start = None if start == Average.name else starting_method(start, reads_initial=True)
         self.reads_initial = self._start is not None and self._start.reads_initial
+        self.compress = self.compressed(compress)
         self.decoders = None if decoders is None else [each.name for each in distinct_decoders(decoders)]
         self.label = self.labelled(label)
 
@@ -239,26 +244,12 @@ def _fold(
     network: nn.Module, units: Iterable[Unit], states: Sequence[tuple[State, State]], row: Sequence[float]
 ) -> None:
     """Write the β-average of other networks' folded maps into a network, whose BatchNorms become shifts."""
+    every: list[State] = [ChainMap(*cast(Any, each)) for each in states]  # never written to
+    tensors = dict(chain(network.named_parameters(), network.named_buffers()))
     for unit in units:
-        if unit.norm is None:
-            continue
-        norm = network.get_submodule(unit.norm)
-        assert isinstance(norm, _BatchNorm)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        weight, bias = network.get_parameter(unit.weight), network.get_parameter(f"{unit.norm}.bias")
-        total, shift = torch.zeros_like(weight, dtype=torch.float64), torch.zeros_like(bias, dtype=torch.float64)
-        for share, (own, kept) in zip(row, states, strict=True):
-            mean, variance = (kept[f"{unit.norm}.running_{what}"].double() for what in ("mean", "var"))
-            scale = own[f"{unit.norm}.weight"].double() / (variance + norm.eps).sqrt()
-            total += share * scale.view(-1, *[1] * (weight.ndim - 1)) * own[unit.weight].double()
-            before = own[unit.bias].double() if unit.bias is not None else 0.0
-            shift += share * (own[f"{unit.norm}.bias"].double() + scale * (before - mean))
-        with torch.no_grad():
-            weight.copy_(total)
-            bias.copy_(shift)
-            if unit.bias is not None:
-                network.get_parameter(unit.bias).zero_()
-            network.get_parameter(f"{unit.norm}.weight").fill_(1)
-            norm.running_mean.zero_()
-            norm.running_var.fill_(1 - norm.eps)
+        if unit.norm is not None:
+            eps = cast(_BatchNorm, network.get_submodule(unit.norm)).eps
+            maps = [folded(state, unit.weight, unit.bias, unit.norm, eps) for state in every]
+            with torch.no_grad():
+                for name, tensor in weighted_sum(maps, row).items():
+                    tensors[name].copy_(tensor)

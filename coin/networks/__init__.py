@@ -1,12 +1,17 @@
 """Architectures by name, their heads and features, BatchNorm policies, and networks as files."""
 
 from coin.networks.batchnorm import BatchNormPolicy, has_batchnorm, recalibrate
+from coin.networks.compressed import Compressed, Compression, compress
 from coin.networks.files import (
     NetworkFile,
+    Unpacked,
     brought_network,
     initial_network,
+    int8_path,
     load_network,
+    nbytes_together,
     open_network,
+    save_compressed,
     save_network,
 )
 from coin.networks.heads import (
@@ -25,22 +30,28 @@ from coin.networks.weights import check_layout, fill_network, read_weights
 
 __all__ = [
     "BatchNormPolicy",
+    "Compressed",
+    "Compression",
     "Lora",
     "NetworkConfig",
     "NetworkFile",
     "Run",
+    "Unpacked",
     "add_adapters",
     "brought_network",
     "build_network",
     "check_head",
     "check_layout",
+    "compress",
     "features_and_logits",
     "fill_network",
     "has_batchnorm",
     "head_name",
     "initial_network",
+    "int8_path",
     "linear_heads",
     "load_network",
+    "nbytes_together",
     "open_network",
     "pad_logits",
     "padded_rows",
@@ -48,6 +59,7 @@ __all__ = [
     "read_weights",
     "recalibrate",
     "run_network",
+    "save_compressed",
     "save_network",
     "widened",
 ]
