@@ -20,6 +20,7 @@ from coin.files.tensors import State, check_finite, check_same_layout, weighted_
 from coin.merging.experts import Experts, Given, parameters_of
 from coin.merging.held_out import check_errors, held_out_error
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
+from coin.networks.compressed import Compressed, Compression, RoundingKind, compress
 from coin.networks.parametrised import renormalise
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
@@ -121,6 +122,28 @@ class Method(ABC):
                 is negative; the message names the expert and the tensor.
             NumericalError: The method broke down on sound inputs.
         """
+
+    def compressed(
+        self, experts: Experts, row: Sequence[float], made: CodedModel, base: nn.Module | None, how: Compression
+    ) -> Compressed:
+        """Return the coded model of one row compressed.
+
+        Args:
+            experts: What it was made of.
+            row: The code row.
+            made: What `make` has returned.
+            base: What the delta is from; see `coin.compress`.
+            how: Its bits or rank, and when it is rounded.
+
+        Raises:
+            ConfigurationError: It is to be rounded while it is refitted, and the method cannot.
+        """
+        if how.rounding is RoundingKind.refit:
+            raise ConfigurationError(
+                f"found rounding refit for method '{self.label}'{' and a rank' if how.bits is None else ''}, expected "
+                "nearest: only Refit rounds to bits while it fits; leave it out"
+            )
+        return compress(made.network, base, bits=how.bits, rank=how.rank, base_bits=how.base_bits)
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics of the experts that it wants."""

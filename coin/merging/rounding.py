@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from coin.files.tensors import State
+from coin.networks.compressed import Reference
 from coin.networks.delta import Rounded, matrix_shape, nearest, quantise
 
 _BLOCK = 128
@@ -14,31 +14,31 @@ class Rounding:
     """Rounds a network's matrices to b bits a value, as deltas from a reference with a scale a row.
 
     Args:
-        reference: What the deltas are from, a tensor for every one of the network's.
+        reference: What the deltas are from.
         bits: b.
 
     Attributes:
         rounded: The deltas rounded so far, by name.
     """
 
-    def __init__(self, reference: State, bits: int) -> None:
-        self._reference, self._bits = reference, bits
+    def __init__(self, reference: Reference, bits: int) -> None:
+        self.reference, self._bits, self._tensors = reference, bits, reference.tensors
         self.rounded: dict[str, Rounded] = {}
 
     def takes(self, name: str) -> bool:
         """Whether a tensor is a matrix that its rounded form is smaller than in float16."""
-        shape = self._reference[name].shape
+        shape = self._tensors[name].shape
         return len(shape) > 1 and matrix_shape(shape)[1] * (16 - self._bits) > 16
 
     def weight(self, name: str) -> Tensor:
         """Return a rounded weight as it is read back."""
-        base = self._reference[name]
+        base = self._tensors[name]
         return base + self.rounded[name].dense().reshape(base.shape).to(base)
 
     def round(self, name: str, weight: Tensor) -> Tensor:
         """Round a weight to the nearest and return it."""
-        base = self._reference[name]
-        self.rounded[name] = quantise((weight - base).reshape(matrix_shape(base.shape)).cpu(), self._bits)
+        base = self._tensors[name]
+        self.rounded[name] = quantise((weight.cpu() - base).reshape(matrix_shape(base.shape)), self._bits)
         return self.weight(name)
 
     def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor, turned: bool = False) -> Tensor:
@@ -51,7 +51,7 @@ class Rounding:
             metric: M [G, K, K]; a step E beside the optimal one costs tr(E M Eᵀ).
             turned: Whether the weight is ΔW's transpose.
         """
-        base = self._reference[name].double()
+        base = self._tensors[name].double()
 
         def grouped(x: Tensor) -> Tensor:
             return (x.T if turned else x).reshape(step.shape)
@@ -60,13 +60,13 @@ class Rounding:
             x = x.flatten(0, 1)
             return (x.T if turned else x).reshape(matrix_shape(base.shape))
 
-        now = grouped(weight.double() - base)
-        wanted = now + step
-        scale = quantise(flat(wanted).cpu(), self._bits).scale
+        now = grouped(weight.double().cpu() - base)
+        wanted = now + step.cpu()
+        scale = quantise(flat(wanted), self._bits).scale
         scales = grouped(scale[:, None].expand(matrix_shape(base.shape)).reshape(base.shape))
-        codes = round_columns(wanted.cpu(), scales, self._bits, metric.cpu())
+        codes = round_columns(wanted, scales, self._bits, metric.cpu())
         self.rounded[name] = Rounded(flat(codes), scale, self._bits)
-        return grouped(self.rounded[name].dense().reshape(base.shape)).to(step) - now
+        return (grouped(self.rounded[name].dense().reshape(base.shape)) - now).to(step)
 
 
 def round_columns(wanted: Tensor, scales: Tensor, bits: int, metric: Tensor) -> Tensor:
