@@ -22,11 +22,11 @@ from coin.merging.average import Average, average_parameters, fit_head
 from coin.merging.experts import Experts, parameters_of
 from coin.merging.held_out import LINEAR, check_errors, held_out_error
 from coin.merging.lockstep import Walk
-from coin.merging.method import CodedModel, Method, check_coded, check_experts, checked, fill, starting_method
+from coin.merging.method import CodedModel, Compress, Method, check_coded, check_experts, checked, fill, starting_method
 from coin.merging.rounding import Rounding
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.batchnorm import BatchNormPolicy, folded
-from coin.networks.compressed import Compressed, Compression, RoundingKind, compress, reference_of
+from coin.networks.compressed import Base, Compressed, Compression, RoundingKind, compress, reference_of
 from coin.networks.parametrised import renormalise
 from coin.progress import progress
 from coin.statistics import FisherKind
@@ -99,10 +99,12 @@ class Refit(Method):
         head: Whether the head is fitted at last.
         memory_mib: Bound on the activations that are kept, in MiB.
         label: Name of this variant in results.
+        compress: As for every method (`MergeMethod`); by default it is rounded while it is refitted (`pack`).
     """
 
     name = "refit"
     batchnorm = BatchNormPolicy.keep
+    rounds = True
 
     def __init__(
         self,
@@ -114,6 +116,7 @@ class Refit(Method):
         decoders: list[str] | None = None,
         memory_mib: int = 4096,
         label: str | None = None,
+        compress: Compress = None,
     ) -> None:
         self.target = chosen(Target, "target", target)
         if ridge is not None:
@@ -123,6 +126,7 @@ class Refit(Method):
         self.start = start
         self._start = None if start == Average.name else starting_method(start, reads_initial=True)
         self.reads_initial = self._start is not None and self._start.reads_initial
+        self.compress = self.compressed(compress)
         self.decoders = None if decoders is None else [each.name for each in distinct_decoders(decoders)]
         self.label = self.labelled(label)
 
@@ -170,27 +174,31 @@ class Refit(Method):
         return CodedModel(network, taken)
 
     @torch.inference_mode(False)
-    def compressed(
-        self, experts: Experts, row: Sequence[float], made: CodedModel, base: nn.Module | None, how: Compression
+    def pack(
+        self, experts: Experts, row: Sequence[float], made: CodedModel, base: Base, compression: Compression
     ) -> Compressed:
         """Return the coded model of one row refitted once more, every matrix rounded when it has been fitted.
 
         A layer is rounded column by column, the later ones making up for the errors of those before, its bias is fitted
         to what that leaves, and the next layer to the inputs that the rounded ones give (`coin.merging.rounding`). What
-        cannot be refitted is rounded to the nearest before all else. See `Method.compressed`.
+        cannot be refitted is rounded to the nearest before all else. See `Method.pack`.
         """
-        if how.bits is None or how.rounding is RoundingKind.nearest:
-            return super().compressed(experts, row, made, base, how)
-        bits, start = how.bits, None if self._start is None else self._start.make(experts, row)
+        if compression.bits is None or compression.rounding is RoundingKind.nearest:
+            return super().pack(experts, row, made, base, compression)
+        bits, base_bits, start = (
+            compression.bits,
+            compression.base_bits,
+            None if self._start is None else self._start.make(experts, row),
+        )
 
         def against(network: nn.Module) -> Rounding:
-            return Rounding(reference_of(network, base, how.base_bits), bits)
+            return Rounding(reference_of(network, base, base_bits), bits)
 
         options = Target(made.chosen["target"]), made.chosen["ridge"]
         network, _, rounding = self._refit(experts, row, start, *options, against=against)
         assert rounding is not None
-        rounded, whole = rounding.rounded, rounding.reference
-        return compress(network, whole, bits=bits, base_bits=how.base_bits, rounded=rounded)
+        rounded, reference = rounding.rounded, rounding.reference
+        return compress(network, reference, bits=bits, base_bits=base_bits, rounded=rounded)
 
     def _warn_of(self, averaged: Sequence[str], network: nn.Module) -> None:
         sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}

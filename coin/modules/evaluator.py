@@ -33,6 +33,7 @@ from coin.metrics import DecodingAccuracy, Residual, RiskCurves
 from coin.modules.coded import heads_for, server_answers
 from coin.modules.examples import ExampleSamples, KeptSamples
 from coin.modules.shared import tasks_of
+from coin.modules.spares import read_spares
 from coin.modules.variants import NONE, ORACLE, Outcome, Variant, read_coded
 from coin.networks import load_network, widened
 from coin.progress import tracked
@@ -66,6 +67,7 @@ class DecodingEvaluator(LightningModule):
         decoders: The decoders to try: kinds, or sections of a kind and its options; none takes all kinds, but
             expert_head only where the experts' logits are their heads' of their features.
         code: The code of the references, R×N; none takes the first coded model's.
+        spares: The files of compressed experts, each of which answers in the place of its own.
 
     Raises:
         ConfigurationError: There is nothing to evaluate, or a decoder does not exist or comes twice.
@@ -78,6 +80,7 @@ class DecodingEvaluator(LightningModule):
         coded: list[str] | None = None,
         decoders: list[str | dict[str, Any] | DecoderConfig] | None = None,
         code: list[list[float]] | None = None,
+        spares: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.decoders, self._takes_all = distinct_decoders(decoders), decoders is None
@@ -97,6 +100,8 @@ class DecodingEvaluator(LightningModule):
         if self.code.num_experts != len(experts):
             raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
         self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
+        self.spares = read_spares([Path(path) for path in spares or []], marks, self.class_counts, self.code)
+        self.replicas = nn.ModuleList([spare.network for spare in self.spares])
         self.outcomes: list[Outcome] = []
         self.examples: dict[int, ExampleSamples] = {}
         self.kept: dict[str, KeptSamples] = {}
@@ -148,6 +153,9 @@ class DecodingEvaluator(LightningModule):
         answers = self(inputs).cpu()  # where the decoders were fitted; not every device has float64
         with torch.autocast("cpu", enabled=False), full_products():
             self._decode(answers, inputs, labels.cpu(), batch_idx, dataloader_idx)
+        for spare in self.spares:
+            if spare.task == dataloader_idx:
+                spare.update(spare.network(inputs).cpu(), answers.experts[spare.task], labels.cpu())
 
     def _decode(self, answers: Answers, inputs: Tensor, labels: Tensor, batch_idx: int, task: int) -> None:
         seen = [variant.seen(answers) for variant in self.variants]
@@ -210,6 +218,7 @@ class DecodingEvaluator(LightningModule):
             for fitted in self.fitted
             for expert, (accuracy, confusion, curves) in fitted.metrics.items()
         ]
+        self.outcomes += [spare.outcome(self.tasks[spare.task]) for spare in self.spares]
 
     def _fit_decoders(self, answers: Answers, share: float) -> list[_FittedDecoder]:
         """Fit a decoder for every variant and erasure; `share` is the seconds one network took over the samples."""
@@ -245,4 +254,5 @@ class DecodingEvaluator(LightningModule):
         """All metrics; as they are no submodules, they stay on the CPU when the networks move."""
         residuals = [metric for metrics in self.residuals.values() for metric in metrics]
         others = [metric for fitted in self.fitted for own in fitted.metrics.values() for metric in own]
-        return [*residuals, *others, *self.examples.values()]
+        spares = [metric for spare in self.spares for metric in (spare.accuracy, spare.confusion)]
+        return [*residuals, *others, *spares, *self.examples.values()]

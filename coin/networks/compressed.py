@@ -45,7 +45,7 @@ class Compression:
         rank: the rank of every delta.
         base_bits: How the base is kept: 32: as it is; 8: in 8 bits a value, from which the delta is then taken; 0: not
             at all, so that this is plain quantisation of the network.
-        rounding: Of a merge method's coded models, ``refit`` or ``nearest``; none for the method's own.
+        rounding: ``refit`` or ``nearest``, where a merge method may round while it fits; none for the method's own.
 
     Raises:
         ConfigurationError: An option is out of its range, or both or neither of bits and rank are given.
@@ -62,6 +62,8 @@ class Compression:
         for name, value in (("bits", self.bits), ("rank", self.rank)):
             if value is not None:
                 check_integer(name, value, 1)
+        if self.rank is not None and self.rounding is not None:
+            raise ConfigurationError(f"found rank={self.rank} and a rounding, expected bits; leave out the rounding")
         if (self.bits or 1) > 8:
             raise ConfigurationError(f"found bits={self.bits}, expected a whole number from 1 to 8")
         if self.rounding is not None:
@@ -80,7 +82,12 @@ class Compression:
     @property
     def name(self) -> str:
         """What results and files call it: ``3bit``, ``3bit-int8base``, ``rank8``."""
-        return (f"rank{self.rank}" if self.bits is None else f"{self.bits}bit") + _BASES[self.base_bits]
+        how = "-nearest" if self.rounding is RoundingKind.nearest else ""
+        return (f"rank{self.rank}" if self.bits is None else f"{self.bits}bit") + _BASES[self.base_bits] + how
+
+    def of_network(self, network: nn.Module, base: "Base") -> "Compressed":
+        """Return a network compressed so beside a base."""
+        return compress(network, base, bits=self.bits, rank=self.rank, base_bits=self.base_bits)
 
 
 class Compressed:
@@ -176,9 +183,13 @@ class Compressed:
         return made
 
 
+Base = nn.Module | Compressed | None
+"""What a network is a delta from; for ``base_bits=8`` it may be rounded already."""
+
+
 def compress(
     network: nn.Module,
-    base: "nn.Module | Compressed | Reference | None",
+    base: "Base | Reference",
     *,
     bits: int | None = None,
     rank: int | None = None,
@@ -238,7 +249,7 @@ class Reference(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def reference_of(network: nn.Module, base: nn.Module | Compressed | None, base_bits: int) -> Reference:
+def reference_of(network: nn.Module, base: Base, base_bits: int) -> Reference:
     """Return what the tensors of a network are a delta from, its BatchNorms folded where the network's are."""
     if base is None or not base_bits:
         return Reference(network, None, [], _reference(network, None, []))

@@ -62,7 +62,7 @@ def test_eight_bits_are_as_good_as_none_and_the_file_is_what_was_fitted(kind, tm
     monkeypatch.setattr("coin.merging.refit.compress", recorded)
     for base_bits in (32, 8, 0):
         for bits, tolerance in ((8, 0.04), (3, None)):
-            packed = method.compressed(experts, ROW, made, base, Compression(bits, base_bits=base_bits))
+            packed = method.pack(experts, ROW, made, base, Compression(bits, base_bits=base_bits))
             network, own = packed.network(), dict(fitted.pop().named_parameters())
             packed.save(tmp_path / "packed.safetensors")
             again = Compressed.load(tmp_path / "packed.safetensors", base).network()
@@ -79,7 +79,7 @@ def test_what_cannot_be_refitted_is_rounded_to_the_nearest():
     base, experts, name = base_of(networks), experts_of(networks, tasks), "encoder.pos_embedding"
     method = Refit("own", RIDGE, head=False)
     made = method.make(experts, ROW)
-    found = method.compressed(experts, ROW, made, base, Compression(2)).network()
+    found = method.pack(experts, ROW, made, base, Compression(2)).network()
     start, before = (each.get_parameter(name).detach() for each in (made.network, base))
     nearest = quantise((start - before).reshape(matrix_shape(start.shape)), 2).dense().reshape(start.shape)
     assert torch.equal(found.get_parameter(name), before + nearest)
@@ -121,14 +121,14 @@ def test_at_few_bits_it_is_much_better_than_rounding_afterwards():
     whole = error(made.network)
     for bits in (4, 3, 2):
         hows = (Compression(bits, rounding=rounding) for rounding in ("nearest", None))
-        after, within = (error(method.compressed(experts, (0.5, 0.5), made, base, how).network()) for how in hows)
+        after, within = (error(method.pack(experts, (0.5, 0.5), made, base, how).network()) for how in hows)
         assert within - whole < 0.3 * (after - whole)
 
 
-@pytest.mark.parametrize(("method", "how"), [(Average(), {"bits": 3}), (Refit("own", label="mine"), {"rank": 2})])
-def test_only_refit_and_only_to_bits_can_round_while_fitting(method, how):
-    networks, tasks = kind_of("two layers")
-    experts = experts_of(networks, tasks)
-    made = method.make(experts, ROW)
-    with pytest.raises(ConfigurationError, match=f"rounding refit for method '{method.label}'.*only Refit"):
-        method.compressed(experts, ROW, made, networks[0], Compression(**how, rounding="refit"))
+def test_rounding_while_fitting_is_refused_where_it_is_not_to_be_had():
+    with pytest.raises(ConfigurationError, match="found rounding: refit for method 'average', expected nearest"):
+        Average(compress={"bits": 3, "rounding": "refit"})
+    with pytest.raises(ConfigurationError, match="rank=2 and a rounding"):
+        Refit(compress={"rank": 2, "rounding": "refit"})
+    names = [each.name for each in Refit(compress=[{"bits": 3}, {"bits": 3, "rounding": "nearest"}]).compress]
+    assert names == ["3bit", "3bit-nearest"]
