@@ -93,6 +93,8 @@ class Experiment:
         settings = (calibration.fisher_kind, calibration.fisher_data, self.decoders)
         methods = [method.settled(*settings) for method in methods]
         self.spares = [Compression.of(section) for section in spares or []]
+        if any(spare.rounding for spare in self.spares):
+            raise ConfigurationError("found a rounding of spares, expected none: only merge methods have a choice")
         made = [(method, end) for method in methods for end in ("", *(f"-{each.name}" for each in method.compress))]
         called = [f"{SPARE}-{each.name}" for each in self.spares]
         names = [*(coded_name(method) + end for method, end in made), *called]

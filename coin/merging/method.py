@@ -20,7 +20,7 @@ from coin.files.tensors import State, check_finite, check_same_layout, weighted_
 from coin.merging.experts import Experts, Given, parameters_of
 from coin.merging.held_out import check_errors, held_out_error
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
-from coin.networks.compressed import Compression
+from coin.networks.compressed import Base, Compressed, Compression, RoundingKind
 from coin.networks.parametrised import renormalise
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
@@ -85,6 +85,7 @@ class Method(ABC):
         is_trained: Whether it trains with a Trainer, on all processes; others run on the first alone.
         reads_initial: Whether it needs the shared initialisation.
         compress: How a run compresses its coded models, beside keeping them whole.
+        rounds: Whether it can round a coded model while it makes it.
         samples_per_task: P of its own; none takes the experiment's.
         augmentation: What happens to calibration samples that it trains on.
 
@@ -107,6 +108,7 @@ class Method(ABC):
     name: ClassVar[str]
     is_trained: ClassVar[bool] = False
     reads_initial: bool = False
+    rounds: ClassVar[bool] = False
     compress: Sequence[Compression] = ()
     samples_per_task: int | None = None
     augmentation: str = "none"
@@ -128,6 +130,12 @@ class Method(ABC):
             NumericalError: The method broke down on sound inputs.
         """
 
+    def pack(
+        self, experts: Experts, row: Sequence[float], made: CodedModel, base: Base, compression: Compression
+    ) -> Compressed:
+        """Return what `make` has made for one row of the code, compressed beside a base."""
+        return compression.of_network(made.network, base)
+
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics of the experts that it wants."""
         return ()
@@ -143,6 +151,10 @@ class Method(ABC):
         """Return an option's compressions; a method whose coded models are deltas reads the shared initialisation."""
         sections = [compress] if isinstance(compress, Mapping) else compress or []
         found = [Compression.of(each) for each in sections]
+        if any(each.rounding is RoundingKind.refit and not self.rounds for each in found):
+            raise ConfigurationError(
+                f"found rounding: refit for method '{self.name}', expected nearest: only Refit rounds while it fits"
+            )
         self.reads_initial = self.reads_initial or any(each.base_bits for each in found)
         return found
 

@@ -2,7 +2,6 @@
 
 import operator
 import os
-import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 from coin.errors import ConfigurationError, FileError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite, fingerprint
-from coin.networks.compressed import Compressed, Compression, compress, int8
-from coin.networks.delta import Rounded
+from coin.networks.compressed import Base, Compressed, Compression, int8
 from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.weights import check_layout, fill_network, read_weights, with_own_head
 
@@ -84,44 +82,44 @@ def save_network(
     save_state(path, network.state_dict(), described | ({"infinite": infinite} if infinite else {}), infinite)
 
 
+def kept_base(path: Path, base: Path | None, compression: Compression) -> tuple[Path | None, Base]:
+    """Return the file of the base that a compressed network's file is to name, and the base as it is kept.
+
+    A base in 8 bits a value is written beside `path`, unless it is there: `int8_path`. A ConfigurationError where the
+    compression needs a base and there is none.
+    """
+    if not compression.base_bits:
+        return None, None
+    if base is None:
+        raise ConfigurationError(f"found no base and base_bits={compression.base_bits}; name the base's file")
+    file = load_network(base)
+    if compression.base_bits != 8:
+        return base, file.network
+    kept_at, mark = int8_path(path, base), fingerprint(file.state)
+    if not kept_at.is_file() or StateFile(kept_at).provenance.get("rounded_from") != mark:
+        kept = int8(file.network)
+        told = {"network": asdict(file.config), "num_classes": file.num_classes, "nbytes": kept.nbytes}
+        kept.save(kept_at, {"made_by": "coin compress", "rounded_from": mark, **told})
+    return kept_at, Compressed.load(kept_at, file.network)
+
+
 def save_compressed(
     path: Path,
-    network: nn.Module,
+    made: Compressed,
     config: NetworkConfig,
     num_classes: int,
     base: Path | None,
     compression: Compression,
     provenance: Mapping[str, Any],
-    rounded: Mapping[str, Rounded] | None = None,
 ) -> None:
-    """Write a network compressed beside a base's file, which it names; `open_network` reads it back.
-
-    A base in 8 bits a value is written beside it, unless it is there: `int8_path`. Raises as `compress`.
-    """
-    beside: nn.Module | Compressed | None = None
-    named: Path | None = None
-    if compression.base_bits:
-        if base is None:
-            raise ConfigurationError(f"found no base and base_bits={compression.base_bits}; name the base's file")
-        file, named = load_network(base), base
-        beside = file.network
-        if compression.base_bits == 8:
-            named, mark = int8_path(path, base), fingerprint(file.state)
-            if not named.is_file() or StateFile(named).provenance.get("rounded_from") != mark:
-                kept = int8(beside)
-                told = {"network": asdict(file.config), "num_classes": file.num_classes, "nbytes": kept.nbytes}
-                kept.save(named, {"made_by": "coin compress", "rounded_from": mark, **told})
-            beside = Compressed.load(named, beside)
-    started = time.perf_counter()
-    made = compress(network, beside, **asdict(compression), rounded=rounded)
+    """Write a compressed network that names its base's file (`kept_base`); `open_network` reads it back."""
     described = {
         "network": asdict(config),
         "num_classes": num_classes,
         "compression": asdict(compression),
-        "base_file": named and os.path.relpath(named, path.parent),
+        "base_file": base and os.path.relpath(base, path.parent),
         "nbytes": made.nbytes,
         "base_nbytes": made.base_nbytes,
-        "seconds": provenance.get("seconds", 0.0) + time.perf_counter() - started,
     }
     made.save(path, {**provenance, **described})
 

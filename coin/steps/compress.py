@@ -1,11 +1,12 @@
 """The compression step: a network's file in, its packed delta from a base's as a file out."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 from coin.files.tensors import fingerprint
 from coin.modules.spares import SPARE
-from coin.networks import Compression, int8_path, load_network, save_compressed
+from coin.networks import Compression, int8_path, kept_base, load_network, save_compressed
 
 
 def spare_paths(tasks: Mapping[str, object], folder: Path, compression: Compression, base: Path) -> list[Path]:
@@ -23,7 +24,11 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
     else:
         told = {"label": f"{SPARE}-{compression.name}", "task": made.get("task")}
     told |= {"made_by": "coin compress", "of": fingerprint(file.network.state_dict())}
-    save_compressed(output, file.network, file.config, file.num_classes, base, compression, told)
+    started = time.perf_counter()
+    base, beside = kept_base(output, base, compression)
+    packed = compression.of_network(file.network, beside)
+    told["seconds"] = made.get("seconds", 0.0) + time.perf_counter() - started
+    save_compressed(output, packed, file.config, file.num_classes, base, compression, told)
 
 
 def compress(

@@ -11,7 +11,7 @@ from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance
 from coin.merging import Method
-from coin.networks import save_compressed, save_network
+from coin.networks import kept_base, save_compressed, save_network
 from coin.options import described
 from coin.processes import is_first
 from coin.statistics import FisherKind
@@ -64,9 +64,13 @@ def make_coded_models(
             }
             path, *smaller = paths[index :: code.num_coded]
             save_network(path, made.network, files.config, files.width, provenance)
-            for small, compression in zip(smaller, method.compress, strict=True):
-                told = {**provenance, "label": f"{method.label}-{compression.name}"}
-                save_compressed(small, made.network, files.config, files.width, experts.initial_path, compression, told)
+            for small, how in zip(smaller, method.compress, strict=True):
+                began, spent = time.perf_counter(), experts.passes - provenance["passes"]
+                base, beside = kept_base(small, experts.initial_path, how)
+                packed = method.pack(experts, row, made, beside, how)
+                told = {**provenance, "label": f"{method.label}-{how.name}", "passes": experts.passes - spent}
+                told["seconds"] = seconds + time.perf_counter() - began
+                save_compressed(small, packed, files.config, files.width, base, how, told)
     return paths
 
 
