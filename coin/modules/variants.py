@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from coin.coding import Answers, Code, DecoderKind
+from coin.coding import Answers, Code, DecoderKind, Promise
 from coin.errors import FileError
 from coin.metrics import RiskPoint
 from coin.networks import BatchNormPolicy, load_network
@@ -85,6 +85,8 @@ class Outcome:
             variant on every sample that the decoder reads.
         confusion: Counts ``[C_j, C_j]``: the expert's answer by the decoded one.
         risk: How the risk of the decoded answers turned out.
+        samples: Every test sample's risk, and whether its decoded answer differs from the expert's ``[n, 2]``.
+        promise: Up to which risk answers are accepted; none where nothing was to be promised.
     """
 
     variant: Variant
@@ -99,7 +101,9 @@ class Outcome:
     decoder_seconds: float
     decoder_passes: float
     confusion: NDArray[np.int64]
-    risk: tuple[RiskPoint, ...] = ()
+    risk: tuple[RiskPoint, ...]
+    samples: NDArray[np.float32]
+    promise: Promise | None = None
 
 
 _PROVENANCE: dict[str, tuple[type, ...]] = {
