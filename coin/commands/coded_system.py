@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from jsonargparse import ArgumentParser
 
-from coin.coding import Answers, Code, Decoder, DecoderConfig, Kept, make_decoder
+from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Kept, make_decoder
 from coin.coding.decoder_state import decoders_state, restore_decoders
 from coin.commands.parser import command_parser, parsed
 from coin.data import TaskData
@@ -176,7 +176,8 @@ class CodedSystem:
             coded.answers(batch, features=config.reads_features, stages=config.reads_stages) for batch in calibration
         ]
         answers, kept = replace(Answers.concatenate(parts), tasks=calibration.part), Kept()
-        return [make_decoder(config, self.code, erased).fit(answers, kept) for erased in self.code.erasures()]
+        heads = coded.heads(next(iter(calibration))) if config.kind is DecoderKind.expert_head else None
+        return [make_decoder(config, self.code, erased, heads).fit(answers, kept) for erased in self.code.erasures()]
 
 
 def read_coded_system(folder: Path, choice: Choice) -> CodedSystem:
