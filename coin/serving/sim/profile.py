@@ -254,7 +254,7 @@ def measure_decoding(
         server: Reply(logits[server, :1], None if features is None else features[server][:1])
         for server in range(1, servers)
     }
-    return float(np.median(_times(lambda: decodings.decode(arrived))))
+    return float(np.median(_times(lambda: decodings.decode(arrived, [0]))))
 
 
 def _times(action: Callable[[], object], repeats: int = _REPEATS) -> NDArray[np.float64]:
