@@ -22,6 +22,9 @@ class DecoderKind(StrEnum):
     feature_ridge = "feature_ridge"
     """The same from the arriving logits and features."""
 
+    expert_head = "expert_head"
+    """The lost expert's own head on a coded model's features. Needs neither calibration nor survivors."""
+
 
 class FeatureChoice(StrEnum):
     """Which features a server sends: ``last``, the head's input, or ``stages``, the pooled ones of all stages."""
@@ -37,6 +40,7 @@ class FittedOn(StrEnum):
     own = "own"
 
 
+_ALONE = "alone"
 _ENUMS: dict[str, type[StrEnum]] = {"features": FeatureChoice, "projection": ProjectionKind, "fitted_on": FittedOn}
 
 
@@ -50,6 +54,8 @@ class DecoderConfig:
         components: K, to how many numbers a server reduces its features; none sends all of them. For feature_ridge.
         projection: How features are reduced to K numbers.
         fitted_on: Whose calibration samples the regression is fitted on; for ridge and feature_ridge.
+        survivors: Whether the surviving experts' answers are read beside the coded models'; for ridge and
+            feature_ridge. Without them any number of experts may be lost.
 
     Raises:
         ConfigurationError: An option does not exist, has no such value, or does not apply to the kind.
@@ -60,6 +66,7 @@ class DecoderConfig:
     components: int | None = None
     projection: ProjectionKind = ProjectionKind.principal
     fitted_on: FittedOn = FittedOn.all
+    survivors: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", chosen(DecoderKind, "decoder", self.kind))
@@ -67,8 +74,10 @@ class DecoderConfig:
             object.__setattr__(self, option, chosen(enum, option, getattr(self, option)))
         if self.components is not None:
             check_integer("components", self.components, 1)
+        if not isinstance(self.survivors, bool):
+            raise ConfigurationError(f"found survivors={self.survivors!r}, expected true or false")
         for option, value in self._given.items():
-            calibrated = [DecoderKind.ridge] if option == "fitted_on" else []
+            calibrated = [DecoderKind.ridge] if option in ("fitted_on", "survivors") else []
             if self.kind not in (kinds := [*calibrated, DecoderKind.feature_ridge]):
                 raise ConfigurationError(f"found {option}={value} for {self.kind}, expected {' or '.join(kinds)}")
         if self.components is None and "projection" in self._given:
@@ -97,6 +106,9 @@ class DecoderConfig:
         kind, *suffixes = name.split("-")
         options: dict[str, Any] = {"kind": kind}
         for suffix in suffixes:
+            if suffix == _ALONE:
+                options["survivors"] = False
+                continue
             option = next((option for option, enum in _ENUMS.items() if suffix in list(enum)), "components")
             options[option] = int(suffix) if suffix.isdecimal() else suffix
         config = cls.of(options)
@@ -107,7 +119,8 @@ class DecoderConfig:
     @property
     def name(self) -> str:
         """What results call the decoder: its kind, and the options that differ from the defaults."""
-        return "-".join(map(str, (self.kind, *self._given.values())))
+        given = (_ALONE if option == "survivors" else value for option, value in self._given.items())
+        return "-".join(map(str, (self.kind, *given)))
 
     @property
     def _given(self) -> dict[str, Any]:
@@ -117,12 +130,27 @@ class DecoderConfig:
     @property
     def reads_features(self) -> bool:
         """Whether servers send features beside their logits."""
-        return self.kind is DecoderKind.feature_ridge
+        return self.kind in (DecoderKind.feature_ridge, DecoderKind.expert_head)
+
+    @property
+    def reads_survivors(self) -> bool:
+        """Whether the surviving experts are asked beside the coded models."""
+        return self.survivors and self.kind is not DecoderKind.expert_head
 
     @property
     def reads_stages(self) -> bool:
         """Whether these are the features of several stages."""
         return self.features is FeatureChoice.stages
+
+    def forwards(self, num_experts: int, num_coded: int, num_lost: int = 1) -> int:
+        """Return how many networks run for one lost answer, the survivors that are asked among them."""
+        if self.kind is DecoderKind.expert_head:
+            return 1
+        return num_coded + (num_experts - num_lost) * self.reads_survivors
+
+    def losses(self, num_experts: int, num_coded: int) -> int:
+        """Return how many experts may be lost at once: with survivors what the code promises, without them all."""
+        return min(num_experts, num_coded) if self.reads_survivors else num_experts
 
 
 def distinct_decoders(decoders: Sequence[DecoderKind | str | dict[str, Any] | DecoderConfig]) -> list[DecoderConfig]:

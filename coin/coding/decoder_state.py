@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coin.coding.code import Code
 from coin.coding.decoder_config import DecoderConfig
-from coin.coding.decoders import Decoder, RidgeDecoder, make_decoder
+from coin.coding.decoders import Decoder, ExpertHeadDecoder, Head, RidgeDecoder, make_decoder
 from coin.coding.ridge import Projection, RidgeFit
 from coin.errors import StateError
 
@@ -36,6 +36,9 @@ def decoder_state(decoder: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for group, maps in groups.items():
             for place, each in enumerate(maps):
                 state |= {f"{group}.{place}.{name}": getattr(each, name) for name in _MAPS[type(each)]}
+    elif isinstance(decoder, ExpertHeadDecoder):
+        state |= {f"heads.{expert}.{part}": tensor for expert, head in decoder.heads.items()
+                  for part, tensor in zip(_HEAD, head, strict=True)}  # fmt: skip
     return state, rest
 
 
@@ -53,6 +56,8 @@ def restore_decoder(state: Mapping[str, Tensor], rest: Mapping[str, Any], code: 
             decoder.widths = [list(map(int, widths)) for widths in rest["widths"]]
             decoder.fitted = _maps(RidgeFit, "fitted", state)
             decoder.projections = _maps(Projection, "projections", state)
+        elif isinstance(decoder, ExpertHeadDecoder) and any(name.startswith("heads.") for name in state):
+            decoder.heads = {expert: _head(expert, state) for expert in decoder.erased}
         decoder.moments = _copied(state["moments"]) if "moments" in state else None
     except (KeyError, TypeError, ValueError) as error:
         raise StateError(
@@ -64,6 +69,10 @@ def restore_decoder(state: Mapping[str, Tensor], rest: Mapping[str, Any], code: 
         raise StateError(f"found '{superfluous[0]}' in a decoder's state, expected no such tensor; {_ADVICE}")
     if isinstance(decoder, RidgeDecoder):
         _check(decoder)
+    elif isinstance(decoder, ExpertHeadDecoder):
+        for weight, bias in decoder.heads.values():
+            _check_shape(weight, (len(bias), weight.shape[-1]))
+            _check_shape(bias, (len(bias),))
     return decoder
 
 
@@ -86,11 +95,17 @@ def restore_decoders(state: Mapping[str, Tensor], rests: Sequence[Mapping[str, A
 
 
 _ADVICE = "fit the decoder anew"
+_HEAD = ("weight", "bias")
 
 
 def _copied(tensor: Tensor) -> Tensor:
     """Return a tensor in memory of its own, aligned as a computed one is: a product's last bit may depend on that."""
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _head(expert: int, state: Mapping[str, Tensor]) -> Head:
+    weight, bias = (_copied(state[f"heads.{expert}.{part}"]) for part in _HEAD)
+    return weight, bias
 
 
 def _maps(kind: type[Map], group: str, state: Mapping[str, Tensor]) -> list[Map]:

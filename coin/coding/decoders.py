@@ -1,12 +1,13 @@
 """The decoders: the outputs that did arrive → the outputs of the lost experts, without a label."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, pad
 
 from coin.coding.answers import Answers
 from coin.coding.code import Code, check_erasure, decode_linear
@@ -16,6 +17,8 @@ from coin.coding.risk import decoding_risk
 from coin.errors import ConfigurationError, DecodingError, NumericalError
 
 Made = TypeVar("Made")
+Head = tuple[Tensor, Tensor]
+"""A classifier head's weight ``[C, F]`` and bias ``[C]``, padded with zeros to the largest class count."""
 
 
 class Kept:
@@ -45,7 +48,9 @@ class Decoder(ABC):
     def __init__(self, num_experts: int, erased: Sequence[int], config: DecoderConfig) -> None:
         self.config = config
         self.erased = check_erasure(erased, num_experts)
-        self.survivors = tuple(expert for expert in range(num_experts) if expert not in self.erased)
+        left = tuple(expert for expert in range(num_experts) if expert not in self.erased)
+        self.survivors = left if config.reads_survivors else ()
+        """The experts whose answers `decode` reads."""
         self.num_experts = num_experts
         self.samples_read = 0
         """How many of the calibration inputs `fit` has looked at."""
@@ -56,12 +61,20 @@ class Decoder(ABC):
         """Learn from answers to calibration inputs, the lost experts' own logits being the targets, if anything.
 
         One `kept` saves work for the decoders of several systems and erasures that are fitted on the same answers.
+        Here nothing is learnt but the errors that the decoder makes.
 
         Raises:
             DecodingError: The answers come from another number of experts, nothing arrives to decode from, or the
                 answers lack the features, stages or tasks that the options ask for.
             NumericalError: There are fewer than two samples, or a value is not finite.
         """
+        errors = self.decode(calibration) - calibration.experts[list(self.erased)]
+        if odd := (~torch.isfinite(errors).all(2).all(0)).nonzero().flatten().tolist():
+            raise NumericalError(
+                f"sample {odd[0]} of the calibration answers holds a NaN or an infinity ({len(odd)} of "
+                f"{calibration.num_samples}), expected finite logits; leave it out"
+            )
+        self.moments = _second_moments(errors)
         return self
 
     @abstractmethod
@@ -71,6 +84,20 @@ class Decoder(ABC):
         Raises:
             DecodingError: The decoder was not fitted, or the answers do not fit it.
         """
+
+    def rows(self, num_coded: int) -> tuple[int, ...]:
+        """Return the coded models whose answers `decode` reads."""
+        return tuple(range(num_coded))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What `decode` computes with, and so must be kept."""
+        return []
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes these are."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def errors(self) -> Tensor:
@@ -115,17 +142,6 @@ class LinearDecoder(Decoder):
             )
         self.code = code
 
-    def fit(self, calibration: Answers, kept: Kept | None = None) -> Self:
-        """Learn nothing but what errors the code's equations make: of the coded models, there is no other."""
-        errors = self.decode(calibration) - calibration.experts[list(self.erased)]
-        if odd := (~torch.isfinite(errors).all(2).all(0)).nonzero().flatten().tolist():
-            raise NumericalError(
-                f"sample {odd[0]} of the calibration answers holds a NaN or an infinity ({len(odd)} of "
-                f"{calibration.num_samples}), expected finite logits; leave it out"
-            )
-        self.moments = _second_moments(errors)
-        return self
-
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits; see `decode_linear`."""
         self._check(answers)
@@ -138,13 +154,69 @@ class LinearDecoder(Decoder):
         return decode_linear(self.code.matrix.to(answers.coded.device), answers.coded, survivors, self.erased)
 
 
+class ExpertHeadDecoder(Decoder):
+    """The lost experts' own heads on the penultimate features of the coded model with the largest β for each.
+
+    Exact where the coded model's features are the expert's. No other server is asked, so all experts may be lost.
+
+    Args:
+        code: The code.
+        erased: The lost experts.
+        heads: Their heads, by expert; `decode` needs them.
+    """
+
+    needs_fit = False
+
+    def __init__(self, code: Code, erased: Sequence[int], heads: Mapping[int, Head] | None = None) -> None:
+        super().__init__(code.num_experts, erased, DecoderConfig(DecoderKind.expert_head))
+        self.heads: dict[int, Head] = {expert: heads[expert] for expert in self.erased} if heads else {}
+        weights = {expert: code.matrix[:, expert].tolist() for expert in self.erased}
+        self.row_of = {expert: column.index(max(column)) for expert, column in weights.items()}
+        """Which coded model each lost expert is read from, the first of equals."""
+
+    def rows(self, num_coded: int) -> tuple[int, ...]:
+        """Return the coded models that the lost experts are read from."""
+        return tuple(sorted(set(self.row_of.values())))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The heads."""
+        return [tensor for head in self.heads.values() for tensor in head]
+
+    def decode(self, answers: Answers) -> Tensor:
+        """Return the lost experts' logits; see the class."""
+        self._check(answers)
+        if not self.heads:
+            raise DecodingError("the expert_head decoder has no heads; make it with the lost experts' heads")
+        if answers.coded_features is None:
+            raise DecodingError("the expert_head decoder found answers without features, expected features and logits")
+        if answers.num_coded <= max(self.row_of.values()):
+            raise DecodingError(
+                f"found answers of {answers.num_coded} coded models, expert_head reads number "
+                f"{max(self.row_of.values())}; keep the silent ones' places"
+            )
+        decoded = []
+        for expert, row in self.row_of.items():
+            features, (weight, bias) = answers.stages(answers.coded_features[row])[-1], self.heads[expert]
+            if features.shape[1] != weight.shape[1]:
+                raise DecodingError(
+                    f"found {features.shape[1]} features of coded model {row}, the head of expert {expert} reads "
+                    f"{weight.shape[1]}; use another decoder"
+                )
+            read = features.double()
+            logits = linear(read, weight.to(read), bias.to(read))
+            decoded.append(pad(logits, (0, max(0, answers.coded.shape[2] - logits.shape[1]))))
+        return torch.stack(decoded).to(answers.experts)
+
+
 class RidgeDecoder(Decoder):
     """The calibrated decoders: ridge regression from what arrives to the lost experts' logits.
 
     Inputs are the logits of the coded models and of the surviving experts side by side, targets the lost experts' own
     logits on the same calibration inputs; both are centred, and each lost expert gets the ridge with the smallest
     leave-one-out error (`fit_ridge`). It works with any number of coded models, none included, and has no erasure
-    budget: something must arrive, that is all. All arithmetic is in float64.
+    budget: something must arrive, that is all. All arithmetic is in float64. With ``survivors: false`` the coded models
+    alone are read.
 
     As ``feature_ridge`` it reads the features of every arriving network too. All logits together, and each stage of
     each network, are blocks that are divided by their scale (`fit_blocks`): they differ in unit and size. With
@@ -168,9 +240,9 @@ class RidgeDecoder(Decoder):
         kept = kept or Kept()
         arrived = self._arrived(calibration, kept)
         if not arrived:
+            whose = "every expert is lost" if self.config.reads_survivors else "no survivor is read"
             raise DecodingError(
-                "every expert is lost and no coded model answers: nothing to decode from; lose fewer, or add coded "
-                "models"
+                f"{whose} and no coded model answers: nothing to decode from; lose fewer, or add coded models"
             )
         self.widths = _widths(arrived)
         components, kind = self.config.components, self.config.projection
@@ -201,6 +273,12 @@ class RidgeDecoder(Decoder):
         left_out = [fit.left_out.reshape(len(fit.left_out), *shape).transpose(0, 1) for fit in self.fitted]
         self.moments = torch.cat([_second_moments(errors) for errors in left_out])
         return self
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The regressions and the projections."""
+        fits = [each for fit in self.fitted for each in (fit.coefficients, fit.input_mean, fit.target_mean)]
+        return [*fits, *(tensor for each in self.projections for tensor in (each.mean, each.directions))]
 
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits; see the class."""
@@ -263,11 +341,22 @@ class RidgeDecoder(Decoder):
         return own
 
 
-def make_decoder(kind: DecoderKind | str | DecoderConfig, code: Code, erased: Sequence[int]) -> Decoder:
+def make_decoder(
+    kind: DecoderKind | str | DecoderConfig,
+    code: Code,
+    erased: Sequence[int],
+    heads: Sequence[Head] | Mapping[int, Head] | None = None,
+) -> Decoder:
     """Return an unfitted decoder of a kind with its default options, or of a configuration.
 
     The calibrated kinds read only the number of experts from the code, and serve without coded answers too. Raises
     DecodingError where there is no such kind, or it cannot decode the erasure.
+
+    Args:
+        kind: The decoder.
+        code: The code.
+        erased: The lost experts.
+        heads: The heads of all experts, or of the lost ones by expert (`coin.networks.linear_heads`): for expert_head.
     """
     try:
         config = DecoderConfig.of(kind)
@@ -275,6 +364,9 @@ def make_decoder(kind: DecoderKind | str | DecoderConfig, code: Code, erased: Se
         raise DecodingError(str(error)) from error
     if config.kind is DecoderKind.linear:
         return LinearDecoder(code, erased)
+    if config.kind is DecoderKind.expert_head:
+        by_expert = dict(enumerate(heads)) if isinstance(heads, Sequence) else heads
+        return ExpertHeadDecoder(code, erased, by_expert)
     return RidgeDecoder(code.num_experts, erased, config)
 
 

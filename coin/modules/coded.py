@@ -1,7 +1,8 @@
 """A code with its networks: the experts, and the coded models that stand by for them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,13 +11,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from coin.batches import Batch, Forward, adapted, as_input, checked, clone, take
-from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, make_decoder
+from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, ExpertHeadDecoder, Head, make_decoder
 from coin.coding.decoder_state import decoders_state, restore_decoders
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import check_same_layout, fingerprint
 from coin.merging.method import fill
-from coin.networks import Run, pad_logits, run_network
+from coin.networks import Run, linear_heads, pad_logits, run_network
 from coin.networks.heads import of_one_width
 from coin.networks.stages import common_widths
 from coin.statistics.guard import eval_mode
@@ -94,18 +95,32 @@ class Coded(LightningModule):
 
     @torch.no_grad()
     def answers(
-        self, inputs: Batch, *, features: bool = False, stages: bool = False, erased: Sequence[int] = ()
+        self,
+        inputs: Batch,
+        *,
+        features: bool = False,
+        stages: bool = False,
+        erased: Sequence[int] = (),
+        silent: Sequence[int] = (),
     ) -> Answers:
-        """Run every server that is not lost, once; a lost expert's entries are NaN.
+        """Run every server that is not lost, once; the entries of those that do not run are NaN.
 
         Args:
             inputs: ``[B, ...]``.
             features: Whether the servers answer with penultimate features beside their logits.
             stages: Whether these are the features of all stages.
             erased: Lost experts, which do not run.
+            silent: Coded models that do not run.
         """
+        idle = {*erased, *(len(self.experts) + row for row in silent)}
         with eval_mode(self):
-            return server_answers(self.experts, self.coded, checked(inputs, self.coded[0]), features, stages, erased)
+            return server_answers(self.experts, self.coded, checked(inputs, self.coded[0]), features, stages, idle)
+
+    def heads(self, inputs: Any = None) -> list[Head]:
+        """Return the experts' heads, for `make_decoder`: `linear_heads`, which looks at the first few inputs, if any."""
+        given = None if inputs is None else as_input(inputs, self.coded[0])
+        with eval_mode(self.experts):
+            return linear_heads(list(self.experts), given)
 
     def fit_decoder(
         self,
@@ -116,19 +131,27 @@ class Coded(LightningModule):
     ) -> "Coded":
         """Choose how lost experts are decoded from here on.
 
-        Several erasures may be ready at once, each by its own call.
+        Several erasures may be ready at once, each by its own call. A decoder that reads no survivor decodes any of its
+        lost experts, so that one call with all of them is ready for every loss.
 
         Args:
             calibration: Batches of inputs ``[B, ...]``, or of pairs whose labels are not looked at. The linear decoder
-                learns no more of them than its errors, for `risk`, and takes none too.
+                and expert_head learn no more of them than their errors, for `risk`, and take none too; by the first
+                batch it is checked that the experts' logits are their heads' of their features.
             erased: Indices of the lost experts.
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
         """
         decoder = make_decoder(kind, self.code, erased)
         parts: list[Answers] = []
-        for batch in calibration:
-            parts.append(self._answers_for([decoder.config], batch))
+        batches = iter(calibration)
+        first = list(islice(batches, 1))
+        if isinstance(decoder, ExpertHeadDecoder):
+            decoder = make_decoder(decoder.config, self.code, erased, self.heads(*first))
+        read = (*decoder.erased, *decoder.survivors)
+        unread = [expert for expert in range(decoder.num_experts) if expert not in read]
+        for batch in chain(first, batches):
+            parts.append(self._answers_for([decoder.config], batch, unread))
             self.classes = self.classes or [num_classes(expert, batch) for expert in self.experts]
         if decoder.needs_fit or parts:
             decoder.fit(replace(Answers.concatenate(parts), tasks=tasks))
@@ -139,10 +162,13 @@ class Coded(LightningModule):
     def decode(self, inputs: Batch, erased: Sequence[int] | None = None) -> Tensor:
         """Return lost experts' logits ``[|erased|, B, C]``, from the servers that are left, after `fit_decoder`.
 
-        Which experts are lost is what the last `fit_decoder` said, unless it is given.
+        Which experts are lost is what the last `fit_decoder` said, unless it is given. Only what the decoder reads runs.
         """
-        decoder = self._decoder_of(erased)
-        return decoder.decode(self._answers_for([decoder.config], inputs, decoder.erased))
+        decoder, places = self._decoder_of(erased)
+        idle = [expert for expert in range(decoder.num_experts) if expert not in decoder.survivors]
+        rows = decoder.rows(len(self.coded))
+        silent = [row for row in range(len(self.coded)) if row not in rows]
+        return decoder.decode(self._answers_for([decoder.config], inputs, idle, silent))[places]
 
     def risk(self, decoded: Tensor, erased: Sequence[int] | None = None) -> Tensor:
         """Return the risk ``[|erased|, B]`` that decoded logits name another class than the lost expert's own.
@@ -150,9 +176,9 @@ class Coded(LightningModule):
         It is `coin.decoding_risk`, with the decoder's errors on its calibration inputs. Raises a DecodingError where
         the decoder has seen none.
         """
-        decoder = self._decoder_of(erased)
+        decoder, places = self._decoder_of(erased)
         widths = dict(enumerate(self.classes or []))
-        each = zip(decoder.erased, decoded, strict=True)
+        each = zip([decoder.erased[place] for place in places], decoded, strict=True)
         return torch.stack([decoder.risk(expert, logits, widths.get(expert)) for expert, logits in each])
 
     def save(self, path: str | Path) -> None:
@@ -222,19 +248,32 @@ class Coded(LightningModule):
         """The decoder that was fitted last."""
         return next(reversed(self.decoders.values()), None)
 
-    def _decoder_of(self, erased: Sequence[int] | None) -> Decoder:
+    def _decoder_of(self, erased: Sequence[int] | None) -> tuple[Decoder, list[int]]:
+        """Return what decodes lost experts, and their places among those that it decodes."""
         key = next(reversed(self.decoders), ()) if erased is None else tuple(erased)
-        if key not in self.decoders:
+        able = [key] if key in self.decoders else []
+        if erased:  # a decoder that reads no survivor does not mind which of them are left
+            able += [
+                each for each, own in self.decoders.items() if not own.config.reads_survivors and {*key} <= {*each}
+            ]
+        if not able:
             lost = "" if erased is None else f" of the loss of {list(erased)}"
             ready = f", only of {', '.join(str(list(each)) for each in self.decoders)}" if self.decoders else ""
             raise ConfigurationError(f"found no decoder{lost}{ready}; call fit_decoder with the lost experts first")
-        return self.decoders[key]
+        decoder = self.decoders[able[0]]
+        return decoder, [decoder.erased.index(expert) for expert in key]
 
-    def _answers_for(self, decoders: Sequence[DecoderConfig], inputs: Batch, erased: Sequence[int] = ()) -> Answers:
+    def _answers_for(
+        self,
+        decoders: Sequence[DecoderConfig],
+        inputs: Batch,
+        erased: Sequence[int] = (),
+        silent: Sequence[int] = (),
+    ) -> Answers:
         """Return the answers that these decoders read."""
         features = any(config.reads_features for config in decoders)
         stages = any(config.reads_stages for config in decoders)
-        return self.answers(inputs, features=features, stages=stages, erased=erased)
+        return self.answers(inputs, features=features, stages=stages, erased=erased, silent=silent)
 
 
 def _tensors_of(network: nn.Module) -> dict[str, Tensor]:
@@ -250,10 +289,10 @@ def num_classes(expert: nn.Module, inputs: Any) -> int:
 
 
 def server_answers(
-    experts: nn.ModuleList, coded: nn.ModuleList, inputs: Batch, features: bool, stages: bool, erased: Sequence[int]
+    experts: nn.ModuleList, coded: nn.ModuleList, inputs: Batch, features: bool, stages: bool, idle: Collection[int]
 ) -> Answers:
-    """Run every server that is not lost, once; see `Coded.answers`."""
-    servers = [*(None if index in erased else network for index, network in enumerate(experts)), *coded]
+    """Run every server that is not idle, once, the coded models counted behind the experts; see `Coded.answers`."""
+    servers = [None if index in idle else network for index, network in enumerate((*experts, *coded))]
     found = [None if network is None else run_network(network, inputs, features, stages) for network in servers]
     arrived = [run for run in found if run is not None]
     missing = Run(arrived[0].features[:, :0], torch.full_like(arrived[0].logits, torch.nan))

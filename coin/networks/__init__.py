@@ -9,7 +9,15 @@ from coin.networks.files import (
     open_network,
     save_network,
 )
-from coin.networks.heads import check_head, features_and_logits, head_name, pad_logits, padded_rows, widened
+from coin.networks.heads import (
+    check_head,
+    features_and_logits,
+    head_name,
+    linear_heads,
+    pad_logits,
+    padded_rows,
+    widened,
+)
 from coin.networks.lora import Lora, add_adapters, plain_network
 from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.stages import Run, run_network
@@ -31,6 +39,7 @@ __all__ = [
     "has_batchnorm",
     "head_name",
     "initial_network",
+    "linear_heads",
     "load_network",
     "open_network",
     "pad_logits",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin.batches import Batch, Network, twin
+from coin.batches import Batch, Network, take, twin
 from coin.errors import HeadError, StateError
 from coin.files.tensors import State
 
@@ -237,5 +237,35 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
             found = f" (found a difference of {float(difference.max()):.3g})"
     raise HeadError(
         f"the logits of {type(network).__name__} are not its head '{name}' ({type(head).__name__}) of the head's "
-        f"input{found}; name the layer that gives the logits in an attribute 'head_name', or leave the method out"
+        f"input{found}; name the layer that gives the logits in an attribute 'head_name', or leave out the method or "
+        "decoder that reads it"
     )
+
+
+_FEW = 8
+"""Samples that tell whether logits are the head's of the features."""
+
+
+@torch.no_grad()
+def linear_heads(networks: Sequence[nn.Module], inputs: Batch | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Return every network's head as its weight ``[C, F]`` and bias ``[C]``, padded with zeros to the largest C.
+
+    The networks, in eval mode, run on the first few of the inputs, and a HeadError names the first one whose logits are
+    not the head of its features (`check_head`); without inputs only the layers are looked at.
+    """
+    heads = []
+    for network in networks:
+        head = network.get_submodule(head_name(network))
+        if inputs is not None:
+            features, logits = features_and_logits(network, take(inputs, slice(0, _FEW)))
+        else:
+            shape = head.weight.flatten(1).shape if isinstance(head, nn.Linear | nn.Conv2d) else (0, 0)
+            features, logits = (torch.zeros(0, size, device=next(head.parameters()).device) for size in shape[::-1])
+        check_head(network, features, logits)
+        assert isinstance(head, nn.Linear | nn.Conv2d)
+        weight = head.weight.detach().flatten(1)
+        heads.append((weight, weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach()))
+    width = max(len(bias) for _, bias in heads)
+    return [
+        (F.pad(weight, (0, 0, 0, width - len(bias))), F.pad(bias, (0, width - len(bias)))) for weight, bias in heads
+    ]
