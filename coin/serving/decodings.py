@@ -114,3 +114,15 @@ def coded_layout(code: Code) -> Layout:
                 if float(torch.linalg.svdvals(columns)[-1]) * MAX_AMPLIFICATION >= 1:
                     solvable.add((sum(1 << row for row in chosen), missing))
     return Layout(code.num_experts, code.num_coded, solvable=frozenset(solvable))
+
+
+def standin_layout(code: Code, every_row: bool) -> Layout:
+    """Return the servers of a code whose decoder reads no survivor.
+
+    Args:
+        code: The code.
+        every_row: Whether it reads all coded models for an expert, or the one in which that weighs most.
+    """
+    best = code.matrix.argmax(0).tolist()
+    rows = [(1 << code.num_coded) - 1 if every_row else 1 << row for row in best]
+    return Layout(code.num_experts, code.num_coded, alone=tuple(rows))

@@ -182,7 +182,7 @@ class FrontEnd:
         if patience > 0:
             timers.append(loop.call_later(patience, self._become_late, query))
         try:
-            self._proceed(query, query.start([len(queue) for queue in self.queues], down))
+            self._proceed(query, query.start(lambda server: len(self.queues[server]), down))
             await query.finished
         finally:
             for timer in timers:

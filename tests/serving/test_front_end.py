@@ -10,9 +10,8 @@ import torch
 
 from coin.coding import Answers, decode_linear, make_decoder
 from coin.errors import ConfigurationError, DeadlineError, DecodingError, LostError, OverloadedError, ServingError
-from coin.serving.decodings import Decodings, coded_layout
+from coin.serving.decodings import Decodings
 from coin.serving.front_end import FrontEnd
-from coin.serving.layout import spread_copies
 from coin.serving.limits import InputLimits, Limits
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.replies import Reply, ReplyFormat
@@ -83,8 +82,8 @@ class World:
         self.system = system
         self.asked = [0] * len(behaviours)
         self.batches: list[int] = []
-        coded = policy.startswith("coded")
-        layout = coded_layout(system.code) if coded else spread_copies(system.code.num_experts, len(MATRIX))
+        asks = Policy(PolicyKind(policy), quantile)
+        coded, layout = asks.coded, system.layout(asks)
 
         def server(index: int) -> Callable[[torch.Tensor], Awaitable[Reply]]:
             host = index if coded or index < 3 else layout.copies[index - 3]
@@ -99,10 +98,10 @@ class World:
         self.front = FrontEnd(
             {name: server(index) for index, name in enumerate(["a", "b", "c", "extra"])},
             layout,
-            Policy(PolicyKind(policy), quantile),
+            asks,
             system.expects,
             PROBE,
-            system.decodings if coded else None,
+            system.decodings_of(asks),
             limits,
         )
 
@@ -172,6 +171,37 @@ def test_proactive_decodes_at_once_when_late_and_own_answer_wins_before(world: A
     assert (own.decoded, own.seconds) == (False, pytest.approx(0.4))
     hasty = virtually(main(world([after(0.4), after(0.1), after(0.2), after(0.3)], "coded_proactive", quantile=0.0)))
     assert (hasty.decoded, hasty.seconds) == (True, pytest.approx(0.3))
+
+
+def test_a_coded_server_stands_in_alone_for_any_number_of_experts(world: Any, virtually: Any) -> None:
+    it = world([hangs, raises, after(0.1), after(0.3)], "standin", timeout=5.0, failures=2)
+
+    async def main() -> None:
+        async with it.front as front:
+            late, lost, all_three = await front.ask(X, 0), await front.ask(X, 1), await front.ask_all(X)
+            for answer, seconds in ((late, 0.5 + 0.3), (lost, 0.3)):
+                assert (answer.decoded, answer.answered_by) == (True, ("extra",))
+                assert exact(answer.logits, it.system.truth(answer.expert, X))
+                assert answer.seconds == pytest.approx(seconds)
+            assert [answer.decoded for answer in all_three] == [True, True, False]
+            assert all_three[1].answered_by == ("extra",)
+            assert front.can_answer()
+
+    virtually(main())
+    assert it.asked[2:] == [1, 3]  # no survivor was asked for them
+
+
+def test_a_stand_in_that_is_lost_leaves_the_expert_itself(world: Any, virtually: Any) -> None:
+    it = world([after(2.0), raises, after(0.1), raises], "standin", timeout=5.0)
+
+    async def main() -> None:
+        async with it.front as front:
+            slow = await front.ask(X, 0)
+            assert (slow.decoded, slow.seconds) == (False, pytest.approx(2.0))
+            with pytest.raises(LostError, match="lost b, extra"):
+                await front.ask(X, 1)
+
+    virtually(main())
 
 
 @pytest.mark.parametrize("behaviour", GARBAGE, ids=lambda behaviour: behaviour.__name__)

@@ -216,7 +216,11 @@ class _Run:
         if patient:
             self._push(now + self._lateness(wanted).seconds, self._become_late, query)
         self._push(now + self.deadline, self._expire, query)
-        self._ask(now, query, query.start(self.held, self.down))
+        self._ask(now, query, query.start(self._load, self.down))
+
+    def _load(self, server: int) -> int:
+        """What waits for a server's machine."""
+        return sum(self.held[each] for each in self.residents[self.machine[server]])
 
     def _lateness(self, wanted: int) -> Lateness:
         if wanted not in self.lateness:
