@@ -644,7 +644,7 @@ def test_fitted_decoder_is_used_where_it_fits_and_the_code_otherwise(linear_syst
         features[3:],
     )
     fitted = [make_decoder(kind, system.code, erased).fit(answers) for kind, erased in (("feature_ridge", [1]),)]
-    decodings = Decodings(system.code, fitted, class_counts=[3, 2, 3])
+    decodings = Decodings(system.code, fitted, class_counts=[3, 2, 3], thresholds={((1,), 1): 0.01})
     biased = {
         server: Reply(reply.logits + (0.5 if server > 2 else 0.0), features[server])
         for server, reply in enumerate(replies)
@@ -652,12 +652,16 @@ def test_fitted_decoder_is_used_where_it_fits_and_the_code_otherwise(linear_syst
 
     def decode(*lost: int) -> dict[int, torch.Tensor]:
         arrived = {server: reply for server, reply in biased.items() if server not in lost}
-        decoded, used, risks = decodings.decode(arrived)
+        decoded, used = decodings.decode(arrived)
         assert used == tuple(arrived)
-        wanted = {1: fitted[0].risk(1, decoded[1], 2)} if lost == (1,) else {}  # the code's equations tell none
-        assert set(risks) == set(wanted)
-        assert all(torch.equal(risks[expert], wanted[expert]) for expert in wanted)
-        return decoded
+        for expert, (logits, risk, accepted) in decoded.items():
+            if lost == (1,):
+                assert torch.equal(risk, fitted[0].risk(expert, logits, 2))
+                assert torch.equal(accepted, risk <= 0.01)
+            else:  # the code's equations tell none, and nothing is promised of them
+                assert bool(risk.isnan().all())
+                assert not accepted.any()
+        return {expert: each.logits for expert, each in decoded.items()}
 
     assert torch.allclose(decode(1)[1], replies[1].logits, atol=1e-4)
     assert not torch.allclose(decode(1, 4)[1], replies[1].logits, atol=1e-1)  # one coded model: the code's equation

@@ -246,12 +246,14 @@ def measure_decoding(
         feature_widths=feature_widths,
         tasks=torch.arange(samples) % count,
     )
-    decodings = Decodings(code, [make_decoder(config, code, [0]).fit(answers)], feature_widths)
+    lost = [0] if config.reads_survivors else range(count)
+    heads = [(torch.randn(expects.outputs, width or 1), torch.zeros(expects.outputs))] * count
+    decodings = Decodings(code, [make_decoder(config, code, lost, heads).fit(answers)], feature_widths)
     arrived = {
         server: Reply(logits[server, :1], None if features is None else features[server][:1])
         for server in range(1, servers)
     }
-    return float(np.median(measure_times(lambda: decodings.decode(arrived))))
+    return float(np.median(measure_times(lambda: decodings.decode(arrived, [0]))))
 
 
 def measure_times(action: Callable[[], object], repeats: int = _REPEATS) -> NDArray[np.float64]:
