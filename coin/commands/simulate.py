@@ -1,24 +1,27 @@
 """``coin simulate``: how late answers are, and how right, by what stands in for an expert."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+from torch import nn
 
-from coin.coding import DecoderConfig
-from coin.commands.coded_system import Choice, CodedSystem, parse_options, read_coded_system, read_measured
+from coin.coding import DecoderConfig, DecoderKind
+from coin.commands.coded_system import REPLICA, Choice, CodedSystem, parse_options, read_coded_system, read_every_result
 from coin.errors import ConfigurationError
 from coin.files.atomic import atomic_path, write_text
+from coin.modules.variants import NONE, ORACLE
 from coin.networks import load_network
-from coin.networks.delta import decode, encode
+from coin.networks.compressed import compress
+
 from coin.options import described
 from coin.processes import say
 from coin.reporting.figures import as_png
-from coin.reporting.results import write_frame
+from coin.reporting.results import asked_policy, write_frame
 from coin.reporting.tables import results_console
 from coin.serving.model import NetworkServer
 from coin.serving.replies import ReplyFormat
@@ -39,8 +42,6 @@ from coin.versions import versions
 
 SIMULATION_CSV = "simulation.csv"
 SEEDS = 20
-REPLICA = "replica"
-"""What results call the decoder of an expert's own compressed network."""
 
 Point = tuple[StandIn, Profile, Simulation]
 
@@ -100,7 +101,7 @@ def simulate(
         for load in loads
         for extra in extras or [profile.code.num_coded]
         for sized in [profile.resized(count, extra)]
-        for what in (unmeasured(each) if sized is not profile else each for each in known)
+        for what in (each if sized is profile else each.elsewhere for each in known)
         if what.kind in (policies or Redundancy)
         for quantile in (quantiles[:1] if what.kind is Redundancy.uncoded else quantiles)
     ]
@@ -122,8 +123,8 @@ def simulate(
 
 _MEASURED = {Redundancy.spare_delta, Redundancy.neighbours}
 _LACKING = (
-    "expected rows of it: decoders [expert_head] for standin, [feature_ridge] for coded ones, in the experiment; or for "
-    "failover --failover.accuracy, .mib and .seconds"
+    "expected rows of it: for standin of the decoder expert_head, for coded ones of feature_ridge; or for failover "
+    "--failover.accuracy, .mib and .seconds"
 )
 
 
@@ -134,11 +135,11 @@ def read_profile(
 
     The coded system is the most accurate of those that read the survivors, if there is one.
     """
-    measured = read_measured(Path(folder), choice)
-    reads = [name != REPLICA and DecoderConfig.named(name).reads_survivors for name in measured["decoder"]]
-    coded = measured[reads] if any(reads) else measured[measured["decoder"] != REPLICA]
+    _, frame = read_every_result(Path(folder))
+    chosen = _what_was_measured(frame, choice)
+    coded = chosen[chosen["survivors"]] if chosen["survivors"].any() else chosen
     if not coded.empty:
-        best = coded.loc[coded["decoded_accuracy"].idxmax()]
+        best = coded.sort_values("decoded_accuracy", kind="stable").to_dict("records")[-1]
         choice = Choice(best["method"], best["batchnorm"], best["decoder"])
     system = read_coded_system(Path(folder), choice)
     servers = [NetworkServer(path, system.experts.width, system.decoder) for path in system.experts.paths.values()]
@@ -154,14 +155,27 @@ def read_profile(
         times = (np.array([service.seconds]),) * len(servers)
     sizes = tuple(kept_bytes(path) for path in system.experts.paths.values())
     profile = Profile(system.code, times, sizes, float(system.results["expert_accuracy"].mean()), decoding)
-    known = _stand_ins(system, profile, measured)
+    known = _stand_ins(system, profile, frame, choice)
     if failover is not None:
         size, right = failover.mib * 2**20, {1: failover.accuracy}
         known.append(StandIn(Redundancy.failover, "", size, 0.0, right, seconds=failover.seconds))
     return system, profile, conditions, known
 
 
-def _stand_ins(system: CodedSystem, profile: Profile, measured: pd.DataFrame) -> list[StandIn]:
+def _what_was_measured(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
+    """Return accuracy and memory of every chosen coded system with one expert lost, the least memory first."""
+    policy = None if choice.batchnorm is None else asked_policy(choice.batchnorm)
+    for column, wanted in (("decoder", choice.decoder), ("method", choice.method), ("batchnorm", policy)):
+        frame = frame if wanted is None else frame[frame[column] == wanted]
+    one = frame[~frame["erased"].str.contains("+", regex=False) & ~frame["method"].isin([NONE, ORACLE])]
+    keys, numbers = ["method", "batchnorm", "decoder"], ["decoded_accuracy", "memory_mib"]
+    means = one.groupby(keys, sort=False)[numbers].mean().reset_index().sort_values("memory_mib", kind="stable")
+    own = [name == REPLICA or DecoderConfig.named(name).reads_survivors for name in means["decoder"]]
+    replica = means["decoder"] == REPLICA
+    return means.assign(replica=replica, survivors=np.array(own, dtype=bool) & ~replica)
+
+
+def _stand_ins(system: CodedSystem, profile: Profile, frame: pd.DataFrame, choice: Choice) -> list[StandIn]:
     """Return what the results know to stand in; of coded models that answer alone those that nothing dominates."""
     size, right, count = float(np.mean(profile.sizes)), {1: profile.accuracy}, len(profile.sizes)
     found = [
@@ -169,24 +183,80 @@ def _stand_ins(system: CodedSystem, profile: Profile, measured: pd.DataFrame) ->
         StandIn(Redundancy.copy, "", size, 0.0, right),
         StandIn(Redundancy.spare, "", 0.0, size, right),
     ]
-    for row in measured.sort_values("memory_mib", kind="stable").itertuples():
-        kept, accuracy = 2**20 * row.memory_mib, row.decoded_accuracy
-        if row.decoder == REPLICA:
-            name = str(row.method).removeprefix("spare-")
+    best = 0.0
+    for row in _what_was_measured(frame, Choice()).to_dict("records"):
+        name, kept, accuracy = str(row["method"]), 2**20 * float(row["memory_mib"]), float(row["decoded_accuracy"])
+        if row["replica"]:
+            name = name.removeprefix("spare-")
             base = 0.0 if "nobase" in name else size / 4 if "int8base" in name else size
-            seconds = system.unpacking(name)
-            for kind in (Redundancy.spare_delta, Redundancy.neighbours):
-                found.append(StandIn(kind, name, base, (kept - base) / count, {1: accuracy}, unpacking=seconds))
-            continue
-        decoder = DecoderConfig.named(row.decoder)
-        if decoder.reads_survivors or any(
-            what.kind is Redundancy.standin and what.right() >= accuracy and what.fixed <= kept for what in found
-        ):
-            continue
-        every = decoder.kind is not DecoderKind.expert_head
-        found.append(StandIn(Redundancy.standin, f"{row.method} {row.decoder}", kept / system.code.num_coded, 0.0, {1: accuracy}, every))
+            found += _deltas(system, name, base, (kept - base) / count, accuracy)
+        elif not row["survivors"] and choice.method in (None, name) and accuracy > best:
+            best, every = accuracy, DecoderConfig.named(row["decoder"]).kind is not DecoderKind.expert_head
+            each = kept / system.code.num_coded
+            found.append(StandIn(Redundancy.standin, f"{name} {row['decoder']}", each, 0.0, {1: best}, every))
     if system.decoder.reads_survivors:
-        kept = sum(map(kept_bytes, system.coded))
+        kept = float(np.mean([kept_bytes(path) for path in system.coded]))
         for kind in (Redundancy.coded_proactive, Redundancy.coded_hedged):
             found.append(StandIn(kind, "", kept, 0.0, system.decoded_accuracy))
     return found
+
+
+def _deltas(system: CodedSystem, name: str, fixed: float, each: float, accuracy: float) -> list[StandIn]:
+    """Return what the experts' compressed deltas are good for, on a server of their own and on the neighbours'."""
+    bits, rank = (re.search(rf"(\d+){unit}" if unit == "bit" else rf"{unit}(\d+)", name) for unit in ("bit", "rank"))
+    experts = _experts(system)  # how long it takes does not depend on the base's values
+    packed = compress(
+        experts[0],
+        experts[-1],
+        bits=int(bits[1]) if bits else None,
+        rank=int(rank[1]) if rank else None,
+        base_bits=0 if "nobase" in name else 32,
+    )
+    seconds = float(np.median(measure_times(packed.network, 5)))
+    kinds = (Redundancy.spare_delta, Redundancy.neighbours)
+    return [StandIn(kind, name, fixed, each, {1: accuracy}, unpacking=seconds) for kind in kinds]
+
+
+def measured_spares(system: CodedSystem, profile: Profile) -> list[StandIn]:
+    """Return the experts with 8 bits a weight, without a base, with their accuracy on their own test sets."""
+    tests = system.data().test_dataloader()
+    packed = [compress(network, None, bits=8, base_bits=0) for network in _experts(system)]
+    pairs = zip(packed, tests, strict=True)
+    accuracies = [measure_accuracy(each.network(), test, system.experts.config.image_size) for each, test in pairs]
+    size = float(np.mean([each.nbytes for each in packed]))
+    return _deltas(system, "8bit-nobase", 0.0, size, float(np.mean(accuracies)))
+
+
+def _experts(system: CodedSystem) -> list[nn.Module]:
+    return [load_network(path).network for path in system.experts.paths.values()]
+
+
+def kept_bytes(path: Path) -> int:
+    """Return the bytes of a network's weights and buffers."""
+    return sum(values.nbytes for values in load_network(path).network.state_dict().values())
+
+
+def simulate_rows(points: Sequence[Point], seeds: Sequence[int], jobs: int | None) -> pd.DataFrame:
+    """Return a row for each that may stand in, over the seeds; simulations that are alike run once."""
+
+    def key(it: Simulation) -> tuple[object, ...]:
+        pace = it.unpacking, it.unpacked, it.decoding, *map(id, it.samples)
+        return it.policy, it.layout, it.machines, it.load, it.want, *pace
+
+    distinct = {key(point[2]): point[2] for point in points}
+    outcomes = simulate_all([replace(each, seed=seed) for each in distinct.values() for seed in seeds], jobs)
+    found = {name: outcomes[place * len(seeds) : (place + 1) * len(seeds)] for place, name in enumerate(distinct)}
+    return pd.DataFrame([as_row(*point, found[key(point[2])]) for point in points])
+
+
+def draw(path: Path, column: str, rows: pd.DataFrame) -> None:
+    """Write the figure of the latencies against a column, as PNG."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(as_png(tail_against(column, rows)))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Simulate, and print the table."""
+    options = parse_options("simulate", simulate, arguments, conditions=Conditions, choice=Choice)
+    print_simulation(simulate(**options), results_console())
+    print(f"table: {Path(options['output'] or options['folder']) / SIMULATION_CSV}")

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -112,6 +111,11 @@ class StandIn:
         """Whether the other experts are asked too."""
         return self.kind in (Redundancy.coded_proactive, Redundancy.coded_hedged)
 
+    @property
+    def elsewhere(self) -> "StandIn":
+        """The same among another number of experts, where no coded model's accuracy is known."""
+        return replace(self, accuracy={}) if self.kind.is_coded else self
+
     def right(self, lost: int = 1) -> float:
         """Return the accuracy of its answers while so many experts are lost; NaN where it was not measured."""
         return self.accuracy.get(lost if self.reads_survivors else 1, float("nan"))
@@ -139,19 +143,26 @@ class Profile:
         """Return as many experts like these, and as many extra servers."""
         if (experts, extras) == (self.code.num_experts, self.code.num_coded):
             return self
-        times, sizes = (tuple(islice(cycle(each), experts)) for each in (self.seconds, self.sizes))
+        places = [place % len(self.sizes) for place in range(experts)]
+        times, sizes = tuple(self.seconds[each] for each in places), tuple(self.sizes[each] for each in places)
         return replace(self, code=convex(experts, extras), seconds=times, sizes=sizes)
 
     def extras(self, what: StandIn) -> int:
         """Return how many servers it takes beside the experts' own."""
         return 0 if what.kind in (Redundancy.uncoded, Redundancy.neighbours) else self.code.num_coded
 
+    def losses(self, what: StandIn) -> int:
+        """Return how many experts may be lost at once, whichever they are."""
+        count, extras = self.code.num_experts, self.code.num_coded
+        if what.kind is Redundancy.uncoded or (what.kind is Redundancy.copy and extras < count):
+            return 0
+        return min(extras, count) if what.reads_survivors else count - (what.kind is Redundancy.neighbours)
+
     def memory(self, what: StandIn) -> tuple[float, float]:
         """Return the bytes of weights of the largest server, and of all."""
-        own, each = np.array(self.sizes, dtype=np.float64), what.fixed + what.each * len(self.sizes)
-        if what.kind is Redundancy.neighbours:
-            own = own + each - what.each
-        every = [*own, *[each] * self.extras(what)]
+        is_extra = what.kind is not Redundancy.neighbours
+        kept = what.fixed + what.each * (len(self.sizes) - (not is_extra))
+        every = [*self.sizes, *[kept] * self.extras(what)] if is_extra else [size + kept for size in self.sizes]
         return max(every), sum(every)
 
     def simulation(
@@ -176,7 +187,8 @@ class Profile:
             samples = [self.seconds[each % len(self.seconds)] for each in holds]
         else:
             samples = [np.array([what.seconds])] * len(holds)
-        room = 1 if memory is None else max(0, int((memory - self.memory(what)[0]) // max(self.sizes)))
+        kept = self.memory(what)[0] if what.kind is Redundancy.neighbours else what.fixed + what.each * len(self.sizes)
+        room = 1 if memory is None else max(0, int((memory - kept) // max(self.sizes)))
         return Simulation(
             layout, policy, (*self.seconds, *samples), conditions,
             machines=machines, decoding=self.decoding, unpacking=what.unpacking, unpacked=room, **options,

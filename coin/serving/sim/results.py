@@ -76,9 +76,7 @@ def _quantiles(values: NDArray[np.float64], weights: NDArray[np.int64], levels: 
     return chosen
 
 
-def as_row(
-    what: StandIn, profile: Profile, simulation: Simulation, outcomes: Sequence[Outcome]
-) -> dict[str, object]:
+def as_row(what: StandIn, profile: Profile, simulation: Simulation, outcomes: Sequence[Outcome]) -> dict[str, object]:
     """Return what the seeds of one simulation come to: a row of ``simulation.csv``.
 
     Latencies are in seconds, infinite where too many queries failed, and memory in bytes of weights: ``memory_server``
@@ -110,6 +108,7 @@ def as_row(
         "seeds": len(outcomes),
         "memory_server": memory_server,
         "memory": memory,
+        "losses": profile.losses(what),
         "quantile": simulation.policy.quantile if simulation.policy.hedges else nan,
         "load": simulation.load,
         **latencies,
@@ -134,7 +133,7 @@ def print_simulation(rows: pd.DataFrame, console: Console) -> None:
         console.print(_table(group, f"{experts} experts, {want} wanted, load {load:g}"))
     console.print(
         Text(
-            "After which quantile of their time own answers are late; p99.9 in ms with its 95 % interval, ∞ where too "
+            "After which quantile of their time own answers are late, 0 for at once; p99.9 in ms with its 95 % interval, ∞ where too "
             "many queries failed; memory of weights in MiB, of the largest server and in all; answers that stood in "
             "for an expert's, and that never came, in %; queries in a million that find nobody who can answer while "
             "machines are repaired (--repair.mtbf, --repair.mttr); forward passes a query; effective accuracy in %, – "
@@ -152,7 +151,7 @@ def _table(rows: pd.DataFrame, title: str) -> Table:
         mark = "→ " if row.get("buy") else "× " if not row.get("fits", True) else ""
         table.add_row(
             mark + named(row),
-            when_asked(row["quantile"]),
+            "–" if np.isnan(row["quantile"]) else f"{row['quantile']:g}",
             milliseconds(row["p999"]),
             f"{milliseconds(row['p999_low'])}–{milliseconds(row['p999_high'])}",
             f"{row['memory_server'] / 2**20:.0f}",
@@ -170,11 +169,6 @@ def named(row: Mapping[Any, Any]) -> str:
     """Return a row's redundancy, variant, and number of servers where there are several."""
     name = f"{row['redundancy']} {row['variant']}".strip()
     return name if row["extras"] < 2 else f"{name}, {row['extras']}"
-
-
-def when_asked(quantile: float) -> str:
-    """Return from which quantile of lateness on others than the expert are asked, or their answers taken."""
-    return "–" if np.isnan(quantile) else "at once" if quantile == 0 else f"q {quantile:g}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -199,7 +193,10 @@ def tail_against(column: str, rows: pd.DataFrame) -> Figure:
             shown = rows[(rows["want"] == want) & np.isfinite(rows["p999"])]
             for index, kind in enumerate(kinds):
                 line = shown[shown["redundancy"] == kind].sort_values(["experts", "extras", column])
-                y, high = 1e3 * line["p999"], 1e3 * line["p999_high"].where(np.isfinite(line["p999_high"]), line["p999"])
+                y, high = (
+                    1e3 * line["p999"],
+                    1e3 * line["p999_high"].where(np.isfinite(line["p999_high"]), line["p999"]),
+                )
                 if not line.empty:
                     axes.errorbar(
                         line[column] * scale, y, [y - 1e3 * line["p999_low"], high - y], color=colour(index),

@@ -101,7 +101,7 @@ class Simulation:
         machines, every = range(max(self.machines) + 1), range(self.layout.num_experts)
         wants = [self.layout.every_expert] if self.want is Want.all else [1 << expert for expert in every]
         answered = 0.0
-        for down in chain.from_iterable(combinations(machines, count) for count in range(min(5, len(machines) + 1))):
+        for down in chain.from_iterable(combinations(machines, lost) for lost in range(min(5, len(machines) + 1))):
             up = sum(1 << server for server, machine in enumerate(self.machines) if machine not in down)
             served = sum(self.layout.covers(up, wanted) for wanted in wants) / len(wants)
             answered += served * share ** len(down) * (1 - share) ** (len(machines) - len(down))
