@@ -52,7 +52,12 @@ if TYPE_CHECKING:
         distill as distill,
         evaluate as evaluate,
     )
-    from coin.networks import BatchNormPolicy as BatchNormPolicy, recalibrate as recalibrate
+    from coin.networks import (
+        BatchNormPolicy as BatchNormPolicy,
+        Compressed as Compressed,
+        compress as compress,
+        recalibrate as recalibrate,
+    )
     from coin.statistics import (
         FisherKind as FisherKind,
         Precision as Precision,
@@ -69,7 +74,7 @@ _ROOMS = {
     " Method Refit RegMean TaskArithmetic Ties Wudi merge_networks",
     "coin.metrics": "DecodingAccuracy Residual",
     "coin.modules": "Coded Distillation ReadoutDistillation distill evaluate",
-    "coin.networks": "BatchNormPolicy recalibrate",
+    "coin.networks": "BatchNormPolicy Compressed compress recalibrate",
     "coin.statistics": "FisherKind Precision fisher_diagonal gram_sums load_statistic save_statistic",
 }
 _HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from coin.coding import DecoderConfig, DecoderKind, distinct_decoders
+from coin.coding import DecoderConfig, distinct_decoders
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
@@ -85,7 +85,7 @@ class Experiment:
             raise ConfigurationError(f"found seeds {self.seeds}, expected distinct numbers from 0 to {_SEEDS[-1]}")
         self.code = read_code(code, len(tasks))
         """The code; none where every seed chooses its own."""
-        self.decoders = distinct_decoders(list(DecoderKind) if decoders is None else decoders)
+        self.decoders, self.takes_all_decoders = distinct_decoders(decoders), decoders is None
         settings = (calibration.fisher_kind, calibration.fisher_data, self.decoders)
         methods = [method.settled(*settings) for method in methods]
         names = [coded_name(method) for method in methods]

@@ -1,10 +1,12 @@
 """Refit: every layer of the average fitted anew, in the order of execution, on the coded network's own inputs."""
 
 import warnings
+from collections import ChainMap
 from collections.abc import Iterable, Sequence
 from copy import copy
 from enum import StrEnum
-from typing import Any, Self
+from itertools import chain
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from coin.merging.held_out import LINEAR, check_errors, held_out_error
 from coin.merging.lockstep import Walk
 from coin.merging.method import CodedModel, Method, check_coded, check_experts, checked, fill, starting_method
 from coin.merging.units import PROBES, Unit, affine_units
-from coin.networks.batchnorm import BatchNormPolicy
+from coin.networks.batchnorm import BatchNormPolicy, folded
 from coin.networks.parametrised import renormalise
 from coin.progress import progress
 from coin.statistics import FisherKind
@@ -239,26 +241,12 @@ def _fold(
     network: nn.Module, units: Iterable[Unit], states: Sequence[tuple[State, State]], row: Sequence[float]
 ) -> None:
     """Write the β-average of other networks' folded maps into a network, whose BatchNorms become shifts."""
+    every: list[State] = [ChainMap(*cast(Any, each)) for each in states]  # never written to
+    tensors = dict(chain(network.named_parameters(), network.named_buffers()))
     for unit in units:
-        if unit.norm is None:
-            continue
-        norm = network.get_submodule(unit.norm)
-        assert isinstance(norm, _BatchNorm)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        weight, bias = network.get_parameter(unit.weight), network.get_parameter(f"{unit.norm}.bias")
-        total, shift = torch.zeros_like(weight, dtype=torch.float64), torch.zeros_like(bias, dtype=torch.float64)
-        for share, (own, kept) in zip(row, states, strict=True):
-            mean, variance = (kept[f"{unit.norm}.running_{what}"].double() for what in ("mean", "var"))
-            scale = own[f"{unit.norm}.weight"].double() / (variance + norm.eps).sqrt()
-            total += share * scale.view(-1, *[1] * (weight.ndim - 1)) * own[unit.weight].double()
-            before = own[unit.bias].double() if unit.bias is not None else 0.0
-            shift += share * (own[f"{unit.norm}.bias"].double() + scale * (before - mean))
-        with torch.no_grad():
-            weight.copy_(total)
-            bias.copy_(shift)
-            if unit.bias is not None:
-                network.get_parameter(unit.bias).zero_()
-            network.get_parameter(f"{unit.norm}.weight").fill_(1)
-            norm.running_mean.zero_()
-            norm.running_var.fill_(1 - norm.eps)
+        if unit.norm is not None:
+            eps = cast(_BatchNorm, network.get_submodule(unit.norm)).eps
+            maps = [folded(state, unit.weight, unit.bias, unit.norm, eps) for state in every]
+            with torch.no_grad():
+                for name, tensor in weighted_sum(maps, row).items():
+                    tensors[name].copy_(tensor)

@@ -50,10 +50,14 @@ def nearest(matrix: Tensor, scale: Tensor, bits: int) -> Tensor:
     codes = torch.empty(matrix.shape, dtype=torch.uint8)
     for kind, known in enumerate(levels(bits)):
         own = (scale < 0) == bool(kind)
-        # Where a row's scale is zero, its values are, and any level will do.
-        over = matrix[own] / scale[own].float().abs().clamp(min=1e-38)[:, None]
-        codes[own] = torch.bucketize(over, (known[1:] + known[:-1]) / 2).byte()
+        codes[own] = _codes(matrix[own], scale[own].float().abs(), known).byte()
     return codes
+
+
+def _codes(matrix: Tensor, scale: Tensor, known: Tensor) -> Tensor:
+    """Return the indices of the known levels nearest to a matrix over its rows' scales."""
+    # Where a row's scale is zero, its values are, and any level will do.
+    return torch.bucketize(matrix / scale.clamp(min=1e-38)[:, None], (known[1:] + known[:-1]) / 2, out_int32=True)
 
 
 def quantise(matrix: Tensor, bits: int) -> Rounded:
@@ -65,14 +69,15 @@ def quantise(matrix: Tensor, bits: int) -> Rounded:
     matrix = matrix.float()
     most = matrix.abs().amax(1)
     best, error = torch.zeros_like(most, dtype=torch.bfloat16), matrix.square().sum(1)
-    for clip in (*_CLIPS, *(-clip for clip in _CLIPS)) if bits > 1 else (1.0,):
-        scale = most * clip
-        for _ in range(3):
-            taken = Rounded(nearest(matrix, scale, bits), torch.ones_like(scale).copysign(scale), bits).dense()
-            scale = ((matrix * taken).sum(1) / taken.square().sum(1).clamp(min=1e-38)).copysign(scale)
-        kept = scale.bfloat16()
-        left = (matrix - Rounded(nearest(matrix, kept, bits), kept, bits).dense()).square().sum(1)
-        best, error = torch.where(left < error, kept, best), torch.minimum(left, error)
+    for known, sign in zip(levels(bits), (1, -1) if bits > 1 else (1,), strict=False):
+        for clip in _CLIPS if bits > 1 else (1.0,):
+            scale = most * clip
+            for _ in range(2):
+                taken = known[_codes(matrix, scale, known)]
+                scale = (matrix * taken).sum(1) / taken.square().sum(1).clamp(min=1e-38)
+            kept = scale.bfloat16()
+            left = (matrix - known[_codes(matrix, kept.float(), known)] * kept.float()[:, None]).square().sum(1)
+            best, error = torch.where(left < error, sign * kept, best), torch.minimum(left, error)
     return Rounded(nearest(matrix, best, bits), best, bits)
 
 
