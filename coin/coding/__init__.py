@@ -3,7 +3,7 @@
 from coin.coding.answers import Answers
 from coin.coding.code import Code, check_erasure, decode_linear
 from coin.coding.decoder_config import DecoderConfig, DecoderKind, distinct_decoders
-from coin.coding.decoders import Decoder, ExpertHeadDecoder, Head, Kept, LinearDecoder, make_decoder
+from coin.coding.decoders import Decoder, ExpertHeadDecoder, Head, Kept, LinearDecoder, kept_bytes, make_decoder
 from coin.coding.parity import oddness, parity_residual, parity_significance
 from coin.coding.ready import choose_code, convex, decoded_error_bound, simplex_codes, uniform
 from coin.coding.ridge import fit_ridge
@@ -27,6 +27,7 @@ __all__ = [
     "decoding_risk",
     "distinct_decoders",
     "fit_ridge",
+    "kept_bytes",
     "make_decoder",
     "oddness",
     "parity_residual",

@@ -153,8 +153,12 @@ class DecoderConfig:
         return min(num_experts, num_coded) if self.reads_survivors else num_experts
 
 
-def distinct_decoders(decoders: Sequence[DecoderKind | str | dict[str, Any] | DecoderConfig]) -> list[DecoderConfig]:
-    """Return the decoders' configurations; raises also where there is none, or two are the same."""
+def distinct_decoders(
+    decoders: Sequence[DecoderKind | str | dict[str, Any] | DecoderConfig] | None,
+) -> list[DecoderConfig]:
+    """Return the decoders' configurations, of all kinds for none; raises where the list is empty or has one twice."""
+    if decoders is None:
+        return [DecoderConfig(kind) for kind in DecoderKind]
     if not decoders:
         raise ConfigurationError(f"found no decoders, expected at least one of {', '.join(DecoderKind)}")
     configs = [DecoderConfig.of(decoder) for decoder in decoders]

@@ -1,7 +1,7 @@
 """The decoders: the outputs that did arrive → the outputs of the lost experts, without a label."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -368,6 +368,19 @@ def make_decoder(
         by_expert = dict(enumerate(heads)) if isinstance(heads, Sequence) else heads
         return ExpertHeadDecoder(code, erased, by_expert)
     return RidgeDecoder(code.num_experts, erased, config)
+
+
+def kept_bytes(decoders: Iterable[Decoder]) -> int:
+    """Return how many bytes the decoders of several erasures need in all.
+
+    Where no survivor is read an expert is decoded alike whoever else is lost, and each is counted once.
+    """
+    kept, ready = 0, set[int]()
+    for decoder in sorted(decoders, key=lambda each: len(each.erased)):
+        if decoder.config.reads_survivors or not ready >= {*decoder.erased}:
+            kept += decoder.nbytes
+            ready |= {*decoder.erased}
+    return kept
 
 
 def _second_moments(errors: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ def evaluate(run: SeedRun) -> None:
         model = DecodingEvaluator(
             experts={name: str(path) for name, path in run.experts.paths.items()},
             coded=[str(path) for path in coded],
-            decoders=list(experiment.decoders),
+            decoders=None if experiment.takes_all_decoders else list(experiment.decoders),
             code=code.tolist(),
         )
         with job(experiment, "evaluate", "evaluate", run.seed) as work:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from coin.coding import DecoderConfig, DecoderKind, distinct_decoders
+from coin.coding import DecoderConfig, distinct_decoders
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
@@ -117,7 +117,7 @@ class Experiment:
         self.base = base
         self.expert = expert
         self.calibration = calibration
-        self.decoders = distinct_decoders(list(DecoderKind) if decoders is None else decoders)
+        self.decoders, self.takes_all_decoders = distinct_decoders(decoders), decoders is None
         self.folder = Path(output) / name
         self.layout = ExperimentLayout(self.folder)
         self.trainer = trainer or {}

@@ -1,5 +1,6 @@
 """A code with its networks: the experts, and the coded models that stand by for them."""
 
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain, islice
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from coin.batches import Batch, Forward, adapted, as_input, checked, clone, take
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, ExpertHeadDecoder, Head, make_decoder
 from coin.coding.decoder_state import decoders_state, restore_decoders
-from coin.errors import ConfigurationError, FileError, StateError
+from coin.errors import CoinWarning, ConfigurationError, FileError, HeadError, StateError
 from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import check_same_layout, fingerprint
 from coin.merging.method import fill
@@ -117,7 +118,7 @@ class Coded(LightningModule):
             return server_answers(self.experts, self.coded, checked(inputs, self.coded[0]), features, stages, idle)
 
     def heads(self, inputs: Any = None) -> list[Head]:
-        """Return the experts' heads, for `make_decoder`: `linear_heads`, which looks at the first few inputs, if any."""
+        """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the first few inputs, if any."""
         given = None if inputs is None else as_input(inputs, self.coded[0])
         with eval_mode(self.experts):
             return linear_heads(list(self.experts), given)
@@ -162,7 +163,8 @@ class Coded(LightningModule):
     def decode(self, inputs: Batch, erased: Sequence[int] | None = None) -> Tensor:
         """Return lost experts' logits ``[|erased|, B, C]``, from the servers that are left, after `fit_decoder`.
 
-        Which experts are lost is what the last `fit_decoder` said, unless it is given. Only what the decoder reads runs.
+        Which experts are lost is what the last `fit_decoder` said, unless it is given. Only servers that the decoder
+        reads run.
         """
         decoder, places = self._decoder_of(erased)
         idle = [expert for expert in range(decoder.num_experts) if expert not in decoder.survivors]
@@ -253,9 +255,8 @@ class Coded(LightningModule):
         key = next(reversed(self.decoders), ()) if erased is None else tuple(erased)
         able = [key] if key in self.decoders else []
         if erased:  # a decoder that reads no survivor does not mind which of them are left
-            able += [
-                each for each, own in self.decoders.items() if not own.config.reads_survivors and {*key} <= {*each}
-            ]
+            alone = [each for each, own in self.decoders.items() if not own.config.reads_survivors]
+            able += [each for each in alone if {*key} <= {*each}]
         if not able:
             lost = "" if erased is None else f" of the loss of {list(erased)}"
             ready = f", only of {', '.join(str(list(each)) for each in self.decoders)}" if self.decoders else ""
@@ -286,6 +287,24 @@ def num_classes(expert: nn.Module, inputs: Any) -> int:
     with torch.no_grad(), eval_mode(expert):
         logits: Tensor = expert(take(as_input(inputs, expert), slice(0, 1)))
     return logits.shape[1]
+
+
+def heads_for(
+    decoders: Sequence[DecoderConfig], experts: Sequence[nn.Module], inputs: Batch | None, needed: bool
+) -> list[Head] | None:
+    """Return the experts' heads in the CPU's memory, None where no decoder reads them.
+
+    None too, with a warning, where they are no linear ones (`linear_heads`) and not needed.
+    """
+    if not any(config.kind is DecoderKind.expert_head for config in decoders):
+        return None
+    try:
+        return [(weight.cpu(), bias.cpu()) for weight, bias in linear_heads(experts, inputs)]
+    except HeadError as error:
+        if needed:
+            raise
+        warnings.warn(f"expert_head is left out: {error}", CoinWarning, stacklevel=3)
+        return None
 
 
 def server_answers(

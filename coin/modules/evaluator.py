@@ -13,21 +13,24 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from coin.batches import as_input
 from coin.coding import (
     Answers,
     Code,
     Decoder,
     DecoderConfig,
     DecoderKind,
+    Head,
     Kept,
     distinct_decoders,
+    kept_bytes,
     make_decoder,
     uniform,
 )
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
 from coin.metrics import DecodingAccuracy, Residual, RiskCurves
-from coin.modules.coded import server_answers
+from coin.modules.coded import heads_for, server_answers
 from coin.modules.examples import ExampleSamples, KeptSamples
 from coin.modules.shared import tasks_of
 from coin.modules.variants import NONE, ORACLE, Outcome, Variant, read_coded
@@ -60,7 +63,8 @@ class DecodingEvaluator(LightningModule):
     Args:
         experts: The experts' safetensors files by task, in the order of the datamodule's tasks.
         coded: The coded models' safetensors files.
-        decoders: The decoders to try: kinds, or sections of a kind and its options; none takes all kinds.
+        decoders: The decoders to try: kinds, or sections of a kind and its options; none takes all kinds, but
+            expert_head only where the experts' logits are their heads' of their features.
         code: The code of the references, R×N; none takes the first coded model's.
 
     Raises:
@@ -76,7 +80,7 @@ class DecodingEvaluator(LightningModule):
         code: list[list[float]] | None = None,
     ) -> None:
         super().__init__()
-        self.decoders = distinct_decoders(list(DecoderKind) if decoders is None else decoders)
+        self.decoders, self._takes_all = distinct_decoders(decoders), decoders is None
         if not experts:
             raise ConfigurationError("found no experts, expected at least one")
         self.tasks = tuple(experts)
@@ -97,13 +101,14 @@ class DecodingEvaluator(LightningModule):
         self.examples: dict[int, ExampleSamples] = {}
         self.kept: dict[str, KeptSamples] = {}
         self.fitted: list[_FittedDecoder] = []
+        self.heads: list[Head] | None = None
         self.eval().requires_grad_(False)
 
     def forward(self, inputs: Tensor) -> Answers:
         """Return what all experts and all coded models answer to inputs ``[B, ...]``, each network run once."""
         features = any(decoder.reads_features for decoder in self.decoders)
         stages = any(decoder.reads_stages for decoder in self.decoders)
-        return server_answers(self.experts, self.coded, inputs, features, stages, erased=())
+        return server_answers(self.experts, self.coded, inputs, features, stages, idle=())
 
     def on_test_start(self) -> None:
         """Check the data and fit every decoder on the calibration samples."""
@@ -116,8 +121,12 @@ class DecodingEvaluator(LightningModule):
             )
         for task in data.tasks.values():
             self.config.check_content(task.content)
-        started = time.perf_counter()
         calibration = data.calibration()
+        first = as_input(next(iter(calibration)), self.experts[0])
+        self.heads = heads_for(self.decoders, list(self.experts), first, needed=not self._takes_all)
+        if self.heads is None:
+            self.decoders = [config for config in self.decoders if config.kind is not DecoderKind.expert_head]
+        started = time.perf_counter()
         with self.trainer.precision_plugin.forward_context():  # the decoders meet in the test what they were fitted on
             parts = [self(batch.to(self.device)).cpu() for batch in calibration]
         answers = replace(Answers.concatenate(parts), tasks=calibration.part)
@@ -178,6 +187,10 @@ class DecodingEvaluator(LightningModule):
                 metric.to(self.device)
         self.kept = {self.tasks[task]: examples.kept() for task, examples in self.examples.items()}
         residuals = {index: [float(each.compute()) for each in metrics] for index, metrics in self.residuals.items()}
+        groups: dict[tuple[int, DecoderConfig], list[Decoder]] = {}
+        for fitted in self.fitted:
+            groups.setdefault((fitted.variant, fitted.decoder.config), []).append(fitted.decoder)
+        kept = {group: kept_bytes(decoders) for group, decoders in groups.items()}
         self.outcomes = [
             Outcome(
                 variant=self.variants[fitted.variant],
@@ -189,6 +202,9 @@ class DecodingEvaluator(LightningModule):
                 decoder_passes=fitted.passes,
                 confusion=confusion.compute().cpu().numpy().astype(np.int64),
                 risk=tuple(curves.compute()),
+                **self.variants[fitted.variant].costs(
+                    fitted.decoder.config, kept[fitted.variant, fitted.decoder.config], len(fitted.decoder.erased)
+                ),
                 **{name: float(value) for name, value in accuracy.compute().items()},
             )
             for fitted in self.fitted
@@ -202,18 +218,19 @@ class DecodingEvaluator(LightningModule):
             for index, variant in enumerate(self.variants)
             for erased in variant.erasures()
             for config in self.decoders
-            if variant.applies(config.kind)
+            if variant.applies(config)
         ]
         fitted, kept = [], Kept()
         for index, erased, config in tracked(combinations, "fitting decoders"):
             variant = self.variants[index]
             seen = variant.seen(answers)
             started = time.perf_counter()
-            decoder = make_decoder(config, variant.code, erased).fit(seen, kept)
+            decoder = make_decoder(config, variant.code, erased, self.heads).fit(seen, kept)
             seconds = passes = 0.0
             if decoder.needs_fit:
                 seconds = time.perf_counter() - started
-                passes = float((len(self.experts) + len(variant.networks)) * decoder.samples_read)
+                experts = len({*decoder.erased, *decoder.survivors})
+                passes = float((experts + len(variant.networks)) * decoder.samples_read)
                 seconds += share * passes / answers.num_samples
             counts = {lost: self.class_counts[lost] for lost in erased}
             metrics = {

@@ -15,22 +15,24 @@ from coin.coding import (
     Decoder,
     DecoderConfig,
     DecoderKind,
+    ExpertHeadDecoder,
     Kept,
     check_erasure,
     distinct_decoders,
+    kept_bytes,
     make_decoder,
 )
 from coin.errors import ConfigurationError, DataError
 from coin.metrics import DecodingAccuracy, Residual
-from coin.modules.coded import Coded, num_classes
-from coin.statistics.guard import full_products
+from coin.modules.coded import Coded, heads_for, num_classes
+from coin.statistics.guard import eval_mode, full_products
 
 
 def evaluate(
     system: Coded,
     loaders: Sequence[Iterable[Any]],
     *,
-    decoders: Sequence[DecoderKind | str | dict[str, Any] | DecoderConfig] = tuple(DecoderKind),
+    decoders: Sequence[DecoderKind | str | dict[str, Any] | DecoderConfig] | None = None,
     calibration: Sequence[Iterable[Any]] | None = None,
     erasures: Sequence[Sequence[int]] | None = None,
 ) -> pd.DataFrame:
@@ -41,16 +43,19 @@ def evaluate(
     Args:
         system: The code, its experts and its coded models.
         loaders: For every expert the batches (inputs, labels) of its task's test set; labels are classes ``[B]``.
-        decoders: Kinds, or configurations of one.
+        decoders: Kinds, or configurations of one; none takes all kinds, but expert_head only where the experts' logits
+            are their heads' of their features.
         calibration: For every expert the batches of its own task's samples, on which decoders are fitted without
-            labels; the linear one needs none, but knows no risk without.
+            labels; the linear one and expert_head need none, but know no risk without.
         erasures: Which experts are lost together; each alone by default.
 
     Returns:
         One row a decoder, erasure and lost expert, with the columns ``decoder``, ``erased`` (names joined by ``+``),
         ``task`` (the system's name of it), ``expert_accuracy``, ``decoded_accuracy``, ``nda``, ``agreement``
         (`coin.DecodingAccuracy`), ``risk`` (the mean of `coin.decoding_risk`: about 1 − agreement where it holds),
-        ``residual`` (`coin.Residual`) and ``decoder_passes`` (networks run to fit the decoder, a sample each).
+        ``residual`` (`coin.Residual`), ``decoder_passes`` (networks run to fit the decoder, a sample each), and what
+        the stand-in costs: ``memory_mib`` (the coded models, and the heads or regressions of these erasures),
+        ``forwards`` (networks run for one lost answer) and ``losses`` (the most at once).
 
     Raises ConfigurationError where numbers of tasks differ, or a decoder does not exist, comes twice or finds no
     calibration data; DecodingError where an erasure names no expert or is beyond what a decoder can; DataError where a
@@ -61,42 +66,55 @@ def evaluate(
     >>> system = coin.Coded(code, experts, coin.merge_networks(coin.Average(), experts, code), names="abc")
     >>> tests = [[(torch.randn(40, 4), torch.randint(3, (40,)))] for _ in experts]
     >>> table = coin.evaluate(system, tests, decoders=["linear"], erasures=[[0, 1]])
-    >>> table[["erased", "task", "nda"]].values.tolist()
-    [['a+b', 'a', 1.0], ['a+b', 'b', 1.0]]
+    >>> table[["erased", "task", "nda", "forwards", "losses"]].values.tolist()
+    [['a+b', 'a', 1.0, 3, 2], ['a+b', 'b', 1.0, 3, 2]]
     """
-    configs, count = distinct_decoders(list(decoders)), len(system.experts)
+    configs, count = distinct_decoders(decoders), len(system.experts)
     for what, given in (("loaders", loaders), ("calibration data", calibration)):
         if given is not None and len(given) != count:
             raise ConfigurationError(f"found {what} of {len(given)} tasks, expected {count}; give every expert's")
     lost = [check_erasure(erased, count) for erased in erasures or [[task] for task in range(count)]]
     if len({frozenset(erased) for erased in lost}) < len(lost):
         raise ConfigurationError(f"found erasures {[list(erased) for erased in lost]}, expected each loss once")
-    every = [make_decoder(config, system.code, erased) for config in configs for erased in lost]
+    every, first = [make_decoder(config, system.code, erased) for config in configs for erased in lost], None
     if calibration is not None:
-        parts = []
+        parts: list[Answers] = []
         for task, batches in enumerate(calibration):
-            each = [_answers(system, batch, configs) for batch in batches]
-            parts += [replace(answers, tasks=torch.full((answers.num_samples,), task)) for answers in each]
-        answers, kept = Answers.concatenate(parts), Kept()
-        for decoder in every:
-            decoder.fit(answers, kept)
+            for batch in batches:
+                first = batch if first is None else first
+                found = _answers(system, batch, configs)
+                parts.append(replace(found, tasks=torch.full((found.num_samples,), task)))
     elif to_fit := [decoder for decoder in every if decoder.needs_fit]:
         raise ConfigurationError(
             f"found no calibration, on which the decoder {to_fit[0].config.name} is fitted; give it, or "
             "decoders=['linear']"
         )
+    with eval_mode(system.experts):
+        probe = None if first is None else as_input(first, system.coded[0])
+        heads = heads_for(configs, list(system.experts), probe, needed=decoders is not None)
+    configs = [config for config in configs if heads or config.kind is not DecoderKind.expert_head]
+    every = [make_decoder(config, system.code, erased, heads) for config in configs for erased in lost]
+    if calibration is not None:
+        answers, kept = Answers.concatenate(parts), Kept()
+        for decoder in every:
+            decoder.fit(answers, kept)
     measured = [
         _measured(system, [decoder for decoder in every if task in decoder.erased], task, loader)
         for task, loader in enumerate(loaders)
     ]
-    servers = count + system.code.num_coded
+    coded = sum(tensor.nbytes for network in system.coded for tensor in network.state_dict().values())
+    memory = {each: (coded + kept_bytes(own for own in every if own.config == each)) / 2**20 for each in configs}
+    rows = system.code.num_coded
     return pd.DataFrame(
         {
             "decoder": decoder.config.name,
             "erased": "+".join(system.names[expert] for expert in decoder.erased),
             "task": system.names[task],
             **measured[task][decoder],
-            "decoder_passes": servers * decoder.samples_read,
+            "decoder_passes": (len({*decoder.erased, *decoder.survivors}) + rows) * decoder.samples_read,
+            "memory_mib": memory[decoder.config],
+            "forwards": decoder.config.forwards(count, rows, len(decoder.erased)),
+            "losses": decoder.config.losses(count, rows),
         }
         for decoder in every
         for task in decoder.erased
@@ -119,6 +137,8 @@ def _measured(
         answers = _answers(system, inputs, [decoder.config for decoder in decoders])
         if not accuracies:
             classes = num_classes(system.experts[task], inputs)
+            if any(isinstance(decoder, ExpertHeadDecoder) and decoder.moments is None for decoder in decoders):
+                system.heads(inputs)  # no calibration input has told whether they are linear ones
             accuracies = [DecodingAccuracy(classes) for _ in decoders]
         seen += len(labels)
         with torch.autocast("cpu", enabled=False), full_products():

@@ -1,5 +1,6 @@
 """The coded systems under evaluation: coded models read from their files, the references, what is measured of them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from coin.coding import Answers, Code, DecoderKind
+from coin.coding import Answers, Code, DecoderConfig, DecoderKind
 from coin.errors import FileError
 from coin.metrics import RiskPoint
 from coin.networks import BatchNormPolicy, load_network
@@ -32,6 +33,7 @@ class Variant:
         seconds: What making it took, wall time; in forward-equivalents these are the `passes`.
         chosen: What every coded model's file says was chosen for it, by option; empty where nothing was.
         kind: The merge method's own name, whatever the results call it; none where its file does not say.
+        memory: The bytes of its coded models, as their files keep them.
     """
 
     method: str
@@ -43,6 +45,7 @@ class Variant:
     passes: float = 0.0
     chosen: tuple[dict[str, Any], ...] = ()
     kind: str | None = None
+    memory: float = 0
 
     @property
     def is_none(self) -> bool:
@@ -54,11 +57,25 @@ class Variant:
         """Whether this is the reference whose coded outputs are Σβ_if_i itself."""
         return self.method == ORACLE
 
-    def applies(self, kind: DecoderKind) -> bool:
-        """Whether the decoder can be tried: features need a network, and the linear decoder needs coded outputs."""
+    def applies(self, config: DecoderConfig) -> bool:
+        """Whether the decoder can be tried: features need a network, and all but regressions need coded outputs."""
         if self.is_none:
-            return kind is not DecoderKind.linear
-        return not self.is_oracle or kind is DecoderKind.linear
+            return config.kind is not DecoderKind.linear and config.reads_survivors
+        return not self.is_oracle or config.kind is DecoderKind.linear
+
+    def costs(self, config: DecoderConfig, kept: int, num_lost: int) -> dict[str, float]:
+        """Return the columns ``memory_mib``, ``forwards`` and ``losses``; `kept` are the bytes that decoding needs.
+
+        All are NaN for the oracle, which nobody can keep.
+        """
+        if self.is_oracle:
+            return dict.fromkeys(("memory_mib", "forwards", "losses"), math.nan)
+        experts, most = self.code.num_experts, self.code.num_experts - self.is_none
+        return {
+            "memory_mib": (self.memory + kept) / 2**20,
+            "forwards": config.forwards(experts, len(self.networks), num_lost),
+            "losses": min(config.losses(experts, self.code.num_coded), most),
+        }
 
     def seen(self, answers: Answers) -> Answers:
         """Return what arrives in this system of the answers of all networks: the experts, and its own coded models."""
@@ -84,6 +101,10 @@ class Outcome:
         decoder_passes: The same in forward-equivalents: every expert, lost ones too, and every coded model of the
             variant on every sample that the decoder reads.
         confusion: Counts ``[C_j, C_j]``: the expert's answer by the decoded one.
+        memory_mib: What must be kept beyond the experts' own servers, in MiB: the coded models, and the heads or
+            regressions for every erasure of the code.
+        forwards: Networks run for one lost answer.
+        losses: The most experts that may be lost at once.
         risk: How the risk of the decoded answers turned out.
     """
 
@@ -99,6 +120,9 @@ class Outcome:
     decoder_seconds: float
     decoder_passes: float
     confusion: NDArray[np.int64]
+    memory_mib: float
+    forwards: float
+    losses: float
     risk: tuple[RiskPoint, ...] = ()
 
 
@@ -165,6 +189,7 @@ def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Mod
                 passes=sum(float(row["passes"]) for row in rows) + float(first["shared_passes"]),
                 chosen=chosen,
                 kind=(first.get("method") or {}).get("name"),
+                memory=sum(files[index].nbytes for index in networks),
             )
         )
     return [file.network for file in files], variants

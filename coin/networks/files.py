@@ -27,6 +27,11 @@ class NetworkFile:
     num_classes: int
     provenance: dict[str, Any]
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its tensors, as they are kept."""
+        return sum(tensor.nbytes for tensor in self.state.values())
+
     @cached_property
     def network(self) -> nn.Module:
         """The network, in eval mode; a StateError where its tensors do not fit the architecture."""

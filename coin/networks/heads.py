@@ -260,12 +260,11 @@ def linear_heads(networks: Sequence[nn.Module], inputs: Batch | None = None) -> 
             features, logits = features_and_logits(network, take(inputs, slice(0, _FEW)))
         else:
             shape = head.weight.flatten(1).shape if isinstance(head, nn.Linear | nn.Conv2d) else (0, 0)
-            features, logits = (torch.zeros(0, size, device=next(head.parameters()).device) for size in shape[::-1])
+            features, logits = (torch.zeros(0, size, device=next(network.parameters()).device) for size in shape[::-1])
         check_head(network, features, logits)
         assert isinstance(head, nn.Linear | nn.Conv2d)
         weight = head.weight.detach().flatten(1)
         heads.append((weight, weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach()))
     width = max(len(bias) for _, bias in heads)
-    return [
-        (F.pad(weight, (0, 0, 0, width - len(bias))), F.pad(bias, (0, width - len(bias)))) for weight, bias in heads
-    ]
+    more = [(0, width - len(bias)) for _, bias in heads]
+    return [(F.pad(weight, (0, 0, *rows)), F.pad(bias, rows)) for rows, (weight, bias) in zip(more, heads, strict=True)]

@@ -6,6 +6,7 @@ ones.
 """
 
 import json
+import math
 import os
 import platform
 import zipfile
@@ -56,6 +57,10 @@ class Row:
         merge_passes: Forward-equivalents spent on it (forward 1, backward 2 per sample and cotangent).
         decoder_seconds: Wall time of fitting the decoder, the networks' answers to the calibration samples included.
         decoder_passes: Forward-equivalents spent on it: every expert and coded model on every sample that is read.
+        memory_mib: What must be kept beyond the experts' own servers, in MiB: networks as they are kept, and heads or
+            regressions for every erasure of the code; NaN for the oracle, as the two after it, and in older results.
+        forwards: Networks run for one lost answer, the survivors that are asked among them.
+        losses: The most experts that may be lost at once.
     """
 
     experiment: str
@@ -76,8 +81,13 @@ class Row:
     merge_passes: float
     decoder_seconds: float
     decoder_passes: float
+    memory_mib: float = math.nan
+    forwards: float = math.nan
+    losses: float = math.nan
 
 
+_LATER = ("memory_mib", "forwards", "losses")
+"""Numbers that results from before do not have."""
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
 KEYS: tuple[str, ...] = COLUMNS[: COLUMNS.index("expert_accuracy")]
 NUMBERS: tuple[str, ...] = COLUMNS[len(KEYS) :]
@@ -207,6 +217,8 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
 def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numbers: Sequence[str]) -> pd.DataFrame:
     """Return a CSV file that has these columns, beside others: text as it stands, an empty number as NaN.
 
+    What a stand-in costs is NaN in files of earlier versions, which do not tell.
+
     Raises:
         FileError: The file is missing, damaged, or lacks a column or a row.
     """
@@ -217,6 +229,8 @@ def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numb
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise FileError(f"'{path}' cannot be read as CSV ({one_line(error)}); make it again") from error
+    later = [name for name in columns if name.startswith(_LATER) and name not in frame.columns]
+    frame = frame.assign(**dict.fromkeys(later, ""))
     if missing := [name for name in columns if name not in frame.columns]:
         raise FileError(
             f"'{path}' has no column '{missing[0]}' ({len(missing)} missing): it is damaged, or of another version of "

@@ -91,6 +91,9 @@ def result_rows(outcomes: Sequence[Outcome], experiment: str, seed: int, samples
             merge_passes=outcome.variant.passes,
             decoder_seconds=outcome.decoder_seconds,
             decoder_passes=outcome.decoder_passes,
+            memory_mib=outcome.memory_mib,
+            forwards=outcome.forwards,
+            losses=outcome.losses,
         )
         for outcome in outcomes
     ]
