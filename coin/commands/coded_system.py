@@ -26,6 +26,8 @@ from coin.networks import load_network
 from coin.options import described
 from coin.reporting.results import RESULTS_CSV, asked_policy, read_configuration, read_results
 from coin.reporting.summary import seed_folders
+from coin.serving.decodings import coded_layout, standin_layout
+from coin.serving.layout import Layout
 from coin.steps.expert_files import ExpertFiles
 from coin.versions import versions
 
@@ -85,6 +87,13 @@ class CodedSystem:
         opened = self.experts.opened
         return {task: list(map(str, file.provenance.get("classes") or range(file.num_classes)))
                 for task, file in opened.items()}  # fmt: skip
+
+    @property
+    def layout(self) -> Layout:
+        """The servers, and which of them make up for which experts."""
+        if self.decoder.reads_survivors:
+            return coded_layout(self.code)
+        return standin_layout(self.code, every_row=self.decoder.kind is not DecoderKind.expert_head)
 
     @property
     def decoded_accuracy(self) -> dict[int, float]:
@@ -169,13 +178,15 @@ class CodedSystem:
     def thresholds(self) -> tuple[dict[str, float], dict[tuple[tuple[int, ...], int], float]]:
         """Return what the run promises, if anything, and by lost experts and one of them, up to which risk."""
         path = self.folder / PROMISE_CSV
-        frame = pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=["method", "batchnorm", "decoder"])
-        own = frame["batchnorm"].fillna("").map(asked_policy) == self.batchnorm
-        rows = frame[own & (frame["method"] == self.method) & (frame["decoder"] == self.decoder.name)]
+        if not path.is_file():
+            return {}, {}
+        frame = pd.read_csv(path, keep_default_na=False)
+        own = (frame["method"] == self.method) & (frame["decoder"] == self.decoder.name)
+        rows = frame[own & (frame["batchnorm"].map(asked_policy) == self.batchnorm)]
         places = {task: place for place, task in enumerate(self.tasks)}
         found = {
-            (tuple(sorted(places[task] for task in row.erased.split("+"))), places[row.task]): float(row.threshold)
-            for row in rows.itertuples()
+            (tuple(sorted(places[each] for each in erased.split("+"))), places[task]): float(threshold or "nan")
+            for erased, task, threshold in zip(rows["erased"], rows["task"], rows["threshold"], strict=True)
         }
         return {name: float(rows[name].iloc[0]) for name in ("alpha", "confidence") if found}, found
 

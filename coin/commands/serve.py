@@ -11,7 +11,7 @@ from typing import Any
 from coin.coding import Decoder
 from coin.commands.coded_system import Choice, CodedSystem, parse_options, read_coded_system
 from coin.errors import CoinError, CoinWarning
-from coin.serving.decodings import Decodings, coded_layout
+from coin.serving.decodings import Decodings
 from coin.serving.layout import spread_spares
 from coin.serving.model import NetworkServer
 from coin.serving.policies import Policy, PolicyKind
@@ -64,9 +64,7 @@ def read_system(folder: str, choice: Choice, policy: PolicyKind | None, quantile
     widths = probe.feature_widths()
     processes = {f"expert-{task}": {f"expert-{task}": path} for task, path in paths.items()}
     if rule.coded:
-        layout = (
-            coded_layout(coded.code) if coded.decoder.reads_survivors else standin_layout(coded.code, coded.decoder)
-        )
+        layout = coded.layout
         processes |= {
             f"coded-{row}": {f"coded-{row}": str(path.relative_to(root))} for row, path in enumerate(coded.coded)
         }

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 import torch
-from torch import Tensor
 
 from coin.coding import Answers, Code, Decoder, decode_linear
 from coin.coding.code import MAX_AMPLIFICATION

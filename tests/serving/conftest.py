@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from coin.coding import Code
+from coin.coding import Code, make_decoder
 from coin.serving.decodings import Decodings, coded_layout, standin_layout
 from coin.serving.layout import Layout, spread_copies
 from coin.serving.policies import Policy, PolicyKind
@@ -79,6 +79,8 @@ class LinearSystem:
         self.weights = torch.randn(self.code.num_experts, 2, OUTPUTS, generator=draw, dtype=torch.float64)
         self.coded = self.code.encode(self.weights)
         self.decodings = Decodings(self.code)
+        heads = [(weights.T, torch.zeros(OUTPUTS)) for weights in self.weights]
+        self.heads = Decodings(self.code, [make_decoder("expert_head", self.code, range(len(heads)), heads)])
         self.expects = ReplyFormat(OUTPUTS)
 
     def layout(self, policy: Policy) -> Layout:
@@ -89,7 +91,7 @@ class LinearSystem:
 
     def decodings_of(self, policy: Policy) -> Any:
         """Return what decodes for a policy."""
-        return Heads(self) if policy.kind is PolicyKind.standin else self.decodings if policy.coded else None
+        return self.heads if policy.kind is PolicyKind.standin else self.decodings if policy.coded else None
 
     def truth(self, expert: int, inputs: torch.Tensor) -> torch.Tensor:
         return inputs @ self.weights[expert]
@@ -97,23 +99,6 @@ class LinearSystem:
     def reply(self, server: int, inputs: torch.Tensor) -> Reply:
         count = self.code.num_experts
         return Reply(inputs @ (self.weights[server] if server < count else self.coded[server - count]), inputs)
-
-
-class Heads:
-    """Decodes from the features of the coded model in which an expert weighs most, by that expert's head."""
-
-    def __init__(self, system: LinearSystem) -> None:
-        self.system = system
-
-    def decode(self, replies: dict[int, Reply]) -> Any:
-        count, best = self.system.code.num_experts, self.system.code.matrix.argmax(0).tolist()
-        lost = [expert for expert in range(count) if expert not in replies and count + best[expert] in replies]
-        used = tuple(dict.fromkeys(count + best[expert] for expert in lost))
-        return (
-            {expert: replies[count + best[expert]].features @ self.system.weights[expert] for expert in lost},
-            used,
-            {},
-        )
 
 
 @pytest.fixture(scope="session")
