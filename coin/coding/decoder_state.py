@@ -1,7 +1,7 @@
 """A fitted decoder as named tensors and plain values, and back."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,11 @@ from coin.coding.ridge import Projection, RidgeFit
 from coin.errors import StateError
 
 Map = TypeVar("Map", RidgeFit, Projection)
+_MAPS: dict[type, tuple[str, ...]] = {
+    RidgeFit: ("coefficients", "input_mean", "target_mean"),
+    Projection: ("mean", "directions"),
+}
+"""What their answers need; how they were chosen is not kept."""
 
 
 def decoder_state(decoder: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -34,7 +39,7 @@ def decoder_state(decoder: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
         groups = {"fitted": decoder.fitted, "projections": decoder.projections}
         for group, maps in groups.items():
             for place, each in enumerate(maps):
-                state |= {f"{group}.{place}.{field.name}": getattr(each, field.name) for field in fields(each)}
+                state |= {f"{group}.{place}.{name}": getattr(each, name) for name in _MAPS[type(each)]}
     elif isinstance(decoder, ExpertHeadDecoder):
         state |= {f"heads.{expert}.{part}": tensor for expert, head in decoder.heads.items()
                   for part, tensor in zip(_HEAD, head, strict=True)}  # fmt: skip
@@ -111,8 +116,7 @@ def _head(expert: int, state: Mapping[str, Tensor]) -> Head:
 
 def _maps(kind: type[Map], group: str, state: Mapping[str, Tensor]) -> list[Map]:
     count = len({name.split(".")[1] for name in state if name.startswith(f"{group}.")})
-    names = [field.name for field in fields(kind)]
-    return [kind(**{name: _copied(state[f"{group}.{place}.{name}"]) for name in names}) for place in range(count)]
+    return [kind(*(_copied(state[f"{group}.{place}.{name}"]) for name in _MAPS[kind])) for place in range(count)]
 
 
 def _check(decoder: RidgeDecoder) -> None:

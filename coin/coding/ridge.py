@@ -12,6 +12,8 @@ from coin.errors import NumericalError
 RIDGE_EXPONENTS = tuple(k / 2 for k in range(-20, 5))
 """The grid: ridges are 10^k times the mean squared singular value of the centred inputs, k = −10, −9.5, … 2."""
 
+_UNKNOWN = torch.empty(0)
+
 
 @dataclass(frozen=True)
 class RidgeFit:
@@ -24,14 +26,16 @@ class RidgeFit:
         ridges: The absolute ridge chosen for each group of targets ``[G]``.
         leave_one_out: Mean squared leave-one-out error by group and grid point ``[G, K]``, summed over the targets.
         left_out: The error made for every sample by the same ridges fitted to all others ``[P, T]``.
+
+    A map that was read back from a file has no more than its first three tensors.
     """
 
     coefficients: Tensor
     input_mean: Tensor
     target_mean: Tensor
-    ridges: Tensor
-    leave_one_out: Tensor
-    left_out: Tensor
+    ridges: Tensor = _UNKNOWN
+    leave_one_out: Tensor = _UNKNOWN
+    left_out: Tensor = _UNKNOWN
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the predictions ``[B, T]`` for `inputs` ``[B, D]``."""

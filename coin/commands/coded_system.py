@@ -26,8 +26,13 @@ from coin.networks import load_network
 from coin.options import described
 from coin.reporting.results import RESULTS_CSV, asked_policy, read_configuration, read_results
 from coin.reporting.summary import seed_folders
+from coin.serving.decodings import coded_layout, standin_layout
+from coin.serving.layout import Layout
 from coin.steps.expert_files import ExpertFiles
 from coin.versions import versions
+
+PROMISE_CSV = "promise.csv"
+REPLICA = "replica"
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,13 @@ class CodedSystem:
         opened = self.experts.opened
         return {task: list(map(str, file.provenance.get("classes") or range(file.num_classes)))
                 for task, file in opened.items()}  # fmt: skip
+
+    @property
+    def layout(self) -> Layout:
+        """The servers, and which of them make up for which experts."""
+        if self.decoder.reads_survivors:
+            return coded_layout(self.code)
+        return standin_layout(self.code, every_row=self.decoder.kind is not DecoderKind.expert_head)
 
     @property
     def decoded_accuracy(self) -> dict[int, float]:
@@ -141,7 +153,8 @@ class CodedSystem:
     def fitted_decoders(self) -> list[Decoder]:
         """Return the decoders of every loss that the code promises to make up for, as the evaluation fits them.
 
-        They are fitted once, and kept in the seed's folder with what they were fitted from.
+        Where the decoder reads no survivor it is one, of all experts. They are fitted once, and kept in the seed's
+        folder with what they were fitted from.
         """
         path = self.folder / "decoders" / f"{self.coded[0].stem}-{self.decoder.name}.safetensors"
         source = self._source()
@@ -156,6 +169,27 @@ class CodedSystem:
             save_state(path, state, made)
         return fitted
 
+    def unfitted_decoders(self, inputs: Any = None) -> list[Decoder]:
+        """Return the same before they are fitted; the experts' heads, if they are read, are checked on the inputs."""
+        erasures = self.code.erasures() if self.decoder.reads_survivors else [tuple(range(self.code.num_experts))]
+        heads = self._networks.heads(inputs) if self.decoder.kind is DecoderKind.expert_head else None
+        return [make_decoder(self.decoder, self.code, erased, heads) for erased in erasures]
+
+    def thresholds(self) -> tuple[dict[str, float], dict[tuple[tuple[int, ...], int], float]]:
+        """Return what the run promises, if anything, and by lost experts and one of them, up to which risk."""
+        path = self.folder / PROMISE_CSV
+        if not path.is_file():
+            return {}, {}
+        frame = pd.read_csv(path, keep_default_na=False)
+        own = (frame["method"] == self.method) & (frame["decoder"] == self.decoder.name)
+        rows = frame[own & (frame["batchnorm"].map(asked_policy) == self.batchnorm)]
+        places = {task: place for place, task in enumerate(self.tasks)}
+        found = {
+            (tuple(sorted(places[each] for each in erased.split("+"))), places[task]): float(threshold or "nan")
+            for erased, task, threshold in zip(rows["erased"], rows["task"], rows["threshold"], strict=True)
+        }
+        return {name: float(rows[name].iloc[0]) for name in ("alpha", "confidence") if found}, found
+
     def _source(self) -> dict[str, Any]:
         """Return what decides how the decoders come out."""
         source: dict[str, Any] = {
@@ -169,33 +203,42 @@ class CodedSystem:
         }
         return source
 
+    @cached_property
+    def _networks(self) -> Coded:
+        return Coded(self.code, self.experts.networks, [load_network(path).network for path in self.coded])
+
     def _fit_decoders(self) -> list[Decoder]:
         config, calibration = self.decoder, self.data().calibration()
-        coded = Coded(self.code, self.experts.networks, [load_network(path).network for path in self.coded])
+        decoders, kept = self.unfitted_decoders(next(iter(calibration))), Kept()
         parts = [
-            coded.answers(batch, features=config.reads_features, stages=config.reads_stages) for batch in calibration
+            self._networks.answers(batch, features=config.reads_features, stages=config.reads_stages)
+            for batch in calibration
         ]
-        answers, kept = replace(Answers.concatenate(parts), tasks=calibration.part), Kept()
-        heads = coded.heads(next(iter(calibration))) if config.kind is DecoderKind.expert_head else None
-        return [make_decoder(config, self.code, erased, heads).fit(answers, kept) for erased in self.code.erasures()]
+        answers = replace(Answers.concatenate(parts), tasks=calibration.part)
+        return [decoder.fit(answers, kept) for decoder in decoders]
 
 
-def read_coded_system(folder: Path, choice: Choice) -> CodedSystem:
-    """Read a coded system of an experiment's first seed, or of a seed.
-
-    Raises:
-        ConfigurationError: There are no such results.
-        FileError: A file is missing or damaged, or a coded model was made of other experts.
-    """
+def read_every_result(folder: Path) -> tuple[Path, pd.DataFrame]:
+    """Return the first seed's folder and the results of all seeds, of one seed's folder or an experiment's."""
     seeds = [folder] if (folder / RESULTS_CSV).is_file() else seed_folders(folder)
     if not seeds:
         raise FileError(
             f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}', expected the folder of an "
             "experiment or of one seed; make it with `coin run`"
         )
-    seed = seeds[0]
     frame = pd.concat([read_results(each) for each in seeds], ignore_index=True)
-    results = _results_of(frame.assign(batchnorm=frame["batchnorm"].map(asked_policy)), choice, folder)
+    return seeds[0], frame.assign(batchnorm=frame["batchnorm"].map(asked_policy))
+
+
+def read_coded_system(folder: Path, choice: Choice, alone: bool = False) -> CodedSystem:
+    """Read a coded system of an experiment's first seed, or of a seed; `alone`, one whose decoder reads no survivor.
+
+    Raises:
+        ConfigurationError: There are no such results.
+        FileError: A file is missing or damaged, or a coded model was made of other experts.
+    """
+    seed, frame = read_every_result(folder)
+    results = _results_of(frame, choice, folder, alone)
     method, batchnorm = str(results["method"].iloc[0]), str(results["batchnorm"].iloc[0])
     tasks = list(dict.fromkeys(results["task"]))
     experts = ExpertFiles({task: seed / "experts" / task / "expert.safetensors" for task in tasks})
@@ -216,17 +259,18 @@ def read_coded_system(folder: Path, choice: Choice) -> CodedSystem:
     return CodedSystem(seed, experts, paths, variant.code, method, batchnorm, decoder, results)
 
 
-def _results_of(frame: pd.DataFrame, choice: Choice, folder: Path) -> pd.DataFrame:
+def _results_of(frame: pd.DataFrame, choice: Choice, folder: Path, alone: bool) -> pd.DataFrame:
     """Return the rows of a decoder, a method and its BatchNorm policy; of those that may be chosen, the best one's."""
-    frame = frame[~frame["method"].isin([NONE, ORACLE])]
+    frame = frame[~frame["method"].isin([NONE, ORACLE]) & (frame["decoder"] != REPLICA)]
+    reads = {name: DecoderConfig.named(name).reads_survivors for name in frame["decoder"].unique()} if alone else {}
+    frame = frame[~frame["decoder"].isin([name for name, survivors in reads.items() if survivors])]
     policy = None if choice.batchnorm is None else asked_policy(choice.batchnorm)
     for column, wanted in (("decoder", choice.decoder), ("method", choice.method), ("batchnorm", policy)):
         known = list(dict.fromkeys(frame[column]))
         if not known or wanted not in (None, *known):
-            raise ConfigurationError(
-                f"found {column} '{wanted or '*'}', '{folder}' has results of {', '.join(known) or 'no coded models'}; "
-                "choose one of them"
-            )
+            of = f"{', '.join(known) or 'no coded models'}{' whose decoder reads no survivor' if alone else ''}"
+            advice = "choose one of them" if known or not alone else "add expert_head to its decoders, and run it again"
+            raise ConfigurationError(f"found {column} '{wanted or '*'}', '{folder}' has results of {of}; {advice}")
         frame = frame if wanted is None else frame[frame[column] == wanted]
     systems = frame.groupby(["decoder", "method", "batchnorm"], sort=False)
     return systems.get_group(systems["decoded_accuracy"].mean().idxmax())

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coin.coding import Decoder, DecoderKind
+from coin.coding import Decoder
 from coin.commands.coded_system import Choice, CodedSystem, parse_options, read_coded_system
 from coin.errors import CoinError, CoinWarning
-from coin.serving.decodings import Decodings, coded_layout
+from coin.serving.decodings import Decodings
 from coin.serving.layout import spread_spares
 from coin.serving.model import NetworkServer
 from coin.serving.policies import Policy, PolicyKind
@@ -23,7 +23,7 @@ from coin.serving.replies import ReplyFormat
 def serve(
     folder: str,
     choice: Choice,
-    policy: PolicyKind = PolicyKind.coded_hedged,
+    policy: PolicyKind | None = None,
     quantile: float = 0.9,
     ray: RayOptions = RayOptions(),  # noqa: B008 (frozen)
 ) -> None:
@@ -32,8 +32,9 @@ def serve(
     Args:
         folder: An experiment's folder, whose first seed is taken, or a seed's.
         choice: Which of its coded systems.
-        policy: Decides whom a query asks. With ``hedged`` and ``replicated`` spares hold every expert, as many
-            as the code has rows, in place of the coded models; with ``uncoded`` there is neither.
+        policy: Decides whom a query asks; none takes ``standin`` where the decoder reads no survivor, as it must for
+            that, and else ``coded_hedged``. With ``hedged`` and ``replicated`` spares hold every expert, as many as the
+            code has rows, in place of the coded models; with ``uncoded`` there is neither.
         quantile: Of the time that own answers take, after which they are late.
         ray: Where and how to serve.
     """
@@ -51,22 +52,26 @@ def serve(
         stop()
 
 
-def read_system(folder: str, choice: Choice, policy: PolicyKind, quantile: float) -> System:
+def read_system(folder: str, choice: Choice, policy: PolicyKind | None, quantile: float) -> System:
     """Return what `serve` serves; the arguments are its own."""
-    rule, root = Policy(policy, quantile), Path(folder)
-    coded = read_coded_system(root, choice)
+    root = Path(folder)
+    coded = read_coded_system(root, choice, alone=policy is PolicyKind.standin)
+    default = PolicyKind.coded_hedged if coded.decoder.reads_survivors else PolicyKind.standin
+    rule = Policy(policy or default, quantile)
     paths = {task: str(path.relative_to(root)) for task, path in coded.experts.paths.items()}
-    width, decodings = coded.experts.width, None
+    width, decodings, promise = coded.experts.width, None, None
     probe = NetworkServer(root / paths[coded.tasks[0]], width, coded.decoder)
     widths = probe.feature_widths()
     processes = {f"expert-{task}": {f"expert-{task}": path} for task, path in paths.items()}
     if rule.coded:
-        layout = coded_layout(coded.code)
+        layout = coded.layout
         processes |= {
             f"coded-{row}": {f"coded-{row}": str(path.relative_to(root))} for row, path in enumerate(coded.coded)
         }
         stages = widths if coded.decoder.reads_stages else None
-        decodings = Decodings(coded.code, _fitted(coded), stages, [len(own) for own in coded.classes.values()])
+        classes = [len(own) for own in coded.classes.values()]
+        promise, thresholds = coded.thresholds()
+        decodings = Decodings(coded.code, _decoders(coded), stages, classes, thresholds)
     else:
         spares = 0 if rule.kind is PolicyKind.uncoded else coded.code.num_coded
         layout = spread_spares(len(paths), spares)
@@ -82,19 +87,22 @@ def read_system(folder: str, choice: Choice, policy: PolicyKind, quantile: float
         probe=probe.probe,
         decoder=coded.decoder,
         decodings=decodings,
-        description=Description(coded.classes, probe.image_size, platform, probe.reads, coded.tokenizer),
+        description=Description(
+            coded.classes, probe.image_size, platform, probe.reads, coded.tokenizer, promise or None
+        ),
     )
 
 
-def _fitted(coded: CodedSystem) -> list[Decoder]:
-    """Return the decoders of a system; the linear one serves without calibration samples too, if need be."""
+def _decoders(coded: CodedSystem) -> list[Decoder]:
+    """Return the decoders of a system; those that need no fit serve without calibration samples too, if need be."""
     try:
         return coded.fitted_decoders()
     except CoinError as error:
-        if coded.decoder.kind is not DecoderKind.linear:
+        unfitted = coded.unfitted_decoders()
+        if unfitted[0].needs_fit:
             raise
         warnings.warn(f"decoded answers will not tell their risk: {error}", CoinWarning, stacklevel=2)
-        return []
+        return unfitted
 
 
 def application(args: dict[str, Any]) -> Any:

@@ -4,26 +4,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 import torch
-from torch import Tensor
 
 from coin.coding import Answers, Code, Decoder, decode_linear
 from coin.coding.code import MAX_AMPLIFICATION
 from coin.errors import DecodingError
 from coin.serving.layout import Layout
-from coin.serving.replies import Reply
+from coin.serving.replies import Decoded, Reply
 
 
 class Decodings:
     """Decodes missing experts' answers from the replies that have arrived.
 
-    Where all coded models have answered and there is a fitted decoder for just the missing experts, it is used;
-    otherwise the code's equations are solved with the rows that are there.
+    A decoder that reads no survivor decodes whoever is missing. Where all coded models have answered and there is a
+    decoder for just the missing experts, it is used; otherwise the code's equations are solved with the rows that are
+    there.
 
     Args:
         code: The code.
-        fitted: Fitted decoders of different erasures.
+        fitted: Decoders of different erasures, or one that reads no survivor, of all experts.
         feature_widths: The widths of the stages within the servers' features, for decoders that read several stages.
         class_counts: Of every expert, for the risk of its decoded answers; none takes all outputs.
+        thresholds: By the lost experts and one of them, the risk up to which that one's decoded answers are accepted;
+            of a decoder that reads no survivor, by that expert alone.
     """
 
     def __init__(
@@ -32,59 +34,70 @@ class Decodings:
         fitted: Iterable[Decoder] = (),
         feature_widths: Sequence[int] | None = None,
         class_counts: Sequence[int] | None = None,
+        thresholds: Mapping[tuple[tuple[int, ...], int], float] | None = None,
     ) -> None:
         self.code = code
         self.feature_widths = feature_widths
         self.class_counts = class_counts
+        self.thresholds = thresholds or {}
         self.fitted = {tuple(sorted(decoder.erased)): decoder for decoder in fitted}
+        every = self.fitted.get(tuple(range(code.num_experts)))
+        self._alone = every if every is not None and not every.config.reads_survivors else None
 
-    def decode(self, replies: Mapping[int, Reply]) -> tuple[dict[int, Tensor], tuple[int, ...], dict[int, Tensor]]:
-        """Decode every expert whose reply is missing.
+    def decode(
+        self, replies: Mapping[int, Reply], wanted: Iterable[int] | None = None
+    ) -> tuple[dict[int, Decoded], tuple[int, ...]]:
+        """Decode experts whose replies are missing.
 
         Args:
             replies: By server, of one batch: at least one of a coded model.
+            wanted: Which experts; none takes all whose replies are missing.
 
         Returns:
-            The missing experts' logits ``[B, C]``, the servers that they were decoded from, and the risk of each
-            answer ``[B]`` where a fitted decoder gave it.
+            What was decoded, by expert, and the servers that it was decoded from.
 
         Raises:
             DecodingError: The replies do not suffice, or what comes out is not finite.
         """
-        count = self.code.num_experts
+        count, decoder = self.code.num_experts, self._alone
         present = [expert for expert in range(count) if expert in replies]
-        erased = tuple(expert for expert in range(count) if expert not in replies)
+        missing = tuple(expert for expert in range(count) if expert not in replies)
         rows = [row for row in range(self.code.num_coded) if count + row in replies]
-        order: Sequence[int] = erased
-        risks: dict[int, Tensor] = {}
-        if erased in self.fitted and len(rows) == self.code.num_coded:
-            decoder = self.fitted[erased]
-            decoded, order = decoder.decode(self._answers(replies)), decoder.erased
-            for lost, logits in zip(order, decoded, strict=True):
-                risks[lost] = decoder.risk(lost, logits, self.class_counts[lost] if self.class_counts else None)
-        else:
+        if decoder is not None:
+            present = []
+        elif len(rows) == self.code.num_coded:
+            decoder = self.fitted.get(missing)
+        if decoder is None:
             coded = torch.stack([replies[count + row].logits for row in rows])
             survivors = torch.stack([replies[expert].logits for expert in present]) if present else coded[:0]
-            decoded = decode_linear(self.code.matrix[rows], coded, survivors, erased)
-        if not bool(torch.isfinite(decoded).all()):
-            raise DecodingError(
-                f"the decoded answers of {list(erased)} are not finite; the servers' answers are too large"
-            )
-        return dict(zip(order, decoded, strict=True)), (*present, *(count + row for row in rows)), risks
+            logits = dict(zip(missing, decode_linear(self.code.matrix[rows], coded, survivors, missing), strict=True))
+        else:
+            logits = dict(zip(decoder.erased, decoder.decode(self._answers(replies)), strict=True))
+        found = {}
+        for expert in missing if wanted is None else wanted:
+            if not bool(torch.isfinite(logits[expert]).all()):
+                raise DecodingError(
+                    f"the decoded answers of {list(missing)} are not finite; the servers' answers are too large"
+                )
+            risk = torch.full((len(logits[expert]),), torch.nan, dtype=torch.float64)
+            if decoder is not None and decoder.moments is not None:
+                risk = decoder.risk(expert, logits[expert], self.class_counts[expert] if self.class_counts else None)
+            threshold = self.thresholds.get(((expert,) if self._alone else missing, expert), -torch.inf)
+            found[expert] = Decoded(logits[expert], risk, risk <= threshold)
+        return found, (*present, *(count + row for row in rows))
 
     def _answers(self, replies: Mapping[int, Reply]) -> Answers:
-        count = self.code.num_experts
-        some = next(iter(replies.values()))
-        nothing = Reply(torch.full_like(some.logits, torch.nan), some.logits[:, :0])
+        count, some = self.code.num_experts, next(iter(replies.values()))
+        unknown = None if some.features is None else torch.full_like(some.features, torch.nan)
+        nothing = Reply(torch.full_like(some.logits, torch.nan), unknown)
         every = [replies.get(server, nothing) for server in range(count + self.code.num_coded)]
         features = [reply.features for reply in every if reply.features is not None]
-        whole = len(features) == len(every)
         return Answers(
             experts=torch.stack([reply.logits for reply in every[:count]]),
             coded=torch.stack([reply.logits for reply in every[count:]]),
-            expert_features=features[:count] if whole else None,
-            coded_features=features[count:] if whole else None,
-            feature_widths=self.feature_widths if whole else None,
+            expert_features=features[:count] or None,
+            coded_features=features[count:] or None,
+            feature_widths=self.feature_widths if features else None,
         )
 
 
@@ -100,3 +113,15 @@ def coded_layout(code: Code) -> Layout:
                 if float(torch.linalg.svdvals(columns)[-1]) * MAX_AMPLIFICATION >= 1:
                     solvable.add((sum(1 << row for row in chosen), missing))
     return Layout(code.num_experts, code.num_coded, solvable=frozenset(solvable))
+
+
+def standin_layout(code: Code, every_row: bool) -> Layout:
+    """Return the servers of a code whose decoder reads no survivor.
+
+    Args:
+        code: The code.
+        every_row: Whether it reads all coded models for an expert, or the one in which that weighs most.
+    """
+    best = code.matrix.argmax(0).tolist()
+    rows = [(1 << code.num_coded) - 1 if every_row else 1 << row for row in best]
+    return Layout(code.num_experts, code.num_coded, alone=tuple(rows))

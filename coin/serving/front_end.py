@@ -16,7 +16,7 @@ from coin.serving.layout import Layout, members
 from coin.serving.limits import Limits
 from coin.serving.policies import Lateness, Policy
 from coin.serving.query import Query, State
-from coin.serving.replies import Answer, Reply, ReplyFormat, Server
+from coin.serving.replies import Answer, Decoded, Reply, ReplyFormat, Server
 from coin.serving.server_queue import Request, ServerQueue
 
 
@@ -182,7 +182,7 @@ class FrontEnd:
         if patience > 0:
             timers.append(loop.call_later(patience, self._become_late, query))
         try:
-            self._proceed(query, query.start([len(queue) for queue in self.queues], down))
+            self._proceed(query, query.start(lambda server: len(self.queues[server]), down))
             await query.finished
         finally:
             for timer in timers:
@@ -260,22 +260,21 @@ class FrontEnd:
         query.finished.set_result(None)
 
     def _answers(self, query: _Query, experts: Sequence[int]) -> list[Answer]:
-        decoded: dict[int, Tensor] = {}
-        risks: dict[int, Tensor] = {}
+        decoded: dict[int, Decoded] = {}
         used: Iterable[int] = ()
         if query.decoded:
             assert self._decodings is not None
-            decoded, used, risks = self._decodings.decode(query.replies)
+            decoded, used = self._decodings.decode(query.replies, members(query.decoded))
         answers = []
         for expert in experts:
-            if query.decoded >> expert & 1:
-                logits, by = decoded[expert], self._names(used)
-                risk = risks.get(expert, torch.full((len(logits),), torch.nan, dtype=torch.float64))
+            if expert in decoded:
+                (logits, risk, accepted), by = decoded[expert], self._names(used)
             else:
                 own = next(server for server in members(self.layout.hosts(1 << expert)) if server in query.replies)
                 logits, by = query.replies[own].logits, self._names([own])
                 risk = torch.zeros(len(logits), dtype=torch.float64)
-            answers.append(Answer(expert, logits, bool(query.decoded >> expert & 1), by, 0.0, risk))
+                accepted = risk == 0
+            answers.append(Answer(expert, logits, expert in decoded, by, 0.0, risk, accepted))
         return answers
 
 
@@ -288,5 +287,7 @@ _ENDS: dict[type[BaseException], str] = {
 def _joined(parts: Sequence[Answer], seconds: float) -> Answer:
     """Return the answer to a query of the answers to its pieces."""
     names = tuple(dict.fromkeys(name for part in parts for name in part.answered_by))
-    logits, risk = torch.cat([part.logits for part in parts]), torch.cat([part.risk for part in parts])
-    return Answer(parts[0].expert, logits, any(part.decoded for part in parts), names, seconds, risk)
+    logits, risk, accepted = (
+        torch.cat(each) for each in zip(*((part.logits, part.risk, part.accepted) for part in parts), strict=True)
+    )
+    return Answer(parts[0].expert, logits, any(part.decoded for part in parts), names, seconds, risk, accepted)

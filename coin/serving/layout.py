@@ -14,15 +14,18 @@ class Layout:
         num_experts: N, at least 1.
         num_coded: R, the number of coded models.
         copies: For every copy, the expert that it is a copy of.
-        solvable: Pairs of a set of coded models (bit r for row r) and a set of missing experts that they make up for;
-            `coin.serving.decodings.coded_layout` takes them from a code.
+        solvable: Pairs of a set of coded models (bit r for row r) and a set of missing experts that they make up for
+            beside all others; `coin.serving.decodings.coded_layout` takes them from a code.
+        alone: For every expert the coded models that make up for it without any expert's answer, however many are
+            lost; empty where decoders read the survivors.
     """
 
     num_experts: int
     num_coded: int = 0
     copies: tuple[int, ...] = ()
     solvable: frozenset[tuple[int, int]] = frozenset()
-    _known: dict[int, tuple[int, bool]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    alone: tuple[int, ...] = ()
+    _read: dict[int, tuple[int, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _hosts: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -49,27 +52,31 @@ class Layout:
             found = self._hosts[experts] = experts | sum(held)
         return found
 
-    def read(self, arrived: int) -> tuple[int, bool]:
-        """Return what the answers of these servers are good for.
+    def standins(self, experts: int) -> int:
+        """Return the coded servers that make up for these experts alone."""
+        rows = 0
+        for expert in members(experts) if self.alone else ():
+            rows |= self.alone[expert]
+        return rows << self.num_experts
 
-        Returns:
-            The experts whose own answers are among them, and whether the coded models' make up for all others.
-        """
-        found = self._known.get(arrived)
+    def read(self, arrived: int) -> tuple[int, int]:
+        """Return the experts whose own answers come from these servers, and those that can be decoded from them."""
+        found = self._read.get(arrived)
         if found is None:
             own = arrived & self.every_expert
             for place, expert in enumerate(self.copies):
-                if arrived >> (self.num_experts + self.num_coded + place) & 1:
-                    own |= 1 << expert
-            rows = arrived >> self.num_experts & ((1 << self.num_coded) - 1)
-            missing = self.every_expert & ~own
-            found = self._known[arrived] = own, not missing or (rows, missing) in self.solvable
+                own |= (arrived >> (self.num_experts + self.num_coded + place) & 1) << expert
+            missing, rows = self.every_expert & ~own, arrived >> self.num_experts & ((1 << self.num_coded) - 1)
+            solved = missing if (rows, missing) in self.solvable else 0
+            for expert, needs in enumerate(self.alone):
+                solved |= missing & 1 << expert if not needs & ~rows else 0
+            found = self._read[arrived] = own, solved
         return found
 
     def covers(self, arrived: int, wanted: int) -> bool:
         """Whether the answers of these servers suffice for the wanted experts."""
-        own, decodable = self.read(arrived)
-        return decodable or not wanted & ~own
+        own, solved = self.read(arrived)
+        return not wanted & ~(own | solved)
 
 
 def spread_copies(num_experts: int, extras: int) -> Layout:

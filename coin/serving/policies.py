@@ -1,12 +1,16 @@
 """Whom a query asks, and from when on an answer is late: shared by the front end and the simulation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from coin.choices import check_number, chosen
 from coin.serving.layout import Layout, members
+
+Load = Callable[[int], int]
+"""Returns the number of requests at a server."""
 
 
 class PolicyKind(StrEnum):
@@ -18,10 +22,66 @@ class PolicyKind(StrEnum):
     """All servers of the expert at once; the first answer counts."""
     hedged = "hedged"
     """The expert's own server; another one that holds it is asked when that is late or lost."""
-    coded_proactive = "coded_proactive"
-    """All servers at once, coded models too; an expert that is late is decoded from the others."""
+    standin = "standin"
+    """The expert; when it is late or lost, the coded server that makes up for it alone, and no other expert."""
     coded_hedged = "coded_hedged"
     """The expert; the other servers are asked only when it is late or lost."""
+    coded_proactive = "coded_proactive"
+    """All servers at once, coded models too; an expert that is late is decoded from the others."""
+
+
+Whom = Callable[[Layout, int, int, Load], int]
+"""Returns whom to ask for these experts, of these servers."""
+
+
+def _nobody(layout: Layout, experts: int, servers: int, load: Load) -> int:
+    return 0
+
+
+def _own(layout: Layout, experts: int, servers: int, load: Load) -> int:
+    return experts & servers
+
+
+def _hosts(layout: Layout, experts: int, servers: int, load: Load) -> int:
+    return layout.hosts(experts) & servers
+
+
+def _host(layout: Layout, experts: int, servers: int, load: Load) -> int:
+    """For each expert the least loaded of the servers that hold it."""
+    chosen = 0
+    for expert in members(experts):
+        if hosts := list(members(layout.hosts(1 << expert) & servers)):
+            chosen |= 1 << min(hosts, key=load)
+    return chosen
+
+
+def _standins(layout: Layout, experts: int, servers: int, load: Load) -> int:
+    return layout.standins(experts) & servers
+
+
+def _everyone(layout: Layout, experts: int, servers: int, load: Load) -> int:
+    return servers if experts else 0
+
+
+class Asks(NamedTuple):
+    """Whom a policy asks."""
+
+    first: Whom
+    """For all wanted experts, at once."""
+    late: Whom
+    """For those without an answer, when an own answer is late."""
+    lost: Whom
+    """For those whose own answer nobody who was asked can give, or can give any more."""
+
+
+POLICIES = {
+    PolicyKind.uncoded: Asks(first=_host, late=_nobody, lost=_host),
+    PolicyKind.replicated: Asks(first=_hosts, late=_nobody, lost=_host),
+    PolicyKind.hedged: Asks(first=_own, late=_host, lost=_host),
+    PolicyKind.standin: Asks(first=_own, late=_standins, lost=_standins),
+    PolicyKind.coded_hedged: Asks(first=_own, late=_everyone, lost=_everyone),
+    PolicyKind.coded_proactive: Asks(first=_everyone, late=_everyone, lost=_everyone),
+}
 
 
 @dataclass(frozen=True)
@@ -43,62 +103,19 @@ class Policy:
         check_number("quantile", self.quantile, low=0, high=1)
 
     @property
+    def asks(self) -> Asks:
+        """Whom it asks."""
+        return POLICIES[self.kind]
+
+    @property
     def coded(self) -> bool:
         """Whether the extra servers are coded models rather than copies."""
-        return self.kind in (PolicyKind.coded_proactive, PolicyKind.coded_hedged)
+        return self.kind in (PolicyKind.coded_proactive, PolicyKind.coded_hedged, PolicyKind.standin)
 
     @property
     def hedges(self) -> bool:
         """Whether an own answer that is late is given up."""
-        return self.coded or self.kind is PolicyKind.hedged
-
-    def first(self, layout: Layout, wanted: int, usable: int, loads: Sequence[int]) -> int:
-        """Return the servers to ask at once.
-
-        Args:
-            layout: The servers.
-            wanted: The experts whose answers are wanted.
-            usable: The servers that are believed to be up.
-            loads: The number of requests at each server.
-        """
-        if self.kind is PolicyKind.coded_proactive:
-            return usable
-        hosts = layout.hosts(wanted) & usable
-        if self.kind is PolicyKind.coded_hedged:
-            return hosts if not wanted & ~layout.read(hosts)[0] else usable
-        if self.kind is PolicyKind.replicated or not layout.copies:
-            return hosts
-        own = wanted & usable if self.kind is PolicyKind.hedged else 0
-        return own | _one_each(layout, wanted & ~own, usable, loads)
-
-    def when_late(self, layout: Layout, left: int, missing: int, loads: Sequence[int]) -> int:
-        """Return the servers to ask when an own answer is late.
-
-        Args:
-            layout: The servers.
-            left: The servers that have not been asked yet and are believed to be up.
-            missing: The wanted experts without an answer.
-            loads: The number of requests at each server.
-        """
-        if self.kind is PolicyKind.hedged:
-            return _one_each(layout, missing, left, loads)
-        return left if self.coded else 0
-
-    def after_loss(self, layout: Layout, left: int, missing: int, expected: int, loads: Sequence[int]) -> int:
-        """Return the servers to ask after a server is lost; `expected` are those that may still answer."""
-        if self.coded:
-            return left
-        alone = sum(1 << expert for expert in members(missing) if not layout.hosts(1 << expert) & expected)
-        return _one_each(layout, alone, left, loads)
-
-
-def _one_each(layout: Layout, experts: int, servers: int, loads: Sequence[int]) -> int:
-    """Return for each expert the least loaded of the servers that hold it."""
-    chosen = 0
-    for expert in members(experts):
-        if hosts := list(members(layout.hosts(1 << expert) & servers)):
-            chosen |= 1 << min(hosts, key=loads.__getitem__)
-    return chosen
+        return self.asks.late is not _nobody
 
 
 class Lateness:

@@ -4,7 +4,9 @@ A model is a task, or ``all`` for every task's answer to the same inputs. Its on
 ``[B, 1 or 3, H, W]``) or as PNG or JPEG files (BYTES, in base64 where they are JSON), or ``texts`` (BYTES). Its outputs
 are ``probabilities`` FP32 ``[B, C]``, ``class`` INT64 ``[B]``, ``label`` BYTES ``[B]`` and ``risk`` FP32 ``[B]``, with
 the task before them and a dot where the model is ``all``. The risk is the estimated probability that the expert's own
-answer would have been another class, for inputs of its task: 0 for an expert's own answer, 1 where it is not known. The
+answer would have been another class, for inputs of its task: 0 for an expert's own answer, 1 where it is not known.
+Where the run holds a promise, ``accepted`` BOOL ``[B]`` says whether it covers the answer, and the model's parameters
+say what it promises: accepted answers differ from the expert's with a probability of at most ``promise.alpha``. The
 response's parameters say whether any of it was ``decoded``, which servers it was ``answered_by``, and the ``seconds``
 that the front end took; each output's say so of its own task. Inputs and outputs may come in the binary extension, a
 request packed by gzip or deflate.
@@ -37,6 +39,7 @@ class Description:
         platform: What answers: the policy, and the merge method and decoder where there are coded models.
         reads: ``images`` or ``texts``.
         tokenizer: Of texts, a ``tokenizer.json``; none is the packaged encoder's.
+        promise: ``alpha`` and ``confidence`` of the run's promise; none makes no output of it.
     """
 
     classes: Mapping[str, Sequence[str]]
@@ -44,6 +47,7 @@ class Description:
     platform: str
     reads: str = "images"
     tokenizer: str | None = None
+    promise: Mapping[str, float] | None = None
 
     def tasks(self, model: str) -> list[str]:
         """Return the tasks that a model answers for."""
@@ -52,11 +56,11 @@ class Description:
     def outputs(self, model: str, task: str) -> list[dict[str, Any]]:
         """Return a task's outputs of a model: their names, types and shapes."""
         prefix, classes = f"{task}." if model == ALL else "", len(self.classes[task])
+        kinds = {"probabilities": "FP32", "class": "INT64", "label": "BYTES", "risk": "FP32"}
+        kinds |= {} if self.promise is None else {"accepted": "BOOL"}
         return [
-            {"name": f"{prefix}probabilities", "datatype": "FP32", "shape": [-1, classes]},
-            {"name": f"{prefix}class", "datatype": "INT64", "shape": [-1]},
-            {"name": f"{prefix}label", "datatype": "BYTES", "shape": [-1]},
-            {"name": f"{prefix}risk", "datatype": "FP32", "shape": [-1]},
+            {"name": prefix + name, "datatype": kind, "shape": [-1, classes] if name == "probabilities" else [-1]}
+            for name, kind in kinds.items()
         ]
 
     def metadata(self, model: str) -> dict[str, Any]:
@@ -69,7 +73,8 @@ class Description:
             "platform": self.platform,
             "inputs": [{"name": self.reads, "datatype": datatype, "shape": shape}],
             "outputs": [output for task in self.tasks(model) for output in self.outputs(model, task)],
-            "parameters": {f"{task}.classes": ",".join(self.classes[task]) for task in self.tasks(model)},
+            "parameters": {f"{task}.classes": ",".join(self.classes[task]) for task in self.tasks(model)}
+            | {f"promise.{name}": str(value) for name, value in (self.promise or {}).items()},
         }
 
 
@@ -87,8 +92,8 @@ def response(
         classes = probabilities.argmax(1)
         labels = np.array([about.classes[task][index] for index in classes.tolist()], dtype=object)
         risk = answer.risk.nan_to_num(1.0).float()
-        arrays = (probabilities.float().numpy(), classes.numpy(), labels, risk.numpy())
-        for output, array in zip(about.outputs(model, task), arrays, strict=True):
+        arrays = (probabilities.float().numpy(), classes.numpy(), labels, risk.numpy(), answer.accepted.numpy())
+        for output, array in zip(about.outputs(model, task), arrays, strict=False):  # the last one where promised
             if output["name"] not in asked:
                 continue
             told = {**output, "shape": list(array.shape), "parameters": _parameters([answer])}

@@ -1,10 +1,9 @@
 """One query on its way: who was asked, who answered, and what that amounts to. No clock, no data."""
 
-from collections.abc import Sequence
 from enum import IntEnum
 
-from coin.serving.layout import Layout
-from coin.serving.policies import Policy
+from coin.serving.layout import Layout, members
+from coin.serving.policies import Load, Policy, Whom
 
 
 class State(IntEnum):
@@ -36,7 +35,7 @@ class Query:
         self.policy = policy
         self.wanted = wanted
         self.late = not patient
-        self.loads: Sequence[int] = ()
+        self.load: Load = lambda server: 0
         self.asked = self.arrived = self.lost = self.avoided = 0
         self.decoded = 0
         """The wanted experts whose answers are to be decoded, once the query is answered."""
@@ -57,24 +56,21 @@ class Query:
         """Whether a wanted expert's own answer is missing and may still come."""
         return bool(self.layout.hosts(self.missing) & self.expected)
 
-    def start(self, loads: Sequence[int], down: int = 0) -> int:
+    def start(self, load: Load, down: int = 0) -> int:
         """Return the servers to ask at first.
 
         Args:
-            loads: The number of requests at each server, now and later on.
+            load: Returns the number of requests at a server, now and later on.
             down: Servers that are believed to be down; they are left out if the others suffice.
         """
-        layout = self.layout
-        self.loads = loads
-        usable = layout.everyone & ~down
-        if down and not layout.covers(usable, self.wanted):
-            usable = layout.everyone
-        self.avoided = layout.everyone & ~usable
-        chosen = self.policy.first(layout, self.wanted, usable, loads)
+        self.load = load
+        if self.layout.covers(self.layout.everyone & ~down, self.wanted):
+            self.avoided = down
+        self._ask(self.policy.asks.first, self.wanted)
+        self._ask(self.policy.asks.lost, self._deserted())
         if self.late:
-            chosen |= self.policy.when_late(layout, usable & ~chosen, self.wanted, loads)
-        self.asked = chosen
-        return chosen or self._last_resort()
+            self._ask(self.policy.asks.late, self.wanted)
+        return self.asked or self._last_resort()
 
     def arrive(self, server: int) -> int:
         """Note a server's valid answer; return the servers to ask now."""
@@ -84,34 +80,35 @@ class Query:
     def lose(self, server: int) -> int:
         """Note that a server will not answer this query; return the servers to ask now."""
         self.lost |= 1 << server
-        layout = self.layout
-        if not layout.covers(layout.everyone & ~self.lost, self.wanted):
+        if not self.layout.covers(self.layout.everyone & ~self.lost, self.wanted):
             self.state = State.failed
             return 0
-        chosen = self.policy.after_loss(layout, self._left(), self.missing, self.expected, self.loads)
-        self.asked |= chosen
-        return chosen | self._settle()
+        return self._ask(self.policy.asks.lost, self._deserted()) | self._settle()
 
     def become_late(self) -> int:
         """Stop to wait for own answers; return the servers to ask now."""
         self.late = True
-        chosen = self.policy.when_late(self.layout, self._left(), self.missing, self.loads)
-        self.asked |= chosen
-        return chosen | self._settle()
+        return self._ask(self.policy.asks.late, self.missing) | self._settle()
 
-    def _left(self) -> int:
-        return self.layout.everyone & ~(self.asked | self.lost | self.avoided)
+    def _ask(self, whom: Whom, experts: int) -> int:
+        left = self.layout.everyone & ~(self.asked | self.lost | self.avoided)
+        chosen = whom(self.layout, experts, left, self.load)
+        self.asked |= chosen
+        return chosen
+
+    def _deserted(self) -> int:
+        """The missing experts for whom nobody is expected to answer himself."""
+        hosts, expected = self.layout.hosts, self.expected
+        return sum(1 << expert for expert in members(self.missing) if not hosts(1 << expert) & expected)
 
     def _settle(self) -> int:
-        layout = self.layout
-        own, decodable = layout.read(self.arrived)
+        own, solved = self.layout.read(self.arrived)
         missing = self.wanted & ~own
-        expected = self.expected
-        if not missing or (decodable and (self.late or not layout.hosts(missing) & expected)):
+        if not missing or (not missing & ~solved and (self.late or not self.waits_for_own)):
             self.state = State.answered
             self.decoded = missing
             return 0
-        return 0 if expected else self._last_resort()
+        return 0 if self.expected else self._last_resort()
 
     def _last_resort(self) -> int:
         """Ask everybody who is left, whatever the policy and whoever is believed to be down."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +58,14 @@ class ReplyFormat:
                 raise ServingError(f"found {what} that are not finite numbers")
 
 
+class Decoded(NamedTuple):
+    """One expert's decoded answers: logits ``[B, C]``, their risk ``[B]``, and whether they are accepted ``[B]``."""
+
+    logits: Tensor
+    risk: Tensor
+    accepted: Tensor
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a query gets for one expert.
@@ -69,6 +78,8 @@ class Answer:
         seconds: From the query to its answer.
         risk: The estimated probability that the expert's own answer is another class ``[B]`` (`coin.coding`): 0 where
             the answer is the expert's own, NaN where it is not known.
+        accepted: Whether it is the expert's own, or decoded with a risk below the threshold of the run's promise
+            ``[B]``.
     """
 
     expert: int
@@ -77,3 +88,4 @@ class Answer:
     answered_by: tuple[str, ...]
     seconds: float
     risk: Tensor
+    accepted: Tensor

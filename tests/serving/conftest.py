@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from coin.coding import Code
-from coin.serving.decodings import Decodings
+from coin.coding import Code, make_decoder
+from coin.serving.decodings import Decodings, coded_layout, standin_layout
+from coin.serving.layout import Layout, spread_copies
+from coin.serving.policies import Policy, PolicyKind
 from coin.serving.replies import Reply, ReplyFormat
 
 OUTPUTS = 3
@@ -68,6 +70,7 @@ class LinearSystem:
     """N linear experts and exact coded models: own and decoded answers are the same, and nobody else's.
 
     Expert i answers x·w_i to inputs ``[B, 2]`` with random weights ``[2, 3]``; coded model r answers Σ_i β_ri x·w_i.
+    As stand-ins the coded models answer with features x, which an expert's head w_i reads.
     """
 
     def __init__(self, matrix: list[list[float]], seed: int = 0) -> None:
@@ -76,14 +79,26 @@ class LinearSystem:
         self.weights = torch.randn(self.code.num_experts, 2, OUTPUTS, generator=draw, dtype=torch.float64)
         self.coded = self.code.encode(self.weights)
         self.decodings = Decodings(self.code)
+        heads = [(weights.T, torch.zeros(OUTPUTS)) for weights in self.weights]
+        self.heads = Decodings(self.code, [make_decoder("expert_head", self.code, range(len(heads)), heads)])
         self.expects = ReplyFormat(OUTPUTS)
+
+    def layout(self, policy: Policy) -> Layout:
+        """Return the servers of a policy, with copies in place of as many coded models."""
+        if policy.kind is PolicyKind.standin:
+            return standin_layout(self.code, every_row=False)
+        return coded_layout(self.code) if policy.coded else spread_copies(self.code.num_experts, self.code.num_coded)
+
+    def decodings_of(self, policy: Policy) -> Any:
+        """Return what decodes for a policy."""
+        return self.heads if policy.kind is PolicyKind.standin else self.decodings if policy.coded else None
 
     def truth(self, expert: int, inputs: torch.Tensor) -> torch.Tensor:
         return inputs @ self.weights[expert]
 
     def reply(self, server: int, inputs: torch.Tensor) -> Reply:
         count = self.code.num_experts
-        return Reply(inputs @ (self.weights[server] if server < count else self.coded[server - count]))
+        return Reply(inputs @ (self.weights[server] if server < count else self.coded[server - count]), inputs)
 
 
 @pytest.fixture(scope="session")

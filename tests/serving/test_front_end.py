@@ -10,9 +10,8 @@ import torch
 
 from coin.coding import Answers, decode_linear, make_decoder
 from coin.errors import ConfigurationError, DeadlineError, DecodingError, LostError, OverloadedError, ServingError
-from coin.serving.decodings import Decodings, coded_layout
+from coin.serving.decodings import Decodings
 from coin.serving.front_end import FrontEnd
-from coin.serving.layout import spread_copies
 from coin.serving.limits import InputLimits, Limits
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.replies import Reply, ReplyFormat
@@ -83,8 +82,8 @@ class World:
         self.system = system
         self.asked = [0] * len(behaviours)
         self.batches: list[int] = []
-        coded = policy.startswith("coded")
-        layout = coded_layout(system.code) if coded else spread_copies(system.code.num_experts, len(MATRIX))
+        asks = Policy(PolicyKind(policy), quantile)
+        coded, layout = asks.coded, system.layout(asks)
 
         def server(index: int) -> Callable[[torch.Tensor], Awaitable[Reply]]:
             host = index if coded or index < 3 else layout.copies[index - 3]
@@ -99,10 +98,10 @@ class World:
         self.front = FrontEnd(
             {name: server(index) for index, name in enumerate(["a", "b", "c", "extra"])},
             layout,
-            Policy(PolicyKind(policy), quantile),
+            asks,
             system.expects,
             PROBE,
-            system.decodings if coded else None,
+            system.decodings_of(asks),
             limits,
         )
 
@@ -172,6 +171,37 @@ def test_proactive_decodes_at_once_when_late_and_own_answer_wins_before(world: A
     assert (own.decoded, own.seconds) == (False, pytest.approx(0.4))
     hasty = virtually(main(world([after(0.4), after(0.1), after(0.2), after(0.3)], "coded_proactive", quantile=0.0)))
     assert (hasty.decoded, hasty.seconds) == (True, pytest.approx(0.3))
+
+
+def test_a_coded_server_stands_in_alone_for_any_number_of_experts(world: Any, virtually: Any) -> None:
+    it = world([hangs, raises, after(0.1), after(0.3)], "standin", timeout=5.0, failures=2)
+
+    async def main() -> None:
+        async with it.front as front:
+            late, lost, all_three = await front.ask(X, 0), await front.ask(X, 1), await front.ask_all(X)
+            for answer, seconds in ((late, 0.5 + 0.3), (lost, 0.3)):
+                assert (answer.decoded, answer.answered_by) == (True, ("extra",))
+                assert exact(answer.logits, it.system.truth(answer.expert, X))
+                assert answer.seconds == pytest.approx(seconds)
+            assert [answer.decoded for answer in all_three] == [True, True, False]
+            assert all_three[1].answered_by == ("extra",)
+            assert front.can_answer()
+
+    virtually(main())
+    assert it.asked[2:] == [1, 3]  # no survivor was asked for them
+
+
+def test_a_stand_in_that_is_lost_leaves_the_expert_itself(world: Any, virtually: Any) -> None:
+    it = world([after(2.0), raises, after(0.1), raises], "standin", timeout=5.0)
+
+    async def main() -> None:
+        async with it.front as front:
+            slow = await front.ask(X, 0)
+            assert (slow.decoded, slow.seconds) == (False, pytest.approx(2.0))
+            with pytest.raises(LostError, match="lost b, extra"):
+                await front.ask(X, 1)
+
+    virtually(main())
 
 
 @pytest.mark.parametrize("behaviour", GARBAGE, ids=lambda behaviour: behaviour.__name__)
@@ -614,7 +644,7 @@ def test_fitted_decoder_is_used_where_it_fits_and_the_code_otherwise(linear_syst
         features[3:],
     )
     fitted = [make_decoder(kind, system.code, erased).fit(answers) for kind, erased in (("feature_ridge", [1]),)]
-    decodings = Decodings(system.code, fitted, class_counts=[3, 2, 3])
+    decodings = Decodings(system.code, fitted, class_counts=[3, 2, 3], thresholds={((1,), 1): 0.01})
     biased = {
         server: Reply(reply.logits + (0.5 if server > 2 else 0.0), features[server])
         for server, reply in enumerate(replies)
@@ -622,12 +652,16 @@ def test_fitted_decoder_is_used_where_it_fits_and_the_code_otherwise(linear_syst
 
     def decode(*lost: int) -> dict[int, torch.Tensor]:
         arrived = {server: reply for server, reply in biased.items() if server not in lost}
-        decoded, used, risks = decodings.decode(arrived)
+        decoded, used = decodings.decode(arrived)
         assert used == tuple(arrived)
-        wanted = {1: fitted[0].risk(1, decoded[1], 2)} if lost == (1,) else {}  # the code's equations tell none
-        assert set(risks) == set(wanted)
-        assert all(torch.equal(risks[expert], wanted[expert]) for expert in wanted)
-        return decoded
+        for expert, (logits, risk, accepted) in decoded.items():
+            if lost == (1,):
+                assert torch.equal(risk, fitted[0].risk(expert, logits, 2))
+                assert torch.equal(accepted, risk <= 0.01)
+            else:  # the code's equations tell none, and nothing is promised of them
+                assert bool(risk.isnan().all())
+                assert not accepted.any()
+        return {expert: each.logits for expert, each in decoded.items()}
 
     assert torch.allclose(decode(1)[1], replies[1].logits, atol=1e-4)
     assert not torch.allclose(decode(1, 4)[1], replies[1].logits, atol=1e-1)  # one coded model: the code's equation

@@ -4,6 +4,7 @@ import gzip
 import json
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def data(told: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_response_leaves_out_padded_outputs_and_says_who_answered(about: Description) -> None:
     risk = torch.tensor([0.25], dtype=torch.float64)
-    answer = Answer(0, torch.tensor([[0.0, 2.0, 9.0]]), True, ("expert-b", "coded-0"), 0.5, risk)
+    answer = Answer(0, torch.tensor([[0.0, 2.0, 9.0]]), True, ("expert-b", "coded-0"), 0.5, risk, risk < 1)
     every = dict.fromkeys(("probabilities", "class", "label", "risk"), False)
     told, binary = response("moods", None, every, [answer], about)
     assert told["parameters"] == {"decoded": True, "answered_by": "expert-b,coded-0", "seconds": 0.5}
@@ -138,10 +139,28 @@ def test_a_response_leaves_out_padded_outputs_and_says_who_answered(about: Descr
 
 def test_the_risk_is_one_number_an_answer(about: Description) -> None:
     """0 for an expert's own answer, 1 where it is not known: whoever sets a threshold on it is on the safe side."""
-    decoded = Answer(0, torch.zeros(3, 3), True, ("coded-0",), 0.5, torch.tensor([0.25, torch.nan, 0.0]))
-    own = Answer(0, torch.zeros(3, 3), False, ("expert-a",), 0.5, torch.zeros(3))
+    risk = torch.tensor([0.25, torch.nan, 0.0])
+    decoded = Answer(0, torch.zeros(3, 3), True, ("coded-0",), 0.5, risk, risk < 0.1)
+    own = Answer(0, torch.zeros(3, 3), False, ("expert-a",), 0.5, torch.zeros(3), torch.ones(3, dtype=torch.bool))
     for answer, wanted in ((decoded, [0.25, 1.0, 0.0]), (own, [0.0, 0.0, 0.0])):
         assert data(response("moods", None, {"risk": False}, [answer], about)[0]) == {"risk": wanted}
         told, binary = response("all", None, {"moods.risk": True}, [answer], about)
         assert np.frombuffer(binary, np.float32).tolist() == wanted
         assert told["outputs"][0]["parameters"]["binary_data_size"] == 12
+
+
+def test_what_the_promise_covers_is_told_where_there_is_one(about: Description) -> None:
+    risk = torch.tensor([0.25, torch.nan, 0.0])
+    answer = Answer(0, torch.zeros(3, 3), True, ("coded-0",), 0.5, risk, risk < 0.1)
+    names = [output["name"] for output in about.metadata("moods")["outputs"]]
+    assert "accepted" not in names
+    assert not response("moods", None, {"accepted": False}, [answer], about)[0]["outputs"]
+    promising = replace(about, promise={"alpha": 0.02, "confidence": 0.95})
+    told = promising.metadata("all")
+    assert told["outputs"][4] == {"name": "moods.accepted", "datatype": "BOOL", "shape": [-1]}
+    assert told["parameters"]["promise.alpha"] == "0.02"
+    assert data(response("moods", None, {"accepted": False}, [answer], promising)[0]) == {
+        "accepted": [False, False, True]
+    }
+    _, binary = response("all", None, {"moods.accepted": True}, [answer], promising)
+    assert binary == b"\0\0\1"

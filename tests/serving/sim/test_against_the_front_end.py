@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from coin.errors import ServingError
-from coin.serving.decodings import coded_layout
 from coin.serving.front_end import FrontEnd
 from coin.serving.layout import members, spread_copies
 from coin.serving.limits import Limits
@@ -57,7 +56,7 @@ def served(simulation: Simulation, system: Any, virtually: Any) -> np.ndarray:
         simulation.policy,
         system.expects,
         torch.zeros(1, 2, dtype=torch.float64),
-        system.decodings,
+        system.decodings_of(simulation.policy),
         Limits(deadline, 1e3, 10**6, conditions.queue, conditions.batch),
     )
     wanted = simulation.wanted()
@@ -94,7 +93,7 @@ def test_simulated_latencies_are_those_of_the_front_end(
 ) -> None:
     system = linear_system([[0.5, 0.3, 0.2]])
     policy = Policy(kind)
-    layout = coded_layout(system.code) if policy.coded else spread_copies(3, 2)
+    layout = system.layout(policy) if policy.coded else spread_copies(3, 2)
     samples = (np.array([0.01]),) * layout.num_servers
     queries = 400 if want is Want.all else 1000
     simulation = Simulation(layout, policy, samples, CONDITIONS, 0.75, want=want, queries=queries, seed=3)

@@ -24,6 +24,7 @@ from coin.serving.sim.conditions import (
 from coin.serving.sim.simulation import Outcome, Simulation, Want, _Run, simulate, simulate_all
 
 CODED = Layout(3, 1, solvable=frozenset({(1, 1), (1, 2), (1, 4)}))
+STANDIN = Layout(3, 1, alone=(1, 1, 1))
 MS = 1e-3
 EXPONENTIAL = Service(ServiceKind.exponential, 10 * MS)
 NEVER_SLOW, NEVER_DOWN = Slowdown(), Failures()
@@ -46,7 +47,8 @@ def make(
     **options: Any,
 ) -> Simulation:
     policy = Policy(PolicyKind(kind), quantile)
-    layout = layout or (CODED if policy.coded else spread_copies(3, 1))
+    coded = STANDIN if policy.kind is PolicyKind.standin else CODED
+    layout = layout or (coded if policy.coded else spread_copies(3, 1))
     conditions = Conditions(service, slowdown, failures, front_end, batch, deadline, queue, cooldown)
     samples = (np.array([10 * MS]),) * layout.num_servers
     return Simulation(layout, policy, samples, conditions, load, **{"queries": 4000, **options})
@@ -129,7 +131,7 @@ def test_share_that_is_late_is_what_the_quantile_says(kind: str, quantile: float
 def test_every_request_is_taken_off_its_server_once(kind: str, want: Want, batch: int) -> None:
     """Full queues, failing servers, deadlines: when all queries have ended, no server expects to answer any."""
     failures = Failures(share=0.05, length=50.0)
-    layout = None if kind.startswith("coded") else spread_spares(3, 1)
+    layout = None if Policy(kind).coded else spread_spares(3, 1)
     machines = () if layout is None else (0, 1, 2, 3, 3, 3)
     options = {"queue": 4, "want": want, "failures": failures, "deadline": 30.0, "batch": batch}
     simulation = _Run(make(kind, layout, 0.8, machines=machines, front_end=FrontEndCost(0.0, 2 * MS), **options))
