@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from coin.merging import (
         Average as Average,
+        Base as Base,
         CodedModel as CodedModel,
         Coin as Coin,
         Experts as Experts,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         RegMean as RegMean,
         TaskArithmetic as TaskArithmetic,
         Ties as Ties,
+        Wudi as Wudi,
         merge_networks as merge_networks,
     )
     from coin.metrics import DecodingAccuracy as DecodingAccuracy, Residual as Residual
@@ -50,7 +52,12 @@ if TYPE_CHECKING:
         distill as distill,
         evaluate as evaluate,
     )
-    from coin.networks import BatchNormPolicy as BatchNormPolicy, recalibrate as recalibrate
+    from coin.networks import (
+        BatchNormPolicy as BatchNormPolicy,
+        Compressed as Compressed,
+        compress as compress,
+        recalibrate as recalibrate,
+    )
     from coin.statistics import (
         FisherKind as FisherKind,
         Precision as Precision,
@@ -63,11 +70,11 @@ if TYPE_CHECKING:
 _ROOMS = {
     "coin.coding": "Answers Code DecoderConfig DecoderKind convex decoding_risk make_decoder oddness parity_residual"
     " parity_significance uniform",
-    "coin.merging": "Average CodedModel Coin Experts Foreign FullFisher GaussNewton HeadFit Merged MergeMethod Method"
-    " Refit RegMean TaskArithmetic Ties merge_networks",
+    "coin.merging": "Average Base CodedModel Coin Experts Foreign FullFisher GaussNewton HeadFit Merged MergeMethod"
+    " Method Refit RegMean TaskArithmetic Ties Wudi merge_networks",
     "coin.metrics": "DecodingAccuracy Residual",
     "coin.modules": "Coded Distillation ReadoutDistillation distill evaluate",
-    "coin.networks": "BatchNormPolicy recalibrate",
+    "coin.networks": "BatchNormPolicy Compressed compress recalibrate",
     "coin.statistics": "FisherKind Precision fisher_diagonal gram_sums load_statistic save_statistic",
 }
 _HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}

@@ -1,4 +1,4 @@
-"""``coin advise``: which redundancy to buy for an experiment's experts, from a budget of servers and memory."""
+"""``coin advise``: what to keep so that an experiment's experts may fail, from a budget of servers and memory."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,17 +10,19 @@ import pandas as pd
 
 from coin.choices import check_integer, check_number
 from coin.commands.coded_system import Choice, parse_options
-from coin.commands.simulate import SEEDS, draw, read_profile, rounded_accuracies, simulate_rows
+from coin.commands.simulate import SEEDS, Point, draw, measured_spares, read_profile, simulate_rows
 from coin.errors import CoinError, ConfigurationError
 from coin.reporting.results import write_frame
 from coin.reporting.tables import results_console
 from coin.serving.sim.conditions import Conditions
-from coin.serving.sim.profile import Failover, Precision, Profile, Redundancy
-from coin.serving.sim.results import milliseconds, print_simulation, tail_against_memory, when_asked
-from coin.serving.sim.simulation import Simulation, Want
+from coin.serving.sim.profile import Failover, Profile, Redundancy, StandIn
+from coin.serving.sim.results import milliseconds, named, print_simulation
+from coin.serving.sim.simulation import Want
 
 ADVICE_CSV = "advice.csv"
 QUANTILES = (0.0, 0.5, 0.9, 0.99)
+HOURS = 8766
+"""Of a year."""
 
 
 def advise(
@@ -30,6 +32,7 @@ def advise(
     servers: int,
     memory_gib: float,
     p999_ms: float | None = None,
+    accuracy: float | None = None,
     want: Want = Want.one,
     load: float = 0.4,
     quantiles: list[float] | None = None,
@@ -40,13 +43,13 @@ def advise(
     jobs: int | None = None,
     output: str | None = None,
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Return every redundancy that may be bought, the one to buy marked, and what is to be said of them.
+    """Return everything that may stand in, what to take marked, and what is to be said of it.
 
-    The candidates are every redundancy with every number of extra servers, asked at once and from several quantiles of
-    lateness on. Of those that the budget allows and that are right as often as the best of them, to within the
-    tolerance, it takes those that keep the wanted p99.9, or, where none is wanted or none keeps it, those whose p99.9
-    cannot be told from the lowest. Of these the one with the fewest forward passes, to a tenth of one; then the least
-    memory in all, the fewest servers, the lowest p99.9.
+    The candidates are all that the results know to stand in, with every number of extra servers, asked at once and from
+    several quantiles of lateness on. Of those that the budget allows and that are right often enough it takes those
+    that keep the wanted p99.9, or, where none is wanted or none keeps it, those whose p99.9 cannot be told from the
+    lowest. Of these the one with the fewest forward passes, to a tenth of one; then the fewest servers, the least
+    memory in all, the lowest p99.9.
 
     Args:
         folder: An experiment's folder, or a seed's.
@@ -55,11 +58,13 @@ def advise(
         servers: How many servers there may be, the experts' own included.
         memory_gib: What one server holds of weights.
         p999_ms: The wanted 99.9 % quantile of the latency.
+        accuracy: How right the answers for any expert that is lost are to be, as a share of the experts' accuracy; none
+            compares all answers with the best by `tolerance`.
         want: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'.
         load: The share of the experts' capacity that own answers take up.
         quantiles: Of the time that own answers take, after which they are late; none takes 0, which asks at once, 0.5,
             0.9 and 0.99.
-        tolerance: How much less often than the best its answers may be right, from 0 to below 1.
+        tolerance: How much less often than the best all its answers may be right, from 0 to below 1.
         queries: Queries per seed.
         seeds: How many seeds.
         failover: A small network for all tasks: what it is like is yours to say.
@@ -68,103 +73,160 @@ def advise(
     """
     check_integer("seeds", seeds, 1)
     check_number("tolerance", tolerance, low=0, high=1)
-    system, profile, conditions = read_profile(folder, choice, conditions, failover)
-    count, notes = profile.code.num_experts, [system.title]
+    check_number("accuracy", accuracy or 0, low=0)
+    system, profile, conditions, known = read_profile(folder, choice, conditions, failover)
+    count, room, notes = profile.code.num_experts, memory_gib * 2**30, [system.title]
     check_integer("servers", servers, count)
-    largest = max(profile.expert_bytes[Precision.full]) / 2**30
-    if not memory_gib >= largest:
-        raise ConfigurationError(f"found memory_gib={memory_gib}, expected at least {largest:.3g}, an expert's")
-    kinds = [kind for kind in Redundancy if kind is not Redundancy.failover or failover is not None]
-    if failover is None:
-        notes.append(
-            "failover: left out, for nothing is known of such a network; give --failover.accuracy, .mib, .seconds"
-        )
-    try:
-        rounded = rounded_accuracies(system, (Precision.half, Precision.int8))
-        profile = replace(profile, rounded_accuracy=rounded)
-    except CoinError as error:
-        notes.append(f"spare_half, spare_int8: left out, for their accuracy could not be measured ({error})")
-        kinds = [kind for kind in kinds if kind.precision in (None, Precision.full)]
-    options = {"load": load, "want": want, "queries": queries}
-    points = candidates(profile, conditions, kinds, servers, quantiles or QUANTILES, options)
+    if not room >= max(profile.sizes):
+        least = max(profile.sizes) / 2**30
+        raise ConfigurationError(f"found memory_gib={memory_gib}, expected at least {least:.3g}, an expert's")
+    kinds = {what.kind for what in known}
+    if Redundancy.spare_delta not in kinds:
+        try:
+            known += measured_spares(system, profile)
+        except CoinError as error:
+            notes.append(f"spare_delta, neighbours: left out, for their accuracy could not be measured ({error})")
+    for kind, missing in _LACKING.items():
+        if kind not in kinds:
+            notes.append(f"{kind}: left out, for nothing is known of such a network; {missing}")
+    options = {"load": load, "want": want, "queries": queries, "memory": room}
+    points = candidates(profile, conditions, known, servers, quantiles or QUANTILES, options)
     rows = simulate_rows(points, range(seeds), jobs)
     if servers - count != profile.code.num_coded:
         notes.append(f"coded: with {profile.code.num_coded} coded models only, as many as the experiment has measured")
-    rows["fits"] = rows["memory_server"] <= memory_gib * 2**30
+    rows["fits"] = rows["memory_server"] <= room
+    taken = choose(rows, p999_ms, tolerance, accuracy)
+    rows["buy"] = rows.index == taken
+    notes += _reasons(rows, known, room, p999_ms, tolerance, accuracy)
+    notes += _while_repaired(points[taken], conditions, range(seeds), jobs) + when_coding(rows, want)
     rows = rows.sort_values(["fits", "p999"], ascending=[False, True], kind="stable", ignore_index=True)
-    rows["buy"] = rows.index == choose(rows, p999_ms, tolerance)
-    notes += _reasons(rows, profile, memory_gib, p999_ms, tolerance)
     place = Path(output or folder)
     write_frame(place / ADVICE_CSV, rows)
-    draw(place / "plots" / "advice.png", tail_against_memory(rows.drop_duplicates(["redundancy", "extras"])))
+    draw(place / "plots" / "advice.png", "memory_server", rows.drop_duplicates(["redundancy", "variant", "extras"]))
     return rows, notes
+
+
+_LACKING = {
+    Redundancy.failover: "give --failover.accuracy, .mib, .seconds",
+    Redundancy.standin: "add expert_head to the experiment's decoders",
+}
 
 
 def candidates(
     profile: Profile,
     conditions: Conditions,
-    kinds: Sequence[Redundancy],
+    known: Sequence[StandIn],
     servers: int,
     quantiles: Sequence[float],
     options: dict[str, Any],
-) -> list[tuple[Redundancy, Profile, Simulation]]:
-    """Return what may be bought for at most so many servers; coded models only as many as were measured."""
-    count = profile.code.num_experts
-    found = [(Redundancy.uncoded, profile, profile.simulation(Redundancy.uncoded, conditions, **options))]
-    for extra in range(1, servers - count + 1):
-        sized = profile.resized(count, extra)
-        for kind in kinds:
-            if kind is Redundancy.uncoded or (kind.is_coded and not sized.decoded_accuracy):
+) -> list[Point]:
+    """Return what may stand in on at most so many servers; coded models only as many as were measured."""
+    count, found = profile.code.num_experts, []
+    for what in known:
+        for extra in [profile.code.num_coded] if not profile.extras(what) else range(1, servers - count + 1):
+            sized = profile.resized(count, extra)
+            if what.kind.is_coded and sized is not profile:
                 continue
             # Asked at once, the hedged code is the proactive one.
-            each = [quantile for quantile in quantiles if quantile or kind is not Redundancy.coded_hedged]
-            found += [(kind, sized, sized.simulation(kind, conditions, quantile, **options)) for quantile in each]
+            each = [quantile for quantile in quantiles if quantile or what.kind is not Redundancy.coded_hedged]
+            if what.kind is Redundancy.uncoded:
+                each = each[:1]
+            found += [(what, sized, sized.simulation(what, conditions, quantile, **options)) for quantile in each]
     return found
 
 
-def choose(rows: pd.DataFrame, p999_ms: float | None, tolerance: float) -> int:
-    """Return the index of the row to buy; see `advise`."""
+def choose(rows: pd.DataFrame, p999_ms: float | None, tolerance: float, accuracy: float | None = None) -> int:
+    """Return the index of the row to take; see `advise`."""
     able = rows[rows["fits"]]
-    able = able[able["effective_accuracy"] >= able["effective_accuracy"].max() - tolerance]
+    if accuracy is None:
+        able = able[able["effective_accuracy"] >= able["effective_accuracy"].max() - tolerance]
+    else:
+        share = (able["standing_in_accuracy"] / able["expert_accuracy"]).where(able["losses"] > 0, 0).fillna(0)
+        able = able[share >= min(accuracy, share.max())]
     keeps = able[able["p999"] <= (np.inf if p999_ms is None else p999_ms / 1e3)]
     if p999_ms is None or keeps.empty:
         keeps = able[able["p999_low"] <= able.sort_values(["p999", "p999_high"])["p999_high"].iloc[0]]
-    order = keeps.assign(forwards=keeps["forwards"].round(1)).sort_values(["forwards", "memory", "extras", "p999"])
+    order = keeps.assign(forwards=keeps["forwards"].round(1)).sort_values(["forwards", "extras", "memory", "p999"])
     return int(order.index[0])
 
 
 def _reasons(
-    rows: pd.DataFrame, profile: Profile, memory_gib: float, p999_ms: float | None, tolerance: float
+    rows: pd.DataFrame,
+    known: Sequence[StandIn],
+    room: float,
+    p999_ms: float | None,
+    tolerance: float,
+    accuracy: float | None,
 ) -> list[str]:
     """Return what the choice rests on, the choice last."""
-    notes = []
-    for kind, group in rows[~rows["fits"]].groupby("redundancy", sort=False):
-        needs = group["memory_server"].iloc[0] / 2**30
+    notes, row = [], rows[rows["buy"]].iloc[0]
+    for left in rows[~rows["fits"]].drop_duplicates(["redundancy", "variant"]).to_dict("records"):
+        name, needs = named({**left, "extras": 0}), left["memory_server"] / 2**30
         notes.append(
-            f"{kind}: does not fit, for its server holds {needs:.3g} GiB of weights and there are {memory_gib:g}"
+            f"{name}: does not fit, for its server holds {needs:.3g} GiB of weights and there are {room / 2**30:g}"
         )
-    for kind in (Redundancy.spare, Redundancy.spare_half, Redundancy.spare_int8):
-        mean = float(np.mean(profile.expert_bytes[kind.precision or Precision.full]))
-        most = int(memory_gib * 2**30 // mean)
-        notes.append(f"{kind}: would fit up to {most} experts of this size, a coded model any number")
-    row = rows[rows["buy"]].iloc[0]
+    for what in known:
+        if what.each and what.kind is not Redundancy.neighbours:
+            most = int((room - what.fixed) // what.each)
+            notes.append(f"{what.name}: would fit up to {most} experts of this size, a coded model any number")
     tail = "whose p99.9 cannot be told from the lowest"
     if p999_ms is not None and row["p999"] <= p999_ms / 1e3:
         tail = f"keeps a p99.9 of {p999_ms:g} ms"
     elif p999_ms is not None:
         notes.append(f"nothing that fits keeps a p99.9 of {p999_ms:g} ms; this is the nearest")
+    right = f"is right to within {100 * tolerance:g} points of the best (--tolerance)"
+    if accuracy is not None:
+        found = row["standing_in_accuracy"] / row["expert_accuracy"]
+        right = f"keeps {100 * accuracy:g} % of the experts' accuracy (--accuracy)"
+        if not found >= accuracy:
+            notes.append(f"nothing that fits {right}; the nearest is {100 * found:.2f} %")
+            right = "comes nearest to it"
     extras = int(row["extras"])
-    what = "no redundancy" if not extras else f"{extras} server{'s' if extras > 1 else ''} of {row['redundancy']}"
-    notes.append(
-        f"of what fits, is right to within {100 * tolerance:g} points of the best (--tolerance) and {tail}, it is what "
-        "takes the fewest forward passes, and then the least memory"
-    )
-    late = "" if not extras else f", {when_asked(row['quantile'])}"
-    notes.append(
-        f"buy {what}{late}: p99.9 {milliseconds(row['p999'])} ms [{milliseconds(row['p999_low'])}, "
+    buy = named({**row.to_dict(), "extras": 0})
+    buy = buy if not extras else f"{extras} server{'s' if extras > 1 else ''} of {buy}"
+    late = f", asked after the {row['quantile']:g} quantile" if row["quantile"] else ", asked at once"
+    late = "" if row["redundancy"] == Redundancy.uncoded else late
+    return [
+        *notes,
+        f"of what fits, {right} and {tail}, it is what takes the fewest forward passes, then the fewest servers, and "
+        "then the least memory",
+        f"buy {buy}{late}: p99.9 {milliseconds(row['p999'])} ms [{milliseconds(row['p999_low'])}, "
         f"{milliseconds(row['p999_high'])}], {100 * row['effective_accuracy']:.2f} % right, "
         f"{row['forwards']:.2f} forward passes a query, {row['memory_server'] / 2**20:.0f} MiB on the largest server, "
-        f"{row['memory'] / 2**20:.0f} in all"
+        f"{row['memory'] / 2**20:.0f} in all",
+    ]
+
+
+def _while_repaired(point: Point, conditions: Conditions, seeds: Sequence[int], jobs: int | None) -> list[str]:
+    """Return what queries find while the first expert's machine is repaired, and how often nobody is left."""
+    what, profile, simulation = point
+    broken = replace(simulation, broken=frozenset({0}))
+    row, repair = simulate_rows([(what, profile, broken)], seeds, jobs).iloc[0], conditions.repair
+    hours = HOURS * simulation.unanswered(repair.share)
+    return [
+        f"while an expert's machine is repaired ({repair.mttr:g} h every {repair.mtbf:g}; --repair.mttr, .mtbf): "
+        f"p99.9 {milliseconds(row['p999'])} ms, {100 * row['share_failed']:.2f} % without an answer, "
+        f"{100 * row['effective_accuracy']:.2f} % right; in a year a query finds nobody for {hours:.2g} h"
+    ]
+
+
+def when_coding(rows: pd.DataFrame, want: Want) -> list[str]:
+    """Return when a coded model is what to take, from these rows where they tell."""
+    at_once = rows[(rows["quantile"] == 0) & (rows["extras"] > 0)].groupby("redundancy")["forwards"].min()
+    coded = at_once[at_once.index.isin([Redundancy.standin, Redundancy.coded_proactive])]
+    whole = at_once[at_once.index.isin([Redundancy.spare, Redundancy.spare_delta])]
+    notes = []
+    if want is Want.all and not coded.empty and not whole.empty:
+        notes.append(
+            f"asked at once for all answers, a coded model takes {coded.min():.2f} forward passes a query and a spare "
+            f"{whole.min():.2f}: one pass makes up for any expert"
+        )
+    elif want is Want.one:
+        notes.append(
+            "a coded model is what to take where all answers are wanted at once (--want=all): one pass for any"
+        )
+    notes.append(
+        "and where wrong experts are to be found: of what is kept, it alone answers beside experts that are well"
     )
     return notes
 

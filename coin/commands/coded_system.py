@@ -218,6 +218,18 @@ class CodedSystem:
         return [decoder.fit(answers, kept) for decoder in decoders]
 
 
+def read_every_result(folder: Path) -> tuple[Path, pd.DataFrame]:
+    """Return the first seed's folder and the results of all seeds, of one seed's folder or an experiment's."""
+    seeds = [folder] if (folder / RESULTS_CSV).is_file() else seed_folders(folder)
+    if not seeds:
+        raise FileError(
+            f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}', expected the folder of an "
+            "experiment or of one seed; make it with `coin run`"
+        )
+    frame = pd.concat([read_results(each) for each in seeds], ignore_index=True)
+    return seeds[0], frame.assign(batchnorm=frame["batchnorm"].map(asked_policy))
+
+
 def read_coded_system(folder: Path, choice: Choice, alone: bool = False) -> CodedSystem:
     """Read a coded system of an experiment's first seed, or of a seed; `alone`, one whose decoder reads no survivor.
 
@@ -225,15 +237,8 @@ def read_coded_system(folder: Path, choice: Choice, alone: bool = False) -> Code
         ConfigurationError: There are no such results.
         FileError: A file is missing or damaged, or a coded model was made of other experts.
     """
-    seeds = [folder] if (folder / RESULTS_CSV).is_file() else seed_folders(folder)
-    if not seeds:
-        raise FileError(
-            f"found neither '{RESULTS_CSV}' nor 'seed-*/{RESULTS_CSV}' in '{folder}', expected the folder of an "
-            "experiment or of one seed; make it with `coin run`"
-        )
-    seed = seeds[0]
-    frame = pd.concat([read_results(each) for each in seeds], ignore_index=True)
-    results = _results_of(frame.assign(batchnorm=frame["batchnorm"].map(asked_policy)), choice, folder, alone)
+    seed, frame = read_every_result(folder)
+    results = _results_of(frame, choice, folder, alone)
     method, batchnorm = str(results["method"].iloc[0]), str(results["batchnorm"].iloc[0])
     tasks = list(dict.fromkeys(results["task"]))
     experts = ExpertFiles({task: seed / "experts" / task / "expert.safetensors" for task in tasks})

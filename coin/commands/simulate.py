@@ -1,41 +1,49 @@
-"""``coin simulate``: how late answers are, and how right, by what extra servers hold."""
+"""``coin simulate``: how late answers are, and how right, by what stands in for an expert."""
 
 import json
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+from torch import nn
 
-from coin.commands.coded_system import Choice, CodedSystem, parse_options, read_coded_system
+from coin.coding import DecoderConfig, DecoderKind
+from coin.commands.coded_system import REPLICA, Choice, CodedSystem, parse_options, read_coded_system, read_every_result
 from coin.errors import ConfigurationError
 from coin.files.atomic import atomic_path, write_text
+from coin.modules.variants import NONE, ORACLE
+from coin.networks import load_network
+from coin.networks.compressed import compress
+
 from coin.options import described
 from coin.processes import say
 from coin.reporting.figures import as_png
-from coin.reporting.results import write_frame
+from coin.reporting.results import asked_policy, write_frame
 from coin.reporting.tables import results_console
 from coin.serving.model import NetworkServer
 from coin.serving.replies import ReplyFormat
 from coin.serving.sim.conditions import Conditions, ServiceKind
 from coin.serving.sim.profile import (
     Failover,
-    Precision,
     Profile,
     Redundancy,
-    kept_bytes,
+    StandIn,
     measure_accuracy,
     measure_decoding,
     measure_service,
+    measure_times,
 )
-from coin.serving.sim.results import as_row, print_simulation, tail_against_load, tail_against_memory
+from coin.serving.sim.results import as_row, print_simulation, tail_against
 from coin.serving.sim.simulation import Simulation, Want, simulate_all
 from coin.versions import versions
 
 SIMULATION_CSV = "simulation.csv"
 SEEDS = 20
+
+Point = tuple[StandIn, Profile, Simulation]
 
 
 def simulate(
@@ -54,48 +62,48 @@ def simulate(
     jobs: int | None = None,
     output: str | None = None,
 ) -> pd.DataFrame:
-    """Simulate how late answers are, and how right, by what R servers beside the N experts' hold.
+    """Simulate how late answers are, and how right, by what stands in for one of N experts.
 
     Args:
         folder: An experiment's folder, or a seed's.
         conditions: What machines and the front end are like.
         choice: Which of the experiment's coded systems.
         wants: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'; none takes both.
-        policies: What the extra servers hold; none takes all for which nothing but the results is needed. For
-            ``spare_half`` and ``spare_int8`` the experts' accuracy is measured with rounded weights.
+        policies: What stands in; none takes all of which the results tell how right they are. Where they tell of no
+            compressed experts, ``spare_delta`` and ``neighbours`` are measured with 8 bits a weight.
         quantiles: Of the time that own answers take, after which they are late; none takes 0.9.
         loads: The loads; none takes 0.2, 0.4 and 0.6.
         experts: Numbers of experts; none takes the experiment's. With others, experts are repeated, and the accuracy of
-            decoded answers is not known.
+            coded answers is not known.
         extras: Numbers of extra servers; none takes the number of the experiment's coded models.
-        queries: Queries per seed, policy and load.
-        seeds: Of arrivals, service times and phases; none takes 20.
-        failover: A small network for all tasks, for the policy of that name.
+        queries: Queries per seed.
+        seeds: Of everything random; none takes 20 of them.
+        failover: A small network for all tasks: what it is like is yours to say.
         jobs: Processes; one a processor core by default.
         output: Where ``simulation.csv``, ``simulation.json`` and the figures go; none takes `folder`.
     """
-    quantiles = quantiles or [0.9]
-    loads = [0.2, 0.4, 0.6] if loads is None else loads
-    seeds = list(range(SEEDS)) if seeds is None else seeds
-    if not loads:
-        raise ConfigurationError("found no loads, expected one at least; leave the option out for all of them")
+    loads, seeds = [0.2, 0.4, 0.6] if loads is None else loads, list(range(SEEDS)) if seeds is None else seeds
+    quantiles = [0.9] if quantiles is None else quantiles
+    if not loads or not quantiles:
+        raise ConfigurationError("found no loads or quantiles, expected at least one of each")
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ConfigurationError(f"found seeds {seeds}, expected distinct ones from 0")
-    unknown = (Redundancy.spare_half, Redundancy.spare_int8, *((Redundancy.failover,) if failover is None else ()))
-    kinds = policies or [kind for kind in Redundancy if kind not in unknown]
-    system, profile, conditions = read_profile(folder, choice, conditions, failover)
+    system, profile, conditions, known = read_profile(folder, choice, conditions, failover)
     say(system.title)
-    if rounded := [kind.precision for kind in kinds if kind.precision not in (None, Precision.full)]:
-        profile = replace(profile, rounded_accuracy=rounded_accuracies(system, rounded))
+    if missing := set(policies or ()) - {what.kind for what in known}:
+        known += measured_spares(system, profile) if missing <= _MEASURED else []
+        if unknown := missing - {what.kind for what in known}:
+            raise ConfigurationError(f"found no {unknown.pop()} in the results, {_LACKING}")
     points = [
-        (kind, sized, sized.simulation(kind, conditions, quantile, load=load, want=want, queries=queries))
+        (what, sized, sized.simulation(what, conditions, quantile, load=load, want=want, queries=queries))
         for want in wants or Want
         for count in experts or [profile.code.num_experts]
         for load in loads
         for extra in extras or [profile.code.num_coded]
         for sized in [profile.resized(count, extra)]
-        for kind in kinds
-        for quantile in (quantiles[:1] if kind is Redundancy.uncoded else quantiles)
+        for what in (each if sized is profile else each.elsewhere for each in known)
+        if what.kind in (policies or Redundancy)
+        for quantile in (quantiles[:1] if what.kind is Redundancy.uncoded else quantiles)
     ]
     rows = simulate_rows(points, seeds, jobs)
     place = Path(output or folder)
@@ -103,27 +111,40 @@ def simulate(
     options = {
         "method": system.method, "batchnorm": system.batchnorm, "decoder": system.decoder.name, "seeds": seeds,
         "conditions": conditions, "failover": failover, "code": profile.code.matrix.tolist(),
-        "service_seconds": [float(each.mean()) for each in (*profile.expert_seconds, *profile.coded_seconds)],
+        "service_seconds": [float(each.mean()) for each in profile.seconds],
     }  # fmt: skip
     text = json.dumps({"options": described(options), "versions": versions()}, indent=1) + "\n"
     write_text(place / "simulation.json", text)
-    middle = loads[len(loads) // 2]
-    draw(place / "plots" / "simulation-memory.png", tail_against_memory(rows[rows["load"] == middle]))
+    draw(place / "plots" / "simulation-memory.png", "memory_server", rows[rows["load"] == loads[len(loads) // 2]])
     for count in dict.fromkeys(rows["experts"]):
-        name = f"simulation-load-{count}.png"
-        draw(place / "plots" / name, tail_against_load(rows[rows["experts"] == count]))
+        draw(place / "plots" / f"simulation-load-{count}.png", "load", rows[rows["experts"] == count])
     return rows
+
+
+_MEASURED = {Redundancy.spare_delta, Redundancy.neighbours}
+_LACKING = (
+    "expected rows of it: for standin of the decoder expert_head, for coded ones of feature_ridge; or for failover "
+    "--failover.accuracy, .mib and .seconds"
+)
 
 
 def read_profile(
     folder: str, choice: Choice, conditions: Conditions, failover: Failover | None
-) -> tuple[CodedSystem, Profile, Conditions]:
-    """Return an experiment's coded system, what is known of it, and the conditions with what was measured for them."""
+) -> tuple[CodedSystem, Profile, Conditions, list[StandIn]]:
+    """Return a coded system, what is known of its experts, the conditions as measured, and what may stand in.
+
+    The coded system is the most accurate of those that read the survivors, if there is one.
+    """
+    _, frame = read_every_result(Path(folder))
+    chosen = _what_was_measured(frame, choice)
+    coded = chosen[chosen["survivors"]] if chosen["survivors"].any() else chosen
+    if not coded.empty:
+        best = coded.sort_values("decoded_accuracy", kind="stable").to_dict("records")[-1]
+        choice = Choice(best["method"], best["batchnorm"], best["decoder"])
     system = read_coded_system(Path(folder), choice)
-    paths = [*system.experts.paths.values(), *system.coded]
-    service, count = conditions.service, system.code.num_experts
+    servers = [NetworkServer(path, system.experts.width, system.decoder) for path in system.experts.paths.values()]
+    service, decoding = conditions.service, 0.0
     if service.kind is ServiceKind.measured:
-        servers = [NetworkServer(path, system.experts.width, system.decoder) for path in paths]
         times, marginals = zip(*map(measure_service, servers), strict=True)
         widths = servers[0].feature_widths()
         expects = ReplyFormat(system.experts.width, None if widths is None else sum(widths))
@@ -131,50 +152,107 @@ def read_profile(
         if service.marginal is None:
             conditions = replace(conditions, service=replace(service, marginal=float(np.mean(marginals))))
     else:
-        times, decoding = (np.array([service.seconds]),) * len(paths), 0.0
-    profile = Profile(
-        code=system.code,
-        expert_seconds=times[:count],
-        coded_seconds=times[count:],
-        expert_bytes={kept: tuple(kept_bytes(path, kept) for path in paths[:count]) for kept in Precision},
-        coded_bytes=tuple(kept_bytes(path) for path in system.coded),
-        expert_accuracy=float(system.results["expert_accuracy"].mean()),
-        decoded_accuracy=system.decoded_accuracy,
-        decoding=decoding,
-        failover=failover,
+        times = (np.array([service.seconds]),) * len(servers)
+    sizes = tuple(kept_bytes(path) for path in system.experts.paths.values())
+    profile = Profile(system.code, times, sizes, float(system.results["expert_accuracy"].mean()), decoding)
+    known = _stand_ins(system, profile, frame, choice)
+    if failover is not None:
+        size, right = failover.mib * 2**20, {1: failover.accuracy}
+        known.append(StandIn(Redundancy.failover, "", size, 0.0, right, seconds=failover.seconds))
+    return system, profile, conditions, known
+
+
+def _what_was_measured(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
+    """Return accuracy and memory of every chosen coded system with one expert lost, the least memory first."""
+    policy = None if choice.batchnorm is None else asked_policy(choice.batchnorm)
+    for column, wanted in (("decoder", choice.decoder), ("method", choice.method), ("batchnorm", policy)):
+        frame = frame if wanted is None else frame[frame[column] == wanted]
+    one = frame[~frame["erased"].str.contains("+", regex=False) & ~frame["method"].isin([NONE, ORACLE])]
+    keys, numbers = ["method", "batchnorm", "decoder"], ["decoded_accuracy", "memory_mib"]
+    means = one.groupby(keys, sort=False)[numbers].mean().reset_index().sort_values("memory_mib", kind="stable")
+    own = [name == REPLICA or DecoderConfig.named(name).reads_survivors for name in means["decoder"]]
+    replica = means["decoder"] == REPLICA
+    return means.assign(replica=replica, survivors=np.array(own, dtype=bool) & ~replica)
+
+
+def _stand_ins(system: CodedSystem, profile: Profile, frame: pd.DataFrame, choice: Choice) -> list[StandIn]:
+    """Return what the results know to stand in; of coded models that answer alone those that nothing dominates."""
+    size, right, count = float(np.mean(profile.sizes)), {1: profile.accuracy}, len(profile.sizes)
+    found = [
+        StandIn(Redundancy.uncoded),
+        StandIn(Redundancy.copy, "", size, 0.0, right),
+        StandIn(Redundancy.spare, "", 0.0, size, right),
+    ]
+    best = 0.0
+    for row in _what_was_measured(frame, Choice()).to_dict("records"):
+        name, kept, accuracy = str(row["method"]), 2**20 * float(row["memory_mib"]), float(row["decoded_accuracy"])
+        if row["replica"]:
+            name = name.removeprefix("spare-")
+            base = 0.0 if "nobase" in name else size / 4 if "int8base" in name else size
+            found += _deltas(system, name, base, (kept - base) / count, accuracy)
+        elif not row["survivors"] and choice.method in (None, name) and accuracy > best:
+            best, every = accuracy, DecoderConfig.named(row["decoder"]).kind is not DecoderKind.expert_head
+            each = kept / system.code.num_coded
+            found.append(StandIn(Redundancy.standin, f"{name} {row['decoder']}", each, 0.0, {1: best}, every))
+    if system.decoder.reads_survivors:
+        kept = float(np.mean([kept_bytes(path) for path in system.coded]))
+        for kind in (Redundancy.coded_proactive, Redundancy.coded_hedged):
+            found.append(StandIn(kind, "", kept, 0.0, system.decoded_accuracy))
+    return found
+
+
+def _deltas(system: CodedSystem, name: str, fixed: float, each: float, accuracy: float) -> list[StandIn]:
+    """Return what the experts' compressed deltas are good for, on a server of their own and on the neighbours'."""
+    bits, rank = (re.search(rf"(\d+){unit}" if unit == "bit" else rf"{unit}(\d+)", name) for unit in ("bit", "rank"))
+    experts = _experts(system)  # how long it takes does not depend on the base's values
+    packed = compress(
+        experts[0],
+        experts[-1],
+        bits=int(bits[1]) if bits else None,
+        rank=int(rank[1]) if rank else None,
+        base_bits=0 if "nobase" in name else 32,
     )
-    return system, profile, conditions
+    seconds = float(np.median(measure_times(packed.network, 5)))
+    kinds = (Redundancy.spare_delta, Redundancy.neighbours)
+    return [StandIn(kind, name, fixed, each, {1: accuracy}, unpacking=seconds) for kind in kinds]
 
 
-def rounded_accuracies(system: CodedSystem, precisions: Collection[Precision | None]) -> dict[Precision, float]:
-    """Return the experts' mean accuracy on their own test sets by the precision that their weights are kept in."""
-    tests, paths = system.data().test_dataloader(), system.experts.paths.values()
-    return {
-        precision: float(np.mean([measure_accuracy(*each, precision) for each in zip(paths, tests, strict=True)]))
-        for precision in filter(None, precisions)
-    }
+def measured_spares(system: CodedSystem, profile: Profile) -> list[StandIn]:
+    """Return the experts with 8 bits a weight, without a base, with their accuracy on their own test sets."""
+    tests = system.data().test_dataloader()
+    packed = [compress(network, None, bits=8, base_bits=0) for network in _experts(system)]
+    pairs = zip(packed, tests, strict=True)
+    accuracies = [measure_accuracy(each.network(), test, system.experts.config.image_size) for each, test in pairs]
+    size = float(np.mean([each.nbytes for each in packed]))
+    return _deltas(system, "8bit-nobase", 0.0, size, float(np.mean(accuracies)))
 
 
-def simulate_rows(
-    points: Sequence[tuple[Redundancy, Profile, Simulation]], seeds: Sequence[int], jobs: int | None
-) -> pd.DataFrame:
-    """Return a row for each redundancy of a profile and its simulation, over the seeds; what is alike runs once."""
+def _experts(system: CodedSystem) -> list[nn.Module]:
+    return [load_network(path).network for path in system.experts.paths.values()]
 
-    def key(kind: Redundancy, profile: Profile, simulation: Simulation) -> tuple[object, ...]:
-        # Weights that are kept otherwise take as long.
-        timed = Redundancy.spare if kind.precision is not None else kind
-        return timed, id(profile), simulation.policy.quantile, simulation.load, simulation.want
 
-    distinct = {key(*point): point[2] for point in points}
+def kept_bytes(path: Path) -> int:
+    """Return the bytes of a network's weights and buffers."""
+    return sum(values.nbytes for values in load_network(path).network.state_dict().values())
+
+
+def simulate_rows(points: Sequence[Point], seeds: Sequence[int], jobs: int | None) -> pd.DataFrame:
+    """Return a row for each that may stand in, over the seeds; simulations that are alike run once."""
+
+    def key(it: Simulation) -> tuple[object, ...]:
+        pace = it.unpacking, it.unpacked, it.decoding, *map(id, it.samples)
+        return it.policy, it.layout, it.machines, it.load, it.want, *pace
+
+    distinct = {key(point[2]): point[2] for point in points}
     outcomes = simulate_all([replace(each, seed=seed) for each in distinct.values() for seed in seeds], jobs)
     found = {name: outcomes[place * len(seeds) : (place + 1) * len(seeds)] for place, name in enumerate(distinct)}
-    return pd.DataFrame([as_row(*point, found[key(*point)]) for point in points])
+    return pd.DataFrame([as_row(*point, found[key(point[2])]) for point in points])
 
 
-def draw(path: Path, figure: Figure) -> None:
-    """Write a figure as PNG."""
+def draw(path: Path, column: str, rows: pd.DataFrame) -> None:
+    """Write the figure of the latencies against a column, as PNG."""
     with atomic_path(path) as temporary:
-        temporary.write_bytes(as_png(figure))
+        temporary.write_bytes(as_png(tail_against(column, rows)))
 
 
 def main(arguments: Sequence[str]) -> None:

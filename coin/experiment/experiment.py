@@ -85,7 +85,9 @@ class Experiment:
             raise ConfigurationError(f"found seeds {self.seeds}, expected distinct numbers from 0 to {_SEEDS[-1]}")
         self.code = read_code(code, len(tasks))
         """The code; none where every seed chooses its own."""
-        methods = [method.settled(calibration.fisher_kind, calibration.fisher_data) for method in methods]
+        self.decoders, self.takes_all_decoders = distinct_decoders(decoders), decoders is None
+        settings = (calibration.fisher_kind, calibration.fisher_data, self.decoders)
+        methods = [method.settled(*settings) for method in methods]
         names = [coded_name(method) for method in methods]
         variants = [(method.label, str(method.batchnorm)) for method in methods]
         for name_, variant in zip(names, variants, strict=True):
@@ -117,7 +119,6 @@ class Experiment:
         self.base = base
         self.expert = expert
         self.calibration = calibration
-        self.decoders, self.takes_all_decoders = distinct_decoders(decoders), decoders is None
         self.folder = Path(output) / name
         self.layout = ExperimentLayout(self.folder)
         self.trainer = trainer or {}

@@ -9,10 +9,11 @@ from coin.merging.gauss_newton import GaussNewton
 from coin.merging.method import CodedModel, Merged, MergeMethod, Method, merge_networks
 from coin.merging.refit import Refit, Target
 from coin.merging.regmean import RegMean, RegMeanLayers
-from coin.merging.task_vectors import TaskArithmetic, Ties
+from coin.merging.task_vectors import Base, TaskArithmetic, Ties, Wudi
 
 __all__ = [
     "Average",
+    "Base",
     "CodedModel",
     "Coin",
     "Experts",
@@ -29,5 +30,6 @@ __all__ = [
     "Target",
     "TaskArithmetic",
     "Ties",
+    "Wudi",
     "merge_networks",
 ]

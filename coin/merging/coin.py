@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coin.choices import chosen
+from coin.coding import DecoderConfig
 from coin.errors import CoinWarning, NumericalError, StateError
 from coin.files.tensors import State, check_finite, weighted_mean
 from coin.merging.experts import Experts
@@ -60,7 +61,7 @@ class Coin(MergeMethod):
         """Return the Fishers that the options ask for."""
         return tuple(map(self.fisher, (self.fisher_data or DataChoice.auto).alternatives))
 
-    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice) -> Self:
+    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()) -> Self:
         """Return the method with the experiment's choice where its options leave the kind or the data open."""
         settled = copy(self)
         settled.fisher_kind = self.fisher_kind or fisher_kind

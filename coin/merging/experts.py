@@ -11,12 +11,13 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from coin.batches import Batch, Forward, adapted, as_input, checked, clone, joined, samples_of, shapes_in, size_of
+from coin.batches import Batch, Forward, adapted, as_input, checked, clone, joined, samples_of, shapes_in, size_of, take
 from coin.data import Calibration, pooled
 from coin.errors import ConfigurationError, DataError, HeadError
 from coin.files.tensors import State, check_finite
 from coin.networks.batchnorm import has_batchnorm
-from coin.networks.heads import head_name, of_one_width, pad_logits, padded_rows, widened
+from coin.networks.heads import head_name, linear_heads, of_one_width, pad_logits, padded_rows, widened
+from coin.networks.stages import Run, run_network
 from coin.statistics import TRANSPOSED, FisherKind, fisher_sums, gram_sums, process_generator
 from coin.statistics.guard import evaluating, trainable
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
@@ -122,7 +123,7 @@ class Experts:
                 self._check_count(states, f"{name} statistics")
         self._initial = initial
         self._computed: dict[Statistic, Sequence[State]] = {}
-        self._outputs: dict[int, Tensor] = {}
+        self._outputs: dict[tuple[int, bool, bool], list[Run]] = {}
         self._calibration: Sequence[Iterable[Batch]] | None = None
         if calibration is not None:
             self._check_count(calibration, "tasks' calibration inputs")
@@ -268,32 +269,54 @@ class Experts:
 
     def target(self, row: Sequence[float]) -> Tensor:
         """Return Σ_i β_i f_i on the pooled samples ``[P, C]``; raises StateError where an output is not finite."""
-        return torch.cat([self.fitted_target(row), _weighted(self.held_out_outputs, row)])
+        return torch.cat([_weighted(self._logits(part), row) for part in (0, 1)])
 
     def fitted_target(self, row: Sequence[float]) -> Tensor:
         """Return Σ_i β_i f_i on the samples that are not held out."""
-        return _weighted(self._run_all(0), row)
-
-    @property
-    def held_out_outputs(self) -> Tensor:
-        """All experts' logits on the held-out samples, the end of the pooled ones, ``[N, H, C]``."""
-        return self._run_all(1)
+        return _weighted(self._logits(0), row)
 
     def run(self, network: nn.Module, batches: Iterable[Batch]) -> Tensor:
         """Return a network's logits ``[P, C]`` in eval mode, and count the passes."""
-        with evaluating(network, gradients=False):
-            logits = torch.cat([network(as_input(batch, network)) for batch in batches])
-        self.passes += len(logits)
-        return logits
+        return self.run_whole(network, batches).logits
 
-    def _run_all(self, part: int) -> Tensor:
-        """Return all experts' logits on a part of `split`, over which they run once."""
-        if part not in self._outputs:
-            found = [self.run(network, self.split[part]) for network in self.each_network()]
-            for index, logits in enumerate(found):
-                check_finite({"logits": logits}, f"the calibration output of expert {index}")
-            self._outputs[part] = torch.stack(found)
-        return self._outputs[part]
+    def run_whole(
+        self, network: nn.Module, batches: Iterable[Batch], features: bool = False, stages: bool = False
+    ) -> Run:
+        """Return the same with features, if they are asked for, as `coin.networks.stages.run_network`."""
+        with evaluating(network, gradients=False):
+            inputs = (as_input(batch, network) for batch in batches)
+            if features:
+                runs = [run_network(network, each, features, stages) for each in inputs]
+            else:
+                runs = [Run(logits[:, :0], logits) for logits in map(network, inputs)]
+        self.passes += sum(len(run.logits) for run in runs)
+        return Run(torch.cat([run.features for run in runs]), torch.cat([run.logits for run in runs]), runs[0].widths)
+
+    def runs(self, part: int, features: bool = False, stages: bool = False) -> list[Run]:
+        """Return what all experts answer to a part of `split`; they run once."""
+        asked = (part, features, stages)
+        if asked not in self._outputs:
+            found = [self.run_whole(each, self.split[part], features, stages) for each in self.each_network()]
+            for index, run in enumerate(found):
+                check_finite({"logits": run.logits}, f"the calibration output of expert {index}")
+            self._outputs[asked] = found
+        return self._outputs[asked]
+
+    @cached_property
+    def heads(self) -> list[tuple[Tensor, Tensor]]:
+        """All experts' heads, checked on a few samples to give their logits; see `coin.networks.heads.linear_heads`."""
+        few = take(next(iter(self.split[1])), slice(0, 8))
+        found = []
+        for network in self.each_network():
+            with evaluating(network, gradients=False):
+                found += linear_heads([network], as_input(few, network))
+        self.passes += self.count * size_of(few)
+        return found
+
+    def _logits(self, part: int) -> Tensor:
+        """Return all experts' logits on a part of `split` ``[N, ·, C]``, of whichever runs there are."""
+        found = next((runs for (own, *_), runs in self._outputs.items() if own == part), None)
+        return torch.stack([run.logits for run in found or self.runs(part)])
 
     def _head_and_width(self) -> tuple[str, int]:
         """Return the head's name, and its number of outputs after padding."""

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from coin.batches import Forward, plain
 from coin.choices import chosen
-from coin.coding import Code
-from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateError
+from coin.coding import Code, DecoderConfig, DecoderKind, distinct_decoders
+from coin.errors import CoinWarning, ConfigurationError, StateError
 from coin.files.tensors import State, check_finite, check_same_layout, weighted_sum
 from coin.merging.experts import Experts, Given, parameters_of
+from coin.merging.held_out import check_errors, held_out_error
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
 from coin.networks.parametrised import renormalise
 from coin.networks.weights import fill_network
@@ -125,8 +126,11 @@ class Method(ABC):
         """Return the statistics of the experts that it wants."""
         return ()
 
-    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice) -> Self:
-        """Return the method with the experiment's choice where its options leave the kind or the data open."""
+    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()) -> Self:
+        """Return the method with the experiment's choices where its options leave them open.
+
+        These are the kind and data of Fishers, and for which decoders a choice is made; none leaves that open.
+        """
         return self
 
     def labelled(self, label: str | None) -> str:
@@ -151,10 +155,12 @@ def merge_networks(
     initial: nn.Module | None = None,
     calibration: Sequence[Iterable[Any]] | None = None,
     forward: Forward | None = None,
+    decoders: Sequence[DecoderKind | str | DecoderConfig] = (DecoderKind.linear,),
 ) -> Merged:
     """Merge N experts into coded models: R new networks in eval mode, one a row of the code, R×N.
 
-    `Experts` says what the other arguments are. The networks are of the experts' class and called as it says, whatever
+    `Experts` says what the other arguments are, but for `decoders`: what the coded models will be read by, for which
+    `Refit` chooses. The networks are of the experts' class and called as it says, whatever
     `forward`. The list also tells what was chosen on the way and what it cost. Raises as `Method.make`.
 
     >>> import coin, torch
@@ -168,18 +174,21 @@ def merge_networks(
     """
     experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration, forward=forward)
     began = time.perf_counter()
+    method = method.settled(FisherKind.exact, DataChoice.auto, distinct_decoders(decoders))
     made = [method.make(experts, row) for row in code.matrix.tolist()]
     return Merged(made, experts.passes, time.perf_counter() - began)
 
 
-def starting_method(start: str | Mapping[str, Any]) -> Method:
+def starting_method(start: str | Mapping[str, Any], *, reads_initial: bool = False) -> Method:
     """Return the closed form that another method's option `start` stands for.
 
     It is the name that results give it, for its default options, or ``{class_path: …, init_args: {…}}`` as in an
-    experiment's list of methods. Raises a ConfigurationError where it is none, it trains or needs the shared
-    initialisation, or an option is unknown or out of its range.
+    experiment's list of methods. Raises a ConfigurationError where it is none, it trains, it needs the shared
+    initialisation unless that may be read, or an option is unknown or out of its range.
     """
-    allowed = [kind for kind in _subclasses(Method) if not (kind.is_trained or kind.reads_initial)]
+    allowed = [
+        kind for kind in _subclasses(Method) if not kind.is_trained and (reads_initial or not kind.reads_initial)
+    ]
     kinds = {kind.name: kind for kind in allowed if "name" in vars(kind)}  # not one that inherits another's
     kind, options = None, {}
     if isinstance(start, str):
@@ -192,9 +201,12 @@ def starting_method(start: str | Mapping[str, Any]) -> Method:
         expected = f"one of {', '.join(sorted(kinds))}, or class_path and init_args of one"
         raise ConfigurationError(f"found start={start!r}, expected {expected}")
     try:
-        return kind(**options)
+        method = kind(**options)
     except TypeError as error:
         raise ConfigurationError(f"found start={start!r}, expected options of {kind.__name__} ({error})") from error
+    if method.reads_initial and not reads_initial:
+        raise ConfigurationError(f"found start={start!r}, which needs the shared initialisation; choose other options")
+    return method
 
 
 def _subclasses(kind: Any) -> Iterator[type[Method]]:
@@ -268,7 +280,7 @@ class MergeMethod(Method):
         network = self._build(experts, row, parameters, policy, held_out=False)
         taken = options | ({"batchnorm": policy} if policy else {})
         if errors:
-            if (held_out := experts.held_out_outputs.shape[1]) < _FEW:
+            if (held_out := experts.split[1].num_samples) < _FEW:
                 warnings.warn(
                     f"method '{self.label}' chose by {held_out} held-out calibration samples, expected at least "
                     f"{_FEW}; raise samples_per_task, or set its options",
@@ -344,31 +356,6 @@ def refined(start: CodedModel, label: str) -> CodedModel:
     return CodedModel(start.network, {renamed.get(name, name): value for name, value in start.chosen.items()})
 
 
-def held_out_error(experts: Experts, coded: nn.Module, row: Sequence[float]) -> float:
-    """Return how far decoded answers point away from the experts' own on held-out calibration samples, from 0 to 2.
-
-    With f̂_j = (f_c − Σ_{i≠j} β_i f_i) / β_j, the linear decoder's answer, it is the mean over tasks j of
-    E_{x∈T_j} (1 − cos(f̂_j(x), f_j(x))), logits taken from their mean over the classes: what class an answer names does
-    not change with its size or offset. The squared error ‖f_c − Σ_i β_i f_i‖ does, and prefers outputs that have
-    shrunk. Infinite if it is no number.
-    """
-    logits, tasks = experts.held_out_outputs.double(), experts.tasks[-experts.held_out_outputs.shape[1] :]
-    answer = experts.run(coded, experts.split[1]).double()
-    own = {task: (tasks == task).nonzero().flatten().to(answer.device) for task, share in enumerate(row) if share > 0}
-    if not any(len(samples) for samples in own.values()):  # few samples, all of tasks that have no share
-        own = dict.fromkeys(own, torch.arange(len(answer), device=answer.device))
-    errors = []
-    for task, samples in own.items():
-        if len(samples):
-            others = sum((weight * logits[i, samples] for i, weight in enumerate(row) if i != task), torch.zeros(()))
-            decoded, truth = (answer[samples] - others) / row[task], logits[task, samples]
-            if answer.shape[1] > 1:
-                decoded, truth = (each - each.mean(1, keepdim=True) for each in (decoded, truth))
-            errors.append(1 - torch.cosine_similarity(decoded, truth).mean())
-    error = float(torch.stack(errors).mean())
-    return error if math.isfinite(error) else math.inf
-
-
 def checked(name: str, value: Number, is_sound: bool, expected: str) -> Number:
     """Return an option's value if it is sound, and raise ConfigurationError with what is expected otherwise."""
     if not is_sound:
@@ -414,12 +401,3 @@ def check_coded(network: nn.Module, experts: Experts, label: str) -> None:
                 f"the coded model of method '{label}' is not finite: buffer '{name}' holds a NaN, or an infinity that "
                 "the experts do not share; check the experts' buffers"
             )
-
-
-def check_errors(errors: Iterable[float], label: str) -> None:
-    """Raise NumericalError where no candidate of a method has a finite held-out error."""
-    if not any(map(math.isfinite, errors)):
-        raise NumericalError(
-            f"the outputs of method '{label}' on held-out calibration samples are not finite; check the experts' "
-            "outputs"
-        )

@@ -1,36 +1,34 @@
 """Refit: every layer of the average fitted anew, in the order of execution, on the coded network's own inputs."""
 
 import warnings
+from collections import ChainMap
 from collections.abc import Iterable, Sequence
+from copy import copy
 from enum import StrEnum
-from typing import Any
+from itertools import chain
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.batches import joined, size_of
+from coin.batches import clone, joined, size_of
 from coin.choices import check_integer, chosen
+from coin.coding import DecoderConfig, distinct_decoders
 from coin.errors import CoinWarning
-from coin.files.tensors import check_finite, weighted_sum
+from coin.files.tensors import State, check_finite, weighted_sum
 from coin.merging.affine import fit_unit
-from coin.merging.average import average_parameters, fit_head
+from coin.merging.average import Average, average_parameters, fit_head
 from coin.merging.experts import Experts, parameters_of
+from coin.merging.held_out import LINEAR, check_errors, held_out_error
 from coin.merging.lockstep import Walk
-from coin.merging.method import (
-    CodedModel,
-    Method,
-    check_coded,
-    check_errors,
-    check_experts,
-    checked,
-    fill,
-    held_out_error,
-)
+from coin.merging.method import CodedModel, Method, check_coded, check_experts, checked, fill, starting_method
 from coin.merging.units import PROBES, Unit, affine_units
-from coin.networks.batchnorm import BatchNormPolicy
+from coin.networks.batchnorm import BatchNormPolicy, folded
 from coin.networks.parametrised import renormalise
 from coin.progress import progress
+from coin.statistics import FisherKind
+from coin.statistics.statistic import DataChoice, Statistic
 
 RIDGES = (0.01, 0.03, 0.1, 0.3)
 """What the ridge is chosen from."""
@@ -55,15 +53,19 @@ class Target(StrEnum):
     """On all samples, between the two: the sum of both objectives."""
 
     auto = "auto"
-    """Own and both are tried, and the error of decoded answers on held-out calibration samples decides."""
+    """Own and both are tried, and the error of decoded answers on held-out calibration samples decides.
+
+    For the expert_head decoder alone it is own, untried.
+    """
 
 
 class Refit(Method):
-    """Every layer of the β-average refitted on the coded network's own inputs, then the head.
+    """Every layer of the β-average, or of another start, refitted on the coded network's own inputs, then the head.
 
     Let a be the coded network's input of a layer, all layers before it being refitted already, z_i expert i's output of
-    the layer for the same sample, with the BatchNorm behind it, and W̄ the β-average of the experts' maps γ/σ·W with
-    their BatchNorm folded in. The layer becomes the minimiser of
+    the layer for the same sample, with the BatchNorm behind it, and W̄ the start's map with its BatchNorm folded in,
+    γ/σ·W: of ``average`` the β-average of the experts' folded maps, of another start its own, with the statistics that
+    its BatchNorm policy has given it. The layer becomes the minimiser of
 
         own:  Σ_i β_i E_{x∈T_i} ‖W a(x) + b − z_i(x)‖²        + λ ‖W − W̄‖²
         mix:  E_x pooled        ‖W a(x) + b − Σ_i β_i z_i(x)‖² + λ ‖W − W̄‖²
@@ -72,7 +74,7 @@ class Refit(Method):
     over the calibration samples and all positions, λ = ridge × the mean diagonal entry of the covariance of a. A
     grouped convolution is one regression a group, a normalisation layer that follows no linear map one a channel. The
     map is written back with its BatchNorm an identity that carries b. What cannot be refitted (an embedding, a weight
-    that is used twice) keeps the average, and the result names it. At last the head is fitted to Σ_i β_i f_i
+    that is used twice) keeps the start, and the result names it. At last the head is fitted to Σ_i β_i f_i
     (`fit_head`). No labels, no gradients, no learning rate.
 
     All networks go through their layers side by side: one refit takes one forward pass of every expert (``own``: on its
@@ -87,6 +89,10 @@ class Refit(Method):
 
     Args:
         target: ``own``, ``mix``, ``both`` or ``auto``.
+        start: ``average``; another closed form's name, such as ``wudi`` or ``coin``; or its ``class_path`` and
+            ``init_args``. It is made of all samples, before any are held out.
+        decoders: For which decoders target and ridge are chosen, by their mean error; none for the experiment's, or
+            ``linear``.
         ridge: λ, relative and dimensionless, above 0; none has it chosen.
         head: Whether the head is fitted at last.
         memory_mib: Bound on the activations that are kept, in MiB.
@@ -101,7 +107,9 @@ class Refit(Method):
         target: Target = Target.auto,
         ridge: float | None = 0.03,
         *,
+        start: str | dict[str, Any] = Average.name,
         head: bool = True,
+        decoders: list[str] | None = None,
         memory_mib: int = 4096,
         label: str | None = None,
     ) -> None:
@@ -110,7 +118,28 @@ class Refit(Method):
             checked("ridge", ridge, 0 < ridge < float("inf"), "a positive number, or none")
         check_integer("memory_mib", memory_mib, 1)
         self.ridge, self.head, self.memory_mib = ridge, head, memory_mib
+        self.start = start
+        self._start = None if start == Average.name else starting_method(start, reads_initial=True)
+        self.reads_initial = self._start is not None and self._start.reads_initial
+        self.decoders = None if decoders is None else [each.name for each in distinct_decoders(decoders)]
         self.label = self.labelled(label)
+
+    def statistics(self) -> tuple[Statistic, ...]:
+        """Return the statistics that the start wants."""
+        return () if self._start is None else self._start.statistics()
+
+    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()) -> Self:
+        """Return the method with the experiment's choices, its decoders only where there is something to choose."""
+        settled = copy(self)
+        if self._start is not None:
+            settled._start = self._start.settled(fisher_kind, fisher_data, decoders)
+        if self.decoders is None:
+            settled.decoders = [each.name for each in decoders] or None
+        if self.target is Target.auto and settled.decoders == ["expert_head"]:
+            settled.target = Target.own
+        if settled.target is not Target.auto and self.ridge is not None:
+            settled.decoders = None
+        return settled
 
     @torch.inference_mode(False)
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
@@ -119,17 +148,21 @@ class Refit(Method):
         targets = [Target.own, Target.both] if self.target is Target.auto else [self.target]
         options = [(target, ridge) for target in targets for ridge in ([self.ridge] if self.ridge else RIDGES)]
         residuals = {}
+        start = None if self._start is None else self._start.make(experts, row)
         if len(options) > 1:
+            decoders = [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]]
             for option in options:
-                trial = self._refit(experts, row, *option, held_out=True)[0]
-                residuals[option] = held_out_error(experts, trial, row)
+                trial = self._refit(experts, row, start, *option, held_out=True)[0]
+                residuals[option] = held_out_error(experts, trial, row, decoders)
             check_errors(residuals.values(), self.label)
         best = min(options, key=lambda option: residuals.get(option, 0.0))
-        network, averaged = self._refit(experts, row, *best, held_out=False)
+        network, averaged = self._refit(experts, row, start, *best, held_out=False)
         check_finite(parameters_of(network), f"the coded model of method '{self.label}'")
         check_coded(network, experts, self.label)
         self._warn_of(averaged, network)
         taken: dict[str, Any] = {"target": str(best[0]), "ridge": best[1], "averaged": averaged}
+        if start is not None:
+            taken |= {f"start_{name}": value for name, value in start.chosen.items()}
         if residuals:
             taken["held_out_error"] = {f"{target}/{ridge:g}": r for (target, ridge), r in residuals.items()}
         return CodedModel(network, taken)
@@ -147,18 +180,28 @@ class Refit(Method):
             )
 
     def _refit(
-        self, experts: Experts, row: Sequence[float], target: Target, ridge: float, *, held_out: bool
+        self,
+        experts: Experts,
+        row: Sequence[float],
+        start: CodedModel | None,
+        target: Target,
+        ridge: float,
+        *,
+        held_out: bool,
     ) -> tuple[nn.Module, list[str]]:
-        """Return a network refitted without the held-out samples or with, and the parameters that keep the average."""
+        """Return a network refitted without the held-out samples or with, and the parameters that keep the start."""
         inputs = joined(list(experts.split[0] if held_out else experts.pooled))
         mixtures, shares = _objective(target, row, experts.tasks[: size_of(inputs)])
-        network = experts.blank().eval()
-        average = average_parameters(experts.parameters, row)
-        fill(network, {**average, **weighted_sum(experts.buffers, row)})
-        renormalise(network, experts.buffers)
+        if start is None:
+            network, states = experts.blank().eval(), list(zip(experts.parameters, experts.buffers, strict=True))
+            fill(network, {**average_parameters(experts.parameters, row), **weighted_sum(experts.buffers, row)})
+            renormalise(network, experts.buffers)
+        else:
+            network = clone(start.network)
+            states = [(parameters_of(start.network), dict(start.network.named_buffers()))]
         units = affine_units(network, inputs)
         experts.passes += PROBES
-        _fold(network, units, experts, row)
+        _fold(network, units, states, [1.0] if start else row)
         parts = [mixture.nonzero().flatten() for mixture in mixtures]
         networks = 1 + sum(map(len, parts)) / size_of(inputs)  # own: every sample is one expert's
 
@@ -175,7 +218,7 @@ class Refit(Method):
         experts.passes += walk.passes
         if self.head:
             fit_head(network, experts, row, held_out=held_out)
-        return network, sorted(average.keys() - {name for unit in units for name in unit.names})
+        return network, sorted(parameters_of(network).keys() - {name for unit in units for name in unit.names})
 
 
 def _objective(target: Target, row: Sequence[float], task: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,29 +237,16 @@ def _objective(target: Target, row: Sequence[float], task: Tensor) -> tuple[Tens
     return mixtures / shares.where(shares > 0, 1), shares
 
 
-def _fold(network: nn.Module, units: Iterable[Unit], experts: Experts, row: Sequence[float]) -> None:
-    """Write the β-average of the folded maps into a network, whose BatchNorms become shifts."""
-    parameters, buffers = experts.parameters, experts.buffers
+def _fold(
+    network: nn.Module, units: Iterable[Unit], states: Sequence[tuple[State, State]], row: Sequence[float]
+) -> None:
+    """Write the β-average of other networks' folded maps into a network, whose BatchNorms become shifts."""
+    every: list[State] = [ChainMap(*cast(Any, each)) for each in states]  # never written to
+    tensors = dict(chain(network.named_parameters(), network.named_buffers()))
     for unit in units:
-        if unit.norm is None:
-            continue
-        norm = network.get_submodule(unit.norm)
-        assert isinstance(norm, _BatchNorm)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        weight, bias = network.get_parameter(unit.weight), network.get_parameter(f"{unit.norm}.bias")
-        total, shift = torch.zeros_like(weight, dtype=torch.float64), torch.zeros_like(bias, dtype=torch.float64)
-        for share, own, kept in zip(row, parameters, buffers, strict=True):
-            mean, variance = (kept[f"{unit.norm}.running_{what}"].double() for what in ("mean", "var"))
-            scale = own[f"{unit.norm}.weight"].double() / (variance + norm.eps).sqrt()
-            total += share * scale.view(-1, *[1] * (weight.ndim - 1)) * own[unit.weight].double()
-            before = own[unit.bias].double() if unit.bias is not None else 0.0
-            shift += share * (own[f"{unit.norm}.bias"].double() + scale * (before - mean))
-        with torch.no_grad():
-            weight.copy_(total)
-            bias.copy_(shift)
-            if unit.bias is not None:
-                network.get_parameter(unit.bias).zero_()
-            network.get_parameter(f"{unit.norm}.weight").fill_(1)
-            norm.running_mean.zero_()
-            norm.running_var.fill_(1 - norm.eps)
+        if unit.norm is not None:
+            eps = cast(_BatchNorm, network.get_submodule(unit.norm)).eps
+            maps = [folded(state, unit.weight, unit.bias, unit.norm, eps) for state in every]
+            with torch.no_grad():
+                for name, tensor in weighted_sum(maps, row).items():
+                    tensors[name].copy_(tensor)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from coin.choices import chosen
+from coin.coding import DecoderConfig
 from coin.errors import NumericalError, StateError
 from coin.files.tensors import State, weighted_mean
 from coin.merging.experts import Experts
@@ -80,7 +81,7 @@ class RegMean(MergeMethod):
         choice = self.gram_data or DataChoice.auto
         return tuple(Statistic(StatisticKind.gram, data) for data in choice.alternatives)
 
-    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice) -> Self:
+    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()) -> Self:
         """Return the method with the experiment's choice where its option leaves the data open."""
         settled = copy(self)
         settled.gram_data = self.gram_data or fisher_data

@@ -1,16 +1,109 @@
-"""The merging literature's data-free baselines: sums of task vectors, what each expert added to the initialisation."""
+"""Data-free merges of task vectors, what each expert added to the shared initialisation; and that one itself."""
 
 import math
-from collections import ChainMap
-from collections.abc import Iterator, Sequence
+from collections import ChainMap, Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from coin.files.tensors import State, check_finite, check_same_layout, doubled, weighted_mean
 from coin.merging.experts import Experts
 from coin.merging.method import Candidate, MergeMethod, checked
+from coin.merging.regmean import regmean_parameters
+from coin.statistics import TRANSPOSED
+
+WUDI_DAMPING = 1e-4
+"""Wudi's λ, relative to the mean diagonal entry of Σβ_iG_i."""
+
+
+class Base(MergeMethod):
+    """The shared initialisation's parameters, with the experts' buffers by the policy: the floor of every table."""
+
+    name = "base"
+    reads_initial = True
+
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
+        """Yield the initialisation."""
+        yield {}, dict(_checked_initial(experts))
+
+
+class Wudi(MergeMethod):
+    """RegMean with the task vectors' own Gram matrices: the closed form of WUDI-merging's objective, without data.
+
+    With τ_i = W_i − W_0 a map's task vector, flattened to ``[C_out, K]``, the rows of τ_i span the inputs that its
+    fine-tuning has seen, so that G_i = τ_iᵀτ_i / ‖τ_i‖² stands for the Gram matrix of expert i's inputs, and
+
+        W = W_0 + (Σ_i β_i τ_i G_i)(Σ_i β_i G_i + λI)⁻¹
+
+    is the minimiser of Σ_i β_i ‖(W − W_i) τ_iᵀ‖² / ‖τ_i‖². As in `regmean_parameters` λ, 1e-4 of the mean diagonal
+    entry, pulls to the β-average, so that experts that agree merge to themselves. It is for fully connected layers and
+    convolutions of one group. Averaged are all other parameters, weights that several modules share, and maps that an
+    expert has left as they were: they have no Gram matrix.
+
+    Source: Cheng et al., *Whoever started the interference should end it: guiding data-free model merging via task
+    vectors* (ICML 2025), eq. 7, there minimised by gradient descent.
+    """
+
+    name = "wudi"
+    reads_initial = True
+
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
+        """Yield the one merge."""
+        initial, every = _checked_initial(experts), experts.parameters
+        grams = [_DeltaGrams(expert, initial, linear_maps(experts.blank())) for expert in every]
+        names = [name for name in grams[0] if all(name in gram for gram in grams)]
+        solved = [_DeltaGrams(expert, initial, names) for expert in every]
+        yield {}, regmean_parameters(every, solved, row, alpha=1.0, damping=WUDI_DAMPING, label=self.label)
+
+
+class _DeltaGrams(Mapping[str, Tensor]):
+    """τᵀτ / ‖τ‖² ``[1, K, K]`` of every map that an expert has changed, each computed when it is read."""
+
+    def __init__(self, expert: State, initial: State, maps: Sequence[str]) -> None:
+        self._expert, self._initial = expert, initial
+        keys = {name: name.removesuffix(TRANSPOSED) for name in maps}
+        self._keys = {name: key for name, key in keys.items() if not torch.equal(expert[key], initial[key])}
+
+    def __getitem__(self, name: str) -> Tensor:
+        key = self._keys[name]
+        delta = self._expert[key].double() - self._initial[key].double()
+        flat = (delta.T if name != key else delta).flatten(1)
+        return (flat.T @ flat / flat.square().sum())[None]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def linear_maps(network: nn.Module) -> list[str]:
+    """Return the weights of a network's fully connected layers and convolutions of one group, by their modules' types.
+
+    A name ends in `TRANSPOSED` where the weight is ``[K, C_out]``, as in Hugging Face's Conv1D. A weight that several
+    modules hold is left out.
+    """
+    holders = [(name, module) for name, module in network.named_modules() if module._parameters]
+    uses = Counter(id(parameter) for _, module in holders for parameter in module._parameters.values())
+    found = []
+    for name, module in holders:
+        own, suffix = ["weight"], ""
+        if isinstance(module, nn.MultiheadAttention):
+            own = [key for key in module._parameters if key.endswith("proj_weight")]
+        elif type(module).__name__ == "Conv1D":
+            suffix = TRANSPOSED
+        elif not isinstance(module, nn.Linear) and (
+            not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd) or module.groups > 1
+        ):
+            continue
+        for key in own:
+            weight = module._parameters.get(key)
+            if weight is not None and weight.is_floating_point() and uses[id(weight)] == 1:
+                found.append(f"{name}.{key}".lstrip(".") + suffix)
+    return found
 
 
 class TaskArithmetic(MergeMethod):

@@ -1,6 +1,7 @@
 """Architectures by name, their heads and features, BatchNorm policies, and networks as files."""
 
 from coin.networks.batchnorm import BatchNormPolicy, has_batchnorm, recalibrate
+from coin.networks.compressed import Compressed, compress
 from coin.networks.files import (
     NetworkFile,
     brought_network,
@@ -25,6 +26,7 @@ from coin.networks.weights import check_layout, fill_network, read_weights
 
 __all__ = [
     "BatchNormPolicy",
+    "Compressed",
     "Lora",
     "NetworkConfig",
     "NetworkFile",
@@ -34,6 +36,7 @@ __all__ = [
     "build_network",
     "check_head",
     "check_layout",
+    "compress",
     "features_and_logits",
     "fill_network",
     "has_batchnorm",

@@ -8,11 +8,12 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.batches import Batch, Forward, adapted, as_input, clear_caches, joined, size_of
 from coin.errors import StateError
+from coin.files.tensors import State
 
 
 class BatchNormPolicy(StrEnum):
@@ -35,6 +36,34 @@ class BatchNormPolicy(StrEnum):
 def has_batchnorm(network: nn.Module) -> bool:
     """Return whether any BatchNorm layer tracks running statistics."""
     return bool(_tracking(network))
+
+
+def folded(state: State, weight: str, bias: str | None, norm: str, eps: float) -> dict[str, Tensor]:
+    """Return a linear map's tensors and those of the BatchNorm behind it, folded into the map, in float64.
+
+    With the map's weight W and bias b, and the BatchNorm's γ, β, μ and σ² = variance + eps, the weight becomes γ/σ·W,
+    the map's bias 0, and the BatchNorm an identity whose bias is β + γ/σ·(b − μ).
+
+    Args:
+        state: The tensors of a network.
+        weight: The name of the map's weight.
+        bias: Of its bias, where it has one.
+        norm: Of the BatchNorm.
+        eps: The BatchNorm's.
+    """
+    gain, shift, mean, variance = (
+        state[f"{norm}.{part}"].double() for part in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale, kernel = gain / (variance + eps).sqrt(), state[weight].double()
+    before = state[bias].double() if bias is not None else torch.zeros_like(mean)
+    return {
+        weight: scale.view(-1, *[1] * (kernel.ndim - 1)) * kernel,
+        **({bias: torch.zeros_like(before)} if bias is not None else {}),
+        f"{norm}.weight": torch.ones_like(gain),
+        f"{norm}.bias": shift + scale * (before - mean),
+        f"{norm}.running_mean": torch.zeros_like(mean),
+        f"{norm}.running_var": torch.full_like(variance, 1 - eps),
+    }
 
 
 def _tracking(network: nn.Module) -> list[_BatchNorm]:

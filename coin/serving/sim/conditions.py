@@ -101,6 +101,28 @@ class Failures:
 
 
 @dataclass(frozen=True)
+class Repair:
+    """How often a machine breaks down, and how long it takes until there is another: hours that no simulation sees.
+
+    Args:
+        mtbf: Mean time between a machine's failures, in hours.
+        mttr: Mean time to repair, in hours.
+    """
+
+    mtbf: float = 720.0
+    mttr: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("repair.mtbf", self.mtbf, low=0, strict=True)
+        check_number("repair.mttr", self.mttr, low=0)
+
+    @property
+    def share(self) -> float:
+        """The share of the time that a machine is down."""
+        return self.mttr / (self.mtbf + self.mttr)
+
+
+@dataclass(frozen=True)
 class FrontEndCost:
     """What the front end adds. The defaults are what ``coin serve`` took on loopback, on two cores for everything.
 
@@ -144,6 +166,7 @@ class Conditions:
         deadline: After how many mean service times a query fails.
         queue: The most requests that wait for one server.
         cooldown: How many mean service times pass between two tries of a server that is believed to be down.
+        repair: How often machines break down for longer, which the latencies do not show.
     """
 
     service: Service = Service()
@@ -154,6 +177,7 @@ class Conditions:
     deadline: float = 1000.0
     queue: int = 256
     cooldown: float = 100.0
+    repair: Repair = Repair()
 
     def __post_init__(self) -> None:
         for name in ("batch", "deadline", "queue", "cooldown"):

@@ -7,22 +7,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from itertools import cycle, islice
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from coin.choices import check_number
 from coin.coding import Answers, Code, DecoderConfig, make_decoder
 from coin.coding.ready import convex
 from coin.data.transform import to_input
-from coin.errors import ConfigurationError
-from coin.networks import load_network
-from coin.serving.decodings import Decodings, coded_layout
+from coin.serving.decodings import Decodings, coded_layout, standin_layout
 from coin.serving.layout import Layout, spread_copies, spread_spares
 from coin.serving.model import NetworkServer
 from coin.serving.policies import Policy, PolicyKind
@@ -30,50 +26,35 @@ from coin.serving.replies import Reply, ReplyFormat
 from coin.serving.sim.conditions import Conditions
 from coin.serving.sim.simulation import Simulation
 
-T = TypeVar("T")
 _WARM_UP, _REPEATS, _BATCH = 20, 200, 8
 
 
-class Precision(StrEnum):
-    """How a spare keeps its weights; it computes in float32."""
-
-    full = "full"
-    """As they are."""
-    half = "half"
-    """float16: two bytes a weight."""
-    int8 = "int8"
-    """One byte a weight, and a scale for every output: w ≈ scale·q, q from −127 to 127. Vectors stay as they are."""
-
-
 class Redundancy(StrEnum):
-    """What the extra servers hold, and how they are asked."""
+    """What stands in for an expert that is late or lost, and how it is asked."""
 
     uncoded = "uncoded"
-    """There are none."""
+    """Nothing."""
     copy = "copy"
-    """A copy of one expert each, asked when that expert is late or lost."""
+    """A copy of one expert on each extra server."""
     spare = "spare"
-    """All experts' weights each; one is asked for an expert that is late or lost. Its answers are exact."""
-    spare_half = "spare_half"
-    """The same, kept in float16 (`Precision`)."""
-    spare_int8 = "spare_int8"
-    """The same, kept in int8."""
+    """All experts' weights on each extra server, which runs the one that is missing. Its answers are exact."""
+    spare_delta = "spare_delta"
+    """The same from a base and the experts' compressed deltas (`coin.compress`), unpacked when it runs another one."""
+    neighbours = "neighbours"
+    """No extra server: every expert's keeps the base and the others' deltas, and answers for one of them."""
     failover = "failover"
-    """One small network for all tasks each, asked likewise; its accuracy, size and speed are the user's to give."""
+    """One small network for all tasks on each extra server; its accuracy, size and speed are the user's to give."""
+    standin = "standin"
+    """A coded model on each extra server, which makes up for any expert without the others."""
     coded_proactive = "coded_proactive"
-    """A coded model each; every query asks all servers at once."""
+    """A coded model on each extra server; every query asks all servers at once."""
     coded_hedged = "coded_hedged"
-    """A coded model each; all servers are asked when an expert is late or lost."""
-
-    @property
-    def precision(self) -> Precision | None:
-        """How the experts' weights are kept on an extra server that holds all of them."""
-        return {"spare": Precision.full, "spare_half": Precision.half, "spare_int8": Precision.int8}.get(self)
+    """A coded model on each extra server; all servers are asked when an expert is late or lost."""
 
     @property
     def is_coded(self) -> bool:
         """Whether the extra servers hold coded models."""
-        return self in (Redundancy.coded_proactive, Redundancy.coded_hedged)
+        return self in (Redundancy.standin, Redundancy.coded_proactive, Redundancy.coded_hedged)
 
 
 @dataclass(frozen=True)
@@ -91,125 +72,153 @@ class Failover:
     seconds: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.accuracy <= 1:
-            raise ConfigurationError(f"found failover.accuracy={self.accuracy}, expected a number from 0 to 1")
+        check_number("failover.accuracy", self.accuracy, low=0, high=np.nextafter(1, 2))
         check_number("failover.mib", self.mib, low=0, strict=True)
         check_number("failover.seconds", self.seconds, low=0, strict=True)
 
 
 @dataclass(frozen=True)
-class Profile:
-    """What is known of N experts and what may stand in for them.
+class StandIn:
+    """What stands in for experts: an extra server keeps ``fixed + each · N`` bytes of weights.
 
     Args:
-        code: The code of the coded models.
-        expert_seconds: Every expert's service times ``[K]``.
-        coded_seconds: Every coded model's.
-        expert_bytes: Every expert's size by precision.
-        coded_bytes: Every coded model's size.
-        expert_accuracy: Mean over tasks.
-        decoded_accuracy: Of decoded answers by the number of experts that are lost; empty where it was not measured.
-        rounded_accuracy: Of experts by the precision that they are kept in, as far as it was measured.
+        kind: What it is and how it is asked.
+        variant: Which of its kind, as the results call it.
+        fixed: Bytes that a server keeps, however many experts there are.
+        each: Bytes that it keeps for each.
+        accuracy: Of its answers, by how many experts are lost where that matters; empty where it was not measured.
+        every_row: Whether a coded answer takes all coded models, or one.
+        unpacking: Seconds that it takes to unpack another expert.
+        seconds: What its network takes for one input; none takes the experts' times.
+    """
+
+    kind: Redundancy
+    variant: str = ""
+    fixed: float = 0.0
+    each: float = 0.0
+    accuracy: Mapping[int, float] = field(default_factory=dict)
+    every_row: bool = False
+    unpacking: float = 0.0
+    seconds: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Its kind and variant."""
+        return f"{self.kind} {self.variant}".strip()
+
+    @property
+    def reads_survivors(self) -> bool:
+        """Whether the other experts are asked too."""
+        return self.kind in (Redundancy.coded_proactive, Redundancy.coded_hedged)
+
+    @property
+    def elsewhere(self) -> "StandIn":
+        """The same among another number of experts, where no coded model's accuracy is known."""
+        return replace(self, accuracy={}) if self.kind.is_coded else self
+
+    def right(self, lost: int = 1) -> float:
+        """Return the accuracy of its answers while so many experts are lost; NaN where it was not measured."""
+        return self.accuracy.get(lost if self.reads_survivors else 1, float("nan"))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is known of N experts, and of R extra servers.
+
+    Args:
+        code: The code of the coded models, or of as many extra servers.
+        seconds: Every expert's service times ``[K]``.
+        sizes: Every expert's bytes.
+        accuracy: The experts', mean over tasks.
         decoding: Seconds that it takes to decode.
-        failover: A small network for all tasks.
     """
 
     code: Code
-    expert_seconds: tuple[NDArray[np.float64], ...]
-    coded_seconds: tuple[NDArray[np.float64], ...]
-    expert_bytes: Mapping[Precision, tuple[int, ...]]
-    coded_bytes: tuple[int, ...]
-    expert_accuracy: float
-    decoded_accuracy: Mapping[int, float]
-    rounded_accuracy: Mapping[Precision, float] = field(default_factory=dict)
+    seconds: tuple[NDArray[np.float64], ...]
+    sizes: tuple[int, ...]
+    accuracy: float
     decoding: float = 0.0
-    failover: Failover | None = None
 
     def resized(self, experts: int, extras: int) -> "Profile":
-        """Return as many experts like these and as many coded models; decoding them was then not measured."""
+        """Return as many experts like these, and as many extra servers."""
         if (experts, extras) == (self.code.num_experts, self.code.num_coded):
             return self
+        places = [place % len(self.sizes) for place in range(experts)]
+        times, sizes = tuple(self.seconds[each] for each in places), tuple(self.sizes[each] for each in places)
+        return replace(self, code=convex(experts, extras), seconds=times, sizes=sizes)
 
-        def repeated(values: tuple[T, ...], number: int) -> tuple[T, ...]:
-            return tuple(islice(cycle(values), number))
+    def extras(self, what: StandIn) -> int:
+        """Return how many servers it takes beside the experts' own."""
+        return 0 if what.kind in (Redundancy.uncoded, Redundancy.neighbours) else self.code.num_coded
 
-        return replace(
-            self,
-            code=convex(experts, extras),
-            expert_seconds=repeated(self.expert_seconds, experts),
-            coded_seconds=repeated(self.coded_seconds, extras),
-            expert_bytes={kept: repeated(sizes, experts) for kept, sizes in self.expert_bytes.items()},
-            coded_bytes=repeated(self.coded_bytes, extras),
-            decoded_accuracy={},
-        )
+    def losses(self, what: StandIn) -> int:
+        """Return how many experts may be lost at once, whichever they are."""
+        count, extras = self.code.num_experts, self.code.num_coded
+        if what.kind is Redundancy.uncoded or (what.kind is Redundancy.copy and extras < count):
+            return 0
+        return min(extras, count) if what.reads_survivors else count - (what.kind is Redundancy.neighbours)
 
-    def simulation(self, kind: Redundancy, conditions: Conditions, quantile: float = 0.9, **options: Any) -> Simulation:
-        """Return the simulation of these experts with a redundancy; the options are the simulation's own."""
-        count, (layout, seconds, _, _) = self.code.num_experts, self._extra(kind)
-        own = PolicyKind.uncoded if kind is Redundancy.uncoded else PolicyKind.hedged
-        policy = Policy(PolicyKind(kind) if kind.is_coded else own, quantile)
-        networks = len(seconds) // self.code.num_coded or 1  # on one extra server
-        machines = (*range(count), *(count + place // networks for place in range(len(seconds))))
-        samples = (*self.expert_seconds, *seconds)
-        return Simulation(layout, policy, samples, conditions, machines=machines, decoding=self.decoding, **options)
-
-    def memory(self, kind: Redundancy) -> tuple[int, int]:
+    def memory(self, what: StandIn) -> tuple[float, float]:
         """Return the bytes of weights of the largest server, and of all."""
-        every = [*self.expert_bytes[Precision.full], *self._extra(kind)[2]]
+        is_extra = what.kind is not Redundancy.neighbours
+        kept = what.fixed + what.each * (len(self.sizes) - (not is_extra))
+        every = [*self.sizes, *[kept] * self.extras(what)] if is_extra else [size + kept for size in self.sizes]
         return max(every), sum(every)
 
-    def accuracy(self, kind: Redundancy) -> float:
-        """Return the accuracy of the extra servers' own answers; NaN where it was not measured, or there are none."""
-        return self._extra(kind)[3]
+    def simulation(
+        self, what: StandIn, conditions: Conditions, quantile: float = 0.9, memory: float | None = None, **options: Any
+    ) -> Simulation:
+        """Return the simulation of these experts with what stands in for them.
 
-    def _extra(self, kind: Redundancy) -> tuple[Layout, Sequence[NDArray[np.float64]], Sequence[int], float]:
-        """Return the layout, the times of the extra servers' networks, their sizes, and how right they are."""
-        count, extras, nan = self.code.num_experts, self.code.num_coded, float("nan")
-        if kind is Redundancy.uncoded:
-            return Layout(count), (), (), nan
-        if kind.is_coded:
-            return coded_layout(self.code), self.coded_seconds, self.coded_bytes, nan
-        if kind is Redundancy.copy:
-            layout, sizes = spread_copies(count, extras), self.expert_bytes[Precision.full]
-            seconds = [self.expert_seconds[expert] for expert in layout.copies]
-            return layout, seconds, [sizes[expert] for expert in layout.copies], self.expert_accuracy
-        layout = spread_spares(count, extras)
-        if kind.precision is not None:
-            accuracy = {Precision.full: self.expert_accuracy, **self.rounded_accuracy}.get(kind.precision, nan)
-            return layout, self.expert_seconds * extras, [sum(self.expert_bytes[kind.precision])] * extras, accuracy
-        if self.failover is None:
-            raise ConfigurationError("found no failover network, give its --failover.accuracy, .mib and .seconds")
-        times, size = np.array([self.failover.seconds]), int(self.failover.mib * 2**20)
-        return layout, [times] * (count * extras), [size] * extras, self.failover.accuracy
+        A server keeps as many experts unpacked as the memory holds that its weights leave, or one.
 
+        Args:
+            what: Stands in.
+            conditions: What machines and the front end are like.
+            quantile: From when on an answer is late.
+            memory: What a server holds of weights, in bytes.
+            options: The simulation's own.
+        """
+        layout, machines = self._servers(what)
+        own = PolicyKind.uncoded if what.kind is Redundancy.uncoded else PolicyKind.hedged
+        policy = Policy(PolicyKind(what.kind) if what.kind.is_coded else own, quantile)
+        holds = layout.copies or range(layout.num_coded)
+        if what.seconds is None:
+            samples = [self.seconds[each % len(self.seconds)] for each in holds]
+        else:
+            samples = [np.array([what.seconds])] * len(holds)
+        kept = self.memory(what)[0] if what.kind is Redundancy.neighbours else what.fixed + what.each * len(self.sizes)
+        room = 1 if memory is None else max(0, int((memory - kept) // max(self.sizes)))
+        return Simulation(
+            layout, policy, (*self.seconds, *samples), conditions,
+            machines=machines, decoding=self.decoding, unpacking=what.unpacking, unpacked=room, **options,
+        )  # fmt: skip
 
-def rounded(values: Tensor, precision: Precision) -> tuple[Tensor, int]:
-    """Return what a tensor is once it was kept in a precision, and the bytes that it took."""
-    whole = precision is Precision.full or not values.is_floating_point()
-    if whole or (precision is Precision.int8 and values.ndim < 2):
-        return values, values.numel() * values.element_size()
-    if precision is Precision.half:
-        return values.half().to(values.dtype), 2 * values.numel()
-    scale = values.flatten(1).abs().amax(1).clamp(min=torch.finfo(values.dtype).tiny) / 127
-    scale = scale.view(-1, *[1] * (values.ndim - 1))
-    return (values / scale).round() * scale, values.numel() + 4 * len(values)
-
-
-def kept_bytes(path: Path, precision: Precision = Precision.full) -> int:
-    """Return the bytes of a network's weights and buffers in a precision."""
-    return sum(rounded(values, precision)[1] for values in load_network(path).network.state_dict().values())
+    def _servers(self, what: StandIn) -> tuple[Layout, tuple[int, ...]]:
+        """Return the servers, and the machine of each."""
+        count, extras = self.code.num_experts, self.code.num_coded
+        experts = range(count)
+        if what.kind is Redundancy.neighbours:
+            pairs = [(machine, expert) for machine in experts for expert in experts if expert != machine]
+            return Layout(count, copies=tuple(each for _, each in pairs)), (*experts, *(each for each, _ in pairs))
+        if what.kind is Redundancy.uncoded:
+            layout = Layout(count)
+        elif what.kind is Redundancy.standin:
+            layout = standin_layout(self.code, what.every_row)
+        elif what.reads_survivors:
+            layout = coded_layout(self.code)
+        else:
+            layout = (spread_copies if what.kind is Redundancy.copy else spread_spares)(count, extras)
+        more = layout.num_servers - count
+        return layout, (*experts, *(count + place * extras // more for place in range(more)))
 
 
 @torch.no_grad()
-def measure_accuracy(path: Path, batches: Iterable[tuple[Tensor, Tensor]], precision: Precision) -> float:
-    """Return the accuracy of a network with rounded weights on a test set's inputs, as they are stored, and labels."""
-    file = load_network(path)
-    state = {name: rounded(values, precision)[0] for name, values in file.network.state_dict().items()}
-    file.network.load_state_dict(state)
+def measure_accuracy(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], image_size: int) -> float:
+    """Return the accuracy of a network on a test set's inputs, as they are stored, and labels."""
     right = count = 0
     for stored, labels in batches:
-        logits = file.network(to_input(stored, file.config.image_size))
-        right += int((logits.argmax(1) == labels).sum())
+        right += int((network(to_input(stored, image_size)).argmax(1) == labels).sum())
         count += len(labels)
     return right / count
 
@@ -224,8 +233,8 @@ def measure_service(server: NetworkServer) -> tuple[NDArray[np.float64], float]:
     if one.dtype == torch.uint8:
         one = torch.randint(256, tuple(one.shape), generator=draw, dtype=torch.uint8)
     several = one.repeat(_BATCH, *[1] * (one.ndim - 1))
-    times = _times(lambda: server(one))
-    more = _times(lambda: server(several), _REPEATS // _BATCH)
+    times = measure_times(lambda: server(one))
+    more = measure_times(lambda: server(several), _REPEATS // _BATCH)
     return times, max(0.0, float(np.median(more) / np.median(times) - 1) / (_BATCH - 1))
 
 
@@ -249,23 +258,26 @@ def measure_decoding(
         feature_widths=feature_widths,
         tasks=torch.arange(samples) % count,
     )
-    decodings = Decodings(code, [make_decoder(config, code, [0]).fit(answers)], feature_widths)
+    lost = [0] if config.reads_survivors else range(count)
+    heads = [(torch.randn(expects.outputs, width or 1), torch.zeros(expects.outputs))] * count
+    decodings = Decodings(code, [make_decoder(config, code, lost, heads).fit(answers)], feature_widths)
     arrived = {
         server: Reply(logits[server, :1], None if features is None else features[server][:1])
         for server in range(1, servers)
     }
-    return float(np.median(_times(lambda: decodings.decode(arrived, [0]))))
+    return float(np.median(measure_times(lambda: decodings.decode(arrived, [0]))))
 
 
-def _times(action: Callable[[], object], repeats: int = _REPEATS) -> NDArray[np.float64]:
+def measure_times(action: Callable[[], object], repeats: int = _REPEATS) -> NDArray[np.float64]:
+    """Return the seconds of processor time that an action takes on one core ``[repeats]``."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        times = np.empty(_WARM_UP + repeats)
+        times = np.empty(min(_WARM_UP, repeats) + repeats)
         for place in range(len(times)):
             started = time.process_time()  # not a clock's: others may be at work on this machine
             action()
             times[place] = time.process_time() - started
-        return times[_WARM_UP:]
+        return times[-repeats:]
     finally:
         torch.set_num_threads(threads)

@@ -1,11 +1,10 @@
 """A simulation's results: rows with intervals, a table in a terminal, and figures."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -17,12 +16,16 @@ from rich.text import Text
 
 from coin.errors import ConfigurationError
 from coin.reporting.figures import WIDTH, colour, legend_below, marker, style
-from coin.serving.sim.profile import Profile, Redundancy
+from coin.serving.sim.profile import Profile, StandIn
 from coin.serving.sim.simulation import Outcome, Simulation
 
 LEVELS = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 """The quantiles of the latency, by the names of their columns."""
 _BLOCKS, _DRAWS = 20, 200
+_AXES = {
+    "memory_server": (1 / 2**20, "weights on the largest server (MiB, log scale)"),
+    "load": (1.0, "load by own answers alone"),
+}
 _WANTS = {"one": "one expert's answer a query", "all": "all experts' answers a query"}
 
 
@@ -73,14 +76,13 @@ def _quantiles(values: NDArray[np.float64], weights: NDArray[np.int64], levels: 
     return chosen
 
 
-def as_row(
-    kind: Redundancy, profile: Profile, simulation: Simulation, outcomes: Sequence[Outcome]
-) -> dict[str, object]:
+def as_row(what: StandIn, profile: Profile, simulation: Simulation, outcomes: Sequence[Outcome]) -> dict[str, object]:
     """Return what the seeds of one simulation come to: a row of ``simulation.csv``.
 
     Latencies are in seconds, infinite where too many queries failed, and memory in bytes of weights: ``memory_server``
-    of the largest server, ``memory`` of all. ``share_spared`` are answers from copies and spares;
-    ``standing_in_accuracy`` is that of these and of decoded ones, NaN without any and where it was not measured.
+    of the largest server, ``memory`` of all. ``share_spared`` are answers of experts that run on other servers than
+    their own; ``standing_in_accuracy`` is that of these and of decoded ones, NaN without any and where it was not
+    measured. ``unanswered`` is the share of queries that nobody can answer, by `Repair`, and in no latency.
     """
     answers = sum(outcome.answers for outcome in outcomes)
     sizes = sorted({size for outcome in outcomes for size in outcome.decoded})
@@ -88,9 +90,8 @@ def as_row(
     spared = sum(outcome.spared for outcome in outcomes) / answers
     failed, decoded = sum(outcome.failed for outcome in outcomes) / answers, sum(shares.values())
     nan = float("nan")
-    right = sum(share * profile.decoded_accuracy.get(size, nan) for size, share in shares.items())
-    right += spared * profile.accuracy(kind) if spared else 0.0
-    memory_server, memory = profile.memory(kind)
+    right = sum(share * what.right(size) for size, share in shares.items()) + (spared * what.right() if spared else 0.0)
+    memory_server, memory = profile.memory(what)
     intervals = tail_intervals([outcome.latencies for outcome in outcomes], list(LEVELS.values()))
     latencies = {
         f"{name}{part}": value
@@ -99,26 +100,30 @@ def as_row(
     }
     return {
         "want": str(simulation.want),
-        "redundancy": str(kind),
+        "redundancy": str(what.kind),
+        "variant": what.variant,
         "experts": profile.code.num_experts,
-        "extras": len(set(simulation.machines)) - profile.code.num_experts,
+        "extras": profile.extras(what),
         "queries": simulation.queries,
         "seeds": len(outcomes),
         "memory_server": memory_server,
         "memory": memory,
+        "losses": profile.losses(what),
         "quantile": simulation.policy.quantile if simulation.policy.hedges else nan,
         "load": simulation.load,
         **latencies,
         "share_decoded": decoded,
         "share_spared": spared,
         "share_failed": failed,
+        "unanswered": simulation.unanswered(simulation.conditions.repair.share),
         "forwards": float(np.mean([outcome.forwards for outcome in outcomes])),
         "utilisation": float(np.mean([outcome.utilisation for outcome in outcomes])),
-        "expert_accuracy": profile.expert_accuracy,
+        "expert_accuracy": profile.accuracy,
         "standing_in_accuracy": right / (decoded + spared) if decoded + spared else nan,
-        "effective_accuracy": (1 - decoded - spared - failed) * profile.expert_accuracy + right,
+        "effective_accuracy": (1 - decoded - spared - failed) * profile.accuracy + right,
         "service_seconds": simulation.unit * (1 + simulation.conditions.service.tail),
         "decoding_seconds": simulation.decoding,
+        "unpacking_seconds": what.unpacking,
     }
 
 
@@ -128,41 +133,42 @@ def print_simulation(rows: pd.DataFrame, console: Console) -> None:
         console.print(_table(group, f"{experts} experts, {want} wanted, load {load:g}"))
     console.print(
         Text(
-            "After which quantile of their time own answers are late; p99.9 in ms with its 95 % interval, ∞ where too "
-            "many queries failed; memory of weights in MiB, of the largest server and in all; answers that were "
-            "decoded or came from a copy or spare, and that never came, in %; forward passes a query; effective "
-            "accuracy in %, – where it was not measured."
-            + (" → is the advice, × does not fit the budget." if "buy" in rows else "")
+            "After which quantile of their time own answers are late, 0 for at once; p99.9 in ms with its 95 % interval, ∞ where too "
+            "many queries failed; memory of weights in MiB, of the largest server and in all; answers that stood in "
+            "for an expert's, and that never came, in %; queries in a million that find nobody who can answer while "
+            "machines are repaired (--repair.mtbf, --repair.mttr); forward passes a query; effective accuracy in %, – "
+            "where it was not measured." + (" → is the advice, × does not fit the budget." if "buy" in rows else "")
         )
     )
 
 
 def _table(rows: pd.DataFrame, title: str) -> Table:
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    table.add_column("redundancy", no_wrap=True)
-    for heading in ("late", "p99.9", "95 %", "ser-\nver", "in\nall", "stood\nin", "failed", "forw.", "acc."):
+    table.add_column("redundancy", overflow="fold")
+    for heading in ("late", "p99.9", "95 %", "ser-\nver", "in\nall", "stood\nin", "fai-\nled", "down", "forw.", "acc."):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows.to_dict("records"):
-        name = str(row["redundancy"]) if row["extras"] < 2 else f"{row['redundancy']}, {row['extras']}"
         mark = "→ " if row.get("buy") else "× " if not row.get("fits", True) else ""
         table.add_row(
-            mark + name,
-            when_asked(row["quantile"]),
+            mark + named(row),
+            "–" if np.isnan(row["quantile"]) else f"{row['quantile']:g}",
             milliseconds(row["p999"]),
             f"{milliseconds(row['p999_low'])}–{milliseconds(row['p999_high'])}",
             f"{row['memory_server'] / 2**20:.0f}",
             f"{row['memory'] / 2**20:.0f}",
             f"{100 * (row['share_decoded'] + row['share_spared']):.2f}",
             f"{100 * row['share_failed']:.2f}",
+            f"{1e6 * row['unanswered']:.0f}",
             f"{row['forwards']:.2f}",
             "–" if np.isnan(row["effective_accuracy"]) else f"{100 * row['effective_accuracy']:.2f}",
         )
     return table
 
 
-def when_asked(quantile: float) -> str:
-    """Return from which quantile of lateness on others than the expert are asked, or their answers taken."""
-    return "–" if np.isnan(quantile) else "at once" if quantile == 0 else f"q {quantile:g}"
+def named(row: Mapping[Any, Any]) -> str:
+    """Return a row's redundancy, variant, and number of servers where there are several."""
+    name = f"{row['redundancy']} {row['variant']}".strip()
+    return name if row["extras"] < 2 else f"{name}, {row['extras']}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -173,50 +179,39 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.0f}" if value >= 20 else f"{value:.1f}"
 
 
-def tail_against_memory(rows: pd.DataFrame) -> Figure:
-    """The 99.9 % quantile of the latency against the weights' memory on the largest server, a panel a kind of query.
+def tail_against(column: str, rows: pd.DataFrame) -> Figure:
+    """The 99.9 % quantile of the latency against ``memory_server`` or ``load``, a panel a kind of query.
 
     Points are joined over numbers of experts and of extra servers; those whose quantile is infinite are left out.
-
-    Args:
-        rows: Of one load.
     """
-    return _panels(rows, "memory_server", 1 / 2**20, "weights on the largest server (MiB, log scale)", log=True)
-
-
-def tail_against_load(rows: pd.DataFrame) -> Figure:
-    """The same against the load, of one number of experts."""
-    return _panels(rows, "load", 1.0, "load by own answers alone", log=False)
-
-
-def _panels(rows: pd.DataFrame, column: str, scale: float, label: str, *, log: bool) -> Figure:
-    wants = list(dict.fromkeys(rows["want"]))
+    wants, kinds = list(dict.fromkeys(rows["want"])), list(dict.fromkeys(rows["redundancy"]))
+    scale, label = _AXES[column]
     with style():
         figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * len(wants)))
         panels = figure.subplots(len(wants), 1, sharex=True, squeeze=False)[:, 0]
         for axes, want in zip(panels, wants, strict=True):
             shown = rows[(rows["want"] == want) & np.isfinite(rows["p999"])]
-            for kind in Redundancy:
-                if not (line := shown[shown["redundancy"] == kind].sort_values(["experts", "extras", column])).empty:
-                    _line(axes, list(Redundancy).index(kind), kind, line[column] * scale, line)
+            for index, kind in enumerate(kinds):
+                line = shown[shown["redundancy"] == kind].sort_values(["experts", "extras", column])
+                y, high = (
+                    1e3 * line["p999"],
+                    1e3 * line["p999_high"].where(np.isfinite(line["p999_high"]), line["p999"]),
+                )
+                if not line.empty:
+                    axes.errorbar(
+                        line[column] * scale, y, [y - 1e3 * line["p999_low"], high - y], color=colour(index),
+                        marker=marker(index), markersize=5, capsize=2, linewidth=1.3, label=kind,
+                    )  # fmt: skip
             axes.set_title(_WANTS[want])
             axes.set_ylabel("p99.9 (ms, log scale)")
             axes.set_yscale("log")
             _plain_numbers(axes.yaxis)
-        if log:
+        if "log" in label:
             panels[-1].set_xscale("log")
             _plain_numbers(panels[-1].xaxis)
         panels[-1].set_xlabel(label)
         legend_below(figure, panels[0], columns=3)
         return figure
-
-
-def _line(axes: Axes, index: int, name: str, x: "pd.Series[float]", rows: pd.DataFrame) -> None:
-    y, high = 1e3 * rows["p999"], 1e3 * rows["p999_high"].replace(np.inf, np.nan).fillna(rows["p999"])
-    spread = [y - 1e3 * rows["p999_low"], high - y]
-    axes.errorbar(
-        x, y, spread, color=colour(index), marker=marker(index), markersize=5, capsize=2, linewidth=1.3, label=name
-    )
 
 
 def _plain_numbers(axis: Axis) -> None:

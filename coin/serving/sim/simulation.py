@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import count
+from itertools import chain, combinations, count
 from multiprocessing import get_context
 from typing import Any
 
@@ -49,6 +49,9 @@ class Simulation:
         queries: How many, the first quarter included, which warms the system up and is not reported.
         seed: Of everything random. Simulations that differ in their policy alone see the same queries and phases.
         decoding: Seconds that it takes to decode.
+        unpacking: Seconds that a machine takes longer for a copy of another expert than it has at hand.
+        unpacked: How many a machine keeps at hand; 0 unpacks for every batch.
+        broken: Machines that are down all the time.
     """
 
     layout: Layout
@@ -61,6 +64,9 @@ class Simulation:
     queries: int = 20_000
     seed: int = 0
     decoding: float = 0.0
+    unpacking: float = 0.0
+    unpacked: int = 1
+    broken: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if not 0 < self.load < 1:
@@ -86,6 +92,20 @@ class Simulation:
             return [self.layout.every_expert] * self.queries
         experts = np.random.default_rng([self.seed, 2]).integers(self.layout.num_experts, size=self.queries)
         return [1 << expert for expert in experts.tolist()]
+
+    def unanswered(self, share: float) -> float:
+        """Return the share of queries that nobody can answer where each machine is down for a share of the time.
+
+        Exact for machines that fail on their own, up to four of them at once; of more, all answers are lost.
+        """
+        machines, every = range(max(self.machines) + 1), range(self.layout.num_experts)
+        wants = [self.layout.every_expert] if self.want is Want.all else [1 << expert for expert in every]
+        answered = 0.0
+        for down in chain.from_iterable(combinations(machines, lost) for lost in range(min(5, len(machines) + 1))):
+            up = sum(1 << server for server, machine in enumerate(self.machines) if machine not in down)
+            served = sum(self.layout.covers(up, wanted) for wanted in wants) / len(wants)
+            answered += served * share ** len(down) * (1 - share) ** (len(machines) - len(down))
+        return max(0.0, 1 - answered)
 
 
 @dataclass(frozen=True)
@@ -163,7 +183,10 @@ class _Run:
         ]
         self.marginal = 1.0 if conditions.service.marginal is None else conditions.service.marginal
         self.slow = [[Phase(turns) for turns in conditions.slow_phases(each, seed, unit)] for each in machines]
-        self.turns = [conditions.down_phases(each, seed, unit) for each in machines]
+        broken = simulation.broken
+        self.turns = [iter([0.0]) if each in broken else conditions.down_phases(each, seed, unit) for each in machines]
+        self.at_hand: list[list[int]] = [[] for _ in machines]
+        """The copies that each machine has unpacked, the last used last."""
         self.residents = [[server for server in servers if self.machine[server] == each] for each in machines]
         self.up = [True for _ in machines]
         self.serving: list[tuple[int, list[_Query]] | None] = [None for _ in machines]
@@ -276,6 +299,14 @@ class _Run:
             if query.state is State.pending:
                 batch.append(query)
         seconds = next(self.times[chosen]) * (1 + self.marginal * (len(batch) - 1))
+        if self.simulation.unpacking and chosen >= self.layout.num_experts:
+            at_hand = self.at_hand[machine]
+            if chosen in at_hand:
+                at_hand.remove(chosen)
+            else:
+                seconds += self.simulation.unpacking
+            at_hand.append(chosen)
+            del at_hand[: -self.simulation.unpacked or None]
         if any(phase.is_on(now) for phase in self.slow[machine]):
             seconds *= self.simulation.conditions.slowdown.factor
         self.serving[machine] = current = chosen, batch

@@ -11,91 +11,115 @@ from rich.console import Console
 from coin.coding.ready import uniform
 from coin.errors import ConfigurationError
 from coin.serving.sim.conditions import Conditions, Slowdown
-from coin.serving.sim.profile import Failover, Precision, Profile, Redundancy
-from coin.serving.sim.results import as_row, print_simulation, tail_against_load, tail_against_memory, tail_intervals
+from coin.serving.sim.profile import Profile, Redundancy, StandIn
+from coin.serving.sim.results import as_row, print_simulation, tail_against, tail_intervals
 from coin.serving.sim.simulation import Want, simulate
 
 CONDITIONS = Conditions(slowdown=Slowdown(0.05, 10.0, 50.0))
+KNOWN = {
+    Redundancy.uncoded: StandIn(Redundancy.uncoded),
+    Redundancy.copy: StandIn(Redundancy.copy, "", 420, 0, {1: 0.95}),
+    Redundancy.spare: StandIn(Redundancy.spare, "", 0, 420, {1: 0.95}),
+    Redundancy.spare_delta: StandIn(Redundancy.spare_delta, "3bit-int8base", 105, 45, {1: 0.94}, unpacking=0.002),
+    Redundancy.neighbours: StandIn(Redundancy.neighbours, "3bit-int8base", 105, 45, {1: 0.94}, unpacking=0.002),
+    Redundancy.failover: StandIn(Redundancy.failover, "", 256, 0, {1: 0.7}, seconds=0.001),
+    Redundancy.standin: StandIn(Redundancy.standin, "refit expert_head", 430, 0, {1: 0.93}),
+    Redundancy.coded_proactive: StandIn(Redundancy.coded_proactive, "", 410, 0, {1: 0.9}),
+    Redundancy.coded_hedged: StandIn(Redundancy.coded_hedged, "", 410, 0, {1: 0.9}),
+}
 
 
-def profile(**changes: Any) -> Profile:
-    sizes = {Precision.full: (400, 420, 440), Precision.half: (200, 210, 220), Precision.int8: (100, 110, 120)}
-    known: dict[str, Any] = {
-        "rounded_accuracy": {Precision.half: 0.94}, "failover": Failover(0.7, 1 / 2**12, 0.001), **changes,
+def profile() -> Profile:
+    return Profile(uniform(3), (np.array([0.01]),) * 3, (400, 420, 440), 0.95)
+
+
+def row(what: StandIn, own: Profile, want: Want = Want.one, load: float = 0.4) -> dict[str, object]:
+    simulation = own.simulation(what, CONDITIONS, load=load, want=want, queries=2000)
+    return as_row(what, own, simulation, [simulate(simulation)])
+
+
+def test_memory_is_that_of_what_servers_hold() -> None:
+    """Of the largest server, and of all: the experts' 400 + 420 + 440, and what an extra server or each keeps."""
+    memory = {
+        "uncoded": (440, 1260), "copy": (440, 1680), "spare": (1260, 2520), "spare_delta": (440, 1500),
+        "neighbours": (635, 1260 + 3 * 195), "failover": (440, 1516), "standin": (440, 1690),
+        "coded_proactive": (440, 1670), "coded_hedged": (440, 1670),
     }  # fmt: skip
-    times = (np.array([0.01]),) * 3
-    return Profile(uniform(3), times, times[:1], sizes, (410,), 0.95, {1: 0.9}, **known)
-
-
-def row(kind: Redundancy, own: Profile, want: Want = Want.one, load: float = 0.4) -> dict[str, object]:
-    simulation = own.simulation(kind, CONDITIONS, load=load, want=want, queries=2000)
-    return as_row(kind, own, simulation, [simulate(simulation)])
-
-
-def test_memory_and_accuracy_are_those_of_what_extra_servers_hold() -> None:
-    known = profile()
-    assert known.memory(Redundancy.uncoded) == (440, 1260)
-    assert known.memory(Redundancy.copy) == (440, 1660)
-    assert known.memory(Redundancy.spare) == (1260, 2520)
-    assert known.memory(Redundancy.spare_half) == (630, 1890)
-    assert known.memory(Redundancy.spare_int8) == (440, 1590)
-    assert known.memory(Redundancy.coded_hedged) == (440, 1670)
-    assert known.memory(Redundancy.failover) == (440, 1516)
-    assert known.accuracy(Redundancy.spare) == 0.95
-    assert known.accuracy(Redundancy.spare_half) == 0.94
-    assert math.isnan(known.accuracy(Redundancy.spare_int8))  # was not measured, and is not made up
-    larger = known.resized(8, 2)
-    assert larger.memory(Redundancy.spare) == (3340, 3 * 3340)
-    assert larger.memory(Redundancy.coded_hedged) == (440, 3340 + 820)
-    assert not larger.decoded_accuracy
-    with pytest.raises(ConfigurationError, match="no failover network"):
-        profile(failover=None).simulation(Redundancy.failover, CONDITIONS, load=0.4)
+    assert {kind: profile().memory(what) for kind, what in KNOWN.items()} == memory
+    assert {kind: profile().losses(what) for kind, what in KNOWN.items()} == {
+        "uncoded": 0, "copy": 0, "spare": 3, "spare_delta": 3, "neighbours": 2, "failover": 3, "standin": 3,
+        "coded_proactive": 1, "coded_hedged": 1,
+    }  # fmt: skip
+    larger = profile().resized(8, 2)
+    assert larger.memory(KNOWN[Redundancy.spare]) == (3360, 3340 + 2 * 3360)
+    assert larger.memory(KNOWN[Redundancy.spare_delta]) == (465, 3340 + 2 * 465)
+    assert larger.memory(KNOWN[Redundancy.neighbours]) == (440 + 420, 3340 + 8 * 420)
+    assert larger.memory(KNOWN[Redundancy.standin]) == (440, 3340 + 860)
+    assert math.isnan(KNOWN[Redundancy.standin].elsewhere.right())
+    assert KNOWN[Redundancy.spare].elsewhere.right() == 0.95
 
 
 def test_rows_tell_who_stood_in_and_how_right() -> None:
-    rows = {kind: row(kind, profile()) for kind in Redundancy}
+    rows = {kind: row(what, profile()) for kind, what in KNOWN.items()}
+    assert set(rows) == set(Redundancy)
     for kind, found in rows.items():
-        spare = kind.name.startswith("spare") or kind in (Redundancy.failover, Redundancy.copy)
-        assert (found["share_spared"] > 0) == spare  # type: ignore[operator]
-        assert (found["share_decoded"] > 0) == kind.name.startswith("coded")  # type: ignore[operator]
-        assert found["extras"] == (kind is not Redundancy.uncoded)
+        assert (found["share_decoded"] > 0) == kind.is_coded  # type: ignore[operator]
+        assert (found["share_spared"] > 0) == (not kind.is_coded and kind is not Redundancy.uncoded)  # type: ignore[operator]
+        assert found["extras"] == (kind not in (Redundancy.uncoded, Redundancy.neighbours))
+        if kind is not Redundancy.uncoded:
+            assert found["standing_in_accuracy"] == pytest.approx(KNOWN[kind].right())
     assert rows[Redundancy.spare]["effective_accuracy"] == pytest.approx(0.95)
-    assert rows[Redundancy.failover]["standing_in_accuracy"] == pytest.approx(0.7)
-    assert rows[Redundancy.coded_hedged]["standing_in_accuracy"] == pytest.approx(0.9)
-    assert math.isnan(rows[Redundancy.spare_int8]["effective_accuracy"])  # type: ignore[arg-type]
-    assert rows[Redundancy.spare]["p999"] == rows[Redundancy.spare_half]["p999"]
+    unknown = row(StandIn(Redundancy.spare_delta), profile())
+    assert math.isnan(unknown["effective_accuracy"])  # type: ignore[arg-type]
     assert rows[Redundancy.spare]["p999"] < rows[Redundancy.uncoded]["p999"]  # type: ignore[operator]
+    assert rows[Redundancy.standin]["forwards"] < rows[Redundancy.coded_hedged]["forwards"]  # type: ignore[operator]
+
+
+def test_machines_in_repair_leave_the_share_of_queries_unanswered_that_a_pencil_gives() -> None:
+    """u the share of the time that a machine is down; three experts, and one server more or none."""
+    u = CONDITIONS.repair.share
+    assert u == pytest.approx(1 / 721)
+    one = {
+        "uncoded": u, "copy": (u**2 + 2 * u) / 3, "spare": u**2, "spare_delta": u**2, "neighbours": u**3,
+        "failover": u**2, "standin": u**2, "coded_proactive": u * (1 - (1 - u) ** 3), "coded_hedged": u * (1 - (1 - u) ** 3),
+    }  # fmt: skip
+    every = {"uncoded": 1 - (1 - u) ** 3, "standin": u * (1 - (1 - u) ** 3), "neighbours": u**3}
+    for want, wanted in ((Want.one, one), (Want.all, every)):
+        for kind, share in wanted.items():
+            simulation = profile().simulation(KNOWN[Redundancy(kind)], CONDITIONS, load=0.4, want=want)
+            assert simulation.unanswered(u) == pytest.approx(share, rel=1e-6, abs=1e-15), kind
 
 
 @pytest.fixture(scope="module")
 def rows() -> pd.DataFrame:
-    kinds = (Redundancy.uncoded, Redundancy.spare, Redundancy.spare_int8, Redundancy.coded_hedged)
-    return pd.DataFrame([row(kind, profile(), want, load) for want in Want for load in (0.2, 0.4) for kind in kinds])
+    kinds = (Redundancy.uncoded, Redundancy.spare, Redundancy.spare_delta, Redundancy.coded_hedged)
+    known = [KNOWN[kind] for kind in kinds[:2]] + [StandIn(Redundancy.spare_delta, "8bit"), KNOWN[kinds[3]]]
+    return pd.DataFrame([row(what, profile(), want, load) for want in Want for load in (0.2, 0.4) for what in known])
 
 
 def test_table_fits_80_columns_and_shows_failures_and_what_is_not_known(rows: pd.DataFrame) -> None:
     console = Console(width=80, record=True)
     print_simulation(rows.assign(p999=rows["p999"].where(rows["redundancy"] != "uncoded", np.inf)), console)
     widest = rows.assign(redundancy="coded_proactive", p999=0.1234, p999_low=1.1111, p999_high=1.2345, quantile=0.0)
-    print_simulation(widest.assign(extras=2, fits=False, buy=False), console)
-    print_simulation(widest.assign(buy=True), console)
+    print_simulation(widest.assign(extras=2, fits=False, buy=False, variant=""), console)
+    print_simulation(widest.assign(buy=True, variant="refit-3bit feature_ridge-alone"), console)
     text = console.export_text()
     assert "…" not in text
     assert "3 experts, one wanted, load 0.2" in text
     lines = {words[0]: words for line in text.splitlines() if len(words := line.split()) > 5}
     assert lines["uncoded"][2] == "∞"
-    assert lines["→"][1:4] == ["coded_proactive", "at", "once"]
-    assert lines["×"][1:3] == ["coded_proactive,", "2"]
-    assert lines["spare_int8"][-1] == "–"
+    assert lines["→"][1:3] == ["coded_proactive", "refit-3bit"] or lines["→"][1:3] == ["coded_proactive", "0"]
+    assert lines["×"][1:4] == ["coded_proactive,", "2", "0"]
+    assert lines["spare_delta"][-1] == "–"
 
 
-@pytest.mark.parametrize("draw", [tail_against_memory, tail_against_load])
-def test_figures_have_a_line_a_policy_and_no_infinite_point(draw: Any, rows: pd.DataFrame) -> None:
+@pytest.mark.parametrize("column", ["memory_server", "load"])
+def test_figures_have_a_line_a_policy_and_no_infinite_point(column: str, rows: pd.DataFrame) -> None:
     lost = rows.assign(p999=rows["p999"].where((rows["redundancy"] != "uncoded") | (rows["load"] < 0.4), np.inf))
-    figure = draw(lost)
+    figure = tail_against(column, lost)
     assert len(figure.axes) == 2
     lines = {each.get_label(): each.lines[0].get_xdata() for each in figure.axes[0].containers}
-    assert set(lines) == {"uncoded", "spare", "spare_int8", "coded_hedged"}
+    assert set(lines) == {"uncoded", "spare", "spare_delta", "coded_hedged"}
     assert len(lines["uncoded"]) == 1
     assert len(lines["spare"]) == 2
 

@@ -1,0 +1,81 @@
+"""The error of decoded answers on held-out calibration samples, by which methods choose."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from coin.coding import Answers, DecoderConfig, DecoderKind, make_decoder, uniform
+from coin.coding.decoders import Kept
+from coin.errors import NumericalError
+from coin.merging.experts import Experts
+from coin.networks.stages import common_widths
+
+LINEAR = DecoderConfig(DecoderKind.linear)
+
+
+def held_out_error(
+    experts: Experts, coded: nn.Module, row: Sequence[float], decoders: Sequence[DecoderConfig] = (LINEAR,)
+) -> float:
+    """Return how far decoded answers point away from the experts' own on held-out calibration samples, from 0 to 2.
+
+    With f̂_j what a decoder makes of the answers that arrive when expert j is lost, it is the mean over tasks j and
+    decoders of E_{x∈T_j} (1 − cos(f̂_j(x), f_j(x))), logits taken from their mean over the classes: what class an answer
+    names does not change with its size or offset. The squared error ‖f_c − Σ_i β_i f_i‖ does, and prefers outputs that
+    have shrunk. Decoders are fitted on the samples that are not held out, if these are two of every task at least;
+    otherwise only the linear one judges. Infinite if it is no number.
+    """
+    fitted = experts.tasks[: experts.split[0].num_samples]
+    if int(torch.bincount(fitted, minlength=experts.count).min()) < 2:
+        decoders = [LINEAR]
+    features, stages = (any(getattr(each, read) for each in decoders) for read in ("reads_features", "reads_stages"))
+    judged = _answers(experts, coded, 1, features, stages)
+    calibration, kept = None, Kept()
+    assert judged.tasks is not None
+    own = {task: (judged.tasks == task).nonzero().flatten() for task, share in enumerate(row) if share > 0}
+    if not any(len(samples) for samples in own.values()):  # few samples, all of tasks that have no share
+        own = dict.fromkeys(own, torch.arange(judged.num_samples))
+    errors = []
+    for task, samples in own.items():
+        for config in decoders if len(samples) else ():
+            mine, truth = judged.select(samples), judged.experts[task, samples]
+            if config.kind is DecoderKind.linear:
+                others = (weight * mine.experts[i] for i, weight in enumerate(row) if i != task)
+                decoded = (mine.coded[0] - sum(others, torch.zeros(()))) / row[task]
+            else:
+                heads = experts.heads if config.kind is DecoderKind.expert_head else None
+                decoder = make_decoder(config, uniform(experts.count), [task], heads)
+                if decoder.needs_fit:
+                    calibration = calibration or _answers(experts, coded, 0, features, stages)
+                    decoder.fit(calibration, kept)
+                decoded = decoder.decode(mine)[0]
+            errors.append(_turned(decoded, truth))
+    error = float(torch.stack(errors).mean())
+    return error if math.isfinite(error) else math.inf
+
+
+def _turned(decoded: Tensor, truth: Tensor) -> Tensor:
+    """Return the mean of 1 − cos between logits ``[P, C]``, taken from their mean over the classes."""
+    if decoded.shape[1] > 1:
+        decoded, truth = (each - each.mean(1, keepdim=True) for each in (decoded, truth))
+    return 1 - torch.cosine_similarity(decoded, truth).mean()
+
+
+def _answers(experts: Experts, coded: nn.Module, part: int, features: bool, stages: bool) -> Answers:
+    """Return everyone's answers to a part of `Experts.split`, logits in float64."""
+    runs = [*experts.runs(part, features, stages), experts.run_whole(coded, experts.split[part], features, stages)]
+    *own, last = (run.logits.double() for run in runs)
+    theirs, mine = ([run.features for run in runs[:-1]], [runs[-1].features]) if features else (None, None)
+    start = part * experts.split[0].num_samples
+    tasks = experts.tasks[start : start + len(last)].to(last.device)
+    return Answers(torch.stack(own), last[None], theirs, mine, common_widths(runs), tasks)
+
+
+def check_errors(errors: Iterable[float], label: str) -> None:
+    """Raise NumericalError where no candidate of a method has a finite held-out error."""
+    if not any(map(math.isfinite, errors)):
+        raise NumericalError(
+            f"the outputs of method '{label}' on held-out calibration samples are not finite; check the experts' "
+            "outputs"
+        )

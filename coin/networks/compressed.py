@@ -1,0 +1,271 @@
+"""Compressed networks: what a network differs by from a base that is kept anyway, in few bits or of low rank."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from coin.batches import clone, plain
+from coin.choices import check_integer
+from coin.errors import ConfigurationError, FileError, StateError
+from coin.files.safetensors import StateFile, save_state
+from coin.files.tensors import check_finite, fingerprint
+from coin.networks.batchnorm import folded
+from coin.networks.delta import Rounded, decode, encode, size
+from coin.networks.heads import head_name, replace_head
+from coin.networks.weights import check_layout, fill_network
+
+PACKED = "packed"
+"""The one tensor of a compressed network's file."""
+
+_BASES = {32: "", 8: "-int8base", 0: "-nobase"}
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How a network is compressed.
+
+    Args:
+        bits: 1 … 8 bits a value; or
+        rank: the rank of every delta.
+        base_bits: How the base is kept: 32: as it is; 8: in 8 bits a value, from which the delta is then taken; 0: not
+            at all, so that this is plain quantisation of the network.
+
+    Raises:
+        ConfigurationError: An option is out of its range, or both or neither of bits and rank are given.
+    """
+
+    bits: int | None = None
+    rank: int | None = None
+    base_bits: int = 32
+
+    def __post_init__(self) -> None:
+        if (self.bits is None) == (self.rank is None):
+            raise ConfigurationError(f"found bits={self.bits} and rank={self.rank}, expected one of them")
+        for name, value in (("bits", self.bits), ("rank", self.rank)):
+            if value is not None:
+                check_integer(name, value, 1)
+        if (self.bits or 1) > 8:
+            raise ConfigurationError(f"found bits={self.bits}, expected a whole number from 1 to 8")
+        if self.base_bits not in _BASES:
+            raise ConfigurationError(f"found base_bits={self.base_bits!r}, expected 32, 8 or 0")
+
+    @classmethod
+    def of(cls, options: "Compression | Mapping[str, Any]") -> Self:
+        """Return a section of options as an object."""
+        try:
+            return cls(**(asdict(options) if isinstance(options, Compression) else options))
+        except TypeError as error:
+            raise ConfigurationError(f"found {options!r:.100}, expected bits or rank, and base_bits") from error
+
+    @property
+    def name(self) -> str:
+        """What results and files call it: ``3bit``, ``3bit-int8base``, ``rank8``."""
+        return (f"rank{self.rank}" if self.bits is None else f"{self.bits}bit") + _BASES[self.base_bits]
+
+
+class Compressed:
+    """A network as packed bytes, to be read beside the base that they are a delta from; `compress` makes it.
+
+    Attributes:
+        base: The base as it is kept: rounded to int8 for ``base_bits=8``; for 0 there is none, and a network of the
+            architecture, whose weights do not matter, is in its place.
+        base_bits: 32, 8 or 0.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        base_bits: int,
+        data: Tensor,
+        kinds: Sequence[int],
+        folded: Sequence[str],
+        outputs: int | None,
+        kept: "Compressed | None" = None,
+    ) -> None:
+        self.base, self.base_bits, self._data, self._outputs, self._kept = base, base_bits, data, outputs, kept
+        self._kinds, self._folded = list(kinds), list(folded)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the network takes beside the base."""
+        return self._data.numel()
+
+    @property
+    def base_nbytes(self) -> int:
+        """The bytes that the base takes as it is kept."""
+        if self.base_bits == 8:
+            return (self._kept or int8(self.base)).nbytes
+        return self.base_bits and sum(tensor.nbytes for tensor in _unique(self.base).values())
+
+    def network(self) -> nn.Module:
+        """Return the network as it is read back, in eval mode: a new one."""
+        network = plain(clone(self.base)).eval()
+        if self._outputs is not None:
+            with torch.random.fork_rng(devices=[]):
+                replace_head(network, self._outputs)
+        reference, kinds = _reference(network, self.base if self.base_bits else None, self._folded), self._kinds
+        sizes = [size(kind, tensor) for kind, tensor in zip(kinds, reference.values(), strict=False)]
+        if len(kinds) != len(reference) or sum(sizes) != self.nbytes:
+            raise StateError(
+                f"found {len(kinds)} compressed tensors of {self.nbytes} bytes for a {type(network).__name__}, "
+                f"expected {len(reference)} of {sum(sizes)}; give a base of the same architecture"
+            )
+        parts = zip(reference.items(), kinds, torch.split(self._data, sizes), strict=True)
+        state = {name: decode(kind, part, tensor) for (name, tensor), kind, part in parts}
+        fill_network(network, {name: state[first] for name, first in _ties(network).items()}, "the compressed network")
+        return network
+
+    def save(self, path: Path | str, provenance: Mapping[str, Any] | None = None) -> None:
+        """Write the file; with ``base_bits=8`` the base is not in it, but `load` rounds it again."""
+        told = {
+            "base": fingerprint(self.base.state_dict()) if self.base_bits else None,
+            "base_bits": self.base_bits,
+            "kinds": self._kinds,
+            "folded": self._folded,
+            "outputs": self._outputs,
+            "sum": fingerprint({PACKED: self._data}),
+        }
+        save_state(Path(path), {PACKED: self._data}, {**(provenance or {}), "compressed": told})
+
+    @classmethod
+    def load(cls, path: Path | str, base: nn.Module) -> "Compressed":
+        """Read a compressed network beside its base, which may be whole where the file is of its int8 form.
+
+        Where the file needs no base (``base_bits=0``), `base` is any network of its architecture.
+
+        Raises:
+            FileError: The file is missing or damaged, holds no compressed network, or is of another base.
+        """
+        file = StateFile(Path(path))
+        try:
+            told, data = file.provenance["compressed"], file[PACKED].clone()
+            mark, base_bits, intact = told["base"], told["base_bits"], told["sum"] == fingerprint({PACKED: data})
+            made = cls(base, base_bits, data, told["kinds"], told["folded"], told["outputs"])
+        except (KeyError, TypeError) as error:
+            raise FileError(
+                f"'{path}' holds no compressed network, expected a file that coin compress wrote; make it again"
+            ) from error
+        if not intact:
+            raise FileError(f"'{path}' is damaged: its bytes are not those that were written; make it again")
+        if base_bits == 8 and fingerprint(base.state_dict()) != mark:
+            made.base = int8(base).network()
+        if base_bits and (found := fingerprint(made.base.state_dict())) != mark:
+            raise FileError(
+                f"'{path}' is a delta from the base {mark:.12}, found {found:.12}; give the base that it was made with"
+            )
+        return made
+
+
+def compress(
+    network: nn.Module,
+    base: "nn.Module | Compressed | None",
+    *,
+    bits: int | None = None,
+    rank: int | None = None,
+    base_bits: int = 32,
+    rounded: Mapping[str, Rounded] | None = None,
+) -> Compressed:
+    """Compress a network to its delta from a base, such as the shared initialisation of an expert or a coded model.
+
+    Kernels are flattened to a matrix with a row an output, and rounded to few bits a value with a scale a row
+    (`coin.networks.delta.quantise`), or replaced by their best approximation of low rank, in float16. Where the network
+    has its BatchNorms folded into the maps before them, as `Refit` does, so has the base that the delta is from. The
+    base's head may have fewer or more outputs: the rows beyond its own are zero.
+
+    Args:
+        network: The network.
+        base: What it was fine-tuned or merged from; not needed for ``base_bits=0``. For 8 it may be rounded already.
+        bits: As `Compression`.
+        rank: As `Compression`.
+        base_bits: As `Compression`.
+        rounded: By tensor, deltas that have been rounded already, which are taken as they are.
+
+    Raises:
+        ConfigurationError: As `Compression`, or there is no base.
+        StateError: Network and base differ in more than the outputs of their heads, or are not finite.
+
+    >>> import coin, torch
+    >>> base = torch.nn.Linear(64, 32)
+    >>> network = torch.nn.Linear(64, 32)
+    >>> network.load_state_dict({name: t + 0.01 * torch.randn_like(t) for name, t in base.state_dict().items()})
+    <All keys matched successfully>
+    >>> compressed = coin.compress(network, base, bits=3)
+    >>> compressed.nbytes, (compressed.network().weight - network.weight).abs().max() < 0.01
+    (896, tensor(True))
+    """
+    Compression(bits, rank, base_bits)
+    if base_bits and base is None:
+        raise ConfigurationError(f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0")
+    own = _unique(network)
+    check_finite(own, "the network to compress", [name for name, _ in network.named_buffers()])
+    kept: Compressed | None = None
+    if base is None or not base_bits:
+        base, norms, reference = network, [], _reference(network, None, [])
+    else:
+        if base_bits == 8:
+            kept = base if isinstance(base, Compressed) else int8(base)
+        base = kept.network() if kept else cast(nn.Module, base)
+        folds = _folds(network)
+        plainly, within = _reference(network, base, []), _reference(network, base, list(folds))
+        apart = {n: [(own[w] - each[w]).norm() for each in (plainly, within)] for n, w in folds.items()}
+        norms = [n for n, (far, near) in apart.items() if near < far and not own[f"{n}.running_mean"].any()]
+        reference = _reference(network, base, norms)
+    made = [encode(tensor, reference[name], bits, rank, (rounded or {}).get(name)) for name, tensor in own.items()]
+    outputs = next((len(own[name]) for name, tensor in _unique(base).items() if tensor.shape != own[name].shape), None)
+    data = torch.cat([torch.empty(0, dtype=torch.uint8), *(data for _, data in made)])
+    return Compressed(base, base_bits, data, [kind for kind, _ in made], norms, outputs, kept)
+
+
+def int8(base: nn.Module) -> Compressed:
+    """Return a base as it is kept for ``base_bits=8``: a network of its own in 8 bits a value."""
+    return compress(base, None, bits=8, base_bits=0)
+
+
+def _ties(network: nn.Module) -> dict[str, str]:
+    """Return the names of a network's tensors, each with the first name of the same tensor."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in network.state_dict(keep_vars=True).items()}
+
+
+def _unique(network: nn.Module) -> dict[str, Tensor]:
+    """Return a network's tensors, tied ones once, on the CPU."""
+    state = network.state_dict()
+    return {name: state[name].detach().cpu() for name, first in _ties(network).items() if name == first}
+
+
+def _reference(network: nn.Module, base: nn.Module | None, norms: Sequence[str]) -> dict[str, Tensor]:
+    """Return what a network's tensors are a delta from: the base's, these BatchNorms folded; zeros without a base."""
+    own = _unique(network)
+    if base is None:
+        return {name: torch.zeros_like(tensor) for name, tensor in own.items()}
+    state = _unique(base)
+    if any(name in state and state[name].shape != tensor.shape for name, tensor in own.items()):
+        for name in (f"{head_name(network)}.weight", f"{head_name(network)}.bias"):
+            if name in own and name in state and state[name].shape[1:] == own[name].shape[1:]:
+                rows = state[name][: len(own[name])]
+                state[name] = torch.cat([rows, rows.new_zeros(len(own[name]) - len(rows), *rows.shape[1:])])
+    shapes, theirs = ({name: tensor.shape for name, tensor in each.items()} for each in (own, state))
+    check_layout(shapes, theirs, "the base")
+    folds = _folds(network)
+    for norm in norms:
+        bias = f"{folds[norm].removesuffix('weight')}bias"
+        eps = cast(_BatchNorm, network.get_submodule(norm)).eps
+        state |= folded(state, folds[norm], bias if bias in state else None, norm, eps)
+    return {name: state[name].to(tensor.dtype) for name, tensor in own.items()}
+
+
+def _folds(network: nn.Module) -> dict[str, str]:
+    """Return the BatchNorms, each with the weight of the map before it: the last one with as many outputs."""
+    state, maps, found = _unique(network), {}, {}
+    for name, module in network.named_modules():
+        weight = state.get(f"{name}.weight" if name else "weight")
+        if weight is not None and weight.ndim > 1:
+            maps[len(weight)] = f"{name}.weight" if name else "weight"
+        elif isinstance(module, _BatchNorm) and module.running_var is not None and module.num_features in maps:
+            found[name] = maps.pop(module.num_features)
+    return found

@@ -1,0 +1,178 @@
+"""A tensor as its difference from a base's, in few bits a value or of low rank, packed into bytes: pure functions."""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EQUAL, HALF, WHOLE = 0, 16, 32
+"""How a tensor is kept, beside 1 … 8 bits a value and, as −r, a rank: not at all, its delta in float16, itself."""
+
+_CLIPS = (0.15, 0.25, 0.35, 0.5, 0.7, 1.0)
+
+
+class Rounded(NamedTuple):
+    """A matrix in few bits a value, with a scale a row whose sign says which of the levels the row takes."""
+
+    codes: Tensor
+    """``[rows, K]``, uint8."""
+    scale: Tensor
+    """``[rows]``, bfloat16."""
+    bits: int
+
+    def dense(self) -> Tensor:
+        """Return the matrix ``[rows, K]`` in float32."""
+        taken: Tensor = levels(self.bits)[(self.scale < 0).long()[:, None], self.codes.long()]
+        return taken * self.scale.float().abs()[:, None]
+
+
+@cache
+def levels(bits: int) -> Tensor:
+    """Return the values ``[2, 2^b]`` that the values of a row are rounded to, over its scale: of two kinds.
+
+    Dense around zero, as deltas are, whose tails are heavy: L_i ∝ −sign(u) log(1 − 1.6 |u|), u = (i + ½)/2^b − ½. At 3
+    bits that leaves half to three quarters of the squared error of the even ones, −2^(b−1) … 2^(b−1) − 1, which rows of
+    a few large values and many next to zero take. One bit is ±1 alone: with the mean absolute value as scale, BitDelta
+    (arXiv 2402.10193).
+    """
+    place = torch.arange(2**bits, dtype=torch.float64) - 2 ** (bits - 1)
+    u = (place + 0.5) / 2**bits
+    dense = -u.sign() * torch.log1p(-1.6 * u.abs())
+    dense /= dense[-1].clone()
+    return torch.stack([dense, place / 2 ** (bits - 1) if bits > 1 else dense]).float()
+
+
+def nearest(matrix: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return the codes ``[rows, K]`` of the levels nearest to a matrix ``[rows, K]``, its rows' scales ``[rows]``."""
+    codes = torch.empty(matrix.shape, dtype=torch.uint8)
+    for kind, known in enumerate(levels(bits)):
+        own = (scale < 0) == bool(kind)
+        codes[own] = _codes(matrix[own], scale[own].float().abs(), known).byte()
+    return codes
+
+
+def _codes(matrix: Tensor, scale: Tensor, known: Tensor) -> Tensor:
+    """Return the indices of the known levels nearest to a matrix over its rows' scales."""
+    # Where a row's scale is zero, its values are, and any level will do.
+    return torch.bucketize(matrix / scale.clamp(min=1e-38)[:, None], (known[1:] + known[:-1]) / 2, out_int32=True)
+
+
+def quantise(matrix: Tensor, bits: int) -> Rounded:
+    """Round a matrix ``[rows, K]`` to 1 … 8 bits a value, each row with the scale of the smallest squared error.
+
+    From several clips of a row, so that few large values do not make the steps of all others too large, the scale is
+    improved in turns with the codes: for given codes c it is ⟨row, L_c⟩ / ⟨L_c, L_c⟩.
+    """
+    matrix = matrix.float()
+    most = matrix.abs().amax(1)
+    best, error = torch.zeros_like(most, dtype=torch.bfloat16), matrix.square().sum(1)
+    for known, sign in zip(levels(bits), (1, -1) if bits > 1 else (1,), strict=False):
+        for clip in _CLIPS if bits > 1 else (1.0,):
+            scale = most * clip
+            for _ in range(2):
+                taken = known[_codes(matrix, scale, known)]
+                scale = (matrix * taken).sum(1) / taken.square().sum(1).clamp(min=1e-38)
+            kept = scale.bfloat16()
+            left = (matrix - known[_codes(matrix, kept.float(), known)] * kept.float()[:, None]).square().sum(1)
+            best, error = torch.where(left < error, sign * kept, best), torch.minimum(left, error)
+    return Rounded(nearest(matrix, best, bits), best, bits)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Return codes below 2^b, of any shape, as ⌈b · count / 8⌉ bytes."""
+    each = np.unpackbits(codes.flatten().numpy()[:, None], axis=1)[:, 8 - bits :]
+    return torch.from_numpy(np.packbits(each))
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Return the `count` codes that `pack` made bytes of."""
+    each = np.unpackbits(packed.numpy(), count=bits * count).reshape(count, bits)
+    return torch.from_numpy(np.packbits(np.pad(each, ((0, 0), (8 - bits, 0))), axis=1)[:, 0])
+
+
+def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the factors ``[rows, r]`` and ``[r, K]`` of a truncated singular value decomposition, in float16."""
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    root = values[:rank].sqrt()
+    return (left[:, :rank] * root).half(), (root[:, None] * right[:rank]).half()
+
+
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """Return the rows, which have a scale each, and the columns of a tensor: one row a unit of its first dimension."""
+    sizes = [size for size in shape if size != 1] or [1]  # a table of positions [1, N, D] has N rows
+    return (sizes[0], math.prod(sizes[1:])) if len(shape) > 1 else (1, math.prod(shape))
+
+
+def encode(
+    tensor: Tensor, base: Tensor, bits: int | None, rank: int | None, rounded: Rounded | None = None
+) -> tuple[int, Tensor]:
+    """Return how a tensor is kept, and the bytes of it.
+
+    Matrices are kept as asked. Vectors are, and matrices that would not be smaller, in float16; integers and what
+    float16 does not hold to a thousandth as they are; and what equals the base's not at all.
+
+    Args:
+        tensor: Of any shape and type.
+        base: Of the same.
+        bits: b, 1 … 8; or
+        rank: r.
+        rounded: What the difference has been rounded to already.
+    """
+    if torch.equal(tensor, base):
+        return EQUAL, torch.empty(0, dtype=torch.uint8)
+    if not tensor.is_floating_point() or not bool((tensor.isfinite() & base.isfinite()).all()):
+        return WHOLE, _bytes(tensor)
+    delta, (rows, columns) = _wide(tensor) - _wide(base), matrix_shape(tensor.shape)
+    half = delta.half()
+    if tensor.ndim > 1 and rounded is not None:
+        return rounded.bits, torch.cat([pack(rounded.codes, rounded.bits), _bytes(rounded.scale)])
+    if tensor.ndim > 1 and bits is not None and columns * bits + 16 < columns * 16:
+        return encode(tensor, base, None, None, quantise(delta.reshape(rows, columns), bits))
+    if tensor.ndim > 1 and rank is not None and rank * (rows + columns) < rows * columns:
+        return -rank, torch.cat([_bytes(factor) for factor in low_rank(delta.reshape(rows, columns), rank)])
+    if float((half - delta).abs().max()) <= float(delta.abs().max()) / 1000:
+        return HALF, _bytes(half)
+    return WHOLE, _bytes(tensor)
+
+
+def size(kind: int, base: Tensor) -> int:
+    """Return how many bytes `encode` makes of a tensor like the base's."""
+    rows, columns = matrix_shape(base.shape)
+    if kind < 0:
+        return -2 * kind * (rows + columns)
+    whole = {EQUAL: 0, HALF: 2 * base.numel(), WHOLE: base.nbytes}
+    return whole[kind] if kind in whole else math.ceil(kind * base.numel() / 8) + 2 * rows
+
+
+def decode(kind: int, data: Tensor, base: Tensor) -> Tensor:
+    """Return the tensor that `encode` made bytes of; `base` is the one that it was given."""
+    rows, columns = matrix_shape(base.shape)
+    if kind == EQUAL:
+        return base
+    if kind == WHOLE:
+        return _typed(data, base.dtype).reshape(base.shape)
+    if kind == HALF:
+        delta = _typed(data, torch.float16)
+    elif kind < 0:
+        factors = _typed(data, torch.float16).float()
+        delta = factors[: -kind * rows].reshape(rows, -kind) @ factors[-kind * rows :].reshape(-kind, columns)
+    else:
+        packed, scale = data[: -2 * rows], _typed(data[-2 * rows :], torch.bfloat16)
+        delta = Rounded(unpack(packed, kind, rows * columns).reshape(rows, columns), scale, kind).dense()
+    return (_wide(base) + delta.reshape(base.shape)).to(base.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Return a tensor of at least single precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def _typed(data: Tensor, dtype: torch.dtype) -> Tensor:
+    return data.clone().view(dtype)  # a clone, so that it begins where the type may
