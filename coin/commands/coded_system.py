@@ -150,14 +150,18 @@ class CodedSystem:
         tasks = parser.instantiate(parser.parse_object({"tasks": self._configuration["tasks"]})).tasks
         return {name: task_with(tasks[name], image_size=self.experts.config.image_size) for name in self.tasks}
 
+    @property
+    def kept_decoders(self) -> Path:
+        """The file of `fitted_decoders`."""
+        return self.folder / "decoders" / f"{self.coded[0].stem}-{self.decoder.name}.safetensors"
+
     def fitted_decoders(self) -> list[Decoder]:
         """Return the decoders of every loss that the code promises to make up for, as the evaluation fits them.
 
         Where the decoder reads no survivor it is one, of all experts. They are fitted once, and kept in the seed's
         folder with what they were fitted from.
         """
-        path = self.folder / "decoders" / f"{self.coded[0].stem}-{self.decoder.name}.safetensors"
-        source = self._source()
+        path, source = self.kept_decoders, self._source()
         with suppress(CoinError):  # there is none, or it is damaged or of another version
             state, made = load_state(path)
             if (made.get("fitted_from"), made.get("fingerprint")) == (source, fingerprint(state)):
@@ -180,12 +184,14 @@ class CodedSystem:
         path = self.folder / PROMISE_CSV
         if not path.is_file():
             return {}, {}
-        frame = pd.read_csv(path, keep_default_na=False)
+        frame = pd.read_csv(path)
         own = (frame["method"] == self.method) & (frame["decoder"] == self.decoder.name)
-        rows = frame[own & (frame["batchnorm"].map(asked_policy) == self.batchnorm)]
+        rows = frame[own & (frame["batchnorm"].fillna("").map(asked_policy) == self.batchnorm)]
         places = {task: place for place, task in enumerate(self.tasks)}
         found = {
-            (tuple(sorted(places[each] for each in erased.split("+"))), places[task]): float("nan" if threshold == "" else threshold)
+            (tuple(sorted(places[each] for each in erased.split("+"))), places[task]): float(
+                "nan" if threshold == "" else threshold
+            )
             for erased, task, threshold in zip(rows["erased"], rows["task"], rows["threshold"], strict=True)
         }
         return {name: float(rows[name].iloc[0]) for name in ("alpha", "confidence") if found}, found

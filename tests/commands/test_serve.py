@@ -100,13 +100,14 @@ def test_a_coded_model_alone_stands_in_for_every_expert_that_is_lost(alone: Path
     system = read(alone, decoder=decoder)
     assert system.policy.kind is PolicyKind.standin
     (seed,) = alone.glob("seed-*")
-    kept = [next((seed / "decoders").glob(f"*-{decoder}.safetensors")), alone / system.processes["coded-0"]["coded-0"]]
+    coded = read_coded_system(alone, Choice("coin", "auto", decoder))
+    kept = [*coded.coded, coded.kept_decoders]
     results = read_results(seed)
     results = results[(results.method == "coin") & (results.batchnorm.map(asked_policy) == "auto")]
     results = results[results.decoder == decoder]
     tensors = [tensor.nbytes for path in kept for name, tensor in load_state(path)[0].items() if "moments" not in name]
     assert sum(tensors) / 2**20 == pytest.approx(results.memory_mib.iloc[0], rel=0.01)
-    tasks = read_coded_system(alone, Choice("coin", "auto", decoder)).data().tasks
+    tasks = coded.data().tasks
 
     async def accuracies(policy: str | None, lost: tuple[int, ...]) -> list[float]:
         found = []
@@ -360,6 +361,20 @@ def test_ray_serves_and_a_killed_expert_is_decoded(
     assert process.wait(60) == 0
     assert time.monotonic() - began < 20  # 41 s, before the servers were told that there is nothing to wait for
     assert "failed to shut down" not in (tmp_path / "said").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="it finds the servers' processes in /proc")
+def test_a_client_gets_answers_while_none_one_and_all_experts_are_killed(alone: Path) -> None:
+    pytest.importorskip("ray", reason="Ray Serve is not installed: pip install 'coded-coin[serve]'")
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(root / "tests/benchmarks/standins.py"), str(alone), "--method=coin", "--seconds=5"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    phases = [line.split()[3:] for line in found.stdout.splitlines() if " of 2 " in line]
+    assert [phase[1] for phase in phases] == ["0", "0", "0"]  # failed
+    assert 0 < int(phases[1][2]) < int(phases[1][0])
+    assert int(phases[2][2]) > int(phases[2][0]) / 2  # decoded; between two kills an expert may answer
 
 
 @pytest.mark.parametrize("decoder", ["linear", "expert_head"])
