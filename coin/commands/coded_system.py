@@ -24,6 +24,7 @@ from coin.modules import Coded
 from coin.modules.variants import NONE, ORACLE, read_coded
 from coin.networks import load_network
 from coin.options import described
+from coin.reporting.extras import read_promises
 from coin.reporting.results import RESULTS_CSV, asked_policy, read_configuration, read_results
 from coin.reporting.summary import seed_folders
 from coin.serving.decodings import coded_layout, standin_layout
@@ -31,7 +32,6 @@ from coin.serving.layout import Layout
 from coin.steps.expert_files import ExpertFiles
 from coin.versions import versions
 
-PROMISE_CSV = "promise.csv"
 REPLICA = "replica"
 
 
@@ -181,12 +181,11 @@ class CodedSystem:
 
     def thresholds(self) -> tuple[dict[str, float], dict[tuple[tuple[int, ...], int], float]]:
         """Return what the run promises, if anything, and by lost experts and one of them, up to which risk."""
-        path = self.folder / PROMISE_CSV
-        if not path.is_file():
+        frame = read_promises(self.folder)
+        if frame is None:
             return {}, {}
-        frame = pd.read_csv(path)
         own = (frame["method"] == self.method) & (frame["decoder"] == self.decoder.name)
-        rows = frame[own & (frame["batchnorm"].fillna("").map(asked_policy) == self.batchnorm)]
+        rows = frame[own & (frame["batchnorm"].map(asked_policy) == self.batchnorm)]
         places = {task: place for place, task in enumerate(self.tasks)}
         found = {
             (tuple(sorted(places[each] for each in erased.split("+"))), places[task]): float(
