@@ -17,7 +17,6 @@ from coin.files.atomic import atomic_path, write_text
 from coin.modules.variants import NONE, ORACLE
 from coin.networks import load_network
 from coin.networks.compressed import compress
-
 from coin.options import described
 from coin.processes import say
 from coin.reporting.figures import as_png

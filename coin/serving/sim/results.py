@@ -133,10 +133,10 @@ def print_simulation(rows: pd.DataFrame, console: Console) -> None:
         console.print(_table(group, f"{experts} experts, {want} wanted, load {load:g}"))
     console.print(
         Text(
-            "After which quantile of their time own answers are late, 0 for at once; p99.9 in ms with its 95 % interval, ∞ where too "
-            "many queries failed; memory of weights in MiB, of the largest server and in all; answers that stood in "
-            "for an expert's, and that never came, in %; queries in a million that find nobody who can answer while "
-            "machines are repaired (--repair.mtbf, --repair.mttr); forward passes a query; effective accuracy in %, – "
+            "After which quantile of their time own answers are late, 0 for at once; p99.9 in ms with its 95 % "
+            "interval, ∞ where too many queries failed; memory of weights in MiB, of the largest server and in all; "
+            "answers that stood in for an expert's, and that never came, in %; queries in a million that find nobody "
+            "while machines are repaired (--repair); forward passes a query; effective accuracy in %, – "
             "where it was not measured." + (" → is the advice, × does not fit the budget." if "buy" in rows else "")
         )
     )

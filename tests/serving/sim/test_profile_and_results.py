@@ -1,7 +1,6 @@
 """What is known of a system, and a simulation's rows, file, table and figures."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -79,11 +78,12 @@ def test_machines_in_repair_leave_the_share_of_queries_unanswered_that_a_pencil_
     """u the share of the time that a machine is down; three experts, and one server more or none."""
     u = CONDITIONS.repair.share
     assert u == pytest.approx(1 / 721)
+    two = u * (1 - (1 - u) ** 3)
     one = {
         "uncoded": u, "copy": (u**2 + 2 * u) / 3, "spare": u**2, "spare_delta": u**2, "neighbours": u**3,
-        "failover": u**2, "standin": u**2, "coded_proactive": u * (1 - (1 - u) ** 3), "coded_hedged": u * (1 - (1 - u) ** 3),
+        "failover": u**2, "standin": u**2, "coded_proactive": two, "coded_hedged": two,
     }  # fmt: skip
-    every = {"uncoded": 1 - (1 - u) ** 3, "standin": u * (1 - (1 - u) ** 3), "neighbours": u**3}
+    every = {"uncoded": 1 - (1 - u) ** 3, "standin": two, "neighbours": u**3}
     for want, wanted in ((Want.one, one), (Want.all, every)):
         for kind, share in wanted.items():
             simulation = profile().simulation(KNOWN[Redundancy(kind)], CONDITIONS, load=0.4, want=want)
