@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -126,15 +127,19 @@ def main() -> int:
         port = probe.getsockname()[1]
     chosen = [f"--method={system.method}", f"--batchnorm={system.batchnorm}", f"--decoder={system.decoder.name}"]
     command = [sys.executable, "-m", "coin", "serve", str(options.folder), "--policy=standin", *chosen]
-    with subprocess.Popen([*command, f"--ray.port={port}"], stdout=subprocess.PIPE, text=True) as process:
+    with tempfile.NamedTemporaryFile("w+") as said:
+        process = subprocess.Popen([*command, f"--ray.port={port}"], stdout=said, stderr=said)
         try:
-            assert process.stdout is not None
-            if not any(line.startswith("serving ") for line in process.stdout):
-                return 1
+            while "serving " not in Path(said.name).read_text():
+                if process.poll() is not None:
+                    print(Path(said.name).read_text())
+                    return 1
+                time.sleep(0.5)
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
                 right = under_kills(client, process.pid, system, options.seconds)
         finally:
             process.send_signal(signal.SIGTERM)
+            process.wait(100)
     kept = [*system.coded, system.kept_decoders]
     disk, told = sum(path.stat().st_size for path in kept) / 2**20, float(system.results["memory_mib"].iloc[0])
     print(f"on disk {disk:.4f} MiB, memory_mib {told:.4f}: {100 * (disk / told - 1):+.2f} %")

@@ -15,7 +15,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import yaml
@@ -26,6 +25,7 @@ from coin.commands.serve import application, read_system
 from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.files.safetensors import load_state
 from coin.reporting import read_results
+from coin.reporting.extras import write_promises
 from coin.reporting.results import asked_policy
 from coin.serving.front_end import FrontEnd
 from coin.serving.limits import Limits
@@ -148,10 +148,11 @@ def test_standin_takes_the_most_accurate_decoder_that_reads_no_survivor(alone: P
 def test_what_a_run_promises_is_told_beside_the_risk(alone: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(alone, tmp_path / "copy")
     (seed,) = copy.glob("seed-*")
-    row = {"method": "coin", "batchnorm": "auto:keep", "decoder": "expert_head", "alpha": 0.02, "confidence": 0.95}
-    rows = [{**row, "erased": task, "task": task, "threshold": threshold}
-            for task, threshold in (("digits", 0.5), ("letters", None))]  # fmt: skip
-    pd.DataFrame([*rows, {**rows[0], "method": "average", "threshold": 9.0}]).to_csv(seed / "promise.csv", index=False)
+    rows = read_results(seed).query("decoder == 'expert_head' and method in ('coin', 'average')")
+    rows = rows.assign(alpha=0.02, confidence=0.95, samples=9, needed=9, threshold=9.0, promised=1, coverage=1, found=0)
+    coin = (rows.method == "coin") & (rows.batchnorm.map(asked_policy) == "auto")
+    rows.loc[coin, "threshold"] = [0.5 if task == "digits" else np.nan for task in rows[coin].task]
+    write_promises(seed, rows)
     system = read(copy, decoder="expert_head")
     assert system.description.promise == {"alpha": 0.02, "confidence": 0.95}
     assert read(copy, decoder="feature_ridge-alone").description.promise is None
