@@ -20,7 +20,8 @@ from coin.files.tensors import State, check_finite, check_same_layout, weighted_
 from coin.merging.experts import Experts, Given, parameters_of
 from coin.merging.held_out import check_errors, held_out_error
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
-from coin.networks.compressed import Base, Compressed, Compression, RoundingKind
+from coin.networks.compressed import Base, Compressed, compress_as
+from coin.networks.compression import Compression, RoundingKind
 from coin.networks.parametrised import renormalise
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
@@ -134,7 +135,7 @@ class Method(ABC):
         self, experts: Experts, row: Sequence[float], made: CodedModel, base: Base, compression: Compression
     ) -> Compressed:
         """Return what `make` has made for one row of the code, compressed beside a base."""
-        return compression.of_network(made.network, base)
+        return compress_as(compression, made.network, base)
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics of the experts that it wants."""

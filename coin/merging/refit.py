@@ -26,7 +26,8 @@ from coin.merging.method import CodedModel, Compress, Method, check_coded, check
 from coin.merging.rounding import Rounding
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.batchnorm import BatchNormPolicy, folded
-from coin.networks.compressed import Base, Compressed, Compression, RoundingKind, compress, reference_of
+from coin.networks.compressed import Base, Compressed, compress, reference_of
+from coin.networks.compression import Compression, RoundingKind
 from coin.networks.parametrised import renormalise
 from coin.progress import progress
 from coin.statistics import FisherKind

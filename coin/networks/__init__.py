@@ -1,7 +1,8 @@
 """Architectures by name, their heads and features, BatchNorm policies, and networks as files."""
 
 from coin.networks.batchnorm import BatchNormPolicy, has_batchnorm, recalibrate
-from coin.networks.compressed import Compressed, Compression, compress
+from coin.networks.compressed import Compressed, compress, compress_as
+from coin.networks.compression import Compression
 from coin.networks.files import (
     NetworkFile,
     Unpacked,
@@ -44,6 +45,7 @@ __all__ = [
     "check_head",
     "check_layout",
     "compress",
+    "compress_as",
     "features_and_logits",
     "fill_network",
     "has_batchnorm",

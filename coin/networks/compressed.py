@@ -1,93 +1,25 @@
 """Compressed networks: what a network differs by from a base that is kept anyway, in few bits or of low rank."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.batches import clone, plain
-from coin.choices import check_integer, chosen
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, fingerprint
 from coin.networks.batchnorm import folded
+from coin.networks.compression import Compression
 from coin.networks.delta import Rounded, decode, encode, size
 from coin.networks.heads import head_name, replace_head
 from coin.networks.weights import check_layout, fill_network
 
 PACKED = "packed"
 """The one tensor of a compressed network's file."""
-
-_BASES = {32: "", 8: "-int8base", 0: "-nobase"}
-
-
-class RoundingKind(StrEnum):
-    """When a coded model is rounded."""
-
-    refit = "refit"
-    """While `Refit` fits its layers, so that each makes up for the errors of those before."""
-
-    nearest = "nearest"
-    """Afterwards."""
-
-
-@dataclass(frozen=True)
-class Compression:
-    """How a network is compressed.
-
-    Args:
-        bits: 1 … 8 bits a value; or
-        rank: the rank of every delta.
-        base_bits: How the base is kept: 32: as it is; 8: in 8 bits a value, from which the delta is then taken; 0: not
-            at all, so that this is plain quantisation of the network.
-        rounding: ``refit`` or ``nearest``, where a merge method may round while it fits; none for the method's own.
-
-    Raises:
-        ConfigurationError: An option is out of its range, or both or neither of bits and rank are given.
-    """
-
-    bits: int | None = None
-    rank: int | None = None
-    base_bits: int = 32
-    rounding: RoundingKind | None = None
-
-    def __post_init__(self) -> None:
-        if (self.bits is None) == (self.rank is None):
-            raise ConfigurationError(f"found bits={self.bits} and rank={self.rank}, expected one of them")
-        for name, value in (("bits", self.bits), ("rank", self.rank)):
-            if value is not None:
-                check_integer(name, value, 1)
-        if self.rank is not None and self.rounding is not None:
-            raise ConfigurationError(f"found rank={self.rank} and a rounding, expected bits; leave out the rounding")
-        if (self.bits or 1) > 8:
-            raise ConfigurationError(f"found bits={self.bits}, expected a whole number from 1 to 8")
-        if self.rounding is not None:
-            object.__setattr__(self, "rounding", chosen(RoundingKind, "rounding", self.rounding))
-        if self.base_bits not in _BASES:
-            raise ConfigurationError(f"found base_bits={self.base_bits!r}, expected 32, 8 or 0")
-
-    @classmethod
-    def of(cls, options: "Compression | Mapping[str, Any]") -> Self:
-        """Return a section of options as an object."""
-        try:
-            return cls(**(asdict(options) if isinstance(options, Compression) else options))
-        except TypeError as error:
-            raise ConfigurationError(f"found {options!r:.100}, expected bits or rank, and base_bits") from error
-
-    @property
-    def name(self) -> str:
-        """What results and files call it: ``3bit``, ``3bit-int8base``, ``rank8``."""
-        how = "-nearest" if self.rounding is RoundingKind.nearest else ""
-        return (f"rank{self.rank}" if self.bits is None else f"{self.bits}bit") + _BASES[self.base_bits] + how
-
-    def of_network(self, network: nn.Module, base: "Base") -> "Compressed":
-        """Return a network compressed so beside a base."""
-        return compress(network, base, bits=self.bits, rank=self.rank, base_bits=self.base_bits)
 
 
 class Compressed:
@@ -235,6 +167,11 @@ def compress(
     outputs = next((len(own[name]) for name, tensor in _unique(base).items() if tensor.shape != own[name].shape), None)
     data = torch.cat([torch.empty(0, dtype=torch.uint8), *(data for _, data in made)])
     return Compressed(base, base_bits, data, [kind for kind, _ in made], norms, outputs, kept)
+
+
+def compress_as(how: Compression, network: nn.Module, base: Base) -> Compressed:
+    """Return a network compressed as options say."""
+    return compress(network, base, bits=how.bits, rank=how.rank, base_bits=how.base_bits)
 
 
 class Reference(NamedTuple):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from coin.errors import ConfigurationError, FileError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite, fingerprint
-from coin.networks.compressed import Base, Compressed, Compression, int8
+from coin.networks.compressed import Base, Compressed, int8
+from coin.networks.compression import Compression
 from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.weights import check_layout, fill_network, read_weights, with_own_head
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from coin.files.tensors import fingerprint
 from coin.modules.spares import SPARE
-from coin.networks import Compression, int8_path, kept_base, load_network, save_compressed
+from coin.networks import Compression, compress_as, int8_path, kept_base, load_network, save_compressed
 
 
 def spare_paths(tasks: Mapping[str, object], folder: Path, compression: Compression, base: Path) -> list[Path]:
@@ -26,7 +26,7 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
     told |= {"made_by": "coin compress", "of": fingerprint(file.network.state_dict())}
     started = time.perf_counter()
     base, beside = kept_base(output, base, compression)
-    packed = compression.of_network(file.network, beside)
+    packed = compress_as(compression, file.network, beside)
     told["seconds"] = made.get("seconds", 0.0) + time.perf_counter() - started
     save_compressed(output, packed, file.config, file.num_classes, base, compression, told)
 

@@ -1,0 +1,71 @@
+"""How a network is compressed: the options of `coin.compress`, of spares and of merge methods."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+from coin.choices import check_integer, chosen
+from coin.errors import ConfigurationError
+
+_BASES = {32: "", 8: "-int8base", 0: "-nobase"}
+
+
+class RoundingKind(StrEnum):
+    """When a coded model is rounded."""
+
+    refit = "refit"
+    """While `Refit` fits its layers, so that each makes up for the errors of those before."""
+
+    nearest = "nearest"
+    """Afterwards."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How a network is compressed.
+
+    Args:
+        bits: 1 … 8 bits a value; or
+        rank: the rank of every delta.
+        base_bits: How the base is kept: 32: as it is; 8: in 8 bits a value, from which the delta is then taken; 0: not
+            at all, so that this is plain quantisation of the network.
+        rounding: ``refit`` or ``nearest``, where a merge method may round while it fits; none for the method's own.
+
+    Raises:
+        ConfigurationError: An option is out of its range, or both or neither of bits and rank are given.
+    """
+
+    bits: int | None = None
+    rank: int | None = None
+    base_bits: int = 32
+    rounding: RoundingKind | None = None
+
+    def __post_init__(self) -> None:
+        if (self.bits is None) == (self.rank is None):
+            raise ConfigurationError(f"found bits={self.bits} and rank={self.rank}, expected one of them")
+        for name, value in (("bits", self.bits), ("rank", self.rank)):
+            if value is not None:
+                check_integer(name, value, 1)
+        if self.rank is not None and self.rounding is not None:
+            raise ConfigurationError(f"found rank={self.rank} and a rounding, expected bits; leave out the rounding")
+        if (self.bits or 1) > 8:
+            raise ConfigurationError(f"found bits={self.bits}, expected a whole number from 1 to 8")
+        if self.rounding is not None:
+            object.__setattr__(self, "rounding", chosen(RoundingKind, "rounding", self.rounding))
+        if self.base_bits not in _BASES:
+            raise ConfigurationError(f"found base_bits={self.base_bits!r}, expected 32, 8 or 0")
+
+    @classmethod
+    def of(cls, options: "Compression | Mapping[str, Any]") -> Self:
+        """Return a section of options as an object."""
+        try:
+            return cls(**(asdict(options) if isinstance(options, Compression) else options))
+        except TypeError as error:
+            raise ConfigurationError(f"found {options!r:.100}, expected bits or rank, and base_bits") from error
+
+    @property
+    def name(self) -> str:
+        """What results and files call it: ``3bit``, ``3bit-int8base``, ``rank8``."""
+        how = "-nearest" if self.rounding is RoundingKind.nearest else ""
+        return (f"rank{self.rank}" if self.bits is None else f"{self.bits}bit") + _BASES[self.base_bits] + how
