@@ -35,7 +35,7 @@ def test_columns_are_the_design_s():
     design = (
         "experiment, seed, method, batchnorm, decoder, code_row, erased, task, samples_per_task, expert_accuracy, "
         "decoded_accuracy, nda, agreement, residual, merge_seconds, merge_passes, "
-        "decoder_seconds, decoder_passes"
+        "decoder_seconds, decoder_passes, memory_mib, forwards, losses"
     )
     assert tuple(design.split(", ")) == COLUMNS
 
