@@ -56,8 +56,8 @@ _COST = (
 )
 _KEPT = (
     "NDA of everything that may stand in for a lost expert against what it keeps. Up and left is better. The line joins"
-    " what nothing smaller is as good as; those and each method's best decoder are named. Round: one network runs for a "
-    "lost answer; replica: the lost expert's own weights, compressed."
+    " what nothing smaller is as good as; those and each method's best decoder are named. Round: one network runs for a"
+    " lost answer; replica: the lost expert's own weights, compressed."
 )
 _LAYERS = (
     "Above, where the Fisher's mass lies. Below, how far each merge is from the average of the experts (1: as far as "
