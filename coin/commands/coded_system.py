@@ -188,9 +188,7 @@ class CodedSystem:
         rows = frame[own & (frame["batchnorm"].map(asked_policy) == self.batchnorm)]
         places = {task: place for place, task in enumerate(self.tasks)}
         found = {
-            (tuple(sorted(places[each] for each in erased.split("+"))), places[task]): float(
-                "nan" if threshold == "" else threshold
-            )
+            (tuple(sorted(places[each] for each in erased.split("+"))), places[task]): float(threshold)
             for erased, task, threshold in zip(rows["erased"], rows["task"], rows["threshold"], strict=True)
         }
         return {name: float(rows[name].iloc[0]) for name in ("alpha", "confidence") if found}, found

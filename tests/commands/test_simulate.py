@@ -114,8 +114,8 @@ def test_accuracies_are_those_of_the_results_or_unknown(simulated: tuple[Path, s
     np.testing.assert_allclose(rows["effective_accuracy"][is_known], expected[is_known])
     standing = rows[rows["experts"] == 2].groupby(["redundancy", rows["variant"].fillna("")])["standing_in_accuracy"]
     right = {
-        ("coded_hedged", ""): decoded, ("spare", ""): expert, ("failover", ""): 0.125, ("neighbours", "rank8"): 0.95 * expert,
-       
+        ("coded_hedged", ""): decoded, ("spare", ""): expert, ("failover", ""): 0.125,
+        ("neighbours", "rank8"): 0.95 * expert,
         ("standin", "average expert_head"): 0.9 * expert, ("spare_delta", "3bit-int8base"): 0.94 * expert,
     }  # fmt: skip
     assert {name: standing.first()[name] for name in right} == pytest.approx(right)
