@@ -9,5 +9,5 @@ from coin.steps.compress import compress
 def main(arguments: Sequence[str]) -> None:
     """Compress, and print the file that was written."""
     parser = command_parser("compress")
-    parser.add_function_arguments(compress)
+    parser.add_function_arguments(compress, as_positional=True)
     print(compress(**parsed(parser, arguments)))
