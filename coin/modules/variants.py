@@ -105,8 +105,8 @@ class Outcome:
             regressions for every erasure of the code.
         forwards: Networks run for one lost answer.
         losses: The most experts that may be lost at once.
-        risk: How the risk of the decoded answers turned out.
-        samples: Every test sample's risk, and whether its decoded answer differs from the expert's ``[n, 2]``.
+        risk: How the risk of the decoded answers turned out; nothing where a replica answers, which tells none.
+        samples: Every test sample's risk, and whether its decoded answer differs from the expert's ``[n, 2]``; likewise.
         promise: Up to which risk answers are accepted; none where nothing was to be promised.
     """
 
