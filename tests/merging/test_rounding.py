@@ -9,14 +9,9 @@ from torch import nn
 
 from coin.errors import ConfigurationError
 from coin.merging import Average, Experts, Refit
-<<<<<<< HEAD
-from coin.merging.rounding import round_columns
-from coin.networks.compressed import Compressed, compress
-from coin.networks.compression import Compression
-=======
 from coin.merging.rounding import Rounding, round_columns
-from coin.networks.compressed import Compressed, Compression, compress, reference_of
->>>>>>> w32-gptq
+from coin.networks.compressed import Compressed, compress, reference_of
+from coin.networks.compression import Compression
 from coin.networks.delta import Rounded, matrix_shape, quantise
 from tests.merging.test_refit import ATTENTION, NETWORKS, RIDGE, ROW, answers, assert_answers_close, experts_of, kind_of
 
