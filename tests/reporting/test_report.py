@@ -131,8 +131,8 @@ def test_a_report_is_whole_and_needs_nothing_from_outside(full: Path):
     )
     assert all((full / link).is_file() for link in beside)
     titles = (
-        "Normalised decoding accuracy", "Findings", "Differences between methods", "Accuracy and agreement by task",
-        "Figures", "Configuration", "Experts",
+        "Normalised decoding accuracy", "Findings", "What to keep", "Differences between methods",
+        "Accuracy and agreement by task", "Figures", "Configuration", "Experts",
         "Risk of decoded answers", "Layers", "Confusions", "Examples", "How to reproduce",
     )  # fmt: skip
     places = [page.text.index(f"<h2>{title}</h2>") for title in titles]

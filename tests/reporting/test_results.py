@@ -54,6 +54,19 @@ def test_rows_read_back_exactly(tmp_path: Path):
     assert frame["seed"].dtype.kind == "i"
 
 
+def test_results_from_before_have_no_costs_of_stand_ins_and_are_read(tmp_path: Path):
+    write_results(tmp_path, [replace(ROW, memory_mib=1.5, forwards=2, losses=1), replace(ROW, task="c")], {})
+    path = tmp_path / "results.csv"
+    now = read_results(tmp_path)
+    assert now[["memory_mib", "forwards", "losses"]].iloc[0].tolist() == [1.5, 2, 1]
+    lines = [line.rsplit(",", 3)[0] for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines) + "\n")
+    before = read_results(tmp_path)
+    assert tuple(before.columns) == COLUMNS
+    assert before[["memory_mib", "forwards", "losses"]].isna().all(axis=None)
+    assert before[list(COLUMNS[:-3])].equals(now[list(COLUMNS[:-3])])
+
+
 def test_json_is_strict_and_holds_configuration_and_versions(tmp_path: Path):
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")

@@ -249,7 +249,8 @@ def measure_decoding(
         feature_widths=feature_widths,
         tasks=torch.arange(samples) % count,
     )
-    decodings = Decodings(code, [make_decoder(config, code, [0]).fit(answers)], feature_widths)
+    head = torch.randn(expects.outputs, width or 0, generator=draw), torch.zeros(expects.outputs)
+    decodings = Decodings(code, [make_decoder(config, code, [0], {0: head}).fit(answers)], feature_widths)
     arrived = {
         server: Reply(logits[server, :1], None if features is None else features[server][:1])
         for server in range(1, servers)
