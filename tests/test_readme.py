@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import coin
-from coin.reporting.extras import RISK_COLUMNS
+from coin.reporting.extras import PROMISE_COLUMNS, RISK_COLUMNS
 from coin.reporting.results import COLUMNS, KEYS
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +54,7 @@ def test_the_benchmarks_page_tells_of_every_column_and_names_files_that_exist() 
     told = {name: re.findall(r"^\| `(\w+)` \|", part, flags=re.MULTILINE) for name, part in parts.items()}
     assert told["results.csv"] == list(COLUMNS)
     assert told["risk.csv"] == list(RISK_COLUMNS[len(KEYS) :])
+    assert told["promise.csv"] == list(PROMISE_COLUMNS[len(KEYS) :])
     paths = re.findall(r"(?:configs|notebooks)/[\w/.-]+\.\w+", text)
     assert paths
     for path in paths:

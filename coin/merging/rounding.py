@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from coin.networks.compressed import Reference
-from coin.networks.delta import Rounded, matrix_shape, nearest, quantise
+from coin.networks.delta import Rounded, added, matrix_shape, nearest, quantise
 
 _BLOCK = 128
 """Columns whose errors are carried over to the rest at a time."""
@@ -27,18 +27,19 @@ class Rounding:
 
     def takes(self, name: str) -> bool:
         """Whether a tensor is a matrix that its rounded form is smaller than in float16."""
-        shape = self._tensors[name].shape
-        return len(shape) > 1 and matrix_shape(shape)[1] * (16 - self._bits) > 16
+        shape, floats = self._tensors[name].shape, self._tensors[name].is_floating_point()
+        return len(shape) > 1 and floats and matrix_shape(shape)[1] * (16 - self._bits) > 16
 
     def weight(self, name: str) -> Tensor:
         """Return a rounded weight as it is read back."""
-        base = self._tensors[name]
-        return base + self.rounded[name].dense().reshape(base.shape).to(base)
+        return added(self._tensors[name], self.rounded[name].dense())
 
     def round(self, name: str, weight: Tensor) -> Tensor:
         """Round a weight to the nearest and return it."""
         base = self._tensors[name]
-        self.rounded[name] = quantise((weight.cpu() - base).reshape(matrix_shape(base.shape)), self._bits)
+        self.rounded[name] = quantise(
+            (weight.double().cpu() - base.double()).reshape(matrix_shape(base.shape)), self._bits
+        )
         return self.weight(name)
 
     def step(self, name: str, weight: Tensor, step: Tensor, metric: Tensor, turned: bool = False) -> Tensor:
@@ -72,7 +73,7 @@ class Rounding:
 def round_columns(wanted: Tensor, scales: Tensor, bits: int, metric: Tensor) -> Tensor:
     """Return the codes [G, O, K] of matrices rounded column by column, the columns to come making up for the errors.
 
-    With M = metric and Uᵀ U = M⁻¹, U upper triangular, column k is rounded to q_k and every later one l becomes
+    With M = metric = R Rᵀ and U = R⁻¹, both upper triangular, column k is rounded to q_k and every later one l becomes
     w_l − (w_k − q_k) U_kl / U_kk, the minimiser of tr((q − w) M (q − w)ᵀ) given the columns rounded so far. Columns go
     by falling M_kk.
 
@@ -86,8 +87,8 @@ def round_columns(wanted: Tensor, scales: Tensor, bits: int, metric: Tensor) -> 
     """
     order = metric.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True)
     wanted, scales, metric = wanted[..., order], scales[..., order], metric[:, order][:, :, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(metric))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    root = torch.linalg.cholesky(metric.flip(1, 2)).flip(1, 2)
+    upper = torch.linalg.solve_triangular(root, torch.eye(len(order)).to(root), upper=True)
     codes = torch.empty(wanted.shape, dtype=torch.uint8)
     for start in range(0, len(order), _BLOCK):
         end = min(start + _BLOCK, len(order))

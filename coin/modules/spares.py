@@ -53,6 +53,8 @@ class Spare:
             memory_mib=self.variant.memory / 2**20,
             forwards=1,
             losses=self.variant.code.num_experts,
+            risk=(),
+            samples=np.zeros((0, 2), np.float32),
             **accuracies,
         )
 

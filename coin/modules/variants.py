@@ -105,7 +105,7 @@ class Outcome:
             regressions for every erasure of the code.
         forwards: Networks run for one lost answer.
         losses: The most experts that may be lost at once.
-        risk: How the risk of the decoded answers turned out.
+        risk: How the risk of the decoded answers turned out; nothing where a replica answers, which tells none.
         samples: Every test sample's risk, and whether its decoded answer differs from the expert's ``[n, 2]``.
         promise: Up to which risk answers are accepted; none where nothing was to be promised.
     """

@@ -168,6 +168,11 @@ def decode(kind: int, data: Tensor, base: Tensor) -> Tensor:
     else:
         packed, scale = data[: -2 * rows], _typed(data[-2 * rows :], torch.bfloat16)
         delta = Rounded(unpack(packed, kind, rows * columns).reshape(rows, columns), scale, kind).dense()
+    return added(base, delta)
+
+
+def added(base: Tensor, delta: Tensor) -> Tensor:
+    """Return a base and its delta, a matrix or of the base's shape, together in the base's type."""
     return (_wide(base) + delta.reshape(base.shape)).to(base.dtype)
 
 

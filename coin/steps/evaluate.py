@@ -74,7 +74,7 @@ def record_evaluation(
         columns=list(RISK_COLUMNS),
     )
     write_risk(folder, risk)
-    samples = {confusion_key(row): outcome.samples for row, outcome in zip(rows, model.outcomes, strict=True)}
+    samples = {confusion_key(row): each.samples for row, each in zip(rows, model.outcomes, strict=True) if each.risk}
     write_archive(folder / RISK_NPZ, samples)
     kept = [_kept_promise(row, outcome) for row, outcome in zip(rows, model.outcomes, strict=True) if outcome.promise]
     write_promises(folder, pd.DataFrame(kept, columns=list(PROMISE_COLUMNS)))

@@ -45,9 +45,7 @@ def test_promise_samples_are_validation_data_and_never_too_few():
     assert set(drawn) <= set(task.splits.validation.index.tolist())
     assert chosen(task.promise(20)) == drawn[:20]
     assert chosen(Digits(seed=2).promise(20)) != drawn[:20]
-    wanted = (
-        rf"{most + 1} promise samples asked of the task 'x' \(Digits\), whose validation split has {most}; .* share"
-    )
+    wanted = rf"{most + 1} promise samples asked of the task 'x' \(Digits\), whose validation split has {most}; .*share"
     with pytest.raises(DataError, match=wanted):
         task.promise(most + 1, name="x")
     with pytest.raises(DataError, match="validation split has 0"):

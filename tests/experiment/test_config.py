@@ -132,3 +132,12 @@ def test_an_experiment_of_objects_says_the_configuration_that_repeats_it() -> No
     forgetful: Any = {**own, "a": Forgetful(3)}
     with pytest.raises(ConfigurationError, match="found a Forgetful that does not keep its option shade"):
         Experiment("x", forgetful, [Coin()]).as_yaml(0)
+
+
+def test_what_is_promised_has_no_say_in_the_coded_models():
+    own = CalibrationConfig(promise_samples=400, promise_alpha=0.01, promise_confidence=0.9)
+    assert own.merging == CalibrationConfig().merging
+    assert own.merging != CalibrationConfig(samples_per_task=100).merging
+    for wrong in ({"promise_samples": -1}, {"promise_alpha": 0.0}, {"promise_confidence": 1}):
+        with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+            CalibrationConfig(**wrong)

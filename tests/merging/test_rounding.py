@@ -9,8 +9,8 @@ from torch import nn
 
 from coin.errors import ConfigurationError
 from coin.merging import Average, Experts, Refit
-from coin.merging.rounding import round_columns
-from coin.networks.compressed import Compressed, compress
+from coin.merging.rounding import Rounding, round_columns
+from coin.networks.compressed import Compressed, compress, reference_of
 from coin.networks.compression import Compression
 from coin.networks.delta import Rounded, matrix_shape, quantise
 from tests.merging.test_refit import ATTENTION, NETWORKS, RIDGE, ROW, answers, assert_answers_close, experts_of, kind_of
@@ -61,18 +61,33 @@ def test_eight_bits_are_as_good_as_none_and_the_file_is_what_was_fitted(kind, tm
         return compress(network, *options, **named)
 
     monkeypatch.setattr("coin.merging.refit.compress", recorded)
-    for base_bits in (32, 8, 0):
-        for bits, tolerance in ((8, 0.04), (3, None)):
-            packed = method.pack(experts, ROW, made, base, Compression(bits, base_bits=base_bits))
-            network, own = packed.network(), dict(fitted.pop().named_parameters())
-            packed.save(tmp_path / "packed.safetensors")
-            again = Compressed.load(tmp_path / "packed.safetensors", base).network()
-            for name, parameter in network.named_parameters():
-                assert torch.equal(parameter, again.get_parameter(name)), name
-                rounded = parameter.ndim > 1 and matrix_shape(parameter.shape)[1] * (16 - bits) > 16
-                assert torch.allclose(parameter, own[name], atol=0 if rounded else 2e-3, rtol=0), name
-            if tolerance is not None:  # the coarsest steps between levels are 2 % of a row's largest value
-                assert_answers_close(network, made.network, tasks, tolerance)
+    for bits, base_bits, tolerance in ((8, 32, 0.04), (3, 8, None), (3, 0, None)):
+        packed = method.pack(experts, ROW, made, base, Compression(bits, base_bits=base_bits))
+        network, own = packed.network(), dict(fitted.pop().named_parameters())
+        packed.save(tmp_path / "packed.safetensors")
+        again = Compressed.load(tmp_path / "packed.safetensors", base).network()
+        for name, parameter in network.named_parameters():
+            assert torch.equal(parameter, again.get_parameter(name)), name
+            rounded = parameter.ndim > 1 and matrix_shape(parameter.shape)[1] * (16 - bits) > 16
+            assert torch.allclose(parameter, own[name], atol=0 if rounded else 2e-3, rtol=0), name
+        if tolerance is not None:  # the coarsest steps between levels are 2 % of a row's largest value
+            assert_answers_close(network, made.network, tasks, tolerance)
+
+
+def test_a_network_in_bfloat16_is_what_its_file_says():
+    networks, tasks = kind_of("convolutions")
+    networks, tasks = [each.bfloat16() for each in networks], [task.bfloat16() for task in tasks]
+    method, experts = Refit("own", RIDGE, head=False), experts_of(networks, tasks)
+    rounding = []
+
+    def against(network):
+        rounding.append(Rounding(reference_of(network, networks[0], 32), 3))
+        return rounding[0]
+
+    network = method._refit(experts, ROW, None, "own", RIDGE, against=against)[0]
+    found = compress(network, rounding[0].reference, bits=3, rounded=rounding[0].rounded).network()
+    for name in rounding[0].rounded:
+        assert torch.equal(found.get_parameter(name), network.get_parameter(name)), name
 
 
 def test_what_cannot_be_refitted_is_rounded_to_the_nearest():
