@@ -11,7 +11,8 @@ import pandas as pd
 from torch import nn
 
 from coin.coding import DecoderConfig, DecoderKind
-from coin.commands.coded_system import REPLICA, Choice, CodedSystem, parse_options, read_coded_system, read_every_result
+from coin.coding.decoder_config import REPLICA
+from coin.commands.coded_system import Choice, CodedSystem, parse_options, read_coded_system, read_every_result
 from coin.errors import ConfigurationError
 from coin.files.atomic import atomic_path, write_text
 from coin.modules.variants import NONE, ORACLE
