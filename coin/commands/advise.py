@@ -10,8 +10,8 @@ import pandas as pd
 
 from coin.choices import check_integer, check_number
 from coin.commands.coded_system import Choice, parse_options
-from coin.commands.simulate import SEEDS, Point, draw, measured_spares, read_profile, simulate_rows
-from coin.errors import CoinError, ConfigurationError
+from coin.commands.simulate import LACKING, SEEDS, Point, draw, read_profile, simulate_rows
+from coin.errors import ConfigurationError
 from coin.reporting.results import write_frame
 from coin.reporting.tables import results_console
 from coin.serving.sim.conditions import Conditions
@@ -81,14 +81,9 @@ def advise(
         least = max(profile.sizes) / 2**30
         raise ConfigurationError(f"found memory_gib={memory_gib}, expected at least {least:.3g}, an expert's")
     kinds = {what.kind for what in known}
-    if Redundancy.spare_delta not in kinds:
-        try:
-            known += measured_spares(system, profile)
-        except CoinError as error:
-            notes.append(f"spare_delta, neighbours: left out, for their accuracy could not be measured ({error})")
-    for kind, missing in _LACKING.items():
-        if kind not in kinds:
-            notes.append(f"{kind}: left out, for nothing is known of such a network; {missing}")
+    notes += [
+        f"{kind}: left out, for nothing is known of it; {what}" for kind, what in LACKING.items() if kind not in kinds
+    ]
     options = {"load": load, "want": want, "queries": queries, "memory": room}
     points = candidates(profile, conditions, known, servers, quantiles or QUANTILES, options)
     rows = simulate_rows(points, range(seeds), jobs)
@@ -104,12 +99,6 @@ def advise(
     write_frame(place / ADVICE_CSV, rows)
     draw(place / "plots" / "advice.png", "memory_server", rows.drop_duplicates(["redundancy", "variant", "extras"]))
     return rows, notes
-
-
-_LACKING = {
-    Redundancy.failover: "give --failover.accuracy, .mib, .seconds",
-    Redundancy.standin: "add expert_head to the experiment's decoders",
-}
 
 
 def candidates(

@@ -30,7 +30,6 @@ from coin.serving.sim.profile import (
     Profile,
     Redundancy,
     StandIn,
-    measure_accuracy,
     measure_decoding,
     measure_service,
     measure_times,
@@ -68,8 +67,7 @@ def simulate(
         conditions: What machines and the front end are like.
         choice: Which of the experiment's coded systems.
         wants: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'; none takes both.
-        policies: What stands in; none takes all of which the results tell how right they are. Where they tell of no
-            compressed experts, ``spare_delta`` and ``neighbours`` are measured with 8 bits a weight.
+        policies: What stands in; none takes all of which the results tell how right they are.
         quantiles: Of the time that own answers take, after which they are late; none takes 0.9.
         loads: The loads; none takes 0.2, 0.4 and 0.6.
         experts: Numbers of experts; none takes the experiment's. With others, experts are repeated, and the accuracy of
@@ -90,9 +88,7 @@ def simulate(
     system, profile, conditions, known = read_profile(folder, choice, conditions, failover)
     say(system.title)
     if missing := set(policies or ()) - {what.kind for what in known}:
-        known += measured_spares(system, profile) if missing <= _MEASURED else []
-        if unknown := missing - {what.kind for what in known}:
-            raise ConfigurationError(f"found no {unknown.pop()} in the results, {_LACKING}")
+        raise ConfigurationError(f"found no {(kind := missing.pop())} in the results; {LACKING[kind]}")
     points = [
         (what, sized, sized.simulation(what, conditions, quantile, load=load, want=want, queries=queries))
         for want in wants or Want
@@ -120,11 +116,17 @@ def simulate(
     return rows
 
 
-_MEASURED = {Redundancy.spare_delta, Redundancy.neighbours}
-_LACKING = (
-    "expected rows of it: for standin of the decoder expert_head, for coded ones of feature_ridge; or for failover "
-    "--failover.accuracy, .mib and .seconds"
-)
+_SPARES = "give the experiment spares: [{bits: 3, base_bits: 8}], and run it again"
+_DECODER = "add {} to the experiment's decoders, and run it again"
+LACKING = {
+    Redundancy.spare_delta: _SPARES,
+    Redundancy.neighbours: _SPARES,
+    Redundancy.standin: _DECODER.format("expert_head"),
+    Redundancy.coded_proactive: _DECODER.format("feature_ridge"),
+    Redundancy.coded_hedged: _DECODER.format("feature_ridge"),
+    Redundancy.failover: "give --failover.accuracy, .mib, .seconds",
+}
+"""What to do where nothing is known of what may stand in."""
 
 
 def read_profile(
@@ -214,16 +216,6 @@ def _deltas(system: CodedSystem, name: str, fixed: float, each: float, accuracy:
     seconds = float(np.median(measure_times(packed.network, 5)))
     kinds = (Redundancy.spare_delta, Redundancy.neighbours)
     return [StandIn(kind, name, fixed, each, {1: accuracy}, unpacking=seconds) for kind in kinds]
-
-
-def measured_spares(system: CodedSystem, profile: Profile) -> list[StandIn]:
-    """Return the experts with 8 bits a weight, without a base, with their accuracy on their own test sets."""
-    tests = system.data().test_dataloader()
-    packed = [compress(network, None, bits=8, base_bits=0) for network in _experts(system)]
-    pairs = zip(packed, tests, strict=True)
-    accuracies = [measure_accuracy(each.network(), test, system.experts.config.image_size) for each, test in pairs]
-    size = float(np.mean([each.nbytes for each in packed]))
-    return _deltas(system, "8bit-nobase", 0.0, size, float(np.mean(accuracies)))
 
 
 def _experts(system: CodedSystem) -> list[nn.Module]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 
 
 @dataclass(frozen=True)
@@ -45,27 +47,23 @@ class Layout:
 
     def hosts(self, experts: int) -> int:
         """Return the servers that answer for any of these experts themselves: their own ones and copies."""
-        found = self._hosts.get(experts)
-        if found is None:
-            first = self.num_experts + self.num_coded
-            held = (1 << (first + place) for place, expert in enumerate(self.copies) if experts >> expert & 1)
-            found = self._hosts[experts] = experts | sum(held)
-        return found
+        if experts not in self._hosts:
+            copies = enumerate(self.copies, self.num_experts + self.num_coded)
+            self._hosts[experts] = experts | sum(1 << place for place, expert in copies if experts >> expert & 1)
+        return self._hosts[experts]
 
     def standins(self, experts: int) -> int:
         """Return the coded servers that make up for these experts alone."""
-        rows = 0
-        for expert in members(experts) if self.alone else ():
-            rows |= self.alone[expert]
-        return rows << self.num_experts
+        rows = (self.alone[expert] for expert in members(experts) if self.alone)
+        return reduce(or_, rows, 0) << self.num_experts
 
     def read(self, arrived: int) -> tuple[int, int]:
         """Return the experts whose own answers come from these servers, and those that can be decoded from them."""
         found = self._read.get(arrived)
         if found is None:
             own = arrived & self.every_expert
-            for place, expert in enumerate(self.copies):
-                own |= (arrived >> (self.num_experts + self.num_coded + place) & 1) << expert
+            for place, expert in enumerate(self.copies, self.num_experts + self.num_coded):
+                own |= (arrived >> place & 1) << expert
             missing, rows = self.every_expert & ~own, arrived >> self.num_experts & ((1 << self.num_coded) - 1)
             solved = missing if (rows, missing) in self.solvable else 0
             for expert, needs in enumerate(self.alone):

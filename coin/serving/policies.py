@@ -34,33 +34,17 @@ Whom = Callable[[Layout, int, int, Load], int]
 """Returns whom to ask for these experts, of these servers."""
 
 
-def _nobody(layout: Layout, experts: int, servers: int, load: Load) -> int:
-    return 0
-
-
-def _own(layout: Layout, experts: int, servers: int, load: Load) -> int:
-    return experts & servers
-
-
-def _hosts(layout: Layout, experts: int, servers: int, load: Load) -> int:
-    return layout.hosts(experts) & servers
-
-
 def _host(layout: Layout, experts: int, servers: int, load: Load) -> int:
     """For each expert the least loaded of the servers that hold it."""
-    chosen = 0
-    for expert in members(experts):
-        if hosts := list(members(layout.hosts(1 << expert) & servers)):
-            chosen |= 1 << min(hosts, key=load)
-    return chosen
+    hosts = (list(members(layout.hosts(1 << expert) & servers)) for expert in members(experts))
+    return sum(1 << min(each, key=load) for each in hosts if each)
 
 
-def _standins(layout: Layout, experts: int, servers: int, load: Load) -> int:
-    return layout.standins(experts) & servers
-
-
-def _everyone(layout: Layout, experts: int, servers: int, load: Load) -> int:
-    return servers if experts else 0
+_NOBODY: Whom = lambda layout, experts, servers, load: 0  # noqa: E731
+_OWN: Whom = lambda layout, experts, servers, load: experts & servers  # noqa: E731
+_HOSTS: Whom = lambda layout, experts, servers, load: layout.hosts(experts) & servers  # noqa: E731
+_STANDINS: Whom = lambda layout, experts, servers, load: layout.standins(experts) & servers  # noqa: E731
+_EVERYONE: Whom = lambda layout, experts, servers, load: servers if experts else 0  # noqa: E731
 
 
 class Asks(NamedTuple):
@@ -75,12 +59,12 @@ class Asks(NamedTuple):
 
 
 POLICIES = {
-    PolicyKind.uncoded: Asks(first=_host, late=_nobody, lost=_host),
-    PolicyKind.replicated: Asks(first=_hosts, late=_nobody, lost=_host),
-    PolicyKind.hedged: Asks(first=_own, late=_host, lost=_host),
-    PolicyKind.standin: Asks(first=_own, late=_standins, lost=_standins),
-    PolicyKind.coded_hedged: Asks(first=_own, late=_everyone, lost=_everyone),
-    PolicyKind.coded_proactive: Asks(first=_everyone, late=_everyone, lost=_everyone),
+    PolicyKind.uncoded: Asks(first=_host, late=_NOBODY, lost=_host),
+    PolicyKind.replicated: Asks(first=_HOSTS, late=_NOBODY, lost=_host),
+    PolicyKind.hedged: Asks(first=_OWN, late=_host, lost=_host),
+    PolicyKind.standin: Asks(first=_OWN, late=_STANDINS, lost=_STANDINS),
+    PolicyKind.coded_hedged: Asks(first=_OWN, late=_EVERYONE, lost=_EVERYONE),
+    PolicyKind.coded_proactive: Asks(first=_EVERYONE, late=_EVERYONE, lost=_EVERYONE),
 }
 
 
@@ -115,7 +99,7 @@ class Policy:
     @property
     def hedges(self) -> bool:
         """Whether an own answer that is late is given up."""
-        return self.asks.late is not _nobody
+        return self.asks.late is not _NOBODY
 
 
 class Lateness:

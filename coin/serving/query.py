@@ -3,7 +3,7 @@
 from enum import IntEnum
 
 from coin.serving.layout import Layout, members
-from coin.serving.policies import Load, Policy, Whom
+from coin.serving.policies import Lateness, Load, Policy, Whom
 
 
 class State(IntEnum):
@@ -26,15 +26,21 @@ class Query:
         layout: The servers.
         policy: Decides whom to ask.
         wanted: The experts whose answers are wanted.
+        lateness: Learns how long own answers take, if anything does.
         patient: Whether to wait for own answers until `become_late`. Not where a wanted expert's last answer failed:
             a query that tries such a server does not wait for it.
     """
 
-    def __init__(self, layout: Layout, policy: Policy, wanted: int, patient: bool = True) -> None:
-        self.layout = layout
-        self.policy = policy
-        self.wanted = wanted
-        self.late = not patient
+    def __init__(
+        self, layout: Layout, policy: Policy, wanted: int, lateness: Lateness | None = None, patient: bool = True
+    ) -> None:
+        self.layout, self.asks, self.wanted, self.lateness, self.late = (
+            layout,
+            policy.asks,
+            wanted,
+            lateness,
+            not patient,
+        )
         self.load: Load = lambda server: 0
         self.asked = self.arrived = self.lost = self.avoided = 0
         self.decoded = 0
@@ -66,10 +72,10 @@ class Query:
         self.load = load
         if self.layout.covers(self.layout.everyone & ~down, self.wanted):
             self.avoided = down
-        self._ask(self.policy.asks.first, self.wanted)
-        self._ask(self.policy.asks.lost, self._deserted())
+        self._ask(self.asks.first, self.wanted)
+        self._ask(self.asks.lost, self._deserted())
         if self.late:
-            self._ask(self.policy.asks.late, self.wanted)
+            self._ask(self.asks.late, self.wanted)
         return self.asked or self._last_resort()
 
     def arrive(self, server: int) -> int:
@@ -83,12 +89,14 @@ class Query:
         if not self.layout.covers(self.layout.everyone & ~self.lost, self.wanted):
             self.state = State.failed
             return 0
-        return self._ask(self.policy.asks.lost, self._deserted()) | self._settle()
+        return self._ask(self.asks.lost, self._deserted()) | self._settle()
 
     def become_late(self) -> int:
         """Stop to wait for own answers; return the servers to ask now."""
+        if self.lateness and self.waits_for_own:
+            self.lateness.observe(True)
         self.late = True
-        return self._ask(self.policy.asks.late, self.missing) | self._settle()
+        return self._ask(self.asks.late, self.missing) | self._settle()
 
     def _ask(self, whom: Whom, experts: int) -> int:
         left = self.layout.everyone & ~(self.asked | self.lost | self.avoided)
@@ -105,8 +113,9 @@ class Query:
         own, solved = self.layout.read(self.arrived)
         missing = self.wanted & ~own
         if not missing or (not missing & ~solved and (self.late or not self.waits_for_own)):
-            self.state = State.answered
-            self.decoded = missing
+            self.state, self.decoded = State.answered, missing
+            if self.lateness and not self.late and not missing:
+                self.lateness.observe(False)
             return 0
         return 0 if self.expected else self._last_resort()
 

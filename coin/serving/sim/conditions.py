@@ -82,12 +82,12 @@ class Slowdown:
 
 @dataclass(frozen=True)
 class Failures:
-    """Machines fail altogether and come back, each on its own: exponential times, in mean service times.
+    """Machines fail and come back, each on its own, and lose what waits for them: exponential times.
 
     Args:
         share: The share of the time that a machine is down; 0 for never.
-        length: How long it is down, on average. What it was working on and what waited for it is lost.
-        detection: How long it takes to find out that a request to it is lost.
+        length: How long it is down, in mean service times.
+        detection: How long it takes to find out that a request to it is lost, likewise.
     """
 
     share: float = 0.0
@@ -139,13 +139,11 @@ class FrontEndCost:
     def __post_init__(self) -> None:
         check_number("front_end.seconds", self.seconds, low=0)
         check_number("front_end.hop", self.hop, low=0)
-        if self.processes is not None:
-            check_integer("front_end.processes", self.processes, 1)
+        check_integer("front_end.processes", 1 if self.processes is None else self.processes, 1)
 
     def entries(self, arrivals: NDArray[np.float64], rate: float) -> list[float]:
         """Return when the front ends are done with reading queries that arrive at these times and at this rate."""
-        count = max(1, math.ceil(2 * rate * self.seconds)) if self.processes is None else self.processes
-        free = [0.0] * count
+        free = [0.0] * (self.processes or max(1, math.ceil(2 * rate * self.seconds)))
         done = []
         for arrival in arrivals.tolist():
             done.append(max(heapq.heappop(free), arrival) + self.seconds)
@@ -191,23 +189,22 @@ class Conditions:
 
     def service_times(self, samples: NDArray[np.float64], draw: np.random.Generator) -> Iterator[float]:
         """Yield a server's seconds for one input without slow phases, by measured ones ``[K]`` or their mean."""
-        mean, kind, tail = float(samples.mean()), self.service.kind, self.service.tail
+        mean, tail = float(samples.mean()), self.service.tail
+        drawn = {
+            ServiceKind.measured: lambda: draw.choice(samples, _CHUNK),
+            ServiceKind.exponential: lambda: draw.exponential(mean, _CHUNK),
+            ServiceKind.deterministic: lambda: np.full(_CHUNK, mean),
+        }[self.service.kind]
         while True:
-            if kind is ServiceKind.measured:
-                times = draw.choice(samples, _CHUNK)
-            else:
-                times = draw.exponential(mean, _CHUNK) if kind is ServiceKind.exponential else np.full(_CHUNK, mean)
+            times = drawn()
             yield from (times + draw.exponential(mean * tail, _CHUNK) if tail > 0 else times).tolist()
 
     def slow_phases(self, machine: int, seed: int, unit: float) -> tuple[Iterator[float], Iterator[float]]:
         """Return the times at which a machine, and all together, turn slow and well again, in turn."""
-        slow = self.slowdown
-        shared = slow.share * slow.together
-        own, length = (slow.share - shared) / (1 - shared), slow.length * unit
-        return (
-            phases(own, length, random.Random(f"slow {seed} {machine}")),
-            phases(shared, length, random.Random(f"slow {seed} together")),
-        )
+        shared, length = self.slowdown.share * self.slowdown.together, self.slowdown.length * unit
+        own = (self.slowdown.share - shared) / (1 - shared)
+        alone, together = (random.Random(f"slow {seed} {each}") for each in (machine, "together"))
+        return phases(own, length, alone), phases(shared, length, together)
 
     def down_phases(self, machine: int, seed: int, unit: float) -> Iterator[float]:
         """Yield the times at which a machine fails and comes back, in turn."""

@@ -4,7 +4,7 @@ Times are those of one processor core, as `coin serve` runs its servers unless i
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from coin.choices import check_number
 from coin.coding import Answers, Code, DecoderConfig, make_decoder
 from coin.coding.ready import convex
-from coin.data.transform import to_input
 from coin.serving.decodings import Decodings, coded_layout, standin_layout
 from coin.serving.layout import Layout, spread_copies, spread_spares
 from coin.serving.model import NetworkServer
@@ -213,25 +211,14 @@ class Profile:
         return layout, (*experts, *(count + place * extras // more for place in range(more)))
 
 
-@torch.no_grad()
-def measure_accuracy(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], image_size: int) -> float:
-    """Return the accuracy of a network on a test set's inputs, as they are stored, and labels."""
-    right = count = 0
-    for stored, labels in batches:
-        right += int((network(to_input(stored, image_size)).argmax(1) == labels).sum())
-        count += len(labels)
-    return right / count
-
-
 def measure_service(server: NetworkServer) -> tuple[NDArray[np.float64], float]:
     """Return the seconds that a server takes for one input ``[200]``, and what each further one of 8 adds, as a share.
 
     The share is of medians, and not negative.
     """
-    draw = torch.Generator().manual_seed(0)
     one = server.probe
     if one.dtype == torch.uint8:
-        one = torch.randint(256, tuple(one.shape), generator=draw, dtype=torch.uint8)
+        one = torch.randint(256, tuple(one.shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     several = one.repeat(_BATCH, *[1] * (one.ndim - 1))
     times = measure_times(lambda: server(one))
     more = measure_times(lambda: server(several), _REPEATS // _BATCH)
@@ -250,14 +237,8 @@ def measure_decoding(
     samples = 64 + 2 * (config.components or 0)
     logits = torch.randn(servers, samples, expects.outputs, generator=draw)
     features = None if width is None else torch.randn(servers, samples, width, generator=draw).unbind()
-    answers = Answers(
-        experts=logits[:count],
-        coded=logits[count:],
-        expert_features=features and features[:count],
-        coded_features=features and features[count:],
-        feature_widths=feature_widths,
-        tasks=torch.arange(samples) % count,
-    )
+    halves = features and features[:count], features and features[count:]
+    answers = Answers(logits[:count], logits[count:], *halves, feature_widths, tasks=torch.arange(samples) % count)
     lost = [0] if config.reads_survivors else range(count)
     heads = [(torch.randn(expects.outputs, width or 1), torch.zeros(expects.outputs))] * count
     decodings = Decodings(code, [make_decoder(config, code, lost, heads).fit(answers)], feature_widths)
