@@ -16,12 +16,14 @@ if TYPE_CHECKING:
         Code as Code,
         DecoderConfig as DecoderConfig,
         DecoderKind as DecoderKind,
+        Promise as Promise,
         convex as convex,
         decoding_risk as decoding_risk,
         make_decoder as make_decoder,
         oddness as oddness,
         parity_residual as parity_residual,
         parity_significance as parity_significance,
+        promised_risk as promised_risk,
         uniform as uniform,
     )
     from coin.merging import (
@@ -68,8 +70,8 @@ if TYPE_CHECKING:
     )
 
 _ROOMS = {
-    "coin.coding": "Answers Code DecoderConfig DecoderKind convex decoding_risk make_decoder oddness parity_residual"
-    " parity_significance uniform",
+    "coin.coding": "Answers Code DecoderConfig DecoderKind Promise convex decoding_risk make_decoder oddness"
+    " parity_residual parity_significance promised_risk uniform",
     "coin.merging": "Average Base CodedModel Coin Experts Foreign FullFisher GaussNewton HeadFit Merged MergeMethod"
     " Method Refit RegMean TaskArithmetic Ties Wudi merge_networks",
     "coin.metrics": "DecodingAccuracy Residual",

@@ -86,9 +86,10 @@ class RiskPoint(NamedTuple):
 
 
 class RiskCurves(Metric):
-    """What the risk of decoded answers foretells, on one expert's own task: `compute` returns a list of `RiskPoint`.
+    """What the risk of decoded answers foretells, on one expert's own task.
 
-    Every sample has a row of its own, which one process fills in; the rows are summed over processes.
+    `compute` returns a list of `RiskPoint`, and of every sample its risk and whether the decoded answer differs from
+    the expert's ``[n, 2]``. Every sample has a row, which one process fills in; rows are summed over processes.
 
     Args:
         samples: The size of the test set.
@@ -107,9 +108,11 @@ class RiskCurves(Metric):
         """Add a batch: places in the test set, risks and labels ``[B]``, and logits without padding ``[B, C]``."""
         self.seen[positions] = torch.stack([risk, *_judged(decoded, expert, labels)], 1).to(self.seen)
 
-    def compute(self) -> list[RiskPoint]:
-        """Return the points of both curves; bins without a sample are left out."""
-        seen = self.seen[self.seen[:, 4] > 0].cpu().double()
+    def compute(self) -> tuple[list[RiskPoint], Tensor]:
+        """Return the points of both curves, bins without a sample left out, and the samples in their order."""
+        seen = self.seen[self.seen[:, 4] > 0].cpu()
+        samples = torch.stack([seen[:, 0], 1 - seen[:, 3]], 1)
+        seen = seen.double()
         seen = seen[seen[:, 0].argsort(stable=True)]
         parts = [("coverage", share, seen[: round(share * len(seen))]) for share in COVERAGES]
         bins = (20 * seen[:, 0]).long().clamp_max(19)
@@ -119,7 +122,7 @@ class RiskCurves(Metric):
             if len(part):
                 risk, right, decoded_right, agreeing, _ = part.mean(0).tolist()
                 points.append(RiskPoint(curve, at, len(part), risk, agreeing, decoded_right, right))
-        return points
+        return points, samples
 
 
 class Residual(Metric):

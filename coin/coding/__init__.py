@@ -5,6 +5,7 @@ from coin.coding.code import Code, check_erasure, decode_linear
 from coin.coding.decoder_config import DecoderConfig, DecoderKind, distinct_decoders
 from coin.coding.decoders import Decoder, ExpertHeadDecoder, Head, Kept, LinearDecoder, kept_bytes, make_decoder
 from coin.coding.parity import oddness, parity_residual, parity_significance
+from coin.coding.promise import Promise, promised_risk
 from coin.coding.ready import choose_code, convex, decoded_error_bound, simplex_codes, uniform
 from coin.coding.ridge import fit_ridge
 from coin.coding.risk import decoding_risk
@@ -19,6 +20,7 @@ __all__ = [
     "Head",
     "Kept",
     "LinearDecoder",
+    "Promise",
     "check_erasure",
     "choose_code",
     "convex",
@@ -32,6 +34,7 @@ __all__ = [
     "oddness",
     "parity_residual",
     "parity_significance",
+    "promised_risk",
     "simplex_codes",
     "uniform",
 ]

@@ -1,6 +1,7 @@
 """A fitted decoder as named tensors and plain values, and back."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from coin.coding.code import Code
 from coin.coding.decoder_config import DecoderConfig
 from coin.coding.decoders import Decoder, ExpertHeadDecoder, Head, RidgeDecoder, make_decoder
+from coin.coding.promise import Promise
 from coin.coding.ridge import Projection, RidgeFit
 from coin.errors import StateError
 
@@ -29,6 +31,8 @@ def decoder_state(decoder: Decoder) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state = {} if decoder.moments is None else {"moments": decoder.moments}
     rest = {"decoder": decoder.config.name, "erased": list(decoder.erased), "num_experts": decoder.num_experts,
             "samples_read": decoder.samples_read}  # fmt: skip
+    if decoder.promises:
+        rest["promises"] = {str(expert): asdict(each) for expert, each in decoder.promises.items()}
     if isinstance(decoder, RidgeDecoder):
         rest["widths"] = decoder.widths
         groups: dict[str, Sequence[RidgeFit | Projection]]
@@ -58,8 +62,10 @@ def restore_decoder(state: Mapping[str, Tensor], rest: Mapping[str, Any], code: 
             decoder.projections = _maps(Projection, "projections", state)
         elif isinstance(decoder, ExpertHeadDecoder) and any(name.startswith("heads.") for name in state):
             decoder.heads = {expert: _head(expert, state) for expert in decoder.erased}
+        promises = rest.get("promises", {}).items()
+        decoder.promises = {int(expert): Promise(**each) for expert, each in promises}
         decoder.moments = _copied(state["moments"]) if "moments" in state else None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StateError(
             f"found a decoder's state that is not whole ({error}), expected all of it; {_ADVICE}"
         ) from None

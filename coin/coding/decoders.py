@@ -1,5 +1,6 @@
 """The decoders: the outputs that did arrive → the outputs of the lost experts, without a label."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ from torch.nn.functional import linear, pad
 from coin.coding.answers import Answers
 from coin.coding.code import Code, check_erasure, decode_linear
 from coin.coding.decoder_config import DecoderConfig, DecoderKind, FittedOn
+from coin.coding.promise import Promise, promised_risk
 from coin.coding.ridge import Projection, RidgeFit, block_kernel, fit_blocks, project_blocks
 from coin.coding.risk import decoding_risk
 from coin.errors import ConfigurationError, DecodingError, NumericalError
@@ -56,6 +58,8 @@ class Decoder(ABC):
         """How many of the calibration inputs `fit` has looked at."""
         self.moments: Tensor | None = None
         """`errors`, once they are known."""
+        self.promises: dict[int, Promise] = {}
+        """By lost expert, up to which risk its decoded answers are accepted."""
 
     def fit(self, calibration: Answers, kept: Kept | None = None) -> Self:
         """Learn from answers to calibration inputs, the lost experts' own logits being the targets, if anything.
@@ -119,6 +123,39 @@ class Decoder(ABC):
         """
         errors = self.errors[self.erased.index(expert)]
         return decoding_risk(decoded[:, :num_classes], errors[:num_classes, :num_classes])
+
+    def accept(
+        self, answers: Answers, alpha: float, confidence: float = 0.95, num_classes: Sequence[int] | None = None
+    ) -> dict[int, Promise]:
+        """Set up to which risk each lost expert's decoded answers are accepted, and return it: `promised_risk`.
+
+        Args:
+            answers: To inputs that neither networks nor decoder have learnt from, the lost experts' own among them.
+                Where they tell their tasks, every lost expert's promise is from its own task's.
+            alpha: The most of the accepted answers that differ, in (0, 1).
+            confidence: In (0, 1).
+            num_classes: Of every expert.
+
+        Raises as `errors` and `promised_risk`.
+        """
+        for place, expert in enumerate(self.erased):
+            own = answers if answers.tasks is None else answers.select(answers.tasks == expert)
+            width = num_classes[expert] if num_classes else None
+            decoded, wanted = self.decode(own)[place][:, :width], own.experts[expert][:, :width]
+            differs = (decoded.argmax(1) != wanted.argmax(1)) | ~torch.isfinite(decoded).all(1)
+            self.promises[expert] = promised_risk(self.risk(expert, decoded, width), differs, alpha, confidence)
+        return self.promises
+
+    def accepted(self, expert: int, risk: Tensor) -> Tensor:
+        """Return whether a lost expert's decoded answers of this risk ``[B]`` are accepted, bool: none are unpromised.
+
+        Raises:
+            DecodingError: `accept` was not called.
+        """
+        if expert not in self.promises:
+            raise DecodingError(f"the {self.config.name} decoder has promised nothing; call accept with new inputs")
+        threshold = self.promises[expert].threshold
+        return risk <= (-math.inf if threshold is None else threshold)
 
     def _check(self, answers: Answers) -> None:
         if answers.num_experts != self.num_experts:

@@ -24,6 +24,7 @@ from coin.modules import Coded
 from coin.modules.variants import NONE, ORACLE, read_coded
 from coin.networks import load_network
 from coin.options import described
+from coin.reporting.extras import read_promises
 from coin.reporting.results import RESULTS_CSV, asked_policy, read_configuration, read_results
 from coin.reporting.summary import seed_folders
 from coin.serving.decodings import coded_layout, standin_layout
@@ -31,7 +32,6 @@ from coin.serving.layout import Layout
 from coin.steps.expert_files import ExpertFiles
 from coin.versions import versions
 
-PROMISE_CSV = "promise.csv"
 REPLICA = "replica"
 
 
@@ -150,14 +150,18 @@ class CodedSystem:
         tasks = parser.instantiate(parser.parse_object({"tasks": self._configuration["tasks"]})).tasks
         return {name: task_with(tasks[name], image_size=self.experts.config.image_size) for name in self.tasks}
 
+    @property
+    def kept_decoders(self) -> Path:
+        """The file of `fitted_decoders`."""
+        return self.folder / "decoders" / f"{self.coded[0].stem}-{self.decoder.name}.safetensors"
+
     def fitted_decoders(self) -> list[Decoder]:
         """Return the decoders of every loss that the code promises to make up for, as the evaluation fits them.
 
         Where the decoder reads no survivor it is one, of all experts. They are fitted once, and kept in the seed's
         folder with what they were fitted from.
         """
-        path = self.folder / "decoders" / f"{self.coded[0].stem}-{self.decoder.name}.safetensors"
-        source = self._source()
+        path, source = self.kept_decoders, self._source()
         with suppress(CoinError):  # there is none, or it is damaged or of another version
             state, made = load_state(path)
             if (made.get("fitted_from"), made.get("fingerprint")) == (source, fingerprint(state)):
@@ -177,15 +181,14 @@ class CodedSystem:
 
     def thresholds(self) -> tuple[dict[str, float], dict[tuple[tuple[int, ...], int], float]]:
         """Return what the run promises, if anything, and by lost experts and one of them, up to which risk."""
-        path = self.folder / PROMISE_CSV
-        if not path.is_file():
+        frame = read_promises(self.folder)
+        if frame is None:
             return {}, {}
-        frame = pd.read_csv(path, keep_default_na=False)
         own = (frame["method"] == self.method) & (frame["decoder"] == self.decoder.name)
         rows = frame[own & (frame["batchnorm"].map(asked_policy) == self.batchnorm)]
         places = {task: place for place, task in enumerate(self.tasks)}
         found = {
-            (tuple(sorted(places[each] for each in erased.split("+"))), places[task]): float(threshold or "nan")
+            (tuple(sorted(places[each] for each in erased.split("+"))), places[task]): float(threshold)
             for erased, task, threshold in zip(rows["erased"], rows["task"], rows["threshold"], strict=True)
         }
         return {name: float(rows[name].iloc[0]) for name in ("alpha", "confidence") if found}, found

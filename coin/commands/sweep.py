@@ -3,8 +3,8 @@
 Each point has a folder, ``runs/SWEEP/SWEEP-INDEX-DESCRIPTION``, with what it printed in ``sweep.log``. Points share the
 base, the experts and the statistics that are the same for them; see `coin.experiment.store`. A sweep may be killed and
 started again: finished points are skipped, begun ones go on where they were. ``runs/SWEEP/sweep.csv`` holds the rows of
-all finished points, behind one column per swept key, in the end ``risk.csv`` likewise; ``sweep.yaml`` beside them is
-the file itself.
+all finished points, behind one column per swept key, in the end ``risk.csv`` and ``promise.csv`` likewise;
+``sweep.yaml`` beside them is the file itself.
 """
 
 import os
@@ -22,7 +22,7 @@ from coin.experiment.store import Steps, alone_in, step_key
 from coin.files.atomic import write_text
 from coin.processes import cores, say
 from coin.reporting import write_report
-from coin.reporting.extras import RISK_CSV, read_risk
+from coin.reporting.extras import PROMISE_CSV, RISK_CSV, read_promises, read_risk
 from coin.reporting.results import read_results, write_frame
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, sweep_frame, sweep_table
 from coin.reporting.tables import results_console
@@ -92,6 +92,7 @@ def main(arguments: Sequence[str]) -> None:
         done = [run for run in runs if run in done]
         frame = _collect(done, folder / SWEEP_CSV, read_results)
         _collect(done, folder / RISK_CSV, read_risk)
+        _collect(done, folder / PROMISE_CSV, read_promises)
     if frame is not None:
         results_console().print(sweep_table(frame, list(plan.grids[0]), f"{plan.name}: NDA in %, mean over tasks"))
         print(f"table: {folder / SWEEP_CSV}")

@@ -25,6 +25,7 @@ class Stream(IntEnum):
     RENDER_TEST = 6
     WORKERS = 7
     TRANSFORM = 8
+    PROMISE = 9
 
 
 def seeded(seed: int, *keys: int) -> torch.Generator:

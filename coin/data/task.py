@@ -235,15 +235,31 @@ class TaskData(LightningDataModule, ABC):
         A smaller P gives a prefix of a larger one. An error calls the task by `name`.
         """
         check_integer("calibration samples", samples, 1)
-        check_integer("the calibration data's batch size", batch_size, 1)
         train = self.splits.train
         if samples > len(train):
-            task = type(self).__name__ if name is None else f"the task '{name}' ({type(self).__name__})"
             raise DataError(
-                f"{samples} calibration samples asked of {task}, whose training split has {len(train)}; ask for at "
-                f"most {len(train)}: calibration.samples_per_task or a method's own in a run, --samples of coin "
-                "fisher, samples_per_task of Tasks"
+                f"{samples} calibration samples asked of {self._called(name)}, whose training split has {len(train)}; "
+                f"ask for at most {len(train)}: calibration.samples_per_task or a method's own in a run, --samples of "
+                "coin fisher, samples_per_task of Tasks"
             )
-        order = torch.randperm(len(train), generator=seeded(self.seed, Stream.CALIBRATION))
-        held = self._shared.read((*self._key, self.seed, samples), train.subset(order[:samples]).held)
+        return self._drawn(train, samples, batch_size, Stream.CALIBRATION)
+
+    def promise(self, samples: int, batch_size: int = 64, name: str | None = None) -> Calibration:
+        """So many samples of the validation split, which experts were not trained on, drawn as `calibration` draws."""
+        check_integer("promise samples", samples, 1)
+        validation = self.splits.validation
+        if (most := 0 if validation is None else len(validation)) < samples or validation is None:
+            raise DataError(
+                f"{samples} promise samples asked of {self._called(name)}, whose validation split has {most}; ask for "
+                f"at most {most} (calibration.promise_samples), or raise the task's validation_share"
+            )
+        return self._drawn(validation, samples, batch_size, Stream.PROMISE)
+
+    def _called(self, name: str | None) -> str:
+        return type(self).__name__ if name is None else f"the task '{name}' ({type(self).__name__})"
+
+    def _drawn(self, split: Samples, samples: int, batch_size: int, stream: Stream) -> Calibration:
+        check_integer("the calibration data's batch size", batch_size, 1)
+        order = torch.randperm(len(split), generator=seeded(self.seed, stream))
+        held = self._shared.read((*self._key, self.seed, samples, stream), split.subset(order[:samples]).held)
         return Calibration.of(held, self.image_size, batch_size)

@@ -31,6 +31,7 @@ class Tasks(LightningDataModule):
         batch_size: Calibration samples a batch and process.
         held_out: The share of each task's calibration samples that training leaves out for validation, in [0, 1).
         seed: Draws the calibration samples and their order; none leaves every task its own seed.
+        promise_samples: How many validation samples of each task `promise` draws.
 
     Attributes:
         augmentation: What happens to calibration samples that are trained on, where the module that trains says so.
@@ -43,11 +44,13 @@ class Tasks(LightningDataModule):
         batch_size: int = 64,
         held_out: float = 0.0,
         seed: int | None = None,
+        promise_samples: int = 0,
     ) -> None:
         super().__init__()
         check_integer("samples_per_task", samples_per_task, 1)
         check_integer("batch_size", batch_size, 1)
         check_integer("seed", seed or 0, 0)
+        check_integer("promise_samples", promise_samples, 0)
         check_number("held_out", held_out, low=0.0, high=1.0)
         if not tasks:
             raise DataError("found no tasks, expected at least one; name them under data.tasks")
@@ -60,6 +63,7 @@ class Tasks(LightningDataModule):
         self.samples_per_task = samples_per_task
         self.batch_size = batch_size
         self.held_out = held_out
+        self.promise_samples = promise_samples
         self.augmentation = Augmentation.none
         self.seed = next(iter(self.tasks.values())).seed
 
@@ -91,6 +95,15 @@ class Tasks(LightningDataModule):
     def calibration(self) -> Calibration:
         """Return all tasks' calibration samples, interleaved."""
         return pooled(list(self.calibrations().values()))
+
+    def promise(self) -> Calibration | None:
+        """Return all tasks' promise samples, interleaved; none where there are to be none."""
+        drawn = [
+            task.promise(self.promise_samples, self.batch_size, name)
+            for name, task in self.tasks.items()
+            if self.promise_samples
+        ]
+        return pooled(drawn) if drawn else None
 
     def training_calibration(self) -> Calibration:
         """Return the pooled calibration samples without the held-out ones, in the order of their positions."""

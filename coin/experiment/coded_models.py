@@ -39,7 +39,9 @@ def choose_code(run: SeedRun) -> None:
     if run.experiment.code is not None:
         return
     path = run.layout.code
-    key = step_key({"tasks": run.tasks, "calibration": run.experiment.calibration}, list(run.experts.paths.values()))
+    key = step_key(
+        {"tasks": run.tasks, "calibration": run.experiment.calibration.merging}, list(run.experts.paths.values())
+    )
 
     def choose() -> None:
         write_choice(path, run.experts.networks, list(run.calibrations().values()))
@@ -118,7 +120,7 @@ def _merge_key(run: SeedRun, method: Method, statistics: StatisticPaths) -> str:
     options: dict[str, Any] = {
         "method": method,
         "code": run.code.code.matrix,
-        "calibration": run.experiment.calibration,
+        "calibration": run.experiment.calibration.merging,
         "tasks": run.tasks,
         "seed": run.seed,
     }
@@ -193,8 +195,9 @@ def evaluate(run: SeedRun) -> None:
     experiment, layout = run.experiment, run.layout
     coded = [path for method in experiment.methods for path in run.coded_paths(method)]
     shown = coded and experiment.network.reads == "images"
-    outputs = [layout.results, layout.results_json, layout.confusions, layout.risk]
+    outputs = [layout.results, layout.results_json, layout.confusions, layout.risk, layout.risk_samples]
     outputs += [layout.examples] if shown else []
+    outputs += [layout.promise] if experiment.calibration.promise_samples else []
     options, code = experiment.described(run.seed), run.code.code.matrix  # results.json says all of them
     key = step_key({**options, "code": code, "columns": COLUMNS}, [*run.experts.paths.values(), *coded])
     if run.steps.finished("evaluate", key, outputs):
@@ -207,6 +210,8 @@ def evaluate(run: SeedRun) -> None:
             coded=[str(path) for path in coded],
             decoders=None if experiment.takes_all_decoders else list(experiment.decoders),
             code=code.tolist(),
+            alpha=experiment.calibration.promise_alpha,
+            confidence=experiment.calibration.promise_confidence,
         )
         with job(experiment, "evaluate", "evaluate", run.seed) as work:
             work.reads("expert", run.experts.paths)

@@ -5,7 +5,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, TypeAlias
 
 from coin.callbacks import Weights
-from coin.choices import check_integer, chosen
+from coin.choices import check_integer, check_number, chosen
 from coin.data import TaskData
 from coin.errors import ConfigurationError
 from coin.reporting.wandb_settings import TAG_LENGTH
@@ -79,6 +79,10 @@ class CalibrationConfig:
         fisher_precision: The type that the networks run in for it.
         memory_mib: Bound on the Fisher pass's working memory in MiB, beside the network and the accumulators.
         batch_size: Samples a batch.
+        promise_samples: How many samples of each task's validation split, which neither experts, coded models nor
+            decoders learn from, say up to which risk decoded answers are accepted; 0 promises nothing.
+        promise_alpha: The most of the accepted answers that differ from the expert's, as a probability.
+        promise_confidence: The probability that this holds.
     """
 
     samples_per_task: int = 200
@@ -88,15 +92,26 @@ class CalibrationConfig:
     fisher_precision: Precision = Precision.full
     memory_mib: int = DEFAULT_MEMORY_MIB
     batch_size: int = 50
+    promise_samples: int = 0
+    promise_alpha: float = 0.02
+    promise_confidence: float = 0.95
 
     def __post_init__(self) -> None:
         for name in ("samples_per_task", "batch_size", "memory_mib"):
             check_integer(name, getattr(self, name), 1)
+        check_integer("promise_samples", self.promise_samples, 0)
+        for name in ("promise_alpha", "promise_confidence"):
+            check_number(name, getattr(self, name), low=0, high=1, strict=True)
         if self.fisher_cotangents is not None:
             check_integer("fisher_cotangents", self.fisher_cotangents, 1)
         object.__setattr__(self, "fisher_data", chosen(DataChoice, "fisher_data", self.fisher_data))
         object.__setattr__(self, "fisher_kind", chosen(FisherKind, "fisher_kind", self.fisher_kind))
         object.__setattr__(self, "fisher_precision", chosen(Precision, "fisher_precision", self.fisher_precision))
+
+    @property
+    def merging(self) -> dict[str, Any]:
+        """What of it has a say in the coded models."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("promise_")}
 
     def options_of(self, which: Statistic) -> StatisticOptions:
         """Return how a statistic is computed."""

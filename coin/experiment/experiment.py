@@ -155,6 +155,8 @@ class Experiment:
         samples = max(self.calibration.samples_per_task, *(method.samples_per_task or 0 for method in self.methods), 0)
         for name, task in self.tasks.items():
             task.calibration(samples, name=name)
+            if self.calibration.promise_samples:
+                task.promise(self.calibration.promise_samples, name=name)
             given = self.expert.checkpoints.get(name)
             if given is not None:
                 brought_network(self.network, task.num_classes, Path(given))

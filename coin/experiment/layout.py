@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from coin.reporting.extras import EXAMPLES_NPZ, LAYERS_CSV, RISK_CSV
+from coin.reporting.extras import EXAMPLES_NPZ, LAYERS_CSV, PROMISE_CSV, RISK_CSV, RISK_NPZ
 from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON
 from coin.reporting.summary import SUMMARY_CSV
 
@@ -26,6 +26,8 @@ class SeedLayout:
         self.examples = folder / EXAMPLES_NPZ
         self.layers = folder / LAYERS_CSV
         self.risk = folder / RISK_CSV
+        self.risk_samples = folder / RISK_NPZ
+        self.promise = folder / PROMISE_CSV
 
     def expert(self, task: str) -> Path:
         """Return the file of a task's expert; its checkpoints and logs lie beside it."""

@@ -61,7 +61,8 @@ class SeedRun:
     def data(self, tasks: Mapping[str, TaskData]) -> Tasks:
         """Return tasks with the experiment's calibration samples."""
         calibration = self.experiment.calibration
-        return Tasks(tasks, calibration.samples_per_task, calibration.batch_size)
+        samples = calibration.samples_per_task, calibration.batch_size
+        return Tasks(tasks, *samples, promise_samples=calibration.promise_samples)
 
     def calibrations(self) -> dict[str, Calibration]:
         """Return every task's calibration samples."""

@@ -12,7 +12,17 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from coin.batches import Batch, Forward, adapted, as_input, checked, clone, take
-from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, ExpertHeadDecoder, Head, make_decoder
+from coin.coding import (
+    Answers,
+    Code,
+    Decoder,
+    DecoderConfig,
+    DecoderKind,
+    ExpertHeadDecoder,
+    Head,
+    Promise,
+    make_decoder,
+)
 from coin.coding.decoder_state import decoders_state, restore_decoders
 from coin.errors import CoinWarning, ConfigurationError, FileError, HeadError, StateError
 from coin.files.safetensors import load_state, save_state
@@ -53,6 +63,11 @@ class Coded(LightningModule):
     >>> decoded = system.decode(inputs, [0, 2])
     >>> decoded.shape, system.risk(decoded, [0, 2]).shape
     (torch.Size([2, 60, 3]), torch.Size([2, 60]))
+    >>> new = torch.randn(100, 4)
+    >>> [promise.coverage for promise in system.accept(0.05, inputs=[new], erased=[0, 2])]
+    [1.0, 1.0]
+    >>> system.accepted(decoded, [0, 2]).shape
+    torch.Size([2, 60])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     system.save(f"{folder}/system.safetensors")
     ...     again = coin.Coded.load(f"{folder}/system.safetensors", experts)
@@ -149,10 +164,8 @@ class Coded(LightningModule):
         first = list(islice(batches, 1))
         if isinstance(decoder, ExpertHeadDecoder):
             decoder = make_decoder(decoder.config, self.code, erased, self.heads(*first))
-        read = (*decoder.erased, *decoder.survivors)
-        unread = [expert for expert in range(decoder.num_experts) if expert not in read]
         for batch in chain(first, batches):
-            parts.append(self._answers_for([decoder.config], batch, unread))
+            parts.append(self._answers_to(batch, decoder))
             self.classes = self.classes or [num_classes(expert, batch) for expert in self.experts]
         if decoder.needs_fit or parts:
             decoder.fit(replace(Answers.concatenate(parts), tasks=tasks))
@@ -182,6 +195,43 @@ class Coded(LightningModule):
         widths = dict(enumerate(self.classes or []))
         each = zip([decoder.erased[place] for place in places], decoded, strict=True)
         return torch.stack([decoder.risk(expert, logits, widths.get(expert)) for expert, logits in each])
+
+    def accept(
+        self,
+        alpha: float,
+        confidence: float = 0.95,
+        *,
+        inputs: Iterable[Any],
+        erased: Sequence[int] | None = None,
+        tasks: Tensor | None = None,
+    ) -> list[Promise]:
+        """Set up to which risk decoded answers are accepted: at most α of these differ from the expert's.
+
+        Args:
+            alpha: The most that differ, as a probability, in (0, 1).
+            confidence: The probability that the promise holds, in (0, 1).
+            inputs: New ones, in batches as `fit_decoder` takes them: like the queries, and such as neither experts,
+                coded models nor decoder have learnt from. All experts answer them.
+            erased: The lost experts; those of the last `fit_decoder` by default.
+            tasks: Of which expert's task each input is, int64 over all batches; each expert's promise is then from its
+                own. None takes every input for all.
+
+        Returns:
+            A promise for each lost expert. Where one cannot be given, none of its decoded answers are accepted.
+        """
+        decoder, places = self._decoder_of(erased)
+        answers = replace(Answers.concatenate([self._answers_to(batch, decoder) for batch in inputs]), tasks=tasks)
+        promises = decoder.accept(answers, alpha, confidence, self.classes)
+        return [promises[decoder.erased[place]] for place in places]
+
+    def accepted(self, decoded: Tensor, erased: Sequence[int] | None = None) -> Tensor:
+        """Return which decoded logits are accepted, bool ``[|erased|, B]``: their `risk` is one that `accept` allows.
+
+        Raises a DecodingError where `accept` was not called.
+        """
+        decoder, places = self._decoder_of(erased)
+        each = zip([decoder.erased[place] for place in places], self.risk(decoded, erased), strict=True)
+        return torch.stack([decoder.accepted(expert, risk) for expert, risk in each])
 
     def save(self, path: str | Path) -> None:
         """Write the code, the coded models and the decoders that are fitted into one safetensors file.
@@ -263,6 +313,12 @@ class Coded(LightningModule):
             raise ConfigurationError(f"found no decoder{lost}{ready}; call fit_decoder with the lost experts first")
         decoder = self.decoders[able[0]]
         return decoder, [decoder.erased.index(expert) for expert in key]
+
+    def _answers_to(self, inputs: Batch, decoder: Decoder) -> Answers:
+        """Return the answers that a decoder learns from, its lost experts' own among them."""
+        read = (*decoder.erased, *decoder.survivors)
+        unread = [expert for expert in range(decoder.num_experts) if expert not in read]
+        return self._answers_for([decoder.config], inputs, unread)
 
     def _answers_for(
         self,

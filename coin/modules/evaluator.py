@@ -27,6 +27,7 @@ from coin.coding import (
     make_decoder,
     uniform,
 )
+from coin.data import Calibration
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
 from coin.metrics import DecodingAccuracy, Residual, RiskCurves
@@ -66,6 +67,9 @@ class DecodingEvaluator(LightningModule):
         decoders: The decoders to try: kinds, or sections of a kind and its options; none takes all kinds, but
             expert_head only where the experts' logits are their heads' of their features.
         code: The code of the references, R×N; none takes the first coded model's.
+        alpha: The most of the accepted answers that differ from the expert's, where the datamodule has samples for a
+            promise, which all networks then answer once: `coin.promised_risk`.
+        confidence: The probability that the promise holds.
 
     Raises:
         ConfigurationError: There is nothing to evaluate, or a decoder does not exist or comes twice.
@@ -78,6 +82,8 @@ class DecodingEvaluator(LightningModule):
         coded: list[str] | None = None,
         decoders: list[str | dict[str, Any] | DecoderConfig] | None = None,
         code: list[list[float]] | None = None,
+        alpha: float = 0.02,
+        confidence: float = 0.95,
     ) -> None:
         super().__init__()
         self.decoders, self._takes_all = distinct_decoders(decoders), decoders is None
@@ -97,6 +103,7 @@ class DecodingEvaluator(LightningModule):
         if self.code.num_experts != len(experts):
             raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
         self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
+        self.alpha, self.confidence = alpha, confidence
         self.outcomes: list[Outcome] = []
         self.examples: dict[int, ExampleSamples] = {}
         self.kept: dict[str, KeptSamples] = {}
@@ -127,13 +134,17 @@ class DecodingEvaluator(LightningModule):
         if self.heads is None:
             self.decoders = [config for config in self.decoders if config.kind is not DecoderKind.expert_head]
         started = time.perf_counter()
-        with self.trainer.precision_plugin.forward_context():  # the decoders meet in the test what they were fitted on
-            parts = [self(batch.to(self.device)).cpu() for batch in calibration]
-        answers = replace(Answers.concatenate(parts), tasks=calibration.part)
+        answers = self._answers(calibration)
         # The networks run together here; each one's share of the time is what a decoder that needs it is charged.
         share = (time.perf_counter() - started) / (len(self.experts) + len(self.coded))
         self._test_sizes = [len(task.splits.test) for task in data.tasks.values()]
         self.fitted = self._fit_decoders(answers, share)
+        if (new := data.promise()) is not None:
+            answers = self._answers(new)
+            with torch.autocast("cpu", enabled=False), full_products():
+                for fitted in tracked(self.fitted, "promising"):
+                    seen = self.variants[fitted.variant].seen(answers)
+                    fitted.decoder.accept(seen, self.alpha, self.confidence, self.class_counts)
         self.examples = {
             place: ExampleSamples(len(task.splits.test), self.config.image_size, len(self.alone(place)))
             for place, task in enumerate(data.tasks.values())
@@ -141,6 +152,11 @@ class DecodingEvaluator(LightningModule):
         }
         coded = [index for index, variant in enumerate(self.variants) if not variant.is_none]
         self.residuals = {index: [Residual() for _ in self.tasks] for index in coded}
+
+    def _answers(self, calibration: Calibration) -> Answers:
+        with self.trainer.precision_plugin.forward_context():  # the decoders meet in the test what they were fitted on
+            parts = [self(batch.to(self.device)).cpu() for batch in calibration]
+        return replace(Answers.concatenate(parts), tasks=calibration.part)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of, on the CPU."""
@@ -201,7 +217,9 @@ class DecodingEvaluator(LightningModule):
                 decoder_seconds=fitted.seconds,
                 decoder_passes=fitted.passes,
                 confusion=confusion.compute().cpu().numpy().astype(np.int64),
-                risk=tuple(curves.compute()),
+                risk=tuple(points),
+                samples=samples.numpy(),
+                promise=fitted.decoder.promises.get(expert),
                 **self.variants[fitted.variant].costs(
                     fitted.decoder.config, kept[fitted.variant, fitted.decoder.config], len(fitted.decoder.erased)
                 ),
@@ -209,6 +227,7 @@ class DecodingEvaluator(LightningModule):
             )
             for fitted in self.fitted
             for expert, (accuracy, confusion, curves) in fitted.metrics.items()
+            for points, samples in [curves.compute()]
         ]
 
     def _fit_decoders(self, answers: Answers, share: float) -> list[_FittedDecoder]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from coin.coding import Answers, Code, DecoderConfig, DecoderKind
+from coin.coding import Answers, Code, DecoderConfig, DecoderKind, Promise
 from coin.errors import FileError
 from coin.metrics import RiskPoint
 from coin.networks import BatchNormPolicy, load_network
@@ -106,6 +106,8 @@ class Outcome:
         forwards: Networks run for one lost answer.
         losses: The most experts that may be lost at once.
         risk: How the risk of the decoded answers turned out.
+        samples: Every test sample's risk, and whether its decoded answer differs from the expert's ``[n, 2]``.
+        promise: Up to which risk answers are accepted; none where nothing was to be promised.
     """
 
     variant: Variant
@@ -123,7 +125,9 @@ class Outcome:
     memory_mib: float
     forwards: float
     losses: float
-    risk: tuple[RiskPoint, ...] = ()
+    risk: tuple[RiskPoint, ...]
+    samples: NDArray[np.float32]
+    promise: Promise | None = None
 
 
 _PROVENANCE: dict[str, tuple[type, ...]] = {

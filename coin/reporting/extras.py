@@ -1,4 +1,4 @@
-"""Optional files beside the results: a merge layer by layer, example images, the risk of decoded answers."""
+"""Optional files beside the results: layers of a merge, example images, risks of decoded answers and promises."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +22,9 @@ from coin.reporting.results import (
 LAYERS_CSV = "layers.csv"
 EXAMPLES_NPZ = "examples.npz"
 RISK_CSV = "risk.csv"
+RISK_NPZ = "risk.npz"
+PROMISE_CSV = "promise.csv"
+PROMISE_COLUMNS = (*KEYS, "alpha", "confidence", "samples", "needed", "threshold", "promised", "coverage", "found")
 RISK_COLUMNS = (*KEYS, "curve", "at", "samples", "risk", "agreement", "decoded_accuracy", "expert_accuracy")
 LAYER_COLUMNS = ("method", "batchnorm", "code_row", "layer", "fisher_share", "distance")
 
@@ -151,3 +154,32 @@ def read_risk(folder: Path) -> pd.DataFrame | None:
     """
     path, numbers = folder / RISK_CSV, ["at", *RISK_COLUMNS[-4:]]
     return read_frame(path, RISK_COLUMNS, (*INTEGERS, "samples"), numbers) if path.exists() else None
+
+
+def write_promises(folder: Path, promises: pd.DataFrame) -> None:
+    """Write ``promise.csv``, a row per lost expert and decoder; or take an earlier one away where nothing is promised.
+
+    `threshold` is the largest risk of an accepted answer, NaN where no promise could be given from so many `samples`
+    (`coin.promised_risk`). `promised` is the share of these that are accepted, `coverage` that of the test samples, and
+    `found` how many of the latter differ from the expert's, as a share: `alpha` at most, with `confidence`.
+
+    Raises:
+        FileError: The file cannot be written.
+    """
+    if promises.empty:
+        (folder / PROMISE_CSV).unlink(missing_ok=True)
+    else:
+        write_frame(folder / PROMISE_CSV, promises[list(PROMISE_COLUMNS)])
+
+
+def read_promises(folder: Path) -> pd.DataFrame | None:
+    """Return the rows of ``promise.csv``, None where there is no such file.
+
+    Raises:
+        FileError: The file is damaged.
+    """
+    path, numbers = folder / PROMISE_CSV, [name for name in PROMISE_COLUMNS[len(KEYS) :] if name not in _COUNTS]
+    return read_frame(path, PROMISE_COLUMNS, (*INTEGERS, *_COUNTS), numbers) if path.exists() else None
+
+
+_COUNTS = ("samples", "needed")

@@ -21,7 +21,15 @@ from PIL import Image
 from coin.files.atomic import atomic_path, write_text
 from coin.progress import progress
 from coin.reporting import figures
-from coin.reporting.extras import LAYERS_CSV, RISK_CSV, read_examples, read_layers, read_risk
+from coin.reporting.extras import (
+    LAYERS_CSV,
+    PROMISE_CSV,
+    RISK_CSV,
+    read_examples,
+    read_layers,
+    read_promises,
+    read_risk,
+)
 from coin.reporting.findings import FLOOR, Findings, findings, paired_differences
 from coin.reporting.results import RESULTS_CSV, asked_policy, read_confusions
 from coin.reporting.sources import Source, as_dict, facts_of, read_sources
@@ -36,7 +44,7 @@ from coin.reporting.summary import (
     variant_names,
 )  # fmt: skip
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, as_numbers, as_text, sweep_text
-from coin.reporting.tables import nda_tables, percent, risk_table, risk_totals
+from coin.reporting.tables import nda_tables, percent, promise_table, risk_table, risk_totals
 
 REPORT_HTML = "report.html"
 PLOTS = "plots"
@@ -245,8 +253,15 @@ class _Page:
         totals = totals[(totals["decoder"] == found.best.decoder) & (totals["name"] != "oracle")]
         shown = totals[totals["name"].isin(_shown(source, found))]
         title = f"Agreement with the expert, and accuracy, of the answers kept, in %, {found.best.decoder} decoder"
+        tables = [(title, risk_table(totals))]
+        made = [own for own in map(read_promises, source.seeds) if own is not None]
+        if made:
+            promises = pd.concat(made, ignore_index=True)
+            promises = promises[(promises["decoder"] == found.best.decoder) & (promises["method"] != "oracle")]
+            title = f"Promised and found on the test sets, in %, {found.best.decoder} decoder"
+            tables.append((title, promise_table(promises)))
         return {
-            "tables": [(title, risk_table(totals))],
+            "tables": tables,
             "figures": [self._draw("risk", figures.risk_curves(shown), _RISK)],
         }
 
@@ -281,7 +296,7 @@ class _Page:
         files = [
             source.folder / own for own in (SUMMARY_CSV, SWEEP_CSV, *([REPORT_HTML] if len(self.sources) > 1 else []))
         ]
-        files += [seed / file for seed in source.seeds for file in (RESULTS_CSV, RISK_CSV, LAYERS_CSV)]
+        files += [seed / file for seed in source.seeds for file in (RESULTS_CSV, RISK_CSV, PROMISE_CSV, LAYERS_CSV)]
         versions = as_dict(source.document.get("versions"))
         return {
             "title": source.name if len(self.sources) > 1 else "",

@@ -76,6 +76,22 @@ def risk_table(totals: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([{"method": name, **line} for name, line in lines.items()])
 
 
+def promise_table(promises: pd.DataFrame) -> pd.DataFrame:
+    """Return a line per method's variant of rows of ``promise.csv`` of one decoder: means over tasks and seeds, in %.
+
+    ``given`` says for how many of them anything is promised; ``found`` is over all accepted answers.
+    """
+    lines = []
+    for name, own in promises.assign(name=variant_names).groupby("name", sort=False):
+        given = own[own["threshold"].notna()]
+        accepted = given["coverage"].sum()
+        found = (given["coverage"] * given["found"].fillna(0)).sum() / accepted if accepted else math.nan
+        line = {"method": str(name), "given": f"{len(given)} of {len(own)}"}
+        line |= {column: percent(own[column].mean()) for column in ("alpha", "promised", "coverage")}
+        lines.append({**line, "found": percent(found)})
+    return pd.DataFrame(lines).rename(columns={"alpha": "at most", "promised": "coverage promised"})
+
+
 def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
     contenders = means[~means["method"].isin(REFERENCES)]
     best = contenders.groupby(["decoder", "samples_per_task"])["nda_mean"].max().round(4).to_dict()

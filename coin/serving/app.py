@@ -3,11 +3,12 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
@@ -37,13 +38,13 @@ _STATUS: dict[type[CoinError], int] = {
 """The first that an error is an instance of counts; 429 is for too many queries, 503 for too few servers."""
 
 
+@dataclass(frozen=True)
 class _Collector:
     """What Prometheus reads off a front end."""
 
-    def __init__(self, front: FrontEnd, reader: Reader, name: str) -> None:
-        self.front = front
-        self.reader = reader
-        self.name = name
+    front: FrontEnd
+    reader: Reader
+    name: str
 
     def collect(self) -> Iterable[Metric]:
         """Yield what prometheus_client asks for."""
@@ -122,20 +123,11 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits, name: str
             raise UnknownModelError(f"found version '{version}' of model '{model}', expected {VERSION}")
         return models[model]
 
-    def route(method: Callable[..., Any], path: str, **options: Any) -> Callable[[Any], Any]:
-        """Return the decorator of a model's path, with its version and without."""
-
-        def decorate(function: Any) -> Any:
-            for version in ("", "/versions/{version}"):
-                method(f"/v2/models/{{model}}{version}{path}", **options)(function)
-            return function
-
-        return decorate
-
+    router = APIRouter()  # a model's paths, with its version and without
     Experts = Annotated[int, Depends(experts_of)]
     schema = {"content": {"application/json": {"schema": InferRequest.model_json_schema()}}}
 
-    @route(app.post, "/infer", openapi_extra={"requestBody": schema})
+    @router.post("/infer", openapi_extra={"requestBody": schema})
     async def infer(
         model: str,
         experts: Experts,
@@ -182,14 +174,14 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits, name: str
         response.status_code = 200 if is_ready else 503
         return {"ready": is_ready}
 
-    @route(app.get, "/ready")
+    @router.get("/ready")
     async def model_ready(model: str, experts: Experts, response: Response) -> dict[str, Any]:
         """Say whether a task could be answered: 503 where it could not."""
         is_ready = front.can_answer(experts)
         response.status_code = 200 if is_ready else 503
         return {"name": model, "ready": is_ready}
 
-    @route(app.get, "", dependencies=[Depends(experts_of)])
+    @router.get("", dependencies=[Depends(experts_of)])
     async def metadata(model: str) -> dict[str, Any]:
         """Return a model's inputs, outputs and classes."""
         return about.metadata(model)
@@ -209,4 +201,6 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits, name: str
         """Return Prometheus' metrics."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+    for version in ("", "/versions/{version}"):
+        app.include_router(router, prefix=f"/v2/models/{{model}}{version}")
     return app

@@ -5,8 +5,14 @@ from dataclasses import dataclass
 from coin.choices import check_number
 
 
+class _Positive:
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check_number(name, value, low=0, strict=True)
+
+
 @dataclass(frozen=True)
-class Limits:
+class Limits(_Positive):
     """What bounds waiting; all of them positive.
 
     Args:
@@ -29,13 +35,9 @@ class Limits:
     failures: int = 3
     cooldown: float = 1.0
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            check_number(name, value, low=0, strict=True)
-
 
 @dataclass(frozen=True)
-class InputLimits:
+class InputLimits(_Positive):
     """What a query may bring, and all that are being read together; all of them positive.
 
     Args:
@@ -57,7 +59,3 @@ class InputLimits:
     seconds: float = 5.0
     held_bytes: int = 128 * 2**20
     held_pixels: int = 128 * 2**20
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            check_number(name, value, low=0, strict=True)

@@ -1,5 +1,6 @@
 """What an evaluation leaves: rows and confusions as files, examples, and the same for W&B."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,16 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 
 from coin.data.tasks import Tasks
 from coin.modules import DecodingEvaluator, Outcome
-from coin.reporting.extras import RISK_COLUMNS, Examples, write_examples, write_risk
-from coin.reporting.results import KEYS, Row, asked_policy, confusion_key, write_results
+from coin.reporting.extras import (
+    PROMISE_COLUMNS,
+    RISK_COLUMNS,
+    RISK_NPZ,
+    Examples,
+    write_examples,
+    write_promises,
+    write_risk,
+)
+from coin.reporting.results import KEYS, Row, asked_policy, confusion_key, write_archive, write_results
 from coin.reporting.wandb_evaluation import log_evaluation
 from coin.reporting.wandb_settings import logging_only
 
@@ -64,9 +73,28 @@ def record_evaluation(
         columns=list(RISK_COLUMNS),
     )
     write_risk(folder, risk)
+    samples = {confusion_key(row): outcome.samples for row, outcome in zip(rows, model.outcomes, strict=True)}
+    write_archive(folder / RISK_NPZ, samples)
+    kept = [_kept_promise(row, outcome) for row, outcome in zip(rows, model.outcomes, strict=True) if outcome.promise]
+    write_promises(folder, pd.DataFrame(kept, columns=list(PROMISE_COLUMNS)))
     for run in runs:
         with logging_only("the evaluation"):
             log_evaluation(run, rows, confusions, examples, classes, risk)
+
+
+def _kept_promise(row: Row, outcome: Outcome) -> dict[str, Any]:
+    """Return the row of ``promise.csv``: what was promised, and how it turned out on the test samples."""
+    promise, (risk, differs) = outcome.promise, outcome.samples.T
+    assert promise is not None
+    threshold = math.nan if promise.threshold is None else promise.threshold
+    accepted = risk <= np.float32(threshold)
+    return {key: getattr(row, key) for key in KEYS} | {
+        **{name: getattr(promise, name) for name in ("alpha", "confidence", "samples", "needed")},
+        "threshold": threshold,
+        "promised": promise.coverage,
+        "coverage": accepted.mean(),
+        "found": differs[accepted].mean() if accepted.any() else math.nan,
+    }
 
 
 def result_rows(outcomes: Sequence[Outcome], experiment: str, seed: int, samples_per_task: int) -> list[Row]:

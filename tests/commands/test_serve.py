@@ -22,8 +22,10 @@ import yaml
 from coin.cli import main
 from coin.commands.coded_system import Choice, CodedSystem, read_coded_system
 from coin.commands.serve import application, read_system
-from coin.errors import CoinWarning, FileError
+from coin.errors import CoinWarning, ConfigurationError, FileError
+from coin.files.safetensors import load_state
 from coin.reporting import read_results
+from coin.reporting.extras import write_promises
 from coin.reporting.results import asked_policy
 from coin.serving.front_end import FrontEnd
 from coin.serving.limits import Limits
@@ -33,12 +35,21 @@ from coin.serving.ray_app import System
 from coin.serving.replies import Reply
 
 
-def read(folder: Path, policy: str = "coded_hedged", decoder: str = "feature_ridge") -> System:
-    return read_system(str(folder), Choice("coin", "auto", decoder), PolicyKind(policy), 0.9)
+def read(folder: Path, policy: str | None = None, decoder: str | None = "feature_ridge") -> System:
+    return read_system(str(folder), Choice("coin", "auto", decoder), policy and PolicyKind(policy), 0.9)
 
 
-def front_end(system: System, lost: int) -> FrontEnd:
-    """Return a front end with the networks in this process, one of which is lost."""
+@pytest.fixture(scope="session")
+def alone(finished: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished experiment, evaluated with decoders that read no survivor beside one that does."""
+    copy = shutil.copytree(finished, tmp_path_factory.mktemp("alone") / "tiny")
+    decoders = "[linear,expert_head,{kind: feature_ridge, survivors: false}]"
+    assert main(["run", "-c", str(config), f"--output={copy.parent}", f"--decoders={decoders}"]) == 0
+    return copy
+
+
+def front_end(system: System, *lost: int) -> FrontEnd:
+    """Return a front end with the networks in this process, some of which are lost."""
 
     def serve(name: str, path: str, is_lost: bool) -> Any:
         network = NetworkServer(Path(system.folder) / path, system.expects.outputs, system.decoder)
@@ -51,7 +62,7 @@ def front_end(system: System, lost: int) -> FrontEnd:
         return ask
 
     files = {name: path for networks in system.processes.values() for name, path in networks.items()}
-    servers = {name: serve(name, path, place == lost) for place, (name, path) in enumerate(files.items())}
+    servers = {name: serve(name, path, place in lost) for place, (name, path) in enumerate(files.items())}
     return system.front_end(servers, Limits())
 
 
@@ -82,6 +93,78 @@ def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decode
         (row,) = results[results.task == task].itertuples()
         assert asyncio.run(accuracy(task, expert, lost=1 - expert)) == pytest.approx(row.expert_accuracy)
         assert asyncio.run(accuracy(task, expert, lost=expert)) == pytest.approx(row.decoded_accuracy)
+
+
+@pytest.mark.parametrize("decoder", ["expert_head", "feature_ridge-alone"])
+def test_a_coded_model_alone_stands_in_for_every_expert_that_is_lost(alone: Path, decoder: str) -> None:
+    system = read(alone, decoder=decoder)
+    assert system.policy.kind is PolicyKind.standin
+    (seed,) = alone.glob("seed-*")
+    coded = read_coded_system(alone, Choice("coin", "auto", decoder))
+    kept = [*coded.coded, coded.kept_decoders]
+    results = read_results(seed)
+    results = results[(results.method == "coin") & (results.batchnorm.map(asked_policy) == "auto")]
+    results = results[results.decoder == decoder]
+    tensors = [tensor.nbytes for path in kept for name, tensor in load_state(path)[0].items() if "moments" not in name]
+    assert sum(tensors) / 2**20 == pytest.approx(results.memory_mib.iloc[0], rel=0.01)
+    tasks = coded.data().tasks
+
+    async def accuracies(policy: str | None, lost: tuple[int, ...]) -> list[float]:
+        found = []
+        async with front_end(read(alone, policy, decoder), *lost) as front:
+            for expert, task in enumerate(tasks.values()):
+                right = count = 0
+                for images, labels in task.test_dataloader():
+                    answer = await front.ask(images, expert)
+                    assert answer.decoded == (expert in lost)
+                    if policy is None:
+                        assert answer.answered_by == (("coded-0",) if answer.decoded else (front.queues[expert].name,))
+                    assert 0 <= float(answer.risk.min()) <= float(answer.risk.max()) <= 1
+                    right += int((answer.logits[:, : task.num_classes].argmax(1) == labels).sum())
+                    count += len(labels)
+                found.append(right / count)
+        return found
+
+    for policy, lost in ((None, ()), (None, (1,)), (None, (0, 1)), ("coded_hedged", (0, 1)), ("coded_proactive", (0,))):
+        wanted = [
+            row.decoded_accuracy if expert in lost else row.expert_accuracy
+            for expert, row in enumerate(results.set_index("task").loc[list(tasks)].itertuples())
+        ]
+        assert asyncio.run(accuracies(policy, lost)) == pytest.approx(wanted)
+
+
+def test_standin_takes_the_most_accurate_decoder_that_reads_no_survivor(alone: Path, finished: Path) -> None:
+    results = read_results(alone / "seed-0")
+    means = results[results.method == "coin"].groupby(["decoder", "batchnorm"]).decoded_accuracy.mean()
+    best = means.drop("linear").groupby("decoder").max().idxmax()
+    system = read_system(str(alone), Choice("coin"), PolicyKind.standin, 0.9)
+    assert system.description.platform == f"coin (standin, coin, {best})"
+    with pytest.raises(ConfigurationError, match=r"'linear', .* has results of expert_head, feature_ridge-alone whose"):
+        read(alone, "standin", "linear")
+    with pytest.raises(ConfigurationError, match=r"no coded models whose decoder reads no survivor; add expert_head"):
+        read(finished, "standin", None)
+
+
+def test_what_a_run_promises_is_told_beside_the_risk(alone: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(alone, tmp_path / "copy")
+    (seed,) = copy.glob("seed-*")
+    rows = read_results(seed).query("decoder == 'expert_head' and method in ('coin', 'average')")
+    rows = rows.assign(alpha=0.02, confidence=0.95, samples=9, needed=9, threshold=9.0, promised=1, coverage=1, found=0)
+    coin = (rows.method == "coin") & (rows.batchnorm.map(asked_policy) == "auto")
+    rows.loc[coin, "threshold"] = [0.5 if task == "digits" else np.nan for task in rows[coin].task]
+    write_promises(seed, rows)
+    system = read(copy, decoder="expert_head")
+    assert system.description.promise == {"alpha": 0.02, "confidence": 0.95}
+    assert read(copy, decoder="feature_ridge-alone").description.promise is None
+    images = torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+    async def answers(*lost: int) -> Any:
+        async with front_end(system, *lost) as front:
+            return await front.ask_all(images)
+
+    for lost in ((), (0,), (0, 1)):
+        for answer, threshold in zip(asyncio.run(answers(*lost)), (0.5, -1.0), strict=True):
+            assert torch.equal(answer.accepted, answer.risk <= threshold if answer.decoded else torch.ones(8) == 1)
 
 
 def test_decoders_are_fitted_once_and_kept_with_what_they_were_fitted_from(
@@ -281,15 +364,30 @@ def test_ray_serves_and_a_killed_expert_is_decoded(
     assert "failed to shut down" not in (tmp_path / "said").read_text()
 
 
-def test_the_linear_decoder_serves_without_its_samples_and_says_that_it_tells_no_risk(
-    finished: Path, tmp_path: Path
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="it finds the servers' processes in /proc")
+def test_a_client_gets_answers_while_none_one_and_all_experts_are_killed(alone: Path) -> None:
+    pytest.importorskip("ray", reason="Ray Serve is not installed: pip install 'coded-coin[serve]'")
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(root / "tests/benchmarks/standins.py"), str(alone), "--method=coin", "--seconds=5"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    phases = [line.split()[3:] for line in found.stdout.splitlines() if " of 2 " in line]
+    assert [phase[1] for phase in phases] == ["0", "0", "0"]  # failed
+    assert 0 < int(phases[1][2]) < int(phases[1][0])
+    assert int(phases[2][2]) > int(phases[2][0]) / 2  # decoded; between two kills an expert may answer
+
+
+@pytest.mark.parametrize("decoder", ["linear", "expert_head"])
+def test_a_decoder_that_needs_no_samples_serves_without_and_says_that_it_tells_no_risk(
+    alone: Path, tmp_path: Path, decoder: str
 ) -> None:
-    other = shutil.copytree(finished, tmp_path / "copy")
+    other = shutil.copytree(alone, tmp_path / "copy", ignore=shutil.ignore_patterns("decoders"))
     for config in other.glob("seed-*/config.yaml"):
         config.unlink()
     with pytest.warns(CoinWarning, match="will not tell their risk"):
-        system = read(other, decoder="linear")
+        system = read(other, decoder=decoder)
     assert system.decodings is not None
-    assert not system.decodings.fitted
+    assert all(decoder.moments is None for decoder in system.decodings.fitted.values())
     with pytest.raises(FileError, match="use --decoder=linear"):
-        read(other, decoder="feature_ridge")
+        read(other, decoder="feature_ridge-alone")

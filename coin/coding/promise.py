@@ -1,0 +1,83 @@
+"""Up to which risk decoded answers may be taken for the expert's, with few of them wrong: as promised."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.special import bdtr
+from torch import Tensor
+
+from coin.choices import check_number
+
+_STEPS = 40
+"""How many numbers of accepted samples are tried, from the least that can be enough to all."""
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What holds of decoded answers with a risk of at most `threshold`.
+
+    Attributes:
+        threshold: None where nothing can be promised.
+        alpha: The most of them that differ from the expert's, as a probability.
+        confidence: The probability, over the draw of the samples, that this is so.
+        coverage: The share of the samples that are accepted.
+        samples: How many samples there were.
+        needed: How many must be accepted without a single error.
+    """
+
+    threshold: float | None
+    alpha: float
+    confidence: float
+    coverage: float
+    samples: int
+    needed: int
+
+    def __str__(self) -> str:
+        what = f"at most {self.alpha:.3g} of the accepted answers differ, at {self.confidence:.3g} confidence"
+        if self.threshold is not None:
+            return f"{what}: {self.coverage:.1%} are accepted, of a risk up to {self.threshold:.3g}"
+        if self.samples < self.needed:
+            return f"cannot promise that {what}: found {self.samples} samples, expected at least {self.needed}"
+        return f"cannot promise that {what}: too many of the {self.needed} of least risk do"
+
+
+def promised_risk(risks: Tensor, differs: Tensor, alpha: float, confidence: float = 0.95) -> Promise:
+    """Return the largest threshold on the risk with P(an answer differs given that it is accepted) ≤ α, confidently.
+
+    The samples must be new, and like the queries: neither the networks nor the decoder may have learnt from them. With
+    n accepted of which k differ, a threshold passes where the Clopper–Pearson bound of k of n is at most α, that is
+    P(Bin(n, α) ≤ k) ≤ 1 − confidence. Thresholds are tested in a fixed order until the first fails, so that all
+    together fail to hold with a probability of 1 − confidence at most: first the risk of as many samples of least risk
+    as pass if none differs, then of more and more. As they are set by the ranks of the risks, this asks that the share
+    that differs, once it is above α, stays there as more risk is accepted.
+
+    Source: Angelopoulos, Bates, Candès, Jordan and Lei, *Learn then Test* (arXiv 2110.01052), fixed sequence testing.
+
+    >>> import coin, torch
+    >>> risks = torch.linspace(0, 1, 600)
+    >>> print(coin.promised_risk(risks, risks > 0.9, alpha=0.05))
+    at most 0.05 of the accepted answers differ, at 0.95 confidence: 93.0% are accepted, of a risk up to 0.93
+
+    Args:
+        risks: Of the decoded answers ``[P]``.
+        differs: Whether they differ from the expert's ``[P]``, bool.
+        alpha: In (0, 1).
+        confidence: In (0, 1).
+
+    Raises:
+        ConfigurationError: One of these two is not.
+    """
+    check_number("alpha", alpha, low=0, high=1, strict=True)
+    check_number("confidence", confidence, low=0, high=1, strict=True)
+    needed, samples = math.ceil(math.log1p(-confidence) / math.log1p(-alpha)), len(risks)
+    ranked, order = risks.double().cpu().sort(stable=True)
+    wrong, threshold, accepted = differs.cpu()[order].cumsum(0), None, 0
+    steps = np.unique(np.linspace(needed, samples, _STEPS, dtype=int)) if samples >= needed else ()
+    for at in (float(ranked[step - 1]) for step in steps):
+        number = int(torch.searchsorted(ranked, at, right=True))  # with those of the same risk
+        if not bdtr(float(wrong[number - 1]), number, alpha) <= 1 - confidence:
+            break
+        threshold, accepted = at, number
+    return Promise(threshold, alpha, confidence, accepted / max(samples, 1), samples, needed)
