@@ -12,11 +12,11 @@ from coin.choices import check_integer, check_number
 from coin.commands.coded_system import Choice, parse_options
 from coin.commands.simulate import LACKING, SEEDS, Point, draw, read_profile, simulate_rows
 from coin.errors import ConfigurationError
+from coin.reporting.latency import milliseconds, named, print_simulation
 from coin.reporting.results import write_frame
 from coin.reporting.tables import results_console
 from coin.serving.sim.conditions import Conditions
 from coin.serving.sim.profile import Failover, Profile, Redundancy, StandIn
-from coin.serving.sim.results import milliseconds, named, print_simulation
 from coin.serving.sim.simulation import Want
 
 ADVICE_CSV = "advice.csv"

@@ -20,6 +20,7 @@ from coin.networks.compressed import compress
 from coin.options import described
 from coin.processes import say
 from coin.reporting.figures import as_png
+from coin.reporting.latency import print_simulation, tail_against
 from coin.reporting.results import asked_policy, write_frame
 from coin.reporting.tables import results_console
 from coin.serving.model import NetworkServer
@@ -34,7 +35,7 @@ from coin.serving.sim.profile import (
     measure_service,
     measure_times,
 )
-from coin.serving.sim.results import as_row, print_simulation, tail_against
+from coin.serving.sim.results import as_row
 from coin.serving.sim.simulation import Simulation, Want, simulate_all
 from coin.versions import versions
 

@@ -9,9 +9,10 @@ from rich.console import Console
 
 from coin.coding.ready import uniform
 from coin.errors import ConfigurationError
+from coin.reporting.latency import print_simulation, tail_against
 from coin.serving.sim.conditions import Conditions, Slowdown
 from coin.serving.sim.profile import Profile, Redundancy, StandIn
-from coin.serving.sim.results import as_row, print_simulation, tail_against, tail_intervals
+from coin.serving.sim.results import as_row, tail_intervals
 from coin.serving.sim.simulation import Want, simulate
 
 CONDITIONS = Conditions(slowdown=Slowdown(0.05, 10.0, 50.0))

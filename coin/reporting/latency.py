@@ -1,0 +1,114 @@
+"""Latencies and what they cost, of `coin simulate` and `coin advise`: a table in a terminal, and a figure."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from coin.reporting.figures import WIDTH, colour, legend_below, marker, style
+
+_AXES = {
+    "memory_server": (1 / 2**20, "weights on the largest server (MiB, log scale)"),
+    "load": (1.0, "load by own answers alone"),
+}
+_WANTS = {"one": "one expert's answer a query", "all": "all experts' answers a query"}
+
+
+def print_simulation(rows: pd.DataFrame, console: Console) -> None:
+    """Print a table for each kind of query, number of experts and load."""
+    for (want, experts, load), group in rows.groupby(["want", "experts", "load"], sort=False):
+        console.print(_table(group, f"{experts} experts, {want} wanted, load {load:g}"))
+    console.print(
+        Text(
+            "After which quantile of their time own answers are late, 0 for at once; p99.9 in ms with its 95 % "
+            "interval, ∞ where too many queries failed; memory of weights in MiB, of the largest server and in all; "
+            "answers that stood in for an expert's, and that never came, in %; queries in a million that find nobody "
+            "while machines are repaired (--repair); forward passes a query; effective accuracy in %, – "
+            "where it was not measured." + (" → is the advice, × does not fit the budget." if "buy" in rows else "")
+        )
+    )
+
+
+def _table(rows: pd.DataFrame, title: str) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    table.add_column("redundancy", overflow="fold")
+    for heading in ("late", "p99.9", "95 %", "ser-\nver", "in\nall", "stood\nin", "fai-\nled", "down", "forw.", "acc."):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows.to_dict("records"):
+        mark = "→ " if row.get("buy") else "× " if not row.get("fits", True) else ""
+        table.add_row(
+            mark + named(row),
+            "–" if np.isnan(row["quantile"]) else f"{row['quantile']:g}",
+            milliseconds(row["p999"]),
+            f"{milliseconds(row['p999_low'])}–{milliseconds(row['p999_high'])}",
+            f"{row['memory_server'] / 2**20:.0f}",
+            f"{row['memory'] / 2**20:.0f}",
+            f"{100 * (row['share_decoded'] + row['share_spared']):.2f}",
+            f"{100 * row['share_failed']:.2f}",
+            f"{1e6 * row['unanswered']:.0f}",
+            f"{row['forwards']:.2f}",
+            "–" if np.isnan(row["effective_accuracy"]) else f"{100 * row['effective_accuracy']:.2f}",
+        )
+    return table
+
+
+def named(row: Mapping[Any, Any]) -> str:
+    """Return a row's redundancy, variant, and number of servers where there are several."""
+    name = f"{row['redundancy']} {row['variant']}".strip()
+    return name if row["extras"] < 2 else f"{name}, {row['extras']}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a latency in ms."""
+    if seconds == float("inf"):
+        return "∞"
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 20 else f"{value:.1f}"
+
+
+def tail_against(column: str, rows: pd.DataFrame) -> Figure:
+    """The 99.9 % quantile of the latency against ``memory_server`` or ``load``, a panel a kind of query.
+
+    Points are joined over numbers of experts and of extra servers; those whose quantile is infinite are left out.
+    """
+    wants, kinds = list(dict.fromkeys(rows["want"])), list(dict.fromkeys(rows["redundancy"]))
+    scale, label = _AXES[column]
+    with style():
+        figure = Figure(figsize=(WIDTH, 0.9 + 2.6 * len(wants)))
+        panels = figure.subplots(len(wants), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, want in zip(panels, wants, strict=True):
+            shown = rows[(rows["want"] == want) & np.isfinite(rows["p999"])]
+            for index, kind in enumerate(kinds):
+                line = shown[shown["redundancy"] == kind].sort_values(["experts", "extras", column])
+                if line.empty:
+                    continue
+                y, high = line["p999"], line["p999_high"].where(np.isfinite(line["p999_high"]), line["p999"])
+                axes.errorbar(
+                    line[column] * scale, 1e3 * y, [1e3 * (y - line["p999_low"]), 1e3 * (high - y)], color=colour(index),
+                    marker=marker(index), markersize=5, capsize=2, linewidth=1.3, label=kind,
+                )  # fmt: skip
+            axes.set_title(_WANTS[want])
+            axes.set_ylabel("p99.9 (ms, log scale)")
+            axes.set_yscale("log")
+            _plain_numbers(axes.yaxis)
+        if "log" in label:
+            panels[-1].set_xscale("log")
+            _plain_numbers(panels[-1].xaxis)
+        panels[-1].set_xlabel(label)
+        legend_below(figure, panels[0], columns=3)
+        return figure
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """Label a logarithmic axis at 1, 2 and 5 with plain numbers: matplotlib's own labels need parsed mathematics."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
