@@ -12,6 +12,7 @@ from torch import nn
 
 from coin.coding import DecoderConfig, DecoderKind
 from coin.commands.coded_system import REPLICA, Choice, CodedSystem, parse_options, read_coded_system, read_every_result
+from coin.commands.measure import measure_decoding, measure_service, measure_times
 from coin.errors import ConfigurationError
 from coin.files.atomic import atomic_path, write_text
 from coin.modules.variants import NONE, ORACLE
@@ -26,15 +27,7 @@ from coin.reporting.tables import results_console
 from coin.serving.model import NetworkServer
 from coin.serving.replies import ReplyFormat
 from coin.serving.sim.conditions import Conditions, ServiceKind
-from coin.serving.sim.profile import (
-    Failover,
-    Profile,
-    Redundancy,
-    StandIn,
-    measure_decoding,
-    measure_service,
-    measure_times,
-)
+from coin.serving.sim.profile import Failover, Profile, Redundancy, StandIn
 from coin.serving.sim.results import as_row
 from coin.serving.sim.simulation import Simulation, Want, simulate_all
 from coin.versions import versions

@@ -92,8 +92,8 @@ def tail_against(column: str, rows: pd.DataFrame) -> Figure:
                     continue
                 y, high = line["p999"], line["p999_high"].where(np.isfinite(line["p999_high"]), line["p999"])
                 axes.errorbar(
-                    line[column] * scale, 1e3 * y, [1e3 * (y - line["p999_low"]), 1e3 * (high - y)], color=colour(index),
-                    marker=marker(index), markersize=5, capsize=2, linewidth=1.3, label=kind,
+                    line[column] * scale, 1e3 * y, [1e3 * (y - line["p999_low"]), 1e3 * (high - y)], label=kind,
+                    color=colour(index), marker=marker(index), markersize=5, capsize=2, linewidth=1.3,
                 )  # fmt: skip
             axes.set_title(_WANTS[want])
             axes.set_ylabel("p99.9 (ms, log scale)")

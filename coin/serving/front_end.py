@@ -62,19 +62,15 @@ class FrontEnd:
         decodings: Decodings | None = None,
         limits: Limits = Limits(),  # noqa: B008 (frozen)
     ) -> None:
-        self.layout = layout
-        self.policy = policy
-        self.limits = limits
+        self.layout, self.policy, self.limits = layout, policy, limits
         self.lateness: dict[tuple[int, int], Lateness] = {}
         """By the set of wanted experts and the size class of the query, the bits of its number of inputs."""
         self.counts: Counter[str] = Counter()
         """Queries by how they ended, and ``decoded``: the answers that were."""
         self.queues = [ServerQueue(name, server, expects, probe, limits) for name, server in servers.items()]
-        self._decodings = decodings
+        self._decodings, self._ended = decodings, asyncio.Event()
         self._pending: set[_Query] = set()
-        self._open = 0
-        self._ended = asyncio.Event()
-        self._running = False
+        self._open, self._running = 0, False
 
     async def __aenter__(self) -> Self:
         self.start()
@@ -152,9 +148,8 @@ class FrontEnd:
         began = asyncio.get_running_loop().time()
         deadline = began + self.limits.deadline if deadline is None else deadline
         try:
-            found = [
-                await self._ask_piece(piece, experts, deadline) for piece in torch.split(inputs, self.limits.batch)
-            ]
+            pieces = torch.split(inputs, self.limits.batch)
+            found = [await self._ask_piece(piece, experts, deadline) for piece in pieces]
         except (ServingError, DecodingError, asyncio.CancelledError) as error:
             self.counts[_ENDS.get(type(error), "stopped")] += 1
             raise

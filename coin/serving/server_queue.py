@@ -50,10 +50,7 @@ class ServerQueue:
         self.name = name
         self.last_error = ""
         """Why the last lost batch was lost."""
-        self._server = server
-        self._expects = expects
-        self._probe = probe
-        self._limits = limits
+        self._server, self._expects, self._probe, self._limits = server, expects, probe, limits
         self._failures = 0
         """Lost batches since the last good one."""
         self._waiting: deque[Request] = deque()
@@ -91,8 +88,8 @@ class ServerQueue:
         """Take a request, and return whether there was room for it."""
         if len(self._waiting) >= self._limits.queue:
             self._waiting = deque(waiting for waiting in self._waiting if not waiting.cancelled)
-            if len(self._waiting) >= self._limits.queue:
-                return False
+        if len(self._waiting) >= self._limits.queue:
+            return False
         self._waiting.append(request)
         self._filled.set()
         return True
@@ -121,18 +118,15 @@ class ServerQueue:
         batch: deque[Request] = deque()
         samples = 0
         while self._waiting:
-            request = self._waiting[0]
-            if request.cancelled:
+            inputs, first = self._waiting[0].inputs, (batch or self._waiting)[0].inputs
+            fits = samples + len(inputs) <= self._limits.batch and inputs.shape[1:] == first.shape[1:]
+            if self._waiting[0].cancelled:
                 self._waiting.popleft()
-                continue
-            if batch and not (
-                samples + len(request.inputs) <= self._limits.batch
-                and request.inputs.shape[1:] == batch[0].inputs.shape[1:]
-                and request.inputs.dtype == batch[0].inputs.dtype
-            ):
+            elif batch and not (fits and inputs.dtype == first.dtype):
                 break
-            batch.append(self._waiting.popleft())
-            samples += len(request.inputs)
+            else:
+                batch.append(self._waiting.popleft())
+                samples += len(inputs)
         return batch
 
     async def _call(self, inputs: Tensor) -> Reply:

@@ -17,14 +17,11 @@ _CHUNK = 4096
 
 
 class ServiceKind(StrEnum):
-    """How service times are distributed."""
+    """How service times are distributed: drawn from those that were measured, all the same, or exponentially."""
 
     measured = "measured"
-    """As measured on this machine: drawn from the times of the networks themselves."""
     deterministic = "deterministic"
-    """All the same."""
     exponential = "exponential"
-    """Exponential."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,8 @@ class Service:
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", chosen(ServiceKind, "service.kind", self.kind))
         if (self.seconds is None) != (self.kind is ServiceKind.measured):
-            raise ConfigurationError(
-                f"found service.kind={self.kind} with service.seconds={self.seconds}, expected seconds for a kind that "
-                "is not measured, and none for measured times"
-            )
+            found = f"found service.kind={self.kind} with service.seconds={self.seconds}"
+            raise ConfigurationError(f"{found}, expected seconds for all kinds but none for measured times")
         if self.seconds is not None:
             check_number("service.seconds", self.seconds, low=0, strict=True)
         check_number("service.tail", self.tail, low=0)
@@ -64,8 +59,7 @@ class Slowdown:
         share: The share of the time that a machine is slow; 0 for never.
         factor: By how much longer a service takes that begins in a slow phase.
         length: The mean length of a slow phase, in mean service times.
-        together: The share of the slow time in which all machines are slow at once, as on a shared network or host;
-            the rest comes to each on its own.
+        together: The share of the slow time in which all machines are slow at once, as on a shared network.
     """
 
     share: float = 0.0
