@@ -157,7 +157,8 @@ def _reasons(
     for what in known:
         if what.each and what.kind is not Redundancy.neighbours:
             most = int((room - what.fixed) // what.each)
-            notes.append(f"{what.name}: would fit up to {most} experts of this size, a coded model any number")
+            name = f"{what.kind} {what.variant}".strip()
+            notes.append(f"{name}: would fit up to {most} experts of this size, a coded model any number")
     tail = "whose p99.9 cannot be told from the lowest"
     if p999_ms is not None and row["p999"] <= p999_ms / 1e3:
         tail = f"keeps a p99.9 of {p999_ms:g} ms"
@@ -190,10 +191,10 @@ def _while_repaired(point: Point, conditions: Conditions, seeds: Sequence[int], 
     """Return what queries find while the first expert's machine is repaired, and how often nobody is left."""
     what, profile, simulation = point
     broken = replace(simulation, broken=frozenset({0}))
-    row, repair = simulate_rows([(what, profile, broken)], seeds, jobs).iloc[0], conditions.repair
-    hours = HOURS * simulation.unanswered(repair.share)
+    row, repair = simulate_rows([(what, profile, broken)], seeds, jobs).iloc[0], conditions.failures
+    hours = HOURS * simulation.unanswered(repair.broken)
     return [
-        f"while an expert's machine is repaired ({repair.mttr:g} h every {repair.mtbf:g}; --repair.mttr, .mtbf): "
+        f"while an expert's machine is repaired ({repair.mttr:g} h every {repair.mtbf:g}; --failures.mttr, .mtbf): "
         f"p99.9 {milliseconds(row['p999'])} ms, {100 * row['share_failed']:.2f} % without an answer, "
         f"{100 * row['effective_accuracy']:.2f} % right; in a year a query finds nobody for {hours:.2g} h"
     ]

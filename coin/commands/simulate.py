@@ -28,7 +28,6 @@ from coin.serving.model import NetworkServer
 from coin.serving.replies import ReplyFormat
 from coin.serving.sim.conditions import Conditions, ServiceKind
 from coin.serving.sim.profile import Failover, Profile, Redundancy, StandIn
-from coin.serving.sim.results import as_row
 from coin.serving.sim.simulation import Simulation, Want, simulate_all
 from coin.versions import versions
 
@@ -231,7 +230,7 @@ def simulate_rows(points: Sequence[Point], seeds: Sequence[int], jobs: int | Non
     distinct = {key(point[2]): point[2] for point in points}
     outcomes = simulate_all([replace(each, seed=seed) for each in distinct.values() for seed in seeds], jobs)
     found = {name: outcomes[place * len(seeds) : (place + 1) * len(seeds)] for place, name in enumerate(distinct)}
-    return pd.DataFrame([as_row(*point, found[key(point[2])]) for point in points])
+    return pd.DataFrame([profile.row(what, it, found[key(it)]) for what, profile, it in points])
 
 
 def draw(path: Path, column: str, rows: pd.DataFrame) -> None:

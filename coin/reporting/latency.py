@@ -1,25 +1,70 @@
-"""Latencies and what they cost, of `coin simulate` and `coin advise`: a table in a terminal, and a figure."""
+"""Latencies and what they cost, of `coin simulate` and `coin advise`: quantiles, a table, a figure."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from coin.errors import ConfigurationError
 from coin.reporting.figures import WIDTH, colour, legend_below, marker, style
 
+_BLOCKS, _DRAWS = 20, 200
 _AXES = {
     "memory_server": (1 / 2**20, "weights on the largest server (MiB, log scale)"),
     "load": (1.0, "load by own answers alone"),
 }
 _WANTS = {"one": "one expert's answer a query", "all": "all experts' answers a query"}
+
+
+class Interval(NamedTuple):
+    """A quantity and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def tail_intervals(series: Sequence[NDArray[np.float64]], levels: Sequence[float], seed: int = 0) -> list[Interval]:
+    """Return quantiles of several series together, with percentile intervals of a block bootstrap.
+
+    Latencies of neighbouring queries depend on one another, so that what is drawn again, 200 times, are blocks: whole
+    series where there are at least 20, and else each is cut into 20. A quantile is the smallest value that at least
+    this share of the values does not exceed: infinite values, which are failures, are never interpolated.
+
+    Source: Kunsch, *The jackknife and the bootstrap for general stationary observations* (1989), with blocks that do
+    not overlap as in Carlstein (1986).
+
+    Args:
+        series: Values in their order ``[Q]``, at least 20 each.
+        levels: Of the quantiles, in (0, 1).
+        seed: Of the bootstrap's draws.
+    """
+    if min(map(len, series)) < _BLOCKS:
+        raise ConfigurationError(f"found fewer than {_BLOCKS} latencies, expected as many; simulate more queries")
+    cuts = 1 if len(series) >= _BLOCKS else _BLOCKS
+    parts = [part for each in series for part in np.array_split(each, cuts)]
+    blocks, values = np.repeat(np.arange(len(parts)), list(map(len, parts))), np.concatenate(parts)
+    order = np.argsort(values, kind="stable")
+    values, blocks = values[order], blocks[order]
+
+    def quantiles(times: NDArray[np.int64]) -> NDArray[np.float64]:  # of values whose block counts so many times
+        total = times[blocks].cumsum()
+        return np.asarray(values[np.searchsorted(total, np.asarray(levels) * total[-1])])
+
+    draws = np.random.default_rng(seed).multinomial(len(parts), np.full(len(parts), 1 / len(parts)), _DRAWS)
+    found = [quantiles(times) for times in draws]
+    low, high = np.quantile(found, [0.025, 0.975], axis=0, method="closest_observation")
+    own = quantiles(np.ones(len(parts), dtype=np.int64))
+    return [Interval(*map(float, each)) for each in zip(own, low, high, strict=True)]
 
 
 def print_simulation(rows: pd.DataFrame, console: Console) -> None:
@@ -31,7 +76,7 @@ def print_simulation(rows: pd.DataFrame, console: Console) -> None:
             "After which quantile of their time own answers are late, 0 for at once; p99.9 in ms with its 95 % "
             "interval, ∞ where too many queries failed; memory of weights in MiB, of the largest server and in all; "
             "answers that stood in for an expert's, and that never came, in %; queries in a million that find nobody "
-            "while machines are repaired (--repair); forward passes a query; effective accuracy in %, – "
+            "while machines are repaired (--failures.mtbf, .mttr); forward passes a query; effective accuracy in %, – "
             "where it was not measured." + (" → is the advice, × does not fit the budget." if "buy" in rows else "")
         )
     )

@@ -14,23 +14,18 @@ from coin.errors import DeadlineError, DecodingError, LostError, OverloadedError
 from coin.serving.decodings import Decodings
 from coin.serving.layout import Layout, members
 from coin.serving.limits import Limits
-from coin.serving.policies import Lateness, Policy
-from coin.serving.query import Query, State
+from coin.serving.policies import Lateness, Policy, Query, State
 from coin.serving.replies import Answer, Decoded, Reply, ReplyFormat, Server
 from coin.serving.server_queue import Request, ServerQueue
 
 
 class _Query(Query):
-    """A query with its inputs, its requests and the replies to them."""
-
     def __init__(self, inputs: Tensor, *about: Any) -> None:
         super().__init__(*about)
-        self.inputs = inputs
-        self.finished = asyncio.get_running_loop().create_future()
+        self.inputs, self.finished = inputs, asyncio.get_running_loop().create_future()
         self.requests: list[Request] = []
         self.replies: dict[int, Reply] = {}
-        self.full = 0
-        """The servers among the lost ones that are well, but whose queue had no room."""
+        self.full = 0  # the servers among the lost ones that are well, but whose queue had no room
 
 
 class FrontEnd:
@@ -44,8 +39,7 @@ class FrontEnd:
 
     Args:
         servers: What asks each server, by its name, in the order of the layout: experts, coded models, copies.
-        layout: The servers; `coin.serving.decodings.coded_layout` or `coin.serving.layout.spread_copies`.
-        policy: Decides whom to ask.
+        layout: The servers, which a query asks by the `policy`.
         expects: What a valid reply looks like.
         probe: One input ``[1, ...]``, that a server is tried with while it is believed to be down.
         decodings: The decoders; needed where the layout has coded models.
@@ -227,12 +221,8 @@ class FrontEnd:
             self._proceed(query, query.become_late())
 
     def _end(self, query: _Query, error: ServingError | None) -> None:
-        if query.finished.done():
-            return
-        if error is None:
-            query.finished.set_result(None)
-        else:
-            query.finished.set_exception(error)
+        if not query.finished.done():
+            query.finished.set_result(None) if error is None else query.finished.set_exception(error)
 
     def _answers(self, query: _Query, experts: Sequence[int]) -> list[Answer]:
         decoded: dict[int, Decoded] = {}

@@ -35,19 +35,14 @@ if TYPE_CHECKING:
 
 Arrays = tuple[NDArray[np.float32], NDArray[np.float32] | None]
 
+# What Ray reads from the environment: nothing is reported to its makers, and servers are not last in line for the
+# processor, as Ray's workers are otherwise.
 _RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-"""What Ray reads from the environment: nothing is reported to its makers, and servers are not put last in line for
-the processor, as Ray's workers are otherwise."""
-
+# On any system the own ports of a cluster of this machine alone, which take orders, listen at the loopback address.
 _ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""For a cluster of this machine alone, on any system: Ray's own ports, which take orders from whoever reaches them,
-listen at the loopback address, not at all interfaces."""
-
+# A server has nothing to finish: the front end gives every query its end before it stops.
 _STOPPING = {"graceful_shutdown_timeout_s": 3.0, "graceful_shutdown_wait_loop_s": 0.1}
-"""A server has nothing to finish: the front end gives every query its end before it stops."""
-
-_SENDING = 0.5
-"""Seconds for a front end's last word to pass Ray's proxy."""
+_SENDING = 0.5  # seconds for a front end's last word to pass Ray's proxy
 
 
 @dataclass(frozen=True)
@@ -134,9 +129,7 @@ class ModelProcess:
 
     Args:
         paths: The networks' files, by the servers' names.
-        outputs: C.
-        decoder: The decoder that reads the replies.
-        device: Where they run.
+        outputs, decoder, device: What a `NetworkServer` takes.
         threads: PyTorch's.
         batch: The most requests of several front ends that run together.
     """
@@ -174,10 +167,9 @@ class ModelProcess:
 
 
 class FrontEndProcess:
-    """What Ray calls of a front end beside its application."""
+    """What Ray calls of a front end beside its application, which Ray Serve adds as `app`."""
 
     app: Any
-    """The application, which Ray Serve adds."""
 
     def __init__(self, *servers: Any) -> None:
         """Take the servers' deployments, which Ray starts for that."""

@@ -40,22 +40,17 @@ class ServerQueue:
 
     Args:
         name: The server's name.
-        server: Answers a batch.
-        expects: What a valid reply looks like.
+        server: Answers a batch; `expects`, what a valid reply looks like.
         probe: One input ``[1, ...]``.
         limits: What bounds the waiting.
     """
 
     def __init__(self, name: str, server: Server, expects: ReplyFormat, probe: Tensor, limits: Limits) -> None:
-        self.name = name
-        self.last_error = ""
-        """Why the last lost batch was lost."""
+        self.name, self.last_error = name, ""
         self._server, self._expects, self._probe, self._limits = server, expects, probe, limits
         self._failures = 0
         """Lost batches since the last good one."""
-        self._waiting: deque[Request] = deque()
-        self._sent: deque[Request] = deque()
-        self._filled = asyncio.Event()
+        self._waiting, self._sent, self._filled = deque[Request](), deque[Request](), asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:

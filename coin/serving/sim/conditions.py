@@ -45,8 +45,7 @@ class Service:
         if (self.seconds is None) != (self.kind is ServiceKind.measured):
             found = f"found service.kind={self.kind} with service.seconds={self.seconds}"
             raise ConfigurationError(f"{found}, expected seconds for all kinds but none for measured times")
-        if self.seconds is not None:
-            check_number("service.seconds", self.seconds, low=0, strict=True)
+        check_number("service.seconds", 1.0 if self.seconds is None else self.seconds, low=0, strict=True)
         check_number("service.tail", self.tail, low=0)
         check_number("service.marginal", self.marginal or 0.0, low=0)
 
@@ -82,43 +81,32 @@ class Failures:
         share: The share of the time that a machine is down; 0 for never.
         length: How long it is down, in mean service times.
         detection: How long it takes to find out that a request to it is lost, likewise.
+        mtbf: Mean time between a machine's breakdowns, in hours: too rare for latencies to show them.
+        mttr: Mean time to repair it, in hours.
     """
 
     share: float = 0.0
     length: float = 1000.0
     detection: float = 1.0
+    mtbf: float = 720.0
+    mttr: float = 1.0
 
     def __post_init__(self) -> None:
         check_number("failures.share", self.share, low=0, high=1)
         check_number("failures.length", self.length, low=0, strict=True)
         check_number("failures.detection", self.detection, low=0)
-
-
-@dataclass(frozen=True)
-class Repair:
-    """How often a machine breaks down, and how long it takes until there is another: hours that no simulation sees.
-
-    Args:
-        mtbf: Mean time between a machine's failures, in hours.
-        mttr: Mean time to repair, in hours.
-    """
-
-    mtbf: float = 720.0
-    mttr: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_number("repair.mtbf", self.mtbf, low=0, strict=True)
-        check_number("repair.mttr", self.mttr, low=0)
+        check_number("failures.mtbf", self.mtbf, low=0, strict=True)
+        check_number("failures.mttr", self.mttr, low=0)
 
     @property
-    def share(self) -> float:
-        """The share of the time that a machine is down."""
+    def broken(self) -> float:
+        """The share of the time that a machine is broken down."""
         return self.mttr / (self.mtbf + self.mttr)
 
 
 @dataclass(frozen=True)
 class FrontEndCost:
-    """What the front end adds. The defaults are what ``coin serve`` took on loopback, on two cores for everything.
+    """What the front end adds; by default what ``coin serve`` took on loopback, on two cores for everything.
 
     Args:
         seconds: How long it is busy with one query.
@@ -158,7 +146,6 @@ class Conditions:
         deadline: After how many mean service times a query fails.
         queue: The most requests that wait for one server.
         cooldown: How many mean service times pass between two tries of a server that is believed to be down.
-        repair: How often machines break down for longer, which the latencies do not show.
     """
 
     service: Service = Service()
@@ -169,7 +156,6 @@ class Conditions:
     deadline: float = 1000.0
     queue: int = 256
     cooldown: float = 100.0
-    repair: Repair = Repair()
 
     def __post_init__(self) -> None:
         for name in ("batch", "deadline", "queue", "cooldown"):
@@ -201,7 +187,7 @@ class Conditions:
         return phases(own, length, alone), phases(shared, length, together)
 
     def down_phases(self, machine: int, seed: int, unit: float) -> Iterator[float]:
-        """Yield the times at which a machine fails and comes back, in turn."""
+        """Return the times at which a machine fails and comes back, in turn."""
         return phases(self.failures.share, self.failures.length * unit, random.Random(f"down {seed} {machine}"))
 
 

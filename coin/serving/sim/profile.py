@@ -1,6 +1,6 @@
 """What is known of N experts and of what may stand in for them: times, sizes and accuracies."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
@@ -11,11 +11,15 @@ from numpy.typing import NDArray
 from coin.choices import check_number
 from coin.coding import Code
 from coin.coding.ready import convex
+from coin.reporting.latency import tail_intervals
 from coin.serving.decodings import coded_layout, standin_layout
 from coin.serving.layout import Layout, spread_copies, spread_spares
 from coin.serving.policies import Policy, PolicyKind
 from coin.serving.sim.conditions import Conditions
-from coin.serving.sim.simulation import Simulation
+from coin.serving.sim.simulation import Outcome, Simulation
+
+_LEVELS = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
+"""The quantiles of the latency, by the names of their columns."""
 
 
 class Redundancy(StrEnum):
@@ -89,11 +93,6 @@ class StandIn:
     every_row: bool = False
     unpacking: float = 0.0
     seconds: float | None = None
-
-    @property
-    def name(self) -> str:
-        """Its kind and variant."""
-        return f"{self.kind} {self.variant}".strip()
 
     @property
     def reads_survivors(self) -> bool:
@@ -200,3 +199,39 @@ class Profile:
             layout = (spread_copies if what.kind is Redundancy.copy else spread_spares)(count, extras)
         more = layout.num_servers - count
         return layout, (*experts, *(count + place * extras // more for place in range(more)))
+
+    def row(self, what: StandIn, simulation: Simulation, outcomes: Sequence[Outcome]) -> dict[str, object]:
+        """Return what the seeds of one simulation come to: a row of ``simulation.csv``.
+
+        Latencies are in seconds, infinite where too many queries failed, and memory in bytes of weights: of the largest
+        server, and of all. ``share_spared`` are answers of experts that run on other servers than their own;
+        ``standing_in_accuracy`` is that of these and of decoded ones, NaN without any and where it was not measured.
+        ``unanswered`` is the share of queries that nobody can answer while machines are broken down, and in no latency.
+        """
+        answers, nan = sum(outcome.answers for outcome in outcomes), float("nan")
+        sizes = sorted({size for outcome in outcomes for size in outcome.decoded})
+        shares = {size: sum(outcome.decoded.get(size, 0) for outcome in outcomes) / answers for size in sizes}
+        spared, failed = (
+            sum(each) / answers for each in zip(*((it.spared, it.failed) for it in outcomes), strict=True)
+        )
+        decoded, right = sum(shares.values()), spared * what.right() if spared else 0.0
+        right += sum(share * what.right(size) for size, share in shares.items())
+        memory_server, memory = self.memory(what)
+        intervals = tail_intervals([it.latencies for it in outcomes], list(_LEVELS.values()))
+        named = zip(_LEVELS, intervals, strict=True)
+        latencies = {f"{name}{end}": k for name, it in named for end, k in zip(("", "_low", "_high"), it, strict=True)}
+        policy, conditions = simulation.policy, simulation.conditions
+        return {
+            "want": str(simulation.want), "redundancy": str(what.kind), "variant": what.variant,
+            "experts": self.code.num_experts, "extras": self.extras(what), "queries": simulation.queries,
+            "seeds": len(outcomes), "memory_server": memory_server, "memory": memory, "losses": self.losses(what),
+            "quantile": policy.quantile if policy.hedges else nan, "load": simulation.load, **latencies,
+            "share_decoded": decoded, "share_spared": spared, "share_failed": failed,
+            "unanswered": simulation.unanswered(conditions.failures.broken),
+            "forwards": float(np.mean([it.forwards for it in outcomes])),
+            "utilisation": float(np.mean([it.utilisation for it in outcomes])), "expert_accuracy": self.accuracy,
+            "standing_in_accuracy": right / (decoded + spared) if decoded + spared else nan,
+            "effective_accuracy": (1 - decoded - spared - failed) * self.accuracy + right,
+            "service_seconds": simulation.unit * (1 + conditions.service.tail),
+            "decoding_seconds": simulation.decoding, "unpacking_seconds": what.unpacking,
+        }  # fmt: skip

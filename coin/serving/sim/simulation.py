@@ -17,8 +17,7 @@ from coin.choices import check_integer
 from coin.errors import ConfigurationError
 from coin.serving.layout import Layout, members
 from coin.serving.limits import Limits
-from coin.serving.policies import Lateness, Policy
-from coin.serving.query import Query, State
+from coin.serving.policies import Lateness, Policy, Query, State
 from coin.serving.sim.conditions import Conditions, poisson_arrivals
 
 _FEWEST = 28
@@ -39,8 +38,7 @@ class Simulation:
     """What is simulated.
 
     Args:
-        layout: The servers.
-        policy: Decides whom to ask.
+        layout: The servers, which a query asks by the `policy`.
         samples: For every server, measured service times in seconds ``[K]``, or their mean ``[1]``.
         conditions: What machines and the front end are like.
         load: The share of the experts' capacity that own answers alone take up, one at a time, in (0, 1).
@@ -110,14 +108,13 @@ class Simulation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of the queries of one simulation, in the order of their arrival, without the warm-up ones.
+    """What came of the queries of one simulation, without the warm-up ones.
 
     Attributes:
-        latencies: Seconds from arrival to answer ``[Q]``; infinity for a query that failed.
+        latencies: Seconds from arrival to answer ``[Q]``, in the order of arrival; infinity for a query that failed.
         decoded: By number of missing experts, how many answers were decoded.
         spared: How many answers came from copies and spares.
-        answers: How many answers were wanted.
-        failed: How many of those the failed queries had wanted.
+        answers: How many answers were wanted; `failed`, how many of those the failed queries had wanted.
         forwards: Inputs that servers have begun with, per query.
         utilisation: The share of the time that machines were busy, mean over machines.
     """
@@ -154,9 +151,8 @@ def simulate_all(simulations: Sequence[Simulation], jobs: int | None = None) -> 
 
 
 class _Query(Query):
-    """A query with its place among all."""
-
     place = 0
+    """Among all."""
 
 
 class _Run:
@@ -171,10 +167,8 @@ class _Run:
         self.hop, self.detection = conditions.front_end.hop, conditions.failures.detection * unit
         self.lateness: dict[int, Lateness] = {}
         self.patient = it.policy.hedges and it.policy.quantile > 0
-        self.failures = [0 for _ in servers]
-        """Lost requests of each server since its last answer."""
-        self.doubted = self.down = 0
-        """The servers whose last request was lost, and those that are believed to be down."""
+        self.failures = [0 for _ in servers]  # since its last answer
+        self.doubted = self.down = 0  # the servers whose last request was lost, and those that are believed to be down
         self.times = [
             conditions.service_times(samples, np.random.default_rng([it.seed, 1, server]))
             for server, samples in enumerate(it.samples)
@@ -185,16 +179,13 @@ class _Run:
             iter([0.0]) if each in it.broken else conditions.down_phases(each, it.seed, unit) for each in machines
         ]
         self.residents = [[server for server in servers if it.machines[server] == each] for each in machines]
-        self.at_hand: list[list[int]] = [[] for _ in machines]
-        """The copies that each machine has unpacked, the last used last."""
+        self.at_hand: list[list[int]] = [[] for _ in machines]  # the unpacked copies, the last used last
         self.up = [True for _ in machines]
-        self.serving: list[tuple[int, list[_Query]] | None] = [None for _ in machines]
-        """What each machine is at: a server and its batch."""
+        self.serving: list[tuple[int, list[_Query]] | None] = [None for _ in machines]  # a server and its batch
         self.waiting: list[deque[tuple[int, _Query]]] = [deque() for _ in servers]
-        self.held = [0 for _ in servers]
-        """The number of pending queries that expect each server's answer."""
+        self.held = [0 for _ in servers]  # the pending queries that expect its answer
+        # A heap: the time, the order among those of one time, and what happens.
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        """A heap: the time, the order among those of one time, and what happens."""
         self.order = count()
         self.latencies = np.full(it.queries, np.inf)
         self.decoded: Counter[int] = Counter()
@@ -202,8 +193,8 @@ class _Run:
 
     def run(self) -> Outcome:
         events, entries = self.events, self.entries
-        for machine in range(len(self.up)):
-            self._schedule_turn(machine)
+        for machine, turns in enumerate(self.turns):
+            self._push(next(turns, np.inf), self._turn, machine)
         last, place, now = len(entries), 0, 0.0
         while place < last or self.open:
             if place < last and (not events or entries[place] <= events[0][0]):
@@ -215,14 +206,9 @@ class _Run:
                 happen(now, *about)
         each = self.layout.num_experts if self.simulation.want is Want.all else 1
         return Outcome(
-            latencies=self.latencies[self.warm_up :],
-            decoded=dict(self.decoded),
-            spared=self.spared,
-            answers=(last - self.warm_up) * each,
-            failed=self.failed * each,
-            forwards=self.begun / last,
-            utilisation=self.busy / (now * len(self.up)),
-        )
+            self.latencies[self.warm_up :], dict(self.decoded), self.spared, (last - self.warm_up) * each,
+            self.failed * each, self.begun / last, self.busy / (now * len(self.up)),
+        )  # fmt: skip
 
     def _push(self, when: float, happen: Callable[..., None], *about: Any) -> None:
         heapq.heappush(self.events, (when, next(self.order), happen, about))
@@ -370,11 +356,7 @@ class _Run:
                 if query.state is State.pending:
                     self._push(now + self.detection, self._lose, server, query)
             self.serving[machine] = None
-        self._schedule_turn(machine)
-
-    def _schedule_turn(self, machine: int) -> None:
-        if (when := next(self.turns[machine], None)) is not None:
-            self._push(when, self._turn, machine)
+        self._push(next(self.turns[machine], np.inf), self._turn, machine)
 
     def _end(self, now: float, query: _Query, unasked: int = 0) -> None:
         self.open -= 1
