@@ -169,14 +169,10 @@ class Conditions:
 
     def service_times(self, samples: NDArray[np.float64], draw: np.random.Generator) -> Iterator[float]:
         """Yield a server's seconds for one input without slow phases, by measured ones ``[K]`` or their mean."""
-        mean, tail = float(samples.mean()), self.service.tail
-        drawn = {
-            ServiceKind.measured: lambda: draw.choice(samples, _CHUNK),
-            ServiceKind.exponential: lambda: draw.exponential(mean, _CHUNK),
-            ServiceKind.deterministic: lambda: np.full(_CHUNK, mean),
-        }[self.service.kind]
+        mean, kind, tail = float(samples.mean()), self.service.kind, self.service.tail
         while True:
-            times = drawn()
+            times = draw.choice(samples, _CHUNK) if kind is ServiceKind.measured else np.full(_CHUNK, mean)
+            times = draw.exponential(mean, _CHUNK) if kind is ServiceKind.exponential else times
             yield from (times + draw.exponential(mean * tail, _CHUNK) if tail > 0 else times).tolist()
 
     def slow_phases(self, machine: int, seed: int, unit: float) -> tuple[Iterator[float], Iterator[float]]:
