@@ -1,11 +1,12 @@
-"""Two methods that are no part of coin, as their authors might write them: plain PyTorch, and nothing of coin's.
+"""Methods that are no part of coin, as their authors might write them: plain PyTorch, and nothing of coin's.
 
-`coin.Foreign` says how such functions are called; ``configs/experiment/study/foreign.yaml`` runs both.
+`coin.Foreign` says how such functions are called; ``configs/experiment/study/foreign.yaml`` runs all.
 """
 
 from copy import deepcopy
 
 import torch
+from torch import nn
 
 
 def averaged(experts, row):
@@ -50,3 +51,60 @@ def distil(experts, calibration, row, steps=150, lr=1e-3, batch_size=64):
         loss.backward()
         optimizer.step()
     return student
+
+
+def matrices(network):
+    """Return the weights of fully connected layers and ungrouped convolutions, the head (the last one) left out."""
+    weights = []
+    for module in network.modules():
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+            weights.append(module.weight)
+        elif isinstance(module, nn.MultiheadAttention):
+            weights.append(module.in_proj_weight)
+    return weights[:-1]
+
+
+def by_matrix(experts, row, initial, merge, scale):
+    """Return the average of the experts, but in every matrix initial + scale · merge(N β_i times the task vectors)."""
+    merged = averaged(experts, row)
+    with torch.no_grad():
+        for new, start, *own in zip(*map(matrices, (merged, initial, *experts)), strict=True):
+            steps = [(weight - start).flatten(1) * len(row) * share for weight, share in zip(own, row, strict=True)]
+            new.copy_(start + scale * merge(steps).reshape(start.shape))
+    return merged
+
+
+def iso_c(experts, calibration, row, initial, scale=1.0):
+    """Give the sum of the task vectors, USVᵀ, one singular value: mean(S) · UVᵀ.
+
+    Source: Marczak et al., *No task left behind: isotropic model merging with common and task-specific subspaces*
+    (ICML 2025, arXiv 2502.04959), Iso-C, whose scale is chosen on validation data near 1.
+    """
+
+    def isotropic(steps):
+        u, s, v = torch.linalg.svd(sum(steps), full_matrices=False)
+        return s.mean() * u @ v
+
+    return by_matrix(experts, row, initial, isotropic, scale)
+
+
+def tsv_m(experts, calibration, row, initial, scale=1.0):
+    """Put the top r/N singular vectors of every task vector side by side, U and V replaced by their polar factors.
+
+    Source: Gargiulo et al., *Task singular vectors: reducing task interference in model merging* (CVPR 2025,
+    arXiv 2412.00081), TSV-Merge, algorithm 1.
+    """
+
+    def side_by_side(steps):
+        kept = max(1, min(steps[0].shape) // len(steps))
+        parts = [torch.linalg.svd(step, full_matrices=False) for step in steps]
+        u, s, v = (
+            torch.cat(each) for each in zip(*((u.T[:kept], s[:kept], v[:kept]) for u, s, v in parts), strict=True)
+        )
+        return polar(u).T @ (s[:, None] * polar(v))
+
+    def polar(rows):
+        p, _, q = torch.linalg.svd(rows, full_matrices=False)
+        return p @ q
+
+    return by_matrix(experts, row, initial, side_by_side, scale)

@@ -5,6 +5,7 @@ COMMANDS = {
     "fit": "Fine-tune one expert, or pretrain a base.",
     "fisher": "Compute the statistics of an existing checkpoint.",
     "merge": "Merge experts into coded models.",
+    "compress": "Compress a network to its delta from the shared initialisation, in few bits or of low rank.",
     "evaluate": "Measure how well lost experts are decoded.",
     "sweep": "Run an experiment over a grid of its options.",
     "report": "Write the report of finished experiments.",

@@ -44,7 +44,7 @@ def measure_decoding(
     halves = features and features[:count], features and features[count:]
     answers = Answers(logits[:count], logits[count:], *halves, feature_widths, tasks=torch.arange(samples) % count)
     lost = [0] if config.reads_survivors else range(count)
-    heads = [(torch.randn(expects.outputs, width or 1), torch.zeros(expects.outputs))] * count
+    heads = [(torch.randn(expects.outputs, width or 1, generator=draw), torch.zeros(expects.outputs))] * count
     decodings = Decodings(code, [make_decoder(config, code, lost, heads).fit(answers)], feature_widths)
     arrived = {
         server: Reply(logits[server, :1], None if features is None else features[server][:1])

@@ -16,7 +16,7 @@ from coin.merging import Method
 from coin.merging.experts import parameters_of
 from coin.merging.layers import fisher_shares, relative_distances
 from coin.modules import DecodingEvaluator
-from coin.networks import load_network
+from coin.networks import Compression, load_network
 from coin.processes import from_first
 from coin.progress import tracked
 from coin.reporting.extras import write_layers
@@ -27,6 +27,7 @@ from coin.reporting.wandb_settings import in_sweep, logging_only
 from coin.statistics import Precision
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 from coin.steps.code import write_choice
+from coin.steps.compress import compress_file
 from coin.steps.distill import Training
 from coin.steps.expert_files import StatisticPaths, StoredExperts
 from coin.steps.merge import coded_name, make_coded_models
@@ -94,8 +95,8 @@ def merge(run: SeedRun, jobs: ExitStack) -> None:
     """Make every method's coded models; `jobs` keeps the methods' jobs open, which have their numbers yet to come."""
     for method in run.experiment.methods:
         name, paths, statistics = coded_name(method), run.coded_paths(method), run.statistics(method)
-        key = _merge_key(run, method, statistics)
-        if run.steps.finished(f"coded-{name}", key, paths):
+        key, outputs = _merge_key(run, method, statistics), run.coded_outputs(method)
+        if run.steps.finished(f"coded-{name}", key, outputs):
             run.say(f"{name}: up to date")
             continue
         run.say(f"{name}: {'training' if method.is_trained else 'merging'}")
@@ -107,7 +108,21 @@ def merge(run: SeedRun, jobs: ExitStack) -> None:
         make = partial(make_coded_models, method, run.code, experts, run.layout.coded, samples)
         make() if method.is_trained else from_first(make)
         work.makes("coded-model", by_stem(paths))
-        run.steps.finish(f"coded-{name}", key, paths)
+        run.steps.finish(f"coded-{name}", key, outputs)
+
+
+def make_spares(run: SeedRun) -> None:
+    """Compress every expert as the experiment's spares ask for."""
+    for compression in run.experiment.spares:
+        paths, sources = run.spare_paths(compression), [*run.experts.paths.values(), run.initial]
+        key = step_key({"compression": compression}, sources)
+
+        def compress(compression: Compression = compression, paths: list[Path] = paths) -> None:
+            run.say(f"spares of {compression.name}: compressing")
+            for source, path in zip(run.experts.paths.values(), paths, strict=False):
+                compress_file(source, path, run.initial, compression)
+
+        run.steps.once(f"spares-{compression.name}", key, paths, compress, shared=True)
 
 
 def _method_job(run: SeedRun, method: Method, *, again: bool = False) -> AbstractContextManager[Job]:
@@ -146,7 +161,7 @@ def _tell_inputs(run: SeedRun, work: Job, method: Method, statistics: StatisticP
 def compare_layers(run: SeedRun) -> None:
     """Write ``layers.csv``, unless it stands and is of these files."""
     methods = run.experiment.methods
-    coded = {path: method for method in methods for path in run.coded_paths(method)}
+    coded = {path: method for method in methods for path in run.coded_paths(method, compressed=False)}
     statistics = {path for method in methods for files in run.statistics(method).values() for path in files.values()}
     output = run.layout.layers
     if not coded:
@@ -194,12 +209,13 @@ def evaluate(run: SeedRun) -> None:
     """Measure every method with every decoder, unless nothing that goes into it has changed."""
     experiment, layout = run.experiment, run.layout
     coded = [path for method in experiment.methods for path in run.coded_paths(method)]
+    spares = [path for each in experiment.spares for path in run.spare_paths(each)[: len(run.tasks)]]
     shown = coded and experiment.network.reads == "images"
     outputs = [layout.results, layout.results_json, layout.confusions, layout.risk, layout.risk_samples]
     outputs += [layout.examples] if shown else []
     outputs += [layout.promise] if experiment.calibration.promise_samples else []
     options, code = experiment.described(run.seed), run.code.code.matrix  # results.json says all of them
-    key = step_key({**options, "code": code, "columns": COLUMNS}, [*run.experts.paths.values(), *coded])
+    key = step_key({**options, "code": code, "columns": COLUMNS}, [*run.experts.paths.values(), *coded, *spares])
     if run.steps.finished("evaluate", key, outputs):
         from_first(layout.results_json.touch)  # of seeds with different options, the latest run's count
         run.say("evaluation: up to date")
@@ -210,6 +226,7 @@ def evaluate(run: SeedRun) -> None:
             coded=[str(path) for path in coded],
             decoders=None if experiment.takes_all_decoders else list(experiment.decoders),
             code=code.tolist(),
+            spares=[str(path) for path in spares],
             alpha=experiment.calibration.promise_alpha,
             confidence=experiment.calibration.promise_confidence,
         )

@@ -15,7 +15,8 @@ from coin.experiment.layout import ExperimentLayout
 from coin.files.atomic import is_folder_name
 from coin.merging import Method
 from coin.modules import Expert
-from coin.networks import NetworkConfig, brought_network, build_network, has_batchnorm
+from coin.modules.spares import SPARE
+from coin.networks import Compression, NetworkConfig, brought_network, build_network, has_batchnorm
 from coin.options import as_options, described
 from coin.statistics import FisherKind
 from coin.steps.code import AUTO, read_code
@@ -41,6 +42,8 @@ class Experiment:
             data (`coin.steps.code.choose_weights`); none, for one coded model that weighs all experts alike.
         calibration: The unlabelled samples for merging and decoding.
         decoders: The decoders to compare: kinds, or sections of a kind and its options; none takes all kinds.
+        spares: Compressed copies of all experts, as stand-ins to compare: sections of `coin.networks.Compression`'s
+            options, such as ``{bits: 3}``, ``{bits: 3, base_bits: 8}`` or ``{rank: 8}``.
         seeds: One run each, or a single one; a seed draws calibration samples and all that is random after the base.
         output: Where experiments go.
         trainer: Options of the Trainer for all steps, such as ``accelerator``, ``devices``, ``precision``. With several
@@ -64,6 +67,7 @@ class Experiment:
         code: list[list[float]] | int | str | None = None,
         calibration: CalibrationConfig = CalibrationConfig(),  # noqa: B008 (frozen)
         decoders: list[str | dict[str, Any] | DecoderConfig] | None = None,
+        spares: list[dict[str, Any]] | None = None,
         seeds: int | list[int] | None = None,
         output: str = "runs",
         trainer: dict[str, Any] | None = None,
@@ -88,13 +92,18 @@ class Experiment:
         self.decoders, self.takes_all_decoders = distinct_decoders(decoders), decoders is None
         settings = (calibration.fisher_kind, calibration.fisher_data, self.decoders)
         methods = [method.settled(*settings) for method in methods]
-        names = [coded_name(method) for method in methods]
-        variants = [(method.label, str(method.batchnorm)) for method in methods]
+        self.spares = [Compression.of(section) for section in spares or []]
+        if any(spare.rounding for spare in self.spares):
+            raise ConfigurationError("found a rounding of spares, expected none: only merge methods have a choice")
+        made = [(method, end) for method in methods for end in ("", *(f"-{each.name}" for each in method.compress))]
+        called = [f"{SPARE}-{each.name}" for each in self.spares]
+        names = [*(coded_name(method) + end for method, end in made), *called]
+        variants = [*((method.label + end, str(method.batchnorm)) for method, end in made), *((c, "") for c in called)]
         for name_, variant in zip(names, variants, strict=True):
             if names.count(name_) > 1 or variants.count(variant) > 1:
                 raise ConfigurationError(
-                    f"found method {variant[0]} with BatchNorm policy {variant[1]} twice, or another of its file's "
-                    f"name '{name_}'; give one of them a label"
+                    f"found method {variant[0]} with BatchNorm policy {variant[1] or 'none'} twice, or another "
+                    f"of its file's name '{name_}'; leave one out, or give one of them a label"
                 )
         if unknown := sorted((expert.overrides.keys() | expert.checkpoints.keys()) - tasks.keys()):
             raise ConfigurationError(f"found options for an expert '{unknown[0]}', expected one of {', '.join(tasks)}")
@@ -142,6 +151,7 @@ class Experiment:
             "decoders": [decoder.name for decoder in self.decoders],
             "tasks": described(self.tasks if seed is None else self.tasks_of(seed)),
             "seed": seed,
+            **({"spares": described(self.spares)} if self.spares else {}),
         }
 
     def check_parts(self) -> None:

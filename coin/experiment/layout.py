@@ -19,6 +19,8 @@ class SeedLayout:
         self.code = folder / "code.json"
         """A code that the seed has chosen."""
         self.coded = folder / "coded"
+        self.spares = folder / "spares"
+        """The experts, compressed."""
         self.logs = folder / "logs"
         self.results = folder / RESULTS_CSV
         self.results_json = folder / RESULTS_JSON

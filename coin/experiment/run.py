@@ -8,7 +8,7 @@ import pandas as pd
 
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
-from coin.experiment.coded_models import choose_code, compare_layers, estimate, evaluate, merge
+from coin.experiment.coded_models import choose_code, compare_layers, estimate, evaluate, make_spares, merge
 from coin.experiment.experiment import Experiment
 from coin.experiment.jobs import job
 from coin.experiment.launch import ExpertJob, Launch, train_side_by_side
@@ -80,6 +80,7 @@ def _run_seed(run: SeedRun) -> None:
     with ExitStack() as jobs:
         merge(run, jobs)
         compare_layers(run)
+        make_spares(run)
         run.experts.release()
         evaluate(run)
 

@@ -10,9 +10,11 @@ from coin.experiment.experiment import Experiment
 from coin.experiment.jobs import Job
 from coin.experiment.store import Steps
 from coin.merging import Method
+from coin.networks import Compression, int8_path
 from coin.processes import say
 from coin.statistics.statistic import DataChoice, Statistic
 from coin.steps.code import SeedCode, read_choice
+from coin.steps.compress import spare_paths
 from coin.steps.expert_files import ExpertFiles
 from coin.steps.merge import coded_paths
 
@@ -42,9 +44,18 @@ class SeedRun:
         given = self.experiment.code
         return read_choice(self.layout.code) if given is None else SeedCode(given)
 
-    def coded_paths(self, method: Method) -> list[Path]:
-        """Return the files of a method's coded models."""
-        return coded_paths(method, self.code.code, self.layout.coded)
+    def coded_paths(self, method: Method, *, compressed: bool = True) -> list[Path]:
+        """Return the files of a method's coded models, those of its compressed variants at the end."""
+        return coded_paths(method, self.code.code, self.layout.coded, compressed=compressed)
+
+    def coded_outputs(self, method: Method) -> list[Path]:
+        """Return the same, and the base in 8 bits that compressed ones are deltas from."""
+        paths, rounded = self.coded_paths(method), any(each.base_bits == 8 for each in method.compress)
+        return [*paths, *([int8_path(paths[0], self.initial)] if rounded else [])]
+
+    def spare_paths(self, compression: Compression) -> list[Path]:
+        """Return the files of the experts' compressed copies, and of their base in 8 bits where they have one."""
+        return spare_paths(self.tasks, self.layout.spares, compression, self.initial)
 
     def statistics(self, method: Method) -> dict[Statistic, dict[str, Path]]:
         """Return the files of the statistics that a method asks for."""

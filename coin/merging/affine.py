@@ -1,6 +1,6 @@
 """One affine unit of a network refitted in closed form: weighted ridge regressions, a group at a time."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from coin.errors import NumericalError
 from coin.merging.lockstep import Look
+from coin.merging.rounding import Rounding
 from coin.merging.units import Unit
 from coin.statistics.gram import patches_of
 from coin.statistics.rules.call import Call
@@ -18,11 +19,18 @@ from coin.statistics.sums import sum_type
 
 
 def fit_unit(
-    network: nn.Module, unit: Unit, looks: Iterable[Look], shares: Tensor, mixtures: Tensor, ridge: float
+    network: nn.Module,
+    unit: Unit,
+    looks: Iterable[Look],
+    shares: Tensor,
+    mixtures: Tensor,
+    ridge: float,
+    rounding: Rounding | None = None,
 ) -> None:
     """Refit one unit of a network in place, from what the networks make of the samples there.
 
-    `mixtures` [N, P] are every sample's mixture of the experts, which is its target, and `shares` [P] its weight.
+    `mixtures` [N, P] are every sample's mixture of the experts, which is its target, and `shares` [P] its weight. With
+    a `rounding` its matrix is rounded, and its bias fitted to what that leaves.
     """
     weight = network.get_parameter(unit.weight)
     shift = None if unit.shift is None else network.get_parameter(unit.shift)
@@ -40,9 +48,17 @@ def fit_unit(
             residual = _target(look, mixtures) - output
             yield from _rows(look.call, residual, shares[look.samples])
 
-    step, constant = fit_affine(rows(), ridge, intercept=shift is not None)
-    flat = step.flatten(0, 1)
-    weight.add_((flat.T if turned else flat).reshape(weight.shape))
+    def rounded(step: Tensor, metric: Tensor) -> Tensor:
+        assert rounding is not None
+        return rounding.step(unit.weight, weight, step, metric, turned)
+
+    rounds = rounding is not None and rounding.takes(unit.weight)
+    step, constant = fit_affine(rows(), ridge, intercept=shift is not None, change=rounded if rounds else None)
+    if rounding is not None and rounds:
+        weight.copy_(rounding.weight(unit.weight))
+    else:
+        flat = step.flatten(0, 1)
+        weight.add_((flat.T if turned else flat).reshape(weight.shape))
     if shift is not None:
         shift.add_(constant.reshape(shift.shape))
 
@@ -89,7 +105,11 @@ def _entries(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def fit_affine(
-    rows: Iterable[tuple[Tensor, Tensor, Tensor]], ridge: float, *, intercept: bool = True
+    rows: Iterable[tuple[Tensor, Tensor, Tensor]],
+    ridge: float,
+    *,
+    intercept: bool = True,
+    change: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the minimiser ΔW, Δb of Σ_n w_n ‖ΔW a_n + Δb − r_n‖² / Σ_n w_n + λ ‖ΔW‖², a regression a group.
 
@@ -101,6 +121,8 @@ def fit_affine(
         rows: Inputs a [n, G, K], residuals r [n, G, O] and weights w [n], in blocks.
         ridge: Above 0.
         intercept: Whether there is a Δb; without one nothing is centred and Δb is 0.
+        change: Returns what ΔW is changed to, given it and the matrix M = cov(a) + λI [G, K, K] in which a change E of
+            it costs tr(E M Eᵀ); the best Δb then is.
 
     Returns:
         ΔW [G, O, K] and Δb [G, O], in float64.
@@ -123,11 +145,14 @@ def fit_affine(
         gram = (a @ a.mT).double()
         scale = gram.diagonal(dim1=1, dim2=2).sum(1) / inputs
         step = _solve(gram, r.double(), ridge * scale, scale <= noise).mT @ a.double()
+        gram = (a.mT @ a).double() if change is not None else gram
     else:
         covariance = moments.products / moments.mass
         gram = covariance[..., :inputs]
         scale = gram.diagonal(dim1=1, dim2=2).mean(1)
         step = _solve(gram, covariance[..., inputs:], ridge * scale, scale <= noise).mT
+    if change is not None:
+        step = change(step, _damped(gram, ridge * scale, scale <= noise))
     return step, mean_r - (step @ mean_a[..., None])[..., 0]
 
 
@@ -199,6 +224,10 @@ def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
         raise NumericalError(
             "a layer's inputs on calibration data are so large that squares overflow; check the experts"
         )
-    damped = gram + torch.diag_embed(torch.where(dead, torch.ones_like(ridges), ridges)[:, None].expand(gram.shape[:2]))
-    solved: Tensor = torch.cholesky_solve(right, torch.linalg.cholesky(damped))
+    solved: Tensor = torch.cholesky_solve(right, torch.linalg.cholesky(_damped(gram, ridges, dead)))
     return solved.masked_fill_(dead[:, None, None], 0)
+
+
+def _damped(gram: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
+    """Return gram + λI a group; with λ = 1 where the inputs are constant."""
+    return gram + torch.diag_embed(torch.where(dead, torch.ones_like(ridges), ridges)[:, None].expand(gram.shape[:2]))

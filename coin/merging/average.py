@@ -11,6 +11,7 @@ from coin.errors import HeadError
 from coin.files.tensors import State, weighted_mean
 from coin.merging.experts import Experts
 from coin.merging.method import Candidate, CodedModel, MergeMethod, refined
+from coin.merging.rounding import Rounding
 from coin.networks.heads import check_head, features_and_logits, head_name
 from coin.statistics.guard import evaluating
 
@@ -50,13 +51,20 @@ class HeadFit(Average):
         return refined(made, self.label)
 
 
-def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], *, held_out: bool = False) -> None:
+def fit_head(
+    network: nn.Module,
+    experts: Experts,
+    row: Sequence[float],
+    *,
+    held_out: bool = False,
+    rounding: Rounding | None = None,
+) -> None:
     """Fit a coded network's head, in place, so that it reads Σ_i β_i f_i out of the network's features.
 
     With φ(x) the features and (W, b) the head, the head becomes (W + ΔW, b + Δb), where ΔW φ + Δb is the ridge
     regression of the residual Σβ_if_i − (Wφ + b) on the pooled calibration samples, without the held-out ones if
     `held_out`, its ridge chosen by leave-one-out (`fit_ridge`); a head without a bias gets none. The ridge pulls
-    towards the head that is there, so experts that agree keep theirs.
+    towards the head that is there, so experts that agree keep theirs. With a `rounding` W + ΔW is rounded.
 
     Raises:
         HeadError: The head is not a fully connected layer, or the logits are not the head of its inputs.
@@ -79,8 +87,14 @@ def fit_head(network: nn.Module, experts: Experts, row: Sequence[float], *, held
     features, logits = (torch.cat(pieces).double() for pieces in zip(*found, strict=True))
     experts.passes += len(features)
     fit = fit_ridge(features, target - logits, intercept=head.bias is not None)
-    step = fit.coefficients.T
+    step, weight = fit.coefficients.T, f"{name}.weight".lstrip(".")
     with torch.no_grad():
-        head.weight.add_(step.to(head.weight))
+        if rounding is not None and rounding.takes(weight):
+            centred = features - fit.input_mean
+            metric = centred.T @ centred + fit.ridges * torch.eye(len(step.T)).to(step)
+            step = rounding.step(weight, head.weight, step[None], metric[None])[0]
+            head.weight.copy_(rounding.weight(weight))
+        else:
+            head.weight.add_(step.to(head.weight))
         if head.bias is not None:
             head.bias.add_((fit.target_mean - step @ fit.input_mean).to(head.bias))

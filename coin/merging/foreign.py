@@ -15,7 +15,7 @@ from coin.files.atomic import sha256_of
 from coin.files.packaged import imported
 from coin.files.tensors import check_finite
 from coin.merging.experts import Experts, parameters_of
-from coin.merging.method import CodedModel, Method, check_coded, check_experts, fill
+from coin.merging.method import CodedModel, Compress, Method, check_coded, check_experts, fill
 from coin.networks.weights import fill_network
 from coin.statistics.statistic import DataChoice
 
@@ -40,6 +40,7 @@ class Foreign(Method):
             makes its coded models anew; the modules that it imports are not looked at.
         options: Its further arguments by name.
         label: Name of this variant in results; the function's by default.
+        compress: As for every method (`coin.MergeMethod`).
 
     Raises ConfigurationError where there is no such function, or it does not take these arguments.
     """
@@ -48,7 +49,13 @@ class Foreign(Method):
     reads_initial = True  # for all that is known of the class: so no other method starts from one
     batchnorm = ""  # the function's own business
 
-    def __init__(self, function: str, options: dict[str, Any] | None = None, label: str | None = None) -> None:
+    def __init__(
+        self,
+        function: str,
+        options: dict[str, Any] | None = None,
+        label: str | None = None,
+        compress: Compress = None,
+    ) -> None:
         self.function, self.options = function, options or {}
         self.label = self.labelled(function.rpartition(".")[2] if label is None else label)
         self._function = imported("function", function, "a Python function")
@@ -63,6 +70,7 @@ class Foreign(Method):
                 f"options {self.options} ({error}); change it, or its options"
             ) from error
         self.reads_initial = "initial" in self._asks
+        self.compress = self.compressed(compress)
         self._content = sha256_of(Path(self._source))  # of now: it may be edited while experts train
 
     def content_key(self) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from coin.coding import Answers, DecoderConfig, DecoderKind, make_decoder, uniform
 from coin.coding.decoders import Kept
-from coin.errors import NumericalError
+from coin.errors import HeadError, NumericalError
 from coin.merging.experts import Experts
 from coin.networks.stages import common_widths
 
@@ -24,11 +24,20 @@ def held_out_error(
     decoders of E_{x∈T_j} (1 − cos(f̂_j(x), f_j(x))), logits taken from their mean over the classes: what class an answer
     names does not change with its size or offset. The squared error ‖f_c − Σ_i β_i f_i‖ does, and prefers outputs that
     have shrunk. Decoders are fitted on the samples that are not held out, if these are two of every task at least;
-    otherwise only the linear one judges. Infinite if it is no number.
+    otherwise only the linear one judges. Where logits are not a head's of the features, expert_head does not judge
+    beside others. Infinite if it is no number.
     """
     fitted = experts.tasks[: experts.split[0].num_samples]
     if int(torch.bincount(fitted, minlength=experts.count).min()) < 2:
         decoders = [LINEAR]
+    heads = None
+    if any(each.kind is DecoderKind.expert_head for each in decoders):
+        try:
+            heads = experts.heads
+        except HeadError:
+            decoders = [each for each in decoders if each.kind is not DecoderKind.expert_head]
+            if not decoders:
+                raise
     features, stages = (any(getattr(each, read) for each in decoders) for read in ("reads_features", "reads_stages"))
     judged = _answers(experts, coded, 1, features, stages)
     calibration, kept = None, Kept()
@@ -44,7 +53,6 @@ def held_out_error(
                 others = (weight * mine.experts[i] for i, weight in enumerate(row) if i != task)
                 decoded = (mine.coded[0] - sum(others, torch.zeros(()))) / row[task]
             else:
-                heads = experts.heads if config.kind is DecoderKind.expert_head else None
                 decoder = make_decoder(config, uniform(experts.count), [task], heads)
                 if decoder.needs_fit:
                     calibration = calibration or _answers(experts, coded, 0, features, stages)

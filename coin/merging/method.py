@@ -20,6 +20,7 @@ from coin.files.tensors import State, check_finite, check_same_layout, weighted_
 from coin.merging.experts import Experts, Given, parameters_of
 from coin.merging.held_out import check_errors, held_out_error
 from coin.networks.batchnorm import BatchNormPolicy, recalibrate
+from coin.networks.compressed import Base, Compressed, Compression, RoundingKind
 from coin.networks.parametrised import renormalise
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
@@ -32,6 +33,9 @@ _FEW = 10
 """With fewer held-out samples a choice is told of: it is little better than chance."""
 
 Number = TypeVar("Number", bound=float)
+
+Compress = dict[str, Any] | list[dict[str, Any]] | None
+"""The option `compress` of methods: a section of `Compression`'s options, or several."""
 
 Candidate = tuple[dict[str, Any], dict[str, Tensor]]
 """What tells a candidate from others, and its parameters in the experts' types."""
@@ -80,6 +84,8 @@ class Method(ABC):
         batchnorm: What becomes of BatchNorm's running statistics; empty where the method alone knows.
         is_trained: Whether it trains with a Trainer, on all processes; others run on the first alone.
         reads_initial: Whether it needs the shared initialisation.
+        compress: How a run compresses its coded models, beside keeping them whole.
+        rounds: Whether it can round a coded model while it makes it.
         samples_per_task: P of its own; none takes the experiment's.
         augmentation: What happens to calibration samples that it trains on.
 
@@ -102,6 +108,8 @@ class Method(ABC):
     name: ClassVar[str]
     is_trained: ClassVar[bool] = False
     reads_initial: bool = False
+    rounds: ClassVar[bool] = False
+    compress: Sequence[Compression] = ()
     samples_per_task: int | None = None
     augmentation: str = "none"
     label: str
@@ -122,6 +130,12 @@ class Method(ABC):
             NumericalError: The method broke down on sound inputs.
         """
 
+    def pack(
+        self, experts: Experts, row: Sequence[float], made: CodedModel, base: Base, compression: Compression
+    ) -> Compressed:
+        """Return what `make` has made for one row of the code, compressed beside a base."""
+        return compression.of_network(made.network, base)
+
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics of the experts that it wants."""
         return ()
@@ -132,6 +146,17 @@ class Method(ABC):
         These are the kind and data of Fishers, and for which decoders a choice is made; none leaves that open.
         """
         return self
+
+    def compressed(self, compress: Compress) -> list[Compression]:
+        """Return an option's compressions; a method whose coded models are deltas reads the shared initialisation."""
+        sections = [compress] if isinstance(compress, Mapping) else compress or []
+        found = [Compression.of(each) for each in sections]
+        if any(each.rounding is RoundingKind.refit and not self.rounds for each in found):
+            raise ConfigurationError(
+                f"found rounding: refit for method '{self.name}', expected nearest: only Refit rounds while it fits"
+            )
+        self.reads_initial = self.reads_initial or any(each.base_bits for each in found)
+        return found
 
     def labelled(self, label: str | None) -> str:
         """Return the label that an option gives, or the name; a ConfigurationError unless results can be called it."""
@@ -228,6 +253,8 @@ class MergeMethod(Method):
     Args:
         batchnorm: Policy for BatchNorm statistics, as for every method.
         label: Name of this variant in results, a plain file name.
+        compress: How a run compresses the coded models, beside keeping them whole: one section of `Compression`'s
+            options, such as ``{bits: 4}``, or several. The results call such a variant ``LABEL-4bit``.
 
     A closed form of one's own:
 
@@ -243,10 +270,17 @@ class MergeMethod(Method):
     True
     """
 
-    def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.auto, label: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
+        label: str | None = None,
+        compress: Compress = None,
+    ) -> None:
         self.batchnorm = chosen(BatchNormPolicy, "batchnorm", batchnorm)
         self.label = self.labelled(label)
         self.reads_initial = self.reads_initial or self.batchnorm is BatchNormPolicy.keep
+        self.compress = self.compressed(compress)
 
     @abstractmethod
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import ChainMap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from enum import StrEnum
 from itertools import chain
@@ -22,9 +22,11 @@ from coin.merging.average import Average, average_parameters, fit_head
 from coin.merging.experts import Experts, parameters_of
 from coin.merging.held_out import LINEAR, check_errors, held_out_error
 from coin.merging.lockstep import Walk
-from coin.merging.method import CodedModel, Method, check_coded, check_experts, checked, fill, starting_method
+from coin.merging.method import CodedModel, Compress, Method, check_coded, check_experts, checked, fill, starting_method
+from coin.merging.rounding import Rounding
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.batchnorm import BatchNormPolicy, folded
+from coin.networks.compressed import Base, Compressed, Compression, RoundingKind, compress, reference_of
 from coin.networks.parametrised import renormalise
 from coin.progress import progress
 from coin.statistics import FisherKind
@@ -97,10 +99,12 @@ class Refit(Method):
         head: Whether the head is fitted at last.
         memory_mib: Bound on the activations that are kept, in MiB.
         label: Name of this variant in results.
+        compress: As for every method (`MergeMethod`); by default it is rounded while it is refitted (`pack`).
     """
 
     name = "refit"
     batchnorm = BatchNormPolicy.keep
+    rounds = True
 
     def __init__(
         self,
@@ -112,6 +116,7 @@ class Refit(Method):
         decoders: list[str] | None = None,
         memory_mib: int = 4096,
         label: str | None = None,
+        compress: Compress = None,
     ) -> None:
         self.target = chosen(Target, "target", target)
         if ridge is not None:
@@ -121,6 +126,7 @@ class Refit(Method):
         self.start = start
         self._start = None if start == Average.name else starting_method(start, reads_initial=True)
         self.reads_initial = self._start is not None and self._start.reads_initial
+        self.compress = self.compressed(compress)
         self.decoders = None if decoders is None else [each.name for each in distinct_decoders(decoders)]
         self.label = self.labelled(label)
 
@@ -156,7 +162,7 @@ class Refit(Method):
                 residuals[option] = held_out_error(experts, trial, row, decoders)
             check_errors(residuals.values(), self.label)
         best = min(options, key=lambda option: residuals.get(option, 0.0))
-        network, averaged = self._refit(experts, row, start, *best, held_out=False)
+        network, averaged, _ = self._refit(experts, row, start, *best)
         check_finite(parameters_of(network), f"the coded model of method '{self.label}'")
         check_coded(network, experts, self.label)
         self._warn_of(averaged, network)
@@ -166,6 +172,33 @@ class Refit(Method):
         if residuals:
             taken["held_out_error"] = {f"{target}/{ridge:g}": r for (target, ridge), r in residuals.items()}
         return CodedModel(network, taken)
+
+    @torch.inference_mode(False)
+    def pack(
+        self, experts: Experts, row: Sequence[float], made: CodedModel, base: Base, compression: Compression
+    ) -> Compressed:
+        """Return the coded model of one row refitted once more, every matrix rounded when it has been fitted.
+
+        A layer is rounded column by column, the later ones making up for the errors of those before, its bias is fitted
+        to what that leaves, and the next layer to the inputs that the rounded ones give (`coin.merging.rounding`). What
+        cannot be refitted is rounded to the nearest before all else. See `Method.pack`.
+        """
+        if compression.bits is None or compression.rounding is RoundingKind.nearest:
+            return super().pack(experts, row, made, base, compression)
+        bits, base_bits, start = (
+            compression.bits,
+            compression.base_bits,
+            None if self._start is None else self._start.make(experts, row),
+        )
+
+        def against(network: nn.Module) -> Rounding:
+            return Rounding(reference_of(network, base, base_bits), bits)
+
+        options = Target(made.chosen["target"]), made.chosen["ridge"]
+        network, _, rounding = self._refit(experts, row, start, *options, against=against)
+        assert rounding is not None
+        rounded, reference = rounding.rounded, rounding.reference
+        return compress(network, reference, bits=bits, base_bits=base_bits, rounded=rounded)
 
     def _warn_of(self, averaged: Sequence[str], network: nn.Module) -> None:
         sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
@@ -187,9 +220,13 @@ class Refit(Method):
         target: Target,
         ridge: float,
         *,
-        held_out: bool,
-    ) -> tuple[nn.Module, list[str]]:
-        """Return a network refitted without the held-out samples or with, and the parameters that keep the start."""
+        held_out: bool = False,
+        against: Callable[[nn.Module], Rounding] | None = None,
+    ) -> tuple[nn.Module, list[str], Rounding | None]:
+        """Return a network refitted without the held-out samples or with, and the parameters that keep the start.
+
+        `against` makes what its matrices are rounded by of the network as it starts.
+        """
         inputs = joined(list(experts.split[0] if held_out else experts.pooled))
         mixtures, shares = _objective(target, row, experts.tasks[: size_of(inputs)])
         if start is None:
@@ -202,6 +239,11 @@ class Refit(Method):
         units = affine_units(network, inputs)
         experts.passes += PROBES
         _fold(network, units, states, [1.0] if start else row)
+        rounding, kept = None, parameters_of(network).keys() - {name for unit in units for name in unit.names}
+        if against is not None:
+            rounding = against(network)
+            for name in filter(rounding.takes, kept):
+                network.get_parameter(name).data.copy_(rounding.round(name, network.get_parameter(name).data))
         parts = [mixture.nonzero().flatten() for mixture in mixtures]
         networks = 1 + sum(map(len, parts)) / size_of(inputs)  # own: every sample is one expert's
 
@@ -213,12 +255,12 @@ class Refit(Method):
         )
         with walk, torch.no_grad(), progress(self.label, len(units)) as advance:
             for unit in units:
-                fit_unit(network, unit, walk.looks(unit), shares, mixtures, ridge)
+                fit_unit(network, unit, walk.looks(unit), shares, mixtures, ridge, rounding)
                 advance()
         experts.passes += walk.passes
         if self.head:
-            fit_head(network, experts, row, held_out=held_out)
-        return network, sorted(parameters_of(network).keys() - {name for unit in units for name in unit.names})
+            fit_head(network, experts, row, held_out=held_out, rounding=rounding)
+        return network, sorted(kept), rounding
 
 
 def _objective(target: Target, row: Sequence[float], task: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,8 @@ from coin.files.tensors import State, check_finite, check_same_layout, doubled, 
 from coin.merging.experts import Experts
 from coin.merging.method import Candidate, MergeMethod, checked
 from coin.merging.regmean import regmean_parameters
+from coin.networks.batchnorm import BatchNormPolicy
+from coin.networks.heads import head_name
 from coin.statistics import TRANSPOSED
 
 WUDI_DAMPING = 1e-4
@@ -20,10 +22,14 @@ WUDI_DAMPING = 1e-4
 
 
 class Base(MergeMethod):
-    """The shared initialisation's parameters, with the experts' buffers by the policy: the floor of every table."""
+    """The shared initialisation itself, the floor of every table; policies but ``keep`` change its statistics."""
 
     name = "base"
     reads_initial = True
+    batchnorm = BatchNormPolicy.keep
+
+    def __init__(self, *, batchnorm: BatchNormPolicy = BatchNormPolicy.keep, label: str | None = None) -> None:
+        super().__init__(batchnorm=batchnorm, label=label)
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the initialisation."""
@@ -41,19 +47,31 @@ class Wudi(MergeMethod):
     is the minimiser of Σ_i β_i ‖(W − W_i) τ_iᵀ‖² / ‖τ_i‖². As in `regmean_parameters` λ, 1e-4 of the mean diagonal
     entry, pulls to the β-average, so that experts that agree merge to themselves. It is for fully connected layers and
     convolutions of one group. Averaged are all other parameters, weights that several modules share, and maps that an
-    expert has left as they were: they have no Gram matrix.
+    expert has left as they were: they have no Gram matrix. So is the head, unless `head`: task vectors that do not meet
+    are added up, not averaged, which is what its features can bear and the coded outputs Σ_i β_i f_i cannot.
 
     Source: Cheng et al., *Whoever started the interference should end it: guiding data-free model merging via task
-    vectors* (ICML 2025), eq. 7, there minimised by gradient descent.
+    vectors* (ICML 2025), there minimised by gradient descent, heads left out.
+
+    Args:
+        head: Whether the head is merged in this way too.
+        **options: ``batchnorm`` and ``label``, see `MergeMethod`.
     """
 
     name = "wudi"
     reads_initial = True
 
+    def __init__(self, *, head: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.head = head
+
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one merge."""
         initial, every = _checked_initial(experts), experts.parameters
-        grams = [_DeltaGrams(expert, initial, linear_maps(experts.blank())) for expert in every]
+        network = experts.blank()
+        left_out = None if self.head else f"{head_name(network)}.weight".lstrip(".")
+        maps = [name for name in linear_maps(network) if name.removesuffix(TRANSPOSED) != left_out]
+        grams = [_DeltaGrams(expert, initial, maps) for expert in every]
         names = [name for name in grams[0] if all(name in gram for gram in grams)]
         solved = [_DeltaGrams(expert, initial, names) for expert in every]
         yield {}, regmean_parameters(every, solved, row, alpha=1.0, damping=WUDI_DAMPING, label=self.label)

@@ -19,7 +19,7 @@ from coin.data import Augmentation
 from coin.errors import CoinWarning, ConfigurationError, HeadError, NumericalError
 from coin.files.tensors import not_finite
 from coin.merging import Average, CodedModel, Experts, HeadFit, Method
-from coin.merging.method import check_row, starting_method
+from coin.merging.method import Compress, check_row, starting_method
 from coin.modules.recipe import Schedule
 from coin.modules.search import POINTS, TRIALS, Choice, search_curves, search_grid
 from coin.modules.shared import plain_options, plot_against_epochs, tasks_of
@@ -87,6 +87,7 @@ class Distillation(LightningModule, Method):
         start: str | dict[str, Any] = AUTO,
         label: str | None = None,
         seed: int | None = None,
+        compress: Compress = None,
     ) -> None:
         super().__init__()
         self.augments = augmentation not in (None, Augmentation.none)
@@ -111,7 +112,7 @@ class Distillation(LightningModule, Method):
             raise ConfigurationError("found schedule=cosine, expected one_cycle or constant")
         if start != AUTO:
             starting_method(start)
-        self.label = self.labelled(label)
+        self.label, self.compress = self.labelled(label), self.compressed(compress)
         self.samples_per_task = samples_per_task
         self.augmentation = str(augmentation)
         self.student: Any = None  # the network that is trained, once there is one

@@ -34,6 +34,7 @@ from coin.metrics import DecodingAccuracy, Residual, RiskCurves
 from coin.modules.coded import heads_for, server_answers
 from coin.modules.examples import ExampleSamples, KeptSamples
 from coin.modules.shared import tasks_of
+from coin.modules.spares import read_spares
 from coin.modules.variants import NONE, ORACLE, Outcome, Variant, read_coded
 from coin.networks import load_network, widened
 from coin.progress import tracked
@@ -67,6 +68,7 @@ class DecodingEvaluator(LightningModule):
         decoders: The decoders to try: kinds, or sections of a kind and its options; none takes all kinds, but
             expert_head only where the experts' logits are their heads' of their features.
         code: The code of the references, R×N; none takes the first coded model's.
+        spares: The files of compressed experts, each of which answers in the place of its own.
         alpha: The most of the accepted answers that differ from the expert's, where the datamodule has samples for a
             promise, which all networks then answer once: `coin.promised_risk`.
         confidence: The probability that the promise holds.
@@ -82,6 +84,7 @@ class DecodingEvaluator(LightningModule):
         coded: list[str] | None = None,
         decoders: list[str | dict[str, Any] | DecoderConfig] | None = None,
         code: list[list[float]] | None = None,
+        spares: list[str] | None = None,
         alpha: float = 0.02,
         confidence: float = 0.95,
     ) -> None:
@@ -103,6 +106,8 @@ class DecodingEvaluator(LightningModule):
         if self.code.num_experts != len(experts):
             raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
         self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
+        self.spares = read_spares([Path(path) for path in spares or []], marks, self.class_counts, self.code)
+        self.replicas = nn.ModuleList([spare.network for spare in self.spares])
         self.alpha, self.confidence = alpha, confidence
         self.outcomes: list[Outcome] = []
         self.examples: dict[int, ExampleSamples] = {}
@@ -164,6 +169,9 @@ class DecodingEvaluator(LightningModule):
         answers = self(inputs).cpu()  # where the decoders were fitted; not every device has float64
         with torch.autocast("cpu", enabled=False), full_products():
             self._decode(answers, inputs, labels.cpu(), batch_idx, dataloader_idx)
+        for spare in self.spares:
+            if spare.task == dataloader_idx:
+                spare.update(spare.network(inputs).cpu(), answers.experts[spare.task], labels.cpu())
 
     def _decode(self, answers: Answers, inputs: Tensor, labels: Tensor, batch_idx: int, task: int) -> None:
         seen = [variant.seen(answers) for variant in self.variants]
@@ -229,6 +237,7 @@ class DecodingEvaluator(LightningModule):
             for expert, (accuracy, confusion, curves) in fitted.metrics.items()
             for points, samples in [curves.compute()]
         ]
+        self.outcomes += [spare.outcome(self.tasks[spare.task]) for spare in self.spares]
 
     def _fit_decoders(self, answers: Answers, share: float) -> list[_FittedDecoder]:
         """Fit a decoder for every variant and erasure; `share` is the seconds one network took over the samples."""
@@ -264,4 +273,5 @@ class DecodingEvaluator(LightningModule):
         """All metrics; as they are no submodules, they stay on the CPU when the networks move."""
         residuals = [metric for metrics in self.residuals.values() for metric in metrics]
         others = [metric for fitted in self.fitted for own in fitted.metrics.values() for metric in own]
-        return [*residuals, *others, *self.examples.values()]
+        spares = [metric for spare in self.spares for metric in (spare.accuracy, spare.confusion)]
+        return [*residuals, *others, *spares, *self.examples.values()]

@@ -13,7 +13,7 @@ from torch import nn
 from coin.coding import Answers, Code, DecoderConfig, DecoderKind, Promise
 from coin.errors import FileError
 from coin.metrics import RiskPoint
-from coin.networks import BatchNormPolicy, load_network
+from coin.networks import BatchNormPolicy, load_network, nbytes_together
 
 NONE = "none"
 ORACLE = "oracle"
@@ -33,7 +33,7 @@ class Variant:
         seconds: What making it took, wall time; in forward-equivalents these are the `passes`.
         chosen: What every coded model's file says was chosen for it, by option; empty where nothing was.
         kind: The merge method's own name, whatever the results call it; none where its file does not say.
-        memory: The bytes of its coded models, as their files keep them.
+        memory: The bytes of its coded models, as their files keep them, with the base of compressed ones.
     """
 
     method: str
@@ -193,7 +193,7 @@ def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Mod
                 passes=sum(float(row["passes"]) for row in rows) + float(first["shared_passes"]),
                 chosen=chosen,
                 kind=(first.get("method") or {}).get("name"),
-                memory=sum(files[index].nbytes for index in networks),
+                memory=nbytes_together(files[index] for index in networks),
             )
         )
     return [file.network for file in files], variants

@@ -1,13 +1,18 @@
 """Architectures by name, their heads and features, BatchNorm policies, and networks as files."""
 
 from coin.networks.batchnorm import BatchNormPolicy, has_batchnorm, recalibrate
-from coin.networks.compressed import Compressed, compress
+from coin.networks.compressed import Compressed, Compression, compress
 from coin.networks.files import (
     NetworkFile,
+    Unpacked,
     brought_network,
     initial_network,
+    int8_path,
+    kept_base,
     load_network,
+    nbytes_together,
     open_network,
+    save_compressed,
     save_network,
 )
 from coin.networks.heads import (
@@ -27,10 +32,12 @@ from coin.networks.weights import check_layout, fill_network, read_weights
 __all__ = [
     "BatchNormPolicy",
     "Compressed",
+    "Compression",
     "Lora",
     "NetworkConfig",
     "NetworkFile",
     "Run",
+    "Unpacked",
     "add_adapters",
     "brought_network",
     "build_network",
@@ -42,8 +49,11 @@ __all__ = [
     "has_batchnorm",
     "head_name",
     "initial_network",
+    "int8_path",
+    "kept_base",
     "linear_heads",
     "load_network",
+    "nbytes_together",
     "open_network",
     "pad_logits",
     "padded_rows",
@@ -51,6 +61,7 @@ __all__ = [
     "read_weights",
     "recalibrate",
     "run_network",
+    "save_compressed",
     "save_network",
     "widened",
 ]

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.batches import clone, plain
-from coin.choices import check_integer
+from coin.choices import check_integer, chosen
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import check_finite, fingerprint
@@ -25,6 +26,16 @@ PACKED = "packed"
 _BASES = {32: "", 8: "-int8base", 0: "-nobase"}
 
 
+class RoundingKind(StrEnum):
+    """When a coded model is rounded."""
+
+    refit = "refit"
+    """While `Refit` fits its layers, so that each makes up for the errors of those before."""
+
+    nearest = "nearest"
+    """Afterwards."""
+
+
 @dataclass(frozen=True)
 class Compression:
     """How a network is compressed.
@@ -34,6 +45,7 @@ class Compression:
         rank: the rank of every delta.
         base_bits: How the base is kept: 32: as it is; 8: in 8 bits a value, from which the delta is then taken; 0: not
             at all, so that this is plain quantisation of the network.
+        rounding: ``refit`` or ``nearest``, where a merge method may round while it fits; none for the method's own.
 
     Raises:
         ConfigurationError: An option is out of its range, or both or neither of bits and rank are given.
@@ -42,6 +54,7 @@ class Compression:
     bits: int | None = None
     rank: int | None = None
     base_bits: int = 32
+    rounding: RoundingKind | None = None
 
     def __post_init__(self) -> None:
         if (self.bits is None) == (self.rank is None):
@@ -49,8 +62,12 @@ class Compression:
         for name, value in (("bits", self.bits), ("rank", self.rank)):
             if value is not None:
                 check_integer(name, value, 1)
+        if self.rank is not None and self.rounding is not None:
+            raise ConfigurationError(f"found rank={self.rank} and a rounding, expected bits; leave out the rounding")
         if (self.bits or 1) > 8:
             raise ConfigurationError(f"found bits={self.bits}, expected a whole number from 1 to 8")
+        if self.rounding is not None:
+            object.__setattr__(self, "rounding", chosen(RoundingKind, "rounding", self.rounding))
         if self.base_bits not in _BASES:
             raise ConfigurationError(f"found base_bits={self.base_bits!r}, expected 32, 8 or 0")
 
@@ -65,7 +82,12 @@ class Compression:
     @property
     def name(self) -> str:
         """What results and files call it: ``3bit``, ``3bit-int8base``, ``rank8``."""
-        return (f"rank{self.rank}" if self.bits is None else f"{self.bits}bit") + _BASES[self.base_bits]
+        how = "-nearest" if self.rounding is RoundingKind.nearest else ""
+        return (f"rank{self.rank}" if self.bits is None else f"{self.bits}bit") + _BASES[self.base_bits] + how
+
+    def of_network(self, network: nn.Module, base: "Base") -> "Compressed":
+        """Return a network compressed so beside a base."""
+        return compress(network, base, bits=self.bits, rank=self.rank, base_bits=self.base_bits)
 
 
 class Compressed:
@@ -161,9 +183,13 @@ class Compressed:
         return made
 
 
+Base = nn.Module | Compressed | None
+"""What a network is a delta from; for ``base_bits=8`` it may be rounded already."""
+
+
 def compress(
     network: nn.Module,
-    base: "nn.Module | Compressed | None",
+    base: "Base | Reference",
     *,
     bits: int | None = None,
     rank: int | None = None,
@@ -203,22 +229,37 @@ def compress(
         raise ConfigurationError(f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0")
     own = _unique(network)
     check_finite(own, "the network to compress", [name for name, _ in network.named_buffers()])
-    kept: Compressed | None = None
-    if base is None or not base_bits:
-        base, norms, reference = network, [], _reference(network, None, [])
-    else:
-        if base_bits == 8:
-            kept = base if isinstance(base, Compressed) else int8(base)
-        base = kept.network() if kept else cast(nn.Module, base)
-        folds = _folds(network)
-        plainly, within = _reference(network, base, []), _reference(network, base, list(folds))
-        apart = {n: [(own[w] - each[w]).norm() for each in (plainly, within)] for n, w in folds.items()}
-        norms = [n for n, (far, near) in apart.items() if near < far and not own[f"{n}.running_mean"].any()]
-        reference = _reference(network, base, norms)
+    against = base if isinstance(base, Reference) else reference_of(network, base, base_bits)
+    base, kept, norms, reference = against
     made = [encode(tensor, reference[name], bits, rank, (rounded or {}).get(name)) for name, tensor in own.items()]
     outputs = next((len(own[name]) for name, tensor in _unique(base).items() if tensor.shape != own[name].shape), None)
     data = torch.cat([torch.empty(0, dtype=torch.uint8), *(data for _, data in made)])
     return Compressed(base, base_bits, data, [kind for kind, _ in made], norms, outputs, kept)
+
+
+class Reference(NamedTuple):
+    """What a network's tensors are a delta from."""
+
+    base: nn.Module
+    """The base as it is kept; the network itself where there is none."""
+    kept: Compressed | None
+    """The bytes that it is kept in, if these are not its own."""
+    norms: list[str]
+    """The BatchNorms that are folded."""
+    tensors: dict[str, Tensor]
+
+
+def reference_of(network: nn.Module, base: Base, base_bits: int) -> Reference:
+    """Return what the tensors of a network are a delta from, its BatchNorms folded where the network's are."""
+    if base is None or not base_bits:
+        return Reference(network, None, [], _reference(network, None, []))
+    kept = base if isinstance(base, Compressed) else int8(base) if base_bits == 8 else None
+    base = kept.network() if kept else cast(nn.Module, base)
+    own, folds = _unique(network), _folds(network)
+    plainly, within = _reference(network, base, []), _reference(network, base, list(folds))
+    apart = {n: [(own[w] - each[w]).norm() for each in (plainly, within)] for n, w in folds.items()}
+    norms = [n for n, (far, near) in apart.items() if near < far and not own[f"{n}.running_mean"].any()]
+    return Reference(base, kept, norms, _reference(network, base, norms))
 
 
 def int8(base: nn.Module) -> Compressed:

@@ -48,16 +48,20 @@ def levels(bits: int) -> Tensor:
 def nearest(matrix: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Return the codes ``[rows, K]`` of the levels nearest to a matrix ``[rows, K]``, its rows' scales ``[rows]``."""
     codes = torch.empty(matrix.shape, dtype=torch.uint8)
-    for kind, known in enumerate(levels(bits)):
-        own = (scale < 0) == bool(kind)
-        codes[own] = _codes(matrix[own], scale[own].float().abs(), known).byte()
+    for even in (False, True):
+        own = (scale < 0) == even
+        codes[own] = _codes(matrix[own], scale[own].float().abs(), bits, even).byte()
     return codes
 
 
-def _codes(matrix: Tensor, scale: Tensor, known: Tensor) -> Tensor:
-    """Return the indices of the known levels nearest to a matrix over its rows' scales."""
+def _codes(matrix: Tensor, scale: Tensor, bits: int, even: bool) -> Tensor:
+    """Return the codes of the nearest levels, even ones or dense ones."""
     # Where a row's scale is zero, its values are, and any level will do.
-    return torch.bucketize(matrix / scale.clamp(min=1e-38)[:, None], (known[1:] + known[:-1]) / 2, out_int32=True)
+    over = matrix / scale.clamp(min=1e-38)[:, None]
+    if even and bits > 1:
+        return over.mul_(2 ** (bits - 1)).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).add_(2 ** (bits - 1))
+    dense = levels(bits)[0]
+    return torch.bucketize(over, (dense[1:] + dense[:-1]) / 2, out_int32=True)
 
 
 def quantise(matrix: Tensor, bits: int) -> Rounded:
@@ -69,15 +73,17 @@ def quantise(matrix: Tensor, bits: int) -> Rounded:
     matrix = matrix.float()
     most = matrix.abs().amax(1)
     best, error = torch.zeros_like(most, dtype=torch.bfloat16), matrix.square().sum(1)
-    for known, sign in zip(levels(bits), (1, -1) if bits > 1 else (1,), strict=False):
+    for even in {1: [False], 8: [True]}.get(bits, [False, True]):  # of 256, even ones are as good
+        known = levels(bits)[int(even)]
         for clip in _CLIPS if bits > 1 else (1.0,):
             scale = most * clip
             for _ in range(2):
-                taken = known[_codes(matrix, scale, known)]
+                taken = known[_codes(matrix, scale, bits, even).int()]
                 scale = (matrix * taken).sum(1) / taken.square().sum(1).clamp(min=1e-38)
             kept = scale.bfloat16()
-            left = (matrix - known[_codes(matrix, kept.float(), known)] * kept.float()[:, None]).square().sum(1)
-            best, error = torch.where(left < error, sign * kept, best), torch.minimum(left, error)
+            read = known[_codes(matrix, kept.float(), bits, even).int()] * kept.float()[:, None]
+            left = (matrix - read).square().sum(1)
+            best, error = torch.where(left < error, -kept if even else kept, best), torch.minimum(left, error)
     return Rounded(nearest(matrix, best, bits), best, bits)
 
 

@@ -1,7 +1,8 @@
 """Networks as safetensors files that say what they are."""
 
 import operator
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -9,28 +10,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from coin.errors import FileError
+from coin.errors import ConfigurationError, FileError
 from coin.files.safetensors import StateFile, save_state
-from coin.files.tensors import check_finite
+from coin.files.tensors import State, check_finite, fingerprint
+from coin.networks.compressed import Base, Compressed, Compression, int8
 from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.weights import check_layout, fill_network, read_weights, with_own_head
+
+
+class Unpacked(dict[str, Tensor]):
+    """The tensors of a compressed network as `StateFile` has those of a whole one."""
+
+    def __init__(self, path: Path, state: State) -> None:
+        super().__init__(state)
+        self.path = path
+
+    def select(self, names: Iterable[str]) -> "Unpacked":
+        """Return these tensors alone, in this order."""
+        return Unpacked(self.path, {name: self[name] for name in names})
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the tensors' shapes."""
+        return {name: tensor.shape for name, tensor in self.items()}
 
 
 @dataclass(frozen=True)
 class NetworkFile:
     """A network's file, its tensors read when they are asked for, and all that was written with it (`provenance`)."""
 
-    state: StateFile
+    state: StateFile | Unpacked
     config: NetworkConfig
     num_classes: int
     provenance: dict[str, Any]
 
     @property
     def nbytes(self) -> int:
-        """The bytes of its tensors, as they are kept."""
-        return sum(tensor.nbytes for tensor in self.state.values())
+        """The bytes of its tensors, as they are kept: of a compressed network, of the delta alone."""
+        return int(self.provenance.get("nbytes") or sum(tensor.nbytes for tensor in self.state.values()))
+
+    @property
+    def base_nbytes(self) -> int:
+        """The bytes of the base beside which it is kept; 0 where it is whole."""
+        return int(self.provenance.get("base_nbytes", 0))
 
     @cached_property
     def network(self) -> nn.Module:
@@ -38,6 +61,12 @@ class NetworkFile:
         network = build_network(self.config, self.num_classes)
         fill_network(network, self.state, str(self.state.path))
         return network.eval()
+
+
+def nbytes_together(files: Iterable[NetworkFile]) -> int:
+    """Return the bytes that networks take side by side, the base of compressed ones counted once."""
+    every = list(files)
+    return sum(file.nbytes for file in every) + max((file.base_nbytes for file in every), default=0)
 
 
 def save_network(
@@ -53,14 +82,63 @@ def save_network(
     save_state(path, network.state_dict(), described | ({"infinite": infinite} if infinite else {}), infinite)
 
 
+def kept_base(path: Path, base: Path | None, compression: Compression) -> tuple[Path | None, Base]:
+    """Return the file of the base that a compressed network's file is to name, and the base as it is kept.
+
+    A base in 8 bits a value is written beside `path`, unless it is there: `int8_path`. A ConfigurationError where the
+    compression needs a base and there is none.
+    """
+    if not compression.base_bits:
+        return None, None
+    if base is None:
+        raise ConfigurationError(f"found no base and base_bits={compression.base_bits}; name the base's file")
+    file = load_network(base)
+    if compression.base_bits != 8:
+        return base, file.network
+    kept_at, mark = int8_path(path, base), fingerprint(file.state)
+    if not kept_at.is_file() or StateFile(kept_at).provenance.get("rounded_from") != mark:
+        kept = int8(file.network)
+        told = {"network": asdict(file.config), "num_classes": file.num_classes, "nbytes": kept.nbytes}
+        kept.save(kept_at, {"made_by": "coin compress", "rounded_from": mark, **told})
+    return kept_at, Compressed.load(kept_at, file.network)
+
+
+def save_compressed(
+    path: Path,
+    made: Compressed,
+    config: NetworkConfig,
+    num_classes: int,
+    base: Path | None,
+    compression: Compression,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write a compressed network that names its base's file (`kept_base`); `open_network` reads it back."""
+    described = {
+        "network": asdict(config),
+        "num_classes": num_classes,
+        "compression": asdict(compression),
+        "base_file": base and os.path.relpath(base, path.parent),
+        "nbytes": made.nbytes,
+        "base_nbytes": made.base_nbytes,
+    }
+    made.save(path, {**provenance, **described})
+
+
+def int8_path(path: Path, base: Path) -> Path:
+    """Return where the base of a compressed network's file is kept in 8 bits a value: beside it."""
+    return path.with_name(f"{base.stem}-int8.safetensors")
+
+
 def open_network(path: Path) -> NetworkFile:
-    """Open a network that `save_network` wrote, and check that it is finite and what its metadata say.
+    """Open a network's file, whole or compressed, and check that it is finite and what its metadata say.
 
     Raises:
-        FileError: The file is missing or damaged, or does not hold a network.
+        FileError: The file, or a compressed one's base, is missing or damaged, or does not hold a network.
         StateError: A tensor is not finite, or the tensors are not those of the architecture that the file names.
     """
     state = StateFile(path)
+    if "compressed" in state.provenance:
+        return _open_compressed(path, state.provenance)
     infinite = state.provenance.get("infinite", [])
     check_finite(state, f"the network in '{path}'", infinite if isinstance(infinite, list) else ())
     config, num_classes = _described(path, state.provenance)
@@ -68,6 +146,24 @@ def open_network(path: Path) -> NetworkFile:
         described = build_network(config, num_classes).state_dict()
         check_layout({name: tensor.shape for name, tensor in described.items()}, state.shapes(), str(path))
     return NetworkFile(state, config, num_classes, state.provenance)
+
+
+def _open_compressed(path: Path, provenance: dict[str, Any]) -> NetworkFile:
+    """Unpack a compressed network, beside its base where it has one."""
+    config, num_classes = _described(path, provenance)
+    if (named := provenance.get("base_file")) is None and provenance["compressed"].get("base"):
+        raise FileError(f"'{path}' does not name the file of its base; read it with coin.Compressed.load and the base")
+    if named is None:
+        base = build_network(config, num_classes)
+    else:
+        places = [path.parent / named, path.parent / Path(named).name]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise FileError(f"found no file '{places[0]}', the base that '{path}' is a delta from; put it there")
+        base = load_network(found).network
+    network = Compressed.load(path, base).network()
+    check_finite(network.state_dict(), f"the network in '{path}'", {name for name, _ in network.named_buffers()})
+    return NetworkFile(Unpacked(path, network.state_dict()), config, num_classes, provenance)
 
 
 def load_network(path: Path) -> NetworkFile:

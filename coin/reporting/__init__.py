@@ -21,6 +21,7 @@ from coin.reporting.results import (
 )
 from coin.reporting.summary import (
     read_summary as read_summary,
+    stand_ins as stand_ins,
     summarise as summarise,
     write_summary as write_summary,
 )

@@ -79,7 +79,11 @@ def workspace(entity: str, project: str, logged: Collection[str], group: str | N
         y = wr.SummaryMetric(f"nda/{decoder}/mean")
         return wr.ScatterPlot(title=f"NDA against {against}, {decoder}", x=x, y=y, log_x=log)
 
-    costs = {"seconds": "seconds in all", "passes": "forward-equivalents in all"}
+    costs = {
+        "seconds": "seconds in all",
+        "passes": "forward-equivalents in all",
+        "memory_mib": "what must be kept in MiB",
+    }
     axes = {"samples_per_task": "P", "num_experts": "N"}
     curves = {"Validation accuracy": "val/accuracy", "Training loss": "train/loss"}
     sections: Mapping[str, list[Any]] = {

@@ -33,9 +33,15 @@ WIDTH = 5.4
 _METHODS = {
     "average": "#56B4E9", "coin": "#0072B2", "regmean": "#6A3D9A", "head_fit": "#44AA99", "refit": "#009E73",
     "full_fisher": "#332288", "gauss_newton": "#117733", "task_arithmetic": "#88A0C8", "ties": "#7BAFDE",
+    "wudi": "#B8A800", "base": "#A65628", "spare": "#CC79A7",
     "distillation": "#E69F00", "readout_distillation": "#D55E00", "none": _SOFT, "oracle": INK,
 }  # fmt: skip
 _OTHERS = ("#CC79A7", "#B8A800", "#A65628", "#F781BF", "#999933")
+_MANY = 4
+"""So many forwards and more have one marker."""
+_NEAR = 0.5
+"""Points of NDA below 100 up to which an axis is about linear."""
+_TICKS = tuple(step * 10.0**power for power in range(-4, 6) for step in (1, 2, 5))
 _NAMED = 16
 """So many layers or classes are named on an axis."""
 # Any: a list of matplotlib's own literal names would tie us to one version of its stubs.
@@ -112,6 +118,57 @@ def nda_against_cost(means: pd.DataFrame, decoder: str | None = None, unit: str 
             axes.set_xticks([free, *ticks], ["0", *(f"{tick:g}" for tick in ticks)])
             axes.minorticks_off()
         axes.set_xlabel(f"{unit} for coded model and decoder (log scale)")
+        return figure
+
+
+def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -> Figure:
+    """Mean NDA ± spread of every stand-in against what it keeps, on a logarithmic axis; a marker by its forwards.
+
+    Named are those that no other beats in both (joined by a line), and every method with its best decoder. What keeps
+    nothing stands at the left end. Points below all that are named are left out.
+
+    Args:
+        stand_ins: As `coin.reporting.summary.stand_ins` returns them.
+        network_mib: The size of one network, which is then the unit of the axis; MiB otherwise.
+    """
+    with style():
+        rows = stand_ins.sort_values(["memory_mib", "nda_mean"], ascending=[True, False], ignore_index=True)
+        unit, size = ("MiB", 1.0) if math.isnan(network_mib) else ("networks", network_mib)
+        sizes = rows["memory_mib"] / size
+        free = 10 ** (math.floor(math.log10(sizes[sizes > 0].min())) - 0.3) if (sizes > 0).any() else 1.0
+        at = sizes.where(sizes > 0, free)
+        front = rows["nda_mean"] > rows["nda_mean"].cummax().shift(fill_value=-1.0)  # better than all that keep less
+        named = {*rows.groupby("name")["nda_mean"].idxmax(), *rows.index[front]}
+        figure = Figure(figsize=(1.5 * WIDTH, max(3.6, 1.1 + 0.2 * len(named))))
+        axes = figure.subplots()
+        counts = rows["forwards"].clip(upper=_MANY).astype(int)
+        kinds = sorted(set(counts))
+        labels: list[tuple[float, float | None, str, str]] = []
+        for i, row in enumerate(rows.to_dict("records")):
+            nda, spread = 100 * row["nda_mean"], 100 * (0.0 if math.isnan(row["nda_std"]) else row["nda_std"])
+            look: Any = {"color": method_colour(row["name"]), "alpha": 1.0 if i in named else 0.3, "markersize": 6.5}
+            axes.errorbar(at[i], nda, spread, capsize=2, marker=marker(kinds.index(counts[i])), **look)
+            if i in named:
+                read = "" if row["decoder"] == "replica" else f", {row['decoder']}"
+                labels.append((nda, float(at[i]), f"{row['name']}{read}  {nda:.1f}", look["color"]))
+        axes.step(at[front], 100 * rows["nda_mean"][front], where="post", color=INK, linewidth=0.8, zorder=0)
+        lowest, highest = min(nda for nda, *_ in labels), max(100.0, *(nda for nda, *_ in labels))
+        axes.set_yscale("function", functions=(_nearness, _nda_of))
+        axes.set_ylim(lowest - 0.1 * (100.2 - lowest), _nda_of(_nearness(highest) + 0.1))
+        shown = [tick for tick in (20, 40, 60, 80, 90, 95, 98, 99, 99.5, 100) if tick >= lowest - 1]
+        axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
+        _log_scale(axes)
+        ticks = {tick: f"{tick:g}" for tick in _TICKS if at.min() / 1.3 <= tick <= at.max() * 1.3}
+        if (sizes <= 0).any():
+            ticks = {free: "0"} | {tick: text for tick, text in ticks.items() if tick > 1.5 * free}
+        axes.set_xticks(list(ticks), list(ticks.values()))
+        axes.minorticks_off()
+        _column_of_names(axes, labels, 0.18 / (figure.get_figheight() - 0.9))
+        axes.set(ylabel="NDA (%)", xlabel=f"kept beyond the experts' servers, in {unit} (log scale)")
+        for i, count in enumerate(kinds):
+            text = f"{count}{' or more' if count == _MANY else ''} network{'s' if count > 1 else ''} a lost answer"
+            axes.plot([], [], color=_SOFT, marker=marker(i), linestyle="none", label=text)
+        legend_below(figure, axes)
         return figure
 
 
@@ -326,10 +383,11 @@ def _scatter(means: pd.DataFrame, x: "pd.Series[float]", decoder: str) -> tuple[
 def _column_of_names(axes: Axes, labels: list[tuple[float, float | None, str, str]], gap: float) -> None:
     """Write names beside the axes, from the best down and `gap` of its height apart, each with a line to its point."""
     low, high = axes.get_ylim()
+    to_height = axes.transData + axes.transAxes.inverted()
     labels = sorted((label for label in labels if not math.isnan(label[0])), key=lambda label: -label[0])
     heights: list[float] = []
     for nda, *_ in labels:
-        wanted = (min(max(nda, low), high) - low) / (high - low)
+        wanted = float(to_height.transform((axes.get_xlim()[1], min(max(nda, low), high)))[1])
         heights.append(min(wanted, heights[-1] - gap) if heights else wanted)
     floor = 0.02
     for i in reversed(range(len(heights))):
@@ -380,6 +438,15 @@ def _log_scale(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(_plain))
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _nearness(nda: Any) -> Any:
+    """Return how near an NDA in % is to 100, on a scale on which its distance halves in equal steps."""
+    return -np.arcsinh((100 - np.asarray(nda)) / _NEAR)
+
+
+def _nda_of(nearness: Any) -> Any:
+    return 100 + _NEAR * np.sinh(np.asarray(nearness))
 
 
 def _plain(value: float, _: object) -> str:

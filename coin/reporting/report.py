@@ -40,11 +40,12 @@ from coin.reporting.summary import (
     expert_accuracies,
     largest_samples,
     over_tasks,
+    stand_ins,
     summarise,
     variant_names,
 )  # fmt: skip
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, as_numbers, as_text, sweep_text
-from coin.reporting.tables import nda_tables, percent, promise_table, risk_table, risk_totals
+from coin.reporting.tables import nda_tables, percent, promise_table, risk_table, risk_totals, stand_in_table
 
 REPORT_HTML = "report.html"
 PLOTS = "plots"
@@ -65,6 +66,11 @@ _RISK = (
 _PAIRED = (
     "Paired by seed, ± standard deviation over seeds. Bold, and among the findings: what a 95 % confidence interval "
     "(t-test, three seeds or more, not corrected for the number of comparisons) tells from zero."
+)
+_KEEP = (
+    "Whatever may answer for a lost expert, by what must be kept beyond the experts' own servers. Forwards: networks "
+    "run for one lost answer. Losses: the most experts that may be lost at once. Shaded: no other is as good in NDA, "
+    "memory, forwards and losses."
 )
 _CHOSEN = "Chosen on calibration data, or how a solve ended; several values: seeds or rows of the code differ."
 
@@ -131,7 +137,9 @@ class _Page:
             headline, roles = f"{len(self.found)} experiments; what each of them says stands under Findings.", {}
         lists = [f"{name}: {each.headline}" for name, each in self.found.items()] if several else found.beyond_spread
         configuration = pd.DataFrame(facts, index=[each.name for each in self.sources]).T.fillna("–")
+        kept = [("", stand_in_table(stand_ins(self.summary)))] if not several else []
         before: list[dict[str, Any]] = [
+            {"title": "What to keep", "tables": [each for each in kept if len(each[1])], "text": _KEEP},
             {"title": "Differences between methods", "tables": self._differences(found), "text": _PAIRED},
             {"title": "What was chosen", "tables": _chosen(source), "text": _CHOSEN},
             {"title": "Accuracy and agreement by task", "tables": _by_task(self.summary, found)},

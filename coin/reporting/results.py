@@ -86,8 +86,8 @@ class Row:
     losses: float = math.nan
 
 
-_LATER = ("memory_mib", "forwards", "losses")
-"""Numbers that results from before do not have."""
+STAND_IN_COSTS = ("memory_mib", "forwards", "losses")
+"""What a stand-in costs; results from before do not tell."""
 COLUMNS: tuple[str, ...] = tuple(field.name for field in fields(Row))
 KEYS: tuple[str, ...] = COLUMNS[: COLUMNS.index("expert_accuracy")]
 NUMBERS: tuple[str, ...] = COLUMNS[len(KEYS) :]
@@ -229,7 +229,7 @@ def read_frame(path: Path, columns: Sequence[str], integers: Sequence[str], numb
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise FileError(f"'{path}' cannot be read as CSV ({one_line(error)}); make it again") from error
-    later = [name for name in columns if name.startswith(_LATER) and name not in frame.columns]
+    later = [name for name in columns if name.startswith(STAND_IN_COSTS) and name not in frame.columns]
     frame = frame.assign(**dict.fromkeys(later, ""))
     if missing := [name for name in columns if name not in frame.columns]:
         raise FileError(

@@ -12,6 +12,7 @@ from coin.reporting.results import (
     NUMBERS,
     RESULTS_CSV,
     RESULTS_JSON,
+    STAND_IN_COSTS,
     asked_policy,
     read_configuration,
     read_frame,
@@ -114,6 +115,34 @@ def seed_folders(experiment_folder: Path) -> list[Path]:
 def over_tasks(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of means over tasks, each lost alone."""
     return summary[(summary["task"] == "mean") & summary["erased"].str.startswith("1 of ")]
+
+
+def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return what may be kept for a lost expert: a row per method's variant and decoder, by what it takes to keep.
+
+    Args:
+        summary: What `summarise` returns, of one experiment.
+
+    Returns:
+        ``name``, ``decoder``, ``nda_mean``, ``nda_std`` (means over tasks, each lost alone), ``memory_mib``,
+        ``forwards`` and ``losses``; nothing of results that do not tell these, as the oracle's.
+    """
+    means = largest_samples(over_tasks(summary.assign(name=variant_names(summary))))
+    costs = list(STAND_IN_COSTS)
+    means = means.rename(columns={f"{cost}_mean": cost for cost in costs})
+    kept = means[["name", "decoder", "nda_mean", "nda_std", *costs]].dropna(subset=["nda_mean", *costs])
+    return kept.sort_values(["memory_mib", "nda_mean"], ascending=[True, False], kind="stable", ignore_index=True)
+
+
+def undominated(kept: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows of `stand_ins` no other beats: none is as good in all of NDA, memory, forwards and losses.
+
+    NDA counts to the hundredth of a percent that tables print.
+    """
+    signs = {"nda_mean": 1, "memory_mib": -1, "forwards": -1, "losses": 1}
+    goods = (kept[list(signs)].round(4) * pd.Series(signs)).to_numpy()
+    beaten = [bool(((goods >= own).all(1) & (goods > own).any(1)).any()) for own in goods]
+    return ~pd.Series(beaten, index=kept.index, dtype=bool)
 
 
 def largest_samples(rows: pd.DataFrame) -> pd.DataFrame:

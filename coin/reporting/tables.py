@@ -13,7 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from coin.reporting.summary import REFERENCES, decoders_of, expert_accuracies, variant_names
+from coin.reporting.summary import (
+    REFERENCES,
+    decoders_of,
+    expert_accuracies,
+    stand_ins,
+    undominated,
+    variant_names,
+)
 
 WIDTH = 80
 """Columns of text where nobody watches."""
@@ -51,6 +58,25 @@ def nda_tables(summary: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
         (str(experiment), str(erased)): _nda_table(part)
         for (experiment, erased), part in means.groupby(["experiment", "erased"], sort=False)
     }
+
+
+def stand_in_table(kept: pd.DataFrame, *, all_rows: bool = True) -> pd.DataFrame:
+    """Return `stand_ins` as text, the `undominated` ones with `BEST`, or these alone."""
+    best = undominated(kept)
+    rows = zip(kept.to_dict("records"), best, strict=True)
+    lines = [
+        {
+            "method": row["name"],
+            "decoder": row["decoder"],
+            "NDA": percent(row["nda_mean"], row["nda_std"]) + BEST * (all_rows and is_best),
+            "memory MiB": f"{row['memory_mib']:.3g}" if row["memory_mib"] < 1000 else f"{row['memory_mib']:,.0f}",
+            "forwards": f"{row['forwards']:g}",
+            "losses": f"{row['losses']:g}",
+        }
+        for row, is_best in rows
+        if all_rows or is_best
+    ]
+    return pd.DataFrame(lines)
 
 
 def risk_totals(risk: pd.DataFrame) -> pd.DataFrame:
@@ -120,7 +146,7 @@ def results_console(width: int = WIDTH) -> Console:
 
 
 def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None:
-    """Print the experts' own accuracies, then one table of NDA per experiment and size of erasure.
+    """Print the experts' own accuracies, one table of NDA per experiment and size of erasure, and what to keep.
 
     The linear decoder and the winning one always have their columns; of the others and of the costs there is as much as
     fits the width.
@@ -145,6 +171,11 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
         console.print(rich_table(table[shown], title, ends=[len(table) - references]))
     rest = f" Not shown: {', '.join(left_out)}; see summary.csv." if left_out else ""
     console.print(Text(f"Mean over tasks ± spread over seeds; {BEST} largest of its decoder.{rest}"))
+    for experiment, part in summary.groupby("experiment", sort=False):
+        table = stand_in_table(stand_ins(part), all_rows=False)
+        if len(table):
+            console.print(rich_table(table, f"{experiment}: what to keep", ["method", "decoder"]))
+            console.print(Text("No other is as good in NDA, memory, forwards and losses; all of them in the report."))
 
 
 def rich_table(table: pd.DataFrame, title: str, texts: Sequence[str] = ("method",), ends: Sequence[int] = ()) -> Table:

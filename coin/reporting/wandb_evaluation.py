@@ -11,7 +11,7 @@ from PIL import Image
 
 from coin.reporting import figures
 from coin.reporting.extras import Examples
-from coin.reporting.results import COLUMNS, Counts, Row, asked_policy, confusion_key
+from coin.reporting.results import COLUMNS, STAND_IN_COSTS, Counts, Row, asked_policy, confusion_key
 from coin.reporting.summary import REFERENCES, largest_samples, over_tasks, summarise, variant_names
 from coin.reporting.wandb_runs import folder_of
 from coin.reporting.wandb_settings import run_environment
@@ -67,9 +67,10 @@ def log_method(run: wandb.Run, rows: pd.DataFrame) -> None:
 
     The summary has ``nda/<decoder>/<task>`` and ``…/mean``, likewise ``agreement`` and ``decoded_accuracy``; what
     making the coded model took, ``residual``, ``merge_seconds`` and ``merge_passes``; and ``seconds/<decoder>`` and
-    ``passes/<decoder>``, the decoder's part included. The loss of several tasks stands before its task:
-    ``nda/linear/a+b/a``, ``nda/linear/2-of-3/mean``. The configuration says what was measured: ``variant``, ``method``,
-    ``batchnorm`` (the policy asked for), ``batchnorm_taken``.
+    ``passes/<decoder>``, the decoder's part included, and ``memory_mib/<decoder>``, ``forwards/…`` and ``losses/…``.
+    The loss of several tasks stands before its task: ``nda/linear/a+b/a``, ``nda/linear/2-of-3/mean``. The
+    configuration says what was measured: ``variant``, ``method``, ``batchnorm`` (the policy asked for),
+    ``batchnorm_taken``.
 
     Args:
         run: The run in which the method's coded models were made, or a new one.
@@ -95,6 +96,7 @@ def log_method(run: wandb.Run, rows: pd.DataFrame) -> None:
             numbers |= {name: row[f"{name}_mean"] for name in ("residual", "merge_seconds", "merge_passes")}
             for unit in ("seconds", "passes"):
                 numbers[f"{unit}/{row['decoder']}"] = row[f"merge_{unit}_mean"] + row[f"decoder_{unit}_mean"]
+            numbers |= {f"{cost}/{row['decoder']}": row[f"{cost}_mean"] for cost in STAND_IN_COSTS}
     run.summary.update({name: number for name, number in numbers.items() if not math.isnan(number)})
 
 

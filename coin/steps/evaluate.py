@@ -54,7 +54,7 @@ def record_evaluation(
             "row": row,
             "chosen": chosen,
         }
-        for variant in model.variants
+        for variant in [*model.variants, *dict.fromkeys(spare.variant for spare in model.spares)]
         for row, chosen in enumerate(variant.chosen)
     ]
     configuration = {"tasks": list(model.tasks), "code": code, **(configuration or {})}

@@ -17,6 +17,7 @@ from coin.merging.experts import Experts, padded_statistic
 from coin.networks import (
     NetworkConfig,
     NetworkFile,
+    Unpacked,
     build_network,
     check_layout,
     has_batchnorm,
@@ -138,7 +139,7 @@ class StoredExperts(Experts):
         self.files = files
         self.statistic_paths = dict(statistics or {})
         self._calibration = None if not calibrations else list(calibrations.values())
-        self._initial_path = initial
+        self.initial_path = initial
         self._computed, self._outputs = {}, {}
 
     @property
@@ -156,7 +157,7 @@ class StoredExperts(Experts):
         """Every expert's buffers, read when they are asked for."""
         return [self._parts(file.state)[1] for file in self.files.opened.values()]
 
-    def _parts(self, state: StateFile) -> tuple[State, State]:
+    def _parts(self, state: StateFile | Unpacked) -> tuple[State, State]:
         """Return a network's parameters, tied ones once, and its buffers; only a head to be padded has been read."""
         skeleton = self.files.skeleton
         every = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
@@ -186,9 +187,9 @@ class StoredExperts(Experts):
 
     def initial(self) -> tuple[State, State]:
         """Return the shared initialisation's parameters and buffers, its head padded like the experts'."""
-        if self._initial_path is None:
+        if self.initial_path is None:
             raise ConfigurationError("found no shared initialisation, which the method or 'keep' needs; name its file")
-        file = open_network(self._initial_path)
+        file = open_network(self.initial_path)
         _check(file, self.files.skeleton, self.files.width)
         return self._parts(file.state)
 

@@ -11,7 +11,7 @@ from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance
 from coin.merging import Method
-from coin.networks import save_network
+from coin.networks import kept_base, save_compressed, save_network
 from coin.options import described
 from coin.processes import is_first
 from coin.statistics import FisherKind
@@ -30,7 +30,7 @@ def make_coded_models(
         method: The method with its options.
         choice: The code, R×N, and what choosing it has cost, which is part of what the coded models cost.
         experts: The experts, their statistics and calibration data.
-        folder: Where the files go; see `coded_paths`.
+        folder: Where the files go, see `coded_paths`, and a base in 8 bits, see `coin.networks.int8_path`.
         samples_per_task: P, for the record.
 
     Raises:
@@ -39,7 +39,7 @@ def make_coded_models(
     code, files = choice.code, experts.files
     paths = coded_paths(method, code, folder)
     read = [*files.paths.values(), *(path for paths in experts.statistic_paths.values() for path in paths.values())]
-    for index, (path, row) in enumerate(zip(paths, code.matrix.tolist(), strict=True)):
+    for index, row in enumerate(code.matrix.tolist()):
         started, passes, elsewhere = time.perf_counter(), experts.passes, experts.seconds
         made = method.make(experts, row)
         seconds = time.perf_counter() - started + experts.seconds - elsewhere
@@ -62,7 +62,15 @@ def make_coded_models(
                 "shared_seconds": choice.seconds,
                 "shared_passes": choice.passes,
             }
+            path, *smaller = paths[index :: code.num_coded]
             save_network(path, made.network, files.config, files.width, provenance)
+            for small, how in zip(smaller, method.compress, strict=True):
+                began, spent = time.perf_counter(), experts.passes - provenance["passes"]
+                base, beside = kept_base(small, experts.initial_path, how)
+                packed = method.pack(experts, row, made, beside, how)
+                told = {**provenance, "label": f"{method.label}-{how.name}", "passes": experts.passes - spent}
+                told["seconds"] = seconds + time.perf_counter() - began
+                save_compressed(small, packed, files.config, files.width, base, how, told)
     return paths
 
 
@@ -72,12 +80,11 @@ def coded_name(method: Method) -> str:
     return method.label if plain else f"{method.label}-{method.batchnorm}"
 
 
-def coded_paths(method: Method, code: Code, folder: Path) -> list[Path]:
-    """Return the files of a method's coded models, one a row of the code."""
-    name = coded_name(method)
-    if code.num_coded == 1:
-        return [folder / f"{name}.safetensors"]
-    return [folder / f"{name}.row-{row}.safetensors" for row in range(code.num_coded)]
+def coded_paths(method: Method, code: Code, folder: Path, *, compressed: bool = True) -> list[Path]:
+    """Return the files of a method's coded models, one a row of the code, and after them those of every compression."""
+    names = [coded_name(method), *(f"{coded_name(method)}-{each.name}" for each in method.compress if compressed)]
+    rows = [""] if code.num_coded == 1 else [f".row-{row}" for row in range(code.num_coded)]
+    return [folder / f"{name}{row}.safetensors" for name in names for row in rows]
 
 
 def merge(

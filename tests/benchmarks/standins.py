@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from coin.commands.coded_system import Choice, CodedSystem, read_coded_system
+from coin.files.safetensors import load_provenance
 from coin.serving.decodings import Decodings
 from coin.serving.model import NetworkServer
 
@@ -140,7 +141,8 @@ def main() -> int:
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(100)
-    kept = [*system.coded, system.kept_decoders]
+    bases = {path.parent / load_provenance(path).get("base_file", path.name) for path in system.coded}
+    kept = {*system.coded, *bases, system.kept_decoders}
     disk, told = sum(path.stat().st_size for path in kept) / 2**20, float(system.results["memory_mib"].iloc[0])
     print(f"on disk {disk:.4f} MiB, memory_mib {told:.4f}: {100 * (disk / told - 1):+.2f} %")
     return int(not right)

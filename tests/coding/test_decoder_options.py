@@ -76,14 +76,17 @@ def decoded(config, calibration, test, erased=(1,), code=CODE):
             "feature_ridge-stages-64-random",
         ),
         (
-            {"kind": "feature_ridge", "components": 8, "projection": "random", "fitted_on": "own"},
-            "feature_ridge-8-random-own",
+            {"kind": "feature_ridge", "components": 8, "projection": "random", "fitted_on": "own", "survivors": False},
+            "feature_ridge-8-random-own-alone",
         ),
+        ({"kind": "ridge", "survivors": False}, "ridge-alone"),
+        ({"kind": "expert_head"}, "expert_head"),
     ],
 )
 def test_a_decoder_is_named_after_its_kind_and_what_differs(options, name):
     config = DecoderConfig.of(options)
     assert config.name == name
+    assert DecoderConfig.named(name) == config
     decoder = make_decoder(config, CODE, [0])
     assert (decoder.config.name, decoder.config.kind) == (name, DecoderKind(options["kind"]))
     assert make_decoder(options["kind"], CODE, [0]).config.name == options["kind"]
@@ -103,6 +106,9 @@ REFUSED = [
     ({"kind": "ridge", "features": "stages"}, "found features=stages for ridge, expected feature_ridge"),
     ({"kind": "linear", "components": 4}, "found components=4 for linear, expected feature_ridge"),
     ({"kind": "linear", "fitted_on": "own"}, "found fitted_on=own for linear, expected ridge or feature_ridge"),
+    ({"kind": "linear", "survivors": False}, "found survivors=False for linear, expected ridge or feature_ridge"),
+    ({"kind": "expert_head", "survivors": False}, "found survivors=False for expert_head, expected ridge or feature_r"),
+    ({"kind": "ridge", "survivors": "no"}, "found survivors='no', expected true or false"),
     ({"kind": "feature_ridge", "projection": "random"}, "found projection=random without components"),
     ({"kind": "feature_ridge", "components": 0}, "found components=0, expected a whole number of at least 1"),
     ({"kind": "feature_ridge", "components": True}, "found components=True"),
@@ -393,7 +399,8 @@ def test_names_of_nothing(name):
 
 EVERY_OPTION = [
     {"kind": "linear"},
-    *({"kind": "ridge", "fitted_on": fitted_on} for fitted_on in FittedOn),
+    *({"kind": "ridge", "fitted_on": own, "survivors": survivors} for own in FittedOn for survivors in (True, False)),
+    {"kind": "feature_ridge", "features": "stages", "components": 3, "survivors": False},
     *(
         {"kind": "feature_ridge", "features": features, "fitted_on": fitted_on, **reduced}
         for features in FeatureChoice

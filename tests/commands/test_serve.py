@@ -23,7 +23,7 @@ from coin.cli import main
 from coin.commands.coded_system import Choice, CodedSystem, read_coded_system
 from coin.commands.serve import application, read_system
 from coin.errors import CoinWarning, ConfigurationError, FileError
-from coin.files.safetensors import load_state
+from coin.files.safetensors import load_provenance, load_state
 from coin.reporting import read_results
 from coin.reporting.extras import write_promises
 from coin.reporting.results import asked_policy
@@ -43,8 +43,10 @@ def read(folder: Path, policy: str | None = None, decoder: str | None = "feature
 def alone(finished: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished experiment, evaluated with decoders that read no survivor beside one that does."""
     copy = shutil.copytree(finished, tmp_path_factory.mktemp("alone") / "tiny")
-    decoders = "[linear,expert_head,{kind: feature_ridge, survivors: false}]"
-    assert main(["run", "-c", str(config), f"--output={copy.parent}", f"--decoders={decoders}"]) == 0
+    decoders = "[linear, expert_head, {kind: feature_ridge, survivors: false}]"
+    methods = "[{class_path: Coin, init_args: {compress: {bits: 8}}}]"
+    options = [f"--output={copy.parent}", f"--decoders={decoders}", f"--methods={methods}"]
+    assert main(["run", "-c", str(config), *options]) == 0
     return copy
 
 
@@ -95,15 +97,19 @@ def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decode
         assert asyncio.run(accuracy(task, expert, lost=expert)) == pytest.approx(row.decoded_accuracy)
 
 
-@pytest.mark.parametrize("decoder", ["expert_head", "feature_ridge-alone"])
-def test_a_coded_model_alone_stands_in_for_every_expert_that_is_lost(alone: Path, decoder: str) -> None:
-    system = read(alone, decoder=decoder)
+@pytest.mark.parametrize(
+    ("method", "decoder"), [("coin", "expert_head"), ("coin", "feature_ridge-alone"), ("coin-8bit", "expert_head")]
+)
+def test_a_coded_model_alone_stands_in_for_every_expert_that_is_lost(alone: Path, method: str, decoder: str) -> None:
+    choice = Choice(method, "auto", decoder)
+    system = read_system(str(alone), choice, None, 0.9)
     assert system.policy.kind is PolicyKind.standin
     (seed,) = alone.glob("seed-*")
-    coded = read_coded_system(alone, Choice("coin", "auto", decoder))
-    kept = [*coded.coded, coded.kept_decoders]
+    coded = read_coded_system(alone, choice)
+    bases = {path.parent / load_provenance(path).get("base_file", path.name) for path in coded.coded}
+    kept = {*coded.coded, *bases, coded.kept_decoders}
     results = read_results(seed)
-    results = results[(results.method == "coin") & (results.batchnorm.map(asked_policy) == "auto")]
+    results = results[(results.method == method) & (results.batchnorm.map(asked_policy) == "auto")]
     results = results[results.decoder == decoder]
     tensors = [tensor.nbytes for path in kept for name, tensor in load_state(path)[0].items() if "moments" not in name]
     assert sum(tensors) / 2**20 == pytest.approx(results.memory_mib.iloc[0], rel=0.01)
@@ -111,7 +117,8 @@ def test_a_coded_model_alone_stands_in_for_every_expert_that_is_lost(alone: Path
 
     async def accuracies(policy: str | None, lost: tuple[int, ...]) -> list[float]:
         found = []
-        async with front_end(read(alone, policy, decoder), *lost) as front:
+        asks = policy and PolicyKind(policy)
+        async with front_end(read_system(str(alone), choice, asks, 0.9), *lost) as front:
             for expert, task in enumerate(tasks.values()):
                 right = count = 0
                 for images, labels in task.test_dataloader():
@@ -148,7 +155,7 @@ def test_standin_takes_the_most_accurate_decoder_that_reads_no_survivor(alone: P
 def test_what_a_run_promises_is_told_beside_the_risk(alone: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(alone, tmp_path / "copy")
     (seed,) = copy.glob("seed-*")
-    rows = read_results(seed).query("decoder == 'expert_head' and method in ('coin', 'average')")
+    rows = read_results(seed).query("decoder == 'expert_head' and method in ('coin', 'coin-8bit')")
     rows = rows.assign(alpha=0.02, confidence=0.95, samples=9, needed=9, threshold=9.0, promised=1, coverage=1, found=0)
     coin = (rows.method == "coin") & (rows.batchnorm.map(asked_policy) == "auto")
     rows.loc[coin, "threshold"] = [0.5 if task == "digits" else np.nan for task in rows[coin].task]

@@ -25,6 +25,7 @@ methods:
   - {class_path: Foreign, init_args: {function: mine.merge, options: {share: 0.9}, label: tilted}}
   - {class_path: Foreign, init_args: {function: notebooks.foreign_methods.dare}}
   - {class_path: Foreign, init_args: {function: notebooks.foreign_methods.distil, options: {steps: 5}}}
+  - {class_path: Foreign, init_args: {function: notebooks.foreign_methods.tsv_m}}
 decoders: [linear, ridge]
 seeds: [1]
 """
@@ -61,7 +62,7 @@ def test_it_enters_the_table_by_one_line_and_is_made_anew_when_its_source_change
     run(capsys)
     folder = tmp_path / "foreign/seed-1"
     frame = read_results(folder)
-    assert set(frame.method) == {"none", "oracle", "average", "merge", "tilted", "dare", "distil"}
+    assert set(frame.method) == {"none", "oracle", "average", "merge", "tilted", "dare", "distil", "tsv_m"}
     rows = frame[frame.decoder == "linear"].set_index(["method", "task"])
     assert (rows.loc["merge"].nda == rows.loc["average"].nda).all()
     assert (rows.loc["tilted"].residual != rows.loc["merge"].residual).all()

@@ -38,6 +38,9 @@ methods:
   - {class_path: HeadFit}
   - {class_path: GaussNewton, init_args: {max_steps: 1, max_iterations: 2}}
   - {class_path: TaskArithmetic}
+  - {class_path: Base}
+  - {class_path: Refit, init_args: {start: wudi, label: from-wudi}}
+  - {class_path: Refit, init_args: {target: own, start: coin, label: from-coin}}
   - {class_path: Ties}
   - {class_path: Distillation, init_args: {steps: 3, batch_size: 16, lr: 1.0e-3, augmentation: none}}
   - {class_path: ReadoutDistillation, init_args: {steps: 3, batch_size: 16}}
@@ -59,13 +62,13 @@ def test_vision_transformers_with_every_method_and_decoder(tmp_path: Path) -> No
     oracle = frame[frame.method == "oracle"]
     assert (oracle.nda == 1).all()
     measured = frame[~frame.method.isin(["oracle", "none"])]
-    assert measured.method.nunique() == 10
+    assert measured.method.nunique() == 13
     assert (measured.groupby("method").decoder.nunique() == 4).all()
     # No BatchNorm, so no policy for it.
     assert set(measured.batchnorm) == {""}
     assert all(math.isfinite(value) and value > 0 for value in measured.residual)
     residuals = measured.groupby("method").residual.mean()
-    assert len(set(residuals.round(9))) == 10  # no two methods made the same network
+    assert len(set(residuals.round(9))) == 13  # no two methods made the same network
     report = (tmp_path / "vit/seed-0/report.html").read_text()
     assert "small_vit, images of 16 pixels" in report
     assert "<h2>Examples</h2>" in report

@@ -36,11 +36,12 @@ METHODS: dict[str, Callable[[], Method]] = {
     "gauss_newton": lambda: coin.GaussNewton(max_steps=1, max_iterations=2, fisher_data="own"),
     "task_arithmetic": lambda: coin.TaskArithmetic(scale=0.5),
     "ties": lambda: coin.Ties(keep=1.0),
+    "wudi": coin.Wudi,
     "distillation": lambda: coin.Distillation(**TRAINED),
     "readout_distillation": lambda: coin.ReadoutDistillation(**TRAINED),
 }
 SWAPPED = ("average", "regmean_all", "refit_own")  # one a way to depend on the order, to save time
-TWINS = ("coin", "regmean_all", "head_fit", "refit_own", "task_arithmetic", "ties")
+TWINS = ("coin", "regmean_all", "head_fit", "refit_own", "task_arithmetic", "ties", "wudi")
 DECODERS: list[Any] = [
     "linear",
     "ridge",

@@ -10,6 +10,7 @@ from coin.coding import Code
 from coin.errors import HeadError, StateError
 from coin.merging import (
     Average,
+    Base,
     Coin,
     Experts,
     FullFisher,
@@ -18,6 +19,7 @@ from coin.merging import (
     Refit,
     RegMean,
     TaskArithmetic,
+    Wudi,
     merge_networks,
 )
 from coin.statistics import fisher_diagonal, gram_sums
@@ -33,6 +35,9 @@ METHODS = [
     FullFisher(max_iterations=2, tolerance=0.9),
     GaussNewton(max_steps=1, max_iterations=3),
     TaskArithmetic(),
+    Wudi(),
+    Base(),
+    Refit(start="wudi"),
 ]
 
 

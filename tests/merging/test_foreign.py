@@ -15,6 +15,7 @@ from coin.merging import Average, Experts, Foreign, merge_networks
 from coin.options import as_options
 from coin.steps.merge import coded_name
 
+EXAMPLES = ("iso_c", "tsv_m")
 ROOT = Path(__file__).parents[2]
 ROW = [0.25, 0.75]
 MODULE = """
@@ -237,3 +238,34 @@ def test_the_examples_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = Foreign("notebooks.foreign_methods.distil", options).make(given, ROW).network
     assert given.passes == 2 * 16 + 200 * 16 * 3
     assert error(trained) < 0.2 * error(average)
+
+
+def test_the_singular_vector_examples_are_their_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    torch.manual_seed(0)
+    initial = nn.Sequential(nn.Conv2d(3, 6, 2), nn.Conv2d(6, 6, 1, groups=6), nn.Flatten(), nn.Linear(6, 4)).double()
+    networks = [deepcopy(initial) for _ in range(2)]
+    for network in networks:
+        for parameter in network.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    given = Experts(networks, initial=initial, calibration=[[torch.randn(4, 3, 2, 2).double()]] * 2)
+    steps = [(network[0].weight - initial[0].weight).detach().flatten(1) for network in networks]
+    made = {name: Foreign(f"notebooks.foreign_methods.{name}").make(given, (0.5, 0.5)).network for name in EXAMPLES}
+    averaged = Average().make(given, (0.5, 0.5)).network
+    found = {name: (network[0].weight - initial[0].weight).detach().flatten(1) for name, network in made.items()}
+    for network in made.values():
+        for name, tensor in averaged.named_parameters():  # vectors, depthwise kernels and the head
+            assert torch.equal(network.get_parameter(name), tensor) == (name != "0.weight"), name
+    whole = torch.linalg.svdvals(sum(steps))
+    torch.testing.assert_close(torch.linalg.svdvals(found["iso_c"]), whole.mean().expand(6))
+    products = torch.linalg.svdvals(found["iso_c"].T @ sum(steps))  # of the same singular vectors
+    torch.testing.assert_close(products[:6], whole * whole.mean())
+    parts = [torch.linalg.svd(step, full_matrices=False) for step in steps]
+    kept = torch.cat([s[:3] for _, s, _ in parts])  # 6 // 2 of each
+    torch.testing.assert_close(torch.linalg.svdvals(found["tsv_m"]), kept.sort(descending=True).values)
+    # The polar factor is the orthonormal matrix with the largest inner product.
+    for side in (torch.cat([u[:, :3].T for u, _, _ in parts]), torch.cat([v[:3] for _, _, v in parts])):
+        values, vectors = torch.linalg.eigh(side @ side.T)
+        nearest = vectors @ torch.diag(values.rsqrt()) @ vectors.T @ side
+        projected = nearest @ found["tsv_m"] if side.shape[1] == 6 else found["tsv_m"] @ nearest.T
+        torch.testing.assert_close(projected.square().sum(), kept.square().sum())

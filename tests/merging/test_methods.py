@@ -19,6 +19,7 @@ from coin.merging import (
     RegMean,
     TaskArithmetic,
     Ties,
+    Wudi,
 )
 from coin.networks.heads import replace_head
 from coin.networks.small import SmallViT
@@ -59,10 +60,13 @@ METHODS = {
     "regmean tuned": (RegMean(alpha=None, damping=None), 1e-10),
     "task_arithmetic": (TaskArithmetic(scale=1 / 3), 1e-12),
     "ties": (Ties(keep=1, scale=1), 1e-12),
+    "wudi": (Wudi(), 1e-10),
     "head_fit": (HeadFit(), 1e-8),
     "refit own": (Refit("own"), 1e-8),
     "refit mix": (Refit("mix"), 1e-8),
     "refit both": (Refit("both"), 1e-8),
+    "refit from coin": (Refit("own", start="coin"), 1e-8),
+    "refit from wudi": (Refit("both", start="wudi"), 1e-8),
     "full_fisher": (FullFisher(max_iterations=400, tolerance=1e-11), 1e-6),
     "gauss_newton": (GaussNewton(max_steps=2, max_iterations=6), 1e-6),
     "gauss_newton from refit": (GaussNewton(max_steps=1, max_iterations=6, start="refit"), 1e-6),
@@ -163,7 +167,7 @@ def test_experts_stay_as_they_are_and_give_their_type_and_a_network_of_its_own(k
 
 
 @pytest.mark.parametrize("data", ["pooled", "auto"])
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "ties"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("ties", "wudi")])
 def test_a_linear_network_reaches_the_mixture_to_rounding(name, data):
     """There is a network that answers Σ_i β_i f_i on common inputs, and methods find it."""
     initial, networks, calibration = setup("linear")
@@ -223,6 +227,7 @@ DAMAGED = {
     "gauss_newton": GaussNewton(),
     "task_arithmetic": TaskArithmetic(),
     "ties": Ties(),
+    "wudi": Wudi(),
 }
 USES_FISHERS = ("coin", "coin undamped", "full_fisher", "full_fisher hasty", "gauss_newton")
 

@@ -134,9 +134,14 @@ def test_the_curves_of_risk_by_hand_whatever_the_batches():
             rows = slice(start, stop)
             metric.update(torch.arange(6, -1, -1)[rows], risk[rows], decoded[rows], expert[rows], labels[rows])
         found.append(metric.compute())
-    assert found[0] == found[1]
-    coverage = [point[1:] for point in found[0] if point.curve == "coverage"]
+    points, samples = found[0]
+    assert points == found[1][0]
+    assert torch.equal(samples, found[1][1])
+    wanted = torch.tensor([[0.16, 0.0], [0.49, 1.0], [0.0, 0.0], [0.03, 0.0]])  # by place; the fifth answered NaN
+    torch.testing.assert_close(samples[1:], wanted)
+    assert samples[0].tolist() == [1.0, 1.0]
+    coverage = [point[1:] for point in points if point.curve == "coverage"]
     wanted = [(1.0, 5, 0.336, 0.6, 0.4, 0.6), (0.95, 5, 0.336, 0.6, 0.4, 0.6), (0.8, 4, 0.17, 0.75, 0.5, 0.75)]
     np.testing.assert_allclose(coverage, wanted, rtol=1e-6)
-    bins = {point.at: (point.samples, point.agreement) for point in found[0] if point.curve == "calibration"}
+    bins = {point.at: (point.samples, point.agreement) for point in points if point.curve == "calibration"}
     assert bins == {0.0: (2, 1.0), 0.15: (1, 1.0), 0.45: (1, 0.0), 0.95: (1, 0.0)}

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from coin.coding import Answers, Code, DecoderConfig, DecoderKind, make_decoder
+from coin.coding import Answers, Code, DecoderConfig, DecoderKind, make_decoder, promised_risk
 from coin.errors import ConfigurationError, DecodingError, FileError, StateError
 from coin.files.safetensors import save_state
 from coin.merging import Average, merge_networks
@@ -205,11 +205,34 @@ def test_several_erasures_are_ready_at_once_and_say_their_risk(inputs):
         (fresh := system_of().fit_decoder([], [0], "linear")).risk(fresh.decode(inputs))
 
 
+def test_answers_are_accepted_as_promised_by_inputs_of_each_experts_own_task(inputs):
+    system = system_of([[0.1, 0.2, 0.7], [0.6, 0.3, 0.1]])
+    system.fit_decoder(inputs.split(7), [0, 2], "linear")
+    new = torch.randn(400, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    tasks = torch.arange(400) % 3
+    with pytest.raises(DecodingError, match="promised nothing; call accept with new inputs"):
+        system.accepted(system.decode(new))
+    promises = system.accept(0.2, 0.9, inputs=new.split(150), erased=[0, 2], tasks=tasks)
+    decoded = system.decode(new)
+    risks, answers = system.risk(decoded), system.answers(new).experts
+    for place, expert in enumerate([0, 2]):
+        own, width = tasks == expert, system.classes[expert]
+        differs = decoded[place, own, :width].argmax(1) != answers[expert, own, :width].argmax(1)
+        assert promises[place] == promised_risk(risks[place, own], differs, 0.2, 0.9)
+    wanted = [
+        risk <= (-1 if own.threshold is None else own.threshold) for risk, own in zip(risks, promises, strict=True)
+    ]
+    assert torch.equal(system.accepted(decoded, [0, 2]), torch.stack(wanted))
+    assert system.accept(0.2, inputs=[new])[0].samples == 400
+    assert system.accept(0.001, inputs=[new])[0].threshold is None
+    assert not system.accepted(decoded).any()
+
+
 @pytest.mark.parametrize("kind", list(DecoderKind))
 def test_a_system_in_a_file_answers_as_before(inputs, kind, tmp_path):
     system = system_of([[0.1, 0.2, 0.7], [0.6, 0.3, 0.1]])
     for erased in system.code.erasures():
-        system.fit_decoder(inputs.split(7), erased, kind)
+        system.fit_decoder(inputs.split(7), erased, kind).accept(0.2, inputs=[2 * inputs])
     system.save(tmp_path / "system.safetensors")
     again = Coded.load(
         tmp_path / "system.safetensors", [linear(seed, outputs) for seed, outputs in enumerate((3, 2, 3))]
@@ -220,6 +243,7 @@ def test_a_system_in_a_file_answers_as_before(inputs, kind, tmp_path):
         decoded = system.decode(inputs, erased)
         assert torch.equal(again.decode(inputs, erased), decoded)
         assert torch.equal(again.risk(decoded, erased), system.risk(decoded, erased))
+        assert torch.equal(again.accepted(decoded, erased), system.accepted(decoded, erased))
     with pytest.raises(StateError, match=r"expert 1 is not the one that '.*' was saved with; give those experts"):
         Coded.load(tmp_path / "system.safetensors", [linear(0), linear(5, 2), linear(2)])
     save_state(tmp_path / "other.safetensors", {"x": torch.ones(2)}, {})

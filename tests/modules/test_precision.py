@@ -31,7 +31,8 @@ def test_networks_are_evaluated_in_bf16_and_decoded_in_full(make_trainer, write_
         mixed = evaluated(make_trainer(precision="bf16-mixed"), experts, coded, tasks_of)
     finally:
         hook.remove()
-    assert set(passes) == {torch.bfloat16}, "the calibration samples' answers too"
+    assert passes[:2] == [torch.float32] * 2, "the heads of the two experts are checked in full"
+    assert set(passes[2:]) == {torch.bfloat16}, "the calibration samples' answers too"
     full = evaluated(make_trainer(), experts, coded, tasks_of)
     rough, exact = ([outcome.residual for outcome in each.outcomes] for each in (mixed, full))
     assert rough != exact

@@ -35,7 +35,7 @@ def test_columns_are_the_design_s():
     design = (
         "experiment, seed, method, batchnorm, decoder, code_row, erased, task, samples_per_task, expert_accuracy, "
         "decoded_accuracy, nda, agreement, residual, merge_seconds, merge_passes, "
-        "decoder_seconds, decoder_passes"
+        "decoder_seconds, decoder_passes, memory_mib, forwards, losses"
     )
     assert tuple(design.split(", ")) == COLUMNS
 
@@ -52,6 +52,19 @@ def test_rows_read_back_exactly(tmp_path: Path):
             both_nan = isinstance(value, float) and math.isnan(value) and math.isnan(found)
             assert both_nan or found == value, name
     assert frame["seed"].dtype.kind == "i"
+
+
+def test_results_from_before_have_no_costs_of_stand_ins_and_are_read(tmp_path: Path):
+    write_results(tmp_path, [replace(ROW, memory_mib=1.5, forwards=2, losses=1), replace(ROW, task="c")], {})
+    path = tmp_path / "results.csv"
+    now = read_results(tmp_path)
+    assert now[["memory_mib", "forwards", "losses"]].iloc[0].tolist() == [1.5, 2, 1]
+    lines = [line.rsplit(",", 3)[0] for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines) + "\n")
+    before = read_results(tmp_path)
+    assert tuple(before.columns) == COLUMNS
+    assert before[["memory_mib", "forwards", "losses"]].isna().all(axis=None)
+    assert before[list(COLUMNS[:-3])].equals(now[list(COLUMNS[:-3])])
 
 
 def test_json_is_strict_and_holds_configuration_and_versions(tmp_path: Path):

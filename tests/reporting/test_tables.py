@@ -10,7 +10,8 @@ from rich.console import Console
 
 from coin.reporting import Row, nda_tables, print_summary, summarise
 from coin.reporting.extras import RISK_COLUMNS
-from coin.reporting.tables import heading, percent, risk_table, risk_totals, seconds, short
+from coin.reporting.summary import stand_ins, undominated
+from coin.reporting.tables import heading, percent, risk_table, risk_totals, seconds, short, stand_in_table
 
 BASE = Row(
     "x", 0, "coin", "auto:average", "linear", "0", "a", "a", 200, 0.9, 0.8, 8 / 9, 0.85, 0.5, 4.0, 8400.0, 0.2, 1200.0
@@ -128,3 +129,41 @@ def test_risk_is_told_over_all_tasks_and_seeds_every_sample_alike():
         "expert at 80%": "90.00",
     }
     assert risk_table(totals).to_dict("records") == [line]
+
+
+def stand_in_rows() -> list[Row]:
+    """Four systems: two that others beat, in one quantity or in all; the oracle; one of results from before."""
+    kept = {"memory_mib": 10.0, "forwards": 2.0, "losses": 1.0}
+    rows = [
+        replace(BASE, nda=0.99, method="a", **kept),
+        replace(BASE, nda=0.99, method="b", **{**kept, "memory_mib": 12.0}),
+        replace(BASE, nda=0.97, method="b", decoder="expert_head", **{**kept, "forwards": 1.0, "losses": 2.0}),
+        replace(BASE, nda=0.95, method="c", decoder="expert_head", memory_mib=1234.0, forwards=3.0, losses=1.0),
+        replace(BASE, nda=1.0, method="oracle"),
+        replace(BASE, nda=0.9, method="old"),
+    ]
+    return [replace(row, task=task, erased=task) for row in rows for task in "pq"]
+
+
+def test_what_to_keep_is_told_by_memory_and_the_undominated_ones_are_marked():
+    kept = stand_ins(summarise(frame(*stand_in_rows())))
+    costs = ["memory_mib", "forwards", "losses"]
+    assert list(kept.columns) == ["name", "decoder", "nda_mean", "nda_std", *costs]
+    assert list(zip(kept["name"], kept["memory_mib"], strict=True)) == [("a", 10), ("b", 10), ("b", 12), ("c", 1234)]
+    assert list(undominated(kept)) == [True, True, False, False]
+    table = stand_in_table(kept)
+    assert table.loc[0].tolist() == ["a", "linear", "99.00*", "10", "2", "1"]
+    assert table.loc[3].tolist() == ["c", "expert_head", "95.00", "1,234", "3", "1"]
+    assert stand_in_table(kept, all_rows=False)["NDA"].tolist() == ["99.00", "97.00"]
+    text = printed(summarise(frame(*stand_in_rows())))
+    assert "what to keep" in text
+    below = text.partition("what to keep")[2]
+    assert "expert_head" in below
+    assert "95.00" not in below
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_results_that_do_not_tell_what_is_kept_have_no_such_table():
+    summary = summarise(frame(*stand_in_rows()[-4:]))
+    assert stand_ins(summary).empty
+    assert "what to keep" not in printed(summary)

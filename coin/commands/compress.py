@@ -1,0 +1,13 @@
+"""``coin compress``: a network in, its packed delta from the shared initialisation out."""
+
+from collections.abc import Sequence
+
+from coin.commands.parser import command_parser, parsed
+from coin.steps.compress import compress
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Compress, and print the file that was written."""
+    parser = command_parser("compress")
+    parser.add_function_arguments(compress)
+    print(compress(**parsed(parser, arguments)))

@@ -1,0 +1,92 @@
+"""Spares under evaluation: compressed copies of all experts, each of which answers in the place of its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from coin.coding import Code
+from coin.errors import FileError
+from coin.metrics import DecodingAccuracy
+from coin.modules.variants import Outcome, Variant
+from coin.networks import load_network, nbytes_together, widened
+
+SPARE = "spare"
+"""The kind of a spare among the methods of the results."""
+
+REPLICA = "replica"
+"""What the results call the read-out of a spare: its own answer."""
+
+
+@dataclass(frozen=True)
+class Spare:
+    """One expert's compressed copy, one of a variant's N, and how well it answers on the test set of its task."""
+
+    variant: Variant
+    task: int
+    network: nn.Module
+    accuracy: DecodingAccuracy
+    confusion: MulticlassConfusionMatrix
+
+    def update(self, answer: Tensor, expert: Tensor, labels: Tensor) -> None:
+        """Add a batch of its logits and the expert's ``[B, C]``, and of labels ``[B]``."""
+        classes = self.confusion.num_classes
+        self.accuracy.update(answer, expert, labels)
+        self.confusion.update(answer[:, :classes].argmax(1), expert[:, :classes].argmax(1))
+
+    def outcome(self, task: str) -> Outcome:
+        """Return what was measured: it runs alone, and all experts may be lost at once."""
+        accuracies: dict[str, Any] = {name: float(value) for name, value in self.accuracy.compute().items()}
+        return Outcome(
+            variant=self.variant,
+            decoder=REPLICA,
+            erased=(task,),
+            task=task,
+            residual=np.nan,
+            decoder_seconds=0.0,
+            decoder_passes=0.0,
+            confusion=self.confusion.compute().cpu().numpy().astype(np.int64),
+            memory_mib=self.variant.memory / 2**20,
+            forwards=1,
+            losses=self.variant.code.num_experts,
+            **accuracies,
+        )
+
+
+def read_spares(paths: Sequence[Path], marks: Sequence[str], counts: Sequence[int], code: Code) -> list[Spare]:
+    """Read compressed experts, with what compressing all of a label took and what they take together.
+
+    Args:
+        paths: Their files, which ``coin run`` or ``coin compress`` wrote.
+        marks: The experts' fingerprints.
+        counts: Their class counts.
+        code: The code of the evaluation.
+
+    Raises:
+        FileError: A file is missing or damaged, or is of none of these experts.
+    """
+    files = [load_network(path) for path in paths]
+    for path, file in zip(paths, files, strict=True):
+        if file.provenance.get("of") not in marks:
+            raise FileError(f"'{path}' is compressed from none of the experts given; compress them again")
+    found = []
+    for label in dict.fromkeys(str(file.provenance.get("label", SPARE)) for file in files):
+        own = [file for file in files if file.provenance.get("label", SPARE) == label]
+        variant = Variant(
+            label,
+            code,
+            seconds=sum(float(file.provenance["seconds"]) for file in own),
+            chosen=(own[0].provenance["compression"],),
+            kind=SPARE,
+            memory=nbytes_together(own),
+        )
+        for file in own:
+            task = marks.index(file.provenance["of"])
+            network = widened(file.network, max(counts))
+            metrics = DecodingAccuracy(counts[task]), MulticlassConfusionMatrix(counts[task])
+            found.append(Spare(variant, task, network, *metrics))
+    return found

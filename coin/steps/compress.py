@@ -1,0 +1,59 @@
+"""The compression step: a network's file in, its packed delta from a base's as a file out."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from coin.files.tensors import fingerprint
+from coin.modules.spares import SPARE
+from coin.networks import Compression, int8_path, kept_base, load_network, save_compressed
+
+
+def spare_paths(tasks: Mapping[str, object], folder: Path, compression: Compression, base: Path) -> list[Path]:
+    """Return the files of all tasks' spares, and of their base in 8 bits where they have one."""
+    paths = [folder / f"{task}.{compression.name}.safetensors" for task in tasks]
+    return [*paths, *([int8_path(paths[0], base)] if compression.base_bits == 8 else [])]
+
+
+def compress_file(network: Path, output: Path, base: Path | None, compression: Compression) -> None:
+    """Compress a network's file; a coded model's file says what the whole one's does, with a label of its own."""
+    file = load_network(network)
+    made = file.provenance
+    if "code" in made:
+        told = {**made, "label": f"{made['label']}-{compression.name}"}
+    else:
+        told = {"label": f"{SPARE}-{compression.name}", "task": made.get("task")}
+    told |= {"made_by": "coin compress", "of": fingerprint(file.network.state_dict())}
+    started = time.perf_counter()
+    base, beside = kept_base(output, base, compression)
+    packed = compression.of_network(file.network, beside)
+    told["seconds"] = made.get("seconds", 0.0) + time.perf_counter() - started
+    save_compressed(output, packed, file.config, file.num_classes, base, compression, told)
+
+
+def compress(
+    network: str,
+    base: str | None = None,
+    output: str | None = None,
+    bits: int | None = None,
+    rank: int | None = None,
+    base_bits: int = 32,
+) -> Path:
+    """Compress a network, an expert or a coded model, to its delta from the shared initialisation.
+
+    Args:
+        network: The network's safetensors file.
+        base: The file of the shared initialisation, which the compressed file names: keep it where it is, or beside.
+        output: The compressed file; by default beside the network, with the compression in its name.
+        bits: 1 … 8 bits a value; or
+        rank: the rank of every delta.
+        base_bits: How the base is kept: 32: as it is; 8: in 8 bits a value, in a file beside the output, from which the
+            delta is then taken; 0: not at all, and the network itself is rounded.
+
+    Returns:
+        The file that was written.
+    """
+    compression, source = Compression(bits, rank, base_bits), Path(network)
+    path = source.with_name(f"{source.stem}-{compression.name}.safetensors") if output is None else Path(output)
+    compress_file(source, path, None if base is None else Path(base), compression)
+    return path

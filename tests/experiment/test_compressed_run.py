@@ -1,0 +1,121 @@
+"""Compressed experts and coded models in an experiment, and what reads them afterwards."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from coin.cli import main
+from coin.networks import load_network
+from coin.reporting import read_results
+
+pytestmark = pytest.mark.slow
+
+SPARES = [{"bits": 8}, {"bits": 3}, {"bits": 3, "base_bits": 8}, {"rank": 4}]
+METHODS = [
+    {"class_path": "Average", "init_args": {"compress": {"bits": 8}}},
+    {"class_path": "Refit", "init_args": {"compress": [{"bits": 8, "base_bits": 8}, {"bits": 2, "base_bits": 0}]}},
+]
+
+
+@pytest.fixture
+def compressed(config: Path, finished: Path, tmp_path: Path) -> Path:
+    """The tiny experiment with trained experts, as a file."""
+    options = yaml.safe_load(config.read_text())
+    folder = finished / "seed-0/experts"
+    experts = {task: str(folder / task / "expert.safetensors") for task in ("digits", "letters")}
+    base = {"checkpoint": str(finished / "base/base.safetensors")}
+    options |= {"methods": METHODS, "spares": SPARES, "expert": {"checkpoints": experts}, "base": base}
+    path = tmp_path / "options.yaml"
+    path.write_text(yaml.safe_dump(options | {"decoders": ["linear", "expert_head"], "output": str(tmp_path)}))
+    return path
+
+
+def test_spares_and_compressed_coded_models_are_rows_of_the_results(
+    compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "-c", str(compressed)]) == 0
+    seed = tmp_path / "tiny/seed-0"
+    frame = read_results(seed)
+    spares = frame[frame.decoder == "replica"]
+    labels = ["spare-8bit", "spare-3bit", "spare-3bit-int8base", "spare-rank4"]
+    assert list(dict.fromkeys(spares.method)) == labels
+    assert spares.task.tolist() == ["digits", "letters"] * 4
+    assert (spares.erased == spares.task).all()
+    assert spares.forwards.eq(1).all()
+    assert spares.losses.eq(2).all()
+    assert spares.residual.isna().all()
+    assert spares.merge_seconds.gt(0).all()
+    assert spares[spares.method == "spare-8bit"].agreement.min() > 0.95
+    # The bytes are those on disk, but for the files' headers, which are long beside so small a network.
+    whole = (seed / "experts/digits/expert.safetensors").stat().st_size / 2**20
+    memory = spares.groupby("method").memory_mib.first()
+    assert whole < memory["spare-3bit"] < 1.5 * whole
+    on_disk = [path.stat().st_size for path in (seed / "spares").glob("*int8*")]
+    assert len(on_disk) == 3  # the base and two experts
+    assert memory["spare-3bit-int8base"] == pytest.approx(sum(on_disk) / 2**20, rel=0.4)
+    coded = frame[frame.decoder.isin(["linear", "expert_head"]) & frame.method.str.startswith("refit")]
+    assert list(dict.fromkeys(coded.method)) == ["refit", "refit-8bit-int8base", "refit-2bit-nobase"]
+    nda = coded[coded.decoder == "expert_head"].groupby("method").nda.mean()
+    assert nda["refit-8bit-int8base"] == pytest.approx(nda["refit"], abs=0.1)
+    kept = coded[coded.decoder == "linear"].groupby("method").memory_mib.first()
+    assert kept["refit-2bit-nobase"] < kept["refit-8bit-int8base"] < kept["refit"]
+    kinds = {each["label"]: each["method"] for each in json.loads((seed / "results.json").read_text())["methods"]}
+    assert kinds["spare-3bit"] == "spare"
+    assert kinds["refit-2bit-nobase"] == "refit"
+    assert (tmp_path / "tiny/report.html").is_file()
+    # The configuration that was left repeats the run, and finds all of it done.
+    capsys.readouterr()
+    assert main(["run", "-c", str(seed / "config.yaml")]) == 0
+    told = capsys.readouterr().err
+    assert "evaluation: up to date" in told
+    assert "compressing" not in told
+    # A spare that has gone is made again.
+    (seed / "spares/digits.3bit.safetensors").unlink()
+    assert main(["run", "-c", str(seed / "config.yaml")]) == 0
+    assert "spares of 3bit: compressing" in capsys.readouterr().err
+
+
+def test_the_command_compresses_experts_and_coded_models(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seed, base = finished / "seed-0", finished / "base/initial-10.safetensors"
+    expert = seed / "experts/letters/expert.safetensors"
+    output = tmp_path / "letters.safetensors"
+    arguments = [str(expert), f"--base={base}", "--bits=3", "--base_bits=8", f"--output={output}"]
+    assert main(["compress", *arguments]) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    assert load_network(output).num_classes == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["initial-10-int8.safetensors", "letters.safetensors"]
+    coded = tmp_path / "average.safetensors"
+    assert (
+        main(["compress", str(seed / "coded/average.safetensors"), "--bits=8", "--base_bits=0", f"--output={coded}"])
+        == 0
+    )
+    # What is compressed is evaluated, and merged, like what is not.
+    files = f"{{digits: {seed}/experts/digits/expert.safetensors, letters: {output}}}"
+    assert (
+        main(
+            ["merge", f"--experts={files}", "--method=Average", "--method.batchnorm=average", f"--output={tmp_path}/m"]
+        )
+        == 0
+    )
+    assert load_network(tmp_path / "m/average.safetensors").num_classes == 10
+    for wrong, told in (
+        ([str(expert), "--bits=3"], "no base"),
+        ([str(expert), f"--base={base}", "--bits=12"], "bits=12"),
+        ([str(expert), f"--base={base}"], "expected one of them"),
+    ):
+        capsys.readouterr()
+        assert main(["compress", *wrong, f"--output={tmp_path}/x.safetensors"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert told in line
+
+
+def test_two_variants_of_one_name_are_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "twice.yaml"
+    for spares, found in (([{"bits": 3}, {"bits": 3}], "spare-3bit"), ([{"bits": 3, "bit": 4}], "bits or rank")):
+        path.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"spares": spares}))
+        assert main(["run", "-c", str(path)]) == 2
+        assert found in capsys.readouterr().err

@@ -1,0 +1,134 @@
+"""Rounding while refitting: against the method written out, and the packed file against what was fitted."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from coin.errors import ConfigurationError
+from coin.merging import Average, Experts, Refit
+from coin.merging.rounding import round_columns
+from coin.networks.compressed import Compressed, Compression, compress
+from coin.networks.delta import Rounded, matrix_shape, quantise
+from tests.merging.test_refit import ATTENTION, NETWORKS, RIDGE, ROW, answers, assert_answers_close, experts_of, kind_of
+
+every_network = pytest.mark.parametrize("kind", [*NETWORKS, *ATTENTION])
+
+
+def base_of(networks):
+    """Some network near these."""
+    base = deepcopy(networks[0])
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return base
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+def test_columns_are_rounded_one_by_one_with_the_best_of_the_others(bits, monkeypatch):
+    monkeypatch.setattr("coin.merging.rounding._BLOCK", 4)
+    torch.manual_seed(bits)
+    rows = torch.randn(2, 40, 9, dtype=torch.float64) @ torch.randn(2, 9, 9, dtype=torch.float64)
+    metric, wanted = rows.mT @ rows / 40, torch.randn(2, 3, 9, dtype=torch.float64)
+    scale = quantise(wanted.reshape(6, 9), bits).scale
+    codes = round_columns(wanted, scale[:, None].expand(6, 9).reshape(2, 3, 9), bits, metric)
+    found = Rounded(codes.reshape(6, 9), scale, bits).dense().double().reshape(2, 3, 9)
+    order = metric.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True).tolist()
+    for g in range(2):
+        weight = wanted[g].clone()
+        for place, k in enumerate(order):
+            error, later = weight[:, k] - found[g, :, k], order[place + 1 :]
+            levels = Rounded(torch.arange(2**bits).byte().expand(3, -1), scale[3 * g : 3 * g + 3], bits).dense()
+            nearest = (weight[:, k, None] - levels).abs().amin(1)
+            torch.testing.assert_close(error.abs(), nearest, rtol=1e-5, atol=1e-6)
+            if later:  # the minimiser over them, this column and those before being settled
+                weight[:, later] += error[:, None] * torch.linalg.solve(metric[g][later][:, later], metric[g][later, k])
+
+
+@every_network
+def test_eight_bits_are_as_good_as_none_and_the_file_is_what_was_fitted(kind, tmp_path, monkeypatch):
+    networks, tasks = kind_of(kind)
+    base, experts = base_of(networks), experts_of(networks, tasks)
+    method = Refit("own", RIDGE, head=False)
+    made = method.make(experts, ROW)
+    fitted = []
+
+    def recorded(network, *options, **named):
+        fitted.append(network)
+        return compress(network, *options, **named)
+
+    monkeypatch.setattr("coin.merging.refit.compress", recorded)
+    for base_bits in (32, 8, 0):
+        for bits, tolerance in ((8, 0.04), (3, None)):
+            packed = method.pack(experts, ROW, made, base, Compression(bits, base_bits=base_bits))
+            network, own = packed.network(), dict(fitted.pop().named_parameters())
+            packed.save(tmp_path / "packed.safetensors")
+            again = Compressed.load(tmp_path / "packed.safetensors", base).network()
+            for name, parameter in network.named_parameters():
+                assert torch.equal(parameter, again.get_parameter(name)), name
+                rounded = parameter.ndim > 1 and matrix_shape(parameter.shape)[1] * (16 - bits) > 16
+                assert torch.allclose(parameter, own[name], atol=0 if rounded else 2e-3, rtol=0), name
+            if tolerance is not None:  # the coarsest steps between levels are 2 % of a row's largest value
+                assert_answers_close(network, made.network, tasks, tolerance)
+
+
+def test_what_cannot_be_refitted_is_rounded_to_the_nearest():
+    networks, tasks = kind_of("vit")
+    base, experts, name = base_of(networks), experts_of(networks, tasks), "encoder.pos_embedding"
+    method = Refit("own", RIDGE, head=False)
+    made = method.make(experts, ROW)
+    found = method.pack(experts, ROW, made, base, Compression(2)).network()
+    start, before = (each.get_parameter(name).detach() for each in (made.network, base))
+    nearest = quantise((start - before).reshape(matrix_shape(start.shape)), 2).dense().reshape(start.shape)
+    assert torch.equal(found.get_parameter(name), before + nearest)
+
+
+def trained(network, x, y, steps):
+    optimiser = torch.optim.Adam(network.parameters(), 3e-3)
+    for step in range(steps):
+        batch = torch.arange(step * 64, step * 64 + 64) % len(x)
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(network(x[batch]), y[batch]).backward()
+        optimiser.step()
+    return network.eval()
+
+
+def test_at_few_bits_it_is_much_better_than_rounding_afterwards():
+    torch.manual_seed(0)
+    digits = load_digits()
+    x, y = torch.tensor(digits.images).float()[:, None] / 16, torch.tensor(digits.target)
+    base = nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, 2), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten(), nn.Linear(576, 5),
+    )  # fmt: skip
+    trained(base, x, y % 5, 40)
+    tasks = [x[part] for part in (y < 5, y >= 5)]
+    networks = [trained(deepcopy(base).train(), x[part], y[part] % 5, 40) for part in (y < 5, y >= 5)]
+    experts = Experts(networks, calibration=[task[:200].split(50) for task in tasks])
+    method = Refit("own", head=False)
+    made = method.make(experts, (0.5, 0.5))
+
+    def error(network):
+        """How far the experts' own answers are."""
+        pairs = [
+            (answers(network, task[200:]), answers(one, task[200:])) for one, task in zip(networks, tasks, strict=True)
+        ]
+        return float(sum((found - wanted).square().mean() for found, wanted in pairs))
+
+    whole = error(made.network)
+    for bits in (4, 3, 2):
+        hows = (Compression(bits, rounding=rounding) for rounding in ("nearest", None))
+        after, within = (error(method.pack(experts, (0.5, 0.5), made, base, how).network()) for how in hows)
+        assert within - whole < 0.3 * (after - whole)
+
+
+def test_rounding_while_fitting_is_refused_where_it_is_not_to_be_had():
+    with pytest.raises(ConfigurationError, match="found rounding: refit for method 'average', expected nearest"):
+        Average(compress={"bits": 3, "rounding": "refit"})
+    with pytest.raises(ConfigurationError, match="rank=2 and a rounding"):
+        Refit(compress={"rank": 2, "rounding": "refit"})
+    names = [each.name for each in Refit(compress=[{"bits": 3}, {"bits": 3, "rounding": "nearest"}]).compress]
+    assert names == ["3bit", "3bit-nearest"]

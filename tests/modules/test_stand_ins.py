@@ -1,0 +1,183 @@
+"""Systems and evaluations whose decoders read no survivor, and what they cost."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import coin
+from coin.coding import Code, DecoderConfig, DecoderKind
+from coin.errors import CoinWarning, HeadError
+from coin.modules import Coded, DecodingEvaluator
+from coin.networks import linear_heads
+
+CODE = Code([[0.2, 0.3, 0.5], [0.6, 0.3, 0.1]])
+ALONE = ["expert_head", DecoderConfig("ridge", survivors=False), DecoderConfig("feature_ridge", survivors=False)]
+
+
+class Gone(nn.Module):
+    """A server that must not run."""
+
+    def forward(self, x):
+        raise RuntimeError("a server ran that nobody reads")
+
+
+class Net(nn.Module):
+    def __init__(self, body, outputs, after=None):
+        super().__init__()
+        self.body, self.head, self.after = body, nn.Linear(5, outputs).double(), after or nn.Identity()
+
+    def forward(self, x):
+        return self.after(self.head(self.body(x)))
+
+
+@pytest.fixture
+def system():
+    """Three experts of different class counts on one body, which the coded models have too."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(6, 5), nn.ReLU()).double()
+    return Coded(CODE, [Net(body, outputs) for outputs in (4, 2, 3)], [Net(body, 4), Net(body, 4)])
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(40, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", ALONE, ids=str)
+def test_all_experts_may_be_lost_and_any_part_of_them(system, inputs, kind, tmp_path):
+    own = list(system.experts)
+    with torch.no_grad():
+        wanted = [expert(inputs) for expert in own]
+    assert system.fit_decoder(inputs.split(9), [0, 1, 2], kind) is system
+    system.experts = nn.ModuleList([Gone() for _ in own])
+    decoded, head = system.decode(inputs), kind == "expert_head"
+    for expert, logits in enumerate(wanted):
+        padding = torch.zeros(len(inputs), 4 - logits.shape[1], dtype=torch.float64)
+        found = torch.cat([logits, padding], 1)
+        if head:  # the regressions are of coded models that are no sums of the experts
+            torch.testing.assert_close(decoded[expert], found, rtol=0, atol=1e-12)
+        for several in ([expert], [expert, (expert + 1) % 3]):
+            part = system.decode(inputs, several)
+            assert torch.equal(part, decoded[several])
+            assert torch.equal(system.risk(part, several), system.risk(decoded)[several])
+    with pytest.raises(coin.errors.ConfigurationError, match=r"found no decoder of the loss of \[7\]"):
+        system.decode(inputs, [7])
+    system.experts = nn.ModuleList(own)
+    system.save(tmp_path / "system.safetensors")
+    assert torch.equal(Coded.load(tmp_path / "system.safetensors", own).decode(inputs, [2]), decoded[[2]])
+
+
+def test_only_what_is_read_runs(system, inputs):
+    """Of the coded models the one with the largest weight alone, in fitting no survivor."""
+    system.fit_decoder(inputs.split(9), [1, 2], "expert_head")
+    decoded = system.decode(inputs)
+    system.experts, system.coded[1] = nn.ModuleList([Gone() for _ in range(3)]), Gone()
+    with torch.inference_mode():
+        assert torch.equal(system.decode(inputs), decoded)
+    ran = []
+    for place, expert in enumerate(fresh := [Net(nn.Linear(6, 5).double(), 3) for _ in range(3)]):
+        expert.register_forward_hook(lambda _, given, __, place=place: ran.append((place, len(given[0]))))
+    again = Coded(CODE, fresh, [Net(nn.Linear(6, 5).double(), 3) for _ in range(2)])
+    again.fit_decoder(inputs.split(20), [1], DecoderConfig("ridge", survivors=False))
+    assert [size for place, size in ran if place == 1] == [20, 1, 20]  # one more to count the classes
+    assert [size for place, size in ran if place != 1] == [1, 1]
+
+
+def test_nothing_is_fitted_and_no_calibration_is_needed(system, inputs):
+    with torch.no_grad():
+        wanted = system.experts[2](inputs)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            found = system.fit_decoder([], [2], "expert_head").decode(inputs)
+        torch.testing.assert_close(found[0, :, :3], wanted, rtol=0, atol=1e-12)
+        assert not found.requires_grad
+    assert all(parameter.requires_grad for parameter in system.parameters())
+
+
+@pytest.mark.parametrize("after", [nn.Softmax(1), nn.ReLU()])
+def test_heads_that_do_not_give_the_logits_are_refused_by_name(system, inputs, after):
+    odd = [Net(expert.body, 3, after) for expert in system.experts]
+    experts = [system.experts[0], *odd[1:]]
+    system = Coded(CODE, experts, list(system.coded))
+    message = (
+        r"the logits of Net are not its head 'head' \(Linear\) of the head's input .*leave out the method or decoder"
+    )
+    with pytest.raises(HeadError, match=message) as refused:
+        system.fit_decoder([inputs], [0], "expert_head")
+    assert "\n" not in str(refused.value)
+    tests = [[(inputs, torch.arange(40) % 3)]] * 3
+    for options in ({"calibration": [[inputs]] * 3}, {}):
+        with pytest.raises(HeadError, match="'head'"):
+            coin.evaluate(system, tests, decoders=["expert_head"], **options)
+    with pytest.warns(CoinWarning, match="expert_head is left out: the logits of Net are not its head"):
+        table = coin.evaluate(system, tests, calibration=[[inputs]] * 3)
+    assert set(table.decoder) == {kind for kind in DecoderKind if kind != "expert_head"}
+
+
+def test_heads_are_those_of_linear_layers_and_of_convolutions_on_one_position(inputs):
+    torch.manual_seed(0)
+    convolution = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 2, 1, bias=False), nn.Flatten()
+    )
+    linear = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    (weight, bias), (other, _) = linear_heads([convolution, linear], torch.randn(2, 3, 8, 8))
+    assert torch.equal(weight[:2], convolution[2].weight.flatten(1))
+    assert not weight[2].any()
+    assert torch.equal(bias, torch.zeros(3))
+    assert torch.equal(other, linear[3].weight)
+    assert not weight.requires_grad
+
+
+@pytest.fixture
+def parts(write_experts, write_coded, tasks_of):
+    experts = write_experts((3, 2, 3))
+    return experts, write_coded(CODE.matrix.tolist(), experts), tasks_of((3, 2, 3))
+
+
+def test_the_evaluator_measures_them_and_what_they_cost(parts, make_trainer):
+    experts, paths, tasks = parts
+    evaluator = DecodingEvaluator(experts, paths, [*ALONE, "linear", "ridge", "feature_ridge"])
+    make_trainer().test(evaluator, datamodule=tasks, verbose=False)
+    found = {(o.variant.method, o.decoder, len(o.erased)): o for o in evaluator.outcomes}
+    assert {decoder for method, decoder, _ in found if method == "none"} == {"ridge", "feature_ridge"}
+    assert {decoder for method, decoder, _ in found if method == "oracle"} == {"linear"}
+    costs = {
+        (name, decoder, lost): (outcome.forwards, outcome.losses, outcome.decoder_passes / 60)
+        for (name, decoder, lost), outcome in found.items()
+        if name != "oracle"
+    }
+    for lost in (1, 2):
+        assert costs["average", "expert_head", lost] == (1, 3, 0)
+        assert costs["average", "linear", lost] == (2 + 3 - lost, 2, 0)
+        assert costs["average", "ridge", lost] == (2 + 3 - lost, 2, 5)
+        assert costs["average", "feature_ridge-alone", lost] == (2, 3, 2 + lost)
+        assert costs["none", "ridge", lost] == (3 - lost, 2, 3)
+    kept = sum(Path(path).stat().st_size for path in paths) / 2**20
+    memory = {(name, decoder): outcome.memory_mib for (name, decoder, _), outcome in found.items()}
+    assert memory["average", "linear"] == pytest.approx(kept, rel=0.1)  # a file's header is large beside tiny tensors
+    assert memory["average", "linear"] < memory["average", "expert_head"] < memory["average", "ridge-alone"] + 1e-2
+    assert memory["average", "feature_ridge-alone"] < memory["average", "feature_ridge"]
+    assert memory["none", "ridge"] < memory["average", "ridge"] - memory["average", "linear"]
+    assert all(torch.isnan(torch.tensor([o.memory_mib, o.forwards, o.losses])).all()
+               for o in evaluator.outcomes if o.variant.is_oracle)  # fmt: skip
+
+
+def test_where_all_kinds_are_taken_odd_heads_are_left_out_in_one_line(parts, make_trainer):
+    experts, paths, tasks = parts
+    for decoders in (None, ["expert_head", "linear"]):
+        evaluator = DecodingEvaluator(experts, paths, decoders)
+        evaluator.experts[1].register_forward_hook(lambda _, __, logits: logits.softmax(1))
+        if decoders:
+            with pytest.raises(HeadError, match="are not its head 'fc'"):
+                make_trainer().test(evaluator, datamodule=tasks, verbose=False)
+            continue
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make_trainer().test(evaluator, datamodule=tasks, verbose=False)
+        (told,) = [str(each.message) for each in caught if issubclass(each.category, CoinWarning)]
+        assert told.startswith("expert_head is left out: the logits of ")
+        assert "\n" not in told
+        assert {outcome.decoder for outcome in evaluator.outcomes} == {"linear", "ridge", "feature_ridge"}

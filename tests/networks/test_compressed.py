@@ -1,0 +1,257 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import coin
+from coin.errors import CoinError, ConfigurationError, FileError, StateError
+from coin.networks import (
+    Compression,
+    NetworkConfig,
+    build_network,
+    kept_base,
+    load_network,
+    nbytes_together,
+    save_compressed,
+    save_network,
+)
+from coin.networks.batchnorm import folded
+from coin.networks.delta import quantise
+
+CONFIG = NetworkConfig("small_resnet", image_size=16, options={"width": 8})
+
+
+def near(network, size=0.05):
+    """A fine-tuned copy: every floating tensor a little off, BatchNorm's counters on."""
+    torch.manual_seed(1)
+    other = copy.deepcopy(network)
+    for tensor in other.state_dict().values():
+        if tensor.is_floating_point() and bool(tensor.isfinite().all()):
+            tensor.add_(size * torch.randn_like(tensor) * tensor.std(unbiased=False).clamp(min=0.01))
+        elif not tensor.is_floating_point():
+            tensor.add_(5)
+    return other
+
+
+def same(first, second):
+    states = first.state_dict(), second.state_dict()
+    return states[0].keys() == states[1].keys() and all(torch.equal(t, states[1][n]) for n, t in states[0].items())
+
+
+def apart(network, other, inputs):
+    with torch.no_grad():
+        return float((network.eval()(inputs) - other.eval()(inputs)).norm() / network(inputs).norm())
+
+
+@pytest.fixture
+def base():
+    return build_network(CONFIG, 6).eval()
+
+
+@pytest.mark.parametrize("base_bits", [32, 8, 0])
+@pytest.mark.parametrize("options", [{"bits": 1}, {"bits": 3}, {"bits": 8}, {"rank": 4}])
+def test_a_compressed_network_is_read_back_to_the_last_bit(base, options, base_bits, tmp_path):
+    network = near(base)
+    made = coin.compress(network, base if base_bits else None, base_bits=base_bits, **options)
+    read = made.network()
+    path = tmp_path / "network.safetensors"
+    made.save(path)
+    again = coin.Compressed.load(path, base)
+    assert same(again.network(), read)
+    assert (again.nbytes, again.base_nbytes) == (made.nbytes, made.base_nbytes)
+    assert read.state_dict()["stages.0.0.bn1.num_batches_tracked"] == 5
+    assert not read.training
+    inputs = torch.randn(20, 3, 16, 16)
+    if base_bits:
+        assert apart(network, read, inputs) < apart(network, base, inputs)
+
+
+def test_more_bits_are_nearer_and_take_the_bytes_of_so_many_bits(base):
+    network, inputs = near(base), torch.randn(50, 3, 16, 16)
+    made = {bits: coin.compress(network, base, bits=bits) for bits in (1, 2, 3, 4, 8)}
+    errors = [apart(network, each.network(), inputs) for each in made.values()]
+    assert errors == sorted(errors, reverse=True)
+    count = sum(tensor.numel() for tensor in network.parameters() if tensor.ndim > 1)
+    assert (made[8].nbytes - made[3].nbytes) == pytest.approx(count * 5 / 8, rel=1e-3)
+
+
+def test_the_base_takes_what_it_is_kept_in(base):
+    whole = sum(tensor.nbytes for tensor in base.state_dict().values())
+    shares = [coin.compress(near(base), base, bits=3, base_bits=bits).base_nbytes / whole for bits in (32, 8, 0)]
+    assert shares[0] == 1
+    assert 0.25 < shares[1] < 0.32
+    assert shares[2] == 0
+
+
+def test_an_equal_network_takes_nothing(base):
+    assert coin.compress(copy.deepcopy(base), base, bits=3).nbytes == 0
+    assert same(coin.compress(copy.deepcopy(base), base, bits=3).network(), base)
+
+
+def test_a_network_with_folded_batchnorms_is_a_delta_from_the_folded_base(base):
+    network = near(base)
+    pairs = {
+        "stages.0.0.bn1": "stages.0.0.conv1",
+        "stages.0.0.bn2": "stages.0.0.conv2",
+        "stages.1.0.bn1": "stages.1.0.conv1",
+    }
+    inputs = torch.randn(20, 3, 16, 16)
+    for part in (base, network):
+        for norm in pairs:  # statistics far from 1, as of a trained network
+            part.get_submodule(norm).running_var.fill_(9)
+    whole = copy.deepcopy(network)
+    for norm, conv in pairs.items():
+        state = folded(network.state_dict(), f"{conv}.weight", None, norm, network.get_submodule(norm).eps)
+        for name, tensor in state.items():
+            network.state_dict()[name].copy_(tensor)
+    assert apart(whole, network, inputs) < 1e-5
+    made = coin.compress(network, base, bits=3)
+    assert made.nbytes < coin.compress(whole, base, bits=3).nbytes + 100
+    assert apart(network, made.network(), inputs) < 1.3 * apart(
+        whole, coin.compress(whole, base, bits=3).network(), inputs
+    )
+    assert sorted(made._folded) == sorted(pairs)
+
+
+@pytest.mark.parametrize("classes", [4, 9])
+def test_heads_of_other_class_counts_are_deltas_from_the_rows_that_are_there(base, classes, tmp_path):
+    network = build_network(CONFIG, classes)
+    state = {name: t for name, t in base.state_dict().items() if not name.startswith("fc.")}
+    network.load_state_dict(state, strict=False)
+    before = torch.get_rng_state()
+    made = coin.compress(network, base, bits=8)
+    assert made.network().fc.weight.shape[0] == classes
+    torch.testing.assert_close(made.network().fc.weight, network.fc.weight, rtol=0, atol=0.01)
+    made.save(tmp_path / "x.safetensors")
+    assert same(coin.Compressed.load(tmp_path / "x.safetensors", base).network(), made.network())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.out = nn.Linear(16, 50, bias=False)
+        self.out.weight = self.embed.weight
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+        self.register_buffer("places", torch.arange(4)[None], persistent=False)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, tokens):
+        return self.out(self.embed(tokens)) * self.scale + 0 * self.mask.exp().sum()
+
+
+def test_tied_weights_are_kept_once_and_stay_tied():
+    base = Tied()
+    network = near(base, 0)
+    with torch.no_grad():
+        network.embed.weight.add_(0.1 * torch.randn(50, 16))
+    made = coin.compress(network, base, bits=8)
+    assert made.nbytes <= 50 * 16 + 2 * 50 + 8
+    read = made.network()
+    assert read.out.weight is read.embed.weight
+    torch.testing.assert_close(read.out.weight, network.out.weight, rtol=0, atol=0.01)
+    assert torch.equal(read.mask, base.mask)
+
+
+def test_a_network_without_matrices_and_one_without_tensors():
+    base = nn.Sequential(nn.BatchNorm1d(5), nn.ReLU())
+    network = near(base, 1.0)
+    torch.testing.assert_close(
+        coin.compress(network, base, bits=1).network().state_dict(), network.state_dict(), rtol=1e-3, atol=1e-4
+    )
+    assert coin.compress(nn.ReLU(), nn.ReLU(), bits=3).nbytes == 0
+
+
+def test_deltas_that_have_been_rounded_already_are_kept_as_they_are(base):
+    network, name = near(base), "stages.1.0.conv1.weight"
+    matrix = (network.state_dict()[name] - base.state_dict()[name]).flatten(1)
+    rounded = quantise(matrix, 2)
+    made = coin.compress(network, base, bits=4, rounded={name: rounded}).network()
+    expected = base.state_dict()[name] + rounded.dense().reshape(base.state_dict()[name].shape)
+    assert torch.equal(made.state_dict()[name], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "bits=None and rank=None"),
+        ({"bits": 3, "rank": 4}, "bits=3 and rank=4"),
+        ({"bits": 0}, "bits=0"),
+        ({"bits": 9}, "bits=9"),
+        ({"bits": 2.5}, "bits=2.5"),
+        ({"bits": True}, "bits=True"),
+        ({"rank": 0}, "rank=0"),
+        ({"bits": 3, "base_bits": 16}, "base_bits=16"),
+    ],
+)
+def test_options_out_of_range_are_refused(base, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        coin.compress(base, base, **options)
+    with pytest.raises(ConfigurationError, match=message):
+        Compression.of(options)
+
+
+def test_no_base_another_architecture_and_a_nan_are_refused(base):
+    with pytest.raises(ConfigurationError, match="no base"):
+        coin.compress(base, None, bits=3)
+    other = build_network(NetworkConfig("small_resnet", image_size=16, options={"width": 4}), 6)
+    with pytest.raises(StateError, match="shape"):
+        coin.compress(base, other, bits=3)
+    with pytest.raises(ConfigurationError, match="base_bits"):
+        Compression.of({"bits": 3, "bas_bits": 8})
+    broken = near(base)
+    broken.fc.bias.data[0] = torch.nan
+    with pytest.raises(StateError, match=r"fc\.bias"):
+        coin.compress(broken, base, bits=3)
+
+
+def test_a_rank_above_a_matrix_keeps_it_in_float16(base):
+    network = near(base)
+    read = coin.compress(network, base, rank=10**6).network()
+    assert apart(network, read, torch.randn(9, 3, 16, 16)) < 1e-3
+
+
+def test_files_of_another_base_or_damaged_are_refused(base, tmp_path):
+    path = tmp_path / "x.safetensors"
+    coin.compress(near(base), base, bits=3).save(path)
+    with pytest.raises(FileError, match="from the base"):
+        coin.Compressed.load(path, near(base))
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(FileError, match="damaged"):
+        coin.Compressed.load(path, base)
+    path.write_bytes(content[:-50])
+    with pytest.raises(FileError):
+        coin.Compressed.load(path, base)
+    save_network(path, base, CONFIG, 6, {})
+    with pytest.raises(FileError, match="no compressed network"):
+        coin.Compressed.load(path, base)
+
+
+@pytest.mark.parametrize("base_bits", [32, 8, 0])
+def test_a_compressed_file_is_read_like_any_network_s_beside_its_base(base, base_bits, tmp_path):
+    save_network(tmp_path / "base.safetensors", base, CONFIG, 6, {})
+    network = near(base)
+    (tmp_path / "spares").mkdir()
+    paths = [tmp_path / f"spares/{task}.safetensors" for task in "ab"]
+    for path in paths:
+        compression = Compression(bits=3, base_bits=base_bits)
+        kept_at, beside = kept_base(path, tmp_path / "base.safetensors", compression)
+        made = compression.of_network(network, beside)
+        save_compressed(path, made, CONFIG, 6, kept_at, compression, {"label": "x"})
+    files = [load_network(path) for path in paths]
+    assert same(files[0].network, coin.compress(network, base, bits=3, base_bits=base_bits).network())
+    assert files[0].provenance["label"] == "x"
+    if base_bits == 8:  # the bytes on disk are those that are told
+        on_disk = sum(path.stat().st_size for path in (tmp_path / "spares").iterdir())
+        assert on_disk == pytest.approx(nbytes_together(files), rel=0.5)
+    # Without its base it says what is missing; beside it it is found by its name.
+    if base_bits == 32:
+        (tmp_path / "base.safetensors").rename(tmp_path / "spares/base.safetensors")
+        assert same(load_network(paths[0]).network, files[0].network)
+        (tmp_path / "spares/base.safetensors").unlink()
+        with pytest.raises(CoinError, match="put it there"):
+            load_network(paths[0])
