@@ -80,7 +80,7 @@ class Variant:
     def seen(self, answers: Answers) -> Answers:
         """Return what arrives in this system of the answers of all networks: the experts, and its own coded models."""
         if self.is_oracle:
-            return Answers(experts=answers.experts, coded=self.code.encode(answers.experts))
+            return Answers(answers.experts, self.code.encode(answers.experts), tasks=answers.tasks)
         return answers.with_coded(self.networks)
 
     def erasures(self) -> list[tuple[int, ...]]:

@@ -54,6 +54,11 @@ _COST = (
     "method against what it costs, by decoder. Up and left is better. Blue and green: closed forms; orange and red: "
     "trained; dashed: the survivors alone, without a coded model; dotted: the paper's 97.5 %."
 )
+_KEPT = (
+    "NDA of everything that may stand in for a lost expert against what it keeps. Up and left is better. The line joins"
+    " what nothing smaller is as good as; those and each method's best decoder are named. Round: one network runs for a"
+    " lost answer; replica: the lost expert's own weights, compressed."
+)
 _LAYERS = (
     "Above, where the Fisher's mass lies. Below, how far each merge is from the average of the experts (1: as far as "
     "the experts are). Methods with the same numbers are drawn once. Blank: the experts agree."
@@ -171,6 +176,7 @@ class _Page:
             "headline": headline,
             "roles": roles,
             "cautions": [f"{'; '.join(whose)}: {text}" if several else text for text, whose in cautions.items()],
+            "opening": list(self._memory()),
             "hero": list(self._across() if several else self._costs()) if self.has_methods else [],
             "tables": list(self._tables()),
             "phone": ["method", "P", *decoders_of(self.means)[:2]],
@@ -191,6 +197,12 @@ class _Page:
         with atomic_path(self.path.parent / PLOTS / f"{slug}.png") as temporary:
             temporary.write_bytes(png)
         return {"image": _data("image/png", png), "caption": caption, "wide": figure.get_figwidth() > figures.WIDTH}
+
+    def _memory(self) -> Iterator[dict[str, Any]]:
+        kept = stand_ins(self.summary)
+        if len(self.found) == 1 and (kept["memory_mib"] > 0).any():
+            size = float(self.sources[0].document["configuration"].get("network_mib") or "nan")
+            yield self._draw("nda_against_memory", figures.nda_against_memory(kept, size), _KEPT)
 
     def _costs(self) -> Iterator[dict[str, Any]]:
         for decoder in reversed(decoders_of(self.means)[:2]):

@@ -57,7 +57,8 @@ def record_evaluation(
         for variant in [*model.variants, *dict.fromkeys(spare.variant for spare in model.spares)]
         for row, chosen in enumerate(variant.chosen)
     ]
-    configuration = {"tasks": list(model.tasks), "code": code, **(configuration or {})}
+    size = sum(tensor.nbytes for tensor in model.experts[0].state_dict().values()) / 2**20
+    configuration = {"tasks": list(model.tasks), "code": code, "network_mib": size, **(configuration or {})}
     runs = [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
     urls = [run.url for run in runs if isinstance(run.url, str)]
     classes = {name: task.classes for name, task in tasks.tasks.items()}

@@ -43,6 +43,7 @@ def make_coded_models(
         started, passes, elsewhere = time.perf_counter(), experts.passes, experts.seconds
         made = method.make(experts, row)
         seconds = time.perf_counter() - started + experts.seconds - elsewhere
+        took = experts.passes - passes
         if is_first():
             provenance = {
                 "made_by": "coin merge",
@@ -57,7 +58,7 @@ def make_coded_models(
                 "samples_per_task": method.samples_per_task or samples_per_task,
                 "sha256": {str(path): sha256_of(path) for path in read},
                 "seconds": seconds,
-                "passes": experts.passes - passes,
+                "passes": took,
                 "chosen": made.chosen,
                 "shared_seconds": choice.seconds,
                 "shared_passes": choice.passes,
@@ -65,7 +66,7 @@ def make_coded_models(
             path, *smaller = paths[index :: code.num_coded]
             save_network(path, made.network, files.config, files.width, provenance)
             for small, how in zip(smaller, method.compress, strict=True):
-                began, spent = time.perf_counter(), experts.passes - provenance["passes"]
+                began, spent = time.perf_counter(), experts.passes - took
                 base, beside = kept_base(small, experts.initial_path, how)
                 packed = method.pack(experts, row, made, beside, how)
                 told = {**provenance, "label": f"{method.label}-{how.name}", "passes": experts.passes - spent}

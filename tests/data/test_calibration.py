@@ -37,6 +37,23 @@ def test_calibration_is_unaugmented_training_data_in_a_fixed_order():
     assert all(torch.equal(a, b) for a, b in zip(batches, calibration, strict=True))
 
 
+def test_promise_samples_are_validation_data_and_never_too_few():
+    task = Digits(seed=1)
+    most = len(task.splits.validation)
+    drawn = chosen(task.promise(most - 1))
+    assert len(set(drawn)) == most - 1
+    assert set(drawn) <= set(task.splits.validation.index.tolist())
+    assert chosen(task.promise(20)) == drawn[:20]
+    assert chosen(Digits(seed=2).promise(20)) != drawn[:20]
+    wanted = (
+        rf"{most + 1} promise samples asked of the task 'x' \(Digits\), whose validation split has {most}; .* share"
+    )
+    with pytest.raises(DataError, match=wanted):
+        task.promise(most + 1, name="x")
+    with pytest.raises(DataError, match="validation split has 0"):
+        Digits(validation_share=0.0).promise(1)
+
+
 def test_the_seed_alone_chooses_the_samples():
     torch.manual_seed(0)
     first = chosen(Digits(seed=0).calibration(50))

@@ -1,7 +1,9 @@
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,6 +17,7 @@ from coin.modules import DecodingEvaluator
 from coin.modules.examples import ExampleSamples
 from coin.networks import features_and_logits, load_network, pad_logits, save_network
 from coin.reporting import read_configuration
+from coin.reporting.extras import RISK_NPZ, read_promises
 from coin.steps.evaluate import record_evaluation
 
 CLASSES = (3, 2, 3)
@@ -219,6 +222,46 @@ def test_the_results_say_which_method_a_label_stands_for(experts, write_coded, t
     assert methods(method={"name": "distillation", "options": {}}) == [("kd", "distillation")]
     with pytest.raises(FileError, match="says 3 for its 'method'"):
         methods(method=3)
+
+
+def test_promises_are_from_validation_samples_and_checked_on_the_tests(
+    experts, write_coded, synthetic, make_trainer, tmp_path
+):
+    paths = write_coded(PAIR, experts)
+    members = {f"task{i}": synthetic(classes, train=500, key=i) for i, classes in enumerate(CLASSES)}
+    tasks = Tasks(members, samples_per_task=20, promise_samples=90)
+    evaluator = DecodingEvaluator(experts, paths, ["linear", "ridge"], alpha=0.5, confidence=0.8)
+    run(evaluator, tasks, make_trainer)
+    record_evaluation(evaluator, tasks, tmp_path, "x", None, [])
+    files, new = list(experts.values()), tasks.promise()
+    for part, task in zip(new.parts, members.values(), strict=True):
+        assert set(part.index.tolist()) <= set(task.splits.validation.index.tolist())
+    fit_on, promised_on = (
+        replace(answers_of(files, paths, c.inputs()), tasks=c.part) for c in (tasks.calibration(), new)
+    )
+    rows = read_promises(tmp_path)
+    rows = rows[rows.method == "average"]
+    assert len(rows) == 2 * (3 + 2 * 3)
+    assert rows.threshold.notna().any()
+    with np.load(tmp_path / RISK_NPZ) as stored:
+        for row in rows.itertuples():
+            lost = [list(experts).index(task) for task in row.erased.split("+")]
+            decoder = make_decoder(row.decoder, Code(PAIR), lost).fit(fit_on)
+            wanted = decoder.accept(promised_on, 0.5, 0.8, CLASSES)[list(experts).index(row.task)]
+            assert (row.samples, row.needed, row.alpha, row.confidence) == (90, 3, 0.5, 0.8)
+            assert row.promised == pytest.approx(wanted.coverage, abs=1e-9)
+            assert row.threshold == pytest.approx(
+                math.nan if wanted.threshold is None else wanted.threshold, nan_ok=True
+            )
+            risk, differs = stored["|".join((row.method, row.batchnorm, row.decoder, row.erased, row.task))].T
+            assert len(risk) == len(members[row.task].splits.test)
+            accepted = risk <= np.float32(row.threshold)
+            assert row.coverage == pytest.approx(accepted.mean())
+            assert row.found == pytest.approx(differs[accepted].mean() if accepted.any() else math.nan, nan_ok=True)
+    tasks.promise_samples = 0
+    run(evaluator, tasks, make_trainer)
+    record_evaluation(evaluator, tasks, tmp_path, "x", None, [])
+    assert read_promises(tmp_path) is None
 
 
 def test_rows_may_come_in_any_order(experts, write_coded, tasks, make_trainer):

@@ -1,5 +1,6 @@
 """Results that look like a real experiment's, made through the public API."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -63,6 +64,9 @@ def measured(
                     merge_passes=passes * samples / 200,
                     decoder_seconds=0.0 if decoder == "linear" else 0.5,
                     decoder_passes=0.0 if decoder == "linear" else 2.0 * samples * (2 + (method != "none")),
+                    memory_mib=math.nan if method == "oracle" else 11.0 * (method != "none") + 0.1 * len(decoder),
+                    forwards=math.nan if method == "oracle" else len(tasks) - 1.0 + (method != "none"),
+                    losses=math.nan if method == "oracle" else 1.0,
                 )
                 rows.append(row)
                 counts = draw.integers(0, 4, (classes, classes)) + np.diag(draw.integers(60, 100, classes))

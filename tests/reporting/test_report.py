@@ -22,7 +22,7 @@ from coin.reporting import (
     write_report,
     write_results,
 )
-from coin.reporting.extras import RISK_COLUMNS, write_risk
+from coin.reporting.extras import PROMISE_COLUMNS, RISK_COLUMNS, write_promises, write_risk
 from coin.reporting.report import report_summary
 from coin.reporting.results import KEYS
 from coin.reporting.sources import read_sources
@@ -102,6 +102,9 @@ def full(make_experiment: Make) -> Path:
         folder / "seed-0", Examples(images, answers, answers, decoded, ("cat", "dog"), ("mnist", "mnist", "letters"))
     )
     write_risk(folder / "seed-2", risks_of(*read_results(folder / "seed-2")[list(KEYS)].to_dict("records")))
+    keys = read_results(folder / "seed-2")[list(KEYS)].to_dict("records")
+    promises = [[*key.values(), 0.02, 0.95, 400, 149, 0.1, 0.8, 0.75, 0.01] for key in keys]
+    write_promises(folder / "seed-2", pd.DataFrame(promises, columns=list(PROMISE_COLUMNS)))
     write_layers(folder / "seed-1", layers_of(("average", "auto"), ("coin", "auto"), ("coin", "recalibrate")))
     (folder / "seed-0" / "config.yaml").write_text("name: quickstart\n")
     for task in ("mnist", "letters"):
@@ -123,11 +126,13 @@ def test_a_report_is_whole_and_needs_nothing_from_outside(full: Path):
     assert len(set(page.identifiers)) == len(page.identifiers)
     assert {link[1:] for link in page.links if link.startswith("#")} == set(page.identifiers)
     beside = [link for link in page.links if not link.startswith(("#", "data:"))]
-    assert {"summary.csv", "seed-0/results.csv", "seed-1/layers.csv", "seed-2/risk.csv"} <= set(beside)
+    assert {"summary.csv", "seed-0/results.csv", "seed-1/layers.csv", "seed-2/risk.csv", "seed-2/promise.csv"} <= set(
+        beside
+    )
     assert all((full / link).is_file() for link in beside)
     titles = (
-        "Normalised decoding accuracy", "Findings", "Differences between methods", "Accuracy and agreement by task",
-        "Figures", "Configuration", "Experts",
+        "Normalised decoding accuracy", "Findings", "What to keep", "Differences between methods",
+        "Accuracy and agreement by task", "Figures", "Configuration", "Experts",
         "Risk of decoded answers", "Layers", "Confusions", "Examples", "How to reproduce",
     )  # fmt: skip
     places = [page.text.index(f"<h2>{title}</h2>") for title in titles]

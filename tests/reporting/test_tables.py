@@ -9,9 +9,18 @@ import pytest
 from rich.console import Console
 
 from coin.reporting import Row, nda_tables, print_summary, summarise
-from coin.reporting.extras import RISK_COLUMNS
+from coin.reporting.extras import PROMISE_COLUMNS, RISK_COLUMNS
 from coin.reporting.summary import stand_ins, undominated
-from coin.reporting.tables import heading, percent, risk_table, risk_totals, seconds, short, stand_in_table
+from coin.reporting.tables import (
+    heading,
+    percent,
+    promise_table,
+    risk_table,
+    risk_totals,
+    seconds,
+    short,
+    stand_in_table,
+)
 
 BASE = Row(
     "x", 0, "coin", "auto:average", "linear", "0", "a", "a", 200, 0.9, 0.8, 8 / 9, 0.85, 0.5, 4.0, 8400.0, 0.2, 1200.0
@@ -167,3 +176,14 @@ def test_results_that_do_not_tell_what_is_kept_have_no_such_table():
     summary = summarise(frame(*stand_in_rows()[-4:]))
     assert stand_ins(summary).empty
     assert "what to keep" not in printed(summary)
+
+
+def test_promises_over_tasks_and_seeds_by_hand():
+    key, about = ["x", 0, "coin", "auto:keep", "linear", "0", "a", "a", 200], [0.02, 0.95, 400, 149]
+    lines = [[*key, *about, 0.3, 0.8, 0.9, 0.01], [*key, *about, 0.2, 0.4, 0.3, 0.03]]
+    lines += [[*key, *about, math.nan, 0.0, 0.0, math.nan]]
+    (line,) = promise_table(pd.DataFrame(lines, columns=list(PROMISE_COLUMNS))).to_dict("records")
+    # 0.9 and 0.3 of two test sets are accepted, of which 0.01 and 0.03 differ
+    assert {name: cell for name, cell in line.items() if name != "method"} == {
+        "given": "2 of 3", "at most": "2.00", "coverage promised": "40.00", "coverage": "40.00", "found": "1.50",
+    }  # fmt: skip
