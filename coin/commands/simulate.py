@@ -131,11 +131,12 @@ def read_profile(
     """
     _, frame = read_every_result(Path(folder))
     chosen = _what_was_measured(frame, choice)
-    coded = chosen[chosen["survivors"]] if chosen["survivors"].any() else chosen
+    coded = chosen[chosen["survivors"]] if chosen["survivors"].any() else chosen[~chosen["replica"]]
+    taken = choice  # of which nothing was measured: reading it says so
     if not coded.empty:
         best = coded.sort_values("decoded_accuracy", kind="stable").to_dict("records")[-1]
-        choice = Choice(best["method"], best["batchnorm"], best["decoder"])
-    system = read_coded_system(Path(folder), choice)
+        taken = Choice(best["method"], best["batchnorm"], best["decoder"])
+    system = read_coded_system(Path(folder), taken)
     servers = [NetworkServer(path, system.experts.width, system.decoder) for path in system.experts.paths.values()]
     service, decoding = conditions.service, 0.0
     if service.kind is ServiceKind.measured:
@@ -177,7 +178,7 @@ def _stand_ins(system: CodedSystem, profile: Profile, frame: pd.DataFrame, choic
         StandIn(Redundancy.copy, "", size, 0.0, right),
         StandIn(Redundancy.spare, "", 0.0, size, right),
     ]
-    best = 0.0
+    best, of_system = 0.0, (system.method, system.batchnorm, system.decoder.name)
     for row in _what_was_measured(frame, Choice()).to_dict("records"):
         name, kept, accuracy = str(row["method"]), 2**20 * float(row["memory_mib"]), float(row["decoded_accuracy"])
         if row["replica"]:
@@ -188,10 +189,10 @@ def _stand_ins(system: CodedSystem, profile: Profile, frame: pd.DataFrame, choic
             best, every = accuracy, DecoderConfig.named(row["decoder"]).kind is not DecoderKind.expert_head
             each = kept / system.code.num_coded
             found.append(StandIn(Redundancy.standin, f"{name} {row['decoder']}", each, 0.0, {1: best}, every))
-    if system.decoder.reads_survivors:
-        kept = float(np.mean([kept_bytes(path) for path in system.coded]))
-        for kind in (Redundancy.coded_proactive, Redundancy.coded_hedged):
-            found.append(StandIn(kind, "", kept, 0.0, system.decoded_accuracy))
+        elif row["survivors"] and (name, row["batchnorm"], row["decoder"]) == of_system:
+            each = np.nan_to_num(kept, nan=sum(map(kept_bytes, system.coded))) / system.code.num_coded
+            for kind in (Redundancy.coded_proactive, Redundancy.coded_hedged):
+                found.append(StandIn(kind, "", float(each), 0.0, system.decoded_accuracy))
     return found
 
 
