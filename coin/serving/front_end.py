@@ -100,12 +100,7 @@ class FrontEnd:
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """Count a query as under way, until the end of the block.
-
-        Raises:
-            OverloadedError: There are too many already.
-            ServingError: The front end is not running.
-        """
+        """Count a query as under way, until the end of the block; raises where it cannot be (`ask`)."""
         if not self._running:
             raise ServingError("the front end is not running, or stops; ask again later")
         if self._open >= self.limits.queries:

@@ -102,12 +102,9 @@ class Lateness:
     """The time after which a share of 1 − q of the queries are late.
 
     ln t rises by g·q when a query is late and falls by g·(1 − q) when its own answer came in time, so that in the long
-    run exactly the share 1 − q is late, whatever the distribution. All it needs to know of a query is whether it was
-    late, which is known however the query ends: answers that are never waited for bias nothing. The gain g falls from
-    1 as 20/(20 + k) to 0.005.
-
-    Source: Robbins and Monro, *A stochastic approximation method* (1951), section 4, on quantiles; on a logarithmic
-    scale, so that it works in any unit.
+    run exactly the share 1 − q is late, whatever the distribution, and answers that are never waited for bias nothing.
+    The gain g falls from 1 as 20/(20 + k) to 0.005. Source: Robbins and Monro, *A stochastic approximation method*
+    (1951), section 4, on quantiles; on a logarithmic scale, so that it works in any unit.
 
     Args:
         quantile: q in [0, 1); with 0 every answer that is not there at once is late.
@@ -145,8 +142,7 @@ class Query:
     answer, provided that every returned server is asked or declared lost.
 
     Args:
-        layout: The servers.
-        policy: Decides whom to ask.
+        layout: The servers, which are asked by the `policy`.
         wanted: The experts whose answers are wanted.
         lateness: Learns how long own answers take, if anything does.
         patient: Whether to wait for own answers until `become_late`. Not where a wanted expert's last answer failed:
@@ -185,12 +181,7 @@ class Query:
         return bool(self.layout.hosts(self.missing) & self.expected)
 
     def start(self, load: Load, down: int = 0) -> int:
-        """Return the servers to ask at first.
-
-        Args:
-            load: Returns the number of requests at a server, now and later on.
-            down: Servers that are believed to be down; they are left out if the others suffice.
-        """
+        """Return the servers to ask at first; those that are believed to be down are left out if the others suffice."""
         self.load = load
         if self.layout.covers(self.layout.everyone & ~down, self.wanted):
             self.avoided = down

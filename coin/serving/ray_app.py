@@ -125,13 +125,8 @@ class RayOptions:
 class ModelProcess:
     """One network, or all of a spare's, in a process of its own, which runs one pass at a time.
 
-    A pass that nobody waits for any more is not begun; one that has begun holds its thread, and there is one thread.
-
-    Args:
-        paths: The networks' files, by the servers' names.
-        outputs, decoder, device: What a `NetworkServer` takes.
-        threads: PyTorch's.
-        batch: The most requests of several front ends that run together.
+    A pass that nobody waits for any more is not begun; one that has begun holds its thread, and there is one thread,
+    with so many of PyTorch's. A batch are the most requests of several front ends that run together.
     """
 
     def __init__(
@@ -258,10 +253,8 @@ def check_port(options: RayOptions) -> None:
     try:
         socket.create_server((options.host, options.port), family=family).close()
     except OSError as error:
-        where, why = f"{options.host}:{options.port}", os.strerror(error.errno or 0)
-        raise ServingError(
-            f"cannot listen at {where} ({why}), expected a free port; stop what listens there, or set --ray.port"
-        ) from error
+        told = f"cannot listen at {options.host}:{options.port} ({os.strerror(error.errno or 0)}), expected a free port"
+        raise ServingError(f"{told}; stop what listens there, or set --ray.port") from error
 
 
 def start(system: System, options: RayOptions) -> Callable[[], None]:

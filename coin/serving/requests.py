@@ -54,10 +54,8 @@ class Parsed:
     """A request whose inputs are still to be read.
 
     Args:
-        request: The request.
         outputs: The names of the outputs that it asks for, and whether each goes in the binary extension.
-        bytes: The length of its body, unpacked.
-        pixels: Of all its image files.
+        bytes: The length of its body, unpacked; `pixels`, of all its image files.
         read: Returns its inputs as a server takes them, or raises a `DataError`.
     """
 

@@ -18,12 +18,10 @@ logger = logging.getLogger("ray.serve.coin")
 
 @dataclass(eq=False)
 class Request:
-    """One query's request to one server.
+    """One query's request to one server, of inputs ``[B, ...]``.
 
-    Args:
-        inputs: ``[B, ...]``.
-        deliver: Called once with the valid reply, or with None when there will be none; not after `cancelled` is set.
-        cancelled: Whether nobody waits for the reply any more.
+    `deliver` is called once with the valid reply, or with None when there will be none; not after `cancelled` is set,
+    because nobody waits for the reply any more.
     """
 
     inputs: Tensor
@@ -153,15 +151,13 @@ class ServerQueue:
         while self._sent:
             request = self._sent.popleft()
             stop = start + len(request.inputs)
-            rows = reply.rows(start, stop)
+            rows: Reply | None = reply.rows(start, stop)
             try:
-                self._expects.check(rows, stop - start)
+                self._expects.check(reply.rows(start, stop), stop - start)
             except ServingError as error:
-                problem = error
-                _lose(deque([request]))
-            else:
-                if not request.cancelled:
-                    request.deliver(rows)
+                problem, rows = error, None
+            if not request.cancelled:
+                request.deliver(rows)
             start = stop
         if problem is not None:
             raise problem

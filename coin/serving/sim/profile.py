@@ -66,8 +66,8 @@ class Failover:
 
     def __post_init__(self) -> None:
         check_number("failover.accuracy", self.accuracy, low=0, high=np.nextafter(1, 2))
-        check_number("failover.mib", self.mib, low=0, strict=True)
-        check_number("failover.seconds", self.seconds, low=0, strict=True)
+        for name in ("mib", "seconds"):
+            check_number(f"failover.{name}", getattr(self, name), low=0, strict=True)
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,7 @@ class Profile:
 
     Args:
         code: The code of the coded models, or of as many extra servers.
-        seconds: Every expert's service times ``[K]``.
-        sizes: Every expert's bytes.
+        seconds: Every expert's service times ``[K]``; `sizes`, its bytes.
         accuracy: The experts', mean over tasks.
         decoding: Seconds that it takes to decode.
     """
@@ -158,14 +157,8 @@ class Profile:
     ) -> Simulation:
         """Return the simulation of these experts with what stands in for them.
 
-        A server keeps as many experts unpacked as the memory holds that its weights leave, or one.
-
-        Args:
-            what: Stands in.
-            conditions: What machines and the front end are like.
-            quantile: From when on an answer is late.
-            memory: What a server holds of weights, in bytes.
-            options: The simulation's own.
+        A server keeps one expert unpacked, or as many as fit beside its weights into a memory of so many bytes; the
+        options are the simulation's own.
         """
         layout, machines = self._servers(what)
         own = PolicyKind.uncoded if what.kind is Redundancy.uncoded else PolicyKind.hedged
@@ -203,10 +196,9 @@ class Profile:
     def row(self, what: StandIn, simulation: Simulation, outcomes: Sequence[Outcome]) -> dict[str, object]:
         """Return what the seeds of one simulation come to: a row of ``simulation.csv``.
 
-        Latencies are in seconds, infinite where too many queries failed, and memory in bytes of weights: of the largest
-        server, and of all. ``share_spared`` are answers of experts that run on other servers than their own;
-        ``standing_in_accuracy`` is that of these and of decoded ones, NaN without any and where it was not measured.
-        ``unanswered`` is the share of queries that nobody can answer while machines are broken down, and in no latency.
+        Latencies are in seconds, and memory in bytes of weights: of the largest server, and of all. ``share_spared``
+        are answers of experts on other servers than their own; ``standing_in_accuracy`` is that of these and of decoded
+        ones. ``unanswered`` are the queries that nobody can answer while machines are broken down.
         """
         answers, nan = sum(outcome.answers for outcome in outcomes), float("nan")
         sizes = sorted({size for outcome in outcomes for size in outcome.decoded})

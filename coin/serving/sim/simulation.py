@@ -1,11 +1,12 @@
 """Discrete-event simulation of the serving policies, with the front end's own decisions on a virtual clock."""
 
 import heapq
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from itertools import chain, combinations, count
 from multiprocessing import get_context
 from typing import Any
@@ -13,8 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coin.choices import check_integer
-from coin.errors import ConfigurationError
+from coin.choices import check_integer, check_number
 from coin.serving.layout import Layout, members
 from coin.serving.limits import Limits
 from coin.serving.policies import Lateness, Policy, Query, State
@@ -67,11 +67,9 @@ class Simulation:
     broken: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        if not 0 < self.load < 1:
-            raise ConfigurationError(f"found load {self.load}, expected a number between 0 and 1")
+        check_number("load", self.load, low=0, high=1, strict=True)
         check_integer("queries", self.queries, _FEWEST)
-        if not self.machines:
-            object.__setattr__(self, "machines", tuple(range(self.layout.num_servers)))
+        object.__setattr__(self, "machines", self.machines or tuple(range(self.layout.num_servers)))
 
     @property
     def unit(self) -> float:
@@ -165,7 +163,9 @@ class _Run:
         self.wanted, self.warm_up = it.wanted(), it.queries // 4
         self.deadline, self.cooldown = conditions.deadline * unit, conditions.cooldown * unit
         self.hop, self.detection = conditions.front_end.hop, conditions.failures.detection * unit
-        self.lateness: dict[int, Lateness] = {}
+        # As in a system that has run for long: a first slow phase would else teach it to wait for too long.
+        fresh = partial(Lateness, it.policy.quantile, 3 * unit, self.deadline, experience=4000)
+        self.lateness: defaultdict[int, Lateness] = defaultdict(fresh)
         self.patient = it.policy.hedges and it.policy.quantile > 0
         self.failures = [0 for _ in servers]  # since its last answer
         self.doubted = self.down = 0  # the servers whose last request was lost, and those that are believed to be down
@@ -187,8 +187,7 @@ class _Run:
         # A heap: the time, the order among those of one time, and what happens.
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.order = count()
-        self.latencies = np.full(it.queries, np.inf)
-        self.decoded: Counter[int] = Counter()
+        self.latencies, self.decoded = np.full(it.queries, np.inf), Counter[int]()
         self.busy, self.begun, self.open, self.spared, self.failed = 0.0, 0, 0, 0, 0
 
     def run(self) -> Outcome:
@@ -214,12 +213,8 @@ class _Run:
         heapq.heappush(self.events, (when, next(self.order), happen, about))
 
     def _enter(self, now: float, place: int) -> None:
-        wanted, lateness = self.wanted[place], None
-        if self.patient and not (lateness := self.lateness.get(wanted)):
-            # As in a system that has run for long: a first slow phase would else teach it to wait for too long.
-            first = 3 * self.simulation.unit
-            lateness = Lateness(self.simulation.policy.quantile, first, longest=self.deadline, experience=4000)
-            self.lateness[wanted] = lateness
+        wanted = self.wanted[place]
+        lateness = self.lateness[wanted] if self.patient else None
         patient = lateness is not None and not self.doubted & ~self.down & self.layout.hosts(wanted)
         query = _Query(self.layout, self.simulation.policy, wanted, lateness, patient)
         query.place = place
