@@ -3,7 +3,7 @@
 A query that fails has infinite latency, so that failing fast makes no policy look quick. The load is what own answers
 alone take of the experts' capacity; what a policy asks on top is in the column ``forwards``. Servers take what waits in
 one batch, as the real ones do; front ends take their own time for a query, and every request a way there and back.
-Effective accuracy is the mean over answers, the experts' own and those that stand in; answers that never came are wrong.
+Effective accuracy is the mean over answers, the experts' own and those that stand in; those that never came are wrong.
 
 ParM (Kosaian, Rashmi, Venkataraman: *Parity Models*, SOSP 2019) codes over *queries* to replicas of one network; here
 the code is over *models*, every one of which sees the query itself.
