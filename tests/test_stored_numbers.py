@@ -175,14 +175,6 @@ def by_few_samples(method: str) -> str:
     return " / ".join(f"{points(few, method, decoder).mean():.1f}" for decoder in DECODERS)
 
 
-def by_experts(method: str) -> str:
-    """The mean NDA with features of the fewest and of the most experts."""
-    rows = measured("experts")
-    counts = rows.groupby("experiment").task.transform("nunique")
-    few, many = (spread(points(rows[counts == count], method, "feature_ridge")) for count in (2, 8))
-    return f"{few} → {many}"
-
-
 def exposed() -> str:
     """How an expert half-way back to its start fares, and in what share of batches of 8 it is found out, in %."""
     rows = pd.read_csv(RESULTS / "silent-faults/faults.csv", keep_default_na=False)
@@ -213,7 +205,7 @@ def sentences() -> list[str]:
     foretold, found, kept = risks("refit", "feature_ridge")
     told, were, _ = risks("refit", "linear")
     triple, small, real = measured("imagenet-triple"), measured("pair"), measured("real")
-    vit, two = measured("transformer"), measured("two-coded-models", 2)
+    vit = measured("transformer")
     best = {method: spread(points(vit, method, "feature_ridge")) for method in ("coin", "distillation", "refit")}
     refit_linear, refit_features = reached("refit", "linear"), reached("refit", "feature_ridge")
     distilled, coded = reached("distillation", "feature_ridge"), reached("coin", "feature_ridge")
@@ -241,12 +233,7 @@ def sentences() -> list[str]:
         f"distillation {few[2]}, {measured('samples').seed.nunique()} seeds",
         f"with features, COIN is the best of all: {best['coin']}, distillation {best['distillation']}, `Refit` "
         f"{best['refit']}, {vit.experiment.nunique()} runs",
-        f"whichever two are lost, {two.experiment.nunique()} runs: none {ndas(two, 'none')}, average "
-        f"{ndas(two, 'average')}, COIN {ndas(two, 'coin')}, `Refit` {ndas(two, 'refit')}, distillation "
-        f"{ndas(two, 'distillation')}",
         f"*A wrong expert*, half-way back to its start {exposed()}",
-        f"*Two to eight experts*, ImageNet base, features, {measured('experts').seed.nunique()} seeds: none "
-        f"{by_experts('none')}, average {by_experts('average')}, `Refit` {by_experts('refit')}.",
     ]
 
 
