@@ -94,7 +94,7 @@ FAILURES = {
     ),
     "a singular Gram matrix": (
         ["--methods=[{class_path: RegMean, init_args: {alpha: 1, damping: 0}}]"],
-        "singular with a damping of 0; raise regmean's damping",
+        "singular with a damping of 0; raise the method's damping",
     ),
     "an expert that diverges": (["--expert.lr=1.0e+30", "--expert.checkpoints={}"], "training diverged"),
     "an expert with a NaN": (["NAN"], "nan.pt' is not finite: tensor 'fc.bias' holds a NaN"),
