@@ -54,7 +54,7 @@ def record_evaluation(
             "row": row,
             "chosen": chosen,
         }
-        for variant in [*model.variants, *dict.fromkeys(spare.variant for spare in model.spares)]
+        for variant in [*model.variants, *{spare.variant.method: spare.variant for spare in model.spares}.values()]
         for row, chosen in enumerate(variant.chosen)
     ]
     size = sum(tensor.nbytes for tensor in model.experts[0].state_dict().values()) / 2**20
