@@ -9,6 +9,9 @@ from coin.choices import check_integer, chosen
 from coin.coding.ridge import ProjectionKind
 from coin.errors import ConfigurationError
 
+REPLICA = "replica"
+"""What results have in place of a decoder where a compressed expert answers by itself."""
+
 
 class DecoderKind(StrEnum):
     """How lost outputs are computed from the ones that arrived."""

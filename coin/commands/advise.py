@@ -10,13 +10,13 @@ import pandas as pd
 
 from coin.choices import check_integer, check_number
 from coin.commands.coded_system import Choice, parse_options
-from coin.commands.simulate import SEEDS, Point, draw, measured_spares, read_profile, simulate_rows
-from coin.errors import CoinError, ConfigurationError
+from coin.commands.simulate import LACKING, SEEDS, Point, draw, read_profile, simulate_rows
+from coin.errors import ConfigurationError
+from coin.reporting.latency import milliseconds, named, print_simulation
 from coin.reporting.results import write_frame
 from coin.reporting.tables import results_console
 from coin.serving.sim.conditions import Conditions
 from coin.serving.sim.profile import Failover, Profile, Redundancy, StandIn
-from coin.serving.sim.results import milliseconds, named, print_simulation
 from coin.serving.sim.simulation import Want
 
 ADVICE_CSV = "advice.csv"
@@ -81,14 +81,9 @@ def advise(
         least = max(profile.sizes) / 2**30
         raise ConfigurationError(f"found memory_gib={memory_gib}, expected at least {least:.3g}, an expert's")
     kinds = {what.kind for what in known}
-    if Redundancy.spare_delta not in kinds:
-        try:
-            known += measured_spares(system, profile)
-        except CoinError as error:
-            notes.append(f"spare_delta, neighbours: left out, for their accuracy could not be measured ({error})")
-    for kind, missing in _LACKING.items():
-        if kind not in kinds:
-            notes.append(f"{kind}: left out, for nothing is known of such a network; {missing}")
+    notes += [
+        f"{kind}: left out, for nothing is known of it; {what}" for kind, what in LACKING.items() if kind not in kinds
+    ]
     options = {"load": load, "want": want, "queries": queries, "memory": room}
     points = candidates(profile, conditions, known, servers, quantiles or QUANTILES, options)
     rows = simulate_rows(points, range(seeds), jobs)
@@ -104,12 +99,6 @@ def advise(
     write_frame(place / ADVICE_CSV, rows)
     draw(place / "plots" / "advice.png", "memory_server", rows.drop_duplicates(["redundancy", "variant", "extras"]))
     return rows, notes
-
-
-_LACKING = {
-    Redundancy.failover: "give --failover.accuracy, .mib, .seconds",
-    Redundancy.standin: "add expert_head to the experiment's decoders",
-}
 
 
 def candidates(
@@ -168,7 +157,8 @@ def _reasons(
     for what in known:
         if what.each and what.kind is not Redundancy.neighbours:
             most = int((room - what.fixed) // what.each)
-            notes.append(f"{what.name}: would fit up to {most} experts of this size, a coded model any number")
+            name = f"{what.kind} {what.variant}".strip()
+            notes.append(f"{name}: would fit up to {most} experts of this size, a coded model any number")
     tail = "whose p99.9 cannot be told from the lowest"
     if p999_ms is not None and row["p999"] <= p999_ms / 1e3:
         tail = f"keeps a p99.9 of {p999_ms:g} ms"
@@ -201,10 +191,10 @@ def _while_repaired(point: Point, conditions: Conditions, seeds: Sequence[int], 
     """Return what queries find while the first expert's machine is repaired, and how often nobody is left."""
     what, profile, simulation = point
     broken = replace(simulation, broken=frozenset({0}))
-    row, repair = simulate_rows([(what, profile, broken)], seeds, jobs).iloc[0], conditions.repair
-    hours = HOURS * simulation.unanswered(repair.share)
+    row, repair = simulate_rows([(what, profile, broken)], seeds, jobs).iloc[0], conditions.failures
+    hours = HOURS * simulation.unanswered(repair.broken)
     return [
-        f"while an expert's machine is repaired ({repair.mttr:g} h every {repair.mtbf:g}; --repair.mttr, .mtbf): "
+        f"while an expert's machine is repaired ({repair.mttr:g} h every {repair.mtbf:g}; --failures.mttr, .mtbf): "
         f"p99.9 {milliseconds(row['p999'])} ms, {100 * row['share_failed']:.2f} % without an answer, "
         f"{100 * row['effective_accuracy']:.2f} % right; in a year a query finds nobody for {hours:.2g} h"
     ]

@@ -11,6 +11,7 @@ import pandas as pd
 from jsonargparse import ArgumentParser
 
 from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Kept, make_decoder
+from coin.coding.decoder_config import REPLICA
 from coin.coding.decoder_state import decoders_state, restore_decoders
 from coin.commands.parser import command_parser, parsed
 from coin.data import TaskData
@@ -31,8 +32,6 @@ from coin.serving.decodings import coded_layout, standin_layout
 from coin.serving.layout import Layout
 from coin.steps.expert_files import ExpertFiles
 from coin.versions import versions
-
-REPLICA = "replica"
 
 
 @dataclass(frozen=True)

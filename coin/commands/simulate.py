@@ -11,7 +11,9 @@ import pandas as pd
 from torch import nn
 
 from coin.coding import DecoderConfig, DecoderKind
-from coin.commands.coded_system import REPLICA, Choice, CodedSystem, parse_options, read_coded_system, read_every_result
+from coin.coding.decoder_config import REPLICA
+from coin.commands.coded_system import Choice, CodedSystem, parse_options, read_coded_system, read_every_result
+from coin.commands.measure import measure_decoding, measure_service, measure_times
 from coin.errors import ConfigurationError
 from coin.files.atomic import atomic_path, write_text
 from coin.modules.variants import NONE, ORACLE
@@ -20,22 +22,13 @@ from coin.networks.compressed import compress
 from coin.options import described
 from coin.processes import say
 from coin.reporting.figures import as_png
+from coin.reporting.latency import print_simulation, tail_against
 from coin.reporting.results import asked_policy, write_frame
 from coin.reporting.tables import results_console
 from coin.serving.model import NetworkServer
 from coin.serving.replies import ReplyFormat
 from coin.serving.sim.conditions import Conditions, ServiceKind
-from coin.serving.sim.profile import (
-    Failover,
-    Profile,
-    Redundancy,
-    StandIn,
-    measure_accuracy,
-    measure_decoding,
-    measure_service,
-    measure_times,
-)
-from coin.serving.sim.results import as_row, print_simulation, tail_against
+from coin.serving.sim.profile import Failover, Profile, Redundancy, StandIn
 from coin.serving.sim.simulation import Simulation, Want, simulate_all
 from coin.versions import versions
 
@@ -68,8 +61,7 @@ def simulate(
         conditions: What machines and the front end are like.
         choice: Which of the experiment's coded systems.
         wants: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'; none takes both.
-        policies: What stands in; none takes all of which the results tell how right they are. Where they tell of no
-            compressed experts, ``spare_delta`` and ``neighbours`` are measured with 8 bits a weight.
+        policies: What stands in; none takes all of which the results tell how right they are.
         quantiles: Of the time that own answers take, after which they are late; none takes 0.9.
         loads: The loads; none takes 0.2, 0.4 and 0.6.
         experts: Numbers of experts; none takes the experiment's. With others, experts are repeated, and the accuracy of
@@ -90,9 +82,7 @@ def simulate(
     system, profile, conditions, known = read_profile(folder, choice, conditions, failover)
     say(system.title)
     if missing := set(policies or ()) - {what.kind for what in known}:
-        known += measured_spares(system, profile) if missing <= _MEASURED else []
-        if unknown := missing - {what.kind for what in known}:
-            raise ConfigurationError(f"found no {unknown.pop()} in the results, {_LACKING}")
+        raise ConfigurationError(f"found no {(kind := missing.pop())} in the results; {LACKING[kind]}")
     points = [
         (what, sized, sized.simulation(what, conditions, quantile, load=load, want=want, queries=queries))
         for want in wants or Want
@@ -120,11 +110,17 @@ def simulate(
     return rows
 
 
-_MEASURED = {Redundancy.spare_delta, Redundancy.neighbours}
-_LACKING = (
-    "expected rows of it: for standin of the decoder expert_head, for coded ones of feature_ridge; or for failover "
-    "--failover.accuracy, .mib and .seconds"
-)
+_SPARES = "give the experiment spares: [{bits: 3, base_bits: 8}], and run it again"
+_DECODER = "add {} to the experiment's decoders, and run it again"
+LACKING = {
+    Redundancy.spare_delta: _SPARES,
+    Redundancy.neighbours: _SPARES,
+    Redundancy.standin: _DECODER.format("expert_head"),
+    Redundancy.coded_proactive: _DECODER.format("feature_ridge"),
+    Redundancy.coded_hedged: _DECODER.format("feature_ridge"),
+    Redundancy.failover: "give --failover.accuracy, .mib, .seconds",
+}
+"""What to do where nothing is known of what may stand in."""
 
 
 def read_profile(
@@ -136,11 +132,12 @@ def read_profile(
     """
     _, frame = read_every_result(Path(folder))
     chosen = _what_was_measured(frame, choice)
-    coded = chosen[chosen["survivors"]] if chosen["survivors"].any() else chosen
+    coded = chosen[chosen["survivors"]] if chosen["survivors"].any() else chosen[~chosen["replica"]]
+    taken = choice  # of which nothing was measured: reading it says so
     if not coded.empty:
         best = coded.sort_values("decoded_accuracy", kind="stable").to_dict("records")[-1]
-        choice = Choice(best["method"], best["batchnorm"], best["decoder"])
-    system = read_coded_system(Path(folder), choice)
+        taken = Choice(best["method"], best["batchnorm"], best["decoder"])
+    system = read_coded_system(Path(folder), taken)
     servers = [NetworkServer(path, system.experts.width, system.decoder) for path in system.experts.paths.values()]
     service, decoding = conditions.service, 0.0
     if service.kind is ServiceKind.measured:
@@ -182,7 +179,7 @@ def _stand_ins(system: CodedSystem, profile: Profile, frame: pd.DataFrame, choic
         StandIn(Redundancy.copy, "", size, 0.0, right),
         StandIn(Redundancy.spare, "", 0.0, size, right),
     ]
-    best = 0.0
+    best, of_system = 0.0, (system.method, system.batchnorm, system.decoder.name)
     for row in _what_was_measured(frame, Choice()).to_dict("records"):
         name, kept, accuracy = str(row["method"]), 2**20 * float(row["memory_mib"]), float(row["decoded_accuracy"])
         if row["replica"]:
@@ -193,10 +190,10 @@ def _stand_ins(system: CodedSystem, profile: Profile, frame: pd.DataFrame, choic
             best, every = accuracy, DecoderConfig.named(row["decoder"]).kind is not DecoderKind.expert_head
             each = kept / system.code.num_coded
             found.append(StandIn(Redundancy.standin, f"{name} {row['decoder']}", each, 0.0, {1: best}, every))
-    if system.decoder.reads_survivors:
-        kept = float(np.mean([kept_bytes(path) for path in system.coded]))
-        for kind in (Redundancy.coded_proactive, Redundancy.coded_hedged):
-            found.append(StandIn(kind, "", kept, 0.0, system.decoded_accuracy))
+        elif row["survivors"] and (name, row["batchnorm"], row["decoder"]) == of_system:
+            each = np.nan_to_num(kept, nan=sum(map(kept_bytes, system.coded))) / system.code.num_coded
+            for kind in (Redundancy.coded_proactive, Redundancy.coded_hedged):
+                found.append(StandIn(kind, "", float(each), 0.0, system.decoded_accuracy))
     return found
 
 
@@ -214,16 +211,6 @@ def _deltas(system: CodedSystem, name: str, fixed: float, each: float, accuracy:
     seconds = float(np.median(measure_times(packed.network, 5)))
     kinds = (Redundancy.spare_delta, Redundancy.neighbours)
     return [StandIn(kind, name, fixed, each, {1: accuracy}, unpacking=seconds) for kind in kinds]
-
-
-def measured_spares(system: CodedSystem, profile: Profile) -> list[StandIn]:
-    """Return the experts with 8 bits a weight, without a base, with their accuracy on their own test sets."""
-    tests = system.data().test_dataloader()
-    packed = [compress(network, None, bits=8, base_bits=0) for network in _experts(system)]
-    pairs = zip(packed, tests, strict=True)
-    accuracies = [measure_accuracy(each.network(), test, system.experts.config.image_size) for each, test in pairs]
-    size = float(np.mean([each.nbytes for each in packed]))
-    return _deltas(system, "8bit-nobase", 0.0, size, float(np.mean(accuracies)))
 
 
 def _experts(system: CodedSystem) -> list[nn.Module]:
@@ -245,7 +232,7 @@ def simulate_rows(points: Sequence[Point], seeds: Sequence[int], jobs: int | Non
     distinct = {key(point[2]): point[2] for point in points}
     outcomes = simulate_all([replace(each, seed=seed) for each in distinct.values() for seed in seeds], jobs)
     found = {name: outcomes[place * len(seeds) : (place + 1) * len(seeds)] for place, name in enumerate(distinct)}
-    return pd.DataFrame([as_row(*point, found[key(point[2])]) for point in points])
+    return pd.DataFrame([profile.row(what, it, found[key(it)]) for what, profile, it in points])
 
 
 def draw(path: Path, column: str, rows: pd.DataFrame) -> None:

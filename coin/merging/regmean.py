@@ -243,6 +243,6 @@ def _solve(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
     noise = 100 * torch.finfo(gram.dtype).eps * gram.shape[-1] * largest
     if bool((failed.bool() | (pivots <= noise)).any()):
         raise NumericalError(
-            f"the Gram matrix of '{key}' is singular with a damping of {damping:.3g}; raise regmean's damping"
+            f"the Gram matrix of '{key}' is singular with a damping of {damping:.3g}; raise the method's damping"
         )
     return torch.cholesky_solve(pull.mT, factor).mT

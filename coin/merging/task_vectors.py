@@ -17,9 +17,6 @@ from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.heads import head_name
 from coin.statistics import TRANSPOSED
 
-WUDI_DAMPING = 1e-4
-"""Wudi's λ, relative to the mean diagonal entry of Σβ_iG_i."""
-
 
 class Base(MergeMethod):
     """The shared initialisation itself, the floor of every table; policies but ``keep`` change its statistics."""
@@ -44,16 +41,18 @@ class Wudi(MergeMethod):
 
         W = W_0 + (Σ_i β_i τ_i G_i)(Σ_i β_i G_i + λI)⁻¹
 
-    is the minimiser of Σ_i β_i ‖(W − W_i) τ_iᵀ‖² / ‖τ_i‖². As in `regmean_parameters` λ, 1e-4 of the mean diagonal
-    entry, pulls to the β-average, so that experts that agree merge to themselves. It is for fully connected layers and
-    convolutions of one group. Averaged are all other parameters, weights that several modules share, and maps that an
-    expert has left as they were: they have no Gram matrix. So is the head, unless `head`: task vectors that do not meet
-    are added up, not averaged, which is what its features can bear and the coded outputs Σ_i β_i f_i cannot.
+    is the minimiser of Σ_i β_i ‖(W − W_i) τ_iᵀ‖² / ‖τ_i‖². As in `regmean_parameters` λ, relative to the mean
+    diagonal entry, pulls to the β-average, so that experts that agree merge to themselves. It is for fully connected
+    layers and convolutions of one group. Averaged are all other parameters, weights that several modules share, and
+    maps that an expert has left as they were: they have no Gram matrix. So is the head, unless `head`: task vectors
+    that do not meet are added up, not averaged, which is what its features can bear and the coded outputs Σ_i β_i f_i
+    cannot.
 
     Source: Cheng et al., *Whoever started the interference should end it: guiding data-free model merging via task
     vectors* (ICML 2025), there minimised by gradient descent, heads left out.
 
     Args:
+        damping: λ, relative and dimensionless, above 0. Transformers that were tuned far want more, such as 0.1.
         head: Whether the head is merged in this way too.
         **options: ``batchnorm`` and ``label``, see `MergeMethod`.
     """
@@ -61,8 +60,9 @@ class Wudi(MergeMethod):
     name = "wudi"
     reads_initial = True
 
-    def __init__(self, *, head: bool = False, **options: Any) -> None:
+    def __init__(self, damping: float = 1e-4, *, head: bool = False, **options: Any) -> None:
         super().__init__(**options)
+        self.damping = checked("damping", damping, 0 < damping < math.inf, "a finite positive number")
         self.head = head
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
@@ -74,7 +74,7 @@ class Wudi(MergeMethod):
         grams = [_DeltaGrams(expert, initial, maps) for expert in every]
         names = [name for name in grams[0] if all(name in gram for gram in grams)]
         solved = [_DeltaGrams(expert, initial, names) for expert in every]
-        yield {}, regmean_parameters(every, solved, row, alpha=1.0, damping=WUDI_DAMPING, label=self.label)
+        yield {}, regmean_parameters(every, solved, row, alpha=1.0, damping=self.damping, label=self.label)
 
 
 class _DeltaGrams(Mapping[str, Tensor]):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from coin.coding import Code
+from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
 from coin.metrics import DecodingAccuracy
 from coin.modules.variants import Outcome, Variant
@@ -17,9 +18,6 @@ from coin.networks import load_network, nbytes_together, widened
 
 SPARE = "spare"
 """The kind of a spare among the methods of the results."""
-
-REPLICA = "replica"
-"""What the results call the read-out of a spare: its own answer."""
 
 
 @dataclass(frozen=True)

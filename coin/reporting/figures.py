@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from coin.coding.decoder_config import REPLICA
 from coin.reporting.results import Counts
 from coin.reporting.summary import REFERENCES, decoders_of, largest_samples, variant_names
 
@@ -147,9 +148,9 @@ def nda_against_memory(stand_ins: pd.DataFrame, network_mib: float = math.nan) -
         for i, row in enumerate(rows.to_dict("records")):
             nda, spread = 100 * row["nda_mean"], 100 * (0.0 if math.isnan(row["nda_std"]) else row["nda_std"])
             look: Any = {"color": method_colour(row["name"]), "alpha": 1.0 if i in named else 0.3, "markersize": 6.5}
-            axes.errorbar(at[i], nda, spread, capsize=2, marker=marker(kinds.index(counts[i])), **look)
+            axes.errorbar(at[i], nda, spread or None, capsize=2, marker=marker(kinds.index(counts[i])), **look)
             if i in named:
-                read = "" if row["decoder"] == "replica" else f", {row['decoder']}"
+                read = "" if row["decoder"] == REPLICA else f", {row['decoder']}"
                 labels.append((nda, float(at[i]), f"{row['name']}{read}  {nda:.1f}", look["color"]))
         axes.step(at[front], 100 * rows["nda_mean"][front], where="post", color=INK, linewidth=0.8, zorder=0)
         lowest, highest = min(nda for nda, *_ in labels), max(100.0, *(nda for nda, *_ in labels))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 from scipy import stats
 
+from coin.coding.decoder_config import REPLICA
 from coin.reporting.figures import PAPER_NDA
 from coin.reporting.summary import ITERATIVE, REFERENCES, TRAINED, seed_means, variant_names
 from coin.reporting.tables import BEST, percent, seconds
@@ -14,8 +15,9 @@ from coin.reporting.tables import BEST, percent, seconds
 FEWEST_SEEDS = 3
 """With fewer seeds no difference is told from chance."""
 _MOST = 5
-CLOSED_FORM, STEPS, BASELINE, FOREIGN, FLOOR = (
-    "best closed form", "best in a few steps", "fair baseline: best trained", "best foreign", "floor: no coded model",
+CLOSED_FORM, STEPS, BASELINE, FOREIGN, SPARES, FLOOR = (
+    "best closed form", "best in a few steps", "fair baseline: best trained", "best foreign", "best compressed experts",
+    "floor: no coded model",
 )  # fmt: skip
 
 
@@ -42,6 +44,8 @@ class Entry:
         """What it is compared as; nothing for the oracle."""
         if self.method in REFERENCES:
             return FLOOR if self.method == "none" else ""
+        if self.decoder == REPLICA:
+            return SPARES
         if self.method == "foreign":  # whatever it is
             return FOREIGN
         return BASELINE if self.method in TRAINED else STEPS if self.method in ITERATIVE else CLOSED_FORM
@@ -68,7 +72,7 @@ class Findings:
     @property
     def best(self) -> Entry | None:
         """The best coded model, with its decoder."""
-        return _strongest(entry for role, entry in self.roles.items() if role != FLOOR)
+        return _strongest(entry for role, entry in self.roles.items() if role not in (FLOOR, SPARES))
 
 
 def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Findings:
@@ -92,7 +96,7 @@ def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Fin
         begins = (known for known in (*TRAINED, *ITERATIVE) if label.startswith(known))
         method = (kinds or {}).get(label) or next(begins, label)
         entries.append(Entry(str(name), method, str(decoder), rows.set_index("seed")["nda"], took))
-    best = {role: _strongest(entries, role=role) for role in (CLOSED_FORM, STEPS, BASELINE, FOREIGN, FLOOR)}
+    best = {role: _strongest(entries, role=role) for role in (CLOSED_FORM, STEPS, BASELINE, FOREIGN, SPARES, FLOOR)}
     roles = {role: entry for role, entry in best.items() if entry is not None}
     cautions = _cautions(means)
     if own := [f"{name} (P = {p})" for name, p in others.groupby("name", sort=False)["samples_per_task"].max().items()]:
@@ -155,7 +159,8 @@ def _headline(erased: str, roles: dict[str, Entry], entries: list[Entry]) -> str
     for place, role in enumerate(others):
         other = roles[role]
         same, relation = relation, words[paired(best, other)[2]]
-        named = f"for {other.name}{', the best trained method' if role == BASELINE else ''}"
+        what = {BASELINE: ", the best trained method", SPARES: ", compressed experts"}.get(role, "")
+        named = f"for {other.name}{what}"
         said = f"{other.text} {'without a coded model' if role == FLOOR else named}"
         text += (", and " if place else ", ") + (said if relation == same else f"{relation} {said}")
     return f"{text}."
@@ -163,7 +168,7 @@ def _headline(erased: str, roles: dict[str, Entry], entries: list[Entry]) -> str
 
 def _beyond_spread(entries: list[Entry], roles: dict[str, Entry]) -> list[str]:
     """Return differences that are clear, the most telling first; where none is, what was compared."""
-    best = roles.get(CLOSED_FORM) or _strongest(entry for role, entry in roles.items() if role != FLOOR)
+    best = roles.get(CLOSED_FORM) or _strongest(entry for role, entry in roles.items() if role not in (FLOOR, SPARES))
     if best is None:
         return []
     trained = roles.get(BASELINE)

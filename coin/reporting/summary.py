@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from coin.coding.decoder_config import REPLICA
 from coin.errors import CoinWarning, FileError
 from coin.reporting.results import (
     KEYS,
@@ -157,7 +158,7 @@ def decoders_of(means: pd.DataFrame) -> list[str]:
     Args:
         means: Rows of a summary, means over tasks.
     """
-    contenders = means[~means["method"].isin(REFERENCES)]
+    contenders = means[~means["method"].isin(REFERENCES) & (means["decoder"] != REPLICA)]
     rows = (contenders if len(contenders) else means).groupby("decoder")["nda_mean"].max().dropna()
     matter = [*(["linear"] if "linear" in set(means["decoder"]) else []), *([str(rows.idxmax())] if len(rows) else [])]
     if len(set(matter)) == 1 and len(others := rows.drop(matter[0], errors="ignore")):

@@ -9,6 +9,7 @@ import pandas as pd
 import wandb
 from PIL import Image
 
+from coin.coding.decoder_config import REPLICA
 from coin.reporting import figures
 from coin.reporting.extras import Examples
 from coin.reporting.results import COLUMNS, STAND_IN_COSTS, Counts, Row, asked_policy, confusion_key
@@ -106,9 +107,9 @@ def log_summary(run: wandb.Run, summary: pd.DataFrame) -> None:
 
 
 def best(summary: pd.DataFrame) -> dict[str, Any]:
-    """Return the largest mean NDA over all methods and decoders, and for each decoder; nothing without methods."""
+    """Return the largest mean NDA over all coded models and decoders, and for each decoder; nothing without them."""
     means = over_tasks(summary.assign(name=variant_names(summary)))
-    means = means[~means["method"].isin(REFERENCES) & means["nda_mean"].notna()]
+    means = means[~means["method"].isin(REFERENCES) & (means["decoder"] != REPLICA) & means["nda_mean"].notna()]
     if means.empty:
         return {}
     top = means.iloc[int(means["nda_mean"].to_numpy().argmax())]

@@ -36,9 +36,7 @@ class Decodings:
         class_counts: Sequence[int] | None = None,
         thresholds: Mapping[tuple[tuple[int, ...], int], float] | None = None,
     ) -> None:
-        self.code = code
-        self.feature_widths = feature_widths
-        self.class_counts = class_counts
+        self.code, self.feature_widths, self.class_counts = code, feature_widths, class_counts
         self.thresholds = thresholds or {}
         self.fitted = {tuple(sorted(decoder.erased)): decoder for decoder in fitted}
         every = self.fitted.get(tuple(range(code.num_experts)))

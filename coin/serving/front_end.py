@@ -4,8 +4,8 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Self
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -14,24 +14,18 @@ from coin.errors import DeadlineError, DecodingError, LostError, OverloadedError
 from coin.serving.decodings import Decodings
 from coin.serving.layout import Layout, members
 from coin.serving.limits import Limits
-from coin.serving.policies import Lateness, Policy
-from coin.serving.query import Query, State
+from coin.serving.policies import Lateness, Policy, Query, State
 from coin.serving.replies import Answer, Decoded, Reply, ReplyFormat, Server
 from coin.serving.server_queue import Request, ServerQueue
 
 
 class _Query(Query):
-    """A query with its inputs, its requests and the replies to them."""
-
-    def __init__(self, layout: Layout, policy: Policy, wanted: int, patient: bool, inputs: Tensor) -> None:
-        super().__init__(layout, policy, wanted, patient)
-        self.inputs = inputs
-        self.finished = asyncio.get_running_loop().create_future()
-        self.lateness: Lateness | None = None
+    def __init__(self, inputs: Tensor, *about: Any) -> None:
+        super().__init__(*about)
+        self.inputs, self.finished = inputs, asyncio.get_running_loop().create_future()
         self.requests: list[Request] = []
         self.replies: dict[int, Reply] = {}
-        self.full = 0
-        """The servers among the lost ones that are well, but whose queue had no room."""
+        self.full = 0  # the servers among the lost ones that are well, but whose queue had no room
 
 
 class FrontEnd:
@@ -45,8 +39,7 @@ class FrontEnd:
 
     Args:
         servers: What asks each server, by its name, in the order of the layout: experts, coded models, copies.
-        layout: The servers; `coin.serving.decodings.coded_layout` or `coin.serving.layout.spread_copies`.
-        policy: Decides whom to ask.
+        layout: The servers, which a query asks by the `policy`.
         expects: What a valid reply looks like.
         probe: One input ``[1, ...]``, that a server is tried with while it is believed to be down.
         decodings: The decoders; needed where the layout has coded models.
@@ -63,27 +56,21 @@ class FrontEnd:
         decodings: Decodings | None = None,
         limits: Limits = Limits(),  # noqa: B008 (frozen)
     ) -> None:
-        self.layout = layout
-        self.policy = policy
-        self.limits = limits
+        self.layout, self.policy, self.limits = layout, policy, limits
         self.lateness: dict[tuple[int, int], Lateness] = {}
         """By the set of wanted experts and the size class of the query, the bits of its number of inputs."""
         self.counts: Counter[str] = Counter()
         """Queries by how they ended, and ``decoded``: the answers that were."""
         self.queues = [ServerQueue(name, server, expects, probe, limits) for name, server in servers.items()]
-        self._decodings = decodings
+        self._decodings, self._ended = decodings, asyncio.Event()
         self._pending: set[_Query] = set()
-        self._open = 0
-        self._ended = asyncio.Event()
-        self._running = False
+        self._open, self._running = 0, False
 
     async def __aenter__(self) -> Self:
         self.start()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.stop()
 
     def start(self) -> None:
@@ -113,12 +100,7 @@ class FrontEnd:
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """Count a query as under way, until the end of the block.
-
-        Raises:
-            OverloadedError: There are too many already.
-            ServingError: The front end is not running.
-        """
+        """Count a query as under way, until the end of the block; raises where it cannot be (`ask`)."""
         if not self._running:
             raise ServingError("the front end is not running, or stops; ask again later")
         if self._open >= self.limits.queries:
@@ -155,9 +137,8 @@ class FrontEnd:
         began = asyncio.get_running_loop().time()
         deadline = began + self.limits.deadline if deadline is None else deadline
         try:
-            found = [
-                await self._ask_piece(piece, experts, deadline) for piece in torch.split(inputs, self.limits.batch)
-            ]
+            pieces = torch.split(inputs, self.limits.batch)
+            found = [await self._ask_piece(piece, experts, deadline) for piece in pieces]
         except (ServingError, DecodingError, asyncio.CancelledError) as error:
             self.counts[_ENDS.get(type(error), "stopped")] += 1
             raise
@@ -173,19 +154,23 @@ class FrontEnd:
         wanted = sum(1 << expert for expert in experts)
         down = self._servers(lambda queue: queue.is_down)
         doubted = self._servers(lambda queue: queue.is_doubted) & ~down
-        lateness = self._lateness(wanted, len(inputs)) if self.policy.hedges else None
+        lateness, limits = None, self.limits
+        if self.policy.hedges:
+            fresh = Lateness(self.policy.quantile, limits.initial_lateness, limits.deadline)
+            lateness = self.lateness.setdefault((wanted, len(inputs).bit_length()), fresh)
         patience = lateness.seconds if lateness and not doubted & self.layout.hosts(wanted) else 0.0
-        query = _Query(self.layout, self.policy, wanted, patience > 0, inputs)
-        query.lateness = lateness
+        query = _Query(inputs, self.layout, self.policy, wanted, lateness, patience > 0)
         self._pending.add(query)
-        timers = [loop.call_at(deadline, self._expire, query)]
-        if patience > 0:
-            timers.append(loop.call_later(patience, self._become_late, query))
+        timer = loop.call_later(patience, self._become_late, query) if patience > 0 else None
         try:
-            self._proceed(query, query.start(lambda server: len(self.queues[server]), down))
-            await query.finished
+            async with asyncio.timeout_at(deadline):
+                self._proceed(query, query.start(lambda server: len(self.queues[server]), down))
+                await query.finished
+        except TimeoutError:
+            told = f"no answer in {limits.deadline:g} s, still waiting for {self._names(query.expected)}"
+            raise DeadlineError(f"{told}; ask again later") from None
         finally:
-            for timer in timers:
+            if timer is not None:
                 timer.cancel()
             self._pending.discard(query)
             for request in query.requests:
@@ -195,22 +180,15 @@ class FrontEnd:
     def _servers(self, chosen: Callable[[ServerQueue], bool]) -> int:
         return sum(1 << place for place, queue in enumerate(self.queues) if chosen(queue))
 
-    def _names(self, servers: Iterable[int]) -> tuple[str, ...]:
-        return tuple(self.queues[server].name for server in servers)
-
-    def _lateness(self, wanted: int, samples: int) -> Lateness:
-        key = wanted, samples.bit_length()
-        if key not in self.lateness:
-            limits = self.limits
-            self.lateness[key] = Lateness(self.policy.quantile, limits.initial_lateness, limits.deadline)
-        return self.lateness[key]
+    def _names(self, servers: int) -> str:
+        return ", ".join(self.queues[server].name for server in members(servers))
 
     def _proceed(self, query: _Query, servers: int) -> None:
         """Ask servers, and end the query if it is answered or has failed."""
         while servers and query.state is State.pending:
             server = (servers & -servers).bit_length() - 1
             servers &= servers - 1
-            request = Request(query.inputs, self._delivery(query, server))
+            request = Request(query.inputs, partial(self._deliver, query, server))
             query.requests.append(request)
             if not self.queues[server].put(request):
                 request.cancelled = True
@@ -219,45 +197,27 @@ class FrontEnd:
         if query.state is State.answered:
             self._end(query, None)
         elif query.state is State.failed:
-            lost, full = (", ".join(self._names(members(each))) for each in (query.lost & ~query.full, query.full))
+            lost, full = self._names(query.lost & ~query.full), self._names(query.full)
             if full:
                 told = f"the queue of {full} is full" + (f" and {lost} lost" if lost else "")
                 self._end(query, OverloadedError(f"{told}; ask again later"))
             else:
                 self._end(query, LostError(f"lost {lost}, more than the others make up for; ask again later"))
 
-    def _delivery(self, query: _Query, server: int) -> Callable[[Reply | None], None]:
-        def deliver(reply: Reply | None) -> None:
-            if query.finished.done():
-                return
-            if reply is None:
-                self._proceed(query, query.lose(server))
-            else:
-                query.replies[server] = reply
-                self._proceed(query, query.arrive(server))
-
-        return deliver
+    def _deliver(self, query: _Query, server: int, reply: Reply | None) -> None:
+        if query.finished.done():
+            return
+        if reply is not None:
+            query.replies[server] = reply
+        self._proceed(query, query.lose(server) if reply is None else query.arrive(server))
 
     def _become_late(self, query: _Query) -> None:
-        if query.finished.done():
-            return
-        if query.lateness and query.waits_for_own:
-            query.lateness.observe(True)
-        self._proceed(query, query.become_late())
-
-    def _expire(self, query: _Query) -> None:
-        waited, seconds = ", ".join(self._names(members(query.expected))), self.limits.deadline
-        self._end(query, DeadlineError(f"no answer in {seconds:g} s, still waiting for {waited}; ask again later"))
+        if not query.finished.done():
+            self._proceed(query, query.become_late())
 
     def _end(self, query: _Query, error: ServingError | None) -> None:
-        if query.finished.done():
-            return
-        if error is not None:
-            query.finished.set_exception(error)
-            return
-        if query.lateness and not query.late and not query.decoded:
-            query.lateness.observe(False)
-        query.finished.set_result(None)
+        if not query.finished.done():
+            query.finished.set_result(None) if error is None else query.finished.set_exception(error)
 
     def _answers(self, query: _Query, experts: Sequence[int]) -> list[Answer]:
         decoded: dict[int, Decoded] = {}
@@ -267,14 +227,13 @@ class FrontEnd:
             decoded, used = self._decodings.decode(query.replies, members(query.decoded))
         answers = []
         for expert in experts:
-            if expert in decoded:
-                (logits, risk, accepted), by = decoded[expert], self._names(used)
-            else:
-                own = next(server for server in members(self.layout.hosts(1 << expert)) if server in query.replies)
-                logits, by = query.replies[own].logits, self._names([own])
-                risk = torch.zeros(len(logits), dtype=torch.float64)
-                accepted = risk == 0
-            answers.append(Answer(expert, logits, expert in decoded, by, 0.0, risk, accepted))
+            by, found = used, decoded.get(expert)
+            if found is None:
+                by = [server for server in members(self.layout.hosts(1 << expert)) if server in query.replies][:1]
+                logits = query.replies[by[0]].logits
+                found = Decoded(logits, torch.zeros(len(logits)).double(), torch.ones(len(logits)).bool())
+            names = tuple(self.queues[server].name for server in by)
+            answers.append(Answer(expert, found.logits, expert in decoded, names, 0.0, found.risk, found.accepted))
         return answers
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,7 @@ class Layout:
         copies: For every copy, the expert that it is a copy of.
         solvable: Pairs of a set of coded models (bit r for row r) and a set of missing experts that they make up for
             beside all others; `coin.serving.decodings.coded_layout` takes them from a code.
-        alone: For every expert the coded models that make up for it without any expert's answer, however many are
-            lost; empty where decoders read the survivors.
+        alone: For every expert the coded models that make up for it alone; empty where decoders read the survivors.
     """
 
     num_experts: int
@@ -45,33 +46,26 @@ class Layout:
 
     def hosts(self, experts: int) -> int:
         """Return the servers that answer for any of these experts themselves: their own ones and copies."""
-        found = self._hosts.get(experts)
-        if found is None:
-            first = self.num_experts + self.num_coded
-            held = (1 << (first + place) for place, expert in enumerate(self.copies) if experts >> expert & 1)
-            found = self._hosts[experts] = experts | sum(held)
-        return found
+        if experts not in self._hosts:
+            copies = enumerate(self.copies, self.num_experts + self.num_coded)
+            self._hosts[experts] = experts | sum(1 << place for place, expert in copies if experts >> expert & 1)
+        return self._hosts[experts]
 
     def standins(self, experts: int) -> int:
         """Return the coded servers that make up for these experts alone."""
-        rows = 0
-        for expert in members(experts) if self.alone else ():
-            rows |= self.alone[expert]
-        return rows << self.num_experts
+        rows = (self.alone[expert] for expert in members(experts) if self.alone)
+        return reduce(or_, rows, 0) << self.num_experts
 
     def read(self, arrived: int) -> tuple[int, int]:
         """Return the experts whose own answers come from these servers, and those that can be decoded from them."""
-        found = self._read.get(arrived)
-        if found is None:
+        if arrived not in self._read:
             own = arrived & self.every_expert
-            for place, expert in enumerate(self.copies):
-                own |= (arrived >> (self.num_experts + self.num_coded + place) & 1) << expert
+            for place, expert in enumerate(self.copies, self.num_experts + self.num_coded):
+                own |= (arrived >> place & 1) << expert
             missing, rows = self.every_expert & ~own, arrived >> self.num_experts & ((1 << self.num_coded) - 1)
-            solved = missing if (rows, missing) in self.solvable else 0
-            for expert, needs in enumerate(self.alone):
-                solved |= missing & 1 << expert if not needs & ~rows else 0
-            found = self._read[arrived] = own, solved
-        return found
+            alone = sum(1 << expert for expert, needs in enumerate(self.alone) if not needs & ~rows)
+            self._read[arrived] = own, missing if (rows, missing) in self.solvable else missing & alone
+        return self._read[arrived]
 
     def covers(self, arrived: int, wanted: int) -> bool:
         """Whether the answers of these servers suffice for the wanted experts."""

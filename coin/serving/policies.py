@@ -1,9 +1,9 @@
-"""Whom a query asks, and from when on an answer is late: shared by the front end and the simulation."""
+"""Whom a query asks when, and what its answers amount to: shared by the front end and the simulation."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
 from coin.choices import check_number, chosen
@@ -34,53 +34,34 @@ Whom = Callable[[Layout, int, int, Load], int]
 """Returns whom to ask for these experts, of these servers."""
 
 
-def _nobody(layout: Layout, experts: int, servers: int, load: Load) -> int:
-    return 0
-
-
-def _own(layout: Layout, experts: int, servers: int, load: Load) -> int:
-    return experts & servers
-
-
-def _hosts(layout: Layout, experts: int, servers: int, load: Load) -> int:
-    return layout.hosts(experts) & servers
-
-
 def _host(layout: Layout, experts: int, servers: int, load: Load) -> int:
     """For each expert the least loaded of the servers that hold it."""
-    chosen = 0
-    for expert in members(experts):
-        if hosts := list(members(layout.hosts(1 << expert) & servers)):
-            chosen |= 1 << min(hosts, key=load)
-    return chosen
+    hosts = (list(members(layout.hosts(1 << expert) & servers)) for expert in members(experts))
+    return sum(1 << min(each, key=load) for each in hosts if each)
 
 
-def _standins(layout: Layout, experts: int, servers: int, load: Load) -> int:
-    return layout.standins(experts) & servers
-
-
-def _everyone(layout: Layout, experts: int, servers: int, load: Load) -> int:
-    return servers if experts else 0
+_NOBODY: Whom = lambda layout, experts, servers, load: 0  # noqa: E731
+_OWN: Whom = lambda layout, experts, servers, load: experts & servers  # noqa: E731
+_HOSTS: Whom = lambda layout, experts, servers, load: layout.hosts(experts) & servers  # noqa: E731
+_STANDINS: Whom = lambda layout, experts, servers, load: layout.standins(experts) & servers  # noqa: E731
+_EVERYONE: Whom = lambda layout, experts, servers, load: servers if experts else 0  # noqa: E731
 
 
 class Asks(NamedTuple):
-    """Whom a policy asks."""
+    """Whom a policy asks at first, for those without an answer when one is late, and for those nobody can answer."""
 
     first: Whom
-    """For all wanted experts, at once."""
     late: Whom
-    """For those without an answer, when an own answer is late."""
     lost: Whom
-    """For those whose own answer nobody who was asked can give, or can give any more."""
 
 
 POLICIES = {
-    PolicyKind.uncoded: Asks(first=_host, late=_nobody, lost=_host),
-    PolicyKind.replicated: Asks(first=_hosts, late=_nobody, lost=_host),
-    PolicyKind.hedged: Asks(first=_own, late=_host, lost=_host),
-    PolicyKind.standin: Asks(first=_own, late=_standins, lost=_standins),
-    PolicyKind.coded_hedged: Asks(first=_own, late=_everyone, lost=_everyone),
-    PolicyKind.coded_proactive: Asks(first=_everyone, late=_everyone, lost=_everyone),
+    PolicyKind.uncoded: Asks(first=_host, late=_NOBODY, lost=_host),
+    PolicyKind.replicated: Asks(first=_HOSTS, late=_NOBODY, lost=_host),
+    PolicyKind.hedged: Asks(first=_OWN, late=_host, lost=_host),
+    PolicyKind.standin: Asks(first=_OWN, late=_STANDINS, lost=_STANDINS),
+    PolicyKind.coded_hedged: Asks(first=_OWN, late=_EVERYONE, lost=_EVERYONE),
+    PolicyKind.coded_proactive: Asks(first=_EVERYONE, late=_EVERYONE, lost=_EVERYONE),
 }
 
 
@@ -90,9 +71,8 @@ class Policy:
 
     Args:
         kind: Whom it asks and when.
-        quantile: How often an expert's own answer shall come in time: it is late when it is not there after this
-            quantile of the time that own answers take (`Lateness`). 0 waits for nobody. Only for the policies that
-            hedge.
+        quantile: Of the time that own answers take, after which one is late (`Lateness`); 0 waits for nobody. Only for
+            the policies that hedge.
     """
 
     kind: PolicyKind
@@ -110,24 +90,21 @@ class Policy:
     @property
     def coded(self) -> bool:
         """Whether the extra servers are coded models rather than copies."""
-        return self.kind in (PolicyKind.coded_proactive, PolicyKind.coded_hedged, PolicyKind.standin)
+        return self.asks.late in (_STANDINS, _EVERYONE)
 
     @property
     def hedges(self) -> bool:
         """Whether an own answer that is late is given up."""
-        return self.asks.late is not _nobody
+        return self.asks.late is not _NOBODY
 
 
 class Lateness:
     """The time after which a share of 1 − q of the queries are late.
 
     ln t rises by g·q when a query is late and falls by g·(1 − q) when its own answer came in time, so that in the long
-    run exactly the share 1 − q is late, whatever the distribution. All it needs to know of a query is whether it was
-    late, which is known however the query ends: answers that are never waited for bias nothing. The gain g falls from
-    1 as 20/(20 + k) to 0.005.
-
-    Source: Robbins and Monro, *A stochastic approximation method* (1951), section 4, on quantiles; on a logarithmic
-    scale, so that it works in any unit.
+    run exactly the share 1 − q is late, whatever the distribution, and answers that are never waited for bias nothing.
+    The gain g falls from 1 as 20/(20 + k) to 0.005. Source: Robbins and Monro, *A stochastic approximation method*
+    (1951), section 4, on quantiles; on a logarithmic scale, so that it works in any unit.
 
     Args:
         quantile: q in [0, 1); with 0 every answer that is not there at once is late.
@@ -137,10 +114,7 @@ class Lateness:
     """
 
     def __init__(self, quantile: float, initial: float, longest: float = math.inf, experience: int = 0) -> None:
-        self.quantile = quantile
-        self.longest = longest
-        self._seconds = min(initial, longest)
-        self._count = experience
+        self.quantile, self.longest, self._seconds, self._count = quantile, longest, min(initial, longest), experience
 
     @property
     def seconds(self) -> float:
@@ -153,3 +127,113 @@ class Lateness:
         gain = max(0.005, 20.0 / (20.0 + self._count))
         change = self.quantile if late else self.quantile - 1.0
         self._seconds = min(self._seconds * math.exp(gain * change), self.longest)
+
+
+State = IntEnum("State", ["pending", "answered", "failed"])
+"""How a query stands."""
+
+
+class Query:
+    """The state of one query, without clock or data: whoever drives it tells what happens, and asks whom it returns.
+
+    The query is answered as soon as the own answers of all wanted experts are there, or, once it is late or no own
+    answer that is missing can come any more, as soon as the missing ones can be decoded. It has failed as soon as the
+    servers that are left cannot answer it. While it is pending, at least one server that was asked is expected to
+    answer, provided that every returned server is asked or declared lost.
+
+    Args:
+        layout: The servers, which are asked by the `policy`.
+        wanted: The experts whose answers are wanted.
+        lateness: Learns how long own answers take, if anything does.
+        patient: Whether to wait for own answers until `become_late`. Not where a wanted expert's last answer failed:
+            a query that tries such a server does not wait for it.
+    """
+
+    def __init__(
+        self, layout: Layout, policy: Policy, wanted: int, lateness: Lateness | None = None, patient: bool = True
+    ) -> None:
+        self.layout, self.asks, self.wanted, self.lateness, self.late = (
+            layout,
+            policy.asks,
+            wanted,
+            lateness,
+            not patient,
+        )
+        self.load: Load = lambda server: 0
+        self.asked = self.arrived = self.lost = self.avoided = 0
+        self.decoded = 0
+        """The wanted experts whose answers are to be decoded, once the query is answered."""
+        self.state = State.pending
+
+    @property
+    def expected(self) -> int:
+        """The servers that have been asked and may still answer."""
+        return self.asked & ~(self.arrived | self.lost)
+
+    @property
+    def missing(self) -> int:
+        """The wanted experts whose own answers are not there."""
+        return self.wanted & ~self.layout.read(self.arrived)[0]
+
+    @property
+    def waits_for_own(self) -> bool:
+        """Whether a wanted expert's own answer is missing and may still come."""
+        return bool(self.layout.hosts(self.missing) & self.expected)
+
+    def start(self, load: Load, down: int = 0) -> int:
+        """Return the servers to ask at first; those that are believed to be down are left out if the others suffice."""
+        self.load = load
+        if self.layout.covers(self.layout.everyone & ~down, self.wanted):
+            self.avoided = down
+        self._ask(self.asks.first, self.wanted)
+        self._ask(self.asks.lost, self._deserted())
+        if self.late:
+            self._ask(self.asks.late, self.wanted)
+        return self.asked or self._last_resort()
+
+    def arrive(self, server: int) -> int:
+        """Note a server's valid answer; return the servers to ask now."""
+        self.arrived |= 1 << server
+        return self._settle()
+
+    def lose(self, server: int) -> int:
+        """Note that a server will not answer this query; return the servers to ask now."""
+        self.lost |= 1 << server
+        if not self.layout.covers(self.layout.everyone & ~self.lost, self.wanted):
+            self.state = State.failed
+            return 0
+        return self._ask(self.asks.lost, self._deserted()) | self._settle()
+
+    def become_late(self) -> int:
+        """Stop to wait for own answers; return the servers to ask now."""
+        if self.lateness and self.waits_for_own:
+            self.lateness.observe(True)
+        self.late = True
+        return self._ask(self.asks.late, self.missing) | self._settle()
+
+    def _ask(self, whom: Whom, experts: int) -> int:
+        left = self.layout.everyone & ~(self.asked | self.lost | self.avoided)
+        chosen = whom(self.layout, experts, left, self.load)
+        self.asked |= chosen
+        return chosen
+
+    def _deserted(self) -> int:
+        """The missing experts for whom nobody is expected to answer himself."""
+        hosts, expected = self.layout.hosts, self.expected
+        return sum(1 << expert for expert in members(self.missing) if not hosts(1 << expert) & expected)
+
+    def _settle(self) -> int:
+        own, solved = self.layout.read(self.arrived)
+        missing = self.wanted & ~own
+        if not missing or (not missing & ~solved and (self.late or not self.waits_for_own)):
+            self.state, self.decoded = State.answered, missing
+            if self.lateness and not self.late and not missing:
+                self.lateness.observe(False)
+            return 0
+        return 0 if self.expected else self._last_resort()
+
+    def _last_resort(self) -> int:
+        """Ask everybody who is left, whatever the policy and whoever is believed to be down."""
+        chosen = self.layout.everyone & ~(self.asked | self.lost)
+        self.asked |= chosen
+        return chosen

@@ -35,19 +35,14 @@ if TYPE_CHECKING:
 
 Arrays = tuple[NDArray[np.float32], NDArray[np.float32] | None]
 
+# What Ray reads from the environment: nothing is reported to its makers, and servers are not last in line for the
+# processor, as Ray's workers are otherwise.
 _RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-"""What Ray reads from the environment: nothing is reported to its makers, and servers are not put last in line for
-the processor, as Ray's workers are otherwise."""
-
+# On any system the own ports of a cluster of this machine alone, which take orders, listen at the loopback address.
 _ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""For a cluster of this machine alone, on any system: Ray's own ports, which take orders from whoever reaches them,
-listen at the loopback address, not at all interfaces."""
-
+# A server has nothing to finish: the front end gives every query its end before it stops.
 _STOPPING = {"graceful_shutdown_timeout_s": 3.0, "graceful_shutdown_wait_loop_s": 0.1}
-"""A server has nothing to finish: the front end gives every query its end before it stops."""
-
-_SENDING = 0.5
-"""Seconds for a front end's last word to pass Ray's proxy."""
+_SENDING = 0.5  # seconds for a front end's last word to pass Ray's proxy
 
 
 @dataclass(frozen=True)
@@ -57,12 +52,8 @@ class System:
     Args:
         folder: Where the networks' files are, a path that all machines see.
         processes: For every process its servers, in the order of the layout: their networks' files in the folder.
-        layout: The servers.
-        policy: Decides whom to ask.
-        expects: The format of their replies.
-        probe: One input.
         decoder: The decoder that reads the replies.
-        decodings: The decoders, fitted; none without coded models.
+        layout, policy, expects, probe, decodings: What the `FrontEnd` takes.
         description: What is served.
     """
 
@@ -101,10 +92,10 @@ class Resources:
     node: str | None = None
 
     def __post_init__(self) -> None:
-        check_number("cpus", self.cpus, low=0)
-        check_number("gpus", self.gpus, low=0)
-        check_integer("threads", self.threads, 1)
-        check_integer("front_ends", self.front_ends, 1)
+        for name in ("cpus", "gpus"):
+            check_number(name, getattr(self, name), low=0)
+        for name in ("threads", "front_ends"):
+            check_integer(name, getattr(self, name), 1)
 
 
 @dataclass(frozen=True)
@@ -134,15 +125,8 @@ class RayOptions:
 class ModelProcess:
     """One network, or all of a spare's, in a process of its own, which runs one pass at a time.
 
-    A pass that nobody waits for any more is not begun; one that has begun holds its thread, and there is one thread.
-
-    Args:
-        paths: The networks' files, by the servers' names.
-        outputs: C.
-        decoder: The decoder that reads the replies.
-        device: Where they run.
-        threads: PyTorch's.
-        batch: The most requests of several front ends that run together.
+    A pass that nobody waits for any more is not begun; one that has begun holds its thread, and there is one thread,
+    with so many of PyTorch's. A batch are the most requests of several front ends that run together.
     """
 
     def __init__(
@@ -154,21 +138,21 @@ class ModelProcess:
 
         torch.set_num_threads(threads)
         self._networks = {name: NetworkServer(path, outputs, decoder, device) for name, path in paths.items()}
-        self._thread = ThreadPoolExecutor(1, "pass")
-        batched = serve.batch(max_batch_size=batch, batch_wait_timeout_s=0.0)
-        self._passes = {name: batched(self._pass_of(network)) for name, network in self._networks.items()}
+        thread, batched = ThreadPoolExecutor(1, "pass"), serve.batch(max_batch_size=batch, batch_wait_timeout_s=0.0)
+
+        def pass_of(network: NetworkServer) -> Callable[[list[NDArray[Any]]], Any]:
+            async def run(requests: list[NDArray[Any]]) -> list[Arrays]:
+                return await asyncio.get_running_loop().run_in_executor(thread, run_together, network, requests)
+
+            return run
+
+        self._passes = {name: batched(pass_of(network)) for name, network in self._networks.items()}
         self.check_health()  # and the first query need not wait for what a first pass takes
 
     async def __call__(self, name: str, stored: NDArray[Any]) -> Arrays:
         """Return logits ``[B, C]`` and features ``[B, F]``, if they are read, of a network's stored inputs."""
         found: Arrays = await self._passes[name](stored)
         return found
-
-    def _pass_of(self, network: "NetworkServer") -> Callable[[list[NDArray[Any]]], Any]:
-        async def run(requests: list[NDArray[Any]]) -> list[Arrays]:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, run_together, network, requests)
-
-        return run
 
     def check_health(self) -> None:
         """Raise where a network does not answer with finite numbers; Ray then starts another process."""
@@ -178,10 +162,9 @@ class ModelProcess:
 
 
 class FrontEndProcess:
-    """What Ray calls of a front end beside its application."""
+    """What Ray calls of a front end beside its application, which Ray Serve adds as `app`."""
 
     app: Any
-    """The application, which Ray Serve adds."""
 
     def __init__(self, *servers: Any) -> None:
         """Take the servers' deployments, which Ray starts for that."""
@@ -223,38 +206,33 @@ def application(system: System, options: RayOptions) -> Any:
     """Return the Ray Serve application: what ``serve.run`` takes, and what a Serve YAML's builder gives."""
     serve = _serve()
     resources, limits, inputs = options.resources, options.limits, options.inputs
-    actor: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
-    if resources.node is not None:
-        actor["resources"] = {resources.node: 1}
-    device, outputs = "cuda" if resources.gpus > 0 else "cpu", system.expects.outputs
-    shared = Path(system.folder).resolve()
+    takes = {} if resources.node is None else {resources.node: 1}
+    actor = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "resources": takes}
     servers = serve.deployment(ModelProcess).options(
         ray_actor_options=actor, max_ongoing_requests=2 * limits.batch, health_check_period_s=5, **_STOPPING
     )
-    deployments = []
-    for process, networks in system.processes.items():
-        paths = {name: shared / path for name, path in networks.items()}
-        deployment = servers.options(name=process)
-        deployments.append(deployment.bind(paths, outputs, system.decoder, device, resources.threads, limits.batch))
+    shared, device = Path(system.folder).resolve(), "cuda" if resources.gpus > 0 else "cpu"
+    about = system.expects.outputs, system.decoder, device, resources.threads, limits.batch
+    deployments = [
+        servers.options(name=process).bind({name: shared / path for name, path in networks.items()}, *about)
+        for process, networks in system.processes.items()
+    ]
 
     def build() -> "FastAPI":
         from coin.serving.app import make_app
 
         own = serve.get_replica_context()
-        asking: dict[str, Server] = {}
-        for process, networks in system.processes.items():
-            handle = serve.get_deployment_handle(process, app_name=own.app_name)
-            asking |= {name: _asking(handle, name) for name in networks}
+        asking = {
+            name: _asking(serve.get_deployment_handle(process, app_name=own.app_name), name)
+            for process, networks in system.processes.items()
+            for name in networks
+        }
         return make_app(system.front_end(asking, limits), system.description, inputs, own.replica_id.unique_id)
 
     front = serve.deployment(serve.ingress(build)(FrontEndProcess)).options(
-        name="front-end",
-        num_replicas=resources.front_ends,
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=2 * limits.queries,
-        logging_config={"encoding": "JSON"},
-        **_STOPPING,
-    )
+        name="front-end", num_replicas=resources.front_ends, ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=2 * limits.queries, logging_config={"encoding": "JSON"}, **_STOPPING,
+    )  # fmt: skip
     return front.bind(*deployments)
 
 
@@ -275,10 +253,8 @@ def check_port(options: RayOptions) -> None:
     try:
         socket.create_server((options.host, options.port), family=family).close()
     except OSError as error:
-        where, why = f"{options.host}:{options.port}", os.strerror(error.errno or 0)
-        raise ServingError(
-            f"cannot listen at {where} ({why}), expected a free port; stop what listens there, or set --ray.port"
-        ) from error
+        told = f"cannot listen at {options.host}:{options.port} ({os.strerror(error.errno or 0)}), expected a free port"
+        raise ServingError(f"{told}; stop what listens there, or set --ray.port") from error
 
 
 def start(system: System, options: RayOptions) -> Callable[[], None]:

@@ -54,10 +54,8 @@ class Parsed:
     """A request whose inputs are still to be read.
 
     Args:
-        request: The request.
         outputs: The names of the outputs that it asks for, and whether each goes in the binary extension.
-        bytes: The length of its body, unpacked.
-        pixels: Of all its image files.
+        bytes: The length of its body, unpacked; `pixels`, of all its image files.
         read: Returns its inputs as a server takes them, or raises a `DataError`.
     """
 
@@ -73,13 +71,8 @@ def parse(
 ) -> Parsed:
     """Return a request for a model, checked but for its inputs' values; a `DataError` where it does not fit.
 
-    Args:
-        body: JSON, and in the binary extension the input's bytes after it.
-        encoding: How it is packed: ``gzip``, ``deflate`` or ``identity``.
-        header: The length of the JSON where bytes follow.
-        model: The model's name.
-        about: What is served.
-        limits: What a query may bring.
+    Its body is JSON, packed by ``gzip``, ``deflate`` or not (``identity``), and in the binary extension the input's
+    bytes after so many of JSON as the header says.
     """
     body = _unpacked(body, encoding, limits.bytes)
     if header is not None and header > len(body):
@@ -92,9 +85,8 @@ def parse(
     try:
         request = InferRequest.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the body"
-        raise DataError(f"found an inference request that is wrong at {where} ({first['msg']})") from error
+        where, why = ".".join(map(str, (first := error.errors()[0])["loc"])) or "the body", first["msg"]
+        raise DataError(f"found an inference request that is wrong at {where} ({why})") from error
     outputs, given = _asked(request, model, about), request.inputs[0]
     if given.name != about.reads:
         raise DataError(f"found an input '{given.name}', expected '{about.reads}'")

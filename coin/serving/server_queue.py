@@ -18,12 +18,10 @@ logger = logging.getLogger("ray.serve.coin")
 
 @dataclass(eq=False)
 class Request:
-    """One query's request to one server.
+    """One query's request to one server, of inputs ``[B, ...]``.
 
-    Args:
-        inputs: ``[B, ...]``.
-        deliver: Called once with the valid reply, or with None when there will be none; not after `cancelled` is set.
-        cancelled: Whether nobody waits for the reply any more.
+    `deliver` is called once with the valid reply, or with None when there will be none; not after `cancelled` is set,
+    because nobody waits for the reply any more.
     """
 
     inputs: Tensor
@@ -40,25 +38,17 @@ class ServerQueue:
 
     Args:
         name: The server's name.
-        server: Answers a batch.
-        expects: What a valid reply looks like.
+        server: Answers a batch; `expects`, what a valid reply looks like.
         probe: One input ``[1, ...]``.
         limits: What bounds the waiting.
     """
 
     def __init__(self, name: str, server: Server, expects: ReplyFormat, probe: Tensor, limits: Limits) -> None:
-        self.name = name
-        self.last_error = ""
-        """Why the last lost batch was lost."""
-        self._server = server
-        self._expects = expects
-        self._probe = probe
-        self._limits = limits
+        self.name, self.last_error = name, ""
+        self._server, self._expects, self._probe, self._limits = server, expects, probe, limits
         self._failures = 0
         """Lost batches since the last good one."""
-        self._waiting: deque[Request] = deque()
-        self._sent: deque[Request] = deque()
-        self._filled = asyncio.Event()
+        self._waiting, self._sent, self._filled = deque[Request](), deque[Request](), asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
@@ -91,8 +81,8 @@ class ServerQueue:
         """Take a request, and return whether there was room for it."""
         if len(self._waiting) >= self._limits.queue:
             self._waiting = deque(waiting for waiting in self._waiting if not waiting.cancelled)
-            if len(self._waiting) >= self._limits.queue:
-                return False
+        if len(self._waiting) >= self._limits.queue:
+            return False
         self._waiting.append(request)
         self._filled.set()
         return True
@@ -121,18 +111,15 @@ class ServerQueue:
         batch: deque[Request] = deque()
         samples = 0
         while self._waiting:
-            request = self._waiting[0]
-            if request.cancelled:
+            inputs, first = self._waiting[0].inputs, (batch or self._waiting)[0].inputs
+            fits = samples + len(inputs) <= self._limits.batch and inputs.shape[1:] == first.shape[1:]
+            if self._waiting[0].cancelled:
                 self._waiting.popleft()
-                continue
-            if batch and not (
-                samples + len(request.inputs) <= self._limits.batch
-                and request.inputs.shape[1:] == batch[0].inputs.shape[1:]
-                and request.inputs.dtype == batch[0].inputs.dtype
-            ):
+            elif batch and not (fits and inputs.dtype == first.dtype):
                 break
-            batch.append(self._waiting.popleft())
-            samples += len(request.inputs)
+            else:
+                batch.append(self._waiting.popleft())
+                samples += len(inputs)
         return batch
 
     async def _call(self, inputs: Tensor) -> Reply:
@@ -164,15 +151,13 @@ class ServerQueue:
         while self._sent:
             request = self._sent.popleft()
             stop = start + len(request.inputs)
-            rows = reply.rows(start, stop)
+            rows: Reply | None = reply.rows(start, stop)
             try:
-                self._expects.check(rows, stop - start)
+                self._expects.check(reply.rows(start, stop), stop - start)
             except ServingError as error:
-                problem = error
-                _lose(deque([request]))
-            else:
-                if not request.cancelled:
-                    request.deliver(rows)
+                problem, rows = error, None
+            if not request.cancelled:
+                request.deliver(rows)
             start = stop
         if problem is not None:
             raise problem

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from coin.errors import ConfigurationError, NumericalError, StateError
-from coin.merging import Average, Coin, Experts, FullFisher, GaussNewton, RegMean, TaskArithmetic, Ties
+from coin.merging import Average, Coin, Experts, FullFisher, GaussNewton, RegMean, TaskArithmetic, Ties, Wudi
 from coin.merging.average import average_parameters
 from coin.merging.coin import check_fishers, coin_parameters
 from coin.merging.method import check_each
@@ -291,6 +291,7 @@ def test_mismatched_layouts_are_named():
         (lambda: RegMean(alpha=2), "alpha 2"),
         (lambda: Ties(keep=0), "keep 0"),
         (lambda: TaskArithmetic(scale=math.inf), "scale inf"),
+        (lambda: Wudi(damping=0.0), "damping 0.0, expected a finite positive"),
         (lambda: Average(batchnorm="reset"), "batchnorm='reset'"),
         (lambda: RegMean(gram_data="all"), "found gram_data='all', expected one of own, pooled, auto"),
     ],

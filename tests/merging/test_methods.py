@@ -263,7 +263,7 @@ def damaged(damage: str) -> Experts:
 
 
 HASTY = r"full_fisher stopped after 1 conjugate-gradient steps at a relative residual of \d"
-SINGULAR = r"the Gram matrix of '\d\.weight' is singular with a damping of 0; raise regmean's damping"
+SINGULAR = r"the Gram matrix of '\d\.weight' is singular with a damping of 0; raise the method's damping"
 TINY = r"the mean entry of the Fishers is \d[^\n]*, too small to divide by"
 OVERFLOW = {
     **dict.fromkeys(USES_FISHERS, (StateError, "the Fisher of expert 1 is not finite: tensor '0")),

@@ -6,7 +6,7 @@ from torch import nn
 
 import coin
 from coin.errors import ConfigurationError
-from coin.merging.task_vectors import WUDI_DAMPING, linear_maps
+from coin.merging.task_vectors import linear_maps
 
 ROW = (0.2, 0.3, 0.5)
 CODE = coin.Code([ROW])
@@ -60,7 +60,7 @@ def test_it_minimises_the_interference_of_the_task_vectors_and_averages_what_is_
         # Σ_i β_i ‖(W − W_i) τ_iᵀ‖² / ‖τ_i‖² + λ ‖W − W̄‖² as one least-squares problem, a row of W an unknown vector.
         rows = [(share**0.5 / step.norm()) * step for share, step in zip(ROW, steps, strict=True)]
         width = steps[0].shape[1]
-        damping = (WUDI_DAMPING * sum(float(each.square().sum()) for each in rows) / width) ** 0.5
+        damping = (1e-4 * sum(float(each.square().sum()) for each in rows) / width) ** 0.5
         left = torch.cat([*rows, damping * torch.eye(width, dtype=torch.float64)])
         right = [each @ weight.flatten(1).T for each, weight in zip(rows, own, strict=True)]
         expected = torch.linalg.lstsq(left, torch.cat([*right, damping * average.flatten(1).T])).solution.T

@@ -161,6 +161,8 @@ def test_a_method_s_run_holds_its_numbers_and_what_to_group_by(tmp_path: Path, m
     assert summary["merge_passes"] == rows[0].merge_passes
     seconds = [row.merge_seconds + row.decoder_seconds for row in linear]
     assert summary["seconds/linear"] == pytest.approx(np.mean(seconds), rel=1e-12)
+    assert summary["memory_mib/linear"] == rows[0].memory_mib
+    assert (summary["forwards/linear"], summary["losses/linear"]) == (rows[0].forwards, rows[0].losses)
     assert of_type(records, "history") == []
 
 

@@ -17,14 +17,11 @@ _CHUNK = 4096
 
 
 class ServiceKind(StrEnum):
-    """How service times are distributed."""
+    """How service times are distributed: drawn from those that were measured, all the same, or exponentially."""
 
     measured = "measured"
-    """As measured on this machine: drawn from the times of the networks themselves."""
     deterministic = "deterministic"
-    """All the same."""
     exponential = "exponential"
-    """Exponential."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +43,9 @@ class Service:
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", chosen(ServiceKind, "service.kind", self.kind))
         if (self.seconds is None) != (self.kind is ServiceKind.measured):
-            raise ConfigurationError(
-                f"found service.kind={self.kind} with service.seconds={self.seconds}, expected seconds for a kind that "
-                "is not measured, and none for measured times"
-            )
-        if self.seconds is not None:
-            check_number("service.seconds", self.seconds, low=0, strict=True)
+            found = f"found service.kind={self.kind} with service.seconds={self.seconds}"
+            raise ConfigurationError(f"{found}, expected seconds for all kinds but none for measured times")
+        check_number("service.seconds", 1.0 if self.seconds is None else self.seconds, low=0, strict=True)
         check_number("service.tail", self.tail, low=0)
         check_number("service.marginal", self.marginal or 0.0, low=0)
 
@@ -64,8 +58,7 @@ class Slowdown:
         share: The share of the time that a machine is slow; 0 for never.
         factor: By how much longer a service takes that begins in a slow phase.
         length: The mean length of a slow phase, in mean service times.
-        together: The share of the slow time in which all machines are slow at once, as on a shared network or host;
-            the rest comes to each on its own.
+        together: The share of the slow time in which all machines are slow at once, as on a shared network.
     """
 
     share: float = 0.0
@@ -82,49 +75,38 @@ class Slowdown:
 
 @dataclass(frozen=True)
 class Failures:
-    """Machines fail altogether and come back, each on its own: exponential times, in mean service times.
+    """Machines fail and come back, each on its own, and lose what waits for them: exponential times.
 
     Args:
         share: The share of the time that a machine is down; 0 for never.
-        length: How long it is down, on average. What it was working on and what waited for it is lost.
-        detection: How long it takes to find out that a request to it is lost.
+        length: How long it is down, in mean service times.
+        detection: How long it takes to find out that a request to it is lost, likewise.
+        mtbf: Mean time between a machine's breakdowns, in hours: too rare for latencies to show them.
+        mttr: Mean time to repair it, in hours.
     """
 
     share: float = 0.0
     length: float = 1000.0
     detection: float = 1.0
+    mtbf: float = 720.0
+    mttr: float = 1.0
 
     def __post_init__(self) -> None:
         check_number("failures.share", self.share, low=0, high=1)
         check_number("failures.length", self.length, low=0, strict=True)
         check_number("failures.detection", self.detection, low=0)
-
-
-@dataclass(frozen=True)
-class Repair:
-    """How often a machine breaks down, and how long it takes until there is another: hours that no simulation sees.
-
-    Args:
-        mtbf: Mean time between a machine's failures, in hours.
-        mttr: Mean time to repair, in hours.
-    """
-
-    mtbf: float = 720.0
-    mttr: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_number("repair.mtbf", self.mtbf, low=0, strict=True)
-        check_number("repair.mttr", self.mttr, low=0)
+        check_number("failures.mtbf", self.mtbf, low=0, strict=True)
+        check_number("failures.mttr", self.mttr, low=0)
 
     @property
-    def share(self) -> float:
-        """The share of the time that a machine is down."""
+    def broken(self) -> float:
+        """The share of the time that a machine is broken down."""
         return self.mttr / (self.mtbf + self.mttr)
 
 
 @dataclass(frozen=True)
 class FrontEndCost:
-    """What the front end adds. The defaults are what ``coin serve`` took on loopback, on two cores for everything.
+    """What the front end adds; by default what ``coin serve`` took on loopback, on two cores for everything.
 
     Args:
         seconds: How long it is busy with one query.
@@ -139,13 +121,11 @@ class FrontEndCost:
     def __post_init__(self) -> None:
         check_number("front_end.seconds", self.seconds, low=0)
         check_number("front_end.hop", self.hop, low=0)
-        if self.processes is not None:
-            check_integer("front_end.processes", self.processes, 1)
+        check_integer("front_end.processes", 1 if self.processes is None else self.processes, 1)
 
     def entries(self, arrivals: NDArray[np.float64], rate: float) -> list[float]:
         """Return when the front ends are done with reading queries that arrive at these times and at this rate."""
-        count = max(1, math.ceil(2 * rate * self.seconds)) if self.processes is None else self.processes
-        free = [0.0] * count
+        free = [0.0] * (self.processes or max(1, math.ceil(2 * rate * self.seconds)))
         done = []
         for arrival in arrivals.tolist():
             done.append(max(heapq.heappop(free), arrival) + self.seconds)
@@ -166,7 +146,6 @@ class Conditions:
         deadline: After how many mean service times a query fails.
         queue: The most requests that wait for one server.
         cooldown: How many mean service times pass between two tries of a server that is believed to be down.
-        repair: How often machines break down for longer, which the latencies do not show.
     """
 
     service: Service = Service()
@@ -177,7 +156,6 @@ class Conditions:
     deadline: float = 1000.0
     queue: int = 256
     cooldown: float = 100.0
-    repair: Repair = Repair()
 
     def __post_init__(self) -> None:
         for name in ("batch", "deadline", "queue", "cooldown"):
@@ -193,24 +171,19 @@ class Conditions:
         """Yield a server's seconds for one input without slow phases, by measured ones ``[K]`` or their mean."""
         mean, kind, tail = float(samples.mean()), self.service.kind, self.service.tail
         while True:
-            if kind is ServiceKind.measured:
-                times = draw.choice(samples, _CHUNK)
-            else:
-                times = draw.exponential(mean, _CHUNK) if kind is ServiceKind.exponential else np.full(_CHUNK, mean)
+            times = draw.choice(samples, _CHUNK) if kind is ServiceKind.measured else np.full(_CHUNK, mean)
+            times = draw.exponential(mean, _CHUNK) if kind is ServiceKind.exponential else times
             yield from (times + draw.exponential(mean * tail, _CHUNK) if tail > 0 else times).tolist()
 
     def slow_phases(self, machine: int, seed: int, unit: float) -> tuple[Iterator[float], Iterator[float]]:
         """Return the times at which a machine, and all together, turn slow and well again, in turn."""
-        slow = self.slowdown
-        shared = slow.share * slow.together
-        own, length = (slow.share - shared) / (1 - shared), slow.length * unit
-        return (
-            phases(own, length, random.Random(f"slow {seed} {machine}")),
-            phases(shared, length, random.Random(f"slow {seed} together")),
-        )
+        shared, length = self.slowdown.share * self.slowdown.together, self.slowdown.length * unit
+        own = (self.slowdown.share - shared) / (1 - shared)
+        alone, together = (random.Random(f"slow {seed} {each}") for each in (machine, "together"))
+        return phases(own, length, alone), phases(shared, length, together)
 
     def down_phases(self, machine: int, seed: int, unit: float) -> Iterator[float]:
-        """Yield the times at which a machine fails and comes back, in turn."""
+        """Return the times at which a machine fails and comes back, in turn."""
         return phases(self.failures.share, self.failures.length * unit, random.Random(f"down {seed} {machine}"))
 
 

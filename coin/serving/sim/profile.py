@@ -1,32 +1,25 @@
-"""What is known of N experts and of what may stand in for them: times, sizes and accuracies, and how they are measured.
+"""What is known of N experts and of what may stand in for them: times, sizes and accuracies."""
 
-Times are those of one processor core, as `coin serve` runs its servers unless it is told otherwise.
-"""
-
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from coin.choices import check_number
-from coin.coding import Answers, Code, DecoderConfig, make_decoder
+from coin.coding import Code
 from coin.coding.ready import convex
-from coin.data.transform import to_input
-from coin.serving.decodings import Decodings, coded_layout, standin_layout
+from coin.reporting.latency import tail_intervals
+from coin.serving.decodings import coded_layout, standin_layout
 from coin.serving.layout import Layout, spread_copies, spread_spares
-from coin.serving.model import NetworkServer
 from coin.serving.policies import Policy, PolicyKind
-from coin.serving.replies import Reply, ReplyFormat
 from coin.serving.sim.conditions import Conditions
-from coin.serving.sim.simulation import Simulation
+from coin.serving.sim.simulation import Outcome, Simulation
 
-_WARM_UP, _REPEATS, _BATCH = 20, 200, 8
+_LEVELS = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
+"""The quantiles of the latency, by the names of their columns."""
 
 
 class Redundancy(StrEnum):
@@ -73,8 +66,8 @@ class Failover:
 
     def __post_init__(self) -> None:
         check_number("failover.accuracy", self.accuracy, low=0, high=np.nextafter(1, 2))
-        check_number("failover.mib", self.mib, low=0, strict=True)
-        check_number("failover.seconds", self.seconds, low=0, strict=True)
+        for name in ("mib", "seconds"):
+            check_number(f"failover.{name}", getattr(self, name), low=0, strict=True)
 
 
 @dataclass(frozen=True)
@@ -102,11 +95,6 @@ class StandIn:
     seconds: float | None = None
 
     @property
-    def name(self) -> str:
-        """Its kind and variant."""
-        return f"{self.kind} {self.variant}".strip()
-
-    @property
     def reads_survivors(self) -> bool:
         """Whether the other experts are asked too."""
         return self.kind in (Redundancy.coded_proactive, Redundancy.coded_hedged)
@@ -127,8 +115,7 @@ class Profile:
 
     Args:
         code: The code of the coded models, or of as many extra servers.
-        seconds: Every expert's service times ``[K]``.
-        sizes: Every expert's bytes.
+        seconds: Every expert's service times ``[K]``; `sizes`, its bytes.
         accuracy: The experts', mean over tasks.
         decoding: Seconds that it takes to decode.
     """
@@ -170,14 +157,8 @@ class Profile:
     ) -> Simulation:
         """Return the simulation of these experts with what stands in for them.
 
-        A server keeps as many experts unpacked as the memory holds that its weights leave, or one.
-
-        Args:
-            what: Stands in.
-            conditions: What machines and the front end are like.
-            quantile: From when on an answer is late.
-            memory: What a server holds of weights, in bytes.
-            options: The simulation's own.
+        A server keeps one expert unpacked, or as many as fit beside its weights into a memory of so many bytes; the
+        options are the simulation's own.
         """
         layout, machines = self._servers(what)
         own = PolicyKind.uncoded if what.kind is Redundancy.uncoded else PolicyKind.hedged
@@ -212,72 +193,37 @@ class Profile:
         more = layout.num_servers - count
         return layout, (*experts, *(count + place * extras // more for place in range(more)))
 
+    def row(self, what: StandIn, simulation: Simulation, outcomes: Sequence[Outcome]) -> dict[str, object]:
+        """Return what the seeds of one simulation come to: a row of ``simulation.csv``.
 
-@torch.no_grad()
-def measure_accuracy(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], image_size: int) -> float:
-    """Return the accuracy of a network on a test set's inputs, as they are stored, and labels."""
-    right = count = 0
-    for stored, labels in batches:
-        right += int((network(to_input(stored, image_size)).argmax(1) == labels).sum())
-        count += len(labels)
-    return right / count
-
-
-def measure_service(server: NetworkServer) -> tuple[NDArray[np.float64], float]:
-    """Return the seconds that a server takes for one input ``[200]``, and what each further one of 8 adds, as a share.
-
-    The share is of medians, and not negative.
-    """
-    draw = torch.Generator().manual_seed(0)
-    one = server.probe
-    if one.dtype == torch.uint8:
-        one = torch.randint(256, tuple(one.shape), generator=draw, dtype=torch.uint8)
-    several = one.repeat(_BATCH, *[1] * (one.ndim - 1))
-    times = measure_times(lambda: server(one))
-    more = measure_times(lambda: server(several), _REPEATS // _BATCH)
-    return times, max(0.0, float(np.median(more) / np.median(times) - 1) / (_BATCH - 1))
-
-
-def measure_decoding(
-    code: Code, config: DecoderConfig, expects: ReplyFormat, feature_widths: Sequence[int] | None = None
-) -> float:
-    """Return the median seconds that it takes to decode one expert's answer to one input.
-
-    The decoder is fitted on random numbers: what it takes does not depend on them.
-    """
-    draw = torch.Generator().manual_seed(0)
-    count, servers, width = code.num_experts, code.num_experts + code.num_coded, expects.features
-    samples = 64 + 2 * (config.components or 0)
-    logits = torch.randn(servers, samples, expects.outputs, generator=draw)
-    features = None if width is None else torch.randn(servers, samples, width, generator=draw).unbind()
-    answers = Answers(
-        experts=logits[:count],
-        coded=logits[count:],
-        expert_features=features and features[:count],
-        coded_features=features and features[count:],
-        feature_widths=feature_widths,
-        tasks=torch.arange(samples) % count,
-    )
-    lost = [0] if config.reads_survivors else range(count)
-    heads = [(torch.randn(expects.outputs, width or 1, generator=draw), torch.zeros(expects.outputs))] * count
-    decodings = Decodings(code, [make_decoder(config, code, lost, heads).fit(answers)], feature_widths)
-    arrived = {
-        server: Reply(logits[server, :1], None if features is None else features[server][:1])
-        for server in range(1, servers)
-    }
-    return float(np.median(measure_times(lambda: decodings.decode(arrived, [0]))))
-
-
-def measure_times(action: Callable[[], object], repeats: int = _REPEATS) -> NDArray[np.float64]:
-    """Return the seconds of processor time that an action takes on one core ``[repeats]``."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        times = np.empty(min(_WARM_UP, repeats) + repeats)
-        for place in range(len(times)):
-            started = time.process_time()  # not a clock's: others may be at work on this machine
-            action()
-            times[place] = time.process_time() - started
-        return times[-repeats:]
-    finally:
-        torch.set_num_threads(threads)
+        Latencies are in seconds, and memory in bytes of weights: of the largest server, and of all. ``share_spared``
+        are answers of experts on other servers than their own; ``standing_in_accuracy`` is that of these and of decoded
+        ones. ``unanswered`` are the queries that nobody can answer while machines are broken down.
+        """
+        answers, nan = sum(outcome.answers for outcome in outcomes), float("nan")
+        sizes = sorted({size for outcome in outcomes for size in outcome.decoded})
+        shares = {size: sum(outcome.decoded.get(size, 0) for outcome in outcomes) / answers for size in sizes}
+        spared, failed = (
+            sum(each) / answers for each in zip(*((it.spared, it.failed) for it in outcomes), strict=True)
+        )
+        decoded, right = sum(shares.values()), spared * what.right() if spared else 0.0
+        right += sum(share * what.right(size) for size, share in shares.items())
+        memory_server, memory = self.memory(what)
+        intervals = tail_intervals([it.latencies for it in outcomes], list(_LEVELS.values()))
+        named = zip(_LEVELS, intervals, strict=True)
+        latencies = {f"{name}{end}": k for name, it in named for end, k in zip(("", "_low", "_high"), it, strict=True)}
+        policy, conditions = simulation.policy, simulation.conditions
+        return {
+            "want": str(simulation.want), "redundancy": str(what.kind), "variant": what.variant,
+            "experts": self.code.num_experts, "extras": self.extras(what), "queries": simulation.queries,
+            "seeds": len(outcomes), "memory_server": memory_server, "memory": memory, "losses": self.losses(what),
+            "quantile": policy.quantile if policy.hedges else nan, "load": simulation.load, **latencies,
+            "share_decoded": decoded, "share_spared": spared, "share_failed": failed,
+            "unanswered": simulation.unanswered(conditions.failures.broken),
+            "forwards": float(np.mean([it.forwards for it in outcomes])),
+            "utilisation": float(np.mean([it.utilisation for it in outcomes])), "expert_accuracy": self.accuracy,
+            "standing_in_accuracy": right / (decoded + spared) if decoded + spared else nan,
+            "effective_accuracy": (1 - decoded - spared - failed) * self.accuracy + right,
+            "service_seconds": simulation.unit * (1 + conditions.service.tail),
+            "decoding_seconds": simulation.decoding, "unpacking_seconds": what.unpacking,
+        }  # fmt: skip

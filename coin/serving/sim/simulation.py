@@ -1,11 +1,12 @@
 """Discrete-event simulation of the serving policies, with the front end's own decisions on a virtual clock."""
 
 import heapq
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from itertools import chain, combinations, count
 from multiprocessing import get_context
 from typing import Any
@@ -13,12 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coin.choices import check_integer
-from coin.errors import ConfigurationError
+from coin.choices import check_integer, check_number
 from coin.serving.layout import Layout, members
 from coin.serving.limits import Limits
-from coin.serving.policies import Lateness, Policy
-from coin.serving.query import Query, State
+from coin.serving.policies import Lateness, Policy, Query, State
 from coin.serving.sim.conditions import Conditions, poisson_arrivals
 
 _FEWEST = 28
@@ -39,8 +38,7 @@ class Simulation:
     """What is simulated.
 
     Args:
-        layout: The servers.
-        policy: Decides whom to ask.
+        layout: The servers, which a query asks by the `policy`.
         samples: For every server, measured service times in seconds ``[K]``, or their mean ``[1]``.
         conditions: What machines and the front end are like.
         load: The share of the experts' capacity that own answers alone take up, one at a time, in (0, 1).
@@ -69,11 +67,9 @@ class Simulation:
     broken: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        if not 0 < self.load < 1:
-            raise ConfigurationError(f"found load {self.load}, expected a number between 0 and 1")
+        check_number("load", self.load, low=0, high=1, strict=True)
         check_integer("queries", self.queries, _FEWEST)
-        if not self.machines:
-            object.__setattr__(self, "machines", tuple(range(self.layout.num_servers)))
+        object.__setattr__(self, "machines", self.machines or tuple(range(self.layout.num_servers)))
 
     @property
     def unit(self) -> float:
@@ -110,14 +106,13 @@ class Simulation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of the queries of one simulation, in the order of their arrival, without the warm-up ones.
+    """What came of the queries of one simulation, without the warm-up ones.
 
     Attributes:
-        latencies: Seconds from arrival to answer ``[Q]``; infinity for a query that failed.
+        latencies: Seconds from arrival to answer ``[Q]``, in the order of arrival; infinity for a query that failed.
         decoded: By number of missing experts, how many answers were decoded.
         spared: How many answers came from copies and spares.
-        answers: How many answers were wanted.
-        failed: How many of those the failed queries had wanted.
+        answers: How many answers were wanted; `failed`, how many of those the failed queries had wanted.
         forwards: Inputs that servers have begun with, per query.
         utilisation: The share of the time that machines were busy, mean over machines.
     """
@@ -154,59 +149,51 @@ def simulate_all(simulations: Sequence[Simulation], jobs: int | None = None) -> 
 
 
 class _Query(Query):
-    """A query with its place among all."""
-
     place = 0
+    """Among all."""
 
 
 class _Run:
     def __init__(self, simulation: Simulation) -> None:
-        layout, conditions, unit = simulation.layout, simulation.conditions, simulation.unit
-        seed, servers = simulation.seed, range(layout.num_servers)
-        self.simulation, self.layout, self.machine = simulation, layout, simulation.machines
-        machines = range(max(self.machine) + 1)
-        arrivals = poisson_arrivals(simulation.rate, simulation.queries, seed)
-        self.arrivals, self.entries = arrivals.tolist(), conditions.front_end.entries(arrivals, simulation.rate)
-        self.wanted = simulation.wanted()
-        self.warm_up = simulation.queries // 4
+        it, layout, conditions, unit = simulation, simulation.layout, simulation.conditions, simulation.unit
+        self.simulation, self.layout, self.conditions, self.machine = it, layout, conditions, it.machines
+        servers, machines = range(layout.num_servers), range(max(it.machines) + 1)
+        arrivals = poisson_arrivals(it.rate, it.queries, it.seed)
+        self.arrivals, self.entries = arrivals.tolist(), conditions.front_end.entries(arrivals, it.rate)
+        self.wanted, self.warm_up = it.wanted(), it.queries // 4
         self.deadline, self.cooldown = conditions.deadline * unit, conditions.cooldown * unit
         self.hop, self.detection = conditions.front_end.hop, conditions.failures.detection * unit
-        self.lateness: dict[int, Lateness] = {}
-        self.patient = simulation.policy.hedges and simulation.policy.quantile > 0
-        self.failures = [0 for _ in servers]
-        """Lost requests of each server since its last answer."""
-        self.doubted = self.down = 0
-        """The servers whose last request was lost, and those that are believed to be down."""
+        # As in a system that has run for long: a first slow phase would else teach it to wait for too long.
+        fresh = partial(Lateness, it.policy.quantile, 3 * unit, self.deadline, experience=4000)
+        self.lateness: defaultdict[int, Lateness] = defaultdict(fresh)
+        self.patient = it.policy.hedges and it.policy.quantile > 0
+        self.failures = [0 for _ in servers]  # since its last answer
+        self.doubted = self.down = 0  # the servers whose last request was lost, and those that are believed to be down
         self.times = [
-            conditions.service_times(samples, np.random.default_rng([seed, 1, server]))
-            for server, samples in enumerate(simulation.samples)
+            conditions.service_times(samples, np.random.default_rng([it.seed, 1, server]))
+            for server, samples in enumerate(it.samples)
         ]
         self.marginal = 1.0 if conditions.service.marginal is None else conditions.service.marginal
-        self.slow = [[Phase(turns) for turns in conditions.slow_phases(each, seed, unit)] for each in machines]
-        broken = simulation.broken
-        self.turns = [iter([0.0]) if each in broken else conditions.down_phases(each, seed, unit) for each in machines]
-        self.at_hand: list[list[int]] = [[] for _ in machines]
-        """The copies that each machine has unpacked, the last used last."""
-        self.residents = [[server for server in servers if self.machine[server] == each] for each in machines]
+        self.slow = [[Phase(turns) for turns in conditions.slow_phases(each, it.seed, unit)] for each in machines]
+        self.turns = [
+            iter([0.0]) if each in it.broken else conditions.down_phases(each, it.seed, unit) for each in machines
+        ]
+        self.residents = [[server for server in servers if it.machines[server] == each] for each in machines]
+        self.at_hand: list[list[int]] = [[] for _ in machines]  # the unpacked copies, the last used last
         self.up = [True for _ in machines]
-        self.serving: list[tuple[int, list[_Query]] | None] = [None for _ in machines]
-        """What each machine is at: a server and its batch."""
+        self.serving: list[tuple[int, list[_Query]] | None] = [None for _ in machines]  # a server and its batch
         self.waiting: list[deque[tuple[int, _Query]]] = [deque() for _ in servers]
-        self.held = [0 for _ in servers]
-        """The number of pending queries that expect each server's answer."""
-        self.busy, self.begun = 0.0, 0
+        self.held = [0 for _ in servers]  # the pending queries that expect its answer
+        # A heap: the time, the order among those of one time, and what happens.
         self.events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        """A heap: the time, the order among those of one time, and what happens."""
         self.order = count()
-        self.open = 0
-        self.latencies = np.full(simulation.queries, np.inf)
-        self.decoded: Counter[int] = Counter()
-        self.spared = self.failed = 0
+        self.latencies, self.decoded = np.full(it.queries, np.inf), Counter[int]()
+        self.busy, self.begun, self.open, self.spared, self.failed = 0.0, 0, 0, 0, 0
 
     def run(self) -> Outcome:
         events, entries = self.events, self.entries
-        for machine in range(len(self.up)):
-            self._schedule_turn(machine)
+        for machine, turns in enumerate(self.turns):
+            self._push(next(turns, np.inf), self._turn, machine)
         last, place, now = len(entries), 0, 0.0
         while place < last or self.open:
             if place < last and (not events or entries[place] <= events[0][0]):
@@ -218,26 +205,22 @@ class _Run:
                 happen(now, *about)
         each = self.layout.num_experts if self.simulation.want is Want.all else 1
         return Outcome(
-            latencies=self.latencies[self.warm_up :],
-            decoded=dict(self.decoded),
-            spared=self.spared,
-            answers=(last - self.warm_up) * each,
-            failed=self.failed * each,
-            forwards=self.begun / last,
-            utilisation=self.busy / (now * len(self.up)),
-        )
+            self.latencies[self.warm_up :], dict(self.decoded), self.spared, (last - self.warm_up) * each,
+            self.failed * each, self.begun / last, self.busy / (now * len(self.up)),
+        )  # fmt: skip
 
     def _push(self, when: float, happen: Callable[..., None], *about: Any) -> None:
         heapq.heappush(self.events, (when, next(self.order), happen, about))
 
     def _enter(self, now: float, place: int) -> None:
         wanted = self.wanted[place]
-        patient = self.patient and not self.doubted & ~self.down & self.layout.hosts(wanted)
-        query = _Query(self.layout, self.simulation.policy, wanted, patient)
+        lateness = self.lateness[wanted] if self.patient else None
+        patient = lateness is not None and not self.doubted & ~self.down & self.layout.hosts(wanted)
+        query = _Query(self.layout, self.simulation.policy, wanted, lateness, patient)
         query.place = place
         self.open += 1
-        if patient:
-            self._push(now + self._lateness(wanted).seconds, self._become_late, query)
+        if lateness and patient:
+            self._push(now + lateness.seconds, self._become_late, query)
         self._push(now + self.deadline, self._expire, query)
         self._ask(now, query, query.start(self._load, self.down))
 
@@ -245,19 +228,10 @@ class _Run:
         """What waits for a server's machine."""
         return sum(self.held[each] for each in self.residents[self.machine[server]])
 
-    def _lateness(self, wanted: int) -> Lateness:
-        if wanted not in self.lateness:
-            # As in a system that has run for long: a first slow phase would else teach it to wait for too long.
-            self.lateness[wanted] = Lateness(
-                self.simulation.policy.quantile, 3 * self.simulation.unit, longest=self.deadline, experience=4000
-            )
-        return self.lateness[wanted]
-
     def _ask(self, now: float, query: _Query, servers: int) -> None:
         while servers and query.state is State.pending:
-            lowest = servers & -servers
-            servers ^= lowest
-            server = lowest.bit_length() - 1
+            server = (servers & -servers).bit_length() - 1
+            servers &= servers - 1
             machine = self.machine[server]
             if not self.up[machine]:
                 self._push(now + self.detection + self.hop, self._lose, server, query)
@@ -274,12 +248,11 @@ class _Run:
 
     def _is_full(self, server: int) -> bool:
         """Whether no more requests may wait for a server; those of its present batch do not wait."""
-        most = self.simulation.conditions.queue
-        if self.held[server] < most:
+        if self.held[server] < self.conditions.queue:
             return False
         current = self.serving[self.machine[server]]
         own = current[1] if current is not None and current[0] == server else []
-        return self.held[server] - sum(query.state is State.pending for query in own) >= most
+        return self.held[server] - sum(query.state is State.pending for query in own) >= self.conditions.queue
 
     def _begin(self, now: float, machine: int) -> None:
         """Let a machine that is free take what waits for one of its servers."""
@@ -292,27 +265,29 @@ class _Run:
                 first, chosen = waiting[0][0], server
         if chosen < 0:
             return
-        waiting = self.waiting[chosen]
-        batch: list[_Query] = []
-        while waiting and len(batch) < self.simulation.conditions.batch:
+        waiting, batch = self.waiting[chosen], list[_Query]()
+        while waiting and len(batch) < self.conditions.batch:
             query = waiting.popleft()[1]
             if query.state is State.pending:
                 batch.append(query)
-        seconds = next(self.times[chosen]) * (1 + self.marginal * (len(batch) - 1))
-        if self.simulation.unpacking and chosen >= self.layout.num_experts:
-            at_hand = self.at_hand[machine]
-            if chosen in at_hand:
-                at_hand.remove(chosen)
-            else:
-                seconds += self.simulation.unpacking
-            at_hand.append(chosen)
-            del at_hand[: -self.simulation.unpacked or None]
+        seconds = next(self.times[chosen]) * (1 + self.marginal * (len(batch) - 1)) + self._unpack(machine, chosen)
         if any(phase.is_on(now) for phase in self.slow[machine]):
-            seconds *= self.simulation.conditions.slowdown.factor
+            seconds *= self.conditions.slowdown.factor
         self.serving[machine] = current = chosen, batch
         self.begun += len(batch)
         self.busy += seconds
         self._push(now + seconds, self._complete, machine, current)
+
+    def _unpack(self, machine: int, server: int) -> float:
+        """Return the seconds until a machine has a server's network at hand."""
+        at_hand, it = self.at_hand[machine], self.simulation
+        if not it.unpacking or server < self.layout.num_experts:
+            return 0.0
+        is_new = server not in at_hand
+        self.at_hand[machine] = [*(each for each in at_hand if each != server), server][
+            -it.unpacked or len(at_hand) + 1 :
+        ]
+        return it.unpacking * is_new
 
     def _complete(self, now: float, machine: int, served: tuple[int, list[_Query]]) -> None:
         if self.serving[machine] is not served:
@@ -339,8 +314,6 @@ class _Run:
 
     def _become_late(self, now: float, query: _Query) -> None:
         if query.state is State.pending:
-            if query.waits_for_own:
-                self._lateness(query.wanted).observe(True)
             self._ask(now, query, query.become_late())
 
     def _expire(self, now: float, query: _Query) -> None:
@@ -378,11 +351,7 @@ class _Run:
                 if query.state is State.pending:
                     self._push(now + self.detection, self._lose, server, query)
             self.serving[machine] = None
-        self._schedule_turn(machine)
-
-    def _schedule_turn(self, machine: int) -> None:
-        if (when := next(self.turns[machine], None)) is not None:
-            self._push(when, self._turn, machine)
+        self._push(next(self.turns[machine], np.inf), self._turn, machine)
 
     def _end(self, now: float, query: _Query, unasked: int = 0) -> None:
         self.open -= 1
@@ -392,30 +361,22 @@ class _Run:
         if query.state is State.failed:
             self.failed += counted
             return
-        seconds = now - self.arrivals[query.place]
-        if query.decoded:
-            seconds += self.simulation.decoding
-            if counted:
-                gone = self.layout.every_expert & ~self.layout.read(query.arrived)[0]
-                self.decoded[gone.bit_count()] += query.decoded.bit_count()
-        elif self.patient and not query.late:
-            self._lateness(query.wanted).observe(False)
+        self.latencies[query.place] = now - self.arrivals[query.place] + self.simulation.decoding * bool(query.decoded)
+        if counted and query.decoded:
+            gone = self.layout.every_expert & ~self.layout.read(query.arrived)[0]
+            self.decoded[gone.bit_count()] += query.decoded.bit_count()
         if counted:
             self.spared += (query.wanted & ~query.decoded & ~query.arrived).bit_count()
-        self.latencies[query.place] = seconds
 
 
 class Phase:
     """Tells whether a phase is on; it is asked at ascending times."""
 
     def __init__(self, turns: Iterator[float]) -> None:
-        self._turns = turns
-        self._on = False
-        self._next = next(turns, float("inf"))
+        self._turns, self._on, self._next = turns, False, next(turns, float("inf"))
 
     def is_on(self, now: float) -> bool:
         """Whether it is, at a time."""
         while now >= self._next:
-            self._on = not self._on
-            self._next = next(self._turns)
+            self._on, self._next = not self._on, next(self._turns)
         return self._on

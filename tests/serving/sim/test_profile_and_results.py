@@ -9,9 +9,9 @@ from rich.console import Console
 
 from coin.coding.ready import uniform
 from coin.errors import ConfigurationError
+from coin.reporting.latency import print_simulation, tail_against, tail_intervals
 from coin.serving.sim.conditions import Conditions, Slowdown
 from coin.serving.sim.profile import Profile, Redundancy, StandIn
-from coin.serving.sim.results import as_row, print_simulation, tail_against, tail_intervals
 from coin.serving.sim.simulation import Want, simulate
 
 CONDITIONS = Conditions(slowdown=Slowdown(0.05, 10.0, 50.0))
@@ -34,7 +34,7 @@ def profile() -> Profile:
 
 def row(what: StandIn, own: Profile, want: Want = Want.one, load: float = 0.4) -> dict[str, object]:
     simulation = own.simulation(what, CONDITIONS, load=load, want=want, queries=2000)
-    return as_row(what, own, simulation, [simulate(simulation)])
+    return own.row(what, simulation, [simulate(simulation)])
 
 
 def test_memory_is_that_of_what_servers_hold() -> None:
@@ -76,7 +76,7 @@ def test_rows_tell_who_stood_in_and_how_right() -> None:
 
 def test_machines_in_repair_leave_the_share_of_queries_unanswered_that_a_pencil_gives() -> None:
     """u the share of the time that a machine is down; three experts, and one server more or none."""
-    u = CONDITIONS.repair.share
+    u = CONDITIONS.failures.broken
     assert u == pytest.approx(1 / 721)
     two = u * (1 - (1 - u) ** 3)
     one = {

@@ -265,6 +265,34 @@ def test_a_spare_shares_its_machine_among_experts() -> None:
     assert waits[1] == pytest.approx(0.3 / 0.7 * 5 * MS, rel=0.3)
 
 
+@pytest.mark.parametrize(("unpacked", "share"), [(0, 1.0), (1, 2 / 3), (2, 1 / 3), (3, 0.0)])
+def test_a_spare_unpacks_what_it_does_not_have_at_hand(unpacked: int, share: float) -> None:
+    """All three experts gone, each query's drawn at random: of the last k distinct ones k/3 of the queries are."""
+    service = Service(ServiceKind.deterministic, 10 * MS)
+    options = {"machines": (0, 1, 2, 3, 3, 3), "broken": frozenset({0, 1, 2}), "queries": 4000, "quantile": 0.0}
+    it = make("hedged", spread_spares(3, 1), 0.001, service, unpacking=5 * MS, unpacked=unpacked, **options)
+    latencies = simulate(it).latencies
+    assert set(np.unique(latencies.round(6))) <= {10 * MS, 15 * MS}
+    assert (latencies > 12 * MS).mean() == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize("experts", [2, 5])
+def test_neighbours_share_the_load_of_a_machine_that_is_gone(experts: int) -> None:
+    """The first machine gone for ever: its share of the queries goes to the least loaded of the others."""
+    pairs = [(machine, each) for machine in range(experts) for each in range(experts) if each != machine]
+    machines = (*range(experts), *(machine for machine, _ in pairs))
+    layout = Layout(experts, copies=tuple(each for _, each in pairs))
+    service = Service(ServiceKind.deterministic, 10 * MS)
+    gone, well = (
+        simulate(make("hedged", layout, 0.3, service, machines=machines, broken=frozenset(broken), queries=8000))
+        for broken in ({0}, ())
+    )
+    assert gone.failed == 0
+    assert gone.spared / gone.answers == pytest.approx(1 / experts, abs=0.05)
+    assert gone.latencies.mean() > well.latencies.mean()
+    assert gone.utilisation == pytest.approx(0.3, abs=0.04)  # (experts − 1) machines at 0.3·N/(N − 1), and one at 0
+
+
 def test_batches_carry_a_load_that_one_at_a_time_could_not() -> None:
     """Load 0.95 and eight inputs for the price of one and a bit: waits stay within a few services."""
     service = Service(ServiceKind.deterministic, 10 * MS, marginal=0.1)

@@ -1,4 +1,4 @@
-"""A simulation's results: rows with intervals, a table in a terminal, and figures."""
+"""Latencies and what they cost, of `coin simulate` and `coin advise`: quantiles, a table, a figure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,11 +16,7 @@ from rich.text import Text
 
 from coin.errors import ConfigurationError
 from coin.reporting.figures import WIDTH, colour, legend_below, marker, style
-from coin.serving.sim.profile import Profile, StandIn
-from coin.serving.sim.simulation import Outcome, Simulation
 
-LEVELS = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
-"""The quantiles of the latency, by the names of their columns."""
 _BLOCKS, _DRAWS = 20, 200
 _AXES = {
     "memory_server": (1 / 2**20, "weights on the largest server (MiB, log scale)"),
@@ -54,77 +50,21 @@ def tail_intervals(series: Sequence[NDArray[np.float64]], levels: Sequence[float
     """
     if min(map(len, series)) < _BLOCKS:
         raise ConfigurationError(f"found fewer than {_BLOCKS} latencies, expected as many; simulate more queries")
-    values = np.concatenate(series)
     cuts = 1 if len(series) >= _BLOCKS else _BLOCKS
-    blocks = np.concatenate(
-        [index * cuts + np.arange(len(each)) * cuts // len(each) for index, each in enumerate(series)]
-    )
+    parts = [part for each in series for part in np.array_split(each, cuts)]
+    blocks, values = np.repeat(np.arange(len(parts)), list(map(len, parts))), np.concatenate(parts)
     order = np.argsort(values, kind="stable")
     values, blocks = values[order], blocks[order]
-    count = cuts * len(series)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), _DRAWS)
-    found = np.array([_quantiles(values, times[blocks], levels) for times in draws])
-    own = _quantiles(values, np.ones(len(values), dtype=np.int64), levels)
+
+    def quantiles(times: NDArray[np.int64]) -> NDArray[np.float64]:  # of values whose block counts so many times
+        total = times[blocks].cumsum()
+        return np.asarray(values[np.searchsorted(total, np.asarray(levels) * total[-1])])
+
+    draws = np.random.default_rng(seed).multinomial(len(parts), np.full(len(parts), 1 / len(parts)), _DRAWS)
+    found = [quantiles(times) for times in draws]
     low, high = np.quantile(found, [0.025, 0.975], axis=0, method="closest_observation")
+    own = quantiles(np.ones(len(parts), dtype=np.int64))
     return [Interval(*map(float, each)) for each in zip(own, low, high, strict=True)]
-
-
-def _quantiles(values: NDArray[np.float64], weights: NDArray[np.int64], levels: Sequence[float]) -> NDArray[np.float64]:
-    """Return quantiles of ascending values that count so many times."""
-    total = weights.cumsum()
-    chosen: NDArray[np.float64] = values[np.searchsorted(total, np.asarray(levels) * total[-1])]
-    return chosen
-
-
-def as_row(what: StandIn, profile: Profile, simulation: Simulation, outcomes: Sequence[Outcome]) -> dict[str, object]:
-    """Return what the seeds of one simulation come to: a row of ``simulation.csv``.
-
-    Latencies are in seconds, infinite where too many queries failed, and memory in bytes of weights: ``memory_server``
-    of the largest server, ``memory`` of all. ``share_spared`` are answers of experts that run on other servers than
-    their own; ``standing_in_accuracy`` is that of these and of decoded ones, NaN without any and where it was not
-    measured. ``unanswered`` is the share of queries that nobody can answer, by `Repair`, and in no latency.
-    """
-    answers = sum(outcome.answers for outcome in outcomes)
-    sizes = sorted({size for outcome in outcomes for size in outcome.decoded})
-    shares = {size: sum(outcome.decoded.get(size, 0) for outcome in outcomes) / answers for size in sizes}
-    spared = sum(outcome.spared for outcome in outcomes) / answers
-    failed, decoded = sum(outcome.failed for outcome in outcomes) / answers, sum(shares.values())
-    nan = float("nan")
-    right = sum(share * what.right(size) for size, share in shares.items()) + (spared * what.right() if spared else 0.0)
-    memory_server, memory = profile.memory(what)
-    intervals = tail_intervals([outcome.latencies for outcome in outcomes], list(LEVELS.values()))
-    latencies = {
-        f"{name}{part}": value
-        for name, interval in zip(LEVELS, intervals, strict=True)
-        for part, value in (("", interval.value), ("_low", interval.low), ("_high", interval.high))
-    }
-    return {
-        "want": str(simulation.want),
-        "redundancy": str(what.kind),
-        "variant": what.variant,
-        "experts": profile.code.num_experts,
-        "extras": profile.extras(what),
-        "queries": simulation.queries,
-        "seeds": len(outcomes),
-        "memory_server": memory_server,
-        "memory": memory,
-        "losses": profile.losses(what),
-        "quantile": simulation.policy.quantile if simulation.policy.hedges else nan,
-        "load": simulation.load,
-        **latencies,
-        "share_decoded": decoded,
-        "share_spared": spared,
-        "share_failed": failed,
-        "unanswered": simulation.unanswered(simulation.conditions.repair.share),
-        "forwards": float(np.mean([outcome.forwards for outcome in outcomes])),
-        "utilisation": float(np.mean([outcome.utilisation for outcome in outcomes])),
-        "expert_accuracy": profile.accuracy,
-        "standing_in_accuracy": right / (decoded + spared) if decoded + spared else nan,
-        "effective_accuracy": (1 - decoded - spared - failed) * profile.accuracy + right,
-        "service_seconds": simulation.unit * (1 + simulation.conditions.service.tail),
-        "decoding_seconds": simulation.decoding,
-        "unpacking_seconds": what.unpacking,
-    }
 
 
 def print_simulation(rows: pd.DataFrame, console: Console) -> None:
@@ -136,7 +76,7 @@ def print_simulation(rows: pd.DataFrame, console: Console) -> None:
             "After which quantile of their time own answers are late, 0 for at once; p99.9 in ms with its 95 % "
             "interval, ∞ where too many queries failed; memory of weights in MiB, of the largest server and in all; "
             "answers that stood in for an expert's, and that never came, in %; queries in a million that find nobody "
-            "while machines are repaired (--repair); forward passes a query; effective accuracy in %, – "
+            "while machines are repaired (--failures.mtbf, .mttr); forward passes a query; effective accuracy in %, – "
             "where it was not measured." + (" → is the advice, × does not fit the budget." if "buy" in rows else "")
         )
     )
@@ -193,15 +133,13 @@ def tail_against(column: str, rows: pd.DataFrame) -> Figure:
             shown = rows[(rows["want"] == want) & np.isfinite(rows["p999"])]
             for index, kind in enumerate(kinds):
                 line = shown[shown["redundancy"] == kind].sort_values(["experts", "extras", column])
-                y, high = (
-                    1e3 * line["p999"],
-                    1e3 * line["p999_high"].where(np.isfinite(line["p999_high"]), line["p999"]),
-                )
-                if not line.empty:
-                    axes.errorbar(
-                        line[column] * scale, y, [y - 1e3 * line["p999_low"], high - y], color=colour(index),
-                        marker=marker(index), markersize=5, capsize=2, linewidth=1.3, label=kind,
-                    )  # fmt: skip
+                if line.empty:
+                    continue
+                y, high = line["p999"], line["p999_high"].where(np.isfinite(line["p999_high"]), line["p999"])
+                axes.errorbar(
+                    line[column] * scale, 1e3 * y, [1e3 * (y - line["p999_low"]), 1e3 * (high - y)], label=kind,
+                    color=colour(index), marker=marker(index), markersize=5, capsize=2, linewidth=1.3,
+                )  # fmt: skip
             axes.set_title(_WANTS[want])
             axes.set_ylabel("p99.9 (ms, log scale)")
             axes.set_yscale("log")
