@@ -101,7 +101,7 @@ def test_the_command_compresses_experts_and_coded_models(
         )
         == 0
     )
-    assert load_network(tmp_path / "m/average.safetensors").num_classes == 10
+    assert load_network(tmp_path / "m/average-average.safetensors").num_classes == 10
     for wrong, told in (
         ([str(expert), "--bits=3"], "no base"),
         ([str(expert), f"--base={base}", "--bits=12"], "bits=12"),
