@@ -145,6 +145,7 @@ def main() -> int:
     kept = {*system.coded, *bases, system.kept_decoders}
     disk, told = sum(path.stat().st_size for path in kept) / 2**20, float(system.results["memory_mib"].iloc[0])
     print(f"on disk {disk:.4f} MiB, memory_mib {told:.4f}: {100 * (disk / told - 1):+.2f} %")
+    print(f"answers: {'all as they should be' if right else 'WRONG'}")
     return int(not right)
 
 
