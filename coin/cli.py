@@ -115,7 +115,9 @@ def _told(message: str) -> str:
     if union:  # of all types that an option may be, the reasons that say more than that it is not left out
         reasons = after.partition("Errors: - ")[2].partition(" Given value type")[0].split(" - ")
         told = [reason for reason in reasons if "NoneType" not in reason and "Expected a path" not in reason]
-        text = f"{before.partition(' - ')[0].strip()} {'; or '.join(dict.fromkeys(told))}"
+        given = after.partition(" Given value: ")[2]
+        found = f"found {given}: " if given and given not in "".join(told) else ""
+        text = f"{before.partition(' - ')[0].strip()} {found}{'; or '.join(dict.fromkeys(told))}"
     before, wanted, name = text.partition("Expected a dot import path string: ")
     if wanted:
         name = name.split("; or ")[0]

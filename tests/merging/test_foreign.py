@@ -142,7 +142,7 @@ def test_it_is_called_by_its_functions_name_or_a_label() -> None:
     method = Foreign("mine.told", {"scale": 2.0})
     assert (method.label, coded_name(method), method.batchnorm) == ("told", "told", "")
     assert Foreign("mine.wrapped", label="mine-2").label == "mine-2"
-    options = {"function": "mine.told", "options": {"scale": 2.0}, "label": "told"}
+    options = {"function": "mine.told", "options": {"scale": 2.0}, "label": "told", "compress": []}
     assert as_options(method) == {"class_path": "coin.Foreign", "init_args": options}
 
 

@@ -140,7 +140,7 @@ def test_a_report_is_whole_and_needs_nothing_from_outside(full: Path):
     first = page.text[: places[0]]
     assert "When one of 2 experts is lost, refit, the best closed form, keeps 9" in first
     assert "above 9" in first
-    assert first.count("<img") == 2
+    assert first.count("<img") == 3  # what is kept, and the costs of two decoders
     for what in ("best closed form", "floor: no coded model", 'href="#table"'):
         assert what in first
     plots = {item.name for item in (full / "plots").iterdir()}
