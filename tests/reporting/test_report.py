@@ -145,7 +145,8 @@ def test_a_report_is_whole_and_needs_nothing_from_outside(full: Path):
         assert what in first
     plots = {item.name for item in (full / "plots").iterdir()}
     assert plots == {
-        "nda_against_cost_linear.png", "nda_against_cost_feature_ridge.png", "nda_by_method.png", "training.png",
+        "nda_against_memory.png", "nda_against_cost_linear.png", "nda_against_cost_feature_ridge.png",
+        "nda_by_method.png", "training.png",
         "nda_against_residual.png", "layers.png", "risk.png", "confusion_mnist.png", "confusion_letters.png",
     }  # fmt: skip
     inside = [base64.b64decode(source.partition(",")[2]) for source in page.sources]
