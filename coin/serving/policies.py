@@ -108,8 +108,7 @@ class Lateness:
 
     Args:
         quantile: q in [0, 1); with 0 every answer that is not there at once is late.
-        initial: t at first, in seconds.
-        longest: The largest t, in seconds.
+        initial: t at first, in seconds; `longest`, the largest t.
         experience: From how many queries t is known already.
     """
 

@@ -138,10 +138,8 @@ class Conditions:
     """What machines and the front end are like, whatever they hold.
 
     Args:
-        service: How long a server takes.
-        slowdown: Phases in which machines are slow.
-        failures: Phases in which machines are down.
-        front_end: What the front end adds.
+        service: How long a server takes; `front_end`, what the front end adds.
+        slowdown: Phases in which machines are slow; `failures`, in which they are down.
         batch: The most inputs that a server takes together.
         deadline: After how many mean service times a query fails.
         queue: The most requests that wait for one server.

@@ -110,8 +110,7 @@ class Outcome:
 
     Attributes:
         latencies: Seconds from arrival to answer ``[Q]``, in the order of arrival; infinity for a query that failed.
-        decoded: By number of missing experts, how many answers were decoded.
-        spared: How many answers came from copies and spares.
+        decoded: By number of missing experts, how many answers were decoded; `spared`, how many came from copies.
         answers: How many answers were wanted; `failed`, how many of those the failed queries had wanted.
         forwards: Inputs that servers have begun with, per query.
         utilisation: The share of the time that machines were busy, mean over machines.
