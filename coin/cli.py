@@ -116,7 +116,7 @@ def _told(message: str) -> str:
         reasons = after.partition("Errors: - ")[2].partition(" Given value type")[0].split(" - ")
         told = [reason for reason in reasons if "NoneType" not in reason and "Expected a path" not in reason]
         given = after.partition(" Given value: ")[2]
-        found = f"found {given}: " if given and given not in "".join(told) else ""
+        found = f"found {given}: " if given.isidentifier() and given not in "".join(told) else ""
         text = f"{before.partition(' - ')[0].strip()} {found}{'; or '.join(dict.fromkeys(told))}"
     before, wanted, name = text.partition("Expected a dot import path string: ")
     if wanted:
