@@ -1,5 +1,6 @@
 """Mean and spread over seeds, the mean over tasks, and the names of the methods' variants."""
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     Returns:
         `SUMMARY_COLUMNS`: the group, ``seeds`` (how many), and ``<number>_mean``, ``<number>_std`` of each number.
     """
-    frame = frame.assign(batchnorm=frame["batchnorm"].map(asked_policy))
+    frame = frame.assign(batchnorm=frame["batchnorm"].map(asked_policy), **_untold(frame))
     both = pd.concat([_over_seeds(frame), _over_seeds(seed_means(frame))], ignore_index=True)
     order = both.groupby([name for name in GROUP if name not in ("erased", "task")], sort=False).ngroup()
     return both.iloc[order.argsort(kind="stable")].reset_index(drop=True)
@@ -62,7 +63,7 @@ def seed_means(frame: pd.DataFrame) -> pd.DataFrame:
     erasures = frame["erased"].map(lambda erased: frozenset(erased.split("+")))
     tasks = erasures.groupby(frame["experiment"]).agg(lambda sets: len(frozenset().union(*sets)))
     sizes = erasures.map(len).astype(str) + " of " + frame["experiment"].map(tasks).astype(str)
-    sized = frame.assign(erased=sizes, task="mean", batchnorm=frame["batchnorm"].map(asked_policy))
+    sized = frame.assign(erased=sizes, task="mean", batchnorm=frame["batchnorm"].map(asked_policy), **_untold(frame))
     return _mean(sized, list(KEYS)).reset_index()
 
 
@@ -193,6 +194,11 @@ def expert_accuracies(summary: pd.DataFrame) -> pd.DataFrame:
     tasks = summary[summary["task"] != "mean"].drop_duplicates(["experiment", "task"])
     renamed = tasks.rename(columns={"expert_accuracy_mean": "mean", "expert_accuracy_std": "spread"})
     return renamed[["experiment", "task", "seeds", "mean", "spread"]].reset_index(drop=True)
+
+
+def _untold(frame: pd.DataFrame) -> dict[str, float]:
+    """Return what results from before do not tell, as NaN."""
+    return {name: math.nan for name in STAND_IN_COSTS if name not in frame}
 
 
 def _comparable(configuration: Any) -> Any:
