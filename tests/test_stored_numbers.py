@@ -246,8 +246,8 @@ KEPT = {
     ("distillation", "feature_ridge"): "`Distillation`, `feature_ridge`",
     ("wudi", "expert_head"): "`Wudi` (no data), own head",
     ("refit", "linear"): "`Refit`, the paper's decoder",
-    ("refit", "feature_ridge"): "`Refit`, `feature_ridge`",
     ("refit-both", "feature_ridge"): "`Refit(both)`, `feature_ridge`",
+    ("refit", "feature_ridge"): "`Refit`, `feature_ridge`",
     ("refit", "feature_ridge-alone"): "the same without survivors",
     ("refit", "expert_head"): "**`Refit`, own head**",
     ("refit-3bit-int8base", "expert_head"): "the same in 3 bits, int8 base",
@@ -288,7 +288,7 @@ def stand_in_table() -> str:
         own = [rows[(rows.method == method) & (rows.decoder == decoder)] for rows in every.values()]
         if not (found := [part for part in own if len(part)]):
             continue
-        counts = [own[0], *(own[place] for place, suite in enumerate(every) if suite == "experts")]
+        counts = [found[0], *(own[place] for place, suite in enumerate(every) if suite == "experts")]
         kept = [f"{part.networks.mean():.2f}" if len(part) else "–" for part in counts]
         losses = "all" if float(found[0].losses.iloc[0]) > 1 else "1"
         ndas = [spread(100 * part.groupby("experiment").nda.mean()) for part in own]
