@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
 from coin.coding import DecoderConfig, DecoderKind
 from coin.coding.decoder_config import REPLICA
@@ -173,7 +172,7 @@ def _what_was_measured(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
 
 def _stand_ins(system: CodedSystem, profile: Profile, frame: pd.DataFrame, choice: Choice) -> list[StandIn]:
     """Return what the results know to stand in; of coded models that answer alone those that nothing dominates."""
-    size, right, count = float(np.mean(profile.sizes)), {1: profile.accuracy}, len(profile.sizes)
+    size, right = float(np.mean(profile.sizes)), {1: profile.accuracy}
     found = [
         StandIn(Redundancy.uncoded),
         StandIn(Redundancy.copy, "", size, 0.0, right),
@@ -183,9 +182,7 @@ def _stand_ins(system: CodedSystem, profile: Profile, frame: pd.DataFrame, choic
     for row in _what_was_measured(frame, Choice()).to_dict("records"):
         name, kept, accuracy = str(row["method"]), 2**20 * float(row["memory_mib"]), float(row["decoded_accuracy"])
         if row["replica"]:
-            name = name.removeprefix("spare-")
-            base = 0.0 if "nobase" in name else size / 4 if "int8base" in name else size
-            found += _deltas(system, name, base, (kept - base) / count, accuracy)
+            found += _deltas(system, name.removeprefix("spare-"), kept, accuracy)
         elif not row["survivors"] and choice.method in (None, name) and accuracy > best:
             best, every = accuracy, DecoderConfig.named(row["decoder"]).kind is not DecoderKind.expert_head
             each = kept / system.code.num_coded
@@ -197,24 +194,16 @@ def _stand_ins(system: CodedSystem, profile: Profile, frame: pd.DataFrame, choic
     return found
 
 
-def _deltas(system: CodedSystem, name: str, fixed: float, each: float, accuracy: float) -> list[StandIn]:
+def _deltas(system: CodedSystem, name: str, kept: float, accuracy: float) -> list[StandIn]:
     """Return what the experts' compressed deltas are good for, on a server of their own and on the neighbours'."""
-    bits, rank = (re.search(rf"(\d+){unit}" if unit == "bit" else rf"{unit}(\d+)", name) for unit in ("bit", "rank"))
-    experts = _experts(system)  # how long it takes does not depend on the base's values
-    packed = compress(
-        experts[0],
-        experts[-1],
-        bits=int(bits[1]) if bits else None,
-        rank=int(rank[1]) if rank else None,
-        base_bits=0 if "nobase" in name else 32,
-    )
-    seconds = float(np.median(measure_times(packed.network, 5)))
-    kinds = (Redundancy.spare_delta, Redundancy.neighbours)
+    bits, rank = re.search(r"(\d+)bit", name), re.search(r"rank(\d+)", name)
+    experts = [load_network(path).network for path in system.experts.paths.values()]
+    how = int(bits[1]) if bits else None, int(rank[1]) if rank else None
+    # How many bytes it takes, and how long to unpack, does not depend on what the base is.
+    packed = compress(experts[0], experts[-1], bits=how[0], rank=how[1], base_bits=0 if "nobase" in name else 32)
+    seconds, each = float(np.median(measure_times(packed.network, 5))), float(packed.nbytes)
+    fixed, kinds = max(0.0, kept - each * len(experts)), (Redundancy.spare_delta, Redundancy.neighbours)
     return [StandIn(kind, name, fixed, each, {1: accuracy}, unpacking=seconds) for kind in kinds]
-
-
-def _experts(system: CodedSystem) -> list[nn.Module]:
-    return [load_network(path).network for path in system.experts.paths.values()]
 
 
 def kept_bytes(path: Path) -> int:
