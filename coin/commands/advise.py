@@ -202,14 +202,13 @@ def _while_repaired(point: Point, conditions: Conditions, seeds: Sequence[int], 
 
 def when_coding(rows: pd.DataFrame, want: Want) -> list[str]:
     """Return when a coded model is what to take, from these rows where they tell."""
-    at_once = rows[(rows["quantile"] == 0) & (rows["extras"] > 0)].groupby("redundancy")["forwards"].min()
-    coded = at_once[at_once.index.isin([Redundancy.standin, Redundancy.coded_proactive])]
-    whole = at_once[at_once.index.isin([Redundancy.spare, Redundancy.spare_delta])]
+    coded = rows[rows["redundancy"].isin([Redundancy.standin, Redundancy.coded_proactive])]
     notes = []
-    if want is Want.all and not coded.empty and not whole.empty:
+    if want is Want.all and not coded.empty:
+        count, extras = coded[["experts", "extras"]].iloc[0]
         notes.append(
-            f"asked at once for all answers, a coded model takes {coded.min():.2f} forward passes a query and a spare "
-            f"{whole.min():.2f}: one pass makes up for any expert"
+            f"asked at once for all answers, a coded model takes {count + extras} forward passes a query and a spare "
+            f"{2 * count}: one pass makes up for any expert"
         )
     elif want is Want.one:
         notes.append(

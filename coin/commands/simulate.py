@@ -164,7 +164,8 @@ def _what_was_measured(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
         frame = frame if wanted is None else frame[frame[column] == wanted]
     one = frame[~frame["erased"].str.contains("+", regex=False) & ~frame["method"].isin([NONE, ORACLE])]
     keys, numbers = ["method", "batchnorm", "decoder"], ["decoded_accuracy", "memory_mib"]
-    means = one.groupby(keys, sort=False)[numbers].mean().reset_index().sort_values("memory_mib", kind="stable")
+    means = one.groupby(keys, sort=False)[numbers].mean().reset_index()
+    means = means.sort_values(["memory_mib", "decoded_accuracy"], ascending=[True, False], kind="stable")
     own = [name == REPLICA or DecoderConfig.named(name).reads_survivors for name in means["decoder"]]
     replica = means["decoder"] == REPLICA
     return means.assign(replica=replica, survivors=np.array(own, dtype=bool) & ~replica)
@@ -188,9 +189,9 @@ def _stand_ins(system: CodedSystem, profile: Profile, frame: pd.DataFrame, choic
             each = kept / system.code.num_coded
             found.append(StandIn(Redundancy.standin, f"{name} {row['decoder']}", each, 0.0, {1: best}, every))
         elif row["survivors"] and (name, row["batchnorm"], row["decoder"]) == of_system:
-            each = np.nan_to_num(kept, nan=sum(map(kept_bytes, system.coded))) / system.code.num_coded
+            each = float(np.mean([kept_bytes(path) for path in system.coded]))  # regressions are the front end's
             for kind in (Redundancy.coded_proactive, Redundancy.coded_hedged):
-                found.append(StandIn(kind, "", float(each), 0.0, system.decoded_accuracy))
+                found.append(StandIn(kind, "", each, 0.0, system.decoded_accuracy))
     return found
 
 
