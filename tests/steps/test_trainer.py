@@ -134,7 +134,7 @@ def test_evaluate_writes_the_numbers_it_returns(tmp_path, pair, make_trainer):
     outcomes = make_trainer().evaluate(*pair, output=str(tmp_path / "results"), name="try", configuration={"x": [1]})
     with (tmp_path / "results" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(outcomes) == 2 * (3 + 2 + 1)
+    assert len(rows) == len(outcomes) == 2 * (4 + 2 + 1)
     for row, outcome in zip(rows, outcomes, strict=True):
         assert (row["experiment"], row["seed"], row["samples_per_task"]) == ("try", "7", "20")
         assert (row["method"], row["decoder"], row["task"]) == (outcome.variant.method, outcome.decoder, outcome.task)
