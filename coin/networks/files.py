@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.errors import ConfigurationError, FileError
+from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite, fingerprint
 from coin.networks.compressed import Base, Compressed, int8
@@ -126,8 +127,8 @@ def save_compressed(
 
 
 def int8_path(path: Path, base: Path) -> Path:
-    """Return where the base of a compressed network's file is kept in 8 bits a value: beside it."""
-    return path.with_name(f"{base.stem}-int8.safetensors")
+    """Return where the base of a compressed network's file is kept in 8 bits a value: beside it, another base apart."""
+    return path.with_name(f"{base.stem}-{sha256_of(base)[:8]}-int8.safetensors")
 
 
 def open_network(path: Path) -> NetworkFile:

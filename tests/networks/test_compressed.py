@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import coin
+from coin.cli import main
 from coin.errors import CoinError, ConfigurationError, FileError, StateError
 from coin.networks import (
     Compression,
@@ -256,3 +257,16 @@ def test_a_compressed_file_is_read_like_any_network_s_beside_its_base(base, base
         (tmp_path / "spares/base.safetensors").unlink()
         with pytest.raises(CoinError, match="put it there"):
             load_network(paths[0])
+
+
+def test_bases_of_one_file_name_are_kept_apart(base, tmp_path):
+    networks = [near(base, size) for size in (0.05, 0.1)]
+    for name, network, seed in zip("ab", networks, (0, 1), strict=True):
+        other = build_network(CONFIG, 6, seed=seed)
+        save_network(tmp_path / f"{name}/base.safetensors", other, CONFIG, 6, {})
+        save_network(tmp_path / f"{name}.safetensors", network, CONFIG, 6, {})
+        assert main(["compress", f"{tmp_path}/{name}.safetensors", f"--base={tmp_path}/{name}/base.safetensors",
+                     "--bits=8", "--base_bits=8", f"--output={tmp_path}/{name}-small.safetensors"]) == 0  # fmt: skip
+    for name, network in zip("ab", networks, strict=True):
+        read = load_network(tmp_path / f"{name}-small.safetensors").network
+        assert apart(network, read, torch.randn(8, 3, 16, 16)) < 0.1
