@@ -12,6 +12,7 @@ from coin.networks import (
     NetworkConfig,
     build_network,
     compress_as,
+    int8_path,
     kept_base,
     load_network,
     nbytes_together,
@@ -270,3 +271,26 @@ def test_bases_of_one_file_name_are_kept_apart(base, tmp_path):
     for name, network in zip("ab", networks, strict=True):
         read = load_network(tmp_path / f"{name}-small.safetensors").network
         assert apart(network, read, torch.randn(8, 3, 16, 16)) < 0.1
+
+
+def test_compressing_destroys_neither_the_network_nor_the_base(base, tmp_path, capsys):
+    paths = {name: tmp_path / f"{name}.safetensors" for name in ("network", "base")}
+    for name, each in (("network", near(base)), ("base", base)):
+        save_network(paths[name], each, CONFIG, 6, {})
+    before = {path: path.read_bytes() for path in paths.values()}
+    rounded = int8_path(paths["network"], paths["base"])
+    for output in (*paths.values(), f"{tmp_path}/../{tmp_path.name}/base.safetensors", rounded):
+        options = ["--bits=3", "--base_bits=8", f"--output={output}"]
+        assert main(["compress", str(paths["network"]), f"--base={paths['base']}", *options]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "expected another file" in line
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_delta_from_itself_is_refused(base, tmp_path):
+    paths, how = [tmp_path / f"{name}.safetensors" for name in "ab"], Compression(bits=3)
+    made = compress_as(how, near(base), base)
+    for path, other in zip(paths, reversed(paths), strict=True):
+        save_compressed(path, made, CONFIG, 6, other, how, {})
+    with pytest.raises(FileError, match="a delta from itself"):
+        load_network(paths[0])
