@@ -46,10 +46,10 @@ def advise(
     """Return everything that may stand in, what to take marked, and what is to be said of it.
 
     The candidates are all that the results know to stand in, with every number of extra servers, asked at once and from
-    several quantiles of lateness on. Of those that the budget allows and that are right often enough it takes those
-    that keep the wanted p99.9, or, where none is wanted or none keeps it, those whose p99.9 cannot be told from the
-    lowest. Of these the one with the fewest forward passes, to a tenth of one; then the fewest servers, the least
-    memory in all, the lowest p99.9.
+    several quantiles of lateness on. Of those that the budget allows, that answer while any one expert is lost, and that
+    are right often enough, it takes those that keep the wanted p99.9, or, where none is wanted or none keeps it, those
+    whose p99.9 cannot be told from the lowest. Of these the one with the fewest forward passes, to a tenth of one; then
+    the fewest servers, the least memory in all, the lowest p99.9.
 
     Args:
         folder: An experiment's folder, or a seed's.
@@ -127,6 +127,8 @@ def candidates(
 def choose(rows: pd.DataFrame, p999_ms: float | None, tolerance: float, accuracy: float | None = None) -> int:
     """Return the index of the row to take; see `advise`."""
     able = rows[rows["fits"]]
+    survives = able[(able["losses"] > 0) & able["effective_accuracy"].notna()]
+    able = able if survives.empty else survives
     if accuracy is None:
         able = able[able["effective_accuracy"] >= able["effective_accuracy"].max() - tolerance]
     else:
@@ -149,6 +151,8 @@ def _reasons(
 ) -> list[str]:
     """Return what the choice rests on, the choice last."""
     notes, row = [], rows[rows["buy"]].iloc[0]
+    if not row["losses"]:
+        notes.append("nothing that fits answers while an expert is lost; give more --servers or --memory_gib")
     for left in rows[~rows["fits"]].drop_duplicates(["redundancy", "variant"]).to_dict("records"):
         name, needs = named({**left, "extras": 0}), left["memory_server"] / 2**30
         notes.append(
@@ -178,7 +182,7 @@ def _reasons(
     late = "" if row["redundancy"] == Redundancy.uncoded else late
     return [
         *notes,
-        f"of what fits, {right} and {tail}, it is what takes the fewest forward passes, then the fewest servers, and "
+        f"of what fits{', answers while an expert is lost' if row['losses'] else ''}, {right} and {tail}, it is what takes the fewest forward passes, then the fewest servers, and "
         "then the least memory",
         f"buy {buy}{late}: p99.9 {milliseconds(row['p999'])} ms [{milliseconds(row['p999_low'])}, "
         f"{milliseconds(row['p999_high'])}], {100 * row['effective_accuracy']:.2f} % right, "

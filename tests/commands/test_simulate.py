@@ -172,11 +172,14 @@ def test_advice_keeps_to_the_budget_and_says_what_is_not_known(
     more = ["--memory_gib=1", "--quantiles=[0.9]", *FAILOVER]
     said, rows = advised(capsys, finished, tmp_path, "--servers=4", "--p999_ms=100000", *more)
     assert "keeps a p99.9 of 100000 ms" in said
-    assert list(rows["redundancy"][rows["buy"]]) == ["uncoded"]  # whatever keeps what is wanted, and costs nothing
+    assert rows["losses"][rows["buy"]].item() > 0  # nothing would keep what is wanted too, but while all is well
+    assert "of what fits, answers while an expert is lost, is right" in said
     assert set(rows["extras"][rows["redundancy"] == "spare"]) == {1, 2}
     assert set(rows["extras"][rows["redundancy"] == "coded_hedged"]) == {1}
-    said, _ = advised(capsys, finished, tmp_path, "--servers=2", "--memory_gib=1", "--p999_ms=1")
+    said, rows = advised(capsys, finished, tmp_path, "--servers=2", "--memory_gib=1", "--p999_ms=1")
     assert "nothing that fits keeps a p99.9 of 1 ms" in said
+    assert list(rows["redundancy"][rows["buy"]]) == ["uncoded"]
+    assert "nothing that fits answers while an expert is lost; give more" in said
 
 
 def test_the_cheapest_that_keeps_the_accuracy_is_advised(

@@ -15,7 +15,7 @@ from coin.serving.sim.profile import Profile, Redundancy, StandIn
 
 
 def advice(**columns: Any) -> pd.DataFrame:
-    plain = {"fits": True, "memory": 5, "experts": 3, "extras": 1, "forwards": 1.0, "effective_accuracy": 0.95}
+    plain = {"fits": True, "memory": 5, "experts": 3, "extras": 1, "forwards": 1.0, "losses": 1, "effective_accuracy": 0.95}
     frame = pd.DataFrame({**plain, **columns})
     return frame.assign(p999_low=0.9 * frame["p999"], p999_high=1.1 * frame["p999"])
 
@@ -41,6 +41,8 @@ CHOICES = {
     ),
     "cheapest that keeps what is wanted": ({"p999": [0.19, 0.1], "forwards": [1.1, 1.9]}, 200, 0),
     "nearest where none does": ({"p999": [0.5, 0.3], "forwards": [1.1, 1.9]}, 200, 1),
+    "what survives a loss, though nothing is cheaper and faster": ({"p999": [0.1, 0.5], "losses": [0, 1]}, None, 1),
+    "nothing where nothing survives one": ({"p999": [0.1, 0.5], "losses": 0, "memory": [9, 5]}, None, 0),
 }  # fmt: skip
 
 
@@ -119,7 +121,8 @@ BOUGHT = {
     "whose answers are right": ({}, None, 1e-5, None, ("spare", 0.0)),
     "a coded model where two networks do not fit": ({"largest": 400}, None, 0.02, None, ("coded_proactive", 0.0)),
     "the neighbour later where that will do": ({}, 27, 0.005, None, ("neighbours", 0.9)),
-    "nothing where that will do": ({}, 55, 0.005, None, ("uncoded", -1)),
+    "later where that will do": ({}, 55, 0.02, None, ("neighbours", 0.9)),
+    "never nothing, where something fits": ({"largest": 400}, 55, 0.02, None, ("coded_hedged", 0.9)),
     "but what keeps the accuracy that is asked for": ({}, 55, 0.005, 0.95, ("neighbours", 0.9)),
     "all of it": ({}, 55, 0.005, 1.0, ("spare", 0.9)),
     "or comes nearest": ({}, 22, 0.005, 1.1, ("spare", 0.9)),
