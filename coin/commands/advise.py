@@ -58,8 +58,8 @@ def advise(
         servers: How many servers there may be, the experts' own included.
         memory_gib: What one server holds of weights.
         p999_ms: The wanted 99.9 % quantile of the latency.
-        accuracy: How right the answers for any expert that is lost are to be, as a share of the experts' accuracy; none
-            compares all answers with the best by `tolerance`.
+        accuracy: How right the answers for any expert that is lost are to be, as a share of that expert's accuracy, in
+            (0, 1]: it is the worst task's that counts. None compares all answers with the best by `tolerance`.
         want: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'.
         load: The share of the experts' capacity that own answers take up.
         quantiles: Of the time that own answers take, after which they are late; none takes 0, which asks at once, 0.5,
@@ -73,7 +73,8 @@ def advise(
     """
     check_integer("seeds", seeds, 1)
     check_number("tolerance", tolerance, low=0, high=1)
-    check_number("accuracy", accuracy or 0, low=0)
+    if not 0 < (1 if accuracy is None else accuracy) <= 1:
+        raise ConfigurationError(f"found accuracy={accuracy}, expected a share above 0 and of at most 1, such as 0.98")
     system, profile, conditions, known = read_profile(folder, choice, conditions, failover)
     count, room, notes = profile.code.num_experts, memory_gib * 2**30, [system.title]
     check_integer("servers", servers, count)
@@ -132,7 +133,7 @@ def choose(rows: pd.DataFrame, p999_ms: float | None, tolerance: float, accuracy
     if accuracy is None:
         able = able[able["effective_accuracy"] >= able["effective_accuracy"].max() - tolerance]
     else:
-        share = (able["standing_in_accuracy"] / able["expert_accuracy"]).where(able["losses"] > 0, 0).fillna(0)
+        share = able["worst_nda"].fillna(0)
         able = able[share >= min(accuracy, share.max())]
     keeps = able[able["p999"] <= (np.inf if p999_ms is None else p999_ms / 1e3)]
     if p999_ms is None or keeps.empty:
@@ -170,10 +171,9 @@ def _reasons(
         notes.append(f"nothing that fits keeps a p99.9 of {p999_ms:g} ms; this is the nearest")
     right = f"is right to within {100 * tolerance:g} points of the best (--tolerance)"
     if accuracy is not None:
-        found = row["standing_in_accuracy"] / row["expert_accuracy"]
-        right = f"keeps {100 * accuracy:g} % of the experts' accuracy (--accuracy)"
-        if not found >= accuracy:
-            notes.append(f"nothing that fits {right}; the nearest is {100 * found:.2f} %")
+        right = f"keeps {100 * accuracy:g} % of any expert's accuracy (--accuracy)"
+        if not row["worst_nda"] >= accuracy:
+            notes.append(f"nothing that fits {right}; the nearest keeps {100 * row['worst_nda']:.2f} %")
             right = "comes nearest to it"
     extras = int(row["extras"])
     buy = named({**row.to_dict(), "extras": 0})

@@ -61,12 +61,12 @@ def rows() -> pd.DataFrame:
     times = (np.array([0.01]),) * 2
     known = [
         StandIn(Redundancy.uncoded),
-        StandIn(Redundancy.copy, "", 400, 0, {1: 0.95}),
-        StandIn(Redundancy.spare, "", 0, 400, {1: 0.95}),
-        StandIn(Redundancy.spare_delta, "8bit-nobase", 0, 100, {1: 0.94}, unpacking=0.005),
-        StandIn(Redundancy.neighbours, "4bit", 100, 60, {1: 0.948}, unpacking=0.005),
-        StandIn(Redundancy.standin, "refit expert_head", 405, 0, {1: 0.94}),
-        *(StandIn(kind, "", 400, 0, {1: 0.9}) for kind in (Redundancy.coded_proactive, Redundancy.coded_hedged)),
+        StandIn(Redundancy.copy, "", 400, 0, {1: 0.95}, 1.0),
+        StandIn(Redundancy.spare, "", 0, 400, {1: 0.95}, 1.0),
+        StandIn(Redundancy.spare_delta, "8bit-nobase", 0, 100, {1: 0.94}, 0.9, unpacking=0.005),
+        StandIn(Redundancy.neighbours, "4bit", 100, 60, {1: 0.948}, 0.97, unpacking=0.005),
+        StandIn(Redundancy.standin, "refit expert_head", 405, 0, {1: 0.94}, 0.96),
+        *(StandIn(kind, "", 400, 0, {1: 0.9}, 0.8) for kind in (Redundancy.coded_proactive, Redundancy.coded_hedged)),
     ]
     conditions = Conditions(Service(marginal=0.0), Slowdown(0.01, 5.0), front_end=FrontEndCost(0.0, 0.0, 1))
     points = candidates(
@@ -124,8 +124,9 @@ BOUGHT = {
     "later where that will do": ({}, 55, 0.02, None, ("neighbours", 0.9)),
     "never nothing, where something fits": ({"largest": 400}, 55, 0.02, None, ("coded_hedged", 0.9)),
     "but what keeps the accuracy that is asked for": ({}, 55, 0.005, 0.95, ("neighbours", 0.9)),
+    "of the worst task, not of the mean": ({}, 55, 0.005, 0.98, ("spare", 0.9)),
     "all of it": ({}, 55, 0.005, 1.0, ("spare", 0.9)),
-    "or comes nearest": ({}, 22, 0.005, 1.1, ("spare", 0.9)),
+    "or comes nearest": ({"largest": 560}, 55, 0.005, 1.0, ("neighbours", 0.9)),
 }
 
 
