@@ -10,7 +10,7 @@ import pandas as pd
 
 from coin.choices import check_integer, check_number
 from coin.commands.coded_system import Choice, parse_options
-from coin.commands.simulate import LACKING, SEEDS, Point, draw, read_profile, simulate_rows
+from coin.commands.simulate import LACKING, SEEDS, Point, draw, lacking, read_profile, simulate_rows
 from coin.errors import ConfigurationError
 from coin.reporting.latency import milliseconds, named, print_simulation
 from coin.reporting.results import write_frame
@@ -83,7 +83,9 @@ def advise(
         raise ConfigurationError(f"found memory_gib={memory_gib}, expected at least {least:.3g}, an expert's")
     kinds = {what.kind for what in known}
     notes += [
-        f"{kind}: left out, for nothing is known of it; {what}" for kind, what in LACKING.items() if kind not in kinds
+        f"{kind}: left out, for nothing is known of it; {lacking(kind, folder, choice)}"
+        for kind in LACKING
+        if kind not in kinds
     ]
     options = {"load": load, "want": want, "queries": queries, "memory": room}
     points = candidates(profile, conditions, known, servers, quantiles or QUANTILES, options)

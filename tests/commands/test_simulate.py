@@ -39,7 +39,9 @@ def stand_in(folder: Path, method: str, decoder: str, share: float, mib: float) 
     """Add what a run with such a stand-in writes to its results: a share of the experts' accuracy, and its costs."""
     rows = pd.read_csv(folder / "results.csv", keep_default_na=False)
     like = rows[(rows["method"] == "average") & (rows["decoder"] == "ridge")]
-    off = np.where(like["task"] == "digits", share - 0.01, share + 0.01 * (share < 1))  # the worst task is a point worse
+    off = np.where(
+        like["task"] == "digits", share - 0.01, share + 0.01 * (share < 1)
+    )  # the worst task is a point worse
     more = like.assign(method=method, decoder=decoder, memory_mib=mib, forwards=1, losses=2, nda=off)
     more["decoded_accuracy"] = share * like["expert_accuracy"].mean()
     pd.concat([rows, more]).to_csv(folder / "results.csv", index=False)
@@ -62,7 +64,7 @@ def known(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def simulated(known: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("simulated")
-    arguments = ["--method=average", *GIVEN, *FAILOVER, "--loads=[0.2, 0.5]", "--seeds=[0, 1]", "--decoder=ridge"]
+    arguments = ["--method=average", *GIVEN, *FAILOVER, "--loads=[0.2, 0.5]", "--seeds=[0, 1]"]
     with redirect_stdout(StringIO()) as printed:
         assert main(["simulate", str(known), *arguments, f"--output={folder}", "--experts=[2, 4]"]) == 0
     return folder, printed.getvalue()
@@ -106,7 +108,8 @@ def test_a_row_for_every_load_stand_in_and_number_of_experts(simulated: tuple[Pa
 
 def test_accuracies_are_those_of_the_results_or_unknown(simulated: tuple[Path, str], known: Path) -> None:
     results = read_results(known)
-    own = results[(results.method == "average") & (results.decoder == "ridge")]
+    taken = json.loads((simulated[0] / "simulation.json").read_text())["options"]["decoder"]
+    own = results[(results.method == "average") & (results.decoder == taken)]
     expert, decoded = own.expert_accuracy.mean(), own.decoded_accuracy.mean()
     rows = pd.read_csv(simulated[0] / "simulation.csv")
     assert rows["expert_accuracy"].unique() == pytest.approx([expert])
@@ -123,6 +126,24 @@ def test_accuracies_are_those_of_the_results_or_unknown(simulated: tuple[Path, s
     assert {name: standing.first()[name] for name in right} == pytest.approx(right)
     assert set(rows["redundancy"][~is_known]) == {"coded_proactive", "coded_hedged", "standin"}
     assert set(rows["experts"][~is_known]) == {4}
+
+
+def test_what_is_named_is_meant_of_coded_models_that_answer_alone_too(
+    known: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["simulate", str(known), *GIVEN, "--loads=[0.2]", "--seeds=[0]", "--wants=[one]", f"--output={tmp_path}"]
+    assert main([*given, "--policies=[standin]", "--decoder=feature_ridge-alone"]) == 0
+    assert pd.read_csv(tmp_path / "simulation.csv")["variant"].tolist() == ["coin feature_ridge-alone"]
+    for chosen, policy, said in (
+        ("--decoder=ridge", "standin", "feature_ridge-alone whose decoder reads no survivor; choose one of them"),
+        ("--batchnorm=keep", "standin", "found batchnorm 'keep'"),
+        ("--decoder=expert_head", "coded_hedged", "reads no survivor; choose another one"),
+    ):
+        capsys.readouterr()
+        assert main([*given, f"--policies=[{policy}]", chosen]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith(f"coin: error: found no {policy}")
+        assert said in line
 
 
 @pytest.mark.filterwarnings("ignore::coin.errors.CoinWarning")
@@ -307,7 +328,9 @@ MISTAKES = {
         ["advise", "FOLDER", *GIVEN[:2], "--servers=3", "--memory_gib=1", "--quantiles=[1.0]"],
         "quantile",
     ),
-    "no loads": (["simulate", "FOLDER", *GIVEN, "--loads=[]"], "no loads"),
+    "no loads": (["simulate", "FOLDER", *GIVEN, "--loads=[]"], "loads=[]"),
+    "no policies": (["simulate", "FOLDER", *GIVEN, "--policies=[]"], "policies=[], expected at least one"),
+    "a policy twice": (["simulate", "FOLDER", *GIVEN, "--policies=[copy, copy]"], "['copy', 'copy']"),
 }
 
 

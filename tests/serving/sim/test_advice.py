@@ -15,7 +15,15 @@ from coin.serving.sim.profile import Profile, Redundancy, StandIn
 
 
 def advice(**columns: Any) -> pd.DataFrame:
-    plain = {"fits": True, "memory": 5, "experts": 3, "extras": 1, "forwards": 1.0, "losses": 1, "effective_accuracy": 0.95}
+    plain = {
+        "fits": True,
+        "memory": 5,
+        "experts": 3,
+        "extras": 1,
+        "forwards": 1.0,
+        "losses": 1,
+        "effective_accuracy": 0.95,
+    }
     frame = pd.DataFrame({**plain, **columns})
     return frame.assign(p999_low=0.9 * frame["p999"], p999_high=1.1 * frame["p999"])
 
