@@ -46,10 +46,10 @@ def advise(
     """Return everything that may stand in, what to take marked, and what is to be said of it.
 
     The candidates are all that the results know to stand in, with every number of extra servers, asked at once and from
-    several quantiles of lateness on. Of those that the budget allows, that answer while any one expert is lost, and that
-    are right often enough, it takes those that keep the wanted p99.9, or, where none is wanted or none keeps it, those
-    whose p99.9 cannot be told from the lowest. Of these the one with the fewest forward passes, to a tenth of one; then
-    the fewest servers, the least memory in all, the lowest p99.9.
+    several quantiles of lateness on. Of those that the budget allows, that answer while any one expert is lost, and
+    that are right often enough, it takes those that keep the wanted p99.9, or, where none is wanted or none keeps it,
+    those whose p99.9 cannot be told from the lowest. Of these the one with the fewest forward passes, to a tenth of
+    one; then the fewest servers, the least memory in all, the lowest p99.9.
 
     Args:
         folder: An experiment's folder, or a seed's.
@@ -182,9 +182,10 @@ def _reasons(
     buy = buy if not extras else f"{extras} server{'s' if extras > 1 else ''} of {buy}"
     late = f", asked after the {row['quantile']:g} quantile" if row["quantile"] else ", asked at once"
     late = "" if row["redundancy"] == Redundancy.uncoded else late
+    fits = "of what fits and answers while an expert is lost" if row["losses"] else "of what fits"
     return [
         *notes,
-        f"of what fits{', answers while an expert is lost' if row['losses'] else ''}, {right} and {tail}, it is what takes the fewest forward passes, then the fewest servers, and "
+        f"{fits}, {right} and {tail}, it is what takes the fewest forward passes, then the fewest servers, and "
         "then the least memory",
         f"buy {buy}{late}: p99.9 {milliseconds(row['p999'])} ms [{milliseconds(row['p999_low'])}, "
         f"{milliseconds(row['p999_high'])}], {100 * row['effective_accuracy']:.2f} % right, "

@@ -200,7 +200,8 @@ class Profile:
 
         Latencies are in seconds, and memory in bytes of weights: of the largest server, and of all. ``share_spared``
         are answers of experts on other servers than their own; ``standing_in_accuracy`` is that of these and of decoded
-        ones, and ``worst_nda`` what they keep of the expert's on the worst task. ``unanswered`` are the queries that nobody can answer while machines are broken down.
+        ones, and ``worst_nda`` the share of the expert's that they keep on the worst task. ``unanswered`` are the
+        queries that nobody can answer while machines are broken down.
         """
         answers, nan = sum(outcome.answers for outcome in outcomes), float("nan")
         sizes = sorted({size for outcome in outcomes for size in outcome.decoded})
