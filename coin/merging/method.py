@@ -150,7 +150,7 @@ class Method(ABC):
 
     def compressed(self, compress: Compress) -> list[Compression]:
         """Return an option's compressions; a method whose coded models are deltas reads the shared initialisation."""
-        sections = [compress] if isinstance(compress, Mapping) else compress or []
+        sections = compress or [] if compress is None or isinstance(compress, list | tuple) else [compress]
         found = [Compression.of(each) for each in sections]
         if any(each.rounding is RoundingKind.refit and not self.rounds for each in found):
             raise ConfigurationError(
@@ -219,7 +219,7 @@ def starting_method(start: str | Mapping[str, Any], *, reads_initial: bool = Fal
     kind, options = None, {}
     if isinstance(start, str):
         kind = kinds.get(start)
-    elif set(start) <= {"class_path", "init_args"}:
+    elif isinstance(start, Mapping) and set(start) <= {"class_path", "init_args"}:
         path = str(start.get("class_path")).rpartition(".")[2]
         kind = next((each for each in allowed if each.__name__ == path), None)
         options = dict(start.get("init_args") or {})

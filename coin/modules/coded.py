@@ -1,7 +1,7 @@
 """A code with its networks: the experts, and the coded models that stand by for them."""
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from coin.coding import (
     make_decoder,
 )
 from coin.coding.decoder_state import decoders_state, restore_decoders
-from coin.errors import CoinWarning, ConfigurationError, FileError, HeadError, StateError
+from coin.errors import CoinWarning, ConfigurationError, DataError, FileError, HeadError, StateError
 from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import check_same_layout, fingerprint
 from coin.merging.method import fill
@@ -145,7 +145,7 @@ class Coded(LightningModule):
         calibration: Iterable[Any],
         erased: Sequence[int],
         kind: DecoderKind | str | DecoderConfig,
-        tasks: Tensor | None = None,
+        tasks: Tensor | Sequence[int] | None = None,
     ) -> "Coded":
         """Choose how lost experts are decoded from here on.
 
@@ -163,7 +163,7 @@ class Coded(LightningModule):
         """
         decoder = make_decoder(kind, self.code, erased)
         parts: list[Answers] = []
-        batches = iter(calibration)
+        batches = _batches(calibration)
         first = list(islice(batches, 1))
         if isinstance(decoder, ExpertHeadDecoder):
             decoder = make_decoder(decoder.config, self.code, erased, self.heads(*first))
@@ -171,7 +171,7 @@ class Coded(LightningModule):
             parts.append(self._answers_for(decoder, batch, learning=True))
             self.classes = self.classes or [num_classes(expert, batch) for expert in self.experts]
         if decoder.needs_fit or parts:
-            decoder.fit(replace(Answers.concatenate(parts), tasks=tasks))
+            decoder.fit(_of_tasks(parts, tasks))
         self.decoders.pop(decoder.erased, None)
         self.decoders[decoder.erased] = decoder
         return self
@@ -207,7 +207,7 @@ class Coded(LightningModule):
         *,
         inputs: Iterable[Any],
         erased: Sequence[int] | None = None,
-        tasks: Tensor | None = None,
+        tasks: Tensor | Sequence[int] | None = None,
     ) -> list[Promise]:
         """Set up to which risk decoded answers are accepted: at most α of these differ from the expert's.
 
@@ -224,10 +224,8 @@ class Coded(LightningModule):
             A promise for each lost expert. Where one cannot be given, none of its decoded answers are accepted.
         """
         decoder, places = self._decoder_of(erased)
-        answers = replace(
-            Answers.concatenate([self._answers_for(decoder, batch, learning=True) for batch in inputs]), tasks=tasks
-        )
-        promises = decoder.accept(answers, alpha, confidence, self.classes)
+        parts = [self._answers_for(decoder, batch, learning=True) for batch in _batches(inputs)]
+        promises = decoder.accept(_of_tasks(parts, tasks), alpha, confidence, self.classes)
         return [promises[decoder.erased[place]] for place in places]
 
     def accepted(self, decoded: Tensor, erased: Sequence[int] | None = None) -> Tensor:
@@ -327,6 +325,18 @@ class Coded(LightningModule):
         silent = {*range(len(self.coded))} - {*decoder.rows(len(self.coded))}
         features, stages = decoder.config.reads_features, decoder.config.reads_stages
         return self.answers(inputs, features=features, stages=stages, erased=idle, silent=[*silent])
+
+
+def _batches(inputs: Iterable[Any]) -> Iterator[Any]:
+    """Yield batches; a DataError where there is a single one in their place."""
+    if isinstance(inputs, Tensor | Mapping):
+        raise DataError(f"found a {type(inputs).__name__}, expected batches of inputs, such as a loader; give [inputs]")
+    return iter(inputs)
+
+
+def _of_tasks(parts: Sequence[Answers], tasks: Tensor | Sequence[int] | None) -> Answers:
+    """Return the answers to all batches, which tell their tasks where these are given."""
+    return replace(Answers.concatenate(parts), tasks=None if tasks is None else torch.as_tensor(tasks))
 
 
 def _tensors_of(network: nn.Module) -> dict[str, Tensor]:

@@ -144,7 +144,7 @@ def compress(
         rounded: By tensor, deltas that have been rounded already, which are taken as they are.
 
     Raises:
-        ConfigurationError: As `Compression`, or there is no base.
+        ConfigurationError: As `Compression`, or there is no base, or what is given is no network.
         StateError: Network and base differ in more than the outputs of their heads, or are not finite.
 
     >>> import coin, torch
@@ -159,6 +159,12 @@ def compress(
     Compression(bits, rank, base_bits)
     if base_bits and base is None:
         raise ConfigurationError(f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0")
+    bases = nn.Module | Compressed | Reference | None
+    for what, given, kinds in (("network", network, nn.Module), ("base", base, bases)):
+        if not isinstance(given, kinds):
+            raise ConfigurationError(
+                f"found {what}={given!r:.60}, expected a torch.nn.Module; read a file first, or run coin compress"
+            )
     own = _unique(network)
     check_finite(own, "the network to compress", [name for name, _ in network.named_buffers()])
     against = base if isinstance(base, Reference) else reference_of(network, base, base_bits)
