@@ -44,6 +44,14 @@ class Promise:
         return f"cannot promise that {what}: too many of the {self.needed} of least risk do"
 
 
+def samples_needed(alpha: float, confidence: float) -> int:
+    """Return how many samples must be accepted without a single error for a promise of α, such as 59 for 5 % at 95 %.
+
+    Both are in (0, 1).
+    """
+    return math.ceil(math.log1p(-confidence) / math.log1p(-alpha))
+
+
 def promised_risk(risks: Tensor, differs: Tensor, alpha: float, confidence: float = 0.95) -> Promise:
     """Return the largest threshold on the risk with P(an answer differs given that it is accepted) ≤ α, confidently.
 
@@ -77,7 +85,7 @@ def promised_risk(risks: Tensor, differs: Tensor, alpha: float, confidence: floa
         )
     check_number("alpha", alpha, low=0, high=1, strict=True)
     check_number("confidence", confidence, low=0, high=1, strict=True)
-    needed, samples = math.ceil(math.log1p(-confidence) / math.log1p(-alpha)), len(risks)
+    needed, samples = samples_needed(alpha, confidence), len(risks)
     ranked, order = risks.double().cpu().sort(stable=True)
     wrong, threshold, accepted = differs.cpu()[order].cumsum(0), None, 0
     ranked = ranked[~ranked.isnan()]  # which are sorted to the end

@@ -211,6 +211,9 @@ def test_no_base_another_architecture_and_a_nan_are_refused(base):
     broken.fc.bias.data[0] = torch.nan
     with pytest.raises(StateError, match=r"fc\.bias"):
         coin.compress(broken, base, bits=3)
+    for base_bits in (32, 8):
+        with pytest.raises(StateError, match=r"the base .*fc\.bias"):
+            coin.compress(base, broken, bits=3, base_bits=base_bits)
 
 
 def test_a_rank_above_a_matrix_keeps_it_in_float16(base):
