@@ -9,6 +9,7 @@ from scipy.special import bdtr
 from torch import Tensor
 
 from coin.choices import check_number
+from coin.errors import DataError
 
 _STEPS = 40
 """How many numbers of accepted samples are tried, from the least that can be enough to all."""
@@ -43,6 +44,14 @@ class Promise:
         return f"cannot promise that {what}: too many of the {self.needed} of least risk do"
 
 
+def samples_needed(alpha: float, confidence: float) -> int:
+    """Return how many samples must be accepted without a single error for a promise of α, such as 59 for 5 % at 95 %.
+
+    Both are in (0, 1).
+    """
+    return math.ceil(math.log1p(-confidence) / math.log1p(-alpha))
+
+
 def promised_risk(risks: Tensor, differs: Tensor, alpha: float, confidence: float = 0.95) -> Promise:
     """Return the largest threshold on the risk with P(an answer differs given that it is accepted) ≤ α, confidently.
 
@@ -61,20 +70,26 @@ def promised_risk(risks: Tensor, differs: Tensor, alpha: float, confidence: floa
     at most 0.05 of the accepted answers differ, at 0.95 confidence: 93.0% are accepted, of a risk up to 0.93
 
     Args:
-        risks: Of the decoded answers ``[P]``.
+        risks: Of the decoded answers ``[P]``; those whose risk is NaN are not accepted.
         differs: Whether they differ from the expert's ``[P]``, bool.
         alpha: In (0, 1).
         confidence: In (0, 1).
 
     Raises:
         ConfigurationError: One of these two is not.
+        DataError: There are not as many risks as answers.
     """
+    if risks.ndim != 1 or risks.shape != differs.shape:
+        raise DataError(
+            f"found risks {list(risks.shape)} and differences {list(differs.shape)}, expected [P] each: one an answer"
+        )
     check_number("alpha", alpha, low=0, high=1, strict=True)
     check_number("confidence", confidence, low=0, high=1, strict=True)
-    needed, samples = math.ceil(math.log1p(-confidence) / math.log1p(-alpha)), len(risks)
+    needed, samples = samples_needed(alpha, confidence), len(risks)
     ranked, order = risks.double().cpu().sort(stable=True)
     wrong, threshold, accepted = differs.cpu()[order].cumsum(0), None, 0
-    steps = np.unique(np.linspace(needed, samples, _STEPS, dtype=int)) if samples >= needed else ()
+    ranked = ranked[~ranked.isnan()]  # which are sorted to the end
+    steps = np.unique(np.linspace(needed, len(ranked), _STEPS, dtype=int)) if len(ranked) >= needed else ()
     for at in (float(ranked[step - 1]) for step in steps):
         number = int(torch.searchsorted(ranked, at, right=True))  # with those of the same risk
         if not bdtr(float(wrong[number - 1]), number, alpha) <= 1 - confidence:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from coin.choices import check_integer, check_number
 from coin.commands.coded_system import Choice, parse_options
-from coin.commands.simulate import LACKING, SEEDS, Point, draw, read_profile, simulate_rows
+from coin.commands.simulate import LACKING, SEEDS, Point, draw, lacking, read_profile, simulate_rows
 from coin.errors import ConfigurationError
 from coin.reporting.latency import milliseconds, named, print_simulation
 from coin.reporting.results import write_frame
@@ -46,10 +46,10 @@ def advise(
     """Return everything that may stand in, what to take marked, and what is to be said of it.
 
     The candidates are all that the results know to stand in, with every number of extra servers, asked at once and from
-    several quantiles of lateness on. Of those that the budget allows and that are right often enough it takes those
-    that keep the wanted p99.9, or, where none is wanted or none keeps it, those whose p99.9 cannot be told from the
-    lowest. Of these the one with the fewest forward passes, to a tenth of one; then the fewest servers, the least
-    memory in all, the lowest p99.9.
+    several quantiles of lateness on. Of those that the budget allows, that answer while any one expert is lost, and
+    that are right often enough, it takes those that keep the wanted p99.9, or, where none is wanted or none keeps it,
+    those whose p99.9 cannot be told from the lowest. Of these the one with the fewest forward passes, to a tenth of
+    one; then the fewest servers, the least memory in all, the lowest p99.9.
 
     Args:
         folder: An experiment's folder, or a seed's.
@@ -58,8 +58,8 @@ def advise(
         servers: How many servers there may be, the experts' own included.
         memory_gib: What one server holds of weights.
         p999_ms: The wanted 99.9 % quantile of the latency.
-        accuracy: How right the answers for any expert that is lost are to be, as a share of the experts' accuracy; none
-            compares all answers with the best by `tolerance`.
+        accuracy: How right the answers for any expert that is lost are to be, as a share of that expert's accuracy, in
+            (0, 1]: it is the worst task's that counts. None compares all answers with the best by `tolerance`.
         want: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'.
         load: The share of the experts' capacity that own answers take up.
         quantiles: Of the time that own answers take, after which they are late; none takes 0, which asks at once, 0.5,
@@ -73,7 +73,8 @@ def advise(
     """
     check_integer("seeds", seeds, 1)
     check_number("tolerance", tolerance, low=0, high=1)
-    check_number("accuracy", accuracy or 0, low=0)
+    if not 0 < (1 if accuracy is None else accuracy) <= 1:
+        raise ConfigurationError(f"found accuracy={accuracy}, expected a share above 0 and of at most 1, such as 0.98")
     system, profile, conditions, known = read_profile(folder, choice, conditions, failover)
     count, room, notes = profile.code.num_experts, memory_gib * 2**30, [system.title]
     check_integer("servers", servers, count)
@@ -82,7 +83,9 @@ def advise(
         raise ConfigurationError(f"found memory_gib={memory_gib}, expected at least {least:.3g}, an expert's")
     kinds = {what.kind for what in known}
     notes += [
-        f"{kind}: left out, for nothing is known of it; {what}" for kind, what in LACKING.items() if kind not in kinds
+        f"{kind}: left out, for nothing is known of it; {lacking(kind, folder, choice)}"
+        for kind in LACKING
+        if kind not in kinds
     ]
     options = {"load": load, "want": want, "queries": queries, "memory": room}
     points = candidates(profile, conditions, known, servers, quantiles or QUANTILES, options)
@@ -127,10 +130,12 @@ def candidates(
 def choose(rows: pd.DataFrame, p999_ms: float | None, tolerance: float, accuracy: float | None = None) -> int:
     """Return the index of the row to take; see `advise`."""
     able = rows[rows["fits"]]
+    survives = able[(able["losses"] > 0) & able["effective_accuracy"].notna()]
+    able = able if survives.empty else survives
     if accuracy is None:
         able = able[able["effective_accuracy"] >= able["effective_accuracy"].max() - tolerance]
     else:
-        share = (able["standing_in_accuracy"] / able["expert_accuracy"]).where(able["losses"] > 0, 0).fillna(0)
+        share = able["worst_nda"].fillna(0)
         able = able[share >= min(accuracy, share.max())]
     keeps = able[able["p999"] <= (np.inf if p999_ms is None else p999_ms / 1e3)]
     if p999_ms is None or keeps.empty:
@@ -149,6 +154,8 @@ def _reasons(
 ) -> list[str]:
     """Return what the choice rests on, the choice last."""
     notes, row = [], rows[rows["buy"]].iloc[0]
+    if not row["losses"]:
+        notes.append("nothing that fits answers while an expert is lost; give more --servers or --memory_gib")
     for left in rows[~rows["fits"]].drop_duplicates(["redundancy", "variant"]).to_dict("records"):
         name, needs = named({**left, "extras": 0}), left["memory_server"] / 2**30
         notes.append(
@@ -166,19 +173,19 @@ def _reasons(
         notes.append(f"nothing that fits keeps a p99.9 of {p999_ms:g} ms; this is the nearest")
     right = f"is right to within {100 * tolerance:g} points of the best (--tolerance)"
     if accuracy is not None:
-        found = row["standing_in_accuracy"] / row["expert_accuracy"]
-        right = f"keeps {100 * accuracy:g} % of the experts' accuracy (--accuracy)"
-        if not found >= accuracy:
-            notes.append(f"nothing that fits {right}; the nearest is {100 * found:.2f} %")
+        right = f"keeps {100 * accuracy:g} % of any expert's accuracy (--accuracy)"
+        if not row["worst_nda"] >= accuracy:
+            notes.append(f"nothing that fits {right}; the nearest keeps {100 * row['worst_nda']:.2f} %")
             right = "comes nearest to it"
     extras = int(row["extras"])
     buy = named({**row.to_dict(), "extras": 0})
     buy = buy if not extras else f"{extras} server{'s' if extras > 1 else ''} of {buy}"
     late = f", asked after the {row['quantile']:g} quantile" if row["quantile"] else ", asked at once"
     late = "" if row["redundancy"] == Redundancy.uncoded else late
+    fits = "of what fits and answers while an expert is lost" if row["losses"] else "of what fits"
     return [
         *notes,
-        f"of what fits, {right} and {tail}, it is what takes the fewest forward passes, then the fewest servers, and "
+        f"{fits}, {right} and {tail}, it is what takes the fewest forward passes, then the fewest servers, and "
         "then the least memory",
         f"buy {buy}{late}: p99.9 {milliseconds(row['p999'])} ms [{milliseconds(row['p999_low'])}, "
         f"{milliseconds(row['p999_high'])}], {100 * row['effective_accuracy']:.2f} % right, "

@@ -58,7 +58,8 @@ def simulate(
     Args:
         folder: An experiment's folder, or a seed's.
         conditions: What machines and the front end are like.
-        choice: Which of the experiment's coded systems.
+        choice: Which of the experiment's coded systems; of none given, the most accurate beside the survivors, and all
+            coded models that answer alone.
         wants: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'; none takes both.
         policies: What stands in; none takes all of which the results tell how right they are.
         quantiles: Of the time that own answers take, after which they are late; none takes 0.9.
@@ -74,14 +75,16 @@ def simulate(
     """
     loads, seeds = [0.2, 0.4, 0.6] if loads is None else loads, list(range(SEEDS)) if seeds is None else seeds
     quantiles = [0.9] if quantiles is None else quantiles
-    if not loads or not quantiles:
-        raise ConfigurationError("found no loads or quantiles, expected at least one of each")
+    lists = {"wants": wants, "policies": policies, "loads": loads, "quantiles": quantiles, "experts": experts}
+    for name, given in (lists | {"extras": extras}).items():
+        if given is not None and (not given or len(set(given)) < len(given)):
+            raise ConfigurationError(f"found {name}={[*map(str, given)]}, expected at least one, and each once")
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ConfigurationError(f"found seeds {seeds}, expected distinct ones from 0")
     system, profile, conditions, known = read_profile(folder, choice, conditions, failover)
     say(system.title)
     if missing := set(policies or ()) - {what.kind for what in known}:
-        raise ConfigurationError(f"found no {(kind := missing.pop())} in the results; {LACKING[kind]}")
+        raise ConfigurationError(f"found no {(kind := min(missing))} in the results; {lacking(kind, folder, choice)}")
     points = [
         (what, sized, sized.simulation(what, conditions, quantile, load=load, want=want, queries=queries))
         for want in wants or Want
@@ -122,6 +125,18 @@ LACKING = {
 """What to do where nothing is known of what may stand in."""
 
 
+def lacking(kind: Redundancy, folder: str, choice: Choice) -> str:
+    """Return why nothing is known of what may stand in, and what to do; as `coin serve` says it where it is chosen."""
+    if kind is Redundancy.standin:
+        try:
+            read_coded_system(Path(folder), choice, alone=True)
+        except ConfigurationError as error:
+            return str(error)
+    elif kind.is_coded and choice.decoder:
+        return f"found decoder '{choice.decoder}', which reads no survivor; choose another one"
+    return LACKING[kind]
+
+
 def read_profile(
     folder: str, choice: Choice, conditions: Conditions, failover: Failover | None
 ) -> tuple[CodedSystem, Profile, Conditions, list[StandIn]]:
@@ -150,52 +165,58 @@ def read_profile(
         times = (np.array([service.seconds]),) * len(servers)
     sizes = tuple(kept_bytes(path) for path in system.experts.paths.values())
     profile = Profile(system.code, times, sizes, float(system.results["expert_accuracy"].mean()), decoding)
-    known = _stand_ins(system, profile, frame, choice)
+    every = _what_was_measured(frame, Choice())
+    known = _stand_ins(system, profile, pd.concat([chosen[~chosen["replica"]], every[every["replica"]]]))
     if failover is not None:
-        size, right = failover.mib * 2**20, {1: failover.accuracy}
-        known.append(StandIn(Redundancy.failover, "", size, 0.0, right, seconds=failover.seconds))
+        size, right, worst = failover.mib * 2**20, {1: failover.accuracy}, failover.accuracy / profile.accuracy
+        known.append(StandIn(Redundancy.failover, "", size, 0.0, right, worst, seconds=failover.seconds))
     return system, profile, conditions, known
 
 
 def _what_was_measured(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
-    """Return accuracy and memory of every chosen coded system with one expert lost, the least memory first."""
+    """Return accuracy and memory of every chosen coded system with one expert lost, the least memory first.
+
+    ``worst`` is the least NDA of a task, means over seeds.
+    """
     policy = None if choice.batchnorm is None else asked_policy(choice.batchnorm)
     for column, wanted in (("decoder", choice.decoder), ("method", choice.method), ("batchnorm", policy)):
         frame = frame if wanted is None else frame[frame[column] == wanted]
     one = frame[~frame["erased"].str.contains("+", regex=False) & ~frame["method"].isin([NONE, ORACLE])]
     keys, numbers = ["method", "batchnorm", "decoder"], ["decoded_accuracy", "memory_mib"]
-    means = one.groupby(keys, sort=False)[numbers].mean().reset_index()
+    worst = one.groupby([*keys, "task"])["nda"].mean().groupby(keys).min().rename("worst")
+    means = one.groupby(keys, sort=False)[numbers].mean().join(worst).reset_index()
     means = means.sort_values(["memory_mib", "decoded_accuracy"], ascending=[True, False], kind="stable")
     own = [name == REPLICA or DecoderConfig.named(name).reads_survivors for name in means["decoder"]]
     replica = means["decoder"] == REPLICA
     return means.assign(replica=replica, survivors=np.array(own, dtype=bool) & ~replica)
 
 
-def _stand_ins(system: CodedSystem, profile: Profile, frame: pd.DataFrame, choice: Choice) -> list[StandIn]:
-    """Return what the results know to stand in; of coded models that answer alone those that nothing dominates."""
+def _stand_ins(system: CodedSystem, profile: Profile, measured: pd.DataFrame) -> list[StandIn]:
+    """Return what of this may stand in; of coded models that answer alone those that nothing dominates."""
     size, right = float(np.mean(profile.sizes)), {1: profile.accuracy}
     found = [
         StandIn(Redundancy.uncoded),
-        StandIn(Redundancy.copy, "", size, 0.0, right),
-        StandIn(Redundancy.spare, "", 0.0, size, right),
+        StandIn(Redundancy.copy, "", size, 0.0, right, 1.0),
+        StandIn(Redundancy.spare, "", 0.0, size, right, 1.0),
     ]
     best, of_system = 0.0, (system.method, system.batchnorm, system.decoder.name)
-    for row in _what_was_measured(frame, Choice()).to_dict("records"):
+    for row in measured.to_dict("records"):
         name, kept, accuracy = str(row["method"]), 2**20 * float(row["memory_mib"]), float(row["decoded_accuracy"])
+        worst = float(row["worst"])
         if row["replica"]:
-            found += _deltas(system, name.removeprefix("spare-"), kept, accuracy)
-        elif not row["survivors"] and choice.method in (None, name) and accuracy > best:
+            found += _deltas(system, name.removeprefix("spare-"), kept, accuracy, worst)
+        elif not row["survivors"] and accuracy > best:
             best, every = accuracy, DecoderConfig.named(row["decoder"]).kind is not DecoderKind.expert_head
             each = kept / system.code.num_coded
-            found.append(StandIn(Redundancy.standin, f"{name} {row['decoder']}", each, 0.0, {1: best}, every))
+            found.append(StandIn(Redundancy.standin, f"{name} {row['decoder']}", each, 0.0, {1: best}, worst, every))
         elif row["survivors"] and (name, row["batchnorm"], row["decoder"]) == of_system:
             each = float(np.mean([kept_bytes(path) for path in system.coded]))  # regressions are the front end's
             for kind in (Redundancy.coded_proactive, Redundancy.coded_hedged):
-                found.append(StandIn(kind, "", each, 0.0, system.decoded_accuracy))
+                found.append(StandIn(kind, "", each, 0.0, system.decoded_accuracy, worst))
     return found
 
 
-def _deltas(system: CodedSystem, name: str, kept: float, accuracy: float) -> list[StandIn]:
+def _deltas(system: CodedSystem, name: str, kept: float, accuracy: float, worst: float) -> list[StandIn]:
     """Return what the experts' compressed deltas are good for, on a server of their own and on the neighbours'."""
     bits, rank = re.search(r"(\d+)bit", name), re.search(r"rank(\d+)", name)
     experts = [load_network(path).network for path in system.experts.paths.values()]
@@ -204,7 +225,7 @@ def _deltas(system: CodedSystem, name: str, kept: float, accuracy: float) -> lis
     packed = compress(experts[0], experts[-1], bits=how[0], rank=how[1], base_bits=0 if "nobase" in name else 32)
     seconds, each = float(np.median(measure_times(packed.network, 5))), float(packed.nbytes)
     fixed, kinds = max(0.0, kept - each * len(experts)), (Redundancy.spare_delta, Redundancy.neighbours)
-    return [StandIn(kind, name, fixed, each, {1: accuracy}, unpacking=seconds) for kind in kinds]
+    return [StandIn(kind, name, fixed, each, {1: accuracy}, worst, unpacking=seconds) for kind in kinds]
 
 
 def kept_bytes(path: Path) -> int:

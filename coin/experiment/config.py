@@ -1,13 +1,15 @@
 """The parts of an experiment file."""
 
+import warnings
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, ClassVar, TypeAlias
 
 from coin.callbacks import Weights
 from coin.choices import check_integer, check_number, chosen
+from coin.coding.promise import samples_needed
 from coin.data import TaskData
-from coin.errors import ConfigurationError
+from coin.errors import CoinWarning, ConfigurationError
 from coin.reporting.wandb_settings import TAG_LENGTH
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
 from coin.statistics.statistic import DataChoice, Statistic, StatisticOptions
@@ -80,7 +82,8 @@ class CalibrationConfig:
         memory_mib: Bound on the Fisher pass's working memory in MiB, beside the network and the accumulators.
         batch_size: Samples a batch.
         promise_samples: How many samples of each task's validation split, which neither experts, coded models nor
-            decoders learn from, say up to which risk decoded answers are accepted; 0 promises nothing.
+            decoders learn from, say up to which risk decoded answers are accepted; 0 promises nothing. At 95 %
+            confidence it takes at least 59 for 5 %, 149 for 2 % and 299 for 1 %.
         promise_alpha: The most of the accepted answers that differ from the expert's, as a probability.
         promise_confidence: The probability that this holds.
     """
@@ -112,6 +115,17 @@ class CalibrationConfig:
     def merging(self) -> dict[str, Any]:
         """What of it has a say in the coded models."""
         return {name: value for name, value in vars(self).items() if not name.startswith("promise_")}
+
+    def warn_of_too_few(self) -> None:
+        """Warn where no promise can come of the samples for it."""
+        needed = samples_needed(self.promise_alpha, self.promise_confidence)
+        if 0 < self.promise_samples < needed:
+            warnings.warn(
+                f"nothing will be promised: found promise_samples={self.promise_samples}, expected at least {needed} "
+                f"for promise_alpha={self.promise_alpha:g} at {self.promise_confidence:g} confidence; raise either",
+                CoinWarning,
+                stacklevel=2,
+            )
 
     def options_of(self, which: Statistic) -> StatisticOptions:
         """Return how a statistic is computed."""

@@ -27,6 +27,8 @@ from coin.steps.trainer import join_processes
 def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.DataFrame:
     """Run every step whose inputs have changed, for every seed, report, and return the contents of ``summary.csv``."""
     _begin(experiment)
+    if is_first():
+        experiment.calibration.warn_of_too_few()
     with alone_in(experiment.folder, patient=sweep_of(experiment.folder) is not None):
         from_first(lambda: remove_leftovers(experiment.folder))
         seeds = _seed_runs(experiment)
@@ -70,7 +72,8 @@ def _seed_runs(experiment: Experiment) -> list[SeedRun]:
 
 def _run_seed(run: SeedRun) -> None:
     experiment = run.experiment
-    if any(lacks_expert(run, name) for name in run.tasks):
+    promises = bool(experiment.calibration.promise_samples) and not run.layout.promise.exists()
+    if promises or any(lacks_expert(run, name) for name in run.tasks):
         experiment.check_parts()
     for name in run.tasks:
         make_expert(run, name)

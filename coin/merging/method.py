@@ -66,13 +66,16 @@ class Merged(list[nn.Module]):
     Attributes:
         chosen: Of every one what its method chose, as plain values: the data of the Fisher, the BatchNorm policy, the
             held-out errors, under ``averaged`` what a `Refit` left at the average.
+        compressed: Of every one what its method's `compress` asks for, by what results call it, such as ``refit-4bit``.
         passes: Forward-equivalents of one sample that all took together.
         seconds: Wall time.
     """
 
-    def __init__(self, made: Sequence[CodedModel], passes: float, seconds: float) -> None:
+    def __init__(
+        self, made: Sequence[CodedModel], passes: float, seconds: float, compressed: Sequence[dict[str, Compressed]]
+    ) -> None:
         super().__init__(plain(each.network) for each in made)
-        self.chosen = [each.chosen for each in made]
+        self.chosen, self.compressed = [each.chosen for each in made], list(compressed)
         self.passes, self.seconds = passes, seconds
 
 
@@ -85,7 +88,7 @@ class Method(ABC):
         batchnorm: What becomes of BatchNorm's running statistics; empty where the method alone knows.
         is_trained: Whether it trains with a Trainer, on all processes; others run on the first alone.
         reads_initial: Whether it needs the shared initialisation.
-        compress: How a run compresses its coded models, beside keeping them whole.
+        compress: How its coded models are compressed too, beside keeping them whole.
         rounds: Whether it can round a coded model while it makes it.
         samples_per_task: P of its own; none takes the experiment's.
         augmentation: What happens to calibration samples that it trains on.
@@ -150,7 +153,7 @@ class Method(ABC):
 
     def compressed(self, compress: Compress) -> list[Compression]:
         """Return an option's compressions; a method whose coded models are deltas reads the shared initialisation."""
-        sections = [compress] if isinstance(compress, Mapping) else compress or []
+        sections = compress or [] if compress is None or isinstance(compress, list | tuple) else [compress]
         found = [Compression.of(each) for each in sections]
         if any(each.rounding is RoundingKind.refit and not self.rounds for each in found):
             raise ConfigurationError(
@@ -201,8 +204,16 @@ def merge_networks(
     experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration, forward=forward)
     began = time.perf_counter()
     method = method.settled(FisherKind.exact, DataChoice.auto, distinct_decoders(decoders))
-    made = [method.make(experts, row) for row in code.matrix.tolist()]
-    return Merged(made, experts.passes, time.perf_counter() - began)
+    if initial is None and any(each.base_bits for each in method.compress):
+        raise ConfigurationError(
+            f"found no initial, from which method '{method.label}' compresses deltas; give it, or base_bits: 0"
+        )
+    made, compressed = [], []
+    for row in code.matrix.tolist():
+        made.append(method.make(experts, row))
+        packed = {how.name: method.pack(experts, row, made[-1], initial, how) for how in method.compress}
+        compressed.append({f"{method.label}-{name}": each for name, each in packed.items()})
+    return Merged(made, experts.passes, time.perf_counter() - began, compressed)
 
 
 def starting_method(start: str | Mapping[str, Any], *, reads_initial: bool = False) -> Method:
@@ -219,7 +230,7 @@ def starting_method(start: str | Mapping[str, Any], *, reads_initial: bool = Fal
     kind, options = None, {}
     if isinstance(start, str):
         kind = kinds.get(start)
-    elif set(start) <= {"class_path", "init_args"}:
+    elif isinstance(start, Mapping) and set(start) <= {"class_path", "init_args"}:
         path = str(start.get("class_path")).rpartition(".")[2]
         kind = next((each for each in allowed if each.__name__ == path), None)
         options = dict(start.get("init_args") or {})
@@ -254,7 +265,7 @@ class MergeMethod(Method):
     Args:
         batchnorm: Policy for BatchNorm statistics, as for every method.
         label: Name of this variant in results, a plain file name.
-        compress: How a run compresses the coded models, beside keeping them whole: one section of `Compression`'s
+        compress: How the coded models are compressed too, beside keeping them whole: one section of `Compression`'s
             options, such as ``{bits: 4}``, or several. The results call such a variant ``LABEL-4bit``.
 
     A closed form of one's own:

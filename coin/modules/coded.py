@@ -1,7 +1,7 @@
 """A code with its networks: the experts, and the coded models that stand by for them."""
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from coin.coding import (
     make_decoder,
 )
 from coin.coding.decoder_state import decoders_state, restore_decoders
-from coin.errors import CoinWarning, ConfigurationError, FileError, HeadError, StateError
+from coin.errors import CoinWarning, ConfigurationError, DataError, FileError, HeadError, StateError
 from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import check_same_layout, fingerprint
 from coin.merging.method import fill
@@ -97,6 +97,7 @@ class Coded(LightningModule):
         """By the lost experts, what decodes them; the last one is what `decode` takes by default."""
         self.classes: list[int] | None = None
         """How many classes every expert has of its own, once it is known."""
+        self._checked_heads = False  # whether logits are known to be the heads' of the features
         self.training = False
 
     def train(self, mode: bool = True) -> "Coded":
@@ -135,6 +136,7 @@ class Coded(LightningModule):
     def heads(self, inputs: Any = None) -> list[Head]:
         """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the first few inputs, if any."""
         given = None if inputs is None else as_input(inputs, self.coded[0])
+        self._checked_heads |= given is not None
         with eval_mode(self.experts):
             return linear_heads(list(self.experts), given)
 
@@ -143,7 +145,7 @@ class Coded(LightningModule):
         calibration: Iterable[Any],
         erased: Sequence[int],
         kind: DecoderKind | str | DecoderConfig,
-        tasks: Tensor | None = None,
+        tasks: Tensor | Sequence[int] | None = None,
     ) -> "Coded":
         """Choose how lost experts are decoded from here on.
 
@@ -153,22 +155,23 @@ class Coded(LightningModule):
         Args:
             calibration: Batches of inputs ``[B, ...]``, or of pairs whose labels are not looked at. The linear decoder
                 and expert_head learn no more of them than their errors, for `risk`, and take none too; by the first
-                batch it is checked that the experts' logits are their heads' of their features.
+                batch it is checked that the experts' logits are their heads' of their features, or, where there is
+                none, by the first that is decoded that the coded models' are.
             erased: Indices of the lost experts.
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
         """
         decoder = make_decoder(kind, self.code, erased)
         parts: list[Answers] = []
-        batches = iter(calibration)
+        batches = _batches(calibration)
         first = list(islice(batches, 1))
         if isinstance(decoder, ExpertHeadDecoder):
             decoder = make_decoder(decoder.config, self.code, erased, self.heads(*first))
         for batch in chain(first, batches):
-            parts.append(self._answers_to(batch, decoder))
+            parts.append(self._answers_for(decoder, batch, learning=True))
             self.classes = self.classes or [num_classes(expert, batch) for expert in self.experts]
         if decoder.needs_fit or parts:
-            decoder.fit(replace(Answers.concatenate(parts), tasks=tasks))
+            decoder.fit(_of_tasks(parts, tasks))
         self.decoders.pop(decoder.erased, None)
         self.decoders[decoder.erased] = decoder
         return self
@@ -180,10 +183,11 @@ class Coded(LightningModule):
         reads run.
         """
         decoder, places = self._decoder_of(erased)
-        idle = [expert for expert in range(decoder.num_experts) if expert not in decoder.survivors]
-        rows = decoder.rows(len(self.coded))
-        silent = [row for row in range(len(self.coded)) if row not in rows]
-        return decoder.decode(self._answers_for([decoder.config], inputs, idle, silent))[places]
+        if isinstance(decoder, ExpertHeadDecoder) and not self._checked_heads:
+            with eval_mode(self.coded):
+                linear_heads([self.coded[row] for row in decoder.rows(len(self.coded))], checked(inputs, self.coded[0]))
+            self._checked_heads = True
+        return decoder.decode(self._answers_for(decoder, inputs))[places]
 
     def risk(self, decoded: Tensor, erased: Sequence[int] | None = None) -> Tensor:
         """Return the risk ``[|erased|, B]`` that decoded logits name another class than the lost expert's own.
@@ -203,7 +207,7 @@ class Coded(LightningModule):
         *,
         inputs: Iterable[Any],
         erased: Sequence[int] | None = None,
-        tasks: Tensor | None = None,
+        tasks: Tensor | Sequence[int] | None = None,
     ) -> list[Promise]:
         """Set up to which risk decoded answers are accepted: at most α of these differ from the expert's.
 
@@ -220,8 +224,8 @@ class Coded(LightningModule):
             A promise for each lost expert. Where one cannot be given, none of its decoded answers are accepted.
         """
         decoder, places = self._decoder_of(erased)
-        answers = replace(Answers.concatenate([self._answers_to(batch, decoder) for batch in inputs]), tasks=tasks)
-        promises = decoder.accept(answers, alpha, confidence, self.classes)
+        parts = [self._answers_for(decoder, batch, learning=True) for batch in _batches(inputs)]
+        promises = decoder.accept(_of_tasks(parts, tasks), alpha, confidence, self.classes)
         return [promises[decoder.erased[place]] for place in places]
 
     def accepted(self, decoded: Tensor, erased: Sequence[int] | None = None) -> Tensor:
@@ -314,23 +318,25 @@ class Coded(LightningModule):
         decoder = self.decoders[able[0]]
         return decoder, [decoder.erased.index(expert) for expert in key]
 
-    def _answers_to(self, inputs: Batch, decoder: Decoder) -> Answers:
-        """Return the answers that a decoder learns from, its lost experts' own among them."""
-        read = (*decoder.erased, *decoder.survivors)
-        unread = [expert for expert in range(decoder.num_experts) if expert not in read]
-        return self._answers_for([decoder.config], inputs, unread)
+    def _answers_for(self, decoder: Decoder, inputs: Batch, *, learning: bool = False) -> Answers:
+        """Return the answers that a decoder reads, and those that it learns from: its lost experts' own too."""
+        read = {*decoder.survivors, *(decoder.erased if learning else ())}
+        idle = [expert for expert in range(decoder.num_experts) if expert not in read]
+        silent = {*range(len(self.coded))} - {*decoder.rows(len(self.coded))}
+        features, stages = decoder.config.reads_features, decoder.config.reads_stages
+        return self.answers(inputs, features=features, stages=stages, erased=idle, silent=[*silent])
 
-    def _answers_for(
-        self,
-        decoders: Sequence[DecoderConfig],
-        inputs: Batch,
-        erased: Sequence[int] = (),
-        silent: Sequence[int] = (),
-    ) -> Answers:
-        """Return the answers that these decoders read."""
-        features = any(config.reads_features for config in decoders)
-        stages = any(config.reads_stages for config in decoders)
-        return self.answers(inputs, features=features, stages=stages, erased=erased, silent=silent)
+
+def _batches(inputs: Iterable[Any]) -> Iterator[Any]:
+    """Yield batches; a DataError where there is a single one in their place."""
+    if isinstance(inputs, Tensor | Mapping):
+        raise DataError(f"found a {type(inputs).__name__}, expected batches of inputs, such as a loader; give [inputs]")
+    return iter(inputs)
+
+
+def _of_tasks(parts: Sequence[Answers], tasks: Tensor | Sequence[int] | None) -> Answers:
+    """Return the answers to all batches, which tell their tasks where these are given."""
+    return replace(Answers.concatenate(parts), tasks=None if tasks is None else torch.as_tensor(tasks))
 
 
 def _tensors_of(network: nn.Module) -> dict[str, Tensor]:

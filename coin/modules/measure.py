@@ -159,4 +159,5 @@ def _measured(
 
 def _answers(system: Coded, inputs: Any, configs: Sequence[DecoderConfig]) -> Answers:
     """Return all servers' answers, on the CPU: there decoders are fitted, and not every device has float64."""
-    return system._answers_for(configs, as_input(inputs, system.coded[0])).cpu()
+    features, stages = (any(getattr(each, name) for each in configs) for name in ("reads_features", "reads_stages"))
+    return system.answers(as_input(inputs, system.coded[0]), features=features, stages=stages).cpu()

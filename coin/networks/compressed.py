@@ -138,13 +138,15 @@ def compress(
     Args:
         network: The network.
         base: What it was fine-tuned or merged from; not needed for ``base_bits=0``. For 8 it may be rounded already.
-        bits: As `Compression`.
-        rank: As `Compression`.
-        base_bits: As `Compression`.
+        bits: 1 … 8 bits a value; or
+        rank: the rank of every delta, 1 or more; a matrix that is smaller than its factors is kept in float16.
+        base_bits: How the base is kept: 32: as it is; 8: in 8 bits a value, from which the delta is then taken; 0: not
+            at all, so that this is plain quantisation of the network.
         rounded: By tensor, deltas that have been rounded already, which are taken as they are.
 
     Raises:
-        ConfigurationError: As `Compression`, or there is no base.
+        ConfigurationError: An option is out of its range, both or neither of bits and rank are given, there is no base,
+            or what is given is no network.
         StateError: Network and base differ in more than the outputs of their heads, or are not finite.
 
     >>> import coin, torch
@@ -159,6 +161,12 @@ def compress(
     Compression(bits, rank, base_bits)
     if base_bits and base is None:
         raise ConfigurationError(f"found no base and base_bits={base_bits}, expected a base; give it, or base_bits=0")
+    bases = nn.Module | Compressed | Reference | None
+    for what, given, kinds in (("network", network, nn.Module), ("base", base, bases)):
+        if not isinstance(given, kinds):
+            raise ConfigurationError(
+                f"found {what}={given!r:.60}, expected a torch.nn.Module; read a file first, or run coin compress"
+            )
     own = _unique(network)
     check_finite(own, "the network to compress", [name for name, _ in network.named_buffers()])
     against = base if isinstance(base, Reference) else reference_of(network, base, base_bits)
@@ -190,6 +198,8 @@ def reference_of(network: nn.Module, base: Base, base_bits: int) -> Reference:
     """Return what the tensors of a network are a delta from, its BatchNorms folded where the network's are."""
     if base is None or not base_bits:
         return Reference(network, None, [], _reference(network, None, []))
+    if isinstance(base, nn.Module):
+        check_finite(_unique(base), "the base", [name for name, _ in base.named_buffers()])
     kept = base if isinstance(base, Compressed) else int8(base) if base_bits == 8 else None
     base = kept.network() if kept else cast(nn.Module, base)
     own, folds = _unique(network), _folds(network)

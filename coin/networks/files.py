@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.errors import ConfigurationError, FileError
+from coin.files.atomic import sha256_of
 from coin.files.safetensors import StateFile, save_state
 from coin.files.tensors import State, check_finite, fingerprint
 from coin.networks.compressed import Base, Compressed, int8
@@ -126,12 +127,16 @@ def save_compressed(
 
 
 def int8_path(path: Path, base: Path) -> Path:
-    """Return where the base of a compressed network's file is kept in 8 bits a value: beside it."""
-    return path.with_name(f"{base.stem}-int8.safetensors")
+    """Return where the base of a compressed network's file is kept in 8 bits a value: beside it, another base apart."""
+    return path.with_name(f"{base.stem}-{sha256_of(base)[:8]}-int8.safetensors")
 
 
-def open_network(path: Path) -> NetworkFile:
+def open_network(path: Path, above: Sequence[Path] = ()) -> NetworkFile:
     """Open a network's file, whole or compressed, and check that it is finite and what its metadata say.
+
+    Args:
+        path: The file.
+        above: The compressed files of which it is the base.
 
     Raises:
         FileError: The file, or a compressed one's base, is missing or damaged, or does not hold a network.
@@ -139,7 +144,7 @@ def open_network(path: Path) -> NetworkFile:
     """
     state = StateFile(path)
     if "compressed" in state.provenance:
-        return _open_compressed(path, state.provenance)
+        return _open_compressed(path, state.provenance, [*above, path.resolve()])
     infinite = state.provenance.get("infinite", [])
     check_finite(state, f"the network in '{path}'", infinite if isinstance(infinite, list) else ())
     config, num_classes = _described(path, state.provenance)
@@ -149,7 +154,7 @@ def open_network(path: Path) -> NetworkFile:
     return NetworkFile(state, config, num_classes, state.provenance)
 
 
-def _open_compressed(path: Path, provenance: dict[str, Any]) -> NetworkFile:
+def _open_compressed(path: Path, provenance: dict[str, Any], above: Sequence[Path]) -> NetworkFile:
     """Unpack a compressed network, beside its base where it has one."""
     config, num_classes = _described(path, provenance)
     if (named := provenance.get("base_file")) is None and provenance["compressed"].get("base"):
@@ -161,7 +166,9 @@ def _open_compressed(path: Path, provenance: dict[str, Any]) -> NetworkFile:
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             raise FileError(f"found no file '{places[0]}', the base that '{path}' is a delta from; put it there")
-        base = load_network(found).network
+        if found.resolve() in above:
+            raise FileError(f"'{path}' is a delta from itself, by way of its base '{found}'; put the base there")
+        base = open_network(found, above).network
     network = Compressed.load(path, base).network()
     check_finite(network.state_dict(), f"the network in '{path}'", {name for name, _ in network.named_buffers()})
     return NetworkFile(Unpacked(path, network.state_dict()), config, num_classes, provenance)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coin.batches import Batch, Network, take, twin
-from coin.errors import HeadError, StateError
+from coin.errors import HeadError, NumericalError, StateError
 from coin.files.tensors import State
 
 
@@ -215,8 +215,15 @@ def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
     Methods that fit a head or start from one assume so; a temperature, a softmax or a nonlinearity after the head
     breaks it. The features ``[B, F]`` and logits ``[B, C]`` are those of `features_and_logits`. Every logit is
     compared, in float64, in units of |Wφ + b| + √(Σ_k (W_k φ_k)² + b²), in which rounding errors grow whatever cancels.
-    A HeadError, too, where the head is neither a Linear nor a 1×1 Conv2d layer.
+    A HeadError, too, where the head is neither a Linear nor a 1×1 Conv2d layer; a NumericalError where an output is not
+    finite.
     """
+    for what, outputs in (("logits", logits), ("head's inputs", features)):
+        if not bool(torch.isfinite(outputs).all()):
+            raise NumericalError(
+                f"the {what} of {type(network).__name__} hold a NaN or an infinity, expected finite ones; check the "
+                "inputs and the network"
+            )
     name = head_name(network)
     head = network.get_submodule(name)
     found = ""

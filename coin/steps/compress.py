@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
 from coin.modules.spares import SPARE
 from coin.networks import Compression, compress_as, int8_path, kept_base, load_network, save_compressed
@@ -16,7 +17,13 @@ def spare_paths(tasks: Mapping[str, object], folder: Path, compression: Compress
 
 
 def compress_file(network: Path, output: Path, base: Path | None, compression: Compression) -> None:
-    """Compress a network's file; a coded model's file says what the whole one's does, with a label of its own."""
+    """Compress a network's file; a coded model's file says what the whole one's does, with a label of its own.
+
+    A ConfigurationError where the output is a file that is read.
+    """
+    read = [network, *([base, int8_path(output, base)] if base else [])]
+    if output.resolve() in [path.resolve() for path in read]:
+        raise ConfigurationError(f"found the output '{output}', which is read; expected another file, give --output")
     file = load_network(network)
     made = file.provenance
     if "code" in made:

@@ -9,7 +9,7 @@ from scipy.stats import binom, binomtest
 
 from coin.coding import Answers, make_decoder, promised_risk, uniform
 from coin.coding.decoder_state import decoder_state, restore_decoder
-from coin.errors import ConfigurationError, DecodingError, StateError
+from coin.errors import ConfigurationError, DataError, DecodingError, StateError
 
 
 @pytest.mark.parametrize(("alpha", "needed"), [(0.05, 59), (0.02, 149), (0.01, 299)])
@@ -119,3 +119,13 @@ def test_no_samples_of_its_task_promise_nothing():
     decoder.accept(new.select(new.tasks != 1), 0.05)
     assert (decoder.promises[1].samples, decoder.promises[1].threshold) == (0, None)
     assert not decoder.accepted(1, torch.zeros(3)).any()
+
+
+def test_a_risk_that_is_nan_is_not_accepted_and_lengths_are_checked():
+    risks, differs = torch.linspace(0, 1, 200), torch.zeros(200, dtype=torch.bool)
+    risks[::2] = torch.nan
+    promise = promised_risk(risks, differs, 0.05)
+    assert (promise.threshold, promise.coverage, promise.samples) == (1.0, 0.5, 200)
+    assert promised_risk(torch.full((200,), torch.nan), differs, 0.05).threshold is None
+    with pytest.raises(DataError, match=r"found risks \[200\] and differences \[3\], expected \[P\] each"):
+        promised_risk(risks, differs[:3], 0.05)

@@ -1,13 +1,17 @@
 """The study of promises over random splits of stored answers."""
 
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
+from coin.cli import main
+from coin.errors import ConfigurationError
 from coin.reporting.extras import RISK_NPZ
 from coin.reporting.results import write_archive
 
@@ -35,3 +39,37 @@ def test_true_promises_are_kept_and_coverage_is_as_large_as_it_may_be(study: Mod
     assert 0.68 < usual["coverage"] < 0.75
     assert 0 < usual["found"] < 0.05
     assert (never["given"], never["broken"], never["untrue"], never["coverage"]) == (0, 0, 0, 0)
+
+
+@pytest.mark.slow
+def test_too_many_samples_are_refused_before_anything_is_made_though_experts_stand(
+    config: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = {task: f"{finished}/seed-0/experts/{task}/expert.safetensors" for task in ("digits", "letters")}
+    options = yaml.safe_load(config.read_text()) | {"expert": {"checkpoints": experts}, "output": str(tmp_path)}
+    options |= {"base": {"checkpoint": f"{finished}/base/base.safetensors"}}
+    options["calibration"]["promise_samples"] = 10**6
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(options))
+    assert main(["run", "-c", f"{tmp_path}/x.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "1000000 promise samples asked of the task 'digits'" in said
+    assert "merging" not in said
+
+
+@pytest.mark.parametrize(("alpha", "samples", "warned"), [(0.05, 58, "59"), (0.02, 148, "149"), (0.01, 299, None)])
+def test_too_few_samples_for_any_promise_are_told_of_at_the_start(
+    alpha: float, samples: int, warned: str | None, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def stop(_: object) -> None:
+        raise ConfigurationError("stopped")
+
+    monkeypatch.setattr("coin.experiment.run._seed_runs", stop)
+    options = yaml.safe_load(config.read_text()) | {"output": str(tmp_path)}
+    options["calibration"] |= {"promise_samples": samples, "promise_alpha": alpha}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(options))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert main(["run", "-c", f"{tmp_path}/x.yaml"]) == 2
+    lines = [str(each.message) for each in told if "nothing will be promised" in str(each.message)]
+    assert len(lines) == (warned is not None)
+    assert not warned or f"expected at least {warned} for" in lines[0]

@@ -7,7 +7,7 @@ from torch import nn
 
 from coin.coding import Code
 from coin.errors import ConfigurationError, StateError
-from coin.merging import Average, Coin, GaussNewton, HeadFit, merge_networks
+from coin.merging import Average, Coin, GaussNewton, HeadFit, Refit, merge_networks
 from coin.networks import BatchNormPolicy, build_network, recalibrate
 from coin.statistics import fisher_diagonal
 
@@ -130,3 +130,28 @@ def test_calibration_inputs_take_the_networks_type(make_expert, batches):
     (found,) = merge_networks(method, experts, CODE, calibration=[rounded] * 2)
     (wanted,) = merge_networks(method, experts, CODE, calibration=[[batch.double() for batch in rounded]] * 2)
     assert same(found.state_dict(), wanted.state_dict())
+
+
+@pytest.mark.parametrize("method", [Average, Refit])
+def test_compressed_coded_models_stand_beside_the_whole_ones(make_expert, batches, method):
+    experts, initial = [make_expert(1), make_expert(2)], make_expert(0)
+    given = {"calibration": [[batch] for batch in batches]}
+    options = {"target": "own"} if method is Refit else {"batchnorm": "average"}
+    hows = [{"bits": 8}, {"bits": 8, "base_bits": 8}, {"bits": 2, "base_bits": 0}]
+    with pytest.raises(ConfigurationError, match=f"found no initial, from which method '{method.name}'"):
+        merge_networks(method(**options, compress=hows), experts, CODE, **given)
+    whole = merge_networks(method(**options), experts, CODE, **given)
+    assert whole.compressed == [{}]
+    merged = merge_networks(
+        method(**options, compress=hows), experts, Code([ROW, [0.5, 0.5]]), initial=initial, **given
+    )
+    assert same(merged[0].state_dict(), whole[0].state_dict())
+    names = [f"{method.name}-{end}" for end in ("8bit", "8bit-int8base", "2bit-nobase")]
+    assert [list(each) for each in merged.compressed] == [names, names]
+    x = torch.cat(batches)
+    with torch.no_grad():
+        for network, compressed in zip(merged, merged.compressed, strict=True):
+            answers = network(x)
+            for name in names[:2]:
+                assert (compressed[name].network()(x) - answers).norm() < 0.1 * answers.norm()
+    assert merged.compressed[0][names[2]].nbytes < merged.compressed[0][names[0]].nbytes / 2

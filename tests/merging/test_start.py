@@ -75,6 +75,7 @@ def test_a_variant_that_somebody_has_made_of_a_method_does_not_take_its_name():
         ("distillation", "found start='distillation', expected"),
         ({"class_path": "Foreign", "init_args": {"function": "mine.merge"}}, "found start=.*, expected one of average"),
         ({"class_path": "Refitted"}, r"found start=\{'class_path': 'Refitted'\}, expected one of"),
+        (3, "found start=3, expected one of average"),
         ({"class": "Refit"}, r"found start=\{'class': 'Refit'\}, expected one of"),
         ({"class_path": "Refit", "init_args": {"goal": "own"}}, "expected options of Refit .*unexpected.*'goal'"),
         (

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from coin.coding import Answers, Code, DecoderConfig, DecoderKind, make_decoder, promised_risk
-from coin.errors import ConfigurationError, DecodingError, FileError, StateError
+from coin.errors import ConfigurationError, DataError, DecodingError, FileError, StateError
 from coin.files.safetensors import save_state
 from coin.merging import Average, merge_networks
 from coin.modules import Coded
@@ -223,7 +223,11 @@ def test_answers_are_accepted_as_promised_by_inputs_of_each_experts_own_task(inp
         risk <= (-1 if own.threshold is None else own.threshold) for risk, own in zip(risks, promises, strict=True)
     ]
     assert torch.equal(system.accepted(decoded, [0, 2]), torch.stack(wanted))
+    assert system.accept(0.2, 0.9, inputs=new.split(150), erased=[0, 2], tasks=tasks.tolist()) == promises
     assert system.accept(0.2, inputs=[new])[0].samples == 400
+    for wrong in (lambda: system.accept(0.2, inputs=new), lambda: system.fit_decoder(new, [0], "linear")):
+        with pytest.raises(DataError, match=r"found a Tensor, expected batches of inputs, .*; give \[inputs\]"):
+            wrong()
     assert system.accept(0.001, inputs=[new])[0].threshold is None
     assert not system.accepted(decoded).any()
 

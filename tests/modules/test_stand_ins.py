@@ -9,7 +9,7 @@ from torch import nn
 
 import coin
 from coin.coding import Code, DecoderConfig, DecoderKind
-from coin.errors import CoinWarning, HeadError
+from coin.errors import CoinWarning, HeadError, NumericalError
 from coin.modules import Coded, DecodingEvaluator
 from coin.networks import linear_heads
 
@@ -97,6 +97,12 @@ def test_nothing_is_fitted_and_no_calibration_is_needed(system, inputs):
     assert all(parameter.requires_grad for parameter in system.parameters())
 
 
+def test_outputs_that_are_not_finite_are_called_so(system, inputs):
+    inputs[1, 0] = torch.nan
+    with pytest.raises(NumericalError, match="the logits of Net hold a NaN or an infinity, expected finite ones"):
+        system.fit_decoder([inputs], [0], "expert_head")
+
+
 @pytest.mark.parametrize("after", [nn.Softmax(1), nn.ReLU()])
 def test_heads_that_do_not_give_the_logits_are_refused_by_name(system, inputs, after):
     odd = [Net(expert.body, 3, after) for expert in system.experts]
@@ -108,6 +114,9 @@ def test_heads_that_do_not_give_the_logits_are_refused_by_name(system, inputs, a
     with pytest.raises(HeadError, match=message) as refused:
         system.fit_decoder([inputs], [0], "expert_head")
     assert "\n" not in str(refused.value)
+    made = Coded(CODE, odd, [Net(network.body, 3, after) for network in system.coded])
+    with pytest.raises(HeadError, match=message):  # without calibration inputs, by the first that are decoded
+        made.fit_decoder([], [0], "expert_head").decode(inputs)
     tests = [[(inputs, torch.arange(40) % 3)]] * 3
     for options in ({"calibration": [[inputs]] * 3}, {}):
         with pytest.raises(HeadError, match="'head'"):

@@ -5,12 +5,14 @@ import torch
 from torch import nn
 
 import coin
+from coin.cli import main
 from coin.errors import CoinError, ConfigurationError, FileError, StateError
 from coin.networks import (
     Compression,
     NetworkConfig,
     build_network,
     compress_as,
+    int8_path,
     kept_base,
     load_network,
     nbytes_together,
@@ -202,10 +204,16 @@ def test_no_base_another_architecture_and_a_nan_are_refused(base):
         coin.compress(base, other, bits=3)
     with pytest.raises(ConfigurationError, match="base_bits"):
         Compression.of({"bits": 3, "bas_bits": 8})
+    for given in (("abc", base), (None, base), (base, "abc")):
+        with pytest.raises(ConfigurationError, match=r"expected a torch\.nn\.Module; read a file first"):
+            coin.compress(*given, bits=3)
     broken = near(base)
     broken.fc.bias.data[0] = torch.nan
     with pytest.raises(StateError, match=r"fc\.bias"):
         coin.compress(broken, base, bits=3)
+    for base_bits in (32, 8):
+        with pytest.raises(StateError, match=r"the base .*fc\.bias"):
+            coin.compress(base, broken, bits=3, base_bits=base_bits)
 
 
 def test_a_rank_above_a_matrix_keeps_it_in_float16(base):
@@ -256,3 +264,39 @@ def test_a_compressed_file_is_read_like_any_network_s_beside_its_base(base, base
         (tmp_path / "spares/base.safetensors").unlink()
         with pytest.raises(CoinError, match="put it there"):
             load_network(paths[0])
+
+
+def test_bases_of_one_file_name_are_kept_apart(base, tmp_path):
+    networks = [near(base, size) for size in (0.05, 0.1)]
+    for name, network, seed in zip("ab", networks, (0, 1), strict=True):
+        other = build_network(CONFIG, 6, seed=seed)
+        save_network(tmp_path / f"{name}/base.safetensors", other, CONFIG, 6, {})
+        save_network(tmp_path / f"{name}.safetensors", network, CONFIG, 6, {})
+        assert main(["compress", f"{tmp_path}/{name}.safetensors", f"--base={tmp_path}/{name}/base.safetensors",
+                     "--bits=8", "--base_bits=8", f"--output={tmp_path}/{name}-small.safetensors"]) == 0  # fmt: skip
+    for name, network in zip("ab", networks, strict=True):
+        read = load_network(tmp_path / f"{name}-small.safetensors").network
+        assert apart(network, read, torch.randn(8, 3, 16, 16)) < 0.1
+
+
+def test_compressing_destroys_neither_the_network_nor_the_base(base, tmp_path, capsys):
+    paths = {name: tmp_path / f"{name}.safetensors" for name in ("network", "base")}
+    for name, each in (("network", near(base)), ("base", base)):
+        save_network(paths[name], each, CONFIG, 6, {})
+    before = {path: path.read_bytes() for path in paths.values()}
+    rounded = int8_path(paths["network"], paths["base"])
+    for output in (*paths.values(), f"{tmp_path}/../{tmp_path.name}/base.safetensors", rounded):
+        options = ["--bits=3", "--base_bits=8", f"--output={output}"]
+        assert main(["compress", str(paths["network"]), f"--base={paths['base']}", *options]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "expected another file" in line
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_delta_from_itself_is_refused(base, tmp_path):
+    paths, how = [tmp_path / f"{name}.safetensors" for name in "ab"], Compression(bits=3)
+    made = compress_as(how, near(base), base)
+    for path, other in zip(paths, reversed(paths), strict=True):
+        save_compressed(path, made, CONFIG, 6, other, how, {})
+    with pytest.raises(FileError, match="a delta from itself"):
+        load_network(paths[0])

@@ -80,6 +80,7 @@ class StandIn:
         fixed: Bytes that a server keeps, however many experts there are.
         each: Bytes that it keeps for each.
         accuracy: Of its answers, by how many experts are lost where that matters; empty where it was not measured.
+        worst: The least share of an expert's accuracy that its answers keep, of any task with one expert lost.
         every_row: Whether a coded answer takes all coded models, or one.
         unpacking: Seconds that it takes to unpack another expert.
         seconds: What its network takes for one input; none takes the experts' times.
@@ -90,6 +91,7 @@ class StandIn:
     fixed: float = 0.0
     each: float = 0.0
     accuracy: Mapping[int, float] = field(default_factory=dict)
+    worst: float = float("nan")
     every_row: bool = False
     unpacking: float = 0.0
     seconds: float | None = None
@@ -102,7 +104,7 @@ class StandIn:
     @property
     def elsewhere(self) -> "StandIn":
         """The same among another number of experts, where no coded model's accuracy is known."""
-        return replace(self, accuracy={}) if self.kind.is_coded else self
+        return replace(self, accuracy={}, worst=float("nan")) if self.kind.is_coded else self
 
     def right(self, lost: int = 1) -> float:
         """Return the accuracy of its answers while so many experts are lost; NaN where it was not measured."""
@@ -198,7 +200,8 @@ class Profile:
 
         Latencies are in seconds, and memory in bytes of weights: of the largest server, and of all. ``share_spared``
         are answers of experts on other servers than their own; ``standing_in_accuracy`` is that of these and of decoded
-        ones. ``unanswered`` are the queries that nobody can answer while machines are broken down.
+        ones, and ``worst_nda`` the share of the expert's that they keep on the worst task. ``unanswered`` are the
+        queries that nobody can answer while machines are broken down.
         """
         answers, nan = sum(outcome.answers for outcome in outcomes), float("nan")
         sizes = sorted({size for outcome in outcomes for size in outcome.decoded})
@@ -223,6 +226,7 @@ class Profile:
             "forwards": float(np.mean([it.forwards for it in outcomes])),
             "utilisation": float(np.mean([it.utilisation for it in outcomes])), "expert_accuracy": self.accuracy,
             "standing_in_accuracy": right / (decoded + spared) if decoded + spared else nan,
+            "worst_nda": what.worst,
             "effective_accuracy": (1 - decoded - spared - failed) * self.accuracy + right,
             "service_seconds": simulation.unit * (1 + conditions.service.tail),
             "decoding_seconds": simulation.decoding, "unpacking_seconds": what.unpacking,

@@ -15,7 +15,15 @@ from coin.serving.sim.profile import Profile, Redundancy, StandIn
 
 
 def advice(**columns: Any) -> pd.DataFrame:
-    plain = {"fits": True, "memory": 5, "experts": 3, "extras": 1, "forwards": 1.0, "effective_accuracy": 0.95}
+    plain = {
+        "fits": True,
+        "memory": 5,
+        "experts": 3,
+        "extras": 1,
+        "forwards": 1.0,
+        "losses": 1,
+        "effective_accuracy": 0.95,
+    }
     frame = pd.DataFrame({**plain, **columns})
     return frame.assign(p999_low=0.9 * frame["p999"], p999_high=1.1 * frame["p999"])
 
@@ -41,6 +49,8 @@ CHOICES = {
     ),
     "cheapest that keeps what is wanted": ({"p999": [0.19, 0.1], "forwards": [1.1, 1.9]}, 200, 0),
     "nearest where none does": ({"p999": [0.5, 0.3], "forwards": [1.1, 1.9]}, 200, 1),
+    "what survives a loss, though nothing is cheaper and faster": ({"p999": [0.1, 0.5], "losses": [0, 1]}, None, 1),
+    "nothing where nothing survives one": ({"p999": [0.1, 0.5], "losses": 0, "memory": [9, 5]}, None, 0),
 }  # fmt: skip
 
 
@@ -59,12 +69,12 @@ def rows() -> pd.DataFrame:
     times = (np.array([0.01]),) * 2
     known = [
         StandIn(Redundancy.uncoded),
-        StandIn(Redundancy.copy, "", 400, 0, {1: 0.95}),
-        StandIn(Redundancy.spare, "", 0, 400, {1: 0.95}),
-        StandIn(Redundancy.spare_delta, "8bit-nobase", 0, 100, {1: 0.94}, unpacking=0.005),
-        StandIn(Redundancy.neighbours, "4bit", 100, 60, {1: 0.948}, unpacking=0.005),
-        StandIn(Redundancy.standin, "refit expert_head", 405, 0, {1: 0.94}),
-        *(StandIn(kind, "", 400, 0, {1: 0.9}) for kind in (Redundancy.coded_proactive, Redundancy.coded_hedged)),
+        StandIn(Redundancy.copy, "", 400, 0, {1: 0.95}, 1.0),
+        StandIn(Redundancy.spare, "", 0, 400, {1: 0.95}, 1.0),
+        StandIn(Redundancy.spare_delta, "8bit-nobase", 0, 100, {1: 0.94}, 0.9, unpacking=0.005),
+        StandIn(Redundancy.neighbours, "4bit", 100, 60, {1: 0.948}, 0.97, unpacking=0.005),
+        StandIn(Redundancy.standin, "refit expert_head", 405, 0, {1: 0.94}, 0.96),
+        *(StandIn(kind, "", 400, 0, {1: 0.9}, 0.8) for kind in (Redundancy.coded_proactive, Redundancy.coded_hedged)),
     ]
     conditions = Conditions(Service(marginal=0.0), Slowdown(0.01, 5.0), front_end=FrontEndCost(0.0, 0.0, 1))
     points = candidates(
@@ -119,10 +129,12 @@ BOUGHT = {
     "whose answers are right": ({}, None, 1e-5, None, ("spare", 0.0)),
     "a coded model where two networks do not fit": ({"largest": 400}, None, 0.02, None, ("coded_proactive", 0.0)),
     "the neighbour later where that will do": ({}, 27, 0.005, None, ("neighbours", 0.9)),
-    "nothing where that will do": ({}, 55, 0.005, None, ("uncoded", -1)),
+    "later where that will do": ({}, 55, 0.02, None, ("neighbours", 0.9)),
+    "never nothing, where something fits": ({"largest": 400}, 55, 0.02, None, ("coded_hedged", 0.9)),
     "but what keeps the accuracy that is asked for": ({}, 55, 0.005, 0.95, ("neighbours", 0.9)),
+    "of the worst task, not of the mean": ({}, 55, 0.005, 0.98, ("spare", 0.9)),
     "all of it": ({}, 55, 0.005, 1.0, ("spare", 0.9)),
-    "or comes nearest": ({}, 22, 0.005, 1.1, ("spare", 0.9)),
+    "or comes nearest": ({"largest": 560}, 55, 0.005, 1.0, ("neighbours", 0.9)),
 }
 
 
