@@ -1,12 +1,13 @@
 """Merge methods: experts and what their calibration data tell in, coded models out."""
 
 from coin.merging.average import Average, HeadFit
+from coin.merging.closed_form import MergeMethod
 from coin.merging.coin import Coin
 from coin.merging.experts import Experts
 from coin.merging.foreign import Foreign
 from coin.merging.full_fisher import FullFisher
 from coin.merging.gauss_newton import GaussNewton
-from coin.merging.method import CodedModel, Merged, MergeMethod, Method, merge_networks
+from coin.merging.method import CodedModel, Merged, Method, merge_networks
 from coin.merging.refit import Refit, Target
 from coin.merging.regmean import RegMean, RegMeanLayers
 from coin.merging.task_vectors import Base, TaskArithmetic, Ties, Wudi

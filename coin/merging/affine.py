@@ -1,16 +1,13 @@
-"""One affine unit of a network refitted in closed form: weighted ridge regressions, a group at a time."""
+"""One affine unit of a network refitted in closed form: a weighted ridge regression for each group."""
 
-from collections.abc import Callable, Iterable, Iterator
-from math import prod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from coin.errors import NumericalError
-from coin.merging.lockstep import Look
 from coin.merging.rounding import Rounding
 from coin.merging.units import Unit
-from coin.statistics.gram import patches_of
 from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.elementwise import ElementwiseCall
@@ -18,42 +15,92 @@ from coin.statistics.rules.linear import LinearCall
 from coin.statistics.sums import sum_type
 
 
+def output_rows(call: Call, output: Tensor, samples: int, places: Tensor | None) -> Tensor:
+    """Return a call's outputs at some positions of every sample, as rows [P·q, ·], sample by sample.
+
+    Args:
+        call: The call; its outputs have the samples along the leading dimension, or several rows of each.
+        output: What it returned.
+        samples: P.
+        places: Which positions, int64 [P, q]; none for all.
+    """
+    if isinstance(call, ElementwiseCall):
+        whole = (1,) * (output.ndim - 1 - len(call.shape)) + call.shape
+        entries = [1 + place for place, size in enumerate(whole) if size > 1]
+        positions = [place for place in range(1, output.ndim) if place not in entries]
+        rows = _at(output.permute(0, *positions, *entries), len(positions), samples, places)
+    else:
+        last = output.movedim(1, -1) if isinstance(call, ConvolutionCall) else output
+        rows = _at(last, output.ndim - 2, samples, places)
+    return rows.flatten(1) if rows.ndim > 1 else rows[:, None]
+
+
+def input_rows(call: Call, samples: int, places: Tensor | None) -> Tensor:
+    """Return what a call's weight multiplies at the same positions [P·q, G, K], in a type to sum in."""
+    if isinstance(call, ElementwiseCall):
+        assert call.normalised is not None
+        rows = output_rows(call, call.normalised(call.inputs), samples, places)[..., None]
+    elif isinstance(call, ConvolutionCall):
+        patches = call.geometry.patches(call.inputs)  # [N, *output, *kernel, C]
+        rows = _at(patches, len(call.geometry.kernel), samples, places).movedim(-1, 1)
+        rows = rows.reshape(len(rows), call.geometry.groups, -1).contiguous()
+    else:
+        rows = output_rows(call, call.inputs, samples, places)[:, None]
+    return rows.to(sum_type(rows))
+
+
+def _at(x: Tensor, dims: int, samples: int, places: Tensor | None) -> Tensor:
+    """Return x [P·k, *positions, …], with so many dimensions of positions, at places [P, q] of these: [P·q, …]."""
+    if places is None:
+        return x.reshape(-1, *x.shape[1 + dims :])
+    each = len(x) // samples
+    row, *position = torch.unravel_index(places, (each, *x.shape[1 : 1 + dims]))
+    first = each * torch.arange(samples, device=places.device)[:, None]
+    return x[(first + row, *position)].flatten(0, 1)
+
+
 def fit_unit(
     network: nn.Module,
     unit: Unit,
-    looks: Iterable[Look],
+    call: Call,
+    target: Tensor,
+    places: Tensor | None,
     shares: Tensor,
-    mixtures: Tensor,
     ridge: float,
     rounding: Rounding | None = None,
 ) -> None:
-    """Refit one unit of a network in place, from what the networks make of the samples there.
+    """Refit a unit of a network in place, at its call in a forward pass of P samples.
 
-    `mixtures` [N, P] are every sample's mixture of the experts, which is its target, and `shares` [P] its weight. With
-    a `rounding` its matrix is rounded, and its bias fitted to what that leaves.
+    Args:
+        network: The network.
+        unit: The unit.
+        call: The call of its map.
+        target: What the unit shall return at the positions [P, q, ·].
+        places: Which positions, as for `output_rows`.
+        shares: The rows' weights [P, q].
+        ridge: λ, relative.
+        rounding: If given, the matrix is rounded, and the bias fitted to what that leaves.
     """
     weight = network.get_parameter(unit.weight)
     shift = None if unit.shift is None else network.get_parameter(unit.shift)
-    turned = False
+    turned = isinstance(call, LinearCall) and call.transposed  # the weight is [K, O]
+    inputs = input_rows(call, len(shares), places)
+    groups = inputs.shape[1]
 
-    def rows() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        nonlocal turned
-        for look in looks:
-            turned = isinstance(look.call, LinearCall) and look.call.transposed
-            # In a unit with a BatchNorm the shift comes behind the call.
-            output = look.output
-            if unit.norm is not None and shift is not None:
-                convolved = isinstance(look.call, ConvolutionCall)
-                output = output + (shift.view(-1, *[1] * (output.ndim - 2)) if convolved else shift)
-            residual = _target(look, mixtures) - output
-            yield from _rows(look.call, residual, shares[look.samples])
+    def predicted() -> Tensor:
+        matrix = (weight.T if turned else weight).to(inputs).reshape(groups, -1, inputs.shape[2])
+        outputs = (inputs.transpose(0, 1) @ matrix.mT).transpose(0, 1)
+        return outputs if shift is None else outputs + shift.to(inputs).reshape(groups, -1)
 
     def rounded(step: Tensor, metric: Tensor) -> Tensor:
         assert rounding is not None
         return rounding.step(unit.weight, weight, step, metric, turned)
 
     rounds = rounding is not None and rounding.takes(unit.weight)
-    step, constant = fit_affine(rows(), ridge, intercept=shift is not None, change=rounded if rounds else None)
+    residual = target.reshape(len(inputs), groups, -1).to(inputs) - predicted()
+    step, constant = fit_affine(
+        inputs, residual, shares.flatten(), ridge, intercept=shift is not None, change=rounded if rounds else None
+    )
     if rounding is not None and rounds:
         weight.copy_(rounding.weight(unit.weight))
     else:
@@ -63,62 +110,25 @@ def fit_unit(
         shift.add_(constant.reshape(shift.shape))
 
 
-def _target(look: Look, mixtures: Tensor) -> Tensor:
-    """Return what the unit is to give, of the output's shape."""
-    target = torch.zeros_like(look.output)
-    count = look.samples.stop - look.samples.start
-    by_sample = target.view(count, -1, *target.shape[1:])
-    for each, place, mixture in zip(look.targets, look.places, mixtures[:, look.samples], strict=True):
-        if each is not None:
-            share = mixture[place].to(target).view(-1, *[1] * (by_sample.ndim - 1))
-            by_sample[place] += share * each.reshape(len(place), *by_sample.shape[1:])
-    return target
-
-
-def _rows(call: Call, residual: Tensor, shares: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield a unit's inputs [n, G, K], residuals [n, G, O] and weights [n] at all positions, in blocks."""
-    residual = residual.to(sum_type(residual))
-    if isinstance(call, ElementwiseCall):
-        assert call.normalised is not None
-        inputs: Iterable[Tensor] = [_entries(call.normalised(call.inputs), call.shape)]
-        residual = _entries(residual, call.shape)
-    else:
-        assert isinstance(call, LinearCall)
-        inputs = patches_of(call)
-        residual = residual.movedim(1, -1) if isinstance(call, ConvolutionCall) else residual
-        groups = call.geometry.groups if isinstance(call, ConvolutionCall) else 1
-        residual = residual.reshape(-1, groups, residual.shape[-1] // groups)
-    weights = shares.to(residual.device).repeat_interleave(len(residual) // len(shares))
-    start = 0
-    for piece in inputs:
-        end = start + len(piece)
-        yield piece.to(residual), residual[start:end], weights[start:end]
-        start = end
-
-
-def _entries(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return x [N, …] as [N · positions, entries, 1] for a parameter that is broadcast over x[n] in this shape."""
-    whole = (1,) * (x.ndim - 1 - len(shape)) + shape
-    entries = [1 + place for place, size in enumerate(whole) if size > 1]
-    positions = [place for place in range(1, x.ndim) if place not in entries]
-    return x.permute(0, *positions, *entries).reshape(-1, max(1, prod(shape)), 1)
-
-
 def fit_affine(
-    rows: Iterable[tuple[Tensor, Tensor, Tensor]],
+    inputs: Tensor,
+    residuals: Tensor,
+    shares: Tensor,
     ridge: float,
     *,
     intercept: bool = True,
     change: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the minimiser ΔW, Δb of Σ_n w_n ‖ΔW a_n + Δb − r_n‖² / Σ_n w_n + λ ‖ΔW‖², a regression a group.
+    """Return the minimiser ΔW, Δb of Σ_n w_n ‖ΔW a_n + Δb − r_n‖² / Σ_n w_n + λ ‖ΔW‖², a regression for each group.
 
     λ = ridge × the mean diagonal entry of the covariance of a, a group's own. With more unknowns than rows the system
     is solved where the rows are, ΔW = Rᵀ(A Aᵀ + λ I)⁻¹A. Rows are centred before they are multiplied; products are
-    taken in their own type, added up and solved in float64.
+    taken in their own type, and the system is solved in float64.
 
     Args:
-        rows: Inputs a [n, G, K], residuals r [n, G, O] and weights w [n], in blocks.
+        inputs: a [n, G, K].
+        residuals: r [n, G, O].
+        shares: w [n].
         ridge: Above 0.
         intercept: Whether there is a Δb; without one nothing is centred and Δb is 0.
         change: Returns what ΔW is changed to, given it and the matrix M = cov(a) + λI [G, K, K] in which a change E of
@@ -130,96 +140,53 @@ def fit_affine(
     Raises:
         NumericalError: A row is not finite, or too large to be squared.
     """
-    moments = _Moments(intercept)
-    for block in rows:
-        moments.add(*block)
-    inputs = moments.inputs
-    mean_a, mean_r = moments.mean[:, :inputs], moments.mean[:, inputs:]
-    if not bool(torch.isfinite(moments.mean).all()):
+    count, unknowns, precision = len(inputs), inputs.shape[2], torch.finfo(inputs.dtype).eps
+    weights = (shares / shares.sum()).to(inputs)
+    (a, mean_a), (r, mean_r) = (_centred(each, weights, intercept) for each in (inputs, residuals))
+    if not bool(torch.isfinite(mean_a).all() and torch.isfinite(mean_r).all()):
         raise NumericalError("a layer's inputs or outputs on calibration data are not finite; check the experts")
+    is_dual = count < unknowns
+    gram = (_products(a.mT) if is_dual else _products(a)).double()
+    scale = gram.diagonal(dim1=1, dim2=2).sum(1) / unknowns
     # The round-off of centring is not signal: without this cut a constant input gets coefficients from noise.
-    noise = moments.count * moments.precision**2 * mean_a.square().mean(1)
-    if moments.products is None:
-        both = moments.centred_rows()
-        a, r = both[..., :inputs], both[..., inputs:]
-        gram = (a @ a.mT).double()
-        scale = gram.diagonal(dim1=1, dim2=2).sum(1) / inputs
-        step = _solve(gram, r.double(), ridge * scale, scale <= noise).mT @ a.double()
-        gram = (a.mT @ a).double() if change is not None else gram
+    dead = scale <= count * precision**2 * mean_a.square().mean(1)
+    if is_dual:
+        step = _solve(gram, r.double(), ridge * scale, dead).mT @ a.double()
+        gram = _products(a).double() if change is not None else gram
     else:
-        covariance = moments.products / moments.mass
-        gram = covariance[..., :inputs]
-        scale = gram.diagonal(dim1=1, dim2=2).mean(1)
-        step = _solve(gram, covariance[..., inputs:], ridge * scale, scale <= noise).mT
+        step = _solve(gram, (a.mT @ r).double(), ridge * scale, dead).mT
     if change is not None:
-        step = change(step, _damped(gram, ridge * scale, scale <= noise))
+        step = change(step, _damped(gram, ridge * scale, dead))
     return step, mean_r - (step @ mean_a[..., None])[..., 0]
 
 
-class _Moments:
-    """Mean and centred products of weighted rows [a | r] that come in blocks, which may lie far apart.
+def _centred(rows: Tensor, weights: Tensor, intercept: bool) -> tuple[Tensor, Tensor]:
+    """Return rows [n, G, K] less their mean, times the roots of their weights, as [G, n, K]; the mean in float64."""
+    root = weights.sqrt()[:, None, None]
+    if intercept:
+        mean = torch.einsum("n,ngk->gk", weights, rows)
+        return (rows - mean).mul_(root).transpose(0, 1), mean.double()
+    finite = torch.isfinite(rows).all(0)
+    return (rows * root).transpose(0, 1), finite.to(torch.float64).log()  # 0, and where a row is not finite -inf
 
-    Attributes:
-        count: The number of rows.
-        mass: The sum of their weights.
-        mean: Their mean [G, K + O], in float64; zero without an intercept.
-        products: Σ w (a − mean)[a − mean | r − mean] [G, K, K + O], in float64, once there are K rows.
-        kept: Until then the blocks: rows [G, n, K + O] less their own mean, times the roots [n] of their weights; that
-            mean; the sum of their weights.
-        inputs: K.
-        precision: The relative round-off of the rows' type.
-    """
 
-    mean: Tensor
-    inputs: int
-    precision: float
+_HALVES = 512
+"""Columns from which on a symmetric product is taken by halves: two of four blocks are each other's transposes."""
 
-    def __init__(self, intercept: bool) -> None:
-        self._intercept = intercept
-        self.count, self.mass = 0, 0.0
-        self.kept: list[tuple[Tensor, Tensor, Tensor, float]] = []
-        self.products: Tensor | None = None
 
-    def add(self, a: Tensor, r: Tensor, w: Tensor) -> None:
-        """Take a block: inputs [n, G, K], residuals [n, G, O], weights [n]."""
-        rows, mass = torch.cat([a, r], 2), float(w.sum())
-        if not self.count:
-            self.inputs, self.precision = a.shape[2], torch.finfo(rows.dtype).eps
-            self.mean = torch.zeros(rows.shape[1:], dtype=torch.float64, device=rows.device)
-        mean = torch.zeros_like(rows[0])
-        if self._intercept and mass > 0:
-            mean = torch.einsum("n,ngk->gk", (w / mass).to(rows), rows)
-        root = w.sqrt().to(rows)
-        self.kept.append(((rows - mean).transpose(0, 1) * root[:, None], root, mean, mass))
-        before, mass_before = self.mean, self.mass
-        self.count += len(w)
-        self.mass += mass
-        if mass > 0:
-            self.mean = before + mass / self.mass * (mean.double() - before)
-        if self.count < self.inputs:
-            return
-        if self.products is None:
-            self.products = self.mean.new_zeros(len(before), self.inputs, before.shape[1])
-        else:
-            self.products += mass_before * self._square(before)
-        for block, _, mean, mass in self.kept:
-            self.products += block[..., : self.inputs].mT @ block + mass * self._square(mean.double())
-        self.kept = []
-
-    def _square(self, mean: Tensor) -> Tensor:
-        """Return the product of how far another mean is from the mean of all [G, K, K + O]."""
-        apart = mean - self.mean
-        return apart[:, : self.inputs, None] * apart[:, None]
-
-    def centred_rows(self) -> Tensor:
-        """Return the kept rows [G, n, K + O] less the mean of all, times the roots of their shares in the mass."""
-        blocks = [rows + root[:, None] * (mean - self.mean.to(mean))[:, None] for rows, root, mean, _ in self.kept]
-        rows: Tensor = torch.cat(blocks, 1) / self.mass**0.5
-        return rows
+def _products(a: Tensor) -> Tensor:
+    """Return aᵀa [G, K, K] for a [G, n, K]."""
+    width = a.shape[2]
+    if width < _HALVES:
+        return a.mT @ a
+    first, second = a[..., : width // 2], a[..., width // 2 :]
+    across = first.mT @ second
+    top, bottom = torch.cat([_products(first), across], 2), torch.cat([across.mT, _products(second)], 2)
+    return torch.cat([top, bottom], 1)
 
 
 def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
-    """Return (gram + λI)⁻¹ right a group; zero where the inputs are constant."""
+    """Return (gram + λI)⁻¹ right for each group; zero where the inputs are constant."""
     if not bool(torch.isfinite(gram).all() and torch.isfinite(right).all()):
         raise NumericalError(
             "a layer's inputs on calibration data are so large that squares overflow; check the experts"
@@ -229,5 +196,5 @@ def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
 
 
 def _damped(gram: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
-    """Return gram + λI a group; with λ = 1 where the inputs are constant."""
+    """Return gram + λI for each group; with λ = 1 where the inputs are constant."""
     return gram + torch.diag_embed(torch.where(dead, torch.ones_like(ridges), ridges)[:, None].expand(gram.shape[:2]))

@@ -9,8 +9,9 @@ from coin.batches import as_input
 from coin.coding import fit_ridge
 from coin.errors import HeadError
 from coin.files.tensors import State, weighted_mean
+from coin.merging.closed_form import Candidate, MergeMethod, refined
 from coin.merging.experts import Experts
-from coin.merging.method import Candidate, CodedModel, MergeMethod, refined
+from coin.merging.method import CodedModel
 from coin.merging.rounding import Rounding
 from coin.networks.heads import check_head, features_and_logits, head_name
 from coin.statistics.guard import evaluating
@@ -26,7 +27,7 @@ class Average(MergeMethod):
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one average."""
-        yield {}, average_parameters(experts.parameters, row)
+        yield Candidate({}, average_parameters(experts.parameters, row))
 
 
 def average_parameters(experts: Sequence[State], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -77,9 +78,8 @@ def fit_head(
             "a parameter; name another in an attribute 'head_name', leave the method out for this network, or give "
             "Refit head=False"
         )
-    batches, targets = (experts.split[0], experts.fitted_target) if held_out else (experts.pooled, experts.target)
-    target = targets(row).double()  # checked to be finite
-    found = []
+    batches = experts.split[0] if held_out else experts.pooled
+    target, found = experts.target(row, held_out=held_out).double(), []
     with evaluating(network, gradients=False):
         for batch in batches:
             found.append(features_and_logits(network, as_input(batch, network)))

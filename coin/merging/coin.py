@@ -3,18 +3,16 @@
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from copy import copy
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from coin.choices import chosen
-from coin.coding import DecoderConfig
+from coin.choices import check_number, chosen
 from coin.errors import CoinWarning, NumericalError, StateError
 from coin.files.tensors import State, check_finite, weighted_mean
+from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
-from coin.merging.method import Candidate, MergeMethod, checked
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -49,7 +47,8 @@ class Coin(MergeMethod):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.damping = checked("damping", damping, 0 <= damping < math.inf, "a finite number of at least 0")
+        check_number("damping", damping, low=0)
+        self.damping = damping
         self.fisher_kind = None if fisher_kind is None else chosen(FisherKind, "fisher_kind", fisher_kind)
         self.fisher_data = None if fisher_data is None else chosen(DataChoice, "fisher_data", fisher_data)
 
@@ -61,13 +60,6 @@ class Coin(MergeMethod):
         """Return the Fishers that the options ask for."""
         return tuple(map(self.fisher, (self.fisher_data or DataChoice.auto).alternatives))
 
-    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()) -> Self:
-        """Return the method with the experiment's choice where its options leave the kind or the data open."""
-        settled = copy(self)
-        settled.fisher_kind = self.fisher_kind or fisher_kind
-        settled.fisher_data = self.fisher_data or fisher_data
-        return settled
-
     def available(self, experts: Experts) -> list[DataChoice]:
         """Return on which data there are Fishers, of what the option allows."""
         return experts.available(StatisticKind.fisher, self.fisher_data or DataChoice.auto)
@@ -77,7 +69,8 @@ class Coin(MergeMethod):
         for data in self.available(experts):
             fishers = experts.statistic(self.fisher(data))
             check_fishers(fishers, experts.parameters[0])
-            yield {"fisher_data": str(data)}, coin_parameters(experts.parameters, fishers, row, self.damping)
+            merged = coin_parameters(experts.parameters, fishers, row, self.damping)
+            yield Candidate({"fisher_data": str(data)}, merged)
 
 
 def coin_parameters(

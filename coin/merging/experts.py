@@ -267,13 +267,13 @@ class Experts:
         border = samples - held_out_count(samples)
         return self.pooled.subset(range(border)), self.pooled.subset(range(border, samples))
 
-    def target(self, row: Sequence[float]) -> Tensor:
-        """Return Σ_i β_i f_i on the pooled samples ``[P, C]``; raises StateError where an output is not finite."""
-        return torch.cat([_weighted(self._logits(part), row) for part in (0, 1)])
+    def target(self, row: Sequence[float], *, held_out: bool = False) -> Tensor:
+        """Return Σ_i β_i f_i on the pooled samples ``[P, C]``, without the held-out ones if `held_out`.
 
-    def fitted_target(self, row: Sequence[float]) -> Tensor:
-        """Return Σ_i β_i f_i on the samples that are not held out."""
-        return _weighted(self._logits(0), row)
+        Raises StateError where an output is not finite.
+        """
+        logits = torch.cat([self._logits(part) for part in ([0] if held_out else [0, 1])], dim=1)
+        return torch.tensordot(logits.new_tensor(row), logits, dims=1)  # type: ignore[no-any-return]
 
     def run(self, network: nn.Module, batches: Iterable[Batch]) -> Tensor:
         """Return a network's logits ``[P, C]`` in eval mode, and count the passes."""
@@ -322,10 +322,6 @@ class Experts:
         """Return the head's name, and its number of outputs after padding."""
         head = head_name(self.networks[0])
         return head, len(self.networks[0].get_submodule(head).get_parameter("weight"))
-
-
-def _weighted(outputs: Tensor, row: Sequence[float]) -> Tensor:
-    return torch.tensordot(outputs.new_tensor(row), outputs, dims=1)  # type: ignore[no-any-return]
 
 
 def padded_statistic(state: State, head: str, width: int, kind: FisherKind | None) -> State:

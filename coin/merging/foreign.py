@@ -13,9 +13,9 @@ from coin.batches import as_input, clone, size_of
 from coin.errors import ConfigurationError, first_line
 from coin.files.atomic import sha256_of
 from coin.files.packaged import imported
-from coin.files.tensors import check_finite
-from coin.merging.experts import Experts, parameters_of
-from coin.merging.method import CodedModel, Compress, Method, check_coded, check_experts, fill
+from coin.merging.checks import check_coded, check_experts
+from coin.merging.experts import Experts
+from coin.merging.method import CodedModel, Compress, Method, fill
 from coin.networks.weights import fill_network
 from coin.statistics.statistic import DataChoice
 
@@ -106,7 +106,6 @@ class Foreign(Method):
             )
         network = experts.blank().eval()
         fill_network(network, made.state_dict(), f"the network that {self.function} returned")
-        check_finite(parameters_of(network), f"the coded model of method '{self.label}'")
         check_coded(network, experts, self.label)
         return CodedModel(network)
 

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coin.errors import ConfigurationError, NumericalError
+from coin.errors import NumericalError
 from coin.files.tensors import State
+from coin.merging.checks import checked
+from coin.merging.closed_form import refined
 from coin.merging.coin import Coin, floored_diagonal
 from coin.merging.experts import Experts, held_out_count, parameters_of
-from coin.merging.method import CodedModel, Method, checked, fill, refined, starting_method
+from coin.merging.method import CodedModel, Method, fill, starting_method
 from coin.progress import progress
 from coin.statistics import fisher_sums
 from coin.statistics.products import OutputMap
@@ -20,8 +22,6 @@ from coin.statistics.statistic import DataChoice, Statistic
 DAMPINGS = tuple(10.0 ** (k / 2) for k in range(-12, 13))
 """The grid of λ, 10⁻⁶ … 10⁶: the choice is free, so the grid is wide."""
 
-_HALVINGS = 3
-_BREAKDOWN = 1e-10
 _PATIENCE = 5
 """Iterations without a better held-out prediction after which the Krylov space grows no further."""
 
@@ -30,15 +30,12 @@ class GaussNewton(Coin):
     """A few Levenberg–Marquardt steps on ½E‖f_θ − Σ_i β_i f_i‖² from the COIN point, or from another closed form's.
 
     Each step solves (E JᵀJ + λD) δ = E Jᵀr with r = Σβ_if_i − f_θ on the calibration samples and
-    D = F + ridge · mean(F), in sample space (`solve_in_sample_space`). F is Σ_i β_i F_i at the COIN point, whose
-    Fishers are there already. Another start is made without the held-out samples, and F is its exact Fisher: what was
-    refitted has other coordinates than the experts. Nothing is tuned by hand: λ and the number of Krylov iterations are
-    the pair whose linearised prediction is best on the held-out fifth of the pooled calibration samples; a step is
-    halved until it lowers their actual error, and the steps end when it falls by less than `tolerance`, or at
-    `max_steps`. No labels, no learning rate.
-
-    BatchNorm's statistics are those of the start, where its policy has settled them, and stay frozen: recalibrating
-    them afterwards would undo part of the fit.
+    D = F + ridge · mean(F), in sample space (`solve_in_sample_space`). F is Σ_i β_i F_i at the COIN point. Another
+    start is made without the held-out samples, and F is its exact Fisher: what was refitted has other coordinates than
+    the experts. λ and the number of Krylov iterations are the pair whose linearised prediction is best on the held-out
+    fifth of the pooled calibration samples; a step is halved until it lowers their actual error, and the steps end when
+    it falls by less than `tolerance`, or at `max_steps`. No labels, no learning rate. BatchNorm's statistics stay the
+    start's: recalibrating them afterwards would undo part of the fit.
 
     Source: Levenberg (1944) and Marquardt (1963) for the damping by the diagonal; Martens, *Deep learning via
     Hessian-free optimization* (ICML 2010), section 4, for Jacobian products and truncated solves.
@@ -65,11 +62,8 @@ class GaussNewton(Coin):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if max_steps < 1 or max_iterations < 1:
-            raise ConfigurationError(
-                f"found max_steps {max_steps} and max_iterations {max_iterations}, expected at least 1 of each"
-            )
-        self.max_steps, self.max_iterations = max_steps, max_iterations
+        self.max_steps = checked("max_steps", max_steps, max_steps >= 1, "at least 1")
+        self.max_iterations = checked("max_iterations", max_iterations, max_iterations >= 1, "at least 1")
         self.tolerance = checked("tolerance", tolerance, 0 <= tolerance < 1, "a share from 0 to below 1")
         self.ridge = checked("ridge", ridge, 0 < ridge < math.inf, "a positive number")
         self.start = start
@@ -83,15 +77,15 @@ class GaussNewton(Coin):
         """Make the coded model of one row of the code; see `Method.make`."""
         if self._start is None:
             made = super().make(experts, row)
-            fishers = experts.statistic(self.fisher(DataChoice(made.chosen["fisher_data"])))
-            metric = floored_diagonal(fishers, row, self.ridge)
+            fishers, weights = experts.statistic(self.fisher(DataChoice(made.chosen["fisher_data"]))), row
         else:
             # What was fitted to the held-out samples would look best to them as it is.
             fitted = Experts(experts.networks, calibration=[list(each) for each in experts.fitted(DataChoice.own)])
             made = self._start.make(fitted, row)
             sums = fisher_sums(made.network, fitted.pooled)
             experts.passes += fitted.passes + sums.passes
-            metric = floored_diagonal([sums.mean()], [1.0], self.ridge)
+            fishers, weights = [sums.mean()], [1.0]
+        metric = floored_diagonal(fishers, weights, self.ridge)
         outputs = OutputMap(made.network, experts.pooled)
         begun = {key: tensor for key, tensor in parameters_of(made.network).items() if key in metric}
         parameters = self._steps(outputs, begun, experts.target(row), metric)
@@ -101,56 +95,37 @@ class GaussNewton(Coin):
 
     def _steps(self, outputs: OutputMap, parameters: State, target: Tensor, metric: State) -> State:
         """Return the parameters after all steps."""
-        inverse_metric = {key: tensor.reciprocal().to(parameters[key].dtype) for key, tensor in metric.items()}
-        samples = len(target)
-        training = (torch.arange(samples) < samples - held_out_count(samples)).to(target.device)
-
-        residual = target - outputs.outputs(parameters)
-        error = _squared(residual[~training])
-        with progress(self.label, self.max_steps * self.max_iterations) as advance:
-            for _ in range(self.max_steps):
-                step = self._step(outputs, parameters, residual, training, inverse_metric, advance)
-                if step is None:
-                    break
-                for halving in range(_HALVINGS + 1):
-                    moved = {key: tensor + 0.5**halving * step[key] for key, tensor in parameters.items()}
-                    moved_residual = target - outputs.outputs(moved)
-                    moved_error = _squared(moved_residual[~training])
-                    if moved_error < error:
-                        break
-                else:
-                    break
-                fall = 1 - moved_error / error
-                parameters, residual, error = moved, moved_residual, moved_error
-                if fall < self.tolerance:
-                    break
-        return parameters
-
-    def _step(
-        self,
-        outputs: OutputMap,
-        parameters: State,
-        residual: Tensor,
-        training: Tensor,
-        inverse_metric: State,
-        advance: Callable[[], None],
-    ) -> dict[str, Tensor] | None:
-        """Return D⁻¹Jᵀu for the best u, or None if no u is predicted to help the held-out samples."""
+        metric = {key: metric[key].to(tensor.dtype) for key, tensor in parameters.items()}
 
         def step_for(cotangent: Tensor) -> dict[str, Tensor]:
-            gradient = outputs.vjp(parameters, cotangent)
-            return {key: tensor * inverse_metric[key] for key, tensor in gradient.items()}
+            """Return D⁻¹Jᵀu where the parameters are by then."""
+            return {key: tensor / metric[key] for key, tensor in outputs.vjp(parameters, cotangent).items()}
 
         def product(cotangent: Tensor) -> Tensor:
             advance()
             return outputs.jvp(parameters, step_for(cotangent))
 
-        best = solve_in_sample_space(product, residual, training, residual.new_tensor(DAMPINGS), self.max_iterations)
-        return None if best is None else step_for(best)
+        def squared(residual: Tensor) -> float:
+            return float(residual[~training].double().square().sum())
 
-
-def _squared(residual: Tensor) -> float:
-    return float(residual.double().square().sum())
+        training = torch.arange(len(target), device=target.device) < len(target) - held_out_count(len(target))
+        residual, dampings = target - outputs.outputs(parameters), target.new_tensor(DAMPINGS)
+        error = squared(residual)
+        with progress(self.label, self.max_steps * self.max_iterations) as advance:
+            for _ in range(self.max_steps):
+                best = solve_in_sample_space(product, residual, training, dampings, self.max_iterations)
+                step = {} if best is None else step_for(best)
+                for length in (1, 0.5, 0.25, 0.125) if step else ():
+                    moved = {key: tensor + length * step[key] for key, tensor in parameters.items()}
+                    left = target - outputs.outputs(moved)
+                    if squared(left) < error:
+                        break
+                else:
+                    break
+                before, error, parameters, residual = error, squared(left), moved, left
+                if 1 - error / before < self.tolerance:
+                    break
+        return parameters
 
 
 def solve_in_sample_space(
@@ -158,18 +133,12 @@ def solve_in_sample_space(
 ) -> Tensor | None:
     """Return damped least squares for many parameters and few outputs, solved where the outputs live.
 
-    For a residual r over P samples with C outputs each, the step δ that minimises
+    For a residual r over P samples with C outputs each, the step δ that minimises 1/(2P) ‖r − Jδ‖² + λ/2 δᵀDδ is
+    δ = D⁻¹Jᵀu with (K + λP I) u = r and K = J D⁻¹ Jᵀ, of P·C rows and columns, however many parameters there are. One
+    vjp and one jvp multiply by K. A Lanczos basis of K from r serves every λ, and J may cover samples that it does not
+    train on, so λ and the number of iterations are chosen on held-out samples at no extra cost.
 
-        1/(2P) ‖r − Jδ‖² + λ/2 δᵀDδ
-
-    is δ = D⁻¹Jᵀu with (K + λP I) u = r and K = J D⁻¹ Jᵀ, a matrix of P·C rows and columns, however many parameters
-    there are. K is never formed: one vjp and one jvp multiply by it. A Lanczos basis of K from r is the Krylov space in
-    which conjugate gradients preconditioned with D would move, but it serves every λ, and J may cover samples that the
-    basis does not train on: their predicted change comes with the same product, so the damping and the number of
-    iterations are chosen on held-out samples at no extra cost.
-
-    Source: Golub and Van Loan, *Matrix Computations*, 4th ed., sections 10.1 (Lanczos) and 11.3 (its relation to
-    conjugate gradients).
+    Source: Golub and Van Loan, *Matrix Computations*, 4th ed., sections 10.1 (Lanczos) and 11.3.
 
     Args:
         product: u ``[P, C]`` ↦ J D⁻¹ Jᵀ u ``[P, C]``, symmetric and positive semi-definite.
@@ -182,42 +151,30 @@ def solve_in_sample_space(
         The u ``[P, C]``, zero outside the training samples, with the smallest predicted Σ‖r − Jδ‖² over the held-out
         samples; none if no u is predicted to help them. Raises NumericalError where a product is not finite.
     """
-    r = residual.to(torch.float64)
-    fitted = training[:, None].to(torch.float64).expand_as(r)
-    judged = 1 - fitted
-    start = r * fitted
-    size = start.norm()
-    best, least, found_at = None, float((r * judged).square().sum()), 0
-    if size == 0:
-        return None
-
-    ridges = dampings.to(torch.float64) * int(training.sum())
-    basis: list[Tensor] = [start / size]
-    images: list[Tensor] = []
-    while len(images) < max_iterations:
-        image = product(basis[-1].to(residual)).to(torch.float64)
+    r, ridges = residual.double().flatten(), dampings.double() * int(training.sum())
+    fitted = training[:, None].expand_as(residual).flatten().double()
+    judged, size = 1 - fitted, (r * fitted).norm()
+    best, least, found_at = None, (r * judged).square().sum(), 0
+    basis, images = (r * fitted / size)[None], r.new_empty(0, len(r))
+    while size > 0 and len(images) < max_iterations:
+        image = product(basis[-1].view_as(residual).to(residual)).double().flatten()
         if not bool(torch.isfinite(image).all()):
             raise NumericalError("a Jacobian product on the calibration data is not finite; check the experts' outputs")
-        images.append(image)
-        q, kq = torch.stack(basis).flatten(1), torch.stack(images).flatten(1)
-        projected = q @ kq.T
+        images = torch.cat([images, image[None]])
+        projected = basis @ images.T
         values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
         # Coordinates in the basis of (T + λP)⁻¹ ‖r‖e₁, one column per damping.
         columns = vectors @ (vectors[0][:, None] * size / (values.clamp_min(0)[:, None] + ridges))
-        left = r.flatten()[:, None] - kq.T @ columns
-        errors = (left.square() * judged.flatten()[:, None]).sum(0)
+        errors = ((r[:, None] - images.T @ columns).square() * judged[:, None]).sum(0)
         index = int(errors.argmin())
-        if float(errors[index]) < least:
-            best = (q.T @ columns[:, index]).reshape(r.shape).to(residual)
-            least, found_at = float(errors[index]), len(images)
+        if errors[index] < least:
+            best, least, found_at = basis.T @ columns[:, index], errors[index], len(images)
         elif len(images) - found_at >= _PATIENCE:
             break
-        following = (image * fitted).flatten()
-        # Twice is enough: one pass of Gram–Schmidt leaves what rounding put back.
-        for _ in range(2):
-            following = following - q.T @ (q @ following)
-        norm = following.norm()
-        if norm <= _BREAKDOWN * image.norm():
+        following = image * fitted
+        for _ in range(2):  # which is enough: one pass of Gram–Schmidt leaves what rounding put back
+            following = following - basis.T @ (basis @ following)
+        if following.norm() <= 1e-10 * image.norm():
             break
-        basis.append((following / norm).reshape(r.shape))
-    return best
+        basis = torch.cat([basis, following[None] / following.norm()])
+    return None if best is None else best.view_as(residual).to(residual)

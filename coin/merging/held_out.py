@@ -1,18 +1,69 @@
-"""The error of decoded answers on held-out calibration samples, by which methods choose."""
+"""How methods choose: by the error of decoded answers on held-out calibration samples."""
 
 import math
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from coin.coding import Answers, DecoderConfig, DecoderKind, make_decoder, uniform
 from coin.coding.decoders import Kept
-from coin.errors import HeadError, NumericalError
+from coin.errors import CoinWarning, HeadError, NumericalError
 from coin.merging.experts import Experts
 from coin.networks.stages import common_widths
 
 LINEAR = DecoderConfig(DecoderKind.linear)
+
+FEW = 10
+"""With fewer held-out samples a choice is little better than chance, and a warning says so."""
+
+Option = TypeVar("Option")
+
+
+def choose(
+    options: Sequence[Option],
+    build: Callable[[Option], nn.Module],
+    experts: Experts,
+    row: Sequence[float],
+    label: str,
+    decoders: Sequence[DecoderConfig] = (LINEAR,),
+    handicap: Callable[[Option], float] = lambda _: 1.0,
+) -> tuple[Option, list[float]]:
+    """Return the option whose trial has the smallest `held_out_error`, and every option's error.
+
+    Where there is but one option it is not tried, and there are no errors. Fewer than `FEW` held-out samples are a
+    warning.
+
+    Args:
+        options: What to choose from; the first of equally good ones is taken.
+        build: An option ↦ its coded model, made without the held-out samples.
+        experts: The experts and their calibration data.
+        row: The code row β ``[N]``.
+        label: The method's, for messages.
+        decoders: Whose mean error decides.
+        handicap: What an option's error is multiplied by before it is compared.
+
+    Raises NumericalError where no option has a finite error.
+    """
+    if len(options) == 1:
+        return options[0], []
+    errors = [held_out_error(experts, build(option), row, decoders) for option in options]
+    if (held_out := experts.split[1].num_samples) < FEW:
+        warnings.warn(
+            f"method '{label}' chose by {held_out} held-out calibration samples, expected at least {FEW}; raise "
+            "samples_per_task, or set its options",
+            CoinWarning,
+            stacklevel=2,
+        )
+    if not any(map(math.isfinite, errors)):
+        raise NumericalError(
+            f"the outputs of method '{label}' on held-out calibration samples are not finite; check the experts' "
+            "outputs"
+        )
+    compared = [handicap(option) * error for option, error in zip(options, errors, strict=True)]
+    return options[compared.index(min(compared))], errors
 
 
 def held_out_error(
@@ -78,12 +129,3 @@ def _answers(experts: Experts, coded: nn.Module, part: int, features: bool, stag
     start = part * experts.split[0].num_samples
     tasks = experts.tasks[start : start + len(last)].to(last.device)
     return Answers(torch.stack(own), last[None], theirs, mine, common_widths(runs), tasks)
-
-
-def check_errors(errors: Iterable[float], label: str) -> None:
-    """Raise NumericalError where no candidate of a method has a finite held-out error."""
-    if not any(map(math.isfinite, errors)):
-        raise NumericalError(
-            f"the outputs of method '{label}' on held-out calibration samples are not finite; check the experts' "
-            "outputs"
-        )

@@ -1,45 +1,30 @@
-"""What all methods have in common, and the choices that closed forms make on held-out calibration samples."""
+"""What all merge methods have in common, and merging in one call."""
 
-import math
 import re
 import time
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coin.batches import Forward, plain
-from coin.choices import chosen
 from coin.coding import Code, DecoderConfig, DecoderKind, distinct_decoders
-from coin.errors import CoinWarning, ConfigurationError, StateError
-from coin.files.tensors import State, check_finite, check_same_layout, weighted_sum
-from coin.merging.experts import Experts, Given, parameters_of
-from coin.merging.held_out import check_errors, held_out_error
-from coin.networks.batchnorm import BatchNormPolicy, recalibrate
+from coin.errors import ConfigurationError
+from coin.files.tensors import State
+from coin.merging.experts import Experts, Given
+from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, compress_as
 from coin.networks.compression import Compression, RoundingKind
-from coin.networks.parametrised import renormalise
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
 
-SAME = "same"
-"""What `BatchNormPolicy.auto` is called where all experts have the same buffers."""
-
-_FEW = 10
-"""With fewer held-out samples a choice is told of: it is little better than chance."""
-
-Number = TypeVar("Number", bound=float)
-
 Compress = dict[str, Any] | list[dict[str, Any]] | None
 """The option `compress` of methods: a section of `Compression`'s options, or several."""
-
-Candidate = tuple[dict[str, Any], dict[str, Tensor]]
-"""What tells a candidate from others, and its parameters in the experts' types."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +34,7 @@ class CodedModel:
     Attributes:
         network: The coded model, in eval mode.
         chosen: What was chosen on the way, and how a solve ended: plain values for the record.
+        start: The other method's coded model that a `Refit` began from, if any; `Method.pack` begins there again.
 
     >>> import coin, torch
     >>> made = coin.Average().make(coin.Experts([torch.nn.Linear(4, 3) for _ in "ab"]), [0.5, 0.5])
@@ -58,6 +44,7 @@ class CodedModel:
 
     network: nn.Module
     chosen: dict[str, Any] = field(default_factory=dict)
+    start: "CodedModel | None" = None
 
 
 class Merged(list[nn.Module]):
@@ -145,11 +132,17 @@ class Method(ABC):
         return ()
 
     def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()) -> Self:
-        """Return the method with the experiment's choices where its options leave them open.
+        """Return the method with the experiment's choices where its options are none.
 
-        These are the kind and data of Fishers, and for which decoders a choice is made; none leaves that open.
+        These are the kind and data of its statistics, and the decoders for which it chooses.
         """
-        return self
+        defaults = {"fisher_kind": fisher_kind, "fisher_data": fisher_data, "gram_data": fisher_data}
+        left_open = {name: value for name, value in defaults.items() if getattr(self, name, value) is None}
+        if not left_open:
+            return self
+        settled = copy(self)
+        vars(settled).update(left_open)
+        return settled
 
     def compressed(self, compress: Compress) -> list[Compression]:
         """Return an option's compressions; a method whose coded models are deltas reads the shared initialisation."""
@@ -254,137 +247,6 @@ def _subclasses(kind: Any) -> Iterator[type[Method]]:
         yield from _subclasses(each)
 
 
-class MergeMethod(Method):
-    """A method in closed form: one or several candidates for the coded model's parameters.
-
-    Where there is a choice, of candidates or of a BatchNorm policy, the smallest error of decoded answers on held-out
-    calibration samples decides (`held_out_error`): no labels, and the passes count. No fixed policy is safe:
-    ``average`` ruins networks whose statistics were trained along (NDA 17 where 81 is to be had), ``recalibrate`` those
-    whose statistics were frozen (18 where 92 is).
-
-    Args:
-        batchnorm: Policy for BatchNorm statistics, as for every method.
-        label: Name of this variant in results, a plain file name.
-        compress: How the coded models are compressed too, beside keeping them whole: one section of `Compression`'s
-            options, such as ``{bits: 4}``, or several. The results call such a variant ``LABEL-4bit``.
-
-    A closed form of one's own:
-
-    >>> import coin, torch
-    >>> class Median(coin.MergeMethod):
-    ...     name = "median"
-    ...     def candidates(self, experts, row):
-    ...         every = experts.parameters
-    ...         yield {}, {name: torch.stack([each[name] for each in every]).median(0).values for name in every[0]}
-    >>> experts = [torch.nn.Linear(4, 3) for _ in "abc"]
-    >>> coded = coin.merge_networks(Median(), experts, coin.uniform(3))[0]
-    >>> torch.equal(coded.bias, torch.stack([each.bias for each in experts]).median(0).values)
-    True
-    """
-
-    def __init__(
-        self,
-        *,
-        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
-        label: str | None = None,
-        compress: Compress = None,
-    ) -> None:
-        self.batchnorm = chosen(BatchNormPolicy, "batchnorm", batchnorm)
-        self.label = self.labelled(label)
-        self.reads_initial = self.reads_initial or self.batchnorm is BatchNormPolicy.keep
-        self.compress = self.compressed(compress)
-
-    @abstractmethod
-    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
-        """Yield what it is and the parameters of every candidate; the experts have been checked."""
-
-    def trials(self, experts: Experts, row: Sequence[float]) -> list[Candidate]:
-        """Return what the candidates are judged by, their like without held-out data; nothing for themselves."""
-        return []
-
-    def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
-        """Make the coded model of one row of the code; see `Method.make`."""
-        check_experts(experts, row)
-        candidates = list(self.candidates(experts, row))
-        if len(candidates) > 1 and not experts.is_calibrated:
-            raise ConfigurationError(
-                f"found no calibration inputs, by which method '{self.label}' chooses; give them, or set its options"
-            )
-        trials = self.trials(experts, row) if len(candidates) > 1 else []
-        policies = self._policies(experts)
-        for _, parameters in (*candidates, *trials):
-            check_finite(parameters, f"the coded model of method '{self.label}'")
-        errors = {}
-        if len(candidates) * len(policies) > 1:
-            errors = {
-                (place, policy): self._error(experts, row, parameters, policy)
-                for place, (_, parameters) in enumerate(trials or candidates)
-                for policy in policies
-            }
-        place, policy = min(errors, key=lambda each: errors[each], default=(0, policies[0]))
-        options, parameters = candidates[place]
-        network = self._build(experts, row, parameters, policy, held_out=False)
-        taken = options | ({"batchnorm": policy} if policy else {})
-        if errors:
-            if (held_out := experts.split[1].num_samples) < _FEW:
-                warnings.warn(
-                    f"method '{self.label}' chose by {held_out} held-out calibration samples, expected at least "
-                    f"{_FEW}; raise samples_per_task, or set its options",
-                    CoinWarning,
-                    stacklevel=2,
-                )
-            check_errors(errors.values(), self.label)
-            data = [[str(value) for name, value in each.items() if name.endswith("_data")] for each, _ in candidates]
-            taken["held_out_error"] = {
-                "/".join(filter(None, [*data[place], policy])): error for (place, policy), error in errors.items()
-            }
-        check_coded(network, experts, self.label)
-        return CodedModel(network, taken)
-
-    def measure(self, experts: Experts, row: Sequence[float], parameters: State) -> float:
-        """Return the held-out error of parameters, with the better of the BatchNorm policies."""
-        return min(self._error(experts, row, parameters, policy) for policy in self._policies(experts))
-
-    def _error(self, experts: Experts, row: Sequence[float], parameters: State, policy: str) -> float:
-        return held_out_error(experts, self._build(experts, row, parameters, policy, held_out=True), row)
-
-    def _policies(self, experts: Experts) -> list[str]:
-        """Return the BatchNorm policies to choose from; an empty one where there is no BatchNorm."""
-        if not experts.has_batchnorm:
-            return [""]
-        if self.batchnorm is not BatchNormPolicy.auto:
-            return [str(self.batchnorm)]
-        first, *others = experts.buffers
-        floating = [name for name, buffer in first.items() if buffer.is_floating_point()]
-        if all(torch.equal(first[name], other[name]) for other in others for name in floating):
-            return [SAME]
-        if not experts.is_calibrated or experts.split[0].num_samples < 2:
-            found = "two calibration samples" if experts.is_calibrated else "no calibration inputs"
-            warnings.warn(
-                f"found {found}, by which method '{self.label}' chooses what becomes of BatchNorm's statistics: it "
-                "averages them, which can be the worst choice; give the tasks' inputs, or set batchnorm",
-                CoinWarning,
-                stacklevel=3,
-            )
-            return [str(BatchNormPolicy.average)]
-        return [str(BatchNormPolicy.average), str(BatchNormPolicy.recalibrate)]
-
-    def _build(
-        self, experts: Experts, row: Sequence[float], parameters: State, policy: str, *, held_out: bool
-    ) -> nn.Module:
-        """Return the coded model with its buffers; if `held_out`, recalibrated without the held-out samples."""
-        buffers = weighted_sum(experts.buffers, row)
-        if policy == BatchNormPolicy.keep:
-            initial = experts.initial()[1]
-            buffers = {name: initial.get(name, tensor) for name, tensor in buffers.items()}
-        network = experts.blank().eval()
-        fill(network, {**parameters, **buffers})
-        renormalise(network, experts.buffers)
-        if policy == BatchNormPolicy.recalibrate:
-            experts.passes += recalibrate(network, experts.split[0] if held_out else experts.pooled)
-        return network
-
-
 def fill(network: nn.Module, state: State) -> None:
     """Copy parameters and buffers into a network, which may name tied ones twice."""
     own = network.state_dict()  # tensors that share the network's memory
@@ -393,57 +255,3 @@ def fill(network: nn.Module, state: State) -> None:
         for name, buffer in network.named_buffers():  # those that are not persistent are in no state dict
             if name in state and name not in own and not torch.equal(buffer, state[name]):
                 buffer.copy_(state[name])
-
-
-def refined(start: CodedModel, label: str) -> CodedModel:
-    """Return a coded model that was changed since it was made, after checking it; its error was the start's."""
-    check_finite(parameters_of(start.network), f"the coded model of method '{label}'")
-    renamed = {"held_out_error": "held_out_error_of_start"}
-    return CodedModel(start.network, {renamed.get(name, name): value for name, value in start.chosen.items()})
-
-
-def checked(name: str, value: Number, is_sound: bool, expected: str) -> Number:
-    """Return an option's value if it is sound, and raise ConfigurationError with what is expected otherwise."""
-    if not is_sound:
-        raise ConfigurationError(f"found {name} {value}, expected {expected}")
-    return value
-
-
-def check_row(weights: Sequence[float], count: int) -> None:
-    """Raise ConfigurationError where weights are no code row: one an expert, non-negative, with the sum 1."""
-    if len(weights) != count:
-        raise ConfigurationError(
-            f"found {len(weights)} weights for {count} experts, expected one each; give a row of the code"
-        )
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
-        raise ConfigurationError(
-            f"found weights {list(weights)}, expected non-negative numbers that sum to 1; give a row of the code"
-        )
-
-
-def check_each(states: Sequence[State], what: str) -> None:
-    """Raise StateError, which names the expert and the tensor, where states differ in layout or are not finite."""
-    names = [f"{what} {index}" for index in range(len(states))]
-    check_same_layout(states, names)
-    for state, name in zip(states, names, strict=True):
-        check_finite(state, name)
-
-
-def check_experts(experts: Experts, row: Sequence[float]) -> None:
-    """Raise as `check_row` and `check_each`, of the experts' parameters."""
-    check_row(row, experts.count)
-    check_each(experts.parameters, "expert")
-
-
-def check_coded(network: nn.Module, experts: Experts, label: str) -> None:
-    """Raise StateError where a coded model's buffer is not finite, unless every expert's is the same infinity."""
-    for name, buffer in network.named_buffers():
-        if not (buffer.is_floating_point() or buffer.is_complex()) or bool(torch.isfinite(buffer).all()):
-            continue
-        wrong = ~torch.isfinite(buffer)
-        theirs = [state[name].to(buffer)[wrong] for state in experts.buffers if name in state]
-        if not all(torch.equal(buffer[wrong], other) for other in theirs):  # as no NaN is
-            raise StateError(
-                f"the coded model of method '{label}' is not finite: buffer '{name}' holds a NaN, or an infinity that "
-                "the experts do not share; check the experts' buffers"
-            )

@@ -1,5 +1,6 @@
 """Refit: every layer of the average fitted anew, in the order of execution, on the coded network's own inputs."""
 
+import math
 import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Sequence
@@ -12,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.batches import clone, joined, size_of
+from coin.batches import clone, joined, size_of, take
 from coin.choices import check_integer, chosen
 from coin.coding import DecoderConfig, distinct_decoders
 from coin.errors import CoinWarning
-from coin.files.tensors import State, check_finite, weighted_sum
-from coin.merging.affine import fit_unit
+from coin.files.tensors import State, weighted_sum
 from coin.merging.average import Average, average_parameters, fit_head
+from coin.merging.checks import check_coded, check_experts, checked
 from coin.merging.experts import Experts, parameters_of
-from coin.merging.held_out import LINEAR, check_errors, held_out_error
-from coin.merging.lockstep import Walk
-from coin.merging.method import CodedModel, Compress, Method, check_coded, check_experts, checked, fill, starting_method
+from coin.merging.held_out import LINEAR, choose
+from coin.merging.method import CodedModel, Compress, Method, fill, starting_method
+from coin.merging.passes import PROBED, chosen_places, expert_targets, fit_in_order, position_weights
 from coin.merging.rounding import Rounding
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.batchnorm import BatchNormPolicy, folded
@@ -38,6 +39,9 @@ RIDGES = (0.01, 0.03, 0.1, 0.3)
 
 MOST_AVERAGED = 0.1
 """With a larger share of parameters that cannot be refitted a warning is given."""
+
+AHEAD = 0.8
+"""Which share of own's error both's may have at most: near a strong base both are alike there, and own the better."""
 
 OWN_SHARE = 0.3
 """The share of the experts' own targets in both."""
@@ -56,7 +60,7 @@ class Target(StrEnum):
     """On all samples, between the two: the sum of both objectives."""
 
     auto = "auto"
-    """Own and both are tried, and the error of decoded answers on held-out calibration samples decides.
+    """Own and both are tried; both is taken where its error of decoded answers on held-out samples is `AHEAD` of own's.
 
     For the expert_head decoder alone it is own, untried.
     """
@@ -74,18 +78,21 @@ class Refit(Method):
         mix:  E_x pooled        ‖W a(x) + b − Σ_i β_i z_i(x)‖² + λ ‖W − W̄‖²
         both: their sum, `OWN_SHARE` of the first and the rest of the second
 
-    over the calibration samples and all positions, λ = ridge × the mean diagonal entry of the covariance of a. A
-    grouped convolution is one regression a group, a normalisation layer that follows no linear map one a channel. The
-    map is written back with its BatchNorm an identity that carries b. What cannot be refitted (an embedding, a weight
-    that is used twice) keeps the start, and the result names it. At last the head is fitted to Σ_i β_i f_i
-    (`fit_head`). No labels, no gradients, no learning rate.
+    over the calibration samples and their positions, λ = ridge × the mean diagonal entry of the covariance of a. A
+    grouped convolution is one regression for each group, a normalisation layer that follows no linear map one for each
+    channel. The map is written back with its BatchNorm an identity that carries b. What cannot be refitted (an
+    embedding, a weight that is used twice) keeps the start, and the result names it. At last the head is fitted to
+    Σ_i β_i f_i (`fit_head`). No labels, no training, no learning rate.
 
-    All networks go through their layers side by side: one refit takes one forward pass of every expert (``own``: on its
-    own task's samples alone) and two of the coded network, however many layers there are. Only up to the last layer at
-    which the activations of all samples would need more than `memory_mib` do they begin anew for every layer.
+    It takes one forward pass of every expert (``own``: on its own task's samples alone), in which it leaves each
+    layer's outputs at some positions, and one of the coded network, in which every layer is fitted just before it is
+    called. A layer with K unknowns for each output is fitted to max(`LEAST`, `ROWS` · K) rows, or to as many as take
+    `SHARE` of its own multiplications if that is more, as many of every sample, at positions that are drawn evenly,
+    but tokens as often as the outputs depend on them (`position_weights`). Where the activations of all samples do not
+    fit `memory_mib`, it is as many samples as fit, and a warning.
 
     ``own`` is best where the experts are near a strong base, ``both`` where they are not; ``mix`` was behind ``both``
-    on every set of tasks.
+    on every set of tasks. Transformers that were fine-tuned far want ``both`` with ``start: coin`` and ``last: 0.5``.
 
     Source: this project's. Relatives, none of which codes: RegMean++ (inputs from the merged network), Chain of Merges,
     LOT (normalisation layers too).
@@ -94,11 +101,12 @@ class Refit(Method):
         target: ``own``, ``mix``, ``both`` or ``auto``.
         start: ``average``; another closed form's name, such as ``wudi`` or ``coin``; or its ``class_path`` and
             ``init_args``. It is made of all samples, before any are held out.
+        last: Which share of the layers is refitted, the last ones, in (0, 1]; the others keep the start.
         decoders: For which decoders target and ridge are chosen, by their mean error; none for the experiment's, or
             ``linear``.
         ridge: λ, relative and dimensionless, above 0; none has it chosen.
         head: Whether the head is fitted at last.
-        memory_mib: Bound on the activations that are kept, in MiB.
+        memory_mib: Bound on the coded network's activations, in MiB.
         label: Name of this variant in results.
         compress: As for every method (`MergeMethod`); by default it is rounded while it is refitted (`pack`).
     """
@@ -113,6 +121,7 @@ class Refit(Method):
         ridge: float | None = 0.03,
         *,
         start: str | dict[str, Any] = Average.name,
+        last: float = 1.0,
         head: bool = True,
         decoders: list[str] | None = None,
         memory_mib: int = 4096,
@@ -122,8 +131,9 @@ class Refit(Method):
         self.target = chosen(Target, "target", target)
         if ridge is not None:
             checked("ridge", ridge, 0 < ridge < float("inf"), "a positive number, or none")
+        checked("last", last, 0 < last <= 1, "a share above 0 and at most 1")
         check_integer("memory_mib", memory_mib, 1)
-        self.ridge, self.head, self.memory_mib = ridge, head, memory_mib
+        self.ridge, self.last, self.head, self.memory_mib = ridge, last, head, memory_mib
         self.start = start
         self._start = None if start == Average.name else starting_method(start, reads_initial=True)
         self.reads_initial = self._start is not None and self._start.reads_initial
@@ -154,25 +164,26 @@ class Refit(Method):
         check_experts(experts, row)
         targets = [Target.own, Target.both] if self.target is Target.auto else [self.target]
         options = [(target, ridge) for target in targets for ridge in ([self.ridge] if self.ridge else RIDGES)]
-        residuals = {}
         start = None if self._start is None else self._start.make(experts, row)
-        if len(options) > 1:
-            decoders = [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]]
-            for option in options:
-                trial = self._refit(experts, row, start, *option, held_out=True)[0]
-                residuals[option] = held_out_error(experts, trial, row, decoders)
-            check_errors(residuals.values(), self.label)
-        best = min(options, key=lambda option: residuals.get(option, 0.0))
-        network, averaged, _ = self._refit(experts, row, start, *best)
-        check_finite(parameters_of(network), f"the coded model of method '{self.label}'")
+        decoders = [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]]
+
+        def trial(option: tuple[Target, float]) -> nn.Module:
+            return self._refit(experts, row, start, *option, held_out=True)[0]
+
+        def handicap(option: tuple[Target, float]) -> float:
+            return 1 / AHEAD if option[0] is Target.both else 1.0
+
+        (target, ridge), errors = choose(options, trial, experts, row, self.label, decoders, handicap)
+        network, averaged, _ = self._refit(experts, row, start, target, ridge)
         check_coded(network, experts, self.label)
         self._warn_of(averaged, network)
-        taken: dict[str, Any] = {"target": str(best[0]), "ridge": best[1], "averaged": averaged}
+        taken: dict[str, Any] = {"target": str(target), "ridge": ridge, "averaged": averaged}
         if start is not None:
             taken |= {f"start_{name}": value for name, value in start.chosen.items()}
-        if residuals:
-            taken["held_out_error"] = {f"{target}/{ridge:g}": r for (target, ridge), r in residuals.items()}
-        return CodedModel(network, taken)
+        if errors:
+            names = [f"{target}/{ridge:g}" for target, ridge in options]
+            taken["held_out_error"] = dict(zip(names, errors, strict=True))
+        return CodedModel(network, taken, start)
 
     @torch.inference_mode(False)
     def pack(
@@ -186,20 +197,15 @@ class Refit(Method):
         """
         if compression.bits is None or compression.rounding is RoundingKind.nearest:
             return super().pack(experts, row, made, base, compression)
-        bits, base_bits, start = (
-            compression.bits,
-            compression.base_bits,
-            None if self._start is None else self._start.make(experts, row),
-        )
+        bits, base_bits = compression.bits, compression.base_bits
 
         def against(network: nn.Module) -> Rounding:
             return Rounding(reference_of(network, base, base_bits), bits)
 
         options = Target(made.chosen["target"]), made.chosen["ridge"]
-        network, _, rounding = self._refit(experts, row, start, *options, against=against)
+        network, _, rounding = self._refit(experts, row, made.start, *options, against=against)
         assert rounding is not None
-        rounded, reference = rounding.rounded, rounding.reference
-        return compress(network, reference, bits=bits, base_bits=base_bits, rounded=rounded)
+        return compress(network, rounding.reference, bits=bits, base_bits=base_bits, rounded=rounding.rounded)
 
     def _warn_of(self, averaged: Sequence[str], network: nn.Module) -> None:
         sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
@@ -229,7 +235,6 @@ class Refit(Method):
         `against` makes what its matrices are rounded by of the network as it starts.
         """
         inputs = joined(list(experts.split[0] if held_out else experts.pooled))
-        mixtures, shares = _objective(target, row, experts.tasks[: size_of(inputs)])
         if start is None:
             network, states = experts.blank().eval(), list(zip(experts.parameters, experts.buffers, strict=True))
             fill(network, {**average_parameters(experts.parameters, row), **weighted_sum(experts.buffers, row)})
@@ -237,31 +242,39 @@ class Refit(Method):
         else:
             network = clone(start.network)
             states = [(parameters_of(start.network), dict(start.network.named_buffers()))]
-        units = affine_units(network, inputs)
+        trace = affine_units(network, inputs)
+        units, every = trace.units, size_of(inputs)
         experts.passes += PROBES
         _fold(network, units, states, [1.0] if start else row)
-        rounding, kept = None, parameters_of(network).keys() - {name for unit in units for name in unit.names}
+        averaged = parameters_of(network).keys() - {name for unit in units for name in unit.names}
+        units = units[len(units) - math.ceil(self.last * len(units)) :]
+        rounding = None
         if against is not None:
-            rounding = against(network)
-            for name in filter(rounding.takes, kept):
+            rounding, fitted = against(network), {name for unit in units for name in unit.names}
+            for name in filter(rounding.takes, parameters_of(network).keys() - fitted):
                 network.get_parameter(name).data.copy_(rounding.round(name, network.get_parameter(name).data))
-        parts = [mixture.nonzero().flatten() for mixture in mixtures]
-        networks = 1 + sum(map(len, parts)) / size_of(inputs)  # own: every sample is one expert's
-
-        def fitting(floats: int) -> int:
-            return max(experts.count, int((self.memory_mib << 20) / max(1, floats * 4 * networks)))
-
-        walk = Walk(
-            network, list(experts.networks), inputs, parts, fitting, max((unit.floats for unit in units), default=1)
+        samples = min(every, max(experts.count, (self.memory_mib << 20) // (4 * trace.floats)))
+        if samples < every:
+            warnings.warn(
+                f"method '{self.label}' fits its layers on {samples} of {every} calibration samples, which need "
+                f"memory_mib={math.ceil(4 * trace.floats * every / 2**20)}; found {self.memory_mib}",
+                CoinWarning,
+                stacklevel=4,
+            )
+        inputs = take(inputs, slice(0, samples))
+        mixtures, shares = _objective(target, row, experts.tasks[:samples])
+        trace = trace._replace(units=units)
+        weights = position_weights(network, trace, probed := take(inputs, slice(0, PROBED)))
+        places = chosen_places(units, samples, weights, next(network.parameters()).device)
+        targets, passes = expert_targets(
+            list(experts.networks), trace, inputs, mixtures, places, experts.pooled.batch_size
         )
-        with walk, torch.no_grad(), progress(self.label, len(units)) as advance:
-            for unit in units:
-                fit_unit(network, unit, walk.looks(unit), shares, mixtures, ridge, rounding)
-                advance()
-        experts.passes += walk.passes
+        experts.passes += passes + samples + (3 * size_of(probed) if weights else 0)
+        with progress(self.label, len(units)) as advance:
+            fit_in_order(network, units, inputs, targets, places, shares, weights, ridge, rounding, advance)
         if self.head:
             fit_head(network, experts, row, held_out=held_out, rounding=rounding)
-        return network, sorted(kept), rounding
+        return network, sorted(averaged), rounding
 
 
 def _objective(target: Target, row: Sequence[float], task: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,19 +5,20 @@ from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from copy import copy
 from enum import StrEnum
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from coin.choices import chosen
-from coin.coding import DecoderConfig
+from coin.choices import check_number, chosen
 from coin.errors import NumericalError, StateError
 from coin.files.tensors import State, weighted_mean
+from coin.merging.checks import check_each, check_experts, checked
+from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
-from coin.merging.method import Candidate, CodedModel, MergeMethod, check_each, check_experts, checked
+from coin.merging.method import CodedModel
 from coin.progress import tracked
-from coin.statistics import TRANSPOSED, FisherKind
+from coin.statistics import TRANSPOSED
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 ALPHAS = (0.3, 0.5, 0.7, 0.9, 1.0)
@@ -72,7 +73,7 @@ class RegMean(MergeMethod):
         if alpha is not None:
             checked("alpha", alpha, 0 <= alpha <= 1, "a number from 0 to 1, or none")
         if damping is not None:
-            checked("damping", damping, 0 <= damping < math.inf, "a finite number of at least 0")
+            check_number("damping", damping, low=0)
         self.alpha, self.damping = alpha, damping
         self.gram_data = None if gram_data is None else chosen(DataChoice, "gram_data", gram_data)
 
@@ -81,60 +82,52 @@ class RegMean(MergeMethod):
         choice = self.gram_data or DataChoice.auto
         return tuple(Statistic(StatisticKind.gram, data) for data in choice.alternatives)
 
-    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()) -> Self:
-        """Return the method with the experiment's choice where its option leaves the data open."""
-        settled = copy(self)
-        settled.gram_data = self.gram_data or fisher_data
-        return settled
-
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
-        if self.alpha is not None and self.damping is not None:
+        grids = {"damping": DAMPINGS, "alpha": ALPHAS}
+        left_open = [name for name in grids if getattr(self, name) is None]
+        if not left_open:
             return super().make(experts, row)
         check_experts(experts, row)
         tuned = copy(self)
-        tuned.alpha, tuned.damping, at_edge = self._tuned(experts, row)
+        tuned.alpha = 0.7 if self.alpha is None else self.alpha
+        grams = experts.computed(None, experts.fitted(DataChoice.pooled))
+        for name in left_open:
+            candidates = []
+            for value in grids[name]:
+                setattr(tuned, name, value)
+                candidates.append(Candidate({name: value}, tuned._solved(experts, row, grams)))
+            setattr(tuned, name, self._best(experts, row, candidates)[0].options[name])
         made = tuned.make(experts, row)
-        chosen = {"alpha": tuned.alpha, "damping": tuned.damping, "at_edge": at_edge}
-        return CodedModel(made.network, made.chosen | chosen)
+        at_edge = self.damping is None and tuned.damping in (DAMPINGS[0], DAMPINGS[-1])
+        options = {"alpha": tuned.alpha, "damping": tuned.damping, "at_edge": at_edge}
+        return CodedModel(made.network, made.chosen | options)
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
-        """Yield the solution for the Gram matrices of every kind of data that the option allows."""
-        for data in experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto):
-            yield self._solved(experts, row, data, experts.statistic(Statistic(StatisticKind.gram, data)))
+        """Yield the solution for the Gram matrices of every kind of data that the option allows.
 
-    def trials(self, experts: Experts, row: Sequence[float]) -> list[Candidate]:
-        """Return the same with Gram matrices of the samples that are not held out: they know what they have seen."""
-        fitted = {data: experts.fitted(data) for data in experts.available(StatisticKind.gram, DataChoice.auto)}
-        if any(next(iter(batches), None) is None for samples in fitted.values() for batches in samples):
-            return []  # one sample a task
-        return [self._solved(experts, row, data, experts.computed(None, samples)) for data, samples in fitted.items()]
-
-    def _solved(self, experts: Experts, row: Sequence[float], data: DataChoice, grams: Sequence[State]) -> Candidate:
-        assert self.alpha is not None
-        assert self.damping is not None
-        grams = completed(grams)
-        solved = regmean_parameters(experts.parameters, grams, row, self.alpha, self.damping, self.layers, self.label)
+        Where there are several they are judged by Gram matrices without the held-out samples, which would remember
+        them, unless a task has no other sample.
+        """
+        data = experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto)
+        judged = len(data) > 1 and experts.is_calibrated
+        judged = judged and all(each.num_samples for each in experts.fitted(DataChoice.own))
         most = 2 if self.layers is RegMeanLayers.linear else math.inf
         solvable = {name for name, tensor in experts.parameters[0].items() if 2 <= tensor.ndim <= most}
-        averaged = sorted(solvable - {name.removesuffix(TRANSPOSED) for name in grams[0]})
-        return {"gram_data": str(data)} | ({"averaged": averaged} if averaged else {}), solved
+        for each in data:
+            grams = experts.statistic(Statistic(StatisticKind.gram, each))
+            averaged = sorted(solvable.difference(name.removesuffix(TRANSPOSED) for gram in grams for name in gram))
+            options = {"gram_data": str(each)} | ({"averaged": averaged} if averaged else {})
+            solved = self._solved(experts, row, grams)
+            fitted = experts.computed(None, experts.fitted(each)) if judged else None
+            yield Candidate(options, solved, None if fitted is None else self._solved(experts, row, fitted))
 
-    def _tuned(self, experts: Experts, row: Sequence[float]) -> tuple[float, float, bool]:
-        """Return α and the damping by the held-out error, and whether the damping is at an end of its grid."""
-        grams = completed(experts.computed(None, experts.fitted(DataChoice.pooled)))
-
-        def error(alpha: float, damping: float) -> float:
-            solved = regmean_parameters(experts.parameters, grams, row, alpha, damping, self.layers, self.label)
-            return self.measure(experts, row, solved)
-
-        alpha, damping, at_edge = 0.7 if self.alpha is None else self.alpha, self.damping, False
-        if damping is None:
-            damping = min(DAMPINGS, key=lambda each: error(alpha, each))
-            at_edge = damping in (DAMPINGS[0], DAMPINGS[-1])
-        if self.alpha is None:
-            alpha = min(ALPHAS, key=lambda each: error(each, damping))
-        return alpha, damping, at_edge
+    def _solved(self, experts: Experts, row: Sequence[float], grams: Sequence[State]) -> State:
+        assert self.alpha is not None
+        assert self.damping is not None
+        return regmean_parameters(
+            experts.parameters, completed(grams), row, self.alpha, self.damping, self.layers, self.label
+        )
 
 
 def completed(grams: Sequence[State]) -> list[State]:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from coin.choices import check_number
 from coin.files.tensors import State, check_finite, check_same_layout, doubled, weighted_mean
+from coin.merging.checks import checked
+from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
-from coin.merging.method import Candidate, MergeMethod, checked
 from coin.merging.regmean import regmean_parameters
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.heads import head_name
@@ -30,7 +32,7 @@ class Base(MergeMethod):
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the initialisation."""
-        yield {}, dict(_checked_initial(experts))
+        yield Candidate({}, _checked_initial(experts))
 
 
 class Wudi(MergeMethod):
@@ -62,7 +64,8 @@ class Wudi(MergeMethod):
 
     def __init__(self, damping: float = 1e-4, *, head: bool = False, **options: Any) -> None:
         super().__init__(**options)
-        self.damping = checked("damping", damping, 0 < damping < math.inf, "a finite positive number")
+        check_number("damping", damping, low=0, strict=True)
+        self.damping = damping
         self.head = head
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
@@ -71,19 +74,20 @@ class Wudi(MergeMethod):
         network = experts.blank()
         left_out = None if self.head else f"{head_name(network)}.weight".lstrip(".")
         maps = [name for name in linear_maps(network) if name.removesuffix(TRANSPOSED) != left_out]
-        grams = [_DeltaGrams(expert, initial, maps) for expert in every]
-        names = [name for name in grams[0] if all(name in gram for gram in grams)]
-        solved = [_DeltaGrams(expert, initial, names) for expert in every]
-        yield {}, regmean_parameters(every, solved, row, alpha=1.0, damping=self.damping, label=self.label)
+        keys = {name: name.removesuffix(TRANSPOSED) for name in maps}
+        changed = {
+            name: key for name, key in keys.items() if not any(torch.equal(each[key], initial[key]) for each in every)
+        }
+        grams = [_DeltaGrams(expert, initial, changed) for expert in every]
+        solved = regmean_parameters(every, grams, row, alpha=1.0, damping=self.damping, label=self.label)
+        yield Candidate({}, solved)
 
 
 class _DeltaGrams(Mapping[str, Tensor]):
-    """τᵀτ / ‖τ‖² ``[1, K, K]`` of every map that an expert has changed, each computed when it is read."""
+    """τᵀτ / ‖τ‖² ``[1, K, K]`` of an expert's maps, each computed when it is read; `keys` names their weights."""
 
-    def __init__(self, expert: State, initial: State, maps: Sequence[str]) -> None:
-        self._expert, self._initial = expert, initial
-        keys = {name: name.removesuffix(TRANSPOSED) for name in maps}
-        self._keys = {name: key for name, key in keys.items() if not torch.equal(expert[key], initial[key])}
+    def __init__(self, expert: State, initial: State, keys: Mapping[str, str]) -> None:
+        self._expert, self._initial, self._keys = expert, initial, keys
 
     def __getitem__(self, name: str) -> Tensor:
         key = self._keys[name]
@@ -147,7 +151,7 @@ class TaskArithmetic(MergeMethod):
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one sum."""
-        yield {}, task_arithmetic(experts.parameters, _checked_initial(experts), row, self.scale)
+        yield Candidate({}, task_arithmetic(experts.parameters, _checked_initial(experts), row, self.scale))
 
 
 class Ties(MergeMethod):
@@ -178,7 +182,7 @@ class Ties(MergeMethod):
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one merge."""
-        yield {}, ties(experts.parameters, _checked_initial(experts), row, self.keep, self.scale)
+        yield Candidate({}, ties(experts.parameters, _checked_initial(experts), row, self.keep, self.scale))
 
 
 def _checked_initial(experts: Experts) -> State:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from coin.statistics.tape import Tape
 PROBES = 20
 """Forward-equivalents that the search takes: of two and of three samples, and of three with two backward passes."""
 
-_KEPT = 6
+_ALIVE = 3
 """Tensors of a call's size that are alive beside what the modules around it were called with."""
 
 
@@ -32,13 +33,18 @@ _KEPT = 6
 class Unit:
     """An affine map of a network by the names of its weight and bias, with the module of the BatchNorm behind it.
 
-    `floats` are at most alive of one sample while a pass goes from the unit before it to the network's end.
+    `shape` is that of what it returns for one sample, the rows of the sample first, and `positions` at how many places
+    the same weights were used. A group has so many `unknowns` for each of its `outputs`.
     """
 
     weight: str
     bias: str | None
     norm: str | None
-    floats: int
+    shape: tuple[int, ...]
+    positions: int
+    unknowns: int
+    outputs: int
+    is_convolution: bool
 
     @property
     def end(self) -> str:
@@ -56,8 +62,22 @@ class Unit:
         return {self.weight, self.bias, self.end, self.shift}
 
 
-def affine_units(network: nn.Module, inputs: Batch) -> list[Unit]:
-    """Find a network's affine units in the order of execution, by running it on two and on three samples.
+class Trace(NamedTuple):
+    """A network's forward pass.
+
+    Attributes:
+        units: Its affine units, in the order of execution.
+        calls: The weights of all calls, in this order.
+        floats: How many of one sample are in memory at once, at most.
+    """
+
+    units: list[Unit]
+    calls: list[str]
+    floats: int
+
+
+def affine_units(network: nn.Module, inputs: Batch) -> Trace:
+    """Find a network's affine units, by running it on two and on three samples.
 
     A unit is a linear map, a normalisation or a scale, whose weight and bias nothing else reads in a forward pass, and
     whose output has the samples, or several rows of each, along its leading dimension: sample by sample, as their
@@ -74,10 +94,8 @@ def affine_units(network: nn.Module, inputs: Batch) -> list[Unit]:
             "that make the same calls whatever their inputs"
         )
     misplaced, decided = _misplaced(network, take(inputs, torch.arange(3) % size_of(inputs)))
-    floats = [(seen.around + _KEPT * seen.shape.numel()) // 2 for seen in two]
     units: list[Unit] = []
-    before = 0
-    for place, (seen, other, following) in enumerate(zip(two, three, [*two[1:], None], strict=True)):
+    for seen, other, following in zip(two, three, [*two[1:], None], strict=True):
         leads = seen.shape[1:] == other.shape[1:] and 3 * seen.shape[0] == 2 * other.shape[0]
         is_part = bool(units) and units[-1].end == seen.weight
         placed = seen.weight not in misplaced and (seen.weight not in decided or seen.shape[:-1] == (2,))
@@ -86,9 +104,11 @@ def affine_units(network: nn.Module, inputs: Batch) -> list[Unit]:
             joins = following is not None and seen.is_map and following.is_batchnorm and following.bias is not None
             if following is not None and joins and following.source == seen.output:
                 norm = following.weight.rpartition(".")[0]
-            units.append(Unit(seen.weight, seen.bias, norm, max(floats[before:])))
-            before = place
-    return units
+            shape = (seen.shape[0] // 2, *seen.shape[1:])
+            places, outputs = prod(shape) // seen.outputs, seen.outputs // seen.groups
+            units.append(Unit(seen.weight, seen.bias, norm, shape, places, seen.unknowns, outputs, seen.is_convolution))
+    floats = max((seen.around + _ALIVE * seen.shape.numel()) // 2 for seen in two) if two else 1
+    return Trace(units, [seen.weight for seen in two], floats)
 
 
 def _misplaced(network: nn.Module, samples: Batch) -> tuple[set[str], set[str]]:
@@ -114,6 +134,10 @@ class _Seen(NamedTuple):
     output: tuple[int, int]
     shape: torch.Size
     around: int  # the floats that the modules around it were called with
+    outputs: int  # at each position
+    unknowns: int  # of each output
+    groups: int  # of outputs
+    is_convolution: bool
     is_unit: bool  # it is linear in its weight and bias, which nothing else reads
     is_map: bool  # a BatchNorm over its output has a channel for every row of the weight
     is_batchnorm: bool  # of a module that alone reads its input, and of a weight and bias that nothing else reads
@@ -181,5 +205,11 @@ def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
         norm = isinstance(network.get_submodule(weight.rpartition(".")[0]), _BatchNorm)
         alone = norm and unshared and readers.times[source[0]] == 1
         bias, is_unit = names.get("bias"), affine and unshared
-        seen.append(_Seen(weight, bias, source, made, output.shape, around, is_unit, is_map, alone))
+        size = max(1, named[weight].numel())
+        outputs = output.shape[1 if convolution else -1] if isinstance(call, LinearCall) else size
+        groups = call.geometry.groups if isinstance(call, ConvolutionCall) else 1 if linear else outputs
+        sizes = outputs, size // outputs, groups
+        seen.append(
+            _Seen(weight, bias, source, made, output.shape, around, *sizes, convolution, is_unit, is_map, alone)
+        )
     return seen

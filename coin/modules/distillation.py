@@ -19,7 +19,8 @@ from coin.data import Augmentation
 from coin.errors import CoinWarning, ConfigurationError, HeadError, NumericalError
 from coin.files.tensors import not_finite
 from coin.merging import Average, CodedModel, Experts, HeadFit, Method
-from coin.merging.method import Compress, check_row, starting_method
+from coin.merging.checks import check_row
+from coin.merging.method import Compress, starting_method
 from coin.modules.recipe import Schedule
 from coin.modules.search import POINTS, TRIALS, Choice, search_curves, search_grid
 from coin.modules.shared import plain_options, plot_against_epochs, tasks_of

@@ -1,6 +1,5 @@
 """Passes over calibration data that return named tensors: Fisher diagonals, Gram matrices, matrix-free products."""
 
-from coin.statistics.conjugate_gradient import Solution, conjugate_gradient
 from coin.statistics.cotangents import FisherKind, process_generator
 from coin.statistics.files import load_statistic, save_statistic
 from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass, Precision, fisher_diagonal, fisher_sums
@@ -15,10 +14,8 @@ __all__ = [
     "FisherPass",
     "OutputMap",
     "Precision",
-    "Solution",
     "Sums",
     "check_shares",
-    "conjugate_gradient",
     "fisher_diagonal",
     "fisher_sums",
     "gram_sums",

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from coin.errors import CoinWarning, ConfigurationError, DataError
-from coin.merging import Average, Coin, Experts, FullFisher, RegMean
+from coin.errors import CoinWarning, ConfigurationError, DataError, NumericalError
+from coin.merging import Average, Coin, Experts, FullFisher, Refit, RegMean
+from coin.merging.held_out import choose
 from coin.merging.regmean import ALPHAS, DAMPINGS, regmean_parameters
 from coin.networks import recalibrate
 from coin.statistics import fisher_diagonal, gram_sums
@@ -340,6 +341,32 @@ def test_few_samples_to_choose_by_are_told_of():
     few = [[torch.cat(task)[:20]] for task in calibration]
     with pytest.warns(CoinWarning, match="method 'coin' chose by 8 held-out calibration samples, expected at least 10"):
         Coin().make(Experts(networks, calibration=few), ROW)
+
+
+@pytest.mark.parametrize(
+    "method", [Refit(), RegMean(alpha=None), RegMean(damping=None, gram_data="own")], ids=lambda each: each.label
+)
+def test_few_samples_are_told_of_by_methods_that_choose_among_their_own_options(method):
+    networks, calibration = linear_networks()
+    message = f"method '{method.name}' chose by 8 held-out calibration samples, expected at least 10"
+    with pytest.warns(CoinWarning, match=message):
+        method.make(Experts(networks, calibration=calibration), ROW)
+
+
+def test_the_first_of_the_best_is_chosen_one_alone_untried_and_none_that_is_not_finite():
+    networks, calibration = batchnorm_networks("average")
+    experts, broken = Experts(networks, calibration=calibration), deepcopy(networks[0])
+    broken[-1].bias.data[0] = torch.nan
+    options = [broken, networks[1], networks[0], networks[1]]
+    best, errors = choose(options, lambda network: network, experts, (0.0, 1.0), "mine")
+    assert best is networks[1]
+    assert errors[0] == float("inf")
+    assert errors[1] == errors[3] <= errors[2] < 1
+    assert choose([broken], None, experts, ROW, "mine") == (broken, [])
+    with pytest.raises(
+        NumericalError, match="the outputs of method 'mine' on held-out calibration samples are not fin"
+    ):
+        choose([broken] * 2, lambda network: network, experts, ROW, "mine")
 
 
 def test_a_row_without_the_task_of_the_held_out_samples_is_judged_by_all_of_them():

@@ -10,8 +10,8 @@ from torch import nn
 from coin.errors import ConfigurationError, NumericalError, StateError
 from coin.merging import Average, Coin, Experts, FullFisher, GaussNewton, RegMean, TaskArithmetic, Ties, Wudi
 from coin.merging.average import average_parameters
+from coin.merging.checks import check_each
 from coin.merging.coin import check_fishers, coin_parameters
-from coin.merging.method import check_each
 from coin.merging.regmean import regmean_parameters
 from coin.merging.task_vectors import task_arithmetic, ties
 from coin.networks.batchnorm import BatchNormPolicy
@@ -285,13 +285,13 @@ def test_mismatched_layouts_are_named():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Coin(damping=-1), "damping -1"),
-        (lambda: Coin(damping=math.nan), "damping nan"),
+        (lambda: Coin(damping=-1), "damping=-1"),
+        (lambda: Coin(damping=math.nan), "damping=nan"),
         (lambda: RegMean("conv"), "expected one of linear, all"),
         (lambda: RegMean(alpha=2), "alpha 2"),
         (lambda: Ties(keep=0), "keep 0"),
         (lambda: TaskArithmetic(scale=math.inf), "scale inf"),
-        (lambda: Wudi(damping=0.0), "damping 0.0, expected a finite positive"),
+        (lambda: Wudi(damping=0.0), "damping=0.0, expected a number above 0"),
         (lambda: Average(batchnorm="reset"), "batchnorm='reset'"),
         (lambda: RegMean(gram_data="all"), "found gram_data='all', expected one of own, pooled, auto"),
     ],

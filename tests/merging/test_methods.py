@@ -283,7 +283,14 @@ DUE: dict[str, dict[str, tuple[type[Exception], str]]] = {
     "tiny Fishers": dict.fromkeys(("full_fisher", "full_fisher hasty", "gauss_newton"), (NumericalError, TINY)),
     "no Gram anywhere": {"full_fisher hasty": (CoinWarning, HASTY)},
     "constant inputs": {"regmean undamped": (NumericalError, SINGULAR), "full_fisher hasty": (CoinWarning, HASTY)},
-    "one sample a task": {"regmean undamped": (NumericalError, SINGULAR), "full_fisher hasty": (CoinWarning, HASTY)},
+    "one sample a task": {
+        "regmean undamped": (NumericalError, SINGULAR),
+        "full_fisher hasty": (CoinWarning, HASTY),
+        "regmean tuned": (
+            CoinWarning,
+            "method 'regmean' chose by 1 held-out calibration samples, expected at least 10",
+        ),
+    },
     "outputs that overflow": OVERFLOW,
 }
 

@@ -55,7 +55,7 @@ def test_it_starts_from_the_coded_model_of_another_method_with_its_statistics_fo
     made = starting_method(start, reads_initial=True).make(Experts(networks, **given), ROW)
     experts = Experts(networks, **given)
     with monkeypatch.context() as patched:
-        patched.setattr("coin.merging.refit.fit_unit", lambda *_: None)
+        patched.setattr("coin.merging.passes.fit_unit", lambda *_: None)
         begun = Refit("own", start=start, head=False).make(experts, ROW)
     torch.testing.assert_close(
         experts.run(begun.network, experts.pooled), experts.run(made.network, experts.pooled), rtol=1e-10, atol=1e-10
@@ -153,11 +153,22 @@ def test_auto_takes_the_target_with_the_smaller_error_of_these_decoders(decoders
         asked.append([each.name for each in chosen])
         return float(len(asked) == 1)  # the second is better
 
-    monkeypatch.setattr("coin.merging.refit.held_out_error", error)
+    monkeypatch.setattr("coin.merging.held_out.held_out_error", error)
     (coded,) = (made := coin.merge_networks(Refit(), networks, CODE, decoders=decoders, **given))
     assert isinstance(coded, nn.Module)
     assert asked == [decoders] * 2
     assert made.chosen[0]["target"] == "both"
+
+
+@pytest.mark.parametrize(("both", "taken"), [(0.81, "own"), (0.79, "both")])
+def test_auto_takes_both_only_where_it_is_ahead_by_a_fifth(both, taken, monkeypatch):
+    """By a hair's breadth it took both on letters that it had never seen, and lost two points by it."""
+    errors = iter([1.0, both])
+    monkeypatch.setattr("coin.merging.held_out.held_out_error", lambda *_: next(errors))
+    networks, given = setup()
+    made = coin.merge_networks(Refit(), networks, CODE, **given)
+    assert made.chosen[0]["target"] == taken
+    assert made.chosen[0]["held_out_error"] == {"own/0.03": 1.0, "both/0.03": both}
 
 
 def test_for_the_own_head_alone_it_is_own_untried():

@@ -1,0 +1,62 @@
+"""What merge methods check: options, code rows, experts and the coded models they make."""
+
+import math
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from coin.errors import ConfigurationError, StateError
+from coin.files.tensors import State, check_finite, check_same_layout
+from coin.merging.experts import Experts, parameters_of
+
+Number = TypeVar("Number", bound=float)
+
+
+def checked(name: str, value: Number, is_sound: bool, expected: str) -> Number:
+    """Return an option's value if it is sound, and raise ConfigurationError with what is expected otherwise."""
+    if not is_sound:
+        raise ConfigurationError(f"found {name} {value}, expected {expected}")
+    return value
+
+
+def check_row(weights: Sequence[float], count: int) -> None:
+    """Raise ConfigurationError where weights are no code row: one an expert, non-negative, with the sum 1."""
+    if len(weights) != count:
+        raise ConfigurationError(
+            f"found {len(weights)} weights for {count} experts, expected one each; give a row of the code"
+        )
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise ConfigurationError(
+            f"found weights {list(weights)}, expected non-negative numbers that sum to 1; give a row of the code"
+        )
+
+
+def check_each(states: Sequence[State], what: str) -> None:
+    """Raise StateError, which names the expert and the tensor, where states differ in layout or are not finite."""
+    names = [f"{what} {index}" for index in range(len(states))]
+    check_same_layout(states, names)
+    for state, name in zip(states, names, strict=True):
+        check_finite(state, name)
+
+
+def check_experts(experts: Experts, row: Sequence[float]) -> None:
+    """Raise as `check_row` and `check_each`, of the experts' parameters."""
+    check_row(row, experts.count)
+    check_each(experts.parameters, "expert")
+
+
+def check_coded(network: nn.Module, experts: Experts, label: str) -> None:
+    """Raise StateError where a parameter is not finite, or a buffer, unless every expert's is the same infinity."""
+    check_finite(parameters_of(network), f"the coded model of method '{label}'")
+    for name, buffer in network.named_buffers():
+        if not (buffer.is_floating_point() or buffer.is_complex()) or bool(torch.isfinite(buffer).all()):
+            continue
+        wrong = ~torch.isfinite(buffer)
+        theirs = [state[name].to(buffer)[wrong] for state in experts.buffers if name in state]
+        if not all(torch.equal(buffer[wrong], other) for other in theirs):  # as no NaN is
+            raise StateError(
+                f"the coded model of method '{label}' is not finite: buffer '{name}' holds a NaN, or an infinity that "
+                "the experts do not share; check the experts' buffers"
+            )

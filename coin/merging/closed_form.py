@@ -1,0 +1,157 @@
+"""Methods in closed form, which choose among their candidates and BatchNorm policies on held-out samples."""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from coin.choices import chosen
+from coin.errors import CoinWarning, ConfigurationError
+from coin.files.tensors import State, check_finite, weighted_sum
+from coin.merging.checks import check_coded, check_experts
+from coin.merging.experts import Experts, parameters_of
+from coin.merging.held_out import choose
+from coin.merging.method import CodedModel, Compress, Method, fill
+from coin.networks.batchnorm import BatchNormPolicy, recalibrate
+from coin.networks.parametrised import renormalise
+
+SAME = "same"
+"""What `BatchNormPolicy.auto` is called where all experts have the same buffers."""
+
+
+class Candidate(NamedTuple):
+    """A coded model's parameters, one of a method's several or the only one.
+
+    Attributes:
+        options: What tells it from the others, as plain values for the record.
+        parameters: In the experts' types.
+        trial: The same without the held-out samples, by which it is judged; none where the parameters themselves are.
+    """
+
+    options: dict[str, Any]
+    parameters: State
+    trial: State | None = None
+
+
+class MergeMethod(Method):
+    """A method in closed form: one or several candidates for the coded model's parameters.
+
+    Where there is a choice, of candidates or of a BatchNorm policy, the smallest error of decoded answers on held-out
+    calibration samples decides (`choose`): no labels, and the passes count. No fixed policy is safe: ``average`` ruins
+    networks whose statistics were trained along (NDA 17 where 81 is possible), ``recalibrate`` those whose statistics
+    were frozen (18 where 92 is).
+
+    Args:
+        batchnorm: Policy for BatchNorm statistics, as for every method.
+        label: Name of this variant in results, a plain file name.
+        compress: How the coded models are compressed too, beside keeping them whole: one section of `Compression`'s
+            options, such as ``{bits: 4}``, or several. The results call such a variant ``LABEL-4bit``.
+
+    A closed form of one's own:
+
+    >>> import coin, torch
+    >>> class Median(coin.MergeMethod):
+    ...     name = "median"
+    ...     def candidates(self, experts, row):
+    ...         every = experts.parameters
+    ...         yield {}, {name: torch.stack([each[name] for each in every]).median(0).values for name in every[0]}
+    >>> experts = [torch.nn.Linear(4, 3) for _ in "abc"]
+    >>> coded = coin.merge_networks(Median(), experts, coin.uniform(3))[0]
+    >>> torch.equal(coded.bias, torch.stack([each.bias for each in experts]).median(0).values)
+    True
+    """
+
+    def __init__(
+        self,
+        *,
+        batchnorm: BatchNormPolicy = BatchNormPolicy.auto,
+        label: str | None = None,
+        compress: Compress = None,
+    ) -> None:
+        self.batchnorm = chosen(BatchNormPolicy, "batchnorm", batchnorm)
+        self.label = self.labelled(label)
+        self.reads_initial = self.reads_initial or self.batchnorm is BatchNormPolicy.keep
+        self.compress = self.compressed(compress)
+
+    @abstractmethod
+    def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate | tuple[dict[str, Any], State]]:
+        """Yield every candidate, or its options and parameters; the experts have been checked."""
+
+    def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
+        """Make the coded model of one row of the code; see `Method.make`."""
+        check_experts(experts, row)
+        candidates = [Candidate(*each) for each in self.candidates(experts, row)]
+        for _, *states in candidates:
+            for state in filter(None, states):
+                check_finite(state, f"the coded model of method '{self.label}'")
+        best, policy, errors = self._best(experts, row, candidates)
+        network = self._build(experts, row, best.parameters, policy, held_out=False)
+        check_coded(network, experts, self.label)
+        taken = best.options | ({"batchnorm": policy} if policy else {})
+        return CodedModel(network, taken | ({"held_out_error": errors} if errors else {}))
+
+    def _best(
+        self, experts: Experts, row: Sequence[float], candidates: Sequence[Candidate]
+    ) -> tuple[Candidate, str, dict[str, float]]:
+        """Return the best candidate and BatchNorm policy, and all errors by the candidates' data and the policies."""
+        if len(candidates) > 1 and not experts.is_calibrated:
+            raise ConfigurationError(
+                f"found no calibration inputs, by which method '{self.label}' chooses; give them, or set its options"
+            )
+        options = list(product(candidates, self._policies(experts)))
+
+        def trial(option: tuple[Candidate, str]) -> nn.Module:
+            (_, parameters, without), policy = option
+            return self._build(experts, row, parameters if without is None else without, policy, held_out=True)
+
+        (best, policy), errors = choose(options, trial, experts, row, self.label)
+        data = [[str(value) for name, value in each.options.items() if name.endswith("_data")] for each, _ in options]
+        names = ["/".join(filter(None, [*own, tried])) for own, (_, tried) in zip(data, options, strict=True)]
+        return best, policy, dict(zip(names, errors, strict=False))
+
+    def _policies(self, experts: Experts) -> list[str]:
+        """Return the BatchNorm policies to choose from; an empty one where there is no BatchNorm."""
+        if not experts.has_batchnorm:
+            return [""]
+        if self.batchnorm is not BatchNormPolicy.auto:
+            return [str(self.batchnorm)]
+        first, *others = experts.buffers
+        floating = [name for name, buffer in first.items() if buffer.is_floating_point()]
+        if all(torch.equal(first[name], other[name]) for other in others for name in floating):
+            return [SAME]
+        if not experts.is_calibrated or experts.split[0].num_samples < 2:
+            found = "two calibration samples" if experts.is_calibrated else "no calibration inputs"
+            warnings.warn(
+                f"found {found}, by which method '{self.label}' chooses what becomes of BatchNorm's statistics: it "
+                "averages them, which can be the worst choice; give the tasks' inputs, or set batchnorm",
+                CoinWarning,
+                stacklevel=4,
+            )
+            return [str(BatchNormPolicy.average)]
+        return [str(BatchNormPolicy.average), str(BatchNormPolicy.recalibrate)]
+
+    def _build(
+        self, experts: Experts, row: Sequence[float], parameters: State, policy: str, *, held_out: bool
+    ) -> nn.Module:
+        """Return the coded model with its buffers; if `held_out`, recalibrated without the held-out samples."""
+        buffers = weighted_sum(experts.buffers, row)
+        if policy == BatchNormPolicy.keep:
+            initial = experts.initial()[1]
+            buffers = {name: initial.get(name, tensor) for name, tensor in buffers.items()}
+        network = experts.blank().eval()
+        fill(network, {**parameters, **buffers})
+        renormalise(network, experts.buffers)
+        if policy == BatchNormPolicy.recalibrate:
+            experts.passes += recalibrate(network, experts.split[0] if held_out else experts.pooled)
+        return network
+
+
+def refined(start: CodedModel, label: str) -> CodedModel:
+    """Return a coded model that was changed since it was made, after checking it; its error was the start's."""
+    check_finite(parameters_of(start.network), f"the coded model of method '{label}'")
+    renamed = {"held_out_error": "held_out_error_of_start"}
+    return CodedModel(start.network, {renamed.get(name, name): value for name, value in start.chosen.items()})

@@ -1,0 +1,200 @@
+"""The two passes of a refit: experts leave outputs at some positions, and the coded network is fitted to them."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from coin.batches import Batch, as_input, size_of, take
+from coin.errors import StateError
+from coin.merging.affine import fit_unit, output_rows
+from coin.merging.rounding import Rounding
+from coin.merging.units import Trace, Unit
+from coin.statistics.guard import differentiable, evaluating
+from coin.statistics.recognise import Interceptor
+from coin.statistics.rules.call import Call
+from coin.statistics.sums import sum_type
+
+ROWS = 16
+"""Rows of a regression for each of its unknowns, where there are as many."""
+
+SHARE = 0.5
+"""As many rows there are at least as take this share of the layer's own multiplications."""
+
+LEAST = 512
+"""The fewest rows of a regression, where there are as many."""
+
+PROBED = 64
+"""Samples by which positions are weighed: several rows of tokens are much alike from sample to sample."""
+
+_SAME = "give experts that make the same calls whatever their inputs"
+
+
+def chosen_places(
+    units: Sequence[Unit], samples: int, weights: Mapping[str, Tensor], device: torch.device
+) -> dict[str, Tensor | None]:
+    """Return for every unit's weight at which positions of every sample its rows are [P, q]; none for all of them.
+
+    q is the same for every sample. The positions of a sample are drawn as often as they weigh, `position_weights`, one
+    from each of q stretches of the same weight.
+    """
+    places: dict[str, Tensor | None] = {}
+    generator = torch.Generator().manual_seed(0)
+    for unit in units:
+        k, o = unit.unknowns, unit.outputs
+        cheap = (
+            SHARE * samples * unit.positions * o / (k + 2 * o)
+        )  # a row takes k (k + 2 o), a position of the call k o
+        rows = max(LEAST, ROWS * k, cheap)
+        each = math.ceil(rows / samples)
+        places[unit.weight] = None
+        if each < unit.positions:
+            drawn = (torch.rand(samples, each, generator=generator) + torch.arange(each)) / each
+            weight = weights.get(unit.weight, torch.ones(unit.positions)).cpu().cumsum(0)
+            found = torch.searchsorted((weight / weight[-1]).to(drawn), drawn)
+            places[unit.weight] = found.clamp(max=unit.positions - 1).to(device)
+    return places
+
+
+def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[str, Tensor]:
+    """Return, by the weights of units that are no convolutions, what the positions weigh [L], with mean 1.
+
+    Half of a weight is the same for all positions; the other half goes with the mean square over samples of the
+    gradient of ½‖f‖², f less its mean over the classes, by the unit's outputs there. In a transformer the last layers'
+    outputs at all but the class token do not matter, and those of the first at some tokens hardly. A unit that the
+    outputs do not reach has none.
+    """
+    outputs: dict[str, tuple[Call, Tensor]] = {}
+    ends = {unit.end: unit for unit in trace.units if unit.positions > 1 and not unit.is_convolution}
+    parameters = {name: p for name, p in network.named_parameters() if p.is_floating_point()}
+    if not ends:
+        return {}
+
+    def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
+        if (unit := ends.get(names.get("weight", ""))) is None:
+            return None
+        output = function()
+        outputs[unit.weight] = call, output
+        return output.clone()  # which may be changed in place
+
+    with evaluating(network), differentiable(parameters.values()), Interceptor(parameters, visit):
+        logits = network(as_input(inputs, network))
+        cotangent = (logits - logits.mean(1, keepdim=True)).detach()
+        found = [each for each in outputs.items() if each[1][1].requires_grad]
+        gradients = torch.autograd.grad(logits, [output for _, (_, output) in found], cotangent, allow_unused=True)
+    weights = {}
+    for (weight, (call, _)), gradient in zip(found, gradients, strict=True):
+        if gradient is not None and bool(gradient.any()):
+            rows = output_rows(call, gradient, len(logits), None).double().square().sum(1)
+            mean = rows.view(len(logits), -1).mean(0)
+            weights[weight] = 0.5 + 0.5 * mean / mean.mean()
+    return weights
+
+
+def expert_targets(
+    experts: Sequence[nn.Module],
+    trace: Trace,
+    inputs: Batch,
+    mixtures: Tensor,
+    places: dict[str, Tensor | None],
+    batch_size: int,
+) -> tuple[dict[str, Tensor], int]:
+    """Return the mixtures of the experts' outputs, which the units shall give, and how many passes that took.
+
+    Args:
+        experts: The N experts.
+        trace: The coded network's pass.
+        inputs: P samples.
+        mixtures: Every sample's mixture of the experts [N, P]; an expert runs on those alone where it is not zero.
+        places: As `chosen_places` returns them.
+        batch_size: How many samples run at once.
+
+    Returns:
+        By the units' weights targets [P, q, ·], in the order of `output_rows`.
+
+    Raises:
+        StateError: An expert makes other calls than the coded network, or gives outputs of another shape.
+    """
+    targets: dict[str, Tensor] = {}
+    ends = {unit.end: unit for unit in trace.units}
+    passes, samples = 0, size_of(inputs)
+    for network, mixture in zip(experts, mixtures, strict=True):
+        parameters = {name: p for name, p in network.named_parameters() if p.is_floating_point()}
+        for part in mixture.nonzero().flatten().split(batch_size):
+            made: list[str] = []
+
+            def visit(
+                call: Call,
+                names: dict[str, str],
+                function: Callable[[], Tensor],
+                part: Tensor = part,
+                made: list[str] = made,
+                mixture: Tensor = mixture,
+            ) -> Tensor | None:
+                if (weight := names.get("weight")) is None:
+                    return None
+                made.append(weight)
+                _check_calls(made, trace.calls)
+                output = function()
+                if unit := ends.get(weight):
+                    found = (len(output) // len(part), *output.shape[1:])
+                    if found != unit.shape:
+                        raise StateError(
+                            f"'{weight}' gives {[*found]} a sample in an expert and {[*unit.shape]} in the coded "
+                            f"network; {_SAME}"
+                        )
+                    at = places[unit.weight]
+                    rows = output_rows(call, output, len(part), None if at is None else at[part.to(at.device)])
+                    rows = rows.to(sum_type(rows)).view(len(part), -1, rows.shape[1])
+                    if unit.weight not in targets:
+                        targets[unit.weight] = rows.new_zeros(samples, *rows.shape[1:])
+                    share = mixture[part].to(rows)
+                    targets[unit.weight][part.to(rows.device)] += rows * share[:, None, None]
+                return output
+
+            with evaluating(network, gradients=False), Interceptor(parameters, visit):
+                network(as_input(take(inputs, part), network))
+            _check_calls([*made, ""], [*trace.calls, ""])
+            passes += len(part)
+    return targets, passes
+
+
+def _check_calls(made: Sequence[str], expected: Sequence[str]) -> None:
+    """Raise StateError where the last call is another than the coded network makes at its place."""
+    there = expected[len(made) - 1] if len(made) <= len(expected) else ""
+    if made[-1] != there:
+        own, theirs = (f"calls '{weight}'" if weight else "is at its end" for weight in (made[-1], there))
+        raise StateError(f"an expert {own} where the coded network {theirs}; {_SAME}")
+
+
+def fit_in_order(
+    network: nn.Module,
+    units: Sequence[Unit],
+    inputs: Batch,
+    targets: dict[str, Tensor],
+    places: dict[str, Tensor | None],
+    shares: Tensor,
+    weights: dict[str, Tensor],
+    ridge: float,
+    rounding: Rounding | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
+    """Run the coded network once, in place fitting every unit to its targets before its call; see `fit_unit`.
+
+    Rows weigh what their samples do [P], `shares`, times what their positions do, `weights`.
+    """
+    waiting = {unit.weight: unit for unit in units}
+
+    def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:
+        if unit := waiting.get(names.get("weight", "")):
+            target, at = targets.pop(unit.weight), places[unit.weight]
+            mine = shares.to(target)[:, None].expand(target.shape[:2])
+            if at is None and unit.weight in weights:  # places are drawn by them
+                mine = mine * weights[unit.weight].to(mine)
+            fit_unit(network, unit, call, target, at, mine, ridge, rounding)
+            progress()
+
+    parameters = {name: p for name, p in network.named_parameters() if p.is_floating_point()}
+    with evaluating(network, gradients=False), Interceptor(parameters, visit):
+        network(as_input(inputs, network))
