@@ -32,15 +32,16 @@ _SAME = "give experts that make the same calls whatever their inputs"
 
 
 def chosen_places(
-    units: Sequence[Unit], samples: int, weights: Mapping[str, Tensor], device: torch.device
+    units: Sequence[Unit], order: Tensor, weights: Mapping[str, Tensor], device: torch.device
 ) -> dict[str, Tensor | None]:
     """Return for every unit's weight at which positions of every sample its rows are [P, q]; none for all of them.
 
-    q is the same for every sample. The positions of a sample are drawn as often as they weigh, `position_weights`, one
-    from each of q stretches of the same weight.
+    `order` [P] is every sample's place among those of its task, by which it is drawn: whichever task is the first, the
+    rows are the same. q is the same for every sample. The positions of a sample are drawn as often as they weigh,
+    `position_weights`, one from each of q stretches of the same weight.
     """
     places: dict[str, Tensor | None] = {}
-    generator = torch.Generator().manual_seed(0)
+    generator, samples = torch.Generator().manual_seed(0), len(order)
     for unit in units:
         k, o = unit.unknowns, unit.outputs
         cheap = (
@@ -50,7 +51,8 @@ def chosen_places(
         each = math.ceil(rows / samples)
         places[unit.weight] = None
         if each < unit.positions:
-            drawn = (torch.rand(samples, each, generator=generator) + torch.arange(each)) / each
+            drawn = torch.rand(int(order.max()) + 1, each, generator=generator)[order]
+            drawn = (drawn + torch.arange(each)) / each
             weight = weights.get(unit.weight, torch.ones(unit.positions)).cpu().cumsum(0)
             found = torch.searchsorted((weight / weight[-1]).to(drawn), drawn)
             places[unit.weight] = found.clamp(max=unit.positions - 1).to(device)

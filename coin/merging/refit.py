@@ -262,10 +262,12 @@ class Refit(Method):
                 stacklevel=4,
             )
         inputs = take(inputs, slice(0, samples))
-        mixtures, shares = _objective(target, row, experts.tasks[:samples])
+        task = experts.tasks[:samples]
+        order = torch.nn.functional.one_hot(task).cumsum(0)[torch.arange(samples), task] - 1
+        mixtures, shares = _objective(target, row, task)
         trace = trace._replace(units=units)
         weights = position_weights(network, trace, probed := take(inputs, slice(0, PROBED)))
-        places = chosen_places(units, samples, weights, next(network.parameters()).device)
+        places = chosen_places(units, order, weights, next(network.parameters()).device)
         targets, passes = expert_targets(
             list(experts.networks), trace, inputs, mixtures, places, experts.pooled.batch_size
         )

@@ -455,6 +455,22 @@ def test_permuting_experts_with_their_weights_changes_nothing(kind, target):
     assert_answers_close(one.network, two.network, tasks, 1e-9)
 
 
+@pytest.mark.parametrize("kind", ["convolutions", "vit"])
+def test_drawn_rows_are_the_same_whichever_expert_is_the_first(kind, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr("coin.merging.passes.LEAST", 40)
+    monkeypatch.setattr("coin.merging.passes.SHARE", 0)
+    monkeypatch.setattr("coin.merging.passes.ROWS", 1)
+    networks, tasks = kind_of(kind)
+    one, two = (
+        Refit("both", RIDGE).make(
+            experts_of([networks[i] for i in order], [tasks[i] for i in order]), [ROW[i] for i in order]
+        )
+        for order in ((0, 1, 2), (2, 0, 1))
+    )
+    assert_answers_close(one.network, two.network, tasks, 1e-9)
+
+
 def test_a_deep_linear_network_reaches_the_mixture():
     make = lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5), nn.Linear(5, 3))  # noqa: E731
     networks, tasks = setup(make, (4,))
@@ -590,7 +606,8 @@ def test_rows_are_those_of_the_chosen_positions(kind, target, monkeypatch):
     networks, tasks = kind_of(kind)
     drawn = {}
 
-    def places(units, samples, weights, device):
+    def places(units, order, weights, device):
+        samples = len(order)
         draw = torch.Generator().manual_seed(5)
         for unit in units:
             each = (unit.positions + 1) // 2
@@ -614,7 +631,7 @@ def test_how_many_positions_are_chosen_and_where(monkeypatch):
     monkeypatch.setattr("coin.merging.passes.SHARE", 0)
 
     def chosen(*of, **weights):
-        return chosen_places([unit_of(*of)], 100, weights, torch.device("cpu"))["w"]
+        return chosen_places([unit_of(*of)], torch.arange(100), weights, torch.device("cpu"))["w"]
 
     assert chosen(6, 3) is None  # 600 rows, and 512 are wanted: as many for every sample
     places = chosen(1000, 27)
