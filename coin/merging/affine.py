@@ -90,7 +90,8 @@ def fit_unit(
     def predicted() -> Tensor:
         matrix = (weight.T if turned else weight).to(inputs).reshape(groups, -1, inputs.shape[2])
         outputs = (inputs.transpose(0, 1) @ matrix.mT).transpose(0, 1)
-        return outputs if shift is None else outputs + shift.to(inputs).reshape(groups, -1)
+        added = call.bias if shift is None else shift  # the first was computed of other tensors
+        return outputs if added is None else outputs + added.to(inputs).reshape(groups, -1)
 
     def rounded(step: Tensor, metric: Tensor) -> Tensor:
         assert rounding is not None

@@ -471,6 +471,21 @@ def test_drawn_rows_are_the_same_whichever_expert_is_the_first(kind, monkeypatch
     assert_answers_close(one.network, two.network, tasks, 1e-9)
 
 
+class ComputedBias(nn.Linear):
+    """As the queries, keys and values of BEiT, whose keys have none."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight, torch.cat([self.bias[:2], torch.zeros_like(self.bias[2:])]))
+
+
+def test_a_bias_that_is_computed_is_part_of_the_output():
+    (network, *_), tasks = setup(lambda: nn.Sequential(ComputedBias(6, 5), nn.Tanh(), nn.Linear(5, 3)), (6,))
+    experts = experts_of([network, deepcopy(network), deepcopy(network)], tasks)
+    made = Refit("own", RIDGE, head=False).make(experts, ROW)
+    assert made.chosen["averaged"] == ["0.bias"]
+    assert_answers_close(made.network, network, tasks, 1e-10)
+
+
 def test_a_deep_linear_network_reaches_the_mixture():
     make = lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5), nn.Linear(5, 3))  # noqa: E731
     networks, tasks = setup(make, (4,))
