@@ -124,7 +124,7 @@ class Refit(Method):
         last: float = 1.0,
         head: bool = True,
         decoders: list[str] | None = None,
-        memory_mib: int = 4096,
+        memory_mib: int = 8192,
         label: str | None = None,
         compress: Compress = None,
     ) -> None:

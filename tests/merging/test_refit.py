@@ -1009,7 +1009,7 @@ def test_files_with_unequal_numbers_of_classes_give_what_memory_gives(write_expe
     made = file.provenance
     assert made["chosen"] == {"target": "own", "ridge": 0.03, "averaged": []}
     assert made["passes"] == PROBES + 48 + 48 + (2 + 1) * 48
-    assert made["method"]["options"]["memory_mib"] == 4096
+    assert made["method"]["options"]["memory_mib"] == 8192
     data = Tasks({"task0": Digits(**digits["init_args"]), "task1": Glyphs(**letters)}, 24, 16, seed=0)
     data.prepare_data()
     data.setup()
