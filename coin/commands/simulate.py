@@ -219,12 +219,13 @@ def _stand_ins(system: CodedSystem, profile: Profile, measured: pd.DataFrame) ->
 def _deltas(system: CodedSystem, name: str, kept: float, accuracy: float, worst: float) -> list[StandIn]:
     """Return what the experts' compressed deltas are good for, on a server of their own and on the neighbours'."""
     bits, rank = re.search(r"(\d+)bit", name), re.search(r"rank(\d+)", name)
-    experts = [load_network(path).network for path in system.experts.paths.values()]
+    paths = list(system.experts.paths.values())
+    first, last = (load_network(path).network for path in (paths[0], paths[-1]))
     how = int(bits[1]) if bits else None, int(rank[1]) if rank else None
     # How many bytes it takes, and how long to unpack, does not depend on what the base is.
-    packed = compress(experts[0], experts[-1], bits=how[0], rank=how[1], base_bits=0 if "nobase" in name else 32)
+    packed = compress(first, last, bits=how[0], rank=how[1], base_bits=0 if "nobase" in name else 32)
     seconds, each = float(np.median(measure_times(packed.network, 5))), float(packed.nbytes)
-    fixed, kinds = max(0.0, kept - each * len(experts)), (Redundancy.spare_delta, Redundancy.neighbours)
+    fixed, kinds = max(0.0, kept - each * len(paths)), (Redundancy.spare_delta, Redundancy.neighbours)
     return [StandIn(kind, name, fixed, each, {1: accuracy}, worst, unpacking=seconds) for kind in kinds]
 
 

@@ -162,13 +162,16 @@ def fit_affine(
 
 
 def _centred(rows: Tensor, weights: Tensor, intercept: bool) -> tuple[Tensor, Tensor]:
-    """Return rows [n, G, K] less their mean, times the roots of their weights, as [G, n, K]; the mean in float64."""
+    """Return rows [n, G, K] less their mean, times the roots of their weights, as [G, n, K]; the mean in float64.
+
+    Without an intercept the mean is 0, or NaN where a row is not finite.
+    """
     root = weights.sqrt()[:, None, None]
     if intercept:
         mean = torch.einsum("n,ngk->gk", weights, rows)
         return (rows - mean).mul_(root).transpose(0, 1), mean.double()
-    finite = torch.isfinite(rows).all(0)
-    return (rows * root).transpose(0, 1), finite.to(torch.float64).log()  # 0, and where a row is not finite -inf
+    zero = torch.zeros(rows.shape[1:], dtype=torch.float64, device=rows.device)
+    return (rows * root).transpose(0, 1), zero.masked_fill(~torch.isfinite(rows).all(0), torch.nan)
 
 
 _HALVES = 512

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from coin.batches import Batch, as_input, size_of, take
+from coin.batches import Batch, as_input, take
 from coin.errors import StateError
 from coin.merging.affine import fit_unit, output_rows
 from coin.merging.rounding import Rounding
-from coin.merging.units import Trace, Unit
+from coin.merging.units import Trace, Unit, floating_parameters
 from coin.statistics.guard import differentiable, evaluating
 from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call
@@ -44,9 +44,8 @@ def chosen_places(
     generator, samples = torch.Generator().manual_seed(0), len(order)
     for unit in units:
         k, o = unit.unknowns, unit.outputs
-        cheap = (
-            SHARE * samples * unit.positions * o / (k + 2 * o)
-        )  # a row takes k (k + 2 o), a position of the call k o
+        # A row takes k (k + 2 o) multiplications, a position of the call k o.
+        cheap = SHARE * samples * unit.positions * o / (k + 2 * o)
         rows = max(LEAST, ROWS * k, cheap)
         each = math.ceil(rows / samples)
         places[unit.weight] = None
@@ -69,7 +68,7 @@ def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[st
     """
     outputs: dict[str, tuple[Call, Tensor]] = {}
     ends = {unit.end: unit for unit in trace.units if unit.positions > 1 and not unit.is_convolution}
-    parameters = {name: p for name, p in network.named_parameters() if p.is_floating_point()}
+    parameters = floating_parameters(network)
     if not ends:
         return {}
 
@@ -119,47 +118,52 @@ def expert_targets(
         StateError: An expert makes other calls than the coded network, or gives outputs of another shape.
     """
     targets: dict[str, Tensor] = {}
-    ends = {unit.end: unit for unit in trace.units}
-    passes, samples = 0, size_of(inputs)
+    passes = 0
     for network, mixture in zip(experts, mixtures, strict=True):
-        parameters = {name: p for name, p in network.named_parameters() if p.is_floating_point()}
         for part in mixture.nonzero().flatten().split(batch_size):
-            made: list[str] = []
-
-            def visit(
-                call: Call,
-                names: dict[str, str],
-                function: Callable[[], Tensor],
-                part: Tensor = part,
-                made: list[str] = made,
-                mixture: Tensor = mixture,
-            ) -> Tensor | None:
-                if (weight := names.get("weight")) is None:
-                    return None
-                made.append(weight)
-                _check_calls(made, trace.calls)
-                output = function()
-                if unit := ends.get(weight):
-                    found = (len(output) // len(part), *output.shape[1:])
-                    if found != unit.shape:
-                        raise StateError(
-                            f"'{weight}' gives {[*found]} a sample in an expert and {[*unit.shape]} in the coded "
-                            f"network; {_SAME}"
-                        )
-                    at = places[unit.weight]
-                    rows = output_rows(call, output, len(part), None if at is None else at[part.to(at.device)])
-                    rows = rows.to(sum_type(rows)).view(len(part), -1, rows.shape[1])
-                    if unit.weight not in targets:
-                        targets[unit.weight] = rows.new_zeros(samples, *rows.shape[1:])
-                    share = mixture[part].to(rows)
-                    targets[unit.weight][part.to(rows.device)] += rows * share[:, None, None]
-                return output
-
-            with evaluating(network, gradients=False), Interceptor(parameters, visit):
-                network(as_input(take(inputs, part), network))
-            _check_calls([*made, ""], [*trace.calls, ""])
+            _add_targets(targets, network, trace, take(inputs, part), part, mixture, places)
             passes += len(part)
     return targets, passes
+
+
+def _add_targets(
+    targets: dict[str, Tensor],
+    network: nn.Module,
+    trace: Trace,
+    inputs: Batch,
+    part: Tensor,
+    mixture: Tensor,
+    places: dict[str, Tensor | None],
+) -> None:
+    """Run an expert on these inputs, which are the samples `part` [p] of all, and add its share of the targets."""
+    ends = {unit.end: unit for unit in trace.units}
+    made: list[str] = []
+
+    def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> Tensor | None:
+        if (weight := names.get("weight")) is None:
+            return None
+        made.append(weight)
+        _check_calls(made, trace.calls)
+        output = function()
+        if unit := ends.get(weight):
+            found = (len(output) // len(part), *output.shape[1:])
+            if found != unit.shape:
+                raise StateError(
+                    f"'{weight}' gives {[*found]} a sample in an expert and {[*unit.shape]} in the coded network; "
+                    f"{_SAME}"
+                )
+            at = places[unit.weight]
+            rows = output_rows(call, output, len(part), None if at is None else at[part.to(at.device)])
+            rows = rows.to(sum_type(rows)).view(len(part), -1, rows.shape[1])
+            if unit.weight not in targets:
+                targets[unit.weight] = rows.new_zeros(len(mixture), *rows.shape[1:])
+            share = mixture[part].to(rows)
+            targets[unit.weight][part.to(rows.device)] += rows * share[:, None, None]
+        return output
+
+    with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
+        network(as_input(inputs, network))
+    _check_calls([*made, ""], [*trace.calls, ""])
 
 
 def _check_calls(made: Sequence[str], expected: Sequence[str]) -> None:
@@ -197,6 +201,6 @@ def fit_in_order(
             fit_unit(network, unit, call, target, at, mine, ridge, rounding)
             progress()
 
-    parameters = {name: p for name, p in network.named_parameters() if p.is_floating_point()}
+    parameters = floating_parameters(network)
     with evaluating(network, gradients=False), Interceptor(parameters, visit):
         network(as_input(inputs, network))

@@ -76,6 +76,11 @@ class Trace(NamedTuple):
     floats: int
 
 
+def floating_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a network's floating-point parameters by name, whose calls an `Interceptor` sees."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.is_floating_point()}
+
+
 def affine_units(network: nn.Module, inputs: Batch) -> Trace:
     """Find a network's affine units, by running it on two and on three samples.
 
@@ -113,7 +118,7 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
 
 def _misplaced(network: nn.Module, samples: Batch) -> tuple[set[str], set[str]]:
     """Return the parameters at whose calls row r is not of sample r // k, and before which activations decide."""
-    parameters = {name: p for name, p in network.named_parameters() if p.is_floating_point()}
+    parameters = floating_parameters(network)
     with evaluating(network), differentiable(parameters.values()):
         tape = Tape(parameters, {}, None)
         output = tape.run(network, as_input(samples, network))
@@ -187,7 +192,7 @@ def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
     def leave(*_: Any) -> None:
         entered.pop()
 
-    readers, named = _Readers(), {name: p for name, p in network.named_parameters() if p.is_floating_point()}
+    readers, named = _Readers(), floating_parameters(network)
     # The readers come last, and so see what the network calls but not what the interceptor does on the way.
     with ExitStack() as hooks, evaluating(network, gradients=False), Interceptor(named, visit), readers:
         for each in network.modules():
