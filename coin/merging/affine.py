@@ -1,6 +1,7 @@
 """One affine unit of a network refitted in closed form: a weighted ridge regression for each group."""
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from coin.errors import NumericalError
 from coin.merging.rounding import Rounding
 from coin.merging.units import Unit
 from coin.statistics.rules.call import Call
-from coin.statistics.rules.convolution import ConvolutionCall
+from coin.statistics.rules.convolution import ConvolutionCall, Geometry
 from coin.statistics.rules.elementwise import ElementwiseCall
 from coin.statistics.rules.linear import LinearCall
 from coin.statistics.sums import sum_type
@@ -35,18 +36,44 @@ def output_rows(call: Call, output: Tensor, samples: int, places: Tensor | None)
     return rows.flatten(1) if rows.ndim > 1 else rows[:, None]
 
 
-def input_rows(call: Call, samples: int, places: Tensor | None) -> Tensor:
-    """Return what a call's weight multiplies at the same positions [P·q, G, K], in a type to sum in."""
+def input_rows(call: Call, samples: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what a call's weight multiplies at the same positions [G, P·q, K'], and by which entries of a row [K'].
+
+    Rows are of a type to sum in. A convolution's are tap by tap, without the taps that meet no image.
+    """
+    if isinstance(call, ConvolutionCall):
+        return _patches(call.inputs, call.geometry, samples, places)
     if isinstance(call, ElementwiseCall):
         assert call.normalised is not None
-        rows = output_rows(call, call.normalised(call.inputs), samples, places)[..., None]
-    elif isinstance(call, ConvolutionCall):
-        patches = call.geometry.patches(call.inputs)  # [N, *output, *kernel, C]
-        rows = _at(patches, len(call.geometry.kernel), samples, places).movedim(-1, 1)
-        rows = rows.reshape(len(rows), call.geometry.groups, -1).contiguous()
+        rows = output_rows(call, call.normalised(call.inputs), samples, places).T[..., None]
     else:
-        rows = output_rows(call, call.inputs, samples, places)[:, None]
-    return rows.to(sum_type(rows))
+        rows = output_rows(call, call.inputs, samples, places)[None]
+    return rows.to(sum_type(rows)), torch.arange(rows.shape[2], device=rows.device)
+
+
+def _patches(inputs: Tensor, geometry: Geometry, samples: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the patches of images [P·k, C, *size] at output places [P, q], all for none, as `input_rows` does."""
+    size, channels, groups = tuple(inputs.shape[2:]), inputs.shape[1], geometry.groups
+    each, outputs = len(inputs) // samples, prod(geometry.output_size(size))
+    if places is None:
+        places = torch.arange(each * outputs, device=inputs.device).expand(samples, -1)
+    met, inside = geometry.met(places % outputs, size)
+    entries = torch.arange(channels // groups * met.shape[2], device=inputs.device).view(-1, met.shape[2])
+    alive = inside.flatten(0, 1).any(0)
+    met, inside, entries = met[..., alive], inside[..., alive].flatten(0, 1), entries[:, alive].T.flatten()
+    met = (places // outputs)[..., None] * prod(size) + met  # [P, q, taps]
+    images = inputs.reshape(samples, each, channels, -1).movedim(2, 0).flatten(2)  # [C, P, k · places]
+    if groups == 1 and met.shape[2] > 1:
+        rows = images.movedim(0, 2).flatten(0, 1)
+        first = images.shape[2] * torch.arange(samples, device=inputs.device)[:, None, None]
+        found = rows.to(sum_type(rows)).index_select(0, (first + met).flatten()).view(*inside.shape, channels)
+        found[~inside] = 0
+        return found.flatten(1)[None], entries
+    found = images.gather(2, met.flatten(1).expand(channels, -1, -1)).view(channels, *inside.shape)
+    if not bool(inside.all()):
+        found *= inside
+    found = found.view(groups, -1, *inside.shape).movedim(1, 3)
+    return found.to(sum_type(found)).flatten(2), entries
 
 
 def _at(x: Tensor, dims: int, samples: int, places: Tensor | None) -> Tensor:
@@ -82,33 +109,41 @@ def fit_unit(
         rounding: If given, the matrix is rounded, and the bias fitted to what that leaves.
     """
     weight = network.get_parameter(unit.weight)
-    shift = None if unit.shift is None else network.get_parameter(unit.shift)
     turned = isinstance(call, LinearCall) and call.transposed  # the weight is [K, O]
-    inputs = input_rows(call, len(shares), places)
-    groups = inputs.shape[1]
-
-    def predicted() -> Tensor:
-        matrix = (weight.T if turned else weight).to(inputs).reshape(groups, -1, inputs.shape[2])
-        outputs = (inputs.transpose(0, 1) @ matrix.mT).transpose(0, 1)
-        added = call.bias if shift is None else shift  # the first was computed of other tensors
-        return outputs if added is None else outputs + added.to(inputs).reshape(groups, -1)
+    shift = None if unit.shift is None else network.get_parameter(unit.shift)
+    inputs, entries = input_rows(call, len(shares), places)
+    flat = (weight.T if turned else weight).reshape(len(inputs), -1, unit.unknowns)
 
     def rounded(step: Tensor, metric: Tensor) -> Tensor:
         assert rounding is not None
-        return rounding.step(unit.weight, weight, step, metric, turned)
+        whole = metric.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(unit.unknowns).to(metric)
+        whole[:, entries[:, None], entries] = metric
+        return rounding.step(unit.weight, weight, _placed(step, entries, flat), whole, turned)[..., entries]
 
     rounds = rounding is not None and rounding.takes(unit.weight)
-    residual = target.reshape(len(inputs), groups, -1).to(inputs) - predicted()
+    outputs = inputs @ flat[..., entries].to(inputs).mT
+    added = call.bias if shift is None else shift  # the first was computed of other tensors
+    if added is not None:
+        outputs += added.to(inputs).reshape(len(inputs), 1, -1)
+    residual = target.view(outputs.shape[1], len(inputs), -1).transpose(0, 1) - outputs
     step, constant = fit_affine(
-        inputs, residual, shares.flatten(), ridge, intercept=shift is not None, change=rounded if rounds else None
-    )
+        inputs, residual, shares.flatten(), ridge * len(entries) / unit.unknowns, intercept=shift is not None,
+        change=rounded if rounds else None,
+    )  # fmt: skip
     if rounding is not None and rounds:
         weight.copy_(rounding.weight(unit.weight))
     else:
-        flat = step.flatten(0, 1)
-        weight.add_((flat.T if turned else flat).reshape(weight.shape))
+        step = _placed(step, entries, flat).flatten(0, 1)
+        weight.add_((step.T if turned else step).reshape(weight.shape))
     if shift is not None:
         shift.add_(constant.reshape(shift.shape))
+
+
+def _placed(step: Tensor, entries: Tensor, flat: Tensor) -> Tensor:
+    """Return a step of some entries [G, O, K'] as one of all [G, O, K], zero elsewhere."""
+    whole = step.new_zeros(flat.shape)
+    whole[..., entries] = step
+    return whole
 
 
 def fit_affine(
@@ -127,8 +162,8 @@ def fit_affine(
     taken in their own type, and the system is solved in float64.
 
     Args:
-        inputs: a [n, G, K].
-        residuals: r [n, G, O].
+        inputs: a [G, n, K].
+        residuals: r [G, n, O].
         shares: w [n].
         ridge: Above 0.
         intercept: Whether there is a Δb; without one nothing is centred and Δb is 0.
@@ -141,7 +176,7 @@ def fit_affine(
     Raises:
         NumericalError: A row is not finite, or too large to be squared.
     """
-    count, unknowns, precision = len(inputs), inputs.shape[2], torch.finfo(inputs.dtype).eps
+    (_, count, unknowns), precision = inputs.shape, torch.finfo(inputs.dtype).eps
     weights = (shares / shares.sum()).to(inputs)
     (a, mean_a), (r, mean_r) = (_centred(each, weights, intercept) for each in (inputs, residuals))
     if not bool(torch.isfinite(mean_a).all() and torch.isfinite(mean_r).all()):
@@ -162,16 +197,16 @@ def fit_affine(
 
 
 def _centred(rows: Tensor, weights: Tensor, intercept: bool) -> tuple[Tensor, Tensor]:
-    """Return rows [n, G, K] less their mean, times the roots of their weights, as [G, n, K]; the mean in float64.
+    """Return rows [G, n, K] less their mean, times the roots of their weights; the mean [G, K] in float64.
 
     Without an intercept the mean is 0, or NaN where a row is not finite.
     """
-    root = weights.sqrt()[:, None, None]
+    root = weights.sqrt()[:, None]
     if intercept:
-        mean = torch.einsum("n,ngk->gk", weights, rows)
-        return (rows - mean).mul_(root).transpose(0, 1), mean.double()
-    zero = torch.zeros(rows.shape[1:], dtype=torch.float64, device=rows.device)
-    return (rows * root).transpose(0, 1), zero.masked_fill(~torch.isfinite(rows).all(0), torch.nan)
+        mean = weights @ rows
+        return (rows - mean[:, None]).mul_(root), mean.double()
+    zero = torch.zeros(len(rows), rows.shape[2], dtype=torch.float64, device=rows.device)
+    return rows * root, zero.masked_fill(~torch.isfinite(rows).all(1), torch.nan)
 
 
 _HALVES = 512

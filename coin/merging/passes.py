@@ -16,16 +16,16 @@ from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call
 from coin.statistics.sums import sum_type
 
-ROWS = 16
-"""Rows of a regression for each of its unknowns, where there are as many."""
+ROWS = 8
+"""Rows of a regression for each of its unknowns: more where they are cheap, fewer where they are dear."""
 
-SHARE = 0.5
-"""As many rows there are at least as take this share of the layer's own multiplications."""
+CHEAP, DEAR = 0.5, 4.0
+"""As many rows there are at least, and at most, as take these shares of the multiplications of the layer's calls."""
 
-LEAST = 512
+LEAST = 256
 """The fewest rows of a regression, where there are as many."""
 
-PROBED = 64
+PROBED = 16
 """Samples by which positions are weighed: several rows of tokens are much alike from sample to sample."""
 
 _SAME = "give experts that make the same calls whatever their inputs"
@@ -43,10 +43,8 @@ def chosen_places(
     places: dict[str, Tensor | None] = {}
     generator, samples = torch.Generator().manual_seed(0), len(order)
     for unit in units:
-        k, o = unit.unknowns, unit.outputs
-        # A row takes k (k + 2 o) multiplications, a position of the call k o.
-        cheap = SHARE * samples * unit.positions * o / (k + 2 * o)
-        rows = max(LEAST, ROWS * k, cheap)
+        cheap, dear = (_affordable(unit, share * samples) for share in (CHEAP, DEAR))
+        rows = max(LEAST, min(max(ROWS * unit.unknowns, cheap), dear))
         each = math.ceil(rows / samples)
         places[unit.weight] = None
         if each < unit.positions:
@@ -56,6 +54,15 @@ def chosen_places(
             found = torch.searchsorted((weight / weight[-1]).to(drawn), drawn)
             places[unit.weight] = found.clamp(max=unit.positions - 1).to(device)
     return places
+
+
+def _affordable(unit: Unit, samples: float) -> float:
+    """Return how many rows' regression takes as many multiplications as the unit's calls on so many samples.
+
+    With K unknowns for each of O outputs n rows take n K (min(n, K) + 2 O), and a position of the call K O.
+    """
+    k, o, calls = unit.unknowns, unit.outputs, samples * unit.positions * unit.outputs
+    return calls / (k + 2 * o) if calls > k * (k + 2 * o) else math.sqrt(o * o + calls) - o
 
 
 def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[str, Tensor]:

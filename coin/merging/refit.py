@@ -86,10 +86,10 @@ class Refit(Method):
 
     It takes one forward pass of every expert (``own``: on its own task's samples alone), in which it leaves each
     layer's outputs at some positions, and one of the coded network, in which every layer is fitted just before it is
-    called. A layer with K unknowns for each output is fitted to max(`LEAST`, `ROWS` · K) rows, or to as many as take
-    `SHARE` of its own multiplications if that is more, as many of every sample, at positions that are drawn evenly,
-    but tokens as often as the outputs depend on them (`position_weights`). Where the activations of all samples do not
-    fit `memory_mib`, it is as many samples as fit, and a warning.
+    called. A layer with K unknowns for each output is fitted to `ROWS` · K rows, but to as many as take `CHEAP` of its
+    own multiplications if that is more, and no more than take `DEAR` of them; `LEAST` at least; as many of every
+    sample, at positions that are drawn evenly, but tokens as often as the outputs depend on them (`position_weights`).
+    Where the activations of all samples do not fit `memory_mib`, it is as many samples as fit, and a warning.
 
     ``own`` is best where the experts are near a strong base, ``both`` where they are not; ``mix`` was behind ``both``
     on every set of tasks. Transformers that were fine-tuned far want ``both`` with ``start: coin`` and ``last: 0.5``.

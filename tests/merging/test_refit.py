@@ -18,7 +18,7 @@ from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateEr
 from coin.merging import Experts, Refit
 from coin.merging.affine import _products, fit_affine
 from coin.merging.average import average_parameters
-from coin.merging.passes import chosen_places, position_weights
+from coin.merging.passes import PROBED, chosen_places, position_weights
 from coin.merging.refit import AHEAD, OWN_SHARE, RIDGES
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks import load_network
@@ -459,8 +459,7 @@ def test_permuting_experts_with_their_weights_changes_nothing(kind, target):
 def test_drawn_rows_are_the_same_whichever_expert_is_the_first(kind, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("coin.merging.passes.LEAST", 40)
-    monkeypatch.setattr("coin.merging.passes.SHARE", 0)
-    monkeypatch.setattr("coin.merging.passes.ROWS", 1)
+    monkeypatch.setattr("coin.merging.passes.DEAR", 0)
     networks, tasks = kind_of(kind)
     one, two = (
         Refit("both", RIDGE).make(
@@ -528,18 +527,18 @@ def test_two_layers_by_least_squares_written_out():
 @pytest.mark.parametrize("dead", ["none", "one input", "one group"])
 def test_one_regression_in_either_form(rows, unknowns, intercept, dead):
     draw = torch.Generator().manual_seed(rows)
-    a, r = (torch.randn(rows, 2, width, generator=draw, dtype=torch.float64) + 1 for width in (unknowns, 3))
+    a, r = (torch.randn(2, rows, width, generator=draw, dtype=torch.float64) + 1 for width in (unknowns, 3))
     w = torch.rand(rows, generator=draw, dtype=torch.float64) + 0.1
     if dead == "one input":
-        a[:, 0, 2] = 0.1
+        a[0, :, 2] = 0.1
     if dead == "one group":
-        a[:, 0] = 0.1 * torch.arange(1, unknowns + 1)
+        a[0] = 0.1 * torch.arange(1, unknowns + 1)
     step, constant = fit_affine(a, r, w, 0.2, intercept=intercept)
     for g in range(2):
         if dead == "one group" and g == 0 and intercept:
-            wanted = torch.zeros(3, unknowns, dtype=torch.float64), (w @ r[:, g]) / w.sum()
+            wanted = torch.zeros(3, unknowns, dtype=torch.float64), (w @ r[g]) / w.sum()
         else:
-            wanted = ridge_step(a[:, g], r[:, g], w, 0.2, intercept)
+            wanted = ridge_step(a[g], r[g], w, 0.2, intercept)
         torch.testing.assert_close((step[g], constant[g]), wanted, rtol=1e-9, atol=1e-9)
     if dead == "one input" and intercept:
         assert float(step[0, :, 2].abs().max()) < 1e-9
@@ -548,15 +547,15 @@ def test_one_regression_in_either_form(rows, unknowns, intercept, dead):
 def test_a_constant_input_of_one_number_gets_no_coefficient_from_rounding():
     """Float32, and a mean that is not the number itself."""
     draw = torch.Generator().manual_seed(0)
-    a, r, w = torch.full((1001, 1, 1), 0.1), torch.randn(1001, 1, 2, generator=draw), torch.rand(1001, generator=draw)
+    a, r, w = torch.full((1, 1001, 1), 0.1), torch.randn(1, 1001, 2, generator=draw), torch.rand(1001, generator=draw)
     step, constant = fit_affine(a, r, w.double(), 0.03)
     assert not bool(step.any())
-    torch.testing.assert_close(constant[0], (w.double() @ r[:, 0].double()) / w.double().sum(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(constant[0], (w.double() @ r[0].double()) / w.double().sum(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("size", "message"), [(torch.inf, "not finite"), (1e30, "so large that squares overflow")])
 def test_rows_that_cannot_be_squared_are_told(size, message):
-    a = torch.tensor([1.0, -1.0, 2.0]).view(3, 1, 1) * size
+    a = torch.tensor([1.0, -1.0, 2.0]).view(1, 3, 1) * size
     with pytest.raises(NumericalError, match=message) as caught:
         fit_affine(a, a, torch.ones(3).double(), 0.1)
     assert "\n" not in str(caught.value)
@@ -565,14 +564,14 @@ def test_rows_that_cannot_be_squared_are_told(size, message):
 @pytest.mark.parametrize(("rows", "unknowns"), [(300, 20), (15, 20)], ids=["primal", "dual"])
 def test_rows_that_lie_far_apart_and_weigh_unlike_lose_nothing_in_float32(rows, unknowns):
     draw = torch.Generator().manual_seed(1)
-    a = torch.randn(rows, 1, unknowns, generator=draw)
-    a[: rows // 10] += 30
-    r = a[..., :4] + 0.1 * torch.randn(rows, 1, 4, generator=draw)
+    a = torch.randn(1, rows, unknowns, generator=draw)
+    a[:, : rows // 10] += 30
+    r = a[..., :4] + 0.1 * torch.randn(1, rows, 4, generator=draw)
     w = torch.rand(rows, generator=draw, dtype=torch.float64) + 0.1
     w[: rows // 10] *= 1e-3
     w[0] = 0
     step, constant = fit_affine(a, r, w, 0.01)
-    wanted = ridge_step(a[:, 0].double(), r[:, 0].double(), w, 0.01, True)
+    wanted = ridge_step(a[0].double(), r[0].double(), w, 0.01, True)
     torch.testing.assert_close((step[0], constant[0]), wanted, rtol=0, atol=3e-6)
 
 
@@ -643,24 +642,24 @@ def unit_of(positions, unknowns, is_convolution=True, outputs=1):
 
 def test_how_many_positions_are_chosen_and_where(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr("coin.merging.passes.SHARE", 0)
 
     def chosen(*of, **weights):
         return chosen_places([unit_of(*of)], torch.arange(100), weights, torch.device("cpu"))["w"]
 
-    assert chosen(6, 3) is None  # 600 rows, and 512 are wanted: as many for every sample
-    places = chosen(1000, 27)
-    assert places.shape == (100, 6)
-    stretches = places / (1000 / 6) - torch.arange(6)
-    assert float(stretches.min()) > -6 / 1000
+    assert chosen(3, 10) is None  # 300 rows, and 256 are wanted: as many of every sample
+    places = chosen(1000, 500, True, 500)
+    assert places.shape == (100, 167)  # half of 1,000 · 500 · 500 multiplications pay for 167 · 500 · (500 + 2 · 500)
+    stretches = places / (1000 / 167) - torch.arange(167)
+    assert float(stretches.min()) > -167 / 1000
     assert float(stretches.max()) < 1
-    assert chosen(1000, 500).shape == (100, 80)  # 16 rows for each unknown
-    assert chosen(80, 500) is None
-    monkeypatch.setattr("coin.merging.passes.SHARE", 0.5)
-    assert chosen(10000, 30, True, 15).shape == (100, 1250)  # 10,000 · 30 · 15 are twice 1,250 · 30 · (30 + 2 · 15)
+    assert chosen(64, 100, True, 100).shape == (100, 11)  # half of them: 10.7 of every sample
+    assert chosen(64, 100, True, 25).shape == (100, 8)  # 8 for every unknown
+    assert chosen(64, 100, True, 2).shape == (100, 5)  # 4 times their multiplications pay for 4.9 of every sample
+    assert chosen(64, 4000, True, 100).shape == (100, 16)  # the same, and fewer rows than unknowns
+    assert chosen(64, 25, True, 1).shape == (100, 3)  # the fewest
     weight = torch.full((1000,), 0.5)
     weight[7] = 500.5
-    assert set((chosen(1000, 400, False, w=weight) == 7).sum(1).tolist()) <= {31, 32, 33}
+    assert set((chosen(1000, 50, False, 50, w=weight) == 7).sum(1).tolist()) <= {82, 83, 84, 85}
 
 
 class FirstToken(nn.Module):
@@ -694,7 +693,7 @@ def test_of_a_small_vit_the_class_token_weighs_most_at_the_end(monkeypatch):
     monkeypatch.undo()
     experts = experts_of(networks, tasks)
     made = Refit("own", RIDGE, head=False).make(experts, ROW)
-    assert experts.passes == PROBES + (2 + 3) * sum(SIZES)
+    assert experts.passes == PROBES + 2 * sum(SIZES) + 3 * PROBED
     assert_answers_close(networks[0], Refit("own").make(experts_of([networks[0]] * 3, tasks), ROW).network, tasks, 1e-9)
     monkeypatch.setattr("coin.merging.refit.position_weights", lambda *_: {})
     alike = Refit("own", RIDGE, head=False).make(experts_of(networks, tasks), ROW)

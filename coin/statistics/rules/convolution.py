@@ -52,6 +52,21 @@ class Geometry:
         shape = (channels, *self.kernel, len(x), *self.output_size(tuple(x.shape[2:])))
         return rows.as_strided(shape, (outer, *taps, sample, *steps)).reshape(channels, prod(self.kernel), -1)
 
+    def met(self, places: Tensor, size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Return which places of an image of this size the kernel's taps meet at output places [...]: [..., taps].
+
+        Places are counted row by row. The second tensor says which taps meet the image at all.
+        """
+        taps = torch.unravel_index(torch.arange(prod(self.kernel), device=places.device), self.kernel)
+        rows = torch.unravel_index(places, self.output_size(size))
+        met, inside = torch.zeros_like(places)[..., None], torch.ones_like(places)[..., None] > 0
+        options = zip(rows, taps, size, self.stride, self.dilation, self.padding, strict=True)
+        for row, tap, n, s, d, p in options:
+            at = row[..., None] * s + tap * d - p
+            inside = inside & (at >= 0) & (at < n)
+            met = met * n + at.clamp(0, n - 1)
+        return met, inside
+
     def _padded(self, x: Tensor) -> Tensor:
         """Return x [B, C, *size] with its zeros on either side, the channels last."""
         return F.pad(x, [side for p in reversed(self.padding) for side in (p, p)]).movedim(1, -1)
