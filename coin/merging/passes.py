@@ -19,7 +19,7 @@ from coin.statistics.sums import sum_type
 ROWS = 8
 """Rows of a regression for each of its unknowns: more where they are cheap, fewer where they are dear."""
 
-CHEAP, DEAR = 0.5, 4.0
+CHEAP, DEAR = 0.5, 3.0
 """As many rows there are at least, and at most, as take these shares of the multiplications of the layer's calls."""
 
 LEAST = 256
@@ -165,7 +165,7 @@ def _add_targets(
             if unit.weight not in targets:
                 targets[unit.weight] = rows.new_zeros(len(mixture), *rows.shape[1:])
             share = mixture[part].to(rows)
-            targets[unit.weight][part.to(rows.device)] += rows * share[:, None, None]
+            targets[unit.weight].index_add_(0, part.to(rows.device), rows * share[:, None, None])
         return output
 
     with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
