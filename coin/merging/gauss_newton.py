@@ -12,7 +12,7 @@ from coin.files.tensors import State
 from coin.merging.checks import checked
 from coin.merging.closed_form import refined
 from coin.merging.coin import Coin, floored_diagonal
-from coin.merging.experts import Experts, held_out_count, parameters_of
+from coin.merging.experts import Experts, parameters_of
 from coin.merging.method import CodedModel, Method, fill, starting_method
 from coin.progress import progress
 from coin.statistics import fisher_sums
@@ -80,21 +80,22 @@ class GaussNewton(Coin):
             fishers, weights = experts.statistic(self.fisher(DataChoice(made.chosen["fisher_data"]))), row
         else:
             # What was fitted to the held-out samples would look best to them as it is.
-            fitted = Experts(experts.networks, calibration=[list(each) for each in experts.fitted(DataChoice.own)])
-            made = self._start.make(fitted, row)
-            sums = fisher_sums(made.network, fitted.pooled)
-            experts.passes += fitted.passes + sums.passes
+            without = Experts(experts.networks, calibration=experts.fitted(DataChoice.own))
+            made = self._start.make(without, row)
+            sums = fisher_sums(made.network, without.pooled)
+            experts.passes += without.passes + sums.passes
             fishers, weights = [sums.mean()], [1.0]
         metric = floored_diagonal(fishers, weights, self.ridge)
         outputs = OutputMap(made.network, experts.pooled)
         begun = {key: tensor for key, tensor in parameters_of(made.network).items() if key in metric}
-        parameters = self._steps(outputs, begun, experts.target(row), metric)
+        fitted = experts.split[0].num_samples
+        parameters = self._steps(outputs, begun, experts.target(row), fitted, metric)
         experts.passes += outputs.passes
         fill(made.network, parameters)
         return refined(made, self.label)
 
-    def _steps(self, outputs: OutputMap, parameters: State, target: Tensor, metric: State) -> State:
-        """Return the parameters after all steps."""
+    def _steps(self, outputs: OutputMap, parameters: State, target: Tensor, fitted: int, metric: State) -> State:
+        """Return the parameters after all steps, which are fitted to the first so many samples."""
         metric = {key: metric[key].to(tensor.dtype) for key, tensor in parameters.items()}
 
         def step_for(cotangent: Tensor) -> dict[str, Tensor]:
@@ -108,7 +109,7 @@ class GaussNewton(Coin):
         def squared(residual: Tensor) -> float:
             return float(residual[~training].double().square().sum())
 
-        training = torch.arange(len(target), device=target.device) < len(target) - held_out_count(len(target))
+        training = torch.arange(len(target), device=target.device) < fitted
         residual, dampings = target - outputs.outputs(parameters), target.new_tensor(DAMPINGS)
         error = squared(residual)
         with progress(self.label, self.max_steps * self.max_iterations) as advance:

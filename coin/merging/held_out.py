@@ -123,7 +123,7 @@ def _turned(decoded: Tensor, truth: Tensor) -> Tensor:
 
 def _answers(experts: Experts, coded: nn.Module, part: int, features: bool, stages: bool) -> Answers:
     """Return everyone's answers to a part of `Experts.split`, logits in float64."""
-    runs = [*experts.runs(part, features, stages), experts.run_whole(coded, experts.split[part], features, stages)]
+    runs = [*experts.runs(part, features, stages), experts.run(coded, experts.split[part], features, stages)]
     *own, last = (run.logits.double() for run in runs)
     theirs, mine = ([run.features for run in runs[:-1]], [runs[-1].features]) if features else (None, None)
     start = part * experts.split[0].num_samples

@@ -232,7 +232,7 @@ def test_the_examples_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given.passes == 0
 
     def error(coded: nn.Module) -> float:
-        return float((given.run(coded, given.pooled) - given.target(ROW)).square().mean())
+        return float((given.run(coded, given.pooled).logits - given.target(ROW)).square().mean())
 
     options = {"steps": 200, "lr": 0.01, "batch_size": 16}
     trained = Foreign("notebooks.foreign_methods.distil", options).make(given, ROW).network
