@@ -13,7 +13,7 @@ from torch import Tensor
 from coin.choices import check_number, chosen
 from coin.errors import NumericalError, StateError
 from coin.files.tensors import State, weighted_mean
-from coin.merging.checks import check_each, check_experts, checked
+from coin.merging.checks import check_each, check_experts
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel
@@ -71,7 +71,7 @@ class RegMean(MergeMethod):
         super().__init__(**options)
         self.layers = chosen(RegMeanLayers, "layers", layers)
         if alpha is not None:
-            checked("alpha", alpha, 0 <= alpha <= 1, "a number from 0 to 1, or none")
+            check_number("alpha", alpha, low=0, most=1)
         if damping is not None:
             check_number("damping", damping, low=0)
         self.alpha, self.damping = alpha, damping

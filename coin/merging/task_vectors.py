@@ -1,23 +1,21 @@
 """Data-free merges of task vectors, what each expert added to the shared initialisation; and that one itself."""
 
-import math
-from collections import ChainMap, Counter
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch import Tensor
 
 from coin.choices import check_number
 from coin.files.tensors import State, check_finite, check_same_layout, doubled, weighted_mean
-from coin.merging.checks import checked
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
 from coin.merging.regmean import regmean_parameters
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.heads import head_name
 from coin.statistics import TRANSPOSED
+from coin.statistics.gram import linear_maps
 
 
 class Base(MergeMethod):
@@ -102,32 +100,6 @@ class _DeltaGrams(Mapping[str, Tensor]):
         return len(self._keys)
 
 
-def linear_maps(network: nn.Module) -> list[str]:
-    """Return the weights of a network's fully connected layers and convolutions of one group, by their modules' types.
-
-    A name ends in `TRANSPOSED` where the weight is ``[K, C_out]``, as in Hugging Face's Conv1D. A weight that several
-    modules hold is left out.
-    """
-    holders = [(name, module) for name, module in network.named_modules() if module._parameters]
-    uses = Counter(id(parameter) for _, module in holders for parameter in module._parameters.values())
-    found = []
-    for name, module in holders:
-        own, suffix = ["weight"], ""
-        if isinstance(module, nn.MultiheadAttention):
-            own = [key for key in module._parameters if key.endswith("proj_weight")]
-        elif type(module).__name__ == "Conv1D":
-            suffix = TRANSPOSED
-        elif not isinstance(module, nn.Linear) and (
-            not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd) or module.groups > 1
-        ):
-            continue
-        for key in own:
-            weight = module._parameters.get(key)
-            if weight is not None and weight.is_floating_point() and uses[id(weight)] == 1:
-                found.append(f"{name}.{key}".lstrip(".") + suffix)
-    return found
-
-
 class TaskArithmetic(MergeMethod):
     """θ = θ_0 + scale · N Σ_i β_i (θ_i − θ_0), with θ_0 the shared initialisation.
 
@@ -147,7 +119,8 @@ class TaskArithmetic(MergeMethod):
 
     def __init__(self, scale: float = 0.4, **options: Any) -> None:
         super().__init__(**options)
-        self.scale = checked("scale", scale, math.isfinite(scale), "a finite number")
+        check_number("scale", scale)
+        self.scale = scale
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one sum."""
@@ -177,8 +150,9 @@ class Ties(MergeMethod):
 
     def __init__(self, keep: float = 0.2, scale: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
-        self.keep = checked("keep", keep, 0 < keep <= 1, "a share above 0 and at most 1")
-        self.scale = checked("scale", scale, math.isfinite(scale), "a finite number")
+        check_number("keep", keep, low=0, most=1, strict=True)
+        check_number("scale", scale)
+        self.keep, self.scale = keep, scale
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one merge."""

@@ -1,5 +1,6 @@
 """The Gram matrices of the inputs of linear maps, for RegMean."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from coin.batches import Forward, adapted, as_input, size_of
 from coin.statistics.guard import evaluating, trainable
@@ -126,3 +128,29 @@ def _add(values: dict[str, Tensor], name: str, a: Tensor, bias: bool) -> None:
         values[name] = F.pad(values[name], (0, max(0, -further)) * 2)
     columns = a.permute(1, 0, 2)  # [G, rows, K]
     values[name] = values[name].baddbmm_(columns.mT, columns) if name in values else torch.bmm(columns.mT, columns)
+
+
+def linear_maps(network: nn.Module) -> list[str]:
+    """Return the weights of a network's fully connected layers and convolutions of one group, by their modules' types.
+
+    A name ends in `TRANSPOSED` where the weight is ``[K, C_out]``, as in Hugging Face's Conv1D. A weight that several
+    modules hold is left out.
+    """
+    holders = [(name, module) for name, module in network.named_modules() if module._parameters]
+    uses = Counter(id(parameter) for _, module in holders for parameter in module._parameters.values())
+    found = []
+    for name, module in holders:
+        own, suffix = ["weight"], ""
+        if isinstance(module, nn.MultiheadAttention):
+            own = [key for key in module._parameters if key.endswith("proj_weight")]
+        elif type(module).__name__ == "Conv1D":
+            suffix = TRANSPOSED
+        elif not isinstance(module, nn.Linear) and (
+            not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd) or module.groups > 1
+        ):
+            continue
+        for key in own:
+            weight = module._parameters.get(key)
+            if weight is not None and weight.is_floating_point() and uses[id(weight)] == 1:
+                found.append(f"{name}.{key}".lstrip(".") + suffix)
+    return found
