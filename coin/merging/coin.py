@@ -1,6 +1,5 @@
 """COIN: the closed form with the diagonal Fisher."""
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from coin.choices import check_number, chosen
 from coin.errors import CoinWarning, NumericalError, StateError
-from coin.files.tensors import State, check_finite, weighted_mean
+from coin.files.tensors import State, check_finite, check_same_layout, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
 from coin.statistics import FisherKind
@@ -149,16 +148,9 @@ def check_fishers(fishers: Sequence[State], expert: State) -> None:
             )
         largest = 0.0
         for key, tensor in fisher.items():
-            if tensor.shape != expert[key].shape:
-                raise StateError(
-                    f"tensor '{key}' is {list(tensor.shape)} in {name} but {list(expert[key].shape)} in expert 0; "
-                    "compute the Fishers of these experts"
-                )
-            if not tensor.numel():
-                continue
-            least, most = map(float, torch.aminmax(tensor))  # both are NaN where an entry is
-            if not (math.isfinite(least) and math.isfinite(most)):
-                check_finite({key: tensor}, name)
+            check_same_layout([{key: expert[key]}, {key: tensor}], ["expert 0", name])
+            check_finite({key: tensor}, name)
+            least, most = map(float, torch.aminmax(tensor)) if tensor.numel() else (0.0, 0.0)
             largest = max(largest, most)
             if least < 0:
                 raise StateError(f"{name} is negative in '{key}' (least entry {least:.3g}), expected mean squares")

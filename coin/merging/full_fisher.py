@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coin.choices import check_integer, check_number
 from coin.errors import CoinWarning
-from coin.files.tensors import State
+from coin.files.tensors import flat, shaped
 from coin.merging.average import average_parameters
 from coin.merging.closed_form import Candidate
 from coin.merging.coin import Coin, check_fishers, floored_diagonal
@@ -87,14 +87,3 @@ class FullFisher(Coin):
             warnings.warn(f"full_fisher stopped {found}, {expected}", CoinWarning, stacklevel=3)
         chosen = {"fisher_data": str(data), "converged": converged, "cg_steps": steps, "cg_residual": residual}
         yield Candidate(chosen, whole | shaped(flat(average) + step, average))
-
-
-def flat(state: State) -> Tensor:
-    """Return all tensors' entries as one vector ``[K]``, in the type that holds them all."""
-    return torch.cat([tensor.flatten() for tensor in state.values()])
-
-
-def shaped(vector: Tensor, like: State) -> dict[str, Tensor]:
-    """Return a vector of `flat` as tensors again, with the names, shapes and types of others."""
-    pieces = iter(torch.split(vector, [tensor.numel() for tensor in like.values()]))
-    return {name: next(pieces).view_as(tensor).to(tensor.dtype) for name, tensor in like.items()}

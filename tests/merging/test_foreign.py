@@ -169,7 +169,7 @@ def test_a_record_of_it_changes_with_the_source_file_and_the_options(
             {},
             r"found function 'mine\.number', expected a Python function .*\(3 is not a callable object\)",
         ),
-        ("mine.none", {}, "found label 'none', which results use for something else"),
+        ("mine.none", {}, "found label 'none', expected a plain file name: .* not none or oracle"),
         (
             "mine.first",
             {"scale": 1},
