@@ -23,13 +23,11 @@ def checked(name: str, value: Number, is_sound: bool, expected: str) -> Number:
 
 def check_row(weights: Sequence[float], count: int) -> None:
     """Raise ConfigurationError where weights are no code row: one an expert, non-negative, with the sum 1."""
-    if len(weights) != count:
+    sound = len(weights) == count and all(math.isfinite(weight) and weight >= 0 for weight in weights)
+    if not sound or abs(sum(weights) - 1) > 1e-6:
         raise ConfigurationError(
-            f"found {len(weights)} weights for {count} experts, expected one each; give a row of the code"
-        )
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
-        raise ConfigurationError(
-            f"found weights {list(weights)}, expected non-negative numbers that sum to 1; give a row of the code"
+            f"found {len(weights)} weights for {count} experts, {list(weights)}, expected as many, non-negative numbers "
+            "that sum to 1; give a row of the code"
         )
 
 
