@@ -26,8 +26,8 @@ def check_row(weights: Sequence[float], count: int) -> None:
     sound = len(weights) == count and all(math.isfinite(weight) and weight >= 0 for weight in weights)
     if not sound or abs(sum(weights) - 1) > 1e-6:
         raise ConfigurationError(
-            f"found {len(weights)} weights for {count} experts, {list(weights)}, expected as many, non-negative numbers "
-            "that sum to 1; give a row of the code"
+            f"found {len(weights)} weights for {count} experts, {list(weights)}, expected one each, non-negative "
+            "numbers that sum to 1; give a row of the code"
         )
 
 
