@@ -49,10 +49,9 @@ def check_coded(network: nn.Module, experts: Experts, label: str) -> None:
     """Raise StateError where a parameter is not finite, or a buffer, unless every expert's is the same infinity."""
     check_finite(parameters_of(network), f"the coded model of method '{label}'")
     for name, buffer in network.named_buffers():
-        if not (buffer.is_floating_point() or buffer.is_complex()) or bool(torch.isfinite(buffer).all()):
-            continue
         wrong = ~torch.isfinite(buffer)
-        theirs = [state[name].to(buffer)[wrong] for state in experts.buffers if name in state]
+        states = experts.buffers if bool(wrong.any()) else []
+        theirs = [state[name].to(buffer)[wrong] for state in states if name in state]
         if not all(torch.equal(buffer[wrong], other) for other in theirs):  # as no NaN is
             raise StateError(
                 f"the coded model of method '{label}' is not finite: buffer '{name}' holds a NaN, or an infinity that "

@@ -129,8 +129,7 @@ def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: 
 
 def _covered_by(fishers: Sequence[State]) -> list[str]:
     """Return the names that every expert's Fisher has, in the first one's order."""
-    shared = set(fishers[0]).intersection(*fishers[1:])
-    return [name for name in fishers[0] if name in shared]
+    return [name for name in fishers[0] if all(name in fisher for fisher in fishers)]
 
 
 def check_fishers(fishers: Sequence[State], expert: State) -> None:

@@ -117,9 +117,8 @@ class RegMean(MergeMethod):
             grams = experts.statistic(Statistic(StatisticKind.gram, each))
             averaged = sorted(solvable.difference(name.removesuffix(TRANSPOSED) for gram in grams for name in gram))
             options = {"gram_data": str(each)} | ({"averaged": averaged} if averaged else {})
-            solved = self._solved(experts, row, grams)
-            fitted = experts.computed(None, experts.fitted(each)) if judged else None
-            yield Candidate(options, solved, None if fitted is None else self._solved(experts, row, fitted))
+            trial = self._solved(experts, row, experts.computed(None, experts.fitted(each))) if judged else None
+            yield Candidate(options, self._solved(experts, row, grams), trial)
 
     def _solved(self, experts: Experts, row: Sequence[float], grams: Sequence[State], **options: Any) -> State:
         options = {"alpha": self.alpha, "damping": self.damping, "layers": self.layers, "label": self.label} | options
