@@ -189,7 +189,8 @@ def samples_of(batch: Batch) -> Iterator[Batch]:
 def joined(batches: Sequence[Batch]) -> Batch:
     """Return several batches as one; a DataError where their samples differ in shape."""
     first = batches[0]
-    if unlike := next((other for other in batches if shapes_in(other) != shapes_in(first)), None):
+    unlike = next((other for other in batches if shapes_in(other) != shapes_in(first)), None)
+    if unlike is not None:
         found = " and ".join(" ".join(str(list(t.shape[1:])) for t in tensors_in(batch)) for batch in (first, unlike))
         raise DataError(f"found calibration samples of shapes {found} to run together, expected one shape; pad them")
     if isinstance(first, Tensor):

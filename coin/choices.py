@@ -23,12 +23,24 @@ def check_integer(name: str, value: Any, least: int) -> None:
         raise ConfigurationError(f"found {name}={value!r}, expected a whole number of at least {least}")
 
 
-def check_number(name: str, value: Any, *, low: float, high: float | None = None, strict: bool = False) -> None:
-    """Refuse, with a ConfigurationError, what is no finite number from `low` (above it, if strict) to below `high`."""
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    most: float = math.inf,
+    strict: bool = False,
+) -> None:
+    """Refuse, with a ConfigurationError, what is no finite number from `low` (above it, if strict) to below `high`.
+
+    Nor may it be above `most`.
+    """
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not (number and (value > low if strict else value >= low) and (high is None or value < high)):
-        bound = f"{'above' if strict else 'at least'} {low:g}" + ("" if high is None else f" and below {high:g}")
-        raise ConfigurationError(f"found {name}={value!r}, expected a number {bound}")
+    if not (number and (value > low if strict else value >= low) and value < high and value <= most):
+        bounds = {"above" if strict else "at least": low, "below": high, "at most": most}
+        bound = " and ".join(f"{side} {limit:g}" for side, limit in bounds.items() if math.isfinite(limit))
+        raise ConfigurationError(f"found {name}={value!r}, expected a number {bound or 'that is finite'}")
 
 
 def is_list_of_names(value: Any) -> bool:

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from coin.data.augmentation import Augmentation
+    from coin.data.calibration import Calibration, pooled
     from coin.data.embedded import Digits, Glyphs, MNIST5k
     from coin.data.image_folder import ImageFolder
-    from coin.data.samples import Calibration, Samples, Source, pooled
+    from coin.data.samples import Samples, Source
     from coin.data.task import TaskData
     from coin.data.text import TextFile, TextTask, Tweets
     from coin.data.torchvision_sets import (
@@ -52,7 +53,17 @@ __all__ = [
     "to_input",
 ]
 
-_HOMES = ["augmentation", "embedded", "image_folder", "samples", "task", "text", "torchvision_sets", "transform"]
+_HOMES = [
+    "augmentation",
+    "calibration",
+    "embedded",
+    "image_folder",
+    "samples",
+    "task",
+    "text",
+    "torchvision_sets",
+    "transform",
+]
 
 
 def __getattr__(name: str) -> Any:

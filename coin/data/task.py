@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from coin.choices import check_integer, check_number, chosen
 from coin.data.augmentation import Augmentation, TransformSpec, build_transforms
-from coin.data.samples import BatchDataset, Calibration, Samples, Source, split_source
+from coin.data.calibration import Calibration
+from coin.data.samples import BatchDataset, Samples, Source, split_source
 from coin.data.sampling import Stream, batch_loader, seeded
 from coin.data.transform import check_stored, to_input
 from coin.errors import ConfigurationError, DataError

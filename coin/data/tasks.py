@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from coin.choices import check_integer, check_number
 from coin.data.augmentation import Augmentation, View
-from coin.data.samples import Calibration, pooled
+from coin.data.calibration import Calibration, pooled
 from coin.data.sampling import Draw, batch_loader
 from coin.data.task import TaskData
 from coin.errors import DataError

@@ -14,12 +14,12 @@ from coin.experiment.seed_run import SeedRun
 from coin.experiment.store import step_key
 from coin.merging import Method
 from coin.merging.experts import parameters_of
-from coin.merging.layers import fisher_shares, relative_distances
 from coin.modules import DecodingEvaluator
 from coin.networks import Compression, load_network
 from coin.processes import from_first
 from coin.progress import tracked
 from coin.reporting.extras import write_layers
+from coin.reporting.layers import fisher_shares, relative_distances
 from coin.reporting.results import COLUMNS, asked_policy, read_results
 from coin.reporting.summary import summarise, variant_names
 from coin.reporting.wandb_evaluation import METHOD_TAG, best, log_method

@@ -98,6 +98,17 @@ def doubled(tensor: Tensor) -> Tensor:
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
+def flat(state: State) -> Tensor:
+    """Return all tensors' entries as one vector ``[K]``, in the type that holds them all."""
+    return torch.cat([tensor.flatten() for tensor in state.values()])
+
+
+def shaped(vector: Tensor, like: State) -> dict[str, Tensor]:
+    """Return a vector of `flat` as tensors again, with the names, shapes and types of others."""
+    pieces = iter(torch.split(vector, [tensor.numel() for tensor in like.values()]))
+    return {name: next(pieces).view_as(tensor).to(tensor.dtype) for name, tensor in like.items()}
+
+
 def fingerprint(state: State) -> str:
     """Return a SHA-256 over names, types, shapes and values, which identifies weights wherever they are kept."""
     digest = hashlib.sha256()

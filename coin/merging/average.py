@@ -12,8 +12,8 @@ from coin.files.tensors import State, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod, refined
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel
-from coin.merging.rounding import Rounding
 from coin.networks.heads import check_head, features_and_logits, head_name
+from coin.networks.rounding import Rounding
 from coin.statistics.guard import evaluating
 
 

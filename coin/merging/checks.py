@@ -23,13 +23,11 @@ def checked(name: str, value: Number, is_sound: bool, expected: str) -> Number:
 
 def check_row(weights: Sequence[float], count: int) -> None:
     """Raise ConfigurationError where weights are no code row: one an expert, non-negative, with the sum 1."""
-    if len(weights) != count:
+    sound = len(weights) == count and all(math.isfinite(weight) and weight >= 0 for weight in weights)
+    if not sound or abs(sum(weights) - 1) > 1e-6:
         raise ConfigurationError(
-            f"found {len(weights)} weights for {count} experts, expected one each; give a row of the code"
-        )
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or abs(sum(weights) - 1) > 1e-6:
-        raise ConfigurationError(
-            f"found weights {list(weights)}, expected non-negative numbers that sum to 1; give a row of the code"
+            f"found {len(weights)} weights for {count} experts, {list(weights)}, expected one each, non-negative "
+            "numbers that sum to 1; give a row of the code"
         )
 
 
@@ -51,10 +49,9 @@ def check_coded(network: nn.Module, experts: Experts, label: str) -> None:
     """Raise StateError where a parameter is not finite, or a buffer, unless every expert's is the same infinity."""
     check_finite(parameters_of(network), f"the coded model of method '{label}'")
     for name, buffer in network.named_buffers():
-        if not (buffer.is_floating_point() or buffer.is_complex()) or bool(torch.isfinite(buffer).all()):
-            continue
         wrong = ~torch.isfinite(buffer)
-        theirs = [state[name].to(buffer)[wrong] for state in experts.buffers if name in state]
+        states = experts.buffers if bool(wrong.any()) else []
+        theirs = [state[name].to(buffer)[wrong] for state in states if name in state]
         if not all(torch.equal(buffer[wrong], other) for other in theirs):  # as no NaN is
             raise StateError(
                 f"the coded model of method '{label}' is not finite: buffer '{name}' holds a NaN, or an infinity that "

@@ -1,6 +1,5 @@
 """COIN: the closed form with the diagonal Fisher."""
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from coin.choices import check_number, chosen
 from coin.errors import CoinWarning, NumericalError, StateError
-from coin.files.tensors import State, check_finite, weighted_mean
+from coin.files.tensors import State, check_finite, check_same_layout, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
 from coin.statistics import FisherKind
@@ -130,8 +129,7 @@ def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: 
 
 def _covered_by(fishers: Sequence[State]) -> list[str]:
     """Return the names that every expert's Fisher has, in the first one's order."""
-    shared = set(fishers[0]).intersection(*fishers[1:])
-    return [name for name in fishers[0] if name in shared]
+    return [name for name in fishers[0] if all(name in fisher for fisher in fishers)]
 
 
 def check_fishers(fishers: Sequence[State], expert: State) -> None:
@@ -149,16 +147,9 @@ def check_fishers(fishers: Sequence[State], expert: State) -> None:
             )
         largest = 0.0
         for key, tensor in fisher.items():
-            if tensor.shape != expert[key].shape:
-                raise StateError(
-                    f"tensor '{key}' is {list(tensor.shape)} in {name} but {list(expert[key].shape)} in expert 0; "
-                    "compute the Fishers of these experts"
-                )
-            if not tensor.numel():
-                continue
-            least, most = map(float, torch.aminmax(tensor))  # both are NaN where an entry is
-            if not (math.isfinite(least) and math.isfinite(most)):
-                check_finite({key: tensor}, name)
+            check_same_layout([{key: expert[key]}, {key: tensor}], ["expert 0", name])
+            check_finite({key: tensor}, name)
+            least, most = map(float, torch.aminmax(tensor)) if tensor.numel() else (0.0, 0.0)
             largest = max(largest, most)
             if least < 0:
                 raise StateError(f"{name} is negative in '{key}' (least entry {least:.3g}), expected mean squares")

@@ -1,22 +1,22 @@
 """The barycentre with the whole Fisher matrices, matrix-free."""
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from coin.errors import CoinWarning, NumericalError
-from coin.files.tensors import State
+from coin.choices import check_integer, check_number
+from coin.errors import CoinWarning
+from coin.files.tensors import flat, shaped
 from coin.merging.average import average_parameters
-from coin.merging.checks import checked
 from coin.merging.closed_form import Candidate
 from coin.merging.coin import Coin, check_fishers, floored_diagonal
 from coin.merging.experts import Experts
 from coin.progress import progress
 from coin.statistics.products import OutputMap
+from coin.statistics.solvers import conjugate_gradient
 from coin.statistics.statistic import DataChoice
 
 
@@ -48,8 +48,9 @@ class FullFisher(Coin):
         self, damping: float = 1e-2, max_iterations: int = 50, tolerance: float = 1e-3, **options: Any
     ) -> None:
         super().__init__(damping, **options)
-        self.max_iterations = checked("max_iterations", max_iterations, max_iterations >= 1, "at least 1")
-        self.tolerance = checked("tolerance", tolerance, 0 <= tolerance < 1, "a number from 0 to below 1")
+        check_integer("max_iterations", max_iterations, 1)
+        check_number("tolerance", tolerance, low=0, high=1)
+        self.max_iterations, self.tolerance = max_iterations, tolerance
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one solution."""
@@ -86,46 +87,3 @@ class FullFisher(Coin):
             warnings.warn(f"full_fisher stopped {found}, {expected}", CoinWarning, stacklevel=3)
         chosen = {"fisher_data": str(data), "converged": converged, "cg_steps": steps, "cg_residual": residual}
         yield Candidate(chosen, whole | shaped(flat(average) + step, average))
-
-
-def flat(state: State) -> Tensor:
-    """Return all tensors' entries as one vector ``[K]``, in the type that holds them all."""
-    return torch.cat([tensor.flatten() for tensor in state.values()])
-
-
-def shaped(vector: Tensor, like: State) -> dict[str, Tensor]:
-    """Return a vector of `flat` as tensors again, with the names, shapes and types of others."""
-    pieces = iter(torch.split(vector, [tensor.numel() for tensor in like.values()]))
-    return {name: next(pieces).view_as(tensor).to(tensor.dtype) for name, tensor in like.items()}
-
-
-def conjugate_gradient(
-    operator: Callable[[Tensor], Tensor], right: Tensor, metric: Tensor, max_steps: int, tolerance: float
-) -> tuple[Tensor, list[float]]:
-    """Return x with A x = b, and ‖b − A x‖ / ‖b‖ at the start and after every step, by the recursion.
-
-    Conjugate gradients from x = 0 (Hestenes and Stiefel, 1952), preconditioned with `metric`, a positive diagonal near
-    A's. They end when that ratio is at most `tolerance`, or after `max_steps`, each of which applies `operator`,
-    v ↦ A v, once. All vectors are ``[K]``; A is symmetric and positive definite, or semidefinite with b in its range.
-    Raises NumericalError where the curvature along a direction is not positive and finite.
-    """
-
-    def dot(left: Tensor, right: Tensor) -> float:
-        return float(torch.sum(left * right, dtype=torch.float64))
-
-    x, residual, direction = torch.zeros_like(right), right.clone(), torch.zeros_like(right)
-    size, rho = math.sqrt(dot(right, right)), 1.0
-    residuals = [1.0 if size else 0.0]
-    while not residuals[-1] <= tolerance and len(residuals) <= max_steps:
-        scaled = residual / metric
-        previous, rho = rho, dot(residual, scaled)
-        direction.mul_(rho / previous).add_(scaled)
-        product = operator(direction)
-        curvature = dot(direction, product)
-        if not 0 < curvature < math.inf:
-            found = f"conjugate gradients met a curvature of {curvature:.3g} at step {len(residuals)}"
-            raise NumericalError(f"{found}, expected it positive and finite; raise the damping")
-        x.add_(direction, alpha=rho / curvature)
-        residual.sub_(product, alpha=rho / curvature)
-        residuals.append(math.sqrt(dot(residual, residual)) / size)
-    return x, residuals

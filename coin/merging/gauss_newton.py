@@ -1,29 +1,25 @@
 """Gauss–Newton on the coding objective itself, each step solved in the space of the samples' outputs."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from coin.errors import NumericalError
+from coin.choices import check_integer, check_number
 from coin.files.tensors import State
-from coin.merging.checks import checked
 from coin.merging.closed_form import refined
 from coin.merging.coin import Coin, floored_diagonal
-from coin.merging.experts import Experts, held_out_count, parameters_of
+from coin.merging.experts import Experts, parameters_of
 from coin.merging.method import CodedModel, Method, fill, starting_method
 from coin.progress import progress
 from coin.statistics import fisher_sums
 from coin.statistics.products import OutputMap
+from coin.statistics.solvers import solve_in_sample_space
 from coin.statistics.statistic import DataChoice, Statistic
 
 DAMPINGS = tuple(10.0 ** (k / 2) for k in range(-12, 13))
 """The grid of λ, 10⁻⁶ … 10⁶: the choice is free, so the grid is wide."""
-
-_PATIENCE = 5
-"""Iterations without a better held-out prediction after which the Krylov space grows no further."""
 
 
 class GaussNewton(Coin):
@@ -62,11 +58,12 @@ class GaussNewton(Coin):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.max_steps = checked("max_steps", max_steps, max_steps >= 1, "at least 1")
-        self.max_iterations = checked("max_iterations", max_iterations, max_iterations >= 1, "at least 1")
-        self.tolerance = checked("tolerance", tolerance, 0 <= tolerance < 1, "a share from 0 to below 1")
-        self.ridge = checked("ridge", ridge, 0 < ridge < math.inf, "a positive number")
-        self.start = start
+        check_integer("max_steps", max_steps, 1)
+        check_integer("max_iterations", max_iterations, 1)
+        check_number("tolerance", tolerance, low=0, high=1)
+        check_number("ridge", ridge, low=0, strict=True)
+        self.max_steps, self.max_iterations, self.tolerance = max_steps, max_iterations, tolerance
+        self.ridge, self.start = ridge, start
         self._start: Method | None = None if start == Coin.name else starting_method(start)
 
     def statistics(self) -> tuple[Statistic, ...]:
@@ -80,21 +77,22 @@ class GaussNewton(Coin):
             fishers, weights = experts.statistic(self.fisher(DataChoice(made.chosen["fisher_data"]))), row
         else:
             # What was fitted to the held-out samples would look best to them as it is.
-            fitted = Experts(experts.networks, calibration=[list(each) for each in experts.fitted(DataChoice.own)])
-            made = self._start.make(fitted, row)
-            sums = fisher_sums(made.network, fitted.pooled)
-            experts.passes += fitted.passes + sums.passes
+            without = Experts(experts.networks, calibration=experts.fitted(DataChoice.own))
+            made = self._start.make(without, row)
+            sums = fisher_sums(made.network, without.pooled)
+            experts.passes += without.passes + sums.passes
             fishers, weights = [sums.mean()], [1.0]
         metric = floored_diagonal(fishers, weights, self.ridge)
         outputs = OutputMap(made.network, experts.pooled)
         begun = {key: tensor for key, tensor in parameters_of(made.network).items() if key in metric}
-        parameters = self._steps(outputs, begun, experts.target(row), metric)
+        fitted = experts.split[0].num_samples
+        parameters = self._steps(outputs, begun, experts.target(row), fitted, metric)
         experts.passes += outputs.passes
         fill(made.network, parameters)
         return refined(made, self.label)
 
-    def _steps(self, outputs: OutputMap, parameters: State, target: Tensor, metric: State) -> State:
-        """Return the parameters after all steps."""
+    def _steps(self, outputs: OutputMap, parameters: State, target: Tensor, fitted: int, metric: State) -> State:
+        """Return the parameters after all steps, which are fitted to the first so many samples."""
         metric = {key: metric[key].to(tensor.dtype) for key, tensor in parameters.items()}
 
         def step_for(cotangent: Tensor) -> dict[str, Tensor]:
@@ -108,7 +106,7 @@ class GaussNewton(Coin):
         def squared(residual: Tensor) -> float:
             return float(residual[~training].double().square().sum())
 
-        training = torch.arange(len(target), device=target.device) < len(target) - held_out_count(len(target))
+        training = torch.arange(len(target), device=target.device) < fitted
         residual, dampings = target - outputs.outputs(parameters), target.new_tensor(DAMPINGS)
         error = squared(residual)
         with progress(self.label, self.max_steps * self.max_iterations) as advance:
@@ -126,55 +124,3 @@ class GaussNewton(Coin):
                 if 1 - error / before < self.tolerance:
                     break
         return parameters
-
-
-def solve_in_sample_space(
-    product: Callable[[Tensor], Tensor], residual: Tensor, training: Tensor, dampings: Tensor, max_iterations: int
-) -> Tensor | None:
-    """Return damped least squares for many parameters and few outputs, solved where the outputs live.
-
-    For a residual r over P samples with C outputs each, the step δ that minimises 1/(2P) ‖r − Jδ‖² + λ/2 δᵀDδ is
-    δ = D⁻¹Jᵀu with (K + λP I) u = r and K = J D⁻¹ Jᵀ, of P·C rows and columns, however many parameters there are. One
-    vjp and one jvp multiply by K. A Lanczos basis of K from r serves every λ, and J may cover samples that it does not
-    train on, so λ and the number of iterations are chosen on held-out samples at no extra cost.
-
-    Source: Golub and Van Loan, *Matrix Computations*, 4th ed., sections 10.1 (Lanczos) and 11.3.
-
-    Args:
-        product: u ``[P, C]`` ↦ J D⁻¹ Jᵀ u ``[P, C]``, symmetric and positive semi-definite.
-        residual: r on all samples ``[P, C]``.
-        training: Which samples the solution may use ``[P]``, bool; the others, at least one, are held out.
-        dampings: λ ``[K]``, positive.
-        max_iterations: Largest size of the Krylov space, which stops growing earlier where that no longer helps.
-
-    Returns:
-        The u ``[P, C]``, zero outside the training samples, with the smallest predicted Σ‖r − Jδ‖² over the held-out
-        samples; none if no u is predicted to help them. Raises NumericalError where a product is not finite.
-    """
-    r, ridges = residual.double().flatten(), dampings.double() * int(training.sum())
-    fitted = training[:, None].expand_as(residual).flatten().double()
-    judged, size = 1 - fitted, (r * fitted).norm()
-    best, least, found_at = None, (r * judged).square().sum(), 0
-    basis, images = (r * fitted / size)[None], r.new_empty(0, len(r))
-    while size > 0 and len(images) < max_iterations:
-        image = product(basis[-1].view_as(residual).to(residual)).double().flatten()
-        if not bool(torch.isfinite(image).all()):
-            raise NumericalError("a Jacobian product on the calibration data is not finite; check the experts' outputs")
-        images = torch.cat([images, image[None]])
-        projected = basis @ images.T
-        values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
-        # Coordinates in the basis of (T + λP)⁻¹ ‖r‖e₁, one column per damping.
-        columns = vectors @ (vectors[0][:, None] * size / (values.clamp_min(0)[:, None] + ridges))
-        errors = ((r[:, None] - images.T @ columns).square() * judged[:, None]).sum(0)
-        index = int(errors.argmin())
-        if errors[index] < least:
-            best, least, found_at = basis.T @ columns[:, index], errors[index], len(images)
-        elif len(images) - found_at >= _PATIENCE:
-            break
-        following = image * fitted
-        for _ in range(2):  # which is enough: one pass of Gram–Schmidt leaves what rounding put back
-            following = following - basis.T @ (basis @ following)
-        if following.norm() <= 1e-10 * image.norm():
-            break
-        basis = torch.cat([basis, following[None] / following.norm()])
-    return None if best is None else best.view_as(residual).to(residual)

@@ -81,14 +81,13 @@ def held_out_error(
     fitted = experts.tasks[: experts.split[0].num_samples]
     if int(torch.bincount(fitted, minlength=experts.count).min()) < 2:
         decoders = [LINEAR]
-    heads = None
-    if any(each.kind is DecoderKind.expert_head for each in decoders):
-        try:
-            heads = experts.heads
-        except HeadError:
-            decoders = [each for each in decoders if each.kind is not DecoderKind.expert_head]
-            if not decoders:
-                raise
+    others = [each for each in decoders if each.kind is not DecoderKind.expert_head]
+    try:
+        heads = experts.heads if len(others) < len(decoders) else None
+    except HeadError:
+        if not others:
+            raise
+        heads, decoders = None, others
     features, stages = (any(getattr(each, read) for each in decoders) for read in ("reads_features", "reads_stages"))
     judged = _answers(experts, coded, 1, features, stages)
     calibration, kept = None, Kept()
@@ -101,8 +100,8 @@ def held_out_error(
         for config in decoders if len(samples) else ():
             mine, truth = judged.select(samples), judged.experts[task, samples]
             if config.kind is DecoderKind.linear:
-                others = (weight * mine.experts[i] for i, weight in enumerate(row) if i != task)
-                decoded = (mine.coded[0] - sum(others, torch.zeros(()))) / row[task]
+                rest = (weight * mine.experts[i] for i, weight in enumerate(row) if i != task)
+                decoded = (mine.coded[0] - sum(rest, torch.zeros(()))) / row[task]
             else:
                 decoder = make_decoder(config, uniform(experts.count), [task], heads)
                 if decoder.needs_fit:
@@ -123,7 +122,7 @@ def _turned(decoded: Tensor, truth: Tensor) -> Tensor:
 
 def _answers(experts: Experts, coded: nn.Module, part: int, features: bool, stages: bool) -> Answers:
     """Return everyone's answers to a part of `Experts.split`, logits in float64."""
-    runs = [*experts.runs(part, features, stages), experts.run_whole(coded, experts.split[part], features, stages)]
+    runs = [*experts.runs(part, features, stages), experts.run(coded, experts.split[part], features, stages)]
     *own, last = (run.logits.double() for run in runs)
     theirs, mine = ([run.features for run in runs[:-1]], [runs[-1].features]) if features else (None, None)
     start = part * experts.split[0].num_samples

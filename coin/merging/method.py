@@ -158,12 +158,9 @@ class Method(ABC):
     def labelled(self, label: str | None) -> str:
         """Return the label that an option gives, or the name; a ConfigurationError unless results can be called it."""
         label = self.name if label is None else label
-        if label in ("none", "oracle"):
-            raise ConfigurationError(f"found label '{label}', which results use for something else; choose another")
-        if not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", label):
-            raise ConfigurationError(
-                f"found label {label!r}, expected a plain file name: letters, digits, '_', '-', '+', and '.' not first"
-            )
+        if label in ("none", "oracle") or not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", label):
+            expected = "letters, digits, '_', '-', '+', and '.' not first; and not none or oracle, other results' names"
+            raise ConfigurationError(f"found label {label!r}, expected a plain file name: {expected}")
         return label
 
 
@@ -216,22 +213,17 @@ def starting_method(start: str | Mapping[str, Any], *, reads_initial: bool = Fal
     experiment's list of methods. Raises a ConfigurationError where it is none, it trains, it needs the shared
     initialisation unless that may be read, or an option is unknown or out of its range.
     """
-    allowed = [
-        kind for kind in _subclasses(Method) if not kind.is_trained and (reads_initial or not kind.reads_initial)
-    ]
-    kinds = {kind.name: kind for kind in allowed if "name" in vars(kind)}  # not one that inherits another's
-    kind, options = None, {}
-    if isinstance(start, str):
-        kind = kinds.get(start)
-    elif isinstance(start, Mapping) and set(start) <= {"class_path", "init_args"}:
-        path = str(start.get("class_path")).rpartition(".")[2]
-        kind = next((each for each in allowed if each.__name__ == path), None)
-        options = dict(start.get("init_args") or {})
+    section: Any = {"class_path": start} if isinstance(start, str) else start
+    kinds = [each for each in _subclasses(Method) if not each.is_trained and (reads_initial or not each.reads_initial)]
+    kind = None
+    if isinstance(section, Mapping) and set(section) <= {"class_path", "init_args"}:
+        name = str(section.get("class_path")).rpartition(".")[2]
+        kind = next((each for each in kinds if name in (each.name, each.__name__)), None)
     if kind is None:
-        expected = f"one of {', '.join(sorted(kinds))}, or class_path and init_args of one"
+        expected = f"one of {', '.join(sorted({each.name for each in kinds}))}, or class_path and init_args of one"
         raise ConfigurationError(f"found start={start!r}, expected {expected}")
     try:
-        method = kind(**options)
+        method = kind(**section.get("init_args") or {})
     except TypeError as error:
         raise ConfigurationError(f"found start={start!r}, expected options of {kind.__name__} ({error})") from error
     if method.reads_initial and not reads_initial:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from coin.choices import check_number, chosen
-from coin.errors import NumericalError, StateError
+from coin.errors import StateError
 from coin.files.tensors import State, weighted_mean
-from coin.merging.checks import check_each, check_experts, checked
+from coin.merging.checks import check_each, check_experts
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel
 from coin.progress import tracked
 from coin.statistics import TRANSPOSED
+from coin.statistics.solvers import solve_damped
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 ALPHAS = (0.3, 0.5, 0.7, 0.9, 1.0)
@@ -71,7 +72,7 @@ class RegMean(MergeMethod):
         super().__init__(**options)
         self.layers = chosen(RegMeanLayers, "layers", layers)
         if alpha is not None:
-            checked("alpha", alpha, 0 <= alpha <= 1, "a number from 0 to 1, or none")
+            check_number("alpha", alpha, low=0, most=1)
         if damping is not None:
             check_number("damping", damping, low=0)
         self.alpha, self.damping = alpha, damping
@@ -89,19 +90,17 @@ class RegMean(MergeMethod):
         if not left_open:
             return super().make(experts, row)
         check_experts(experts, row)
-        tuned = copy(self)
-        tuned.alpha = 0.7 if self.alpha is None else self.alpha
         grams = experts.computed(None, experts.fitted(DataChoice.pooled))
+        options = {"alpha": 0.7 if self.alpha is None else self.alpha, "damping": self.damping}
         for name in left_open:
-            candidates = []
-            for value in grids[name]:
-                setattr(tuned, name, value)
-                candidates.append(Candidate({name: value}, tuned._solved(experts, row, grams)))
-            setattr(tuned, name, self._best(experts, row, candidates)[0].options[name])
+            tried = [{name: value} for value in grids[name]]
+            candidates = [Candidate(each, self._solved(experts, row, grams, **options | each)) for each in tried]
+            options |= self._best(experts, row, candidates)[0].options
+        tuned = copy(self)
+        tuned.alpha, tuned.damping = options["alpha"], options["damping"]
         made = tuned.make(experts, row)
         at_edge = self.damping is None and tuned.damping in (DAMPINGS[0], DAMPINGS[-1])
-        options = {"alpha": tuned.alpha, "damping": tuned.damping, "at_edge": at_edge}
-        return CodedModel(made.network, made.chosen | options)
+        return CodedModel(made.network, made.chosen | options | {"at_edge": at_edge})
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the solution for the Gram matrices of every kind of data that the option allows.
@@ -118,16 +117,12 @@ class RegMean(MergeMethod):
             grams = experts.statistic(Statistic(StatisticKind.gram, each))
             averaged = sorted(solvable.difference(name.removesuffix(TRANSPOSED) for gram in grams for name in gram))
             options = {"gram_data": str(each)} | ({"averaged": averaged} if averaged else {})
-            solved = self._solved(experts, row, grams)
-            fitted = experts.computed(None, experts.fitted(each)) if judged else None
-            yield Candidate(options, solved, None if fitted is None else self._solved(experts, row, fitted))
+            trial = self._solved(experts, row, experts.computed(None, experts.fitted(each))) if judged else None
+            yield Candidate(options, self._solved(experts, row, grams), trial)
 
-    def _solved(self, experts: Experts, row: Sequence[float], grams: Sequence[State]) -> State:
-        assert self.alpha is not None
-        assert self.damping is not None
-        return regmean_parameters(
-            experts.parameters, completed(grams), row, self.alpha, self.damping, self.layers, self.label
-        )
+    def _solved(self, experts: Experts, row: Sequence[float], grams: Sequence[State], **options: Any) -> State:
+        options = {"alpha": self.alpha, "damping": self.damping, "layers": self.layers, "label": self.label} | options
+        return regmean_parameters(experts.parameters, completed(grams), row, **options)
 
 
 def completed(grams: Sequence[State]) -> list[State]:
@@ -185,7 +180,7 @@ def regmean_parameters(
             gram = alpha * gram + (1 - alpha) * torch.diag_embed(gram.diagonal(dim1=1, dim2=2))
             pull += weight * (_joint_map(expert, key, bias, len(gram), turned) - average) @ gram
             total.add_(gram, alpha=weight)
-        rows = (average + _solve(total, pull, damping, key)).flatten(0, 1)
+        rows = (average + solve_damped(total, pull, damping, key)).flatten(0, 1)
         if bias is not None:
             merged[bias] = rows[:, -1].reshape(merged[bias].shape)
             rows = rows[:, :-1]
@@ -218,24 +213,3 @@ def _joint_map(state: State, key: str, bias: str | None, groups: int, turned: bo
     if bias is not None:
         weight = torch.cat([weight, state[bias].double()[:, None]], dim=1)
     return weight.reshape(groups, -1, weight.shape[1])
-
-
-def _solve(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
-    """Return pull (gram + λI)⁻¹ ``[G, C_out/G, K]`` with λ = damping × the mean diagonal entry, per group.
-
-    Raises NumericalError, which names the layer, where the damped matrix ``[G, K, K]`` is as good as singular.
-    """
-    ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
-    damped = gram + torch.diag_embed(ridge[:, None].expand(gram.shape[:2]))
-    # A group whose inputs are always zero has no pull either: any matrix gives it the β-average.
-    dead = damped.abs().amax((1, 2)) == 0
-    damped = damped + torch.diag_embed(dead.to(gram)[:, None].expand(gram.shape[:2]))
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    # Rounding lets half of the singular matrices pass, with a last pivot that is noise.
-    pivots, largest = factor.diagonal(dim1=1, dim2=2).square().amin(1), damped.diagonal(dim1=1, dim2=2).amax(1)
-    noise = 100 * torch.finfo(gram.dtype).eps * gram.shape[-1] * largest
-    if bool((failed.bool() | (pivots <= noise)).any()):
-        raise NumericalError(
-            f"the Gram matrix of '{key}' is singular with a damping of {damping:.3g}; raise the method's damping"
-        )
-    return torch.cholesky_solve(pull.mT, factor).mT

@@ -1,23 +1,20 @@
 """Data-free merges of task vectors, what each expert added to the shared initialisation; and that one itself."""
 
-import math
-from collections import ChainMap, Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch import Tensor
 
 from coin.choices import check_number
 from coin.files.tensors import State, check_finite, check_same_layout, doubled, weighted_mean
-from coin.merging.checks import checked
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
 from coin.merging.regmean import regmean_parameters
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.heads import head_name
 from coin.statistics import TRANSPOSED
+from coin.statistics.gram import linear_maps
 
 
 class Base(MergeMethod):
@@ -73,11 +70,9 @@ class Wudi(MergeMethod):
         initial, every = _checked_initial(experts), experts.parameters
         network = experts.blank()
         left_out = None if self.head else f"{head_name(network)}.weight".lstrip(".")
-        maps = [name for name in linear_maps(network) if name.removesuffix(TRANSPOSED) != left_out]
-        keys = {name: name.removesuffix(TRANSPOSED) for name in maps}
-        changed = {
-            name: key for name, key in keys.items() if not any(torch.equal(each[key], initial[key]) for each in every)
-        }
+        keys = {name: name.removesuffix(TRANSPOSED) for name in linear_maps(network)}
+        unchanged = {key for key in keys.values() if any(torch.equal(each[key], initial[key]) for each in every)}
+        changed = {name: key for name, key in keys.items() if key not in unchanged | {left_out}}
         grams = [_DeltaGrams(expert, initial, changed) for expert in every]
         solved = regmean_parameters(every, grams, row, alpha=1.0, damping=self.damping, label=self.label)
         yield Candidate({}, solved)
@@ -102,32 +97,6 @@ class _DeltaGrams(Mapping[str, Tensor]):
         return len(self._keys)
 
 
-def linear_maps(network: nn.Module) -> list[str]:
-    """Return the weights of a network's fully connected layers and convolutions of one group, by their modules' types.
-
-    A name ends in `TRANSPOSED` where the weight is ``[K, C_out]``, as in Hugging Face's Conv1D. A weight that several
-    modules hold is left out.
-    """
-    holders = [(name, module) for name, module in network.named_modules() if module._parameters]
-    uses = Counter(id(parameter) for _, module in holders for parameter in module._parameters.values())
-    found = []
-    for name, module in holders:
-        own, suffix = ["weight"], ""
-        if isinstance(module, nn.MultiheadAttention):
-            own = [key for key in module._parameters if key.endswith("proj_weight")]
-        elif type(module).__name__ == "Conv1D":
-            suffix = TRANSPOSED
-        elif not isinstance(module, nn.Linear) and (
-            not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd) or module.groups > 1
-        ):
-            continue
-        for key in own:
-            weight = module._parameters.get(key)
-            if weight is not None and weight.is_floating_point() and uses[id(weight)] == 1:
-                found.append(f"{name}.{key}".lstrip(".") + suffix)
-    return found
-
-
 class TaskArithmetic(MergeMethod):
     """θ = θ_0 + scale · N Σ_i β_i (θ_i − θ_0), with θ_0 the shared initialisation.
 
@@ -147,7 +116,8 @@ class TaskArithmetic(MergeMethod):
 
     def __init__(self, scale: float = 0.4, **options: Any) -> None:
         super().__init__(**options)
-        self.scale = checked("scale", scale, math.isfinite(scale), "a finite number")
+        check_number("scale", scale)
+        self.scale = scale
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one sum."""
@@ -177,8 +147,9 @@ class Ties(MergeMethod):
 
     def __init__(self, keep: float = 0.2, scale: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
-        self.keep = checked("keep", keep, 0 < keep <= 1, "a share above 0 and at most 1")
-        self.scale = checked("scale", scale, math.isfinite(scale), "a finite number")
+        check_number("keep", keep, low=0, most=1, strict=True)
+        check_number("scale", scale)
+        self.keep, self.scale = keep, scale
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one merge."""
@@ -207,16 +178,15 @@ def ties(
     experts: Sequence[State], initial: State, weights: Sequence[float], keep: float, scale: float
 ) -> dict[str, Tensor]:
     """Return `Ties`' merge, in the experts' types; of complex tensors the parts are entries of their own."""
-    kinds = {key: tensor.dtype for key, tensor in experts[0].items()}
-    experts, initial = [_in_parts(expert) for expert in experts], _in_parts(initial)
     thresholds = []  # the magnitude of the smallest entry of each task vector that the trim keeps
     for expert in experts:
-        sizes = torch.cat([(expert[key].double() - start.double()).abs().flatten() for key, start in initial.items()])
+        sizes = torch.cat([(_parts(expert[key]) - _parts(start)).abs().flatten() for key, start in initial.items()])
         kept = max(1, round(keep * sizes.numel()))
         thresholds.append(float(sizes.kthvalue(sizes.numel() - kept + 1).values))
     merged = {}
-    for key, start in initial.items():
-        steps = torch.stack([expert[key].double() - start.double() for expert in experts])
+    for key, tensor in initial.items():
+        start, dtype = _parts(tensor), experts[0][key].dtype
+        steps = torch.stack([_parts(expert[key]) - start for expert in experts])
         limits = steps.new_tensor(thresholds).reshape(-1, *[1] * start.ndim)
         shares = steps.new_tensor(weights).reshape(limits.shape)
         steps = torch.where(steps.abs() >= limits, steps, torch.zeros_like(steps))
@@ -224,12 +194,11 @@ def ties(
         agreeing = shares * ((steps.sign() == elected) & (elected != 0))
         share = agreeing.sum(0)
         step = (agreeing * steps).sum(0) / torch.where(share > 0, share, torch.ones_like(share))
-        whole = start.double() + scale * step
-        merged[key] = (torch.view_as_complex(whole) if kinds[key].is_complex else whole).to(kinds[key])
+        whole = start + scale * step
+        merged[key] = (torch.view_as_complex(whole) if dtype.is_complex else whole).to(dtype)
     return merged
 
 
-def _in_parts(state: State) -> State:
-    """Return a state whose complex tensors are real ones of their parts, with an axis more."""
-    parts = {key: torch.view_as_real(tensor) for key, tensor in state.items() if tensor.is_complex()}
-    return ChainMap(parts, cast(Any, state)) if parts else state
+def _parts(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, a complex one as its parts along an axis more."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()

@@ -5,14 +5,15 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from coin.batches import as_input, joined, samples_of
+from coin.batches import as_input, joined, take
+from coin.data import Calibration, pooled
 from coin.data.tasks import Tasks
 from coin.merging import Experts
-from coin.merging.experts import MemoryCalibration
 from coin.modules.shared import quieten
 from coin.statistics.guard import differentiable, trainable
 
@@ -48,10 +49,9 @@ class MemoryTraining(Training):
         """Run a Trainer of which nothing is seen."""
         # On the networks' device and of their type; a DataError where samples differ in shape.
         whole = as_input(joined(list(experts.pooled)), experts.networks[0])
-        samples = MemoryCalibration.of_samples(
-            list(samples_of(whole)), experts.tasks, experts.count, module.hparams["batch_size"]
-        )
-        data = BatchTasks(samples, held_out, module.hparams["seed"] or 0)
+        own = [take(whole, (experts.tasks == task).nonzero().flatten()) for task in range(experts.count)]
+        samples = pooled([Calibration.of_batches([batch]) for batch in own])
+        data = MemoryTasks(samples, module.hparams["batch_size"], held_out, module.hparams["seed"] or 0)
         student = module.get_submodule("student")
         parameters = trainable(student).values()
         device = next(iter(parameters)).device
@@ -70,15 +70,15 @@ class MemoryTraining(Training):
         student.to(device).zero_grad()
 
 
-class BatchTasks(Tasks):
+class MemoryTasks(Tasks):
     """Calibration samples in memory, as the data that a method trains on."""
 
-    def __init__(self, samples: MemoryCalibration, held_out: float, seed: int) -> None:
+    def __init__(self, samples: Calibration, batch_size: int, held_out: float, seed: int) -> None:
         LightningDataModule.__init__(self)
-        self._samples, self.tasks = samples, {}
-        self.batch_size, self.held_out, self.seed = samples.batch_size, held_out, seed
+        self._samples, self.tasks = replace(samples, batch_size=batch_size), {}
+        self.batch_size, self.held_out, self.seed = batch_size, held_out, seed
 
-    def calibration(self) -> MemoryCalibration:
+    def calibration(self) -> Calibration:
         """Return all tasks' samples, interleaved."""
         return self._samples
 

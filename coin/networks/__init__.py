@@ -23,6 +23,7 @@ from coin.networks.heads import (
     linear_heads,
     pad_logits,
     padded_rows,
+    padded_state,
     widened,
 )
 from coin.networks.lora import Lora, add_adapters, plain_network
@@ -59,6 +60,7 @@ __all__ = [
     "open_network",
     "pad_logits",
     "padded_rows",
+    "padded_state",
     "plain_network",
     "read_weights",
     "recalibrate",

@@ -187,3 +187,41 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _typed(data: Tensor, dtype: torch.dtype) -> Tensor:
     return data.clone().view(dtype)  # a clone, so that it begins where the type may
+
+
+_BLOCK = 128
+"""Columns whose errors are carried over to the rest at a time."""
+
+
+def round_columns(wanted: Tensor, scales: Tensor, bits: int, metric: Tensor) -> Tensor:
+    """Return the codes [G, O, K] of matrices rounded column by column, the columns to come making up for the errors.
+
+    With M = metric = R Rᵀ and U = R⁻¹, both upper triangular, column k is rounded to q_k and every later one l becomes
+    w_l − (w_k − q_k) U_kl / U_kk, the minimiser of tr((q − w) M (q − w)ᵀ) given the columns rounded so far. Columns go
+    by falling M_kk.
+
+    Source: Frantar et al., *GPTQ* (ICLR 2023, arXiv 2210.17323), algorithm 1.
+
+    Args:
+        wanted: [G, O, K].
+        scales: Of every entry, with the sign that says which levels it takes, [G, O, K], bfloat16.
+        bits: b.
+        metric: [G, K, K], positive definite.
+    """
+    order = metric.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True)
+    wanted, scales, metric = wanted[..., order], scales[..., order], metric[:, order][:, :, order]
+    root = torch.linalg.cholesky(metric.flip(1, 2)).flip(1, 2)
+    upper = torch.linalg.solve_triangular(root, torch.eye(len(order)).to(root), upper=True)
+    codes = torch.empty(wanted.shape, dtype=torch.uint8)
+    for start in range(0, len(order), _BLOCK):
+        end = min(start + _BLOCK, len(order))
+        errors = torch.zeros_like(wanted[..., start:end])
+        for k in range(start, end):
+            column, scale = wanted[..., k].flatten(), scales[..., k].flatten()
+            code = nearest(column[:, None].float(), scale, bits)
+            codes[..., k] = code.view(codes.shape[:2])
+            error = (column - Rounded(code, scale, bits).dense()[:, 0]).view(codes.shape[:2])
+            errors[..., k - start] = error / upper[:, k, k, None]
+            wanted[..., k:end] -= errors[..., k - start, None] * upper[:, None, k, k:end]
+        wanted[..., end:] -= errors @ upper[:, start:end, end:]
+    return codes[..., order.argsort()]

@@ -1,6 +1,8 @@
 """The classifier head of any network: found by name, checked, replaced, padded, and read together with its input."""
 
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,16 +78,14 @@ def initialise_head(head: nn.Module) -> None:
             parameter.zero_() if name == "bias" else parameter.normal_(std=0.01)
 
 
-def padded_rows(
-    state: State, head: str, num_outputs: int, *, fill: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
+def padded_rows(state: State, head: str, num_outputs: int, *, mean: bool = False) -> dict[str, Tensor]:
     """Return the head's tensors padded to `num_outputs` rows, none where it has as many; a HeadError if it has more.
 
     Args:
         state: A network's tensors, or a statistic with the same names.
         head: The head's dotted name.
         num_outputs: The number of rows after padding.
-        fill: The value of a padded row, by tensor name; zeros where absent (a padded logit is then zero).
+        mean: Whether a padded row is the mean of the others; otherwise it is zero (and so is a padded logit).
     """
     padded = {}
     for part in ("weight", "bias"):
@@ -97,9 +97,15 @@ def padded_rows(
         if missing < 0:
             raise HeadError(f"'{key}' has {tensor.shape[0]} outputs, expected at most {num_outputs}")
         if missing:
-            row = torch.zeros_like(tensor[:1]) if fill is None or key not in fill else fill[key].to(tensor)[None]
+            row = tensor.mean(0, keepdim=True) if mean else torch.zeros_like(tensor[:1])
             padded[key] = torch.cat([tensor, row.expand(missing, *tensor.shape[1:])])
     return padded
+
+
+def padded_state(state: State, head: str, num_outputs: int, *, mean: bool = False) -> State:
+    """Return a network's tensors, or a statistic, with the head as of `padded_rows`; no other tensor is read."""
+    rows = padded_rows(state, head, num_outputs, mean=mean)
+    return ChainMap(rows, cast(Any, state)) if rows else state  # never written to, so that any mapping will do
 
 
 def widened(network: Network, num_outputs: int) -> Network:
@@ -169,6 +175,21 @@ def pad_logits(logits: Tensor, num_outputs: int) -> Tensor:
             "largest class count"
         )
     return F.pad(logits, (0, num_outputs - logits.shape[-1]))
+
+
+def check_padding(padded: nn.Module, own: nn.Module, inputs: Batch) -> None:
+    """Raise HeadError where a padded network's logits are not the network's own with zeros behind them."""
+    if padded is own:
+        return
+    found, expected = padded(inputs), own(inputs)
+    if found.shape[1] <= expected.shape[1] or not torch.allclose(
+        found, pad_logits(expected, found.shape[1]), rtol=1e-2, atol=1e-4
+    ):
+        raise HeadError(
+            f"the logits of {type(own).__name__} are not those of its head '{head_name(own)}', which is padded since "
+            "class counts differ; name the layer that gives them in an attribute 'head_name', or give experts of one "
+            "class count"
+        )
 
 
 def features_and_logits(network: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The Gram matrices of the inputs of linear maps, for RegMean."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from coin.batches import Forward, adapted, as_input, size_of
 from coin.statistics.guard import evaluating, trainable
@@ -56,52 +58,48 @@ def gram_sums(
         ConfigurationError: There are no parameters.
         DataError: A batch holds anything but tensors of as many samples.
     """
-    values: dict[str, Tensor] = {}
-    count = 0
-    network = adapted(network, forward)
-    parameters = trainable(network)
-
-    def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:
-        name = names.get("weight")
-        if name is None or not isinstance(call, LinearCall) or call.inputs.numel() == 0:
-            return
-        bias = call.bias is not None and call.bias is parameters.get(name.removesuffix("weight") + "bias")
-        for a in patches_of(call):
-            _add(values, name + TRANSPOSED if call.transposed else name, a, bias)
-
-    with evaluating(network, gradients=False):
-        for batch in batches:
-            inputs = as_input(batch, network)
-            with Interceptor(parameters, visit):
-                network(inputs)
-            count += size_of(inputs)
-            if progress is not None:
-                progress(size_of(inputs))
-    matrices = [name for name, parameter in parameters.items() if parameter.ndim >= 2]
-    uncovered = tuple(name for name in matrices if values.keys().isdisjoint((name, name + TRANSPOSED)))
-    return Sums(values, count, float(count), uncovered)
+    grams = GramPass(network, progress, forward)
+    for batch in batches:
+        grams.add(batch)
+    return grams.sums()
 
 
 class GramPass:
-    """Adds up `gram_sums` of a network over the batches it is given."""
+    """Adds up `gram_sums` of a network over the batches it is given.
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self._sums: Sums | None = None
+    Attributes:
+        count: Samples so far.
+    """
 
-    @property
-    def count(self) -> int:
-        """Samples so far."""
-        return 0 if self._sums is None else self._sums.count
+    def __init__(
+        self, network: nn.Module, progress: Callable[[int], None] | None = None, forward: Forward | None = None
+    ) -> None:
+        self.network, self.count = adapted(network, forward), 0
+        self._progress, self._parameters = progress, trainable(self.network)
+        self._values: dict[str, Tensor] = {}
 
     def add(self, batch: Any) -> None:
         """Add a batch [B, …]."""
-        sums = gram_sums(self.network, [batch])
-        self._sums = sums if self._sums is None else self._sums + sums
+        inputs = as_input(batch, self.network)
+        with evaluating(self.network, gradients=False), Interceptor(self._parameters, self._visit):
+            self.network(inputs)
+        self.count += size_of(inputs)
+        if self._progress is not None:
+            self._progress(size_of(inputs))
+
+    def _visit(self, call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:
+        name = names.get("weight")
+        if name is None or not isinstance(call, LinearCall) or call.inputs.numel() == 0:
+            return
+        bias = call.bias is not None and call.bias is self._parameters.get(name.removesuffix("weight") + "bias")
+        for a in patches_of(call):
+            _add(self._values, name + TRANSPOSED if call.transposed else name, a, bias)
 
     def sums(self) -> Sums:
         """Return the sums, when all batches were added."""
-        return gram_sums(self.network, []) if self._sums is None else self._sums
+        matrices = [name for name, parameter in self._parameters.items() if parameter.ndim >= 2]
+        uncovered = (name for name in matrices if self._values.keys().isdisjoint((name, name + TRANSPOSED)))
+        return Sums(self._values, self.count, float(self.count), tuple(uncovered))
 
 
 def patches_of(call: LinearCall) -> Iterable[Tensor]:
@@ -126,3 +124,29 @@ def _add(values: dict[str, Tensor], name: str, a: Tensor, bias: bool) -> None:
         values[name] = F.pad(values[name], (0, max(0, -further)) * 2)
     columns = a.permute(1, 0, 2)  # [G, rows, K]
     values[name] = values[name].baddbmm_(columns.mT, columns) if name in values else torch.bmm(columns.mT, columns)
+
+
+def linear_maps(network: nn.Module) -> list[str]:
+    """Return the weights of a network's fully connected layers and convolutions of one group, by their modules' types.
+
+    A name ends in `TRANSPOSED` where the weight is ``[K, C_out]``, as in Hugging Face's Conv1D. A weight that several
+    modules hold is left out.
+    """
+    holders = [(name, module) for name, module in network.named_modules() if module._parameters]
+    uses = Counter(id(parameter) for _, module in holders for parameter in module._parameters.values())
+    found = []
+    for name, module in holders:
+        own, suffix = ["weight"], ""
+        if isinstance(module, nn.MultiheadAttention):
+            own = [key for key in module._parameters if key.endswith("proj_weight")]
+        elif type(module).__name__ == "Conv1D":
+            suffix = TRANSPOSED
+        elif not isinstance(module, nn.Linear) and (
+            not isinstance(module, _ConvNd) or isinstance(module, _ConvTransposeNd) or module.groups > 1
+        ):
+            continue
+        for key in own:
+            weight = module._parameters.get(key)
+            if weight is not None and weight.is_floating_point() and uses[id(weight)] == 1:
+                found.append(f"{name}.{key}".lstrip(".") + suffix)
+    return found

@@ -102,7 +102,7 @@ def choose_weights(
     for code in candidates:
         row = code.matrix[0].tolist()
         average = method.make(experts, row).network
-        error = experts.run(average, experts.pooled) - experts.target(row)
+        error = experts.run(average, experts.pooled).logits - experts.target(row)
         residuals[code] = float(error.double().square().mean().sqrt())
         if not math.isfinite(residuals[code]):
             raise NumericalError(

@@ -1,10 +1,9 @@
 """The experts of one seed, or of one merge, in files that are read as far as they are needed."""
 
-from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +12,8 @@ from coin.data import Calibration
 from coin.errors import ConfigurationError
 from coin.files.safetensors import StateFile
 from coin.files.tensors import State, fingerprint
-from coin.merging.experts import Experts, padded_statistic
+from coin.merging.calibrated import Calibrated
+from coin.merging.experts import Experts
 from coin.networks import (
     NetworkConfig,
     NetworkFile,
@@ -24,10 +24,9 @@ from coin.networks import (
     head_name,
     load_network,
     open_network,
-    padded_rows,
+    padded_state,
     widened,
 )
-from coin.statistics import FisherKind
 from coin.statistics.files import open_statistic
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -134,18 +133,10 @@ class StoredExperts(Experts):
         initial: Path | None = None,
         train: Any = None,
     ) -> None:
-        self.passes = self.seconds = 0.0
-        self.train = train
-        self.files = files
+        Calibrated.__init__(self, len(files.paths), list(calibrations.values()) if calibrations else None, train)
+        self.files, self._statistics = files, {}
         self.statistic_paths = dict(statistics or {})
-        self._calibration = None if not calibrations else list(calibrations.values())
         self.initial_path = initial
-        self._computed, self._outputs = {}, {}
-
-    @property
-    def count(self) -> int:
-        """N."""
-        return len(self.files.paths)
 
     @property
     def parameters(self) -> Sequence[State]:
@@ -162,9 +153,7 @@ class StoredExperts(Experts):
         skeleton = self.files.skeleton
         every = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
         parameters: State = state.select([name for name, _ in skeleton.named_parameters()])
-        rows = padded_rows(parameters, head_name(skeleton), self.files.width)
-        if rows:  # a ChainMap that is never written to takes any mapping
-            parameters = ChainMap(rows, cast(Any, parameters))
+        parameters = padded_state(parameters, *self._padding())
         return parameters, state.select([name for name in skeleton.state_dict() if name not in every])
 
     @cached_property
@@ -193,42 +182,29 @@ class StoredExperts(Experts):
         _check(file, self.files.skeleton, self.files.width)
         return self._parts(file.state)
 
-    def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
-        """Return on which data a statistic can be had, of what a method's option allows."""
+    def _padding(self) -> tuple[str, int]:
+        """Return the head's name and its number of outputs."""
+        return head_name(self.files.skeleton), self.files.width
+
+    def _data_of(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
+        """Return on which data there are files of a statistic."""
         there = list(dict.fromkeys(which.data for which in self.statistic_paths if which.name is name))
-        allowed = [each for each in there if data in (DataChoice.auto, each)]
         if not there:
             raise ConfigurationError(
                 f"found no {name} of the experts, which the method needs; run coin fisher on each and name the files"
             )
-        if not allowed:
-            raise ConfigurationError(
-                f"found {name} files of {', '.join(there)} data, the method is to take {data}; name such files, or "
-                f"set {name}_data"
-            )
-        return allowed
+        return there
 
-    def statistic(self, which: Statistic) -> Sequence[State]:
+    def _states(self, which: Statistic) -> Sequence[State]:
         """Open one statistic of every expert, after checking that it is of that expert's weights."""
-        if which not in self._computed:
-            paths = self.statistic_paths.get(which, {})
-            if missing := [task for task in self.files.paths if task not in paths]:
-                raise ConfigurationError(
-                    f"found no {which} of expert '{missing[0]}', which the method needs; run coin fisher on it and "
-                    "name the file"
-                )
-            marks = self.files.marks
-            found = [open_statistic(paths[task], statistic=which.name, weights=mark) for task, mark in marks.items()]
-            self.seconds += sum(file.seconds for file in found)
-            self.passes += sum(file.passes for file in found)
-            head, width = head_name(self.files.skeleton), self.files.width
-            self._computed[which] = [
-                padded_statistic(
-                    file.values,
-                    head,
-                    width,
-                    FisherKind(file.provenance["kind"]) if which.name is StatisticKind.fisher else None,
-                )
-                for file in found
-            ]
-        return self._computed[which]
+        paths = self.statistic_paths.get(which, {})
+        if missing := [task for task in self.files.paths if task not in paths]:
+            raise ConfigurationError(
+                f"found no {which} of expert '{missing[0]}', which the method needs; run coin fisher on it and "
+                "name the file"
+            )
+        marks = self.files.marks
+        found = [open_statistic(paths[task], statistic=which.name, weights=mark) for task, mark in marks.items()]
+        self.seconds += sum(file.seconds for file in found)
+        self.passes += sum(file.passes for file in found)
+        return [file.values for file in found]

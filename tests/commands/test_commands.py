@@ -142,7 +142,7 @@ def test_a_method_of_pooled_fishers_refuses_those_of_own_data(
     capsys.readouterr()
     assert main([*command, *method, "--method.fisher_data=pooled"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("coin: error: found fisher files of own data, the method is to take pooled")
+    assert line.startswith("coin: error: found fisher statistics of own data, expected pooled")
     assert not list(tmp_path.iterdir())
     assert main([*command, *method, "--method.fisher_data=own"]) == 0
 

@@ -112,3 +112,17 @@ def test_pooling_needs_one_image_size():
         pooled([numbered(4), numbered(4, image_size=16)])
     with pytest.raises(DataError, match=r"image sizes \[\]"):
         pooled([])
+
+
+def test_samples_in_memory_are_calibration_data_too():
+    """Batches of two shapes; pooled with another task's they keep their order, and a new shape begins a new batch."""
+    short, long = torch.arange(6.0).reshape(3, 2), torch.arange(12.0).reshape(4, 3)
+    one, other = Calibration.of_batches([short, long]), Calibration.of_batches([{"x": short}])
+    assert (one.num_samples, one.batch_size, other.batch_size) == (7, 4, 3)
+    assert all(torch.equal(*pair) for pair in zip(one, (short, long), strict=True))
+    assert [len(batch) for batch in one.subset([0, 3, 1, 4, 5])] == [1, 1, 1, 2]
+    assert torch.equal(other.inputs(torch.tensor([2, 0]))["x"], short[[2, 0]])
+    both = pooled([one, Calibration.of_batches([10 + long])])
+    assert both.part.tolist() == [0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 0]
+    with pytest.raises(DataError, match="to run together, expected one shape"):
+        both.inputs()

@@ -3,9 +3,8 @@ import torch
 from torch import nn
 
 from coin.data import Calibration, Samples, pooled
-from coin.errors import CoinWarning, ConfigurationError
+from coin.errors import CoinWarning, ConfigurationError, DataError
 from coin.merging import Average, Coin, Experts, GaussNewton
-from coin.merging.experts import held_out_count
 from coin.networks import recalibrate
 
 WEIGHTS = (0.2, 0.3, 0.5)
@@ -31,7 +30,7 @@ def setup(make=mlp, samples=30, shape=(6,), fisher=True):
 
 
 def errors_of(experts, network):
-    return experts.run(network, experts.pooled) - experts.target(WEIGHTS)
+    return experts.run(network, experts.pooled).logits - experts.target(WEIGHTS)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +83,14 @@ def test_batchnorm_stays_as_the_start_has_it(policy):
         assert torch.equal(merged.network.get_buffer(name), buffer), name
 
 
+def of_samples(count):
+    return Experts([nn.Linear(2, 2)], calibration=[[torch.zeros(count, 2)]])
+
+
 def test_a_fifth_is_held_out():
-    assert [held_out_count(samples) for samples in (10, 3, 2)] == [2, 1, 1]
-    with pytest.raises(ConfigurationError, match="found 1 pooled"):
-        held_out_count(1)
+    assert [of_samples(count).split[1].num_samples for count in (10, 3, 2)] == [2, 1, 1]
+    with pytest.raises(DataError, match="found 1 calibration samples, expected at least 2"):
+        of_samples(1).split  # noqa: B018
 
 
 SIZES = [(20,) * 5, (5,) * 5, (10,) * 10, (40, 20, 20, 10, 10), (40, 20), (35, 5)]
@@ -103,7 +106,7 @@ def test_every_task_is_fitted_and_held_out_in_its_share(sizes):
     experts = Experts([nn.Linear(2, 2) for _ in sizes], calibration=batches)
     assert {len(batch) for batch in experts.pooled} == {4, sum(sizes) % 4 or 4}
     assert torch.equal(torch.cat(list(experts.pooled))[:, 0], stored.float())
-    training = torch.arange(sum(sizes)) < sum(sizes) - held_out_count(sum(sizes))
+    training = torch.arange(sum(sizes)) < sum(sizes) - max(1, round(0.2 * sum(sizes)))
     for split, mask in zip(experts.split, (training, ~training), strict=True):
         assert torch.equal(torch.cat(list(split))[:, 0], stored[mask].float())
     for index, size in enumerate(sizes):

@@ -118,7 +118,7 @@ def test_identical_experts_merge_to_themselves(kind, name):
     experts = Experts([expert, deepcopy(expert), deepcopy(expert)], initial=initial, calibration=calibration)
     coded = method_for(kind, name)[0].make(experts, WEIGHTS).network
     if "refit" in name and kind == "batchnorm":  # which is folded in: other parameters of the same function
-        answers = [experts.run(network, experts.pooled) for network in (coded, expert)]
+        answers = [experts.run(network, experts.pooled).logits for network in (coded, expert)]
         torch.testing.assert_close(*answers, rtol=1e-10, atol=1e-10)
     else:
         assert_parameters_close(coded, expert, 1e-10)
@@ -192,7 +192,7 @@ def test_methods_that_fit_answers_come_nearer_than_their_start(kind, method, sta
     errors = []
     for each in (method, start):
         coded = each.make(experts, WEIGHTS).network
-        errors.append(float((experts.run(coded, experts.pooled) - experts.target(WEIGHTS)).square().sum()))
+        errors.append(float((experts.run(coded, experts.pooled).logits - experts.target(WEIGHTS)).square().sum()))
     assert errors[0] < errors[1]
 
 

@@ -58,7 +58,10 @@ def test_it_starts_from_the_coded_model_of_another_method_with_its_statistics_fo
         patched.setattr("coin.merging.passes.fit_unit", lambda *_: None)
         begun = Refit("own", start=start, head=False).make(experts, ROW)
     torch.testing.assert_close(
-        experts.run(begun.network, experts.pooled), experts.run(made.network, experts.pooled), rtol=1e-10, atol=1e-10
+        experts.run(begun.network, experts.pooled).logits,
+        experts.run(made.network, experts.pooled).logits,
+        rtol=1e-10,
+        atol=1e-10,
     )
     assert torch.equal(begun.network[1].weight, torch.ones(5, dtype=torch.float64))
     assert begun.chosen["start_batchnorm"] == made.chosen["batchnorm"]

@@ -9,10 +9,10 @@ from torch import nn
 
 from coin.errors import ConfigurationError
 from coin.merging import Average, Experts, Refit
-from coin.merging.rounding import Rounding, round_columns
 from coin.networks.compressed import Compressed, compress, reference_of
 from coin.networks.compression import Compression
-from coin.networks.delta import Rounded, matrix_shape, quantise
+from coin.networks.delta import Rounded, matrix_shape, quantise, round_columns
+from coin.networks.rounding import Rounding
 from tests.merging.test_refit import ATTENTION, NETWORKS, RIDGE, ROW, answers, assert_answers_close, experts_of, kind_of
 
 every_network = pytest.mark.parametrize("kind", [*NETWORKS, *ATTENTION])
@@ -29,7 +29,7 @@ def base_of(networks):
 
 @pytest.mark.parametrize("bits", [1, 3])
 def test_columns_are_rounded_one_by_one_with_the_best_of_the_others(bits, monkeypatch):
-    monkeypatch.setattr("coin.merging.rounding._BLOCK", 4)
+    monkeypatch.setattr("coin.networks.delta._BLOCK", 4)
     torch.manual_seed(bits)
     rows = torch.randn(2, 40, 9, dtype=torch.float64) @ torch.randn(2, 9, 9, dtype=torch.float64)
     metric, wanted = rows.mT @ rows / 40, torch.randn(2, 3, 9, dtype=torch.float64)

@@ -33,7 +33,7 @@ def setup():
 
 
 def error(experts, coded):
-    return float((experts.run(coded, experts.split[1]) - experts.target(ROW)[-24:]).norm())
+    return float((experts.run(coded, experts.split[1]).logits - experts.target(ROW)[-24:]).norm())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from torch import nn
 
 import coin
 from coin.errors import ConfigurationError
-from coin.merging.task_vectors import linear_maps
+from coin.statistics.gram import linear_maps
 
 ROW = (0.2, 0.3, 0.5)
 CODE = coin.Code([ROW])

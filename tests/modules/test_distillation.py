@@ -173,7 +173,7 @@ def test_what_is_missing_is_named(experts, tasks, synthetic, make_trainer):
     with pytest.raises(ConfigurationError, match=r"found 2 experts and code_row=\[1.0\]"):
         Distillation(experts, [1.0], lr=1e-3).configure_model()
     for row in ([0.7, 0.7], [1.5, -0.5], [float("nan"), 1.0]):
-        with pytest.raises(ConfigurationError, match=r"found weights \[.*non-negative numbers that sum to 1"):
+        with pytest.raises(ConfigurationError, match=r"weights for 2 experts, \[.*non-negative numbers that sum to 1"):
             Distillation(experts, row, lr=1e-3).configure_model()
     with pytest.raises(ConfigurationError, match="found data of Synthetic, expected Tasks"):
         make_trainer(max_epochs=1).fit(Distillation(experts, ROW, lr=1e-3), datamodule=synthetic())

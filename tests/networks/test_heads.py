@@ -280,16 +280,17 @@ def test_float32_products_of_medium_precision_pass():
 # Padding
 
 
-def test_a_padded_head_has_zero_rows_or_the_given_ones():
+def test_a_padded_head_has_zero_rows_or_the_mean_of_its_own():
     state = {"fc.weight": torch.ones(2, 3), "fc.bias": torch.tensor([1.0, 2.0]), "body": torch.ones(4)}
     padded = {**state, **padded_rows(state, "fc", 4)}
     assert torch.equal(padded["fc.weight"], torch.cat([torch.ones(2, 3), torch.zeros(2, 3)]))
     assert padded["fc.bias"].tolist() == [1.0, 2.0, 0.0, 0.0]
     assert padded["body"] is state["body"]
-    filled = padded_rows(state, "fc", 3, fill={"fc.weight": torch.tensor([7.0, 8.0, 9.0])})
+    state["fc.weight"] = torch.tensor([[7.0, 8.0, 9.0], [9.0, 6.0, 10.0]])
+    filled = padded_rows(state, "fc", 3, mean=True)
     assert filled.keys() == {"fc.weight", "fc.bias"}
-    assert filled["fc.weight"][2].tolist() == [7.0, 8.0, 9.0]
-    assert filled["fc.bias"].tolist() == [1.0, 2.0, 0.0]
+    assert filled["fc.weight"][2].tolist() == [8.0, 7.0, 9.5]
+    assert filled["fc.bias"].tolist() == [1.0, 2.0, 1.5]
     assert state["fc.weight"].shape == (2, 3)
     without_bias = padded_rows({"fc.weight": torch.ones(2, 3, 1, 1)}, "fc", 3)
     assert without_bias.keys() == {"fc.weight"}

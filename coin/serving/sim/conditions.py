@@ -70,7 +70,7 @@ class Slowdown:
         check_number("slowdown.share", self.share, low=0, high=1)
         check_number("slowdown.factor", self.factor, low=1)
         check_number("slowdown.length", self.length, low=0, strict=True)
-        check_number("slowdown.together", self.together, low=0, high=math.nextafter(1, 2))
+        check_number("slowdown.together", self.together, low=0, most=1)
 
 
 @dataclass(frozen=True)

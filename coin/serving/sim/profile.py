@@ -65,7 +65,7 @@ class Failover:
     seconds: float
 
     def __post_init__(self) -> None:
-        check_number("failover.accuracy", self.accuracy, low=0, high=np.nextafter(1, 2))
+        check_number("failover.accuracy", self.accuracy, low=0, most=1)
         for name in ("mib", "seconds"):
             check_number(f"failover.{name}", getattr(self, name), low=0, strict=True)
 

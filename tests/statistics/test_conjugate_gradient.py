@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from coin.errors import NumericalError
-from coin.merging.full_fisher import conjugate_gradient, flat, shaped
+from coin.files.tensors import flat, shaped
+from coin.statistics.solvers import conjugate_gradient
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from coin.errors import StateError
-from coin.merging.layers import fisher_shares, layers_of, relative_distances
 from coin.networks import NetworkConfig, build_network
+from coin.reporting.layers import fisher_shares, layers_of, relative_distances
 
 
 def states(count: int) -> list[dict[str, torch.Tensor]]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from coin.errors import NumericalError
-from coin.merging.gauss_newton import solve_in_sample_space
+from coin.statistics.solvers import solve_in_sample_space
 
 DAMPINGS = torch.logspace(-6, 3, 10, dtype=torch.float64)
 
@@ -30,7 +30,7 @@ def product_of(jacobian, metric, shape):
 
 @pytest.mark.parametrize("parameters", [12, 200])
 def test_the_choice_is_the_best_dense_solution(parameters, monkeypatch):
-    monkeypatch.setattr("coin.merging.gauss_newton._PATIENCE", 60)
+    monkeypatch.setattr("coin.statistics.solvers._PATIENCE", 60)
     jacobian, metric, residual = problem(parameters=parameters)
     training = torch.arange(10) % 5 != 4
     product = product_of(jacobian, metric, residual.shape)

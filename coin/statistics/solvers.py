@@ -1,0 +1,117 @@
+"""Linear systems: damped Gram matrices, and what is known by its products alone, as Jacobians and Fishers are."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from coin.errors import NumericalError
+
+_PATIENCE = 5
+"""Iterations without a better held-out prediction after which the Krylov space grows no further."""
+
+
+def conjugate_gradient(
+    operator: Callable[[Tensor], Tensor], right: Tensor, metric: Tensor, max_steps: int, tolerance: float
+) -> tuple[Tensor, list[float]]:
+    """Return x with A x = b, and ‖b − A x‖ / ‖b‖ at the start and after every step, by the recursion.
+
+    Conjugate gradients from x = 0 (Hestenes and Stiefel, 1952), preconditioned with `metric`, a positive diagonal near
+    A's. They end when that ratio is at most `tolerance`, or after `max_steps`, each of which applies `operator`,
+    v ↦ A v, once. All vectors are ``[K]``; A is symmetric and positive definite, or semidefinite with b in its range.
+    Raises NumericalError where the curvature along a direction is not positive and finite.
+    """
+
+    def dot(left: Tensor, right: Tensor) -> float:
+        return float(torch.sum(left * right, dtype=torch.float64))
+
+    x, residual, direction = torch.zeros_like(right), right.clone(), torch.zeros_like(right)
+    size, rho = math.sqrt(dot(right, right)), 1.0
+    residuals = [1.0 if size else 0.0]
+    while not residuals[-1] <= tolerance and len(residuals) <= max_steps:
+        scaled = residual / metric
+        previous, rho = rho, dot(residual, scaled)
+        direction.mul_(rho / previous).add_(scaled)
+        product = operator(direction)
+        curvature = dot(direction, product)
+        if not 0 < curvature < math.inf:
+            found = f"conjugate gradients met a curvature of {curvature:.3g} at step {len(residuals)}"
+            raise NumericalError(f"{found}, expected it positive and finite; raise the damping")
+        x.add_(direction, alpha=rho / curvature)
+        residual.sub_(product, alpha=rho / curvature)
+        residuals.append(math.sqrt(dot(residual, residual)) / size)
+    return x, residuals
+
+
+def solve_in_sample_space(
+    product: Callable[[Tensor], Tensor], residual: Tensor, training: Tensor, dampings: Tensor, max_iterations: int
+) -> Tensor | None:
+    """Return damped least squares for many parameters and few outputs, solved where the outputs live.
+
+    For a residual r over P samples with C outputs each, the step δ that minimises 1/(2P) ‖r − Jδ‖² + λ/2 δᵀDδ is
+    δ = D⁻¹Jᵀu with (K + λP I) u = r and K = J D⁻¹ Jᵀ, of P·C rows and columns, however many parameters there are. One
+    vjp and one jvp multiply by K. A Lanczos basis of K from r serves every λ, and J may cover samples that it does not
+    train on, so λ and the number of iterations are chosen on held-out samples at no extra cost.
+
+    Source: Golub and Van Loan, *Matrix Computations*, 4th ed., sections 10.1 (Lanczos) and 11.3.
+
+    Args:
+        product: u ``[P, C]`` ↦ J D⁻¹ Jᵀ u ``[P, C]``, symmetric and positive semi-definite.
+        residual: r on all samples ``[P, C]``.
+        training: Which samples the solution may use ``[P]``, bool; the others, at least one, are held out.
+        dampings: λ ``[K]``, positive.
+        max_iterations: Largest size of the Krylov space, which stops growing earlier where that no longer helps.
+
+    Returns:
+        The u ``[P, C]``, zero outside the training samples, with the smallest predicted Σ‖r − Jδ‖² over the held-out
+        samples; none if no u is predicted to help them. Raises NumericalError where a product is not finite.
+    """
+    r, ridges = residual.double().flatten(), dampings.double() * int(training.sum())
+    fitted = training[:, None].expand_as(residual).flatten().double()
+    judged, size = 1 - fitted, (r * fitted).norm()
+    best, least, found_at = None, (r * judged).square().sum(), 0
+    basis, images = (r * fitted / size)[None], r.new_empty(0, len(r))
+    while size > 0 and len(images) < max_iterations:
+        image = product(basis[-1].view_as(residual).to(residual)).double().flatten()
+        if not bool(torch.isfinite(image).all()):
+            raise NumericalError("a Jacobian product on the calibration data is not finite; check the experts' outputs")
+        images = torch.cat([images, image[None]])
+        projected = basis @ images.T
+        values, vectors = torch.linalg.eigh((projected + projected.T) / 2)
+        # Coordinates in the basis of (T + λP)⁻¹ ‖r‖e₁, one column per damping.
+        columns = vectors @ (vectors[0][:, None] * size / (values.clamp_min(0)[:, None] + ridges))
+        errors = ((r[:, None] - images.T @ columns).square() * judged[:, None]).sum(0)
+        index = int(errors.argmin())
+        if errors[index] < least:
+            best, least, found_at = basis.T @ columns[:, index], errors[index], len(images)
+        elif len(images) - found_at >= _PATIENCE:
+            break
+        following = image * fitted
+        for _ in range(2):  # which is enough: one pass of Gram–Schmidt leaves what rounding put back
+            following = following - basis.T @ (basis @ following)
+        if following.norm() <= 1e-10 * image.norm():
+            break
+        basis = torch.cat([basis, following[None] / following.norm()])
+    return None if best is None else best.view_as(residual).to(residual)
+
+
+def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
+    """Return pull (gram + λI)⁻¹ ``[G, C_out/G, K]`` with λ = damping × the mean diagonal entry, per group.
+
+    Raises NumericalError, which names the layer, where the damped matrix ``[G, K, K]`` is as good as singular.
+    """
+    ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
+    damped = gram + torch.diag_embed(ridge[:, None].expand(gram.shape[:2]))
+    # A group whose inputs are always zero has no pull either: any matrix gives it the β-average.
+    dead = damped.abs().amax((1, 2)) == 0
+    damped = damped + torch.diag_embed(dead.to(gram)[:, None].expand(gram.shape[:2]))
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    # Rounding lets half of the singular matrices pass, with a last pivot that is noise.
+    pivots, largest = factor.diagonal(dim1=1, dim2=2).square().amin(1), damped.diagonal(dim1=1, dim2=2).amax(1)
+    noise = 100 * torch.finfo(gram.dtype).eps * gram.shape[-1] * largest
+    if bool((failed.bool() | (pivots <= noise)).any()):
+        raise NumericalError(
+            f"the Gram matrix of '{key}' is singular with a damping of {damping:.3g}; raise the method's damping"
+        )
+    return torch.cholesky_solve(pull.mT, factor).mT
