@@ -26,7 +26,8 @@ class DecoderKind(StrEnum):
     """The same from the arriving logits and features."""
 
     expert_head = "expert_head"
-    """The lost expert's own head on a coded model's features. Needs neither calibration nor survivors."""
+    """The lost expert's own head on a coded model's features. Needs no survivors, and calibration only to be corrected:
+    with ``fitted_on: own`` to what the expert says on its own task's samples."""
 
 
 class FeatureChoice(StrEnum):
@@ -56,7 +57,8 @@ class DecoderConfig:
         features: Which features servers send beside their logits; for feature_ridge.
         components: K, to how many numbers a server reduces its features; none sends all of them. For feature_ridge.
         projection: How features are reduced to K numbers.
-        fitted_on: Whose calibration samples the regression is fitted on; for ridge and feature_ridge.
+        fitted_on: Whose calibration samples the regression is fitted on; for ridge and feature_ridge. With ``own``
+            expert_head is corrected by a regression too.
         survivors: Whether the surviving experts' answers are read beside the coded models'; for ridge and
             feature_ridge. Without them any number of experts may be lost.
 
@@ -81,7 +83,8 @@ class DecoderConfig:
             raise ConfigurationError(f"found survivors={self.survivors!r}, expected true or false")
         for option, value in self._given.items():
             calibrated = [DecoderKind.ridge] if option in ("fitted_on", "survivors") else []
-            if self.kind not in (kinds := [*calibrated, DecoderKind.feature_ridge]):
+            corrected = [DecoderKind.expert_head] if option == "fitted_on" else []
+            if self.kind not in (kinds := [*calibrated, DecoderKind.feature_ridge, *corrected]):
                 raise ConfigurationError(f"found {option}={value} for {self.kind}, expected {' or '.join(kinds)}")
         if self.components is None and "projection" in self._given:
             raise ConfigurationError(

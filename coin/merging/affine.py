@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from coin.errors import NumericalError
-from coin.merging.rounding import Rounding
 from coin.merging.units import Unit
+from coin.networks.rounding import Rounding
 from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall, Geometry
 from coin.statistics.rules.elementwise import ElementwiseCall
@@ -158,8 +158,8 @@ def fit_affine(
     """Return the minimiser ΔW, Δb of Σ_n w_n ‖ΔW a_n + Δb − r_n‖² / Σ_n w_n + λ ‖ΔW‖², a regression for each group.
 
     λ = ridge × the mean diagonal entry of the covariance of a, a group's own. With more unknowns than rows the system
-    is solved where the rows are, ΔW = Rᵀ(A Aᵀ + λ I)⁻¹A. Rows are centred before they are multiplied; products are
-    taken in their own type, and the system is solved in float64.
+    is solved where the rows are, ΔW = Rᵀ(A Aᵀ + λ I)⁻¹A. Rows are centred before they are multiplied. All is done in
+    their own type; where λ is lost in that beside the largest eigenvalue, the system is solved in float64.
 
     Args:
         inputs: a [G, n, K].
@@ -182,17 +182,17 @@ def fit_affine(
     if not bool(torch.isfinite(mean_a).all() and torch.isfinite(mean_r).all()):
         raise NumericalError("a layer's inputs or outputs on calibration data are not finite; check the experts")
     is_dual = count < unknowns
-    gram = (_products(a.mT) if is_dual else _products(a)).double()
+    gram = _products(a.mT) if is_dual else _products(a)
     scale = gram.diagonal(dim1=1, dim2=2).sum(1) / unknowns
     # The round-off of centring is not signal: without this cut a constant input gets coefficients from noise.
     dead = scale <= count * precision**2 * mean_a.square().mean(1)
     if is_dual:
-        step = _solve(gram, r.double(), ridge * scale, dead).mT @ a.double()
-        gram = _products(a).double() if change is not None else gram
+        step = (_solve(gram, r, ridge * scale, dead).mT @ a).double()
+        gram = _products(a) if change is not None else gram
     else:
-        step = _solve(gram, (a.mT @ r).double(), ridge * scale, dead).mT
+        step = _solve(gram, a.mT @ r, ridge * scale, dead).mT.double()
     if change is not None:
-        step = change(step, _damped(gram, ridge * scale, dead))
+        step = change(step, _damped(gram.double(), ridge * scale, dead))
     return step, mean_r - (step @ mean_a[..., None])[..., 0]
 
 
@@ -230,10 +230,15 @@ def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
         raise NumericalError(
             "a layer's inputs on calibration data are so large that squares overflow; check the experts"
         )
-    solved: Tensor = torch.cholesky_solve(right, torch.linalg.cholesky(_damped(gram, ridges, dead)))
+    root, failed = torch.linalg.cholesky_ex(_damped(gram, ridges, dead))
+    if bool(failed.any()):  # a ridge that is lost beside the largest eigenvalue
+        root = torch.linalg.cholesky(_damped(gram.double(), ridges, dead))
+    solved: Tensor = torch.cholesky_solve(right.to(root), root)
     return solved.masked_fill_(dead[:, None, None], 0)
 
 
 def _damped(gram: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
     """Return gram + λI for each group; with λ = 1 where the inputs are constant."""
-    return gram + torch.diag_embed(torch.where(dead, torch.ones_like(ridges), ridges)[:, None].expand(gram.shape[:2]))
+    damped = gram.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(ridges.where(~dead, 1.0)[:, None])
+    return damped

@@ -1,8 +1,7 @@
-"""What merge methods check: options, code rows, experts and the coded models they make."""
+"""What merge methods check: code rows, experts and the coded models they make."""
 
 import math
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -10,15 +9,6 @@ from torch import nn
 from coin.errors import ConfigurationError, StateError
 from coin.files.tensors import State, check_finite, check_same_layout
 from coin.merging.experts import Experts, parameters_of
-
-Number = TypeVar("Number", bound=float)
-
-
-def checked(name: str, value: Number, is_sound: bool, expected: str) -> Number:
-    """Return an option's value if it is sound, and raise ConfigurationError with what is expected otherwise."""
-    if not is_sound:
-        raise ConfigurationError(f"found {name} {value}, expected {expected}")
-    return value
 
 
 def check_row(weights: Sequence[float], count: int) -> None:

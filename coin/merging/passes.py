@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from coin.batches import Batch, as_input, take
 from coin.errors import StateError
 from coin.merging.affine import fit_unit, output_rows
-from coin.merging.rounding import Rounding
 from coin.merging.units import Trace, Unit, floating_parameters
+from coin.networks.rounding import Rounding
 from coin.statistics.guard import differentiable, evaluating
 from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call
@@ -19,8 +19,11 @@ from coin.statistics.sums import sum_type
 ROWS = 8
 """Rows of a regression for each of its unknowns: more where they are cheap, fewer where they are dear."""
 
-CHEAP, DEAR = 0.5, 3.0
-"""As many rows there are at least, and at most, as take these shares of the multiplications of the layer's calls."""
+CHEAP, DEAR = 0.5, 4.0
+"""As many rows there are at least, and at most, as take these shares of the time of the layer's calls."""
+
+READ = 16
+"""How many multiplications take as long as reading a number where it lies alone."""
 
 LEAST = 256
 """The fewest rows of a regression, where there are as many."""
@@ -57,12 +60,14 @@ def chosen_places(
 
 
 def _affordable(unit: Unit, samples: float) -> float:
-    """Return how many rows' regression takes as many multiplications as the unit's calls on so many samples.
+    """Return how many rows' regression takes as long as the unit's calls on so many samples.
 
-    With K unknowns for each of O outputs n rows take n K (min(n, K) + 2 O), and a position of the call K O.
+    With K unknowns for each of O outputs n rows take n K (min(n, K) + 2 O) multiplications and n K numbers read at
+    places apart, each as long as `READ` of them; a position of the call takes K O.
     """
     k, o, calls = unit.unknowns, unit.outputs, samples * unit.positions * unit.outputs
-    return calls / (k + 2 * o) if calls > k * (k + 2 * o) else math.sqrt(o * o + calls) - o
+    each = 2 * o + READ
+    return calls / (k + each) if calls > k * (k + each) else math.sqrt(each * each / 4 + calls) - each / 2
 
 
 def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[str, Tensor]:

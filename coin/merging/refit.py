@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from coin.batches import clone, joined, size_of, take
-from coin.choices import check_integer, chosen
+from coin.choices import check_integer, check_number, chosen
 from coin.coding import DecoderConfig, distinct_decoders
 from coin.errors import CoinWarning
 from coin.files.tensors import State, weighted_sum
 from coin.merging.average import Average, average_parameters, fit_head
-from coin.merging.checks import check_coded, check_experts, checked
+from coin.merging.checks import check_coded, check_experts
 from coin.merging.experts import Experts, parameters_of
 from coin.merging.held_out import LINEAR, choose
 from coin.merging.method import CodedModel, Compress, Method, fill, starting_method
 from coin.merging.passes import PROBED, chosen_places, expert_targets, fit_in_order, position_weights
-from coin.merging.rounding import Rounding
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks.batchnorm import BatchNormPolicy, folded
 from coin.networks.compressed import Base, Compressed, compress, reference_of
 from coin.networks.compression import Compression, RoundingKind
 from coin.networks.parametrised import renormalise
+from coin.networks.rounding import Rounding
 from coin.progress import progress
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
@@ -87,7 +87,7 @@ class Refit(Method):
     It takes one forward pass of every expert (``own``: on its own task's samples alone), in which it leaves each
     layer's outputs at some positions, and one of the coded network, in which every layer is fitted just before it is
     called. A layer with K unknowns for each output is fitted to `ROWS` · K rows, but to as many as take `CHEAP` of its
-    own multiplications if that is more, and no more than take `DEAR` of them; `LEAST` at least; as many of every
+    calls' time if that is more, and no more than take `DEAR` of it; `LEAST` at least; as many of every
     sample, at positions that are drawn evenly, but tokens as often as the outputs depend on them (`position_weights`).
     Where the activations of all samples do not fit `memory_mib`, it is as many samples as fit, and a warning.
 
@@ -130,8 +130,8 @@ class Refit(Method):
     ) -> None:
         self.target = chosen(Target, "target", target)
         if ridge is not None:
-            checked("ridge", ridge, 0 < ridge < float("inf"), "a positive number, or none")
-        checked("last", last, 0 < last <= 1, "a share above 0 and at most 1")
+            check_number("ridge", ridge, low=0, strict=True)
+        check_number("last", last, low=0, most=1, strict=True)
         check_integer("memory_mib", memory_mib, 1)
         self.ridge, self.last, self.head, self.memory_mib = ridge, last, head, memory_mib
         self.start = start
@@ -152,7 +152,9 @@ class Refit(Method):
             settled._start = self._start.settled(fisher_kind, fisher_data, decoders)
         if self.decoders is None:
             settled.decoders = [each.name for each in decoders] or None
-        if self.target is Target.auto and settled.decoders == ["expert_head"]:
+        if self.target is Target.auto and {name.partition("-")[0] for name in settled.decoders or [""]} == {
+            "expert_head"
+        }:
             settled.target = Target.own
         if settled.target is not Target.auto and self.ridge is not None:
             settled.decoders = None
@@ -192,8 +194,8 @@ class Refit(Method):
         """Return the coded model of one row refitted once more, every matrix rounded when it has been fitted.
 
         A layer is rounded column by column, the later ones making up for the errors of those before, its bias is fitted
-        to what that leaves, and the next layer to the inputs that the rounded ones give (`coin.merging.rounding`). What
-        cannot be refitted is rounded to the nearest before all else. See `Method.pack`.
+        to what that leaves, and the next layer to the inputs that the rounded ones give (`coin.networks.rounding`).
+        What cannot be refitted is rounded to the nearest before all else. See `Method.pack`.
         """
         if compression.bits is None or compression.rounding is RoundingKind.nearest:
             return super().pack(experts, row, made, base, compression)

@@ -81,6 +81,7 @@ def decoded(config, calibration, test, erased=(1,), code=CODE):
         ),
         ({"kind": "ridge", "survivors": False}, "ridge-alone"),
         ({"kind": "expert_head"}, "expert_head"),
+        ({"kind": "expert_head", "fitted_on": "own"}, "expert_head-own"),
     ],
 )
 def test_a_decoder_is_named_after_its_kind_and_what_differs(options, name):
@@ -105,7 +106,10 @@ REFUSED = [
     ({"kind": "cubic"}, "found decoder='cubic', expected one of linear, ridge, feature_ridge"),
     ({"kind": "ridge", "features": "stages"}, "found features=stages for ridge, expected feature_ridge"),
     ({"kind": "linear", "components": 4}, "found components=4 for linear, expected feature_ridge"),
-    ({"kind": "linear", "fitted_on": "own"}, "found fitted_on=own for linear, expected ridge or feature_ridge"),
+    (
+        {"kind": "linear", "fitted_on": "own"},
+        "found fitted_on=own for linear, expected ridge or feature_ridge or exp",
+    ),
     ({"kind": "linear", "survivors": False}, "found survivors=False for linear, expected ridge or feature_ridge"),
     ({"kind": "expert_head", "survivors": False}, "found survivors=False for expert_head, expected ridge or feature_r"),
     ({"kind": "ridge", "survivors": "no"}, "found survivors='no', expected true or false"),
