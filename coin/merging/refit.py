@@ -43,8 +43,8 @@ MOST_AVERAGED = 0.1
 AHEAD = 0.8
 """Which share of own's error both's may have at most: near a strong base both are alike there, and own the better."""
 
-OWN_SHARE = 0.3
-"""The share of the experts' own targets in both."""
+OWN_SHARE = 0.6
+"""N times the share of the experts' own targets in both: what N answers are decoded from must be right for all."""
 
 
 class Target(StrEnum):
@@ -76,7 +76,7 @@ class Refit(Method):
 
         own:  Σ_i β_i E_{x∈T_i} ‖W a(x) + b − z_i(x)‖²        + λ ‖W − W̄‖²
         mix:  E_x pooled        ‖W a(x) + b − Σ_i β_i z_i(x)‖² + λ ‖W − W̄‖²
-        both: their sum, `OWN_SHARE` of the first and the rest of the second
+        both: their sum, `OWN_SHARE` / N of the first and the rest of the second
 
     over the calibration samples and their positions, λ = ridge × the mean diagonal entry of the covariance of a. A
     grouped convolution is one regression for each group, a normalisation layer that follows no linear map one for each
@@ -287,7 +287,7 @@ def _objective(target: Target, row: Sequence[float], task: Tensor) -> tuple[Tens
     A sum of squares whose targets differ is, up to a constant, one with the weighted mean of the targets.
     """
     beta = torch.tensor(row, dtype=torch.float64)
-    own_share = {Target.own: 1.0, Target.both: OWN_SHARE, Target.mix: 0.0}[target]
+    own_share = {Target.own: 1.0, Target.both: OWN_SHARE / len(row), Target.mix: 0.0}[target]
     # Every task's own samples weigh β_i together; in the mixture all samples weigh alike.
     own = own_share * (beta / torch.bincount(task, minlength=len(row)))[task]
     mixed = torch.full_like(own, (1 - own_share) / len(task))

@@ -384,7 +384,7 @@ def reference(networks, tasks, row, target, ridge, units, places=None, order=Non
             theirs = [watched(one, norm or name, x)[1] for one in networks]
             module = coded.get_submodule(name)
             mixed = sum(b * z for b, z in zip(row, theirs, strict=True))
-            own_share = {"own": 1.0, "mix": 0.0, "both": OWN_SHARE}[target]
+            own_share = {"own": 1.0, "mix": 0.0, "both": OWN_SHARE / len(networks)}[target]
             objectives = [(theirs[index], own_share * row[index] / len(x))] if own_share else []
             objectives += [(mixed, (1 - own_share) / sum(map(len, tasks)))] if own_share < 1 else []
             for wanted, share in objectives:
