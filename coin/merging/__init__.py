@@ -8,8 +8,9 @@ from coin.merging.foreign import Foreign
 from coin.merging.full_fisher import FullFisher
 from coin.merging.gauss_newton import GaussNewton
 from coin.merging.method import CodedModel, Merged, Method, merge_networks
-from coin.merging.refit import Refit, Target
+from coin.merging.refit import Refit
 from coin.merging.regmean import RegMean, RegMeanLayers
+from coin.merging.target import Target
 from coin.merging.task_vectors import Base, TaskArithmetic, Ties, Wudi
 
 __all__ = [

@@ -1,14 +1,18 @@
 """What merge methods check: code rows, experts and the coded models they make."""
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from coin.errors import ConfigurationError, StateError
+from coin.errors import CoinWarning, ConfigurationError, StateError
 from coin.files.tensors import State, check_finite, check_same_layout
 from coin.merging.experts import Experts, parameters_of
+
+MOST_AVERAGED = 0.1
+"""With a larger share of parameters that cannot be refitted a warning is given."""
 
 
 def check_row(weights: Sequence[float], count: int) -> None:
@@ -47,3 +51,17 @@ def check_coded(network: nn.Module, experts: Experts, label: str) -> None:
                 f"the coded model of method '{label}' is not finite: buffer '{name}' holds a NaN, or an infinity that "
                 "the experts do not share; check the experts' buffers"
             )
+
+
+def warn_of_averaged(averaged: Sequence[str], network: nn.Module, label: str) -> None:
+    """Warn where the parameters that a `Refit` could not refit are more than `MOST_AVERAGED` of the network's."""
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    share = sum(sizes[name] for name in averaged) / sum(sizes.values())
+    if share > MOST_AVERAGED:
+        warnings.warn(
+            f"method '{label}' kept the average of {share:.0%} of the parameters of {type(network).__name__} "
+            f"({len(averaged)} tensors, such as '{averaged[0]}'), which are no affine map's that runs once, or "
+            "whose rows cannot be told to be sample by sample; compare it with other methods on this network",
+            CoinWarning,
+            stacklevel=3,
+        )

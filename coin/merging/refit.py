@@ -2,30 +2,27 @@
 
 import math
 import warnings
-from collections import ChainMap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
-from enum import StrEnum
-from itertools import chain
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
 from coin.batches import clone, joined, size_of, take
 from coin.choices import check_integer, check_number, chosen
 from coin.coding import DecoderConfig, distinct_decoders
 from coin.errors import CoinWarning
-from coin.files.tensors import State, weighted_sum
+from coin.files.tensors import weighted_sum
 from coin.merging.average import Average, average_parameters, fit_head
-from coin.merging.checks import check_coded, check_experts
+from coin.merging.checks import check_coded, check_experts, warn_of_averaged
 from coin.merging.experts import Experts, parameters_of
 from coin.merging.held_out import LINEAR, choose
 from coin.merging.method import CodedModel, Compress, Method, fill, starting_method
 from coin.merging.passes import PROBED, chosen_places, expert_targets, fit_in_order, position_weights
-from coin.merging.units import PROBES, Unit, affine_units
-from coin.networks.batchnorm import BatchNormPolicy, folded
+from coin.merging.target import Target, objective
+from coin.merging.units import PROBES, affine_units, fold_average
+from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, compress, reference_of
 from coin.networks.compression import Compression, RoundingKind
 from coin.networks.parametrised import renormalise
@@ -37,33 +34,8 @@ from coin.statistics.statistic import DataChoice, Statistic
 RIDGES = (0.01, 0.03, 0.1, 0.3)
 """What the ridge is chosen from."""
 
-MOST_AVERAGED = 0.1
-"""With a larger share of parameters that cannot be refitted a warning is given."""
-
 AHEAD = 0.8
 """Which share of own's error both's may have at most: near a strong base both are alike there, and own the better."""
-
-OWN_SHARE = 0.6
-"""N times the share of the experts' own targets in both: what N answers are decoded from must be right for all."""
-
-
-class Target(StrEnum):
-    """What the layers of the coded network are fitted to."""
-
-    own = "own"
-    """On every task's samples, what that task's expert makes of them at this layer."""
-
-    mix = "mix"
-    """On all samples, the β-average of what all experts make of them."""
-
-    both = "both"
-    """On all samples, between the two: the sum of both objectives."""
-
-    auto = "auto"
-    """Own and both are tried; both is taken where its error of decoded answers on held-out samples is `AHEAD` of own's.
-
-    For the expert_head decoder alone it is own, untried.
-    """
 
 
 class Refit(Method):
@@ -178,7 +150,7 @@ class Refit(Method):
         (target, ridge), errors = choose(options, trial, experts, row, self.label, decoders, handicap)
         network, averaged, _ = self._refit(experts, row, start, target, ridge)
         check_coded(network, experts, self.label)
-        self._warn_of(averaged, network)
+        warn_of_averaged(averaged, network, self.label)
         taken: dict[str, Any] = {"target": str(target), "ridge": ridge, "averaged": averaged}
         if start is not None:
             taken |= {f"start_{name}": value for name, value in start.chosen.items()}
@@ -209,18 +181,6 @@ class Refit(Method):
         assert rounding is not None
         return compress(network, rounding.reference, bits=bits, base_bits=base_bits, rounded=rounding.rounded)
 
-    def _warn_of(self, averaged: Sequence[str], network: nn.Module) -> None:
-        sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
-        share = sum(sizes[name] for name in averaged) / sum(sizes.values())
-        if share > MOST_AVERAGED:
-            warnings.warn(
-                f"method '{self.label}' kept the average of {share:.0%} of the parameters of {type(network).__name__} "
-                f"({len(averaged)} tensors, such as '{averaged[0]}'), which are no affine map's that runs once, or "
-                "whose rows cannot be told to be sample by sample; compare it with other methods on this network",
-                CoinWarning,
-                stacklevel=3,
-            )
-
     def _refit(
         self,
         experts: Experts,
@@ -247,7 +207,7 @@ class Refit(Method):
         trace = affine_units(network, inputs)
         units, every = trace.units, size_of(inputs)
         experts.passes += PROBES
-        _fold(network, units, states, [1.0] if start else row)
+        fold_average(network, units, states, [1.0] if start else row)
         averaged = parameters_of(network).keys() - {name for unit in units for name in unit.names}
         units = units[len(units) - math.ceil(self.last * len(units)) :]
         rounding = None
@@ -266,7 +226,7 @@ class Refit(Method):
         inputs = take(inputs, slice(0, samples))
         task = experts.tasks[:samples]
         order = torch.nn.functional.one_hot(task).cumsum(0)[torch.arange(samples), task] - 1
-        mixtures, shares = _objective(target, row, task)
+        mixtures, shares = objective(target, row, task)
         trace = trace._replace(units=units)
         weights = position_weights(network, trace, probed := take(inputs, slice(0, PROBED)))
         places = chosen_places(units, order, weights, next(network.parameters()).device)
@@ -279,34 +239,3 @@ class Refit(Method):
         if self.head:
             fit_head(network, experts, row, held_out=held_out, rounding=rounding)
         return network, sorted(averaged), rounding
-
-
-def _objective(target: Target, row: Sequence[float], task: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the units are fitted to: every sample's mixture of the experts [N, P], and its weight [P].
-
-    A sum of squares whose targets differ is, up to a constant, one with the weighted mean of the targets.
-    """
-    beta = torch.tensor(row, dtype=torch.float64)
-    own_share = {Target.own: 1.0, Target.both: OWN_SHARE / len(row), Target.mix: 0.0}[target]
-    # Every task's own samples weigh β_i together; in the mixture all samples weigh alike.
-    own = own_share * (beta / torch.bincount(task, minlength=len(row)))[task]
-    mixed = torch.full_like(own, (1 - own_share) / len(task))
-    shares = own + mixed
-    mixtures = torch.outer(beta, mixed)
-    mixtures[task, torch.arange(len(task))] += own
-    return mixtures / shares.where(shares > 0, 1), shares
-
-
-def _fold(
-    network: nn.Module, units: Iterable[Unit], states: Sequence[tuple[State, State]], row: Sequence[float]
-) -> None:
-    """Write the β-average of other networks' folded maps into a network, whose BatchNorms become shifts."""
-    every: list[State] = [ChainMap(*cast(Any, each)) for each in states]  # never written to
-    tensors = dict(chain(network.named_parameters(), network.named_buffers()))
-    for unit in units:
-        if unit.norm is not None:
-            eps = cast(_BatchNorm, network.get_submodule(unit.norm)).eps
-            maps = [folded(state, unit.weight, unit.bias, unit.norm, eps) for state in every]
-            with torch.no_grad():
-                for name, tensor in weighted_sum(maps, row).items():
-                    tensors[name].copy_(tensor)

@@ -1,11 +1,12 @@
 """The affine units of a network in the order of execution, its maps with the BatchNorms behind them: by tracing."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import ChainMap, Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from coin.batches import Batch, as_input, nested_tensors, size_of, take
 from coin.errors import StateError
+from coin.files.tensors import State, weighted_sum
+from coin.networks.batchnorm import folded
 from coin.statistics.guard import differentiable, evaluating
 from coin.statistics.recognise import Interceptor
 from coin.statistics.rules.call import Call
@@ -218,3 +221,18 @@ def _trace(network: nn.Module, samples: Batch) -> list[_Seen]:
             _Seen(weight, bias, source, made, output.shape, around, *sizes, convolution, is_unit, is_map, alone)
         )
     return seen
+
+
+def fold_average(
+    network: nn.Module, units: Iterable[Unit], states: Sequence[tuple[State, State]], row: Sequence[float]
+) -> None:
+    """Write the β-average of other networks' folded maps into a network, whose BatchNorms become shifts."""
+    every: list[State] = [ChainMap(*cast(Any, each)) for each in states]  # never written to
+    tensors = dict(chain(network.named_parameters(), network.named_buffers()))
+    for unit in units:
+        if unit.norm is not None:
+            eps = cast(_BatchNorm, network.get_submodule(unit.norm)).eps
+            maps = [folded(state, unit.weight, unit.bias, unit.norm, eps) for state in every]
+            with torch.no_grad():
+                for name, tensor in weighted_sum(maps, row).items():
+                    tensors[name].copy_(tensor)

@@ -19,7 +19,8 @@ from coin.merging import Experts, Refit
 from coin.merging.affine import _products, fit_affine
 from coin.merging.average import average_parameters
 from coin.merging.passes import PROBED, chosen_places, position_weights
-from coin.merging.refit import AHEAD, OWN_SHARE, RIDGES
+from coin.merging.refit import AHEAD, RIDGES
+from coin.merging.target import OWN_SHARE
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks import load_network
 from coin.networks.small import SmallViT
