@@ -132,7 +132,7 @@ def expert_targets(
     targets: dict[str, Tensor] = {}
     passes = 0
     for network, mixture in zip(experts, mixtures, strict=True):
-        for part in mixture.nonzero().flatten().split(batch_size):
+        for part in filter(len, mixture.nonzero().flatten().split(batch_size)):
             _add_targets(targets, network, trace, take(inputs, part), part, mixture, places)
             passes += len(part)
     return targets, passes

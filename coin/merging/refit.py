@@ -11,7 +11,7 @@ from torch import nn
 
 from coin.batches import clone, joined, size_of, take
 from coin.choices import check_integer, check_number, chosen
-from coin.coding import DecoderConfig, distinct_decoders
+from coin.coding import DecoderConfig, DecoderKind, distinct_decoders
 from coin.errors import CoinWarning
 from coin.files.tensors import weighted_sum
 from coin.merging.average import Average, average_parameters, fit_head
@@ -20,7 +20,7 @@ from coin.merging.experts import Experts, parameters_of
 from coin.merging.held_out import LINEAR, choose
 from coin.merging.method import CodedModel, Compress, Method, fill, starting_method
 from coin.merging.passes import PROBED, chosen_places, expert_targets, fit_in_order, position_weights
-from coin.merging.target import Target, objective
+from coin.merging.target import FAR, Target, objective, spread
 from coin.merging.units import PROBES, affine_units, fold_average
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, compress, reference_of
@@ -124,9 +124,8 @@ class Refit(Method):
             settled._start = self._start.settled(fisher_kind, fisher_data, decoders)
         if self.decoders is None:
             settled.decoders = [each.name for each in decoders] or None
-        if self.target is Target.auto and {name.partition("-")[0] for name in settled.decoders or [""]} == {
-            "expert_head"
-        }:
+        kinds = {DecoderConfig.named(name).kind for name in settled.decoders or [LINEAR.name]}
+        if self.target is Target.auto and kinds == {DecoderKind.expert_head}:
             settled.target = Target.own
         if settled.target is not Target.auto and self.ridge is not None:
             settled.decoders = None
@@ -136,7 +135,10 @@ class Refit(Method):
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
         """Make the coded model of one row of the code; see `Method.make`."""
         check_experts(experts, row)
-        targets = [Target.own, Target.both] if self.target is Target.auto else [self.target]
+        targets, apart = [self.target], None
+        if self.target is Target.auto:
+            apart = spread(experts.parameters, row)
+            targets = [Target.both] if apart > FAR else [Target.own, Target.both]
         options = [(target, ridge) for target in targets for ridge in ([self.ridge] if self.ridge else RIDGES)]
         start = None if self._start is None else self._start.make(experts, row)
         decoders = [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]]
@@ -152,6 +154,8 @@ class Refit(Method):
         check_coded(network, experts, self.label)
         warn_of_averaged(averaged, network, self.label)
         taken: dict[str, Any] = {"target": str(target), "ridge": ridge, "averaged": averaged}
+        if apart is not None:
+            taken["spread"] = apart
         if start is not None:
             taken |= {f"start_{name}": value for name, value in start.chosen.items()}
         if errors:

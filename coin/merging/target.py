@@ -1,13 +1,21 @@
 """What `Refit` fits the layers of the coded network to."""
 
+import statistics
 from collections.abc import Sequence
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
+from coin.files.tensors import State, weighted_mean
+
 OWN_SHARE = 0.6
 """N times the share of the experts' own targets in both: what N answers are decoded from must be right for all."""
+
+
+FAR = 0.0125
+"""The `spread` above which experts are far apart: it was 0.005 to 0.008 near ImageNet weights, and 0.016 to 0.25 where
+networks had been fine-tuned without restraint."""
 
 
 class Target(StrEnum):
@@ -23,9 +31,8 @@ class Target(StrEnum):
     """On all samples, between the two: the sum of both objectives."""
 
     auto = "auto"
-    """Own and both are tried; both is taken where its error of decoded answers on held-out samples is `AHEAD` of own's.
-
-    For the expert_head decoder alone it is own, untried.
+    """Both where the experts are `FAR` apart; else both are tried, and both is taken where its error of decoded answers
+    on held-out samples is at most `AHEAD` of own's. For the expert_head decoder alone it is own.
     """
 
 
@@ -43,3 +50,20 @@ def objective(target: Target, row: Sequence[float], task: Tensor) -> tuple[Tenso
     mixtures = torch.outer(beta, mixed)
     mixtures[task, torch.arange(len(task))] += own
     return mixtures / shares.where(shares > 0, 1), shares
+
+
+def spread(experts: Sequence[State], row: Sequence[float]) -> float:
+    """Return how far experts are apart: the median over their matrices of √(Σ_i β_i ‖W_i − W̄‖²) / ‖W̄‖, W̄ = Σ_i β_i W_i.
+
+    Of matrices that agree in all experts it is 0; of networks without a matrix too.
+    """
+    found = [0.0]
+    for name, first in experts[0].items():
+        if first.ndim > 1 and first.is_floating_point():
+            mean = weighted_mean(experts, row, name, torch.float64)
+            apart = sum(
+                beta * float((expert[name].double() - mean).square().sum())
+                for beta, expert in zip(row, experts, strict=True)
+            )
+            found.append((apart / max(float(mean.square().sum()), torch.finfo(torch.float64).tiny)) ** 0.5)
+    return statistics.median(found[1:] or found)

@@ -1,5 +1,6 @@
 """Refit against regressions written out layer by layer, and what every network and every caller may rely on."""
 
+import math
 import re
 import warnings
 from copy import deepcopy
@@ -20,7 +21,7 @@ from coin.merging.affine import _products, fit_affine
 from coin.merging.average import average_parameters
 from coin.merging.passes import PROBED, chosen_places, position_weights
 from coin.merging.refit import AHEAD, RIDGES
-from coin.merging.target import OWN_SHARE
+from coin.merging.target import FAR, OWN_SHARE, spread
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks import load_network
 from coin.networks.small import SmallViT
@@ -738,7 +739,13 @@ def test_samples_that_do_not_fit_the_memory_are_left_out_with_a_warning():
 # Choices
 
 
-def test_auto_takes_what_leaves_less_on_held_out_samples_that_the_trials_did_not_see():
+def near(monkeypatch):
+    """All experts are near each other, as from one strong base."""
+    monkeypatch.setattr("coin.merging.refit.FAR", math.inf)
+
+
+def test_auto_takes_what_leaves_less_on_held_out_samples_that_the_trials_did_not_see(monkeypatch):
+    near(monkeypatch)
     networks, tasks = kind_of("convolutions")
     experts = experts_of(networks, tasks)
     made = Refit(ridge=None).make(experts, ROW)
@@ -767,6 +774,7 @@ def test_auto_takes_what_leaves_less_on_held_out_samples_that_the_trials_did_not
 
 @pytest.mark.parametrize("best", ["own", "both"])
 def test_auto_can_take_either_and_counts_what_it_tried(best, monkeypatch):
+    near(monkeypatch)
     networks, tasks = kind_of("two layers")
     trials = iter([1.0 if each == best else 2.0 for each in ("own", "both")])
     monkeypatch.setattr("coin.merging.held_out.held_out_error", lambda *_: next(trials))
@@ -777,6 +785,43 @@ def test_auto_can_take_either_and_counts_what_it_tried(best, monkeypatch):
     tried = (1 + 1 + 1) * fit + (3 + 1 + 1) * fit  # own, both: experts, the coded network, the features of its head
     outputs = 3 * total  # for the head, read once for all
     assert experts.passes == tried + outputs + 3 * PROBES + ((1 if best == "own" else 3) + 1 + 1) * total
+
+
+@pytest.mark.parametrize("apart", [0.5, 2.0])
+def test_auto_of_experts_that_are_far_apart_is_both_and_nothing_is_tried(apart):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 50), nn.Tanh(), nn.Linear(50, 30), nn.Tanh(), nn.Linear(30, 3)).double()
+    networks = [deepcopy(base) for _ in range(3)]
+    for sign, network in zip((1, 0, -1), networks, strict=True):
+        for layer, share in zip((0, 2, 4), (1, 1, 1000), strict=True):  # the median, whatever the head
+            weight = network[layer].weight
+            weight.data += sign * share * apart * FAR * weight.data
+    found = spread([dict(network.named_parameters()) for network in networks], (0.5, 0.0, 0.5))
+    assert found == pytest.approx(apart * FAR)
+    tasks = [torch.randn(20, 4, dtype=torch.float64) for _ in networks]
+    made = Refit().make(experts_of(networks, tasks), (0.5, 0.0, 0.5))
+    assert made.chosen["spread"] == found
+    assert ("held_out_error" in made.chosen) == (apart < 1)
+    assert made.chosen["target"] == "both" or apart < 1
+
+
+def test_experts_that_agree_or_have_no_matrix_are_not_apart():
+    state = {"weight": torch.randn(3, 2), "bias": torch.randn(3)}
+    assert spread([state, state], (0.3, 0.7)) == pytest.approx(0, abs=1e-12)
+    assert spread([{"bias": torch.ones(3)}, {"bias": torch.zeros(3)}], (0.5, 0.5)) == 0
+    assert spread([{"weight": torch.zeros(3, 2)}] * 2, (0.5, 0.5)) == 0
+
+
+@every_target
+def test_an_expert_that_has_no_share_of_the_row_is_not_run(target):
+    networks, tasks = kind_of("convolutions")
+    experts = experts_of(networks, tasks)
+    made = Refit(target, RIDGE).make(experts, (0.4, 0.0, 0.6))
+    without = Refit(target, RIDGE, head=False).make(experts_of(networks[::2], tasks[::2]), (0.4, 0.6))
+    if target == "own":
+        found = Refit(target, RIDGE, head=False).make(experts_of(networks, tasks), (0.4, 0.0, 0.6))
+        assert_answers_close(found.network, without.network, tasks, 1e-9)
+    assert bool(torch.isfinite(answers(made.network, tasks[0])).all())
 
 
 def test_options_are_checked():
