@@ -64,7 +64,8 @@ class Refit(Method):
     Where the activations of all samples do not fit `memory_mib`, it is as many samples as fit, and a warning.
 
     ``own`` is best where the experts are near a strong base, ``both`` where they are not, or where many answers are
-    decoded from one mixture; ``mix`` was behind ``both`` on every set of tasks. Transformers that were fine-tuned far want ``both`` with ``start: coin`` and ``last: 0.5``.
+    decoded from one mixture; ``mix`` was behind ``both`` on every set of tasks. Transformers that were fine-tuned far
+    want ``both`` with ``start: coin`` and ``last: 0.5``.
 
     Source: this project's. Relatives, none of which codes: RegMean++ (inputs from the merged network), Chain of Merges,
     LOT (normalisation layers too).
