@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coin.commands import COMMANDS, ON_TRAINER
+from coin.commands.early import check_early
 from coin.errors import CoinError, CoinWarning, ConfigurationError, shortage_behind
 from coin.safe import SAFE, VARIABLE, enforce
 
@@ -63,6 +64,7 @@ def _run(arguments: list[str], name: str) -> None:
         enforce()
     elif (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)  # for classes of the user's own, as `python -m` would have it
+    check_early(name, arguments[1:])
     if name in ON_TRAINER:
         import_module("coin.commands.trainer").main(arguments)
     else:

@@ -1,0 +1,87 @@
+"""Mistakes that a command line and its files show by themselves, found before anything heavy is imported."""
+
+import ast
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import coin
+from coin.errors import ConfigurationError
+from coin.files.yaml import read_yaml
+
+_ROOT = Path(coin.__file__).parent
+_SHARED = {"c", "config", "h", "help", "print_config", "json"}
+_OF_RUN = {"launch", "only"}
+"""Options of ``coin run`` beside the experiment's."""
+
+
+def check_early(command: str, arguments: Sequence[str]) -> None:
+    """Read the YAML files of a command, and for ``coin run`` look up its keys and class names.
+
+    Raises:
+        FileError: A file cannot be read.
+        ConfigurationError: A file is no YAML, or holds a key or the name of a class that does not exist.
+    """
+    documents = [read_yaml(path) for path in config_files(arguments)]
+    if command != "run":
+        return
+    given = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
+    keys = [key for document in documents if isinstance(document, dict) for key in document]
+    known = {*_parameters("experiment/experiment.py", "Experiment"), *_OF_RUN}
+    for key in (*keys, *given):
+        if (name := str(key).partition(".")[0].removesuffix("+")) not in known | _SHARED:
+            _refuse(f"found option '{name}'", name, sorted(known), f"one of {', '.join(sorted(known))}")
+    classes = [name for room in ("merging", "data", "modules") for name in _exported(f"{room}/__init__.py")]
+    for name in class_names(documents):
+        if "." not in name and name not in classes:
+            _refuse(f"found class '{name}'", name, classes, "one of coin's or a dotted import path")
+
+
+def config_files(arguments: Sequence[str]) -> Iterator[Path]:
+    """Yield the files that ``-c`` and ``--config`` name."""
+    for place, argument in enumerate(arguments):
+        option, given, path = argument.partition("=")
+        if option in ("-c", "--config"):
+            path = path if given else next(iter(arguments[place + 1 :]), "")
+            if path and not path.lstrip().startswith("{"):
+                yield Path(path)
+
+
+def class_names(documents: Iterable[Any]) -> Iterator[str]:
+    """Yield the class paths of the tasks and methods in experiments' files."""
+    for document in documents:
+        sections = document if isinstance(document, dict) else {}
+        tasks, methods = sections.get("tasks"), sections.get("methods")
+        for entry in (
+            *(tasks.values() if isinstance(tasks, dict) else ()),
+            *(methods if isinstance(methods, list) else ()),
+        ):
+            if isinstance(entry, dict) and isinstance(entry.get("class_path"), str):
+                yield entry["class_path"]
+
+
+def _refuse(found: str, name: str, known: Sequence[str], expected: str) -> None:
+    lower = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    meant = f" (did you mean {lower[near[0]]}?)" if near else ""
+    raise ConfigurationError(f"{found}{meant}, expected {expected}; check it")
+
+
+def _parameters(file: str, name: str) -> list[str]:
+    """Return the parameters of a class of ours, as its source says."""
+    (made,) = (each for each in _source(file) if isinstance(each, ast.ClassDef) and each.name == name)
+    (init,) = (each for each in made.body if isinstance(each, ast.FunctionDef) and each.name == "__init__")
+    return [each.arg for each in (*init.args.args[1:], *init.args.kwonlyargs)]
+
+
+def _exported(file: str) -> list[str]:
+    """Return the names in ``__all__`` of a package of ours, as its source says."""
+    for each in _source(file):
+        if isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name) and each.targets[0].id == "__all__":
+            return list(ast.literal_eval(each.value))
+    return []
+
+
+def _source(file: str) -> list[ast.stmt]:
+    return ast.parse((_ROOT / file).read_text(encoding="utf-8")).body

@@ -1,0 +1,82 @@
+"""What a command line and its files show by themselves is told before anything heavy is imported."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import coin.data
+import coin.merging
+import coin.modules
+from coin.commands.early import _OF_RUN, _exported, _parameters, check_early
+from coin.errors import ConfigurationError, FileError
+from coin.experiment import Experiment
+
+RUN = """
+import sys
+from coin.cli import main
+status = main(sys.argv[1:])
+heavy = sorted({"torch", "lightning", "torchvision", "wandb", "pandas"} & set(sys.modules))
+print("heavy:", heavy)
+sys.exit(status)
+"""
+
+WRONG = {
+    "no file": (None, "cannot read '{path}' (No such file or directory)"),
+    "a tab": ("name: x\n\tmethods: []\n", "cannot use '{path}' as YAML"),
+    "a key": ("name: x\nmetods: []\n", "found option 'metods' (did you mean methods?), expected one of base,"),
+    "a method": (
+        "methods: [{class_path: Refti}]\n",
+        "found class 'Refti' (did you mean Refit?), expected one of coin's",
+    ),
+    "a task": ("tasks: {a: {class_path: mnist5}}\n", "found class 'mnist5' (did you mean MNIST5k?)"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_mistake_in_a_file_is_told_without_torch(what, tmp_path):
+    content, message = WRONG[what]
+    path = tmp_path / "x.yaml"
+    if content is not None:
+        path.write_text(content)
+    ended = subprocess.run([sys.executable, "-c", RUN, "run", "-c", str(path)], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.strip()) == (2, "heavy: []")
+    assert ended.stderr.startswith("coin: error: " + message.format(path=path))
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["evaluate", "fit", "simulate", "serve"])
+def test_files_of_other_commands_are_read_early_too(command, tmp_path):
+    with pytest.raises(FileError, match="cannot read"):
+        check_early(command, ["-c", str(tmp_path / "x.yaml")])
+    (tmp_path / "x.yaml").write_text("whatever: 1\n")
+    check_early(command, [f"--config={tmp_path / 'x.yaml'}"])
+
+
+def test_an_option_of_the_command_line_that_does_not_exist():
+    with pytest.raises(ConfigurationError, match=r"found option 'seds' \(did you mean seeds\?\)"):
+        check_early("run", ["--seds=[1]"])
+    for sound in (
+        "--seeds=[1]",
+        "--calibration.samples_per_task=5",
+        "--methods+=x",
+        "--print_config",
+        "--only",
+        "--json",
+    ):
+        check_early("run", [sound])
+    check_early("run", ["-c", "{name: x}"])
+
+
+def test_classes_of_ones_own_and_files_of_other_shapes_are_left_to_the_parser(tmp_path):
+    for content in ("- 1\n", "tasks: 3\nmethods: {}\n", "methods: [3, {class_path: 5}, {class_path: my.Own}]\n", ""):
+        (tmp_path / "x.yaml").write_text(content)
+        check_early("run", ["-c", str(tmp_path / "x.yaml")])
+
+
+def test_what_is_known_is_what_there_is():
+    assert _parameters("experiment/experiment.py", "Experiment") == list(inspect.signature(Experiment).parameters)
+    assert {"launch", "only"} == _OF_RUN
+    for package in (coin.merging, coin.data, coin.modules):
+        assert _exported(f"{package.__name__.rpartition('.')[2]}/__init__.py") == package.__all__
