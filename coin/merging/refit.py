@@ -233,12 +233,13 @@ class Refit(Method):
         order = torch.nn.functional.one_hot(task).cumsum(0)[torch.arange(samples), task] - 1
         mixtures, shares = objective(target, row, task)
         trace = trace._replace(units=units)
-        weights = position_weights(network, trace, probed := take(inputs, slice(0, PROBED)))
+        probed = (order < math.ceil(PROBED / experts.count)).nonzero().flatten()
+        weights = position_weights(network, trace, take(inputs, probed))
         places = chosen_places(units, order, weights, next(network.parameters()).device)
         targets, passes = expert_targets(
             list(experts.networks), trace, inputs, mixtures, places, experts.pooled.batch_size
         )
-        experts.passes += passes + samples + (3 * size_of(probed) if weights else 0)
+        experts.passes += passes + samples + (3 * len(probed) if weights else 0)
         with progress(self.label, len(units)) as advance:
             fit_in_order(network, units, inputs, targets, places, shares, weights, ridge, rounding, advance)
         if self.head:
