@@ -47,6 +47,12 @@ class FittedOn(StrEnum):
 _ALONE = "alone"
 _ENUMS: dict[str, type[StrEnum]] = {"features": FeatureChoice, "projection": ProjectionKind, "fitted_on": FittedOn}
 
+_KINDS = {
+    "fitted_on": (DecoderKind.ridge, DecoderKind.feature_ridge, DecoderKind.expert_head),
+    "survivors": (DecoderKind.ridge, DecoderKind.feature_ridge),
+}
+"""To which kinds an option applies; the others are feature_ridge's."""
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -82,9 +88,8 @@ class DecoderConfig:
         if not isinstance(self.survivors, bool):
             raise ConfigurationError(f"found survivors={self.survivors!r}, expected true or false")
         for option, value in self._given.items():
-            calibrated = [DecoderKind.ridge] if option in ("fitted_on", "survivors") else []
-            corrected = [DecoderKind.expert_head] if option == "fitted_on" else []
-            if self.kind not in (kinds := [*calibrated, DecoderKind.feature_ridge, *corrected]):
+            kinds = _KINDS.get(option, (DecoderKind.feature_ridge,))
+            if self.kind not in kinds:
                 raise ConfigurationError(f"found {option}={value} for {self.kind}, expected {' or '.join(kinds)}")
         if self.components is None and "projection" in self._given:
             raise ConfigurationError(

@@ -103,6 +103,10 @@ class Decoder(ABC):
         """How many bytes these are."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    def passes(self, num_coded: int) -> int:
+        """Return how many forward passes the answers took that `fit` has looked at."""
+        return (len({*self.erased, *self.survivors}) + num_coded) * self.samples_read
+
     @property
     def errors(self) -> Tensor:
         """E e eᵀ of the errors e = f̂ − f of each lost expert ``[|erased|, C, C]``.
@@ -215,19 +219,17 @@ class ExpertHeadDecoder(Decoder):
         config: The decoder's options.
     """
 
-    needs_fit = False
-
     def __init__(
         self,
         code: Code,
         erased: Sequence[int],
         heads: Mapping[int, Head] | None = None,
-        config: DecoderConfig = DecoderConfig(DecoderKind.expert_head),  # noqa: B008
+        config: DecoderConfig | None = None,
     ) -> None:
-        super().__init__(code.num_experts, erased, config)
-        self.needs_fit = config.fitted_on is FittedOn.own
+        super().__init__(code.num_experts, erased, config or DecoderConfig(DecoderKind.expert_head))
+        self.needs_fit = self.config.fitted_on is FittedOn.own
         self.heads: dict[int, Head] = {expert: heads[expert] for expert in self.erased} if heads else {}
-        self._own = dict(self.heads)
+        self._uncorrected = dict(self.heads)
         weights = {expert: code.matrix[:, expert].tolist() for expert in self.erased}
         self.row_of = {expert: column.index(max(column)) for expert, column in weights.items()}
         """Which coded model each lost expert is read from, the first of equals."""
@@ -239,12 +241,12 @@ class ExpertHeadDecoder(Decoder):
         self._check(calibration)
         own, moments, width = own_samples(self, calibration), [], calibration.experts.shape[2]
         for expert, samples in own.items():
-            features = self._read(calibration, expert, self._own)[samples]
-            weight, bias = (part.to(features) for part in self._own[expert])
+            features = self._read(calibration, expert, self._uncorrected)[samples]
+            weight, bias = (part.to(features) for part in self._uncorrected[expert])
             missed = calibration.experts[expert, samples, : len(bias)].double() - linear(features, weight, bias)
             fit = fit_ridge(features, missed, exponents=[CORRECTION])
             shift = fit.target_mean - fit.input_mean @ fit.coefficients
-            stored = self._own[expert][0]
+            stored = self._uncorrected[expert][0]
             self.heads[expert] = (weight + fit.coefficients.T).contiguous().to(stored), (bias + shift).to(stored)
             moments.append(_second_moments(pad(fit.left_out, (0, width - len(bias)))[None]))
         self.moments, self.samples_read = torch.cat(moments), sum(map(len, own.values()))
@@ -258,6 +260,10 @@ class ExpertHeadDecoder(Decoder):
     def tensors(self) -> list[Tensor]:
         """The heads."""
         return [tensor for head in self.heads.values() for tensor in head]
+
+    def passes(self, num_coded: int) -> int:
+        """Return two for every sample: the expert's, and that of the coded model that it is read from."""
+        return 2 * self.samples_read
 
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits; see the class."""

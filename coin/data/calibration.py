@@ -58,7 +58,7 @@ class Calibration:
     def of_batches(cls, batches: Sequence[Batch]) -> Self:
         """All samples of batches ``[B, …]`` in memory, in their order, in batches as large as the largest."""
         samples = MemorySamples([sample for batch in batches for sample in samples_of(batch)])
-        return cls.of(samples, 0, max(map(size_of, batches), default=1))
+        return cls.of(samples, 0, max([1, *map(size_of, batches)]))
 
     @property
     def num_samples(self) -> int:
@@ -90,7 +90,7 @@ class Calibration:
         found = [self.parts[number].inputs(position[own], self.image_size, view) for number, own in rows.items()]
         if len({tensors_in(each)[0].is_floating_point() for each in found}) > 1:
             raise DataError("found images and texts among the calibration samples, expected tasks of one kind")
-        return take(joined(found), torch.cat(list(rows.values())).argsort())
+        return found[0] if len(found) == 1 else take(joined(found), torch.cat(list(rows.values())).argsort())
 
     def subset(self, chosen: Tensor | Sequence[int]) -> Self:
         """The samples at these places, in this order; ``range(rank, P, world_size)`` gives a process its share."""

@@ -60,6 +60,7 @@ def _patches(inputs: Tensor, geometry: Geometry, samples: int, places: Tensor | 
     met, inside = geometry.met(places % outputs, size)
     entries = torch.arange(channels // groups * met.shape[2], device=inputs.device).view(-1, met.shape[2])
     alive = inside.flatten(0, 1).any(0)
+    alive[0] |= ~alive.any()  # one of zeros, where no tap meets an image
     met, inside, entries = met[..., alive], inside[..., alive].flatten(0, 1), entries[:, alive].T.flatten()
     met = (places // outputs)[..., None] * prod(size) + met  # [P, q, taps]
     images = inputs.reshape(samples, each, channels, -1).movedim(2, 0).flatten(2)  # [C, P, k · places]
@@ -122,7 +123,7 @@ def fit_unit(
 
     rounds = rounding is not None and rounding.takes(unit.weight)
     outputs = inputs @ flat[..., entries].to(inputs).mT
-    added = call.bias if shift is None else shift  # the first was computed of other tensors
+    added = call.bias if shift is None else shift  # a bias that is computed of other tensors stays
     if added is not None:
         outputs += added.to(inputs).reshape(len(inputs), 1, -1)
     residual = target.view(outputs.shape[1], len(inputs), -1).transpose(0, 1) - outputs
@@ -159,7 +160,7 @@ def fit_affine(
 
     λ = ridge × the mean diagonal entry of the covariance of a, a group's own. With more unknowns than rows the system
     is solved where the rows are, ΔW = Rᵀ(A Aᵀ + λ I)⁻¹A. Rows are centred before they are multiplied. All is done in
-    their own type; where λ is lost in that beside the largest eigenvalue, the system is solved in float64.
+    their own type; where λ is lost in that beside the largest eigenvalue, the matrix is factored in float64.
 
     Args:
         inputs: a [G, n, K].
@@ -174,7 +175,7 @@ def fit_affine(
         ΔW [G, O, K] and Δb [G, O], in float64.
 
     Raises:
-        NumericalError: A row is not finite, or too large to be squared.
+        NumericalError: A row is not finite, or too large to be squared, or the ridge is too small.
     """
     (_, count, unknowns), precision = inputs.shape, torch.finfo(inputs.dtype).eps
     weights = (shares / shares.sum()).to(inputs)
@@ -232,7 +233,11 @@ def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
         )
     root, failed = torch.linalg.cholesky_ex(_damped(gram, ridges, dead))
     if bool(failed.any()):  # a ridge that is lost beside the largest eigenvalue
-        root = torch.linalg.cholesky(_damped(gram.double(), ridges, dead))
+        root, failed = torch.linalg.cholesky_ex(_damped(gram.double(), ridges, dead))
+    if bool(failed.any()):
+        raise NumericalError(
+            "a layer's inputs on calibration data are too nearly dependent for this ridge; give a larger ridge"
+        )
     solved: Tensor = torch.cholesky_solve(right.to(root), root)
     return solved.masked_fill_(dead[:, None, None], 0)
 

@@ -93,7 +93,7 @@ def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[st
 
     with evaluating(network), differentiable(parameters.values()), Interceptor(parameters, visit):
         logits = network(as_input(inputs, network))
-        cotangent = (logits - logits.mean(1, keepdim=True)).detach()
+        cotangent = (logits - logits.mean(1, keepdim=True) if logits.shape[1] > 1 else logits).detach()
         found = [each for each in outputs.items() if each[1][1].requires_grad]
         gradients = torch.autograd.grad(logits, [output for _, (_, output) in found], cotangent, allow_unused=True)
     weights = {}

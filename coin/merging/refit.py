@@ -125,8 +125,7 @@ class Refit(Method):
             settled._start = self._start.settled(fisher_kind, fisher_data, decoders)
         if self.decoders is None:
             settled.decoders = [each.name for each in decoders] or None
-        kinds = {DecoderConfig.named(name).kind for name in settled.decoders or [LINEAR.name]}
-        if self.target is Target.auto and kinds == {DecoderKind.expert_head}:
+        if self.target is Target.auto and settled.decoders == [str(DecoderKind.expert_head)]:
             settled.target = Target.own
         if settled.target is not Target.auto and self.ridge is not None:
             settled.decoders = None

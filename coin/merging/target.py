@@ -7,6 +7,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from coin.errors import DataError
 from coin.files.tensors import State, weighted_mean
 
 OWN_SHARE = 0.6
@@ -47,6 +48,11 @@ def objective(target: Target, row: Sequence[float], task: Tensor) -> tuple[Tenso
     own = own_share * (beta / torch.bincount(task, minlength=len(row)))[task]
     mixed = torch.full_like(own, (1 - own_share) / len(task))
     shares = own + mixed
+    if not bool(shares.any()):
+        raise DataError(
+            f"found no calibration samples of a task that has a share in the code row {list(row)}, expected at least "
+            "one; give some, raise memory_mib, or use target=both"
+        )
     mixtures = torch.outer(beta, mixed)
     mixtures[task, torch.arange(len(task))] += own
     return mixtures / shares.where(shares > 0, 1), shares

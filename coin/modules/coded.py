@@ -154,9 +154,9 @@ class Coded(LightningModule):
 
         Args:
             calibration: Batches of inputs ``[B, ...]``, or of pairs whose labels are not looked at. The linear decoder
-                and expert_head learn no more of them than their errors, for `risk`, and take none too; by the first
-                batch it is checked that the experts' logits are their heads' of their features, or, where there is
-                none, by the first that is decoded that the coded models' are.
+                and an expert_head that is not corrected learn only their errors, for `risk`, and take none too; by the
+                first batch it is checked that the experts' logits are their heads' of their features, or, where there
+                is none, by the first that is decoded that the coded models' are.
             erased: Indices of the lost experts.
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.

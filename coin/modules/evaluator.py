@@ -257,8 +257,7 @@ class DecodingEvaluator(LightningModule):
             seconds = passes = 0.0
             if decoder.needs_fit:
                 seconds = time.perf_counter() - started
-                experts = len({*decoder.erased, *decoder.survivors})
-                passes = float((experts + len(variant.networks)) * decoder.samples_read)
+                passes = float(decoder.passes(len(variant.networks)))
                 seconds += share * passes / answers.num_samples
             counts = {lost: self.class_counts[lost] for lost in erased}
             metrics = {

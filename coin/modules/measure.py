@@ -46,7 +46,7 @@ def evaluate(
         decoders: Kinds, or configurations of one; none takes all kinds, but expert_head only where the experts' logits
             are their heads' of their features.
         calibration: For every expert the batches of its own task's samples, on which decoders are fitted without
-            labels; the linear one and expert_head need none, but know no risk without.
+            labels; the linear one and an expert_head that is not corrected need none, but know no risk without.
         erasures: Which experts are lost together; each alone by default.
 
     Returns:
@@ -111,7 +111,7 @@ def evaluate(
             "erased": "+".join(system.names[expert] for expert in decoder.erased),
             "task": system.names[task],
             **measured[task][decoder],
-            "decoder_passes": (len({*decoder.erased, *decoder.survivors}) + rows) * decoder.samples_read,
+            "decoder_passes": decoder.passes(rows),
             "memory_mib": memory[decoder.config],
             "forwards": decoder.config.forwards(count, rows, len(decoder.erased)),
             "losses": decoder.config.losses(count, rows),

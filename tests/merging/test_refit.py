@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from coin.cli import main
 from coin.data import Digits, Glyphs
 from coin.data.tasks import Tasks
-from coin.errors import CoinWarning, ConfigurationError, NumericalError, StateError
+from coin.errors import CoinWarning, ConfigurationError, DataError, NumericalError, StateError
 from coin.merging import Experts, Refit
 from coin.merging.affine import _products, fit_affine
 from coin.merging.average import average_parameters
@@ -698,7 +698,7 @@ def test_of_a_small_vit_the_class_token_weighs_most_at_the_end(monkeypatch):
     monkeypatch.undo()
     experts = experts_of(networks, tasks)
     made = Refit("own", RIDGE, head=False).make(experts, ROW)
-    assert experts.passes == PROBES + 2 * sum(SIZES) + 3 * PROBED
+    assert experts.passes == PROBES + 2 * sum(SIZES) + 3 * sum(min(size, -(-PROBED // 3)) for size in SIZES)
     assert_answers_close(networks[0], Refit("own").make(experts_of([networks[0]] * 3, tasks), ROW).network, tasks, 1e-9)
     monkeypatch.setattr("coin.merging.refit.position_weights", lambda *_: {})
     alike = Refit("own", RIDGE, head=False).make(experts_of(networks, tasks), ROW)
@@ -815,13 +815,35 @@ def test_experts_that_agree_or_have_no_matrix_are_not_apart():
 @every_target
 def test_an_expert_that_has_no_share_of_the_row_is_not_run(target):
     networks, tasks = kind_of("convolutions")
-    experts = experts_of(networks, tasks)
-    made = Refit(target, RIDGE).make(experts, (0.4, 0.0, 0.6))
-    without = Refit(target, RIDGE, head=False).make(experts_of(networks[::2], tasks[::2]), (0.4, 0.6))
+    experts, ran = experts_of(networks, tasks), []
+    experts.networks[1].register_forward_pre_hook(lambda *_: ran.append(1))
+    made = Refit(target, RIDGE, head=False).make(experts, (0.4, 0.0, 0.6))
+    assert not ran
     if target == "own":
-        found = Refit(target, RIDGE, head=False).make(experts_of(networks, tasks), (0.4, 0.0, 0.6))
-        assert_answers_close(found.network, without.network, tasks, 1e-9)
-    assert bool(torch.isfinite(answers(made.network, tasks[0])).all())
+        without = Refit(target, RIDGE, head=False).make(experts_of(networks[::2], tasks[::2]), (0.4, 0.6))
+        assert_answers_close(made.network, without.network, tasks, 1e-9)
+
+
+def test_no_sample_of_a_task_with_a_share_is_one_line():
+    networks, tasks = kind_of("two layers")
+    experts = experts_of(networks, [tasks[0][:0], *tasks[1:]])
+    with pytest.raises(DataError, match=r"found no calibration samples of a task that has a share in .* target=both"):
+        Refit("own", RIDGE, head=False).make(experts, (1.0, 0.0, 0.0))
+
+
+def test_a_ridge_that_is_too_small_is_one_line():
+    torch.manual_seed(0)
+    networks = [nn.Sequential(nn.Linear(40, 60), nn.Linear(60, 60), nn.Linear(60, 3)) for _ in "ab"]
+    tasks = [torch.randn(200, 3) @ torch.randn(3, 40) for _ in networks]
+    with pytest.raises(NumericalError, match="give a larger ridge"):
+        Refit("own", 1e-10).make(Experts(networks, calibration=[[task] for task in tasks]), (0.5, 0.5))
+
+
+def test_a_convolution_whose_taps_meet_no_image_keeps_its_weight():
+    make = lambda: nn.Sequential(nn.Conv1d(2, 2, 2, padding=1, dilation=2), nn.Flatten(), nn.Linear(2, 3))  # noqa: E731
+    networks, tasks = setup(make, (2, 1))
+    made = Refit("own", RIDGE, head=False).make(experts_of(networks, tasks), ROW)
+    assert all(bool(torch.isfinite(answers(made.network, task)).all()) for task in tasks)
 
 
 def test_options_are_checked():
