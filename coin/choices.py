@@ -9,7 +9,7 @@ from coin.errors import ConfigurationError
 E = TypeVar("E", bound=StrEnum)
 
 
-def chosen(kind: type[E], name: str, value: Any) -> E:
+def parse_enum(kind: type[E], name: str, value: Any) -> E:
     """Return the entry of an enum that the option `name` gives, or raise a ConfigurationError."""
     try:
         return kind(value)

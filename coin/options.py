@@ -18,7 +18,7 @@ from coin.errors import ConfigurationError
 from coin.merging import Method
 
 
-def as_options(value: Any) -> Any:
+def to_config(value: Any) -> Any:
     """Return what a configuration file says of a value: the constructor's options of tasks and methods by class path.
 
     A ConfigurationError where an object does not keep an option under the option's name, or is of another kind.
@@ -30,12 +30,13 @@ def as_options(value: Any) -> Any:
     return _plain(value, made)
 
 
-def described(value: Any) -> Any:
+def config_dict(value: Any) -> Any:
     """Return the same as a record has it: with what is in a task's or method's files, so that a change is noticed."""
 
     def made(value: Any, options: dict[str, Any]) -> dict[str, Any]:
         kind = type(value)
-        name = kind.__name__ if kind.__module__.startswith("coin.") else f"{kind.__module__}.{kind.__qualname__}"
+        own = getattr(value, "recorded_class", kind.__name__)
+        name = own if kind.__module__.startswith("coin.") else f"{kind.__module__}.{kind.__qualname__}"
         contents = getattr(value, "content_key", None)
         return {"class": name, **options, **({"contents": contents()} if contents else {})}
 

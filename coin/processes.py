@@ -30,18 +30,18 @@ def process_count() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Return whether this process is the one that writes files and talks to the user."""
     return process_count() == 1 or distributed.get_rank() == 0
 
 
-def say(text: str) -> None:
+def rank_zero_info(text: str) -> None:
     """Tell the user how far the work is, on the first process's standard error."""
-    if is_first():
+    if is_rank_zero():
         print(text, file=sys.stderr, flush=True)
 
 
-def from_first(compute: Callable[[], T]) -> T:
+def on_rank_zero(compute: Callable[[], T]) -> T:
     """Return what `compute` gives on the first process, which alone runs it; the others wait for it.
 
     Within `compute` the first process is on its own: what it decides there is not told to the others.

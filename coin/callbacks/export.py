@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from coin.batches import clone
-from coin.choices import chosen
+from coin.choices import parse_enum
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import not_finite
-from coin.networks import NetworkConfig, plain_network, save_network
+from coin.networks import NetworkConfig, save_network, unwrap
 
 _DESCRIBED = {"network", "image_size", "weights", "options", "num_classes"}
 """The options of a module from which its network is built."""
@@ -54,11 +54,11 @@ def trained_network(trainer: Trainer, module: LightningModule, weights: Weights)
     network: Any = module.network
     monitored = _monitored(trainer)
     if weights == Weights.last or monitored is None:
-        return plain_network(copy(network))  # a copy leaves torch.compile's call behind
+        return unwrap(copy(network))  # a copy leaves torch.compile's call behind
     state = torch.load(monitored.best_model_path, map_location=module.device, weights_only=True)["state_dict"]
     best, prefix = clone(network), "network."
     best.load_state_dict({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
-    return plain_network(best)
+    return unwrap(best)
 
 
 class ExpertExport(Callback):
@@ -71,7 +71,7 @@ class ExpertExport(Callback):
 
     def __init__(self, path: str | None = None, weights: Weights = Weights.last) -> None:
         self.path = None if path is None else Path(path)
-        self.weights = chosen(Weights, "weights", weights)
+        self.weights = parse_enum(Weights, "weights", weights)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse, before the training, what could not be written after it."""

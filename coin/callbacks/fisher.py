@@ -7,10 +7,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from coin.callbacks.export import Weights, check_weights, trained_network
-from coin.choices import check_integer, chosen
+from coin.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision, check_shares, reduce_sums, shard
+from coin.statistics.cotangents import renamed_mc_samples
 from coin.statistics.files import write_statistic
 from coin.statistics.statistic import StatisticOptions
 
@@ -23,28 +24,31 @@ class FisherEstimator(Callback):
     Args:
         samples: P, the number of unlabelled training samples.
         kind: Which Fisher diagonal; see `coin.statistics.FisherKind`.
-        cotangents: k, for the Monte Carlo kind.
+        mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind.
         memory_mib: Bound on the pass's working memory in MiB.
         precision: The type that the network runs in for it.
         path: The file; none writes ``expert.fisher.safetensors`` into the trainer's ``default_root_dir``.
         weights: ``last`` or ``best``.
+        cotangents: The old name of mc_samples, for one version.
     """
 
     def __init__(
         self,
         samples: int = 200,
         kind: FisherKind = FisherKind.exact,
-        cotangents: int | None = None,
+        mc_samples: int | None = None,
         memory_mib: int = DEFAULT_MEMORY_MIB,
         precision: Precision = Precision.full,
         path: str | None = None,
         weights: Weights = Weights.last,
+        cotangents: int | None = None,
     ) -> None:
         check_integer("samples", samples, 1)
         self.samples = samples
-        self.options = StatisticOptions(kind=kind, cotangents=cotangents, memory_mib=memory_mib, precision=precision)
+        mc_samples = renamed_mc_samples(mc_samples, cotangents)
+        self.options = StatisticOptions(kind=kind, mc_samples=mc_samples, memory_mib=memory_mib, precision=precision)
         self.path = None if path is None else Path(path)
-        self.weights = chosen(Weights, "weights", weights)
+        self.weights = parse_enum(Weights, "weights", weights)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse, before the training, what could not be estimated after it."""

@@ -17,7 +17,7 @@ from coin.reporting.results import write_frame
 from coin.reporting.tables import results_console
 from coin.serving.sim.conditions import Conditions
 from coin.serving.sim.profile import Failover, Profile, Redundancy, StandIn
-from coin.serving.sim.simulation import Want
+from coin.serving.sim.simulation import QueryTarget
 
 ADVICE_CSV = "advice.csv"
 QUANTILES = (0.0, 0.5, 0.9, 0.99)
@@ -33,7 +33,7 @@ def advise(
     memory_gib: float,
     p999_ms: float | None = None,
     accuracy: float | None = None,
-    want: Want = Want.one,
+    want: QueryTarget = QueryTarget.one,
     load: float = 0.4,
     quantiles: list[float] | None = None,
     tolerance: float = 0.005,
@@ -207,17 +207,17 @@ def _while_repaired(point: Point, conditions: Conditions, seeds: Sequence[int], 
     ]
 
 
-def when_coding(rows: pd.DataFrame, want: Want) -> list[str]:
+def when_coding(rows: pd.DataFrame, want: QueryTarget) -> list[str]:
     """Return when a coded model is what to take, from these rows where they tell."""
     coded = rows[rows["redundancy"].isin([Redundancy.standin, Redundancy.coded_proactive])]
     notes = []
-    if want is Want.all and not coded.empty:
+    if want is QueryTarget.all and not coded.empty:
         count, extras = coded[["experts", "extras"]].iloc[0]
         notes.append(
             f"asked at once for all answers, a coded model takes {count + extras} forward passes a query and a spare "
             f"{2 * count}: one pass makes up for any expert"
         )
-    elif want is Want.one:
+    elif want is QueryTarget.one:
         notes.append(
             "a coded model is what to take where all answers are wanted at once (--want=all): one pass for any"
         )

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from jsonargparse import ArgumentParser
 
-from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Kept, make_decoder
+from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, FeatureCache, make_decoder
 from coin.coding.decoder_config import REPLICA
 from coin.coding.decoder_state import decoders_state, restore_decoders
 from coin.commands.parser import command_parser, parsed
@@ -24,9 +24,9 @@ from coin.files.yaml import read_yaml
 from coin.modules import Coded
 from coin.modules.variants import NONE, ORACLE, read_coded
 from coin.networks import load_network
-from coin.options import described
+from coin.options import config_dict
 from coin.reporting.extras import read_promises
-from coin.reporting.results import RESULTS_CSV, asked_policy, read_configuration, read_results
+from coin.reporting.results import RESULTS_CSV, read_configuration, read_results, requested_policy
 from coin.reporting.summary import seed_folders
 from coin.serving.decodings import coded_layout, standin_layout
 from coin.serving.layout import Layout
@@ -184,7 +184,7 @@ class CodedSystem:
         if frame is None:
             return {}, {}
         own = (frame["method"] == self.method) & (frame["decoder"] == self.decoder.name)
-        rows = frame[own & (frame["batchnorm"].map(asked_policy) == self.batchnorm)]
+        rows = frame[own & (frame["batchnorm"].map(requested_policy) == self.batchnorm)]
         places = {task: place for place, task in enumerate(self.tasks)}
         found = {
             (tuple(sorted(places[each] for each in erased.split("+"))), places[task]): float(threshold)
@@ -199,7 +199,7 @@ class CodedSystem:
             "coded": [sha256_of(path) for path in self.coded],
             "code": self.code.matrix.tolist(),
             "decoder": self.decoder.name,
-            "tasks": described(self._described()),
+            "tasks": config_dict(self._described()),
             "calibration": self._calibration,
             "coin": versions()["coded-coin"],
         }
@@ -211,7 +211,7 @@ class CodedSystem:
 
     def _fit_decoders(self) -> list[Decoder]:
         config, calibration = self.decoder, self.data().calibration()
-        decoders, kept = self.unfitted_decoders(next(iter(calibration))), Kept()
+        decoders, kept = self.unfitted_decoders(next(iter(calibration))), FeatureCache()
         parts = [
             self._networks.answers(batch, features=config.reads_features, stages=config.reads_stages)
             for batch in calibration
@@ -229,7 +229,7 @@ def read_every_result(folder: Path) -> tuple[Path, pd.DataFrame]:
             "experiment or of one seed; make it with `coin run`"
         )
     frame = pd.concat([read_results(each) for each in seeds], ignore_index=True)
-    return seeds[0], frame.assign(batchnorm=frame["batchnorm"].map(asked_policy))
+    return seeds[0], frame.assign(batchnorm=frame["batchnorm"].map(requested_policy))
 
 
 def read_coded_system(folder: Path, choice: Choice, alone: bool = False) -> CodedSystem:
@@ -256,7 +256,7 @@ def read_coded_system(folder: Path, choice: Choice, alone: bool = False) -> Code
     if not coded:
         raise FileError(f"found no coded model of method {method} ({batchnorm}) in '{seed / 'coded'}'; run it again")
     paths = tuple(coded[row] for row in sorted(coded))
-    _, (variant,) = read_coded(paths, list(experts.marks.values()))
+    _, (variant,) = read_coded(paths, list(experts.fingerprints.values()))
     decoder = DecoderConfig.named(str(results["decoder"].iloc[0]))
     return CodedSystem(seed, experts, paths, variant.code, method, batchnorm, decoder, results)
 
@@ -266,7 +266,7 @@ def _results_of(frame: pd.DataFrame, choice: Choice, folder: Path, alone: bool) 
     frame = frame[~frame["method"].isin([NONE, ORACLE]) & (frame["decoder"] != REPLICA)]
     reads = {name: DecoderConfig.named(name).reads_survivors for name in frame["decoder"].unique()} if alone else {}
     frame = frame[~frame["decoder"].isin([name for name, survivors in reads.items() if survivors])]
-    policy = None if choice.batchnorm is None else asked_policy(choice.batchnorm)
+    policy = None if choice.batchnorm is None else requested_policy(choice.batchnorm)
     for column, wanted in (("decoder", choice.decoder), ("method", choice.method), ("batchnorm", policy)):
         known = list(dict.fromkeys(frame[column]))
         if not known or wanted not in (None, *known):

@@ -6,7 +6,7 @@ from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.experiment import Experiment
 from coin.experiment.launch import Launch
 from coin.experiment.run import make_experts, run_experiment
-from coin.processes import is_first
+from coin.processes import is_rank_zero
 from coin.reporting.report import REPORT_HTML
 from coin.reporting.results import as_json
 from coin.reporting.tables import print_summary
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     summary = run_experiment(experiment, launch)
     page = experiment.folder / REPORT_HTML
-    if not is_first():
+    if not is_rank_zero():
         return
     if machine:
         print(as_json({"experiment": experiment.name, "report": page, "summary": summary}))

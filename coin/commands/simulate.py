@@ -18,17 +18,17 @@ from coin.files.atomic import atomic_path, write_text
 from coin.modules.variants import NONE, ORACLE
 from coin.networks import load_network
 from coin.networks.compressed import compress
-from coin.options import described
-from coin.processes import say
+from coin.options import config_dict
+from coin.processes import rank_zero_info
 from coin.reporting.figures import as_png
 from coin.reporting.latency import print_simulation, tail_against
-from coin.reporting.results import asked_policy, write_frame
+from coin.reporting.results import requested_policy, write_frame
 from coin.reporting.tables import results_console
 from coin.serving.model import NetworkServer
 from coin.serving.replies import ReplyFormat
 from coin.serving.sim.conditions import Conditions, ServiceKind
 from coin.serving.sim.profile import Failover, Profile, Redundancy, StandIn
-from coin.serving.sim.simulation import Simulation, Want, simulate_all
+from coin.serving.sim.simulation import QueryTarget, Simulation, simulate_all
 from coin.versions import versions
 
 SIMULATION_CSV = "simulation.csv"
@@ -41,7 +41,7 @@ def simulate(
     folder: str,
     conditions: Conditions,
     choice: Choice,
-    wants: list[Want] | None = None,
+    wants: list[QueryTarget] | None = None,
     policies: list[Redundancy] | None = None,
     quantiles: list[float] | None = None,
     loads: list[float] | None = None,
@@ -82,12 +82,12 @@ def simulate(
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ConfigurationError(f"found seeds {seeds}, expected distinct ones from 0")
     system, profile, conditions, known = read_profile(folder, choice, conditions, failover)
-    say(system.title)
+    rank_zero_info(system.title)
     if missing := set(policies or ()) - {what.kind for what in known}:
         raise ConfigurationError(f"found no {(kind := min(missing))} in the results; {lacking(kind, folder, choice)}")
     points = [
         (what, sized, sized.simulation(what, conditions, quantile, load=load, want=want, queries=queries))
-        for want in wants or Want
+        for want in wants or QueryTarget
         for count in experts or [profile.code.num_experts]
         for load in loads
         for extra in extras or [profile.code.num_coded]
@@ -104,7 +104,7 @@ def simulate(
         "conditions": conditions, "failover": failover, "code": profile.code.matrix.tolist(),
         "service_seconds": [float(each.mean()) for each in profile.seconds],
     }  # fmt: skip
-    text = json.dumps({"options": described(options), "versions": versions()}, indent=1) + "\n"
+    text = json.dumps({"options": config_dict(options), "versions": versions()}, indent=1) + "\n"
     write_text(place / "simulation.json", text)
     draw(place / "plots" / "simulation-memory.png", "memory_server", rows[rows["load"] == loads[len(loads) // 2]])
     for count in dict.fromkeys(rows["experts"]):
@@ -178,7 +178,7 @@ def _what_was_measured(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
 
     ``worst`` is the least NDA of a task, means over seeds.
     """
-    policy = None if choice.batchnorm is None else asked_policy(choice.batchnorm)
+    policy = None if choice.batchnorm is None else requested_policy(choice.batchnorm)
     for column, wanted in (("decoder", choice.decoder), ("method", choice.method), ("batchnorm", policy)):
         frame = frame if wanted is None else frame[frame[column] == wanted]
     one = frame[~frame["erased"].str.contains("+", regex=False) & ~frame["method"].isin([NONE, ORACLE])]

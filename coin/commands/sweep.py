@@ -18,9 +18,9 @@ from coin.commands.parser import command_parser, parsed
 from coin.commands.run import experiment_of
 from coin.errors import ConfigurationError
 from coin.experiment.launch import Command, child_environment, raise_for, run_side_by_side
-from coin.experiment.store import Steps, alone_in, step_key
+from coin.experiment.store import Steps, folder_lock, step_key
 from coin.files.atomic import write_text
-from coin.processes import cores, say
+from coin.processes import cores, rank_zero_info
 from coin.reporting import write_report
 from coin.reporting.extras import PROMISE_CSV, RISK_CSV, read_promises, read_risk
 from coin.reporting.results import read_results, write_frame
@@ -75,10 +75,10 @@ def main(arguments: Sequence[str]) -> None:
     plan = read_sweep(Path(options["file"]))
     folder = Path(options["output"]) / plan.name
     runs = [PointRun(point) for point in sweep_points(plan, folder)]
-    with alone_in(folder):
+    with folder_lock(folder):
         write_text(folder / SWEEP_YAML, plan.text)
         done = [run for run in runs if run.steps.finished(*run.record)]
-        say(f"sweep {plan.name}: {len(runs)} points, {len(done)} finished already, {jobs} at a time")
+        rank_zero_info(f"sweep {plan.name}: {len(runs)} points, {len(done)} finished already, {jobs} at a time")
         tags = ",".join([*user_tags(), f"sweep-{plan.name}"])
         environment = {**child_environment(max(1, cores() // jobs)), "WANDB_TAGS": tags}
 

@@ -21,7 +21,7 @@ from coin.commands import ON_TRAINER
 from coin.commands.parser import checked
 from coin.errors import ConfigurationError, StateError
 from coin.files.checkpoints import check_training_checkpoint, checkpoint_options
-from coin.modules.shared import quieten
+from coin.modules.shared import silence_lightning
 from coin.reporting.results import read_results
 from coin.reporting.summary import summarise
 from coin.reporting.tables import print_summary
@@ -117,7 +117,7 @@ def _hand_on_seed(options: Any, seed: int) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Run a Trainer's command; ``arguments`` begin with its name."""
-    quieten()
+    silence_lightning()
     warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")  # without --safe in it
     quiet: dict[str, object] = {"exit_on_error": False}
     try:

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from coin.choices import check_integer, check_number, chosen
+from coin.choices import check_integer, check_number, parse_enum
 from coin.data.augmentation import Augmentation, TransformSpec, build_transforms
 from coin.data.calibration import Calibration
 from coin.data.samples import BatchDataset, Samples, Source, split_source
@@ -112,7 +112,7 @@ class TaskData(LightningDataModule, ABC):
         self.validation_share = validation_share
         self.split_seed = split_seed
         self.seed = seed or 0
-        self.augmentation = chosen(Augmentation, "augmentation", augmentation)
+        self.augmentation = parse_enum(Augmentation, "augmentation", augmentation)
         self.transform = transform
         self.check_augmentation(self.augmentation, transform)
         build_transforms(transform)  # refuses what cannot be made

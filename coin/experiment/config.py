@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, TypeAlias
 
 from coin.callbacks import Weights
-from coin.choices import check_integer, check_number, chosen
+from coin.choices import check_integer, check_number, parse_enum
 from coin.coding.promise import samples_needed
 from coin.data import TaskData
 from coin.errors import CoinWarning, ConfigurationError
@@ -107,9 +107,9 @@ class CalibrationConfig:
             check_number(name, getattr(self, name), low=0, high=1, strict=True)
         if self.fisher_cotangents is not None:
             check_integer("fisher_cotangents", self.fisher_cotangents, 1)
-        object.__setattr__(self, "fisher_data", chosen(DataChoice, "fisher_data", self.fisher_data))
-        object.__setattr__(self, "fisher_kind", chosen(FisherKind, "fisher_kind", self.fisher_kind))
-        object.__setattr__(self, "fisher_precision", chosen(Precision, "fisher_precision", self.fisher_precision))
+        object.__setattr__(self, "fisher_data", parse_enum(DataChoice, "fisher_data", self.fisher_data))
+        object.__setattr__(self, "fisher_kind", parse_enum(FisherKind, "fisher_kind", self.fisher_kind))
+        object.__setattr__(self, "fisher_precision", parse_enum(Precision, "fisher_precision", self.fisher_precision))
 
     @property
     def merging(self) -> dict[str, Any]:
@@ -129,9 +129,9 @@ class CalibrationConfig:
 
     def options_of(self, which: Statistic) -> StatisticOptions:
         """Return how a statistic is computed."""
-        cotangents = self.fisher_cotangents if which.kind is FisherKind.monte_carlo else None
+        mc_samples = self.fisher_cotangents if which.kind is FisherKind.monte_carlo else None
         precision = Precision.full if which.kind is None else self.fisher_precision
-        return StatisticOptions(which.name, which.kind, cotangents, self.memory_mib, precision)
+        return StatisticOptions(which.name, which.kind, mc_samples, self.memory_mib, precision)
 
 
 @dataclass(frozen=True)

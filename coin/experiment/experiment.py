@@ -16,8 +16,8 @@ from coin.files.atomic import is_folder_name
 from coin.merging import Method
 from coin.modules import Expert
 from coin.modules.spares import SPARE
-from coin.networks import Compression, NetworkConfig, brought_network, build_network, has_batchnorm
-from coin.options import as_options, described
+from coin.networks import Compression, NetworkConfig, build_network, has_batchnorm, import_checkpoint
+from coin.options import config_dict, to_config
 from coin.statistics import FisherKind
 from coin.steps.code import AUTO, read_code
 from coin.steps.merge import coded_name
@@ -91,7 +91,7 @@ class Experiment:
         """The code; none where every seed chooses its own."""
         self.decoders, self.takes_all_decoders = distinct_decoders(decoders), decoders is None
         settings = (calibration.fisher_kind, calibration.fisher_data, self.decoders)
-        methods = [method.settled(*settings) for method in methods]
+        methods = [method.with_defaults(*settings) for method in methods]
         self.spares = [Compression.of(section) for section in spares or []]
         if any(spare.rounding for spare in self.spares):
             raise ConfigurationError("found a rounding of spares, expected none: only merge methods have a choice")
@@ -136,22 +136,22 @@ class Experiment:
 
     def as_yaml(self, seed: int) -> str:
         """Return the configuration with which ``coin run`` repeats one seed."""
-        return str(yaml.safe_dump(as_options({**self._given, "seeds": [seed]}), sort_keys=False, allow_unicode=True))
+        return str(yaml.safe_dump(to_config({**self._given, "seeds": [seed]}), sort_keys=False, allow_unicode=True))
 
     def tasks_of(self, seed: int) -> dict[str, TaskData]:
         """Return the tasks as a seed draws from them."""
         return {name: task_with(task, seed=seed) for name, task in self.tasks.items()}
 
-    def described(self, seed: int | None) -> dict[str, Any]:
+    def config_dict(self, seed: int | None) -> dict[str, Any]:
         """Return all options with their defaults filled in, but for the code; of a seed, or of what all seeds share."""
         names = ("network", "base", "expert", "calibration", "methods", "trainer")
-        return {name: described(getattr(self, name)) for name in names} | {
+        return {name: config_dict(getattr(self, name)) for name in names} | {
             **({"code_choice": AUTO} if self.code is None else {}),
             "name": self.name,
             "decoders": [decoder.name for decoder in self.decoders],
-            "tasks": described(self.tasks if seed is None else self.tasks_of(seed)),
+            "tasks": config_dict(self.tasks if seed is None else self.tasks_of(seed)),
             "seed": seed,
-            **({"spares": described(self.spares)} if self.spares else {}),
+            **({"spares": config_dict(self.spares)} if self.spares else {}),
         }
 
     def check_parts(self) -> None:
@@ -169,7 +169,7 @@ class Experiment:
                 task.promise(self.calibration.promise_samples, name=name)
             given = self.expert.checkpoints.get(name)
             if given is not None:
-                brought_network(self.network, task.num_classes, Path(given))
+                import_checkpoint(self.network, task.num_classes, Path(given))
         self._checked = True
 
     def check_fit(self) -> None:

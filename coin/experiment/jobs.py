@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from coin.experiment.experiment import Experiment
 from coin.files.atomic import write_text
-from coin.processes import is_first
+from coin.processes import is_rank_zero
 from coin.reporting.wandb_runs import log_artifact, record_input, start_run, use_artifact
 from coin.reporting.wandb_settings import in_sweep, logging_only, run_environment
 from coin.steps.code import AUTO
@@ -28,7 +28,7 @@ class Job:
     run: wandb.Run | None
     loggers: list[Logger]
 
-    def makes(self, kind: str, files: Mapping[str, Path], aliases: Sequence[str] = ()) -> None:
+    def log_artifacts(self, kind: str, files: Mapping[str, Path], aliases: Sequence[str] = ()) -> None:
         """Log files as W&B artifacts, named after the experiment, their kind and what they are of.
 
         The kinds are initialisation, expert, statistics, coded-model and results. Seeds are versions of one artifact,
@@ -37,7 +37,7 @@ class Job:
         called = [*aliases, *([] if self.seed is None else [f"seed-{self.seed}"])]
         self._each(kind, files, lambda run, path, name, of: log_artifact(run, path, name, kind, called, {"of": of}))
 
-    def reads(self, kind: str, files: Mapping[str, Path], *, logged: bool = True) -> None:
+    def use_artifacts(self, kind: str, files: Mapping[str, Path], *, logged: bool = True) -> None:
         """Say that the job reads files that other jobs have logged, or that are too large for W&B to have them."""
         if logged:
             self._each(kind, files, lambda run, path, name, _: use_artifact(run, path, name, kind))
@@ -114,7 +114,7 @@ def job(
     # CSV comes first: Lightning's log_dir is the first logger's, and W&B's is another for every run.
     loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="logs")]
     run, kept, done = None, folder / f"wandb-run-id-{job_type}", folder / f"wandb-run-done-{job_type}"
-    if is_first() and (job_type == "evaluate" or not in_sweep()):
+    if is_rank_zero() and (job_type == "evaluate" or not in_sweep()):
         with logging_only(f"the start of the run '{called}'"):
             run = start_run(
                 home,
@@ -153,7 +153,7 @@ def _run_config(experiment: Experiment, seed: int | None) -> dict[str, Any]:
     """Return a run's configuration: everything under ``experiment``, and beside it what runs are grouped by."""
     code = AUTO if experiment.code is None else experiment.code.matrix.tolist()
     return {
-        "experiment": {**experiment.described(seed), "code": code},
+        "experiment": {**experiment.config_dict(seed), "code": code},
         "network": experiment.network.name,
         "seed": seed,
         "samples_per_task": experiment.calibration.samples_per_task,

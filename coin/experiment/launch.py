@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from coin.errors import CoinError, ConfigurationError, first_line
-from coin.processes import cores, say
+from coin.processes import cores, rank_zero_info
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 10.0
@@ -170,14 +170,14 @@ def run_side_by_side(
                         on_success(command)
                         ended = len(commands) - len(waiting) - len(running)
                         seconds = time.monotonic() - started
-                        say(f"{command.name}: finished in {seconds:.0f} s ({ended} of {len(commands)})")
+                        rank_zero_info(f"{command.name}: finished in {seconds:.0f} s ({ended} of {len(commands)})")
                     else:
                         failed.append(command)
-                        say(f"{command.name}: failed with exit status {status}: {command.last_line()}")
+                        rank_zero_info(f"{command.name}: failed with exit status {status}: {command.last_line()}")
                 if waiting and place not in running:
                     command = waiting.pop(0)
                     running[place] = command, command.start(environment), time.monotonic()
-                    say(f"{command.name}: started")
+                    rank_zero_info(f"{command.name}: started")
             time.sleep(_POLL_SECONDS)
     finally:
         _stop([process for _, process, _ in running.values()])
@@ -212,13 +212,13 @@ def _run_as_array(jobs: Sequence[ExpertJob], launch: Launch, folder: Path) -> li
     except Exception as error:  # submitit's and sbatch's errors share no base class
         raise ConfigurationError(f"cannot submit the experts with {launch.slurm}: {first_line(error)}") from error
     for job, handle in zip(jobs, handles, strict=True):
-        say(f"{job.name}: job {handle.job_id}")
+        rank_zero_info(f"{job.name}: job {handle.job_id}")
     failed: list[ExpertJob] = []
     for job, handle in zip(jobs, handles, strict=True):
         ended = handle.exception()
         if ended is not None:
             failed.append(job)
-        say(f"{job.name}: finished" if ended is None else f"{job.name}: failed ({first_line(ended)[:200]})")
+        rank_zero_info(f"{job.name}: finished" if ended is None else f"{job.name}: failed ({first_line(ended)[:200]})")
     return failed
 
 

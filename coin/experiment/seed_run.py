@@ -11,7 +11,7 @@ from coin.experiment.jobs import Job
 from coin.experiment.store import Steps
 from coin.merging import Method
 from coin.networks import Compression, int8_path
-from coin.processes import say
+from coin.processes import rank_zero_info
 from coin.statistics.statistic import DataChoice, Statistic
 from coin.steps.code import SeedCode, read_choice
 from coin.steps.compress import spare_paths
@@ -81,6 +81,6 @@ class SeedRun:
         tasks.setup()
         return tasks.calibrations()
 
-    def say(self, text: str) -> None:
+    def rank_zero_info(self, text: str) -> None:
         """Tell how far the seed is."""
-        say(f"seed {self.seed}: {text}")
+        rank_zero_info(f"seed {self.seed}: {text}")

@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 
 from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.files.atomic import link_file, sha256_of, write_text
-from coin.options import described
-from coin.processes import from_first
+from coin.options import config_dict
+from coin.processes import on_rank_zero
 from coin.reporting.sweeps import SWEEP_YAML
 from coin.versions import versions
 
@@ -57,37 +57,38 @@ class Steps:
 
     def finished(self, name: str, key: str, outputs: Sequence[Path], *, shared: bool = False) -> bool:
         """Return whether the step `name` has been finished with this key and its outputs stand."""
-        return from_first(
-            lambda: self._stands(name, key, outputs) or (shared and self._is_taken_over(name, key, outputs))
+        return on_rank_zero(
+            lambda: self.is_cached(name, key, outputs) or (shared and self.reuse_from_sweep(name, key, outputs))
         )
 
     def finish(self, name: str, key: str, outputs: Sequence[Path]) -> None:
         """Record that the step `name` has been finished, once the first process has come to here."""
-        from_first(lambda: self._write(name, {"key": key, "outputs": self._contents(outputs)}))
+        on_rank_zero(lambda: self._write(name, {"key": key, "outputs": self._contents(outputs)}))
 
     def once(
         self, name: str, key: str, outputs: Sequence[Path], make: Callable[[], Any], *, shared: bool = False
     ) -> None:
         """Do a step on the first process and record it, unless it is finished."""
         if not self.finished(name, key, outputs, shared=shared):
-            from_first(make)
+            on_rank_zero(make)
             self.finish(name, key, outputs)
 
     def alone(self, name: str, key: str) -> AbstractContextManager[Any]:
         """Return a context for a shared step, which waits for another point of the sweep that is doing the same."""
-        sweep = from_first(lambda: sweep_of(self.folder.parent))
+        sweep = on_rank_zero(lambda: sweep_of(self.folder.parent))
         if sweep is None:
             return contextlib.nullcontext()
-        return alone_in(sweep / ".locks" / f"{name}-{key[:16]}", patient=True)
+        return folder_lock(sweep / ".locks" / f"{name}-{key[:16]}", patient=True)
 
-    def _stands(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
+    def is_cached(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
+        """Return whether this folder's record of the step has this key and its outputs' contents."""
         try:
             record = json.loads(self._record(name).read_text(encoding="utf-8"))
             return bool(record["key"] == key and record["outputs"] == self._contents(outputs))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
-    def _is_taken_over(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
+    def reuse_from_sweep(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
         """Link the outputs of another point that has finished the step with this key, if one has."""
         sweep = sweep_of(self.folder.parent)
         if sweep is None:
@@ -95,7 +96,7 @@ class Steps:
         for record in sorted(sweep.glob(f"*/{glob.escape(self.folder.name)}/.steps/{glob.escape(name)}.json")):
             other = Steps(record.parent.parent)
             theirs = [other.folder / path.relative_to(self.folder) for path in outputs]
-            if other._stands(name, key, theirs):
+            if other.is_cached(name, key, theirs):
                 with contextlib.suppress(OSError):  # it is just being made again: the step is done here
                     for source, target in zip(theirs, outputs, strict=True):
                         link_file(source, target)
@@ -114,13 +115,13 @@ class Steps:
 
 
 def step_key(options: Any, inputs: Sequence[Path] = ()) -> str:
-    """Return a hash of a step's options (as `described`), of its input files' contents and of coin's version."""
-    value = [described(options), [sha256_of(path) for path in inputs], versions()["coded-coin"]]
+    """Return a hash of a step's options (as `config_dict`), of its input files' contents and of coin's version."""
+    value = [config_dict(options), [sha256_of(path) for path in inputs], versions()["coded-coin"]]
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, *, patient: bool = False) -> Iterator[None]:
+def folder_lock(folder: Path, *, patient: bool = False) -> Iterator[None]:
     """Hold a folder while the block runs; with several processes the first one holds it for all.
 
     Processes that this one starts or forks do not hold it. Where the file system has no locks, a warning says so.
@@ -135,7 +136,7 @@ def alone_in(folder: Path, *, patient: bool = False) -> Iterator[None]:
     """
     lock = FileLock(folder / LOCK, fallback_to_soft=False)  # a file whose mere existence is the lock survives a kill
     try:
-        from_first(lambda: _acquire(lock, folder, patient))
+        on_rank_zero(lambda: _acquire(lock, folder, patient))
         yield
     finally:
         lock.release()

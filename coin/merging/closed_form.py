@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from coin.choices import chosen
+from coin.choices import parse_enum
 from coin.errors import CoinWarning, ConfigurationError
 from coin.files.tensors import State, check_finite, weighted_sum
 from coin.merging.checks import check_coded, check_experts
@@ -72,8 +72,8 @@ class MergeMethod(Method):
         label: str | None = None,
         compress: Compress = None,
     ) -> None:
-        self.batchnorm = chosen(BatchNormPolicy, "batchnorm", batchnorm)
-        self.label = self.labelled(label)
+        self.batchnorm = parse_enum(BatchNormPolicy, "batchnorm", batchnorm)
+        self.label = self.validated_label(label)
         self.reads_initial = self.reads_initial or self.batchnorm is BatchNormPolicy.keep
         self.compress = self.compressed(compress)
 
@@ -142,7 +142,7 @@ class MergeMethod(Method):
         if policy == BatchNormPolicy.keep:
             initial = experts.initial()[1]
             buffers = {name: initial.get(name, tensor) for name, tensor in buffers.items()}
-        network = experts.blank().eval()
+        network = experts.empty_model().eval()
         fill(network, {**parameters, **buffers})
         renormalise(network, experts.buffers)
         if policy == BatchNormPolicy.recalibrate:

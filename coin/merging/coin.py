@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coin.choices import check_number, chosen
+from coin.choices import check_number, parse_enum
 from coin.errors import CoinWarning, NumericalError, StateError
 from coin.files.tensors import State, check_finite, check_same_layout, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod
@@ -48,8 +48,8 @@ class Coin(MergeMethod):
         super().__init__(**options)
         check_number("damping", damping, low=0)
         self.damping = damping
-        self.fisher_kind = None if fisher_kind is None else chosen(FisherKind, "fisher_kind", fisher_kind)
-        self.fisher_data = None if fisher_data is None else chosen(DataChoice, "fisher_data", fisher_data)
+        self.fisher_kind = None if fisher_kind is None else parse_enum(FisherKind, "fisher_kind", fisher_kind)
+        self.fisher_data = None if fisher_data is None else parse_enum(DataChoice, "fisher_data", fisher_data)
 
     def fisher(self, data: DataChoice) -> Statistic:
         """Return the statistic on this data."""

@@ -1,5 +1,6 @@
 """What a merge is made of: the experts, their statistics and their calibration data, each computed when asked for."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
@@ -12,7 +13,7 @@ from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import State
 from coin.merging.calibrated import Calibrated
 from coin.networks.batchnorm import has_batchnorm
-from coin.networks.heads import check_padding, head_name, of_one_width, padded_state, widened
+from coin.networks.heads import check_padding, head_name, of_one_width, pad_head, padded_state
 from coin.statistics import TRANSPOSED, FisherKind, fisher_sums, gram_sums, process_generator
 from coin.statistics.guard import evaluating, trainable
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
@@ -95,9 +96,18 @@ class Experts(Calibrated):
         """Whether the networks have BatchNorm layers with running statistics."""
         return has_batchnorm(self.networks[0])
 
-    def blank(self) -> nn.Module:
+    def empty_model(self) -> nn.Module:
         """Return a new network of the experts' architecture, whose contents do not matter."""
         return clone(self.networks[0])
+
+    def blank(self) -> nn.Module:
+        """Return `empty_model`, by its old name; for one version."""
+        warnings.warn(
+            "experts.blank() is now experts.empty_model(); the next version knows only the new name",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.empty_model()
 
     def initial(self) -> tuple[State, State]:
         """Return the shared initialisation's parameters and buffers; raises ConfigurationError where there is none."""
@@ -107,7 +117,7 @@ class Experts(Calibrated):
                 "initial, or choose another"
             )
         padding = self._padding()
-        initial = widened(self._initial, padding[1]) if padding else self._initial
+        initial = pad_head(self._initial, padding[1]) if padding else self._initial
         return parameters_of(initial), dict(initial.named_buffers())
 
     def _padding(self) -> tuple[str, int] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.coding import Answers, DecoderConfig, DecoderKind, make_decoder, uniform
-from coin.coding.decoders import Kept
+from coin.coding.decoders import FeatureCache
 from coin.errors import CoinWarning, HeadError, NumericalError
 from coin.merging.experts import Experts
 from coin.networks.stages import common_widths
@@ -90,7 +90,7 @@ def held_out_error(
         heads, decoders = None, others
     features, stages = (any(getattr(each, read) for each in decoders) for read in ("reads_features", "reads_stages"))
     judged = _answers(experts, coded, 1, features, stages)
-    calibration, kept = None, Kept()
+    calibration, kept = None, FeatureCache()
     assert judged.tasks is not None
     own = {task: (judged.tasks == task).nonzero().flatten() for task, share in enumerate(row) if share > 0}
     if not any(len(samples) for samples in own.values()):  # few samples, all of tasks that have no share

@@ -86,7 +86,7 @@ class Method(ABC):
     >>> class First(coin.Method):
     ...     name = label = "first"
     ...     def make(self, experts, row):
-    ...         network = experts.blank().eval()
+    ...         network = experts.empty_model().eval()
     ...         network.load_state_dict(experts.networks[0].state_dict())
     ...         return coin.CodedModel(network)
     >>> import torch
@@ -131,7 +131,9 @@ class Method(ABC):
         """Return the statistics of the experts that it wants."""
         return ()
 
-    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()) -> Self:
+    def with_defaults(
+        self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()
+    ) -> Self:
         """Return the method with the experiment's choices where its options are none.
 
         These are the kind and data of its statistics, and the decoders for which it chooses.
@@ -155,7 +157,7 @@ class Method(ABC):
         self.reads_initial = self.reads_initial or any(each.base_bits for each in found)
         return found
 
-    def labelled(self, label: str | None) -> str:
+    def validated_label(self, label: str | None) -> str:
         """Return the label that an option gives, or the name; a ConfigurationError unless results can be called it."""
         label = self.name if label is None else label
         if label in ("none", "oracle") or not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", label):
@@ -193,7 +195,7 @@ def merge_networks(
     """
     experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration, forward=forward)
     began = time.perf_counter()
-    method = method.settled(FisherKind.exact, DataChoice.auto, distinct_decoders(decoders))
+    method = method.with_defaults(FisherKind.exact, DataChoice.auto, distinct_decoders(decoders))
     if initial is None and any(each.base_bits for each in method.compress):
         raise ConfigurationError(
             f"found no initial, from which method '{method.label}' compresses deltas; give it, or base_bits: 0"

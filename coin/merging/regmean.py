@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from coin.choices import check_number, chosen
+from coin.choices import check_number, parse_enum
 from coin.errors import StateError
 from coin.files.tensors import State, weighted_mean
 from coin.merging.checks import check_each, check_experts
@@ -70,13 +70,13 @@ class RegMean(MergeMethod):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.layers = chosen(RegMeanLayers, "layers", layers)
+        self.layers = parse_enum(RegMeanLayers, "layers", layers)
         if alpha is not None:
             check_number("alpha", alpha, low=0, most=1)
         if damping is not None:
             check_number("damping", damping, low=0)
         self.alpha, self.damping = alpha, damping
-        self.gram_data = None if gram_data is None else chosen(DataChoice, "gram_data", gram_data)
+        self.gram_data = None if gram_data is None else parse_enum(DataChoice, "gram_data", gram_data)
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the Gram matrices that the option asks for."""

@@ -280,8 +280,10 @@ class Coded(LightningModule):
         state, told = load_state(Path(path))
         if told.get("what") != _SYSTEM:
             raise FileError(f"'{path}' holds no coded system, expected a file that Coded.save wrote")
-        marks = [fingerprint(_tensors_of(expert)) for expert in experts]
-        if other := [place for place, pair in enumerate(zip(marks, told["experts"], strict=False)) if len({*pair}) > 1]:
+        fingerprints = [fingerprint(_tensors_of(expert)) for expert in experts]
+        if other := [
+            place for place, pair in enumerate(zip(fingerprints, told["experts"], strict=False)) if len({*pair}) > 1
+        ]:
             raise StateError(
                 f"expert {other[0]} is not the one that '{path}' was saved with; give those experts, or make the "
                 "system anew"

@@ -14,7 +14,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 from coin.batches import Batch, as_input, clear_caches, clone, twin
-from coin.choices import check_integer, check_number, chosen
+from coin.choices import check_integer, check_number, parse_enum
 from coin.data import Augmentation
 from coin.errors import CoinWarning, ConfigurationError, HeadError, NumericalError
 from coin.files.tensors import not_finite
@@ -25,7 +25,7 @@ from coin.modules.recipe import Schedule
 from coin.modules.search import POINTS, TRIALS, Choice, search_curves, search_grid
 from coin.modules.shared import plain_options, plot_against_epochs, tasks_of
 from coin.modules.training import MemoryTraining, Training
-from coin.networks import BatchNormPolicy, build_network, fill_network, load_network, widened
+from coin.networks import BatchNormPolicy, build_network, fill_network, load_network, pad_head
 from coin.networks.stages import full_precision
 
 AUTO = "auto"
@@ -94,8 +94,8 @@ class Distillation(LightningModule, Method):
         self.augments = augmentation not in (None, Augmentation.none)
         augmentation = Augmentation.shift if augmentation is None else augmentation
         learning_rates = [3e-4, 1e-3, 3e-3] if learning_rates is None else list(learning_rates)
-        augmentation = chosen(Augmentation, "augmentation", augmentation)
-        schedule = chosen(Schedule, "schedule", schedule)
+        augmentation = parse_enum(Augmentation, "augmentation", augmentation)
+        schedule = parse_enum(Schedule, "schedule", schedule)
         self.save_hyperparameters(plain_options(locals()))
         if lr is not None:
             check_number("lr", lr, low=0.0, strict=True)
@@ -113,7 +113,7 @@ class Distillation(LightningModule, Method):
             raise ConfigurationError("found schedule=cosine, expected one_cycle or constant")
         if start != AUTO:
             starting_method(start)
-        self.label, self.compress = self.labelled(label), self.compressed(compress)
+        self.label, self.compress = self.validated_label(label), self.compressed(compress)
         self.samples_per_task = samples_per_task
         self.augmentation = str(augmentation)
         self.student: Any = None  # the network that is trained, once there is one
@@ -204,7 +204,7 @@ class Distillation(LightningModule, Method):
             if held_out:
                 module.begun, module.known = before.begun, before.known
         elif isinstance(training, MemoryTraining):
-            module.hold([twin(network).eval() for network in experts.networks], experts.blank().eval())
+            module.hold([twin(network).eval() for network in experts.networks], experts.empty_model().eval())
         trainer_options = {
             "max_steps": steps,
             "max_epochs": -1,
@@ -255,7 +255,7 @@ class Distillation(LightningModule, Method):
         check_row(row, len(paths))
         files = [load_network(Path(path)) for path in paths]
         outputs = max(file.num_classes for file in files)
-        teachers = nn.ModuleList([widened(file.network, outputs).requires_grad_(False) for file in files])
+        teachers = nn.ModuleList([pad_head(file.network, outputs).requires_grad_(False) for file in files])
         student = build_network(files[0].config, outputs)
         self.hold(teachers, student.to(memory_format=torch.channels_last).eval())  # type: ignore[call-overload]
 

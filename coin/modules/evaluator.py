@@ -20,8 +20,8 @@ from coin.coding import (
     Decoder,
     DecoderConfig,
     DecoderKind,
+    FeatureCache,
     Head,
-    Kept,
     distinct_decoders,
     kept_bytes,
     make_decoder,
@@ -36,9 +36,9 @@ from coin.modules.examples import ExampleSamples, KeptSamples
 from coin.modules.shared import tasks_of
 from coin.modules.spares import read_spares
 from coin.modules.variants import NONE, ORACLE, Outcome, Variant, read_coded
-from coin.networks import load_network, widened
+from coin.networks import load_network, pad_head
 from coin.progress import tracked
-from coin.statistics.guard import full_products
+from coin.statistics.guard import disable_tf32
 
 
 @dataclass(frozen=True)
@@ -97,16 +97,16 @@ class DecodingEvaluator(LightningModule):
         self.class_counts = [file.num_classes for file in files]
         self.config = files[0].config
         width = max(self.class_counts)
-        self.experts = nn.ModuleList([widened(file.network, width) for file in files])
-        marks = [fingerprint(file.network.state_dict()) for file in files]
-        networks, self.variants = read_coded([Path(path) for path in coded or []], marks)
+        self.experts = nn.ModuleList([pad_head(file.network, width) for file in files])
+        fingerprints = [fingerprint(file.network.state_dict()) for file in files]
+        networks, self.variants = read_coded([Path(path) for path in coded or []], fingerprints)
         self.coded = nn.ModuleList(networks)
         first = self.variants[0].code if self.variants else uniform(len(experts))
         self.code = first if code is None else Code(code)
         if self.code.num_experts != len(experts):
             raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
         self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
-        self.spares = read_spares([Path(path) for path in spares or []], marks, self.class_counts, self.code)
+        self.spares = read_spares([Path(path) for path in spares or []], fingerprints, self.class_counts, self.code)
         self.replicas = nn.ModuleList([spare.network for spare in self.spares])
         self.alpha, self.confidence = alpha, confidence
         self.outcomes: list[Outcome] = []
@@ -146,7 +146,7 @@ class DecodingEvaluator(LightningModule):
         self.fitted = self._fit_decoders(answers, share)
         if (new := data.promise()) is not None:
             answers = self._answers(new)
-            with torch.autocast("cpu", enabled=False), full_products():
+            with torch.autocast("cpu", enabled=False), disable_tf32():
                 for fitted in tracked(self.fitted, "promising"):
                     seen = self.variants[fitted.variant].seen(answers)
                     fitted.decoder.accept(seen, self.alpha, self.confidence, self.class_counts)
@@ -167,7 +167,7 @@ class DecodingEvaluator(LightningModule):
         """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of, on the CPU."""
         inputs, labels = batch
         answers = self(inputs).cpu()  # where the decoders were fitted; not every device has float64
-        with torch.autocast("cpu", enabled=False), full_products():
+        with torch.autocast("cpu", enabled=False), disable_tf32():
             self._decode(answers, inputs, labels.cpu(), batch_idx, dataloader_idx)
         for spare in self.spares:
             if spare.task == dataloader_idx:
@@ -248,7 +248,7 @@ class DecodingEvaluator(LightningModule):
             for config in self.decoders
             if variant.applies(config)
         ]
-        fitted, kept = [], Kept()
+        fitted, kept = [], FeatureCache()
         for index, erased, config in tracked(combinations, "fitting decoders"):
             variant = self.variants[index]
             seen = variant.seen(answers)

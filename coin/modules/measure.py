@@ -16,7 +16,7 @@ from coin.coding import (
     DecoderConfig,
     DecoderKind,
     ExpertHeadDecoder,
-    Kept,
+    FeatureCache,
     check_erasure,
     distinct_decoders,
     kept_bytes,
@@ -25,7 +25,7 @@ from coin.coding import (
 from coin.errors import ConfigurationError, DataError
 from coin.metrics import DecodingAccuracy, Residual
 from coin.modules.coded import Coded, heads_for, num_classes
-from coin.statistics.guard import eval_mode, full_products
+from coin.statistics.guard import disable_tf32, eval_mode
 
 
 def evaluate(
@@ -95,7 +95,7 @@ def evaluate(
     configs = [config for config in configs if heads or config.kind is not DecoderKind.expert_head]
     every = [make_decoder(config, system.code, erased, heads) for config in configs for erased in lost]
     if calibration is not None:
-        answers, kept = Answers.concatenate(parts), Kept()
+        answers, kept = Answers.concatenate(parts), FeatureCache()
         for decoder in every:
             decoder.fit(answers, kept)
     measured = [
@@ -141,7 +141,7 @@ def _measured(
                 system.heads(inputs)  # no calibration input has told whether they are linear ones
             accuracies = [DecodingAccuracy(classes) for _ in decoders]
         seen += len(labels)
-        with torch.autocast("cpu", enabled=False), full_products():
+        with torch.autocast("cpu", enabled=False), disable_tf32():
             residual.update(answers.coded.flatten(0, 1), system.code.encode(answers.experts).flatten(0, 1))
             for decoder, accuracy in zip(decoders, accuracies, strict=True):
                 decoded = decoder.decode(answers)[decoder.erased.index(task)]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from coin.choices import check_number, chosen, is_list_of_names
+from coin.choices import check_number, is_list_of_names, parse_enum
 from coin.errors import ConfigurationError, first_line
 from coin.networks.heads import head_name
 from coin.networks.lora import Lora, check_peft
@@ -77,7 +77,7 @@ class Recipe:
 
     def __post_init__(self) -> None:  # overrides bring plain values, which no parser has seen
         for name, kind in self._ENUMS.items():
-            object.__setattr__(self, name, chosen(kind, name, getattr(self, name)))
+            object.__setattr__(self, name, parse_enum(kind, name, getattr(self, name)))
         check_number("lr", self.lr, low=0.0, strict=True)
         if self.head_lr is not None:
             check_number("head_lr", self.head_lr, low=0.0, strict=True)

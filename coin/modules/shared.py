@@ -26,7 +26,7 @@ _EXPECTED = (
 """What Lightning warns of and an experiment means."""
 
 
-def quieten() -> None:
+def silence_lightning() -> None:
     """Silence Lightning's notices on standard error, and the warnings of what ``coin`` does on purpose."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -14,7 +14,7 @@ from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
 from coin.metrics import DecodingAccuracy
 from coin.modules.variants import Outcome, Variant
-from coin.networks import load_network, nbytes_together, widened
+from coin.networks import load_network, nbytes_together, pad_head
 
 SPARE = "spare"
 """The kind of a spare among the methods of the results."""
@@ -57,12 +57,12 @@ class Spare:
         )
 
 
-def read_spares(paths: Sequence[Path], marks: Sequence[str], counts: Sequence[int], code: Code) -> list[Spare]:
+def read_spares(paths: Sequence[Path], fingerprints: Sequence[str], counts: Sequence[int], code: Code) -> list[Spare]:
     """Read compressed experts, with what compressing all of a label took and what they take together.
 
     Args:
         paths: Their files, which ``coin run`` or ``coin compress`` wrote.
-        marks: The experts' fingerprints.
+        fingerprints: The experts' fingerprints.
         counts: Their class counts.
         code: The code of the evaluation.
 
@@ -71,7 +71,7 @@ def read_spares(paths: Sequence[Path], marks: Sequence[str], counts: Sequence[in
     """
     files = [load_network(path) for path in paths]
     for path, file in zip(paths, files, strict=True):
-        if file.provenance.get("of") not in marks:
+        if file.provenance.get("of") not in fingerprints:
             raise FileError(f"'{path}' is compressed from none of the experts given; compress them again")
     found = []
     for label in dict.fromkeys(str(file.provenance.get("label", SPARE)) for file in files):
@@ -85,8 +85,8 @@ def read_spares(paths: Sequence[Path], marks: Sequence[str], counts: Sequence[in
             memory=nbytes_together(own),
         )
         for file in own:
-            task = marks.index(file.provenance["of"])
-            network = widened(file.network, max(counts))
+            task = fingerprints.index(file.provenance["of"])
+            network = pad_head(file.network, max(counts))
             metrics = DecodingAccuracy(counts[task]), MulticlassConfusionMatrix(counts[task])
             found.append(Spare(variant, task, network, *metrics))
     return found

@@ -14,7 +14,7 @@ from coin.batches import as_input, joined, take
 from coin.data import Calibration, pooled
 from coin.data.tasks import Tasks
 from coin.merging import Experts
-from coin.modules.shared import quieten
+from coin.modules.shared import silence_lightning
 from coin.statistics.guard import differentiable, trainable
 
 
@@ -90,7 +90,7 @@ def _quietly() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     try:
         with warnings.catch_warnings():
-            quieten()
+            silence_lightning()
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -142,7 +142,7 @@ _PROVENANCE: dict[str, tuple[type, ...]] = {
 }
 
 
-def _check_provenance(path: Path, made: dict[str, Any], marks: Sequence[str]) -> None:
+def _check_provenance(path: Path, made: dict[str, Any], fingerprints: Sequence[str]) -> None:
     if "code" not in made:
         raise FileError(f"'{path}' is no coded model, expected a file that coin merge wrote")
     for name, kinds in _PROVENANCE.items():
@@ -151,23 +151,23 @@ def _check_provenance(path: Path, made: dict[str, Any], marks: Sequence[str]) ->
                 f"'{path}' says {made.get(name)!r:.60} for its '{name}', expected what coin merge writes there; "
                 "run coin merge again"
             )
-    if made["experts"] != list(marks):
+    if made["experts"] != list(fingerprints):
         raise FileError(
             f"'{path}' was made of other experts than those given, or in another order; run coin merge again"
         )
 
 
-def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Module], list[Variant]]:
+def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list[nn.Module], list[Variant]]:
     """Read coded models, and group the rows of each code into a variant.
 
     Raises a FileError where a file is missing or damaged, lacks the other rows of its code, or was made of other
-    experts than those whose fingerprints `marks` are.
+    experts than those whose `fingerprints` are given.
     """
     files = [load_network(path) for path in paths]
     groups: dict[tuple[str, str], list[int]] = {}
     for index, (path, file) in enumerate(zip(paths, files, strict=True)):
         made = file.provenance
-        _check_provenance(path, made, marks)
+        _check_provenance(path, made, fingerprints)
         groups.setdefault((made["label"], made["batchnorm"]), []).append(index)
     variants = []
     for (method, policy), indices in groups.items():

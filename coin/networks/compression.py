@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Self
 
-from coin.choices import check_integer, chosen
+from coin.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
 
 _BASES = {32: "", 8: "-int8base", 0: "-nobase"}
@@ -52,7 +52,7 @@ class Compression:
         if (self.bits or 1) > 8:
             raise ConfigurationError(f"found bits={self.bits}, expected a whole number from 1 to 8")
         if self.rounding is not None:
-            object.__setattr__(self, "rounding", chosen(RoundingKind, "rounding", self.rounding))
+            object.__setattr__(self, "rounding", parse_enum(RoundingKind, "rounding", self.rounding))
         if self.base_bits not in _BASES:
             raise ConfigurationError(f"found base_bits={self.base_bits!r}, expected 32, 8 or 0")
 

@@ -207,10 +207,10 @@ def initial_network(
     source = checkpoint or wider
     if source is None:
         return build_network(config, num_classes, seed=seed)
-    return brought_network(config, num_classes, source, seed=seed, fresh_head=True, wider=wider)
+    return import_checkpoint(config, num_classes, source, seed=seed, fresh_head=True, wider=wider)
 
 
-def brought_network(
+def import_checkpoint(
     config: NetworkConfig,
     num_classes: int,
     path: Path,

@@ -108,7 +108,7 @@ def padded_state(state: State, head: str, num_outputs: int, *, mean: bool = Fals
     return ChainMap(rows, cast(Any, state)) if rows else state  # never written to, so that any mapping will do
 
 
-def widened(network: Network, num_outputs: int) -> Network:
+def pad_head(network: Network, num_outputs: int) -> Network:
     """Return a network with its head padded by zeros to `num_outputs` logits, itself if it has as many.
 
     It is a new one that shares all other tensors with the network. Raises a HeadError where the head is neither a
@@ -142,7 +142,7 @@ def _tell_classes(network: nn.Module, num_classes: int) -> None:
 
 
 def of_one_width(networks: Sequence[Network]) -> list[Network]:
-    """Return networks that differ in their class counts alone with their heads padded to the largest (`widened`).
+    """Return networks that differ in their class counts alone with their heads padded to the largest (`pad_head`).
 
     Networks that differ in more are returned as they are, for `check_same_layout` to refuse. Raises a HeadError where
     they seem to differ in class counts, but their heads cannot be padded, or are elsewhere.
@@ -164,7 +164,7 @@ def of_one_width(networks: Sequence[Network]) -> list[Network]:
             "experts of one class count"
         )
     width = max(len(network.get_submodule(head).get_parameter("weight")) for network in networks)
-    return [widened(network, width) for network in networks]
+    return [pad_head(network, width) for network in networks]
 
 
 def pad_logits(logits: Tensor, num_outputs: int) -> Tensor:

@@ -94,7 +94,7 @@ NUMBERS: tuple[str, ...] = COLUMNS[len(KEYS) :]
 INTEGERS = ("seed", "samples_per_task")
 
 
-def asked_policy(batchnorm: str) -> str:
+def requested_policy(batchnorm: str) -> str:
     """Return the BatchNorm policy that was asked for: ``auto`` of ``auto:recalibrate``, which seeds may differ in."""
     return batchnorm.partition(":")[0]
 
@@ -186,7 +186,7 @@ def confusion_key(row: Row) -> str:
 
     The policy is the one that was asked for, so that the counts of all seeds have one name.
     """
-    return "|".join((row.method, asked_policy(row.batchnorm), row.decoder, row.erased, row.task))
+    return "|".join((row.method, requested_policy(row.batchnorm), row.decoder, row.erased, row.task))
 
 
 def read_confusions(folder: Path) -> dict[str, Counts]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from coin.coding import DecoderConfig
 from coin.data.transform import to_input
-from coin.networks import Run, load_network, run_network, widened
+from coin.networks import Run, load_network, pad_head, run_network
 from coin.serving.replies import Reply
 
 
@@ -29,7 +29,7 @@ class NetworkServer:
         file = load_network(path)
         self.image_size = file.config.image_size
         self.reads = file.config.reads
-        self._network = widened(file.network, outputs).requires_grad_(False).to(device)
+        self._network = pad_head(file.network, outputs).requires_grad_(False).to(device)
         self._device = device
         self._features, self._stages = decoder.reads_features, decoder.reads_stages
         self._turn = threading.Lock()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
-from coin.choices import check_number, chosen
+from coin.choices import check_number, parse_enum
 from coin.serving.layout import Layout, members
 
 Load = Callable[[int], int]
@@ -79,7 +79,7 @@ class Policy:
     quantile: float = 0.9
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", chosen(PolicyKind, "policy", self.kind))
+        object.__setattr__(self, "kind", parse_enum(PolicyKind, "policy", self.kind))
         check_number("quantile", self.quantile, low=0, high=1)
 
     @property

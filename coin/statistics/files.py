@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from coin.choices import chosen
+from coin.choices import parse_enum
 from coin.errors import FileError, StateError
 from coin.files.safetensors import StateFile, load_state, save_state
 from coin.files.tensors import State, check_finite, fingerprint
@@ -106,7 +106,7 @@ def save_statistic(
     name = _checked_kind(state, network)
     described = {"statistic": str(name), "weights": fingerprint(network.state_dict())}
     if name is StatisticKind.fisher:
-        described["kind"] = str(chosen(FisherKind, "kind", kind))
+        described["kind"] = str(parse_enum(FisherKind, "kind", kind))
     save_state(Path(path), state, described)
 
 

@@ -20,7 +20,7 @@ from coin.reporting.extras import (
     write_promises,
     write_risk,
 )
-from coin.reporting.results import KEYS, Row, asked_policy, confusion_key, write_archive, write_results
+from coin.reporting.results import KEYS, Row, confusion_key, requested_policy, write_archive, write_results
 from coin.reporting.wandb_evaluation import log_evaluation
 from coin.reporting.wandb_settings import logging_only
 
@@ -137,7 +137,7 @@ def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
     decoded: dict[str, list[Any]] = {}
     for task, kept in model.kept.items():
         for (variant, decoder), answers in zip(model.alone(list(model.tasks).index(task)), kept.decoded.T, strict=True):
-            key = "|".join((variant.method, asked_policy(variant.batchnorm), decoder))
+            key = "|".join((variant.method, requested_policy(variant.batchnorm), decoder))
             decoded.setdefault(key, []).append(answers.numpy() + len(names))
         for name in ("expert", "label"):
             parts[name].append(getattr(kept, name).numpy() + len(names))

@@ -24,8 +24,8 @@ from coin.networks import (
     head_name,
     load_network,
     open_network,
+    pad_head,
     padded_state,
-    widened,
 )
 from coin.statistics.files import open_statistic
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
@@ -60,7 +60,7 @@ class ExpertFiles:
         return max(file.num_classes for file in self.opened.values())
 
     @cached_property
-    def marks(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """The fingerprints of the networks; see `coin.files.tensors.fingerprint`."""
         return {task: fingerprint(file.state) for task, file in self.opened.items()}
 
@@ -92,7 +92,7 @@ class ExpertFiles:
             yield from self.networks
         else:
             for path in self.paths.values():
-                yield widened(load_network(path).network, self.width)
+                yield pad_head(load_network(path).network, self.width)
 
     def release(self) -> None:
         """Let go of the networks' memory; whoever needs them next has the files read again."""
@@ -170,7 +170,7 @@ class StoredExperts(Experts):
         """Yield the experts, one at a time unless they are in memory already."""
         return self.files.each_network()
 
-    def blank(self) -> nn.Module:
+    def empty_model(self) -> nn.Module:
         """Return a new network of the experts' architecture, whose contents do not matter."""
         return build_network(self.files.config, self.files.width)
 
@@ -203,8 +203,8 @@ class StoredExperts(Experts):
                 f"found no {which} of expert '{missing[0]}', which the method needs; run coin fisher on it and "
                 "name the file"
             )
-        marks = self.files.marks
-        found = [open_statistic(paths[task], statistic=which.name, weights=mark) for task, mark in marks.items()]
+        fingerprints = self.files.fingerprints
+        found = [open_statistic(paths[task], statistic=which.name, weights=mark) for task, mark in fingerprints.items()]
         self.seconds += sum(file.seconds for file in found)
         self.passes += sum(file.passes for file in found)
         return [file.values for file in found]

@@ -12,8 +12,8 @@ from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance
 from coin.merging import Method
 from coin.networks import kept_base, save_compressed, save_network
-from coin.options import described
-from coin.processes import is_first
+from coin.options import config_dict
+from coin.processes import is_rank_zero
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 from coin.steps.code import SeedCode, read_code
@@ -44,17 +44,17 @@ def make_coded_models(
         made = method.make(experts, row)
         seconds = time.perf_counter() - started + experts.seconds - elsewhere
         took = experts.passes - passes
-        if is_first():
+        if is_rank_zero():
             provenance = {
                 "made_by": "coin merge",
                 "label": method.label,
-                "method": {"name": method.name, "options": described(method)},
+                "method": {"name": method.name, "options": config_dict(method)},
                 "batchnorm": str(method.batchnorm) if experts.has_batchnorm else "",
                 "code": code.matrix.tolist(),
                 "row": index,
                 "tasks": list(files.paths),
                 "class_counts": [file.num_classes for file in files.opened.values()],
-                "experts": list(files.marks.values()),
+                "experts": list(files.fingerprints.values()),
                 "samples_per_task": method.samples_per_task or samples_per_task,
                 "sha256": {str(path): sha256_of(path) for path in read},
                 "seconds": seconds,
@@ -144,7 +144,7 @@ def merge(
     elif method.is_trained:
         raise ConfigurationError("found no tasks, expected them: distillation trains on their calibration samples")
     kinds = [which.kind for which in statistics if which.kind is not None]
-    method = method.settled(kinds[0] if kinds else FisherKind.exact, DataChoice.auto)  # as the files say
+    method = method.with_defaults(kinds[0] if kinds else FisherKind.exact, DataChoice.auto)  # as the files say
     stored = StoredExperts(opened, statistics, calibrations, None if initial is None else Path(initial), train)
     return make_coded_models(method, SeedCode(matrix), stored, Path(output), samples)
 

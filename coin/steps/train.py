@@ -21,7 +21,7 @@ from coin.files.atomic import write_text
 from coin.files.checkpoints import check_training_checkpoint
 from coin.modules import Expert, Recipe
 from coin.networks import NetworkConfig
-from coin.processes import from_first
+from coin.processes import on_rank_zero
 from coin.steps.trainer import make_trainer
 
 
@@ -83,7 +83,7 @@ def train_network(
         weights: ``last`` or ``best``.
     """
     checkpoints = output.parent / "checkpoints"
-    last = from_first(lambda: _begin(checkpoints, key, output))
+    last = on_rank_zero(lambda: _begin(checkpoints, key, output))
     data = task_with(
         task,
         seed=seed,
@@ -118,7 +118,7 @@ def train_network(
     )
     seed_everything(seed, workers=True, verbose=False)
     trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
-    if not from_first(output.is_file):
+    if not on_rank_zero(output.is_file):
         # The checkpoint was of a finished training, killed before the export: Lightning restores it and trains nothing.
         export.on_train_end(trainer, module)
 

@@ -21,10 +21,11 @@ from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, first_line
 from coin.modules import DecodingEvaluator, Expert, Outcome
-from coin.modules.shared import quieten
-from coin.networks import NetworkConfig, fill_network, load_network, plain_network, read_weights
+from coin.modules.shared import silence_lightning
+from coin.networks import NetworkConfig, fill_network, load_network, read_weights, unwrap
 from coin.reporting.wandb_settings import check_connection, logger_mode
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
+from coin.statistics.cotangents import renamed_mc_samples
 from coin.statistics.statistic import StatisticKind, StatisticOptions
 from coin.steps.evaluate import record_evaluation
 from coin.steps.statistics import estimate_statistic
@@ -111,11 +112,12 @@ class Trainer(pl.Trainer):
         ckpt_path: str | None = None,
         samples: int = 200,
         kind: FisherKind | None = None,
-        cotangents: int | None = None,
+        mc_samples: int | None = None,
         statistic: StatisticKind = StatisticKind.fisher,
         memory_mib: int = DEFAULT_MEMORY_MIB,
         precision: Precision = Precision.full,
         output: str | None = None,
+        cotangents: int | None = None,
     ) -> None:
         """Compute the statistics of an existing checkpoint: its Fisher diagonal, or its Gram matrices.
 
@@ -125,17 +127,19 @@ class Trainer(pl.Trainer):
             ckpt_path: A Lightning checkpoint or an ``expert.safetensors``; none takes the model as configured.
             samples: P, the number of unlabelled training samples of each task.
             kind: Which Fisher diagonal; none takes ``exact``. Gram matrices have no kinds.
-            cotangents: k, for the Monte Carlo kind.
+            mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind.
             statistic: ``fisher`` or ``gram``.
             memory_mib: Bound on the pass's working memory in MiB, beside the network and the accumulators.
             precision: The type that the network runs in for a Fisher.
             output: The file to write; none writes ``expert.fisher.safetensors`` (or ``expert.gram.safetensors``) beside
                 the checkpoint.
+            cotangents: The old name of mc_samples, for one version.
 
         Raises:
             CoinError: Options do not fit together, the checkpoint does not fit the model, or samples are too few.
         """
-        options = StatisticOptions(statistic, kind, cotangents, memory_mib, precision)
+        mc_samples = renamed_mc_samples(mc_samples, cotangents)
+        options = StatisticOptions(statistic, kind, mc_samples, memory_mib, precision)
         network, config = _network(model, ckpt_path)
         if isinstance(datamodule, TaskData):
             tasks = Tasks({"task": datamodule}, samples_per_task=samples)
@@ -195,12 +199,12 @@ def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, 
         )
     if ckpt_path is not None:
         fill_network(network, read_weights(Path(ckpt_path)), ckpt_path)
-    return plain_network(network), model.config
+    return unwrap(network), model.config
 
 
 def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer:
     """Return a Trainer for one step: the experiment's ``trainer`` section, and what the step decides."""
-    quieten()
+    silence_lightning()
     settings: dict[str, Any] = {
         "accelerator": "auto",
         "devices": 1,

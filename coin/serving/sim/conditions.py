@@ -10,7 +10,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from coin.choices import check_integer, check_number, chosen
+from coin.choices import check_integer, check_number, parse_enum
 from coin.errors import ConfigurationError
 
 _CHUNK = 4096
@@ -41,7 +41,7 @@ class Service:
     marginal: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", chosen(ServiceKind, "service.kind", self.kind))
+        object.__setattr__(self, "kind", parse_enum(ServiceKind, "service.kind", self.kind))
         if (self.seconds is None) != (self.kind is ServiceKind.measured):
             found = f"found service.kind={self.kind} with service.seconds={self.seconds}"
             raise ConfigurationError(f"{found}, expected seconds for all kinds but none for measured times")

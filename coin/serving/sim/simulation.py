@@ -24,7 +24,7 @@ _FEWEST = 28
 """Queries: a quarter of them warms the system up, and intervals want 20 at least."""
 
 
-class Want(StrEnum):
+class QueryTarget(StrEnum):
     """Whose answers a query wants."""
 
     one = "one"
@@ -58,7 +58,7 @@ class Simulation:
     conditions: Conditions
     load: float
     machines: tuple[int, ...] = ()
-    want: Want = Want.one
+    want: QueryTarget = QueryTarget.one
     queries: int = 20_000
     seed: int = 0
     decoding: float = 0.0
@@ -79,12 +79,12 @@ class Simulation:
     @property
     def rate(self) -> float:
         """Queries a second."""
-        forwards = self.layout.num_experts if self.want is Want.all else 1
+        forwards = self.layout.num_experts if self.want is QueryTarget.all else 1
         return self.load * self.conditions.capacity(self.unit) * self.layout.num_experts / forwards
 
     def wanted(self) -> list[int]:
         """Return the set of experts that each query wants."""
-        if self.want is Want.all:
+        if self.want is QueryTarget.all:
             return [self.layout.every_expert] * self.queries
         experts = np.random.default_rng([self.seed, 2]).integers(self.layout.num_experts, size=self.queries)
         return [1 << expert for expert in experts.tolist()]
@@ -95,7 +95,7 @@ class Simulation:
         Exact for machines that fail on their own, up to four of them at once; of more, all answers are lost.
         """
         machines, every = range(max(self.machines) + 1), range(self.layout.num_experts)
-        wants = [self.layout.every_expert] if self.want is Want.all else [1 << expert for expert in every]
+        wants = [self.layout.every_expert] if self.want is QueryTarget.all else [1 << expert for expert in every]
         answered = 0.0
         for down in chain.from_iterable(combinations(machines, lost) for lost in range(min(5, len(machines) + 1))):
             up = sum(1 << server for server, machine in enumerate(self.machines) if machine not in down)
@@ -202,7 +202,7 @@ class _Run:
             else:
                 now, _, happen, about = heapq.heappop(events)
                 happen(now, *about)
-        each = self.layout.num_experts if self.simulation.want is Want.all else 1
+        each = self.layout.num_experts if self.simulation.want is QueryTarget.all else 1
         return Outcome(
             self.latencies[self.warm_up :], dict(self.decoded), self.spared, (last - self.warm_up) * each,
             self.failed * each, self.begun / last, self.busy / (now * len(self.up)),
