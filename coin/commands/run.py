@@ -13,7 +13,7 @@ from coin.reporting.tables import print_summary
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run an experiment, and print what has come of it."""
+    """Run an experiment, and print its results."""
     experiment, launch, only, machine = _read(arguments)
     if only is not None:
         make_experts(experiment, only)
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def experiment_of(arguments: Sequence[str]) -> Experiment:
-    """Return the experiment that ``coin run`` makes of arguments."""
+    """Return the experiment that the arguments of ``coin run`` describe."""
     return _read(arguments)[0]
 
 

@@ -1,10 +1,10 @@
 """``coin sweep``: every point of a grid as a ``coin run`` in a process of its own, resumable.
 
 Each point has a folder, ``runs/SWEEP/SWEEP-INDEX-DESCRIPTION``, with what it printed in ``sweep.log``. Points share the
-base, the experts and the statistics that are the same for them; see `coin.experiment.store`. A sweep may be killed and
-started again: finished points are skipped, begun ones go on where they were. ``runs/SWEEP/sweep.csv`` holds the rows of
-all finished points, behind one column per swept key, in the end ``risk.csv`` and ``promise.csv`` likewise;
-``sweep.yaml`` beside them is the file itself.
+base, the experts and the statistics that are the same for them; see `coin.experiment.store`. An interrupted sweep can
+be restarted: finished points are skipped, the others resume. ``runs/SWEEP/sweep.csv`` holds the rows of all finished
+points, behind one column per swept key, in the end ``risk.csv`` and ``promise.csv`` likewise; ``sweep.yaml`` beside
+them is the file itself.
 """
 
 import os
@@ -31,7 +31,7 @@ from coin.sweep import SweepPoint, read_sweep, sweep_points
 
 
 class PointRun(Command):
-    """A point's ``coin run``, and the record of its end; making it checks the experiment."""
+    """A point's ``coin run``, and the record of its completion; the constructor validates the experiment."""
 
     def __init__(self, point: SweepPoint) -> None:
         experiment = experiment_of(point.arguments)
@@ -47,10 +47,10 @@ class PointRun(Command):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run every point of a sweep that is not finished yet, collect one table, and print and report it.
+    """Run every unfinished point of a sweep, collect their results in one table, and print and report it.
 
     Raises:
-        CommandFailedError: Points have failed, and all others are finished.
+        CommandFailedError: Some points have failed; all others have finished.
         CoinError: The file, or the experiment of one of its points, is not valid; nothing has been run.
     """
     parser = command_parser("sweep")

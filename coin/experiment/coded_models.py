@@ -53,7 +53,7 @@ def choose_code(run: SeedRun) -> None:
 
 
 def estimate(run: SeedRun, which: Statistic) -> None:
-    """Compute one statistic of every expert whose file is missing or of other inputs."""
+    """Compute one statistic for every expert whose file is missing or out of date."""
     calibration = run.experiment.calibration
     missing: dict[str, tuple[Path, str, dict[str, TaskData]]] = {}
     for task in run.tasks:
@@ -92,7 +92,7 @@ def estimate(run: SeedRun, which: Statistic) -> None:
 
 
 def merge(run: SeedRun, jobs: ExitStack) -> None:
-    """Make every method's coded models; `jobs` keeps the methods' jobs open, which have their numbers yet to come."""
+    """Make every method's coded models; `jobs` keeps the methods' jobs open until the evaluation has their numbers."""
     for method in run.experiment.methods:
         name, paths, statistics = coded_name(method), run.coded_paths(method), run.statistics(method)
         key, outputs = _merge_key(run, method, statistics), run.coded_outputs(method)
@@ -112,7 +112,7 @@ def merge(run: SeedRun, jobs: ExitStack) -> None:
 
 
 def make_spares(run: SeedRun) -> None:
-    """Compress every expert as the experiment's spares ask for."""
+    """Compress every expert in each of the ways listed under the experiment's `spares`."""
     for compression in run.experiment.spares:
         paths, sources = run.spare_paths(compression), [*run.experts.paths.values(), run.initial]
         key = step_key({"compression": compression}, sources)
@@ -159,7 +159,7 @@ def _tell_inputs(run: SeedRun, work: Job, method: Method, statistics: StatisticP
 
 
 def compare_layers(run: SeedRun) -> None:
-    """Write ``layers.csv``, unless it stands and is of these files."""
+    """Write ``layers.csv``, unless it is up to date."""
     methods = run.experiment.methods
     coded = {path: method for method in methods for path in run.coded_paths(method, compressed=False)}
     statistics = {path for method in methods for files in run.statistics(method).values() for path in files.values()}
@@ -206,7 +206,7 @@ def _compared(run: SeedRun, coded: Mapping[Path, Method]) -> pd.DataFrame:
 
 
 def evaluate(run: SeedRun) -> None:
-    """Measure every method with every decoder, unless nothing that goes into it has changed."""
+    """Measure every method with every decoder, if an input has changed since the last evaluation."""
     experiment, layout = run.experiment, run.layout
     coded = [path for method in experiment.methods for path in run.coded_paths(method)]
     spares = [path for each in experiment.spares for path in run.spare_paths(each)[: len(run.tasks)]]
@@ -241,7 +241,7 @@ def evaluate(run: SeedRun) -> None:
 
 
 def _log_methods(run: SeedRun) -> None:
-    """Write every method's numbers into its W&B run; that of a method that was made before is written whole again."""
+    """Write every method's results to its W&B run; the runs of methods that were skipped are written again in full."""
     key = step_key({}, [run.layout.results])
     logged = run.steps.finished("wandb-methods", key, [])
     if in_sweep() or (logged and not run.method_jobs):

@@ -54,7 +54,7 @@ def make_experts(experiment: Experiment, task: str) -> None:
 
 
 def _begin(experiment: Experiment) -> None:
-    """Check what can be checked at once, and gather all processes."""
+    """Validate the experiment early, and start all processes."""
     check_connection()
     experiment.check_fit()
     experiment.as_yaml(experiment.seeds[0])  # a task or method that it cannot say is better told of now
@@ -116,9 +116,9 @@ def _summarise(experiment: Experiment) -> pd.DataFrame:
 
 
 def _log_summary(experiment: Experiment, summary: pd.DataFrame) -> None:
-    """Give all seeds together a W&B run, where there are several and their numbers are new.
+    """Log the summary over seeds to a W&B run of its own, if there are several seeds and it has changed.
 
-    An agent of a W&B sweep, which knows of one run alone, gets their means in that run's summary.
+    An agent of a W&B sweep logs to one run; there the means go to that run's summary.
     """
     steps, key = Steps(experiment.folder), step_key({}, [experiment.layout.summary])
     if len(experiment.seeds) < 2 or steps.finished("wandb-summary", key, []):

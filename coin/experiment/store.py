@@ -1,9 +1,9 @@
-"""What makes an experiment resumable: a step is done again only if what goes into it has changed.
+"""Resumable steps: a step is repeated only if its inputs have changed.
 
-The points of a sweep share steps by the same records: a step that another point has finished with the same key is
-taken over by links to its outputs. That is sound, since the key stands for all that goes into a step.
+The points of a sweep share steps: a step that another point has finished with the same key is reused by linking its
+outputs. This is safe because the key is a hash of all inputs of the step.
 
-One process at a time works in a folder: a lock ends with the process that holds it, however that ends.
+One process at a time works in a folder. The lock is released when its process ends, even if it is killed.
 """
 
 import contextlib
@@ -36,45 +36,46 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def sweep_of(experiment: Path) -> Path | None:
-    """Return the folder of the sweep that an experiment's folder is a point of, None where it is of none."""
+    """Return the folder of the sweep that an experiment belongs to, or None."""
     return experiment.parent if (experiment.parent / SWEEP_YAML).is_file() else None
 
 
 class Steps:
-    """The record of finished steps of one folder, one small file a step.
+    """The record of the finished steps of one folder, one small file per step.
 
-    A step is finished when its record names the same key (see `step_key`) and every output has the contents it had
-    then. With several processes the first one looks and writes, and all of them hear the same. A step that is `shared`
-    may have been finished by another point of the same sweep, whose outputs are then linked here: for steps that cost
-    much and whose outputs do not say which experiment they are of.
+    A step is finished if its record has the same key (see `step_key`) and its outputs have not changed since. With
+    several processes, rank zero reads and writes the records and broadcasts the result. A `shared` step may have been
+    finished by another point of the same sweep, whose outputs are then linked here: for expensive steps whose outputs
+    do not depend on the experiment's name.
 
     Args:
-        folder: Where the outputs are, ``base`` or ``seed-K`` of an experiment; the records go to ``folder/.steps``.
+        folder: The folder of the outputs, ``base`` or ``seed-K`` of an experiment; the records are in
+            ``folder/.steps``.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def finished(self, name: str, key: str, outputs: Sequence[Path], *, shared: bool = False) -> bool:
-        """Return whether the step `name` has been finished with this key and its outputs stand."""
+        """Return whether the step `name` is finished with this key and its outputs are unchanged."""
         return on_rank_zero(
             lambda: self.is_cached(name, key, outputs) or (shared and self.reuse_from_sweep(name, key, outputs))
         )
 
     def finish(self, name: str, key: str, outputs: Sequence[Path]) -> None:
-        """Record that the step `name` has been finished, once the first process has come to here."""
+        """Record on rank zero that the step `name` is finished."""
         on_rank_zero(lambda: self._write(name, {"key": key, "outputs": self._contents(outputs)}))
 
     def once(
         self, name: str, key: str, outputs: Sequence[Path], make: Callable[[], Any], *, shared: bool = False
     ) -> None:
-        """Do a step on the first process and record it, unless it is finished."""
+        """Run a step on rank zero and record it, unless it is finished."""
         if not self.finished(name, key, outputs, shared=shared):
             on_rank_zero(make)
             self.finish(name, key, outputs)
 
     def alone(self, name: str, key: str) -> AbstractContextManager[Any]:
-        """Return a context for a shared step, which waits for another point of the sweep that is doing the same."""
+        """Return a context that waits while another point of the sweep runs the same shared step."""
         sweep = on_rank_zero(lambda: sweep_of(self.folder.parent))
         if sweep is None:
             return contextlib.nullcontext()
@@ -89,7 +90,7 @@ class Steps:
             return False
 
     def reuse_from_sweep(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
-        """Link the outputs of another point that has finished the step with this key, if one has."""
+        """Link the outputs of another point that has finished the step; return whether there is one."""
         sweep = sweep_of(self.folder.parent)
         if sweep is None:
             return False
@@ -115,20 +116,20 @@ class Steps:
 
 
 def step_key(options: Any, inputs: Sequence[Path] = ()) -> str:
-    """Return a hash of a step's options (as `config_dict`), of its input files' contents and of coin's version."""
+    """Return a hash of a step's options (`config_dict`), its input files' contents and coin's version."""
     value = [config_dict(options), [sha256_of(path) for path in inputs], versions()["coded-coin"]]
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, *, patient: bool = False) -> Iterator[None]:
-    """Hold a folder while the block runs; with several processes the first one holds it for all.
+    """Lock a folder during the block; with several processes, rank zero locks it for all.
 
-    Processes that this one starts or forks do not hold it. Where the file system has no locks, a warning says so.
+    Child processes do not inherit the lock. On a file system without locks there is a warning instead.
 
     Args:
         folder: The folder.
-        patient: Whether to wait for another process that holds it.
+        patient: Whether to wait while another process holds the lock.
 
     Raises:
         ConfigurationError: Another process works in the folder.

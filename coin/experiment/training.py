@@ -1,4 +1,4 @@
-"""The steps up to the experts: the shared initialisation, pretrained or taken over, and every task's expert."""
+"""The steps up to the experts: the shared initialisation, pretrained or imported, and every task's expert."""
 
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,8 @@ from coin.steps.train import train_network
 def make_initial(experiment: Experiment) -> Path:
     """Make the shared initialisation, and return its file.
 
-    With different class counts there is one file a count (experts of one count share their head, all experts the
-    rest, random or not); the one with the most classes is returned.
+    There is one file per class count: experts with equal counts share the head, all experts share the other layers.
+    Returns the file with the most classes.
     """
     base = experiment.base
     steps = Steps(experiment.layout.base)
@@ -60,7 +60,7 @@ def _pretrain(
 
 
 def _write_initial(experiment: Experiment, steps: Steps, checkpoint: Path | None) -> list[Path]:
-    """Write the shared initialisation once for every class count, where it is missing or of another base."""
+    """Write the shared initialisation for every class count, unless it is up to date."""
     counts = sorted({task.num_classes for task in experiment.tasks.values()})
     largest = experiment.layout.initial(counts[-1])
     for count in reversed(counts):
@@ -83,7 +83,7 @@ def _save_initial(experiment: Experiment, path: Path, count: int, wider: Path | 
 
 
 def make_expert(run: SeedRun, name: str, *, patient: bool = False) -> None:
-    """Train a task's expert, or take over one that was brought along; if patient, wait for another process at it."""
+    """Train or import a task's expert; if `patient`, wait for another process that is training it."""
     experiment, task, output = run.experiment, run.tasks[name], run.layout.expert(name)
     initial = experiment.layout.initial(task.num_classes)
     if name in experiment.expert.checkpoints:
@@ -126,7 +126,7 @@ def _take_over(run: SeedRun, name: str, given: Path) -> None:
 
 
 def needs_training(run: SeedRun, name: str) -> bool:
-    """Return whether a task's expert is still to be trained."""
+    """Return whether a task's expert has yet to be trained."""
     if name in run.experiment.expert.checkpoints:
         return False
     key = _training_key(run, name)

@@ -1,4 +1,4 @@
-"""The experts of one seed, or of one merge, in files that are read as far as they are needed."""
+"""The experts of one seed or one merge, loaded lazily from their files."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -32,14 +32,14 @@ from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 
 class ExpertFiles:
-    """The experts' files and what is in them, by task; `networks` keeps all of them in memory until `release`."""
+    """The experts' files and their contents, by task; `networks` keeps all of them in memory until `release`."""
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self.paths = dict(paths)
 
     @cached_property
     def opened(self) -> dict[str, NetworkFile]:
-        """The networks' files, their tensors yet to be read; raises a CoinError where they do not belong together."""
+        """The opened files, tensors not yet read; raises CoinError if they do not belong together."""
         opened = {task: open_network(path) for task, path in self.paths.items()}
         first = next(iter(opened.values())).config.name
         for task, file in opened.items():
@@ -87,7 +87,7 @@ class ExpertFiles:
         return list(self.each_network())
 
     def each_network(self) -> Iterator[nn.Module]:
-        """Yield the networks as `networks` has them, but one at a time unless they are there already."""
+        """Yield the entries of `networks`, loaded one at a time unless they are in memory already."""
         if "networks" in self.__dict__:
             yield from self.networks
         else:
@@ -95,12 +95,12 @@ class ExpertFiles:
                 yield pad_head(load_network(path).network, self.width)
 
     def release(self) -> None:
-        """Let go of the networks' memory; whoever needs them next has the files read again."""
+        """Free the networks' memory; the next access reads the files again."""
         self.__dict__.pop("networks", None)
 
 
 def _check(file: NetworkFile, skeleton: nn.Module, width: int) -> None:
-    """Refuse a file whose tensors are not those of a network, but for a head of fewer outputs."""
+    """Check that a file has the tensors of a network; only its head may have fewer outputs."""
     own = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
     for name in (f"{head_name(skeleton)}.weight", f"{head_name(skeleton)}.bias"):
         if name in own:
@@ -113,16 +113,17 @@ StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
 
 
 class StoredExperts(Experts):
-    """The experts of one merge in files, read as far as they are needed.
+    """The experts of one merge, loaded lazily from their files.
 
-    `parameters` and `buffers` read a tensor at a time and keep none, so that many experts merge in little memory.
+    `parameters` and `buffers` read one tensor at a time and keep none, so that merging many experts takes little
+    memory.
 
     Args:
         files: The experts.
-        statistics: The files of their statistics.
-        calibrations: Each task's calibration samples; for methods and policies that run networks.
+        statistics: The files of the experts' statistics.
+        calibrations: Each task's calibration samples, for methods and BatchNorm policies that run networks.
         initial: The shared initialisation's file.
-        train: What methods that are trained are trained by (`coin.modules.training.Training`).
+        train: The trainer of methods that train (`coin.modules.training.Training`).
     """
 
     def __init__(
@@ -140,16 +141,16 @@ class StoredExperts(Experts):
 
     @property
     def parameters(self) -> Sequence[State]:
-        """Every expert's parameters, its head padded with zeros; read when they are asked for."""
+        """Every expert's parameters, heads padded with zeros; read on access."""
         return [self._parts(file.state)[0] for file in self.files.opened.values()]
 
     @property
     def buffers(self) -> Sequence[State]:
-        """Every expert's buffers, read when they are asked for."""
+        """Every expert's buffers, read on access."""
         return [self._parts(file.state)[1] for file in self.files.opened.values()]
 
     def _parts(self, state: StateFile | Unpacked) -> tuple[State, State]:
-        """Return a network's parameters, tied ones once, and its buffers; only a head to be padded has been read."""
+        """Return a network's parameters, tied ones once, and its buffers; only a padded head is read here."""
         skeleton = self.files.skeleton
         every = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
         parameters: State = state.select([name for name, _ in skeleton.named_parameters()])
@@ -187,7 +188,7 @@ class StoredExperts(Experts):
         return head_name(self.files.skeleton), self.files.width
 
     def _data_of(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
-        """Return on which data there are files of a statistic."""
+        """Return for which data (own, pooled) there are files of a statistic."""
         there = list(dict.fromkeys(which.data for which in self.statistic_paths if which.name is name))
         if not there:
             raise ConfigurationError(
@@ -196,7 +197,7 @@ class StoredExperts(Experts):
         return there
 
     def _states(self, which: Statistic) -> Sequence[State]:
-        """Open one statistic of every expert, after checking that it is of that expert's weights."""
+        """Open one statistic of every expert, and check that it belongs to that expert's weights."""
         paths = self.statistic_paths.get(which, {})
         if missing := [task for task in self.files.paths if task not in paths]:
             raise ConfigurationError(

@@ -392,7 +392,7 @@ def test_a_decoder_that_needs_no_samples_serves_without_and_says_that_it_tells_n
     other = shutil.copytree(alone, tmp_path / "copy", ignore=shutil.ignore_patterns("decoders"))
     for config in other.glob("seed-*/config.yaml"):
         config.unlink()
-    with pytest.warns(CoinWarning, match="will not tell their risk"):
+    with pytest.warns(CoinWarning, match="will have no risk estimate"):
         system = read(other, decoder=decoder)
     assert system.decodings is not None
     assert all(decoder.moments is None for decoder in system.decodings.fitted.values())
