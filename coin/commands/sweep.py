@@ -3,8 +3,8 @@
 Each point has a folder, ``runs/SWEEP/SWEEP-INDEX-DESCRIPTION``, with what it printed in ``sweep.log``. Points share the
 base, the experts and the statistics that are the same for them; see `coin.experiment.store`. An interrupted sweep can
 be restarted: finished points are skipped, the others resume. ``runs/SWEEP/sweep.csv`` holds the rows of all finished
-points, behind one column per swept key, in the end ``risk.csv`` and ``promise.csv`` likewise; ``sweep.yaml`` beside
-them is the file itself.
+points, behind one column per swept key, ``risk.csv`` and ``promise.csv`` those at the end of the sweep; ``sweep.yaml``
+is a copy of the sweep's file.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Spares under evaluation: compressed copies of all experts, each of which answers in the place of its own."""
+"""The evaluation of spares: compressed copies of all experts, each of which replaces its own expert."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ SPARE = "spare"
 
 @dataclass(frozen=True)
 class Spare:
-    """One expert's compressed copy, one of a variant's N, and how well it answers on the test set of its task."""
+    """The compressed copy of one expert, and its results on that task's test set."""
 
     variant: Variant
     task: int
@@ -37,7 +37,7 @@ class Spare:
         self.confusion.update(answer[:, :classes].argmax(1), expert[:, :classes].argmax(1))
 
     def outcome(self, task: str) -> Outcome:
-        """Return what was measured: it runs alone, and all experts may be lost at once."""
+        """Return the results; a spare runs alone, and all experts may be lost at once."""
         accuracies: dict[str, Any] = {name: float(value) for name, value in self.accuracy.compute().items()}
         return Outcome(
             variant=self.variant,
@@ -58,16 +58,16 @@ class Spare:
 
 
 def read_spares(paths: Sequence[Path], fingerprints: Sequence[str], counts: Sequence[int], code: Code) -> list[Spare]:
-    """Read compressed experts, with what compressing all of a label took and what they take together.
+    """Read compressed experts, with the total cost and memory of each label.
 
     Args:
-        paths: Their files, which ``coin run`` or ``coin compress`` wrote.
+        paths: Their files, written by ``coin run`` or ``coin compress``.
         fingerprints: The experts' fingerprints.
         counts: Their class counts.
         code: The code of the evaluation.
 
     Raises:
-        FileError: A file is missing or damaged, or is of none of these experts.
+        FileError: A file is missing or damaged, or not a copy of one of these experts.
     """
     files = [load_network(path) for path in paths]
     for path, file in zip(paths, files, strict=True):

@@ -183,7 +183,7 @@ CODED: dict[str, tuple[Damage, str]] = {
     "no label": (said(label=None), "for its 'label'"),
     "seconds that are a word": (said(seconds="long"), "'long' for its 'seconds'"),
     "no experts": (said(experts=None), "for its 'experts'"),
-    "other experts": (said(experts=["0", "1"]), "made of other experts"),
+    "other experts": (said(experts=["0", "1"]), "made from other experts"),
 }
 
 
