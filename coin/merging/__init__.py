@@ -1,4 +1,4 @@
-"""Merge methods: experts and what their calibration data tell in, coded models out."""
+"""Merge methods: experts and statistics of their calibration data in, coded models out."""
 
 from coin.merging.average import Average, HeadFit
 from coin.merging.closed_form import MergeMethod

@@ -1,4 +1,4 @@
-"""Methods that are no part of coin: a function of the user's own, measured like every other method."""
+"""User-defined merge functions, evaluated like every other method."""
 
 import inspect
 import traceback
@@ -22,7 +22,7 @@ from coin.statistics.statistic import DataChoice
 
 
 class UserMethod(Method):
-    """A merge by a function of the user's own, ``function(experts, calibration, **options)`` → the coded model.
+    """A merge by a user's function, ``function(experts, calibration, **options)`` → the coded model.
 
     * ``experts``: the N networks, with equally many outputs, in eval mode; copies, which the function may change.
     * ``calibration``: for every expert the list of its own task's batches ``[B, …]``: all P samples, without labels.
@@ -37,13 +37,13 @@ class UserMethod(Method):
     nothing is counted.
 
     Args:
-        function: Its import path; ``coin`` looks in the working folder too. A run that finds its source file changed
-            makes its coded models anew; the modules that it imports are not looked at.
+        function: Its import path, also relative to the working folder. If its source file changes, the coded models are
+            made again; changes in modules that it imports are not detected.
         options: Its further arguments by name.
         label: Name of this variant in results; the function's by default.
         compress: As for every method (`coin.MergeMethod`).
 
-    Raises ConfigurationError where there is no such function, or it does not take these arguments.
+    Raises ConfigurationError if there is no such function, or it does not take these arguments.
     """
 
     name = "foreign"
@@ -76,7 +76,7 @@ class UserMethod(Method):
         self._content = sha256_of(Path(self._source))  # of now: it may be edited while experts train
 
     def content_key(self) -> str:
-        """Return a hash of the function's source file, of when it was imported."""
+        """Return a hash of the function's source file at import time."""
         return self._content
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
@@ -128,7 +128,7 @@ class Foreign(UserMethod):
 
 
 def _counted(network: nn.Module, experts: Experts) -> nn.Module:
-    """Return a network after having passes through it, and through copies of it, counted as the experts'."""
+    """Return a network whose passes, and those of its copies, are counted as the experts' passes."""
 
     def count(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         samples = size_of(next(iter((*arguments, *named.values()))))

@@ -1,4 +1,4 @@
-"""RegMean: every linear map fitted to what the experts' own maps do to their inputs."""
+"""RegMean: each linear map fitted to the outputs of the experts' maps on their inputs."""
 
 import math
 from collections import ChainMap
@@ -41,10 +41,9 @@ class RegMeanLayers(StrEnum):
 class RegMean(MergeMethod):
     """The linear maps that best reproduce, on each expert's inputs, the expert's outputs; see `regmean_parameters`.
 
-    With 200 samples the Gram matrix of a wide layer is singular or nearly so, and weak damping fits noise. The fixed
-    defaults were settled on calibration samples of the embedded tasks. Left open, α and the damping are chosen first,
-    one after the other, by the error on held-out calibration samples, with Gram matrices of the others; then the data,
-    as in `coin.merging.Coin`.
+    With 200 samples the Gram matrix of a wide layer is singular or nearly so, and weak damping fits noise. The defaults
+    were tuned on calibration samples of the embedded tasks. If None, α and then the damping are chosen by the error on
+    held-out calibration samples, with Gram matrices of the other samples; then the data, as in `coin.merging.Coin`.
 
     Source: Jin et al., *Dataless knowledge fusion by merging weights of language models* (ICLR 2023), eq. 1–2 and
     section 3.3 for α.
