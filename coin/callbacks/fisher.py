@@ -1,4 +1,4 @@
-"""Estimates the expert's Fisher when training ends: when to estimate, and where to save."""
+"""A callback that estimates the expert's Fisher when training ends."""
 
 import time
 from pathlib import Path
@@ -19,15 +19,15 @@ from coin.statistics.statistic import StatisticOptions
 class FisherEstimator(Callback):
     """Writes the Fisher diagonal of the trained network on calibration samples of its own task.
 
-    It leaves the module as found. ``coin fisher --ckpt_path`` computes the same of any checkpoint.
+    The module is not changed. ``coin fisher --ckpt_path`` computes the same for any checkpoint.
 
     Args:
         samples: P, the number of unlabelled training samples.
         kind: Which Fisher diagonal; see `coin.statistics.FisherKind`.
         mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind.
         memory_mib: Bound on the pass's working memory in MiB.
-        precision: The type that the network runs in for it.
-        path: The file; none writes ``expert.fisher.safetensors`` into the trainer's ``default_root_dir``.
+        precision: The floating-point type of the network in the pass.
+        path: The file; by default ``expert.fisher.safetensors`` in the trainer's ``default_root_dir``.
         weights: ``last`` or ``best``.
         cotangents: The old name of mc_samples, for one version.
     """
@@ -51,7 +51,7 @@ class FisherEstimator(Callback):
         self.weights = parse_enum(Weights, "weights", weights)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse, before the training, what could not be estimated after it."""
+        """Check, before training, that the Fisher can be estimated after it (fail early)."""
         data: Any = getattr(trainer, "datamodule", None)
         if data is None:
             raise ConfigurationError(
@@ -62,7 +62,7 @@ class FisherEstimator(Callback):
         data.calibration(self.samples)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Estimate on every process's share of the samples, add up, and write on the first process."""
+        """Estimate on every process's share of the samples, add up, and write on rank zero."""
         data: Any = getattr(trainer, "datamodule", None)
         network = trained_network(trainer, pl_module, self.weights)
         started = time.perf_counter()

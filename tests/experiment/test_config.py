@@ -130,7 +130,7 @@ def test_an_experiment_of_objects_says_the_configuration_that_repeats_it() -> No
     assert said["code"] == [[0.25, 0.75]]
     assert said["expert"]["lr"] == 0.5
     forgetful: Any = {**own, "a": Forgetful(3)}
-    with pytest.raises(ConfigurationError, match="found a Forgetful that does not keep its option shade"):
+    with pytest.raises(ConfigurationError, match="found a Forgetful that does not store its option shade"):
         Experiment("x", forgetful, [Coin()]).as_yaml(0)
 
 
