@@ -127,12 +127,12 @@ class Decoder(ABC):
     def accept(
         self, answers: Answers, alpha: float, confidence: float = 0.95, num_classes: Sequence[int] | None = None
     ) -> dict[int, Promise]:
-        """Set up to which risk each lost expert's decoded answers are accepted, and return it: `promised_risk`.
+        """Set and return the risk up to which each lost expert's decoded answers are accepted: `promised_risk`.
 
         Args:
-            answers: To inputs that neither networks nor decoder have learnt from, the lost experts' own among them.
-                Where they tell their tasks, every lost expert's promise is from its own task's.
-            alpha: The most of the accepted answers that differ, in (0, 1).
+            answers: Answers, including the lost experts' own, to inputs not used to fit networks or decoder. If they
+                have tasks, every lost expert's promise uses its own task's inputs.
+            alpha: α, the largest probability that an accepted answer differs, in (0, 1).
             confidence: In (0, 1).
             num_classes: Of every expert.
 
@@ -233,7 +233,7 @@ class ExpertHeadDecoder(Decoder):
         """Which coded model each lost expert is read from, the first of equals."""
 
     def fit(self, calibration: Answers, kept: FeatureCache | None = None) -> Self:
-        """Correct the heads, if that is asked for; learn the errors. See `Decoder.fit`."""
+        """Correct the heads, if requested, and estimate the errors. See `Decoder.fit`."""
         if not self.needs_fit:
             return super().fit(calibration, kept)
         self._check(calibration)
@@ -462,7 +462,7 @@ def make_decoder(
 def kept_bytes(decoders: Iterable[Decoder]) -> int:
     """Return how many bytes the decoders of several erasures need in all.
 
-    Where no survivor is read an expert is decoded alike whoever else is lost, and each is counted once.
+    Without survivors an expert is decoded in the same way for every erasure, and is counted once.
     """
     kept, ready = 0, set[int]()
     for decoder in sorted(decoders, key=lambda each: len(each.erased)):

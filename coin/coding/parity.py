@@ -41,7 +41,7 @@ def parity_significance(residual: Tensor, calibration: Tensor) -> Tensor:
 
 
 def fault_score(decoders: Sequence[Decoder], answers: Answers) -> Tensor:
-    """Return how much every expert's own answers are at odds with what the others' say of them ``[N]``.
+    """Return how much every expert's own answers disagree with those decoded from the others ``[N]``.
 
     Expert j's is the root mean square of f̂_j − f_j over the inputs, relative to the same on calibration inputs that
     the decoder was not fitted on; about 1 where all servers work. Where the parity fails, the oddest is the suspect.

@@ -1,4 +1,4 @@
-"""What the numbers say, in words made from the numbers: also where they speak against a method."""
+"""Findings in words, generated from the numbers, including those against a method."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from coin.reporting.summary import ITERATIVE, REFERENCES, TRAINED, seed_means, v
 from coin.reporting.tables import BEST, percent, seconds
 
 FEWEST_SEEDS = 3
-"""With fewer seeds no difference is told from chance."""
+"""The fewest seeds for which a difference is tested for significance."""
 _MOST = 5
 CLOSED_FORM, STEPS, BASELINE, FOREIGN, SPARES, FLOOR = (
     "best closed form", "best in a few steps", "fair baseline: best trained", "best foreign", "best compressed experts",

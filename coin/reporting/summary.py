@@ -33,7 +33,7 @@ _KEEPING = ("refit", *TRAINED)
 """Methods whose one BatchNorm policy is ``keep``; the others' default is ``auto``."""
 
 GROUP: tuple[str, ...] = tuple(name for name in KEYS if name != "seed")
-"""What one row of a summary stands for."""
+"""The columns that identify a row of a summary."""
 SUMMARY_COLUMNS = (*GROUP, "seeds", *(f"{name}_{part}" for name in NUMBERS for part in ("mean", "std")))
 
 

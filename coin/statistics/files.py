@@ -1,4 +1,4 @@
-"""Statistics as safetensors files that say which weights, which data and how many samples they are of.
+"""Statistics as safetensors files with their weights' fingerprint, data and sample count as metadata.
 
 Other programs can read them: `safetensors.torch.load_file` gives the tensors, and the file's metadata have one JSON
 value under ``coin`` (``statistic``, ``kind``, ``task``, ``data``, ``samples``, ``passes``, ``seconds``, and
@@ -25,7 +25,7 @@ from coin.statistics.sums import TRANSPOSED, Sums
 
 @dataclass(frozen=True)
 class StatisticFile:
-    """A statistic in a file: the mean over samples by name, read when asked for, and what its computation took."""
+    """A statistic in a file: the mean over samples by name, read on access, and the cost of computing it."""
 
     values: State
     samples: int
@@ -126,7 +126,7 @@ def load_statistic(path: Path | str, network: nn.Module) -> dict[str, Tensor]:
 
 
 def _checked_kind(state: State, network: nn.Module) -> StatisticKind:
-    """Say which statistic it is of a network's parameters, after checking that it can be."""
+    """Return which statistic it is, after checking that it fits the network's parameters."""
     parameters = dict(network.named_parameters(remove_duplicate=False))
     fisher = True
     for name, tensor in state.items():

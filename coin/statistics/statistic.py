@@ -1,4 +1,4 @@
-"""Which statistic of the experts a merge asks for, and how one is computed."""
+"""The statistics that a merge needs, and the options for computing them."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -37,7 +37,7 @@ class DataChoice(StrEnum):
 
     @property
     def alternatives(self) -> "list[DataChoice]":
-        """The data that it stands for."""
+        """The concrete data that it includes."""
         return [DataChoice.own, DataChoice.pooled] if self is DataChoice.auto else [self]
 
 
@@ -55,7 +55,7 @@ class Statistic:
 
     @property
     def options(self) -> dict[str, str]:
-        """What tells it from others of its name."""
+        """Its distinguishing options."""
         return ({} if self.kind is None else {"kind": str(self.kind)}) | {"data": str(self.data)}
 
 
@@ -101,7 +101,7 @@ class StatisticOptions:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a file says of them."""
+        """The entries in a file's metadata."""
         own = {} if self.kind is None else {"kind": str(self.kind), "cotangents": self.mc_samples}
         rounded = {} if self.precision is Precision.full else {"precision": str(self.precision)}
         return {"statistic": str(self.statistic), **own, **rounded}
