@@ -19,8 +19,8 @@ if TYPE_CHECKING:
         Promise as Promise,
         convex as convex,
         decoding_risk as decoding_risk,
+        fault_score as fault_score,
         make_decoder as make_decoder,
-        oddness as oddness,
         parity_residual as parity_residual,
         parity_significance as parity_significance,
         promised_risk as promised_risk,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         RegMean as RegMean,
         TaskArithmetic as TaskArithmetic,
         Ties as Ties,
+        UserMethod as UserMethod,
         Wudi as Wudi,
         merge_networks as merge_networks,
     )
@@ -70,10 +71,10 @@ if TYPE_CHECKING:
     )
 
 _ROOMS = {
-    "coin.coding": "Answers Code DecoderConfig DecoderKind Promise convex decoding_risk make_decoder oddness"
+    "coin.coding": "Answers Code DecoderConfig DecoderKind Promise convex decoding_risk make_decoder fault_score"
     " parity_residual parity_significance promised_risk uniform",
     "coin.merging": "Average Base CodedModel Coin Experts Foreign FullFisher GaussNewton HeadFit Merged MergeMethod"
-    " Method Refit RegMean TaskArithmetic Ties Wudi merge_networks",
+    " Method Refit RegMean TaskArithmetic Ties UserMethod Wudi merge_networks",
     "coin.metrics": "DecodingAccuracy Residual",
     "coin.modules": "Coded Distillation ReadoutDistillation distill evaluate",
     "coin.networks": "BatchNormPolicy Compressed compress recalibrate",

@@ -1,4 +1,4 @@
-"""Batches of anything made of tensors, as a network wants them, and networks that read them in the user's own way."""
+"""Batches of tensors or mappings of tensors, and networks with a user-defined call."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,8 +26,8 @@ Network = TypeVar("Network", bound=nn.Module)
 def adapted(network: Network, forward: Forward | None) -> Network:
     """Return a network that is called with a batch, and calls the user's function with itself and the batch.
 
-    It is a copy that shares everything with the network, which is untouched. Within `forward` it is one more copy that
-    is called as the class says. Copied deeply, or called by `torch.func.functional_call`, it stays what it is.
+    It is a copy that shares all tensors with the network, which is unchanged. `forward` gets a second copy, with the
+    class's own call. It keeps this behaviour in deep copies and in `torch.func.functional_call`.
     """
     if forward is None:
         return network
@@ -42,13 +42,13 @@ def adapted(network: Network, forward: Forward | None) -> Network:
 
 
 def plain(network: Network) -> Network:
-    """Take back, in place, what `adapted` has changed; return the network."""
+    """Undo, in place, the changes of `adapted`; return the network."""
     network.__dict__.pop("_call_impl", None)
     return network
 
 
 def twin(network: Network) -> Network:
-    """Return a copy of a network's modules that shares all its tensors: it can be in another mode."""
+    """Return a copy of a network's modules that shares all tensors but can be in another mode."""
     return _copied(network, {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())})
 
 
@@ -60,8 +60,8 @@ def clone(network: Network) -> Network:
 def _copied(network: Network, memo: dict[int, Any]) -> Network:
     """Return a deep copy, given what is taken for which id.
 
-    What a forward pass has left in modules, as the weight of `torch.nn.utils.weight_norm`, is copied by its value:
-    tensors with a history refuse to be copied deeply.
+    Tensors that a forward pass stored in modules, such as the weight of `torch.nn.utils.weight_norm`, are copied by
+    value: tensors with a gradient history cannot be deep-copied.
     """
     for module in network.modules():
         left = [tensor for tensor in nested_tensors(vars(module)) if not tensor.is_leaf]
@@ -72,10 +72,10 @@ def _copied(network: Network, memo: dict[int, Any]) -> Network:
 
 
 def clear_caches(network: nn.Module) -> None:
-    """Have modules forget what they keep between passes in eval mode, their modes as they are.
+    """Clear what modules cache between passes in eval mode; their modes do not change.
 
-    Modules that keep something of their parameters, as timm's LeViT its attention biases, override `train` to clear it.
-    Where one writes to its parameters there, as LoRA layers that merge in eval mode, all is put back.
+    Modules that cache values of their parameters, such as attention biases in timm's LeViT, override `train` to clear
+    them. If `train` writes to parameters, as in LoRA layers that merge in eval mode, these are restored.
     """
     modes = {module: module.training for module in network.modules()}
     keeping = [module for module in modes if type(module).train is not nn.Module.train]
@@ -115,9 +115,9 @@ def as_input(batch: Any, network: nn.Module) -> Batch:
 
 
 def checked(batch: Any, network: nn.Module) -> Batch:
-    """Return a batch that a network can read as it is, or the inputs of a pair (inputs, labels).
+    """Return the batch, or the inputs of a pair (inputs, labels), after checking its type.
 
-    A DataError where it is neither a tensor nor, for a network that was `adapted`, a mapping of tensors of one length.
+    Raises DataError if it is neither a tensor nor, for an `adapted` network, a mapping of tensors of one length.
     """
     reads_any = "_call_impl" in network.__dict__
     if isinstance(batch, tuple | list) and len(batch) == 2 and not reads_any:
@@ -139,7 +139,7 @@ def _is_batch(value: Any) -> bool:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
-    """Return a batch of what a function makes of every tensor."""
+    """Return a batch with a function applied to every tensor."""
     if isinstance(batch, Tensor):
         return function(batch)
     return {name: function(tensor) for name, tensor in batch.items()}
@@ -170,7 +170,7 @@ def size_of(batch: Batch) -> int:
 
 
 def shapes_in(batch: Batch) -> tuple[object, ...]:
-    """Return what the samples of batches that are joined have in common: the names and shapes of their tensors."""
+    """Return the names and shapes of a sample's tensors, which must agree for batches to be joined."""
     names = [""] if isinstance(batch, Tensor) else list(batch)
     return tuple((name, *tensor.shape[1:]) for name, tensor in zip(names, tensors_in(batch), strict=True))
 

@@ -9,7 +9,7 @@ from coin.errors import ConfigurationError
 E = TypeVar("E", bound=StrEnum)
 
 
-def chosen(kind: type[E], name: str, value: Any) -> E:
+def parse_enum(kind: type[E], name: str, value: Any) -> E:
     """Return the entry of an enum that the option `name` gives, or raise a ConfigurationError."""
     try:
         return kind(value)
@@ -18,7 +18,7 @@ def chosen(kind: type[E], name: str, value: Any) -> E:
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
-    """Refuse, with a ConfigurationError, what is no whole number of at least `least`."""
+    """Raise ConfigurationError unless a value is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigurationError(f"found {name}={value!r}, expected a whole number of at least {least}")
 
@@ -32,9 +32,9 @@ def check_number(
     most: float = math.inf,
     strict: bool = False,
 ) -> None:
-    """Refuse, with a ConfigurationError, what is no finite number from `low` (above it, if strict) to below `high`.
+    """Raise ConfigurationError unless a value is finite, at least `low` (above it, if strict) and below `high`.
 
-    Nor may it be above `most`.
+    It must also be at most `most`.
     """
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not (number and (value > low if strict else value >= low) and value < high and value <= most):

@@ -1,6 +1,6 @@
-"""The ``coin`` command: finds the command that is asked for, and tells a user's mistake in one line.
+"""The ``coin`` command: dispatches to a command, and reports a user's mistake in one line.
 
-What needs no PyTorch starts without it: this module imports a command when it is called.
+A command's module is imported on use, so that commands without PyTorch start quickly.
 """
 
 import difflib
@@ -27,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The command line without the program's name; ``sys.argv`` by default.
 
     Returns:
-        The exit status: 0, or 2 for a user's mistake, which is told in one line on standard error.
+        The exit status: 0, or 2 for a user's mistake, reported in one line on standard error.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     name = next((each for each in arguments if not each.startswith("-")), "")
@@ -85,7 +85,7 @@ all of them. {SAFE}: import no class that is not on coin's allow-list (coin.safe
 
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Print our own warnings like our errors; Python's form names a line of source that says nothing to a user."""
+    """Print our own warnings like our errors, without the line of source code that Python adds."""
     plain = warnings.formatwarning
 
     def formatted(message: Warning | str, category: type[Warning], *place: Any) -> str:
@@ -101,7 +101,7 @@ def _warnings_in_one_line() -> Iterator[None]:
 
 
 def _mistake_behind(error: BaseException | None) -> CoinError | None:
-    """Return the mistake that an error is about: jsonargparse and Lightning wrap ours in pages of their own."""
+    """Return the CoinError behind an error: jsonargparse and Lightning wrap ours in longer ones."""
     outermost = error
     while error is not None and not isinstance(error, CoinError):
         error = error.__cause__ or error.__context__
@@ -111,7 +111,7 @@ def _mistake_behind(error: BaseException | None) -> CoinError | None:
 
 
 def _told(message: str) -> str:
-    """Return what a parser says of an option, in one line of bearable length."""
+    """Shorten a parser's message about an option to one line."""
     text = " ".join(message.split())
     before, union, after = text.partition("Does not validate against any of the Union subtypes")
     if union:  # of all types that an option may be, the reasons that say more than that it is not left out

@@ -1,4 +1,4 @@
-"""The one family of exceptions that ``coin`` raises for a user's mistake.
+"""The exceptions that ``coin`` raises for a user's mistake.
 
 Every message is one line: what was found, what was expected, what to do. The command line prints it as
 ``coin: error: …`` and exits with status 2; a library caller catches `CoinError`.
@@ -67,7 +67,7 @@ class ServingError(CoinError):
 
 
 class LostError(ServingError):
-    """More servers are lost than the code makes up for."""
+    """More servers are lost than the code can replace."""
 
 
 class DeadlineError(ServingError, TimeoutError):
@@ -75,28 +75,28 @@ class DeadlineError(ServingError, TimeoutError):
 
 
 class OverloadedError(ServingError):
-    """There are as many queries as can be waited for already."""
+    """There are too many queries; try again later."""
 
 
 class ShortageError(CoinError):
-    """The machine has not enough of something, or refuses it."""
+    """A resource of the machine, such as memory, is insufficient or refused."""
 
 
 class CoinWarning(UserWarning):
-    """Something the user should know of that stops nothing: one line, as of the errors.
+    """A warning to the user, in one line like the errors.
 
     The command line prints it as ``coin: warning: …``.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's message, or the error's type where it says nothing."""
+    """Return the first line of another library's message, or the error's type if the message is empty."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def shortage_behind(error: BaseException | None) -> CoinError | None:
-    """Return the refusal that an error, or one that led to it, comes from; none where it is something else."""
+    """Return a CoinError for a lack of disk, memory or permissions behind an error or its causes, else None."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _ADVICE:
             path = error.filename2 or error.filename  # of a copy, the one that is written

@@ -13,7 +13,7 @@ COVERAGES = (1.0, 0.95, 0.8)
 
 
 class DecodingAccuracy(Metric):
-    """How well one decoded expert stands in for the expert itself, on its own task's test set.
+    """How well one decoded expert replaces the expert itself, on its own task's test set.
 
     `compute` returns float64 scalars, NaN before the first sample: ``expert_accuracy`` and ``decoded_accuracy``, shares
     of samples that are classified correctly, ``nda``, their ratio (`normalized_decoding_accuracy`), and ``agreement``,
@@ -70,7 +70,7 @@ class DecodingAccuracy(Metric):
 
 
 class RiskPoint(NamedTuple):
-    """Some of the test samples, with their mean `risk` and what came of it.
+    """A subset of the test samples, with their mean `risk` and results.
 
     On the curve ``coverage`` they are the share `at` with the least risk, on ``calibration`` those whose risk is within
     0.05 above `at`. The rest is as in `DecodingAccuracy`.
@@ -86,7 +86,7 @@ class RiskPoint(NamedTuple):
 
 
 class RiskCurves(Metric):
-    """What the risk of decoded answers foretells, on one expert's own task.
+    """How well the risk predicts errors of decoded answers, on one expert's own task.
 
     `compute` returns a list of `RiskPoint`, and of every sample its risk and whether the decoded answer differs from
     the expert's ``[n, 2]``. Every sample has a row, which one process fills in; rows are summed over processes.

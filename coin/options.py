@@ -1,4 +1,4 @@
-"""What a configuration file says of objects, the options that would make them again; and what a record says."""
+"""Objects as plain values: for configuration files (`to_config`) and for keys and records (`config_dict`)."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -18,10 +18,10 @@ from coin.errors import ConfigurationError
 from coin.merging import Method
 
 
-def as_options(value: Any) -> Any:
-    """Return what a configuration file says of a value: the constructor's options of tasks and methods by class path.
+def to_config(value: Any) -> Any:
+    """Return a value as in a configuration file: tasks and methods as class path and constructor options.
 
-    A ConfigurationError where an object does not keep an option under the option's name, or is of another kind.
+    Raises ConfigurationError if an object does not store an option under its name, or is of an unsupported type.
     """
 
     def made(value: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -30,12 +30,13 @@ def as_options(value: Any) -> Any:
     return _plain(value, made)
 
 
-def described(value: Any) -> Any:
-    """Return the same as a record has it: with what is in a task's or method's files, so that a change is noticed."""
+def config_dict(value: Any) -> Any:
+    """Return a value as in records and keys, with a hash of a task's or method's files to detect changes."""
 
     def made(value: Any, options: dict[str, Any]) -> dict[str, Any]:
         kind = type(value)
-        name = kind.__name__ if kind.__module__.startswith("coin.") else f"{kind.__module__}.{kind.__qualname__}"
+        own = getattr(value, "recorded_class", kind.__name__)
+        name = own if kind.__module__.startswith("coin.") else f"{kind.__module__}.{kind.__qualname__}"
         contents = getattr(value, "content_key", None)
         return {"class": name, **options, **({"contents": contents()} if contents else {})}
 
@@ -43,7 +44,7 @@ def described(value: Any) -> Any:
 
 
 def _plain(value: Any, made: Callable[[Any, dict[str, Any]], Any]) -> Any:
-    """Return a value as plain JSON values, with what a function says of the tasks and methods in it."""
+    """Return a value as plain JSON values, with tasks and methods converted by `made`."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, np.generic):
@@ -69,7 +70,7 @@ def _plain(value: Any, made: Callable[[Any, dict[str, Any]], Any]) -> Any:
 
 
 def _given(value: TaskData | Method) -> dict[str, Any]:
-    """Return what a constructor was given, its base class's options among it."""
+    """Return the constructor's arguments, including those of base classes."""
     kept = dict(value.hparams) if isinstance(value, LightningModule) else vars(value)
     options = {}
     for kind in type(value).__mro__:
@@ -79,8 +80,8 @@ def _given(value: TaskData | Method) -> dict[str, Any]:
         for name in (a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)):
             if name not in kept and not hasattr(value, name) and not hasattr(value, f"_{name}"):
                 raise ConfigurationError(
-                    f"found a {type(value).__name__} that does not keep its option {name}, which a configuration must "
-                    f"say, expected an attribute {name} or _{name}; set it in the constructor"
+                    f"found a {type(value).__name__} that does not store its option {name}, needed for its "
+                    f"configuration, expected an attribute {name} or _{name}; set it in the constructor"
                 )
             options[name] = kept[name] if name in kept else getattr(value, name, getattr(value, f"_{name}", None))
         if not any(argument.kind is argument.VAR_KEYWORD for argument in arguments):

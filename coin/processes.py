@@ -1,4 +1,4 @@
-"""The processes that do one piece of work together: which is the first, and what it decides for all of them."""
+"""Distributed processes: rank zero, and results that it computes for all of them."""
 
 import os
 import sys
@@ -22,36 +22,36 @@ _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 class OtherProcessError(CoinError):
-    """Another process has stopped, and says why itself."""
+    """Another process has stopped; it reports the reason itself."""
 
 
 def process_count() -> int:
-    """Return the number of processes, 1 where there is no process group."""
+    """Return the number of processes, 1 without a process group."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def is_first() -> bool:
-    """Return whether this process is the one that writes files and talks to the user."""
+def is_rank_zero() -> bool:
+    """Return whether this process is rank zero, which writes files and messages."""
     return process_count() == 1 or distributed.get_rank() == 0
 
 
-def say(text: str) -> None:
-    """Tell the user how far the work is, on the first process's standard error."""
-    if is_first():
+def rank_zero_info(text: str) -> None:
+    """Print a progress message to standard error, on rank zero only."""
+    if is_rank_zero():
         print(text, file=sys.stderr, flush=True)
 
 
-def from_first(compute: Callable[[], T]) -> T:
-    """Return what `compute` gives on the first process, which alone runs it; the others wait for it.
+def on_rank_zero(compute: Callable[[], T]) -> T:
+    """Run `compute` on rank zero only, and return its result on all processes.
 
-    Within `compute` the first process is on its own: what it decides there is not told to the others.
+    Within `compute` rank zero runs alone: nested calls do not broadcast.
 
     Args:
-        compute: What to run. Its result must be picklable; None will do for work that leaves files, which the other
-            processes can read from then on.
+        compute: The function to run. Its result must be picklable; None is fine for work that writes files, which the
+            other processes can read afterwards.
 
     Raises:
-        OtherProcessError: On all other processes, where the first one has raised an error or has ended.
+        OtherProcessError: On all other processes, if rank zero has raised an error or has ended.
     """
     if process_count() == 1 or _alone.get():
         return compute()
@@ -83,7 +83,7 @@ def _broadcast(value: Any) -> Any:
 
 @cache
 def _control() -> distributed.ProcessGroup:
-    """Return a group for decisions: on CPUs whatever the devices are, so that waiting keeps none of them busy."""
+    """Return a gloo group for broadcasts, on CPUs, so that waiting does not keep a GPU busy."""
     group: distributed.ProcessGroup = distributed.new_group(backend="gloo", timeout=_PATIENCE)
     return group
 

@@ -1,4 +1,4 @@
-"""How far long work has come: one line on standard error, gone when the work is done; nothing without a terminal."""
+"""A progress bar on standard error, removed at the end; nothing without a terminal."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @contextmanager
 def progress(what: str, total: float | None) -> Iterator[Callable[[], None]]:
-    """Yield a function that says that one more of `total` steps is done, none where nobody knows how many."""
+    """Yield a function to call after each of `total` steps; None if the number is unknown."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     quiet = not console.is_interactive
@@ -22,7 +22,7 @@ def progress(what: str, total: float | None) -> Iterator[Callable[[], None]]:
 
 
 def tracked(items: Collection[T], what: str) -> Iterator[T]:
-    """Yield items one after the other, and tell how many are done."""
+    """Yield the items, and show how many are done."""
     with progress(what, len(items)) as advance:
         for item in items:
             yield item

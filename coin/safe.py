@@ -1,4 +1,4 @@
-"""Configurations from strangers name classes, and importing runs them: ``--safe`` imports those on a list alone."""
+"""``--safe`` for configurations from others: only classes on an allow-list are imported, since importing runs code."""
 
 import os
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ DENIED = ("*", "lightning.pytorch.callbacks.LambdaCallback", "lightning.pytorch.
 
 
 def enforce() -> None:
-    """Import from now on only what `ALLOWED` names, in this process and in those that it starts."""
+    """Restrict imports to `ALLOWED` from now on, in this process and in its subprocesses."""
     set_parsing_settings(import_path_denylist=list(DENIED), import_path_allowlist=list(ALLOWED))
     os.environ[VARIABLE] = "1"
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse, where it is safe to be, options that hand commands to other programs or unpickle."""
+    """With ``--safe``, refuse options that run commands or unpickle."""
     if os.environ.get(VARIABLE) == "1" and (options.get("launch") or {}).get("slurm"):
         raise ConfigurationError(f"found launch.slurm with {SAFE}, expected none: it holds commands; leave it out")
     if os.environ.get(VARIABLE) == "1" and options.get("weights_only") is False:

@@ -1,4 +1,4 @@
-"""A sweep: an experiment over a grid of its options, as its file says it; ``coin sweep`` runs it.
+"""A sweep's file: an experiment over a grid of its options; ``coin sweep`` runs it.
 
 The file names an experiment, and what is varied in it::
 
@@ -36,9 +36,9 @@ _NAME_LENGTH = 60
 
 @dataclass(frozen=True)
 class SweepFile:
-    """What a sweep's file says: values by dotted key, those of its grids and those that all points have.
+    """The contents of a sweep's file: values by dotted key, of its grids and common to all points.
 
-    `text` is the file itself, its name in it.
+    `text` is the file's text, with its name.
     """
 
     name: str
@@ -104,7 +104,7 @@ def sweep_points(sweep: SweepFile, folder: Path) -> list[SweepPoint]:
     """Return the points of the grids in the file's order, the last key varying fastest, in the sweep's folder.
 
     Raises:
-        ConfigurationError: A point is there twice.
+        ConfigurationError: A point is in the grid twice.
     """
     files = [argument for file in sweep.experiment for argument in ("-c", file)]
     points: list[SweepPoint] = []
@@ -124,7 +124,7 @@ def sweep_points(sweep: SweepFile, folder: Path) -> list[SweepPoint]:
 
 
 def _short(place: int, value: Any) -> str:
-    """Return a value in a few letters; of a nested one, its place in the grid."""
+    """Return a value as a short string; for a nested value, its index in the grid."""
     if isinstance(value, float):
         return f"{value:.4g}"
     entries = value if isinstance(value, list) else [value]

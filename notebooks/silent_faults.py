@@ -2,11 +2,11 @@
 
     python notebooks/silent_faults.py runs/experts/*/seed-* --output notebooks/results/silent-faults/faults.csv
 
-All servers answer batches of test inputs of all tasks, without labels. `coin.coding.oddness` says of every expert how
-much its answers are at odds with what is decoded from the others'. An alarm is a batch in which the oddest expert is
-odder than in 99 % of the batches of validation inputs that working servers answer, which neither experts, coded models
-nor decoders were fitted on; the oddest is the suspect. ``false_alarm`` is how many batches of test inputs raise one
-though all servers work. Beside the coded model stands ``none``: the same with the experts alone.
+All servers answer batches of test inputs of all tasks, without labels. `coin.coding.fault_score` says of every expert
+how much its answers are at odds with what is decoded from the others'. An alarm is a batch in which the oddest expert
+is odder than in 99 % of the batches of validation inputs that working servers answer, which neither experts, coded
+models nor decoders were fitted on; the oddest is the suspect. ``false_alarm`` is how many batches of test inputs raise
+one though all servers work. Beside the coded model stands ``none``: the same with the experts alone.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from coin.data.samples import Calibration
 from coin.experiment.layout import ExperimentLayout
 from coin.modules.coded import server_answers
 from coin.networks import load_network
-from coin.networks.heads import widened
+from coin.networks.heads import pad_head
 
 
 def between(start, expert, share):
@@ -62,7 +62,7 @@ def pooled(tasks, split, samples=None):
 
 
 def odds(decoders, answers, size, batches=1000):
-    """Return how odd every expert is, as `oddness` says, in so many random batches of one size [batches, N]."""
+    """Return how odd every expert is, as `fault_score` says, in so many random batches of one size [batches, N]."""
     experts = zip(decoders, answers.experts, strict=True)
     wrong = [(each.decode(answers)[0] - own).double().square().sum(1) / each.errors[0].trace() for each, own in experts]
     draw = torch.Generator().manual_seed(size)
@@ -101,7 +101,7 @@ def measure(folder, method, sizes, samples):
     threshold = {key: found(unread, *key).amax(1).quantile(0.99) for key in usual}
     for index, (task, file) in enumerate(system.experts.opened.items()):
         start = load_network(ExperimentLayout(folder.parent).initial(file.num_classes)).network
-        start = widened(start, working.experts.shape[2])
+        start = pad_head(start, working.experts.shape[2])
         torch.manual_seed(index)
         for fault, network in faults(experts[index], start).items():
             one = answered(inputs.split(256), [network], [])

@@ -23,6 +23,6 @@ def test_examples_do_what_they_say(name):
 def test_the_names_that_a_researcher_needs_have_examples():
     """Merging, decoding, risk, faults, files, several losses."""
     needed = [coin.merge_networks, coin.Coded, coin.evaluate, coin.decoding_risk]
-    needed += [coin.oddness, coin.parity_residual, coin.parity_significance, coin.uniform, coin.convex]
+    needed += [coin.fault_score, coin.parity_residual, coin.parity_significance, coin.uniform, coin.convex]
     needed += [coin.CodedModel, coin.MergeMethod, coin.Method]
     assert [each.__name__ for each in needed if ">>>" not in (each.__doc__ or "")] == []

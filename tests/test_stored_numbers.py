@@ -14,7 +14,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from coin.reporting.results import asked_policy
+from coin.reporting.results import requested_policy
 from coin.reporting.tables import risk_totals
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -94,7 +94,7 @@ DECODERS = ("linear", "feature_ridge")
 
 def unasked(rows: pd.DataFrame, method: str) -> pd.DataFrame:
     """A method's rows, of BatchNorm's policies the one that nobody asked for."""
-    return rows[(rows.method == method) & rows.batchnorm.map(asked_policy).isin(["", "keep", "auto"])]
+    return rows[(rows.method == method) & rows.batchnorm.map(requested_policy).isin(["", "keep", "auto"])]
 
 
 def points(rows: pd.DataFrame, method: str, decoder: str) -> "pd.Series[float]":

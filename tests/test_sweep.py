@@ -19,7 +19,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 import coin.commands.sweep
 from coin.cli import main
 from coin.errors import ConfigurationError
-from coin.experiment.store import alone_in
+from coin.experiment.store import folder_lock
 from coin.reporting import COLUMNS, read_results
 from coin.reporting.extras import RISK_COLUMNS
 from coin.reporting.sweeps import sweep_frame, sweep_table
@@ -241,7 +241,7 @@ def test_finished_sweep_starts_nothing(
 
 
 def test_second_sweep_in_the_same_folder_is_refused(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with alone_in(swept):
+    with folder_lock(swept):
         assert main(["sweep", str(swept.parent / "grid.yaml"), f"--output={swept.parent}"]) == 2
     assert "found another coin command at work in" in capsys.readouterr().err
 
@@ -285,7 +285,7 @@ def test_ended_sweep_goes_on_to_the_same_table(swept: Path, config: Path, tmp_pa
     wait_for((folder / NAMES[0] / "base/checkpoints/step-key").exists, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
-    with alone_in(folder / NAMES[0]):
+    with folder_lock(folder / NAMES[0]):
         pass
     # SIGKILL leaves it working, and a second process must not work beside it.
     process = subprocess.Popen(command, **quiet)
@@ -295,7 +295,7 @@ def test_ended_sweep_goes_on_to_the_same_table(swept: Path, config: Path, tmp_pa
     try:
         os.kill(process.pid, signal.SIGKILL)
         process.wait(60)
-        with pytest.raises(ConfigurationError, match="at work"), alone_in(folder / NAMES[1]):
+        with pytest.raises(ConfigurationError, match="at work"), folder_lock(folder / NAMES[1]):
             pass
         assert set(pd.read_csv(folder / "sweep.csv").experiment) == {NAMES[0]}
         first = (folder / NAMES[0] / "seed-0/results.csv").stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""Callbacks: what is written of an expert when its training ends or is interrupted, and how far a Trainer has come."""
+"""Callbacks: export of an expert and its Fisher when training ends, and a progress bar."""
 
 from coin.callbacks.export import ExpertExport, Weights
 from coin.callbacks.fisher import FisherEstimator

@@ -1,4 +1,4 @@
-"""What is written of an expert when its training ends: which weights, of which modules, and the expert's file."""
+"""The export of an expert's file when its training ends."""
 
 from copy import copy
 from enum import StrEnum
@@ -11,24 +11,24 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from coin.batches import clone
-from coin.choices import chosen
+from coin.choices import parse_enum
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import not_finite
-from coin.networks import NetworkConfig, plain_network, save_network
+from coin.networks import NetworkConfig, save_network, unwrap
 
 _DESCRIBED = {"network", "image_size", "weights", "options", "num_classes"}
 """The options of a module from which its network is built."""
 
 
 class Weights(StrEnum):
-    """``last``: as training left them; ``best``: of the checkpoint that ModelCheckpoint's monitor likes best."""
+    """``last``: the weights at the end of training; ``best``: those of ModelCheckpoint's best checkpoint."""
 
     last = "last"
     best = "best"
 
 
 def check_weights(trainer: Trainer, module: LightningModule, weights: Weights) -> None:
-    """Check, before a training, that there will be the chosen weights after it, of a module that can be written."""
+    """Check, before training, that the requested weights will exist and the module can be exported (fail early)."""
     if not isinstance(getattr(module, "network", None), nn.Module) or not module.hparams.keys() >= _DESCRIBED:
         raise ConfigurationError(
             f"found a {type(module).__name__}, expected an Expert, whose network can be built anew from its options; "
@@ -46,39 +46,38 @@ def _monitored(trainer: Trainer) -> ModelCheckpoint | None:
 def trained_network(trainer: Trainer, module: LightningModule, weights: Weights) -> nn.Module:
     """Return the trained network with the chosen weights; with ``best`` a copy, so that the module stays as it is.
 
-    It comes as its architecture has it: not compiled, adapters merged into the weights, every parameter trainable,
-    whatever was trained. So files have the architecture's names, and a Fisher is of all parameters, as `coin fisher`
-    estimates it of the expert's file: what an expert has left at the shared initialisation counts in a merge with
-    others that have moved it.
+    It is the plain architecture: not compiled, adapters merged into the weights, every parameter trainable. So files
+    have the architecture's names, and a Fisher covers all parameters, as ``coin fisher`` computes it from the expert's
+    file: parameters that one expert did not train matter in a merge with others that did.
     """
     network: Any = module.network
     monitored = _monitored(trainer)
     if weights == Weights.last or monitored is None:
-        return plain_network(copy(network))  # a copy leaves torch.compile's call behind
+        return unwrap(copy(network))  # a copy leaves torch.compile's call behind
     state = torch.load(monitored.best_model_path, map_location=module.device, weights_only=True)["state_dict"]
     best, prefix = clone(network), "network."
     best.load_state_dict({name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)})
-    return plain_network(best)
+    return unwrap(best)
 
 
 class ExpertExport(Callback):
     """Writes ``expert.safetensors``: the network with its architecture, classes, options and metrics.
 
     Args:
-        path: The file; none writes ``expert.safetensors`` into the trainer's ``default_root_dir``.
+        path: The file; by default ``expert.safetensors`` in the trainer's ``default_root_dir``.
         weights: ``last`` or ``best``.
     """
 
     def __init__(self, path: str | None = None, weights: Weights = Weights.last) -> None:
         self.path = None if path is None else Path(path)
-        self.weights = chosen(Weights, "weights", weights)
+        self.weights = parse_enum(Weights, "weights", weights)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse, before the training, what could not be written after it."""
+        """Check, before training, that the expert can be written after it (fail early)."""
         check_weights(trainer, pl_module, self.weights)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file, on the first process; nothing, but a NumericalError, if the training diverged."""
+        """Write the file on rank zero; raises NumericalError, without a file, if training diverged."""
         network = trained_network(trainer, pl_module, self.weights)
         if not trainer.is_global_zero:
             return

@@ -1,4 +1,4 @@
-"""Estimates the expert's Fisher when training ends: when to estimate, and where to save."""
+"""A callback that estimates the expert's Fisher when training ends."""
 
 import time
 from pathlib import Path
@@ -7,10 +7,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from coin.callbacks.export import Weights, check_weights, trained_network
-from coin.choices import check_integer, chosen
+from coin.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision, check_shares, reduce_sums, shard
+from coin.statistics.cotangents import renamed_mc_samples
 from coin.statistics.files import write_statistic
 from coin.statistics.statistic import StatisticOptions
 
@@ -18,36 +19,39 @@ from coin.statistics.statistic import StatisticOptions
 class FisherEstimator(Callback):
     """Writes the Fisher diagonal of the trained network on calibration samples of its own task.
 
-    It leaves the module as found. ``coin fisher --ckpt_path`` computes the same of any checkpoint.
+    The module is not changed. ``coin fisher --ckpt_path`` computes the same for any checkpoint.
 
     Args:
         samples: P, the number of unlabelled training samples.
         kind: Which Fisher diagonal; see `coin.statistics.FisherKind`.
-        cotangents: k, for the Monte Carlo kind.
+        mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind.
         memory_mib: Bound on the pass's working memory in MiB.
-        precision: The type that the network runs in for it.
-        path: The file; none writes ``expert.fisher.safetensors`` into the trainer's ``default_root_dir``.
+        precision: The floating-point type of the network in the pass.
+        path: The file; by default ``expert.fisher.safetensors`` in the trainer's ``default_root_dir``.
         weights: ``last`` or ``best``.
+        cotangents: The old name of mc_samples, for one version.
     """
 
     def __init__(
         self,
         samples: int = 200,
         kind: FisherKind = FisherKind.exact,
-        cotangents: int | None = None,
+        mc_samples: int | None = None,
         memory_mib: int = DEFAULT_MEMORY_MIB,
         precision: Precision = Precision.full,
         path: str | None = None,
         weights: Weights = Weights.last,
+        cotangents: int | None = None,
     ) -> None:
         check_integer("samples", samples, 1)
         self.samples = samples
-        self.options = StatisticOptions(kind=kind, cotangents=cotangents, memory_mib=memory_mib, precision=precision)
+        mc_samples = renamed_mc_samples(mc_samples, cotangents)
+        self.options = StatisticOptions(kind=kind, mc_samples=mc_samples, memory_mib=memory_mib, precision=precision)
         self.path = None if path is None else Path(path)
-        self.weights = chosen(Weights, "weights", weights)
+        self.weights = parse_enum(Weights, "weights", weights)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse, before the training, what could not be estimated after it."""
+        """Check, before training, that the Fisher can be estimated after it (fail early)."""
         data: Any = getattr(trainer, "datamodule", None)
         if data is None:
             raise ConfigurationError(
@@ -58,7 +62,7 @@ class FisherEstimator(Callback):
         data.calibration(self.samples)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Estimate on every process's share of the samples, add up, and write on the first process."""
+        """Estimate on every process's share of the samples, add up, and write on rank zero."""
         data: Any = getattr(trainer, "datamodule", None)
         network = trained_network(trainer, pl_module, self.weights)
         started = time.perf_counter()

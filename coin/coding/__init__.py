@@ -3,8 +3,8 @@
 from coin.coding.answers import Answers
 from coin.coding.code import Code, check_erasure, decode_linear
 from coin.coding.decoder_config import DecoderConfig, DecoderKind, distinct_decoders
-from coin.coding.decoders import Decoder, ExpertHeadDecoder, Head, Kept, LinearDecoder, kept_bytes, make_decoder
-from coin.coding.parity import oddness, parity_residual, parity_significance
+from coin.coding.decoders import Decoder, ExpertHeadDecoder, FeatureCache, Head, LinearDecoder, kept_bytes, make_decoder
+from coin.coding.parity import fault_score, parity_residual, parity_significance
 from coin.coding.promise import Promise, promised_risk
 from coin.coding.ready import choose_code, convex, decoded_error_bound, simplex_codes, uniform
 from coin.coding.ridge import fit_ridge
@@ -17,8 +17,8 @@ __all__ = [
     "DecoderConfig",
     "DecoderKind",
     "ExpertHeadDecoder",
+    "FeatureCache",
     "Head",
-    "Kept",
     "LinearDecoder",
     "Promise",
     "check_erasure",
@@ -28,10 +28,10 @@ __all__ = [
     "decoded_error_bound",
     "decoding_risk",
     "distinct_decoders",
+    "fault_score",
     "fit_ridge",
     "kept_bytes",
     "make_decoder",
-    "oddness",
     "parity_residual",
     "parity_significance",
     "promised_risk",

@@ -24,7 +24,7 @@ class Answers:
         coded_features: One ``[B, F]`` per coded model, or None; widths may differ between networks.
         feature_widths: The widths of the stages of every network within F, the last one that of the penultimate
             features; None where there are only these. A lost expert may then have no features, ``[B, 0]``.
-        tasks: Of which expert's task each input is, int64 ``[B]``; None where nobody knows.
+        tasks: The index of each input's task, int64 ``[B]``; None if unknown.
 
     Raises:
         DecodingError: The shapes do not fit together, or a task is none of the experts'.

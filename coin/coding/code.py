@@ -1,4 +1,4 @@
-"""The code: which weighted sums of the experts' outputs the coded models stand for, and its equations solved."""
+"""The code: the weighted sums of experts' outputs that coded models approximate, and the solution of its equations."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -15,9 +15,9 @@ MAX_AMPLIFICATION = 1e4
 class Code:
     """An R×N matrix of coding weights, one convex row per coded model.
 
-    Coded model r stands for ``Σ_i matrix[r, i] · f_i``. A code of R rows promises to decode every erasure of up to
-    R experts (of up to N where R > N); one that cannot is refused here rather than at the first loss. For R = 1
-    that means every weight is positive: an expert with weight 0 leaves no trace in the coded model.
+    Coded model r approximates ``Σ_i matrix[r, i] · f_i``. A code of R rows promises to decode every erasure of up to R
+    experts (of up to N where R > N); one that cannot is refused here rather than at the first loss. For R = 1 that
+    means every weight is positive: an expert with weight 0 leaves no trace in the coded model.
 
     Args:
         matrix: Coding weights ``[R, N]``, R ≥ 1 and N ≥ 1; rows non-negative with sum 1 (within 1e-6). Kept in

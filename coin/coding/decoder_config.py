@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from coin.choices import check_integer, chosen
+from coin.choices import check_integer, parse_enum
 from coin.coding.ridge import ProjectionKind
 from coin.errors import ConfigurationError
 
@@ -80,9 +80,9 @@ class DecoderConfig:
     survivors: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", chosen(DecoderKind, "decoder", self.kind))
+        object.__setattr__(self, "kind", parse_enum(DecoderKind, "decoder", self.kind))
         for option, enum in _ENUMS.items():
-            object.__setattr__(self, option, chosen(enum, option, getattr(self, option)))
+            object.__setattr__(self, option, parse_enum(enum, option, getattr(self, option)))
         if self.components is not None:
             check_integer("components", self.components, 1)
         if not isinstance(self.survivors, bool):

@@ -23,7 +23,7 @@ Head = tuple[Tensor, Tensor]
 """A classifier head's weight ``[C, F]`` and bias ``[C]``, padded with zeros to the largest class count."""
 
 
-class Kept:
+class FeatureCache:
     """What fitting decoders has made of the networks' features, for all that are fitted on the same ones."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Decoder(ABC):
         self.promises: dict[int, Promise] = {}
         """By lost expert, up to which risk its decoded answers are accepted."""
 
-    def fit(self, calibration: Answers, kept: Kept | None = None) -> Self:
+    def fit(self, calibration: Answers, kept: FeatureCache | None = None) -> Self:
         """Learn from answers to calibration inputs, the lost experts' own logits being the targets, if anything.
 
         One `kept` saves work for the decoders of several systems and erasures that are fitted on the same answers.
@@ -131,12 +131,12 @@ class Decoder(ABC):
     def accept(
         self, answers: Answers, alpha: float, confidence: float = 0.95, num_classes: Sequence[int] | None = None
     ) -> dict[int, Promise]:
-        """Set up to which risk each lost expert's decoded answers are accepted, and return it: `promised_risk`.
+        """Set and return the risk up to which each lost expert's decoded answers are accepted: `promised_risk`.
 
         Args:
-            answers: To inputs that neither networks nor decoder have learnt from, the lost experts' own among them.
-                Where they tell their tasks, every lost expert's promise is from its own task's.
-            alpha: The most of the accepted answers that differ, in (0, 1).
+            answers: Answers, including the lost experts' own, to inputs not used to fit networks or decoder. If they
+                have tasks, every lost expert's promise uses its own task's inputs.
+            alpha: α, the largest probability that an accepted answer differs, in (0, 1).
             confidence: In (0, 1).
             num_classes: Of every expert.
 
@@ -234,8 +234,8 @@ class ExpertHeadDecoder(Decoder):
         self.row_of = {expert: column.index(max(column)) for expert, column in weights.items()}
         """Which coded model each lost expert is read from, the first of equals."""
 
-    def fit(self, calibration: Answers, kept: Kept | None = None) -> Self:
-        """Correct the heads, if that is asked for; learn the errors. See `Decoder.fit`."""
+    def fit(self, calibration: Answers, kept: FeatureCache | None = None) -> Self:
+        """Correct the heads, if requested, and estimate the errors. See `Decoder.fit`."""
         if not self.needs_fit:
             return super().fit(calibration, kept)
         self._check(calibration)
@@ -328,10 +328,10 @@ class RidgeDecoder(Decoder):
         self.widths: list[list[int]] = []
         """What arrived in `fit`: of all logits, and of every network's stages."""
 
-    def fit(self, calibration: Answers, kept: Kept | None = None) -> Self:
+    def fit(self, calibration: Answers, kept: FeatureCache | None = None) -> Self:
         """Fit the projections, if any, then the regressions; see the class."""
         self._check(calibration)
-        kept = kept or Kept()
+        kept = kept or FeatureCache()
         arrived = self._arrived(calibration, kept)
         if not arrived:
             whose = "every expert is lost" if self.config.reads_survivors else "no survivor is read"
@@ -381,7 +381,7 @@ class RidgeDecoder(Decoder):
                 f"the {self.config.name} decoder is not fitted; call fit with calibration answers first"
             )
         self._check(answers)
-        arrived = self._arrived(answers, Kept())
+        arrived = self._arrived(answers, FeatureCache())
         if (found := _widths(arrived)) != self.widths:
             raise DecodingError(
                 f"found answers of widths {found}, the decoder was fitted on {self.widths}; fit it on answers of the "
@@ -391,7 +391,7 @@ class RidgeDecoder(Decoder):
         decoded = torch.cat([fit(inputs) for fit in self.fitted], 1)
         return decoded.reshape(len(inputs), len(self.erased), -1).transpose(0, 1).to(answers.experts)
 
-    def _arrived(self, answers: Answers, kept: Kept) -> list[list[Tensor]]:
+    def _arrived(self, answers: Answers, kept: FeatureCache) -> list[list[Tensor]]:
         """Return what arrives, in float64: all logits as one block ``[B, ·]``, then each network's stages as blocks."""
         logits = [*answers.coded, *answers.experts[list(self.survivors)]]
         arrived = [[torch.cat(logits, 1).double()]] if logits else []
@@ -468,7 +468,7 @@ def make_decoder(
 def kept_bytes(decoders: Iterable[Decoder]) -> int:
     """Return how many bytes the decoders of several erasures need in all.
 
-    Where no survivor is read an expert is decoded alike whoever else is lost, and each is counted once.
+    Without survivors an expert is decoded in the same way for every erasure, and is counted once.
     """
     kept, ready = 0, set[int]()
     for decoder in sorted(decoders, key=lambda each: len(each.erased)):

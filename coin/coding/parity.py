@@ -40,8 +40,8 @@ def parity_significance(residual: Tensor, calibration: Tensor) -> Tensor:
     return (1 + len(ranked) - torch.searchsorted(ranked, residual)) / (1 + len(ranked))
 
 
-def oddness(decoders: Sequence[Decoder], answers: Answers) -> Tensor:
-    """Return how much every expert's own answers are at odds with what the others' say of them ``[N]``.
+def fault_score(decoders: Sequence[Decoder], answers: Answers) -> Tensor:
+    """Return how much every expert's own answers disagree with those decoded from the others ``[N]``.
 
     Expert j's is the root mean square of f̂_j − f_j over the inputs, relative to the same on calibration inputs that
     the decoder was not fitted on; about 1 where all servers work. Where the parity fails, the oddest is the suspect.
@@ -56,7 +56,7 @@ def oddness(decoders: Sequence[Decoder], answers: Answers) -> Tensor:
     >>> answers = coin.Answers(own, code.encode(own) + 0.1 * torch.randn(1, 200, 4))
     >>> decoders = [coin.make_decoder("ridge", code, [expert]).fit(answers) for expert in range(3)]
     >>> own[1] += torch.randn(200, 4)
-    >>> int(coin.oddness(decoders, answers).argmax())
+    >>> int(coin.fault_score(decoders, answers).argmax())
     1
     """
     if [decoder.erased for decoder in decoders] != [(expert,) for expert in range(answers.num_experts)]:

@@ -47,8 +47,8 @@ def convex(num_experts: int, num_coded: int) -> Code:
         return Code([[1 / num_experts] * num_experts])
     if num_coded == num_experts:
         return Code(torch.eye(num_experts, dtype=torch.float64))
-    if (num_coded, num_experts) in _THOUSANDTHS:
-        return Code(torch.tensor(_THOUSANDTHS[num_coded, num_experts], dtype=torch.float64) / 1000)
+    if (num_coded, num_experts) in PRECOMPUTED_CODES:
+        return Code(torch.tensor(PRECOMPUTED_CODES[num_coded, num_experts], dtype=torch.float64) / 1000)
     return _gaussian(num_experts, num_coded)
 
 
@@ -98,7 +98,7 @@ def _gaussian(num_experts: int, num_coded: int) -> Code:
     return min(codes, key=Code.worst_amplification)
 
 
-_THOUSANDTHS: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {
+PRECOMPUTED_CODES: dict[tuple[int, int], tuple[tuple[int, ...], ...]] = {
     # (R, N): rows in thousandths; beside it the worst noise amplification.
     (2, 3): ((564, 436, 0), (0, 437, 563)),  # 3.15
     (2, 4): ((399, 378, 223, 0), (0, 223, 378, 399)),  # 6.45

@@ -1,4 +1,4 @@
-"""The commands: a module each, whose ``main`` takes the command's arguments; `coin.cli` imports them when called."""
+"""The commands: one module each, whose ``main`` takes the command's arguments; `coin.cli` imports it on use."""
 
 COMMANDS = {
     "run": "Run a whole experiment, resumably.",

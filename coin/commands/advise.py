@@ -1,4 +1,4 @@
-"""``coin advise``: what to keep so that an experiment's experts may fail, from a budget of servers and memory."""
+"""``coin advise``: which redundancy to buy for an experiment's experts, given a budget of servers and memory."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from coin.reporting.results import write_frame
 from coin.reporting.tables import results_console
 from coin.serving.sim.conditions import Conditions
 from coin.serving.sim.profile import Failover, Profile, Redundancy, StandIn
-from coin.serving.sim.simulation import Want
+from coin.serving.sim.simulation import QueryTarget
 
 ADVICE_CSV = "advice.csv"
 QUANTILES = (0.0, 0.5, 0.9, 0.99)
@@ -33,7 +33,7 @@ def advise(
     memory_gib: float,
     p999_ms: float | None = None,
     accuracy: float | None = None,
-    want: Want = Want.one,
+    want: QueryTarget = QueryTarget.one,
     load: float = 0.4,
     quantiles: list[float] | None = None,
     tolerance: float = 0.005,
@@ -43,33 +43,33 @@ def advise(
     jobs: int | None = None,
     output: str | None = None,
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Return everything that may stand in, what to take marked, and what is to be said of it.
+    """Return all possible stand-ins with the recommended one marked, and the reasons as text.
 
-    The candidates are all that the results know to stand in, with every number of extra servers, asked at once and from
-    several quantiles of lateness on. Of those that the budget allows, that answer while any one expert is lost, and
-    that are right often enough, it takes those that keep the wanted p99.9, or, where none is wanted or none keeps it,
-    those whose p99.9 cannot be told from the lowest. Of these the one with the fewest forward passes, to a tenth of
-    one; then the fewest servers, the least memory in all, the lowest p99.9.
+    The candidates are all stand-ins in the results, with every number of extra servers, asked at once or after several
+    quantiles of lateness. A candidate must fit the budget, answer while any one expert is lost, and be accurate enough.
+    Of these it keeps those that meet the requested p99.9; if none is requested or none meets it, those whose p99.9 does
+    not differ significantly from the lowest. Ties are broken by the fewest forward passes (to a tenth of one), then the
+    fewest servers, the least total memory, the lowest p99.9.
 
     Args:
         folder: An experiment's folder, or a seed's.
-        conditions: What machines and the front end are like.
-        choice: Which of the experiment's coded systems; none takes the most accurate that was measured.
-        servers: How many servers there may be, the experts' own included.
-        memory_gib: What one server holds of weights.
-        p999_ms: The wanted 99.9 % quantile of the latency.
-        accuracy: How right the answers for any expert that is lost are to be, as a share of that expert's accuracy, in
-            (0, 1]: it is the worst task's that counts. None compares all answers with the best by `tolerance`.
+        conditions: The machines and the front end to simulate.
+        choice: Which of the experiment's coded systems; by default the most accurate one.
+        servers: The largest number of servers, the experts' own included.
+        memory_gib: The memory for weights on one server, in GiB.
+        p999_ms: The requested 99.9 % quantile of the latency, in ms.
+        accuracy: The required accuracy of the answers for a lost expert, as a share of that expert's accuracy, in (0,
+            1], on the worst task. None requires accuracy within `tolerance` of the best.
         want: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'.
-        load: The share of the experts' capacity that own answers take up.
-        quantiles: Of the time that own answers take, after which they are late; none takes 0, which asks at once, 0.5,
+        load: The share of the experts' capacity that own answers use.
+        quantiles: The quantiles of own answers' time after which they count as late; by default 0 (ask at once), 0.5,
             0.9 and 0.99.
-        tolerance: How much less often than the best all its answers may be right, from 0 to below 1.
+        tolerance: How far the accuracy of all answers may lie below the best, in [0, 1).
         queries: Queries per seed.
         seeds: How many seeds.
-        failover: A small network for all tasks: what it is like is yours to say.
-        jobs: Processes; one a processor core by default.
-        output: Where ``advice.csv`` and the figure go; none takes `folder`.
+        failover: A small network for all tasks, described by its options.
+        jobs: The number of processes; by default one per processor core.
+        output: The folder for ``advice.csv`` and the figure; by default `folder`.
     """
     check_integer("seeds", seeds, 1)
     check_number("tolerance", tolerance, low=0, high=1)
@@ -112,7 +112,7 @@ def candidates(
     quantiles: Sequence[float],
     options: dict[str, Any],
 ) -> list[Point]:
-    """Return what may stand in on at most so many servers; coded models only as many as were measured."""
+    """Return the stand-ins that need at most this many servers; coded models only in the number that was measured."""
     count, found = profile.code.num_experts, []
     for what in known:
         for extra in [profile.code.num_coded] if not profile.extras(what) else range(1, servers - count + 1):
@@ -152,7 +152,7 @@ def _reasons(
     tolerance: float,
     accuracy: float | None,
 ) -> list[str]:
-    """Return what the choice rests on, the choice last."""
+    """Return the reasons for the choice, and last the choice."""
     notes, row = [], rows[rows["buy"]].iloc[0]
     if not row["losses"]:
         notes.append("nothing that fits answers while an expert is lost; give more --servers or --memory_gib")
@@ -195,7 +195,7 @@ def _reasons(
 
 
 def _while_repaired(point: Point, conditions: Conditions, seeds: Sequence[int], jobs: int | None) -> list[str]:
-    """Return what queries find while the first expert's machine is repaired, and how often nobody is left."""
+    """Return the outcome of queries while the first expert's machine is repaired, and how often no server is left."""
     what, profile, simulation = point
     broken = replace(simulation, broken=frozenset({0}))
     row, repair = simulate_rows([(what, profile, broken)], seeds, jobs).iloc[0], conditions.failures
@@ -207,17 +207,17 @@ def _while_repaired(point: Point, conditions: Conditions, seeds: Sequence[int], 
     ]
 
 
-def when_coding(rows: pd.DataFrame, want: Want) -> list[str]:
-    """Return when a coded model is what to take, from these rows where they tell."""
+def when_coding(rows: pd.DataFrame, want: QueryTarget) -> list[str]:
+    """Return when a coded model is the best choice, as far as these rows show it."""
     coded = rows[rows["redundancy"].isin([Redundancy.standin, Redundancy.coded_proactive])]
     notes = []
-    if want is Want.all and not coded.empty:
+    if want is QueryTarget.all and not coded.empty:
         count, extras = coded[["experts", "extras"]].iloc[0]
         notes.append(
             f"asked at once for all answers, a coded model takes {count + extras} forward passes a query and a spare "
             f"{2 * count}: one pass makes up for any expert"
         )
-    elif want is Want.one:
+    elif want is QueryTarget.one:
         notes.append(
             "a coded model is what to take where all answers are wanted at once (--want=all): one pass for any"
         )

@@ -1,4 +1,4 @@
-"""A finished experiment's coded system: its experts, one method's coded models, one decoder, and their results."""
+"""The coded system of a finished experiment: its experts, one method's coded models, one decoder, and their results."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from jsonargparse import ArgumentParser
 
-from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Kept, make_decoder
+from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, FeatureCache, make_decoder
 from coin.coding.decoder_config import REPLICA
 from coin.coding.decoder_state import decoders_state, restore_decoders
 from coin.commands.parser import command_parser, parsed
@@ -24,9 +24,9 @@ from coin.files.yaml import read_yaml
 from coin.modules import Coded
 from coin.modules.variants import NONE, ORACLE, read_coded
 from coin.networks import load_network
-from coin.options import described
+from coin.options import config_dict
 from coin.reporting.extras import read_promises
-from coin.reporting.results import RESULTS_CSV, asked_policy, read_configuration, read_results
+from coin.reporting.results import RESULTS_CSV, read_configuration, read_results, requested_policy
 from coin.reporting.summary import seed_folders
 from coin.serving.decodings import coded_layout, standin_layout
 from coin.serving.layout import Layout
@@ -36,14 +36,14 @@ from coin.versions import versions
 
 @dataclass(frozen=True)
 class Choice:
-    """Which of an experiment's coded systems is meant.
+    """Which of an experiment's coded systems to use.
 
     Args:
         method: The merge method whose coded models serve.
-        batchnorm: The BatchNorm policy that its run asked for.
+        batchnorm: The BatchNorm policy requested in its run.
         decoder: The decoder, as the results call it. It is fitted on the experiment's calibration samples, once.
 
-    What is not given is that of the most accurate decoded answers in the results.
+    Options that are not given are those of the most accurate decoded answers in the results.
     """
 
     method: str | None = None
@@ -56,14 +56,14 @@ class CodedSystem:
     """A coded system of one seed.
 
     Attributes:
-        folder: The seed's.
+        folder: The seed's folder.
         experts: The experts, in the order of the code.
         coded: The coded models' files, in the order of the code's rows.
         code: The code.
-        method: What the results call the merge method.
+        method: The merge method's label in the results.
         batchnorm: Its BatchNorm policy.
         decoder: The decoder.
-        results: What was measured of it, in all seeds.
+        results: Its results in all seeds.
     """
 
     folder: Path
@@ -89,30 +89,30 @@ class CodedSystem:
 
     @property
     def layout(self) -> Layout:
-        """The servers, and which of them make up for which experts."""
+        """The servers, and which of them can replace which experts."""
         if self.decoder.reads_survivors:
             return coded_layout(self.code)
         return standin_layout(self.code, every_row=self.decoder.kind is not DecoderKind.expert_head)
 
     @property
     def decoded_accuracy(self) -> dict[int, float]:
-        """The mean accuracy of decoded answers by the number of experts that are lost at once."""
+        """The mean accuracy of decoded answers, by the number of experts lost at once."""
         sizes = self.results["erased"].str.count(r"\+") + 1
         return {int(size): float(rows["decoded_accuracy"].mean()) for size, rows in self.results.groupby(sizes)}
 
     @property
     def title(self) -> str:
-        """What it is and how good, in a line."""
+        """A one-line summary of the system and its accuracy."""
         right = " and ".join(f"{100 * share:.2f} % with {lost} lost" for lost, share in self.decoded_accuracy.items())
         name = f"{self.method} ({self.batchnorm})" if self.batchnorm else self.method
         return f"coded: {name} with the {self.decoder.name} decoder: {right} of the decoded answers are right"
 
     @property
     def tokenizer(self) -> str | None:
-        """The tokenizer of a system for texts; none for images, and for the packaged encoder's.
+        """The tokenizer of a system for texts; None for images and for the packaged encoder.
 
         Raises:
-            ConfigurationError: Tasks have tokenizers of their own, which no one front end can read texts with.
+            ConfigurationError: Tasks have different tokenizers; a front end needs one for all.
         """
         if self.experts.config.reads != "texts":
             return None
@@ -123,7 +123,7 @@ class CodedSystem:
         return tokenizer
 
     def data(self) -> Tasks:
-        """Return the tasks with this seed's samples, read."""
+        """Return the tasks with this seed's samples, loaded."""
         data = Tasks(self._described(), **self._calibration)
         data.prepare_data()
         data.setup()
@@ -143,7 +143,7 @@ class CodedSystem:
         return dict(read_yaml(path))
 
     def _described(self) -> dict[str, TaskData]:
-        """Return the tasks of the configuration; its other options are not read, which may be another version's."""
+        """Return the tasks of the configuration; other options, perhaps another version's, are ignored."""
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--tasks", type=dict[str, TaskData])
         tasks = parser.instantiate(parser.parse_object({"tasks": self._configuration["tasks"]})).tasks
@@ -155,10 +155,10 @@ class CodedSystem:
         return self.folder / "decoders" / f"{self.coded[0].stem}-{self.decoder.name}.safetensors"
 
     def fitted_decoders(self) -> list[Decoder]:
-        """Return the decoders of every loss that the code promises to make up for, as the evaluation fits them.
+        """Return the decoders for every erasure that the code can decode, fitted as in the evaluation.
 
-        Where the decoder reads no survivor it is one, of all experts. They are fitted once, and kept in the seed's
-        folder with what they were fitted from.
+        A decoder that needs no survivor is fitted once, for all experts. Fitted decoders are stored in the seed's
+        folder, with their inputs.
         """
         path, source = self.kept_decoders, self._source()
         with suppress(CoinError):  # there is none, or it is damaged or of another version
@@ -173,18 +173,18 @@ class CodedSystem:
         return fitted
 
     def unfitted_decoders(self, inputs: Any = None) -> list[Decoder]:
-        """Return the same before they are fitted; the experts' heads, if they are read, are checked on the inputs."""
+        """Return the same decoders before they are fitted; the experts' heads, if needed, are checked on the inputs."""
         erasures = self.code.erasures() if self.decoder.reads_survivors else [tuple(range(self.code.num_experts))]
         heads = self._networks.heads(inputs) if self.decoder.kind is DecoderKind.expert_head else None
         return [make_decoder(self.decoder, self.code, erased, heads) for erased in erasures]
 
     def thresholds(self) -> tuple[dict[str, float], dict[tuple[tuple[int, ...], int], float]]:
-        """Return what the run promises, if anything, and by lost experts and one of them, up to which risk."""
+        """Return the run's promise, if any, and the accepted risk by lost experts and one of them."""
         frame = read_promises(self.folder)
         if frame is None:
             return {}, {}
         own = (frame["method"] == self.method) & (frame["decoder"] == self.decoder.name)
-        rows = frame[own & (frame["batchnorm"].map(asked_policy) == self.batchnorm)]
+        rows = frame[own & (frame["batchnorm"].map(requested_policy) == self.batchnorm)]
         places = {task: place for place, task in enumerate(self.tasks)}
         found = {
             (tuple(sorted(places[each] for each in erased.split("+"))), places[task]): float(threshold)
@@ -193,13 +193,13 @@ class CodedSystem:
         return {name: float(rows[name].iloc[0]) for name in ("alpha", "confidence") if found}, found
 
     def _source(self) -> dict[str, Any]:
-        """Return what decides how the decoders come out."""
+        """Return all inputs of the decoders' fit."""
         source: dict[str, Any] = {
             "experts": {task: sha256_of(path) for task, path in self.experts.paths.items()},
             "coded": [sha256_of(path) for path in self.coded],
             "code": self.code.matrix.tolist(),
             "decoder": self.decoder.name,
-            "tasks": described(self._described()),
+            "tasks": config_dict(self._described()),
             "calibration": self._calibration,
             "coin": versions()["coded-coin"],
         }
@@ -211,7 +211,7 @@ class CodedSystem:
 
     def _fit_decoders(self) -> list[Decoder]:
         config, calibration = self.decoder, self.data().calibration()
-        decoders, kept = self.unfitted_decoders(next(iter(calibration))), Kept()
+        decoders, kept = self.unfitted_decoders(next(iter(calibration))), FeatureCache()
         parts = [
             self._networks.answers(batch, features=config.reads_features, stages=config.reads_stages)
             for batch in calibration
@@ -221,7 +221,7 @@ class CodedSystem:
 
 
 def read_every_result(folder: Path) -> tuple[Path, pd.DataFrame]:
-    """Return the first seed's folder and the results of all seeds, of one seed's folder or an experiment's."""
+    """Return the first seed's folder and the results of all seeds, given an experiment's folder or one seed's."""
     seeds = [folder] if (folder / RESULTS_CSV).is_file() else seed_folders(folder)
     if not seeds:
         raise FileError(
@@ -229,11 +229,11 @@ def read_every_result(folder: Path) -> tuple[Path, pd.DataFrame]:
             "experiment or of one seed; make it with `coin run`"
         )
     frame = pd.concat([read_results(each) for each in seeds], ignore_index=True)
-    return seeds[0], frame.assign(batchnorm=frame["batchnorm"].map(asked_policy))
+    return seeds[0], frame.assign(batchnorm=frame["batchnorm"].map(requested_policy))
 
 
 def read_coded_system(folder: Path, choice: Choice, alone: bool = False) -> CodedSystem:
-    """Read a coded system of an experiment's first seed, or of a seed; `alone`, one whose decoder reads no survivor.
+    """Read a coded system of an experiment's first seed, or of a seed; `alone`: one whose decoder needs no survivor.
 
     Raises:
         ConfigurationError: There are no such results.
@@ -256,17 +256,17 @@ def read_coded_system(folder: Path, choice: Choice, alone: bool = False) -> Code
     if not coded:
         raise FileError(f"found no coded model of method {method} ({batchnorm}) in '{seed / 'coded'}'; run it again")
     paths = tuple(coded[row] for row in sorted(coded))
-    _, (variant,) = read_coded(paths, list(experts.marks.values()))
+    _, (variant,) = read_coded(paths, list(experts.fingerprints.values()))
     decoder = DecoderConfig.named(str(results["decoder"].iloc[0]))
     return CodedSystem(seed, experts, paths, variant.code, method, batchnorm, decoder, results)
 
 
 def _results_of(frame: pd.DataFrame, choice: Choice, folder: Path, alone: bool) -> pd.DataFrame:
-    """Return the rows of a decoder, a method and its BatchNorm policy; of those that may be chosen, the best one's."""
+    """Return the rows of a decoder, a method and its BatchNorm policy; options left open are those of the best rows."""
     frame = frame[~frame["method"].isin([NONE, ORACLE]) & (frame["decoder"] != REPLICA)]
     reads = {name: DecoderConfig.named(name).reads_survivors for name in frame["decoder"].unique()} if alone else {}
     frame = frame[~frame["decoder"].isin([name for name, survivors in reads.items() if survivors])]
-    policy = None if choice.batchnorm is None else asked_policy(choice.batchnorm)
+    policy = None if choice.batchnorm is None else requested_policy(choice.batchnorm)
     for column, wanted in (("decoder", choice.decoder), ("method", choice.method), ("batchnorm", policy)):
         known = list(dict.fromkeys(frame[column]))
         if not known or wanted not in (None, *known):
@@ -283,7 +283,7 @@ def parse_options(
 ) -> dict[str, Any]:
     """Return the arguments of a command's function that takes a folder, and sections whose options stand by themselves.
 
-    Such a section is a dataclass, under the name of the function's argument: its options are given by their own names.
+    Such a section is a dataclass argument of the function; its options are given by their own names.
     """
     parser = command_parser(name)
     parser.add_argument("folder", type=str, help="An experiment's or a seed's folder.")

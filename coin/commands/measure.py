@@ -16,9 +16,9 @@ _WARM_UP, _REPEATS, _BATCH = 20, 200, 8
 
 
 def measure_service(server: NetworkServer) -> tuple[NDArray[np.float64], float]:
-    """Return the seconds that a server takes for one input ``[200]``, and what each further one of 8 adds, as a share.
+    """Return a server's seconds for one input ``[200]``, and the share of it that each further input of 8 adds.
 
-    The share is of medians, and not negative.
+    The share is of the medians, and at least 0.
     """
     one = server.probe
     if one.dtype == torch.uint8:
@@ -34,7 +34,7 @@ def measure_decoding(
 ) -> float:
     """Return the median seconds that it takes to decode one expert's answer to one input.
 
-    The decoder is fitted on random numbers: what it takes does not depend on them.
+    The decoder is fitted on random numbers: its speed does not depend on them.
     """
     draw = torch.Generator().manual_seed(0)
     count, servers, width = code.num_experts, code.num_experts + code.num_coded, expects.features
@@ -54,7 +54,7 @@ def measure_decoding(
 
 
 def measure_times(action: Callable[[], object], repeats: int = _REPEATS) -> NDArray[np.float64]:
-    """Return the seconds of processor time that an action takes on one core ``[repeats]``."""
+    """Return the processor time of an action on one core, in seconds ``[repeats]``."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

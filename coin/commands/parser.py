@@ -1,4 +1,4 @@
-"""The parser of a command that is a function: YAML files, dotted overrides, ``--print_config``."""
+"""The parser of the commands that are plain functions: YAML files, dotted overrides, ``--print_config``."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ def command_parser(name: str) -> ArgumentParser:
 
 
 def add_json_argument(parser: ArgumentParser) -> None:
-    """Let a command print its summary for a machine."""
+    """Add the option ``--json``, which prints the summary as JSON."""
     parser.add_argument(
         "--json", action="store_true", help="Print the summary as one JSON document, and nothing else, on stdout."
     )
@@ -46,10 +46,10 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def checked(arguments: Sequence[str]) -> list[str]:
-    """Return arguments after a look at their YAML files, whose keys must all differ: YAML would take the last one.
+    """Return the arguments, after checking that no YAML file has a key twice: YAML would take the last one.
 
-    Before options that are given whole, in a file or by themselves, comes an empty one. Else an entry would keep what
-    the entry in its place had been given before, though it be of another class.
+    Options that replace a whole list are preceded by an empty one; otherwise an entry would inherit the options of the
+    entry that it replaces, even if that is of another class.
     """
     found: list[str] = []
     for place, argument in enumerate(arguments):

@@ -9,7 +9,7 @@ from coin.reporting.results import as_json
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Write a report, and print where it is."""
+    """Write a report, and print its path."""
     parser = command_parser("report")
     parser.add_argument("folders", nargs="+", type=str, help="Experiments', seeds' or sweeps' folders.")
     parser.add_argument("--output", type=str | None, default=None, help="The HTML file to write.")

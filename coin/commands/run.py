@@ -6,21 +6,21 @@ from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.experiment import Experiment
 from coin.experiment.launch import Launch
 from coin.experiment.run import make_experts, run_experiment
-from coin.processes import is_first
+from coin.processes import is_rank_zero
 from coin.reporting.report import REPORT_HTML
 from coin.reporting.results import as_json
 from coin.reporting.tables import print_summary
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run an experiment, and print what has come of it."""
+    """Run an experiment, and print its results."""
     experiment, launch, only, machine = _read(arguments)
     if only is not None:
         make_experts(experiment, only)
         return
     summary = run_experiment(experiment, launch)
     page = experiment.folder / REPORT_HTML
-    if not is_first():
+    if not is_rank_zero():
         return
     if machine:
         print(as_json({"experiment": experiment.name, "report": page, "summary": summary}))
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def experiment_of(arguments: Sequence[str]) -> Experiment:
-    """Return the experiment that ``coin run`` makes of arguments."""
+    """Return the experiment that the arguments of ``coin run`` describe."""
     return _read(arguments)[0]
 
 

@@ -31,11 +31,11 @@ def serve(
 
     Args:
         folder: An experiment's folder, whose first seed is taken, or a seed's.
-        choice: Which of its coded systems.
-        policy: Decides whom a query asks; none takes ``standin`` where the decoder reads no survivor, as it must for
-            that, and else ``coded_hedged``. With ``hedged`` and ``replicated`` spares hold every expert, as many as the
-            code has rows, in place of the coded models; with ``uncoded`` there is neither.
-        quantile: Of the time that own answers take, after which they are late.
+        choice: Which of the experiment's coded systems to serve.
+        policy: Which servers a query asks; by default ``standin`` if the decoder needs no survivor (which that policy
+            requires), else ``coded_hedged``. With ``hedged`` and ``replicated``, spares that hold every expert replace
+            the coded models, one per row of the code; with ``uncoded`` there are neither.
+        quantile: The quantile of own answers' time after which they count as late.
         ray: Where and how to serve.
     """
     check_port(ray)
@@ -53,7 +53,7 @@ def serve(
 
 
 def read_system(folder: str, choice: Choice, policy: PolicyKind | None, quantile: float) -> System:
-    """Return what `serve` serves; the arguments are its own."""
+    """Return the system that `serve` serves, from the same arguments."""
     root = Path(folder)
     coded = read_coded_system(root, choice, alone=policy is PolicyKind.standin)
     default = PolicyKind.coded_hedged if coded.decoder.reads_survivors else PolicyKind.standin
@@ -94,14 +94,14 @@ def read_system(folder: str, choice: Choice, policy: PolicyKind | None, quantile
 
 
 def _decoders(coded: CodedSystem) -> list[Decoder]:
-    """Return the decoders of a system; those that need no fit serve without calibration samples too, if need be."""
+    """Return the decoders of a system; decoders that need no fit work without calibration samples too."""
     try:
         return coded.fitted_decoders()
     except CoinError as error:
         unfitted = coded.unfitted_decoders()
         if unfitted[0].needs_fit:
             raise
-        warnings.warn(f"decoded answers will not tell their risk: {error}", CoinWarning, stacklevel=2)
+        warnings.warn(f"decoded answers will have no risk estimate: {error}", CoinWarning, stacklevel=2)
         return unfitted
 
 

@@ -1,4 +1,4 @@
-"""``coin simulate``: how late answers are, and how right, by what stands in for an expert."""
+"""``coin simulate``: latency and accuracy of the answers, for every kind of stand-in."""
 
 import json
 import re
@@ -18,17 +18,17 @@ from coin.files.atomic import atomic_path, write_text
 from coin.modules.variants import NONE, ORACLE
 from coin.networks import load_network
 from coin.networks.compressed import compress
-from coin.options import described
-from coin.processes import say
+from coin.options import config_dict
+from coin.processes import rank_zero_info
 from coin.reporting.figures import as_png
 from coin.reporting.latency import print_simulation, tail_against
-from coin.reporting.results import asked_policy, write_frame
+from coin.reporting.results import requested_policy, write_frame
 from coin.reporting.tables import results_console
 from coin.serving.model import NetworkServer
 from coin.serving.replies import ReplyFormat
 from coin.serving.sim.conditions import Conditions, ServiceKind
 from coin.serving.sim.profile import Failover, Profile, Redundancy, StandIn
-from coin.serving.sim.simulation import Simulation, Want, simulate_all
+from coin.serving.sim.simulation import QueryTarget, Simulation, simulate_all
 from coin.versions import versions
 
 SIMULATION_CSV = "simulation.csv"
@@ -41,7 +41,7 @@ def simulate(
     folder: str,
     conditions: Conditions,
     choice: Choice,
-    wants: list[Want] | None = None,
+    wants: list[QueryTarget] | None = None,
     policies: list[Redundancy] | None = None,
     quantiles: list[float] | None = None,
     loads: list[float] | None = None,
@@ -53,41 +53,41 @@ def simulate(
     jobs: int | None = None,
     output: str | None = None,
 ) -> pd.DataFrame:
-    """Simulate how late answers are, and how right, by what stands in for one of N experts.
+    """Simulate the latency and accuracy of answers, for every kind of stand-in for one of N experts.
 
     Args:
         folder: An experiment's folder, or a seed's.
-        conditions: What machines and the front end are like.
-        choice: Which of the experiment's coded systems; of none given, the most accurate beside the survivors, and all
+        conditions: The machines and the front end to simulate.
+        choice: Which of the experiment's coded systems; by default the most accurate one that uses survivors, and all
             coded models that answer alone.
-        wants: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'; none takes both.
-        policies: What stands in; none takes all of which the results tell how right they are.
-        quantiles: Of the time that own answers take, after which they are late; none takes 0.9.
-        loads: The loads; none takes 0.2, 0.4 and 0.6.
-        experts: Numbers of experts; none takes the experiment's. With others, experts are repeated, and the accuracy of
-            coded answers is not known.
-        extras: Numbers of extra servers; none takes the number of the experiment's coded models.
+        wants: Whose answers a query wants: ``one`` expert's, drawn at random, or ``all`` experts'; by default both.
+        policies: The kinds of stand-in; by default all whose accuracy is in the results.
+        quantiles: The quantiles of own answers' time after which they count as late; by default 0.9.
+        loads: The loads; by default 0.2, 0.4 and 0.6.
+        experts: Numbers of experts; by default the experiment's. For other numbers experts are repeated, and the
+            accuracy of coded answers is unknown.
+        extras: Numbers of extra servers; by default the number of the experiment's coded models.
         queries: Queries per seed.
-        seeds: Of everything random; none takes 20 of them.
-        failover: A small network for all tasks: what it is like is yours to say.
-        jobs: Processes; one a processor core by default.
-        output: Where ``simulation.csv``, ``simulation.json`` and the figures go; none takes `folder`.
+        seeds: The seeds of everything random; by default 20.
+        failover: A small network for all tasks, described by its options.
+        jobs: The number of processes; by default one per processor core.
+        output: The folder for ``simulation.csv``, ``simulation.json`` and the figures; by default `folder`.
     """
     loads, seeds = [0.2, 0.4, 0.6] if loads is None else loads, list(range(SEEDS)) if seeds is None else seeds
     quantiles = [0.9] if quantiles is None else quantiles
     lists = {"wants": wants, "policies": policies, "loads": loads, "quantiles": quantiles, "experts": experts}
     for name, given in (lists | {"extras": extras}).items():
         if given is not None and (not given or len(set(given)) < len(given)):
-            raise ConfigurationError(f"found {name}={[*map(str, given)]}, expected at least one, and each once")
+            raise ConfigurationError(f"found {name}={[*map(str, given)]}, expected one or more, no duplicates")
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise ConfigurationError(f"found seeds {seeds}, expected distinct ones from 0")
+        raise ConfigurationError(f"found seeds {seeds}, expected distinct numbers from 0")
     system, profile, conditions, known = read_profile(folder, choice, conditions, failover)
-    say(system.title)
+    rank_zero_info(system.title)
     if missing := set(policies or ()) - {what.kind for what in known}:
         raise ConfigurationError(f"found no {(kind := min(missing))} in the results; {lacking(kind, folder, choice)}")
     points = [
         (what, sized, sized.simulation(what, conditions, quantile, load=load, want=want, queries=queries))
-        for want in wants or Want
+        for want in wants or QueryTarget
         for count in experts or [profile.code.num_experts]
         for load in loads
         for extra in extras or [profile.code.num_coded]
@@ -104,7 +104,7 @@ def simulate(
         "conditions": conditions, "failover": failover, "code": profile.code.matrix.tolist(),
         "service_seconds": [float(each.mean()) for each in profile.seconds],
     }  # fmt: skip
-    text = json.dumps({"options": described(options), "versions": versions()}, indent=1) + "\n"
+    text = json.dumps({"options": config_dict(options), "versions": versions()}, indent=1) + "\n"
     write_text(place / "simulation.json", text)
     draw(place / "plots" / "simulation-memory.png", "memory_server", rows[rows["load"] == loads[len(loads) // 2]])
     for count in dict.fromkeys(rows["experts"]):
@@ -126,7 +126,7 @@ LACKING = {
 
 
 def lacking(kind: Redundancy, folder: str, choice: Choice) -> str:
-    """Return why nothing is known of what may stand in, and what to do; as `coin serve` says it where it is chosen."""
+    """Return why the results lack a kind of stand-in, and what to do, in the words of `coin serve`."""
     if kind is Redundancy.standin:
         try:
             read_coded_system(Path(folder), choice, alone=True)
@@ -140,9 +140,9 @@ def lacking(kind: Redundancy, folder: str, choice: Choice) -> str:
 def read_profile(
     folder: str, choice: Choice, conditions: Conditions, failover: Failover | None
 ) -> tuple[CodedSystem, Profile, Conditions, list[StandIn]]:
-    """Return a coded system, what is known of its experts, the conditions as measured, and what may stand in.
+    """Return a coded system, its experts' profile, the conditions as measured, and the possible stand-ins.
 
-    The coded system is the most accurate of those that read the survivors, if there is one.
+    The coded system is the most accurate one that uses survivors, if there is one.
     """
     _, frame = read_every_result(Path(folder))
     chosen = _what_was_measured(frame, choice)
@@ -174,11 +174,11 @@ def read_profile(
 
 
 def _what_was_measured(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
-    """Return accuracy and memory of every chosen coded system with one expert lost, the least memory first.
+    """Return accuracy and memory of every chosen coded system with one expert lost, sorted by memory.
 
-    ``worst`` is the least NDA of a task, means over seeds.
+    ``worst`` is the smallest NDA over tasks, each a mean over seeds.
     """
-    policy = None if choice.batchnorm is None else asked_policy(choice.batchnorm)
+    policy = None if choice.batchnorm is None else requested_policy(choice.batchnorm)
     for column, wanted in (("decoder", choice.decoder), ("method", choice.method), ("batchnorm", policy)):
         frame = frame if wanted is None else frame[frame[column] == wanted]
     one = frame[~frame["erased"].str.contains("+", regex=False) & ~frame["method"].isin([NONE, ORACLE])]
@@ -192,7 +192,7 @@ def _what_was_measured(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
 
 
 def _stand_ins(system: CodedSystem, profile: Profile, measured: pd.DataFrame) -> list[StandIn]:
-    """Return what of this may stand in; of coded models that answer alone those that nothing dominates."""
+    """Return the possible stand-ins; of coded models that answer alone only those that no other dominates."""
     size, right = float(np.mean(profile.sizes)), {1: profile.accuracy}
     found = [
         StandIn(Redundancy.uncoded),
@@ -217,7 +217,7 @@ def _stand_ins(system: CodedSystem, profile: Profile, measured: pd.DataFrame) ->
 
 
 def _deltas(system: CodedSystem, name: str, kept: float, accuracy: float, worst: float) -> list[StandIn]:
-    """Return what the experts' compressed deltas are good for, on a server of their own and on the neighbours'."""
+    """Return the stand-ins by compressed deltas of the experts, on a server of their own and on the neighbours'."""
     bits, rank = re.search(r"(\d+)bit", name), re.search(r"rank(\d+)", name)
     paths = list(system.experts.paths.values())
     first, last = (load_network(path).network for path in (paths[0], paths[-1]))
@@ -235,7 +235,7 @@ def kept_bytes(path: Path) -> int:
 
 
 def simulate_rows(points: Sequence[Point], seeds: Sequence[int], jobs: int | None) -> pd.DataFrame:
-    """Return a row for each that may stand in, over the seeds; simulations that are alike run once."""
+    """Return a row for each stand-in, over the seeds; equal simulations run once."""
 
     def key(it: Simulation) -> tuple[object, ...]:
         pace = it.unpacking, it.unpacked, it.decoding, *map(id, it.samples)

@@ -1,10 +1,10 @@
 """``coin sweep``: every point of a grid as a ``coin run`` in a process of its own, resumable.
 
 Each point has a folder, ``runs/SWEEP/SWEEP-INDEX-DESCRIPTION``, with what it printed in ``sweep.log``. Points share the
-base, the experts and the statistics that are the same for them; see `coin.experiment.store`. A sweep may be killed and
-started again: finished points are skipped, begun ones go on where they were. ``runs/SWEEP/sweep.csv`` holds the rows of
-all finished points, behind one column per swept key, in the end ``risk.csv`` and ``promise.csv`` likewise;
-``sweep.yaml`` beside them is the file itself.
+base, the experts and the statistics that are the same for them; see `coin.experiment.store`. An interrupted sweep can
+be restarted: finished points are skipped, the others resume. ``runs/SWEEP/sweep.csv`` holds the rows of all finished
+points, behind one column per swept key, ``risk.csv`` and ``promise.csv`` those at the end of the sweep; ``sweep.yaml``
+is a copy of the sweep's file.
 """
 
 import os
@@ -18,9 +18,9 @@ from coin.commands.parser import command_parser, parsed
 from coin.commands.run import experiment_of
 from coin.errors import ConfigurationError
 from coin.experiment.launch import Command, child_environment, raise_for, run_side_by_side
-from coin.experiment.store import Steps, alone_in, step_key
+from coin.experiment.store import Steps, folder_lock, step_key
 from coin.files.atomic import write_text
-from coin.processes import cores, say
+from coin.processes import cores, rank_zero_info
 from coin.reporting import write_report
 from coin.reporting.extras import PROMISE_CSV, RISK_CSV, read_promises, read_risk
 from coin.reporting.results import read_results, write_frame
@@ -31,7 +31,7 @@ from coin.sweep import SweepPoint, read_sweep, sweep_points
 
 
 class PointRun(Command):
-    """A point's ``coin run``, and the record of its end; making it checks the experiment."""
+    """A point's ``coin run``, and the record of its completion; the constructor validates the experiment."""
 
     def __init__(self, point: SweepPoint) -> None:
         experiment = experiment_of(point.arguments)
@@ -47,10 +47,10 @@ class PointRun(Command):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run every point of a sweep that is not finished yet, collect one table, and print and report it.
+    """Run every unfinished point of a sweep, collect their results in one table, and print and report it.
 
     Raises:
-        CommandFailedError: Points have failed, and all others are finished.
+        CommandFailedError: Some points have failed; all others have finished.
         CoinError: The file, or the experiment of one of its points, is not valid; nothing has been run.
     """
     parser = command_parser("sweep")
@@ -75,10 +75,10 @@ def main(arguments: Sequence[str]) -> None:
     plan = read_sweep(Path(options["file"]))
     folder = Path(options["output"]) / plan.name
     runs = [PointRun(point) for point in sweep_points(plan, folder)]
-    with alone_in(folder):
+    with folder_lock(folder):
         write_text(folder / SWEEP_YAML, plan.text)
         done = [run for run in runs if run.steps.finished(*run.record)]
-        say(f"sweep {plan.name}: {len(runs)} points, {len(done)} finished already, {jobs} at a time")
+        rank_zero_info(f"sweep {plan.name}: {len(runs)} points, {len(done)} finished already, {jobs} at a time")
         tags = ",".join([*user_tags(), f"sweep-{plan.name}"])
         environment = {**child_environment(max(1, cores() // jobs)), "WANDB_TAGS": tags}
 

@@ -1,4 +1,4 @@
-"""``coin fit | validate | test | predict | fisher | evaluate``: what needs a Trainer, by LightningCLI."""
+"""``coin fit | validate | test | predict | fisher | evaluate``: the commands that need a Trainer, by LightningCLI."""
 
 import warnings
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from coin.commands import ON_TRAINER
 from coin.commands.parser import checked
 from coin.errors import ConfigurationError, StateError
 from coin.files.checkpoints import check_training_checkpoint, checkpoint_options
-from coin.modules.shared import quieten
+from coin.modules.shared import silence_lightning
 from coin.reporting.results import read_results
 from coin.reporting.summary import summarise
 from coin.reporting.tables import print_summary
@@ -30,7 +30,7 @@ from coin.steps.trainer import Trainer
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Leaves ``config.yaml`` with what was trained; the other commands write what they did into their results."""
+    """Writes ``config.yaml`` beside a trained model; the other commands store their configuration in their results."""
 
     def setup(self, trainer: pl.Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file before a training run."""
@@ -43,7 +43,7 @@ class TrainerCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return the Trainer's commands and which of their arguments LightningCLI supplies."""
+        """Return the Trainer's commands, and the arguments that LightningCLI supplies to them."""
         own = {"model", "datamodule"}
         return {**LightningCLI.subcommands(), "fisher": own, "evaluate": own | {"configuration"}}
 
@@ -52,7 +52,7 @@ class TrainerCLI(LightningCLI):
         parser.set_defaults({"model": {"class_path": "coin.modules.Expert"}})
 
     def _parse_ckpt_path(self) -> None:
-        """Take the architecture from a checkpoint that is to be tested, and leave a configured training run alone.
+        """Take the architecture from the checkpoint, except for ``fit``, which keeps the configured one.
 
         Lightning would replace all of the configured model's options by the checkpoint's, and do so in ``fit`` too.
         """
@@ -75,7 +75,7 @@ class TrainerCLI(LightningCLI):
                 init_args[name] = None
 
     def before_instantiate_classes(self) -> None:
-        """Hand on the seed to what was given none, and refuse, with ``--safe``, what no allow-list can hold back."""
+        """Set missing seeds, and with ``--safe`` refuse options that an allow-list of classes cannot cover."""
         options = self.config[self.subcommand]
         safe.check_options(options.as_dict())
         for part in ("model", "data"):
@@ -87,13 +87,13 @@ class TrainerCLI(LightningCLI):
         _ENVIRONMENT.enter_context(run_environment(Path(self.trainer.default_root_dir), next(iter(asked), None)))
 
     def before_fit(self) -> None:
-        """Look at the checkpoint that a training is to go on from, unless it is one that Lightning finds itself."""
+        """Check the checkpoint to resume from, unless Lightning finds it itself."""
         path, trusted = (self.config["fit"][name] for name in ("ckpt_path", "weights_only"))
         if path not in (None, "best", "last", "hpc", "registry") and trusted is not False:
             check_training_checkpoint(Path(path))
 
     def after_evaluate(self) -> None:
-        """Print the table of what was just measured."""
+        """Print the table of the results."""
         options = self.config["evaluate"]
         if self.trainer.is_global_zero:
             folder = Path(options["output"] or self.trainer.default_root_dir)
@@ -104,7 +104,7 @@ _ENVIRONMENT = ExitStack()
 
 
 def _hand_on_seed(options: Any, seed: int) -> None:
-    """Give a seed to the model, and to every task, that was given none; `Tasks` leaves each task its own."""
+    """Set the seed of the model and of every task that has none; `Tasks` leaves each task its own."""
     if not isinstance(options, dict | Namespace):
         return
     for entry in options.values():
@@ -117,7 +117,7 @@ def _hand_on_seed(options: Any, seed: int) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Run a Trainer's command; ``arguments`` begin with its name."""
-    quieten()
+    silence_lightning()
     warnings.filterwarnings("ignore", message=r"LightningCLI's args parameter is intended.*")  # without --safe in it
     quiet: dict[str, object] = {"exit_on_error": False}
     try:

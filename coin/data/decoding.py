@@ -90,7 +90,7 @@ def in_parallel(read: Callable[[int], NDArray[np.uint8]], count: int, side: int)
 
 
 class LazyImages:
-    """The images of files, decoded when they are asked for, in the process that asks: a loader's worker."""
+    """The images of files, decoded on access, in the accessing process (a loader's worker)."""
 
     def __init__(self, paths: Sequence[str], side: int) -> None:
         # One array instead of a million objects, whose reference counts would copy their pages into every worker.
@@ -117,7 +117,7 @@ class LazyImages:
 
 
 def read_files(paths: Sequence[str], image_size: int, most: float = math.inf) -> Tensor | LazyImages:
-    """Read images into one tensor, uint8 [P, 3, S, S]; or lazily, if it took more than so many bytes.
+    """Read images into one tensor, uint8 [P, 3, S, S]; or lazily, if it would exceed the byte limit.
 
     Square images that all have one size up to ``image_size`` keep it; all others, and those that are read lazily,
     become ``image_size`` by `to_square`.

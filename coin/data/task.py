@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from coin.choices import check_integer, check_number, chosen
+from coin.choices import check_integer, check_number, parse_enum
 from coin.data.augmentation import Augmentation, TransformSpec, build_transforms
 from coin.data.calibration import Calibration
 from coin.data.samples import BatchDataset, Samples, Source, split_source
@@ -45,7 +45,7 @@ class Shared:
         return found
 
     def read(self, key: Hashable, read: Callable[[], T]) -> T:
-        """Return samples, which are read if nobody holds them."""
+        """Return samples, read unless they are cached."""
         found: T | None = self._read.get(key)
         if found is None:
             found = self._read[key] = read()
@@ -79,8 +79,8 @@ class TaskData(LightningDataModule, ABC):
             ``{class_path: torchvision.transforms.v2.RandomResizedCrop, init_args: {size: 32}}``, or a list of them. It
             sees one image at a time, uint8 [1 or 3, H, W], and must return one, all of one size; its random numbers
             are a function of the seed, the epoch and the image.
-        max_train: At most so many training samples, a stratified choice; validation shrinks in proportion.
-        max_test: At most so many test samples, a stratified choice.
+        max_train: The largest number of training samples, a stratified choice; validation shrinks in proportion.
+        max_test: The largest number of test samples, a stratified choice.
         num_workers: Worker processes of each loader; 0 works in the main process what is held in memory, and decodes
             what is not in a process a core, 8 at most.
     """
@@ -112,7 +112,7 @@ class TaskData(LightningDataModule, ABC):
         self.validation_share = validation_share
         self.split_seed = split_seed
         self.seed = seed or 0
-        self.augmentation = chosen(Augmentation, "augmentation", augmentation)
+        self.augmentation = parse_enum(Augmentation, "augmentation", augmentation)
         self.transform = transform
         self.check_augmentation(self.augmentation, transform)
         build_transforms(transform)  # refuses what cannot be made
@@ -158,7 +158,7 @@ class TaskData(LightningDataModule, ABC):
         self._source = self._shared.latest = self._shared.read(self._key, self._read)
 
     def release(self) -> None:
-        """Let go of the images; `setup` reads them anew."""
+        """Free the images; `setup` reads them again."""
         self._source = self._shared.latest = None
 
     @property

@@ -34,7 +34,7 @@ class Tasks(LightningDataModule):
         promise_samples: How many validation samples of each task `promise` draws.
 
     Attributes:
-        augmentation: What happens to calibration samples that are trained on, where the module that trains says so.
+        augmentation: The augmentation of calibration samples used for training, set by the training module.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class TorchvisionTask(TaskData):
     dataset: ClassVar[str | None] = None
     """What torchvision calls the set; the class's name by default."""
     arguments: ClassVar[tuple[dict[str, Any], dict[str, Any]]] = ({"train": True}, {"train": False})
-    """What torchvision is told beside `root` and `download` to open the training and the test split."""
+    """torchvision's further arguments, beside `root` and `download`, for the training and the test split."""
 
     def __init__(self, *, root: str = "data", download: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -16,11 +16,11 @@ from coin.merging import Method
 from coin.merging.experts import parameters_of
 from coin.modules import DecodingEvaluator
 from coin.networks import Compression, load_network
-from coin.processes import from_first
+from coin.processes import on_rank_zero
 from coin.progress import tracked
 from coin.reporting.extras import write_layers
 from coin.reporting.layers import fisher_shares, relative_distances
-from coin.reporting.results import COLUMNS, asked_policy, read_results
+from coin.reporting.results import COLUMNS, read_results, requested_policy
 from coin.reporting.summary import summarise, variant_names
 from coin.reporting.wandb_evaluation import METHOD_TAG, best, log_method
 from coin.reporting.wandb_settings import in_sweep, logging_only
@@ -49,11 +49,11 @@ def choose_code(run: SeedRun) -> None:
 
     run.steps.once("code", key, [path], choose, shared=True)
     weights = ", ".join(f"{weight:.3g}" for weight in run.code.code.matrix[0].tolist())
-    run.say(f"code: chosen weights {weights}")
+    run.rank_zero_info(f"code: chosen weights {weights}")
 
 
 def estimate(run: SeedRun, which: Statistic) -> None:
-    """Compute one statistic of every expert whose file is missing or of other inputs."""
+    """Compute one statistic for every expert whose file is missing or out of date."""
     calibration = run.experiment.calibration
     missing: dict[str, tuple[Path, str, dict[str, TaskData]]] = {}
     for task in run.tasks:
@@ -69,11 +69,11 @@ def estimate(run: SeedRun, which: Statistic) -> None:
             missing[task] = (path, key, tasks)
     if not missing:
         return
-    run.say(f"{which} of {', '.join(missing)}")
+    run.rank_zero_info(f"{which} of {', '.join(missing)}")
     name = "-".join((str(which.name), *which.options.values()))
     own: dict[str, Any] = {"statistic": str(which.name), **which.options}
     with job(run.experiment, "fisher", name, run.seed, list(which.options.values()), **own) as work:
-        work.reads("expert", {task: run.layout.expert(task) for task in missing})
+        work.use_artifacts("expert", {task: run.layout.expert(task) for task in missing})
         for task, (path, key, tasks) in missing.items():
             costs = estimate_statistic(
                 make_trainer(run.folder, run.experiment.trainer),
@@ -81,44 +81,44 @@ def estimate(run: SeedRun, which: Statistic) -> None:
                 run.data(tasks),
                 calibration.options_of(which),
                 path,
-                weights=run.experts.marks[task],
+                weights=run.experts.fingerprints[task],
                 task=task,
                 data=str(which.data),
             )
             run.steps.finish(path.stem, key, [path])
             work.measures({f"{which.name}/{task}/{what}": cost for what, cost in costs.items()})
         if which.name is StatisticKind.fisher:  # Gram matrices are many times the size of the networks
-            work.makes("statistics", by_stem(path for path, _, _ in missing.values()))
+            work.log_artifacts("statistics", by_stem(path for path, _, _ in missing.values()))
 
 
 def merge(run: SeedRun, jobs: ExitStack) -> None:
-    """Make every method's coded models; `jobs` keeps the methods' jobs open, which have their numbers yet to come."""
+    """Make every method's coded models; `jobs` keeps the methods' jobs open until the evaluation has their numbers."""
     for method in run.experiment.methods:
         name, paths, statistics = coded_name(method), run.coded_paths(method), run.statistics(method)
         key, outputs = _merge_key(run, method, statistics), run.coded_outputs(method)
         if run.steps.finished(f"coded-{name}", key, outputs):
-            run.say(f"{name}: up to date")
+            run.rank_zero_info(f"{name}: up to date")
             continue
-        run.say(f"{name}: {'training' if method.is_trained else 'merging'}")
+        run.rank_zero_info(f"{name}: {'training' if method.is_trained else 'merging'}")
         work = run.method_jobs[name] = jobs.enter_context(_method_job(run, method))
         _tell_inputs(run, work, method, statistics)
         train = Training(run.data(run.tasks), run.layout.logs, run.seed, run.experiment.trainer, work.loggers)
         experts = StoredExperts(run.experts, statistics, run.calibrations(), run.initial, train)
         samples = run.experiment.calibration.samples_per_task
         make = partial(make_coded_models, method, run.code, experts, run.layout.coded, samples)
-        make() if method.is_trained else from_first(make)
-        work.makes("coded-model", by_stem(paths))
+        make() if method.is_trained else on_rank_zero(make)
+        work.log_artifacts("coded-model", by_stem(paths))
         run.steps.finish(f"coded-{name}", key, outputs)
 
 
 def make_spares(run: SeedRun) -> None:
-    """Compress every expert as the experiment's spares ask for."""
+    """Compress every expert in each of the ways listed under the experiment's `spares`."""
     for compression in run.experiment.spares:
         paths, sources = run.spare_paths(compression), [*run.experts.paths.values(), run.initial]
         key = step_key({"compression": compression}, sources)
 
         def compress(compression: Compression = compression, paths: list[Path] = paths) -> None:
-            run.say(f"spares of {compression.name}: compressing")
+            run.rank_zero_info(f"spares of {compression.name}: compressing")
             for source, path in zip(run.experts.paths.values(), paths, strict=False):
                 compress_file(source, path, run.initial, compression)
 
@@ -151,21 +151,21 @@ def _merge_key(run: SeedRun, method: Method, statistics: StatisticPaths) -> str:
 
 def _tell_inputs(run: SeedRun, work: Job, method: Method, statistics: StatisticPaths) -> None:
     """Tell W&B which files a method reads."""
-    work.reads("expert", run.experts.paths)
+    work.use_artifacts("expert", run.experts.paths)
     for which, files in statistics.items():
-        work.reads("statistics", by_stem(files.values()), logged=which.name is StatisticKind.fisher)
+        work.use_artifacts("statistics", by_stem(files.values()), logged=which.name is StatisticKind.fisher)
     if method.reads_initial:
-        work.reads("initialisation", by_stem([run.initial]))
+        work.use_artifacts("initialisation", by_stem([run.initial]))
 
 
 def compare_layers(run: SeedRun) -> None:
-    """Write ``layers.csv``, unless it stands and is of these files."""
+    """Write ``layers.csv``, unless it is up to date."""
     methods = run.experiment.methods
     coded = {path: method for method in methods for path in run.coded_paths(method, compressed=False)}
     statistics = {path for method in methods for files in run.statistics(method).values() for path in files.values()}
     output = run.layout.layers
     if not coded:
-        from_first(lambda: output.unlink(missing_ok=True))
+        on_rank_zero(lambda: output.unlink(missing_ok=True))
         return
     key = step_key({}, [*run.experts.paths.values(), *coded, *sorted(statistics)])
     run.steps.once("layers", key, [output], lambda: write_layers(run.folder, _compared(run, coded)))
@@ -173,7 +173,7 @@ def compare_layers(run: SeedRun) -> None:
 
 def _compared(run: SeedRun, coded: Mapping[Path, Method]) -> pd.DataFrame:
     """Return one row a coded model and layer: the layer's share of Fisher mass, its distance to the experts."""
-    run.say("comparing the coded models layer by layer")
+    run.rank_zero_info("comparing the coded models layer by layer")
     experts = StoredExperts(run.experts).parameters
     fishers: dict[tuple[Any, ...], dict[str, float]] = {}  # methods share their statistics, and the rows of a code too
     rows: list[dict[str, Any]] = []
@@ -206,7 +206,7 @@ def _compared(run: SeedRun, coded: Mapping[Path, Method]) -> pd.DataFrame:
 
 
 def evaluate(run: SeedRun) -> None:
-    """Measure every method with every decoder, unless nothing that goes into it has changed."""
+    """Measure every method with every decoder, if an input has changed since the last evaluation."""
     experiment, layout = run.experiment, run.layout
     coded = [path for method in experiment.methods for path in run.coded_paths(method)]
     spares = [path for each in experiment.spares for path in run.spare_paths(each)[: len(run.tasks)]]
@@ -214,13 +214,13 @@ def evaluate(run: SeedRun) -> None:
     outputs = [layout.results, layout.results_json, layout.confusions, layout.risk, layout.risk_samples]
     outputs += [layout.examples] if shown else []
     outputs += [layout.promise] if experiment.calibration.promise_samples else []
-    options, code = experiment.described(run.seed), run.code.code.matrix  # results.json says all of them
+    options, code = experiment.config_dict(run.seed), run.code.code.matrix  # results.json says all of them
     key = step_key({**options, "code": code, "columns": COLUMNS}, [*run.experts.paths.values(), *coded, *spares])
     if run.steps.finished("evaluate", key, outputs):
-        from_first(layout.results_json.touch)  # of seeds with different options, the latest run's count
-        run.say("evaluation: up to date")
+        on_rank_zero(layout.results_json.touch)  # of seeds with different options, the latest run's count
+        run.rank_zero_info("evaluation: up to date")
     else:
-        run.say("evaluating every method with every decoder")
+        run.rank_zero_info("evaluating every method with every decoder")
         model = DecodingEvaluator(
             experts={name: str(path) for name, path in run.experts.paths.items()},
             coded=[str(path) for path in coded],
@@ -231,24 +231,24 @@ def evaluate(run: SeedRun) -> None:
             confidence=experiment.calibration.promise_confidence,
         )
         with job(experiment, "evaluate", "evaluate", run.seed) as work:
-            work.reads("expert", run.experts.paths)
-            work.reads("coded-model", by_stem(coded))
+            work.use_artifacts("expert", run.experts.paths)
+            work.use_artifacts("coded-model", by_stem(coded))
             trainer = make_trainer(run.folder, experiment.trainer, logger=work.loggers)
             trainer.evaluate(model, run.data(run.tasks), str(run.folder), experiment.name, options)
-            work.makes("results", {"rows": layout.results_json})
+            work.log_artifacts("results", {"rows": layout.results_json})
         run.steps.finish("evaluate", key, outputs)
-    from_first(partial(_log_methods, run))
+    on_rank_zero(partial(_log_methods, run))
 
 
 def _log_methods(run: SeedRun) -> None:
-    """Write every method's numbers into its W&B run; that of a method that was made before is written whole again."""
+    """Write every method's results to its W&B run; the runs of methods that were skipped are written again in full."""
     key = step_key({}, [run.layout.results])
     logged = run.steps.finished("wandb-methods", key, [])
     if in_sweep() or (logged and not run.method_jobs):
         return
     with logging_only("the runs of the methods"):
         rows = read_results(run.folder)
-        asked = rows["batchnorm"].map(asked_policy)
+        asked = rows["batchnorm"].map(requested_policy)
         top, whole = best(summarise(rows)).get("best_method"), True
         for method in run.experiment.methods:
             paths = by_stem(run.coded_paths(method))
@@ -261,9 +261,9 @@ def _log_methods(run: SeedRun) -> None:
                     work = stack.enter_context(_method_job(run, method, again=True))
                     _tell_inputs(run, work, method, run.statistics(method))
                     work.repeat_curve(run.layout.log("method", coded_name(method)))
-                    work.makes("coded-model", paths)
+                    work.log_artifacts("coded-model", paths)
                 if variant_names(own).iloc[0] == top:
-                    work.makes("coded-model", paths, ["best"])
+                    work.log_artifacts("coded-model", paths, ["best"])
                 if work.run is None:
                     whole = False
                 else:

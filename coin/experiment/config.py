@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, TypeAlias
 
 from coin.callbacks import Weights
-from coin.choices import check_integer, check_number, chosen
+from coin.choices import check_integer, check_number, parse_enum
 from coin.coding.promise import samples_needed
 from coin.data import TaskData
 from coin.errors import CoinWarning, ConfigurationError
@@ -21,12 +21,13 @@ _Plain: TypeAlias = bool | int | float | list | dict | str | None  # type: ignor
 
 @dataclass(frozen=True)
 class BaseConfig(TrainingConfig):
-    """The shared initialisation that all experts start from, where it is not the network's `weights`.
+    """The shared initialisation of all experts, if it is not the network's `weights`.
 
     Args:
-        task: What to pretrain on.
-        checkpoint: Trained weights instead: a safetensors state dict or a Lightning checkpoint.
-        seed: Of the pretraining: its first weights and the samples' order. All seeds of an experiment share one base.
+        task: The task to pretrain on.
+        checkpoint: Trained weights to use instead of pretraining: a safetensors state dict or a Lightning checkpoint.
+        seed: The seed of the pretraining (initial weights, order of samples). All seeds of an experiment share one
+            base.
     """
 
     task: TaskData | None = None
@@ -36,7 +37,7 @@ class BaseConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.task is None) == (self.checkpoint is None):
-            raise ConfigurationError("found a base with both or neither of task and checkpoint, expected one of them")
+            raise ConfigurationError("found a base with both or neither of task and checkpoint; give exactly one")
         check_integer("seed", self.seed, 0)
 
 
@@ -46,8 +47,8 @@ class ExpertConfig(TrainingConfig):
 
     Args:
         weights: Which weights become the expert: ``last``, or ``best`` on the validation split.
-        overrides: By task, options of this section that differ for it.
-        checkpoints: By task, trained weights to take instead of training: a safetensors state dict or a Lightning
+        overrides: Options of this section that differ for a task, by task name.
+        checkpoints: Trained weights to use instead of training, by task name: a safetensors state dict or a Lightning
             checkpoint.
     """
 
@@ -58,13 +59,13 @@ class ExpertConfig(TrainingConfig):
     checkpoints: dict[str, str] = field(default_factory=dict)
 
     def of(self, task: str) -> "ExpertConfig":
-        """Return the training options with a task's own in place."""
+        """Return the training options for a task, its overrides applied."""
         options: dict[str, Any] = {**self.overrides.get(task, {}), "overrides": {}, "checkpoints": {}}
         try:
             return replace(self, **options)
         except TypeError as error:
             raise ConfigurationError(
-                f"expert.overrides.{task} has an option that an expert has not: {error}"
+                f"expert.overrides.{task} has an unknown option ({error}); use options of the expert section"
             ) from error
 
 
@@ -73,19 +74,19 @@ class CalibrationConfig:
     """The unlabelled samples that merging and decoding may use, and the Fisher computed on them.
 
     Args:
-        samples_per_task: P.
-        fisher_data: The data of the experts' statistics for methods that leave it open: ``own``: each expert's on its
-            own task's samples; ``pooled``: on all tasks'; ``auto``: both, the better one for every method.
+        samples_per_task: P, the number of calibration samples of each task.
+        fisher_data: The samples for the experts' statistics, for methods that do not set it: ``own``: each expert's own
+            task; ``pooled``: all tasks; ``auto``: both, and the better one is used for each method.
         fisher_kind: Which Fisher diagonal.
-        fisher_cotangents: k, for the Monte Carlo kind and only for it.
-        fisher_precision: The type that the networks run in for it.
+        fisher_cotangents: k, the number of random cotangents a sample, for the Monte Carlo kind only.
+        fisher_precision: The floating-point type of the networks in the Fisher pass.
         memory_mib: Bound on the Fisher pass's working memory in MiB, beside the network and the accumulators.
-        batch_size: Samples a batch.
-        promise_samples: How many samples of each task's validation split, which neither experts, coded models nor
-            decoders learn from, say up to which risk decoded answers are accepted; 0 promises nothing. At 95 %
-            confidence it takes at least 59 for 5 %, 149 for 2 % and 299 for 1 %.
-        promise_alpha: The most of the accepted answers that differ from the expert's, as a probability.
-        promise_confidence: The probability that this holds.
+        batch_size: Samples per batch.
+        promise_samples: How many validation samples of each task set the risk up to which decoded answers are accepted;
+            experts, coded models and decoders do not learn from them. 0 makes no promise. At 95 % confidence at least
+            59 are needed for α = 5 %, 149 for 2 % and 299 for 1 %.
+        promise_alpha: α, the largest probability that an accepted answer differs from the expert's.
+        promise_confidence: The probability that the promise holds.
     """
 
     samples_per_task: int = 200
@@ -107,17 +108,17 @@ class CalibrationConfig:
             check_number(name, getattr(self, name), low=0, high=1, strict=True)
         if self.fisher_cotangents is not None:
             check_integer("fisher_cotangents", self.fisher_cotangents, 1)
-        object.__setattr__(self, "fisher_data", chosen(DataChoice, "fisher_data", self.fisher_data))
-        object.__setattr__(self, "fisher_kind", chosen(FisherKind, "fisher_kind", self.fisher_kind))
-        object.__setattr__(self, "fisher_precision", chosen(Precision, "fisher_precision", self.fisher_precision))
+        object.__setattr__(self, "fisher_data", parse_enum(DataChoice, "fisher_data", self.fisher_data))
+        object.__setattr__(self, "fisher_kind", parse_enum(FisherKind, "fisher_kind", self.fisher_kind))
+        object.__setattr__(self, "fisher_precision", parse_enum(Precision, "fisher_precision", self.fisher_precision))
 
     @property
     def merging(self) -> dict[str, Any]:
-        """What of it has a say in the coded models."""
+        """The options that the coded models depend on."""
         return {name: value for name, value in vars(self).items() if not name.startswith("promise_")}
 
     def warn_of_too_few(self) -> None:
-        """Warn where no promise can come of the samples for it."""
+        """Warn if there are too few samples for any promise."""
         needed = samples_needed(self.promise_alpha, self.promise_confidence)
         if 0 < self.promise_samples < needed:
             warnings.warn(
@@ -128,18 +129,18 @@ class CalibrationConfig:
             )
 
     def options_of(self, which: Statistic) -> StatisticOptions:
-        """Return how a statistic is computed."""
-        cotangents = self.fisher_cotangents if which.kind is FisherKind.monte_carlo else None
+        """Return the options with which a statistic is computed."""
+        mc_samples = self.fisher_cotangents if which.kind is FisherKind.monte_carlo else None
         precision = Precision.full if which.kind is None else self.fisher_precision
-        return StatisticOptions(which.name, which.kind, cotangents, self.memory_mib, precision)
+        return StatisticOptions(which.name, which.kind, mc_samples, self.memory_mib, precision)
 
 
 @dataclass(frozen=True)
 class WandbConfig:
-    """What of an experiment goes to W&B; ``WANDB_MODE``, ``WANDB_PROJECT`` and ``WANDB_ENTITY`` say where to.
+    """What is logged to W&B; ``WANDB_MODE``, ``WANDB_PROJECT`` and ``WANDB_ENTITY`` set where.
 
     Args:
-        tags: Short words to filter by, on all runs.
+        tags: Tags of all runs.
     """
 
     tags: list[str] = field(default_factory=list)

@@ -16,8 +16,8 @@ from coin.files.atomic import is_folder_name
 from coin.merging import Method
 from coin.modules import Expert
 from coin.modules.spares import SPARE
-from coin.networks import Compression, NetworkConfig, brought_network, build_network, has_batchnorm
-from coin.options import as_options, described
+from coin.networks import Compression, NetworkConfig, build_network, has_batchnorm, import_checkpoint
+from coin.options import config_dict, to_config
 from coin.statistics import FisherKind
 from coin.steps.code import AUTO, read_code
 from coin.steps.merge import coded_name
@@ -31,26 +31,26 @@ class Experiment:
     """Tasks, their experts, a code, merge methods and decoders, measured over seeds.
 
     Args:
-        name: The experiment's name: its folder is ``output/name``.
+        name: The experiment's name; its folder is ``output/name``.
         tasks: The tasks by name; each gets an expert.
         methods: The merge methods to compare.
         network: The architecture of the experts and the coded models.
-        base: The shared initialisation; none takes the network's pretrained (or random) weights.
-        expert: How the experts are trained, or where they are.
-        code: R rows of N coding weights, one coded model a row; a number R, for the ready code of R coded models
-            (`coin.coding.convex`); ``auto``, for one coded model whose weights every seed chooses from its calibration
-            data (`coin.steps.code.choose_weights`); none, for one coded model that weighs all experts alike.
+        base: The shared initialisation; by default the network's pretrained (or random) weights.
+        expert: How the experts are trained, or their checkpoints.
+        code: R rows of N coding weights, one coded model per row; a number R for the predefined code of R coded models
+            (`coin.coding.convex`); ``auto`` for one coded model whose weights each seed chooses on its calibration data
+            (`coin.steps.code.choose_weights`); by default one coded model with equal weights.
         calibration: The unlabelled samples for merging and decoding.
-        decoders: The decoders to compare: kinds, or sections of a kind and its options; none takes all kinds.
+        decoders: The decoders to compare: kinds, or sections of a kind and its options; by default all kinds.
         spares: Compressed copies of all experts, as stand-ins to compare: sections of `coin.networks.Compression`'s
             options, such as ``{bits: 3}``, ``{bits: 3, base_bits: 8}`` or ``{rank: 8}``.
-        seeds: One run each, or a single one; a seed draws calibration samples and all that is random after the base.
-        output: Where experiments go.
+        seeds: A list of seeds, or one; the seed fixes the calibration samples and everything random after the base.
+        output: The folder of all experiments.
         trainer: Options of the Trainer for all steps, such as ``accelerator``, ``devices``, ``precision``. With several
             devices or nodes, all processes go through all steps: trainings share out their batches (of
             ``batch_size`` samples a process, as always with Lightning), statistics and the evaluation their samples;
             the first process does the rest and writes all files, into a folder that all nodes share.
-        wandb: What goes to W&B.
+        wandb: What is logged to W&B.
 
     Raises:
         ConfigurationError: The parts do not fit together.
@@ -77,7 +77,7 @@ class Experiment:
         if not is_folder_name(name):
             raise ConfigurationError(f"found name {name!r}, expected a plain folder name without slashes")
         if len(tasks) < 2:
-            raise ConfigurationError(f"found {len(tasks)} task(s), expected at least two to code over")
+            raise ConfigurationError(f"found {len(tasks)} task(s), expected at least two; add tasks")
         for task in tasks:
             if not is_folder_name(task) or any(mark in task for mark in "+|") or task in ("mean", "none"):
                 raise ConfigurationError(
@@ -91,10 +91,10 @@ class Experiment:
         """The code; none where every seed chooses its own."""
         self.decoders, self.takes_all_decoders = distinct_decoders(decoders), decoders is None
         settings = (calibration.fisher_kind, calibration.fisher_data, self.decoders)
-        methods = [method.settled(*settings) for method in methods]
+        methods = [method.with_defaults(*settings) for method in methods]
         self.spares = [Compression.of(section) for section in spares or []]
         if any(spare.rounding for spare in self.spares):
-            raise ConfigurationError("found a rounding of spares, expected none: only merge methods have a choice")
+            raise ConfigurationError("found rounding in spares, expected none; only merge methods have this option")
         made = [(method, end) for method in methods for end in ("", *(f"-{each.name}" for each in method.compress))]
         called = [f"{SPARE}-{each.name}" for each in self.spares]
         names = [*(coded_name(method) + end for method, end in made), *called]
@@ -136,26 +136,26 @@ class Experiment:
 
     def as_yaml(self, seed: int) -> str:
         """Return the configuration with which ``coin run`` repeats one seed."""
-        return str(yaml.safe_dump(as_options({**self._given, "seeds": [seed]}), sort_keys=False, allow_unicode=True))
+        return str(yaml.safe_dump(to_config({**self._given, "seeds": [seed]}), sort_keys=False, allow_unicode=True))
 
     def tasks_of(self, seed: int) -> dict[str, TaskData]:
-        """Return the tasks as a seed draws from them."""
+        """Return the tasks with a seed set."""
         return {name: task_with(task, seed=seed) for name, task in self.tasks.items()}
 
-    def described(self, seed: int | None) -> dict[str, Any]:
-        """Return all options with their defaults filled in, but for the code; of a seed, or of what all seeds share."""
+    def config_dict(self, seed: int | None) -> dict[str, Any]:
+        """Return the options of one seed, or of all seeds, with their defaults but without the code."""
         names = ("network", "base", "expert", "calibration", "methods", "trainer")
-        return {name: described(getattr(self, name)) for name in names} | {
+        return {name: config_dict(getattr(self, name)) for name in names} | {
             **({"code_choice": AUTO} if self.code is None else {}),
             "name": self.name,
             "decoders": [decoder.name for decoder in self.decoders],
-            "tasks": described(self.tasks if seed is None else self.tasks_of(seed)),
+            "tasks": config_dict(self.tasks if seed is None else self.tasks_of(seed)),
             "seed": seed,
-            **({"spares": described(self.spares)} if self.spares else {}),
+            **({"spares": config_dict(self.spares)} if self.spares else {}),
         }
 
     def check_parts(self) -> None:
-        """Look at what the user has brought, once, before anything is trained: the tasks' samples, trained experts.
+        """Check the user's data and checkpoints before anything is trained (fail early).
 
         Raises:
             CoinError: Images cannot be read, a task has too few of them, or a checkpoint is not of this network.
@@ -169,11 +169,11 @@ class Experiment:
                 task.promise(self.calibration.promise_samples, name=name)
             given = self.expert.checkpoints.get(name)
             if given is not None:
-                brought_network(self.network, task.num_classes, Path(given))
+                import_checkpoint(self.network, task.num_classes, Path(given))
         self._checked = True
 
     def check_fit(self) -> None:
-        """Refuse, before anything is trained, options that do not fit this network.
+        """Check, before anything is trained, that the options fit this network (fail early).
 
         Raises:
             ConfigurationError: Variants differ in their BatchNorm policy alone, and there is no BatchNorm; a pattern

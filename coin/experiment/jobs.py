@@ -1,4 +1,4 @@
-"""One job of an experiment: its loggers, which live as long as it does, and the files it reads and makes."""
+"""One job of an experiment, with its loggers and its W&B artifacts."""
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from coin.experiment.experiment import Experiment
 from coin.files.atomic import write_text
-from coin.processes import is_first
+from coin.processes import is_rank_zero
 from coin.reporting.wandb_runs import log_artifact, record_input, start_run, use_artifact
 from coin.reporting.wandb_settings import in_sweep, logging_only, run_environment
 from coin.steps.code import AUTO
@@ -21,37 +21,37 @@ from coin.steps.code import AUTO
 
 @dataclass(frozen=True)
 class Job:
-    """A job at work: of a seed or of what all seeds share, with its W&B run on the first process, if W&B takes one."""
+    """A running job, of one seed or of all seeds; its W&B run exists on rank zero only, and if W&B is on."""
 
     experiment: str
     seed: int | None
     run: wandb.Run | None
     loggers: list[Logger]
 
-    def makes(self, kind: str, files: Mapping[str, Path], aliases: Sequence[str] = ()) -> None:
-        """Log files as W&B artifacts, named after the experiment, their kind and what they are of.
+    def log_artifacts(self, kind: str, files: Mapping[str, Path], aliases: Sequence[str] = ()) -> None:
+        """Log files as W&B artifacts, named by experiment, kind and content.
 
-        The kinds are initialisation, expert, statistics, coded-model and results. Seeds are versions of one artifact,
-        called ``seed-K``.
+        The kinds are initialisation, expert, statistics, coded-model and results. Each seed is a version of the
+        artifact, with the alias ``seed-K``.
         """
         called = [*aliases, *([] if self.seed is None else [f"seed-{self.seed}"])]
         self._each(kind, files, lambda run, path, name, of: log_artifact(run, path, name, kind, called, {"of": of}))
 
-    def reads(self, kind: str, files: Mapping[str, Path], *, logged: bool = True) -> None:
-        """Say that the job reads files that other jobs have logged, or that are too large for W&B to have them."""
+    def use_artifacts(self, kind: str, files: Mapping[str, Path], *, logged: bool = True) -> None:
+        """Record the job's input files: artifacts of other jobs or, if not `logged`, files too large for W&B."""
         if logged:
             self._each(kind, files, lambda run, path, name, _: use_artifact(run, path, name, kind))
         else:
             self._each(kind, files, lambda run, path, name, _: record_input(run, path, name))
 
     def measures(self, numbers: Mapping[str, float]) -> None:
-        """Write final numbers into the run's summary."""
+        """Write final numbers to the run's summary."""
         if self.run is not None:
             with logging_only("the numbers of a job"):
                 self.run.summary.update(dict(numbers))
 
     def repeat_curve(self, folder: Path) -> None:
-        """Log again what an earlier process has left of a training in ``logs/metrics.csv``: W&B may have lost it."""
+        """Log again the training curve in ``logs/metrics.csv``, which an interrupted offline run may have lost."""
         path = folder / "logs" / "metrics.csv"
         if self.run is None or not self.run.offline or not path.is_file():
             return
@@ -63,7 +63,7 @@ class Job:
                 self.run.log({"trainer/global_step": numbers.pop("step", None), **numbers})
 
     def _each(self, kind: str, files: Mapping[str, Path], tell: Callable[[wandb.Run, Path, str, str], None]) -> None:
-        """Tell W&B of files, by their artifacts' names and what they are of."""
+        """Call `tell` for every file with its artifact's name and its content."""
         if self.run is not None and not self.run.disabled:
             with logging_only("the files of a job"):
                 for of, path in files.items():
@@ -87,20 +87,20 @@ def job(
     again: bool = False,
     **own: Any,
 ) -> Iterator[Job]:
-    """Yield one job with its loggers: CSV files in its folder's ``logs``, and a W&B run in the experiment's group.
+    """Yield a job with its loggers: CSV files in its ``logs`` folder, and a W&B run in the experiment's group.
 
-    The W&B runs of a seed lie side by side in ``runs/NAME/seed-K/wandb``, to be brought online by one ``wandb sync``. A
-    job that was interrupted goes on with its run, whose name is kept in its folder. Several jobs may be at work at
-    once. An agent of a W&B sweep knows of one run alone, which is the evaluation's.
+    All W&B runs of a seed are in ``runs/NAME/seed-K/wandb``, so that one ``wandb sync`` uploads them. An interrupted
+    job resumes its run, whose id is stored in its folder. Several jobs may run at once. An agent of a W&B sweep logs to
+    one run, the evaluation's.
 
     Args:
         experiment: The experiment.
         job_type: ``expert``, ``fisher``, ``method`` or ``evaluate``.
-        name: What the job works on.
-        seed: The seed; none for what all seeds share.
-        tags: To filter by.
-        again: Whether a job that is done goes on with its run.
-        **own: What the run's configuration says beside the experiment's.
+        name: The task, method or statistic.
+        seed: The seed; None for a job that all seeds share.
+        tags: Tags of the W&B run.
+        again: Whether a finished job resumes its run.
+        **own: Further entries of the run's configuration.
     """
     layout = experiment.layout
     if seed is not None:
@@ -114,7 +114,7 @@ def job(
     # CSV comes first: Lightning's log_dir is the first logger's, and W&B's is another for every run.
     loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="logs")]
     run, kept, done = None, folder / f"wandb-run-id-{job_type}", folder / f"wandb-run-done-{job_type}"
-    if is_first() and (job_type == "evaluate" or not in_sweep()):
+    if is_rank_zero() and (job_type == "evaluate" or not in_sweep()):
         with logging_only(f"the start of the run '{called}'"):
             run = start_run(
                 home,
@@ -140,7 +140,7 @@ def job(
 
 
 def _run_id(kept: Path, done: Path) -> str:
-    """Return the W&B run that one of two files names, or a new one's name, which goes into the first."""
+    """Return the W&B run id stored in one of two files, or a new id, which is written to the first."""
     for path in (kept, done):
         if path.is_file():
             return path.read_text(encoding="utf-8").strip()
@@ -150,10 +150,10 @@ def _run_id(kept: Path, done: Path) -> str:
 
 
 def _run_config(experiment: Experiment, seed: int | None) -> dict[str, Any]:
-    """Return a run's configuration: everything under ``experiment``, and beside it what runs are grouped by."""
+    """Return a run's configuration: all options under ``experiment``, and the values that runs are grouped by."""
     code = AUTO if experiment.code is None else experiment.code.matrix.tolist()
     return {
-        "experiment": {**experiment.described(seed), "code": code},
+        "experiment": {**experiment.config_dict(seed), "code": code},
         "network": experiment.network.name,
         "seed": seed,
         "samples_per_task": experiment.calibration.samples_per_task,

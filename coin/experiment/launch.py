@@ -1,7 +1,7 @@
 """``coin`` commands side by side: as processes of this machine, or as an array of SLURM jobs.
 
-Every expert that an experiment has trained so is a ``coin run -c … --only TASK`` of its own that fills the experiment's
-folder, so that the experiment finds it there as it would find its own of an earlier, killed run.
+Each expert is then trained by its own ``coin run -c … --only TASK``, which writes to the experiment's folder; the
+experiment finds the finished expert there, as after an interrupted run.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from typing import Any, TypeVar
 import torch
 
 from coin.errors import CoinError, ConfigurationError, first_line
-from coin.processes import cores, say
+from coin.processes import cores, rank_zero_info
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 10.0
 
 
 class Executor(StrEnum):
-    """What runs the experts: processes of this machine (``local``), or jobs of a cluster (``slurm``)."""
+    """Where the experts are trained: in processes of this machine (``local``), or in jobs of a cluster (``slurm``)."""
 
     local = "local"
     slurm = "slurm"
@@ -37,14 +37,13 @@ class Launch:
     """How the experts of an experiment are trained: one after the other, or side by side.
 
     Args:
-        executor: ``local``: processes of this machine, which share out its GPUs, or its cores where it has none.
+        executor: ``local``: processes of this machine, which divide its GPUs among them, or its cores if it has no GPU.
             ``slurm``: one array of jobs, submitted by `submitit` (pip install 'coded-coin[slurm]'); the experiment
-            waits for them, and goes on when it is started again if it was ended meanwhile.
-        workers: How many experts at a time. 1 trains them one after the other, in the experiment's own process with
-            ``local``.
-        slurm: Options of the jobs, as of `submitit.AutoExecutor.update_parameters`: ``timeout_min``,
-            ``gpus_per_node``, ``cpus_per_task``, ``slurm_partition``, …; and ``cluster``, which is ``slurm`` unless
-            it says ``local`` or ``debug``, to try the jobs on this machine.
+            waits for them, and an interrupted one resumes when it is started again.
+        workers: How many experts are trained at a time. With 1 and ``local`` the experiment trains them itself.
+        slurm: Options of `submitit.AutoExecutor.update_parameters`: ``timeout_min``, ``gpus_per_node``,
+            ``cpus_per_task``, ``slurm_partition``, …; and ``cluster``, which is ``slurm`` unless it says ``local`` or
+            ``debug``, to try the jobs on this machine.
     """
 
     executor: Executor = Executor.local
@@ -64,11 +63,11 @@ class Launch:
 
 
 class CommandFailedError(CoinError):
-    """Commands have failed; the others are finished."""
+    """Some commands have failed; all others have finished."""
 
 
 class Command:
-    """A ``coin`` command that is run in a process of its own, which appends what it prints to `log`."""
+    """A ``coin`` command run as a subprocess, whose output is appended to `log`."""
 
     def __init__(self, name: str, arguments: Sequence[str], log: Path) -> None:
         self.name = name
@@ -84,14 +83,14 @@ class Command:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
     def last_line(self) -> str:
-        """Return what the process has printed last, nothing where it has not begun."""
+        """Return the last line that the process printed, or '' before it has started."""
         if not self.log.is_file():
             return "it has printed nothing"
         return self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
 
 
 class ExpertJob(Command):
-    """One expert's training, which submitit can call: of a task, with the resolved configuration of a seed."""
+    """The training of one task's expert as a callable for submitit, with the resolved configuration of a seed."""
 
     def __init__(self, name: str, config: Path, task: str, log: Path) -> None:
         super().__init__(name, ("run", "-c", str(config), "--only", task), log)
@@ -102,7 +101,7 @@ class ExpertJob(Command):
             raise CommandFailedError(f"{self.name}: {self.last_line()}")
 
     def checkpoint(self) -> Any:
-        """Return the job to queue when the cluster wants its machine back: the same, which goes on where this was."""
+        """Return the job to requeue when the cluster preempts this one: the same job, which resumes."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
@@ -115,7 +114,7 @@ def train_side_by_side(jobs: Sequence[ExpertJob], launch: Launch, folder: Path) 
     """Train experts that are missing, several at a time, and wait for all of them; submitit's own files go to `folder`.
 
     Raises:
-        CommandFailedError: Naming the experts that failed, after all have ended.
+        CommandFailedError: Some experts failed; raised after all have ended, with their names.
         ConfigurationError: submitit or SLURM is missing, or refuses an option.
     """
     if launch.executor is Executor.slurm:
@@ -137,7 +136,7 @@ def worker_environments(workers: int) -> list[dict[str, str]]:
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """Return the environment of a child with so many threads, unless ``OMP_NUM_THREADS`` is set."""
+    """Return a subprocess's environment with this number of threads, unless ``OMP_NUM_THREADS`` is set."""
     # W&B's service belongs to the process that started it: a child that inherits its address may find it gone.
     inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     return {"OMP_NUM_THREADS": str(threads), **inherited}
@@ -148,14 +147,14 @@ def run_side_by_side(
     environments: Sequence[Mapping[str, str]],
     on_success: Callable[[C], None] = lambda _: None,
 ) -> list[C]:
-    """Run commands on this machine in their order, wait for all of them, and return those that failed.
+    """Run commands on this machine in order, wait for all of them, and return those that failed.
 
-    The processes end when this one does. Python lets the main thread alone listen to signals, which has to call this.
+    The subprocesses end with this process. Call it from the main thread: Python delivers signals only there.
 
     Args:
         commands: The commands.
-        environments: One for each process at a time; a command gets one that no other has meanwhile.
-        on_success: Is given every command that has ended well.
+        environments: One per concurrent process; running commands never share one.
+        on_success: Called with every command that succeeded.
     """
     waiting, failed = list(commands), []
     running: dict[int, tuple[C, subprocess.Popen[bytes], float]] = {}
@@ -170,14 +169,14 @@ def run_side_by_side(
                         on_success(command)
                         ended = len(commands) - len(waiting) - len(running)
                         seconds = time.monotonic() - started
-                        say(f"{command.name}: finished in {seconds:.0f} s ({ended} of {len(commands)})")
+                        rank_zero_info(f"{command.name}: finished in {seconds:.0f} s ({ended} of {len(commands)})")
                     else:
                         failed.append(command)
-                        say(f"{command.name}: failed with exit status {status}: {command.last_line()}")
+                        rank_zero_info(f"{command.name}: failed with exit status {status}: {command.last_line()}")
                 if waiting and place not in running:
                     command = waiting.pop(0)
                     running[place] = command, command.start(environment), time.monotonic()
-                    say(f"{command.name}: started")
+                    rank_zero_info(f"{command.name}: started")
             time.sleep(_POLL_SECONDS)
     finally:
         _stop([process for _, process, _ in running.values()])
@@ -186,7 +185,7 @@ def run_side_by_side(
 
 
 def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
-    """End processes, by force those that do not end within seconds."""
+    """Terminate processes, and kill those that are still running after a few seconds."""
     for process in processes:
         process.terminate()
     for process in processes:
@@ -212,18 +211,18 @@ def _run_as_array(jobs: Sequence[ExpertJob], launch: Launch, folder: Path) -> li
     except Exception as error:  # submitit's and sbatch's errors share no base class
         raise ConfigurationError(f"cannot submit the experts with {launch.slurm}: {first_line(error)}") from error
     for job, handle in zip(jobs, handles, strict=True):
-        say(f"{job.name}: job {handle.job_id}")
+        rank_zero_info(f"{job.name}: job {handle.job_id}")
     failed: list[ExpertJob] = []
     for job, handle in zip(jobs, handles, strict=True):
         ended = handle.exception()
         if ended is not None:
             failed.append(job)
-        say(f"{job.name}: finished" if ended is None else f"{job.name}: failed ({first_line(ended)[:200]})")
+        rank_zero_info(f"{job.name}: finished" if ended is None else f"{job.name}: failed ({first_line(ended)[:200]})")
     return failed
 
 
 def raise_for(failed: Sequence[Command], count: int, what: str) -> None:
-    """Raise a `CommandFailedError` if any of so many commands has failed."""
+    """Raise a `CommandFailedError` if any of `count` commands has failed."""
     if failed:
         raise CommandFailedError(
             f"{len(failed)} of {count} {what} failed, the first of them {failed[0].name}: {failed[0].last_line()} "

@@ -1,4 +1,4 @@
-"""Where everything of an experiment lies. What is in the results' files, `coin.reporting` says."""
+"""The paths of an experiment's files; see `coin.reporting` for the contents of the results."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from coin.reporting.summary import SUMMARY_CSV
 
 
 class SeedLayout:
-    """The files of one seed, in ``runs/NAME/seed-K``; ``logs`` are those of all steps but the experts."""
+    """The files of one seed, in ``runs/NAME/seed-K``; ``logs`` has the logs of all steps but the experts' training."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -32,7 +32,7 @@ class SeedLayout:
         self.promise = folder / PROMISE_CSV
 
     def expert(self, task: str) -> Path:
-        """Return the file of a task's expert; its checkpoints and logs lie beside it."""
+        """Return the file of a task's expert; its checkpoints and logs are in the same folder."""
         return self.folder / "experts" / task / "expert.safetensors"
 
     def log(self, job_type: str, name: str) -> Path:
@@ -52,7 +52,7 @@ class ExperimentLayout:
         self.summary = folder / SUMMARY_CSV
 
     def initial(self, num_classes: int) -> Path:
-        """Return the file of the shared initialisation with so many outputs."""
+        """Return the file of the shared initialisation with this number of outputs."""
         return self.base / f"initial-{num_classes}.safetensors"
 
     def seed(self, seed: int) -> SeedLayout:

@@ -13,10 +13,10 @@ from coin.experiment.experiment import Experiment
 from coin.experiment.jobs import job
 from coin.experiment.launch import ExpertJob, Launch, train_side_by_side
 from coin.experiment.seed_run import SeedRun
-from coin.experiment.store import Steps, alone_in, step_key, sweep_of
-from coin.experiment.training import lacks_expert, make_expert, make_initial
+from coin.experiment.store import Steps, folder_lock, step_key, sweep_of
+from coin.experiment.training import make_expert, make_initial, needs_training
 from coin.files.atomic import remove_leftovers, write_text
-from coin.processes import from_first, is_first, process_count, say
+from coin.processes import is_rank_zero, on_rank_zero, process_count, rank_zero_info
 from coin.reporting import write_report
 from coin.reporting.summary import write_summary
 from coin.reporting.wandb_evaluation import SUMMARY_TAG, log_summary
@@ -27,21 +27,21 @@ from coin.steps.trainer import join_processes
 def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.DataFrame:
     """Run every step whose inputs have changed, for every seed, report, and return the contents of ``summary.csv``."""
     _begin(experiment)
-    if is_first():
+    if is_rank_zero():
         experiment.calibration.warn_of_too_few()
-    with alone_in(experiment.folder, patient=sweep_of(experiment.folder) is not None):
-        from_first(lambda: remove_leftovers(experiment.folder))
+    with folder_lock(experiment.folder, patient=sweep_of(experiment.folder) is not None):
+        on_rank_zero(lambda: remove_leftovers(experiment.folder))
         seeds = _seed_runs(experiment)
         for run in seeds:
-            if is_first() and not run.layout.results.exists():
+            if is_rank_zero() and not run.layout.results.exists():
                 write_text(run.layout.config, experiment.as_yaml(run.seed))
         if launch is not None and launch.side_by_side:
             _train_side_by_side(experiment, seeds, launch)
         for run in seeds:
             _run_seed(run)
-            if is_first():  # until now it was that of the results that stood there
+            if is_rank_zero():  # until now it was that of the results that stood there
                 write_text(run.layout.config, experiment.as_yaml(run.seed))
-        return from_first(partial(_summarise, experiment))
+        return on_rank_zero(partial(_summarise, experiment))
 
 
 def make_experts(experiment: Experiment, task: str) -> None:
@@ -54,7 +54,7 @@ def make_experts(experiment: Experiment, task: str) -> None:
 
 
 def _begin(experiment: Experiment) -> None:
-    """Check what can be checked at once, and gather all processes."""
+    """Validate the experiment early, and start all processes."""
     check_connection()
     experiment.check_fit()
     experiment.as_yaml(experiment.seeds[0])  # a task or method that it cannot say is better told of now
@@ -63,7 +63,7 @@ def _begin(experiment: Experiment) -> None:
 
 def _seed_runs(experiment: Experiment) -> list[SeedRun]:
     """Prepare what all seeds share, and return the seeds to run."""
-    from_first(Tasks(experiment.tasks).prepare_data)
+    on_rank_zero(Tasks(experiment.tasks).prepare_data)
     for task in experiment.tasks.values():
         _ = task.num_classes  # a folder that is missing or has one class is better told of before the pretraining
     initial = make_initial(experiment)
@@ -73,7 +73,7 @@ def _seed_runs(experiment: Experiment) -> list[SeedRun]:
 def _run_seed(run: SeedRun) -> None:
     experiment = run.experiment
     promises = bool(experiment.calibration.promise_samples) and not run.layout.promise.exists()
-    if promises or any(lacks_expert(run, name) for name in run.tasks):
+    if promises or any(needs_training(run, name) for name in run.tasks):
         experiment.check_parts()
     for name in run.tasks:
         make_expert(run, name)
@@ -97,12 +97,12 @@ def _train_side_by_side(experiment: Experiment, seeds: Sequence[SeedRun], launch
     for run in seeds:
         write_text(run.layout.launch, experiment.as_yaml(run.seed))
         for task in experiment.tasks:
-            if lacks_expert(run, task):
+            if needs_training(run, task):
                 log = run.layout.expert(task).with_name("launch.log")
                 jobs.append(ExpertJob(f"seed {run.seed}: expert {task}", run.layout.launch, task, log))
     if jobs:
         experiment.check_parts()
-        say(f"training {len(jobs)} experts, {launch.workers} at a time")
+        rank_zero_info(f"training {len(jobs)} experts, {launch.workers} at a time")
         train_side_by_side(jobs, launch, experiment.layout.submitit)
 
 
@@ -116,9 +116,9 @@ def _summarise(experiment: Experiment) -> pd.DataFrame:
 
 
 def _log_summary(experiment: Experiment, summary: pd.DataFrame) -> None:
-    """Give all seeds together a W&B run, where there are several and their numbers are new.
+    """Log the summary over seeds to a W&B run of its own, if there are several seeds and it has changed.
 
-    An agent of a W&B sweep, which knows of one run alone, gets their means in that run's summary.
+    An agent of a W&B sweep logs to one run; there the means go to that run's summary.
     """
     steps, key = Steps(experiment.folder), step_key({}, [experiment.layout.summary])
     if len(experiment.seeds) < 2 or steps.finished("wandb-summary", key, []):

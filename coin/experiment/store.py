@@ -1,9 +1,9 @@
-"""What makes an experiment resumable: a step is done again only if what goes into it has changed.
+"""Resumable steps: a step is repeated only if its inputs have changed.
 
-The points of a sweep share steps by the same records: a step that another point has finished with the same key is
-taken over by links to its outputs. That is sound, since the key stands for all that goes into a step.
+The points of a sweep share steps: a step that another point has finished with the same key is reused by linking its
+outputs. This is safe because the key is a hash of all inputs of the step.
 
-One process at a time works in a folder: a lock ends with the process that holds it, however that ends.
+One process at a time works in a folder. The lock is released when its process ends, even if it is killed.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 
 from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.files.atomic import link_file, sha256_of, write_text
-from coin.options import described
-from coin.processes import from_first
+from coin.options import config_dict
+from coin.processes import on_rank_zero
 from coin.reporting.sweeps import SWEEP_YAML
 from coin.versions import versions
 
@@ -36,66 +36,68 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def sweep_of(experiment: Path) -> Path | None:
-    """Return the folder of the sweep that an experiment's folder is a point of, None where it is of none."""
+    """Return the folder of the sweep that an experiment belongs to, or None."""
     return experiment.parent if (experiment.parent / SWEEP_YAML).is_file() else None
 
 
 class Steps:
-    """The record of finished steps of one folder, one small file a step.
+    """The record of the finished steps of one folder, one small file per step.
 
-    A step is finished when its record names the same key (see `step_key`) and every output has the contents it had
-    then. With several processes the first one looks and writes, and all of them hear the same. A step that is `shared`
-    may have been finished by another point of the same sweep, whose outputs are then linked here: for steps that cost
-    much and whose outputs do not say which experiment they are of.
+    A step is finished if its record has the same key (see `step_key`) and its outputs have not changed since. With
+    several processes, rank zero reads and writes the records and broadcasts the result. A `shared` step may have been
+    finished by another point of the same sweep, whose outputs are then linked here: for expensive steps whose outputs
+    do not depend on the experiment's name.
 
     Args:
-        folder: Where the outputs are, ``base`` or ``seed-K`` of an experiment; the records go to ``folder/.steps``.
+        folder: The folder of the outputs, ``base`` or ``seed-K`` of an experiment; the records are in
+            ``folder/.steps``.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def finished(self, name: str, key: str, outputs: Sequence[Path], *, shared: bool = False) -> bool:
-        """Return whether the step `name` has been finished with this key and its outputs stand."""
-        return from_first(
-            lambda: self._stands(name, key, outputs) or (shared and self._is_taken_over(name, key, outputs))
+        """Return whether the step `name` is finished with this key and its outputs are unchanged."""
+        return on_rank_zero(
+            lambda: self.is_cached(name, key, outputs) or (shared and self.reuse_from_sweep(name, key, outputs))
         )
 
     def finish(self, name: str, key: str, outputs: Sequence[Path]) -> None:
-        """Record that the step `name` has been finished, once the first process has come to here."""
-        from_first(lambda: self._write(name, {"key": key, "outputs": self._contents(outputs)}))
+        """Record on rank zero that the step `name` is finished."""
+        on_rank_zero(lambda: self._write(name, {"key": key, "outputs": self._contents(outputs)}))
 
     def once(
         self, name: str, key: str, outputs: Sequence[Path], make: Callable[[], Any], *, shared: bool = False
     ) -> None:
-        """Do a step on the first process and record it, unless it is finished."""
+        """Run a step on rank zero and record it, unless it is finished."""
         if not self.finished(name, key, outputs, shared=shared):
-            from_first(make)
+            on_rank_zero(make)
             self.finish(name, key, outputs)
 
     def alone(self, name: str, key: str) -> AbstractContextManager[Any]:
-        """Return a context for a shared step, which waits for another point of the sweep that is doing the same."""
-        sweep = from_first(lambda: sweep_of(self.folder.parent))
+        """Return a context that waits while another point of the sweep runs the same shared step."""
+        sweep = on_rank_zero(lambda: sweep_of(self.folder.parent))
         if sweep is None:
             return contextlib.nullcontext()
-        return alone_in(sweep / ".locks" / f"{name}-{key[:16]}", patient=True)
+        return folder_lock(sweep / ".locks" / f"{name}-{key[:16]}", patient=True)
 
-    def _stands(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
+    def is_cached(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
+        """Return whether this folder's record of the step has this key and its outputs' contents."""
         try:
             record = json.loads(self._record(name).read_text(encoding="utf-8"))
             return bool(record["key"] == key and record["outputs"] == self._contents(outputs))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
-    def _is_taken_over(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
-        """Link the outputs of another point that has finished the step with this key, if one has."""
+    def reuse_from_sweep(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
+        """Link the outputs of another point that has finished the step; return whether there is one."""
         sweep = sweep_of(self.folder.parent)
         if sweep is None:
             return False
         for record in sorted(sweep.glob(f"*/{glob.escape(self.folder.name)}/.steps/{glob.escape(name)}.json")):
             other = Steps(record.parent.parent)
             theirs = [other.folder / path.relative_to(self.folder) for path in outputs]
-            if other._stands(name, key, theirs):
+            if other.is_cached(name, key, theirs):
                 with contextlib.suppress(OSError):  # it is just being made again: the step is done here
                     for source, target in zip(theirs, outputs, strict=True):
                         link_file(source, target)
@@ -114,20 +116,20 @@ class Steps:
 
 
 def step_key(options: Any, inputs: Sequence[Path] = ()) -> str:
-    """Return a hash of a step's options (as `described`), of its input files' contents and of coin's version."""
-    value = [described(options), [sha256_of(path) for path in inputs], versions()["coded-coin"]]
+    """Return a hash of a step's options (`config_dict`), its input files' contents and coin's version."""
+    value = [config_dict(options), [sha256_of(path) for path in inputs], versions()["coded-coin"]]
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, *, patient: bool = False) -> Iterator[None]:
-    """Hold a folder while the block runs; with several processes the first one holds it for all.
+def folder_lock(folder: Path, *, patient: bool = False) -> Iterator[None]:
+    """Lock a folder during the block; with several processes, rank zero locks it for all.
 
-    Processes that this one starts or forks do not hold it. Where the file system has no locks, a warning says so.
+    Child processes do not inherit the lock. On a file system without locks there is a warning instead.
 
     Args:
         folder: The folder.
-        patient: Whether to wait for another process that holds it.
+        patient: Whether to wait while another process holds the lock.
 
     Raises:
         ConfigurationError: Another process works in the folder.
@@ -135,7 +137,7 @@ def alone_in(folder: Path, *, patient: bool = False) -> Iterator[None]:
     """
     lock = FileLock(folder / LOCK, fallback_to_soft=False)  # a file whose mere existence is the lock survives a kill
     try:
-        from_first(lambda: _acquire(lock, folder, patient))
+        on_rank_zero(lambda: _acquire(lock, folder, patient))
         yield
     finally:
         lock.release()

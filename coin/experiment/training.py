@@ -1,4 +1,4 @@
-"""The steps up to the experts: the shared initialisation, pretrained or taken over, and every task's expert."""
+"""The steps up to the experts: the shared initialisation, pretrained or imported, and every task's expert."""
 
 from functools import partial
 from pathlib import Path
@@ -10,17 +10,17 @@ from coin.experiment.config import BaseConfig
 from coin.experiment.experiment import Experiment
 from coin.experiment.jobs import by_stem, job
 from coin.experiment.seed_run import SeedRun
-from coin.experiment.store import Steps, alone_in, step_key
-from coin.networks import brought_network, initial_network, save_network
-from coin.processes import from_first, say
+from coin.experiment.store import Steps, folder_lock, step_key
+from coin.networks import import_checkpoint, initial_network, save_network
+from coin.processes import on_rank_zero, rank_zero_info
 from coin.steps.train import train_network
 
 
 def make_initial(experiment: Experiment) -> Path:
     """Make the shared initialisation, and return its file.
 
-    With different class counts there is one file a count (experts of one count share their head, all experts the
-    rest, random or not); the one with the most classes is returned.
+    There is one file per class count: experts with equal counts share the head, all experts share the other layers.
+    Returns the file with the most classes.
     """
     base = experiment.base
     steps = Steps(experiment.layout.base)
@@ -30,10 +30,10 @@ def make_initial(experiment: Experiment) -> Path:
         task = task_with(base.task, image_size=experiment.network.image_size)
         options = {"network": experiment.network, "base": base, "task": task, "trainer": experiment.trainer}
         key = step_key(options)
-        with alone_in(steps.folder, patient=True), steps.alone("base", key):
+        with folder_lock(steps.folder, patient=True), steps.alone("base", key):
             if not steps.finished("base", key, [checkpoint], shared=True):
                 experiment.check_parts()
-                say(f"base: pretraining {experiment.network.name} on {type(task).__name__}")
+                rank_zero_info(f"base: pretraining {experiment.network.name} on {type(task).__name__}")
                 _pretrain(experiment, base, task, key, steps, checkpoint)
     return _write_initial(experiment, steps, checkpoint)[-1]
 
@@ -41,7 +41,7 @@ def make_initial(experiment: Experiment) -> Path:
 def _pretrain(
     experiment: Experiment, base: BaseConfig, task: TaskData, key: str, steps: Steps, checkpoint: Path
 ) -> None:
-    from_first(task.prepare_data)
+    on_rank_zero(task.prepare_data)
     with job(experiment, "expert", "base", None, ["base"], task="base") as work:
         train_network(
             base,
@@ -56,11 +56,11 @@ def _pretrain(
         )
         task.release()
         steps.finish("base", key, [checkpoint])
-        work.makes("initialisation", by_stem(_write_initial(experiment, steps, checkpoint)))
+        work.log_artifacts("initialisation", by_stem(_write_initial(experiment, steps, checkpoint)))
 
 
 def _write_initial(experiment: Experiment, steps: Steps, checkpoint: Path | None) -> list[Path]:
-    """Write the shared initialisation once for every class count, where it is missing or of another base."""
+    """Write the shared initialisation for every class count, unless it is up to date."""
     counts = sorted({task.num_classes for task in experiment.tasks.values()})
     largest = experiment.layout.initial(counts[-1])
     for count in reversed(counts):
@@ -83,7 +83,7 @@ def _save_initial(experiment: Experiment, path: Path, count: int, wider: Path | 
 
 
 def make_expert(run: SeedRun, name: str, *, patient: bool = False) -> None:
-    """Train a task's expert, or take over one that was brought along; if patient, wait for another process at it."""
+    """Train or import a task's expert; if `patient`, wait for another process that is training it."""
     experiment, task, output = run.experiment, run.tasks[name], run.layout.expert(name)
     initial = experiment.layout.initial(task.num_classes)
     if name in experiment.expert.checkpoints:
@@ -95,13 +95,13 @@ def make_expert(run: SeedRun, name: str, *, patient: bool = False) -> None:
         return
     training = experiment.expert.of(name)
     key = _training_key(run, name)
-    with alone_in(output.parent, patient=patient), run.steps.alone(f"expert-{name}", key):
-        if not lacks_expert(run, name):
-            run.say(f"expert {name}: up to date")
+    with folder_lock(output.parent, patient=patient), run.steps.alone(f"expert-{name}", key):
+        if not needs_training(run, name):
+            run.rank_zero_info(f"expert {name}: up to date")
             return
-        run.say(f"expert {name}: fine-tuning for {training.epochs} epochs")
+        run.rank_zero_info(f"expert {name}: fine-tuning for {training.epochs} epochs")
         with job(experiment, "expert", name, run.seed, [name], task=name) as work:
-            work.reads("initialisation", by_stem([initial]))
+            work.use_artifacts("initialisation", by_stem([initial]))
             train_network(
                 training,
                 experiment.network,
@@ -114,19 +114,19 @@ def make_expert(run: SeedRun, name: str, *, patient: bool = False) -> None:
                 loggers=work.loggers,
                 weights=training.weights,
             )
-            work.makes("expert", {name: output})
+            work.log_artifacts("expert", {name: output})
         run.steps.finish(f"expert-{name}", key, [output])
 
 
 def _take_over(run: SeedRun, name: str, given: Path) -> None:
     task, config = run.tasks[name], run.experiment.network
-    network = brought_network(config, task.num_classes, given)
+    network = import_checkpoint(config, task.num_classes, given)
     provenance = {"made_by": "coin run", "source": str(given), "task": name, "classes": list(task.classes)}
     save_network(run.layout.expert(name), network, config, task.num_classes, provenance)
 
 
-def lacks_expert(run: SeedRun, name: str) -> bool:
-    """Return whether a task's expert is still to be trained."""
+def needs_training(run: SeedRun, name: str) -> bool:
+    """Return whether a task's expert has yet to be trained."""
     if name in run.experiment.expert.checkpoints:
         return False
     key = _training_key(run, name)

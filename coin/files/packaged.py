@@ -21,7 +21,7 @@ def packaged_file(package: str, file: str, extra: str = "text") -> Path:
 
 
 def extra_module(name: str, extra: str) -> Any:
-    """Import a module that an extra brings; a ConfigurationError without it."""
+    """Import a module of an optional extra; raises ConfigurationError without it."""
     try:
         return import_module(name)
     except ImportError as error:

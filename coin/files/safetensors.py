@@ -20,7 +20,7 @@ _MAPPED = 2**20  # after so many bytes of tensors the file is mapped anew, so th
 
 
 def save_state(path: Path, state: State, provenance: Mapping[str, Any], infinite: Collection[str] = ()) -> None:
-    """Write named tensors and one JSON value that says what made them.
+    """Write named tensors and their provenance, one JSON value.
 
     Args:
         path: The file, written under a temporary name and renamed.
@@ -51,7 +51,7 @@ def save_state(path: Path, state: State, provenance: Mapping[str, Any], infinite
 
 
 class StateFile(Mapping[str, Tensor]):
-    """The named tensors of a safetensors file that `save_state` wrote, read when they are asked for.
+    """The named tensors of a safetensors file that `save_state` wrote, read on access.
 
     None is kept. A tensor is the file's own memory, mapped: its values are read when something computes with them, and
     are let go with the tensor. It must not be written to.

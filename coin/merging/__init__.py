@@ -1,10 +1,10 @@
-"""Merge methods: experts and what their calibration data tell in, coded models out."""
+"""Merge methods: experts and statistics of their calibration data in, coded models out."""
 
 from coin.merging.average import Average, HeadFit
 from coin.merging.closed_form import MergeMethod
 from coin.merging.coin import Coin
 from coin.merging.experts import Experts
-from coin.merging.foreign import Foreign
+from coin.merging.foreign import Foreign, UserMethod
 from coin.merging.full_fisher import FullFisher
 from coin.merging.gauss_newton import GaussNewton
 from coin.merging.method import CodedModel, Merged, Method, merge_networks
@@ -32,6 +32,7 @@ __all__ = [
     "Target",
     "TaskArithmetic",
     "Ties",
+    "UserMethod",
     "Wudi",
     "merge_networks",
 ]

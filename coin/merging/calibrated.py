@@ -1,4 +1,4 @@
-"""N networks with the calibration samples of their tasks, and what they answer to them."""
+"""N networks with the calibration samples of their tasks, and their answers to these."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -26,9 +26,9 @@ class Calibrated:
     Attributes:
         networks: The networks.
         count: N.
-        passes: Forward-equivalents spent so far on what was asked for: what a merge has cost.
-        seconds: Wall time that statistics took elsewhere.
-        train: A `coin.modules.training.Training` for methods that are trained; without one they train in memory.
+        passes: Forward-equivalents spent so far, the cost of the merge.
+        seconds: Wall time of statistics that were computed elsewhere.
+        train: A `coin.modules.training.Training` for methods that train; without one they train in memory.
     """
 
     networks: Sequence[nn.Module]
@@ -39,7 +39,7 @@ class Calibrated:
         self._outputs: dict[tuple[int, bool, bool], list[Run]] = {}
 
     def each_network(self) -> Iterator[nn.Module]:
-        """Yield the experts, one at a time where memory counts."""
+        """Yield the experts, one at a time to save memory if they are in files."""
         yield from self.networks
 
     @property
@@ -48,7 +48,7 @@ class Calibrated:
         return self._calibration is not None
 
     def samples(self, data: DataChoice) -> Sequence[Iterable[Batch]]:
-        """Return for every expert the batches that its statistics are of: its own task's, or all tasks'."""
+        """Return for every expert the batches for its statistics: its own task's, or all tasks'."""
         if data is DataChoice.pooled:
             return [self.pooled] * self.count
         if self._calibration is None:
@@ -58,7 +58,7 @@ class Calibrated:
         return self._calibration
 
     def fitted(self, data: DataChoice) -> Sequence[Calibration]:
-        """Return what `samples` does, without the samples that are held out."""
+        """Return the same as `samples`, without the held-out samples."""
         fitted = self.split[0]
         if data is DataChoice.pooled:
             return [fitted] * self.count
@@ -95,7 +95,7 @@ class Calibrated:
         return torch.tensordot(logits.new_tensor(row), logits, dims=1)  # type: ignore[no-any-return]
 
     def run(self, network: nn.Module, batches: Iterable[Batch], features: bool = False, stages: bool = False) -> Run:
-        """Return what a network answers in eval mode, as `coin.networks.stages.run_network`, and count the passes."""
+        """Return a network's answers in eval mode (`coin.networks.stages.run_network`), and count the passes."""
         with evaluating(network, gradients=False):
             inputs = (as_input(batch, network) for batch in batches)
             if features:
@@ -106,7 +106,7 @@ class Calibrated:
         return Run(torch.cat([run.features for run in runs]), torch.cat([run.logits for run in runs]), runs[0].widths)
 
     def runs(self, part: int, features: bool = False, stages: bool = False) -> list[Run]:
-        """Return what all experts answer to a part of `split`; they run once."""
+        """Return all experts' answers to a part of `split`; they run once."""
         asked = (part, features, stages)
         if asked not in self._outputs:
             found = [self.run(each, self.split[part], features, stages) for each in self.each_network()]

@@ -1,4 +1,4 @@
-"""Methods in closed form, which choose among their candidates and BatchNorm policies on held-out samples."""
+"""Closed-form methods, which choose among candidates and BatchNorm policies on held-out samples."""
 
 import warnings
 from abc import abstractmethod
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from coin.choices import chosen
+from coin.choices import parse_enum
 from coin.errors import CoinWarning, ConfigurationError
 from coin.files.tensors import State, check_finite, weighted_sum
 from coin.merging.checks import check_coded, check_experts
@@ -24,12 +24,12 @@ SAME = "same"
 
 
 class Candidate(NamedTuple):
-    """A coded model's parameters, one of a method's several or the only one.
+    """One candidate for a coded model's parameters.
 
     Attributes:
-        options: What tells it from the others, as plain values for the record.
+        options: Its distinguishing options, as plain values for the record.
         parameters: In the experts' types.
-        trial: The same without the held-out samples, by which it is judged; none where the parameters themselves are.
+        trial: The parameters computed without the held-out samples, used to judge it; by default `parameters`.
     """
 
     options: dict[str, Any]
@@ -40,18 +40,18 @@ class Candidate(NamedTuple):
 class MergeMethod(Method):
     """A method in closed form: one or several candidates for the coded model's parameters.
 
-    Where there is a choice, of candidates or of a BatchNorm policy, the smallest error of decoded answers on held-out
-    calibration samples decides (`choose`): no labels, and the passes count. No fixed policy is safe: ``average`` ruins
-    networks whose statistics were trained along (NDA 17 where 81 is possible), ``recalibrate`` those whose statistics
-    were frozen (18 where 92 is).
+    If there are several candidates or BatchNorm policies, the one with the smallest error of decoded answers on
+    held-out calibration samples is chosen (`choose`), without labels; its passes count as cost. No fixed policy is
+    safe: ``average`` ruins networks whose statistics were trained along (NDA 17 where 81 is possible), ``recalibrate``
+    those whose statistics were frozen (18 where 92 is).
 
     Args:
-        batchnorm: Policy for BatchNorm statistics, as for every method.
+        batchnorm: The BatchNorm merge policy.
         label: Name of this variant in results, a plain file name.
-        compress: How the coded models are compressed too, beside keeping them whole: one section of `Compression`'s
-            options, such as ``{bits: 4}``, or several. The results call such a variant ``LABEL-4bit``.
+        compress: Compressed variants of the coded models, beside the whole ones: one section of `Compression`'s
+            options, such as ``{bits: 4}``, or several. Their label in results is ``LABEL-4bit``.
 
-    A closed form of one's own:
+    A user's own closed form:
 
     >>> import coin, torch
     >>> class Median(coin.MergeMethod):
@@ -72,8 +72,8 @@ class MergeMethod(Method):
         label: str | None = None,
         compress: Compress = None,
     ) -> None:
-        self.batchnorm = chosen(BatchNormPolicy, "batchnorm", batchnorm)
-        self.label = self.labelled(label)
+        self.batchnorm = parse_enum(BatchNormPolicy, "batchnorm", batchnorm)
+        self.label = self.validated_label(label)
         self.reads_initial = self.reads_initial or self.batchnorm is BatchNormPolicy.keep
         self.compress = self.compressed(compress)
 
@@ -114,7 +114,7 @@ class MergeMethod(Method):
         return best, policy, dict(zip(names, errors, strict=False))
 
     def _policies(self, experts: Experts) -> list[str]:
-        """Return the BatchNorm policies to choose from; an empty one where there is no BatchNorm."""
+        """Return the BatchNorm policies to choose from; an empty one without BatchNorm."""
         if not experts.has_batchnorm:
             return [""]
         if self.batchnorm is not BatchNormPolicy.auto:
@@ -126,8 +126,8 @@ class MergeMethod(Method):
         if not experts.is_calibrated or experts.split[0].num_samples < 2:
             found = "two calibration samples" if experts.is_calibrated else "no calibration inputs"
             warnings.warn(
-                f"found {found}, by which method '{self.label}' chooses what becomes of BatchNorm's statistics: it "
-                "averages them, which can be the worst choice; give the tasks' inputs, or set batchnorm",
+                f"found {found}, needed by method '{self.label}' to choose its BatchNorm policy: it averages the "
+                "statistics, which can be the worst choice; give the tasks' inputs, or set batchnorm",
                 CoinWarning,
                 stacklevel=4,
             )
@@ -142,7 +142,7 @@ class MergeMethod(Method):
         if policy == BatchNormPolicy.keep:
             initial = experts.initial()[1]
             buffers = {name: initial.get(name, tensor) for name, tensor in buffers.items()}
-        network = experts.blank().eval()
+        network = experts.empty_model().eval()
         fill(network, {**parameters, **buffers})
         renormalise(network, experts.buffers)
         if policy == BatchNormPolicy.recalibrate:
@@ -151,7 +151,7 @@ class MergeMethod(Method):
 
 
 def refined(start: CodedModel, label: str) -> CodedModel:
-    """Return a coded model that was changed since it was made, after checking it; its error was the start's."""
+    """Return a refined coded model after checking it, without the held-out error, which was the start's."""
     check_finite(parameters_of(start.network), f"the coded model of method '{label}'")
     renamed = {"held_out_error": "held_out_error_of_start"}
     return CodedModel(start.network, {renamed.get(name, name): value for name, value in start.chosen.items()})

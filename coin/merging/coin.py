@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coin.choices import check_number, chosen
+from coin.choices import check_number, parse_enum
 from coin.errors import CoinWarning, NumericalError, StateError
 from coin.files.tensors import State, check_finite, check_same_layout, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod
@@ -19,19 +19,18 @@ from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 class Coin(MergeMethod):
     """The KL barycentre of the experts with each KL replaced by its diagonal second-order form; see `coin_parameters`.
 
-    Which objective it minimises depends on the data of the Fishers: with ``pooled`` data the coding objective
-    E_x‖f_θ − Σ_i β_i f_i‖² to second order (exactly for one linear layer); with ``own`` data
-    Σ_i β_i E_{x∈T_i}‖f_θ − f_i‖², which asks every expert's answer of its own task's inputs alone. ``auto`` makes both
-    and takes the one with the smaller error of decoded answers on held-out samples (which the Fishers have seen, but
-    they know nothing of the coded model's error that decides).
+    The objective depends on the data of the Fishers: with ``pooled`` data it is the coding objective E_x‖f_θ − Σ_i β_i
+    f_i‖² to second order (exactly for one linear layer); with ``own`` data Σ_i β_i E_{x∈T_i}‖f_θ − f_i‖², which
+    compares each expert only on its own task's inputs. ``auto`` makes both and keeps the one with the smaller error of
+    decoded answers on held-out samples (the Fishers use these samples, but not the coded model's error on them).
 
     Source: arXiv 2409.01420, section III, the closed form of the diagonal approximation; Matena and Raffel, *Merging
     models with Fisher-weighted averaging* (NeurIPS 2022), eq. 3, for the same form with the categorical Fisher.
 
     Args:
         damping: λ relative to the mean of Σβ_iF_i, dimensionless, at least 0.
-        fisher_kind: Which Fisher it wants; none for the experiment's, or ``exact``.
-        fisher_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
+        fisher_kind: Which Fisher; by default the experiment's, or ``exact``.
+        fisher_data: The Fisher's data, ``own``, ``pooled`` or ``auto``; by default the experiment's, or ``auto``.
         **options: ``batchnorm`` and ``label``, see `MergeMethod`.
     """
 
@@ -48,19 +47,19 @@ class Coin(MergeMethod):
         super().__init__(**options)
         check_number("damping", damping, low=0)
         self.damping = damping
-        self.fisher_kind = None if fisher_kind is None else chosen(FisherKind, "fisher_kind", fisher_kind)
-        self.fisher_data = None if fisher_data is None else chosen(DataChoice, "fisher_data", fisher_data)
+        self.fisher_kind = None if fisher_kind is None else parse_enum(FisherKind, "fisher_kind", fisher_kind)
+        self.fisher_data = None if fisher_data is None else parse_enum(DataChoice, "fisher_data", fisher_data)
 
     def fisher(self, data: DataChoice) -> Statistic:
         """Return the statistic on this data."""
         return Statistic(StatisticKind.fisher, data, self.fisher_kind or FisherKind.exact)
 
     def statistics(self) -> tuple[Statistic, ...]:
-        """Return the Fishers that the options ask for."""
+        """Return the Fishers requested by the options."""
         return tuple(map(self.fisher, (self.fisher_data or DataChoice.auto).alternatives))
 
     def available(self, experts: Experts) -> list[DataChoice]:
-        """Return on which data there are Fishers, of what the option allows."""
+        """Return the data for which there are Fishers and that the option allows."""
         return experts.available(StatisticKind.fisher, self.fisher_data or DataChoice.auto)
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
@@ -79,8 +78,8 @@ def coin_parameters(
 
     θ = (Σ_i β_i F_i + λ)⁻¹ (Σ_i β_i F_i θ_i + λ Σ_i β_i θ_i), entry by entry, with F_i the diagonal of the Fisher of
     the outputs and λ = damping × the mean of Σ_i β_i F_i over all entries of all parameters. Damping therefore pulls
-    towards the β-average, never towards zero. Where every F_i is exactly zero the β-average stands, and so it does in
-    parameters that an expert's Fisher does not have, as those that were frozen.
+    towards the β-average, never towards zero. The result is the β-average where every F_i is exactly zero, and in
+    parameters missing from an expert's Fisher, such as frozen ones.
 
     It is computed as the β-average plus (Σβ_iF_i + λ)⁻¹ Σβ_iF_i(θ_i − Σβ_kθ_k), in float64: experts that agree in an
     entry leave it alone, however small their Fisher.
@@ -112,8 +111,8 @@ def coin_parameters(
 def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: float) -> dict[str, Tensor]:
     """Return Σ_i β_i F_i + ridge × its mean over all entries, in float64; ones where every entry is zero.
 
-    Of the parameters alone that all the Fishers have. Raises NumericalError where the mean is so small that dividing by
-    its share overflows the type of the Fishers.
+    Only parameters in all Fishers are used. Raises NumericalError if the mean is so small that dividing by its share
+    overflows the Fishers' type.
     """
     totals = {key: weighted_mean(fishers, weights, key, torch.float64) for key in _covered_by(fishers)}
     mean = sum(float(total.sum()) for total in totals.values()) / max(sum(t.numel() for t in totals.values()), 1)
@@ -135,7 +134,7 @@ def _covered_by(fishers: Sequence[State]) -> list[str]:
 def check_fishers(fishers: Sequence[State], expert: State) -> None:
     """Raise StateError where Fisher diagonals do not fit an expert, are not finite or negative; warn of zero ones.
 
-    They may lack parameters of the expert, as those of experts that were partly frozen do.
+    They may lack some parameters of the expert, such as frozen ones.
     """
     zero = []
     for index, fisher in enumerate(fishers):
@@ -157,7 +156,7 @@ def check_fishers(fishers: Sequence[State], expert: State) -> None:
             zero.append(str(index))
     if zero:
         warnings.warn(
-            f"the Fisher of expert {', '.join(zero)} is zero everywhere, so that the expert has no say beyond the "
+            f"the Fisher of expert {', '.join(zero)} is zero everywhere, so that the expert only counts in the "
             "average; check its outputs on the calibration data",
             CoinWarning,
             stacklevel=4,

@@ -1,5 +1,6 @@
-"""What a merge is made of: the experts, their statistics and their calibration data, each computed when asked for."""
+"""The inputs of a merge: experts, their statistics and their calibration data, computed on demand."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
@@ -12,7 +13,7 @@ from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import State
 from coin.merging.calibrated import Calibrated
 from coin.networks.batchnorm import has_batchnorm
-from coin.networks.heads import check_padding, head_name, of_one_width, padded_state, widened
+from coin.networks.heads import check_padding, head_name, of_one_width, pad_head, padded_state
 from coin.statistics import TRANSPOSED, FisherKind, fisher_sums, gram_sums, process_generator
 from coin.statistics.guard import evaluating, trainable
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
@@ -24,24 +25,24 @@ Given = Sequence[State] | Mapping[str, Sequence[State]]
 class Experts(Calibrated):
     """N experts in memory, of one architecture.
 
-    Where class counts differ, heads are padded with zeros to the largest, and so are statistics that are given and the
-    shared initialisation; the coded models then have as many outputs. Statistics that are not given are computed from
-    the calibration data when a method asks for them.
+    If class counts differ, heads, given statistics and the shared initialisation are padded with zeros to the largest
+    count; coded models then have that many outputs. Statistics that are not given are computed from the calibration
+    data on demand.
 
     Args:
         networks: The experts.
-        fishers: Every expert's Fisher diagonal; or several by their data, ``own`` and ``pooled``.
-        grams: Every expert's Gram matrices, likewise.
-        initial: The shared initialisation, for methods and policies that want it.
+        fishers: Every expert's Fisher diagonal; or a mapping of these by data, ``own`` and ``pooled``.
+        grams: Every expert's Gram matrices, in the same form.
+        initial: The shared initialisation, for methods and policies that need it.
         calibration: For every expert the samples of its own task: a `coin.data.Calibration`, or batches ``[B, …]``,
             read once; of pairs (inputs, labels) the inputs.
-        forward: (network, batch) → logits ``[B, C]``, where networks are not called with one tensor: batches may then
-            be mappings of tensors too. What a method makes is called with batches as well; what `merge_networks`
-            returns is not.
+        forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor; batches may
+            then also be mappings of tensors. Coded models within a method are called with batches too; those that
+            `merge_networks` returns are called as the experts' class.
 
-    Raises ConfigurationError where there are no experts, or parts are of different numbers of them; DataError where
-    there is no calibration batch, or one holds anything but tensors of as many samples; HeadError where class counts
-    differ, and the heads cannot be padded.
+    Raises ConfigurationError if there are no experts, or arguments are for different numbers of them; DataError if
+    there is no calibration batch, or one does not consist of tensors of equal length; HeadError if class counts differ
+    and the heads cannot be padded.
     """
 
     def __init__(
@@ -95,19 +96,28 @@ class Experts(Calibrated):
         """Whether the networks have BatchNorm layers with running statistics."""
         return has_batchnorm(self.networks[0])
 
-    def blank(self) -> nn.Module:
-        """Return a new network of the experts' architecture, whose contents do not matter."""
+    def empty_model(self) -> nn.Module:
+        """Return a new network of the experts' architecture, with arbitrary weights."""
         return clone(self.networks[0])
 
+    def blank(self) -> nn.Module:
+        """Return `empty_model`, by its old name; for one version."""
+        warnings.warn(
+            "experts.blank() is now experts.empty_model(); the next version knows only the new name",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.empty_model()
+
     def initial(self) -> tuple[State, State]:
-        """Return the shared initialisation's parameters and buffers; raises ConfigurationError where there is none."""
+        """Return the shared initialisation's parameters and buffers; raises ConfigurationError if there is none."""
         if self._initial is None:
             raise ConfigurationError(
                 "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs; give it as "
                 "initial, or choose another"
             )
         padding = self._padding()
-        initial = widened(self._initial, padding[1]) if padding else self._initial
+        initial = pad_head(self._initial, padding[1]) if padding else self._initial
         return parameters_of(initial), dict(initial.named_buffers())
 
     def _padding(self) -> tuple[str, int] | None:
@@ -118,7 +128,7 @@ class Experts(Calibrated):
         return head, len(self.networks[0].get_submodule(head).get_parameter("weight"))
 
     def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
-        """Return on which data a statistic is available, of what a method's option allows."""
+        """Return the data (own, pooled) for which a statistic is available and that a method's option allows."""
         there = self._data_of(name, data)
         allowed = [each for each in there if data in (DataChoice.auto, each)]
         if not allowed:
@@ -127,7 +137,7 @@ class Experts(Calibrated):
         return allowed
 
     def _data_of(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
-        """Return on which data there is a statistic; one that is computed, or given for no data, is on any."""
+        """Return the data for which there is a statistic; one that is computed, or given without data, is for any."""
         given = self._given[name]
         if isinstance(given, Mapping):
             return [DataChoice(each) for each in given]
@@ -158,7 +168,7 @@ class Experts(Calibrated):
     def computed(self, kind: FisherKind | None, samples: Sequence[Iterable[Batch]]) -> list[State]:
         """Return every expert's Fisher of a kind, or none for its Gram matrices, on its samples; count the passes.
 
-        Fishers are of the experts as they are given: a class that a head is padded with has a probability too.
+        Fishers are those of the experts before padding: a padded class would get a probability too.
         """
         if kind is FisherKind.empirical:
             raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")

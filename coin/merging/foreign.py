@@ -1,7 +1,8 @@
-"""Methods that are no part of coin: a function of the user's own, measured like every other method."""
+"""User-defined merge functions, evaluated like every other method."""
 
 import inspect
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.batches import as_input, clone, size_of
-from coin.errors import ConfigurationError, first_line
+from coin.errors import CoinWarning, ConfigurationError, first_line
 from coin.files.atomic import sha256_of
 from coin.files.packaged import imported
 from coin.merging.checks import check_coded, check_experts
@@ -20,8 +21,8 @@ from coin.networks.weights import fill_network
 from coin.statistics.statistic import DataChoice
 
 
-class Foreign(Method):
-    """A merge by a function of the user's own, ``function(experts, calibration, **options)`` → the coded model.
+class UserMethod(Method):
+    """A merge by a user's function, ``function(experts, calibration, **options)`` → the coded model.
 
     * ``experts``: the N networks, with equally many outputs, in eval mode; copies, which the function may change.
     * ``calibration``: for every expert the list of its own task's batches ``[B, …]``: all P samples, without labels.
@@ -36,18 +37,19 @@ class Foreign(Method):
     nothing is counted.
 
     Args:
-        function: Its import path; ``coin`` looks in the working folder too. A run that finds its source file changed
-            makes its coded models anew; the modules that it imports are not looked at.
+        function: Its import path, also relative to the working folder. If its source file changes, the coded models are
+            made again; changes in modules that it imports are not detected.
         options: Its further arguments by name.
         label: Name of this variant in results; the function's by default.
         compress: As for every method (`coin.MergeMethod`).
 
-    Raises ConfigurationError where there is no such function, or it does not take these arguments.
+    Raises ConfigurationError if there is no such function, or it does not take these arguments.
     """
 
     name = "foreign"
     reads_initial = True  # for all that is known of the class: so no other method starts from one
     batchnorm = ""  # the function's own business
+    recorded_class = "Foreign"  # the class's old name, which records and keys of finished steps have
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class Foreign(Method):
         compress: Compress = None,
     ) -> None:
         self.function, self.options = function, options or {}
-        self.label = self.labelled(function.rpartition(".")[2] if label is None else label)
+        self.label = self.validated_label(function.rpartition(".")[2] if label is None else label)
         self._function = imported("function", function, "a Python function")
         try:
             signature = inspect.signature(self._function)
@@ -74,7 +76,7 @@ class Foreign(Method):
         self._content = sha256_of(Path(self._source))  # of now: it may be edited while experts train
 
     def content_key(self) -> str:
-        """Return a hash of the function's source file, of when it was imported."""
+        """Return a hash of the function's source file at import time."""
         return self._content
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
@@ -88,7 +90,7 @@ class Foreign(Method):
             extra: dict[str, Any] = {"row": list(row)} if "row" in self._asks else {}
             if self.reads_initial:
                 parameters, buffers = experts.initial()
-                extra["initial"] = _counted(experts.blank().eval(), experts)
+                extra["initial"] = _counted(experts.empty_model().eval(), experts)
                 fill(extra["initial"], {**parameters, **buffers})
             try:
                 made = self._function(networks, calibration, **extra, **self.options)
@@ -104,14 +106,29 @@ class Foreign(Method):
                 f"function '{self.function}' returned a {type(made).__name__}, expected a network like the experts; "
                 "return one of them, or a copy"
             )
-        network = experts.blank().eval()
+        network = experts.empty_model().eval()
         fill_network(network, made.state_dict(), f"the network that {self.function} returned")
         check_coded(network, experts, self.label)
         return CodedModel(network)
 
 
+class Foreign(UserMethod):
+    """The old name of `UserMethod`, for one version: makes one, with a warning."""
+
+    def __new__(  # type: ignore[misc]
+        cls,
+        function: str,
+        options: dict[str, Any] | None = None,
+        label: str | None = None,
+        compress: Compress = None,
+    ) -> UserMethod:
+        """Return a `UserMethod`."""
+        warnings.warn("Foreign is now UserMethod; the next version knows only the new name", CoinWarning, stacklevel=2)
+        return UserMethod(function, options, label, compress)
+
+
 def _counted(network: nn.Module, experts: Experts) -> nn.Module:
-    """Return a network after having passes through it, and through copies of it, counted as the experts'."""
+    """Return a network whose passes, and those of its copies, are counted as the experts' passes."""
 
     def count(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         samples = size_of(next(iter((*arguments, *named.values()))))

@@ -1,4 +1,4 @@
-"""How methods choose: by the error of decoded answers on held-out calibration samples."""
+"""Choice among options by the error of decoded answers on held-out calibration samples."""
 
 import math
 import warnings
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.coding import Answers, DecoderConfig, DecoderKind, make_decoder, uniform
-from coin.coding.decoders import Kept
+from coin.coding.decoders import FeatureCache
 from coin.errors import CoinWarning, HeadError, NumericalError
 from coin.merging.experts import Experts
 from coin.networks.stages import common_widths
@@ -33,19 +33,18 @@ def choose(
 ) -> tuple[Option, list[float]]:
     """Return the option whose trial has the smallest `held_out_error`, and every option's error.
 
-    Where there is but one option it is not tried, and there are no errors. Fewer than `FEW` held-out samples are a
-    warning.
+    A single option is not tried, and has no error. With fewer than `FEW` held-out samples there is a warning.
 
     Args:
-        options: What to choose from; the first of equally good ones is taken.
-        build: An option ↦ its coded model, made without the held-out samples.
+        options: The options; of equally good ones the first is chosen.
+        build: Maps an option to its coded model, made without the held-out samples.
         experts: The experts and their calibration data.
         row: The code row β ``[N]``.
         label: The method's, for messages.
-        decoders: Whose mean error decides.
-        handicap: What an option's error is multiplied by before it is compared.
+        decoders: The decoders whose mean error is compared.
+        handicap: A factor on an option's error for the comparison.
 
-    Raises NumericalError where no option has a finite error.
+    Raises NumericalError if no option has a finite error.
     """
     if len(options) == 1:
         return options[0], []
@@ -69,7 +68,7 @@ def choose(
 def held_out_error(
     experts: Experts, coded: nn.Module, row: Sequence[float], decoders: Sequence[DecoderConfig] = (LINEAR,)
 ) -> float:
-    """Return how far decoded answers point away from the experts' own on held-out calibration samples, from 0 to 2.
+    """Return the mean cosine distance of decoded answers to the experts' own on held-out samples, in [0, 2].
 
     With f̂_j what a decoder makes of the answers that arrive when expert j is lost, it is the mean over tasks j and
     decoders of E_{x∈T_j} (1 − cos(f̂_j(x), f_j(x))), logits taken from their mean over the classes: what class an answer
@@ -90,7 +89,7 @@ def held_out_error(
         heads, decoders = None, others
     features, stages = (any(getattr(each, read) for each in decoders) for read in ("reads_features", "reads_stages"))
     judged = _answers(experts, coded, 1, features, stages)
-    calibration, kept = None, Kept()
+    calibration, kept = None, FeatureCache()
     assert judged.tasks is not None
     own = {task: (judged.tasks == task).nonzero().flatten() for task, share in enumerate(row) if share > 0}
     if not any(len(samples) for samples in own.values()):  # few samples, all of tasks that have no share
@@ -121,7 +120,7 @@ def _turned(decoded: Tensor, truth: Tensor) -> Tensor:
 
 
 def _answers(experts: Experts, coded: nn.Module, part: int, features: bool, stages: bool) -> Answers:
-    """Return everyone's answers to a part of `Experts.split`, logits in float64."""
+    """Return the answers of experts and coded model to a part of `Experts.split`, logits in float64."""
     runs = [*experts.runs(part, features, stages), experts.run(coded, experts.split[part], features, stages)]
     *own, last = (run.logits.double() for run in runs)
     theirs, mine = ([run.features for run in runs[:-1]], [runs[-1].features]) if features else (None, None)

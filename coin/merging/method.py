@@ -1,4 +1,4 @@
-"""What all merge methods have in common, and merging in one call."""
+"""The base class of merge methods, and `merge_networks`."""
 
 import re
 import time
@@ -29,11 +29,11 @@ Compress = dict[str, Any] | list[dict[str, Any]] | None
 
 @dataclass(frozen=True)
 class CodedModel:
-    """What a method makes for one row of a code.
+    """A method's result for one row of a code.
 
     Attributes:
         network: The coded model, in eval mode.
-        chosen: What was chosen on the way, and how a solve ended: plain values for the record.
+        chosen: The options that were chosen, and how a solve ended: plain values for the record.
         start: The other method's coded model that a `Refit` began from, if any; `Method.pack` begins there again.
 
     >>> import coin, torch
@@ -48,13 +48,13 @@ class CodedModel:
 
 
 class Merged(list[nn.Module]):
-    """Coded models, one a row of the code, and how they came about.
+    """Coded models, one per row of the code, and how they were made.
 
     Attributes:
-        chosen: Of every one what its method chose, as plain values: the data of the Fisher, the BatchNorm policy, the
-            held-out errors, under ``averaged`` what a `Refit` left at the average.
-        compressed: Of every one what its method's `compress` asks for, by what results call it, such as ``refit-4bit``.
-        passes: Forward-equivalents of one sample that all took together.
+        chosen: For each, the choices of its method as plain values: the Fisher's data, the BatchNorm policy, the
+            held-out errors, and under ``averaged`` the layers that `Refit` left at the average.
+        compressed: For each, the compressed variants by label, such as ``refit-4bit``.
+        passes: The total cost in forward-equivalents of one sample.
         seconds: Wall time.
     """
 
@@ -71,22 +71,22 @@ class Method(ABC):
 
     Attributes:
         name: The name in result tables.
-        label: What results and files call this variant; the name by default.
-        batchnorm: What becomes of BatchNorm's running statistics; empty where the method alone knows.
-        is_trained: Whether it trains with a Trainer, on all processes; others run on the first alone.
+        label: The name of this variant in results and files; by default `name`.
+        batchnorm: The BatchNorm merge policy; empty if the method handles the statistics itself.
+        is_trained: Whether it trains with a Trainer, on all processes; other methods run on rank zero only.
         reads_initial: Whether it needs the shared initialisation.
-        compress: How its coded models are compressed too, beside keeping them whole.
+        compress: The compressed variants of its coded models, beside the whole ones.
         rounds: Whether it can round a coded model while it makes it.
-        samples_per_task: P of its own; none takes the experiment's.
-        augmentation: What happens to calibration samples that it trains on.
+        samples_per_task: Its own P; by default the experiment's.
+        augmentation: The augmentation of calibration samples in its training.
 
-    A method of one's own, which every table then has:
+    A user's own method:
 
     >>> import coin
     >>> class First(coin.Method):
     ...     name = label = "first"
     ...     def make(self, experts, row):
-    ...         network = experts.blank().eval()
+    ...         network = experts.empty_model().eval()
     ...         network.load_state_dict(experts.networks[0].state_dict())
     ...         return coin.CodedModel(network)
     >>> import torch
@@ -111,11 +111,11 @@ class Method(ABC):
         """Make the coded model of one row of the code.
 
         Args:
-            experts: The experts, and what their calibration data tell.
+            experts: The experts, their statistics and calibration data.
             row: The code row β ``[N]``, non-negative with sum 1.
 
         Raises:
-            ConfigurationError: The row is none, or something the method needs is not there.
+            ConfigurationError: The row is invalid, or an input that the method needs is missing.
             StateError: Experts or statistics differ in names or shapes, hold a NaN or an infinity, or a Fisher entry
                 is negative; the message names the expert and the tensor.
             NumericalError: The method broke down on sound inputs.
@@ -124,15 +124,17 @@ class Method(ABC):
     def pack(
         self, experts: Experts, row: Sequence[float], made: CodedModel, base: Base, compression: Compression
     ) -> Compressed:
-        """Return what `make` has made for one row of the code, compressed beside a base."""
+        """Return the coded model for one row of the code, compressed as a delta from a base."""
         return compress_as(compression, made.network, base)
 
     def statistics(self) -> tuple[Statistic, ...]:
-        """Return the statistics of the experts that it wants."""
+        """Return the statistics of the experts that it needs."""
         return ()
 
-    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()) -> Self:
-        """Return the method with the experiment's choices where its options are none.
+    def with_defaults(
+        self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()
+    ) -> Self:
+        """Return the method with options that are None set to the experiment's defaults.
 
         These are the kind and data of its statistics, and the decoders for which it chooses.
         """
@@ -155,7 +157,7 @@ class Method(ABC):
         self.reads_initial = self.reads_initial or any(each.base_bits for each in found)
         return found
 
-    def labelled(self, label: str | None) -> str:
+    def validated_label(self, label: str | None) -> str:
         """Return the label that an option gives, or the name; a ConfigurationError unless results can be called it."""
         label = self.name if label is None else label
         if label in ("none", "oracle") or not re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]*", label):
@@ -176,11 +178,11 @@ def merge_networks(
     forward: Forward | None = None,
     decoders: Sequence[DecoderKind | str | DecoderConfig] = (DecoderKind.linear,),
 ) -> Merged:
-    """Merge N experts into coded models: R new networks in eval mode, one a row of the code, R×N.
+    """Merge N experts into coded models: R new networks in eval mode, one per row of the code, R×N.
 
-    `Experts` says what the other arguments are, but for `decoders`: what the coded models will be read by, for which
-    `Refit` chooses. The networks are of the experts' class and called as it says, whatever
-    `forward`. The list also tells what was chosen on the way and what it cost. Raises as `Method.make`.
+    See `Experts` for the other arguments; `decoders` are the decoders for which `Refit` optimises its choices. The
+    networks are of the experts' class and called in its way, not by `forward`. The returned list also has the choices
+    that were made and the cost. Raises like `Method.make`.
 
     >>> import coin, torch
     >>> experts = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)) for _ in "ab"]
@@ -193,7 +195,7 @@ def merge_networks(
     """
     experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration, forward=forward)
     began = time.perf_counter()
-    method = method.settled(FisherKind.exact, DataChoice.auto, distinct_decoders(decoders))
+    method = method.with_defaults(FisherKind.exact, DataChoice.auto, distinct_decoders(decoders))
     if initial is None and any(each.base_bits for each in method.compress):
         raise ConfigurationError(
             f"found no initial, from which method '{method.label}' compresses deltas; give it, or base_bits: 0"
@@ -207,11 +209,11 @@ def merge_networks(
 
 
 def starting_method(start: str | Mapping[str, Any], *, reads_initial: bool = False) -> Method:
-    """Return the closed form that another method's option `start` stands for.
+    """Return the closed-form method given by another method's option `start`.
 
-    It is the name that results give it, for its default options, or ``{class_path: …, init_args: {…}}`` as in an
-    experiment's list of methods. Raises a ConfigurationError where it is none, it trains, it needs the shared
-    initialisation unless that may be read, or an option is unknown or out of its range.
+    `start` is a method's name in results, for default options, or ``{class_path: …, init_args: {…}}`` as in an
+    experiment's list of methods. Raises ConfigurationError if it is unknown, trains, needs the shared initialisation
+    although `reads_initial` is false, or an option is unknown or out of its range.
     """
     section: Any = {"class_path": start} if isinstance(start, str) else start
     kinds = [each for each in _subclasses(Method) if not each.is_trained and (reads_initial or not each.reads_initial)]
@@ -232,7 +234,7 @@ def starting_method(start: str | Mapping[str, Any], *, reads_initial: bool = Fal
 
 
 def _subclasses(kind: Any) -> Iterator[type[Method]]:
-    """Yield all methods that can be made."""
+    """Yield all concrete methods."""
     for each in kind.__subclasses__():
         if not each.__abstractmethods__:
             yield each
@@ -240,7 +242,7 @@ def _subclasses(kind: Any) -> Iterator[type[Method]]:
 
 
 def fill(network: nn.Module, state: State) -> None:
-    """Copy parameters and buffers into a network, which may name tied ones twice."""
+    """Copy parameters and buffers into a network; tied ones may have two names."""
     own = network.state_dict()  # tensors that share the network's memory
     fill_network(network, own | {name: tensor for name, tensor in state.items() if name in own}, "the coded model")
     with torch.no_grad():

@@ -12,7 +12,7 @@ from coin.merging.affine import fit_unit, output_rows
 from coin.merging.units import Trace, Unit, floating_parameters
 from coin.networks.rounding import Rounding
 from coin.statistics.guard import differentiable, evaluating
-from coin.statistics.recognise import Interceptor
+from coin.statistics.intercept import Interceptor
 from coin.statistics.rules.call import Call
 from coin.statistics.sums import sum_type
 

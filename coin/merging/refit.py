@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from coin.batches import clone, joined, size_of, take
-from coin.choices import check_integer, check_number, chosen
+from coin.choices import check_integer, check_number, parse_enum
 from coin.coding import DecoderConfig, DecoderKind, distinct_decoders
 from coin.errors import CoinWarning
 from coin.files.tensors import weighted_sum
@@ -101,7 +101,7 @@ class Refit(Method):
         label: str | None = None,
         compress: Compress = None,
     ) -> None:
-        self.target = chosen(Target, "target", target)
+        self.target = parse_enum(Target, "target", target)
         if ridge is not None:
             check_number("ridge", ridge, low=0, strict=True)
         check_number("last", last, low=0, most=1, strict=True)
@@ -112,17 +112,19 @@ class Refit(Method):
         self.reads_initial = self._start is not None and self._start.reads_initial
         self.compress = self.compressed(compress)
         self.decoders = None if decoders is None else [each.name for each in distinct_decoders(decoders)]
-        self.label = self.labelled(label)
+        self.label = self.validated_label(label)
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics that the start wants."""
         return () if self._start is None else self._start.statistics()
 
-    def settled(self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()) -> Self:
+    def with_defaults(
+        self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()
+    ) -> Self:
         """Return the method with the experiment's choices, its decoders only where there is something to choose."""
         settled = copy(self)
         if self._start is not None:
-            settled._start = self._start.settled(fisher_kind, fisher_data, decoders)
+            settled._start = self._start.with_defaults(fisher_kind, fisher_data, decoders)
         if self.decoders is None:
             settled.decoders = [each.name for each in decoders] or None
         if self.target is Target.auto and settled.decoders == [str(DecoderKind.expert_head)]:
@@ -202,7 +204,7 @@ class Refit(Method):
         """
         inputs = joined(list(experts.split[0] if held_out else experts.pooled))
         if start is None:
-            network, states = experts.blank().eval(), list(zip(experts.parameters, experts.buffers, strict=True))
+            network, states = experts.empty_model().eval(), list(zip(experts.parameters, experts.buffers, strict=True))
             fill(network, {**average_parameters(experts.parameters, row), **weighted_sum(experts.buffers, row)})
             renormalise(network, experts.buffers)
         else:

@@ -1,4 +1,4 @@
-"""RegMean: every linear map fitted to what the experts' own maps do to their inputs."""
+"""RegMean: each linear map fitted to the outputs of the experts' maps on their inputs."""
 
 import math
 from collections import ChainMap
@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from coin.choices import check_number, chosen
+from coin.choices import check_number, parse_enum
 from coin.errors import StateError
 from coin.files.tensors import State, weighted_mean
 from coin.merging.checks import check_each, check_experts
@@ -41,10 +41,9 @@ class RegMeanLayers(StrEnum):
 class RegMean(MergeMethod):
     """The linear maps that best reproduce, on each expert's inputs, the expert's outputs; see `regmean_parameters`.
 
-    With 200 samples the Gram matrix of a wide layer is singular or nearly so, and weak damping fits noise. The fixed
-    defaults were settled on calibration samples of the embedded tasks. Left open, α and the damping are chosen first,
-    one after the other, by the error on held-out calibration samples, with Gram matrices of the others; then the data,
-    as in `coin.merging.Coin`.
+    With 200 samples the Gram matrix of a wide layer is singular or nearly so, and weak damping fits noise. The defaults
+    were tuned on calibration samples of the embedded tasks. If None, α and then the damping are chosen by the error on
+    held-out calibration samples, with Gram matrices of the other samples; then the data, as in `coin.merging.Coin`.
 
     Source: Jin et al., *Dataless knowledge fusion by merging weights of language models* (ICLR 2023), eq. 1–2 and
     section 3.3 for α.
@@ -70,13 +69,13 @@ class RegMean(MergeMethod):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.layers = chosen(RegMeanLayers, "layers", layers)
+        self.layers = parse_enum(RegMeanLayers, "layers", layers)
         if alpha is not None:
             check_number("alpha", alpha, low=0, most=1)
         if damping is not None:
             check_number("damping", damping, low=0)
         self.alpha, self.damping = alpha, damping
-        self.gram_data = None if gram_data is None else chosen(DataChoice, "gram_data", gram_data)
+        self.gram_data = None if gram_data is None else parse_enum(DataChoice, "gram_data", gram_data)
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the Gram matrices that the option asks for."""

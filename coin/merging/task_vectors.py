@@ -68,7 +68,7 @@ class Wudi(MergeMethod):
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the one merge."""
         initial, every = _checked_initial(experts), experts.parameters
-        network = experts.blank()
+        network = experts.empty_model()
         left_out = None if self.head else f"{head_name(network)}.weight".lstrip(".")
         keys = {name: name.removesuffix(TRANSPOSED) for name in linear_maps(network)}
         unchanged = {key for key in keys.values() if any(torch.equal(each[key], initial[key]) for each in every)}

@@ -18,7 +18,7 @@ from coin.errors import StateError
 from coin.files.tensors import State, weighted_sum
 from coin.networks.batchnorm import folded
 from coin.statistics.guard import differentiable, evaluating
-from coin.statistics.recognise import Interceptor
+from coin.statistics.intercept import Interceptor
 from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.elementwise import ElementwiseCall

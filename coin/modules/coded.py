@@ -1,4 +1,4 @@
-"""A code with its networks: the experts, and the coded models that stand by for them."""
+"""A coded system: the code, the experts and the coded models."""
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -37,19 +37,19 @@ _SYSTEM = "coded system"
 
 
 class Coded(LightningModule):
-    """N experts, R coded models and the code between them.
+    """N experts, R coded models and their code.
 
-    ``forward`` returns the encoded outputs: what the coded models answer in place of Σ_i β_i f_i. `answers` returns
-    what all servers answer, and `decode` a lost expert's logits. The networks run in eval mode and without gradients;
-    their own modes and what requires gradients are left as found.
+    ``forward`` returns the coded models' outputs, which approximate Σ_i β_i f_i. `answers` returns the outputs of all
+    servers, and `decode` a lost expert's logits. The networks run in eval mode and without gradients; their modes and
+    ``requires_grad`` are restored.
 
     Args:
         code: The code, R×N.
         experts: The N experts.
-        coded: The R coded models, one a row of the code.
+        coded: The R coded models, one per row of the code.
         names: The experts' tasks; ``0``, ``1``, … by default.
-        forward: (network, inputs) → logits ``[B, C]``, where networks are not called with one tensor; inputs may then
-            be mappings of tensors too.
+        forward: (network, inputs) → logits ``[B, C]``, for networks that are not called with one tensor; inputs may
+            then also be mappings of tensors.
 
     Raises:
         ConfigurationError: The numbers of experts or coded models do not fit the code.
@@ -87,7 +87,7 @@ class Coded(LightningModule):
         if len(experts) != code.num_experts or len(coded) != code.num_coded:
             raise ConfigurationError(
                 f"found {len(experts)} experts and {len(coded)} coded models, the code is for {code.num_experts} "
-                f"and {code.num_coded}; give as many, or another code"
+                f"and {code.num_coded}; give the same numbers, or another code"
             )
         self.code = code
         self.names = tuple(names) if names is not None else tuple(str(index) for index in range(len(experts)))
@@ -101,7 +101,7 @@ class Coded(LightningModule):
         self.training = False
 
     def train(self, mode: bool = True) -> "Coded":
-        """Leave the networks' modes alone: nothing here is trained, and whatever they are, they run in eval mode."""
+        """Do nothing: the networks are not trained, and always run in eval mode."""
         return self
 
     @torch.no_grad()
@@ -120,11 +120,11 @@ class Coded(LightningModule):
         erased: Sequence[int] = (),
         silent: Sequence[int] = (),
     ) -> Answers:
-        """Run every server that is not lost, once; the entries of those that do not run are NaN.
+        """Run every server that is not lost, once; the entries of the others are NaN.
 
         Args:
             inputs: ``[B, ...]``.
-            features: Whether the servers answer with penultimate features beside their logits.
+            features: Whether the servers return penultimate features beside their logits.
             stages: Whether these are the features of all stages.
             erased: Lost experts, which do not run.
             silent: Coded models that do not run.
@@ -147,16 +147,16 @@ class Coded(LightningModule):
         kind: DecoderKind | str | DecoderConfig,
         tasks: Tensor | Sequence[int] | None = None,
     ) -> "Coded":
-        """Choose how lost experts are decoded from here on.
+        """Fit a decoder for lost experts.
 
-        Several erasures may be ready at once, each by its own call. A decoder that reads no survivor decodes any of its
-        lost experts, so that one call with all of them is ready for every loss.
+        Call it once for every erasure to be decoded. For a decoder that needs no survivor, one call with all experts is
+        enough for every erasure.
 
         Args:
-            calibration: Batches of inputs ``[B, ...]``, or of pairs whose labels are not looked at. The linear decoder
-                and an expert_head that is not corrected learn only their errors, for `risk`, and take none too; by the
-                first batch it is checked that the experts' logits are their heads' of their features, or, where there
-                is none, by the first that is decoded that the coded models' are.
+            calibration: Batches of inputs ``[B, ...]``, or of pairs whose labels are ignored. The linear decoder and an
+                expert_head that is not corrected use them only to estimate errors for `risk`, and work without any. The
+                first batch is used to check that heads and features give the experts' logits; without calibration the
+                first decoded batch is used to check the coded models'.
             erased: Indices of the lost experts.
             kind: The decoder: a kind with its default options, or a configuration.
             tasks: Of which expert's task each input is, int64 over all batches, for ``fitted_on: own``.
@@ -177,10 +177,9 @@ class Coded(LightningModule):
         return self
 
     def decode(self, inputs: Batch, erased: Sequence[int] | None = None) -> Tensor:
-        """Return lost experts' logits ``[|erased|, B, C]``, from the servers that are left, after `fit_decoder`.
+        """Return lost experts' logits ``[|erased|, B, C]``, decoded from the remaining servers, after `fit_decoder`.
 
-        Which experts are lost is what the last `fit_decoder` said, unless it is given. Only servers that the decoder
-        reads run.
+        By default the lost experts are those of the last `fit_decoder`. Only servers that the decoder needs run.
         """
         decoder, places = self._decoder_of(erased)
         if isinstance(decoder, ExpertHeadDecoder) and not self._checked_heads:
@@ -192,8 +191,8 @@ class Coded(LightningModule):
     def risk(self, decoded: Tensor, erased: Sequence[int] | None = None) -> Tensor:
         """Return the risk ``[|erased|, B]`` that decoded logits name another class than the lost expert's own.
 
-        It is `coin.decoding_risk`, with the decoder's errors on its calibration inputs. Raises a DecodingError where
-        the decoder has seen none.
+        It is `coin.decoding_risk`, with the decoder's errors on its calibration inputs. Raises DecodingError if it has
+        none.
         """
         decoder, places = self._decoder_of(erased)
         widths = dict(enumerate(self.classes or []))
@@ -209,19 +208,19 @@ class Coded(LightningModule):
         erased: Sequence[int] | None = None,
         tasks: Tensor | Sequence[int] | None = None,
     ) -> list[Promise]:
-        """Set up to which risk decoded answers are accepted: at most α of these differ from the expert's.
+        """Set the risk up to which decoded answers are accepted, so that at most α of these differ from the expert's.
 
         Args:
-            alpha: The most that differ, as a probability, in (0, 1).
+            alpha: α, the largest probability of a difference, in (0, 1).
             confidence: The probability that the promise holds, in (0, 1).
-            inputs: New ones, in batches as `fit_decoder` takes them: like the queries, and such as neither experts,
-                coded models nor decoder have learnt from. All experts answer them.
+            inputs: New inputs, in batches as for `fit_decoder`, distributed like the queries and not used to train or
+                fit experts, coded models or decoder. All experts run on them.
             erased: The lost experts; those of the last `fit_decoder` by default.
             tasks: Of which expert's task each input is, int64 over all batches; each expert's promise is then from its
                 own. None takes every input for all.
 
         Returns:
-            A promise for each lost expert. Where one cannot be given, none of its decoded answers are accepted.
+            A promise for each lost expert. If none can be given, none of its decoded answers are accepted.
         """
         decoder, places = self._decoder_of(erased)
         parts = [self._answers_for(decoder, batch, learning=True) for batch in _batches(inputs)]
@@ -229,18 +228,18 @@ class Coded(LightningModule):
         return [promises[decoder.erased[place]] for place in places]
 
     def accepted(self, decoded: Tensor, erased: Sequence[int] | None = None) -> Tensor:
-        """Return which decoded logits are accepted, bool ``[|erased|, B]``: their `risk` is one that `accept` allows.
+        """Return which decoded logits are accepted, by their `risk` and `accept`, bool ``[|erased|, B]``.
 
-        Raises a DecodingError where `accept` was not called.
+        Raises DecodingError if `accept` was not called.
         """
         decoder, places = self._decoder_of(erased)
         each = zip([decoder.erased[place] for place in places], self.risk(decoded, erased), strict=True)
         return torch.stack([decoder.accepted(expert, risk) for expert, risk in each])
 
     def save(self, path: str | Path) -> None:
-        """Write the code, the coded models and the decoders that are fitted into one safetensors file.
+        """Write the code, the coded models and the fitted decoders to one safetensors file.
 
-        The experts are not in it, but their fingerprints are; tensors that hold infinities may (masks).
+        It holds the experts' fingerprints, not the experts. Tensors may hold infinities (masks).
         """
         fitted, rests = decoders_state(list(self.decoders.values()))
         state = {f"decoder.{name}": tensor for name, tensor in fitted.items()}
@@ -265,23 +264,25 @@ class Coded(LightningModule):
         coded: Sequence[nn.Module] | None = None,
         forward: Forward | None = None,
     ) -> Self:
-        """Return the system that `save` wrote, its answers the same to the last bit.
+        """Return the system that `save` wrote; its answers are identical to the last bit.
 
         Args:
             path: The file.
-            experts: The same experts as then.
+            experts: The experts that the system was saved with.
             coded: Networks for the coded models' tensors, filled in place; copies of the first expert by default.
             forward: How networks are called, see the class.
 
         Raises:
             FileError: The file is missing, damaged or holds something else.
-            StateError: The experts are others than those that the system was saved with, or tensors do not fit.
+            StateError: The experts are not those that the system was saved with, or tensors do not fit.
         """
         state, told = load_state(Path(path))
         if told.get("what") != _SYSTEM:
             raise FileError(f"'{path}' holds no coded system, expected a file that Coded.save wrote")
-        marks = [fingerprint(_tensors_of(expert)) for expert in experts]
-        if other := [place for place, pair in enumerate(zip(marks, told["experts"], strict=False)) if len({*pair}) > 1]:
+        fingerprints = [fingerprint(_tensors_of(expert)) for expert in experts]
+        if other := [
+            place for place, pair in enumerate(zip(fingerprints, told["experts"], strict=False)) if len({*pair}) > 1
+        ]:
             raise StateError(
                 f"expert {other[0]} is not the one that '{path}' was saved with; give those experts, or make the "
                 "system anew"
@@ -305,7 +306,7 @@ class Coded(LightningModule):
         return next(reversed(self.decoders.values()), None)
 
     def _decoder_of(self, erased: Sequence[int] | None) -> tuple[Decoder, list[int]]:
-        """Return what decodes lost experts, and their places among those that it decodes."""
+        """Return the decoder of lost experts, and their indices among the experts that it decodes."""
         key = next(reversed(self.decoders), ()) if erased is None else tuple(erased)
         able = [key] if key in self.decoders else []
         if erased:  # a decoder that reads no survivor does not mind which of them are left
@@ -319,7 +320,7 @@ class Coded(LightningModule):
         return decoder, [decoder.erased.index(expert) for expert in key]
 
     def _answers_for(self, decoder: Decoder, inputs: Batch, *, learning: bool = False) -> Answers:
-        """Return the answers that a decoder reads, and those that it learns from: its lost experts' own too."""
+        """Return the answers that a decoder needs; for its fit, the lost experts' own too."""
         read = {*decoder.survivors, *(decoder.erased if learning else ())}
         idle = [expert for expert in range(decoder.num_experts) if expert not in read]
         silent = {*range(len(self.coded))} - {*decoder.rows(len(self.coded))}
@@ -328,24 +329,24 @@ class Coded(LightningModule):
 
 
 def _batches(inputs: Iterable[Any]) -> Iterator[Any]:
-    """Yield batches; a DataError where there is a single one in their place."""
+    """Yield batches; raises DataError if given a single batch instead."""
     if isinstance(inputs, Tensor | Mapping):
         raise DataError(f"found a {type(inputs).__name__}, expected batches of inputs, such as a loader; give [inputs]")
     return iter(inputs)
 
 
 def _of_tasks(parts: Sequence[Answers], tasks: Tensor | Sequence[int] | None) -> Answers:
-    """Return the answers to all batches, which tell their tasks where these are given."""
+    """Return the answers to all batches, with their tasks if these are given."""
     return replace(Answers.concatenate(parts), tasks=None if tasks is None else torch.as_tensor(tasks))
 
 
 def _tensors_of(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's parameters and buffers by name, tied ones once and those that are not persistent too."""
+    """Return a network's parameters and buffers by name, tied ones once, non-persistent ones included."""
     return {name: tensor.detach() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
 
 
 def num_classes(expert: nn.Module, inputs: Any) -> int:
-    """Return how many logits an expert has of its own, which answers pad."""
+    """Return an expert's number of logits before padding."""
     with torch.no_grad(), eval_mode(expert):
         logits: Tensor = expert(take(as_input(inputs, expert), slice(0, 1)))
     return logits.shape[1]
@@ -354,9 +355,9 @@ def num_classes(expert: nn.Module, inputs: Any) -> int:
 def heads_for(
     decoders: Sequence[DecoderConfig], experts: Sequence[nn.Module], inputs: Batch | None, needed: bool
 ) -> list[Head] | None:
-    """Return the experts' heads in the CPU's memory, None where no decoder reads them.
+    """Return the experts' heads on the CPU, or None if no decoder needs them.
 
-    None too, with a warning, where they are no linear ones (`linear_heads`) and not needed.
+    Also None, with a warning, if they are optional and not linear (`linear_heads`).
     """
     if not any(config.kind is DecoderKind.expert_head for config in decoders):
         return None
@@ -372,7 +373,7 @@ def heads_for(
 def server_answers(
     experts: nn.ModuleList, coded: nn.ModuleList, inputs: Batch, features: bool, stages: bool, idle: Collection[int]
 ) -> Answers:
-    """Run every server that is not idle, once, the coded models counted behind the experts; see `Coded.answers`."""
+    """Run every server once but those in `idle`, numbered experts first, then coded models; see `Coded.answers`."""
     servers = [None if index in idle else network for index, network in enumerate((*experts, *coded))]
     found = [None if network is None else run_network(network, inputs, features, stages) for network in servers]
     arrived = [run for run in found if run is not None]

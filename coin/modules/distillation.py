@@ -1,4 +1,4 @@
-"""Coded models that are trained on the experts' weighted outputs: the ensemble-distillation baseline."""
+"""The ensemble-distillation baseline: coded models trained on the experts' weighted outputs."""
 
 import math
 import warnings
@@ -14,7 +14,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 from coin.batches import Batch, as_input, clear_caches, clone, twin
-from coin.choices import check_integer, check_number, chosen
+from coin.choices import check_integer, check_number, parse_enum
 from coin.data import Augmentation
 from coin.errors import CoinWarning, ConfigurationError, HeadError, NumericalError
 from coin.files.tensors import not_finite
@@ -25,7 +25,7 @@ from coin.modules.recipe import Schedule
 from coin.modules.search import POINTS, TRIALS, Choice, search_curves, search_grid
 from coin.modules.shared import plain_options, plot_against_epochs, tasks_of
 from coin.modules.training import MemoryTraining, Training
-from coin.networks import BatchNormPolicy, build_network, fill_network, load_network, widened
+from coin.networks import BatchNormPolicy, build_network, fill_network, load_network, pad_head
 from coin.networks.stages import full_precision
 
 AUTO = "auto"
@@ -35,14 +35,14 @@ AUTO = "auto"
 class Distillation(LightningModule, Method):
     """A network trained without labels on ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖² over calibration data.
 
-    It starts from a merge in closed form and stays in eval mode throughout: BatchNorm keeps the start's running
-    statistics (policy ``keep``) and dropout is off. Its data is a `coin.data.Tasks`. With an `augmentation` every epoch
-    sees other views of the samples, and the experts answer to each of them; held-out samples are never augmented.
+    Training starts from a closed-form merge, in eval mode throughout: BatchNorm keeps the running statistics of the
+    start (policy ``keep``) and dropout is off. The data is a `coin.data.Tasks`. With `augmentation` every epoch has new
+    views of the samples, on which the experts run too; held-out samples are never augmented.
 
-    An experiment names it among its methods and fills in `experts` and `code_row`. With `lr` left open, learning rate
-    and number of steps are chosen by the loss on held-out calibration samples, and the final run is on all of them; all
-    of that counts as the method's cost. With `merge_networks` it trains in memory, on the calibration batches, by a
-    Trainer of its own of which nothing is seen.
+    In an experiment's list of methods, `experts` and `code_row` are set by the experiment. Without `lr`, learning rate
+    and number of steps are chosen by the loss on held-out calibration samples, and the final run is on all samples; the
+    method's cost includes this search. With `merge_networks` it trains in memory on the calibration batches, with a
+    silent Trainer of its own.
 
     The defaults are those of a fair baseline. The older, plain recipe is ``start: average, augmentation: none,
     schedule: constant``.
@@ -52,21 +52,21 @@ class Distillation(LightningModule, Method):
 
     Args:
         experts: The experts' safetensors files.
-        code_row: β, one weight an expert, non-negative and summing to 1.
-        lr: Adam's (largest) learning rate; none has it and the number of steps chosen.
-        learning_rates: Rising; what the choice begins with.
-        steps: The number of optimiser steps; where it is chosen, what the choice begins with, or with a constant
-            learning rate the most.
-        batch_size: Samples a step and process.
-        held_out: The share of the calibration samples held out to choose on.
-        samples_per_task: P, at least 1; none takes the experiment's.
-        augmentation: What happens to the samples in training: ``none``, ``crop``, ``crop_flip`` or ``shift``. Left out
-            it is ``shift`` for stored images, and nothing for batches in memory, which allow no other.
-        schedule: The learning rate's course: ``one_cycle`` or ``constant``.
-        start: ``auto``, which is ``head_fit`` or, where the head cannot be fitted, ``average``; another closed form's
-            name; or its ``class_path`` and ``init_args`` (`coin.merging.method.starting_method`).
-        label: What results and files call this variant.
-        seed: Of the order of the samples; none takes the experiment's, or 0 in memory.
+        code_row: β, one weight per expert, non-negative and summing to 1.
+        lr: Adam's (peak) learning rate; None chooses it together with the number of steps.
+        learning_rates: The learning rates that the search starts with, ascending.
+        steps: The number of optimiser steps; in a search the first number tried, or with a constant learning rate the
+            largest.
+        batch_size: Samples per step and process.
+        held_out: The share of the calibration samples held out for the search.
+        samples_per_task: P, at least 1; by default the experiment's.
+        augmentation: The augmentation in training: ``none``, ``crop``, ``crop_flip`` or ``shift``; by default ``shift``
+            for stored images. Batches in memory are never augmented.
+        schedule: The learning-rate schedule: ``one_cycle`` or ``constant``.
+        start: The closed-form merge to start from: ``auto`` (``head_fit``, or ``average`` if the head cannot be
+            fitted), a method's name, or its ``class_path`` and ``init_args`` (`coin.merging.method.starting_method`).
+        label: The name of this variant in results and files.
+        seed: The seed of the samples' order; by default the experiment's, or 0 in memory.
     """
 
     name = "distillation"
@@ -94,8 +94,8 @@ class Distillation(LightningModule, Method):
         self.augments = augmentation not in (None, Augmentation.none)
         augmentation = Augmentation.shift if augmentation is None else augmentation
         learning_rates = [3e-4, 1e-3, 3e-3] if learning_rates is None else list(learning_rates)
-        augmentation = chosen(Augmentation, "augmentation", augmentation)
-        schedule = chosen(Schedule, "schedule", schedule)
+        augmentation = parse_enum(Augmentation, "augmentation", augmentation)
+        schedule = parse_enum(Schedule, "schedule", schedule)
         self.save_hyperparameters(plain_options(locals()))
         if lr is not None:
             check_number("lr", lr, low=0.0, strict=True)
@@ -113,7 +113,7 @@ class Distillation(LightningModule, Method):
             raise ConfigurationError("found schedule=cosine, expected one_cycle or constant")
         if start != AUTO:
             starting_method(start)
-        self.label, self.compress = self.labelled(label), self.compressed(compress)
+        self.label, self.compress = self.validated_label(label), self.compressed(compress)
         self.samples_per_task = samples_per_task
         self.augmentation = str(augmentation)
         self.student: Any = None  # the network that is trained, once there is one
@@ -128,10 +128,10 @@ class Distillation(LightningModule, Method):
         """The experts' logits ``[N, ·, C]``: for training samples that never change, and for each held-out batch."""
 
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
-        """Train the coded model of one row of the code, and count what all runs take; see `coin.merging.Method.make`.
+        """Train the coded model for one row of the code, and count its cost; see `coin.merging.Method.make`.
 
-        With its learning rate left open, the pair of learning rate and number of steps with the smallest loss on
-        held-out samples is chosen; the final run is on all samples. Raises a NumericalError where all runs diverge.
+        Without `lr`, the pair of learning rate and number of steps with the smallest held-out loss is chosen; the final
+        run is on all samples. Raises NumericalError if all runs diverge.
         """
         lr, steps, described, trial = self.hparams["lr"], self.hparams["steps"], {}, None
         with torch.inference_mode(False), torch.enable_grad():
@@ -192,9 +192,9 @@ class Distillation(LightningModule, Method):
         every: int | None = None,
         before: "Distillation | None" = None,
     ) -> "Distillation":
-        """Train a module with these options, validated every so many steps on a share of the samples.
+        """Train a module with these options, validated at regular steps on the held-out share of the samples.
 
-        It takes over the experts of a trial `before`, and if it is one too, on the same samples, what it knows of them.
+        It reuses the experts of a trial `before`, and, if both are trials on the same samples, their cached outputs.
         """
         training = self._training(experts)
         options = dict(self.hparams) | training.run_options(experts, self.hparams)
@@ -204,7 +204,7 @@ class Distillation(LightningModule, Method):
             if held_out:
                 module.begun, module.known = before.begun, before.known
         elif isinstance(training, MemoryTraining):
-            module.hold([twin(network).eval() for network in experts.networks], experts.blank().eval())
+            module.hold([twin(network).eval() for network in experts.networks], experts.empty_model().eval())
         trainer_options = {
             "max_steps": steps,
             "max_epochs": -1,
@@ -219,7 +219,7 @@ class Distillation(LightningModule, Method):
         return module
 
     def _training(self, experts: Experts) -> Training:
-        """Return what trains: what the experts bring, or their samples in memory, which are taken as they are."""
+        """Return the training of the experts' source, or one on the samples in memory, which cannot be augmented."""
         if experts.train is not None:
             training: Training = experts.train
             return training
@@ -232,19 +232,19 @@ class Distillation(LightningModule, Method):
         return MemoryTraining()
 
     def hold(self, teachers: nn.ModuleList | list[nn.Module], student: nn.Module) -> None:
-        """Take the experts, in eval mode, and the network that is trained, whose weights the start replaces."""
+        """Set the experts, in eval mode, and the student; its weights are replaced by the start."""
         self.teachers, self.student = teachers, student
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Have the student forget what it keeps of its parameters in eval mode: they have changed."""
+        """Clear what the student caches of its parameters in eval mode: they have changed."""
         clear_caches(self.student)
 
     def on_validation_batch_start(self, *_: Any) -> None:
-        """Have the student forget as before a training step."""
+        """Clear the student's cache, as before a training step."""
         clear_caches(self.student)
 
     def configure_model(self) -> None:
-        """Read the experts, and build a student whose weights the start of training replaces."""
+        """Load the experts and build the student; its weights are replaced when training starts."""
         if self.student is not None:
             return
         paths, row = self.hparams["experts"] or [], self.hparams["code_row"]
@@ -255,24 +255,24 @@ class Distillation(LightningModule, Method):
         check_row(row, len(paths))
         files = [load_network(Path(path)) for path in paths]
         outputs = max(file.num_classes for file in files)
-        teachers = nn.ModuleList([widened(file.network, outputs).requires_grad_(False) for file in files])
+        teachers = nn.ModuleList([pad_head(file.network, outputs).requires_grad_(False) for file in files])
         student = build_network(files[0].config, outputs)
         self.hold(teachers, student.to(memory_format=torch.channels_last).eval())  # type: ignore[call-overload]
 
     def setup(self, stage: str) -> None:
-        """Have the data augmented as the options say."""
+        """Set the augmentation of the data."""
         if stage == "fit":
             tasks_of(self).augmentation = Augmentation(self.hparams["augmentation"])
 
     def train(self, mode: bool = True) -> "Distillation":
-        """Set the mode, but leave all networks in eval mode: the outputs to be met are those of eval mode."""
+        """Set the module's mode but keep all networks in eval mode, in which the target outputs are computed."""
         super().train(mode)
         for network in self.children():
             network.eval()
         return self
 
     def on_fit_start(self) -> None:
-        """Set the student to its start unless a checkpoint has, and run the experts over samples that never change."""
+        """Initialise the student unless a checkpoint did, and run the experts once on unaugmented samples."""
         plot_against_epochs(self, ["train/loss", "val/loss"])
         if fresh := self.trainer.ckpt_path is None:
             self._begin()
@@ -286,7 +286,7 @@ class Distillation(LightningModule, Method):
             self.passes += calibration.num_samples * len(self.teachers)
 
     def _begin(self) -> None:
-        """Set the student to its start, which is made unless it is known."""
+        """Initialise the student with the start, which is computed if necessary."""
         if self.begun is None:
             samples = tasks_of(self).training_calibration()
             tasks = [samples.subset((samples.part == task).nonzero().flatten()) for task in range(len(samples.parts))]
@@ -309,11 +309,11 @@ class Distillation(LightningModule, Method):
         fill_network(self.student, self.begun, f"the start of {self.name}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the training has cost so far, and the held-out losses."""
+        """Save the cost so far and the held-out losses."""
         checkpoint["distillation"] = {"passes": self.passes, "losses": list(self.losses)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting from there."""
+        """Restore the cost and the held-out losses."""
         kept = checkpoint.get("distillation", {})
         self.passes, self.losses = kept.get("passes", self.passes), list(kept.get("losses", self.losses))
 
@@ -335,7 +335,7 @@ class Distillation(LightningModule, Method):
         return self._coding_loss(self(batch[1]), self.target(self._training_outputs(*batch)), "train")
 
     def validation_step(self, batch: tuple[Tensor, Batch], batch_idx: int) -> None:
-        """Log the same on held-out samples."""
+        """Log the same loss on held-out samples."""
         positions, inputs = batch
         self.passes += len(positions) * self.trainer.world_size
         if batch_idx not in self.known:
@@ -345,12 +345,12 @@ class Distillation(LightningModule, Method):
         self._coding_loss(self(inputs), self.target(self.known[batch_idx]), "val")
 
     def on_validation_epoch_end(self) -> None:
-        """Keep the held-out loss, one number a validation."""
+        """Store the held-out loss, one number per validation."""
         if not self.trainer.sanity_checking:
             self.losses.append(float(self.trainer.callback_metrics["val/loss"]))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Return Adam over what is trained, and the schedule, which moves with every step."""
+        """Return Adam over the trained parameters, and the schedule, which advances every step."""
         if (lr := self.hparams["lr"]) is None:
             raise ConfigurationError("found no lr; give one, or let 'coin merge' or 'coin run' choose it")
         optimizer = Adam([*self.student.parameters(), *self.readouts.parameters()], lr)
@@ -365,7 +365,7 @@ class Distillation(LightningModule, Method):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _training_outputs(self, positions: Tensor, inputs: Batch) -> Tensor:
-        """Return the experts' logits ``[N, B, C]`` for a training batch, and count what the step costs."""
+        """Return the experts' logits ``[N, B, C]`` for a training batch, and count the step's cost."""
         self.passes += 3 * len(positions) * self.trainer.world_size
         if None in self.known:
             return self.known[None][:, positions]

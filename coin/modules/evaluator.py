@@ -1,4 +1,4 @@
-"""The decoding evaluator: every network once per batch, for all methods, decoders and erasures."""
+"""The decoding evaluator: each network runs once per batch, for all methods, decoders and erasures."""
 
 import math
 import time
@@ -20,8 +20,8 @@ from coin.coding import (
     Decoder,
     DecoderConfig,
     DecoderKind,
+    FeatureCache,
     Head,
-    Kept,
     distinct_decoders,
     kept_bytes,
     make_decoder,
@@ -36,14 +36,14 @@ from coin.modules.examples import ExampleSamples, KeptSamples
 from coin.modules.shared import tasks_of
 from coin.modules.spares import read_spares
 from coin.modules.variants import NONE, ORACLE, Outcome, Variant, read_coded
-from coin.networks import load_network, widened
+from coin.networks import load_network, pad_head
 from coin.progress import tracked
-from coin.statistics.guard import full_products
+from coin.statistics.guard import disable_tf32
 
 
 @dataclass(frozen=True)
 class _FittedDecoder:
-    """A decoder of one variant, by index, for one erasure; what fitting it took; every lost expert's metrics."""
+    """One variant's fitted decoder for one erasure, the cost of its fit, and every lost expert's metrics."""
 
     variant: int
     decoder: Decoder
@@ -53,28 +53,28 @@ class _FittedDecoder:
 
 
 class DecodingEvaluator(LightningModule):
-    """Measures how well lost experts are decoded, on every task's test set. Its data is a `coin.data.Tasks`.
+    """Measures how well lost experts are decoded, on every task's test set. The data is a `coin.data.Tasks`.
 
     Every expert and coded model runs once per batch. Decoders are fitted on the pooled calibration samples of the
-    datamodule before the first test batch. After ``trainer.test`` the results are in `outcomes`, and in `kept` some
-    test images of every task with the answers of its expert and of all in its place (`coin.modules.examples`).
+    datamodule before the first test batch. After ``trainer.test`` the results are in `outcomes`, and some test images
+    of every task, with the answers of its expert and all decoded ones, in `kept` (`coin.modules.examples`).
 
-    Beside the methods stand two references: ``none``, decoding from the surviving experts alone, and ``oracle``,
-    Σβ_if_i itself in place of a coded model's output (NDA 1 by construction: a check of the evaluator).
+    Two references are evaluated beside the methods: ``none``, decoding from the surviving experts alone, and
+    ``oracle``, with Σβ_if_i as the coded output (NDA 1 by construction: a check of the evaluator).
 
     Args:
         experts: The experts' safetensors files by task, in the order of the datamodule's tasks.
         coded: The coded models' safetensors files.
-        decoders: The decoders to try: kinds, or sections of a kind and its options; none takes all kinds, but
-            expert_head only where the experts' logits are their heads' of their features.
-        code: The code of the references, R×N; none takes the first coded model's.
-        spares: The files of compressed experts, each of which answers in the place of its own.
-        alpha: The most of the accepted answers that differ from the expert's, where the datamodule has samples for a
-            promise, which all networks then answer once: `coin.promised_risk`.
+        decoders: The decoders: kinds, or sections of a kind and its options; by default all kinds, but expert_head only
+            if head and features give the experts' logits.
+        code: The code of the references, R×N; by default the first coded model's.
+        spares: The files of compressed experts, each of which replaces its own expert.
+        alpha: α, the largest probability that an accepted answer differs from the expert's (`coin.promised_risk`), if
+            the datamodule has samples for a promise; all networks run once on these.
         confidence: The probability that the promise holds.
 
     Raises:
-        ConfigurationError: There is nothing to evaluate, or a decoder does not exist or comes twice.
+        ConfigurationError: There is nothing to evaluate, or a decoder is unknown or given twice.
         FileError: A file is missing or damaged, or a coded model was made of other experts.
     """
 
@@ -97,16 +97,16 @@ class DecodingEvaluator(LightningModule):
         self.class_counts = [file.num_classes for file in files]
         self.config = files[0].config
         width = max(self.class_counts)
-        self.experts = nn.ModuleList([widened(file.network, width) for file in files])
-        marks = [fingerprint(file.network.state_dict()) for file in files]
-        networks, self.variants = read_coded([Path(path) for path in coded or []], marks)
+        self.experts = nn.ModuleList([pad_head(file.network, width) for file in files])
+        fingerprints = [fingerprint(file.network.state_dict()) for file in files]
+        networks, self.variants = read_coded([Path(path) for path in coded or []], fingerprints)
         self.coded = nn.ModuleList(networks)
         first = self.variants[0].code if self.variants else uniform(len(experts))
         self.code = first if code is None else Code(code)
         if self.code.num_experts != len(experts):
             raise ConfigurationError(f"found a code for {self.code.num_experts} experts, expected {len(experts)}")
         self.variants += [Variant(NONE, self.code), Variant(ORACLE, self.code)]
-        self.spares = read_spares([Path(path) for path in spares or []], marks, self.class_counts, self.code)
+        self.spares = read_spares([Path(path) for path in spares or []], fingerprints, self.class_counts, self.code)
         self.replicas = nn.ModuleList([spare.network for spare in self.spares])
         self.alpha, self.confidence = alpha, confidence
         self.outcomes: list[Outcome] = []
@@ -117,7 +117,7 @@ class DecodingEvaluator(LightningModule):
         self.eval().requires_grad_(False)
 
     def forward(self, inputs: Tensor) -> Answers:
-        """Return what all experts and all coded models answer to inputs ``[B, ...]``, each network run once."""
+        """Return the answers of all experts and coded models to inputs ``[B, ...]``; each network runs once."""
         features = any(decoder.reads_features for decoder in self.decoders)
         stages = any(decoder.reads_stages for decoder in self.decoders)
         return server_answers(self.experts, self.coded, inputs, features, stages, idle=())
@@ -128,7 +128,7 @@ class DecodingEvaluator(LightningModule):
         counts = [task.num_classes for task in data.tasks.values()]
         if tuple(data.tasks) != self.tasks or counts != self.class_counts:
             raise ConfigurationError(
-                f"found data of tasks {dict(zip(data.tasks, counts, strict=True))}, the experts are for "
+                f"found data of tasks {dict(zip(data.tasks, counts, strict=True))}, expected those of the experts, "
                 f"{dict(zip(self.tasks, self.class_counts, strict=True))}; name the same tasks in the same order"
             )
         for task in data.tasks.values():
@@ -146,7 +146,7 @@ class DecodingEvaluator(LightningModule):
         self.fitted = self._fit_decoders(answers, share)
         if (new := data.promise()) is not None:
             answers = self._answers(new)
-            with torch.autocast("cpu", enabled=False), full_products():
+            with torch.autocast("cpu", enabled=False), disable_tf32():
                 for fitted in tracked(self.fitted, "promising"):
                     seen = self.variants[fitted.variant].seen(answers)
                     fitted.decoder.accept(seen, self.alpha, self.confidence, self.class_counts)
@@ -167,7 +167,7 @@ class DecodingEvaluator(LightningModule):
         """Decode one batch of task `dataloader_idx` for every erasure that its expert is part of, on the CPU."""
         inputs, labels = batch
         answers = self(inputs).cpu()  # where the decoders were fitted; not every device has float64
-        with torch.autocast("cpu", enabled=False), full_products():
+        with torch.autocast("cpu", enabled=False), disable_tf32():
             self._decode(answers, inputs, labels.cpu(), batch_idx, dataloader_idx)
         for spare in self.spares:
             if spare.task == dataloader_idx:
@@ -200,7 +200,7 @@ class DecodingEvaluator(LightningModule):
             self.examples[task].update(inputs, positions, expert, labels, torch.stack(alone, 1))
 
     def alone(self, task: int) -> list[tuple[Variant, str]]:
-        """Return in what order `kept` has the answers decoded in a task's place: by which variant and decoder."""
+        """Return the variant and decoder of each decoded answer in `kept`, in order."""
         alone = [fitted for fitted in self.fitted if list(fitted.metrics) == [task]]
         return [(self.variants[fitted.variant], fitted.decoder.config.name) for fitted in alone]
 
@@ -240,7 +240,7 @@ class DecodingEvaluator(LightningModule):
         self.outcomes += [spare.outcome(self.tasks[spare.task]) for spare in self.spares]
 
     def _fit_decoders(self, answers: Answers, share: float) -> list[_FittedDecoder]:
-        """Fit a decoder for every variant and erasure; `share` is the seconds one network took over the samples."""
+        """Fit a decoder for every variant and erasure; `share` is one network's seconds on the samples."""
         combinations = [
             (index, erased, config)
             for index, variant in enumerate(self.variants)
@@ -248,7 +248,7 @@ class DecodingEvaluator(LightningModule):
             for config in self.decoders
             if variant.applies(config)
         ]
-        fitted, kept = [], Kept()
+        fitted, kept = [], FeatureCache()
         for index, erased, config in tracked(combinations, "fitting decoders"):
             variant = self.variants[index]
             seen = variant.seen(answers)
@@ -269,7 +269,7 @@ class DecodingEvaluator(LightningModule):
 
     @property
     def _metrics(self) -> list[Metric]:
-        """All metrics; as they are no submodules, they stay on the CPU when the networks move."""
+        """All metrics. They are not submodules, so that they stay on the CPU."""
         residuals = [metric for metrics in self.residuals.values() for metric in metrics]
         others = [metric for fitted in self.fitted for own in fitted.metrics.values() for metric in own]
         spares = [metric for spare in self.spares for metric in (spare.accuracy, spare.confusion)]

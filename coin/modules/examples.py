@@ -1,4 +1,4 @@
-"""Which test images an evaluation keeps to be looked at: a fixed draw that no result has a say in."""
+"""The test images shown in reports: a fixed random draw, independent of the results."""
 
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ SIDE = 96
 class KeptSamples:
     """Test samples of one task, in a random order: images are uint8 ``[n, 3, H, W]``.
 
-    `position` in the test set, the classes that the expert answers and those that are true are ``[n]``, what was
-    decoded in K ways is ``[n, K]``.
+    `position` in the test set, the expert's and the true classes are ``[n]``; the classes decoded in K ways are ``[n,
+    K]``.
     """
 
     images: Tensor
@@ -30,15 +30,15 @@ class KeptSamples:
 
 
 class ExampleSamples(Metric):
-    """Keeps the first few samples of a test set in a fixed random order, with what was answered for them.
+    """Keeps the first few samples of a test set in a fixed random order, with the answers to them.
 
-    The same samples are kept whatever the batches and the processes, which each see a share of the test set.
+    The samples do not depend on the batch size or the number of processes.
 
     Args:
         samples: The size of the test set.
         image_size: The side of the inputs in pixels.
-        ways: In how many ways the answers are decoded, K.
-        count: How many samples to keep at most.
+        ways: K, the number of ways in which answers are decoded.
+        count: The largest number of samples to keep.
     """
 
     is_differentiable = False
@@ -58,7 +58,7 @@ class ExampleSamples(Metric):
         self.add_state("images", torch.zeros(rows, 3, self.side, self.side, dtype=torch.uint8), dist_reduce_fx="max")
 
     def update(self, inputs: Tensor, positions: Tensor, expert: Tensor, labels: Tensor, decoded: Tensor) -> None:
-        """Look at a batch: what networks read ``[B, 3, S, S]``, and of the others ``[B]``; `decoded` ``[B, K]``."""
+        """Add a batch: the networks' inputs ``[B, 3, S, S]``, `decoded` ``[B, K]``, all others ``[B]``."""
         rows = self.row_of[positions.cpu()]
         chosen = torch.nonzero(rows < len(self.answers)).flatten()
         if len(chosen) == 0:
@@ -73,6 +73,6 @@ class ExampleSamples(Metric):
         return {"answers": self.answers, "images": self.images}
 
     def kept(self) -> KeptSamples:
-        """Return what was kept of all processes' shares."""
+        """Return the samples kept over all processes."""
         answers, images = (value.cpu() for value in self.compute().values())
         return KeptSamples(images, self.order[: len(answers)], answers[:, 0], answers[:, 1], answers[:, 2:])

@@ -35,14 +35,14 @@ class Expert(LightningModule):
     Args:
         network: ``small_resnet``, ``small_vit``, ``minilm`` or a classification architecture of torchvision.
         image_size: Height and width of the images in pixels, or the number of tokens of a text.
-        weights: The name of pretrained weights, or none.
+        weights: The name of pretrained weights, or None.
         options: Further arguments of the network's constructor.
-        num_classes: The number of classes; none asks the datamodule when training starts.
-        initial: A base checkpoint to start from (the shared initialisation), or none for `weights`.
-        initial_seed: Of what is random in the shared initialisation; equal for all experts of an experiment.
-        seed: Of dropout and the like; the state of the global generator is a function of this and the epoch alone.
-            None is 0, and what ``--seed_everything`` says on the command line.
-        **recipe: How it is trained; see `coin.modules.recipe.Recipe`.
+        num_classes: The number of classes; by default the datamodule's, when training starts.
+        initial: A base checkpoint to start from (the shared initialisation); by default `weights`.
+        initial_seed: The seed of the shared initialisation; equal for all experts of an experiment.
+        seed: The seed of dropout and the like; the global generator's state depends on it and the epoch alone. None is
+            0, or ``--seed_everything`` on the command line.
+        **recipe: The training options; see `coin.modules.recipe.Recipe`.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Expert(LightningModule):
         plot_against_epochs(self, [f"{stage}/{what}" for stage in ("train", "val") for what in ("loss", "accuracy")])
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to training or evaluation; BatchNorm stays in evaluation where the recipe says so."""
+        """Switch to training or evaluation mode; BatchNorm stays in eval mode with `freeze_batchnorm`."""
         super().train(mode)
         if self.recipe.freeze_batchnorm:
             for module in self.modules():
@@ -104,23 +104,23 @@ class Expert(LightningModule):
         return self
 
     def on_train_start(self) -> None:
-        """Bring the shared initialisation to the parameters' device."""
+        """Move the shared initialisation to the parameters' device."""
         self._start = {name: tensor.to(self.device) for name, tensor in self._start.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the shared initialisation, where training is drawn towards it."""
+        """Save the shared initialisation, if the L²-SP penalty needs it."""
         if self._start:
             checkpoint["l2_sp_start"] = dict(self._start)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the shared initialisation that the training began with, whatever `initial` holds by now."""
+        """Restore the shared initialisation of the checkpoint, even if the file `initial` has changed."""
         schedule: dict[str, Any] = next(iter(checkpoint.get("lr_schedulers", [])), {})
         self._begun = schedule.get("total_steps", schedule.get("T_max"))
         kept = checkpoint.get("l2_sp_start", {})
         self._start = {name: kept.get(name, tensor) for name, tensor in self._start.items()}
 
     def on_train_epoch_start(self) -> None:
-        """Make dropout a function of (seed, epoch), so that a run resumed at an epoch equals an undisturbed one."""
+        """Seed dropout by (seed, epoch), so that a run resumed at an epoch equals an uninterrupted one."""
         torch.manual_seed(int(self.hparams["seed"] or 0) * 100_003 + self.current_epoch * 1_009 + self.global_rank)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -150,10 +150,10 @@ class Expert(LightningModule):
         return self(images).softmax(1)  # type: ignore[no-any-return]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimiser and the schedule, which moves with every step.
+        """Return the optimiser and the schedule, which advances every step.
 
-        Raises a ConfigurationError where the schedule asks for the length of the run and that is not known, as with
-        ``max_time`` alone.
+        Raises ConfigurationError if the schedule needs the length of the run and it is unknown, as with ``max_time``
+        alone.
         """
         recipe = self.recipe
         assert self.network is not None
@@ -174,7 +174,7 @@ class Expert(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _steps(self) -> int:
-        """Return the number of optimiser steps of the whole run, over which the learning rate moves."""
+        """Return the number of optimiser steps of the whole run, the length of the schedule."""
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ConfigurationError(

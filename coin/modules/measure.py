@@ -1,4 +1,4 @@
-"""How well a coded system of networks in memory decodes."""
+"""The evaluation of a coded system in memory."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from coin.coding import (
     DecoderConfig,
     DecoderKind,
     ExpertHeadDecoder,
-    Kept,
+    FeatureCache,
     check_erasure,
     distinct_decoders,
     kept_bytes,
@@ -25,7 +25,7 @@ from coin.coding import (
 from coin.errors import ConfigurationError, DataError
 from coin.metrics import DecodingAccuracy, Residual
 from coin.modules.coded import Coded, heads_for, num_classes
-from coin.statistics.guard import eval_mode, full_products
+from coin.statistics.guard import disable_tf32, eval_mode
 
 
 def evaluate(
@@ -38,15 +38,15 @@ def evaluate(
 ) -> pd.DataFrame:
     """Measure how well lost experts are decoded, each on its own task.
 
-    Every network runs once over the inputs, whatever the number of decoders. The numbers are those of a run's results.
+    Each network runs once on the inputs, for any number of decoders. The numbers equal those of ``coin run``.
 
     Args:
         system: The code, its experts and its coded models.
         loaders: For every expert the batches (inputs, labels) of its task's test set; labels are classes ``[B]``.
-        decoders: Kinds, or configurations of one; none takes all kinds, but expert_head only where the experts' logits
-            are their heads' of their features.
+        decoders: Kinds or configurations; by default all kinds, but expert_head only if head and features give the
+            experts' logits.
         calibration: For every expert the batches of its own task's samples, on which decoders are fitted without
-            labels; the linear one and an expert_head that is not corrected need none, but know no risk without.
+            labels; the linear decoder and an expert_head that is not corrected need none, but have no risk without.
         erasures: Which experts are lost together; each alone by default.
 
     Returns:
@@ -86,7 +86,7 @@ def evaluate(
                 parts.append(replace(found, tasks=torch.full((found.num_samples,), task)))
     elif to_fit := [decoder for decoder in every if decoder.needs_fit]:
         raise ConfigurationError(
-            f"found no calibration, on which the decoder {to_fit[0].config.name} is fitted; give it, or "
+            f"found no calibration samples, needed to fit the decoder {to_fit[0].config.name}; give them, or "
             "decoders=['linear']"
         )
     with eval_mode(system.experts):
@@ -95,7 +95,7 @@ def evaluate(
     configs = [config for config in configs if heads or config.kind is not DecoderKind.expert_head]
     every = [make_decoder(config, system.code, erased, heads) for config in configs for erased in lost]
     if calibration is not None:
-        answers, kept = Answers.concatenate(parts), Kept()
+        answers, kept = Answers.concatenate(parts), FeatureCache()
         for decoder in every:
             decoder.fit(answers, kept)
     measured = [
@@ -124,7 +124,7 @@ def evaluate(
 def _measured(
     system: Coded, decoders: Sequence[Decoder], task: int, loader: Iterable[Any]
 ) -> dict[Decoder, dict[str, float]]:
-    """Return the numbers of every decoder that decodes an expert, on its task."""
+    """Return the results of every decoder that decodes an expert, on that expert's task."""
     accuracies: list[DecodingAccuracy] = []
     risks, residual, seen, classes = dict.fromkeys(decoders, 0.0), Residual(), 0, 0
     for batch in loader if decoders else ():
@@ -141,7 +141,7 @@ def _measured(
                 system.heads(inputs)  # no calibration input has told whether they are linear ones
             accuracies = [DecodingAccuracy(classes) for _ in decoders]
         seen += len(labels)
-        with torch.autocast("cpu", enabled=False), full_products():
+        with torch.autocast("cpu", enabled=False), disable_tf32():
             residual.update(answers.coded.flatten(0, 1), system.code.encode(answers.experts).flatten(0, 1))
             for decoder, accuracy in zip(decoders, accuracies, strict=True):
                 decoded = decoder.decode(answers)[decoder.erased.index(task)]
@@ -158,6 +158,6 @@ def _measured(
 
 
 def _answers(system: Coded, inputs: Any, configs: Sequence[DecoderConfig]) -> Answers:
-    """Return all servers' answers, on the CPU: there decoders are fitted, and not every device has float64."""
+    """Return all servers' answers on the CPU, where decoders are fitted: not every device has float64."""
     features, stages = (any(getattr(each, name) for each in configs) for name in ("reads_features", "reads_stages"))
     return system.answers(as_input(inputs, system.coded[0]), features=features, stages=stages).cpu()

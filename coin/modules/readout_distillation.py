@@ -1,4 +1,4 @@
-"""Distillation whose features every expert's own answer can be read from, and distillation of networks in memory."""
+"""Distillation with a linear readout of every expert, and `distill` for networks in memory."""
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
@@ -18,16 +18,16 @@ from coin.networks.stages import full_precision
 
 
 class ReadoutDistillation(Distillation):
-    """Distillation that also asks for features from which every expert's own answer can be read.
+    """Distillation with an additional loss: every expert's own output must be linear in the features.
 
     The decoder `feature_ridge` needs from the coded network, on samples of task j, features φ from which f_j can be
     read linearly; it needs Σ_i β_i f_i only as far as the linear decoder does. So the loss is
 
         ½ E‖f_θ(x) − Σ_i β_i f_i(x)‖² + w · ½ E_j E_{x∈T_j}‖R_j φ_θ(x) − f_j(x)‖²
 
-    with one affine readout R_j a task, which starts as expert j's head, is trained along, and is thrown away: the
-    decoder fits its own. It is told which task a calibration sample is from, and no label. By default nothing is
-    chosen per run.
+    with one affine readout R_j per task. It starts as expert j's head, is trained with the network, and is then
+    discarded: the decoder fits its own. The loss uses each calibration sample's task, but no label. By default there is
+    no search over options.
 
     Source: the loss is this project's. Readouts beside a distilled network: Romero et al., *FitNets* (ICLR 2015).
 
@@ -100,18 +100,18 @@ def distill(
     forward: Forward | None = None,
     **options: Any,
 ) -> list[nn.Module]:
-    """Distil N experts into coded models: R new networks in eval mode, one a row of the code, R×N.
+    """Distil N experts into coded models: R new networks in eval mode, one per row of the code, R×N.
 
     Args:
         networks: The experts.
         code: The code.
-        calibration: For every expert the batches of its own task's samples, as of `merge_networks`.
-        readout: Whether it is a `ReadoutDistillation`.
-        forward: How networks are called, as of `merge_networks`.
+        calibration: For every expert the batches of its own task's samples, as for `merge_networks`.
+        readout: Whether to use `ReadoutDistillation`.
+        forward: How networks are called, as for `merge_networks`.
         **options: Those of `Distillation`, such as ``lr``, ``steps`` and ``seed``.
 
     Raises:
-        ConfigurationError: An option does not exist or is out of its range.
+        ConfigurationError: An option is unknown or out of its range.
         NumericalError: The training diverges.
     """
     method = (ReadoutDistillation if readout else Distillation)(**options)

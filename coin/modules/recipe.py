@@ -1,4 +1,4 @@
-"""How a network is trained: the options that ``coin fit`` and ``coin run`` share, and what they mean for a network."""
+"""The training options shared by ``coin fit`` and ``coin run``, and their effect on a network."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from coin.choices import check_number, chosen, is_list_of_names
+from coin.choices import check_number, is_list_of_names, parse_enum
 from coin.errors import ConfigurationError, first_line
 from coin.networks.heads import head_name
 from coin.networks.lora import Lora, check_peft
@@ -37,26 +37,26 @@ class Schedule(StrEnum):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained: options of ``coin fit``'s `Expert` and of an experiment's ``expert`` and ``base``.
+    """The training options of ``coin fit``'s `Expert` and of an experiment's ``expert`` and ``base``.
 
     Args:
         optimizer: ``sgd`` or ``adamw``.
         lr: The (peak) learning rate.
-        head_lr: The head's own; none takes `lr`. The schedule scales both.
-        momentum: Of ``sgd``.
-        weight_decay: The L2 penalty's (``sgd``) or the decay's (``adamw``) factor.
-        schedule: The learning rate's course, over all optimiser steps of the run.
+        head_lr: The head's learning rate, by default `lr`. The schedule scales both.
+        momentum: The momentum of ``sgd``.
+        weight_decay: The factor of the L2 penalty (``sgd``) or of the decay (``adamw``).
+        schedule: The learning-rate schedule, over all optimiser steps of the run.
         label_smoothing: The share of the target spread over all classes, in [0, 1).
         l2_sp: The factor α of the penalty ½α‖θ − θ₀‖² towards the shared initialisation θ₀, over all parameters that
             are trained but the head's. Source: Li et al., *Explicit inductive bias for transfer learning with
             convolutional networks* (ICML 2018), L²-SP.
-        freeze_batchnorm: Whether BatchNorm layers stay in eval mode: their running statistics are used and never move,
-            their weights and biases train.
+        freeze_batchnorm: Whether BatchNorm layers stay in eval mode: their running statistics are fixed, their weights
+            and biases train.
         trainable: Which parameters train, by glob patterns over their names, such as ``layer4.*``; the word ``head``
             stands for the head, whatever it is called. None trains all, or with `lora` the head. BatchNorm's running
             statistics are no parameters: see `freeze_batchnorm`.
-        lora: Low-rank adapters that are trained in the place of the layers that they are in; see `coin.networks.Lora`.
-            They are merged into the weights before the expert is written or its Fisher estimated.
+        lora: Low-rank adapters, trained instead of the layers that they adapt; see `coin.networks.Lora`. They are
+            merged into the weights before the expert is written or its Fisher estimated.
         compile_network: Whether to run the network through `torch.compile`.
     """
 
@@ -77,7 +77,7 @@ class Recipe:
 
     def __post_init__(self) -> None:  # overrides bring plain values, which no parser has seen
         for name, kind in self._ENUMS.items():
-            object.__setattr__(self, name, chosen(kind, name, getattr(self, name)))
+            object.__setattr__(self, name, parse_enum(kind, name, getattr(self, name)))
         check_number("lr", self.lr, low=0.0, strict=True)
         if self.head_lr is not None:
             check_number("head_lr", self.head_lr, low=0.0, strict=True)
@@ -97,7 +97,7 @@ class Recipe:
             self._check_lora()
 
     def _check_lora(self) -> None:
-        """Make adapters' options of what an override brings, plain values, and check them."""
+        """Convert an override's plain values to `Lora` options, and check them."""
         given: Any = self.lora
         try:
             object.__setattr__(self, "lora", given if isinstance(given, Lora) else Lora(**given))
@@ -114,9 +114,9 @@ class Recipe:
 
 
 def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[str]:
-    """Return the names of the parameters that match glob patterns or `HEAD`, in the network's order; none takes all.
+    """Return the names of the parameters that match glob patterns or `HEAD`, in the network's order; by default all.
 
-    Raises a ConfigurationError where a pattern matches nothing.
+    Raises ConfigurationError if a pattern matches nothing.
     """
     names = [name for name, _ in network.named_parameters()]
     if patterns is None:
@@ -138,9 +138,9 @@ def trainable_names(network: nn.Module, patterns: Sequence[str] | None) -> list[
 
 
 def parameter_groups(network: nn.Module, lr: float, head_lr: float | None) -> list[dict[str, Any]]:
-    """Return an optimiser's groups of the parameters that require gradients: one, or the head apart with its own rate.
+    """Return the optimiser's parameter groups: one, or two if the head has its own learning rate.
 
-    Raises a ConfigurationError where the head has a rate of its own and is not trained.
+    Raises ConfigurationError if the head has its own learning rate but is not trained.
     """
     trained = {name: each for name, each in network.named_parameters() if each.requires_grad}
     if head_lr is None:
@@ -156,12 +156,12 @@ def parameter_groups(network: nn.Module, lr: float, head_lr: float | None) -> li
 
 
 def without_head(network: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the names that are not of the head's parameters."""
+    """Return the names without those of the head's parameters."""
     head = f"{head_name(network)}."
     return [name for name in names if not name.startswith(head)]
 
 
 def squared_distance(parameters: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Tensor:
-    """Return ‖θ − θ₀‖², a scalar, over the tensors that `start` names; in float32 at least."""
+    """Return ‖θ − θ₀‖², a scalar, over the tensors in `start`; in float32 at least."""
     moved = (full_precision(parameters[name]) - full_precision(tensor) for name, tensor in start.items())
     return torch.stack([difference.square().sum() for difference in moved]).sum()

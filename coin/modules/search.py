@@ -1,4 +1,4 @@
-"""The learning rate and the number of steps of a training, chosen by its loss on held-out samples."""
+"""The search for a training's learning rate and number of steps, by the loss on held-out samples."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ TRIALS = 12
 
 @dataclass(frozen=True)
 class Choice:
-    """What a search has found.
+    """The result of a search.
 
     Attributes:
-        losses: The held-out losses of all pairs of a learning rate and a number of steps that were tried.
+        losses: The held-out losses of all pairs (learning rate, number of steps) that were tried.
         at_edge: Whether the best of them is at the edge of what was tried.
     """
 
@@ -31,22 +31,22 @@ class Choice:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What a coded model's file says of the choice."""
+        """The entry in a coded model's metadata."""
         lr, steps = self.best
         losses = {f"{rate:.3g} × {count}": loss for (rate, count), loss in self.losses.items()}
         return {"at_edge": self.at_edge, "lr": lr, "steps": steps, "held_out_loss": losses}
 
 
 def search_grid(loss: Callable[[float, int], float], rates: Sequence[float], steps: int) -> Choice:
-    """Walk a grid of learning rates and numbers of steps downhill, until all four neighbours are worse.
+    """Descend on a grid of learning rates and numbers of steps, until all four neighbours are worse.
 
-    The grid goes on beyond the given rates in their own ratio (√10 for a single one), and from `steps` in powers of
-    two; so the answer is at no edge, unless the trials run out.
+    The grid extends beyond the given rates by their ratio (√10 for a single rate), and from `steps` by powers of two;
+    so the result is at the edge only if the trials run out.
 
     Args:
         loss: The held-out loss of a pair; infinite where a run diverges.
-        rates: Rising; the walk begins in their middle.
-        steps: Where it begins.
+        rates: Learning rates, ascending; the search starts in the middle.
+        steps: The number of steps that the search starts with.
     """
     ratio = (rates[-1] / rates[0]) ** (1 / (len(rates) - 1)) if len(rates) > 1 else math.sqrt(10)
     tried: dict[tuple[int, int], float] = {}
@@ -72,10 +72,10 @@ def search_grid(loss: Callable[[float, int], float], rates: Sequence[float], ste
 
 
 def search_curves(losses: Callable[[float, int], Sequence[float]], rates: Sequence[float], steps: int) -> Choice:
-    """Try the given learning rates, with some ten numbers of steps each: the points of a run with a constant rate.
+    """Try the given learning rates, each with about ten numbers of steps along one run at a constant rate.
 
     Args:
-        losses: The held-out losses of a run with a learning rate, one after every so many steps.
+        losses: Returns a run's held-out losses at a learning rate, one per validation.
         rates: Rising.
         steps: The number of steps of a run.
     """

@@ -1,4 +1,4 @@
-"""What the modules ask of Lightning in one way: options that a checkpoint keeps, axes in W&B, tasks as their data."""
+"""Shared Lightning set-up of the modules: hyper-parameters in checkpoints, axes in W&B, tasks as data."""
 
 import logging
 import warnings
@@ -26,8 +26,8 @@ _EXPECTED = (
 """What Lightning warns of and an experiment means."""
 
 
-def quieten() -> None:
-    """Silence Lightning's notices on standard error, and the warnings of what ``coin`` does on purpose."""
+def silence_lightning() -> None:
+    """Silence Lightning's notices on standard error, and its warnings about intended behaviour of ``coin``."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _EXPECTED:
@@ -37,18 +37,17 @@ def quieten() -> None:
 def plain_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return a constructor's arguments, its ``locals()``, for `save_hyperparameters`.
 
-    They are given by name, since within LightningCLI Lightning would take the command's own model options instead; and
-    as plain values, since a checkpoint must hold nothing that weights_only refuses.
+    They are passed by name, since within LightningCLI Lightning would save the command's model options instead; and as
+    plain values, since checkpoints are loaded with ``weights_only``.
     """
     own = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
     return {name: str(value) if isinstance(value, StrEnum) else value for name, value in own.items()}
 
 
 def plot_against_epochs(module: LightningModule, names: Sequence[str]) -> None:
-    """Have W&B plot metrics that are logged once an epoch against the epoch, which runs of other batch sizes share.
+    """Plot metrics that are logged once per epoch against the epoch in W&B: runs of other batch sizes share it.
 
-    Every name is defined by itself: W&B takes any of several patterns that fit, and Lightning's ``*``, which stands
-    for the number of steps, fits all.
+    Each metric is defined by name: of several matching patterns W&B picks any, and Lightning's ``*`` matches all.
     """
     for logger in module.loggers:
         if isinstance(logger, WandbLogger):
@@ -58,7 +57,7 @@ def plot_against_epochs(module: LightningModule, names: Sequence[str]) -> None:
 
 
 def tasks_of(module: LightningModule) -> Tasks:
-    """Return the datamodule of a module's trainer; a ConfigurationError where it is no `coin.data.Tasks`."""
+    """Return the datamodule of a module's trainer; raises ConfigurationError unless it is a `coin.data.Tasks`."""
     data: Any = getattr(module.trainer, "datamodule", None)
     if not isinstance(data, Tasks):
         raise ConfigurationError(f"found data of {type(data).__name__}, expected Tasks; set data.class_path: Tasks")

@@ -1,4 +1,4 @@
-"""Spares under evaluation: compressed copies of all experts, each of which answers in the place of its own."""
+"""The evaluation of spares: compressed copies of all experts, each of which replaces its own expert."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from coin.coding.decoder_config import REPLICA
 from coin.errors import FileError
 from coin.metrics import DecodingAccuracy
 from coin.modules.variants import Outcome, Variant
-from coin.networks import load_network, nbytes_together, widened
+from coin.networks import load_network, nbytes_together, pad_head
 
 SPARE = "spare"
 """The kind of a spare among the methods of the results."""
@@ -22,7 +22,7 @@ SPARE = "spare"
 
 @dataclass(frozen=True)
 class Spare:
-    """One expert's compressed copy, one of a variant's N, and how well it answers on the test set of its task."""
+    """The compressed copy of one expert, and its results on that task's test set."""
 
     variant: Variant
     task: int
@@ -37,7 +37,7 @@ class Spare:
         self.confusion.update(answer[:, :classes].argmax(1), expert[:, :classes].argmax(1))
 
     def outcome(self, task: str) -> Outcome:
-        """Return what was measured: it runs alone, and all experts may be lost at once."""
+        """Return the results; a spare runs alone, and all experts may be lost at once."""
         accuracies: dict[str, Any] = {name: float(value) for name, value in self.accuracy.compute().items()}
         return Outcome(
             variant=self.variant,
@@ -57,21 +57,21 @@ class Spare:
         )
 
 
-def read_spares(paths: Sequence[Path], marks: Sequence[str], counts: Sequence[int], code: Code) -> list[Spare]:
-    """Read compressed experts, with what compressing all of a label took and what they take together.
+def read_spares(paths: Sequence[Path], fingerprints: Sequence[str], counts: Sequence[int], code: Code) -> list[Spare]:
+    """Read compressed experts, with the total cost and memory of each label.
 
     Args:
-        paths: Their files, which ``coin run`` or ``coin compress`` wrote.
-        marks: The experts' fingerprints.
+        paths: Their files, written by ``coin run`` or ``coin compress``.
+        fingerprints: The experts' fingerprints.
         counts: Their class counts.
         code: The code of the evaluation.
 
     Raises:
-        FileError: A file is missing or damaged, or is of none of these experts.
+        FileError: A file is missing or damaged, or not a copy of one of these experts.
     """
     files = [load_network(path) for path in paths]
     for path, file in zip(paths, files, strict=True):
-        if file.provenance.get("of") not in marks:
+        if file.provenance.get("of") not in fingerprints:
             raise FileError(f"'{path}' is compressed from none of the experts given; compress them again")
     found = []
     for label in dict.fromkeys(str(file.provenance.get("label", SPARE)) for file in files):
@@ -85,8 +85,8 @@ def read_spares(paths: Sequence[Path], marks: Sequence[str], counts: Sequence[in
             memory=nbytes_together(own),
         )
         for file in own:
-            task = marks.index(file.provenance["of"])
-            network = widened(file.network, max(counts))
+            task = fingerprints.index(file.provenance["of"])
+            network = pad_head(file.network, max(counts))
             metrics = DecodingAccuracy(counts[task]), MulticlassConfusionMatrix(counts[task])
             found.append(Spare(variant, task, network, *metrics))
     return found

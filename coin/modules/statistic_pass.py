@@ -1,4 +1,4 @@
-"""A pass over calibration data as a Lightning prediction run, so that it uses any number of devices."""
+"""A pass over calibration data as a Lightning prediction run, on any number of devices."""
 
 import time
 
@@ -19,7 +19,7 @@ class StatisticPass(LightningModule):
     Args:
         network: The network.
         options: Which statistic.
-        seed: Of Monte Carlo's random cotangents.
+        seed: The seed of Monte Carlo's random cotangents.
         labels: The true classes of the samples ``[P]`` in order, for the empirical kind.
     """
 
@@ -54,7 +54,7 @@ class StatisticPass(LightningModule):
         self._pass.add(batch)
 
     def on_predict_end(self) -> None:
-        """Add up the processes' sums; a DataError where this process had no samples, and so has none to add."""
+        """Add up the sums of all processes; raises DataError if this process had no samples."""
         done, self._pass = self._pass, None
         if done is None or done.count == 0:
             raise DataError(

@@ -1,4 +1,4 @@
-"""What a method that is trained is trained on: calibration samples, those in memory here, and a Trainer over them."""
+"""The training of methods that train: calibration samples, here in memory, and a Trainer."""
 
 import logging
 import warnings
@@ -14,12 +14,12 @@ from coin.batches import as_input, joined, take
 from coin.data import Calibration, pooled
 from coin.data.tasks import Tasks
 from coin.merging import Experts
-from coin.modules.shared import quieten
+from coin.modules.shared import silence_lightning
 from coin.statistics.guard import differentiable, trainable
 
 
 class Training(ABC):
-    """What trains the networks of a method: calibration samples of the experts, and a Trainer over them."""
+    """The interface that trains a method's networks: the experts' calibration samples, and a Trainer."""
 
     @abstractmethod
     def num_samples(self, experts: Any, samples_per_task: int | None) -> int:
@@ -27,26 +27,26 @@ class Training(ABC):
 
     @abstractmethod
     def run_options(self, experts: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what options a method gets for its runs, beside those that it was given."""
+        """Return further options for a method's runs, beside its own."""
 
     @abstractmethod
     def fit(self, module: LightningModule, experts: Any, held_out: float, options: dict[str, Any]) -> None:
-        """Run a Trainer with these options over the samples without a share of them, which it validates on."""
+        """Run a Trainer with these options on the samples, except a held-out share, on which it validates."""
 
 
 class MemoryTraining(Training):
-    """Trains on experts' calibration batches in memory, on their device: no files, no logger, nothing printed."""
+    """Trains on calibration batches in memory, on the experts' device: no files, no logger, no output."""
 
     def num_samples(self, experts: Experts, samples_per_task: int | None) -> int:
         """Return the number of pooled calibration samples."""
         return len(experts.tasks)
 
     def run_options(self, experts: Experts, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return that the samples are taken as they are."""
+        """Return the options for samples that are not augmented."""
         return {"augmentation": "none"}
 
     def fit(self, module: LightningModule, experts: Experts, held_out: float, options: dict[str, Any]) -> None:
-        """Run a Trainer of which nothing is seen."""
+        """Run a silent Trainer."""
         # On the networks' device and of their type; a DataError where samples differ in shape.
         whole = as_input(joined(list(experts.pooled)), experts.networks[0])
         own = [take(whole, (experts.tasks == task).nonzero().flatten()) for task in range(experts.count)]
@@ -71,7 +71,7 @@ class MemoryTraining(Training):
 
 
 class MemoryTasks(Tasks):
-    """Calibration samples in memory, as the data that a method trains on."""
+    """Calibration samples in memory, as training data."""
 
     def __init__(self, samples: Calibration, batch_size: int, held_out: float, seed: int) -> None:
         LightningDataModule.__init__(self)
@@ -85,12 +85,12 @@ class MemoryTasks(Tasks):
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Run a block in which Lightning neither prints nor warns of what is meant."""
+    """Run a block without Lightning's notices and its warnings about intended behaviour."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     try:
         with warnings.catch_warnings():
-            quieten()
+            silence_lightning()
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

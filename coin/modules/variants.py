@@ -1,4 +1,4 @@
-"""The coded systems under evaluation: coded models read from their files, the references, what is measured of them."""
+"""The coded systems under evaluation: coded models read from files, the references, and their results."""
 
 import math
 from collections.abc import Sequence
@@ -24,16 +24,16 @@ class Variant:
     """One coded system under evaluation: a merge method with its options, or one of the two references.
 
     Attributes:
-        method: What the results call it.
-        code: The code; of the references too, which say by it what they measure.
-        batchnorm: Its BatchNorm policy, with what was taken behind a colon where it chose (``auto:recalibrate``);
-            empty where it does not apply.
+        method: Its name in the results.
+        code: The code; references have one too.
+        batchnorm: Its BatchNorm policy, with the selected one after a colon for ``auto`` (``auto:recalibrate``); empty
+            if it does not apply.
         networks: Indices of its coded models among all coded models of the evaluation; empty for the references.
-        samples_per_task: P, the calibration samples of each task that made it; none without any.
-        seconds: What making it took, wall time; in forward-equivalents these are the `passes`.
-        chosen: What every coded model's file says was chosen for it, by option; empty where nothing was.
-        kind: The merge method's own name, whatever the results call it; none where its file does not say.
-        memory: The bytes of its coded models, as their files keep them, with the base of compressed ones.
+        samples_per_task: P, the calibration samples of each task used to make it, or None.
+        seconds: The wall time of making it; `passes` is its cost in forward-equivalents.
+        chosen: The options chosen for each coded model, as recorded in its file; empty if there was no choice.
+        kind: The merge method's name, not its label; None if its file does not have it.
+        memory: The bytes of its coded models as stored, with the base of compressed ones.
     """
 
     method: str
@@ -58,15 +58,15 @@ class Variant:
         return self.method == ORACLE
 
     def applies(self, config: DecoderConfig) -> bool:
-        """Whether the decoder can be tried: features need a network, and all but regressions need coded outputs."""
+        """Whether the decoder applies: features need a network, and all but regressions need coded outputs."""
         if self.is_none:
             return config.kind is not DecoderKind.linear and config.reads_survivors
         return not self.is_oracle or config.kind is DecoderKind.linear
 
     def costs(self, config: DecoderConfig, kept: int, num_lost: int) -> dict[str, float]:
-        """Return the columns ``memory_mib``, ``forwards`` and ``losses``; `kept` are the bytes that decoding needs.
+        """Return the columns ``memory_mib``, ``forwards`` and ``losses``; `kept` is the bytes stored for decoding.
 
-        All are NaN for the oracle, which nobody can keep.
+        All are NaN for the oracle, which cannot be deployed.
         """
         if self.is_oracle:
             return dict.fromkeys(("memory_mib", "forwards", "losses"), math.nan)
@@ -78,36 +78,36 @@ class Variant:
         }
 
     def seen(self, answers: Answers) -> Answers:
-        """Return what arrives in this system of the answers of all networks: the experts, and its own coded models."""
+        """Return the answers in this system: those of the experts and of its own coded models."""
         if self.is_oracle:
             return Answers(answers.experts, self.code.encode(answers.experts), tasks=answers.tasks)
         return answers.with_coded(self.networks)
 
     def erasures(self) -> list[tuple[int, ...]]:
-        """Return the erasures to measure: all that the code promises, but never the loss of every expert for `NONE`."""
+        """Return the erasures to measure: all that the code can decode; for `NONE` not the loss of every expert."""
         return [erased for erased in self.code.erasures() if not self.is_none or len(erased) < self.code.num_experts]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured for one lost expert, under one erasure, with one variant and one decoder.
+    """The results for one lost expert, under one erasure, with one variant and one decoder.
 
     Attributes:
         erased: The lost tasks.
         task: The task whose expert was decoded, on whose test set.
-        expert_accuracy: As `DecodingAccuracy`, and so the three after it.
-        residual: As `Residual`, on the test set; NaN without coded models.
-        decoder_seconds: What fitting the decoder took, wall time, its share of running the networks included.
+        expert_accuracy: See `DecodingAccuracy`, also for the next three.
+        residual: See `Residual`, on the test set; NaN without coded models.
+        decoder_seconds: The wall time of fitting the decoder, including its share of running the networks.
         decoder_passes: The same in forward-equivalents: every expert, lost ones too, and every coded model of the
             variant on every sample that the decoder reads.
-        confusion: Counts ``[C_j, C_j]``: the expert's answer by the decoded one.
+        confusion: Counts ``[C_j, C_j]``, the expert's class by the decoded class.
         memory_mib: What must be kept beyond the experts' own servers, in MiB: the coded models, and the heads or
             regressions for every erasure of the code.
         forwards: Networks run for one lost answer.
-        losses: The most experts that may be lost at once.
-        risk: How the risk of the decoded answers turned out; nothing where a replica answers, which tells none.
+        losses: The largest number of experts that may be lost at once.
+        risk: The calibration of the decoded answers' risk; None for a replica, which has no risk.
         samples: Every test sample's risk, and whether its decoded answer differs from the expert's ``[n, 2]``.
-        promise: Up to which risk answers are accepted; none where nothing was to be promised.
+        promise: The risk up to which answers are accepted; None if no promise was requested.
     """
 
     variant: Variant
@@ -142,7 +142,7 @@ _PROVENANCE: dict[str, tuple[type, ...]] = {
 }
 
 
-def _check_provenance(path: Path, made: dict[str, Any], marks: Sequence[str]) -> None:
+def _check_provenance(path: Path, made: dict[str, Any], fingerprints: Sequence[str]) -> None:
     if "code" not in made:
         raise FileError(f"'{path}' is no coded model, expected a file that coin merge wrote")
     for name, kinds in _PROVENANCE.items():
@@ -151,23 +151,21 @@ def _check_provenance(path: Path, made: dict[str, Any], marks: Sequence[str]) ->
                 f"'{path}' says {made.get(name)!r:.60} for its '{name}', expected what coin merge writes there; "
                 "run coin merge again"
             )
-    if made["experts"] != list(marks):
-        raise FileError(
-            f"'{path}' was made of other experts than those given, or in another order; run coin merge again"
-        )
+    if made["experts"] != list(fingerprints):
+        raise FileError(f"'{path}' was made from other experts, or in another order; run coin merge again")
 
 
-def read_coded(paths: Sequence[Path], marks: Sequence[str]) -> tuple[list[nn.Module], list[Variant]]:
+def read_coded(paths: Sequence[Path], fingerprints: Sequence[str]) -> tuple[list[nn.Module], list[Variant]]:
     """Read coded models, and group the rows of each code into a variant.
 
-    Raises a FileError where a file is missing or damaged, lacks the other rows of its code, or was made of other
-    experts than those whose fingerprints `marks` are.
+    Raises FileError if a file is missing or damaged, lacks the other rows of its code, or was made from experts with
+    other `fingerprints`.
     """
     files = [load_network(path) for path in paths]
     groups: dict[tuple[str, str], list[int]] = {}
     for index, (path, file) in enumerate(zip(paths, files, strict=True)):
         made = file.provenance
-        _check_provenance(path, made, marks)
+        _check_provenance(path, made, fingerprints)
         groups.setdefault((made["label"], made["batchnorm"]), []).append(index)
     variants = []
     for (method, policy), indices in groups.items():

@@ -6,7 +6,7 @@ from coin.networks.compression import Compression
 from coin.networks.files import (
     NetworkFile,
     Unpacked,
-    brought_network,
+    import_checkpoint,
     initial_network,
     int8_path,
     kept_base,
@@ -21,12 +21,12 @@ from coin.networks.heads import (
     features_and_logits,
     head_name,
     linear_heads,
+    pad_head,
     pad_logits,
     padded_rows,
     padded_state,
-    widened,
 )
-from coin.networks.lora import Lora, add_adapters, plain_network
+from coin.networks.lora import Lora, add_adapters, unwrap
 from coin.networks.registry import NetworkConfig, build_network
 from coin.networks.stages import Run, run_network
 from coin.networks.weights import check_layout, fill_network, read_weights
@@ -41,7 +41,6 @@ __all__ = [
     "Run",
     "Unpacked",
     "add_adapters",
-    "brought_network",
     "build_network",
     "check_head",
     "check_layout",
@@ -51,6 +50,7 @@ __all__ = [
     "fill_network",
     "has_batchnorm",
     "head_name",
+    "import_checkpoint",
     "initial_network",
     "int8_path",
     "kept_base",
@@ -58,14 +58,14 @@ __all__ = [
     "load_network",
     "nbytes_together",
     "open_network",
+    "pad_head",
     "pad_logits",
     "padded_rows",
     "padded_state",
-    "plain_network",
     "read_weights",
     "recalibrate",
     "run_network",
     "save_compressed",
     "save_network",
-    "widened",
+    "unwrap",
 ]

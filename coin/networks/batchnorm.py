@@ -1,4 +1,4 @@
-"""What becomes of BatchNorm's running statistics when networks are merged: an explicit policy, never a silence."""
+"""BatchNorm merge policies: the running statistics of a merged network, always by an explicit policy."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,14 +17,14 @@ from coin.files.tensors import State
 
 
 class BatchNormPolicy(StrEnum):
-    """The buffers that a merged network gets.
+    """The policy for a merged network's BatchNorm buffers.
 
-    * ``auto``: where all experts have the same buffers these; otherwise ``average`` or ``recalibrate``, whichever has
-      the smaller error of decoded answers on held-out calibration samples.
+    * ``auto``: the experts' buffers if all are equal; otherwise ``average`` or ``recalibrate``, whichever has the
+      smaller error of decoded answers on held-out calibration samples.
     * ``average``: the experts' running means and variances, averaged with the code's weights β.
-    * ``recalibrate``: running statistics reset and estimated anew, by a cumulative average over the pooled
-      calibration samples, in the merged network itself.
-    * ``keep``: those that the merge started from, the shared initialisation's, or that training left frozen.
+    * ``recalibrate``: running statistics reset and re-estimated in the merged network, by a cumulative average over the
+      pooled calibration samples.
+    * ``keep``: the statistics of the start of the merge or of the shared initialisation; with training, frozen ones.
     """
 
     auto = "auto"
@@ -39,7 +39,7 @@ def has_batchnorm(network: nn.Module) -> bool:
 
 
 def folded(state: State, weight: str, bias: str | None, norm: str, eps: float) -> dict[str, Tensor]:
-    """Return a linear map's tensors and those of the BatchNorm behind it, folded into the map, in float64.
+    """Return the tensors of a linear map and the BatchNorm after it, the latter folded into the map, in float64.
 
     With the map's weight W and bias b, and the BatchNorm's γ, β, μ and σ² = variance + eps, the weight becomes γ/σ·W,
     the map's bias 0, and the BatchNorm an identity whose bias is β + γ/σ·(b − μ).
@@ -72,13 +72,13 @@ def _tracking(network: nn.Module) -> list[_BatchNorm]:
 
 @torch.no_grad()
 def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward | None = None) -> int:
-    """Estimate all BatchNorm layers' statistics anew, in place, and return the number of samples seen.
+    """Re-estimate all BatchNorm layers' statistics in place, and return the number of samples.
 
-    They become the average of the statistics of the batches that a layer sees, weighted by their sizes, each layer
-    seeing what the layers before it produce from batch statistics, as in training; a layer that runs several times in
-    a pass sees as many batches. So does one whose `train` leaves it in eval mode; one that never runs keeps what it
-    has. A single sample has no variance: a batch of one is joined to the next, the last to the one before it. A
-    StateError, the network as it was, below two samples.
+    They become the average over batches of a layer's batch statistics, weighted by batch size, with all layers using
+    batch statistics as in training. A layer that runs several times per pass counts each time; layers whose `train`
+    keeps them in eval mode are included; a layer that never runs keeps its statistics. A batch of one sample has no
+    variance and is joined to the next, the last one to the one before it. Raises StateError, with the network
+    unchanged, for fewer than two samples.
 
     Args:
         network: The network.

@@ -1,4 +1,4 @@
-"""Compressed networks: what a network differs by from a base that is kept anyway, in few bits or of low rank."""
+"""Compressed networks: the difference from a base that is stored anyway, in few bits or of low rank."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,11 +23,11 @@ PACKED = "packed"
 
 
 class Compressed:
-    """A network as packed bytes, to be read beside the base that they are a delta from; `compress` makes it.
+    """A network as packed bytes, a delta from a base; made by `compress`.
 
     Attributes:
-        base: The base as it is kept: rounded to int8 for ``base_bits=8``; for 0 there is none, and a network of the
-            architecture, whose weights do not matter, is in its place.
+        base: The base as stored: rounded to int8 for ``base_bits=8``; for 0 any network of the architecture, whose
+            weights are not used.
         base_bits: 32, 8 or 0.
     """
 
@@ -46,18 +46,18 @@ class Compressed:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the network takes beside the base."""
+        """The network's bytes, without the base."""
         return self._data.numel()
 
     @property
     def base_nbytes(self) -> int:
-        """The bytes that the base takes as it is kept."""
+        """The bytes of the base as stored."""
         if self.base_bits == 8:
             return (self._kept or int8(self.base)).nbytes
         return self.base_bits and sum(tensor.nbytes for tensor in _unique(self.base).values())
 
     def network(self) -> nn.Module:
-        """Return the network as it is read back, in eval mode: a new one."""
+        """Return the decompressed network, a new one in eval mode."""
         network = plain(clone(self.base)).eval()
         if self._outputs is not None:
             with torch.random.fork_rng(devices=[]):
@@ -75,7 +75,7 @@ class Compressed:
         return network
 
     def save(self, path: Path | str, provenance: Mapping[str, Any] | None = None) -> None:
-        """Write the file; with ``base_bits=8`` the base is not in it, but `load` rounds it again."""
+        """Write the file. With ``base_bits=8`` the base is not in it; `load` rounds it again."""
         told = {
             "base": fingerprint(self.base.state_dict()) if self.base_bits else None,
             "base_bits": self.base_bits,
@@ -88,9 +88,9 @@ class Compressed:
 
     @classmethod
     def load(cls, path: Path | str, base: nn.Module) -> "Compressed":
-        """Read a compressed network beside its base, which may be whole where the file is of its int8 form.
+        """Load a compressed network, given its base; for an int8 base it may be the original one.
 
-        Where the file needs no base (``base_bits=0``), `base` is any network of its architecture.
+        If the file needs no base (``base_bits=0``), `base` is any network of the architecture.
 
         Raises:
             FileError: The file is missing or damaged, holds no compressed network, or is of another base.
@@ -137,12 +137,13 @@ def compress(
 
     Args:
         network: The network.
-        base: What it was fine-tuned or merged from; not needed for ``base_bits=0``. For 8 it may be rounded already.
+        base: The network that it was fine-tuned or merged from; not needed for ``base_bits=0``. For 8 it may already be
+            rounded.
         bits: 1 … 8 bits a value; or
         rank: the rank of every delta, 1 or more; a matrix that is smaller than its factors is kept in float16.
-        base_bits: How the base is kept: 32: as it is; 8: in 8 bits a value, from which the delta is then taken; 0: not
-            at all, so that this is plain quantisation of the network.
-        rounded: By tensor, deltas that have been rounded already, which are taken as they are.
+        base_bits: How the base is stored: 32: unchanged; 8: in 8 bits a value, and the delta is taken from it; 0: not
+            at all, which is plain quantisation of the network.
+        rounded: Deltas that are already rounded, by tensor; used unchanged.
 
     Raises:
         ConfigurationError: An option is out of its range, both or neither of bits and rank are given, there is no base,
@@ -178,12 +179,12 @@ def compress(
 
 
 def compress_as(how: Compression, network: nn.Module, base: Base) -> Compressed:
-    """Return a network compressed as options say."""
+    """Return a network compressed by these options."""
     return compress(network, base, bits=how.bits, rank=how.rank, base_bits=how.base_bits)
 
 
 class Reference(NamedTuple):
-    """What a network's tensors are a delta from."""
+    """The reference that a network's tensors are a delta from."""
 
     base: nn.Module
     """The base as it is kept; the network itself where there is none."""

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Self
 
-from coin.choices import check_integer, chosen
+from coin.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
 
 _BASES = {32: "", 8: "-int8base", 0: "-nobase"}
@@ -30,7 +30,8 @@ class Compression:
         rank: the rank of every delta.
         base_bits: How the base is kept: 32: as it is; 8: in 8 bits a value, from which the delta is then taken; 0: not
             at all, so that this is plain quantisation of the network.
-        rounding: ``refit`` or ``nearest``, where a merge method may round while it fits; none for the method's own.
+        rounding: ``refit`` or ``nearest``, for a merge method that can round while it fits; by default the method's
+            own.
 
     Raises:
         ConfigurationError: An option is out of its range, or both or neither of bits and rank are given.
@@ -52,7 +53,7 @@ class Compression:
         if (self.bits or 1) > 8:
             raise ConfigurationError(f"found bits={self.bits}, expected a whole number from 1 to 8")
         if self.rounding is not None:
-            object.__setattr__(self, "rounding", chosen(RoundingKind, "rounding", self.rounding))
+            object.__setattr__(self, "rounding", parse_enum(RoundingKind, "rounding", self.rounding))
         if self.base_bits not in _BASES:
             raise ConfigurationError(f"found base_bits={self.base_bits!r}, expected 32, 8 or 0")
 
@@ -66,6 +67,6 @@ class Compression:
 
     @property
     def name(self) -> str:
-        """What results and files call it: ``3bit``, ``3bit-int8base``, ``rank8``."""
+        """Its name in results and files: ``3bit``, ``3bit-int8base``, ``rank8``."""
         how = "-nearest" if self.rounding is RoundingKind.nearest else ""
         return (f"rank{self.rank}" if self.bits is None else f"{self.bits}bit") + _BASES[self.base_bits] + how

@@ -1,4 +1,4 @@
-"""Networks as safetensors files that say what they are."""
+"""Networks as safetensors files with their architecture and provenance."""
 
 import operator
 import os
@@ -23,7 +23,7 @@ from coin.networks.weights import check_layout, fill_network, read_weights, with
 
 
 class Unpacked(dict[str, Tensor]):
-    """The tensors of a compressed network as `StateFile` has those of a whole one."""
+    """The tensors of a compressed network, with the interface of `StateFile`."""
 
     def __init__(self, path: Path, state: State) -> None:
         super().__init__(state)
@@ -40,7 +40,7 @@ class Unpacked(dict[str, Tensor]):
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """A network's file, its tensors read when they are asked for, and all that was written with it (`provenance`)."""
+    """A network's file: its tensors, read on access, and its metadata (`provenance`)."""
 
     state: StateFile | Unpacked
     config: NetworkConfig
@@ -49,24 +49,24 @@ class NetworkFile:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of its tensors, as they are kept: of a compressed network, of the delta alone."""
+        """The bytes of its tensors as stored; for a compressed network those of the delta only."""
         return int(self.provenance.get("nbytes") or sum(tensor.nbytes for tensor in self.state.values()))
 
     @property
     def base_nbytes(self) -> int:
-        """The bytes of the base beside which it is kept; 0 where it is whole."""
+        """The bytes of its base; 0 for a whole network."""
         return int(self.provenance.get("base_nbytes", 0))
 
     @cached_property
     def network(self) -> nn.Module:
-        """The network, in eval mode; a StateError where its tensors do not fit the architecture."""
+        """The network, in eval mode; raises StateError if its tensors do not fit the architecture."""
         network = build_network(self.config, self.num_classes)
         fill_network(network, self.state, str(self.state.path))
         return network.eval()
 
 
 def nbytes_together(files: Iterable[NetworkFile]) -> int:
-    """Return the bytes that networks take side by side, the base of compressed ones counted once."""
+    """Return the total bytes of networks; a base shared by compressed ones counts once."""
     every = list(files)
     return sum(file.nbytes for file in every) + max((file.base_nbytes for file in every), default=0)
 
@@ -76,7 +76,7 @@ def save_network(
 ) -> None:
     """Write a network's parameters and buffers with its architecture and its provenance.
 
-    A StateError where a parameter is not finite or a buffer holds a NaN, a FileError where it cannot be written.
+    Raises StateError if a parameter is not finite or a buffer holds a NaN, FileError if it cannot be written.
     """
     # As a causal mask does.
     infinite = [name for name, buffer in network.named_buffers() if bool(torch.isinf(buffer).any())]
@@ -85,9 +85,9 @@ def save_network(
 
 
 def kept_base(path: Path, base: Path | None, compression: Compression) -> tuple[Path | None, Base]:
-    """Return the file of the base that a compressed network's file is to name, and the base as it is kept.
+    """Return the base's file, to be recorded in a compressed network's file, and the base as stored.
 
-    A base in 8 bits a value is written beside `path`, unless it is there: `int8_path`. A ConfigurationError where the
+    An 8-bit base is written to the folder of `path` unless it exists (`int8_path`). Raises ConfigurationError if the
     compression needs a base and there is none.
     """
     if not compression.base_bits:
@@ -127,16 +127,16 @@ def save_compressed(
 
 
 def int8_path(path: Path, base: Path) -> Path:
-    """Return where the base of a compressed network's file is kept in 8 bits a value: beside it, another base apart."""
+    """Return the path of the 8-bit base of a compressed network's file: in the same folder, one per base."""
     return path.with_name(f"{base.stem}-{sha256_of(base)[:8]}-int8.safetensors")
 
 
 def open_network(path: Path, above: Sequence[Path] = ()) -> NetworkFile:
-    """Open a network's file, whole or compressed, and check that it is finite and what its metadata say.
+    """Open a network's file, whole or compressed, and check its values and metadata.
 
     Args:
         path: The file.
-        above: The compressed files of which it is the base.
+        above: The compressed files that it is the base of.
 
     Raises:
         FileError: The file, or a compressed one's base, is missing or damaged, or does not hold a network.
@@ -155,7 +155,7 @@ def open_network(path: Path, above: Sequence[Path] = ()) -> NetworkFile:
 
 
 def _open_compressed(path: Path, provenance: dict[str, Any], above: Sequence[Path]) -> NetworkFile:
-    """Unpack a compressed network, beside its base where it has one."""
+    """Unpack a compressed network, with its base if it has one."""
     config, num_classes = _described(path, provenance)
     if (named := provenance.get("base_file")) is None and provenance["compressed"].get("base"):
         raise FileError(f"'{path}' does not name the file of its base; read it with coin.Compressed.load and the base")
@@ -182,7 +182,7 @@ def load_network(path: Path) -> NetworkFile:
 
 
 def _described(path: Path, provenance: Mapping[str, Any]) -> tuple[NetworkConfig, int]:
-    """Return the architecture and the number of classes that a file's metadata tell of."""
+    """Return the architecture and the number of classes in a file's metadata."""
     network, num_classes = provenance.get("network"), provenance.get("num_classes")
     if network is None:
         raise FileError(f"'{path}' holds no network (no 'network' in its metadata); give an expert or a coded model")
@@ -201,16 +201,16 @@ def initial_network(
 ) -> nn.Module:
     """Build the shared initialisation that all experts of one class count start from.
 
-    It comes from a base checkpoint, whose head is taken over when its class count agrees, or from the seed alone.
-    Beside one of more classes, `wider`, it is the same but for the head, and that the first rows of the wider one's.
+    It comes from a base checkpoint, whose head is kept if its class count agrees, or from the seed. Given the file
+    `wider` of an initialisation with more classes, only the head differs: it has the first rows of the wider head.
     """
     source = checkpoint or wider
     if source is None:
         return build_network(config, num_classes, seed=seed)
-    return brought_network(config, num_classes, source, seed=seed, fresh_head=True, wider=wider)
+    return import_checkpoint(config, num_classes, source, seed=seed, fresh_head=True, wider=wider)
 
 
-def brought_network(
+def import_checkpoint(
     config: NetworkConfig,
     num_classes: int,
     path: Path,
@@ -221,10 +221,10 @@ def brought_network(
 ) -> nn.Module:
     """Build a network that was trained elsewhere, from a state dict as safetensors or a checkpoint.
 
-    Its head must be of `num_classes` logits, unless it may be replaced by a fresh one, drawn from the seed or of the
+    Its head must have `num_classes` logits, unless `fresh_head` allows a new one, drawn from the seed or taken from the
     first rows of the head in the file `wider`.
 
-    A FileError where it cannot be used, a StateError where it is of another architecture or not finite.
+    Raises FileError if the file cannot be used, StateError if it is of another architecture or not finite.
     """
     network = build_network(replace(config, weights=None), num_classes, seed=seed)
     state = read_weights(path)

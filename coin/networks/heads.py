@@ -16,10 +16,9 @@ from coin.files.tensors import State
 def head_name(network: nn.Module) -> str:
     """Return the dotted name of the classifier head.
 
-    The head is the last `nn.Linear` in the order of registration, or, where a network has none (SqueezeNet), the
-    last `nn.Conv2d`. What lies in a base model of Hugging Face's, at any depth, comes before all else, wherever it is
-    registered.
-    A network whose head is elsewhere names it itself in an attribute ``head_name: str``.
+    The head is the last `nn.Linear` in the order of registration, or, if there is none (SqueezeNet), the last
+    `nn.Conv2d`. Layers inside a Hugging Face base model, at any depth, count as earlier than all others. A network with
+    another head names it in an attribute ``head_name: str``.
     """
     layers: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
     own = getattr(network, "head_name", None)
@@ -52,7 +51,7 @@ def _base_models(layers: Mapping[str, nn.Module]) -> set[str]:
 
 
 def replace_head(network: nn.Module, num_classes: int) -> None:
-    """Put a freshly initialised head of `num_classes` outputs in the place of the old one."""
+    """Replace the head by a freshly initialised one with `num_classes` outputs."""
     name = head_name(network)
     old = network.get_submodule(name)
     new: nn.Linear | nn.Conv2d
@@ -71,7 +70,7 @@ def replace_head(network: nn.Module, num_classes: int) -> None:
 def initialise_head(head: nn.Module) -> None:
     """Draw a head anew: small, whatever its constructor draws, so that the first steps leave the pretrained rest alone.
 
-    A constructor may draw entries of 1/√C, with which few classes make gradients that no pretrained layer survives.
+    A constructor may draw entries of 1/√C; with few classes their gradients destroy the pretrained layers.
     """
     with torch.no_grad():
         for name, parameter in head.named_parameters(recurse=False):
@@ -108,7 +107,7 @@ def padded_state(state: State, head: str, num_outputs: int, *, mean: bool = Fals
     return ChainMap(rows, cast(Any, state)) if rows else state  # never written to, so that any mapping will do
 
 
-def widened(network: Network, num_outputs: int) -> Network:
+def pad_head(network: Network, num_outputs: int) -> Network:
     """Return a network with its head padded by zeros to `num_outputs` logits, itself if it has as many.
 
     It is a new one that shares all other tensors with the network. Raises a HeadError where the head is neither a
@@ -142,10 +141,10 @@ def _tell_classes(network: nn.Module, num_classes: int) -> None:
 
 
 def of_one_width(networks: Sequence[Network]) -> list[Network]:
-    """Return networks that differ in their class counts alone with their heads padded to the largest (`widened`).
+    """Return networks that differ in their class counts alone with their heads padded to the largest (`pad_head`).
 
-    Networks that differ in more are returned as they are, for `check_same_layout` to refuse. Raises a HeadError where
-    they seem to differ in class counts, but their heads cannot be padded, or are elsewhere.
+    Networks that differ otherwise are returned unchanged, and `check_same_layout` rejects them. Raises HeadError if
+    only class counts differ, but the heads cannot be padded or found.
     """
     every = [dict(network.named_parameters(remove_duplicate=False)) for network in networks]
     shapes = [{name: parameter.shape for name, parameter in parameters.items()} for parameters in every]
@@ -164,7 +163,7 @@ def of_one_width(networks: Sequence[Network]) -> list[Network]:
             "experts of one class count"
         )
     width = max(len(network.get_submodule(head).get_parameter("weight")) for network in networks)
-    return [widened(network, width) for network in networks]
+    return [pad_head(network, width) for network in networks]
 
 
 def pad_logits(logits: Tensor, num_outputs: int) -> Tensor:
@@ -231,7 +230,7 @@ _TOLERANCES = {torch.float64: 2.0**-30, torch.float32: 2.0**-8, torch.float16: 2
 
 @torch.no_grad()
 def check_head(network: nn.Module, features: Tensor, logits: Tensor) -> None:
-    """Refuse a network whose logits are not W φ + b, with (W, b) its head and φ the head's input.
+    """Raise HeadError unless a network's logits are W φ + b, with (W, b) its head and φ the head's input.
 
     Methods that fit a head or start from one assume so; a temperature, a softmax or a nonlinearity after the head
     breaks it. The features ``[B, F]`` and logits ``[B, C]`` are those of `features_and_logits`. Every logit is

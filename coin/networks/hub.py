@@ -44,11 +44,11 @@ class Timm(Source):
 
     @property
     def architecture(self) -> str:
-        """What timm calls the network."""
+        """The network's name in timm."""
         return self.name.removeprefix("timm/")
 
     def check(self) -> None:
-        """Refuse names and weights that timm does not know."""
+        """Check that timm has this name and these weights."""
         timm = extra_module("timm", "timm")
         name, _, tag = self.architecture.partition(".")
         if tag:
@@ -123,13 +123,13 @@ class HuggingFace(Source):
         return str(Path(place).absolute()) if Path(place).is_dir() else place
 
     def check(self) -> None:
-        """Refuse what is no folder or ID of a classifier, and other weights."""
+        """Check that it is a folder or ID of a classifier, and the weights."""
         self._kind()
         self.check_weights(["pretrained"])
 
     @property
     def reads(self) -> str:
-        """What the model's kind reads."""
+        """The kind of inputs: images or texts."""
         return self._kind()[0]
 
     def build(self, num_classes: int) -> nn.Module:
@@ -155,7 +155,7 @@ class HuggingFace(Source):
         return network
 
     def _kind(self) -> tuple[str, Any]:
-        """Return what the model reads, and the class that makes it."""
+        """Return the kind of inputs, and the class that builds the model."""
         found = _configuration(self.place, self.name)
         import transformers
 

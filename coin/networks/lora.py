@@ -104,7 +104,7 @@ def adaptable_layers(network: nn.Module, example: Tensor) -> list[str]:
     return [name for name, module in linear.items() if module in run and name != head_name(network)]
 
 
-def plain_network(network: nn.Module) -> nn.Module:
+def unwrap(network: nn.Module) -> nn.Module:
     """Return a network as its architecture has it: adapters merged into the weights, every parameter trainable.
 
     It is the network itself where it is plain already, else a copy.

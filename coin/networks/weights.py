@@ -40,7 +40,7 @@ def check_layout(own: Mapping[str, torch.Size], shapes: Mapping[str, torch.Size]
 def with_own_head(
     network: nn.Module, state: Mapping[str, Tensor], *, seed: int, wider: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return a state with a fresh head in the place of one of another class count.
+    """Return a state with a fresh head if its head has another class count.
 
     Args:
         network: What the state is to fill; its head is drawn anew.

@@ -38,8 +38,8 @@ class Examples:
     Args:
         images: ``[n, H, W, 3]``, uint8.
         expert: The expert's answers ``[n]``, each a place in `names`.
-        label: The labels ``[n]``, likewise.
-        decoded: The decoded answers ``[n]``, likewise, by ``method|batchnorm|decoder``.
+        label: The labels ``[n]``, in the same form.
+        decoded: The decoded answers ``[n]``, in the same form, by ``method|batchnorm|decoder``.
         names: The names of the classes, those of all tasks one after the other; may be empty.
         task: The task that each image is of ``[n]``; empty where that is not known.
 

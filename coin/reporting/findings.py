@@ -1,4 +1,4 @@
-"""What the numbers say, in words made from the numbers: also where they speak against a method."""
+"""Findings in words, generated from the numbers, including those against a method."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from coin.reporting.summary import ITERATIVE, REFERENCES, TRAINED, seed_means, v
 from coin.reporting.tables import BEST, percent, seconds
 
 FEWEST_SEEDS = 3
-"""With fewer seeds no difference is told from chance."""
+"""The fewest seeds for which a difference is tested for significance."""
 _MOST = 5
 CLOSED_FORM, STEPS, BASELINE, FOREIGN, SPARES, FLOOR = (
     "best closed form", "best in a few steps", "fair baseline: best trained", "best foreign", "best compressed experts",
@@ -58,14 +58,14 @@ class Findings:
     Args:
         headline: The finding in one sentence.
         roles: The best of each role with its best decoder, on the test sets.
-        beyond_spread: Which differences are clear, five at most, or between whom none is.
+        significant_differences: Which differences are clear, five at most, or between whom none is.
         cautions: What to be careful about.
         entries: Everything that was measured.
     """
 
     headline: str
     roles: dict[str, Entry]
-    beyond_spread: tuple[str, ...]
+    significant_differences: tuple[str, ...]
     cautions: tuple[str, ...]
     entries: tuple[Entry, ...]
 
@@ -101,7 +101,7 @@ def findings(frame: pd.DataFrame, kinds: Mapping[str, str] | None = None) -> Fin
     cautions = _cautions(means)
     if own := [f"{name} (P = {p})" for name, p in others.groupby("name", sort=False)["samples_per_task"].max().items()]:
         cautions.append(f"Not compared with the others at P = {samples}, its P differs: {', '.join(own)}.")
-    said = _beyond_spread(entries, roles)
+    said = _significant_differences(entries, roles)
     return Findings(_headline(erased, roles, entries), roles, tuple(said[:_MOST]), tuple(cautions), tuple(entries))
 
 
@@ -166,7 +166,7 @@ def _headline(erased: str, roles: dict[str, Entry], entries: list[Entry]) -> str
     return f"{text}."
 
 
-def _beyond_spread(entries: list[Entry], roles: dict[str, Entry]) -> list[str]:
+def _significant_differences(entries: list[Entry], roles: dict[str, Entry]) -> list[str]:
     """Return differences that are clear, the most telling first; where none is, what was compared."""
     best = roles.get(CLOSED_FORM) or _strongest(entry for role, entry in roles.items() if role not in (FLOOR, SPARES))
     if best is None:

@@ -31,7 +31,7 @@ from coin.reporting.extras import (
     read_risk,
 )
 from coin.reporting.findings import FLOOR, Findings, findings, paired_differences
-from coin.reporting.results import RESULTS_CSV, asked_policy, read_confusions
+from coin.reporting.results import RESULTS_CSV, read_confusions, requested_policy
 from coin.reporting.sources import Source, as_dict, facts_of, read_sources
 from coin.reporting.summary import (
     REFERENCES,
@@ -140,7 +140,11 @@ class _Page:
             headline = f"The best of {len(self.found)} experiments is {best}. {headline}"
         elif several:
             headline, roles = f"{len(self.found)} experiments; what each of them says stands under Findings.", {}
-        lists = [f"{name}: {each.headline}" for name, each in self.found.items()] if several else found.beyond_spread
+        lists = (
+            [f"{name}: {each.headline}" for name, each in self.found.items()]
+            if several
+            else found.significant_differences
+        )
         configuration = pd.DataFrame(facts, index=[each.name for each in self.sources]).T.fillna("–")
         kept = [("", stand_in_table(stand_ins(self.summary)))] if not several else []
         before: list[dict[str, Any]] = [
@@ -343,7 +347,7 @@ def _shown(source: Source, found: Findings) -> dict[str, str]:
     frame = frame[frame["decoder"] == best.decoder].assign(name=variant_names)
     keys = {}
     for row in [*_records(frame[frame["name"] == best.name])[:1], *_records(frame[frame["method"] == "coin"])[:1]]:
-        keys[str(row["name"])] = f"{row['method']}|{asked_policy(row['batchnorm'])}|{best.decoder}"
+        keys[str(row["name"])] = f"{row['method']}|{requested_policy(row['batchnorm'])}|{best.decoder}"
     return keys
 
 

@@ -94,8 +94,8 @@ NUMBERS: tuple[str, ...] = COLUMNS[len(KEYS) :]
 INTEGERS = ("seed", "samples_per_task")
 
 
-def asked_policy(batchnorm: str) -> str:
-    """Return the BatchNorm policy that was asked for: ``auto`` of ``auto:recalibrate``, which seeds may differ in."""
+def requested_policy(batchnorm: str) -> str:
+    """Return the requested BatchNorm policy, ``auto`` for ``auto:recalibrate``; seeds may select different ones."""
     return batchnorm.partition(":")[0]
 
 
@@ -115,7 +115,7 @@ def write_results(
         rows: The measurements, in the order in which tables and figures shall show the methods.
         configuration: The resolved configuration; what JSON does not know (paths, enums) is written as text.
         confusions: `confusion_key` → counts ``[C, C]``, the expert's answer × the decoded answer.
-        methods: What every coded model says of its making: its label, its BatchNorm policy, and what was chosen.
+        methods: The metadata of every coded model: its label, its BatchNorm policy, and the choices made.
         classes: The names of every task's classes.
         wandb_url: Where the evaluation's W&B run is to be seen; None where it is not online.
 
@@ -184,9 +184,9 @@ def read_configuration(folder: Path) -> dict[str, Any]:
 def confusion_key(row: Row) -> str:
     """Return the name of a row's counts in ``confusion.npz``: ``method|batchnorm|decoder|erased|task``.
 
-    The policy is the one that was asked for, so that the counts of all seeds have one name.
+    The policy is the requested one, so that the counts of all seeds have one name.
     """
-    return "|".join((row.method, asked_policy(row.batchnorm), row.decoder, row.erased, row.task))
+    return "|".join((row.method, requested_policy(row.batchnorm), row.decoder, row.erased, row.task))
 
 
 def read_confusions(folder: Path) -> dict[str, Counts]:

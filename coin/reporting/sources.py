@@ -52,7 +52,7 @@ class Source:
 def read_sources(folders: Sequence[Path]) -> list[Source]:
     """Read experiments' folders (with ``seed-*``), single seeds' folders or sweeps' folders (with ``sweep.csv``).
 
-    Experiments of one name are told apart by their folders, a sweep's beside others by the sweep's name.
+    Experiments of the same name are distinguished by their folders, those of a sweep by the sweep's name.
 
     Raises:
         FileError: No folder is given, one holds no results, or a file is damaged.

@@ -15,10 +15,10 @@ from coin.reporting.results import (
     RESULTS_CSV,
     RESULTS_JSON,
     STAND_IN_COSTS,
-    asked_policy,
     read_configuration,
     read_frame,
     read_results,
+    requested_policy,
     write_frame,
 )
 
@@ -33,7 +33,7 @@ _KEEPING = ("refit", *TRAINED)
 """Methods whose one BatchNorm policy is ``keep``; the others' default is ``auto``."""
 
 GROUP: tuple[str, ...] = tuple(name for name in KEYS if name != "seed")
-"""What one row of a summary stands for."""
+"""The columns that identify a row of a summary."""
 SUMMARY_COLUMNS = (*GROUP, "seeds", *(f"{name}_{part}" for name in NUMBERS for part in ("mean", "std")))
 
 
@@ -52,7 +52,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     Returns:
         `SUMMARY_COLUMNS`: the group, ``seeds`` (how many), and ``<number>_mean``, ``<number>_std`` of each number.
     """
-    frame = frame.assign(batchnorm=frame["batchnorm"].map(asked_policy), **_untold(frame))
+    frame = frame.assign(batchnorm=frame["batchnorm"].map(requested_policy), **_untold(frame))
     both = pd.concat([_over_seeds(frame), _over_seeds(seed_means(frame))], ignore_index=True)
     order = both.groupby([name for name in GROUP if name not in ("erased", "task")], sort=False).ngroup()
     return both.iloc[order.argsort(kind="stable")].reset_index(drop=True)
@@ -63,7 +63,9 @@ def seed_means(frame: pd.DataFrame) -> pd.DataFrame:
     erasures = frame["erased"].map(lambda erased: frozenset(erased.split("+")))
     tasks = erasures.groupby(frame["experiment"]).agg(lambda sets: len(frozenset().union(*sets)))
     sizes = erasures.map(len).astype(str) + " of " + frame["experiment"].map(tasks).astype(str)
-    sized = frame.assign(erased=sizes, task="mean", batchnorm=frame["batchnorm"].map(asked_policy), **_untold(frame))
+    sized = frame.assign(
+        erased=sizes, task="mean", batchnorm=frame["batchnorm"].map(requested_policy), **_untold(frame)
+    )
     return _mean(sized, list(KEYS)).reset_index()
 
 
@@ -184,7 +186,7 @@ def variant_names(frame: pd.DataFrame) -> "pd.Series[str]":
         same = ["experiment", "method", "batchnorm", "decoder", "erased", "task", "samples_per_task"]
         own = frame.groupby(same, sort=False)["code_row"].transform("nunique") > 1
         several = frame["method"].isin(frame.loc[own, "method"])
-    asked = frame["batchnorm"].map(asked_policy)
+    asked = frame["batchnorm"].map(requested_policy)
     default = asked.isin(["", "auto"]) | (asked.eq("keep") & frame["method"].str.startswith(_KEEPING))
     return frame["method"] + (" (" + asked + ")").mask(default, "") + ("[" + frame["code_row"] + "]").where(several, "")
 

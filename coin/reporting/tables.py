@@ -23,7 +23,7 @@ from coin.reporting.summary import (
 )
 
 WIDTH = 80
-"""Columns of text where nobody watches."""
+"""Columns of text without a terminal."""
 COSTS = ("residual", "merge s", "decoder s", "merge passes", "decoder passes")
 BEST = "*"
 """Behind the largest mean of a decoder (and P)."""
@@ -82,7 +82,7 @@ def stand_in_table(kept: pd.DataFrame, *, all_rows: bool = True) -> pd.DataFrame
 def risk_totals(risk: pd.DataFrame) -> pd.DataFrame:
     """Return the points of ``risk.csv`` over all tasks that are lost alone and all seeds, by ``name`` and decoder.
 
-    Every test sample counts alike. ``name`` is a method's variant.
+    Every test sample has the same weight. ``name`` is a method's variant.
     """
     alone = risk[risk["erased"] == risk["task"]].assign(name=variant_names)
     numbers = ["risk", "agreement", "decoded_accuracy", "expert_accuracy"]
@@ -141,7 +141,7 @@ def _nda_table(means: pd.DataFrame) -> pd.DataFrame:
 
 
 def results_console(width: int = WIDTH) -> Console:
-    """Return a console for results: as wide as the terminal, or so many columns where nobody watches."""
+    """Return a console for results: as wide as the terminal, or of a fixed width without one."""
     return Console(width=None if sys.stdout.isatty() else width)
 
 

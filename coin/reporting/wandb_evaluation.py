@@ -12,7 +12,7 @@ from PIL import Image
 from coin.coding.decoder_config import REPLICA
 from coin.reporting import figures
 from coin.reporting.extras import Examples
-from coin.reporting.results import COLUMNS, STAND_IN_COSTS, Counts, Row, asked_policy, confusion_key
+from coin.reporting.results import COLUMNS, STAND_IN_COSTS, Counts, Row, confusion_key, requested_policy
 from coin.reporting.summary import REFERENCES, largest_samples, over_tasks, summarise, variant_names
 from coin.reporting.wandb_runs import folder_of
 from coin.reporting.wandb_settings import run_environment
@@ -71,7 +71,7 @@ def log_method(run: wandb.Run, rows: pd.DataFrame) -> None:
     ``passes/<decoder>``, the decoder's part included, and ``memory_mib/<decoder>``, ``forwards/…`` and ``losses/…``.
     The loss of several tasks stands before its task: ``nda/linear/a+b/a``, ``nda/linear/2-of-3/mean``. The
     configuration says what was measured: ``variant``, ``method``, ``batchnorm`` (the policy asked for),
-    ``batchnorm_taken``.
+    ``selected_batchnorm``.
 
     Args:
         run: The run in which the method's coded models were made, or a new one.
@@ -81,8 +81,8 @@ def log_method(run: wandb.Run, rows: pd.DataFrame) -> None:
     own = {
         "variant": variant_names(rows).iloc[0],
         "method": first["method"],
-        "batchnorm": asked_policy(first["batchnorm"]),
-        "batchnorm_taken": first["batchnorm"],
+        "batchnorm": requested_policy(first["batchnorm"]),
+        "selected_batchnorm": first["batchnorm"],
         "samples_per_task": int(first["samples_per_task"]),
     }
     config: Any = run.config

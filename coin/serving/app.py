@@ -28,7 +28,7 @@ logger = logging.getLogger("ray.serve.coin")  # Ray Serve writes what is logged 
 
 
 class UnknownModelError(DataError):
-    """There is no such model."""
+    """The requested model does not exist."""
 
 
 _STATUS: dict[type[CoinError], int] = {
@@ -40,14 +40,14 @@ _STATUS: dict[type[CoinError], int] = {
 
 @dataclass(frozen=True)
 class _Collector:
-    """What Prometheus reads off a front end."""
+    """The Prometheus metrics of a front end."""
 
     front: FrontEnd
     reader: Reader
     name: str
 
     def collect(self) -> Iterable[Metric]:
-        """Yield what prometheus_client asks for."""
+        """Yield the metrics for prometheus_client."""
         front, name = self.front, self.name
 
         def gauge(metric: str, help: str, *labels: str) -> GaugeMetricFamily:
@@ -73,10 +73,10 @@ class _Collector:
 
 
 def make_app(front: FrontEnd, about: Description, limits: InputLimits, name: str = "") -> FastAPI:
-    """Return the application; it starts the front end and stops it with itself.
+    """Return the application, which starts and stops the front end with itself.
 
-    Its ``state.drain`` refuses new queries and waits for those that are under way; its ``state.name`` tells the metrics
-    of several front ends apart.
+    Its ``state.drain`` refuses new queries and waits for running ones; its ``state.name`` labels the metrics of this
+    front end.
     """
     if ALL in about.classes:
         raise ConfigurationError(f"found a task '{ALL}', which is the model of every task; rename it")
@@ -159,7 +159,7 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits, name: str
 
     @app.get("/v2")
     async def server() -> dict[str, Any]:
-        """Return what the protocol says of a server."""
+        """Return the protocol's server metadata."""
         return {"name": "coin", "version": "2", "extensions": ["binary_tensor_data"], "models": list(models)}
 
     @app.get("/v2/health/live")
@@ -169,14 +169,14 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits, name: str
 
     @app.get("/v2/health/ready")
     async def ready(response: Response) -> dict[str, bool]:
-        """Say whether every task could be answered: 503 where it could not."""
+        """Return 200 if every task can be answered, else 503."""
         is_ready = front.can_answer()
         response.status_code = 200 if is_ready else 503
         return {"ready": is_ready}
 
     @router.get("/ready")
     async def model_ready(model: str, experts: Experts, response: Response) -> dict[str, Any]:
-        """Say whether a task could be answered: 503 where it could not."""
+        """Return 200 if the task can be answered, else 503."""
         is_ready = front.can_answer(experts)
         response.status_code = 200 if is_ready else 503
         return {"name": model, "ready": is_ready}
@@ -188,7 +188,7 @@ def make_app(front: FrontEnd, about: Description, limits: InputLimits, name: str
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Return who is believed to be up and why not, and what became of the queries so far."""
+        """Return which servers are considered up or why not, and the counts of query outcomes."""
         servers = {
             queue.name: {"up": not queue.is_down, "requests": len(queue), "last_error": queue.last_error}
             for queue in front.queues

@@ -1,4 +1,4 @@
-"""The decoders of a served system: the best one that there is for whatever has arrived."""
+"""The decoders of a served system: the best available one for the replies that have arrived."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
@@ -15,17 +15,17 @@ from coin.serving.replies import Decoded, Reply
 class Decodings:
     """Decodes missing experts' answers from the replies that have arrived.
 
-    A decoder that reads no survivor decodes whoever is missing. Where all coded models have answered and there is a
-    decoder for just the missing experts, it is used; otherwise the code's equations are solved with the rows that are
-    there.
+    A decoder that needs no survivor decodes any missing expert. Otherwise, if all coded models have answered and a
+    decoder was fitted for exactly the missing experts, it is used; else the code's equations are solved with the
+    available rows.
 
     Args:
         code: The code.
-        fitted: Decoders of different erasures, or one that reads no survivor, of all experts.
+        fitted: Decoders of different erasures, or one of all experts that needs no survivor.
         feature_widths: The widths of the stages within the servers' features, for decoders that read several stages.
-        class_counts: Of every expert, for the risk of its decoded answers; none takes all outputs.
-        thresholds: By the lost experts and one of them, the risk up to which that one's decoded answers are accepted;
-            of a decoder that reads no survivor, by that expert alone.
+        class_counts: Every expert's class count, for the risk of its decoded answers; by default all outputs.
+        thresholds: The risk up to which an expert's decoded answers are accepted, by the lost experts and this expert;
+            for a decoder that needs no survivor, by this expert alone.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class Decodings:
         """Decode experts whose replies are missing.
 
         Args:
-            replies: By server, of one batch: at least one of a coded model.
-            wanted: Which experts; none takes all whose replies are missing.
+            replies: The replies to one batch by server, at least one from a coded model.
+            wanted: Which experts; by default all whose replies are missing.
 
         Returns:
-            What was decoded, by expert, and the servers that it was decoded from.
+            The decoded answers by expert, and the servers that they were decoded from.
 
         Raises:
-            DecodingError: The replies do not suffice, or what comes out is not finite.
+            DecodingError: The replies do not suffice, or decoded answers are not finite.
         """
         count, decoder = self.code.num_experts, self._alone
         present = [expert for expert in range(count) if expert in replies]
@@ -100,7 +100,7 @@ class Decodings:
 
 
 def coded_layout(code: Code) -> Layout:
-    """Return the servers of a code: its experts and coded models, and which of these make up for which experts."""
+    """Return the servers of a code: experts, coded models, and which coded models can replace which experts."""
     solvable = set()
     rows = range(code.num_coded)
     for erased in code.erasures():
@@ -114,11 +114,11 @@ def coded_layout(code: Code) -> Layout:
 
 
 def standin_layout(code: Code, every_row: bool) -> Layout:
-    """Return the servers of a code whose decoder reads no survivor.
+    """Return the servers of a code whose decoder needs no survivor.
 
     Args:
         code: The code.
-        every_row: Whether it reads all coded models for an expert, or the one in which that weighs most.
+        every_row: Whether it needs all coded models for an expert, or only the one with the expert's largest weight.
     """
     best = code.matrix.argmax(0).tolist()
     rows = [(1 << code.num_coded) - 1 if every_row else 1 << row for row in best]

@@ -1,4 +1,4 @@
-"""The decoding front end: takes queries, asks servers as a policy says, answers with own or decoded outputs."""
+"""The decoding front end: takes queries, asks servers by a policy, returns own or decoded outputs."""
 
 import asyncio
 from collections import Counter
@@ -31,19 +31,18 @@ class _Query(Query):
 class FrontEnd:
     """Answers queries from experts and, where an expert is late or lost, from the others and the coded models.
 
-    Every query gets one answer or one `ServingError`, by its deadline at the latest. A query with more inputs than a
-    batch takes is cut into batches, which go one after the other, each as a query of its size does: what takes long
-    because it is large is not late for that, and puts one batch at a time before others. All timing is that of the
-    running event loop: a loop with a virtual clock makes everything here deterministic. Use it as an async context
-    manager, or call `start` and `stop`.
+    Every query gets one answer or one `ServingError`, by its deadline at the latest. A query larger than a batch is cut
+    into batches, which are sent one after the other, each like a query of its size: a large query is not late because
+    of its size, and blocks others for one batch at a time. All timing is that of the running event loop: with a virtual
+    clock everything is deterministic. Use it as an async context manager, or call `start` and `stop`.
 
     Args:
-        servers: What asks each server, by its name, in the order of the layout: experts, coded models, copies.
-        layout: The servers, which a query asks by the `policy`.
-        expects: What a valid reply looks like.
-        probe: One input ``[1, ...]``, that a server is tried with while it is believed to be down.
-        decodings: The decoders; needed where the layout has coded models.
-        limits: What bounds the waiting.
+        servers: The coroutine function of each server by name, in the layout's order: experts, coded models, copies.
+        layout: The servers, asked by the `policy`.
+        expects: The format of a valid reply.
+        probe: One input ``[1, ...]``, sent to a server that is considered down.
+        decodings: The decoders; required if the layout has coded models.
+        limits: Timeouts and queue lengths.
     """
 
     def __init__(
@@ -74,33 +73,33 @@ class FrontEnd:
         await self.stop()
 
     def start(self) -> None:
-        """Begin to take queries, in the running event loop."""
+        """Start taking queries, in the running event loop."""
         for queue in self.queues:
             queue.start()
         self._running = True
 
     async def drain(self) -> None:
-        """Take no more queries, and wait for those that are under way, which end by their deadline."""
+        """Take no more queries, and wait for the running ones, which end by their deadline."""
         self._running = False
         while self._open:
             self._ended.clear()
             await self._ended.wait()
 
     async def stop(self) -> None:
-        """Take no more queries, and fail those that are under way."""
+        """Take no more queries, and fail the running ones."""
         self._running = False
         for query in list(self._pending):
             self._end(query, ServingError("the front end is stopping; ask again later"))
         await asyncio.gather(*(queue.stop() for queue in self.queues))
 
     def can_answer(self, experts: int | None = None) -> bool:
-        """Whether the servers that are believed to be up suffice for a set of experts; none means all."""
+        """Whether the servers considered up suffice for a set of experts, by default all."""
         up = self._servers(lambda queue: not queue.is_down)
         return self._running and self.layout.covers(up, self.layout.every_expert if experts is None else experts)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """Count a query as under way, until the end of the block; raises where it cannot be (`ask`)."""
+        """Count a query as running until the end of the block; raises if it is refused (see `ask`)."""
         if not self._running:
             raise ServingError("the front end is not running, or stops; ask again later")
         if self._open >= self.limits.queries:
@@ -117,9 +116,9 @@ class FrontEnd:
         """Return an expert's answer to inputs ``[B, ...]``.
 
         Raises:
-            LostError: The servers that are left cannot answer.
+            LostError: The remaining servers cannot answer.
             DeadlineError: No answer came in time.
-            OverloadedError: There are too many queries already, or the queue of a server that is needed is full.
+            OverloadedError: There are too many queries, or the queue of a required server is full.
             ServingError: The front end is not running.
             DecodingError: The decoder failed.
         """
@@ -149,7 +148,7 @@ class FrontEnd:
         return answers
 
     async def _ask_piece(self, inputs: Tensor, experts: Sequence[int], deadline: float) -> list[Answer]:
-        """Ask for no more inputs than a batch takes, and return each expert's part of the answer."""
+        """Ask for at most one batch of inputs, and return each expert's part of the answer."""
         loop = asyncio.get_running_loop()
         wanted = sum(1 << expert for expert in experts)
         down = self._servers(lambda queue: queue.is_down)
@@ -184,7 +183,7 @@ class FrontEnd:
         return ", ".join(self.queues[server].name for server in members(servers))
 
     def _proceed(self, query: _Query, servers: int) -> None:
-        """Ask servers, and end the query if it is answered or has failed."""
+        """Ask servers, and finish the query if it is answered or has failed."""
         while servers and query.state is State.pending:
             server = (servers & -servers).bit_length() - 1
             servers &= servers - 1
@@ -244,7 +243,7 @@ _ENDS: dict[type[BaseException], str] = {
 
 
 def _joined(parts: Sequence[Answer], seconds: float) -> Answer:
-    """Return the answer to a query of the answers to its pieces."""
+    """Join the answers to a query's pieces."""
     names = tuple(dict.fromkeys(name for part in parts for name in part.answered_by))
     logits, risk, accepted = (
         torch.cat(each) for each in zip(*((part.logits, part.risk, part.accepted) for part in parts), strict=True)

@@ -1,4 +1,4 @@
-"""A query's images: files or arrays of pixels, bounded before they are decoded."""
+"""A query's images: files or pixel arrays, checked for size before they are decoded."""
 
 import io
 import math
@@ -16,18 +16,18 @@ from coin.serving.limits import InputLimits
 
 
 class TooLargeError(DataError):
-    """What came is larger than the limits allow."""
+    """The input exceeds the limits."""
 
 
 def check_samples(count: int, limits: InputLimits) -> None:
-    """Raise a `DataError` where a query brings nothing, a `TooLargeError` where it brings too much."""
+    """Raise `DataError` if a query is empty, `TooLargeError` if it has too many inputs."""
     if not 1 <= count <= limits.samples:
         kind = TooLargeError if count else DataError
         raise kind(f"found {count} images or texts, expected 1 to {limits.samples} at a time")
 
 
 def open_file(file: bytes, limits: InputLimits) -> Image.Image:
-    """Return a PNG or JPEG file's image, not decoded yet; a `DataError` where it is none, too large or too thin."""
+    """Open a PNG or JPEG image without decoding it; raises `DataError` if it is invalid, too large or too thin."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit on pixels is ours
@@ -41,10 +41,10 @@ def open_file(file: bytes, limits: InputLimits) -> Image.Image:
 
 
 def to_squares(images: Sequence[Image.Image], image_size: int) -> Tensor:
-    """Return images as a task's own are read, once for all servers: uint8 ``[B, 3, S, S]`` of the networks' side S.
+    """Return images prepared like a task's own, once for all servers: uint8 ``[B, 3, S, S]``, S the input size.
 
-    Squares that all have one smaller size keep it; of what is no square, the centre is taken. A `DataError` where one
-    is damaged, or there are small ones of different sizes.
+    Square images of one smaller size keep that size; others are centre-cropped. Raises `DataError` if one is damaged,
+    or small ones differ in size.
     """
     try:
         sides = [image.width if image.width == image.height <= image_size else image_size for image in images]
@@ -62,7 +62,7 @@ def _unreadable(error: Exception) -> DataError:
 
 
 def read_array(values: bytes | Sequence[object], shape: Sequence[int], image_size: int, limits: InputLimits) -> Tensor:
-    """Return pixels as uint8 of their shape, or ``[B, 3, S, S]`` by `to_squares`; a `DataError` if they are none.
+    """Return pixels as uint8 in their shape, or ``[B, 3, S, S]`` by `to_squares`; DataError if they are invalid.
 
     Args:
         values: The pixels, as raw bytes or as numbers from 0 to 255, nested or not.

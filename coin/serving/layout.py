@@ -1,4 +1,4 @@
-"""Which servers there are, and what a set of answers is good for."""
+"""The servers, and which experts a set of answers covers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,15 +10,15 @@ from operator import or_
 class Layout:
     """The servers of a coded or replicated system: experts first, then coded models, then copies of experts.
 
-    Sets of servers and of experts are bit masks, bit s for server s: a simulated query touches several of them.
+    Sets of servers and of experts are bit masks, bit s for server s: the simulation uses them heavily.
 
     Args:
         num_experts: N, at least 1.
         num_coded: R, the number of coded models.
-        copies: For every copy, the expert that it is a copy of.
-        solvable: Pairs of a set of coded models (bit r for row r) and a set of missing experts that they make up for
-            beside all others; `coin.serving.decodings.coded_layout` takes them from a code.
-        alone: For every expert the coded models that make up for it alone; empty where decoders read the survivors.
+        copies: The expert of each copy.
+        solvable: Pairs of a set of coded models (bit r for row r) and a set of missing experts that they replace, given
+            all other experts; see `coin.serving.decodings.coded_layout`.
+        alone: For every expert the coded models that replace it without survivors; empty if decoders need survivors.
     """
 
     num_experts: int
@@ -45,19 +45,19 @@ class Layout:
         return (1 << self.num_experts) - 1
 
     def hosts(self, experts: int) -> int:
-        """Return the servers that answer for any of these experts themselves: their own ones and copies."""
+        """Return the servers that run any of these experts: their own and copies."""
         if experts not in self._hosts:
             copies = enumerate(self.copies, self.num_experts + self.num_coded)
             self._hosts[experts] = experts | sum(1 << place for place, expert in copies if experts >> expert & 1)
         return self._hosts[experts]
 
     def standins(self, experts: int) -> int:
-        """Return the coded servers that make up for these experts alone."""
+        """Return the coded servers that replace these experts without survivors."""
         rows = (self.alone[expert] for expert in members(experts) if self.alone)
         return reduce(or_, rows, 0) << self.num_experts
 
     def read(self, arrived: int) -> tuple[int, int]:
-        """Return the experts whose own answers come from these servers, and those that can be decoded from them."""
+        """Return the experts that these servers run, and those that can be decoded from their answers."""
         if arrived not in self._read:
             own = arrived & self.every_expert
             for place, expert in enumerate(self.copies, self.num_experts + self.num_coded):
@@ -74,12 +74,12 @@ class Layout:
 
 
 def spread_copies(num_experts: int, extras: int) -> Layout:
-    """Return N experts with so many extra servers as copies of the experts in turn."""
+    """Return N experts with extra servers that are copies of the experts in turn."""
     return Layout(num_experts, copies=tuple(extra % num_experts for extra in range(extras)))
 
 
 def spread_spares(num_experts: int, extras: int) -> Layout:
-    """Return N experts with so many spares, each of which holds all of them: a server for every network it holds."""
+    """Return N experts with spares that each hold all experts: one server per network held."""
     return Layout(num_experts, copies=tuple(range(num_experts)) * extras)
 
 

@@ -1,4 +1,4 @@
-"""What bounds waiting, and what a query may bring."""
+"""The limits on waiting and on a query's size."""
 
 from dataclasses import dataclass
 
@@ -13,17 +13,17 @@ class _Positive:
 
 @dataclass(frozen=True)
 class Limits(_Positive):
-    """What bounds waiting; all of them positive.
+    """The limits on waiting, all positive.
 
     Args:
-        deadline: Seconds after which a query fails, reading it included.
-        timeout: Seconds that a server gets for one batch.
-        queries: The most queries at a time, those that are being read among them.
-        queue: The most requests that wait for one server.
-        batch: The most inputs that are sent to a server together; a query with more is cut.
-        initial_lateness: Seconds after which an own answer is late, before there is any experience.
-        failures: A server is believed to be down after so many failures on end.
-        cooldown: Seconds until such a server is tried again, while nobody asks it.
+        deadline: Seconds after which a query fails, including the time to read it.
+        timeout: Seconds that a server has for one batch.
+        queries: The largest number of running queries, including those being read.
+        queue: The largest number of requests waiting for one server.
+        batch: The largest number of inputs per batch; a larger query is cut.
+        initial_lateness: Seconds after which an own answer is late, before any was measured.
+        failures: The number of consecutive failures after which a server is considered down.
+        cooldown: Seconds between probes of a server that is considered down.
     """
 
     deadline: float = 10.0
@@ -38,17 +38,17 @@ class Limits(_Positive):
 
 @dataclass(frozen=True)
 class InputLimits(_Positive):
-    """What a query may bring, and all that are being read together; all of them positive.
+    """The limits on the size of a query, and of all queries being read together; all positive.
 
     Args:
         bytes: The largest body, unpacked.
-        pixels: The most pixels of one image.
-        aspect: The longest side of an image over its shortest.
-        samples: The most images or texts of one query.
-        values: The most numbers in JSON, which takes long to read: larger arrays come in the binary extension.
+        pixels: The largest number of pixels of one image.
+        aspect: The largest ratio of an image's longer side to its shorter side.
+        samples: The largest number of images or texts in one query.
+        values: The largest number of values in JSON, which is slow to parse; use the binary extension for more.
         seconds: How long a body may take to arrive.
-        held_bytes: Of all bodies that are being read; one may take half of what the others leave.
-        held_pixels: Of all image files that are being decoded, likewise.
+        held_bytes: The limit on all bodies being read; each may take half of what is free.
+        held_pixels: The same for all image files being decoded.
     """
 
     bytes: int = 8 * 2**20

@@ -1,4 +1,4 @@
-"""A network as a server: images or texts in, a reply out."""
+"""A network as a server: images or texts in, replies out."""
 
 import threading
 from pathlib import Path
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from coin.coding import DecoderConfig
 from coin.data.transform import to_input
-from coin.networks import Run, load_network, run_network, widened
+from coin.networks import Run, load_network, pad_head, run_network
 from coin.serving.replies import Reply
 
 
 class NetworkServer:
-    """An expert or a coded model that answers batches of what an experiment stores.
+    """An expert or a coded model that answers batches of stored inputs.
 
     Args:
         path: The network's safetensors file.
         outputs: C, to which the logits of a network with fewer classes are padded by zeros.
-        decoder: The decoder that reads the replies: it says whether features are sent, and which.
-        device: Where the network runs.
+        decoder: The decoder of the replies, which determines the features to send.
+        device: The network's device.
 
     Raises:
         FileError: The file is missing or damaged.
@@ -29,7 +29,7 @@ class NetworkServer:
         file = load_network(path)
         self.image_size = file.config.image_size
         self.reads = file.config.reads
-        self._network = widened(file.network, outputs).requires_grad_(False).to(device)
+        self._network = pad_head(file.network, outputs).requires_grad_(False).to(device)
         self._device = device
         self._features, self._stages = decoder.reads_features, decoder.reads_stages
         self._turn = threading.Lock()
@@ -52,7 +52,7 @@ class NetworkServer:
         return Reply(run.logits.cpu(), run.features.cpu() if self._features else None)
 
     def feature_widths(self) -> tuple[int, ...] | None:
-        """Return the widths of the features in a reply by stage; None where it has none."""
+        """Return the widths of the features in a reply by stage, or None without features."""
         run = self._run(self.probe)
         return (run.widths or (run.features.shape[1],)) if self._features else None
 

@@ -1,4 +1,4 @@
-"""Whom a query asks when, and what its answers amount to: shared by the front end and the simulation."""
+"""Which servers a query asks and when, and when it is answered: shared by front end and simulation."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
-from coin.choices import check_number, chosen
+from coin.choices import check_number, parse_enum
 from coin.serving.layout import Layout, members
 
 Load = Callable[[int], int]
@@ -14,7 +14,7 @@ Load = Callable[[int], int]
 
 
 class PolicyKind(StrEnum):
-    """Whom a query asks and when."""
+    """Which servers a query asks, and when."""
 
     uncoded = "uncoded"
     """Only the expert itself: of its servers, the one with the fewest requests. Copies share the load."""
@@ -35,7 +35,7 @@ Whom = Callable[[Layout, int, int, Load], int]
 
 
 def _host(layout: Layout, experts: int, servers: int, load: Load) -> int:
-    """For each expert the least loaded of the servers that hold it."""
+    """For each expert the least loaded server that holds it."""
     hosts = (list(members(layout.hosts(1 << expert) & servers)) for expert in members(experts))
     return sum(1 << min(each, key=load) for each in hosts if each)
 
@@ -48,7 +48,7 @@ _EVERYONE: Whom = lambda layout, experts, servers, load: servers if experts else
 
 
 class Asks(NamedTuple):
-    """Whom a policy asks at first, for those without an answer when one is late, and for those nobody can answer."""
+    """The servers to ask at first, when an answer is late, and for experts that no asked server can answer."""
 
     first: Whom
     late: Whom
@@ -70,21 +70,21 @@ class Policy:
     """Decides which servers a query asks: at first, when its own servers are late, and after a loss.
 
     Args:
-        kind: Whom it asks and when.
-        quantile: Of the time that own answers take, after which one is late (`Lateness`); 0 waits for nobody. Only for
-            the policies that hedge.
+        kind: Which servers it asks, and when.
+        quantile: The quantile of own answers' time after which one is late (`Lateness`); 0 does not wait. Only for
+            policies that hedge.
     """
 
     kind: PolicyKind
     quantile: float = 0.9
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", chosen(PolicyKind, "policy", self.kind))
+        object.__setattr__(self, "kind", parse_enum(PolicyKind, "policy", self.kind))
         check_number("quantile", self.quantile, low=0, high=1)
 
     @property
     def asks(self) -> Asks:
-        """Whom it asks."""
+        """The servers that it asks."""
         return POLICIES[self.kind]
 
     @property
@@ -102,14 +102,14 @@ class Lateness:
     """The time after which a share of 1 − q of the queries are late.
 
     ln t rises by g·q when a query is late and falls by g·(1 − q) when its own answer came in time, so that in the long
-    run exactly the share 1 − q is late, whatever the distribution, and answers that are never waited for bias nothing.
-    The gain g falls from 1 as 20/(20 + k) to 0.005. Source: Robbins and Monro, *A stochastic approximation method*
-    (1951), section 4, on quantiles; on a logarithmic scale, so that it works in any unit.
+    run the share 1 − q is late for any distribution, and answers that were not waited for cause no bias. The gain g
+    falls from 1 as 20/(20 + k) to 0.005. Source: Robbins and Monro, *A stochastic approximation method* (1951), section
+    4, on quantiles; on a logarithmic scale, so that it works in any unit.
 
     Args:
-        quantile: q in [0, 1); with 0 every answer that is not there at once is late.
+        quantile: q in [0, 1); with 0 every answer that is not immediate is late.
         initial: t at first, in seconds; `longest`, the largest t.
-        experience: From how many queries t is known already.
+        experience: The number of queries from which `initial` was estimated.
     """
 
     def __init__(self, quantile: float, initial: float, longest: float = math.inf, experience: int = 0) -> None:
@@ -117,11 +117,11 @@ class Lateness:
 
     @property
     def seconds(self) -> float:
-        """From when on an answer is late."""
+        """Seconds after which an answer is late."""
         return self._seconds if self.quantile > 0 else 0.0
 
     def observe(self, late: bool) -> None:
-        """Learn whether a query's own answer was late."""
+        """Update the estimate with whether a query's own answer was late."""
         self._count += 1
         gain = max(0.005, 20.0 / (20.0 + self._count))
         change = self.quantile if late else self.quantile - 1.0
@@ -133,19 +133,19 @@ State = IntEnum("State", ["pending", "answered", "failed"])
 
 
 class Query:
-    """The state of one query, without clock or data: whoever drives it tells what happens, and asks whom it returns.
+    """The state of one query, without clock or data: the caller reports events, and asks the servers that are returned.
 
-    The query is answered as soon as the own answers of all wanted experts are there, or, once it is late or no own
-    answer that is missing can come any more, as soon as the missing ones can be decoded. It has failed as soon as the
-    servers that are left cannot answer it. While it is pending, at least one server that was asked is expected to
-    answer, provided that every returned server is asked or declared lost.
+    The query is answered when all wanted experts' own answers have arrived or, once it is late or the missing own
+    answers cannot arrive any more, when these can be decoded. It fails when the remaining servers cannot answer it.
+    While it is pending, at least one asked server is expected to answer, provided that every returned server is asked
+    or declared lost.
 
     Args:
-        layout: The servers, which are asked by the `policy`.
+        layout: The servers, asked by the `policy`.
         wanted: The experts whose answers are wanted.
-        lateness: Learns how long own answers take, if anything does.
-        patient: Whether to wait for own answers until `become_late`. Not where a wanted expert's last answer failed:
-            a query that tries such a server does not wait for it.
+        lateness: The estimate of own answers' time, or None.
+        patient: Whether to wait for own answers until `become_late`. False if a wanted expert's last answer failed: its
+            server is tried without waiting for it.
     """
 
     def __init__(
@@ -171,16 +171,16 @@ class Query:
 
     @property
     def missing(self) -> int:
-        """The wanted experts whose own answers are not there."""
+        """The wanted experts whose own answers have not arrived."""
         return self.wanted & ~self.layout.read(self.arrived)[0]
 
     @property
     def waits_for_own(self) -> bool:
-        """Whether a wanted expert's own answer is missing and may still come."""
+        """Whether a wanted expert's own answer is missing and may still arrive."""
         return bool(self.layout.hosts(self.missing) & self.expected)
 
     def start(self, load: Load, down: int = 0) -> int:
-        """Return the servers to ask at first; those that are believed to be down are left out if the others suffice."""
+        """Return the servers to ask at first, without those considered down if the others suffice."""
         self.load = load
         if self.layout.covers(self.layout.everyone & ~down, self.wanted):
             self.avoided = down
@@ -191,12 +191,12 @@ class Query:
         return self.asked or self._last_resort()
 
     def arrive(self, server: int) -> int:
-        """Note a server's valid answer; return the servers to ask now."""
+        """Record a server's valid answer; return the servers to ask now."""
         self.arrived |= 1 << server
         return self._settle()
 
     def lose(self, server: int) -> int:
-        """Note that a server will not answer this query; return the servers to ask now."""
+        """Record that a server will not answer this query; return the servers to ask now."""
         self.lost |= 1 << server
         if not self.layout.covers(self.layout.everyone & ~self.lost, self.wanted):
             self.state = State.failed
@@ -204,7 +204,7 @@ class Query:
         return self._ask(self.asks.lost, self._deserted()) | self._settle()
 
     def become_late(self) -> int:
-        """Stop to wait for own answers; return the servers to ask now."""
+        """Stop waiting for own answers; return the servers to ask now."""
         if self.lateness and self.waits_for_own:
             self.lateness.observe(True)
         self.late = True
@@ -217,7 +217,7 @@ class Query:
         return chosen
 
     def _deserted(self) -> int:
-        """The missing experts for whom nobody is expected to answer himself."""
+        """The missing experts that no asked server is still expected to answer."""
         hosts, expected = self.layout.hosts, self.expected
         return sum(1 << expert for expert in members(self.missing) if not hosts(1 << expert) & expected)
 
@@ -232,7 +232,7 @@ class Query:
         return 0 if self.expected else self._last_resort()
 
     def _last_resort(self) -> int:
-        """Ask everybody who is left, whatever the policy and whoever is believed to be down."""
+        """Ask all remaining servers, for any policy, including those considered down."""
         chosen = self.layout.everyone & ~(self.asked | self.lost)
         self.asked |= chosen
         return chosen

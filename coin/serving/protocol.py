@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, version 2, over HTTP: what KServe, Triton and their clients speak.
+"""The Open Inference Protocol, version 2, over HTTP, as used by KServe, Triton and their clients.
 
 A model is a task, or ``all`` for every task's answer to the same inputs. Its one input is ``images``, as pixels (UINT8,
 ``[B, 1 or 3, H, W]``) or as PNG or JPEG files (BYTES, in base64 where they are JSON), or ``texts`` (BYTES). Its outputs
@@ -31,15 +31,15 @@ VERSION = "1"
 
 @dataclass(frozen=True)
 class Description:
-    """What is served.
+    """A description of the served system.
 
     Args:
         classes: The names of every task's classes, in the order of the experts.
         image_size: The side of the networks' inputs in pixels, or the number of their tokens.
-        platform: What answers: the policy, and the merge method and decoder where there are coded models.
+        platform: The policy and, with coded models, the merge method and decoder.
         reads: ``images`` or ``texts``.
-        tokenizer: Of texts, a ``tokenizer.json``; none is the packaged encoder's.
-        promise: ``alpha`` and ``confidence`` of the run's promise; none makes no output of it.
+        tokenizer: The ``tokenizer.json`` for texts; None is the packaged encoder's.
+        promise: ``alpha`` and ``confidence`` of the run's promise; None leaves out the output ``accepted``.
     """
 
     classes: Mapping[str, Sequence[str]]
@@ -50,11 +50,11 @@ class Description:
     promise: Mapping[str, float] | None = None
 
     def tasks(self, model: str) -> list[str]:
-        """Return the tasks that a model answers for."""
+        """Return the tasks of a model."""
         return list(self.classes) if model == ALL else [model]
 
     def outputs(self, model: str, task: str) -> list[dict[str, Any]]:
-        """Return a task's outputs of a model: their names, types and shapes."""
+        """Return the names, types and shapes of a model's outputs for a task."""
         prefix, classes = f"{task}." if model == ALL else "", len(self.classes[task])
         kinds = {"probabilities": "FP32", "class": "INT64", "label": "BYTES", "risk": "FP32"}
         kinds |= {} if self.promise is None else {"accepted": "BOOL"}
@@ -64,7 +64,7 @@ class Description:
         ]
 
     def metadata(self, model: str) -> dict[str, Any]:
-        """Return what the protocol says of a model; ``parameters`` holds the names of its classes."""
+        """Return the protocol's model metadata; ``parameters`` holds the class names."""
         is_image = self.reads == "images"
         shape, datatype = ([-1, 3, self.image_size, self.image_size], "UINT8") if is_image else ([-1], "BYTES")
         return {
@@ -83,7 +83,7 @@ def response(
 ) -> tuple[dict[str, Any], bytes]:
     """Return the response to a request of that id, and the bytes of its binary outputs, which follow its JSON.
 
-    `asked` are the names of the outputs that it asks for, and whether each is to be binary.
+    `asked` maps the requested outputs to whether they are binary.
     """
     tasks, outputs, binary = list(about.classes), [], []
     for answer in answers:

@@ -50,11 +50,11 @@ class System:
     """Everything that is served.
 
     Args:
-        folder: Where the networks' files are, a path that all machines see.
-        processes: For every process its servers, in the order of the layout: their networks' files in the folder.
-        decoder: The decoder that reads the replies.
-        layout, policy, expects, probe, decodings: What the `FrontEnd` takes.
-        description: What is served.
+        folder: The folder of the networks' files, a path visible to all machines.
+        processes: The network files in `folder` of every process's servers, in the layout's order.
+        decoder: The decoder of the replies.
+        layout, policy, expects, probe, decodings: See `FrontEnd`.
+        description: The description of the served system.
     """
 
     folder: str
@@ -68,21 +68,21 @@ class System:
     description: Description
 
     def front_end(self, servers: Mapping[str, Server], limits: Limits) -> FrontEnd:
-        """Return the front end before these servers."""
+        """Return the front end of these servers."""
         return FrontEnd(servers, self.layout, self.policy, self.expects, self.probe, self.decodings, limits)
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a server gets.
+    """The resources of a server.
 
     Args:
-        cpus: Ray's processor cores for each; with 0 Ray does not count them.
-        gpus: GPUs for each, or a share of one.
-        threads: PyTorch's threads for each.
-        front_ends: Processes of the front end, each with its own view of the servers.
-        node: A Ray resource of which every server takes one: nodes that are started with one each
-            (``ray start --resources='{"coin": 1}'``) then hold one server each, or serving does not start.
+        cpus: Ray's CPU cores per server; with 0 Ray does not count them.
+        gpus: GPUs per server, or a fraction of one.
+        threads: PyTorch's threads per server.
+        front_ends: The number of front-end processes, each with its own view of the servers.
+        node: A Ray resource of which every server takes one unit: nodes started with one unit (``ray start
+            --resources='{"coin": 1}'``) then run one server each; with too few nodes serving does not start.
     """
 
     cpus: float = 0.0
@@ -100,15 +100,16 @@ class Resources:
 
 @dataclass(frozen=True)
 class RayOptions:
-    """Where and how to serve.
+    """Address and resources of serving.
 
     Args:
-        host: The address to listen at; the default one is reached from this machine alone.
+        host: The address to listen on; the default is reachable from this machine only.
         port: The port.
-        address: Of a running Ray cluster, such as ``auto``; none starts one of its own on this machine.
-        resources: What every server gets.
-        limits: What bounds waiting.
-        inputs: What a query may bring.
+        address: The address of a running Ray cluster, such as ``auto``; by default a new one is started on this
+            machine.
+        resources: The resources of every server.
+        limits: The limits on waiting.
+        inputs: The limits on a query's size.
     """
 
     host: str = "127.0.0.1"
@@ -123,10 +124,10 @@ class RayOptions:
 
 
 class ModelProcess:
-    """One network, or all of a spare's, in a process of its own, which runs one pass at a time.
+    """One network, or all networks of a spare, in its own process, which runs one pass at a time.
 
-    A pass that nobody waits for any more is not begun; one that has begun holds its thread, and there is one thread,
-    with so many of PyTorch's. A batch are the most requests of several front ends that run together.
+    A pass whose callers have all given up is not started; a running one is finished. All passes share one thread, with
+    `threads` PyTorch threads. `batch` is the largest number of requests of several front ends run together.
     """
 
     def __init__(
@@ -155,28 +156,28 @@ class ModelProcess:
         return found
 
     def check_health(self) -> None:
-        """Raise where a network does not answer with finite numbers; Ray then starts another process."""
+        """Raise if a network's answer is not finite; Ray then starts a new process."""
         for network in self._networks.values():
             if not bool(torch.isfinite(network(network.probe).logits).all()):
                 raise ServingError("the network's answer is not finite")
 
 
 class FrontEndProcess:
-    """What Ray calls of a front end beside its application, which Ray Serve adds as `app`."""
+    """The methods of a front end that Ray calls, beside the application, which Ray Serve adds as `app`."""
 
     app: Any
 
     def __init__(self, *servers: Any) -> None:
-        """Take the servers' deployments, which Ray starts for that."""
+        """Set the servers' deployments, which makes Ray start them."""
 
     async def drain(self) -> str:
-        """Take no more queries, wait for those that are under way, and return the name of this front end."""
+        """Take no more queries, wait for running ones, and return the name of this front end."""
         await self.app.state.drain()
         return str(self.app.state.name)
 
 
 def run_together(network: "NetworkServer", requests: list[NDArray[Any]]) -> list[Arrays]:
-    """Return a network's replies to several requests, in one pass where their shapes allow it."""
+    """Return a network's replies to several requests, in one pass if their shapes allow it."""
     if len({request.shape[1:] for request in requests}) > 1:
         return [reply for request in requests for reply in run_together(network, [request])]
     reply = network(torch.tensor(np.concatenate(requests)))
@@ -203,7 +204,7 @@ def _asking(handle: Any, name: str) -> Server:
 
 
 def application(system: System, options: RayOptions) -> Any:
-    """Return the Ray Serve application: what ``serve.run`` takes, and what a Serve YAML's builder gives."""
+    """Return the Ray Serve application, for ``serve.run`` or as the builder of a Serve YAML."""
     serve = _serve()
     resources, limits, inputs = options.resources, options.limits, options.inputs
     takes = {} if resources.node is None else {resources.node: 1}
@@ -246,7 +247,7 @@ def _serve() -> Any:
 
 
 def check_port(options: RayOptions) -> None:
-    """Raise a `ServingError` where somebody listens at the port; Ray would share it with them without a word."""
+    """Raise `ServingError` if the port is in use; Ray would share it silently."""
     if options.address is not None:
         return  # it is that of a cluster, which may serve other applications at it
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
@@ -258,7 +259,7 @@ def check_port(options: RayOptions) -> None:
 
 
 def start(system: System, options: RayOptions) -> Callable[[], None]:
-    """Serve on Ray Serve until the returned function is called, which lets queries that are under way end first.
+    """Serve on Ray Serve until the returned function is called, which first lets running queries finish.
 
     Raises:
         ConfigurationError: Ray is not installed.

@@ -1,4 +1,4 @@
-"""Reads queries' bodies: bounded in bytes, pixels and time, and in threads, so that none holds the others up."""
+"""Reads queries' bodies in threads, with limits on bytes, pixels and time, so that none blocks the others."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -29,9 +29,9 @@ class SlowError(ServingError):
 
 @dataclass
 class Budget:
-    """So much of something for all who take of it, and each may have half of what the others leave.
+    """A shared budget, of which each user may take half of what the others leave.
 
-    So nobody can take all of it, and who needs little finds some even where many others take what they can.
+    So no user can take all of it, and small requests succeed even under heavy load.
     """
 
     most: int
@@ -40,9 +40,9 @@ class Budget:
 
     @contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
-        """Yield a function that takes more of it, until the end of the block.
+        """Yield a function that reserves more of the budget until the end of the block.
 
-        It raises an `OverloadedError` where there is too little left, a `TooLargeError` where there never is enough.
+        It raises `OverloadedError` if too little is left, `TooLargeError` if the whole budget would not suffice.
         """
         own = 0
 
@@ -64,7 +64,7 @@ class Budget:
 
 
 class Reader:
-    """Reads queries in threads, where what is large never stands in the way of what is small."""
+    """Reads queries in threads; large ones never block small ones."""
 
     def __init__(self, about: Description, limits: InputLimits) -> None:
         self.about = about
@@ -74,15 +74,15 @@ class Reader:
         self._lanes = {light: ThreadPoolExecutor(2, "reader" if light else "large-reader") for light in (True, False)}
 
     def stop(self) -> None:
-        """Begin to read no more."""
+        """Start no more reads."""
         for lane in self._lanes.values():
             lane.shutdown(wait=False, cancel_futures=True)
 
     async def read(self, request: Request, model: str, header: int | None) -> tuple[Parsed, Tensor]:
-        """Return a request for a model and its inputs; `header` is the length of its JSON, where bytes follow.
+        """Return a request for a model and its inputs; `header` is the length of its JSON if binary data follows.
 
         Raises:
-            DataError: It is no request, is too large, or does not fit what is served.
+            DataError: The body is invalid, too large, or does not fit the served system.
             OverloadedError: Too much is being read already.
             SlowError: The body takes too long to arrive.
         """
@@ -104,7 +104,7 @@ class Reader:
         return parsed, inputs
 
     async def _run(self, light: bool, function: Callable[[], Result], held: ExitStack) -> Result:
-        """Return what a function returns in a thread; where nobody waits for that any more, what is held stays so."""
+        """Run a function in a thread; if the caller gives up, the budget stays reserved until the thread ends."""
         work = self._lanes[light].submit(function)
         done = asyncio.wrap_future(work)
         try:

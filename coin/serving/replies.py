@@ -1,4 +1,4 @@
-"""What servers answer, what a query gets, and how the one is checked before it becomes the other."""
+"""Servers' replies, the check of a reply, and the answers to a query."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from coin.errors import ServingError
 
 @dataclass(frozen=True)
 class Reply:
-    """What one server answers to a batch.
+    """One server's reply to a batch.
 
     Attributes:
         logits: ``[B, C]``.
@@ -33,18 +33,18 @@ Server = Callable[[Tensor], Awaitable[Reply]]
 
 @dataclass(frozen=True)
 class ReplyFormat:
-    """What a valid reply looks like.
+    """The format of a valid reply.
 
     Args:
         outputs: C, the number of logits of every server.
-        features: F, the number of features; none where servers answer with logits alone.
+        features: F, the number of features; None if servers return logits only.
     """
 
     outputs: int
     features: int | None = None
 
     def check(self, reply: Reply, samples: int) -> None:
-        """Raise a `ServingError` unless the reply has the shapes for so many inputs and is finite."""
+        """Raise `ServingError` unless the reply is finite and has the shapes for this number of inputs."""
         for what, values, width in (
             ("logits", reply.logits, self.outputs),
             ("features", reply.features, self.features),
@@ -68,14 +68,15 @@ class Decoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a query gets for one expert.
+    """The answer to a query for one expert.
 
     Attributes:
         expert: The expert.
         logits: ``[B, C]``.
-        decoded: Whether any of the logits were decoded from other servers' answers; else they are the expert's own.
+        decoded: Whether any of the logits were decoded from other servers' answers; otherwise they are the expert's
+            own.
         answered_by: The names of the servers whose answers these are or were decoded from.
-        seconds: From the query to its answer.
+        seconds: The time from the query to its answer.
         risk: The estimated probability that the expert's own answer is another class ``[B]`` (`coin.coding`): 0 where
             the answer is the expert's own, NaN where it is not known.
         accepted: Whether it is the expert's own, or decoded with a risk below the threshold of the run's promise

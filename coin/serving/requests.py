@@ -20,7 +20,7 @@ from coin.serving.protocol import Description
 
 
 class EncodingError(DataError):
-    """A body is packed in a way that nobody here unpacks."""
+    """The content encoding of a body is not supported."""
 
 
 class InferInput(BaseModel):
@@ -34,7 +34,7 @@ class InferInput(BaseModel):
 
 
 class InferOutput(BaseModel):
-    """An output that a request asks for."""
+    """A requested output."""
 
     name: str
     parameters: dict[str, Any] = {}
@@ -51,12 +51,12 @@ class InferRequest(BaseModel):
 
 @dataclass(frozen=True)
 class Parsed:
-    """A request whose inputs are still to be read.
+    """A request whose inputs have not been read yet.
 
     Args:
-        outputs: The names of the outputs that it asks for, and whether each goes in the binary extension.
-        bytes: The length of its body, unpacked; `pixels`, of all its image files.
-        read: Returns its inputs as a server takes them, or raises a `DataError`.
+        outputs: The requested outputs, and whether each uses the binary extension.
+        bytes: The length of its uncompressed body; `pixels`: the total of its image files.
+        read: Returns its inputs in the servers' format, or raises `DataError`.
     """
 
     request: InferRequest
@@ -69,10 +69,10 @@ class Parsed:
 def parse(
     body: bytes, encoding: str, header: int | None, model: str, about: Description, limits: InputLimits
 ) -> Parsed:
-    """Return a request for a model, checked but for its inputs' values; a `DataError` where it does not fit.
+    """Parse a request for a model and check all but the inputs' values; raises `DataError` if it is invalid.
 
-    Its body is JSON, packed by ``gzip``, ``deflate`` or not (``identity``), and in the binary extension the input's
-    bytes after so many of JSON as the header says.
+    The body is JSON, compressed by ``gzip``, ``deflate`` or not (``identity``). In the binary extension the input's
+    bytes follow the JSON, whose length is in the header.
     """
     body = _unpacked(body, encoding, limits.bytes)
     if header is not None and header > len(body):
@@ -133,7 +133,7 @@ def _unpacked(body: bytes, encoding: str, most: int) -> bytes:
 
 
 def _asked(request: InferRequest, model: str, about: Description) -> dict[str, bool]:
-    """Return the names of the outputs that are asked for, and whether each is to be binary."""
+    """Return the requested outputs, and whether each is binary."""
     known = [output["name"] for task in about.tasks(model) for output in about.outputs(model, task)]
     default = bool(request.parameters.get("binary_data_output", False))
     if not request.outputs:
@@ -147,7 +147,7 @@ def _asked(request: InferRequest, model: str, about: Description) -> dict[str, b
 
 
 def _split(raw: bytes, most: int) -> list[bytes]:
-    """Return the values of a binary BYTES tensor, each after its length in four bytes; one more than the most."""
+    """Split a binary BYTES tensor into its values, each preceded by its length in four bytes; stop after `most` + 1."""
     found: list[bytes] = []
     place = 0
     while place < len(raw) and len(found) <= most:

@@ -1,4 +1,4 @@
-"""The bounded queue before one server: batches go out one at a time, and every request hears of its end."""
+"""The bounded queue of one server: it sends one batch at a time, and reports the end of every request."""
 
 import asyncio
 import logging
@@ -20,8 +20,7 @@ logger = logging.getLogger("ray.serve.coin")
 class Request:
     """One query's request to one server, of inputs ``[B, ...]``.
 
-    `deliver` is called once with the valid reply, or with None when there will be none; not after `cancelled` is set,
-    because nobody waits for the reply any more.
+    `deliver` is called once, with the valid reply or with None if there will be none; not after `cancelled` is set.
     """
 
     inputs: Tensor
@@ -32,15 +31,15 @@ class Request:
 class ServerQueue:
     """Sends requests to one server, first come first served, several in one batch.
 
-    A batch whose reply is garbage, whose server raises, or that takes longer than the timeout is lost, and so are its
-    requests; the next batch is sent all the same. Cancelled requests are dropped before they are sent. While the server
-    is believed to be down and nobody asks it, a probe goes out after every cooldown: queries need not try it.
+    A batch is lost, with its requests, if its reply is invalid, the server raises, or the timeout passes; the next
+    batch is sent anyway. Cancelled requests are dropped before they are sent. While the server is considered down and
+    no query asks it, a probe is sent after every cooldown, so that queries need not try it.
 
     Args:
         name: The server's name.
-        server: Answers a batch; `expects`, what a valid reply looks like.
+        server: Answers a batch; `expects`: the format of a valid reply.
         probe: One input ``[1, ...]``.
-        limits: What bounds the waiting.
+        limits: The limits on waiting.
     """
 
     def __init__(self, name: str, server: Server, expects: ReplyFormat, probe: Tensor, limits: Limits) -> None:
@@ -52,25 +51,25 @@ class ServerQueue:
         self._worker: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
-        """The number of requests that wait or have been sent, without cancelled ones."""
+        """The number of requests waiting or sent, without cancelled ones."""
         return sum(not request.cancelled for request in (*self._waiting, *self._sent))
 
     @property
     def is_down(self) -> bool:
-        """Whether the server is believed to be down: queries do without it if they can."""
+        """Whether the server is considered down: queries avoid it if they can."""
         return self._failures >= self._limits.failures
 
     @property
     def is_doubted(self) -> bool:
-        """Whether the last that was heard of the server is a failure: nobody should wait for it alone."""
+        """Whether the server's last batch failed: no query should wait for it alone."""
         return self._failures > 0
 
     def start(self) -> None:
-        """Begin to send requests, in the running event loop."""
+        """Start sending requests, in the running event loop."""
         self._worker = asyncio.get_running_loop().create_task(self._work(), name=f"server {self.name}")
 
     async def stop(self) -> None:
-        """Stop to send; requests that wait are lost."""
+        """Stop sending; waiting requests are lost."""
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.wait({self._worker})
@@ -78,7 +77,7 @@ class ServerQueue:
         _lose(self._waiting)
 
     def put(self, request: Request) -> bool:
-        """Take a request, and return whether there was room for it."""
+        """Enqueue a request, and return whether there was room for it."""
         if len(self._waiting) >= self._limits.queue:
             self._waiting = deque(waiting for waiting in self._waiting if not waiting.cancelled)
         if len(self._waiting) >= self._limits.queue:
@@ -123,7 +122,7 @@ class ServerQueue:
         return batch
 
     async def _call(self, inputs: Tensor) -> Reply:
-        """Return the server's reply; whatever the server does, this returns or raises in time."""
+        """Return the server's reply; returns or raises within the timeout in any case."""
         task = asyncio.ensure_future(self._server(inputs))
         # A failure that comes after the timeout has been dealt with: asyncio need not tell of it.
         task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
@@ -143,7 +142,7 @@ class ServerQueue:
         return task.result()
 
     def _distribute(self, reply: Reply) -> None:
-        """Hand each request its rows; raise a `ServingError` where some are garbage, which lose their request alone."""
+        """Deliver each request its rows; raise `ServingError` if some are invalid, which fails only their requests."""
         samples = sum(len(request.inputs) for request in self._sent)
         if len(reply.logits) != samples:  # rows can only be told apart if there is one for each input
             raise ServingError(f"found no reply to {samples} inputs")

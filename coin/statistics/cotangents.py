@@ -1,12 +1,13 @@
 """The kinds of Fisher diagonal, and the cotangents whose squared vector-Jacobian products add up to each."""
 
 import math
+import warnings
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-from coin.errors import ConfigurationError, DataError
+from coin.errors import CoinWarning, ConfigurationError, DataError
 
 
 class FisherKind(StrEnum):
@@ -28,16 +29,26 @@ class FisherKind(StrEnum):
     """(∂ log p_y/∂θ)² at the true label y. For the ablation."""
 
 
-def check_cotangents(kind: FisherKind, cotangents: int | None) -> None:
+def check_mc_samples(kind: FisherKind, mc_samples: int | None) -> None:
     """Raise ConfigurationError for a number of cotangents without Monte Carlo, or below 1."""
-    if cotangents is None:
+    if mc_samples is None:
         return
     if kind is not FisherKind.monte_carlo:
         raise ConfigurationError(
-            f"found cotangents={cotangents} for the {kind} Fisher; only monte_carlo takes a number"
+            f"found mc_samples={mc_samples} for the {kind} Fisher; only monte_carlo takes a number"
         )
-    if cotangents < 1:
-        raise ConfigurationError(f"found cotangents={cotangents}, expected at least 1")
+    if mc_samples < 1:
+        raise ConfigurationError(f"found mc_samples={mc_samples}, expected at least 1")
+
+
+def renamed_mc_samples(mc_samples: int | None, cotangents: int | None) -> int | None:
+    """Return the option mc_samples, which may still be given as `cotangents`, with a warning."""
+    if cotangents is None:
+        return mc_samples
+    warnings.warn(
+        "the option cotangents is now mc_samples; the next version knows only the new name", CoinWarning, stacklevel=3
+    )
+    return cotangents if mc_samples is None else mc_samples
 
 
 def process_generator(
@@ -57,7 +68,7 @@ def make_cotangents(
     logits: Tensor,
     *,
     labels: Tensor | None = None,
-    cotangents: int | None = None,
+    mc_samples: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return cotangents U [V, B, C] at logits [B, C] with diag F = Σ_v (Uᵥ · ∂f/∂θ)² for every sample.
@@ -74,7 +85,7 @@ def make_cotangents(
     if kind is FisherKind.exact:
         return identity[:, None].expand(classes, samples, classes)
     if kind is FisherKind.monte_carlo:
-        return torch.stack([_draw(classes, cotangents or 1, generator) for _ in range(samples)], 1).to(logits)
+        return torch.stack([_draw(classes, mc_samples or 1, generator) for _ in range(samples)], 1).to(logits)
     probabilities = logits.softmax(-1)
     if kind is FisherKind.categorical:
         return probabilities.T.sqrt()[..., None] * (identity[:, None] - probabilities)
@@ -90,7 +101,7 @@ def _draw(classes: int, number: int, generator: torch.Generator | None) -> Tenso
     """Draw one sample's cotangents [k, C]; one draw per sample, so that batch sizes do not change the numbers."""
     if number > classes:
         raise ConfigurationError(
-            f"found cotangents={number} for {classes} classes, expected at most {classes}; take fewer"
+            f"found mc_samples={number} for {classes} classes, expected at most {classes}; take fewer"
         )
     device = "cpu" if generator is None else generator.device
     gaussian = torch.randn(classes, number, generator=generator, device=device, dtype=torch.float64)

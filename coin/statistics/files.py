@@ -1,4 +1,4 @@
-"""Statistics as safetensors files that say which weights, which data and how many samples they are of.
+"""Statistics as safetensors files with their weights' fingerprint, data and sample count as metadata.
 
 Other programs can read them: `safetensors.torch.load_file` gives the tensors, and the file's metadata have one JSON
 value under ``coin`` (``statistic``, ``kind``, ``task``, ``data``, ``samples``, ``passes``, ``seconds``, and
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from coin.choices import chosen
+from coin.choices import parse_enum
 from coin.errors import FileError, StateError
 from coin.files.safetensors import StateFile, load_state, save_state
 from coin.files.tensors import State, check_finite, fingerprint
@@ -25,7 +25,7 @@ from coin.statistics.sums import TRANSPOSED, Sums
 
 @dataclass(frozen=True)
 class StatisticFile:
-    """A statistic in a file: the mean over samples by name, read when asked for, and what its computation took."""
+    """A statistic in a file: the mean over samples by name, read on access, and the cost of computing it."""
 
     values: State
     samples: int
@@ -106,7 +106,7 @@ def save_statistic(
     name = _checked_kind(state, network)
     described = {"statistic": str(name), "weights": fingerprint(network.state_dict())}
     if name is StatisticKind.fisher:
-        described["kind"] = str(chosen(FisherKind, "kind", kind))
+        described["kind"] = str(parse_enum(FisherKind, "kind", kind))
     save_state(Path(path), state, described)
 
 
@@ -126,7 +126,7 @@ def load_statistic(path: Path | str, network: nn.Module) -> dict[str, Tensor]:
 
 
 def _checked_kind(state: State, network: nn.Module) -> StatisticKind:
-    """Say which statistic it is of a network's parameters, after checking that it can be."""
+    """Return which statistic it is, after checking that it fits the network's parameters."""
     parameters = dict(network.named_parameters(remove_duplicate=False))
     fisher = True
     for name, tensor in state.items():

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, InitVar, dataclass, replace
 from enum import StrEnum
 from typing import Any, TypedDict, Unpack
 
@@ -23,9 +23,9 @@ from coin.batches import (
     take,
     tensors_in,
 )
-from coin.choices import check_integer, chosen
+from coin.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError, DataError
-from coin.statistics.cotangents import FisherKind, check_cotangents, make_cotangents
+from coin.statistics.cotangents import FisherKind, check_mc_samples, make_cotangents, renamed_mc_samples
 from coin.statistics.guard import differentiable, evaluating, paired, trainable
 from coin.statistics.memory import Layout, choose_cut
 from coin.statistics.sums import Sums, sum_type
@@ -52,12 +52,13 @@ class FisherOptions(TypedDict, total=False):
 
     kind: FisherKind
     labels: Tensor | None
-    cotangents: int | None
+    mc_samples: int | None
     generator: torch.Generator | None
     memory_mib: int
     precision: Precision
     progress: Callable[[int], None] | None
     forward: Forward | None
+    cotangents: int | None
 
 
 def fisher_sums(network: nn.Module, batches: Iterable[Any], **options: Unpack[FisherOptions]) -> Sums:
@@ -91,13 +92,14 @@ class FisherPass:
         network: Maps [B, …] to logits [B, C]; run in eval mode and left as found.
         kind: Which diagonal.
         labels: True classes [P] in the order of the samples, for the empirical kind.
-        cotangents: k for the Monte Carlo kind (1 if None).
+        mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind (1 if None).
         generator: Source of Monte Carlo's randomness; torch's global one if None.
         memory_mib: Bound on the working memory in MiB; batches are cut to fit, the numbers do not change.
         precision: The type that the network runs in.
         progress: Called with the number of samples done after every cut.
         forward: (network, batch) → logits [B, C], for a network that is not called with one tensor; batches may then be
             mappings of tensors too.
+        cotangents: The old name of mc_samples, for one version.
 
     Attributes:
         count: Samples so far.
@@ -110,17 +112,19 @@ class FisherPass:
     _: KW_ONLY
     kind: FisherKind = FisherKind.exact
     labels: Tensor | None = None
-    cotangents: int | None = None
+    mc_samples: int | None = None
     generator: torch.Generator | None = None
     memory_mib: int = DEFAULT_MEMORY_MIB
     precision: Precision = Precision.full
     progress: Callable[[int], None] | None = None
     forward: Forward | None = None
+    cotangents: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, cotangents: int | None) -> None:
+        self.mc_samples = renamed_mc_samples(self.mc_samples, cotangents)
         self.kind = FisherKind(self.kind)
         self.network = adapted(self.network, self.forward)
-        self.precision = chosen(Precision, "precision", self.precision)
+        self.precision = parse_enum(Precision, "precision", self.precision)
         if self.precision is Precision.bfloat16:
             with torch.inference_mode(False):
                 self.network = clone(self.network).bfloat16()
@@ -129,7 +133,7 @@ class FisherPass:
             raise ConfigurationError(
                 f"found {found} for the {self.kind} Fisher; labels belong to the empirical kind, and only to it"
             )
-        check_cotangents(self.kind, self.cotangents)
+        check_mc_samples(self.kind, self.mc_samples)
         check_integer("memory_mib", self.memory_mib, 1)
         self._parameters = trainable(self.network)
         with torch.inference_mode(False):
@@ -180,7 +184,7 @@ class FisherPass:
                 f"{type(self.network).__name__} does not run in {self.precision}, which precision asks for "
                 f"({str(error).splitlines()[0]}); leave precision out"
             ) from error
-        fewer = {FisherKind.empirical: 1, FisherKind.monte_carlo: self.cotangents or 1}
+        fewer = {FisherKind.empirical: 1, FisherKind.monte_carlo: self.mc_samples or 1}
         number = fewer.get(self.kind, len(layout.logits))
         samples, chunk = choose_cut(layout, number, self.memory_mib, next(iter(self._parameters.values())))
         piece = take(inputs, slice(start, start + samples))
@@ -223,7 +227,7 @@ class FisherPass:
         first = self.count + start
         labels = None if self.labels is None else self.labels[first : first + len(output)]
         return make_cotangents(
-            self.kind, output.detach(), labels=labels, cotangents=self.cotangents, generator=self.generator
+            self.kind, output.detach(), labels=labels, mc_samples=self.mc_samples, generator=self.generator
         )
 
     def _find_layout(self, sample: Batch) -> Layout:

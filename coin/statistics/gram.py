@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from coin.batches import Forward, adapted, as_input, size_of
 from coin.statistics.guard import evaluating, trainable
-from coin.statistics.recognise import Interceptor
+from coin.statistics.intercept import Interceptor
 from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall
 from coin.statistics.rules.linear import LinearCall

@@ -58,7 +58,7 @@ def differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def full_products() -> Iterator[None]:
+def disable_tf32() -> Iterator[None]:
     """Run a block without TF32 or bfloat16 inside the products of float32, of matrices and in convolutions."""
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     try:
@@ -96,7 +96,7 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
     """Run a block with the network in eval mode, at full precision, with gradients possible.
 
     Works inside a caller's `torch.no_grad`, `torch.inference_mode` and autocast, which are suspended, as are TF32 and
-    bfloat16 inside products (`full_products`). Every module's mode is restored one by one, and a buffer that the block
+    bfloat16 inside products (`disable_tf32`). Every module's mode is restored one by one, and a buffer that the block
     wrote to gets its old values back. Attention runs on its plain kernels: the fused ones can neither batch their
     backward pass nor differentiate forwards.
     """
@@ -111,7 +111,7 @@ def evaluating(network: nn.Module, *, gradients: bool = True) -> Iterator[None]:
             torch.set_grad_enabled(gradients),
             torch.autocast(device, enabled=False),
             sdpa_kernel(SDPBackend.MATH),
-            full_products(),
+            disable_tf32(),
         ):
             yield
     finally:

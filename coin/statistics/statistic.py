@@ -1,4 +1,4 @@
-"""Which statistic of the experts a merge asks for, and how one is computed."""
+"""The statistics that a merge needs, and the options for computing them."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.choices import check_integer, chosen
+from coin.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
-from coin.statistics.cotangents import FisherKind, check_cotangents, process_generator
+from coin.statistics.cotangents import FisherKind, check_mc_samples, process_generator
 from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass, Precision
 from coin.statistics.gram import GramPass
 from coin.statistics.sums import shard
@@ -37,7 +37,7 @@ class DataChoice(StrEnum):
 
     @property
     def alternatives(self) -> "list[DataChoice]":
-        """The data that it stands for."""
+        """The concrete data that it includes."""
         return [DataChoice.own, DataChoice.pooled] if self is DataChoice.auto else [self]
 
 
@@ -55,7 +55,7 @@ class Statistic:
 
     @property
     def options(self) -> dict[str, str]:
-        """What tells it from others of its name."""
+        """Its distinguishing options."""
         return ({} if self.kind is None else {"kind": str(self.kind)}) | {"data": str(self.data)}
 
 
@@ -66,7 +66,7 @@ class StatisticOptions:
     Args:
         statistic: ``fisher`` or ``gram``.
         kind: Which Fisher diagonal; none takes ``exact``. Gram matrices have no kinds.
-        cotangents: k, for the Monte Carlo kind.
+        mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind.
         memory_mib: Bound on a Fisher pass's working memory in MiB, beside the network and the accumulators.
         precision: The type that a Fisher pass runs the network in.
 
@@ -76,21 +76,21 @@ class StatisticOptions:
 
     statistic: StatisticKind = StatisticKind.fisher
     kind: FisherKind | None = None
-    cotangents: int | None = None
+    mc_samples: int | None = None
     memory_mib: int = DEFAULT_MEMORY_MIB
     precision: Precision = Precision.full
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "statistic", chosen(StatisticKind, "statistic", self.statistic))
-        object.__setattr__(self, "precision", chosen(Precision, "precision", self.precision))
+        object.__setattr__(self, "statistic", parse_enum(StatisticKind, "statistic", self.statistic))
+        object.__setattr__(self, "precision", parse_enum(Precision, "precision", self.precision))
         check_integer("memory_mib", self.memory_mib, 1)
         if self.statistic is StatisticKind.fisher:
-            kind = FisherKind.exact if self.kind is None else chosen(FisherKind, "kind", self.kind)
+            kind = FisherKind.exact if self.kind is None else parse_enum(FisherKind, "kind", self.kind)
             object.__setattr__(self, "kind", kind)
-            check_cotangents(kind, self.cotangents)
-        elif not (self.kind is None and self.cotangents is None and self.precision is Precision.full):
+            check_mc_samples(kind, self.mc_samples)
+        elif not (self.kind is None and self.mc_samples is None and self.precision is Precision.full):
             raise ConfigurationError(
-                f"found kind={self.kind}, cotangents={self.cotangents} and precision={self.precision} for Gram "
+                f"found kind={self.kind}, mc_samples={self.mc_samples} and precision={self.precision} for Gram "
                 "matrices, expected none of them: they are a Fisher's; leave them out or set statistic=fisher"
             )
 
@@ -101,8 +101,8 @@ class StatisticOptions:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What a file says of them."""
-        own = {} if self.kind is None else {"kind": str(self.kind), "cotangents": self.cotangents}
+        """The entries in a file's metadata."""
+        own = {} if self.kind is None else {"kind": str(self.kind), "cotangents": self.mc_samples}
         rounded = {} if self.precision is Precision.full else {"precision": str(self.precision)}
         return {"statistic": str(self.statistic), **own, **rounded}
 
@@ -127,7 +127,7 @@ class StatisticOptions:
             network,
             kind=self.kind,
             labels=None if labels is None else labels[list(shard(len(labels), rank, world))].to(device),
-            cotangents=self.cotangents,
+            mc_samples=self.mc_samples,
             generator=process_generator(self.kind, seed, rank, device),
             memory_mib=self.memory_mib,
             precision=self.precision,

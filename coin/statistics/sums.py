@@ -38,7 +38,7 @@ class Sums:
         return {name: value / self.count for name, value in self.values.items()}
 
     def __add__(self, other: "Sums") -> "Sums":
-        """Return the sums over both sets of samples; what one of them did not cover, the other brings.
+        """Return the sums over both sets of samples; entries missing in one are taken from the other.
 
         Raises StateError where the names or shapes differ in anything else.
         """

@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from coin.batches import Batch, size_of
 from coin.errors import DataError, StateError
-from coin.statistics.recognise import Interceptor, reached_tensors
+from coin.statistics.intercept import Interceptor, reached_tensors
 from coin.statistics.rules.call import Call, Totals
 from coin.statistics.sums import sum_type
 

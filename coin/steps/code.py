@@ -28,7 +28,7 @@ _CANDIDATES = 39
 
 @dataclass(frozen=True)
 class SeedCode:
-    """A code, and what choosing it has cost: wall time and forward-equivalents, none for a code that was given."""
+    """A code, and the cost of choosing it in wall time and forward-equivalents: 0 for a code that was given."""
 
     code: Code
     seconds: float = 0.0
@@ -36,15 +36,16 @@ class SeedCode:
 
 
 def read_code(option: Any, num_experts: int) -> Code | None:
-    """Return the code that the option of an experiment stands for, None for `AUTO`.
+    """Return the code for an experiment's option `code`; None for `AUTO`.
 
     Args:
-        option: None for uniform weights and one coded model, a number R for the ready code of R coded models
+        option: None for one coded model with equal weights, a number R for the predefined code of R coded models
             (`coin.coding.convex`), R rows of N weights, or ``auto``.
         num_experts: N.
 
     Raises:
-        CoinError: It is none of these, for another number of experts, or decodes not every erasure of R experts.
+        CoinError: The option is none of these, is for another number of experts, or cannot decode every erasure of R
+            experts.
     """
     if option == AUTO:
         return None
@@ -82,18 +83,18 @@ def candidate_codes(num_experts: int) -> list[Code]:
 def choose_weights(
     networks: Sequence[nn.Module], calibrations: Iterable[Calibration]
 ) -> tuple[Code, list[dict[str, Any]], float]:
-    """Choose one coded model's weights by what the cheapest merge leaves on calibration data.
+    """Choose one coded model's weights by the residual of the β-average on calibration data.
 
-    The residual of a candidate β is the root mean square of f̄(β) − Σ_i β_i f_i over samples and logits, f̄(β) being
-    the β-average of the experts (`coin.merging.Average`, which settles BatchNorm); `coin.coding.choose_code` weighs it
-    by the code's worst noise amplification.
+    The residual of a candidate β is the root mean square of f̄(β) − Σ_i β_i f_i over samples and logits, where f̄(β) is
+    the β-average of the experts (`coin.merging.Average` with its BatchNorm policy); `coin.coding.choose_code`
+    multiplies it by the code's worst noise amplification.
 
     Args:
         networks: The N experts, with equally many outputs.
-        calibrations: Each task's calibration samples; at most `SAMPLES` of each are looked at.
+        calibrations: Each task's calibration samples; at most `SAMPLES` of each are used.
 
     Returns:
-        The code, what was found for every candidate, and the forward-equivalents spent.
+        The code, the scores of all candidates, and the forward-equivalents spent.
     """
     few = [each.subset(range(min(SAMPLES, each.num_samples))) for each in calibrations]
     experts = Experts(networks, calibration=few)
@@ -122,7 +123,7 @@ def choose_weights(
 
 
 def write_choice(path: Path, networks: Sequence[nn.Module], calibrations: Sequence[Calibration]) -> None:
-    """Choose a code and write it, with the scores of all candidates and what it cost, as JSON; see `choose_weights`."""
+    """Choose a code and write it as JSON, with the candidates' scores and the cost; see `choose_weights`."""
     started = time.perf_counter()
     code, table, passes = choose_weights(networks, calibrations)
     document = {

@@ -11,15 +11,15 @@ from coin.networks import Compression, compress_as, int8_path, kept_base, load_n
 
 
 def spare_paths(tasks: Mapping[str, object], folder: Path, compression: Compression, base: Path) -> list[Path]:
-    """Return the files of all tasks' spares, and of their base in 8 bits where they have one."""
+    """Return the files of all tasks' spares, and of their 8-bit base if they have one."""
     paths = [folder / f"{task}.{compression.name}.safetensors" for task in tasks]
     return [*paths, *([int8_path(paths[0], base)] if compression.base_bits == 8 else [])]
 
 
 def compress_file(network: Path, output: Path, base: Path | None, compression: Compression) -> None:
-    """Compress a network's file; a coded model's file says what the whole one's does, with a label of its own.
+    """Compress a network's file. A compressed coded model keeps its metadata, and gets a label of its own.
 
-    A ConfigurationError where the output is a file that is read.
+    Raises ConfigurationError if the output is also an input.
     """
     read = [network, *([base, int8_path(output, base)] if base else [])]
     if output.resolve() in [path.resolve() for path in read]:
@@ -50,12 +50,13 @@ def compress(
 
     Args:
         network: The network's safetensors file.
-        base: The file of the shared initialisation, which the compressed file names: keep it where it is, or beside.
+        base: The file of the shared initialisation. The compressed file refers to it by path: leave it there, or in the
+            same folder.
         output: The compressed file; by default beside the network, with the compression in its name.
         bits: 1 … 8 bits a value; or
         rank: the rank of every delta.
-        base_bits: How the base is kept: 32: as it is; 8: in 8 bits a value, in a file beside the output, from which the
-            delta is then taken; 0: not at all, and the network itself is rounded.
+        base_bits: How the base is stored: 32: unchanged; 8: with 8 bits a value, in a file beside the output, and the
+            delta is taken from it; 0: not at all, the network itself is rounded.
 
     Returns:
         The file that was written.

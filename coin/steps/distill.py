@@ -16,14 +16,14 @@ from coin.steps.trainer import make_trainer
 
 @dataclass
 class Training(AnyTraining):
-    """Trains the coded models of methods that are trained.
+    """Trains coded models, for the methods that train.
 
     Args:
         tasks: The tasks with P calibration samples each.
-        folder: For logs.
-        seed: Of the order of the samples, for methods that do not say their own.
+        folder: The folder for logs.
+        seed: The seed of the samples' order, for methods that do not set one.
         options: The experiment's ``trainer`` section.
-        loggers: Where the final run's losses go.
+        loggers: The loggers of the final run.
     """
 
     tasks: Tasks
@@ -37,7 +37,7 @@ class Training(AnyTraining):
         return (samples_per_task or self.tasks.samples_per_task) * len(self.tasks.tasks)
 
     def run_options(self, experts: StoredExperts, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the files of the experts, and the experiment's number of samples and seed for a method without."""
+        """Return the experts' files, and the experiment's number of samples and seed unless the method sets them."""
         return {
             "experts": list(map(str, experts.files.paths.values())),
             "samples_per_task": given["samples_per_task"] or self.tasks.samples_per_task,

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: rows and confusions as files, examples, and the same for W&B."""
+"""Write the results of an evaluation: rows, confusion matrices and examples, as files and to W&B."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from coin.reporting.extras import (
     write_promises,
     write_risk,
 )
-from coin.reporting.results import KEYS, Row, asked_policy, confusion_key, write_archive, write_results
+from coin.reporting.results import KEYS, Row, confusion_key, requested_policy, write_archive, write_results
 from coin.reporting.wandb_evaluation import log_evaluation
 from coin.reporting.wandb_settings import logging_only
 
@@ -33,15 +33,15 @@ def record_evaluation(
     configuration: Mapping[str, Any] | None,
     loggers: Sequence[Logger],
 ) -> None:
-    """Write down what an evaluation measured.
+    """Write the results of an evaluation.
 
     Args:
-        model: The evaluator, which has been run.
-        tasks: What it was run on.
-        folder: For ``results.csv``, ``results.json`` and the rest.
+        model: The evaluator, after its run.
+        tasks: The tasks that it ran on.
+        folder: The folder for ``results.csv``, ``results.json`` and the other files.
         name: The experiment's name in the results.
-        configuration: What ``results.json`` says of how the results came about, beside the code.
-        loggers: Those of W&B among them get the same numbers.
+        configuration: The configuration that ``results.json`` holds beside the code.
+        loggers: The W&B loggers among them get the same numbers.
     """
     rows = result_rows(model.outcomes, name, tasks.seed, tasks.samples_per_task)
     confusions = {confusion_key(row): o.confusion for row, o in zip(rows, model.outcomes, strict=True)}
@@ -84,7 +84,7 @@ def record_evaluation(
 
 
 def _kept_promise(row: Row, outcome: Outcome) -> dict[str, Any]:
-    """Return the row of ``promise.csv``: what was promised, and how it turned out on the test samples."""
+    """Return the row of ``promise.csv``: the promise, and whether it held on the test samples."""
     promise, (risk, differs) = outcome.promise, outcome.samples.T
     assert promise is not None
     threshold = math.nan if promise.threshold is None else promise.threshold
@@ -99,7 +99,7 @@ def _kept_promise(row: Row, outcome: Outcome) -> dict[str, Any]:
 
 
 def result_rows(outcomes: Sequence[Outcome], experiment: str, seed: int, samples_per_task: int) -> list[Row]:
-    """Return the rows of the results; P is of the decoders, and of a coded model whose file does not say."""
+    """Return the rows of the results; P is that of the coded model's file, else of the decoders."""
     return [
         Row(
             experiment=experiment,
@@ -129,7 +129,7 @@ def result_rows(outcomes: Sequence[Outcome], experiment: str, seed: int, samples
 
 
 def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
-    """Return the test images that an evaluation has kept, with the names of their tasks' classes; none without any."""
+    """Return the test images kept by an evaluation, with their tasks' class names; None if there are none."""
     if not model.kept:
         return None
     names: list[str] = []
@@ -137,7 +137,7 @@ def examples_of(model: DecodingEvaluator, tasks: Tasks) -> Examples | None:
     decoded: dict[str, list[Any]] = {}
     for task, kept in model.kept.items():
         for (variant, decoder), answers in zip(model.alone(list(model.tasks).index(task)), kept.decoded.T, strict=True):
-            key = "|".join((variant.method, asked_policy(variant.batchnorm), decoder))
+            key = "|".join((variant.method, requested_policy(variant.batchnorm), decoder))
             decoded.setdefault(key, []).append(answers.numpy() + len(names))
         for name in ("expert", "label"):
             parts[name].append(getattr(kept, name).numpy() + len(names))

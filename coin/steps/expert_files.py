@@ -1,4 +1,4 @@
-"""The experts of one seed, or of one merge, in files that are read as far as they are needed."""
+"""The experts of one seed or one merge, loaded lazily from their files."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -24,22 +24,22 @@ from coin.networks import (
     head_name,
     load_network,
     open_network,
+    pad_head,
     padded_state,
-    widened,
 )
 from coin.statistics.files import open_statistic
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 
 class ExpertFiles:
-    """The experts' files and what is in them, by task; `networks` keeps all of them in memory until `release`."""
+    """The experts' files and their contents, by task; `networks` keeps all of them in memory until `release`."""
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self.paths = dict(paths)
 
     @cached_property
     def opened(self) -> dict[str, NetworkFile]:
-        """The networks' files, their tensors yet to be read; raises a CoinError where they do not belong together."""
+        """The opened files, tensors not yet read; raises CoinError if they do not belong together."""
         opened = {task: open_network(path) for task, path in self.paths.items()}
         first = next(iter(opened.values())).config.name
         for task, file in opened.items():
@@ -60,7 +60,7 @@ class ExpertFiles:
         return max(file.num_classes for file in self.opened.values())
 
     @cached_property
-    def marks(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         """The fingerprints of the networks; see `coin.files.tensors.fingerprint`."""
         return {task: fingerprint(file.state) for task, file in self.opened.items()}
 
@@ -87,20 +87,20 @@ class ExpertFiles:
         return list(self.each_network())
 
     def each_network(self) -> Iterator[nn.Module]:
-        """Yield the networks as `networks` has them, but one at a time unless they are there already."""
+        """Yield the entries of `networks`, loaded one at a time unless they are in memory already."""
         if "networks" in self.__dict__:
             yield from self.networks
         else:
             for path in self.paths.values():
-                yield widened(load_network(path).network, self.width)
+                yield pad_head(load_network(path).network, self.width)
 
     def release(self) -> None:
-        """Let go of the networks' memory; whoever needs them next has the files read again."""
+        """Free the networks' memory; the next access reads the files again."""
         self.__dict__.pop("networks", None)
 
 
 def _check(file: NetworkFile, skeleton: nn.Module, width: int) -> None:
-    """Refuse a file whose tensors are not those of a network, but for a head of fewer outputs."""
+    """Check that a file has the tensors of a network; only its head may have fewer outputs."""
     own = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
     for name in (f"{head_name(skeleton)}.weight", f"{head_name(skeleton)}.bias"):
         if name in own:
@@ -113,16 +113,17 @@ StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
 
 
 class StoredExperts(Experts):
-    """The experts of one merge in files, read as far as they are needed.
+    """The experts of one merge, loaded lazily from their files.
 
-    `parameters` and `buffers` read a tensor at a time and keep none, so that many experts merge in little memory.
+    `parameters` and `buffers` read one tensor at a time and keep none, so that merging many experts takes little
+    memory.
 
     Args:
         files: The experts.
-        statistics: The files of their statistics.
-        calibrations: Each task's calibration samples; for methods and policies that run networks.
+        statistics: The files of the experts' statistics.
+        calibrations: Each task's calibration samples, for methods and BatchNorm policies that run networks.
         initial: The shared initialisation's file.
-        train: What methods that are trained are trained by (`coin.modules.training.Training`).
+        train: The trainer of methods that train (`coin.modules.training.Training`).
     """
 
     def __init__(
@@ -140,16 +141,16 @@ class StoredExperts(Experts):
 
     @property
     def parameters(self) -> Sequence[State]:
-        """Every expert's parameters, its head padded with zeros; read when they are asked for."""
+        """Every expert's parameters, heads padded with zeros; read on access."""
         return [self._parts(file.state)[0] for file in self.files.opened.values()]
 
     @property
     def buffers(self) -> Sequence[State]:
-        """Every expert's buffers, read when they are asked for."""
+        """Every expert's buffers, read on access."""
         return [self._parts(file.state)[1] for file in self.files.opened.values()]
 
     def _parts(self, state: StateFile | Unpacked) -> tuple[State, State]:
-        """Return a network's parameters, tied ones once, and its buffers; only a head to be padded has been read."""
+        """Return a network's parameters, tied ones once, and its buffers; only a padded head is read here."""
         skeleton = self.files.skeleton
         every = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
         parameters: State = state.select([name for name, _ in skeleton.named_parameters()])
@@ -170,7 +171,7 @@ class StoredExperts(Experts):
         """Yield the experts, one at a time unless they are in memory already."""
         return self.files.each_network()
 
-    def blank(self) -> nn.Module:
+    def empty_model(self) -> nn.Module:
         """Return a new network of the experts' architecture, whose contents do not matter."""
         return build_network(self.files.config, self.files.width)
 
@@ -187,7 +188,7 @@ class StoredExperts(Experts):
         return head_name(self.files.skeleton), self.files.width
 
     def _data_of(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
-        """Return on which data there are files of a statistic."""
+        """Return for which data (own, pooled) there are files of a statistic."""
         there = list(dict.fromkeys(which.data for which in self.statistic_paths if which.name is name))
         if not there:
             raise ConfigurationError(
@@ -196,15 +197,15 @@ class StoredExperts(Experts):
         return there
 
     def _states(self, which: Statistic) -> Sequence[State]:
-        """Open one statistic of every expert, after checking that it is of that expert's weights."""
+        """Open one statistic of every expert, and check that it belongs to that expert's weights."""
         paths = self.statistic_paths.get(which, {})
         if missing := [task for task in self.files.paths if task not in paths]:
             raise ConfigurationError(
                 f"found no {which} of expert '{missing[0]}', which the method needs; run coin fisher on it and "
                 "name the file"
             )
-        marks = self.files.marks
-        found = [open_statistic(paths[task], statistic=which.name, weights=mark) for task, mark in marks.items()]
+        fingerprints = self.files.fingerprints
+        found = [open_statistic(paths[task], statistic=which.name, weights=mark) for task, mark in fingerprints.items()]
         self.seconds += sum(file.seconds for file in found)
         self.passes += sum(file.passes for file in found)
         return [file.values for file in found]

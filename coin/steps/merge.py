@@ -12,8 +12,8 @@ from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance
 from coin.merging import Method
 from coin.networks import kept_base, save_compressed, save_network
-from coin.options import described
-from coin.processes import is_first
+from coin.options import config_dict
+from coin.processes import is_rank_zero
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 from coin.steps.code import SeedCode, read_code
@@ -24,17 +24,17 @@ from coin.steps.expert_files import ExpertFiles, StoredExperts
 def make_coded_models(
     method: Method, choice: SeedCode, experts: StoredExperts, folder: Path, samples_per_task: int | None
 ) -> list[Path]:
-    """Make the coded models of one method, one a row of the code, write them, and return their files.
+    """Make the coded models of one method, one per row of the code, write them, and return their files.
 
     Args:
         method: The method with its options.
-        choice: The code, R×N, and what choosing it has cost, which is part of what the coded models cost.
+        choice: The code, R×N, and the cost of choosing it, which is added to the coded models' cost.
         experts: The experts, their statistics and calibration data.
-        folder: Where the files go, see `coded_paths`, and a base in 8 bits, see `coin.networks.int8_path`.
-        samples_per_task: P, for the record.
+        folder: The folder for the files (`coded_paths`) and an 8-bit base (`coin.networks.int8_path`).
+        samples_per_task: P, recorded in the files.
 
     Raises:
-        ConfigurationError: Something the method needs is not there.
+        ConfigurationError: An input that the method needs is missing.
     """
     code, files = choice.code, experts.files
     paths = coded_paths(method, code, folder)
@@ -44,17 +44,17 @@ def make_coded_models(
         made = method.make(experts, row)
         seconds = time.perf_counter() - started + experts.seconds - elsewhere
         took = experts.passes - passes
-        if is_first():
+        if is_rank_zero():
             provenance = {
                 "made_by": "coin merge",
                 "label": method.label,
-                "method": {"name": method.name, "options": described(method)},
+                "method": {"name": method.name, "options": config_dict(method)},
                 "batchnorm": str(method.batchnorm) if experts.has_batchnorm else "",
                 "code": code.matrix.tolist(),
                 "row": index,
                 "tasks": list(files.paths),
                 "class_counts": [file.num_classes for file in files.opened.values()],
-                "experts": list(files.marks.values()),
+                "experts": list(files.fingerprints.values()),
                 "samples_per_task": method.samples_per_task or samples_per_task,
                 "sha256": {str(path): sha256_of(path) for path in read},
                 "seconds": seconds,
@@ -76,13 +76,13 @@ def make_coded_models(
 
 
 def coded_name(method: Method) -> str:
-    """Return what a method's coded models are called: the label, and the policy where it is not the default one."""
+    """Return the name of a method's coded models: the label, and the BatchNorm policy if it is not the default."""
     plain = method.batchnorm is type(method).batchnorm
     return method.label if plain else f"{method.label}-{method.batchnorm}"
 
 
 def coded_paths(method: Method, code: Code, folder: Path, *, compressed: bool = True) -> list[Path]:
-    """Return the files of a method's coded models, one a row of the code, and after them those of every compression."""
+    """Return the files of a method's coded models, one per row of the code, followed by those of every compression."""
     names = [coded_name(method), *(f"{coded_name(method)}-{each.name}" for each in method.compress if compressed)]
     rows = [""] if code.num_coded == 1 else [f".row-{row}" for row in range(code.num_coded)]
     return [folder / f"{name}{row}.safetensors" for name in names for row in rows]
@@ -108,15 +108,15 @@ def merge(
         experts: The experts' safetensors files by task.
         method: The merge method.
         output: The folder for the coded models: ``METHOD.safetensors``, or ``METHOD.row-r.safetensors``.
-        code: R rows of N coding weights, or a number R for the ready code of R coded models (`coin.coding.convex`);
-            none weighs all experts alike, with one coded model.
+        code: R rows of N coding weights, or a number R for the predefined code of R coded models
+            (`coin.coding.convex`); by default one coded model with equal weights.
         fisher: The experts' Fisher files by task, for the methods that need them.
         gram: The experts' Gram files by task, for the methods that need them.
         initial: The shared initialisation's file, for the methods that need it.
-        tasks: The tasks by name, for methods and BatchNorm policies that look at calibration data.
+        tasks: The tasks by name, for methods and BatchNorm policies that use calibration data.
         samples_per_task: P, the calibration samples of each task.
-        batch_size: Calibration samples a batch.
-        seed: Draws the calibration samples and their order.
+        batch_size: Calibration samples per batch.
+        seed: The seed of the calibration samples and their order.
         trainer: Options of the Trainer, for distillation.
 
     Returns:
@@ -144,13 +144,13 @@ def merge(
     elif method.is_trained:
         raise ConfigurationError("found no tasks, expected them: distillation trains on their calibration samples")
     kinds = [which.kind for which in statistics if which.kind is not None]
-    method = method.settled(kinds[0] if kinds else FisherKind.exact, DataChoice.auto)  # as the files say
+    method = method.with_defaults(kinds[0] if kinds else FisherKind.exact, DataChoice.auto)  # as the files say
     stored = StoredExperts(opened, statistics, calibrations, None if initial is None else Path(initial), train)
     return make_coded_models(method, SeedCode(matrix), stored, Path(output), samples)
 
 
 def _described(name: StatisticKind, files: dict[str, Path]) -> tuple[Statistic, int | None]:
-    """Return what all experts' files of a statistic say that they are of, and the first one's P where it says it."""
+    """Return the kind and data that all files of a statistic name, and P if the first file names it."""
     found: dict[Statistic, int | None] = {}
     for path in files.values():
         made = load_provenance(path)

@@ -17,7 +17,7 @@ from coin.statistics.statistic import StatisticOptions
 def statistic_sums(trainer: Trainer, network: nn.Module, tasks: Tasks, options: StatisticOptions) -> tuple[Sums, float]:
     """Return the sums of a network's statistic over the tasks' calibration samples, and the seconds it took.
 
-    The samples are shared out over the Trainer's processes; every process gets the sums over all of them.
+    The samples are divided among the Trainer's processes; every process gets the sums over all samples.
 
     Raises:
         ConfigurationError: There are fewer samples than processes.
@@ -47,13 +47,13 @@ def estimate_statistic(
     """Compute a network's statistic, write it on the first process, and return its cost in ``seconds`` and ``passes``.
 
     Args:
-        trainer: Its processes and devices do the work.
+        trainer: The Trainer whose processes and devices run the pass.
         network: The network.
-        tasks: Whose calibration samples; the expert's own task, or all of them.
+        tasks: The tasks of the calibration samples: the expert's own task, or all tasks.
         options: Which statistic.
         path: The file.
-        weights: The network's fingerprint, where it is known.
-        **provenance: What else the file says: the data (``own`` or ``pooled``), the task.
+        weights: The network's fingerprint, if it is known.
+        **provenance: Further metadata of the file: the data (``own`` or ``pooled``), the task.
     """
     sums, seconds = statistic_sums(trainer, network, tasks, options)
     if trainer.is_global_zero:

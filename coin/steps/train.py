@@ -21,22 +21,22 @@ from coin.files.atomic import write_text
 from coin.files.checkpoints import check_training_checkpoint
 from coin.modules import Expert, Recipe
 from coin.networks import NetworkConfig
-from coin.processes import from_first
+from coin.processes import on_rank_zero
 from coin.steps.trainer import make_trainer
 
 
 @dataclass(frozen=True)
 class TrainingConfig(Recipe):
-    """How a network is trained, and on what; the tuned values live in YAML.
+    """How a network is trained; tuned values are in the YAML files.
 
     The options of `coin.modules.Recipe` are those of ``coin fit`` as well.
 
     Args:
         epochs: Passes over the training split.
-        batch_size: Samples a step and process.
-        augmentation: What happens to training images: ``none``, ``crop``, ``crop_flip`` or ``shift``.
-        transform: What happens to them after that, transforms of ``torchvision.transforms.v2`` by class path; none
-            leaves it to the task's own option, an empty list leaves it out. See `coin.data.TaskData`.
+        batch_size: Samples per step and process.
+        augmentation: The augmentation of training images: ``none``, ``crop``, ``crop_flip`` or ``shift``.
+        transform: Transforms applied after the augmentation, classes of ``torchvision.transforms.v2`` by class path;
+            None uses the task's own option, an empty list applies none. See `coin.data.TaskData`.
     """
 
     _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {**Recipe._ENUMS, "augmentation": Augmentation}
@@ -66,24 +66,24 @@ def train_network(
     loggers: Sequence[Logger],
     weights: Weights = Weights.last,
 ) -> None:
-    """Train one network on one task and write it as a safetensors file, its checkpoints beside it.
+    """Train one network on one task and write it as a safetensors file, with checkpoints in the same folder.
 
-    A run that was interrupted goes on from its last whole epoch, if it was started with the same `key`.
+    An interrupted run resumes from its last complete epoch, if `key` is the same.
 
     Args:
-        config: How to train.
-        network: What to train.
-        task: On what.
+        config: The training options.
+        network: The network to train.
+        task: The task.
         output: The safetensors file.
-        key: The step's key; what it depends on, hashed.
-        seed: Of the samples' order and of dropout.
-        initial: The shared initialisation's file; none starts from the network's own weights.
+        key: The step's key, a hash of its inputs.
+        seed: The seed of the samples' order and of dropout.
+        initial: The shared initialisation's file; None starts from the network's own weights.
         trainer_options: The experiment's ``trainer`` section.
-        loggers: Where losses and accuracies go.
+        loggers: The loggers of losses and accuracies.
         weights: ``last`` or ``best``.
     """
     checkpoints = output.parent / "checkpoints"
-    last = from_first(lambda: _begin(checkpoints, key, output))
+    last = on_rank_zero(lambda: _begin(checkpoints, key, output))
     data = task_with(
         task,
         seed=seed,
@@ -118,13 +118,13 @@ def train_network(
     )
     seed_everything(seed, workers=True, verbose=False)
     trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
-    if not from_first(output.is_file):
+    if not on_rank_zero(output.is_file):
         # The checkpoint was of a finished training, killed before the export: Lightning restores it and trains nothing.
         export.on_train_end(trainer, module)
 
 
 def _begin(checkpoints: Path, key: str, output: Path) -> str | None:
-    """Remove what is of another training, and return the checkpoint to go on from."""
+    """Remove the files of another training, and return the checkpoint to resume from."""
     mark, last = checkpoints / "step-key", checkpoints / "last.ckpt"
     if not mark.is_file() or mark.read_text(encoding="utf-8", errors="replace") != key:
         if checkpoints.is_dir():

@@ -1,4 +1,4 @@
-"""The Trainer: Lightning's, with the commands that need a model, data and devices; one for every step."""
+"""The Trainer of all steps: Lightning's, with the commands ``fisher`` and ``evaluate``."""
 
 import os
 import sys
@@ -21,10 +21,11 @@ from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, first_line
 from coin.modules import DecodingEvaluator, Expert, Outcome
-from coin.modules.shared import quieten
-from coin.networks import NetworkConfig, fill_network, load_network, plain_network, read_weights
+from coin.modules.shared import silence_lightning
+from coin.networks import NetworkConfig, fill_network, load_network, read_weights, unwrap
 from coin.reporting.wandb_settings import check_connection, logger_mode
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
+from coin.statistics.cotangents import renamed_mc_samples
 from coin.statistics.statistic import StatisticKind, StatisticOptions
 from coin.steps.evaluate import record_evaluation
 from coin.steps.statistics import estimate_statistic
@@ -51,19 +52,19 @@ class Trainer(pl.Trainer):
     ``coin`` shards samples by index and never pads, so that one process and many give the same numbers; Lightning's
     `DistributedSampler` would repeat samples.
 
-    In a SLURM job Lightning's own handler of the signal before the end is off: it would save in the middle of an epoch,
-    of which the rest could not be had again. ``configs/cluster/run.sbatch`` queues the job again itself. Who wants
-    Lightning's gives the plugin ``SLURMEnvironment``.
+    In a SLURM job Lightning's automatic requeue is off: it would save a checkpoint in the middle of an epoch, which
+    cannot be resumed exactly. ``configs/cluster/run.sbatch`` requeues the job itself. To use Lightning's, pass the
+    plugin ``SLURMEnvironment``.
 
     Args:
         use_distributed_sampler: Must stay off for ``coin``'s own data.
-        callbacks: Lightning's or your own; `coin.callbacks.RunProgress` is among them unless there is another bar.
-        enable_progress_bar: Whether to show how far a run has come; without a terminal, only a bar of yours does.
-        matmul_precision: Of float32 matrix products, for the whole process: ``high`` lets GPUs use TF32, ``medium``
-            bfloat16; ``highest`` is torch's own choice. None leaves it.
-        **kwargs: Lightning's own arguments. With ``precision: bf16-mixed`` the networks' passes are mixed, in training
-            and in evaluation alike. Statistics and decoding are in full precision whatever these options say, without
-            TF32, which torch else uses in a GPU's convolutions.
+        callbacks: Lightning's or your own; `coin.callbacks.RunProgress` is added unless there is another progress bar.
+        enable_progress_bar: Whether to show progress; without a terminal, only a bar among `callbacks` is shown.
+        matmul_precision: The precision of float32 matrix products in the whole process: ``high`` allows TF32 on GPUs,
+            ``medium`` bfloat16; ``highest`` is torch's default. None does not change it.
+        **kwargs: Lightning's own arguments. ``precision: bf16-mixed`` applies to the networks' passes in training and
+            evaluation. Statistics and decoding always use full precision, without TF32 (torch's default for
+            convolutions on GPUs).
     """
 
     callbacks: list[Callback]
@@ -111,11 +112,12 @@ class Trainer(pl.Trainer):
         ckpt_path: str | None = None,
         samples: int = 200,
         kind: FisherKind | None = None,
-        cotangents: int | None = None,
+        mc_samples: int | None = None,
         statistic: StatisticKind = StatisticKind.fisher,
         memory_mib: int = DEFAULT_MEMORY_MIB,
         precision: Precision = Precision.full,
         output: str | None = None,
+        cotangents: int | None = None,
     ) -> None:
         """Compute the statistics of an existing checkpoint: its Fisher diagonal, or its Gram matrices.
 
@@ -124,18 +126,20 @@ class Trainer(pl.Trainer):
             datamodule: Its task, or several as `coin.data.Tasks` for a pooled Fisher.
             ckpt_path: A Lightning checkpoint or an ``expert.safetensors``; none takes the model as configured.
             samples: P, the number of unlabelled training samples of each task.
-            kind: Which Fisher diagonal; none takes ``exact``. Gram matrices have no kinds.
-            cotangents: k, for the Monte Carlo kind.
+            kind: Which Fisher diagonal, by default ``exact``. Gram matrices have no kinds.
+            mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind.
             statistic: ``fisher`` or ``gram``.
             memory_mib: Bound on the pass's working memory in MiB, beside the network and the accumulators.
-            precision: The type that the network runs in for a Fisher.
+            precision: The floating-point type of the network in a Fisher pass.
             output: The file to write; none writes ``expert.fisher.safetensors`` (or ``expert.gram.safetensors``) beside
                 the checkpoint.
+            cotangents: The old name of mc_samples, for one version.
 
         Raises:
             CoinError: Options do not fit together, the checkpoint does not fit the model, or samples are too few.
         """
-        options = StatisticOptions(statistic, kind, cotangents, memory_mib, precision)
+        mc_samples = renamed_mc_samples(mc_samples, cotangents)
+        options = StatisticOptions(statistic, kind, mc_samples, memory_mib, precision)
         network, config = _network(model, ckpt_path)
         if isinstance(datamodule, TaskData):
             tasks = Tasks({"task": datamodule}, samples_per_task=samples)
@@ -167,7 +171,7 @@ class Trainer(pl.Trainer):
             output: The folder for ``results.csv``, ``results.json`` and the rest; none takes the Trainer's
                 ``default_root_dir``.
             name: The experiment's name in the results.
-            configuration: What ``results.json`` says of how the results came about, beside the code.
+            configuration: The configuration that ``results.json`` holds beside the code.
         """
         if not isinstance(model, DecodingEvaluator) or not isinstance(datamodule, Tasks):
             raise ConfigurationError(
@@ -184,7 +188,7 @@ class Trainer(pl.Trainer):
 
 
 def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, NetworkConfig]:
-    """Return an expert's network with the weights of a checkpoint, and what it was built from."""
+    """Return an expert's network with the weights of a checkpoint, and its configuration."""
     if ckpt_path is not None and ckpt_path.endswith(".safetensors"):
         file = load_network(Path(ckpt_path))
         return file.network, file.config
@@ -195,12 +199,12 @@ def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, 
         )
     if ckpt_path is not None:
         fill_network(network, read_weights(Path(ckpt_path)), ckpt_path)
-    return plain_network(network), model.config
+    return unwrap(network), model.config
 
 
 def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer:
-    """Return a Trainer for one step: the experiment's ``trainer`` section, and what the step decides."""
-    quieten()
+    """Return a Trainer for one step, from the experiment's ``trainer`` section and the options fixed by the step."""
+    silence_lightning()
     settings: dict[str, Any] = {
         "accelerator": "auto",
         "devices": 1,
@@ -219,18 +223,16 @@ def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer
 
 
 def join_processes(folder: Path, options: dict[str, Any]) -> None:
-    """Have the processes that the Trainer's options ask for find one another, before the first step.
+    """Set up the process group for the Trainer's options, before the first step.
 
-    Under ``torchrun`` and ``srun`` they run already; a plain ``coin run`` starts the others of its machine itself.
+    Under ``torchrun`` and ``srun`` all processes run already; a plain ``coin run`` starts the others on its machine.
 
     Raises:
-        ConfigurationError: The experiment's ``trainer`` section has an option that the steps decide, or does not fit
-            the processes that run already.
+        ConfigurationError: The experiment's ``trainer`` section has an option fixed by the steps, or does not fit the
+            running processes.
     """
     if taken := next(iter(options.keys() & _DECIDED.keys()), None):
-        raise ConfigurationError(
-            f"found trainer.{taken}, which the steps decide, expected other options; {_DECIDED[taken]}"
-        )
+        raise ConfigurationError(f"found trainer.{taken}, which each step sets itself; {_DECIDED[taken]}")
     trainer = make_trainer(folder, options)
     running = int(os.environ.get("WORLD_SIZE", "1"))
     if running > 1 and trainer.world_size == 1:

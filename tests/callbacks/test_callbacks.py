@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from coin.callbacks import ExpertExport, FisherEstimator, Weights
-from coin.errors import ConfigurationError, DataError, FileError
+from coin.errors import CoinWarning, ConfigurationError, DataError, FileError
 from coin.files.tensors import fingerprint
 from coin.modules import Expert
 from coin.networks import load_network, read_weights
@@ -45,7 +45,7 @@ def test_the_export_holds_the_trained_network_and_says_what_it_is(tmp_path, fit)
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [("exact", {}), ("monte_carlo", {"cotangents": 2}), ("categorical", {}), ("empirical", {})]
+    ("kind", "options"), [("exact", {}), ("monte_carlo", {"mc_samples": 2}), ("categorical", {}), ("empirical", {})]
 )
 def test_the_fisher_at_the_end_of_training_is_that_of_the_exported_expert(tmp_path, fit, synthetic, kind, options):
     path = tmp_path / "fisher.safetensors"
@@ -110,13 +110,18 @@ class Started(Callback):
         self.training = True
 
 
+def test_the_old_name_of_mc_samples_is_taken_with_a_warning():
+    with pytest.warns(CoinWarning, match="the option cotangents is now mc_samples"):
+        assert FisherEstimator(kind="monte_carlo", cotangents=2).options.mc_samples == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"samples": 0}, "found samples=0, expected a whole number of at least 1"),
-        ({"cotangents": 2}, "found cotangents=2 for the exact Fisher; only monte_carlo takes a number"),
-        ({"kind": "empirical", "cotangents": 2}, "found cotangents=2 for the empirical Fisher"),
-        ({"kind": "monte_carlo", "cotangents": 0}, "found cotangents=0, expected at least 1"),
+        ({"mc_samples": 2}, "found mc_samples=2 for the exact Fisher; only monte_carlo takes a number"),
+        ({"kind": "empirical", "mc_samples": 2}, "found mc_samples=2 for the empirical Fisher"),
+        ({"kind": "monte_carlo", "mc_samples": 0}, "found mc_samples=0, expected at least 1"),
         ({"memory_mib": 0}, "found memory_mib=0, expected a whole number of at least 1"),
         ({"kind": "exactly"}, "found kind='exactly', expected one of exact, monte_carlo, categorical, empirical"),
         ({"weights": "first"}, "found weights='first', expected one of last, best"),

@@ -3,7 +3,16 @@ import dataclasses
 import pytest
 import torch
 
-from coin.coding import Answers, Code, DecoderConfig, DecoderKind, Kept, decoders, distinct_decoders, make_decoder
+from coin.coding import (
+    Answers,
+    Code,
+    DecoderConfig,
+    DecoderKind,
+    FeatureCache,
+    decoders,
+    distinct_decoders,
+    make_decoder,
+)
 from coin.coding.decoder_config import FeatureChoice, FittedOn
 from coin.coding.decoder_state import decoder_state, decoders_state, restore_decoder, restore_decoders
 from coin.coding.ridge import Projection, ProjectionKind, fit_projection
@@ -318,7 +327,7 @@ def test_decoders_that_share_their_work_are_those_that_do_not_and_do_it_once(opt
     """Two systems of the same experts and every erasure: a kernel or a projection for each of the five networks."""
     code = Code([[0.2, 0.3, 0.5], [0.5, 0.3, 0.2]])
     calibration, test = noisy_answers(9, 1, code), noisy_answers(5, 2, code)
-    config, kept, done = DecoderConfig("feature_ridge", **options), Kept(), []
+    config, kept, done = DecoderConfig("feature_ridge", **options), FeatureCache(), []
     for name in ("block_kernel", "project_blocks"):
         real = getattr(decoders, name)
         monkeypatch.setattr(decoders, name, lambda *given, real=real: done.append(given[0]) or real(*given))

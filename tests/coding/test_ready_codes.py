@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coin.coding import Answers, Code, LinearDecoder, choose_code, convex, simplex_codes, uniform
-from coin.coding.ready import _THOUSANDTHS
+from coin.coding.ready import PRECOMPUTED_CODES
 from coin.errors import ConfigurationError
 
 SIZES = [(n, r) for n in range(1, 9) for r in range(1, min(n, 4) + 1)]
@@ -39,8 +39,8 @@ def test_ready_codes_amplify_less_than_random_ones(experts, coded):
 
 
 def test_tabulated_rows_sum_to_a_thousand():
-    assert all(sum(row) == 1000 for rows in _THOUSANDTHS.values() for row in rows)
-    assert set(_THOUSANDTHS) == {(r, n) for n, r in SIZES if 1 < r < n}
+    assert all(sum(row) == 1000 for rows in PRECOMPUTED_CODES.values() for row in rows)
+    assert set(PRECOMPUTED_CODES) == {(r, n) for n, r in SIZES if 1 < r < n}
 
 
 def test_larger_codes_still_decode():

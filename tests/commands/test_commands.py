@@ -109,7 +109,7 @@ def test_a_merge_without_tasks_warns_in_one_line_and_averages_the_statistics(fin
         [sys.executable, "-m", "coin", *command, "--method=Average", f"--output={tmp_path}"],
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    assert done.stderr.startswith("coin: warning: found no calibration inputs, by which method 'average' chooses")
+    assert done.stderr.startswith("coin: warning: found no calibration inputs, needed by method 'average' to choose")
     assert done.stderr.count("\n") == 1
     assert done.stdout == f"{tmp_path / 'average.safetensors'}\n"
     made = load_provenance(tmp_path / "average.safetensors")

@@ -39,8 +39,8 @@ def test_a_checkpoint_with_adapters_is_measured_like_the_file_in_which_they_are_
     for name, tensor in theirs.items():
         assert ours[name].sub(tensor).abs().max() <= 1e-5 * tensor.abs().max()
         assert written[name].sub(tensor).abs().max() <= 1e-5 * tensor.abs().max()
-    marks = {load_provenance(tmp_path / name)["weights"] for name in ("a.safetensors", "b.safetensors")}
-    assert len(marks) == 1
+    fingerprints = {load_provenance(tmp_path / name)["weights"] for name in ("a.safetensors", "b.safetensors")}
+    assert len(fingerprints) == 1
 
 
 def test_an_expert_of_a_head_alone_merges_with_one_that_was_trained_as_a_whole(tmp_path: Path) -> None:

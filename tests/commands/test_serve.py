@@ -26,7 +26,7 @@ from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.files.safetensors import load_provenance, load_state
 from coin.reporting import read_results
 from coin.reporting.extras import write_promises
-from coin.reporting.results import asked_policy
+from coin.reporting.results import requested_policy
 from coin.serving.front_end import FrontEnd
 from coin.serving.limits import Limits
 from coin.serving.model import NetworkServer
@@ -74,7 +74,7 @@ def test_what_is_served_is_as_accurate_as_the_results_say(finished: Path, decode
     assert list(system.processes) == ["expert-digits", "expert-letters", "coded-0"]
     results = read_results(finished / "seed-0")
     results = results[
-        (results.method == "coin") & (results.batchnorm.map(asked_policy) == "auto") & (results.decoder == decoder)
+        (results.method == "coin") & (results.batchnorm.map(requested_policy) == "auto") & (results.decoder == decoder)
     ]
     tasks = read_coded_system(finished, Choice("coin", "auto", decoder)).data().tasks
 
@@ -109,7 +109,7 @@ def test_a_coded_model_alone_stands_in_for_every_expert_that_is_lost(alone: Path
     bases = {path.parent / load_provenance(path).get("base_file", path.name) for path in coded.coded}
     kept = {*coded.coded, *bases, coded.kept_decoders}
     results = read_results(seed)
-    results = results[(results.method == method) & (results.batchnorm.map(asked_policy) == "auto")]
+    results = results[(results.method == method) & (results.batchnorm.map(requested_policy) == "auto")]
     results = results[results.decoder == decoder]
     tensors = [tensor.nbytes for path in kept for name, tensor in load_state(path)[0].items() if "moments" not in name]
     assert sum(tensors) / 2**20 == pytest.approx(results.memory_mib.iloc[0], rel=0.01)
@@ -157,7 +157,7 @@ def test_what_a_run_promises_is_told_beside_the_risk(alone: Path, tmp_path: Path
     (seed,) = copy.glob("seed-*")
     rows = read_results(seed).query("decoder == 'expert_head' and method in ('coin', 'coin-8bit')")
     rows = rows.assign(alpha=0.02, confidence=0.95, samples=9, needed=9, threshold=9.0, promised=1, coverage=1, found=0)
-    coin = (rows.method == "coin") & (rows.batchnorm.map(asked_policy) == "auto")
+    coin = (rows.method == "coin") & (rows.batchnorm.map(requested_policy) == "auto")
     rows.loc[coin, "threshold"] = [0.5 if task == "digits" else np.nan for task in rows[coin].task]
     write_promises(seed, rows)
     system = read(copy, decoder="expert_head")
@@ -392,7 +392,7 @@ def test_a_decoder_that_needs_no_samples_serves_without_and_says_that_it_tells_n
     other = shutil.copytree(alone, tmp_path / "copy", ignore=shutil.ignore_patterns("decoders"))
     for config in other.glob("seed-*/config.yaml"):
         config.unlink()
-    with pytest.warns(CoinWarning, match="will not tell their risk"):
+    with pytest.warns(CoinWarning, match="will have no risk estimate"):
         system = read(other, decoder=decoder)
     assert system.decodings is not None
     assert all(decoder.moments is None for decoder in system.decodings.fitted.values())

@@ -10,7 +10,7 @@ import torch
 
 import coin.experiment.run
 from coin.cli import main
-from coin.processes import is_first, process_count
+from coin.processes import is_rank_zero, process_count
 
 
 def _refused(path: Path, target: Any) -> NoReturn:
@@ -24,7 +24,7 @@ def run(folder: Path, arguments: list[str]) -> None:
     if os.environ["RANK"] != "0":
         Path.replace = _refused  # type: ignore[assignment, method-assign]
     assert main(arguments) == 0
-    if is_first():
+    if is_rank_zero():
         times = {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
         (folder / "first.json").write_text(json.dumps({"processes": process_count(), "times": times}))
     assert main(arguments) == 0

@@ -15,7 +15,7 @@ from coin.experiment import Experiment
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.merging import Coin
 from coin.modules import OptimizerKind, Schedule
-from coin.options import as_options
+from coin.options import to_config
 from coin.statistics import FisherKind, Precision
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 from coin.steps.train import TrainingConfig
@@ -126,11 +126,11 @@ def test_an_experiment_of_objects_says_the_configuration_that_repeats_it() -> No
     assert said["tasks"]["a"]["class_path"].endswith("test_config.OwnTask")
     assert said["tasks"]["b"]["class_path"] == "coin.data.Digits"
     assert said["tasks"]["b"]["init_args"]["augmentation"] == "shift"
-    assert said["methods"] == [as_options(Coin(damping=0.1))]
+    assert said["methods"] == [to_config(Coin(damping=0.1))]
     assert said["code"] == [[0.25, 0.75]]
     assert said["expert"]["lr"] == 0.5
     forgetful: Any = {**own, "a": Forgetful(3)}
-    with pytest.raises(ConfigurationError, match="found a Forgetful that does not keep its option shade"):
+    with pytest.raises(ConfigurationError, match="found a Forgetful that does not store its option shade"):
         Experiment("x", forgetful, [Coin()]).as_yaml(0)
 
 

@@ -21,11 +21,11 @@ expert: {epochs: 2, lr: 0.05, batch_size: 32}
 calibration: {samples_per_task: 12, batch_size: 8}
 methods:
   - {class_path: Average, init_args: {batchnorm: average}}
-  - {class_path: Foreign, init_args: {function: mine.merge}}
-  - {class_path: Foreign, init_args: {function: mine.merge, options: {share: 0.9}, label: tilted}}
-  - {class_path: Foreign, init_args: {function: notebooks.foreign_methods.dare}}
-  - {class_path: Foreign, init_args: {function: notebooks.foreign_methods.distil, options: {steps: 5}}}
-  - {class_path: Foreign, init_args: {function: notebooks.foreign_methods.tsv_m}}
+  - {class_path: UserMethod, init_args: {function: mine.merge}}
+  - {class_path: UserMethod, init_args: {function: mine.merge, options: {share: 0.9}, label: tilted}}
+  - {class_path: UserMethod, init_args: {function: notebooks.foreign_methods.dare}}
+  - {class_path: UserMethod, init_args: {function: notebooks.foreign_methods.distil, options: {steps: 5}}}
+  - {class_path: UserMethod, init_args: {function: notebooks.foreign_methods.tsv_m}}
 decoders: [linear, ridge]
 seeds: [1]
 """
@@ -92,7 +92,7 @@ def test_it_enters_the_table_by_one_line_and_is_made_anew_when_its_source_change
 def test_what_it_does_wrong_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "foreign.yaml").write_text(CONFIG)
     (tmp_path / "mine.py").write_text("def merge(experts, calibration, share=1):\n    return share / 0\n")
-    methods = "--methods=[{class_path: Foreign, init_args: {function: mine.merge}}]"
+    methods = "--methods=[{class_path: UserMethod, init_args: {function: mine.merge}}]"
     assert main(["run", "-c", "foreign.yaml", "--output=.", methods]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     told = "function 'mine.merge' of method 'merge' raised ZeroDivisionError: division by zero; see line 2 of"

@@ -98,7 +98,7 @@ def test_the_end_of_the_command_is_the_end_of_its_children(
             wait_for(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text().count("\n") == 2)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("coin.experiment.launch.say", told)
+    monkeypatch.setattr("coin.experiment.launch.rank_zero_info", told)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:
         train_side_by_side(jobs, Launch(workers=2), tmp_path / "submitit")

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 import coin.experiment.store
 from coin.cli import main
 from coin.errors import CoinWarning, ConfigurationError, FileError
-from coin.experiment.store import LOCK, alone_in
+from coin.experiment.store import LOCK, folder_lock
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")]
 
@@ -38,7 +38,7 @@ def holder(folder: Path, then: Callable[[], object] = lambda: time.sleep(60)) ->
     process = os.fork()
     if not process:
         os.setsid()
-        with alone_in(folder):
+        with folder_lock(folder):
             os.write(told, b"held")
             then()
         os._exit(0)
@@ -57,13 +57,13 @@ def test_a_second_command_is_refused_until_the_first_is_killed(tmp_path: Path) -
     with holder(tmp_path) as process:
         told = rf"at work in .*\(process {process} on .*\), expected none; wait for it or stop it"
         for _ in range(2):  # who is refused leaves the holder's name alone
-            with pytest.raises(ConfigurationError, match=told), alone_in(tmp_path):
+            with pytest.raises(ConfigurationError, match=told), folder_lock(tmp_path):
                 raise AssertionError("held twice")
             assert is_held(tmp_path)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         assert not is_held(tmp_path)
-        with alone_in(tmp_path):
+        with folder_lock(tmp_path):
             pass
 
 
@@ -86,11 +86,11 @@ def test_what_a_killed_process_leaves_behind_does_not_hold_its_lock(tmp_path: Pa
 
 
 def test_a_forked_worker_that_ends_leaves_its_parents_lock_alone(tmp_path: Path) -> None:
-    with alone_in(tmp_path):
+    with folder_lock(tmp_path):
         if not (worker := os.fork()):
             os._exit(0)
         os.waitpid(worker, 0)
-        with pytest.raises(ConfigurationError, match="at work"), alone_in(tmp_path):
+        with pytest.raises(ConfigurationError, match="at work"), folder_lock(tmp_path):
             pass
 
 
@@ -100,13 +100,13 @@ def test_a_file_system_without_locks_is_told_of(number: int, tmp_path: Path, mon
         raise OSError(number, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with pytest.warns(CoinWarning, match="has no locks: see to it"), alone_in(tmp_path):
+    with pytest.warns(CoinWarning, match="has no locks: see to it"), folder_lock(tmp_path):
         pass
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileError, match=r"cannot write .*choose a folder"), alone_in(tmp_path / "file" / "folder"):
+    with pytest.raises(FileError, match=r"cannot write .*choose a folder"), folder_lock(tmp_path / "file" / "folder"):
         pass
 
 
@@ -126,5 +126,5 @@ def test_a_patient_process_waits_and_says_so(tmp_path: Path, monkeypatch: pytest
     started = time.monotonic()
     monkeypatch.setattr(coin.experiment.store, "_POLL_SECONDS", 0.05)
     told = pytest.warns(CoinWarning, match="waiting for another coin")
-    with holder(tmp_path, lambda: time.sleep(0.7)), told, alone_in(tmp_path, patient=True):
+    with holder(tmp_path, lambda: time.sleep(0.7)), told, folder_lock(tmp_path, patient=True):
         assert time.monotonic() - started > 0.3

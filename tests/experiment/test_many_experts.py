@@ -24,9 +24,9 @@ from coin.networks import (
     NetworkConfig,
     build_network,
     load_network,
+    pad_head,
     padded_rows,
     save_network,
-    widened,
 )
 from coin.statistics import fisher_diagonal, gram_sums
 from coin.steps.expert_files import ExpertFiles, StoredExperts
@@ -82,7 +82,7 @@ def test_a_merge_from_files_keeps_few_tensors_and_one_network(
     method: MergeMethod, files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = [load_network(Path(path)) for path in files["experts"].values()]
-    networks = [widened(file.network, 3) for file in loaded]
+    networks = [pad_head(file.network, 3) for file in loaded]
     fishers = [load_state(Path(path))[0] for path in files["fisher"].values()]
     wanted = merge_networks(
         method,

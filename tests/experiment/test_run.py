@@ -20,7 +20,7 @@ from coin.errors import ConfigurationError
 from coin.files.safetensors import load_provenance, load_state
 from coin.files.tensors import fingerprint
 from coin.reporting import COLUMNS, read_examples, read_layers, read_results, read_summary, write_summary
-from coin.reporting.results import asked_policy
+from coin.reporting.results import requested_policy
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +36,7 @@ def same_numbers(one: Path, other: Path) -> None:
 def test_results_hold_every_method_decoder_and_task(finished: Path) -> None:
     frame = pd.read_csv(finished / "seed-0" / "results.csv", keep_default_na=False)
     assert tuple(frame.columns) == COLUMNS
-    found = set(zip(frame.method, frame.batchnorm.map(asked_policy), frame.decoder, frame.task, strict=True))
+    found = set(zip(frame.method, frame.batchnorm.map(requested_policy), frame.decoder, frame.task, strict=True))
     wanted = {
         (method, policy, decoder, task)
         for method, policy in [
@@ -75,7 +75,7 @@ def test_numbers_are_consistent(finished: Path) -> None:
 
 def test_costs_count_statistics_and_tuning(finished: Path) -> None:
     rows = read_results(finished / "seed-0")
-    rows["batchnorm"] = rows.batchnorm.map(asked_policy)
+    rows["batchnorm"] = rows.batchnorm.map(requested_policy)
     rows = rows.set_index(["method", "batchnorm", "decoder", "task"])
     frame = rows.merge_passes
     said = json.loads((finished / "seed-0/results.json").read_text())["methods"]

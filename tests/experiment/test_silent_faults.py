@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coin.coding import Answers, DecoderConfig, make_decoder, oddness
+from coin.coding import Answers, DecoderConfig, fault_score, make_decoder
 from coin.coding.ready import uniform
 from coin.data.embedded import Digits
 
@@ -87,7 +87,7 @@ def test_many_batches_at_once_are_as_odd_as_one_at_a_time(study: ModuleType) -> 
     again = torch.Generator().manual_seed(5)
     for one in found:
         batch = torch.randperm(50, generator=again)[:5]
-        torch.testing.assert_close(one, oddness(decoders, answers.select(batch)))
+        torch.testing.assert_close(one, fault_score(decoders, answers.select(batch)))
 
 
 def test_tasks_without_validation_samples_are_refused(study: ModuleType) -> None:

@@ -17,7 +17,7 @@ from coin.experiment.config import CalibrationConfig, ExpertConfig
 from coin.experiment.store import Steps, step_key
 from coin.merging import Average, Coin
 from coin.modules import Distillation
-from coin.options import described
+from coin.options import config_dict
 from coin.steps.merge import coded_name, coded_paths
 
 
@@ -143,14 +143,14 @@ def test_key_follows_options_and_input_contents(tmp_path: Path) -> None:
 
 
 def test_methods_are_described_by_class_and_options() -> None:
-    assert described(Coin(damping=0.5))["damping"] == 0.5
-    assert described(Coin()) != described(Average())
-    assert described(Distillation(steps=3))["steps"] == 3
+    assert config_dict(Coin(damping=0.5))["damping"] == 0.5
+    assert config_dict(Coin()) != config_dict(Average())
+    assert config_dict(Distillation(steps=3))["steps"] == 3
 
 
 def test_a_section_is_described_by_its_options_alone() -> None:
-    assert described(CalibrationConfig()).keys() == {field.name for field in fields(CalibrationConfig)}
-    assert described(ExpertConfig()).keys() == {field.name for field in fields(ExpertConfig)}
+    assert config_dict(CalibrationConfig()).keys() == {field.name for field in fields(CalibrationConfig)}
+    assert config_dict(ExpertConfig()).keys() == {field.name for field in fields(ExpertConfig)}
 
 
 def test_reading_the_data_changes_no_key() -> None:
@@ -190,7 +190,7 @@ def test_options_of_every_kind_change_the_key() -> None:
         assert step_key(Odd(one)) != step_key(Odd(other))
         assert step_key(Odd(one)) == step_key(Odd(one))
     assert step_key(np.int64(3)) == step_key(3)
-    assert described(Odd(1))["class"].endswith("test_steps.Odd")
+    assert config_dict(Odd(1))["class"].endswith("test_steps.Odd")
 
 
 @pytest.mark.parametrize("part", [object(), lambda: None, torch.nn.Linear(1, 1)])

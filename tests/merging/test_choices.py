@@ -124,7 +124,7 @@ def test_statistics_that_all_experts_share_stay_to_the_last_bit(calibrated):
 
 def test_without_calibration_data_auto_averages_with_a_warning():
     networks, _ = batchnorm_networks("recalibrate")
-    with pytest.warns(CoinWarning, match=r"^found no calibration inputs, by which method 'soup' chooses [^\n]*average"):
+    with pytest.warns(CoinWarning, match=r"^found no calibration inputs, needed by method 'soup' [^\n]*average"):
         made = Average(label="soup").make(Experts(networks), ROW)
     assert made.chosen == {"batchnorm": "average"}
     assert same(made.network, Average(batchnorm="average").make(Experts(networks), ROW).network)

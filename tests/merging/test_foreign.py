@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import nn
 
 from coin.coding import Code
-from coin.errors import CoinError, ConfigurationError
+from coin.errors import CoinError, CoinWarning, ConfigurationError
 from coin.experiment.store import step_key
-from coin.merging import Average, Experts, Foreign, merge_networks
-from coin.options import as_options
+from coin.merging import Average, Experts, Foreign, Method, UserMethod, merge_networks
+from coin.options import config_dict, to_config
 from coin.steps.merge import coded_name
 
 EXAMPLES = ("iso_c", "tsv_m")
@@ -99,7 +100,7 @@ def experts() -> Experts:
 def test_it_gets_copies_that_it_may_change_and_its_network_is_taken_as_it_is() -> None:
     given = experts()
     before = deepcopy(given.networks[0].state_dict())
-    made = Foreign("mine.first").make(given, ROW).network
+    made = UserMethod("mine.first").make(given, ROW).network
     assert not made.training
     for name, tensor in made.state_dict().items():
         assert torch.equal(given.networks[0].state_dict()[name], before[name])
@@ -107,7 +108,7 @@ def test_it_gets_copies_that_it_may_change_and_its_network_is_taken_as_it_is() -
 
 
 def test_it_gets_what_its_parameters_ask_for_and_draws_the_same_numbers_every_time() -> None:
-    method, given = Foreign("mine.told", {"scale": 3.0}), experts()
+    method, given = UserMethod("mine.told", {"scale": 3.0}), experts()
     assert method.reads_initial
     state = torch.get_rng_state()
     with torch.no_grad():
@@ -118,12 +119,12 @@ def test_it_gets_what_its_parameters_ask_for_and_draws_the_same_numbers_every_ti
     assert (made[0].running_var == 2 + 8).all()
     assert 3 < made[1].bias[0] < 4
     assert torch.equal(method.make(given, ROW).network[1].bias, made[1].bias)
-    assert not Foreign("mine.first").reads_initial
+    assert not UserMethod("mine.first").reads_initial
 
 
 def test_passes_through_experts_and_their_copies_are_counted() -> None:
     given = experts()
-    network = Foreign("mine.passes").make(given, ROW).network
+    network = UserMethod("mine.passes").make(given, ROW).network
     assert given.passes == 6 + 6 + 2 * 6
     network(torch.zeros(5, 4)).sum().backward()
     assert given.passes == 24
@@ -133,28 +134,55 @@ def test_it_merges_in_memory_beside_others_and_with_networks_that_read_mappings(
     given = experts()
     batches = [[{"x": torch.randn(5, 4)}] for _ in ROW]
     (made,) = merge_networks(
-        Foreign("mine.passes"), given.networks, Code([ROW]), calibration=batches, forward=lambda f, batch: f(batch["x"])
+        UserMethod("mine.passes"),
+        given.networks,
+        Code([ROW]),
+        calibration=batches,
+        forward=lambda f, batch: f(batch["x"]),
     )
     assert torch.equal(made(torch.ones(2, 4)), given.networks[0](torch.ones(2, 4)))
 
 
 def test_it_is_called_by_its_functions_name_or_a_label() -> None:
-    method = Foreign("mine.told", {"scale": 2.0})
+    method = UserMethod("mine.told", {"scale": 2.0})
     assert (method.label, coded_name(method), method.batchnorm) == ("told", "told", "")
-    assert Foreign("mine.wrapped", label="mine-2").label == "mine-2"
+    assert UserMethod("mine.wrapped", label="mine-2").label == "mine-2"
     options = {"function": "mine.told", "options": {"scale": 2.0}, "label": "told", "compress": []}
-    assert as_options(method) == {"class_path": "coin.Foreign", "init_args": options}
+    assert to_config(method) == {"class_path": "coin.UserMethod", "init_args": options}
+
+
+@pytest.mark.parametrize("path", ["Foreign", "coin.Foreign", "coin.merging.Foreign"])
+def test_its_old_name_makes_the_same_with_a_warning(path: str) -> None:
+    new, parser = UserMethod("mine.told", {"scale": 2.0}), ArgumentParser(exit_on_error=False)
+    parser.add_argument("--method", type=Method)
+    options = parser.parse_object({"method": {"class_path": path, "init_args": {"function": "mine.told"}}})
+    with pytest.warns(CoinWarning, match="Foreign is now UserMethod"):
+        old = parser.instantiate(options).method
+    assert type(old) is UserMethod
+    with pytest.warns(CoinWarning, match="Foreign is now UserMethod"):
+        old = Foreign("mine.told", {"scale": 2.0})
+    assert config_dict(new)["class"] == "Foreign"  # as in records of before
+    assert step_key({"method": old}) == step_key({"method": new})
+    assert to_config(old) == to_config(new)
+
+
+def test_the_old_name_of_an_empty_model_works_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="is now experts.empty_model"):
+        assert experts().blank().state_dict().keys() == experts().empty_model().state_dict().keys()
 
 
 def test_a_record_of_it_changes_with_the_source_file_and_the_options(
     mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = {step_key({"method": Foreign("mine.told")}), step_key({"method": Foreign("mine.told", {"scale": 2.0})})}
-    before = Foreign("mine.told")
+    keys = {
+        step_key({"method": UserMethod("mine.told")}),
+        step_key({"method": UserMethod("mine.told", {"scale": 2.0})}),
+    }
+    before = UserMethod("mine.told")
     mine.write_text(MODULE + "\n# changed\n")
     assert step_key({"method": before}) in keys  # the function that was read is still the old one
     monkeypatch.delitem(sys.modules, "mine")
-    keys.add(step_key({"method": Foreign("mine.told")}))
+    keys.add(step_key({"method": UserMethod("mine.told")}))
     assert len(keys) == 3
 
 
@@ -181,13 +209,13 @@ def test_a_record_of_it_changes_with_the_source_file_and_the_options(
 )
 def test_what_cannot_be_called_is_refused(function: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        Foreign(function, options)
+        UserMethod(function, options)
 
 
 def test_a_module_that_cannot_be_read_is_told_in_one_line(mine: Path) -> None:
     mine.write_text("def first(:\n")
     with pytest.raises(ConfigurationError, match="expected the import path of a Python function") as caught:
-        Foreign("mine.first")
+        UserMethod("mine.first")
     assert "\n" not in str(caught.value)
 
 
@@ -210,24 +238,24 @@ def test_a_module_that_cannot_be_read_is_told_in_one_line(mine: Path) -> None:
 )
 def test_what_goes_wrong_is_told_in_one_line(name: str, message: str) -> None:
     with pytest.raises(CoinError, match=message):
-        Foreign(f"mine.{name}").make(experts(), ROW)
+        UserMethod(f"mine.{name}").make(experts(), ROW)
 
 
 def test_it_wants_calibration_data_and_a_row_of_the_code() -> None:
     with pytest.raises(ConfigurationError, match="found no calibration inputs"):
-        Foreign("mine.first").make(Experts([network(), network()]), ROW)
+        UserMethod("mine.first").make(Experts([network(), network()]), ROW)
     with pytest.raises(ConfigurationError, match="found 1 weights for 2 experts"):
-        Foreign("mine.first").make(experts(), [1.0])
+        UserMethod("mine.first").make(experts(), [1.0])
 
 
 def test_the_examples_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     given = experts()
     average = Average(batchnorm="average").make(given, ROW).network  # type: ignore[arg-type]
-    plain = Foreign("notebooks.foreign_methods.dare", {"drop": 0.0}).make(given, ROW).network
+    plain = UserMethod("notebooks.foreign_methods.dare", {"drop": 0.0}).make(given, ROW).network
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(tensor, average.state_dict()[name])
-    dropped = Foreign("notebooks.foreign_methods.dare", {"drop": 0.9}).make(given, ROW).network
+    dropped = UserMethod("notebooks.foreign_methods.dare", {"drop": 0.9}).make(given, ROW).network
     assert (dropped[1].weight == given._initial[1].weight).float().mean() > 0.5  # type: ignore[index, union-attr]
     assert given.passes == 0
 
@@ -235,7 +263,7 @@ def test_the_examples_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
         return float((given.run(coded, given.pooled).logits - given.target(ROW)).square().mean())
 
     options = {"steps": 200, "lr": 0.01, "batch_size": 16}
-    trained = Foreign("notebooks.foreign_methods.distil", options).make(given, ROW).network
+    trained = UserMethod("notebooks.foreign_methods.distil", options).make(given, ROW).network
     assert given.passes == 2 * 16 + 200 * 16 * 3
     assert error(trained) < 0.2 * error(average)
 
@@ -250,7 +278,7 @@ def test_the_singular_vector_examples_are_their_formulas(monkeypatch: pytest.Mon
             parameter.data += 0.1 * torch.randn_like(parameter)
     given = Experts(networks, initial=initial, calibration=[[torch.randn(4, 3, 2, 2).double()]] * 2)
     steps = [(network[0].weight - initial[0].weight).detach().flatten(1) for network in networks]
-    made = {name: Foreign(f"notebooks.foreign_methods.{name}").make(given, (0.5, 0.5)).network for name in EXAMPLES}
+    made = {name: UserMethod(f"notebooks.foreign_methods.{name}").make(given, (0.5, 0.5)).network for name in EXAMPLES}
     averaged = Average().make(given, (0.5, 0.5)).network
     found = {name: (network[0].weight - initial[0].weight).detach().flatten(1) for name, network in made.items()}
     for network in made.values():

@@ -12,7 +12,7 @@ from coin.merging import Experts, Refit
 from coin.merging.held_out import held_out_error
 from coin.merging.method import starting_method
 from coin.networks.heads import features_and_logits
-from coin.options import described
+from coin.options import config_dict
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -71,11 +71,11 @@ def test_it_starts_from_the_coded_model_of_another_method_with_its_statistics_fo
 
 def test_what_a_start_wants_and_costs_is_the_refits():
     networks, given = setup()
-    method = Refit("own", start="coin").settled(*SETTINGS, of("linear"))
+    method = Refit("own", start="coin").with_defaults(*SETTINGS, of("linear"))
     assert method.statistics() == (Statistic(StatisticKind.fisher, DataChoice.own, FisherKind.exact),)
     assert [Refit(start=each).reads_initial for each in ("average", "coin", "wudi")] == [False, False, True]
     passes = []
-    for each in (coin.Coin().settled(*SETTINGS), Refit("own"), method):
+    for each in (coin.Coin().with_defaults(*SETTINGS), Refit("own"), method):
         experts = Experts(networks, **given)
         each.make(experts, ROW)
         passes.append(experts.passes)
@@ -184,7 +184,7 @@ def test_for_the_own_head_alone_it_is_own_untried():
 
 def test_decoders_are_told_of_only_where_they_decide():
     def said(method, *names):
-        return described(method.settled(*SETTINGS, of(*names)))
+        return config_dict(method.with_defaults(*SETTINGS, of(*names)))
 
     one, two = ["linear"], ["linear", "expert_head"]
     for method in (Refit("own"), Refit("mix", start="coin"), coin.Average(), coin.Coin(), coin.RegMean()):
@@ -193,7 +193,7 @@ def test_decoders_are_told_of_only_where_they_decide():
         assert said(method, *one) != said(method, *two)
     assert said(Refit(), "expert_head") == said(Refit("own"), "expert_head")
     assert said(Refit(decoders=two), *one) == said(Refit(), *two)
-    assert Refit().settled(*SETTINGS).decoders is None
+    assert Refit().with_defaults(*SETTINGS).decoders is None
     with pytest.raises(ConfigurationError, match="decoder='lineal'"):
         Refit(decoders=["lineal"])
 

@@ -73,7 +73,10 @@ def test_a_variant_that_somebody_has_made_of_a_method_does_not_take_its_name():
         ("refined", r"^found start='refined', expected one of average, coin, full_fisher, gauss_newton, head_fit, "),
         ("ties", "found start='ties', expected"),  # needs the shared initialisation
         ("distillation", "found start='distillation', expected"),
-        ({"class_path": "Foreign", "init_args": {"function": "mine.merge"}}, "found start=.*, expected one of average"),
+        (
+            {"class_path": "UserMethod", "init_args": {"function": "mine.merge"}},
+            "found start=.*, expected one of average",
+        ),
         ({"class_path": "Refitted"}, r"found start=\{'class_path': 'Refitted'\}, expected one of"),
         (3, "found start=3, expected one of average"),
         ({"class": "Refit"}, r"found start=\{'class': 'Refit'\}, expected one of"),

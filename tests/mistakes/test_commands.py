@@ -256,7 +256,7 @@ def test_trainer_options_that_the_steps_decide_are_refused(
     option: str, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refused(["run", "-c", str(config), "--output=o", f"--trainer={{{option}}}"], capsys)
-    assert line.startswith(f"found trainer.{option.split(':')[0]}, which the steps decide, expected other options; ")
+    assert line.startswith(f"found trainer.{option.split(':')[0]}, which each step sets itself; ")
 
 
 def test_what_is_laid_over_leaves_nothing_behind_of_another_class(tmp_path: Path, capsys: Any) -> None:

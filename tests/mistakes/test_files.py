@@ -183,7 +183,7 @@ CODED: dict[str, tuple[Damage, str]] = {
     "no label": (said(label=None), "for its 'label'"),
     "seconds that are a word": (said(seconds="long"), "'long' for its 'seconds'"),
     "no experts": (said(experts=None), "for its 'experts'"),
-    "other experts": (said(experts=["0", "1"]), "made of other experts"),
+    "other experts": (said(experts=["0", "1"]), "made from other experts"),
 }
 
 
@@ -193,11 +193,11 @@ def test_a_coded_model_that_says_something_else(
 ) -> None:
     experts = write_experts([3, 2])
     (path,) = (Path(name) for name in write_coded([[0.5, 0.5]], experts))
-    marks = [fingerprint(load_network(Path(name)).network.state_dict()) for name in experts.values()]
+    fingerprints = [fingerprint(load_network(Path(name)).network.state_dict()) for name in experts.values()]
     damage, message = CODED[case]
     damage(path)
     with pytest.raises(CoinError, match=message):
-        read_coded([path], marks)
+        read_coded([path], fingerprints)
 
 
 YAMLS: dict[str, tuple[bytes, str]] = {

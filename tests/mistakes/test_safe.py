@@ -147,7 +147,7 @@ def test_a_variable_that_is_neither_on_nor_off_is_refused(
 
 
 def test_a_method_of_the_users_own_is_refused(evil: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    methods = "--methods=[{class_path: Foreign, init_args: {function: evil_module.merge}}]"
+    methods = "--methods=[{class_path: UserMethod, init_args: {function: evil_module.merge}}]"
     assert main([safe.SAFE, *run("Glyphs", methods)]) == 2
     line = last_line(capsys)
     assert line.startswith("coin: error: found function 'evil_module.merge' with --safe, expected nothing of your own;")

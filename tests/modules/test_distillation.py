@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from coin.errors import ConfigurationError, HeadError, StateError
 from coin.merging import Experts, Refit, average, held_out
 from coin.modules import Distillation
-from coin.networks import NetworkConfig, build_network, load_network, pad_logits, save_network, widened
+from coin.networks import NetworkConfig, build_network, load_network, pad_head, pad_logits, save_network
 
 ROW = [0.25, 0.75]
 PLAIN = {"start": "average", "augmentation": "none", "schedule": "constant"}
@@ -29,7 +29,7 @@ def begun(experts, data, make_trainer, **options):
 
 def test_the_student_starts_from_the_weighted_average_or_that_with_its_head_fitted(experts, tasks, make_trainer):
     averaged = begun(experts, tasks(), make_trainer, start="average").student.state_dict()
-    first, second = (dict(widened(load_network(Path(path)).network, 3).named_parameters()) for path in experts)
+    first, second = (dict(pad_head(load_network(Path(path)).network, 3).named_parameters()) for path in experts)
     for name in first:
         torch.testing.assert_close(averaged[name], 0.25 * first[name] + 0.75 * second[name])
     fitted = begun(experts, tasks(), make_trainer, start="head_fit").student.state_dict()

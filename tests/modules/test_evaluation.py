@@ -99,7 +99,11 @@ def test_what_is_missing_is_told():
     system = coin.Coded(coin.Code([[0.5, 0.5]]), experts[:2], experts[2:])
     pairs, inputs = [(torch.randn(4, 6), torch.zeros(4))], [torch.randn(4, 6)]
     for options, kind, message in (
-        ({}, ConfigurationError, r"found no calibration, on which the decoder ridge is fitted; give it, or decoders="),
+        (
+            {},
+            ConfigurationError,
+            r"found no calibration samples, needed to fit the decoder ridge; give them, or decoders=",
+        ),
         ({"calibration": [inputs]}, ConfigurationError, "found calibration data of 1 tasks, expected 2"),
         ({"decoders": ["cubic"]}, ValueError, "found decoder='cubic'"),
     ):

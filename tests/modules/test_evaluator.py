@@ -180,7 +180,7 @@ def test_coded_models_of_other_experts_or_rows_are_refused(experts, write_coded,
     with torch.no_grad():
         changed.fc.bias[0] += 1
     save_network(Path(experts["task1"]), changed, small_config, 2, {})
-    with pytest.raises(FileError, match=r"average-0\.safetensors' was made of other experts"):
+    with pytest.raises(FileError, match=r"average-0\.safetensors' was made from other experts"):
         DecodingEvaluator(experts, coded)
 
 
@@ -288,7 +288,7 @@ def test_what_does_not_fit_is_named(experts, synthetic, tasks, make_trainer):
     with pytest.raises(ConfigurationError, match="name the same tasks in the same order"):
         run(evaluator, swapped, make_trainer)
     other = Tasks({**tasks.tasks, "task1": synthetic(3)}, samples_per_task=20)
-    with pytest.raises(ConfigurationError, match=r"'task1': 3.*the experts are for.*'task1': 2"):
+    with pytest.raises(ConfigurationError, match=r"'task1': 3.*expected those of the experts.*'task1': 2"):
         run(evaluator, other, make_trainer)
 
 

@@ -18,9 +18,9 @@ def tasks(synthetic):
 
 
 @pytest.mark.parametrize(
-    ("kind", "cotangents"), [("exact", None), ("categorical", None), ("empirical", None), ("monte_carlo", 2)]
+    ("kind", "mc_samples"), [("exact", None), ("categorical", None), ("empirical", None), ("monte_carlo", 2)]
 )
-def test_the_pass_under_a_trainer_equals_the_function(tasks, small_config, make_trainer, kind, cotangents):
+def test_the_pass_under_a_trainer_equals_the_function(tasks, small_config, make_trainer, kind, mc_samples):
     network = build_network(small_config, 3).double()
     calibration = tasks.calibration()
     labels = calibration.labels if kind == "empirical" else None
@@ -29,10 +29,10 @@ def test_the_pass_under_a_trainer_equals_the_function(tasks, small_config, make_
         calibration,
         kind=FisherKind(kind),
         labels=labels,
-        cotangents=cotangents,
+        mc_samples=mc_samples,
         generator=torch.Generator().manual_seed(3 * 100_003) if kind == "monte_carlo" else None,
     )
-    module = StatisticPass(network, StatisticOptions(kind=kind, cotangents=cotangents), seed=3, labels=labels)
+    module = StatisticPass(network, StatisticOptions(kind=kind, mc_samples=mc_samples), seed=3, labels=labels)
     trainer = make_trainer()
     assert trainer.predict_loop.inference_mode
     for _ in range(2):  # a second run starts from nothing

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from coin.errors import ConfigurationError
-from coin.networks import Lora, NetworkConfig, add_adapters, build_network, plain_network
+from coin.networks import Lora, NetworkConfig, add_adapters, build_network, unwrap
 from coin.networks.lora import adaptable_layers
 
 IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -60,7 +60,7 @@ def test_layers_that_run_by_themselves_can_be_adapted(case, layers):
 @pytest.mark.parametrize("case", CASES)
 def test_merged_weights_are_w_plus_the_scaled_product(case):
     network, other, _ = adapted(case)
-    merged, tensors = plain_network(other).state_dict(), other.state_dict()
+    merged, tensors = unwrap(other).state_dict(), other.state_dict()
     before = network.state_dict()
     assert list(merged) == list(before)
     products = 0
@@ -82,7 +82,7 @@ def test_adapters_count_in_training_and_in_evaluation(case, training):
     network, other, inputs = adapted(case)
     with torch.no_grad():
         logits = other.train(training)(inputs)
-        torch.testing.assert_close(logits, plain_network(other).train(training)(inputs))
+        torch.testing.assert_close(logits, unwrap(other).train(training)(inputs))
         assert not torch.allclose(logits, network.train(training)(inputs))
 
 
@@ -112,9 +112,9 @@ def test_what_required_gradients_does_so_still():
 
 def test_a_plain_network_is_returned_itself_and_a_frozen_one_as_a_copy():
     network = build_network(VIT, 3)
-    assert plain_network(network) is network
+    assert unwrap(network) is network
     network.requires_grad_(False)
-    plain = plain_network(network)
+    plain = unwrap(network)
     assert all(parameter.requires_grad for parameter in plain.parameters())
     assert not any(parameter.requires_grad for parameter in network.parameters())
 

@@ -10,14 +10,14 @@ from coin.errors import FileError, StateError
 from coin.files.safetensors import save_state
 from coin.networks import (
     NetworkConfig,
-    brought_network,
     build_network,
     fill_network,
+    import_checkpoint,
     initial_network,
     load_network,
+    pad_head,
     read_weights,
     save_network,
-    widened,
 )
 
 
@@ -165,20 +165,20 @@ def test_a_base_of_another_architecture_is_refused_by_name(small_config, saved):
 
 
 def test_an_expert_from_outside_keeps_its_head_or_is_refused(small_config, saved):
-    network = brought_network(small_config, 3, saved)
+    network = import_checkpoint(small_config, 3, saved)
     assert same(network.state_dict(), load_network(saved).network.state_dict())
     with pytest.raises(StateError, match=r"fc\.weight"):
-        brought_network(small_config, 6, saved)
+        import_checkpoint(small_config, 6, saved)
 
 
 def test_a_widened_network_answers_zero_for_the_added_classes_and_the_same_for_the_others(saved, images):
     file = load_network(saved)
-    wide = widened(file.network, 5)
+    wide = pad_head(file.network, 5)
     with torch.no_grad():
         logits, wanted = wide.double()(images.double()), file.network.double()(images.double())
     torch.testing.assert_close(logits[:, :3], wanted, rtol=1e-12, atol=1e-12)
     assert torch.equal(logits[:, 3:], torch.zeros(4, 2, dtype=torch.float64))
     assert not wide.training
-    assert widened(file.network, 3) is file.network
+    assert pad_head(file.network, 3) is file.network
     with pytest.raises(StateError, match=r"has 3 outputs, expected at most 2"):
-        widened(file.network, 2)
+        pad_head(file.network, 2)

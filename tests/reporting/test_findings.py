@@ -58,7 +58,7 @@ def test_a_role_is_of_what_a_method_is_whatever_its_label():
     said = findings(frame, kinds={"best-fisher": "coin", "kd": "distillation", "slerp": "foreign"})
     roles = {role: entry.name for role, entry in said.roles.items()}
     assert roles == {CLOSED_FORM: "best-fisher", BASELINE: "kd (keep)", FOREIGN: "slerp"}
-    assert "best-fisher (linear) is 10.00 ± 0.00 points above average (linear)." in said.beyond_spread
+    assert "best-fisher (linear) is 10.00 ± 0.00 points above average (linear)." in said.significant_differences
     assert "minus kd (keep)" in paired_differences(said, "linear")
     assert BASELINE not in findings(frame).roles  # the label alone does not tell
 
@@ -115,7 +115,7 @@ def test_a_difference_is_clear_by_a_paired_interval(differences: list[float], si
     assert table.loc[1, "minus average"].endswith("*") == bool(sign)
     assert table.loc[1, "minus average"].startswith(f"{100 * mean:+.2f} ± ")
     assert table.loc[0, "minus average"] == "–"
-    assert any("coin (linear) is" in text and "average" in text for text in said.beyond_spread) == bool(sign)
+    assert any("coin (linear) is" in text and "average" in text for text in said.significant_differences) == bool(sign)
 
 
 def test_findings_are_five_at_most_and_speak_against_a_method_too():
@@ -127,26 +127,28 @@ def test_findings_are_five_at_most_and_speak_against_a_method_too():
         rows_of("coin", [0.95, 0.96, 0.97], decoder="ridge"),
         [replace(row, merge_seconds=30.0) for row in rows_of("distillation", [0.98, 0.991, 1.0], decoder="ridge")],
     )
-    assert len(said.beyond_spread) == 5
-    assert said.beyond_spread[0].startswith("coin (ridge) is 3.03 ± 0.06 points below distillation (ridge), at 4.2 s")
-    assert "15.00 ± 0.00 points above none (ridge), without a coded model" in said.beyond_spread[1]
-    assert "coin (linear) is 10.00 ± 0.00 points below average (linear)." in said.beyond_spread
+    assert len(said.significant_differences) == 5
+    assert said.significant_differences[0].startswith(
+        "coin (ridge) is 3.03 ± 0.06 points below distillation (ridge), at 4.2 s"
+    )
+    assert "15.00 ± 0.00 points above none (ridge), without a coded model" in said.significant_differences[1]
+    assert "coin (linear) is 10.00 ± 0.00 points below average (linear)." in said.significant_differences
     level = found(rows_of("average", [0.96, 0.98, 0.97]), rows_of("coin", [0.97, 0.96, 0.98]))
     pairs = "coin (linear) against average (linear), coin (linear) against the 97.5 % (paper, in some cases)"
-    assert level.beyond_spread == (f"None of these differences is clear: {pairs}.",)
+    assert level.significant_differences == (f"None of these differences is clear: {pairs}.",)
     for alone in (rows_of("refit", [0.9, 0.91, 0.92]), rows_of("none", [0.8] * 3), rows_of("oracle", [1.0] * 3)):
-        assert found(alone).beyond_spread == ()  # nothing was compared
+        assert found(alone).significant_differences == ()  # nothing was compared
 
 
 def test_the_paper_s_figure_is_compared_with_coin_and_the_linear_decoder():
-    (text,) = found(rows_of("coin", [0.96, 0.961, 0.962])).beyond_spread
+    (text,) = found(rows_of("coin", [0.96, 0.961, 0.962])).significant_differences
     assert text == "coin (linear) is 1.40 ± 0.10 points below the 97.5 % (paper, in some cases)."
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_one_or_two_seeds_find_nothing_and_say_so(seeds: int):
     said = found(rows_of("average", [0.9] * seeds), rows_of("coin", [0.5] * seeds))
-    assert said.beyond_spread == ()
+    assert said.significant_differences == ()
     assert said.cautions == (f"{('One seed', 'Two seeds')[seeds - 1]} only: differences are told from chance from "
                              "three seeds on.",)  # fmt: skip
     assert ("±" in said.headline) == (seeds == 2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coin.errors import ConfigurationError, DataError
+from coin.errors import CoinWarning, ConfigurationError, DataError
 from coin.statistics import FisherKind, fisher_diagonal, fisher_sums
 
 CLASSES = 4
@@ -52,7 +52,7 @@ def test_empirical_equals_its_loop_over_unequal_batches(network: nn.Module, inpu
 @pytest.mark.parametrize("seed", [0, 1])
 def test_monte_carlo_with_all_classes_is_exact(network: nn.Module, inputs: Tensor, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    found = fisher_diagonal(network, [inputs], kind=FisherKind.monte_carlo, cotangents=CLASSES, generator=generator)
+    found = fisher_diagonal(network, [inputs], kind=FisherKind.monte_carlo, mc_samples=CLASSES, generator=generator)
     torch.testing.assert_close(flat(found), flat(fisher_diagonal(network, [inputs])), rtol=1e-10, atol=1e-15)
 
 
@@ -63,7 +63,7 @@ def test_monte_carlo_is_unbiased_and_its_error_falls(network: nn.Module, inputs:
     draws = 400
     errors = {}
     for k in (1, 2):
-        options = {"kind": FisherKind.monte_carlo, "cotangents": k, "generator": generator}
+        options = {"kind": FisherKind.monte_carlo, "mc_samples": k, "generator": generator}
         found = torch.stack([flat(fisher_diagonal(network, [inputs], **options)) for _ in range(draws)])
         errors[k] = (found - exact).square().sum(1).mean()
         bias = (found.mean(0) - exact).square().sum()
@@ -82,7 +82,7 @@ def test_monte_carlo_error_falls_with_the_samples(network: nn.Module) -> None:
     def variance(samples: int) -> float:
         batch, total = x.repeat(samples, 1, 1, 1), 0.0
         for _ in range(200):
-            found = fisher_diagonal(network, [batch], kind=FisherKind.monte_carlo, cotangents=1, generator=generator)
+            found = fisher_diagonal(network, [batch], kind=FisherKind.monte_carlo, mc_samples=1, generator=generator)
             total += float((flat(found) - exact).square().sum()) / 200
         return total
 
@@ -93,7 +93,7 @@ def test_monte_carlo_does_not_depend_on_batch_sizes(network: nn.Module, inputs: 
     def run(sizes: list[int]) -> Tensor:
         generator = torch.Generator().manual_seed(5)
         found = fisher_diagonal(
-            network, inputs.split(sizes), kind=FisherKind.monte_carlo, cotangents=2, generator=generator
+            network, inputs.split(sizes), kind=FisherKind.monte_carlo, mc_samples=2, generator=generator
         )
         return flat(found)
 
@@ -102,7 +102,7 @@ def test_monte_carlo_does_not_depend_on_batch_sizes(network: nn.Module, inputs: 
 
 def test_passes_count_forward_equivalents(network: nn.Module, inputs: Tensor) -> None:
     assert fisher_sums(network, [inputs]).passes == 5 * (1 + 2 * CLASSES)
-    assert fisher_sums(network, [inputs], kind=FisherKind.monte_carlo, cotangents=2).passes == 5 * (1 + 2 * 2)
+    assert fisher_sums(network, [inputs], kind=FisherKind.monte_carlo, mc_samples=2).passes == 5 * (1 + 2 * 2)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_passes_count_forward_equivalents(network: nn.Module, inputs: Tensor) ->
     [
         ({"kind": "empirical"}, ConfigurationError, "no labels"),
         ({"labels": torch.zeros(5, dtype=torch.long)}, ConfigurationError, "labels belong to the empirical kind"),
-        ({"cotangents": 2}, ConfigurationError, "only monte_carlo"),
-        ({"kind": "monte_carlo", "cotangents": 0}, ConfigurationError, "at least 1"),
-        ({"kind": "monte_carlo", "cotangents": 5}, ConfigurationError, "at most 4"),
+        ({"mc_samples": 2}, ConfigurationError, "only monte_carlo"),
+        ({"kind": "monte_carlo", "mc_samples": 0}, ConfigurationError, "at least 1"),
+        ({"kind": "monte_carlo", "mc_samples": 5}, ConfigurationError, "at most 4"),
         ({"kind": "empirical", "labels": torch.tensor([0, 1, 2, 3, 4])}, DataError, "outside"),
         ({"kind": "empirical", "labels": torch.tensor([0, 1])}, DataError, "one for every sample"),
         (
@@ -127,6 +127,12 @@ def test_passes_count_forward_equivalents(network: nn.Module, inputs: Tensor) ->
 def test_bad_options(network: nn.Module, inputs: Tensor, options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         fisher_diagonal(network, [inputs], **options)
+
+
+def test_the_old_name_of_mc_samples_is_taken_with_a_warning(network: nn.Module, inputs: Tensor) -> None:
+    with pytest.warns(CoinWarning, match="the option cotangents is now mc_samples"):
+        sums = fisher_sums(network, [inputs], kind=FisherKind.monte_carlo, cotangents=2)
+    assert sums.passes == 5 * (1 + 2 * 2)
 
 
 def test_no_samples(network: nn.Module) -> None:

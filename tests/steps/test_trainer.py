@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from coin.data.tasks import Tasks
-from coin.errors import ConfigurationError, DataError, FileError, StateError
+from coin.errors import CoinWarning, ConfigurationError, DataError, FileError, StateError
 from coin.files.tensors import fingerprint
 from coin.modules import DecodingEvaluator, Expert
 from coin.networks import build_network, load_network
@@ -94,11 +94,17 @@ def test_a_fisher_in_bfloat16_says_so_in_its_file(tmp_path, synthetic, make_trai
     assert statistic.provenance["precision"] == "bfloat16"
 
 
-@pytest.mark.parametrize("options", [{"kind": "exact"}, {"cotangents": 2}, {"precision": "bfloat16"}])
+@pytest.mark.parametrize("options", [{"kind": "exact"}, {"mc_samples": 2}, {"precision": "bfloat16"}])
 def test_gram_matrices_have_no_kinds(synthetic, make_trainer, options):
     told = r"found kind=.* for Gram matrices, expected none of them.*leave them out"
     with pytest.raises(ConfigurationError, match=told):
         make_trainer().fisher(Expert(**SMALL, num_classes=3), synthetic(), samples=9, statistic="gram", **options)
+
+
+def test_the_old_name_of_mc_samples_is_taken_with_a_warning(synthetic, make_trainer):
+    trainer, expert = make_trainer(), Expert(**SMALL, num_classes=3)
+    with pytest.warns(CoinWarning, match="is now mc_samples"), pytest.raises(ConfigurationError, match="mc_samples=2"):
+        trainer.fisher(expert, synthetic(), samples=9, cotangents=2)
 
 
 def test_what_fisher_cannot_use_is_named(tmp_path, synthetic, make_trainer):

@@ -1,4 +1,4 @@
-"""What serving costs and how late it is, in simulation: the front end's own decisions on a virtual clock.
+"""Simulation of serving: cost and latency, with the front end's own decisions on a virtual clock.
 
 A query that fails has infinite latency, so that failing fast makes no policy look quick. The load is what own answers
 alone take of the experts' capacity; what a policy asks on top is in the column ``forwards``. Servers take what waits in

@@ -1,4 +1,4 @@
-"""What machines are like in a simulation: how long they take, when they are slow, when they fail."""
+"""The machines in a simulation: service times, slow phases and failures."""
 
 import heapq
 import math
@@ -10,14 +10,14 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from coin.choices import check_integer, check_number, chosen
+from coin.choices import check_integer, check_number, parse_enum
 from coin.errors import ConfigurationError
 
 _CHUNK = 4096
 
 
 class ServiceKind(StrEnum):
-    """How service times are distributed: drawn from those that were measured, all the same, or exponentially."""
+    """The distribution of service times: measured, constant or exponential."""
 
     measured = "measured"
     deterministic = "deterministic"
@@ -26,13 +26,13 @@ class ServiceKind(StrEnum):
 
 @dataclass(frozen=True)
 class Service:
-    """The time that a server takes for a batch while nothing is wrong with it.
+    """The service time of a healthy server for one batch.
 
     Args:
         kind: The distribution.
-        seconds: Its mean for one input; measured where it is not given.
+        seconds: Its mean for one input; by default measured.
         tail: The mean of an exponential time on top, in multiples of `seconds`.
-        marginal: What each further input of a batch takes, as a share of the first; none measures it, or takes 1.
+        marginal: The time of each further input of a batch, as a share of the first; by default measured, else 1.
     """
 
     kind: ServiceKind = ServiceKind.measured
@@ -41,7 +41,7 @@ class Service:
     marginal: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", chosen(ServiceKind, "service.kind", self.kind))
+        object.__setattr__(self, "kind", parse_enum(ServiceKind, "service.kind", self.kind))
         if (self.seconds is None) != (self.kind is ServiceKind.measured):
             found = f"found service.kind={self.kind} with service.seconds={self.seconds}"
             raise ConfigurationError(f"{found}, expected seconds for all kinds but none for measured times")
@@ -52,11 +52,11 @@ class Service:
 
 @dataclass(frozen=True)
 class Slowdown:
-    """Machines are slow for a while: exponential phases, on and off.
+    """Slow phases of machines, exponentially distributed.
 
     Args:
         share: The share of the time that a machine is slow; 0 for never.
-        factor: By how much longer a service takes that begins in a slow phase.
+        factor: The slowdown factor of a service that begins in a slow phase.
         length: The mean length of a slow phase, in mean service times.
         together: The share of the slow time in which all machines are slow at once, as on a shared network.
     """
@@ -75,13 +75,13 @@ class Slowdown:
 
 @dataclass(frozen=True)
 class Failures:
-    """Machines fail and come back, each on its own, and lose what waits for them: exponential times.
+    """Independent failures of machines, exponentially distributed; waiting requests are lost.
 
     Args:
         share: The share of the time that a machine is down; 0 for never.
-        length: How long it is down, in mean service times.
-        detection: How long it takes to find out that a request to it is lost, likewise.
-        mtbf: Mean time between a machine's breakdowns, in hours: too rare for latencies to show them.
+        length: The mean length of a failure, in mean service times.
+        detection: The time to detect that a request is lost, in mean service times.
+        mtbf: Mean time between a machine's breakdowns, in hours; too rare to affect latency quantiles.
         mttr: Mean time to repair it, in hours.
     """
 
@@ -106,12 +106,12 @@ class Failures:
 
 @dataclass(frozen=True)
 class FrontEndCost:
-    """What the front end adds; by default what ``coin serve`` took on loopback, on two cores for everything.
+    """The front end's own time; the defaults were measured with ``coin serve`` on loopback, on two cores in all.
 
     Args:
-        seconds: How long it is busy with one query.
-        hop: How long a request to a server takes there and back, in seconds.
-        processes: How many front ends share the queries; none takes as many as keep them below half busy.
+        seconds: The front end's processing time of one query.
+        hop: The round-trip time of a request to a server, in seconds.
+        processes: The number of front ends; by default enough to keep each less than half busy.
     """
 
     seconds: float = 0.01
@@ -124,7 +124,7 @@ class FrontEndCost:
         check_integer("front_end.processes", 1 if self.processes is None else self.processes, 1)
 
     def entries(self, arrivals: NDArray[np.float64], rate: float) -> list[float]:
-        """Return when the front ends are done with reading queries that arrive at these times and at this rate."""
+        """Return when the front ends have read queries that arrive at these times and at this rate."""
         free = [0.0] * (self.processes or max(1, math.ceil(2 * rate * self.seconds)))
         done = []
         for arrival in arrivals.tolist():
@@ -135,15 +135,15 @@ class FrontEndCost:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What machines and the front end are like, whatever they hold.
+    """The properties of machines and front end, independent of the networks.
 
     Args:
-        service: How long a server takes; `front_end`, what the front end adds.
-        slowdown: Phases in which machines are slow; `failures`, in which they are down.
-        batch: The most inputs that a server takes together.
-        deadline: After how many mean service times a query fails.
-        queue: The most requests that wait for one server.
-        cooldown: How many mean service times pass between two tries of a server that is believed to be down.
+        service: The servers' service time; `front_end`: the front end's own time.
+        slowdown: Slow phases of machines; `failures`: their failures.
+        batch: The largest number of inputs per batch.
+        deadline: The time after which a query fails, in mean service times.
+        queue: The largest number of requests waiting for one server.
+        cooldown: The time between probes of a server that is considered down, in mean service times.
     """
 
     service: Service = Service()
@@ -160,13 +160,13 @@ class Conditions:
             check_number(name, getattr(self, name), low=0, strict=True)
 
     def capacity(self, unit: float) -> float:
-        """Return the queries a second that a server can do one at a time in the long run, troubles taken off."""
+        """Return a server's capacity in queries per second without batching, slow phases and failures included."""
         slow, down = self.slowdown, self.failures
         speed = (1 - slow.share + slow.share / slow.factor) * (1 - down.share)
         return speed / (unit * (1 + self.service.tail))
 
     def service_times(self, samples: NDArray[np.float64], draw: np.random.Generator) -> Iterator[float]:
-        """Yield a server's seconds for one input without slow phases, by measured ones ``[K]`` or their mean."""
+        """Yield a server's seconds for one input without slow phases, from measured times ``[K]`` or their mean."""
         mean, kind, tail = float(samples.mean()), self.service.kind, self.service.tail
         while True:
             times = draw.choice(samples, _CHUNK) if kind is ServiceKind.measured else np.full(_CHUNK, mean)

@@ -1,4 +1,4 @@
-"""What is known of N experts and of what may stand in for them: times, sizes and accuracies."""
+"""Service times, sizes and accuracies of N experts and of their stand-ins."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ _LEVELS = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 
 
 class Redundancy(StrEnum):
-    """What stands in for an expert that is late or lost, and how it is asked."""
+    """The kind of stand-in for a late or lost expert, and when it is asked."""
 
     uncoded = "uncoded"
     """Nothing."""
@@ -57,7 +57,7 @@ class Failover:
     Args:
         accuracy: Its mean accuracy over the tasks, from 0 to 1.
         mib: The size of its weights in MiB.
-        seconds: What it takes for one input.
+        seconds: Its service time for one input.
     """
 
     accuracy: float
@@ -72,18 +72,18 @@ class Failover:
 
 @dataclass(frozen=True)
 class StandIn:
-    """What stands in for experts: an extra server keeps ``fixed + each · N`` bytes of weights.
+    """A stand-in for experts: an extra server keeps ``fixed + each · N`` bytes of weights.
 
     Args:
-        kind: What it is and how it is asked.
-        variant: Which of its kind, as the results call it.
+        kind: Its kind, and when it is asked.
+        variant: Its name in the results, within its kind.
         fixed: Bytes that a server keeps, however many experts there are.
         each: Bytes that it keeps for each.
-        accuracy: Of its answers, by how many experts are lost where that matters; empty where it was not measured.
-        worst: The least share of an expert's accuracy that its answers keep, of any task with one expert lost.
-        every_row: Whether a coded answer takes all coded models, or one.
-        unpacking: Seconds that it takes to unpack another expert.
-        seconds: What its network takes for one input; none takes the experts' times.
+        accuracy: The accuracy of its answers, by the number of lost experts if it depends on it; empty if not measured.
+        worst: The smallest NDA over tasks with one expert lost.
+        every_row: Whether a coded answer needs all coded models, or one.
+        unpacking: Seconds to unpack another expert.
+        seconds: Its network's time for one input; by default the experts' times.
     """
 
     kind: Redundancy
@@ -98,28 +98,28 @@ class StandIn:
 
     @property
     def reads_survivors(self) -> bool:
-        """Whether the other experts are asked too."""
+        """Whether decoding needs the other experts' answers."""
         return self.kind in (Redundancy.coded_proactive, Redundancy.coded_hedged)
 
     @property
     def elsewhere(self) -> "StandIn":
-        """The same among another number of experts, where no coded model's accuracy is known."""
+        """The same stand-in for another number of experts; a coded model's accuracy is then unknown."""
         return replace(self, accuracy={}, worst=float("nan")) if self.kind.is_coded else self
 
     def right(self, lost: int = 1) -> float:
-        """Return the accuracy of its answers while so many experts are lost; NaN where it was not measured."""
+        """Return the accuracy of its answers with this number of lost experts; NaN if it was not measured."""
         return self.accuracy.get(lost if self.reads_survivors else 1, float("nan"))
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What is known of N experts, and of R extra servers.
+    """The profile of N experts and R extra servers.
 
     Args:
         code: The code of the coded models, or of as many extra servers.
-        seconds: Every expert's service times ``[K]``; `sizes`, its bytes.
-        accuracy: The experts', mean over tasks.
-        decoding: Seconds that it takes to decode.
+        seconds: Every expert's service times ``[K]``; `sizes`: its bytes.
+        accuracy: The experts' mean accuracy over tasks.
+        decoding: Seconds to decode an answer.
     """
 
     code: Code
@@ -129,7 +129,7 @@ class Profile:
     decoding: float = 0.0
 
     def resized(self, experts: int, extras: int) -> "Profile":
-        """Return as many experts like these, and as many extra servers."""
+        """Return a profile with this number of such experts and of extra servers."""
         if (experts, extras) == (self.code.num_experts, self.code.num_coded):
             return self
         places = [place % len(self.sizes) for place in range(experts)]
@@ -137,11 +137,11 @@ class Profile:
         return replace(self, code=convex(experts, extras), seconds=times, sizes=sizes)
 
     def extras(self, what: StandIn) -> int:
-        """Return how many servers it takes beside the experts' own."""
+        """Return the number of servers beside the experts' own."""
         return 0 if what.kind in (Redundancy.uncoded, Redundancy.neighbours) else self.code.num_coded
 
     def losses(self, what: StandIn) -> int:
-        """Return how many experts may be lost at once, whichever they are."""
+        """Return how many experts, any of them, may be lost at once."""
         count, extras = self.code.num_experts, self.code.num_coded
         if what.kind is Redundancy.uncoded or (what.kind is Redundancy.copy and extras < count):
             return 0
@@ -157,10 +157,10 @@ class Profile:
     def simulation(
         self, what: StandIn, conditions: Conditions, quantile: float = 0.9, memory: float | None = None, **options: Any
     ) -> Simulation:
-        """Return the simulation of these experts with what stands in for them.
+        """Return the simulation of these experts with a stand-in.
 
-        A server keeps one expert unpacked, or as many as fit beside its weights into a memory of so many bytes; the
-        options are the simulation's own.
+        A server keeps one expert unpacked, or as many as fit beside its weights into `memory` bytes; the options are
+        those of `Simulation`.
         """
         layout, machines = self._servers(what)
         own = PolicyKind.uncoded if what.kind is Redundancy.uncoded else PolicyKind.hedged
@@ -196,7 +196,7 @@ class Profile:
         return layout, (*experts, *(count + place * extras // more for place in range(more)))
 
     def row(self, what: StandIn, simulation: Simulation, outcomes: Sequence[Outcome]) -> dict[str, object]:
-        """Return what the seeds of one simulation come to: a row of ``simulation.csv``.
+        """Return the summary of one simulation over its seeds: a row of ``simulation.csv``.
 
         Latencies are in seconds, and memory in bytes of weights: of the largest server, and of all. ``share_spared``
         are answers of experts on other servers than their own; ``standing_in_accuracy`` is that of these and of decoded

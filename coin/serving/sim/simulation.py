@@ -24,7 +24,7 @@ _FEWEST = 28
 """Queries: a quarter of them warms the system up, and intervals want 20 at least."""
 
 
-class Want(StrEnum):
+class QueryTarget(StrEnum):
     """Whose answers a query wants."""
 
     one = "one"
@@ -35,20 +35,21 @@ class Want(StrEnum):
 
 @dataclass(frozen=True)
 class Simulation:
-    """What is simulated.
+    """The options of a simulation.
 
     Args:
-        layout: The servers, which a query asks by the `policy`.
+        layout: The servers, asked by the `policy`.
         samples: For every server, measured service times in seconds ``[K]``, or their mean ``[1]``.
-        conditions: What machines and the front end are like.
-        load: The share of the experts' capacity that own answers alone take up, one at a time, in (0, 1).
-        machines: Every server's machine, which runs one batch at a time; none gives each server one of its own.
+        conditions: The properties of machines and front end.
+        load: The share of the experts' capacity (without batching) that own answers use, in (0, 1).
+        machines: Every server's machine, which runs one batch at a time; by default one machine per server.
         want: Whose answers a query wants.
-        queries: How many, the first quarter included, which warms the system up and is not reported.
-        seed: Of everything random. Simulations that differ in their policy alone see the same queries and phases.
-        decoding: Seconds that it takes to decode.
-        unpacking: Seconds that a machine takes longer for a copy of another expert than it has at hand.
-        unpacked: How many a machine keeps at hand; 0 unpacks for every batch.
+        queries: The number of queries; the first quarter is warm-up and not reported.
+        seed: The seed of everything random. Simulations that differ only in the policy have the same queries and
+            phases.
+        decoding: Seconds to decode an answer.
+        unpacking: Seconds to unpack a copy of an expert that the machine has not unpacked.
+        unpacked: The number of unpacked copies that a machine keeps; 0 unpacks for every batch.
         broken: Machines that are down all the time.
     """
 
@@ -58,7 +59,7 @@ class Simulation:
     conditions: Conditions
     load: float
     machines: tuple[int, ...] = ()
-    want: Want = Want.one
+    want: QueryTarget = QueryTarget.one
     queries: int = 20_000
     seed: int = 0
     decoding: float = 0.0
@@ -79,23 +80,23 @@ class Simulation:
     @property
     def rate(self) -> float:
         """Queries a second."""
-        forwards = self.layout.num_experts if self.want is Want.all else 1
+        forwards = self.layout.num_experts if self.want is QueryTarget.all else 1
         return self.load * self.conditions.capacity(self.unit) * self.layout.num_experts / forwards
 
     def wanted(self) -> list[int]:
         """Return the set of experts that each query wants."""
-        if self.want is Want.all:
+        if self.want is QueryTarget.all:
             return [self.layout.every_expert] * self.queries
         experts = np.random.default_rng([self.seed, 2]).integers(self.layout.num_experts, size=self.queries)
         return [1 << expert for expert in experts.tolist()]
 
     def unanswered(self, share: float) -> float:
-        """Return the share of queries that nobody can answer where each machine is down for a share of the time.
+        """Return the share of queries that no server can answer, with each machine down for a share of the time.
 
-        Exact for machines that fail on their own, up to four of them at once; of more, all answers are lost.
+        Exact for independent failures of up to four machines at once; with more, all answers count as lost.
         """
         machines, every = range(max(self.machines) + 1), range(self.layout.num_experts)
-        wants = [self.layout.every_expert] if self.want is Want.all else [1 << expert for expert in every]
+        wants = [self.layout.every_expert] if self.want is QueryTarget.all else [1 << expert for expert in every]
         answered = 0.0
         for down in chain.from_iterable(combinations(machines, lost) for lost in range(min(5, len(machines) + 1))):
             up = sum(1 << server for server, machine in enumerate(self.machines) if machine not in down)
@@ -106,13 +107,13 @@ class Simulation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of the queries of one simulation, without the warm-up ones.
+    """The outcome of one simulation's queries, without the warm-up.
 
     Attributes:
         latencies: Seconds from arrival to answer ``[Q]``, in the order of arrival; infinity for a query that failed.
         decoded: By number of missing experts, how many answers were decoded; `spared`, how many came from copies.
         answers: How many answers were wanted; `failed`, how many of those the failed queries had wanted.
-        forwards: Inputs that servers have begun with, per query.
+        forwards: Forward passes started per query.
         utilisation: The share of the time that machines were busy, mean over machines.
     """
 
@@ -128,14 +129,14 @@ class Outcome:
 def simulate(simulation: Simulation) -> Outcome:
     """Run one simulation.
 
-    A machine takes what waits for the server whose first request came first, in one batch. A query that ends takes back
-    its requests that wait, not those being served. Time to decode delays the answer and occupies nobody.
+    A machine runs, in one batch, the requests of the server whose first request has waited longest. A query that ends
+    withdraws its waiting requests, not those being served. Decoding delays the answer but occupies no server.
     """
     return _Run(simulation).run()
 
 
 def simulate_all(simulations: Sequence[Simulation], jobs: int | None = None) -> list[Outcome]:
-    """Run several, in so many processes, one a processor core by default; nothing depends on how many."""
+    """Run simulations in parallel, by default one per core; results do not depend on the number of processes."""
     from coin.processes import cores  # which brings PyTorch, that the processes below need not wait for
 
     jobs = cores() if jobs is None else jobs
@@ -202,7 +203,7 @@ class _Run:
             else:
                 now, _, happen, about = heapq.heappop(events)
                 happen(now, *about)
-        each = self.layout.num_experts if self.simulation.want is Want.all else 1
+        each = self.layout.num_experts if self.simulation.want is QueryTarget.all else 1
         return Outcome(
             self.latencies[self.warm_up :], dict(self.decoded), self.spared, (last - self.warm_up) * each,
             self.failed * each, self.begun / last, self.busy / (now * len(self.up)),
@@ -224,7 +225,7 @@ class _Run:
         self._ask(now, query, query.start(self._load, self.down))
 
     def _load(self, server: int) -> int:
-        """What waits for a server's machine."""
+        """The requests waiting for a server's machine."""
         return sum(self.held[each] for each in self.residents[self.machine[server]])
 
     def _ask(self, now: float, query: _Query, servers: int) -> None:
@@ -246,7 +247,7 @@ class _Run:
             self._end(now, query, unasked=servers)
 
     def _is_full(self, server: int) -> bool:
-        """Whether no more requests may wait for a server; those of its present batch do not wait."""
+        """Whether a server's queue is full; the running batch does not count."""
         if self.held[server] < self.conditions.queue:
             return False
         current = self.serving[self.machine[server]]
@@ -254,7 +255,7 @@ class _Run:
         return self.held[server] - sum(query.state is State.pending for query in own) >= self.conditions.queue
 
     def _begin(self, now: float, machine: int) -> None:
-        """Let a machine that is free take what waits for one of its servers."""
+        """Start the next batch on a free machine."""
         first, chosen = -1, -1
         for server in self.residents[machine]:
             waiting = self.waiting[server]
@@ -278,7 +279,7 @@ class _Run:
         self._push(now + seconds, self._complete, machine, current)
 
     def _unpack(self, machine: int, server: int) -> float:
-        """Return the seconds until a machine has a server's network at hand."""
+        """Return the seconds until a machine has unpacked a server's network."""
         at_hand, it = self.at_hand[machine], self.simulation
         if not it.unpacking or server < self.layout.num_experts:
             return 0.0
@@ -331,14 +332,14 @@ class _Run:
             self._ask(now, query, query.lose(server))
 
     def _try(self, now: float, server: int) -> None:
-        """Find out whether a server is back, as its queue does."""
+        """Probe whether a server is back, as `ServerQueue` does."""
         if self.up[self.machine[server]]:
             self._succeed(server)
         elif self.down >> server & 1:
             self._push(now + self.cooldown, self._try, server)
 
     def _turn(self, now: float, machine: int) -> None:
-        """Let a machine fail, or come back."""
+        """Switch a machine down or up."""
         self.up[machine] = not self.up[machine]
         if not self.up[machine]:
             current = self.serving[machine]
@@ -369,13 +370,13 @@ class _Run:
 
 
 class Phase:
-    """Tells whether a phase is on; it is asked at ascending times."""
+    """Returns whether a phase is on; call it with ascending times."""
 
     def __init__(self, turns: Iterator[float]) -> None:
         self._turns, self._on, self._next = turns, False, next(turns, float("inf"))
 
     def is_on(self, now: float) -> bool:
-        """Whether it is, at a time."""
+        """Return whether the phase is on at a time."""
         while now >= self._next:
             self._on, self._next = not self._on, next(self._turns)
         return self._on

@@ -18,7 +18,7 @@ from coin.serving.limits import Limits
 from coin.serving.policies import Lateness, Policy, PolicyKind
 from coin.serving.replies import Reply
 from coin.serving.sim.conditions import Conditions, FrontEndCost, Service, ServiceKind, Slowdown, poisson_arrivals
-from coin.serving.sim.simulation import Phase, Simulation, Want, simulate
+from coin.serving.sim.simulation import Phase, QueryTarget, Simulation, simulate
 
 CONDITIONS = Conditions(
     Service(ServiceKind.exponential, 0.01, tail=0.2, marginal=0.3),
@@ -68,7 +68,7 @@ def served(simulation: Simulation, system: Any, virtually: Any) -> np.ndarray:
         await asyncio.sleep(arrival)
         inputs = torch.randn(1, 2, generator=torch.Generator().manual_seed(place), dtype=torch.float64)
         try:
-            if simulation.want is Want.all:
+            if simulation.want is QueryTarget.all:
                 await front.ask_all(inputs)
             else:
                 await front.ask(inputs, next(members(wanted[place])))
@@ -86,16 +86,16 @@ def served(simulation: Simulation, system: Any, virtually: Any) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("want", list(Want))
+@pytest.mark.parametrize("want", list(QueryTarget))
 @pytest.mark.parametrize("kind", list(PolicyKind))
 def test_simulated_latencies_are_those_of_the_front_end(
-    kind: PolicyKind, want: Want, linear_system: Any, virtually: Any
+    kind: PolicyKind, want: QueryTarget, linear_system: Any, virtually: Any
 ) -> None:
     system = linear_system([[0.5, 0.3, 0.2]])
     policy = Policy(kind)
     layout = system.layout(policy) if policy.coded else spread_copies(3, 2)
     samples = (np.array([0.01]),) * layout.num_servers
-    queries = 400 if want is Want.all else 1000
+    queries = 400 if want is QueryTarget.all else 1000
     simulation = Simulation(layout, policy, samples, CONDITIONS, 0.75, want=want, queries=queries, seed=3)
     outcome = simulate(simulation)
     found = served(simulation, system, virtually)

@@ -12,7 +12,7 @@ from coin.errors import ConfigurationError
 from coin.reporting.latency import print_simulation, tail_against, tail_intervals
 from coin.serving.sim.conditions import Conditions, Slowdown
 from coin.serving.sim.profile import Profile, Redundancy, StandIn
-from coin.serving.sim.simulation import Want, simulate
+from coin.serving.sim.simulation import QueryTarget, simulate
 
 CONDITIONS = Conditions(slowdown=Slowdown(0.05, 10.0, 50.0))
 KNOWN = {
@@ -32,7 +32,7 @@ def profile() -> Profile:
     return Profile(uniform(3), (np.array([0.01]),) * 3, (400, 420, 440), 0.95)
 
 
-def row(what: StandIn, own: Profile, want: Want = Want.one, load: float = 0.4) -> dict[str, object]:
+def row(what: StandIn, own: Profile, want: QueryTarget = QueryTarget.one, load: float = 0.4) -> dict[str, object]:
     simulation = own.simulation(what, CONDITIONS, load=load, want=want, queries=2000)
     return own.row(what, simulation, [simulate(simulation)])
 
@@ -84,7 +84,7 @@ def test_machines_in_repair_leave_the_share_of_queries_unanswered_that_a_pencil_
         "failover": u**2, "standin": u**2, "coded_proactive": two, "coded_hedged": two,
     }  # fmt: skip
     every = {"uncoded": 1 - (1 - u) ** 3, "standin": two, "neighbours": u**3}
-    for want, wanted in ((Want.one, one), (Want.all, every)):
+    for want, wanted in ((QueryTarget.one, one), (QueryTarget.all, every)):
         for kind, share in wanted.items():
             simulation = profile().simulation(KNOWN[Redundancy(kind)], CONDITIONS, load=0.4, want=want)
             assert simulation.unanswered(u) == pytest.approx(share, rel=1e-6, abs=1e-15), kind
@@ -94,7 +94,9 @@ def test_machines_in_repair_leave_the_share_of_queries_unanswered_that_a_pencil_
 def rows() -> pd.DataFrame:
     kinds = (Redundancy.uncoded, Redundancy.spare, Redundancy.spare_delta, Redundancy.coded_hedged)
     known = [KNOWN[kind] for kind in kinds[:2]] + [StandIn(Redundancy.spare_delta, "8bit"), KNOWN[kinds[3]]]
-    return pd.DataFrame([row(what, profile(), want, load) for want in Want for load in (0.2, 0.4) for what in known])
+    return pd.DataFrame(
+        [row(what, profile(), want, load) for want in QueryTarget for load in (0.2, 0.4) for what in known]
+    )
 
 
 def test_table_fits_80_columns_and_shows_failures_and_what_is_not_known(rows: pd.DataFrame) -> None:

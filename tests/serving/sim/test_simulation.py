@@ -21,7 +21,7 @@ from coin.serving.sim.conditions import (
     Slowdown,
     poisson_arrivals,
 )
-from coin.serving.sim.simulation import Outcome, Simulation, Want, _Run, simulate, simulate_all
+from coin.serving.sim.simulation import Outcome, QueryTarget, Simulation, _Run, simulate, simulate_all
 
 CODED = Layout(3, 1, solvable=frozenset({(1, 1), (1, 2), (1, 4)}))
 STANDIN = Layout(3, 1, alone=(1, 1, 1))
@@ -105,7 +105,7 @@ def test_replicated_server_takes_the_faster_of_two() -> None:
 
 def test_decoding_at_once_is_an_order_statistic() -> None:
     """All of three experts from any three of four servers, next to no load: the third of four exponential times."""
-    outcome = simulate(make("coded_proactive", load=0.001, quantile=0.0, want=Want.all, queries=20_000))
+    outcome = simulate(make("coded_proactive", load=0.001, quantile=0.0, want=QueryTarget.all, queries=20_000))
     mean, error = mean_and_error(outcome.latencies)
     expected = 10 * MS * (1 / 4 + 1 / 3 + 1 / 2)
     assert abs(mean - expected) < 3 * error + 0.01 * expected
@@ -125,10 +125,10 @@ def test_share_that_is_late_is_what_the_quantile_says(kind: str, quantile: float
         assert late / 3 == pytest.approx(1 - quantile, abs=0.02)  # a late query asks three more servers
 
 
-@pytest.mark.parametrize("want", list(Want))
+@pytest.mark.parametrize("want", list(QueryTarget))
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("kind", list(PolicyKind))
-def test_every_request_is_taken_off_its_server_once(kind: str, want: Want, batch: int) -> None:
+def test_every_request_is_taken_off_its_server_once(kind: str, want: QueryTarget, batch: int) -> None:
     """Full queues, failing servers, deadlines: when all queries have ended, no server expects to answer any."""
     failures = Failures(share=0.05, length=50.0)
     layout = None if Policy(kind).coded else spread_spares(3, 1)
@@ -156,8 +156,8 @@ def test_policies_see_the_same_queries_and_phases() -> None:
     np.testing.assert_array_equal(alone, simulate(make("replicated", layout, slowdown=slow)).latencies)
 
 
-@pytest.mark.parametrize("want", list(Want))
-def test_hedging_cuts_the_tail_of_stragglers_and_costs_little(want: Want) -> None:
+@pytest.mark.parametrize("want", list(QueryTarget))
+def test_hedging_cuts_the_tail_of_stragglers_and_costs_little(want: QueryTarget) -> None:
     # Uniform service and rare slow phases, so that what is late is late because of them.
     options = {"service": Service(ServiceKind.deterministic, 10 * MS), "slowdown": Slowdown(0.02, 20.0, 50.0)}
     outcomes = {
@@ -166,7 +166,7 @@ def test_hedging_cuts_the_tail_of_stragglers_and_costs_little(want: Want) -> Non
     tails = {kind: np.quantile(outcome.latencies, 0.99, method="higher") for kind, outcome in outcomes.items()}
     assert tails[PolicyKind.coded_hedged] < 0.5 * tails[PolicyKind.uncoded]
     assert tails[PolicyKind.coded_hedged] < 0.5 * tails[PolicyKind.replicated]  # copies help one expert of three
-    needed = 3 if want is Want.all else 1
+    needed = 3 if want is QueryTarget.all else 1
     assert needed < outcomes[PolicyKind.coded_hedged].forwards < needed + 0.4
     assert outcomes[PolicyKind.uncoded].forwards == needed
     assert not outcomes[PolicyKind.uncoded].decoded

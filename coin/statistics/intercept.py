@@ -1,4 +1,4 @@
-"""See and recognise every call of a ruled function while a network runs, whichever module makes it."""
+"""Intercept every call of a function with a layer rule while a network runs, from any module."""
 
 import inspect
 import math
