@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         promised_risk as promised_risk,
         uniform as uniform,
     )
+    from coin.coding.metrics import DecodingAccuracy as DecodingAccuracy, Residual as Residual
     from coin.merging import (
         Average as Average,
         Base as Base,
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
         Wudi as Wudi,
         merge_networks as merge_networks,
     )
-    from coin.metrics import DecodingAccuracy as DecodingAccuracy, Residual as Residual
     from coin.modules import (
         Coded as Coded,
         Distillation as Distillation,
@@ -75,7 +75,7 @@ _ROOMS = {
     " parity_residual parity_significance promised_risk uniform",
     "coin.merging": "Average Base CodedModel Coin Experts Foreign FullFisher GaussNewton HeadFit Merged MergeMethod"
     " Method Refit RegMean TaskArithmetic Ties UserMethod Wudi merge_networks",
-    "coin.metrics": "DecodingAccuracy Residual",
+    "coin.coding.metrics": "DecodingAccuracy Residual",
     "coin.modules": "Coded Distillation ReadoutDistillation distill evaluate",
     "coin.networks": "BatchNormPolicy Compressed compress recalibrate",
     "coin.statistics": "FisherKind Precision fisher_diagonal gram_sums load_statistic save_statistic",

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 def entry_point() -> NoReturn:
     """Run the command line of the process."""
-    from coin.runtime import tune_process
+    from coin.core.runtime import tune_process
 
     tune_process()
     from coin.cli import main

@@ -16,8 +16,8 @@ from typing import Any
 
 from coin.commands import COMMANDS, ON_TRAINER
 from coin.commands.early import check_early
+from coin.commands.safe import SAFE, VARIABLE, enforce
 from coin.errors import CoinError, CoinWarning, ConfigurationError, shortage_behind
-from coin.safe import SAFE, VARIABLE, enforce
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -80,7 +80,7 @@ Erasure-coded neural networks: one coded model, built in closed form, stands in 
 {commands}
 
 coin COMMAND --help lists a command's options; -c FILE.yaml gives them in a file, --print_config shows
-all of them. {SAFE}: import no class that is not on coin's allow-list (coin.safe)."""
+all of them. {SAFE}: import no class that is not on coin's allow-list (coin.commands.safe)."""
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import sys
 import pytest
 import rich
 
-from coin.progress import progress, tracked
+from coin.core.progress import progress, tracked
 
 
 def interrupted(total: int | None) -> None:

@@ -20,10 +20,10 @@ import coin.commands.sweep
 from coin.cli import main
 from coin.errors import ConfigurationError
 from coin.experiment.store import folder_lock
+from coin.experiment.sweep import SweepPoint, read_sweep, sweep_points
 from coin.reporting import COLUMNS, read_results
 from coin.reporting.extras import RISK_COLUMNS
 from coin.reporting.sweeps import sweep_frame, sweep_table
-from coin.sweep import SweepPoint, read_sweep, sweep_points
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("elsewhere")]
 

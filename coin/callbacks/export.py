@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from coin.batches import clone
-from coin.choices import parse_enum
+from coin.core.batches import clone
+from coin.core.choices import parse_enum
 from coin.errors import ConfigurationError, NumericalError
 from coin.files.tensors import not_finite
 from coin.networks import NetworkConfig, save_network, unwrap

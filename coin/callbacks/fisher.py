@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from coin.callbacks.export import Weights, check_weights, trained_network
-from coin.choices import check_integer, parse_enum
+from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision, check_shares, reduce_sums, shard

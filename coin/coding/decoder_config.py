@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from coin.choices import check_integer, parse_enum
 from coin.coding.ridge import ProjectionKind
+from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
 
 REPLICA = "replica"

@@ -8,7 +8,7 @@ import torch
 from scipy.special import bdtr
 from torch import Tensor
 
-from coin.choices import check_number
+from coin.core.choices import check_number
 from coin.errors import DataError
 
 _STEPS = 40

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from coin.choices import check_integer, check_number
 from coin.commands.coded_system import Choice, parse_options
 from coin.commands.simulate import LACKING, SEEDS, Point, draw, lacking, read_profile, simulate_rows
+from coin.core.choices import check_integer, check_number
 from coin.errors import ConfigurationError
 from coin.reporting.latency import milliseconds, named, print_simulation
 from coin.reporting.results import write_frame

@@ -14,6 +14,7 @@ from coin.coding import Answers, Code, Decoder, DecoderConfig, DecoderKind, Feat
 from coin.coding.decoder_config import REPLICA
 from coin.coding.decoder_state import decoders_state, restore_decoders
 from coin.commands.parser import command_parser, parsed
+from coin.core.versions import versions
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import CoinError, ConfigurationError, FileError
@@ -24,14 +25,13 @@ from coin.files.yaml import read_yaml
 from coin.modules import Coded
 from coin.modules.variants import NONE, ORACLE, read_coded
 from coin.networks import load_network
-from coin.options import config_dict
 from coin.reporting.extras import read_promises
 from coin.reporting.results import RESULTS_CSV, read_configuration, read_results, requested_policy
 from coin.reporting.summary import seed_folders
 from coin.serving.decodings import coded_layout, standin_layout
 from coin.serving.layout import Layout
 from coin.steps.expert_files import ExpertFiles
-from coin.versions import versions
+from coin.steps.options import config_dict
 
 
 @dataclass(frozen=True)

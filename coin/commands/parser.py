@@ -7,9 +7,9 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from coin.commands import COMMANDS
+from coin.commands.safe import check_options
 from coin.errors import ConfigurationError
 from coin.files.yaml import read_yaml
-from coin.safe import check_options
 
 _WHOLE = {"methods": "[]", "tasks": "{}"}
 """Options whose entries are objects, and what they are without any."""

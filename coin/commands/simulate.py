@@ -13,13 +13,13 @@ from coin.coding import DecoderConfig, DecoderKind
 from coin.coding.decoder_config import REPLICA
 from coin.commands.coded_system import Choice, CodedSystem, parse_options, read_coded_system, read_every_result
 from coin.commands.measure import measure_decoding, measure_service, measure_times
+from coin.core.processes import rank_zero_info
+from coin.core.versions import versions
 from coin.errors import ConfigurationError
 from coin.files.atomic import atomic_path, write_text
 from coin.modules.variants import NONE, ORACLE
 from coin.networks import load_network
 from coin.networks.compressed import compress
-from coin.options import config_dict
-from coin.processes import rank_zero_info
 from coin.reporting.figures import as_png
 from coin.reporting.latency import print_simulation, tail_against
 from coin.reporting.results import requested_policy, write_frame
@@ -29,7 +29,7 @@ from coin.serving.replies import ReplyFormat
 from coin.serving.sim.conditions import Conditions, ServiceKind
 from coin.serving.sim.profile import Failover, Profile, Redundancy, StandIn
 from coin.serving.sim.simulation import QueryTarget, Simulation, simulate_all
-from coin.versions import versions
+from coin.steps.options import config_dict
 
 SIMULATION_CSV = "simulation.csv"
 SEEDS = 20

@@ -13,21 +13,21 @@ from pathlib import Path
 
 import pandas as pd
 
-from coin.choices import check_integer
 from coin.commands.parser import command_parser, parsed
 from coin.commands.run import experiment_of
+from coin.core.choices import check_integer
+from coin.core.processes import cores, rank_zero_info
 from coin.errors import ConfigurationError
 from coin.experiment.launch import Command, child_environment, raise_for, run_side_by_side
 from coin.experiment.store import Steps, folder_lock, step_key
+from coin.experiment.sweep import SweepPoint, read_sweep, sweep_points
 from coin.files.atomic import write_text
-from coin.processes import cores, rank_zero_info
 from coin.reporting import write_report
 from coin.reporting.extras import PROMISE_CSV, RISK_CSV, read_promises, read_risk
 from coin.reporting.results import read_results, write_frame
 from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, sweep_frame, sweep_table
 from coin.reporting.tables import results_console
 from coin.reporting.wandb_settings import check_connection, user_tags
-from coin.sweep import SweepPoint, read_sweep, sweep_points
 
 
 class PointRun(Command):

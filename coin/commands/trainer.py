@@ -15,9 +15,8 @@ from lightning.pytorch.loggers import WandbLogger
 import coin.data
 import coin.merging
 import coin.modules  # noqa: F401
-from coin import safe
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
-from coin.commands import ON_TRAINER
+from coin.commands import ON_TRAINER, safe
 from coin.commands.parser import checked
 from coin.errors import ConfigurationError, StateError
 from coin.files.checkpoints import check_training_checkpoint, checkpoint_options

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from coin.batches import Batch, joined, samples_of, shapes_in, size_of, take, tensors_in
+from coin.core.batches import Batch, joined, samples_of, shapes_in, size_of, take, tensors_in
 from coin.data.augmentation import View
 from coin.data.samples import Samples
 from coin.errors import ConfigurationError, DataError

@@ -16,7 +16,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from coin.choices import check_integer
+from coin.core.choices import check_integer
 from coin.data.samples import Samples, Source, hold_out
 from coin.data.sampling import Stream, seeded
 from coin.data.task import TaskData

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from coin.data.decoding import read_files
+from coin.data.image_io import read_files
 from coin.data.samples import Samples, Source
 from coin.data.task import TaskData
 from coin.errors import DataError

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from coin.data.augmentation import Augmentation, View, augmented, transform_images
-from coin.data.decoding import LazyImages
+from coin.data.image_io import LazyImages
 from coin.data.sampling import Draw, Stream, seeded, stratified_order
 from coin.data.transform import to_input
 from coin.errors import ConfigurationError, DataError

@@ -11,14 +11,14 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from coin.choices import check_integer, check_number, parse_enum
+from coin.core.choices import check_integer, check_number, parse_enum
+from coin.core.processes import cores
 from coin.data.augmentation import Augmentation, TransformSpec, build_transforms
 from coin.data.calibration import Calibration
 from coin.data.samples import BatchDataset, Samples, Source, split_source
 from coin.data.sampling import Stream, batch_loader, seeded
 from coin.data.transform import check_stored, to_input
 from coin.errors import ConfigurationError, DataError
-from coin.processes import cores
 
 WORKERS = 8  # at most so many processes decode images that are not held in memory, unless it is said
 

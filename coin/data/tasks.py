@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from coin.choices import check_integer, check_number
+from coin.core.choices import check_integer, check_number
 from coin.data.augmentation import Augmentation, View
 from coin.data.calibration import Calibration, pooled
 from coin.data.sampling import Draw, batch_loader

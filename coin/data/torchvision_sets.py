@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from coin.data.decoding import DAMAGE, in_parallel, to_square
+from coin.data.image_io import DAMAGE, in_parallel, to_square
 from coin.data.samples import Samples, Source
 from coin.data.task import TaskData
 from coin.errors import DataError

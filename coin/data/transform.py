@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from coin.batches import IMAGENET_MEAN, IMAGENET_STD
+from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import DataError
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from coin.core.processes import on_rank_zero
+from coin.core.progress import tracked
 from coin.data import TaskData
 from coin.experiment.jobs import Job, by_stem, job
 from coin.experiment.seed_run import SeedRun
@@ -16,8 +18,6 @@ from coin.merging import Method
 from coin.merging.experts import parameters_of
 from coin.modules import DecodingEvaluator
 from coin.networks import Compression, load_network
-from coin.processes import on_rank_zero
-from coin.progress import tracked
 from coin.reporting.extras import write_layers
 from coin.reporting.layers import fisher_shares, relative_distances
 from coin.reporting.results import COLUMNS, read_results, requested_policy

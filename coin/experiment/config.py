@@ -6,8 +6,8 @@ from enum import StrEnum
 from typing import Any, ClassVar, TypeAlias
 
 from coin.callbacks import Weights
-from coin.choices import check_integer, check_number, parse_enum
 from coin.coding.promise import samples_needed
+from coin.core.choices import check_integer, check_number, parse_enum
 from coin.data import TaskData
 from coin.errors import CoinWarning, ConfigurationError
 from coin.reporting.wandb_settings import TAG_LENGTH

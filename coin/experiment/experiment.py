@@ -17,10 +17,10 @@ from coin.merging import Method
 from coin.modules import Expert
 from coin.modules.spares import SPARE
 from coin.networks import Compression, NetworkConfig, build_network, has_batchnorm, import_checkpoint
-from coin.options import config_dict, to_config
 from coin.statistics import FisherKind
 from coin.steps.code import AUTO, read_code
 from coin.steps.merge import coded_name
+from coin.steps.options import config_dict, to_config
 from coin.steps.train import TrainingConfig
 
 _SEEDS = range(2**32)

@@ -11,9 +11,9 @@ import pandas as pd
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
+from coin.core.processes import is_rank_zero
 from coin.experiment.experiment import Experiment
 from coin.files.atomic import write_text
-from coin.processes import is_rank_zero
 from coin.reporting.wandb_runs import log_artifact, record_input, start_run, use_artifact
 from coin.reporting.wandb_settings import in_sweep, logging_only, run_environment
 from coin.steps.code import AUTO

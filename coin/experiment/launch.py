@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from coin.core.processes import cores, rank_zero_info
 from coin.errors import CoinError, ConfigurationError, first_line
-from coin.processes import cores, rank_zero_info
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 10.0

@@ -6,6 +6,7 @@ from functools import partial
 
 import pandas as pd
 
+from coin.core.processes import is_rank_zero, on_rank_zero, process_count, rank_zero_info
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.experiment.coded_models import choose_code, compare_layers, estimate, evaluate, make_spares, merge
@@ -16,7 +17,6 @@ from coin.experiment.seed_run import SeedRun
 from coin.experiment.store import Steps, folder_lock, step_key, sweep_of
 from coin.experiment.training import make_expert, make_initial, needs_training
 from coin.files.atomic import remove_leftovers, write_text
-from coin.processes import is_rank_zero, on_rank_zero, process_count, rank_zero_info
 from coin.reporting import write_report
 from coin.reporting.summary import write_summary
 from coin.reporting.wandb_evaluation import SUMMARY_TAG, log_summary

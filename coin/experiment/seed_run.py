@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+from coin.core.processes import rank_zero_info
 from coin.data import Calibration, TaskData
 from coin.data.tasks import Tasks
 from coin.experiment.experiment import Experiment
@@ -11,7 +12,6 @@ from coin.experiment.jobs import Job
 from coin.experiment.store import Steps
 from coin.merging import Method
 from coin.networks import Compression, int8_path
-from coin.processes import rank_zero_info
 from coin.statistics.statistic import DataChoice, Statistic
 from coin.steps.code import SeedCode, read_choice
 from coin.steps.compress import spare_paths

@@ -21,12 +21,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from coin.core.processes import on_rank_zero
+from coin.core.versions import versions
 from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.files.atomic import link_file, sha256_of, write_text
-from coin.options import config_dict
-from coin.processes import on_rank_zero
 from coin.reporting.sweeps import SWEEP_YAML
-from coin.versions import versions
+from coin.steps.options import config_dict
 
 LOCK = ".lock"
 """The file in a folder that is locked; it stays when the lock ends, and says who had it last."""

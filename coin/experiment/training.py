@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from coin.core.processes import on_rank_zero, rank_zero_info
 from coin.data import TaskData
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
@@ -12,7 +13,6 @@ from coin.experiment.jobs import by_stem, job
 from coin.experiment.seed_run import SeedRun
 from coin.experiment.store import Steps, folder_lock, step_key
 from coin.networks import import_checkpoint, initial_network, save_network
-from coin.processes import on_rank_zero, rank_zero_info
 from coin.steps.train import train_network
 
 

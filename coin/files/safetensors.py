@@ -10,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from coin.core.versions import versions
 from coin.errors import FileError
 from coin.files.atomic import atomic_path
 from coin.files.tensors import State, check_finite
-from coin.versions import versions
 
 _METADATA_KEY = "coin"
 _MAPPED = 2**20  # after so many bytes of tensors the file is mapped anew, so that what was read of it can go

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from coin.batches import as_input
 from coin.coding import fit_ridge
+from coin.core.batches import as_input
 from coin.errors import HeadError
 from coin.files.tensors import State, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod, refined

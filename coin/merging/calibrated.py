@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.batches import Batch, as_input, size_of, take
+from coin.core.batches import Batch, as_input, size_of, take
 from coin.data import Calibration, pooled
 from coin.errors import ConfigurationError
 from coin.files.tensors import check_finite

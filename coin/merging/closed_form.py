@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from coin.choices import parse_enum
+from coin.core.choices import parse_enum
 from coin.errors import CoinWarning, ConfigurationError
 from coin.files.tensors import State, check_finite, weighted_sum
 from coin.merging.checks import check_coded, check_experts

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coin.choices import check_number, parse_enum
+from coin.core.choices import check_number, parse_enum
 from coin.errors import CoinWarning, NumericalError, StateError
 from coin.files.tensors import State, check_finite, check_same_layout, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod

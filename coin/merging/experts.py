@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from coin.batches import Batch, Forward, adapted, as_input, checked, clone, samples_of
+from coin.core.batches import Batch, Forward, adapted, as_input, checked, clone, samples_of
 from coin.data import Calibration
 from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import State

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.batches import as_input, clone, size_of
+from coin.core.batches import as_input, clone, size_of
 from coin.errors import CoinWarning, ConfigurationError, first_line
 from coin.files.atomic import sha256_of
 from coin.files.packaged import imported

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coin.choices import check_integer, check_number
+from coin.core.choices import check_integer, check_number
+from coin.core.progress import progress
 from coin.errors import CoinWarning
 from coin.files.tensors import flat, shaped
 from coin.merging.average import average_parameters
 from coin.merging.closed_form import Candidate
 from coin.merging.coin import Coin, check_fishers, floored_diagonal
 from coin.merging.experts import Experts
-from coin.progress import progress
 from coin.statistics.products import OutputMap
 from coin.statistics.solvers import conjugate_gradient
 from coin.statistics.statistic import DataChoice

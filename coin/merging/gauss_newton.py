@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coin.choices import check_integer, check_number
+from coin.core.choices import check_integer, check_number
+from coin.core.progress import progress
 from coin.files.tensors import State
 from coin.merging.closed_form import refined
 from coin.merging.coin import Coin, floored_diagonal
 from coin.merging.experts import Experts, parameters_of
 from coin.merging.method import CodedModel, Method, fill, starting_method
-from coin.progress import progress
 from coin.statistics import fisher_sums
 from coin.statistics.products import OutputMap
 from coin.statistics.solvers import solve_in_sample_space

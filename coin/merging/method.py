@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from coin.batches import Forward, plain
 from coin.coding import Code, DecoderConfig, DecoderKind, distinct_decoders
+from coin.core.batches import Forward, plain
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
 from coin.merging.experts import Experts, Given

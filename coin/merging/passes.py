@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from coin.batches import Batch, as_input, take
+from coin.core.batches import Batch, as_input, take
 from coin.errors import StateError
 from coin.merging.affine import fit_unit, output_rows
 from coin.merging.units import Trace, Unit, floating_parameters

@@ -9,9 +9,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from coin.batches import clone, joined, size_of, take
-from coin.choices import check_integer, check_number, parse_enum
 from coin.coding import DecoderConfig, DecoderKind, distinct_decoders
+from coin.core.batches import clone, joined, size_of, take
+from coin.core.choices import check_integer, check_number, parse_enum
+from coin.core.progress import progress
 from coin.errors import CoinWarning
 from coin.files.tensors import weighted_sum
 from coin.merging.average import Average, average_parameters, fit_head
@@ -27,7 +28,6 @@ from coin.networks.compressed import Base, Compressed, compress, reference_of
 from coin.networks.compression import Compression, RoundingKind
 from coin.networks.parametrised import renormalise
 from coin.networks.rounding import Rounding
-from coin.progress import progress
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic
 

@@ -10,14 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from coin.choices import check_number, parse_enum
+from coin.core.choices import check_number, parse_enum
+from coin.core.progress import tracked
 from coin.errors import StateError
 from coin.files.tensors import State, weighted_mean
 from coin.merging.checks import check_each, check_experts
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel
-from coin.progress import tracked
 from coin.statistics import TRANSPOSED
 from coin.statistics.solvers import solve_damped
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coin.choices import check_number
+from coin.core.choices import check_number
 from coin.files.tensors import State, check_finite, check_same_layout, doubled, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod
 from coin.merging.experts import Experts

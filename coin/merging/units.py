@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from coin.batches import Batch, as_input, nested_tensors, size_of, take
+from coin.core.batches import Batch, as_input, nested_tensors, size_of, take
 from coin.errors import StateError
 from coin.files.tensors import State, weighted_sum
 from coin.networks.batchnorm import folded

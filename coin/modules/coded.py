@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from coin.batches import Batch, Forward, adapted, as_input, checked, clone, take
 from coin.coding import (
     Answers,
     Code,
@@ -24,6 +23,7 @@ from coin.coding import (
     make_decoder,
 )
 from coin.coding.decoder_state import decoders_state, restore_decoders
+from coin.core.batches import Batch, Forward, adapted, as_input, checked, clone, take
 from coin.errors import CoinWarning, ConfigurationError, DataError, FileError, HeadError, StateError
 from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import check_same_layout, fingerprint

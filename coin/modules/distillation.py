@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
-from coin.batches import Batch, as_input, clear_caches, clone, twin
-from coin.choices import check_integer, check_number, parse_enum
+from coin.core.batches import Batch, as_input, clear_caches, clone, twin
+from coin.core.choices import check_integer, check_number, parse_enum
 from coin.data import Augmentation
 from coin.errors import CoinWarning, ConfigurationError, HeadError, NumericalError
 from coin.files.tensors import not_finite

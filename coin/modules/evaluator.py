@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from coin.batches import as_input
 from coin.coding import (
     Answers,
     Code,
@@ -27,17 +26,18 @@ from coin.coding import (
     make_decoder,
     uniform,
 )
+from coin.coding.metrics import DecodingAccuracy, Residual, RiskCurves
+from coin.core.batches import as_input
+from coin.core.progress import tracked
 from coin.data import Calibration
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
-from coin.metrics import DecodingAccuracy, Residual, RiskCurves
 from coin.modules.coded import heads_for, server_answers
 from coin.modules.examples import ExampleSamples, KeptSamples
 from coin.modules.shared import tasks_of
 from coin.modules.spares import read_spares
 from coin.modules.variants import NONE, ORACLE, Outcome, Variant, read_coded
 from coin.networks import load_network, pad_head
-from coin.progress import tracked
 from coin.statistics.guard import disable_tf32
 
 

@@ -9,7 +9,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from coin.batches import as_input
 from coin.coding import (
     Answers,
     Decoder,
@@ -22,8 +21,9 @@ from coin.coding import (
     kept_bytes,
     make_decoder,
 )
+from coin.coding.metrics import DecodingAccuracy, Residual
+from coin.core.batches import as_input
 from coin.errors import ConfigurationError, DataError
-from coin.metrics import DecodingAccuracy, Residual
 from coin.modules.coded import Coded, heads_for, num_classes
 from coin.statistics.guard import disable_tf32, eval_mode
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.batches import Batch, Forward
 from coin.coding import Code
+from coin.core.batches import Batch, Forward
 from coin.errors import ConfigurationError
 from coin.merging import merge_networks
 from coin.modules.distillation import Distillation

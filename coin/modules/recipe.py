@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from coin.choices import check_number, is_list_of_names, parse_enum
+from coin.core.choices import check_number, is_list_of_names, parse_enum
 from coin.errors import ConfigurationError, first_line
 from coin.networks.heads import head_name
 from coin.networks.lora import Lora, check_peft

@@ -11,8 +11,8 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from coin.coding import Code
 from coin.coding.decoder_config import REPLICA
+from coin.coding.metrics import DecodingAccuracy
 from coin.errors import FileError
-from coin.metrics import DecodingAccuracy
 from coin.modules.variants import Outcome, Variant
 from coin.networks import load_network, nbytes_together, pad_head
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from coin.batches import as_input, joined, take
+from coin.core.batches import as_input, joined, take
 from coin.data import Calibration, pooled
 from coin.data.tasks import Tasks
 from coin.merging import Experts

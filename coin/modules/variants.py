@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from coin.coding import Answers, Code, DecoderConfig, DecoderKind, Promise
+from coin.coding.metrics import RiskPoint
 from coin.errors import FileError
-from coin.metrics import RiskPoint
 from coin.networks import BatchNormPolicy, load_network, nbytes_together
 
 NONE = "none"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.batches import Batch, Forward, adapted, as_input, clear_caches, joined, size_of
+from coin.core.batches import Batch, Forward, adapted, as_input, clear_caches, joined, size_of
 from coin.errors import StateError
 from coin.files.tensors import State
 

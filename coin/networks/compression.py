@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Self
 
-from coin.choices import check_integer, parse_enum
+from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
 
 _BASES = {32: "", 8: "-int8base", 0: "-nobase"}

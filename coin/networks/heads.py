@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coin.batches import Batch, Network, take, twin
+from coin.core.batches import Batch, Network, take, twin
 from coin.errors import HeadError, NumericalError, StateError
 from coin.files.tensors import State
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
-from coin.batches import IMAGENET_MEAN, IMAGENET_STD
+from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError, first_line
 from coin.files.atomic import sha256_of
 from coin.files.packaged import extra_module, packaged_file

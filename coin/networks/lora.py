@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.batches import clone, twin
-from coin.choices import check_integer, check_number, is_list_of_names
+from coin.core.batches import clone, twin
+from coin.core.choices import check_integer, check_number, is_list_of_names
 from coin.errors import ConfigurationError
 from coin.networks.heads import head_name
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coin.batches import channels_last
+from coin.core.batches import channels_last
 from coin.errors import ConfigurationError
 from coin.networks.heads import head_name
 from coin.networks.hub import HuggingFace, Timm

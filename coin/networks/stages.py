@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torchvision.models.swin_transformer import PatchMerging, PatchMergingV2, SwinTransformerBlock
 
-from coin.batches import Batch, size_of, take, tensors_in
+from coin.core.batches import Batch, size_of, take, tensors_in
 from coin.errors import ConfigurationError, StateError
 from coin.networks.heads import features_and_logits, head_name
 

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from coin.batches import clear_caches
+from coin.core.batches import clear_caches
 from coin.errors import FileError, StateError, first_line
 from coin.files.tensors import State
 from coin.networks.heads import head_name, initialise_head

@@ -18,8 +18,8 @@ from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 from PIL import Image
 
+from coin.core.progress import progress
 from coin.files.atomic import atomic_path, write_text
-from coin.progress import progress
 from coin.reporting import figures
 from coin.reporting.extras import (
     LAYERS_CSV,

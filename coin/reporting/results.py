@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from coin.core.versions import versions
 from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import atomic_path, write_text
-from coin.versions import versions
 
 RESULTS_CSV = "results.csv"
 RESULTS_JSON = "results.json"

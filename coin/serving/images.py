@@ -10,7 +10,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from coin.data.decoding import DAMAGE, to_square
+from coin.data.image_io import DAMAGE, to_square
 from coin.errors import DataError, first_line
 from coin.serving.limits import InputLimits
 

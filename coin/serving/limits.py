@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from coin.choices import check_number
+from coin.core.choices import check_number
 
 
 class _Positive:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
-from coin.choices import check_number, parse_enum
+from coin.core.choices import check_number, parse_enum
 from coin.serving.layout import Layout, members
 
 Load = Callable[[int], int]

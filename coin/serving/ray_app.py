@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coin.choices import check_integer, check_number
 from coin.coding import DecoderConfig
+from coin.core.choices import check_integer, check_number
 from coin.errors import ConfigurationError, ServingError
 from coin.serving.decodings import Decodings
 from coin.serving.front_end import FrontEnd

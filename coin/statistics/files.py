@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from coin.choices import parse_enum
+from coin.core.choices import parse_enum
 from coin.errors import FileError, StateError
 from coin.files.safetensors import StateFile, load_state, save_state
 from coin.files.tensors import State, check_finite, fingerprint

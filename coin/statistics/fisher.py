@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from coin.batches import (
+from coin.core.batches import (
     Batch,
     Forward,
     adapted,
@@ -23,7 +23,7 @@ from coin.batches import (
     take,
     tensors_in,
 )
-from coin.choices import check_integer, parse_enum
+from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError, DataError
 from coin.statistics.cotangents import FisherKind, check_mc_samples, make_cotangents, renamed_mc_samples
 from coin.statistics.guard import differentiable, evaluating, paired, trainable

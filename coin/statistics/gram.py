@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from coin.batches import Forward, adapted, as_input, size_of
+from coin.core.batches import Forward, adapted, as_input, size_of
 from coin.statistics.guard import evaluating, trainable
 from coin.statistics.intercept import Interceptor
 from coin.statistics.rules.call import Call

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from coin.batches import Batch, clear_caches, joined
+from coin.core.batches import Batch, clear_caches, joined
 from coin.errors import ConfigurationError
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from coin.batches import nested_tensors
+from coin.core.batches import nested_tensors
 from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall, DepthwiseCall, Geometry
 from coin.statistics.rules.elementwise import batch_norm, group_norm, layer_norm, scale, shift

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from coin.batches import Batch, channels_last
+from coin.core.batches import Batch, channels_last
 from coin.statistics.sums import sum_type
 
 _GRADIENTS = 6

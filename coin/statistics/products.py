@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
-from coin.batches import Batch, as_input, size_of
+from coin.core.batches import Batch, as_input, size_of
 from coin.errors import StateError
 from coin.files.tensors import State, check_same_layout
 from coin.statistics.guard import evaluating, paired

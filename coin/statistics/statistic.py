@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coin.choices import check_integer, parse_enum
+from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
 from coin.statistics.cotangents import FisherKind, check_mc_samples, process_generator
 from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass, Precision

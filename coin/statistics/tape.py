@@ -15,7 +15,7 @@ from torch._C._functorch import (
 )
 from torch.autograd import Function
 
-from coin.batches import Batch, size_of
+from coin.core.batches import Batch, size_of
 from coin.errors import DataError, StateError
 from coin.statistics.intercept import Interceptor, reached_tensors
 from coin.statistics.rules.call import Call, Totals

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from coin.coding import Code
+from coin.core.processes import is_rank_zero
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, FileError
@@ -12,13 +13,12 @@ from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance
 from coin.merging import Method
 from coin.networks import kept_base, save_compressed, save_network
-from coin.options import config_dict
-from coin.processes import is_rank_zero
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 from coin.steps.code import SeedCode, read_code
 from coin.steps.distill import Training
 from coin.steps.expert_files import ExpertFiles, StoredExperts
+from coin.steps.options import config_dict
 
 
 def make_coded_models(

@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 
 from coin.callbacks import ExpertExport, Weights
-from coin.choices import check_integer
+from coin.core.choices import check_integer
+from coin.core.processes import on_rank_zero
 from coin.data import Augmentation, TaskData
 from coin.data.augmentation import TransformSpec, build_transforms
 from coin.data.tasks import task_with
@@ -21,7 +22,6 @@ from coin.files.atomic import write_text
 from coin.files.checkpoints import check_training_checkpoint
 from coin.modules import Expert, Recipe
 from coin.networks import NetworkConfig
-from coin.processes import on_rank_zero
 from coin.steps.trainer import make_trainer
 
 

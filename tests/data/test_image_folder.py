@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from coin.data import ImageFolder, decoding, image_folder
-from coin.data.decoding import LazyImages, to_square
+from coin.data.image_io import LazyImages, to_square
 from coin.data.tasks import Tasks, task_with
 from coin.errors import DataError
 

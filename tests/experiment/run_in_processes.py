@@ -10,7 +10,7 @@ import torch
 
 import coin.experiment.run
 from coin.cli import main
-from coin.processes import is_rank_zero, process_count
+from coin.core.processes import is_rank_zero, process_count
 
 
 def _refused(path: Path, target: Any) -> NoReturn:

@@ -15,9 +15,9 @@ from coin.experiment import Experiment
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.merging import Coin
 from coin.modules import OptimizerKind, Schedule
-from coin.options import to_config
 from coin.statistics import FisherKind, Precision
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+from coin.steps.options import to_config
 from coin.steps.train import TrainingConfig
 
 

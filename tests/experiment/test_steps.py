@@ -17,8 +17,8 @@ from coin.experiment.config import CalibrationConfig, ExpertConfig
 from coin.experiment.store import Steps, step_key
 from coin.merging import Average, Coin
 from coin.modules import Distillation
-from coin.options import config_dict
 from coin.steps.merge import coded_name, coded_paths
+from coin.steps.options import config_dict
 
 
 def test_a_step_is_finished_only_with_its_key_and_its_outputs(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from builders import FAMILIES, make_case, take
 
 import coin
-from coin.batches import plain
+from coin.core.batches import plain
 from coin.errors import CoinError
 from coin.merging.method import Method
 from coin.networks.stages import stage_names

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from coin.core.versions import versions
 from coin.errors import FileError, StateError
 from coin.files.atomic import atomic_path, remove_leftovers, sha256_of, write_text
 from coin.files.safetensors import load_provenance, load_state, save_state
 from coin.files.tensors import check_finite, check_same_layout, fingerprint, weighted_sum
-from coin.versions import versions
 
 
 def names_in(folder):

@@ -3,7 +3,7 @@
 import torch
 
 import coin
-from coin.batches import clone
+from coin.core.batches import clone
 
 CLASSES = 3
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from coin.batches import adapted
 from coin.coding import Code
+from coin.core.batches import adapted
 from coin.errors import DataError
 from coin.merging import (
     Average,

@@ -12,9 +12,9 @@ from coin.merging import Experts, Refit
 from coin.merging.held_out import held_out_error
 from coin.merging.method import starting_method
 from coin.networks.heads import features_and_logits
-from coin.options import config_dict
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+from coin.steps.options import config_dict
 
 ROW = (0.4, 0.35, 0.25)
 CODE = coin.Code([ROW])
@@ -30,7 +30,7 @@ def setup(tail=None, samples=40):
     """An initialisation, three experts near it that differ in their statistics too, and their samples."""
     torch.manual_seed(0)
     initial, draw = network(), torch.Generator().manual_seed(1)
-    networks = [coin.batches.clone(initial) for _ in ROW]
+    networks = [coin.core.batches.clone(initial) for _ in ROW]
     for each in networks:
         for tensor in (*each.parameters(), each[1].running_mean, each[1].running_var):
             tensor.data += 0.2 * torch.rand(tensor.shape, generator=draw, dtype=torch.float64)

@@ -37,7 +37,7 @@ class Mixed(nn.Module):
 def networks():
     torch.manual_seed(0)
     initial = Mixed().double().eval()
-    experts = [coin.batches.clone(initial) for _ in ROW]
+    experts = [coin.core.batches.clone(initial) for _ in ROW]
     for index, expert in enumerate(experts):
         draw = torch.Generator().manual_seed(index)
         for name, parameter in expert.named_parameters():
@@ -71,7 +71,7 @@ def test_it_minimises_the_interference_of_the_task_vectors_and_averages_what_is_
 def test_orthogonal_task_vectors_are_all_kept_whole():
     """No expert's inputs, as its task vector tells of them, meet another's task vector: nothing interferes."""
     initial = nn.Linear(4, 3).double()
-    experts = [coin.batches.clone(initial) for _ in range(2)]
+    experts = [coin.core.batches.clone(initial) for _ in range(2)]
     with torch.no_grad():
         for place, expert in enumerate(experts):
             expert.weight[:, 2 * place : 2 * place + 2] += torch.randn(3, 2, dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_a_weight_that_lies_the_other_way_round_gives_the_same():
     initial, plain = Conv1D(), nn.Linear(4, 6, bias=False).double()
     experts = [Conv1D() for _ in ROW]
     (turned,) = coin.merge_networks(coin.Wudi(head=True), experts, CODE, initial=initial)
-    linear = [coin.batches.clone(plain) for _ in ROW]
+    linear = [coin.core.batches.clone(plain) for _ in ROW]
     for one, two in zip([plain, *linear], [initial, *experts], strict=True):
         one.weight.data = two.weight.data.T
     (made,) = coin.merge_networks(coin.Wudi(head=True), linear, CODE, initial=plain)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from coin.coding.metrics import DecodingAccuracy, Residual, RiskCurves, normalized_decoding_accuracy
 from coin.errors import ConfigurationError, DataError
-from coin.metrics import DecodingAccuracy, Residual, RiskCurves, normalized_decoding_accuracy
 
 
 def logits_for(predictions, classes=3):

@@ -7,8 +7,8 @@ from pathlib import Path
 import jsonargparse._common
 import pytest
 
-from coin import safe
 from coin.cli import main
+from coin.commands import safe
 from coin.errors import ConfigurationError
 
 TASKS = "--tasks={digits: {class_path: Digits}, letters: {class_path: THEIRS, init_args: {classes: A-C}}}"

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from coin.batches import IMAGENET_MEAN, IMAGENET_STD
+from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError
 from coin.merging import Coin, Experts, Refit
 from coin.networks import (

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from coin.batches import IMAGENET_MEAN, IMAGENET_STD
+from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.packaged import packaged_file
 from coin.merging import Experts, Refit

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from coin.data.decoding import read_files as read_from_disk
+from coin.data.image_io import read_files as read_from_disk
 from coin.errors import DataError
 from coin.serving.images import TooLargeError, open_file, read_array, to_squares
 from coin.serving.limits import InputLimits

@@ -10,7 +10,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from coin.choices import check_integer, check_number, parse_enum
+from coin.core.choices import check_integer, check_number, parse_enum
 from coin.errors import ConfigurationError
 
 _CHUNK = 4096

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coin.choices import check_number
 from coin.coding import Code
 from coin.coding.ready import convex
+from coin.core.choices import check_number
 from coin.reporting.latency import tail_intervals
 from coin.serving.decodings import coded_layout, standin_layout
 from coin.serving.layout import Layout, spread_copies, spread_spares

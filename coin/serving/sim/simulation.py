@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coin.choices import check_integer, check_number
+from coin.core.choices import check_integer, check_number
 from coin.serving.layout import Layout, members
 from coin.serving.limits import Limits
 from coin.serving.policies import Lateness, Policy, Query, State
@@ -137,7 +137,7 @@ def simulate(simulation: Simulation) -> Outcome:
 
 def simulate_all(simulations: Sequence[Simulation], jobs: int | None = None) -> list[Outcome]:
     """Run simulations in parallel, by default one per core; results do not depend on the number of processes."""
-    from coin.processes import cores  # which brings PyTorch, that the processes below need not wait for
+    from coin.core.processes import cores  # which brings PyTorch, that the processes below need not wait for
 
     jobs = cores() if jobs is None else jobs
     check_integer("jobs", jobs, 1)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from coin.core.processes import cores
 from coin.errors import DataError
-from coin.processes import cores
 
 # What PIL's decoders raise on files that are cut off or damaged.
 DAMAGE = (OSError, Image.DecompressionBombError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)

@@ -1,0 +1,1 @@
+"""What every room uses: batches, options of an enumeration, processes, progress, versions."""
