@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from coin.data import ImageFolder, decoding, image_folder
+from coin.data import ImageFolder, image_folder, image_io
 from coin.data.image_io import LazyImages, to_square
 from coin.data.tasks import Tasks, task_with
 from coin.errors import DataError
@@ -80,11 +80,11 @@ def test_lazy_reading_gives_the_same_images_and_makes_no_threads_for_a_batch(roo
     calibration = lazy.calibration(5)
     assert torch.equal(eager.calibration(5).inputs(), calibration.inputs())
     assert eager.splits.train.in_memory
-    monkeypatch.setattr(decoding, "ThreadPoolExecutor", lambda *_: pytest.fail("made threads"))
-    monkeypatch.setattr(decoding, "read_file", lambda *_: pytest.fail("decoded in the main process"))
+    monkeypatch.setattr(image_io, "ThreadPoolExecutor", lambda *_: pytest.fail("made threads"))
+    monkeypatch.setattr(image_io, "read_file", lambda *_: pytest.fail("decoded in the main process"))
     assert len(calibration.inputs()) == 5
     monkeypatch.undo()
-    monkeypatch.setattr(decoding, "ThreadPoolExecutor", lambda *_: pytest.fail("made threads"))
+    monkeypatch.setattr(image_io, "ThreadPoolExecutor", lambda *_: pytest.fail("made threads"))
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         ours, theirs = getattr(eager, name)(), getattr(lazy, name)()
         assert (ours.num_workers, theirs.num_workers) == (0, min(8, os.cpu_count() or 1))
@@ -123,9 +123,9 @@ def test_the_seeds_and_uses_of_tasks_decode_and_list_once(root, tmp_path_factory
     decoded: Counter[str] = Counter()
     listed: Counter[str] = Counter()
     stats: Counter[str] = Counter()
-    read_file, listdir, stat = decoding.read_file, os.listdir, Path.stat
+    read_file, listdir, stat = image_io.read_file, os.listdir, Path.stat
     monkeypatch.setattr(
-        decoding, "read_file", lambda path, *a, **o: decoded.update([str(path)]) or read_file(path, *a, **o)
+        image_io, "read_file", lambda path, *a, **o: decoded.update([str(path)]) or read_file(path, *a, **o)
     )
     monkeypatch.setattr(os, "listdir", lambda path: listed.update([str(path)]) or listdir(path))
     monkeypatch.setattr(Path, "stat", lambda path, **o: stats.update([str(path)]) or stat(path, **o))

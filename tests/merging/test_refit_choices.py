@@ -149,6 +149,7 @@ def test_one_sample_a_task_is_judged_by_the_linear_decoder():
 
 @pytest.mark.parametrize("decoders", [["linear"], ["expert_head", "linear"], ["feature_ridge"]])
 def test_auto_takes_the_target_with_the_smaller_error_of_these_decoders(decoders, monkeypatch):
+    monkeypatch.setattr("coin.merging.refit.FAR", float("inf"))
     networks, given = setup()
     asked = []
 
@@ -165,6 +166,7 @@ def test_auto_takes_the_target_with_the_smaller_error_of_these_decoders(decoders
 
 @pytest.mark.parametrize(("both", "taken"), [(0.81, "own"), (0.79, "both")])
 def test_auto_takes_both_only_where_it_is_ahead_by_a_fifth(both, taken, monkeypatch):
+    monkeypatch.setattr("coin.merging.refit.FAR", float("inf"))
     """By a hair's breadth it took both on letters that it had never seen, and lost two points by it."""
     errors = iter([1.0, both])
     monkeypatch.setattr("coin.merging.held_out.held_out_error", lambda *_: next(errors))
