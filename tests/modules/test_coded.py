@@ -118,9 +118,7 @@ def test_a_coded_system_runs_in_eval_mode_and_leaves_its_networks_as_found(input
 
 
 def test_what_does_not_fit_is_refused(inputs):
-    with pytest.raises(
-        ConfigurationError, match="1 experts and 1 coded models, the code is for 2 and 1; give"
-    ):
+    with pytest.raises(ConfigurationError, match="1 experts and 1 coded models, the code is for 2 and 1; give"):
         Coded(Code(CODES[0]), [linear(0)], [linear(1)])
     coded = Coded(Code(CODES[0]), [linear(0), linear(1)], [linear(2)])
     with pytest.raises(ConfigurationError, match="found no decoder; call fit_decoder"):
