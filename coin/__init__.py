@@ -7,6 +7,7 @@ Source: Jhunjhunwala, Jali, Joshi and Wang, *Erasure Coded Neural Network Infere
 arXiv 2409.01420.
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,9 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "oddness":
+        warnings.warn("coin.oddness is now coin.fault_score; the next version knows only the new name", stacklevel=2)
+        name = "fault_score"
     if name not in _HOMES:
         raise AttributeError(f"module 'coin' has no attribute '{name}'")
     return getattr(import_module(_HOMES[name]), name)

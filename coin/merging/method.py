@@ -236,8 +236,7 @@ def starting_method(start: str | Mapping[str, Any], *, reads_initial: bool = Fal
 def _subclasses(kind: Any) -> Iterator[type[Method]]:
     """Yield all concrete methods."""
     for each in kind.__subclasses__():
-        if not each.__abstractmethods__:
-            yield each
+        yield from [each] if not each.__abstractmethods__ else []
         yield from _subclasses(each)
 
 
