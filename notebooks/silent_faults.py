@@ -20,7 +20,7 @@ from torch import nn
 
 from coin.coding import Answers, make_decoder
 from coin.commands.coded_system import Choice, read_coded_system
-from coin.data.samples import Calibration
+from coin.data.calibration import Calibration
 from coin.experiment.layout import ExperimentLayout
 from coin.modules.coded import server_answers
 from coin.networks import load_network
