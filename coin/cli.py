@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coin.commands import COMMANDS, ON_TRAINER
-from coin.commands.early import check_early
+from coin.commands.early import A_CLASS, check_early, known_classes, unknown
 from coin.commands.safe import SAFE, VARIABLE, enforce
 from coin.errors import CoinError, CoinWarning, ConfigurationError, shortage_behind
 
@@ -123,9 +123,5 @@ def _told(message: str) -> str:
     before, wanted, name = text.partition("Expected a dot import path string: ")
     if wanted:
         name = name.split("; or ")[0]
-        rooms = [import_module(f"coin.{room}").__all__ for room in ("data", "merging", "modules")]
-        known = {each.lower(): each for room in rooms for each in room}
-        near = difflib.get_close_matches(name.lower(), known, n=1)
-        meant = f" (did you mean {known[near[0]]}?)" if near else ""
-        text = f"{before}found class '{name}'{meant}, expected one of coin's or a dotted import path; check it"
+        text = before + unknown("class", name, known_classes(), A_CLASS)
     return text if len(text) <= 400 else f"{text[:400]} …"

@@ -161,6 +161,13 @@ class Decoder(ABC):
         threshold = self.promises[expert].threshold
         return risk <= (-math.inf if threshold is None else threshold)
 
+    def _unfitted(self) -> DecodingError:
+        return DecodingError(f"the {self.config.name} decoder is not fitted; call fit with calibration answers first")
+
+    def _without_features(self) -> DecodingError:
+        found = f"the {self.config.name} decoder found answers without features"
+        return DecodingError(f"{found}, expected features and logits")
+
     def _check(self, answers: Answers) -> None:
         if answers.num_experts != self.num_experts:
             raise DecodingError(
@@ -269,9 +276,7 @@ class ExpertHeadDecoder(Decoder):
         """Return the lost experts' logits; see the class."""
         self._check(answers)
         if self.needs_fit and self.moments is None:
-            raise DecodingError(
-                f"the {self.config.name} decoder is not fitted; call fit with calibration answers first"
-            )
+            raise self._unfitted()
         decoded = []
         for expert in self.row_of:
             features = self._read(answers, expert, self.heads)
@@ -286,9 +291,7 @@ class ExpertHeadDecoder(Decoder):
         if not heads:
             raise DecodingError(f"the {self.config.name} decoder has no heads; make it with the lost experts' heads")
         if answers.coded_features is None:
-            raise DecodingError(
-                f"the {self.config.name} decoder found answers without features, expected features and logits"
-            )
+            raise self._without_features()
         if answers.num_coded <= max(self.row_of.values()):
             raise DecodingError(
                 f"found answers of {answers.num_coded} coded models, {self.config.name} reads number "
@@ -377,9 +380,7 @@ class RidgeDecoder(Decoder):
     def decode(self, answers: Answers) -> Tensor:
         """Return the lost experts' logits; see the class."""
         if not self.fitted:
-            raise DecodingError(
-                f"the {self.config.name} decoder is not fitted; call fit with calibration answers first"
-            )
+            raise self._unfitted()
         self._check(answers)
         arrived = self._arrived(answers, FeatureCache())
         if (found := _widths(arrived)) != self.widths:
@@ -398,9 +399,7 @@ class RidgeDecoder(Decoder):
         if not self.config.reads_features:
             return arrived
         if answers.expert_features is None or answers.coded_features is None:
-            raise DecodingError(
-                f"the {self.config.name} decoder found answers without features, expected features and logits"
-            )
+            raise self._without_features()
         if self.config.reads_stages and len(answers.feature_widths or ()) < 2:
             raise DecodingError(
                 f"the {self.config.name} decoder found features of one stage, expected several; use the last"

@@ -14,6 +14,8 @@ _ROOT = Path(coin.__file__).parent
 _SHARED = {"c", "config", "h", "help", "print_config", "json"}
 _OF_RUN = {"launch", "only"}
 """Options of ``coin run`` beside the experiment's."""
+A_CLASS = "one of coin's or a dotted import path"
+"""What is expected of the name of a class."""
 
 
 def check_early(command: str, arguments: Sequence[str]) -> None:
@@ -23,49 +25,54 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
         FileError: A file cannot be read.
         ConfigurationError: A file is no YAML, or holds a key or the name of a class that does not exist.
     """
-    documents = [read_yaml(path) for path in config_files(arguments)]
+    files = (config_file(arguments, place) for place in range(len(arguments)))
+    documents = [read_yaml(path) for path in files if path is not None]
     if command != "run":
         return
+    sections = [document for document in documents if isinstance(document, dict)]
     given = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
-    keys = [key for document in documents if isinstance(document, dict) for key in document]
     known = {*_parameters("experiment/experiment.py", "Experiment"), *_OF_RUN}
-    for key in (*keys, *given):
+    for key in (*(key for section in sections for key in section), *given):
         if (name := str(key).partition(".")[0].removesuffix("+")) not in known | _SHARED:
-            _refuse(f"found option '{name}'", name, sorted(known), f"one of {', '.join(sorted(known))}")
-    classes = [name for room in ("merging", "data", "modules") for name in _exported(f"{room}/__init__.py")]
-    for name in class_names(documents):
+            raise ConfigurationError(unknown("option", name, sorted(known), f"one of {', '.join(sorted(known))}"))
+    classes = known_classes()
+    for name in _class_names(sections):
         if "." not in name and name not in classes:
-            _refuse(f"found class '{name}'", name, classes, "one of coin's or a dotted import path")
+            raise ConfigurationError(unknown("class", name, classes, A_CLASS))
 
 
-def config_files(arguments: Sequence[str]) -> Iterator[Path]:
-    """Yield the files that ``-c`` and ``--config`` name."""
-    for place, argument in enumerate(arguments):
-        option, given, path = argument.partition("=")
-        if option in ("-c", "--config"):
-            path = path if given else next(iter(arguments[place + 1 :]), "")
-            if path and not path.lstrip().startswith("{"):
-                yield Path(path)
+def config_file(arguments: Sequence[str], place: int) -> Path | None:
+    """Return the file that an argument names, if it is ``-c`` or ``--config``; none of options written out."""
+    option, given, path = arguments[place].partition("=")
+    if option not in ("-c", "--config"):
+        return None
+    path = path if given else next(iter(arguments[place + 1 :]), "")
+    return Path(path) if path and not path.lstrip().startswith("{") else None
 
 
-def class_names(documents: Iterable[Any]) -> Iterator[str]:
+def unknown(what: str, name: str, known: Sequence[str], expected: str) -> str:
+    """Return the line about a name that is none of those known, with the nearest of them."""
+    lower = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    meant = f" (did you mean {lower[near[0]]}?)" if near else ""
+    return f"found {what} '{name}'{meant}, expected {expected}; check it"
+
+
+def known_classes() -> list[str]:
+    """Return the names of coin's tasks, methods and modules."""
+    return [name for room in ("data", "merging", "modules") for name in _exported(f"{room}/__init__.py")]
+
+
+def _class_names(sections: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Yield the class paths of the tasks and methods in experiments' files."""
-    for document in documents:
-        sections = document if isinstance(document, dict) else {}
-        tasks, methods = sections.get("tasks"), sections.get("methods")
+    for section in sections:
+        tasks, methods = section.get("tasks"), section.get("methods")
         for entry in (
             *(tasks.values() if isinstance(tasks, dict) else ()),
             *(methods if isinstance(methods, list) else ()),
         ):
             if isinstance(entry, dict) and isinstance(entry.get("class_path"), str):
                 yield entry["class_path"]
-
-
-def _refuse(found: str, name: str, known: Sequence[str], expected: str) -> None:
-    lower = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(name.lower(), lower, n=1)
-    meant = f" (did you mean {lower[near[0]]}?)" if near else ""
-    raise ConfigurationError(f"{found}{meant}, expected {expected}; check it")
 
 
 def _parameters(file: str, name: str) -> list[str]:

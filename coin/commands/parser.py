@@ -1,12 +1,12 @@
 """The parser of the commands that are plain functions: YAML files, dotted overrides, ``--print_config``."""
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from coin.commands import COMMANDS
+from coin.commands.early import config_file
 from coin.commands.safe import check_options
 from coin.errors import ConfigurationError
 from coin.files.yaml import read_yaml
@@ -53,11 +53,10 @@ def checked(arguments: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for place, argument in enumerate(arguments):
-        option, given, path = argument.partition("=")
+        option = argument.partition("=")[0]
         keys: Collection[str] = [option.removeprefix("--")] if option.startswith("--") else []
-        if option in ("-c", "--config"):
-            path = path if given else next(iter(arguments[place + 1 :]), "")
-            document = read_yaml(Path(path)) if path and not path.lstrip().startswith("{") else None
+        if (path := config_file(arguments, place)) is not None:
+            document = read_yaml(path)
             keys = document if isinstance(document, dict) else []
         found += [f"--{key}={empty}" for key, empty in _WHOLE.items() if key in keys]
         found.append(argument)

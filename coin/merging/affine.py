@@ -13,6 +13,7 @@ from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall, Geometry
 from coin.statistics.rules.elementwise import ElementwiseCall
 from coin.statistics.rules.linear import LinearCall
+from coin.statistics.solvers import damped
 from coin.statistics.sums import sum_type
 
 
@@ -56,13 +57,14 @@ def _patches(inputs: Tensor, geometry: Geometry, samples: int, places: Tensor | 
     size, channels, groups = tuple(inputs.shape[2:]), inputs.shape[1], geometry.groups
     each, outputs = len(inputs) // samples, prod(geometry.output_size(size))
     if places is None:
-        places = torch.arange(each * outputs, device=inputs.device).expand(samples, -1)
+        places = torch.arange(each * outputs, device=inputs.device)[None]
     met, inside = geometry.met(places % outputs, size)
     entries = torch.arange(channels // groups * met.shape[2], device=inputs.device).view(-1, met.shape[2])
     alive = inside.flatten(0, 1).any(0)
     alive[0] |= ~alive.any()  # one of zeros, where no tap meets an image
-    met, inside, entries = met[..., alive], inside[..., alive].flatten(0, 1), entries[:, alive].T.flatten()
-    met = (places // outputs)[..., None] * prod(size) + met  # [P, q, taps]
+    met, entries = (places // outputs)[..., None] * prod(size) + met[..., alive], entries[:, alive].T.flatten()
+    met = met.expand(samples, -1, -1)  # [P, q, taps]
+    inside = inside[..., alive].expand_as(met).flatten(0, 1)
     images = inputs.reshape(samples, each, channels, -1).movedim(2, 0).flatten(2)  # [C, P, k · places]
     if groups == 1 and met.shape[2] > 1:
         rows = images.movedim(0, 2).flatten(0, 1)
@@ -187,13 +189,14 @@ def fit_affine(
     scale = gram.diagonal(dim1=1, dim2=2).sum(1) / unknowns
     # The round-off of centring is not signal: without this cut a constant input gets coefficients from noise.
     dead = scale <= count * precision**2 * mean_a.square().mean(1)
+    ridges = (ridge * scale).masked_fill(dead, 1)
     if is_dual:
-        step = (_solve(gram, r, ridge * scale, dead).mT @ a).double()
+        step = (_solve(gram, r, ridges, dead).mT @ a).double()
         gram = _products(a) if change is not None else gram
     else:
-        step = _solve(gram, a.mT @ r, ridge * scale, dead).mT.double()
+        step = _solve(gram, a.mT @ r, ridges, dead).mT.double()
     if change is not None:
-        step = change(step, _damped(gram.double(), ridge * scale, dead))
+        step = change(step, damped(gram.double(), ridges))
     return step, mean_r - (step @ mean_a[..., None])[..., 0]
 
 
@@ -231,19 +234,12 @@ def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
         raise NumericalError(
             "a layer's inputs on calibration data are so large that squares overflow; check the experts"
         )
-    root, failed = torch.linalg.cholesky_ex(_damped(gram, ridges, dead))
+    root, failed = torch.linalg.cholesky_ex(damped(gram, ridges))
     if bool(failed.any()):  # a ridge that is lost beside the largest eigenvalue
-        root, failed = torch.linalg.cholesky_ex(_damped(gram.double(), ridges, dead))
+        root, failed = torch.linalg.cholesky_ex(damped(gram.double(), ridges))
     if bool(failed.any()):
         raise NumericalError(
             "a layer's inputs on calibration data are too nearly dependent for this ridge; give a larger ridge"
         )
     solved: Tensor = torch.cholesky_solve(right.to(root), root)
     return solved.masked_fill_(dead[:, None, None], 0)
-
-
-def _damped(gram: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
-    """Return gram + λI for each group; with λ = 1 where the inputs are constant."""
-    damped = gram.clone()
-    damped.diagonal(dim1=1, dim2=2).add_(ridges.where(~dead, 1.0)[:, None])
-    return damped

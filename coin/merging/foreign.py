@@ -115,16 +115,10 @@ class UserMethod(Method):
 class Foreign(UserMethod):
     """The old name of `UserMethod`, for one version: makes one, with a warning."""
 
-    def __new__(  # type: ignore[misc]
-        cls,
-        function: str,
-        options: dict[str, Any] | None = None,
-        label: str | None = None,
-        compress: Compress = None,
-    ) -> UserMethod:
+    def __new__(cls, *args: Any, **kwargs: Any) -> UserMethod:  # type: ignore[misc]
         """Return a `UserMethod`."""
         warnings.warn("Foreign is now UserMethod; the next version knows only the new name", CoinWarning, stacklevel=2)
-        return UserMethod(function, options, label, compress)
+        return UserMethod(*args, **kwargs)
 
 
 def _counted(network: nn.Module, experts: Experts) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coin.errors import DataError
-from coin.files.tensors import State, weighted_mean
+from coin.files.tensors import State
 
 OWN_SHARE = 0.6
 """N times the share of the experts' own targets in both: what N answers are decoded from must be right for all."""
@@ -66,10 +66,8 @@ def spread(experts: Sequence[State], row: Sequence[float]) -> float:
     found = [0.0]
     for name, first in experts[0].items():
         if first.ndim > 1 and first.is_floating_point():
-            mean = weighted_mean(experts, row, name, torch.float64)
-            apart = sum(
-                beta * float((expert[name].double() - mean).square().sum())
-                for beta, expert in zip(row, experts, strict=True)
-            )
+            every = [expert[name].double() for expert in experts]  # which may be read from files
+            mean = sum((beta * each for beta, each in zip(row, every, strict=True)), torch.zeros_like(every[0]))
+            apart = sum(beta * float((each - mean).square().sum()) for beta, each in zip(row, every, strict=True))
             found.append((apart / max(float(mean.square().sum()), torch.finfo(torch.float64).tiny)) ** 0.5)
     return statistics.median(found[1:] or found)

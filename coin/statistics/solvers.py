@@ -96,19 +96,25 @@ def solve_in_sample_space(
     return None if best is None else best.view_as(residual).to(residual)
 
 
+def damped(gram: Tensor, ridges: Tensor) -> Tensor:
+    """Return gram + λI ``[G, K, K]``, with a λ for each group ``[G]``."""
+    found = gram.clone()
+    found.diagonal(dim1=1, dim2=2).add_(ridges[:, None])
+    return found
+
+
 def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor:
     """Return pull (gram + λI)⁻¹ ``[G, C_out/G, K]`` with λ = damping × the mean diagonal entry, per group.
 
     Raises NumericalError, which names the layer, where the damped matrix ``[G, K, K]`` is as good as singular.
     """
     ridge = damping * gram.diagonal(dim1=1, dim2=2).mean(1)
-    damped = gram + torch.diag_embed(ridge[:, None].expand(gram.shape[:2]))
     # A group whose inputs are always zero has no pull either: any matrix gives it the β-average.
-    dead = damped.abs().amax((1, 2)) == 0
-    damped = damped + torch.diag_embed(dead.to(gram)[:, None].expand(gram.shape[:2]))
-    factor, failed = torch.linalg.cholesky_ex(damped)
+    dead = gram.abs().amax((1, 2)) == 0
+    matrix = damped(gram, ridge.masked_fill(dead, 1))
+    factor, failed = torch.linalg.cholesky_ex(matrix)
     # Rounding lets half of the singular matrices pass, with a last pivot that is noise.
-    pivots, largest = factor.diagonal(dim1=1, dim2=2).square().amin(1), damped.diagonal(dim1=1, dim2=2).amax(1)
+    pivots, largest = factor.diagonal(dim1=1, dim2=2).square().amin(1), matrix.diagonal(dim1=1, dim2=2).amax(1)
     noise = 100 * torch.finfo(gram.dtype).eps * gram.shape[-1] * largest
     if bool((failed.bool() | (pivots <= noise)).any()):
         raise NumericalError(
