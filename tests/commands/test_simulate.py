@@ -327,7 +327,7 @@ MISTAKES = {
         "quantile",
     ),
     "no loads": (["simulate", "FOLDER", *GIVEN, "--loads=[]"], "loads=[]"),
-    "no policies": (["simulate", "FOLDER", *GIVEN, "--policies=[]"], "policies=[], expected at least one"),
+    "no policies": (["simulate", "FOLDER", *GIVEN, "--policies=[]"], "policies=[], expected one or more"),
     "a policy twice": (["simulate", "FOLDER", *GIVEN, "--policies=[copy, copy]"], "['copy', 'copy']"),
 }
 
