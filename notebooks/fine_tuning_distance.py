@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from coin.experiment.layout import ExperimentLayout
 from coin.networks import load_network
 from coin.networks.heads import head_name
+from coin.pipeline.layout import ExperimentLayout
 
 
 def distances(folder):

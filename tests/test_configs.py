@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from coin.cli import main
-from coin.experiment.sweep import read_sweep, sweep_points
+from coin.pipeline.sweep import read_sweep, sweep_points
 
 ROOT = Path(__file__).parent.parent / "configs"
 EXPERTS = "--experts={a: a.safetensors, b: b.safetensors}"

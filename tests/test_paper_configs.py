@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import coin.experiment.run
+import coin.pipeline.run
 from coin.cli import main
 from coin.commands.run import experiment_of
 from coin.data import CIFAR10, GTSRB, KMNIST, MNIST, STL10, SVHN, FashionMNIST, Samples, Source, TextTask, Tweets
@@ -154,7 +154,7 @@ def test_one_batch_through_the_real_network(path: Path, classes: int) -> None:
 
 def test_a_pair_of_unequal_class_counts_from_start_to_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step of a paper's file as it is, with a narrow ResNet50 and one batch where there are thousands."""
-    monkeypatch.setattr(coin.experiment.run, "write_report", lambda *_: None)  # half of the time, tested elsewhere
+    monkeypatch.setattr(coin.pipeline.run, "write_report", lambda *_: None)  # half of the time, tested elsewhere
     path = ROOT / "experiment/paper/gtsrb-stl10.yaml"
     narrow = "{name: resnet50, image_size: 64, weights: null, options: {width_per_group: 2}}"
     few = "{accelerator: cpu, devices: 1, limit_train_batches: 1, limit_val_batches: 1, limit_test_batches: 1}"

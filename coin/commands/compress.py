@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from coin.commands.parser import command_parser, parsed
-from coin.steps.compress import compress
+from coin.pipeline.steps.compress import compress
 
 
 def main(arguments: Sequence[str]) -> None:

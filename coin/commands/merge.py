@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from coin.commands.parser import command_parser, parsed
-from coin.steps.merge import merge
+from coin.pipeline.steps.merge import merge
 
 
 def main(arguments: Sequence[str]) -> None:

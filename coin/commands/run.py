@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
-from coin.experiment import Experiment
-from coin.experiment.launch import Launch
-from coin.experiment.run import make_experts, run_experiment
+from coin.pipeline import Experiment
+from coin.pipeline.executors import Launch
+from coin.pipeline.run import make_experts, run_experiment
 from coin.reporting.report import REPORT_HTML
 from coin.reporting.results import as_json
 from coin.reporting.tables import print_summary

@@ -20,6 +20,7 @@ from coin.files.atomic import atomic_path, write_text
 from coin.modules.variants import NONE, ORACLE
 from coin.networks import load_network
 from coin.networks.compressed import compress
+from coin.pipeline.options import config_dict
 from coin.reporting.figures import as_png
 from coin.reporting.latency import print_simulation, tail_against
 from coin.reporting.results import requested_policy, write_frame
@@ -29,7 +30,6 @@ from coin.serving.replies import ReplyFormat
 from coin.serving.sim.conditions import Conditions, ServiceKind
 from coin.serving.sim.profile import Failover, Profile, Redundancy, StandIn
 from coin.serving.sim.simulation import QueryTarget, Simulation, simulate_all
-from coin.steps.options import config_dict
 
 SIMULATION_CSV = "simulation.csv"
 SEEDS = 20

@@ -1,7 +1,7 @@
 """``coin sweep``: every point of a grid as a ``coin run`` in a process of its own, resumable.
 
 Each point has a folder, ``runs/SWEEP/SWEEP-INDEX-DESCRIPTION``, with what it printed in ``sweep.log``. Points share the
-base, the experts and the statistics that are the same for them; see `coin.experiment.store`. An interrupted sweep can
+base, the experts and the statistics that are the same for them; see `coin.pipeline.records`. An interrupted sweep can
 be restarted: finished points are skipped, the others resume. ``runs/SWEEP/sweep.csv`` holds the rows of all finished
 points, behind one column per swept key, ``risk.csv`` and ``promise.csv`` those at the end of the sweep; ``sweep.yaml``
 is a copy of the sweep's file.
@@ -18,10 +18,10 @@ from coin.commands.run import experiment_of
 from coin.core.choices import check_integer
 from coin.core.processes import cores, rank_zero_info
 from coin.errors import ConfigurationError
-from coin.experiment.launch import Command, child_environment, raise_for, run_side_by_side
-from coin.experiment.store import Steps, folder_lock, step_key
-from coin.experiment.sweep import SweepPoint, read_sweep, sweep_points
 from coin.files.atomic import write_text
+from coin.pipeline.executors import Command, child_environment, raise_for, run_side_by_side
+from coin.pipeline.records import Steps, folder_lock, step_key
+from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
 from coin.reporting import write_report
 from coin.reporting.extras import PROMISE_CSV, RISK_CSV, read_promises, read_risk
 from coin.reporting.results import read_results, write_frame

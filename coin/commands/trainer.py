@@ -21,11 +21,11 @@ from coin.commands.parser import checked
 from coin.errors import ConfigurationError, StateError
 from coin.files.checkpoints import check_training_checkpoint, checkpoint_options
 from coin.modules.shared import silence_lightning
+from coin.pipeline.steps.trainer import Trainer
 from coin.reporting.results import read_results
 from coin.reporting.summary import summarise
 from coin.reporting.tables import print_summary
 from coin.reporting.wandb_settings import logger_mode, run_environment
-from coin.steps.trainer import Trainer
 
 
 class SaveFitConfig(SaveConfigCallback):

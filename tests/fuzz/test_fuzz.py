@@ -21,10 +21,10 @@ from safetensors.torch import save
 from coin.cli import main
 from coin.coding import DecoderConfig
 from coin.errors import CoinError
-from coin.experiment.sweep import read_sweep, sweep_points
 from coin.files.safetensors import load_provenance, load_state
 from coin.files.yaml import read_yaml
 from coin.networks import NetworkConfig, build_network, load_network, read_weights
+from coin.pipeline.sweep import read_sweep, sweep_points
 from coin.reporting.results import read_configuration, read_confusions, read_results
 from coin.reporting.sweeps import read_sweep_table
 from coin.statistics.files import open_statistic

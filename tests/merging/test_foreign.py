@@ -11,10 +11,10 @@ from torch import nn
 
 from coin.coding import Code
 from coin.errors import CoinError, CoinWarning, ConfigurationError
-from coin.experiment.store import step_key
 from coin.merging import Average, Experts, Foreign, Method, UserMethod, merge_networks
-from coin.steps.merge import coded_name
-from coin.steps.options import config_dict, to_config
+from coin.pipeline.options import config_dict, to_config
+from coin.pipeline.records import step_key
+from coin.pipeline.steps.merge import coded_name
 
 EXAMPLES = ("iso_c", "tsv_m")
 ROOT = Path(__file__).parents[2]

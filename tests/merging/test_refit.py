@@ -25,7 +25,7 @@ from coin.merging.target import FAR, OWN_SHARE, spread
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks import load_network
 from coin.networks.small import SmallViT
-from coin.steps.expert_files import ExpertFiles
+from coin.pipeline.steps.expert_files import ExpertFiles
 
 ROW = (0.2, 0.3, 0.5)
 SIZES = (9, 14, 11)

@@ -12,9 +12,9 @@ from coin.merging import Experts, Refit
 from coin.merging.held_out import held_out_error
 from coin.merging.method import starting_method
 from coin.networks.heads import features_and_logits
+from coin.pipeline.options import config_dict
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
-from coin.steps.options import config_dict
 
 ROW = (0.4, 0.35, 0.25)
 CODE = coin.Code([ROW])

@@ -11,7 +11,7 @@ import coin.merging
 import coin.modules
 from coin.commands.early import _OF_RUN, _exported, _parameters, check_early
 from coin.errors import ConfigurationError, FileError
-from coin.experiment import Experiment
+from coin.pipeline import Experiment
 
 RUN = """
 import sys

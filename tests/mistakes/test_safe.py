@@ -90,7 +90,7 @@ NAMES = [
     "torchvision.datasets.ImageFolder",
     "lightning.pytorch.cli.LightningCLI",
     "coin.cli.main",
-    "coin.experiment.launch.train_side_by_side",
+    "coin.pipeline.executors.train_side_by_side",
     "coin.data.image_folder.Path",  # what a module imports is not its own
     "lightning.pytorch.callbacks.LambdaCallback",
     "lightning.pytorch.loggers.csv_logs.os.system",

@@ -5,9 +5,9 @@ from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, DataError
 from coin.modules import StatisticPass
 from coin.networks import build_network
+from coin.pipeline.steps.statistics import statistic_sums
 from coin.statistics import FisherKind, fisher_sums
 from coin.statistics.statistic import StatisticOptions
-from coin.steps.statistics import statistic_sums
 
 
 @pytest.fixture

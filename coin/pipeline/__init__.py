@@ -1,0 +1,5 @@
+"""Whole experiments: every step from images to results, resumable."""
+
+from coin.pipeline.experiment import Experiment
+
+__all__ = ["Experiment"]

@@ -1,0 +1,150 @@
+"""The parts of an experiment file."""
+
+import warnings
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, ClassVar, TypeAlias
+
+from coin.callbacks import Weights
+from coin.coding.promise import samples_needed
+from coin.core.choices import check_integer, check_number, parse_enum
+from coin.data import TaskData
+from coin.errors import CoinWarning, ConfigurationError
+from coin.pipeline.steps.train import TrainingConfig
+from coin.reporting.wandb_settings import TAG_LENGTH
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
+from coin.statistics.statistic import DataChoice, Statistic, StatisticOptions
+
+# What an override may be; of Any, jsonargparse would make objects where there is a class_path.
+_Plain: TypeAlias = bool | int | float | list | dict | str | None  # type: ignore[type-arg]
+
+
+@dataclass(frozen=True)
+class BaseConfig(TrainingConfig):
+    """The shared initialisation of all experts, if it is not the network's `weights`.
+
+    Args:
+        task: The task to pretrain on.
+        checkpoint: Trained weights to use instead of pretraining: a safetensors state dict or a Lightning checkpoint.
+        seed: The seed of the pretraining (initial weights, order of samples). All seeds of an experiment share one
+            base.
+    """
+
+    task: TaskData | None = None
+    checkpoint: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.task is None) == (self.checkpoint is None):
+            raise ConfigurationError("found a base with both or neither of task and checkpoint; give exactly one")
+        check_integer("seed", self.seed, 0)
+
+
+@dataclass(frozen=True)
+class ExpertConfig(TrainingConfig):
+    """How every task's expert is made.
+
+    Args:
+        weights: Which weights become the expert: ``last``, or ``best`` on the validation split.
+        overrides: Options of this section that differ for a task, by task name.
+        checkpoints: Trained weights to use instead of training, by task name: a safetensors state dict or a Lightning
+            checkpoint.
+    """
+
+    _ENUMS: ClassVar[dict[str, type[StrEnum]]] = {**TrainingConfig._ENUMS, "weights": Weights}
+
+    weights: Weights = Weights.last
+    overrides: dict[str, dict[str, _Plain]] = field(default_factory=dict)
+    checkpoints: dict[str, str] = field(default_factory=dict)
+
+    def of(self, task: str) -> "ExpertConfig":
+        """Return the training options for a task, its overrides applied."""
+        options: dict[str, Any] = {**self.overrides.get(task, {}), "overrides": {}, "checkpoints": {}}
+        try:
+            return replace(self, **options)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"expert.overrides.{task} has an unknown option ({error}); use options of the expert section"
+            ) from error
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """The unlabelled samples that merging and decoding may use, and the Fisher computed on them.
+
+    Args:
+        samples_per_task: P, the number of calibration samples of each task.
+        fisher_data: The samples for the experts' statistics, for methods that do not set it: ``own``: each expert's own
+            task; ``pooled``: all tasks; ``auto``: both, and the better one is used for each method.
+        fisher_kind: Which Fisher diagonal.
+        fisher_cotangents: k, the number of random cotangents a sample, for the Monte Carlo kind only.
+        fisher_precision: The floating-point type of the networks in the Fisher pass.
+        memory_mib: Bound on the Fisher pass's working memory in MiB, beside the network and the accumulators.
+        batch_size: Samples per batch.
+        promise_samples: How many validation samples of each task set the risk up to which decoded answers are accepted;
+            experts, coded models and decoders do not learn from them. 0 makes no promise. At 95 % confidence at least
+            59 are needed for α = 5 %, 149 for 2 % and 299 for 1 %.
+        promise_alpha: α, the largest probability that an accepted answer differs from the expert's.
+        promise_confidence: The probability that the promise holds.
+    """
+
+    samples_per_task: int = 200
+    fisher_data: DataChoice = DataChoice.auto
+    fisher_kind: FisherKind = FisherKind.exact
+    fisher_cotangents: int | None = None
+    fisher_precision: Precision = Precision.full
+    memory_mib: int = DEFAULT_MEMORY_MIB
+    batch_size: int = 50
+    promise_samples: int = 0
+    promise_alpha: float = 0.02
+    promise_confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_task", "batch_size", "memory_mib"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("promise_samples", self.promise_samples, 0)
+        for name in ("promise_alpha", "promise_confidence"):
+            check_number(name, getattr(self, name), low=0, high=1, strict=True)
+        if self.fisher_cotangents is not None:
+            check_integer("fisher_cotangents", self.fisher_cotangents, 1)
+        object.__setattr__(self, "fisher_data", parse_enum(DataChoice, "fisher_data", self.fisher_data))
+        object.__setattr__(self, "fisher_kind", parse_enum(FisherKind, "fisher_kind", self.fisher_kind))
+        object.__setattr__(self, "fisher_precision", parse_enum(Precision, "fisher_precision", self.fisher_precision))
+
+    @property
+    def merging(self) -> dict[str, Any]:
+        """The options that the coded models depend on."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("promise_")}
+
+    def warn_of_too_few(self) -> None:
+        """Warn if there are too few samples for any promise."""
+        needed = samples_needed(self.promise_alpha, self.promise_confidence)
+        if 0 < self.promise_samples < needed:
+            warnings.warn(
+                f"nothing will be promised: found promise_samples={self.promise_samples}, expected at least {needed} "
+                f"for promise_alpha={self.promise_alpha:g} at {self.promise_confidence:g} confidence; raise either",
+                CoinWarning,
+                stacklevel=2,
+            )
+
+    def options_of(self, which: Statistic) -> StatisticOptions:
+        """Return the options with which a statistic is computed."""
+        mc_samples = self.fisher_cotangents if which.kind is FisherKind.monte_carlo else None
+        precision = Precision.full if which.kind is None else self.fisher_precision
+        return StatisticOptions(which.name, which.kind, mc_samples, self.memory_mib, precision)
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """What is logged to W&B; ``WANDB_MODE``, ``WANDB_PROJECT`` and ``WANDB_ENTITY`` set where.
+
+    Args:
+        tags: Tags of all runs.
+    """
+
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if wrong := [tag for tag in self.tags if not 1 <= len(tag) <= TAG_LENGTH]:
+            raise ConfigurationError(f"found W&B tag '{wrong[0]}', expected one of 1 to {TAG_LENGTH} characters")

@@ -1,0 +1,55 @@
+"""Distillation within an experiment: on its tasks' calibration samples, by its Trainer and with its loggers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.loggers import Logger
+
+from coin.data.tasks import Tasks
+from coin.modules.training import Training as AnyTraining
+from coin.pipeline.steps.expert_files import StoredExperts
+from coin.pipeline.steps.trainer import make_trainer
+
+
+@dataclass
+class Training(AnyTraining):
+    """Trains coded models, for the methods that train.
+
+    Args:
+        tasks: The tasks with P calibration samples each.
+        folder: The folder for logs.
+        seed: The seed of the samples' order, for methods that do not set one.
+        options: The experiment's ``trainer`` section.
+        loggers: The loggers of the final run.
+    """
+
+    tasks: Tasks
+    folder: Path
+    seed: int
+    options: dict[str, Any] = field(default_factory=dict)
+    loggers: Sequence[Logger] = ()
+
+    def num_samples(self, experts: StoredExperts, samples_per_task: int | None) -> int:
+        """Return the number of pooled calibration samples."""
+        return (samples_per_task or self.tasks.samples_per_task) * len(self.tasks.tasks)
+
+    def run_options(self, experts: StoredExperts, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the experts' files, and the experiment's number of samples and seed unless the method sets them."""
+        return {
+            "experts": list(map(str, experts.files.paths.values())),
+            "samples_per_task": given["samples_per_task"] or self.tasks.samples_per_task,
+            "seed": self.seed if given["seed"] is None else given["seed"],
+        }
+
+    def fit(self, module: LightningModule, experts: StoredExperts, held_out: float, options: dict[str, Any]) -> None:
+        """Run the experiment's Trainer."""
+        seed = module.hparams["seed"]
+        batch_size = module.hparams["batch_size"]
+        data = Tasks(self.tasks.tasks, module.hparams["samples_per_task"], batch_size, held_out, seed)
+        loggers = False if held_out else list(self.loggers) or False
+        trainer = make_trainer(self.folder, self.options, logger=loggers, **options)
+        seed_everything(seed, workers=True, verbose=False)
+        trainer.fit(module, datamodule=data)

@@ -1,0 +1,167 @@
+"""The merge step: experts and statistics from files in, coded models as files out."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from coin.coding import Code
+from coin.core.processes import is_rank_zero
+from coin.data import TaskData
+from coin.data.tasks import Tasks, task_with
+from coin.errors import ConfigurationError, FileError
+from coin.files.atomic import sha256_of
+from coin.files.safetensors import load_provenance
+from coin.merging import Method
+from coin.networks import kept_base, save_compressed, save_network
+from coin.pipeline.options import config_dict
+from coin.pipeline.steps.code import SeedCode, read_code
+from coin.pipeline.steps.distill import Training
+from coin.pipeline.steps.expert_files import ExpertFiles, StoredExperts
+from coin.statistics import FisherKind
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+
+
+def make_coded_models(
+    method: Method, choice: SeedCode, experts: StoredExperts, folder: Path, samples_per_task: int | None
+) -> list[Path]:
+    """Make the coded models of one method, one per row of the code, write them, and return their files.
+
+    Args:
+        method: The method with its options.
+        choice: The code, R×N, and the cost of choosing it, which is added to the coded models' cost.
+        experts: The experts, their statistics and calibration data.
+        folder: The folder for the files (`coded_paths`) and an 8-bit base (`coin.networks.int8_path`).
+        samples_per_task: P, recorded in the files.
+
+    Raises:
+        ConfigurationError: An input that the method needs is missing.
+    """
+    code, files = choice.code, experts.files
+    paths = coded_paths(method, code, folder)
+    read = [*files.paths.values(), *(path for paths in experts.statistic_paths.values() for path in paths.values())]
+    for index, row in enumerate(code.matrix.tolist()):
+        started, passes, elsewhere = time.perf_counter(), experts.passes, experts.seconds
+        made = method.make(experts, row)
+        seconds = time.perf_counter() - started + experts.seconds - elsewhere
+        took = experts.passes - passes
+        if is_rank_zero():
+            provenance = {
+                "made_by": "coin merge",
+                "label": method.label,
+                "method": {"name": method.name, "options": config_dict(method)},
+                "batchnorm": str(method.batchnorm) if experts.has_batchnorm else "",
+                "code": code.matrix.tolist(),
+                "row": index,
+                "tasks": list(files.paths),
+                "class_counts": [file.num_classes for file in files.opened.values()],
+                "experts": list(files.fingerprints.values()),
+                "samples_per_task": method.samples_per_task or samples_per_task,
+                "sha256": {str(path): sha256_of(path) for path in read},
+                "seconds": seconds,
+                "passes": took,
+                "chosen": made.chosen,
+                "shared_seconds": choice.seconds,
+                "shared_passes": choice.passes,
+            }
+            path, *smaller = paths[index :: code.num_coded]
+            save_network(path, made.network, files.config, files.width, provenance)
+            for small, how in zip(smaller, method.compress, strict=True):
+                began, spent = time.perf_counter(), experts.passes - took
+                base, beside = kept_base(small, experts.initial_path, how)
+                packed = method.pack(experts, row, made, beside, how)
+                told = {**provenance, "label": f"{method.label}-{how.name}", "passes": experts.passes - spent}
+                told["seconds"] = seconds + time.perf_counter() - began
+                save_compressed(small, packed, files.config, files.width, base, how, told)
+    return paths
+
+
+def coded_name(method: Method) -> str:
+    """Return the name of a method's coded models: the label, and the BatchNorm policy if it is not the default."""
+    plain = method.batchnorm is type(method).batchnorm
+    return method.label if plain else f"{method.label}-{method.batchnorm}"
+
+
+def coded_paths(method: Method, code: Code, folder: Path, *, compressed: bool = True) -> list[Path]:
+    """Return the files of a method's coded models, one per row of the code, followed by those of every compression."""
+    names = [coded_name(method), *(f"{coded_name(method)}-{each.name}" for each in method.compress if compressed)]
+    rows = [""] if code.num_coded == 1 else [f".row-{row}" for row in range(code.num_coded)]
+    return [folder / f"{name}{row}.safetensors" for name in names for row in rows]
+
+
+def merge(
+    experts: dict[str, str],
+    method: Method,
+    output: str,
+    code: list[list[float]] | int | None = None,
+    fisher: dict[str, str] | None = None,
+    gram: dict[str, str] | None = None,
+    initial: str | None = None,
+    tasks: dict[str, TaskData] | None = None,
+    samples_per_task: int = 200,
+    batch_size: int = 64,
+    seed: int = 0,
+    trainer: dict[str, Any] | None = None,
+) -> list[Path]:
+    """Merge experts into coded models.
+
+    Args:
+        experts: The experts' safetensors files by task.
+        method: The merge method.
+        output: The folder for the coded models: ``METHOD.safetensors``, or ``METHOD.row-r.safetensors``.
+        code: R rows of N coding weights, or a number R for the predefined code of R coded models
+            (`coin.coding.convex`); by default one coded model with equal weights.
+        fisher: The experts' Fisher files by task, for the methods that need them.
+        gram: The experts' Gram files by task, for the methods that need them.
+        initial: The shared initialisation's file, for the methods that need it.
+        tasks: The tasks by name, for methods and BatchNorm policies that use calibration data.
+        samples_per_task: P, the calibration samples of each task.
+        batch_size: Calibration samples per batch.
+        seed: The seed of the calibration samples and their order.
+        trainer: Options of the Trainer, for distillation.
+
+    Returns:
+        The files that were written.
+    """
+    matrix = read_code(code, len(experts))
+    assert matrix is not None  # only an experiment chooses its code
+    named = {StatisticKind.fisher: fisher, StatisticKind.gram: gram}
+    given = {name: {task: Path(path) for task, path in files.items()} for name, files in named.items() if files}
+    found = {name: _described(name, files) for name, files in given.items()}
+    statistics = {which: given[name] for name, (which, _) in found.items()}
+    opened, calibrations, train = ExpertFiles({task: Path(path) for task, path in experts.items()}), None, None
+    samples = next((samples for _, samples in found.values()), None)
+    if tasks is not None:
+        if list(tasks) != list(experts):
+            raise ConfigurationError(
+                f"found tasks {list(tasks)} for experts {list(experts)}; name the same, in one order"
+            )
+        sized = {name: task_with(task, image_size=opened.config.image_size) for name, task in tasks.items()}
+        data = Tasks(sized, samples_per_task, batch_size, seed=seed)
+        data.prepare_data()
+        data.setup()
+        calibrations, samples = data.calibrations(), samples_per_task
+        train = Training(data, Path(output), seed, trainer or {})
+    elif method.is_trained:
+        raise ConfigurationError("found no tasks, expected them: distillation trains on their calibration samples")
+    kinds = [which.kind for which in statistics if which.kind is not None]
+    method = method.with_defaults(kinds[0] if kinds else FisherKind.exact, DataChoice.auto)  # as the files say
+    stored = StoredExperts(opened, statistics, calibrations, None if initial is None else Path(initial), train)
+    return make_coded_models(method, SeedCode(matrix), stored, Path(output), samples)
+
+
+def _described(name: StatisticKind, files: dict[str, Path]) -> tuple[Statistic, int | None]:
+    """Return the kind and data that all files of a statistic name, and P if the first file names it."""
+    found: dict[Statistic, int | None] = {}
+    for path in files.values():
+        made = load_provenance(path)
+        try:
+            kind = FisherKind(made["kind"]) if name is StatisticKind.fisher else None
+            samples = made.get("samples_per_task")
+            found.setdefault(Statistic(name, DataChoice(made["data"]), kind), samples and int(samples))
+        except (KeyError, ValueError, TypeError) as error:
+            raise FileError(
+                f"'{path}' does not say what {name} it holds, and of what data; make it with coin fisher"
+            ) from error
+    if len(found) > 1:
+        raise ConfigurationError(f"found {name} files of {' and '.join(map(str, found))}, expected one kind of them")
+    return next(iter(found.items()))

@@ -1,0 +1,253 @@
+"""The Trainer of all steps: Lightning's, with the commands ``fisher`` and ``evaluate``."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch import nn
+
+from coin.callbacks import RunProgress
+from coin.data import TaskData
+from coin.data.tasks import Tasks
+from coin.errors import ConfigurationError, first_line
+from coin.modules import DecodingEvaluator, Expert, Outcome
+from coin.modules.shared import silence_lightning
+from coin.networks import NetworkConfig, fill_network, load_network, read_weights, unwrap
+from coin.pipeline.steps.evaluate import record_evaluation
+from coin.pipeline.steps.statistics import estimate_statistic
+from coin.reporting.wandb_settings import check_connection, logger_mode
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
+from coin.statistics.cotangents import renamed_mc_samples
+from coin.statistics.statistic import StatisticKind, StatisticOptions
+
+_MIXED = {"bf16-true": "bf16-mixed", "16-true": "16-mixed"}
+"""Precisions with weights of 16 bits, and what is meant by them."""
+
+_DECIDED = {
+    "callbacks": "use coin fit for callbacks of your own",
+    "default_root_dir": "set output",
+    "enable_checkpointing": "leave it out",
+    "logger": "set WANDB_MODE for W&B",
+    "max_epochs": "set expert.epochs or base.epochs",
+    "max_steps": "set expert.epochs, or steps of a distillation",
+}
+"""Options of the Trainer that an experiment's steps decide, and what to do in place of giving them."""
+
+_MATMUL_PRECISIONS = ("highest", "high", "medium")
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer with ``fisher`` and ``evaluate``, and without its distributed sampler.
+
+    ``coin`` shards samples by index and never pads, so that one process and many give the same numbers; Lightning's
+    `DistributedSampler` would repeat samples.
+
+    In a SLURM job Lightning's automatic requeue is off: it would save a checkpoint in the middle of an epoch, which
+    cannot be resumed exactly. ``configs/cluster/run.sbatch`` requeues the job itself. To use Lightning's, pass the
+    plugin ``SLURMEnvironment``.
+
+    Args:
+        use_distributed_sampler: Must stay off for ``coin``'s own data.
+        callbacks: Lightning's or your own; `coin.callbacks.RunProgress` is added unless there is another progress bar.
+        enable_progress_bar: Whether to show progress; without a terminal, only a bar among `callbacks` is shown.
+        matmul_precision: The precision of float32 matrix products in the whole process: ``high`` allows TF32 on GPUs,
+            ``medium`` bfloat16; ``highest`` is torch's default. None does not change it.
+        **kwargs: Lightning's own arguments. ``precision: bf16-mixed`` applies to the networks' passes in training and
+            evaluation. Statistics and decoding always use full precision, without TF32 (torch's default for
+            convolutions on GPUs).
+    """
+
+    callbacks: list[Callback]
+
+    def __init__(
+        self,
+        *,
+        use_distributed_sampler: bool = False,
+        callbacks: list[Callback] | Callback | None = None,
+        enable_progress_bar: bool = True,
+        matmul_precision: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if (precision := kwargs.get("precision")) in _MIXED:
+            raise ConfigurationError(
+                f"found precision '{precision}', in which no weights are trained or written; use {_MIXED[precision]}"
+            )
+        given = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks] if callbacks is not None else []
+        if not any(isinstance(callback, ProgressBar) for callback in given):
+            enable_progress_bar = enable_progress_bar and sys.stderr.isatty()
+            given += [RunProgress()] if enable_progress_bar else []
+        super().__init__(
+            use_distributed_sampler=use_distributed_sampler,
+            callbacks=given,
+            enable_progress_bar=enable_progress_bar,
+            **kwargs,
+        )
+        if matmul_precision is not None:
+            if matmul_precision not in _MATMUL_PRECISIONS:
+                raise ConfigurationError(
+                    f"found matmul_precision '{matmul_precision}', expected one of {', '.join(_MATMUL_PRECISIONS)}"
+                )
+            torch.set_float32_matmul_precision(matmul_precision)
+        for logger in self.loggers:
+            if isinstance(logger, WandbLogger):
+                check_connection(logger_mode(logger))
+        environment = self._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and not kwargs.get("plugins"):
+            environment.auto_requeue = False
+
+    def fisher(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        samples: int = 200,
+        kind: FisherKind | None = None,
+        mc_samples: int | None = None,
+        statistic: StatisticKind = StatisticKind.fisher,
+        memory_mib: int = DEFAULT_MEMORY_MIB,
+        precision: Precision = Precision.full,
+        output: str | None = None,
+        cotangents: int | None = None,
+    ) -> None:
+        """Compute the statistics of an existing checkpoint: its Fisher diagonal, or its Gram matrices.
+
+        Args:
+            model: The expert.
+            datamodule: Its task, or several as `coin.data.Tasks` for a pooled Fisher.
+            ckpt_path: A Lightning checkpoint or an ``expert.safetensors``; none takes the model as configured.
+            samples: P, the number of unlabelled training samples of each task.
+            kind: Which Fisher diagonal, by default ``exact``. Gram matrices have no kinds.
+            mc_samples: k, the number of random cotangents a sample, for the Monte Carlo kind.
+            statistic: ``fisher`` or ``gram``.
+            memory_mib: Bound on the pass's working memory in MiB, beside the network and the accumulators.
+            precision: The floating-point type of the network in a Fisher pass.
+            output: The file to write; none writes ``expert.fisher.safetensors`` (or ``expert.gram.safetensors``) beside
+                the checkpoint.
+            cotangents: The old name of mc_samples, for one version.
+
+        Raises:
+            CoinError: Options do not fit together, the checkpoint does not fit the model, or samples are too few.
+        """
+        mc_samples = renamed_mc_samples(mc_samples, cotangents)
+        options = StatisticOptions(statistic, kind, mc_samples, memory_mib, precision)
+        network, config = _network(model, ckpt_path)
+        if isinstance(datamodule, TaskData):
+            tasks = Tasks({"task": datamodule}, samples_per_task=samples)
+        elif isinstance(datamodule, Tasks):
+            tasks = Tasks(datamodule.tasks, samples, datamodule.batch_size)
+        else:
+            raise ConfigurationError(f"found data of {type(datamodule).__name__}, expected a task or Tasks")
+        for task in tasks.tasks.values():
+            config.check_content(task.content)
+        tasks.resize(config.image_size)
+        folder = Path(self.default_root_dir) if ckpt_path is None else Path(ckpt_path).parent
+        path = Path(output) if output is not None else folder / f"expert.{options.statistic}.safetensors"
+        data = "own" if isinstance(datamodule, TaskData) else "pooled"
+        estimate_statistic(self, network, tasks, options, path, data=data)
+
+    def evaluate(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        output: str | None = None,
+        name: str = "evaluate",
+        configuration: dict[str, Any] | None = None,
+    ) -> list[Outcome]:
+        """Measure how well lost experts are decoded, and record it: files, table, loggers.
+
+        Args:
+            model: A `coin.modules.DecodingEvaluator`.
+            datamodule: The tasks, as `coin.data.Tasks`.
+            output: The folder for ``results.csv``, ``results.json`` and the rest; none takes the Trainer's
+                ``default_root_dir``.
+            name: The experiment's name in the results.
+            configuration: The configuration that ``results.json`` holds beside the code.
+        """
+        if not isinstance(model, DecodingEvaluator) or not isinstance(datamodule, Tasks):
+            raise ConfigurationError(
+                f"found a {type(model).__name__} with data of {type(datamodule).__name__}, expected a "
+                "DecodingEvaluator with Tasks; see configs/evaluate/"
+            )
+        datamodule.resize(model.config.image_size)
+        self.test(model, datamodule=datamodule, verbose=False)
+        if self.is_global_zero:
+            record_evaluation(
+                model, datamodule, Path(output or self.default_root_dir), name, configuration, self.loggers
+            )
+        return model.outcomes
+
+
+def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, NetworkConfig]:
+    """Return an expert's network with the weights of a checkpoint, and its configuration."""
+    if ckpt_path is not None and ckpt_path.endswith(".safetensors"):
+        file = load_network(Path(ckpt_path))
+        return file.network, file.config
+    network = getattr(model, "network", None)
+    if not isinstance(network, nn.Module) or not isinstance(model, Expert):
+        raise ConfigurationError(
+            "found a model without a network, expected an Expert with num_classes, or ckpt_path=expert.safetensors"
+        )
+    if ckpt_path is not None:
+        fill_network(network, read_weights(Path(ckpt_path)), ckpt_path)
+    return unwrap(network), model.config
+
+
+def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer:
+    """Return a Trainer for one step, from the experiment's ``trainer`` section and the options fixed by the step."""
+    silence_lightning()
+    settings: dict[str, Any] = {
+        "accelerator": "auto",
+        "devices": 1,
+        "enable_model_summary": False,
+        "logger": False,
+        "enable_checkpointing": False,
+        **options,
+        **fixed,
+    }
+    try:
+        return Trainer(default_root_dir=str(folder), **settings)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ConfigurationError(
+            f"the trainer section {options} does not fit: {first_line(error)}; see Lightning's Trainer"
+        ) from error
+
+
+def join_processes(folder: Path, options: dict[str, Any]) -> None:
+    """Set up the process group for the Trainer's options, before the first step.
+
+    Under ``torchrun`` and ``srun`` all processes run already; a plain ``coin run`` starts the others on its machine.
+
+    Raises:
+        ConfigurationError: The experiment's ``trainer`` section has an option fixed by the steps, or does not fit the
+            running processes.
+    """
+    if taken := next(iter(options.keys() & _DECIDED.keys()), None):
+        raise ConfigurationError(f"found trainer.{taken}, which each step sets itself; {_DECIDED[taken]}")
+    trainer = make_trainer(folder, options)
+    running = int(os.environ.get("WORLD_SIZE", "1"))
+    if running > 1 and trainer.world_size == 1:
+        raise ConfigurationError(
+            f"found WORLD_SIZE={running} and a trainer section for one process; lay configs/cluster/torchrun.yaml "
+            "over the experiment, or set trainer.devices and trainer.num_nodes"
+        )
+    if trainer.world_size == 1:
+        return
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        raise ConfigurationError(
+            f"found the trainer section {options}, whose processes share no steps; set trainer.strategy=ddp"
+        )
+    try:
+        launcher.launch(trainer.strategy.setup_environment)
+    except ValueError as error:
+        raise ConfigurationError(f"the trainer section {options} does not fit: {first_line(error)}") from error

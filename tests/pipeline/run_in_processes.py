@@ -1,0 +1,34 @@
+"""Runs ``coin`` twice on every process under ``torch.distributed.run``, for `test_processes.py`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import coin.pipeline.run
+from coin.cli import main
+from coin.core.processes import is_rank_zero, process_count
+
+
+def _refused(path: Path, target: Any) -> NoReturn:
+    raise AssertionError(f"a process that is not the first writes {target}")
+
+
+def run(folder: Path, arguments: list[str]) -> None:
+    """Run the command, note when every file was written, and run it again."""
+    torch.set_num_threads(1)
+    coin.pipeline.run.write_report = lambda *_: None  # its plots would take most of the time
+    if os.environ["RANK"] != "0":
+        Path.replace = _refused  # type: ignore[assignment, method-assign]
+    assert main(arguments) == 0
+    if is_rank_zero():
+        times = {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+        (folder / "first.json").write_text(json.dumps({"processes": process_count(), "times": times}))
+    assert main(arguments) == 0
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), sys.argv[2:])

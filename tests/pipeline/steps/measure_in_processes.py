@@ -1,0 +1,74 @@
+"""Measures one Fisher diagonal and one evaluation on this process's share, for `test_trainer.py`.
+
+Run as a script under ``torch.distributed.run``, or imported for the same with one process.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from coin.data import Digits
+from coin.data.tasks import Tasks
+from coin.modules import DecodingEvaluator
+from coin.networks import load_network
+from coin.pipeline.steps.statistics import statistic_sums
+from coin.pipeline.steps.trainer import Trainer
+from coin.statistics.statistic import StatisticOptions
+
+
+def measure(folder: Path, devices: int) -> None:
+    """Write ``fisher.pt`` and ``outcomes.json``, on the first process, into a folder that holds the networks' paths."""
+    torch.set_num_threads(1)
+    paths = json.loads((folder.parent / "paths.json").read_text())
+    # None of these numbers is divisible by two, and batches are unequal.
+    tasks = Tasks(
+        {
+            "task0": Digits(image_size=16, max_test=37, eval_batch_size=8, split_seed=1),
+            "task1": Digits(image_size=16, max_test=61, eval_batch_size=16, split_seed=2),
+        },
+        samples_per_task=21,
+        batch_size=8,
+        seed=3,
+    )
+
+    def trainer() -> Trainer:
+        return Trainer(
+            default_root_dir=folder,
+            accelerator="cpu",
+            devices=devices,
+            strategy="ddp" if devices > 1 else "auto",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+
+    network = load_network(Path(paths["experts"]["task0"])).network.double()
+    fishers = {}
+    for kind in ("exact", "empirical"):
+        sums, _ = statistic_sums(trainer(), network, tasks, StatisticOptions(kind=kind))
+        fishers[kind] = {"values": dict(sums.values), "count": sums.count, "passes": sums.passes}
+    run = trainer()
+    outcomes = run.evaluate(DecodingEvaluator(paths["experts"], paths["coded"]), tasks, name="processes")
+    if run.is_global_zero:
+        torch.save({"processes": run.world_size, "fishers": fishers}, folder / "fisher.pt")
+        measured = [
+            {
+                "method": outcome.variant.method,
+                "decoder": outcome.decoder,
+                "erased": outcome.erased,
+                "task": outcome.task,
+                "counts": outcome.confusion.tolist(),
+                "exact": [outcome.expert_accuracy, outcome.decoded_accuracy, outcome.nda, outcome.agreement],
+                "residual": outcome.residual,
+                "risk": outcome.risk,
+            }
+            for outcome in outcomes
+        ]
+        (folder / "outcomes.json").write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    measure(Path(sys.argv[1]), devices=int(sys.argv[2]))

@@ -1,0 +1,222 @@
+import csv
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from coin.data.tasks import Tasks
+from coin.errors import CoinWarning, ConfigurationError, DataError, FileError, StateError
+from coin.files.tensors import fingerprint
+from coin.modules import DecodingEvaluator, Expert
+from coin.networks import build_network, load_network
+from coin.pipeline.steps.evaluate import result_rows
+from coin.reporting import read_examples
+from coin.statistics import fisher_diagonal
+from coin.statistics.files import open_statistic
+
+pytestmark = pytest.mark.slow
+
+SMALL = {"network": "small_resnet", "image_size": 16, "options": {"width": 4}}
+SCRIPT = Path(__file__).parent / "measure_in_processes.py"
+
+
+def fisher_of(network, batches, **options):
+    return fisher_diagonal(network.to(memory_format=torch.channels_last), batches, **options)
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        # In single precision an entry is as precise as the tensor's gradients are on the whole.
+        torch.testing.assert_close(found[name], value, rtol=0.0, atol=1e-5 * float(value.max()))
+
+
+def test_fisher_writes_the_diagonal_of_a_configured_expert(tmp_path, synthetic, make_trainer):
+    expert = Expert(**SMALL, num_classes=3, initial_seed=4)
+    make_trainer().fisher(expert, synthetic(seed=3), samples=11)
+    mark = fingerprint(build_network(expert.config, 3, seed=4).state_dict())
+    statistic = open_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher", weights=mark)
+    assert_same(statistic.values, fisher_of(expert.network, synthetic(seed=3).calibration(11)))
+    assert (statistic.samples, statistic.passes) == (11, 11 * 7)
+    made = statistic.provenance
+    assert (made["kind"], made["data"], made["seed"]) == ("exact", "own", 3)
+
+
+def test_fisher_over_several_tasks_is_pooled(tmp_path, synthetic, make_trainer):
+    tasks = Tasks({"a": synthetic(key=1), "b": synthetic(key=2)}, samples_per_task=5, seed=6)
+    expert = Expert(**SMALL, num_classes=3)
+    make_trainer().fisher(expert, tasks, samples=9, output=str(tmp_path / "pooled.safetensors"))
+    statistic = open_statistic(tmp_path / "pooled.safetensors", statistic="fisher")
+    wanted = fisher_of(expert.network, Tasks(tasks.tasks, samples_per_task=9, seed=6).calibration())
+    assert_same(statistic.values, wanted)
+    assert statistic.samples == 18
+    assert (statistic.provenance["data"], statistic.provenance["seed"]) == ("pooled", 6)
+
+
+@pytest.mark.parametrize("kind", ["exact", "empirical", "categorical"])
+def test_fisher_reads_both_kinds_of_checkpoint_and_writes_beside_them(
+    tmp_path, synthetic, make_trainer, write_experts, kind
+):
+    path = Path(write_experts([3])["task0"])
+    network = load_network(path).network
+    expert = Expert(**SMALL, num_classes=3)
+    expert.network.load_state_dict(network.state_dict())
+    trainer = make_trainer(max_epochs=0)
+    trainer.fit(expert, datamodule=synthetic())
+    (tmp_path / "checkpoint").mkdir()
+    trainer.save_checkpoint(tmp_path / "checkpoint" / "last.ckpt")
+    calibration = synthetic().calibration(10)
+    wanted = fisher_of(network, calibration, kind=kind, labels=calibration.labels if kind == "empirical" else None)
+    for checkpoint in (path, tmp_path / "checkpoint" / "last.ckpt"):
+        make_trainer().fisher(Expert(**SMALL, num_classes=3), synthetic(), str(checkpoint), samples=10, kind=kind)
+        statistic = open_statistic(
+            checkpoint.parent / "expert.fisher.safetensors",
+            statistic="fisher",
+            weights=fingerprint(network.state_dict()),
+        )
+        assert_same(statistic.values, wanted)
+        assert statistic.provenance["kind"] == kind
+
+
+def test_a_fisher_in_bfloat16_says_so_in_its_file(tmp_path, synthetic, make_trainer):
+    expert = Expert(**SMALL, num_classes=3, initial_seed=4)
+    make_trainer().fisher(expert, synthetic(seed=3), samples=11, precision="bfloat16")
+    statistic = open_statistic(tmp_path / "run" / "expert.fisher.safetensors", statistic="fisher")
+    wanted = fisher_of(expert.network, synthetic(seed=3).calibration(11))
+    moved = sum(float((statistic.values[name] - value).abs().sum()) for name, value in wanted.items())
+    assert 0 < moved < 0.05 * sum(float(value.sum()) for value in wanted.values())
+    assert statistic.provenance["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize("options", [{"kind": "exact"}, {"mc_samples": 2}, {"precision": "bfloat16"}])
+def test_gram_matrices_have_no_kinds(synthetic, make_trainer, options):
+    told = r"found kind=.* for Gram matrices, expected none of them.*leave them out"
+    with pytest.raises(ConfigurationError, match=told):
+        make_trainer().fisher(Expert(**SMALL, num_classes=3), synthetic(), samples=9, statistic="gram", **options)
+
+
+def test_the_old_name_of_mc_samples_is_taken_with_a_warning(synthetic, make_trainer):
+    trainer, expert = make_trainer(), Expert(**SMALL, num_classes=3)
+    with pytest.warns(CoinWarning, match="is now mc_samples"), pytest.raises(ConfigurationError, match="mc_samples=2"):
+        trainer.fisher(expert, synthetic(), samples=9, cotangents=2)
+
+
+def test_what_fisher_cannot_use_is_named(tmp_path, synthetic, make_trainer):
+    expert = Expert(**SMALL, num_classes=3)
+    with pytest.raises(FileError, match=r"found no file '.*none\.ckpt'"):
+        make_trainer().fisher(expert, synthetic(), str(tmp_path / "none.ckpt"))
+    with pytest.raises(FileError, match="found no file"):
+        make_trainer().fisher(expert, synthetic(), str(tmp_path / "none.safetensors"))
+    with pytest.raises(DataError, match=r"99 calibration samples asked of .*Synthetic"):
+        make_trainer().fisher(expert, synthetic(), samples=99)
+    with pytest.raises(ConfigurationError, match="found a model without a network"):
+        make_trainer().fisher(Expert(**SMALL), synthetic())
+    torch.save({"state_dict": {"network.fc.weight": torch.ones(1)}}, tmp_path / "other.ckpt")
+    with pytest.raises(StateError, match=r"other\.ckpt' has no tensor 'fc\.bias'.*of another architecture"):
+        make_trainer().fisher(expert, synthetic(), str(tmp_path / "other.ckpt"))
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path, synthetic, make_trainer):
+    (tmp_path / "damaged.ckpt").write_text("no checkpoint")
+    with pytest.raises(FileError, match=r"cannot read '.*damaged\.ckpt'") as caught:
+        make_trainer().fisher(Expert(**SMALL, num_classes=3), synthetic(), str(tmp_path / "damaged.ckpt"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def pair(synthetic, write_experts, write_coded):
+    experts = write_experts([3, 2])
+    tasks = {"task0": synthetic(3, key=0, test=23), "task1": synthetic(2, key=1, test=17)}
+    return DecodingEvaluator(experts, write_coded([[0.5, 0.5]], experts)), Tasks(tasks, 20, seed=7)
+
+
+def test_evaluate_writes_the_numbers_it_returns(tmp_path, pair, make_trainer):
+    outcomes = make_trainer().evaluate(*pair, output=str(tmp_path / "results"), name="try", configuration={"x": [1]})
+    with (tmp_path / "results" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(outcomes) == 2 * (4 + 2 + 1)
+    for row, outcome in zip(rows, outcomes, strict=True):
+        assert (row["experiment"], row["seed"], row["samples_per_task"]) == ("try", "7", "20")
+        assert (row["method"], row["decoder"], row["task"]) == (outcome.variant.method, outcome.decoder, outcome.task)
+        assert row["erased"] == row["task"]
+        assert float(row["nda"]) == outcome.nda
+        assert float(row["expert_accuracy"]) == outcome.expert_accuracy
+        assert row["code_row"] == ("0" if outcome.variant.networks else "")
+    described = json.loads((tmp_path / "results" / "results.json").read_text())["configuration"]
+    assert described["x"] == [1]
+    assert described["tasks"] == ["task0", "task1"]
+    assert described["code"] == [[0.5, 0.5]]
+
+
+def test_rows_name_all_coded_models_and_erased_tasks(synthetic, write_experts, write_coded, make_trainer):
+    experts = write_experts([3, 3])
+    evaluator = DecodingEvaluator(experts, write_coded([[0.7, 0.3], [0.3, 0.7]], experts), ["linear"])
+    tasks = Tasks({"task0": synthetic(key=0), "task1": synthetic(key=1)}, 20)
+    make_trainer().test(evaluator, datamodule=tasks, verbose=False)
+    rows = result_rows(evaluator.outcomes, "e", 0, 20)
+    assert {(row.code_row, row.erased, row.task) for row in rows if row.method == "average"} == {
+        ("0+1", "task0", "task0"),
+        ("0+1", "task1", "task1"),
+        ("0+1", "task0+task1", "task0"),
+        ("0+1", "task0+task1", "task1"),
+    }
+
+
+def test_evaluate_wants_an_evaluator_and_tasks(pair, synthetic, make_trainer):
+    evaluator, tasks = pair
+    for model, data in ((Expert(**SMALL, num_classes=3), tasks), (evaluator, synthetic())):
+        with pytest.raises(ConfigurationError, match=r"expected a DecodingEvaluator with Tasks; see configs/evaluate/"):
+            make_trainer().evaluate(model, data)
+
+
+def test_lightnings_distributed_sampler_is_off_by_default(make_trainer):
+    assert not make_trainer()._accelerator_connector.use_distributed_sampler
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path, write_experts, write_coded):
+    experts = write_experts([10, 10])
+    paths = {"experts": experts, "coded": write_coded([[0.7, 0.3], [0.3, 0.7]], experts)}
+    (tmp_path / "paths.json").write_text(json.dumps(paths))
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    runpy.run_path(str(SCRIPT), run_name="imported")["measure"](one, devices=1)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(
+        [*launch, str(SCRIPT), str(two), "2"], env=quiet, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    alone, shared = (torch.load(folder / "fisher.pt", weights_only=True) for folder in (one, two))
+    assert (alone["processes"], shared["processes"]) == (1, 2)
+    for kind, wanted in alone["fishers"].items():
+        found = shared["fishers"][kind]
+        assert found["count"] == wanted["count"] == 42
+        assert found["passes"] == wanted["passes"]
+        for name, value in wanted["values"].items():
+            torch.testing.assert_close(found["values"][name], value, rtol=1e-12, atol=0.0)
+
+    alone, shared = (json.loads((folder / "outcomes.json").read_text()) for folder in (one, two))
+    residuals = [[outcome.pop("residual") for outcome in outcomes] for outcomes in (alone, shared)]
+    risks = [[point for outcome in outcomes for point in outcome.pop("risk")] for outcomes in (alone, shared)]
+    assert [point[:3] for point in risks[0]] == [point[:3] for point in risks[1]]
+    np.testing.assert_allclose(*([point[3:] for point in own] for own in risks), rtol=1e-5, atol=1e-7)
+    assert {point[2] for point in risks[0] if point[:2] == ["coverage", 1.0]} == {37, 61}
+    assert shared == alone
+    assert {sum(map(sum, outcome["counts"])) for outcome in alone} == {37, 61}
+    assert residuals[1] == pytest.approx(residuals[0], rel=1e-5, nan_ok=True)
+    own, other = (read_examples(folder) for folder in (one, two))
+    assert {task: len(indices) for task, indices in own.by_task().items()} == {"task0": 24, "task1": 24}
+    for name in ("images", "expert", "label"):
+        np.testing.assert_array_equal(getattr(other, name), getattr(own, name))
+    assert list(own.decoded) == list(other.decoded)
+    np.testing.assert_array_equal(list(other.decoded.values()), list(own.decoded.values()))
+    rows = [(folder / "results.csv").read_text().splitlines() for folder in (one, two)]
+    assert len(rows[0]) == len(rows[1]) == 1 + len(alone)

@@ -1,0 +1,143 @@
+"""What the parts of an experiment file take, whether a parser has seen it or an override brings it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from coin.callbacks import Weights
+from coin.data import Augmentation, Digits
+from coin.errors import ConfigurationError
+from coin.merging import Coin
+from coin.modules import OptimizerKind, Schedule
+from coin.pipeline import Experiment
+from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
+from coin.pipeline.options import to_config
+from coin.pipeline.steps.train import TrainingConfig
+from coin.statistics import FisherKind, Precision
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+
+
+def test_strings_of_an_override_become_members():
+    override = {"optimizer": "adamw", "schedule": "cosine", "augmentation": "crop_flip", "weights": "best", "lr": 1}
+    config = replace(ExpertConfig(), **override)
+    assert config.optimizer is OptimizerKind.adamw
+    assert config.schedule is Schedule.cosine
+    assert config.augmentation is Augmentation.crop_flip
+    assert config.weights is Weights.best
+
+
+@pytest.mark.parametrize(
+    ("option", "choices"),
+    [
+        ("optimizer", "sgd, adamw"),
+        ("schedule", "constant, cosine, one_cycle"),
+        ("augmentation", "none, crop, crop_flip, shift"),
+        ("weights", "last, best"),
+    ],
+)
+@pytest.mark.parametrize("value", ["crop-flip", None, 3, ["sgd"]])
+def test_a_value_that_is_no_choice_is_refused_with_the_choices(option, choices, value):
+    with pytest.raises(ConfigurationError, match=rf"^found {option}=[^\n]*, expected one of {choices}$"):
+        replace(ExpertConfig(), **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("epochs", [0, 2.0, "3", True]),
+        ("batch_size", [1, 64.0, "64"]),
+        ("lr", [0, -0.1, "0.1", True, float("nan"), float("inf")]),
+        ("weight_decay", [-1e-4, "0"]),
+        ("momentum", [-0.1, 1.0, "0.9"]),
+        ("label_smoothing", [-0.1, 1.0, None]),
+        ("compile_network", [1, "true"]),
+    ],
+)
+def test_numbers_of_an_override_are_checked(option, values):
+    for value in values:
+        with pytest.raises(ConfigurationError, match=f"^found {option}="):
+            replace(ExpertConfig(), **{option: value})
+
+
+def test_the_least_values_are_taken():
+    config = TrainingConfig(epochs=1, batch_size=2, lr=1e-9, momentum=0, weight_decay=0, label_smoothing=0)
+    assert replace(config) == config
+
+
+def test_a_base_is_checked_alike():
+    with pytest.raises(ConfigurationError, match=r"^found schedule='linear'"):
+        BaseConfig(schedule="linear", checkpoint="base.safetensors")
+    assert BaseConfig(schedule="cosine", checkpoint="base.safetensors").schedule is Schedule.cosine
+
+
+def test_a_number_of_cotangents_belongs_to_monte_carlo():
+    assert CalibrationConfig(fisher_kind="monte_carlo", fisher_cotangents=4).fisher_kind is FisherKind.monte_carlo
+    # Another kind here may stand beside a method with one of its own: the experiment checks them together.
+    assert CalibrationConfig(fisher_kind=FisherKind.exact, fisher_cotangents=4).fisher_cotangents == 4
+    for number in (0, 1.5):
+        with pytest.raises(ConfigurationError, match="expected a whole number of at least 1"):
+            CalibrationConfig(fisher_kind=FisherKind.monte_carlo, fisher_cotangents=number)
+    with pytest.raises(ConfigurationError, match="found fisher_kind='full', expected one of exact, monte_carlo"):
+        CalibrationConfig(fisher_kind="full")
+
+
+def test_a_precision_is_that_of_fishers_and_of_no_gram_matrices():
+    calibration = CalibrationConfig(fisher_precision="bfloat16")
+    fisher = Statistic(StatisticKind.fisher, DataChoice.own, FisherKind.categorical)
+    assert calibration.options_of(fisher).precision is Precision.bfloat16
+    assert calibration.options_of(Statistic(StatisticKind.gram, DataChoice.own)).precision is Precision.full
+    with pytest.raises(ConfigurationError, match="found fisher_precision='half', expected one of full, bfloat16"):
+        CalibrationConfig(fisher_precision="half")
+
+
+@pytest.mark.parametrize("tag", ["", "x" * 65])
+def test_a_tag_that_w_and_b_refuses_is_refused_before_anything_runs(tag):
+    with pytest.raises(ConfigurationError, match="expected one of 1 to 64 characters"):
+        WandbConfig(tags=["fine", tag])
+
+
+class OwnTask(Digits):
+    """A user's task that keeps its option its own way."""
+
+    def __init__(self, folder: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._folder = Path(folder)
+
+
+class Forgetful(OwnTask):
+    """One that keeps it nowhere."""
+
+    def __init__(self, shade: int, **options: Any) -> None:
+        super().__init__("x", **options)
+
+
+def test_an_experiment_of_objects_says_the_configuration_that_repeats_it() -> None:
+    own: Any = {"a": OwnTask("images", max_train=40), "b": Digits(augmentation="shift")}
+    code: Any = [[np.float64(0.25), 0.75]]
+    experiment = Experiment("x", own, [Coin(damping=0.1)], expert=ExpertConfig(lr=np.float64(0.5)), code=code)
+    said = yaml.safe_load(experiment.as_yaml(7))
+    assert said["seeds"] == [7]
+    assert said["tasks"]["a"]["init_args"]["folder"] == "images"
+    assert said["tasks"]["a"]["init_args"]["max_train"] == 40
+    assert said["tasks"]["a"]["class_path"].endswith("test_config.OwnTask")
+    assert said["tasks"]["b"]["class_path"] == "coin.data.Digits"
+    assert said["tasks"]["b"]["init_args"]["augmentation"] == "shift"
+    assert said["methods"] == [to_config(Coin(damping=0.1))]
+    assert said["code"] == [[0.25, 0.75]]
+    assert said["expert"]["lr"] == 0.5
+    forgetful: Any = {**own, "a": Forgetful(3)}
+    with pytest.raises(ConfigurationError, match="found a Forgetful that does not store its option shade"):
+        Experiment("x", forgetful, [Coin()]).as_yaml(0)
+
+
+def test_what_is_promised_has_no_say_in_the_coded_models():
+    own = CalibrationConfig(promise_samples=400, promise_alpha=0.01, promise_confidence=0.9)
+    assert own.merging == CalibrationConfig().merging
+    assert own.merging != CalibrationConfig(samples_per_task=100).merging
+    for wrong in ({"promise_samples": -1}, {"promise_alpha": 0.0}, {"promise_confidence": 1}):
+        with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+            CalibrationConfig(**wrong)

@@ -1,0 +1,137 @@
+"""How an experiment fine-tunes its experts: the options that ``coin fit`` has, for all tasks or one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from coin.cli import main
+from coin.errors import ConfigurationError
+from coin.pipeline.config import ExpertConfig
+
+
+@pytest.fixture
+def make_expert(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that makes one expert and returns its tensors, and those of its shared initialisation."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+    def make(task: str, *, network: Any = None, tasks: Any = None, **expert: Any) -> tuple[Any, Any]:
+        over = tmp_path / "over.yaml"
+        own = {name: value for name, value in {"network": network, "tasks": tasks}.items() if value}
+        sections = {"expert": {"epochs": 1, **expert}, "base": None, "methods": [{"class_path": "Average"}], **own}
+        over.write_text(yaml.safe_dump(sections))
+        command = ["run", "-c", str(config), "-c", str(over), f"--output={tmp_path}", "--only", task]
+        assert main(command) == 0
+        classes = {"digits": 10, "letters": 6}[task]
+        return (
+            load_file(tmp_path / f"tiny/seed-0/experts/{task}/expert.safetensors"),
+            load_file(tmp_path / f"tiny/base/initial-{classes}.safetensors"),
+        )
+
+    return make
+
+
+def changed(expert: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]) -> set[str]:
+    assert expert.keys() == initial.keys()
+    return {name for name in expert if not torch.equal(expert[name], initial[name])}
+
+
+def test_a_task_may_train_its_head_alone(make_expert: Any) -> None:
+    own = {"letters": {"trainable": ["head"]}}
+    found = changed(*make_expert("letters", freeze_batchnorm=True, overrides=own))
+    assert found == {"fc.weight", "fc.bias"}
+    found = changed(*make_expert("digits", freeze_batchnorm=True, l2_sp=0.01, head_lr=0.1, overrides=own))
+    assert {"stem.0.weight", "stem.1.weight", "fc.weight"} <= found
+    assert not any("running" in name for name in found)
+
+
+def test_the_penalty_draws_to_the_shared_initialisation(make_expert: Any) -> None:
+    def distance(**options: Any) -> float:
+        expert, initial = make_expert("digits", epochs=3, **options)
+        names = {name for name in expert if name.endswith("weight") and not name.startswith("fc")}
+        return float(sum((expert[name] - initial[name]).square().sum() for name in names))
+
+    assert distance(l2_sp=10.0) < 0.8 * distance()
+
+
+FLIP = {"class_path": "torchvision.transforms.v2.RandomVerticalFlip", "init_args": {"p": 1.0}}
+NESTED = {"class_path": "torchvision.transforms.v2.RandomApply", "init_args": {"transforms": [FLIP], "p": 1.0}}
+
+
+def test_a_transform_of_a_task_or_of_an_expert_makes_another_expert(make_expert: Any) -> None:
+    """And the training step is done again, since its key has changed."""
+    plain, initial = make_expert("digits")
+    experts = [make_expert("digits", transform=FLIP)[0]]
+    experts.append(make_expert("digits", overrides={"digits": {"transform": [NESTED]}})[0])
+    digits = {"class_path": "Digits", "init_args": {"max_train": 120, "max_test": 77, "transform": FLIP}}
+    experts.append(make_expert("digits", tasks={"digits": digits, "b": {"class_path": "Digits"}})[0])
+    assert changed(plain, initial)
+    without = make_expert("digits", transform=[], tasks={"digits": digits, "b": {"class_path": "Digits"}})[0]
+    assert not changed(without, plain)
+    for expert in experts:
+        assert changed(expert, plain)
+    # All three ways name one transform of the same images.
+    assert not changed(experts[2], experts[0])
+    assert not changed(experts[1], experts[0])
+
+
+def test_adapters_are_trained_for_one_task_and_merged(make_expert: Any) -> None:
+    vit = {"name": "small_vit", "image_size": 16, "options": {"depth": 1, "width": 16, "mlp_width": 16}}
+    own = {"letters": {"lora": {"rank": 2, "targets": ["*.mlp.0"]}}}
+    found = changed(*make_expert("letters", network=vit, overrides=own))
+    layers = {"encoder.layers.encoder_layer_0.mlp.0.weight"}
+    assert found == layers | {"heads.head.weight", "heads.head.bias"}
+
+
+def test_a_run_and_a_single_training_have_the_same_options() -> None:
+    for options in ({"l2_sp": -1}, {"trainable": "head"}, {"head_lr": 0}, {"freeze_batchnorm": "yes"}, {"lora": 4}):
+        (name,) = options
+        with pytest.raises(ConfigurationError, match=f"^found {name}="):
+            ExpertConfig(overrides={"a": options}).of("a")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("expert.overrides.letters={trainable: [layer4.*]}", "found trainable pattern 'layer4.*', which matches no"),
+        ("expert={lora: {rank: 2}}", "found lora.targets pattern '*', which matches no linear layer of SmallResNet"),
+        ("base.trainable=[fc.wieght]", "the nearest names are fc.weight"),
+        ("expert={head_lr: 0.1, trainable: [stem.*]}", "found head_lr=0.1 and a head that is not trained"),
+    ],
+)
+def test_what_does_not_fit_the_network_is_told_before_the_base_is_trained(
+    section: str, message: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", f"--{section}"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("coin: error: ")
+    assert message in line
+    assert "pretraining" not in line
+    assert len(line.splitlines()) == 1
+
+
+def test_overrides_on_the_command_line_are_plain_values_of_their_types(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {
+        "lr": 1e-3,
+        "epochs": 7,
+        "l2_sp": 0,
+        "freeze_batchnorm": True,
+        "head_lr": None,
+        "optimizer": "adamw",
+        "trainable": ["head", "fc.*"],
+        "lora": {"rank": 2},
+        "transform": [NESTED],
+    }
+    for name, value in options.items():
+        given = f"--expert.overrides.letters.{name}={value if isinstance(value, str) else json.dumps(value)}"
+        with pytest.raises(SystemExit):
+            main(["run", "-c", str(config), given, "--print_config"])
+        found = yaml.safe_load(capsys.readouterr().out)["expert"]["overrides"]["letters"][name]
+        assert found == value
+        assert type(found) is type(value)

@@ -1,0 +1,173 @@
+"""Experts side by side: the same experts as one after the other, each worker on a place of its own."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import coin.pipeline.run
+from coin.cli import main
+from coin.errors import CoinError, ConfigurationError
+from coin.files.safetensors import load_state
+from coin.pipeline.executors import Executor, ExpertJob, Launch, train_side_by_side, worker_environments
+
+pytestmark = pytest.mark.slow
+
+DEBUG = Launch(Executor.slurm, 2, {"cluster": "debug"})
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[ExpertJob]:
+    """Three experts whose training is a shell script that notes its arguments; the second one fails."""
+    script = tmp_path / "python"
+    script.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/done\necho "threads $OMP_NUM_THREADS"\necho "the last word of $7"\n'
+        'test "$7" != b\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    return [ExpertJob(f"expert {task}", tmp_path / "config.yaml", task, tmp_path / task / "log") for task in "abc"]
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come so far"
+        time.sleep(0.02)
+
+
+def test_experts_side_by_side_are_those_of_one_after_the_other_and_none_is_trained_by_two(
+    finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command is killed, and started again while its children, which live on, still train."""
+    monkeypatch.setattr(coin.pipeline.run, "write_report", lambda *_: None)  # its plots take long
+    shutil.copytree(finished / "base", tmp_path / "tiny/base")
+    folders = [tmp_path / f"tiny/seed-0/experts/{task}" for task in ("digits", "letters")]
+    logs = [folder / "launch.log" for folder in folders]
+    command = ["run", "-c", str(config), f"--output={tmp_path}", "--methods=[{class_path: Average}]"]
+    command += ["--launch.workers=2", "--decoders=[linear]"]
+    parent = subprocess.Popen([sys.executable, "-m", "coin", *command], stderr=subprocess.DEVNULL)
+    wait_for(lambda: all((folder / "checkpoints/step-key").exists() for folder in folders))
+    orphans = [int((folder / ".lock").read_text().split()[1]) for folder in folders]
+    for process in (*orphans, parent.pid):
+        os.kill(process, signal.SIGSTOP)
+    steps = tmp_path / "tiny/seed-0/.steps"
+    waiting = [log for log in logs if not (steps / f"expert-{log.parent.name}.json").exists()]  # one may have ended
+    parent.kill()
+    parent.wait()
+
+    def let_go() -> None:
+        try:
+            wait_for(lambda: all("waiting for another coin command at work" in log.read_text() for log in waiting))
+        finally:
+            for process in orphans:
+                os.kill(process, signal.SIGCONT)
+
+    watch = threading.Thread(target=let_go)
+    watch.start()
+    assert main(command) == 0
+    watch.join()
+    for folder, log in zip(folders, logs, strict=True):
+        found, _ = load_state(folder / "expert.safetensors")
+        wanted, _ = load_state(finished / f"seed-0/experts/{folder.name}/expert.safetensors")
+        assert all(found[name].equal(wanted[name]) for name in wanted)
+        assert log.read_text().count(f"seed 0: expert {folder.name}: fine-tuning") == 1
+        assert log.read_text().count("fine-tuning") == 1, "a child trains its own expert alone"
+        assert log.read_text().count(f"seed 0: expert {folder.name}: up to date") == (log in waiting)
+    assert (tmp_path / "tiny/summary.csv").is_file()
+
+
+@pytest.mark.parametrize("work", ["exec sleep 60", "trap '' TERM\nwhile :; do sleep 0.05; done"], ids=["ends", "stays"])
+def test_the_end_of_the_command_is_the_end_of_its_children(
+    work: str, jobs: list[ExpertJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with SIGTERM, which a scheduler sends before the end of an allocation."""
+    monkeypatch.setattr("coin.pipeline.executors._STOP_SECONDS", 0.5)
+    Path(sys.executable).write_text(f"#!/bin/sh\necho $$ >> {tmp_path}/started\n{work}\n")
+
+    def told(text: str) -> None:
+        if text == "expert b: started":
+            wait_for(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text().count("\n") == 2)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("coin.pipeline.executors.rank_zero_info", told)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        train_side_by_side(jobs, Launch(workers=2), tmp_path / "submitit")
+    assert left.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    for number in (tmp_path / "started").read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(number), 0)
+
+
+@pytest.mark.parametrize("launch", [Launch(workers=2), DEBUG], ids=["local", "slurm"])
+def test_a_failed_expert_stops_none_of_the_others(
+    launch: Launch, jobs: list[ExpertJob], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        CoinError, match=r"1 of 3 experts failed, the first of them expert b: the last word of b .*b/log"
+    ):
+        train_side_by_side(jobs, launch, tmp_path / "submitit")
+    commands = (tmp_path / "done").read_text().splitlines()
+    assert sorted(commands) == [f"-m coin run -c {tmp_path}/config.yaml --only {task}" for task in "abc"]
+    told = capsys.readouterr().err.splitlines()
+    assert [line for line in told if "failed" in line] == [
+        next(line for line in told if line.startswith("expert b: f"))
+    ]
+    assert sum("finished" in line for line in told) == 2
+
+
+def test_every_worker_has_a_gpu_or_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("coin.pipeline.executors.cores", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert [place["OMP_NUM_THREADS"] for place in worker_environments(3)] == ["2", "2", "2"]
+    assert "CUDA_VISIBLE_DEVICES" not in worker_environments(3)[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in worker_environments(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in worker_environments(2)] == ["5", "7"]
+
+
+def test_a_job_queues_itself_again(jobs: list[ExpertJob]) -> None:
+    assert jobs[0].checkpoint().function is jobs[0]
+
+
+def test_what_does_not_fit_is_one_line(
+    jobs: list[ExpertJob],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(ConfigurationError, match="workers 0"):
+        Launch(workers=0)
+    with pytest.raises(ConfigurationError, match=r"launch\.slurm"):
+        Launch(slurm={"timeout_min": 3})
+    wrong = Launch(Executor.slurm, 2, {"cluster": "debug", "speed": 9})
+    with pytest.raises(ConfigurationError, match=r"cannot submit the experts with .*speed"):
+        train_side_by_side(jobs, wrong, tmp_path / "submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigurationError, match="cannot submit"):
+        train_side_by_side(jobs, Launch(Executor.slurm), tmp_path / "submitit")
+    assert main(["run", "-c", str(config), "--only=nothing", "--name=mistake"]) == 2
+    assert "found no task 'nothing', expected one of digits, letters" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'coded-coin\[slurm\]'"):
+        train_side_by_side(jobs, DEBUG, tmp_path / "submitit")
+
+
+def test_a_seeds_configuration_does_not_launch_again(finished: Path) -> None:
+    text = (finished / "seed-0/config.yaml").read_text()
+    assert "launch" not in text
+    assert "only:" not in text

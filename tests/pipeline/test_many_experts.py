@@ -1,0 +1,191 @@
+"""Many experts merged from files: the same coded models as from memory, with few tensors alive and one network."""
+
+import gc
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import coin.pipeline.steps.expert_files
+from coin.coding import Code
+from coin.commands.merge import merge
+from coin.errors import CoinError
+from coin.files.safetensors import StateFile, load_state, save_state
+from coin.files.tensors import fingerprint
+from coin.merging import Average, Coin, MergeMethod, RegMean, TaskArithmetic, Ties, merge_networks
+from coin.networks import (
+    BatchNormPolicy,
+    NetworkConfig,
+    build_network,
+    load_network,
+    pad_head,
+    padded_rows,
+    save_network,
+)
+from coin.pipeline.steps.expert_files import ExpertFiles, StoredExperts
+from coin.statistics import fisher_diagonal, gram_sums
+
+pytestmark = pytest.mark.slow
+
+COUNTS = [3, 2, 3, 3, 2, 3]
+ROWS = [[0.1, 0.2, 0.1, 0.3, 0.1, 0.2]]
+METHODS = [method(batchnorm=BatchNormPolicy.average) for method in (Average, Coin, RegMean, TaskArithmetic, Ties)]
+
+
+@pytest.fixture
+def files(write_experts: Callable[..., dict[str, str]], small_config: NetworkConfig, tmp_path: Path) -> dict[str, Any]:
+    """Experts with statistics of their own, and a shared initialisation, as `coin merge` is given them."""
+    experts = write_experts(COUNTS)
+    fisher, gram = {}, {}
+    for index, (task, path) in enumerate(experts.items()):
+        network = load_network(Path(path)).network
+        inputs = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(index))
+        made = {
+            "weights": fingerprint(network.state_dict()),
+            "data": "own",
+            "samples": 5,
+            "seconds": 0.0,
+            "passes": 0.0,
+        }
+        fisher[task], gram[task] = (str(tmp_path / f"{task}.{name}.safetensors") for name in ("fisher", "gram"))
+        values = fisher_diagonal(network, [inputs], kind="categorical")
+        save_state(Path(fisher[task]), values, {"statistic": "fisher", "kind": "categorical", **made})
+        save_state(Path(gram[task]), gram_sums(network, [inputs]).mean(), {"statistic": "gram", **made})
+    initial = tmp_path / "initial.safetensors"
+    save_network(initial, build_network(small_config, 3, seed=9), small_config, 3, {"made_by": "a test"})
+    return {"experts": experts, "fisher": fisher, "gram": gram, "initial": str(initial)}
+
+
+class Living:
+    """Counts the objects that are alive, now and at most."""
+
+    def __init__(self) -> None:
+        self.now = self.most = self.ever = 0
+
+    def born(self, thing: Any) -> None:
+        self.now, self.ever = self.now + 1, self.ever + 1
+        self.most = max(self.most, self.now)
+        weakref.finalize(thing, self._gone)
+
+    def _gone(self) -> None:
+        self.now -= 1
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+def test_a_merge_from_files_keeps_few_tensors_and_one_network(
+    method: MergeMethod, files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = [load_network(Path(path)) for path in files["experts"].values()]
+    networks = [pad_head(file.network, 3) for file in loaded]
+    fishers = [load_state(Path(path))[0] for path in files["fisher"].values()]
+    wanted = merge_networks(
+        method,
+        networks,
+        Code(ROWS),
+        fishers=[{**state, **padded_rows(state, "fc", 3)} for state in fishers],
+        grams=[load_state(Path(path))[0] for path in files["gram"].values()],
+        initial=load_network(Path(files["initial"])).network,
+    )[0]
+    del loaded, networks, fishers
+    gc.collect()
+
+    tensors, built = Living(), Living()
+    plain_read, plain_build = StateFile.__getitem__, build_network
+
+    def read(self: StateFile, name: str) -> Tensor:
+        tensor = plain_read(self, name)
+        tensors.born(tensor)
+        return tensor
+
+    def build(*arguments: Any, **options: Any) -> nn.Module:
+        network = plain_build(*arguments, **options)
+        built.born(network)
+        gc.collect()  # modules are in reference cycles
+        return network
+
+    monkeypatch.setattr(StateFile, "__getitem__", read)
+    monkeypatch.setattr(coin.pipeline.steps.expert_files, "build_network", build)
+    (path,) = merge(method=method, output=str(tmp_path / "coded"), code=ROWS, **files)
+    assert tensors.ever > len(COUNTS) * 20, "nothing was counted"
+    assert tensors.most <= 4
+    assert built.most <= 2
+    found, provenance = load_state(path)
+    assert provenance["class_counts"] == COUNTS
+    for name, tensor in wanted.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+def test_a_fisher_file_of_the_head_alone_leaves_the_rest_to_the_average(files: dict[str, Any], tmp_path: Path) -> None:
+    first = Path(next(iter(files["fisher"].values())))
+    values, provenance = load_state(first)
+    save_state(first, {name: values[name] for name in ("fc.weight", "fc.bias")}, provenance)
+    average, coin_ = (
+        load_state(merge(method=method, output=str(tmp_path / "coded"), code=ROWS, **files)[0])[0]
+        for method in METHODS[:2]
+    )
+    for name, tensor in average.items():
+        assert torch.equal(coin_[name], tensor) == (name not in ("fc.weight", "fc.bias"))
+
+
+def _spoil(path: str, change: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    with Path(path).open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little")).decode()
+    metadata = json.loads(header)["__metadata__"]
+    change(tensors)
+    save_file(tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["fc.weight"].fill_(float("nan")), r"expert-4.*not finite: tensor 'fc.weight'"),
+        (lambda state: state["fc.bias"][1:].fill_(float("inf")), r"expert-4.*not finite: tensor 'fc.bias'"),
+        (lambda state: state.pop("fc.bias"), r"expert-4.*has no tensor 'fc.bias'"),
+        (lambda state: state.update(more=torch.ones(2)), r"expert-4.*has a tensor 'more' too many"),
+        (lambda state: state.update({"fc.bias": torch.ones(3)}), r"expert-4.*'fc.bias' of shape \[3\], expected \[2\]"),
+        (lambda state: state["fc.bias"].add_(1), r"is of weights .* the expert has changed"),
+    ],
+    ids=["nan", "infinity", "missing", "superfluous", "shape", "other weights"],
+)
+def test_a_damaged_expert_is_found_before_anything_is_merged(
+    change: Callable[[dict[str, Tensor]], None], message: str, files: dict[str, Any], tmp_path: Path
+) -> None:
+    _spoil(files["experts"]["task4"], change)
+    with pytest.raises(CoinError, match=message):
+        merge(method=METHODS[1], output=str(tmp_path / "coded"), code=ROWS, **files)
+    assert not (tmp_path / "coded").exists()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "regnet_x_400mf"])
+def test_the_layout_is_the_networks_own(name: str, tmp_path: Path) -> None:
+    config = NetworkConfig(name, 32)
+    network = build_network(config, 3)
+    save_network(tmp_path / "expert.safetensors", network, config, 3, {})
+    files = ExpertFiles({"task": tmp_path / "expert.safetensors"})
+    experts, state = StoredExperts(files), files.opened["task"].state
+    assert list(experts.parameters[0]) == [key for key, _ in network.named_parameters()]
+    assert all(tensor.equal(network.get_parameter(key)) for key, tensor in experts.parameters[0].items())
+    assert {*experts.buffers[0]} == {*state} - {*experts.parameters[0]} == {key for key, _ in network.named_buffers()}
+    assert experts.has_batchnorm
+    shapes = {key: tensor.shape for key, tensor in files.skeleton.state_dict().items()}
+    assert shapes == {key: tensor.shape for key, tensor in network.state_dict().items()}
+
+
+def test_experts_are_read_one_at_a_time_where_networks_run(files: dict[str, Any]) -> None:
+    experts = ExpertFiles({task: Path(path) for task, path in files["experts"].items()})
+    living = Living()
+    count = 0
+    for network in experts.each_network():
+        gc.collect()
+        living.born(network)
+        count += 1
+        del network
+    assert count == len(COUNTS)
+    assert living.most <= 2

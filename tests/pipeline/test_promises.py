@@ -1,0 +1,75 @@
+"""The study of promises over random splits of stored answers."""
+
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from coin.cli import main
+from coin.errors import ConfigurationError
+from coin.reporting.extras import RISK_NPZ
+from coin.reporting.results import write_archive
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
+    from notebooks import promises
+
+    return promises
+
+
+def test_true_promises_are_kept_and_coverage_is_as_large_as_it_may_be(study: ModuleType, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    risk = draw.random(1000)
+    answers = np.stack([risk, draw.random(1000) < (risk > 0.7)], 1).astype(np.float32)
+    keys = ["coin|auto|linear|a|a", "coin|auto|linear|a+b|a", "oracle||linear|a|a"]
+    write_archive(tmp_path / "x/seed-3" / RISK_NPZ, dict.fromkeys(keys, answers))
+    frame = pd.DataFrame(study.measure(tmp_path / "x/seed-3", 600, [0.05, 0.001], 0.95, 50))
+    assert list(frame["alpha"]) == [0.05, 0.001]  # of the one that is lost alone
+    assert set(frame["seed"]) == {3}
+    usual, never = frame.to_dict("records")
+    assert usual["given"] == 1
+    assert usual["untrue"] <= 0.05
+    assert 0.68 < usual["coverage"] < 0.75
+    assert 0 < usual["found"] < 0.05
+    assert (never["given"], never["broken"], never["untrue"], never["coverage"]) == (0, 0, 0, 0)
+
+
+@pytest.mark.slow
+def test_too_many_samples_are_refused_before_anything_is_made_though_experts_stand(
+    config: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = {task: f"{finished}/seed-0/experts/{task}/expert.safetensors" for task in ("digits", "letters")}
+    options = yaml.safe_load(config.read_text()) | {"expert": {"checkpoints": experts}, "output": str(tmp_path)}
+    options |= {"base": {"checkpoint": f"{finished}/base/base.safetensors"}}
+    options["calibration"]["promise_samples"] = 10**6
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(options))
+    assert main(["run", "-c", f"{tmp_path}/x.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "1000000 promise samples asked of the task 'digits'" in said
+    assert "merging" not in said
+
+
+@pytest.mark.parametrize(("alpha", "samples", "warned"), [(0.05, 58, "59"), (0.02, 148, "149"), (0.01, 299, None)])
+def test_too_few_samples_for_any_promise_are_told_of_at_the_start(
+    alpha: float, samples: int, warned: str | None, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def stop(_: object) -> None:
+        raise ConfigurationError("stopped")
+
+    monkeypatch.setattr("coin.pipeline.run._seed_runs", stop)
+    options = yaml.safe_load(config.read_text()) | {"output": str(tmp_path)}
+    options["calibration"] |= {"promise_samples": samples, "promise_alpha": alpha}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(options))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert main(["run", "-c", f"{tmp_path}/x.yaml"]) == 2
+    lines = [str(each.message) for each in told if "nothing will be promised" in str(each.message)]
+    assert len(lines) == (warned is not None)
+    assert not warned or f"expected at least {warned} for" in lines[0]

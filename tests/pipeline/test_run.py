@@ -1,0 +1,391 @@
+"""``coin run`` from start to finish: its files, its skipping, its resuming."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import pandas as pd
+import pytest
+
+import coin.pipeline.run
+from coin.cli import main
+from coin.errors import ConfigurationError
+from coin.files.safetensors import load_provenance, load_state
+from coin.files.tensors import fingerprint
+from coin.reporting import COLUMNS, read_examples, read_layers, read_results, read_summary, write_summary
+from coin.reporting.results import requested_policy
+
+pytestmark = pytest.mark.slow
+
+
+def same_numbers(one: Path, other: Path) -> None:
+    pd.testing.assert_frame_equal(
+        read_results(one).drop(columns=["merge_seconds", "decoder_seconds", "experiment"]),
+        read_results(other).drop(columns=["merge_seconds", "decoder_seconds", "experiment"]),
+        check_exact=True,
+    )
+
+
+def test_results_hold_every_method_decoder_and_task(finished: Path) -> None:
+    frame = pd.read_csv(finished / "seed-0" / "results.csv", keep_default_na=False)
+    assert tuple(frame.columns) == COLUMNS
+    found = set(zip(frame.method, frame.batchnorm.map(requested_policy), frame.decoder, frame.task, strict=True))
+    wanted = {
+        (method, policy, decoder, task)
+        for method, policy in [
+            ("average", "auto"),
+            ("coin", "auto"),
+            ("coin", "recalibrate"),
+            ("coin", "keep"),
+            ("distillation", "keep"),
+        ]
+        for decoder in ("linear", "ridge", "feature_ridge")
+        for task in ("digits", "letters")
+    }
+    references = {
+        ("none", "", decoder, task) for decoder in ("ridge", "feature_ridge") for task in ("digits", "letters")
+    }
+    oracle = {("oracle", "", "linear", task) for task in ("digits", "letters")}
+    assert found == wanted | references | oracle
+    assert set(frame.samples_per_task) == {24}
+
+
+def test_numbers_are_consistent(finished: Path) -> None:
+    frame = read_results(finished / "seed-0")
+    oracle = frame[frame.method == "oracle"]
+    assert (oracle.nda == 1).all()
+    assert (oracle.agreement == 1).all()
+    for row in frame.itertuples():
+        if row.expert_accuracy > 0:
+            assert math.isclose(row.nda, row.decoded_accuracy / row.expert_accuracy)
+    # One expert, one accuracy, whatever decodes it.
+    assert (frame.groupby("task").expert_accuracy.nunique() == 1).all()
+    # 77 digits and 54 letters were tested, each once.
+    for task, count in (("digits", 77), ("letters", 54)):
+        shares = frame[frame.task == task].decoded_accuracy * count
+        assert (abs(shares - shares.round()) < 1e-9).all()
+
+
+def test_costs_count_statistics_and_tuning(finished: Path) -> None:
+    rows = read_results(finished / "seed-0")
+    rows["batchnorm"] = rows.batchnorm.map(requested_policy)
+    rows = rows.set_index(["method", "batchnorm", "decoder", "task"])
+    frame = rows.merge_passes
+    said = json.loads((finished / "seed-0/results.json").read_text())["methods"]
+    chosen = {(method["label"], method["batchnorm"].partition(":")[0]): method["chosen"] for method in said}
+    held_out, training = 10, 38
+
+    def choice(label: str) -> int:
+        """Two experts and two networks on what is held out, one recalibrated on the rest, and at last on all."""
+        return 4 * held_out + training + 48 * (chosen[label, "auto"]["batchnorm"] == "recalibrate")
+
+    # Average: its choice of a BatchNorm policy. COIN: a forward and ten (or six) backward passes a sample as well.
+    assert frame["average", "auto", "linear", "digits"] == choice("average")
+    fisher = 24 * (1 + 2 * 10) + 24 * (1 + 2 * 6)
+    assert frame["coin", "auto", "linear", "digits"] == fisher + choice("coin")
+    assert frame["coin", "recalibrate", "linear", "digits"] == fisher + 48
+    assert frame["coin", "keep", "linear", "digits"] == fisher
+    assert frame["coin", "auto", "ridge", "digits"] == fisher + choice("coin")
+    # A calibrated decoder needs two experts and one coded model on 48 samples; the survivors alone have no coded model.
+    fitted = rows.decoder_passes
+    assert fitted["coin", "auto", "linear", "digits"] == 0
+    assert fitted["coin", "auto", "feature_ridge", "digits"] == fitted["coin", "auto", "ridge", "digits"] == 3 * 48
+    assert fitted["none", "", "ridge", "digits"] == 2 * 48
+    distilled = chosen["distillation", "keep"]
+    assert distilled == load_provenance(finished / "seed-0/coded/distillation.safetensors")["chosen"]
+    per_epoch = [16, 16, 6]
+    steps = 10
+    assert training == sum(per_epoch)
+
+    def trained(steps: int, sizes: list[int]) -> int:
+        return 3 * sum(sizes[step % len(sizes)] for step in range(steps))
+
+    # The experts answer once to what is trained on and once to what is held out, for both trials.
+    trials = 2 * (training + held_out) + 2 * (trained(steps, per_epoch) + steps * held_out)
+    final = 2 * 48 + trained(distilled["steps"], [16, 16, 16])
+    # Both trials have one start, an average of the samples that they train on; the final run's is `average` itself.
+    starts = [4 * 8 + 30 + 38 * recalibrated + choice("average") for recalibrated in (0, 1)]
+    assert frame["distillation", "keep", "linear", "digits"] - trials - final in starts
+
+
+def test_folder_holds_the_files_of_the_design(finished: Path) -> None:
+    seed = finished / "seed-0"
+    for name in (
+        "config.yaml",
+        "experts/digits/expert.safetensors",
+        "statistics/digits.fisher.safetensors",
+        "coded/average.safetensors",
+        "coded/coin.safetensors",
+        "coded/coin-recalibrate.safetensors",
+        "coded/distillation.safetensors",
+        "results.csv",
+        "results.json",
+        "layers.csv",
+        "examples.npz",
+        "report.html",
+    ):
+        assert (seed / name).is_file(), name
+    assert list((seed / "plots").glob("*.png"))
+    assert (finished / "summary.csv").is_file()
+    document = json.loads((seed / "results.json").read_text())
+    assert document["configuration"]["calibration"]["samples_per_task"] == 24
+    assert document["versions"]["torch"]
+    assert len(document["rows"]) == len(read_results(seed))
+
+
+def test_layers_tell_the_merges_apart(finished: Path) -> None:
+    layers = read_layers(finished / "seed-0")
+    assert layers is not None
+    weights = [name for name in load_state(finished / "seed-0/coded/coin.safetensors")[0] if name.endswith(".weight")]
+    by_variant = dict(list(layers.groupby(["method", "batchnorm"])))
+    assert set(by_variant) == {
+        ("average", "auto"),
+        ("coin", "auto"),
+        ("coin", "recalibrate"),
+        ("coin", "keep"),
+        ("distillation", "keep"),
+    }
+    for part in by_variant.values():
+        assert set(part.layer) == {name.removesuffix(".weight") for name in weights}
+        assert (part.layer.iloc[0], part.layer.iloc[-1]) == ("stem.0", "fc")
+    assert (by_variant["average", "auto"].distance < 1e-4).all()
+    coin, kept = by_variant["coin", "auto"], by_variant["coin", "keep"]
+    assert (coin.distance > 1e-3).any()
+    assert coin.distance.tolist() == kept.distance.tolist()  # policies change no parameters
+    assert math.isclose(coin.fisher_share.sum(), 1)
+    assert by_variant["distillation", "keep"].fisher_share.isna().all()
+
+
+def test_examples_are_a_draw_with_every_method_s_answers(finished: Path) -> None:
+    examples = read_examples(finished / "seed-0")
+    assert examples is not None
+    assert {task: len(indices) for task, indices in examples.by_task().items()} == {"digits": 24, "letters": 24}
+    assert {"distillation|keep|feature_ridge", "coin|recalibrate|linear", "oracle||linear"} <= set(examples.decoded)
+    assert examples.decoded["oracle||linear"].tolist() == examples.expert.tolist()
+    for task, indices in examples.by_task().items():
+        names = {examples.name_of(int(examples.label[i])) for i in indices}
+        assert names <= set("0123456789" if task == "digits" else "ABCDEF")
+
+
+def test_coded_model_says_what_made_it(finished: Path) -> None:
+    provenance = load_provenance(finished / "seed-0/coded/coin.safetensors")
+    assert provenance["code"] == [[0.4, 0.6]]
+    assert provenance["row"] == 0
+    assert provenance["tasks"] == ["digits", "letters"]
+    assert provenance["class_counts"] == [10, 6]
+    assert provenance["samples_per_task"] == 24
+    assert provenance["method"]["options"]["damping"] == 1e-6
+    assert len(provenance["sha256"]) == 4  # two experts, two Fisher files
+
+
+def test_distilled_model_keeps_the_statistics_of_its_start(finished: Path) -> None:
+    average, _ = load_state(finished / "seed-0/coded/average.safetensors")
+    distilled, _ = load_state(finished / "seed-0/coded/distillation.safetensors")
+    kept, _ = load_state(finished / "seed-0/coded/coin-keep.safetensors")
+    base, _ = load_state(finished / "base/initial-10.safetensors")
+    buffers = [name for name in average if "running" in name]
+    assert buffers
+    for name in buffers:
+        assert average[name].equal(distilled[name])
+        assert base[name].equal(kept[name])
+    assert not average["stem.0.weight"].equal(distilled["stem.0.weight"])
+
+
+@pytest.mark.usefixtures("no_reports")
+def test_what_auto_chose_stands_in_the_results_and_its_statistics_in_files_of_their_own(
+    finished: Path, config: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "tiny")
+    seed = tmp_path / "tiny/seed-0"
+    own = seed / "statistics/digits.fisher.safetensors"
+    written = own.stat().st_mtime_ns
+    extra = ["--calibration.fisher_data=auto", "--methods=[{class_path: Coin}]", "--decoders=[linear]"]
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", *extra]) == 0
+    assert own.stat().st_mtime_ns == written  # of these samples already, under the plain name
+    for task, classes in (("digits", 10), ("letters", 6)):
+        for name, data, samples in (("fisher", "own", 24), ("fisher-exact-pooled", "pooled", 48)):
+            made = load_provenance(seed / f"statistics/{task}.{name}.safetensors")
+            assert (made["task"], made["data"], made["kind"], made["samples"]) == (task, data, "exact", samples)
+            assert made["passes"] == samples * (1 + 2 * classes)
+    (said,) = json.loads((seed / "results.json").read_text())["methods"]
+    residuals = said["chosen"]["held_out_error"]
+    assert set(residuals) == {f"{data}/{policy}" for data in ("own", "pooled") for policy in ("average", "recalibrate")}
+    best = min(residuals, key=residuals.__getitem__)
+    assert f"{said['chosen']['fisher_data']}/{said['chosen']['batchnorm']}" == best
+    assert said["chosen"] == load_provenance(seed / "coded/coin.safetensors")["chosen"]
+    rows = read_results(seed).query("method == 'coin'")
+    assert set(rows.batchnorm) == {f"auto:{said['chosen']['batchnorm']}"}
+    # Both statistics count, whichever was taken: (24 + 48) samples an expert; 2 experts and 4 networks are held out.
+    choice = (2 + 4) * 10 + 2 * 38 + 48 * (said["chosen"]["batchnorm"] == "recalibrate")
+    assert set(rows.merge_passes) == {(24 + 48) * ((1 + 2 * 10) + (1 + 2 * 6)) + choice}
+
+
+def test_second_run_does_nothing_again_and_prints_what_a_machine_can_read(
+    finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy)
+    made = [path for path in copy.rglob("*") if path.suffix in (".safetensors", ".npz", ".csv") and path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in made if path.name != "summary.csv"}
+    assert {"results.csv", "layers.csv", "examples.npz"} <= {path.name for path in before}
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", "--json"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    document = json.loads(capsys.readouterr().out)
+    assert document["report"] == str(copy / "report.html")
+    summary = read_summary(copy)
+    assert [row["nda_mean"] for row in document["summary"]] == summary["nda_mean"].tolist()
+    assert document["summary"][0]["nda_std"] is None  # one seed
+    assert "json" not in (copy / "seed-0/config.yaml").read_text()
+
+
+@pytest.mark.usefixtures("no_reports")
+def test_changed_option_redoes_what_depends_on_it(finished: Path, config: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy)
+    before = {path.relative_to(copy): path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", "--calibration.samples_per_task=20"]) == 0
+    after = {path.relative_to(copy): path.stat().st_mtime_ns for path in copy.rglob("*.safetensors")}
+    redone = {str(path) for path in before if before[path] != after[path]}
+    assert "seed-0/statistics/digits.fisher.safetensors" in redone
+    assert "seed-0/coded/coin.safetensors" in redone
+    assert not any("experts" in path or "base" in path for path in redone)
+    assert set(read_results(copy / "seed-0").samples_per_task) == {20}
+
+
+@pytest.mark.usefixtures("no_reports")
+def test_damaged_output_is_made_again(finished: Path, config: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy)
+    coded = copy / "seed-0/coded/coin.safetensors"
+    whole = coded.read_bytes()
+    coded.write_bytes(whole[: len(whole) // 2])
+    assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
+    state, _ = load_state(coded)
+    wanted, _ = load_state(finished / "seed-0/coded/coin.safetensors")
+    assert all(state[name].equal(wanted[name]) for name in wanted)
+    same_numbers(copy / "seed-0", finished / "seed-0")
+
+
+@pytest.mark.parametrize("output", ["base/checkpoints/step-key", "seed-0/experts/letters/checkpoints/last.ckpt"])
+def test_killed_run_finishes_with_the_same_results(
+    finished: Path, config: Path, tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-m", "coin", "run", "-c", str(config), f"--output={tmp_path}"]
+    # An earlier test's W&B service may be gone by now.
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "tiny" / output).exists() and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "tiny/summary.csv").exists()
+    subprocess.run(command, check=True, timeout=240, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    same_numbers(tmp_path / "tiny/seed-0", finished / "seed-0")
+
+
+@pytest.mark.usefixtures("no_reports")
+def test_a_training_killed_before_its_export_is_exported(finished: Path, config: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy)
+    expert = copy / "seed-0/experts/digits/expert.safetensors"
+    expert.unlink()
+    (copy / "seed-0/.steps/expert-digits.json").unlink()
+    assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
+    state, _ = load_state(expert)
+    wanted, _ = load_state(finished / "seed-0/experts/digits/expert.safetensors")
+    assert all(state[name].equal(wanted[name]) for name in wanted)
+
+
+@pytest.mark.usefixtures("no_reports")
+def test_an_expert_that_was_exchanged_is_made_again(finished: Path, config: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy)
+    expert = copy / "seed-0/experts/digits/expert.safetensors"
+    shutil.copyfile(copy / "seed-0/experts/letters/expert.safetensors", expert)
+    assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 0
+    state, _ = load_state(expert)
+    wanted, _ = load_state(finished / "seed-0/experts/digits/expert.safetensors")
+    assert all(state[name].equal(wanted[name]) for name in wanted)
+
+
+def test_seeds_of_other_options_are_left_out_of_the_mean(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "seed-0", tmp_path / "seed-0")
+    shutil.copytree(finished / "seed-0", tmp_path / "seed-1")
+    document = json.loads((tmp_path / "seed-0/results.json").read_text())
+    document["configuration"]["calibration"]["samples_per_task"] = 999
+    (tmp_path / "seed-0/results.json").write_text(json.dumps(document))
+    os.utime(tmp_path / "seed-0/results.json", (0, 0))
+    with pytest.warns(UserWarning, match="left out seed-0"):
+        assert set(write_summary(tmp_path).seeds) == {1}
+
+
+def test_the_results_shown_are_those_of_the_command_that_was_given_last(
+    finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seed 0, then seed 1 with other options, then seed 0 again, which is up to date by then."""
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy)
+    shutil.copytree(copy / "seed-0", copy / "seed-1")
+    path = copy / "seed-1/results.json"
+    document = json.loads(path.read_text())
+    document["configuration"]["calibration"]["samples_per_task"] = 999
+    path.write_text(json.dumps(document))
+    later = time.time() + 5
+    os.utime(copy / "seed-0/results.json", (later - 10, later - 10))
+    with pytest.warns(UserWarning, match="left out seed-1"):
+        assert main(["run", "-c", str(config), f"--output={tmp_path}", "--json"]) == 0
+    assert {row["samples_per_task"] for row in json.loads(capsys.readouterr().out)["summary"]} == {24}
+
+
+def test_the_configuration_stays_that_of_the_results_until_there_are_others(
+    finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy)
+    before = (copy / "seed-0/config.yaml").read_text()
+
+    def stop(*_: object) -> NoReturn:
+        raise ConfigurationError("stopped")
+
+    monkeypatch.setattr(coin.pipeline.run, "choose_code", stop)
+    arguments = ["run", "-c", str(config), f"--output={tmp_path}", "--calibration.samples_per_task=9"]
+    assert main(arguments) == 2
+    assert (copy / "seed-0/config.yaml").read_text() == before
+
+
+def test_results_say_the_options_that_they_were_made_with(finished: Path, config: Path, tmp_path: Path) -> None:
+    """Options that change no expert and no coded model change the evaluation: what it measures, or what it says."""
+    experts = {task: f"{finished}/seed-0/experts/{task}/expert.safetensors" for task in ("digits", "letters")}
+    brought = f"--expert.checkpoints={json.dumps(experts)}"
+    arguments = ["run", "-c", str(config), f"--output={tmp_path}", brought, "--methods=[{class_path: Average}]"]
+    assert main(arguments) == 0
+    assert main([*arguments, "--trainer={precision: bf16-mixed}"]) == 0
+    document = json.loads((tmp_path / "tiny/seed-0/results.json").read_text())
+    assert document["configuration"]["trainer"] == {"precision": "bf16-mixed"}
+
+
+def test_run_folder_is_enough_to_repeat_the_run(finished: Path, tmp_path: Path) -> None:
+    written = finished / "seed-0/config.yaml"
+    assert main(["run", "-c", str(written), f"--output={tmp_path}"]) == 0
+    again = tmp_path / "tiny/seed-0"
+    same_numbers(again, finished / "seed-0")
+
+    def weights(folder: Path) -> list[Path]:
+        found = (path.relative_to(folder) for path in folder.rglob("*.safetensors"))
+        # Links, named by what files say of seconds; and what was kept by a test that served the folder.
+        return sorted(path for path in found if not {"wandb", "decoders"} & set(path.parts))
+
+    made = weights(finished)
+    assert made == weights(tmp_path / "tiny")
+    for path in made:  # bit for bit, but for what the files say of their seconds
+        assert fingerprint(load_state(tmp_path / "tiny" / path)[0]) == fingerprint(load_state(finished / path)[0]), path
+    assert (again / "config.yaml").read_text() == written.read_text().replace(str(finished.parent), str(tmp_path))
