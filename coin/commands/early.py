@@ -31,7 +31,7 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
         return
     sections = [document for document in documents if isinstance(document, dict)]
     given = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
-    known = {*_parameters("experiment/experiment.py", "Experiment"), *_OF_RUN}
+    known = {*_parameters("pipeline/experiment.py", "Experiment"), *_OF_RUN}
     for key in (*(key for section in sections for key in section), *given):
         if (name := str(key).partition(".")[0].removesuffix("+")) not in known | _SHARED:
             raise ConfigurationError(unknown("option", name, sorted(known), f"one of {', '.join(sorted(known))}"))
