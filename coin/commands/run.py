@@ -6,7 +6,7 @@ from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
 from coin.pipeline import Experiment
 from coin.pipeline.executors import Launch
-from coin.pipeline.run import make_experts, run_experiment
+from coin.pipeline.run import run_experiment, run_step
 from coin.reporting.report import REPORT_HTML
 from coin.reporting.results import as_json
 from coin.reporting.tables import print_summary
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run an experiment, and print its results."""
     experiment, launch, only, machine = _read(arguments)
     if only is not None:
-        make_experts(experiment, only)
+        run_step(experiment, only)
         return
     summary = run_experiment(experiment, launch)
     page = experiment.folder / REPORT_HTML
@@ -39,7 +39,10 @@ def _read(arguments: Sequence[str]) -> tuple[Experiment, Launch, str | None, boo
     parser.add_class_arguments(Experiment)
     parser.add_class_arguments(Launch, "launch")
     parser.add_argument(
-        "--only", type=str | None, default=None, help="Make this task's expert for every seed, and nothing else."
+        "--only",
+        type=str | None,
+        default=None,
+        help="Run this step of the plan (a task: its expert) for every seed, and what it depends on; nothing else.",
     )
     add_json_argument(parser)
     options = parsed(parser, arguments)

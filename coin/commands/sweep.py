@@ -20,7 +20,8 @@ from coin.core.processes import cores, rank_zero_info
 from coin.errors import ConfigurationError
 from coin.files.atomic import write_text
 from coin.pipeline.executors import Command, child_environment, raise_for, run_side_by_side
-from coin.pipeline.records import Steps, folder_lock, step_key
+from coin.pipeline.records import folder_lock, record_step, state_of
+from coin.pipeline.step import Step
 from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
 from coin.reporting import write_report
 from coin.reporting.extras import PROMISE_CSV, RISK_CSV, read_promises, read_risk
@@ -42,8 +43,15 @@ class PointRun(Command):
         brought = [*experiment.expert.checkpoints.values(), experiment.base and experiment.base.checkpoint]
         files = [Path(path) for path in brought if path and Path(path).is_file()]
         code = experiment.code and experiment.code.matrix
-        key = step_key({"code": code, **{part: getattr(experiment, part) for part in parts}}, files)
-        self.steps, self.record = Steps(experiment.folder), ("sweep", key, [seed.results for seed in self.seeds])
+        self.step = Step(
+            "sweep",
+            experiment.folder,
+            point.name,
+            lambda _: None,  # the process does it
+            options={"code": code, **{part: getattr(experiment, part) for part in parts}},
+            inputs=files,
+            outputs=[seed.results for seed in self.seeds],
+        )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -77,13 +85,13 @@ def main(arguments: Sequence[str]) -> None:
     runs = [PointRun(point) for point in sweep_points(plan, folder)]
     with folder_lock(folder):
         write_text(folder / SWEEP_YAML, plan.text)
-        done = [run for run in runs if run.steps.finished(*run.record)]
+        done = [run for run in runs if state_of(run.step).is_current]
         rank_zero_info(f"sweep {plan.name}: {len(runs)} points, {len(done)} finished already, {jobs} at a time")
         tags = ",".join([*user_tags(), f"sweep-{plan.name}"])
         environment = {**child_environment(max(1, cores() // jobs)), "WANDB_TAGS": tags}
 
         def finish(run: PointRun) -> None:
-            run.steps.finish(*run.record)
+            record_step(run.step)
             done.append(run)
             _collect([each for each in runs if each in done], folder / SWEEP_CSV, read_results)
 

@@ -20,6 +20,8 @@ import torch
 
 from coin.core.processes import cores, rank_zero_info
 from coin.errors import CoinError, ConfigurationError, first_line
+from coin.pipeline.layout import LAUNCH_YAML
+from coin.pipeline.step import Step
 
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 10.0
@@ -89,11 +91,13 @@ class Command:
         return self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
 
 
-class ExpertJob(Command):
-    """The training of one task's expert as a callable for submitit, with the resolved configuration of a seed."""
+class StepJob(Command):
+    """A step of one seed as a process of its own, or as a callable for submitit."""
 
-    def __init__(self, name: str, config: Path, task: str, log: Path) -> None:
-        super().__init__(name, ("run", "-c", str(config), "--only", task), log)
+    def __init__(self, step: Step) -> None:
+        log = (step.lock or step.folder / "logs" / step.name) / "launch.log"
+        name = f"{step.folder.name.replace('-', ' ')}: {step.title.partition(':')[0]}"
+        super().__init__(name, ("run", "-c", str(step.folder / LAUNCH_YAML), "--only", step.name), log)
 
     def __call__(self) -> None:
         """Train, within a job of the cluster."""
@@ -110,7 +114,7 @@ class ExpertJob(Command):
 C = TypeVar("C", bound=Command)
 
 
-def train_side_by_side(jobs: Sequence[ExpertJob], launch: Launch, folder: Path) -> None:
+def run_elsewhere(jobs: Sequence[StepJob], launch: Launch, folder: Path) -> None:
     """Train experts that are missing, several at a time, and wait for all of them; submitit's own files go to `folder`.
 
     Raises:
@@ -121,7 +125,7 @@ def train_side_by_side(jobs: Sequence[ExpertJob], launch: Launch, folder: Path) 
         failed = _run_as_array(jobs, launch, folder)
     else:
         failed = run_side_by_side(jobs, worker_environments(launch.workers))
-    raise_for(failed, len(jobs), "experts")
+    raise_for(failed, len(jobs), "steps")
 
 
 def worker_environments(workers: int) -> list[dict[str, str]]:
@@ -195,7 +199,7 @@ def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
         process.wait()
 
 
-def _run_as_array(jobs: Sequence[ExpertJob], launch: Launch, folder: Path) -> list[ExpertJob]:
+def _run_as_array(jobs: Sequence[StepJob], launch: Launch, folder: Path) -> list[StepJob]:
     """Run jobs as one array of a cluster, and return those that failed."""
     try:
         import submitit
@@ -212,7 +216,7 @@ def _run_as_array(jobs: Sequence[ExpertJob], launch: Launch, folder: Path) -> li
         raise ConfigurationError(f"cannot submit the experts with {launch.slurm}: {first_line(error)}") from error
     for job, handle in zip(jobs, handles, strict=True):
         rank_zero_info(f"{job.name}: job {handle.job_id}")
-    failed: list[ExpertJob] = []
+    failed: list[StepJob] = []
     for job, handle in zip(jobs, handles, strict=True):
         ended = handle.exception()
         if ended is not None:

@@ -1,7 +1,7 @@
 """One job of an experiment, with its loggers and its W&B artifacts."""
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from coin.core.processes import is_rank_zero
 from coin.files.atomic import write_text
 from coin.pipeline.experiment import Experiment
+from coin.pipeline.step import Artifacts, JobConfig
 from coin.pipeline.steps.code import AUTO
 from coin.reporting.wandb_runs import log_artifact, record_input, start_run, use_artifact
 from coin.reporting.wandb_settings import in_sweep, logging_only, run_environment
@@ -27,22 +28,29 @@ class Job:
     seed: int | None
     run: wandb.Run | None
     loggers: list[Logger]
+    folder: Path
 
-    def log_artifacts(self, kind: str, files: Mapping[str, Path], aliases: Sequence[str] = ()) -> None:
+    def log_artifacts(self, artifacts: Artifacts | None, aliases: Sequence[str] = ()) -> None:
         """Log files as W&B artifacts, named by experiment, kind and content.
 
         The kinds are initialisation, expert, statistics, coded-model and results. Each seed is a version of the
-        artifact, with the alias ``seed-K``.
+        artifact, with the alias ``seed-K``. Files that are too large for W&B are left out.
         """
         called = [*aliases, *([] if self.seed is None else [f"seed-{self.seed}"])]
-        self._each(kind, files, lambda run, path, name, of: log_artifact(run, path, name, kind, called, {"of": of}))
+        if artifacts is not None and artifacts.logged:
+            with logging_only("the files of a job"):
+                for run, path, name, of in self._each(artifacts):
+                    log_artifact(run, path, name, artifacts.kind, called, {"of": of})
 
-    def use_artifacts(self, kind: str, files: Mapping[str, Path], *, logged: bool = True) -> None:
-        """Record the job's input files: artifacts of other jobs or, if not `logged`, files too large for W&B."""
-        if logged:
-            self._each(kind, files, lambda run, path, name, _: use_artifact(run, path, name, kind))
-        else:
-            self._each(kind, files, lambda run, path, name, _: record_input(run, path, name))
+    def use_artifacts(self, artifacts: Sequence[Artifacts]) -> None:
+        """Record the job's input files: artifacts of other jobs or, of those too large for W&B, their hashes."""
+        with logging_only("the files of a job"):
+            for each in artifacts:
+                for run, path, name, _ in self._each(each):
+                    if each.logged:
+                        use_artifact(run, path, name, each.kind)
+                    else:
+                        record_input(run, path, name)
 
     def measures(self, numbers: Mapping[str, float]) -> None:
         """Write final numbers to the run's summary."""
@@ -50,9 +58,9 @@ class Job:
             with logging_only("the numbers of a job"):
                 self.run.summary.update(dict(numbers))
 
-    def repeat_curve(self, folder: Path) -> None:
+    def repeat_curve(self) -> None:
         """Log again the training curve in ``logs/metrics.csv``, which an interrupted offline run may have lost."""
-        path = folder / "logs" / "metrics.csv"
+        path = self.folder / "logs" / "metrics.csv"
         if self.run is None or not self.run.offline or not path.is_file():
             return
         with logging_only("the curve of a training"):
@@ -62,31 +70,16 @@ class Job:
                     self.run.define_metric(name, step_metric="epoch")
                 self.run.log({"trainer/global_step": numbers.pop("step", None), **numbers})
 
-    def _each(self, kind: str, files: Mapping[str, Path], tell: Callable[[wandb.Run, Path, str, str], None]) -> None:
-        """Call `tell` for every file with its artifact's name and its content."""
+    def _each(self, artifacts: Artifacts) -> Iterator[tuple[wandb.Run, Path, str, str]]:
+        """Yield the run and, of every file, its path, its artifact's name and its content."""
         if self.run is not None and not self.run.disabled:
-            with logging_only("the files of a job"):
-                for of, path in files.items():
-                    plain = kind == "initialisation" or of.startswith(kind)  # such files say what they are
-                    tell(self.run, path, "-".join([self.experiment, *([] if plain else [kind]), of]), of)
-
-
-def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
-    """Return files by their names without the ending."""
-    return {path.stem: path for path in paths}
+            for of, path in artifacts.files.items():
+                plain = artifacts.kind == "initialisation" or of.startswith(artifacts.kind)  # it says what it is
+                yield self.run, path, "-".join([self.experiment, *([] if plain else [artifacts.kind]), of]), of
 
 
 @contextmanager
-def job(
-    experiment: Experiment,
-    job_type: str,
-    name: str,
-    seed: int | None,
-    tags: Sequence[str] = (),
-    *,
-    again: bool = False,
-    **own: Any,
-) -> Iterator[Job]:
+def open_job(experiment: Experiment, config: JobConfig, *, again: bool = False) -> Iterator[Job]:
     """Yield a job with its loggers: CSV files in its ``logs`` folder, and a W&B run in the experiment's group.
 
     All W&B runs of a seed are in ``runs/NAME/seed-K/wandb``, so that one ``wandb sync`` uploads them. An interrupted
@@ -95,41 +88,34 @@ def job(
 
     Args:
         experiment: The experiment.
-        job_type: ``expert``, ``fisher``, ``method`` or ``evaluate``.
-        name: The task, method or statistic.
-        seed: The seed; None for a job that all seeds share.
-        tags: Tags of the W&B run.
+        config: What the job is.
         again: Whether a finished job resumes its run.
-        **own: Further entries of the run's configuration.
     """
-    layout = experiment.layout
-    if seed is not None:
-        home, folder = layout.seed(seed).folder, layout.seed(seed).log(job_type, name)
-    else:
-        home, folder = (layout.base, layout.base) if name == "base" else (layout.folder, layout.logs)
+    seed, name = config.seed, config.name
+    home, folder = _folders(experiment, config)
     seeds = [] if seed is None else [f"seed-{seed}"]
-    types = [] if job_type in ("method", "evaluate") or name.startswith(job_type) else [job_type]
+    types = [] if config.type in ("method", "evaluate") or name.startswith(config.type) else [config.type]
     called = "-".join([experiment.name, *seeds, *types, name])  # quickstart-seed-0-expert-mnist
     folder.mkdir(parents=True, exist_ok=True)
     # CSV comes first: Lightning's log_dir is the first logger's, and W&B's is another for every run.
     loggers: list[Logger] = [CSVLogger(save_dir=folder, name="", version="logs")]
-    run, kept, done = None, folder / f"wandb-run-id-{job_type}", folder / f"wandb-run-done-{job_type}"
-    if is_rank_zero() and (job_type == "evaluate" or not in_sweep()):
+    run, kept, done = None, folder / f"wandb-run-id-{config.type}", folder / f"wandb-run-done-{config.type}"
+    if is_rank_zero() and (config.type == "evaluate" or not in_sweep()):
         with logging_only(f"the start of the run '{called}'"):
             run = start_run(
                 home,
                 group=experiment.name,
-                job_type=job_type,
+                job_type=config.type,
                 name=called,
-                config=_run_config(experiment, seed) | own,
-                tags=[*tags, experiment.network.name, *experiment.wandb.tags],
+                config=_run_config(experiment, seed) | dict(config.config),
+                tags=[*config.tags, experiment.network.name, *experiment.wandb.tags],
                 run_id=None if in_sweep() else _run_id(kept, done if again else kept),
             )
             loggers.append(WandbLogger(experiment=run))
     failed = True
     try:
         with run_environment(home):
-            yield Job(experiment.name, seed, run, loggers)
+            yield Job(experiment.name, seed, run, loggers, folder)
         failed = False
     finally:
         if run is not None:
@@ -137,6 +123,14 @@ def job(
                 run.finish(exit_code=int(failed))
             if not failed and kept.exists():
                 kept.replace(done)
+
+
+def _folders(experiment: Experiment, config: JobConfig) -> tuple[Path, Path]:
+    """Return the folder of a job's W&B run, and that of its logs."""
+    layout = experiment.layout
+    if config.seed is not None:
+        return layout.seed(config.seed).folder, layout.seed(config.seed).log(config.type, config.name)
+    return (layout.base, layout.base) if config.name == "base" else (layout.folder, layout.logs)
 
 
 def _run_id(kept: Path, done: Path) -> str:

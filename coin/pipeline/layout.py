@@ -6,6 +6,9 @@ from coin.reporting.extras import EXAMPLES_NPZ, LAYERS_CSV, PROMISE_CSV, RISK_CS
 from coin.reporting.results import CONFUSION_NPZ, RESULTS_CSV, RESULTS_JSON
 from coin.reporting.summary import SUMMARY_CSV
 
+LAUNCH_YAML = "launch.yaml"
+"""The configuration of a seed for steps in processes of their own."""
+
 
 class SeedLayout:
     """The files of one seed, in ``runs/NAME/seed-K``; ``logs`` has the logs of all steps but the experts' training."""
@@ -14,8 +17,8 @@ class SeedLayout:
         self.folder = folder
         self.config = folder / "config.yaml"
         """The configuration with which ``coin run`` repeats the seed."""
-        self.launch = folder / "launch.yaml"
-        """The same, for experts that processes of their own train."""
+        self.launch = folder / LAUNCH_YAML
+        """The same, for steps that processes of their own run."""
         self.code = folder / "code.json"
         """A code that the seed has chosen."""
         self.coded = folder / "coded"

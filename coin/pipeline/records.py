@@ -14,8 +14,9 @@ import json
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from coin.core.versions import versions
 from coin.errors import CoinWarning, ConfigurationError, FileError
 from coin.files.atomic import link_file, sha256_of, write_text
 from coin.pipeline.options import config_dict
+from coin.pipeline.step import Step
 from coin.reporting.sweeps import SWEEP_YAML
 
 LOCK = ".lock"
@@ -40,85 +42,140 @@ def sweep_of(experiment: Path) -> Path | None:
     return experiment.parent if (experiment.parent / SWEEP_YAML).is_file() else None
 
 
-class Steps:
-    """The record of the finished steps of one folder, one small file per step.
+@dataclass(frozen=True)
+class Status:
+    """Whether a step has to run, and why: '' if it is up to date; `seconds` of its last run, if they are known."""
 
-    A step is finished if its record has the same key (see `step_key`) and its outputs have not changed since. With
-    several processes, rank zero reads and writes the records and broadcasts the result. A `shared` step may have been
-    finished by another point of the same sweep, whose outputs are then linked here: for expensive steps whose outputs
-    do not depend on the experiment's name.
+    why: str
+    seconds: float | None = None
 
-    Args:
-        folder: The folder of the outputs, ``base`` or ``seed-K`` of an experiment; the records are in
-            ``folder/.steps``.
+    @property
+    def is_current(self) -> bool:
+        """Whether the step's outputs are those of its options and inputs."""
+        return not self.why
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A step's options (as JSON) and the hashes of its input files, by path."""
+
+    options: Any
+    files: Mapping[str, str]
+
+    @classmethod
+    def of(cls, step: Step) -> "Inputs":
+        """Read a step's inputs; raises FileError if one is missing."""
+        return cls(config_dict(dict(step.options)), {str(path): sha256_of(path) for path in step.inputs})
+
+    @property
+    def key(self) -> str:
+        """The hash of the options, of the files' contents in their order, and of coin's version."""
+        return _hash([self.options, [*self.files.values()], versions()["coded-coin"]])
+
+
+def step_key(step: Step) -> str:
+    """Return the hash of a step's options, of its input files' contents and of coin's version."""
+    return Inputs.of(step).key
+
+
+def state_of(step: Step) -> Status:
+    """Return whether the step's record has the key of its inputs, and its outputs are those recorded.
+
+    With several processes, rank zero reads the record and broadcasts the result.
     """
+    return on_rank_zero(lambda: _state(step))
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
 
-    def finished(self, name: str, key: str, outputs: Sequence[Path], *, shared: bool = False) -> bool:
-        """Return whether the step `name` is finished with this key and its outputs are unchanged."""
-        return on_rank_zero(
-            lambda: self.is_cached(name, key, outputs) or (shared and self.reuse_from_sweep(name, key, outputs))
-        )
+def _state(step: Step) -> Status:
+    record = _read(step.folder, step.name)
+    seconds = record.get("seconds")
+    if gone := next((path for path in step.inputs if not path.is_file()), None):
+        return Status(f"'{gone.name}' is not there yet", seconds)
+    inputs = Inputs.of(step)
+    if not record:
+        return Status("never done", seconds)
+    if record["key"] != inputs.key:
+        return Status(_difference(record, inputs), seconds)
+    for path in step.outputs:
+        found = sha256_of(path) if path.is_file() else None
+        if record["outputs"].get(str(path.relative_to(step.folder))) != found or found is None:
+            return Status(f"'{path.name}' is {'missing' if found is None else 'not what was written'}", seconds)
+    return Status("", seconds)
 
-    def finish(self, name: str, key: str, outputs: Sequence[Path]) -> None:
-        """Record on rank zero that the step `name` is finished."""
-        on_rank_zero(lambda: self._write(name, {"key": key, "outputs": self._contents(outputs)}))
 
-    def once(
-        self, name: str, key: str, outputs: Sequence[Path], make: Callable[[], Any], *, shared: bool = False
-    ) -> None:
-        """Run a step on rank zero and record it, unless it is finished."""
-        if not self.finished(name, key, outputs, shared=shared):
-            on_rank_zero(make)
-            self.finish(name, key, outputs)
+def _difference(record: Mapping[str, Any], now: Inputs) -> str:
+    """Return in what a record's inputs differ from those of now."""
+    before = record.get("inputs")
+    if not isinstance(before, dict):
+        return "its options or inputs have changed"
+    options = before.get("options", {})
+    changed = [name for name in sorted({*options, *now.options}) if options.get(name) != now.options.get(name)]
+    files = before.get("files", {})
+    read = [Path(path).name for path, digest in now.files.items() if files.get(path) != digest]
+    return f"changed: {', '.join([*changed, *read])}" if changed or read else "another version of coin"
 
-    def alone(self, name: str, key: str) -> AbstractContextManager[Any]:
-        """Return a context that waits while another point of the sweep runs the same shared step."""
-        sweep = on_rank_zero(lambda: sweep_of(self.folder.parent))
-        if sweep is None:
-            return contextlib.nullcontext()
-        return folder_lock(sweep / ".locks" / f"{name}-{key[:16]}", patient=True)
 
-    def is_cached(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
-        """Return whether this folder's record of the step has this key and its outputs' contents."""
-        try:
-            record = json.loads(self._record(name).read_text(encoding="utf-8"))
-            return bool(record["key"] == key and record["outputs"] == self._contents(outputs))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return False
+def reuse_from_sweep(step: Step) -> bool:
+    """Link the outputs of another point of the sweep that has finished the step; return whether there is one.
 
-    def reuse_from_sweep(self, name: str, key: str, outputs: Sequence[Path]) -> bool:
-        """Link the outputs of another point that has finished the step; return whether there is one."""
-        sweep = sweep_of(self.folder.parent)
-        if sweep is None:
-            return False
-        for record in sorted(sweep.glob(f"*/{glob.escape(self.folder.name)}/.steps/{glob.escape(name)}.json")):
-            other = Steps(record.parent.parent)
-            theirs = [other.folder / path.relative_to(self.folder) for path in outputs]
-            if other.is_cached(name, key, theirs):
-                with contextlib.suppress(OSError):  # it is just being made again: the step is done here
-                    for source, target in zip(theirs, outputs, strict=True):
-                        link_file(source, target)
-                    self.finish(name, key, outputs)
-                    return True
+    This is safe because the key is a hash of all inputs of the step.
+    """
+    sweep = sweep_of(step.folder.parent)
+    if sweep is None or not step.shared:
         return False
+    key = step_key(step)
+    for path in sorted(sweep.glob(f"*/{glob.escape(step.folder.name)}/.steps/{glob.escape(step.name)}.json")):
+        folder = path.parent.parent
+        theirs = [folder / output.relative_to(step.folder) for output in step.outputs]
+        record = _read(folder, step.name)
+        if record.get("key") == key and record["outputs"] == _contents(folder, theirs):
+            with contextlib.suppress(OSError):  # it is just being made again: the step is done here
+                for source, target in zip(theirs, step.outputs, strict=True):
+                    link_file(source, target)
+                record_step(step)
+                return True
+    return False
 
-    def _write(self, name: str, record: dict[str, Any]) -> None:
-        write_text(self._record(name), json.dumps(record, indent=1))
 
-    def _record(self, name: str) -> Path:
-        return self.folder / ".steps" / f"{name}.json"
+def record_step(step: Step, seconds: float | None = None) -> None:
+    """Record on rank zero that the step is finished."""
 
-    def _contents(self, outputs: Sequence[Path]) -> dict[str, str]:
-        return {str(path.relative_to(self.folder)): sha256_of(path) for path in outputs}
+    def write() -> None:
+        inputs = Inputs.of(step)
+        record = {
+            "key": inputs.key,
+            "outputs": _contents(step.folder, step.outputs),
+            "inputs": {"options": inputs.options, "files": inputs.files},
+            "seconds": seconds,
+        }
+        write_text(step.folder / ".steps" / f"{step.name}.json", json.dumps(record, indent=1))
+
+    on_rank_zero(write)
 
 
-def step_key(options: Any, inputs: Sequence[Path] = ()) -> str:
-    """Return a hash of a step's options (`config_dict`), its input files' contents and coin's version."""
-    value = [config_dict(options), [sha256_of(path) for path in inputs], versions()["coded-coin"]]
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    """Return a step's record; empty if there is none, or it is damaged."""
+    try:
+        record = json.loads((folder / ".steps" / f"{name}.json").read_text(encoding="utf-8"))
+        return record if isinstance(record["key"], str) and isinstance(record["outputs"], dict) else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _contents(folder: Path, outputs: Sequence[Path]) -> dict[str, str | None]:
+    return {str(path.relative_to(folder)): sha256_of(path) if path.is_file() else None for path in outputs}
+
+
+def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def alone(step: Step, key: str) -> AbstractContextManager[Any]:
+    """Return a context that waits while another point of the sweep runs the same shared step."""
+    sweep = on_rank_zero(lambda: sweep_of(step.folder.parent))
+    if sweep is None or not step.shared:
+        return contextlib.nullcontext()
+    return folder_lock(sweep / ".locks" / f"{step.name}-{key[:16]}", patient=True)
 
 
 @contextlib.contextmanager

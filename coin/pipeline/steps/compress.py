@@ -1,7 +1,7 @@
 """The compression step: a network's file in, its packed delta from a base's as a file out."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from coin.errors import ConfigurationError
@@ -36,6 +36,12 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
     packed = compress_as(compression, file.network, beside)
     told["seconds"] = made.get("seconds", 0.0) + time.perf_counter() - started
     save_compressed(output, packed, file.config, file.num_classes, base, compression, told)
+
+
+def compress_files(networks: Sequence[Path], outputs: Sequence[Path], base: Path, compression: Compression) -> None:
+    """Compress several networks' files; after their outputs may stand that of the 8-bit base."""
+    for network, output in zip(networks, outputs, strict=False):
+        compress_file(network, output, base, compression)
 
 
 def compress(

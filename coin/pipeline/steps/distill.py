@@ -29,7 +29,7 @@ class Training(AnyTraining):
     tasks: Tasks
     folder: Path
     seed: int
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     loggers: Sequence[Logger] = ()
 
     def num_samples(self, experts: StoredExperts, samples_per_task: int | None) -> int:

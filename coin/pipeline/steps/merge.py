@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coin.coding import Code
 from coin.core.processes import is_rank_zero
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
@@ -37,7 +36,7 @@ def make_coded_models(
         ConfigurationError: An input that the method needs is missing.
     """
     code, files = choice.code, experts.files
-    paths = coded_paths(method, code, folder)
+    paths = coded_paths(method, code.num_coded, folder)
     read = [*files.paths.values(), *(path for paths in experts.statistic_paths.values() for path in paths.values())]
     for index, row in enumerate(code.matrix.tolist()):
         started, passes, elsewhere = time.perf_counter(), experts.passes, experts.seconds
@@ -81,10 +80,10 @@ def coded_name(method: Method) -> str:
     return method.label if plain else f"{method.label}-{method.batchnorm}"
 
 
-def coded_paths(method: Method, code: Code, folder: Path, *, compressed: bool = True) -> list[Path]:
-    """Return the files of a method's coded models, one per row of the code, followed by those of every compression."""
+def coded_paths(method: Method, num_coded: int, folder: Path, *, compressed: bool = True) -> list[Path]:
+    """Return the files of a method's coded models, one a row of the code, followed by those of every compression."""
     names = [coded_name(method), *(f"{coded_name(method)}-{each.name}" for each in method.compress if compressed)]
-    rows = [""] if code.num_coded == 1 else [f".row-{row}" for row in range(code.num_coded)]
+    rows = [""] if num_coded == 1 else [f".row-{row}" for row in range(num_coded)]
     return [folder / f"{name}{row}.safetensors" for name in names for row in rows]
 
 

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger
 
 from coin.callbacks import ExpertExport, Weights
 from coin.core.choices import check_integer
@@ -21,7 +20,8 @@ from coin.errors import FileError
 from coin.files.atomic import write_text
 from coin.files.checkpoints import check_training_checkpoint
 from coin.modules import Expert, Recipe
-from coin.networks import NetworkConfig
+from coin.networks import NetworkConfig, import_checkpoint, initial_network, save_network
+from coin.pipeline.step import Context
 from coin.pipeline.steps.trainer import make_trainer
 
 
@@ -54,36 +54,30 @@ class TrainingConfig(Recipe):
 
 
 def train_network(
+    context: Context,
     config: TrainingConfig,
     network: NetworkConfig,
     task: TaskData,
-    output: Path,
     *,
-    key: str,
     seed: int,
-    initial: Path | None,
-    trainer_options: dict[str, Any],
-    loggers: Sequence[Logger],
-    weights: Weights = Weights.last,
+    initial: Path | None = None,
 ) -> None:
     """Train one network on one task and write it as a safetensors file, with checkpoints in the same folder.
 
-    An interrupted run resumes from its last complete epoch, if `key` is the same.
+    An interrupted run resumes from its last complete epoch, if the step's key is the same.
 
     Args:
-        config: The training options.
+        context: The step's key, its output, the Trainer's options and the loggers of losses and accuracies.
+        config: The training options, and ``weights`` of `coin.pipeline.config.ExpertConfig`.
         network: The network to train.
         task: The task.
-        output: The safetensors file.
-        key: The step's key, a hash of its inputs.
         seed: The seed of the samples' order and of dropout.
         initial: The shared initialisation's file; None starts from the network's own weights.
-        trainer_options: The experiment's ``trainer`` section.
-        loggers: The loggers of losses and accuracies.
-        weights: ``last`` or ``best``.
     """
+    (output,) = context.outputs
+    weights = getattr(config, "weights", Weights.last)
     checkpoints = output.parent / "checkpoints"
-    last = on_rank_zero(lambda: _begin(checkpoints, key, output))
+    last = on_rank_zero(lambda: _begin(checkpoints, context.key, output))
     data = task_with(
         task,
         seed=seed,
@@ -109,10 +103,10 @@ def train_network(
     callbacks.append(ModelCheckpoint(checkpoints, "last", enable_version_counter=False))
     trainer = make_trainer(
         checkpoints,
-        trainer_options,
+        context.trainer,
         max_epochs=config.epochs,
         callbacks=callbacks,
-        logger=list(loggers) or False,
+        logger=context.loggers or False,
         enable_checkpointing=True,
         log_every_n_steps=10,
     )
@@ -121,6 +115,31 @@ def train_network(
     if not on_rank_zero(output.is_file):
         # The checkpoint was of a finished training, killed before the export: Lightning restores it and trains nothing.
         export.on_train_end(trainer, module)
+    if initial is None:
+        task.release()  # the base's task is not read again
+
+
+def write_initial(
+    context: Context, network: NetworkConfig, classes: int, wider: Path | None, checkpoint: Path | None
+) -> None:
+    """Write the shared initialisation for a number of classes.
+
+    Args:
+        context: The step's output.
+        network: The network.
+        classes: The number of outputs.
+        wider: The file of the initialisation with the most classes, whose body this one shares.
+        checkpoint: The pretrained weights; None takes the network's own.
+    """
+    initial = initial_network(network, classes, checkpoint, wider=wider)
+    save_network(context.outputs[0], initial, network, classes, {"made_by": "coin run", "base": str(checkpoint)})
+
+
+def import_network(context: Context, config: NetworkConfig, task: str, classes: Sequence[str], given: Path) -> None:
+    """Write a task's expert from weights that the user brings."""
+    network = import_checkpoint(config, len(classes), given)
+    provenance = {"made_by": "coin run", "source": str(given), "task": task, "classes": list(classes)}
+    save_network(context.outputs[0], network, config, len(classes), provenance)
 
 
 def _begin(checkpoints: Path, key: str, output: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,7 @@ def _network(model: LightningModule, ckpt_path: str | None) -> tuple[nn.Module, 
     return unwrap(network), model.config
 
 
-def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer:
+def make_trainer(folder: Path, options: Mapping[str, Any], **fixed: Any) -> Trainer:
     """Return a Trainer for one step, from the experiment's ``trainer`` section and the options fixed by the step."""
     silence_lightning()
     settings: dict[str, Any] = {
@@ -218,7 +218,7 @@ def make_trainer(folder: Path, options: dict[str, Any], **fixed: Any) -> Trainer
         return Trainer(default_root_dir=str(folder), **settings)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise ConfigurationError(
-            f"the trainer section {options} does not fit: {first_line(error)}; see Lightning's Trainer"
+            f"the trainer section {dict(options)} does not fit: {first_line(error)}; see Lightning's Trainer"
         ) from error
 
 

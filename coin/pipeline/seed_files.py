@@ -1,17 +1,15 @@
-"""One seed of an experiment: its folder, its tasks, and the results of its steps so far."""
+"""The files of one seed of an experiment, by what they hold, and its experts, code and samples once they are there."""
 
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from coin.core.processes import rank_zero_info
 from coin.data import Calibration, TaskData
 from coin.data.tasks import Tasks
 from coin.merging import Method
 from coin.networks import Compression, int8_path
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.jobs import Job
-from coin.pipeline.records import Steps
+from coin.pipeline.step import Artifacts
 from coin.pipeline.steps.code import SeedCode, read_choice
 from coin.pipeline.steps.compress import spare_paths
 from coin.pipeline.steps.expert_files import ExpertFiles
@@ -19,34 +17,48 @@ from coin.pipeline.steps.merge import coded_paths
 from coin.statistics.statistic import DataChoice, Statistic
 
 
-class SeedRun:
-    """The state shared by the steps of one seed; `initial` is the shared initialisation's file."""
+class SeedFiles:
+    """The files of one seed."""
 
-    def __init__(self, experiment: Experiment, seed: int, initial: Path) -> None:
+    def __init__(self, experiment: Experiment, seed: int) -> None:
         self.experiment = experiment
         self.seed = seed
-        self.initial = initial
         self.layout = experiment.layout.seed(seed)
         self.folder = self.layout.folder
-        self.steps = Steps(self.folder)
         self.tasks = experiment.tasks_of(seed)
-        self.method_jobs: dict[str, Job] = {}
-        """The jobs of the methods that were made in this process, by their files' name: until they are evaluated."""
+        self.initial = experiment.layout.initial(max(task.num_classes for task in self.tasks.values()))
+        """The shared initialisation with the most classes."""
 
     @cached_property
     def experts(self) -> ExpertFiles:
         """The experts; available once they are trained."""
         return ExpertFiles({task: self.layout.expert(task) for task in self.tasks})
 
+    @property
+    def expert_paths(self) -> list[Path]:
+        """The experts' files."""
+        return [self.layout.expert(task) for task in self.tasks]
+
+    @property
+    def expert_artifacts(self) -> Artifacts:
+        """The same, by task, as W&B knows them."""
+        return Artifacts("expert", dict(zip(self.tasks, self.expert_paths, strict=True)))
+
     @cached_property
     def code(self) -> SeedCode:
-        """The experiment's code, or the one chosen by this seed."""
+        """The experiment's code, or the one that this seed has chosen."""
         given = self.experiment.code
         return read_choice(self.layout.code) if given is None else SeedCode(given)
 
+    @property
+    def code_files(self) -> list[Path]:
+        """The file of a code that the seed chooses."""
+        return [self.layout.code] if self.experiment.code is None else []
+
     def coded_paths(self, method: Method, *, compressed: bool = True) -> list[Path]:
         """Return the files of a method's coded models, followed by its compressed variants."""
-        return coded_paths(method, self.code.code, self.layout.coded, compressed=compressed)
+        rows = 1 if self.experiment.code is None else self.experiment.code.num_coded
+        return coded_paths(method, rows, self.layout.coded, compressed=compressed)
 
     def coded_outputs(self, method: Method) -> list[Path]:
         """Return the same files, and the 8-bit base of compressed variants."""
@@ -80,7 +92,3 @@ class SeedRun:
         tasks = self.data(self.tasks)
         tasks.setup()
         return tasks.calibrations()
-
-    def rank_zero_info(self, text: str) -> None:
-        """Print the seed's progress on rank zero."""
-        rank_zero_info(f"seed {self.seed}: {text}")

@@ -1,0 +1,124 @@
+"""Running steps: the one place that knows records, keys, locks, ranks, W&B jobs, artifacts and progress."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+from coin.core.processes import on_rank_zero, rank_zero_info
+from coin.pipeline.experiment import Experiment
+from coin.pipeline.jobs import Job, open_job
+from coin.pipeline.records import alone, folder_lock, record_step, reuse_from_sweep, state_of, step_key
+from coin.pipeline.step import Context, JobConfig, Step
+from coin.reporting.wandb_settings import in_sweep, logging_only
+
+
+def is_done(step: Step) -> bool:
+    """Return whether a step is up to date, here or, if it is shared, in another point of the sweep."""
+    return state_of(step).is_current or on_rank_zero(partial(reuse_from_sweep, step))
+
+
+class Runner:
+    """Runs steps one after the other; with several processes, all of them call it with the same steps.
+
+    Args:
+        experiment: The experiment.
+        patient: Whether to wait for other commands that run the same steps.
+    """
+
+    def __init__(self, experiment: Experiment, *, patient: bool = False) -> None:
+        self.experiment = experiment
+        self.patient = patient
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Run every step that is not up to date, in order; a W&B job is open from its first step to its last."""
+        last = {step.job: place for place, step in enumerate(steps)}
+        with ExitStack() as stack:
+            jobs = _Jobs(self.experiment, steps, stack)
+            for place, step in enumerate(steps):
+                if step.only_logs:
+                    self._log(step, jobs)
+                else:
+                    self._run(step, jobs)
+                if last[step.job] == place:
+                    jobs.close(step.job)
+
+    def _run(self, step: Step, jobs: "_Jobs") -> None:
+        with self._locked(step) as key:
+            if is_done(step):
+                self._say(step, f"{step.title.partition(':')[0]}: up to date")
+                return
+            if step.trains:
+                self.experiment.check_parts()
+            self._say(step, step.title)
+            job = jobs.get(step.job, open=step.opens_job)
+            started = time.monotonic()
+            if job is not None:
+                job.use_artifacts(step.uses)
+            work = partial(step.run, Context(key, step.outputs, self.experiment.trainer, job))
+            measures = work() if step.collective else on_rank_zero(work)
+            if job is not None:
+                job.measures(measures or {})
+                job.log_artifacts(step.logs)
+            record_step(step, time.monotonic() - started)
+
+    def _log(self, step: Step, jobs: "_Jobs") -> None:
+        """Run a step that writes to W&B alone; without a run, or if that fails, it is tried again next time."""
+        job = jobs.get(step.job, open=False)
+        if in_sweep() or (job is None and state_of(step).is_current):
+            return
+        with logging_only("the runs of the methods"):
+            job = job or jobs.reopened(step)
+            if job is not None and job.run is not None:
+                on_rank_zero(partial(step.run, Context("", job=job)))
+                record_step(step)
+
+    @contextmanager
+    def _locked(self, step: Step) -> Iterator[str]:
+        """Lock the step, if it has a folder for that, and yield its key."""
+        with ExitStack() as locks:
+            if step.lock is not None or self.patient:
+                locks.enter_context(folder_lock(step.lock or step.folder / ".steps" / step.name, patient=self.patient))
+            key = on_rank_zero(partial(step_key, step))
+            locks.enter_context(alone(step, key))
+            yield key
+
+    def _say(self, step: Step, text: str) -> None:
+        of_seed = step.folder != self.experiment.layout.base
+        rank_zero_info(f"{step.folder.name.replace('-', ' ')}: {text}" if of_seed else text)
+
+
+class _Jobs:
+    """The jobs that are open, by what they are."""
+
+    def __init__(self, experiment: Experiment, steps: Sequence[Step], stack: ExitStack) -> None:
+        self.experiment, self.steps, self.stack = experiment, steps, stack
+        self._open: dict[JobConfig | None, tuple[Job, ExitStack]] = {}
+
+    def get(self, config: JobConfig | None, *, open: bool) -> Job | None:
+        """Return a step's job, which is started if it is not open."""
+        if config is not None and config not in self._open and open:
+            self._start(config, again=False)
+        return self._open[config][0] if config in self._open else None
+
+    def reopened(self, step: Step) -> Job | None:
+        """Open a finished job again, and log again what it held: an interrupted offline run may have lost it."""
+        assert step.job is not None
+        job = self._start(step.job, again=True)
+        for earlier in self.steps:
+            if earlier.job == step.job and not earlier.only_logs:
+                job.use_artifacts(earlier.uses)
+                job.repeat_curve()
+                job.log_artifacts(earlier.logs)
+        return job
+
+    def close(self, config: JobConfig | None) -> None:
+        """End a job, if it is open."""
+        if config in self._open:
+            self._open.pop(config)[1].close()
+
+    def _start(self, config: JobConfig, *, again: bool) -> Job:
+        own = self.stack.enter_context(ExitStack())
+        job = own.enter_context(open_job(self.experiment, config, again=again))
+        self._open[config] = job, own
+        return job

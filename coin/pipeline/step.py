@@ -1,0 +1,145 @@
+"""A step of an experiment as data: what it reads, what it writes, and the function that does it.
+
+A step knows nothing of locks, ranks, keys, records, or of how W&B runs begin and end; `coin.pipeline.runner` does.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.loggers import Logger
+
+if TYPE_CHECKING:
+    import wandb
+
+    from coin.pipeline.jobs import Job
+
+Measures = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """Files of one kind as W&B knows them; `logged` says whether they are logged, or too large for that."""
+
+    kind: str
+    files: Mapping[str, Path]
+    logged: bool = True
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """The W&B run and the CSV logs of one or several steps; equal ones are one run.
+
+    Args:
+        type: ``expert``, ``fisher``, ``method`` or ``evaluate``.
+        name: The task, method or statistic.
+        seed: The seed; None for a run that all seeds share.
+        tags: Tags of the W&B run.
+        config: Further entries of the run's configuration.
+    """
+
+    type: str
+    name: str
+    seed: int | None
+    tags: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a step is given when it runs.
+
+    Args:
+        key: The step's key, a hash of its inputs.
+        outputs: The files to write.
+        trainer: The experiment's ``trainer`` section.
+        job: The open job with its loggers; None for a step without one.
+    """
+
+    key: str
+    outputs: Sequence[Path] = ()
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    job: "Job | None" = None
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """The loggers of the step's job."""
+        return [] if self.job is None else self.job.loggers
+
+    @property
+    def wandb_run(self) -> "wandb.Run":
+        """The job's W&B run, which a step that only logs has."""
+        assert self.job is not None
+        assert self.job.run is not None
+        return self.job.run
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of an experiment.
+
+    Args:
+        name: Its name, unique in the folder.
+        folder: The folder with its record and its outputs: ``base`` or ``seed-K`` of an experiment.
+        title: What it does, for its line of progress.
+        run: The work; it may return measures for its job's summary.
+        options: Everything but files that its outputs depend on.
+        inputs: The files that it reads.
+        outputs: The files that it writes.
+        collective: Whether all processes run it; otherwise rank zero does, and the others wait.
+        shared: Whether points of a sweep share it, where their options and inputs are the same.
+        trains: Whether it trains an expert or the base: the user's data are checked before the first of these.
+        elsewhere: Whether it may run in a process of its own.
+        lock: A folder that is locked while it runs, for steps that keep checkpoints.
+        job: Its W&B run and loggers, if it has one.
+        opens_job: Whether it starts that job; otherwise it logs to it if it is open.
+        uses: Artifacts that it reads.
+        logs: Artifacts among its outputs.
+        only_logs: Whether it writes to W&B alone: it then counts as finished only if it has a run.
+    """
+
+    name: str
+    folder: Path
+    title: str
+    run: Callable[[Context], Measures | None]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Sequence[Path] = ()
+    outputs: Sequence[Path] = ()
+    collective: bool = False
+    shared: bool = False
+    trains: bool = False
+    elsewhere: bool = False
+    lock: Path | None = None
+    job: JobConfig | None = None
+    opens_job: bool = True
+    uses: Sequence[Artifacts] = ()
+    logs: Artifacts | None = None
+    only_logs: bool = False
+
+
+def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    """Return files by their names without the ending."""
+    return {path.stem: path for path in paths}
+
+
+def waves(steps: Sequence[Step]) -> list[list[Step]]:
+    """Return the steps in groups, each of which needs only outputs of earlier groups; order is kept in a group."""
+    level: dict[Path, int] = {}
+    groups: dict[int, list[Step]] = {}
+    for step in steps:
+        place = max((level[path] + 1 for path in step.inputs if path in level), default=0)
+        level.update(dict.fromkeys(step.outputs, place))
+        groups.setdefault(place, []).append(step)
+    return [groups[place] for place in sorted(groups)]
+
+
+def needed_for(name: str, steps: Sequence[Step]) -> list[Step]:
+    """Return the steps of a name and all that they depend on, in order."""
+    wanted: set[Path] = set()
+    found: list[Step] = []
+    for step in reversed(steps):
+        if step.name == name or wanted.intersection(step.outputs):
+            wanted.update(step.inputs)
+            found.append(step)
+    return found[::-1]
