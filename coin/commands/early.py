@@ -12,7 +12,7 @@ from coin.files.yaml import read_yaml
 
 _ROOT = Path(coin.__file__).parent
 _SHARED = {"c", "config", "h", "help", "print_config", "json"}
-_OF_RUN = {"launch", "only"}
+_OF_RUN = {"launch", "only", "dry-run", "dry_run"}
 """Options of ``coin run`` beside the experiment's."""
 A_CLASS = "one of coin's or a dotted import path"
 """What is expected of the name of a class."""

@@ -1,28 +1,44 @@
 """``coin run``: a whole experiment."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
 
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
 from coin.pipeline import Experiment
 from coin.pipeline.executors import Launch
-from coin.pipeline.run import run_experiment, run_step
+from coin.pipeline.run import planned, run_experiment, run_step
 from coin.reporting.report import REPORT_HTML
 from coin.reporting.results import as_json
-from coin.reporting.tables import print_summary
+from coin.reporting.tables import print_summary, results_console, rich_table, seconds
+
+
+@dataclass(frozen=True)
+class _Options:
+    experiment: Experiment
+    launch: Launch
+    only: str | None
+    json: bool
+    dry_run: bool
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run an experiment, and print its results."""
-    experiment, launch, only, machine = _read(arguments)
-    if only is not None:
-        run_step(experiment, only)
+    options = _read(arguments)
+    experiment = options.experiment
+    if options.dry_run:
+        _print_plan(experiment, options.json)
         return
-    summary = run_experiment(experiment, launch)
+    if options.only is not None:
+        run_step(experiment, options.only)
+        return
+    summary = run_experiment(experiment, options.launch)
     page = experiment.folder / REPORT_HTML
     if not is_rank_zero():
         return
-    if machine:
+    if options.json:
         print(as_json({"experiment": experiment.name, "report": page, "summary": summary}))
     else:
         print_summary(summary)
@@ -31,10 +47,34 @@ def main(arguments: Sequence[str]) -> None:
 
 def experiment_of(arguments: Sequence[str]) -> Experiment:
     """Return the experiment that the arguments of ``coin run`` describe."""
-    return _read(arguments)[0]
+    return _read(arguments).experiment
 
 
-def _read(arguments: Sequence[str]) -> tuple[Experiment, Launch, str | None, bool]:
+def _print_plan(experiment: Experiment, machine: bool) -> None:
+    """Print every step, whether it has to run and why, and how long its last run took."""
+    rows = pd.DataFrame(
+        [
+            {"step": f"{step.of_seed}{step.what}", "name": step.name, "why": status.why, "seconds": status.seconds}
+            for step, status in planned(experiment)
+        ]
+    )
+    waiting = rows["why"] != ""
+    if machine:
+        print(as_json({"experiment": experiment.name, "to_do": int(waiting.sum()), "steps": rows}))
+        return
+    shown = pd.DataFrame(
+        {
+            "step": rows["step"],
+            "state": waiting.map({True: "to do", False: "up to date"}),
+            "why": rows["why"],
+            "last time, s": rows["seconds"].astype(float).map(seconds),
+        }
+    )
+    title = f"{experiment.name}: {waiting.sum()} of {len(rows)} steps to do"
+    results_console().print(rich_table(shown, title, texts=("step", "state", "why")))
+
+
+def _read(arguments: Sequence[str]) -> _Options:
     parser = command_parser("run")
     parser.add_class_arguments(Experiment)
     parser.add_class_arguments(Launch, "launch")
@@ -44,7 +84,12 @@ def _read(arguments: Sequence[str]) -> tuple[Experiment, Launch, str | None, boo
         default=None,
         help="Run this step of the plan (a task: its expert) for every seed, and what it depends on; nothing else.",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="Print the plan: every step, whether it is up to date or to do and why, what it took last time.",
+    )
     add_json_argument(parser)
     options = parsed(parser, arguments)
-    launch, only, machine = (options.pop(name) for name in ("launch", "only", "json"))
-    return Experiment(**options), launch, only, machine
+    given = {name: options.pop(name) for name in ("launch", "only", "json", "dry_run")}
+    return _Options(Experiment(**options), **given)

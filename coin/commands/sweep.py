@@ -8,7 +8,8 @@ is a copy of the sweep's file.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -19,8 +20,8 @@ from coin.core.choices import check_integer
 from coin.core.processes import cores, rank_zero_info
 from coin.errors import ConfigurationError
 from coin.files.atomic import write_text
-from coin.pipeline.executors import Command, child_environment, raise_for, run_side_by_side
-from coin.pipeline.records import folder_lock, record_step, state_of
+from coin.pipeline.executors import Command, Executor, Launch, raise_for, run_commands
+from coin.pipeline.records import folder_lock, record_step, status_of
 from coin.pipeline.step import Step
 from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
 from coin.reporting import write_report
@@ -34,9 +35,9 @@ from coin.reporting.wandb_settings import check_connection, user_tags
 class PointRun(Command):
     """A point's ``coin run``, and the record of its completion; the constructor validates the experiment."""
 
-    def __init__(self, point: SweepPoint) -> None:
+    def __init__(self, point: SweepPoint, variables: Mapping[str, str]) -> None:
         experiment = experiment_of(point.arguments)
-        super().__init__(point.name, ("run", *point.arguments), experiment.folder / "sweep.log")
+        super().__init__(point.name, ("run", *point.arguments), experiment.folder / "sweep.log", variables)
         self.values = point.values
         self.seeds = [experiment.layout.seed(seed) for seed in experiment.seeds]
         parts = ("network", "base", "tasks", "expert", "calibration", "methods", "decoders", "seeds", "trainer")
@@ -47,6 +48,7 @@ class PointRun(Command):
             "sweep",
             experiment.folder,
             point.name,
+            "running",
             lambda _: None,  # the process does it
             options={"code": code, **{part: getattr(experiment, part) for part in parts}},
             inputs=files,
@@ -71,24 +73,24 @@ def main(arguments: Sequence[str]) -> None:
         help="Points at a time; one per two cores by default. Each gets an even share of the cores' threads, unless "
         "OMP_NUM_THREADS is set.",
     )
+    parser.add_class_arguments(Launch, "launch")
     options = parsed(parser, arguments)
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ConfigurationError(
             f"found WORLD_SIZE={processes}, expected one: every point is a process of its own; start coin sweep "
             "without torchrun or srun"
         )
-    jobs = max(1, cores() // 2) if options["jobs"] is None else options["jobs"]
-    check_integer("jobs", jobs, 1)
+    launch = _launch(options["launch"], options["jobs"])
     check_connection()
     plan = read_sweep(Path(options["file"]))
     folder = Path(options["output"]) / plan.name
-    runs = [PointRun(point) for point in sweep_points(plan, folder)]
+    tags = ",".join([*user_tags(), f"sweep-{plan.name}"])
+    runs = [PointRun(point, {"WANDB_TAGS": tags}) for point in sweep_points(plan, folder)]
     with folder_lock(folder):
         write_text(folder / SWEEP_YAML, plan.text)
-        done = [run for run in runs if state_of(run.step).is_current]
-        rank_zero_info(f"sweep {plan.name}: {len(runs)} points, {len(done)} finished already, {jobs} at a time")
-        tags = ",".join([*user_tags(), f"sweep-{plan.name}"])
-        environment = {**child_environment(max(1, cores() // jobs)), "WANDB_TAGS": tags}
+        done = [run for run in runs if status_of(run.step).is_current]
+        at_once = f"{launch.workers} at a time"
+        rank_zero_info(f"sweep {plan.name}: {len(runs)} points, {len(done)} finished already, {at_once}")
 
         def finish(run: PointRun) -> None:
             record_step(run.step)
@@ -96,7 +98,8 @@ def main(arguments: Sequence[str]) -> None:
             _collect([each for each in runs if each in done], folder / SWEEP_CSV, read_results)
 
         _collect(done, folder / SWEEP_CSV, read_results)
-        failed = run_side_by_side([run for run in runs if run not in done], [environment] * jobs, finish)
+        waiting = [run for run in runs if run not in done]
+        failed = run_commands(waiting, launch, folder / "submitit", finish)
         done = [run for run in runs if run in done]
         frame = _collect(done, folder / SWEEP_CSV, read_results)
         _collect(done, folder / RISK_CSV, read_risk)
@@ -106,6 +109,14 @@ def main(arguments: Sequence[str]) -> None:
         print(f"table: {folder / SWEEP_CSV}")
         print(f"report: {write_report([folder])}")
     raise_for(failed, len(runs), "points")
+
+
+def _launch(given: Launch, jobs: int | None) -> Launch:
+    """Return how points are run: `jobs` at a time, or as many as the launch section says."""
+    if jobs is None:
+        jobs = max(1, cores() // 2) if given.executor is Executor.local and given.workers == 1 else given.workers
+    check_integer("jobs", jobs, 1)
+    return replace(given, workers=jobs)
 
 
 def _collect(done: Sequence[PointRun], table: Path, read: Callable[[Path], pd.DataFrame | None]) -> pd.DataFrame | None:

@@ -1,7 +1,7 @@
 """``coin`` commands side by side: as processes of this machine, or as an array of SLURM jobs.
 
-Each expert is then trained by its own ``coin run -c … --only TASK``, which writes to the experiment's folder; the
-experiment finds the finished expert there, as after an interrupted run.
+A step of an experiment is then run by its own ``coin run -c … --only STEP``, which writes to the experiment's folder;
+the experiment finds its outputs there, as after an interrupted run. A point of a sweep is a ``coin run``.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _STOP_SECONDS = 10.0
 
 
 class Executor(StrEnum):
-    """Where the experts are trained: in processes of this machine (``local``), or in jobs of a cluster (``slurm``)."""
+    """Where steps are run: in processes of this machine (``local``), or in jobs of a cluster (``slurm``)."""
 
     local = "local"
     slurm = "slurm"
@@ -36,13 +36,15 @@ class Executor(StrEnum):
 
 @dataclass(frozen=True)
 class Launch:
-    """How the experts of an experiment are trained: one after the other, or side by side.
+    """How independent steps of an experiment, or points of a sweep, are run: one after the other, or side by side.
+
+    Independent are the experts, then the statistics, then the coded models; and all points of a sweep.
 
     Args:
         executor: ``local``: processes of this machine, which divide its GPUs among them, or its cores if it has no GPU.
-            ``slurm``: one array of jobs, submitted by `submitit` (pip install 'coded-coin[slurm]'); the experiment
-            waits for them, and an interrupted one resumes when it is started again.
-        workers: How many experts are trained at a time. With 1 and ``local`` the experiment trains them itself.
+            ``slurm``: one array of jobs, submitted by `submitit` (pip install 'coded-coin[slurm]'); the command waits
+            for them, and an interrupted one resumes when it is started again.
+        workers: How many run at a time. With 1 and ``local`` an experiment runs its steps itself.
         slurm: Options of `submitit.AutoExecutor.update_parameters`: ``timeout_min``, ``gpus_per_node``,
             ``cpus_per_task``, ``slurm_partition``, …; and ``cluster``, which is ``slurm`` unless it says ``local`` or
             ``debug``, to try the jobs on this machine.
@@ -60,7 +62,7 @@ class Launch:
 
     @property
     def side_by_side(self) -> bool:
-        """Whether experts are trained outside the experiment's own process."""
+        """Whether steps are run outside the experiment's own process."""
         return self.executor is Executor.slurm or self.workers > 1
 
 
@@ -69,12 +71,22 @@ class CommandFailedError(CoinError):
 
 
 class Command:
-    """A ``coin`` command run as a subprocess, whose output is appended to `log`."""
+    """A ``coin`` command as a subprocess, or as a callable for submitit; its output is appended to `log`.
 
-    def __init__(self, name: str, arguments: Sequence[str], log: Path) -> None:
+    Args:
+        name: What it does, for a person.
+        arguments: The command's arguments.
+        log: The file of its output.
+        variables: Environment variables beside those of this process.
+    """
+
+    def __init__(
+        self, name: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
         self.arguments = arguments
         self.log = log
+        self.variables = variables or {}
 
     def start(self, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
         """Start the process."""
@@ -82,25 +94,18 @@ class Command:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("a", encoding="utf-8") as log:
             print(f"# {' '.join(command)}", file=log, flush=True)
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**environment, **self.variables}
+            )
 
     def last_line(self) -> str:
-        """Return the last line that the process printed, or '' before it has started."""
+        """Return the last line that the process printed."""
         if not self.log.is_file():
             return "it has printed nothing"
         return self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1]
 
-
-class StepJob(Command):
-    """A step of one seed as a process of its own, or as a callable for submitit."""
-
-    def __init__(self, step: Step) -> None:
-        log = (step.lock or step.folder / "logs" / step.name) / "launch.log"
-        name = f"{step.folder.name.replace('-', ' ')}: {step.title.partition(':')[0]}"
-        super().__init__(name, ("run", "-c", str(step.folder / LAUNCH_YAML), "--only", step.name), log)
-
     def __call__(self) -> None:
-        """Train, within a job of the cluster."""
+        """Run it within a job of the cluster."""
         if self.start(child_environment(cores())).wait() != 0:
             raise CommandFailedError(f"{self.name}: {self.last_line()}")
 
@@ -111,32 +116,48 @@ class StepJob(Command):
         return submitit.helpers.DelayedSubmission(self)
 
 
+def step_command(step: Step) -> Command:
+    """Return the command that runs a step of one seed."""
+    log = (step.lock or step.folder / "logs" / step.name) / "launch.log"
+    arguments = ("run", "-c", str(step.folder / LAUNCH_YAML), "--only", step.name)
+    return Command(f"{step.of_seed}{step.what}", arguments, log)
+
+
 C = TypeVar("C", bound=Command)
 
 
-def run_elsewhere(jobs: Sequence[StepJob], launch: Launch, folder: Path) -> None:
-    """Train experts that are missing, several at a time, and wait for all of them; submitit's own files go to `folder`.
+def run_commands(
+    commands: Sequence[C], launch: Launch, folder: Path, on_success: Callable[[C], None] = lambda _: None
+) -> list[C]:
+    """Run commands, several at a time, wait for all of them, and return those that failed.
+
+    Args:
+        commands: The commands.
+        launch: Where, and how many at a time.
+        folder: The folder for submitit's own files.
+        on_success: Called with every command that succeeded.
 
     Raises:
-        CommandFailedError: Some experts failed; raised after all have ended, with their names.
         ConfigurationError: submitit or SLURM is missing, or refuses an option.
     """
     if launch.executor is Executor.slurm:
-        failed = _run_as_array(jobs, launch, folder)
-    else:
-        failed = run_side_by_side(jobs, worker_environments(launch.workers))
-    raise_for(failed, len(jobs), "steps")
+        return _run_as_array(commands, launch, folder, on_success)
+    return _run_side_by_side(commands, worker_environments(launch.workers), on_success)
 
 
 def worker_environments(workers: int) -> list[dict[str, str]]:
-    """Return the environment of each worker on this machine: a GPU, which several share if need be, or some cores."""
+    """Return the environment of each worker on this machine: its share of the cores, and of the GPUs if there are any.
+
+    With more workers than GPUs, several share one.
+    """
     environment = child_environment(max(1, cores() // workers))
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     devices = given.split(",")[:count] if given else [str(index) for index in range(count)]
     if not devices:
         return [environment] * workers
-    return [{**environment, "CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} for place in range(workers)]
+    shares = [devices[place::workers] or [devices[place % len(devices)]] for place in range(workers)]
+    return [{**environment, "CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
 
 
 def child_environment(threads: int) -> dict[str, str]:
@@ -146,10 +167,10 @@ def child_environment(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), **inherited}
 
 
-def run_side_by_side(
+def _run_side_by_side(
     commands: Sequence[C],
     environments: Sequence[Mapping[str, str]],
-    on_success: Callable[[C], None] = lambda _: None,
+    on_success: Callable[[C], None],
 ) -> list[C]:
     """Run commands on this machine in order, wait for all of them, and return those that failed.
 
@@ -199,29 +220,31 @@ def _stop(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
         process.wait()
 
 
-def _run_as_array(jobs: Sequence[StepJob], launch: Launch, folder: Path) -> list[StepJob]:
-    """Run jobs as one array of a cluster, and return those that failed."""
+def _run_as_array(commands: Sequence[C], launch: Launch, folder: Path, on_success: Callable[[C], None]) -> list[C]:
+    """Run commands as one array of jobs of a cluster, and return those that failed."""
     try:
         import submitit
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             "launch.executor=slurm needs the package submitit: pip install 'coded-coin[slurm]'"
         ) from error
-    options = {"cluster": "slurm", "name": "coin-expert", "slurm_array_parallelism": launch.workers, **launch.slurm}
+    options = {"cluster": "slurm", "name": "coin", "slurm_array_parallelism": launch.workers, **launch.slurm}
     try:
         executor = submitit.AutoExecutor(folder, cluster=options.pop("cluster"))
         executor.update_parameters(**options)
-        handles = executor.submit_array(jobs)
+        jobs = executor.submit_array(commands)
     except Exception as error:  # submitit's and sbatch's errors share no base class
-        raise ConfigurationError(f"cannot submit the experts with {launch.slurm}: {first_line(error)}") from error
-    for job, handle in zip(jobs, handles, strict=True):
-        rank_zero_info(f"{job.name}: job {handle.job_id}")
-    failed: list[StepJob] = []
-    for job, handle in zip(jobs, handles, strict=True):
-        ended = handle.exception()
-        if ended is not None:
-            failed.append(job)
-        rank_zero_info(f"{job.name}: finished" if ended is None else f"{job.name}: failed ({first_line(ended)[:200]})")
+        raise ConfigurationError(f"cannot submit jobs with {launch.slurm}: {first_line(error)}") from error
+    for command, job in zip(commands, jobs, strict=True):
+        rank_zero_info(f"{command.name}: job {job.job_id}")
+    failed: list[C] = []
+    for command, job in zip(commands, jobs, strict=True):
+        ended = job.exception()
+        if ended is None:
+            on_success(command)
+        else:
+            failed.append(command)
+        rank_zero_info(f"{command.name}: " + (f"failed ({first_line(ended)[:200]})" if ended else "finished"))
     return failed
 
 

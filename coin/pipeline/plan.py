@@ -58,7 +58,8 @@ def initial_steps(experiment: Experiment) -> list[Step]:
             Step(
                 "base",
                 folder,
-                f"base: pretraining {network.name} on {type(task).__name__}",
+                "base",
+                f"pretraining {network.name} on {type(task).__name__}",
                 partial(train_network, config=base, network=network, task=task, seed=base.seed),
                 options={"network": network, "base": base, "task": task, "trainer": experiment.trainer},
                 outputs=[pretrained],
@@ -78,7 +79,8 @@ def initial_steps(experiment: Experiment) -> list[Step]:
             Step(
                 f"initial-{count}",
                 folder,
-                f"base: writing the initialisation for {count} classes",
+                f"initialisation for {count} classes",
+                "writing",
                 partial(write_initial, network=network, classes=count, wider=wider, checkpoint=pretrained),
                 options={"network": network, "classes": count},
                 inputs=[file for file in (pretrained, wider) if file is not None],
@@ -103,7 +105,8 @@ def expert_step(files: SeedFiles, name: str) -> Step:
         return Step(
             f"expert-{name}",
             files.folder,
-            f"expert {name}: importing '{given.name}'",
+            f"expert {name}",
+            f"importing '{given.name}'",
             partial(import_network, config=network, task=name, classes=task.classes, given=given),
             options={"network": network, "classes": list(task.classes)},
             inputs=[given],
@@ -114,7 +117,8 @@ def expert_step(files: SeedFiles, name: str) -> Step:
     return Step(
         f"expert-{name}",
         files.folder,
-        f"expert {name}: fine-tuning for {config.epochs} epochs",
+        f"expert {name}",
+        f"fine-tuning for {config.epochs} epochs",
         partial(train_network, config=config, network=network, task=task, seed=files.seed, initial=initial),
         options={"training": config, "network": network, **options},
         inputs=[initial],
@@ -135,7 +139,8 @@ def code_step(files: SeedFiles) -> Step:
     return Step(
         "code",
         files.folder,
-        "code: choosing its weights",
+        "code",
+        "choosing its weights",
         partial(choose_code, files=files),
         options={"tasks": files.tasks, "calibration": files.experiment.calibration.merging},
         inputs=files.expert_paths,
@@ -159,7 +164,8 @@ def statistic_step(files: SeedFiles, which: Statistic, task: str) -> Step:
     return Step(
         path.stem,
         files.folder,
-        f"{which} of {task}: computing",
+        f"{which} of {task}",
+        "computing",
         partial(estimate, files=files, which=which, task=task),
         options={"tasks": tasks, **options},
         inputs=[expert],
@@ -183,7 +189,8 @@ def merge_step(files: SeedFiles, method: Method) -> Step:
     return Step(
         f"coded-{name}",
         files.folder,
-        f"{name}: {'training' if method.is_trained else 'merging'}",
+        name,
+        "training" if method.is_trained else "merging",
         partial(merge, files=files, method=method),
         options={
             "method": method,
@@ -223,7 +230,8 @@ def layers_step(files: SeedFiles) -> Step:
     return Step(
         "layers",
         files.folder,
-        "layers: comparing the coded models with the experts",
+        "layers",
+        "comparing the coded models with the experts",
         lambda _: compare_layers(files.layout.layers, files.experts, coded),
         inputs=[*files.expert_paths, *coded, *sorted(read)],
         outputs=[files.layout.layers] if coded else [],
@@ -236,7 +244,8 @@ def spares_step(files: SeedFiles, compression: Compression) -> Step:
     return Step(
         f"spares-{compression.name}",
         files.folder,
-        f"spares of {compression.name}: compressing",
+        f"spares of {compression.name}",
+        "compressing",
         lambda _: compress_files(files.expert_paths, paths, files.initial, compression),
         options={"compression": compression},
         inputs=[*files.expert_paths, files.initial],
@@ -255,7 +264,8 @@ def evaluate_step(files: SeedFiles) -> Step:
     return Step(
         "evaluate",
         files.folder,
-        "evaluation: every method with every decoder",
+        "evaluation",
+        "every method with every decoder",
         partial(evaluate, files=files, coded=coded, spares=spares, options=options),
         options={**options, "code": _code(experiment), "columns": COLUMNS},
         inputs=[*files.expert_paths, *coded, *spares, *files.code_files],
@@ -277,7 +287,8 @@ def log_step(files: SeedFiles, method: Method) -> Step:
     return Step(
         f"wandb-{coded_name(method)}",
         files.folder,
-        f"{coded_name(method)}: logging its results to W&B",
+        coded_name(method),
+        "logging its results to W&B",
         partial(log_results, files=files, method=method, coded=coded),
         inputs=[files.layout.results],
         job=_method_job(files, method),
@@ -290,7 +301,8 @@ def summary_steps(experiment: Experiment, summary: pd.DataFrame) -> list[Step]:
     step = Step(
         "wandb-summary",
         experiment.folder,
-        "summary: logging it to W&B",
+        "summary",
+        "logging it to W&B",
         lambda context: log_summary(context.wandb_run, summary),
         inputs=[experiment.layout.summary],
         job=JobConfig("evaluate", "summary", None, (SUMMARY_TAG,)),

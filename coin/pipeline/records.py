@@ -63,9 +63,9 @@ class Inputs:
     files: Mapping[str, str]
 
     @classmethod
-    def of(cls, step: Step) -> "Inputs":
+    def of(cls, options: Any, inputs: Sequence[Path]) -> "Inputs":
         """Read a step's inputs; raises FileError if one is missing."""
-        return cls(config_dict(dict(step.options)), {str(path): sha256_of(path) for path in step.inputs})
+        return cls(config_dict(options), {str(path): sha256_of(path) for path in inputs})
 
     @property
     def key(self) -> str:
@@ -73,25 +73,25 @@ class Inputs:
         return _hash([self.options, [*self.files.values()], versions()["coded-coin"]])
 
 
-def step_key(step: Step) -> str:
+def step_key(options: Any, inputs: Sequence[Path] = ()) -> str:
     """Return the hash of a step's options, of its input files' contents and of coin's version."""
-    return Inputs.of(step).key
+    return Inputs.of(options, inputs).key
 
 
-def state_of(step: Step) -> Status:
+def status_of(step: Step) -> Status:
     """Return whether the step's record has the key of its inputs, and its outputs are those recorded.
 
     With several processes, rank zero reads the record and broadcasts the result.
     """
-    return on_rank_zero(lambda: _state(step))
+    return on_rank_zero(lambda: _status(step))
 
 
-def _state(step: Step) -> Status:
+def _status(step: Step) -> Status:
     record = _read(step.folder, step.name)
     seconds = record.get("seconds")
     if gone := next((path for path in step.inputs if not path.is_file()), None):
         return Status(f"'{gone.name}' is not there yet", seconds)
-    inputs = Inputs.of(step)
+    inputs = Inputs.of(step.options, step.inputs)
     if not record:
         return Status("never done", seconds)
     if record["key"] != inputs.key:
@@ -108,11 +108,20 @@ def _difference(record: Mapping[str, Any], now: Inputs) -> str:
     before = record.get("inputs")
     if not isinstance(before, dict):
         return "its options or inputs have changed"
-    options = before.get("options", {})
-    changed = [name for name in sorted({*options, *now.options}) if options.get(name) != now.options.get(name)]
+    options, wanted = (dict(_flat(found)) for found in (before.get("options", {}), now.options))
+    changed = [name for name in sorted({*options, *wanted}) if options.get(name) != wanted.get(name)]
     files = before.get("files", {})
     read = [Path(path).name for path, digest in now.files.items() if files.get(path) != digest]
     return f"changed: {', '.join([*changed, *read])}" if changed or read else "another version of coin"
+
+
+def _flat(options: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield options by dotted name."""
+    if isinstance(options, dict) and options:
+        for key, value in options.items():
+            yield from _flat(value, f"{name}.{key}" if name else key)
+    else:
+        yield name, options
 
 
 def reuse_from_sweep(step: Step) -> bool:
@@ -123,7 +132,7 @@ def reuse_from_sweep(step: Step) -> bool:
     sweep = sweep_of(step.folder.parent)
     if sweep is None or not step.shared:
         return False
-    key = step_key(step)
+    key = step_key(step.options, step.inputs)
     for path in sorted(sweep.glob(f"*/{glob.escape(step.folder.name)}/.steps/{glob.escape(step.name)}.json")):
         folder = path.parent.parent
         theirs = [folder / output.relative_to(step.folder) for output in step.outputs]
@@ -141,7 +150,7 @@ def record_step(step: Step, seconds: float | None = None) -> None:
     """Record on rank zero that the step is finished."""
 
     def write() -> None:
-        inputs = Inputs.of(step)
+        inputs = Inputs.of(step.options, step.inputs)
         record = {
             "key": inputs.key,
             "outputs": _contents(step.folder, step.outputs),

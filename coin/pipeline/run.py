@@ -1,6 +1,7 @@
 """A whole experiment: its steps for every seed, the summary over seeds, and the reports."""
 
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 
@@ -8,10 +9,10 @@ from coin.core.processes import is_rank_zero, on_rank_zero, process_count, rank_
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.files.atomic import remove_leftovers, write_text
-from coin.pipeline.executors import Launch, StepJob, run_elsewhere
+from coin.pipeline.executors import Launch, raise_for, run_commands, step_command
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.plan import initial_steps, plan, summary_steps
-from coin.pipeline.records import folder_lock, sweep_of
+from coin.pipeline.records import Status, folder_lock, status_of, sweep_of
 from coin.pipeline.runner import Runner, is_done
 from coin.pipeline.step import Step, needed_for, waves
 from coin.pipeline.steps.trainer import join_processes
@@ -45,6 +46,23 @@ def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.D
                 layout.results_json.touch()  # of seeds with different options, the latest run's count
                 write_text(layout.config, experiment.as_yaml(seed))  # until now it was that of the results there
         return on_rank_zero(partial(_summarise, experiment))
+
+
+def planned(experiment: Experiment) -> list[tuple[Step, Status]]:
+    """Return the steps of all seeds, and whether each has to run and why; nothing is run or written."""
+    found: dict[tuple[Path, str], tuple[Step, Status]] = {}
+    made_anew: dict[Path, str] = {}
+    for seed in experiment.seeds:
+        for step in plan(experiment, seed):
+            if step.only_logs or (step.folder, step.name) in found:
+                continue
+            status = status_of(step)
+            if before := next((made_anew[path] for path in step.inputs if path in made_anew), None):
+                status = Status(f"after {before}", status.seconds)
+            if not status.is_current:
+                made_anew.update(dict.fromkeys(step.outputs, step.what))
+            found[step.folder, step.name] = step, status
+    return list(found.values())
 
 
 def run_step(experiment: Experiment, name: str) -> None:
@@ -97,7 +115,8 @@ def _run_elsewhere(experiment: Experiment, plans: dict[int, list[Step]], launch:
             experiment.check_parts()
         if waiting:
             rank_zero_info(f"running {len(waiting)} steps, {launch.workers} at a time")
-            run_elsewhere([StepJob(step) for step in waiting], launch, experiment.layout.submitit)
+            failed = run_commands([*map(step_command, waiting)], launch, experiment.layout.submitit)
+            raise_for(failed, len(waiting), "steps")
 
 
 def _summarise(experiment: Experiment) -> pd.DataFrame:

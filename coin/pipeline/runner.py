@@ -8,14 +8,14 @@ from functools import partial
 from coin.core.processes import on_rank_zero, rank_zero_info
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.jobs import Job, open_job
-from coin.pipeline.records import alone, folder_lock, record_step, reuse_from_sweep, state_of, step_key
+from coin.pipeline.records import Status, alone, folder_lock, record_step, reuse_from_sweep, status_of, step_key
 from coin.pipeline.step import Context, JobConfig, Step
 from coin.reporting.wandb_settings import in_sweep, logging_only
 
 
-def is_done(step: Step) -> bool:
+def is_done(step: Step, status: Status | None = None) -> bool:
     """Return whether a step is up to date, here or, if it is shared, in another point of the sweep."""
-    return state_of(step).is_current or on_rank_zero(partial(reuse_from_sweep, step))
+    return (status or status_of(step)).is_current or on_rank_zero(partial(reuse_from_sweep, step))
 
 
 class Runner:
@@ -33,24 +33,27 @@ class Runner:
     def run(self, steps: Sequence[Step]) -> None:
         """Run every step that is not up to date, in order; a W&B job is open from its first step to its last."""
         last = {step.job: place for place, step in enumerate(steps)}
+        count = sum(not step.only_logs for step in steps)
         with ExitStack() as stack:
             jobs = _Jobs(self.experiment, steps, stack)
             for place, step in enumerate(steps):
                 if step.only_logs:
                     self._log(step, jobs)
                 else:
-                    self._run(step, jobs)
+                    self._run(step, jobs, f"[{place + 1}/{count}] {step.of_seed}")
                 if last[step.job] == place:
                     jobs.close(step.job)
 
-    def _run(self, step: Step, jobs: "_Jobs") -> None:
+    def _run(self, step: Step, jobs: "_Jobs", place: str) -> None:
         with self._locked(step) as key:
-            if is_done(step):
-                self._say(step, f"{step.title.partition(':')[0]}: up to date")
+            status = status_of(step)
+            if is_done(step, status):
+                rank_zero_info(f"{place}{step.what}: up to date")
                 return
             if step.trains:
                 self.experiment.check_parts()
-            self._say(step, step.title)
+            expected = f" (last time {status.seconds:.0f} s)" if status.seconds and status.seconds >= 1 else ""
+            rank_zero_info(f"{place}{step.what}: {step.doing}{expected}")
             job = jobs.get(step.job, open=step.opens_job)
             started = time.monotonic()
             if job is not None:
@@ -65,7 +68,7 @@ class Runner:
     def _log(self, step: Step, jobs: "_Jobs") -> None:
         """Run a step that writes to W&B alone; without a run, or if that fails, it is tried again next time."""
         job = jobs.get(step.job, open=False)
-        if in_sweep() or (job is None and state_of(step).is_current):
+        if in_sweep() or (job is None and status_of(step).is_current):
             return
         with logging_only("the runs of the methods"):
             job = job or jobs.reopened(step)
@@ -79,13 +82,9 @@ class Runner:
         with ExitStack() as locks:
             if step.lock is not None or self.patient:
                 locks.enter_context(folder_lock(step.lock or step.folder / ".steps" / step.name, patient=self.patient))
-            key = on_rank_zero(partial(step_key, step))
+            key = on_rank_zero(partial(step_key, step.options, step.inputs))
             locks.enter_context(alone(step, key))
             yield key
-
-    def _say(self, step: Step, text: str) -> None:
-        of_seed = step.folder != self.experiment.layout.base
-        rank_zero_info(f"{step.folder.name.replace('-', ' ')}: {text}" if of_seed else text)
 
 
 class _Jobs:

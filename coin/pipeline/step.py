@@ -82,7 +82,8 @@ class Step:
     Args:
         name: Its name, unique in the folder.
         folder: The folder with its record and its outputs: ``base`` or ``seed-K`` of an experiment.
-        title: What it does, for its line of progress.
+        what: What it makes, for its line of progress: "expert digits".
+        doing: What it does for that: "fine-tuning for 3 epochs".
         run: The work; it may return measures for its job's summary.
         options: Everything but files that its outputs depend on.
         inputs: The files that it reads.
@@ -101,7 +102,8 @@ class Step:
 
     name: str
     folder: Path
-    title: str
+    what: str
+    doing: str
     run: Callable[[Context], Measures | None]
     options: Mapping[str, Any] = field(default_factory=dict)
     inputs: Sequence[Path] = ()
@@ -116,6 +118,11 @@ class Step:
     uses: Sequence[Artifacts] = ()
     logs: Artifacts | None = None
     only_logs: bool = False
+
+    @property
+    def of_seed(self) -> str:
+        """The seed in a line of progress; '' for a step that all seeds share."""
+        return f"{self.folder.name.replace('-', ' ')}: " if self.folder.name.startswith("seed-") else ""
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, Path]:

@@ -1,5 +1,7 @@
 """The shared initialisation of tasks with different class counts."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,7 +11,14 @@ from coin.merging import Average
 from coin.networks import NetworkConfig, load_network
 from coin.pipeline import Experiment
 from coin.pipeline.config import BaseConfig
-from coin.pipeline.training import make_initial
+from coin.pipeline.plan import initial_steps
+from coin.pipeline.runner import Runner
+
+
+def make_initial(experiment: Experiment) -> Path:
+    """Make the shared initialisation, and return its file with the most classes."""
+    Runner(experiment).run(initial_steps(experiment))
+    return experiment.layout.initial(max(task.num_classes for task in experiment.tasks.values()))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,15 @@ import coin.pipeline.run
 from coin.cli import main
 from coin.errors import CoinError, ConfigurationError
 from coin.files.safetensors import load_state
-from coin.pipeline.executors import Executor, ExpertJob, Launch, train_side_by_side, worker_environments
+from coin.pipeline.executors import Command, Executor, Launch, raise_for, run_commands, step_command, worker_environments
+    Command,
+    Executor,
+    Launch,
+    raise_for,
+    run_commands,
+    worker_environments,
+)
+from coin.pipeline.step import Step
 
 pytestmark = pytest.mark.slow
 
@@ -25,16 +33,17 @@ DEBUG = Launch(Executor.slurm, 2, {"cluster": "debug"})
 
 
 @pytest.fixture
-def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[ExpertJob]:
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Command]:
     """Three experts whose training is a shell script that notes its arguments; the second one fails."""
     script = tmp_path / "python"
     script.write_text(
         f'#!/bin/sh\necho "$@" >> {tmp_path}/done\necho "threads $OMP_NUM_THREADS"\necho "the last word of $7"\n'
-        'test "$7" != b\n'
+        'test "$7" != expert-b\n'
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    return [ExpertJob(f"expert {task}", tmp_path / "config.yaml", task, tmp_path / task / "log") for task in "abc"]
+    steps = [Step(f"expert-{x}", tmp_path, f"expert {x}", "fine-tuning", print, lock=tmp_path / x) for x in "abc"]
+    return [step_command(step) for step in steps]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -87,7 +96,7 @@ def test_experts_side_by_side_are_those_of_one_after_the_other_and_none_is_train
 
 @pytest.mark.parametrize("work", ["exec sleep 60", "trap '' TERM\nwhile :; do sleep 0.05; done"], ids=["ends", "stays"])
 def test_the_end_of_the_command_is_the_end_of_its_children(
-    work: str, jobs: list[ExpertJob], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work: str, jobs: list[Command], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with SIGTERM, which a scheduler sends before the end of an allocation."""
     monkeypatch.setattr("coin.pipeline.executors._STOP_SECONDS", 0.5)
@@ -101,7 +110,7 @@ def test_the_end_of_the_command_is_the_end_of_its_children(
     monkeypatch.setattr("coin.pipeline.executors.rank_zero_info", told)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as left:
-        train_side_by_side(jobs, Launch(workers=2), tmp_path / "submitit")
+        run_commands(jobs, Launch(workers=2), tmp_path / "submitit")
     assert left.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     for number in (tmp_path / "started").read_text().split():
@@ -111,14 +120,14 @@ def test_the_end_of_the_command_is_the_end_of_its_children(
 
 @pytest.mark.parametrize("launch", [Launch(workers=2), DEBUG], ids=["local", "slurm"])
 def test_a_failed_expert_stops_none_of_the_others(
-    launch: Launch, jobs: list[ExpertJob], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    launch: Launch, jobs: list[Command], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(
-        CoinError, match=r"1 of 3 experts failed, the first of them expert b: the last word of b .*b/log"
+        CoinError, match=r"1 of 3 steps failed, the first of them expert b: the last word of expert-b .*b/launch.log"
     ):
-        train_side_by_side(jobs, launch, tmp_path / "submitit")
+        raise_for(run_commands(jobs, launch, tmp_path / "submitit"), 3, "steps")
     commands = (tmp_path / "done").read_text().splitlines()
-    assert sorted(commands) == [f"-m coin run -c {tmp_path}/config.yaml --only {task}" for task in "abc"]
+    assert sorted(commands) == [f"-m coin run -c {tmp_path}/launch.yaml --only expert-{task}" for task in "abc"]
     told = capsys.readouterr().err.splitlines()
     assert [line for line in told if "failed" in line] == [
         next(line for line in told if line.startswith("expert b: f"))
@@ -137,14 +146,15 @@ def test_every_worker_has_a_gpu_or_its_share_of_the_cores(monkeypatch: pytest.Mo
     assert [place["CUDA_VISIBLE_DEVICES"] for place in worker_environments(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert [place["CUDA_VISIBLE_DEVICES"] for place in worker_environments(2)] == ["5", "7"]
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in worker_environments(1)] == ["5,7"]
 
 
-def test_a_job_queues_itself_again(jobs: list[ExpertJob]) -> None:
+def test_a_job_queues_itself_again(jobs: list[Command]) -> None:
     assert jobs[0].checkpoint().function is jobs[0]
 
 
 def test_what_does_not_fit_is_one_line(
-    jobs: list[ExpertJob],
+    jobs: list[Command],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     config: Path,
@@ -155,16 +165,16 @@ def test_what_does_not_fit_is_one_line(
     with pytest.raises(ConfigurationError, match=r"launch\.slurm"):
         Launch(slurm={"timeout_min": 3})
     wrong = Launch(Executor.slurm, 2, {"cluster": "debug", "speed": 9})
-    with pytest.raises(ConfigurationError, match=r"cannot submit the experts with .*speed"):
-        train_side_by_side(jobs, wrong, tmp_path / "submitit")
+    with pytest.raises(ConfigurationError, match=r"cannot submit jobs with .*speed"):
+        run_commands(jobs, wrong, tmp_path / "submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigurationError, match="cannot submit"):
-        train_side_by_side(jobs, Launch(Executor.slurm), tmp_path / "submitit")
+        run_commands(jobs, Launch(Executor.slurm), tmp_path / "submitit")
     assert main(["run", "-c", str(config), "--only=nothing", "--name=mistake"]) == 2
-    assert "found no task 'nothing', expected one of digits, letters" in capsys.readouterr().err
+    assert "found no task or step 'nothing', expected one of digits, letters" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'coded-coin\[slurm\]'"):
-        train_side_by_side(jobs, DEBUG, tmp_path / "submitit")
+        run_commands(jobs, DEBUG, tmp_path / "submitit")
 
 
 def test_a_seeds_configuration_does_not_launch_again(finished: Path) -> None:

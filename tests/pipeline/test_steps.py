@@ -1,7 +1,9 @@
 """The records that make an experiment resumable."""
 
+import json
 import threading
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,124 +12,160 @@ import pytest
 import torch
 from PIL import Image
 
-from coin.coding import Code
 from coin.data import Digits, ImageFolder, TextFile
 from coin.errors import ConfigurationError
 from coin.merging import Average, Coin
 from coin.modules import Distillation
 from coin.pipeline.config import CalibrationConfig, ExpertConfig
 from coin.pipeline.options import config_dict
-from coin.pipeline.records import Steps, step_key
+from coin.pipeline.records import Status, alone, record_step, status_of, step_key
+from coin.pipeline.runner import is_done
+from coin.pipeline.step import Step, needed_for, waves
 from coin.pipeline.steps.merge import coded_name, coded_paths
 
 
+def step(folder: Path, name: str = "a", options: str = "k", outputs: Sequence[str] = ("out",), **more: Any) -> Step:
+    return Step(name, folder, name, "", print, {"o": options}, outputs=[folder / output for output in outputs], **more)
+
+
 def test_a_step_is_finished_only_with_its_key_and_its_outputs(tmp_path: Path) -> None:
-    steps, output = Steps(tmp_path), tmp_path / "out"
-    assert not steps.finished("a", "k", [output])
+    output, source = tmp_path / "out", tmp_path / "in"
+    source.write_text("one")
+    made = step(tmp_path, inputs=[source])
+    assert status_of(made).why == "never done"
     output.write_text("one")
-    assert not steps.finished("a", "k", [output])
-    steps.finish("a", "k", [output])
-    assert steps.finished("a", "k", [output])
-    assert not steps.finished("a", "other", [output])
-    assert not steps.finished("b", "k", [output])
+    assert not status_of(made).is_current
+    record_step(made, 3.0)
+    assert status_of(made) == Status("", 3.0)
+    assert status_of(step(tmp_path, options="other", inputs=[source])).why == "changed: o"
+    assert status_of(step(tmp_path, "b", inputs=[source])).why == "never done"
+    source.write_text("two")
+    assert status_of(made) == Status("changed: in", 3.0)
+    source.write_text("one")
     output.write_text("two")
-    assert not steps.finished("a", "k", [output])
+    assert status_of(made).why == "'out' is not what was written"
     output.unlink()
-    assert not steps.finished("a", "k", [output])
+    assert status_of(made).why == "'out' is missing"
+    source.unlink()
+    assert status_of(made).why == "'in' is not there yet"
 
 
-def test_a_damaged_record_counts_as_none(tmp_path: Path) -> None:
-    steps, output = Steps(tmp_path), tmp_path / "out"
+@pytest.mark.parametrize("text", ["{", "[1]", '{"key": 1}', '{"key": "k", "outputs": []}'])
+def test_a_damaged_record_counts_as_none(text: str, tmp_path: Path) -> None:
+    made, output = step(tmp_path), tmp_path / "out"
     output.write_text("one")
-    steps.finish("a", "k", [output])
-    (tmp_path / ".steps/a.json").write_text("{")
-    assert not steps.finished("a", "k", [output])
+    record_step(made)
+    (tmp_path / ".steps/a.json").write_text(text)
+    assert status_of(made).why == "never done"
 
 
-@pytest.fixture
-def points(tmp_path: Path) -> tuple[Steps, Steps]:
-    """The steps of one seed in two points of a sweep; the first has finished one, with two outputs."""
-    (tmp_path / "sweep.yaml").touch()
-    first, second = (Steps(tmp_path / name / "seed-0") for name in ("first", "second"))
-    (first.folder / "experts").mkdir(parents=True)
-    for name in OUTPUTS:
-        (first.folder / name).write_text(f"weights of {name}")
-    first.finish("expert-a[1]", "k", [first.folder / name for name in OUTPUTS])
-    return first, second
+def test_a_record_of_before_without_inputs_says_that_they_have_changed(tmp_path: Path) -> None:
+    made, output = step(tmp_path), tmp_path / "out"
+    output.write_text("one")
+    record_step(made)
+    record = tmp_path / ".steps/a.json"
+    record.write_text(json.dumps({key: json.loads(record.read_text())[key] for key in ("key", "outputs")}))
+    assert status_of(made).is_current
+    assert status_of(step(tmp_path, options="other")).why == "its options or inputs have changed"
+
+
+def test_steps_wait_for_what_they_read(tmp_path: Path) -> None:
+    base, expert, coded = step(tmp_path, "base"), step(tmp_path, "expert"), step(tmp_path, "coded")
+    base = replace(base, outputs=[tmp_path / "base"])
+    expert = replace(expert, inputs=base.outputs, outputs=[tmp_path / "expert"])
+    other = replace(expert, name="other", outputs=[tmp_path / "other"])
+    coded = replace(coded, inputs=[*expert.outputs, *other.outputs])
+    steps = [base, expert, other, coded]
+    assert waves(steps) == [[base], [expert, other], [coded]]
+    assert needed_for("other", steps) == [base, other]
+    assert needed_for("coded", steps) == steps
+    assert needed_for("nothing", steps) == []
 
 
 OUTPUTS = ("experts/a.bin", "b.bin")
 
 
-def finished(steps: Steps, name: str = "expert-a[1]", key: str = "k", shared: bool = True) -> bool:
-    return steps.finished(name, key, [steps.folder / output for output in OUTPUTS], shared=shared)
+@pytest.fixture
+def points(tmp_path: Path) -> tuple[Path, Path]:
+    """The folders of one seed in two points of a sweep; the first has finished a step with two outputs."""
+    (tmp_path / "sweep.yaml").touch()
+    first, second = (tmp_path / name / "seed-0" for name in ("first", "second"))
+    (first / "experts").mkdir(parents=True)
+    for name in OUTPUTS:
+        (first / name).write_text(f"weights of {name}")
+    record_step(step(first, "expert-a[1]", outputs=OUTPUTS))
+    return first, second
 
 
-def test_a_shared_step_is_taken_over_from_a_point_with_the_same_key(points: tuple[Steps, Steps]) -> None:
+def finished(folder: Path, name: str = "expert-a[1]", options: str = "k", shared: bool = True) -> bool:
+    return is_done(step(folder, name, options, OUTPUTS, shared=shared))
+
+
+def test_a_shared_step_is_taken_over_from_a_point_with_the_same_key(points: tuple[Path, Path]) -> None:
     first, second = points
     assert not finished(second, shared=False)
-    assert not finished(second, key="other")
+    assert not finished(second, options="other")
     assert not finished(second, name="expert-a1")
-    assert not finished(Steps(second.folder.with_name("seed-1")))
-    assert not second.folder.exists()
-    (second.folder / "experts").mkdir(parents=True)
-    (second.folder / "experts/a.bin").write_text("half a training")
+    assert not finished(second.with_name("seed-1"))
+    assert not second.exists()
+    (second / "experts").mkdir(parents=True)
+    (second / "experts/a.bin").write_text("half a training")
     assert finished(second)
-    assert all((first.folder / name).samefile(second.folder / name) for name in OUTPUTS)
+    assert all((first / name).samefile(second / name) for name in OUTPUTS)
     assert finished(second, shared=False)
-    (second.folder / "b.bin").unlink()
+    (second / "b.bin").unlink()
     assert finished(second)
-    assert not list(second.folder.rglob("*.tmp"))
+    assert not list(second.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("damage", ["no sweep", "changed", "gone", "record"])
 def test_nothing_is_taken_over_from_a_damaged_point_or_outside_a_sweep(
-    damage: str, points: tuple[Steps, Steps], tmp_path: Path
+    damage: str, points: tuple[Path, Path], tmp_path: Path
 ) -> None:
     first, second = points
     match damage:
         case "no sweep":
             (tmp_path / "sweep.yaml").unlink()
         case "changed":
-            (first.folder / "b.bin").write_text("other weights")
+            (first / "b.bin").write_text("other weights")
         case "gone":
-            (first.folder / "b.bin").unlink()
+            (first / "b.bin").unlink()
         case "record":
-            (first.folder / ".steps/expert-a[1].json").write_text("[1]")
+            (first / ".steps/expert-a[1].json").write_text("[1]")
     assert not finished(second)
-    assert not second.folder.exists()
+    assert not second.exists()
 
 
 def test_outputs_are_copied_where_there_are_no_links(
-    points: tuple[Steps, Steps], monkeypatch: pytest.MonkeyPatch
+    points: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError("no links here")
 
     monkeypatch.setattr("os.link", refuse)
     assert finished(points[1])
-    assert (points[1].folder / "b.bin").read_text() == "weights of b.bin"
+    assert (points[1] / "b.bin").read_text() == "weights of b.bin"
 
 
-def test_a_point_waits_for_another_that_does_the_same_step(points: tuple[Steps, Steps], tmp_path: Path) -> None:
-    first, second = points
+def test_a_point_waits_for_another_that_does_the_same_step(points: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = (step(folder, "expert-b", shared=True) for folder in points)
     done: list[str] = []
 
     def wait() -> None:
-        with second.alone("expert-b", "k"):
+        with alone(second, "k"):
             done.append("second")
 
     waiting = threading.Thread(target=wait)
-    with first.alone("expert-b", "k"):
+    with alone(first, "k"):
         waiting.start()
-        with second.alone("expert-b", "other key"), second.alone("expert-a", "k"):
+        with alone(second, "other key"), alone(replace(second, name="expert-a"), "k"):
             done.append("other steps")
         waiting.join(1)
         done.append("first")
     waiting.join(60)
     assert done == ["other steps", "first", "second"]
     (tmp_path / "sweep.yaml").unlink()
-    with first.alone("expert-b", "k"), second.alone("expert-b", "k"):  # outside a sweep nobody waits
+    with alone(first, "k"), alone(second, "k"):  # outside a sweep nobody waits
         pass
 
 
@@ -218,7 +256,6 @@ class Fixed(Average):
 
 
 def test_methods_have_a_file_and_a_record_each() -> None:
-    one = Code([[0.5, 0.5]])
-    assert coded_paths(Fixed(0.5), one, Path("coded"))[0].parent == Path("coded")
+    assert coded_paths(Fixed(0.5), 1, Path("coded"))[0].parent == Path("coded")
     assert {coded_name(Average(label=label)) for label in ("a-0.2", "a-0.5")} == {"a-0.2", "a-0.5"}
     assert coded_name(Average(batchnorm="keep")) == "average-keep"

@@ -19,6 +19,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 import coin.commands.sweep
 from coin.cli import main
 from coin.errors import ConfigurationError
+from coin.pipeline.executors import Launch
 from coin.pipeline.records import folder_lock
 from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
 from coin.reporting import COLUMNS, read_results
@@ -172,23 +173,25 @@ def test_an_agent_of_a_wandb_sweep_runs_our_command(config: Path, capsys: pytest
     assert [method["class_path"].rsplit(".")[-1] for method in printed["methods"]] == ["Coin"]
 
 
-def test_points_are_tagged_with_their_sweep_for_w_and_b_and_share_the_cores(
+def test_points_are_tagged_with_their_sweep_for_w_and_b_and_run_where_they_are_asked_to(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[tuple[list[str], list[dict[str, str]]]] = []
+    started: list[tuple[list[Any], Launch]] = []
 
-    def run_side_by_side(commands: list[Any], environments: list[dict[str, str]], *_: Any) -> list[Any]:
-        started.append(([command.name for command in commands], environments))
+    def run_commands(commands: list[Any], launch: Launch, *_: Any) -> list[Any]:
+        started.append((commands, launch))
         return []
 
-    monkeypatch.setattr(coin.commands.sweep, "run_side_by_side", run_side_by_side)
+    monkeypatch.setattr(coin.commands.sweep, "run_commands", run_commands)
     monkeypatch.setattr(coin.commands.sweep, "cores", lambda: 7)
     monkeypatch.setenv("WANDB_TAGS", "mine")
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    coin.commands.sweep.main([str(write_sweep(tmp_path / "grid.yaml", config)), f"--output={tmp_path}"])
-    ((names, environments),) = started
-    assert names == NAMES
-    assert [(each["WANDB_TAGS"], each["OMP_NUM_THREADS"]) for each in environments] == [("mine,sweep-grid", "2")] * 3
+    arguments = [str(write_sweep(tmp_path / "grid.yaml", config)), f"--output={tmp_path}"]
+    for more in ([], ["--launch.workers=2"], ["--jobs=4", "--launch.executor=slurm"]):
+        coin.commands.sweep.main([*arguments, *more])
+    commands = started[0][0]
+    assert [command.name for command in commands] == NAMES
+    assert {command.variables["WANDB_TAGS"] for command in commands} == {"mine,sweep-grid"}
+    assert [(launch.executor, launch.workers) for _, launch in started] == [("local", 3), ("local", 2), ("slurm", 4)]
 
 
 def test_table_holds_every_points_results(swept: Path) -> None:

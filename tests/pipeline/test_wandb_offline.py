@@ -187,7 +187,7 @@ def test_an_experiment_s_own_tags_and_runs_of_methods_that_were_made_before(
 ) -> None:
     shutil.copytree(finished, tmp_path / "tiny", ignore=shutil.ignore_patterns("wandb"))
     (tmp_path / "tiny/seed-0/results.csv").unlink()  # only the evaluation is run again
-    (tmp_path / "tiny/seed-0/.steps/wandb-methods.json").unlink()  # as new numbers have it
+    (tmp_path / "tiny/seed-0/.steps/wandb-coin.json").unlink()  # as new numbers have it
     for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR"):
         monkeypatch.delenv(name, raising=False)
     assert main(["run", "-c", str(config), f"--output={tmp_path}", "--wandb.tags=[mine]"]) == 0
@@ -220,7 +220,7 @@ def test_a_job_that_fails_is_told_to_have_failed(
     def fail(*_: Any, **__: Any) -> NoReturn:
         raise NumericalError("it diverged; give a smaller learning rate")
 
-    monkeypatch.setattr("coin.pipeline.training.train_network", fail)
+    monkeypatch.setattr("coin.pipeline.plan.train_network", fail)
     assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 2
     (folder,) = (tmp_path / "tiny/base/wandb").glob("offline-run-*")
     assert read_wandb(folder)[-1]["exit"]["exit_code"] == 1
@@ -231,7 +231,7 @@ def test_a_method_s_run_is_whole_again_where_it_was_killed_before_the_evaluation
 ) -> None:
     """Of what an open run holds, a kill leaves nothing."""
     shutil.copytree(finished, tmp_path / "tiny", ignore=shutil.ignore_patterns("wandb"))
-    for name in ("results.csv", ".steps/wandb-methods.json", ".steps/evaluate.json"):
+    for name in ("results.csv", ".steps/wandb-distillation.json", ".steps/evaluate.json"):
         (tmp_path / "tiny/seed-0" / name).unlink()
     logs = tmp_path / "tiny/seed-0/logs"
     before = (logs / "distillation/wandb-run-done-method").rename(logs / "distillation/wandb-run-id-method")
@@ -264,13 +264,13 @@ def test_a_coded_model_is_logged_before_the_evaluation_reads_it(
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("coded_models.log_method", "the runs of the methods"), ("jobs.start_run", "the start of the run")],
+    [("work.log_method", "the runs of the methods"), ("jobs.start_run", "the start of the run")],
 )
 def test_runs_of_methods_that_failed_are_tried_again(
     finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
 ) -> None:
     shutil.copytree(finished, tmp_path / "tiny")
-    record = tmp_path / "tiny/seed-0/.steps/wandb-methods.json"
+    record = tmp_path / "tiny/seed-0/.steps/wandb-coin.json"
     record.unlink()
 
     def fail(*_: Any, **__: Any) -> NoReturn:
