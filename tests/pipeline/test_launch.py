@@ -17,12 +17,13 @@ import coin.pipeline.run
 from coin.cli import main
 from coin.errors import CoinError, ConfigurationError
 from coin.files.safetensors import load_state
-from coin.pipeline.executors import Command, Executor, Launch, raise_for, run_commands, step_command, worker_environments
+from coin.pipeline.executors import (
     Command,
     Executor,
     Launch,
     raise_for,
     run_commands,
+    step_command,
     worker_environments,
 )
 from coin.pipeline.step import Step
