@@ -27,11 +27,10 @@ from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 
 def plan(experiment: Experiment, seed: int) -> list[Step]:
-    """Return all steps of one seed, those of the shared initialisation first; each reads outputs of earlier ones."""
+    """Return all steps of one seed after `initial_steps`; each reads outputs of earlier ones."""
     files, methods = SeedFiles(experiment, seed), experiment.methods
     statistics = dict.fromkeys(which for method in methods for which in method.statistics())
     return [
-        *initial_steps(experiment),
         *(expert_step(files, name) for name in files.tasks),
         *([code_step(files)] if experiment.code is None else []),
         *(statistic_step(files, which, task) for which in statistics for task in files.tasks),

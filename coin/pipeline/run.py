@@ -28,14 +28,13 @@ def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.D
         experiment.calibration.warn_of_too_few()
     with folder_lock(experiment.folder, patient=sweep_of(experiment.folder) is not None):
         on_rank_zero(lambda: remove_leftovers(experiment.folder))
-        plans = _plans(experiment)
         runner = Runner(experiment)
+        plans = _plans(experiment, runner)
         for seed in plans:
             layout = experiment.layout.seed(seed)
             if is_rank_zero() and not layout.results.exists():
                 write_text(layout.config, experiment.as_yaml(seed))
         if launch is not None and launch.side_by_side:
-            runner.run(initial_steps(experiment))
             _run_elsewhere(experiment, plans, launch)
         for seed, steps in plans.items():
             layout = experiment.layout.seed(seed)
@@ -50,19 +49,19 @@ def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.D
 
 def planned(experiment: Experiment) -> list[tuple[Step, Status]]:
     """Return the steps of all seeds, and whether each has to run and why; nothing is run or written."""
-    found: dict[tuple[Path, str], tuple[Step, Status]] = {}
+    found: list[tuple[Step, Status]] = []
     made_anew: dict[Path, str] = {}
-    for seed in experiment.seeds:
-        for step in plan(experiment, seed):
-            if step.only_logs or (step.folder, step.name) in found:
-                continue
-            status = status_of(step)
-            if before := next((made_anew[path] for path in step.inputs if path in made_anew), None):
-                status = Status(f"after {before}", status.seconds)
-            if not status.is_current:
-                made_anew.update(dict.fromkeys(step.outputs, step.what))
-            found[step.folder, step.name] = step, status
-    return list(found.values())
+    steps = [*initial_steps(experiment), *(step for seed in experiment.seeds for step in plan(experiment, seed))]
+    for step in steps:
+        if step.only_logs:
+            continue
+        status = status_of(step)
+        if before := next((made_anew[path] for path in step.inputs if path in made_anew), None):
+            status = Status(f"after {before}", status.seconds)
+        if not status.is_current:
+            made_anew.update(dict.fromkeys(step.outputs, step.what))
+        found.append((step, status))
+    return found
 
 
 def run_step(experiment: Experiment, name: str) -> None:
@@ -77,12 +76,13 @@ def run_step(experiment: Experiment, name: str) -> None:
     """
     _begin(experiment)
     step = f"expert-{name}" if name in experiment.tasks else name
-    for steps in _plans(experiment).values():
+    runner = Runner(experiment, patient=True)
+    for steps in _plans(experiment, runner).values():
         needed = needed_for(step, steps)
         if not needed:
             found = f"found no task or step '{name}', expected one of {', '.join(experiment.tasks)}"
             raise ConfigurationError(f"{found}, or of coin run --dry-run")
-        Runner(experiment, patient=True).run(needed)
+        runner.run(needed)
 
 
 def _begin(experiment: Experiment) -> None:
@@ -93,11 +93,12 @@ def _begin(experiment: Experiment) -> None:
     join_processes(experiment.folder, experiment.trainer)
 
 
-def _plans(experiment: Experiment) -> dict[int, list[Step]]:
-    """Prepare the data, and return the steps of every seed."""
+def _plans(experiment: Experiment, runner: Runner) -> dict[int, list[Step]]:
+    """Prepare the data and the shared initialisation, and return the steps of every seed."""
     on_rank_zero(Tasks(experiment.tasks).prepare_data)
     for task in experiment.tasks.values():
         _ = task.num_classes  # fail early on a folder that is missing or has one class
+    runner.run(initial_steps(experiment))
     return {seed: plan(experiment, seed) for seed in experiment.seeds}
 
 

@@ -45,6 +45,9 @@ class Runner:
                     jobs.close(step.job)
 
     def _run(self, step: Step, jobs: "_Jobs", place: str) -> None:
+        if self.patient and is_done(step):  # nobody else's lock is worth waiting for
+            rank_zero_info(f"{place}{step.what}: up to date")
+            return
         with self._locked(step) as key:
             status = status_of(step)
             if is_done(step, status):

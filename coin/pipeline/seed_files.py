@@ -11,7 +11,6 @@ from coin.networks import Compression, int8_path
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.step import Artifacts
 from coin.pipeline.steps.code import SeedCode, read_choice
-from coin.pipeline.steps.compress import spare_paths
 from coin.pipeline.steps.expert_files import ExpertFiles
 from coin.pipeline.steps.merge import coded_paths
 from coin.statistics.statistic import DataChoice, Statistic
@@ -63,11 +62,16 @@ class SeedFiles:
     def coded_outputs(self, method: Method) -> list[Path]:
         """Return the same files, and the 8-bit base of compressed variants."""
         paths, rounded = self.coded_paths(method), any(each.base_bits == 8 for each in method.compress)
-        return [*paths, *([int8_path(paths[0], self.initial)] if rounded else [])]
+        return [*paths, *self._int8_base(paths[0] if rounded else None)]
 
     def spare_paths(self, compression: Compression) -> list[Path]:
         """Return the files of the experts' compressed copies, and of their 8-bit base if they have one."""
-        return spare_paths(self.tasks, self.layout.spares, compression, self.initial)
+        paths = [self.layout.spares / f"{task}.{compression.name}.safetensors" for task in self.tasks]
+        return [*paths, *self._int8_base(paths[0] if compression.base_bits == 8 else None)]
+
+    def _int8_base(self, beside: Path | None) -> list[Path]:
+        """Return the file of the 8-bit base, whose name has a hash of the initialisation: none before that is there."""
+        return [int8_path(beside, self.initial)] if beside is not None and self.initial.is_file() else []
 
     def statistics(self, method: Method) -> dict[Statistic, dict[str, Path]]:
         """Return the files of the statistics that a method needs."""

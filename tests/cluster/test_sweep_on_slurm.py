@@ -18,7 +18,13 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "sbatch": f'exec {sys.executable} {Path(__file__).with_name("fake_sbatch.py")} sbatch "$@"',
     "sacct": f'exec {sys.executable} {Path(__file__).with_name("fake_sbatch.py")} sacct "$@"',
-    "srun": 'while [ "${1#-}" != "$1" ]; do case "$1" in --*=*|--unbuffered) ;; --*) shift ;; esac; shift; done\nexec "$@"',
+    "srun": """
+while [ "${1#-}" != "$1" ]; do
+  case "$1" in --*=*|--unbuffered) ;; --*) shift ;; esac
+  shift
+done
+exec "$@"
+""",
 }
 
 

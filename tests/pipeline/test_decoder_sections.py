@@ -62,7 +62,7 @@ def test_an_experiment_is_measured_with_every_decoder_and_repeats_itself(
     assert main(["run", "-c", str(tiny), f"--decoders={other}"]) == 0
     assert "evaluation: up to date" in capsys.readouterr().err
     assert main(["run", "-c", str(tiny), "--decoders=[{kind: feature_ridge, components: 5}]"]) == 0
-    assert "evaluating" in capsys.readouterr().err
+    assert "evaluation: every" in capsys.readouterr().err
     assert set(read_results(seed).query("method == 'average'").decoder) == {"feature_ridge-5"}
 
 

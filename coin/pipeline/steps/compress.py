@@ -1,19 +1,13 @@
 """The compression step: a network's file in, its packed delta from a base's as a file out."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
 from coin.modules.spares import SPARE
 from coin.networks import Compression, compress_as, int8_path, kept_base, load_network, save_compressed
-
-
-def spare_paths(tasks: Mapping[str, object], folder: Path, compression: Compression, base: Path) -> list[Path]:
-    """Return the files of all tasks' spares, and of their 8-bit base if they have one."""
-    paths = [folder / f"{task}.{compression.name}.safetensors" for task in tasks]
-    return [*paths, *([int8_path(paths[0], base)] if compression.base_bits == 8 else [])]
 
 
 def compress_file(network: Path, output: Path, base: Path | None, compression: Compression) -> None:

@@ -11,7 +11,9 @@ from coin.data import TaskData
 from coin.files.safetensors import load_state
 from coin.modules import Expert
 from coin.networks import NetworkConfig
-from coin.pipeline.steps.train import TrainingConfig, train_network
+from coin.pipeline.config import ExpertConfig
+from coin.pipeline.step import Context
+from coin.pipeline.steps.train import train_network
 
 
 class KilledError(Exception):
@@ -36,11 +38,10 @@ def test_a_killed_training_goes_on_from_its_last_whole_epoch_to_where_an_undistu
     def train(folder: str) -> dict[str, Any]:
         taken.clear()
         task: TaskData = synthetic()
-        config = TrainingConfig(epochs=4, lr=0.05, batch_size=8)
-        options: dict[str, Any] = {"key": "key", "seed": 3, "initial": None, "loggers": [], "weights": weights}
-        options["trainer_options"] = {"accelerator": "cpu", "num_sanity_val_steps": 0}
+        config = ExpertConfig(epochs=4, lr=0.05, batch_size=8, weights=weights)
         output = tmp_path / folder / "expert.safetensors"
-        train_network(config, small_config, task, output, **options)
+        context = Context("key", [output], {"accelerator": "cpu", "num_sanity_val_steps": 0})
+        train_network(context, config, small_config, task, seed=3)
         return dict(load_state(output)[0])
 
     monkeypatch.setattr(Expert, "training_step", noted)
