@@ -181,7 +181,7 @@ def _hash(value: Any) -> str:
 
 def alone(step: Step, key: str) -> AbstractContextManager[Any]:
     """Return a context that waits while another point of the sweep runs the same shared step."""
-    sweep = on_rank_zero(lambda: sweep_of(step.folder.parent))
+    sweep = sweep_of(step.folder.parent)
     if sweep is None or not step.shared:
         return contextlib.nullcontext()
     return folder_lock(sweep / ".locks" / f"{step.name}-{key[:16]}", patient=True)

@@ -11,7 +11,8 @@ from coin.errors import ConfigurationError
 from coin.files.atomic import remove_leftovers, write_text
 from coin.pipeline.executors import Launch, raise_for, run_commands, step_command
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.plan import initial_steps, plan, summary_steps
+from coin.pipeline.plan import plan, summary_steps
+from coin.pipeline.plan_experts import initial_steps
 from coin.pipeline.records import Status, folder_lock, status_of, sweep_of
 from coin.pipeline.runner import Runner, is_done
 from coin.pipeline.step import Step, needed_for, waves

@@ -7,9 +7,10 @@ from functools import partial
 
 from coin.core.processes import on_rank_zero, rank_zero_info
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.jobs import Job, open_job
+from coin.pipeline.job import Job, JobConfig
+from coin.pipeline.open_job import open_job
 from coin.pipeline.records import Status, alone, folder_lock, record_step, reuse_from_sweep, status_of, step_key
-from coin.pipeline.step import Context, JobConfig, Step
+from coin.pipeline.step import Context, Step
 from coin.reporting.wandb_settings import in_sweep, logging_only
 
 

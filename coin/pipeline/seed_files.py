@@ -9,7 +9,7 @@ from coin.data.tasks import Tasks
 from coin.merging import Method
 from coin.networks import Compression, int8_path
 from coin.pipeline.experiment import Experiment
-from coin.pipeline.step import Artifacts
+from coin.pipeline.job import Artifacts
 from coin.pipeline.steps.code import SeedCode, read_choice
 from coin.pipeline.steps.expert_files import ExpertFiles
 from coin.pipeline.steps.merge import coded_paths

@@ -10,40 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import Logger
 
+from coin.pipeline.job import Artifacts, Job, JobConfig
+
 if TYPE_CHECKING:
     import wandb
 
-    from coin.pipeline.jobs import Job
-
 Measures = Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Artifacts:
-    """Files of one kind as W&B knows them; `logged` says whether they are logged, or too large for that."""
-
-    kind: str
-    files: Mapping[str, Path]
-    logged: bool = True
-
-
-@dataclass(frozen=True)
-class JobConfig:
-    """The W&B run and the CSV logs of one or several steps; equal ones are one run.
-
-    Args:
-        type: ``expert``, ``fisher``, ``method`` or ``evaluate``.
-        name: The task, method or statistic.
-        seed: The seed; None for a run that all seeds share.
-        tags: Tags of the W&B run.
-        config: Further entries of the run's configuration.
-    """
-
-    type: str
-    name: str
-    seed: int | None
-    tags: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -60,7 +32,7 @@ class Context:
     key: str
     outputs: Sequence[Path] = ()
     trainer: Mapping[str, Any] = field(default_factory=dict)
-    job: "Job | None" = None
+    job: Job | None = None
 
     @property
     def loggers(self) -> list[Logger]:

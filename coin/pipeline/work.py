@@ -8,8 +8,9 @@ from coin.core.processes import rank_zero_info
 from coin.merging import Method
 from coin.modules import DecodingEvaluator
 from coin.networks import load_network
+from coin.pipeline.job import Artifacts
 from coin.pipeline.seed_files import SeedFiles
-from coin.pipeline.step import Artifacts, Context, Measures
+from coin.pipeline.step import Context, Measures
 from coin.pipeline.steps.code import write_choice
 from coin.pipeline.steps.distill import Training
 from coin.pipeline.steps.expert_files import StoredExperts

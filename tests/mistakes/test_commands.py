@@ -108,7 +108,7 @@ def test_a_command_line_that_does_not_fit_is_one_line(case: str, config: Path, c
 def test_a_folder_that_is_missing_is_told_of_before_the_base_is_trained(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coin.pipeline.plan.train_network", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr("coin.pipeline.plan_experts.train_network", lambda *_, **__: pytest.fail("trained"))
     config.write_text(
         EXPERIMENT.replace(
             "class_path: Digits, init_args: {max_train: 40, max_test: 20}",
@@ -133,7 +133,7 @@ def test_a_message_is_one_line_whatever_it_quotes() -> None:
 def test_too_few_samples_are_told_of_before_the_training(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coin.pipeline.plan.train_network", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr("coin.pipeline.plan_experts.train_network", lambda *_, **__: pytest.fail("trained"))
     line = refused(["run", "-c", str(config), "--output=o", "--calibration.samples_per_task=4000"], capsys)
     assert line.startswith("4000 calibration samples asked of the task 'digits' (Digits)")
 
@@ -245,7 +245,7 @@ def test_a_truncated_checkpoint_of_a_training_is_no_end(
 def test_too_few_samples_for_a_method_of_its_own_are_told_of_before_the_training(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coin.pipeline.plan.train_network", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr("coin.pipeline.plan_experts.train_network", lambda *_, **__: pytest.fail("trained"))
     methods = "--methods=[{class_path: Distillation, init_args: {samples_per_task: 4000}}]"
     line = refused(["run", "-c", str(config), "--output=o", methods], capsys)
     assert line.startswith("4000 calibration samples asked of the task 'digits' (Digits)")

@@ -11,7 +11,7 @@ from coin.merging import Average
 from coin.networks import NetworkConfig, load_network
 from coin.pipeline import Experiment
 from coin.pipeline.config import BaseConfig
-from coin.pipeline.plan import initial_steps
+from coin.pipeline.plan_experts import initial_steps
 from coin.pipeline.runner import Runner
 
 

@@ -220,7 +220,7 @@ def test_a_job_that_fails_is_told_to_have_failed(
     def fail(*_: Any, **__: Any) -> NoReturn:
         raise NumericalError("it diverged; give a smaller learning rate")
 
-    monkeypatch.setattr("coin.pipeline.plan.train_network", fail)
+    monkeypatch.setattr("coin.pipeline.plan_experts.train_network", fail)
     assert main(["run", "-c", str(config), f"--output={tmp_path}"]) == 2
     (folder,) = (tmp_path / "tiny/base/wandb").glob("offline-run-*")
     assert read_wandb(folder)[-1]["exit"]["exit_code"] == 1
@@ -255,7 +255,7 @@ def test_a_coded_model_is_logged_before_the_evaluation_reads_it(
 ) -> None:
     shutil.copytree(finished, tmp_path / "tiny", ignore=shutil.ignore_patterns("wandb", "coded"))
     told: list[tuple[str, str]] = []
-    jobs = "coin.pipeline.jobs"
+    jobs = "coin.pipeline.job"
     monkeypatch.setattr(f"{jobs}.log_artifact", lambda run, path, name, *_: told.append(("made", name)))
     monkeypatch.setattr(f"{jobs}.use_artifact", lambda run, path, name, *_: told.append(("read", name)))
     assert main(["run", "-c", str(config), f"--output={tmp_path}", "--methods=[Average]"]) == 0
@@ -264,7 +264,7 @@ def test_a_coded_model_is_logged_before_the_evaluation_reads_it(
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("work.log_method", "the runs of the methods"), ("jobs.start_run", "the start of the run")],
+    [("work.log_method", "the runs of the methods"), ("open_job.start_run", "the start of the run")],
 )
 def test_runs_of_methods_that_failed_are_tried_again(
     finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str

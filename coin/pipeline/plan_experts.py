@@ -1,0 +1,160 @@
+"""The first half of the plan: the shared initialisation, the experts, the code and the statistics."""
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from coin.data.tasks import task_with
+from coin.errors import ConfigurationError
+from coin.pipeline.experiment import Experiment
+from coin.pipeline.job import Artifacts, JobConfig
+from coin.pipeline.seed_files import SeedFiles
+from coin.pipeline.step import Step, by_stem
+from coin.pipeline.steps.train import import_network, train_network, write_initial
+from coin.pipeline.work import choose_code, estimate
+from coin.statistics import Precision
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+
+
+def initial_steps(experiment: Experiment) -> list[Step]:
+    """Return the steps to the shared initialisation: pretraining, where it is asked for, and one file a class count.
+
+    Experts with equal class counts share the head, all experts share the other layers.
+    """
+    base, folder, network = experiment.base, experiment.layout.base, experiment.network
+    pretrained = None if base is None or base.checkpoint is None else Path(base.checkpoint)
+    job = JobConfig("expert", "base", None, ("base",), {"task": "base"})
+    steps = []
+    if base is not None and base.task is not None:
+        pretrained, task = experiment.layout.pretrained, task_with(base.task, image_size=network.image_size)
+        steps.append(
+            Step(
+                "base",
+                folder,
+                "base",
+                f"pretraining {network.name} on {type(task).__name__}",
+                partial(train_network, config=base, network=network, task=task, seed=base.seed),
+                options={"network": network, "base": base, "task": task, "trainer": experiment.trainer},
+                outputs=[pretrained],
+                collective=True,
+                shared=True,
+                trains=True,
+                lock=folder,
+                job=job,
+            )
+        )
+    counts = sorted({task.num_classes for task in experiment.tasks.values()}, reverse=True)
+    for count in counts:
+        path, largest = experiment.layout.initial(count), experiment.layout.initial(counts[0])
+        # What a constructor draws depends on the class count, below the head too.
+        wider = None if path == largest else largest
+        steps.append(
+            Step(
+                f"initial-{count}",
+                folder,
+                f"initialisation for {count} classes",
+                "writing",
+                partial(write_initial, network=network, classes=count, wider=wider, checkpoint=pretrained),
+                options={"network": network, "classes": count},
+                inputs=[file for file in (pretrained, wider) if file is not None],
+                outputs=[path],
+                shared=True,
+                job=job,
+                opens_job=False,
+                logs=Artifacts("initialisation", by_stem([path])),
+            )
+        )
+    return steps
+
+
+def expert_step(files: SeedFiles, name: str) -> Step:
+    """Return the step that trains or imports a task's expert."""
+    experiment, task, output = files.experiment, files.tasks[name], files.layout.expert(name)
+    network, initial = experiment.network, experiment.layout.initial(task.num_classes)
+    if name in experiment.expert.checkpoints:
+        given = Path(experiment.expert.checkpoints[name])
+        if not given.is_file():
+            raise ConfigurationError(f"found no file '{given}', expected an expert's weights; check expert.checkpoints")
+        return Step(
+            f"expert-{name}",
+            files.folder,
+            f"expert {name}",
+            f"importing '{given.name}'",
+            partial(import_network, config=network, task=name, classes=task.classes, given=given),
+            options={"network": network, "classes": list(task.classes)},
+            inputs=[given],
+            outputs=[output],
+            shared=True,
+        )
+    config, options = experiment.expert.of(name), {"task": task, "trainer": experiment.trainer, "seed": files.seed}
+    return Step(
+        f"expert-{name}",
+        files.folder,
+        f"expert {name}",
+        f"fine-tuning for {config.epochs} epochs",
+        partial(train_network, config=config, network=network, task=task, seed=files.seed, initial=initial),
+        options={"training": config, "network": network, **options},
+        inputs=[initial],
+        outputs=[output],
+        collective=True,
+        shared=True,
+        trains=True,
+        elsewhere=True,
+        lock=output.parent,
+        job=JobConfig("expert", name, files.seed, (name,), {"task": name}),
+        uses=[Artifacts("initialisation", by_stem([initial]))],
+        logs=Artifacts("expert", {name: output}),
+    )
+
+
+def code_step(files: SeedFiles) -> Step:
+    """Return the step that chooses the code from calibration data."""
+    return Step(
+        "code",
+        files.folder,
+        "code",
+        "choosing its weights",
+        partial(choose_code, files=files),
+        options={"tasks": files.tasks, "calibration": files.experiment.calibration.merging},
+        inputs=files.expert_paths,
+        outputs=[files.layout.code],
+        shared=True,
+        elsewhere=True,
+    )
+
+
+def statistic_step(files: SeedFiles, which: Statistic, task: str) -> Step:
+    """Return the step that computes one statistic of one expert."""
+    calibration, path = files.experiment.calibration, files.statistic_path(which, task)
+    expert = files.layout.expert(task)
+    tasks = files.tasks if which.data is DataChoice.pooled else {task: files.tasks[task]}
+    options: dict[str, Any] = {"samples": calibration.samples_per_task, "batch_size": calibration.batch_size}
+    if which.kind is not None:
+        options |= {"kind": which.kind, "k": calibration.fisher_cotangents}
+        if calibration.fisher_precision is not Precision.full:
+            options["precision"] = calibration.fisher_precision
+    parts = tuple(map(str, which.options.values()))
+    return Step(
+        path.stem,
+        files.folder,
+        f"{which} of {task}",
+        "computing",
+        partial(estimate, files=files, which=which, task=task),
+        options={"tasks": tasks, **options},
+        inputs=[expert],
+        outputs=[path],
+        collective=True,
+        shared=True,
+        elsewhere=True,
+        job=JobConfig(
+            "fisher", "-".join((which.name, *parts)), files.seed, parts, {"statistic": which.name, **which.options}
+        ),
+        uses=[Artifacts("expert", {task: expert})],
+        logs=statistic_files(which, [path]),
+    )
+
+
+def statistic_files(which: Statistic, paths: Iterable[Path]) -> Artifacts:
+    """Return the files of a statistic as artifacts; Gram matrices are many times the size of the networks."""
+    return Artifacts("statistics", by_stem(paths), logged=which.name is StatisticKind.fisher)
