@@ -39,7 +39,7 @@ class Runner:
             jobs = _Jobs(self.experiment, steps, stack)
             for place, step in enumerate(steps):
                 if step.only_logs:
-                    self._log(step, jobs)
+                    on_rank_zero(partial(self._log, step, jobs))
                 else:
                     self._run(step, jobs, f"[{place + 1}/{count}] {step.of_seed}")
                 if last[step.job] == place:
@@ -70,14 +70,14 @@ class Runner:
             record_step(step, time.monotonic() - started)
 
     def _log(self, step: Step, jobs: "_Jobs") -> None:
-        """Run a step that writes to W&B alone; without a run, or if that fails, it is tried again next time."""
+        """Run a step that writes to W&B alone, on rank zero; without a run, or if that fails, it is tried next time."""
         job = jobs.get(step.job, open=False)
         if in_sweep() or (job is None and status_of(step).is_current):
             return
         with logging_only("the runs of the methods"):
             job = job or jobs.reopened(step)
-            if job is not None and job.run is not None:
-                on_rank_zero(partial(step.run, Context("", job=job)))
+            if job.run is not None:
+                step.run(Context("", job=job))
                 record_step(step)
 
     @contextmanager
@@ -104,7 +104,7 @@ class _Jobs:
             self._start(config, again=False)
         return self._open[config][0] if config in self._open else None
 
-    def reopened(self, step: Step) -> Job | None:
+    def reopened(self, step: Step) -> Job:
         """Open a finished job again, and log again what it held: an interrupted offline run may have lost it."""
         assert step.job is not None
         job = self._start(step.job, again=True)

@@ -60,7 +60,7 @@ def test_too_many_samples_are_refused_before_anything_is_made_though_experts_sta
 def test_too_few_samples_for_any_promise_are_told_of_at_the_start(
     alpha: float, samples: int, warned: str | None, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    def stop(_: object) -> None:
+    def stop(*_: object) -> None:
         raise ConfigurationError("stopped")
 
     monkeypatch.setattr("coin.pipeline.run._plans", stop)
