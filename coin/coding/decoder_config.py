@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from coin.coding.ridge import ProjectionKind
 from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
 
@@ -35,6 +34,13 @@ class FeatureChoice(StrEnum):
 
     last = "last"
     stages = "stages"
+
+
+class ProjectionKind(StrEnum):
+    """To what features are reduced: their ``principal`` components on calibration data, or ``random`` directions."""
+
+    principal = "principal"
+    random = "random"
 
 
 class FittedOn(StrEnum):
