@@ -10,6 +10,8 @@ from coin.errors import ConfigurationError
 
 REPLICA = "replica"
 """What results have in place of a decoder where a compressed expert answers by itself."""
+SPARE = "spare"
+"""The kind of such an expert among the methods of the results."""
 
 
 class DecoderKind(StrEnum):
