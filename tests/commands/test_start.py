@@ -19,7 +19,7 @@ for line in sys.argv[2:]:
 print("imported:", *(name for name in sys.argv[1].split() if name in sys.modules))
 """
 NETWORKS = ("torch", "torchvision", "pandas", "matplotlib", "scipy")
-LIGHTNING = (*NETWORKS, "lightning", "torchmetrics", "scipy.stats")  # Lightning itself imports all of them
+LIGHTNING = (*NETWORKS, "lightning", "torchmetrics", "scipy.stats")
 MAY_IMPORT = {
     "nothing": (["--help", "sweep {sweep} --dry-run", "report --help", "sweep nothing.yaml", "advise nowhere"], ()),
     "a report": (["report {empty}"], ("pandas", "matplotlib", "scipy")),
