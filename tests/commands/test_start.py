@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from coin.cli import main
+
 HEAVY = (
     "torch torchvision lightning torchmetrics wandb pandas matplotlib scipy scipy.stats timm peft sklearn mlxtend ray"
 )
@@ -41,3 +43,16 @@ def test_a_command_imports_what_it_uses(what, tmp_path):
     )
     imported = done.stdout.splitlines()[-1].split()[1:]
     assert set(imported) <= set(allowed)
+
+
+def test_a_dry_run_lists_the_points_of_a_sweep(tmp_path, capsys):
+    (tmp_path / "e.yaml").write_text("name: e\nmethods: [{class_path: Average}]\n")
+    (tmp_path / "s.yaml").write_text(f"name: s\nexperiment: {tmp_path / 'e.yaml'}\ngrid: {{seeds: [[0], [1]]}}\n")
+    (tmp_path / "s" / "s-000-seeds-0" / "seed-0").mkdir(parents=True)
+    (tmp_path / "s" / "s-000-seeds-0" / "seed-0" / "results.csv").touch()
+    assert main(["sweep", str(tmp_path / "s.yaml"), f"--output={tmp_path}", "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "s-000-seeds-0: seeds=[0]: has results",
+        "s-001-seeds-1: seeds=[1]: no results yet",
+        f"2 points in '{tmp_path / 's'}'",
+    ]
