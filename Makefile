@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 DEMO ?= -c configs/experiment/quickstart.yaml
 FUZZ ?= 60
 SLOW := -m 'not slow'
-# Python compiles what it imports, and most of what torch and wandb bring it never does.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
+# Python compiles what it imports, and most of what torch and wandb bring it never does. Where there is uv, it installs
+# in a third of pip's time.
+UV := $(shell command -v uv)
+PIP := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile) --editable
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-small test test-all lint format types imports pytest bench bench-check fuzz notebooks clean

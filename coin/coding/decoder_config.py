@@ -5,12 +5,13 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
 
-from coin.coding.ridge import ProjectionKind
 from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
 
 REPLICA = "replica"
 """What results have in place of a decoder where a compressed expert answers by itself."""
+SPARE = "spare"
+"""The kind of such an expert among the methods of the results."""
 
 
 class DecoderKind(StrEnum):
@@ -35,6 +36,13 @@ class FeatureChoice(StrEnum):
 
     last = "last"
     stages = "stages"
+
+
+class ProjectionKind(StrEnum):
+    """To what features are reduced: their ``principal`` components on calibration data, or ``random`` directions."""
+
+    principal = "principal"
+    random = "random"
 
 
 class FittedOn(StrEnum):

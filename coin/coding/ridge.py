@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
+from coin.coding.decoder_config import ProjectionKind
 from coin.errors import NumericalError
 
 RIDGE_EXPONENTS = tuple(k / 2 for k in range(-20, 5))
@@ -120,13 +120,6 @@ def fit_ridge(
     else:
         coefficients = (x - input_mean).T @ (u @ (projected / damped))
     return RidgeFit(coefficients, input_mean, target_mean, ridges, leave_one_out, left_out)
-
-
-class ProjectionKind(StrEnum):
-    """To what features are reduced: their ``principal`` components on calibration data, or ``random`` directions."""
-
-    principal = "principal"
-    random = "random"
 
 
 @dataclass(frozen=True)

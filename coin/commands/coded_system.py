@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from jsonargparse import ArgumentParser
@@ -15,23 +15,25 @@ from coin.coding.decoder_config import REPLICA
 from coin.coding.decoder_state import decoders_state, restore_decoders
 from coin.commands.parser import command_parser, parsed
 from coin.core.versions import versions
-from coin.data import TaskData
-from coin.data.tasks import Tasks, task_with
 from coin.errors import CoinError, ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance, load_state, save_state
 from coin.files.tensors import fingerprint
 from coin.files.yaml import read_yaml
-from coin.modules import Coded
-from coin.modules.variants import NONE, ORACLE, read_coded
+from coin.modules.variants import read_coded
 from coin.networks import load_network
 from coin.pipeline.options import config_dict
 from coin.pipeline.steps.expert_files import ExpertFiles
 from coin.reporting.extras import read_promises
 from coin.reporting.results import RESULTS_CSV, read_configuration, read_results, requested_policy
-from coin.reporting.summary import seed_folders
+from coin.reporting.summary import REFERENCES, seed_folders
 from coin.serving.decodings import coded_layout, standin_layout
 from coin.serving.layout import Layout
+
+if TYPE_CHECKING:  # they import Lightning, which only the decoders' fit needs
+    from coin.data import TaskData
+    from coin.data.tasks import Tasks
+    from coin.modules import Coded
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,10 @@ class CodedSystem:
         tokenizer: str | None = found.pop()
         return tokenizer
 
-    def data(self) -> Tasks:
+    def data(self) -> "Tasks":
         """Return the tasks with this seed's samples, loaded."""
+        from coin.data.tasks import Tasks
+
         data = Tasks(self._described(), **self._calibration)
         data.prepare_data()
         data.setup()
@@ -142,8 +146,11 @@ class CodedSystem:
             raise FileError(f"found no '{path}', which says what the tasks are; use --decoder=linear, or coin run")
         return dict(read_yaml(path))
 
-    def _described(self) -> dict[str, TaskData]:
+    def _described(self) -> "dict[str, TaskData]":
         """Return the tasks of the configuration; other options, perhaps another version's, are ignored."""
+        from coin.data import TaskData
+        from coin.data.tasks import task_with
+
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--tasks", type=dict[str, TaskData])
         tasks = parser.instantiate(parser.parse_object({"tasks": self._configuration["tasks"]})).tasks
@@ -206,7 +213,9 @@ class CodedSystem:
         return source
 
     @cached_property
-    def _networks(self) -> Coded:
+    def _networks(self) -> "Coded":
+        from coin.modules import Coded
+
         return Coded(self.code, self.experts.networks, [load_network(path).network for path in self.coded])
 
     def _fit_decoders(self) -> list[Decoder]:
@@ -263,7 +272,7 @@ def read_coded_system(folder: Path, choice: Choice, alone: bool = False) -> Code
 
 def _results_of(frame: pd.DataFrame, choice: Choice, folder: Path, alone: bool) -> pd.DataFrame:
     """Return the rows of a decoder, a method and its BatchNorm policy; options left open are those of the best rows."""
-    frame = frame[~frame["method"].isin([NONE, ORACLE]) & (frame["decoder"] != REPLICA)]
+    frame = frame[~frame["method"].isin(REFERENCES) & (frame["decoder"] != REPLICA)]
     reads = {name: DecoderConfig.named(name).reads_survivors for name in frame["decoder"].unique()} if alone else {}
     frame = frame[~frame["decoder"].isin([name for name, survivors in reads.items() if survivors])]
     policy = None if choice.batchnorm is None else requested_policy(choice.batchnorm)

@@ -3,42 +3,73 @@
 import ast
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import coin
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, FileError
 from coin.files.yaml import read_yaml
 
 _ROOT = Path(coin.__file__).parent
 _SHARED = {"c", "config", "h", "help", "print_config", "json"}
-_OF_RUN = {"launch", "only", "dry-run", "dry_run"}
-"""Options of ``coin run`` beside the experiment's."""
+_SYSTEM = [("commands/coded_system.py", "Choice")]
+_MACHINES = [*_SYSTEM, ("serving/sim/conditions.py", "Conditions")]
+_SOURCES = {
+    "run": [("pipeline/experiment.py", "Experiment")],
+    "merge": [("pipeline/steps/merge.py", "merge")],
+    "compress": [("pipeline/steps/compress.py", "compress")],
+    "serve": [("commands/serve.py", "serve"), *_SYSTEM],
+    "simulate": [("commands/simulate.py", "simulate"), *_MACHINES],
+    "advise": [("commands/advise.py", "advise"), *_MACHINES],
+    "fisher": [("pipeline/steps/trainer.py", "Trainer.fisher")],
+    "evaluate": [("pipeline/steps/trainer.py", "Trainer.evaluate")],
+}
+"""The functions and classes whose parameters are a command's options, by file; other commands start quickly."""
+_OF_TRAINER = {"trainer", "model", "data", "seed_everything"}
+_BESIDE = {"run": {"launch", "only", "dry-run", "dry_run"}, "fisher": _OF_TRAINER, "evaluate": _OF_TRAINER}
+"""Options beside these parameters."""
+_DATA = {"datamodule", "train_dataloaders", "val_dataloaders", "dataloaders"}
+_SUPPLIED = {*_DATA, "configuration", "conditions", "choice"}
+"""Parameters that are no options themselves."""
+_OF_A_FOLDER = ("report", "serve", "simulate", "advise")
 A_CLASS = "one of coin's or a dotted import path"
 """What is expected of the name of a class."""
 
 
 def check_early(command: str, arguments: Sequence[str]) -> None:
-    """Read the YAML files of a command, and for ``coin run`` look up its keys and class names.
+    """Look up what can be looked up before heavy imports: files, folders, options and names of classes.
 
     Raises:
-        FileError: A file cannot be read.
-        ConfigurationError: A file is no YAML, or holds a key or the name of a class that does not exist.
+        FileError: A file cannot be read, or a folder is missing.
+        ConfigurationError: A file is no YAML, or there is an option or the name of a class that does not exist.
     """
     files = (config_file(arguments, place) for place in range(len(arguments)))
     documents = [read_yaml(path) for path in files if path is not None]
-    if command != "run":
+    first = next(iter(arguments), "-")
+    if command in _OF_A_FOLDER and not first.startswith("-") and not Path(first).is_dir():
+        raise FileError(f"found no folder '{first}', expected an experiment's; make it with `coin run`")
+    if not (known := known_options(command)):
         return
     sections = [document for document in documents if isinstance(document, dict)]
     given = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
-    known = {*_parameters("pipeline/experiment.py", "Experiment"), *_OF_RUN}
     for key in (*(key for section in sections for key in section), *given):
         if (name := str(key).partition(".")[0].removesuffix("+")) not in known | _SHARED:
             raise ConfigurationError(unknown("option", name, sorted(known), f"one of {', '.join(sorted(known))}"))
     classes = known_classes()
-    for name in _class_names(sections):
-        if "." not in name and name not in classes:
+    for name in _class_names([*sections, _given_classes(arguments)]):
+        if "." not in name and name not in (*classes, "Tasks"):
             raise ConfigurationError(unknown("class", name, classes, A_CLASS))
+
+
+def known_options(command: str) -> set[str]:
+    """Return the options of a command, or the sections that begin them; none where its parser starts quickly."""
+    options = {name for file, owner in _SOURCES.get(command, []) for name in _parameters(_ROOT / file, owner)}
+    if command in ("fit", "validate", "test", "predict"):
+        (lightning,) = find_spec("lightning").submodule_search_locations  # type: ignore[union-attr, misc]
+        file = Path(lightning) / "pytorch/trainer/trainer.py"
+        options = _OF_TRAINER.union(_parameters(file, f"Trainer.{command}"))
+    return (options | _BESIDE.get(command, set())) - _SUPPLIED
 
 
 def config_file(arguments: Sequence[str], place: int) -> Path | None:
@@ -63,32 +94,53 @@ def known_classes() -> list[str]:
     return [name for room in ("data", "merging", "modules") for name in _exported(f"{room}/__init__.py")]
 
 
+def _given_classes(arguments: Sequence[str]) -> dict[str, str]:
+    """Return the classes that a command line names as the model, the data and the method."""
+    found = {}
+    for place, argument in enumerate(arguments):
+        option, given, value = argument.partition("=")
+        if option in ("--model", "--data", "--method"):
+            found[option[2:]] = value if given else next(iter(arguments[place + 1 :]), "")
+    return found
+
+
 def _class_names(sections: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Yield the class paths of the tasks and methods in experiments' files."""
+    """Yield the class paths of tasks, methods, models and data in files, or given by themselves."""
     for section in sections:
         tasks, methods = section.get("tasks"), section.get("methods")
         for entry in (
             *(tasks.values() if isinstance(tasks, dict) else ()),
             *(methods if isinstance(methods, list) else ()),
+            *(section.get(name) for name in ("model", "data", "method")),
         ):
-            if isinstance(entry, dict) and isinstance(entry.get("class_path"), str):
-                yield entry["class_path"]
+            path = entry.get("class_path") if isinstance(entry, dict) else entry
+            if isinstance(path, str) and path.isidentifier():
+                yield path
 
 
-def _parameters(file: str, name: str) -> list[str]:
-    """Return the parameters of a class of ours, as its source says."""
-    (made,) = (each for each in _source(file) if isinstance(each, ast.ClassDef) and each.name == name)
-    (init,) = (each for each in made.body if isinstance(each, ast.FunctionDef) and each.name == "__init__")
-    return [each.arg for each in (*init.args.args[1:], *init.args.kwonlyargs)]
+def _parameters(file: Path, name: str) -> list[str]:
+    """Return the parameters of a function, a method ``Class.method`` or a class, as the source says."""
+    statements: Sequence[ast.stmt] = _source(file)
+    for part in name.split("."):
+        defined = [each for each in statements if isinstance(each, ast.ClassDef | ast.FunctionDef)]
+        found = next(each for each in defined if each.name == part)
+        statements = found.body
+    if isinstance(found, ast.ClassDef):
+        own = [each for each in found.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
+        if not own:  # a dataclass
+            return [each.target.id for each in found.body if isinstance(each, ast.AnnAssign)]  # type: ignore[union-attr]
+        found = own[0]
+    names = [each.arg for each in (*found.args.args, *found.args.kwonlyargs)]
+    return [name for name in names if name != "self"]
 
 
 def _exported(file: str) -> list[str]:
     """Return the names in ``__all__`` of a package of ours, as its source says."""
-    for each in _source(file):
+    for each in _source(_ROOT / file):
         if isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name) and each.targets[0].id == "__all__":
             return list(ast.literal_eval(each.value))
     return []
 
 
-def _source(file: str) -> list[ast.stmt]:
-    return ast.parse((_ROOT / file).read_text(encoding="utf-8")).body
+def _source(file: Path) -> list[ast.stmt]:
+    return ast.parse(file.read_text(encoding="utf-8")).body

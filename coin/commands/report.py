@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from coin.commands.parser import add_json_argument, command_parser, parsed
-from coin.reporting.report import report_summary, write_report
-from coin.reporting.results import as_json
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -15,6 +13,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=str | None, default=None, help="The HTML file to write.")
     add_json_argument(parser)
     options = parsed(parser, arguments)
+    from coin.reporting.report import report_summary, write_report  # import pandas and matplotlib
+    from coin.reporting.results import as_json
+
     folders = [Path(folder) for folder in options["folders"]]
     page = write_report(folders, None if options["output"] is None else Path(options["output"]))
     print(as_json({"report": page, "summary": report_summary(folders)}) if options["json"] else page)

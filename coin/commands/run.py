@@ -8,7 +8,7 @@ import pandas as pd
 from coin.commands.parser import add_json_argument, command_parser, parsed
 from coin.core.processes import is_rank_zero
 from coin.pipeline import Experiment
-from coin.pipeline.executors import Launch
+from coin.pipeline.launch import Launch
 from coin.pipeline.run import planned, run_experiment, run_step
 from coin.reporting.report import REPORT_HTML
 from coin.reporting.results import as_json

@@ -17,13 +17,13 @@ from coin.core.processes import rank_zero_info
 from coin.core.versions import versions
 from coin.errors import ConfigurationError
 from coin.files.atomic import atomic_path, write_text
-from coin.modules.variants import NONE, ORACLE
 from coin.networks import load_network
 from coin.networks.compressed import compress
 from coin.pipeline.options import config_dict
 from coin.reporting.figures import as_png
 from coin.reporting.latency import print_simulation, tail_against
 from coin.reporting.results import requested_policy, write_frame
+from coin.reporting.summary import REFERENCES
 from coin.reporting.tables import results_console
 from coin.serving.model import NetworkServer
 from coin.serving.replies import ReplyFormat
@@ -181,7 +181,7 @@ def _what_was_measured(frame: pd.DataFrame, choice: Choice) -> pd.DataFrame:
     policy = None if choice.batchnorm is None else requested_policy(choice.batchnorm)
     for column, wanted in (("decoder", choice.decoder), ("method", choice.method), ("batchnorm", policy)):
         frame = frame if wanted is None else frame[frame[column] == wanted]
-    one = frame[~frame["erased"].str.contains("+", regex=False) & ~frame["method"].isin([NONE, ORACLE])]
+    one = frame[~frame["erased"].str.contains("+", regex=False) & ~frame["method"].isin(REFERENCES)]
     keys, numbers = ["method", "batchnorm", "decoder"], ["decoded_accuracy", "memory_mib"]
     worst = one.groupby([*keys, "task"])["nda"].mean().groupby(keys).min().rename("worst")
     means = one.groupby(keys, sort=False)[numbers].mean().join(worst).reset_index()

@@ -8,52 +8,18 @@ is a copy of the sweep's file.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
-
+from coin.commands.early import check_early
 from coin.commands.parser import command_parser, parsed
-from coin.commands.run import experiment_of
 from coin.core.choices import check_integer
-from coin.core.processes import cores, rank_zero_info
+from coin.core.processes import cores
 from coin.errors import ConfigurationError
-from coin.files.atomic import write_text
-from coin.pipeline.executors import Command, Executor, Launch, raise_for, run_commands
-from coin.pipeline.records import folder_lock, record_step, status_of
-from coin.pipeline.step import Step
+from coin.files.yaml import as_text
+from coin.pipeline.launch import Executor, Launch
 from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
-from coin.reporting import write_report
-from coin.reporting.extras import PROMISE_CSV, RISK_CSV, read_promises, read_risk
-from coin.reporting.results import read_results, write_frame
-from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, sweep_frame, sweep_table
-from coin.reporting.tables import results_console
-from coin.reporting.wandb_settings import check_connection, user_tags
-
-
-class PointRun(Command):
-    """A point's ``coin run``, and the record of its completion; the constructor validates the experiment."""
-
-    def __init__(self, point: SweepPoint, variables: Mapping[str, str]) -> None:
-        experiment = experiment_of(point.arguments)
-        super().__init__(point.name, ("run", *point.arguments), experiment.folder / "sweep.log", variables)
-        self.values = point.values
-        self.seeds = [experiment.layout.seed(seed) for seed in experiment.seeds]
-        parts = ("network", "base", "tasks", "expert", "calibration", "methods", "decoders", "seeds", "trainer")
-        brought = [*experiment.expert.checkpoints.values(), experiment.base and experiment.base.checkpoint]
-        files = [Path(path) for path in brought if path and Path(path).is_file()]
-        code = experiment.code and experiment.code.matrix
-        self.step = Step(
-            "sweep",
-            experiment.folder,
-            point.name,
-            "running",
-            lambda _: None,  # the process does it
-            options={"code": code, **{part: getattr(experiment, part) for part in parts}},
-            inputs=files,
-            outputs=[seed.results for seed in self.seeds],
-        )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -74,6 +40,7 @@ def main(arguments: Sequence[str]) -> None:
         "OMP_NUM_THREADS is set.",
     )
     parser.add_class_arguments(Launch, "launch")
+    parser.add_argument("--dry-run", action="store_true", help="Print the points and whether they have results.")
     options = parsed(parser, arguments)
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise ConfigurationError(
@@ -81,34 +48,26 @@ def main(arguments: Sequence[str]) -> None:
             "without torchrun or srun"
         )
     launch = _launch(options["launch"], options["jobs"])
-    check_connection()
     plan = read_sweep(Path(options["file"]))
     folder = Path(options["output"]) / plan.name
-    tags = ",".join([*user_tags(), f"sweep-{plan.name}"])
-    runs = [PointRun(point, {"WANDB_TAGS": tags}) for point in sweep_points(plan, folder)]
-    with folder_lock(folder):
-        write_text(folder / SWEEP_YAML, plan.text)
-        done = [run for run in runs if status_of(run.step).is_current]
-        at_once = f"{launch.workers} at a time"
-        rank_zero_info(f"sweep {plan.name}: {len(runs)} points, {len(done)} finished already, {at_once}")
+    points = sweep_points(plan, folder)
+    for point in points:
+        check_early("run", point.arguments)
+    if options["dry_run"]:
+        _print_plan(points, folder)
+        return
+    from coin.commands.sweep_run import run_sweep  # imports PyTorch
 
-        def finish(run: PointRun) -> None:
-            record_step(run.step)
-            done.append(run)
-            _collect([each for each in runs if each in done], folder / SWEEP_CSV, read_results)
+    run_sweep(plan, points, folder, launch)
 
-        _collect(done, folder / SWEEP_CSV, read_results)
-        waiting = [run for run in runs if run not in done]
-        failed = run_commands(waiting, launch, folder / "submitit", finish)
-        done = [run for run in runs if run in done]
-        frame = _collect(done, folder / SWEEP_CSV, read_results)
-        _collect(done, folder / RISK_CSV, read_risk)
-        _collect(done, folder / PROMISE_CSV, read_promises)
-    if frame is not None:
-        results_console().print(sweep_table(frame, list(plan.grids[0]), f"{plan.name}: NDA in %, mean over tasks"))
-        print(f"table: {folder / SWEEP_CSV}")
-        print(f"report: {write_report([folder])}")
-    raise_for(failed, len(runs), "points")
+
+def _print_plan(points: Sequence[SweepPoint], folder: Path) -> None:
+    """Print the points, the values of their options, and which have results: whether these are current, a run says."""
+    for point in points:
+        results = any((folder / point.name).glob("seed-*/results.csv"))
+        values = ", ".join(f"{key}={as_text(value)}" for key, value in point.values.items())
+        print(f"{point.name}: {values}: {'has results' if results else 'no results yet'}")
+    print(f"{len(points)} points in '{folder}'")
 
 
 def _launch(given: Launch, jobs: int | None) -> Launch:
@@ -117,13 +76,3 @@ def _launch(given: Launch, jobs: int | None) -> Launch:
         jobs = max(1, cores() // 2) if given.executor is Executor.local and given.workers == 1 else given.workers
     check_integer("jobs", jobs, 1)
     return replace(given, workers=jobs)
-
-
-def _collect(done: Sequence[PointRun], table: Path, read: Callable[[Path], pd.DataFrame | None]) -> pd.DataFrame | None:
-    """Write and return the rows of finished points."""
-    frame = sweep_frame([(run.values, [seed.folder for seed in run.seeds]) for run in done], read)
-    if frame is None:
-        table.unlink(missing_ok=True)
-    else:
-        write_frame(table, frame)
-    return frame

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
-
-from torch import distributed
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from coin.errors import CoinError, first_line
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
@@ -27,12 +28,15 @@ class OtherProcessError(CoinError):
 
 def process_count() -> int:
     """Return the number of processes, 1 without a process group."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    torch = sys.modules.get("torch")  # where nothing has imported it there is no process group
+    if torch is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return int(torch.distributed.get_world_size())
 
 
 def is_rank_zero() -> bool:
     """Return whether this process is rank zero, which writes files and messages."""
-    return process_count() == 1 or distributed.get_rank() == 0
+    return process_count() == 1 or _rank() == 0
 
 
 def rank_zero_info(text: str) -> None:
@@ -55,7 +59,7 @@ def on_rank_zero(compute: Callable[[], T]) -> T:
     """
     if process_count() == 1 or _alone.get():
         return compute()
-    if distributed.get_rank() != 0:
+    if _rank() != 0:
         try:
             done, received = _broadcast(None)
         except RuntimeError as error:  # its connection is closed
@@ -75,16 +79,26 @@ def on_rank_zero(compute: Callable[[], T]) -> T:
     return result
 
 
+def _rank() -> int:
+    from torch import distributed
+
+    return distributed.get_rank()
+
+
 def _broadcast(value: Any) -> Any:
+    from torch import distributed
+
     box = [value]
     distributed.broadcast_object_list(box, src=0, group=_control())
     return box[0]
 
 
 @cache
-def _control() -> distributed.ProcessGroup:
+def _control() -> "ProcessGroup":
     """Return a gloo group for broadcasts, on CPUs, so that waiting does not keep a GPU busy."""
-    group: distributed.ProcessGroup = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    from torch import distributed
+
+    group: ProcessGroup = distributed.new_group(backend="gloo", timeout=_PATIENCE)
     return group
 
 

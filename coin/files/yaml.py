@@ -1,6 +1,7 @@
 """A user's YAML files: what is wrong with them is said in one line, before anything is made of them."""
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ def read_yaml(path: Path) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError is of a date that is none
         problem = " ".join(str(error).replace('"<unicode string>", ', "").split())
         raise ConfigurationError(f"cannot use '{path}' as YAML: {problem}; mend that line") from error
+
+
+def as_text(value: Any) -> str:
+    """Return a value as a command line or a table holds it: text as it stands, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _count(node: yaml.Node, counts: dict[yaml.Node, float]) -> float:

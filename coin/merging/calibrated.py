@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.batches import Batch, as_input, size_of, take
-from coin.data import Calibration, pooled
+from coin.data.calibration import Calibration, pooled
 from coin.errors import ConfigurationError
 from coin.files.tensors import check_finite
 from coin.networks.heads import linear_heads

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from coin.core.batches import Batch, Forward, adapted, as_input, checked, clone, samples_of
-from coin.data import Calibration
+from coin.data.calibration import Calibration
 from coin.errors import ConfigurationError, DataError
 from coin.files.tensors import State
 from coin.merging.calibrated import Calibrated

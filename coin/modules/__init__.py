@@ -1,14 +1,19 @@
 """LightningModules: experts, coded models, the distillation baseline, and the passes that measure them."""
 
-from coin.modules.coded import Coded
-from coin.modules.distillation import Distillation
-from coin.modules.evaluator import DecodingEvaluator
-from coin.modules.expert import Expert
-from coin.modules.measure import evaluate
-from coin.modules.readout_distillation import ReadoutDistillation, distill
-from coin.modules.recipe import OptimizerKind, Recipe, Schedule
-from coin.modules.statistic_pass import StatisticPass
-from coin.modules.variants import Outcome
+from typing import TYPE_CHECKING
+
+from coin.core.lazy import importing
+
+if TYPE_CHECKING:
+    from coin.modules.coded import Coded
+    from coin.modules.distillation import Distillation
+    from coin.modules.evaluator import DecodingEvaluator
+    from coin.modules.expert import Expert
+    from coin.modules.measure import evaluate
+    from coin.modules.readout_distillation import ReadoutDistillation, distill
+    from coin.modules.recipe import OptimizerKind, Recipe, Schedule
+    from coin.modules.statistic_pass import StatisticPass
+    from coin.modules.variants import Outcome
 
 __all__ = [
     "Coded",
@@ -24,3 +29,19 @@ __all__ = [
     "distill",
     "evaluate",
 ]
+
+# All at once: a command finds a class by its short name among those that are imported.
+__getattr__ = importing(
+    __name__,
+    [
+        "coded",
+        "distillation",
+        "evaluator",
+        "expert",
+        "measure",
+        "readout_distillation",
+        "recipe",
+        "statistic_pass",
+        "variants",
+    ],
+)

@@ -10,14 +10,11 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from coin.coding import Code
-from coin.coding.decoder_config import REPLICA
+from coin.coding.decoder_config import REPLICA, SPARE
 from coin.coding.metrics import DecodingAccuracy
 from coin.errors import FileError
 from coin.modules.variants import Outcome, Variant
 from coin.networks import load_network, nbytes_together, pad_head
-
-SPARE = "spare"
-"""The kind of a spare among the methods of the results."""
 
 
 @dataclass(frozen=True)

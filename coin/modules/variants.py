@@ -4,16 +4,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from coin.coding import Answers, Code, DecoderConfig, DecoderKind, Promise
-from coin.coding.metrics import RiskPoint
 from coin.errors import FileError
 from coin.networks import BatchNormPolicy, load_network, nbytes_together
+
+if TYPE_CHECKING:
+    from coin.coding.metrics import RiskPoint  # imports torchmetrics
 
 NONE = "none"
 ORACLE = "oracle"
@@ -125,7 +127,7 @@ class Outcome:
     memory_mib: float
     forwards: float
     losses: float
-    risk: tuple[RiskPoint, ...]
+    risk: "tuple[RiskPoint, ...]"
     samples: NDArray[np.float32]
     promise: Promise | None = None
 

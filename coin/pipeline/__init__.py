@@ -1,5 +1,12 @@
 """Whole experiments: every step from images to results, resumable."""
 
-from coin.pipeline.experiment import Experiment
+from typing import TYPE_CHECKING
+
+from coin.core.lazy import importing
+
+if TYPE_CHECKING:
+    from coin.pipeline.experiment import Experiment
 
 __all__ = ["Experiment"]
+
+__getattr__ = importing(__name__, ["experiment"])

@@ -7,13 +7,13 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from coin.coding import DecoderConfig, distinct_decoders
+from coin.coding.decoder_config import SPARE
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
 from coin.files.atomic import is_folder_name
 from coin.merging import Method
 from coin.modules import Expert
-from coin.modules.spares import SPARE
 from coin.networks import Compression, NetworkConfig, build_network, has_batchnorm, import_checkpoint
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.pipeline.layout import ExperimentLayout

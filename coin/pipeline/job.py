@@ -3,14 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import wandb
 from lightning.pytorch.loggers import Logger
 
 from coin.reporting.wandb_runs import log_artifact, record_input, use_artifact
 from coin.reporting.wandb_settings import logging_only
+
+if TYPE_CHECKING:
+    import wandb
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Job:
 
     experiment: str
     seed: int | None
-    run: wandb.Run | None
+    run: "wandb.Run | None"
     loggers: list[Logger]
     folder: Path
 
@@ -91,7 +93,7 @@ class Job:
                     self.run.define_metric(name, step_metric="epoch")
                 self.run.log({"trainer/global_step": numbers.pop("step", None), **numbers})
 
-    def _each(self, artifacts: Artifacts) -> Iterator[tuple[wandb.Run, Path, str, str]]:
+    def _each(self, artifacts: Artifacts) -> "Iterator[tuple[wandb.Run, Path, str, str]]":
         """Yield the run and, of every file, its path, its artifact's name and its content."""
         if self.run is not None and not self.run.disabled:
             for of, path in artifacts.files.items():

@@ -6,16 +6,17 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from coin.data import TaskData
 from coin.errors import ConfigurationError
-from coin.merging import Method
+
+if TYPE_CHECKING:
+    from coin.data import TaskData
+    from coin.merging import Method
 
 
 def to_config(value: Any) -> Any:
@@ -64,13 +65,18 @@ def _plain(value: Any, made: Callable[[Any, dict[str, Any]], Any]) -> Any:
         return sorted(entries) if isinstance(value, set | frozenset) else entries
     if is_dataclass(value) and not isinstance(value, type):
         return {option.name: _plain(getattr(value, option.name), made) for option in fields(value)}
+    from coin.data import TaskData  # imports Lightning, which plain values do not need
+    from coin.merging import Method
+
     if isinstance(value, TaskData | Method):
         return made(value, {name: _plain(entry, made) for name, entry in _given(value).items()})
     raise ConfigurationError(f"found an option of type {type(value).__name__}, expected plain values")
 
 
-def _given(value: TaskData | Method) -> dict[str, Any]:
+def _given(value: "TaskData | Method") -> dict[str, Any]:
     """Return the constructor's arguments, including those of base classes."""
+    from lightning.pytorch import LightningModule
+
     kept = dict(value.hparams) if isinstance(value, LightningModule) else vars(value)
     options = {}
     for kind in type(value).__mro__:

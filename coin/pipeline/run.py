@@ -9,8 +9,9 @@ from coin.core.processes import is_rank_zero, on_rank_zero, process_count, rank_
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError
 from coin.files.atomic import remove_leftovers, write_text
-from coin.pipeline.executors import Launch, raise_for, run_commands, step_command
+from coin.pipeline.executors import raise_for, run_commands, step_command
 from coin.pipeline.experiment import Experiment
+from coin.pipeline.launch import Launch
 from coin.pipeline.plan import plan, summary_steps
 from coin.pipeline.plan_experts import initial_steps
 from coin.pipeline.records import Status, folder_lock, status_of, sweep_of

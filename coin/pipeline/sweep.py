@@ -26,8 +26,7 @@ from typing import Any
 
 from coin.errors import ConfigurationError
 from coin.files.atomic import is_folder_name
-from coin.files.yaml import read_yaml
-from coin.reporting.sweeps import as_text
+from coin.files.yaml import as_text, read_yaml
 
 _KEYS = ("name", "experiment", "grid", "set")
 _DECIDED = ("name", "output", "config", "only", "json")

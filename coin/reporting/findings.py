@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from coin.coding.decoder_config import REPLICA
 from coin.reporting.figures import PAPER_NDA
@@ -115,7 +115,7 @@ def paired(one: Entry, other: Entry) -> tuple[float, float, int | None]:
     mean, spread = float(gains.mean()), float(gains.std(ddof=1))
     if len(gains) < FEWEST_SEEDS:
         return mean, spread, None
-    half = float(stats.t.ppf(0.975, len(gains) - 1)) * spread / math.sqrt(len(gains))
+    half = float(stdtrit(len(gains) - 1, 0.975)) * spread / math.sqrt(len(gains))
     return mean, spread, 0 if abs(mean) <= max(half, 1e-12) else int(math.copysign(1, mean))
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from coin.core.progress import progress
 from coin.files.atomic import atomic_path, write_text
+from coin.files.yaml import as_text
 from coin.reporting import figures
 from coin.reporting.extras import (
     LAYERS_CSV,
@@ -44,7 +45,7 @@ from coin.reporting.summary import (
     summarise,
     variant_names,
 )  # fmt: skip
-from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, as_numbers, as_text, sweep_text
+from coin.reporting.sweeps import SWEEP_CSV, SWEEP_YAML, as_numbers, sweep_text
 from coin.reporting.tables import nda_tables, percent, promise_table, risk_table, risk_totals, stand_in_table
 
 REPORT_HTML = "report.html"

@@ -1,6 +1,5 @@
 """The table of a sweep, ``sweep.csv``: made from its points' results, shown in the terminal, and read back."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from coin.errors import FileError
 from coin.files.atomic import is_folder_name
+from coin.files.yaml import as_text
 from coin.reporting.results import COLUMNS, INTEGERS, KEYS, NUMBERS, read_frame, read_results
 from coin.reporting.summary import seed_means, variant_names
 from coin.reporting.tables import percent, rich_table
@@ -142,11 +142,6 @@ def sweep_text(frame: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
         }
         lines.append(dict(zip(heads, map(str, head), strict=True)) | cells)
     return pd.DataFrame(lines, columns=[*heads, *decoders])
-
-
-def as_text(value: Any) -> str:
-    """Return a value as a command line or a table holds it: text as it stands, anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def as_numbers(values: "pd.Series[Any]") -> "pd.Series[Any]":

@@ -3,10 +3,9 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import wandb
 from PIL import Image
 
 from coin.coding.decoder_config import REPLICA
@@ -17,6 +16,9 @@ from coin.reporting.summary import REFERENCES, largest_samples, over_tasks, summ
 from coin.reporting.wandb_runs import folder_of
 from coin.reporting.wandb_settings import run_environment
 
+if TYPE_CHECKING:
+    import wandb
+
 METHOD_TAG = "method"
 """The tag of the runs that hold one method each."""
 SUMMARY_TAG = "summary"
@@ -24,7 +26,7 @@ SUMMARY_TAG = "summary"
 
 
 def log_evaluation(
-    run: wandb.Run,
+    run: "wandb.Run",
     rows: Sequence[Row],
     confusions: Mapping[str, Counts] | None = None,
     examples: Examples | None = None,
@@ -63,7 +65,7 @@ def log_evaluation(
     _log_overview(run, summary, logged)
 
 
-def log_method(run: wandb.Run, rows: pd.DataFrame) -> None:
+def log_method(run: "wandb.Run", rows: pd.DataFrame) -> None:
     """Write one method's numbers into the summary of its run, so that a dashboard can group runs by ``variant``.
 
     The summary has ``nda/<decoder>/<task>`` and ``…/mean``, likewise ``agreement`` and ``decoded_accuracy``; what
@@ -101,7 +103,7 @@ def log_method(run: wandb.Run, rows: pd.DataFrame) -> None:
     run.summary.update({name: number for name, number in numbers.items() if not math.isnan(number)})
 
 
-def log_summary(run: wandb.Run, summary: pd.DataFrame) -> None:
+def log_summary(run: "wandb.Run", summary: pd.DataFrame) -> None:
     """Log all seeds of an experiment together, what `coin.reporting.summarise` returns, as an overview and a table."""
     _log_overview(run, summary, {"summary": _table(summary)})
 
@@ -122,7 +124,7 @@ def best(summary: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _log_overview(run: wandb.Run, summary: pd.DataFrame, logged: dict[str, Any]) -> None:
+def _log_overview(run: "wandb.Run", summary: pd.DataFrame, logged: dict[str, Any]) -> None:
     """Log NDA against cost as a figure beside what else is to be logged, and the final numbers into the summary.
 
     The summary has ``nda/<method>/<decoder>/mean``, the means over tasks each lost alone; and, for sweeps,
@@ -131,6 +133,8 @@ def _log_overview(run: wandb.Run, summary: pd.DataFrame, logged: dict[str, Any])
     """
     means = over_tasks(summary.assign(name=variant_names(summary)))
     if not means["method"].isin(REFERENCES).all():
+        import wandb
+
         png = figures.as_png(figures.nda_against_cost(means), dpi=110)
         logged["figures/nda_against_cost"] = wandb.Image(Image.open(io.BytesIO(png)))
     with run_environment(folder_of(run)):
@@ -140,18 +144,22 @@ def _log_overview(run: wandb.Run, summary: pd.DataFrame, logged: dict[str, Any])
     run.summary.update(overview | best(summary))
 
 
-def _table(frame: pd.DataFrame) -> wandb.Table:
+def _table(frame: pd.DataFrame) -> "wandb.Table":
     """Return a frame as a table, with None where a number is not defined (W&B's charts stumble over NaN)."""
+    import wandb
+
     rows: Any = [[None if isinstance(x, float) and math.isnan(x) else x for x in row] for row in frame.values.tolist()]
     return wandb.Table(columns=list(frame.columns), data=rows)
 
 
-def _examples(examples: Examples, decoder: str | None) -> wandb.Table:
+def _examples(examples: Examples, decoder: str | None) -> "wandb.Table":
     """Return test images with the label, the expert's answer and every method's by one decoder."""
     decoded = {key.rpartition("|"): answers for key, answers in examples.decoded.items()}
     own = {name.strip("|"): answers for (name, _, by), answers in decoded.items() if by == decoder}
     shown = {"label": examples.label, "expert": examples.expert, **own}
     tasks = examples.task or ("",) * len(examples.images)
+    import wandb
+
     rows: Any = [
         [wandb.Image(image), task, *(examples.name_of(int(each[i])) for each in shown.values())]
         for i, (image, task) in enumerate(zip(examples.images, tasks, strict=True))
@@ -161,6 +169,8 @@ def _examples(examples: Examples, decoder: str | None) -> wandb.Table:
 
 def _confusion(counts: Counts, classes: Sequence[str], title: str) -> Any:
     """Return W&B's confusion chart, which `wandb.plot.confusion_matrix` makes of single predictions, of counts."""
+    import wandb
+
     names = [classes[i] if i < len(classes) else str(i) for i in range(len(counts))]
     cells: Any = [[names[i], names[k], int(counts[i, k])] for i, k in zip(*counts.nonzero(), strict=True)]
     return wandb.plot_table(

@@ -4,12 +4,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import wandb
+from typing import TYPE_CHECKING, Any
 
 from coin.files.atomic import link_file, sha256_of
 from coin.reporting.wandb_settings import OFFLINE_MODES, TAG_LENGTH, mode, run_environment, user_tags
+
+if TYPE_CHECKING:
+    import wandb
 
 
 def start_run(
@@ -21,7 +22,7 @@ def start_run(
     config: Mapping[str, Any] | None = None,
     tags: Sequence[str] = (),
     run_id: str | None = None,
-) -> wandb.Run:
+) -> "wandb.Run":
     """Start a W&B run that keeps its files below ``folder/wandb``, beside others that are open.
 
     System metrics, git and the console are taken as W&B does by default.
@@ -35,6 +36,8 @@ def start_run(
         tags: Short words to filter by, beside those in ``WANDB_TAGS``.
         run_id: W&B's own name of the run; one that W&B knows has it go on with that run.
     """
+    import wandb
+
     wanted: Any = mode()
     with run_environment(folder):
         return wandb.init(
@@ -53,13 +56,13 @@ def start_run(
         )
 
 
-def folder_of(run: wandb.Run) -> Path:
+def folder_of(run: "wandb.Run") -> Path:
     """Return the folder that a run was started in."""
     return Path(run.settings.root_dir)
 
 
 def log_artifact(
-    run: wandb.Run,
+    run: "wandb.Run",
     path: Path,
     name: str,
     type: str,
@@ -86,7 +89,7 @@ def log_artifact(
         run.log_artifact(_artifact(run, path, name, type, metadata), aliases=["latest", *aliases])
 
 
-def use_artifact(run: wandb.Run, path: Path, name: str, type: str) -> None:
+def use_artifact(run: "wandb.Run", path: Path, name: str, type: str) -> None:
     """Say that a run reads a file which an earlier run logged as an artifact.
 
     W&B takes lineage online only. The file's SHA-256 goes into the run's configuration under ``inputs`` in any case;
@@ -101,7 +104,7 @@ def use_artifact(run: wandb.Run, path: Path, name: str, type: str) -> None:
             run.use_artifact(_artifact(run, path, name, type))
 
 
-def record_input(run: wandb.Run, path: Path, name: str) -> None:
+def record_input(run: "wandb.Run", path: Path, name: str) -> None:
     """Write the SHA-256 of a file that a run reads into the run's configuration, under ``inputs``.
 
     Raises:
@@ -112,12 +115,14 @@ def record_input(run: wandb.Run, path: Path, name: str) -> None:
 
 
 def _artifact(
-    run: wandb.Run, path: Path, name: str, type: str, metadata: Mapping[str, Any] | None = None
-) -> wandb.Artifact:
+    run: "wandb.Run", path: Path, name: str, type: str, metadata: Mapping[str, Any] | None = None
+) -> "wandb.Artifact":
     digest = sha256_of(path)
     linked = folder_of(run) / "wandb" / "artifacts" / "linked" / f"{digest[:16]}{path.suffix}"
     if not linked.exists():
         link_file(path, linked)
+    import wandb
+
     artifact = wandb.Artifact(_allowed(name), type=type, metadata={**(metadata or {}), "sha256": digest})
     artifact.add_file(str(linked), name=path.name, policy="immutable")
     return artifact

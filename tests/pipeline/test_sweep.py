@@ -18,9 +18,10 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 import coin.commands.sweep
+import coin.commands.sweep_run
 from coin.cli import main
 from coin.errors import ConfigurationError
-from coin.pipeline.executors import Launch
+from coin.pipeline.launch import Launch
 from coin.pipeline.records import folder_lock
 from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
 from coin.reporting import COLUMNS, read_results
@@ -183,7 +184,7 @@ def test_points_are_tagged_with_their_sweep_for_w_and_b_and_run_where_they_are_a
         started.append((commands, launch))
         return []
 
-    monkeypatch.setattr(coin.commands.sweep, "run_commands", run_commands)
+    monkeypatch.setattr(coin.commands.sweep_run, "run_commands", run_commands)
     monkeypatch.setattr(coin.commands.sweep, "cores", lambda: 7)
     monkeypatch.setenv("WANDB_TAGS", "mine")
     arguments = [str(write_sweep(tmp_path / "grid.yaml", config)), f"--output={tmp_path}"]

@@ -5,8 +5,18 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from coin.reporting import Row, findings
-from coin.reporting.findings import BASELINE, CLOSED_FORM, FLOOR, FOREIGN, STEPS, Findings, paired, paired_differences
+from coin.reporting import Row
+from coin.reporting.findings import (
+    BASELINE,
+    CLOSED_FORM,
+    FLOOR,
+    FOREIGN,
+    STEPS,
+    Findings,
+    findings,
+    paired,
+    paired_differences,
+)
 
 BASE = Row(
     "x", 0, "coin", "auto:average", "linear", "0", "a", "a", 200, 0.9, 0.8, 0.9, 0.85, 0.5, 4.0, 8400.0, 0.2, 1200.0

@@ -4,9 +4,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from coin.coding.decoder_config import SPARE
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
-from coin.modules.spares import SPARE
 from coin.networks import Compression, compress_as, int8_path, kept_base, load_network, save_compressed
 
 

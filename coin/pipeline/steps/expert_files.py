@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coin.data import Calibration
+from coin.data.calibration import Calibration
 from coin.errors import ConfigurationError
 from coin.files.safetensors import StateFile
 from coin.files.tensors import State, fingerprint
