@@ -25,12 +25,12 @@ from coin.files.yaml import read_yaml
 from coin.modules import Coded
 from coin.modules.variants import NONE, ORACLE, read_coded
 from coin.networks import load_network
+from coin.networks.experts import ExpertFiles
 from coin.reporting.extras import read_promises
 from coin.reporting.results import RESULTS_CSV, read_configuration, read_results, requested_policy
 from coin.reporting.summary import seed_folders
 from coin.serving.decodings import coded_layout, standin_layout
 from coin.serving.layout import Layout
-from coin.steps.expert_files import ExpertFiles
 from coin.steps.options import config_dict
 
 

@@ -14,10 +14,10 @@ from coin.data import TaskData
 from coin.experiment.jobs import Job, by_stem, job
 from coin.experiment.seed_run import SeedRun
 from coin.experiment.store import step_key
-from coin.merging import Method
-from coin.merging.experts import parameters_of
+from coin.merging import Experts, Method
 from coin.modules import DecodingEvaluator
 from coin.networks import Compression, load_network
+from coin.networks.experts import parameters_of
 from coin.reporting.extras import write_layers
 from coin.reporting.layers import fisher_shares, relative_distances
 from coin.reporting.results import COLUMNS, read_results, requested_policy
@@ -25,11 +25,11 @@ from coin.reporting.summary import summarise, variant_names
 from coin.reporting.wandb_evaluation import METHOD_TAG, best, log_method
 from coin.reporting.wandb_settings import in_sweep, logging_only
 from coin.statistics import Precision
+from coin.statistics.given import StatisticPaths
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 from coin.steps.code import write_choice
 from coin.steps.compress import compress_file
 from coin.steps.distill import Training
-from coin.steps.expert_files import StatisticPaths, StoredExperts
 from coin.steps.merge import coded_name, make_coded_models
 from coin.steps.statistics import estimate_statistic
 from coin.steps.trainer import make_trainer
@@ -103,7 +103,8 @@ def merge(run: SeedRun, jobs: ExitStack) -> None:
         work = run.method_jobs[name] = jobs.enter_context(_method_job(run, method))
         _tell_inputs(run, work, method, statistics)
         train = Training(run.data(run.tasks), run.layout.logs, run.seed, run.experiment.trainer, work.loggers)
-        experts = StoredExperts(run.experts, statistics, run.calibrations(), run.initial, train)
+        calibration = list(run.calibrations().values())
+        experts = Experts(run.experts, statistics=statistics, calibration=calibration, train=train)
         samples = run.experiment.calibration.samples_per_task
         make = partial(make_coded_models, method, run.code, experts, run.layout.coded, samples)
         make() if method.is_trained else on_rank_zero(make)
@@ -174,7 +175,7 @@ def compare_layers(run: SeedRun) -> None:
 def _compared(run: SeedRun, coded: Mapping[Path, Method]) -> pd.DataFrame:
     """Return one row a coded model and layer: the layer's share of Fisher mass, its distance to the experts."""
     run.rank_zero_info("comparing the coded models layer by layer")
-    experts = StoredExperts(run.experts).parameters
+    experts = Experts(run.experts).parameters
     fishers: dict[tuple[Any, ...], dict[str, float]] = {}  # methods share their statistics, and the rows of a code too
     rows: list[dict[str, Any]] = []
     for path, method in tracked(coded.items(), "layers"):
@@ -188,7 +189,7 @@ def _compared(run: SeedRun, coded: Mapping[Path, Method]) -> pd.DataFrame:
             if which.name is StatisticKind.fisher and which.data == data:
                 key = (which, *weights)
                 if key not in fishers:
-                    fishers[key] = fisher_shares(StoredExperts(run.experts, files).statistic(which), weights)
+                    fishers[key] = fisher_shares(Experts(run.experts, statistics=files).statistic(which), weights)
                 shares = fishers[key]
         distances = relative_distances(parameters_of(file.network), experts, weights)
         rows += [

@@ -12,10 +12,10 @@ from coin.experiment.jobs import Job
 from coin.experiment.store import Steps
 from coin.merging import Method
 from coin.networks import Compression, int8_path
+from coin.networks.experts import ExpertFiles
 from coin.statistics.statistic import DataChoice, Statistic
 from coin.steps.code import SeedCode, read_choice
 from coin.steps.compress import spare_paths
-from coin.steps.expert_files import ExpertFiles
 from coin.steps.merge import coded_paths
 
 
@@ -36,7 +36,7 @@ class SeedRun:
     @cached_property
     def experts(self) -> ExpertFiles:
         """The experts; available once they are trained."""
-        return ExpertFiles({task: self.layout.expert(task) for task in self.tasks})
+        return ExpertFiles({task: self.layout.expert(task) for task in self.tasks}, self.initial)
 
     @cached_property
     def code(self) -> SeedCode:

@@ -84,7 +84,7 @@ class UserMethod(Method):
         check_experts(experts, row)
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0 if experts.train is None else experts.train.seed)
-            networks = [_counted(clone(network).eval(), experts) for network in experts.each_network()]
+            networks = [_counted(clone(network).eval(), experts) for network in experts.source.each_network()]
             samples = experts.samples(DataChoice.own)
             calibration = [[as_input(batch, networks[0]) for batch in batches] for batches in samples]
             extra: dict[str, Any] = {"row": list(row)} if "row" in self._asks else {}

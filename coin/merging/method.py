@@ -15,12 +15,13 @@ from coin.coding import Code, DecoderConfig, DecoderKind, distinct_decoders
 from coin.core.batches import Forward, plain
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
-from coin.merging.experts import Experts, Given
+from coin.merging.experts import Experts
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, compress_as
 from coin.networks.compression import Compression, RoundingKind
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
+from coin.statistics.given import Given
 from coin.statistics.statistic import DataChoice, Statistic
 
 Compress = dict[str, Any] | list[dict[str, Any]] | None

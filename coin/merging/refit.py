@@ -17,7 +17,7 @@ from coin.errors import CoinWarning
 from coin.files.tensors import weighted_sum
 from coin.merging.average import Average, average_parameters, fit_head
 from coin.merging.checks import check_coded, check_experts, warn_of_averaged
-from coin.merging.experts import Experts, parameters_of
+from coin.merging.experts import Experts
 from coin.merging.held_out import LINEAR, choose
 from coin.merging.method import CodedModel, Compress, Method, fill, starting_method
 from coin.merging.passes import PROBED, chosen_places, expert_targets, fit_in_order, position_weights
@@ -26,6 +26,7 @@ from coin.merging.units import PROBES, affine_units, fold_average
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, compress, reference_of
 from coin.networks.compression import Compression, RoundingKind
+from coin.networks.experts import parameters_of, tensors_of
 from coin.networks.parametrised import renormalise
 from coin.networks.rounding import Rounding
 from coin.statistics import FisherKind
@@ -209,7 +210,7 @@ class Refit(Method):
             renormalise(network, experts.buffers)
         else:
             network = clone(start.network)
-            states = [(parameters_of(start.network), dict(start.network.named_buffers()))]
+            states = [tensors_of(start.network)]
         trace = affine_units(network, inputs)
         units, every = trace.units, size_of(inputs)
         experts.passes += PROBES

@@ -24,8 +24,8 @@ from coin.merging.refit import AHEAD, RIDGES
 from coin.merging.target import FAR, OWN_SHARE, spread
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks import load_network
+from coin.networks.experts import ExpertFiles
 from coin.networks.small import SmallViT
-from coin.steps.expert_files import ExpertFiles
 
 ROW = (0.2, 0.3, 0.5)
 SIZES = (9, 14, 11)
