@@ -188,13 +188,13 @@ class Experts:
 
     def runs(self, part: int, features: bool = False, stages: bool = False) -> list[Run]:
         """Return all experts' answers to a part of `split`; they run once."""
-        asked = (part, features, stages)
-        if asked not in self._outputs:
+        read = (part, features, stages)
+        if read not in self._outputs:
             found = [self.run(each, self.split[part], features, stages) for each in self.source.each_network()]
             for index, run in enumerate(found):
                 check_finite({"logits": run.logits}, f"the calibration output of expert {index}")
-            self._outputs[asked] = found
-        return self._outputs[asked]
+            self._outputs[read] = found
+        return self._outputs[read]
 
     @cached_property
     def heads(self) -> list[tuple[Tensor, Tensor]]:

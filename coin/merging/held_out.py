@@ -89,7 +89,7 @@ def held_out_error(
         heads, decoders = None, others
     features, stages = (any(getattr(each, read) for each in decoders) for read in ("reads_features", "reads_stages"))
     judged = _answers(experts, coded, 1, features, stages)
-    calibration, kept = None, FeatureCache()
+    calibration, cache = None, FeatureCache()
     assert judged.tasks is not None
     own = {task: (judged.tasks == task).nonzero().flatten() for task, share in enumerate(row) if share > 0}
     if not any(len(samples) for samples in own.values()):  # few samples, all of tasks that have no share
@@ -105,7 +105,7 @@ def held_out_error(
                 decoder = make_decoder(config, uniform(experts.count), [task], heads)
                 if decoder.needs_fit:
                     calibration = calibration or _answers(experts, coded, 0, features, stages)
-                    decoder.fit(calibration, kept)
+                    decoder.fit(calibration, cache)
                 decoded = decoder.decode(mine)[0]
             errors.append(_turned(decoded, truth))
     error = float(torch.stack(errors).mean())

@@ -35,7 +35,7 @@ class CodedModel:
     Attributes:
         network: The coded model, in eval mode.
         chosen: The options that were chosen, and how a solve ended: plain values for the record.
-        start: The other method's coded model that a `Refit` began from, if any; `Method.pack` begins there again.
+        start: What a `Refit` began from; `Method.pack` begins there again.
 
     >>> import coin, torch
     >>> made = coin.Average().make(coin.Experts([torch.nn.Linear(4, 3) for _ in "ab"]), [0.5, 0.5])
@@ -45,7 +45,7 @@ class CodedModel:
 
     network: nn.Module
     chosen: dict[str, Any] = field(default_factory=dict)
-    start: "CodedModel | None" = None
+    start: Any = None
 
 
 class Merged(list[nn.Module]):
@@ -143,9 +143,9 @@ class Method(ABC):
         left_open = {name: value for name, value in defaults.items() if getattr(self, name, value) is None}
         if not left_open:
             return self
-        settled = copy(self)
-        vars(settled).update(left_open)
-        return settled
+        method = copy(self)
+        vars(method).update(left_open)
+        return method
 
     def compressed(self, compress: Compress) -> list[Compression]:
         """Return an option's compressions; a method whose coded models are deltas reads the shared initialisation."""

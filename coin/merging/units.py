@@ -162,12 +162,12 @@ class _Readers(TorchFunctionMode):
         super().__init__()
         self.times: Counter[int] = Counter()
         self.parameters: Counter[int] = Counter()
-        self._kept: list[Tensor] = []
+        self._tensors: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = list(nested_tensors(result))
-        self._kept += made
+        self._tensors += made
         for each in nested_tensors((args, kwargs)) if made else ():
             if isinstance(each, nn.Parameter):
                 self.parameters[id(each)] += each is not result

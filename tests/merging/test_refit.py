@@ -784,7 +784,7 @@ def test_auto_can_take_either_and_counts_what_it_tried(best, monkeypatch):
     total, fit = sum(SIZES), sum(len(batch) for batch in experts.split[0])
     tried = (1 + 1 + 1) * fit + (3 + 1 + 1) * fit  # own, both: experts, the coded network, the features of its head
     outputs = 3 * total  # for the head, read once for all
-    assert experts.passes == tried + outputs + 3 * PROBES + ((1 if best == "own" else 3) + 1 + 1) * total
+    assert experts.passes == tried + outputs + PROBES + ((1 if best == "own" else 3) + 1 + 1) * total
 
 
 @pytest.mark.parametrize("apart", [0.5, 2.0])
