@@ -17,7 +17,7 @@ from coin.networks.experts import ExpertFiles, ExpertNetworks
 from coin.networks.heads import check_padding, linear_heads, padded_state
 from coin.networks.stages import Run, run_network
 from coin.statistics import FisherKind
-from coin.statistics.given import Given, StatisticPaths, compute_statistic, data_given, data_in_files, open_statistics
+from coin.statistics.given import Given, StatisticPaths, available_data, compute_statistic, open_statistics
 from coin.statistics.guard import evaluating
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
@@ -209,9 +209,8 @@ class Experts:
 
     def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
         """Return the data (own, pooled) for which a statistic is available and that a method's option allows."""
-        if isinstance(self.source, ExpertFiles):
-            return data_in_files(self.statistic_paths, name, data)
-        return data_given(self._given[name], name, data)
+        stored: dict[str, Any] = dict.fromkeys(which.data for which in self.statistic_paths if which.name is name)
+        return available_data(stored or self._given[name], name, data)
 
     def statistic(self, which: Statistic) -> Sequence[State]:
         """Return one statistic of every expert; ConfigurationError if it is not given, nor calibration data for it.

@@ -20,7 +20,7 @@ from coin.merging.checks import check_coded, check_experts, warn_of_averaged
 from coin.merging.experts import Experts
 from coin.merging.held_out import LINEAR, choose
 from coin.merging.method import CodedModel, Compress, Method, fill, starting_method
-from coin.merging.passes import PROBED, chosen_places, expert_targets, fit_in_order, position_weights
+from coin.merging.passes import PROBED, Rows, chosen_places, expert_targets, fit_in_order, position_weights
 from coin.merging.target import FAR, Target, objective, spread
 from coin.merging.units import PROBES, Trace, affine_units, fold_average
 from coin.networks.batchnorm import BatchNormPolicy
@@ -157,15 +157,13 @@ class Refit(Method):
         network = self._refit(experts, row, start, target, ridge)
         check_coded(network, experts, self.label)
         warn_of_averaged(start.averaged, network, self.label)
-        taken: dict[str, Any] = {"target": str(target), "ridge": ridge, "averaged": start.averaged}
-        if apart is not None:
-            taken["spread"] = apart
-        if made is not None:
-            taken |= {f"start_{name}": value for name, value in made.chosen.items()}
+        chosen: dict[str, Any] = {"target": str(target), "ridge": ridge, "averaged": start.averaged}
+        chosen |= {} if apart is None else {"spread": apart}
+        chosen |= {} if made is None else {f"start_{name}": value for name, value in made.chosen.items()}
         if errors:
             names = [f"{target}/{ridge:g}" for target, ridge in options]
-            taken["held_out_error"] = dict(zip(names, errors, strict=True))
-        return CodedModel(network, taken, start)
+            chosen["held_out_error"] = dict(zip(names, errors, strict=True))
+        return CodedModel(network, chosen, start)
 
     @torch.inference_mode(False)
     def pack(
@@ -230,16 +228,14 @@ class Refit(Method):
             )
         inputs, task = take(start.inputs, slice(0, samples)), experts.tasks[:samples]
         order = torch.nn.functional.one_hot(task).cumsum(0)[torch.arange(samples), task] - 1
-        mixtures, shares = objective(target, row, task)
         probed = (order < math.ceil(PROBED / experts.count)).nonzero().flatten()
         weights = position_weights(network, trace, take(inputs, probed))
         places = chosen_places(trace.units, order, weights, next(network.parameters()).device)
-        targets, passes = expert_targets(
-            list(experts.networks), trace, inputs, mixtures, places, experts.pooled.batch_size
-        )
+        rows = Rows(inputs, *objective(target, row, task), places, weights)
+        targets, passes = expert_targets(experts.networks, trace, rows, experts.pooled.batch_size)
         experts.passes += passes + samples + (3 * len(probed) if weights else 0)
         with progress(self.label, len(trace.units)) as advance:
-            fit_in_order(network, trace.units, inputs, targets, places, shares, weights, ridge, rounding, advance)
+            fit_in_order(network, trace.units, rows, targets, ridge, rounding, advance)
         if self.head:
             fit_head(network, experts, row, held_out=held_out, rounding=rounding)
         return network

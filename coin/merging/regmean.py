@@ -90,16 +90,18 @@ class RegMean(MergeMethod):
             return super().make(experts, row)
         check_experts(experts, row)
         grams = experts.computed(None, experts.fitted(DataChoice.pooled))
-        options = {"alpha": 0.7 if self.alpha is None else self.alpha, "damping": self.damping}
-        for name in left_open:
-            tried = [{name: value} for value in grids[name]]
-            candidates = [Candidate(each, self._solved(experts, row, grams, **options | each)) for each in tried]
-            options |= self._best(experts, row, candidates)[0].options
         tuned = copy(self)
-        tuned.alpha, tuned.damping = options["alpha"], options["damping"]
+        tuned.alpha = 0.7 if self.alpha is None else self.alpha
+        for name in left_open:
+            tried = []
+            for value in grids[name]:
+                setattr(tuned, name, value)
+                tried.append(Candidate({name: value}, tuned._solved(experts, row, grams)))
+            setattr(tuned, name, self._best(experts, row, tried)[0].options[name])
         made = tuned.make(experts, row)
         at_edge = self.damping is None and tuned.damping in (DAMPINGS[0], DAMPINGS[-1])
-        return CodedModel(made.network, made.chosen | options | {"at_edge": at_edge})
+        chosen = {"alpha": tuned.alpha, "damping": tuned.damping, "at_edge": at_edge}
+        return CodedModel(made.network, made.chosen | chosen)
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the solution for the Gram matrices of every kind of data that the option allows.
@@ -119,9 +121,9 @@ class RegMean(MergeMethod):
             trial = self._solved(experts, row, experts.computed(None, experts.fitted(each))) if judged else None
             yield Candidate(options, self._solved(experts, row, grams), trial)
 
-    def _solved(self, experts: Experts, row: Sequence[float], grams: Sequence[State], **options: Any) -> State:
-        options = {"alpha": self.alpha, "damping": self.damping, "layers": self.layers, "label": self.label} | options
-        return regmean_parameters(experts.parameters, completed(grams), row, **options)
+    def _solved(self, experts: Experts, row: Sequence[float], grams: Sequence[State]) -> State:
+        options: Any = self.alpha, self.damping, self.layers, self.label
+        return regmean_parameters(experts.parameters, completed(grams), row, *options)
 
 
 def completed(grams: Sequence[State]) -> list[State]:

@@ -19,8 +19,8 @@ from coin.networks.weights import check_layout
 class ExpertNetworks:
     """Experts in memory: `networks` have padded heads, in copies that share all other tensors with those `unpadded`.
 
-    They are called by `forward`, if given (`coin.core.batches.adapted`). Raises ConfigurationError if there are none,
-    HeadError if class counts differ and the heads cannot be padded.
+    They are called by `forward`, if given (`coin.core.batches.adapted`); `padding` is the head's name and its number of
+    outputs where it is padded. Raises ConfigurationError if there are none, HeadError if heads cannot be padded.
     """
 
     def __init__(
@@ -31,6 +31,10 @@ class ExpertNetworks:
         self.unpadded = [adapted(network, forward) for network in networks]
         self.networks = of_one_width(self.unpadded)
         self.skeleton, self.initial = self.networks[0], initial
+        self.padding: tuple[str, int] | None = None
+        if self.networks != self.unpadded:
+            head = head_name(self.skeleton)
+            self.padding = head, len(self.skeleton.get_submodule(head).get_parameter("weight"))
 
     def __len__(self) -> int:
         return len(self.networks)
@@ -43,14 +47,6 @@ class ExpertNetworks:
     def tensors(self) -> list[tuple[State, State]]:
         """Every expert's parameters and buffers."""
         return [tensors_of(network) for network in self.networks]
-
-    @property
-    def padding(self) -> tuple[str, int] | None:
-        """The head's name and its number of outputs where heads are padded."""
-        if all(padded is network for padded, network in zip(self.networks, self.unpadded, strict=True)):
-            return None
-        head = head_name(self.skeleton)
-        return head, len(self.skeleton.get_submodule(head).get_parameter("weight"))
 
     def initial_tensors(self) -> tuple[State, State] | None:
         """Return the shared initialisation's parameters and buffers, none without one."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -23,31 +24,16 @@ StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
 """The files of every expert's statistics, by task."""
 
 
-def data_given(given: Given | None, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
-    """Return the data that a method's option allows and for which a statistic is given, or can be computed.
+def available_data(given: Given | Mapping[str, Any] | None, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
+    """Return the data that an option allows of those that a statistic is given for, which are `given`'s keys.
 
-    One that is given without data is for any. Raises ConfigurationError where there are none.
+    One that is computed, or given without data, is for any. Raises ConfigurationError where there are none.
     """
-    if isinstance(given, Mapping):
-        return _allowed([DataChoice(each) for each in given], name, data)
-    return data.alternatives if given is None or data is not DataChoice.auto else [DataChoice.own]
-
-
-def data_in_files(paths: StatisticPaths, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
-    """Return the data that a method's option allows and for which there are files; raises as `data_given`."""
-    there = list(dict.fromkeys(which.data for which in paths if which.name is name))
-    if not there:
-        raise ConfigurationError(
-            f"found no {name} of the experts, which the method needs; run coin fisher on each and name the files"
-        )
-    return _allowed(there, name, data)
-
-
-def _allowed(there: list[DataChoice], name: StatisticKind, data: DataChoice) -> list[DataChoice]:
-    """Return the data that an option allows; raises ConfigurationError if there are none of these."""
-    allowed = [each for each in there if data in (DataChoice.auto, each)]
+    if not isinstance(given, Mapping):
+        return data.alternatives if given is None or data is not DataChoice.auto else [DataChoice.own]
+    allowed = [DataChoice(each) for each in given if data in (DataChoice.auto, each)]
     if not allowed:
-        found = f"found {name} statistics of {', '.join(there)} data, expected {data}"
+        found = f"found {name} statistics of {', '.join(given)} data, expected {data}"
         raise ConfigurationError(f"{found}; give such ones, or set {name}_data")
     return allowed
 
