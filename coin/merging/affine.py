@@ -21,7 +21,7 @@ def output_rows(call: Call, output: Tensor, samples: int, places: Tensor | None)
     """Return a call's outputs at some positions of every sample, as rows [P·q, ·], sample by sample.
 
     Args:
-        call: The call; its outputs have the samples along the leading dimension, or several rows of each.
+        call: The call, with the samples, or several rows of each, along the leading dimension.
         output: What it returned.
         samples: P.
         places: Which positions, int64 [P, q]; none for all.
@@ -170,8 +170,7 @@ def fit_affine(
         shares: w [n].
         ridge: Above 0.
         intercept: Whether there is a Δb; without one nothing is centred and Δb is 0.
-        change: Returns what ΔW is changed to, given it and the matrix M = cov(a) + λI [G, K, K] in which a change E of
-            it costs tr(E M Eᵀ); the best Δb then is.
+        change: Returns what ΔW becomes, given it and M = cov(a) + λI [G, K, K], by which a change E costs tr(E M Eᵀ).
 
     Returns:
         ΔW [G, O, K] and Δb [G, O], in float64.

@@ -49,8 +49,7 @@ class Experts:
         seconds: Wall time of statistics that were computed elsewhere.
 
     Raises ConfigurationError if there are no experts, or arguments are for different numbers of them; DataError if
-    there is no calibration batch, or one does not consist of tensors of equal length; HeadError if class counts differ
-    and the heads cannot be padded.
+    there is no calibration batch, or one is not of tensors of equal length; HeadError if heads cannot be padded.
     """
 
     def __init__(

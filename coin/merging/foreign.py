@@ -33,8 +33,7 @@ class UserMethod(Method):
     initialisation, a network like the experts. Autograd is on, and torch's random numbers start from the run's seed.
 
     What it costs is the wall time, and the samples that pass through the experts, the initialisation and copies of
-    them: 1 forward, 2 more where autograd goes back from the output. Through other networks, or back by `torch.func`,
-    nothing is counted.
+    them: 1 forward, 2 more where autograd goes back from the output. Other networks and `torch.func` are not counted.
 
     Args:
         function: Its import path, also relative to the working folder. If its source file changes, the coded models are

@@ -60,24 +60,22 @@ class Refit(Method):
     It takes one forward pass of every expert (``own``: on its own task's samples alone), in which it leaves each
     layer's outputs at some positions, and one of the coded network, in which every layer is fitted just before it is
     called. A layer with K unknowns for each output is fitted to `ROWS` · K rows, but to as many as take `CHEAP` of its
-    calls' time if that is more, and no more than take `DEAR` of it; `LEAST` at least; as many of every
-    sample, at positions that are drawn evenly, but tokens as often as the outputs depend on them (`position_weights`).
-    Where the activations of all samples do not fit `memory_mib`, it is as many samples as fit, and a warning.
+    calls' time if that is more, and no more than take `DEAR` of it; `LEAST` at least; as many of every sample, at
+    positions drawn evenly, but tokens as often as the outputs depend on them (`position_weights`). Where activations
+    do not fit `memory_mib`, it is as many samples as fit, and a warning.
 
     ``own`` is best where the experts are near a strong base, ``both`` where they are not, or where many answers are
     decoded from one mixture; ``mix`` was behind ``both`` on every set of tasks. Transformers that were fine-tuned far
     want ``both`` with ``start: coin`` and ``last: 0.5``.
 
-    Source: this project's. Relatives, none of which codes: RegMean++ (inputs from the merged network), Chain of Merges,
-    LOT (normalisation layers too).
+    Source: this project's. Related, none of which codes: RegMean++ (the merged network's inputs), Chain of Merges, LOT.
 
     Args:
         target: ``own``, ``mix``, ``both`` or ``auto``.
         start: ``average``; another closed form's name, such as ``wudi`` or ``coin``; or its ``class_path`` and
             ``init_args``. It is made of all samples, before any are held out.
         last: Which share of the layers is refitted, the last ones, in (0, 1]; the others keep the start.
-        decoders: For which decoders target and ridge are chosen, by their mean error; none for the experiment's, or
-            ``linear``.
+        decoders: For which decoders target and ridge are chosen, by their mean error; by default the experiment's.
         ridge: λ, relative and dimensionless, above 0; none has it chosen.
         head: Whether the head is fitted at last.
         memory_mib: Bound on the coded network's activations, in MiB.

@@ -45,13 +45,11 @@ class RegMean(MergeMethod):
     were tuned on calibration samples of the embedded tasks. If None, α and then the damping are chosen by the error on
     held-out calibration samples, with Gram matrices of the other samples; then the data, as in `coin.merging.Coin`.
 
-    Source: Jin et al., *Dataless knowledge fusion by merging weights of language models* (ICLR 2023), eq. 1–2 and
-    section 3.3 for α.
+    Source: Jin et al., *Dataless knowledge fusion by merging weights of language models* (ICLR 2023), eq. 1–2, §3.3.
 
     Args:
         layers: ``linear`` or ``all``.
-        alpha: Off-diagonal entries of the Gram matrices are multiplied by α, in [0, 1]; 1 leaves them, 0 makes a
-            diagonal merge; none has it chosen.
+        alpha: The factor on off-diagonal entries of the Gram matrices, in [0, 1]; none has it chosen.
         damping: λ relative to the mean diagonal entry, dimensionless, at least 0; none has it chosen.
         gram_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
         **options: ``batchnorm`` and ``label``, see `MergeMethod`.
@@ -106,8 +104,7 @@ class RegMean(MergeMethod):
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the solution for the Gram matrices of every kind of data that the option allows.
 
-        Where there are several they are judged by Gram matrices without the held-out samples, which would remember
-        them, unless a task has no other sample.
+        Several are judged by Gram matrices without the held-out samples, unless a task has no other sample.
         """
         data = experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto)
         judged = len(data) > 1 and experts.is_calibrated
@@ -154,12 +151,10 @@ def regmean_parameters(
     diagonal entry of Σβ_kG_k, per group: damping pulls towards the β-average W̄. A bias is solved for jointly, as the
     weight of an input that is always 1. Groups of a grouped convolution are separate maps.
 
-    The Gram matrices ``[G, K, K]`` are by weight, as `coin.statistics.gram_sums` names them; their off-diagonal entries
-    are multiplied by α.
+    The Gram matrices ``[G, K, K]``, named as by `coin.statistics.gram_sums`, have off-diagonal entries multiplied by α.
 
     Raises:
-        StateError: A Gram matrix fits no weight: neither in its rows, with or without one for a bias that is there, nor
-            in its groups.
+        StateError: A Gram matrix fits no weight, in its rows or its groups.
         NumericalError: A damped Gram matrix is singular.
     """
     merged = {key: weighted_mean(experts, weights, key, torch.float64) for key in experts[0]}
