@@ -52,8 +52,7 @@ class Merged(list[nn.Module]):
     """Coded models, one per row of the code, and how they were made.
 
     Attributes:
-        chosen: For each, the choices of its method as plain values: the Fisher's data, the BatchNorm policy, the
-            held-out errors, and under ``averaged`` the layers that `Refit` left at the average.
+        chosen: For each, the choices of its method, as in `CodedModel`; ``averaged`` are what `Refit` left averaged.
         compressed: For each, the compressed variants by label, such as ``refit-4bit``.
         passes: The total cost in forward-equivalents of one sample.
         seconds: Wall time.
@@ -135,10 +134,7 @@ class Method(ABC):
     def with_defaults(
         self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()
     ) -> Self:
-        """Return the method with options that are None set to the experiment's defaults.
-
-        These are the kind and data of its statistics, and the decoders for which it chooses.
-        """
+        """Return the method with the experiment's statistics, and decoders to choose for, where an option is None."""
         defaults = {"fisher_kind": fisher_kind, "fisher_data": fisher_data, "gram_data": fisher_data}
         left_open = {name: value for name, value in defaults.items() if getattr(self, name, value) is None}
         if not left_open:
@@ -182,8 +178,7 @@ def merge_networks(
     """Merge N experts into coded models: R new networks in eval mode, one per row of the code, R×N.
 
     See `Experts` for the other arguments; `decoders` are the decoders for which `Refit` optimises its choices. The
-    networks are of the experts' class and called in its way, not by `forward`. The returned list also has the choices
-    that were made and the cost. Raises like `Method.make`.
+    networks are of the experts' class and called in its way, not by `forward`. Raises as `Method.make`.
 
     >>> import coin, torch
     >>> experts = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)) for _ in "ab"]

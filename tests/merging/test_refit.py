@@ -17,7 +17,6 @@ from coin.data import Digits, Glyphs
 from coin.data.tasks import Tasks
 from coin.errors import CoinWarning, ConfigurationError, DataError, NumericalError, StateError
 from coin.merging import Experts, Refit
-from coin.merging.affine import _products, fit_affine
 from coin.merging.average import average_parameters
 from coin.merging.passes import PROBED, chosen_places, position_weights
 from coin.merging.refit import AHEAD, RIDGES
@@ -26,6 +25,7 @@ from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks import load_network
 from coin.networks.experts import ExpertFiles
 from coin.networks.small import SmallViT
+from coin.statistics.solvers import _products, fit_affine
 
 ROW = (0.2, 0.3, 0.5)
 SIZES = (9, 14, 11)
@@ -579,7 +579,7 @@ def test_rows_that_lie_far_apart_and_weigh_unlike_lose_nothing_in_float32(rows, 
 
 @pytest.mark.parametrize("halves", [1, 4, 5])
 def test_a_symmetric_product_by_halves(halves, monkeypatch):
-    monkeypatch.setattr("coin.merging.affine._HALVES", halves + 1)
+    monkeypatch.setattr("coin.statistics.solvers._HALVES", halves + 1)
     a = torch.randn(3, 7, 9, dtype=torch.float64)
     torch.testing.assert_close(_products(a), a.mT @ a, rtol=0, atol=1e-13)
 
