@@ -25,7 +25,7 @@ from coin.reporting.summary import summarise, variant_names
 from coin.reporting.wandb_evaluation import METHOD_TAG, best, log_method
 from coin.reporting.wandb_settings import in_sweep, logging_only
 from coin.statistics import Precision
-from coin.statistics.given import StatisticPaths
+from coin.statistics.files import StatisticPaths
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 from coin.steps.code import write_choice
 from coin.steps.compress import compress_file

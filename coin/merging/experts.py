@@ -17,9 +17,9 @@ from coin.networks.experts import ExpertFiles, ExpertNetworks
 from coin.networks.heads import check_padding, linear_heads, padded_state
 from coin.networks.stages import Run, run_network
 from coin.statistics import FisherKind
-from coin.statistics.given import Given, StatisticPaths, available_data, compute_statistic, open_statistics
+from coin.statistics.files import StatisticPaths, open_statistics
 from coin.statistics.guard import evaluating
-from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+from coin.statistics.statistic import DataChoice, Given, Statistic, StatisticKind, available_data, compute_statistic
 
 
 class Experts:

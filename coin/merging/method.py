@@ -21,8 +21,7 @@ from coin.networks.compressed import Base, Compressed, compress_as
 from coin.networks.compression import Compression, RoundingKind
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
-from coin.statistics.given import Given
-from coin.statistics.statistic import DataChoice, Statistic
+from coin.statistics.statistic import DataChoice, Given, Statistic
 
 Compress = dict[str, Any] | list[dict[str, Any]] | None
 """The option `compress` of methods: a section of `Compression`'s options, or several."""
