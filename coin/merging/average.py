@@ -76,9 +76,10 @@ def fit_head(
             "a parameter; name another in an attribute 'head_name', leave the method out for this network, or give "
             "Refit head=False"
         )
+    target = experts.target(row, held_out=held_out).double()
     run = experts.run(network, experts.split[0] if held_out else experts.pooled, features=True)
     check_head(network, run.features, run.logits)
-    features, residual = run.features.double(), experts.target(row, held_out=held_out).double() - run.logits.double()
+    features, residual = run.features.double(), target - run.logits.double()
     fit = fit_ridge(features, residual, intercept=head.bias is not None)
     step, weight = fit.coefficients.T, f"{name}.weight".lstrip(".")
     with torch.no_grad():
