@@ -22,8 +22,8 @@ from coin.files.tensors import fingerprint
 from coin.files.yaml import read_yaml
 from coin.modules.variants import read_coded
 from coin.networks import load_network
+from coin.networks.experts import ExpertFiles
 from coin.pipeline.options import config_dict
-from coin.pipeline.steps.expert_files import ExpertFiles
 from coin.reporting.extras import read_promises
 from coin.reporting.results import RESULTS_CSV, read_configuration, read_results, requested_policy
 from coin.reporting.summary import REFERENCES, seed_folders

@@ -1,19 +1,17 @@
 """One affine unit of a network refitted in closed form: a weighted ridge regression for each group."""
 
-from collections.abc import Callable
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from coin.errors import NumericalError
 from coin.merging.units import Unit
 from coin.networks.rounding import Rounding
 from coin.statistics.rules.call import Call
 from coin.statistics.rules.convolution import ConvolutionCall, Geometry
 from coin.statistics.rules.elementwise import ElementwiseCall
 from coin.statistics.rules.linear import LinearCall
-from coin.statistics.solvers import damped
+from coin.statistics.solvers import fit_affine
 from coin.statistics.sums import sum_type
 
 
@@ -21,7 +19,7 @@ def output_rows(call: Call, output: Tensor, samples: int, places: Tensor | None)
     """Return a call's outputs at some positions of every sample, as rows [P·q, ·], sample by sample.
 
     Args:
-        call: The call; its outputs have the samples along the leading dimension, or several rows of each.
+        call: The call, with the samples, or several rows of each, along the leading dimension.
         output: What it returned.
         samples: P.
         places: Which positions, int64 [P, q]; none for all.
@@ -147,99 +145,3 @@ def _placed(step: Tensor, entries: Tensor, flat: Tensor) -> Tensor:
     whole = step.new_zeros(flat.shape)
     whole[..., entries] = step
     return whole
-
-
-def fit_affine(
-    inputs: Tensor,
-    residuals: Tensor,
-    shares: Tensor,
-    ridge: float,
-    *,
-    intercept: bool = True,
-    change: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the minimiser ΔW, Δb of Σ_n w_n ‖ΔW a_n + Δb − r_n‖² / Σ_n w_n + λ ‖ΔW‖², a regression for each group.
-
-    λ = ridge × the mean diagonal entry of the covariance of a, a group's own. With more unknowns than rows the system
-    is solved where the rows are, ΔW = Rᵀ(A Aᵀ + λ I)⁻¹A. Rows are centred before they are multiplied. All is done in
-    their own type; where λ is lost in that beside the largest eigenvalue, the matrix is factored in float64.
-
-    Args:
-        inputs: a [G, n, K].
-        residuals: r [G, n, O].
-        shares: w [n].
-        ridge: Above 0.
-        intercept: Whether there is a Δb; without one nothing is centred and Δb is 0.
-        change: Returns what ΔW is changed to, given it and the matrix M = cov(a) + λI [G, K, K] in which a change E of
-            it costs tr(E M Eᵀ); the best Δb then is.
-
-    Returns:
-        ΔW [G, O, K] and Δb [G, O], in float64.
-
-    Raises:
-        NumericalError: A row is not finite, or too large to be squared, or the ridge is too small.
-    """
-    (_, count, unknowns), precision = inputs.shape, torch.finfo(inputs.dtype).eps
-    weights = (shares / shares.sum()).to(inputs)
-    (a, mean_a), (r, mean_r) = (_centred(each, weights, intercept) for each in (inputs, residuals))
-    if not bool(torch.isfinite(mean_a).all() and torch.isfinite(mean_r).all()):
-        raise NumericalError("a layer's inputs or outputs on calibration data are not finite; check the experts")
-    is_dual = count < unknowns
-    gram = _products(a.mT) if is_dual else _products(a)
-    scale = gram.diagonal(dim1=1, dim2=2).sum(1) / unknowns
-    # The round-off of centring is not signal: without this cut a constant input gets coefficients from noise.
-    dead = scale <= count * precision**2 * mean_a.square().mean(1)
-    ridges = (ridge * scale).masked_fill(dead, 1)
-    if is_dual:
-        step = (_solve(gram, r, ridges, dead).mT @ a).double()
-        gram = _products(a) if change is not None else gram
-    else:
-        step = _solve(gram, a.mT @ r, ridges, dead).mT.double()
-    if change is not None:
-        step = change(step, damped(gram.double(), ridges))
-    return step, mean_r - (step @ mean_a[..., None])[..., 0]
-
-
-def _centred(rows: Tensor, weights: Tensor, intercept: bool) -> tuple[Tensor, Tensor]:
-    """Return rows [G, n, K] less their mean, times the roots of their weights; the mean [G, K] in float64.
-
-    Without an intercept the mean is 0, or NaN where a row is not finite.
-    """
-    root = weights.sqrt()[:, None]
-    if intercept:
-        mean = weights @ rows
-        return (rows - mean[:, None]).mul_(root), mean.double()
-    zero = torch.zeros(len(rows), rows.shape[2], dtype=torch.float64, device=rows.device)
-    return rows * root, zero.masked_fill(~torch.isfinite(rows).all(1), torch.nan)
-
-
-_HALVES = 512
-"""Columns from which on a symmetric product is taken by halves: two of four blocks are each other's transposes."""
-
-
-def _products(a: Tensor) -> Tensor:
-    """Return aᵀa [G, K, K] for a [G, n, K]."""
-    width = a.shape[2]
-    if width < _HALVES:
-        return a.mT @ a
-    first, second = a[..., : width // 2], a[..., width // 2 :]
-    across = first.mT @ second
-    top, bottom = torch.cat([_products(first), across], 2), torch.cat([across.mT, _products(second)], 2)
-    return torch.cat([top, bottom], 1)
-
-
-def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
-    """Return (gram + λI)⁻¹ right for each group; zero where the inputs are constant."""
-    if not bool(torch.isfinite(gram).all() and torch.isfinite(right).all()):
-        raise NumericalError(
-            "a layer's inputs on calibration data are so large that squares overflow; check the experts"
-        )
-    root, failed = torch.linalg.cholesky_ex(damped(gram, ridges))
-    if bool(failed.any()):  # a ridge that is lost beside the largest eigenvalue
-        root, failed = torch.linalg.cholesky_ex(damped(gram.double(), ridges))
-    if bool(failed.any()):
-        raise NumericalError(
-            "a layer's inputs on calibration data are too nearly dependent for this ridge; give a larger ridge"
-        )
-    solved: Tensor = torch.cholesky_solve(right.to(root), root)
-    return solved.masked_fill_(dead[:, None, None], 0)

@@ -6,15 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from coin.coding import fit_ridge
-from coin.core.batches import as_input
 from coin.errors import HeadError
 from coin.files.tensors import State, weighted_mean
 from coin.merging.closed_form import Candidate, MergeMethod, refined
 from coin.merging.experts import Experts
 from coin.merging.method import CodedModel
-from coin.networks.heads import check_head, features_and_logits, head_name
+from coin.networks.heads import check_head, head_name
 from coin.networks.rounding import Rounding
-from coin.statistics.guard import evaluating
 
 
 class Average(MergeMethod):
@@ -78,15 +76,11 @@ def fit_head(
             "a parameter; name another in an attribute 'head_name', leave the method out for this network, or give "
             "Refit head=False"
         )
-    batches = experts.split[0] if held_out else experts.pooled
-    target, found = experts.target(row, held_out=held_out).double(), []
-    with evaluating(network, gradients=False):
-        for batch in batches:
-            found.append(features_and_logits(network, as_input(batch, network)))
-            check_head(network, *found[-1])
-    features, logits = (torch.cat(pieces).double() for pieces in zip(*found, strict=True))
-    experts.passes += len(features)
-    fit = fit_ridge(features, target - logits, intercept=head.bias is not None)
+    target = experts.target(row, held_out=held_out).double()
+    run = experts.run(network, experts.split[0] if held_out else experts.pooled, features=True)
+    check_head(network, run.features, run.logits)
+    features, residual = run.features.double(), target - run.logits.double()
+    fit = fit_ridge(features, residual, intercept=head.bias is not None)
     step, weight = fit.coefficients.T, f"{name}.weight".lstrip(".")
     with torch.no_grad():
         if rounding is not None and rounding.takes(weight):

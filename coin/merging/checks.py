@@ -9,7 +9,8 @@ from torch import nn
 
 from coin.errors import CoinWarning, ConfigurationError, StateError
 from coin.files.tensors import State, check_finite, check_same_layout
-from coin.merging.experts import Experts, parameters_of
+from coin.merging.experts import Experts
+from coin.networks.experts import parameters_of
 
 MOST_AVERAGED = 0.1
 """With a larger share of parameters that cannot be refitted a warning is given."""

@@ -13,10 +13,11 @@ from coin.core.choices import parse_enum
 from coin.errors import CoinWarning, ConfigurationError
 from coin.files.tensors import State, check_finite, weighted_sum
 from coin.merging.checks import check_coded, check_experts
-from coin.merging.experts import Experts, parameters_of
+from coin.merging.experts import Experts
 from coin.merging.held_out import choose
 from coin.merging.method import CodedModel, Compress, Method, fill
-from coin.networks.batchnorm import BatchNormPolicy, recalibrate
+from coin.networks.batchnorm import BatchNormPolicy, has_batchnorm, recalibrate
+from coin.networks.experts import parameters_of
 from coin.networks.parametrised import renormalise
 
 SAME = "same"
@@ -115,7 +116,7 @@ class MergeMethod(Method):
 
     def _policies(self, experts: Experts) -> list[str]:
         """Return the BatchNorm policies to choose from; an empty one without BatchNorm."""
-        if not experts.has_batchnorm:
+        if not has_batchnorm(experts.source.skeleton):
             return [""]
         if self.batchnorm is not BatchNormPolicy.auto:
             return [str(self.batchnorm)]

@@ -111,8 +111,7 @@ def coin_parameters(
 def floored_diagonal(fishers: Sequence[State], weights: Sequence[float], ridge: float) -> dict[str, Tensor]:
     """Return Σ_i β_i F_i + ridge × its mean over all entries, in float64; ones where every entry is zero.
 
-    Only parameters in all Fishers are used. Raises NumericalError if the mean is so small that dividing by its share
-    overflows the Fishers' type.
+    Only parameters in all Fishers are used. Raises NumericalError if dividing by the floor overflows the Fishers' type.
     """
     totals = {key: weighted_mean(fishers, weights, key, torch.float64) for key in _covered_by(fishers)}
     mean = sum(float(total.sum()) for total in totals.values()) / max(sum(t.numel() for t in totals.values()), 1)

@@ -1,36 +1,36 @@
-"""The inputs of a merge: experts, their statistics and their calibration data, computed on demand."""
+"""The inputs of a merge: experts, their statistics and their calibration samples, and their answers to these."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import chain, islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from coin.core.batches import Batch, Forward, adapted, as_input, checked, clone, samples_of
-from coin.data.calibration import Calibration
+from coin.core.batches import Batch, Forward, as_input, checked, samples_of, size_of, take
+from coin.data.calibration import Calibration, pooled
 from coin.errors import ConfigurationError, DataError
-from coin.files.tensors import State
-from coin.merging.calibrated import Calibrated
-from coin.networks.batchnorm import has_batchnorm
-from coin.networks.heads import check_padding, head_name, of_one_width, pad_head, padded_state
-from coin.statistics import TRANSPOSED, FisherKind, fisher_sums, gram_sums, process_generator
-from coin.statistics.guard import evaluating, trainable
-from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
-
-Given = Sequence[State] | Mapping[str, Sequence[State]]
-"""Every expert's statistic; or several of them, by the data that they are of: ``own``, ``pooled``."""
+from coin.files.tensors import State, check_finite
+from coin.networks.experts import ExpertFiles, ExpertNetworks
+from coin.networks.heads import check_padding, linear_heads, padded_state
+from coin.networks.stages import Run, run_network
+from coin.statistics import FisherKind
+from coin.statistics.files import StatisticPaths, open_statistics
+from coin.statistics.guard import evaluating
+from coin.statistics.statistic import DataChoice, Given, Statistic, StatisticKind, available_data, compute_statistic
 
 
-class Experts(Calibrated):
-    """N experts in memory, of one architecture.
+class Experts:
+    """N experts of one architecture, with their statistics and calibration samples.
 
     If class counts differ, heads, given statistics and the shared initialisation are padded with zeros to the largest
     count; coded models then have that many outputs. Statistics that are not given are computed from the calibration
-    data on demand.
+    data on demand. Experts in files, and their statistics, are read on demand too.
 
     Args:
-        networks: The experts.
+        networks: The experts, or their files with that of the shared initialisation.
         fishers: Every expert's Fisher diagonal; or a mapping of these by data, ``own`` and ``pooled``.
         grams: Every expert's Gram matrices, in the same form.
         initial: The shared initialisation, for methods and policies that need it.
@@ -39,34 +39,41 @@ class Experts(Calibrated):
         forward: (network, batch) → logits ``[B, C]``, for networks that are not called with one tensor; batches may
             then also be mappings of tensors. Coded models within a method are called with batches too; those that
             `merge_networks` returns are called as the experts' class.
+        statistics: The files of the statistics of experts in files, in place of `fishers` and `grams`.
+        train: A `coin.modules.training.Training` for methods that train; without one they train in memory.
+
+    Attributes:
+        source: The experts, in memory or in files.
+        count: N.
+        passes: Forward-equivalents spent so far, the cost of the merge.
+        seconds: Wall time of statistics that were computed elsewhere.
 
     Raises ConfigurationError if there are no experts, or arguments are for different numbers of them; DataError if
-    there is no calibration batch, or one does not consist of tensors of equal length; HeadError if class counts differ
-    and the heads cannot be padded.
+    there is no calibration batch, or one is not of tensors of equal length; HeadError if heads cannot be padded.
     """
 
     def __init__(
         self,
-        networks: Sequence[nn.Module],
+        networks: Sequence[nn.Module] | ExpertFiles,
         *,
         fishers: Given | None = None,
         grams: Given | None = None,
         initial: nn.Module | None = None,
         calibration: Sequence[Iterable[Any]] | None = None,
         forward: Forward | None = None,
+        statistics: StatisticPaths | None = None,
+        train: Any = None,
     ) -> None:
-        if not networks:
-            raise ConfigurationError("found no experts, expected at least one")
-        super().__init__(len(networks), calibration)
-        self._unpadded = [adapted(network, forward) for network in networks]
-        self.networks: Sequence[nn.Module] = of_one_width(self._unpadded)
+        source = networks if isinstance(networks, ExpertFiles) else ExpertNetworks(networks, initial, forward)
+        self.source: ExpertNetworks | ExpertFiles = source
+        self.count, self.train, self._calibration = len(networks), train, calibration
+        self.passes = self.seconds = 0.0
+        self.statistic_paths = statistics or {}
+        self._given = {StatisticKind.fisher: fishers, StatisticKind.gram: grams}
         self._statistics: dict[Statistic, Sequence[State]] = {}
-        self._given, self._initial = {StatisticKind.fisher: fishers, StatisticKind.gram: grams}, initial
-        for what, given in (
-            ("fisher statistics", fishers),
-            ("gram statistics", grams),
-            ("calibration inputs", calibration),
-        ):
+        self._outputs: dict[tuple[int, bool, bool], list[Run]] = {}
+        named = {"fisher statistics": fishers, "gram statistics": grams, "calibration inputs": calibration}
+        for what, given in named.items():
             for parts in given.values() if isinstance(given, Mapping) else [given]:
                 if parts is not None and len(parts) != self.count:
                     found = f"found {what} of {len(parts)} experts, expected {self.count}"
@@ -77,28 +84,28 @@ class Experts(Calibrated):
                 raise DataError("found no calibration batches, expected at least one; give those of every task")
             self._calibration = own
             for sample in islice(chain.from_iterable(map(samples_of, chain.from_iterable(own))), 1):
-                for padded, network in zip(self.networks, self._unpadded, strict=True):
+                for padded, network in zip(self.networks, self.source.each_network(padded=False), strict=True):
                     with evaluating(network, gradients=False), evaluating(padded, gradients=False):
                         check_padding(padded, network, as_input(sample, network))
 
     @property
+    def networks(self) -> Sequence[nn.Module]:
+        """All experts at once."""
+        return self.source.networks
+
+    @property
     def parameters(self) -> Sequence[State]:
-        """Every expert's parameters, same names and shapes."""
-        return [parameters_of(network) for network in self.networks]
+        """Every expert's parameters, same names and shapes; those in files are read on access."""
+        return [parameters for parameters, _ in self.source.tensors]
 
     @property
     def buffers(self) -> Sequence[State]:
-        """Every expert's buffers."""
-        return [dict(network.named_buffers()) for network in self.networks]
-
-    @property
-    def has_batchnorm(self) -> bool:
-        """Whether the networks have BatchNorm layers with running statistics."""
-        return has_batchnorm(self.networks[0])
+        """Every expert's buffers; those in files are read on access."""
+        return [buffers for _, buffers in self.source.tensors]
 
     def empty_model(self) -> nn.Module:
         """Return a new network of the experts' architecture, with arbitrary weights."""
-        return clone(self.networks[0])
+        return self.source.empty_model()
 
     def blank(self) -> nn.Module:
         """Return `empty_model`, by its old name; for one version."""
@@ -111,37 +118,98 @@ class Experts(Calibrated):
 
     def initial(self) -> tuple[State, State]:
         """Return the shared initialisation's parameters and buffers; raises ConfigurationError if there is none."""
-        if self._initial is None:
+        if (initial := self.source.initial_tensors()) is None:
             raise ConfigurationError(
                 "found no shared initialisation, which the method or its BatchNorm policy 'keep' needs; give it as "
                 "initial, or choose another"
             )
-        padding = self._padding()
-        initial = pad_head(self._initial, padding[1]) if padding else self._initial
-        return parameters_of(initial), dict(initial.named_buffers())
+        return initial
 
-    def _padding(self) -> tuple[str, int] | None:
-        """Return the head's name and its number of outputs where heads are padded."""
-        if all(padded is network for padded, network in zip(self.networks, self._unpadded, strict=True)):
-            return None
-        head = head_name(self.networks[0])
-        return head, len(self.networks[0].get_submodule(head).get_parameter("weight"))
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether there are calibration samples."""
+        return self._calibration is not None
+
+    def samples(self, data: DataChoice) -> Sequence[Iterable[Batch]]:
+        """Return for every expert the batches for its statistics: its own task's, or all tasks'."""
+        if data is DataChoice.pooled:
+            return [self.pooled] * self.count
+        if self._calibration is None:
+            raise ConfigurationError(
+                "found no calibration inputs, which the merge needs; give them as calibration, or name the tasks"
+            )
+        return self._calibration
+
+    def fitted(self, data: DataChoice) -> Sequence[Calibration]:
+        """Return the same as `samples`, without the held-out samples."""
+        fitted = self.split[0]
+        if data is DataChoice.pooled:
+            return [fitted] * self.count
+        tasks = self.tasks[: fitted.num_samples]
+        return [fitted.subset((tasks == task).nonzero().flatten()) for task in range(self.count)]
+
+    @cached_property
+    def pooled(self) -> Calibration:
+        """All tasks' calibration samples, evenly interleaved."""
+        own = self.samples(DataChoice.own)
+        return pooled([each if isinstance(each, Calibration) else Calibration.of_batches([*each]) for each in own])
+
+    @cached_property
+    def tasks(self) -> Tensor:
+        """Which task each pooled sample is from, int64 ``[P]``."""
+        parts = [len(each.parts) if isinstance(each, Calibration) else 1 for each in self.samples(DataChoice.own)]
+        return torch.arange(self.count).repeat_interleave(torch.tensor(parts))[self.pooled.part]
+
+    @cached_property
+    def split(self) -> tuple[Calibration, Calibration]:
+        """The pooled samples to fit on, and the last fifth of them, on which choices are made."""
+        return self.pooled.split(0.2)
+
+    def target(self, row: Sequence[float], *, held_out: bool = False) -> Tensor:
+        """Return Σ_i β_i f_i on the pooled samples ``[P, C]``, without the held-out ones if `held_out`; all finite."""
+        found = []
+        for part in [0] if held_out else [0, 1]:
+            there = next((runs for (own, *_), runs in self._outputs.items() if own == part), None)
+            found.append(torch.stack([run.logits for run in there or self.runs(part)]))
+        logits = torch.cat(found, dim=1)
+        return torch.tensordot(logits.new_tensor(row), logits, dims=1)  # type: ignore[no-any-return]
+
+    def run(self, network: nn.Module, batches: Iterable[Batch], features: bool = False, stages: bool = False) -> Run:
+        """Return a network's answers in eval mode (`coin.networks.stages.run_network`), and count the passes."""
+        with evaluating(network, gradients=False):
+            inputs = (as_input(batch, network) for batch in batches)
+            if features:
+                runs = [run_network(network, each, features, stages) for each in inputs]
+            else:
+                runs = [Run(logits[:, :0], logits) for logits in map(network, inputs)]
+        self.passes += sum(len(run.logits) for run in runs)
+        return Run(torch.cat([run.features for run in runs]), torch.cat([run.logits for run in runs]), runs[0].widths)
+
+    def runs(self, part: int, features: bool = False, stages: bool = False) -> list[Run]:
+        """Return all experts' answers to a part of `split`; they run once."""
+        read = (part, features, stages)
+        if read not in self._outputs:
+            found = [self.run(each, self.split[part], features, stages) for each in self.source.each_network()]
+            for index, run in enumerate(found):
+                check_finite({"logits": run.logits}, f"the calibration output of expert {index}")
+            self._outputs[read] = found
+        return self._outputs[read]
+
+    @cached_property
+    def heads(self) -> list[tuple[Tensor, Tensor]]:
+        """All experts' heads, checked on a few samples to give their logits; see `coin.networks.heads.linear_heads`."""
+        few = take(next(iter(self.split[1])), slice(0, 8))
+        found = []
+        for network in self.source.each_network():
+            with evaluating(network, gradients=False):
+                found += linear_heads([network], as_input(few, network))
+        self.passes += self.count * size_of(few)
+        return found
 
     def available(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
         """Return the data (own, pooled) for which a statistic is available and that a method's option allows."""
-        there = self._data_of(name, data)
-        allowed = [each for each in there if data in (DataChoice.auto, each)]
-        if not allowed:
-            found = f"found {name} statistics of {', '.join(there)} data, expected {data}"
-            raise ConfigurationError(f"{found}; give such ones, or set {name}_data")
-        return allowed
-
-    def _data_of(self, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
-        """Return the data for which there is a statistic; one that is computed, or given without data, is for any."""
-        given = self._given[name]
-        if isinstance(given, Mapping):
-            return [DataChoice(each) for each in given]
-        return data.alternatives if given is None or data is not DataChoice.auto else [DataChoice.own]
+        stored: dict[str, Any] = dict.fromkeys(which.data for which in self.statistic_paths if which.name is name)
+        return available_data(stored or self._given[name], name, data)
 
     def statistic(self, which: Statistic) -> Sequence[State]:
         """Return one statistic of every expert; ConfigurationError if it is not given, nor calibration data for it.
@@ -151,7 +219,7 @@ class Experts(Calibrated):
         kinds weigh outputs by probabilities, of which those have none: zero. Gram matrices are of inputs.
         """
         if which not in self._statistics:
-            states, padding = self._states(which), self._padding()
+            states, padding = self._states(which), self.source.padding
             if padding is not None and which.kind is not None:
                 mean = which.kind in (FisherKind.exact, FisherKind.monte_carlo)
                 states = [padded_state(state, *padding, mean=mean) for state in states]
@@ -160,8 +228,12 @@ class Experts(Calibrated):
 
     def _states(self, which: Statistic) -> Sequence[State]:
         """Return one statistic of every expert, of its own class count."""
-        given = self._given[which.name]
-        if given is None:
+        if isinstance(self.source, ExpertFiles):
+            files = open_statistics(self.statistic_paths, which, self.source.fingerprints)
+            self.seconds += sum(file.seconds for file in files)
+            self.passes += sum(file.passes for file in files)
+            return [file.values for file in files]
+        if (given := self._given[which.name]) is None:
             return self.computed(which.kind, self.samples(which.data))
         return given[which.data] if isinstance(given, Mapping) else given
 
@@ -170,21 +242,6 @@ class Experts(Calibrated):
 
         Fishers are those of the experts before padding: a padded class would get a probability too.
         """
-        if kind is FisherKind.empirical:
-            raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
-        means, shared = [], set(self.parameters[0])
-        networks = self.each_network() if kind is None else self._unpadded
-        for network, batches in zip(networks, samples, strict=True):
-            shared &= trainable(network).keys()  # what is frozen in one expert is averaged
-            if kind is None:
-                sums = gram_sums(network, batches)
-            else:
-                sums = fisher_sums(network, batches, kind=kind, generator=process_generator(kind, seed=0, rank=0))
-            self.passes += sums.passes
-            means.append(sums.mean())
-        return [{name: mean[name] for name in mean if name.removesuffix(TRANSPOSED) in shared} for mean in means]
-
-
-def parameters_of(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's parameters by name, detached."""
-    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+        states, passes = compute_statistic(self.source.each_network(padded=kind is None), samples, kind)
+        self.passes += passes
+        return states

@@ -33,8 +33,7 @@ class UserMethod(Method):
     initialisation, a network like the experts. Autograd is on, and torch's random numbers start from the run's seed.
 
     What it costs is the wall time, and the samples that pass through the experts, the initialisation and copies of
-    them: 1 forward, 2 more where autograd goes back from the output. Through other networks, or back by `torch.func`,
-    nothing is counted.
+    them: 1 forward, 2 more where autograd goes back from the output. Other networks and `torch.func` are not counted.
 
     Args:
         function: Its import path, also relative to the working folder. If its source file changes, the coded models are
@@ -84,7 +83,7 @@ class UserMethod(Method):
         check_experts(experts, row)
         with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0 if experts.train is None else experts.train.seed)
-            networks = [_counted(clone(network).eval(), experts) for network in experts.each_network()]
+            networks = [_counted(clone(network).eval(), experts) for network in experts.source.each_network()]
             samples = experts.samples(DataChoice.own)
             calibration = [[as_input(batch, networks[0]) for batch in batches] for batches in samples]
             extra: dict[str, Any] = {"row": list(row)} if "row" in self._asks else {}

@@ -25,8 +25,7 @@ class FullFisher(Coin):
 
     (Σ_i β_i F_i + λD) (θ − θ̄) = Σ_i β_i F_i (θ_i − θ̄) with θ̄ the β-average, F_i = E J_iᵀJ_i the whole Fisher matrix
     of expert i on its calibration inputs, and D = Σ_i β_i diag F_i plus 10⁻³ of its mean. It is solved by conjugate
-    gradients preconditioned with D, from θ̄. Parameters that no calibration sample reaches, or that an expert's
-    diagonal does not have, stay at θ̄.
+    gradients preconditioned with D, from θ̄. What no sample reaches, or an expert's diagonal lacks, stays there.
 
     Running out of iterations is a warning with the remaining residual, not an error: stopping early damps. The record
     then says ``converged: false``, as the result depends on the number of iterations. With ``fisher_data: auto`` the

@@ -11,8 +11,9 @@ from coin.core.progress import progress
 from coin.files.tensors import State
 from coin.merging.closed_form import refined
 from coin.merging.coin import Coin, floored_diagonal
-from coin.merging.experts import Experts, parameters_of
+from coin.merging.experts import Experts
 from coin.merging.method import CodedModel, Method, fill, starting_method
+from coin.networks.experts import parameters_of
 from coin.statistics import fisher_sums
 from coin.statistics.products import OutputMap
 from coin.statistics.solvers import solve_in_sample_space

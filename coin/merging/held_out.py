@@ -73,9 +73,8 @@ def held_out_error(
     With f̂_j what a decoder makes of the answers that arrive when expert j is lost, it is the mean over tasks j and
     decoders of E_{x∈T_j} (1 − cos(f̂_j(x), f_j(x))), logits taken from their mean over the classes: what class an answer
     names does not change with its size or offset. The squared error ‖f_c − Σ_i β_i f_i‖ does, and prefers outputs that
-    have shrunk. Decoders are fitted on the samples that are not held out, if these are two of every task at least;
-    otherwise only the linear one judges. Where logits are not a head's of the features, expert_head does not judge
-    beside others. Infinite if it is no number.
+    have shrunk. Decoders are fitted on the other samples; with fewer than two of a task only the linear one judges, and
+    without heads that give the logits expert_head does not, beside others. Infinite if it is no number.
     """
     fitted = experts.tasks[: experts.split[0].num_samples]
     if int(torch.bincount(fitted, minlength=experts.count).min()) < 2:
@@ -89,7 +88,7 @@ def held_out_error(
         heads, decoders = None, others
     features, stages = (any(getattr(each, read) for each in decoders) for read in ("reads_features", "reads_stages"))
     judged = _answers(experts, coded, 1, features, stages)
-    calibration, kept = None, FeatureCache()
+    calibration, cache = None, FeatureCache()
     assert judged.tasks is not None
     own = {task: (judged.tasks == task).nonzero().flatten() for task, share in enumerate(row) if share > 0}
     if not any(len(samples) for samples in own.values()):  # few samples, all of tasks that have no share
@@ -105,7 +104,7 @@ def held_out_error(
                 decoder = make_decoder(config, uniform(experts.count), [task], heads)
                 if decoder.needs_fit:
                     calibration = calibration or _answers(experts, coded, 0, features, stages)
-                    decoder.fit(calibration, kept)
+                    decoder.fit(calibration, cache)
                 decoded = decoder.decode(mine)[0]
             errors.append(_turned(decoded, truth))
     error = float(torch.stack(errors).mean())

@@ -15,13 +15,13 @@ from coin.coding import Code, DecoderConfig, DecoderKind, distinct_decoders
 from coin.core.batches import Forward, plain
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
-from coin.merging.experts import Experts, Given
+from coin.merging.experts import Experts
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, compress_as
 from coin.networks.compression import Compression, RoundingKind
 from coin.networks.weights import fill_network
 from coin.statistics import FisherKind
-from coin.statistics.statistic import DataChoice, Statistic
+from coin.statistics.statistic import DataChoice, Given, Statistic
 
 Compress = dict[str, Any] | list[dict[str, Any]] | None
 """The option `compress` of methods: a section of `Compression`'s options, or several."""
@@ -34,7 +34,7 @@ class CodedModel:
     Attributes:
         network: The coded model, in eval mode.
         chosen: The options that were chosen, and how a solve ended: plain values for the record.
-        start: The other method's coded model that a `Refit` began from, if any; `Method.pack` begins there again.
+        start: What a `Refit` began from; `Method.pack` begins there again.
 
     >>> import coin, torch
     >>> made = coin.Average().make(coin.Experts([torch.nn.Linear(4, 3) for _ in "ab"]), [0.5, 0.5])
@@ -44,15 +44,14 @@ class CodedModel:
 
     network: nn.Module
     chosen: dict[str, Any] = field(default_factory=dict)
-    start: "CodedModel | None" = None
+    start: Any = None
 
 
 class Merged(list[nn.Module]):
     """Coded models, one per row of the code, and how they were made.
 
     Attributes:
-        chosen: For each, the choices of its method as plain values: the Fisher's data, the BatchNorm policy, the
-            held-out errors, and under ``averaged`` the layers that `Refit` left at the average.
+        chosen: For each, the choices of its method, as in `CodedModel`; ``averaged`` are what `Refit` left averaged.
         compressed: For each, the compressed variants by label, such as ``refit-4bit``.
         passes: The total cost in forward-equivalents of one sample.
         seconds: Wall time.
@@ -134,17 +133,14 @@ class Method(ABC):
     def with_defaults(
         self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()
     ) -> Self:
-        """Return the method with options that are None set to the experiment's defaults.
-
-        These are the kind and data of its statistics, and the decoders for which it chooses.
-        """
+        """Return the method with the experiment's statistics, and decoders to choose for, where an option is None."""
         defaults = {"fisher_kind": fisher_kind, "fisher_data": fisher_data, "gram_data": fisher_data}
         left_open = {name: value for name, value in defaults.items() if getattr(self, name, value) is None}
         if not left_open:
             return self
-        settled = copy(self)
-        vars(settled).update(left_open)
-        return settled
+        method = copy(self)
+        vars(method).update(left_open)
+        return method
 
     def compressed(self, compress: Compress) -> list[Compression]:
         """Return an option's compressions; a method whose coded models are deltas reads the shared initialisation."""
@@ -181,8 +177,7 @@ def merge_networks(
     """Merge N experts into coded models: R new networks in eval mode, one per row of the code, R×N.
 
     See `Experts` for the other arguments; `decoders` are the decoders for which `Refit` optimises its choices. The
-    networks are of the experts' class and called in its way, not by `forward`. The returned list also has the choices
-    that were made and the cost. Raises like `Method.make`.
+    networks are of the experts' class and called in its way, not by `forward`. Raises as `Method.make`.
 
     >>> import coin, torch
     >>> experts = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)) for _ in "ab"]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,49 +106,46 @@ def position_weights(network: nn.Module, trace: Trace, inputs: Batch) -> dict[st
     return weights
 
 
+class Rows(NamedTuple):
+    """What units are fitted to on P samples.
+
+    Attributes:
+        inputs: The samples.
+        mixtures: Every sample's mixture of the experts' outputs [N, P].
+        shares: What the samples weigh [P].
+        places: By the units' weights, at which positions, as `chosen_places` returns them.
+        weights: By the units' weights, what the positions weigh, as `position_weights` returns them.
+    """
+
+    inputs: Batch
+    mixtures: Tensor
+    shares: Tensor
+    places: Mapping[str, Tensor | None]
+    weights: Mapping[str, Tensor]
+
+
 def expert_targets(
-    experts: Sequence[nn.Module],
-    trace: Trace,
-    inputs: Batch,
-    mixtures: Tensor,
-    places: dict[str, Tensor | None],
-    batch_size: int,
+    experts: Sequence[nn.Module], trace: Trace, rows: Rows, batch_size: int
 ) -> tuple[dict[str, Tensor], int]:
     """Return the mixtures of the experts' outputs, which the units shall give, and how many passes that took.
 
-    Args:
-        experts: The N experts.
-        trace: The coded network's pass.
-        inputs: P samples.
-        mixtures: Every sample's mixture of the experts [N, P]; an expert runs on those alone where it is not zero.
-        places: As `chosen_places` returns them.
-        batch_size: How many samples run at once.
-
-    Returns:
-        By the units' weights targets [P, q, ·], in the order of `output_rows`.
-
-    Raises:
-        StateError: An expert makes other calls than the coded network, or gives outputs of another shape.
+    An expert runs on the samples alone of whose mixtures it is part, `batch_size` at once. The targets [P, q, ·] are by
+    the units' weights, in the order of `output_rows`. Raises StateError where an expert makes other calls than the
+    coded network did in its `trace`, or gives outputs of another shape.
     """
     targets: dict[str, Tensor] = {}
     passes = 0
-    for network, mixture in zip(experts, mixtures, strict=True):
+    for network, mixture in zip(experts, rows.mixtures, strict=True):
         for part in filter(len, mixture.nonzero().flatten().split(batch_size)):
-            _add_targets(targets, network, trace, take(inputs, part), part, mixture, places)
+            _add_targets(targets, network, trace, rows, part, mixture)
             passes += len(part)
     return targets, passes
 
 
 def _add_targets(
-    targets: dict[str, Tensor],
-    network: nn.Module,
-    trace: Trace,
-    inputs: Batch,
-    part: Tensor,
-    mixture: Tensor,
-    places: dict[str, Tensor | None],
+    targets: dict[str, Tensor], network: nn.Module, trace: Trace, rows: Rows, part: Tensor, mixture: Tensor
 ) -> None:
-    """Run an expert on these inputs, which are the samples `part` [p] of all, and add its share of the targets."""
+    """Run an expert on the samples `part` [p], and add its share of their targets, of the mixtures [P]."""
     ends = {unit.end: unit for unit in trace.units}
     made: list[str] = []
 
@@ -158,23 +156,23 @@ def _add_targets(
         _check_calls(made, trace.calls)
         output = function()
         if unit := ends.get(weight):
-            found = (len(output) // len(part), *output.shape[1:])
-            if found != unit.shape:
+            shape = (len(output) // len(part), *output.shape[1:])
+            if shape != unit.shape:
                 raise StateError(
-                    f"'{weight}' gives {[*found]} a sample in an expert and {[*unit.shape]} in the coded network; "
+                    f"'{weight}' gives {[*shape]} a sample in an expert and {[*unit.shape]} in the coded network; "
                     f"{_SAME}"
                 )
-            at = places[unit.weight]
-            rows = output_rows(call, output, len(part), None if at is None else at[part.to(at.device)])
-            rows = rows.to(sum_type(rows)).view(len(part), -1, rows.shape[1])
+            at = rows.places[unit.weight]
+            found = output_rows(call, output, len(part), None if at is None else at[part.to(at.device)])
+            found = found.to(sum_type(found)).view(len(part), -1, found.shape[1])
             if unit.weight not in targets:
-                targets[unit.weight] = rows.new_zeros(len(mixture), *rows.shape[1:])
-            share = mixture[part].to(rows)
-            targets[unit.weight].index_add_(0, part.to(rows.device), rows * share[:, None, None])
+                targets[unit.weight] = found.new_zeros(len(mixture), *found.shape[1:])
+            share = mixture[part].to(found)
+            targets[unit.weight].index_add_(0, part.to(found.device), found * share[:, None, None])
         return output
 
     with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
-        network(as_input(inputs, network))
+        network(as_input(take(rows.inputs, part), network))
     _check_calls([*made, ""], [*trace.calls, ""])
 
 
@@ -189,30 +187,26 @@ def _check_calls(made: Sequence[str], expected: Sequence[str]) -> None:
 def fit_in_order(
     network: nn.Module,
     units: Sequence[Unit],
-    inputs: Batch,
+    rows: Rows,
     targets: dict[str, Tensor],
-    places: dict[str, Tensor | None],
-    shares: Tensor,
-    weights: dict[str, Tensor],
     ridge: float,
     rounding: Rounding | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Run the coded network once, in place fitting every unit to its targets before its call; see `fit_unit`.
 
-    Rows weigh what their samples do [P], `shares`, times what their positions do, `weights`.
+    A row weighs what its sample does, times what its position does.
     """
     waiting = {unit.weight: unit for unit in units}
 
     def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:
         if unit := waiting.get(names.get("weight", "")):
-            target, at = targets.pop(unit.weight), places[unit.weight]
-            mine = shares.to(target)[:, None].expand(target.shape[:2])
-            if at is None and unit.weight in weights:  # places are drawn by them
-                mine = mine * weights[unit.weight].to(mine)
+            target, at = targets.pop(unit.weight), rows.places[unit.weight]
+            mine = rows.shares.to(target)[:, None].expand(target.shape[:2])
+            if at is None and unit.weight in rows.weights:  # places are drawn by them
+                mine = mine * rows.weights[unit.weight].to(mine)
             fit_unit(network, unit, call, target, at, mine, ridge, rounding)
             progress()
 
-    parameters = floating_parameters(network)
-    with evaluating(network, gradients=False), Interceptor(parameters, visit):
-        network(as_input(inputs, network))
+    with evaluating(network, gradients=False), Interceptor(floating_parameters(network), visit):
+        network(as_input(rows.inputs, network))

@@ -2,30 +2,31 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
 
 from coin.coding import DecoderConfig, DecoderKind, distinct_decoders
-from coin.core.batches import clone, joined, size_of, take
+from coin.core.batches import Batch, clone, joined, take
 from coin.core.choices import check_integer, check_number, parse_enum
 from coin.core.progress import progress
 from coin.errors import CoinWarning
 from coin.files.tensors import weighted_sum
 from coin.merging.average import Average, average_parameters, fit_head
 from coin.merging.checks import check_coded, check_experts, warn_of_averaged
-from coin.merging.experts import Experts, parameters_of
+from coin.merging.experts import Experts
 from coin.merging.held_out import LINEAR, choose
 from coin.merging.method import CodedModel, Compress, Method, fill, starting_method
-from coin.merging.passes import PROBED, chosen_places, expert_targets, fit_in_order, position_weights
+from coin.merging.passes import PROBED, Rows, chosen_places, expert_targets, fit_in_order, position_weights
 from coin.merging.target import FAR, Target, objective, spread
-from coin.merging.units import PROBES, affine_units, fold_average
+from coin.merging.units import PROBES, Trace, affine_units, fold_average
 from coin.networks.batchnorm import BatchNormPolicy
 from coin.networks.compressed import Base, Compressed, compress, reference_of
 from coin.networks.compression import Compression, RoundingKind
+from coin.networks.experts import parameters_of, tensors_of
 from coin.networks.parametrised import renormalise
 from coin.networks.rounding import Rounding
 from coin.statistics import FisherKind
@@ -59,24 +60,22 @@ class Refit(Method):
     It takes one forward pass of every expert (``own``: on its own task's samples alone), in which it leaves each
     layer's outputs at some positions, and one of the coded network, in which every layer is fitted just before it is
     called. A layer with K unknowns for each output is fitted to `ROWS` · K rows, but to as many as take `CHEAP` of its
-    calls' time if that is more, and no more than take `DEAR` of it; `LEAST` at least; as many of every
-    sample, at positions that are drawn evenly, but tokens as often as the outputs depend on them (`position_weights`).
-    Where the activations of all samples do not fit `memory_mib`, it is as many samples as fit, and a warning.
+    calls' time if that is more, and no more than take `DEAR` of it; `LEAST` at least; as many of every sample, at
+    positions drawn evenly, but tokens as often as the outputs depend on them (`position_weights`). Where activations
+    do not fit `memory_mib`, it is as many samples as fit, and a warning.
 
     ``own`` is best where the experts are near a strong base, ``both`` where they are not, or where many answers are
     decoded from one mixture; ``mix`` was behind ``both`` on every set of tasks. Transformers that were fine-tuned far
     want ``both`` with ``start: coin`` and ``last: 0.5``.
 
-    Source: this project's. Relatives, none of which codes: RegMean++ (inputs from the merged network), Chain of Merges,
-    LOT (normalisation layers too).
+    Source: this project's. Related, none of which codes: RegMean++ (the merged network's inputs), Chain of Merges, LOT.
 
     Args:
         target: ``own``, ``mix``, ``both`` or ``auto``.
         start: ``average``; another closed form's name, such as ``wudi`` or ``coin``; or its ``class_path`` and
             ``init_args``. It is made of all samples, before any are held out.
         last: Which share of the layers is refitted, the last ones, in (0, 1]; the others keep the start.
-        decoders: For which decoders target and ridge are chosen, by their mean error; none for the experiment's, or
-            ``linear``.
+        decoders: For which decoders target and ridge are chosen, by their mean error; by default the experiment's.
         ridge: λ, relative and dimensionless, above 0; none has it chosen.
         head: Whether the head is fitted at last.
         memory_mib: Bound on the coded network's activations, in MiB.
@@ -122,16 +121,16 @@ class Refit(Method):
         self, fisher_kind: FisherKind, fisher_data: DataChoice, decoders: Sequence[DecoderConfig] = ()
     ) -> Self:
         """Return the method with the experiment's choices, its decoders only where there is something to choose."""
-        settled = copy(self)
+        method = copy(self)
         if self._start is not None:
-            settled._start = self._start.with_defaults(fisher_kind, fisher_data, decoders)
+            method._start = self._start.with_defaults(fisher_kind, fisher_data, decoders)
         if self.decoders is None:
-            settled.decoders = [each.name for each in decoders] or None
-        if self.target is Target.auto and settled.decoders == [str(DecoderKind.expert_head)]:
-            settled.target = Target.own
-        if settled.target is not Target.auto and self.ridge is not None:
-            settled.decoders = None
-        return settled
+            method.decoders = [each.name for each in decoders] or None
+        if self.target is Target.auto and method.decoders == [str(DecoderKind.expert_head)]:
+            method.target = Target.own
+        if method.target is not Target.auto and self.ridge is not None:
+            method.decoders = None
+        return method
 
     @torch.inference_mode(False)
     def make(self, experts: Experts, row: Sequence[float]) -> CodedModel:
@@ -142,28 +141,27 @@ class Refit(Method):
             apart = spread(experts.parameters, row)
             targets = [Target.both] if apart > FAR else [Target.own, Target.both]
         options = [(target, ridge) for target in targets for ridge in ([self.ridge] if self.ridge else RIDGES)]
-        start = None if self._start is None else self._start.make(experts, row)
+        made = None if self._start is None else self._start.make(experts, row)
+        start = self._started(experts, row, made)
         decoders = [DecoderConfig.named(name) for name in self.decoders or [LINEAR.name]]
 
         def trial(option: tuple[Target, float]) -> nn.Module:
-            return self._refit(experts, row, start, *option, held_out=True)[0]
+            return self._refit(experts, row, start, *option, held_out=True)
 
         def handicap(option: tuple[Target, float]) -> float:
             return 1 / AHEAD if option[0] is Target.both else 1.0
 
         (target, ridge), errors = choose(options, trial, experts, row, self.label, decoders, handicap)
-        network, averaged, _ = self._refit(experts, row, start, target, ridge)
+        network = self._refit(experts, row, start, target, ridge)
         check_coded(network, experts, self.label)
-        warn_of_averaged(averaged, network, self.label)
-        taken: dict[str, Any] = {"target": str(target), "ridge": ridge, "averaged": averaged}
-        if apart is not None:
-            taken["spread"] = apart
-        if start is not None:
-            taken |= {f"start_{name}": value for name, value in start.chosen.items()}
+        warn_of_averaged(start.averaged, network, self.label)
+        chosen: dict[str, Any] = {"target": str(target), "ridge": ridge, "averaged": start.averaged}
+        chosen |= {} if apart is None else {"spread": apart}
+        chosen |= {} if made is None else {f"start_{name}": value for name, value in made.chosen.items()}
         if errors:
             names = [f"{target}/{ridge:g}" for target, ridge in options]
-            taken["held_out_error"] = dict(zip(names, errors, strict=True))
-        return CodedModel(network, taken, start)
+            chosen["held_out_error"] = dict(zip(names, errors, strict=True))
+        return CodedModel(network, chosen, start)
 
     @torch.inference_mode(False)
     def pack(
@@ -178,49 +176,46 @@ class Refit(Method):
         if compression.bits is None or compression.rounding is RoundingKind.nearest:
             return super().pack(experts, row, made, base, compression)
         bits, base_bits = compression.bits, compression.base_bits
-
-        def against(network: nn.Module) -> Rounding:
-            return Rounding(reference_of(network, base, base_bits), bits)
-
+        rounding = Rounding(reference_of(made.start.network, base, base_bits), bits)
         options = Target(made.chosen["target"]), made.chosen["ridge"]
-        network, _, rounding = self._refit(experts, row, made.start, *options, against=against)
-        assert rounding is not None
+        network = self._refit(experts, row, made.start, *options, rounding=rounding)
         return compress(network, rounding.reference, bits=bits, base_bits=base_bits, rounded=rounding.rounded)
+
+    def _started(self, experts: Experts, row: Sequence[float], made: CodedModel | None) -> "_Start":
+        """Return the β-average, or another method's coded model, with its BatchNorms folded in and its units found."""
+        if made is None:
+            network, states = experts.empty_model().eval(), list(experts.source.tensors)
+            fill(network, {**average_parameters(experts.parameters, row), **weighted_sum(experts.buffers, row)})
+            renormalise(network, experts.buffers)
+        else:
+            network, states, row = clone(made.network), [tensors_of(made.network)], [1.0]
+        inputs = joined(list(experts.pooled))
+        trace = affine_units(network, inputs)
+        experts.passes += PROBES
+        units = trace.units
+        fold_average(network, units, states, row)
+        averaged = parameters_of(network).keys() - {name for unit in units for name in unit.names}
+        last = units[len(units) - math.ceil(self.last * len(units)) :]
+        return _Start(network, trace._replace(units=last), sorted(averaged), inputs)
 
     def _refit(
         self,
         experts: Experts,
         row: Sequence[float],
-        start: CodedModel | None,
+        start: "_Start",
         target: Target,
         ridge: float,
         *,
         held_out: bool = False,
-        against: Callable[[nn.Module], Rounding] | None = None,
-    ) -> tuple[nn.Module, list[str], Rounding | None]:
-        """Return a network refitted without the held-out samples or with, and the parameters that keep the start.
-
-        `against` makes what its matrices are rounded by of the network as it starts.
-        """
-        inputs = joined(list(experts.split[0] if held_out else experts.pooled))
-        if start is None:
-            network, states = experts.empty_model().eval(), list(zip(experts.parameters, experts.buffers, strict=True))
-            fill(network, {**average_parameters(experts.parameters, row), **weighted_sum(experts.buffers, row)})
-            renormalise(network, experts.buffers)
-        else:
-            network = clone(start.network)
-            states = [(parameters_of(start.network), dict(start.network.named_buffers()))]
-        trace = affine_units(network, inputs)
-        units, every = trace.units, size_of(inputs)
-        experts.passes += PROBES
-        fold_average(network, units, states, [1.0] if start else row)
-        averaged = parameters_of(network).keys() - {name for unit in units for name in unit.names}
-        units = units[len(units) - math.ceil(self.last * len(units)) :]
-        rounding = None
-        if against is not None:
-            rounding, fitted = against(network), {name for unit in units for name in unit.names}
+        rounding: Rounding | None = None,
+    ) -> nn.Module:
+        """Return a network refitted without the held-out samples or with; its matrices rounded, if so."""
+        network, trace = clone(start.network), start.trace
+        if rounding is not None:
+            fitted = {name for unit in trace.units for name in unit.names}
             for name in filter(rounding.takes, parameters_of(network).keys() - fitted):
                 network.get_parameter(name).data.copy_(rounding.round(name, network.get_parameter(name).data))
+        every = experts.split[0].num_samples if held_out else experts.pooled.num_samples
         samples = min(every, max(experts.count, (self.memory_mib << 20) // (4 * trace.floats)))
         if samples < every:
             warnings.warn(
@@ -229,20 +224,25 @@ class Refit(Method):
                 CoinWarning,
                 stacklevel=4,
             )
-        inputs = take(inputs, slice(0, samples))
-        task = experts.tasks[:samples]
+        inputs, task = take(start.inputs, slice(0, samples)), experts.tasks[:samples]
         order = torch.nn.functional.one_hot(task).cumsum(0)[torch.arange(samples), task] - 1
-        mixtures, shares = objective(target, row, task)
-        trace = trace._replace(units=units)
         probed = (order < math.ceil(PROBED / experts.count)).nonzero().flatten()
         weights = position_weights(network, trace, take(inputs, probed))
-        places = chosen_places(units, order, weights, next(network.parameters()).device)
-        targets, passes = expert_targets(
-            list(experts.networks), trace, inputs, mixtures, places, experts.pooled.batch_size
-        )
+        places = chosen_places(trace.units, order, weights, next(network.parameters()).device)
+        rows = Rows(inputs, *objective(target, row, task), places, weights)
+        targets, passes = expert_targets(experts.networks, trace, rows, experts.pooled.batch_size)
         experts.passes += passes + samples + (3 * len(probed) if weights else 0)
-        with progress(self.label, len(units)) as advance:
-            fit_in_order(network, units, inputs, targets, places, shares, weights, ridge, rounding, advance)
+        with progress(self.label, len(trace.units)) as advance:
+            fit_in_order(network, trace.units, rows, targets, ridge, rounding, advance)
         if self.head:
             fit_head(network, experts, row, held_out=held_out, rounding=rounding)
-        return network, sorted(averaged), rounding
+        return network
+
+
+class _Start(NamedTuple):
+    """What is refitted: the start, its pass with the units to refit, the parameters that stay, all inputs."""
+
+    network: nn.Module
+    trace: Trace
+    averaged: list[str]
+    inputs: Batch

@@ -45,13 +45,11 @@ class RegMean(MergeMethod):
     were tuned on calibration samples of the embedded tasks. If None, α and then the damping are chosen by the error on
     held-out calibration samples, with Gram matrices of the other samples; then the data, as in `coin.merging.Coin`.
 
-    Source: Jin et al., *Dataless knowledge fusion by merging weights of language models* (ICLR 2023), eq. 1–2 and
-    section 3.3 for α.
+    Source: Jin et al., *Dataless knowledge fusion by merging weights of language models* (ICLR 2023), eq. 1–2, §3.3.
 
     Args:
         layers: ``linear`` or ``all``.
-        alpha: Off-diagonal entries of the Gram matrices are multiplied by α, in [0, 1]; 1 leaves them, 0 makes a
-            diagonal merge; none has it chosen.
+        alpha: The factor on off-diagonal entries of the Gram matrices, in [0, 1]; none has it chosen.
         damping: λ relative to the mean diagonal entry, dimensionless, at least 0; none has it chosen.
         gram_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
         **options: ``batchnorm`` and ``label``, see `MergeMethod`.
@@ -90,22 +88,23 @@ class RegMean(MergeMethod):
             return super().make(experts, row)
         check_experts(experts, row)
         grams = experts.computed(None, experts.fitted(DataChoice.pooled))
-        options = {"alpha": 0.7 if self.alpha is None else self.alpha, "damping": self.damping}
-        for name in left_open:
-            tried = [{name: value} for value in grids[name]]
-            candidates = [Candidate(each, self._solved(experts, row, grams, **options | each)) for each in tried]
-            options |= self._best(experts, row, candidates)[0].options
         tuned = copy(self)
-        tuned.alpha, tuned.damping = options["alpha"], options["damping"]
+        tuned.alpha = 0.7 if self.alpha is None else self.alpha
+        for name in left_open:
+            tried = []
+            for value in grids[name]:
+                setattr(tuned, name, value)
+                tried.append(Candidate({name: value}, tuned._solved(experts, row, grams)))
+            setattr(tuned, name, self._best(experts, row, tried)[0].options[name])
         made = tuned.make(experts, row)
         at_edge = self.damping is None and tuned.damping in (DAMPINGS[0], DAMPINGS[-1])
-        return CodedModel(made.network, made.chosen | options | {"at_edge": at_edge})
+        chosen = {"alpha": tuned.alpha, "damping": tuned.damping, "at_edge": at_edge}
+        return CodedModel(made.network, made.chosen | chosen)
 
     def candidates(self, experts: Experts, row: Sequence[float]) -> Iterator[Candidate]:
         """Yield the solution for the Gram matrices of every kind of data that the option allows.
 
-        Where there are several they are judged by Gram matrices without the held-out samples, which would remember
-        them, unless a task has no other sample.
+        Several are judged by Gram matrices without the held-out samples, unless a task has no other sample.
         """
         data = experts.available(StatisticKind.gram, self.gram_data or DataChoice.auto)
         judged = len(data) > 1 and experts.is_calibrated
@@ -119,9 +118,9 @@ class RegMean(MergeMethod):
             trial = self._solved(experts, row, experts.computed(None, experts.fitted(each))) if judged else None
             yield Candidate(options, self._solved(experts, row, grams), trial)
 
-    def _solved(self, experts: Experts, row: Sequence[float], grams: Sequence[State], **options: Any) -> State:
-        options = {"alpha": self.alpha, "damping": self.damping, "layers": self.layers, "label": self.label} | options
-        return regmean_parameters(experts.parameters, completed(grams), row, **options)
+    def _solved(self, experts: Experts, row: Sequence[float], grams: Sequence[State]) -> State:
+        options: Any = self.alpha, self.damping, self.layers, self.label
+        return regmean_parameters(experts.parameters, completed(grams), row, *options)
 
 
 def completed(grams: Sequence[State]) -> list[State]:
@@ -152,12 +151,10 @@ def regmean_parameters(
     diagonal entry of Σβ_kG_k, per group: damping pulls towards the β-average W̄. A bias is solved for jointly, as the
     weight of an input that is always 1. Groups of a grouped convolution are separate maps.
 
-    The Gram matrices ``[G, K, K]`` are by weight, as `coin.statistics.gram_sums` names them; their off-diagonal entries
-    are multiplied by α.
+    The Gram matrices ``[G, K, K]``, named as by `coin.statistics.gram_sums`, have off-diagonal entries multiplied by α.
 
     Raises:
-        StateError: A Gram matrix fits no weight: neither in its rows, with or without one for a bias that is there, nor
-            in its groups.
+        StateError: A Gram matrix fits no weight, in its rows or its groups.
         NumericalError: A damped Gram matrix is singular.
     """
     merged = {key: weighted_mean(experts, weights, key, torch.float64) for key in experts[0]}

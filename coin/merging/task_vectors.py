@@ -181,8 +181,8 @@ def ties(
     thresholds = []  # the magnitude of the smallest entry of each task vector that the trim keeps
     for expert in experts:
         sizes = torch.cat([(_parts(expert[key]) - _parts(start)).abs().flatten() for key, start in initial.items()])
-        kept = max(1, round(keep * sizes.numel()))
-        thresholds.append(float(sizes.kthvalue(sizes.numel() - kept + 1).values))
+        count = max(1, round(keep * sizes.numel()))
+        thresholds.append(float(sizes.kthvalue(sizes.numel() - count + 1).values))
     merged = {}
     for key, tensor in initial.items():
         start, dtype = _parts(tensor), experts[0][key].dtype

@@ -2,7 +2,7 @@
 
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -92,8 +92,7 @@ def affine_units(network: nn.Module, inputs: Batch) -> Trace:
     gradients say, and in every network alike, so that several rows that activations have sorted are none. A BatchNorm
     over a linear map's outputs that alone reads them, and next, is part of it.
 
-    The network is in eval mode, and there are at least two samples. Raises StateError where the calls depend on the
-    number of samples.
+    The network is in eval mode. Raises StateError where the calls depend on the number of samples.
     """
     two, three = (_trace(network, take(inputs, torch.arange(count) % size_of(inputs))) for count in (2, 3))
     if [seen.weight for seen in two] != [seen.weight for seen in three]:
@@ -126,10 +125,8 @@ def _misplaced(network: nn.Module, samples: Batch) -> tuple[set[str], set[str]]:
         tape = Tape(parameters, {}, None)
         output = tape.run(network, as_input(samples, network))
         for batched in (True, False):
-            try:
+            with suppress(RuntimeError):  # a function that cannot batch its backward pass, or has none of this kind
                 return tape.misplaced(output, unseen=True, batched=batched), tape.decided
-            except RuntimeError:  # a function that cannot batch its backward pass, or has none of this kind
-                continue
         return set(parameters), set()
 
 
@@ -154,20 +151,19 @@ class _Seen(NamedTuple):
 class _Readers(TorchFunctionMode):
     """Counts how many functions that return tensors read each address, and each parameter by id: `times`, `parameters`.
 
-    All tensors are kept so that no memory is used twice. A view of a parameter, read once, may be all that is made of
-    it.
+    All tensors are kept so that no memory is used twice. A parameter may be read once, by a view of it alone.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.times: Counter[int] = Counter()
         self.parameters: Counter[int] = Counter()
-        self._kept: list[Tensor] = []
+        self._tensors: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = list(nested_tensors(result))
-        self._kept += made
+        self._tensors += made
         for each in nested_tensors((args, kwargs)) if made else ():
             if isinstance(each, nn.Parameter):
                 self.parameters[id(each)] += each is not result

@@ -8,10 +8,10 @@ from coin.data import Calibration, TaskData
 from coin.data.tasks import Tasks
 from coin.merging import Method
 from coin.networks import Compression, int8_path
+from coin.networks.experts import ExpertFiles
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.job import Artifacts
 from coin.pipeline.steps.code import SeedCode, read_choice
-from coin.pipeline.steps.expert_files import ExpertFiles
 from coin.pipeline.steps.merge import coded_paths
 from coin.statistics.statistic import DataChoice, Statistic
 
@@ -31,7 +31,7 @@ class SeedFiles:
     @cached_property
     def experts(self) -> ExpertFiles:
         """The experts; available once they are trained."""
-        return ExpertFiles({task: self.layout.expert(task) for task in self.tasks})
+        return ExpertFiles({task: self.layout.expert(task) for task in self.tasks}, self.initial)
 
     @property
     def expert_paths(self) -> list[Path]:

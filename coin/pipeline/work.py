@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from coin.core.processes import rank_zero_info
-from coin.merging import Method
+from coin.merging import Experts, Method
 from coin.modules import DecodingEvaluator
 from coin.networks import load_network
 from coin.pipeline.job import Artifacts
@@ -13,7 +13,6 @@ from coin.pipeline.seed_files import SeedFiles
 from coin.pipeline.step import Context, Measures
 from coin.pipeline.steps.code import write_choice
 from coin.pipeline.steps.distill import Training
-from coin.pipeline.steps.expert_files import StoredExperts
 from coin.pipeline.steps.merge import make_coded_models
 from coin.pipeline.steps.statistics import estimate_statistic
 from coin.pipeline.steps.trainer import make_trainer
@@ -48,7 +47,8 @@ def estimate(context: Context, files: SeedFiles, which: Statistic, task: str) ->
 def merge(context: Context, files: SeedFiles, method: Method) -> None:
     """Make a method's coded models."""
     training = Training(files.data(files.tasks), files.layout.logs, files.seed, context.trainer, context.loggers)
-    experts = StoredExperts(files.experts, files.statistics(method), files.calibrations(), files.initial, training)
+    statistics, calibration = files.statistics(method), list(files.calibrations().values())
+    experts = Experts(files.experts, statistics=statistics, calibration=calibration, train=training)
     samples = files.experiment.calibration.samples_per_task
     make_coded_models(method, files.code, experts, files.layout.coded, samples)
 

@@ -8,6 +8,7 @@ every linear map the mean over the samples of Σ_positions a aᵀ, [G, K, K], of
 `coin.statistics.gram_sums` describes them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from coin.core.choices import parse_enum
-from coin.errors import FileError, StateError
+from coin.errors import ConfigurationError, FileError, StateError
 from coin.files.safetensors import StateFile, load_state, save_state
 from coin.files.tensors import State, check_finite, fingerprint
 from coin.statistics.cotangents import FisherKind
-from coin.statistics.statistic import StatisticKind
+from coin.statistics.statistic import Statistic, StatisticKind
 from coin.statistics.sums import TRANSPOSED, Sums
 
 
@@ -76,6 +77,21 @@ def open_statistic(path: Path, *, statistic: str, weights: str | None = None) ->
             f"'{path}' does not say its samples, seconds, passes as numbers; run coin fisher again"
         ) from error
     return StatisticFile(values, *spent, provenance)
+
+
+StatisticPaths = Mapping[Statistic, Mapping[str, Path]]
+"""The files of every expert's statistics, by task."""
+
+
+def open_statistics(paths: StatisticPaths, which: Statistic, weights: Mapping[str, str]) -> list[StatisticFile]:
+    """Open one statistic of every expert, and check that it is of the weights with these fingerprints, by task."""
+    own = paths.get(which, {})
+    if missing := [task for task in weights if task not in own]:
+        raise ConfigurationError(
+            f"found no {which} of expert '{missing[0]}', which the method needs; run coin fisher on it and "
+            "name the file"
+        )
+    return [open_statistic(own[task], statistic=which.name, weights=mark) for task, mark in weights.items()]
 
 
 def _check_weights(path: Path | str, provenance: dict[str, Any], weights: str, advice: str) -> None:

@@ -1,4 +1,4 @@
-"""Linear systems: damped Gram matrices, and what is known by its products alone, as Jacobians and Fishers are."""
+"""Linear systems: ridge regressions by their Gram matrices, and what is known by its products alone, as Fishers are."""
 
 import math
 from collections.abc import Callable
@@ -121,3 +121,98 @@ def solve_damped(gram: Tensor, pull: Tensor, damping: float, key: str) -> Tensor
             f"the Gram matrix of '{key}' is singular with a damping of {damping:.3g}; raise the method's damping"
         )
     return torch.cholesky_solve(pull.mT, factor).mT
+
+
+def fit_affine(
+    inputs: Tensor,
+    residuals: Tensor,
+    shares: Tensor,
+    ridge: float,
+    *,
+    intercept: bool = True,
+    change: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the minimiser ΔW, Δb of Σ_n w_n ‖ΔW a_n + Δb − r_n‖² / Σ_n w_n + λ ‖ΔW‖², a regression for each group.
+
+    λ = ridge × the mean diagonal entry of the covariance of a, a group's own. With more unknowns than rows the system
+    is solved where the rows are, ΔW = Rᵀ(A Aᵀ + λ I)⁻¹A. Rows are centred before they are multiplied. All is done in
+    their own type; where λ is lost in that beside the largest eigenvalue, the matrix is factored in float64.
+
+    Args:
+        inputs: a [G, n, K].
+        residuals: r [G, n, O].
+        shares: w [n].
+        ridge: Above 0.
+        intercept: Whether there is a Δb; without one nothing is centred and Δb is 0.
+        change: Returns what ΔW becomes, given it and M = cov(a) + λI [G, K, K], by which a change E costs tr(E M Eᵀ).
+
+    Returns:
+        ΔW [G, O, K] and Δb [G, O], in float64.
+
+    Raises:
+        NumericalError: A row is not finite, or too large to be squared, or the ridge is too small.
+    """
+    (_, count, unknowns), precision = inputs.shape, torch.finfo(inputs.dtype).eps
+    weights = (shares / shares.sum()).to(inputs)
+    (a, mean_a), (r, mean_r) = (_centred(each, weights, intercept) for each in (inputs, residuals))
+    if not bool(torch.isfinite(mean_a).all() and torch.isfinite(mean_r).all()):
+        raise NumericalError("a layer's inputs or outputs on calibration data are not finite; check the experts")
+    is_dual = count < unknowns
+    gram = _products(a.mT) if is_dual else _products(a)
+    scale = gram.diagonal(dim1=1, dim2=2).sum(1) / unknowns
+    # The round-off of centring is not signal: without this cut a constant input gets coefficients from noise.
+    dead = scale <= count * precision**2 * mean_a.square().mean(1)
+    ridges = (ridge * scale).masked_fill(dead, 1)
+    if is_dual:
+        step = (_solve(gram, r, ridges, dead).mT @ a).double()
+        gram = _products(a) if change is not None else gram
+    else:
+        step = _solve(gram, a.mT @ r, ridges, dead).mT.double()
+    if change is not None:
+        step = change(step, damped(gram.double(), ridges))
+    return step, mean_r - (step @ mean_a[..., None])[..., 0]
+
+
+def _centred(rows: Tensor, weights: Tensor, intercept: bool) -> tuple[Tensor, Tensor]:
+    """Return rows [G, n, K] less their mean, times the roots of their weights; the mean [G, K] in float64.
+
+    Without an intercept the mean is 0, or NaN where a row is not finite.
+    """
+    root = weights.sqrt()[:, None]
+    if intercept:
+        mean = weights @ rows
+        return (rows - mean[:, None]).mul_(root), mean.double()
+    zero = torch.zeros(len(rows), rows.shape[2], dtype=torch.float64, device=rows.device)
+    return rows * root, zero.masked_fill(~torch.isfinite(rows).all(1), torch.nan)
+
+
+_HALVES = 512
+"""Columns from which on a symmetric product is taken by halves: two of four blocks are each other's transposes."""
+
+
+def _products(a: Tensor) -> Tensor:
+    """Return aᵀa [G, K, K] for a [G, n, K]."""
+    width = a.shape[2]
+    if width < _HALVES:
+        return a.mT @ a
+    first, second = a[..., : width // 2], a[..., width // 2 :]
+    across = first.mT @ second
+    top, bottom = torch.cat([_products(first), across], 2), torch.cat([across.mT, _products(second)], 2)
+    return torch.cat([top, bottom], 1)
+
+
+def _solve(gram: Tensor, right: Tensor, ridges: Tensor, dead: Tensor) -> Tensor:
+    """Return (gram + λI)⁻¹ right for each group; zero where the inputs are constant."""
+    if not bool(torch.isfinite(gram).all() and torch.isfinite(right).all()):
+        raise NumericalError(
+            "a layer's inputs on calibration data are so large that squares overflow; check the experts"
+        )
+    root, failed = torch.linalg.cholesky_ex(damped(gram, ridges))
+    if bool(failed.any()):  # a ridge that is lost beside the largest eigenvalue
+        root, failed = torch.linalg.cholesky_ex(damped(gram.double(), ridges))
+    if bool(failed.any()):
+        raise NumericalError(
+            "a layer's inputs on calibration data are too nearly dependent for this ridge; give a larger ridge"
+        )
+    solved: Tensor = torch.cholesky_solve(right.to(root), root)
+    return solved.masked_fill_(dead[:, None, None], 0)

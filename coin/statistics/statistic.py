@@ -1,5 +1,6 @@
 """The statistics that a merge needs, and the options for computing them."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coin.core.batches import Batch
 from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
+from coin.files.tensors import State
 from coin.statistics.cotangents import FisherKind, check_mc_samples, process_generator
-from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass, Precision
-from coin.statistics.gram import GramPass
-from coin.statistics.sums import shard
+from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass, Precision, fisher_sums
+from coin.statistics.gram import GramPass, gram_sums
+from coin.statistics.guard import trainable
+from coin.statistics.sums import TRANSPOSED, shard
 
 
 class StatisticKind(StrEnum):
@@ -132,3 +136,43 @@ class StatisticOptions:
             memory_mib=self.memory_mib,
             precision=self.precision,
         )
+
+
+Given = Sequence[State] | Mapping[str, Sequence[State]]
+"""Every expert's statistic; or several of them, by the data that they are of: ``own``, ``pooled``."""
+
+
+def available_data(given: Given | Mapping[str, Any] | None, name: StatisticKind, data: DataChoice) -> list[DataChoice]:
+    """Return the data that an option allows of those that a statistic is given for, which are `given`'s keys.
+
+    One that is computed, or given without data, is for any. Raises ConfigurationError where there are none.
+    """
+    if not isinstance(given, Mapping):
+        return data.alternatives if given is None or data is not DataChoice.auto else [DataChoice.own]
+    allowed = [DataChoice(each) for each in given if data in (DataChoice.auto, each)]
+    if not allowed:
+        found = f"found {name} statistics of {', '.join(given)} data, expected {data}"
+        raise ConfigurationError(f"{found}; give such ones, or set {name}_data")
+    return allowed
+
+
+def compute_statistic(
+    networks: Iterable[nn.Module], samples: Sequence[Iterable[Batch]], kind: FisherKind | None
+) -> tuple[list[State], float]:
+    """Return every network's Fisher of a kind, or its Gram matrices for none, on its samples, and the passes it took.
+
+    Parameters that are frozen in one network have none in all: they are averaged.
+    """
+    if kind is FisherKind.empirical:
+        raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
+    means, passes, trained = [], 0.0, []
+    for network, batches in zip(networks, samples, strict=True):
+        trained.append(set(trainable(network)))
+        if kind is None:
+            sums = gram_sums(network, batches)
+        else:
+            sums = fisher_sums(network, batches, kind=kind, generator=process_generator(kind, seed=0, rank=0))
+        means.append(sums.mean())
+        passes += sums.passes
+    shared = set.intersection(*trained)
+    return [{name: mean[name] for name in mean if name.removesuffix(TRANSPOSED) in shared} for mean in means], passes

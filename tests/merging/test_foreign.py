@@ -114,7 +114,7 @@ def test_it_gets_what_its_parameters_ask_for_and_draws_the_same_numbers_every_ti
     with torch.no_grad():
         made = method.make(given, ROW).network
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(made[1].weight, given._initial[1].weight)  # type: ignore[index]
+    assert torch.equal(made[1].weight, given.source.initial[1].weight)  # type: ignore[index]
     assert (made[0].running_mean == ROW[0]).all()
     assert (made[0].running_var == 2 + 8).all()
     assert 3 < made[1].bias[0] < 4
@@ -256,7 +256,7 @@ def test_the_examples_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(tensor, average.state_dict()[name])
     dropped = UserMethod("notebooks.foreign_methods.dare", {"drop": 0.9}).make(given, ROW).network
-    assert (dropped[1].weight == given._initial[1].weight).float().mean() > 0.5  # type: ignore[index, union-attr]
+    assert (dropped[1].weight == given.source.initial[1].weight).float().mean() > 0.5  # type: ignore[index, union-attr]
     assert given.passes == 0
 
     def error(coded: nn.Module) -> float:

@@ -17,15 +17,15 @@ from coin.data import Digits, Glyphs
 from coin.data.tasks import Tasks
 from coin.errors import CoinWarning, ConfigurationError, DataError, NumericalError, StateError
 from coin.merging import Experts, Refit
-from coin.merging.affine import _products, fit_affine
 from coin.merging.average import average_parameters
 from coin.merging.passes import PROBED, chosen_places, position_weights
 from coin.merging.refit import AHEAD, RIDGES
 from coin.merging.target import FAR, OWN_SHARE, spread
 from coin.merging.units import PROBES, Unit, affine_units
 from coin.networks import load_network
+from coin.networks.experts import ExpertFiles
 from coin.networks.small import SmallViT
-from coin.pipeline.steps.expert_files import ExpertFiles
+from coin.statistics.solvers import _products, fit_affine
 
 ROW = (0.2, 0.3, 0.5)
 SIZES = (9, 14, 11)
@@ -579,7 +579,7 @@ def test_rows_that_lie_far_apart_and_weigh_unlike_lose_nothing_in_float32(rows, 
 
 @pytest.mark.parametrize("halves", [1, 4, 5])
 def test_a_symmetric_product_by_halves(halves, monkeypatch):
-    monkeypatch.setattr("coin.merging.affine._HALVES", halves + 1)
+    monkeypatch.setattr("coin.statistics.solvers._HALVES", halves + 1)
     a = torch.randn(3, 7, 9, dtype=torch.float64)
     torch.testing.assert_close(_products(a), a.mT @ a, rtol=0, atol=1e-13)
 
@@ -784,7 +784,7 @@ def test_auto_can_take_either_and_counts_what_it_tried(best, monkeypatch):
     total, fit = sum(SIZES), sum(len(batch) for batch in experts.split[0])
     tried = (1 + 1 + 1) * fit + (3 + 1 + 1) * fit  # own, both: experts, the coded network, the features of its head
     outputs = 3 * total  # for the head, read once for all
-    assert experts.passes == tried + outputs + 3 * PROBES + ((1 if best == "own" else 3) + 1 + 1) * total
+    assert experts.passes == tried + outputs + PROBES + ((1 if best == "own" else 3) + 1 + 1) * total
 
 
 @pytest.mark.parametrize("apart", [0.5, 2.0])

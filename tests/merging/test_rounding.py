@@ -78,15 +78,11 @@ def test_a_network_in_bfloat16_is_what_its_file_says():
     networks, tasks = kind_of("convolutions")
     networks, tasks = [each.bfloat16() for each in networks], [task.bfloat16() for task in tasks]
     method, experts = Refit("own", RIDGE, head=False), experts_of(networks, tasks)
-    rounding = []
-
-    def against(network):
-        rounding.append(Rounding(reference_of(network, networks[0], 32), 3))
-        return rounding[0]
-
-    network = method._refit(experts, ROW, None, "own", RIDGE, against=against)[0]
-    found = compress(network, rounding[0].reference, bits=3, rounded=rounding[0].rounded).network()
-    for name in rounding[0].rounded:
+    start = method._started(experts, ROW, None)
+    rounding = Rounding(reference_of(start.network, networks[0], 32), 3)
+    network = method._refit(experts, ROW, start, "own", RIDGE, rounding=rounding)
+    found = compress(network, rounding.reference, bits=3, rounded=rounding.rounded).network()
+    for name in rounding.rounded:
         assert torch.equal(found.get_parameter(name), network.get_parameter(name)), name
 
 

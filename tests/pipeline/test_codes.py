@@ -15,8 +15,8 @@ from coin.coding import Code, convex, uniform
 from coin.data import Calibration, Samples
 from coin.errors import ConfigurationError, DecodingError, FileError, StateError
 from coin.files.safetensors import load_provenance
+from coin.networks.experts import ExpertFiles
 from coin.pipeline.steps.code import candidate_codes, choose_weights, read_choice, read_code
-from coin.pipeline.steps.expert_files import ExpertFiles
 from coin.reporting import read_results
 from coin.reporting.summary import seed_folders
 

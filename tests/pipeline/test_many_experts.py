@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import coin.pipeline.steps.expert_files
+import coin.networks.experts
 from coin.coding import Code
 from coin.commands.merge import merge
 from coin.errors import CoinError
 from coin.files.safetensors import StateFile, load_state, save_state
 from coin.files.tensors import fingerprint
-from coin.merging import Average, Coin, MergeMethod, RegMean, TaskArithmetic, Ties, merge_networks
+from coin.merging import Average, Coin, Experts, MergeMethod, RegMean, TaskArithmetic, Ties, merge_networks
 from coin.networks import (
     BatchNormPolicy,
     NetworkConfig,
@@ -28,7 +28,7 @@ from coin.networks import (
     padded_rows,
     save_network,
 )
-from coin.pipeline.steps.expert_files import ExpertFiles, StoredExperts
+from coin.networks.experts import ExpertFiles
 from coin.statistics import fisher_diagonal, gram_sums
 
 pytestmark = pytest.mark.slow
@@ -110,7 +110,7 @@ def test_a_merge_from_files_keeps_few_tensors_and_one_network(
         return network
 
     monkeypatch.setattr(StateFile, "__getitem__", read)
-    monkeypatch.setattr(coin.pipeline.steps.expert_files, "build_network", build)
+    monkeypatch.setattr(coin.networks.experts, "build_network", build)
     (path,) = merge(method=method, output=str(tmp_path / "coded"), code=ROWS, **files)
     assert tensors.ever > len(COUNTS) * 20, "nothing was counted"
     assert tensors.most <= 4
@@ -169,11 +169,10 @@ def test_the_layout_is_the_networks_own(name: str, tmp_path: Path) -> None:
     network = build_network(config, 3)
     save_network(tmp_path / "expert.safetensors", network, config, 3, {})
     files = ExpertFiles({"task": tmp_path / "expert.safetensors"})
-    experts, state = StoredExperts(files), files.opened["task"].state
+    experts, state = Experts(files), files.opened["task"].state
     assert list(experts.parameters[0]) == [key for key, _ in network.named_parameters()]
     assert all(tensor.equal(network.get_parameter(key)) for key, tensor in experts.parameters[0].items())
     assert {*experts.buffers[0]} == {*state} - {*experts.parameters[0]} == {key for key, _ in network.named_buffers()}
-    assert experts.has_batchnorm
     shapes = {key: tensor.shape for key, tensor in files.skeleton.state_dict().items()}
     assert shapes == {key: tensor.shape for key, tensor in network.state_dict().items()}
 

@@ -9,8 +9,9 @@ from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.loggers import Logger
 
 from coin.data.tasks import Tasks
+from coin.merging import Experts
 from coin.modules.training import Training as AnyTraining
-from coin.pipeline.steps.expert_files import StoredExperts
+from coin.networks.experts import ExpertFiles
 from coin.pipeline.steps.trainer import make_trainer
 
 
@@ -32,19 +33,20 @@ class Training(AnyTraining):
     options: Mapping[str, Any] = field(default_factory=dict)
     loggers: Sequence[Logger] = ()
 
-    def num_samples(self, experts: StoredExperts, samples_per_task: int | None) -> int:
+    def num_samples(self, experts: Experts, samples_per_task: int | None) -> int:
         """Return the number of pooled calibration samples."""
         return (samples_per_task or self.tasks.samples_per_task) * len(self.tasks.tasks)
 
-    def run_options(self, experts: StoredExperts, given: Mapping[str, Any]) -> dict[str, Any]:
+    def run_options(self, experts: Experts, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the experts' files, and the experiment's number of samples and seed unless the method sets them."""
+        assert isinstance(experts.source, ExpertFiles)
         return {
-            "experts": list(map(str, experts.files.paths.values())),
+            "experts": list(map(str, experts.source.paths.values())),
             "samples_per_task": given["samples_per_task"] or self.tasks.samples_per_task,
             "seed": self.seed if given["seed"] is None else given["seed"],
         }
 
-    def fit(self, module: LightningModule, experts: StoredExperts, held_out: float, options: dict[str, Any]) -> None:
+    def fit(self, module: LightningModule, experts: Experts, held_out: float, options: dict[str, Any]) -> None:
         """Run the experiment's Trainer."""
         seed = module.hparams["seed"]
         batch_size = module.hparams["batch_size"]

@@ -7,11 +7,12 @@ from typing import Any
 import pandas as pd
 
 from coin.core.progress import tracked
-from coin.merging.experts import parameters_of
+from coin.merging import Experts
 from coin.networks import load_network
-from coin.pipeline.steps.expert_files import ExpertFiles, StatisticPaths, StoredExperts
+from coin.networks.experts import ExpertFiles, parameters_of
 from coin.reporting.extras import write_layers
 from coin.reporting.layers import fisher_shares, relative_distances
+from coin.statistics.files import StatisticPaths
 from coin.statistics.statistic import StatisticKind
 
 
@@ -28,7 +29,7 @@ def compare_layers(output: Path, files: ExpertFiles, coded: Mapping[Path, Statis
     if not coded:
         output.unlink(missing_ok=True)
         return
-    experts = StoredExperts(files).parameters
+    experts = Experts(files).parameters
     fishers: dict[tuple[Any, ...], dict[str, float]] = {}  # methods share their statistics, and the rows of a code too
     rows: list[dict[str, Any]] = []
     for path, statistics in tracked(coded.items(), "layers"):
@@ -41,7 +42,7 @@ def compare_layers(output: Path, files: ExpertFiles, coded: Mapping[Path, Statis
             if which.name is StatisticKind.fisher and which.data == data:
                 key = (which, *weights)
                 if key not in fishers:
-                    fishers[key] = fisher_shares(StoredExperts(files, statistics).statistic(which), weights)
+                    fishers[key] = fisher_shares(Experts(files, statistics=statistics).statistic(which), weights)
                 shares = fishers[key]
         distances = relative_distances(parameters_of(file.network), experts, weights)
         rows += [

@@ -10,32 +10,33 @@ from coin.data.tasks import Tasks, task_with
 from coin.errors import ConfigurationError, FileError
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance
-from coin.merging import Method
-from coin.networks import kept_base, save_compressed, save_network
+from coin.merging import Experts, Method
+from coin.networks import has_batchnorm, kept_base, save_compressed, save_network
+from coin.networks.experts import ExpertFiles
 from coin.pipeline.options import config_dict
 from coin.pipeline.steps.code import SeedCode, read_code
 from coin.pipeline.steps.distill import Training
-from coin.pipeline.steps.expert_files import ExpertFiles, StoredExperts
 from coin.statistics import FisherKind
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 
 
 def make_coded_models(
-    method: Method, choice: SeedCode, experts: StoredExperts, folder: Path, samples_per_task: int | None
+    method: Method, choice: SeedCode, experts: Experts, folder: Path, samples_per_task: int | None
 ) -> list[Path]:
     """Make the coded models of one method, one per row of the code, write them, and return their files.
 
     Args:
         method: The method with its options.
         choice: The code, R×N, and the cost of choosing it, which is added to the coded models' cost.
-        experts: The experts, their statistics and calibration data.
+        experts: The experts in files, their statistics and calibration data.
         folder: The folder for the files (`coded_paths`) and an 8-bit base (`coin.networks.int8_path`).
         samples_per_task: P, recorded in the files.
 
     Raises:
         ConfigurationError: An input that the method needs is missing.
     """
-    code, files = choice.code, experts.files
+    code, files = choice.code, experts.source
+    assert isinstance(files, ExpertFiles)
     paths = coded_paths(method, code.num_coded, folder)
     read = [*files.paths.values(), *(path for paths in experts.statistic_paths.values() for path in paths.values())]
     for index, row in enumerate(code.matrix.tolist()):
@@ -48,7 +49,7 @@ def make_coded_models(
                 "made_by": "coin merge",
                 "label": method.label,
                 "method": {"name": method.name, "options": config_dict(method)},
-                "batchnorm": str(method.batchnorm) if experts.has_batchnorm else "",
+                "batchnorm": str(method.batchnorm) if has_batchnorm(files.skeleton) else "",
                 "code": code.matrix.tolist(),
                 "row": index,
                 "tasks": list(files.paths),
@@ -66,7 +67,7 @@ def make_coded_models(
             save_network(path, made.network, files.config, files.width, provenance)
             for small, how in zip(smaller, method.compress, strict=True):
                 began, spent = time.perf_counter(), experts.passes - took
-                base, beside = kept_base(small, experts.initial_path, how)
+                base, beside = kept_base(small, files.initial, how)
                 packed = method.pack(experts, row, made, beside, how)
                 told = {**provenance, "label": f"{method.label}-{how.name}", "passes": experts.passes - spent}
                 told["seconds"] = seconds + time.perf_counter() - began
@@ -127,7 +128,9 @@ def merge(
     given = {name: {task: Path(path) for task, path in files.items()} for name, files in named.items() if files}
     found = {name: _described(name, files) for name, files in given.items()}
     statistics = {which: given[name] for name, (which, _) in found.items()}
-    opened, calibrations, train = ExpertFiles({task: Path(path) for task, path in experts.items()}), None, None
+    paths = {task: Path(path) for task, path in experts.items()}
+    opened = ExpertFiles(paths, None if initial is None else Path(initial))
+    calibration, train = None, None
     samples = next((samples for _, samples in found.values()), None)
     if tasks is not None:
         if list(tasks) != list(experts):
@@ -138,13 +141,13 @@ def merge(
         data = Tasks(sized, samples_per_task, batch_size, seed=seed)
         data.prepare_data()
         data.setup()
-        calibrations, samples = data.calibrations(), samples_per_task
+        calibration, samples = list(data.calibrations().values()), samples_per_task
         train = Training(data, Path(output), seed, trainer or {})
     elif method.is_trained:
         raise ConfigurationError("found no tasks, expected them: distillation trains on their calibration samples")
     kinds = [which.kind for which in statistics if which.kind is not None]
     method = method.with_defaults(kinds[0] if kinds else FisherKind.exact, DataChoice.auto)  # as the files say
-    stored = StoredExperts(opened, statistics, calibrations, None if initial is None else Path(initial), train)
+    stored = Experts(opened, statistics=statistics, calibration=calibration, train=train)
     return make_coded_models(method, SeedCode(matrix), stored, Path(output), samples)
 
 

@@ -1,0 +1,183 @@
+"""N experts of one architecture, in memory or in files; heads are padded with zeros to the largest class count."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from coin.core.batches import Forward, adapted, clone
+from coin.errors import ConfigurationError
+from coin.files.tensors import State, fingerprint
+from coin.networks.files import NetworkFile, load_network, open_network
+from coin.networks.heads import head_name, of_one_width, pad_head, padded_state
+from coin.networks.registry import NetworkConfig, build_network
+from coin.networks.weights import check_layout
+
+
+class ExpertNetworks:
+    """Experts in memory: `networks` have padded heads, in copies that share all other tensors with those `unpadded`.
+
+    They are called by `forward`, if given (`coin.core.batches.adapted`); `padding` is the head's name and its number of
+    outputs where it is padded. Raises ConfigurationError if there are none, HeadError if heads cannot be padded.
+    """
+
+    def __init__(
+        self, networks: Sequence[nn.Module], initial: nn.Module | None = None, forward: Forward | None = None
+    ) -> None:
+        if not networks:
+            raise ConfigurationError("found no experts, expected at least one")
+        self.unpadded = [adapted(network, forward) for network in networks]
+        self.networks = of_one_width(self.unpadded)
+        self.skeleton, self.initial = self.networks[0], initial
+        self.padding: tuple[str, int] | None = None
+        if self.networks != self.unpadded:
+            head = head_name(self.skeleton)
+            self.padding = head, len(self.skeleton.get_submodule(head).get_parameter("weight"))
+
+    def __len__(self) -> int:
+        return len(self.networks)
+
+    def each_network(self, *, padded: bool = True) -> Iterator[nn.Module]:
+        """Yield the experts, their heads padded or as they are."""
+        yield from self.networks if padded else self.unpadded
+
+    @property
+    def tensors(self) -> list[tuple[State, State]]:
+        """Every expert's parameters and buffers."""
+        return [tensors_of(network) for network in self.networks]
+
+    def initial_tensors(self) -> tuple[State, State] | None:
+        """Return the shared initialisation's parameters and buffers, none without one."""
+        if self.initial is None:
+            return None
+        return tensors_of(pad_head(self.initial, self.padding[1]) if self.padding else self.initial)
+
+    def empty_model(self) -> nn.Module:
+        """Return a new network of the experts' architecture, with arbitrary weights."""
+        return clone(self.skeleton)
+
+
+def parameters_of(network: nn.Module) -> dict[str, Tensor]:
+    """Return a network's parameters by name, detached."""
+    return {name: parameter.detach() for name, parameter in network.named_parameters()}
+
+
+def tensors_of(network: nn.Module) -> tuple[State, State]:
+    """Return a network's parameters, detached, and its buffers."""
+    return parameters_of(network), dict(network.named_buffers())
+
+
+class ExpertFiles:
+    """Experts in files, by task, read on demand; `networks` keeps all of them in memory until `release`.
+
+    `tensors` reads one tensor at a time and keeps none, so that merging many experts takes little memory.
+    """
+
+    def __init__(self, paths: Mapping[str, Path], initial: Path | None = None) -> None:
+        self.paths, self.initial = dict(paths), initial
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def opened(self) -> dict[str, NetworkFile]:
+        """The opened files, tensors not yet read; raises CoinError if they do not belong together."""
+        opened = {task: open_network(path) for task, path in self.paths.items()}
+        first = next(iter(opened.values())).config.name
+        for task, file in opened.items():
+            if file.config.name != first:
+                raise ConfigurationError(
+                    f"found expert '{task}' of architecture {file.config.name}, expected {first} as of the first"
+                )
+        return opened
+
+    @property
+    def config(self) -> NetworkConfig:
+        """The architecture that all experts share."""
+        return next(iter(self.opened.values())).config
+
+    @property
+    def width(self) -> int:
+        """The largest class count."""
+        return max(file.num_classes for file in self.opened.values())
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprints of the networks; see `coin.files.tensors.fingerprint`."""
+        return {task: fingerprint(file.state) for task, file in self.opened.items()}
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """A network of the experts' architecture with `width` logits, for its names and shapes, without weights.
+
+        Raises a StateError where the tensors of an expert do not fit it.
+        """
+        config, width = self.config, self.width  # from files, whose tensors must not become meta ones
+        try:
+            with torch.device("meta"):
+                network = build_network(config, width)
+        except NotImplementedError:  # RegNets look at their tensors while they are built
+            network = build_network(config, width).to("meta")
+        for file in self.opened.values():
+            _check(file, network, width)
+        return network
+
+    @cached_property
+    def networks(self) -> list[nn.Module]:
+        """The networks with their heads padded by zeros to `width` logits; raises as `opened` and `skeleton` do."""
+        self.skeleton  # noqa: B018 (checks that they belong together)
+        return list(self.each_network())
+
+    def each_network(self, *, padded: bool = True) -> Iterator[nn.Module]:
+        """Yield the experts, their heads padded or as they are; loaded one at a time unless `networks` are there."""
+        if padded and "networks" in self.__dict__:
+            yield from self.networks
+        else:
+            for path in self.paths.values():
+                network = load_network(path).network
+                yield pad_head(network, self.width) if padded else network
+
+    @property
+    def padding(self) -> tuple[str, int]:
+        """The head's name and its number of outputs."""
+        return head_name(self.skeleton), self.width
+
+    @property
+    def tensors(self) -> list[tuple[State, State]]:
+        """Every expert's parameters and buffers, read on access."""
+        return [self._parts(file) for file in self.opened.values()]
+
+    def _parts(self, file: NetworkFile) -> tuple[State, State]:
+        """Return a network's parameters, tied ones once, and its buffers; only a padded head is read here."""
+        skeleton, state = self.skeleton, file.state
+        every = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+        parameters: State = state.select([name for name, _ in skeleton.named_parameters()])
+        buffers = state.select([name for name in skeleton.state_dict() if name not in every])
+        return padded_state(parameters, *self.padding), buffers
+
+    def initial_tensors(self) -> tuple[State, State] | None:
+        """Return the shared initialisation's parameters and buffers, none without one."""
+        if self.initial is None:
+            return None
+        file = open_network(self.initial)
+        _check(file, self.skeleton, self.width)
+        return self._parts(file)
+
+    def empty_model(self) -> nn.Module:
+        """Return a new network of the experts' architecture, whose contents do not matter."""
+        return build_network(self.config, self.width)
+
+    def release(self) -> None:
+        """Free the networks' memory; the next access reads the files again."""
+        self.__dict__.pop("networks", None)
+
+
+def _check(file: NetworkFile, skeleton: nn.Module, width: int) -> None:
+    """Check that a file has the tensors of a network; only its head may have fewer outputs."""
+    own = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+    for name in (f"{head_name(skeleton)}.weight", f"{head_name(skeleton)}.bias"):
+        if name in own:
+            own[name] = torch.Size([min(file.num_classes, width), *own[name][1:]])
+    check_layout(own, file.state.shapes(), str(file.state.path))
