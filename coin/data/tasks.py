@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -113,12 +113,11 @@ class Tasks(LightningDataModule):
         """The calibration samples to train on, shuffled from (seed, epoch)."""
         for task in self.tasks.values():
             task.check_augmentation(self.augmentation)
-        dataset = _Positioned(self.training_calibration(), self.augmentation, self.seed)
-        return batch_loader(dataset, self.batch_size, self.seed, self.trainer, shuffle=True)
+        return self._loader(self.training_calibration(), shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The held-out calibration samples; an empty list with a share of 0."""
-        return [] if self.held_out == 0 else self._in_order(self.calibration().split(self.held_out)[1])
+        return [] if self.held_out == 0 else self._loader(self.calibration().split(self.held_out)[1])
 
     def test_dataloader(self) -> list[DataLoader[tuple[Tensor, Tensor]]]:
         """One loader of stored images and labels a task."""
@@ -126,10 +125,12 @@ class Tasks(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
         """All calibration samples' inputs, in order."""
-        return self._in_order(self.calibration(), collate_fn=itemgetter(1))
+        return self._loader(self.calibration(), collate_fn=itemgetter(1))
 
-    def _in_order(self, calibration: Calibration, **options: Any) -> DataLoader[Any]:
-        return batch_loader(_Positioned(calibration), self.batch_size, self.seed, self.trainer, **options)
+    def _loader(self, calibration: Calibration, **options: Any) -> DataLoader[Any]:
+        return position_loader(
+            calibration, self.batch_size, self.seed, self.trainer, augmentation=self.augmentation, **options
+        )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn test images into inputs as their task does; calibration samples are inputs already."""
@@ -145,6 +146,22 @@ def task_with(task: TaskData, **options: Any) -> TaskData:
     for name, value in options.items():
         setattr(other, name, value)
     return other
+
+
+def position_loader(
+    calibration: Calibration,
+    batch_size: int,
+    seed: int,
+    trainer: Trainer | None = None,
+    *,
+    augmentation: Augmentation = Augmentation.none,
+    **options: Any,
+) -> DataLoader[Any]:
+    """Return a loader of pairs of positions ``[B]`` and inputs; with `shuffle` of augmented ones, else in order.
+
+    The other arguments are those of `coin.data.sampling.batch_loader`.
+    """
+    return batch_loader(_Positioned(calibration, augmentation, seed), batch_size, seed, trainer, **options)
 
 
 @dataclass

@@ -1,11 +1,11 @@
 """LightningModules: experts, coded models, the distillation baseline, and the passes that measure them."""
 
 from coin.modules.coded import Coded
-from coin.modules.distillation import Distillation
+from coin.modules.distillation import DistillationModule
 from coin.modules.evaluator import DecodingEvaluator
 from coin.modules.expert import Expert
 from coin.modules.measure import evaluate
-from coin.modules.readout_distillation import ReadoutDistillation, distill
+from coin.modules.readout_distillation import ReadoutDistillationModule
 from coin.modules.recipe import OptimizerKind, Recipe, Schedule
 from coin.modules.statistic_pass import StatisticPass
 from coin.modules.variants import Outcome
@@ -13,14 +13,13 @@ from coin.modules.variants import Outcome
 __all__ = [
     "Coded",
     "DecodingEvaluator",
-    "Distillation",
+    "DistillationModule",
     "Expert",
     "OptimizerKind",
     "Outcome",
-    "ReadoutDistillation",
+    "ReadoutDistillationModule",
     "Recipe",
     "Schedule",
     "StatisticPass",
-    "distill",
     "evaluate",
 ]

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.loggers import Logger
 
 from coin.data.tasks import Tasks
-from coin.modules.training import Training as AnyTraining
+from coin.distillation.training import Training as AnyTraining
 from coin.steps.expert_files import StoredExperts
 from coin.steps.trainer import make_trainer
 

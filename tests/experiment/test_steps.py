@@ -12,11 +12,11 @@ from PIL import Image
 
 from coin.coding import Code
 from coin.data import Digits, ImageFolder, TextFile
+from coin.distillation import Distillation
 from coin.errors import ConfigurationError
 from coin.experiment.config import CalibrationConfig, ExpertConfig
 from coin.experiment.store import Steps, step_key
 from coin.merging import Average, Coin
-from coin.modules import Distillation
 from coin.steps.merge import coded_name, coded_paths
 from coin.steps.options import config_dict
 

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from coin.core.batches import as_input, joined, take
 from coin.data import Calibration, pooled
-from coin.data.tasks import Tasks
+from coin.data.tasks import position_loader
 from coin.merging import Experts
+from coin.modules.distillation import DistillationModule
 from coin.modules.shared import silence_lightning
 from coin.statistics.guard import differentiable, trainable
 
@@ -30,7 +31,7 @@ class Training(ABC):
         """Return further options for a method's runs, beside its own."""
 
     @abstractmethod
-    def fit(self, module: LightningModule, experts: Any, held_out: float, options: dict[str, Any]) -> None:
+    def fit(self, module: DistillationModule, experts: Any, held_out: float, options: dict[str, Any]) -> None:
         """Run a Trainer with these options on the samples, except a held-out share, on which it validates."""
 
 
@@ -45,15 +46,18 @@ class MemoryTraining(Training):
         """Return the options for samples that are not augmented."""
         return {"augmentation": "none"}
 
-    def fit(self, module: LightningModule, experts: Experts, held_out: float, options: dict[str, Any]) -> None:
+    def fit(self, module: DistillationModule, experts: Experts, held_out: float, options: dict[str, Any]) -> None:
         """Run a silent Trainer."""
         # On the networks' device and of their type; a DataError where samples differ in shape.
         whole = as_input(joined(list(experts.pooled)), experts.networks[0])
         own = [take(whole, (experts.tasks == task).nonzero().flatten()) for task in range(experts.count)]
-        samples = pooled([Calibration.of_batches([batch]) for batch in own])
-        data = MemoryTasks(samples, module.hparams["batch_size"], held_out, module.hparams["seed"] or 0)
-        student = module.get_submodule("student")
-        parameters = trainable(student).values()
+        size, seed = module.hparams["batch_size"], module.hparams["seed"] or 0
+        samples = replace(pooled([Calibration.of_batches([batch]) for batch in own]), batch_size=size)
+        fitted, left_out = samples.split(held_out) if held_out else (samples, None)
+        module.samples = fitted
+        train = position_loader(fitted, size, seed, shuffle=True)
+        validation = position_loader(left_out, size, seed) if left_out else []
+        parameters = trainable(module.student).values()
         device = next(iter(parameters)).device
         with _quietly(), differentiable(parameters):
             trainer = Trainer(
@@ -66,21 +70,8 @@ class MemoryTraining(Training):
                 use_distributed_sampler=False,
                 **options,
             )
-            trainer.fit(module, datamodule=data)
-        student.to(device).zero_grad()
-
-
-class MemoryTasks(Tasks):
-    """Calibration samples in memory, as training data."""
-
-    def __init__(self, samples: Calibration, batch_size: int, held_out: float, seed: int) -> None:
-        LightningDataModule.__init__(self)
-        self._samples, self.tasks = replace(samples, batch_size=batch_size), {}
-        self.batch_size, self.held_out, self.seed = batch_size, held_out, seed
-
-    def calibration(self) -> Calibration:
-        """Return all tasks' samples, interleaved."""
-        return self._samples
+            trainer.fit(module, train, validation)
+        module.student.to(device).zero_grad()
 
 
 @contextmanager
