@@ -60,7 +60,8 @@ def unknown(what: str, name: str, known: Sequence[str], expected: str) -> str:
 
 def known_classes() -> list[str]:
     """Return the names of coin's tasks, methods and modules."""
-    return [name for room in ("data", "merging", "distillation", "modules") for name in _exported(f"{room}/__init__.py")]
+    rooms = "data", "merging", "distillation", "modules"
+    return [name for room in rooms for name in _exported(f"{room}/__init__.py")]
 
 
 def _class_names(sections: Iterable[dict[str, Any]]) -> Iterator[str]:

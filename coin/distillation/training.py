@@ -56,7 +56,7 @@ class MemoryTraining(Training):
         fitted, left_out = samples.split(held_out) if held_out else (samples, None)
         module.samples = fitted
         train = position_loader(fitted, size, seed, shuffle=True)
-        validation = position_loader(left_out, size, seed) if left_out else []
+        validation: Any = position_loader(left_out, size, seed) if left_out else []
         parameters = trainable(module.student).values()
         device = next(iter(parameters)).device
         with _quietly(), differentiable(parameters):

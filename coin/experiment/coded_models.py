@@ -31,7 +31,7 @@ from coin.steps.compress import compress_file
 from coin.steps.distill import Training
 from coin.steps.expert_files import StatisticPaths, StoredExperts
 from coin.steps.merge import coded_name, make_coded_models
-from coin.steps.statistics import estimate_statistic
+from coin.steps.statistics import estimate_over_tasks
 from coin.steps.trainer import make_trainer
 
 
@@ -75,7 +75,7 @@ def estimate(run: SeedRun, which: Statistic) -> None:
     with job(run.experiment, "fisher", name, run.seed, list(which.options.values()), **own) as work:
         work.use_artifacts("expert", {task: run.layout.expert(task) for task in missing})
         for task, (path, key, tasks) in missing.items():
-            costs = estimate_statistic(
+            costs = estimate_over_tasks(
                 make_trainer(run.folder, run.experiment.trainer),
                 load_network(run.layout.expert(task)).network,
                 run.data(tasks),

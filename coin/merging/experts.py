@@ -14,9 +14,9 @@ from coin.files.tensors import State
 from coin.merging.calibrated import Calibrated
 from coin.networks.batchnorm import has_batchnorm
 from coin.networks.heads import check_padding, head_name, of_one_width, pad_head, padded_state
-from coin.statistics import TRANSPOSED, FisherKind, fisher_sums, gram_sums, process_generator
+from coin.statistics import TRANSPOSED, FisherKind
 from coin.statistics.guard import evaluating, trainable
-from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
+from coin.statistics.statistic import DataChoice, Statistic, StatisticKind, StatisticOptions, statistic_sums
 
 Given = Sequence[State] | Mapping[str, Sequence[State]]
 """Every expert's statistic; or several of them, by the data that they are of: ``own``, ``pooled``."""
@@ -172,14 +172,12 @@ class Experts(Calibrated):
         """
         if kind is FisherKind.empirical:
             raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
+        options = StatisticOptions(StatisticKind.gram if kind is None else StatisticKind.fisher, kind)
         means, shared = [], set(self.parameters[0])
         networks = self.each_network() if kind is None else self._unpadded
         for network, batches in zip(networks, samples, strict=True):
             shared &= trainable(network).keys()  # what is frozen in one expert is averaged
-            if kind is None:
-                sums = gram_sums(network, batches)
-            else:
-                sums = fisher_sums(network, batches, kind=kind, generator=process_generator(kind, seed=0, rank=0))
+            sums = statistic_sums(network, batches, options)
             self.passes += sums.passes
             means.append(sums.mean())
         return [{name: mean[name] for name in mean if name.removesuffix(TRANSPOSED) in shared} for mean in means]

@@ -7,7 +7,6 @@ from coin.modules.expert import Expert
 from coin.modules.measure import evaluate
 from coin.modules.readout_distillation import ReadoutDistillationModule
 from coin.modules.recipe import OptimizerKind, Recipe, Schedule
-from coin.modules.statistic_pass import StatisticPass
 from coin.modules.variants import Outcome
 
 __all__ = [
@@ -20,6 +19,5 @@ __all__ = [
     "ReadoutDistillationModule",
     "Recipe",
     "Schedule",
-    "StatisticPass",
     "evaluate",
 ]

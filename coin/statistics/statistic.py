@@ -1,5 +1,6 @@
 """The statistics that a merge needs, and the options for computing them."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
 from coin.statistics.cotangents import FisherKind, check_mc_samples, process_generator
-from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass, Precision
-from coin.statistics.gram import GramPass
-from coin.statistics.sums import shard
+from coin.statistics.fisher import DEFAULT_MEMORY_MIB, Precision, fisher_sums
+from coin.statistics.gram import gram_sums
+from coin.statistics.sums import Sums, reduce_sums
 
 
 class StatisticKind(StrEnum):
@@ -106,29 +107,40 @@ class StatisticOptions:
         rounded = {} if self.precision is Precision.full else {"precision": str(self.precision)}
         return {"statistic": str(self.statistic), **own, **rounded}
 
-    def begin(
-        self,
-        network: nn.Module,
-        labels: Tensor | None = None,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> FisherPass | GramPass:
-        """Return a pass to which process `rank` of `world` adds the batches of its share of the samples.
 
-        `labels` are the true classes [P] of all processes' samples, where they are needed, and `seed` is of Monte
-        Carlo's random cotangents.
-        """
-        if self.kind is None:
-            return GramPass(network)
-        return FisherPass(
-            network,
-            kind=self.kind,
-            labels=None if labels is None else labels[list(shard(len(labels), rank, world))].to(device),
-            mc_samples=self.mc_samples,
-            generator=process_generator(self.kind, seed, rank, device),
-            memory_mib=self.memory_mib,
-            precision=self.precision,
-        )
+def statistic_sums(
+    network: nn.Module,
+    batches: Iterable[Any],
+    options: StatisticOptions,
+    *,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Sums:
+    """Return the sums of a network's statistic over the samples of all processes, the same on each.
+
+    Args:
+        network: The network, on the device of the pass.
+        batches: The batches of this process's share of the samples.
+        options: Which statistic.
+        labels: The true classes of these samples, if ``options.needs_labels``.
+        seed: The seed of Monte Carlo's random cotangents.
+        rank: This process's rank, on which they depend too.
+        progress: Called with the number of samples that are done.
+    """
+    if options.kind is None:
+        return reduce_sums(gram_sums(network, batches, progress=progress))
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    own = fisher_sums(
+        network,
+        batches,
+        kind=options.kind,
+        labels=labels,
+        mc_samples=options.mc_samples,
+        generator=process_generator(options.kind, seed, rank, device),
+        memory_mib=options.memory_mib,
+        precision=options.precision,
+        progress=progress,
+    )
+    return reduce_sums(own)

@@ -28,7 +28,7 @@ from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
 from coin.statistics.cotangents import renamed_mc_samples
 from coin.statistics.statistic import StatisticKind, StatisticOptions
 from coin.steps.evaluate import record_evaluation
-from coin.steps.statistics import estimate_statistic
+from coin.steps.statistics import estimate_over_tasks
 
 _MIXED = {"bf16-true": "bf16-mixed", "16-true": "16-mixed"}
 """Precisions with weights of 16 bits, and what is meant by them."""
@@ -153,7 +153,7 @@ class Trainer(pl.Trainer):
         folder = Path(self.default_root_dir) if ckpt_path is None else Path(ckpt_path).parent
         path = Path(output) if output is not None else folder / f"expert.{options.statistic}.safetensors"
         data = "own" if isinstance(datamodule, TaskData) else "pooled"
-        estimate_statistic(self, network, tasks, options, path, data=data)
+        estimate_over_tasks(self, network, tasks, options, path, data=data)
 
     def evaluate(
         self,
