@@ -18,12 +18,12 @@ from coin.core.versions import versions
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with
 from coin.errors import CoinError, ConfigurationError, FileError
+from coin.evaluation.variants import NONE, ORACLE, read_coded
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance, load_state, save_state
 from coin.files.tensors import fingerprint
 from coin.files.yaml import read_yaml
 from coin.modules import Coded
-from coin.modules.variants import NONE, ORACLE, read_coded
 from coin.networks import load_network
 from coin.reporting.extras import read_promises
 from coin.reporting.results import RESULTS_CSV, read_configuration, read_results, requested_policy

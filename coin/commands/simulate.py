@@ -16,8 +16,8 @@ from coin.commands.measure import measure_decoding, measure_service, measure_tim
 from coin.core.processes import rank_zero_info
 from coin.core.versions import versions
 from coin.errors import ConfigurationError
+from coin.evaluation.variants import NONE, ORACLE
 from coin.files.atomic import atomic_path, write_text
-from coin.modules.variants import NONE, ORACLE
 from coin.networks import load_network
 from coin.networks.compressed import compress
 from coin.reporting.figures import as_png

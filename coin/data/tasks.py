@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,7 +15,7 @@ from coin.data.augmentation import Augmentation, View
 from coin.data.calibration import Calibration, pooled
 from coin.data.sampling import Draw, batch_loader
 from coin.data.task import TaskData
-from coin.errors import DataError
+from coin.errors import ConfigurationError, DataError
 
 
 class Tasks(LightningDataModule):
@@ -146,6 +146,14 @@ def task_with(task: TaskData, **options: Any) -> TaskData:
     for name, value in options.items():
         setattr(other, name, value)
     return other
+
+
+def tasks_of(module: LightningModule) -> Tasks:
+    """Return the datamodule of a module's trainer; raises ConfigurationError unless it is a `Tasks`."""
+    data: Any = getattr(module.trainer, "datamodule", None)
+    if not isinstance(data, Tasks):
+        raise ConfigurationError(f"found data of {type(data).__name__}, expected Tasks; set data.class_path: Tasks")
+    return data
 
 
 def position_loader(

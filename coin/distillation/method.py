@@ -9,6 +9,7 @@ import torch
 
 from coin.core.batches import clear_caches, clone, twin
 from coin.core.choices import check_integer, check_number, parse_enum
+from coin.core.lightning import plain_options
 from coin.data import Augmentation
 from coin.distillation.search import POINTS, TRIALS, Choice, search_curves, search_grid
 from coin.distillation.training import MemoryTraining, Training
@@ -17,9 +18,8 @@ from coin.files.tensors import not_finite
 from coin.merging import CodedModel, Experts, Method
 from coin.merging.method import Compress, starting_method
 from coin.modules.distillation import AUTO, DistillationModule
-from coin.modules.recipe import Schedule
-from coin.modules.shared import plain_options
 from coin.networks import BatchNormPolicy
+from coin.networks.recipe import Schedule
 
 
 class Distillation(Method):

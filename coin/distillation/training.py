@@ -11,11 +11,11 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from coin.core.batches import as_input, joined, take
+from coin.core.lightning import silence_lightning
 from coin.data import Calibration, pooled
 from coin.data.tasks import position_loader
 from coin.merging import Experts
 from coin.modules.distillation import DistillationModule
-from coin.modules.shared import silence_lightning
 from coin.statistics.guard import differentiable, trainable
 
 

@@ -10,12 +10,12 @@ from coin.coding import DecoderConfig, distinct_decoders
 from coin.data import Augmentation, TaskData
 from coin.data.tasks import task_with
 from coin.errors import ConfigurationError
+from coin.evaluation.spares import SPARE
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.experiment.layout import ExperimentLayout
 from coin.files.atomic import is_folder_name
 from coin.merging import Method
 from coin.modules import Expert
-from coin.modules.spares import SPARE
 from coin.networks import Compression, NetworkConfig, build_network, has_batchnorm, import_checkpoint
 from coin.statistics import FisherKind
 from coin.steps.code import AUTO, read_code

@@ -11,14 +11,15 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 from coin.core.batches import Batch, as_input, clear_caches
+from coin.core.lightning import plain_options, plot_against_epochs
 from coin.data import Augmentation, Calibration
+from coin.data.tasks import tasks_of
 from coin.errors import ConfigurationError, HeadError
 from coin.merging import Average, Experts, HeadFit
 from coin.merging.checks import check_row
 from coin.merging.method import starting_method
-from coin.modules.recipe import Schedule
-from coin.modules.shared import plain_options, plot_against_epochs, tasks_of
 from coin.networks import build_network, fill_network, load_network, pad_head
+from coin.networks.recipe import Schedule
 from coin.networks.stages import full_precision
 
 AUTO = "auto"

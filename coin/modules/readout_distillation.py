@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from coin.core.batches import Batch
+from coin.core.lightning import plot_against_epochs
 from coin.errors import ConfigurationError
 from coin.modules.distillation import DistillationModule
-from coin.modules.shared import plot_against_epochs
 from coin.networks import check_head, features_and_logits, head_name
 from coin.networks.stages import full_precision
 

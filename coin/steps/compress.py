@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from coin.errors import ConfigurationError
+from coin.evaluation.spares import SPARE
 from coin.files.tensors import fingerprint
-from coin.modules.spares import SPARE
 from coin.networks import Compression, compress_as, int8_path, kept_base, load_network, save_compressed
 
 

@@ -17,11 +17,11 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from torch import nn
 
 from coin.callbacks import RunProgress
+from coin.core.lightning import silence_lightning
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, first_line
 from coin.modules import DecodingEvaluator, Expert, Outcome
-from coin.modules.shared import silence_lightning
 from coin.networks import NetworkConfig, fill_network, load_network, read_weights, unwrap
 from coin.reporting.wandb_settings import check_connection, logger_mode
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
