@@ -11,8 +11,8 @@ from coin.core.batches import clear_caches, clone, twin
 from coin.core.choices import check_integer, check_number, parse_enum
 from coin.core.lightning import plain_options
 from coin.data import Augmentation
-from coin.distillation.search import POINTS, TRIALS, Choice, search_curves, search_grid
-from coin.distillation.training import MemoryTraining, Training
+from coin.distillation.search import POINTS, TRIALS, SearchResult, search_curves, search_grid
+from coin.distillation.training import MemoryTraining
 from coin.errors import CoinWarning, ConfigurationError, NumericalError
 from coin.files.tensors import not_finite
 from coin.merging import CodedModel, Experts, Method
@@ -133,7 +133,7 @@ class Distillation(Method):
         own = {"code_row": list(row), "experts": None if experts is None else list(experts)}
         return self.module_class(**self.recorded_options | own | options)
 
-    def _search(self, experts: Experts, row: Sequence[float]) -> tuple[Choice, DistillationModule | None]:
+    def _search(self, experts: Experts, row: Sequence[float]) -> tuple[SearchResult, DistillationModule | None]:
         """Choose the learning rate and the number of steps on held-out samples; return the last trial too."""
         rates, steps, share = (self.recorded_options[name] for name in ("learning_rates", "steps", "held_out"))
         samples = self._training(experts).num_samples(experts, self.samples_per_task)
@@ -207,11 +207,10 @@ class Distillation(Method):
         experts.passes += module.passes
         return module
 
-    def _training(self, experts: Experts) -> Training:
+    def _training(self, experts: Experts) -> Any:
         """Return the training of the experts' source, or one on the samples in memory, which cannot be augmented."""
         if experts.train is not None:
-            training: Training = experts.train
-            return training
+            return experts.train
         if self.augments or self.samples_per_task is not None:
             name = "augmentation" if self.samples_per_task is None else "samples_per_task"
             raise ConfigurationError(

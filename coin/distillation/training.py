@@ -2,7 +2,6 @@
 
 import logging
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,35 +18,22 @@ from coin.modules.distillation import DistillationModule
 from coin.statistics.guard import differentiable, trainable
 
 
-class Training(ABC):
-    """The interface that trains a method's networks: the experts' calibration samples, and a Trainer."""
+class MemoryTraining:
+    """Trains on calibration batches in memory, on the experts' device: no files, no logger, no output.
 
-    @abstractmethod
-    def num_samples(self, experts: Any, samples_per_task: int | None) -> int:
-        """Return the number of pooled calibration samples, the held-out ones among them."""
-
-    @abstractmethod
-    def run_options(self, experts: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return further options for a method's runs, beside its own."""
-
-    @abstractmethod
-    def fit(self, module: DistillationModule, experts: Any, held_out: float, options: dict[str, Any]) -> None:
-        """Run a Trainer with these options on the samples, except a held-out share, on which it validates."""
-
-
-class MemoryTraining(Training):
-    """Trains on calibration batches in memory, on the experts' device: no files, no logger, no output."""
+    Experts in files bring another one as ``train``, with the same three methods.
+    """
 
     def num_samples(self, experts: Experts, samples_per_task: int | None) -> int:
-        """Return the number of pooled calibration samples."""
+        """Return the number of pooled calibration samples, the held-out ones among them."""
         return len(experts.tasks)
 
     def run_options(self, experts: Experts, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options for samples that are not augmented."""
+        """Return further options for a method's trainings, beside those given: samples in memory are not augmented."""
         return {"augmentation": "none"}
 
     def fit(self, module: DistillationModule, experts: Experts, held_out: float, options: dict[str, Any]) -> None:
-        """Run a silent Trainer."""
+        """Run a Trainer with these options on the samples, but a held-out share, on which it validates."""
         # On the networks' device and of their type; a DataError where samples differ in shape.
         whole = as_input(joined(list(experts.pooled)), experts.networks[0])
         own = [take(whole, (experts.tasks == task).nonzero().flatten()) for task in range(experts.count)]

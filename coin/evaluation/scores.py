@@ -1,5 +1,6 @@
 """What is counted of a stand-in's answers, wherever it is evaluated: in memory, from files, as a compressed copy."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,8 +9,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from coin.coding import Answers, Decoder
+from coin.coding import Answers, Decoder, kept_bytes
 from coin.coding.metrics import DecodingAccuracy, RiskCurves
+from coin.evaluation.variants import Variant
 
 
 class Scores:
@@ -83,3 +85,9 @@ class FittedDecoder:
         decoded = self.decoder.decode(answers)[self.decoder.erased.index(task)]
         risk = None if self.decoder.moments is None else self.decoder.risk(task, decoded, scores.num_classes)
         return scores.update(decoded, answers.experts[task], labels, risk, positions)
+
+    def costs(self, system: Variant, fitted: Iterable["FittedDecoder"]) -> dict[str, Any]:
+        """Return `Variant.costs`, with what all decoders of its kind and system among those fitted keep."""
+        own = self.variant, self.decoder.config
+        kept = kept_bytes(each.decoder for each in fitted if (each.variant, each.decoder.config) == own)
+        return system.costs(self.decoder.config, kept, len(self.decoder.erased))

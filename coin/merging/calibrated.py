@@ -28,7 +28,7 @@ class Calibrated:
         count: N.
         passes: Forward-equivalents spent so far, the cost of the merge.
         seconds: Wall time of statistics that were computed elsewhere.
-        train: A `coin.distillation.training.Training` for methods that train; without one they train in memory.
+        train: A `coin.steps.distill.Training` for methods that train; without one they train in memory.
     """
 
     networks: Sequence[nn.Module]

@@ -19,7 +19,6 @@ from coin.coding import (
     FeatureCache,
     Head,
     distinct_decoders,
-    kept_bytes,
     make_decoder,
     uniform,
 )
@@ -200,18 +199,12 @@ class DecodingEvaluator(LightningModule):
                 decoder_passes=fitted.passes,
                 promise=fitted.decoder.promises.get(expert),
                 **scores.results(),
-                **self._costs(fitted),
+                **fitted.costs(self.variants[fitted.variant], self.fitted),
             )
             for fitted in self.fitted
             for expert, scores in fitted.scores.items()
         ]
         self.outcomes += [spare.outcome(self.tasks[spare.task]) for spare in self.spares]
-
-    def _costs(self, fitted: FittedDecoder) -> dict[str, Any]:
-        """Return what a stand-in keeps, for all erasures of its decoder, and its other costs; see `Variant.costs`."""
-        system, config = fitted.variant, fitted.decoder.config
-        every = [each.decoder for each in self.fitted if (each.variant, each.decoder.config) == (system, config)]
-        return self.variants[system].costs(config, kept_bytes(every), len(fitted.decoder.erased))
 
     def _fit_decoders(self, answers: Answers, share: float) -> list[FittedDecoder]:
         """Fit a decoder for every variant and erasure; `share` is one network's seconds on the samples."""

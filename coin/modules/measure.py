@@ -16,13 +16,13 @@ from coin.coding import (
     FeatureCache,
     check_erasure,
     distinct_decoders,
-    kept_bytes,
     make_decoder,
 )
 from coin.coding.metrics import Residual
 from coin.core.batches import as_input
 from coin.errors import ConfigurationError, DataError
 from coin.evaluation.scores import FittedDecoder, Scores
+from coin.evaluation.variants import Variant
 from coin.modules.coded import Coded, heads_for, num_classes
 from coin.statistics.guard import disable_tf32, eval_mode
 
@@ -102,9 +102,9 @@ def evaluate(
         _scored(system, [each for each in fitted if task in each.decoder.erased], task, loader)
         for task, loader in enumerate(loaders)
     ]
-    coded = sum(tensor.nbytes for network in system.coded for tensor in network.state_dict().values())
-    memory = {each: (coded + kept_bytes(own for own in every if own.config == each)) / 2**20 for each in configs}
+    nbytes = sum(tensor.nbytes for network in system.coded for tensor in network.state_dict().values())
     rows = system.code.num_coded
+    coded = Variant("coded", system.code, networks=tuple(range(rows)), memory=nbytes)
     return pd.DataFrame(
         {
             "decoder": decoder.config.name,
@@ -114,9 +114,7 @@ def evaluate(
             "risk": float(each.scores[task].curves.compute()[1][:, 0].double().mean()),
             "residual": residuals[task],
             "decoder_passes": decoder.passes(rows),
-            "memory_mib": memory[decoder.config],
-            "forwards": decoder.config.forwards(count, rows, len(decoder.erased)),
-            "losses": decoder.config.losses(count, rows),
+            **each.costs(coded, fitted),
         }
         for each, decoder in zip(fitted, every, strict=True)
         for task in decoder.erased

@@ -9,14 +9,13 @@ from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.loggers import Logger
 
 from coin.data.tasks import Tasks
-from coin.distillation.training import Training as AnyTraining
 from coin.steps.expert_files import StoredExperts
 from coin.steps.trainer import make_trainer
 
 
 @dataclass
-class Training(AnyTraining):
-    """Trains coded models, for the methods that train.
+class Training:
+    """Trains coded models, for the methods that train; in place of `coin.distillation.training.MemoryTraining`.
 
     Args:
         tasks: The tasks with P calibration samples each.

@@ -123,7 +123,7 @@ class StoredExperts(Experts):
         statistics: The files of the experts' statistics.
         calibrations: Each task's calibration samples, for methods and BatchNorm policies that run networks.
         initial: The shared initialisation's file.
-        train: The trainer of methods that train (`coin.distillation.training.Training`).
+        train: The trainer of methods that train (`coin.steps.distill.Training`).
     """
 
     def __init__(
