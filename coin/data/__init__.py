@@ -53,24 +53,14 @@ __all__ = [
     "to_input",
 ]
 
-_HOMES = [
-    "augmentation",
-    "calibration",
-    "embedded",
-    "image_folder",
-    "samples",
-    "task",
-    "text",
-    "torchvision_sets",
-    "transform",
-]
+_HOMES = "augmentation calibration embedded image_folder samples task text torchvision_sets transform"
 
 
 def __getattr__(name: str) -> Any:
     """Import all of them when the first is used: a server that reads images or texts alone needs no Lightning."""
     if name not in __all__:
         raise AttributeError(f"module 'coin.data' has no attribute '{name}'")
-    for home in _HOMES:
+    for home in _HOMES.split():
         module = import_module(f"coin.data.{home}")
         globals().update({each: getattr(module, each) for each in __all__ if hasattr(module, each)})
     return globals()[name]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -128,9 +128,8 @@ class Tasks(LightningDataModule):
         return self._loader(self.calibration(), collate_fn=itemgetter(1))
 
     def _loader(self, calibration: Calibration, **options: Any) -> DataLoader[Any]:
-        return position_loader(
-            calibration, self.batch_size, self.seed, self.trainer, augmentation=self.augmentation, **options
-        )
+        dataset = PositionedSamples(calibration, self.augmentation, self.seed)
+        return batch_loader(dataset, self.batch_size, self.seed, self.trainer, **options)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn test images into inputs as their task does; calibration samples are inputs already."""
@@ -156,24 +155,8 @@ def tasks_of(module: LightningModule) -> Tasks:
     return data
 
 
-def position_loader(
-    calibration: Calibration,
-    batch_size: int,
-    seed: int,
-    trainer: Trainer | None = None,
-    *,
-    augmentation: Augmentation = Augmentation.none,
-    **options: Any,
-) -> DataLoader[Any]:
-    """Return a loader of pairs of positions ``[B]`` and inputs; with `shuffle` of augmented ones, else in order.
-
-    The other arguments are those of `coin.data.sampling.batch_loader`.
-    """
-    return batch_loader(_Positioned(calibration, augmentation, seed), batch_size, seed, trainer, **options)
-
-
 @dataclass
-class _Positioned(Dataset[tuple[Tensor, Tensor]]):
+class PositionedSamples(Dataset[tuple[Tensor, Tensor]]):
     """Calibration samples as whole batches, with their positions; training batches augmented."""
 
     calibration: Calibration

@@ -12,7 +12,8 @@ from lightning.pytorch import Trainer
 from coin.core.batches import as_input, joined, take
 from coin.core.lightning import silence_lightning
 from coin.data import Calibration, pooled
-from coin.data.tasks import position_loader
+from coin.data.sampling import batch_loader
+from coin.data.tasks import PositionedSamples
 from coin.merging import Experts
 from coin.modules.distillation import DistillationModule
 from coin.statistics.guard import differentiable, trainable
@@ -41,8 +42,8 @@ class MemoryTraining:
         samples = replace(pooled([Calibration.of_batches([batch]) for batch in own]), batch_size=size)
         fitted, left_out = samples.split(held_out) if held_out else (samples, None)
         module.samples = fitted
-        train = position_loader(fitted, size, seed, shuffle=True)
-        validation: Any = position_loader(left_out, size, seed) if left_out else []
+        train = batch_loader(PositionedSamples(fitted), size, seed, None, shuffle=True)
+        validation: Any = batch_loader(PositionedSamples(left_out), size, seed, None) if left_out else []
         parameters = trainable(module.student).values()
         device = next(iter(parameters)).device
         with _quietly(), differentiable(parameters):

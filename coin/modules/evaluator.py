@@ -15,7 +15,6 @@ from coin.coding import (
     Answers,
     Code,
     DecoderConfig,
-    DecoderKind,
     FeatureCache,
     Head,
     distinct_decoders,
@@ -33,7 +32,7 @@ from coin.evaluation.scores import FittedDecoder, Scores
 from coin.evaluation.spares import read_spares
 from coin.evaluation.variants import NONE, ORACLE, Outcome, Variant, read_coded
 from coin.files.tensors import fingerprint
-from coin.modules.coded import heads_for, server_answers
+from coin.modules.coded import server_answers, with_heads
 from coin.networks import load_network, pad_head
 from coin.statistics.guard import disable_tf32
 
@@ -121,9 +120,7 @@ class DecodingEvaluator(LightningModule):
             self.config.check_content(task.content)
         calibration = data.calibration()
         first = as_input(next(iter(calibration)), self.experts[0])
-        self.heads = heads_for(self.decoders, list(self.experts), first, needed=not self._takes_all)
-        if self.heads is None:
-            self.decoders = [config for config in self.decoders if config.kind is not DecoderKind.expert_head]
+        self.decoders, self.heads = with_heads(self.decoders, list(self.experts), first, needed=not self._takes_all)
         started = time.perf_counter()
         answers = self._answers(calibration)
         # The networks run together here; each one's share of the time is what a decoder that needs it is charged.

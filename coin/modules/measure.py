@@ -23,7 +23,7 @@ from coin.core.batches import as_input
 from coin.errors import ConfigurationError, DataError
 from coin.evaluation.scores import FittedDecoder, Scores
 from coin.evaluation.variants import Variant
-from coin.modules.coded import Coded, heads_for, num_classes
+from coin.modules.coded import Coded, num_classes, with_heads
 from coin.statistics.guard import disable_tf32, eval_mode
 
 
@@ -90,8 +90,7 @@ def evaluate(
         )
     with eval_mode(system.experts):
         probe = None if first is None else as_input(first, system.coded[0])
-        heads = heads_for(configs, list(system.experts), probe, needed=decoders is not None)
-    configs = [config for config in configs if heads or config.kind is not DecoderKind.expert_head]
+        configs, heads = with_heads(configs, list(system.experts), probe, needed=decoders is not None)
     every = [make_decoder(config, system.code, erased, heads) for config in configs for erased in lost]
     if calibration is not None:
         answers, kept = Answers.concatenate(parts), FeatureCache()

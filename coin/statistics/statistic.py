@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
-from coin.statistics.cotangents import FisherKind, check_mc_samples, process_generator
+from coin.statistics.cotangents import FisherKind, check_mc_samples
 from coin.statistics.fisher import DEFAULT_MEMORY_MIB, Precision, fisher_sums
 from coin.statistics.gram import gram_sums
 from coin.statistics.sums import Sums, reduce_sums
@@ -131,14 +131,17 @@ def statistic_sums(
     """
     if options.kind is None:
         return reduce_sums(gram_sums(network, batches, progress=progress))
-    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    generator = None
+    if options.kind is FisherKind.monte_carlo:
+        device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+        generator = torch.Generator(device).manual_seed(seed * 100_003 + rank)
     own = fisher_sums(
         network,
         batches,
         kind=options.kind,
         labels=labels,
         mc_samples=options.mc_samples,
-        generator=process_generator(options.kind, seed, rank, device),
+        generator=generator,
         memory_mib=options.memory_mib,
         precision=options.precision,
         progress=progress,

@@ -21,7 +21,8 @@ from coin.core.lightning import silence_lightning
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, first_line
-from coin.modules import DecodingEvaluator, Expert, Outcome
+from coin.evaluation.variants import Outcome
+from coin.modules import DecodingEvaluator, Expert
 from coin.networks import NetworkConfig, fill_network, load_network, read_weights, unwrap
 from coin.reporting.wandb_settings import check_connection, logger_mode
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision

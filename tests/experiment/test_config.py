@@ -14,7 +14,7 @@ from coin.errors import ConfigurationError
 from coin.experiment import Experiment
 from coin.experiment.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.merging import Coin
-from coin.modules import OptimizerKind, Schedule
+from coin.networks.recipe import OptimizerKind, Schedule
 from coin.statistics import FisherKind, Precision
 from coin.statistics.statistic import DataChoice, Statistic, StatisticKind
 from coin.steps.options import to_config
