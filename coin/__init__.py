@@ -28,6 +28,11 @@ if TYPE_CHECKING:
         uniform as uniform,
     )
     from coin.coding.metrics import DecodingAccuracy as DecodingAccuracy, Residual as Residual
+    from coin.distillation import (
+        Distillation as Distillation,
+        ReadoutDistillation as ReadoutDistillation,
+        distill as distill,
+    )
     from coin.merging import (
         Average as Average,
         Base as Base,
@@ -49,13 +54,7 @@ if TYPE_CHECKING:
         Wudi as Wudi,
         merge_networks as merge_networks,
     )
-    from coin.modules import (
-        Coded as Coded,
-        Distillation as Distillation,
-        ReadoutDistillation as ReadoutDistillation,
-        distill as distill,
-        evaluate as evaluate,
-    )
+    from coin.modules import Coded as Coded, evaluate as evaluate
     from coin.networks import (
         BatchNormPolicy as BatchNormPolicy,
         Compressed as Compressed,
@@ -77,7 +76,8 @@ _ROOMS = {
     "coin.merging": "Average Base CodedModel Coin Experts Foreign FullFisher GaussNewton HeadFit Merged MergeMethod"
     " Method Refit RegMean TaskArithmetic Ties UserMethod Wudi merge_networks",
     "coin.coding.metrics": "DecodingAccuracy Residual",
-    "coin.modules": "Coded Distillation ReadoutDistillation distill evaluate",
+    "coin.distillation": "Distillation ReadoutDistillation distill",
+    "coin.modules": "Coded evaluate",
     "coin.networks": "BatchNormPolicy Compressed compress recalibrate",
     "coin.statistics": "FisherKind Precision fisher_diagonal gram_sums load_statistic save_statistic",
 }

@@ -14,7 +14,8 @@ from coin.cli import main
 from coin.commands.run import experiment_of
 from coin.data import CIFAR10, GTSRB, KMNIST, MNIST, STL10, SVHN, FashionMNIST, Samples, Source, TextTask, Tweets
 from coin.data.tasks import Tasks
-from coin.modules import Distillation, Expert
+from coin.distillation import Distillation
+from coin.modules import Expert
 from coin.reporting import read_results
 
 pytestmark = pytest.mark.slow
@@ -113,7 +114,7 @@ def test_tasks_networks_and_samples_fit_together(path: Path) -> None:
     assert experiment.calibration.samples_per_task == 200
     assert {type(method).__name__ for method in experiment.methods} >= {"Average", "Coin", "Distillation"}
     assert experiment.network.weights is not None or experiment.base is not None
-    wanted = [200] + [m.hparams["samples_per_task"] or 200 for m in experiment.methods if isinstance(m, Distillation)]
+    wanted = [200] + [m.samples_per_task or 200 for m in experiment.methods if isinstance(m, Distillation)]
     tasks = Tasks(experiment.tasks, max(wanted), batch_size=2)
     tasks.setup()
     size = experiment.network.image_size

@@ -1,25 +1,77 @@
-"""A callback that estimates the expert's Fisher when training ends."""
+"""A network's statistic over calibration samples, and a callback that estimates the Fisher when training ends."""
 
 import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from coin.callbacks.export import Weights, check_weights, trained_network
 from coin.core.choices import check_integer, parse_enum
+from coin.core.progress import progress
+from coin.data import Calibration
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision, check_shares, reduce_sums, shard
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision, check_shares, shard
 from coin.statistics.cotangents import renamed_mc_samples
 from coin.statistics.files import write_statistic
-from coin.statistics.statistic import StatisticOptions
+from coin.statistics.statistic import StatisticOptions, statistic_sums
+
+
+def estimate_statistic(
+    trainer: Trainer,
+    network: nn.Module,
+    calibration: Calibration,
+    options: StatisticOptions,
+    path: Path,
+    *,
+    seed: int,
+    weights: str | None = None,
+    **provenance: Any,
+) -> dict[str, float]:
+    """Compute a network's statistic, write it on the first process, and return its cost in ``seconds`` and ``passes``.
+
+    The samples are divided among the Trainer's processes, which run already.
+
+    Args:
+        trainer: The Trainer.
+        network: The network, on the device of the pass.
+        calibration: The samples: of the expert's own task, or of all tasks.
+        options: Which statistic.
+        path: The file.
+        seed: The seed of Monte Carlo's random cotangents, and of the samples.
+        weights: The network's fingerprint, if it is known.
+        **provenance: Further metadata of the file: the data (``own`` or ``pooled``), the task.
+
+    Raises:
+        ConfigurationError: There are fewer samples than processes.
+    """
+    rank, world = trainer.global_rank, trainer.world_size
+    check_shares(calibration.num_samples, world)
+    started = time.perf_counter()
+    share = calibration.subset(shard(calibration.num_samples, rank, world))
+    labels = share.labels if options.needs_labels else None
+    with progress(str(options.statistic), share.num_samples) as advance:
+        sums = statistic_sums(network, share, options, labels=labels, seed=seed, rank=rank, progress=advance)
+    costs = {"seconds": time.perf_counter() - started, "passes": sums.passes}
+    if trainer.is_global_zero:
+        write_statistic(
+            path,
+            sums,
+            weights=weights or fingerprint(network.state_dict()),
+            seconds=costs["seconds"],
+            seed=seed,
+            **options.provenance,
+            **provenance,
+        )
+    return costs
 
 
 class FisherEstimator(Callback):
     """Writes the Fisher diagonal of the trained network on calibration samples of its own task.
 
-    The module is not changed. ``coin fisher --ckpt_path`` computes the same for any checkpoint.
+    The module is not changed. ``coin fisher --ckpt_path`` computes the same for any checkpoint, by the same function.
 
     Args:
         samples: P, the number of unlabelled training samples.
@@ -64,22 +116,13 @@ class FisherEstimator(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Estimate on every process's share of the samples, add up, and write on rank zero."""
         data: Any = getattr(trainer, "datamodule", None)
-        network = trained_network(trainer, pl_module, self.weights)
-        started = time.perf_counter()
-        calibration, rank, world = data.calibration(self.samples), trainer.global_rank, trainer.world_size
-        labels = calibration.labels if self.options.needs_labels else None
-        work = self.options.begin(network, labels, seed=data.seed, rank=rank, world=world, device=pl_module.device)
-        for batch in calibration.subset(shard(calibration.num_samples, rank, world)):
-            work.add(batch.to(pl_module.device))
-        sums = reduce_sums(work.sums())
-        if trainer.is_global_zero:
-            write_statistic(
-                self.path or Path(trainer.default_root_dir) / "expert.fisher.safetensors",
-                sums,
-                weights=fingerprint(network.state_dict()),
-                seconds=time.perf_counter() - started,
-                samples_per_task=self.samples,
-                seed=data.seed,
-                data="own",
-                **self.options.provenance,
-            )
+        estimate_statistic(
+            trainer,
+            trained_network(trainer, pl_module, self.weights),
+            data.calibration(self.samples),
+            self.options,
+            self.path or Path(trainer.default_root_dir) / "expert.fisher.safetensors",
+            samples_per_task=self.samples,
+            seed=data.seed,
+            data="own",
+        )

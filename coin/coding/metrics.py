@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torchmetrics import Metric
 
 from coin.errors import ConfigurationError, DataError
@@ -92,7 +93,7 @@ class RiskCurves(Metric):
     the expert's ``[n, 2]``. Every sample has a row, which one process fills in; rows are summed over processes.
 
     Args:
-        samples: The size of the test set.
+        samples: The size of the test set; in one process it may be left out.
     """
 
     is_differentiable = False
@@ -100,12 +101,14 @@ class RiskCurves(Metric):
     full_state_update = False
     seen: Tensor
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int = 0) -> None:
         super().__init__()
         self.add_state("seen", torch.zeros(samples, 5), dist_reduce_fx="sum")
 
     def update(self, positions: Tensor, risk: Tensor, decoded: Tensor, expert: Tensor, labels: Tensor) -> None:
         """Add a batch: places in the test set, risks and labels ``[B]``, and logits without padding ``[B, C]``."""
+        if (lacking := int(positions.max()) + 1 - len(self.seen)) > 0:
+            self.seen = pad(self.seen, (0, 0, 0, lacking))
         self.seen[positions] = torch.stack([risk, *_judged(decoded, expert, labels)], 1).to(self.seen)
 
     def compute(self) -> tuple[list[RiskPoint], Tensor]:

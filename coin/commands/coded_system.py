@@ -16,11 +16,11 @@ from coin.coding.decoder_state import decoders_state, restore_decoders
 from coin.commands.parser import command_parser, parsed
 from coin.core.versions import versions
 from coin.errors import CoinError, ConfigurationError, FileError
+from coin.evaluation.variants import read_coded
 from coin.files.atomic import sha256_of
 from coin.files.safetensors import load_provenance, load_state, save_state
 from coin.files.tensors import fingerprint
 from coin.files.yaml import read_yaml
-from coin.modules.variants import read_coded
 from coin.networks import load_network
 from coin.networks.experts import ExpertFiles
 from coin.pipeline.options import config_dict

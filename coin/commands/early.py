@@ -83,7 +83,7 @@ def config_file(arguments: Sequence[str], place: int) -> Path | None:
 
 def unknown(what: str, name: str, known: Sequence[str], expected: str) -> str:
     """Return the line about a name that is none of those known, with the nearest of them."""
-    lower = {each.lower(): each for each in known}
+    lower = {each.lower(): each for each in known if each != name}
     near = difflib.get_close_matches(name.lower(), lower, n=1)
     meant = f" (did you mean {lower[near[0]]}?)" if near else ""
     return f"found {what} '{name}'{meant}, expected {expected}; check it"
@@ -91,7 +91,8 @@ def unknown(what: str, name: str, known: Sequence[str], expected: str) -> str:
 
 def known_classes() -> list[str]:
     """Return the names of coin's tasks, methods and modules."""
-    return [name for room in ("data", "merging", "modules") for name in _exported(f"{room}/__init__.py")]
+    rooms = "data", "merging", "distillation", "modules"
+    return [name for room in rooms for name in _exported(f"{room}/__init__.py")]
 
 
 def _given_classes(arguments: Sequence[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ SAFE = "--safe"
 VARIABLE = "COIN_SAFE"
 """Set to 1, the commands that an experiment or a sweep starts are as safe as itself."""
 
-_OURS = (*coin.__all__, "callbacks", "coding", "data", "merging", "modules", "networks", "statistics")
+_OURS = (*coin.__all__, "callbacks", "coding", "data", "distillation", "merging", "modules", "networks", "statistics")
 _LIGHTNING = ("accelerators", "callbacks", "plugins.precision", "profilers", "strategies")
 _LOGGERS = ("CSVLogger", "WandbLogger", "csv_logs.CSVLogger", "wandb.WandbLogger")
 _PYTORCH = (*_LIGHTNING, *(f"loggers.{name}" for name in _LOGGERS))

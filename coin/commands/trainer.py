@@ -16,9 +16,9 @@ import coin.merging  # noqa: F401
 from coin.callbacks import ExpertExport, FisherEstimator  # noqa: F401
 from coin.commands import ON_TRAINER, safe
 from coin.commands.parser import checked
+from coin.core.lightning import silence_lightning
 from coin.errors import ConfigurationError, StateError
 from coin.files.checkpoints import check_training_checkpoint, checkpoint_options
-from coin.modules.shared import silence_lightning
 from coin.pipeline.steps.trainer import Trainer  # imports all tasks and modules, which are found by short names
 from coin.reporting.results import read_results
 from coin.reporting.summary import summarise

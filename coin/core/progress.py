@@ -12,8 +12,8 @@ T = TypeVar("T")
 
 
 @contextmanager
-def progress(what: str, total: float | None) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after each of `total` steps; None if the number is unknown."""
+def progress(what: str, total: float | None) -> Iterator[Callable[..., None]]:
+    """Yield a function to call after each of `total` steps, or with a number of them; None if the total is unknown."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     quiet = not console.is_interactive

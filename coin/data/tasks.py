@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,7 +15,7 @@ from coin.data.augmentation import Augmentation, View
 from coin.data.calibration import Calibration, pooled
 from coin.data.sampling import Draw, batch_loader
 from coin.data.task import TaskData
-from coin.errors import DataError
+from coin.errors import ConfigurationError, DataError
 
 
 class Tasks(LightningDataModule):
@@ -113,12 +113,11 @@ class Tasks(LightningDataModule):
         """The calibration samples to train on, shuffled from (seed, epoch)."""
         for task in self.tasks.values():
             task.check_augmentation(self.augmentation)
-        dataset = _Positioned(self.training_calibration(), self.augmentation, self.seed)
-        return batch_loader(dataset, self.batch_size, self.seed, self.trainer, shuffle=True)
+        return self._loader(self.training_calibration(), shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]] | list[Any]:
         """The held-out calibration samples; an empty list with a share of 0."""
-        return [] if self.held_out == 0 else self._in_order(self.calibration().split(self.held_out)[1])
+        return [] if self.held_out == 0 else self._loader(self.calibration().split(self.held_out)[1])
 
     def test_dataloader(self) -> list[DataLoader[tuple[Tensor, Tensor]]]:
         """One loader of stored images and labels a task."""
@@ -126,10 +125,11 @@ class Tasks(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
         """All calibration samples' inputs, in order."""
-        return self._in_order(self.calibration(), collate_fn=itemgetter(1))
+        return self._loader(self.calibration(), collate_fn=itemgetter(1))
 
-    def _in_order(self, calibration: Calibration, **options: Any) -> DataLoader[Any]:
-        return batch_loader(_Positioned(calibration), self.batch_size, self.seed, self.trainer, **options)
+    def _loader(self, calibration: Calibration, **options: Any) -> DataLoader[Any]:
+        dataset = PositionedSamples(calibration, self.augmentation, self.seed)
+        return batch_loader(dataset, self.batch_size, self.seed, self.trainer, **options)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn test images into inputs as their task does; calibration samples are inputs already."""
@@ -147,8 +147,16 @@ def task_with(task: TaskData, **options: Any) -> TaskData:
     return other
 
 
+def tasks_of(module: LightningModule) -> Tasks:
+    """Return the datamodule of a module's trainer; raises ConfigurationError unless it is a `Tasks`."""
+    data: Any = getattr(module.trainer, "datamodule", None)
+    if not isinstance(data, Tasks):
+        raise ConfigurationError(f"found data of {type(data).__name__}, expected Tasks; set data.class_path: Tasks")
+    return data
+
+
 @dataclass
-class _Positioned(Dataset[tuple[Tensor, Tensor]]):
+class PositionedSamples(Dataset[tuple[Tensor, Tensor]]):
     """Calibration samples as whole batches, with their positions; training batches augmented."""
 
     calibration: Calibration

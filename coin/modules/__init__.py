@@ -6,27 +6,18 @@ from coin.core.lazy import importing
 
 if TYPE_CHECKING:
     from coin.modules.coded import Coded
-    from coin.modules.distillation import Distillation
+    from coin.modules.distillation import DistillationModule
     from coin.modules.evaluator import DecodingEvaluator
     from coin.modules.expert import Expert
     from coin.modules.measure import evaluate
-    from coin.modules.readout_distillation import ReadoutDistillation, distill
-    from coin.modules.recipe import OptimizerKind, Recipe, Schedule
-    from coin.modules.statistic_pass import StatisticPass
-    from coin.modules.variants import Outcome
+    from coin.modules.readout_distillation import ReadoutDistillationModule
 
 __all__ = [
     "Coded",
     "DecodingEvaluator",
-    "Distillation",
+    "DistillationModule",
     "Expert",
-    "OptimizerKind",
-    "Outcome",
-    "ReadoutDistillation",
-    "Recipe",
-    "Schedule",
-    "StatisticPass",
-    "distill",
+    "ReadoutDistillationModule",
     "evaluate",
 ]
 

@@ -352,22 +352,22 @@ def num_classes(expert: nn.Module, inputs: Any) -> int:
     return logits.shape[1]
 
 
-def heads_for(
-    decoders: Sequence[DecoderConfig], experts: Sequence[nn.Module], inputs: Batch | None, needed: bool
-) -> list[Head] | None:
-    """Return the experts' heads on the CPU, or None if no decoder needs them.
+def with_heads(
+    decoders: list[DecoderConfig], experts: Sequence[nn.Module], inputs: Batch | None, needed: bool
+) -> tuple[list[DecoderConfig], list[Head] | None]:
+    """Return the decoders, and the experts' heads on the CPU if one of them needs these.
 
-    Also None, with a warning, if they are optional and not linear (`linear_heads`).
+    Where heads are not linear (`linear_heads`), expert_head is left out with a warning, unless it is needed.
     """
     if not any(config.kind is DecoderKind.expert_head for config in decoders):
-        return None
+        return decoders, None
     try:
-        return [(weight.cpu(), bias.cpu()) for weight, bias in linear_heads(experts, inputs)]
+        return decoders, [(weight.cpu(), bias.cpu()) for weight, bias in linear_heads(experts, inputs)]
     except HeadError as error:
         if needed:
             raise
         warnings.warn(f"expert_head is left out: {error}", CoinWarning, stacklevel=3)
-        return None
+        return [config for config in decoders if config.kind is not DecoderKind.expert_head], None
 
 
 def server_answers(

@@ -2,54 +2,39 @@
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from coin.coding import (
     Answers,
     Code,
-    Decoder,
     DecoderConfig,
-    DecoderKind,
     FeatureCache,
     Head,
     distinct_decoders,
-    kept_bytes,
     make_decoder,
     uniform,
 )
-from coin.coding.metrics import DecodingAccuracy, Residual, RiskCurves
+from coin.coding.metrics import Residual
 from coin.core.batches import as_input
 from coin.core.progress import tracked
 from coin.data import Calibration
+from coin.data.tasks import tasks_of
 from coin.errors import ConfigurationError
+from coin.evaluation.examples import ExampleSamples, KeptSamples
+from coin.evaluation.scores import FittedDecoder, Scores
+from coin.evaluation.spares import read_spares
+from coin.evaluation.variants import NONE, ORACLE, Outcome, Variant, read_coded
 from coin.files.tensors import fingerprint
-from coin.modules.coded import heads_for, server_answers
-from coin.modules.examples import ExampleSamples, KeptSamples
-from coin.modules.shared import tasks_of
-from coin.modules.spares import read_spares
-from coin.modules.variants import NONE, ORACLE, Outcome, Variant, read_coded
+from coin.modules.coded import server_answers, with_heads
 from coin.networks import load_network, pad_head
 from coin.statistics.guard import disable_tf32
-
-
-@dataclass(frozen=True)
-class _FittedDecoder:
-    """One variant's fitted decoder for one erasure, the cost of its fit, and every lost expert's metrics."""
-
-    variant: int
-    decoder: Decoder
-    seconds: float
-    passes: float
-    metrics: dict[int, tuple[DecodingAccuracy, MulticlassConfusionMatrix, RiskCurves]]
 
 
 class DecodingEvaluator(LightningModule):
@@ -57,7 +42,7 @@ class DecodingEvaluator(LightningModule):
 
     Every expert and coded model runs once per batch. Decoders are fitted on the pooled calibration samples of the
     datamodule before the first test batch. After ``trainer.test`` the results are in `outcomes`, and some test images
-    of every task, with the answers of its expert and all decoded ones, in `kept` (`coin.modules.examples`).
+    of every task, with the answers of its expert and all decoded ones, in `kept` (`coin.evaluation.examples`).
 
     Two references are evaluated beside the methods: ``none``, decoding from the surviving experts alone, and
     ``oracle``, with Σβ_if_i as the coded output (NDA 1 by construction: a check of the evaluator).
@@ -112,7 +97,7 @@ class DecodingEvaluator(LightningModule):
         self.outcomes: list[Outcome] = []
         self.examples: dict[int, ExampleSamples] = {}
         self.kept: dict[str, KeptSamples] = {}
-        self.fitted: list[_FittedDecoder] = []
+        self.fitted: list[FittedDecoder] = []
         self.heads: list[Head] | None = None
         self.eval().requires_grad_(False)
 
@@ -135,9 +120,7 @@ class DecodingEvaluator(LightningModule):
             self.config.check_content(task.content)
         calibration = data.calibration()
         first = as_input(next(iter(calibration)), self.experts[0])
-        self.heads = heads_for(self.decoders, list(self.experts), first, needed=not self._takes_all)
-        if self.heads is None:
-            self.decoders = [config for config in self.decoders if config.kind is not DecoderKind.expert_head]
+        self.decoders, self.heads = with_heads(self.decoders, list(self.experts), first, needed=not self._takes_all)
         started = time.perf_counter()
         answers = self._answers(calibration)
         # The networks run together here; each one's share of the time is what a decoder that needs it is charged.
@@ -171,37 +154,28 @@ class DecodingEvaluator(LightningModule):
             self._decode(answers, inputs, labels.cpu(), batch_idx, dataloader_idx)
         for spare in self.spares:
             if spare.task == dataloader_idx:
-                spare.update(spare.network(inputs).cpu(), answers.experts[spare.task], labels.cpu())
+                spare.scores.update(spare.network(inputs).cpu(), answers.experts[spare.task], labels.cpu())
 
     def _decode(self, answers: Answers, inputs: Tensor, labels: Tensor, batch_idx: int, task: int) -> None:
         seen = [variant.seen(answers) for variant in self.variants]
         for index, residuals in self.residuals.items():
             target = self.variants[index].code.encode(answers.experts)
             residuals[task].update(seen[index].coded.flatten(0, 1), target.flatten(0, 1))
-        own, classes = answers.experts[task], self.class_counts[task]
-        expert = own[:, :classes].argmax(1)
         # Where in the test set the samples of this process's batch are; see `evaluation_batches`.
         before = batch_idx * list(tasks_of(self).tasks.values())[task].eval_batch_size
         positions = self.global_rank + self.trainer.world_size * torch.arange(before, before + len(labels))
         alone = []
         for fitted in self.fitted:
-            if task not in fitted.metrics:
-                continue
-            decoded = fitted.decoder.decode(seen[fitted.variant])[fitted.decoder.erased.index(task)]
-            answer = decoded[:, :classes].argmax(1)
-            accuracy, confusion, curves = fitted.metrics[task]
-            accuracy.update(decoded, own, labels)
-            confusion.update(answer, expert)
-            risk = fitted.decoder.risk(task, decoded, classes)
-            curves.update(positions, risk, decoded[:, :classes], own[:, :classes], labels)
-            if len(fitted.metrics) == 1:
-                alone.append(answer)
+            if task in fitted.scores:
+                answer = fitted.update(task, seen[fitted.variant], labels, positions)
+                alone += [answer] if len(fitted.scores) == 1 else []
         if task in self.examples:
+            expert = answers.experts[task][:, : self.class_counts[task]].argmax(1)
             self.examples[task].update(inputs, positions, expert, labels, torch.stack(alone, 1))
 
     def alone(self, task: int) -> list[tuple[Variant, str]]:
         """Return the variant and decoder of each decoded answer in `kept`, in order."""
-        alone = [fitted for fitted in self.fitted if list(fitted.metrics) == [task]]
+        alone = [fitted for fitted in self.fitted if list(fitted.scores) == [task]]
         return [(self.variants[fitted.variant], fitted.decoder.config.name) for fitted in alone]
 
     def on_test_epoch_end(self) -> None:
@@ -211,10 +185,6 @@ class DecodingEvaluator(LightningModule):
                 metric.to(self.device)
         self.kept = {self.tasks[task]: examples.kept() for task, examples in self.examples.items()}
         residuals = {index: [float(each.compute()) for each in metrics] for index, metrics in self.residuals.items()}
-        groups: dict[tuple[int, DecoderConfig], list[Decoder]] = {}
-        for fitted in self.fitted:
-            groups.setdefault((fitted.variant, fitted.decoder.config), []).append(fitted.decoder)
-        kept = {group: kept_bytes(decoders) for group, decoders in groups.items()}
         self.outcomes = [
             Outcome(
                 variant=self.variants[fitted.variant],
@@ -224,22 +194,16 @@ class DecodingEvaluator(LightningModule):
                 residual=residuals[fitted.variant][expert] if fitted.variant in residuals else math.nan,
                 decoder_seconds=fitted.seconds,
                 decoder_passes=fitted.passes,
-                confusion=confusion.compute().cpu().numpy().astype(np.int64),
-                risk=tuple(points),
-                samples=samples.numpy(),
                 promise=fitted.decoder.promises.get(expert),
-                **self.variants[fitted.variant].costs(
-                    fitted.decoder.config, kept[fitted.variant, fitted.decoder.config], len(fitted.decoder.erased)
-                ),
-                **{name: float(value) for name, value in accuracy.compute().items()},
+                **scores.results(),
+                **fitted.costs(self.variants[fitted.variant], self.fitted),
             )
             for fitted in self.fitted
-            for expert, (accuracy, confusion, curves) in fitted.metrics.items()
-            for points, samples in [curves.compute()]
+            for expert, scores in fitted.scores.items()
         ]
         self.outcomes += [spare.outcome(self.tasks[spare.task]) for spare in self.spares]
 
-    def _fit_decoders(self, answers: Answers, share: float) -> list[_FittedDecoder]:
+    def _fit_decoders(self, answers: Answers, share: float) -> list[FittedDecoder]:
         """Fit a decoder for every variant and erasure; `share` is one network's seconds on the samples."""
         combinations = [
             (index, erased, config)
@@ -259,18 +223,14 @@ class DecodingEvaluator(LightningModule):
                 seconds = time.perf_counter() - started
                 passes = float(decoder.passes(len(variant.networks)))
                 seconds += share * passes / answers.num_samples
-            counts = {lost: self.class_counts[lost] for lost in erased}
-            metrics = {
-                lost: (DecodingAccuracy(count), MulticlassConfusionMatrix(count), RiskCurves(self._test_sizes[lost]))
-                for lost, count in counts.items()
-            }
-            fitted.append(_FittedDecoder(index, decoder, seconds, passes, metrics))
+            scores = {lost: Scores(self.class_counts[lost], self._test_sizes[lost]) for lost in erased}
+            fitted.append(FittedDecoder(decoder, scores, index, seconds, passes))
         return fitted
 
     @property
     def _metrics(self) -> list[Metric]:
         """All metrics. They are not submodules, so that they stay on the CPU."""
         residuals = [metric for metrics in self.residuals.values() for metric in metrics]
-        others = [metric for fitted in self.fitted for own in fitted.metrics.values() for metric in own]
-        spares = [metric for spare in self.spares for metric in (spare.accuracy, spare.confusion)]
-        return [*residuals, *others, *spares, *self.examples.values()]
+        scores = [each for fitted in self.fitted for each in fitted.scores.values()]
+        scores += [spare.scores for spare in self.spares]
+        return [*residuals, *(metric for each in scores for metric in each.metrics), *self.examples.values()]

@@ -14,8 +14,10 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 from torchmetrics.classification import MulticlassAccuracy
 
+from coin.core.lightning import plain_options, plot_against_epochs
 from coin.errors import ConfigurationError
-from coin.modules.recipe import (
+from coin.networks import NetworkConfig, add_adapters, initial_network
+from coin.networks.recipe import (
     HEAD,
     OptimizerKind,
     Recipe,
@@ -25,8 +27,6 @@ from coin.modules.recipe import (
     trainable_names,
     without_head,
 )
-from coin.modules.shared import plain_options, plot_against_epochs
-from coin.networks import NetworkConfig, add_adapters, initial_network
 
 
 class Expert(LightningModule):
@@ -42,7 +42,7 @@ class Expert(LightningModule):
         initial_seed: The seed of the shared initialisation; equal for all experts of an experiment.
         seed: The seed of dropout and the like; the global generator's state depends on it and the epoch alone. None is
             0, or ``--seed_everything`` on the command line.
-        **recipe: The training options; see `coin.modules.recipe.Recipe`.
+        **recipe: The training options; see `coin.networks.recipe.Recipe`.
     """
 
     def __init__(

@@ -1,6 +1,5 @@
 """The evaluation of a coded system in memory."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,20 +10,20 @@ from torch import Tensor
 
 from coin.coding import (
     Answers,
-    Decoder,
     DecoderConfig,
     DecoderKind,
     ExpertHeadDecoder,
     FeatureCache,
     check_erasure,
     distinct_decoders,
-    kept_bytes,
     make_decoder,
 )
-from coin.coding.metrics import DecodingAccuracy, Residual
+from coin.coding.metrics import Residual
 from coin.core.batches import as_input
 from coin.errors import ConfigurationError, DataError
-from coin.modules.coded import Coded, heads_for, num_classes
+from coin.evaluation.scores import FittedDecoder, Scores
+from coin.evaluation.variants import Variant
+from coin.modules.coded import Coded, num_classes, with_heads
 from coin.statistics.guard import disable_tf32, eval_mode
 
 
@@ -91,70 +90,62 @@ def evaluate(
         )
     with eval_mode(system.experts):
         probe = None if first is None else as_input(first, system.coded[0])
-        heads = heads_for(configs, list(system.experts), probe, needed=decoders is not None)
-    configs = [config for config in configs if heads or config.kind is not DecoderKind.expert_head]
+        configs, heads = with_heads(configs, list(system.experts), probe, needed=decoders is not None)
     every = [make_decoder(config, system.code, erased, heads) for config in configs for erased in lost]
     if calibration is not None:
         answers, kept = Answers.concatenate(parts), FeatureCache()
         for decoder in every:
             decoder.fit(answers, kept)
-    measured = [
-        _measured(system, [decoder for decoder in every if task in decoder.erased], task, loader)
+    fitted = [FittedDecoder(decoder) for decoder in every]
+    residuals = [
+        _scored(system, [each for each in fitted if task in each.decoder.erased], task, loader)
         for task, loader in enumerate(loaders)
     ]
-    coded = sum(tensor.nbytes for network in system.coded for tensor in network.state_dict().values())
-    memory = {each: (coded + kept_bytes(own for own in every if own.config == each)) / 2**20 for each in configs}
+    nbytes = sum(tensor.nbytes for network in system.coded for tensor in network.state_dict().values())
     rows = system.code.num_coded
+    coded = Variant("coded", system.code, networks=tuple(range(rows)), memory=nbytes)
     return pd.DataFrame(
         {
             "decoder": decoder.config.name,
             "erased": "+".join(system.names[expert] for expert in decoder.erased),
             "task": system.names[task],
-            **measured[task][decoder],
+            **{name: float(value) for name, value in each.scores[task].accuracy.compute().items()},
+            "risk": float(each.scores[task].curves.compute()[1][:, 0].double().mean()),
+            "residual": residuals[task],
             "decoder_passes": decoder.passes(rows),
-            "memory_mib": memory[decoder.config],
-            "forwards": decoder.config.forwards(count, rows, len(decoder.erased)),
-            "losses": decoder.config.losses(count, rows),
+            **each.costs(coded, fitted),
         }
-        for decoder in every
+        for each, decoder in zip(fitted, every, strict=True)
         for task in decoder.erased
     )
 
 
-def _measured(
-    system: Coded, decoders: Sequence[Decoder], task: int, loader: Iterable[Any]
-) -> dict[Decoder, dict[str, float]]:
-    """Return the results of every decoder that decodes an expert, on that expert's task."""
-    accuracies: list[DecodingAccuracy] = []
-    risks, residual, seen, classes = dict.fromkeys(decoders, 0.0), Residual(), 0, 0
-    for batch in loader if decoders else ():
+def _scored(system: Coded, fitted: Sequence[FittedDecoder], task: int, loader: Iterable[Any]) -> float:
+    """Score every decoder that decodes an expert on that expert's task, and return the coded models' residual."""
+    residual, seen = Residual(), 0
+    for batch in loader if fitted else ():
         if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
             raise DataError(
                 f"found a test batch of type {type(batch).__name__}, expected pairs (inputs, labels) of a task's test "
                 "set"
             )
         inputs, labels = batch
-        answers = _answers(system, inputs, [decoder.config for decoder in decoders])
-        if not accuracies:
+        answers = _answers(system, inputs, [each.decoder.config for each in fitted])
+        if not seen:
             classes = num_classes(system.experts[task], inputs)
-            if any(isinstance(decoder, ExpertHeadDecoder) and decoder.moments is None for decoder in decoders):
+            if any(isinstance(each.decoder, ExpertHeadDecoder) and each.decoder.moments is None for each in fitted):
                 system.heads(inputs)  # no calibration input has told whether they are linear ones
-            accuracies = [DecodingAccuracy(classes) for _ in decoders]
+            for each in fitted:
+                each.scores[task] = Scores(classes)
+        positions = torch.arange(seen, seen + len(labels))
         seen += len(labels)
         with torch.autocast("cpu", enabled=False), disable_tf32():
             residual.update(answers.coded.flatten(0, 1), system.code.encode(answers.experts).flatten(0, 1))
-            for decoder, accuracy in zip(decoders, accuracies, strict=True):
-                decoded = decoder.decode(answers)[decoder.erased.index(task)]
-                accuracy.update(decoded, answers.experts[task], labels.cpu())
-                known = decoder.moments is not None
-                risks[decoder] += float(decoder.risk(task, decoded, classes).sum()) if known else math.nan
-    if decoders and not seen:
+            for each in fitted:
+                each.update(task, answers, labels.cpu(), positions)
+    if fitted and not seen:
         raise DataError(f"found no test batches of task '{system.names[task]}', expected at least one")
-    return {
-        decoder: {name: float(value) for name, value in accuracy.compute().items()}
-        | {"risk": risks[decoder] / seen, "residual": float(residual.compute())}
-        for decoder, accuracy in zip(decoders, accuracies, strict=True)
-    }
+    return float(residual.compute())
 
 
 def _answers(system: Coded, inputs: Any, configs: Sequence[DecoderConfig]) -> Answers:

@@ -18,7 +18,7 @@ from coin.errors import ConfigurationError, FileError, first_line
 from coin.files.atomic import sha256_of
 from coin.files.packaged import extra_module, packaged_file
 from coin.networks.heads import head_name, replace_head
-from coin.networks.sources import Source
+from coin.networks.sources import NetworkSource
 
 PACKAGED = {
     "IMAGENET1K_LITE0": (
@@ -33,7 +33,7 @@ PACKAGED = {
 _CACHE = "fill the cache of huggingface_hub (HF_HOME)"
 
 
-class Timm(Source):
+class Timm(NetworkSource):
     """``timm/NAME``: a classifier of timm.
 
     Weights are timm's tags (``a1_in1k``), ``default`` for the tag that timm prefers, or those of `PACKAGED`. Inputs are
@@ -108,7 +108,7 @@ class Timm(Source):
             tensor.copy_(other)
 
 
-class HuggingFace(Source):
+class HuggingFace(NetworkSource):
     """``hf/FOLDER_OR_ID``: what `AutoModelForImageClassification` or `AutoModelForSequenceClassification` makes of it.
 
     Weights are ``pretrained`` or none. Options replace entries of the configuration. Texts are attended to where their

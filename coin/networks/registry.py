@@ -12,7 +12,7 @@ from coin.core.batches import channels_last
 from coin.errors import ConfigurationError
 from coin.networks.heads import head_name
 from coin.networks.hub import HuggingFace, Timm
-from coin.networks.sources import ImportPath, Own, Source, Torchvision
+from coin.networks.sources import ImportPath, NetworkSource, Own, Torchvision
 from coin.networks.weights import fill_network, read_weights, with_own_head
 
 _FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
@@ -67,9 +67,9 @@ class NetworkConfig:
         return Path(self.weights)
 
     @property
-    def source(self) -> Source:
+    def source(self) -> NetworkSource:
         """The network of its family, which builds it."""
-        kind: type[Source] = Torchvision
+        kind: type[NetworkSource] = Torchvision
         if self.name.startswith("timm/"):
             kind = Timm
         elif self.name.startswith("hf/"):

@@ -18,7 +18,7 @@ from coin.networks.text_encoder import PRETRAINED, MiniLM, load_pretrained
 
 
 @dataclass(frozen=True)
-class Source(ABC):
+class NetworkSource(ABC):
     """A network of one family; the fields are `NetworkConfig`'s, but for weights from a file, which are none here."""
 
     name: str
@@ -96,7 +96,7 @@ class Source(ABC):
         return self.construct(downloaded)
 
 
-class Own(Source):
+class Own(NetworkSource):
     """The small networks for tests and quick runs, and an encoder of texts."""
 
     kinds: ClassVar[dict[str, type[nn.Module]]] = {"small_resnet": SmallResNet, "small_vit": SmallViT, "minilm": MiniLM}
@@ -125,7 +125,7 @@ class Own(Source):
         return network
 
 
-class Torchvision(Source):
+class Torchvision(NetworkSource):
     """The classification architectures of torchvision."""
 
     # These return their auxiliary logits beside the main ones while training, unless they are built without; and with
@@ -168,7 +168,7 @@ class Torchvision(Source):
         return network
 
 
-class ImportPath(Source):
+class ImportPath(NetworkSource):
     """A class of the user's, by its import path; ``coin`` looks in the working folder too.
 
     It is constructed with ``num_classes`` and the options, and reads images unless it has an attribute ``reads``.

@@ -75,9 +75,7 @@ def _plain(value: Any, made: Callable[[Any, dict[str, Any]], Any]) -> Any:
 
 def _given(value: "TaskData | Method") -> dict[str, Any]:
     """Return the constructor's arguments, including those of base classes."""
-    from lightning.pytorch import LightningModule
-
-    kept = dict(value.hparams) if isinstance(value, LightningModule) else vars(value)
+    kept = getattr(value, "recorded_options", vars(value))
     options = {}
     for kind in type(value).__mro__:
         if "__init__" not in vars(kind):

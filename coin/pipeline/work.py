@@ -14,7 +14,7 @@ from coin.pipeline.step import Context, Measures
 from coin.pipeline.steps.code import write_choice
 from coin.pipeline.steps.distill import Training
 from coin.pipeline.steps.merge import make_coded_models
-from coin.pipeline.steps.statistics import estimate_statistic
+from coin.pipeline.steps.statistics import estimate_over_tasks
 from coin.pipeline.steps.trainer import make_trainer
 from coin.reporting.results import read_results, requested_policy
 from coin.reporting.summary import summarise, variant_names
@@ -31,7 +31,7 @@ def choose_code(context: Context, files: SeedFiles) -> None:
 def estimate(context: Context, files: SeedFiles, which: Statistic, task: str) -> Measures:
     """Compute one statistic of one task's expert, and return its costs."""
     calibration = files.experiment.calibration
-    costs = estimate_statistic(
+    costs = estimate_over_tasks(
         make_trainer(files.folder, context.trainer),
         load_network(files.layout.expert(task)).network,
         files.data(files.tasks if which.data is DataChoice.pooled else {task: files.tasks[task]}),

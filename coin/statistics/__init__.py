@@ -1,8 +1,8 @@
 """Passes over calibration data that return named tensors: Fisher diagonals, Gram matrices, matrix-free products."""
 
-from coin.statistics.cotangents import FisherKind, process_generator
+from coin.statistics.cotangents import FisherKind
 from coin.statistics.files import load_statistic, save_statistic
-from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass, Precision, fisher_diagonal, fisher_sums
+from coin.statistics.fisher import DEFAULT_MEMORY_MIB, Precision, fisher_diagonal, fisher_sums
 from coin.statistics.gram import gram_sums
 from coin.statistics.products import OutputMap
 from coin.statistics.sums import TRANSPOSED, Sums, check_shares, reduce_sums, shard
@@ -11,7 +11,6 @@ __all__ = [
     "DEFAULT_MEMORY_MIB",
     "TRANSPOSED",
     "FisherKind",
-    "FisherPass",
     "OutputMap",
     "Precision",
     "Sums",
@@ -20,7 +19,6 @@ __all__ = [
     "fisher_sums",
     "gram_sums",
     "load_statistic",
-    "process_generator",
     "reduce_sums",
     "save_statistic",
     "shard",

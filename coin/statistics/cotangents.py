@@ -51,18 +51,6 @@ def renamed_mc_samples(mc_samples: int | None, cotangents: int | None) -> int | 
     return cotangents if mc_samples is None else mc_samples
 
 
-def process_generator(
-    kind: FisherKind, seed: int, rank: int, device: torch.device | str = "cpu"
-) -> torch.Generator | None:
-    """Return Monte Carlo's source of randomness on one of several processes, None for the other kinds.
-
-    Wherever a Fisher is estimated, the callback or ``coin fisher``, the same seed and rank give the same numbers.
-    """
-    if kind is not FisherKind.monte_carlo:
-        return None
-    return torch.Generator(device).manual_seed(seed * 100_003 + rank)
-
-
 def make_cotangents(
     kind: FisherKind,
     logits: Tensor,

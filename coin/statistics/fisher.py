@@ -27,7 +27,7 @@ from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError, DataError
 from coin.statistics.cotangents import FisherKind, check_mc_samples, make_cotangents, renamed_mc_samples
 from coin.statistics.guard import differentiable, evaluating, paired, trainable
-from coin.statistics.memory import Layout, choose_cut
+from coin.statistics.memory import PassLayout, choose_cut
 from coin.statistics.sums import Sums, sum_type
 from coin.statistics.tape import Tape
 
@@ -138,7 +138,7 @@ class FisherPass:
         self._parameters = trainable(self.network)
         with torch.inference_mode(False):
             self._totals = {name: _accumulator(parameter) for name, parameter in self._parameters.items()}
-        self._layouts: dict[tuple[object, ...], Layout] = {}
+        self._layouts: dict[tuple[object, ...], PassLayout] = {}
         self.count, self._passes = 0, 0.0
 
     def add(self, batch: Any) -> None:
@@ -230,7 +230,7 @@ class FisherPass:
             self.kind, output.detach(), labels=labels, mc_samples=self.mc_samples, generator=self.generator
         )
 
-    def _find_layout(self, sample: Batch) -> Layout:
+    def _find_layout(self, sample: Batch) -> PassLayout:
         """Find, on two copies of a sample [1, …], the calls whose rules can be trusted with samples of this shape.
 
         If values decide what lies where, one sample says nothing about others: then every cut is looked at by itself.
@@ -243,7 +243,7 @@ class FisherPass:
                 pass
         return self._layout_of(two, last=False)
 
-    def _layout_of(self, two: Batch, *, last: bool) -> Layout:
+    def _layout_of(self, two: Batch, *, last: bool) -> PassLayout:
         """Return the layout found on two copies of a sample, in the order of memory that they are in."""
         tape = Tape(self._parameters, self._totals, None)
         output = tape.run(self.network, two)
@@ -262,7 +262,7 @@ class FisherPass:
         sizes = [call.inputs.numel() // 2 for call in tape.calls] or [
             sum(each.numel() for each in tensors_in(two)) // 2
         ]
-        return Layout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach(), last)
+        return PassLayout(None if tape.sorts else rows, sum(sizes), max(sizes), output[0].detach(), last)
 
     def _add_by_rules(self, tape: Tape, output: Tensor, rows: Tensor, chunk: int) -> set[str]:
         """Add what the rules answer for, `chunk` of the cotangents [V, b, C] at a time; return the other names."""

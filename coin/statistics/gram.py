@@ -58,48 +58,27 @@ def gram_sums(
         ConfigurationError: There are no parameters.
         DataError: A batch holds anything but tensors of as many samples.
     """
-    grams = GramPass(network, progress, forward)
-    for batch in batches:
-        grams.add(batch)
-    return grams.sums()
+    network, count = adapted(network, forward), 0
+    parameters, values = trainable(network), dict[str, Tensor]()
 
-
-class GramPass:
-    """Adds up `gram_sums` of a network over the batches it is given.
-
-    Attributes:
-        count: Samples so far.
-    """
-
-    def __init__(
-        self, network: nn.Module, progress: Callable[[int], None] | None = None, forward: Forward | None = None
-    ) -> None:
-        self.network, self.count = adapted(network, forward), 0
-        self._progress, self._parameters = progress, trainable(self.network)
-        self._values: dict[str, Tensor] = {}
-
-    def add(self, batch: Any) -> None:
-        """Add a batch [B, …]."""
-        inputs = as_input(batch, self.network)
-        with evaluating(self.network, gradients=False), Interceptor(self._parameters, self._visit):
-            self.network(inputs)
-        self.count += size_of(inputs)
-        if self._progress is not None:
-            self._progress(size_of(inputs))
-
-    def _visit(self, call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:
+    def visit(call: Call, names: dict[str, str], function: Callable[[], Tensor]) -> None:
         name = names.get("weight")
         if name is None or not isinstance(call, LinearCall) or call.inputs.numel() == 0:
             return
-        bias = call.bias is not None and call.bias is self._parameters.get(name.removesuffix("weight") + "bias")
+        bias = call.bias is not None and call.bias is parameters.get(name.removesuffix("weight") + "bias")
         for a in patches_of(call):
-            _add(self._values, name + TRANSPOSED if call.transposed else name, a, bias)
+            _add(values, name + TRANSPOSED if call.transposed else name, a, bias)
 
-    def sums(self) -> Sums:
-        """Return the sums, when all batches were added."""
-        matrices = [name for name, parameter in self._parameters.items() if parameter.ndim >= 2]
-        uncovered = (name for name in matrices if self._values.keys().isdisjoint((name, name + TRANSPOSED)))
-        return Sums(self._values, self.count, float(self.count), tuple(uncovered))
+    for batch in batches:
+        inputs = as_input(batch, network)
+        with evaluating(network, gradients=False), Interceptor(parameters, visit):
+            network(inputs)
+        count += size_of(inputs)
+        if progress is not None:
+            progress(size_of(inputs))
+    matrices = [name for name, parameter in parameters.items() if parameter.ndim >= 2]
+    uncovered = (name for name in matrices if values.keys().isdisjoint((name, name + TRANSPOSED)))
+    return Sums(values, count, float(count), tuple(uncovered))
 
 
 def patches_of(call: LinearCall) -> Iterable[Tensor]:

@@ -20,7 +20,7 @@ ResNets at 32×32, where smaller cuts read the weights too often."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class PassLayout:
     """What is known of a network before its samples of one shape are cut.
 
     Attributes:
@@ -46,7 +46,7 @@ class Layout:
         return channels_last(batch) if self.channels_last else batch
 
 
-def choose_cut(layout: Layout, cotangents: int, memory_mib: int, like: Tensor) -> tuple[int, int]:
+def choose_cut(layout: PassLayout, cotangents: int, memory_mib: int, like: Tensor) -> tuple[int, int]:
     """Choose how many samples b and cotangents v go through a pass together.
 
     The estimate for b samples and v of V cotangents is b·(activations kept) + b·v·(widest layer)·(tensors alive). All V

@@ -1,6 +1,6 @@
 """The statistics that a merge needs, and the options for computing them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -12,11 +12,11 @@ from coin.core.batches import Batch
 from coin.core.choices import check_integer, parse_enum
 from coin.errors import ConfigurationError
 from coin.files.tensors import State
-from coin.statistics.cotangents import FisherKind, check_mc_samples, process_generator
-from coin.statistics.fisher import DEFAULT_MEMORY_MIB, FisherPass, Precision, fisher_sums
-from coin.statistics.gram import GramPass, gram_sums
+from coin.statistics.cotangents import FisherKind, check_mc_samples
+from coin.statistics.fisher import DEFAULT_MEMORY_MIB, Precision, fisher_sums
+from coin.statistics.gram import gram_sums
 from coin.statistics.guard import trainable
-from coin.statistics.sums import TRANSPOSED, shard
+from coin.statistics.sums import TRANSPOSED, Sums, reduce_sums
 
 
 class StatisticKind(StrEnum):
@@ -110,32 +110,46 @@ class StatisticOptions:
         rounded = {} if self.precision is Precision.full else {"precision": str(self.precision)}
         return {"statistic": str(self.statistic), **own, **rounded}
 
-    def begin(
-        self,
-        network: nn.Module,
-        labels: Tensor | None = None,
-        *,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> FisherPass | GramPass:
-        """Return a pass to which process `rank` of `world` adds the batches of its share of the samples.
 
-        `labels` are the true classes [P] of all processes' samples, where they are needed, and `seed` is of Monte
-        Carlo's random cotangents.
-        """
-        if self.kind is None:
-            return GramPass(network)
-        return FisherPass(
-            network,
-            kind=self.kind,
-            labels=None if labels is None else labels[list(shard(len(labels), rank, world))].to(device),
-            mc_samples=self.mc_samples,
-            generator=process_generator(self.kind, seed, rank, device),
-            memory_mib=self.memory_mib,
-            precision=self.precision,
-        )
+def statistic_sums(
+    network: nn.Module,
+    batches: Iterable[Any],
+    options: StatisticOptions,
+    *,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Sums:
+    """Return the sums of a network's statistic over the samples of all processes, the same on each.
+
+    Args:
+        network: The network, on the device of the pass.
+        batches: The batches of this process's share of the samples.
+        options: Which statistic.
+        labels: The true classes of these samples, if ``options.needs_labels``.
+        seed: The seed of Monte Carlo's random cotangents.
+        rank: This process's rank, on which they depend too.
+        progress: Called with the number of samples that are done.
+    """
+    if options.kind is None:
+        return reduce_sums(gram_sums(network, batches, progress=progress))
+    generator = None
+    if options.kind is FisherKind.monte_carlo:
+        device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+        generator = torch.Generator(device).manual_seed(seed * 100_003 + rank)
+    own = fisher_sums(
+        network,
+        batches,
+        kind=options.kind,
+        labels=labels,
+        mc_samples=options.mc_samples,
+        generator=generator,
+        memory_mib=options.memory_mib,
+        precision=options.precision,
+        progress=progress,
+    )
+    return reduce_sums(own)
 
 
 Given = Sequence[State] | Mapping[str, Sequence[State]]
@@ -165,13 +179,11 @@ def compute_statistic(
     """
     if kind is FisherKind.empirical:
         raise ConfigurationError("found no labels for the empirical Fisher; compute it and give it as fishers")
+    options = StatisticOptions(StatisticKind.gram if kind is None else StatisticKind.fisher, kind)
     means, passes, trained = [], 0.0, []
     for network, batches in zip(networks, samples, strict=True):
         trained.append(set(trainable(network)))
-        if kind is None:
-            sums = gram_sums(network, batches)
-        else:
-            sums = fisher_sums(network, batches, kind=kind, generator=process_generator(kind, seed=0, rank=0))
+        sums = statistic_sums(network, batches, options)
         means.append(sums.mean())
         passes += sums.passes
     shared = set.intersection(*trained)

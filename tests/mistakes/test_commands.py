@@ -81,6 +81,7 @@ def test_a_typo_is_named(case: str, config: Path, capsys: pytest.CaptureFixture[
 
 MISTAKES = {
     "a command": (["rnu"], "found command 'rnu' (did you mean run?), expected one of run, fit,"),
+    "a method for a model": (["fit", "--model=Distillation", "--data=Digits"], "(did you mean DistillationModule?)"),
     "a task's class": (
         ["fit", "--data.class_path=Mnist5k"],
         "Parser key \"data\": found class 'Mnist5k' (did you mean MNIST5k?)",

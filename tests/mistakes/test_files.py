@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from coin.errors import CoinError, FileError
+from coin.evaluation.variants import read_coded
 from coin.files.tensors import fingerprint
 from coin.files.yaml import read_yaml
-from coin.modules.variants import read_coded
 from coin.networks import load_network, read_weights
 from coin.reporting.results import (
     COLUMNS,

@@ -11,6 +11,7 @@ from torch import nn
 import coin
 from coin.errors import ConfigurationError, NumericalError
 from coin.merging import Experts
+from coin.modules import DistillationModule
 
 CODE = coin.Code([[0.4, 0.6]])
 FAST = {"lr": 1e-2, "steps": 40, "batch_size": 8}
@@ -129,9 +130,9 @@ def test_the_learning_rate_is_chosen_on_held_out_samples_and_all_runs_count():
 
 def test_experts_answer_once_to_the_samples_of_all_trials_and_once_more_to_all(monkeypatch):
     asked, starts = [], []
-    answer, begin = coin.Distillation.expert_outputs, coin.Distillation._begin
-    monkeypatch.setattr(coin.Distillation, "expert_outputs", lambda self, x: asked.append(len(x)) or answer(self, x))
-    monkeypatch.setattr(coin.Distillation, "_begin", lambda self: starts.append(self.begun is None) or begin(self))
+    answer, begin = DistillationModule.expert_outputs, DistillationModule._begin
+    monkeypatch.setattr(DistillationModule, "expert_outputs", lambda self, x: asked.append(len(x)) or answer(self, x))
+    monkeypatch.setattr(DistillationModule, "_begin", lambda self: starts.append(self.begun is None) or begin(self))
     experts = Experts(make(), calibration=calibration())
     method = coin.Distillation(learning_rates=[1e-3, 1e-2], steps=4, batch_size=64)
     made = method.make(experts, [0.4, 0.6])
@@ -174,6 +175,6 @@ def test_what_memory_does_not_allow_is_told():
 
 
 def test_a_default_of_files_stays_what_it_was():
-    assert coin.Distillation().hparams["augmentation"] == "shift"
+    assert coin.Distillation().recorded_options["augmentation"] == "shift"
     assert coin.Distillation().augmentation == "shift"
     assert coin.ReadoutDistillation(augmentation="none").augmentation == "none"

@@ -4,13 +4,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from coin.distillation import Distillation
 from coin.errors import ConfigurationError, HeadError, StateError
 from coin.merging import Experts, Refit, average, held_out
-from coin.modules import Distillation
+from coin.modules import DistillationModule
 from coin.networks import NetworkConfig, build_network, load_network, pad_head, pad_logits, save_network
 
 ROW = [0.25, 0.75]
 PLAIN = {"start": "average", "augmentation": "none", "schedule": "constant"}
+
+
+def module_of(experts, row=ROW, **options):
+    return Distillation(**options).module(row, experts)
 
 
 def loss_of(module, inputs):
@@ -22,7 +27,7 @@ def loss_of(module, inputs):
 
 def begun(experts, data, make_trainer, **options):
     """A module before its first step, which moves nothing."""
-    module = Distillation(experts, ROW, lr=1e-12, steps=1, **options)
+    module = module_of(experts, lr=1e-12, steps=1, **options)
     make_trainer(max_steps=1, max_epochs=-1).fit(module, datamodule=data)
     return module
 
@@ -38,7 +43,7 @@ def test_the_student_starts_from_the_weighted_average_or_that_with_its_head_fitt
 
 
 def test_the_target_is_the_weighted_sum_of_padded_logits(experts):
-    module = Distillation(experts, ROW)
+    module = module_of(experts)
     module.configure_model()
     inputs = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     first, second = (load_network(Path(path)).network(inputs) for path in experts)
@@ -51,7 +56,7 @@ def test_training_lowers_the_loss_and_moves_nothing_but_the_students_parameters(
     start, data = begun(experts, tasks(), make_trainer, **PLAIN), tasks()
     buffers = {name: buffer.clone() for name, buffer in start.student.named_buffers()}
     parameters = [parameter.detach().clone() for parameter in start.student.parameters()]
-    module = Distillation(experts, ROW, lr=3e-3, **PLAIN)
+    module = module_of(experts, lr=3e-3, **PLAIN)
     module.configure_model()
     teachers = [tensor.clone() for tensor in module.teachers.state_dict().values()]
     data.setup()
@@ -82,7 +87,7 @@ def test_where_the_head_cannot_be_fitted_it_starts_from_the_average(experts, tas
 
 def test_it_goes_on_from_a_refit_whose_options_a_checkpoint_keeps(experts, tasks, make_trainer, tmp_path):
     start = {"class_path": "Refit", "init_args": {"target": "own"}}
-    module, data = Distillation(experts, ROW, lr=1e-12, steps=1, start=start), tasks()
+    module, data = module_of(experts, lr=1e-12, steps=1, start=start), tasks()
     trainer = make_trainer(max_steps=1, max_epochs=-1)
     trainer.fit(module, datamodule=data)
     samples = data.training_calibration()
@@ -93,7 +98,7 @@ def test_it_goes_on_from_a_refit_whose_options_a_checkpoint_keeps(experts, tasks
     assert module.chosen["start"] == start
     assert module.chosen["target"] == "own"
     trainer.save_checkpoint(tmp_path / "kept.ckpt")
-    again = Distillation.load_from_checkpoint(tmp_path / "kept.ckpt", weights_only=True)
+    again = DistillationModule.load_from_checkpoint(tmp_path / "kept.ckpt", weights_only=True)
     assert again.hparams["start"] == start
     assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in again.state_dict().items())
 
@@ -111,21 +116,21 @@ def test_passes_count_forward_equivalents(experts, tasks, make_trainer, recalibr
     residuals = iter([1.0, 0.5] * 3 if recalibrated else [0.5, 1.0] * 3)
     real = held_out.held_out_error
     monkeypatch.setattr(held_out, "held_out_error", lambda *found: (real(*found), next(residuals))[1])
-    module = Distillation(experts, ROW, lr=1e-3, **PLAIN)
+    module = module_of(experts, lr=1e-3, **PLAIN)
     make_trainer(max_epochs=3).fit(module, datamodule=tasks())
     assert module.passes == start_passes(40, 8, head_fit=False) + 40 * recalibrated + 40 * 2 + 3 * (3 * 40)
     assert module.losses == []
-    module = Distillation(experts, ROW, lr=1e-3, **PLAIN)
+    module = module_of(experts, lr=1e-3, **PLAIN)
     make_trainer(max_epochs=3).fit(module, datamodule=tasks(held_out=0.2))
     start = start_passes(32, 6, head_fit=False) + 32 * recalibrated
     assert module.passes == start + 32 * 2 + 3 * (3 * 32) + 3 * 8 + 8 * 2
-    module = Distillation(experts, ROW, lr=1e-3, steps=7)
+    module = module_of(experts, lr=1e-3, steps=7)
     make_trainer(max_steps=7, max_epochs=-1).fit(module, datamodule=tasks())
     assert module.passes == start_passes(40, 8, head_fit=True) + 40 * recalibrated + 7 * 8 * (3 + 2)
 
 
 def test_the_held_out_loss_is_of_samples_that_training_leaves_out(experts, tasks, make_trainer):
-    module, data = Distillation(experts, ROW, lr=1e-3), tasks(held_out=0.2)
+    module, data = module_of(experts, lr=1e-3), tasks(held_out=0.2)
     make_trainer(max_epochs=2).fit(module, datamodule=data)
     held_out = data.calibration().split(0.2)[1]
     assert len(module.losses) == 2
@@ -135,7 +140,7 @@ def test_the_held_out_loss_is_of_samples_that_training_leaves_out(experts, tasks
 def test_the_same_run_gives_the_same_student(experts, tasks, make_trainer):
     def student(state):
         torch.manual_seed(state)
-        module = Distillation(experts, ROW, lr=1e-3)
+        module = module_of(experts, lr=1e-3)
         make_trainer(max_epochs=2).fit(module, datamodule=tasks())
         return module.student.state_dict()
 
@@ -146,6 +151,7 @@ def test_the_same_run_gives_the_same_student(experts, tasks, make_trainer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"code_row": ROW}, r"found experts=None and code_row=\[0.25, 0.75\], expected none"),
         ({"lr": 0.0}, "found lr=0.0, expected a number above 0"),
         ({"lr": float("nan")}, "found lr=nan, expected a number above 0"),
         ({"samples_per_task": 0}, "found samples_per_task=0, expected a whole number of at least 1"),
@@ -166,17 +172,15 @@ def test_bad_options_are_refused_at_construction(options, message):
 
 
 def test_what_is_missing_is_named(experts, tasks, synthetic, make_trainer):
-    with pytest.raises(ConfigurationError, match="found no lr; give one"):
-        make_trainer(max_epochs=1).fit(Distillation(experts, ROW), datamodule=tasks())
-    with pytest.raises(ConfigurationError, match="found 0 experts and code_row=None"):
-        Distillation(lr=1e-3).configure_model()
+    with pytest.raises(ConfigurationError, match=r"found 0 experts and code_row=\[0.25, 0.75\]"):
+        module_of([]).configure_model()
     with pytest.raises(ConfigurationError, match=r"found 2 experts and code_row=\[1.0\]"):
-        Distillation(experts, [1.0], lr=1e-3).configure_model()
+        module_of(experts, [1.0]).configure_model()
     for row in ([0.7, 0.7], [1.5, -0.5], [float("nan"), 1.0]):
         with pytest.raises(ConfigurationError, match=r"weights for 2 experts, \[.*non-negative numbers that sum to 1"):
-            Distillation(experts, row, lr=1e-3).configure_model()
+            module_of(experts, row).configure_model()
     with pytest.raises(ConfigurationError, match="found data of Synthetic, expected Tasks"):
-        make_trainer(max_epochs=1).fit(Distillation(experts, ROW, lr=1e-3), datamodule=synthetic())
+        make_trainer(max_epochs=1).fit(module_of(experts, lr=1e-3), datamodule=synthetic())
 
 
 def test_experts_of_two_architectures_are_refused(tmp_path, experts, tasks, make_trainer):
@@ -195,9 +199,9 @@ def test_the_label_names_a_variant():
 
 
 def test_train_mode_never_reaches_the_networks(experts):
-    module = Distillation(experts, ROW)
+    module = module_of(experts)
     module.configure_model()
     module.train()
     assert module.training
     assert not any(inner.training for network in [module.student, *module.teachers] for inner in network.modules())
-    assert Distillation(experts, ROW).train().training
+    assert module_of(experts).train().training

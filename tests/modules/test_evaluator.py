@@ -13,8 +13,8 @@ from coin.coding import Answers, Code, make_decoder
 from coin.data import to_input
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, FileError
+from coin.evaluation.examples import ExampleSamples
 from coin.modules import DecodingEvaluator
-from coin.modules.examples import ExampleSamples
 from coin.networks import features_and_logits, load_network, pad_logits, save_network
 from coin.pipeline.steps.evaluate import record_evaluation
 from coin.reporting import read_configuration

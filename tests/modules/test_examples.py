@@ -7,8 +7,8 @@ import torch
 
 from coin.coding import Code, make_decoder
 from coin.data import to_input
+from coin.evaluation.examples import ExampleSamples
 from coin.modules import DecodingEvaluator
-from coin.modules.examples import ExampleSamples
 from coin.networks import load_network, pad_logits
 
 CLASSES = (3, 2)

@@ -13,8 +13,8 @@ from coin.callbacks import ExpertExport, FisherEstimator
 from coin.errors import ConfigurationError, FileError
 from coin.files.tensors import fingerprint
 from coin.modules import Expert
-from coin.modules.recipe import squared_distance, trainable_names
 from coin.networks import NetworkConfig, build_network, load_network
+from coin.networks.recipe import squared_distance, trainable_names
 from coin.statistics import fisher_diagonal
 from coin.statistics.files import open_statistic
 

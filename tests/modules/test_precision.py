@@ -6,8 +6,9 @@ from torch import nn
 
 from coin.callbacks import ExpertExport, FisherEstimator
 from coin.coding import DecoderKind
+from coin.distillation import Distillation, ReadoutDistillation
 from coin.errors import ConfigurationError
-from coin.modules import DecodingEvaluator, Distillation, Expert, ReadoutDistillation
+from coin.modules import DecodingEvaluator, Expert
 from coin.networks import load_network
 from coin.statistics.files import open_statistic
 
@@ -68,7 +69,7 @@ def test_decoding_is_in_full_precision_whatever_products_are(
 
 @pytest.mark.parametrize("method", [Distillation, ReadoutDistillation])
 def test_distillation_in_bf16_has_losses_in_full(make_trainer, experts, tasks, method):
-    module = method(experts, [0.5, 0.5], lr=1e-3, steps=4, batch_size=8)
+    module = method(lr=1e-3, steps=4, batch_size=8).module([0.5, 0.5], experts)
     trainer = make_trainer(precision="bf16-mixed", max_steps=4, max_epochs=-1)
     trainer.fit(module, datamodule=tasks())
     loss = trainer.callback_metrics["train/loss"]

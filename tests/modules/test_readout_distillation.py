@@ -8,15 +8,15 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from coin.coding import fit_ridge
 from coin.data import Augmentation
+from coin.distillation import Distillation, ReadoutDistillation
 from coin.errors import ConfigurationError
-from coin.modules import Distillation, ReadoutDistillation
 from coin.networks import features_and_logits, load_network
 
 ROW = [0.25, 0.75]
 
 
 def trained(experts, data, make_trainer, kind=ReadoutDistillation, **options):
-    module = kind(experts, ROW, **options)
+    module = kind(**options).module(ROW, experts)
     make_trainer(max_steps=module.hparams["steps"], max_epochs=-1).fit(module, datamodule=data)
     return module
 
@@ -36,7 +36,7 @@ def readout_error(module, data):
 
 
 def test_the_first_readouts_are_the_experts_heads(experts):
-    module = ReadoutDistillation(experts, ROW)
+    module = ReadoutDistillation().module(ROW, experts)
     module.configure_model()
     second = load_network(Path(experts[1])).network
     assert torch.equal(module.readouts[1].weight[:2], second.fc.weight)
@@ -45,7 +45,7 @@ def test_the_first_readouts_are_the_experts_heads(experts):
 
 
 def test_the_loss_of_a_step_is_coding_plus_weighted_readout(experts, tasks, make_trainer):
-    module = ReadoutDistillation(experts, ROW, steps=1, batch_size=8, augmentation="none", readout_weight=0.3)
+    module = ReadoutDistillation(steps=1, batch_size=8, augmentation="none", readout_weight=0.3).module(ROW, experts)
     losses = []
     step = module.training_step
     module.training_step = lambda batch, batch_idx: losses.append((batch, step(batch, batch_idx))) or losses[-1][1]
@@ -118,7 +118,7 @@ def test_a_run_killed_and_resumed_equals_an_undisturbed_one(
     """Five steps an epoch: both are an epoch's first; a training goes on from whole epochs."""
 
     def run(callbacks=(), ckpt_path=None):
-        module = kind(experts, ROW, steps=12, lr=1e-3, batch_size=8, augmentation=augmentation)
+        module = kind(steps=12, lr=1e-3, batch_size=8, augmentation=augmentation).module(ROW, experts)
         trainer = make_trainer(max_steps=12, max_epochs=-1, callbacks=list(callbacks))
         trainer.fit(module, datamodule=tasks(), ckpt_path=ckpt_path)
         return module
@@ -134,7 +134,7 @@ def test_a_run_killed_and_resumed_equals_an_undisturbed_one(
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 10, 11, 100])
 def test_the_learning_rate_rises_and_falls_over_any_number_of_steps(experts, tasks, steps):
-    module = ReadoutDistillation(experts, ROW, lr=1.0, steps=steps)
+    module = ReadoutDistillation(lr=1.0, steps=steps).module(ROW, experts)
     module.configure_model()
     options = module.configure_optimizers()
     optimizer, schedule = options["optimizer"], options["lr_scheduler"]["scheduler"]
@@ -164,7 +164,7 @@ def test_the_learning_rate_rises_and_falls_over_any_number_of_steps(experts, tas
 
 
 def test_the_readout_loss_is_taken_in_full_precision(experts, tasks, make_trainer, monkeypatch):
-    module = ReadoutDistillation(experts, ROW, steps=1, batch_size=8)
+    module = ReadoutDistillation(steps=1, batch_size=8).module(ROW, experts)
     losses = {}
     log = module.log
     monkeypatch.setattr(module, "log", lambda name, value, **options: losses.update({name: value}) or log(name, value))

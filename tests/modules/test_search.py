@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from coin.modules.search import TRIALS, search_curves, search_grid
+from coin.distillation.search import TRIALS, search_curves, search_grid
 
 GIVEN = [[3e-4, 1e-3, 3e-3], [1e-3], [1e-3, 1e-2]]
 

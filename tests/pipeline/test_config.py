@@ -12,7 +12,7 @@ from coin.callbacks import Weights
 from coin.data import Augmentation, Digits
 from coin.errors import ConfigurationError
 from coin.merging import Coin
-from coin.modules import OptimizerKind, Schedule
+from coin.networks.recipe import OptimizerKind, Schedule
 from coin.pipeline import Experiment
 from coin.pipeline.config import BaseConfig, CalibrationConfig, ExpertConfig, WandbConfig
 from coin.pipeline.options import to_config

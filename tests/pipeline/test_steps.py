@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from coin.data import Digits, ImageFolder, TextFile
+from coin.distillation import Distillation
 from coin.errors import ConfigurationError
 from coin.merging import Average, Coin
-from coin.modules import Distillation
 from coin.pipeline.config import CalibrationConfig, ExpertConfig
 from coin.pipeline.options import config_dict
 from coin.pipeline.records import Status, alone, record_step, status_of, step_key

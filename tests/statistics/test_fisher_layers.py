@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coin.errors import ConfigurationError, DataError, StateError
-from coin.statistics import FisherPass, Precision, fisher_diagonal
+from coin.statistics import Precision, fisher_diagonal
+from coin.statistics.fisher import FisherPass
 from coin.statistics.rules import convolution, elementwise, linear
 
 CLASSES = 3

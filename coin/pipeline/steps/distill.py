@@ -10,14 +10,13 @@ from lightning.pytorch.loggers import Logger
 
 from coin.data.tasks import Tasks
 from coin.merging import Experts
-from coin.modules.training import Training as AnyTraining
 from coin.networks.experts import ExpertFiles
 from coin.pipeline.steps.trainer import make_trainer
 
 
 @dataclass
-class Training(AnyTraining):
-    """Trains coded models, for the methods that train.
+class Training:
+    """Trains coded models, for the methods that train; in place of `coin.distillation.training.MemoryTraining`.
 
     Args:
         tasks: The tasks with P calibration samples each.

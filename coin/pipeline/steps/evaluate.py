@@ -10,7 +10,8 @@ import pandas as pd
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from coin.data.tasks import Tasks
-from coin.modules import DecodingEvaluator, Outcome
+from coin.evaluation.variants import Outcome
+from coin.modules import DecodingEvaluator
 from coin.reporting.extras import (
     PROMISE_COLUMNS,
     RISK_COLUMNS,

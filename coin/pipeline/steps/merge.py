@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import coin.distillation  # noqa: F401 (its methods, which files name by their classes)
 from coin.core.processes import is_rank_zero
 from coin.data import TaskData
 from coin.data.tasks import Tasks, task_with

@@ -19,8 +19,9 @@ from coin.data.tasks import task_with
 from coin.errors import FileError
 from coin.files.atomic import write_text
 from coin.files.checkpoints import check_training_checkpoint
-from coin.modules import Expert, Recipe
+from coin.modules import Expert
 from coin.networks import NetworkConfig, import_checkpoint, initial_network, save_network
+from coin.networks.recipe import Recipe
 from coin.pipeline.step import Context
 from coin.pipeline.steps.trainer import make_trainer
 
@@ -29,7 +30,7 @@ from coin.pipeline.steps.trainer import make_trainer
 class TrainingConfig(Recipe):
     """How a network is trained; tuned values are in the YAML files.
 
-    The options of `coin.modules.Recipe` are those of ``coin fit`` as well.
+    The options of `coin.networks.recipe.Recipe` are those of ``coin fit`` as well.
 
     Args:
         epochs: Passes over the training split.

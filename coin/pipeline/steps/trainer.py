@@ -17,14 +17,15 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from torch import nn
 
 from coin.callbacks import RunProgress
+from coin.core.lightning import silence_lightning
 from coin.data import TaskData
 from coin.data.tasks import Tasks
 from coin.errors import ConfigurationError, first_line
-from coin.modules import DecodingEvaluator, Expert, Outcome
-from coin.modules.shared import silence_lightning
+from coin.evaluation.variants import Outcome
+from coin.modules import DecodingEvaluator, Expert
 from coin.networks import NetworkConfig, fill_network, load_network, read_weights, unwrap
 from coin.pipeline.steps.evaluate import record_evaluation
-from coin.pipeline.steps.statistics import estimate_statistic
+from coin.pipeline.steps.statistics import estimate_over_tasks
 from coin.reporting.wandb_settings import check_connection, logger_mode
 from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision
 from coin.statistics.cotangents import renamed_mc_samples
@@ -153,7 +154,7 @@ class Trainer(pl.Trainer):
         folder = Path(self.default_root_dir) if ckpt_path is None else Path(ckpt_path).parent
         path = Path(output) if output is not None else folder / f"expert.{options.statistic}.safetensors"
         data = "own" if isinstance(datamodule, TaskData) else "pooled"
-        estimate_statistic(self, network, tasks, options, path, data=data)
+        estimate_over_tasks(self, network, tasks, options, path, data=data)
 
     def evaluate(
         self,

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 
+from coin.core.processes import is_rank_zero
 from coin.data import Digits
 from coin.data.tasks import Tasks
 from coin.modules import DecodingEvaluator
 from coin.networks import load_network
-from coin.pipeline.steps.statistics import statistic_sums
+from coin.pipeline.steps.statistics import estimate_over_tasks
 from coin.pipeline.steps.trainer import Trainer
+from coin.statistics.files import open_statistic
 from coin.statistics.statistic import StatisticOptions
 
 
@@ -48,8 +50,11 @@ def measure(folder: Path, devices: int) -> None:
     network = load_network(Path(paths["experts"]["task0"])).network.double()
     fishers = {}
     for kind in ("exact", "empirical"):
-        sums, _ = statistic_sums(trainer(), network, tasks, StatisticOptions(kind=kind))
-        fishers[kind] = {"values": dict(sums.values), "count": sums.count, "passes": sums.passes}
+        path = folder / f"{kind}.safetensors"
+        estimate_over_tasks(trainer(), network, tasks, StatisticOptions(kind=kind), path)
+        if is_rank_zero():
+            found = open_statistic(path, statistic="fisher")
+            fishers[kind] = {"values": dict(found.values), "count": found.samples, "passes": found.passes}
     run = trainer()
     outcomes = run.evaluate(DecodingEvaluator(paths["experts"], paths["coded"]), tasks, name="processes")
     if run.is_global_zero:

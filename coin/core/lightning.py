@@ -1,4 +1,4 @@
-"""Shared Lightning set-up of the modules: hyper-parameters in checkpoints, axes in W&B, tasks as data."""
+"""Set-up of Lightning that modules and commands share: its notices, hyper-parameters in checkpoints, axes in W&B."""
 
 import logging
 import warnings
@@ -8,9 +8,6 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import WandbLogger
-
-from coin.data.tasks import Tasks
-from coin.errors import ConfigurationError
 
 _EXPECTED = (
     r".*does not have many workers.*",  # data live in memory: workers would only copy them
@@ -54,11 +51,3 @@ def plot_against_epochs(module: LightningModule, names: Sequence[str]) -> None:
             logger.experiment.define_metric("epoch")
             for name in names:
                 logger.experiment.define_metric(name, step_metric="epoch")
-
-
-def tasks_of(module: LightningModule) -> Tasks:
-    """Return the datamodule of a module's trainer; raises ConfigurationError unless it is a `coin.data.Tasks`."""
-    data: Any = getattr(module.trainer, "datamodule", None)
-    if not isinstance(data, Tasks):
-        raise ConfigurationError(f"found data of {type(data).__name__}, expected Tasks; set data.class_path: Tasks")
-    return data

@@ -1,19 +1,17 @@
 """The evaluation of spares: compressed copies of all experts, each of which replaces its own expert."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from torch import Tensor, nn
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torch import nn
 
 from coin.coding import Code
 from coin.coding.decoder_config import REPLICA, SPARE
-from coin.coding.metrics import DecodingAccuracy
 from coin.errors import FileError
-from coin.modules.variants import Outcome, Variant
+from coin.evaluation.scores import Scores
+from coin.evaluation.variants import Outcome, Variant
 from coin.networks import load_network, nbytes_together, pad_head
 
 
@@ -24,33 +22,22 @@ class Spare:
     variant: Variant
     task: int
     network: nn.Module
-    accuracy: DecodingAccuracy
-    confusion: MulticlassConfusionMatrix
-
-    def update(self, answer: Tensor, expert: Tensor, labels: Tensor) -> None:
-        """Add a batch of its logits and the expert's ``[B, C]``, and of labels ``[B]``."""
-        classes = self.confusion.num_classes
-        self.accuracy.update(answer, expert, labels)
-        self.confusion.update(answer[:, :classes].argmax(1), expert[:, :classes].argmax(1))
+    scores: Scores
 
     def outcome(self, task: str) -> Outcome:
         """Return the results; a spare runs alone, and all experts may be lost at once."""
-        accuracies: dict[str, Any] = {name: float(value) for name, value in self.accuracy.compute().items()}
         return Outcome(
             variant=self.variant,
             decoder=REPLICA,
             erased=(task,),
             task=task,
-            residual=np.nan,
+            residual=math.nan,
             decoder_seconds=0.0,
             decoder_passes=0.0,
-            confusion=self.confusion.compute().cpu().numpy().astype(np.int64),
             memory_mib=self.variant.memory / 2**20,
             forwards=1,
             losses=self.variant.code.num_experts,
-            risk=(),
-            samples=np.zeros((0, 2), np.float32),
-            **accuracies,
+            **self.scores.results(),
         )
 
 
@@ -84,6 +71,5 @@ def read_spares(paths: Sequence[Path], fingerprints: Sequence[str], counts: Sequ
         for file in own:
             task = fingerprints.index(file.provenance["of"])
             network = pad_head(file.network, max(counts))
-            metrics = DecodingAccuracy(counts[task]), MulticlassConfusionMatrix(counts[task])
-            found.append(Spare(variant, task, network, *metrics))
+            found.append(Spare(variant, task, network, Scores(counts[task])))
     return found

@@ -13,7 +13,7 @@ TRIALS = 12
 
 
 @dataclass(frozen=True)
-class Choice:
+class SearchResult:
     """The result of a search.
 
     Attributes:
@@ -37,7 +37,7 @@ class Choice:
         return {"at_edge": self.at_edge, "lr": lr, "steps": steps, "held_out_loss": losses}
 
 
-def search_grid(loss: Callable[[float, int], float], rates: Sequence[float], steps: int) -> Choice:
+def search_grid(loss: Callable[[float, int], float], rates: Sequence[float], steps: int) -> SearchResult:
     """Descend on a grid of learning rates and numbers of steps, until all four neighbours are worse.
 
     The grid extends beyond the given rates by their ratio (√10 for a single rate), and from `steps` by powers of two;
@@ -68,10 +68,10 @@ def search_grid(loss: Callable[[float, int], float], rates: Sequence[float], ste
             break
         tried[missing[0]] = loss(*pair(missing[0]))
         best = min(tried, key=lambda each: tried[each])
-    return Choice({pair(place): value for place, value in tried.items()}, at_edge=bool(missing))
+    return SearchResult({pair(place): value for place, value in tried.items()}, at_edge=bool(missing))
 
 
-def search_curves(losses: Callable[[float, int], Sequence[float]], rates: Sequence[float], steps: int) -> Choice:
+def search_curves(losses: Callable[[float, int], Sequence[float]], rates: Sequence[float], steps: int) -> SearchResult:
     """Try the given learning rates, each with about ten numbers of steps along one run at a constant rate.
 
     Args:
@@ -87,4 +87,4 @@ def search_curves(losses: Callable[[float, int], Sequence[float]], rates: Sequen
         if math.isfinite(loss)
     }
     best, _ = min(tried, key=lambda pair: tried[pair], default=(rates[0], steps))
-    return Choice(tried, at_edge=best in (rates[0], rates[-1]))
+    return SearchResult(tried, at_edge=best in (rates[0], rates[-1]))

@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from coin.data.tasks import Tasks
+from coin.errors import ConfigurationError
+from coin.files.tensors import fingerprint
+from coin.networks import build_network
+from coin.pipeline.steps.statistics import estimate_over_tasks
+from coin.statistics import FisherKind, fisher_sums
+from coin.statistics.files import open_statistic
+from coin.statistics.statistic import StatisticOptions
+
+
+@pytest.fixture
+def tasks(synthetic):
+    tasks = Tasks({"a": synthetic(key=1), "b": synthetic(key=2)}, samples_per_task=10, batch_size=8, seed=3)
+    tasks.setup()
+    return tasks
+
+
+@pytest.mark.parametrize(
+    ("kind", "mc_samples"), [("exact", None), ("categorical", None), ("empirical", None), ("monte_carlo", 2)]
+)
+def test_the_pass_under_a_trainer_equals_the_function(tasks, small_config, make_trainer, kind, mc_samples, tmp_path):
+    network = build_network(small_config, 3).double()
+    calibration = tasks.calibration()
+    labels = calibration.labels if kind == "empirical" else None
+    wanted = fisher_sums(
+        network,
+        calibration,
+        kind=FisherKind(kind),
+        labels=labels,
+        mc_samples=mc_samples,
+        generator=torch.Generator().manual_seed(3 * 100_003) if kind == "monte_carlo" else None,
+    )
+    options = StatisticOptions(kind=kind, mc_samples=mc_samples)
+    path = tmp_path / "a.fisher.safetensors"
+    for _ in range(2):  # a second run starts from nothing
+        costs = estimate_over_tasks(make_trainer(), network, tasks, options, path)
+        found = open_statistic(path, statistic="fisher", weights=fingerprint(network.state_dict()))
+        assert (found.samples, found.passes, costs["passes"]) == (20, wanted.passes, wanted.passes)
+        for name, value in wanted.mean().items():
+            torch.testing.assert_close(found.values[name], value, rtol=1e-12, atol=0.0)
+    assert costs["seconds"] == found.seconds > 0
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_the_networks_layout_is_found_once_for_all_batches(tasks, small_config, make_trainer, tmp_path):
+    network, sizes = build_network(small_config, 3), []
+    network.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    estimate_over_tasks(make_trainer(), network, tasks, StatisticOptions(), tmp_path / "a.safetensors")
+    first, *others = (len(batch) for batch in tasks.predict_dataloader())
+    assert others
+    assert sizes == [2, first, first, *others]  # the first batch a second time, in another order
+
+
+@pytest.mark.parametrize("statistic", ["fisher", "gram"])
+def test_fewer_samples_than_processes_are_refused_in_one_line(
+    tasks, small_config, make_trainer, monkeypatch, statistic, tmp_path
+):
+    trainer = make_trainer()
+    monkeypatch.setattr(type(trainer), "world_size", 21)
+    network, options = build_network(small_config, 3), StatisticOptions(statistic)
+    with pytest.raises(ConfigurationError, match=r"found 20 calibration samples for 21 processes.*take fewer devices"):
+        estimate_over_tasks(trainer, network, tasks, options, tmp_path / "a.safetensors")
