@@ -5,10 +5,8 @@ BIN := $(VENV)/bin
 DEMO ?= -c configs/experiment/quickstart.yaml
 FUZZ ?= 60
 SLOW := -m 'not slow'
-# Python compiles what it imports, and most of what torch and wandb bring it never does. Where there is uv, it installs
-# in a third of pip's time.
-UV := $(shell command -v uv)
-PIP := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile) --editable
+# Python compiles what it imports, and most of what torch and wandb bring it never does.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-small test test-all lint format types imports pytest bench bench-check fuzz notebooks clean
@@ -71,7 +69,7 @@ fuzz: $(VENV)/.dev  ## random configurations and checkpoints, FUZZ seconds a tes
 	COIN_FUZZ_SECONDS=$(FUZZ) $(BIN)/pytest -n0 tests/fuzz
 
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
-	$(BIN)/pytest tests/pipeline/test_notebooks.py
+	$(BIN)/pytest tests/experiment/test_notebooks.py
 
 clean:  ## remove the environment and all caches; results in runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage dist

@@ -22,17 +22,4 @@ __all__ = [
 ]
 
 # All at once: a command finds a class by its short name among those that are imported.
-__getattr__ = importing(
-    __name__,
-    [
-        "coded",
-        "distillation",
-        "evaluator",
-        "expert",
-        "measure",
-        "readout_distillation",
-        "recipe",
-        "statistic_pass",
-        "variants",
-    ],
-)
+__getattr__ = importing(__name__, ["coded", "distillation", "evaluator", "expert", "measure", "readout_distillation"])
