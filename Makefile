@@ -69,7 +69,7 @@ fuzz: $(VENV)/.dev  ## random configurations and checkpoints, FUZZ seconds a tes
 	COIN_FUZZ_SECONDS=$(FUZZ) $(BIN)/pytest -n0 tests/fuzz
 
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
-	$(BIN)/pytest tests/experiment/test_notebooks.py
+	$(BIN)/pytest tests/pipeline/test_notebooks.py
 
 clean:  ## remove the environment and all caches; results in runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage dist
