@@ -27,7 +27,6 @@ def estimate_statistic(
     path: Path,
     *,
     seed: int,
-    weights: str | None = None,
     **provenance: Any,
 ) -> dict[str, float]:
     """Compute a network's statistic, write it on the first process, and return its cost in ``seconds`` and ``passes``.
@@ -41,7 +40,6 @@ def estimate_statistic(
         options: Which statistic.
         path: The file.
         seed: The seed of Monte Carlo's random cotangents, and of the samples.
-        weights: The network's fingerprint, if it is known.
         **provenance: Further metadata of the file: the data (``own`` or ``pooled``), the task.
 
     Raises:
@@ -59,7 +57,7 @@ def estimate_statistic(
         write_statistic(
             path,
             sums,
-            weights=weights or fingerprint(network.state_dict()),
+            weights=fingerprint(network.state_dict()),
             seconds=costs["seconds"],
             seed=seed,
             **options.provenance,

@@ -43,6 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     else:
         print_summary(summary)
         print(f"report: {page}")
+        print(f"next: coin advise {experiment.folder} says what to keep for your servers; coin serve runs it")
 
 
 def experiment_of(arguments: Sequence[str]) -> Experiment:

@@ -55,27 +55,27 @@ class Status:
         return not self.why
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """A step's options (as JSON) and the hashes of its input files, by path."""
-
-    options: Any
-    files: Mapping[str, str]
-
-    @classmethod
-    def of(cls, options: Any, inputs: Sequence[Path]) -> "Inputs":
-        """Read a step's inputs; raises FileError if one is missing."""
-        return cls(config_dict(options), {str(path): sha256_of(path) for path in inputs})
-
-    @property
-    def key(self) -> str:
-        """The hash of the options, of the files' contents in their order, and of coin's version."""
-        return _hash([self.options, [*self.files.values()], versions()["coded-coin"]])
-
-
 def step_key(options: Any, inputs: Sequence[Path] = ()) -> str:
-    """Return the hash of a step's options, of its input files' contents and of coin's version."""
-    return Inputs.of(options, inputs).key
+    """Return the hash of a step's options (`config_dict`), of its input files' contents and of coin's version.
+
+    Raises FileError if a file is missing.
+    """
+    return _key(config_dict(options), [sha256_of(path) for path in inputs])
+
+
+def _key(options: Any, contents: Sequence[str]) -> str:
+    value = [options, list(contents), versions()["coded-coin"]]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _inputs(step: Step) -> tuple[Any, dict[str, str]]:
+    """Return a step's options as JSON, and the hashes of its inputs by their paths from the experiment's folder."""
+    experiment = step.folder.parent
+    files = {
+        str(path.relative_to(experiment) if path.is_relative_to(experiment) else path): sha256_of(path)
+        for path in step.inputs
+    }
+    return config_dict(step.options), files
 
 
 def status_of(step: Step) -> Status:
@@ -91,11 +91,11 @@ def _status(step: Step) -> Status:
     seconds = record.get("seconds")
     if gone := next((path for path in step.inputs if not path.is_file()), None):
         return Status(f"'{gone.name}' is not there yet", seconds)
-    inputs = Inputs.of(step.options, step.inputs)
     if not record:
         return Status("never done", seconds)
-    if record["key"] != inputs.key:
-        return Status(_difference(record, inputs), seconds)
+    options, files = _inputs(step)
+    if record["key"] != _key(options, list(files.values())):
+        return Status(_difference(record.get("inputs"), options, files), seconds)
     for path in step.outputs:
         found = sha256_of(path) if path.is_file() else None
         if record["outputs"].get(str(path.relative_to(step.folder))) != found or found is None:
@@ -103,15 +103,13 @@ def _status(step: Step) -> Status:
     return Status("", seconds)
 
 
-def _difference(record: Mapping[str, Any], now: Inputs) -> str:
+def _difference(before: Any, options: Any, files: Mapping[str, str]) -> str:
     """Return in what a record's inputs differ from those of now."""
-    before = record.get("inputs")
     if not isinstance(before, dict):
         return "its options or inputs have changed"
-    options, wanted = (dict(_flat(found)) for found in (before.get("options", {}), now.options))
-    changed = [name for name in sorted({*options, *wanted}) if options.get(name) != wanted.get(name)]
-    files = before.get("files", {})
-    read = [Path(path).name for path, digest in now.files.items() if files.get(path) != digest]
+    recorded, wanted = (dict(_flat(found)) for found in (before.get("options", {}), options))
+    changed = [name for name in sorted({*recorded, *wanted}) if recorded.get(name) != wanted.get(name)]
+    read = [Path(path).name for path, digest in files.items() if before.get("files", {}).get(path) != digest]
     return f"changed: {', '.join([*changed, *read])}" if changed or read else "another version of coin"
 
 
@@ -150,11 +148,11 @@ def record_step(step: Step, seconds: float | None = None) -> None:
     """Record on rank zero that the step is finished."""
 
     def write() -> None:
-        inputs = Inputs.of(step.options, step.inputs)
+        options, files = _inputs(step)
         record = {
-            "key": inputs.key,
+            "key": _key(options, list(files.values())),
             "outputs": _contents(step.folder, step.outputs),
-            "inputs": {"options": inputs.options, "files": inputs.files},
+            "inputs": {"options": options, "files": files},
             "seconds": seconds,
         }
         write_text(step.folder / ".steps" / f"{step.name}.json", json.dumps(record, indent=1))
@@ -173,10 +171,6 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
 
 def _contents(folder: Path, outputs: Sequence[Path]) -> dict[str, str | None]:
     return {str(path.relative_to(folder)): sha256_of(path) if path.is_file() else None for path in outputs}
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def alone(step: Step, key: str) -> AbstractContextManager[Any]:

@@ -13,6 +13,9 @@ from coin.pipeline.records import Status, alone, folder_lock, record_step, reuse
 from coin.pipeline.step import Context, Step
 from coin.reporting.wandb_settings import in_sweep, logging_only
 
+LONG = 10.0
+"""The seconds from which on a step says how long it took."""
+
 
 def is_done(step: Step, status: Status | None = None) -> bool:
     """Return whether a step is up to date, here or, if it is shared, in another point of the sweep."""
@@ -67,7 +70,10 @@ class Runner:
             if job is not None:
                 job.measures(measures or {})
                 job.log_artifacts(step.logs)
-            record_step(step, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            record_step(step, seconds)
+            if seconds >= LONG:
+                rank_zero_info(f"{place}{step.what}: done in {seconds:.0f} s")
 
     def _log(self, step: Step, jobs: "_Jobs") -> None:
         """Run a step that writes to W&B alone, on rank zero; without a run, or if that fails, it is tried next time."""

@@ -37,7 +37,6 @@ def estimate(context: Context, files: SeedFiles, which: Statistic, task: str) ->
         files.data(files.tasks if which.data is DataChoice.pooled else {task: files.tasks[task]}),
         calibration.options_of(which),
         context.outputs[0],
-        weights=files.experts.fingerprints[task],
         task=task,
         data=str(which.data),
     )

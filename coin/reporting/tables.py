@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from coin.coding.decoder_config import REPLICA
 from coin.reporting.summary import (
     REFERENCES,
     decoders_of,
@@ -25,6 +26,8 @@ from coin.reporting.summary import (
 WIDTH = 80
 """Columns of text without a terminal."""
 COSTS = ("residual", "merge s", "decoder s", "merge passes", "decoder passes")
+NEAR = 0.01
+"""How far below the best NDA a stand-in may be to be called as good in a sentence."""
 BEST = "*"
 """Behind the largest mean of a decoder (and P)."""
 
@@ -39,6 +42,11 @@ def percent(mean: float, spread: float = math.nan, sign: str = " ± ", digits: i
 def seconds(value: float) -> str:
     """Return a duration in seconds with about three digits, ``–`` for NaN."""
     return "–" if math.isnan(value) else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def counted(number: float, what: str) -> str:
+    """Return ``1 expert``, ``2 experts``."""
+    return f"{number:g} {what}{'' if number == 1 else 's'}"
 
 
 def short(value: float) -> str:
@@ -176,6 +184,21 @@ def print_summary(summary: pd.DataFrame, console: Console | None = None) -> None
         if len(table):
             console.print(rich_table(table, f"{experiment}: what to keep", ["method", "decoder"]))
             console.print(Text("No other is as good in NDA, memory, forwards and losses; all of them in the report."))
+            console.print(Text(finding(stand_ins(part))))
+
+
+def finding(kept: pd.DataFrame) -> str:
+    """Return `stand_ins` in a sentence: the smallest that is within `NEAR` of the best, beside the survivors alone."""
+    near = kept[(kept["nda_mean"] >= kept["nda_mean"].max() - NEAR) & undominated(kept)]
+    row = near.loc[near["memory_mib"].idxmin()]
+    alone = kept[kept["name"] == REFERENCES[0]]["nda_mean"].max()
+    rest = "" if math.isnan(alone) else f"; the survivors alone keep {percent(alone, digits=1)} %"
+    how = f" with {row['decoder']}" if row["decoder"] != REPLICA else ""
+    return (
+        f"In short: {row['name']}{how} keeps {percent(row['nda_mean'], digits=1)} % of a lost expert's accuracy in "
+        f"{row['memory_mib']:.3g} MiB; an answer takes {counted(row['forwards'], 'network run')}, and up to "
+        f"{counted(row['losses'], 'expert')} may be lost at once{rest}."
+    )
 
 
 def rich_table(table: pd.DataFrame, title: str, texts: Sequence[str] = ("method",), ends: Sequence[int] = ()) -> Table:

@@ -228,6 +228,53 @@ def test_what_auto_chose_stands_in_the_results_and_its_statistics_in_files_of_th
     assert set(rows.merge_passes) == {(24 + 48) * ((1 + 2 * 10) + (1 + 2 * 6)) + choice}
 
 
+def plan_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """Return why each step of a dry run has to run."""
+    capsys.readouterr()
+    assert main(["run", *arguments, "--dry-run", "--json"]) == 0
+    return {step["name"]: step["why"] for step in json.loads(capsys.readouterr().out)["steps"]}
+
+
+def test_a_dry_run_says_what_there_is_to_do_and_why_and_writes_nothing(
+    finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["-c", str(config), f"--output={tmp_path}"]
+    before = plan_of(command, capsys)
+    assert not list(tmp_path.iterdir())
+    assert before["base"] == "never done"
+    assert before["initial-10"] == "after base"
+    assert before["coded-coin"] == "after expert digits"
+    copy = tmp_path / "tiny"
+    shutil.copytree(finished, copy)
+    assert set(plan_of(command, capsys).values()) == {""}
+    changed = plan_of([*command, "--calibration.samples_per_task=20"], capsys)
+    assert (changed["expert-digits"], changed["digits.fisher"]) == ("", "changed: samples")
+    assert changed["coded-average"] == "changed: calibration.samples_per_task"
+    assert changed["evaluate"] == "after average"
+    (copy / "seed-0/coded/coin.safetensors").unlink()
+    found = plan_of(command, capsys)
+    assert found["coded-coin"] == "'coin.safetensors' is missing"
+    assert found["coded-average"] == ""
+    assert main(["run", *command, "--dry-run"]) == 0
+    assert "tiny: 3 of 14 steps to do" in capsys.readouterr().out
+
+
+def test_one_step_runs_with_what_it_needs_and_nothing_else(
+    finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished / "base", tmp_path / "tiny/base")
+    command = ["run", "-c", str(config), f"--output={tmp_path}", "--only=letters.fisher"]
+    assert main(command) == 0
+    made = {
+        str(path.relative_to(tmp_path / "tiny/seed-0")) for path in (tmp_path / "tiny").glob("seed-0/[!w]*/**/*.s*")
+    }
+    assert made == {"experts/letters/expert.safetensors", "statistics/letters.fisher.safetensors"}
+    assert "seed 0: Fisher (exact, own) of letters: computing" in capsys.readouterr().err
+    wanted, _ = load_state(finished / "seed-0/statistics/letters.fisher.safetensors")
+    found, _ = load_state(tmp_path / "tiny/seed-0/statistics/letters.fisher.safetensors")
+    assert all(found[name].equal(wanted[name]) for name in wanted)
+
+
 def test_second_run_does_nothing_again_and_prints_what_a_machine_can_read(
     finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

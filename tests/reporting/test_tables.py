@@ -12,6 +12,7 @@ from coin.reporting import Row, nda_tables, print_summary, summarise
 from coin.reporting.extras import PROMISE_COLUMNS, RISK_COLUMNS
 from coin.reporting.summary import stand_ins, undominated
 from coin.reporting.tables import (
+    finding,
     heading,
     percent,
     promise_table,
@@ -181,6 +182,24 @@ def test_what_to_keep_is_told_by_memory_and_the_undominated_ones_are_marked():
     assert "expert_head" in below
     assert "95.00" not in below
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_finding_is_the_smallest_of_the_nearly_best():
+    columns = ["name", "decoder", "nda_mean", "nda_std", "memory_mib", "forwards", "losses"]
+    rows = [
+        ("none", "ridge", 0.4, 0.0, 0.1, 2, 1),
+        ("small", "expert_head", 0.975, 0.0, 2, 1, 2),
+        ("middle", "linear", 0.985, 0.0, 4, 3, 1),
+        ("large", "linear", 0.99, 0.0, 9, 3, 1),
+        ("beaten", "linear", 0.984, 0.0, 4, 3, 1),
+    ]
+    kept = pd.DataFrame(rows, columns=columns)
+    assert finding(kept) == (
+        "In short: middle with linear keeps 98.5 % of a lost expert's accuracy in 4 MiB; an answer takes 3 network "
+        "runs, and up to 1 expert may be lost at once; the survivors alone keep 40.0 %."
+    )
+    copies = pd.DataFrame([("spare-3bit", "replica", 1.0, 0.0, 2, 1, 2)], columns=columns)
+    assert finding(copies).endswith("in 2 MiB; an answer takes 1 network run, and up to 2 experts may be lost at once.")
 
 
 def test_results_that_do_not_tell_what_is_kept_have_no_such_table():
