@@ -13,7 +13,7 @@ from coin.core.progress import progress
 from coin.data import Calibration
 from coin.errors import ConfigurationError
 from coin.files.tensors import fingerprint
-from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision, check_shares, shard
+from coin.statistics import DEFAULT_MEMORY_MIB, FisherKind, Precision, check_shares, reduce_sums, shard
 from coin.statistics.cotangents import renamed_mc_samples
 from coin.statistics.files import write_statistic
 from coin.statistics.statistic import StatisticOptions, statistic_sums
@@ -51,7 +51,8 @@ def estimate_statistic(
     share = calibration.subset(shard(calibration.num_samples, rank, world))
     labels = share.labels if options.needs_labels else None
     with progress(str(options.statistic), share.num_samples) as advance:
-        sums = statistic_sums(network, share, options, labels=labels, seed=seed, rank=rank, progress=advance)
+        own = statistic_sums(network, share, options, labels=labels, seed=seed, rank=rank, progress=advance)
+    sums = reduce_sums(own)
     costs = {"seconds": time.perf_counter() - started, "passes": sums.passes}
     if trainer.is_global_zero:
         write_statistic(

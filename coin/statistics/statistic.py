@@ -16,7 +16,7 @@ from coin.statistics.cotangents import FisherKind, check_mc_samples
 from coin.statistics.fisher import DEFAULT_MEMORY_MIB, Precision, fisher_sums
 from coin.statistics.gram import gram_sums
 from coin.statistics.guard import trainable
-from coin.statistics.sums import TRANSPOSED, Sums, reduce_sums
+from coin.statistics.sums import TRANSPOSED, Sums
 
 
 class StatisticKind(StrEnum):
@@ -121,11 +121,11 @@ def statistic_sums(
     rank: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Sums:
-    """Return the sums of a network's statistic over the samples of all processes, the same on each.
+    """Return the sums of a network's statistic over this process's samples.
 
     Args:
         network: The network, on the device of the pass.
-        batches: The batches of this process's share of the samples.
+        batches: The batches of the samples.
         options: Which statistic.
         labels: The true classes of these samples, if ``options.needs_labels``.
         seed: The seed of Monte Carlo's random cotangents.
@@ -133,12 +133,12 @@ def statistic_sums(
         progress: Called with the number of samples that are done.
     """
     if options.kind is None:
-        return reduce_sums(gram_sums(network, batches, progress=progress))
+        return gram_sums(network, batches, progress=progress)
     generator = None
     if options.kind is FisherKind.monte_carlo:
         device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
         generator = torch.Generator(device).manual_seed(seed * 100_003 + rank)
-    own = fisher_sums(
+    return fisher_sums(
         network,
         batches,
         kind=options.kind,
@@ -149,7 +149,6 @@ def statistic_sums(
         precision=options.precision,
         progress=progress,
     )
-    return reduce_sums(own)
 
 
 Given = Sequence[State] | Mapping[str, Sequence[State]]
