@@ -32,14 +32,17 @@ class PointRun(Command):
         parts = ("network", "base", "tasks", "expert", "calibration", "methods", "decoders", "seeds", "trainer")
         brought = [*experiment.expert.checkpoints.values(), experiment.base and experiment.base.checkpoint]
         files = [Path(path) for path in brought if path and Path(path).is_file()]
-        code = experiment.code and experiment.code.matrix
+        options = {part: getattr(experiment, part) for part in parts}
+        options["code"] = experiment.code and experiment.code.matrix
+        if experiment.spares:
+            options["spares"] = experiment.spares
         self.step = Step(
             "sweep",
             experiment.folder,
             point.name,
             "running",
             lambda _: None,  # the process does it
-            options={"code": code, **{part: getattr(experiment, part) for part in parts}},
+            options=options,
             inputs=files,
             outputs=[seed.results for seed in self.seeds],
         )

@@ -20,9 +20,10 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 import coin.commands.sweep
 import coin.commands.sweep_run
 from coin.cli import main
+from coin.commands.sweep_run import PointRun
 from coin.errors import ConfigurationError
 from coin.pipeline.launch import Launch
-from coin.pipeline.records import folder_lock
+from coin.pipeline.records import folder_lock, step_key
 from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
 from coin.reporting import COLUMNS, read_results
 from coin.reporting.extras import RISK_COLUMNS
@@ -194,6 +195,16 @@ def test_points_are_tagged_with_their_sweep_for_w_and_b_and_run_where_they_are_a
     assert [command.name for command in commands] == NAMES
     assert {command.variables["WANDB_TAGS"] for command in commands} == {"mine,sweep-grid"}
     assert [(launch.executor, launch.workers) for _, launch in started] == [("local", 3), ("local", 2), ("slurm", 4)]
+
+
+def test_a_point_whose_options_have_changed_is_not_finished(config: Path, tmp_path: Path) -> None:
+    def key(**changes: Any) -> str:
+        file = write_sweep(tmp_path / "grid.yaml", config, set={**SWEEP["set"], **changes})
+        step = PointRun(sweep_points(read_sweep(file), tmp_path / "grid")[0], {}).step
+        return step_key(step.options, step.inputs)
+
+    changes: list[dict[str, Any]] = [{}, {"spares": [{"bits": 3}]}, {"spares": [{"bits": 4}]}, {"code": [[0.5, 0.5]]}]
+    assert len({key(**each) for each in changes}) == len(changes)
 
 
 def test_table_holds_every_points_results(swept: Path) -> None:
