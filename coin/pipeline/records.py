@@ -60,7 +60,7 @@ def step_key(options: Any, inputs: Sequence[Path] = ()) -> str:
 
     Raises FileError if a file is missing.
     """
-    return _key(config_dict(options), [sha256_of(path) for path in inputs])
+    return _key(config_dict(options), [sha256_of(path) for path in dict.fromkeys(inputs)])
 
 
 def _key(options: Any, contents: Sequence[str]) -> str:
@@ -88,7 +88,7 @@ def status_of(step: Step) -> Status:
 
 def _status(step: Step) -> Status:
     record = _read(step.folder, step.name)
-    seconds = record.get("seconds")
+    seconds = record["seconds"] if isinstance(record.get("seconds"), float) else None
     if gone := next((path for path in step.inputs if not path.is_file()), None):
         return Status(f"'{gone.name}' is not there yet", seconds)
     if not record:
