@@ -31,8 +31,8 @@ $(VENV)/.bench: $(VENV)/.demo
 
 install: $(VENV)/.dev  ## make the environment in .venv with everything for development
 
-demo: $(VENV)/.demo  ## run the quickstart: two experts, one coded model, two seeds, a table and a report
-	$(BIN)/coin run $(DEMO)
+demo: $(VENV)/.demo  ## run the quickstart: two experts, one coded model, a table and a report; SEEDS=3 for three seeds
+	$(BIN)/coin run $(DEMO) $(if $(SEEDS),--seeds=[$(shell seq -s , 0 $$(($(SEEDS) - 1)))])
 
 demo-small: $(VENV)/.demo  ## the quickstart's smallest form: one seed, one epoch, a few steps
 	$(BIN)/coin run -c configs/experiment/smallest.yaml

@@ -40,7 +40,7 @@ class Experts:
             then also be mappings of tensors. Coded models within a method are called with batches too; those that
             `merge_networks` returns are called as the experts' class.
         statistics: The files of the statistics of experts in files, in place of `fishers` and `grams`.
-        train: A `coin.modules.training.Training` for methods that train; without one they train in memory.
+        train: A `coin.pipeline.steps.distill.Training` for methods that train; without one they train in memory.
 
     Attributes:
         source: The experts, in memory or in files.
