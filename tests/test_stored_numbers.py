@@ -16,11 +16,15 @@ README = NOTEBOOKS.parent / "README.md"
 MANUAL = NOTEBOOKS / "MANUAL.md"
 
 
-@pytest.fixture(scope="module")
-def tables() -> ModuleType:
+def script(name: str) -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(NOTEBOOKS), *sys.path])
-        return importlib.import_module("tables")
+        return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    return script("tables")
 
 
 @pytest.mark.parametrize("path", [README, MANUAL], ids=lambda path: path.stem)
@@ -54,6 +58,10 @@ def test_with_features_refit_is_ahead_of_distillation_at_every_number_of_samples
         own = rows[rows.samples_per_task == count]
         refit, distilled = (tables.ndas(own, method, "feature_ridge") for method in ("refit", "distillation"))
         assert refit.mean() > distilled.mean()
+
+
+def test_the_readmes_picture_is_what_its_script_draws() -> None:
+    assert (NOTEBOOKS / "results/picture.svg").read_text(encoding="utf-8") == script("picture").picture()
 
 
 def test_the_readmes_figure_is_one_of_the_notebooks() -> None:
