@@ -1,0 +1,102 @@
+"""Draws the picture of the idea in the README: python notebooks/picture.py → notebooks/results/picture.svg.
+
+The boxes are filled and have white text; lines and captions are of a grey that is readable on white and on black.
+"""
+
+from pathlib import Path
+
+GREY, SLATE, BLUE, GREEN, RED = "#7d8590", "#57606a", "#0969da", "#1a7f37", "#e5484d"
+WIDTH, HEIGHT = 880, 372
+SERVER_X, SERVER_WIDTH, SERVER_HEIGHT = 222, 220, 52
+DECODER_X, DECODER_WIDTH = 540, 116
+
+
+def text(
+    x: float, y: float, words: str, colour: str = GREY, size: int = 15, anchor: str = "middle", more: str = ""
+) -> str:
+    """Return a line of text whose middle (or start) is at x."""
+    return f'<text x="{x}" y="{y}" fill="{colour}" font-size="{size}" text-anchor="{anchor}"{more}>{words}</text>'
+
+
+def box(x: float, y: float, width: float, height: float, colour: str, words: str, below: str = "") -> str:
+    """Return a filled box with a line of white text, or two."""
+    middle, centre = x + width / 2, y + height / 2
+    rows = [(words, centre + 5, 16)] if not below else [(words, centre - 3, 16), (below, centre + 15, 12)]
+    shape = f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{colour}"/>'
+    return "\n".join([shape, *(text(middle, at, row, "white", size) for row, at, size in rows)])
+
+
+def lost_box(x: float, y: float, width: float, height: float, words: str, below: str) -> str:
+    """Return the dashed outline of a server that does not answer."""
+    middle, centre = x + width / 2, y + height / 2
+    dashed = f'fill="none" stroke="{RED}" stroke-width="2" stroke-dasharray="7 5"'
+    shape = f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" {dashed}/>'
+    return "\n".join([shape, text(middle, centre - 3, words, RED, 16), text(middle, centre + 15, below, RED, 12)])
+
+
+def arrow(x1: float, y1: float, x2: float, y2: float, colour: str = GREY, more: str = "") -> str:
+    """Return a line with an arrow's head at its end."""
+    head = {GREY: "grey", GREEN: "green"}[colour]
+    line = f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{colour}" stroke-width="2"'
+    return f'{line} marker-end="url(#{head})"{more}/>'
+
+
+def marker(name: str, colour: str) -> str:
+    """Return the head of an arrow."""
+    size = 'viewBox="0 0 10 10" refX="9" refY="5" markerWidth="7" markerHeight="7" orient="auto"'
+    return f'<marker id="{name}" {size}><path d="M0,0 L10,5 L0,10 z" fill="{colour}"/></marker>'
+
+
+def picture() -> str:
+    """Return the picture as SVG: N experts, one lost, the coded model beside them, and the decoded answer."""
+    rows = (46, 118, 210, 290)
+    servers = [
+        lost_box(SERVER_X, rows[0], SERVER_WIDTH, SERVER_HEIGHT, "expert 1", "its server is lost"),
+        box(SERVER_X, rows[1], SERVER_WIDTH, SERVER_HEIGHT, BLUE, "expert 2", "survives"),
+        text(SERVER_X + SERVER_WIDTH / 2, 195, "⋮", size=22),
+        box(SERVER_X, rows[2], SERVER_WIDTH, SERVER_HEIGHT, BLUE, "expert N", "survives"),
+        box(SERVER_X, rows[3], SERVER_WIDTH, SERVER_HEIGHT, GREEN, "coded model", "one more server, same size"),
+    ]
+    ends = [row + SERVER_HEIGHT / 2 for row in rows]
+    decoder_y, decoder_height = 150, 104
+    decoder_middle = decoder_y + decoder_height / 2
+    right = DECODER_X + DECODER_WIDTH
+    lines = []
+    for place, end in enumerate(ends):
+        if place == 0:
+            continue
+        colour = GREEN if place == 3 else GREY
+        lines.append(arrow(150, decoder_middle, SERVER_X - 4, end, colour))
+        target = decoder_middle + (0, -28, 0, 28)[place]
+        lines.append(arrow(SERVER_X + SERVER_WIDTH + 4, end, DECODER_X - 4, target, colour))
+    lost = f'stroke="{RED}" stroke-width="2" stroke-dasharray="7 5"'
+    lines.append(f'<line x1="150" y1="{decoder_middle}" x2="{SERVER_X - 4}" y2="{ends[0]}" {lost}/>')
+    lines.append(text(184, 146, "✕", RED, 22))
+    lines.append(arrow(right + 4, decoder_middle, 704, decoder_middle))
+    low, back = '<tspan dy="4" font-size="11">', '</tspan><tspan dy="-4">&#8203;</tspan>'
+    formula = f"f{low}coded{back} ≈ β₁f₁ + β₂f₂ + … + β{low}N{back}f{low}N{back}"
+    parts = [
+        box(24, decoder_middle - 26, 122, 52, SLATE, "query", "for expert 1"),
+        *lines,
+        *servers,
+        box(DECODER_X, decoder_y, DECODER_WIDTH, decoder_height, SLATE, "decoder"),
+        box(708, decoder_middle - 32, 148, 64, GREEN, "answer of", "the lost expert 1"),
+        text(24, 26, "N experts on N servers: networks fine-tuned from one start", anchor="start"),
+        text(540, 290, formula, anchor="start", more=' font-style="italic"'),
+        text(540, 312, "so f₁ can be solved for, or the coded model", anchor="start", size=14),
+        text(540, 331, "answers alone through expert 1’s own head", anchor="start", size=14),
+    ]
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
+            f'height="{HEIGHT}" font-family="Helvetica, Arial, sans-serif" role="img">',
+            "<title>One coded model beside N experts answers for the expert whose server is lost</title>",
+            f"<defs>{marker('grey', GREY)}{marker('green', GREEN)}</defs>",
+            *parts,
+            "</svg>\n",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "results" / "picture.svg").write_text(picture(), encoding="utf-8")

@@ -1,0 +1,76 @@
+"""The stored results in notebooks/results, read for the tables of README.md and MANUAL.md."""
+
+import math
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+from coin.reporting.results import requested_policy
+
+RESULTS = Path(__file__).parent / "results"
+DECODERS = ("linear", "feature_ridge")
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """Return a table for a Markdown page."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def spread(values: "pd.Series[float]") -> str:
+    """Return ``mean ± standard deviation`` with one digit, ``–`` where there are no values."""
+    return f"{values.mean():.1f} ± {values.std():.1f}" if len(values) else "–"
+
+
+def percent(share: float) -> str:
+    """Return a share in % with one digit, without the sign."""
+    return f"{100 * share:.1f}"
+
+
+@cache
+def measured(suite: str, lost: int = 1) -> pd.DataFrame:
+    """The rows of a suite's sweep where so many experts are lost."""
+    frame = pd.read_csv(RESULTS / suite / "sweep.csv", keep_default_na=False, na_values={"residual": [""], "nda": [""]})
+    return frame[frame.erased.str.count(r"\+") + 1 == lost]
+
+
+def of_method(rows: pd.DataFrame, method: str) -> pd.DataFrame:
+    """A method's rows, of BatchNorm's policies those of the default."""
+    return rows[(rows.method == method) & rows.batchnorm.map(requested_policy).isin(["", "keep", "auto"])]
+
+
+def ndas(rows: pd.DataFrame, method: str, decoder: str) -> "pd.Series[float]":
+    """The mean NDA over tasks in %, one number for each run of a suite."""
+    own = of_method(rows[rows.decoder == decoder], method)
+    return 100 * own.groupby("experiment").nda.mean()
+
+
+def both_decoders(rows: pd.DataFrame, method: str) -> str:
+    """Return a method's NDA with the linear decoder / with feature_ridge."""
+    return " / ".join(spread(ndas(rows, method, decoder)) for decoder in DECODERS)
+
+
+def cost(rows: pd.DataFrame, method: str, column: str = "merge_passes") -> float:
+    """Return the mean of one of a method's cost columns."""
+    return float(of_method(rows, method)[column].mean())
+
+
+@cache
+def stood_in(suite: str) -> pd.DataFrame:
+    """The rows of a suite of stand-ins, of the most experts, with the memory in networks."""
+    rows = measured(f"stand-ins-{suite}")
+    rows = rows[rows.groupby("experiment").task.transform("nunique") == (8 if suite == "experts" else 2)]
+    rows = rows.assign(memory_mib=pd.to_numeric(rows.memory_mib))
+    network = rows[(rows.method == "average") & (rows.decoder == "linear")].memory_mib.mean()
+    return rows.assign(networks=rows.memory_mib / network)
+
+
+def simulated(scenario: str, experts: int) -> pd.DataFrame:
+    """Return the rows of a simulation, by redundancy and by what a query wants: one answer or all."""
+    frame = pd.read_csv(RESULTS / "serving" / f"{scenario}-{experts}" / "simulation.csv")
+    return frame.set_index(["redundancy", "want"])
+
+
+def milliseconds(seconds: float) -> str:
+    """Return a time in ms, ``∞`` where queries are never answered."""
+    return f"{1e3 * seconds:.0f}" if math.isfinite(seconds) else "∞"

@@ -1,0 +1,237 @@
+"""The tables of measured numbers in README.md and MANUAL.md, made from the stored results in notebooks/results.
+
+    python notebooks/tables.py    # writes them anew, between <!-- table: NAME --> and <!-- end -->
+
+NDAs are in %, the mean over tasks, ± the standard deviation over the runs of a suite: seeds and draws of the base.
+"""
+
+import math
+import re
+from pathlib import Path
+
+import pandas as pd
+from stored import (
+    DECODERS,
+    RESULTS,
+    both_decoders,
+    cost,
+    markdown,
+    measured,
+    milliseconds,
+    ndas,
+    percent,
+    simulated,
+    spread,
+    stood_in,
+)
+
+from coin.reporting.tables import risk_totals
+
+NOTEBOOKS = Path(__file__).parent
+FILES = (NOTEBOOKS.parent / "README.md", NOTEBOOKS / "MANUAL.md")
+SUITES = {
+    "imagenet-pair": "ImageNet pair",
+    "imagenet-triple": "triple",
+    "pair": "small pair",
+    "real": "MNIST + CIFAR-10",
+}
+METHODS = {
+    "none": "*none: no coded model*",
+    "average": "`Average`",
+    "coin": "`Coin`",
+    "head_fit": "`HeadFit`",
+    "refit": "**`Refit`**",
+    "distillation": "`Distillation`, 150 steps",
+    "readout_distillation": "`ReadoutDistillation`, 100 steps",
+}
+STAND_INS = {
+    "imagenet-pair": "ImageNet pair",
+    "small-pair": "small pair",
+    "vit": "small ViT",
+    "experts": "8 experts",
+}
+KEPT = {
+    ("none", "feature_ridge"): "nothing: the survivors alone",
+    ("average", "expert_head"): "`Average`, own head",
+    ("coin", "linear"): "`Coin`, the paper's decoder",
+    ("coin", "feature_ridge"): "`Coin`, `feature_ridge`",
+    ("distillation", "feature_ridge"): "`Distillation`, `feature_ridge`",
+    ("wudi", "expert_head"): "`Wudi` (no data), own head",
+    ("refit", "linear"): "`Refit`, the paper's decoder",
+    ("refit-both", "linear"): "`Refit(both)`, the paper's decoder",
+    ("refit", "feature_ridge"): "`Refit`, `feature_ridge`",
+    ("refit-both", "feature_ridge"): "`Refit(both)`, `feature_ridge`",
+    ("refit-both", "expert_head-own"): "`Refit(both)`, own head corrected",
+    ("refit", "expert_head"): "**`Refit`, own head**",
+    ("refit-3bit-int8base", "expert_head"): "the same, a 3-bit delta from an int8 base",
+    ("refit-4bit-nobase", "expert_head"): "**the same in 4 bits**",
+    ("spare-8bit-nobase", "replica"): "copies of the experts in 8 bits",
+    ("spare-3bit-int8base", "replica"): "**copies of the experts**, 3-bit deltas from an int8 base",
+    ("spare-rank8-int8base", "replica"): "copies of the experts, deltas of rank 8 from an int8 base",
+}
+"""What may stand in for a lost expert: method and decoder, and how the tables call it."""
+
+IN_SHORT = [
+    ("none", "feature_ridge"),
+    ("average", "expert_head"),
+    ("coin", "linear"),
+    ("coin", "feature_ridge"),
+    ("distillation", "feature_ridge"),
+    ("refit", "expert_head"),
+    ("refit-4bit-nobase", "expert_head"),
+    ("spare-3bit-int8base", "replica"),
+]
+"""The rows of the README's table."""
+
+
+def suites() -> str:
+    """NDA on four suites with two decoders, and the passes on the first."""
+    pair, rows = measured("imagenet-pair"), []
+    for method, name in METHODS.items():
+        passes = cost(pair, method)
+        cells = [both_decoders(measured(suite), method) for suite in SUITES]
+        rows.append([name, *cells, f"{passes / 1000:.0f}k" if passes else "0"])
+    return markdown(["merge", *SUITES.values(), "passes"], rows)
+
+
+def reached(target: float = 97.5) -> str:
+    """In how many runs of each suite a method reaches a target."""
+
+    def count(suite: str, method: str, decoder: str) -> str:
+        found = ndas(measured(suite), method, decoder)
+        return f"{(found >= target).sum()} of {len(found)}" if len(found) else "–"
+
+    rows = [
+        [name, *(" / ".join(count(suite, method, decoder) for decoder in DECODERS) for suite in SUITES)]
+        for method, name in METHODS.items()
+    ]
+    return markdown(["merge", *SUITES.values()], rows)
+
+
+def dearer() -> str:
+    """How many times the passes and seconds of a closed form distillation takes."""
+
+    def times(suite: str, method: str, column: str, digits: int) -> str:
+        rows = measured(suite)
+        return f"{cost(rows, 'distillation', column) / cost(rows, method, column):.{digits}f}"
+
+    rows = [
+        [f"{name}, {what}", *(times(suite, method, column, digits) for suite in SUITES)]
+        for method, name in (("coin", "`Coin`"), ("refit", "`Refit`"))
+        for what, column, digits in (("passes", "merge_passes", 0), ("seconds", "merge_seconds", 1))
+    ]
+    return markdown(["distillation's cost, in those of", *SUITES.values()], rows)
+
+
+def few_samples() -> str:
+    """NDA with 25 samples of each task, and on a small vision transformer with 200."""
+    few = measured("samples")
+    few = few[few.samples_per_task == 25]
+    names = {method: METHODS[method] for method in ("coin", "refit", "distillation")}
+    rows = [
+        [name, both_decoders(few, method), both_decoders(measured("transformer"), method)]
+        for method, name in names.items()
+    ]
+    return markdown(["merge", "small pair, P = 25", "small ViT, P = 200"], rows)
+
+
+def risks() -> str:
+    """How many decoded answers differ from the expert's, in %: as predicted and as found, of all and of the surest."""
+    totals = risk_totals(pd.read_csv(RESULTS / "risk/risk.csv", keep_default_na=False))
+    totals = totals[(totals["name"] == "refit") & (totals.curve == "coverage")]
+    rows = []
+    for decoder in DECODERS:
+        own = totals[totals.decoder == decoder].set_index("at")
+        shares = (own.risk[1.0], 1 - own.agreement[1.0], 1 - own.agreement[0.95])
+        rows.append([f"`Refit`, `{decoder}`", *map(percent, shares)])
+    return markdown(["", "differ, predicted", "differ, found", "found in the 95 % of least risk"], rows)
+
+
+def promises() -> str:
+    """What is accepted of the answers of `Refit` with the experts' own heads, and how many of these differ."""
+    rows = pd.read_csv(RESULTS / "stand-ins-imagenet-pair/promise.csv", keep_default_na=False)
+    own = rows[(rows.method == "refit") & (rows.decoder == "expert_head")].astype({"coverage": float, "found": float})
+    (alpha,) = set(own.alpha.astype(float))
+    cells = [f"{100 * alpha:.0f}", percent(own.coverage.mean()), percent(own.found.mean())]
+    return markdown(["", "at most may differ", "accepted", "of these differ"], [["`Refit`, own head", *cells]])
+
+
+def wrong_experts() -> str:
+    """An expert half-way back to its start: how right it is, and how often batches of 8 expose it."""
+    rows = pd.read_csv(RESULTS / "silent-faults/faults.csv", keep_default_na=False)
+    half = rows[(rows.fault == "half-way") & (rows.batch == 8)]
+    right = " → ".join(percent(half[column].mean()) for column in ("expert_accuracy", "faulty_accuracy"))
+    found = half.groupby("method")[["alarm", "named", "false_alarm"]].mean()
+    names = {"refit": "with a coded model (`Refit`)", "none": "without"}
+    cells = [[name, right, *map(percent, found.loc[method])] for method, name in names.items()]
+    return markdown(["", "the expert is right", "exposed", "named", "false alarms"], cells)
+
+
+def stand_ins(kept: list[tuple[str, str]], columns: list[str]) -> str:
+    """What stands in: its memory with two and eight experts, networks run for an answer, losses, and NDA by suite."""
+    rows = []
+    for method, decoder in kept:
+        every = {suite: stood_in(suite) for suite in STAND_INS}
+        own = {suite: part[(part.method == method) & (part.decoder == decoder)] for suite, part in every.items()}
+        first = next(part for part in own.values() if len(part))
+        memory = [f"{part.networks.mean():.2f}" if len(part) else "–" for part in (first, own["experts"])]
+        forwards = "N − 1" if method == "none" else "N" if decoder in DECODERS else "1"
+        losses = "all" if float(first.losses.iloc[0]) > 1 else "1"
+        shown = [spread(100 * own[suite].groupby("experiment").nda.mean()) for suite in columns]
+        rows.append([KEPT[method, decoder], " / ".join(memory), forwards, losses, *shown])
+    names = [STAND_INS[suite] for suite in columns]
+    return markdown(["what stands in", "memory", "forwards", "losses", *names], rows)
+
+
+def serving() -> str:
+    """Memory, p99.9 and accuracy of the simulated redundancies; a spare's memory in float32, float16 and int8."""
+    eight = measured("experts")
+    eight = eight[eight.groupby("experiment").task.transform("nunique") == 8]
+    eight = eight[(eight.method == "refit") & (eight.decoder == "feature_ridge")]
+    right = {8: {"spare": eight.expert_accuracy.mean(), "coded_hedged": eight.decoded_accuracy.mean()}}
+    right[3] = dict(simulated("failures", 3).xs("one", level="want").standing_in_accuracy)
+    rows = []
+    for experts, redundancy in ((3, "uncoded"), (3, "spare"), (3, "coded_hedged"), (8, "spare"), (8, "coded_hedged")):
+        kinds = ("spare", "spare_half", "spare_int8") if redundancy == "spare" else (redundancy,)
+        sizes = [simulated("failures", experts).loc[(kind, "one")] for kind in kinds]
+        memory = "; ".join(f"{size.memory_server / 2**20:.0f}, {size.memory / 2**20:.0f}" for size in sizes)
+        tails = []
+        for scenario in ("rare-stragglers", "stragglers", "failures"):
+            for want in ("one", "all"):
+                row = simulated(scenario, experts).loc[(redundancy, want)]
+                middle, *ends = map(milliseconds, (row.p999, row.p999_low, row.p999_high))
+                tails.append("∞" if ends == ["∞", "∞"] else f"{middle} [{', '.join(ends)}]")
+        accuracy = right[experts].get(redundancy, math.nan)
+        name = "**spare**" if redundancy == "spare" else redundancy
+        rows.append([f"{experts}, {name}", memory, *tails, "–" if math.isnan(accuracy) else percent(accuracy)])
+    slow = ["slow 1 % of the time: one wanted", "all", "slow 5 %: one", "all", "down 1 %: one", "all"]
+    return markdown(["N", "MiB: largest server, in all", *slow, "right, %"], rows)
+
+
+TABLES = {
+    "stand-ins in short": lambda: stand_ins(IN_SHORT, ["imagenet-pair", "small-pair", "experts"]),
+    "stand-ins": lambda: stand_ins(list(KEPT), list(STAND_INS)),
+    "suites": suites,
+    "reached": reached,
+    "cost": dearer,
+    "few samples": few_samples,
+    "risks": risks,
+    "promises": promises,
+    "wrong experts": wrong_experts,
+    "serving": serving,
+}
+
+
+def with_tables(text: str) -> str:
+    """Return a page with the tables between its markers made anew."""
+    return re.sub(
+        r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    for path in FILES:
+        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
