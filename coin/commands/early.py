@@ -57,7 +57,7 @@ def check_early(command: str, arguments: Sequence[str]) -> None:
         if (name := str(key).partition(".")[0].removesuffix("+")) not in known | _SHARED:
             raise ConfigurationError(unknown("option", name, sorted(known), f"one of {', '.join(sorted(known))}"))
     classes = known_classes()
-    for name in _class_names([*sections, _given_classes(arguments)]):
+    for name in _class_names([*sections, _given_classes(command, arguments)]):
         if "." not in name and name not in (*classes, "Tasks"):
             raise ConfigurationError(unknown("class", name, classes, A_CLASS))
 
@@ -95,12 +95,12 @@ def known_classes() -> list[str]:
     return [name for room in rooms for name in _exported(f"{room}/__init__.py")]
 
 
-def _given_classes(arguments: Sequence[str]) -> dict[str, str]:
-    """Return the classes that a command line names as the model, the data and the method."""
-    found = {}
+def _given_classes(command: str, arguments: Sequence[str]) -> dict[str, str]:
+    """Return the classes that a command line names as the model, the data and, for ``coin merge``, the method."""
+    found, options = {}, ["--model", "--data", *(["--method"] if command == "merge" else [])]
     for place, argument in enumerate(arguments):
         option, given, value = argument.partition("=")
-        if option in ("--model", "--data", "--method"):
+        if option in options:
             found[option[2:]] = value if given else next(iter(arguments[place + 1 :]), "")
     return found
 

@@ -55,7 +55,7 @@ def _print_plan(experiment: Experiment, machine: bool) -> None:
     """Print every step, whether it has to run and why, and how long its last run took."""
     rows = pd.DataFrame(
         [
-            {"step": f"{step.of_seed}{step.what}", "name": step.name, "why": status.why, "seconds": status.seconds}
+            {"of": step.of_seed, "step": step.what, "name": step.name, "why": status.why, "seconds": status.seconds}
             for step, status in planned(experiment)
         ]
     )
@@ -65,7 +65,7 @@ def _print_plan(experiment: Experiment, machine: bool) -> None:
         return
     shown = pd.DataFrame(
         {
-            "step": rows["step"],
+            "step": rows["of"] + rows["name"],
             "state": waiting.map({True: "to do", False: "up to date"}),
             "why": rows["why"],
             "last time, s": rows["seconds"].astype(float).map(seconds),

@@ -10,7 +10,7 @@ from coin.core.processes import rank_zero_info
 from coin.files.atomic import write_text
 from coin.pipeline.executors import Command, raise_for, run_commands
 from coin.pipeline.launch import Launch
-from coin.pipeline.records import folder_lock, record_step, status_of
+from coin.pipeline.records import folder_lock, inputs_of, record_step, status_of
 from coin.pipeline.step import Step
 from coin.pipeline.sweep import SweepFile, SweepPoint
 from coin.reporting import write_report
@@ -46,6 +46,7 @@ class PointRun(Command):
             inputs=files,
             outputs=[seed.results for seed in self.seeds],
         )
+        self.inputs = inputs_of(self.step)
 
 
 def run_sweep(plan: SweepFile, points: Sequence[SweepPoint], folder: Path, launch: Launch) -> None:
@@ -65,13 +66,13 @@ def run_sweep(plan: SweepFile, points: Sequence[SweepPoint], folder: Path, launc
         rank_zero_info(f"sweep {plan.name}: {len(runs)} points, {len(done)} finished already, {at_once}")
 
         def finish(run: PointRun) -> None:
-            record_step(run.step)
+            record_step(run.step, run.inputs)
             done.append(run)
             _collect([each for each in runs if each in done], folder / SWEEP_CSV, read_results)
 
         _collect(done, folder / SWEEP_CSV, read_results)
         waiting = [run for run in runs if run not in done]
-        failed = run_commands(waiting, launch, folder / "submitit", finish)
+        failed = run_commands(waiting, launch, folder / "submitit", finish, share_gpus=False) if waiting else []
         done = [run for run in runs if run in done]
         frame = _collect(done, folder / SWEEP_CSV, read_results)
         _collect(done, folder / RISK_CSV, read_risk)

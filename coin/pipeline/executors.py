@@ -87,7 +87,12 @@ C = TypeVar("C", bound=Command)
 
 
 def run_commands(
-    commands: Sequence[C], launch: Launch, folder: Path, on_success: Callable[[C], None] = lambda _: None
+    commands: Sequence[C],
+    launch: Launch,
+    folder: Path,
+    on_success: Callable[[C], None] = lambda _: None,
+    *,
+    share_gpus: bool = True,
 ) -> list[C]:
     """Run commands, several at a time, wait for all of them, and return those that failed.
 
@@ -96,16 +101,18 @@ def run_commands(
         launch: Where, and how many at a time.
         folder: The folder for submitit's own files.
         on_success: Called with every command that succeeded.
+        share_gpus: Whether each worker of this machine sees its share of the GPUs only.
 
     Raises:
         ConfigurationError: submitit or SLURM is missing, or refuses an option.
     """
     if launch.executor is Executor.slurm:
         return _run_as_array(commands, launch, folder, on_success)
-    return _run_side_by_side(commands, worker_environments(launch.workers), on_success)
+    environments = worker_environments(launch.workers, share_gpus)
+    return _run_side_by_side(commands, environments, on_success)
 
 
-def worker_environments(workers: int) -> list[dict[str, str]]:
+def worker_environments(workers: int, share_gpus: bool = True) -> list[dict[str, str]]:
     """Return the environment of each worker on this machine: its share of the cores, and of the GPUs if there are any.
 
     With more workers than GPUs, several share one.
@@ -114,7 +121,7 @@ def worker_environments(workers: int) -> list[dict[str, str]]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     devices = given.split(",")[:count] if given else [str(index) for index in range(count)]
-    if not devices:
+    if not devices or not share_gpus:
         return [environment] * workers
     shares = [devices[place::workers] or [devices[place % len(devices)]] for place in range(workers)]
     return [{**environment, "CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]

@@ -18,7 +18,7 @@ class Executor(StrEnum):
 class Launch:
     """How independent steps of an experiment, or points of a sweep, are run: one after the other, or side by side.
 
-    Independent are the experts, then the statistics, then the coded models; and all points of a sweep.
+    Independent are the experts, then the statistics, then the trained coded models; and all points of a sweep.
 
     Args:
         executor: ``local``: processes of this machine, which divide its GPUs among them, or its cores if it has no GPU.

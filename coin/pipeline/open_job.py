@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from coin.pipeline.experiment import Experiment
 from coin.pipeline.job import Job, JobConfig
 from coin.pipeline.steps.code import AUTO
 from coin.reporting.wandb_runs import start_run
-from coin.reporting.wandb_settings import in_sweep, logging_only, run_environment
+from coin.reporting.wandb_settings import in_sweep, logging_only
 
 
 @contextmanager
@@ -53,15 +53,15 @@ def open_job(experiment: Experiment, config: JobConfig, *, again: bool = False) 
             loggers.append(WandbLogger(experiment=run))
     failed = True
     try:
-        with run_environment(home):
-            yield Job(experiment.name, seed, run, loggers, folder)
+        yield Job(experiment.name, seed, run, loggers, folder)
         failed = False
     finally:
         if run is not None:
             with logging_only(f"the end of the run '{called}'"):
                 run.finish(exit_code=int(failed))
-            if not failed and kept.exists():
-                kept.replace(done)
+            if not failed:
+                with suppress(FileNotFoundError):
+                    kept.replace(done)
 
 
 def _folders(experiment: Experiment, config: JobConfig) -> tuple[Path, Path]:

@@ -64,7 +64,7 @@ def merge_step(files: SeedFiles, method: Method) -> Step:
         ],
         outputs=files.coded_outputs(method),
         collective=method.is_trained,
-        elsewhere=True,
+        elsewhere=method.is_trained,
         job=_method_job(files, method),
         uses=[
             files.expert_artifacts,

@@ -55,27 +55,34 @@ class Status:
         return not self.why
 
 
-def step_key(options: Any, inputs: Sequence[Path] = ()) -> str:
-    """Return the hash of a step's options (`config_dict`), of its input files' contents and of coin's version.
+@dataclass(frozen=True)
+class Inputs:
+    """What a step's outputs depend on: its options as JSON, and the hashes of its input files by path."""
 
-    Raises FileError if a file is missing.
+    options: Any
+    files: Mapping[str, str]
+
+    @property
+    def key(self) -> str:
+        """The hash of the options, of the files' contents in their order, and of coin's version."""
+        value = [self.options, list(self.files.values()), versions()["coded-coin"]]
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def inputs_of(step: Step) -> Inputs:
+    """Return a step's inputs as they are now; paths are those from the experiment's folder.
+
+    Raises FileError if a file is missing. With several processes, rank zero reads them and broadcasts the result.
     """
-    return _key(config_dict(options), [sha256_of(path) for path in dict.fromkeys(inputs)])
-
-
-def _key(options: Any, contents: Sequence[str]) -> str:
-    value = [options, list(contents), versions()["coded-coin"]]
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _inputs(step: Step) -> tuple[Any, dict[str, str]]:
-    """Return a step's options as JSON, and the hashes of its inputs by their paths from the experiment's folder."""
     experiment = step.folder.parent
-    files = {
-        str(path.relative_to(experiment) if path.is_relative_to(experiment) else path): sha256_of(path)
-        for path in step.inputs
-    }
-    return config_dict(step.options), files
+
+    def read() -> Inputs:
+        paths = {
+            path: path.relative_to(experiment) if path.is_relative_to(experiment) else path for path in step.inputs
+        }
+        return Inputs(config_dict(step.options), {str(name): sha256_of(path) for path, name in paths.items()})
+
+    return on_rank_zero(read)
 
 
 def status_of(step: Step) -> Status:
@@ -93,9 +100,9 @@ def _status(step: Step) -> Status:
         return Status(f"'{gone.name}' is not there yet", seconds)
     if not record:
         return Status("never done", seconds)
-    options, files = _inputs(step)
-    if record["key"] != _key(options, list(files.values())):
-        return Status(_difference(record.get("inputs"), options, files), seconds)
+    inputs = inputs_of(step)
+    if record["key"] != inputs.key:
+        return Status(_difference(record.get("inputs"), inputs), seconds)
     for path in step.outputs:
         found = sha256_of(path) if path.is_file() else None
         if record["outputs"].get(str(path.relative_to(step.folder))) != found or found is None:
@@ -103,14 +110,18 @@ def _status(step: Step) -> Status:
     return Status("", seconds)
 
 
-def _difference(before: Any, options: Any, files: Mapping[str, str]) -> str:
-    """Return in what a record's inputs differ from those of now."""
+def _difference(before: Any, now: Inputs) -> str:
+    """Return which options and input files have changed since a record was written."""
     if not isinstance(before, dict):
         return "its options or inputs have changed"
-    recorded, wanted = (dict(_flat(found)) for found in (before.get("options", {}), options))
-    changed = [name for name in sorted({*recorded, *wanted}) if recorded.get(name) != wanted.get(name)]
-    read = [Path(path).name for path, digest in files.items() if before.get("files", {}).get(path) != digest]
-    return f"changed: {', '.join([*changed, *read])}" if changed or read else "another version of coin"
+    options, wanted = (dict(_flat(found)) for found in (before.get("options", {}), now.options))
+    changed = [name for name in sorted({*options, *wanted}) if options.get(name, ...) != wanted.get(name, ...)]
+    files = before.get("files", {})
+    changed += [Path(path).name for path, digest in now.files.items() if files.get(path) != digest]
+    left_out = [f"without {Path(path).name}" for path in files if path not in now.files]
+    if changed or left_out:
+        return f"changed: {', '.join([*changed, *left_out])}"
+    return "another order of its inputs" if list(files) != list(now.files) else "another version of coin"
 
 
 def _flat(options: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -128,31 +139,38 @@ def reuse_from_sweep(step: Step) -> bool:
     This is safe because the key is a hash of all inputs of the step.
     """
     sweep = sweep_of(step.folder.parent)
-    if sweep is None or not step.shared:
+    if sweep is None or not step.shared or not all(path.is_file() for path in step.inputs):
         return False
-    key = step_key(step.options, step.inputs)
+    inputs = inputs_of(step)
     for path in sorted(sweep.glob(f"*/{glob.escape(step.folder.name)}/.steps/{glob.escape(step.name)}.json")):
         folder = path.parent.parent
         theirs = [folder / output.relative_to(step.folder) for output in step.outputs]
         record = _read(folder, step.name)
-        if record.get("key") == key and record["outputs"] == _contents(folder, theirs):
+        if record.get("key") == inputs.key and all(each.is_file() for each in theirs):
+            if record["outputs"] != _contents(folder, theirs):
+                continue
             with contextlib.suppress(OSError):  # it is just being made again: the step is done here
                 for source, target in zip(theirs, step.outputs, strict=True):
                     link_file(source, target)
-                record_step(step)
+                record_step(step, inputs)
                 return True
     return False
 
 
-def record_step(step: Step, seconds: float | None = None) -> None:
-    """Record on rank zero that the step is finished."""
+def record_step(step: Step, inputs: Inputs, seconds: float | None = None) -> None:
+    """Record on rank zero that the step is finished.
+
+    Args:
+        step: The step; its outputs are there.
+        inputs: Its inputs as they were when it began.
+        seconds: How long it took.
+    """
 
     def write() -> None:
-        options, files = _inputs(step)
         record = {
-            "key": _key(options, list(files.values())),
+            "key": inputs.key,
             "outputs": _contents(step.folder, step.outputs),
-            "inputs": {"options": options, "files": files},
+            "inputs": {"options": inputs.options, "files": inputs.files},
             "seconds": seconds,
         }
         write_text(step.folder / ".steps" / f"{step.name}.json", json.dumps(record, indent=1))
@@ -169,13 +187,13 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
         return {}
 
 
-def _contents(folder: Path, outputs: Sequence[Path]) -> dict[str, str | None]:
-    return {str(path.relative_to(folder)): sha256_of(path) if path.is_file() else None for path in outputs}
+def _contents(folder: Path, outputs: Sequence[Path]) -> dict[str, str]:
+    return {str(path.relative_to(folder)): sha256_of(path) for path in outputs}
 
 
 def alone(step: Step, key: str) -> AbstractContextManager[Any]:
     """Return a context that waits while another point of the sweep runs the same shared step."""
-    sweep = sweep_of(step.folder.parent)
+    sweep = on_rank_zero(lambda: sweep_of(step.folder.parent))
     if sweep is None or not step.shared:
         return contextlib.nullcontext()
     return folder_lock(sweep / ".locks" / f"{step.name}-{key[:16]}", patient=True)

@@ -39,25 +39,27 @@ def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.D
         if launch is not None and launch.side_by_side:
             _run_elsewhere(experiment, plans, launch)
         for seed, steps in plans.items():
-            layout = experiment.layout.seed(seed)
-            if experiment.calibration.promise_samples and not layout.promise.exists():
+            if experiment.calibration.promise_samples and not experiment.layout.seed(seed).promise.exists():
                 experiment.check_parts()
             runner.run(steps)
-            if is_rank_zero():
-                layout.results_json.touch()  # of seeds with different options, the latest run's count
-                write_text(layout.config, experiment.as_yaml(seed))  # until now it was that of the results there
+            _end_seed(experiment, seed)
         return on_rank_zero(partial(_summarise, experiment))
 
 
-def planned(experiment: Experiment) -> list[tuple[Step, Status]]:
-    """Return the steps of all seeds, and whether each has to run and why; nothing is run or written."""
+def planned(experiment: Experiment, *, compare: bool = True) -> list[tuple[Step, Status]]:
+    """Return the steps of all seeds, and whether each has to run and why; nothing is run or written.
+
+    Args:
+        experiment: The experiment.
+        compare: Whether to read files for that; otherwise no step counts as up to date.
+    """
     found: list[tuple[Step, Status]] = []
     made_anew: dict[Path, str] = {}
     steps = [*initial_steps(experiment), *(step for seed in experiment.seeds for step in plan(experiment, seed))]
     for step in steps:
         if step.only_logs:
             continue
-        status = status_of(step)
+        status = status_of(step) if compare else Status("not compared")
         if before := next((made_anew[path] for path in step.inputs if path in made_anew), None):
             status = Status(f"after {before}", status.seconds)
         if not status.is_current:
@@ -76,15 +78,25 @@ def run_step(experiment: Experiment, name: str) -> None:
     Raises:
         ConfigurationError: There is no such step.
     """
+    known = [step.name for step, _ in planned(experiment, compare=False)]
+    step = name if name in known else f"expert-{name}"
+    if step not in known:
+        expected = f"one of {', '.join(experiment.tasks)}, or a step of coin run --dry-run"
+        raise ConfigurationError(f"found no task or step '{name}', expected {expected}")
     _begin(experiment)
-    step = f"expert-{name}" if name in experiment.tasks else name
     runner = Runner(experiment, patient=True)
-    for steps in _plans(experiment, runner).values():
-        needed = needed_for(step, steps)
-        if not needed:
-            found = f"found no task or step '{name}', expected one of {', '.join(experiment.tasks)}"
-            raise ConfigurationError(f"{found}, or of coin run --dry-run")
-        runner.run(needed)
+    for seed, steps in _plans(experiment, runner).items():
+        runner.run(needed_for(step, steps))
+        if step == "evaluate":
+            _end_seed(experiment, seed)
+
+
+def _end_seed(experiment: Experiment, seed: int) -> None:
+    """Write the configuration of the results that are there now, the latest of the experiment's."""
+    layout = experiment.layout.seed(seed)
+    if is_rank_zero():
+        layout.results_json.touch()  # of seeds with different options, the latest run's count
+        write_text(layout.config, experiment.as_yaml(seed))
 
 
 def _begin(experiment: Experiment) -> None:
@@ -113,6 +125,10 @@ def _run_elsewhere(experiment: Experiment, plans: dict[int, list[Step]], launch:
     for seed in plans:
         write_text(experiment.layout.seed(seed).launch, experiment.as_yaml(seed))
     for wave in waves([step for steps in plans.values() for step in steps]):
+        for seed in plans:  # what is soon done, such as an expert's import, is done here
+            folder = experiment.layout.seed(seed).folder
+            here = [step for step in wave if step.folder == folder and not step.elsewhere and not step.only_logs]
+            Runner(experiment).run([step for step in here if not step.collective])
         waiting = [step for step in wave if step.elsewhere and not is_done(step)]
         if any(step.trains for step in waiting):
             experiment.check_parts()

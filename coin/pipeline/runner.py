@@ -1,25 +1,26 @@
-"""Running steps: the one place that knows records, keys, locks, ranks, W&B jobs, artifacts and progress."""
+"""Running steps: the one place that knows records, keys, locks, ranks, W&B runs, artifacts and progress."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 from coin.core.processes import on_rank_zero, rank_zero_info
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.job import Job, JobConfig
 from coin.pipeline.open_job import open_job
-from coin.pipeline.records import Status, alone, folder_lock, record_step, reuse_from_sweep, status_of, step_key
+from coin.pipeline.records import alone, folder_lock, inputs_of, record_step, reuse_from_sweep, status_of
 from coin.pipeline.step import Context, Step
-from coin.reporting.wandb_settings import in_sweep, logging_only
+from coin.reporting.wandb_settings import in_sweep, logging_only, run_environment
 
 LONG = 10.0
-"""The seconds from which on a step says how long it took."""
+"""Steps that take at least so many seconds say how long they took."""
 
 
-def is_done(step: Step, status: Status | None = None) -> bool:
+def is_done(step: Step) -> bool:
     """Return whether a step is up to date, here or, if it is shared, in another point of the sweep."""
-    return (status or status_of(step)).is_current or on_rank_zero(partial(reuse_from_sweep, step))
+    return status_of(step).is_current or on_rank_zero(partial(reuse_from_sweep, step))
 
 
 class Runner:
@@ -27,7 +28,7 @@ class Runner:
 
     Args:
         experiment: The experiment.
-        patient: Whether to wait for other commands that run the same steps.
+        patient: Whether to wait for other commands that run the same steps, as a process that runs one step does.
     """
 
     def __init__(self, experiment: Experiment, *, patient: bool = False) -> None:
@@ -35,66 +36,76 @@ class Runner:
         self.patient = patient
 
     def run(self, steps: Sequence[Step]) -> None:
-        """Run every step that is not up to date, in order; a W&B job is open from its first step to its last."""
-        last = {step.job: place for place, step in enumerate(steps)}
+        """Run every step of one folder that is not up to date, in order.
+
+        A W&B run is open from the first to the last of its steps. A step is recorded after its W&B run is written.
+        """
+        steps = [replace(step, job=self._job(step)) for step in steps]
         count = sum(not step.only_logs for step in steps)
         with ExitStack() as stack:
+            for folder in dict.fromkeys(step.folder for step in steps):
+                stack.enter_context(run_environment(folder))
             jobs = _Jobs(self.experiment, steps, stack)
             for place, step in enumerate(steps):
                 if step.only_logs:
                     on_rank_zero(partial(self._log, step, jobs))
                 else:
-                    self._run(step, jobs, f"[{place + 1}/{count}] {step.of_seed}")
-                if last[step.job] == place:
-                    jobs.close(step.job)
+                    self._run(step, jobs, f"[{place + 1}/{count}] {step.of_seed}{step.what}")
+                jobs.end(step)
 
-    def _run(self, step: Step, jobs: "_Jobs", place: str) -> None:
-        if self.patient and is_done(step):  # nobody else's lock is worth waiting for
-            rank_zero_info(f"{place}{step.what}: up to date")
+    def _run(self, step: Step, jobs: "_Jobs", called: str) -> None:
+        if is_done(step):
+            rank_zero_info(f"{called}: up to date")
             return
-        with self._locked(step) as key:
-            status = status_of(step)
-            if is_done(step, status):
-                rank_zero_info(f"{place}{step.what}: up to date")
-                return
-            if step.trains:
-                self.experiment.check_parts()
-            expected = f" (last time {status.seconds:.0f} s)" if status.seconds and status.seconds >= 1 else ""
-            rank_zero_info(f"{place}{step.what}: {step.doing}{expected}")
-            job = jobs.get(step.job, open=step.opens_job)
-            started = time.monotonic()
-            if job is not None:
-                job.use_artifacts(step.uses)
-            work = partial(step.run, Context(key, step.outputs, self.experiment.trainer, job))
-            measures = work() if step.collective else on_rank_zero(work)
-            if job is not None:
-                job.measures(measures or {})
-                job.log_artifacts(step.logs)
-            seconds = time.monotonic() - started
-            record_step(step, seconds)
-            if seconds >= LONG:
-                rank_zero_info(f"{place}{step.what}: done in {seconds:.0f} s")
+        lock = step.lock or step.folder / ".steps" / step.name
+        with folder_lock(lock, patient=self.patient):
+            inputs = inputs_of(step)
+            with alone(step, inputs.key):
+                if is_done(step):
+                    rank_zero_info(f"{called}: up to date")
+                    return
+                if step.trains:
+                    self.experiment.check_parts()
+                before = status_of(step).seconds
+                expected = f" (last time {before:.0f} s)" if before is not None and before >= 1 else ""
+                rank_zero_info(f"{called}: {step.doing}{expected}")
+                job, started = jobs.get(step.job, open=step.opens_job), time.monotonic()
+                if job is not None:
+                    job.use_artifacts(step.uses)
+                work = partial(step.run, Context(inputs.key, step.outputs, self.experiment.trainer, job))
+                measures = work() if step.collective else on_rank_zero(work)
+                if job is not None:
+                    job.measures(measures or {})
+                    job.log_artifacts(step.logs)
+                jobs.end(step)
+                seconds = time.monotonic() - started
+                record_step(step, inputs, seconds)
+                if seconds >= LONG:
+                    rank_zero_info(f"{called}: done in {seconds:.0f} s")
+
+    def _job(self, step: Step) -> JobConfig | None:
+        """Return a step's job: one of its own where steps that share one may run in several processes."""
+        if self.patient and step.job is not None and step.job.type == "fisher":
+            return replace(step.job, name=f"{step.job.name}-{step.name.partition('.')[0]}")
+        return step.job
 
     def _log(self, step: Step, jobs: "_Jobs") -> None:
-        """Run a step that writes to W&B alone, on rank zero; without a run, or if that fails, it is tried next time."""
+        """Run a step that only logs to W&B, on rank zero; without a W&B run, or if it fails, it is tried again.
+
+        An agent of a W&B sweep logs evaluations alone.
+        """
         job = jobs.get(step.job, open=False)
-        if in_sweep() or (job is None and status_of(step).is_current):
+        if (in_sweep() and step.job is not None and step.job.type != "evaluate") or (
+            job is None and status_of(step).is_current
+        ):
             return
         with logging_only("the runs of the methods"):
             job = job or jobs.reopened(step)
             if job.run is not None:
+                inputs = inputs_of(step)
                 step.run(Context("", job=job))
-                record_step(step)
-
-    @contextmanager
-    def _locked(self, step: Step) -> Iterator[str]:
-        """Lock the step, if it has a folder for that, and yield its key."""
-        with ExitStack() as locks:
-            if step.lock is not None or self.patient:
-                locks.enter_context(folder_lock(step.lock or step.folder / ".steps" / step.name, patient=self.patient))
-            key = on_rank_zero(partial(step_key, step.options, step.inputs))
-            locks.enter_context(alone(step, key))
-            yield key
+                jobs.end(step)
+                record_step(step, inputs)
 
 
 class _Jobs:
@@ -102,6 +113,7 @@ class _Jobs:
 
     def __init__(self, experiment: Experiment, steps: Sequence[Step], stack: ExitStack) -> None:
         self.experiment, self.steps, self.stack = experiment, steps, stack
+        self.last = {step.job: step for step in steps}
         self._open: dict[JobConfig | None, tuple[Job, ExitStack]] = {}
 
     def get(self, config: JobConfig | None, *, open: bool) -> Job | None:
@@ -121,10 +133,10 @@ class _Jobs:
                 job.log_artifacts(earlier.logs)
         return job
 
-    def close(self, config: JobConfig | None) -> None:
-        """End a job, if it is open."""
-        if config in self._open:
-            self._open.pop(config)[1].close()
+    def end(self, step: Step) -> None:
+        """End a step's job, if this is the last of its steps and it is open."""
+        if self.last[step.job] is step and step.job in self._open:
+            self._open.pop(step.job)[1].close()
 
     def _start(self, config: JobConfig, *, again: bool) -> Job:
         own = self.stack.enter_context(ExitStack())

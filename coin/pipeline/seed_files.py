@@ -1,4 +1,4 @@
-"""The files of one seed of an experiment, by what they hold, and its experts, code and samples once they are there."""
+"""The paths of one seed's files, and the experts, code and calibration samples read from them."""
 
 from collections.abc import Mapping
 from functools import cached_property

@@ -1,6 +1,6 @@
 """A step of an experiment as data: what it reads, what it writes, and the function that does it.
 
-A step knows nothing of locks, ranks, keys, records, or of how W&B runs begin and end; `coin.pipeline.runner` does.
+It does not handle locks, ranks, keys, records or W&B runs itself; `coin.pipeline.runner` does.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -69,7 +69,7 @@ class Step:
         opens_job: Whether it starts that job; otherwise it logs to it if it is open.
         uses: Artifacts that it reads.
         logs: Artifacts among its outputs.
-        only_logs: Whether it writes to W&B alone: it then counts as finished only if it has a run.
+        only_logs: Whether it only logs to W&B; without a W&B run it is not recorded, and tried again next time.
     """
 
     name: str
@@ -103,7 +103,7 @@ def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
 
 
 def waves(steps: Sequence[Step]) -> list[list[Step]]:
-    """Return the steps in groups, each of which needs only outputs of earlier groups; order is kept in a group."""
+    """Return the steps in groups that need outputs of earlier groups only; order is kept in a group."""
     level: dict[Path, int] = {}
     groups: dict[int, list[Step]] = {}
     for step in steps:

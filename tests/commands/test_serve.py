@@ -263,7 +263,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_is_read(capsys: pytest.
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert main(["serve", "nowhere", f"--ray.port={port}"]) == 2
+        assert main(["serve", ".", f"--ray.port={port}"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"coin: error: cannot listen at 127.0.0.1:{port} (")
     assert main(["serve", "nowhere", f"--ray.port={port}"]) == 2

@@ -13,7 +13,7 @@ from coin.coding import Code
 from coin.errors import CoinError, CoinWarning, ConfigurationError
 from coin.merging import Average, Experts, Foreign, Method, UserMethod, merge_networks
 from coin.pipeline.options import config_dict, to_config
-from coin.pipeline.records import step_key
+from coin.pipeline.records import Inputs
 from coin.pipeline.steps.merge import coded_name
 
 EXAMPLES = ("iso_c", "tsv_m")
@@ -91,6 +91,10 @@ def network() -> nn.Sequential:
     return made
 
 
+def key_of(method: UserMethod) -> str:
+    return Inputs(config_dict(method), {}).key
+
+
 def experts() -> Experts:
     torch.manual_seed(0)
     samples = [[torch.randn(6, 4), torch.randn(2, 4)] for _ in ROW]
@@ -162,7 +166,7 @@ def test_its_old_name_makes_the_same_with_a_warning(path: str) -> None:
     with pytest.warns(CoinWarning, match="Foreign is now UserMethod"):
         old = Foreign("mine.told", {"scale": 2.0})
     assert config_dict(new)["class"] == "Foreign"  # as in records of before
-    assert step_key({"method": old}) == step_key({"method": new})
+    assert key_of(old) == key_of(new)
     assert to_config(old) == to_config(new)
 
 
@@ -175,14 +179,14 @@ def test_a_record_of_it_changes_with_the_source_file_and_the_options(
     mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = {
-        step_key({"method": UserMethod("mine.told")}),
-        step_key({"method": UserMethod("mine.told", {"scale": 2.0})}),
+        key_of(UserMethod("mine.told")),
+        key_of(UserMethod("mine.told", {"scale": 2.0})),
     }
     before = UserMethod("mine.told")
     mine.write_text(MODULE + "\n# changed\n")
-    assert step_key({"method": before}) in keys  # the function that was read is still the old one
+    assert key_of(before) in keys  # the function that was read is still the old one
     monkeypatch.delitem(sys.modules, "mine")
-    keys.add(step_key({"method": UserMethod("mine.told")}))
+    keys.add(key_of(UserMethod("mine.told")))
     assert len(keys) == 3
 
 

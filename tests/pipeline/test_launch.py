@@ -1,5 +1,6 @@
 """Experts side by side: the same experts as one after the other, each worker on a place of its own."""
 
+import json
 import os
 import shutil
 import signal
@@ -173,9 +174,20 @@ def test_what_does_not_fit_is_one_line(
         run_commands(jobs, Launch(Executor.slurm), tmp_path / "submitit")
     assert main(["run", "-c", str(config), "--only=nothing", "--name=mistake"]) == 2
     assert "found no task or step 'nothing', expected one of digits, letters" in capsys.readouterr().err
+    assert not Path("runs/mistake").exists()
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'coded-coin\[slurm\]'"):
         run_commands(jobs, DEBUG, tmp_path / "submitit")
+
+
+@pytest.mark.usefixtures("no_reports")
+def test_experts_that_are_imported_need_no_process(finished: Path, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").touch()  # a point of a sweep, which looks for its steps in others
+    experts = {task: str(finished / f"seed-0/experts/{task}/expert.safetensors") for task in ("digits", "letters")}
+    given = [f"--expert.checkpoints={json.dumps(experts)}", "--methods=[{class_path: Average}]", "--launch.workers=2"]
+    base = f"--base={{task: null, checkpoint: {finished}/base/base.safetensors}}"
+    assert main(["run", "-c", str(config), f"--output={tmp_path}", base, *given]) == 0
+    assert not list((tmp_path / "tiny").rglob("launch.log"))
 
 
 def test_a_seeds_configuration_does_not_launch_again(finished: Path) -> None:

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import pandas as pd
 import pytest
+import yaml
 
 import coin.pipeline.run
 import coin.pipeline.work
@@ -273,6 +274,18 @@ def test_one_step_runs_with_what_it_needs_and_nothing_else(
     wanted, _ = load_state(finished / "seed-0/statistics/letters.fisher.safetensors")
     found, _ = load_state(tmp_path / "tiny/seed-0/statistics/letters.fisher.safetensors")
     assert all(found[name].equal(wanted[name]) for name in wanted)
+
+
+@pytest.mark.usefixtures("no_reports")
+def test_an_evaluation_alone_leaves_the_configuration_of_its_results(
+    finished: Path, config: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "tiny", ignore=shutil.ignore_patterns("wandb"))
+    command = ["run", "-c", str(config), f"--output={tmp_path}", "--only=evaluate"]
+    assert main([*command, "--methods=[{class_path: Average}]", "--decoders=[ridge]"]) == 0
+    seed = tmp_path / "tiny/seed-0"
+    assert set(read_results(seed).query("method == 'average'").decoder) == {"ridge"}
+    assert yaml.safe_load((seed / "config.yaml").read_text())["decoders"] == ["ridge"]
 
 
 def test_second_run_does_nothing_again_and_prints_what_a_machine_can_read(

@@ -14,14 +14,19 @@ from PIL import Image
 
 from coin.data import Digits, ImageFolder, TextFile
 from coin.distillation import Distillation
-from coin.errors import ConfigurationError
+from coin.errors import ConfigurationError, FileError
 from coin.merging import Average, Coin
+from coin.pipeline import Experiment
 from coin.pipeline.config import CalibrationConfig, ExpertConfig
 from coin.pipeline.options import config_dict
-from coin.pipeline.records import Status, alone, record_step, status_of, step_key
-from coin.pipeline.runner import is_done
+from coin.pipeline.records import Status, alone, inputs_of, record_step, status_of
+from coin.pipeline.runner import Runner, is_done
 from coin.pipeline.step import Step, needed_for, waves
 from coin.pipeline.steps.merge import coded_name, coded_paths
+
+
+def step_key(options: Any, inputs: Sequence[Path] = ()) -> str:
+    return inputs_of(Step("a", Path("x/y"), "", "", print, options, inputs)).key
 
 
 def step(folder: Path, name: str = "a", options: str = "k", outputs: Sequence[str] = ("out",), **more: Any) -> Step:
@@ -35,7 +40,7 @@ def test_a_step_is_finished_only_with_its_key_and_its_outputs(tmp_path: Path) ->
     assert status_of(made).why == "never done"
     output.write_text("one")
     assert not status_of(made).is_current
-    record_step(made, 3.0)
+    record_step(made, inputs_of(made), 3.0)
     assert status_of(made) == Status("", 3.0)
     assert status_of(step(tmp_path, options="other", inputs=[source])).why == "changed: o"
     assert status_of(step(tmp_path, "b", inputs=[source])).why == "never done"
@@ -46,15 +51,41 @@ def test_a_step_is_finished_only_with_its_key_and_its_outputs(tmp_path: Path) ->
     assert status_of(made).why == "'out' is not what was written"
     output.unlink()
     assert status_of(made).why == "'out' is missing"
+    with pytest.raises(FileError, match="out"):
+        record_step(made, inputs_of(made))
     source.unlink()
     assert status_of(made).why == "'in' is not there yet"
+
+
+def test_what_changes_while_a_step_runs_is_no_input_of_its_outputs(tmp_path: Path) -> None:
+    output, source = tmp_path / "out", tmp_path / "in"
+    source.write_text("old")
+    made = step(tmp_path, inputs=[source])
+
+    def work(_: object) -> None:
+        source.write_text("new")
+        output.write_text("made of old")
+
+    tasks = {"a": Digits(), "b": Digits()}
+    Runner(Experiment("x", tasks, [Average()], output=str(tmp_path))).run([replace(made, run=work)])
+    assert status_of(made).why == "changed: in"
+
+
+def test_a_difference_names_what_was_left_out_and_the_order(tmp_path: Path) -> None:
+    first, second, output = tmp_path / "first", tmp_path / "second", tmp_path / "out"
+    for path in (first, second, output):
+        path.write_text(path.name)
+    made = step(tmp_path, inputs=[first, second])
+    record_step(made, inputs_of(made))
+    assert status_of(step(tmp_path, inputs=[first])).why == "changed: without second"
+    assert status_of(step(tmp_path, inputs=[second, first])).why == "another order of its inputs"
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"key": 1}', '{"key": "k", "outputs": []}'])
 def test_a_damaged_record_counts_as_none(text: str, tmp_path: Path) -> None:
     made, output = step(tmp_path), tmp_path / "out"
     output.write_text("one")
-    record_step(made)
+    record_step(made, inputs_of(made))
     (tmp_path / ".steps/a.json").write_text(text)
     assert status_of(made).why == "never done"
 
@@ -62,7 +93,7 @@ def test_a_damaged_record_counts_as_none(text: str, tmp_path: Path) -> None:
 def test_a_record_of_before_without_inputs_says_that_they_have_changed(tmp_path: Path) -> None:
     made, output = step(tmp_path), tmp_path / "out"
     output.write_text("one")
-    record_step(made)
+    record_step(made, inputs_of(made))
     record = tmp_path / ".steps/a.json"
     kept = {key: json.loads(record.read_text())[key] for key in ("key", "outputs")}
     record.write_text(json.dumps(kept | {"seconds": "long"}))
@@ -94,7 +125,8 @@ def points(tmp_path: Path) -> tuple[Path, Path]:
     (first / "experts").mkdir(parents=True)
     for name in OUTPUTS:
         (first / name).write_text(f"weights of {name}")
-    record_step(step(first, "expert-a[1]", outputs=OUTPUTS))
+    made = step(first, "expert-a[1]", outputs=OUTPUTS)
+    record_step(made, inputs_of(made))
     return first, second
 
 
@@ -108,6 +140,7 @@ def test_a_shared_step_is_taken_over_from_a_point_with_the_same_key(points: tupl
     assert not finished(second, options="other")
     assert not finished(second, name="expert-a1")
     assert not finished(second.with_name("seed-1"))
+    assert not is_done(step(second, "expert-a[1]", outputs=OUTPUTS, inputs=[second / "not there yet"], shared=True))
     assert not second.exists()
     (second / "experts").mkdir(parents=True)
     (second / "experts/a.bin").write_text("half a training")

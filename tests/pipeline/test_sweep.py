@@ -23,7 +23,7 @@ from coin.cli import main
 from coin.commands.sweep_run import PointRun
 from coin.errors import ConfigurationError
 from coin.pipeline.launch import Launch
-from coin.pipeline.records import folder_lock, step_key
+from coin.pipeline.records import folder_lock
 from coin.pipeline.sweep import SweepPoint, read_sweep, sweep_points
 from coin.reporting import COLUMNS, read_results
 from coin.reporting.extras import RISK_COLUMNS
@@ -181,7 +181,8 @@ def test_points_are_tagged_with_their_sweep_for_w_and_b_and_run_where_they_are_a
 ) -> None:
     started: list[tuple[list[Any], Launch]] = []
 
-    def run_commands(commands: list[Any], launch: Launch, *_: Any) -> list[Any]:
+    def run_commands(commands: list[Any], launch: Launch, *_: Any, share_gpus: bool) -> list[Any]:
+        assert not share_gpus
         started.append((commands, launch))
         return []
 
@@ -200,8 +201,7 @@ def test_points_are_tagged_with_their_sweep_for_w_and_b_and_run_where_they_are_a
 def test_a_point_whose_options_have_changed_is_not_finished(config: Path, tmp_path: Path) -> None:
     def key(**changes: Any) -> str:
         file = write_sweep(tmp_path / "grid.yaml", config, set={**SWEEP["set"], **changes})
-        step = PointRun(sweep_points(read_sweep(file), tmp_path / "grid")[0], {}).step
-        return step_key(step.options, step.inputs)
+        return PointRun(sweep_points(read_sweep(file), tmp_path / "grid")[0], {}).inputs.key
 
     changes: list[dict[str, Any]] = [{}, {"spares": [{"bits": 3}]}, {"spares": [{"bits": 4}]}, {"code": [[0.5, 0.5]]}]
     assert len({key(**each) for each in changes}) == len(changes)

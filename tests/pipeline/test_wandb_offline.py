@@ -214,6 +214,18 @@ def test_an_agent_of_a_sweep_gets_the_evaluation_alone(
     assert summary_of(records)["best_method"] == "average"
 
 
+def test_an_agent_of_a_sweep_gets_the_mean_over_seeds(
+    finished: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], Records]
+) -> None:
+    shutil.copytree(finished, tmp_path / "tiny", ignore=shutil.ignore_patterns("wandb"))
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    command = ["run", "-c", str(config), f"--output={tmp_path}", "--methods=[Average]", "--decoders=[linear]"]
+    assert main([*command, "--seeds=[0,1]"]) == 0
+    (folder,) = (tmp_path / "tiny/wandb").glob("offline-run-*")
+    assert "nda_mean_best" in summary_of(read_wandb(folder))
+
+
 def test_a_job_that_fails_is_told_to_have_failed(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_wandb: Callable[[Path], Records]
 ) -> None:

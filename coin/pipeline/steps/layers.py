@@ -17,7 +17,7 @@ from coin.statistics.statistic import StatisticKind
 
 
 def compare_layers(output: Path, files: ExpertFiles, coded: Mapping[Path, StatisticPaths]) -> None:
-    """Write for every coded model and layer its share of Fisher mass, its distance to the experts.
+    """Write for every coded model and layer its share of Fisher mass and its distance to the experts.
 
     Without a coded model the file is removed.
 

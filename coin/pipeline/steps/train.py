@@ -76,6 +76,7 @@ def train_network(
         initial: The shared initialisation's file; None starts from the network's own weights.
     """
     (output,) = context.outputs
+    on_rank_zero(task.prepare_data)
     weights = getattr(config, "weights", Weights.last)
     checkpoints = output.parent / "checkpoints"
     last = on_rank_zero(lambda: _begin(checkpoints, context.key, output))
