@@ -9,7 +9,7 @@ SLOW := -m 'not slow'
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-small test test-all lint format types imports pytest bench bench-check fuzz notebooks clean
+.PHONY: help install demo demo-small test test-all lint format types imports pytest bench bench-check bench-gpu fuzz notebooks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,14 +56,17 @@ types: $(VENV)/.dev  ## check the types (mypy, strict)
 imports: $(VENV)/.dev  ## check that imports flow one way
 	$(BIN)/lint-imports
 
-pytest: $(VENV)/.dev  ## run the tests that are quick
-	OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile $(SLOW)
+pytest: $(VENV)/.dev  ## run the tests that are quick, and list the 20 slowest
+	OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --durations=20 $(SLOW)
 
 bench: $(VENV)/.bench  ## time the exact Fisher against its limit and its peers
 	$(BIN)/python -W ignore tests/benchmarks/fisher.py
 
 bench-check: $(VENV)/.demo  ## fail if the exact Fisher has become slow, as a ratio to its limit
 	$(BIN)/python -W ignore tests/benchmarks/fisher.py --check --repeats 3 --networks resnet18 mobilenet_v2
+
+bench-gpu: $(VENV)/.demo  ## time Fisher, Refit, decoders and a training step on the GPU, or in small without one
+	$(BIN)/python -W ignore tests/benchmarks/gpu.py
 
 fuzz: $(VENV)/.dev  ## random configurations and checkpoints, FUZZ seconds a test
 	COIN_FUZZ_SECONDS=$(FUZZ) $(BIN)/pytest -n0 tests/fuzz

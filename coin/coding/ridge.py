@@ -38,8 +38,9 @@ class RidgeFit:
     left_out: Tensor = _UNKNOWN
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the predictions ``[B, T]`` for `inputs` ``[B, D]``."""
-        return (inputs - self.input_mean) @ self.coefficients + self.target_mean
+        """Return the predictions ``[B, T]`` for `inputs` ``[B, D]``, on their device."""
+        mean, target_mean = self.input_mean.to(inputs.device), self.target_mean.to(inputs.device)
+        return (inputs - mean) @ self.coefficients.to(inputs.device) + target_mean
 
 
 def fit_ridge(

@@ -23,7 +23,7 @@ from coin.coding import (
     make_decoder,
 )
 from coin.coding.decoder_state import decoders_state, restore_decoders
-from coin.core.batches import Batch, Forward, adapted, as_input, checked, clone, take
+from coin.core.batches import Batch, Forward, adapted, as_input, clone, take
 from coin.errors import CoinWarning, ConfigurationError, DataError, FileError, HeadError, StateError
 from coin.files.safetensors import load_state, save_state
 from coin.files.tensors import check_same_layout, fingerprint
@@ -41,7 +41,7 @@ class Coded(LightningModule):
 
     ``forward`` returns the coded models' outputs, which approximate Σ_i β_i f_i. `answers` returns the outputs of all
     servers, and `decode` a lost expert's logits. The networks run in eval mode and without gradients; their modes and
-    ``requires_grad`` are restored.
+    ``requires_grad`` are restored. Inputs are moved to their device.
 
     Args:
         code: The code, R×N.
@@ -108,7 +108,7 @@ class Coded(LightningModule):
     def forward(self, inputs: Batch) -> Tensor:
         """Return the coded models' logits ``[R, B, C]`` for inputs ``[B, ...]``."""
         with eval_mode(self.coded):
-            return _padded([network(checked(inputs, network)) for network in self.coded])
+            return _padded([network(as_input(inputs, network)) for network in self.coded])
 
     @torch.no_grad()
     def answers(
@@ -131,7 +131,7 @@ class Coded(LightningModule):
         """
         idle = {*erased, *(len(self.experts) + row for row in silent)}
         with eval_mode(self):
-            return server_answers(self.experts, self.coded, checked(inputs, self.coded[0]), features, stages, idle)
+            return server_answers(self.experts, self.coded, as_input(inputs, self.coded[0]), features, stages, idle)
 
     def heads(self, inputs: Any = None) -> list[Head]:
         """Return the experts' heads, for `make_decoder`: `linear_heads`, checked on the first few inputs, if any."""
@@ -184,7 +184,8 @@ class Coded(LightningModule):
         decoder, places = self._decoder_of(erased)
         if isinstance(decoder, ExpertHeadDecoder) and not self._checked_heads:
             with eval_mode(self.coded):
-                linear_heads([self.coded[row] for row in decoder.rows(len(self.coded))], checked(inputs, self.coded[0]))
+                read = [self.coded[row] for row in decoder.rows(len(self.coded))]
+                linear_heads(read, as_input(inputs, read[0]))
             self._checked_heads = True
         return decoder.decode(self._answers_for(decoder, inputs))[places]
 

@@ -202,3 +202,8 @@ def test_without_an_intercept_nothing_is_centred_and_left_out_errors_are_those_o
     for place in range(12):
         alone = y[place] - x[place] @ solved(torch.arange(12) != place)
         torch.testing.assert_close(fit.left_out[place].flatten(), alone)
+
+
+def test_a_fit_from_a_file_predicts_on_the_device_of_its_inputs():
+    fit = fit_ridge(*problem(20, 3))
+    assert fit(torch.empty(5, 3, dtype=torch.float64, device="meta")).device.type == "meta"

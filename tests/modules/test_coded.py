@@ -74,6 +74,12 @@ def test_forward_is_what_the_coded_models_answer(inputs):
     assert torch.equal(found[1, :, 2], torch.zeros(30, dtype=torch.float64))
 
 
+def test_inputs_are_moved_to_the_networks(inputs):
+    networks = [linear(seed).to("meta") for seed in range(3)]
+    coded = Coded(Code([[0.5, 0.5]]), networks[:2], networks[2:])
+    assert coded(inputs).device.type == coded.answers(inputs).experts.device.type == "meta"
+
+
 def test_answers_leave_lost_experts_out(inputs):
     coded = Coded(Code(CODES[1]), [linear(0), Lost(linear(1)), linear(2, outputs=2)], [linear(3)])
     answers = coded.answers(inputs, features=True, erased=[1])

@@ -1,0 +1,250 @@
+"""Time and peak memory of the heavy steps on a GPU, or in small on a CPU; run by ``make bench-gpu``.
+
+The steps are the exact Fisher, `Refit`, the servers' answers, the fit and the use of every decoder, and a training step
+(forward, backward, SGD), of ResNet50 and ViT-B/16 with random weights and images, in float32 (without TF32) and
+bfloat16. What has full precision by design is measured once; its bfloat16 row has no numbers and says why. Times are
+medians after a warm-up, by CUDA events on a GPU, and are divided by the time of forward passes of the same samples in
+the same precision. A step that fails is reported in its row, the others go on, and the exit status is 1.
+The table goes to stderr, the JSON to stdout and to --output, which is written anew after every step.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import coin
+from coin.errors import CoinError
+from coin.networks import NetworkConfig, build_network
+
+CLASSES = 10
+PRECISIONS = {"float32": coin.Precision.full, "bfloat16": coin.Precision.bfloat16}
+SIZES = {
+    "cuda": {"side": 224, "samples": 100, "batch": 50, "repeats": 5, "memory_mib": 16384},
+    "cpu": {"side": 64, "samples": 2, "batch": 2, "repeats": 3, "memory_mib": 1024},
+}
+"""The images' side, the samples of each of the two tasks, those in a batch, the repeats after the warm-up, and what a
+Fisher pass and the activations of `Refit` may take."""
+
+BY_DESIGN = "full precision by design"
+REASONS = {
+    "refit": "runs the networks and solves its regressions in full precision, inside autocast too",
+    "fit and decode": "compute in float64, the linear decoder in the answers' type, which is float32 at least",
+}
+
+
+class Step(NamedTuple):
+    """A function to time, or a note in its place; `forwards` samples are forwarded in the time it is divided by."""
+
+    step: str
+    precision: str
+    forwards: int
+    run: Callable[[], object] | None
+    note: str = ""
+
+
+def build(name: str, side: int, device: torch.device) -> list[nn.Module]:
+    """Return two experts, whose weights differ a little."""
+    config = NetworkConfig(name, side, options={"image_size": side} if name.startswith("vit") else {})
+    torch.manual_seed(0)
+    experts = [build_network(config, CLASSES).eval().to(device) for _ in range(2)]
+    with torch.no_grad():
+        for expert in experts:
+            for parameter in expert.parameters():  # no head of zeros either, such as that of torchvision's ViT
+                parameter += 0.01 * (parameter.std(correction=0) + 0.1) * torch.randn_like(parameter)
+    return experts
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def network_steps(expert: nn.Module, batches: list[Tensor], memory_mib: int) -> Iterator[Step]:
+    """Yield the forward pass, to which all other steps are compared, and the Fisher."""
+
+    @torch.no_grad()
+    def forward(precision: str) -> None:
+        with autocast(batches[0].device, precision):
+            for batch in batches:
+                expert(batch)
+
+    def fisher(precision: str) -> None:
+        coin.fisher_diagonal(expert, batches, precision=PRECISIONS[precision], memory_mib=memory_mib)
+
+    samples = sum(map(len, batches))
+    for precision in PRECISIONS:
+        yield Step("forward", precision, samples, partial(forward, precision))
+    for precision in PRECISIONS:
+        note = "" if precision == "float32" else "squares and sums in float32"
+        yield Step("fisher", precision, samples, partial(fisher, precision), note)
+
+
+def training_steps(expert: nn.Module, inputs: Tensor) -> Iterator[Step]:
+    """Yield a step of SGD on one batch."""
+    network = copy.deepcopy(expert).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.001, momentum=0.9)
+    labels = torch.arange(len(inputs), device=inputs.device) % CLASSES
+
+    def train(precision: str) -> None:
+        with autocast(inputs.device, precision):
+            loss = nn.functional.cross_entropy(network(inputs), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for precision in PRECISIONS:
+        note = "" if precision == "float32" else "autocast: weights and their steps in float32"
+        yield Step("training step", precision, len(inputs), partial(train, precision), note)
+
+
+def refit_steps(experts: list[nn.Module], tasks: list[list[Tensor]], memory_mib: int) -> Iterator[Step]:
+    """Yield `Refit` of the experts, compared to its own passes: an expert on its task, the coded model on all."""
+    forwards = 2 * sum(len(batch) for task in tasks for batch in task)
+
+    def refit() -> None:
+        coin.merge_networks(coin.Refit("own", memory_mib=memory_mib), experts, coin.uniform(2), calibration=tasks)
+
+    yield Step("refit", "float32", forwards, refit)
+    yield Step("refit", "bfloat16", forwards, None, BY_DESIGN)
+
+
+def decoder_steps(experts: list[nn.Module], tasks: list[list[Tensor]]) -> Iterator[Step]:
+    """Yield the answers of all three servers, and the fit and use of the decoders for the loss of the first expert."""
+    pooled, code = [batch for task in tasks for batch in task], coin.uniform(2)
+    samples = sum(map(len, pooled))
+    system = coin.Coded(code, experts, coin.merge_networks(coin.Average(), experts, code, calibration=tasks))
+
+    def answers(precision: str) -> coin.Answers:
+        with autocast(pooled[0].device, precision):
+            return coin.Answers.concatenate([system.answers(batch, features=True) for batch in pooled])
+
+    for precision in PRECISIONS:
+        yield Step("answers", precision, 3 * samples, partial(answers, precision))
+    task_of = [index for index, task in enumerate(tasks) for batch in task for _ in batch]
+    known = replace(answers("float32"), tasks=torch.tensor(task_of, device=pooled[0].device))
+    for kind in coin.DecoderKind:
+        fitted_on = "own" if kind is coin.DecoderKind.expert_head else "all"
+        decoder = coin.make_decoder(coin.DecoderConfig(kind, fitted_on=fitted_on), code, [0], system.heads(pooled[0]))
+        for verb in ("fit", "decode"):
+            yield Step(f"{kind} {verb}", "float32", samples, partial(getattr(decoder, verb), known))
+            yield Step(f"{kind} {verb}", "bfloat16", samples, None, BY_DESIGN)
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Return the median time of the repeats after one warm-up."""
+    run()
+    found = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            run()
+            last.record()
+            last.synchronize()
+            found.append(first.elapsed_time(last) / 1000)
+        else:
+            began = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - began)
+    return statistics.median(found)
+
+
+def memory_mib(device: torch.device, *, peak: bool) -> float:
+    """Return the memory in use on the device, or its peak since then; on a CPU the process's peak so far."""
+    if device.type != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if peak:
+        return torch.cuda.max_memory_allocated() / 2**20
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated() / 2**20
+
+
+def measure(step: Step, device: torch.device, repeats: int, forward: dict[str, float]) -> dict[str, Any]:
+    """Return a step's row; `forward` is filled with the time of one sample's forward pass, by precision."""
+    row: dict[str, Any] = {name: value for name, value in step._asdict().items() if name != "run"}
+    row |= dict.fromkeys(("seconds", "ratio_to_forward", "held_mib", "peak_mib")) | {"failed": False}
+    if step.run is None:
+        return row
+    gc.collect()
+    row["held_mib"] = memory_mib(device, peak=False)
+    try:
+        row["seconds"] = seconds_of(step.run, device, repeats)
+    except (RuntimeError, CoinError) as error:  # out of memory, say
+        return row | {"note": f"{type(error).__name__}: {str(error).splitlines()[0]}", "failed": True}
+    row["peak_mib"] = memory_mib(device, peak=True)
+    if step.step == "forward":
+        forward[step.precision] = row["seconds"] / step.forwards
+    if step.precision in forward:
+        row["ratio_to_forward"] = row["seconds"] / (step.forwards * forward[step.precision])
+    return row
+
+
+def steps_of(name: str, sizes: dict[str, int], device: torch.device) -> Iterator[Step]:
+    """Yield all steps of a network."""
+    experts, shape = build(name, sizes["side"], device), (sizes["samples"], 3, sizes["side"], sizes["side"])
+    tasks = [list(torch.randn(shape, device=device).split(sizes["batch"])) for _ in experts]
+    yield from network_steps(experts[0], tasks[0], sizes["memory_mib"])
+    yield from training_steps(experts[0], tasks[0][0])
+    yield from refit_steps(experts, tasks, sizes["memory_mib"])
+    yield from decoder_steps(experts, tasks)
+
+
+def show(row: dict[str, Any]) -> None:
+    formats = {"seconds": "10.4f", "ratio_to_forward": "10.3f", "peak_mib": "9.0f"}
+    numbers = "".join(f"{row[key]:{form}}" for key, form in formats.items() if row[key] is not None)
+    line = f"{row['network']:13}{row['step']:22}{row['precision']:9}{numbers:29} {row['note']}"
+    print(line.rstrip(), file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=["resnet50", "vit_b_16"], help="torchvision's names")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for size in SIZES["cpu"]:
+        parser.add_argument(f"--{size.replace('_', '-')}", type=int, help="in place of that in SIZES")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench/gpu.json"))
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if on_gpu := device.type == "cuda":
+        torch.cuda.set_device(device)
+    given = {key: value for key in SIZES["cpu"] if (value := getattr(options, key)) is not None}
+    sizes = SIZES["cuda" if on_gpu else "cpu"] | given
+    torch.backends.cudnn.allow_tf32 = False  # as in a Fisher pass and in Refit
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "torch": torch.__version__,
+        "sizes": sizes | {"tasks": 2, "classes": CLASSES},
+        "clock": "CUDA events" if on_gpu else "perf_counter",
+        "memory": "allocated by PyTorch on the device" if on_gpu else "the process's peak resident set so far",
+        "full_precision_by_design": REASONS,
+        "rows": [],
+    }
+    heading = f"{'':44}{'seconds':>10}{'/ forward':>10}{'peak MiB':>9}"
+    print(f"{found['device']}, torch {torch.__version__}, {sizes}", heading, sep="\n", file=sys.stderr)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    for name in options.networks:
+        forward: dict[str, float] = {}
+        for step in steps_of(name, sizes, device):
+            row = {"network": name} | measure(step, device, sizes["repeats"], forward)
+            found["rows"].append(row)
+            show(row)
+            options.output.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+    return int(any(row["failed"] for row in found["rows"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
