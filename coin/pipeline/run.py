@@ -125,10 +125,7 @@ def _run_elsewhere(experiment: Experiment, plans: dict[int, list[Step]], launch:
     for seed in plans:
         write_text(experiment.layout.seed(seed).launch, experiment.as_yaml(seed))
     for wave in waves([step for steps in plans.values() for step in steps]):
-        for seed in plans:  # what is soon done, such as an expert's import, is done here
-            folder = experiment.layout.seed(seed).folder
-            here = [step for step in wave if step.folder == folder and not step.elsewhere and not step.only_logs]
-            Runner(experiment).run([step for step in here if not step.collective])
+        Runner(experiment).run([step for step in wave if step.shared and not step.elsewhere])  # experts' imports
         waiting = [step for step in wave if step.elsewhere and not is_done(step)]
         if any(step.trains for step in waiting):
             experiment.check_parts()
