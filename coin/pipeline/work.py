@@ -74,8 +74,8 @@ def evaluate(
 def log_results(context: Context, files: SeedFiles, method: Method, coded: Artifacts) -> None:
     """Write a method's results to its W&B run, and mark the coded models of the best method."""
     rows = read_results(files.folder)
-    asked = rows["batchnorm"].map(requested_policy)
-    own = rows[(rows["method"] == method.label) & asked.isin(["", str(method.batchnorm)])]
+    policy = rows["batchnorm"].map(requested_policy)
+    own = rows[(rows["method"] == method.label) & policy.isin(["", str(method.batchnorm)])]
     assert context.job is not None
     if variant_names(own).iloc[0] == best(summarise(rows)).get("best_method"):
         context.job.log_artifacts(coded, ["best"])

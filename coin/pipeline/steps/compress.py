@@ -21,15 +21,15 @@ def compress_file(network: Path, output: Path, base: Path | None, compression: C
     file = load_network(network)
     made = file.provenance
     if "code" in made:
-        told = {**made, "label": f"{made['label']}-{compression.name}"}
+        metadata = {**made, "label": f"{made['label']}-{compression.name}"}
     else:
-        told = {"label": f"{SPARE}-{compression.name}", "task": made.get("task")}
-    told |= {"made_by": "coin compress", "of": fingerprint(file.network.state_dict())}
+        metadata = {"label": f"{SPARE}-{compression.name}", "task": made.get("task")}
+    metadata |= {"made_by": "coin compress", "of": fingerprint(file.network.state_dict())}
     started = time.perf_counter()
     base, beside = kept_base(output, base, compression)
     packed = compress_as(compression, file.network, beside)
-    told["seconds"] = made.get("seconds", 0.0) + time.perf_counter() - started
-    save_compressed(output, packed, file.config, file.num_classes, base, compression, told)
+    metadata["seconds"] = made.get("seconds", 0.0) + time.perf_counter() - started
+    save_compressed(output, packed, file.config, file.num_classes, base, compression, metadata)
 
 
 def compress_files(networks: Sequence[Path], outputs: Sequence[Path], base: Path, compression: Compression) -> None:

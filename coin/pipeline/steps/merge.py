@@ -70,9 +70,9 @@ def make_coded_models(
                 began, spent = time.perf_counter(), experts.passes - took
                 base, beside = kept_base(small, files.initial, how)
                 packed = method.pack(experts, row, made, beside, how)
-                told = {**provenance, "label": f"{method.label}-{how.name}", "passes": experts.passes - spent}
-                told["seconds"] = seconds + time.perf_counter() - began
-                save_compressed(small, packed, files.config, files.width, base, how, told)
+                metadata = {**provenance, "label": f"{method.label}-{how.name}", "passes": experts.passes - spent}
+                metadata["seconds"] = seconds + time.perf_counter() - began
+                save_compressed(small, packed, files.config, files.width, base, how, metadata)
     return paths
 
 
