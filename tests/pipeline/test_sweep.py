@@ -353,3 +353,65 @@ def test_failing_point_leaves_the_others_alone(
 def test_jobs_are_at_least_one(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", str(write_sweep(tmp_path / "s.yaml", config)), "--jobs=0"]) == 2
     assert "jobs=0" in capsys.readouterr().err
+
+
+ROOT = Path(__file__).parents[2]
+FAKE_SBATCH = ROOT / "tests/cluster/fake_sbatch.py"
+SLURM = {
+    "sbatch": f'exec {sys.executable} {FAKE_SBATCH} sbatch "$@"',
+    "sacct": f'exec {sys.executable} {FAKE_SBATCH} sacct "$@"',
+    "srun": """
+while [ "${1#-}" != "$1" ]; do
+  case "$1" in --*=*|--unbuffered) ;; --*) shift ;; esac
+  shift
+done
+exec "$@"
+""",
+}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> dict[str, str]:
+    """The environment of a login node."""
+    fakes = tmp_path / "bin"
+    fakes.mkdir()
+    for name, lines in SLURM.items():
+        (fakes / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (fakes / name).chmod(0o755)
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "WANDB"))}
+    path = f"{fakes}:{os.environ['PATH']}"
+    return own | {"PATH": path, "PYTHONPATH": str(ROOT), "FAKE_SLURM": str(tmp_path), "WANDB_MODE": "disabled"}
+
+
+def test_a_sweep_of_six_points_goes_on_where_it_was_killed(
+    config: Path, cluster: dict[str, str], tmp_path: Path
+) -> None:
+    document = {
+        "name": "grid",
+        "experiment": str(config),
+        "grid": {"seeds": [[0], [1], [2]], "calibration.samples_per_task": [12, 24]},
+        "set": {"methods": [{"class_path": "Average"}], "decoders": ["linear"], "calibration.batch_size": 12},
+    }
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    command = [sys.executable, "-m", "coin", "sweep", "grid.yaml", "--output=runs", "--jobs=2"]
+    command += ["--launch.executor=slurm", "--launch.slurm.timeout_min=5"]
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    sweep = subprocess.Popen(command, cwd=tmp_path, env=cluster, **quiet)
+    table = tmp_path / "runs/grid/sweep.csv"
+    wait_for(table.exists, sweep)
+    sweep.kill()
+    sweep.wait()
+    for task in tmp_path.glob("task-*"):  # and its jobs with it
+        name = task.name.removeprefix("task-")
+        if not (tmp_path / f"ended-{name}").exists():
+            os.killpg(int(task.read_text()), signal.SIGKILL)
+    results = tmp_path / "runs/grid"
+    before = {path: path.stat().st_mtime_ns for path in results.glob("*/seed-*/results.csv")}
+    assert 0 < len(before) < 6
+    done = subprocess.run(command, cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "6 points, " in done.stderr
+    assert pd.read_csv(table).experiment.nunique() == 6
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    again = subprocess.run(command, cwd=tmp_path, env=cluster, capture_output=True, text=True, timeout=100, check=True)
+    assert "6 finished already" in again.stderr
