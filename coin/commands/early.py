@@ -74,11 +74,15 @@ def known_options(command: str) -> set[str]:
 
 def config_file(arguments: Sequence[str], place: int) -> Path | None:
     """Return the file that an argument names, if it is ``-c`` or ``--config``; none of options written out."""
-    option, given, path = arguments[place].partition("=")
-    if option not in ("-c", "--config"):
-        return None
-    path = path if given else next(iter(arguments[place + 1 :]), "")
-    return Path(path) if path and not path.lstrip().startswith("{") else None
+    option, path = _option(arguments, place)
+    written_out = path.lstrip().startswith("{")
+    return Path(path) if option in ("-c", "--config") and path and not written_out else None
+
+
+def _option(arguments: Sequence[str], place: int) -> tuple[str, str]:
+    """Return the name and the value of an option, given as ``--name=value`` or in two arguments."""
+    name, given, value = arguments[place].partition("=")
+    return name, value if given else next(iter(arguments[place + 1 :]), "")
 
 
 def unknown(what: str, name: str, known: Sequence[str], expected: str) -> str:
@@ -97,12 +101,9 @@ def known_classes() -> list[str]:
 
 def _given_classes(command: str, arguments: Sequence[str]) -> dict[str, str]:
     """Return the classes that a command line names as the model, the data and, for ``coin merge``, the method."""
-    found, options = {}, ["--model", "--data", *(["--method"] if command == "merge" else [])]
-    for place, argument in enumerate(arguments):
-        option, given, value = argument.partition("=")
-        if option in options:
-            found[option[2:]] = value if given else next(iter(arguments[place + 1 :]), "")
-    return found
+    named = ["--model", "--data", *(["--method"] if command == "merge" else [])]
+    options = [_option(arguments, place) for place in range(len(arguments))]
+    return {name[2:]: value for name, value in options if name in named}
 
 
 def _class_names(sections: Iterable[dict[str, Any]]) -> Iterator[str]:

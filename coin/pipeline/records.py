@@ -146,9 +146,8 @@ def reuse_from_sweep(step: Step) -> bool:
         folder = path.parent.parent
         theirs = [folder / output.relative_to(step.folder) for output in step.outputs]
         record = _read(folder, step.name)
-        if record.get("key") == inputs.key and all(each.is_file() for each in theirs):
-            if record["outputs"] != _contents(folder, theirs):
-                continue
+        there = record.get("key") == inputs.key and all(each.is_file() for each in theirs)
+        if there and record["outputs"] == _contents(folder, theirs):
             with contextlib.suppress(OSError):  # it is just being made again: the step is done here
                 for source, target in zip(theirs, step.outputs, strict=True):
                     link_file(source, target)

@@ -15,7 +15,7 @@ from coin.pipeline.launch import Launch
 from coin.pipeline.plan import plan, summary_steps
 from coin.pipeline.plan_experts import initial_steps
 from coin.pipeline.records import Status, folder_lock, status_of, sweep_of
-from coin.pipeline.runner import Runner, is_done
+from coin.pipeline.runner import Runner, reused_status
 from coin.pipeline.step import Step, needed_for, waves
 from coin.pipeline.steps.trainer import join_processes
 from coin.reporting import write_report
@@ -46,20 +46,12 @@ def run_experiment(experiment: Experiment, launch: Launch | None = None) -> pd.D
         return on_rank_zero(partial(_summarise, experiment))
 
 
-def planned(experiment: Experiment, *, compare: bool = True) -> list[tuple[Step, Status]]:
-    """Return the steps of all seeds, and whether each has to run and why; nothing is run or written.
-
-    Args:
-        experiment: The experiment.
-        compare: Whether to read files for that; otherwise no step counts as up to date.
-    """
+def planned(experiment: Experiment) -> list[tuple[Step, Status]]:
+    """Return the steps of all seeds, and whether each has to run and why; nothing is run or written."""
     found: list[tuple[Step, Status]] = []
     made_anew: dict[Path, str] = {}
-    steps = [*initial_steps(experiment), *(step for seed in experiment.seeds for step in plan(experiment, seed))]
-    for step in steps:
-        if step.only_logs:
-            continue
-        status = status_of(step) if compare else Status("not compared")
+    for step in _steps(experiment):
+        status = status_of(step)
         if before := next((made_anew[path] for path in step.inputs if path in made_anew), None):
             status = Status(f"after {before}", status.seconds)
         if not status.is_current:
@@ -78,7 +70,7 @@ def run_step(experiment: Experiment, name: str) -> None:
     Raises:
         ConfigurationError: There is no such step.
     """
-    known = [step.name for step, _ in planned(experiment, compare=False)]
+    known = {step.name for step in _steps(experiment)}
     step = name if name in known else f"expert-{name}"
     if step not in known:
         expected = f"one of {', '.join(experiment.tasks)}, or a step of coin run --dry-run"
@@ -89,6 +81,12 @@ def run_step(experiment: Experiment, name: str) -> None:
         runner.run(needed_for(step, steps))
         if step == "evaluate":
             _end_seed(experiment, seed)
+
+
+def _steps(experiment: Experiment) -> list[Step]:
+    """Return the steps of all seeds, without those that only log."""
+    steps = [*initial_steps(experiment), *(step for seed in experiment.seeds for step in plan(experiment, seed))]
+    return [step for step in steps if not step.only_logs]
 
 
 def _end_seed(experiment: Experiment, seed: int) -> None:
@@ -126,7 +124,7 @@ def _run_elsewhere(experiment: Experiment, plans: dict[int, list[Step]], launch:
         write_text(experiment.layout.seed(seed).launch, experiment.as_yaml(seed))
     for wave in waves([step for steps in plans.values() for step in steps]):
         Runner(experiment).run([step for step in wave if step.shared and not step.elsewhere])  # experts' imports
-        waiting = [step for step in wave if step.elsewhere and not is_done(step)]
+        waiting = [step for step in wave if step.elsewhere and not reused_status(step).is_current]
         if any(step.trains for step in waiting):
             experiment.check_parts()
         if waiting:

@@ -10,7 +10,7 @@ from coin.core.processes import on_rank_zero, rank_zero_info
 from coin.pipeline.experiment import Experiment
 from coin.pipeline.job import Job, JobConfig
 from coin.pipeline.open_job import open_job
-from coin.pipeline.records import alone, folder_lock, inputs_of, record_step, reuse_from_sweep, status_of
+from coin.pipeline.records import Status, alone, folder_lock, inputs_of, record_step, reuse_from_sweep, status_of
 from coin.pipeline.step import Context, Step
 from coin.reporting.wandb_settings import in_sweep, logging_only, run_environment
 
@@ -18,9 +18,12 @@ LONG = 10.0
 """Steps that take at least so many seconds say how long they took."""
 
 
-def is_done(step: Step) -> bool:
-    """Return whether a step is up to date, here or, if it is shared, in another point of the sweep."""
-    return status_of(step).is_current or on_rank_zero(partial(reuse_from_sweep, step))
+def reused_status(step: Step) -> Status:
+    """Return a step's status; outputs of a shared step that another point of the sweep has are linked first."""
+    status = status_of(step)
+    if not status.is_current and on_rank_zero(partial(reuse_from_sweep, step)):
+        return Status("", status.seconds)
+    return status
 
 
 class Runner:
@@ -54,20 +57,20 @@ class Runner:
                 jobs.end(step)
 
     def _run(self, step: Step, jobs: "_Jobs", called: str) -> None:
-        if is_done(step):
+        if reused_status(step).is_current:
             rank_zero_info(f"{called}: up to date")
             return
         lock = step.lock or step.folder / ".steps" / step.name
         with folder_lock(lock, patient=self.patient):
             inputs = inputs_of(step)
             with alone(step, inputs.key):
-                if is_done(step):
+                status = reused_status(step)
+                if status.is_current:
                     rank_zero_info(f"{called}: up to date")
                     return
                 if step.trains and not self.patient:  # one expert alone asks for nothing of the later steps
                     self.experiment.check_parts()
-                before = status_of(step).seconds
-                expected = f" (last time {before:.0f} s)" if before is not None and before >= 1 else ""
+                expected = f" (last time {status.seconds:.0f} s)" if status.seconds and status.seconds >= 1 else ""
                 rank_zero_info(f"{called}: {step.doing}{expected}")
                 job, started = jobs.get(step.job, open=step.opens_job), time.monotonic()
                 if job is not None:

@@ -20,7 +20,7 @@ from coin.pipeline import Experiment
 from coin.pipeline.config import CalibrationConfig, ExpertConfig
 from coin.pipeline.options import config_dict
 from coin.pipeline.records import Status, alone, inputs_of, record_step, status_of
-from coin.pipeline.runner import Runner, is_done
+from coin.pipeline.runner import Runner, reused_status
 from coin.pipeline.step import Step, needed_for, waves
 from coin.pipeline.steps.merge import coded_name, coded_paths
 
@@ -131,7 +131,7 @@ def points(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def finished(folder: Path, name: str = "expert-a[1]", options: str = "k", shared: bool = True) -> bool:
-    return is_done(step(folder, name, options, OUTPUTS, shared=shared))
+    return reused_status(step(folder, name, options, OUTPUTS, shared=shared)).is_current
 
 
 def test_a_shared_step_is_taken_over_from_a_point_with_the_same_key(points: tuple[Path, Path]) -> None:
@@ -140,7 +140,8 @@ def test_a_shared_step_is_taken_over_from_a_point_with_the_same_key(points: tupl
     assert not finished(second, options="other")
     assert not finished(second, name="expert-a1")
     assert not finished(second.with_name("seed-1"))
-    assert not is_done(step(second, "expert-a[1]", outputs=OUTPUTS, inputs=[second / "not there yet"], shared=True))
+    waiting = step(second, "expert-a[1]", outputs=OUTPUTS, inputs=[second / "not there yet"], shared=True)
+    assert not reused_status(waiting).is_current
     assert not second.exists()
     (second / "experts").mkdir(parents=True)
     (second / "experts/a.bin").write_text("half a training")
