@@ -1,6 +1,7 @@
 """The first half of the plan: the shared initialisation, the experts, the code and the statistics."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,8 @@ def statistic_step(files: SeedFiles, which: Statistic, task: str) -> Step:
         if calibration.fisher_precision is not Precision.full:
             options["precision"] = calibration.fisher_precision
     parts = tuple(map(str, which.options.values()))
+    called = "-".join((which.name, *parts))
+    job = JobConfig("fisher", called, files.seed, parts, {"statistic": which.name, **which.options})
     return Step(
         path.stem,
         files.folder,
@@ -147,9 +150,8 @@ def statistic_step(files: SeedFiles, which: Statistic, task: str) -> Step:
         collective=True,
         shared=True,
         elsewhere=True,
-        job=JobConfig(
-            "fisher", "-".join((which.name, *parts)), files.seed, parts, {"statistic": which.name, **which.options}
-        ),
+        job=job,
+        job_alone=replace(job, name=f"{called}-{task}"),
         uses=[Artifacts("expert", {task: expert})],
         logs=statistic_files(which, [path]),
     )

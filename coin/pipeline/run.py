@@ -122,8 +122,10 @@ def _run_elsewhere(experiment: Experiment, plans: dict[int, list[Step]], launch:
         )
     for seed in plans:
         write_text(experiment.layout.seed(seed).launch, experiment.as_yaml(seed))
-    for wave in waves([step for steps in plans.values() for step in steps]):
-        Runner(experiment).run([step for step in wave if step.shared and not step.elsewhere])  # experts' imports
+    every = [step for steps in plans.values() for step in steps]
+    read = {path for step in every if step.elsewhere for path in step.inputs}
+    for wave in waves(every):
+        Runner(experiment).run([step for step in wave if not step.elsewhere and read.intersection(step.outputs)])
         waiting = [step for step in wave if step.elsewhere and not reused_status(step).is_current]
         if any(step.trains for step in waiting):
             experiment.check_parts()

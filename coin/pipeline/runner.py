@@ -43,7 +43,8 @@ class Runner:
 
         A W&B run is open from the first to the last of its steps. A step is recorded after its W&B run is written.
         """
-        steps = [replace(step, job=self._job(step)) for step in steps]
+        if self.patient:
+            steps = [replace(step, job=step.job_alone or step.job) for step in steps]
         count = sum(not step.only_logs for step in steps)
         with ExitStack() as stack:
             for folder in dict.fromkeys(step.folder for step in steps):
@@ -85,12 +86,6 @@ class Runner:
                 record_step(step, inputs, seconds)
                 if seconds >= LONG:
                     rank_zero_info(f"{called}: done in {seconds:.0f} s")
-
-    def _job(self, step: Step) -> JobConfig | None:
-        """Return a step's job: one of its own where steps that share one may run in several processes."""
-        if self.patient and step.job is not None and step.job.type == "fisher":
-            return replace(step.job, name=f"{step.job.name}-{step.name.partition('.')[0]}")
-        return step.job
 
     def _log(self, step: Step, jobs: "_Jobs") -> None:
         """Run a step that only logs to W&B, on rank zero; without a W&B run, or if it fails, it is tried again.

@@ -66,6 +66,7 @@ class Step:
         elsewhere: Whether it may run in a process of its own.
         lock: A folder that is locked while it runs, for steps that keep checkpoints.
         job: Its W&B run and loggers, if it has one.
+        job_alone: Those of a step that runs in a process of its own, if they differ; one process opens a W&B run.
         opens_job: Whether it starts that job; otherwise it logs to it if it is open.
         uses: Artifacts that it reads.
         logs: Artifacts among its outputs.
@@ -86,6 +87,7 @@ class Step:
     elsewhere: bool = False
     lock: Path | None = None
     job: JobConfig | None = None
+    job_alone: JobConfig | None = None
     opens_job: bool = True
     uses: Sequence[Artifacts] = ()
     logs: Artifacts | None = None
