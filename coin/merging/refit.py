@@ -90,7 +90,7 @@ class Refit(Method):
     def __init__(
         self,
         target: Target = Target.auto,
-        ridge: float | None = 0.03,
+        ridge: float | None = 0.1,
         *,
         start: str | dict[str, Any] = Average.name,
         last: float = 1.0,

@@ -12,6 +12,7 @@ import torch
 SCRIPT = Path(__file__).parent / "gpu.py"
 
 
+@pytest.mark.slow
 def test_smallest_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "gpu.json"
     sizes = ["--networks", "small_resnet", "--device", "cpu", "--side", "16", "--repeats", "1"]

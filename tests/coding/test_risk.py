@@ -64,8 +64,8 @@ def test_errors_in_few_directions_or_that_all_classes_share(rank, shift):
     """Each factor of the moments had to be found anew, and was not; rivals beyond 32 counted as independent."""
     draw = torch.Generator().manual_seed(0)
     mix = torch.randn(100, rank, generator=draw, dtype=torch.float64) / rank**0.5
-    decoded = torch.randn(2000, 100, generator=draw, dtype=torch.float64)
-    errors = torch.randn(2000, rank, generator=draw, dtype=torch.float64) @ mix.T
+    decoded = torch.randn(1000, 100, generator=draw, dtype=torch.float64)
+    errors = torch.randn(1000, rank, generator=draw, dtype=torch.float64) @ mix.T
     moments = mix @ mix.T + shift**2
     differ = ((decoded - errors).argmax(1) != decoded.argmax(1)).double().mean()
     for precision in (torch.float64, torch.float32):

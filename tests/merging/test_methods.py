@@ -67,7 +67,7 @@ METHODS = {
     "refit both": (Refit("both"), 1e-8),
     "refit from coin": (Refit("own", start="coin"), 1e-8),
     "refit from wudi": (Refit("both", start="wudi"), 1e-8),
-    "full_fisher": (FullFisher(max_iterations=400, tolerance=1e-11), 1e-6),
+    "full_fisher": (FullFisher(max_iterations=400, tolerance=1e-8), 1e-6),
     "gauss_newton": (GaussNewton(max_steps=2, max_iterations=6), 1e-6),
     "gauss_newton from refit": (GaussNewton(max_steps=1, max_iterations=6, start="refit"), 1e-6),
 }

@@ -1077,7 +1077,7 @@ def test_files_with_unequal_numbers_of_classes_give_what_memory_gives(write_expe
     assert main([*command, "--batch_size=16", "--method=Refit", "--method.target=own", f"--output={tmp_path}"]) == 0
     file = load_network(tmp_path / "refit.safetensors")
     made = file.provenance
-    assert made["chosen"] == {"target": "own", "ridge": 0.03, "averaged": []}
+    assert made["chosen"] == {"target": "own", "ridge": 0.1, "averaged": []}
     assert made["passes"] == PROBES + 48 + 48 + (2 + 1) * 48
     assert made["method"]["options"]["memory_mib"] == 8192
     data = Tasks({"task0": Digits(**digits["init_args"]), "task1": Glyphs(**letters)}, 24, 16, seed=0)

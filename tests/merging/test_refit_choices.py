@@ -173,7 +173,7 @@ def test_auto_takes_both_only_where_it_is_ahead_by_a_fifth(both, taken, monkeypa
     networks, given = setup()
     made = coin.merge_networks(Refit(), networks, CODE, **given)
     assert made.chosen[0]["target"] == taken
-    assert made.chosen[0]["held_out_error"] == {"own/0.03": 1.0, "both/0.03": both}
+    assert made.chosen[0]["held_out_error"] == {"own/0.1": 1.0, "both/0.1": both}
 
 
 def test_for_the_own_head_alone_it_is_own_untried():

@@ -109,9 +109,8 @@ class Killed(Callback):
             raise KeyError("killed")
 
 
-@pytest.mark.parametrize("augmentation", ["none", "shift"])
 @pytest.mark.parametrize("kind", [Distillation, ReadoutDistillation])
-@pytest.mark.parametrize("step", [5, 10])
+@pytest.mark.parametrize(("augmentation", "step"), [("none", 5), ("shift", 10)])
 def test_a_run_killed_and_resumed_equals_an_undisturbed_one(
     tmp_path, experts, tasks, make_trainer, kind, augmentation, step
 ):

@@ -60,7 +60,7 @@ def test_monte_carlo_is_unbiased_and_its_error_falls(network: nn.Module, inputs:
     """Over n draws the mean's error is 1/√n of one draw's; twice as many cotangents at least halve the variance."""
     exact = flat(fisher_diagonal(network, [inputs]))
     generator = torch.Generator().manual_seed(2)
-    draws = 400
+    draws = 150
     errors = {}
     for k in (1, 2):
         options = {"kind": FisherKind.monte_carlo, "mc_samples": k, "generator": generator}
