@@ -308,7 +308,8 @@ def test_the_deadline_begins_before_the_body_is_read(serve_toy: Any) -> None:
 
 def test_a_front_end_starts_without_what_only_training_needs() -> None:
     """Lightning took ten of the fifteen seconds in which a front end that was killed was back, on two busy cores."""
-    code = "import sys, coin.serving.app, coin.serving.ray_app, coin.serving.model; sys.exit('lightning' in sys.modules)"
+    names = "coin.serving.app, coin.serving.ray_app, coin.serving.model"
+    code = f"import sys, {names}; sys.exit('lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
