@@ -41,6 +41,7 @@ from coin.reporting.summary import (
     expert_accuracies,
     largest_samples,
     over_tasks,
+    shortlist,
     stand_ins,
     summarise,
     variant_names,
@@ -50,10 +51,15 @@ from coin.reporting.tables import nda_tables, percent, promise_table, risk_table
 
 REPORT_HTML = "report.html"
 PLOTS = "plots"
+_NDA = (
+    "In %: accuracy of the decoded answer ÷ that of the lost expert itself, mean over the lost tasks, ± sample "
+    "standard deviation over seeds. Shaded: the largest mean of its decoder. none: the survivors alone; oracle: Σβf "
+    "itself. A pass is the forward pass of one sample, or its equivalent: merge made the coded model, decoder fitted "
+    "the dearest decoder; the linear one costs nothing. The best is the best on the test sets."
+)
 _COST = (
-    "NDA (accuracy of the decoded answer ÷ that of the lost expert, mean over tasks ± spread over seeds) of every "
-    "method against what it costs, by decoder. Up and left is better. Blue and green: closed forms; orange and red: "
-    "trained; dashed: the survivors alone, without a coded model; dotted: the paper's 97.5 %."
+    "NDA against cost: up and left is better. Blue and green: closed forms; orange and red: trained; dashed: the "
+    "survivors alone, without a coded model; dotted: the paper's 97.5 %."
 )
 _KEPT = (
     "NDA of everything that may stand in for a lost expert against what it keeps. Up and left is better. The line joins"
@@ -75,8 +81,8 @@ _PAIRED = (
 )
 _KEEP = (
     "Whatever may answer for a lost expert, by what must be kept beyond the experts' own servers. Forwards: networks "
-    "run for one lost answer. Losses: the most experts that may be lost at once. Shaded: no other is as good in NDA, "
-    "memory, forwards and losses."
+    "run for one lost answer. Losses: the most experts that may be lost at once. Merge: what made it, in seconds. "
+    "Shaded: no other is as good in NDA, memory, forwards and losses. Of every method its best decoder is shown."
 )
 _CHOSEN = "Chosen on calibration data, or how a solve ended; several values: seeds or rows of the code differ."
 
@@ -141,38 +147,41 @@ class _Page:
             headline = f"The best of {len(self.found)} experiments is {best}. {headline}"
         elif several:
             headline, roles = f"{len(self.found)} experiments; what each of them says stands under Findings.", {}
-        lists = (
-            [f"{name}: {each.headline}" for name, each in self.found.items()]
-            if several
-            else found.significant_differences
-        )
         configuration = pd.DataFrame(facts, index=[each.name for each in self.sources]).T.fillna("–")
-        kept = [("", stand_in_table(stand_ins(self.summary)))] if not several else []
-        before: list[dict[str, Any]] = [
-            {"title": "What to keep", "tables": [each for each in kept if len(each[1])], "text": _KEEP},
-            {"title": "Differences between methods", "tables": self._differences(found), "text": _PAIRED},
-            {"title": "What was chosen", "tables": _chosen(source), "text": _CHOSEN},
-            {"title": "Accuracy and agreement by task", "tables": _by_task(self.summary, found)},
-            {"title": "Figures", "figures": self._more_figures()},
+        described: list[dict[str, Any]] = [
+            {"title": "Configuration", "tables": [("", configuration.reset_index(names=""))], "prose": True},
+            {"commands": [self._reproduce(each) for each in self.sources]},
         ]
-        after: list[dict[str, Any]] = [
-            {"title": "Risk of decoded answers", **self._risk(source, found)},
-            {"title": "Layers", "figures": self._layers(source)},
-            {"title": "Confusions", "figures": self._confusions(source, found)},
-            {"title": "Examples", "examples": _examples(source, found)},
-        ]
-        sections: list[dict[str, Any]] = [
-            {"title": "Findings", "list": lists, "text": "" if several else _PAIRED},
-            *([] if several else before),
-            {"title": "Configuration", "tables": [("", configuration.reset_index(names=""))]},
-            {"title": "Experts", "tables": [("", _experts(self.summary))], "figures": self._curves()},
-            *([] if several else after),
-            {"title": "How to reproduce", "commands": [self._reproduce(each) for each in self.sources]},
-        ]
-        drawn = [
-            {part: value if isinstance(value, str) else list(value) for part, value in section.items()}
-            for section in sections
-        ]
+        sections: dict[str, list[dict[str, Any]]]
+        if several:
+            headlines = [f"{name}: {each.headline}" for name, each in self.found.items()]
+            sections = {
+                "Findings": [{"list": headlines}],
+                "Methods and decoders": self._methods(self._across()),
+                "Experts": [{"tables": [("", _experts(self.summary))]}],
+                "How to reproduce": described,
+            }
+        else:
+            sections = {
+                "What to keep": [self._kept()],
+                "Methods and decoders": self._methods(self._more_figures()),
+                "Differences between methods": [
+                    {"list": found.significant_differences, "tables": self._differences(found), "text": _PAIRED}
+                ],
+                "Whether to trust it": [
+                    {"title": "Risk of decoded answers", **self._risk(source, found)},
+                    {"title": "Accuracy and agreement by task", "tables": _by_task(self.summary, found)},
+                    {"title": "Confusions", "figures": self._confusions(source, found)},
+                    {"title": "Examples", "examples": _examples(source, found)},
+                ],
+                "Inside": [
+                    {"title": "Experts", "tables": [("", _experts(self.summary))], "figures": self._curves()},
+                    {"title": "What was chosen", "tables": _chosen(source), "text": _CHOSEN, "prose": True},
+                    {"title": "Layers", "figures": self._layers(source)},
+                ],
+                "How to reproduce": described,
+            }
+        drawn = {title: [each for each in map(_drawn, parts) if each] for title, parts in sections.items()}
         name = source.name if len(self.sources) == 1 else f"{len(self.sources)} experiments compared"
         said = (facts[0].get(fact, "") for fact in ("tasks", "network", "date", "machine"))
         return {
@@ -182,11 +191,25 @@ class _Page:
             "roles": roles,
             "cautions": [f"{'; '.join(whose)}: {text}" if several else text for text, whose in cautions.items()],
             "opening": list(self._memory()),
-            "hero": list(self._across() if several else self._costs()) if self.has_methods else [],
-            "tables": list(self._tables()),
-            "phone": ["method", "P", *decoders_of(self.means)[:2]],
-            "sections": [each for each in drawn if any(each[part] for part in each.keys() - {"title", "text"})],
+            "sections": {title: parts for title, parts in drawn.items() if parts},
         }
+
+    def _kept(self) -> dict[str, Any]:
+        """Return the table of what to keep: what to look at first, and everything."""
+        kept = stand_ins(self.summary)
+        shown = shortlist(kept)
+        first = [("", stand_in_table(kept[shown]))] if len(kept) else []
+        every = None if shown.all() else (f"All {len(kept)} methods and decoders", stand_in_table(kept))
+        return {"tables": first, "more": every, "text": _KEEP, "phone": ["method", "decoder", "NDA", "memory MiB"]}
+
+    def _methods(self, drawn: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the tables of NDA, and the figures if there is a method to be seen in them."""
+        phone = ["method", "P", *decoders_of(self.means)[:2]]
+        return [
+            {"tables": self._tables(), "text": _NDA, "phone": phone},
+            {"figures": self._costs(), "text": _COST},
+            {"figures": drawn if self.has_methods else ()},
+        ]
 
     def _tables(self) -> Iterator[tuple[str, pd.DataFrame]]:
         sweeps = [source for source in self.sources if len(source.names) > 1]
@@ -210,8 +233,9 @@ class _Page:
             yield self._draw("nda_against_memory", figures.nda_against_memory(kept, size), _KEPT)
 
     def _costs(self) -> Iterator[dict[str, Any]]:
-        for decoder in reversed(decoders_of(self.means)[:2]):
-            yield self._draw(f"nda_against_cost_{decoder}", figures.nda_against_cost(self.means, decoder), _COST)
+        for decoder in reversed(decoders_of(self.means)[:2] if self.has_methods and len(self.found) == 1 else ()):
+            figure = figures.nda_against_cost(self.means, decoder)
+            yield self._draw(f"nda_against_cost_{decoder}", figure, f"NDA against cost, {decoder} decoder.")
 
     def _more_figures(self) -> Iterator[dict[str, Any]]:
         """Draw P, all decoders and residuals where there is something to be seen."""
@@ -334,6 +358,12 @@ class _Page:
             "wandb": url if (url := str(source.document.get("wandb"))).startswith("http") else "",
             "offline": any(True for seed in source.seeds for _ in seed.glob("wandb/offline-run-*")),
         }
+
+
+def _drawn(part: dict[str, Any]) -> dict[str, Any]:
+    """Return a part of a section with its generators run; nothing if there is nothing but words about it."""
+    made = {name: list(value) if isinstance(value, Iterator) else value for name, value in part.items()}
+    return made if any(made.get(name) for name in ("list", "tables", "figures", "examples", "commands")) else {}
 
 
 def _data(kind: str, content: bytes) -> str:

@@ -129,12 +129,14 @@ def stand_ins(summary: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         ``name``, ``decoder``, ``nda_mean``, ``nda_std`` (means over tasks, each lost alone), ``memory_mib``,
-        ``forwards`` and ``losses``; nothing of results that do not tell these, as the oracle's.
+        ``forwards``, ``losses`` and ``merge_seconds``; nothing of results that do not tell the first six, as the
+        oracle's.
     """
     means = largest_samples(over_tasks(summary.assign(name=variant_names(summary))))
     costs = list(STAND_IN_COSTS)
-    means = means.rename(columns={f"{cost}_mean": cost for cost in costs})
-    kept = means[["name", "decoder", "nda_mean", "nda_std", *costs]].dropna(subset=["nda_mean", *costs])
+    means = means.rename(columns={f"{cost}_mean": cost for cost in (*costs, "merge_seconds")})
+    kept = means[["name", "decoder", "nda_mean", "nda_std", *costs, "merge_seconds"]]
+    kept = kept.dropna(subset=["nda_mean", *costs])
     return kept.sort_values(["memory_mib", "nda_mean"], ascending=[True, False], kind="stable", ignore_index=True)
 
 
@@ -147,6 +149,11 @@ def undominated(kept: pd.DataFrame) -> "pd.Series[bool]":
     goods = (kept[list(signs)].round(4) * pd.Series(signs)).to_numpy()
     beaten = [bool(((goods >= own).all(1) & (goods > own).any(1)).any()) for own in goods]
     return ~pd.Series(beaten, index=kept.index, dtype=bool)
+
+
+def shortlist(kept: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows of `stand_ins` to look at first: the `undominated` ones, and every name's best decoder."""
+    return undominated(kept) | kept.index.isin(kept.groupby("name")["nda_mean"].idxmax())
 
 
 def largest_samples(rows: pd.DataFrame) -> pd.DataFrame:

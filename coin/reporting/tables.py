@@ -80,6 +80,7 @@ def stand_in_table(kept: pd.DataFrame, *, all_rows: bool = True) -> pd.DataFrame
             "memory MiB": f"{row['memory_mib']:.3g}" if row["memory_mib"] < 1000 else f"{row['memory_mib']:,.0f}",
             "forwards": f"{row['forwards']:g}",
             "losses": f"{row['losses']:g}",
+            "merge s": seconds(row["merge_seconds"]),
         }
         for row, is_best in rows
         if all_rows or is_best

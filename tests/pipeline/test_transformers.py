@@ -71,7 +71,7 @@ def test_vision_transformers_with_every_method_and_decoder(tmp_path: Path) -> No
     assert len(set(residuals.round(9))) == 13  # no two methods made the same network
     report = (tmp_path / "vit/seed-0/report.html").read_text()
     assert "small_vit, images of 16 pixels" in report
-    assert "<h2>Examples</h2>" in report
+    assert "<h3>Examples</h3>" in report
 
 
 WORDS = ["[PAD]", "[UNK]", *["good", "great", "bad", "poor", "film", "meal", "actor", "soup", "the", "a", "was"]]
@@ -131,7 +131,7 @@ def test_texts_end_to_end(text_config: Path, tmp_path: Path) -> None:
     assert (frame.expert_accuracy > 0.9).all()  # one word decides
     report = (tmp_path / "text/seed-0/report.html").read_text()
     assert "minilm, texts of 6 tokens" in report
-    assert "<h2>Examples</h2>" not in report
+    assert "<h3>Examples</h3>" not in report
 
 
 @pytest.mark.parametrize(

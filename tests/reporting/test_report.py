@@ -131,17 +131,22 @@ def test_a_report_is_whole_and_needs_nothing_from_outside(full: Path):
     )
     assert all((full / link).is_file() for link in beside)
     titles = (
-        "Normalised decoding accuracy", "Findings", "What to keep", "Differences between methods",
-        "Accuracy and agreement by task", "Figures", "Configuration", "Experts",
-        "Risk of decoded answers", "Layers", "Confusions", "Examples", "How to reproduce",
+        "What to keep", "Methods and decoders", "Differences between methods", "Whether to trust it", "Inside",
+        "How to reproduce",
     )  # fmt: skip
     places = [page.text.index(f"<h2>{title}</h2>") for title in titles]
     assert places == sorted(places)
+    parts = (
+        "Risk of decoded answers", "Accuracy and agreement by task", "Confusions", "Examples", "Experts", "Layers",
+        "Configuration",
+    )  # fmt: skip
+    places_of_parts = [page.text.index(f"<h3>{title}</h3>") for title in parts]
+    assert places_of_parts == sorted(places_of_parts)
     first = page.text[: places[0]]
     assert "When one of 2 experts is lost, refit, the best closed form, keeps 9" in first
     assert "above 9" in first
-    assert first.count("<img") == 3  # what is kept, and the costs of two decoders
-    for what in ("best closed form", "floor: no coded model", 'href="#table"'):
+    assert first.count("<img") == 1  # what is kept
+    for what in ("best closed form", "floor: no coded model", 'href="#methods-and-decoders"'):
         assert what in first
     plots = {item.name for item in (full / "plots").iterdir()}
     assert plots == {
@@ -190,7 +195,8 @@ def test_the_tables_show_the_numbers_of_the_files(full: Path):
     for column in ("decoded_accuracy", "agreement"):
         assert f"{100 * chosen[column].mean():.2f} ± {100 * chosen[column].std(ddof=1):.2f}" in page.words
     # On a phone there are the method and the two decoders that matter.
-    head = page.text[page.text.index("<thead>") : page.text.index("</thead>")]
+    methods = page.text[page.text.index("<h2>Methods and decoders</h2>") :]
+    head = methods[methods.index("<thead>") : methods.index("</thead>")]
     narrow = [name for kind, name in re.findall(r'class="(wide)?">([^<]*)</th>', head) if not kind]
     assert narrow == ["method", "linear", "feature_ridge"]
 
@@ -231,8 +237,8 @@ def test_one_seed_alone_claims_no_spread(make_experiment: Make):
     assert "One seed only" in page.said
     assert "nan" not in page.said
     assert re.findall(r"\d ± \d", page.said) == []
-    for absent in ("Findings", "Layers", "Confusions", "Examples"):
-        assert f"<h2>{absent}</h2>" not in page.text
+    for absent in ("Layers", "Confusions", "Examples"):
+        assert f"{absent}</h" not in page.text
 
 
 def test_several_experiments_stand_side_by_side(make_experiment: Make, tmp_path: Path):
@@ -267,7 +273,7 @@ def test_no_experiment_is_the_best_where_tasks_differ(make_experiment: Make):
     ]
     page = Page(write_report(folders))
     assert "The best of" not in page.said
-    assert "best closed form" not in page.said[: page.said.index("Normalised decoding accuracy")]
+    assert "best closed form" not in page.said[: page.said.index("Findings", page.said.index("Methods and decoders"))]
     assert "three: When one of 3 experts is lost, refit" in page.said
 
 
@@ -370,7 +376,7 @@ def test_it_says_what_every_method_chose(make_experiment: Make, measure):
         ]
         write_results(folder / f"seed-{seed}", measure(seed, methods=FEW)[0], {"name": "quickstart"}, methods=made)
     page = Page(write_report([folder]))
-    said = page.said[page.said.rindex("What was chosen") : page.said.rindex("Accuracy and agreement by task")]
+    said = page.said[page.said.rindex("What was chosen") : page.said.rindex("Configuration")]
     assert "coin batchnorm: average, recalibrate; fisher_data: own full_fisher (recalibrate) converged: false" in said
     assert "distillation lr: 0.0003; steps: 400" in said
     assert "held_out_error" not in said

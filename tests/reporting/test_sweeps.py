@@ -139,9 +139,9 @@ def test_a_sweep_stands_beside_an_experiment(write_sweep: Write, make_experiment
     sweep = write_sweep(grid(("exact",), (0,)))
     text = write_report([sweep, other]).read_text(encoding="utf-8")
     assert "2 experiments compared" in text
-    assert "<h3>sweep kinds</h3>" in text
+    assert "<h4>sweep kinds</h4>" in text
     assert "kinds fisher_kind exact, lr 0.1: When one of 2 experts is lost" in text
-    assert "<h3>quickstart: 1 of 2 lost</h3>" in text
+    assert "<h4>quickstart: 1 of 2 lost</h4>" in text
 
 
 def test_the_table_in_the_terminal_has_a_line_a_point_and_method(tmp_path: Path, measure):

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from coin.reporting import Row, nda_tables, print_summary, summarise
 from coin.reporting.extras import PROMISE_COLUMNS, RISK_COLUMNS
-from coin.reporting.summary import stand_ins, undominated
+from coin.reporting.summary import shortlist, stand_ins, undominated
 from coin.reporting.tables import (
     finding,
     heading,
@@ -169,12 +169,13 @@ def stand_in_rows() -> list[Row]:
 def test_what_to_keep_is_told_by_memory_and_the_undominated_ones_are_marked():
     kept = stand_ins(summarise(frame(*stand_in_rows())))
     costs = ["memory_mib", "forwards", "losses"]
-    assert list(kept.columns) == ["name", "decoder", "nda_mean", "nda_std", *costs]
+    assert list(kept.columns) == ["name", "decoder", "nda_mean", "nda_std", *costs, "merge_seconds"]
     assert list(zip(kept["name"], kept["memory_mib"], strict=True)) == [("a", 10), ("b", 10), ("b", 12), ("c", 1234)]
     assert list(undominated(kept)) == [True, True, False, False]
+    assert list(shortlist(kept)) == [True, True, True, True]  # b's best decoder is beaten, and shown
     table = stand_in_table(kept)
-    assert table.loc[0].tolist() == ["a", "linear", "99.00*", "10", "2", "1"]
-    assert table.loc[3].tolist() == ["c", "expert_head", "95.00", "1,234", "3", "1"]
+    assert table.loc[0].tolist() == ["a", "linear", "99.00*", "10", "2", "1", seconds(BASE.merge_seconds)]
+    assert table.loc[3].tolist() == ["c", "expert_head", "95.00", "1,234", "3", "1", seconds(BASE.merge_seconds)]
     assert stand_in_table(kept, all_rows=False)["NDA"].tolist() == ["99.00", "97.00"]
     text = printed(summarise(frame(*stand_in_rows())))
     assert "what to keep" in text
