@@ -76,7 +76,8 @@ def measure(step: str, network: str, count: int, samples: int) -> str:
     else:
         passes = processor_seconds(lambda: [forward(*each) for each in zip(experts, tasks, strict=True)])
         if step == "refit":
-            passes *= 2  # the coded network on all samples takes as long as every expert on its own
+            # The coded network on all samples takes as long as every expert on its own; the head wants all on all.
+            passes *= 2 + count
             options = {"calibration": tasks}
             run = partial(coin.merge_networks, coin.Refit("own", memory_mib=3072), experts, code, **options)
         else:
