@@ -1,34 +1,59 @@
-"""The README's Python runs, and the links, files and commands of all pages exist."""
+"""The Python of README and docs runs, and the links, files and commands of all pages exist."""
 
 import re
+import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import coin
+from coin.commands import COMMANDS
+from coin.commands.early import check_early
+from coin.commands.shipped import SWEEPS, shipped, with_shipped
 from coin.reporting.extras import PROMISE_COLUMNS, RISK_COLUMNS
 from coin.reporting.results import COLUMNS, KEYS
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("notebooks/*.md")), *sorted(ROOT.glob(".github/**/*.md"))]
+README = ROOT / "README.md"
+DOCS = sorted(ROOT.glob("notebooks/docs/*.md"))
+PAGES = [README, *sorted(ROOT.glob("notebooks/*.md")), *DOCS, *sorted(ROOT.glob(".github/**/*.md"))]
 TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
-def test_its_python_runs_and_the_coded_model_answers_as_the_lost_expert(monkeypatch, tmp_path, capsys) -> None:
-    torch.manual_seed(0)
-    monkeypatch.chdir(tmp_path)  # it writes a file
-    names: dict[str, Any] = {}
-    first, *others = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    exec(compile(first, "README.md", "exec"), names)
+@pytest.fixture
+def run_page(monkeypatch, tmp_path):
+    """Runs the Python of a page from top to bottom in an empty folder, and returns its names."""
+    sybil = pytest.importorskip("sybil")
+    markdown = pytest.importorskip("sybil.parsers.markdown")
+
+    def run(page: Path) -> dict[str, object]:
+        torch.manual_seed(0)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        for name, code in re.findall(r"```python\n# (\w+\.py),.*?\n(.*?)```", page.read_text(), flags=re.DOTALL):
+            Path(name).write_text(code)  # a file of the user's
+        document = sybil.document.Document.parse(str(page), markdown.PythonCodeBlockParser())
+        for example in document.examples():
+            example.evaluate()
+        return document.namespace
+
+    return run
+
+
+def test_the_readmes_coded_model_answers_as_the_lost_expert(run_page, capsys) -> None:
+    names = run_page(README)
     assert float(re.findall(r"\d\.\d+", capsys.readouterr().out)[0]) > 0.8
-    for block in others:
-        exec(compile(block, "README.md", "exec"), names)
     assert set(names["table"].decoder) == {"linear", "ridge", "feature_ridge", "expert_head"}
     again = coin.Coded.load("system.safetensors", names["experts"])
     assert torch.equal(again.decode(names["inputs"], [0])[0], names["answers"])
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in DOCS if "```python" in page.read_text(encoding="utf-8")], ids=lambda page: page.stem
+)
+def test_the_python_of_a_page_runs(page, run_page) -> None:
+    run_page(page)
 
 
 def test_every_public_name_is_there() -> None:
@@ -59,8 +84,21 @@ def test_links_and_named_files_lead_somewhere(page: Path) -> None:
         assert target in TARGETS, target
 
 
-def test_the_benchmarks_page_tells_of_every_column_and_names_files_that_exist() -> None:
-    text = (ROOT / "notebooks/BENCHMARK.md").read_text(encoding="utf-8")
+def test_commands_of_the_pages_have_their_options_and_files() -> None:
+    blocks = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = [found[1] for line in lines if (found := re.search(r"\bcoin ([a-z]+ .*)", line))]
+    assert len(commands) >= 20
+    for command, *arguments in (shlex.split(each, comments=True) for each in commands):
+        assert command in COMMANDS
+        with_shipped(command, arguments)
+        check_early(command, [each for each in arguments if each.startswith("--")])
+        if command == "sweep":
+            assert Path(shipped(SWEEPS, arguments[0])).is_file()
+
+
+def test_every_column_is_described() -> None:
+    text = (ROOT / "notebooks/docs/files.md").read_text(encoding="utf-8")
     parts = {part.split("`")[1]: part for part in re.split(r"\n## (?=`\w+\.csv`)", text)[1:]}
     told = {name: re.findall(r"^\| `(\w+)` \|", part, flags=re.MULTILINE) for name, part in parts.items()}
     assert told["results.csv"] == list(COLUMNS)
