@@ -108,7 +108,9 @@ def escaped(text: str) -> str:
 
 def api() -> str:
     """Return the page of all names of `import coin`, and of the tasks."""
-    lines = ["# Python", "", "What `import coin` has, and the tasks of `coin.data`.", ""]
+    start = [line.removeprefix(">>> ") for line in (coin.__doc__ or "").splitlines() if line.startswith(">>> ")]
+    lines = ["# Python", "", "The names of `import coin`, and the tasks of `coin.data`. Examples start from:", ""]
+    lines += ["```python", *start, "```", ""]
     for room, title in ROOMS.items():
         names = [f"coin.{name}" for name in coin.__all__ if coin._HOMES[name] == room]
         lines += [f"## {title}", "", *(f"::: {name}\n" for name in names)]

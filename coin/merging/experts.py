@@ -50,6 +50,10 @@ class Experts:
 
     Raises ConfigurationError if there are no experts, or arguments are for different numbers of them; DataError if
     there is no calibration batch, or one is not of tensors of equal length; HeadError if heads cannot be padded.
+
+    >>> every = coin.Experts([torch.nn.Linear(4, 3), torch.nn.Linear(4, 2)])
+    >>> every.count, [list(each["weight"].shape) for each in every.parameters]
+    (2, [[3, 4], [3, 4]])
     """
 
     def __init__(
