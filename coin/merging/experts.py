@@ -83,6 +83,8 @@ class Experts:
                     found = f"found {what} of {len(parts)} experts, expected {self.count}"
                     raise ConfigurationError(f"{found}; give those of every expert")
         if calibration is not None and not all(isinstance(each, Calibration) for each in calibration):
+            if any(isinstance(batches, Tensor) for batches in calibration):
+                raise DataError("found a tensor for a task's calibration, expected its batches; write [tensor]")
             own = [[checked(batch, self.networks[0]) for batch in batches] for batches in calibration]
             if not any(own):
                 raise DataError("found no calibration batches, expected at least one; give those of every task")
