@@ -80,6 +80,7 @@ notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 
 docs: $(VENV)/.docs  ## build the documentation in dist/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file .mkdocs.yml
+	@echo "open dist/site/index.html; for its search: $(BIN)/python -m http.server --directory dist/site"
 
 clean:  ## remove the environment and all caches; results in runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage dist

@@ -80,7 +80,10 @@ def text(name: str) -> str:
 
 def commands() -> str:
     """Return the page of all commands and their options."""
-    head = "# Commands\n\nEvery command takes YAML files (`-c`, several stack), its options, and `--print_config`.\n"
+    head = (
+        "# Commands\n\nEvery command takes YAML files or names of shipped ones (`-c`, several stack), its options, and "
+    )
+    head += "`--print_config`.\n`fit`, `fisher` and `evaluate` need a Trainer, and are LightningCLI's.\n"
     return "\n".join([head, *(command(name, what) for name, what in COMMANDS.items())])
 
 
