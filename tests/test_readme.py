@@ -1,15 +1,17 @@
 """The Python of README and docs runs, and the links, files and commands of all pages exist."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 
 import coin
 from coin.commands import COMMANDS
-from coin.commands.early import check_early
+from coin.commands.early import check_early, known_options
 from coin.commands.shipped import SWEEPS, shipped, with_shipped
 from coin.reporting.extras import PROMISE_COLUMNS, RISK_COLUMNS
 from coin.reporting.results import COLUMNS, KEYS
@@ -69,16 +71,23 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def text_of(page: Path) -> str:
+    """The Markdown of a page or of a notebook."""
+    if page.suffix == ".md":
+        return page.read_text(encoding="utf-8")
+    return "\n\n".join(cell.source for cell in nbformat.read(page, 4).cells if cell.cell_type == "markdown")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("notebooks/*.ipynb"))], ids=lambda page: page.stem)
 def test_links_and_named_files_lead_somewhere(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose):
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
-    for name in re.findall(r"(?:configs|notebooks)/[\w/.-]+\.(?:yaml|ipynb|md|py|csv|svg|png)", text):
+    for name in re.findall(r"(?:configs/[a-z\d_/.-]+|notebooks/[\w/.-]+)\.(?:yaml|ipynb|md|py|csv|svg|png)", text):
         assert (ROOT / name).is_file(), name
     for target in re.findall(r"`make ([a-z-]+)", text):
         assert target in TARGETS, target
@@ -104,6 +113,21 @@ def test_every_column_is_described() -> None:
     assert told["results.csv"] == list(COLUMNS)
     assert told["risk.csv"] == list(RISK_COLUMNS[len(KEYS) :])
     assert told["promise.csv"] == list(PROMISE_COLUMNS[len(KEYS) :])
+
+
+@pytest.mark.slow
+def test_the_sites_reference_has_every_command_and_every_name(monkeypatch) -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("latex2mathml")
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
+    reference = importlib.import_module("reference")
+    page = reference.commands()
+    sections = {part.partition("\n")[0]: part for part in page.split("\n## coin ")[1:]}
+    assert list(sections) == list(COMMANDS)
+    for command, part in sections.items():
+        options = {name.replace("-", "_") for name in re.findall(r"^- `-*(\w[\w-]*)", part, flags=re.MULTILINE)}
+        assert {name.replace("-", "_") for name in known_options(command)} <= options, command
+    assert sorted(re.findall(r"^::: coin\.(\w+)$", reference.api(), flags=re.MULTILINE)) == coin.__all__
 
 
 def test_top_level_is_what_the_owner_named() -> None:
