@@ -9,7 +9,7 @@ SLOW := -m 'not slow'
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-small test test-all lint format types imports pytest bench bench-check bench-gpu fuzz notebooks clean
+.PHONY: help install demo demo-small test test-all lint format types imports pytest bench bench-check bench-gpu fuzz notebooks docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,10 @@ $(VENV)/.dev: $(VENV)/.demo
 
 $(VENV)/.bench: $(VENV)/.demo
 	$(PIP) '.[bench]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(PIP) '.[docs]'
 	@touch $@
 
 install: $(VENV)/.dev  ## make the environment in .venv with everything for development
@@ -73,6 +77,10 @@ fuzz: $(VENV)/.dev  ## random configurations and checkpoints, FUZZ seconds a tes
 
 notebooks: $(VENV)/.dev  ## run the notebooks from top to bottom
 	$(BIN)/pytest tests/pipeline/test_notebooks.py
+
+docs: $(VENV)/.docs  ## build the documentation in dist/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file .mkdocs.yml
+	@echo "open dist/site/index.html; for its search: $(BIN)/python -m http.server --directory dist/site"
 
 clean:  ## remove the environment and all caches; results in runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage dist

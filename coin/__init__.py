@@ -2,6 +2,11 @@
 
 The names below are the library without a Trainer and without files: estimate a Fisher, merge, encode, decode, score.
 They are imported when they are first used, so that the command line can set up the process before PyTorch starts.
+The examples in their docstrings start from three networks, a batch of inputs for each, and a code:
+
+>>> import coin, torch
+>>> experts = [torch.nn.Linear(4, 3) for _ in range(3)]
+>>> inputs, code = [[torch.randn(60, 4)] for _ in experts], coin.uniform(3)
 
 Source: Jhunjhunwala, Jali, Joshi and Wang, *Erasure Coded Neural Network Inference via Fisher Averaging*, ISIT 2024,
 arXiv 2409.01420.

@@ -17,6 +17,7 @@ from typing import Any
 from coin.commands import COMMANDS, ON_TRAINER
 from coin.commands.early import A_CLASS, check_early, known_classes, unknown
 from coin.commands.safe import SAFE, VARIABLE, enforce
+from coin.commands.shipped import with_shipped
 from coin.errors import CoinError, CoinWarning, ConfigurationError, shortage_behind
 
 
@@ -64,11 +65,12 @@ def _run(arguments: list[str], name: str) -> None:
         enforce()
     elif (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)  # for classes of the user's own, as `python -m` would have it
-    check_early(name, arguments[1:])
+    options = with_shipped(name, arguments[1:])
+    check_early(name, options)
     if name in ON_TRAINER:
-        import_module("coin.commands.trainer").main(arguments)
+        import_module("coin.commands.trainer").main([name, *options])
     else:
-        import_module(f"coin.commands.{name}").main(arguments[1:])
+        import_module(f"coin.commands.{name}").main(options)
 
 
 def _help() -> str:
@@ -79,8 +81,9 @@ Erasure-coded neural networks: one coded model, built in closed form, stands in 
 
 {commands}
 
-coin COMMAND --help lists a command's options; -c FILE.yaml gives them in a file, --print_config shows
-all of them. {SAFE}: import no class that is not on coin's allow-list (coin.commands.safe)."""
+coin COMMAND --help lists a command's options; -c FILE.yaml gives them in a file, or -c NAME in one that
+comes with coin, such as quickstart; --print_config shows all of them. {SAFE}: import no class that is
+not on coin's allow-list (coin.commands.safe)."""
 
 
 @contextmanager

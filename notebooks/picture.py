@@ -1,4 +1,4 @@
-"""Draws the picture of the idea in the README: python notebooks/picture.py → notebooks/results/picture.svg.
+"""Draws the pictures of the README and of docs/concepts.md: python notebooks/picture.py → notebooks/results/*.svg.
 
 The boxes are filled and have white text; lines and captions are of a grey that is readable on white and on black.
 """
@@ -86,17 +86,73 @@ def picture() -> str:
         text(540, 312, "so f₁ can be solved for, or the coded model", anchor="start", size=14),
         text(540, 331, "answers alone through expert 1’s own head", anchor="start", size=14),
     ]
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
-            f'height="{HEIGHT}" font-family="Helvetica, Arial, sans-serif" role="img">',
-            "<title>One coded model beside N experts answers for the expert whose server is lost</title>",
-            f"<defs>{marker('grey', GREY)}{marker('green', GREEN)}</defs>",
-            *parts,
-            "</svg>\n",
-        ]
-    )
+    title = "One coded model beside N experts answers for the expert whose server is lost"
+    return drawing(WIDTH, HEIGHT, title, [f"<defs>{marker('grey', GREY)}{marker('green', GREEN)}</defs>", *parts])
 
+
+def drawing(width: float, height: float, title: str, parts: list[str]) -> str:
+    """Return parts as an SVG file."""
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="Helvetica, Arial, sans-serif" role="img">'
+    return "\n".join([head, f"<title>{title}</title>", *parts, "</svg>\n"])
+
+
+def code() -> str:
+    """Return the picture of a code: its matrix, and what each coded model approximates."""
+    weights = ("¼", "¼", "½"), ("½", "0", "½")
+    parts = [box(186 + 110 * column, 16, 96, 44, BLUE, f"expert {column + 1}") for column in range(3)]
+    for row, entries in enumerate(weights):
+        y = 76 + 56 * row
+        parts.append(box(16, y, 150, 44, GREEN, f"coded model {row + 1}"))
+        parts += [text(234 + 110 * column, y + 29, entry, size=20) for column, entry in enumerate(entries)]
+        terms = " + ".join(f"{entry} f{'₁₂₃'[place]}" for place, entry in enumerate(entries) if entry != "0")
+        parts.append(text(520, y + 28, f"≈ {terms}", anchor="start", size=18, more=' font-style="italic"'))
+    rule = "one row a coded model; weights are not negative, and every row sums to 1"
+    parts.append(text(16, 208, rule, anchor="start", size=17))
+    return drawing(720, 224, "A code of two coded models over three experts", parts)
+
+
+KINDS = (
+    ("survivors alone", SLATE, "regression", ("a regression", "N − 1 networks", "1")),
+    ("coded with survivors", GREEN, "coded model", ("one network", "N networks", "1")),
+    ("coded model alone", GREEN, "coded model", ("⅐ to 1 network", "1 network", "all")),
+    ("compressed copies", SLATE, "N deltas", ("N small deltas", "1 network", "all")),
+)
+"""Stand-ins: the name, the colour and the name of what is kept; its memory, forwards and losses."""
+
+
+def kinds() -> str:
+    """Return the picture of the four kinds of stand-in."""
+    parts = []
+    for place, (name, colour, kept, costs) in enumerate(KINDS):
+        x, reads = 16 + 222 * place, place < 2
+        parts.append(text(x + 97, 24, name, size=17, more=' font-weight="bold"'))
+        parts.append(lost_box(x, 40, 60, 48, "1", "lost"))
+        for server, label in enumerate(("2", "N")):
+            faint = "" if reads else ' opacity="0.3"'
+            shape = box(x + 67 * (server + 1), 40, 60, 48, BLUE, label, "asked" if reads else "idle")
+            parts.append(f"<g{faint}>{shape}</g>")
+        parts.append(box(x, 100, 194, 48, colour, kept))
+        for line, (what, value) in enumerate(zip(("keeps", "runs", "may lose"), costs, strict=True)):
+            parts.append(text(x, 178 + 24 * line, f"{what} {value}", anchor="start", size=17))
+    return drawing(900, 236, "Four kinds of stand-in, and what each costs", parts)
+
+
+def nda() -> str:
+    """Return the picture of NDA: two accuracies and their ratio."""
+    parts = [
+        box(230, 16, 480 * 0.96, 40, BLUE, "96 % right"),
+        box(230, 68, 480 * 0.93, 40, GREEN, "93 % right"),
+        text(218, 42, "the lost expert itself", anchor="end"),
+        text(218, 94, "the answers in its place", anchor="end"),
+        text(230, 142, "NDA = 93 / 96 = 97 %", anchor="start", size=18),
+        text(440, 142, "(for example; on the test set of the lost task)", anchor="start", size=14),
+    ]
+    return drawing(760, 160, "Accuracy of the lost expert, of the answers in its place, and their ratio", parts)
+
+
+PICTURES = {"picture": picture, "code": code, "kinds": kinds, "nda": nda}
 
 if __name__ == "__main__":
-    (Path(__file__).parent / "results" / "picture.svg").write_text(picture(), encoding="utf-8")
+    for name, draw in PICTURES.items():
+        (Path(__file__).parent / "results" / f"{name}.svg").write_text(draw(), encoding="utf-8")

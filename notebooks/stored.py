@@ -1,4 +1,4 @@
-"""The stored results in notebooks/results, read for the tables of README.md and MANUAL.md."""
+"""The stored results in notebooks/results, read for the tables of README.md and docs."""
 
 import math
 from functools import cache

@@ -1,4 +1,4 @@
-"""The tables of measured numbers in README.md and MANUAL.md, made from the stored results in notebooks/results.
+"""The tables of measured numbers in README.md and docs, made from the stored results in notebooks/results.
 
     python notebooks/tables.py    # writes them anew, between <!-- table: NAME --> and <!-- end -->
 
@@ -9,6 +9,7 @@ import math
 import re
 from pathlib import Path
 
+import docstring_parser
 import pandas as pd
 from stored import (
     DECODERS,
@@ -25,10 +26,11 @@ from stored import (
     stood_in,
 )
 
+from coin.reporting.results import COLUMNS, Row
 from coin.reporting.tables import risk_totals
 
 NOTEBOOKS = Path(__file__).parent
-FILES = (NOTEBOOKS.parent / "README.md", NOTEBOOKS / "MANUAL.md")
+FILES = (NOTEBOOKS.parent / "README.md", *sorted(NOTEBOOKS.glob("docs/*.md")))
 SUITES = {
     "imagenet-pair": "ImageNet pair",
     "imagenet-triple": "triple",
@@ -208,6 +210,13 @@ def serving() -> str:
     return markdown(["N", "MiB: largest server, in all", *slow, "right, %"], rows)
 
 
+def columns() -> str:
+    """The columns of results.csv, as the package describes them."""
+    described = {each.arg_name: each.description or "" for each in docstring_parser.parse(Row.__doc__ or "").params}
+    rows = [[f"`{name}`", " ".join(described[name].replace("``", "`").split())] for name in COLUMNS]
+    return markdown(["column", "what it is"], rows)
+
+
 TABLES = {
     "stand-ins in short": lambda: stand_ins(IN_SHORT, ["imagenet-pair", "small-pair", "experts"]),
     "stand-ins": lambda: stand_ins(list(KEPT), list(STAND_INS)),
@@ -219,6 +228,7 @@ TABLES = {
     "promises": promises,
     "wrong experts": wrong_experts,
     "serving": serving,
+    "columns": columns,
 }
 
 

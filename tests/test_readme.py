@@ -1,34 +1,61 @@
-"""The README's Python runs, and the links, files and commands of all pages exist."""
+"""The Python of README and docs runs, and the links, files and commands of all pages exist."""
 
+import importlib
 import re
+import shlex
 from pathlib import Path
-from typing import Any
 
+import nbformat
 import pytest
 import torch
 
 import coin
+from coin.commands import COMMANDS
+from coin.commands.early import check_early, known_options
+from coin.commands.shipped import SWEEPS, shipped, with_shipped
 from coin.reporting.extras import PROMISE_COLUMNS, RISK_COLUMNS
 from coin.reporting.results import COLUMNS, KEYS
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("notebooks/*.md")), *sorted(ROOT.glob(".github/**/*.md"))]
+README = ROOT / "README.md"
+DOCS = sorted(ROOT.glob("notebooks/docs/*.md"))
+PAGES = [README, *sorted(ROOT.glob("notebooks/*.md")), *DOCS, *sorted(ROOT.glob(".github/**/*.md"))]
 TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
-def test_its_python_runs_and_the_coded_model_answers_as_the_lost_expert(monkeypatch, tmp_path, capsys) -> None:
-    torch.manual_seed(0)
-    monkeypatch.chdir(tmp_path)  # it writes a file
-    names: dict[str, Any] = {}
-    first, *others = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    exec(compile(first, "README.md", "exec"), names)
+@pytest.fixture
+def run_page(monkeypatch, tmp_path):
+    """Runs the Python of a page from top to bottom in an empty folder, and returns its names."""
+    sybil = pytest.importorskip("sybil")
+    markdown = pytest.importorskip("sybil.parsers.markdown")
+
+    def run(page: Path) -> dict[str, object]:
+        torch.manual_seed(0)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        for name, code in re.findall(r"```python\n# (\w+\.py),.*?\n(.*?)```", page.read_text(), flags=re.DOTALL):
+            Path(name).write_text(code)  # a file of the user's
+        document = sybil.document.Document.parse(str(page), markdown.PythonCodeBlockParser())
+        for example in document.examples():
+            example.evaluate()
+        return document.namespace
+
+    return run
+
+
+def test_the_readmes_coded_model_answers_as_the_lost_expert(run_page, capsys) -> None:
+    names = run_page(README)
     assert float(re.findall(r"\d\.\d+", capsys.readouterr().out)[0]) > 0.8
-    for block in others:
-        exec(compile(block, "README.md", "exec"), names)
     assert set(names["table"].decoder) == {"linear", "ridge", "feature_ridge", "expert_head"}
     again = coin.Coded.load("system.safetensors", names["experts"])
     assert torch.equal(again.decode(names["inputs"], [0])[0], names["answers"])
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in DOCS if "```python" in page.read_text(encoding="utf-8")], ids=lambda page: page.stem
+)
+def test_the_python_of_a_page_runs(page, run_page) -> None:
+    run_page(page)
 
 
 def test_every_public_name_is_there() -> None:
@@ -44,28 +71,63 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def text_of(page: Path) -> str:
+    """The Markdown of a page or of a notebook."""
+    if page.suffix == ".md":
+        return page.read_text(encoding="utf-8")
+    return "\n\n".join(cell.source for cell in nbformat.read(page, 4).cells if cell.cell_type == "markdown")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("notebooks/*.ipynb"))], ids=lambda page: page.stem)
 def test_links_and_named_files_lead_somewhere(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
+    text = text_of(page)
     prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
     for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose):
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
-    for name in re.findall(r"(?:configs|notebooks)/[\w/.-]+\.(?:yaml|ipynb|md|py|csv|svg|png)", text):
+    for name in re.findall(r"(?:configs/[a-z\d_/.-]+|notebooks/[\w/.-]+)\.(?:yaml|ipynb|md|py|csv|svg|png)", text):
         assert (ROOT / name).is_file(), name
     for target in re.findall(r"`make ([a-z-]+)", text):
         assert target in TARGETS, target
 
 
-def test_the_benchmarks_page_tells_of_every_column_and_names_files_that_exist() -> None:
-    text = (ROOT / "notebooks/BENCHMARK.md").read_text(encoding="utf-8")
+def test_commands_of_the_pages_have_their_options_and_files() -> None:
+    blocks = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = [found[1] for line in lines if (found := re.search(r"\bcoin ([a-z]+ .*)", line))]
+    assert len(commands) >= 20
+    for command, *arguments in (shlex.split(each, comments=True) for each in commands):
+        assert command in COMMANDS
+        with_shipped(command, arguments)
+        check_early(command, [each for each in arguments if each.startswith("--")])
+        if command == "sweep":
+            assert Path(shipped(SWEEPS, arguments[0])).is_file()
+
+
+def test_every_column_is_described() -> None:
+    text = (ROOT / "notebooks/docs/files.md").read_text(encoding="utf-8")
     parts = {part.split("`")[1]: part for part in re.split(r"\n## (?=`\w+\.csv`)", text)[1:]}
     told = {name: re.findall(r"^\| `(\w+)` \|", part, flags=re.MULTILINE) for name, part in parts.items()}
     assert told["results.csv"] == list(COLUMNS)
     assert told["risk.csv"] == list(RISK_COLUMNS[len(KEYS) :])
     assert told["promise.csv"] == list(PROMISE_COLUMNS[len(KEYS) :])
+
+
+@pytest.mark.slow
+def test_the_sites_reference_has_every_command_and_every_name(monkeypatch) -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("latex2mathml")
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
+    reference = importlib.import_module("reference")
+    page = reference.commands()
+    sections = {part.partition("\n")[0]: part for part in page.split("\n## coin ")[1:]}
+    assert list(sections) == list(COMMANDS)
+    for command, part in sections.items():
+        options = {name.replace("-", "_") for name in re.findall(r"^- `-*(\w[\w-]*)", part, flags=re.MULTILINE)}
+        assert {name.replace("-", "_") for name in known_options(command)} <= options, command
+    assert sorted(re.findall(r"^::: coin\.(\w+)$", reference.api(), flags=re.MULTILINE)) == coin.__all__
 
 
 def test_top_level_is_what_the_owner_named() -> None:

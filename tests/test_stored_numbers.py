@@ -1,4 +1,4 @@
-"""Every table of measured numbers in the README and the manual is the stored results' in notebooks/results."""
+"""Every table of measured numbers in the README and the docs is the stored results' in notebooks/results."""
 
 import base64
 import importlib
@@ -13,7 +13,7 @@ import pytest
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 README = NOTEBOOKS.parent / "README.md"
-MANUAL = NOTEBOOKS / "MANUAL.md"
+PAGES = [README, *sorted(NOTEBOOKS.glob("docs/*.md"))]
 
 
 def script(name: str) -> ModuleType:
@@ -27,20 +27,21 @@ def tables() -> ModuleType:
     return script("tables")
 
 
-@pytest.mark.parametrize("path", [README, MANUAL], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_tables_are_those_of_the_stored_results(path: Path, tables: ModuleType) -> None:
     text = path.read_text(encoding="utf-8")
     assert tables.with_tables(text) == text, "run `python notebooks/tables.py` and commit what it writes"
 
 
 def test_every_table_stands_somewhere(tables: ModuleType) -> None:
-    text = README.read_text(encoding="utf-8") + MANUAL.read_text(encoding="utf-8")
+    assert sorted(PAGES) == sorted(tables.FILES)
+    text = "".join(path.read_text(encoding="utf-8") for path in PAGES)
     assert sorted(re.findall("<!-- table: (.*?) -->", text)) == sorted(tables.TABLES)
     assert text.count("<!-- table: ") == text.count("<!-- end -->")
 
 
 def test_numbers_with_a_spread_stand_in_tables_alone(tables: ModuleType) -> None:
-    for path in (README, MANUAL):
+    for path in PAGES:
         prose = re.sub(r"<!-- table: .*?<!-- end -->|```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
         assert re.findall(r"\d ± \d", prose) == []
 
@@ -60,8 +61,9 @@ def test_with_features_refit_is_ahead_of_distillation_at_every_number_of_samples
         assert refit.mean() > distilled.mean()
 
 
-def test_the_readmes_picture_is_what_its_script_draws() -> None:
-    assert (NOTEBOOKS / "results/picture.svg").read_text(encoding="utf-8") == script("picture").picture()
+def test_pictures_are_what_their_script_draws() -> None:
+    for name, draw in script("picture").PICTURES.items():
+        assert (NOTEBOOKS / f"results/{name}.svg").read_text(encoding="utf-8") == draw()
 
 
 def test_the_readmes_figure_is_one_of_the_notebooks() -> None:

@@ -28,6 +28,10 @@ class Answers:
 
     Raises:
         DecodingError: The shapes do not fit together, or a task is none of the experts'.
+
+    >>> answers = coin.Answers(experts=torch.randn(2, 5, 3), coded=torch.randn(1, 5, 3))
+    >>> answers.num_experts, answers.num_coded, answers.num_samples
+    (2, 1, 5)
     """
 
     experts: Tensor

@@ -27,6 +27,10 @@ class Code:
         ConfigurationError: The matrix is not a rectangle of finite numbers, a weight is negative, or a row does not
             sum to 1.
         DecodingError: Some erasure of up to R experts cannot be decoded; the message names the first.
+
+    >>> code = coin.Code([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5]])
+    >>> code.num_coded, code.max_erasures, code.encode(torch.eye(3)[:, None]).tolist()
+    (2, 2, [[[0.5, 0.5, 0.0]], [[0.0, 0.5, 0.5]]])
     """
 
     def __init__(self, matrix: Sequence[Sequence[float]] | Tensor) -> None:

@@ -15,7 +15,11 @@ SPARE = "spare"
 
 
 class DecoderKind(StrEnum):
-    """How lost outputs are computed from the ones that arrived."""
+    """How lost outputs are computed from the ones that arrived.
+
+    >>> [kind.value for kind in coin.DecoderKind]
+    ['linear', 'ridge', 'feature_ridge', 'expert_head']
+    """
 
     linear = "linear"
     """The paper's: solve the code's equations for the lost outputs. Needs no calibration."""
@@ -78,6 +82,9 @@ class DecoderConfig:
 
     Raises:
         ConfigurationError: An option does not exist, has no such value, or does not apply to the kind.
+
+    >>> coin.DecoderConfig.of({"kind": "ridge", "survivors": False}).name
+    'ridge-alone'
     """
 
     kind: DecoderKind

@@ -451,6 +451,10 @@ def make_decoder(
         code: The code.
         erased: The lost experts.
         heads: The heads of all experts, or of the lost ones by expert (`coin.networks.linear_heads`): for expert_head.
+
+    >>> answers = coin.Answers(torch.ones(3, 1, 2), coded=2 * torch.ones(1, 1, 2))
+    >>> coin.make_decoder("linear", code, erased=[0]).decode(answers)
+    tensor([[[4., 4.]]])
     """
     try:
         config = DecoderConfig.of(kind)

@@ -26,6 +26,11 @@ class DecodingAccuracy(Metric):
 
     Raises:
         ConfigurationError: `num_classes` is less than 1.
+
+    >>> metric = coin.DecodingAccuracy()
+    >>> metric.update(torch.eye(4)[[0, 1, 2, 2]], torch.eye(4), torch.arange(4))  # decoded, the expert's, labels
+    >>> float(metric.compute()["nda"])
+    0.75
     """
 
     is_differentiable = False
@@ -133,6 +138,11 @@ class Residual(Metric):
 
     The norms are over all samples and outputs, summed over processes in float64. NaN before the first sample and where
     the target is exactly zero everywhere.
+
+    >>> metric = coin.Residual()
+    >>> metric.update(torch.tensor([[0.0, 3.0]]), torch.tensor([[0.0, 4.0]]))
+    >>> float(metric.compute())
+    0.25
     """
 
     is_differentiable = False

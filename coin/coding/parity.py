@@ -17,8 +17,7 @@ def parity_residual(code: Code, answers: Answers) -> Tensor:
     The experts all have answered. Far outside what it is on calibration inputs (`parity_significance`), some server
     answers wrongly, though in time.
 
-    >>> import coin, torch
-    >>> own, code = torch.randn(2, 5, 3), coin.uniform(2)
+    >>> own = torch.randn(3, 5, 4)
     >>> answers = coin.Answers(own, code.encode(own))
     >>> own[0, 4] += 3  # expert 0 goes wrong at the last input
     >>> coin.parity_residual(code, answers).gt(0.1).tolist()
@@ -32,7 +31,6 @@ def parity_significance(residual: Tensor, calibration: Tensor) -> Tensor:
 
     Both are `parity_residual`'s. Of inputs like the calibration's and servers that work, a share s has at most s.
 
-    >>> import coin, torch
     >>> coin.parity_significance(torch.tensor([0.5, 9.0]), torch.arange(1.0, 10.0)).tolist()
     [1.0, 0.20000000298023224]
     """
@@ -51,8 +49,7 @@ def fault_score(decoders: Sequence[Decoder], answers: Answers) -> Tensor:
             expert equally odd: its equation is the same for all. ``feature_ridge`` tells them apart.
         answers: Those of all experts and coded models.
 
-    >>> import coin, torch
-    >>> own, code = torch.randn(3, 200, 4), coin.uniform(3)
+    >>> own = torch.randn(3, 200, 4)
     >>> answers = coin.Answers(own, code.encode(own) + 0.1 * torch.randn(1, 200, 4))
     >>> decoders = [coin.make_decoder("ridge", code, [expert]).fit(answers) for expert in range(3)]
     >>> own[1] += torch.randn(200, 4)

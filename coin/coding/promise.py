@@ -26,6 +26,9 @@ class Promise:
         coverage: The share of the samples that are accepted.
         samples: How many samples there were.
         needed: How many must be accepted without a single error.
+
+    >>> coin.promised_risk(torch.zeros(100), torch.zeros(100, dtype=torch.bool), alpha=0.05).needed
+    59
     """
 
     threshold: float | None
@@ -64,7 +67,6 @@ def promised_risk(risks: Tensor, differs: Tensor, alpha: float, confidence: floa
 
     Source: Angelopoulos, Bates, Candès, Jordan and Lei, *Learn then Test* (arXiv 2110.01052), fixed sequence testing.
 
-    >>> import coin, torch
     >>> risks = torch.linspace(0, 1, 600)
     >>> print(coin.promised_risk(risks, risks > 0.9, alpha=0.05))
     at most 0.05 of the accepted answers differ, at 0.95 confidence: 93.0% are accepted, of a risk up to 0.93

@@ -12,7 +12,7 @@ from coin.errors import ConfigurationError, DecodingError
 def uniform(num_experts: int) -> Code:
     """Return the code of one coded model that weighs all experts alike, β_i = 1/N; its noise amplification is N.
 
-    >>> uniform(4)
+    >>> coin.uniform(4)
     Code([[0.25, 0.25, 0.25, 0.25]])
     """
     return convex(num_experts, 1)
@@ -34,7 +34,7 @@ def convex(num_experts: int, num_coded: int) -> Code:
     Raises ConfigurationError unless 1 ≤ R ≤ N, DecodingError where no width gives a code that can be decoded in
     floating point.
 
-    >>> convex(3, 2).erasures()
+    >>> coin.convex(3, 2).erasures()
     [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)]
     """
     if num_experts < 1:

@@ -31,7 +31,6 @@ def decoding_risk(decoded: Tensor, errors: Tensor) -> Tensor:
     falls short where the coded model was fitted on these, and where errors go with what is decoded, as large ones of
     the linear decoder do. 0 where the decoder makes no error, 1 where what was decoded is not finite.
 
-    >>> import coin, torch
     >>> decoded, errors = torch.tensor([[3.0, 0.0, 0.0], [1.0, 0.0, 0.0]]), 0.5 * torch.eye(3)
     >>> [round(risk, 3) for risk in coin.decoding_risk(decoded, errors).tolist()]
     [0.003, 0.258]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from coin.commands.early import check_early
 from coin.commands.parser import command_parser, parsed
+from coin.commands.shipped import SWEEPS, shipped
 from coin.core.choices import check_integer
 from coin.core.processes import cores
 from coin.errors import ConfigurationError
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
         CoinError: The file, or the experiment of one of its points, is not valid; nothing has been run.
     """
     parser = command_parser("sweep")
-    parser.add_argument("file", type=str, help="The sweep's YAML: an experiment and a grid; see configs/study.")
+    parser.add_argument("file", type=str, help="The sweep's YAML, or the name of one in configs/study.")
     parser.add_argument("--output", type=str, default="runs", help="Where the sweep's folder goes.")
     parser.add_argument(
         "--jobs",
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str]) -> None:
             "without torchrun or srun"
         )
     launch = _launch(options["launch"], options["jobs"])
-    plan = read_sweep(Path(options["file"]))
+    plan = read_sweep(Path(shipped(SWEEPS, options["file"])))
+    plan = replace(plan, experiment=tuple(shipped("run", file) for file in plan.experiment))
     folder = Path(options["output"]) / plan.name
     points = sweep_points(plan, folder)
     for point in points:

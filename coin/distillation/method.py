@@ -56,6 +56,9 @@ class Distillation(Method):
             fitted), a method's name, or its ``class_path`` and ``init_args`` (`coin.merging.method.starting_method`).
         label: The name of this variant in results and files.
         seed: The seed of the samples' order; by default the experiment's, or 0 in memory.
+
+    >>> coin.merge_networks(coin.Distillation(lr=0.01, steps=1), experts, code, calibration=inputs).chosen
+    [{'start': 'head_fit'}]
     """
 
     name = "distillation"

@@ -30,6 +30,9 @@ class ReadoutDistillation(Distillation):
     Args:
         readout_weight: w, at least 0; 0 leaves a distillation of fixed learning rate and steps.
         **options: The others are those of `Distillation`.
+
+    >>> len(coin.merge_networks(coin.ReadoutDistillation(steps=1), experts, code, calibration=inputs))
+    1
     """
 
     name = "readout_distillation"
@@ -72,6 +75,9 @@ def distill(
     Raises:
         ConfigurationError: An option is unknown or out of its range.
         NumericalError: The training diverges.
+
+    >>> coin.distill(experts, code, inputs, lr=0.01, steps=1)
+    [Linear(in_features=4, out_features=3, bias=True)]
     """
     method = (ReadoutDistillation if readout else Distillation)(**options)
     return merge_networks(method, networks, code, calibration=calibration, forward=forward)

@@ -19,6 +19,10 @@ class Average(MergeMethod):
     """The β-average of the experts' parameters, θ = Σ_i β_i θ_i.
 
     Source: Wortsman et al., *Model soups* (ICML 2022); the baseline of arXiv 2409.01420.
+
+    >>> mean = coin.merge_networks(coin.Average(), experts, code)[0]
+    >>> torch.allclose(mean.weight, sum(expert.weight for expert in experts) / 3)
+    True
     """
 
     name = "average"
@@ -39,6 +43,9 @@ class HeadFit(Average):
     """The β-average with its head fitted to Σ_i β_i f_i (`fit_head`), after BatchNorm's statistics, by the policy.
 
     It costs one forward pass of each network and one singular value decomposition; no Fisher, no labels.
+
+    >>> coin.merge_networks(coin.HeadFit(), experts, code, calibration=inputs).passes
+    720.0
     """
 
     name = "head_fit"

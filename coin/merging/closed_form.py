@@ -54,14 +54,12 @@ class MergeMethod(Method):
 
     A user's own closed form:
 
-    >>> import coin, torch
     >>> class Median(coin.MergeMethod):
     ...     name = "median"
     ...     def candidates(self, experts, row):
     ...         every = experts.parameters
     ...         yield {}, {name: torch.stack([each[name] for each in every]).median(0).values for name in every[0]}
-    >>> experts = [torch.nn.Linear(4, 3) for _ in "abc"]
-    >>> coded = coin.merge_networks(Median(), experts, coin.uniform(3))[0]
+    >>> coded = coin.merge_networks(Median(), experts, code)[0]
     >>> torch.equal(coded.bias, torch.stack([each.bias for each in experts]).median(0).values)
     True
     """

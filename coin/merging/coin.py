@@ -32,6 +32,9 @@ class Coin(MergeMethod):
         fisher_kind: Which Fisher; by default the experiment's, or ``exact``.
         fisher_data: The Fisher's data, ``own``, ``pooled`` or ``auto``; by default the experiment's, or ``auto``.
         **options: ``batchnorm`` and ``label``, see `MergeMethod`.
+
+    >>> coin.merge_networks(coin.Coin(fisher_data="own"), experts, code, calibration=inputs).passes  # 7 a sample
+    1260.0
     """
 
     name = "coin"

@@ -50,6 +50,10 @@ class Experts:
 
     Raises ConfigurationError if there are no experts, or arguments are for different numbers of them; DataError if
     there is no calibration batch, or one is not of tensors of equal length; HeadError if heads cannot be padded.
+
+    >>> every = coin.Experts([torch.nn.Linear(4, 3), torch.nn.Linear(4, 2)])
+    >>> every.count, [list(each["weight"].shape) for each in every.parameters]
+    (2, [[3, 4], [3, 4]])
     """
 
     def __init__(
@@ -79,6 +83,8 @@ class Experts:
                     found = f"found {what} of {len(parts)} experts, expected {self.count}"
                     raise ConfigurationError(f"{found}; give those of every expert")
         if calibration is not None and not all(isinstance(each, Calibration) for each in calibration):
+            if any(isinstance(batches, Tensor) for batches in calibration):
+                raise DataError("found a tensor for a task's calibration, expected its batches; write [tensor]")
             own = [[checked(batch, self.networks[0]) for batch in batches] for batches in calibration]
             if not any(own):
                 raise DataError("found no calibration batches, expected at least one; give those of every task")

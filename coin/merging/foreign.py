@@ -43,6 +43,9 @@ class UserMethod(Method):
         compress: As for every method (`coin.MergeMethod`).
 
     Raises ConfigurationError if there is no such function, or it does not take these arguments.
+
+    >>> coin.UserMethod("mine.merge", {"scale": 0.5}).label  # with merge(experts, calibration, scale) in mine.py
+    'merge'
     """
 
     name = "foreign"
@@ -112,7 +115,11 @@ class UserMethod(Method):
 
 
 class Foreign(UserMethod):
-    """The old name of `UserMethod`, for one version: makes one, with a warning."""
+    """The old name of `UserMethod`, for one version: makes one, with a warning.
+
+    >>> issubclass(coin.Foreign, coin.UserMethod)
+    True
+    """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> UserMethod:  # type: ignore[misc]
         """Return a `UserMethod`."""

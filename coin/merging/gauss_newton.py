@@ -44,6 +44,9 @@ class GaussNewton(Coin):
         ridge: Relative to the mean Fisher entry: how freely parameters with no Fisher at the experts may move.
         start: ``coin``, another closed form's name, or its ``class_path`` and ``init_args``; see `starting_method`.
         **options: Those of `Coin`, for the COIN start.
+
+    >>> coin.merge_networks(coin.GaussNewton(), experts, code, calibration=inputs)
+    [Linear(in_features=4, out_features=3, bias=True)]
     """
 
     name = "gauss_newton"

@@ -36,8 +36,7 @@ class CodedModel:
         chosen: The options that were chosen, and how a solve ended: plain values for the record.
         start: What a `Refit` began from; `Method.pack` begins there again.
 
-    >>> import coin, torch
-    >>> made = coin.Average().make(coin.Experts([torch.nn.Linear(4, 3) for _ in "ab"]), [0.5, 0.5])
+    >>> made = coin.Average().make(coin.Experts(experts), [0.5, 0.5, 0])
     >>> type(made.network).__name__, made.chosen
     ('Linear', {})
     """
@@ -55,6 +54,10 @@ class Merged(list[nn.Module]):
         compressed: For each, the compressed variants by label, such as ``refit-4bit``.
         passes: The total cost in forward-equivalents of one sample.
         seconds: Wall time.
+
+    >>> merged = coin.merge_networks(coin.Average(), experts, code)
+    >>> len(merged), merged.chosen, merged.passes
+    (1, [{}], 0.0)
     """
 
     def __init__(
@@ -81,16 +84,13 @@ class Method(ABC):
 
     A user's own method:
 
-    >>> import coin
     >>> class First(coin.Method):
     ...     name = label = "first"
     ...     def make(self, experts, row):
     ...         network = experts.empty_model().eval()
     ...         network.load_state_dict(experts.networks[0].state_dict())
     ...         return coin.CodedModel(network)
-    >>> import torch
-    >>> experts = [torch.nn.Linear(4, 3) for _ in "ab"]
-    >>> coded = coin.merge_networks(First(), experts, coin.Code([[0.5, 0.5]]))[0]
+    >>> coded = coin.merge_networks(First(), experts, code)[0]
     >>> torch.equal(coded.weight, experts[0].weight)
     True
     """
@@ -179,14 +179,9 @@ def merge_networks(
     See `Experts` for the other arguments; `decoders` are the decoders for which `Refit` optimises its choices. The
     networks are of the experts' class and called in its way, not by `forward`. Raises as `Method.make`.
 
-    >>> import coin, torch
-    >>> experts = [torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)) for _ in "ab"]
-    >>> calibration = [[torch.randn(50, 4)] for _ in experts]
-    >>> coded = coin.merge_networks(coin.Refit("own"), experts, coin.Code([[0.5, 0.5]]), calibration=calibration)
-    >>> len(coded), coded.chosen[0]["averaged"]
-    (1, [])
-    >>> coded.passes > 200
-    True
+    >>> coded = coin.merge_networks(coin.Refit("own"), experts, code, calibration=inputs)
+    >>> len(coded), coded.chosen[0]["averaged"], coded.passes > 360
+    (1, [], True)
     """
     experts = Experts(networks, fishers=fishers, grams=grams, initial=initial, calibration=calibration, forward=forward)
     began = time.perf_counter()

@@ -81,6 +81,9 @@ class Refit(Method):
         memory_mib: Bound on the coded network's activations, in MiB.
         label: Name of this variant in results.
         compress: As for every method (`MergeMethod`); by default it is rounded while it is refitted (`pack`).
+
+    >>> coin.merge_networks(coin.Refit("own"), experts, code, calibration=inputs).chosen[0]["averaged"]
+    []
     """
 
     name = "refit"

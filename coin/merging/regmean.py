@@ -53,6 +53,9 @@ class RegMean(MergeMethod):
         damping: λ relative to the mean diagonal entry, dimensionless, at least 0; none has it chosen.
         gram_data: On which data, ``own``, ``pooled`` or ``auto``; none for the experiment's, or ``auto``.
         **options: ``batchnorm`` and ``label``, see `MergeMethod`.
+
+    >>> coin.merge_networks(coin.RegMean(), experts, code, calibration=inputs).chosen[0].keys()
+    dict_keys(['gram_data', 'held_out_error'])
     """
 
     name = "regmean"

@@ -18,7 +18,11 @@ from coin.statistics.gram import linear_maps
 
 
 class Base(MergeMethod):
-    """The shared initialisation itself, the floor of every table; policies but ``keep`` change its statistics."""
+    """The shared initialisation itself, the floor of every table; policies but ``keep`` change its statistics.
+
+    >>> torch.equal(coin.merge_networks(coin.Base(), experts, code, initial=experts[0])[0].weight, experts[0].weight)
+    True
+    """
 
     name = "base"
     reads_initial = True
@@ -54,6 +58,9 @@ class Wudi(MergeMethod):
         damping: λ, relative and dimensionless, above 0. Transformers that were tuned far want more, such as 0.1.
         head: Whether the head is merged in this way too.
         **options: ``batchnorm`` and ``label``, see `MergeMethod`.
+
+    >>> coin.merge_networks(coin.Wudi(), experts, code, initial=torch.nn.Linear(4, 3)).passes
+    0.0
     """
 
     name = "wudi"
@@ -109,6 +116,9 @@ class TaskArithmetic(MergeMethod):
     Args:
         scale: Dimensionless, finite.
         **options: ``batchnorm`` and ``label``, see `MergeMethod`.
+
+    >>> coin.merge_networks(coin.TaskArithmetic(), experts, code, initial=torch.nn.Linear(4, 3)).passes
+    0.0
     """
 
     name = "task_arithmetic"
@@ -140,6 +150,9 @@ class Ties(MergeMethod):
         keep: Share of entries that the trim leaves, in (0, 1].
         scale: Dimensionless, finite.
         **options: ``batchnorm`` and ``label``, see `MergeMethod`.
+
+    >>> coin.merge_networks(coin.Ties(), experts, code, initial=torch.nn.Linear(4, 3)).passes
+    0.0
     """
 
     name = "ties"

@@ -54,24 +54,20 @@ class Coded(LightningModule):
     Raises:
         ConfigurationError: The numbers of experts or coded models do not fit the code.
 
-    >>> import coin, tempfile, torch
-    >>> experts, inputs = [torch.nn.Linear(4, 3) for _ in range(3)], torch.randn(60, 4)
     >>> code = coin.convex(3, 2)
     >>> system = coin.Coded(code, experts, coin.merge_networks(coin.Average(), experts, code))
     >>> for erased in code.erasures():  # each expert alone, and every two
-    ...     _ = system.fit_decoder([inputs], erased, "linear")
-    >>> decoded = system.decode(inputs, [0, 2])
+    ...     _ = system.fit_decoder(inputs[0], erased, "linear")
+    >>> decoded = system.decode(inputs[0][0], [0, 2])
     >>> decoded.shape, system.risk(decoded, [0, 2]).shape
     (torch.Size([2, 60, 3]), torch.Size([2, 60]))
-    >>> new = torch.randn(100, 4)
-    >>> [promise.coverage for promise in system.accept(0.05, inputs=[new], erased=[0, 2])]
+    >>> [promise.coverage for promise in system.accept(0.05, inputs=[torch.randn(100, 4)], erased=[0, 2])]
     [1.0, 1.0]
     >>> system.accepted(decoded, [0, 2]).shape
     torch.Size([2, 60])
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     system.save(f"{folder}/system.safetensors")
-    ...     again = coin.Coded.load(f"{folder}/system.safetensors", experts)
-    >>> torch.equal(again.decode(inputs, [0, 2]), decoded)
+    >>> system.save("system.safetensors")
+    >>> again = coin.Coded.load("system.safetensors", experts)
+    >>> torch.equal(again.decode(inputs[0][0], [0, 2]), decoded)
     True
     """
 

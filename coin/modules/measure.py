@@ -60,8 +60,7 @@ def evaluate(
     calibration data; DecodingError where an erasure names no expert or is beyond what a decoder can; DataError where a
     batch is no pair (inputs, labels), or a task has none.
 
-    >>> import coin, torch
-    >>> experts, code = [torch.nn.Linear(4, 3) for _ in range(3)], coin.convex(3, 2)
+    >>> code = coin.convex(3, 2)
     >>> system = coin.Coded(code, experts, coin.merge_networks(coin.Average(), experts, code), names="abc")
     >>> tests = [[(torch.randn(40, 4), torch.randint(3, (40,)))] for _ in experts]
     >>> table = coin.evaluate(system, tests, decoders=["linear"], erasures=[[0, 1]])

@@ -25,6 +25,9 @@ class BatchNormPolicy(StrEnum):
     * ``recalibrate``: running statistics reset and re-estimated in the merged network, by a cumulative average over the
       pooled calibration samples.
     * ``keep``: the statistics of the start of the merge or of the shared initialisation; with training, frozen ones.
+
+    >>> coin.Average(batchnorm="recalibrate").batchnorm is coin.BatchNormPolicy.recalibrate
+    True
     """
 
     auto = "auto"
@@ -84,6 +87,10 @@ def recalibrate(network: nn.Module, batches: Iterable[Any], *, forward: Forward 
         network: The network.
         batches: Input batches ``[B, ...]``, of any device and floating-point type, or pairs of inputs and labels.
         forward: (network, batch) → output, for a network that is not called with one tensor.
+
+    >>> layer = torch.nn.BatchNorm1d(2)
+    >>> coin.recalibrate(layer, [torch.tensor([[1.0, 2.0], [3.0, 4.0]])]), layer.running_mean.tolist()
+    (2, [2.0, 3.0])
     """
     network = adapted(network, forward)
     sound = _without_singles(as_input(batch, network) for batch in batches)

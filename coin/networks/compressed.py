@@ -29,6 +29,9 @@ class Compressed:
         base: The base as stored: rounded to int8 for ``base_bits=8``; for 0 any network of the architecture, whose
             weights are not used.
         base_bits: 32, 8 or 0.
+
+    >>> coin.compress(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), bits=3).nbytes  # of 288
+    56
     """
 
     def __init__(
@@ -150,7 +153,6 @@ def compress(
             or what is given is no network.
         StateError: Network and base differ in more than the outputs of their heads, or are not finite.
 
-    >>> import coin, torch
     >>> base = torch.nn.Linear(64, 32)
     >>> network = torch.nn.Linear(64, 32)
     >>> network.load_state_dict({name: t + 0.01 * torch.randn_like(t) for name, t in base.state_dict().items()})

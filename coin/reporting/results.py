@@ -40,9 +40,10 @@ class Row:
 
     Args:
         experiment: The experiment's name.
-        seed: The seed of this run.
+        seed: The seed of this run, for calibration samples and everything random after the base.
         method: The merge method's name or label; ``none`` for the survivors alone, ``oracle`` for Σβ_i f_i itself.
-        batchnorm: The BatchNorm policy, ``""`` where it does not apply; ``auto:recalibrate`` where ``auto`` took that.
+        batchnorm: The BatchNorm policy: ``auto:recalibrate`` where ``auto`` took that, ``auto:same`` where the experts
+            agree, ``keep`` where statistics were frozen, joined by ``+``; ``""`` without BatchNorm or of own functions.
         decoder: The decoder's name, such as ``linear``.
         code_row: Indices of the coded models used, joined by ``+``; ``""`` for none.
         erased: The lost tasks, joined by ``+``.

@@ -14,6 +14,9 @@ class FisherKind(StrEnum):
     """Which diagonal is estimated; f is the network's logits [C], θ a parameter, p = softmax(f).
 
     All four are per-sample quantities: a gradient is squared before samples are summed, never after.
+
+    >>> coin.Coin(fisher_kind="categorical").fisher_kind is coin.FisherKind.categorical
+    True
     """
 
     exact = "exact"

@@ -117,6 +117,8 @@ def save_statistic(
         StateError: There is a tensor for a parameter that the network does not have, or one that is neither of the
             parameter's shape nor a Gram matrix ``[G, K, K]``; or a number is not finite, or a Fisher negative.
         FileError: The file cannot be written.
+
+    >>> coin.save_statistic("fisher.safetensors", coin.fisher_diagonal(experts[0], inputs[0]), experts[0])
     """
     state = values.mean() if isinstance(values, Sums) else values
     name = _checked_kind(state, network)
@@ -132,6 +134,10 @@ def load_statistic(path: Path | str, network: nn.Module) -> dict[str, Tensor]:
     Raises:
         FileError: The file is missing, damaged or no statistic, or it is of other weights than the network's.
         StateError: A tensor does not fit the network.
+
+    >>> coin.save_statistic("fisher.safetensors", coin.fisher_diagonal(experts[0], inputs[0]), experts[0])
+    >>> coin.load_statistic("fisher.safetensors", experts[0])["bias"]
+    tensor([1., 1., 1.])
     """
     state, provenance = load_state(Path(path))
     if provenance.get("statistic") not in list(StatisticKind):

@@ -57,6 +57,9 @@ def gram_sums(
     Raises:
         ConfigurationError: There are no parameters.
         DataError: A batch holds anything but tensors of as many samples.
+
+    >>> coin.gram_sums(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0]])]).mean()["weight"].tolist()
+    [[[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]]
     """
     network, count = adapted(network, forward), 0
     parameters, values = trainable(network), dict[str, Tensor]()

@@ -327,6 +327,8 @@ def test_samples_of_unlike_shapes_merge_and_what_is_no_input_is_told():
             Experts(networks, calibration=[[wrong], [wrong]])
     with pytest.raises(DataError, match="found no calibration batches, expected at least one"):
         Experts(networks, calibration=[[], []])
+    with pytest.raises(DataError, match=r"found a tensor for a task's calibration, expected its batches; write \[ten"):
+        Experts(networks, calibration=[ragged[0][0], ragged[1][0]])
 
 
 def test_a_task_without_samples_takes_no_place():

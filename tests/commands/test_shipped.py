@@ -1,0 +1,79 @@
+"""Shipped YAML files are found by name: in the repository, and in a wheel that is installed elsewhere."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from coin.cli import main
+from coin.commands.shipped import CONFIGS, SWEEPS, shipped, with_shipped
+from coin.errors import FileError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "file"),
+    [
+        ("run", "quickstart", "experiment/quickstart.yaml"),
+        ("run", "mnist-svhn", "experiment/paper/mnist-svhn.yaml"),
+        ("run", "experts", "cluster/experts.yaml"),
+        ("fit", "mnist", "expert/mnist.yaml"),
+        ("test", "csv", "logger/csv.yaml"),
+        (SWEEPS, "experts", "study/experts.yaml"),
+        ("run", "configs/study/pair.yaml", "study/pair.yaml"),
+    ],
+)
+def test_a_name_is_a_shipped_file_of_the_command(command, name, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = str(CONFIGS / file)
+    assert shipped(command, name) == path
+    assert with_shipped(command, ["-c", name, f"--config={name}", "x"]) == ["-c", path, f"--config={path}", "x"]
+
+
+def test_files_and_options_written_out_stay_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").touch()
+    for given in ("quickstart", "missing.yaml", "a/quickstart", "{name: x}"):
+        assert with_shipped("run", ["-c", given, "--name=x"]) == ["-c", given, "--name=x"]
+
+
+def test_an_unknown_name_ends_in_a_line_with_the_names_there_are(capsys):
+    assert main(["run", "-c", "quikstart"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "found configuration 'quikstart' (did you mean quickstart?), expected a file or one of quickstart" in line
+    assert all(f" {path.stem}," in line for path in (ROOT / "configs/experiment/study").glob("*.yaml"))
+    with pytest.raises(FileError, match="found configuration 'pairs'"):
+        shipped(SWEEPS, "pairs")
+
+
+def test_no_two_files_of_a_command_have_one_name():
+    for folders in (("experiment", "cluster"), ("expert", "logger", "cluster"), ("study", "sweep")):
+        names = [path.stem for folder in folders for path in (CONFIGS / folder).rglob("*.yaml")]
+        assert len(names) == len(set(names))
+
+
+def test_a_wheel_has_every_configuration_and_finds_them_in_an_empty_folder(tmp_path):
+    pytest.importorskip("hatchling")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "installed")
+    assert {f"coin/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*") if path.is_file()} <= names
+    assert {"coin/py.typed", "coin/reporting/report.html.jinja"} <= names
+    assert {name.split("/")[0] for name in names} == {"coin", f"{wheel.stem.removesuffix('-py3-none-any')}.dist-info"}
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "coin", "sweep", "pair", "--dry-run"],
+        cwd=tmp_path / "empty",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1].endswith("points in 'runs/pair'")
