@@ -242,6 +242,7 @@ def simulate_rows(points: Sequence[Point], seeds: Sequence[int], jobs: int | Non
         return it.policy, it.layout, it.machines, it.load, it.want, *pace
 
     distinct = {key(point[2]): point[2] for point in points}
+    rank_zero_info(f"simulating {len(distinct)} ways to stand in, {len(seeds)} times each")
     outcomes = simulate_all([replace(each, seed=seed) for each in distinct.values() for seed in seeds], jobs)
     found = {name: outcomes[place * len(seeds) : (place + 1) * len(seeds)] for place, name in enumerate(distinct)}
     return pd.DataFrame([profile.row(what, it, found[key(it)]) for what, profile, it in points])

@@ -167,7 +167,9 @@ def advised(capsys: pytest.CaptureFixture[str], finished: Path, output: Path, *m
     assert main(["advise", str(finished), *ADVISE, f"--output={output}", *more]) == 0
     rows = pd.read_csv(output / "advice.csv")
     assert rows["buy"].sum() == 1
-    return capsys.readouterr().out, rows
+    shown = capsys.readouterr()
+    assert "simulating" in shown.err  # it takes minutes, and says what it does
+    return shown.out, rows
 
 
 def test_advice_keeps_to_the_budget_and_says_what_is_not_known(

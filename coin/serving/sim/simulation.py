@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coin.core.choices import check_integer, check_number
+from coin.core.progress import tracked
 from coin.serving.layout import Layout, members
 from coin.serving.limits import Limits
 from coin.serving.policies import Lateness, Policy, Query, State
@@ -142,10 +143,11 @@ def simulate_all(simulations: Sequence[Simulation], jobs: int | None = None) -> 
     jobs = cores() if jobs is None else jobs
     check_integer("jobs", jobs, 1)
     if jobs == 1 or len(simulations) == 1:
-        return [simulate(simulation) for simulation in simulations]
+        return [simulate(simulation) for simulation in tracked(simulations, "simulating")]
     # Spawned processes start without what this one has loaded, PyTorch above all.
     with ProcessPoolExecutor(min(jobs, len(simulations)), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(simulate, simulations))
+        running = [pool.submit(simulate, simulation) for simulation in simulations]
+        return [each.result() for each in tracked(running, "simulating")]
 
 
 class _Query(Query):
