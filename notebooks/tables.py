@@ -1,6 +1,6 @@
-"""The tables of measured numbers in README.md and docs, made from the stored results in notebooks/results.
+"""The tables and the figure of measured numbers in README.md and docs, made from the results in notebooks/results.
 
-    python notebooks/tables.py    # writes them anew, between <!-- table: NAME --> and <!-- end -->
+    python notebooks/tables.py    # writes the tables, between <!-- table: NAME --> and <!-- end -->, and the figure
 
 NDAs are in %, the mean over tasks, ± the standard deviation over the runs of a suite: seeds and draws of the base.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import docstring_parser
 import pandas as pd
+from matplotlib.figure import Figure
 from stored import (
     DECODERS,
     RESULTS,
@@ -26,7 +27,10 @@ from stored import (
     stood_in,
 )
 
-from coin.reporting.results import COLUMNS, Row
+from coin.coding.decoder_config import REPLICA
+from coin.reporting import summarise, summary as reporting
+from coin.reporting.figures import as_png, nda_against_memory
+from coin.reporting.results import COLUMNS, NUMBERS, Row
 from coin.reporting.tables import risk_totals
 
 NOTEBOOKS = Path(__file__).parent
@@ -84,6 +88,20 @@ IN_SHORT = [
     ("spare-3bit-int8base", "replica"),
 ]
 """The rows of the README's table."""
+
+DRAWN = {
+    ("none", "feature_ridge"): "none: survivors alone",
+    ("average", "expert_head"): "average, own head",
+    ("coin", "linear"): "coin, the paper's decoder",
+    ("coin", "feature_ridge"): "coin, feature_ridge",
+    ("distillation", "feature_ridge"): "distillation, feature_ridge",
+    ("refit", "expert_head"): "refit, own head",
+    ("refit-3bit-int8base", "expert_head"): "refit, own head, 3-bit delta",
+    ("refit-4bit-nobase", "expert_head"): "refit, own head, 4 bits",
+    ("spare-3bit-int8base", "replica"): "spare: copies, 3-bit deltas",
+    ("spare-8bit-nobase", "replica"): "spare: copies in 8 bits",
+}
+"""The points of the README's figure: method and decoder, and what they are called in it."""
 
 
 def suites() -> str:
@@ -232,6 +250,18 @@ TABLES = {
 }
 
 
+def figure() -> Figure:
+    """Memory against NDA of the README's rows and of two more, on the ImageNet pair."""
+    rows = stood_in("imagenet-pair")
+    rows = rows.assign(seed=rows.groupby("experiment", sort=False).ngroup(), experiment="ImageNet pair")
+    rows[list(NUMBERS)] = rows[list(NUMBERS)].apply(pd.to_numeric, errors="coerce")
+    kept = reporting.stand_ins(summarise(rows))
+    names = [DRAWN.get(pair, "") for pair in zip(kept["name"], kept["decoder"], strict=True)]
+    kept = kept.assign(name=names, decoder=REPLICA)[[name != "" for name in names]]
+    network = float(rows.memory_mib.iloc[0] / rows.networks.iloc[0])
+    return nda_against_memory(kept, network)
+
+
 def with_tables(text: str) -> str:
     """Return a page with the tables between its markers made anew."""
     return re.sub(
@@ -245,3 +275,4 @@ def with_tables(text: str) -> str:
 if __name__ == "__main__":
     for path in FILES:
         path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+    (RESULTS / "stand-ins.png").write_bytes(as_png(figure()))
