@@ -18,7 +18,9 @@ from coin.data.calibration import Calibration
 from coin.data.samples import BatchDataset, Samples, Source, split_source
 from coin.data.sampling import Stream, batch_loader, seeded
 from coin.data.transform import check_stored, to_input
+from coin.data.zero_shot import read_head
 from coin.errors import ConfigurationError, DataError
+from coin.files.downloads import Download
 
 WORKERS = 8  # at most so many processes decode images that are not held in memory, unless it is said
 
@@ -83,8 +85,13 @@ class TaskData(LightningDataModule, ABC):
         max_test: The largest number of test samples, a stratified choice.
         num_workers: Worker processes of each loader; 0 works in the main process what is held in memory, and decodes
             what is not in a process a core, 8 at most.
+        head: Prompts and class names of a zero-shot head, for a CLIP (`coin.data.zero_shot.read_head`):
+            ``{zero_shot: {prompts: ['a photo of a {}.'], classes: [...]}}`` or ``{zero_shot: FILE.yaml}``. The classes
+            are in the order of the labels, and are the task's names from then on. None is for heads that are trained.
     """
 
+    added_options: ClassVar[tuple[str, ...]] = ("head",)
+    """Options that steps finished by earlier versions do not know: where they are None, keys and records lack them."""
     names: ClassVar[tuple[str, ...]]
     """The classes in the order of their labels."""
     content: ClassVar[str] = "images"
@@ -104,6 +111,7 @@ class TaskData(LightningDataModule, ABC):
         max_train: int | None = None,
         max_test: int | None = None,
         num_workers: int = 0,
+        head: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.image_size = image_size
@@ -119,6 +127,7 @@ class TaskData(LightningDataModule, ABC):
         self.max_train = max_train
         self.max_test = max_test
         self.num_workers = num_workers
+        self.head = read_head(head)
         for name, least in _LEAST.items():
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), least)
@@ -145,13 +154,26 @@ class TaskData(LightningDataModule, ABC):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, in the order of their labels."""
-        return self.class_names()
+        """The names of the classes, in the order of their labels; with a zero-shot head those in its prompts."""
+        own = None if self.head is None else self.head["zero_shot"]["classes"]
+        return self.class_names() if own is None else tuple(own)
+
+    @property
+    def zero_shot(self) -> tuple[list[str], list[str]] | None:
+        """The prompts and class names of a zero-shot head; None where the head is trained."""
+        if self.head is None:
+            return None
+        section = self.head["zero_shot"]
+        return section["prompts"], section["classes"] or [name.replace("_", " ") for name in self.class_names()]
 
     @property
     def num_classes(self) -> int:
         """C."""
         return len(self.classes)
+
+    def downloads(self) -> list[Download]:
+        """Return what `prepare_data` takes from the network."""
+        return []
 
     def setup(self, stage: str | None = None) -> None:
         """Read the images and split them, once."""
@@ -174,6 +196,10 @@ class TaskData(LightningDataModule, ABC):
     def _check(self, source: Source) -> None:
         """Refuse what would fail much later and less clearly."""
         task = type(self).__name__
+        if (own := len(self.class_names())) != self.num_classes:
+            raise DataError(
+                f"{task} has {own} classes and head.zero_shot.classes names {self.num_classes}; give one name for each"
+            )
         for name, part in (("training", source.train), ("test", source.test), ("validation", source.validation)):
             if part is None:
                 continue

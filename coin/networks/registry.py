@@ -11,8 +11,9 @@ from torch import nn
 from coin.core.batches import channels_last
 from coin.errors import ConfigurationError
 from coin.networks.heads import head_name
-from coin.networks.hub import HuggingFace, Timm
+from coin.networks.hub import HuggingFace
 from coin.networks.sources import ImportPath, NetworkSource, Own, Torchvision
+from coin.networks.timm_networks import Timm
 from coin.networks.weights import fill_network, read_weights, with_own_head
 
 _FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
