@@ -55,14 +55,14 @@ class TorchvisionTask(TaskData):
 
     def prepare_data(self) -> None:
         """Download what is missing, if ``download`` is set; a `DataError` if that fails."""
-        if self.download:
+        if self.download and self.host:
             self._shared.fact("downloaded", lambda: self._open(download=True))
 
     def downloads(self) -> list[Download]:
         """Return the set, there if its folder is."""
         place, name = self.root / self.folder, type(self).__name__
         there = place.is_dir() if self.folder else any(self.root.glob("*_32x32.mat"))
-        advice = f"put torchvision's files for {name} in {place.absolute()}"
+        advice = f"torchvision's files for {name} belong in {place}"
         return [Download(name, self.host if self.download else "", self.mib, there, advice)]
 
     def load(self) -> Source:

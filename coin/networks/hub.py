@@ -1,6 +1,7 @@
 """Networks of Hugging Face's transformers: by folder or ID, called with one tensor, under their own names."""
 
 import inspect
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -124,6 +125,13 @@ class HuggingFace(NetworkSource):
             found = self.download(lambda: auto.from_pretrained(place), CACHE)
         fill_network(network, found.state_dict(), f"hf/{place}")
 
+    def save(self, network: nn.Module, folder: Path) -> None:
+        """Write a network that was built here as a folder that transformers loads, with the normalisation of images."""
+        inner: Any = network.vision if isinstance(network, clip.ClipTower) else network
+        inner.save_pretrained(folder)
+        if self.reads == "images" and (processor := self._processor()):
+            (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2), encoding="utf-8")
+
     def zero_shot_head(self, prompts: Sequence[str], classes: Sequence[str]) -> Tensor:
         """Return the zero-shot head ``[C, F]`` of a task, by the text tower of the same place."""
         return clip.zero_shot_head(self.place, prompts, classes, offline_unless_found)
@@ -146,14 +154,19 @@ class HuggingFace(NetworkSource):
             f"found network.name '{self.name}', a {type(found).__name__}, expected a classifier of images or sequences"
         )
 
-    def _reading_images(self, found: Any, network: nn.Module) -> "_ByName":
+    def _processor(self) -> dict[str, Any]:
+        """Return the contents of ``preprocessor_config.json``; {} without one."""
         from transformers import ImageProcessingMixin
 
         try:
             with offline_unless_found():
-                processor, _ = ImageProcessingMixin.get_image_processor_dict(self.place)
+                processor: dict[str, Any] = ImageProcessingMixin.get_image_processor_dict(self.place)[0]
         except OSError:
             processor = {}
+        return processor
+
+    def _reading_images(self, found: Any, network: nn.Module) -> "_ByName":
+        processor = self._processor()
         usual = (clip.MEAN, clip.STD) if self.zero_shot else (None, None)
         mean, std = (processor.get(f"image_{part}", own) for part, own in zip(("mean", "std"), usual, strict=True))
         normalise = None if mean is None or std is None else Renormalised(mean, std)
