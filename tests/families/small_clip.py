@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -93,6 +94,18 @@ def write_clip(folder: Path, steps: int = 0) -> Any:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return model
+
+
+def write_digits(folder: Path, digits: str, turns: int) -> None:
+    """Write a folder of some of MNIST's digits, turned by so many right angles, as `ImageFolder` reads it."""
+    splits = MNIST5k(image_size=SIDE).splits
+    for name, samples, count in (("train", splits.train, 40), ("test", splits.test, 20)):
+        images, labels = samples.images(), samples.targets
+        for digit in digits:
+            place = folder / name / digit
+            place.mkdir(parents=True)
+            for number, image in enumerate(images[labels == int(digit)][:count]):
+                Image.fromarray(image[0].rot90(turns).numpy()).save(place / f"{number}.png")
 
 
 def write_expert(folder: Path, base: Path, task: TaskData, classes: Sequence[str], steps: int) -> None:

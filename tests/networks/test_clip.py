@@ -161,9 +161,12 @@ def test_a_folder_of_another_kind_is_one_line(config, tmp_path):
     ],
 )
 def test_heads_that_do_not_fit_are_one_line(config, change, zero_shot, message):
-    with pytest.raises(ConfigurationError, match=message):
+    def fill():
         other = NetworkConfig(config.name, 32, None, change.get("options", config.options))
         fill_head(build_network(config, 4), other, zero_shot, "numbers")
+
+    with pytest.raises(ConfigurationError, match=message):
+        fill()
 
 
 def test_only_a_clip_has_a_zero_shot_head(tmp_path):
