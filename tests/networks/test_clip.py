@@ -25,7 +25,7 @@ from coin.networks import (
     load_network,
     save_network,
 )
-from coin.networks.clip import zero_shot_head
+from coin.networks.clip import QuickGELU, zero_shot_head
 from coin.networks.hub import _configuration, offline_unless_found
 from coin.networks.stages import stage_names
 from coin.statistics import fisher_diagonal
@@ -76,6 +76,15 @@ def test_the_logits_are_clips_own_similarities(place, config, images):
     check_head(network, features, logits)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(6))
     assert stage_names(network)[-1] == "head"
+
+
+def test_the_activation_is_transformers_own_to_the_bit(monkeypatch):
+    monkeypatch.setattr("coin.networks.clip._PART", 64)
+    x = torch.randn(7, 5, 24, generator=torch.Generator().manual_seed(0))
+    expected = transformers.activations.QuickGELUActivation()(x)
+    assert torch.equal(QuickGELU()(x), expected)  # and x is as it was
+    with torch.no_grad():
+        assert torch.equal(QuickGELU()(x.clone()), expected)
 
 
 @torch.no_grad()
