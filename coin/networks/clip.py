@@ -41,7 +41,7 @@ _PART = 2**22  # numbers that are activated at once
 class QuickGELU(nn.Module):
     """CLIP's activation x · σ(1.702 x); in place, a part at a time, where nothing is differentiated.
 
-    The one of transformers, which gives the same to the bit, takes four times the memory of x, the most of a pass.
+    The one of transformers, which gives the same, takes four times the memory of x, the most of a pass.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from coin.data import Calibration
 from coin.files.safetensors import save_state
 from coin.files.tensors import fingerprint
 from coin.merging import Average, Coin, Experts, Refit, RegMean, TaskArithmetic, Ties, UserMethod, Wudi
@@ -67,7 +68,7 @@ class Bench:
     def experts(self, statistic: Statistic | None = None) -> Experts:
         """Return the experts in files, with their images and the files of a statistic."""
         own = {which: {task: self.statistic(which, task) for task in self.paths} for which in [statistic] if which}
-        data = [self.batches(self.images) for _ in self.paths]
+        data = [Calibration.of_batches(self.batches(self.images)) for _ in self.paths]
         return Experts(ExpertFiles(self.paths, self.initial), calibration=data, statistics=own)
 
     def statistic(self, which: Statistic, task: str) -> Path:
