@@ -48,7 +48,7 @@ class QuickGELU(nn.Module):
         """Return the activations, of x's shape."""
         if torch.is_grad_enabled():
             return x * torch.sigmoid(1.702 * x)
-        for part in x.split(max(1, _PART // max(1, x[:1].numel()))):
+        for part in torch.split(x, max(1, _PART // max(1, x[:1].numel()))):
             part.mul_(torch.sigmoid(1.702 * part))
         return x
 

@@ -2,8 +2,9 @@
 
 import inspect
 import json
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -100,15 +101,16 @@ class HuggingFace(NetworkSource):
         from huggingface_hub import constants
 
         host, found = urlsplit(constants.ENDPOINT).hostname or "", _configuration(self.place, self.name)
-        with torch.device("meta"):
+        size, text = math.nan, 0  # where it cannot be built without memory
+        with suppress(NotImplementedError), torch.device("meta"):
             whole = type(self)(self.name, self.image_size, None, self.options).build(2)
+            size = sum(parameter.numel() for parameter in whole.parameters())
             text = clip.parameters_beside(found) if self.zero_shot else 0
-        size = sum(parameter.numel() for parameter in whole.parameters())
         sizes = dict.fromkeys(experts, size) | ({self.place: size + text} if self.weights is not None else {})
         advice = "fill the cache of huggingface_hub (HF_HOME), or name folders"
         return [
-            Download(f"hf/{place}", host, 4 * count / 2**20, bool(hub_weights(place)), advice)
-            for place, count in sizes.items()
+            Download(f"hf/{place}", host, None if math.isnan(n) else n / 2**18, bool(hub_weights(place)), advice)
+            for place, n in sizes.items()
         ]
 
     def load(self, network: nn.Module, place: str) -> None:
