@@ -1,10 +1,8 @@
 """What all tasks have in common: options, splits, loaders and calibration data."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
 from operator import itemgetter
-from typing import Any, ClassVar, Self, TypeVar
-from weakref import WeakValueDictionary
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -17,6 +15,7 @@ from coin.data.augmentation import Augmentation, TransformSpec, build_transforms
 from coin.data.calibration import Calibration
 from coin.data.samples import BatchDataset, Samples, Source, split_source
 from coin.data.sampling import Stream, batch_loader, seeded
+from coin.data.shared import Shared
 from coin.data.transform import check_stored, to_input
 from coin.data.zero_shot import read_head
 from coin.errors import ConfigurationError, DataError
@@ -27,34 +26,6 @@ WORKERS = 8  # at most so many processes decode images that are not held in memo
 # Of the options that are whole numbers; BatchNorm cannot train on one sample.
 _LEAST = dict.fromkeys(("image_size", "eval_batch_size", "max_test"), 1)
 _LEAST |= dict.fromkeys(("batch_size", "max_train"), 2) | dict.fromkeys(("split_seed", "seed", "num_workers"), 0)
-
-T = TypeVar("T")
-
-
-class Shared:
-    """What the copies of one task have found out and read; in another process a copy does so for itself."""
-
-    def __init__(self) -> None:
-        self.latest: object = None  # what was read last, kept as long as there is a copy
-        self._facts: dict[Hashable, Any] = {}
-        self._read: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
-
-    def fact(self, key: Hashable, find: Callable[[], T]) -> T:
-        """Return something small, found out once."""
-        if key not in self._facts:
-            self._facts[key] = find()
-        found: T = self._facts[key]
-        return found
-
-    def read(self, key: Hashable, read: Callable[[], T]) -> T:
-        """Return samples, read unless they are cached."""
-        found: T | None = self._read.get(key)
-        if found is None:
-            found = self._read[key] = read()
-        return found
-
-    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
-        return type(self), ()
 
 
 class TaskData(LightningDataModule, ABC):
