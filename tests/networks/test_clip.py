@@ -6,12 +6,14 @@ import pytest
 import small_clip
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from coin.coding import Code
 from coin.core.batches import IMAGENET_MEAN, IMAGENET_STD
 from coin.data.transform import to_input
 from coin.errors import CoinError, ConfigurationError
+from coin.files.downloads import hub_weights
 from coin.merging import Average, Coin, Experts, HeadFit, Refit, RegMean, TaskArithmetic, Ties, Wudi, merge_networks
 from coin.modules import Expert
 from coin.modules.coded import Coded
@@ -146,6 +148,28 @@ def test_experts_are_imported_from_folders_with_their_projection_or_the_bases(
             whole.get_parameter(name).mul_(1.1)
         expected = small_clip.similarities(whole, images, DIGITS)
         torch.testing.assert_close(expert.eval()(to_input(images, small_clip.SIDE)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+@pytest.mark.parametrize("safe", [True, False])
+def test_towers_are_read_under_the_names_of_any_version_of_transformers(config, place, tmp_path, prefix, safe):
+    transformers.CLIPVisionModel.from_pretrained(place).save_pretrained(tmp_path)
+    state = {
+        name.removeprefix("vision_model."): each for name, each in load_file(tmp_path / "model.safetensors").items()
+    }
+    state = {f"{prefix}{name}": 2 * tensor for name, tensor in state.items()}
+    if safe:
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    else:
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    assert [path.parent for path in hub_weights(str(tmp_path))] == [tmp_path]
+    network = build_network(config, 4)
+    config.source.load(network, str(tmp_path))
+    start = build_network(config, 4).vision.state_dict()
+    for name, tensor in network.vision.state_dict().items():
+        factor = 1 if name == "visual_projection.weight" else 2
+        assert torch.equal(tensor, factor * start[name]), name
 
 
 def test_a_folder_of_another_kind_is_one_line(config, tmp_path):
